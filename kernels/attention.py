@@ -1,0 +1,378 @@
+"""attention and cached_attention: which kernel runs, with which tiles. The kernels stand in attention_kernels.py.
+
+B batch, T query tokens, S key positions, Hq query heads, Hkv key/value heads, G = Hq / Hkv, D head size, C ring slots
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import reference
+from .attention_kernels import attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel
+from .checks import FLOATS, INTS, Binder, fail, integer, number
+from .launch import launch, target_arch
+from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
+from .rope import bind_cache, cache_inputs
+
+_SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+_PACKED_ROWS = 16  # queries x group heads that one decode tile takes
+
+
+def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """Tiles by head size; a short window takes short tiles, since a tile sees window + BLOCK_M keys."""
+    D, window = power_of_2(sizes["D"], low=16), sizes.get("window", 0)
+    if dtype == torch.float32:
+        block_m, block_n, warps, stages = (32, 32, 4, 1) if D > 64 else (64, 32, 4, 1)
+    elif D > 128:
+        block_m, block_n, warps, stages = 64, 32, 4, 2
+    elif arch.startswith("gfx"):
+        block_m, block_n, warps, stages = 128, 32, 4, 1
+    elif arch in ("sm_90", "sm_100"):
+        block_m, block_n, warps, stages = (128, 64, 8, 3) if D > 64 else (128, 128, 8, 3)
+    else:
+        block_m, block_n, warps, stages = 128, 32, 8, 3
+    if 0 < window <= 256 and block_m > 64:
+        block_m, block_n, warps = 64, min(block_n, 32), 4
+    tiles = {"BLOCK_M": power_of_2(sizes["T"], low=16, high=block_m), "BLOCK_N": block_n, "BLOCK_D": D}
+    return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
+
+
+def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """Splits until every SM has two programs, each of at least 256 keys."""
+    rows = sizes["T"] * sizes["Hq"] // sizes["Hkv"]
+    keys = min(sizes["S"], sizes.get("window", 0) or sizes["S"])
+    programs = max(1, sizes["B"] * sizes["Hkv"])
+    sms = _SMS.get(arch, 108)
+    splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, 256)), high=64)
+    tiles = {
+        "SPLITS": splits,
+        "BLOCK_M": power_of_2(rows, low=16),
+        "BLOCK_N": 32 if dtype == torch.float32 else 64,
+        "BLOCK_D": power_of_2(sizes["D"], low=16),
+    }
+    return LaunchConfig(tiles, num_warps=4, num_stages=2 if dtype == torch.float32 or arch.startswith("gfx") else 3)
+
+
+def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    return {
+        "attention_prefill_kernel": _prefill_config(sizes, dtype, arch),
+        "attention_decode_kernel": _decode_config(sizes, dtype, arch),
+        "attention_combine_kernel": LaunchConfig({"BLOCK_D": power_of_2(sizes["D"], low=16)}, num_warps=2),
+    }
+
+
+def _window(op: str, window: int | None) -> int:
+    """None, 0 and -1 all mean no window: 0."""
+    return 0 if window is None else max(0, integer(op, "window", window, -1, (1 << 31) - 1))
+
+
+def _bind_queries(binder: Binder, q: Tensor, k: Tensor, v: Tensor, keys: str) -> None:
+    binder.tensor("q", q, "B T Hq D", FLOATS)
+    binder.tensor("k", k, keys, (q.dtype,))
+    binder.tensor("v", v, keys, (q.dtype,))
+    _bind_groups(binder)
+
+
+def _bind_groups(binder: Binder) -> None:
+    binder.positive("Hq", "Hkv", "D")
+    if binder.sizes["Hq"] % binder.sizes["Hkv"]:
+        needs = f"a multiple of the {binder.sizes['Hkv']} key/value heads"
+        raise fail(binder.op, "q", f"of {binder.sizes['Hq']} heads", needs)
+    if binder.sizes["D"] > 256:
+        raise fail(binder.op, "q", f"of head size {binder.sizes['D']}", "a head size of at most 256")
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Sizes:
+    binder = Binder("attention")
+    _bind_queries(binder, q, k, v, "B S Hkv D")
+    for name, value in (("starts", starts), ("lengths", lengths)):
+        if value is not None:
+            binder.tensor(name, value, "B", INTS)
+    if scale is not None:
+        number("attention", "scale", scale, above=0.0)
+    return {**binder.sizes, "window": _window("attention", window)}
+
+
+def check_cached(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    past: Tensor,
+    new: Tensor,
+    window: int | None = None,
+) -> Sizes:
+    binder = Binder("cached_attention")
+    if (k is None) != (v is None):
+        raise fail("cached_attention", "v", "None" if v is None else "a tensor", "to be given exactly where k is")
+    binder.tensor("q", q, "B T Hq D", FLOATS)
+    if k is not None and v is not None:
+        _bind_queries(binder, q, k, v, "B T Hkv D")
+    binder.tensor("k_cache", k_cache, "B Hkv C D", (q.dtype,))
+    bind_cache(binder, k_cache, v_cache, past, new)
+    _bind_groups(binder)
+    return {**binder.sizes, "window": _window("cached_attention", window)}
+
+
+def _strides(letter: str, x: Tensor) -> dict[str, int]:
+    """Strides of a [B, T, heads, D] tensor."""
+    return {f"stride_{letter}{dim}": stride for dim, stride in zip("bth", x.stride(), strict=False)}
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Triton way of `reference.attention`. Few causal queries (times group heads) decode, others prefill."""
+    width = _window("attention", window)
+    bounds = {"starts_ptr": _dense(starts), "lengths_ptr": _dense(lengths)}
+    G = q.shape[2] // k.shape[2]
+    if causal and (q.shape[1] == 1 or q.shape[1] * G <= _PACKED_ROWS):
+        return _decode(q, k, v, bounds | {"past_ptr": None}, width, scale, ring=False)
+    return _prefill(q, k, v, None, bounds | {"past_ptr": None}, width, scale, causal)
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    past: Tensor,
+    new: Tensor,
+    window: int | None = None,
+) -> Tensor:
+    """Triton way of `reference.cached_attention`. Lengths are read on the device: a CUDA graph replays at any length."""
+    width = _window("cached_attention", window)
+    bounds = {"starts_ptr": None, "lengths_ptr": _dense(new), "past_ptr": _dense(past)}
+    if k is None or v is None:
+        return _decode(q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), bounds, width, None, ring=True)
+    return _prefill(q, k, v, (k_cache, v_cache), bounds, width, None, True)
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _sizes(q: Tensor, k: Tensor, window: int) -> Sizes:
+    B, T, Hq, D = q.shape
+    return {"B": B, "T": T, "S": k.shape[1], "Hq": Hq, "Hkv": k.shape[2], "D": D, "window": window}
+
+
+def _base_2(scale: float | None, D: int) -> float:
+    return (D**-0.5 if scale is None else scale) * math.log2(math.e)
+
+
+def _prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: tuple[Tensor, Tensor] | None,
+    bounds: dict[str, Tensor | None],
+    window: int,
+    scale: float | None,
+    causal: bool,
+) -> Tensor:
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    sizes = _sizes(q, k, window)
+    B, T, Hq, D = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    slots = (k, v) if cache is None else cache
+    args = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "k_cache_ptr": None if cache is None else cache[0],
+        "v_cache_ptr": None if cache is None else cache[1],
+        "out_ptr": out,
+        **bounds,
+        "T": T,
+        "S": k.shape[1],
+        "C": slots[0].shape[2],
+        "Hq": Hq,
+        "G": Hq // k.shape[2],
+        **_strides("q", q),
+        **_strides("k", k),
+        **_strides("v", v),
+        **{f"stride_c{dim}": stride for dim, stride in zip("bhs", slots[0].stride(), strict=False)},
+        "window": window,
+        "scale": _base_2(scale, D),
+    }
+    config = configs(sizes, q.dtype, target_arch(q.device))["attention_prefill_kernel"]
+    grid = (B * Hq, triton.cdiv(T, config.constexprs["BLOCK_M"]))
+    flags = {"D": D, "CACHED": cache is not None, "CAUSAL": causal, "WINDOWED": window > 0}
+    launch(attention_prefill_kernel, grid, args, config, **flags)
+    return out
+
+
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, bounds: dict[str, Tensor | None], window: int, scale: float | None, ring: bool
+) -> Tensor:
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    B, T, Hq, D = q.shape
+    choices = configs(_sizes(q, k, window), q.dtype, target_arch(q.device))
+    config = choices["attention_decode_kernel"]
+    splits = config.constexprs["SPLITS"]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    part, lse = out, None
+    if splits > 1:
+        part = torch.empty((*q.shape[:3], splits, D), dtype=torch.float32, device=q.device)
+        lse = torch.empty((*q.shape[:3], splits), dtype=torch.float32, device=q.device)
+    args = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "out_ptr": part,
+        "lse_ptr": lse,
+        **bounds,
+        "T": T,
+        "S": k.shape[1],
+        "Hq": Hq,
+        "G": Hq // k.shape[2],
+        **_strides("q", q),
+        **_strides("k", k),
+        **_strides("v", v),
+        "window": window,
+        "scale": _base_2(scale, D),
+    }
+    grid = (splits, k.shape[2], B if T else 0)
+    launch(attention_decode_kernel, grid, args, config, D=D, RING=ring, WINDOWED=window > 0)
+    if splits > 1:
+        combine = {"part_ptr": part, "lse_ptr": lse, "out_ptr": out}
+        launch(attention_combine_kernel, (B * T * Hq,), combine, choices["attention_combine_kernel"], D=D, SPLITS=splits)
+    return out
+
+
+def empty(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+    """With "ragged": sequence b has its keys in [b, S - 2 b)."""
+    B, T, S, D = (sizes[letter] for letter in ("B", "T", "S", "D"))
+    q = sample(B, T, sizes["Hq"], D, dtype=dtype, device=device, generator=generator)
+    k, v = (sample(B, S, sizes["Hkv"], D, dtype=dtype, device=device, generator=generator) for _ in range(2))
+    bounds: dict[str, Any] = {}
+    if sizes.get("ragged"):
+        b = torch.arange(B, dtype=torch.int32)
+        bounds = {"starts": b.to(device), "lengths": (S - 2 * b).to(device)}
+    return {"q": q, "k": k, "v": v, "window": sizes["window"], "causal": bool(sizes.get("causal", 1)), **bounds}
+
+
+def cached_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+    B, T, Hkv, D = (sizes[letter] for letter in ("B", "T", "Hkv", "D"))
+    q = sample(B, T, sizes["Hq"], D, dtype=dtype, device=device, generator=generator)
+    k, v = (sample(B, T, Hkv, D, dtype=dtype, device=device, generator=generator) for _ in range(2))
+    fresh = {"k": k, "v": v} if sizes["fresh"] else {"k": None, "v": None}
+    return {"q": q, **fresh, **cache_inputs(sizes, dtype, device, generator), "window": sizes["window"]}
+
+
+def _pairs(sizes: Sizes) -> int:
+    """Query-key pairs of one head of one sequence."""
+    T, S, window = sizes["T"], sizes.get("S", sizes.get("past", 0) + sizes["T"]), sizes["window"]
+    if not sizes.get("causal", 1):
+        return T * min(S, window + 1 if window else S)
+    return sum(min(i + 1, window or i + 1) for i in range(S - T, S)) if T < 64 else _area(S, window) - _area(S - T, window)
+
+
+def _area(n: int, window: int) -> int:
+    """Keys seen by the queries 0..n-1 together."""
+    short = min(n, window) if window else n
+    return short * (short + 1) // 2 + (n - short) * window
+
+
+def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+    """Q in, the result out, and each key and value that some query sees once."""
+    B, T, Hq, Hkv, D, window = (sizes[letter] for letter in ("B", "T", "Hq", "Hkv", "D", "window"))
+    S = sizes.get("S", sizes.get("past", 0) + T)
+    keys = min(S, T + window - 1) if window else S
+    elements = B * D * (2 * T * Hq + 2 * keys * Hkv)
+    return Cost(flops=4 * B * Hq * D * _pairs(sizes), bytes=elements * dtype.itemsize)
+
+
+def _shape(B: int, T: int, S: int, Hq: int, Hkv: int, D: int, window: int, **more: int) -> Sizes:
+    return {"B": B, "T": T, "S": S, "Hq": Hq, "Hkv": Hkv, "D": D, "window": window, **more}
+
+
+OP = Op(
+    name="attention",
+    check=check,
+    run=attention,
+    reference=reference.attention,
+    empty=empty,
+    inputs=inputs,
+    configs=configs,
+    cost=cost,
+    test_shapes=(
+        _shape(1, 40, 40, 4, 4, 64, 0),
+        _shape(2, 70, 70, 4, 2, 80, 16, ragged=1),
+        _shape(1, 150, 150, 2, 1, 32, 33),
+        _shape(3, 33, 50, 4, 1, 96, 0, ragged=1),
+        _shape(1, 40, 90, 2, 2, 128, 24),
+        _shape(2, 50, 50, 4, 2, 64, 20, causal=0),
+        _shape(1, 37, 37, 2, 2, 80, 0, causal=0, ragged=1),
+        _shape(1, 20, 9, 2, 1, 64, 0),
+        _shape(2, 1, 700, 8, 2, 128, 0, ragged=1),
+        _shape(1, 1, 90, 4, 4, 80, 30),
+        _shape(2, 3, 600, 4, 1, 96, 300, ragged=1),
+    ),
+    bench_shapes=(
+        *(_shape(1, T, T, 32, 8, 128, window) for T in (512, 4096, 8192, 32768) for window in (0, 4096)),
+        _shape(1, 8192, 8192, 32, 8, 128, 256),
+        _shape(1, 4096, 4096, 32, 8, 128, 512, causal=0),
+        *(_shape(B, 1, S, 32, 8, 128, 0) for B in (1, 8, 32) for S in (1024, 4096, 32768)),
+    ),
+)
+
+_CACHED = tuple(
+    {"B": 2, "Hq": hq, "Hkv": 2, "D": D, "C": C, "window": window, "past": past, "T": T, "fresh": fresh}
+    for hq, D, C, window, past, T, fresh in (
+        (4, 64, 16, 16, 0, 5, 1),
+        (4, 80, 16, 16, 13, 20, 1),
+        (2, 96, 16, 16, 100, 40, 1),
+        (4, 32, 64, 0, 20, 17, 1),
+        (8, 128, 16, 16, 3, 1, 0),
+        (4, 80, 16, 16, 77, 1, 0),
+        (4, 64, 600, 0, 500, 1, 0),
+    )
+)
+
+CACHED_OP = Op(
+    name="cached_attention",
+    check=check_cached,
+    run=cached_attention,
+    reference=reference.cached_attention,
+    empty=empty,
+    inputs=cached_inputs,
+    configs=configs,
+    cost=cost,
+    test_shapes=_CACHED,
+    bench_shapes=tuple(
+        {"B": B, "Hq": 32, "Hkv": 8, "D": 128, "C": C, "window": window, "past": C - 1, "T": T, "fresh": int(T > 1)}
+        for C, window in ((4096, 4096), (32768, 0))
+        for B, T in ((1, 1), (32, 1), (1, 1024))
+    ),
+)

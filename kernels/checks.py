@@ -1,0 +1,82 @@
+"""Bind shape letters to sizes, or raise a ValueError that names the operation, the argument, what it got and needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTS = (torch.int32, torch.int64)
+
+
+def fail(op: str, argument: str, got: Any, needs: str) -> ValueError:
+    return ValueError(f"{op}: argument '{argument}' is {got}, needs {needs}")
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+class Binder:
+    """Checks the arguments of one call, in order: the first tensor fixes the device, the first use of a letter its size."""
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self.sizes: dict[str, int] = {}
+        self.device: torch.device | None = None
+
+    def tensor(self, name: str, value: Any, letters: str, dtypes: Sequence[torch.dtype]) -> None:
+        """`letters` like "B T Hq D" or "... H"; a number is a fixed size; `dtypes` are the allowed ones."""
+        if not isinstance(value, Tensor):
+            raise fail(self.op, name, f"a {type(value).__name__}", f"a tensor [{letters}]")
+        if value.dtype not in dtypes:
+            raise fail(self.op, name, _names([value.dtype]), _names(dtypes))
+        self.device = self.device or value.device
+        if value.device != self.device:
+            raise fail(self.op, name, f"on {value.device}", f"to be on {self.device}, as the first argument is")
+        self._shape(name, value, letters)
+
+    def _shape(self, name: str, value: Tensor, letters: str) -> None:
+        wanted = letters.split()
+        shape = list(value.shape)
+        if wanted[0] == "...":
+            wanted, shape = wanted[1:], shape[-len(wanted) + 1 :]
+        good = len(shape) == len(wanted)
+        for letter, size in zip(wanted, shape, strict=False):
+            need = int(letter) if letter.isdigit() else self.sizes.setdefault(letter, size)
+            good = good and need == size
+        if not good:
+            known = ", ".join(f"{key} = {self.sizes[key]}" for key in wanted if key in self.sizes)
+            raise fail(self.op, name, f"of shape {list(value.shape)}", f"[{letters}] with {known}")
+
+    def positive(self, *letters: str) -> None:
+        for letter in letters:
+            if self.sizes[letter] < 1:
+                raise ValueError(f"{self.op}: size {letter} is {self.sizes[letter]}, needs at least 1")
+
+
+def number(op: str, name: str, value: Any, *, above: float = -math.inf) -> float:
+    """A finite number greater than `above`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= above:
+        raise fail(op, name, repr(value), "a finite number" + ("" if above == -math.inf else f" above {above:g}"))
+    return float(value)
+
+
+def integer(op: str, name: str, value: Any, low: int, high: int) -> int:
+    """An integer in low..high."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise fail(op, name, repr(value), f"an integer in {low}..{high}")
+    return value
+
+
+def in_range(op: str, name: str, value: Tensor, low: int, high: int) -> None:
+    """Every element in low..high. Read on the CPU only: elsewhere a look would stall the stream, and kernels mask."""
+    if value.device.type != "cpu" or value.numel() == 0 or type(value) is not Tensor:
+        return
+    least, most = (int(v) for v in torch.aminmax(value))
+    if least < low or most > high:
+        raise fail(op, name, f"from {least} to {most}", f"values in {low}..{high}")

@@ -1,0 +1,107 @@
+"""sort_by_expert: a stable counting sort on the device, without atomics and without a look from the host.
+
+N = T * K slots (slot t*K + k is token t's k-th choice), E experts
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+from .checks import INTS, Binder, in_range, integer
+from .launch import launch, target_arch
+from .op import Cost, LaunchConfig, Op, Sizes, power_of_2
+
+
+@triton.jit
+def sort_by_expert_kernel(
+    ids_ptr,  # [N]
+    order_ptr,  # [N] out, int32
+    offsets_ptr,  # [E + 1] out, int32
+    N,
+    BLOCK_N: tl.constexpr,
+):
+    # One program an expert: it counts the slots that go before its own, then places its own in order.
+    expert = tl.program_id(0)
+    offs = tl.arange(0, BLOCK_N)
+    before = tl.zeros((BLOCK_N,), tl.int32)
+    for start in range(0, N, BLOCK_N):
+        ids = tl.load(ids_ptr + start + offs, mask=start + offs < N, other=-1)
+        before += ((ids >= 0) & (ids < expert)).to(tl.int32)
+    base = tl.sum(before, axis=0)
+    if expert == 0:
+        tl.store(offsets_ptr, base)
+    for start in range(0, N, BLOCK_N):
+        ids = tl.load(ids_ptr + start + offs, mask=start + offs < N, other=-1)
+        mine = (ids == expert).to(tl.int32)
+        place = base + tl.cumsum(mine, axis=0) - 1
+        tl.store(order_ptr + place, start + offs, mask=mine != 0)
+        base += tl.sum(mine, axis=0)
+    tl.store(offsets_ptr + expert + 1, base)
+
+
+def check(ids: Tensor, num_experts: int) -> Sizes:
+    binder = Binder("sort_by_expert")
+    binder.tensor("ids", ids, "T K", INTS)
+    E = integer("sort_by_expert", "num_experts", num_experts, 1, 1 << 16)
+    in_range("sort_by_expert", "ids", ids, 0, E - 1)
+    return {**binder.sizes, "E": E}
+
+
+def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    block = power_of_2(sizes["T"] * sizes["K"], low=16, high=4096)
+    return {"sort_by_expert_kernel": LaunchConfig({"BLOCK_N": block}, num_warps=power_of_2(block // 256, high=8))}
+
+
+def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Triton way of `reference.sort_by_expert`. An id out of range (seen by the check on a CPU only) is left out."""
+    order, offsets = empty(ids, num_experts)
+    sizes = {"T": ids.shape[0], "K": ids.shape[1], "E": num_experts}
+    config = configs(sizes, ids.dtype, target_arch(ids.device))["sort_by_expert_kernel"]
+    args = {"ids_ptr": ids.contiguous(), "order_ptr": order, "offsets_ptr": offsets, "N": ids.numel()}
+    launch(sort_by_expert_kernel, (num_experts,), args, config)
+    return order, offsets
+
+
+def empty(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    order = torch.empty(ids.numel(), dtype=torch.int32, device=ids.device)
+    return order, torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)
+
+
+def sample_ids(sizes: Sizes, device: Any, generator: Any = None) -> Tensor:
+    """Distinct experts a token, int32 [T,K]."""
+    if torch.device(device).type == "meta":
+        return torch.empty((sizes["T"], sizes["K"]), dtype=torch.int32, device=device)
+    scores = torch.rand((sizes["T"], sizes["E"]), generator=generator)
+    return scores.argsort(dim=-1)[:, : sizes["K"]].to(device=device, dtype=torch.int32)
+
+
+def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+    return {"ids": sample_ids(sizes, device, generator).to(dtype), "num_experts": sizes["E"]}
+
+
+def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+    slots = sizes["T"] * sizes["K"]
+    return Cost(flops=0, bytes=slots * (dtype.itemsize + 4) + 4 * (sizes["E"] + 1))
+
+
+OP = Op(
+    name="sort_by_expert",
+    check=check,
+    run=sort_by_expert,
+    reference=reference.sort_by_expert,
+    empty=empty,
+    inputs=inputs,
+    configs=configs,
+    cost=cost,
+    test_shapes=tuple(
+        {"T": T, "E": E, "K": K} for T, E, K in ((1, 8, 2), (77, 8, 2), (40, 4, 1), (3000, 8, 2), (9, 64, 6), (5, 1, 1))
+    ),
+    bench_shapes=tuple({"T": T, "E": 8, "K": 2} for T in (128, 1024, 8192)),
+    dtypes=INTS,
+)

@@ -1,0 +1,62 @@
+"""bfloat16 as the hardware does it, for Triton's interpreter.
+
+The interpreter keeps bfloat16 as raw 16-bit integers: `tl.dot` multiplies those integers, and a cast from float32 cuts
+the low bits off instead of rounding to nearest even. Both are put right here, for our launches only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+
+
+def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
+    """uint16 bit patterns of bfloat16 -> float32 (exact)."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def f32_to_bf16(values: np.ndarray) -> np.ndarray:
+    """float32 -> uint16 bit patterns of bfloat16, rounded to nearest, ties to even; a NaN stays a NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16).reshape(np.shape(values))
+
+
+def _values(handle: Any) -> np.ndarray:
+    """A handle's numbers as numpy can compute with them."""
+    return bf16_to_f32(handle.data) if handle.dtype.scalar == tl.bfloat16 else handle.data
+
+
+def _cast(builder: Any, src: Any, dst_type: Any) -> Any:
+    source, target = src.dtype.scalar, dst_type.scalar
+    if tl.bfloat16 not in (source, target) or source == target:
+        return type(builder).cast_impl(builder, src, dst_type)
+    values = _values(src)
+    if target == tl.bfloat16:
+        return type(src)(f32_to_bf16(values.astype(np.float32)), target)
+    return type(builder).cast_impl(builder, type(src)(values, tl.float32), dst_type)
+
+
+def _dot(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    if a.dtype.scalar.primitive_bitwidth == 8:
+        return type(builder).create_dot(builder, a, b, d, input_precision, max_num_imprecise_acc)
+    accumulate = d.data.dtype
+    product = np.matmul(_values(a).astype(accumulate), _values(b).astype(accumulate))
+    return type(d)(product + d.data, d.dtype.scalar)
+
+
+@contextmanager
+def exact_bf16() -> Iterator[Any]:
+    """Within the block, the interpreter's bfloat16 casts and dots are right. Yields the interpreter's builder."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    builder.cast_impl, builder.create_dot = partial(_cast, builder), partial(_dot, builder)
+    try:
+        yield builder
+    finally:
+        del builder.cast_impl, builder.create_dot

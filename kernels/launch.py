@@ -1,0 +1,104 @@
+"""The one door to a Triton launch, and the record of what went through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .interpret import exact_bf16
+from .op import Launch, LaunchConfig
+
+# `triton.jit` reads the switch when it decorates, so one process either interprets or compiles.
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+DEFAULT_ARCH = "sm_90"
+
+_arch: ContextVar[str | None] = ContextVar("arch", default=None)
+_records: ContextVar[list[Launch] | None] = ContextVar("records", default=None)
+
+# torch operations that give memory or a name for it, and compute nothing.
+_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
+
+
+def target_arch(device: torch.device | None = None) -> str:
+    """The architecture whose launch choices apply: the one asked for, else the device's, else sm_90."""
+    chosen = _arch.get()
+    if chosen is not None:
+        return chosen
+    if device is None or device.type != "cuda":
+        return DEFAULT_ARCH
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: LaunchConfig, **constexprs: Any) -> None:
+    """Run `kernel` over `grid`, or only record it where its tensors are on the meta device.
+
+    `args` are the run-time arguments by name; `config.constexprs` and `constexprs` the compile-time ones.
+    """
+    if 0 in grid:
+        return
+    constants = {**config.constexprs, **constexprs}
+    records = _records.get()
+    if records is not None:
+        records.append(
+            Launch(kernel.__name__, grid, config.num_warps, config.num_stages, constants, fn=kernel, args=dict(args))
+        )
+    if any(isinstance(arg, torch.Tensor) and arg.is_meta for arg in args.values()):
+        return
+    options = {} if INTERPRETED else {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if INTERPRETED:
+        with exact_bf16():
+            kernel[grid](**args, **constants)
+    else:
+        kernel[grid](**args, **constants, **options)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes each torch operation that computes; our own operators run their launchers, so that their kernels show."""
+
+    def __init__(self, records: list[Launch]) -> None:
+        super().__init__()
+        self.records = records
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "mixtral_triton":
+            from .registry import OPS
+
+            with self:
+                return OPS[func._opname].run(*args, **(kwargs or {}))
+        if func._opname not in _FREE and not func.is_view:
+            self.records.append(Launch(f"aten::{func._opname}" if func.namespace == "aten" else str(func)))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def using_arch(arch: str) -> Iterator[None]:
+    """Within the block, launch choices are those of `arch` ("sm_80", "sm_90", "gfx942", ...)."""
+    token = _arch.set(arch)
+    try:
+        yield
+    finally:
+        _arch.reset(token)
+
+
+@contextmanager
+def record_launches(arch: str = DEFAULT_ARCH) -> Iterator[list[Launch]]:
+    """Within the block, note every device kernel in order; meta tensors in, meta tensors out, nothing runs.
+
+    A Triton launch is one entry, and so is each torch operation that is not a view (`aten::mm`, its grid None).
+    """
+    records: list[Launch] = []
+    token = _records.set(records)
+    try:
+        with using_arch(arch), _Recorder(records):
+            yield records
+    finally:
+        _records.reset(token)

@@ -1,0 +1,170 @@
+"""Each operation in plain torch, short enough to check by eye against the papers. Read this file first.
+
+B batch, T query tokens (or rows), S key positions, H hidden, I intermediate, E experts, K experts per token,
+Hq query heads, Hkv key/value heads, D head size, P rows of the rotary tables, C slots of the ring cache
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """Root mean square norm (Zhang & Sennrich 2019, eq. 4), after adding `residual` where one is given.
+
+    x [..., H], weight [H] -> y, or (y, x + residual). Computed in fp32, cast to x's dtype, then times weight.
+    """
+    total = x if residual is None else x + residual
+    values = total.float()
+    normed = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
+    y = weight * normed.to(x.dtype)
+    return y if residual is None else (y, total)
+
+
+def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Mixtral's gate, Softmax(TopK(logits)) (Jiang et al. 2024, section 2.1): weights fp32 [T,K], ids int32 [T,K].
+
+    The softmax over the chosen is the softmax over all, renormalized. Larger first, ties to the lower index.
+    """
+    values = logits.float() + 0.0  # -0.0 + 0.0 is 0.0: the two zeros tie
+    values = values.masked_fill(values.isnan(), -math.inf)
+    values, ids = (part[:, :top_k] for part in values.sort(dim=-1, descending=True, stable=True))
+    largest = values[:, :1]
+    # An infinite maximum has no softmax: those that share it share the weight.
+    shares = torch.where(largest.isinf(), (values == largest).float(), torch.exp(values - largest))
+    return shares / shares.sum(-1, keepdim=True), ids.int()
+
+
+def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Stable counting sort. ids [T,K] -> order int32 [T*K] (flat slots t*K + k, expert by expert), offsets int32 [E+1].
+
+    Expert e's slots are order[offsets[e] : offsets[e + 1]].
+    """
+    flat = ids.flatten().long()
+    counts = torch.bincount(flat, minlength=num_experts)
+    return flat.argsort(stable=True).int(), F.pad(counts.cumsum(0), (1, 0)).int()
+
+
+def expert_swiglu(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Sum over a token's experts of weight * down(silu(gate(x)) * up(x)) (Shazeer 2020; Mixtral, section 2.1).
+
+    x [T,H], gate_up_proj [E,2I,H] (gate rows, then up rows), down_proj [E,H,I], ids [T,K], weights fp32 [T,K] -> [T,H].
+    """
+    out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    for expert in ids.unique().tolist():
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        gate, up = F.linear(x[token], gate_up_proj[expert]).chunk(2, dim=-1)
+        y = F.linear(F.silu(gate) * up, down_proj[expert])
+        out.index_add_(0, token, y * weights[token, slot, None].to(out.dtype))
+    return out.to(x.dtype)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary embedding (Su et al. 2021, eq. 34), halves rotated against each other; in fp32, rounded once.
+
+    q [B,T,Hq,D], k [B,T,Hkv,D], cos and sin fp32 [P,D/2], positions [B,T] -> q, k.
+    """
+    c, s = cos[positions.long()].unsqueeze(2), sin[positions.long()].unsqueeze(2)
+
+    def rotate(x: Tensor) -> Tensor:
+        a, b = x.to(c.dtype).chunk(2, dim=-1)
+        return torch.cat((a * c - b * s, b * c + a * s), dim=-1).to(x.dtype)
+
+    return rotate(q), rotate(k)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Sliding-window attention (Mistral, section 2; Longformer, section 3.1 for causal=False) with grouped queries.
+
+    q [B,T,Hq,D], k and v [B,S,Hkv,D] -> [B,T,Hq,D]. Query t stands at lengths - T + t; keys are valid in
+    [starts, lengths). Key j is seen by query i iff i - window < j <= i, without `causal` iff |i - j| <= window // 2.
+    """
+    S, T = k.shape[1], q.shape[1]
+    starts = torch.zeros(len(q), dtype=torch.long, device=q.device) if starts is None else starts
+    lengths = torch.full_like(starts, S) if lengths is None else lengths
+    i = (lengths[:, None] - T + torch.arange(T, device=q.device))[:, :, None]
+    j = torch.arange(S, device=q.device)
+    valid = (j >= starts[:, None]) & (j < lengths[:, None])
+    return _attend(q, k, v, _visible(i, j, window, causal) & valid[:, None], valid, scale)
+
+
+def _visible(i: Tensor, j: Tensor, window: int | None, causal: bool) -> Tensor:
+    """Which key position j the query at position i sees, the tensors broadcast."""
+    limited = window is not None and window > 0
+    if causal:
+        return (j <= i) & (j > i - window) if limited else (j <= i)
+    return (i - j).abs() <= window // 2 if limited else torch.ones_like(i == j)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, valid: Tensor, scale: float | None) -> Tensor:
+    """Softmax attention under the mask `visible` [B,T,S]; keys outside `valid` [B,S] may be NaN. No visible key: zeros."""
+    B, T, Hq, D = q.shape
+    Hkv = k.shape[2]
+    q = q.transpose(1, 2).reshape(B, Hkv, Hq // Hkv * T, D)
+    scores = (q @ k.permute(0, 2, 3, 1)).view(B, Hkv, Hq // Hkv, T, -1)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * (D**-0.5 if scale is None else scale)
+    scores = scores.masked_fill(~visible[:, None, None], -math.inf)
+    p = torch.softmax(scores, -1).masked_fill(~visible[:, None, None], 0.0).to(v.dtype)
+    out = p.view(B, Hkv, -1, p.shape[-1]) @ v.masked_fill(~valid[:, :, None, None], 0.0).transpose(1, 2)
+    return out.view(B, Hq, T, D).transpose(1, 2).contiguous()
+
+
+def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor) -> None:
+    """Write the first new[b] tokens of k and v [B,T,Hkv,D] into the ring caches [B,Hkv,C,D], slot = position mod C."""
+    T, C = k.shape[1], k_cache.shape[2]
+    t = torch.arange(T, device=k.device)
+    b, t = ((t < new[:, None]) & (t >= new[:, None] - C)).nonzero(as_tuple=True)  # later tokens overwrite these
+    slot = (past[b] + t) % C
+    k_cache[b, :, slot], v_cache[b, :, slot] = k[b, t], v[b, t]
+
+
+def rope_append(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor
+) -> Tensor:
+    """Rotate q and k at positions past[b] + t, append k and v to the caches -> q."""
+    positions = (past[:, None] + torch.arange(q.shape[1], device=q.device)).clamp(max=len(cos) - 1)
+    q, k = rope(q, k, cos, sin, positions)
+    append(k, v, k_cache, v_cache, past, new)
+    return q
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    past: Tensor,
+    new: Tensor,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of queries at past[b] + t over the ring caches [B,Hkv,C,D] and the fresh k, v [B,T,Hkv,D].
+
+    With k and v the caches hold what was before this chunk, up to `past`; without, the chunk is already in them.
+    """
+    T, C = q.shape[1], k_cache.shape[2]
+    t, slot = torch.arange(T, device=q.device), torch.arange(C, device=q.device)
+    held = past if k is not None else past + new
+    # The newest position below `held` that this slot can hold; negative where nothing was written yet.
+    j = held[:, None] - 1 - (held[:, None] - 1 - slot) % C
+    valid, keys, values = j >= 0, k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    if k is not None and v is not None:
+        j = torch.cat((j, past[:, None] + t), 1)
+        valid = torch.cat((valid, t < new[:, None]), 1)
+        keys, values = torch.cat((keys, k), 1), torch.cat((values, v), 1)
+    i = (past[:, None] + t)[:, :, None]
+    return _attend(q, keys, values, _visible(i, j[:, None], window, True) & valid[:, None], valid, None)

@@ -1,0 +1,21 @@
+"""The one list of operations. Tests, compile, benchmarks and verify iterate over it."""
+
+from __future__ import annotations
+
+from . import attention, dispatch, experts, norm, rope, router
+from .op import Op
+
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        norm.OP,
+        router.OP,
+        dispatch.OP,
+        experts.OP,
+        rope.OP,
+        rope.APPEND_OP,
+        rope.ROPE_APPEND_OP,
+        attention.OP,
+        attention.CACHED_OP,
+    )
+}

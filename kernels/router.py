@@ -1,0 +1,129 @@
+"""route: softmax over the experts, top-k, renormalize, in one pass over the logits.
+
+T tokens, E experts, K experts a token
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+from .checks import FLOATS, Binder, integer
+from .launch import launch, target_arch
+from .op import Cost, LaunchConfig, Op, Sizes, power_of_2, sample
+
+
+@triton.jit
+def route_kernel(
+    logits_ptr,  # [T, E]
+    weights_ptr,  # [T, K] out, fp32
+    ids_ptr,  # [T, K] out, int32
+    T,
+    E,
+    stride_lt,
+    stride_le,
+    TOP_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    offs_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    offs_e = tl.arange(0, BLOCK_E)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_t = offs_t < T
+    logits = tl.load(
+        logits_ptr + offs_t[:, None] * stride_lt + offs_e[None, :] * stride_le,
+        mask=mask_t[:, None] & (offs_e < E)[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    logits = tl.where(logits == logits, logits, float("-inf"))
+    # Taken experts, and the padding, are told apart by a flag: their logits may equal a free one's -inf.
+    taken = tl.broadcast_to((offs_e >= E)[None, :], (BLOCK_T, BLOCK_E))
+    largest = tl.zeros((BLOCK_T,), tl.float32)
+    shares = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    ids = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
+    for k in tl.static_range(TOP_K):
+        value = tl.max(tl.where(taken, float("-inf"), logits), axis=1)
+        first = tl.min(tl.where((logits == value[:, None]) & (taken == 0), offs_e[None, :], BLOCK_E), axis=1)
+        taken = taken | (offs_e[None, :] == first[:, None])
+        if k == 0:
+            largest = value
+        undefined = (largest == float("inf")) | (largest == float("-inf"))
+        # An infinite maximum has no softmax: those that share it share the weight.
+        share = tl.where(undefined, (value == largest).to(tl.float32), tl.exp(value - largest))
+        shares = tl.where(offs_k[None, :] == k, share[:, None], shares)
+        ids = tl.where(offs_k[None, :] == k, first[:, None], ids)
+    out = offs_t[:, None] * TOP_K + offs_k[None, :]
+    mask = mask_t[:, None] & (offs_k < TOP_K)[None, :]
+    tl.store(weights_ptr + out, shares / tl.sum(shares, axis=1)[:, None], mask=mask)
+    tl.store(ids_ptr + out, ids, mask=mask)
+
+
+def check(logits: Tensor, top_k: int) -> Sizes:
+    binder = Binder("route")
+    binder.tensor("logits", logits, "T E", FLOATS)
+    binder.positive("E")
+    return {**binder.sizes, "K": integer("route", "top_k", top_k, 1, binder.sizes["E"])}
+
+
+def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    block_e, block_k = power_of_2(sizes["E"]), power_of_2(sizes["K"])
+    block_t = power_of_2(min(sizes["T"], 1024 // block_e), high=128)
+    tiles = {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_K": block_k}
+    return {"route_kernel": LaunchConfig(tiles, num_warps=4 if block_t * block_e >= 512 else 1)}
+
+
+def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Triton way of `reference.route`."""
+    weights, ids = empty(logits, top_k)
+    T, E = logits.shape
+    config = configs({"T": T, "E": E, "K": top_k}, logits.dtype, target_arch(logits.device))["route_kernel"]
+    args = {
+        "logits_ptr": logits,
+        "weights_ptr": weights,
+        "ids_ptr": ids,
+        "T": T,
+        "E": E,
+        "stride_lt": logits.stride(0),
+        "stride_le": logits.stride(1),
+    }
+    launch(route_kernel, (triton.cdiv(T, config.constexprs["BLOCK_T"]),), args, config, TOP_K=top_k)
+    return weights, ids
+
+
+def empty(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], top_k)
+    weights = torch.empty(shape, dtype=torch.float32, device=logits.device)
+    return weights, torch.empty(shape, dtype=torch.int32, device=logits.device)
+
+
+def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+    logits = sample(sizes["T"], sizes["E"], dtype=dtype, device=device, generator=generator, scale=2.0)
+    return {"logits": logits, "top_k": sizes["K"]}
+
+
+def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+    T, E, K = sizes["T"], sizes["E"], sizes["K"]
+    return Cost(flops=(K + 4) * T * E, bytes=T * (E * dtype.itemsize + K * 8))
+
+
+OP = Op(
+    name="route",
+    check=check,
+    run=route,
+    reference=reference.route,
+    empty=empty,
+    inputs=inputs,
+    configs=configs,
+    cost=cost,
+    test_shapes=tuple(
+        {"T": T, "E": E, "K": K}
+        for T, E, K in ((1, 8, 2), (67, 8, 2), (5, 4, 1), (9, 6, 6), (130, 16, 3), (3, 1, 1), (4, 160, 6))
+    ),
+    bench_shapes=tuple({"T": T, "E": 8, "K": 2} for T in (1, 64, 4096)),
+)

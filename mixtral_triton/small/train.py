@@ -1,0 +1,170 @@
+"""Train the small Mixtral checkpoint of this folder on the Python documentation that every Python carries."""
+
+import argparse
+import ast
+import copy
+import json
+import math
+import platform
+import random
+import re
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import tokenizers
+import torch
+import torch.nn.functional as F  # noqa: N812
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+VOCAB_SIZE, HELD_OUT_SHARE = 2048, 0.04
+BATCH_SIZE, SEQUENCE_LENGTH = 8, 256  # four times the sliding window, so that the window is in force while training
+PEAK_LR, WARMUP_STEPS, EVAL_EVERY = 2e-3, 100, 200
+# Folders of the standard library that hold no documentation of it: tests, examples, boilerplate, installed packages.
+SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "encodings", "turtledemo", "ensurepip"}
+
+
+def clean(text: str) -> str:
+    """Drop the underlines of headings and the trailing and excess blank space."""
+    text = re.sub(r"(?m)^ *([=*~^#\"_+-])\1{3,} *\n|[ \t]+$", "", text.expandtabs())
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def docstrings(node: ast.AST, name: str) -> Iterator[str]:
+    """The docstrings below `node` in the order of the source, each after its qualified name, as in `help()`."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        docstring = ast.get_docstring(node)
+        # One-liners are left out: they are mostly names over again, not sentences.
+        if docstring and len(docstring) >= 60:
+            signature = f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
+            yield f"{name}{signature}\n\n{docstring}"
+        for child in node.body:
+            yield from docstrings(child, f"{name}.{getattr(child, 'name', '')}")
+
+
+def documents() -> Iterator[list[str]]:
+    """Two lists of documents: the topics of `help()`, and the docstrings of the standard library, one per module."""
+    yield [clean(text) for _, text in sorted(topics.items())]
+    root, modules = Path(sysconfig.get_path("stdlib")), []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root).with_suffix("")
+        if SKIPPED_FOLDERS.isdisjoint(relative.parts):
+            name = ".".join(part for part in relative.parts if part != "__init__")
+            modules.append(clean("\n\n".join(docstrings(ast.parse(path.read_bytes()), name))))
+    yield [module for module in modules if module]
+
+
+def split(seed: int) -> tuple[list[str], list[str]]:
+    """Hold out whole documents of each kind; a paragraph that also stands in one of them is cut from the others."""
+    train, held_out = [], []
+    for kind in documents():
+        random.Random(seed).shuffle(kind)
+        room = HELD_OUT_SHARE * sum(map(len, kind))
+        for document in kind:
+            fits = len(document) <= room
+            (held_out if fits else train).append(document)
+            room -= fits * len(document)
+    # The topics quote each other at length, so without this cut the held-out loss would measure memory.
+    seen = {" ".join(paragraph.split()) for document in held_out for paragraph in document.split("\n\n")}
+    train = ["\n\n".join(p for p in document.split("\n\n") if " ".join(p.split()) not in seen) for document in train]
+    return [document for document in train if document], held_out
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """A byte-level BPE, so that no text is out of the vocabulary."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=["<s>", "</s>"], show_progress=False)
+    trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainer)
+    # As with the published Mixtral tokenizers, encode() puts <s> first unless add_special_tokens=False.
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 0)])
+    return tokenizer
+
+
+@torch.no_grad()
+def evaluate(model: MixtralForCausalLM, stream: torch.Tensor) -> tuple[float, list[list[float]]]:
+    """Mean loss per token over the whole windows of `stream`, and for each layer each expert's share of the routes."""
+    windows, loss, routes = stream.unfold(0, SEQUENCE_LENGTH + 1, SEQUENCE_LENGTH), 0.0, 0
+    for batch in windows.split(BATCH_SIZE):
+        output = model(batch[:, :-1], output_router_logits=True, use_cache=False)
+        loss += F.cross_entropy(output.logits.float().mT, batch[:, 1:], reduction="sum").item()
+        chosen = torch.stack(output.router_logits).topk(model.config.num_experts_per_tok).indices
+        routes += F.one_hot(chosen, model.config.num_local_experts).sum((1, 2))
+    shares = (routes / routes.sum(-1, keepdim=True)).tolist()
+    return loss / windows[:, 1:].numel(), [[round(share, 4) for share in layer] for layer in shares]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end the learning-rate schedule by this time")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # the order of the sums, and so the result, then does not hang on the number of cores
+    torch.manual_seed(args.seed)
+    texts = split(args.seed)
+    tokenizer = train_tokenizer(texts[0])
+    bos, eos = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
+    train, held_out = (torch.tensor([i for e in tokenizer.encode_batch(t) for i in (*e.ids, eos)]) for t in texts)
+    config = MixtralConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, num_local_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.02,
+        sliding_window=64, max_position_embeddings=1024, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=bos, eos_token_id=eos,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    groups = [{"params": [p], "weight_decay": 0.1 * (p.ndim > 1)} for p in model.parameters()]  # matrices decay only
+    optimizer, spans = torch.optim.AdamW(groups, betas=(0.9, 0.95)), train.unfold(0, SEQUENCE_LENGTH + 1, 1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(args.out / "tokenizer.json"))
+    start, step, progress, best, recent = time.monotonic(), 0, 0.0, math.inf, []
+    while progress < 1:
+        step += 1
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK_LR * min(1, step / WARMUP_STEPS) * (1 + math.cos(math.pi * progress)) / 2
+        windows = spans[torch.randint(len(spans), (BATCH_SIZE,))]
+        output = model(windows[:, :-1], output_router_logits=True, use_cache=False)
+        loss = F.cross_entropy(output.logits.mT, windows[:, 1:])
+        # Layer by layer: transformers' own aux_loss pools the layers, which lets one layer starve an expert.
+        balance = sum(load_balancing_loss_func((logits,), 8, 2) for logits in output.router_logits)
+        (loss + config.router_aux_loss_coef * balance).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        recent.append(loss.item())
+        minutes = (time.monotonic() - start) / 60
+        progress = max(step / args.steps, minutes / args.minutes)
+        if step % EVAL_EVERY and progress < 1:
+            continue
+        rounded = copy.deepcopy(model).to(torch.bfloat16).eval()  # what is saved is what is measured
+        held_out_loss, shares = evaluate(rounded, held_out)
+        train_loss, recent = sum(recent) / len(recent), []
+        losses = f"train loss {train_loss:.3f}, held out {held_out_loss:.3f}"
+        print(f"{progress:4.0%} {minutes:5.1f} min {losses}, smallest share {min(map(min, shares)):.3f}", flush=True)
+        if held_out_loss < best:
+            best = held_out_loss
+            rounded.save_pretrained(args.out)
+            (args.out / "generation_config.json").unlink()  # it says no more than config.json
+            record = {
+                "seed": args.seed, "schedule_steps": args.steps, "steps": step, "minutes": round(minutes, 1),
+                "tokens_seen": step * windows[:, 1:].numel(), "train_tokens": len(train), "train_loss": train_loss,
+                "held_out_tokens": len(held_out), "held_out_loss": held_out_loss, "expert_shares": shares,
+                "python": platform.python_version(), "torch": torch.__version__,
+                "transformers": transformers.__version__, "tokenizers": tokenizers.__version__,
+            }  # fmt: skip
+            (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    reloaded = MixtralForCausalLM.from_pretrained(args.out, dtype=torch.bfloat16).eval()
+    if not math.isclose(evaluate(reloaded, held_out)[0], best, rel_tol=1e-3):
+        raise SystemExit("the saved file does not give the held-out loss of the trained model")
+
+
+if __name__ == "__main__":
+    main()

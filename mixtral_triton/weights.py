@@ -1,0 +1,330 @@
+"""A checkpoint's weights: which tensors there have to be, where each goes, and reading them into place.
+
+The parameters of the model (`parameter_shapes`) and the tensors of the two layouts on disk (`table`) are each listed
+once, here. Headers are checked in full before a byte of data is read; data go from the mapped file straight into the
+parameters in chunks, so that there is never a second copy. Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .config import MixtralConfig, checkpoint_folder, parse_json_object
+
+Layout = Literal["per_expert", "fused"]
+Shape = tuple[int, ...]
+Folder = str | os.PathLike[str]
+Progress = Callable[[int], object] | None
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLED = ("pytorch_model*.bin*", "*.pt", "*.pth")
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+LARGEST_HEADER = 100_000_000  # the safetensors library's own limit
+CHUNK_BYTES = 16 * 2**20
+NAMED = 4  # tensors that an error lists before it only counts
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a stored tensor goes: `parameters[parameter][index]`, which has `shape`."""
+
+    parameter: str
+    index: tuple[int | slice, ...]
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor on disk: its file, safetensors' name of its dtype, its shape, where its bytes start in the data part."""
+
+    file: Path
+    dtype: str
+    shape: Shape
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Headers:
+    """All tensors of a checkpoint folder over its shards, by name; read, checked, no data touched."""
+
+    folder: Path
+    tensors: Mapping[str, Stored]
+
+
+def parameter_shapes(config: MixtralConfig) -> dict[str, Shape]:
+    """Name and shape of every parameter of the model. `lm_head` is absent where the embedding is the head."""
+    hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+    rows = _qkv_rows(config)
+    shapes: dict[str, Shape] = {"embed_tokens": (config.vocab_size, hidden)}
+    for layer in range(config.num_hidden_layers):
+        shapes |= {
+            f"layers.{layer}.input_layernorm": (hidden,),
+            f"layers.{layer}.qkv_proj": (rows["v"].stop, hidden),
+            f"layers.{layer}.o_proj": (hidden, rows["q"].stop),
+            f"layers.{layer}.post_attention_layernorm": (hidden,),
+            f"layers.{layer}.gate": (experts, hidden),
+            f"layers.{layer}.gate_up_proj": (experts, 2 * inner, hidden),
+            f"layers.{layer}.down_proj": (experts, hidden, inner),
+        }
+    shapes["norm"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def table(config: MixtralConfig, layout: Layout) -> dict[str, Target]:
+    """Every tensor that a checkpoint of this layout holds, by its name on disk, and where it goes."""
+    shapes = parameter_shapes(config)
+    targets: dict[str, Target] = {}
+
+    def put(name: str, parameter: str, *index: int | slice) -> None:
+        kept = tuple(at.stop - at.start for at in index if isinstance(at, slice))
+        targets[name] = Target(parameter, index, kept + shapes[parameter][len(index) :])
+
+    for name, parameter in ((EMBEDDING, "embed_tokens"), ("model.norm.weight", "norm"), (HEAD, "lm_head")):
+        if parameter in shapes:
+            put(name, parameter)
+    for layer in range(config.num_hidden_layers):
+        disk, here = f"model.layers.{layer}", f"layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            put(f"{disk}.{norm}.weight", f"{here}.{norm}")
+        for projection, rows in _qkv_rows(config).items():
+            put(f"{disk}.self_attn.{projection}_proj.weight", f"{here}.qkv_proj", rows)
+        put(f"{disk}.self_attn.o_proj.weight", f"{here}.o_proj")
+        moe = f"{disk}.mlp" if layout == "fused" else f"{disk}.block_sparse_moe"
+        put(f"{moe}.gate.weight", f"{here}.gate")
+        if layout == "fused":
+            put(f"{moe}.experts.gate_up_proj", f"{here}.gate_up_proj")
+            put(f"{moe}.experts.down_proj", f"{here}.down_proj")
+            continue
+        inner = config.intermediate_size
+        for expert in range(config.num_local_experts):
+            put(f"{moe}.experts.{expert}.w1.weight", f"{here}.gate_up_proj", expert, slice(0, inner))
+            put(f"{moe}.experts.{expert}.w3.weight", f"{here}.gate_up_proj", expert, slice(inner, 2 * inner))
+            put(f"{moe}.experts.{expert}.w2.weight", f"{here}.down_proj", expert)
+    return targets
+
+
+def _qkv_rows(config: MixtralConfig) -> dict[str, slice]:
+    """Rows of `qkv_proj` that hold each of the three projections."""
+    query, value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return {"q": slice(0, query), "k": slice(query, query + value), "v": slice(query + value, query + 2 * value)}
+
+
+def read_headers(folder: Folder) -> Headers:
+    """Headers of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+
+    Raises FileNotFoundError for what is not there, ValueError for pickled weights, an index that disagrees with its
+    shards or points out of the folder, a truncated or padded file, a dtype that is not F32, BF16 or F16, mixed dtypes.
+    """
+    path = checkpoint_folder(folder)
+    if os.path.lexists(path / SINGLE_FILE):  # where both are there, transformers takes this one as well
+        tensors = _read_header(path / SINGLE_FILE)
+    elif os.path.lexists(path / INDEX_FILE):
+        tensors = _read_shards(path / INDEX_FILE)
+    elif pickled := sorted(file.name for pattern in PICKLED for file in path.glob(pattern)):
+        raise ValueError(f"{path}: {_some(pickled)}: pickle can run any code and is never read; safetensors is needed")
+    else:
+        raise FileNotFoundError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    if not tensors:
+        raise ValueError(f"{path}: the checkpoint holds no tensor")
+    usual = Counter(stored.dtype for stored in tensors.values()).most_common(1)[0][0]
+    odd = [f"{name} is {stored.dtype}" for name, stored in tensors.items() if stored.dtype != usual]
+    if odd:
+        raise ValueError(f"{path}: tensors of one dtype are needed; most are {usual}, but {_some(odd)}")
+    return Headers(path, tensors)
+
+
+def stored_dtype(headers: Headers) -> torch.dtype:
+    """The one dtype that all tensors of the checkpoint are stored in."""
+    return DTYPES[next(iter(headers.tensors.values())).dtype]
+
+
+def total_bytes(headers: Headers) -> int:
+    """Bytes of all stored tensors: what `progress` of `load` adds up to."""
+    return sum(stored.nbytes for stored in headers.tensors.values())
+
+
+def check(headers: Headers, config: MixtralConfig) -> dict[str, Target]:
+    """The table of the layout that the names show, after checking that names and shapes on disk are exactly its own.
+
+    Raises ValueError that names missing, unknown and misshapen tensors. Cheap for any config: run it before allocating.
+    """
+    tensors = headers.tensors
+    layout: Layout = "fused" if any(".mlp.experts." in name for name in tensors) else "per_expert"
+    least = config.num_hidden_layers * (config.num_local_experts if layout == "per_expert" else 1)
+    if least > len(tensors):  # before the table is built: a broken config could make it endless
+        raise ValueError(f"{headers.folder}: holds {len(tensors)} tensors, the config asks for {least} or more")
+    targets = table(config, layout)
+    need = {name: target.shape for name, target in targets.items()}
+    if config.tie_word_embeddings and HEAD in tensors:
+        need[HEAD] = need[EMBEDDING]  # allowed, if equal to the embedding: `load` compares
+    _compare(str(headers.folder), "the config", need, {name: stored.shape for name, stored in tensors.items()})
+    return targets
+
+
+def load(folder: Folder, config: MixtralConfig, parameters: Mapping[str, Tensor], progress: Progress = None) -> None:
+    """Fill `parameters` (names and shapes of `parameter_shapes(config)`, any float dtype and device) from `folder`.
+
+    Everything is checked against the table before the first byte is copied. Parameters on the meta device are left
+    alone: all of them there means that only headers are read. `progress` gets the number of bytes just loaded.
+    Raises ValueError or OSError only: see `read_headers` and `check`; and for NaN, an infinity, a value that the
+    parameter's dtype cannot hold, or an `lm_head.weight` that differs from the embedding it is tied to.
+    """
+    headers = read_headers(folder)
+    targets = check(headers, config)
+    ours = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    _compare("parameters", "the config", parameter_shapes(config), ours)
+    order = sorted(headers.tensors.items(), key=lambda item: (item[1].file, item[1].offset))
+    # Inside somebody's `with torch.device("meta")` safetensors would return meta tensors: hence the second context.
+    with torch.no_grad(), torch.device("cpu"):
+        for file, items in itertools.groupby(order, key=lambda item: item[1].file):
+            with _opened(file) as opened:
+                for name, stored in items:
+                    target = targets.get(name)
+                    if target and not parameters[target.parameter].is_meta:
+                        _fill(opened, name, stored, parameters[target.parameter][target.index], progress)
+        if HEAD in headers.tensors and HEAD not in targets and not parameters["embed_tokens"].is_meta:
+            _check_tied_head(headers, progress)
+
+
+def _fill(opened: Any, name: str, stored: Stored, destination: Tensor, progress: Progress) -> None:
+    for at in _chunks(stored):
+        source, copied = opened.get_slice(name)[at], destination[at]
+        copied.copy_(source)
+        # NaN and infinity never leave a sum: a finite one proves the chunk in one pass, without temporaries.
+        # A sum may overflow by itself: then each value is looked at.
+        if not torch.isfinite(copied.sum()) and not torch.isfinite(copied).all():
+            raise _not_finite(name, stored, at, source, copied)
+        if progress:
+            progress(source.nbytes)
+
+
+def _not_finite(name: str, stored: Stored, at: tuple[slice, ...], source: Tensor, copied: Tensor) -> ValueError:
+    damaged = not torch.isfinite(source).all()
+    local = torch.isfinite(source if damaged else copied).logical_not().nonzero()[0].tolist()
+    first = [piece.start + along for piece, along in zip(at, local, strict=False)] + local[len(at) :]
+    why = "weights have to be finite, this file is damaged" if damaged else f"{copied.dtype} cannot hold it"
+    return ValueError(f"{stored.file}: {name} holds {source[tuple(local)].item()} at {first}: {why}")
+
+
+def _check_tied_head(headers: Headers, progress: Progress) -> None:
+    head, embedding = headers.tensors[HEAD], headers.tensors[EMBEDDING]
+    with _opened(head.file) as head_file, _opened(embedding.file) as embedding_file:
+        for at in _chunks(head):
+            if not torch.equal(rows := head_file.get_slice(HEAD)[at], embedding_file.get_slice(EMBEDDING)[at]):
+                raise ValueError(f"{head.file}: {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true")
+            if progress:
+                progress(rows.nbytes)
+
+
+def _chunks(stored: Stored) -> Iterator[tuple[slice, ...]]:
+    """Indices that cut a tensor of the table into runs of rows of at most CHUNK_BYTES (or of one row)."""
+    *leading, rows = stored.shape[:-1] or stored.shape
+    row_bytes = stored.nbytes // (math.prod(leading) * rows)
+    step = max(1, CHUNK_BYTES // row_bytes)
+    for outer in itertools.product(*map(range, leading)):
+        for start in range(0, rows, step):
+            yield (*(slice(at, at + 1) for at in outer), slice(start, min(start + step, rows)))
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """The file, mapped: slices are views of it, so reading takes no memory. Library errors become ValueError."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            yield opened
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{file}: cannot be loaded: {error}") from error
+
+
+def _read_shards(index: Path) -> dict[str, Stored]:
+    """The tensors of all files of `weight_map` (tensor name -> plain name of a file beside the index)."""
+    weight_map = parse_json_object(index.read_bytes(), str(index)).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: weight_map is missing; an object of tensor name to file name is needed")
+    shards: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        # The name decides, not where a link leads: the hub's cache links to ../../blobs. Windows' rules are stricter.
+        if not isinstance(file, str) or PureWindowsPath(file).name != file or file == "..":
+            raise ValueError(f"{index}: {name!r} is in {file!r}; a plain file name inside the folder is needed")
+        if not file.endswith(".safetensors"):
+            raise ValueError(f"{index}: {name!r} is in {file!r}; only .safetensors is read, pickled files never are")
+        shards.setdefault(file, []).append(name)
+    tensors: dict[str, Stored] = {}
+    for file, names in shards.items():
+        shard = _read_header(index.parent / file)
+        _compare(str(index.parent / file), index.name, dict.fromkeys(names), dict.fromkeys(shard))
+        tensors |= shard
+    return tensors
+
+
+def _compare(holder: str, source: str, need: Mapping[str, Shape | None], got: Mapping[str, Shape | None]) -> None:
+    """ValueError unless `got` has the names, and for each the shape, of `need`; None stands for any shape."""
+    names = {"missing": sorted(need.keys() - got.keys()), "unknown": sorted(got.keys() - need.keys())}
+    wrong = [f"{len(some)} {what} ({_some(some)})" for what, some in names.items() if some]
+    if not wrong:
+        wrong = [f"{name} has shape {got[name]}, not {shape}" for name, shape in need.items() if shape != got[name]]
+    if wrong:
+        raise ValueError(f"{holder}: not the tensors that {source} asks for: {_some(wrong)}")
+
+
+def _some(names: list[str]) -> str:
+    text = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    return text.encode("ascii", "backslashreplace").decode()  # a broken file's names may not be printable
+
+
+def _read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, after proving that they fill it to the byte."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file, though the checkpoint needs it")
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 8 or length > min(LARGEST_HEADER, size - 8):
+            raise ValueError(f"{file}: truncated or not safetensors: has {size} bytes, its header alone {8 + length}")
+        header = opened.read(length)
+    entries = parse_json_object(header, f"{file} (header)")
+    found = [(name, _read_entry(file, name, entry)) for name, entry in entries.items() if name != "__metadata__"]
+    end = 0
+    for name, stored in sorted(found, key=lambda item: (item[1].offset, item[1].nbytes)):
+        if stored.offset != end:
+            raise ValueError(f"{file}: {name!r} starts at byte {stored.offset}, the tensor before it ends at {end}")
+        end += stored.nbytes
+    if size != 8 + length + end:
+        raise ValueError(f"{file}: truncated or padded: has {size} bytes, the header says {8 + length + end}")
+    return dict(found)
+
+
+def _read_entry(file: Path, name: str, entry: Any) -> Stored:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(shape, list) or any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+            raise ValueError("not sizes")
+    except (TypeError, KeyError, ValueError):
+        need = "dtype, shape and data_offsets (integers, 0 or above)"
+        raise ValueError(f"{file}: {name!r} needs {need} in the header, has {entry!r:.80}") from None
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{file}: {name!r} is stored as {dtype!r}; one of {', '.join(DTYPES)} is needed")
+    stored = Stored(file, dtype, tuple(shape), begin)
+    if end - begin != stored.nbytes:
+        raise ValueError(f"{file}: {name!r} has {end - begin} bytes, {dtype} {shape} needs {stored.nbytes}")
+    return stored
