@@ -91,12 +91,12 @@ def check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     window: int | None = None,
     causal: bool = True,
     scale: float | None = None,
     starts: Tensor | None = None,
     lengths: Tensor | None = None,
+    deterministic: bool = False,
 ) -> Sizes:
     binder = Binder("attention")
     _bind_queries(binder, q, k, v, "B S Hkv D")
@@ -117,6 +117,7 @@ def check_cached(
     past: Tensor,
     new: Tensor,
     window: int | None = None,
+    deterministic: bool = False,
 ) -> Sizes:
     binder = Binder("cached_attention")
     if (k is None) != (v is None):
@@ -139,12 +140,12 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     window: int | None = None,
     causal: bool = True,
     scale: float | None = None,
     starts: Tensor | None = None,
     lengths: Tensor | None = None,
+    deterministic: bool = False,
 ) -> Tensor:
     """Triton way of `reference.attention`. Few causal queries (times group heads) decode, others prefill."""
     width = _window("attention", window)
@@ -164,6 +165,7 @@ def cached_attention(
     past: Tensor,
     new: Tensor,
     window: int | None = None,
+    deterministic: bool = False,
 ) -> Tensor:
     """Triton way of `reference.cached_attention`. Lengths are read on the device: a CUDA graph replays at any length."""
     width = _window("cached_attention", window)

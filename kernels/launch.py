@@ -72,8 +72,10 @@ class _Recorder(TorchDispatchMode):
         if func.namespace == "mixtral_triton":
             from .registry import OPS
 
+            op = OPS[func._opname]
             with self:
-                return OPS[func._opname].run(*args, **(kwargs or {}))
+                op.check(*args, **(kwargs or {}))
+                return op.run(*args, **(kwargs or {}))
         if func._opname not in _FREE and not func.is_view:
             self.records.append(Launch(f"aten::{func._opname}" if func.namespace == "aten" else str(func)))
         return func(*args, **(kwargs or {}))

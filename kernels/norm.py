@@ -1,10 +1,11 @@
-"""rms_norm: root mean square norm, with the residual add fused.
+"""rms_norm, and add_rms_norm with the residual add fused: root mean square norm.
 
 T rows, H hidden
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .checks import FLOATS, Binder, number
+from .checks import FLOATS, Binder, fail, number
 from .launch import launch, target_arch
 from .op import Cost, LaunchConfig, Op, Sizes, power_of_2, sample
 
@@ -53,19 +54,24 @@ def rms_norm_kernel(
     tl.store(y_ptr + out, (normed * weight[None, :]).to(dtype), mask=mask)
 
 
-def check(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Sizes:
+def check(x: Tensor, weight: Tensor, eps: float) -> Sizes:
     binder = Binder("rms_norm")
     binder.tensor("x", x, "... H", FLOATS)
     binder.tensor("weight", weight, "H", (x.dtype,))
     binder.positive("H")
     number("rms_norm", "eps", eps, above=0.0)
-    if residual is not None:
-        binder.tensor("residual", residual, "... H", (x.dtype,))
-        if residual.shape != x.shape:
-            raise ValueError(
-                f"rms_norm: argument 'residual' is of shape {list(residual.shape)}, needs that of x, {list(x.shape)}"
-            )
     return {"T": x.numel() // x.shape[-1], "H": x.shape[-1]}
+
+
+def check_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Sizes:
+    sizes = check(x, weight, eps)
+    if not isinstance(residual, Tensor) or residual.shape != x.shape:
+        got = f"of shape {list(residual.shape)}" if isinstance(residual, Tensor) else f"a {type(residual).__name__}"
+        raise fail("rms_norm", "residual", got, f"the shape of x, {list(x.shape)}")
+    if residual.dtype != x.dtype or residual.device != x.device:
+        got, needs = (f"{t.dtype} on {t.device}" for t in (residual, x))
+        raise fail("rms_norm", "residual", got, f"{needs}, as x is")
+    return sizes
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
@@ -82,12 +88,21 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
-    """Triton way of `reference.rms_norm`: x is read once, y (and the sum) written once."""
-    y, total = torch.empty(x.shape, dtype=x.dtype, device=x.device), None
-    if residual is not None:
-        total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        residual = _rows(residual)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Triton way of `reference.rms_norm`: x is read once, y written once."""
+    return _launch(x, None, weight, eps)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Triton way of `reference.rms_norm` with a residual -> y, x + residual."""
+    y, total = _launch(x, residual, weight, eps)
+    return y, total
+
+
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Any]:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = None if residual is None else torch.empty_like(y)
+    residual = None if residual is None else _rows(residual)
     rows = _rows(x)
     T, H = rows.shape
     config = configs({"T": T, "H": H}, x.dtype, target_arch(x.device))["rms_norm_kernel"]
@@ -104,25 +119,39 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         "eps": eps,
     }
     launch(rms_norm_kernel, (triton.cdiv(T, config.constexprs["BLOCK_M"]),), args, config, ADD=residual is not None)
-    return y if total is None else (y, total)
+    return y, total
 
 
-def empty(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y if residual is None else (y, torch.empty_like(y))
+def empty(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def empty_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y = empty(x, weight, eps)
+    return y, torch.empty_like(y)
+
+
+def reference_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Any:
+    return reference.rms_norm(x, weight, eps, residual)
 
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    T, H = sizes["T"], sizes["H"]
-    x, weight, residual = (sample(*s, dtype=dtype, device=device, generator=generator) for s in ((T, H), (H,), (T, H)))
-    return {"x": x, "weight": weight, "eps": 1e-5, "residual": residual if sizes["residual"] else None}
+    x = sample(sizes["T"], sizes["H"], dtype=dtype, device=device, generator=generator)
+    return {"x": x, "weight": sample(sizes["H"], dtype=dtype, device=device, generator=generator), "eps": 1e-5}
 
 
-def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+def inputs_add(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+    residual = sample(sizes["T"], sizes["H"], dtype=dtype, device=device, generator=generator)
+    return {**inputs(sizes, dtype, device, generator), "residual": residual}
+
+
+def _cost(tensors: int, sizes: Sizes, dtype: torch.dtype) -> Cost:
     T, H = sizes["T"], sizes["H"]
-    tensors = 4 if sizes["residual"] else 2
     return Cost(flops=4 * T * H, bytes=(tensors * T * H + H) * dtype.itemsize)
 
+
+_TEST_SHAPES = tuple({"T": T, "H": H} for T, H in ((1, 128), (17, 128), (5, 80), (3, 1000), (2, 4096), (33, 1)))
+_BENCH_SHAPES = tuple({"T": T, "H": H} for H in (4096, 6144) for T in (1, 64, 4096))
 
 OP = Op(
     name="rms_norm",
@@ -132,10 +161,20 @@ OP = Op(
     empty=empty,
     inputs=inputs,
     configs=configs,
-    cost=cost,
-    test_shapes=tuple(
-        {"T": T, "H": H, "residual": residual}
-        for T, H, residual in ((1, 128, 0), (1, 128, 1), (17, 128, 1), (5, 80, 0), (3, 1000, 1), (2, 4096, 1), (33, 1, 0))
-    ),
-    bench_shapes=tuple({"T": T, "H": H, "residual": 1} for H in (4096, 6144) for T in (1, 64, 4096)),
+    cost=partial(_cost, 2),
+    test_shapes=_TEST_SHAPES,
+    bench_shapes=_BENCH_SHAPES,
+)
+
+ADD_OP = Op(
+    name="add_rms_norm",
+    check=check_add,
+    run=add_rms_norm,
+    reference=reference_add,
+    empty=empty_add,
+    inputs=inputs_add,
+    configs=configs,
+    cost=partial(_cost, 4),
+    test_shapes=_TEST_SHAPES,
+    bench_shapes=_BENCH_SHAPES,
 )

@@ -9,6 +9,7 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         norm.OP,
+        norm.ADD_OP,
         router.OP,
         dispatch.OP,
         experts.OP,

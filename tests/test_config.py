@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import pytest
-import transformers
 
 from mixtral_triton.config import SIZES, MixtralConfig
 
@@ -43,7 +42,11 @@ def test_reads_the_file(tmp_path):
     assert (config.head_dim, config.rope_theta, config.rms_norm_eps) == (4, 1e6, 1e-5)
     assert (config.sliding_window, config.tie_word_embeddings, config.dtype) == (None, False, "bfloat16")
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, None)
-    assert MixtralConfig.from_pretrained(str(tmp_path)) == config == MixtralConfig.from_dict(TINY | {"dtype": "bfloat16"})
+    assert (
+        config
+        == MixtralConfig.from_pretrained(str(tmp_path))
+        == MixtralConfig.from_dict(TINY | {"dtype": config.dtype})
+    )
 
 
 def test_is_frozen_and_hashable():
@@ -56,7 +59,7 @@ def test_is_frozen_and_hashable():
 
 @pytest.mark.parametrize("window", [None, 9])
 def test_reads_what_transformers_writes(tmp_path, window):
-    theirs = transformers.MixtralConfig(
+    theirs = pytest.importorskip("transformers").MixtralConfig(
         **without("model_type", "architectures", "rope_theta"),
         rope_parameters=ROPE,
         sliding_window=window,
@@ -185,7 +188,7 @@ def test_refused_by_name(tmp_path, changes, message):
 
 @pytest.mark.parametrize("values", [None, [], "mixtral"])
 def test_from_dict_wants_a_mapping(values):
-    with pytest.raises(ValueError, match="here: is .* a JSON object is needed"):
+    with pytest.raises(ValueError, match=r"here: is .* a JSON object is needed"):
         MixtralConfig.from_dict(values, source="here")
 
 
@@ -197,7 +200,7 @@ def test_from_dict_wants_a_mapping(values):
         (b"\xff\xfe{}", "not readable as JSON"),
         (b"[" * 100_000, "not readable as JSON: nested too deeply"),
         (b"[1]", "holds a JSON list; an object is needed"),
-        (b'{"vocab_size": 1, "vocab_size": 2}', "'vocab_size' stands there 2 times"),
+        (b'{"vocab_size": 1, "vocab_size": 2}', "not readable as JSON: the key 'vocab_size' stands there 2 times"),
     ],
     ids=["empty", "cut", "not utf-8", "deep", "list", "twice"],
 )

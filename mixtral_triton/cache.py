@@ -1,0 +1,70 @@
+"""KVCache: keys and values of what was read so far, a ring where the model has a window (Mistral, section 2)."""
+
+from __future__ import annotations
+
+import torch
+
+from .config import MixtralConfig
+
+
+class KVCache:
+    """Ring caches of every layer, and where each sequence stands.
+
+    keys, values  per layer [B, Hkv, C, D]; position p lies in slot p mod C, C = sliding_window, else max_len
+    lengths       int32 [B]: tokens appended so far, which is the position of the next one
+    """
+
+    def __init__(
+        self,
+        config: MixtralConfig,
+        batch: int,
+        max_len: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        """`max_len`: tokens a sequence may reach, needed where the model has no window (which bounds the ring itself)."""
+        if batch < 1:
+            raise ValueError(f"KVCache: batch is {batch}, needs at least 1")
+        if config.sliding_window is None and (max_len is None or max_len < 1):
+            raise ValueError(f"KVCache: max_len is {max_len}, needs at least 1: this model has no sliding window")
+        self.config = config
+        self.window = config.sliding_window
+        self.slots: int = config.sliding_window or max_len or 1
+        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, self.slots, config.head_dim)
+        # Zeros, so that no slot ever holds bits that nobody wrote.
+        storage = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = zip(*(layer.unbind(0) for layer in storage.unbind(0)), strict=True)
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._longest, self._version = 0, self.lengths._version
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def max_len(self) -> int:
+        """Tokens a sequence can reach: the slots, or with a window the model's positions."""
+        return self.config.max_position_embeddings if self.window else min(self.slots, self.config.max_position_embeddings)
+
+    def reserve(self, tokens: int) -> None:
+        """Make sure that every sequence has room for `tokens` more; ValueError otherwise.
+
+        The host keeps an upper bound of the lengths, so that the device is asked only where the bound says "full".
+        """
+        if self.lengths.is_meta or torch.compiler.is_compiling():
+            return
+        fresh = self.lengths._version == self._version
+        if not fresh or self._longest + tokens > self.max_len:
+            self._longest = int(self.lengths.max())
+        if self._longest + tokens > self.max_len:
+            what = "max_position_embeddings" if self.max_len == self.config.max_position_embeddings else "cache's slots"
+            raise ValueError(
+                f"KVCache: {tokens} more tokens after {self._longest} go beyond the {what}, {self.max_len}: "
+                "give a larger max_len or fewer tokens"
+            )
+        self._version = self.lengths._version
+
+    def advance(self, new: torch.Tensor, at_most: int) -> None:
+        """Count the `new` [B] tokens that every layer has appended, none of them more than `at_most`."""
+        self.lengths += new
+        self._longest, self._version = self._longest + at_most, self.lengths._version

@@ -1,0 +1,164 @@
+"""The decode loop: prefill in chunks, then one token a step; greedy, or sampled by temperature and top-p."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+
+if TYPE_CHECKING:
+    from .model import Mixtral
+
+PREFILL_CHUNK = 2048  # tokens: bounds the activations of a long prompt
+
+
+@torch.no_grad()
+def generate(
+    model: Mixtral,
+    input_ids: Tensor | Sequence[Tensor],
+    max_new_tokens: int = 32,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor | list[Tensor]:
+    """Continue prompts: int64 [B,T] -> [B,T+n], or a list of 1-D prompts -> a list of prompts with what follows them.
+
+    temperature 0 is greedy; else logits are divided by it, and the smallest set of tokens with probability top_p is
+    sampled from (Holtzman et al. 2020). eos_token_id None: the config's. A sequence ends with its EOS included; in a
+    [B,T+n] result it is padded with it.
+    """
+    ragged = not isinstance(input_ids, Tensor)
+    rows = list(input_ids)
+    eos = _eos_ids(eos_token_id, model.config)
+    steps = stream(model, rows, max_new_tokens, temperature, top_p, eos, generator)
+    new = torch.stack(list(steps), dim=1).cpu() if max_new_tokens else torch.empty((len(rows), 0), dtype=torch.int64)
+    if not ragged:
+        return torch.cat((torch.stack(rows), _pad(new, max_new_tokens).to(rows[0].device)), dim=1)
+    return [torch.cat((row, _cut(tail, eos).to(row.device))) for row, tail in zip(rows, new, strict=True)]
+
+
+def stream(
+    model: Mixtral,
+    prompts: Sequence[Tensor],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    eos: frozenset[int] = frozenset(),
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Check everything, then give an iterator over the next tokens [B]; it ends early once every sequence has ended."""
+    ids, lengths = _pad_prompts(model, prompts)
+    longest = int(lengths.max())
+    _check_sampling(max_new_tokens, temperature, top_p)
+    limit = model.config.max_position_embeddings
+    if longest + max_new_tokens > limit:
+        raise ValueError(
+            f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones go beyond max_position_embeddings, {limit}"
+        )
+    return _stream(model, ids, lengths, max_new_tokens, temperature, top_p, eos, generator)
+
+
+def _stream(
+    model: Mixtral,
+    ids: Tensor,
+    lengths: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    eos: frozenset[int],
+    generator: torch.Generator | None,
+) -> Iterator[Tensor]:
+    if max_new_tokens == 0:
+        return
+    capacity = ids.shape[1] + max_new_tokens
+    cache = KVCache(model.config, len(ids), capacity, device=model.device, dtype=model.dtype)
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=model.device)
+    stops = torch.tensor(sorted(eos), dtype=torch.int64, device=model.device)
+    h = prefill(model, cache, ids, lengths)
+    token = torch.zeros(len(ids), dtype=torch.int64, device=model.device)
+    for step in range(max_new_tokens):
+        chosen = sample(model.head(h), temperature, top_p, generator)
+        token = torch.where(ended, token, chosen)  # a sequence that has ended repeats its EOS
+        yield token
+        if eos:
+            ended |= torch.isin(token, stops)
+            if bool(ended.all()):
+                return
+        if step + 1 < max_new_tokens:
+            h = model.hidden(token[:, None], cache)[:, 0]
+
+
+def prefill(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> Tensor:
+    """Read the right-padded prompts ids [B,T] chunk by chunk -> the hidden state after each one's last token, [B,H]."""
+    last: Tensor | None = None
+    for start in range(0, ids.shape[1], PREFILL_CHUNK):
+        chunk = ids[:, start : start + PREFILL_CHUNK]
+        new = (lengths - start).clamp(0, chunk.shape[1]).to(torch.int32)
+        h = model.hidden(chunk, cache, new)
+        end = h[torch.arange(len(h), device=h.device), (new - 1).clamp(min=0).long()]
+        last = end if last is None else torch.where((new > 0)[:, None], end, last)
+    if last is None:
+        raise ValueError("generate: the prompt is empty")
+    return last
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None) -> Tensor:
+    """Logits fp32 [B,V] -> token ids [B]."""
+    if temperature == 0.0:
+        return logits.argmax(dim=-1)
+    p = torch.softmax(logits / temperature, dim=-1)
+    if top_p < 1.0:
+        sorted_p, order = p.sort(dim=-1, descending=True)
+        # A token stays while those before it do not reach top_p yet; the first always does.
+        sorted_p = sorted_p.masked_fill(sorted_p.cumsum(-1) - sorted_p >= top_p, 0.0)
+        p = torch.zeros_like(p).scatter(-1, order, sorted_p)
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
+
+
+def _pad_prompts(model: Mixtral, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """1-D prompts -> ids [B,T] padded on the right with token 0, lengths int64 [B], both on the model's device."""
+    from .model import check_ids
+
+    if not prompts:
+        raise ValueError("generate: there is no prompt, needs at least one")
+    for number, row in enumerate(prompts):
+        if not isinstance(row, Tensor) or row.dim() != 1 or len(row) == 0:
+            got = f"of shape {list(row.shape)}" if isinstance(row, Tensor) else f"a {type(row).__name__}"
+            raise ValueError(f"generate: prompt {number} is {got}, needs a tensor [T] of at least one token")
+        check_ids(row[None], model.config.vocab_size, model.device)
+    lengths = torch.tensor([len(row) for row in prompts], device=model.device)
+    return torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True), lengths
+
+
+def _check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise ValueError(f"generate: max_new_tokens is {max_new_tokens!r}, needs an integer of at least 0")
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"generate: temperature is {temperature}, needs a finite number of at least 0")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"generate: top_p is {top_p}, needs a number above 0, at most 1")
+
+
+def _eos_ids(given: int | Sequence[int] | None, config: Any) -> frozenset[int]:
+    chosen = config.eos_token_id if given is None else given
+    if chosen is None:
+        return frozenset()
+    return frozenset((chosen,) if isinstance(chosen, int) else chosen)
+
+
+def _pad(new: Tensor, columns: int) -> Tensor:
+    """Repeat the last token, an EOS where the loop ended early, up to `columns`."""
+    return torch.cat((new, new[:, -1:].expand(-1, columns - new.shape[1])), dim=1) if columns > new.shape[1] else new
+
+
+def _cut(tail: Tensor, eos: frozenset[int]) -> Tensor:
+    """Up to and with the first EOS."""
+    for place, token in enumerate(tail.tolist()):
+        if token in eos:
+            return tail[: place + 1]
+    return tail

@@ -1,0 +1,262 @@
+"""Mixtral (Jiang et al. 2024): the thin shell. Shapes and calls; the work is done by `ops` and torch's matmuls.
+
+B batch, T tokens, H hidden, E experts, K experts a token, Hq query heads, Hkv key/value heads, D head size, V vocabulary
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops, weights
+from .cache import KVCache
+from .config import MixtralConfig
+from .generate import generate
+
+
+def _parameter(shape: Sequence[int], device: Any, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype), requires_grad=False)
+
+
+def rope_tables(config: MixtralConfig, device: Any) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * theta ** (-2i / D), fp32 [P, D/2] (Su et al. 2021, section 3.2)."""
+    D = config.head_dim
+    frequencies = config.rope_theta ** -(torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
+    angles = torch.outer(torch.arange(config.max_position_embeddings, device=device).float(), frequencies)
+    return angles.cos(), angles.sin()
+
+
+class Layer(nn.Module):
+    """One block: attention and the sparse experts, each added to the residual stream by the norm that comes next."""
+
+    def __init__(self, config: MixtralConfig, shapes: dict[str, tuple[int, ...]], device: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        for name, shape in shapes.items():
+            self.register_parameter(name, _parameter(shape, device, dtype))
+
+    def attention(self, h: Tensor, cos: Tensor, sin: Tensor, state: State) -> Tensor:
+        """h [B,T,H] -> [B,T,H]."""
+        B, T, _ = h.shape
+        Hq, Hkv, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        q, k, v = F.linear(h, self.qkv_proj).view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
+        return F.linear(state.attend(q, k, v, cos, sin).reshape(B, T, Hq * D), self.o_proj)
+
+    def experts(self, h: Tensor) -> Tensor:
+        """h [B,T,H] -> [B,T,H]."""
+        rows = h.reshape(-1, h.shape[-1])
+        scores, ids = ops.route(F.linear(rows, self.gate), self.config.num_experts_per_tok)
+        return ops.expert_swiglu(rows, self.gate_up_proj, self.down_proj, ids, scores).view_as(h)
+
+
+class State:
+    """Where the tokens of one forward stand: which keys a layer's queries see, and what is kept of them."""
+
+    def __init__(self, window: int | None, B: int, T: int, cache: KVCache | None, new: Tensor | None, device: Any) -> None:
+        self.window, self.cache, self.layer, self.device = window, cache, 0, device
+        t = torch.arange(T, device=device)
+        if cache is None:
+            self.positions = t.expand(B, T)
+        else:
+            self.new = torch.full((B,), T, dtype=torch.int32, device=device) if new is None else new
+            self.positions = cache.lengths[:, None] + t
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """q [B,T,Hq,D], k and v [B,T,Hkv,D], not yet rotated -> [B,T,Hq,D]."""
+        if self.cache is None:
+            q, k = ops.rope(q, k, cos, sin, self.positions)
+            return ops.attention(q, k, v, window=self.window)
+        keys, values, past = self.cache.keys[self.layer], self.cache.values[self.layer], self.cache.lengths
+        self.layer += 1
+        if q.shape[1] == 1:
+            # The one new key takes the slot of the one that just left the window.
+            q = ops.rope_append(q, k, v, cos, sin, keys, values, past, self.new)
+            return ops.cached_attention(q, None, None, keys, values, past, self.new, self.window)
+        q, k = ops.rope(q, k, cos, sin, self.positions)
+        out = ops.cached_attention(q, k, v, keys, values, past, self.new, self.window)
+        ops.append(k, v, keys, values, past, self.new)  # only now: the chunk's first queries needed the old keys
+        return out
+
+
+class Mixtral(nn.Module):
+    """A Mixtral language model for inference.
+
+    `Mixtral(config)` allocates the parameters and leaves them unset; `Mixtral.from_pretrained` fills them. Their names
+    and shapes are `weights.parameter_shapes(config)`. Gradients and training mode are refused with a ValueError.
+    """
+
+    def __init__(
+        self, config: MixtralConfig, device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        super().__init__()
+        self.config = config
+        shapes = weights.parameter_shapes(config)
+        layers: list[dict[str, tuple[int, ...]]] = [{} for _ in range(config.num_hidden_layers)]
+        for name, shape in shapes.items():
+            if name.startswith("layers."):
+                _, index, short = name.split(".")
+                layers[int(index)][short] = shape
+            else:
+                self.register_parameter(name, _parameter(shape, device, dtype))
+        if config.tie_word_embeddings:
+            self.lm_head = self.embed_tokens
+        self.layers = nn.ModuleList(Layer(config, own, device, dtype) for own in layers)
+        cos, sin = rope_tables(config, device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        super().train(False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        weights: str | None = None,
+        mesh: Any = None,
+        deterministic: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Mixtral:
+        """Load a Hugging Face checkpoint folder (config.json and safetensors; see weights.py for what is refused).
+
+        device None: the GPU if there is one, else the CPU; "meta": headers only. dtype None: as stored.
+        `progress` is called with the number of bytes just read.
+        """
+        for name, value, only in (("weights", weights, None), ("mesh", mesh, None), ("deterministic", deterministic, False)):
+            if value != only:
+                raise ValueError(f"Mixtral.from_pretrained: {name}={value!r} is not supported yet, only {only} is")
+        return load(cls, folder, device, dtype, progress)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.dtype
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None) -> Tensor:
+        """input_ids int64 [B,T] -> logits fp32 [B,T,V].
+
+        With `cache`, the tokens continue where each sequence of it stands. `lengths` int [B]: only the first
+        lengths[b] tokens of row b are there (right-padded chunk); the other rows' logits mean nothing.
+        """
+        self._check(input_ids, cache, lengths)
+        return self.head(self.hidden(input_ids, cache, lengths))
+
+    def hidden(self, input_ids: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None) -> Tensor:
+        """`forward` before the head, arguments already checked: [B,T] -> [B,T,H], normed."""
+        B, T = input_ids.shape
+        eps = self.config.rms_norm_eps
+        new = None if lengths is None else lengths.to(torch.int32)
+        state = State(self.config.sliding_window, B, T, cache, new, self.device)
+        x = F.embedding(input_ids, self.embed_tokens)
+        h = ops.rms_norm(x, self.layers[0].input_layernorm, eps)
+        # Each norm also adds what came before it to the residual stream x: one launch for both.
+        following = [layer.input_layernorm for layer in self.layers[1:]] + [self.norm]
+        for layer, next_norm in zip(self.layers, following, strict=True):
+            h, x = ops.rms_norm(
+                layer.attention(h, self.cos, self.sin, state), layer.post_attention_layernorm, eps, residual=x
+            )
+            h, x = ops.rms_norm(layer.experts(h), next_norm, eps, residual=x)
+        if cache is not None:
+            cache.advance(state.new, T)
+        return h
+
+    def head(self, h: Tensor) -> Tensor:
+        """[..., H] -> logits fp32 [..., V]."""
+        return F.linear(h, self.lm_head).float()
+
+    generate = generate
+
+    def _check(self, input_ids: Tensor, cache: KVCache | None, lengths: Tensor | None) -> None:
+        self._refuse_gradients()
+        check_ids(input_ids, self.config.vocab_size, self.device)
+        B, T = input_ids.shape
+        if cache is None and lengths is not None:
+            raise ValueError("Mixtral: argument 'lengths' goes with a cache, and none was given")
+        if cache is None and T > self.config.max_position_embeddings:
+            limit = self.config.max_position_embeddings
+            raise ValueError(f"Mixtral: {T} tokens go beyond max_position_embeddings, {limit}")
+        if cache is not None:
+            self._check_cache(cache, B)
+            at_most = T
+            if lengths is not None:
+                at_most = check_lengths(lengths, B, T, self.device)
+            cache.reserve(at_most)
+
+    def _check_cache(self, cache: KVCache, B: int) -> None:
+        for what, got, need in (
+            ("batch", cache.batch, B),
+            ("device", cache.lengths.device, self.device),
+            ("dtype", cache.keys[0].dtype, self.dtype),
+            ("config", cache.config, self.config),
+        ):
+            if got != need:
+                raise ValueError(f"Mixtral: argument 'cache' has {what} {got}, needs {need}")
+
+    def _refuse_gradients(self) -> None:
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            raise ValueError("Mixtral is for inference only: its parameters cannot require gradients")
+
+    def train(self, mode: bool = True) -> Mixtral:
+        if mode:
+            raise ValueError("Mixtral is for inference only: there is no training mode")
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Mixtral:
+        if requires_grad:
+            raise ValueError("Mixtral is for inference only: its parameters cannot require gradients")
+        return super().requires_grad_(False)
+
+
+def load(
+    cls: type[Mixtral],
+    folder: str | os.PathLike[str],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    progress: Callable[[int], None] | None,
+) -> Mixtral:
+    config = MixtralConfig.from_pretrained(folder)
+    headers = weights.read_headers(folder)
+    if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"Mixtral.from_pretrained: dtype is {dtype}, needs torch.float32, bfloat16 or float16")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = cls(config, place, dtype or weights.stored_dtype(headers))
+    weights.load(folder, config, dict(model.named_parameters()), progress)
+    return model
+
+
+def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:
+    """int64 [B,T] with B, T at least 1 on the model's device, every id in the vocabulary; ValueError otherwise."""
+    if not isinstance(input_ids, Tensor) or input_ids.dtype != torch.int64 or input_ids.dim() != 2:
+        got = f"{input_ids.dtype} {list(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"Mixtral: argument 'input_ids' is {got}, needs an int64 tensor [B, T]")
+    if 0 in input_ids.shape:
+        raise ValueError(f"Mixtral: argument 'input_ids' is empty, {list(input_ids.shape)}: needs at least one token")
+    if input_ids.device != device:
+        raise ValueError(f"Mixtral: argument 'input_ids' is on {input_ids.device}, needs the model's device, {device}")
+    if input_ids.is_meta or torch.compiler.is_compiling():
+        return
+    low, high = (int(v) for v in torch.aminmax(input_ids))
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise ValueError(f"Mixtral: argument 'input_ids' holds token {bad}, needs ids in 0..{vocab_size - 1}")
+
+
+def check_lengths(lengths: Any, B: int, T: int, device: torch.device) -> int:
+    """int [B] with values in 0..T on the model's device -> the largest; ValueError otherwise."""
+    good = isinstance(lengths, Tensor) and lengths.dtype in (torch.int32, torch.int64) and lengths.shape == (B,)
+    if not good or lengths.device != device:
+        raise ValueError(f"Mixtral: argument 'lengths' needs to be an int32 or int64 tensor [{B}] on {device}")
+    if lengths.is_meta or torch.compiler.is_compiling():
+        return T
+    low, high = (int(v) for v in torch.aminmax(lengths))
+    if low < 0 or high > T:
+        raise ValueError(f"Mixtral: argument 'lengths' is from {low} to {high}, needs values in 0..{T}")
+    return high
