@@ -149,12 +149,22 @@ def experts_down_kernel(
 
 
 @triton.jit
-def _matching_slots(ids_ptr, N, expert, BLOCK_S: tl.constexpr):
-    """All slots, which of them chose `expert`, each one's rank among those, and how many there are."""
+def _matching_slots(ids_ptr, N, E, BLOCK_S: tl.constexpr, BY_SLOT: tl.constexpr):
+    """This program's expert, all slots, which of them chose it, each one's rank among those, and how many there are.
+
+    BY_SLOT (fewer slots than experts): a program a slot, and only the first slot of an expert works.
+    """
+    expert = tl.program_id(1)
     slots = tl.arange(0, BLOCK_S)
+    if BY_SLOT:
+        expert = tl.load(ids_ptr + expert).to(tl.int32)
     match = tl.load(ids_ptr + slots, mask=slots < N, other=-1) == expert
     rank = tl.cumsum(match.to(tl.int32), axis=0) - 1
-    return slots, match, rank, tl.sum(match.to(tl.int32), axis=0)
+    count = tl.sum(match.to(tl.int32), axis=0)
+    if BY_SLOT:
+        earlier = tl.sum((match & (slots < tl.program_id(1))).to(tl.int32), axis=0)
+        count = tl.where((earlier == 0) & (expert >= 0) & (expert < E), count, 0)
+    return expert.to(tl.int64), slots, match, rank, count
 
 
 @triton.jit
@@ -171,6 +181,7 @@ def experts_up_decode_kernel(
     ids_ptr,  # [N]
     h_ptr,  # [N, I] out, by slot
     N,
+    E,
     TOP_K,
     stride_xt,
     stride_we,
@@ -181,16 +192,17 @@ def experts_up_decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BY_SLOT: tl.constexpr,
 ):
     # Operands are swapped: weight rows fill the tensor core's M, the few tokens its N.
-    pid_n, expert = tl.program_id(0), tl.program_id(1)
-    slots, match, rank, count = _matching_slots(ids_ptr, N, expert, BLOCK_S)
-    offs_k = tl.arange(0, BLOCK_K)
-    offs_w = tl.arange(0, 2 * BLOCK_N)
-    column = tl.minimum(pid_n * BLOCK_N + offs_w // 2, I - 1) + (offs_w % 2) * I
-    w_row = gate_up_ptr + expert.to(tl.int64) * stride_we + column.to(tl.int64)[:, None] * stride_wn
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid_n = tl.program_id(0)
+    expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
     for first in range(0, count, BLOCK_T):
+        offs_k = tl.arange(0, BLOCK_K)
+        offs_w = tl.arange(0, 2 * BLOCK_N)
+        column = tl.minimum(pid_n * BLOCK_N + offs_w // 2, I - 1) + (offs_w % 2) * I
+        w_row = gate_up_ptr + expert * stride_we + column.to(tl.int64)[:, None] * stride_wn
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         wanted = first + tl.arange(0, BLOCK_T)
         slot = _compact(slots, match, rank, wanted).to(tl.int64)
         x_row = x_ptr + (slot // TOP_K)[None, :] * stride_xt
@@ -215,6 +227,7 @@ def experts_down_decode_kernel(
     ids_ptr,  # [N]
     y_ptr,  # [SPLIT_K, N, H] out, fp32: one partial sum a split
     N,
+    E,
     stride_we,
     stride_wn,
     H: tl.constexpr,
@@ -223,16 +236,16 @@ def experts_down_decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BY_SLOT: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    pid_n, expert, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slots, match, rank, count = _matching_slots(ids_ptr, N, expert, BLOCK_S)
+    pid_n, split = tl.program_id(0), tl.program_id(2)
+    expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
     SPAN: tl.constexpr = (I + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
-    offs_k = split * SPAN + tl.arange(0, BLOCK_K)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    w_row = down_ptr + expert.to(tl.int64) * stride_we
-    w_row += tl.minimum(offs_n, H - 1).to(tl.int64)[:, None] * stride_wn
     for first in range(0, count, BLOCK_T):
+        offs_k = split * SPAN + tl.arange(0, BLOCK_K)
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        w_row = down_ptr + expert * stride_we + tl.minimum(offs_n, H - 1).to(tl.int64)[:, None] * stride_wn
         wanted = first + tl.arange(0, BLOCK_T)
         slot = _compact(slots, match, rank, wanted).to(tl.int64)
         h_row = h_ptr + slot[None, :] * I
@@ -327,14 +340,15 @@ def _decode(
     H, I, E, N = sizes["H"], sizes["I"], sizes["E"], ids.numel()
     up, split = choices["experts_up_decode_kernel"], choices["experts_down_decode_kernel"]
     h = torch.empty((N, I), dtype=x.dtype, device=x.device)
-    args = {"x_ptr": x, "gate_up_ptr": gate_up, "ids_ptr": ids, "h_ptr": h, "N": N, "TOP_K": sizes["K"]}
+    args = {"x_ptr": x, "gate_up_ptr": gate_up, "ids_ptr": ids, "h_ptr": h, "N": N, "E": E, "TOP_K": sizes["K"]}
     args |= {"stride_xt": x.stride(0), **_weight_strides(gate_up)}
-    launch(experts_up_decode_kernel, (triton.cdiv(I, up.constexprs["BLOCK_N"]), E), args, up, H=H, I=I)
+    working = {"H": H, "I": I, "BY_SLOT": N < E}
+    launch(experts_up_decode_kernel, (triton.cdiv(I, up.constexprs["BLOCK_N"]), min(N, E)), args, up, **working)
     splits = split.constexprs["SPLIT_K"]
     y = torch.empty((splits, N, H), dtype=torch.float32, device=x.device)
-    args = {"h_ptr": h, "down_ptr": down, "ids_ptr": ids, "y_ptr": y, "N": N, **_weight_strides(down)}
-    grid = (triton.cdiv(H, split.constexprs["BLOCK_N"]), E, splits)
-    launch(experts_down_decode_kernel, grid, args, split, H=H, I=I)
+    args = {"h_ptr": h, "down_ptr": down, "ids_ptr": ids, "y_ptr": y, "N": N, "E": E, **_weight_strides(down)}
+    grid = (triton.cdiv(H, split.constexprs["BLOCK_N"]), min(N, E), splits)
+    launch(experts_down_decode_kernel, grid, args, split, **working)
     return y
 
 

@@ -1,18 +1,20 @@
-"""bfloat16 as the hardware does it, for Triton's interpreter.
+"""Triton's interpreter, put right and made quicker for the length of our launches.
 
-The interpreter keeps bfloat16 as raw 16-bit integers: `tl.dot` multiplies those integers, and a cast from float32 cuts
-the low bits off instead of rounding to nearest even. Both are put right here, for our launches only.
+It keeps bfloat16 as raw 16-bit integers: `tl.dot` multiplies those integers, and a cast from float32 cuts the low bits
+off instead of rounding to nearest even.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 
 
 def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
@@ -50,13 +52,37 @@ def _dot(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imp
     return type(d)(product + d.data, d.dtype.scalar)
 
 
-@contextmanager
-def exact_bf16() -> Iterator[Any]:
-    """Within the block, the interpreter's bfloat16 casts and dots are right. Yields the interpreter's builder."""
-    from triton.runtime.interpreter import interpreter_builder as builder
+def _patch_once(patch: Any) -> Any:
+    """`patch(fn)` readies the language modules that fn sees; within a launch, each of them needs it only once.
 
+    The interpreter does it again for every device function that a program calls, which takes most of its time.
+    """
+    done: set[int] = set()
+
+    def patch_new(fn: Any) -> Any:
+        modules = {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
+        if modules <= done:
+            return None
+        done.update(modules)
+        return patch(fn)
+
+    return patch_new
+
+
+@contextmanager
+def interpreting(check_overflow: bool = False) -> Iterator[Any]:
+    """Within the block, the interpreter's bfloat16 casts and dots are right, and it is quicker. Yields its builder.
+
+    `check_overflow`: integer arithmetic that does not fit its type is an error, not a wrapped number.
+    """
+    options = replace(interpreter.InterpreterOptions(), sanitize_overflow=check_overflow, debug=check_overflow)
+    builder, patch, before = interpreter.interpreter_builder, interpreter._patch_lang, interpreter.interpreter_builder.options
     builder.cast_impl, builder.create_dot = partial(_cast, builder), partial(_dot, builder)
+    builder.options, interpreter._patch_lang = options, _patch_once(patch)
     try:
-        yield builder
+        # A GPU gives inf and NaN without a word; so does this.
+        with np.errstate(all="ignore"):
+            yield builder
     finally:
+        builder.options, interpreter._patch_lang = before, patch
         del builder.cast_impl, builder.create_dot

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .interpret import exact_bf16
+from .interpret import interpreting
 from .op import Launch, LaunchConfig
 
 # `triton.jit` reads the switch when it decorates, so one process either interprets or compiles.
@@ -55,7 +55,7 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
         return
     options = {} if INTERPRETED else {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if INTERPRETED:
-        with exact_bf16():
+        with interpreting():
             kernel[grid](**args, **constants)
     else:
         kernel[grid](**args, **constants, **options)

@@ -13,13 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _wide(x: Tensor) -> Tensor:
+    """At least fp32: what the papers compute in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """Root mean square norm (Zhang & Sennrich 2019, eq. 4), after adding `residual` where one is given.
 
     x [..., H], weight [H] -> y, or (y, x + residual). Computed in fp32, cast to x's dtype, then times weight.
     """
     total = x if residual is None else x + residual
-    values = total.float()
+    values = _wide(total)
     normed = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
     y = weight * normed.to(x.dtype)
     return y if residual is None else (y, total)
@@ -30,12 +35,12 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
     The softmax over the chosen is the softmax over all, renormalized. Larger first, ties to the lower index.
     """
-    values = logits.float() + 0.0  # -0.0 + 0.0 is 0.0: the two zeros tie
+    values = _wide(logits) + 0.0  # -0.0 + 0.0 is 0.0: the two zeros tie
     values = values.masked_fill(values.isnan(), -math.inf)
     values, ids = (part[:, :top_k] for part in values.sort(dim=-1, descending=True, stable=True))
     largest = values[:, :1]
     # An infinite maximum has no softmax: those that share it share the weight.
-    shares = torch.where(largest.isinf(), (values == largest).float(), torch.exp(values - largest))
+    shares = torch.where(largest.isinf(), (values == largest).to(values.dtype), torch.exp(values - largest))
     return shares / shares.sum(-1, keepdim=True), ids.int()
 
 
@@ -54,7 +59,7 @@ def expert_swiglu(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tenso
 
     x [T,H], gate_up_proj [E,2I,H] (gate rows, then up rows), down_proj [E,H,I], ids [T,K], weights fp32 [T,K] -> [T,H].
     """
-    out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    out = torch.zeros_like(_wide(x))
     for expert in ids.unique().tolist():
         token, slot = (ids == expert).nonzero(as_tuple=True)
         gate, up = F.linear(x[token], gate_up_proj[expert]).chunk(2, dim=-1)
@@ -116,7 +121,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, valid: Tensor, sca
     Hkv = k.shape[2]
     q = q.transpose(1, 2).reshape(B, Hkv, Hq // Hkv * T, D)
     scores = (q @ k.permute(0, 2, 3, 1)).view(B, Hkv, Hq // Hkv, T, -1)
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * (D**-0.5 if scale is None else scale)
+    scores = _wide(scores) * (D**-0.5 if scale is None else scale)
     scores = scores.masked_fill(~visible[:, None, None], -math.inf)
     p = torch.softmax(scores, -1).masked_fill(~visible[:, None, None], 0.0).to(v.dtype)
     out = p.view(B, Hkv, -1, p.shape[-1]) @ v.masked_fill(~valid[:, :, None, None], 0.0).transpose(1, 2)

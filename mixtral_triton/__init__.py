@@ -1,7 +1,29 @@
 """Mixtral 8x7B and its family on fused Triton kernels, each checked against plain torch."""
 
-from .cache import KVCache
-from .config import MixtralConfig
-from .model import Mixtral
+from __future__ import annotations
 
-__all__ = ["KVCache", "Mixtral", "MixtralConfig"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cache import KVCache
+    from .config import MixtralConfig
+    from .model import Mixtral
+    from .verify import verify
+
+__all__ = ["KVCache", "Mixtral", "MixtralConfig", "verify"]
+
+_HOME = {"KVCache": "cache", "Mixtral": "model", "MixtralConfig": "config", "verify": "verify"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the command line has to choose the interpreter before any kernel is decorated."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

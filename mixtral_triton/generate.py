@@ -34,7 +34,7 @@ def generate(
     """
     ragged = not isinstance(input_ids, Tensor)
     rows = list(input_ids)
-    eos = _eos_ids(eos_token_id, model.config)
+    eos = eos_ids(eos_token_id, model.config)
     steps = stream(model, rows, max_new_tokens, temperature, top_p, eos, generator)
     new = torch.stack(list(steps), dim=1).cpu() if max_new_tokens else torch.empty((len(rows), 0), dtype=torch.int64)
     if not ragged:
@@ -144,7 +144,7 @@ def _check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> No
         raise ValueError(f"generate: top_p is {top_p}, needs a number above 0, at most 1")
 
 
-def _eos_ids(given: int | Sequence[int] | None, config: Any) -> frozenset[int]:
+def eos_ids(given: int | Sequence[int] | None, config: Any) -> frozenset[int]:
     chosen = config.eos_token_id if given is None else given
     if chosen is None:
         return frozenset()

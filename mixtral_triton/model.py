@@ -224,6 +224,7 @@ def load(
 ) -> Mixtral:
     config = MixtralConfig.from_pretrained(folder)
     headers = weights.read_headers(folder)
+    weights.check(headers, config)  # before the parameters are allocated: a broken config could ask for any size
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"Mixtral.from_pretrained: dtype is {dtype}, needs torch.float32, bfloat16 or float16")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -30,33 +30,29 @@ SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "encodings", "
 
 
 def clean(text: str) -> str:
-    """Drop the underlines of headings and the trailing and excess blank space."""
-    text = re.sub(r"(?m)^ *([=*~^#\"_+-])\1{3,} *\n|[ \t]+$", "", text.expandtabs())
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
+    """The prose of `text`: no grammar, sessions, underlines, repeated paragraphs or quotes around code words."""
+    lines = re.sub(r"(?m)^(?=.*([=*~^#\"_+-])\1{3})[ =*~^#\"_+-]+$", "", text.expandtabs()).split("\n")
+    # Sources mark code words in different ways, or not at all; indented lines are code, where a quote has a meaning.
+    text = "\n".join(line.rstrip() if line.startswith("   ") else re.sub(r"[\"`]|\s+$", "", line) for line in lines)
+    paragraphs = (paragraph.strip("\n") for paragraph in re.split(r"\n{2,}", text))
+    return "\n\n".join(dict.fromkeys(p for p in paragraphs if p and "::=" not in p and ">>>" not in p))
 
 
-def docstrings(node: ast.AST, name: str) -> Iterator[str]:
-    """The docstrings below `node` in the order of the source, each after its qualified name, as in `help()`."""
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        docstring = ast.get_docstring(node)
-        # One-liners are left out: they are mostly names over again, not sentences.
-        if docstring and len(docstring) >= 60:
-            signature = f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
-            yield f"{name}{signature}\n\n{docstring}"
-        for child in node.body:
-            yield from docstrings(child, f"{name}.{getattr(child, 'name', '')}")
+def module_text(source: str) -> str:
+    """The docstrings of a module, the outermost first, and then its blocks of comments."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    texts += [re.sub(r"(?m)^[ \t]*#+ ?", "", block) for block in re.findall(r"(?m)(?:^[ \t]*#.*\n)+", source)]
+    # The shortest are left out: they are mostly names over again, not sentences.
+    return clean("\n\n".join(text for text in texts if len(text) >= 60))
 
 
 def documents() -> Iterator[list[str]]:
-    """Two lists of documents: the topics of `help()`, and the docstrings of the standard library, one per module."""
+    """Two lists of documents: the topics of `help()`, and the modules of the standard library."""
     yield [clean(text) for _, text in sorted(topics.items())]
-    root, modules = Path(sysconfig.get_path("stdlib")), []
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root).with_suffix("")
-        if SKIPPED_FOLDERS.isdisjoint(relative.parts):
-            name = ".".join(part for part in relative.parts if part != "__init__")
-            modules.append(clean("\n\n".join(docstrings(ast.parse(path.read_bytes()), name))))
-    yield [module for module in modules if module]
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = [path for path in sorted(root.rglob("*.py")) if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts)]
+    yield [text for path in paths if (text := module_text(path.read_text("utf-8")))]
 
 
 def split(seed: int) -> tuple[list[str], list[str]]:
@@ -104,7 +100,7 @@ def evaluate(model: MixtralForCausalLM, stream: torch.Tensor) -> tuple[float, li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=math.inf, help="end the learning-rate schedule by this time")
     args = parser.parse_args()

@@ -1,0 +1,206 @@
+"""The command line: `mixtral-triton` and `python -m mixtral_triton`.
+
+Exit 0: done and right. 1: ran, and found a mismatch. 2: bad input, one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import torch
+
+    from .model import Mixtral
+
+SMALL = Path(__file__).parent / "small"  # the checkpoint that ships with the package
+ARCHS = "sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx90a, gfx942, gfx950"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="mixtral-triton", description=__doc__.split("\n")[0] if __doc__ else None)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.add_argument("--json", action="store_true", help="print JSON for a program to read")
+        return sub
+
+    def model_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("folder", nargs="?", default=SMALL, help="checkpoint folder; none: the small one in the package")
+        sub.add_argument("--device", help="cpu, cuda, cuda:1, ...; none: the GPU if there is one")
+        sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="none: as stored")
+
+    verify = command("verify", "compare every operation of every layer with plain torch, on the checkpoint's own weights")
+    model_options(verify)
+    verify.add_argument("--prompt", help="text to run; none: fixed pseudo-random tokens")
+    generate = command("generate", "stream the continuation of a prompt")
+    model_options(generate)
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0, help="of the sampling")
+    compile = command("compile", "compile every kernel for a GPU that need not be there: registers, spills, shared memory")
+    compile.add_argument("ops", nargs="*", metavar="OP", help="none: all")
+    compile.add_argument("--arch", required=True, help=ARCHS)
+    compile.add_argument("--out", type=Path, help="folder that keeps .ptx, .cubin and .sass (AMD: .amdgcn, .hsaco)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command -> exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        return {"verify": _verify, "generate": _generate, "compile": _compile}[args.command](args)
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"mixtral-triton {args.command}: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"mixtral-triton {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _choose_way(args: argparse.Namespace, out: Console) -> None:
+    """Without a GPU, interpret the kernels. Before any of them is imported: Triton reads the switch as it decorates."""
+    import torch
+
+    wants_cpu = args.device is not None and args.device.startswith("cpu")
+    if "TRITON_INTERPRET" in os.environ or (torch.cuda.is_available() and not wants_cpu):
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    reason = "--device cpu" if wants_cpu else "No GPU found"
+    out.print(f"{reason}: the Triton kernels run interpreted, on the CPU. Right, and slow.")
+
+
+@contextmanager
+def _bar(task: str, total: int, *columns: Any) -> Iterator[Any]:
+    """A progress bar on stderr; yields a function that takes how much more is done."""
+    console = Console(stderr=True)
+    with Progress(TextColumn(task), BarColumn(), *columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        number = bar.add_task(task, total=total)
+        yield lambda done: bar.update(number, advance=done)
+
+
+def _load(args: argparse.Namespace) -> Mixtral:
+    import torch
+
+    from .model import Mixtral
+    from .weights import read_headers, total_bytes
+
+    try:
+        device = torch.device(args.device) if args.device else None
+    except RuntimeError as error:
+        raise ValueError(f"--device {args.device}: not a device that torch knows") from error
+    if device is not None and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {args.device}: needs cpu or cuda")
+    if device is not None and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    with _bar("loading", total_bytes(read_headers(args.folder)), DownloadColumn()) as progress:
+        return Mixtral.from_pretrained(args.folder, device=device, dtype=dtype, progress=progress)
+
+
+def _tokenizer(folder: str | Path) -> Any:
+    from tokenizers import Tokenizer
+
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: a prompt needs the checkpoint's tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception on a bad file
+        raise ValueError(f"{path} is not a tokenizer that the tokenizers library can read: {error}") from error
+
+
+def _encode(tokenizer: Any, text: str, model: Mixtral) -> torch.Tensor:
+    """The prompt's tokens [T], after the beginning-of-sequence token where the model has one."""
+    import torch
+
+    if not text:
+        raise ValueError("--prompt is empty: give at least one character")
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    bos = model.config.bos_token_id
+    return torch.tensor(([] if bos is None else [bos]) + ids, device=model.device)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    out = Console(stderr=args.json)
+    _choose_way(args, out)
+    from .verify import verify
+
+    model = _load(args)
+    ids = None if args.prompt is None else _encode(_tokenizer(args.folder), args.prompt, model)[None]
+    with _bar("verifying", len(model.layers), MofNCompleteColumn()) as progress:
+        report = verify(model, ids, progress=lambda done, total: progress(1))
+    if args.json:
+        print(json.dumps({"folder": str(args.folder), **report.as_dict()}))
+    else:
+        out.print(report)
+    return 0 if report.ok else 1
+
+
+def _generate(args: argparse.Namespace) -> int:
+    out = Console(stderr=args.json, highlight=False)
+    _choose_way(args, out)
+    import torch
+
+    from .generate import eos_ids, stream
+
+    model, tokenizer = _load(args), _tokenizer(args.folder)
+    prompt = _encode(tokenizer, args.prompt, model)
+    generator = torch.Generator(model.device).manual_seed(args.seed)
+    sampling = (args.max_new_tokens, args.temperature, args.top_p, eos_ids(None, model.config), generator)
+    steps = stream(model, [prompt], *sampling)
+    tokens: list[int] = []
+    start = time.perf_counter()
+    if not args.json:
+        print(args.prompt, end="", flush=True)
+    shown = ""
+    for step in steps:
+        tokens.append(int(step[0]))
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        if not args.json and not text.endswith("\ufffd"):  # half a character: wait for the rest
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    seconds = time.perf_counter() - start
+    rate = len(tokens) / seconds
+    if args.json:
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        print(json.dumps({"prompt": args.prompt, "text": text, "tokens": tokens, "tokens_per_second": rate}))
+    else:
+        print(flush=True)
+        out.print(f"{len(tokens)} tokens in {seconds:.1f} s, {rate:.1f} tokens/s (prompt of {len(prompt)} included)")
+    return 0
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from .kernels.offline import as_json, compile_ops
+
+    table = Table(title=f"Kernels compiled for {args.arch}", title_justify="left")
+    for name in ("op", "kernel", "dtype", "tiles", "warps", "stages", "registers", "spills", "shared"):
+        table.add_column(name, overflow="fold")
+    right = True
+    for compiled in compile_ops(args.ops, args.arch, out=args.out):
+        row = as_json(compiled)
+        right = right and row["spills"] == 0 and row["shared_bytes"] <= row["limit_bytes"]
+        if args.json:
+            print(json.dumps(row), flush=True)
+    return 0 if right else 1
