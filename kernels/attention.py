@@ -17,7 +17,7 @@ from .attention_kernels import attention_combine_kernel, attention_decode_kernel
 from .checks import FLOATS, INTS, Binder, fail, integer, number
 from .launch import launch, target_arch
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
-from .rope import bind_cache, cache_inputs
+from .ring import bind_cache, cache_inputs, strides
 
 _SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 _PACKED_ROWS = 16  # queries x group heads that one decode tile takes
@@ -45,7 +45,8 @@ def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig
 def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """Splits until every SM has two programs, each of at least 256 keys."""
     rows = sizes["T"] * sizes["Hq"] // sizes["Hkv"]
-    keys = min(sizes["S"], sizes.get("window", 0) or sizes["S"])
+    held = sizes["C"] if "C" in sizes else sizes["S"]
+    keys = min(held, sizes.get("window", 0) or held)
     programs = max(1, sizes["B"] * sizes["Hkv"])
     sms = _SMS.get(arch, 108)
     splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, 256)), high=64)
@@ -131,11 +132,6 @@ def check_cached(
     return {**binder.sizes, "window": _window("cached_attention", window)}
 
 
-def _strides(letter: str, x: Tensor) -> dict[str, int]:
-    """Strides of a [B, T, heads, D] tensor."""
-    return {f"stride_{letter}{dim}": stride for dim, stride in zip("bth", x.stride(), strict=False)}
-
-
 def attention(
     q: Tensor,
     k: Tensor,
@@ -167,7 +163,7 @@ def cached_attention(
     window: int | None = None,
     deterministic: bool = False,
 ) -> Tensor:
-    """Triton way of `reference.cached_attention`. Lengths are read on the device: a CUDA graph replays at any length."""
+    """Triton way of `reference.cached_attention`. The device reads the lengths: a CUDA graph replays at any of them."""
     width = _window("cached_attention", window)
     bounds = {"starts_ptr": None, "lengths_ptr": _dense(new), "past_ptr": _dense(past)}
     if k is None or v is None:
@@ -216,9 +212,9 @@ def _prefill(
         "C": slots[0].shape[2],
         "Hq": Hq,
         "G": Hq // k.shape[2],
-        **_strides("q", q),
-        **_strides("k", k),
-        **_strides("v", v),
+        **strides("q", q),
+        **strides("k", k),
+        **strides("v", v),
         **{f"stride_c{dim}": stride for dim, stride in zip("bhs", slots[0].stride(), strict=False)},
         "window": window,
         "scale": _base_2(scale, D),
@@ -254,17 +250,18 @@ def _decode(
         "S": k.shape[1],
         "Hq": Hq,
         "G": Hq // k.shape[2],
-        **_strides("q", q),
-        **_strides("k", k),
-        **_strides("v", v),
+        **strides("q", q),
+        **strides("k", k),
+        **strides("v", v),
         "window": window,
         "scale": _base_2(scale, D),
     }
     grid = (splits, k.shape[2], B if T else 0)
     launch(attention_decode_kernel, grid, args, config, D=D, RING=ring, WINDOWED=window > 0)
     if splits > 1:
-        combine = {"part_ptr": part, "lse_ptr": lse, "out_ptr": out}
-        launch(attention_combine_kernel, (B * T * Hq,), combine, choices["attention_combine_kernel"], D=D, SPLITS=splits)
+        args = {"part_ptr": part, "lse_ptr": lse, "out_ptr": out}
+        config = choices["attention_combine_kernel"]
+        launch(attention_combine_kernel, (B * T * Hq,), args, config, D=D, SPLITS=splits)
     return out
 
 
@@ -294,10 +291,11 @@ def cached_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any 
 
 def _pairs(sizes: Sizes) -> int:
     """Query-key pairs of one head of one sequence."""
-    T, S, window = sizes["T"], sizes.get("S", sizes.get("past", 0) + sizes["T"]), sizes["window"]
+    S, window = sizes.get("S", sizes.get("past", 0) + sizes["T"]), sizes["window"]
+    T = min(sizes["T"], S)  # queries before the first key see none
     if not sizes.get("causal", 1):
         return T * min(S, window + 1 if window else S)
-    return sum(min(i + 1, window or i + 1) for i in range(S - T, S)) if T < 64 else _area(S, window) - _area(S - T, window)
+    return _area(S, window) - _area(S - T, window)
 
 
 def _area(n: int, window: int) -> int:

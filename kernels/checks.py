@@ -22,7 +22,7 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 class Binder:
-    """Checks the arguments of one call, in order: the first tensor fixes the device, the first use of a letter its size."""
+    """Checks the arguments of one call: the first tensor fixes the device, the first use of a letter its size."""
 
     def __init__(self, op: str) -> None:
         self.op = op

@@ -63,8 +63,9 @@ def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     block_t = power_of_2(sizes["T"], low=16, high=DECODE_TOKENS)
     block_k = 32 if single else 64 if family(arch) == "gfx942" or block_t == 64 else 128
     tiles = {"BLOCK_T": block_t, "BLOCK_S": power_of_2(sizes["T"] * sizes["K"], low=16)}
+    span = -(-sizes["I"] // SPLIT_K)
     up = {"BLOCK_N": power_of_2(sizes["I"], low=16, high=32), "BLOCK_K": power_of_2(sizes["H"], 16, block_k)}
-    down = {"BLOCK_N": power_of_2(sizes["H"], low=16, high=64), "BLOCK_K": power_of_2(-(-sizes["I"] // SPLIT_K), 16, block_k)}
+    down = {"BLOCK_N": power_of_2(sizes["H"], low=16, high=64), "BLOCK_K": power_of_2(span, 16, block_k)}
     return {
         "experts_up_decode_kernel": LaunchConfig(tiles | up, num_warps=4, num_stages=stages),
         "experts_down_decode_kernel": LaunchConfig(tiles | down | {"SPLIT_K": SPLIT_K}, num_warps=4, num_stages=stages),

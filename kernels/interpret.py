@@ -76,7 +76,8 @@ def interpreting(check_overflow: bool = False) -> Iterator[Any]:
     `check_overflow`: integer arithmetic that does not fit its type is an error, not a wrapped number.
     """
     options = replace(interpreter.InterpreterOptions(), sanitize_overflow=check_overflow, debug=check_overflow)
-    builder, patch, before = interpreter.interpreter_builder, interpreter._patch_lang, interpreter.interpreter_builder.options
+    builder, patch = interpreter.interpreter_builder, interpreter._patch_lang
+    before = builder.options
     builder.cast_impl, builder.create_dot = partial(_cast, builder), partial(_dot, builder)
     builder.options, interpreter._patch_lang = options, _patch_once(patch)
     try:

@@ -9,10 +9,8 @@ import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
-from itertools import product, repeat
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +23,16 @@ from triton.runtime.jit import mangle_type
 
 from .checks import FLOATS
 from .launch import INTERPRETED, record_launches
-from .op import Launch, Op
+from .op import Launch, Op, Sizes
 from .registry import OPS
 
 # Bytes of shared memory a block can have: Triton does not check them when it compiles.
 _LIMITS = dict.fromkeys(("sm_86", "sm_89", "sm_120"), 101376) | dict.fromkeys(("gfx90a", "gfx942"), 65536)
 _LIMITS |= {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx950": 163840}
+
+
+Dtypes = Sequence[torch.dtype] | None
+Progress = Callable[[int, int], None] | None
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,11 @@ def _target(arch: str) -> GPUTarget:
     return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
 
 
-def _source(launch: Launch, target: GPUTarget) -> ASTSource:
+def _source(launch: Launch, arch: str) -> ASTSource:
     """What Triton's JIT would make of the arguments: None and 1 are constants, multiples of 16 are known as such."""
-    backend = make_backend(target)
+    backend = make_backend(_target(arch))
     values = {**launch.args, **launch.constexprs}
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attrs: dict[tuple[int], Any] = {}
+    signature, constants, attrs = {}, {}, {}
     for index, parameter in enumerate(launch.fn.params):
         name, value, known = parameter.name, values[parameter.name], ""
         signature[name] = "constexpr" if parameter.is_constexpr else mangle_type(value, specialize=True)
@@ -98,45 +98,39 @@ def _key(launch: Launch, source: ASTSource) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
-def _launches(ops: Iterable[Op], arch: str, dtypes: Sequence[torch.dtype] | None) -> dict[str, tuple[str, Launch]]:
-    """Key -> the first operation that launches the kernel, and how it does."""
-    target = _target(arch)
-    found: dict[str, tuple[str, Launch]] = {}
-    for op in ops:
-        wanted = [dtype for dtype in op.dtypes if dtypes is None or dtype in dtypes or dtype not in FLOATS]
-        for dtype, sizes in product(wanted, op.bench_shapes):
-            arguments = op.inputs(sizes, dtype, "meta")
-            with record_launches(arch) as launches:
-                op.run(**arguments)
-            for launch in launches:
-                if launch.fn is not None:
-                    found.setdefault(_key(launch, _source(launch, target)), (op.name, launch))
-    return found
+def _calls(op: Op, dtypes: Dtypes) -> Iterable[tuple[torch.dtype, Sizes]]:
+    return product((each for each in op.dtypes if not dtypes or each in dtypes or each not in FLOATS), op.bench_shapes)
 
 
-def collect(op: Op, arch: str, dtypes: Sequence[torch.dtype] | None = None) -> list[Launch]:
+def _record(op: Op, dtype: torch.dtype, sizes: Sizes, arch: str) -> dict[str, Launch]:
+    """The Triton launches of one call, by key."""
+    with record_launches(arch) as launches:
+        op.run(**op.inputs(sizes, dtype, "meta"))
+    return {_key(launch, _source(launch, arch)): launch for launch in launches if launch.fn is not None}
+
+
+def collect(op: Op, arch: str, dtypes: Dtypes = None) -> list[Launch]:
     """The kernels that `op` launches on `arch` over its bench shapes and dtypes, of the floats only those in `dtypes`.
 
     Two are the same where the function, its types and constants, its warps and its stages are.
     """
-    return [launch for _, launch in _launches([op], arch, dtypes).values()]
-
-
-def _numbers(text: str, *names: str) -> list[int]:
-    return [int(match[1]) for match in (re.search(rf"{name}:?\s*(\d+)", text) for name in names) if match]
+    found: dict[str, Launch] = {}
+    for dtype, sizes in _calls(op, dtypes):
+        found |= {key: launch for key, launch in _record(op, dtype, sizes, arch).items() if key not in found}
+    return list(found.values())
 
 
 def _usage(kernel: Any) -> tuple[int, int]:
     """-> registers and spilled bytes of a thread."""
-    if "amdgcn" in kernel.asm:
-        names = (r"\.vgpr_count", r"\.vgpr_spill_count", r"\.sgpr_spill_count")
-        registers, vector, scalar = _numbers(kernel.asm["amdgcn"], *names)
-        return registers, 4 * (vector + scalar)
-    cubin = next(path for name, path in kernel.metadata_group.items() if name.endswith(".cubin"))
-    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
-    usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    registers, stack, local = _numbers(usage, "REG", "STACK", "LOCAL")
-    return registers, stack + local
+    text = kernel.asm.get("amdgcn")
+    if text is None:
+        cubin = next(path for name, path in kernel.metadata_group.items() if name.endswith(".cubin"))
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {name: int(number) for name, number in re.findall(r"(\w+): *(\d+)", text)}
+    if "REG" in found:
+        return found["REG"], found["STACK"] + found["LOCAL"]
+    return found["vgpr_count"], 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
 
 
 def _write(asm: Mapping[str, Any], out: str, stem: str) -> str:
@@ -150,12 +144,12 @@ def _write(asm: Mapping[str, Any], out: str, stem: str) -> str:
 
 def compile_launch(launch: Launch, arch: str, op: str = "", out: str | None = None) -> Compiled:
     """Compile the kernel of one recorded launch for `arch`; its files go into the folder `out`, which must exist."""
-    source = _source(launch, _target(arch))
+    source = _source(launch, arch)
     # FP fusion is named because its default differs between releases of Triton.
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
     kernel = triton.compile(source, target=_target(arch), options=options)
-    pointers = [kind.lstrip("*") for kind in source.signature.values() if kind.startswith("*")]
     registers, spills = _usage(kernel)
+    pointers = [kind.lstrip("*") for kind in source.signature.values() if kind.startswith("*")]
     return Compiled(
         op=op,
         kernel=launch.kernel,
@@ -165,7 +159,7 @@ def compile_launch(launch: Launch, arch: str, op: str = "", out: str | None = No
         num_stages=launch.num_stages,
         constexprs={name: launch.constexprs[name] for name in source.signature if name in launch.constexprs},
         signature=source.signature,
-        dtype=min(pointers, key=lambda kind: (kind[0] in "iu", _numbers(kind, "[a-z]"))),
+        dtype=min(pointers, key=lambda kind: (kind[0] in "iu", int(re.search(r"\d+", kind)[0]))),
         registers=registers,
         spills=spills,
         shared_bytes=kernel.metadata.shared,
@@ -174,24 +168,19 @@ def compile_launch(launch: Launch, arch: str, op: str = "", out: str | None = No
     )
 
 
-@lru_cache(maxsize=1)
-def _recorded(names: tuple[str, ...], arch: str, dtypes: Dtypes) -> dict[str, tuple[str, Launch]]:
-    return _launches([OPS[name] for name in names], arch, dtypes)
+def _compile(key: str, name: str, dtype: torch.dtype, sizes: Sizes, arch: str, out: str | None) -> Compiled:
+    """In a worker: the call is recorded anew, since neither a jitted function nor a meta tensor travels."""
+    return compile_launch(_record(OPS[name], dtype, sizes, arch)[key], arch, name, out)
 
 
-def _compile_anew(key: str, asked: tuple[Any, ...], out: str | None) -> Compiled:
-    """In a worker, which records the launches itself: neither a jitted function nor a meta tensor travels."""
-    op, launch = _recorded(*asked)[key]
-    return compile_launch(launch, asked[1], op, out)
-
-
-def _compile_all(found: dict[str, tuple[str, Launch]], asked: tuple[Any, ...], out: str | None) -> Iterator[Compiled]:
-    workers = min(len(found) // 16, os.cpu_count() or 1)  # one takes seconds to start
-    if workers < 2:
-        yield from (compile_launch(launch, asked[1], op, out) for op, launch in found.values())
-        return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_compile_anew, found, repeat(asked), repeat(out))
+def _compile_all(jobs: Sequence[tuple[Any, ...]], progress: Progress) -> Iterator[Compiled]:
+    workers = min(len(jobs) // 16, os.cpu_count() or 1)  # one takes seconds to start
+    with ProcessPoolExecutor(max(workers, 1), multiprocessing.get_context("spawn")) as pool:
+        results = (pool.map if workers > 1 else map)(_compile, *zip(*jobs, strict=True))
+        for done, compiled in enumerate(results, 1):
+            if progress is not None:
+                progress(done, len(jobs))
+            yield compiled
 
 
 def compile_ops(
@@ -205,18 +194,14 @@ def compile_ops(
     """
     if unknown := [name for name in names if name not in OPS]:
         raise ValueError(f"compile: argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
-    asked = (tuple(name for name in OPS if name in names or not names), arch, dtypes)
-    found = _launches([OPS[name] for name in asked[0]], arch, dtypes)
+    jobs: dict[str, tuple[Any, ...]] = {}
+    for op in (OPS[name] for name in OPS if name in names or not names):
+        for dtype, sizes in _calls(op, dtypes):
+            for key in _record(op, dtype, sizes, arch):
+                jobs.setdefault(key, (key, op.name, dtype, sizes, arch, out))
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-
-    def results() -> Iterator[Compiled]:
-        for done, compiled in enumerate(_compile_all(found, asked, out), 1):
-            if progress is not None:
-                progress(done, len(found))
-            yield compiled
-
-    return results()
+    return _compile_all(list(jobs.values()), progress)
 
 
 def as_json(compiled: Compiled) -> dict[str, Any]:

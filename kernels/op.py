@@ -32,8 +32,8 @@ class LaunchConfig:
 class Launch:
     """One device kernel as `record_launches` saw it.
 
-    `grid`, `num_warps` and `num_stages` are None for torch's own kernels. `fn` and `args` (the jitted function and its
-    run-time arguments by name) are what the offline compiler needs to build the same kernel for a GPU that is not there.
+    `grid`, `num_warps` and `num_stages` are None for torch's own kernels. `fn` and `args`, the jitted function and its
+    run-time arguments by name, are what the offline compiler needs to build the same kernel without a GPU.
     """
 
     kernel: str

@@ -7,6 +7,7 @@ Hq query heads, Hkv key/value heads, D head size, P rows of the rotary tables, C
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
     """Root mean square norm (Zhang & Sennrich 2019, eq. 4), after adding `residual` where one is given.
 
     x [..., H], weight [H] -> y, or (y, x + residual). Computed in fp32, cast to x's dtype, then times weight.
@@ -116,7 +117,7 @@ def _visible(i: Tensor, j: Tensor, window: int | None, causal: bool) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, valid: Tensor, scale: float | None) -> Tensor:
-    """Softmax attention under the mask `visible` [B,T,S]; keys outside `valid` [B,S] may be NaN. No visible key: zeros."""
+    """Softmax attention under the mask `visible` [B,T,S]; keys outside `valid` [B,S] may be NaN. No key seen: zeros."""
     B, T, Hq, D = q.shape
     Hkv = k.shape[2]
     q = q.transpose(1, 2).reshape(B, Hkv, Hq // Hkv * T, D)
@@ -138,7 +139,15 @@ def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor,
 
 
 def rope_append(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    past: Tensor,
+    new: Tensor,
 ) -> Tensor:
     """Rotate q and k at positions past[b] + t, append k and v to the caches -> q."""
     positions = (past[:, None] + torch.arange(q.shape[1], device=q.device)).clamp(max=len(cos) - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import attention, dispatch, experts, norm, rope, router
+from . import attention, dispatch, experts, norm, ring, rope, router
 from .op import Op
 
 OPS: dict[str, Op] = {
@@ -14,7 +14,7 @@ OPS: dict[str, Op] = {
         dispatch.OP,
         experts.OP,
         rope.OP,
-        rope.APPEND_OP,
+        ring.OP,
         rope.ROPE_APPEND_OP,
         attention.OP,
         attention.CACHED_OP,

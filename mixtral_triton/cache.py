@@ -22,7 +22,7 @@ class KVCache:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        """`max_len`: tokens a sequence may reach, needed where the model has no window (which bounds the ring itself)."""
+        """`max_len`: tokens a sequence may reach; a sliding window sizes the ring itself and needs none."""
         if batch < 1:
             raise ValueError(f"KVCache: batch is {batch}, needs at least 1")
         if config.sliding_window is None and (max_len is None or max_len < 1):
@@ -44,7 +44,8 @@ class KVCache:
     @property
     def max_len(self) -> int:
         """Tokens a sequence can reach: the slots, or with a window the model's positions."""
-        return self.config.max_position_embeddings if self.window else min(self.slots, self.config.max_position_embeddings)
+        limit = self.config.max_position_embeddings
+        return limit if self.window else min(self.slots, limit)
 
     def reserve(self, tokens: int) -> None:
         """Make sure that every sequence has room for `tokens` more; ValueError otherwise.

@@ -43,11 +43,13 @@ def _parser() -> _Parser:
         return sub
 
     def model_options(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("folder", nargs="?", default=SMALL, help="checkpoint folder; none: the small one in the package")
+        sub.add_argument(
+            "folder", nargs="?", default=SMALL, help="checkpoint folder; none: the small one of the package"
+        )
         sub.add_argument("--device", help="cpu, cuda, cuda:1, ...; none: the GPU if there is one")
         sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="none: as stored")
 
-    verify = command("verify", "compare every operation of every layer with plain torch, on the checkpoint's own weights")
+    verify = command("verify", "compare every operation of every layer with plain torch, on your weights")
     model_options(verify)
     verify.add_argument("--prompt", help="text to run; none: fixed pseudo-random tokens")
     generate = command("generate", "stream the continuation of a prompt")
@@ -57,7 +59,7 @@ def _parser() -> _Parser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--seed", type=int, default=0, help="of the sampling")
-    compile = command("compile", "compile every kernel for a GPU that need not be there: registers, spills, shared memory")
+    compile = command("compile", "compile every kernel for a GPU that need not be there")
     compile.add_argument("ops", nargs="*", metavar="OP", help="none: all")
     compile.add_argument("--arch", required=True, help=ARCHS)
     compile.add_argument("--out", type=Path, help="folder that keeps .ptx, .cubin and .sass (AMD: .amdgcn, .hsaco)")
@@ -94,7 +96,8 @@ def _choose_way(args: argparse.Namespace, out: Console) -> None:
 def _bar(task: str, total: int, *columns: Any) -> Iterator[Any]:
     """A progress bar on stderr; yields a function that takes how much more is done."""
     console = Console(stderr=True)
-    with Progress(TextColumn(task), BarColumn(), *columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    shown = (TextColumn(task), BarColumn(), *columns, TimeRemainingColumn())
+    with Progress(*shown, console=console, transient=True) as bar:
         number = bar.add_task(task, total=total)
         yield lambda done: bar.update(number, advance=done)
 

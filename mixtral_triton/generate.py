@@ -58,7 +58,8 @@ def stream(
     limit = model.config.max_position_embeddings
     if longest + max_new_tokens > limit:
         raise ValueError(
-            f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones go beyond max_position_embeddings, {limit}"
+            f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones go beyond "
+            f"max_position_embeddings, {limit}"
         )
     return _stream(model, ids, lengths, max_new_tokens, temperature, top_p, eos, generator)
 

@@ -1,6 +1,6 @@
 """Mixtral (Jiang et al. 2024): the thin shell. Shapes and calls; the work is done by `ops` and torch's matmuls.
 
-B batch, T tokens, H hidden, E experts, K experts a token, Hq query heads, Hkv key/value heads, D head size, V vocabulary
+B batch, T tokens, H hidden, Hq query heads, Hkv key/value heads, D head size, V vocabulary
 """
 
 from __future__ import annotations
@@ -34,7 +34,17 @@ def rope_tables(config: MixtralConfig, device: Any) -> tuple[Tensor, Tensor]:
 class Layer(nn.Module):
     """One block: attention and the sparse experts, each added to the residual stream by the norm that comes next."""
 
-    def __init__(self, config: MixtralConfig, shapes: dict[str, tuple[int, ...]], device: Any, dtype: torch.dtype) -> None:
+    input_layernorm: Tensor  # [H]
+    qkv_proj: Tensor  # [(Hq + 2 Hkv) D, H]
+    o_proj: Tensor  # [H, Hq D]
+    post_attention_layernorm: Tensor  # [H]
+    gate: Tensor  # [E, H]
+    gate_up_proj: Tensor  # [E, 2I, H]
+    down_proj: Tensor  # [E, H, I]
+
+    def __init__(
+        self, config: MixtralConfig, shapes: dict[str, tuple[int, ...]], device: Any, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.config = config
         for name, shape in shapes.items():
@@ -57,7 +67,9 @@ class Layer(nn.Module):
 class State:
     """Where the tokens of one forward stand: which keys a layer's queries see, and what is kept of them."""
 
-    def __init__(self, window: int | None, B: int, T: int, cache: KVCache | None, new: Tensor | None, device: Any) -> None:
+    def __init__(
+        self, window: int | None, B: int, T: int, cache: KVCache | None, new: Tensor | None, device: Any
+    ) -> None:
         self.window, self.cache, self.layer, self.device = window, cache, 0, device
         t = torch.arange(T, device=device)
         if cache is None:
@@ -90,6 +102,13 @@ class Mixtral(nn.Module):
     and shapes are `weights.parameter_shapes(config)`. Gradients and training mode are refused with a ValueError.
     """
 
+    embed_tokens: Tensor  # [V, H]
+    norm: Tensor  # [H]
+    lm_head: Tensor  # [V, H]
+    cos: Tensor  # [P, D/2] fp32
+    sin: Tensor
+    layers: Sequence[Layer]
+
     def __init__(
         self, config: MixtralConfig, device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> None:
@@ -105,7 +124,7 @@ class Mixtral(nn.Module):
                 self.register_parameter(name, _parameter(shape, device, dtype))
         if config.tie_word_embeddings:
             self.lm_head = self.embed_tokens
-        self.layers = nn.ModuleList(Layer(config, own, device, dtype) for own in layers)
+        self.layers = nn.ModuleList(Layer(config, own, device, dtype) for own in layers)  # type: ignore[assignment]
         cos, sin = rope_tables(config, device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -127,7 +146,8 @@ class Mixtral(nn.Module):
         device None: the GPU if there is one, else the CPU; "meta": headers only. dtype None: as stored.
         `progress` is called with the number of bytes just read.
         """
-        for name, value, only in (("weights", weights, None), ("mesh", mesh, None), ("deterministic", deterministic, False)):
+        choices = (("weights", weights, None), ("mesh", mesh, None), ("deterministic", deterministic, False))
+        for name, value, only in choices:
             if value != only:
                 raise ValueError(f"Mixtral.from_pretrained: {name}={value!r} is not supported yet, only {only} is")
         return load(cls, folder, device, dtype, progress)
@@ -180,7 +200,7 @@ class Mixtral(nn.Module):
         B, T = input_ids.shape
         if cache is None and lengths is not None:
             raise ValueError("Mixtral: argument 'lengths' goes with a cache, and none was given")
-        if cache is None and T > self.config.max_position_embeddings:
+        if cache is None and self.config.max_position_embeddings < T:
             limit = self.config.max_position_embeddings
             raise ValueError(f"Mixtral: {T} tokens go beyond max_position_embeddings, {limit}")
         if cache is not None:
@@ -236,7 +256,8 @@ def load(
 def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:
     """int64 [B,T] with B, T at least 1 on the model's device, every id in the vocabulary; ValueError otherwise."""
     if not isinstance(input_ids, Tensor) or input_ids.dtype != torch.int64 or input_ids.dim() != 2:
-        got = f"{input_ids.dtype} {list(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        tensor = isinstance(input_ids, Tensor)
+        got = f"{input_ids.dtype} {list(input_ids.shape)}" if tensor else type(input_ids).__name__
         raise ValueError(f"Mixtral: argument 'input_ids' is {got}, needs an int64 tensor [B, T]")
     if 0 in input_ids.shape:
         raise ValueError(f"Mixtral: argument 'input_ids' is empty, {list(input_ids.shape)}: needs at least one token")

@@ -97,7 +97,15 @@ def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor,
 
 @_custom
 def rope_append(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    past: Tensor,
+    new: Tensor,
 ) -> Tensor:
     """`rope` at positions past[b] + t, k and v straight into the caches -> q. See `reference.rope_append`."""
     return _go(OPS["rope_append"], q.device, q, k, v, cos, sin, k_cache, v_cache, past, new)

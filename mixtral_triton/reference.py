@@ -14,7 +14,7 @@ __all__ = ["attention", "expert_swiglu", "forward", "rms_norm", "rope", "route",
 
 
 def forward(model: Any, input_ids: Tensor) -> Tensor:
-    """The whole of a `Mixtral` on input_ids [B,T] -> logits fp32 [B,T,V] (Jiang et al. 2024; HF's MixtralForCausalLM)."""
+    """All of a `Mixtral` on input_ids [B,T] -> logits fp32 [B,T,V] (Jiang et al. 2024; HF's MixtralForCausalLM)."""
     config = model.config
     B, T = input_ids.shape
     Hq, Hkv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim

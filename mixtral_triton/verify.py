@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import reference
-from .kernels import reference as kernel_reference
 from .cache import KVCache
+from .kernels import reference as kernel_reference
 from .kernels.experts_config import DECODE_TOKENS
 from .kernels.launch import INTERPRETED
 from .kernels.registry import OPS
@@ -80,11 +79,16 @@ def _verify(model: Mixtral, ids: Tensor, progress: Callable[[int, int], None] | 
         want = model.head(reference.rms_norm(x, model.norm, model.config.rms_norm_eps))
         error = float((logits - want).abs().max() / want.abs().max())
         rows.append(Row(len(model.layers), "logits", "end to end", error, LOGITS_LIMIT))
-    flips = sum(int((a.sort(-1).values != b.sort(-1).values).any(-1).sum()) for a, b in zip(expected, routes, strict=True))
+    flips = sum(_flips(*pair) for pair in zip(expected, routes, strict=True))
     way = "plain torch" if model.device.type == "cpu" and not INTERPRETED else "Triton, interpreted"
     if model.device.type == "cuda":
         way = f"Triton on {torch.cuda.get_device_name(model.device)}"
     return Report(tuple(rows), flips, ids.numel() * len(model.layers), way, str(model.dtype).removeprefix("torch."))
+
+
+def _flips(a: Tensor, b: Tensor) -> int:
+    """Tokens whose set of experts differs, ids [T,K] each."""
+    return int((a.sort(-1).values != b.sort(-1).values).any(-1).sum())
 
 
 def _norm_args(model: Mixtral, x: Tensor, weight: Tensor) -> Args:
@@ -134,8 +138,9 @@ class _LayerCheck:
         cache = KVCache(self.model.config, B, T, self.x.device, self.x.dtype)
         ring = {"k_cache": cache.keys[0], "v_cache": cache.values[0]}
         half = slice(0, T // 2)
-        yield "append", "first half", {"k": self.rk[:, half], "v": self.v[:, half], **ring, "past": past * 0, "new": past}
-        kernel_reference.append(self.rk[:, half], self.v[:, half], **ring, past=past * 0, new=past)
+        first = {"k": self.rk[:, half], "v": self.v[:, half], **ring, "past": past * 0, "new": past}
+        yield "append", "first half", first
+        kernel_reference.append(**first)
         rest = slice(T // 2, T)
         chunk = {"q": self.rq[:, rest], "k": self.rk[:, rest], "v": self.v[:, rest]}
         where = {"past": past, "window": self.model.config.sliding_window}
@@ -191,8 +196,8 @@ def _truth(name: str, args: Args, mutates: tuple[str, ...]) -> list[Tensor]:
     out = torch.zeros_like(x)
     for expert in args["ids"].unique().tolist():
         only = weights.masked_fill(args["ids"] != expert, 0.0).sum(-1, keepdim=True)
-        proj = (_widen(args[key][expert : expert + 1]) for key in ("gate_up_proj", "down_proj"))
-        out += reference.expert_swiglu(x, *proj, torch.zeros_like(args["ids"][:, :1]), only)
+        gate_up, down = (_widen(args[key][expert : expert + 1]) for key in ("gate_up_proj", "down_proj"))
+        out += reference.expert_swiglu(x, gate_up, down, torch.zeros_like(args["ids"][:, :1]), only)
     return [out]
 
 

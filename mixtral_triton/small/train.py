@@ -16,7 +16,7 @@ from pydoc_data.topics import topics
 
 import tokenizers
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import MixtralConfig, MixtralForCausalLM

@@ -1,0 +1,167 @@
+"""append: keys and values into the ring cache, and what else the operations on the ring share.
+
+B batch, T tokens, Hkv key/value heads, D head size, C slots of a cache; position p lies in slot p mod C
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+from .checks import FLOATS, INTS, Binder, fail, in_range
+from .launch import launch, target_arch
+from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
+
+
+@triton.jit
+def stored_heads(t, new, C, Hkv):
+    """Token t of a chunk enters the ring if it is among the first `new`, and no later one of them takes its slot."""
+    return tl.where((t < new) & (t >= new - C), Hkv, 0)
+
+
+@triton.jit
+def copy_heads(x_ptr, y_ptr, stride_xh, stride_yh, heads, D, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+    offs_h = tl.arange(0, BLOCK_H).to(tl.int64)[:, None]
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    mask = (offs_h < heads) & (offs_d < D)
+    tl.store(y_ptr + offs_h * stride_yh + offs_d, tl.load(x_ptr + offs_h * stride_xh + offs_d, mask=mask), mask=mask)
+
+
+@triton.jit
+def append_kernel(
+    k_ptr,  # [B, T, Hkv, D]
+    v_ptr,  # [B, T, Hkv, D]
+    past_ptr,  # [B] the position of token 0
+    new_ptr,  # [B] how many of the T tokens to append
+    k_cache_ptr,  # [B, Hkv, C, D]
+    v_cache_ptr,  # [B, Hkv, C, D]
+    C,
+    Hkv,
+    D,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_cb,
+    stride_ch,
+    stride_cs,
+    BLOCK_HKV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)
+    stored = stored_heads(t, tl.load(new_ptr + b), C, Hkv)
+    slot = (tl.load(past_ptr + b).to(tl.int64) + t) % C
+    out = b * stride_cb + slot * stride_cs
+    k = k_ptr + b * stride_kb + t * stride_kt
+    v = v_ptr + b * stride_vb + t * stride_vt
+    copy_heads(k, k_cache_ptr + out, stride_kh, stride_ch, stored, D, BLOCK_HKV, BLOCK_D)
+    copy_heads(v, v_cache_ptr + out, stride_vh, stride_ch, stored, D, BLOCK_HKV, BLOCK_D)
+
+
+def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    tiles = {"BLOCK_HKV": power_of_2(sizes["Hkv"]), "BLOCK_D": power_of_2(sizes["D"])}
+    return {"append_kernel": LaunchConfig(tiles, num_warps=2)}
+
+
+def bind_heads(binder: Binder, **tensors: tuple[Tensor, str]) -> None:
+    dtype = next(iter(tensors.values()))[0].dtype
+    for name, (value, letters) in tensors.items():
+        binder.tensor(name, value, letters, (dtype,) if dtype in FLOATS else FLOATS)
+
+
+def bind_cache(binder: Binder, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor) -> None:
+    """The ring caches [B,Hkv,C,D], and where each sequence stands: past and new int32 or int64 [B]."""
+    bind_heads(binder, k_cache=(k_cache, "B Hkv C D"), v_cache=(v_cache, "B Hkv C D"))
+    binder.positive("C")
+    if k_cache.stride() != v_cache.stride() or k_cache.stride(-1) != 1:
+        raise fail(binder.op, "v_cache", f"of strides {v_cache.stride()}", "those of k_cache, the last of them 1")
+    binder.tensor("past", past, "B", INTS)
+    binder.tensor("new", new, "B", INTS)
+    in_range(binder.op, "past", past, 0, (1 << 31) - 1)
+    if "T" in binder.sizes:
+        in_range(binder.op, "new", new, 0, binder.sizes["T"])
+
+
+def check(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor) -> Sizes:
+    binder = Binder("append")
+    bind_heads(binder, k=(k, "B T Hkv D"), v=(v, "B T Hkv D"), k_cache=(k_cache, "B Hkv C D"))
+    bind_cache(binder, k_cache, v_cache, past, new)
+    return binder.sizes
+
+
+def strides(letter: str, x: Tensor) -> dict[str, int]:
+    return {f"stride_{letter}{dim}": stride for dim, stride in zip("bth", x.stride(), strict=False)}
+
+
+def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor) -> None:
+    """Triton way of `reference.append`."""
+    k, v = dense_rows(k), dense_rows(v)
+    B, T, Hkv, D = k.shape
+    args = {
+        "k_ptr": k,
+        "v_ptr": v,
+        "past_ptr": past.contiguous(),
+        "new_ptr": new.contiguous(),
+        "k_cache_ptr": k_cache,
+        "v_cache_ptr": v_cache,
+        "C": k_cache.shape[2],
+        "Hkv": Hkv,
+        "D": D,
+        **strides("k", k),
+        **strides("v", v),
+        "stride_cb": k_cache.stride(0),
+        "stride_ch": k_cache.stride(1),
+        "stride_cs": k_cache.stride(2),
+    }
+    config = configs({"D": D, "Hkv": Hkv}, k.dtype, target_arch(k.device))["append_kernel"]
+    launch(append_kernel, (T, B), args, config)
+
+
+def empty(k: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Nothing: append changes the caches alone."""
+
+
+def cache_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+    """Caches that hold something, and where each sequence stands: sequence b has past `past` + 3 b, new T - b."""
+    B, T, Hkv, C, D = (sizes[letter] for letter in ("B", "T", "Hkv", "C", "D"))
+    k_cache, v_cache = (sample(B, Hkv, C, D, dtype=dtype, device=device, generator=generator) for _ in range(2))
+    b = torch.arange(B, dtype=torch.int32)
+    past, new = (sizes["past"] + 3 * b).to(device), (T - b).clamp(min=0).to(device)
+    return {"k_cache": k_cache, "v_cache": v_cache, "past": past, "new": new}
+
+
+def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+    shape = tuple(sizes[letter] for letter in ("B", "T", "Hkv", "D"))
+    k, v = (sample(*shape, dtype=dtype, device=device, generator=generator) for _ in range(2))
+    return {"k": k, "v": v, **cache_inputs(sizes, dtype, device, generator)}
+
+
+def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+    """Each element of k and v read once and written once."""
+    elements = 2 * sizes["B"] * sizes["T"] * sizes["Hkv"] * sizes["D"]
+    return Cost(flops=0, bytes=2 * elements * dtype.itemsize)
+
+
+CACHES = ({"C": 16, "past": 0}, {"C": 16, "past": 13}, {"C": 64, "past": 40})
+
+OP = Op(
+    name="append",
+    check=check,
+    run=append,
+    reference=reference.append,
+    empty=empty,
+    inputs=inputs,
+    configs=configs,
+    cost=cost,
+    test_shapes=tuple({"B": 2, "T": T, "Hkv": 2, "D": 80, **cache} for cache in CACHES for T in (1, 15, 40)),
+    bench_shapes=tuple({"B": 1, "T": T, "Hkv": 8, "D": 128, "C": 4096, "past": 0} for T in (2048,)),
+    mutates=("k_cache", "v_cache"),
+)

@@ -1,0 +1,143 @@
+"""The gates: guarded tensors around every interpreted launch, and what the run covered, in its summary.
+
+A guarded launch runs twice on copies of its tensors, each in the middle of a larger buffer filled with a canary:
+- a canary that changed is a store outside the tensor (or into the gaps between its rows);
+- the second run has another canary and takes the programs in reverse order: a result that differs, bit for bit, comes
+  from a read outside a tensor or from a race;
+- what nobody wrote is NaN, since `torch.empty` is filled with NaN before;
+- integer arithmetic that overflows its type is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixtral_triton.kernels import launch
+from mixtral_triton.kernels.interpret import interpreting
+from mixtral_triton.kernels.launch import INTERPRETED
+
+MARGIN = 64  # elements on either side
+FLOAT_CANARIES = (float("nan"), 1.0e4)
+INT_CANARIES = (0, 1)  # small: a kernel that used one as an index must not reach foreign memory
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+_covered: set[tuple[str, str]] = set()
+
+
+class Fence:
+    """A copy of a tensor with the same strides, amid canaries."""
+
+    def __init__(self, tensor: Tensor, turn: int) -> None:
+        self.tensor = tensor
+        self.places = torch.zeros(1, dtype=torch.long)
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            self.places = (self.places[:, None] + torch.arange(size) * stride).flatten()
+        extent = int(self.places.max()) + 1 if tensor.numel() else 0
+        canary = (FLOAT_CANARIES if tensor.is_floating_point() else INT_CANARIES)[turn]
+        self.canary = torch.tensor(canary).to(tensor.dtype)
+        self.buffer = self.canary.repeat(extent + 2 * MARGIN)
+        self.buffer[MARGIN + self.places] = tensor.flatten()
+        self.guarded = self.buffer.as_strided(tensor.shape, tensor.stride(), MARGIN)
+
+    def values(self) -> Tensor:
+        return self.buffer[MARGIN + self.places]
+
+    def intact(self) -> bool:
+        outside = torch.ones(len(self.buffer), dtype=torch.bool)
+        outside[MARGIN + self.places] = False
+        rest = self.buffer[outside]
+        return bits(rest).equal(bits(self.canary.expand_as(rest).contiguous()))
+
+    def write_back(self) -> None:
+        if self.tensor.numel():
+            base = self.tensor.as_strided((int(self.places.max()) + 1,), (1,), self.tensor.storage_offset())
+            base[self.places] = self.values()
+
+
+def bits(x: Tensor) -> Tensor:
+    """A float's bits as an integer of its size, so that NaN equals NaN and 0.0 differs from -0.0."""
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]) if x.is_floating_point() else x
+
+
+def _reverse_programs(builder: Any) -> None:
+    def set_grid_idx(x: int, y: int, z: int) -> None:
+        builder.grid_idx = tuple(n - 1 - i for n, i in zip(builder.grid_dim, (x, y, z), strict=True))
+
+    builder.set_grid_idx = set_grid_idx
+
+
+def guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
+    """`launch.interpret` under guard."""
+    runs = []
+    for turn in (0, 1):
+        fences = {name: Fence(value, turn) for name, value in args.items() if isinstance(value, Tensor)}
+        with interpreting(check_overflow=True) as builder:
+            if turn == 1:
+                _reverse_programs(builder)
+            try:
+                kernel[grid](**args | {name: fence.guarded for name, fence in fences.items()})
+            finally:
+                builder.__dict__.pop("set_grid_idx", None)
+        for name, fence in fences.items():
+            if not fence.intact():
+                raise AssertionError(f"{kernel.__name__} stored outside {name}")
+        runs.append(fences)
+    for name, fence in runs[0].items():
+        if not bits(fence.values()).equal(bits(runs[1][name].values())):
+            raise AssertionError(f"{kernel.__name__}: {name} depends on program order or on what lies outside a tensor")
+        fence.write_back()
+    _covered.add(("interpreted", kernel.__name__))
+
+
+@pytest.fixture(autouse=True)
+def gates(monkeypatch: pytest.MonkeyPatch, record_property: Any) -> Iterator[None]:
+    """Every test runs with guarded launches, and with NaN in memory that nobody wrote."""
+    monkeypatch.setattr(launch, "interpret", guarded)
+    _covered.clear()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    for kind, what in sorted(_covered):
+        record_property(kind, what)
+
+
+@pytest.fixture
+def covers() -> Any:
+    """covers(kind, what): count something in the summary of the run."""
+    return lambda kind, what: _covered.add((kind, what))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = "needs a GPU" if not INTERPRETED else "interpreted process: GPU tests run compiled"
+    if torch.cuda.is_available() and not INTERPRETED:
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    found: dict[str, set[str]] = {}
+    for report in terminalreporter.stats.get("", []):  # teardowns: where the gates write down what a test covered
+        for kind, what in report.user_properties:
+            found.setdefault(kind, set()).add(str(what))
+    count = {kind: len(names) for kind, names in found.items()}.get
+    say = partial(terminalreporter.write_line)
+    terminalreporter.section("what was covered")
+    if INTERPRETED:
+        say(f"{count('interpreted', 0)} kernels interpreted under guard")
+        say(f"{count('case', 0)} shapes and dtypes of operations within their limits")
+    else:
+        say(f"{count('compiled', 0)} kernel variants compiled for {count('target', 0)} targets")
+        say(f"{count('case', 0)} shapes and dtypes of operations within their limits, on the plain torch way or a GPU")

@@ -1,0 +1,104 @@
+"""Each gate catches a planted fault of its kind. (A spilling configuration: test_offline.py.)"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from mixtral_triton.kernels.interpret import bf16_to_f32, f32_to_bf16
+from mixtral_triton.kernels.launch import INTERPRETED, launch
+from mixtral_triton.kernels.op import LaunchConfig
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="gates of interpreted launches: needs TRITON_INTERPRET=1")
+
+ONE = LaunchConfig({}, num_warps=1)
+
+
+@triton.jit
+def double_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr, MASK_LOAD: tl.constexpr, MASK_STORE: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < N, other=0.0) if MASK_LOAD else tl.load(x_ptr + offs)
+    total = x + tl.sum(x, axis=0)
+    if MASK_STORE:
+        tl.store(y_ptr + offs, total, mask=offs < N)
+    else:
+        tl.store(y_ptr + offs, total)
+
+
+@triton.jit
+def race_kernel(y_ptr):
+    tl.store(y_ptr, tl.program_id(0).to(tl.float32))
+
+
+@triton.jit
+def overflow_kernel(y_ptr, N):
+    tl.store(y_ptr, N * N)
+
+
+def run_double(rows: int, n: int, load: bool = True, store: bool = True) -> torch.Tensor:
+    x, y = torch.ones(n), torch.empty(n)
+    launch(double_kernel, (rows,), {"x_ptr": x, "y_ptr": y, "N": n}, ONE, BLOCK=8, MASK_LOAD=load, MASK_STORE=store)
+    return y
+
+
+def test_a_right_kernel_passes() -> None:
+    assert run_double(2, 11).tolist() == [9.0] * 8 + [4.0] * 3
+
+
+def test_store_outside_is_caught() -> None:
+    with pytest.raises(AssertionError, match="double_kernel stored outside y_ptr"):
+        run_double(2, 11, store=False)
+
+
+def test_read_outside_is_caught() -> None:
+    with pytest.raises(AssertionError, match="depends on program order or on what lies outside"):
+        run_double(2, 11, load=False)
+
+
+def test_store_between_the_rows_of_a_view_is_caught() -> None:
+    view = torch.zeros(4, 8)[:, :5]
+    args = {"x_ptr": torch.ones(8), "y_ptr": view, "N": 8}
+    with pytest.raises(AssertionError, match="stored outside y_ptr"):
+        launch(double_kernel, (1,), args, ONE, BLOCK=8, MASK_LOAD=True, MASK_STORE=True)
+
+
+def test_race_is_caught() -> None:
+    with pytest.raises(AssertionError, match="race_kernel: y_ptr depends on program order"):
+        launch(race_kernel, (2,), {"y_ptr": torch.empty(1)}, ONE)
+
+
+def test_output_left_unwritten_is_nan() -> None:
+    assert run_double(1, 11).isnan().tolist() == [False] * 8 + [True] * 3
+
+
+def test_integer_overflow_is_caught() -> None:
+    args: dict[str, Any] = {"y_ptr": torch.zeros(1, dtype=torch.int32), "N": 1 << 17}
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="overflow"):
+        launch(overflow_kernel, (1,), args, ONE)
+
+
+@triton.jit
+def bf16_kernel(a_ptr, b_ptr, y_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tile = offs[:, None] * BLOCK + offs[None, :]
+    product = tl.dot(tl.load(a_ptr + tile), tl.load(b_ptr + tile))
+    tl.store(y_ptr + tile, product.to(tl.bfloat16))
+
+
+def test_bf16_dot_and_cast_are_those_of_the_hardware() -> None:
+    a, b = (torch.randn(16, 16, generator=torch.Generator().manual_seed(s)).bfloat16() for s in (0, 1))
+    y = torch.empty(16, 16, dtype=torch.bfloat16)
+    launch(bf16_kernel, (1,), {"a_ptr": a, "b_ptr": b, "y_ptr": y}, ONE, BLOCK=16)
+    assert torch.equal(y, (a.float() @ b.float()).bfloat16())
+
+
+def test_bf16_rounding_is_to_nearest_even() -> None:
+    special = [0.0, -0.0, 1.0, 1.00390625, 1.01171875, 3.4e38, -1e-40, float("inf"), float("-inf"), float("nan")]
+    values = np.concatenate([special, np.random.default_rng(0).normal(size=999)]).astype(np.float32)
+    got = torch.from_numpy(bf16_to_f32(f32_to_bf16(values)))
+    torch.testing.assert_close(got, torch.from_numpy(values).bfloat16().float(), rtol=0, atol=0, equal_nan=True)
