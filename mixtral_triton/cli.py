@@ -97,7 +97,7 @@ def _bar(task: str, total: int, *columns: Any) -> Iterator[Any]:
     """A progress bar on stderr; yields a function that takes how much more is done."""
     console = Console(stderr=True)
     shown = (TextColumn(task), BarColumn(), *columns, TimeRemainingColumn())
-    with Progress(*shown, console=console, transient=True) as bar:
+    with Progress(*shown, console=console, transient=True, disable=not console.is_terminal) as bar:
         number = bar.add_task(task, total=total)
         yield lambda done: bar.update(number, advance=done)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +25,8 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        return self.error <= self.limit
+        # A NaN in the result is an infinite error, for plain torch too: never right.
+        return math.isfinite(self.error) and self.error <= self.limit
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,414 @@
+"""The contract's sentences about `mixtral_triton.ops`, each against a small oracle of this file, in fp64 loops."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mixtral_triton import ops
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.registry import OPS
+
+NAN, INF = math.nan, math.inf
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = {
+    "add_rms_norm": {"T": 5, "H": 12},
+    "route": {"T": 5, "E": 6, "K": 2},
+    "sort_by_expert": {"T": 7, "E": 4, "K": 2},
+    "expert_swiglu": {"T": 5, "H": 24, "I": 20, "E": 4, "K": 2},
+    "rope": {"B": 2, "T": 3, "Hq": 4, "Hkv": 2, "D": 16, "P": 9},
+    "attention": {"B": 2, "T": 3, "S": 7, "Hq": 4, "Hkv": 2, "D": 16, "window": 0, "ragged": 1},
+}
+
+
+def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def choices(T: int, E: int, K: int, seed: int = 0) -> Tensor:
+    return torch.rand((T, E), generator=torch.Generator().manual_seed(seed)).argsort(-1)[:, :K].int()
+
+
+def inputs(name: str, device: Any) -> dict[str, Any]:
+    dtype = OPS[name].dtypes[0]
+    return OPS[name].inputs(SIZES[name], dtype, device, torch.Generator().manual_seed(0))
+
+
+def call(name: str, args: dict[str, Any]) -> tuple[Tensor, ...]:
+    out = getattr(ops, name.removeprefix("add_"))(**args)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def close(got: Tensor, want: Tensor, rtol: float = 2e-6) -> None:
+    """Every difference at most rtol of the largest value."""
+    assert got.shape == want.shape
+    if want.numel():
+        got, want = got.double().cpu(), want.double().cpu()
+        assert torch.isfinite(got).all()
+        assert (got - want).abs().max() <= rtol * want.abs().max().clamp(min=1e-30)
+
+
+# route
+
+
+def route_oracle(row: list[float], top_k: int) -> tuple[list[float], list[int]]:
+    values = [-INF if math.isnan(value) else value for value in row]
+    ids = sorted(range(len(values)), key=lambda e: (-values[e], e))[:top_k]
+    top = max(values)
+    if math.isinf(top):
+        shares = [float(values[e] == top) for e in ids]
+    else:
+        over_all = [math.exp(value - top) for value in values]
+        shares = [over_all[e] / sum(over_all) for e in ids]
+    return [share / sum(shares) for share in shares], ids
+
+
+def check_route(logits: Tensor, top_k: int) -> None:
+    weights, ids = ops.route(logits, top_k)
+    assert weights.dtype == torch.float32 and ids.dtype == torch.int32
+    assert weights.shape == ids.shape == (len(logits), top_k)
+    for row, own_weights, own_ids in zip(logits.double().tolist(), weights.tolist(), ids.tolist(), strict=True):
+        want_weights, want_ids = route_oracle(row, top_k)
+        assert own_ids == want_ids
+        assert own_weights == pytest.approx(want_weights, abs=2e-6)
+        assert sum(own_weights) == pytest.approx(1.0, abs=1e-5)
+
+
+SPECIAL = (NAN, INF, -INF, 0.0, -0.0, 1.0, 1.0, -3.5, 0.25, 88.0, -1e30, 3e38, -3e38, 1e-40)
+
+
+@settings(max_examples=8000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data(), dtype=st.sampled_from(FLOATS))
+def test_route_of_any_logits(data: st.DataObject, dtype: torch.dtype, device: torch.device) -> None:
+    E = data.draw(st.integers(1, 9))
+    number = st.one_of(st.sampled_from(SPECIAL), st.floats(-20, 20, width=32))
+    rows = data.draw(st.lists(st.lists(number, min_size=E, max_size=E), min_size=1, max_size=3))
+    check_route(torch.tensor(rows, dtype=torch.float32).to(device, dtype), data.draw(st.integers(1, E)))
+
+
+ROWS = {
+    "ties": [1.0, 2.0, 2.0, 1.0, 2.0, 1.0],
+    "zeros of both signs": [-0.0, 0.0, -0.0, 0.0, -1.0, 0.0],
+    "nan": [NAN, 1.0, NAN, 2.0, NAN, NAN],
+    "all nan": [NAN] * 6,
+    "all -inf": [-INF] * 6,
+    "-inf and nan": [NAN, -INF, NAN, -INF, NAN, NAN],
+    "one +inf": [0.0, 1.0, INF, 2.0, NAN, -INF],
+    "three +inf": [0.0, INF, INF, 2.0, INF, -INF],
+    "one finite": [-INF, -INF, -INF, 3.0, NAN, -INF],
+    "far apart": [-3e38, 3e38, 0.0, 3e38, -INF, 1.0],
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("top_k", range(1, 7))
+def test_route_of_special_rows(top_k: int, dtype: torch.dtype, device: torch.device) -> None:
+    check_route(torch.tensor(list(ROWS.values())).to(device, dtype), top_k)
+
+
+@pytest.mark.parametrize(("T", "E", "top_k"), [(0, 8, 2), (1, 1, 1), (300, 8, 2), (70, 5, 5), (3, 257, 7)])
+def test_route_sizes(T: int, E: int, top_k: int, device: torch.device) -> None:
+    check_route(randn(T, E, scale=3).to(device), top_k)
+
+
+# attention
+
+
+def attention_oracle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    q, k, v = (x.double().cpu() for x in (q, k, v))
+    (B, T, Hq, D), (S, Hkv) = q.shape, k.shape[1:3]
+    out, limited = torch.zeros_like(q), window is not None and window > 0
+    for b in range(B):
+        start, end = 0 if starts is None else int(starts[b]), S if lengths is None else int(lengths[b])
+        for t in range(T):
+            i = end - T + t
+            keys = [j for j in range(S) if start <= j < end and (j <= i or not causal)]
+            if limited:
+                keys = [j for j in keys if (i - window < j if causal else abs(i - j) <= window // 2)]
+            for h in range(Hq if keys else 0):
+                scores = k[b, keys, h // (Hq // Hkv)] @ q[b, t, h] * (D**-0.5 if scale is None else scale)
+                out[b, t, h] = scores.softmax(0) @ v[b, keys, h // (Hq // Hkv)]
+    return out
+
+
+def check_attention(shape: tuple[int, ...], device: Any, dtype: torch.dtype = torch.int32, **options: Any) -> None:
+    """shape (B, T, S, Hq, Hkv, D); whatever lies outside [starts, lengths) is NaN."""
+    B, T, S, Hq, Hkv, D = shape
+    q, k, v = randn(B, T, Hq, D), randn(B, S, Hkv, D, seed=1), randn(B, S, Hkv, D, seed=2)
+    bounds = {key: torch.tensor(options[key], dtype=dtype) for key in ("starts", "lengths") if key in options}
+    for b in range(B):
+        for x in (k, v):
+            x[b, : max(0, int(bounds["starts"][b])) if "starts" in bounds else 0] = NAN
+            x[b, max(0, int(bounds["lengths"][b])) if "lengths" in bounds else S :] = NAN
+    want = attention_oracle(q, k, v, **options | bounds)
+    on_device = {key: value.to(device) for key, value in bounds.items()}
+    got = ops.attention(q.to(device), k.to(device), v.to(device), **options | on_device)
+    assert got.dtype == torch.float32
+    close(got, want, 4e-6)
+
+
+@pytest.mark.parametrize("D", (64, 80, 96, 128))
+@pytest.mark.parametrize(("Hq", "Hkv"), [(4, 1), (4, 2), (3, 3)], ids=("mqa", "gqa", "mha"))
+@pytest.mark.parametrize(("T", "S"), [(20, 20), (1, 50)])
+def test_attention_heads(D: int, Hq: int, Hkv: int, T: int, S: int, device: torch.device) -> None:
+    check_attention((1, T, S, Hq, Hkv, D), device, window=9)
+
+
+@pytest.mark.parametrize("causal", (True, False), ids=("causal", "both sides"))
+@pytest.mark.parametrize("window", (None, 1, 2, 3, 5, 8, 40, 1000, 2**31 - 1))
+@pytest.mark.parametrize(("T", "S"), [(37, 37), (1, 37), (5, 37), (37, 9), (7, 2)])
+def test_attention_windows(T: int, S: int, window: int | None, causal: bool, device: torch.device) -> None:
+    check_attention((1, T, S, 2, 1, 16), device, window=window, causal=causal)
+
+
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"causal": False}, {"causal": False, "window": 5}], ids=str)
+@pytest.mark.parametrize("T", (1, 3, 21))
+def test_attention_bounds(T: int, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    """Empty, full, starts == lengths, starts > lengths, T > lengths."""
+    bounds = {"starts": [0, 0, 4, 6, 9, 19, 0], "lengths": [0, 20, 4, 17, 7, 20, 2]}
+    check_attention((7, T, 20, 2, 1, 16), device, dtype, **options, **bounds)
+    check_attention((2, T, 20, 2, 1, 16), device, dtype, **options, starts=[0, 7])
+    check_attention((2, T, 20, 2, 1, 16), device, dtype, **options, lengths=[0, 7])
+
+
+MORE = [  # B, T, S, Hq, Hkv, D: first few queries and many keys
+    ((1, 1, 700, 4, 1, 16), {}),
+    ((2, 1, 700, 4, 1, 16), {"starts": [0, 650], "lengths": [700, 700]}),
+    ((3, 1, 600, 2, 2, 80), {"starts": [0, 1, 0], "lengths": [0, 2, 513]}),
+    ((1, 2, 900, 2, 1, 16), {"window": 530}),
+    ((2, 3, 600, 4, 1, 16), {"window": 300, "starts": [590, 0], "lengths": [600, 1]}),
+    ((1, 1, 40, 20, 1, 16), {"window": 7}),
+    ((1, 5, 300, 8, 2, 16), {"lengths": [290]}),
+    ((1, 20, 300, 2, 1, 16), {"window": 33}),
+    ((1, 1, 20, 2, 1, 64), {"scale": 0.07}),
+    ((1, 20, 20, 2, 1, 64), {"scale": 3}),
+]
+
+
+@pytest.mark.parametrize(("shape", "options"), MORE, ids=str)
+def test_attention_more(shape: tuple[int, ...], options: dict[str, Any], device: torch.device) -> None:
+    check_attention(shape, device, **options)
+
+
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize(("T", "S"), [(0, 5), (3, 0), (30, 0), (0, 0)])
+def test_attention_without_queries_or_keys(T: int, S: int, causal: bool, device: torch.device) -> None:
+    check_attention((2, T, S, 4, 2, 16), device, causal=causal)
+
+
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize("T", (1, 20))
+def test_no_window_has_three_names(T: int, causal: bool, device: torch.device) -> None:
+    q, k = randn(1, T, 2, 16).to(device), randn(1, 20, 1, 16).to(device)
+    one, two, three = (ops.attention(q, k, k, window=window, causal=causal) for window in (None, 0, -1))
+    assert torch.equal(one, two) and torch.equal(one, three)
+
+
+@pytest.mark.parametrize(("T", "S", "window"), [(3, 9, None), (3, 9, 2), (40, 9, None)])
+def test_lengths_beyond_the_keys(T: int, S: int, window: int | None, device: torch.device) -> None:
+    """Refused, or what the formula says: the queries stand at lengths - T + t, and only S keys are there."""
+    try:
+        check_attention((1, T, S, 2, 1, 16), device, window=window, lengths=[12])
+    except ValueError as error:
+        assert "lengths" in str(error)
+
+
+# rope, rms_norm
+
+
+@pytest.mark.parametrize("positions", (torch.int32, torch.int64))
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("D", "Hq", "Hkv"), [(64, 4, 1), (80, 6, 2), (128, 3, 3), (2, 1, 1)])
+def test_rope(D: int, Hq: int, Hkv: int, dtype: torch.dtype, positions: torch.dtype, device: torch.device) -> None:
+    """Half-split pairs, the rotation in fp32, one rounding: at most half a unit in the last place."""
+    angles, where = randn(11, D // 2, scale=3), torch.tensor([[10, 0, 3, 3], [7, 1, 9, 2]])
+    q, k = randn(2, 4, Hq, D, seed=1).to(dtype), randn(2, 4, Hkv, D, seed=2).to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    out = ops.rope(*(x.to(device) for x in (q, k, cos, sin, where.to(positions))))
+    c, s = cos.double()[where][:, :, None], sin.double()[where][:, :, None]
+    for got, x in zip(out, (q, k), strict=True):
+        a, b = x.double()[..., : D // 2], x.double()[..., D // 2 :]
+        want = torch.cat((a * c - b * s, b * c + a * s), -1)
+        assert got.dtype == dtype and got.shape == x.shape
+        # The rounding to `dtype`, and the fp32 sums, which may cancel.
+        limit = want.abs() * torch.finfo(dtype).eps / 2 * 1.001 + 3e-7 * x.abs().max().double()
+        assert ((got.double().cpu() - want).abs() <= limit).all()
+
+
+def normed_oracle(x: Tensor, eps: float) -> Tensor:
+    return x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(4000,), (3, 700), (2, 3, 33), (1, 1), (0, 8), (2, 0, 8)], ids=str)
+def test_rms_norm_casts_then_weighs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    x, weight, eps = randn(*shape).to(dtype), randn(shape[-1], seed=1).to(dtype), 0.25
+    got = ops.rms_norm(x.to(device), weight.to(device), eps)
+    assert got.dtype == dtype and got.shape == x.shape
+    want = normed_oracle(x, eps).to(dtype) * weight
+    close(got, want, 2 * torch.finfo(dtype).eps)
+    if dtype != torch.float32:  # fp32 and fp64 rarely round to different sides; the other order does for 1 in 4
+        assert (got.cpu() != want).sum() <= 0.01 * want.numel() + 1
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(7, 40), (1, 3, 513), (0, 8)], ids=str)
+def test_rms_norm_with_residual(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    x, residual, weight = (randn(*s, seed=i).to(device, dtype) for i, s in enumerate((shape, shape, shape[-1:])))
+    y, total = ops.rms_norm(x, weight, 1e-5, residual=residual)
+    assert total.dtype == dtype and torch.equal(total, x + residual)
+    assert torch.equal(y, ops.rms_norm(total, weight, 1e-5))  # it is the rounded sum that is normed
+
+
+# expert_swiglu, sort_by_expert
+
+
+def swiglu_oracle(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Gate rows first."""
+    x, gate_up, down, weights = (a.double().cpu() for a in (x, gate_up, down, weights))
+    out, I = torch.zeros_like(x), down.shape[2]
+    for t, row in enumerate(ids.tolist()):
+        for expert, weight in zip(row, weights[t], strict=True):
+            gate, up = gate_up[expert, :I] @ x[t], gate_up[expert, I:] @ x[t]
+            out[t] += weight * (down[expert] @ (gate * torch.sigmoid(gate) * up))
+    return out
+
+
+def expert_inputs(T: int, E: int, K: int, H: int = 24, I: int = 20, seed: int = 0) -> list[Tensor]:
+    x, gate_up, down = randn(T, H, seed=seed), randn(E, 2 * I, H, seed=1), randn(E, H, I, seed=2)
+    return [x, gate_up * H**-0.5, down * I**-0.5, choices(T, E, K), randn(T, K, seed=3).softmax(-1)]
+
+
+EXPERTS = [(0, 4, 2), (1, 4, 2), (1, 8, 8), (3, 300, 2), (63, 3, 3), (64, 4, 1), (65, 4, 2), (66, 3, 3), (130, 8, 1)]
+
+
+@pytest.mark.parametrize(("T", "E", "K"), EXPERTS)
+@pytest.mark.parametrize(("H", "I"), [(24, 20), (33, 17), (130, 70)])
+@pytest.mark.parametrize("ids", (torch.int32, torch.int64))
+def test_expert_swiglu(T: int, E: int, K: int, H: int, I: int, ids: torch.dtype, device: torch.device) -> None:
+    if H > 24 and (E != 4 or ids == torch.int64):
+        pytest.skip("one size is enough for this")
+    args = expert_inputs(T, E, K, H, I)
+    args[3] = args[3].to(ids)
+    close(ops.expert_swiglu(*(a.to(device) for a in args)), swiglu_oracle(*args), 4e-6)
+
+
+@pytest.mark.parametrize("T", (1, 40, 64, 65, 90))
+@pytest.mark.parametrize("row", [[3, 3], [2, 0], [1, 1]], ids=str)
+def test_nan_of_an_expert_nobody_chose(T: int, row: list[int], device: torch.device) -> None:
+    """All tokens to the experts of `row`, an id twice too; the others hold NaN and inf."""
+    x, gate_up, down, _, weights = expert_inputs(T, 5, 2)
+    ids = torch.tensor([row] * T)
+    for expert in set(range(5)) - set(row):
+        gate_up[expert], down[expert] = NAN, (NAN, INF)[expert % 2]
+    want = swiglu_oracle(x, gate_up, down, ids, weights)
+    close(ops.expert_swiglu(*(a.to(device) for a in (x, gate_up, down, ids, weights))), want, 4e-6)
+
+
+@pytest.mark.parametrize("T", (9, 70))
+def test_nan_of_one_token_stays_with_it(T: int, device: torch.device) -> None:
+    args = [a.to(device) for a in expert_inputs(T, 3, 2)]
+    want = ops.expert_swiglu(*args)
+    args[0][4] = NAN
+    got = ops.expert_swiglu(*args)
+    assert got[4].isnan().all()
+    rest = torch.arange(T, device=device) != 4
+    close(got[rest], want[rest])
+
+
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize(("T", "K", "E"), [(0, 2, 3), (1, 1, 1), (50, 2, 8), (700, 3, 5), (4, 2, 100)])
+def test_sort_by_expert_is_stable(T: int, K: int, E: int, dtype: torch.dtype, device: torch.device) -> None:
+    ids = torch.randint(E, (T, K), generator=torch.Generator().manual_seed(0)).to(dtype)  # repeats in a row too
+    order, offsets = ops.sort_by_expert(ids.to(device), E)
+    flat = ids.flatten().tolist()
+    assert order.dtype == offsets.dtype == torch.int32
+    assert order.tolist() == sorted(range(T * K), key=lambda slot: flat[slot])
+    assert offsets.tolist() == [sum(i < e for i in flat) for e in range(E + 1)]
+
+
+# all operations
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def sliced(x: Tensor) -> Tensor:
+    """Every second element of every dimension; whoever reads the others sees NaN, or an id that is not there."""
+    big = torch.full([2 * n + 1 for n in x.shape], NAN if x.is_floating_point() else 10**6, device=x.device)
+    view = big.to(x.dtype)[tuple(slice(1, None, 2) for _ in x.shape)]
+    return view.copy_(x)
+
+
+def expanded(x: Tensor) -> Tensor:
+    return x[:1].expand(x.shape)
+
+
+@pytest.mark.parametrize("layout", (transposed, sliced, expanded))
+@pytest.mark.parametrize("name", SIZES)
+def test_strides_do_not_matter_and_inputs_stay(name: str, layout: Any, device: torch.device) -> None:
+    args = inputs(name, device)
+    args = {key: layout(value) if isinstance(value, Tensor) else value for key, value in args.items()}
+    dense = {key: value.contiguous() if isinstance(value, Tensor) else value for key, value in args.items()}
+    before = {key: value.clone() for key, value in args.items() if isinstance(value, Tensor)}
+    for got, want in zip(call(name, args), call(name, dense), strict=True):
+        close(got, want)
+    assert all(torch.equal(args[key], value) for key, value in before.items())
+
+
+# 16 bits, each operation beside what transformers computes in the same dtype
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    (T, Hq, D), (S, Hkv) = q.shape[1:], k.shape[1:3]
+    q, k, v = q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(Hq // Hkv, 1) for x in (k, v))
+    later = torch.ones(T, S, dtype=torch.bool).tril(S - T).logical_not()
+    scores = (q @ k.transpose(2, 3) * D**-0.5).masked_fill(later, torch.finfo(q.dtype).min)
+    return (scores.float().softmax(-1).to(q.dtype) @ v).transpose(1, 2)
+
+
+def plain_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for k in range(ids.shape[1]):
+        for t, expert in enumerate(ids[:, k].tolist()):
+            gate, up = F.linear(x[t], gate_up[expert]).chunk(2)
+            out[t] += F.linear(F.silu(gate) * up, down[expert]) * weights[t, k].to(x.dtype)
+    return out
+
+
+PRECISION = {  # our function, plain torch, the oracle, inputs (the first three in the dtype under test)
+    "decode": (ops.attention, plain_attention, attention_oracle, [randn(1, n, 4, 64, seed=n) for n in (1, 200, 201)]),
+    "prefill": (ops.attention, plain_attention, attention_oracle, [randn(1, 50, 4, 64, seed=n) for n in range(3)]),
+    "few tokens": (ops.expert_swiglu, plain_swiglu, swiglu_oracle, expert_inputs(9, 4, 2, 96, 80)),
+    "many tokens": (ops.expert_swiglu, plain_swiglu, swiglu_oracle, expert_inputs(66, 4, 2, 96, 80)),
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+@pytest.mark.parametrize("case", PRECISION)
+def test_error_is_at_most_twice_that_of_plain_torch(case: str, dtype: torch.dtype, device: torch.device) -> None:
+    ours, plain, oracle, args = PRECISION[case]
+    args = [x.to(dtype) if place < 3 else x for place, x in enumerate(args)]
+    if case == "decode":
+        args[2] = args[2][:, :200]
+    got, want = ours(*(x.to(device) for x in args)), oracle(*args)
+    assert got.dtype == dtype
+    assert (got.double().cpu() - want).abs().max() <= 2 * (plain(*args).double() - want).abs().max()
