@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ def fail(op: str, argument: str, got: Any, needs: str) -> ValueError:
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+@cache
+def _parse(letters: str) -> tuple[bool, tuple[str | int, ...]]:
+    """Whether any leading dimensions may stand before, and the letters or fixed sizes."""
+    parts = letters.split()
+    leading = parts[0] == "..."
+    return leading, tuple(int(part) if part.isdigit() else part for part in parts[leading:])
 
 
 class Binder:
@@ -41,17 +50,18 @@ class Binder:
         self._shape(name, value, letters)
 
     def _shape(self, name: str, value: Tensor, letters: str) -> None:
-        wanted = letters.split()
-        shape = list(value.shape)
-        if wanted[0] == "...":
-            wanted, shape = wanted[1:], shape[-len(wanted) + 1 :]
+        leading, wanted = _parse(letters)
+        shape = value.shape[-len(wanted) :] if leading else value.shape
         good = len(shape) == len(wanted)
-        for letter, size in zip(wanted, shape, strict=False):
-            need = int(letter) if letter.isdigit() else self.sizes.setdefault(letter, size)
-            good = good and need == size
+        if good:
+            for letter, size in zip(wanted, shape, strict=True):
+                need = letter if isinstance(letter, int) else self.sizes.setdefault(letter, size)
+                good = good and need == size
         if not good:
             known = ", ".join(f"{key} = {self.sizes[key]}" for key in wanted if key in self.sizes)
-            raise fail(self.op, name, f"of shape {list(value.shape)}", f"[{letters}] with {known}")
+            raise fail(
+                self.op, name, f"of shape {list(value.shape)}", f"[{letters}]" + (f" with {known}" if known else "")
+            )
 
     def positive(self, *letters: str) -> None:
         for letter in letters:

@@ -120,13 +120,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, valid: Tensor, sca
     """Softmax attention under the mask `visible` [B,T,S]; keys outside `valid` [B,S] may be NaN. No key seen: zeros."""
     B, T, Hq, D = q.shape
     Hkv = k.shape[2]
+    hidden = None if visible.all() else ~visible
+    if not valid.all():
+        v = v.masked_fill(~valid[:, :, None, None], 0.0)  # 0 * NaN is NaN
     q = q.transpose(1, 2).reshape(B, Hkv, Hq // Hkv * T, D)
-    scores = (q @ k.permute(0, 2, 3, 1)).view(B, Hkv, Hq // Hkv, T, -1)
-    scores = _wide(scores) * (D**-0.5 if scale is None else scale)
-    scores = scores.masked_fill(~visible[:, None, None], -math.inf)
-    p = torch.softmax(scores, -1).masked_fill(~visible[:, None, None], 0.0).to(v.dtype)
-    out = p.view(B, Hkv, -1, p.shape[-1]) @ v.masked_fill(~valid[:, :, None, None], 0.0).transpose(1, 2)
-    return out.view(B, Hq, T, D).transpose(1, 2).contiguous()
+    scores = _wide(q @ k.permute(0, 2, 3, 1)).mul_(D**-0.5 if scale is None else scale)
+    if hidden is not None:
+        scores.view(B, Hkv, -1, T, k.shape[1]).masked_fill_(hidden[:, None, None], -math.inf)
+    out = torch.softmax(scores, -1).to(v.dtype) @ v.transpose(1, 2)
+    out = out.view(B, Hq, T, D).transpose(1, 2)
+    return out if hidden is None else out.masked_fill(hidden.all(-1)[:, :, None, None], 0.0)
 
 
 def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor) -> None:
@@ -171,11 +174,13 @@ def cached_attention(
     With k and v the caches hold what was before this chunk, up to `past`; without, the chunk is already in them.
     """
     T, C = q.shape[1], k_cache.shape[2]
-    t, slot = torch.arange(T, device=q.device), torch.arange(C, device=q.device)
     held = past if k is not None else past + new
+    used = min(C, int(held.max()))  # slots that any sequence has written
+    t, slot = torch.arange(T, device=q.device), torch.arange(used, device=q.device)
     # The newest position below `held` that this slot can hold; negative where nothing was written yet.
-    j = held[:, None] - 1 - (held[:, None] - 1 - slot) % C
-    valid, keys, values = j >= 0, k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    newest = held[:, None] - 1
+    j = newest - (newest - slot) % C
+    valid, keys, values = j >= 0, k_cache[:, :, :used].transpose(1, 2), v_cache[:, :, :used].transpose(1, 2)
     if k is not None and v is not None:
         j = torch.cat((j, past[:, None] + t), 1)
         valid = torch.cat((valid, t < new[:, None]), 1)

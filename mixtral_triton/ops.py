@@ -8,10 +8,12 @@ Every operation raises ValueError, naming the argument, on a wrong shape, dtype 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .kernels.launch import INTERPRETED
 from .kernels.op import Op
@@ -43,10 +45,31 @@ def _register(name: str, custom: Any) -> Any:
     return custom
 
 
+def _plain(values: Iterable[Any]) -> bool:
+    """Whether nothing has to see the operator itself: no tracing, no dispatch mode, no gradient, no fake tensor."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    gradients = torch.is_grad_enabled()
+    return not any(
+        isinstance(x, Tensor)
+        and (x.is_meta or type(x) not in (Tensor, nn.Parameter) or (gradients and x.requires_grad))
+        for x in values
+    )
+
+
 def _custom(function: Any) -> Any:
+    """Register `function` as the operator of its name. A plain call goes straight to it, past torch's dispatcher,
+    which would cost more host time than a decode step's kernels take."""
     name = function.__name__.lstrip("_")
     mutates = OPS[name].mutates
-    return _register(name, torch.library.custom_op(f"mixtral_triton::{name}", function, mutates_args=mutates))
+    operator = _register(name, torch.library.custom_op(f"mixtral_triton::{name}", function, mutates_args=mutates))
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        plain = _plain((*args, *kwargs.values()))
+        return function(*args, **kwargs) if plain else operator(*args, **kwargs)
+
+    return call
 
 
 @_custom

@@ -1,0 +1,352 @@
+"""The whole model beside transformers' MixtralForCausalLM on random checkpoints, with and without the ring cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixtral_triton import KVCache, Mixtral, reference
+from mixtral_triton.kernels.experts_config import DECODE_TOKENS
+from mixtral_triton.kernels.launch import record_launches
+
+transformers = pytest.importorskip("transformers")
+
+W, V, P = 6, 48, 96  # the window, the vocabulary, the positions that most configurations have
+BASE = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": P,
+    "sliding_window": W,
+    "eos_token_id": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "window": {},
+    "no window": {"sliding_window": None},
+    "window 1": {"sliding_window": 1, "num_key_value_heads": 4},
+    "window beyond the text": {"sliding_window": 64},
+    "mqa": {"num_key_value_heads": 1, "sliding_window": 5},
+    "mha": {"num_key_value_heads": 4, "sliding_window": None},
+    "8 experts": {"num_local_experts": 8, "head_dim": 16},
+    "8 experts, top 1": {"num_local_experts": 8, "num_experts_per_tok": 1},
+    "top 1, tied": {"num_experts_per_tok": 1, "tie_word_embeddings": True, "sliding_window": None},
+    "tied, large heads": {"tie_word_embeddings": True, "head_dim": 24, "num_key_value_heads": 1},
+    "every expert": {"num_experts_per_tok": 4, "head_dim": 6},
+    "odd sizes": {"hidden_size": 27, "intermediate_size": 19, "head_dim": 10, "num_attention_heads": 6},
+    "three layers": {"num_hidden_layers": 3, "rms_norm_eps": 0.01, "sliding_window": 9},
+    "one layer, theta 1e4": {"num_hidden_layers": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "far": {"num_hidden_layers": 1, "head_dim": 128, "max_position_embeddings": 32768},
+}
+Make = Callable[[str], tuple[Path, Any]]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """The name of a configuration -> a checkpoint folder, and transformers' model of it in fp32 on the CPU."""
+    made: dict[str, tuple[Path, Any]] = {}
+
+    def make_once(name: str) -> tuple[Path, Any]:
+        if name not in made:
+            made[name] = build(tmp_path_factory.mktemp("checkpoint"), BASE | CONFIGS[name], seed=len(name))
+        return made[name]
+
+    return make_once
+
+
+def build(folder: Path, sizes: dict[str, Any], seed: int) -> tuple[Path, Any]:
+    config = transformers.MixtralConfig(**sizes, attn_implementation="eager", experts_implementation="eager")
+    hf = transformers.MixtralForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in hf.parameters():  # large enough that neither a route nor a greedy token is a close call
+        values = torch.randn(parameter.shape, generator=generator)
+        parameter.data = 1 + 0.3 * values if values.dim() == 1 else values * 2 * values.shape[-1] ** -0.5
+    hf.save_pretrained(folder)
+    return folder, hf
+
+
+@pytest.fixture
+def load(make: Make, device: torch.device) -> Callable[..., Mixtral]:
+    return lambda name, **options: Mixtral.from_pretrained(make(name)[0], **{"device": device} | options)
+
+
+@pytest.fixture
+def model(load: Callable[..., Mixtral]) -> Mixtral:
+    return load("window")
+
+
+def tokens(*shape: int, seed: int = 0, device: Any = "cpu") -> Tensor:
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def cache_of(model: Mixtral, batch: int, max_len: int = P) -> KVCache:
+    return KVCache(model.config, batch=batch, max_len=max_len, device=model.device, dtype=model.dtype)
+
+
+def close(got: Tensor, want: Tensor, rtol: float) -> None:
+    assert got.shape == want.shape and got.dtype == want.dtype == torch.float32
+    if want.numel():
+        assert (got - want.to(got.device)).abs().max() <= rtol * want.abs().max()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_transformers(name: str, make: Make, load: Callable[..., Mixtral], device: torch.device) -> None:
+    hf, model, ids = make(name)[1], load(name), tokens(2, 20, device=device)
+    with torch.no_grad():
+        want = hf(ids.cpu()).logits
+        greedy = hf.generate(ids[:, :10].cpu(), max_new_tokens=8, do_sample=False, use_cache=False)
+    assert model.dtype == torch.float32
+    close(model(ids), want, 1e-4)
+    close(reference.forward(model, ids), want, 1e-4)
+    assert torch.equal(model.generate(ids[:, :10], max_new_tokens=8).cpu(), greedy)
+
+
+@pytest.mark.parametrize("start", (1000, 30000))
+def test_equals_transformers_at_far_positions(
+    start: int, make: Make, load: Callable[..., Mixtral], device: torch.device
+) -> None:
+    """One layer: only the first W tokens see what the cache held (zeros) before `start`."""
+    model, ids = load("far"), tokens(1, 40, device=device)
+    with torch.no_grad():
+        want = make("far")[1](ids.cpu(), position_ids=torch.arange(start, start + 40)[None]).logits
+    cache = cache_of(model, 1)
+    cache.lengths.fill_(start)
+    close(model(ids, cache=cache)[:, W:], want[:, W:], 1e-4)
+
+
+CHUNKS = {"1": (1,), "W-1": (W - 1,), "W": (W,), "W+1": (W + 1,), "3W": (3 * W,), "mixed": (2, 1, 9, 1, 1, 6, 20)}
+
+
+def in_chunks(model: Mixtral, ids: Tensor, cache: KVCache, sizes: tuple[int, ...]) -> Tensor:
+    logits, start, turn = [], 0, cycle(sizes)
+    while start < ids.shape[1]:
+        chunk = ids[:, start : start + next(turn)]
+        logits.append(model(chunk, cache=cache))
+        start += chunk.shape[1]
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("name", ("window", "no window", "window 1"))
+def test_cache_in_chunks(name: str, sizes: tuple[int, ...], load: Callable[..., Mixtral], device: torch.device) -> None:
+    model, ids = load(name), tokens(2, 25, device=device)
+    cache = cache_of(model, 2)
+    close(in_chunks(model, ids, cache, sizes), model(ids), 1e-5)
+    assert cache.lengths.dtype == torch.int32 and cache.lengths.tolist() == [25, 25]
+
+
+def ragged(model: Mixtral, ids: Tensor, plan: list[list[int]], pad: int, cache: KVCache) -> None:
+    """Feed the first plan[.][b] tokens of each chunk, the rest of it being noise; compare with the one-shot run."""
+    B, done = len(ids), [0] * len(ids)
+    want, got = model(ids), [[] for _ in range(B)]
+    for step, new in enumerate(plan):
+        chunk = tokens(B, max(new) + pad, seed=step, device=ids.device)
+        for b in range(B):
+            chunk[b, : new[b]] = ids[b, done[b] : done[b] + new[b]]
+        logits = model(chunk, cache=cache, lengths=torch.tensor(new, device=ids.device))
+        for b in range(B):
+            got[b].append(logits[b, : new[b]])
+            done[b] += new[b]
+        assert cache.lengths.tolist() == done
+    for b in range(B):
+        close(torch.cat(got[b]), want[b, : done[b]], 1e-5)
+
+
+PLAN = [[3, 0, 5], [1, 0, 1], [0, 7, 1], [0, 1, 0], [13, 2, 6], [1, 1, 0], [1, 1, 1], [2, 9, 0]]
+
+
+@pytest.mark.parametrize("pad", (0, 2))
+@pytest.mark.parametrize("name", ("window", "no window"))
+def test_ragged_chunks(name: str, pad: int, load: Callable[..., Mixtral], device: torch.device) -> None:
+    """Each sequence at its own position, some without a token in some chunks."""
+    model = load(name)
+    ragged(model, tokens(3, 22, device=device), PLAN, pad, cache_of(model, 3))
+
+
+@pytest.mark.parametrize(("plan", "pad"), [([[P - 4, 3], [4, 9]], 0), ([[P - 4, 3], [4, 2]], 9), ([[P, 3], [0, 1]], 0)])
+@pytest.mark.parametrize("name", ("window", "no window"))
+def test_ragged_chunks_up_to_the_last_position(
+    name: str, plan: list[list[int]], pad: int, load: Callable[..., Mixtral], device: torch.device
+) -> None:
+    """A sequence near (or at) its end does not keep the others from going on, nor does a chunk's padding count."""
+    model = load(name)
+    ragged(model, tokens(2, P, device=device), plan, pad, cache_of(model, 2))
+
+
+@pytest.mark.parametrize("name", ("window", "no window"))
+def test_cache_again_from_the_start(name: str, load: Callable[..., Mixtral], device: torch.device) -> None:
+    model, ids = load(name), tokens(2, 14, device=device)
+    cache = cache_of(model, 2, max_len=20)
+    model(tokens(2, 19, seed=1, device=device), cache=cache)
+    cache.lengths.zero_()
+    close(in_chunks(model, ids, cache, (5, 1, 1)), model(ids), 1e-5)
+    cache.lengths.zero_()
+    in_chunks(model, tokens(2, 20, device=device), cache, (20,))  # all of it fits once more
+
+
+def test_inference_mode(model: Mixtral, device: torch.device) -> None:
+    ids = tokens(1, 9, device=device)
+    want = model.generate(ids, max_new_tokens=3)
+    with torch.inference_mode():
+        assert torch.equal(model.generate(ids, max_new_tokens=3), want)
+        close(in_chunks(model, ids, cache_of(model, 1), (4, 1)), model(ids), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_16_bits(dtype: torch.dtype, load: Callable[..., Mixtral], device: torch.device) -> None:
+    model, ids = load("window", dtype=dtype), tokens(1, 12, device=device)
+    logits, want = model(ids), load("window")(ids)
+    assert model.dtype == dtype and logits.dtype == torch.float32
+    assert (logits - want).abs().mean() <= 0.1 * want.abs().mean()
+    cached = in_chunks(model, ids, cache_of(model, 1), (5, 1))
+    assert (cached - logits).abs().mean() <= 0.1 * want.abs().mean()
+
+
+# what is refused
+
+
+def other_config(model: Mixtral) -> KVCache:
+    return KVCache(replace(model.config, rope_theta=7.0), 2, P, model.device, model.dtype)
+
+
+CALLS: dict[str, tuple[Callable[[Mixtral, Tensor], Any], str]] = {
+    "negative id": (lambda m, x: m(x - 50), "input_ids.*-"),
+    "id beyond": (lambda m, x: m(x * 0 + V), f"input_ids.* {V}"),
+    "int32 ids": (lambda m, x: m(x.int()), "input_ids.*int32"),
+    "float ids": (lambda m, x: m(x.float()), "input_ids.*float32"),
+    "1-D ids": (lambda m, x: m(x[0]), r"input_ids.*\[9\]"),
+    "list of ids": (lambda m, x: m([[1, 2]]), "input_ids.*list"),
+    "no tokens": (lambda m, x: m(x[:, :0]), r"input_ids.*\[2, 0\]"),
+    "no rows": (lambda m, x: m(x[:0]), r"input_ids.*\[0, 9\]"),
+    "meta ids": (lambda m, x: m(x.to("meta")), "input_ids.*meta"),
+    "too long": (lambda m, x: m(x.repeat(1, 11)), f"99.*max_position_embeddings.*{P}"),
+    "lengths, no cache": (lambda m, x: m(x, lengths=torch.tensor([1, 2])), "lengths.*cache"),
+    "cache of another config": (lambda m, x: m(x, cache=other_config(m)), "cache.*config"),
+    "cache of another batch": (lambda m, x: m(x, cache=cache_of(m, 3)), "cache.*batch 3.*2"),
+    "cache of another dtype": (lambda m, x: m(x, cache=KVCache(m.config, 2, P, m.device)), "cache.*dtype.*bfloat16"),
+    "meta cache": (lambda m, x: m(x, cache=KVCache(m.config, 2, P, "meta", m.dtype)), "cache.*device meta"),
+    "not a cache": (lambda m, x: m(x, cache={}), "cache.*dict"),
+}
+LENGTHS: dict[str, Any] = {
+    "negative": torch.tensor([-1, 2]),
+    "beyond the chunk": torch.tensor([3, 10]),
+    "of one row": torch.tensor([3]),
+    "of rank 2": torch.tensor([[3, 3]]),
+    "float": torch.tensor([3.0, 3.0]),
+    "bool": torch.tensor([True, False]),
+    "on meta": torch.tensor([3, 3], device="meta"),
+    "a list": [3, 3],
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_bad_calls(case: str, model: Mixtral, device: torch.device) -> None:
+    function, message = CALLS[case]
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        function(model, tokens(2, 9, device=device))
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+def test_bad_lengths_leave_the_cache_alone(case: str, model: Mixtral, device: torch.device) -> None:
+    cache, lengths = cache_of(model, 2), LENGTHS[case]
+    model(tokens(2, 4, device=device), cache=cache)
+    keys = cache.keys[0].clone()
+    on_device = isinstance(lengths, Tensor) and not lengths.is_meta
+    with pytest.raises(ValueError, match="lengths"):
+        model(tokens(2, 9, device=device), cache=cache, lengths=lengths.to(device) if on_device else lengths)
+    assert cache.lengths.tolist() == [4, 4] and torch.equal(cache.keys[0], keys)
+
+
+@pytest.mark.parametrize(("name", "max_len", "most"), [("no window", 12, 12), ("no window", 500, P), ("window", 2, P)])
+@pytest.mark.parametrize("chunk", (1, 5))
+def test_the_end_of_the_cache(
+    name: str, max_len: int, most: int, chunk: int, load: Callable[..., Mixtral], device: torch.device
+) -> None:
+    """Without a window its slots, with one (a ring) the positions; nothing is overwritten or counted beyond."""
+    model = load(name)
+    cache, keep = cache_of(model, 2, max_len), torch.tensor([most - chunk, 3], device=device)
+    model(tokens(2, most - chunk, device=device), cache=cache, lengths=keep)
+    model(tokens(2, chunk, device=device), cache=cache)
+    with pytest.raises(ValueError, match=f"{most}"):
+        model(tokens(2, chunk, device=device), cache=cache)
+    assert cache.lengths.tolist() == [most, 3 + chunk]
+
+
+BAD_LOADS = [{"weights": "fp7"}, {"weights": "fp8"}, {"mesh": "tp"}, {"dtype": torch.float64}, {"dtype": "bfloat16"}]
+
+
+@pytest.mark.parametrize("options", [*BAD_LOADS, {"device": "gpu"}], ids=str)
+def test_bad_loads(options: dict[str, Any], load: Callable[..., Mixtral]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        load("window", **options)
+
+
+def test_gradients_and_training_are_refused(model: Mixtral, device: torch.device) -> None:
+    ids = tokens(1, 3, device=device)
+    for refused in (model.train, lambda: model.train(True), model.requires_grad_):
+        with pytest.raises(ValueError, match="inference only"):
+            refused()
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert model.eval() is model and model.train(False) is model and model.requires_grad_(False) is model
+    for place in (model.lm_head, model.layers[1].gate, model.layers[0]):
+        place.requires_grad_()
+        with pytest.raises(ValueError, match="inference only"):
+            model(ids)
+        place.requires_grad_(False)
+    assert not model(ids).requires_grad
+
+
+# without a GPU, without memory
+
+
+@pytest.fixture(scope="module")
+def meta(make: Make) -> Mixtral:
+    return Mixtral.from_pretrained(make("window")[0], device="meta")
+
+
+def test_meta_model_has_the_same_shapes(meta: Mixtral, load: Callable[..., Mixtral]) -> None:
+    described = [{n: (p.shape, p.dtype) for n, p in m.named_parameters()} for m in (meta, load("window"))]
+    assert described[0] == described[1]
+    assert all(p.is_meta for p in (*meta.parameters(), *meta.buffers()))
+
+
+def stems(launches: list[Any]) -> Iterator[str]:
+    """What computes, in order, runs of kernels of one operation as one; torch's bookkeeping left out."""
+    last = ""
+    for launch in launches:
+        stem = launch.kernel.split("_")[0]
+        if stem != last and (launch.grid or launch.kernel == "aten::mm"):
+            yield stem
+        last = stem
+
+
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90", "gfx942"))
+@pytest.mark.parametrize("T", (1, 9, DECODE_TOKENS))
+@pytest.mark.parametrize("cached", (True, False))
+def test_launches_of_a_step(T: int, cached: bool, arch: str, meta: Mixtral) -> None:
+    ids = torch.empty(2, T, dtype=torch.int64, device="meta")
+    with record_launches(arch=arch) as launches:
+        logits = meta(ids, cache=cache_of(meta, 2) if cached else None)
+    assert logits.is_meta and logits.shape == (2, T, V) and logits.dtype == torch.float32
+    middle = ["append"] if cached and T > 1 else []
+    sort = ["sort"] if 2 * T > DECODE_TOKENS else []
+    layer = ["aten::mm", "rope", "attention", *middle, "aten::mm", "rms", "aten::mm", "route", *sort, "experts", "rms"]
+    assert list(stems(launches)) == ["rms", *layer * 2, "aten::mm"]
+    triton = [launch for launch in launches if launch.grid is not None]
+    assert triton[0].kernel == "rms_norm_kernel" and triton[1].kernel == "rope_kernel"
+    for launch in launches:
+        assert (launch.grid is None) == launch.kernel.startswith("aten::")
+    for launch in triton:
+        assert all(n >= 1 for n in launch.grid) and launch.num_warps >= 1 and launch.num_stages >= 1
