@@ -17,9 +17,10 @@ from .attention_kernels import attention_combine_kernel, attention_decode_kernel
 from .checks import FLOATS, INTS, Binder, fail, integer, number
 from .launch import launch, target_arch
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
-from .ring import bind_cache, cache_inputs, strides
+from .ring import bind_cache, cache_inputs, ring_ranges, strides
 
 _SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+DETERMINISTIC_SPLITS = 8  # whatever the batch and its longest sequence are
 _PACKED_ROWS = 16  # queries x group heads that one decode tile takes
 
 
@@ -38,7 +39,9 @@ def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig
         block_m, block_n, warps, stages = 128, 32, 8, 3
     if 0 < window <= 256 and block_m > 64:
         block_m, block_n, warps = 64, min(block_n, 32), 4
-    tiles = {"BLOCK_M": power_of_2(sizes["T"], low=16, high=block_m), "BLOCK_N": block_n, "BLOCK_D": D}
+    if not sizes.get("deterministic"):
+        block_m = power_of_2(sizes["T"], low=16, high=block_m)
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": D}
     return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
 
 
@@ -50,6 +53,8 @@ def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     programs = max(1, sizes["B"] * sizes["Hkv"])
     sms = _SMS.get(arch, 108)
     splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, 256)), high=64)
+    if sizes.get("deterministic"):
+        splits = DETERMINISTIC_SPLITS
     tiles = {
         "SPLITS": splits,
         "BLOCK_M": power_of_2(rows, low=16),
@@ -144,12 +149,12 @@ def attention(
     deterministic: bool = False,
 ) -> Tensor:
     """Triton way of `reference.attention`. Few causal queries (times group heads) decode, others prefill."""
-    width = _window("attention", window)
+    sizes = _sizes(q, k, _window("attention", window), deterministic)
     bounds = {"starts_ptr": _dense(starts), "lengths_ptr": _dense(lengths)}
     G = q.shape[2] // k.shape[2]
     if causal and (q.shape[1] == 1 or q.shape[1] * G <= _PACKED_ROWS):
-        return _decode(q, k, v, bounds | {"past_ptr": None}, width, scale, ring=False)
-    return _prefill(q, k, v, None, bounds | {"past_ptr": None}, width, scale, causal)
+        return _decode(q, k, v, bounds | {"past_ptr": None}, sizes, scale, ring=False)
+    return _prefill(q, k, v, None, bounds | {"past_ptr": None}, sizes, scale, causal)
 
 
 def cached_attention(
@@ -164,20 +169,22 @@ def cached_attention(
     deterministic: bool = False,
 ) -> Tensor:
     """Triton way of `reference.cached_attention`. The device reads the lengths: a CUDA graph replays at any of them."""
-    width = _window("cached_attention", window)
+    keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    sizes = _sizes(q, keys, _window("cached_attention", window), deterministic)
     bounds = {"starts_ptr": None, "lengths_ptr": _dense(new), "past_ptr": _dense(past)}
     if k is None or v is None:
-        return _decode(q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), bounds, width, None, ring=True)
-    return _prefill(q, k, v, (k_cache, v_cache), bounds, width, None, True)
+        return _decode(q, keys, values, bounds, sizes, None, ring=True)
+    return _prefill(q, k, v, (k_cache, v_cache), bounds, sizes, None, True)
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _sizes(q: Tensor, k: Tensor, window: int) -> Sizes:
+def _sizes(q: Tensor, k: Tensor, window: int, deterministic: bool) -> Sizes:
     B, T, Hq, D = q.shape
-    return {"B": B, "T": T, "S": k.shape[1], "Hq": Hq, "Hkv": k.shape[2], "D": D, "window": window}
+    sizes = {"B": B, "T": T, "S": k.shape[1], "Hq": Hq, "Hkv": k.shape[2], "D": D, "window": window}
+    return {**sizes, "deterministic": int(deterministic)}
 
 
 def _base_2(scale: float | None, D: int) -> float:
@@ -190,12 +197,11 @@ def _prefill(
     v: Tensor,
     cache: tuple[Tensor, Tensor] | None,
     bounds: dict[str, Tensor | None],
-    window: int,
+    sizes: Sizes,
     scale: float | None,
     causal: bool,
 ) -> Tensor:
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    sizes = _sizes(q, k, window)
     B, T, Hq, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     slots = (k, v) if cache is None else cache
@@ -216,22 +222,22 @@ def _prefill(
         **strides("k", k),
         **strides("v", v),
         **{f"stride_c{dim}": stride for dim, stride in zip("bhs", slots[0].stride(), strict=False)},
-        "window": window,
+        "window": sizes["window"],
         "scale": _base_2(scale, D),
     }
     config = configs(sizes, q.dtype, target_arch(q.device))["attention_prefill_kernel"]
     grid = (B * Hq, triton.cdiv(T, config.constexprs["BLOCK_M"]))
-    flags = {"D": D, "CACHED": cache is not None, "CAUSAL": causal, "WINDOWED": window > 0}
+    flags = {"D": D, "CACHED": cache is not None, "CAUSAL": causal, "WINDOWED": sizes["window"] > 0}
     launch(attention_prefill_kernel, grid, args, config, **flags)
     return out
 
 
 def _decode(
-    q: Tensor, k: Tensor, v: Tensor, bounds: dict[str, Tensor | None], window: int, scale: float | None, ring: bool
+    q: Tensor, k: Tensor, v: Tensor, bounds: dict[str, Tensor | None], sizes: Sizes, scale: float | None, ring: bool
 ) -> Tensor:
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     B, T, Hq, D = q.shape
-    choices = configs(_sizes(q, k, window), q.dtype, target_arch(q.device))
+    choices = configs(sizes, q.dtype, target_arch(q.device))
     config = choices["attention_decode_kernel"]
     splits = config.constexprs["SPLITS"]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -253,11 +259,11 @@ def _decode(
         **strides("q", q),
         **strides("k", k),
         **strides("v", v),
-        "window": window,
+        "window": sizes["window"],
         "scale": _base_2(scale, D),
     }
     grid = (splits, k.shape[2], B if T else 0)
-    launch(attention_decode_kernel, grid, args, config, D=D, RING=ring, WINDOWED=window > 0)
+    launch(attention_decode_kernel, grid, args, config, D=D, RING=ring, WINDOWED=sizes["window"] > 0)
     if splits > 1:
         args = {"part_ptr": part, "lse_ptr": lse, "out_ptr": out}
         config = choices["attention_combine_kernel"]
@@ -369,6 +375,7 @@ CACHED_OP = Op(
     inputs=cached_inputs,
     configs=configs,
     cost=cost,
+    ranges=ring_ranges,
     test_shapes=_CACHED,
     bench_shapes=tuple(
         {"B": B, "Hq": 32, "Hkv": 8, "D": 128, "C": C, "window": window, "past": C - 1, "T": T, "fresh": int(T > 1)}

@@ -13,6 +13,9 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTS = (torch.int32, torch.int64)
 
+# An argument's name, its values, the least and the most that they may be.
+Range = tuple[str, Tensor, int, int]
+
 
 def fail(op: str, argument: str, got: Any, needs: str) -> ValueError:
     return ValueError(f"{op}: argument '{argument}' is {got}, needs {needs}")

@@ -5,6 +5,7 @@ N = T * K slots (slot t*K + k is token t's k-th choice), E experts
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .checks import INTS, Binder, in_range, integer
+from .checks import INTS, Binder, Range, integer
 from .launch import launch, target_arch
 from .op import Cost, LaunchConfig, Op, Sizes, power_of_2
 
@@ -49,8 +50,11 @@ def check(ids: Tensor, num_experts: int) -> Sizes:
     binder = Binder("sort_by_expert")
     binder.tensor("ids", ids, "T K", INTS)
     E = integer("sort_by_expert", "num_experts", num_experts, 1, 1 << 16)
-    in_range("sort_by_expert", "ids", ids, 0, E - 1)
     return {**binder.sizes, "E": E}
+
+
+def ranges(ids: Tensor, num_experts: int) -> Iterator[Range]:
+    yield "ids", ids, 0, num_experts - 1
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
@@ -104,4 +108,5 @@ OP = Op(
     ),
     bench_shapes=tuple({"T": T, "E": 8, "K": 2} for T in (128, 1024, 8192)),
     dtypes=INTS,
+    ranges=ranges,
 )

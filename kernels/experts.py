@@ -10,6 +10,7 @@ The kernels stand in experts_kernels.py, their tiles in experts_config.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import triton
 from torch import Tensor
 
 from . import reference
-from .checks import FLOATS, INTS, Binder, in_range
+from .checks import FLOATS, INTS, Binder, Range
 from .dispatch import sample_ids, sort_by_expert
 from .experts_config import DECODE_TOKENS, configs
 from .experts_kernels import (
@@ -42,8 +43,13 @@ def check(
     binder.tensor("ids", ids, "T K", INTS)
     binder.tensor("weights", weights, "T K", (torch.float32,))
     binder.positive("K")
-    in_range("expert_swiglu", "ids", ids, 0, binder.sizes["E"] - 1)
     return binder.sizes
+
+
+def ranges(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, *args: Any, **kwargs: Any
+) -> Iterator[Range]:
+    yield "ids", ids, 0, len(down_proj) - 1
 
 
 def expert_swiglu(
@@ -147,6 +153,7 @@ OP = Op(
     inputs=inputs,
     configs=configs,
     cost=cost,
+    ranges=ranges,
     test_shapes=tuple(
         {"T": T, "H": H, "I": I, "E": E, "K": K}
         for T, H, I, E, K in (

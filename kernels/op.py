@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,8 @@ class Op:
     """A fused operation.
 
     name         its name in `mixtral_triton.ops` and in `torch.ops.mixtral_triton`
-    check        check(*args) -> Sizes; raises the ValueError of `checks` on bad input
+    check        check(*args) -> Sizes; raises the ValueError of `checks` on a bad shape, dtype, device or number
+    ranges       ranges(*args) -> (argument, integer tensor, least, most) for values that have to lie in a range
     run          the Triton way; arguments already checked
     reference    the same in plain torch
     empty        empty(*args) -> tensors of the right shape and dtype (the fake kernel)
@@ -73,6 +74,7 @@ class Op:
     bench_shapes: tuple[Sizes, ...]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     mutates: tuple[str, ...] = ()
+    ranges: Callable[..., Iterable[tuple[str, torch.Tensor, int, int]]] | None = None
 
 
 def sample(

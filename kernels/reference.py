@@ -61,9 +61,9 @@ def expert_swiglu(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tenso
     x [T,H], gate_up_proj [E,2I,H] (gate rows, then up rows), down_proj [E,H,I], ids [T,K], weights fp32 [T,K] -> [T,H].
     """
     out = torch.zeros_like(_wide(x))
-    for expert in ids.unique().tolist():
+    for expert in sorted(set(ids.flatten().tolist())):
         token, slot = (ids == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(x[token], gate_up_proj[expert]).chunk(2, dim=-1)
+        gate, up = F.linear(x.index_select(0, token), gate_up_proj[expert]).chunk(2, dim=-1)
         y = F.linear(F.silu(gate) * up, down_proj[expert])
         out.index_add_(0, token, y * weights[token, slot, None].to(out.dtype))
     return out.to(x.dtype)

@@ -5,6 +5,7 @@ B batch, T tokens, Hkv key/value heads, D head size, C slots of a cache; positio
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .checks import FLOATS, INTS, Binder, fail, in_range
+from .checks import FLOATS, INTS, Binder, Range, fail
 from .launch import launch, target_arch
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
 
@@ -85,9 +86,15 @@ def bind_cache(binder: Binder, k_cache: Tensor, v_cache: Tensor, past: Tensor, n
         raise fail(binder.op, "v_cache", f"of strides {v_cache.stride()}", "those of k_cache, the last of them 1")
     binder.tensor("past", past, "B", INTS)
     binder.tensor("new", new, "B", INTS)
-    in_range(binder.op, "past", past, 0, (1 << 31) - 1)
-    if "T" in binder.sizes:
-        in_range(binder.op, "new", new, 0, binder.sizes["T"])
+
+
+def ring_ranges(first: Tensor, *args: Any, **kwargs: Any) -> Iterator[Range]:
+    """For operations on [B,T,heads,D] whose last two tensors are past and new."""
+    past, new = kwargs.get("past"), kwargs.get("new")
+    if past is None or new is None:
+        past, new = [x for x in args if isinstance(x, Tensor) and x.dim() == 1][-2:]
+    yield "past", past, 0, (1 << 31) - 1
+    yield "new", new, 0, first.shape[1]
 
 
 def check(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor) -> Sizes:
@@ -164,4 +171,5 @@ OP = Op(
     test_shapes=tuple({"B": 2, "T": T, "Hkv": 2, "D": 80, **cache} for cache in CACHES for T in (1, 15, 40)),
     bench_shapes=tuple({"B": 1, "T": T, "Hkv": 8, "D": 128, "C": 4096, "past": 0} for T in (2048,)),
     mutates=("k_cache", "v_cache"),
+    ranges=ring_ranges,
 )

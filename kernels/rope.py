@@ -5,6 +5,7 @@ B batch, T tokens, Hq query heads, Hkv key/value heads, D head size, P rows of t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference, ring
-from .checks import INTS, Binder, fail, in_range
+from .checks import INTS, Binder, Range, fail
 from .launch import launch, target_arch
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
-from .ring import CACHES, bind_cache, bind_heads, copy_heads, stored_heads, strides
+from .ring import CACHES, bind_cache, bind_heads, copy_heads, ring_ranges, stored_heads, strides
 
 
 @triton.jit
@@ -132,8 +133,11 @@ def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> 
     binder.positive("D", "Hq", "Hkv")
     _bind_tables(binder, q, cos, sin)
     binder.tensor("positions", positions, "B T", INTS)
-    in_range("rope", "positions", positions, 0, binder.sizes["P"] - 1)
     return binder.sizes
+
+
+def ranges(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Iterator[Range]:
+    yield "positions", positions, 0, len(cos) - 1
 
 
 def check_rope_append(
@@ -265,6 +269,7 @@ OP = Op(
     inputs=inputs,
     configs=configs,
     cost=cost,
+    ranges=ranges,
     test_shapes=tuple(
         {"B": 2, "T": T, "Hq": hq, "Hkv": hkv, "D": D, "P": 96}
         for T, D, (hq, hkv) in zip((1, 5, 3, 4, 2), (64, 80, 96, 128, 32), (*_HEADS, *_HEADS), strict=False)
@@ -284,4 +289,5 @@ ROPE_APPEND_OP = Op(
     test_shapes=tuple({"B": 3, "T": 1, "Hq": 8, "Hkv": 2, "D": D, **cache} for cache in CACHES for D in (96, 128)),
     bench_shapes=tuple({"B": B, "T": 1, "Hq": 32, "Hkv": 8, "D": 128, "C": 4096, "past": 4000} for B in (1, 32)),
     mutates=("k_cache", "v_cache"),
+    ranges=ring_ranges,
 )

@@ -8,24 +8,78 @@ Every operation raises ValueError, naming the argument, on a wrong shape, dtype 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .kernels.checks import in_range
 from .kernels.launch import INTERPRETED
 from .kernels.op import Op
 from .kernels.registry import OPS
 
+# Calls that passed the check, by all that it looks at: a decode step asks the same a thousand times.
+_passed: set[tuple[Any, ...]] = set()
+_PASSED_MOST = 4096
 
-def _go(op: Op, device: torch.device, *args: Any, **kwargs: Any) -> Any:
-    op.check(*args, **kwargs)
-    if INTERPRETED or device.type != "cpu":
+
+def _trait(x: Any) -> Any:
+    return (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else (type(x), x)
+
+
+def _check(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    traits = (op.name, *map(_trait, args), *((name, _trait(x)) for name, x in kwargs.items()))
+    try:
+        passed = traits in _passed
+    except TypeError:  # a list, say: nothing that can pass
+        passed = False
+    if not passed:
+        op.check(*args, **kwargs)
+        if len(_passed) >= _PASSED_MOST:
+            _passed.clear()
+        _passed.add(traits)
+    if op.ranges is not None:
+        for bounds in op.ranges(*args, **kwargs):
+            in_range(op.name, *bounds)
+
+
+def _go(op: Op, *args: Any, **kwargs: Any) -> Any:
+    _check(op, args, kwargs)
+    if INTERPRETED or args[0].device.type != "cpu":
         return op.run(*args, **kwargs)
-    kwargs.pop("deterministic", None)
+    if kwargs.pop("deterministic", False):
+        return torch.cat([op.reference(*part, **more) for part, more in _ALONE[op.name](*args, **kwargs)])
     return op.reference(*args, **kwargs)
+
+
+Parts = Iterator[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def _tokens(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor) -> Parts:
+    """The arguments of `expert_swiglu` for one token at a time."""
+    for one in map(slice, range(len(x)), range(1, len(x) + 1)):
+        yield (x[one], gate_up_proj, down_proj, ids[one], weights[one]), {}
+    yield (x[:0], gate_up_proj, down_proj, ids[:0], weights[:0]), {}
+
+
+def _sequences(*args: Any, **kwargs: Any) -> Parts:
+    """The arguments of an attention for one sequence at a time, its keys cut at its length."""
+    B, lengths = len(args[0]), kwargs.get("lengths")
+    for b in (slice(0, 0), *map(slice, range(B), range(1, B + 1))):
+        part = [x[b] if isinstance(x, Tensor) else x for x in args]
+        if lengths is not None and len(part[0]):
+            part[1:3] = (x[:, : int(lengths[b])] for x in part[1:3])
+        yield tuple(part), {name: x[b] if isinstance(x, Tensor) else x for name, x in kwargs.items()}
+
+
+# On the plain way, bits that do not depend on the batch: torch's matmuls see one token, one sequence at a time.
+_ALONE: dict[str, Callable[..., Parts]] = {
+    "expert_swiglu": _tokens,
+    "attention": _sequences,
+    "cached_attention": _sequences,
+}
 
 
 def _register(name: str, custom: Any) -> Any:
@@ -74,24 +128,24 @@ def _custom(function: Any) -> Any:
 
 @_custom
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _go(OPS["rms_norm"], x.device, x, weight, eps)
+    return _go(OPS["rms_norm"], x, weight, eps)
 
 
 @_custom
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _go(OPS["add_rms_norm"], x.device, x, residual, weight, eps)
+    return _go(OPS["add_rms_norm"], x, residual, weight, eps)
 
 
 @_custom
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """logits [T,E] -> weights fp32 [T,K], ids int32 [T,K]. See `reference.route`."""
-    return _go(OPS["route"], logits.device, logits, top_k)
+    return _go(OPS["route"], logits, top_k)
 
 
 @_custom
 def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """ids [T,K] -> order int32 [T*K], offsets int32 [E+1]. See `reference.sort_by_expert`."""
-    return _go(OPS["sort_by_expert"], ids.device, ids, num_experts)
+    return _go(OPS["sort_by_expert"], ids, num_experts)
 
 
 @_custom
@@ -102,20 +156,19 @@ def expert_swiglu(
 
     See `reference.expert_swiglu`. `deterministic`: a token's bits do not depend on the other tokens.
     """
-    op = OPS["expert_swiglu"]
-    return _go(op, x.device, x, gate_up_proj, down_proj, ids, weights, deterministic=deterministic)
+    return _go(OPS["expert_swiglu"], x, gate_up_proj, down_proj, ids, weights, deterministic=deterministic)
 
 
 @_custom
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """q [B,T,Hq,D], k [B,T,Hkv,D], cos and sin fp32 [P,D/2], positions [B,T] -> q, k. See `reference.rope`."""
-    return _go(OPS["rope"], q.device, q, k, cos, sin, positions)
+    return _go(OPS["rope"], q, k, cos, sin, positions)
 
 
 @_custom
 def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor) -> None:
     """Write the first new[b] tokens of k and v [B,T,Hkv,D] into the ring caches [B,Hkv,C,D]. See `reference.append`."""
-    _go(OPS["append"], k.device, k, v, k_cache, v_cache, past, new)
+    _go(OPS["append"], k, v, k_cache, v_cache, past, new)
 
 
 @_custom
@@ -131,7 +184,7 @@ def rope_append(
     new: Tensor,
 ) -> Tensor:
     """`rope` at positions past[b] + t, k and v straight into the caches -> q. See `reference.rope_append`."""
-    return _go(OPS["rope_append"], q.device, q, k, v, cos, sin, k_cache, v_cache, past, new)
+    return _go(OPS["rope_append"], q, k, v, cos, sin, k_cache, v_cache, past, new)
 
 
 @_custom
@@ -151,7 +204,7 @@ def attention(
     `deterministic`: a sequence's bits do not depend on the rest of the batch.
     """
     options = {"window": window, "causal": causal, "scale": scale, "starts": starts, "lengths": lengths}
-    return _go(OPS["attention"], q.device, q, k, v, **options, deterministic=deterministic)
+    return _go(OPS["attention"], q, k, v, **options, deterministic=deterministic)
 
 
 @_custom
@@ -167,8 +220,7 @@ def cached_attention(
     deterministic: bool = False,
 ) -> Tensor:
     """Attention over the ring caches and the fresh k, v, or over the caches alone. See `reference.cached_attention`."""
-    op = OPS["cached_attention"]
-    return _go(op, q.device, q, k, v, k_cache, v_cache, past, new, window, deterministic=deterministic)
+    return _go(OPS["cached_attention"], q, k, v, k_cache, v_cache, past, new, window, deterministic=deterministic)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:

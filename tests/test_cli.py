@@ -19,7 +19,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 
 ROOT = Path(__file__).parents[1]
 # Each starts a process that chooses for itself whether to interpret, so once is enough.
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the command line chooses the interpreter itself: run once, without")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="chooses the interpreter itself: run once, without")
 
 
 def run(*args: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
