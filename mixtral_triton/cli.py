@@ -15,8 +15,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -92,14 +102,25 @@ def _choose_way(args: argparse.Namespace, out: Console) -> None:
     out.print(f"{reason}: the Triton kernels run interpreted, on the CPU. Right, and slow.")
 
 
+class _Bar:
+    """A progress bar on stderr, where that is a terminal: `more` of the total, or `of` a total told later."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self.progress, self.task = progress, task
+
+    def more(self, done: int) -> None:
+        self.progress.update(self.task, advance=done)
+
+    def of(self, done: int, total: int) -> None:
+        self.progress.update(self.task, completed=done, total=total)
+
+
 @contextmanager
-def _bar(task: str, total: int, *columns: Any) -> Iterator[Any]:
-    """A progress bar on stderr; yields a function that takes how much more is done."""
+def _bar(label: str, total: int, *columns: ProgressColumn) -> Iterator[_Bar]:
     console = Console(stderr=True)
-    shown = (TextColumn(task), BarColumn(), *columns, TimeRemainingColumn())
-    with Progress(*shown, console=console, transient=True, disable=not console.is_terminal) as bar:
-        number = bar.add_task(task, total=total)
-        yield lambda done: bar.update(number, advance=done)
+    shown = (TextColumn(label), BarColumn(), *columns, TimeRemainingColumn())
+    with Progress(*shown, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield _Bar(progress, progress.add_task(label, total=total))
 
 
 def _load(args: argparse.Namespace) -> Mixtral:
@@ -118,7 +139,7 @@ def _load(args: argparse.Namespace) -> Mixtral:
         raise ValueError(f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA devices")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     with _bar("loading", total_bytes(read_headers(args.folder)), DownloadColumn()) as progress:
-        return Mixtral.from_pretrained(args.folder, device=device, dtype=dtype, progress=progress)
+        return Mixtral.from_pretrained(args.folder, device=device, dtype=dtype, progress=progress.more)
 
 
 def _tokenizer(folder: str | Path) -> Any:
@@ -152,7 +173,7 @@ def _verify(args: argparse.Namespace) -> int:
     model = _load(args)
     ids = None if args.prompt is None else _encode(_tokenizer(args.folder), args.prompt, model)[None]
     with _bar("verifying", len(model.layers), MofNCompleteColumn()) as progress:
-        report = verify(model, ids, progress=lambda done, total: progress(1))
+        report = verify(model, ids, progress=progress.of)
     if args.json:
         print(json.dumps({"folder": str(args.folder), **report.as_dict()}))
     else:
@@ -197,13 +218,34 @@ def _generate(args: argparse.Namespace) -> int:
 def _compile(args: argparse.Namespace) -> int:
     from .kernels.offline import as_json, compile_ops
 
-    table = Table(title=f"Kernels compiled for {args.arch}", title_justify="left")
-    for name in ("op", "kernel", "dtype", "tiles", "warps", "stages", "registers", "spills", "shared"):
-        table.add_column(name, overflow="fold")
-    right = True
-    for compiled in compile_ops(args.ops, args.arch, out=args.out):
-        row = as_json(compiled)
-        right = right and row["spills"] == 0 and row["shared_bytes"] <= row["limit_bytes"]
-        if args.json:
-            print(json.dumps(row), flush=True)
-    return 0 if right else 1
+    rows: list[dict[str, Any]] = []
+    with _bar(f"compiling for {args.arch}", 1, MofNCompleteColumn()) as progress:
+        for compiled in compile_ops(args.ops, args.arch, out=args.out, progress=progress.of):
+            rows.append(as_json(compiled))
+            if args.json:
+                print(json.dumps(rows[-1]), flush=True)
+    bad = [row for row in rows if row["spills"] or row["shared_bytes"] > row["limit_bytes"]]
+    if not args.json:
+        out = Console()
+        out.print(_compile_table(args.arch, rows))
+        limit = rows[0]["limit_bytes"]
+        verdict = f"{len(bad)} of them spill or do not fit" if bad else "none spills, all fit"
+        style = "bold red" if bad else "bold green"
+        out.print(f"{len(rows)} kernels; shared memory of a block: {limit:,} bytes at most. [{style}]{verdict}[/]")
+    return 1 if bad else 0
+
+
+def _compile_table(arch: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"Compiled for {arch}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("kernel", "dtype", "tile"):
+        table.add_column(name, no_wrap=True)
+    for name in ("warps", "stages", "registers", "spills", "shared"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        tile = "x".join(str(size) for name, size in row["constexprs"].items() if name.startswith("BLOCK_"))
+        numbers = (row["num_warps"], row["num_stages"], row["registers"], row["spills"])
+        bad = row["spills"] or row["shared_bytes"] > row["limit_bytes"]
+        style = "bold red" if bad else None
+        cells = (*map(str, numbers), f"{row['shared_bytes']:,}")
+        table.add_row(row["kernel"].removesuffix("_kernel"), row["dtype"], tile, *cells, style=style)
+    return table
