@@ -6,6 +6,7 @@ B batch, T query tokens, S key positions, Hq query heads, Hkv key/value heads, G
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from .attention_kernels import attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel
-from .checks import FLOATS, INTS, Binder, fail, integer, number
+from .checks import FLOATS, INTS, Binder, Range, fail, integer, number
 from .launch import launch, target_arch
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
 from .ring import bind_cache, cache_inputs, ring_ranges, strides
@@ -112,6 +113,11 @@ def check(
     if scale is not None:
         number("attention", "scale", scale, above=0.0)
     return {**binder.sizes, "window": _window("attention", window)}
+
+
+def ranges(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Iterator[Range]:
+    bounds = zip(("starts", "lengths"), args[4:6] or (kwargs.get("starts"), kwargs.get("lengths")), strict=False)
+    yield from ((name, value, 0, k.shape[1]) for name, value in bounds if value is not None)
 
 
 def check_cached(
@@ -332,6 +338,7 @@ OP = Op(
     inputs=inputs,
     configs=configs,
     cost=cost,
+    ranges=ranges,
     test_shapes=(
         _shape(1, 40, 40, 4, 4, 64, 0),
         _shape(2, 70, 70, 4, 2, 80, 16, ragged=1),

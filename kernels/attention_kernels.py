@@ -160,8 +160,8 @@ def attention_prefill_kernel(
         query = first
     else:
         first = 0
-        end = tl.minimum(end, S)
         query = end - T
+        end = tl.minimum(end, S)
         start = tl.maximum(start, 0)
     offs_t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_i = query + offs_t
@@ -245,8 +245,8 @@ def attention_decode_kernel(
         end += query
         start = tl.maximum(start, end - S)
     else:
-        end = tl.minimum(end, S)
         query = end - T
+        end = tl.minimum(end, S)
         start = tl.maximum(start, 0)
     low = tl.maximum(start, query - window + 1) if WINDOWED else start
     high = tl.minimum(end, query + T)

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.compiler.compiler import make_backend
+from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import mangle_type
 
 from .checks import FLOATS
@@ -29,7 +28,6 @@ from .registry import OPS
 # Bytes of shared memory a block can have: Triton does not check them when it compiles.
 _LIMITS = dict.fromkeys(("sm_86", "sm_89", "sm_120"), 101376) | dict.fromkeys(("gfx90a", "gfx942"), 65536)
 _LIMITS |= {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx950": 163840}
-
 
 Dtypes = Sequence[torch.dtype] | None
 Progress = Callable[[int, int], None] | None
@@ -87,8 +85,7 @@ def _source(launch: Launch, arch: str) -> ASTSource:
             known = backend.get_tensor_specialization(value, align=True)
         elif isinstance(value, int) and not isinstance(value, bool):
             known = backend.get_int_specialization(value, align=True)
-        if known:
-            attrs[(index,)] = backend.parse_attr(known)
+        attrs[(index,)] = backend.parse_attr(known)
     return ASTSource(launch.fn, signature, constants, attrs)
 
 
@@ -98,10 +95,6 @@ def _key(launch: Launch, source: ASTSource) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
-def _calls(op: Op, dtypes: Dtypes) -> Iterable[tuple[torch.dtype, Sizes]]:
-    return product((each for each in op.dtypes if not dtypes or each in dtypes or each not in FLOATS), op.bench_shapes)
-
-
 def _record(op: Op, dtype: torch.dtype, sizes: Sizes, arch: str) -> dict[str, Launch]:
     """The Triton launches of one call, by key."""
     with record_launches(arch) as launches:
@@ -109,19 +102,23 @@ def _record(op: Op, dtype: torch.dtype, sizes: Sizes, arch: str) -> dict[str, La
     return {_key(launch, _source(launch, arch)): launch for launch in launches if launch.fn is not None}
 
 
+def _record_all(ops: Iterable[Op], arch: str, dtypes: Dtypes) -> dict[str, tuple[Launch, tuple[Any, ...]]]:
+    """Key -> the first launch of that kernel, and the call it belongs to: operation, dtype, sizes."""
+    found: dict[str, tuple[Launch, tuple[Any, ...]]] = {}
+    for op in ops:
+        wanted = [dtype for dtype in op.dtypes if not dtypes or dtype in dtypes or dtype not in FLOATS]
+        for dtype, sizes in product(wanted, op.bench_shapes):
+            for key, launch in _record(op, dtype, sizes, arch).items():
+                found.setdefault(key, (launch, (op.name, dtype, sizes)))
+    return found
+
+
 def collect(op: Op, arch: str, dtypes: Dtypes = None) -> list[Launch]:
-    """The kernels that `op` launches on `arch` over its bench shapes and dtypes, of the floats only those in `dtypes`.
-
-    Two are the same where the function, its types and constants, its warps and its stages are.
-    """
-    found: dict[str, Launch] = {}
-    for dtype, sizes in _calls(op, dtypes):
-        found |= {key: launch for key, launch in _record(op, dtype, sizes, arch).items() if key not in found}
-    return list(found.values())
+    """The kernels `op` launches on `arch` over its bench shapes and dtypes (of the floats: `dtypes`), each once."""
+    return [launch for launch, _ in _record_all([op], arch, dtypes).values()]
 
 
-def _usage(kernel: Any) -> tuple[int, int]:
-    """-> registers and spilled bytes of a thread."""
+def _usage(kernel: Any) -> dict[str, int]:
     text = kernel.asm.get("amdgcn")
     if text is None:
         cubin = next(path for name, path in kernel.metadata_group.items() if name.endswith(".cubin"))
@@ -129,17 +126,18 @@ def _usage(kernel: Any) -> tuple[int, int]:
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = {name: int(number) for name, number in re.findall(r"(\w+): *(\d+)", text)}
     if "REG" in found:
-        return found["REG"], found["STACK"] + found["LOCAL"]
-    return found["vgpr_count"], 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
+        return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"]}
+    spilled = found["vgpr_spill_count"] + found["sgpr_spill_count"]
+    return {"registers": found["vgpr_count"], "spills": 4 * spilled}
 
 
 def _write(asm: Mapping[str, Any], out: str, stem: str) -> str:
     """The assembly and the binary under `out` -> the absolute path of the binary."""
     kinds = ("amdgcn", "hsaco") if "amdgcn" in asm else ("ptx", "sass", "cubin")
-    paths = [Path(out).absolute() / f"{stem}.{kind}" for kind in kinds]
-    for kind, path in zip(kinds, paths, strict=True):
+    for kind in kinds:
+        path = Path(out).absolute() / f"{stem}.{kind}"
         path.write_bytes(asm[kind] if isinstance(asm[kind], bytes) else asm[kind].encode())
-    return str(paths[-1])
+    return str(path)
 
 
 def compile_launch(launch: Launch, arch: str, op: str = "", out: str | None = None) -> Compiled:
@@ -148,7 +146,6 @@ def compile_launch(launch: Launch, arch: str, op: str = "", out: str | None = No
     # FP fusion is named because its default differs between releases of Triton.
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
     kernel = triton.compile(source, target=_target(arch), options=options)
-    registers, spills = _usage(kernel)
     pointers = [kind.lstrip("*") for kind in source.signature.values() if kind.startswith("*")]
     return Compiled(
         op=op,
@@ -160,8 +157,7 @@ def compile_launch(launch: Launch, arch: str, op: str = "", out: str | None = No
         constexprs={name: launch.constexprs[name] for name in source.signature if name in launch.constexprs},
         signature=source.signature,
         dtype=min(pointers, key=lambda kind: (kind[0] in "iu", int(re.search(r"\d+", kind)[0]))),
-        registers=registers,
-        spills=spills,
+        **_usage(kernel),
         shared_bytes=kernel.metadata.shared,
         limit_bytes=_LIMITS[arch],
         asm=kernel.asm,
@@ -194,17 +190,13 @@ def compile_ops(
     """
     if unknown := [name for name in names if name not in OPS]:
         raise ValueError(f"compile: argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
-    jobs: dict[str, tuple[Any, ...]] = {}
-    for op in (OPS[name] for name in OPS if name in names or not names):
-        for dtype, sizes in _calls(op, dtypes):
-            for key in _record(op, dtype, sizes, arch):
-                jobs.setdefault(key, (key, op.name, dtype, sizes, arch, out))
+    chosen = [op for op in OPS.values() if op.name in names or not names]
+    jobs = [(key, *call, arch, out) for key, (_, call) in _record_all(chosen, arch, dtypes).items()]
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-    return _compile_all(list(jobs.values()), progress)
+    return _compile_all(jobs, progress)
 
 
 def as_json(compiled: Compiled) -> dict[str, Any]:
     """What `compile --json` prints of one kernel: all but its signature and assembly."""
-    names = (each.name for each in fields(Compiled) if each.name not in ("signature", "asm"))
-    return {name: getattr(compiled, name) for name in names}
+    return {f.name: getattr(compiled, f.name) for f in fields(compiled) if f.name not in ("signature", "asm")}

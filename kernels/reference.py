@@ -7,6 +7,7 @@ Hq query heads, Hkv key/value heads, D head size, P rows of the rotary tables, C
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,13 +61,16 @@ def expert_swiglu(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tenso
 
     x [T,H], gate_up_proj [E,2I,H] (gate rows, then up rows), down_proj [E,H,I], ids [T,K], weights fp32 [T,K] -> [T,H].
     """
-    out = torch.zeros_like(_wide(x))
-    for expert in sorted(set(ids.flatten().tolist())):
-        token, slot = (ids == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(x.index_select(0, token), gate_up_proj[expert]).chunk(2, dim=-1)
-        y = F.linear(F.silu(gate) * up, down_proj[expert])
-        out.index_add_(0, token, y * weights[token, slot, None].to(out.dtype))
-    return out.to(x.dtype)
+    order, offsets = sort_by_expert(ids, len(down_proj))
+    token = order.long() // ids.shape[1]
+    rows = x.index_select(0, token)
+    parts = [rows[:0]]
+    for expert, (begin, end) in enumerate(pairwise(offsets.tolist())):
+        if begin < end:
+            gate, up = F.linear(rows[begin:end], gate_up_proj[expert]).chunk(2, dim=-1)
+            parts.append(F.linear(F.silu(gate) * up, down_proj[expert]))
+    scaled = torch.cat(parts) * weights.flatten().index_select(0, order)[:, None]
+    return torch.zeros_like(_wide(x)).index_add_(0, token, scaled.to(_wide(x).dtype)).to(x.dtype)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,13 +78,15 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> t
 
     q [B,T,Hq,D], k [B,T,Hkv,D], cos and sin fp32 [P,D/2], positions [B,T] -> q, k.
     """
-    c, s = cos[positions.long()].unsqueeze(2), sin[positions.long()].unsqueeze(2)
+    c, s = cos[positions.long()], sin[positions.long()]
+    return _rotate(q, c, s), _rotate(k, c, s)
 
-    def rotate(x: Tensor) -> Tensor:
-        a, b = x.to(c.dtype).chunk(2, dim=-1)
-        return torch.cat((a * c - b * s, b * c + a * s), dim=-1).to(x.dtype)
 
-    return rotate(q), rotate(k)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B,T,heads,D] by the angles of its tokens, [B,T,D/2]."""
+    c, s = cos.unsqueeze(2), sin.unsqueeze(2)
+    a, b = x.to(c.dtype).chunk(2, dim=-1)
+    return torch.cat((a * c - b * s, b * c + a * s), dim=-1).to(x.dtype)
 
 
 def attention(
@@ -105,7 +111,7 @@ def attention(
     i = (lengths[:, None] - T + torch.arange(T, device=q.device))[:, :, None]
     j = torch.arange(S, device=q.device)
     valid = (j >= starts[:, None]) & (j < lengths[:, None])
-    return _attend(q, k, v, _visible(i, j, window, causal) & valid[:, None], valid, scale)
+    return _attend(q, k, v, _visible(i, j, window, causal) & valid[:, None], scale)
 
 
 def _visible(i: Tensor, j: Tensor, window: int | None, causal: bool) -> Tensor:
@@ -116,13 +122,13 @@ def _visible(i: Tensor, j: Tensor, window: int | None, causal: bool) -> Tensor:
     return (i - j).abs() <= window // 2 if limited else torch.ones_like(i == j)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, valid: Tensor, scale: float | None) -> Tensor:
-    """Softmax attention under the mask `visible` [B,T,S]; keys outside `valid` [B,S] may be NaN. No key seen: zeros."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None) -> Tensor:
+    """Softmax attention under the mask `visible` [B,T,S]. A key that no query sees may be NaN; no key seen: zeros."""
     B, T, Hq, D = q.shape
     Hkv = k.shape[2]
     hidden = None if visible.all() else ~visible
-    if not valid.all():
-        v = v.masked_fill(~valid[:, :, None, None], 0.0)  # 0 * NaN is NaN
+    if hidden is not None:
+        v = v.masked_fill(hidden.all(1)[:, :, None, None], 0.0)  # 0 * NaN is NaN
     q = q.transpose(1, 2).reshape(B, Hkv, Hq // Hkv * T, D)
     scores = _wide(q @ k.permute(0, 2, 3, 1)).mul_(D**-0.5 if scale is None else scale)
     if hidden is not None:
@@ -136,7 +142,10 @@ def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor,
     """Write the first new[b] tokens of k and v [B,T,Hkv,D] into the ring caches [B,Hkv,C,D], slot = position mod C."""
     T, C = k.shape[1], k_cache.shape[2]
     t = torch.arange(T, device=k.device)
-    b, t = ((t < new[:, None]) & (t >= new[:, None] - C)).nonzero(as_tuple=True)  # later tokens overwrite these
+    stored = t < new[:, None]
+    if T > C:
+        stored &= t >= new[:, None] - C  # later tokens overwrite the others
+    b, t = stored.nonzero(as_tuple=True)
     slot = (past[b] + t) % C
     k_cache[b, :, slot], v_cache[b, :, slot] = k[b, t], v[b, t]
 
@@ -153,8 +162,9 @@ def rope_append(
     new: Tensor,
 ) -> Tensor:
     """Rotate q and k at positions past[b] + t, append k and v to the caches -> q."""
-    positions = (past[:, None] + torch.arange(q.shape[1], device=q.device)).clamp(max=len(cos) - 1)
-    q, k = rope(q, k, cos, sin, positions)
+    positions = (past[:, None] + torch.arange(q.shape[1], device=q.device)).clamp_(max=len(cos) - 1)
+    heads = _rotate(torch.cat((q, k), dim=2), cos[positions], sin[positions])
+    q, k = heads.split((q.shape[2], k.shape[2]), dim=2)
     append(k, v, k_cache, v_cache, past, new)
     return q
 
@@ -180,10 +190,9 @@ def cached_attention(
     # The newest position below `held` that this slot can hold; negative where nothing was written yet.
     newest = held[:, None] - 1
     j = newest - (newest - slot) % C
+    i = past[:, None] + t
     valid, keys, values = j >= 0, k_cache[:, :, :used].transpose(1, 2), v_cache[:, :, :used].transpose(1, 2)
     if k is not None and v is not None:
-        j = torch.cat((j, past[:, None] + t), 1)
-        valid = torch.cat((valid, t < new[:, None]), 1)
+        j, valid = torch.cat((j, i), 1), torch.cat((valid, t < new[:, None]), 1)
         keys, values = torch.cat((keys, k), 1), torch.cat((values, v), 1)
-    i = (past[:, None] + t)[:, :, None]
-    return _attend(q, keys, values, _visible(i, j[:, None], window, True) & valid[:, None], valid, None)
+    return _attend(q, keys, values, _visible(i[:, :, None], j[:, None], window, True) & valid[:, None], None)

@@ -20,13 +20,18 @@ class KVCache:
         batch: int,
         max_len: int | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """`max_len`: tokens a sequence may reach; a sliding window sizes the ring itself and needs none."""
+        """`max_len`: tokens a sequence may reach; a sliding window sizes the ring itself and needs none.
+
+        device None: the GPU if there is one, else the CPU. dtype None: the config's, else bfloat16.
+        """
         if batch < 1:
             raise ValueError(f"KVCache: batch is {batch}, needs at least 1")
         if config.sliding_window is None and (max_len is None or max_len < 1):
             raise ValueError(f"KVCache: max_len is {max_len}, needs at least 1: this model has no sliding window")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or getattr(torch, config.dtype or "bfloat16")
         self.config = config
         self.window = config.sliding_window
         self.slots: int = config.sliding_window or max_len or 1

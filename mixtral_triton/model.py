@@ -57,41 +57,42 @@ class Layer(nn.Module):
         q, k, v = F.linear(h, self.qkv_proj).view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
         return F.linear(state.attend(q, k, v, cos, sin).reshape(B, T, Hq * D), self.o_proj)
 
-    def experts(self, h: Tensor) -> Tensor:
+    def experts(self, h: Tensor, run: Any) -> Tensor:
         """h [B,T,H] -> [B,T,H]."""
         rows = h.reshape(-1, h.shape[-1])
-        scores, ids = ops.route(F.linear(rows, self.gate), self.config.num_experts_per_tok)
-        return ops.expert_swiglu(rows, self.gate_up_proj, self.down_proj, ids, scores).view_as(h)
+        scores, ids = run.route(F.linear(rows, self.gate), self.config.num_experts_per_tok)
+        return run.expert_swiglu(rows, self.gate_up_proj, self.down_proj, ids, scores).view_as(h)
 
 
 class State:
-    """Where the tokens of one forward stand: which keys a layer's queries see, and what is kept of them."""
+    """Where the tokens of one forward stand: which keys a layer's queries see, and what is kept of them.
 
-    def __init__(
-        self, window: int | None, B: int, T: int, cache: KVCache | None, new: Tensor | None, device: Any
-    ) -> None:
-        self.window, self.cache, self.layer, self.device = window, cache, 0, device
-        t = torch.arange(T, device=device)
+    `run` is the module of operations to call: `ops`, or `ops.DIRECT`, without its checks.
+    """
+
+    def __init__(self, model: Mixtral, B: int, T: int, cache: KVCache | None, new: Tensor | None, run: Any) -> None:
+        self.window, self.cache, self.layer, self.run = model.config.sliding_window, cache, 0, run
+        t = torch.arange(T, device=model.device)
         if cache is None:
             self.positions = t.expand(B, T)
         else:
-            self.new = torch.full((B,), T, dtype=torch.int32, device=device) if new is None else new
+            self.new = torch.full((B,), T, dtype=torch.int32, device=model.device) if new is None else new
             self.positions = cache.lengths[:, None] + t
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """q [B,T,Hq,D], k and v [B,T,Hkv,D], not yet rotated -> [B,T,Hq,D]."""
         if self.cache is None:
-            q, k = ops.rope(q, k, cos, sin, self.positions)
-            return ops.attention(q, k, v, window=self.window)
+            q, k = self.run.rope(q, k, cos, sin, self.positions)
+            return self.run.attention(q, k, v, window=self.window)
         keys, values, past = self.cache.keys[self.layer], self.cache.values[self.layer], self.cache.lengths
         self.layer += 1
         if q.shape[1] == 1:
             # The one new key takes the slot of the one that just left the window.
-            q = ops.rope_append(q, k, v, cos, sin, keys, values, past, self.new)
-            return ops.cached_attention(q, None, None, keys, values, past, self.new, self.window)
-        q, k = ops.rope(q, k, cos, sin, self.positions)
-        out = ops.cached_attention(q, k, v, keys, values, past, self.new, self.window)
-        ops.append(k, v, keys, values, past, self.new)  # only now: the chunk's first queries needed the old keys
+            q = self.run.rope_append(q, k, v, cos, sin, keys, values, past, self.new)
+            return self.run.cached_attention(q, None, None, keys, values, past, self.new, self.window)
+        q, k = self.run.rope(q, k, cos, sin, self.positions)
+        out = self.run.cached_attention(q, k, v, keys, values, past, self.new, self.window)
+        self.run.append(k, v, keys, values, past, self.new)  # only now: the chunk's first queries needed the old keys
         return out
 
 
@@ -174,16 +175,17 @@ class Mixtral(nn.Module):
         B, T = input_ids.shape
         eps = self.config.rms_norm_eps
         new = None if lengths is None else lengths.to(torch.int32)
-        state = State(self.config.sliding_window, B, T, cache, new, self.device)
+        run: Any = ops.DIRECT if ops.untraced() else ops  # shapes are known here: only a tracer needs the operators
+        state = State(self, B, T, cache, new, run)
         x = F.embedding(input_ids, self.embed_tokens)
-        h = ops.rms_norm(x, self.layers[0].input_layernorm, eps)
+        h = run.rms_norm(x, self.layers[0].input_layernorm, eps)
         # Each norm also adds what came before it to the residual stream x: one launch for both.
-        following = [layer.input_layernorm for layer in self.layers[1:]] + [self.norm]
+        following = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
         for layer, next_norm in zip(self.layers, following, strict=True):
-            h, x = ops.rms_norm(
+            h, x = run.rms_norm(
                 layer.attention(h, self.cos, self.sin, state), layer.post_attention_layernorm, eps, residual=x
             )
-            h, x = ops.rms_norm(layer.experts(h), next_norm, eps, residual=x)
+            h, x = run.rms_norm(layer.experts(h, run), next_norm, eps, residual=x)
         if cache is not None:
             cache.advance(state.new, T)
         return h

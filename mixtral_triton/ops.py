@@ -9,7 +9,7 @@ Every operation raises ValueError, naming the argument, on a wrong shape, dtype 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -47,6 +47,10 @@ def _check(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 def _go(op: Op, *args: Any, **kwargs: Any) -> Any:
     _check(op, args, kwargs)
+    return _run(op, *args, **kwargs)
+
+
+def _run(op: Op, *args: Any, **kwargs: Any) -> Any:
     if INTERPRETED or args[0].device.type != "cpu":
         return op.run(*args, **kwargs)
     if kwargs.pop("deterministic", False):
@@ -82,6 +86,11 @@ _ALONE: dict[str, Callable[..., Parts]] = {
 }
 
 
+def untraced() -> bool:
+    """Whether nothing watches torch's operations: no compiler, no dispatch mode."""
+    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
+
+
 def _register(name: str, custom: Any) -> Any:
     """Give the operator its fake kernel, and a backward that refuses."""
     op = OPS[name]
@@ -101,27 +110,28 @@ def _register(name: str, custom: Any) -> Any:
 
 def _plain(values: Iterable[Any]) -> bool:
     """Whether nothing has to see the operator itself: no tracing, no dispatch mode, no gradient, no fake tensor."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if not untraced():
         return False
     gradients = torch.is_grad_enabled()
-    return not any(
-        isinstance(x, Tensor)
-        and (x.is_meta or type(x) not in (Tensor, nn.Parameter) or (gradients and x.requires_grad))
-        for x in values
-    )
+    for x in values:
+        if not isinstance(x, Tensor):
+            continue
+        if type(x) not in (Tensor, nn.Parameter) or x.is_meta or (gradients and x.requires_grad):
+            return False
+    return True
 
 
 def _custom(function: Any) -> Any:
     """Register `function` as the operator of its name. A plain call goes straight to it, past torch's dispatcher,
     which would cost more host time than a decode step's kernels take."""
     name = function.__name__.lstrip("_")
-    mutates = OPS[name].mutates
-    operator = _register(name, torch.library.custom_op(f"mixtral_triton::{name}", function, mutates_args=mutates))
+    op = OPS[name]
+    operator = _register(name, torch.library.custom_op(f"mixtral_triton::{name}", function, mutates_args=op.mutates))
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        plain = _plain((*args, *kwargs.values()))
-        return function(*args, **kwargs) if plain else operator(*args, **kwargs)
+        plain = _plain((*args, *kwargs.values()) if kwargs else args)
+        return _go(op, *args, **kwargs) if plain else operator(*args, **kwargs)
 
     return call
 
@@ -226,3 +236,19 @@ def cached_attention(
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
     """x [..., H], weight [H] -> y, or (y, x + residual). See `reference.rms_norm`."""
     return _rms_norm(x, weight, eps) if residual is None else _add_rms_norm(x, residual, weight, eps)
+
+
+class _Direct:
+    """The operations without checks, for a caller that knows its shapes: a model, whose weights the loader checked."""
+
+    def __init__(self) -> None:
+        for name, op in OPS.items():
+            setattr(self, name, partial(_run, op))
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
+        if residual is None:
+            return _run(OPS["rms_norm"], x, weight, eps)
+        return _run(OPS["add_rms_norm"], x, residual, weight, eps)
+
+
+DIRECT = _Direct()

@@ -61,12 +61,8 @@ def close(got: Tensor, want: Tensor, rtol: float = 2e-6) -> None:
 def route_oracle(row: list[float], top_k: int) -> tuple[list[float], list[int]]:
     values = [-INF if math.isnan(value) else value for value in row]
     ids = sorted(range(len(values)), key=lambda e: (-values[e], e))[:top_k]
-    top = max(values)
-    if math.isinf(top):
-        shares = [float(values[e] == top) for e in ids]
-    else:
-        over_all = [math.exp(value - top) for value in values]
-        shares = [over_all[e] / sum(over_all) for e in ids]
+    top = values[ids[0]]  # what the softmax over all divides by cancels
+    shares = [float(values[e] == top) if math.isinf(top) else math.exp(values[e] - top) for e in ids]
     return [share / sum(shares) for share in shares], ids
 
 
@@ -75,16 +71,15 @@ def check_route(logits: Tensor, top_k: int) -> None:
     assert weights.dtype == torch.float32 and ids.dtype == torch.int32
     assert weights.shape == ids.shape == (len(logits), top_k)
     for row, own_weights, own_ids in zip(logits.double().tolist(), weights.tolist(), ids.tolist(), strict=True):
-        want_weights, want_ids = route_oracle(row, top_k)
-        assert own_ids == want_ids
-        assert own_weights == pytest.approx(want_weights, abs=2e-6)
-        assert sum(own_weights) == pytest.approx(1.0, abs=1e-5)
+        want, want_ids = route_oracle(row, top_k)
+        assert own_ids == want_ids and own_weights == pytest.approx(want, abs=2e-6)
 
 
+FIXED = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 SPECIAL = (NAN, INF, -INF, 0.0, -0.0, 1.0, 1.0, -3.5, 0.25, 88.0, -1e30, 3e38, -3e38, 1e-40)
 
 
-@settings(max_examples=40 if INTERPRETED else 200, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(FIXED, max_examples=40 if INTERPRETED else 200)
 @given(data=st.data(), dtype=st.sampled_from(FLOATS))
 def test_route_of_any_logits(data: st.DataObject, dtype: torch.dtype, device: torch.device) -> None:
     E = data.draw(st.integers(1, 9))
@@ -152,10 +147,9 @@ def check_attention(shape: tuple[int, ...], device: Any, dtype: torch.dtype = to
     B, T, S, Hq, Hkv, D = shape
     q, k, v = randn(B, T, Hq, D), randn(B, S, Hkv, D, seed=1), randn(B, S, Hkv, D, seed=2)
     bounds = {key: torch.tensor(options[key], dtype=dtype) for key in ("starts", "lengths") if key in options}
-    for b in range(B):
+    for b, (start, end) in enumerate(zip(options.get("starts", [0] * B), options.get("lengths", [S] * B), strict=True)):
         for x in (k, v):
-            x[b, : max(0, int(bounds["starts"][b])) if "starts" in bounds else 0] = NAN
-            x[b, max(0, int(bounds["lengths"][b])) if "lengths" in bounds else S :] = NAN
+            x[b, :start], x[b, end:] = NAN, NAN
     want = attention_oracle(q, k, v, **options | bounds)
     on_device = {key: value.to(device) for key, value in bounds.items()}
     got = ops.attention(q.to(device), k.to(device), v.to(device), **options | on_device)
@@ -171,14 +165,17 @@ def test_attention_heads(D: int, Hq: int, Hkv: int, T: int, S: int, device: torc
 
 
 @pytest.mark.parametrize("causal", (True, False), ids=("causal", "both sides"))
-@pytest.mark.parametrize("window", (None, 1, 2, 3, 5, 8, 40, 1000, 2**31 - 1))
+@pytest.mark.parametrize("window", (None, 0, -1, 1, 2, 3, 8, 40, 2**31 - 1))
 @pytest.mark.parametrize(("T", "S"), [(37, 37), (1, 37), (5, 37), (37, 9), (7, 2)])
 def test_attention_windows(T: int, S: int, window: int | None, causal: bool, device: torch.device) -> None:
     check_attention((1, T, S, 2, 1, 16), device, window=window, causal=causal)
 
 
+OPTIONS: list[dict[str, Any]] = [{}, {"window": 3}, {"causal": False}, {"causal": False, "window": 5}]
+
+
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
-@pytest.mark.parametrize("options", [{}, {"window": 3}, {"causal": False}, {"causal": False, "window": 5}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("T", (1, 3, 21))
 def test_attention_bounds(T: int, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
     """Empty, full, starts == lengths, starts > lengths, T > lengths."""
@@ -211,14 +208,6 @@ def test_attention_more(shape: tuple[int, ...], options: dict[str, Any], device:
 @pytest.mark.parametrize(("T", "S"), [(0, 5), (3, 0), (30, 0), (0, 0)])
 def test_attention_without_queries_or_keys(T: int, S: int, causal: bool, device: torch.device) -> None:
     check_attention((2, T, S, 4, 2, 16), device, causal=causal)
-
-
-@pytest.mark.parametrize("causal", (True, False))
-@pytest.mark.parametrize("T", (1, 20))
-def test_no_window_has_three_names(T: int, causal: bool, device: torch.device) -> None:
-    q, k = randn(1, T, 2, 16).to(device), randn(1, 20, 1, 16).to(device)
-    one, two, three = (ops.attention(q, k, k, window=window, causal=causal) for window in (None, 0, -1))
-    assert torch.equal(one, two) and torch.equal(one, three)
 
 
 @pytest.mark.parametrize(("T", "S", "window"), [(3, 9, None), (3, 9, 2), (40, 9, None)])
@@ -296,17 +285,15 @@ def expert_inputs(T: int, E: int, K: int, H: int = 24, I: int = 20, seed: int = 
     return [x, gate_up * H**-0.5, down * I**-0.5, choices(T, E, K), randn(T, K, seed=3).softmax(-1)]
 
 
-EXPERTS = [(0, 4, 2), (1, 4, 2), (1, 8, 8), (3, 300, 2), (63, 3, 3), (64, 4, 1), (65, 4, 2), (66, 3, 3), (130, 8, 1)]
+PATHS = ((0, 4, 2), (1, 4, 2), (1, 8, 8), (3, 300, 2), (63, 3, 3), (64, 4, 1), (65, 4, 2), (66, 3, 3), (130, 8, 1))
+EXPERTS = [(*path, 24, 20) for path in PATHS] + [(T, 4, 2, H, I) for T in (1, 40, 65) for H, I in ((33, 17), (130, 70))]
 
 
-@pytest.mark.parametrize(("T", "E", "K"), EXPERTS)
-@pytest.mark.parametrize(("H", "I"), [(24, 20), (33, 17), (130, 70)])
-@pytest.mark.parametrize("ids", (torch.int32, torch.int64))
-def test_expert_swiglu(T: int, E: int, K: int, H: int, I: int, ids: torch.dtype, device: torch.device) -> None:
-    if H > 24 and (E != 4 or ids == torch.int64):
-        pytest.skip("one size is enough for this")
+@pytest.mark.parametrize(("T", "E", "K", "H", "I"), EXPERTS)
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+def test_expert_swiglu(T: int, E: int, K: int, H: int, I: int, dtype: torch.dtype, device: torch.device) -> None:
     args = expert_inputs(T, E, K, H, I)
-    args[3] = args[3].to(ids)
+    args[3] = args[3].to(dtype)
     close(ops.expert_swiglu(*(a.to(device) for a in args)), swiglu_oracle(*args), 4e-6)
 
 
