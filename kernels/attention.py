@@ -115,8 +115,18 @@ def check(
     return {**binder.sizes, "window": _window("attention", window)}
 
 
-def ranges(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Iterator[Range]:
-    bounds = zip(("starts", "lengths"), args[4:6] or (kwargs.get("starts"), kwargs.get("lengths")), strict=False)
+def ranges(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+    deterministic: bool = False,
+) -> Iterator[Range]:
+    bounds = zip(("starts", "lengths"), (starts, lengths), strict=True)
     yield from ((name, value, 0, k.shape[1]) for name, value in bounds if value is not None)
 
 
@@ -277,6 +287,20 @@ def _decode(
     return out
 
 
+def plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """`reference.attention` with its options by position, as operators pass them."""
+    return reference.attention(q, k, v, window=window, causal=causal, scale=scale, starts=starts, lengths=lengths)
+
+
 def empty(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
@@ -333,7 +357,7 @@ OP = Op(
     name="attention",
     check=check,
     run=attention,
-    reference=reference.attention,
+    reference=plain_attention,
     empty=empty,
     inputs=inputs,
     configs=configs,

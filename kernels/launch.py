@@ -78,8 +78,8 @@ class _Recorder(TorchDispatchMode):
 
             op = OPS[func._opname]
             with self:
-                op.check(*args, **(kwargs or {}))
-                return op.run(*args, **(kwargs or {}))
+                op.check(*args)
+                return op.run(*args)
         if func._opname not in _FREE and not func.is_view:
             self.records.append(Launch(f"aten::{func._opname}" if func.namespace == "aten" else str(func)))
         return func(*args, **(kwargs or {}))

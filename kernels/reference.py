@@ -134,7 +134,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | Non
     if hidden is not None:
         scores.view(B, Hkv, -1, T, k.shape[1]).masked_fill_(hidden[:, None, None], -math.inf)
     out = torch.softmax(scores, -1).to(v.dtype) @ v.transpose(1, 2)
-    out = out.view(B, Hq, T, D).transpose(1, 2)
+    out = out.view(B, Hq, T, D).transpose(1, 2).contiguous()
     return out if hidden is None else out.masked_fill(hidden.all(-1)[:, :, None, None], 0.0)
 
 
@@ -166,7 +166,7 @@ def rope_append(
     heads = _rotate(torch.cat((q, k), dim=2), cos[positions], sin[positions])
     q, k = heads.split((q.shape[2], k.shape[2]), dim=2)
     append(k, v, k_cache, v_cache, past, new)
-    return q
+    return q.contiguous()
 
 
 def cached_attention(

@@ -73,7 +73,7 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
 
 
 def bind_heads(binder: Binder, **tensors: tuple[Tensor, str]) -> None:
-    dtype = next(iter(tensors.values()))[0].dtype
+    dtype = getattr(next(iter(tensors.values()))[0], "dtype", None)
     for name, (value, letters) in tensors.items():
         binder.tensor(name, value, letters, (dtype,) if dtype in FLOATS else FLOATS)
 
@@ -88,11 +88,9 @@ def bind_cache(binder: Binder, k_cache: Tensor, v_cache: Tensor, past: Tensor, n
     binder.tensor("new", new, "B", INTS)
 
 
-def ring_ranges(first: Tensor, *args: Any, **kwargs: Any) -> Iterator[Range]:
-    """For operations on [B,T,heads,D] whose last two tensors are past and new."""
-    past, new = kwargs.get("past"), kwargs.get("new")
-    if past is None or new is None:
-        past, new = [x for x in args if isinstance(x, Tensor) and x.dim() == 1][-2:]
+def ring_ranges(first: Tensor, *args: Any) -> Iterator[Range]:
+    """For operations on [B,T,heads,D] whose only vectors are past and new."""
+    past, new = (x for x in args if isinstance(x, Tensor) and x.dim() == 1)
     yield "past", past, 0, (1 << 31) - 1
     yield "new", new, 0, first.shape[1]
 

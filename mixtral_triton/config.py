@@ -24,6 +24,7 @@ SIZES = (
 )
 # Kernels index rows with int32; a larger size is a broken file, not a model.
 LARGEST_SIZE = 2**31 - 1
+MOST_POSITIONS = 1 << 22  # the rotary tables hold a row for each: 2 GiB of them at head size 128
 DTYPES = ("float32", "bfloat16", "float16")
 
 # What a config.json may say about things that Mixtral has no code for: the only values that are fine, and why.
@@ -72,6 +73,8 @@ class MixtralConfig:
     def __post_init__(self) -> None:
         for name in SIZES:
             _check_size(name, getattr(self, name))
+        if self.max_position_embeddings > MOST_POSITIONS:
+            raise _error("max_position_embeddings", self.max_position_embeddings, f"at most {MOST_POSITIONS}")
         self._check_heads()
         self._set("rms_norm_eps", _positive_float("rms_norm_eps", self.rms_norm_eps))
         self._set("rope_theta", _positive_float("rope_theta", self.rope_theta))

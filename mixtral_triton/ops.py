@@ -8,6 +8,7 @@ Every operation raises ValueError, naming the argument, on a wrong shape, dtype 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial, wraps
 from typing import Any
@@ -29,60 +30,70 @@ def _trait(x: Any) -> Any:
     return (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else (type(x), x)
 
 
-def _check(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    traits = (op.name, *map(_trait, args), *((name, _trait(x)) for name, x in kwargs.items()))
+def _check(op: Op, args: tuple[Any, ...]) -> None:
+    traits = (op.name, *map(_trait, args))
     try:
         passed = traits in _passed
     except TypeError:  # a list, say: nothing that can pass
         passed = False
     if not passed:
-        op.check(*args, **kwargs)
+        op.check(*args)
         if len(_passed) >= _PASSED_MOST:
             _passed.clear()
         _passed.add(traits)
     if op.ranges is not None:
-        for bounds in op.ranges(*args, **kwargs):
+        for bounds in op.ranges(*args):
             in_range(op.name, *bounds)
 
 
-def _go(op: Op, *args: Any, **kwargs: Any) -> Any:
-    _check(op, args, kwargs)
-    return _run(op, *args, **kwargs)
+def _go(op: Op, *args: Any) -> Any:
+    """Check, then run: all arguments by position."""
+    _check(op, args)
+    return _run(op, *args)
 
 
 def _run(op: Op, *args: Any, **kwargs: Any) -> Any:
     if INTERPRETED or args[0].device.type != "cpu":
         return op.run(*args, **kwargs)
-    if kwargs.pop("deterministic", False):
-        return torch.cat([op.reference(*part, **more) for part, more in _ALONE[op.name](*args, **kwargs)])
+    if op.name in _ALONE:
+        place, parts = _ALONE[op.name]
+        args, deterministic = args[:place], args[place:] == (True,)
+        if deterministic:
+            return torch.cat([op.reference(*part) for part in parts(*args)])
     return op.reference(*args, **kwargs)
 
 
-Parts = Iterator[tuple[tuple[Any, ...], dict[str, Any]]]
+def _tokens(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor) -> Iterator[Any]:
+    """The arguments of `expert_swiglu` for one token at a time (and for none: there may be none)."""
+    for t in range(-1, len(x)):
+        one = slice(max(t, 0), t + 1)
+        yield x[one], gate_up_proj, down_proj, ids[one], weights[one]
 
 
-def _tokens(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor) -> Parts:
-    """The arguments of `expert_swiglu` for one token at a time."""
-    for one in map(slice, range(len(x)), range(1, len(x) + 1)):
-        yield (x[one], gate_up_proj, down_proj, ids[one], weights[one]), {}
-    yield (x[:0], gate_up_proj, down_proj, ids[:0], weights[:0]), {}
+def _sequences(
+    q: Tensor, k: Tensor, v: Tensor, window: Any, causal: Any, scale: Any, starts: Any, lengths: Any
+) -> Iterator[Any]:
+    """The arguments of `attention` for one sequence at a time (and for none), its keys cut at its length."""
+    for b in range(-1, len(q)):
+        one = slice(max(b, 0), b + 1)
+        end = None if lengths is None or b < 0 else int(lengths[b])
+        bounds = (x if x is None else x[one] for x in (starts, lengths))
+        yield q[one], k[one, :end], v[one, :end], window, causal, scale, *bounds
 
 
-def _sequences(*args: Any, **kwargs: Any) -> Parts:
-    """The arguments of an attention for one sequence at a time, its keys cut at its length."""
-    B, lengths = len(args[0]), kwargs.get("lengths")
-    for b in (slice(0, 0), *map(slice, range(B), range(1, B + 1))):
-        part = [x[b] if isinstance(x, Tensor) else x for x in args]
-        if lengths is not None and len(part[0]):
-            part[1:3] = (x[:, : int(lengths[b])] for x in part[1:3])
-        yield tuple(part), {name: x[b] if isinstance(x, Tensor) else x for name, x in kwargs.items()}
+def _cached_sequences(*args: Any) -> Iterator[Any]:
+    """The arguments of `cached_attention` for one sequence at a time (and for none)."""
+    for b in range(-1, len(args[0])):
+        one = slice(max(b, 0), b + 1)
+        yield [x[one] if isinstance(x, Tensor) else x for x in args]
 
 
-# On the plain way, bits that do not depend on the batch: torch's matmuls see one token, one sequence at a time.
-_ALONE: dict[str, Callable[..., Parts]] = {
-    "expert_swiglu": _tokens,
-    "attention": _sequences,
-    "cached_attention": _sequences,
+# On the plain way, bits that do not depend on the batch: torch's matmuls see one token, or one sequence, at a time.
+# By operation: the place of its argument `deterministic`, and what cuts its arguments.
+_ALONE: dict[str, tuple[int, Callable[..., Iterator[Any]]]] = {
+    "expert_swiglu": (5, _tokens),
+    "attention": (8, _sequences),
+    "cached_attention": (8, _cached_sequences),
 }
 
 
@@ -95,9 +106,9 @@ def _register(name: str, custom: Any) -> Any:
     """Give the operator its fake kernel, and a backward that refuses."""
     op = OPS[name]
 
-    def fake(*args: Any, **kwargs: Any) -> Any:
-        op.check(*args, **kwargs)
-        return op.empty(*args, **kwargs)
+    def fake(*args: Any) -> Any:
+        op.check(*args)
+        return op.empty(*args)
 
     def backward(ctx: Any, *grads: Any) -> Any:
         raise ValueError(f"mixtral_triton.ops.{name} is for inference only: it has no backward pass")
@@ -125,13 +136,16 @@ def _custom(function: Any) -> Any:
     """Register `function` as the operator of its name. A plain call goes straight to it, past torch's dispatcher,
     which would cost more host time than a decode step's kernels take."""
     name = function.__name__.lstrip("_")
-    op = OPS[name]
+    op, signature = OPS[name], inspect.signature(function)
     operator = _register(name, torch.library.custom_op(f"mixtral_triton::{name}", function, mutates_args=op.mutates))
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        plain = _plain((*args, *kwargs.values()) if kwargs else args)
-        return _go(op, *args, **kwargs) if plain else operator(*args, **kwargs)
+        if kwargs:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            args = bound.args
+        return _go(op, *args) if _plain(args) else operator(*args)
 
     return call
 
@@ -166,7 +180,7 @@ def expert_swiglu(
 
     See `reference.expert_swiglu`. `deterministic`: a token's bits do not depend on the other tokens.
     """
-    return _go(OPS["expert_swiglu"], x, gate_up_proj, down_proj, ids, weights, deterministic=deterministic)
+    return _go(OPS["expert_swiglu"], x, gate_up_proj, down_proj, ids, weights, deterministic)
 
 
 @_custom
@@ -213,8 +227,7 @@ def attention(
 
     `deterministic`: a sequence's bits do not depend on the rest of the batch.
     """
-    options = {"window": window, "causal": causal, "scale": scale, "starts": starts, "lengths": lengths}
-    return _go(OPS["attention"], q, k, v, **options, deterministic=deterministic)
+    return _go(OPS["attention"], q, k, v, window, causal, scale, starts, lengths, deterministic)
 
 
 @_custom
@@ -230,7 +243,7 @@ def cached_attention(
     deterministic: bool = False,
 ) -> Tensor:
     """Attention over the ring caches and the fresh k, v, or over the caches alone. See `reference.cached_attention`."""
-    return _go(OPS["cached_attention"], q, k, v, k_cache, v_cache, past, new, window, deterministic=deterministic)
+    return _go(OPS["cached_attention"], q, k, v, k_cache, v_cache, past, new, window, deterministic)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
