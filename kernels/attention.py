@@ -1,4 +1,4 @@
-"""attention and cached_attention: which kernel runs, with which tiles. The kernels stand in attention_kernels.py.
+"""attention and cached_attention. The kernels stand in attention_kernels.py, their tiles in attention_config.py.
 
 B batch, T query tokens, S key positions, Hq query heads, Hkv key/value heads, G = Hq / Hkv, D head size, C ring slots
 """
@@ -14,63 +14,12 @@ import triton
 from torch import Tensor
 
 from . import reference
+from .attention_config import PACKED_ROWS, configs
 from .attention_kernels import attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel
-from .checks import FLOATS, INTS, Binder, Range, fail, integer, number
+from .checks import FLOATS, INTS, Binder, Range, boolean, fail, integer, number
 from .launch import launch, target_arch
-from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
+from .op import Cost, Op, Sizes, dense_rows, sample
 from .ring import bind_cache, cache_inputs, ring_ranges, strides
-
-_SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
-DETERMINISTIC_SPLITS = 8  # whatever the batch and its longest sequence are
-_PACKED_ROWS = 16  # queries x group heads that one decode tile takes
-
-
-def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    """Tiles by head size; a short window takes short tiles, since a tile sees window + BLOCK_M keys."""
-    D, window = power_of_2(sizes["D"], low=16), sizes.get("window", 0)
-    if dtype == torch.float32:
-        block_m, block_n, warps, stages = (32, 32, 4, 1) if D > 64 else (64, 32, 4, 1)
-    elif D > 128:
-        block_m, block_n, warps, stages = 64, 32, 4, 2
-    elif arch.startswith("gfx"):
-        block_m, block_n, warps, stages = 128, 32, 4, 1
-    elif arch in ("sm_90", "sm_100"):
-        block_m, block_n, warps, stages = (128, 64, 8, 3) if D > 64 else (128, 128, 8, 3)
-    else:
-        block_m, block_n, warps, stages = 128, 32, 8, 3
-    if 0 < window <= 256 and block_m > 64:
-        block_m, block_n, warps = 64, min(block_n, 32), 4
-    if not sizes.get("deterministic"):
-        block_m = power_of_2(sizes["T"], low=16, high=block_m)
-    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": D}
-    return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
-
-
-def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    """Splits until every SM has two programs, each of at least 256 keys."""
-    rows = sizes["T"] * sizes["Hq"] // sizes["Hkv"]
-    held = sizes["C"] if "C" in sizes else sizes["S"]
-    keys = min(held, sizes.get("window", 0) or held)
-    programs = max(1, sizes["B"] * sizes["Hkv"])
-    sms = _SMS.get(arch, 108)
-    splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, 256)), high=64)
-    if sizes.get("deterministic"):
-        splits = DETERMINISTIC_SPLITS
-    tiles = {
-        "SPLITS": splits,
-        "BLOCK_M": power_of_2(rows, low=16),
-        "BLOCK_N": 32 if dtype == torch.float32 else 64,
-        "BLOCK_D": power_of_2(sizes["D"], low=16),
-    }
-    return LaunchConfig(tiles, num_warps=4, num_stages=2 if dtype == torch.float32 or arch.startswith("gfx") else 3)
-
-
-def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    return {
-        "attention_prefill_kernel": _prefill_config(sizes, dtype, arch),
-        "attention_decode_kernel": _decode_config(sizes, dtype, arch),
-        "attention_combine_kernel": LaunchConfig({"BLOCK_D": power_of_2(sizes["D"], low=16)}, num_warps=2),
-    }
 
 
 def _window(op: str, window: int | None) -> int:
@@ -112,6 +61,8 @@ def check(
             binder.tensor(name, value, "B", INTS)
     if scale is not None:
         number("attention", "scale", scale, above=0.0)
+    boolean("attention", "causal", causal)
+    boolean("attention", "deterministic", deterministic)
     return {**binder.sizes, "window": _window("attention", window)}
 
 
@@ -150,6 +101,7 @@ def check_cached(
     binder.tensor("k_cache", k_cache, "B Hkv C D", (q.dtype,))
     bind_cache(binder, k_cache, v_cache, past, new)
     _bind_groups(binder)
+    boolean("cached_attention", "deterministic", deterministic)
     return {**binder.sizes, "window": _window("cached_attention", window)}
 
 
@@ -168,7 +120,7 @@ def attention(
     sizes = _sizes(q, k, _window("attention", window), deterministic)
     bounds = {"starts_ptr": _dense(starts), "lengths_ptr": _dense(lengths)}
     G = q.shape[2] // k.shape[2]
-    if causal and (q.shape[1] == 1 or q.shape[1] * G <= _PACKED_ROWS):
+    if causal and (q.shape[1] == 1 or q.shape[1] * G <= PACKED_ROWS):
         return _decode(q, k, v, bounds | {"past_ptr": None}, sizes, scale, ring=False)
     return _prefill(q, k, v, None, bounds | {"past_ptr": None}, sizes, scale, causal)
 

@@ -39,6 +39,7 @@ class Binder:
     def __init__(self, op: str) -> None:
         self.op = op
         self.sizes: dict[str, int] = {}
+        self.shapes: dict[str, tuple[str, str]] = {}  # the shape letters of an argument -> its name, its shape
         self.device: torch.device | None = None
 
     def tensor(self, name: str, value: Any, letters: str, dtypes: Sequence[torch.dtype]) -> None:
@@ -54,6 +55,7 @@ class Binder:
 
     def _shape(self, name: str, value: Tensor, letters: str) -> None:
         leading, wanted = _parse(letters)
+        self.shapes.setdefault(letters, (name, str(list(value.shape))))
         shape = value.shape[-len(wanted) :] if leading else value.shape
         good = len(shape) == len(wanted)
         if good:
@@ -69,7 +71,9 @@ class Binder:
     def positive(self, *letters: str) -> None:
         for letter in letters:
             if self.sizes[letter] < 1:
-                raise ValueError(f"{self.op}: size {letter} is {self.sizes[letter]}, needs at least 1")
+                shape = next(letters for letters in self.shapes if letter in letters.split())
+                name, got = self.shapes[shape]
+                raise fail(self.op, name, f"of shape {got}", f"[{shape}] with {letter} of at least 1")
 
 
 def number(op: str, name: str, value: Any, *, above: float = -math.inf) -> float:
@@ -77,6 +81,12 @@ def number(op: str, name: str, value: Any, *, above: float = -math.inf) -> float
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= above:
         raise fail(op, name, repr(value), "a finite number" + ("" if above == -math.inf else f" above {above:g}"))
     return float(value)
+
+
+def boolean(op: str, name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise fail(op, name, repr(value), "True or False")
+    return value
 
 
 def integer(op: str, name: str, value: Any, low: int, high: int) -> int:

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from . import reference
-from .checks import FLOATS, INTS, Binder, Range
+from .checks import FLOATS, INTS, Binder, Range, boolean
 from .dispatch import sample_ids, sort_by_expert
 from .experts_config import DECODE_TOKENS, configs
 from .experts_kernels import (
@@ -43,6 +43,7 @@ def check(
     binder.tensor("ids", ids, "T K", INTS)
     binder.tensor("weights", weights, "T K", (torch.float32,))
     binder.positive("K")
+    boolean("expert_swiglu", "deterministic", deterministic)
     return binder.sizes
 
 

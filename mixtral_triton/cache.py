@@ -7,6 +7,11 @@ import torch
 from .config import MixtralConfig
 
 
+def _version(x: torch.Tensor) -> int:
+    """Changes with every write into `x`; tensors made in inference mode do not count them."""
+    return -1 if x.is_inference() else x._version
+
+
 class KVCache:
     """Ring caches of every layer, and where each sequence stands.
 
@@ -40,7 +45,7 @@ class KVCache:
         storage = torch.zeros(shape, dtype=dtype, device=device)
         self.keys, self.values = zip(*(layer.unbind(0) for layer in storage.unbind(0)), strict=True)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self._longest, self._version = 0, self.lengths._version
+        self._longest, self._version = 0, _version(self.lengths)
 
     @property
     def batch(self) -> int:
@@ -52,25 +57,28 @@ class KVCache:
         limit = self.config.max_position_embeddings
         return limit if self.window else min(self.slots, limit)
 
-    def reserve(self, tokens: int) -> None:
-        """Make sure that every sequence has room for `tokens` more; ValueError otherwise.
+    def reserve(self, new: torch.Tensor | int, at_most: int) -> None:
+        """Make sure that every sequence has room for `new` more (int [B] or one for all, none more than `at_most`).
 
         The host keeps an upper bound of the lengths, so that the device is asked only where the bound says "full".
         """
         if self.lengths.is_meta or torch.compiler.is_compiling():
             return
-        fresh = self.lengths._version == self._version
-        if not fresh or self._longest + tokens > self.max_len:
+        foreign = self._version != _version(self.lengths)  # somebody else wrote into them
+        if foreign or self._longest + at_most > self.max_len:
             self._longest = int(self.lengths.max())
-        if self._longest + tokens > self.max_len:
-            what = "max_position_embeddings" if self.max_len == self.config.max_position_embeddings else "cache's slots"
-            raise ValueError(
-                f"KVCache: {tokens} more tokens after {self._longest} go beyond the {what}, {self.max_len}: "
-                "give a larger max_len or fewer tokens"
-            )
-        self._version = self.lengths._version
+        if self._longest + at_most > self.max_len:
+            reached = int((self.lengths + new).max())
+            if reached > self.max_len:
+                limit = self.config.max_position_embeddings
+                what = "max_position_embeddings" if self.max_len == limit else "cache's slots"
+                raise ValueError(
+                    f"KVCache: a sequence would reach {reached} tokens, beyond the {what}, {self.max_len}: "
+                    "give a larger max_len or fewer tokens"
+                )
+        self._version = _version(self.lengths)
 
     def advance(self, new: torch.Tensor, at_most: int) -> None:
         """Count the `new` [B] tokens that every layer has appended, none of them more than `at_most`."""
         self.lengths += new
-        self._longest, self._version = self._longest + at_most, self.lengths._version
+        self._longest, self._version = self._longest + at_most, _version(self.lengths)

@@ -13,6 +13,7 @@ from .cache import KVCache
 if TYPE_CHECKING:
     from .model import Mixtral
 
+TEMPERATURE_LEAST = 1e-30
 PREFILL_CHUNK = 2048  # tokens: bounds the activations of a long prompt
 
 
@@ -33,6 +34,8 @@ def generate(
     [B,T+n] result it is padded with it.
     """
     ragged = not isinstance(input_ids, Tensor)
+    if ragged and not isinstance(input_ids, (list, tuple)):
+        raise ValueError(f"generate: input_ids is a {type(input_ids).__name__}, needs a tensor or a list of tensors")
     rows = list(input_ids)
     eos = eos_ids(eos_token_id, model.config)
     steps = stream(model, rows, max_new_tokens, temperature, top_p, eos, generator)
@@ -52,9 +55,9 @@ def stream(
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
     """Check everything, then give an iterator over the next tokens [B]; it ends early once every sequence has ended."""
+    _check_sampling(max_new_tokens, temperature, top_p, generator)
     ids, lengths = _pad_prompts(model, prompts)
     longest = int(lengths.max())
-    _check_sampling(max_new_tokens, temperature, top_p)
     limit = model.config.max_position_embeddings
     if longest + max_new_tokens > limit:
         raise ValueError(
@@ -112,7 +115,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     """Logits fp32 [B,V] -> token ids [B]."""
     if temperature == 0.0:
         return logits.argmax(dim=-1)
-    p = torch.softmax(logits / temperature, dim=-1)
+    # Below the maximum everything is negative: no temperature, however small, makes an inf of it that softmax minds.
+    below = (logits - logits.amax(-1, keepdim=True)).double()
+    p = torch.softmax(below / max(temperature, TEMPERATURE_LEAST), dim=-1).float()
     if top_p < 1.0:
         sorted_p, order = p.sort(dim=-1, descending=True)
         # A token stays while those before it do not reach top_p yet; the first always does.
@@ -136,20 +141,30 @@ def _pad_prompts(model: Mixtral, prompts: Sequence[Tensor]) -> tuple[Tensor, Ten
     return torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True), lengths
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_sampling(max_new_tokens: Any, temperature: Any, top_p: Any, generator: Any) -> None:
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens is {max_new_tokens!r}, needs an integer of at least 0")
-    if not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"generate: temperature is {temperature}, needs a finite number of at least 0")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"generate: top_p is {top_p}, needs a number above 0, at most 1")
+    if not _number(temperature) or not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"generate: temperature is {temperature!r}, needs a finite number of at least 0")
+    if not _number(top_p) or not 0.0 < top_p <= 1.0:
+        raise ValueError(f"generate: top_p is {top_p!r}, needs a number above 0, at most 1")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generate: generator is a {type(generator).__name__}, needs a torch.Generator")
 
 
 def eos_ids(given: int | Sequence[int] | None, config: Any) -> frozenset[int]:
+    """The ids that end a sequence: those given, else the config's; ValueError for what is no id."""
     chosen = config.eos_token_id if given is None else given
     if chosen is None:
         return frozenset()
-    return frozenset((chosen,) if isinstance(chosen, int) else chosen)
+    ids = [chosen] if isinstance(chosen, int) else list(chosen) if isinstance(chosen, (list, tuple)) else [None]
+    if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
+        raise ValueError(f"generate: eos_token_id is {given!r}, needs a token id or a list of them")
+    return frozenset(ids)
 
 
 def _pad(new: Tensor, columns: int) -> Tensor:

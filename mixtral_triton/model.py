@@ -24,9 +24,12 @@ def _parameter(shape: Sequence[int], device: Any, dtype: torch.dtype) -> nn.Para
 
 
 def rope_tables(config: MixtralConfig, device: Any) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta ** (-2i / D), fp32 [P, D/2] (Su et al. 2021, section 3.2)."""
+    """cos and sin of position * theta ** (-2i / D), fp32 [P, D/2] (Su et al. 2021, section 3.2).
+
+    In fp32 and in transformers' order: at position 30,000 another rounding of a frequency shows in the logits.
+    """
     D = config.head_dim
-    frequencies = config.rope_theta ** -(torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
+    frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, D, 2, device=device, dtype=torch.float32) / D))
     angles = torch.outer(torch.arange(config.max_position_embeddings, device=device).float(), frequencies)
     return angles.cos(), angles.sin()
 
@@ -77,7 +80,8 @@ class State:
             self.positions = t.expand(B, T)
         else:
             self.new = torch.full((B,), T, dtype=torch.int32, device=model.device) if new is None else new
-            self.positions = cache.lengths[:, None] + t
+            # Padding may stand beyond the last position; what it computes means nothing, but has to be defined.
+            self.positions = (cache.lengths[:, None] + t).clamp_(max=len(model.cos) - 1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """q [B,T,Hq,D], k and v [B,T,Hkv,D], not yet rotated -> [B,T,Hq,D]."""
@@ -207,12 +211,12 @@ class Mixtral(nn.Module):
             raise ValueError(f"Mixtral: {T} tokens go beyond max_position_embeddings, {limit}")
         if cache is not None:
             self._check_cache(cache, B)
-            at_most = T
-            if lengths is not None:
-                at_most = check_lengths(lengths, B, T, self.device)
-            cache.reserve(at_most)
+            at_most = T if lengths is None else check_lengths(lengths, B, T, self.device)
+            cache.reserve(T if lengths is None else lengths, at_most)
 
     def _check_cache(self, cache: KVCache, B: int) -> None:
+        if not isinstance(cache, KVCache):
+            raise ValueError(f"Mixtral: argument 'cache' is a {type(cache).__name__}, needs a KVCache")
         for what, got, need in (
             ("batch", cache.batch, B),
             ("device", cache.lengths.device, self.device),
@@ -249,7 +253,10 @@ def load(
     weights.check(headers, config)  # before the parameters are allocated: a broken config could ask for any size
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"Mixtral.from_pretrained: dtype is {dtype}, needs torch.float32, bfloat16 or float16")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"Mixtral.from_pretrained: device is {device!r}, which torch does not know") from error
     model = cls(config, place, dtype or weights.stored_dtype(headers))
     weights.load(folder, config, dict(model.named_parameters()), progress)
     return model

@@ -3,7 +3,8 @@
 CUDA or ROCm tensor: the Triton kernel. CPU tensor with Triton's interpreter on (TRITON_INTERPRET=1 before import): the
 same kernel, interpreted. Plain CPU tensor: `mixtral_triton.reference`. Shapes, dtypes and sources stand there.
 
-Every operation raises ValueError, naming the argument, on a wrong shape, dtype or device, and on a backward pass.
+Every operation raises ValueError, naming the argument, on a wrong shape, dtype or device, and on a backward pass
+(those that write into a cache, where a gradient is asked for).
 """
 
 from __future__ import annotations
@@ -47,9 +48,12 @@ def _check(op: Op, args: tuple[Any, ...]) -> None:
 
 
 def _go(op: Op, *args: Any) -> Any:
-    """Check, then run: all arguments by position."""
+    """Check, then run: all arguments by position. Results are contiguous, as the fake kernel says."""
     _check(op, args)
-    return _run(op, *args)
+    out = _run(op, *args)
+    if isinstance(out, tuple):
+        return tuple(x.contiguous() for x in out)
+    return out if out is None else out.contiguous()
 
 
 def _run(op: Op, *args: Any, **kwargs: Any) -> Any:
@@ -145,6 +149,8 @@ def _custom(function: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             args = bound.args
+        if op.mutates and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            raise ValueError(f"mixtral_triton.ops.{name} is for inference only: it writes into a cache")
         return _go(op, *args) if _plain(args) else operator(*args)
 
     return call

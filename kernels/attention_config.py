@@ -1,0 +1,71 @@
+"""Launch choices of the attention kernels: pure functions of sizes, dtype and architecture.
+
+The literals are starting points that compile without a spill; not measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from .op import LaunchConfig, Sizes, power_of_2
+
+_SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+DETERMINISTIC_SPLITS = 8  # whatever the batch and its longest sequence are
+PACKED_ROWS = 16  # queries x group heads that one decode tile takes
+
+
+# (BLOCK_M, BLOCK_N, warps, stages) by head size at most, for 16-bit types and for fp32. None spills a register, on AMD
+# not even a scalar one into a vector one.
+_PREFILL = {
+    "sm_80": (
+        {128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
+        {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 16, 8, 1)},
+    ),
+    "sm_90": (
+        {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+        {64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
+    ),
+    "gfx942": (
+        {128: (128, 16, 4, 1), 256: (64, 16, 4, 1)},
+        {128: (64, 16, 8, 1), 256: (32, 16, 8, 1)},
+    ),
+}
+
+
+def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """Tiles by head size; a short window takes short tiles, since a tile sees window + BLOCK_M keys."""
+    D, window = power_of_2(sizes["D"], low=16), sizes.get("window", 0)
+    family = "gfx942" if arch.startswith("gfx") else "sm_90" if arch in ("sm_90", "sm_100") else "sm_80"
+    table = _PREFILL[family][dtype == torch.float32]
+    block_m, block_n, warps, stages = table[min(most for most in table if most >= D)]
+    if 0 < window <= 256 and block_m > 64:
+        block_m, block_n, warps = 64, min(block_n, 32), 8 if family == "sm_80" else 4
+    if not sizes.get("deterministic"):
+        block_m = power_of_2(sizes["T"], low=16, high=block_m)
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": D}
+    return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
+
+
+def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """Splits until every SM has two programs, each of at least 256 keys."""
+    rows = sizes["T"] * sizes["Hq"] // sizes["Hkv"]
+    held = sizes["C"] if "C" in sizes else sizes["S"]
+    keys = min(held, sizes.get("window", 0) or held)
+    programs = max(1, sizes["B"] * sizes["Hkv"])
+    sms = _SMS.get(arch, 108)
+    splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, 256)), high=64)
+    if sizes.get("deterministic"):
+        splits = DETERMINISTIC_SPLITS
+    D, single, amd = power_of_2(sizes["D"], low=16), dtype == torch.float32, arch.startswith("gfx")
+    block_n = 16 if single and (D > 128 or not amd) else 32 if amd or D > 128 else 64
+    tiles = {"SPLITS": splits, "BLOCK_M": power_of_2(rows, low=16), "BLOCK_N": block_n, "BLOCK_D": D}
+    return LaunchConfig(tiles, num_warps=8 if single and not amd else 4, num_stages=2 if single or amd else 3)
+
+
+def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    return {
+        "attention_prefill_kernel": _prefill_config(sizes, dtype, arch),
+        "attention_decode_kernel": _decode_config(sizes, dtype, arch),
+        "attention_combine_kernel": LaunchConfig({"BLOCK_D": power_of_2(sizes["D"], low=16)}, num_warps=2),
+    }
