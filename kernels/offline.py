@@ -30,6 +30,7 @@ _LIMITS = dict.fromkeys(("sm_86", "sm_89", "sm_120"), 101376) | dict.fromkeys(("
 _LIMITS |= {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx950": 163840}
 
 Dtypes = Sequence[torch.dtype] | None
+PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None] | None
 
 
@@ -131,7 +132,7 @@ def _usage(kernel: Any) -> dict[str, int]:
     return {"registers": found["vgpr_count"], "spills": 4 * spilled}
 
 
-def _write(asm: Mapping[str, Any], out: str, stem: str) -> str:
+def _write(asm: Mapping[str, Any], out: PathLike, stem: str) -> str:
     """The assembly and the binary under `out` -> the absolute path of the binary."""
     kinds = ("amdgcn", "hsaco") if "amdgcn" in asm else ("ptx", "sass", "cubin")
     for kind in kinds:
@@ -140,7 +141,7 @@ def _write(asm: Mapping[str, Any], out: str, stem: str) -> str:
     return str(path)
 
 
-def compile_launch(launch: Launch, arch: str, op: str = "", out: str | None = None) -> Compiled:
+def compile_launch(launch: Launch, arch: str, op: str = "", out: PathLike | None = None) -> Compiled:
     """Compile the kernel of one recorded launch for `arch`; its files go into the folder `out`, which must exist."""
     source = _source(launch, arch)
     # FP fusion is named because its default differs between releases of Triton.
@@ -164,7 +165,7 @@ def compile_launch(launch: Launch, arch: str, op: str = "", out: str | None = No
     )
 
 
-def _compile(key: str, name: str, dtype: torch.dtype, sizes: Sizes, arch: str, out: str | None) -> Compiled:
+def _compile(key: str, name: str, dtype: torch.dtype, sizes: Sizes, arch: str, out: PathLike | None) -> Compiled:
     """In a worker: the call is recorded anew, since neither a jitted function nor a meta tensor travels."""
     return compile_launch(_record(OPS[name], dtype, sizes, arch)[key], arch, name, out)
 
@@ -180,7 +181,7 @@ def _compile_all(jobs: Sequence[tuple[Any, ...]], progress: Progress) -> Iterato
 
 
 def compile_ops(
-    names: Sequence[str], arch: str, out: str | None = None, progress: Progress = None, dtypes: Dtypes = None
+    names: Sequence[str], arch: str, out: PathLike | None = None, progress: Progress = None, dtypes: Dtypes = None
 ) -> Iterator[Compiled]:
     """The kernels of the operations `names` (none: all) for `arch`, each compiled once, in the registry's order.
 

@@ -1,0 +1,147 @@
+"""Every launch, compiled for GPUs that are not here: none spills, all fit shared memory. And the gate catches both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixtral_triton.kernels import offline
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.offline import Compiled, as_json, collect, compile_launch, compile_ops
+from mixtral_triton.kernels.op import Launch, Op
+from mixtral_triton.kernels.registry import OPS
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+EVERY_DTYPE = "sm_90"
+# sm_86, sm_89 and sm_120 run what sm_80 runs, and have less shared memory.
+LEAST_OF_SM_80 = 101376
+MEASURED = {"registers", "spills", "shared_bytes", "limit_bytes"}
+JSON_KEYS = MEASURED | {"op", "kernel", "arch", "file", "dtype", "num_warps", "num_stages", "constexprs"}
+
+
+def fault(compiled: Compiled) -> str | None:
+    """What the gate holds against a kernel."""
+    if compiled.spills:
+        return f"spills {compiled.spills} bytes: {compiled}"
+    if compiled.shared_bytes > compiled.limit_bytes:
+        return f"needs {compiled.shared_bytes} of {compiled.limit_bytes} bytes of shared memory: {compiled}"
+    return None
+
+
+def cases() -> Iterator[Any]:
+    """Op, architecture, dtype: pieces that share out evenly. fp16 has bf16's tiles, and is compiled for sm_90 only."""
+    for name, op in OPS.items():
+        for arch in ARCHS:
+            for dtype in op.dtypes:
+                if dtype != torch.float16 or arch == EVERY_DTYPE:
+                    yield pytest.param(name, arch, dtype, id=f"{name}-{arch}-{str(dtype).removeprefix('torch.')}")
+
+
+def assert_no_faults(op: Op, arch: str, dtype: torch.dtype) -> None:
+    launches = collect(op, arch, [dtype])
+    assert launches
+    limit = LEAST_OF_SM_80 if arch == "sm_80" else None
+    faults = []
+    for launch in launches:
+        compiled = compile_launch(launch, arch)
+        faults.append(fault(replace(compiled, limit_bytes=limit or compiled.limit_bytes)))
+    assert not list(filter(None, faults))
+
+
+@pytest.mark.parametrize(("name", "arch", "dtype"), cases())
+def test_no_spill_and_fits_shared_memory(name: str, arch: str, dtype: torch.dtype) -> None:
+    assert_no_faults(OPS[name], arch, dtype)
+
+
+def prefill(**changes: Any) -> Launch:
+    """The up projection of the experts at 4096 tokens on sm_90, changed."""
+    op = OPS["expert_swiglu"]
+    op = replace(op, bench_shapes=tuple(sizes for sizes in op.bench_shapes if sizes["T"] == 4096)[:1])
+    launch = next(found for found in collect(op, "sm_90", [torch.bfloat16]) if found.kernel == "experts_up_kernel")
+    return replace(launch, **changes)
+
+
+def test_the_gate_catches_a_spill() -> None:
+    """Half the warps for the same tile: an accumulator of 256 registers a thread."""
+    assert fault(compile_launch(prefill(), "sm_90")) is None
+    assert "spills" in str(fault(compile_launch(prefill(num_warps=4), "sm_90")))
+
+
+def test_the_gate_catches_too_much_shared_memory() -> None:
+    assert "shared memory" in str(fault(compile_launch(prefill(num_stages=6), "sm_90")))
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("name", OPS)
+def test_signatures_are_those_of_the_jit(name: str, arch: str) -> None:
+    """Types, constants and divisibility are what Triton itself would find in the arguments when it launches."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    backend = offline.make_backend(offline._target(arch))
+    for launch in collect(OPS[name], arch):
+        bind = jit.create_function_from_signature(launch.fn.signature, launch.fn.params, backend)
+        bound, specialized, _ = bind(**launch.args, **launch.constexprs)
+        _, signature, constants, attrs = launch.fn._pack_args(backend, {}, bound, specialized, {})
+        source = offline._source(launch, arch)
+        assert source.signature == signature
+        assert source.constants == constants
+        assert {at: found for at, found in source.attrs.items() if found} == {at: a for at, a in attrs.items() if a}
+
+
+def test_each_kernel_once_in_a_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["rope", "rms_norm", "add_rms_norm", "route", "append"]
+    progress: list[tuple[int, int]] = []
+    shared = [as_json(c) for c in compile_ops(names, "sm_90", progress=lambda *at: progress.append(at))]
+    assert progress == [(n + 1, len(shared)) for n in range(len(shared))]
+    assert len(shared) >= 32, "too few to be shared with other processes"
+    monkeypatch.setattr(offline.os, "cpu_count", lambda: 1)
+    assert [as_json(c) for c in compile_ops(names[::-1], "sm_90")] == shared
+    assert list(dict.fromkeys(row["op"] for row in shared)) == [name for name in OPS if name in names]
+
+
+def test_a_kernel_of_two_operations_is_compiled_once() -> None:
+    dtypes = [torch.bfloat16]
+    both = [offline._record_all(ops, "sm_90", dtypes) for ops in ([OPS["sort_by_expert"]], [OPS["expert_swiglu"]])]
+    union = offline._record_all([OPS["sort_by_expert"], OPS["expert_swiglu"]], "sm_90", dtypes)
+    assert len(union) < sum(map(len, both)) and set(union) == set(both[0]) | set(both[1])
+
+
+@pytest.mark.parametrize(
+    ("arch", "suffixes"), [("sm_90", {".ptx", ".sass", ".cubin"}), ("gfx942", {".amdgcn", ".hsaco"})]
+)
+def test_files_and_json(tmp_path: Path, arch: str, suffixes: set[str]) -> None:
+    rows = [as_json(compiled) for compiled in compile_ops(["route"], arch, out=tmp_path / "new")]
+    assert json.loads(json.dumps(rows)) == rows
+    files = [Path(row["file"]) for row in rows]
+    assert len(set(files)) == len(rows)
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        file.with_suffix(suffix).name for file in files for suffix in suffixes
+    }
+    for row, file in zip(rows, files, strict=True):
+        assert set(row) == JSON_KEYS
+        assert file.parent == tmp_path / "new" and file.name.startswith(f"{row['kernel']}.{arch}.")
+        assert file.read_bytes().startswith(b"\x7fELF")
+        assert all("route_kernel" in file.with_suffix(each).read_text() for each in suffixes - {file.suffix})
+    assert {row["dtype"] for row in rows} == {"fp32", "bf16", "fp16"}
+
+
+def test_says_which_architectures_and_operations_there_are() -> None:
+    with pytest.raises(ValueError, match=r"compile: .*'sm_70'.*sm_90"):
+        compile_ops([], "sm_70")
+    with pytest.raises(ValueError, match=r"compile: .*'sm_70'.*gfx942"):
+        collect(OPS["route"], "sm_70")
+    with pytest.raises(ValueError, match=r"compile: .*'rout'.*route"):
+        compile_ops(["rope", "rout"], "sm_90")
+
+
+def test_an_interpreting_process_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline, "INTERPRETED", True)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        compile_ops(["route"], "sm_90")
