@@ -294,10 +294,21 @@ def test_the_end_of_the_cache(
     assert cache.lengths.tolist() == [most, 3 + chunk]
 
 
+@pytest.mark.parametrize("inference", (False, True))
+def test_lengths_set_by_hand_are_seen(inference: bool, load: Callable[..., Mixtral], device: torch.device) -> None:
+    model = load("short")
+    with torch.inference_mode(inference):
+        cache = cache_of(model, 1)
+        model(tokens(1, 2, device=device), cache=cache)
+        cache.lengths.fill_(SHORT - 1)
+        with pytest.raises(ValueError, match=f"{SHORT}"):
+            model(tokens(1, 2, device=device), cache=cache)
+
+
 BAD_LOADS = [{"weights": "fp7"}, {"weights": "fp8"}, {"mesh": "tp"}, {"dtype": torch.float64}, {"dtype": "bfloat16"}]
 
 
-@pytest.mark.parametrize("options", [*BAD_LOADS, {"device": "gpu"}], ids=str)
+@pytest.mark.parametrize("options", [*BAD_LOADS, {"device": "gpu"}, {"device": "cuda:99"}], ids=str)
 def test_bad_loads(options: dict[str, Any], load: Callable[..., Mixtral]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         load("window", **options)
