@@ -7,9 +7,9 @@ import torch
 from .config import MixtralConfig
 
 
-def _version(x: torch.Tensor) -> int:
-    """Changes with every write into `x`; tensors made in inference mode do not count them."""
-    return -1 if x.is_inference() else x._version
+def _version(x: torch.Tensor) -> int | None:
+    """Changes with every write into `x`; None where torch does not count them, for a tensor made in inference mode."""
+    return None if x.is_inference() else x._version
 
 
 class KVCache:
@@ -64,7 +64,8 @@ class KVCache:
         """
         if self.lengths.is_meta or torch.compiler.is_compiling():
             return
-        foreign = self._version != _version(self.lengths)  # somebody else wrote into them
+        version = _version(self.lengths)
+        foreign = version is None or version != self._version  # somebody else may have written into them
         if foreign or self._longest + at_most > self.max_len:
             self._longest = int(self.lengths.max())
         if self._longest + at_most > self.max_len:

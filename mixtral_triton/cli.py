@@ -126,17 +126,10 @@ def _bar(label: str, total: int, *columns: ProgressColumn) -> Iterator[_Bar]:
 def _load(args: argparse.Namespace) -> Mixtral:
     import torch
 
-    from .model import Mixtral
+    from .model import Mixtral, usable_device
     from .weights import read_headers, total_bytes
 
-    try:
-        device = torch.device(args.device) if args.device else None
-    except RuntimeError as error:
-        raise ValueError(f"--device {args.device}: not a device that torch knows") from error
-    if device is not None and device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {args.device}: needs cpu or cuda")
-    if device is not None and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    device = usable_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     with _bar("loading", total_bytes(read_headers(args.folder)), DownloadColumn()) as progress:
         return Mixtral.from_pretrained(args.folder, device=device, dtype=dtype, progress=progress.more)

@@ -253,13 +253,22 @@ def load(
     weights.check(headers, config)  # before the parameters are allocated: a broken config could ask for any size
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"Mixtral.from_pretrained: dtype is {dtype}, needs torch.float32, bfloat16 or float16")
-    try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"Mixtral.from_pretrained: device is {device!r}, which torch does not know") from error
-    model = cls(config, place, dtype or weights.stored_dtype(headers))
+    model = cls(config, usable_device(device), dtype or weights.stored_dtype(headers))
     weights.load(folder, config, dict(model.named_parameters()), progress)
     return model
+
+
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """None: the GPU if there is one, else the CPU. ValueError for a device that this machine does not have."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is not one that torch knows") from error
+    if chosen.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"device {device!r} is not supported: needs cpu, cuda (CUDA or ROCm) or meta")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} is not there: this machine has {torch.cuda.device_count()} GPUs")
+    return chosen
 
 
 def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:

@@ -70,10 +70,22 @@ def test_generate_streams_and_repeats_itself() -> None:
         (("compile", "nonsense", "--arch", "sm_90"), "nonsense"),
     ],
 )
-def test_bad_input_is_one_line_on_stderr(args: tuple[str, ...], named: str) -> None:
-    done = run(*args)
-    assert done.returncode == 2
-    assert named in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+def test_bad_input_is_one_line_on_stderr(
+    args: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # in this process, which has made its choice: nothing gets to run
+    try:
+        status: Any = main(args)
+    except SystemExit as left:  # argparse
+        status = left.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert named in error and len(error.strip().splitlines()) == 1, error
+
+
+def test_bad_input_of_a_process() -> None:
+    done = run("verify", "no/such/folder")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 def drop_tensor(folder: Path) -> None:

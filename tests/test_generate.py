@@ -86,8 +86,6 @@ def test_prompt_in_several_chunks(
     window: int | None, chunk: int, make: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks of the prompts' own length too: then a sequence has no token in the last ones."""
-    if INTERPRETED and chunk in (1, 12):
-        pytest.skip("slow")
     model, prompts = make(sliding_window=window), [tokens(T, seed=T, device=device) for T in (12, 1, 8)]
     want = model.generate(prompts, max_new_tokens=2)
     monkeypatch.setattr("mixtral_triton.generate.PREFILL_CHUNK", chunk)
@@ -117,7 +115,7 @@ GIVEN = ("int", "list", "tuple", "config", "config's list", "over the config's")
 
 @loop
 @pytest.mark.parametrize("step", (0, 1, NEW - 1))
-@pytest.mark.parametrize("given", GIVEN[::3] if INTERPRETED else GIVEN)
+@pytest.mark.parametrize("given", GIVEN)
 def test_eos(given: str, step: int, make: Make, device: torch.device) -> None:
     """A token that greedy decoding comes to at `step` is made the EOS; the prompt holds it too, which ends nothing."""
     plain, ids = make(), tokens(2, 6, device=device)

@@ -192,6 +192,7 @@ MORE = [  # B, T, S, Hq, Hkv, D: first few queries and many keys
     ((1, 1, 40, 20, 1, 16), {"window": 7}),
     ((1, 5, 300, 8, 2, 16), {"lengths": [290]}),
     ((1, 20, 300, 2, 1, 16), {"window": 33}),
+    ((1, 35, 200, 2, 1, 16), {"window": 100}),  # tiles that all, some and none of the rows see
     ((1, 1, 20, 2, 1, 64), {"scale": 0.07}),
     ((1, 20, 20, 2, 1, 64), {"scale": 3}),
 ]
