@@ -14,17 +14,16 @@ _SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 DETERMINISTIC_SPLITS = 8  # whatever the batch and its longest sequence are
 PACKED_ROWS = 16  # queries x group heads that one decode tile takes
 
-
 # (BLOCK_M, BLOCK_N, warps, stages) by head size at most, for 16-bit types and for fp32. None spills a register, on AMD
 # not even a scalar one into a vector one.
 _PREFILL = {
     "sm_80": (
         {128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
-        {64: (32, 64, 8, 1), 128: (32, 32, 4, 1), 256: (32, 16, 8, 1)},
+        {64: (32, 64, 8, 1), 128: (16, 32, 4, 1), 256: (32, 16, 8, 1)},
     ),
     "sm_90": (
         {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
-        {64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (32, 32, 16, 1)},
+        {64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 32, 8, 1)},
     ),
     "gfx942": (
         {128: (128, 16, 4, 1), 256: (64, 16, 4, 1)},

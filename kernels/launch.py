@@ -77,6 +77,8 @@ class _Recorder(TorchDispatchMode):
             from .registry import OPS
 
             op = OPS[func._opname]
+            if not INTERPRETED and args[0].device.type == "cpu":
+                raise ValueError(f"record_launches: {op.name} got a CPU tensor, needs meta tensors: it launches nothing")
             with self:
                 op.check(*args)
                 return op.run(*args)
