@@ -78,7 +78,7 @@ class _Recorder(TorchDispatchMode):
 
             op = OPS[func._opname]
             if not INTERPRETED and args[0].device.type == "cpu":
-                raise ValueError(f"record_launches: {op.name} got a CPU tensor, needs meta tensors: it launches nothing")
+                raise ValueError(f"record_launches: {op.name} got a CPU tensor, needs meta tensors")
             with self:
                 op.check(*args)
                 return op.run(*args)
