@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from .cache import KVCache
     from .config import MixtralConfig
     from .model import Mixtral
-    from .verify import verify
+    from .verification import verify
 
 __all__ = ["KVCache", "Mixtral", "MixtralConfig", "verify"]
 
-_HOME = {"KVCache": "cache", "Mixtral": "model", "MixtralConfig": "config", "verify": "verify"}
+_HOME = {"KVCache": "cache", "Mixtral": "model", "MixtralConfig": "config", "verify": "verification"}
 
 
 def __getattr__(name: str) -> Any:

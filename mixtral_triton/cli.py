@@ -161,7 +161,7 @@ def _encode(tokenizer: Any, text: str, model: Mixtral) -> torch.Tensor:
 def _verify(args: argparse.Namespace) -> int:
     out = Console(stderr=args.json)
     _choose_way(args, out)
-    from .verify import verify
+    from .verification import verify
 
     model = _load(args)
     ids = None if args.prompt is None else _encode(_tokenizer(args.folder), args.prompt, model)[None]

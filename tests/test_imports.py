@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import mixtral_triton
+
 ROOT = Path(__file__).parents[1]
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 PACKAGE = sorted((ROOT / "mixtral_triton").glob("*.py"))
@@ -42,3 +44,9 @@ def test_the_shell_knows_no_kernel(name: str) -> None:
 @pytest.mark.parametrize("path", [*KERNELS, *PACKAGE, *sorted((ROOT / "tests").glob("*.py"))], ids=lambda p: p.name)
 def test_no_file_is_over_400_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("name", sorted(mixtral_triton.__all__))
+def test_no_submodule_takes_the_place_of_a_public_name(name: str) -> None:
+    assert not (ROOT / "mixtral_triton" / f"{name}.py").exists()
+    assert callable(getattr(mixtral_triton, name))

@@ -14,7 +14,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.report import Report
-from mixtral_triton.verify import verify
+from mixtral_triton.verification import verify
 
 SMALL = Path(mixtral_triton.__file__).parent / "small"
 
