@@ -93,6 +93,8 @@ def rope_kernel(
         position += t
         row = position % C
         stored = stored_heads(t, tl.load(new_ptr + b), C, Hkv)
+        # Padding may stand past the last position: what it gives means nothing, but is no NaN.
+        position = tl.where(stored > 0, position, tl.minimum(position, P - 1))
     half = D // 2
     offs_d = tl.arange(0, BLOCK_HALF)
     # A position outside the tables reads nothing and gives NaN: loud, where a host check would stall the stream.

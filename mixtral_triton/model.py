@@ -26,12 +26,13 @@ def _parameter(shape: Sequence[int], device: Any, dtype: torch.dtype) -> nn.Para
 def rope_tables(config: MixtralConfig, device: Any) -> tuple[Tensor, Tensor]:
     """cos and sin of position * theta ** (-2i / D), fp32 [P, D/2] (Su et al. 2021, section 3.2).
 
-    In fp32 and in transformers' order: at position 30,000 another rounding of a frequency shows in the logits.
+    In fp32, in transformers' order and on the CPU: at position 30,000 another rounding of a frequency, as a GPU's `pow`
+    may have, shows in the logits.
     """
     D = config.head_dim
-    frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, D, 2, device=device, dtype=torch.float32) / D))
-    angles = torch.outer(torch.arange(config.max_position_embeddings, device=device).float(), frequencies)
-    return angles.cos(), angles.sin()
+    frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, D, 2, device="cpu", dtype=torch.float32) / D))
+    angles = torch.outer(torch.arange(config.max_position_embeddings, device="cpu").float(), frequencies)
+    return angles.cos().to(device), angles.sin().to(device)
 
 
 class Layer(nn.Module):
