@@ -123,13 +123,11 @@ def _usage(kernel: Any) -> dict[str, int]:
     text = kernel.asm.get("amdgcn")
     if text is None:
         cubin = next(path for name, path in kernel.metadata_group.items() if name.endswith(".cubin"))
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        text = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin], text=True)
     found = {name: int(number) for name, number in re.findall(r"(\w+): *(\d+)", text)}
     if "REG" in found:
         return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"]}
-    spilled = found["vgpr_spill_count"] + found["sgpr_spill_count"]
-    return {"registers": found["vgpr_count"], "spills": 4 * spilled}
+    return {"registers": found["vgpr_count"], "spills": 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])}
 
 
 def _write(asm: Mapping[str, Any], out: PathLike, stem: str) -> str:
@@ -144,17 +142,16 @@ def _write(asm: Mapping[str, Any], out: PathLike, stem: str) -> str:
 def compile_launch(launch: Launch, arch: str, op: str = "", out: PathLike | None = None) -> Compiled:
     """Compile the kernel of one recorded launch for `arch`; its files go into the folder `out`, which must exist."""
     source = _source(launch, arch)
+    program = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     # FP fusion is named because its default differs between releases of Triton.
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-    kernel = triton.compile(source, target=_target(arch), options=options)
+    kernel = triton.compile(source, target=_target(arch), options={**program, "enable_fp_fusion": True})
     pointers = [kind.lstrip("*") for kind in source.signature.values() if kind.startswith("*")]
     return Compiled(
         op=op,
         kernel=launch.kernel,
         arch=arch,
         file=None if out is None else _write(kernel.asm, out, f"{launch.kernel}.{arch}.{_key(launch, source)}"),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **program,
         constexprs={name: launch.constexprs[name] for name in source.signature if name in launch.constexprs},
         signature=source.signature,
         dtype=min(pointers, key=lambda kind: (kind[0] in "iu", int(re.search(r"\d+", kind)[0]))),

@@ -38,7 +38,7 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     The softmax over the chosen is the softmax over all, renormalized. Larger first, ties to the lower index.
     """
     values = _wide(logits) + 0.0  # -0.0 + 0.0 is 0.0: the two zeros tie
-    values = values.masked_fill(values.isnan(), -math.inf)
+    values = values.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     values, ids = (part[:, :top_k] for part in values.sort(dim=-1, descending=True, stable=True))
     largest = values[:, :1]
     # An infinite maximum has no softmax: those that share it share the weight.
@@ -145,9 +145,13 @@ def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor,
     stored = t < new[:, None]
     if T > C:
         stored &= t >= new[:, None] - C  # later tokens overwrite the others
-    b, t = stored.nonzero(as_tuple=True)
-    slot = (past[b] + t) % C
-    k_cache[b, :, slot], v_cache[b, :, slot] = k[b, t], v[b, t]
+    slot = (past[:, None] + t) % C
+    if stored.all():
+        b = torch.arange(len(k), device=k.device)[:, None]
+        k_cache[b, :, slot], v_cache[b, :, slot] = k, v
+    else:
+        b, t = stored.nonzero(as_tuple=True)
+        k_cache[b, :, slot[b, t]], v_cache[b, :, slot[b, t]] = k[b, t], v[b, t]
 
 
 def rope_append(

@@ -14,7 +14,7 @@ import torch
 from mixtral_triton.kernels import offline
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.offline import Compiled, as_json, collect, compile_launch, compile_ops
-from mixtral_triton.kernels.op import Launch, Op
+from mixtral_triton.kernels.op import Launch
 from mixtral_triton.kernels.registry import OPS
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
@@ -45,20 +45,25 @@ def cases() -> Iterator[Any]:
                     yield pytest.param(name, arch, dtype, id=f"{name}-{arch}-{str(dtype).removeprefix('torch.')}")
 
 
-def assert_no_faults(op: Op, arch: str, dtype: torch.dtype) -> None:
-    launches = collect(op, arch, [dtype])
-    assert launches
-    limit = LEAST_OF_SM_80 if arch == "sm_80" else None
-    faults = []
-    for launch in launches:
-        compiled = compile_launch(launch, arch)
-        faults.append(fault(replace(compiled, limit_bytes=limit or compiled.limit_bytes)))
-    assert not list(filter(None, faults))
+@pytest.mark.parametrize(("name", "arch", "dtype"), list(cases()))
+def test_no_spill_and_fits_shared_memory(name: str, arch: str, dtype: torch.dtype, covers: Any) -> None:
+    compiled = [compile_launch(launch, arch) for launch in collect(OPS[name], arch, [dtype])]
+    if arch == "sm_80":
+        compiled = [replace(kernel, limit_bytes=LEAST_OF_SM_80) for kernel in compiled]
+    covers("target", arch)
+    for kernel in compiled:
+        covers("compiled", str(kernel))
+    assert compiled and not list(filter(None, map(fault, compiled)))
 
 
-@pytest.mark.parametrize(("name", "arch", "dtype"), cases())
-def test_no_spill_and_fits_shared_memory(name: str, arch: str, dtype: torch.dtype) -> None:
-    assert_no_faults(OPS[name], arch, dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("D", [64, 256])
+def test_other_head_sizes(D: int, dtype: torch.dtype) -> None:
+    """Mixtral's is 128, and so it is in the bench shapes; the tiles differ by head size."""
+    shapes = tuple({**sizes, "D": D} for sizes in OPS["attention"].bench_shapes if sizes["S"] == 4096)
+    launches = collect(replace(OPS["attention"], bench_shapes=(shapes[0], shapes[-1])), "sm_90", [dtype])
+    kernels = {launch.kernel: fault(compile_launch(launch, "sm_90")) for launch in launches}
+    assert kernels == dict.fromkeys(("attention_prefill_kernel", "attention_decode_kernel", "attention_combine_kernel"))
 
 
 def prefill(**changes: Any) -> Launch:
@@ -88,7 +93,8 @@ def test_signatures_are_those_of_the_jit(name: str, arch: str) -> None:
     for launch in collect(OPS[name], arch):
         bind = jit.create_function_from_signature(launch.fn.signature, launch.fn.params, backend)
         bound, specialized, _ = bind(**launch.args, **launch.constexprs)
-        _, signature, constants, attrs = launch.fn._pack_args(backend, {}, bound, specialized, {})
+        options = {"enable_fp_fusion": True}
+        _, signature, constants, attrs = launch.fn._pack_args(backend, options, bound, specialized, options)
         source = offline._source(launch, arch)
         assert source.signature == signature
         assert source.constants == constants
