@@ -59,7 +59,7 @@ class Op:
     configs      configs(sizes, dtype, arch) -> LaunchConfig by kernel name; pure functions of the sizes
     cost         cost(sizes, dtype) -> Cost
     test_shapes  sizes that the interpreted tests run; bench_shapes: Mixtral 8x7B, compiled offline and timed
-    rtol         largest error against fp64, relative to the largest value of the output, by dtype
+    mutates      arguments that the operation writes into
     """
 
     name: str

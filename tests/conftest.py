@@ -11,7 +11,6 @@ A guarded launch runs twice on copies of its tensors, each in the middle of a la
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import pytest
@@ -133,7 +132,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         for kind, what in report.user_properties:
             found.setdefault(kind, set()).add(str(what))
     count = {kind: len(names) for kind, names in found.items()}.get
-    say = partial(terminalreporter.write_line)
+    say = terminalreporter.write_line
     terminalreporter.section("what was covered")
     say(f"{count('interpreted', 0)} kernels interpreted under guard")
     say(f"{count('case', 0)} shapes and dtypes of operations within their limits")
