@@ -30,6 +30,7 @@ from .experts_kernels import (
 )
 from .launch import launch, target_arch
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
+from .tma import describe
 
 
 def check(
@@ -77,6 +78,10 @@ def expert_swiglu(
     return out
 
 
+def tile(config: LaunchConfig) -> tuple[int, int, int]:
+    return tuple(config.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))  # type: ignore[return-value]
+
+
 def _weight_strides(w: Tensor) -> dict[str, int]:
     return {"stride_we": w.stride(0), "stride_wn": w.stride(1)}
 
@@ -105,6 +110,7 @@ def _prefill(
 ) -> Tensor:
     """-> each slot's expert output [1, N, H]."""
     H, I, E, N = sizes["H"], sizes["I"], sizes["E"], ids.numel()
+    arch = target_arch(x.device)
     order, offsets = sort_by_expert(ids, E)
     h = torch.empty((N, I), dtype=x.dtype, device=x.device)
     y = torch.empty((1, N, H), dtype=x.dtype, device=x.device)
@@ -117,10 +123,16 @@ def _prefill(
         args |= {"row_tiles": row_tiles, **groups}
         launch(kernel, grid, args, config, H=H, I=I, BLOCK_E=power_of_2(E))
 
+    config = choices["experts_up_kernel"]
+    _, n, k = tile(config)
     up_args = {"x_ptr": x, "gate_up_ptr": gate_up, "h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0)}
-    run(experts_up_kernel, choices["experts_up_kernel"], I, **up_args, **_weight_strides(gate_up))
+    up_args["gate_up_desc"] = describe(gate_up.unflatten(1, (2, I)), (1, 2, n, k), arch)
+    run(experts_up_kernel, config, I, **up_args, **_weight_strides(gate_up))
+    config = choices["experts_down_kernel"]
+    m, n, k = tile(config)
     down_args = {"h_ptr": h, "down_ptr": down, "y_ptr": y}
-    run(experts_down_kernel, choices["experts_down_kernel"], H, **down_args, **_weight_strides(down))
+    down_args |= {"h_desc": describe(h, (m, k), arch), "down_desc": describe(down, (1, n, k), arch)}
+    run(experts_down_kernel, config, H, **down_args, **_weight_strides(down))
     return y
 
 

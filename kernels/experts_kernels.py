@@ -2,8 +2,8 @@
 
 T tokens, K experts a token, N = T * K slots (slot t*K + k), E experts, H hidden, I intermediate
 
-Both keep rows of the gate and of the up projection interleaved in one weight tile (gate n, up n, gate n+1, ...), so
-that one dot feeds both and a SwiGLU pair ends in neighbouring accumulator columns, held by the same thread.
+A weight tile of the up kernels holds BLOCK_N rows of the gate projection, then the same of the up projection: one dot
+feeds both, and the epilogue splits the accumulator. `*_desc` are the weights for TMA, or None: then pointers do it.
 """
 
 from __future__ import annotations
@@ -42,9 +42,23 @@ def _program_tile(row_tiles, columns, BLOCK_N: tl.constexpr, GROUP_M: tl.constex
 
 
 @triton.jit
+def _tile(ptrs, inside, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A tile of a reduction over DEPTH, masked only where the tiles do not divide it."""
+    return tl.load(ptrs) if DEPTH % BLOCK_K == 0 else tl.load(ptrs, mask=inside, other=0.0)
+
+
+@triton.jit
+def _pair_rows(pid_n, I, BLOCK_N: tl.constexpr):
+    """[2 BLOCK_N] rows of `gate_up_proj`: gate rows of column tile `pid_n`, then its up rows. The last repeats."""
+    offs = tl.arange(0, 2 * BLOCK_N)
+    return (tl.minimum(pid_n * BLOCK_N + offs % BLOCK_N, I - 1) + offs // BLOCK_N * I).to(tl.int64)
+
+
+@triton.jit
 def experts_up_kernel(
     x_ptr,  # [T, H]
     gate_up_ptr,  # [E, 2I, H]
+    gate_up_desc,  # [E, 2, I, H] in tiles [1, 2, BLOCK_N, BLOCK_K], or None
     h_ptr,  # [N, I] out, in sorted order
     order_ptr,  # [N] sorted slots
     offsets_ptr,  # [E + 1] groups in `order`
@@ -70,21 +84,17 @@ def experts_up_kernel(
         slots = tl.load(order_ptr + tl.minimum(rows, end - 1))
         offs_k = tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + (slots // TOP_K).to(tl.int64)[:, None] * stride_xt + offs_k[None, :]
-        offs_w = tl.arange(0, 2 * BLOCK_N)
-        column = tl.minimum(pid_n * BLOCK_N + offs_w // 2, I - 1) + (offs_w % 2) * I
-        w_ptrs = gate_up_ptr + expert.to(tl.int64) * stride_we
-        w_ptrs += column.to(tl.int64)[None, :] * stride_wn + offs_k[:, None]
+        w_ptrs = gate_up_ptr + expert.to(tl.int64) * stride_we + offs_k[:, None]
+        w_ptrs += _pair_rows(pid_n, I, BLOCK_N)[None, :] * stride_wn
         acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
         for k in range(0, H, BLOCK_K):
-            if H % BLOCK_K == 0:
-                x, w = tl.load(x_ptrs), tl.load(w_ptrs)
+            x = _tile(x_ptrs + k, offs_k[None, :] < H - k, H, BLOCK_K)
+            if gate_up_desc is None:
+                w = _tile(w_ptrs + k, offs_k[:, None] < H - k, H, BLOCK_K)
             else:
-                x = tl.load(x_ptrs, mask=offs_k[None, :] < H - k, other=0.0)
-                w = tl.load(w_ptrs, mask=offs_k[:, None] < H - k, other=0.0)
+                w = gate_up_desc.load([expert, 0, pid_n * BLOCK_N, k]).reshape(2 * BLOCK_N, BLOCK_K).T
             acc = tl.dot(x, w, acc, input_precision="ieee")
-            x_ptrs += BLOCK_K
-            w_ptrs += BLOCK_K
-        gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         out = h_ptr + rows.to(tl.int64)[:, None] * I + offs_n[None, :]
         mask = (rows < end)[:, None] & (offs_n < I)[None, :]
@@ -94,7 +104,9 @@ def experts_up_kernel(
 @triton.jit
 def experts_down_kernel(
     h_ptr,  # [N, I] in sorted order
+    h_desc,  # the same in tiles [BLOCK_M, BLOCK_K], or None
     down_ptr,  # [E, H, I]
+    down_desc,  # the same in tiles [1, BLOCK_N, BLOCK_K], or None
     y_ptr,  # [N, H] out, by slot
     order_ptr,  # [N] sorted slots
     offsets_ptr,  # [E + 1] groups in `order`
@@ -121,14 +133,12 @@ def experts_down_kernel(
         w_ptrs += tl.minimum(offs_n, H - 1).to(tl.int64)[None, :] * stride_wn + offs_k[:, None]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, I, BLOCK_K):
-            if I % BLOCK_K == 0:
-                h, w = tl.load(h_ptrs), tl.load(w_ptrs)
+            h = _tile(h_ptrs + k, offs_k[None, :] < I - k, I, BLOCK_K) if h_desc is None else h_desc.load([row, k])
+            if down_desc is None:
+                w = _tile(w_ptrs + k, offs_k[:, None] < I - k, I, BLOCK_K)
             else:
-                h = tl.load(h_ptrs, mask=offs_k[None, :] < I - k, other=0.0)
-                w = tl.load(w_ptrs, mask=offs_k[:, None] < I - k, other=0.0)
+                w = down_desc.load([expert, pid_n * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K).T
             acc = tl.dot(h, w, acc, input_precision="ieee")
-            h_ptrs += BLOCK_K
-            w_ptrs += BLOCK_K
         slots = tl.load(order_ptr + tl.minimum(rows, end - 1))
         out = y_ptr + slots.to(tl.int64)[:, None] * H + offs_n[None, :]
         tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs_n < H)[None, :])

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .interpret import interpreting
 from .op import Launch, LaunchConfig
@@ -38,6 +40,12 @@ def target_arch(device: torch.device | None = None) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def tensors(args: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors among a launch's arguments by name, those that descriptors describe included."""
+    plain = {name: arg.base if isinstance(arg, TensorDescriptor) else arg for name, arg in args.items()}
+    return {name: arg for name, arg in plain.items() if isinstance(arg, torch.Tensor)}
+
+
 def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: LaunchConfig, **constexprs: Any) -> None:
     """Run `kernel` over `grid`, or only record it where its tensors are on the meta device.
 
@@ -51,12 +59,25 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
         records.append(
             Launch(kernel.__name__, grid, config.num_warps, config.num_stages, constants, fn=kernel, args=dict(args))
         )
-    if any(isinstance(arg, torch.Tensor) and arg.is_meta for arg in args.values()):
+    if any(tensor.is_meta for tensor in tensors(args).values()):
         return
     if INTERPRETED:
         interpret(kernel, grid, {**args, **constants})
     else:
-        kernel[grid](**args, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+        _compiled(kernel, grid, {**args, **constants}, config)
+
+
+def _compiled(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: LaunchConfig) -> None:
+    """Compile on first use, then launch; ValueError, before anything runs, where the card cannot hold it."""
+    try:
+        # FP fusion is named because its default differs between releases of Triton.
+        kernel[grid](**args, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+    except OutOfResources as error:
+        tiles = ", ".join(f"{name} {value}" for name, value in config.constexprs.items())
+        raise ValueError(
+            f"{kernel.__name__}: the launch configuration {tiles}, {config.num_warps} warps and {config.num_stages} "
+            f"stages takes {error.required} of {error.name}, needs at most this card's {error.limit}"
+        ) from error
 
 
 def interpret(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:

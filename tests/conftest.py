@@ -11,6 +11,7 @@ A guarded launch runs twice on copies of its tensors, each in the middle of a la
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,16 +72,22 @@ def _reverse_programs(builder: Any) -> None:
     builder.set_grid_idx = set_grid_idx
 
 
+def _instead(arg: Any, tensor: Tensor) -> Any:
+    """The launch argument with another tensor in its place, where it is a descriptor: behind it."""
+    return tensor if isinstance(arg, Tensor) else replace(arg, base=tensor)
+
+
 def guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
     """`launch.interpret` under guard."""
     runs = []
     for turn in (0, 1):
-        fences = {name: Fence(value, turn) for name, value in args.items() if isinstance(value, Tensor)}
+        fences = {name: Fence(tensor, turn) for name, tensor in launch.tensors(args).items()}
+        fenced = {name: _instead(args[name], fence.guarded) for name, fence in fences.items()}
         with interpreting(check_overflow=True) as builder:
             if turn == 1:
                 _reverse_programs(builder)
             try:
-                kernel[grid](**args | {name: fence.guarded for name, fence in fences.items()})
+                kernel[grid](**args | fenced)
             finally:
                 builder.__dict__.pop("set_grid_idx", None)
         for name, fence in fences.items():

@@ -1,0 +1,24 @@
+"""Host-side tensor descriptors: how weights and keys travel on Hopper and later, by TMA instead of by pointers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# On sm_80 a descriptor turns into pointers in the compiler, and those mostly spill.
+_ARCHES = ("sm_90", "sm_100")
+
+
+def describe(x: Tensor, block: Sequence[int], arch: str) -> TensorDescriptor | None:
+    """A descriptor of `x` that loads tiles of shape `block`, what lies outside of x read as zero.
+
+    None where `arch` has no TMA of use, or x is not as TMA wants it: 16-bit, not empty, its last dimension contiguous,
+    its base and its other strides multiples of 16 bytes.
+    """
+    if arch not in _ARCHES or x.dtype.itemsize != 2 or x.numel() == 0 or x.stride(-1) != 1:
+        return None
+    if x.data_ptr() % 16 or any(stride * x.dtype.itemsize % 16 for stride in x.stride()[:-1]):
+        return None
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
