@@ -151,13 +151,15 @@ def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None)
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    """Every chosen expert's weights once, x in, the result out.
+    """Every chosen expert's weights once, x in, the result out; between the launches h and each slot's output, which
+    the intermediate size keeps from staying on chip, are written once and read once.
 
     `sizes["chosen"]`: how many experts some token chose; without it, the number expected of uniform routing.
     """
     T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
     chosen = sizes.get("chosen", E * (1 - (1 - K / E) ** T))
-    return Cost(flops=6 * T * K * H * I, bytes=int((chosen * 3 * H * I + 2 * T * H) * dtype.itemsize) + 8 * T * K)
+    elements = chosen * 3 * H * I + 2 * T * H + 2 * T * K * (H + I)
+    return Cost(flops=6 * T * K * H * I, bytes=int(elements * dtype.itemsize) + 8 * T * K)
 
 
 OP = Op(

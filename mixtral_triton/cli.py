@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,7 +26,6 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +67,11 @@ def _parser() -> _Parser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--seed", type=int, default=0, help="of the sampling")
+    bench = command("bench", "each operation, and a decode step, beside its peers and its floor")
+    bench.add_argument("ops", nargs="*", metavar="OP", help="none: all, and decode_step")
+    bench.add_argument("--quick", action="store_true", help="a few cases an operation, of 8x7B")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline (.png, .svg, .pdf)")
+    bench.add_argument("--card", help="measure nothing: floors by a data sheet (a100, h100, h200, b200, mi300x)")
     compile = command("compile", "compile every kernel for a GPU that need not be there")
     compile.add_argument("ops", nargs="*", metavar="OP", help="none: all")
     compile.add_argument("--arch", required=True, help=ARCHS)
@@ -80,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command -> exit status."""
     args = _parser().parse_args(argv)
     try:
-        return {"verify": _verify, "generate": _generate, "compile": _compile}[args.command](args)
+        run = {"verify": _verify, "generate": _generate, "bench": _bench, "compile": _compile}[args.command]
+        return run(args)
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"mixtral-triton {args.command}: {message}", file=sys.stderr)
@@ -208,7 +212,14 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from .bench_command import run
+
+    return run(args, lambda label, total: _bar(label, total, MofNCompleteColumn()))
+
+
 def _compile(args: argparse.Namespace) -> int:
+    from .bench_report import resources_table
     from .kernels.offline import as_json, compile_ops
 
     rows: list[dict[str, Any]] = []
@@ -220,25 +231,9 @@ def _compile(args: argparse.Namespace) -> int:
     bad = [row for row in rows if row["spills"] or row["shared_bytes"] > row["limit_bytes"]]
     if not args.json:
         out = Console()
-        out.print(_compile_table(args.arch, rows))
+        out.print(resources_table(args.arch, rows))
         limit = rows[0]["limit_bytes"]
         verdict = f"{len(bad)} of them spill or do not fit" if bad else "none spills, all fit"
         style = "bold red" if bad else "bold green"
         out.print(f"{len(rows)} kernels; shared memory of a block: {limit:,} bytes at most. [{style}]{verdict}[/]")
     return 1 if bad else 0
-
-
-def _compile_table(arch: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"Compiled for {arch}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("kernel", "dtype", "tile"):
-        table.add_column(name, no_wrap=True)
-    for name in ("warps", "stages", "registers", "spills", "shared"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        tile = "x".join(str(size) for name, size in row["constexprs"].items() if name.startswith("BLOCK_"))
-        numbers = (row["num_warps"], row["num_stages"], row["registers"], row["spills"])
-        bad = row["spills"] or row["shared_bytes"] > row["limit_bytes"]
-        style = "bold red" if bad else None
-        cells = (*map(str, numbers), f"{row['shared_bytes']:,}")
-        table.add_row(row["kernel"].removesuffix("_kernel"), row["dtype"], tile, *cells, style=style)
-    return table

@@ -165,18 +165,30 @@ class _LayerCheck:
             yield "expert_swiglu", case, {"x": x, **proj, "ids": ids, "weights": weights}
 
 
-def measure(name: str, args: Args) -> tuple[float, float]:
-    """Error of the runtime's `name` on `args`, and its limit, both relative to the largest value of the result.
+class Yardstick:
+    """The exact results of one call of an operation, and how far from them another way to do it may be.
 
-    Of several results, the one nearest to (or farthest beyond) its limit.
+    Errors and limits are relative to the largest value of the result.
     """
-    op = OPS[name]
-    ours = _results(getattr(torch.ops.mixtral_triton, name), args, op.mutates)
-    plain, truth = _results(op.reference, args, op.mutates), _truth(name, args, op.mutates)
-    pairs = []
-    for got, same, exact in zip(ours, plain, truth, strict=True):
-        pairs.append((_error(got, exact), max(RATIO * _error(same, exact), FLOOR.get(got.dtype, 0.0))))
-    return max(pairs, key=lambda pair: pair[0] / max(pair[1], 1e-30))
+
+    def __init__(self, name: str, args: Args) -> None:
+        op = OPS[name]
+        self.args, self.mutates = args, op.mutates
+        self.exact = _truth(name, args, op.mutates)
+        plain = _results(op.reference, args, op.mutates)
+        pairs = zip(plain, self.exact, strict=True)
+        self.limits = [max(RATIO * _error(same, exact), FLOOR.get(same.dtype, 0.0)) for same, exact in pairs]
+
+    def measure(self, function: Callable[..., Any]) -> tuple[float, float]:
+        """Error of `function` and its limit; of several results, the one nearest to (or farthest beyond) its limit."""
+        got = _results(function, self.args, self.mutates)
+        errors = [_error(*pair) for pair in zip(got, self.exact, strict=True)]
+        return max(zip(errors, self.limits, strict=True), key=lambda pair: pair[0] / max(pair[1], 1e-30))
+
+
+def measure(name: str, args: Args) -> tuple[float, float]:
+    """Error of the runtime's `name` on `args`, and its limit."""
+    return Yardstick(name, args).measure(getattr(torch.ops.mixtral_triton, name))
 
 
 def _results(function: Callable[..., Any], args: Args, mutates: tuple[str, ...]) -> list[Tensor]:
@@ -217,7 +229,7 @@ def _error(got: Tensor, want: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-class _Routes(TorchDispatchMode):
+class Routes(TorchDispatchMode):
     """Collects the experts that every `route` call chose."""
 
     def __init__(self) -> None:
@@ -233,6 +245,6 @@ class _Routes(TorchDispatchMode):
 
 def _own_forward(model: Mixtral, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The runtime's own forward -> its logits, and the routes of every layer."""
-    with _Routes() as routes:
+    with Routes() as routes:
         logits = model(ids)
     return logits, routes.ids

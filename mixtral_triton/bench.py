@@ -1,0 +1,159 @@
+"""Each operation beside its peers and its floor: times on the device at hand, and what is known without one."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from . import decode_step
+from .bench_cases import Case, Oracle, StepOracle, oracle
+from .kernels.launch import record_launches, target_arch
+from .kernels.roofline import Card, bound, data_sheet, floor, measure_card
+from .peers import Function, Peer, Unfit, peers_of
+from .timing import Call, DeviceTimer, StepTimer, Timer, host_timer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One way to do a case: its time, or what is said instead of one."""
+
+    seconds: float | None = None
+    said: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case on one card. `launches`: names of the device kernels of a call, in order; times only where measured."""
+
+    case: Case
+    flops: int
+    bytes: int
+    floor_s: float
+    bound: str
+    launches: tuple[str, ...]
+    ours: Outcome = Outcome()
+    peers: Mapping[str, Outcome] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float | None:
+        """How near to the floor: 1.0 is on it."""
+        return None if self.ours.seconds is None else self.floor_s / self.ours.seconds
+
+    def ratio(self, peer: str) -> float | None:
+        """The peer's time over ours: above 1, we are faster."""
+        theirs = self.peers[peer].seconds
+        return None if theirs is None or self.ours.seconds is None else theirs / self.ours.seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "op": self.case.op.name,
+            "sizes": dict(self.case.sizes),
+            "dtype": str(self.case.dtype).removeprefix("torch."),
+            "flops": self.flops,
+            "bytes": self.bytes,
+            "bound": self.bound,
+            "floor_us": self.floor_s * 1e6,
+            "time_us": None if self.ours.seconds is None else self.ours.seconds * 1e6,
+            "of_floor": self.share,
+            "said": self.ours.said,
+            "launches": list(self.launches),
+            "peers": {
+                name: {
+                    "time_us": None if outcome.seconds is None else outcome.seconds * 1e6,
+                    "ratio": self.ratio(name),
+                    "said": outcome.said,
+                }
+                for name, outcome in self.peers.items()
+            },
+        }
+
+
+def ours(case: Case) -> Function:
+    """The registered operator, as a user's tensors reach it; the decode step is no operator."""
+    if case.op is decode_step.STEP:
+        return decode_step.step
+    return getattr(torch.ops.mixtral_triton, case.op.name)
+
+
+def known(case: Case, card: Card, args: dict[str, Any] | None = None) -> Row:
+    """The row without times: what follows from the sizes (with `args`, from their routing), recorded, nothing run."""
+    cost, shapes = case.cost(args), case.inputs(torch.device("meta"))
+    with record_launches(card.arch) as launches, torch.no_grad():
+        case.op.run(**shapes)
+    return Row(
+        case, cost.flops, cost.bytes, floor(cost, card), bound(cost, card), tuple(launch.kernel for launch in launches)
+    )
+
+
+def attempt(build: Callable[[], Function], args: dict[str, Any], judge: Oracle | StepOracle, timer: Timer) -> Outcome:
+    """Build, check once on the actual inputs, then time: whatever fails on the way is what is said."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of compilers and of other libraries: nothing that a reader can act on
+            function = build()
+            wrong = judge.fault(function)
+            call: Call = partial(function, **args)
+            return Outcome(said=wrong) if wrong else Outcome(timer(call))
+    except Unfit as reason:
+        return Outcome(said=str(reason))
+    except torch.OutOfMemoryError:
+        return Outcome(said="out of memory")
+    except Exception as error:  # another library's: it may raise anything
+        lines = str(error).strip().splitlines() or [""]
+        return Outcome(said=f"fails: {type(error).__name__}: {lines[0][:160]}")
+
+
+def measured(case: Case, card: Card, device: torch.device, timer: Timer, peers: Sequence[Peer] | None = None) -> Row:
+    """The row with the times of `case` and of its peers on `device`."""
+    with torch.no_grad():
+        args = case.inputs(device)
+        row, judge = known(case, card, args), oracle(case.op, args)
+        outcome = attempt(lambda: ours(case), args, judge, timer)
+        found: dict[str, Outcome] = {}
+        for peer in peers_of(case.op.name) if peers is None else peers:
+            found[peer.name] = attempt(partial(peer.build, case.op, args), args, judge, timer)
+            _free(device)
+    return replace(row, ours=outcome, peers=found)
+
+
+def _free(device: torch.device) -> None:
+    """What a peer held is gone before the next one measures: some fill a card."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The device at hand: its timers, what it was measured to do, and what its data sheet says."""
+
+    device: torch.device
+    card: Card
+    sheet: Card | None
+    timer: Timer
+    step_timer: Timer
+
+    @classmethod
+    def of(cls, device: torch.device, **small: int) -> Bench:
+        """`small`: the sizes that `measure_card` runs, where its own are too large."""
+        if device.type != "cuda":
+            card = measure_card("CPU", target_arch(), device, host_timer, **small)
+            return cls(device, card, None, host_timer, host_timer)
+        name, timer = torch.cuda.get_device_name(device), DeviceTimer(device)
+        card = measure_card(name, target_arch(device), device, timer, **small)
+        return cls(device, card, data_sheet(name), timer, StepTimer(device))
+
+    def rows(self, cases: Sequence[Case]) -> Iterator[Row]:
+        for case in cases:
+            timer = self.step_timer if case.op is decode_step.STEP else self.timer
+            try:
+                yield measured(case, self.card, self.device, timer)
+            except torch.OutOfMemoryError:
+                yield replace(known(case, self.card), ours=Outcome(said="out of memory"))
+            _free(self.device)

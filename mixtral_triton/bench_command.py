@@ -1,0 +1,124 @@
+"""The command `bench`: measured on the GPU at hand, or what is known without one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from .bench import Bench, Row, known
+from .bench_cases import Case, cases
+from .bench_report import card_line, op_table, plot, resources_table
+from .kernels.launch import INTERPRETED
+from .kernels.offline import as_json, compile_ops
+from .kernels.registry import OPS
+from .kernels.roofline import CARDS, Card, table_note
+
+DEFAULT_CARD = "h100"
+WIDTH = 160  # of tables that go to a file
+
+
+def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
+    """-> exit status: 1 where an operation's result is wrong."""
+    chosen = cases(args.ops, args.quick)
+    if args.card is not None and args.card not in CARDS:
+        raise ValueError(f"--card is {args.card!r}, needs one of {', '.join(CARDS)}")
+    if args.plot is not None:
+        check_plot(args.plot)
+    out = Console(stderr=args.json, highlight=False)
+    if not out.is_terminal:
+        out.width = WIDTH
+    if args.card is None and torch.cuda.is_available():
+        bench = Bench.of(torch.device("cuda"))
+        card, sheet, source = bench.card, bench.sheet, bench.rows(chosen)
+    else:
+        card, sheet = CARDS[args.card or DEFAULT_CARD], None
+        source = (known(case, card) for case in chosen)
+        reason = "--card asks for a data sheet" if args.card else "there is no GPU"
+        out.print(f"No time was measured: {reason}. Floors are those of the card below.")
+    out.print(card_line(card, sheet))
+    if note := table_note(card.arch):
+        out.print(note)
+    if args.json:
+        print(json.dumps({"kind": "card", **_card(card, sheet)}), flush=True)
+    rows = list(_shown(source, chosen, args.json, out, bar))
+    if card.source != "measured":
+        _resources(args, card, out, bar)
+    if args.plot is not None:
+        plot(rows, card, args.plot)
+        out.print(f"roofline: {args.plot}")
+    return 1 if any(row.ours.said for row in rows) else 0
+
+
+def check_plot(file: Path) -> None:
+    """Before anything is measured: a plot that could not be written would lose it."""
+    if file.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot {str(file)!r} needs a name that ends in .png, .svg or .pdf")
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"--plot {str(file)!r} needs a folder that is there: {file.absolute().parent} is not")
+    plot([], CARDS[DEFAULT_CARD], file)
+
+
+def _card(card: Card, sheet: Card | None) -> dict[str, Any]:
+    def rates(of: Card) -> dict[str, Any]:
+        return {"name": of.name, "source": of.source, "bandwidth": of.bandwidth, "matmul": of.matmul}
+
+    versions = {"torch": torch.__version__, "arch": card.arch}
+    return {**rates(card), **versions, "data_sheet": None if sheet is None else rates(sheet)}
+
+
+def _shown(
+    source: Iterator[Row], chosen: Sequence[Case], as_lines: bool, out: Console, bar: Callable[..., Any]
+) -> Iterator[Row]:
+    """The rows as they come: a line of JSON each, or a table an operation."""
+
+    def counted() -> Iterator[Row]:
+        with bar("benchmarking", len(chosen)) as progress:
+            for done, row in enumerate(source, 1):
+                progress.of(done, len(chosen))
+                yield row
+
+    for _, group in groupby(counted(), key=lambda row: row.case.op.name):
+        rows = []
+        for row in group:
+            rows.append(row)
+            if as_lines:
+                print(json.dumps({"kind": "row", **row.as_dict()}), flush=True)
+        if not as_lines:
+            out.print(op_table(rows))
+        yield from rows
+
+
+def _resources(args: argparse.Namespace, card: Card, out: Console, bar: Callable[..., Any]) -> None:
+    """Registers, spills and shared memory of the kernels that the chosen operations launch in bf16."""
+    names = [name for name in args.ops if name in OPS]
+    if args.ops and not names:
+        return
+    if INTERPRETED:
+        out.print("No compiled resources: this process interprets its kernels (TRITON_INTERPRET is set).")
+        return
+    with bar(f"compiling for {card.arch}", 1) as progress:
+        compiled = compile_ops(names, card.arch, progress=progress.of, dtypes=[torch.bfloat16])
+        kernels = [as_json(kernel) for kernel in compiled]
+    if args.json:
+        for kernel in kernels:
+            print(json.dumps({"kind": "kernel", **kernel}), flush=True)
+    else:
+        out.print(resources_table(card.arch, _worst(kernels)))
+
+
+def _worst(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One for each kernel, dtype and launch configuration: what differs in sizes alone shows as the worst of them."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for kernel in kernels:
+        tile = tuple((name, size) for name, size in kernel["constexprs"].items() if name.startswith("BLOCK_"))
+        key = (kernel["kernel"], kernel["dtype"], kernel["num_warps"], kernel["num_stages"], tile)
+        other = found.setdefault(key, kernel)
+        found[key] = other | {name: max(other[name], kernel[name]) for name in ("registers", "spills", "shared_bytes")}
+    return list(found.values())

@@ -1,0 +1,316 @@
+"""The benchmark: floors, cases, peers checked against the reference, and what it prints with a device and without."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from mixtral_triton import bench_command, decode_step
+from mixtral_triton.bench import Bench, Outcome, Row, known, measured
+from mixtral_triton.bench_cases import BENCHED, MODELS, QUICK, TOKENS, Case, Oracle, cases, oracle, spread
+from mixtral_triton.bench_report import card_line, op_table, plot
+from mixtral_triton.cli import main
+from mixtral_triton.kernels import reference
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.op import Cost
+from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.roofline import CARDS, bound, data_sheet, floor, measure_card, table_note
+from mixtral_triton.peers import PEERS, Peer, peers_of, visible
+from mixtral_triton.timing import host_timer
+
+CPU, H100 = torch.device("cpu"), CARDS["h100"]
+SLOW = ("torch.compile", "FlexAttention", "HF static cache")  # minutes of compiling on a CPU
+quickly = partial(host_timer, budget=0.0)
+compiled_way = pytest.mark.skipif(INTERPRETED, reason="times and compiles: once, without TRITON_INTERPRET")
+
+
+def experts(T: int, **more: float) -> Cost:
+    return OPS["expert_swiglu"].cost({"T": T, "H": 4096, "I": 14336, "E": 8, "K": 2, **more}, torch.bfloat16)
+
+
+# Microseconds for an expert layer of 8x7B in bf16 on an H100 SXM, by the number of tokens, worked out independently.
+EXPERT_FLOORS = {1: 210, 2: 368, 4: 575, 8: 758, 16: 834, 32: 843, 128: 848, 512: 866, 1024: 891, 2048: 1459}
+EXPERT_FLOORS |= {4096: 2918, 8192: 5837}
+
+
+@pytest.mark.parametrize(("T", "microseconds"), EXPERT_FLOORS.items())
+def test_floors_of_the_expert_layer(T: int, microseconds: int) -> None:
+    assert floor(experts(T), H100) * 1e6 == pytest.approx(microseconds, rel=0.003)
+    assert bound(experts(T), H100) == ("matmul" if T > 1024 else "memory")
+
+
+@pytest.mark.parametrize(("card", "tokens_per_second"), [("h100", 131), ("h200", 188), ("a100", 80)])
+def test_floor_of_decoding_8x7b(card: str, tokens_per_second: int) -> None:
+    sizes = {**decode_step.STEP.bench_shapes[0], "B": 1, "S": 1, "L": 32}
+    assert 1 / floor(decode_step.cost(sizes, torch.bfloat16), CARDS[card]) == pytest.approx(tokens_per_second, rel=0.01)
+
+
+def test_the_floor_follows_the_routing_that_happened() -> None:
+    op = OPS["expert_swiglu"]
+    case = Case(op, {"T": 6, "H": 32, "I": 16, "E": 8, "K": 2})
+    args = case.inputs(CPU)
+    args["ids"] = torch.tensor([[3, 5]] * 6, dtype=torch.int32)
+    assert case.cost(args).bytes == op.cost({**case.sizes, "chosen": 2}, case.dtype).bytes < case.cost().bytes
+    step = Case(decode_step.STEP, decode_step.STEP.test_shapes[0], torch.float32)
+    one = decode_step.inputs({**step.sizes, "B": 1}, torch.float32, CPU, torch.Generator().manual_seed(0))
+    assert decode_step.experts_chosen(one) == step.sizes["K"]
+
+
+def test_cards_are_known_by_the_name_the_driver_gives() -> None:
+    names = {
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H200": "h200",
+        "NVIDIA A100-SXM4-80GB": "a100",
+        "NVIDIA B200": "b200",
+    }
+    assert {name: data_sheet(name) for name in names} == {name: CARDS[card] for name, card in names.items()}
+    # The same chip with other memory or clocks.
+    assert not any(map(data_sheet, ("NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB", "NVIDIA H200 NVL", "NVIDIA GB200")))
+
+
+def test_an_architecture_without_a_table_is_named() -> None:
+    assert not any(table_note(card.arch) for card in CARDS.values())
+    assert "sm_120" in str(table_note("sm_120")) and "sm_80" in str(table_note("sm_120"))
+
+
+def test_a_card_is_what_its_own_kernels_reach() -> None:
+    card = measure_card("x", "sm_90", CPU, lambda call: call() is None or 2.0, memory=1 << 12, n=16)
+    assert (card.bandwidth, card.matmul, card.source) == (2 * 4096 / 2.0, 2 * 16**3 / 2.0, "measured")
+
+
+def test_cases_cover_both_models_all_token_counts_and_contexts_to_32k() -> None:
+    found = cases()
+    assert {case.op.name for case in found} == set(BENCHED) == {*OPS, "decode_step"}
+    layer = [case.sizes for case in found if case.op.name == "expert_swiglu"]
+    for model in MODELS.values():
+        assert tuple(sizes["T"] for sizes in layer if sizes["H"] == model["H"]) == TOKENS
+    for name, letter in (("attention", "S"), ("cached_attention", "C"), ("decode_step", "S")):
+        assert max(case.sizes[letter] for case in found if case.op.name == name) == 32768
+        assert {case.sizes["Hq"] for case in found if case.op.name == name} == {32, 48}
+    shapes = [(case.op.name, *sorted(case.sizes.items())) for case in found]
+    assert len(set(shapes)) == len(shapes)
+    quick = cases(quick=True)
+    assert {case.op.name for case in quick} == set(BENCHED)
+    assert max(sum(case.op.name == name for case in quick) for name in BENCHED) == QUICK
+    assert spread(range(10), 4) == [0, 3, 6, 9] and spread([1, 2], 4) == [1, 2]
+
+
+def small(name: str, index: int = 0, dtype: torch.dtype | None = None) -> Case:
+    op = BENCHED[name]
+    return Case(op, op.test_shapes[index], dtype or (torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]))
+
+
+def test_peers_name_operations_that_there_are() -> None:
+    assert {peer.op for peer in PEERS} <= {None, *BENCHED}
+    missing = Peer("missing", None, "no_such_module", lambda op, args: op.reference)
+    assert not missing.installed
+    assert {"torch", "torch.compile", "SDPA", "FlexAttention"} <= {peer.name for peer in peers_of("attention")}
+
+
+@compiled_way
+@pytest.mark.parametrize("name", BENCHED)
+def test_every_peer_is_right_or_says_why_not(name: str) -> None:
+    peers = [peer for peer in peers_of(name) if peer.name not in SLOW]
+    row = measured(small(name), H100, CPU, quickly, peers)
+    assert row.ours.seconds and row.ours.said is None, row.ours
+    for peer in peers:
+        outcome = row.peers[peer.name]
+        assert (outcome.seconds is None) == (outcome.said is not None)
+        assert outcome.seconds or "chunk beside the cache" in str(outcome.said), (peer.name, outcome)
+        assert row.ratio(peer.name) == (outcome.seconds and outcome.seconds / row.ours.seconds)
+    assert row.share == row.floor_s / row.ours.seconds
+    assert json.loads(json.dumps(row.as_dict()))["peers"].keys() == row.peers.keys()
+
+
+@compiled_way
+def test_torch_compile_is_a_peer_like_the_others() -> None:
+    peers = [peer for peer in peers_of("rms_norm") if peer.name == "torch.compile"]
+    assert measured(small("rms_norm"), H100, CPU, quickly, peers).peers["torch.compile"].seconds
+
+
+WINDOWS = [
+    (40, 40, 0, True),
+    (40, 40, 9, True),
+    (1, 50, 0, True),
+    (1, 50, 20, True),
+    (30, 30, 8, False),
+    (9, 40, 12, True),
+]
+
+
+@pytest.mark.parametrize(("T", "S", "window", "causal"), WINDOWS)
+def test_masks_of_the_attention_peers(T: int, S: int, window: int, causal: bool) -> None:
+    """What SDPA and FlexAttention are told to mask is what the reference masks; and SDPA gives the same result."""
+    sizes = {"B": 2, "T": T, "S": S, "Hq": 4, "Hkv": 2, "D": 16, "window": window, "causal": int(causal)}
+    case = Case(OPS["attention"], sizes, torch.float32)
+    args = case.inputs(CPU)
+    seen = visible(args)(torch.arange(T)[:, None], torch.arange(S))
+    assert seen.equal(reference._visible(torch.arange(S - T, S)[:, None], torch.arange(S), window, causal))
+    sdpa = next(peer for peer in PEERS if (peer.name, peer.op) == ("SDPA", "attention"))
+    assert Oracle(case.op, args).fault(sdpa.build(case.op, args)) is None
+
+
+@pytest.mark.parametrize(("name", "C", "past"), [("cached_attention", 32, 31), ("cached_attention", 32, 9)])
+def test_the_cached_attention_peer_on_a_ring_full_or_not(name: str, C: int, past: int) -> None:
+    sizes = {"B": 2, "Hq": 4, "Hkv": 2, "D": 16, "C": C, "window": 0, "past": past, "T": 1, "fresh": 0}
+    case = Case(OPS[name], sizes, torch.float32)
+    args = case.inputs(CPU)
+    sdpa = next(peer for peer in PEERS if (peer.name, peer.op) == ("SDPA", name))
+    assert Oracle(case.op, args).fault(sdpa.build(case.op, args)) is None
+
+
+def test_a_wrong_peer_is_said_to_be_wrong_and_a_failing_one_why() -> None:
+    case = small("add_rms_norm", dtype=torch.float32)
+
+    def off(x: Any, residual: Any, weight: Any, eps: float) -> Any:
+        y, total = reference.rms_norm(x, weight, eps, residual)
+        return y * 1.001, total
+
+    def broken(op: Any, args: Any) -> Any:
+        raise RuntimeError("no kernel for this card\nand more")
+
+    def full(op: Any, args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    peers = [
+        Peer("off", None, "", lambda op, args: off),
+        Peer("broken", None, "", broken),
+        Peer("full", None, "", full),
+    ]
+    row = measured(case, H100, CPU, quickly, peers)
+    said = {name: outcome.said for name, outcome in row.peers.items()}
+    assert str(said["off"]).startswith("wrong: an error of 1.0e-03")
+    assert said["broken"] == "fails: RuntimeError: no kernel for this card"
+    assert said["full"] == "out of memory"
+    assert not any(outcome.seconds for outcome in row.peers.values())
+
+
+def test_a_long_attention_is_checked_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixtral_triton.bench_cases.CHECKED_WHOLE", 16)
+    monkeypatch.setattr("mixtral_triton.bench_cases.BLOCK", 8)
+    sizes = {"B": 1, "T": 64, "S": 64, "Hq": 2, "Hkv": 1, "D": 16, "window": 20}
+    case = Case(OPS["attention"], sizes, torch.float32)
+    args = case.inputs(CPU)
+    judge = Oracle(case.op, args)
+    assert [rows for _, rows in judge.parts] == [slice(0, 8), slice(28, 36), slice(56, 64)]
+    assert judge.fault(case.op.reference) is None
+    for place in (3, 30, 60):
+
+        def off(**given: Any) -> Any:
+            out = case.op.reference(**given)
+            out[:, place] += 1e-2  # noqa: B023
+            return out
+
+        assert "wrong" in str(judge.fault(off))
+
+
+@compiled_way
+def test_a_wrong_step_is_said_to_be_wrong() -> None:
+    case = small("decode_step", dtype=torch.float32)
+    args = case.inputs(CPU)
+    judge = oracle(case.op, args)
+    assert judge.fault(decode_step.step) is None
+    assert "wrong: 3 of 3 rows" in str(judge.fault(lambda **given: decode_step.step(**given) * 1.2))
+    for _ in range(14):  # once around the ring of 12 slots
+        decode_step.step(**args)
+    assert judge.fault(decode_step.step) is None
+
+
+@compiled_way
+def test_a_device_is_benchmarked_from_its_rates_to_the_plot(tmp_path: Path) -> None:
+    """The way of a GPU, with the CPU as the device: rates, rows, tables, plot."""
+    bench = Bench.of(CPU, memory=1 << 20, n=64)
+    assert bench.card.source == "measured" and min(bench.card.bandwidth, bench.card.matmul) > 0
+    chosen = [Case(OPS["sort_by_expert"], {"T": 3, "E": 4, "K": 2}, torch.int32), small("route")]
+    one = [peer for peer in PEERS if peer.name == "torch"]
+    rows = [measured(case, bench.card, bench.device, bench.timer, one) for case in chosen]
+    shown = text(op_table(rows[1:]))
+    assert "torch / ours" in shown and "of floor" in shown and "%" in shown
+    plot(rows, bench.card, tmp_path / "roofline.png")
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    assert "data sheet: 3.35 TB/s" in card_line(bench.card, H100)
+
+
+def text(shown: Any) -> str:
+    console = Console(width=200, color_system=None)
+    with console.capture() as captured:
+        console.print(shown)
+    return captured.get()
+
+
+def test_tables_tell_what_could_not_be_measured() -> None:
+    row = known(small("route"), H100)
+    assert row.launches == ("route_kernel",) and row.ours.seconds is None and row.share is None
+    assert "time" not in text(op_table([row]))
+    peers = {"slow": Outcome(4e-6), "mad": Outcome(said="wrong: an error of 1.0e+00")}
+    fast = Row(row.case, 10, 20, 1e-6, "memory", row.launches, Outcome(2e-6), peers)
+    shown = text(op_table([fast]))
+    assert "50 %" in shown and "2.00" in shown and "mad, T1 E8 K2: wrong: an error of 1.0e+00" in shown
+
+
+@contextmanager
+def no_bar(label: str, total: int) -> Iterator[Any]:
+    yield argparse.Namespace(of=lambda done, total: None)
+
+
+@compiled_way
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
+def test_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["bench", "route", "rope", "--quick", "--plot", str(tmp_path / "a.svg")]) == 0
+    out = capsys.readouterr().out
+    assert "No time was measured: there is no GPU." in out and "H100 SXM" in out
+    assert "registers" in out and "128x8x2" in out
+    assert (tmp_path / "a.svg").stat().st_size
+    assert main(["bench", "route", "--quick", "--json", "--card", "a100"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["kind"] for line in lines[:2]] == ["card", "row"] and {line["kind"] for line in lines} == {
+        "card",
+        "row",
+        "kernel",
+    }
+    assert lines[0]["name"] == "A100 SXM 80 GB" and lines[0]["source"] == "data sheet"
+    assert all(line["time_us"] is None and line["floor_us"] > 0 for line in lines if line["kind"] == "row")
+    assert {line["arch"] for line in lines if line["kind"] == "kernel"} == {"sm_80"}
+
+
+@compiled_way
+def test_with_a_device_a_wrong_result_is_exit_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command on a stand-in for a GPU; then with an operator whose results are off."""
+    bench = Bench(CPU, H100, None, quickly, quickly)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_command.Bench, "of", classmethod(lambda cls, device: bench))
+    monkeypatch.setattr(bench_command, "cases", lambda names, quick: [small("rms_norm")])
+    monkeypatch.setattr("mixtral_triton.bench.peers_of", lambda name: [peer for peer in PEERS if peer.name == "torch"])
+    args = argparse.Namespace(ops=["rms_norm"], quick=True, plot=None, card=None, json=True)
+    assert bench_command.run(args, no_bar) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[1])
+    assert row["time_us"] > 0 and row["peers"]["torch"]["ratio"] > 0
+    monkeypatch.setattr("mixtral_triton.bench.ours", lambda case: lambda x, weight, eps: x)
+    assert bench_command.run(args, no_bar) == 1
+    assert "wrong" in json.loads(capsys.readouterr().out.splitlines()[1])["said"]
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("nonsense",), "nonsense"),
+        (("--card", "voodoo"), "mi300x"),
+        (("--plot", "roofline.txt"), ".png"),
+        (("--plot", "no/such/folder/a.png"), "no/such/folder"),
+    ],
+)
+def test_bad_input_is_one_line(args: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *args]) == 2
+    error = capsys.readouterr().err
+    assert named in error and len(error.splitlines()) == 1
