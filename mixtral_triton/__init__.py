@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cache import KVCache
     from .config import MixtralConfig
+    from .hf import apply, revert
     from .model import Mixtral
     from .verification import verify
 
-__all__ = ["KVCache", "Mixtral", "MixtralConfig", "verify"]
+__all__ = ["KVCache", "Mixtral", "MixtralConfig", "apply", "revert", "verify"]
 
-_HOME = {"KVCache": "cache", "Mixtral": "model", "MixtralConfig": "config", "verify": "verification"}
+_HOME = {
+    "KVCache": "cache",
+    "Mixtral": "model",
+    "MixtralConfig": "config",
+    "apply": "hf",
+    "revert": "hf",
+    "verify": "verification",
+}
 
 
 def __getattr__(name: str) -> Any:

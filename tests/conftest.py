@@ -119,6 +119,42 @@ def covers() -> Any:
     return lambda kind, what: _covered.add((kind, what))
 
 
+HF_SIZES: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1 if INTERPRETED else 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 96,
+    "sliding_window": 6,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    "attn_implementation": "eager",
+    "experts_implementation": "eager",
+}
+
+
+@pytest.fixture
+def make_hf() -> Any:
+    """make_hf(kind="MixtralForCausalLM", seed=1, **sizes) -> transformers' model, fp32, random, in evaluation mode."""
+    transformers = pytest.importorskip("transformers")
+
+    def make(kind: str = "MixtralForCausalLM", seed: int = 1, **sizes: Any) -> Any:
+        model = getattr(transformers, kind)(transformers.MixtralConfig(**HF_SIZES | sizes)).eval()
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():  # large enough that neither a route nor a greedy token is a close call
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.data = 1 + 0.3 * values if values.dim() == 1 else values * 2 * values.shape[-1] ** -0.5
+        return model
+
+    return make
+
+
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
@@ -144,3 +180,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     say(f"{count('interpreted', 0)} kernels interpreted under guard")
     say(f"{count('case', 0)} shapes and dtypes of operations within their limits")
     say(f"{count('compiled', 0)} kernel variants compiled for {count('target', 0)} targets")
+    if "parity" in found:
+        terminalreporter.section("transformers' Mixtral with mixtral_triton.apply beside eager")
+        for row in sorted(found["parity"]):
+            say(row)
