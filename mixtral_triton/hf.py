@@ -68,6 +68,13 @@ def revert(model: Model) -> Model:
     return model
 
 
+def mixtral_modules(function: str, model: Any) -> Any:
+    """transformers' modeling_mixtral, for a `model` that is made of it; ValueError that names `function` otherwise."""
+    theirs = _import_modules().theirs
+    _check_model(function, model, theirs)
+    return theirs
+
+
 def applied(model: nn.Module) -> bool:
     """Whether `apply` changed anything in this instance."""
     return any(_WAS in module.__dict__ for module in model.modules())

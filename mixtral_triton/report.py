@@ -38,6 +38,7 @@ class Report:
     routed: int
     way: str
     dtype: str
+    peer: str = "plain torch"
 
     @property
     def ok(self) -> bool:
@@ -53,12 +54,12 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         rows = [{**asdict(row), "ok": row.ok} for row in self.rows]
-        keys = ("way", "dtype", "flips", "routed", "verdict")
+        keys = ("way", "peer", "dtype", "flips", "routed", "verdict")
         return {"ok": self.ok, **{key: getattr(self, key) for key in keys}, "rows": rows}
 
     def __rich__(self) -> Group:
         """A line an operation, with its worst layer; every failing row is listed below."""
-        title = f"{self.way}, beside plain torch; {self.dtype}; errors relative to the largest value"
+        title = f"{self.way}, beside {self.peer}; {self.dtype}; errors relative to the largest value"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in ("operation", "case"):
             table.add_column(name, no_wrap=True)

@@ -8,12 +8,13 @@ the weights' dtype, which sets the limit.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import reference
@@ -35,55 +36,88 @@ Args = dict[str, Any]
 
 
 def verify(
-    target: Mixtral | str | os.PathLike[str],
+    target: Mixtral | nn.Module | str | os.PathLike[str],
     input_ids: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Compare `target`, a Mixtral or a checkpoint folder, with plain torch -> Report.
+    """Compare `target` with plain torch, or a transformers Mixtral with transformers' own modules -> Report.
 
+    target: a Mixtral, a checkpoint folder, or a model of transformers: as `apply` left it, else as it would be applied.
     input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (layers done, layers).
     """
+    if isinstance(target, nn.Module) and not isinstance(target, Mixtral):
+        from .hf_verification import verify_hf
+
+        return verify_hf(target, input_ids, progress)
     if not isinstance(target, (Mixtral, str, os.PathLike)):
-        raise ValueError(f"verify: target is a {type(target).__name__}, needs a Mixtral or a checkpoint folder")
+        got = type(target).__name__
+        raise ValueError(f"verify: target is a {got}, needs a Mixtral, a checkpoint folder or transformers' Mixtral")
     model = target if isinstance(target, Mixtral) else Mixtral.from_pretrained(target)
-    ids = _default_ids(model) if input_ids is None else input_ids
-    check_ids(ids, model.config.vocab_size, model.device)
-    if ids.shape[1] > model.config.max_position_embeddings:
-        raise ValueError(f"verify: input_ids has {ids.shape[1]} tokens, more than max_position_embeddings")
+    ids = text_or_default(input_ids, model.config, model.device)
     with torch.no_grad():
         return _verify(model, ids, progress)
 
 
-def _default_ids(model: Mixtral) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    length = min(TOKENS, model.config.max_position_embeddings)
-    return torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.device)
+def text_or_default(ids: Tensor | None, config: Any, device: torch.device) -> Tensor:
+    if ids is None:
+        generator = torch.Generator().manual_seed(0)
+        length = min(TOKENS, config.max_position_embeddings)
+        return torch.randint(config.vocab_size, (1, length), generator=generator).to(device)
+    check_ids(ids, config.vocab_size, device)
+    if ids.shape[1] > config.max_position_embeddings:
+        raise ValueError(f"verify: input_ids has {ids.shape[1]} tokens, more than max_position_embeddings")
+    return ids
 
 
 def _verify(model: Mixtral, ids: Tensor, progress: Callable[[int, int], None] | None) -> Report:
-    rows: list[Row] = []
-    expected: list[Tensor] = []
     x = F.embedding(ids, model.embed_tokens)
-    for index, layer in enumerate(model.layers):
-        check = _LayerCheck(model, layer, x)  # type: ignore[arg-type]
-        for op, case, args in check.calls():
-            error, limit = measure(op, args)
-            rows.append(Row(index, op, case, error, limit))
-        x = check.output
-        expected.append(check.ids)
-        if progress is not None:
-            progress(index + 1, len(model.layers))
+    rows, expected, x = check_layers(partial(LayerCheck, model), model.layers, x, progress)
     rows.append(Row(len(model.layers), "rms_norm", "final", *measure("rms_norm", _norm_args(model, x, model.norm))))
     logits, routes = _own_forward(model, ids)
     if model.dtype == torch.float32:
         want = model.head(reference.rms_norm(x, model.norm, model.config.rms_norm_eps))
-        error = float((logits - want).abs().max() / want.abs().max())
-        rows.append(Row(len(model.layers), "logits", "end to end", error, LOGITS_LIMIT))
+        rows.append(end_row(len(model.layers), "logits", logits, want))
+    return finish(rows, expected, routes, model.device, model.dtype)
+
+
+def check_layers(
+    make: Callable[[Any, Tensor], LayerCheck],
+    layers: Sequence[Any],
+    x: Tensor,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[list[Row], list[Tensor], Tensor]:
+    """Every call of `make(layer, its input)` measured, layer after layer -> rows, routes, the last layer's output."""
+    rows: list[Row] = []
+    routes: list[Tensor] = []
+    for index, layer in enumerate(layers):
+        check = make(layer, x)
+        for op, case, args in check.calls():
+            rows.append(Row(index, op, case, *measure(op, args, check.plain.get(op))))
+        x = check.output
+        routes.append(check.ids)
+        if progress is not None:
+            progress(index + 1, len(layers))
+    return rows, routes, x
+
+
+def end_row(layers: int, name: str, got: Tensor, want: Tensor) -> Row:
+    return Row(layers, name, "end to end", float((got - want).abs().max() / want.abs().max()), LOGITS_LIMIT)
+
+
+def finish(
+    rows: list[Row],
+    expected: list[Tensor],
+    routes: list[Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    peer: str = "plain torch",
+) -> Report:
     flips = sum(_flips(*pair) for pair in zip(expected, routes, strict=True))
-    way = "plain torch" if model.device.type == "cpu" and not INTERPRETED else "Triton, interpreted"
-    if model.device.type == "cuda":
-        way = f"Triton on {torch.cuda.get_device_name(model.device)}"
-    return Report(tuple(rows), flips, ids.numel() * len(model.layers), way, str(model.dtype).removeprefix("torch."))
+    way = "plain torch" if device.type == "cpu" and not INTERPRETED else "Triton, interpreted"
+    if device.type == "cuda":
+        way = f"Triton on {torch.cuda.get_device_name(device)}"
+    routed = sum(len(ids) for ids in expected)
+    return Report(tuple(rows), flips, routed, way, str(dtype).removeprefix("torch."), peer)
 
 
 def _flips(a: Tensor, b: Tensor) -> int:
@@ -95,8 +129,10 @@ def _norm_args(model: Mixtral, x: Tensor, weight: Tensor) -> Args:
     return {"x": x, "weight": weight, "eps": model.config.rms_norm_eps}
 
 
-class _LayerCheck:
+class LayerCheck:
     """One layer in plain torch on x [B,T,H], and the calls in it that the runtime has to equal."""
+
+    plain: Mapping[str, Callable[..., Any]] = {}  # what sets an operation's limit, where not its reference
 
     def __init__(self, model: Mixtral, layer: Layer, x: Tensor) -> None:
         config = model.config
@@ -171,12 +207,12 @@ class Yardstick:
     Errors and limits are relative to the largest value of the result.
     """
 
-    def __init__(self, name: str, args: Args) -> None:
+    def __init__(self, name: str, args: Args, plain: Callable[..., Any] | None = None) -> None:
+        """`plain` is the way whose error sets the limits; None: the operation's reference."""
         op = OPS[name]
         self.args, self.mutates = args, op.mutates
         self.exact = _truth(name, args, op.mutates)
-        plain = _results(op.reference, args, op.mutates)
-        pairs = zip(plain, self.exact, strict=True)
+        pairs = zip(_results(plain or op.reference, args, op.mutates), self.exact, strict=True)
         self.limits = [max(RATIO * _error(same, exact), FLOOR.get(same.dtype, 0.0)) for same, exact in pairs]
 
     def measure(self, function: Callable[..., Any]) -> tuple[float, float]:
@@ -186,9 +222,9 @@ class Yardstick:
         return max(zip(errors, self.limits, strict=True), key=lambda pair: pair[0] / max(pair[1], 1e-30))
 
 
-def measure(name: str, args: Args) -> tuple[float, float]:
+def measure(name: str, args: Args, plain: Callable[..., Any] | None = None) -> tuple[float, float]:
     """Error of the runtime's `name` on `args`, and its limit."""
-    return Yardstick(name, args).measure(getattr(torch.ops.mixtral_triton, name))
+    return Yardstick(name, args, plain).measure(getattr(torch.ops.mixtral_triton, name))
 
 
 def _results(function: Callable[..., Any], args: Args, mutates: tuple[str, ...]) -> list[Tensor]:

@@ -103,7 +103,7 @@ def test_an_expert_that_the_text_does_not_take_is_exercised(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("target", "ids", "message"),
     [
-        (3, None, "needs a Mixtral or a checkpoint folder"),
+        (3, None, "needs a Mixtral, a checkpoint folder or transformers"),
         ("tiny", torch.zeros((1, 65), dtype=torch.int64), "max_position_embeddings"),
         ("tiny", torch.full((1, 4), 50), "token 50"),
         ("tiny", torch.zeros(4), "int64 tensor"),

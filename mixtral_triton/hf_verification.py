@@ -1,0 +1,144 @@
+"""verify for a model of transformers: its own modules are the reference, on the user's own weights.
+
+B batch, T tokens, H hidden, Hq query heads, Hkv key/value heads, D head size
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from . import hf
+from .config import SIZES, MixtralConfig
+from .report import Report, Row
+from .verification import LayerCheck, check_layers, end_row, finish, measure, text_or_default
+
+
+def verify_hf(model: Any, input_ids: Tensor | None, progress: Callable[[int, int], None] | None) -> Report:
+    """`verify` for a Mixtral of transformers, which is left as it was: applied or not."""
+    theirs = hf.mixtral_modules("verify", model)
+    backbone = next(module for module in model.modules() if isinstance(module, theirs.MixtralModel))
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("verify: some weights are not in memory (offloaded); load the model without offloading")
+    table = backbone.embed_tokens.weight
+    ids = text_or_default(input_ids, model.config, table.device)
+    with torch.no_grad():
+        make = partial(HFLayerCheck, theirs, backbone)
+        rows, expected, x = check_layers(make, backbone.layers, embedding(ids, table), progress)
+        norm = backbone.norm
+        args = {"x": x, "weight": norm.weight, "eps": norm.variance_epsilon}
+        last = len(backbone.layers)
+        rows.append(Row(last, "rms_norm", "final", *measure("rms_norm", args, partial(_norm, theirs, norm))))
+        with _running_applied(model, theirs) as routes:
+            hidden = backbone(ids, use_cache=False).last_hidden_state
+        if table.dtype == torch.float32:
+            head = getattr(model, "lm_head", torch.nn.Identity())
+            name = "logits" if hasattr(model, "lm_head") else "hidden"
+            rows.append(end_row(last, name, head(hidden), head(_norm(theirs, norm, **args))))
+    return finish(rows, expected, routes, table.device, table.dtype, "transformers' own modules")
+
+
+@contextmanager
+def _running_applied(model: Any, theirs: Any) -> Iterator[list[Tensor]]:
+    """Within the block the model is applied, and its gates' choices are collected, ids [B*T,K] a layer."""
+    was_applied = hf.applied(model)
+    if not was_applied:
+        hf.apply(model)
+    routes: list[Tensor] = []
+    gates = [module for module in model.modules() if isinstance(module, theirs.MixtralTopKRouter)]
+    hooks = [gate.register_forward_hook(lambda _, args, out: routes.append(out[2])) for gate in gates]
+    try:
+        yield routes
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if not was_applied:
+            hf.revert(model)
+
+
+def _norm(theirs: Any, module: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return theirs.MixtralRMSNorm.forward(module, x)
+
+
+def _config(config: Any, head_dim: int) -> MixtralConfig:
+    sizes = {name: getattr(config, name) for name in SIZES}
+    theta = config.rope_parameters["rope_theta"]
+    window = getattr(config, "sliding_window", None)
+    return MixtralConfig(**sizes, head_dim=head_dim, rope_theta=theta, sliding_window=window)
+
+
+class HFLayerCheck(LayerCheck):
+    """One decoder layer of transformers on x [B,T,H], by the functions of transformers' own classes, applied or not."""
+
+    def __init__(self, theirs: Any, backbone: Any, block: Any, x: Tensor) -> None:
+        attn, moe, norms = block.self_attn, block.mlp, (block.input_layernorm, block.post_attention_layernorm)
+        x = x.to(norms[0].weight.device)
+        B, T, H = x.shape
+        self.theirs, self.attn, self.moe, self.x = theirs, attn, moe, x
+        self.positions = torch.arange(T, device=x.device).expand(B, T)
+        rotary = partial(theirs.MixtralRotaryEmbedding.forward, backbone.rotary_emb, position_ids=self.positions[:1])
+        self.angles = rotary(x)
+        cos, sin = (part[0, :, : attn.head_dim // 2].contiguous() for part in rotary(x.float()))
+        self.tables = {"cos": cos, "sin": sin}
+        self.model: Any = SimpleNamespace(config=_config(attn.config, attn.head_dim))
+        self.layer: Any = SimpleNamespace(
+            input_layernorm=norms[0].weight,
+            post_attention_layernorm=norms[1].weight,
+            gate=moe.gate.weight,
+            gate_up_proj=moe.experts.gate_up_proj,
+            down_proj=moe.experts.down_proj,
+        )
+        self.plain = {
+            "rms_norm": partial(_norm, theirs, norms[0]),
+            "add_rms_norm": partial(self._eager_add_norm, norms[1]),
+            "rope": self._eager_rope,
+            "attention": self._eager_attention,
+            "route": self._eager_route,
+            "expert_swiglu": self._eager_experts,
+        }
+        h = theirs.MixtralRMSNorm.forward(norms[0], x)
+        self.q, self.k, self.v = (
+            project(h).view(B, T, -1, attn.head_dim) for project in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
+        self.rq, self.rk = self._eager_rope(self.q, self.k)
+        a = self._eager_attention(self.rq, self.rk, self.v, self.model.config.sliding_window)
+        self.a = attn.o_proj(a.reshape(B, T, -1))
+        self.h = theirs.MixtralRMSNorm.forward(norms[1], x + self.a).view(B * T, H)
+        self.gate_logits, self.weights, ids = theirs.MixtralTopKRouter.forward(moe.gate, self.h)
+        self.ids = ids.int()
+        self.output = x + self.a + self._eager_experts(self.h, None, None, self.ids, self.weights).view_as(x)
+
+    def _eager_add_norm(
+        self, norm: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total = residual + x
+        return self.theirs.MixtralRMSNorm.forward(norm, total), total
+
+    def _eager_rope(self, q: Tensor, k: Tensor, **tables: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = self.theirs.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *self.angles)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    def _eager_attention(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        S, T = k.shape[1], q.shape[1]
+        i, j = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)
+        hidden = (j > i) | (j <= i - (window or S))
+        mask = torch.zeros(T, S, dtype=q.dtype, device=q.device).masked_fill_(hidden, torch.finfo(q.dtype).min)
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        return self.theirs.eager_attention_forward(self.attn, *heads, mask, self.attn.scaling)[0]
+
+    def _eager_route(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        _, weights, ids = self.theirs.MixtralTopKRouter.forward(self.moe.gate, self.h)
+        return weights, ids.int()
+
+    def _eager_experts(self, x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, weights: Tensor) -> Tensor:
+        """transformers' loop over the experts, which the implementations stand in for."""
+        eager = inspect.unwrap(self.theirs.MixtralExperts.forward)
+        return eager(self.moe.experts, x, ids.long(), weights)
