@@ -67,6 +67,11 @@ def _parser() -> _Parser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--seed", type=int, default=0, help="of the sampling")
+    trace = command("trace", "which experts each token of a prompt took, layer by layer")
+    model_options(trace)
+    trace.add_argument("--prompt", required=True)
+    trace.add_argument("--layers", type=int, nargs="+", metavar="N", help="to print; none: first, middle and last")
+    trace.add_argument("--plot", type=Path, metavar="FILE", help="draw layers x experts (.png, .svg, .pdf)")
     bench = command("bench", "each operation, and a decode step, beside its peers and its floor")
     bench.add_argument("ops", nargs="*", metavar="OP", help="none: all, and decode_step")
     bench.add_argument("--quick", action="store_true", help="a few cases an operation, of 8x7B")
@@ -83,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command -> exit status."""
     args = _parser().parse_args(argv)
     try:
-        run = {"verify": _verify, "generate": _generate, "bench": _bench, "compile": _compile}[args.command]
-        return run(args)
+        commands = {"verify": _verify, "generate": _generate, "trace": _trace, "bench": _bench, "compile": _compile}
+        return commands[args.command](args)
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"mixtral-triton {args.command}: {message}", file=sys.stderr)
@@ -210,6 +215,18 @@ def _generate(args: argparse.Namespace) -> int:
         print(flush=True)
         out.print(f"{len(tokens)} tokens in {seconds:.1f} s, {rate:.1f} tokens/s (prompt of {len(prompt)} included)")
     return 0
+
+
+def _trace(args: argparse.Namespace) -> int:
+    out = Console(stderr=args.json, highlight=False)
+    _choose_way(args, out)
+    from .trace import run
+
+    def load() -> tuple[Mixtral, Any, torch.Tensor]:
+        model, tokenizer = _load(args), _tokenizer(args.folder)
+        return model, tokenizer, _encode(tokenizer, args.prompt, model)
+
+    return run(args, out, load)
 
 
 def _bench(args: argparse.Namespace) -> int:

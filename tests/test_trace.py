@@ -1,0 +1,103 @@
+"""trace: the routes are the model's, the figures are right, and the command says what it cannot do."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from mixtral_triton.cli import SMALL, main
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.trace import Trace
+
+PROMPT = "The for statement\n  is used to iterate: naïve."
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about figures and text: run once, without the interpreter")
+
+
+@pytest.fixture(autouse=True)
+def plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # in this process, which has made its choice
+
+
+def traced(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
+    assert main(["trace", "--device", "cpu", "--prompt", PROMPT, "--json", *args]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_routes_are_those_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    found = traced(capsys, "--dtype", "float32")
+    assert found["tokens"][0] == "<s>" and "".join(found["tokens"][1:]) == PROMPT
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        SMALL, dtype=torch.float32, experts_implementation="eager"
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(SMALL / "tokenizer.json"))
+    ids = torch.tensor([[0, *tokenizer(PROMPT, add_special_tokens=False).input_ids]])
+    with torch.no_grad():
+        routers = model.eval()(ids, output_router_logits=True).router_logits
+    assert found["experts"] == [logits.topk(2).indices.tolist() for logits in routers]
+
+
+def test_figures_of_a_text_counted_by_hand() -> None:
+    # Token by token, first choice first: 0 1, 0 2, 2 3, 1 0 in the first layer; always 3 2 in the second.
+    experts = torch.tensor([[[0, 1], [0, 2], [2, 3], [1, 0]], [[3, 2]] * 4])
+    trace = Trace(("a", "b", "c", "d"), experts, 4)
+    assert trace.share().tolist() == [[0.375, 0.25, 0.25, 0.125], [0, 0, 0.5, 0.5]]
+    first, either = trace.kept()
+    assert first == pytest.approx([1 / 3, 1]) and either == pytest.approx([2 / 3, 1])
+    assert trace.chance() == pytest.approx((1 / 4, 1 - 1 / 6))
+
+
+def test_chance_is_that_of_the_paper() -> None:
+    """Table 5: 12.5 % for the first choice, around 46 % for the first or the second. And what a lottery gives."""
+    experts = torch.rand((1, 20001, 8), generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :2]
+    trace = Trace(("x",) * 20001, experts, 8)
+    first, either = trace.chance()
+    assert (first, round(either, 2)) == (0.125, 0.46)
+    assert trace.kept()[0][0] == pytest.approx(first, abs=0.02)
+    assert trace.kept()[1][0] == pytest.approx(either, abs=0.02)
+
+
+@pytest.mark.parametrize("color", ["truecolor", None])
+def test_what_the_terminal_shows(color: Any) -> None:
+    experts = torch.tensor([[[0, 1], [1, 0], [11, 0]]])
+    out = Console(file=io.StringIO(), force_terminal=color is not None, color_system=color, width=100)
+    out.print(Trace(("<s>", "def\n", "\n"), experts, 12).shown([0]))
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    if color is None:
+        assert "<s>⁰def¹\n⏎¹¹\n" in text and "\x1b" not in text
+    else:
+        backgrounds = {part.split("m")[0] for part in text.split("48;2;")[1:]}
+        assert len(backgrounds) == 12
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_the_plot_is_a_picture(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / f"trace.{suffix}"
+    assert main(["trace", "--device", "cpu", "--prompt", PROMPT, "--layers", "1", "3", "--plot", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "layer 1" in shown and "layer 3" in shown and "layer 0" not in shown and str(file) in shown
+    content = file.read_bytes()
+    assert content.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]) and len(content) > 5000
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("--prompt", ""), "--prompt is empty"),
+        (("--prompt", "x", "--layers", "4"), "--layers is 4, needs layers of 0..3"),
+        (("--prompt", "x", "--plot", "trace.txt"), "ends in .png, .svg or .pdf"),
+        (("--prompt", "x", "--plot", "no/such/trace.png"), "no/such"),
+        (("no/such/folder", "--prompt", "x"), "no/such/folder"),
+    ],
+)
+def test_bad_input(args: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", "--device", "cpu", *args]) == 2
+    error = capsys.readouterr().err
+    assert named in error and len(error.strip().splitlines()) == 1
