@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,11 @@ def tensors(args: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors among a launch's arguments by name, those that descriptors describe included."""
     plain = {name: arg.base if isinstance(arg, TensorDescriptor) else arg for name, arg in args.items()}
     return {name: arg for name, arg in plain.items() if isinstance(arg, torch.Tensor)}
+
+
+def instead(arg: Any, tensor: torch.Tensor) -> Any:
+    """A launch's argument with another tensor in its place, where it is a descriptor: behind it."""
+    return replace(arg, base=tensor) if isinstance(arg, TensorDescriptor) else tensor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: LaunchConfig, **constexprs: Any) -> None:

@@ -11,7 +11,6 @@ A guarded launch runs twice on copies of its tensors, each in the middle of a la
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,6 +26,9 @@ FLOAT_CANARIES = (float("nan"), 1.0e4)
 INT_CANARIES = (0, 1)  # small: a kernel that used one as an index must not reach foreign memory
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# What tests measured against a bound and wrote down by `covers(kind, line)`: printed as it is.
+FIGURES = {name: name for name in ("traffic", "launches", "main loops")}
+FIGURES["parity"] = "transformers' Mixtral with mixtral_triton.apply beside eager"
 _covered: set[tuple[str, str]] = set()
 
 
@@ -72,17 +74,12 @@ def _reverse_programs(builder: Any) -> None:
     builder.set_grid_idx = set_grid_idx
 
 
-def _instead(arg: Any, tensor: Tensor) -> Any:
-    """The launch argument with another tensor in its place, where it is a descriptor: behind it."""
-    return tensor if isinstance(arg, Tensor) else replace(arg, base=tensor)
-
-
 def guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
     """`launch.interpret` under guard."""
     runs = []
     for turn in (0, 1):
         fences = {name: Fence(tensor, turn) for name, tensor in launch.tensors(args).items()}
-        fenced = {name: _instead(args[name], fence.guarded) for name, fence in fences.items()}
+        fenced = {name: launch.instead(args[name], fence.guarded) for name, fence in fences.items()}
         with interpreting(check_overflow=True) as builder:
             if turn == 1:
                 _reverse_programs(builder)
@@ -180,7 +177,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     say(f"{count('interpreted', 0)} kernels interpreted under guard")
     say(f"{count('case', 0)} shapes and dtypes of operations within their limits")
     say(f"{count('compiled', 0)} kernel variants compiled for {count('target', 0)} targets")
-    if "parity" in found:
-        terminalreporter.section("transformers' Mixtral with mixtral_triton.apply beside eager")
-        for row in sorted(found["parity"]):
-            say(row)
+    for kind, title in FIGURES.items():
+        if lines := sorted(found.get(kind, ())):
+            terminalreporter.section(title)
+            for line in lines:
+                say(line)
