@@ -1,4 +1,4 @@
-"""Compile for a GPU that is not there: registers, spills and shared memory of every kernel an operation launches."""
+"""Compile for a GPU that is not there: registers, spills, shared memory, main loops of what an operation launches."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,14 @@ from .checks import FLOATS
 from .launch import INTERPRETED, record_launches
 from .op import Launch, Op, Sizes
 from .registry import OPS
+from .sass import Loop, main_loops
 
 # Bytes of shared memory a block can have: Triton does not check them when it compiles.
 _LIMITS = dict.fromkeys(("sm_86", "sm_89", "sm_120"), 101376) | dict.fromkeys(("gfx90a", "gfx942"), 65536)
 _LIMITS |= {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx950": 163840}
+# Bytes of spills that a kernel may have outside its main loops: harmless, a few instructions a program.
+_HARMLESS = {"sm_90": 16, "sm_100": 16}
+_HARMLESS |= dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), 64)
 
 Dtypes = Sequence[torch.dtype] | None
 PathLike = str | os.PathLike[str]
@@ -62,6 +67,31 @@ class Compiled:
     shared_bytes: int
     limit_bytes: int
     asm: Mapping[str, Any] = field(repr=False, compare=False)
+
+    @cached_property
+    def loops(self) -> list[Loop]:
+        """The main loops; none for AMD, whose code is not counted."""
+        return main_loops(self.asm["cubin"]) if "cubin" in self.asm else []
+
+    @property
+    def loop_spills(self) -> int:
+        """Instructions in main loops that store or load a spill."""
+        return sum(loop.spills for loop in self.loops) if self.spills else 0
+
+    @property
+    def loop_flop_per_instruction(self) -> float | None:
+        """Of the best main loop (attention: the one without a mask); None without tensor cores whose FLOP are known."""
+        loops = self.loops if "mma" in self.asm.get("ptx", "") else []
+        return max((loop.flop_per_instruction for loop in loops if loop.flop_per_instruction), default=None)
+
+    @property
+    def fault(self) -> str | None:
+        """Why this kernel should not run, or None."""
+        if self.loop_spills or self.spills > _HARMLESS.get(self.arch, 0):
+            return f"spills {self.spills} bytes, by {self.loop_spills} instructions in main loops"
+        if self.shared_bytes > self.limit_bytes:
+            return f"needs {self.shared_bytes} of {self.limit_bytes} bytes of shared memory"
+        return None
 
 
 def _target(arch: str) -> GPUTarget:
@@ -164,7 +194,9 @@ def compile_launch(launch: Launch, arch: str, op: str = "", out: PathLike | None
 
 def _compile(key: str, name: str, dtype: torch.dtype, sizes: Sizes, arch: str, out: PathLike | None) -> Compiled:
     """In a worker: the call is recorded anew, since neither a jitted function nor a meta tensor travels."""
-    return compile_launch(_record(OPS[name], dtype, sizes, arch)[key], arch, name, out)
+    compiled = compile_launch(_record(OPS[name], dtype, sizes, arch)[key], arch, name, out)
+    as_json(compiled)  # loops are counted here, once, and travel with the rest
+    return compiled
 
 
 def _compile_all(jobs: Sequence[tuple[Any, ...]], progress: Progress) -> Iterator[Compiled]:
@@ -197,4 +229,6 @@ def compile_ops(
 
 def as_json(compiled: Compiled) -> dict[str, Any]:
     """What `compile --json` prints of one kernel: all but its signature and assembly."""
-    return {f.name: getattr(compiled, f.name) for f in fields(compiled) if f.name not in ("signature", "asm")}
+    known = {f.name: getattr(compiled, f.name) for f in fields(compiled) if f.name not in ("signature", "asm")}
+    found = {name: getattr(compiled, name) for name in ("loop_flop_per_instruction", "loop_spills", "fault")}
+    return {**known, **found}

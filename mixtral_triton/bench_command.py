@@ -121,4 +121,7 @@ def _worst(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
         key = (kernel["kernel"], kernel["dtype"], kernel["num_warps"], kernel["num_stages"], tile)
         other = found.setdefault(key, kernel)
         found[key] = other | {name: max(other[name], kernel[name]) for name in ("registers", "spills", "shared_bytes")}
+        figures = [each["loop_flop_per_instruction"] for each in (other, kernel)]
+        found[key]["loop_flop_per_instruction"] = min(filter(None, figures), default=None)
+        found[key]["fault"] = other["fault"] or kernel["fault"]
     return list(found.values())

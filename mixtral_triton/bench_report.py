@@ -80,16 +80,15 @@ def op_table(rows: Sequence[Row]) -> Group:
 
 def resources_table(arch: str, kernels: Sequence[dict[str, Any]]) -> Table:
     """Compiled kernels, as `offline.as_json` gives them."""
-    table = _table(
-        f"Compiled for {arch}", ("kernel", "dtype", "tile"), ("warps", "stages", "registers", "spills", "shared")
-    )
+    numbers = ("num_warps", "num_stages", "registers", "spills", "shared_bytes", "loop_flop_per_instruction")
+    headings = ("warps", "stages", "registers", "spills", "shared", "FLOP/instr.")
+    table = _table(f"Compiled for {arch}", ("kernel", "dtype", "tile"), headings)
+    table.caption = "FLOP/instr.: of a warp's tensor cores, for each other instruction of the main loop"
     for row in kernels:
         tile = "x".join(str(size) for name, size in row["constexprs"].items() if name.startswith("BLOCK_"))
-        numbers = (row["num_warps"], row["num_stages"], row["registers"], row["spills"])
-        bad = row["spills"] or row["shared_bytes"] > row["limit_bytes"]
-        cells = (*map(str, numbers), f"{row['shared_bytes']:,}")
+        cells = ("" if row[name] is None else f"{row[name]:,.0f}" for name in numbers)
         name = row["kernel"].removesuffix("_kernel")
-        table.add_row(name, row["dtype"], tile, *cells, style="bold red" if bad else None)
+        table.add_row(name, row["dtype"], tile, *cells, style="bold red" if row["fault"] else None)
     return table
 
 

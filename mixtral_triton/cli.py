@@ -245,12 +245,12 @@ def _compile(args: argparse.Namespace) -> int:
             rows.append(as_json(compiled))
             if args.json:
                 print(json.dumps(rows[-1]), flush=True)
-    bad = [row for row in rows if row["spills"] or row["shared_bytes"] > row["limit_bytes"]]
+    bad = [row for row in rows if row["fault"]]
     if not args.json:
         out = Console()
         out.print(resources_table(args.arch, rows))
         limit = rows[0]["limit_bytes"]
-        verdict = f"{len(bad)} of them spill or do not fit" if bad else "none spills, all fit"
+        verdict = f"{len(bad)} of them spill or do not fit" if bad else "none spills in its main loop, all fit"
         style = "bold red" if bad else "bold green"
         out.print(f"{len(rows)} kernels; shared memory of a block: {limit:,} bytes at most. [{style}]{verdict}[/]")
     return 1 if bad else 0
