@@ -56,7 +56,8 @@ def _disassemble(cubin: bytes) -> list[tuple[int, str]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "-sass", file.name], text=True)
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
     return [(int(address, 16), instruction) for address, instruction in _LINE.findall(text)]
 
 

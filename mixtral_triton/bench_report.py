@@ -80,15 +80,18 @@ def op_table(rows: Sequence[Row]) -> Group:
 
 def resources_table(arch: str, kernels: Sequence[dict[str, Any]]) -> Table:
     """Compiled kernels, as `offline.as_json` gives them."""
-    numbers = ("num_warps", "num_stages", "registers", "spills", "shared_bytes", "loop_flop_per_instruction")
-    headings = ("warps", "stages", "registers", "spills", "shared", "FLOP/instr.")
+    numbers = ("registers", "spills", "shared_bytes", "loop_flop_per_instruction")
+    headings = ("w/s", "regs", "spills", "shared", "FLOP/i")
     table = _table(f"Compiled for {arch}", ("kernel", "dtype", "tile"), headings)
-    table.caption = "FLOP/instr.: of a warp's tensor cores, for each other instruction of the main loop"
+    table.caption = (
+        "w/s: warps and stages; regs: registers of a thread; FLOP/i: of the tensor cores, for each other instruction "
+        "of the main loop"
+    )
     for row in kernels:
         tile = "x".join(str(size) for name, size in row["constexprs"].items() if name.startswith("BLOCK_"))
         cells = ("" if row[name] is None else f"{row[name]:,.0f}" for name in numbers)
-        name = row["kernel"].removesuffix("_kernel")
-        table.add_row(name, row["dtype"], tile, *cells, style="bold red" if row["fault"] else None)
+        left = (row["kernel"].removesuffix("_kernel"), row["dtype"], tile, f"{row['num_warps']}/{row['num_stages']}")
+        table.add_row(*left, *cells, style="bold red" if row["fault"] else None)
     return table
 
 

@@ -26,9 +26,13 @@ FLOAT_CANARIES = (float("nan"), 1.0e4)
 INT_CANARIES = (0, 1)  # small: a kernel that used one as an index must not reach foreign memory
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-# What tests measured against a bound and wrote down by `covers(kind, line)`: printed as it is.
-FIGURES = {name: name for name in ("traffic", "launches", "main loops")}
-FIGURES["parity"] = "transformers' Mixtral with mixtral_triton.apply beside eager"
+# What tests measured against a bound and wrote down by `covers(kind, line)`, and the heading it is printed under.
+FIGURES = {
+    "traffic": "bytes and FLOP, counted in interpreted kernels",
+    "launches": "device kernels a layer, recorded on meta tensors",
+    "main loops": "main loops, counted in compiled kernels",
+    "parity": "transformers' Mixtral with mixtral_triton.apply beside eager",
+}
 _covered: set[tuple[str, str]] = set()
 
 
