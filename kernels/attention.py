@@ -20,6 +20,7 @@ from .checks import FLOATS, INTS, Binder, Range, boolean, fail, integer, number
 from .launch import launch, target_arch
 from .op import Cost, Op, Sizes, dense_rows, sample
 from .ring import bind_cache, cache_inputs, ring_ranges, strides
+from .tma import describe
 
 
 def _window(op: str, window: int | None) -> int:
@@ -175,10 +176,15 @@ def _prefill(
     B, T, Hq, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     slots = (k, v) if cache is None else cache
+    arch = target_arch(q.device)
+    config = configs(sizes, q.dtype, arch)["attention_prefill_kernel"]
+    block = (1, config.constexprs["BLOCK_N"], 1, config.constexprs["BLOCK_D"])
     args = {
         "q_ptr": q,
         "k_ptr": k,
         "v_ptr": v,
+        "k_desc": describe(k, block, arch),
+        "v_desc": describe(v, block, arch),
         "k_cache_ptr": None if cache is None else cache[0],
         "v_cache_ptr": None if cache is None else cache[1],
         "out_ptr": out,
@@ -195,7 +201,6 @@ def _prefill(
         "window": sizes["window"],
         "scale": _base_2(scale, D),
     }
-    config = configs(sizes, q.dtype, target_arch(q.device))["attention_prefill_kernel"]
     grid = (B * Hq, triton.cdiv(T, config.constexprs["BLOCK_M"]))
     flags = {"D": D, "CACHED": cache is not None, "CAUSAL": causal, "WINDOWED": sizes["window"] > 0}
     launch(attention_prefill_kernel, grid, args, config, **flags)

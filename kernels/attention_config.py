@@ -22,7 +22,7 @@ _PREFILL = {
         {64: (32, 64, 8, 1), 128: (16, 32, 4, 1), 256: (32, 16, 8, 1)},
     ),
     "sm_90": (
-        {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+        {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (64, 32, 8, 2)},
         {64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 32, 8, 1)},
     ),
     "gfx942": (
@@ -39,9 +39,11 @@ def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig
     table = _PREFILL[family][dtype == torch.float32]
     block_m, block_n, warps, stages = table[min(most for most in table if most >= D)]
     if 0 < window <= 256 and block_m > 64:
-        block_m, block_n, warps = 64, min(block_n, 32), 8 if family == "sm_80" else 4
-    if not sizes.get("deterministic"):
-        block_m = power_of_2(sizes["T"], low=16, high=block_m)
+        block_m, block_n, warps = 64, min(block_n, 64 if family == "sm_90" else 32), 8 if family == "sm_80" else 4
+    # Half the rows take half the warps; a head of 256 would spill.
+    if not sizes.get("deterministic") and sizes["T"] <= block_m // 2 and (D < 256 or family != "sm_90"):
+        rows = power_of_2(sizes["T"], low=16)
+        block_m, warps = rows, max(4, warps * rows // block_m)
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": D}
     return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
 

@@ -22,6 +22,10 @@ def _accumulate(
     v_ptr,
     stride_ks,
     stride_vs,
+    k_desc,  # the keys of all sequences and heads for TMA, or None: by pointers
+    v_desc,
+    b,
+    hkv,
     low,  # positions low..high, BLOCK_N at a time
     high,
     limit,  # keys at or after this position are not there
@@ -47,6 +51,9 @@ def _accumulate(
             # What lies past the keys may be NaN, and 0 * NaN is NaN: it is not read at all.
             k = tl.load(k_ptrs, mask=(offs_j < limit)[None, :] & (offs_d < D)[:, None], other=0.0)
             v = tl.load(v_ptrs, mask=(offs_j < limit)[:, None] & (offs_d < D)[None, :], other=0.0)
+        elif k_desc is not None:
+            k = k_desc.load([b, start - first, hkv, 0]).reshape(BLOCK_N, BLOCK_D).T
+            v = v_desc.load([b, start - first, hkv, 0]).reshape(BLOCK_N, BLOCK_D)
         elif D == BLOCK_D:
             k, v = tl.load(k_ptrs), tl.load(v_ptrs)
         else:
@@ -83,6 +90,10 @@ def _sweep(
     v_ptr,
     stride_ks,
     stride_vs,
+    k_desc,
+    v_desc,
+    b,
+    hkv,
     low,  # positions low..high are seen by some query of the tile,
     high,
     inner_low,  # inner_low..inner_high by all of them
@@ -98,15 +109,17 @@ def _sweep(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Left edge with a mask, interior without, right edge with a mask."""
-    left = tl.minimum(low + tl.cdiv(tl.maximum(inner_low - low, 0), BLOCK_N) * BLOCK_N, high)
+    """Left edge with a mask, interior without, right edge with a mask: in shorter tiles, for the mask's registers."""
+    EDGE_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 64 else BLOCK_N
+    left = tl.minimum(low + tl.cdiv(tl.maximum(inner_low - low, 0), EDGE_N) * EDGE_N, high)
     right = left + tl.maximum(tl.minimum(inner_high, high) - left, 0) // BLOCK_N * BLOCK_N
     for part in tl.static_range(3):
         begin = low if part == 0 else left if part == 1 else right
         end = left if part == 0 else right if part == 1 else high
         acc, largest, total = _accumulate(
-            acc, largest, total, q, k_ptr, v_ptr, stride_ks, stride_vs, begin, end, high, first, offs_i, window, scale,
-            D, RING, part != 1, CAUSAL, WINDOWED, BLOCK_N, BLOCK_D,
+            acc, largest, total, q, k_ptr, v_ptr, stride_ks, stride_vs, k_desc, v_desc, b, hkv,
+            begin, end, high, first, offs_i, window, scale,
+            D, RING, part != 1, CAUSAL, WINDOWED, BLOCK_N if part == 1 else EDGE_N, BLOCK_D,
         )  # fmt: skip
     return acc, largest, total
 
@@ -116,6 +129,8 @@ def attention_prefill_kernel(
     q_ptr,  # [B, T, Hq, D]
     k_ptr,  # [B, S, Hkv, D] keys given with the queries
     v_ptr,
+    k_desc,  # the same in tiles [1, BLOCK_N, 1, BLOCK_D] for TMA, or None
+    v_desc,
     k_cache_ptr,  # [B, Hkv, C, D] keys before them, or None
     v_cache_ptr,
     out_ptr,  # [B, T, Hq, D] out
@@ -189,13 +204,15 @@ def attention_prefill_kernel(
         cache = b * stride_cb + hkv * stride_ch
         acc, largest, total = _sweep(
             acc, largest, total, q, k_cache_ptr + cache, v_cache_ptr + cache, stride_cs, stride_cs,
-            tl.maximum(low, first - C), tl.minimum(high, first), inner_low, inner_high, C, offs_i, window, scale,
+            None, None, 0, 0, tl.maximum(low, first - C), tl.minimum(high, first), inner_low, inner_high,
+            C, offs_i, window, scale,
             D, True, CAUSAL, WINDOWED, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         low = tl.maximum(low, first)
     acc, largest, total = _sweep(
         acc, largest, total, q, k_ptr + b * stride_kb + hkv * stride_kh, v_ptr + b * stride_vb + hkv * stride_vh,
-        stride_kt, stride_vt, low, high, inner_low, inner_high, first, offs_i, window, scale,
+        stride_kt, stride_vt, k_desc, v_desc, b.to(tl.int32), hkv.to(tl.int32),
+        low, high, inner_low, inner_high, first, offs_i, window, scale,
         D, False, CAUSAL, WINDOWED, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -264,7 +281,7 @@ def attention_decode_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc, largest, total = _accumulate(
         acc, largest, total, q, k_ptr + b * stride_kb + hkv.to(tl.int64) * stride_kh,
-        v_ptr + b * stride_vb + hkv.to(tl.int64) * stride_vh, stride_kt, stride_vt, low, high, high,
+        v_ptr + b * stride_vb + hkv.to(tl.int64) * stride_vh, stride_kt, stride_vt, None, None, 0, 0, low, high, high,
         S if RING else 0, query + t.to(tl.int32), window, scale,
         D, RING, True, True, WINDOWED, BLOCK_N, BLOCK_D,
     )  # fmt: skip
