@@ -14,14 +14,13 @@ from rich.console import Console
 
 from .bench import Bench, Row, known
 from .bench_cases import Case, cases
-from .bench_report import card_line, op_table, plot, resources_table
+from .bench_report import WIDTH, card_line, op_table, plot, resources_table
 from .kernels.launch import INTERPRETED
 from .kernels.offline import as_json, compile_ops
 from .kernels.registry import OPS
 from .kernels.roofline import CARDS, Card, table_note
 
 DEFAULT_CARD = "h100"
-WIDTH = 160  # of tables that go to a file
 
 
 def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:

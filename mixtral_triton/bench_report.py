@@ -14,6 +14,8 @@ from rich.text import Text
 from .bench import Row
 from .kernels.roofline import Card
 
+WIDTH = 160  # of tables that go to a file
+
 
 def card_line(card: Card, sheet: Card | None = None) -> str:
     line = f"{card.name} ({card.arch}), {card.source}: {card.bandwidth / 1e12:.2f} TB/s"
@@ -23,7 +25,7 @@ def card_line(card: Card, sheet: Card | None = None) -> str:
     return line
 
 
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+def plain_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in left:
         table.add_column(name, no_wrap=True)
@@ -46,7 +48,7 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _micro(seconds: float | None) -> str:
+def micro(seconds: float | None) -> str:
     return _number(None if seconds is None else seconds * 1e6)
 
 
@@ -62,14 +64,14 @@ def op_table(rows: Sequence[Row]) -> Group:
     peers = list(dict.fromkeys(name for row in rows for name in row.peers))
     columns = ["MB", "GFLOP", "bound", "launches", "floor, us"]
     columns += ["time, us", "of floor", *(f"{name} / ours" for name in peers)] if timed else []
-    table = _table(rows[0].case.op.name, ("sizes",), columns)
+    table = plain_table(rows[0].case.op.name, ("sizes",), columns)
     notes: dict[str, None] = {}
     for row in rows:
-        cells = [_number(row.bytes / 1e6), _number(row.flops / 1e9), row.bound, _launches(row), _micro(row.floor_s)]
+        cells = [_number(row.bytes / 1e6), _number(row.flops / 1e9), row.bound, _launches(row), micro(row.floor_s)]
         if timed:
             share = "-" if row.share is None else f"{100 * row.share:.0f} %"
             ratios = [row.ratio(name) if name in row.peers else None for name in peers]
-            cells += [_micro(row.ours.seconds), share, *("-" if x is None else f"{x:.2f}" for x in ratios)]
+            cells += [micro(row.ours.seconds), share, *("-" if x is None else f"{x:.2f}" for x in ratios)]
         shape = _shape(row, rows)
         table.add_row(shape, *cells, style="bold red" if row.ours.said else None)
         for name, outcome in (("ours", row.ours), *row.peers.items()):
@@ -82,7 +84,7 @@ def resources_table(arch: str, kernels: Sequence[dict[str, Any]]) -> Table:
     """Compiled kernels, as `offline.as_json` gives them."""
     numbers = ("registers", "spills", "shared_bytes", "loop_flop_per_instruction")
     headings = ("w/s", "regs", "spills", "shared", "FLOP/i")
-    table = _table(f"Compiled for {arch}", ("kernel", "dtype", "tile"), headings)
+    table = plain_table(f"Compiled for {arch}", ("kernel", "dtype", "tile"), headings)
     table.caption = (
         "w/s: warps and stages; regs: registers of a thread; FLOP/i: of the tensor cores, for each other instruction "
         "of the main loop"

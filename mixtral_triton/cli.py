@@ -77,6 +77,15 @@ def _parser() -> _Parser:
     bench.add_argument("--quick", action="store_true", help="a few cases an operation, of 8x7B")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline (.png, .svg, .pdf)")
     bench.add_argument("--card", help="measure nothing: floors by a data sheet (a100, h100, h200, b200, mi300x)")
+    tune = command(
+        "tune", "launch configurations around the present ones: what compiles, what is fastest, what to paste"
+    )
+    tune.add_argument("ops", nargs="*", metavar="OP", help="none: all")
+    tune.add_argument(
+        "--at", action="append", default=[], metavar="T=N", help="only the cases of this size; repeatable"
+    )
+    tune.add_argument("--arch", help="time nothing, compile for this one; none: the GPU there is, else sm_90")
+    tune.add_argument("--dry-run", action="store_true", help="time nothing")
     compile = command("compile", "compile every kernel for a GPU that need not be there")
     compile.add_argument("ops", nargs="*", metavar="OP", help="none: all")
     compile.add_argument("--arch", required=True, help=ARCHS)
@@ -88,8 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command -> exit status."""
     args = _parser().parse_args(argv)
     try:
-        commands = {"verify": _verify, "generate": _generate, "trace": _trace, "bench": _bench, "compile": _compile}
-        return commands[args.command](args)
+        commands = {"verify": _verify, "generate": _generate, "trace": _trace, "bench": _bench, "tune": _tune}
+        return {**commands, "compile": _compile}[args.command](args)
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"mixtral-triton {args.command}: {message}", file=sys.stderr)
@@ -235,9 +244,16 @@ def _bench(args: argparse.Namespace) -> int:
     return run(args, lambda label, total: _bar(label, total, MofNCompleteColumn()))
 
 
+def _tune(args: argparse.Namespace) -> int:
+    from .tune_command import run
+
+    return run(args, lambda label, total: _bar(label, total, MofNCompleteColumn()))
+
+
 def _compile(args: argparse.Namespace) -> int:
     from .bench_report import resources_table
     from .kernels.offline import as_json, compile_ops
+    from .kernels.roofline import table_note
 
     rows: list[dict[str, Any]] = []
     with _bar(f"compiling for {args.arch}", 1, MofNCompleteColumn()) as progress:
@@ -248,6 +264,8 @@ def _compile(args: argparse.Namespace) -> int:
     bad = [row for row in rows if row["fault"]]
     if not args.json:
         out = Console()
+        if note := table_note(args.arch):
+            out.print(note)
         out.print(resources_table(args.arch, rows))
         limit = rows[0]["limit_bytes"]
         verdict = f"{len(bad)} of them spill or do not fit" if bad else "none spills in its main loop, all fit"

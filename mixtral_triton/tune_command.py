@@ -1,0 +1,127 @@
+"""The command `tune`: the configurations that compile and fit, timed where there is a GPU, and the literal to paste."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.text import Text
+
+from .bench_cases import Case, cases
+from .bench_report import WIDTH, micro, plain_table
+from .kernels.launch import target_arch
+from .kernels.op import LaunchConfig
+from .kernels.registry import OPS
+from .kernels.roofline import table_note
+from .timing import DeviceTimer, Timer
+from .tune import VARIED, Tried, Tuned, choices, tune, whole
+
+
+def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
+    chosen = _chosen(args.ops, args.at)
+    out = Console(stderr=args.json, highlight=False)
+    if not out.is_terminal:
+        out.width = WIDTH
+    device, timer, reason = _device(args)
+    arch = args.arch or target_arch(device)
+    if note := table_note(arch):
+        out.print(note)
+    if timer is None:
+        out.print(f"Nothing was timed: {reason}. These are the neighbours of the present choice, compiled for {arch}.")
+    kernels = [(case, kernel) for case in chosen for kernel in choices(case, arch)]
+    with bar("tuning", len(kernels)) as progress:
+        for done, (case, kernel) in enumerate(kernels, 1):
+            tuned = tune(case, kernel, arch, timer, device)
+            progress.of(done, len(kernels))
+            if args.json:
+                print(json.dumps(as_dict(tuned)), flush=True)
+            else:
+                out.print(shown(tuned))
+    return 0
+
+
+def _device(args: argparse.Namespace) -> tuple[torch.device | None, Timer | None, str]:
+    """Where to time, with what; or no such place, and why."""
+    if args.dry_run or args.arch:
+        return None, None, "--dry-run was given" if args.dry_run else f"--arch asks for {args.arch}, here or not"
+    if not torch.cuda.is_available():
+        return None, None, "there is no GPU"
+    device = torch.device("cuda")
+    return device, DeviceTimer(device), ""
+
+
+def _chosen(names: Sequence[str], at: Sequence[str]) -> list[Case]:
+    """A few cases of each operation, or all with the sizes that `at` names ("T=4096")."""
+    if unknown := [name for name in names if name not in OPS]:
+        raise ValueError(f"argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
+    wanted: dict[str, int] = {}
+    for part in at:
+        letter, _, size = part.partition("=")
+        if not letter or not size.isdecimal():
+            raise ValueError(f"--at is {part!r}, needs a size letter and a number: T=4096")
+        wanted[letter] = int(size)
+    found = [case for case in cases(names, quick=not wanted) if case.op.name in OPS]
+    found = [case for case in found if all(case.sizes.get(letter) == size for letter, size in wanted.items())]
+    if not found:
+        raise ValueError(f"--at {' '.join(at)}: no case of the benchmark has these sizes")
+    return found
+
+
+def literal(kernel: str, config: LaunchConfig) -> str:
+    """What goes into an operation's `configs`; behind it the tile, warps and stages as the tables write them."""
+    tiles = ", ".join(f'"{name}": {size}' for name, size in config.constexprs.items())
+    row = [size for name, size in config.constexprs.items() if name.startswith(VARIED) and name not in whole(kernel)]
+    row += [config.num_warps, config.num_stages]
+    settings = f"num_warps={config.num_warps}, num_stages={config.num_stages}"
+    return f'"{kernel}": LaunchConfig({{{tiles}}}, {settings}),  # ({", ".join(map(str, row))})'
+
+
+def _case(tuned: Tuned) -> str:
+    sizes = " ".join(f"{letter}{size}" for letter, size in tuned.case.sizes.items())
+    return f"{tuned.case.op.name}, {sizes}, {str(tuned.case.dtype).removeprefix('torch.')}, {tuned.arch}"
+
+
+def shown(tuned: Tuned) -> Group:
+    """A line a configuration, the present choice first, then what to paste."""
+    names = list(tuned.tried[0].config.constexprs)
+    columns = (*names, "warps", "stages", "registers", "shared", "time, us")
+    rows = plain_table(f"{tuned.kernel}: {_case(tuned)}", ("",), (*columns, "held against it"))
+    for at, one in enumerate(tuned.tried):
+        compiled, config = one.compiled, one.config
+        measured = ["-", "-"] if compiled is None else [str(compiled.registers), f"{compiled.shared_bytes:,}"]
+        cells = [str(config.constexprs[name]) for name in names] + [str(config.num_warps), str(config.num_stages)]
+        mark = "now" if at == 0 else "best" if one.seconds is not None and config == tuned.best else ""
+        rows.add_row(mark, *cells, *measured, micro(one.seconds), one.said or "", style="dim" if one.said else None)
+    timed = any(one.seconds is not None for one in tuned.tried)
+    word = "nothing timed; the present choice is" if not timed else "the fastest is"
+    if timed and tuned.best == tuned.tried[0].config:
+        word = "nothing is faster than the present choice,"
+    return Group(rows, Text(word), Text("    " + literal(tuned.kernel, tuned.best)), Text())
+
+
+def _tried(one: Tried) -> dict[str, Any]:
+    compiled = one.compiled
+    return {
+        "constexprs": dict(one.config.constexprs),
+        "num_warps": one.config.num_warps,
+        "num_stages": one.config.num_stages,
+        "registers": None if compiled is None else compiled.registers,
+        "shared_bytes": None if compiled is None else compiled.shared_bytes,
+        "time_us": None if one.seconds is None else one.seconds * 1e6,
+        "said": one.said,
+    }
+
+
+def as_dict(tuned: Tuned) -> dict[str, Any]:
+    return {
+        "op": tuned.case.op.name,
+        "sizes": dict(tuned.case.sizes),
+        "arch": tuned.arch,
+        "kernel": tuned.kernel,
+        "literal": literal(tuned.kernel, tuned.best),
+        "tried": [_tried(one) for one in tuned.tried],
+    }

@@ -1,0 +1,173 @@
+"""The tuner: which configurations it considers, what it holds against one, how it climbs, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from mixtral_triton.bench import ours
+from mixtral_triton.bench_cases import Case, Oracle, cases
+from mixtral_triton.cli import main
+from mixtral_triton.kernels.launch import INTERPRETED, target_arch
+from mixtral_triton.kernels.op import LaunchConfig
+from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.tune import FASTER, choices, choosing, compiled_as, neighbours, tune
+from mixtral_triton.tune_command import literal
+
+CPU = torch.device("cpu")
+compiled_way = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
+PREFILL = LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 128, "SPLIT_K": 4}, num_warps=8, num_stages=1)
+
+
+def test_neighbours_are_one_step_away() -> None:
+    found = neighbours("attention_prefill_kernel", PREFILL)
+    tiles = [(dict(one.constexprs)["BLOCK_M"], dict(one.constexprs)["BLOCK_N"]) for one in found]
+    assert tiles[:4] == [(64, 64), (256, 64), (128, 32), (128, 128)]
+    assert [(one.num_warps, one.num_stages) for one in found[4:]] == [(4, 1), (16, 1), (8, 2)]
+    assert all((one.constexprs["BLOCK_D"], one.constexprs["SPLIT_K"]) == (128, 4) for one in found)
+    assert PREFILL not in found
+
+
+def test_a_tile_that_holds_a_dimension_stays() -> None:
+    decode = LaunchConfig({"BLOCK_M": 16, "BLOCK_N": 64, "SPLITS": 1}, num_warps=1, num_stages=1)
+    found = neighbours("attention_decode_kernel", decode)
+    assert {one.constexprs["BLOCK_M"] for one in found} == {16}
+    assert {one.constexprs["SPLITS"] for one in found} == {1, 2} and {one.num_warps for one in found} == {1, 2}
+
+
+def small(name: str) -> list[Case]:
+    """A shape with one token, and one with several."""
+    op = OPS[name]
+    dtype = torch.float32 if torch.float32 in op.dtypes else op.dtypes[0]
+    shapes = sorted(op.test_shapes, key=lambda sizes: (sizes["T"], sum(sizes.values())))
+    chosen = [shapes[0], shapes[len(shapes) // 2]]
+    if name == "expert_swiglu":  # its own test shapes take a minute here
+        chosen = [{"T": T, "H": 40, "I": 24, "E": 2, "K": 1} for T in (2, 66)]
+    return [Case(op, sizes, dtype) for sizes in chosen]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs the kernels: needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("name", OPS)
+def test_every_candidate_gives_the_right_result(name: str) -> None:
+    """A tile that had to hold a whole dimension, and is not named as one, shows here."""
+    for case in small(name):
+        args = case.inputs(CPU)
+        judge, tiles = Oracle(case.op, args), set()
+        for kernel, (_, config) in choices(case, target_arch()).items():
+            for other in neighbours(kernel, config):
+                if other.constexprs != config.constexprs:
+                    tiles.add(kernel)
+                    with choosing(case.op, {kernel: other}) as made:
+                        assert judge.fault(ours(case)) is None, (kernel, other)
+                    assert made[kernel] == other
+        assert tiles or name in ("rope", "append", "rope_append"), "nothing was tried"
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_configuration_gets_into_the_launch(name: str) -> None:
+    for case in small(name):
+        found = choices(case, "sm_90")
+        assert found
+        for kernel, (launch, config) in found.items():
+            assert (launch.num_warps, launch.num_stages) == (config.num_warps, config.num_stages)
+            other = replace(config, num_warps=2 * config.num_warps)
+            changed, _ = choices(case, "sm_90", {kernel: other})[kernel]
+            assert changed.num_warps == 2 * config.num_warps
+    assert choices(case, "sm_90")[kernel][1] == config, "the choice is the operation's own again"
+
+
+@compiled_way
+def test_what_is_held_against_a_configuration() -> None:
+    case = next(case for case in cases(["expert_swiglu"]) if case.sizes["T"] == 4096)
+    kernel = "experts_up_kernel"
+    config = choices(case, "sm_90")[kernel][1]
+    spilling = replace(config, num_warps=4)
+    large = replace(config, num_stages=8)
+    shallow = replace(config, constexprs={**config.constexprs, "BLOCK_K": 8})
+    said = [str(compiled_as(case, kernel, one, "sm_90").said) for one in (spilling, large, shallow)]
+    assert said[0].startswith("spills ") and "shared memory" in said[1] and "does not compile" in said[2], said
+
+
+def scores(case: Case, kernel: str, score: Callable[[LaunchConfig], float]) -> Callable[[Any], float]:
+    """A timer that runs the call, and gives the score of the configuration that is chosen within it."""
+
+    def timer(call: Any) -> float:
+        call()
+        module = sys.modules[case.op.run.__module__]
+        return score(module.configs(case.sizes, case.dtype, "sm_90")[kernel])
+
+    return timer
+
+
+@compiled_way
+def test_it_climbs_to_the_fastest_and_keeps_the_present_choice_in_a_tie() -> None:
+    case = Case(OPS["sort_by_expert"], {"T": 2048, "E": 8, "K": 2}, torch.int32)
+    kernel = "sort_by_expert_kernel"
+    now = choices(case, "sm_90")[kernel][1]
+
+    def score(config: LaunchConfig) -> float:
+        return 1.0 + abs(config.constexprs["BLOCK_N"] - 1024) / 1024 + abs(config.num_warps - 4)
+
+    tuned = tune(case, kernel, "sm_90", scores(case, kernel, score), CPU)
+    assert (now.constexprs["BLOCK_N"], now.num_warps) == (4096, 16), "two steps away in either direction"
+    assert (tuned.best.constexprs["BLOCK_N"], tuned.best.num_warps) == (1024, 4)
+    assert tuned.tried[0].config == now and len({str(one.config) for one in tuned.tried}) == len(tuned.tried)
+    flat = tune(case, kernel, "sm_90", scores(case, kernel, lambda c: 1.0 if c == now else FASTER), CPU)
+    assert flat.best == now
+
+
+@compiled_way
+def test_a_configuration_with_a_wrong_result_is_never_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(OPS["route"], {"T": 64, "E": 8, "K": 2}, torch.float32)
+    now = choices(case, "sm_90")["route_kernel"][1]
+
+    def wrong(case: Case) -> Any:
+        chosen = sys.modules[case.op.run.__module__].configs(case.sizes, case.dtype, "sm_90")["route_kernel"]
+        return (
+            case.op.reference if chosen == now else lambda logits, top_k: (logits[:, :2].clone(), logits[:, :2].int())
+        )
+
+    monkeypatch.setattr("mixtral_triton.bench.ours", wrong)
+    tuned = tune(case, "route_kernel", "sm_90", scores(case, "route_kernel", lambda c: 2.0 if c == now else 1.0), CPU)
+    assert tuned.best == now and sum("wrong" in str(one.said) for one in tuned.tried) >= 2
+
+
+def test_the_literal_to_paste() -> None:
+    line = literal("attention_prefill_kernel", PREFILL)
+    text, row = line.split(",  # ")
+    key, value = next(iter(eval(f"{{{text}}}", {"LaunchConfig": LaunchConfig}).items()))
+    assert (key, value) == ("attention_prefill_kernel", PREFILL)
+    assert row == "(128, 64, 8, 1)", "as attention_config.py writes it: tile, warps, stages"
+
+
+@compiled_way
+def test_the_command_without_timing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "route", "--at", "T=64", "--arch", "sm_120"]) == 0
+    out = capsys.readouterr().out
+    assert "Nothing was timed" in out and "sm_120 has no table" in out and '"route_kernel": LaunchConfig(' in out
+    assert main(["tune", "route", "--at", "T=64", "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sizes"]["T"] == 64 and found["kernel"] == "route_kernel" and found["tried"][0]["registers"] > 0
+    assert all(one["time_us"] is None for one in found["tried"])
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("nonsense",), "nonsense"),
+        (("decode_step",), "route"),
+        (("route", "--at", "many"), "T=4096"),
+        (("route", "--at", "T=3"), "T=3"),
+        (("route", "--at", "T=64", "--arch", "sm_12"), "TRITON_INTERPRET" if INTERPRETED else "sm_12"),
+    ],
+)
+def test_bad_input_is_one_line(args: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", *args]) == 2
+    error = capsys.readouterr().err
+    assert named in error and len(error.splitlines()) == 1
