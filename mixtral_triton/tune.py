@@ -116,12 +116,7 @@ def compiled_as(case: Case, kernel: str, config: LaunchConfig, arch: str) -> Tri
     except Exception as error:  # the compiler raises whatever its passes do
         lines = str(error).strip().splitlines() or [""]
         return Tried(config, said=f"does not compile: {type(error).__name__}: {lines[0][:100]}")
-    if compiled.spills:
-        return Tried(config, compiled, said=f"spills {compiled.spills} bytes")
-    if compiled.shared_bytes > compiled.limit_bytes:
-        needs = f"{compiled.shared_bytes:,} of {compiled.limit_bytes:,} bytes of shared memory"
-        return Tried(config, compiled, said=f"needs {needs}")
-    return Tried(config, compiled)
+    return Tried(config, compiled, said=compiled.fault)
 
 
 def _code(tried: Tried) -> Any:

@@ -88,11 +88,14 @@ def _case(tuned: Tuned) -> str:
 def shown(tuned: Tuned) -> Group:
     """A line a configuration, the present choice first, then what to paste."""
     names = list(tuned.tried[0].config.constexprs)
-    columns = (*names, "warps", "stages", "registers", "shared", "time, us")
+    columns = (*names, "warps", "stages", "registers", "shared", "FLOP/i", "time, us")
     rows = plain_table(f"{tuned.kernel}: {_case(tuned)}", ("",), (*columns, "held against it"))
     for at, one in enumerate(tuned.tried):
         compiled, config = one.compiled, one.config
-        measured = ["-", "-"] if compiled is None else [str(compiled.registers), f"{compiled.shared_bytes:,}"]
+        measured = ["-", "-", "-"]
+        if compiled is not None:
+            loop = compiled.loop_flop_per_instruction
+            measured = [str(compiled.registers), f"{compiled.shared_bytes:,}", "-" if loop is None else f"{loop:,.0f}"]
         cells = [str(config.constexprs[name]) for name in names] + [str(config.num_warps), str(config.num_stages)]
         mark = "now" if at == 0 else "best" if one.seconds is not None and config == tuned.best else ""
         rows.add_row(mark, *cells, *measured, micro(one.seconds), one.said or "", style="dim" if one.said else None)
@@ -111,6 +114,7 @@ def _tried(one: Tried) -> dict[str, Any]:
         "num_stages": one.config.num_stages,
         "registers": None if compiled is None else compiled.registers,
         "shared_bytes": None if compiled is None else compiled.shared_bytes,
+        "loop_flop_per_instruction": None if compiled is None else compiled.loop_flop_per_instruction,
         "time_us": None if one.seconds is None else one.seconds * 1e6,
         "said": one.said,
     }
