@@ -109,14 +109,14 @@ def attempt(build: Callable[[], Function], args: dict[str, Any], judge: Oracle |
         return Outcome(said=f"fails: {type(error).__name__}: {lines[0][:160]}")
 
 
-def measured(case: Case, card: Card, device: torch.device, timer: Timer, peers: Sequence[Peer] | None = None) -> Row:
+def measured(case: Case, card: Card, device: torch.device, timer: Timer, peers: Sequence[Peer]) -> Row:
     """The row with the times of `case` and of its peers on `device`."""
     with torch.no_grad():
         args = case.inputs(device)
         row, judge = known(case, card, args), oracle(case.op, args)
         outcome = attempt(lambda: ours(case), args, judge, timer)
         found: dict[str, Outcome] = {}
-        for peer in peers_of(case.op.name) if peers is None else peers:
+        for peer in peers:
             found[peer.name] = attempt(partial(peer.build, case.op, args), args, judge, timer)
             _free(device)
     return replace(row, ours=outcome, peers=found)
@@ -149,11 +149,12 @@ class Bench:
         card = measure_card(name, target_arch(device), device, timer, **small)
         return cls(device, card, data_sheet(name), timer, StepTimer(device))
 
-    def rows(self, cases: Sequence[Case]) -> Iterator[Row]:
+    def rows(self, cases: Sequence[Case], without: Sequence[str] = ()) -> Iterator[Row]:
         for case in cases:
+            peers = [peer for peer in peers_of(case.op.name) if peer.name not in without]
             timer = self.step_timer if case.op is decode_step.STEP else self.timer
             try:
-                yield measured(case, self.card, self.device, timer)
+                yield measured(case, self.card, self.device, timer, peers)
             except torch.OutOfMemoryError:
                 yield replace(known(case, self.card), ours=Outcome(said="out of memory"))
             _free(self.device)

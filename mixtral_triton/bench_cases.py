@@ -72,19 +72,32 @@ def spread(items: Sequence[Any], most: int) -> list[Any]:
     return [items[round(at * (len(items) - 1) / (most - 1))] for at in range(most)]
 
 
-def cases(names: Sequence[str] = (), quick: bool = False) -> list[Case]:
-    """The cases of the operations `names` (none: all), each once. ValueError: an unknown name."""
+def cases(names: Sequence[str] = (), quick: bool = False, at: Sequence[str] = ()) -> list[Case]:
+    """The cases of the operations `names` (none: all), each once; `at`: only those of given sizes ("T=4096").
+
+    ValueError: an unknown name, or sizes that no case has.
+    """
     if unknown := [name for name in names if name not in BENCHED]:
         raise ValueError(f"argument 'OP' is {unknown[0]!r}, needs one of {', '.join(BENCHED)}")
+    wanted = dict(map(_size, at))
     found: list[Case] = []
     for op in (op for name, op in BENCHED.items() if name in names or not names):
         models = [MODELS["8x7B"]] if quick else list(MODELS.values())
         unique = {tuple(sizes.items()): sizes for model in models for sizes in _shapes(op, model)}
-        shapes = (
-            sorted(unique.values(), key=lambda sizes: op.cost(sizes, _dtype(op)).bytes) if quick else unique.values()
-        )
-        found += [Case(op, sizes, _dtype(op)) for sizes in (spread(list(shapes), QUICK) if quick else shapes)]
+        shapes = [sizes for sizes in unique.values() if all(sizes.get(letter) == n for letter, n in wanted.items())]
+        if quick:
+            shapes = spread(sorted(shapes, key=lambda sizes: op.cost(sizes, _dtype(op)).bytes), QUICK)
+        found += [Case(op, sizes, _dtype(op)) for sizes in shapes]
+    if not found:
+        raise ValueError(f"--at {' '.join(at)}: no case of the benchmark has these sizes")
     return found
+
+
+def _size(text: str) -> tuple[str, int]:
+    letter, _, size = text.partition("=")
+    if not letter or not size.isdecimal():
+        raise ValueError(f"--at is {text!r}, needs a size letter and a number: T=4096")
+    return letter, int(size)
 
 
 def _blocks(args: dict[str, Any]) -> Iterator[tuple[int, int]]:

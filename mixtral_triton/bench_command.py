@@ -19,15 +19,18 @@ from .kernels.launch import INTERPRETED
 from .kernels.offline import as_json, compile_ops
 from .kernels.registry import OPS
 from .kernels.roofline import CARDS, Card, table_note
+from .peers import PEERS
 
 DEFAULT_CARD = "h100"
 
 
 def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
     """-> exit status: 1 where an operation's result is wrong."""
-    chosen = cases(args.ops, args.quick)
+    chosen = cases(args.ops, args.quick, args.at)
     if args.card is not None and args.card not in CARDS:
         raise ValueError(f"--card is {args.card!r}, needs one of {', '.join(CARDS)}")
+    if unknown := set(args.without) - {peer.name for peer in PEERS}:
+        raise ValueError(f"--without is {min(unknown)!r}, needs one of {', '.join(sorted({p.name for p in PEERS}))}")
     if args.plot is not None:
         check_plot(args.plot)
     out = Console(stderr=args.json, highlight=False)
@@ -35,7 +38,7 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
         out.width = WIDTH
     if args.card is None and torch.cuda.is_available():
         bench = Bench.of(torch.device("cuda"))
-        card, sheet, source = bench.card, bench.sheet, bench.rows(chosen)
+        card, sheet, source = bench.card, bench.sheet, bench.rows(chosen, args.without)
     else:
         card, sheet = CARDS[args.card or DEFAULT_CARD], None
         source = (known(case, card) for case in chosen)

@@ -75,6 +75,10 @@ def _parser() -> _Parser:
     bench = command("bench", "each operation, and a decode step, beside its peers and its floor")
     bench.add_argument("ops", nargs="*", metavar="OP", help="none: all, and decode_step")
     bench.add_argument("--quick", action="store_true", help="a few cases an operation, of 8x7B")
+    bench.add_argument(
+        "--at", action="append", default=[], metavar="T=N", help="only the cases of this size; repeatable"
+    )
+    bench.add_argument("--without", action="append", default=[], metavar="PEER", help="leave a peer out; repeatable")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline (.png, .svg, .pdf)")
     bench.add_argument("--card", help="measure nothing: floors by a data sheet (a100, h100, h200, b200, mi300x)")
     tune = command(

@@ -13,6 +13,7 @@ Call = Callable[[], Any]
 Timer = Callable[[Call], float]
 
 RUNS_LEAST, RUNS_MOST = 5, 100
+SWEPT_LEAST = 256 << 20  # bytes that are read to sweep a cache, four times its size at least
 
 
 def _runs(estimate: float, budget: float) -> int:
@@ -42,7 +43,7 @@ class DeviceTimer:
     def __init__(self, device: torch.device, budget: float = 0.2) -> None:
         self.device, self.budget = device, budget
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-        self.buffer = torch.ones(max(4 * cache, 256 << 20) // 4, device=device)
+        self.buffer = torch.ones(max(4 * cache, SWEPT_LEAST) // 4, device=device)
         self.sweep_seconds = min(self._between(lambda: None, 1, whole=True) for _ in range(3))
 
     def _between(self, call: Call, sweeps: int, whole: bool = False) -> float:

@@ -55,20 +55,10 @@ def _device(args: argparse.Namespace) -> tuple[torch.device | None, Timer | None
 
 
 def _chosen(names: Sequence[str], at: Sequence[str]) -> list[Case]:
-    """A few cases of each operation, or all with the sizes that `at` names ("T=4096")."""
+    """A few cases of each operation, or all with the sizes that `at` names."""
     if unknown := [name for name in names if name not in OPS]:
         raise ValueError(f"argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
-    wanted: dict[str, int] = {}
-    for part in at:
-        letter, _, size = part.partition("=")
-        if not letter or not size.isdecimal():
-            raise ValueError(f"--at is {part!r}, needs a size letter and a number: T=4096")
-        wanted[letter] = int(size)
-    found = [case for case in cases(names, quick=not wanted) if case.op.name in OPS]
-    found = [case for case in found if all(case.sizes.get(letter) == size for letter, size in wanted.items())]
-    if not found:
-        raise ValueError(f"--at {' '.join(at)}: no case of the benchmark has these sizes")
-    return found
+    return cases(names or tuple(OPS), quick=not at, at=at)
 
 
 def literal(kernel: str, config: LaunchConfig) -> str:

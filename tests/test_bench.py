@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,7 +26,7 @@ from mixtral_triton.kernels.op import Cost
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.roofline import CARDS, bound, data_sheet, floor, measure_card, table_note
 from mixtral_triton.peers import PEERS, Peer, peers_of, visible
-from mixtral_triton.timing import host_timer
+from mixtral_triton.timing import DeviceTimer, StepTimer, host_timer
 
 CPU, H100 = torch.device("cpu"), CARDS["h100"]
 SLOW = ("torch.compile", "FlexAttention", "HF static cache")  # minutes of compiling on a CPU
@@ -101,7 +102,43 @@ def test_cases_cover_both_models_all_token_counts_and_contexts_to_32k() -> None:
     quick = cases(quick=True)
     assert {case.op.name for case in quick} == set(BENCHED)
     assert max(sum(case.op.name == name for case in quick) for name in BENCHED) == QUICK
+    assert [case.sizes["E"] for case in cases(["route"], at=["T=64"])] == [8]
     assert spread(range(10), 4) == [0, 3, 6, 9] and spread([1, 2], 4) == [1, 2]
+
+
+class FakeEvent:
+    """A CUDA event on a device that has done its work as soon as the host has asked for it."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return (other.at - self.at) * 1e3
+
+
+def test_timers_of_a_device_time_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the events: neither the sweeps before a run, nor what warms up. A row of steps: all of it."""
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    sheet = argparse.Namespace(L2_cache_size=1 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: sheet)
+    monkeypatch.setattr("mixtral_triton.timing.SWEPT_LEAST", 1 << 24)
+    timer = DeviceTimer(CPU, budget=0.05)
+    assert timer.buffer.nbytes == 1 << 24 and timer.sweep_seconds > 0
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(len(calls))
+        time.sleep(0.02 if len(calls) == 1 else 0.002)
+
+    assert timer(call) == pytest.approx(0.002, rel=0.5)
+    assert len(calls) >= 5 + 3
+    assert StepTimer(CPU, budget=0.05)(call) == pytest.approx(0.002, rel=0.5)
 
 
 def small(name: str, index: int = 0, dtype: torch.dtype | None = None) -> Case:
@@ -290,12 +327,12 @@ def test_with_a_device_a_wrong_result_is_exit_1(
     bench = Bench(CPU, H100, None, quickly, quickly)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench_command.Bench, "of", classmethod(lambda cls, device: bench))
-    monkeypatch.setattr(bench_command, "cases", lambda names, quick: [small("rms_norm")])
-    monkeypatch.setattr("mixtral_triton.bench.peers_of", lambda name: [peer for peer in PEERS if peer.name == "torch"])
-    args = argparse.Namespace(ops=["rms_norm"], quick=True, plot=None, card=None, json=True)
+    monkeypatch.setattr(bench_command, "cases", lambda names, quick, at: [small("rms_norm")])
+    without = sorted({peer.name for peer in PEERS} - {"torch"})
+    args = argparse.Namespace(ops=["rms_norm"], quick=True, at=[], without=without, plot=None, card=None, json=True)
     assert bench_command.run(args, no_bar) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[1])
-    assert row["time_us"] > 0 and row["peers"]["torch"]["ratio"] > 0
+    assert row["time_us"] > 0 and row["peers"]["torch"]["ratio"] > 0 and set(row["peers"]) == {"torch"}
     monkeypatch.setattr("mixtral_triton.bench.ours", lambda case: lambda x, weight, eps: x)
     assert bench_command.run(args, no_bar) == 1
     assert "wrong" in json.loads(capsys.readouterr().out.splitlines()[1])["said"]
@@ -306,6 +343,9 @@ def test_with_a_device_a_wrong_result_is_exit_1(
     [
         (("nonsense",), "nonsense"),
         (("--card", "voodoo"), "mi300x"),
+        (("--without", "nobody"), "FlexAttention"),
+        (("route", "--at", "many"), "T=4096"),
+        (("route", "--at", "T=3"), "T=3"),
         (("--plot", "roofline.txt"), ".png"),
         (("--plot", "no/such/folder/a.png"), "no/such/folder"),
     ],

@@ -1,0 +1,147 @@
+"""What the parts of a GPU day printed, as one JSON object and one Markdown page."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+FULL_LAYERS = {4096: 32, 6144: 56}  # of Mixtral 8x7B and 8x22B, by hidden size
+COUNTS = re.compile(r"(\d+) (passed|failed|skipped|error|errors|xfailed|deselected)")
+
+
+def _lines(out: Path, name: str, state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The JSON lines that a part printed; a killed one's last line may be cut off."""
+    for index in range(len(state["exit"])):
+        for line in (out / f"{name.replace(' ', '_')}.{index}.out").read_text(errors="replace").splitlines():
+            try:
+                told = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(told, dict):
+                yield told
+
+
+def _tests(out: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Counts of outcomes over all shards, and the names of the tests that failed."""
+    counts: dict[str, int] = {}
+    failed: list[str] = []
+    for index in range(len(state["exit"])):
+        lines = (out / f"tests.{index}.out").read_text(errors="replace").splitlines()
+        failed += [line.split(" ", 1)[1].split(" - ")[0] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+        for number, word in COUNTS.findall(lines[-1] if lines else ""):
+            counts[word] = counts.get(word, 0) + int(number)
+    return {"counts": counts, "failed": failed}
+
+
+def results(state: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Everything that is known so far."""
+    found: dict[str, Any] = {**state, "tests": None, "card": None, "rows": []}
+    for name, part in state["parts"].items():
+        if part["status"] == "not started":
+            continue
+        if name == "tests":
+            found["tests"] = _tests(out, part)
+            continue
+        for line in _lines(out, name, part):
+            if line.get("kind") == "card":
+                found["card"] = line
+            elif line.get("kind") == "row" and line not in found["rows"]:
+                found["rows"].append(line)
+    found["whole_models"] = whole_models(found["rows"])
+    return found
+
+
+def whole_models(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Decode steps of whole models, from two depths of the same step: what a layer adds, for every layer."""
+    found = []
+    steps = [row for row in rows if row["op"] == "decode_step"]
+    for shallow in steps:
+        for deep in steps:
+            same = {**shallow["sizes"], "L": deep["sizes"]["L"]} == deep["sizes"]
+            if not same or deep["sizes"]["L"] <= shallow["sizes"]["L"]:
+                continue
+            layers = FULL_LAYERS.get(deep["sizes"]["H"], deep["sizes"]["L"])
+            ways = {"ours": (shallow["time_us"], deep["time_us"]), "floor": (shallow["floor_us"], deep["floor_us"])}
+            for peer in shallow["peers"].keys() & deep["peers"].keys():
+                ways[peer] = (shallow["peers"][peer]["time_us"], deep["peers"][peer]["time_us"])
+            for way, (few, many) in sorted(ways.items()):
+                if few is None or many is None:
+                    continue
+                layer = (many - few) / (deep["sizes"]["L"] - shallow["sizes"]["L"])
+                step = few + layer * (layers - shallow["sizes"]["L"])
+                sizes = {letter: deep["sizes"][letter] for letter in ("B", "S", "H")}
+                found.append(
+                    {**sizes, "layers": layers, "way": way, "layer_us": layer, "step_us": step}
+                    | {"tokens_per_second": deep["sizes"]["B"] * 1e6 / step}
+                )
+    return found
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return [*lines, *("| " + " | ".join(cells) + " |" for cells in rows), ""]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _op(name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    peers = list(dict.fromkeys(peer for row in rows for peer in row["peers"]))
+    head = ["sizes", "time, us", "floor, us", "of floor", *(f"{peer} / ours" for peer in peers)]
+    body, notes = [], {}
+    for row in rows:
+        sizes = " ".join(f"{letter}{size}" for letter, size in row["sizes"].items())
+        share = "-" if row["of_floor"] is None else f"{100 * row['of_floor']:.0f} %"
+        ratios = [row["peers"].get(peer, {}).get("ratio") for peer in peers]
+        cells = [_number(row["time_us"]), _number(row["floor_us"]), share]
+        body.append([sizes, *cells, *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
+        for way, said in (("ours", row["said"]), *((peer, told["said"]) for peer, told in row["peers"].items())):
+            if said:
+                notes[f"- {way}, {sizes}: {said}"] = None
+    return [f"## {name}", "", *_table(head, body), *notes, *([""] if notes else [])]
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The page: where and when, then tests, a table an operation, whole models."""
+    before, after = found["before"], found["after"]
+    lines = [
+        "# A GPU day",
+        "",
+        "Written by `python benchmarks/gpu_day.py`; a ratio above 1 means that ours is faster.",
+        "",
+    ]
+    card = before["card"] or {}
+    changed = after["card"] or {}
+    about = [(name, value, changed.get(name, "-")) for name, value in card.items()]
+    lines += _table(("card", "before", "after"), about) if about else ["nvidia-smi told nothing.", ""]
+    about = [*before["versions"].items(), ("commit", before["commit"] or "-")]
+    lines += _table(("software", "version"), about)
+    if found["card"]:
+        rates, sheet = found["card"], found["card"]["data_sheet"] or {}
+        shown = [
+            (what, _number(rates[key] / 1e12), _number(sheet[key] / 1e12 if sheet else None))
+            for what, key in (("bandwidth, TB/s", "bandwidth"), ("bf16 matrix products, TFLOP/s", "matmul"))
+        ]
+        lines += _table((rates["name"], "measured", "data sheet"), shown)
+    parts = [
+        (name, part["status"], f"{part['seconds']:.0f}", f"{part['limit_s']:.0f}")
+        for name, part in found["parts"].items()
+    ]
+    lines += _table(("part", "status", "seconds", "limit"), parts)
+    if found["tests"]:
+        counts = ", ".join(f"{number} {word}" for word, number in found["tests"]["counts"].items())
+        lines += ["## Compiled tests", "", counts or "no shard came to its end", ""]
+        lines += [*(f"- {name}" for name in found["tests"]["failed"]), *([""] if found["tests"]["failed"] else [])]
+    for name in dict.fromkeys(row["op"] for row in found["rows"]):
+        lines += _op(name, [row for row in found["rows"] if row["op"] == name])
+    if found["whole_models"]:
+        head = ("batch", "context", "layers", "way", "a layer, us", "a step, us", "tokens/s")
+        keys = ("B", "S", "layers", "way", "layer_us", "step_us", "tokens_per_second")
+        body = [[each[k] if k == "way" else _number(each[k]) for k in keys] for each in found["whole_models"]]
+        lines += ["## Whole models", "", "Scaled: what one more layer adds, as often as the model has layers.", ""]
+        lines += _table(head, body)
+    return "\n".join(lines).rstrip() + "\n"
