@@ -27,6 +27,7 @@ WEIGHTS = {"up": "gate_up", "down": "down"}
 E, K = 8, 2
 SMALL = {"H": 256, "I": 512, "E": E, "K": K}
 SMALL_PREFILL = {**SMALL, "I": 256}
+TINY = {**SMALL, "H": 64, "I": 64}  # row tiles as ever, the others smaller
 MIXTRAL = {"H": 4096, "I": 14336, "E": E, "K": K}
 
 
@@ -93,9 +94,7 @@ def routing(kind: str, T: int) -> Tensor:
     return torch.rand(T, E, generator=torch.Generator().manual_seed(T)).argsort(-1)[:, :K].int()
 
 
-@pytest.mark.parametrize(
-    ("T", "sizes"), [(1, SMALL), (4, SMALL), (64, SMALL), (128, SMALL_PREFILL), (1024, SMALL_PREFILL)]
-)
+@pytest.mark.parametrize(("T", "sizes"), [(1, SMALL), (4, SMALL), (64, SMALL), (1024, SMALL_PREFILL)])
 def test_small_experts_run_mixtral_s_tiles(T: int, sizes: Sizes) -> None:
     small, real = (experts.configs({**these, "T": T}, BF16, "sm_90") for these in (sizes, MIXTRAL))
     for kernel in set(real) - {"experts_combine_kernel"}:
@@ -133,12 +132,21 @@ def flops_issued(traffic: Traffic, sizes: Sizes) -> float:
 # Below 1024 tokens the weights' bytes bound the layer; a tile may be up to half empty.
 @pytest.mark.parametrize(("T", "bound"), [(128, 2.0), (1024, 1.15)])
 def test_prefill_issues_little_more_than_the_useful_flops(T: int, bound: float, within: Any) -> None:
-    sizes = {**SMALL_PREFILL, "T": T}
+    sizes = {**(SMALL_PREFILL if T >= 1024 else TINY), "T": T}
     traffic = counted("expert_swiglu", sizes, ids=routing("balanced", T))
     within(f"expert FLOP, T {T}, balanced", flops_issued(traffic, sizes), bound)
     assert all(
         traffic[f"experts_{kernel}_kernel"].arguments[weight].touched.all() for kernel, weight in WEIGHTS.items()
     )
+
+
+@pytest.mark.parametrize(("T", "kind"), [(96, "random"), (1024, "random"), (1024, "two experts")])
+def test_a_group_wastes_less_than_one_row_tile(T: int, kind: str, within: Any) -> None:
+    sizes = {**TINY, "T": T}
+    rows = experts.configs({**MIXTRAL, "T": T}, BF16, "sm_90")["experts_up_kernel"].constexprs["BLOCK_M"]
+    ids = routing(kind, T)
+    ratio = flops_issued(counted("expert_swiglu", sizes, ids=ids), sizes)
+    within(f"expert FLOP, T {T}, {kind}", ratio, round(1 + len(ids.unique()) * (rows - 1) / (T * K), 2))
 
 
 def test_groups_padded_to_128_rows_are_caught(monkeypatch: pytest.MonkeyPatch, within: Any) -> None:
@@ -150,7 +158,7 @@ def test_groups_padded_to_128_rows_are_caught(monkeypatch: pytest.MonkeyPatch, w
         return choices
 
     monkeypatch.setattr(experts, "configs", padded)
-    sizes = {**SMALL, "T": 128, "H": 64, "I": 64}
+    sizes = {**TINY, "T": 128}
     with pytest.raises(AssertionError, match=r"padded: 4\.000 .* at most 2"):
         within("padded", flops_issued(counted("expert_swiglu", sizes, ids=routing("balanced", 128)), sizes), 2.0)
 
@@ -195,13 +203,32 @@ def test_keys_read_once_a_query_head_are_caught(within: Any) -> None:
         within("a query head", counted("attention", sizes, **each).moved("k", "v") / (2 * 300 * HEADS["D"] * 2), 1.05)
 
 
+ONE_HEAD = {"B": 1, "Hq": 1, "Hkv": 1, "D": 128}
+
+
 def test_work_of_a_sliding_window_is_flat_beyond_it(within: Any) -> None:
     """A query costs the same however far it stands from the start: the window's keys and what tiles round up."""
-    window, D = 512, 128
-    sizes = {"B": 1, "Hq": 1, "Hkv": 1, "D": D, "window": window}
+    window, D = 512, ONE_HEAD["D"]
+    sizes = {**ONE_HEAD, "window": window}
     issued = [counted("attention", {**sizes, "T": n * window, "S": n * window}).flops for n in (1, 2, 3)]
     assert issued[2] - issued[1] == issued[1] - issued[0]
     within("windowed prefill FLOP, a query beyond the window", (issued[2] - issued[1]) / window / (4 * D * window), 1.3)
+
+
+CHUNK = {"T": 512, "C": 512, "window": 512, "past": 2000, "fresh": 1}
+PREFILL = [
+    pytest.param("attention", {"T": 1024, "S": 1024, "window": 0}, 1.15, id="causal"),
+    pytest.param("attention", {"T": 512, "S": 512, "window": 256, "causal": 0}, 1.15, id="symmetric window"),
+    pytest.param("cached_attention", CHUNK, 1.3, id="a chunk behind a full ring"),
+]
+
+
+@pytest.mark.parametrize(("name", "sizes", "bound"), PREFILL)
+def test_attention_issues_little_more_than_the_useful_flops(
+    name: str, sizes: Any, bound: float, within: Any, request: pytest.FixtureRequest
+) -> None:
+    issued, useful = counted(name, {**ONE_HEAD, **sizes}).flops, OPS[name].cost({**ONE_HEAD, **sizes}, BF16).flops
+    within(f"{name} FLOP, {request.node.callspec.id}", issued / useful, bound)
 
 
 # What all programs read, out of the L2 cache, and what is a few bytes a program.
