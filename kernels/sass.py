@@ -89,29 +89,30 @@ def _blocks(code: list[tuple[int, str]]) -> tuple[list[list[str]], list[set[int]
 
 def _natural_loops(before: list[set[int]]) -> list[set[int]]:
     """The blocks of each loop: from a block that jumps back to one it cannot be reached without, up to that one."""
-    every = (1 << len(before)) - 1
-    dominators = [1] + [every] * (len(before) - 1)  # bit b: every way to the block leads through block b
+    unreached = (1 << len(before) + 1) - 1  # one bit more than there are blocks: stays where no way leads
+    dominators = [1] + [unreached] * (len(before) - 1)  # bit b: every way to the block leads through block b
     changed = True
     while changed:
         changed = False
         for index in range(1, len(before)):
-            met = every
-            for earlier in before[index]:
-                met &= dominators[earlier]
+            met = unreached
+            for other in before[index]:
+                met &= dominators[other]
             if dominators[index] != (met | 1 << index):
                 dominators[index], changed = met | 1 << index, True
-    loops: dict[int, set[int]] = {}
+    loops = []
     for head, earlier in enumerate(before):
-        body = loops.setdefault(head, {head})
-        ahead = [index for index in earlier if dominators[index] >> head & 1 and dominators[index] != every]
+        ahead = [index for index in earlier if dominators[index] != unreached and dominators[index] >> head & 1]
         if not ahead:
-            del loops[head]
+            continue
+        body = {head}
         while ahead:
             index = ahead.pop()
             if index not in body:
                 body.add(index)
                 ahead.extend(before[index])
-    return list(loops.values())
+        loops.append(body)
+    return loops
 
 
 def main_loops(cubin: bytes) -> list[Loop]:

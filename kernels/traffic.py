@@ -94,8 +94,9 @@ class Traffic:
 def _interpret(counted: Kernel, kernel: Any, args: dict[str, Any]) -> None:
     """`launch.interpret`, counted. Tensors get memory of their own, since views may lie across each other."""
     own, tensors = dict(args), door.tensors(args)
+    short_names = {name: name.removesuffix("_ptr").removesuffix("_desc") for name in tensors}
     for name, tensor in tensors.items():
-        short = name.removesuffix("_ptr").removesuffix("_desc")
+        short = short_names[name]
         if short not in counted.arguments:
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             buffer = tensor.as_strided((last + 1 if tensor.numel() else 0,), (1,)).clone()
@@ -105,7 +106,7 @@ def _interpret(counted: Kernel, kernel: Any, args: dict[str, Any]) -> None:
     with interpreting() as builder, _counting(builder, counted):
         kernel[counted.grid](**own)
     for name, tensor in tensors.items():
-        argument = counted.arguments[name.removesuffix("_ptr").removesuffix("_desc")]
+        argument = counted.arguments[short_names[name]]
         if argument.stored:
             tensor.copy_(argument.buffer.as_strided(tensor.shape, tensor.stride()))
 
