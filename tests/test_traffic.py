@@ -18,6 +18,7 @@ from mixtral_triton.kernels import experts
 from mixtral_triton.kernels.launch import INTERPRETED, launch
 from mixtral_triton.kernels.op import LaunchConfig, Sizes
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.tma import describe
 from mixtral_triton.kernels.traffic import Traffic, count_traffic
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter: needs TRITON_INTERPRET=1")
@@ -61,6 +62,20 @@ def test_views_that_lie_across_each_other_are_told_apart() -> None:
     traffic = spread(x[0], y, 4)
     assert traffic.moved("x") == 2 * 2 * 4 and traffic.moved("y") == 2 * 4 * 4
     assert y[0].tolist() == [0, 0, 1, 1, 8, 9, 10, 11, 0, 0, 1, 1]
+
+
+@triton.jit
+def described_kernel(x_desc, y_ptr):
+    offs_m, offs_n = tl.arange(0, 4), tl.arange(0, 16)
+    tl.store(y_ptr + offs_m[:, None] * 16 + offs_n[None, :], x_desc.load([4, 16]))
+
+
+def test_a_descriptor_s_tile_counts_as_far_as_it_lies_inside() -> None:
+    x, y = torch.arange(6 * 32).view(6, 32).half(), torch.ones(4, 16).half()
+    with count_traffic() as traffic:
+        launch(described_kernel, (1,), {"x_desc": describe(x, (4, 16), "sm_90"), "y_ptr": y}, LaunchConfig({}, 1))
+    assert traffic.moved("x") == 2 * 16 * 2 and traffic.moved("y") == 4 * 16 * 2
+    assert torch.equal(y[:2], x[4:, 16:]) and not y[2:].any()
 
 
 def test_a_load_outside_is_refused() -> None:
