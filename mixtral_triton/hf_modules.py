@@ -22,15 +22,21 @@ from .hf_mask import interval_bounds
 NAME = "mixtral_triton"  # in transformers' registries of attention, masks and experts
 
 
+def _ops() -> Any:
+    """The operations, without their checks where nothing watches and every dtype is the weights' own."""
+    watched = not ops.untraced() or torch.is_grad_enabled() or torch.is_autocast_enabled()
+    return ops if watched else ops.DIRECT
+
+
 class RMSNorm(theirs.MixtralRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return _ops().rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 class Router(theirs.MixtralTopKRouter):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
-        weights, ids = ops.route(logits, self.top_k)
+        weights, ids = _ops().route(logits, self.top_k)
         return logits, weights, ids.long()  # int64, as whoever hooks the gate expects
 
 
@@ -60,16 +66,18 @@ class Attention(theirs.MixtralAttention):
     ) -> tuple[Tensor, Tensor | None]:
         cache = past_key_values if cache is None else cache
         tokens = hidden_states.shape[:-1]
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (project(hidden_states).view(*tokens, -1, self.head_dim) for project in projections)
-        q, k = ops.rope(q, k, *position_embeddings)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        shape = (*tokens, -1, self.head_dim)
+        q, k = self.q_proj(hidden_states).view(shape), self.k_proj(hidden_states).view(shape)
+        q, k = _ops().rope(q, k, *position_embeddings)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, theirs.eager_attention_forward)
-        window = getattr(self.config, "sliding_window", None)
-        kwargs |= {"scaling": self.scaling, "dropout": 0.0, "sliding_window": window}
-        out, weights = attend(self, q, k, v, attention_mask, **kwargs)
+        config = self.config
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, theirs.eager_attention_forward)
+        window = getattr(config, "sliding_window", None)
+        settings = {"scaling": self.scaling, "dropout": 0.0, "sliding_window": window}
+        out, weights = attend(self, q, k, v, attention_mask, **settings, **kwargs)
         return self.o_proj(out.reshape(*tokens, -1)), weights
 
 
@@ -89,8 +97,8 @@ def attention(
     """
     if attention_mask is None or (attention_mask.dtype == torch.int32 and attention_mask.shape[-1] == 2):
         starts, lengths = interval_bounds(attention_mask)
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        return ops.attention(q, k, v, sliding_window, True, scaling, starts, lengths), None
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return _ops().attention(q, k, v, sliding_window, True, scaling, starts, lengths), None
     mask = _dense(attention_mask, query, key)
     return sdpa_attention_forward(module, query, key, value, mask, dropout=0.0, scaling=scaling)
 
@@ -111,7 +119,7 @@ def _dense(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
 def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What `ExpertsInterface` calls: hidden_states [T,H], top_k_index and top_k_weights [T,K] -> [T,H]."""
     args = (module.gate_up_proj, module.down_proj, top_k_index, top_k_weights.float())
-    return ops.expert_swiglu(hidden_states, *args)
+    return _ops().expert_swiglu(hidden_states, *args)
 
 
 def before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtral_triton import apply, hf, ops, revert
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.launch import INTERPRETED, record_launches
 
 transformers = pytest.importorskip("transformers")
 from transformers.models.mixtral import modeling_mixtral as theirs  # noqa: E402
@@ -212,6 +212,24 @@ def test_exports(strict: bool, make_hf: Any) -> None:
         got = program.module()(input_ids=IDS, use_cache=False).logits
         assert torch.allclose(got, want, atol=1e-4)
         assert any("mixtral_triton" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_kernels_a_layer_are_at_most_half_of_eagers(tokens: int, make_hf: Any) -> None:
+    """Ours as a GPU would launch them, on meta tensors; eager's as torch's operations that compute."""
+    counts = {}
+    for device in ("meta", "cpu"):
+        total = []
+        for layers in (1, 2):
+            model = make_hf(num_hidden_layers=layers, sliding_window=None)
+            model = apply(model).to("meta") if device == "meta" else model
+            kept = model(IDS.to(device), use_cache=True)[1]
+            ids = torch.ones((2, tokens), dtype=torch.long, device=device)
+            with torch.no_grad(), record_launches() as launches:
+                model(ids, None, None, kept)
+            total.append(len(launches))
+        counts[device] = total[1] - total[0]
+    assert 0 < counts["meta"] <= counts["cpu"] / 2
 
 
 def broken(change: Callable[[Any], Any]) -> Callable[[Any], Any]:

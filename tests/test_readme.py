@@ -22,6 +22,20 @@ def test_the_ten_lines_run(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert "RIGHT" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(INTERPRETED, reason="runs a whole model: once, without the interpreter")
+def test_the_drop_in_prints_the_same_text_twice(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(ROOT)
+    code = next(code for code in re.findall(r"```python\n(.*?)```", TEXT, re.S) if "apply(" in code)
+    exec(compile(code, "README.md", "exec"), {})
+    before, after = capsys.readouterr().out.split("<s>")[1:]
+    after, report = after[: len(before)], after[len(before) :]
+    assert before == after and before.startswith("The return statement")
+    assert "beside transformers' own modules" in report and "RIGHT" in report
+
+
 def test_the_first_two_shell_blocks_are_the_two_commands() -> None:
     first, second = re.findall(r"```bash\n(.*?)```", TEXT, re.S)[:2]
     assert "mixtral-triton verify\n" in first
