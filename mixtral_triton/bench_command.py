@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ from rich.console import Console
 
 from .bench import Bench, Row, known
 from .bench_cases import Case, cases
-from .bench_report import WIDTH, card_line, op_table, plot, resources_table
+from .bench_report import WIDTH, card_line, op_table, plot, resources_table, traffic_table
 from .kernels.launch import INTERPRETED
 from .kernels.offline import as_json, compile_ops
 from .kernels.registry import OPS
@@ -51,7 +55,7 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
         print(json.dumps({"kind": "card", **_card(card, sheet)}), flush=True)
     rows = list(_shown(source, chosen, args.json, out, bar))
     if card.source != "measured":
-        _resources(args, card, out, bar)
+        _unmeasured(args, card, out, bar)
     if args.plot is not None:
         plot(rows, card, args.plot)
         out.print(f"roofline: {args.plot}")
@@ -97,22 +101,47 @@ def _shown(
         yield from rows
 
 
-def _resources(args: argparse.Namespace, card: Card, out: Console, bar: Callable[..., Any]) -> None:
-    """Registers, spills and shared memory of the kernels that the chosen operations launch in bf16."""
-    names = [name for name in args.ops if name in OPS]
-    if args.ops and not names:
+@contextmanager
+def _interpreting(names: Sequence[str], arch: str) -> Iterator[subprocess.Popen[str]]:
+    """A process beside this one that counts the traffic of the operations `names`, while we compile."""
+    package = str(Path(__file__).parents[1])
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", f"{__package__}.bench_traffic", arch, *names]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, text=True, stdout=pipe, stderr=pipe) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _unmeasured(args: argparse.Namespace, card: Card, out: Console, bar: Callable[..., Any]) -> None:
+    """What is known of the kernels that the chosen operations launch in bf16: resources once compiled, and traffic."""
+    names = [name for name in args.ops or OPS if name in OPS]
+    if not names:
         return
-    if INTERPRETED:
-        out.print("No compiled resources: this process interprets its kernels (TRITON_INTERPRET is set).")
-        return
-    with bar(f"compiling for {card.arch}", 1) as progress:
-        compiled = compile_ops(names, card.arch, progress=progress.of, dtypes=[torch.bfloat16])
-        kernels = [as_json(kernel) for kernel in compiled]
+    with _interpreting(names, card.arch) as counting:
+        kernels = [] if INTERPRETED else _compiled(names, card.arch, bar)
+        if INTERPRETED:
+            out.print("No compiled resources: this process interprets its kernels (TRITON_INTERPRET is set).")
+        told, complaint = counting.communicate()
+    traffic = [json.loads(line) for line in told.splitlines()]
     if args.json:
-        for kernel in kernels:
-            print(json.dumps({"kind": "kernel", **kernel}), flush=True)
+        for line in (*kernels, *traffic):
+            print(json.dumps(line), flush=True)
     else:
-        out.print(resources_table(card.arch, _worst(kernels)))
+        if kernels:
+            out.print(resources_table(card.arch, _worst(kernels)))
+        out.print(traffic_table(card.arch, traffic))
+    if counting.returncode:
+        raise ValueError(f"the traffic could not be counted: {(complaint.strip().splitlines() or ['no reason'])[-1]}")
+
+
+def _compiled(names: Sequence[str], arch: str, bar: Callable[..., Any]) -> list[dict[str, Any]]:
+    with bar(f"compiling for {arch}", 1) as progress:
+        kernels = compile_ops(names, arch, progress=progress.of, dtypes=[torch.bfloat16])
+        return [{"kind": "kernel", **as_json(kernel)} for kernel in kernels]
 
 
 def _worst(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -97,6 +97,21 @@ def resources_table(arch: str, kernels: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def traffic_table(arch: str, counted: Sequence[dict[str, Any]]) -> Table:
+    """Lines of `bench_traffic`."""
+    title = f"Counted in the interpreter, at reduced sizes with the tiles of {arch}; 1 is what is compulsory"
+    table = plain_table(title, ("operation", "sizes"), ("bytes touched", "bytes moved", "FLOP issued"))
+    table.caption = (
+        "moved: all loads and stores, as if there were no cache; "
+        "FLOP issued: a tensor core's tile has 16 rows, however few the tokens"
+    )
+    for line in counted:
+        sizes = " ".join(f"{letter}{size}" for letter, size in line["sizes"].items())
+        ratios = (line[key] for key in ("touched", "moved", "issued"))
+        table.add_row(line["op"], sizes, *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios))
+    return table
+
+
 def plot(rows: Sequence[Row], card: Card, file: Path) -> None:
     """The roofline: arithmetic intensity against FLOP/s reached, and where no time was measured, within reach."""
     try:
