@@ -297,12 +297,10 @@ def test_tables_tell_what_could_not_be_measured() -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts interpreted kernels: needs TRITON_INTERPRET=1")
 def test_traffic_at_reduced_sizes() -> None:
-    lines = list(counted(["rms_norm", "append", "cached_attention"]))
+    lines = list(counted(["rms_norm", "append"]))
     norm, append = (next(line for line in lines if line["op"] == name) for name in ("rms_norm", "append"))
     assert norm["touched"] == norm["moved"] == 1.0 and norm["issued"] is None and norm["sizes"] == {"T": 1, "H": 512}
     assert append["touched"] == pytest.approx(1.0, abs=0.01)
-    decode = [line for line in lines if line["op"] == "cached_attention" and line["sizes"]["T"] == 1]
-    assert decode and all(1.0 <= line["touched"] <= line["moved"] <= 1.05 and line["issued"] > 1 for line in decode)
     shapes = [(line["op"], *line["sizes"].items()) for line in lines]
     assert len(set(shapes)) == len(shapes)
 
