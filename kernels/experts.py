@@ -5,12 +5,15 @@ T tokens, K experts a token, N = T * K slots (slot t*K + k), E experts, H hidden
 prefill  sort_by_expert -> up (gate and up GEMM, SwiGLU epilogue) -> down -> combine
 decode   up -> down, its reduction split -> combine; each program finds the tokens of its expert itself
 
+experts_add_rms_norm is the same, its combine the residual add and the norm that come next, too.
+
 The kernels stand in experts_kernels.py, their tiles in experts_config.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ import triton
 from torch import Tensor
 
 from . import reference
-from .checks import FLOATS, INTS, Binder, Range, boolean
+from .checks import FLOATS, INTS, Binder, Range, boolean, number
 from .dispatch import sample_ids, sort_by_expert
 from .experts_config import DECODE_TOKENS, configs
 from .experts_kernels import (
@@ -33,10 +36,15 @@ from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
 from .tma import describe
 
 
-def check(
-    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor, deterministic: bool = False
-) -> Sizes:
-    binder = Binder("expert_swiglu")
+def _bind(
+    binder: Binder,
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    deterministic: bool,
+) -> None:
     binder.tensor("x", x, "T H", FLOATS)
     binder.tensor("down_proj", down_proj, "E H I", (x.dtype,))
     binder.positive("H", "I", "E")
@@ -44,7 +52,14 @@ def check(
     binder.tensor("ids", ids, "T K", INTS)
     binder.tensor("weights", weights, "T K", (torch.float32,))
     binder.positive("K")
-    boolean("expert_swiglu", "deterministic", deterministic)
+    boolean(binder.op, "deterministic", deterministic)
+
+
+def check(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor, deterministic: bool = False
+) -> Sizes:
+    binder = Binder("expert_swiglu")
+    _bind(binder, x, gate_up_proj, down_proj, ids, weights, deterministic)
     return binder.sizes
 
 
@@ -54,6 +69,25 @@ def ranges(
     yield "ids", ids, 0, len(down_proj) - 1
 
 
+def check_norm(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    deterministic: bool = False,
+) -> Sizes:
+    binder = Binder("experts_add_rms_norm")
+    _bind(binder, x, gate_up_proj, down_proj, ids, weights, deterministic)
+    binder.tensor("residual", residual, "T H", (x.dtype,))
+    binder.tensor("norm_weight", norm_weight, "H", (x.dtype,))
+    number(binder.op, "eps", eps, above=0.0)
+    return binder.sizes
+
+
 def expert_swiglu(
     x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor, deterministic: bool = False
 ) -> Tensor:
@@ -61,21 +95,46 @@ def expert_swiglu(
 
     An id out of range (which the check sees on a CPU only) contributes nothing.
     """
+    return _experts(x, gate_up_proj, down_proj, ids, weights, deterministic)[0]
+
+
+def experts_add_rms_norm(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Triton way of `reference.experts_add_rms_norm`: the combine also adds the residual, and norms the sum."""
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    norm = {"residual_ptr": dense_rows(residual), "norm_ptr": norm_weight.contiguous(), "total_ptr": total, "eps": eps}
+    return _experts(x, gate_up_proj, down_proj, ids, weights, deterministic, **norm)
+
+
+def _experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, deterministic: bool, **norm: Any
+) -> tuple[Tensor, Any]:
+    """-> the output, or its norm where `norm` holds the arguments of one; the sum that was normed, or None."""
     T, H = x.shape
-    E, _, I = down_proj.shape
+    E, _, I = down.shape
     sizes = {"T": T, "H": H, "I": I, "E": E, "K": ids.shape[1], "deterministic": int(deterministic)}
-    choices = configs(sizes, x.dtype, target_arch(x.device))
-    x, gate_up_proj, down_proj = dense_rows(x), dense_rows(gate_up_proj), dense_rows(down_proj)
-    ids = ids.contiguous()
+    choices = configs(sizes | {"norm": int(bool(norm))}, x.dtype, target_arch(x.device))
+    x, gate_up, down, ids = dense_rows(x), dense_rows(gate_up), dense_rows(down), ids.contiguous()
     decode = T <= DECODE_TOKENS and not deterministic
-    y = (_decode if decode else _prefill)(x, gate_up_proj, down_proj, ids, sizes, choices)
+    y = (_decode if decode else _prefill)(x, gate_up, down, ids, sizes, choices)
     out = torch.empty((T, H), dtype=x.dtype, device=x.device)
+    norm = norm or {"residual_ptr": None, "norm_ptr": None, "total_ptr": None, "eps": 0.0}
+    residual, total = norm["residual_ptr"], norm["total_ptr"]
+    args = {"y_ptr": y, "ids_ptr": ids, "weights_ptr": weights.contiguous(), "out_ptr": out, **norm}
+    args |= {"N": ids.numel(), "E": E, "H": H, "stride_rt": 0 if residual is None else residual.stride(0)}
     combine = choices["experts_combine_kernel"]
-    args = {"y_ptr": y, "ids_ptr": ids, "weights_ptr": weights.contiguous(), "out_ptr": out}
-    args |= {"N": ids.numel(), "E": E, "H": H}
     grid = (T, triton.cdiv(H, combine.constexprs["BLOCK_H"]))
     launch(experts_combine_kernel, grid, args, combine, TOP_K=sizes["K"], SPLIT_K=y.shape[0])
-    return out
+    return out, total
 
 
 def tile(config: LaunchConfig) -> tuple[int, int, int]:
@@ -140,6 +199,10 @@ def empty(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def empty_norm(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return empty(x), empty(x)
+
+
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
     T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
     x = sample(T, H, dtype=dtype, device=device, generator=generator)
@@ -160,6 +223,18 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     chosen = sizes.get("chosen", E * (1 - (1 - K / E) ** T))
     elements = chosen * 3 * H * I + 2 * T * H + 2 * T * K * (H + I)
     return Cost(flops=6 * T * K * H * I, bytes=int(elements * dtype.itemsize) + 8 * T * K)
+
+
+def inputs_norm(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+    residual = sample(sizes["T"], sizes["H"], dtype=dtype, device=device, generator=generator)
+    norm = {"norm_weight": sample(sizes["H"], dtype=dtype, device=device, generator=generator), "eps": 1e-5}
+    return {**inputs(sizes, dtype, device, generator), "residual": residual, **norm}
+
+
+def cost_norm(sizes: Sizes, dtype: torch.dtype) -> Cost:
+    """The experts', the residual in, the sum out, the norm's weight."""
+    experts, T, H = cost(sizes, dtype), sizes["T"], sizes["H"]
+    return Cost(flops=experts.flops + 5 * T * H, bytes=experts.bytes + (2 * T + 1) * H * dtype.itemsize)
 
 
 OP = Op(
@@ -188,4 +263,18 @@ OP = Op(
         for H, I in ((4096, 14336), (6144, 16384))
         for T in (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096, 8192)
     ),
+)
+
+NORM_OP = replace(
+    OP,
+    name="experts_add_rms_norm",
+    check=check_norm,
+    run=experts_add_rms_norm,
+    reference=reference.experts_add_rms_norm,
+    empty=empty_norm,
+    inputs=inputs_norm,
+    configs=lambda sizes, dtype, arch: configs({**sizes, "norm": 1}, dtype, arch),
+    cost=cost_norm,
+    test_shapes=OP.test_shapes[:3] + OP.test_shapes[4:5],
+    bench_shapes=tuple(sizes for sizes in OP.bench_shapes if sizes["T"] in (1, 64, 4096)),
 )

@@ -73,7 +73,9 @@ def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    combine = LaunchConfig({"BLOCK_H": power_of_2(sizes["H"], high=1024)}, num_warps=4)
+    # The norm that may follow needs a whole row.
+    norm = sizes.get("norm")
+    combine = LaunchConfig({"BLOCK_H": power_of_2(sizes["H"], high=1 << 30 if norm else 1024)}, 8 if norm else 4)
     kernels = {"experts_combine_kernel": combine}
     if sizes["T"] > DECODE_TOKENS or sizes.get("deterministic"):
         return kernels | _prefill(sizes, dtype, arch)

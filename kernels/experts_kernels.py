@@ -11,6 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .norm import normed_rows
+from .tiles import depth_tile, program_tile
+
 
 @triton.jit
 def _swiglu(gate, up):
@@ -28,23 +31,6 @@ def _row_tile(pid_m, offsets_ptr, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexp
     earlier = tl.sum(tl.where(offs_e == expert - 1, tiles, 0), axis=0)
     begin = tl.sum(tl.where(offs_e == expert, begins, 0), axis=0) + (pid_m - earlier) * BLOCK_M
     return expert, begin, tl.sum(tl.where(offs_e == expert, ends, 0), axis=0)
-
-
-@triton.jit
-def _program_tile(row_tiles, columns, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Program id -> (row tile, column tile), GROUP_M row tiles sweep the columns together: weights stay in L2."""
-    pid = tl.program_id(0)
-    column_tiles = tl.cdiv(columns, BLOCK_N)
-    group = pid // (GROUP_M * column_tiles)
-    height = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
-    within = pid % (GROUP_M * column_tiles)
-    return group * GROUP_M + within % height, within // height
-
-
-@triton.jit
-def _tile(ptrs, inside, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A tile of a reduction over DEPTH, masked only where the tiles do not divide it."""
-    return tl.load(ptrs) if DEPTH % BLOCK_K == 0 else tl.load(ptrs, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -76,7 +62,7 @@ def experts_up_kernel(
     BLOCK_E: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    pid_m, pid_n = _program_tile(row_tiles, I, BLOCK_N, GROUP_M)
+    pid_m, pid_n = program_tile(row_tiles, I, BLOCK_N, GROUP_M)
     expert, row, end = _row_tile(pid_m, offsets_ptr, E, BLOCK_M, BLOCK_E)
     if expert < E:
         rows = row + tl.arange(0, BLOCK_M)
@@ -88,9 +74,9 @@ def experts_up_kernel(
         w_ptrs += _pair_rows(pid_n, I, BLOCK_N)[None, :] * stride_wn
         acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
         for k in range(0, H, BLOCK_K):
-            x = _tile(x_ptrs + k, offs_k[None, :] < H - k, H, BLOCK_K)
+            x = depth_tile(x_ptrs + k, offs_k[None, :] < H - k, H, BLOCK_K)
             if gate_up_desc is None:
-                w = _tile(w_ptrs + k, offs_k[:, None] < H - k, H, BLOCK_K)
+                w = depth_tile(w_ptrs + k, offs_k[:, None] < H - k, H, BLOCK_K)
             else:
                 w = gate_up_desc.load([expert, 0, pid_n * BLOCK_N, k]).reshape(2 * BLOCK_N, BLOCK_K).T
             acc = tl.dot(x, w, acc, input_precision="ieee")
@@ -122,7 +108,7 @@ def experts_down_kernel(
     BLOCK_E: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    pid_m, pid_n = _program_tile(row_tiles, H, BLOCK_N, GROUP_M)
+    pid_m, pid_n = program_tile(row_tiles, H, BLOCK_N, GROUP_M)
     expert, row, end = _row_tile(pid_m, offsets_ptr, E, BLOCK_M, BLOCK_E)
     if expert < E:
         rows = row + tl.arange(0, BLOCK_M)
@@ -133,9 +119,9 @@ def experts_down_kernel(
         w_ptrs += tl.minimum(offs_n, H - 1).to(tl.int64)[None, :] * stride_wn + offs_k[:, None]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, I, BLOCK_K):
-            h = _tile(h_ptrs + k, offs_k[None, :] < I - k, I, BLOCK_K) if h_desc is None else h_desc.load([row, k])
+            h = depth_tile(h_ptrs + k, offs_k[None, :] < I - k, I, BLOCK_K) if h_desc is None else h_desc.load([row, k])
             if down_desc is None:
-                w = _tile(w_ptrs + k, offs_k[:, None] < I - k, I, BLOCK_K)
+                w = depth_tile(w_ptrs + k, offs_k[:, None] < I - k, I, BLOCK_K)
             else:
                 w = down_desc.load([expert, pid_n * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K).T
             acc = tl.dot(h, w, acc, input_precision="ieee")
@@ -262,10 +248,15 @@ def experts_combine_kernel(
     y_ptr,  # [SPLIT_K, N, H]
     ids_ptr,  # [N]
     weights_ptr,  # [T, K] fp32
-    out_ptr,  # [T, H] out
+    out_ptr,  # [T, H] out; with a residual: the norm of the sum
+    residual_ptr,  # [T, H], or None
+    norm_ptr,  # [H] weight of the norm that follows, or None
+    total_ptr,  # [T, H] out: the experts' output + residual, or None
     N,
     E,
     H,
+    stride_rt,
+    eps,
     TOP_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -283,4 +274,12 @@ def experts_combine_kernel(
         for split in tl.static_range(SPLIT_K):
             y += tl.load(y_ptr + (split * N + slot) * H + offs_h, mask=mask, other=0.0).to(tl.float32)
         acc += tl.load(weights_ptr + slot) * y
-    tl.store(out_ptr + t * H + offs_h, acc.to(out_ptr.dtype.element_ty), mask=offs_h < H)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    out = acc.to(dtype)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + t * stride_rt + offs_h, mask=offs_h < H, other=0.0)
+        # Rounded where the separate kernels round, so that fused or not the bits are the same.
+        total = (out.to(tl.float32) + residual.to(tl.float32)).to(dtype)
+        tl.store(total_ptr + t * H + offs_h, total, mask=offs_h < H)
+        out = tl.reshape(normed_rows(total.to(tl.float32)[None, :], norm_ptr, H, eps, dtype, BLOCK_H), (BLOCK_H,))
+    tl.store(out_ptr + t * H + offs_h, out, mask=offs_h < H)

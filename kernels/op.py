@@ -60,6 +60,7 @@ class Op:
     cost         cost(sizes, dtype) -> Cost
     test_shapes  sizes that the interpreted tests run; bench_shapes: Mixtral 8x7B, compiled offline and timed
     mutates      arguments that the operation writes into
+    follows      follows(arguments, results) -> what the results after the first one have to be exactly, given the first
     """
 
     name: str
@@ -75,6 +76,7 @@ class Op:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     mutates: tuple[str, ...] = ()
     ranges: Callable[..., Iterable[tuple[str, torch.Tensor, int, int]]] | None = None
+    follows: Callable[[Any, Any], Any] | None = None
 
 
 def sample(

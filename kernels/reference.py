@@ -32,6 +32,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     return y if residual is None else (y, total)
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., H], weight [N, H] -> [..., N]."""
+    return F.linear(x, weight)
+
+
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Mixtral's gate, Softmax(TopK(logits)) (Jiang et al. 2024, section 2.1): weights fp32 [T,K], ids int32 [T,K].
 
@@ -44,6 +49,12 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     # An infinite maximum has no softmax: those that share it share the weight.
     shares = torch.where(largest.isinf(), (values == largest).to(values.dtype), torch.exp(values - largest))
     return shares / shares.sum(-1, keepdim=True), ids.int()
+
+
+def gate_route(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T,H], gate [E,H] -> logits [T,E] in x's dtype, and `route` of them: weights fp32 [T,K], ids int32 [T,K]."""
+    logits = linear(x, gate)
+    return logits, *route(logits, top_k)
 
 
 def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -71,6 +82,21 @@ def expert_swiglu(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tenso
             parts.append(F.linear(F.silu(gate) * up, down_proj[expert]))
     scaled = torch.cat(parts) * weights.flatten().index_select(0, order)[:, None]
     return torch.zeros_like(_wide(x)).index_add_(0, token, scaled.to(_wide(x).dtype)).to(x.dtype)
+
+
+def experts_add_rms_norm(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`expert_swiglu`, added to `residual` [T,H], and the next layer's norm of the sum -> y, sum."""
+    experts = expert_swiglu(x, gate_up_proj, down_proj, ids, weights)
+    return rms_norm(experts, norm_weight, eps, residual)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import attention, dispatch, experts, norm, ring, rope, router
+from . import attention, dispatch, experts, linear, norm, ring, rope, router
 from .op import Op
 
 OPS: dict[str, Op] = {
@@ -10,9 +10,12 @@ OPS: dict[str, Op] = {
     for op in (
         norm.OP,
         norm.ADD_OP,
+        linear.OP,
         router.OP,
+        router.GATE_OP,
         dispatch.OP,
         experts.OP,
+        experts.NORM_OP,
         rope.OP,
         ring.OP,
         rope.ROPE_APPEND_OP,

@@ -1,6 +1,6 @@
-"""route: softmax over the experts, top-k, renormalize, in one pass over the logits.
+"""route: softmax over the experts, top-k, renormalize, in one pass; gate_route: the logits before it, in the same pass.
 
-T tokens, E experts, K experts a token
+T tokens, H hidden, E experts, K experts a token
 """
 
 from __future__ import annotations
@@ -13,9 +13,51 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .checks import FLOATS, Binder, integer
+from .checks import FLOATS, Binder, boolean, integer
 from .launch import launch, target_arch
-from .op import Cost, LaunchConfig, Op, Sizes, power_of_2, sample
+from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
+from .tiles import depth_tile
+
+
+@triton.jit
+def _choose(
+    logits,  # [BLOCK_T, BLOCK_E] fp32
+    E,
+    TOP_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The TOP_K largest of each row -> weights, ids [BLOCK_T, BLOCK_K]."""
+    offs_e = tl.arange(0, BLOCK_E)
+    offs_k = tl.arange(0, BLOCK_K)
+    logits = tl.where(logits == logits, logits, float("-inf"))
+    # Taken experts, and the padding, are told apart by a flag: their logits may equal a free one's -inf.
+    taken = tl.broadcast_to((offs_e >= E)[None, :], (BLOCK_T, BLOCK_E))
+    largest = tl.zeros((BLOCK_T,), tl.float32)
+    shares = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    ids = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
+    for k in tl.static_range(TOP_K):
+        value = tl.max(tl.where(taken, float("-inf"), logits), axis=1)
+        first = tl.min(tl.where((logits == value[:, None]) & (taken == 0), offs_e[None, :], BLOCK_E), axis=1)
+        taken = taken | (offs_e[None, :] == first[:, None])
+        if k == 0:
+            largest = value
+        undefined = (largest == float("inf")) | (largest == float("-inf"))
+        # An infinite maximum has no softmax: those that share it share the weight.
+        share = tl.where(undefined, (value == largest).to(tl.float32), tl.exp(value - largest))
+        shares = tl.where(offs_k[None, :] == k, share[:, None], shares)
+        ids = tl.where(offs_k[None, :] == k, first[:, None], ids)
+    return shares / tl.sum(shares, axis=1)[:, None], ids
+
+
+@triton.jit
+def _store_choice(weights_ptr, ids_ptr, weights, ids, offs_t, T, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    offs_k = tl.arange(0, BLOCK_K)
+    out = offs_t[:, None] * TOP_K + offs_k[None, :]
+    mask = (offs_t < T)[:, None] & (offs_k < TOP_K)[None, :]
+    tl.store(weights_ptr + out, weights, mask=mask)
+    tl.store(ids_ptr + out, ids, mask=mask)
 
 
 @triton.jit
@@ -34,34 +76,45 @@ def route_kernel(
 ):
     offs_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     offs_e = tl.arange(0, BLOCK_E)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_t = offs_t < T
-    logits = tl.load(
-        logits_ptr + offs_t[:, None] * stride_lt + offs_e[None, :] * stride_le,
-        mask=mask_t[:, None] & (offs_e < E)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    logits = tl.where(logits == logits, logits, float("-inf"))
-    # Taken experts, and the padding, are told apart by a flag: their logits may equal a free one's -inf.
-    taken = tl.broadcast_to((offs_e >= E)[None, :], (BLOCK_T, BLOCK_E))
-    largest = tl.zeros((BLOCK_T,), tl.float32)
-    shares = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
-    ids = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
-    for k in tl.static_range(TOP_K):
-        value = tl.max(tl.where(taken, float("-inf"), logits), axis=1)
-        first = tl.min(tl.where((logits == value[:, None]) & (taken == 0), offs_e[None, :], BLOCK_E), axis=1)
-        taken = taken | (offs_e[None, :] == first[:, None])
-        if k == 0:
-            largest = value
-        undefined = (largest == float("inf")) | (largest == float("-inf"))
-        # An infinite maximum has no softmax: those that share it share the weight.
-        share = tl.where(undefined, (value == largest).to(tl.float32), tl.exp(value - largest))
-        shares = tl.where(offs_k[None, :] == k, share[:, None], shares)
-        ids = tl.where(offs_k[None, :] == k, first[:, None], ids)
-    out = offs_t[:, None] * TOP_K + offs_k[None, :]
-    mask = mask_t[:, None] & (offs_k < TOP_K)[None, :]
-    tl.store(weights_ptr + out, shares / tl.sum(shares, axis=1)[:, None], mask=mask)
-    tl.store(ids_ptr + out, ids, mask=mask)
+    ptrs = logits_ptr + offs_t[:, None] * stride_lt + offs_e[None, :] * stride_le
+    logits = tl.load(ptrs, mask=(offs_t < T)[:, None] & (offs_e < E)[None, :], other=0.0).to(tl.float32)
+    weights, ids = _choose(logits, E, TOP_K, BLOCK_T, BLOCK_E, BLOCK_K)
+    _store_choice(weights_ptr, ids_ptr, weights, ids, offs_t, T, TOP_K, BLOCK_K)
+
+
+@triton.jit
+def gate_route_kernel(
+    x_ptr,  # [T, H]
+    gate_ptr,  # [E, H]
+    logits_ptr,  # [T, E] out
+    weights_ptr,  # [T, K] out, fp32
+    ids_ptr,  # [T, K] out, int32
+    T,
+    E,
+    stride_xt,
+    stride_ge,
+    H: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    offs_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    offs_e, offs_h = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_H)
+    x_ptrs = x_ptr + tl.minimum(offs_t, T - 1)[:, None] * stride_xt + offs_h[None, :]
+    gate_ptrs = gate_ptr + tl.minimum(offs_e, E - 1)[None, :] * stride_ge + offs_h[:, None]
+    acc = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    for h in range(0, H, BLOCK_H):
+        x = depth_tile(x_ptrs + h, offs_h[None, :] < H - h, H, BLOCK_H)
+        gate = depth_tile(gate_ptrs + h, offs_h[:, None] < H - h, H, BLOCK_H)
+        acc = tl.dot(x, gate, acc, input_precision="ieee")
+    logits = acc.to(logits_ptr.dtype.element_ty)
+    out = logits_ptr + offs_t[:, None] * E + offs_e[None, :]
+    tl.store(out, logits, mask=(offs_t < T)[:, None] & (offs_e < E)[None, :])
+    # The route is that of the rounded logits, which a caller may see.
+    weights, ids = _choose(logits.to(tl.float32), E, TOP_K, BLOCK_T, BLOCK_E, BLOCK_K)
+    _store_choice(weights_ptr, ids_ptr, weights, ids, offs_t, T, TOP_K, BLOCK_K)
 
 
 def check(logits: Tensor, top_k: int) -> Sizes:
@@ -72,8 +125,9 @@ def check(logits: Tensor, top_k: int) -> Sizes:
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    """The tile does not depend on T, so that a token's bits do not either."""
     block_e, block_k = power_of_2(sizes["E"]), power_of_2(sizes["K"])
-    block_t = power_of_2(min(sizes["T"], 1024 // block_e), high=128)
+    block_t = power_of_2(1024 // block_e, high=128)
     tiles = {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_K": block_k}
     return {"route_kernel": LaunchConfig(tiles, num_warps=4 if block_t * block_e >= 512 else 1)}
 
@@ -112,6 +166,64 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     return Cost(flops=(K + 4) * T * E, bytes=T * (E * dtype.itemsize + K * 8))
 
 
+def check_gate(x: Tensor, gate: Tensor, top_k: int, deterministic: bool = False) -> Sizes:
+    binder = Binder("gate_route")
+    boolean("gate_route", "deterministic", deterministic)
+    binder.tensor("x", x, "T H", FLOATS)
+    binder.tensor("gate", gate, "E H", (x.dtype,))
+    binder.positive("H", "E")
+    return {**binder.sizes, "K": integer("gate_route", "top_k", top_k, 1, binder.sizes["E"])}
+
+
+def configs_gate(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    """The least tile that a tensor core takes: a token's bits do not depend on T, and many tokens fill the card."""
+    single, block_e = dtype == torch.float32, power_of_2(sizes["E"], low=16)
+    depth = power_of_2((64 if single else 256) * 16 // block_e, low=16)
+    tiles = {"BLOCK_T": 16, "BLOCK_E": block_e, "BLOCK_K": power_of_2(sizes["K"])}
+    tiles["BLOCK_H"] = power_of_2(sizes["H"], low=16, high=depth)
+    stages = 2 if single or arch.startswith("gfx") else 4
+    return {"gate_route_kernel": LaunchConfig(tiles, num_warps=4, num_stages=stages)}
+
+
+def gate_route(x: Tensor, gate: Tensor, top_k: int, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Triton way of `reference.gate_route`: the gate's matrix product and `route` in one launch.
+
+    Deterministic in any case: the tile is the same for every T.
+    """
+    logits, weights, ids = empty_gate(x, gate, top_k)
+    (T, H), E = x.shape, len(gate)
+    config = configs_gate({"T": T, "H": H, "E": E, "K": top_k}, x.dtype, target_arch(x.device))["gate_route_kernel"]
+    x, gate = dense_rows(x), dense_rows(gate)
+    args = {"x_ptr": x, "gate_ptr": gate, "logits_ptr": logits, "weights_ptr": weights, "ids_ptr": ids, "T": T, "E": E}
+    args |= {"stride_xt": x.stride(0), "stride_ge": gate.stride(0)}
+    grid = (triton.cdiv(T, config.constexprs["BLOCK_T"]),)
+    launch(gate_route_kernel, grid, args, config, H=H, TOP_K=top_k)
+    return logits, weights, ids
+
+
+def empty_gate(x: Tensor, gate: Tensor, top_k: int, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    logits = torch.empty((len(x), len(gate)), dtype=x.dtype, device=x.device)
+    return logits, *empty(logits, top_k)
+
+
+def inputs_gate(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+    T, H, E = sizes["T"], sizes["H"], sizes["E"]
+    x = sample(T, H, dtype=dtype, device=device, generator=generator)
+    gate = sample(E, H, dtype=dtype, device=device, generator=generator, scale=2.0 * H**-0.5)
+    return {"x": x, "gate": gate, "top_k": sizes["K"]}
+
+
+def cost_gate(sizes: Sizes, dtype: torch.dtype) -> Cost:
+    T, H, E = sizes["T"], sizes["H"], sizes["E"]
+    rest = cost(sizes, dtype)
+    return Cost(flops=2 * T * H * E + rest.flops, bytes=(T * H + E * H) * dtype.itemsize + rest.bytes)
+
+
+def follows(args: Any, results: Any) -> Any:
+    """The route is exactly that of the logits beside it, whichever way they were rounded."""
+    return reference.route(results[0], args["top_k"])
+
+
 OP = Op(
     name="route",
     check=check,
@@ -126,4 +238,21 @@ OP = Op(
         for T, E, K in ((1, 8, 2), (67, 8, 2), (5, 4, 1), (9, 6, 6), (130, 16, 3), (3, 1, 1), (4, 160, 6))
     ),
     bench_shapes=tuple({"T": T, "E": 8, "K": 2} for T in (1, 64, 4096)),
+)
+
+GATE_OP = Op(
+    name="gate_route",
+    check=check_gate,
+    run=gate_route,
+    reference=reference.gate_route,
+    empty=empty_gate,
+    inputs=inputs_gate,
+    configs=configs_gate,
+    cost=cost_gate,
+    test_shapes=tuple(
+        {"T": T, "H": H, "E": E, "K": K}
+        for T, H, E, K in ((1, 128, 8, 2), (19, 80, 8, 2), (33, 300, 16, 3), (2, 64, 160, 6), (3, 64, 1, 1))
+    ),
+    bench_shapes=tuple({"T": T, "H": H, "E": 8, "K": 2} for H in (4096, 6144) for T in (1, 64, 4096)),
+    follows=follows,
 )

@@ -58,14 +58,20 @@ class Layer(nn.Module):
         """h [B,T,H] -> [B,T,H]."""
         B, T, _ = h.shape
         Hq, Hkv, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        q, k, v = F.linear(h, self.qkv_proj).view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
-        return F.linear(state.attend(q, k, v, cos, sin).reshape(B, T, Hq * D), self.o_proj)
+        qkv = state.run.linear(h, self.qkv_proj, state.deterministic)
+        q, k, v = qkv.view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
+        heads = state.attend(q, k, v, cos, sin).reshape(B, T, Hq * D)
+        return state.run.linear(heads, self.o_proj, state.deterministic)
 
-    def experts(self, h: Tensor, run: Any) -> Tensor:
-        """h [B,T,H] -> [B,T,H]."""
-        rows = h.reshape(-1, h.shape[-1])
-        scores, ids = run.route(F.linear(rows, self.gate), self.config.num_experts_per_tok)
-        return run.expert_swiglu(rows, self.gate_up_proj, self.down_proj, ids, scores).view_as(h)
+    def experts(self, h: Tensor, x: Tensor, next_norm: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """h [B,T,H], the residual stream x -> the next layer's h, and x with the experts' output."""
+        rows, run, eps = h.reshape(-1, h.shape[-1]), state.run, self.config.rms_norm_eps
+        _, scores, ids = run.gate_route(rows, self.gate, self.config.num_experts_per_tok, state.deterministic)
+        proj = self.gate_up_proj, self.down_proj
+        y, total = run.experts_add_rms_norm(
+            rows, *proj, ids, scores, x.view_as(rows), next_norm, eps, state.deterministic
+        )
+        return y.view_as(h), total.view_as(h)
 
 
 class State:
@@ -76,6 +82,7 @@ class State:
 
     def __init__(self, model: Mixtral, B: int, T: int, cache: KVCache | None, new: Tensor | None, run: Any) -> None:
         self.window, self.cache, self.layer, self.run = model.config.sliding_window, cache, 0, run
+        self.deterministic = model.deterministic
         t = torch.arange(T, device=model.device)
         if cache is None:
             self.positions = t.expand(B, T)
@@ -88,17 +95,21 @@ class State:
         """q [B,T,Hq,D], k and v [B,T,Hkv,D], not yet rotated -> [B,T,Hq,D]."""
         if self.cache is None:
             q, k = self.run.rope(q, k, cos, sin, self.positions)
-            return self.run.attention(q, k, v, window=self.window)
+            return self.run.attention(q, k, v, self.window, True, None, None, None, self.deterministic)
         keys, values, past = self.cache.keys[self.layer], self.cache.values[self.layer], self.cache.lengths
         self.layer += 1
         if q.shape[1] == 1:
             # The one new key takes the slot of the one that just left the window.
             q = self.run.rope_append(q, k, v, cos, sin, keys, values, past, self.new)
-            return self.run.cached_attention(q, None, None, keys, values, past, self.new, self.window)
+            return self._attend_cached(q, None, None, keys, values)
         q, k = self.run.rope(q, k, cos, sin, self.positions)
-        out = self.run.cached_attention(q, k, v, keys, values, past, self.new, self.window)
+        out = self._attend_cached(q, k, v, keys, values)
         self.run.append(k, v, keys, values, past, self.new)  # only now: the chunk's first queries needed the old keys
         return out
+
+    def _attend_cached(self, q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor) -> Tensor:
+        past = self.cache.lengths  # type: ignore[union-attr]
+        return self.run.cached_attention(q, k, v, keys, values, past, self.new, self.window, self.deterministic)
 
 
 class Mixtral(nn.Module):
@@ -106,6 +117,8 @@ class Mixtral(nn.Module):
 
     `Mixtral(config)` allocates the parameters and leaves them unset; `Mixtral.from_pretrained` fills them. Their names
     and shapes are `weights.parameter_shapes(config)`. Gradients and training mode are refused with a ValueError.
+    `deterministic`: a sequence's bits do not depend on the rest of the batch. The price: one tile for any number of
+    tokens in every matrix product, and the experts of one token sorted like those of a thousand.
     """
 
     embed_tokens: Tensor  # [V, H]
@@ -116,10 +129,14 @@ class Mixtral(nn.Module):
     layers: Sequence[Layer]
 
     def __init__(
-        self, config: MixtralConfig, device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16
+        self,
+        config: MixtralConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        deterministic: bool = False,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.deterministic = config, deterministic
         shapes = weights.parameter_shapes(config)
         layers: list[dict[str, tuple[int, ...]]] = [{} for _ in range(config.num_hidden_layers)]
         for name, shape in shapes.items():
@@ -149,14 +166,15 @@ class Mixtral(nn.Module):
     ) -> Mixtral:
         """Load a Hugging Face checkpoint folder (config.json and safetensors; see weights.py for what is refused).
 
-        device None: the GPU if there is one, else the CPU; "meta": headers only. dtype None: as stored.
-        `progress` is called with the number of bytes just read.
+        device None: the GPU if there is one, else the CPU; "meta": headers only. dtype None: as stored. For
+        `deterministic` see the class. `progress` is called with the number of bytes just read.
         """
-        choices = (("weights", weights, None), ("mesh", mesh, None), ("deterministic", deterministic, False))
-        for name, value, only in choices:
-            if value != only:
-                raise ValueError(f"Mixtral.from_pretrained: {name}={value!r} is not supported yet, only {only} is")
-        return load(cls, folder, device, dtype, progress)
+        for name, value in (("weights", weights), ("mesh", mesh)):
+            if value is not None:
+                raise ValueError(f"Mixtral.from_pretrained: {name}={value!r} is not supported yet, only None is")
+        if not isinstance(deterministic, bool):
+            raise ValueError(f"Mixtral.from_pretrained: deterministic is {deterministic!r}, needs True or False")
+        return load(cls, folder, device, dtype, deterministic, progress)
 
     @property
     def device(self) -> torch.device:
@@ -187,17 +205,16 @@ class Mixtral(nn.Module):
         # Each norm also adds what came before it to the residual stream x: one launch for both.
         following = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
         for layer, next_norm in zip(self.layers, following, strict=True):
-            h, x = run.rms_norm(
-                layer.attention(h, self.cos, self.sin, state), layer.post_attention_layernorm, eps, residual=x
-            )
-            h, x = run.rms_norm(layer.experts(h, run), next_norm, eps, residual=x)
+            a = layer.attention(h, self.cos, self.sin, state)
+            h, x = run.rms_norm(a, layer.post_attention_layernorm, eps, residual=x)
+            h, x = layer.experts(h, x, next_norm, state)
         if cache is not None:
             cache.advance(state.new, T)
         return h
 
     def head(self, h: Tensor) -> Tensor:
         """[..., H] -> logits fp32 [..., V]."""
-        return F.linear(h, self.lm_head).float()
+        return ops.linear(h, self.lm_head, self.deterministic).float()
 
     generate = generate
 
@@ -247,6 +264,7 @@ def load(
     folder: str | os.PathLike[str],
     device: torch.device | str | None,
     dtype: torch.dtype | None,
+    deterministic: bool,
     progress: Callable[[int], None] | None,
 ) -> Mixtral:
     config = MixtralConfig.from_pretrained(folder)
@@ -254,7 +272,7 @@ def load(
     weights.check(headers, config)  # before the parameters are allocated: a broken config could ask for any size
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"Mixtral.from_pretrained: dtype is {dtype}, needs torch.float32, bfloat16 or float16")
-    model = cls(config, usable_device(device), dtype or weights.stored_dtype(headers))
+    model = cls(config, usable_device(device), dtype or weights.stored_dtype(headers), deterministic)
     weights.load(folder, config, dict(model.named_parameters()), progress)
     return model
 

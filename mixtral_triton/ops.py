@@ -63,15 +63,32 @@ def _run(op: Op, *args: Any, **kwargs: Any) -> Any:
         place, parts = _ALONE[op.name]
         args, deterministic = args[:place], args[place:] == (True,)
         if deterministic:
-            return torch.cat([op.reference(*part) for part in parts(*args)])
+            return _joined([op.reference(*part) for part in parts(*args)], args[0].shape[:-1])
     return op.reference(*args, **kwargs)
 
 
-def _tokens(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor) -> Iterator[Any]:
-    """The arguments of `expert_swiglu` for one token at a time (and for none: there may be none)."""
+def _joined(parts: list[Any], shape: torch.Size) -> Any:
+    """The results of parts of a batch as those of the whole, which has `shape` but for the last dimension."""
+    if isinstance(parts[0], tuple):
+        return tuple(_joined(list(same), shape) for same in zip(*parts, strict=True))
+    return torch.cat(parts).view(*shape, parts[0].shape[-1])
+
+
+def _rows(x: Tensor, *args: Any) -> Iterator[Any]:
+    """The arguments of `linear`, or of `gate_route`, for one row at a time (and for none: there may be none)."""
+    rows = x.reshape(-1, x.shape[-1])
+    for r in range(-1, len(rows)):
+        yield rows[max(r, 0) : r + 1], *args
+
+
+def _tokens(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor, *norm: Any
+) -> Iterator[Any]:
+    """The arguments of `expert_swiglu`, or of `experts_add_rms_norm`, for one token at a time (and for none)."""
     for t in range(-1, len(x)):
         one = slice(max(t, 0), t + 1)
-        yield x[one], gate_up_proj, down_proj, ids[one], weights[one]
+        rest = (norm[0][one], *norm[1:]) if norm else ()
+        yield x[one], gate_up_proj, down_proj, ids[one], weights[one], *rest
 
 
 def _sequences(
@@ -95,7 +112,10 @@ def _cached_sequences(*args: Any) -> Iterator[Any]:
 # On the plain way, bits that do not depend on the batch: torch's matmuls see one token, or one sequence, at a time.
 # By operation: the place of its argument `deterministic`, and what cuts its arguments.
 _ALONE: dict[str, tuple[int, Callable[..., Iterator[Any]]]] = {
+    "linear": (2, _rows),
+    "gate_route": (3, _rows),
     "expert_swiglu": (5, _tokens),
+    "experts_add_rms_norm": (8, _tokens),
     "attention": (8, _sequences),
     "cached_attention": (8, _cached_sequences),
 }
@@ -173,6 +193,21 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 @_custom
+def linear(x: Tensor, weight: Tensor, deterministic: bool = False) -> Tensor:
+    """x [..., H], weight [N, H] -> [..., N]. `deterministic`: a row's bits do not depend on the other rows."""
+    return _go(OPS["linear"], x, weight, deterministic)
+
+
+@_custom
+def gate_route(x: Tensor, gate: Tensor, top_k: int, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T,H], gate [E,H] -> logits [T,E], and the route of them: weights fp32 [T,K], ids int32 [T,K].
+
+    See `reference.gate_route`. `deterministic`: a token's bits do not depend on the other tokens.
+    """
+    return _go(OPS["gate_route"], x, gate, top_k, deterministic)
+
+
+@_custom
 def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """ids [T,K] -> order int32 [T*K], offsets int32 [E+1]. See `reference.sort_by_expert`."""
     return _go(OPS["sort_by_expert"], ids, num_experts)
@@ -187,6 +222,23 @@ def expert_swiglu(
     See `reference.expert_swiglu`. `deterministic`: a token's bits do not depend on the other tokens.
     """
     return _go(OPS["expert_swiglu"], x, gate_up_proj, down_proj, ids, weights, deterministic)
+
+
+@_custom
+def experts_add_rms_norm(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`expert_swiglu`, added to residual [T,H], and the norm of the sum -> y, sum. See the reference of this name."""
+    args = (x, gate_up_proj, down_proj, ids, weights, residual, norm_weight, eps)
+    return _go(OPS["experts_add_rms_norm"], *args, deterministic)
 
 
 @_custom

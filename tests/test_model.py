@@ -15,6 +15,7 @@ from torch import Tensor
 from mixtral_triton import KVCache, Mixtral, reference
 from mixtral_triton.kernels.experts_config import DECODE_TOKENS
 from mixtral_triton.kernels.launch import INTERPRETED, record_launches
+from mixtral_triton.kernels.linear import FEW
 
 transformers = pytest.importorskip("transformers")
 
@@ -363,10 +364,11 @@ def test_launches_of_a_step(T: int, cached: bool, arch: str, meta: Mixtral) -> N
     assert logits.is_meta and logits.shape == (2, T, V) and logits.dtype == torch.float32
     middle = ["append"] if cached and T > 1 else []
     sort = ["sort"] if 2 * T > DECODE_TOKENS else []
-    layer = ["aten::mm", "rope", "attention", *middle, "aten::mm", "rms", "aten::mm", "route", *sort, "experts", "rms"]
-    assert list(stems(launches)) == ["rms", *layer * LAYERS, "aten::mm"]
+    mm = "linear" if 2 * T <= FEW else "aten::mm"
+    layer = [mm, "rope", "attention", *middle, mm, "rms", "gate", *sort, "experts"]
+    assert list(stems(launches)) == ["rms", *layer * LAYERS, mm]
     triton = [launch for launch in launches if launch.grid is not None]
-    assert triton[0].kernel == "rms_norm_kernel" and triton[1].kernel == "rope_kernel"
+    assert triton[0].kernel == "rms_norm_kernel" and triton[-1].kernel != "rms_norm_kernel"
     for launch in launches:
         assert (launch.grid is None) == launch.kernel.startswith("aten::")
     for launch in triton:

@@ -19,9 +19,12 @@ META = torch.device("meta")
 SIZES: dict[str, dict[str, int]] = {
     "rms_norm": {"T": 3, "H": 8},
     "add_rms_norm": {"T": 3, "H": 8},
+    "linear": {"T": 3, "H": 8, "N": 5},
     "route": {"T": 5, "E": 6, "K": 2},
+    "gate_route": {"T": 5, "H": 8, "E": 6, "K": 2},
     "sort_by_expert": {"T": 7, "E": 4, "K": 2},
     "expert_swiglu": {"T": 5, "H": 8, "I": 12, "E": 4, "K": 2},
+    "experts_add_rms_norm": {"T": 5, "H": 8, "I": 12, "E": 4, "K": 2},
     "rope": {"B": 2, "T": 3, "Hq": 4, "Hkv": 2, "D": 8, "P": 9},
     "append": {"B": 2, "T": 3, "Hkv": 2, "D": 8, "C": 5, "past": 4},
     "rope_append": {"B": 2, "T": 1, "Hq": 4, "Hkv": 2, "D": 8, "C": 5, "past": 4},
