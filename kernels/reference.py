@@ -17,7 +17,7 @@ from torch import Tensor
 
 def _wide(x: Tensor) -> Tensor:
     """At least fp32: what the papers compute in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
@@ -45,10 +45,9 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     values = _wide(logits) + 0.0  # -0.0 + 0.0 is 0.0: the two zeros tie
     values = values.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     values, ids = (part[:, :top_k] for part in values.sort(dim=-1, descending=True, stable=True))
-    largest = values[:, :1]
-    # An infinite maximum has no softmax: those that share it share the weight.
-    shares = torch.where(largest.isinf(), (values == largest).to(values.dtype), torch.exp(values - largest))
-    return shares / shares.sum(-1, keepdim=True), ids.int()
+    # An infinite maximum has no softmax (inf - inf is NaN): those that share it share the weight.
+    below = (values - values[:, :1]).nan_to_num(nan=0.0, neginf=-math.inf)
+    return below.softmax(-1), ids.int()
 
 
 def gate_route(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +72,7 @@ def expert_swiglu(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tenso
     x [T,H], gate_up_proj [E,2I,H] (gate rows, then up rows), down_proj [E,H,I], ids [T,K], weights fp32 [T,K] -> [T,H].
     """
     order, offsets = sort_by_expert(ids, len(down_proj))
-    token = order.long() // ids.shape[1]
+    token = order // ids.shape[1]
     rows = x.index_select(0, token)
     parts = [rows[:0]]
     for expert, (begin, end) in enumerate(pairwise(offsets.tolist())):
@@ -104,8 +103,10 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> t
 
     q [B,T,Hq,D], k [B,T,Hkv,D], cos and sin fp32 [P,D/2], positions [B,T] -> q, k.
     """
-    c, s = cos[positions.long()], sin[positions.long()]
-    return _rotate(q, c, s), _rotate(k, c, s)
+    positions = positions.long()
+    heads = _rotate(torch.cat((q, k), dim=2), cos[positions], sin[positions])
+    q, k = torch.split_with_sizes_copy(heads, (q.shape[2], k.shape[2]), dim=2)
+    return q, k
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -132,12 +133,16 @@ def attention(
     [starts, lengths). Key j is seen by query i iff i - window < j <= i, without `causal` iff |i - j| <= window // 2.
     """
     S, T = k.shape[1], q.shape[1]
-    starts = torch.zeros(len(q), dtype=torch.long, device=q.device) if starts is None else starts
-    lengths = torch.full_like(starts, S) if lengths is None else lengths
-    i = (lengths[:, None] - T + torch.arange(T, device=q.device))[:, :, None]
-    j = torch.arange(S, device=q.device)
-    valid = (j >= starts[:, None]) & (j < lengths[:, None])
-    return _attend(q, k, v, _visible(i, j, window, causal) & valid[:, None], scale)
+    if T == 1 and causal and starts is None and lengths is None and (window or S) >= S:
+        return _attend(q, k, v, None, scale)  # the newest token sees every key
+    end = S if lengths is None else lengths[:, None, None]
+    i, j = torch.arange(T, device=q.device)[:, None] + (end - T), torch.arange(S, device=q.device)
+    visible = _visible(i, j, window, causal)
+    if lengths is not None:
+        visible = visible & (j < end)
+    if starts is not None:
+        visible = visible & (j >= starts[:, None, None])
+    return _attend(q, k, v, visible.expand(len(q), T, S), scale)
 
 
 def _visible(i: Tensor, j: Tensor, window: int | None, causal: bool) -> Tensor:
@@ -148,11 +153,12 @@ def _visible(i: Tensor, j: Tensor, window: int | None, causal: bool) -> Tensor:
     return (i - j).abs() <= window // 2 if limited else torch.ones_like(i == j)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None) -> Tensor:
-    """Softmax attention under the mask `visible` [B,T,S]. A key that no query sees may be NaN; no key seen: zeros."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float | None) -> Tensor:
+    """Softmax attention under the mask `visible` [B,T,S], None: all of it. A key that no query sees may be NaN; a
+    query that sees none gets zeros."""
     B, T, Hq, D = q.shape
     Hkv = k.shape[2]
-    hidden = None if visible.all() else ~visible
+    hidden = None if visible is None or visible.all() else ~visible
     if hidden is not None:
         v = v.masked_fill(hidden.all(1)[:, :, None, None], 0.0)  # 0 * NaN is NaN
     q = q.transpose(1, 2).reshape(B, Hkv, Hq // Hkv * T, D)
