@@ -95,7 +95,8 @@ def attention(
 
     The mask is one of `hf_mask.interval_mask`, or the user's own 4-D one, which goes to torch's attention.
     """
-    if attention_mask is None or (attention_mask.dtype == torch.int32 and attention_mask.shape[-1] == 2):
+    interval = isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.int32
+    if attention_mask is None or (interval and attention_mask.shape[-1] == 2):
         starts, lengths = interval_bounds(attention_mask)
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return _ops().attention(q, k, v, sliding_window, True, scaling, starts, lengths), None
@@ -103,15 +104,18 @@ def attention(
     return sdpa_attention_forward(module, query, key, value, mask, dropout=0.0, scaling=scaling)
 
 
-def _dense(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def _dense(mask: Any, query: Tensor, key: Tensor) -> Tensor:
+    """The user's own mask, if it is one that torch's attention takes."""
     B, H, T, _ = query.shape
-    S = key.shape[2]
-    good = mask.dim() == 4 and mask.shape[3] == S
-    good = good and all(size in (1, whole) for size, whole in zip(mask.shape[:3], (B, H, T), strict=True))
+    need = (B, H, T, key.shape[2])
+    good = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[3] == need[3]
+    good = good and all(size in (1, whole) for size, whole in zip(mask.shape, need, strict=True))
     if not good or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
+        tensor = isinstance(mask, Tensor)
+        got = f"{mask.dtype} of shape {list(mask.shape)}" if tensor else f"a {type(mask).__name__}"
         raise ValueError(
-            f"mixtral_triton: attention_mask is {mask.dtype} of shape {list(mask.shape)}, needs bool (True: seen) or "
-            f"float (added to the scores) that broadcasts to [{B}, {H}, {T}, {S}], or one value a token [B, tokens]"
+            f"mixtral_triton: attention_mask is {got}, needs bool (True: seen) or float (added to the scores) that "
+            f"broadcasts to {list(need)}, or one value a token [{B}, tokens]"
         )
     return mask if mask.dtype == torch.bool else mask.to(query.dtype)
 

@@ -312,6 +312,7 @@ def test_parts_are_true_or_false(make_hf: Any) -> None:
         (torch.ones(2, 15), r"needs \[2, 14\], one value a token"),
         (torch.ones(2, 1, 14, 9), r"broadcasts to \[2, 4, 14, 14\]"),
         (torch.ones(2, 1, 14, 14, dtype=torch.int64), "attention_mask is torch.int64"),
+        (torch.ones(2, 1, 14, 14, dtype=torch.int32), "attention_mask is torch.int32"),
     ],
 )
 def test_a_mask_of_the_wrong_shape(mask: Tensor, message: str, make_hf: Any) -> None:

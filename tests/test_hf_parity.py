@@ -130,6 +130,45 @@ def assisted(model: Any) -> Results:
     return generated(model, IDS[:1], do_sample=False, assistant_model=draft.eval())
 
 
+def returned(model: Any) -> Results:
+    """All that generate can hand back beside the tokens."""
+    wanted = dict.fromkeys(("output_scores", "output_logits", "output_hidden_states"), True)
+    torch.manual_seed(0)
+    out = model.generate(
+        IDS, attention_mask=LEFT, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, **wanted
+    )
+    last = [step[-1][:, -1] for step in out.hidden_states]
+    return {"tokens": out.sequences, "scores": torch.stack(out.scores), "hidden": torch.stack(last)}
+
+
+def processed(model: Any) -> Results:
+    """Processors and criteria of generate; the second sequence is padded once it has ended."""
+    settings = {
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 2,
+        "min_new_tokens": 2,
+        "bad_words_ids": [[5], [7, 9]],
+    }
+    return generated(model, mask=LEFT, do_sample=False, eos_token_id=list(range(10, 24)), **settings)
+
+
+def resized(model: Any) -> Results:
+    model.resize_token_embeddings(60, mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[48:] = 0.1
+        model.get_output_embeddings().weight[48:] = 0.1
+    return logits(model)
+
+
+def alone(model: Any) -> Results:
+    """A padded row of a batch, and the same text without padding and batch."""
+    text = IDS[1:, T // 2 :]
+    batch = model(IDS, attention_mask=LEFT).logits[1:, T // 2 :]
+    single = model(text).logits
+    assert (batch - single).abs().max() <= LIMIT * single.abs().max()
+    return {"batch": batch, "single": single}
+
+
 def cropped(model: Any) -> Results:
     kept = dynamic(model)
     kwargs = {cache_name(model): kept, "use_cache": True}
@@ -177,6 +216,8 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "forward: tuple instead of an object": ({}, as_tuple),
     "forward: gradients enabled": ({}, gradients_enabled),
     "forward: inputs_embeds, and generate": ({}, embedded),
+    "forward: a padded row equals its text alone": ({}, alone),
+    "forward: resized embeddings": ({}, resized),
     "forward: sequence classification": (
         {"kind": "MixtralForSequenceClassification", "num_labels": 3},
         lambda m: {"logits": m(IDS, attention_mask=LEFT).logits},
@@ -229,6 +270,8 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
         {},
         lambda m: generated(m, mask=LEFT, do_sample=False, cache_implementation="static"),
     ),
+    "generate: scores, logits and hidden states": ({}, returned),
+    "generate: processors, end of sequence": ({}, processed),
     "generate: assisted": (NO_WINDOW, assisted),
     "generate: prompt lookup": (
         NO_WINDOW,
