@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -35,8 +34,8 @@ class RMSNorm(theirs.MixtralRMSNorm):
 
 class Router(theirs.MixtralTopKRouter):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
-        weights, ids = _ops().route(logits, self.top_k)
+        rows = hidden_states.reshape(-1, self.hidden_dim)
+        logits, weights, ids = _ops().gate_route(rows, self.weight, self.top_k)
         return logits, weights, ids.long()  # int64, as whoever hooks the gate expects
 
 

@@ -92,6 +92,7 @@ class HFLayerCheck(LayerCheck):
         self.layer: Any = SimpleNamespace(
             input_layernorm=norms[0].weight,
             post_attention_layernorm=norms[1].weight,
+            o_proj=attn.o_proj.weight,
             gate=moe.gate.weight,
             gate_up_proj=moe.experts.gate_up_proj,
             down_proj=moe.experts.down_proj,
@@ -102,7 +103,9 @@ class HFLayerCheck(LayerCheck):
             "rope": self._eager_rope,
             "attention": self._eager_attention,
             "route": self._eager_route,
+            "gate_route": self._eager_gate,
             "expert_swiglu": self._eager_experts,
+            "experts_add_rms_norm": partial(self._eager_experts_norm, norms[1]),
         }
         h = theirs.MixtralRMSNorm.forward(norms[0], x)
         self.q, self.k, self.v = (
@@ -110,10 +113,10 @@ class HFLayerCheck(LayerCheck):
         )
         self.rq, self.rk = self._eager_rope(self.q, self.k)
         a = self._eager_attention(self.rq, self.rk, self.v, self.model.config.sliding_window)
-        self.a = attn.o_proj(a.reshape(B, T, -1))
+        self.heads = a.reshape(B, T, -1)
+        self.a = attn.o_proj(self.heads)
         self.h = theirs.MixtralRMSNorm.forward(norms[1], x + self.a).view(B * T, H)
-        self.gate_logits, self.weights, ids = theirs.MixtralTopKRouter.forward(moe.gate, self.h)
-        self.ids = ids.int()
+        self.gate_logits, self.weights, self.ids = self._eager_gate(self.h)
         self.output = x + self.a + self._eager_experts(self.h, None, None, self.ids, self.weights).view_as(x)
 
     def _eager_add_norm(
@@ -134,11 +137,19 @@ class HFLayerCheck(LayerCheck):
         heads = (x.transpose(1, 2) for x in (q, k, v))
         return self.theirs.eager_attention_forward(self.attn, *heads, mask, self.attn.scaling)[0]
 
+    def _eager_gate(self, x: Tensor, **same: Any) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, ids = self.theirs.MixtralTopKRouter.forward(self.moe.gate, x)
+        return logits, weights, ids.int()
+
     def _eager_route(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        _, weights, ids = self.theirs.MixtralTopKRouter.forward(self.moe.gate, self.h)
-        return weights, ids.int()
+        return self._eager_gate(self.h)[1:]
 
     def _eager_experts(self, x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, weights: Tensor) -> Tensor:
         """transformers' loop over the experts, which the implementations stand in for."""
         eager = inspect.unwrap(self.theirs.MixtralExperts.forward)
         return eager(self.moe.experts, x, ids.long(), weights)
+
+    def _eager_experts_norm(
+        self, norm: Any, residual: Tensor, norm_weight: Tensor, eps: float, **experts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self._eager_add_norm(norm, self._eager_experts(**experts), residual, norm_weight, eps)

@@ -82,7 +82,7 @@ def test_applying_twice_is_applying_once_and_the_latest_choice_holds(make_hf: An
     before = snapshot(model)
     apply(apply(model), attention=False, rope=False)
     model(IDS)
-    assert calls == {"rms_norm", "route", "expert_swiglu"}
+    assert calls == {"rms_norm", "gate_route", "expert_swiglu"}
     assert len(model.model._forward_pre_hooks) == 1
     apply(model, attention=False, experts=False, rms_norm=False, rope=False)
     assert snapshot(model) == before
@@ -93,7 +93,7 @@ def test_applying_twice_is_applying_once_and_the_latest_choice_holds(make_hf: An
     ("part", "expected"),
     [
         ("attention", {"attention"}),
-        ("experts", {"route", "expert_swiglu"}),
+        ("experts", {"gate_route", "expert_swiglu"}),
         ("rms_norm", {"rms_norm"}),
         ("rope", {"rope"}),
     ],

@@ -48,7 +48,7 @@ def test_an_applied_model_is_verified_as_it_is(make_hf: Any) -> None:
 
 
 @once
-@pytest.mark.parametrize("name", ["rms_norm", "rope", "attention", "route", "expert_swiglu"])
+@pytest.mark.parametrize("name", ["rms_norm", "rope", "attention", "gate_route", "expert_swiglu"])
 def test_a_fault_in_any_operation_is_seen(name: str, make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     go = ops._go
 
