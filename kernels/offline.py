@@ -30,9 +30,8 @@ from .sass import Loop, main_loops
 # Bytes of shared memory a block can have: Triton does not check them when it compiles.
 _LIMITS = dict.fromkeys(("sm_86", "sm_89", "sm_120"), 101376) | dict.fromkeys(("gfx90a", "gfx942"), 65536)
 _LIMITS |= {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx950": 163840}
-# Bytes of spills that a kernel may have outside its main loops: harmless, a few instructions a program.
-_HARMLESS = {"sm_90": 16, "sm_100": 16}
-_HARMLESS |= dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), 64)
+# Bytes of spills that a kernel may have outside its main loops: harmless, a few instructions a program. AMD: none.
+_HARMLESS = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"), 64) | {"sm_90": 16}
 
 Dtypes = Sequence[torch.dtype] | None
 PathLike = str | os.PathLike[str]
