@@ -134,9 +134,12 @@ def test_decode_reads_each_chosen_expert_once_and_no_other(T: int, kind: str, wi
         assert touched.any(1).nonzero()[0].tolist() == chosen and touched[chosen].all()
 
 
-def test_combine_moves_each_byte_once() -> None:
-    combine = counted("expert_swiglu", {**SMALL, "T": 64})["experts_combine_kernel"].arguments
-    assert all(combine[name].loaded + combine[name].stored == combine[name].distinct for name in ("y", "out"))
+@pytest.mark.parametrize(
+    ("name", "tensors"), [("expert_swiglu", "y out"), ("experts_add_rms_norm", "y out residual total")]
+)
+def test_combine_moves_each_byte_once(name: str, tensors: str) -> None:
+    combine = counted(name, {**TINY, "T": 64})["experts_combine_kernel"].arguments
+    assert all(combine[each].loaded + combine[each].stored == combine[each].distinct for each in tensors.split())
 
 
 def flops_issued(traffic: Traffic, sizes: Sizes) -> float:
@@ -246,8 +249,15 @@ def test_attention_issues_little_more_than_the_useful_flops(
     within(f"{name} FLOP, {request.node.callspec.id}", issued / useful, bound)
 
 
+@pytest.mark.parametrize("T", [1, 16])
+def test_a_linear_layer_of_few_rows_reads_its_weight_once(T: int, within: Any) -> None:
+    sizes = {"T": T, "H": 512, "N": 200}
+    ratio = counted("linear", sizes).moved("weight") / (sizes["H"] * sizes["N"] * BF16.itemsize)
+    within(f"linear's weight, T {T}", ratio, 1.05)
+
+
 # What all programs read, out of the L2 cache, and what is a few bytes a program.
-SHARED = {"weight", "past", "new"}
+SHARED = {"weight", "gate", "past", "new"}
 ONCE = [
     ("rms_norm", {"T": 17, "H": 4096}),
     ("rms_norm", {"T": 70, "H": 80}),
@@ -256,6 +266,7 @@ ONCE = [
     ("rope_append", {"B": 1, "T": 1, "Hq": 32, "Hkv": 8, "D": 128, "C": 16, "past": 13}),
     ("append", {"B": 1, "T": 15, "Hkv": 8, "D": 128, "C": 16, "past": 13}),
     ("route", {"T": 130, "E": 8, "K": 2}),
+    ("gate_route", {"T": 33, "H": 4096, "E": 8, "K": 2}),
 ]
 
 
