@@ -103,8 +103,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> t
 
     q [B,T,Hq,D], k [B,T,Hkv,D], cos and sin fp32 [P,D/2], positions [B,T] -> q, k.
     """
-    positions = positions.long()
-    heads = _rotate(torch.cat((q, k), dim=2), cos[positions], sin[positions])
+    heads = _rotate(torch.cat((q, k), dim=2), F.embedding(positions, cos), F.embedding(positions, sin))
     q, k = torch.split_with_sizes_copy(heads, (q.shape[2], k.shape[2]), dim=2)
     return q, k
 
@@ -199,7 +198,7 @@ def rope_append(
 ) -> Tensor:
     """Rotate q and k at positions past[b] + t, append k and v to the caches -> q."""
     positions = (past[:, None] + torch.arange(q.shape[1], device=q.device)).clamp_(max=len(cos) - 1)
-    heads = _rotate(torch.cat((q, k), dim=2), cos[positions], sin[positions])
+    heads = _rotate(torch.cat((q, k), dim=2), F.embedding(positions, cos), F.embedding(positions, sin))
     q, k = heads.split((q.shape[2], k.shape[2]), dim=2)
     append(k, v, k_cache, v_cache, past, new)
     return q.contiguous()
