@@ -74,19 +74,23 @@ def _joined(parts: list[Any], shape: torch.Size) -> Any:
     return torch.cat(parts).view(*shape, parts[0].shape[-1])
 
 
+def _each(n: int) -> list[slice]:
+    """One at a time; where there is none, none."""
+    return [slice(i, i + 1) for i in range(n)] or [slice(0, 0)]
+
+
 def _rows(x: Tensor, *args: Any) -> Iterator[Any]:
-    """The arguments of `linear`, or of `gate_route`, for one row at a time (and for none: there may be none)."""
+    """The arguments of `linear`, or of `gate_route`, for one row at a time."""
     rows = x.reshape(-1, x.shape[-1])
-    for r in range(-1, len(rows)):
-        yield rows[max(r, 0) : r + 1], *args
+    for one in _each(len(rows)):
+        yield rows[one], *args
 
 
 def _tokens(
     x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor, *norm: Any
 ) -> Iterator[Any]:
-    """The arguments of `expert_swiglu`, or of `experts_add_rms_norm`, for one token at a time (and for none)."""
-    for t in range(-1, len(x)):
-        one = slice(max(t, 0), t + 1)
+    """The arguments of `expert_swiglu`, or of `experts_add_rms_norm`, for one token at a time."""
+    for one in _each(len(x)):
         rest = (norm[0][one], *norm[1:]) if norm else ()
         yield x[one], gate_up_proj, down_proj, ids[one], weights[one], *rest
 
@@ -94,18 +98,16 @@ def _tokens(
 def _sequences(
     q: Tensor, k: Tensor, v: Tensor, window: Any, causal: Any, scale: Any, starts: Any, lengths: Any
 ) -> Iterator[Any]:
-    """The arguments of `attention` for one sequence at a time (and for none), its keys cut at its length."""
-    for b in range(-1, len(q)):
-        one = slice(max(b, 0), b + 1)
-        end = None if lengths is None or b < 0 else int(lengths[b])
+    """The arguments of `attention` for one sequence at a time, its keys cut at its length."""
+    for one in _each(len(q)):
+        end = None if lengths is None or len(q) == 0 else int(lengths[one])
         bounds = (x if x is None else x[one] for x in (starts, lengths))
         yield q[one], k[one, :end], v[one, :end], window, causal, scale, *bounds
 
 
 def _cached_sequences(*args: Any) -> Iterator[Any]:
-    """The arguments of `cached_attention` for one sequence at a time (and for none)."""
-    for b in range(-1, len(args[0])):
-        one = slice(max(b, 0), b + 1)
+    """The arguments of `cached_attention` for one sequence at a time."""
+    for one in _each(len(args[0])):
         yield [x[one] if isinstance(x, Tensor) else x for x in args]
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixtral_triton import ops
+from mixtral_triton import KVCache, Mixtral, MixtralConfig, ops
+from mixtral_triton.kernels.launch import INTERPRETED
+
+FLOATS = (torch.float32, torch.bfloat16)
+# One row at a time, plain torch is slow in bfloat16.
+OTHERS = [(others, dtype) for others in (1, 7, 64) for dtype in FLOATS] + [(1000, torch.float32)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("others", [1, 7, 64, 200])
+@pytest.mark.parametrize(("others", "dtype"), OTHERS)
 def test_a_token_alone_and_among_others(others: int, dtype: torch.dtype, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     x, gate_up, down = (
@@ -22,7 +26,7 @@ def test_a_token_alone_and_among_others(others: int, dtype: torch.dtype, device:
     assert torch.equal(among[:1], alone)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("T", "window"), [(1, None), (1, 70), (40, None), (40, 16)])
 def test_a_sequence_alone_and_among_longer_ones(
     T: int, window: int | None, dtype: torch.dtype, device: torch.device
@@ -44,3 +48,61 @@ def test_the_same_call_gives_the_same_bits(deterministic: bool, device: torch.de
     q, k = (torch.randn(2, n, 2, 64, generator=generator).to(device) for n in (1, 600))
     first, again = (ops.attention(q, k, k, deterministic=deterministic) for _ in range(2))
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize(("others", "dtype"), OTHERS)
+def test_a_row_of_the_gate_and_of_a_linear_layer(others: int, dtype: torch.dtype, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, gate, weight = (
+        torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+        for shape in ((1 + others, 100), (8, 100), (40, 100))
+    )
+    alone, among = (
+        (ops.linear(rows, weight, deterministic=True), *ops.gate_route(rows, gate, 2, deterministic=True))
+        for rows in (x[:1], x)
+    )
+    for one, many in zip(alone, among, strict=True):
+        assert torch.equal(many[:1], one)
+
+
+@pytest.fixture(scope="module")
+def model() -> Mixtral:
+    config = MixtralConfig(
+        vocab_size=40, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64, sliding_window=3, rope_theta=1e4,
+    )  # fmt: skip
+    model, generator = Mixtral(config, dtype=torch.float32, deterministic=True), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+    return model
+
+
+def steps(model: Mixtral, ids: torch.Tensor, lengths: torch.Tensor) -> list[torch.Tensor]:
+    """Logits of the first sequence's tokens: a ragged chunk behind an empty cache, then two tokens one by one."""
+    cache = KVCache(model.config, len(ids), device=model.device, dtype=model.dtype)
+    chunk = model(ids, cache=cache, lengths=lengths)[0, : int(lengths[0])]
+    return [chunk, *(model(ids[:, t : t + 1], cache=cache)[0] for t in range(2))]
+
+
+SLOW = pytest.mark.skipif(INTERPRETED, reason="minutes, interpreted; the operations alone run among as many")
+
+
+@pytest.mark.parametrize("others", [1, 7, pytest.param(64, marks=SLOW), pytest.param(1000, marks=SLOW)])
+def test_a_sequence_of_a_model_alone_and_among_others(others: int, model: Mixtral, device: torch.device) -> None:
+    model = model.to(device)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(40, (1 + others, 5), generator=generator).to(device)
+    lengths = torch.randint(1, 6, (1 + others,), generator=generator).to(device)
+    lengths[0], longest = 4, int(lengths[1:].max())
+    among = steps(model, ids[:, : max(longest, 4)], lengths)
+    alone = steps(model, ids[:1, :4], lengths[:1])
+    for one, many in zip(alone, among, strict=True):
+        assert torch.equal(one, many)
+
+
+def test_a_text_is_the_same_in_any_company(model: Mixtral, device: torch.device) -> None:
+    model = model.to(device)
+    prompts = [torch.tensor(ids, device=device) for ids in ([3, 5, 7], [1] * 8, [2, 9])]
+    among = model.generate(prompts, max_new_tokens=4)
+    for prompt, text in zip(prompts, among, strict=True):
+        assert model.generate([prompt], max_new_tokens=4)[0].equal(text)
