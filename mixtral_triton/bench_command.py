@@ -24,6 +24,7 @@ from .kernels.offline import as_json, compile_ops
 from .kernels.registry import OPS
 from .kernels.roofline import CARDS, Card, table_note
 from .peers import PEERS
+from .plotting import check_plot
 
 DEFAULT_CARD = "h100"
 
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
         raise ValueError(f"--without is {min(unknown)!r}, needs one of {', '.join(sorted({p.name for p in PEERS}))}")
     if args.plot is not None:
         check_plot(args.plot)
+        plot([], CARDS[DEFAULT_CARD], args.plot)  # can it be written there?
     out = Console(stderr=args.json, highlight=False)
     if not out.is_terminal:
         out.width = WIDTH
@@ -60,15 +62,6 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
         plot(rows, card, args.plot)
         out.print(f"roofline: {args.plot}")
     return 1 if any(row.ours.said for row in rows) else 0
-
-
-def check_plot(file: Path) -> None:
-    """Before anything is measured: a plot that could not be written would lose it."""
-    if file.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot {str(file)!r} needs a name that ends in .png, .svg or .pdf")
-    if not file.absolute().parent.is_dir():
-        raise ValueError(f"--plot {str(file)!r} needs a folder that is there: {file.absolute().parent} is not")
-    plot([], CARDS[DEFAULT_CARD], file)
 
 
 def _card(card: Card, sheet: Card | None) -> dict[str, Any]:

@@ -114,14 +114,10 @@ def traffic_table(arch: str, counted: Sequence[dict[str, Any]]) -> Table:
 
 def plot(rows: Sequence[Row], card: Card, file: Path) -> None:
     """The roofline: arithmetic intensity against FLOP/s reached, and where no time was measured, within reach."""
-    try:
-        import matplotlib
+    from matplotlib.figure import Figure
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib: pip install 'mixtral-triton[plot]'") from error
-    figure, axes = plt.subplots(figsize=(9, 6))
+    figure = Figure(figsize=(9, 6))
+    axes = figure.subplots()
     drawn = [row for row in rows if row.flops]
     knee = card.matmul / card.bandwidth
     reach = [row.flops / row.bytes for row in drawn] + [knee]
@@ -142,4 +138,3 @@ def plot(rows: Sequence[Row], card: Card, file: Path) -> None:
     axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file)
-    plt.close(figure)

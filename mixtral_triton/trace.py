@@ -23,6 +23,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from .plotting import check_plot
+
 if TYPE_CHECKING:
     from .model import Mixtral
 
@@ -145,18 +147,6 @@ def pieces(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
     special = [tokenizer.id_to_token(token) or str(token) for token in ids[: len(ids) - len(offsets)]]
     reached = [0, *accumulate((end for _, end in offsets), max)]  # a character of several tokens belongs to the first
     return special + [text[max(begin, past) : end] for (begin, end), past in zip(offsets, reached, strict=False)]
-
-
-def check_plot(file: Path) -> None:
-    """Before the model runs: a plot that could not be written would lose it."""
-    if file.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot {str(file)!r} needs a name that ends in .png, .svg or .pdf")
-    if not file.absolute().parent.is_dir():
-        raise ValueError(f"--plot {str(file)!r} needs a folder that is there: {file.absolute().parent} is not")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib: pip install 'mixtral-triton[plot]'") from error
 
 
 def run(args: argparse.Namespace, out: Console, load: Callable[[], tuple[Mixtral, Any, torch.Tensor]]) -> int:

@@ -101,3 +101,9 @@ def test_bad_input(args: tuple[str, ...], named: str, capsys: pytest.CaptureFixt
     assert main(["trace", "--device", "cpu", *args]) == 2
     error = capsys.readouterr().err
     assert named in error and len(error.strip().splitlines()) == 1
+
+
+def test_a_plot_without_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixtral_triton.plotting.find_spec", lambda name: None)
+    assert main(["trace", "--prompt", "x", "--plot", "x.png"]) == 2
+    assert "pip install 'mixtral-triton[plot]'" in capsys.readouterr().err
