@@ -1,20 +1,27 @@
-"""The decode loop: prefill in chunks, then one token a step; greedy, or sampled by temperature and top-p."""
+"""The decode loop: prefill in chunks, then one token a step; greedy, or sampled by temperature and top-p.
+
+On a GPU the step is captured in a CUDA graph and replayed: its buffers stay where they are, positions and routes are
+read on the device, and the host waits for one value a token at most, to see whether every sequence has ended.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .cache import KVCache
+from .ops import untraced
 
 if TYPE_CHECKING:
     from .model import Mixtral
 
 TEMPERATURE_LEAST = 1e-30
 PREFILL_CHUNK = 2048  # tokens: bounds the activations of a long prompt
+GRAPH_LEAST = 4  # tokens still to come that are worth a capture, which costs about as much host time as two steps
 
 
 @torch.no_grad()
@@ -55,7 +62,7 @@ def stream(
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
     """Check everything, then give an iterator over the next tokens [B]; it ends early once every sequence has ended."""
-    _check_sampling(max_new_tokens, temperature, top_p, generator)
+    _check_sampling(max_new_tokens, temperature, top_p, generator, model.device)
     ids, lengths = _pad_prompts(model, prompts)
     longest = int(lengths.max())
     limit = model.config.max_position_embeddings
@@ -81,20 +88,71 @@ def _stream(
         return
     capacity = ids.shape[1] + max_new_tokens
     cache = KVCache(model.config, len(ids), capacity, device=model.device, dtype=model.dtype)
-    ended = torch.zeros(len(ids), dtype=torch.bool, device=model.device)
-    stops = torch.tensor(sorted(eos), dtype=torch.int64, device=model.device)
-    h = prefill(model, cache, ids, lengths)
-    token = torch.zeros(len(ids), dtype=torch.int64, device=model.device)
-    for step in range(max_new_tokens):
-        chosen = sample(model.head(h), temperature, top_p, generator)
-        token = torch.where(ended, token, chosen)  # a sequence that has ended repeats its EOS
-        yield token
-        if eos:
-            ended |= torch.isin(token, stops)
-            if bool(ended.all()):
-                return
-        if step + 1 < max_new_tokens:
-            h = model.hidden(token[:, None], cache)[:, 0]
+    step = Step(model, cache, temperature, top_p, eos, generator)
+    step.choose(prefill(model, cache, ids, lengths))
+    run: Callable[[], None] = step
+    for done in range(1, max_new_tokens + 1):
+        yield step.token.clone()
+        if done == max_new_tokens or (eos and bool(step.ended.all())):
+            return
+        run()
+        # The first step ran as it is: every kernel is compiled now.
+        if done == 1 and max_new_tokens - done > GRAPH_LEAST and can_capture(model):
+            run = replayed(step, generator)
+
+
+class Step:
+    """One token for each of B sequences, on buffers that stay where they are.
+
+    token  int64 [B]: the newest; a sequence that has ended repeats its EOS
+    ended  bool [B]
+    """
+
+    def __init__(
+        self,
+        model: Mixtral,
+        cache: KVCache,
+        temperature: float,
+        top_p: float,
+        eos: frozenset[int],
+        generator: torch.Generator | None,
+    ) -> None:
+        self.model, self.cache = model, cache
+        self.sampling = (temperature, top_p, generator)
+        self.stops = torch.tensor(sorted(eos), dtype=torch.int64, device=model.device)
+        self.token = torch.zeros(cache.batch, dtype=torch.int64, device=model.device)
+        self.ended = torch.zeros(cache.batch, dtype=torch.bool, device=model.device)
+
+    def __call__(self) -> None:
+        self.choose(self.model.hidden(self.token[:, None], self.cache)[:, 0])
+
+    def choose(self, h: Tensor) -> None:
+        """The next tokens after the hidden states h [B,H]."""
+        chosen = sample(self.model.head(h), *self.sampling)
+        self.token.copy_(torch.where(self.ended, self.token, chosen))
+        self.ended |= (self.token[:, None] == self.stops).any(-1)
+
+
+def can_capture(model: Mixtral) -> bool:
+    return model.device.type == "cuda" and untraced()
+
+
+def replayed(step: Step, generator: torch.Generator | None) -> Callable[[], None]:
+    """The replay of `step` captured in a CUDA graph; where that is impossible `step` itself, and a warning says why."""
+    try:
+        return captured(step, generator)
+    except RuntimeError as error:
+        warnings.warn(f"generate: decoding without a CUDA graph, slower: {error}", RuntimeWarning, stacklevel=2)
+        return step
+
+
+def captured(step: Step, generator: torch.Generator | None) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def prefill(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> Tensor:
@@ -123,7 +181,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
         # A token stays while those before it do not reach top_p yet; the first always does.
         sorted_p = sorted_p.masked_fill(sorted_p.cumsum(-1) - sorted_p >= top_p, 0.0)
         p = torch.zeros_like(p).scatter(-1, order, sorted_p)
-    return torch.multinomial(p, 1, generator=generator)[:, 0]
+    # A race of exponential clocks, the token with rate p first: torch.multinomial's draw, without its look at p.
+    clock = torch.empty_like(p).exponential_(generator=generator).clamp_(min=torch.finfo(p.dtype).tiny)
+    return (p / clock).argmax(dim=-1)
 
 
 def _pad_prompts(model: Mixtral, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -145,7 +205,7 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_sampling(max_new_tokens: Any, temperature: Any, top_p: Any, generator: Any) -> None:
+def _check_sampling(max_new_tokens: Any, temperature: Any, top_p: Any, generator: Any, device: torch.device) -> None:
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens is {max_new_tokens!r}, needs an integer of at least 0")
     if not _number(temperature) or not 0.0 <= temperature < float("inf"):
@@ -154,6 +214,8 @@ def _check_sampling(max_new_tokens: Any, temperature: Any, top_p: Any, generator
         raise ValueError(f"generate: top_p is {top_p!r}, needs a number above 0, at most 1")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(f"generate: generator is a {type(generator).__name__}, needs a torch.Generator")
+    if generator is not None and device.type != "meta" and generator.device.type != device.type:
+        raise ValueError(f"generate: generator is on {generator.device}, needs the model's device, {device}")
 
 
 def eos_ids(given: int | Sequence[int] | None, config: Any) -> frozenset[int]:
