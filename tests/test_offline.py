@@ -65,7 +65,7 @@ def prefill(kernel: str, arch: str = "sm_90") -> Launch:
 
 
 # More is better; vLLM's best expert tile has 5,191, Triton's attention tutorial 2,052.
-FLOP_PER_INSTRUCTION = {"experts_down_kernel": 4600, "attention_prefill_kernel": 2000}
+FLOP_PER_INSTRUCTION = {"experts_up_kernel": 4600, "experts_down_kernel": 4600, "attention_prefill_kernel": 2000}
 
 
 def flop_a_turn(launch: Launch) -> int:
