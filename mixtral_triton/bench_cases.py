@@ -58,9 +58,19 @@ def _dtype(op: Op) -> torch.dtype:
 
 
 def _shapes(op: Op, model: Mapping[str, int]) -> Iterator[Sizes]:
-    """The bench shapes with the model's sizes; where tokens are all that varies, over all of TOKENS."""
+    """The bench shapes with the model's sizes; where tokens are all that varies, over all of TOKENS.
+
+    Sizes that an operation lists for both models stay as they are listed.
+    """
+    first = MODELS["8x7B"]
+    both = {
+        letter for sizes in op.bench_shapes for letter in sizes if sizes[letter] != first.get(letter, sizes[letter])
+    }
+    other = {letter: first[letter] for letter in both if model is first}
     for sizes in op.bench_shapes:
-        sized = {letter: model.get(letter, size) for letter, size in sizes.items()}
+        if any(sizes[letter] != size for letter, size in other.items()):
+            continue
+        sized = sizes if both else {letter: model.get(letter, size) for letter, size in sizes.items()}
         sweep = TOKENS if "T" in sized and not {"S", "C"} & set(sized) else (sized.get("T"),)
         yield from (sized if T is None else {**sized, "T": T} for T in sweep)
 

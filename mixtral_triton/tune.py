@@ -27,7 +27,10 @@ from .timing import Timer
 VARIED = ("BLOCK_", "GROUP_", "SPLITS")
 # Tiles that hold a whole dimension: a smaller one would be wrong, a larger one idle.
 WHOLE = {"BLOCK_D", "BLOCK_E", "BLOCK_S", "BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF"}
-WHOLE_IN = {
+WHOLE_IN = {  # a kernel or an operation
+    "experts_add_rms_norm": {"BLOCK_H"},
+    "gate_route_kernel": {"BLOCK_K"},
+    "linear_decode_kernel": {"BLOCK_T"},
     "rms_norm_kernel": {"BLOCK_H"},
     "route_kernel": {"BLOCK_K"},
     "experts_up_decode_kernel": {"BLOCK_T"},
@@ -63,15 +66,15 @@ class Tuned:
     best: LaunchConfig
 
 
-def whole(kernel: str) -> set[str]:
-    return WHOLE | WHOLE_IN.get(kernel, set())
+def whole(op: Op, kernel: str) -> set[str]:
+    return WHOLE | WHOLE_IN.get(kernel, set()) | WHOLE_IN.get(op.name, set())
 
 
-def neighbours(kernel: str, config: LaunchConfig) -> list[LaunchConfig]:
+def neighbours(config: LaunchConfig, whole: set[str]) -> list[LaunchConfig]:
     """One step away from `config`: a tile doubled or halved, twice or half the warps, a stage more or less."""
     found = []
     for name, size in config.constexprs.items():
-        if name.startswith(VARIED) and name not in whole(kernel):
+        if name.startswith(VARIED) and name not in whole:
             sizes = [size // 2, size * 2] if size > 1 else [size * 2]
             found += [replace(config, constexprs={**config.constexprs, name: other}) for other in sizes]
     warps = [n for n in (config.num_warps // 2, config.num_warps * 2) if WARPS[0] <= n <= WARPS[1]]
@@ -87,12 +90,20 @@ def neighbours(kernel: str, config: LaunchConfig) -> list[LaunchConfig]:
 def choosing(op: Op, config: dict[str, LaunchConfig] | None = None) -> Iterator[dict[str, LaunchConfig]]:
     """Within the block, `op` launches the kernels named in `config` as it says, whatever the sizes -> what it chose."""
     made: dict[str, LaunchConfig] = {}
+    module = sys.modules[op.run.__module__]
 
-    def configs(sizes: Any, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-        made.update({**op.configs(sizes, dtype, arch), **(config or {})})
-        return made
+    def instead(own: Any) -> Any:
+        def configs(sizes: Any, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+            chosen = own(sizes, dtype, arch)
+            chosen |= {kernel: one for kernel, one in (config or {}).items() if kernel in chosen}
+            made.update(chosen)
+            return chosen
 
-    with patch.object(sys.modules[op.run.__module__], "configs", configs):
+        return configs
+
+    with patch.multiple(
+        module, **{name: instead(own) for name, own in vars(module).items() if name.startswith("configs")}
+    ):
         yield made
 
 
@@ -150,7 +161,7 @@ def tune(
     best = found[0]
     for _ in range(ROUNDS):
         start, seen = best, [one.config for one in found]
-        for config in neighbours(kernel, start.config):
+        for config in neighbours(start.config, whole(case.op, kernel)):
             if config not in seen:
                 visit(config)
         for one in found:

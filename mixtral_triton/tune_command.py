@@ -14,7 +14,7 @@ from rich.text import Text
 from .bench_cases import Case, cases
 from .bench_report import WIDTH, micro, plain_table
 from .kernels.launch import target_arch
-from .kernels.op import LaunchConfig
+from .kernels.op import LaunchConfig, Op
 from .kernels.registry import OPS
 from .kernels.roofline import table_note
 from .timing import DeviceTimer, Timer
@@ -33,6 +33,8 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
     if timer is None:
         out.print(f"Nothing was timed: {reason}. These are the neighbours of the present choice, compiled for {arch}.")
     kernels = [(case, kernel) for case in chosen for kernel in choices(case, arch)]
+    if not kernels:
+        raise ValueError("nothing to tune: at these sizes a library does the work")
     with bar("tuning", len(kernels)) as progress:
         for done, (case, kernel) in enumerate(kernels, 1):
             tuned = tune(case, kernel, arch, timer, device)
@@ -61,10 +63,12 @@ def _chosen(names: Sequence[str], at: Sequence[str]) -> list[Case]:
     return cases(names or tuple(OPS), quick=not at, at=at)
 
 
-def literal(kernel: str, config: LaunchConfig) -> str:
+def literal(op: Op, kernel: str, config: LaunchConfig) -> str:
     """What goes into an operation's `configs`; behind it the tile, warps and stages as the tables write them."""
     tiles = ", ".join(f'"{name}": {size}' for name, size in config.constexprs.items())
-    row = [size for name, size in config.constexprs.items() if name.startswith(VARIED) and name not in whole(kernel)]
+    row = [
+        size for name, size in config.constexprs.items() if name.startswith(VARIED) and name not in whole(op, kernel)
+    ]
     row += [config.num_warps, config.num_stages]
     settings = f"num_warps={config.num_warps}, num_stages={config.num_stages}"
     return f'"{kernel}": LaunchConfig({{{tiles}}}, {settings}),  # ({", ".join(map(str, row))})'
@@ -93,7 +97,7 @@ def shown(tuned: Tuned) -> Group:
     word = "nothing timed; the present choice is" if not timed else "the fastest is"
     if timed and tuned.best == tuned.tried[0].config:
         word = "nothing is faster than the present choice,"
-    return Group(rows, Text(word), Text("    " + literal(tuned.kernel, tuned.best)), Text())
+    return Group(rows, Text(word), Text("    " + literal(tuned.case.op, tuned.kernel, tuned.best)), Text())
 
 
 def _tried(one: Tried) -> dict[str, Any]:
@@ -116,6 +120,6 @@ def as_dict(tuned: Tuned) -> dict[str, Any]:
         "sizes": dict(tuned.case.sizes),
         "arch": tuned.arch,
         "kernel": tuned.kernel,
-        "literal": literal(tuned.kernel, tuned.best),
+        "literal": literal(tuned.case.op, tuned.kernel, tuned.best),
         "tried": [_tried(one) for one in tuned.tried],
     }

@@ -98,6 +98,9 @@ def test_cases_cover_both_models_all_token_counts_and_contexts_to_32k() -> None:
     for name, letter in (("attention", "S"), ("cached_attention", "C"), ("decode_step", "S")):
         assert max(case.sizes[letter] for case in found if case.op.name == name) == 32768
         assert {case.sizes["Hq"] for case in found if case.op.name == name} == {32, 48}
+    listed = {(sizes["H"], sizes["N"]) for sizes in OPS["linear"].bench_shapes}
+    assert {(case.sizes["H"], case.sizes["N"]) for case in found if case.op.name == "linear"} == listed
+    assert {case.sizes["H"] for case in cases(["linear"], quick=True)} == {4096}
     shapes = [(case.op.name, *sorted(case.sizes.items())) for case in found]
     assert len(set(shapes)) == len(shapes)
     quick = cases(quick=True)
