@@ -127,7 +127,7 @@ def plain_linear(x: Tensor, weight: Tensor, deterministic: bool = False) -> Tens
 
 
 def empty(x: Tensor, weight: Tensor, deterministic: bool = False) -> Tensor:
-    return torch.empty((*x.shape[:-1], len(weight)), dtype=x.dtype, device=x.device)
+    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
 
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:

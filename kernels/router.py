@@ -202,7 +202,8 @@ def gate_route(x: Tensor, gate: Tensor, top_k: int, deterministic: bool = False)
 
 
 def empty_gate(x: Tensor, gate: Tensor, top_k: int, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    logits = torch.empty((len(x), len(gate)), dtype=x.dtype, device=x.device)
+    shape = x.shape[0], gate.shape[0]  # not len(): it would fix a size that a tracer keeps open
+    logits = torch.empty(shape, dtype=x.dtype, device=x.device)
     return logits, *empty(logits, top_k)
 
 

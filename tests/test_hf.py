@@ -203,15 +203,23 @@ def test_compiles_without_a_graph_break(make_hf: Any) -> None:
         assert torch.equal(model.generate(IDS, **settings), want_ids)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_exports(strict: bool, make_hf: Any) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_exports_with_open_sizes(masked: bool, make_hf: Any) -> None:
+    def call(ids: Tensor) -> dict[str, Any]:
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        return {"input_ids": ids, "use_cache": False} | ({"attention_mask": mask} if masked else {})
+
     model = apply(make_hf())
+    sizes = {0: torch.export.Dim("batch", min=2, max=8), 1: torch.export.Dim("tokens", min=4, max=64)}
+    open_sizes = {name: sizes if isinstance(value, Tensor) else None for name, value in call(IDS).items()}
     with torch.no_grad():
-        want = model(IDS, use_cache=False).logits
-        program = torch.export.export(model, (), {"input_ids": IDS, "use_cache": False}, strict=strict)
-        got = program.module()(input_ids=IDS, use_cache=False).logits
-        assert torch.allclose(got, want, atol=1e-4)
-        assert any("mixtral_triton" in str(node.target) for node in program.graph.nodes)
+        program = torch.export.export(model, (), call(IDS), dynamic_shapes=open_sizes)
+        for ids in (IDS, torch.cat((IDS, IDS[:1]))[:, :9]):
+            real = call(ids).get("attention_mask", torch.ones_like(ids)).bool()
+            got, want = program.module()(**call(ids)).logits, model(**call(ids)).logits
+            assert torch.allclose(got[real], want[real], atol=1e-4)
+    assert any("mixtral_triton" in str(node.target) for node in program.graph.nodes)
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
