@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound="PreTrainedModel")
 NEEDS = (5, 7)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_WAS = "_mixtral_triton_was"  # attribute of a changed module: what its attributes were
+_WAS = "_mixtral_triton_was"  # attribute of a changed module: its "class" and "config" of before
 
 
 def apply(
@@ -46,6 +46,7 @@ def apply(
         return model
     for module in model.modules():
         if type(module) in swaps:
+            _was(module)["class"] = type(module)
             _become(module, swaps[type(module)])
         elif isinstance(module, ours.theirs.MixtralModel):
             module.register_forward_pre_hook(ours.before_forward, with_kwargs=True)
@@ -58,11 +59,11 @@ def revert(model: Model) -> Model:
     ours = _import_modules()
     _check_model("revert", model, ours.theirs)
     for module in model.modules():
-        for name, value in module.__dict__.pop(_WAS, {}).items():
-            if name == "__class__":
-                module.__class__ = value
-            else:
-                module.__dict__[name] = value
+        was = module.__dict__.pop(_WAS, {})
+        if "config" in was:
+            module.__dict__["config"] = was["config"]
+        if "class" in was:
+            _become(module, was["class"])
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is ours.before_forward]:
             del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
     return model
@@ -91,7 +92,7 @@ def _import_modules() -> Any:
     if version < NEEDS:
         found = transformers.__version__
         raise ImportError(
-            f"mixtral_triton needs transformers {need} or later, found {found}: pip install -U transformers"
+            f"mixtral_triton.apply needs transformers >= {need}, found {found}: pip install -U transformers"
         )
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.moe import ExpertsInterface
@@ -188,19 +189,16 @@ def _plain(module: nn.Module, name: str) -> bool:
     return isinstance(value, MethodType) and value.__self__ is module and value.__func__ is type(module).forward
 
 
-def _remember(module: nn.Module, *names: str) -> None:
-    was = module.__dict__.setdefault(_WAS, {})
-    for name in names:
-        was.setdefault(name, type(module) if name == "__class__" else module.__dict__[name])
+def _was(module: nn.Module) -> dict[str, Any]:
+    return module.__dict__.setdefault(_WAS, {})
 
 
-def _become(module: nn.Module, subclass: type[nn.Module]) -> None:
-    """Change the module's class, and the bound forward that accelerate's hooks keep."""
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Change the module's class, and with it the bound forward that accelerate's hooks keep, or left behind."""
     bound = [name for name in ("forward", "_old_forward") if _plain(module, name)]
-    _remember(module, "__class__", *bound)
-    module.__class__ = subclass
+    module.__class__ = kind
     for name in bound:
-        module.__dict__[name] = MethodType(subclass.forward, module)
+        module.__dict__[name] = MethodType(kind.forward, module)
 
 
 def _configure(model: Any, attention: str | None, experts: str | None) -> None:
@@ -216,5 +214,5 @@ def _configure(model: Any, attention: str | None, experts: str | None) -> None:
                 copy._attn_implementation = attention
             if experts is not None:
                 copy._experts_implementation = experts
-        _remember(module, "config")
+        _was(module)["config"] = config
         module.__dict__["config"] = copies[id(config)]

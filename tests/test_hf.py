@@ -173,6 +173,24 @@ def test_the_users_hooks_run_and_stay(make_hf: Any) -> None:
     assert len(model.model._forward_pre_hooks) == 1
 
 
+def test_accelerates_hooks_may_come_and_go(make_hf: Any) -> None:
+    """A hook keeps the bound forward that it wraps, and leaves it behind when it is removed."""
+    accelerate = pytest.importorskip("accelerate")
+    model = make_hf()
+    want = model(IDS).logits
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    hooked = snapshot(model)
+    apply(model)
+    assert type(model.model.norm).__module__ == "mixtral_triton.hf_modules"
+    assert torch.allclose(model(IDS).logits, want, atol=1e-4)
+    assert snapshot(revert(model)) == hooked
+    accelerate.hooks.remove_hook_from_submodules(apply(model))
+    revert(model)
+    assert all(type(m).__module__ != "mixtral_triton.hf_modules" for m in model.modules())
+    left = [m.__dict__["forward"] for m in model.modules() if "forward" in m.__dict__]
+    assert left and not any("mixtral_triton" in forward.__func__.__module__ for forward in left)
+
+
 def test_forward_works_with_gradients_and_backward_says_no(make_hf: Any) -> None:
     for part in PARTS:
         model = apply(make_hf(), **{name: name == part for name in PARTS})
