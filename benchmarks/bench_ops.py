@@ -24,7 +24,10 @@ DEVICE = torch.device("cuda")
 def _params() -> Iterator[Any]:
     for case in cases():
         shape = "-".join(f"{key}{value}" for key, value in case.sizes.items())
-        for way in (Peer("ours", case.op.name, "", lambda op, args, case=case: ours(case)), *peers_of(case.op.name)):
+        for way in (
+            Peer("ours", case.op.name, "", lambda op, args, case=case: ours(case, args)),
+            *peers_of(case.op.name),
+        ):
             yield pytest.param(case, way, id=f"{case.op.name}-{shape}-{way.name.replace(' ', '_')}")
 
 

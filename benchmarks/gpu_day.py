@@ -50,18 +50,20 @@ def parts() -> tuple[Part, ...]:
     pytest = (PYTHON, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "benchmarks.shard")
     shards = tuple((*pytest, "--shard", f"{index}/{processes}") for index in range(processes))
     bench = (PYTHON, "-m", "mixtral_triton", "bench", "--json")
-    attention = tuple(name for name in OPS if "attention" in name)
-    others = tuple(name for name in OPS if name not in ("expert_swiglu", *attention))
-    # Compiling a whole step takes transformers' static cache, and plain torch, the better part of a minute each.
-    one = ("decode_step", "--at", "B=1", "--at", "S=1024", "--at", "H=4096", "--without", "torch.compile")
-    more = ("decode_step", "--quick", "--without", "torch.compile", "--without", "HF static cache")
+    # torch.compile takes seconds a case, and for a whole step, attention or the experts the better part of a minute.
+    brief = (*bench, "--quick", "--without", "torch.compile")
+    experts = tuple(name for name in OPS if name.startswith("expert"))
+    cache = tuple(name for name in OPS if "attention" in name or name == "append")
+    others = tuple(name for name in OPS if name not in (*experts, *cache))
+    two_depths = ("decode_step", "--at", "B=1", "--at", "S=1024", "--at", "H=4096", "--without", "torch.compile")
     return (
-        Part("tests", 165, shards),
-        Part("experts", 100, ((*bench, "--quick", "expert_swiglu"),)),
-        Part("attention", 90, ((*bench, "--quick", *attention),)),
-        Part("decode", 110, ((*bench, *one),)),
-        Part("decode batches", 40, ((*bench, *more),)),
-        Part("others", 65, ((*bench, "--quick", *others),)),
+        Part("tests", 150, shards),
+        Part("experts", 90, ((*brief, *experts),)),
+        Part("attention", 80, ((*brief, *cache),)),
+        Part("decode", 100, ((*bench, *two_depths),)),
+        Part("decode batches", 40, ((*brief, "decode_step", "--without", "HF static cache"),)),
+        Part("one token", 50, ((*bench, "--quick", "--at", "T=1", *others),)),
+        Part("many tokens", 50, ((*bench, "--quick", "--at", "T=4096", *others),)),
     )
 
 

@@ -7,6 +7,7 @@ Its peers run the same weights on copies of the same cache. Letters as in `kerne
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .cache import KVCache
 from .config import MixtralConfig
+from .generate import can_capture, captured
 from .kernels import reference
 from .kernels.op import Cost, Op, Sizes
 from .kernels.registry import OPS
@@ -65,6 +67,22 @@ def rewind(cache: KVCache) -> None:
 def step(model: Mixtral, cache: KVCache, token: Tensor) -> Tensor:
     """-> logits fp32 [B,V]."""
     return model.head(model.hidden(token, cache)[:, 0])
+
+
+def replayed_step(args: Args) -> Callable[..., Tensor]:
+    """`step` as a decode loop runs it: in a CUDA graph on a GPU, where each call overwrites the logits of the last."""
+    once = partial(step, **args)
+    if not can_capture(args["model"]):
+        return lambda **_: once()
+    once()  # every kernel is compiled before the capture
+    logits: list[Tensor] = []
+    replay = captured(lambda: logits.append(once()), None)
+
+    def run(**_: Any) -> Tensor:
+        replay()
+        return logits[0]
+
+    return run
 
 
 def plain_step(model: Mixtral, cache: KVCache, token: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def replayed(step: Step, generator: torch.Generator | None) -> Callable[[], None
         return step
 
 
-def captured(step: Step, generator: torch.Generator | None) -> Callable[[], None]:
+def captured(step: Callable[[], object], generator: torch.Generator | None) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)

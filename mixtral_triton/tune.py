@@ -153,7 +153,7 @@ def tune(
             one = replace(one, said="the same code as one before")
         if one.said is None and judge is not None and timer is not None:
             with choosing(case.op, {kernel: config}), torch.no_grad():
-                outcome = bench.attempt(lambda: bench.ours(case), args, judge, timer)
+                outcome = bench.attempt(lambda: bench.ours(case, args), args, judge, timer)
             one = replace(one, said=outcome.said, seconds=outcome.seconds)
         found.append(one)
 

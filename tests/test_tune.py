@@ -64,7 +64,7 @@ def test_every_candidate_gives_the_right_result(name: str) -> None:
                 if other.constexprs != config.constexprs:
                     tiles.add(kernel)
                     with choosing(case.op, {kernel: other}) as made:
-                        assert judge.fault(ours(case)) is None, (kernel, other)
+                        assert judge.fault(ours(case, args)) is None, (kernel, other)
                     assert made[kernel] == other
         assert tiles or name in ("rope", "append", "rope_append"), "nothing was tried"
 
@@ -127,7 +127,7 @@ def test_a_configuration_with_a_wrong_result_is_never_the_best(monkeypatch: pyte
     case = Case(OPS["route"], {"T": 64, "E": 8, "K": 2}, torch.float32)
     now = choices(case, "sm_90")["route_kernel"][1]
 
-    def wrong(case: Case) -> Any:
+    def wrong(case: Case, args: Any) -> Any:
         chosen = sys.modules[case.op.run.__module__].configs(case.sizes, case.dtype, "sm_90")["route_kernel"]
         return (
             case.op.reference if chosen == now else lambda logits, top_k: (logits[:, :2].clone(), logits[:, :2].int())
