@@ -182,22 +182,17 @@ def experts_up_decode_kernel(
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
     for first in range(0, count, BLOCK_T):
         offs_k = tl.arange(0, BLOCK_K)
-        offs_w = tl.arange(0, 2 * BLOCK_N)
-        column = tl.minimum(pid_n * BLOCK_N + offs_w // 2, I - 1) + (offs_w % 2) * I
-        w_row = gate_up_ptr + expert * stride_we + column.to(tl.int64)[:, None] * stride_wn
+        w_row = gate_up_ptr + expert * stride_we + _pair_rows(pid_n, I, BLOCK_N)[:, None] * stride_wn
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         wanted = first + tl.arange(0, BLOCK_T)
         slot = _compact(slots, match, rank, wanted).to(tl.int64)
         x_row = x_ptr + (slot // TOP_K)[None, :] * stride_xt
         acc = tl.zeros((2 * BLOCK_N, BLOCK_T), tl.float32)
         for k in range(0, H, BLOCK_K):
-            if H % BLOCK_K == 0:
-                w, x = tl.load(w_row + (k + offs_k)[None, :]), tl.load(x_row + (k + offs_k)[:, None])
-            else:
-                w = tl.load(w_row + (k + offs_k)[None, :], mask=(k + offs_k)[None, :] < H, other=0.0)
-                x = tl.load(x_row + (k + offs_k)[:, None], mask=(k + offs_k)[:, None] < H, other=0.0)
+            w = depth_tile(w_row + (k + offs_k)[None, :], (k + offs_k)[None, :] < H, H, BLOCK_K)
+            x = depth_tile(x_row + (k + offs_k)[:, None], (k + offs_k)[:, None] < H, H, BLOCK_K)
             acc = tl.dot(w, x, acc, input_precision="ieee")
-        gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, BLOCK_T)), (0, 2, 1)))
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (2, BLOCK_N, BLOCK_T)), (1, 2, 0)))
         out = h_ptr + slot[None, :] * I + offs_n[:, None]
         mask = (wanted < count)[None, :] & (offs_n < I)[:, None]
         tl.store(out, _swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=mask)
@@ -234,11 +229,8 @@ def experts_down_decode_kernel(
         h_row = h_ptr + slot[None, :] * I
         acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
         for k in range(0, SPAN, BLOCK_K):
-            if I % (SPLIT_K * BLOCK_K) == 0:
-                w, h = tl.load(w_row + (k + offs_k)[None, :]), tl.load(h_row + (k + offs_k)[:, None])
-            else:
-                w = tl.load(w_row + (k + offs_k)[None, :], mask=(k + offs_k)[None, :] < I, other=0.0)
-                h = tl.load(h_row + (k + offs_k)[:, None], mask=(k + offs_k)[:, None] < I, other=0.0)
+            w = depth_tile(w_row + (k + offs_k)[None, :], (k + offs_k)[None, :] < I, I, SPLIT_K * BLOCK_K)
+            h = depth_tile(h_row + (k + offs_k)[:, None], (k + offs_k)[:, None] < I, I, SPLIT_K * BLOCK_K)
             acc = tl.dot(w, h, acc, input_precision="ieee")
         out = y_ptr + (split.to(tl.int64) * N + slot)[None, :] * H + offs_n[:, None]
         tl.store(out, acc, mask=(wanted < count)[None, :] & (offs_n < H)[:, None])

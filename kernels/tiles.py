@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def depth_tile(ptrs, inside, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A tile of a reduction over DEPTH, masked only where tiles of BLOCK_K do not divide it."""
+    """A tile of a reduction over DEPTH, masked only where steps of BLOCK_K do not divide it."""
     return tl.load(ptrs) if DEPTH % BLOCK_K == 0 else tl.load(ptrs, mask=inside, other=0.0)
 
 
