@@ -17,7 +17,7 @@ from . import reference
 from .attention_config import PACKED_ROWS, configs
 from .attention_kernels import attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel
 from .checks import FLOATS, INTS, Binder, Range, boolean, fail, integer, number
-from .launch import launch, target_arch
+from .launch import launch, multiprocessors, target_arch
 from .op import Cost, Op, Sizes, dense_rows, sample
 from .ring import bind_cache, cache_inputs, ring_ranges, strides
 from .tma import describe
@@ -155,7 +155,7 @@ def _sizes(q: Tensor, k: Tensor, window: int, deterministic: bool) -> Sizes:
     if window > 2 * (k.shape[1] + T):
         window = 0  # it reaches every key there is: none, to a kernel that subtracts it in int32
     sizes = {"B": B, "T": T, "S": k.shape[1], "Hq": Hq, "Hkv": k.shape[2], "D": D, "window": window}
-    return {**sizes, "deterministic": int(deterministic)}
+    return {**sizes, "sms": multiprocessors(q.device) or 0, "deterministic": int(deterministic)}
 
 
 def _base_2(scale: float | None, D: int) -> float:

@@ -10,6 +10,7 @@ import triton
 
 from .op import LaunchConfig, Sizes, power_of_2
 
+# Multiprocessors where no card is at hand to ask.
 _SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 DETERMINISTIC_SPLITS = 8  # whatever the batch and its longest sequence are
 PACKED_ROWS = 16  # queries x group heads that one decode tile takes
@@ -54,7 +55,7 @@ def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     held = sizes["C"] if "C" in sizes else sizes["S"]
     keys = min(held, sizes.get("window", 0) or held)
     programs = max(1, sizes["B"] * sizes["Hkv"])
-    sms = _SMS.get(arch, 108)
+    sms = sizes.get("sms") or _SMS.get(arch, 108)
     splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, 256)), high=64)
     if sizes.get("deterministic"):
         splits = DETERMINISTIC_SPLITS

@@ -41,6 +41,13 @@ def target_arch(device: torch.device | None = None) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def multiprocessors(device: torch.device) -> int | None:
+    """How many of them the card at hand has; None where launch choices are for a card that is not at hand."""
+    if _arch.get() is not None or device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def tensors(args: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors among a launch's arguments by name, those that descriptors describe included."""
     plain = {name: arg.base if isinstance(arg, TensorDescriptor) else arg for name, arg in args.items()}
