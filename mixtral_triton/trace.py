@@ -168,5 +168,5 @@ def run(args: argparse.Namespace, out: Console, load: Callable[[], tuple[Mixtral
     if args.plot is not None:
         what = f"{len(ids)} tokens, {found.experts.shape[2]} of {found.num_experts} experts each"
         found.plot(args.plot, f"{shorten(args.prompt, 60)}: {what}")
-        out.print(f"plot: {args.plot}")
+        out.print(f"plot: {args.plot}", soft_wrap=True)
     return 0

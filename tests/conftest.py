@@ -120,6 +120,12 @@ def covers() -> Any:
     return lambda kind, what: _covered.add((kind, what))
 
 
+@pytest.fixture
+def parity(covers: Any) -> Any:
+    """parity(feature, result): a row of the table of transformers' features, in the summary of the run."""
+    return lambda feature, result: covers("parity", f"{feature:50} {result}")
+
+
 HF_SIZES: dict[str, Any] = {
     "vocab_size": 48,
     "hidden_size": 32,

@@ -130,7 +130,7 @@ def test_intervals_never_become_a_dense_mask(make_hf: Any, monkeypatch: pytest.M
             model.generate(IDS, attention_mask=padded, max_new_tokens=8, cache_implementation=cache, do_sample=False)
 
 
-def test_state_dict_and_saved_files_are_the_same(make_hf: Any, tmp_path: Path) -> None:
+def test_state_dict_and_saved_files_are_the_same(make_hf: Any, tmp_path: Path, parity: Any) -> None:
     model = make_hf()
     names = list(model.state_dict())
     model.save_pretrained(tmp_path / "plain")
@@ -144,6 +144,7 @@ def test_state_dict_and_saved_files_are_the_same(make_hf: Any, tmp_path: Path) -
     with torch.no_grad():
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "applied").eval()
         assert torch.allclose(again(IDS).logits, model(IDS).logits, atol=1e-3)
+    parity("save_pretrained, state_dict", "holds")
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
@@ -191,7 +192,7 @@ def test_accelerates_hooks_may_come_and_go(make_hf: Any) -> None:
     assert left and not any("mixtral_triton" in forward.__func__.__module__ for forward in left)
 
 
-def test_forward_works_with_gradients_and_backward_says_no(make_hf: Any) -> None:
+def test_forward_works_with_gradients_and_backward_says_no(make_hf: Any, parity: Any) -> None:
     for part in PARTS:
         model = apply(make_hf(), **{name: name == part for name in PARTS})
         loss = model(IDS, labels=IDS).loss
@@ -201,9 +202,10 @@ def test_forward_works_with_gradients_and_backward_says_no(make_hf: Any) -> None
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         model.train()(IDS)
     revert(model)(IDS, labels=IDS).loss.backward()
+    parity("gradients: forward works, backward is refused", "holds")
 
 
-def test_compiles_without_a_graph_break(make_hf: Any) -> None:
+def test_compiles_without_a_graph_break(make_hf: Any, parity: Any) -> None:
     """fullgraph: plain, left-padded, and a decode step on a static cache with the masks that generate prepares."""
     model = apply(make_hf())
     mask = torch.ones_like(IDS)
@@ -219,10 +221,11 @@ def test_compiles_without_a_graph_break(make_hf: Any) -> None:
         forward = model.forward
         model.forward = torch.compile(forward, fullgraph=True, backend="aot_eager")
         assert torch.equal(model.generate(IDS, **settings), want_ids)
+    parity("compile: fullgraph, static cache too", "holds")
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_exports_with_open_sizes(masked: bool, make_hf: Any) -> None:
+def test_exports_with_open_sizes(masked: bool, make_hf: Any, parity: Any) -> None:
     def call(ids: Tensor) -> dict[str, Any]:
         mask = torch.ones_like(ids)
         mask[0, :3] = 0
@@ -238,6 +241,7 @@ def test_exports_with_open_sizes(masked: bool, make_hf: Any) -> None:
             got, want = program.module()(**call(ids)).logits, model(**call(ids)).logits
             assert torch.allclose(got[real], want[real], atol=1e-4)
     assert any("mixtral_triton" in str(node.target) for node in program.graph.nodes)
+    parity("export: open sizes, left padding" if masked else "export: open sizes", "holds")
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
