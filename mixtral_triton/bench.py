@@ -18,6 +18,8 @@ from .kernels.roofline import Card, bound, data_sheet, floor, measure_card
 from .peers import Function, Peer, Unfit, peers_of
 from .timing import Call, DeviceTimer, StepTimer, Timer, host_timer
 
+OUT_OF_MEMORY = "out of memory"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -100,13 +102,17 @@ def attempt(build: Callable[[], Function], args: dict[str, Any], judge: Oracle |
             wrong = judge.fault(function)
             call: Call = partial(function, **args)
             return Outcome(said=wrong) if wrong else Outcome(timer(call))
-    except Unfit as reason:
-        return Outcome(said=str(reason))
-    except torch.OutOfMemoryError:
-        return Outcome(said="out of memory")
     except Exception as error:  # another library's: it may raise anything
-        lines = str(error).strip().splitlines() or [""]
-        return Outcome(said=f"fails: {type(error).__name__}: {lines[0][:160]}")
+        return Outcome(said=_why(error))
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, Unfit):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return OUT_OF_MEMORY
+    lines = str(error).strip().splitlines() or [""]
+    return f"fails: {type(error).__name__}: {lines[0][:160]}"
 
 
 def measured(case: Case, card: Card, device: torch.device, timer: Timer, peers: Sequence[Peer]) -> Row:
@@ -155,6 +161,6 @@ class Bench:
             timer = self.step_timer if case.op is decode_step.STEP else self.timer
             try:
                 yield measured(case, self.card, self.device, timer, peers)
-            except torch.OutOfMemoryError:
-                yield replace(known(case, self.card), ours=Outcome(said="out of memory"))
+            except Exception as error:  # before anything was timed: one case's trouble is not the next one's
+                yield replace(known(case, self.card), ours=Outcome(said=_why(error)))
             _free(self.device)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from .bench import Bench, Row, known
+from .bench import OUT_OF_MEMORY, Bench, Row, known
 from .bench_cases import Case, cases
 from .bench_report import WIDTH, card_line, op_table, plot, resources_table, traffic_table
 from .kernels.launch import INTERPRETED
@@ -30,7 +30,7 @@ DEFAULT_CARD = "h100"
 
 
 def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
-    """-> exit status: 1 where an operation's result is wrong."""
+    """-> exit status: 1 where an operation is wrong or fails; a case too large for the card is neither."""
     chosen = cases(args.ops, args.quick, args.at)
     if args.card is not None and args.card not in CARDS:
         raise ValueError(f"--card is {args.card!r}, needs one of {', '.join(CARDS)}")
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
     if args.plot is not None:
         plot(rows, card, args.plot)
         out.print(f"roofline: {args.plot}")
-    return 1 if any(row.ours.said for row in rows) else 0
+    return 1 if any(row.ours.said not in (None, OUT_OF_MEMORY) for row in rows) else 0
 
 
 def _card(card: Card, sheet: Card | None) -> dict[str, Any]:

@@ -155,6 +155,28 @@ def test_a_wrong_peer_is_said_to_be_wrong_and_a_failing_one_why() -> None:
     assert not any(outcome.seconds for outcome in row.peers.values())
 
 
+@pytest.mark.parametrize(
+    ("error", "said", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA"), "out of memory", 0),
+        (ValueError("no such tile"), "fails: ValueError: no such tile", 1),
+    ],
+)
+def test_a_case_that_cannot_start_is_a_row_that_says_so(
+    error: Exception, said: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raises(op: Any, args: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("mixtral_triton.bench.oracle", raises)
+    bench = Bench(CPU, H100, None, quickly, quickly)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_command.Bench, "of", classmethod(lambda cls, device: bench))
+    args = argparse.Namespace(ops=["route"], quick=True, at=["T=1"], without=[], plot=None, card=None, json=False)
+    assert bench_command.run(args, no_bar) == status
+    assert said in capsys.readouterr().out
+
+
 def test_a_long_attention_is_checked_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixtral_triton.bench_cases.CHECKED_WHOLE", 16)
     monkeypatch.setattr("mixtral_triton.bench_cases.BLOCK", 8)
