@@ -1,7 +1,8 @@
 """The mask of the drop-in: an interval of keys a query, int32 [B, 1, Q, 2] = [lo, hi), where that says it all.
 
-None: causal, every key valid, the last query at the last key. A dense bool [B, 1, Q, K], transformers' own, for the
-rest: padding with holes, packed sequences, custom patterns, and what a tracer cannot look at.
+None: causal, every key valid, the last query at the last key. int64 [N + 1], on the host: N packed sequences, by where
+they begin and end among all tokens. A dense bool [B, 1, Q, K], transformers' own, for the rest: padding with holes,
+custom patterns, and what a tracer cannot look at.
 
 B batch, Q queries, K keys
 """
@@ -33,14 +34,19 @@ def interval_mask(
 ) -> Tensor | None:
     """What `AttentionMaskInterface` calls, once a forward. Queries stand at q_offset + t, keys at kv_offset + j.
 
-    `attention_mask` bool [B, N] is looked at on the host, as transformers' own masks are: one synchronization a
-    forward, and none without it.
+    `attention_mask` bool [B, N] (and packed positions) are looked at on the host, as transformers' own masks are: one
+    synchronization a forward, and none without them.
     """
     # Causal, with the window `local_size`, and nothing else? transformers forbids the skip for packed sequences, which
     # it looks for where there is no padding mask and no cache; for static caches too, which are causal all the same.
     packed = not allow_is_causal_skip and attention_mask is None and kv_length == q_length and q_length != 1
-    plain = not (packed or use_vmap or kwargs.get("allow_is_bidirectional_skip"))
+    plain = not (use_vmap or kwargs.get("allow_is_bidirectional_skip"))
     first: Tensor | None = None
+    if packed and plain:
+        known, bounds = sequence_bounds(mask_function, batch_size, q_length, device)
+        if known:
+            return bounds
+        plain = False
     if attention_mask is not None:
         check_padding(attention_mask, batch_size, q_length, q_offset)
         if plain and not is_tracing(attention_mask) and not attention_mask.is_meta:
@@ -69,6 +75,23 @@ def interval_mask(
         lo = torch.maximum(lo, hi - local_size)
     interval = torch.stack(torch.broadcast_tensors(lo, hi), dim=-1)
     return interval.to(torch.int32).expand(batch_size, q_length, 2)[:, None]
+
+
+def sequence_bounds(
+    mask_function: Callable[..., Tensor], batch_size: int, q_length: int, device: torch.device | str
+) -> tuple[bool, Tensor | None]:
+    """Whether the sequences packed into the rows could be told apart, and their bounds; None: a row is a sequence.
+
+    A token that does not see the one before it begins a sequence (or has a window of one: then each is by itself).
+    """
+    b, t = torch.arange(batch_size, device=device)[:, None], torch.arange(q_length, device=device)
+    begins = ~mask_function(b, 0, t, (t - 1).clamp(min=0)).expand(batch_size, q_length)
+    if is_tracing(begins) or begins.is_meta:
+        return False, None
+    begins = begins | (t == 0)
+    bounds = begins.flatten().nonzero().flatten().cpu()
+    end = bounds.new_tensor([batch_size * q_length])
+    return True, None if len(bounds) == batch_size else torch.cat((bounds, end))
 
 
 def first_key(valid: Tensor) -> tuple[bool, Tensor | None]:

@@ -7,6 +7,7 @@ B batch, T tokens, H hidden, Hq query heads, Hkv key/value heads, D head size, S
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -92,13 +93,20 @@ def attention(
 ) -> tuple[Tensor, None]:
     """What `AttentionInterface` calls: query [B,Hq,T,D], key and value [B,Hkv,S,D] -> [B,T,Hq,D], no weights.
 
-    The mask is one of `hf_mask.interval_mask`, or the user's own 4-D one, which goes to torch's attention.
+    The mask is one of `hf_mask.interval_mask`: packed sequences, which no cache holds, go one after the other, a dense
+    one to torch's attention. Or it is the user's own 4-D one.
     """
-    interval = isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.int32
-    if attention_mask is None or (interval and attention_mask.shape[-1] == 2):
+    kind = attention_mask.dtype if isinstance(attention_mask, Tensor) else None
+    if attention_mask is None or (kind == torch.int32 and attention_mask.shape[-1] == 2):
         starts, lengths = interval_bounds(attention_mask)
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return _ops().attention(q, k, v, sliding_window, True, scaling, starts, lengths), None
+    if kind == torch.int64 and attention_mask.dim() == 1:
+        B, H, T, D = query.shape
+        rows = [x.transpose(1, 2).flatten(0, 1)[None] for x in (query, key, value)]
+        sequences = [slice(begin, end) for begin, end in pairwise(attention_mask.tolist())]
+        outs = [_ops().attention(*(x[:, one] for x in rows), sliding_window, True, scaling) for one in sequences]
+        return torch.cat(outs, dim=1).view(B, T, H, D), None
     mask = _dense(attention_mask, query, key)
     return sdpa_attention_forward(module, query, key, value, mask, dropout=0.0, scaling=scaling)
 

@@ -113,7 +113,7 @@ def test_a_part_left_out_keeps_the_implementation_chosen_before(make_hf: Any) ->
 
 
 def test_intervals_never_become_a_dense_mask(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padding on either side, with and without a window, on every kind of cache: transformers' masks are not asked."""
+    """Padding on either side, packed sequences, windows, every kind of cache: transformers' masks are not asked."""
     from mixtral_triton import hf_mask
 
     def refuse(**kwargs: Any) -> None:
@@ -128,6 +128,9 @@ def test_intervals_never_become_a_dense_mask(make_hf: Any, monkeypatch: pytest.M
             model(IDS, attention_mask=mask)
         for cache in ("dynamic", "static"):
             model.generate(IDS, attention_mask=padded, max_new_tokens=8, cache_implementation=cache, do_sample=False)
+        packed = torch.cat((torch.arange(5), torch.arange(9))).expand(2, 14)
+        model(IDS, position_ids=packed, use_cache=False)
+        model(IDS, use_cache=False)
 
 
 def test_state_dict_and_saved_files_are_the_same(make_hf: Any, tmp_path: Path, parity: Any) -> None:

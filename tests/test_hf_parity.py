@@ -88,8 +88,11 @@ def user_float(model: Any) -> Results:
 
 
 def packed(model: Any) -> Results:
-    positions = torch.cat((torch.arange(5), torch.arange(T - 5))).expand(2, T)
-    return logits(model, position_ids=positions, use_cache=False)
+    """Other borders in each row, one of them a sequence of one token; and the same borders in both."""
+    rows = [[range(5), range(T - 5)], [range(3), range(1), range(7, T + 3)]]
+    own = torch.tensor([[position for part in row for position in part] for row in rows])
+    got = {str(i): logits(model, position_ids=p, use_cache=False)["logits"] for i, p in enumerate((own, own[:1]))}
+    return {**got, "a row each": logits(model, position_ids=torch.arange(T)[None] + 2, use_cache=False)["logits"]}
 
 
 def outputs(model: Any) -> Results:
@@ -240,6 +243,7 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "mask: user's 4-D, bool (beside sdpa)": ({"attn_implementation": "sdpa"}, user_bool),
     "mask: packed sequences by position_ids": ({}, packed),
     "mask: packed sequences, no window": (NO_WINDOW, packed),
+    "mask: packed sequences, window of one": ({"sliding_window": 1}, packed),
     "cache: dynamic, in chunks": (NO_WINDOW, lambda m: stepwise(m, dynamic(m), None, CHUNKS)),
     "cache: dynamic, left padding": (NO_WINDOW, lambda m: stepwise(m, dynamic(m), LEFT, CHUNKS)),
     "cache: dynamic, holes": (NO_WINDOW, lambda m: stepwise(m, dynamic(m), HOLES, CHUNKS)),
