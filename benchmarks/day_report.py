@@ -39,6 +39,7 @@ def _tests(out: Path, state: dict[str, Any]) -> dict[str, Any]:
 def results(state: dict[str, Any], out: Path) -> dict[str, Any]:
     """Everything that is known so far."""
     found: dict[str, Any] = {**state, "tests": None, "card": None, "rows": []}
+    seen: list[tuple[str, dict[str, int]]] = []
     for name, part in state["parts"].items():
         if part["status"] == "not started":
             continue
@@ -48,7 +49,8 @@ def results(state: dict[str, Any], out: Path) -> dict[str, Any]:
         for line in _lines(out, name, part):
             if line.get("kind") == "card":
                 found["card"] = line
-            elif line.get("kind") == "row" and line not in found["rows"]:
+            elif line.get("kind") == "row" and (line["op"], line["sizes"]) not in seen:
+                seen.append((line["op"], line["sizes"]))
                 found["rows"].append(line)
     found["whole_models"] = whole_models(found["rows"])
     return found

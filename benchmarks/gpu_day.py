@@ -61,7 +61,7 @@ def parts() -> tuple[Part, ...]:
         Part("experts", 90, ((*brief, *experts),)),
         Part("attention", 80, ((*brief, *cache),)),
         Part("decode", 100, ((*bench, *two_depths),)),
-        Part("decode batches", 40, ((*brief, "decode_step", "--without", "HF static cache"),)),
+        Part("decode batches", 40, ((*brief, "decode_step", "--at", "L=4", "--without", "HF static cache"),)),
         Part("one token", 50, ((*bench, "--quick", "--at", "T=1", *others),)),
         Part("many tokens", 50, ((*bench, "--quick", "--at", "T=4096", *others),)),
     )

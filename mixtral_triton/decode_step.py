@@ -24,8 +24,7 @@ from .model import Mixtral
 
 Args = dict[str, Any]
 STEPS_MOST = 4096  # positions beyond S that a benchmark's repeated steps may reach
-# A near tie in a 16-bit router sends a row elsewhere, rightly: most rows have to be near, in norm.
-NEAR, MOST_ROWS = 0.05, 0.5
+NEAR = 0.05  # of the norm of a row of logits: how far it may be from plain torch in the same dtype
 
 
 def config(sizes: Sizes) -> MixtralConfig:
@@ -45,13 +44,19 @@ def config(sizes: Sizes) -> MixtralConfig:
 
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> Args:
-    """The model, a cache that holds S - 1 positions, and the next tokens [B,1]."""
+    """The model, a cache that holds S - 1 positions, and the next tokens [B,1].
+
+    A layer's experts hold the same values, each in memory of its own: a near tie in a 16-bit router, which sends a row
+    to another expert, and rightly, then changes no logits.
+    """
     model = Mixtral(config(sizes), device, dtype)
     for name, weight in model.named_parameters():
         if weight.dim() == 1:
             weight.fill_(1.0)
         else:
             weight.normal_(std=1.0 if name == "embed_tokens" else weight.shape[-1] ** -0.5, generator=generator)
+        if weight.dim() == 3:
+            weight[1:] = weight[:1]
     cache = KVCache(model.config, sizes["B"], sizes["S"], device, dtype)
     for kept in (*cache.keys, *cache.values):
         kept.normal_(generator=generator)
@@ -113,7 +118,7 @@ def fault(function: Callable[..., Any], args: Args) -> str | None:
     got = function(**args)
     rewind(cache)
     far = ((got - want).norm(dim=-1) / want.norm(dim=-1)).nan_to_num(nan=float("inf")) > NEAR
-    if far.float().mean() <= MOST_ROWS:
+    if not far.any():
         return None
     return (
         f"wrong: {int(far.sum())} of {len(far)} rows of logits are farther than {NEAR} of their norm from plain torch"
