@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers.models.mixtral import modeling_mixtral as theirs  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about modules, not kernels: run once, without the interpreter")
 IDS = torch.randint(1, 48, (2, 14), generator=torch.Generator().manual_seed(0))
+ROOT = Path(__file__).parents[1]
 PARTS = ("attention", "experts", "rms_norm", "rope")
 
 
@@ -287,6 +289,12 @@ def quantized(model: Any) -> None:
     proj.weight = nn.Parameter(proj.weight.to(torch.int8), requires_grad=False)
 
 
+def four_bits(model: Any) -> None:
+    """A parameter of another kind, as bitsandbytes puts in."""
+    kind = type("Params4bit", (nn.Parameter,), {})
+    model.model.layers[0].self_attn.q_proj.weight = kind(torch.zeros((512, 1)), requires_grad=False)
+
+
 def hooked_activation(model: Any) -> None:
     model.model.layers[0].mlp.experts.act_fn.register_forward_hook(lambda *_: None)
 
@@ -310,6 +318,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         "model is a MistralForCausalLM",
     ),
     "quantized": (broken(quantized), "q_proj.weight is torch.int8 in a Parameter, needs a plain fp32, bf16 or fp16"),
+    "four bits": (broken(four_bits), "torch.float32 in a Params4bit"),
     "quantizer": (broken(lambda m: setattr(m, "hf_quantizer", object())), "without quantization_config"),
     "fp64": (broken(lambda m: m.double()), "torch.float64"),
     "tensor parallel": (broken(sharded), "tensor-parallel plan; load it without tp_plan"),
@@ -365,6 +374,12 @@ def test_attention_weights_are_not_kept(make_hf: Any) -> None:
     with pytest.raises(ValueError, match="attention=False"):
         model(IDS, output_attentions=True)
     assert len(apply(model, attention=False)(IDS, output_attentions=True).attentions) == 2
+
+
+def test_the_package_alone_does_not_import_transformers() -> None:
+    code = "import sys; from mixtral_triton import Mixtral, apply, revert, verify; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize(("version", "found"), [("5.6.2", "found 5.6.2"), (None, "pip install 'transformers>=5.7'")])

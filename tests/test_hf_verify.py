@@ -40,6 +40,12 @@ def test_other_heads_are_compared_without_theirs(kind: str, make_hf: Any) -> Non
 
 
 @once
+def test_any_rotary_embedding_is_verified(make_hf: Any) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    assert verify(make_hf(head_dim=8, rope_parameters=rope)).ok
+
+
+@once
 def test_an_applied_model_is_verified_as_it_is(make_hf: Any) -> None:
     model = apply(make_hf(), attention=False)
     assert verify(model).ok
