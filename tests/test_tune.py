@@ -123,6 +123,19 @@ def test_it_climbs_to_the_fastest_and_keeps_the_present_choice_in_a_tie() -> Non
 
 
 @compiled_way
+def test_a_card_that_the_compiler_does_not_know_is_tuned_all_the_same() -> None:
+    case = Case(OPS["route"], {"T": 64, "E": 8, "K": 2}, torch.float32)
+
+    def score(config: LaunchConfig) -> float:
+        return float(config.num_warps)
+
+    tuned = tune(case, "route_kernel", "sm_103", scores(case, "route_kernel", score), CPU)
+    assert tuned.best.num_warps == 1 and all(one.compiled is None and one.said is None for one in tuned.tried)
+    with pytest.raises(ValueError, match="sm_103"):
+        tune(case, "route_kernel", "sm_103")
+
+
+@compiled_way
 def test_a_configuration_with_a_wrong_result_is_never_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(OPS["route"], {"T": 64, "E": 8, "K": 2}, torch.float32)
     now = choices(case, "sm_90")["route_kernel"][1]
