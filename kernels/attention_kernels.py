@@ -181,15 +181,17 @@ def attention_prefill_kernel(
     offs_t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_i = query + offs_t
     low_i, high_i = query + tile * BLOCK_M, query + tl.minimum(tile * BLOCK_M + BLOCK_M, T) - 1
+    # The last row of a whole tile, whatever T is: where tiles of keys begin decides a row's bits.
+    last_i = low_i + BLOCK_M - 1
     low, high, inner_low, inner_high = start, end, start, end
     if CAUSAL:
         high = tl.minimum(end, high_i + 1)
         inner_high = tl.minimum(end, low_i + 1)
         if WINDOWED:
             low = tl.maximum(start, low_i - window + 1)
-            inner_low = tl.maximum(start, high_i - window + 1)
+            inner_low = tl.maximum(start, last_i - window + 1)
     elif WINDOWED:
-        low, inner_low = tl.maximum(start, low_i - window // 2), tl.maximum(start, high_i - window // 2)
+        low, inner_low = tl.maximum(start, low_i - window // 2), tl.maximum(start, last_i - window // 2)
         high = tl.minimum(end, high_i + window // 2 + 1)
         inner_high = tl.minimum(end, low_i + window // 2 + 1)
     offs_d = tl.arange(0, BLOCK_D)

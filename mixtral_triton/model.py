@@ -98,7 +98,7 @@ class State:
             return self.run.attention(q, k, v, self.window, True, None, None, None, self.deterministic)
         keys, values, past = self.cache.keys[self.layer], self.cache.values[self.layer], self.cache.lengths
         self.layer += 1
-        if q.shape[1] == 1:
+        if q.shape[1] == 1 and not self.deterministic:  # there a row of one token may come in a longer chunk as well
             # The one new key takes the slot of the one that just left the window.
             q = self.run.rope_append(q, k, v, cos, sin, keys, values, past, self.new)
             return self._attend_cached(q, None, None, keys, values)
@@ -118,7 +118,8 @@ class Mixtral(nn.Module):
     `Mixtral(config)` allocates the parameters and leaves them unset; `Mixtral.from_pretrained` fills them. Their names
     and shapes are `weights.parameter_shapes(config)`. Gradients and training mode are refused with a ValueError.
     `deterministic`: a sequence's bits do not depend on the rest of the batch. The price: one tile for any number of
-    tokens in every matrix product, and the experts of one token sorted like those of a thousand.
+    tokens in every matrix product, the experts of one token sorted like those of a thousand, and the keys of one query
+    read by one program a head, not by many at once.
     """
 
     embed_tokens: Tensor  # [V, H]

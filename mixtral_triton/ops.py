@@ -15,6 +15,7 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels.checks import in_range
@@ -68,9 +69,14 @@ def _run(op: Op, *args: Any, **kwargs: Any) -> Any:
 
 
 def _joined(parts: list[Any], shape: torch.Size) -> Any:
-    """The results of parts of a batch as those of the whole, which has `shape` but for the last dimension."""
+    """The results of parts of a batch as those of the whole, which has `shape` but for the last dimension.
+
+    A sequence that ended before the others is filled up with zeros.
+    """
     if isinstance(parts[0], tuple):
         return tuple(_joined(list(same), shape) for same in zip(*parts, strict=True))
+    if parts[0].dim() == 4:
+        parts = [F.pad(part, (0, 0, 0, 0, 0, shape[1] - part.shape[1])) for part in parts]
     return torch.cat(parts).view(*shape, parts[0].shape[-1])
 
 
@@ -105,10 +111,21 @@ def _sequences(
         yield q[one], k[one, :end], v[one, :end], window, causal, scale, *bounds
 
 
-def _cached_sequences(*args: Any) -> Iterator[Any]:
-    """The arguments of `cached_attention` for one sequence at a time."""
-    for one in _each(len(args[0])):
-        yield [x[one] if isinstance(x, Tensor) else x for x in args]
+def _cached_sequences(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    past: Tensor,
+    new: Tensor,
+    *window: Any,
+) -> Iterator[Any]:
+    """The arguments of `cached_attention` for one sequence at a time, its queries cut where its new tokens end."""
+    for one in _each(len(q)):
+        t = slice(0, int(new[one].sum()))
+        fresh = (x if x is None else x[one, t] for x in (q, k, v))
+        yield *fresh, k_cache[one], v_cache[one], past[one], new[one], *window
 
 
 # On the plain way, bits that do not depend on the batch: torch's matmuls see one token, or one sequence, at a time.

@@ -100,6 +100,33 @@ def test_a_sequence_of_a_model_alone_and_among_others(others: int, model: Mixtra
         assert torch.equal(one, many)
 
 
+@pytest.mark.parametrize(("new", "padded"), [(1, 5), pytest.param(3, 20, marks=SLOW)])
+def test_a_short_chunk_alone_and_padded(new: int, padded: int, model: Mixtral, device: torch.device) -> None:
+    """Behind a ring that has turned round: as long as the longest row of the batch, one token too, a chunk may be."""
+    model = model.to(device)
+    ids = torch.randint(40, (2, 7 + padded), generator=torch.Generator().manual_seed(2)).to(device)
+    found = []
+    for rows, T in ((1, new), (2, padded)):
+        cache = KVCache(model.config, rows, device=model.device, dtype=model.dtype)
+        model(ids[:rows, :7], cache=cache)
+        lengths = torch.tensor([new, padded][:rows], device=device)
+        found.append(model(ids[:rows, 7 : 7 + T], cache=cache, lengths=lengths)[0, :new])
+    assert found[0].equal(found[1])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="about tiles of keys, which plain torch has none of")
+def test_tiles_of_keys_do_not_depend_on_the_queries() -> None:
+    """Where they lie decides the bits: a chunk of 3 padded to 128, behind keys for all kinds of tiles."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(1, 1, 600, 16, generator=generator).half() for _ in range(2))
+    chunk = [torch.randn(1, 128, 1, 16, generator=generator).half() for _ in range(3)]
+    bounds = torch.tensor([500]), torch.tensor([3])
+    padded, own = (
+        ops.cached_attention(*(x[:, :T] for x in chunk), keys, values, *bounds, 400, True)[:, :3] for T in (128, 3)
+    )
+    assert padded.equal(own)
+
+
 def test_a_text_is_the_same_in_any_company(model: Mixtral, device: torch.device) -> None:
     model = model.to(device)
     prompts = [torch.tensor(ids, device=device) for ids in ([3, 5, 7], [1] * 8, [2, 9])]
