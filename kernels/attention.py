@@ -179,12 +179,15 @@ def _prefill(
     arch = target_arch(q.device)
     config = configs(sizes, q.dtype, arch)["attention_prefill_kernel"]
     block = (1, config.constexprs["BLOCK_N"], 1, config.constexprs["BLOCK_D"])
+    k_desc, v_desc = (describe(x, block, arch) for x in (k, v))
+    if k_desc is None or v_desc is None:  # both or neither: one loop reads them
+        k_desc = v_desc = None
     args = {
         "q_ptr": q,
         "k_ptr": k,
         "v_ptr": v,
-        "k_desc": describe(k, block, arch),
-        "v_desc": describe(v, block, arch),
+        "k_desc": k_desc,
+        "v_desc": v_desc,
         "k_cache_ptr": None if cache is None else cache[0],
         "v_cache_ptr": None if cache is None else cache[1],
         "out_ptr": out,
