@@ -90,8 +90,8 @@ def boolean(op: str, name: str, value: Any) -> bool:
 
 
 def integer(op: str, name: str, value: Any, low: int, high: int) -> int:
-    """An integer in low..high."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+    """An integer in low..high; a compiler's, which stands for several, too."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or not low <= value <= high:
         raise fail(op, name, repr(value), f"an integer in {low}..{high}")
     return value
 

@@ -151,6 +151,19 @@ def test_compile(name: str, dynamic: bool, device: torch.device) -> None:
     assert same(tuple(compiled(tensors)), tuple(call(tensors)))
 
 
+NUMBERS = [("route", "top_k"), ("gate_route", "top_k"), ("sort_by_expert", "num_experts"), ("attention", "window")]
+
+
+@traced
+@pytest.mark.parametrize(("name", "argument"), NUMBERS, ids=[case[0] for case in NUMBERS])
+def test_compile_with_a_free_number(name: str, argument: str) -> None:
+    """The compiler passes a symbol where an argument was another number before."""
+    args = inputs(name)
+    call = torch.compile(lambda number: public(name)(**args | {argument: number}), fullgraph=True, backend="aot_eager")
+    for number in (4, 5, 6):
+        assert same(results(call(number)), results(public(name)(**args | {argument: number})))
+
+
 @traced
 @pytest.mark.parametrize("name", OPS)
 def test_export(name: str, device: torch.device) -> None:
