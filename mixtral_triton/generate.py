@@ -41,6 +41,8 @@ def generate(
     [B,T+n] result it is padded with it.
     """
     ragged = not isinstance(input_ids, Tensor)
+    if isinstance(input_ids, Tensor) and input_ids.dim() == 0:
+        raise ValueError("generate: input_ids is one number, needs a tensor [B, T] or a list of tensors [T]")
     if ragged and not isinstance(input_ids, (list, tuple)):
         raise ValueError(f"generate: input_ids is a {type(input_ids).__name__}, needs a tensor or a list of tensors")
     rows = list(input_ids)
@@ -212,9 +214,11 @@ def _check_sampling(max_new_tokens: Any, temperature: Any, top_p: Any, generator
         raise ValueError(f"generate: temperature is {temperature!r}, needs a finite number of at least 0")
     if not _number(top_p) or not 0.0 < top_p <= 1.0:
         raise ValueError(f"generate: top_p is {top_p!r}, needs a number above 0, at most 1")
+    if device.type == "meta":
+        raise ValueError("generate: the model is on the meta device, which holds no numbers, needs a CPU or a GPU")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(f"generate: generator is a {type(generator).__name__}, needs a torch.Generator")
-    if generator is not None and device.type != "meta" and generator.device.type != device.type:
+    if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generate: generator is on {generator.device}, needs the model's device, {device}")
 
 

@@ -233,6 +233,7 @@ IDS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "no prompts": (lambda x: [], "prompt|input_ids"),
     "an empty prompt": (lambda x: [x[0], x[0, :0]], "prompt 1"),
     "rank 2 in the list": (lambda x: [x], "prompt 0"),
+    "rank 0": (lambda x: x[0, 0], "prompt|input_ids"),
     "rank 1": (lambda x: x[0], "prompt|input_ids"),
     "rank 3": (lambda x: x[None], "prompt|input_ids"),
     "lists": (lambda x: x.tolist(), "prompt 0.*list"),
@@ -264,6 +265,11 @@ OPTIONS: list[dict[str, Any]] = [
     {"eos_token_id": [1, "2"]},
     {"generator": 7, "temperature": 1.0},
 ]
+
+
+def test_a_model_without_numbers(idle: Make) -> None:
+    with pytest.raises(ValueError, match=r"meta.*needs a CPU or a GPU"):
+        idle().to("meta").generate(tokens(2, 4, device=torch.device("meta")))
 
 
 @pytest.mark.parametrize("case", IDS)
