@@ -59,11 +59,11 @@ class Report:
 
     def __rich__(self) -> Group:
         """A line an operation, with its worst layer; every failing row is listed below."""
-        title = f"{self.way}, beside {self.peer}; {self.dtype}; errors relative to the largest value"
+        title = f"{self.way}, beside {self.peer}; {self.dtype}; worst errors, relative to the largest value"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in ("operation", "case"):
             table.add_column(name, no_wrap=True)
-        for name in ("worst error", "limit", "of it", "layer", "right"):
+        for name in ("error", "limit", "of it", "layer", "right"):
             table.add_column(name, justify="right", no_wrap=True)
         for (op, case), rows in self._groups().items():
             worst = max(rows, key=lambda row: row.error / max(row.limit, 1e-30))
