@@ -60,7 +60,7 @@ class Report:
     def __rich__(self) -> Group:
         """A line an operation, with its worst layer; every failing row is listed below."""
         title = f"{self.way}, beside {self.peer}; {self.dtype}; worst errors, relative to the largest value"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
         for name in ("operation", "case"):
             table.add_column(name, no_wrap=True)
         for name in ("error", "limit", "of it", "layer", "right"):
