@@ -152,6 +152,8 @@ def _load(args: argparse.Namespace) -> Mixtral:
     from .weights import read_headers, total_bytes
 
     device = usable_device(args.device)
+    if device.type == "meta":
+        raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     with _bar("loading", total_bytes(read_headers(args.folder)), DownloadColumn()) as progress:
         return Mixtral.from_pretrained(args.folder, device=device, dtype=dtype, progress=progress.more)

@@ -60,6 +60,8 @@ def verify(
 
 
 def text_or_default(ids: Tensor | None, config: Any, device: torch.device) -> Tensor:
+    if device.type == "meta":
+        raise ValueError("verify: the model is on the meta device, which holds no numbers, needs a CPU or a GPU")
     if ids is None:
         generator = torch.Generator().manual_seed(0)
         length = min(TOKENS, config.max_position_embeddings)

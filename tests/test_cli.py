@@ -66,6 +66,7 @@ def test_generate_streams_and_repeats_itself() -> None:
         (("generate", "--prompt", "x", "--top-p", "0"), "top_p"),
         (("verify", "--device", "toaster"), "toaster"),
         (("verify", "--device", "cuda:99"), "cuda:99"),
+        *(((command, "--device", "meta", "--prompt", "x"), "meta") for command in ("verify", "generate", "trace")),
         (("compile", "--arch", "sm_12"), "sm_12"),
         (("compile", "nonsense", "--arch", "sm_90"), "nonsense"),
     ],

@@ -114,6 +114,11 @@ def test_bad_input(target: Any, ids: Any, message: str) -> None:
         verify(tiny() if target == "tiny" else target, ids)
 
 
+def test_a_model_without_numbers() -> None:
+    with pytest.raises(ValueError, match=r"verify: .*meta"):
+        verify(tiny().to("meta"))
+
+
 def test_the_report_as_a_dictionary() -> None:
     report = verify(tiny(), torch.zeros((1, 3), dtype=torch.int64))
     got = report.as_dict()
