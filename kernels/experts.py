@@ -33,7 +33,7 @@ from .experts_kernels import (
 )
 from .launch import launch, target_arch
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
-from .tma import describe
+from .tma import describe, takes
 
 
 def _bind(
@@ -122,8 +122,10 @@ def _experts(
     T, H = x.shape
     E, _, I = down.shape
     sizes = {"T": T, "H": H, "I": I, "E": E, "K": ids.shape[1], "deterministic": int(deterministic)}
-    choices = configs(sizes | {"norm": int(bool(norm))}, x.dtype, target_arch(x.device))
     x, gate_up, down, ids = dense_rows(x), dense_rows(gate_up), dense_rows(down), ids.contiguous()
+    arch = target_arch(x.device)
+    by_pointers = not (takes(gate_up, arch) and takes(down, arch))
+    choices = configs(sizes | {"norm": int(bool(norm)), "by_pointers": int(by_pointers)}, x.dtype, arch)
     decode = T <= DECODE_TOKENS and not deterministic
     y = (_decode if decode else _prefill)(x, gate_up, down, ids, sizes, choices)
     out = torch.empty((T, H), dtype=x.dtype, device=x.device)

@@ -35,7 +35,8 @@ def family(arch: str) -> str:
 
 def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     rows = 0 if sizes.get("deterministic") else sizes["T"] * sizes["K"] // sizes["E"]
-    table = _PREFILL[family(arch)]
+    # By pointers the larger tiles of later cards spill.
+    table = _PREFILL["sm_80" if sizes.get("by_pointers") and family(arch) != "gfx942" else family(arch)]
     choice = _SINGLE if dtype == torch.float32 else table[max(least for least in table if least <= rows)]
     block_m, up_n, down_n, block_k, warps, stages = choice
     if not sizes.get("deterministic"):

@@ -11,14 +11,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 _ARCHES = ("sm_90", "sm_100")
 
 
-def describe(x: Tensor, block: Sequence[int], arch: str) -> TensorDescriptor | None:
-    """A descriptor of `x` that loads tiles of shape `block`, what lies outside of x read as zero.
+def takes(x: Tensor, arch: str) -> bool:
+    """Whether `arch` has TMA of use, and x is as it wants it: 16-bit, not empty, its last dimension contiguous, its base
+    and its other strides multiples of 16 bytes, and none of them 0."""
+    if arch not in _ARCHES or x.dtype.itemsize != 2 or x.numel() == 0 or x.stride(-1) != 1 or x.data_ptr() % 16:
+        return False
+    return all(stride > 0 and stride * x.dtype.itemsize % 16 == 0 for stride in x.stride()[:-1])
 
-    None where `arch` has no TMA of use, or x is not as TMA wants it: 16-bit, not empty, its last dimension contiguous,
-    its base and its other strides multiples of 16 bytes, and none of them 0.
-    """
-    if arch not in _ARCHES or x.dtype.itemsize != 2 or x.numel() == 0 or x.stride(-1) != 1:
-        return None
-    if x.data_ptr() % 16 or any(stride <= 0 or stride * x.dtype.itemsize % 16 for stride in x.stride()[:-1]):
-        return None
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
+
+def describe(x: Tensor, block: Sequence[int], arch: str) -> TensorDescriptor | None:
+    """A descriptor of `x` that loads tiles of shape `block`, what lies outside of x read as zero; None: by pointers."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block)) if takes(x, arch) else None

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import ops
+from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.tma import takes
 
 
 def shifted(x: Tensor) -> Tensor:
     """The same values one element behind a place that TMA takes."""
-    moved = x.new_empty(x.numel() + 8)[1 : 1 + x.numel()].view(x.shape)
+    moved = x.new_full((x.numel() + 8,), float("nan"))[1 : 1 + x.numel()].view(x.shape)
     return moved.copy_(x)
 
 
@@ -26,3 +28,20 @@ def test_attention_of_shifted_tensors(moved: str, device: torch.device) -> None:
     want = ops.attention(**given, **bounds)
     got = ops.attention(**{name: shifted(x) if name in moved else x for name, x in given.items()}, **bounds)
     assert got.isfinite().all() and got.equal(want)
+
+
+@pytest.mark.parametrize("moved", ["gate_up_proj", "down_proj"])
+def test_experts_of_shifted_weights(moved: str, device: torch.device) -> None:
+    """Enough tokens for sorted groups. NaN stands before and behind the shifted weights."""
+    args = OPS["expert_swiglu"].inputs({"T": 70, "H": 64, "I": 48, "E": 4, "K": 2}, torch.float16, device)
+    want = ops.expert_swiglu(**args)
+    got = ops.expert_swiglu(**args | {moved: shifted(args[moved])})
+    assert torch.allclose(got, want, atol=float(want.abs().max()) * 2**-9)
+
+
+def test_what_a_descriptor_takes() -> None:
+    x = torch.empty(4, 64, dtype=torch.bfloat16)
+    assert takes(x, "sm_90") and takes(x[:, 8:40], "sm_100")
+    assert not any(takes(x, arch) for arch in ("sm_80", "sm_120", "gfx942"))
+    for other in (x.float(), x[:, 1:], x.t(), x[:, :0], x[:1].expand(4, 64), x.view(32, 8)[:, :4].reshape(-1, 4)):
+        assert not takes(other, "sm_90")
