@@ -207,6 +207,8 @@ def _generate(args: argparse.Namespace) -> int:
 
     model, tokenizer = _load(args), _tokenizer(args.folder)
     prompt = _encode(tokenizer, args.prompt, model)
+    if not -(1 << 63) <= args.seed < 1 << 64:
+        raise ValueError(f"--seed is {args.seed}, needs an integer of 64 bits")
     generator = torch.Generator(model.device).manual_seed(args.seed)
     sampling = (args.max_new_tokens, args.temperature, args.top_p, eos_ids(None, model.config), generator)
     steps = stream(model, [prompt], *sampling)

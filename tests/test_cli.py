@@ -62,6 +62,7 @@ def test_generate_streams_and_repeats_itself() -> None:
         (("generate", "--prompt", ""), "--prompt is empty"),
         (("generate", "--prompt", "x", "--max-new-tokens", "5000"), "max_position_embeddings"),
         (("generate", "--prompt", "x", "--max-new-tokens", "-1"), "max_new_tokens"),
+        (("generate", "--prompt", "x", "--seed", str(1 << 64)), "--seed"),
         (("generate", "--prompt", "x", "--temperature", "-1"), "temperature"),
         (("generate", "--prompt", "x", "--top-p", "0"), "top_p"),
         (("verify", "--device", "toaster"), "toaster"),
