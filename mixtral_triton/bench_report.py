@@ -123,15 +123,13 @@ def plot(rows: Sequence[Row], card: Card, file: Path) -> None:
     reach = [row.flops / row.bytes for row in drawn] + [knee]
     low, high = min(reach) / 2, max(reach) * 4
     axes.plot([low, knee, high], [low * card.bandwidth, card.matmul, card.matmul], color="black", label="floor")
-    for name in dict.fromkeys(row.case.op.name for row in drawn):
+    for index, name in enumerate(dict.fromkeys(row.case.op.name for row in drawn)):
         points = [row for row in drawn if row.case.op.name == name]
         timed = [row for row in points if row.ours.seconds]
         x = [row.flops / row.bytes for row in timed or points]
         y = [row.flops / (row.ours.seconds or row.floor_s) for row in timed or points]
-        dots = axes.plot(x, y, "o", ms=4, label=name, fillstyle="full" if timed else "none")
-        axes.annotate(
-            name, (x[-1], y[-1]), fontsize=7, xytext=(4, -8), textcoords="offset points", color=dots[0].get_color()
-        )
+        marker = "os^v"[index // 10 % 4]  # there are ten colours
+        axes.plot(x, y, marker, ms=5, label=name, fillstyle="full" if timed else "none")
     axes.set(xscale="log", yscale="log", xlabel="FLOP / compulsory byte", ylabel="FLOP/s")
     times = "" if any(row.ours.seconds for row in rows) else "; no time was measured: points are floors"
     axes.set_title(f"{card.name}, {card.source}{times}", fontsize=9)

@@ -4,6 +4,7 @@ A guarded launch runs twice on copies of its tensors, each in the middle of a la
 - a canary that changed is a store outside the tensor (or into the gaps between its rows);
 - the second run has another canary and takes the programs in reverse order: a result that differs, bit for bit, comes
   from a read outside a tensor or from a race;
+- a load of an address outside every tensor is an error, whatever becomes of the value;
 - what nobody wrote is NaN, since `torch.empty` is filled with NaN before;
 - integer arithmetic that overflows its type is an error.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -54,6 +56,11 @@ class Fence:
     def values(self) -> Tensor:
         return self.buffer[MARGIN + self.places]
 
+    def holds(self, low: int, high: int) -> bool:
+        """Whether these addresses lie between its first element and its last."""
+        start, size = self.guarded.data_ptr(), self.guarded.element_size()
+        return start <= low and high <= start + int(self.places.max()) * size
+
     def intact(self) -> bool:
         outside = torch.ones(len(self.buffer), dtype=torch.bool)
         outside[MARGIN + self.places] = False
@@ -78,6 +85,20 @@ def _reverse_programs(builder: Any) -> None:
     builder.set_grid_idx = set_grid_idx
 
 
+def _checked_load(load: Any, name: str, fences: list[Fence]) -> Any:
+    """The interpreter's load, which refuses addresses that are in no tensor of the launch."""
+
+    def checked(pointers: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        if addresses.size:
+            low, high = int(addresses.min()), int(addresses.max())
+            if not any(fence.holds(low, high) for fence in fences if fence.tensor.numel()):
+                raise AssertionError(f"{name} loads from outside its tensors")
+        return load(pointers, mask, *args, **kwargs)
+
+    return checked
+
+
 def guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
     """`launch.interpret` under guard."""
     runs = []
@@ -85,12 +106,16 @@ def guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
         fences = {name: Fence(tensor, turn) for name, tensor in launch.tensors(args).items()}
         fenced = {name: launch.instead(args[name], fence.guarded) for name, fence in fences.items()}
         with interpreting(check_overflow=True) as builder:
+            builder.create_masked_load = _checked_load(
+                builder.create_masked_load, kernel.__name__, list(fences.values())
+            )
             if turn == 1:
                 _reverse_programs(builder)
             try:
                 kernel[grid](**args | fenced)
             finally:
                 builder.__dict__.pop("set_grid_idx", None)
+                del builder.create_masked_load
         for name, fence in fences.items():
             if not fence.intact():
                 raise AssertionError(f"{kernel.__name__} stored outside {name}")

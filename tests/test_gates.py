@@ -31,6 +31,12 @@ def double_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr, MASK_LOAD: tl.constexpr,
 
 
 @triton.jit
+def first_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs), mask=offs < N)
+
+
+@triton.jit
 def race_kernel(y_ptr):
     tl.store(y_ptr, tl.program_id(0).to(tl.float32))
 
@@ -56,8 +62,20 @@ def test_store_outside_is_caught() -> None:
 
 
 def test_read_outside_is_caught() -> None:
-    with pytest.raises(AssertionError, match="depends on program order or on what lies outside"):
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="double_kernel loads from outside its tensors"):
         run_double(2, 11, load=False)
+
+
+def test_read_outside_of_what_nobody_uses_is_caught() -> None:
+    args = {"x_ptr": torch.ones(11), "y_ptr": torch.empty(11), "N": 11}
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="first_kernel loads from outside its tensors"):
+        launch(first_kernel, (1,), args, ONE, BLOCK=16)
+
+
+def test_read_between_the_rows_of_a_view_is_caught() -> None:
+    args = {"x_ptr": torch.zeros(4, 8)[:, :5], "y_ptr": torch.empty(8), "N": 8}
+    with pytest.raises(AssertionError, match="depends on program order or on what lies outside"):
+        launch(double_kernel, (1,), args, ONE, BLOCK=8, MASK_LOAD=True, MASK_STORE=True)
 
 
 def test_store_between_the_rows_of_a_view_is_caught() -> None:
