@@ -271,7 +271,7 @@ def experts_combine_kernel(
     out = acc.to(dtype)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + t * stride_rt + offs_h, mask=offs_h < H, other=0.0)
-        # Rounded where the separate kernels round, so that fused or not the bits are the same.
+        # Rounded where the separate kernels round.
         total = (out.to(tl.float32) + residual.to(tl.float32)).to(dtype)
         tl.store(total_ptr + t * H + offs_h, total, mask=offs_h < H)
         out = tl.reshape(normed_rows(total.to(tl.float32)[None, :], norm_ptr, H, eps, dtype, BLOCK_H), (BLOCK_H,))

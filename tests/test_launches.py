@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig
 from mixtral_triton.generate import sample
+from mixtral_triton.kernels import launch as door
 from mixtral_triton.kernels.launch import record_launches
+from mixtral_triton.kernels.op import LaunchConfig
 
 BATCHES = (1, 4, 32, 64, 200)
 SYNCS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2"}
@@ -74,3 +77,23 @@ def test_a_decode_step_never_waits_for_the_device(temperature: float) -> None:
 )
 def test_a_wait_is_caught(wait: Any) -> None:
     assert waits(wait)
+
+
+class TooLarge:
+    """A compiled kernel that asks for more than any card has."""
+
+    __name__ = "large_kernel"
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(**arguments: Any) -> None:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+
+        return run
+
+
+def test_a_configuration_that_does_not_fit_is_refused_with_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "INTERPRETED", False)
+    config = LaunchConfig({"BLOCK_M": 256, "BLOCK_N": 512}, num_warps=8, num_stages=4)
+    sizes = "BLOCK_M 256, BLOCK_N 512, 8 warps and 4 stages takes 300000 of shared memory.*232448"
+    with pytest.raises(ValueError, match=f"large_kernel: the launch configuration {sizes}"):
+        door.launch(TooLarge(), (1,), {}, config)

@@ -1,0 +1,47 @@
+"""Fused operations beside the ones that they are made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mixtral_triton import ops
+from mixtral_triton.kernels.linear import FEW
+from mixtral_triton.kernels.registry import OPS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("T", "deterministic"), [(0, False), (5, False), (5, True), (70, False)])
+def test_experts_with_the_norm_that_follows(
+    T: int, deterministic: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    sizes = {"T": T, "H": 48, "I": 40, "E": 4, "K": 2}
+    args = OPS["experts_add_rms_norm"].inputs(sizes, dtype, device, torch.Generator().manual_seed(0))
+    norm = {name: args[name] for name in ("residual", "norm_weight", "eps")}
+    layer = {name: value for name, value in args.items() if name not in norm}
+    experts = ops.expert_swiglu(**layer, deterministic=deterministic)
+    want = ops.rms_norm(experts, norm["norm_weight"], norm["eps"], residual=norm["residual"])
+    got = ops.experts_add_rms_norm(**args, deterministic=deterministic)
+    assert got[1].equal(want[1])  # the sum is the same operation, element by element
+    # The norm's own sum may be split over a GPU's threads in another way.
+    assert torch.allclose(got[0], want[0], rtol=2 * torch.finfo(dtype).eps) if T else got[0].shape == (0, 48)
+
+
+@pytest.mark.parametrize("T", [0, 1, 19])
+def test_the_gate_s_route_is_that_of_its_logits(T: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, gate = (torch.randn(n, 64, generator=generator).bfloat16().to(device) for n in (T, 8))
+    logits, weights, ids = ops.gate_route(x, gate, 2)
+    assert torch.allclose(logits.float(), x.float() @ gate.float().T, rtol=2**-8, atol=1e-3)
+    again = ops.route(logits, 2)
+    assert ids.equal(again[1]) and torch.allclose(weights, again[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [(), (FEW,), (FEW + 1,), (2, 3, 4), (0,)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_linear_keeps_the_leading_dimensions(rows: tuple[int, ...], deterministic: bool, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*n, 48, generator=generator).to(device) for n in (rows, (33,)))
+    got = ops.linear(x, weight, deterministic)
+    assert got.shape == (*rows, 33)
+    assert torch.allclose(got, torch.nn.functional.linear(x, weight), atol=1e-5)
