@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -25,7 +24,9 @@ from rich.table import Table
 
 from mixtral_triton import apply
 from mixtral_triton.cli import SMALL
+from mixtral_triton.hf import cache_keyword
 from mixtral_triton.kernels.launch import record_launches
+from mixtral_triton.timing import paired
 
 PROMPT = 64
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -56,7 +57,7 @@ def models() -> Iterator[tuple[str, Any]]:
 def decode(model: Any) -> Callable[[], Any]:
     """A step of one token, on a cache that holds the prompt and grows."""
     cache = model(torch.zeros((1, PROMPT), dtype=torch.long, device=model.device), use_cache=True)[1]
-    name = "cache" if transformers.__version__ >= "5.24" else "past_key_values"
+    name = cache_keyword()
     token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
     return lambda: model(token, use_cache=True, **{name: cache})
 
@@ -72,10 +73,8 @@ def host(label: str, eager: Any, rounds: int, quiet: bool) -> dict[str, Any]:
     for _ in range(20):
         ours(), theirs()
     shown = range(rounds) if quiet else track(range(rounds), label, console=Console(stderr=True), transient=True)
-    times = [(cpu_seconds(ours), cpu_seconds(theirs)) for _ in shown]
-    medians = [statistics.median(column) * 1e3 for column in zip(*times, strict=True)]
-    ratio = statistics.median(b / a for a, b in times)
-    return {"model": label, "applied_cpu_ms": medians[0], "eager_cpu_ms": medians[1], "ratio": ratio}
+    applied, plain, ratio = paired(ours, theirs, cpu_seconds, shown)
+    return {"model": label, "applied_cpu_ms": applied * 1e3, "eager_cpu_ms": plain * 1e3, "ratio": ratio}
 
 
 def kernels(layers: int, ours: bool) -> int:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import transformers
@@ -22,6 +22,8 @@ from rich.progress import track
 from rich.table import Table
 
 from mixtral_triton import KVCache, Mixtral
+from mixtral_triton.hf import cache_keyword
+from mixtral_triton.timing import paired
 
 PROMPT = 256
 SIZES = {
@@ -60,7 +62,7 @@ def decode(ours: Mixtral, theirs: transformers.MixtralForCausalLM, ids: torch.Te
     cache = KVCache(ours.config, 1, 1024, device=ours.device, dtype=ours.dtype)
     ours(ids, cache=cache)
     kept = theirs(ids, use_cache=True).past_key_values
-    name = "cache" if transformers.__version__ >= "5.24" else "past_key_values"
+    name = cache_keyword()
     token = ids[:, :1]
     return lambda: ours(token, cache=cache), lambda: theirs(token, use_cache=True, **{name: kept})
 
@@ -92,10 +94,8 @@ def main() -> None:
             mine(), peer()
             rounds = range(args.rounds)
             shown = rounds if args.json else track(rounds, name, console=Console(stderr=True), transient=True)
-            times = [(seconds(mine, device), seconds(peer, device)) for _ in shown]
-            medians = [statistics.median(column) * 1e3 for column in zip(*times, strict=True)]
-            ratio = statistics.median(b / a for a, b in times)
-            rows.append({"work": name, "ours_ms": medians[0], "transformers_ms": medians[1], "ratio": ratio})
+            own, other, ratio = paired(mine, peer, partial(seconds, device=device), shown)
+            rows.append({"work": name, "ours_ms": own * 1e3, "transformers_ms": other * 1e3, "ratio": ratio})
     parameters = sum(p.numel() for p in ours.parameters()) / 1e6
     about = {"device": str(device), "threads": args.threads, "parameters_m": parameters, "torch": torch.__version__}
     about["transformers"] = transformers.__version__

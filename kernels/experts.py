@@ -139,7 +139,7 @@ def _experts(
     return out, total
 
 
-def tile(config: LaunchConfig) -> tuple[int, int, int]:
+def _tile(config: LaunchConfig) -> tuple[int, int, int]:
     return tuple(config.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))  # type: ignore[return-value]
 
 
@@ -185,12 +185,12 @@ def _prefill(
         launch(kernel, grid, args, config, H=H, I=I, BLOCK_E=power_of_2(E))
 
     config = choices["experts_up_kernel"]
-    _, n, k = tile(config)
+    _, n, k = _tile(config)
     up_args = {"x_ptr": x, "gate_up_ptr": gate_up, "h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0)}
     up_args["gate_up_desc"] = describe(gate_up.unflatten(1, (2, I)), (1, 2, n, k), arch)
     run(experts_up_kernel, config, I, **up_args, **_weight_strides(gate_up))
     config = choices["experts_down_kernel"]
-    m, n, k = tile(config)
+    m, n, k = _tile(config)
     down_args = {"h_ptr": h, "down_ptr": down, "y_ptr": y}
     down_args |= {"h_desc": describe(h, (m, k), arch), "down_desc": describe(down, (1, n, k), arch)}
     run(experts_down_kernel, config, H, **down_args, **_weight_strides(down))

@@ -52,6 +52,11 @@ def _dot(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imp
     return type(d)(product + d.data, d.dtype.scalar)
 
 
+def active_addresses(pointers: Any, mask: Any) -> np.ndarray:
+    """What a load or store of the interpreter's handles touches: the addresses of the lanes that are not masked off."""
+    return pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+
+
 def _patch_once(patch: Any) -> Any:
     """`patch(fn)` readies the language modules that fn sees; within a launch, each of them needs it only once.
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from . import launch as door
-from .interpret import interpreting
+from .interpret import active_addresses, interpreting
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Kernel:
 
     def touch(self, pointers: Any, mask: Any) -> tuple[Argument | None, int]:
         """The tensor that a load or store is from or to, and its bytes."""
-        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        addresses = active_addresses(pointers, mask)
         if not len(addresses):
             return None, 0
         for argument in self.arguments.values():

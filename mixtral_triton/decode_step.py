@@ -17,6 +17,7 @@ from torch import Tensor
 from .cache import KVCache
 from .config import MixtralConfig
 from .generate import can_capture, captured
+from .hf import cache_keyword
 from .kernels import reference
 from .kernels.op import Cost, Op, Sizes
 from .kernels.registry import OPS
@@ -156,15 +157,12 @@ def theirs(model: Mixtral) -> Any:
 
 def _hf(args: Args, kept: Callable[[Any], Any], compile: bool) -> Callable[..., Any]:
     """A step of transformers' model on a copy of our cache, in `kept`, its own. Experts run as they do by default."""
-    import transformers
-
     cache, hf = args["cache"], theirs(args["model"])
     held = kept(hf.config)
     for index, layer in enumerate(zip(cache.keys, cache.values, strict=True)):
         held.update(*(x[:, :, : cache.slots - 1].clone() for x in layer), index)
     forward = torch.compile(hf.forward, mode="reduce-overhead") if compile else hf.forward
-    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    name = "cache" if release >= (5, 24) else "past_key_values"
+    name = cache_keyword()
     return lambda token, **_: forward(token, use_cache=True, **{name: held}).logits[:, -1].float()
 
 

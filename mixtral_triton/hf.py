@@ -81,6 +81,17 @@ def applied(model: nn.Module) -> bool:
     return any(_WAS in module.__dict__ for module in model.modules())
 
 
+def _release(transformers: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+
+
+def cache_keyword() -> str:
+    """What the installed transformers calls a forward's cache: it was renamed in 5.24."""
+    import transformers
+
+    return "cache" if _release(transformers) >= (5, 24) else "past_key_values"
+
+
 def _import_modules() -> Any:
     """hf_modules, with the registries told about it; ImportError that says what to install."""
     need = "{}.{}".format(*NEEDS)
@@ -88,8 +99,7 @@ def _import_modules() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(f"mixtral_triton.apply needs transformers: pip install 'transformers>={need}'") from error
-    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
-    if version < NEEDS:
+    if _release(transformers) < NEEDS:
         found = transformers.__version__
         raise ImportError(
             f"mixtral_triton.apply needs transformers >= {need}, found {found}: pip install -U transformers"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,6 +30,13 @@ def host_timer(call: Call, budget: float = 0.2) -> float:
     """Median wall-clock seconds of `call` on the CPU; about `budget` seconds are spent."""
     call()
     return statistics.median(_clock(call) for _ in range(_runs(_clock(call), budget)))
+
+
+def paired(ours: Call, theirs: Call, clock: Callable[[Call], float], rounds: Iterable[Any]) -> tuple[float, ...]:
+    """Median `clock` of each, and of theirs over ours. They take turns, so that a change of speed hits both."""
+    times = [(clock(ours), clock(theirs)) for _ in rounds]
+    mine, peer = map(statistics.median, zip(*times, strict=True))
+    return mine, peer, statistics.median(b / a for a, b in times)
 
 
 class DeviceTimer:

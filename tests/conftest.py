@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from mixtral_triton.kernels import launch
-from mixtral_triton.kernels.interpret import interpreting
+from mixtral_triton.kernels.interpret import active_addresses, interpreting
 from mixtral_triton.kernels.launch import INTERPRETED
 
 MARGIN = 64  # elements on either side
@@ -89,7 +88,7 @@ def _checked_load(load: Any, name: str, fences: list[Fence]) -> Any:
     """The interpreter's load, which refuses addresses that are in no tensor of the launch."""
 
     def checked(pointers: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
-        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        addresses = active_addresses(pointers, mask)
         if addresses.size:
             low, high = int(addresses.min()), int(addresses.max())
             if not any(fence.holds(low, high) for fence in fences if fence.tensor.numel()):
