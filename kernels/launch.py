@@ -20,6 +20,7 @@ from .op import Launch, LaunchConfig
 # `triton.jit` reads the switch when it decorates, so one process either interprets or compiles.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 DEFAULT_ARCH = "sm_90"
+GRID_MOST = 65535  # programs along the second and the third axis of a grid; those of the first are hardly bounded
 
 _arch: ContextVar[str | None] = ContextVar("arch", default=None)
 _records: ContextVar[list[Launch] | None] = ContextVar("records", default=None)
@@ -66,16 +67,24 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
     """
     if 0 in grid:
         return
+    if max(grid[1:], default=1) > GRID_MOST:
+        programs = " x ".join(f"{n:,}" for n in grid)
+        raise ValueError(f"{kernel.__name__}: {programs} programs, needs at most {GRID_MOST:,} along the second and third")
     constants = {**config.constexprs, **constexprs}
     records = _records.get()
     if records is not None:
         records.append(
             Launch(kernel.__name__, grid, config.num_warps, config.num_stages, constants, fn=kernel, args=dict(args))
         )
-    if any(tensor.is_meta for tensor in tensors(args).values()):
+    first = next(arg for arg in args.values() if isinstance(arg, torch.Tensor))
+    if first.is_meta:
         return
     if INTERPRETED:
         interpret(kernel, grid, {**args, **constants})
+    elif first.is_cuda and first.device.index != torch.cuda.current_device():
+        # Triton launches on the current device, whatever device its pointers lead to.
+        with torch.cuda.device(first.device):
+            _compiled(kernel, grid, {**args, **constants}, config)
     else:
         _compiled(kernel, grid, {**args, **constants}, config)
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .cache import KVCache
 from .config import MixtralConfig
-from .generate import can_capture, captured
+from .generate import can_capture
+from .graph import captured
 from .hf import cache_keyword
 from .kernels import reference
 from .kernels.op import Cost, Op, Sizes
@@ -82,7 +83,7 @@ def replayed_step(args: Args) -> Callable[..., Tensor]:
         return lambda **_: once()
     once()  # every kernel is compiled before the capture
     logits: list[Tensor] = []
-    replay = captured(lambda: logits.append(once()), None)
+    replay = captured(lambda: logits.append(once()), None, args["model"].device)
 
     def run(**_: Any) -> Tensor:
         replay()

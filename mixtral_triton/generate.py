@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
+from .graph import CaptureLost, captured
 from .ops import untraced
 
 if TYPE_CHECKING:
@@ -142,19 +143,12 @@ def can_capture(model: Mixtral) -> bool:
 def replayed(step: Step, generator: torch.Generator | None) -> Callable[[], None]:
     """The replay of `step` captured in a CUDA graph; where that is impossible `step` itself, and a warning says why."""
     try:
-        return captured(step, generator)
+        return captured(step, generator, step.model.device)
+    except CaptureLost:
+        raise
     except RuntimeError as error:
         warnings.warn(f"generate: decoding without a CUDA graph, slower: {error}", RuntimeWarning, stacklevel=2)
         return step
-
-
-def captured(step: Callable[[], object], generator: torch.Generator | None) -> Callable[[], None]:
-    graph = torch.cuda.CUDAGraph()
-    if generator is not None:
-        graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def prefill(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> Tensor:

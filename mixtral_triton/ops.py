@@ -23,6 +23,8 @@ from .kernels.launch import INTERPRETED
 from .kernels.op import Op
 from .kernels.registry import OPS
 
+# Tensors that nothing has to be told about: not a subclass that watches its operations.
+PLAIN_TYPES: tuple[type[Tensor], ...] = (Tensor, nn.Parameter)
 # Calls that passed the check, by all that it looks at: a decode step asks the same a thousand times.
 _passed: set[tuple[Any, ...]] = set()
 _PASSED_MOST = 4096
@@ -170,7 +172,7 @@ def _plain(values: Iterable[Any]) -> bool:
     for x in values:
         if not isinstance(x, Tensor):
             continue
-        if type(x) not in (Tensor, nn.Parameter) or x.is_meta or (gradients and x.requires_grad):
+        if type(x) not in PLAIN_TYPES or x.is_meta or (gradients and x.requires_grad):
             return False
     return True
 

@@ -31,6 +31,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 FIGURES = {
     "traffic": "bytes and FLOP, counted in interpreted kernels",
     "launches": "device kernels a layer, recorded on meta tensors",
+    "jit": "launches by Triton's own JIT, compiled for sm_90 and checked as CUDA would check them",
     "main loops": "main loops, counted in compiled kernels",
     "parity": "transformers' Mixtral with mixtral_triton.apply beside eager",
 }
@@ -136,6 +137,17 @@ def gates(monkeypatch: pytest.MonkeyPatch, record_property: Any) -> Iterator[Non
     torch.use_deterministic_algorithms(False)
     for kind, what in sorted(_covered):
         record_property(kind, what)
+
+
+@pytest.fixture
+def card() -> Iterator[Any]:
+    """A machine of two cards that are not there (tests/stub), whose launches Triton's own JIT prepares."""
+    if INTERPRETED or torch.cuda.is_available():
+        pytest.skip("stands in for a card in a compiling process that has none")
+    from tests.stub.card import card
+
+    with card(2) as made:
+        yield made
 
 
 @pytest.fixture

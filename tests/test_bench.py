@@ -212,7 +212,7 @@ def test_our_step_is_captured_once_its_kernels_are_compiled(monkeypatch: pytest.
     """A stand-in for a CUDA graph: what is captured runs on the buffers of the capture, and returns nothing."""
     done: list[str] = []
 
-    def captured(once: Any, generator: Any) -> Any:
+    def captured(once: Any, generator: Any, device: Any) -> Any:
         done.append("capture")
         kept = once()
         assert kept is None

@@ -1,0 +1,223 @@
+"""Tensors that say they are on a card, and whose memory is the CPU's.
+
+torch's operations on them run on that memory, by the rules of a card: operands of one device, and a host that has to
+wait where it looks at a value. Under a capture nothing runs; a replay runs it all on the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+# What copies between devices, and what takes an index or a mask from the host.
+_CROSSING = {"copy_", "_to_copy", "index", "index_put_", "_index_put_impl_"}
+# The result's size, or the result itself, is something that only the card knows.
+_LOOKS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2"}
+# Functions that allocate inside of torch, on the device of their arguments, where nothing dispatches.
+_MAKES = {"pad_sequence"}
+# Methods that give the host numbers.
+_READS = {"__int__", "__float__", "__bool__", "__index__", "item", "tolist", "numpy", "__array__", "__contains__"}
+
+
+class CardTensor(Tensor):
+    """`held` is the memory."""
+
+    held: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, held: Tensor, device: torch.device) -> CardTensor:
+        layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        tensor = Tensor._make_wrapper_subclass(cls, held.shape, device=device, **layout)
+        tensor.held = held
+        return tensor
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def __repr__(self, **kwargs: Any) -> str:
+        return f"CardTensor({self.held}, device={self.device})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return dispatch(func, args, kwargs or {})
+
+
+class Looks(RuntimeError):
+    """The host read a value, and somebody forbade it."""
+
+
+class Stage:
+    """What happens to operations now: counted looks, and the tape of a capture where there is one."""
+
+    def __init__(self) -> None:
+        self.looks: list[str] = []
+        self.forbidden = False
+        self.capture: Any = None  # a graph.Graph that is being captured
+
+    def run(self, work: Callable[[], Any]) -> None:
+        """Now, or when the capture under way is replayed."""
+        if self.capture is None:
+            work()
+        else:
+            self.capture.record(work)
+
+    def look(self, what: str) -> None:
+        self.looks.append(what)
+        if self.capture is not None:
+            self.capture.invalidate()
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
+        if self.forbidden:
+            raise Looks(f"the host looked at a value of the card: {what}")
+
+
+stage = Stage()
+
+
+def is_card(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+def indexed(device: Any) -> torch.device:
+    """A card's device with its number: "cuda" is the current one."""
+    chosen = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if chosen.index is None else chosen
+
+
+def to_card(x: Any, device: Any) -> Any:
+    if not isinstance(x, Tensor) or isinstance(x, CardTensor):
+        return x
+    return CardTensor(x.detach(), indexed(device))
+
+
+def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run `func` on the memory behind its arguments; results are on the card unless they go to the CPU."""
+    name, mutates, view = kind_of(func)
+    leaves, spec = tree_flatten((args, kwargs))
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    cards = {x.device for x in tensors if isinstance(x, CardTensor)}
+    check_devices(name, tensors, cards)
+    target = kwargs.get("device")
+    device = indexed(target) if is_card(target) else next(iter(cards))
+    to_host = (target is not None and not is_card(target)) or (name == "copy_" and not isinstance(args[0], CardTensor))
+    if to_host or name in _LOOKS or (name == "index" and any(is_mask(x) for x in args[1])):
+        stage.look(name)
+    memory, known = [], {}
+    for x in leaves:
+        memory.append(x.held if isinstance(x, CardTensor) else torch.device("cpu") if is_device(x) else x)
+        if isinstance(x, CardTensor):
+            known[id(x.held)] = x
+    call_args, call_kwargs = tree_unflatten(memory, spec)
+
+    def call() -> Any:
+        return func(*call_args, **call_kwargs)
+
+    if stage.capture is None:
+        out = call()
+    elif mutates:
+        stage.capture.record(call)
+        out = call_args[0] if func._schema.returns else None
+    else:
+        out = call()
+        if not view:
+            stage.capture.record(lambda: overwrite(out, call()))
+    return out if to_host else tree_map(lambda x: known.get(id(x)) if id(x) in known else to_card(x, device), out)
+
+
+def kind_of(func: Any) -> tuple[str, bool, bool]:
+    """The name of torch's operation, whether it writes into an argument, and whether its result is a view of one."""
+    if isinstance(func, torch._ops.OpOverload):
+        return func._opname, func._schema.is_mutable, func.is_view
+    return func.__name__, False, False
+
+
+def is_mask(x: Any) -> bool:
+    return isinstance(x, CardTensor) and x.dtype in (torch.bool, torch.uint8)
+
+
+def is_device(x: Any) -> bool:
+    return isinstance(x, torch.device) and x.type == "cuda"
+
+
+def overwrite(old: Any, new: Any) -> None:
+    """A replay's results go where the capture's went."""
+    for before, now in zip(tree_flatten(old)[0], tree_flatten(new)[0], strict=True):
+        if isinstance(before, Tensor) and before.data_ptr() != now.data_ptr():
+            before.copy_(now)
+
+
+def check_devices(name: str, tensors: list[Tensor], cards: set[torch.device]) -> None:
+    """One device for all, but for numbers (0-D tensors of the CPU), and for what copies or indexes."""
+    if name in _CROSSING:
+        return
+    others = {x.device for x in tensors if not isinstance(x, CardTensor) and x.dim()}
+    if len(cards | others) > 1:
+        found = ", ".join(sorted(map(str, cards | others)))
+        raise RuntimeError(f"Expected all tensors to be on the same device, but {name} found {found}")
+
+
+def indexing(x: CardTensor, place: Any, *value: Any) -> Any:
+    """`x[place]`, or `x[place] = value`: torch's own way asks for the card before it dispatches."""
+    leaves, spec = tree_flatten(place)
+    if any(is_mask(leaf) for leaf in leaves):
+        stage.look("index by a mask")
+    at = tree_unflatten([getattr(leaf, "held", leaf) for leaf in leaves], spec)
+    if value:
+        new = getattr(value[0], "held", value[0])
+        return stage.run(lambda: x.held.__setitem__(at, new))
+    out = x.held[at]
+    if stage.capture is not None and any(isinstance(leaf, Tensor) for leaf in leaves):
+        stage.capture.record(lambda: overwrite(out, x.held[at]))
+    return to_card(out, x.device)
+
+
+class Factories(TorchFunctionMode):
+    """Functions that are told a card's device give tensors there; the device may come from `with torch.device(...)`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if hasattr(kwargs.get("generator"), "draws"):
+            kwargs["generator"].draws(stage.capture)
+        if name in ("__getitem__", "__setitem__") and isinstance(args[0], CardTensor):
+            return indexing(*args)
+        if name in _READS and isinstance(args[0], CardTensor):
+            stage.look(name)
+            return func(args[0].held, *args[1:], **kwargs)
+        if name in _MAKES and any(isinstance(x, CardTensor) for x in tree_flatten(args)[0]):
+            return dispatch(func, args, kwargs)
+        if name == "copy_" and any(isinstance(x, CardTensor) for x in args):
+            return torch.ops.aten.copy_.default(*args, **kwargs)  # the method asks for the card before it dispatches
+        if name == "cuda" and isinstance(args[0], Tensor):
+            return self._moved(args[0], args[1] if len(args) > 1 else kwargs.get("device", "cuda"), {})
+        if name == "to" and isinstance(args[0], Tensor) and not isinstance(args[0], CardTensor):
+            return self._to(func, args, kwargs)
+        device = kwargs.get("device")
+        if not is_card(device) or any(isinstance(x, CardTensor) for x in args):
+            return func(*args, **kwargs)
+        return to_card(func(*args, **kwargs | {"device": "cpu"}), device)
+
+    def _to(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """`x.to(...)` of a tensor of the CPU, whichever way its device is said."""
+        others = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, CardTensor)]
+        named = [x for x in (*args[1:], kwargs.get("device")) if isinstance(x, (str, torch.device))]
+        named += [torch.device("cuda", x) for x in args[1:] if isinstance(x, int) and not isinstance(x, bool)]
+        device = others[0].device if others else named[0] if named else None
+        if not is_card(device):
+            return func(*args, **kwargs)
+        dtypes = [x for x in (*args[1:], kwargs.get("dtype")) if isinstance(x, torch.dtype)]
+        dtypes += [x.dtype for x in others]
+        return self._moved(args[0], device, {"dtype": dtypes[0]} if dtypes else {})
+
+    def _moved(self, x: Tensor, device: Any, dtype: dict[str, torch.dtype]) -> Tensor:
+        if isinstance(x, CardTensor):
+            return x if x.device == indexed(device) else to_card(x.held.clone(), device)
+        moved = x.detach().to(device="cpu", copy=True, **dtype)
+        moved = to_card(moved, device)
+        return nn.Parameter(moved, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else moved
+

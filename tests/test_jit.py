@@ -1,0 +1,164 @@
+"""Every launch by Triton's own JIT, without a card: binder, specialization, compiler and cache, and a launcher that holds
+the launch against what CUDA would demand (tests/stub)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixtral_triton.kernels.launch import INTERPRETED, record_launches
+from mixtral_triton.kernels.op import Op
+from mixtral_triton.kernels.registry import OPS
+from tests.stub.driver import GRID_MOST, LaunchError, check_descriptor
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
+
+CARD = torch.device("cuda", 0)
+HEAD_SIZES = (48, 64, 72, 80, 96, 112, 128, 192, 256)
+QUERIES = (1, 16, 20, 33, 37, 65, 150)
+
+
+def on_card(args: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.to(CARD) if isinstance(x, Tensor) else x for name, x in args.items()}
+
+
+def shown(launches: list[Any]) -> list[tuple[str, tuple[int, ...]]]:
+    """Kernels and grids of the Triton launches, in order."""
+    return [(each.kernel, tuple(each.grid) + (1,) * (3 - len(each.grid))) for each in launches if each.grid]
+
+
+def go(op: Op, sizes: Any, dtype: torch.dtype, card: Any) -> list[Any]:
+    """Launch `op` as a card's tensors would -> the launches, which are those that were recorded on meta tensors."""
+    card.driver.executes = False
+    begin = len(card.driver.launches)
+    op.run(**on_card(op.inputs(sizes, dtype, "cpu", torch.Generator().manual_seed(0))))
+    launched = card.driver.launches[begin:]
+    with record_launches() as recorded:
+        op.run(**op.inputs(sizes, dtype, "meta"))
+    assert shown(launched) == shown(recorded)
+    return launched
+
+
+def count(covers: Any, launched: list[Any], case: str) -> None:
+    for kernel, times in Counter(each.kernel for each in launched).items():
+        covers("jit case", f"{kernel} {times} {case}")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_operation_at_its_test_shapes(name: str, card: Any, covers: Any) -> None:
+    op = OPS[name]
+    dtype = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
+    for number, sizes in enumerate(op.test_shapes):
+        count(covers, go(op, sizes, dtype, card), f"{name} {number}")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_operation_in_its_other_dtypes(name: str, card: Any, covers: Any) -> None:
+    """At one of its shapes: what differs by dtype is the way to the launch (tiles, descriptors), not the shapes'."""
+    op = OPS[name]
+    for dtype in op.dtypes:
+        if dtype != torch.bfloat16:
+            count(covers, go(op, op.test_shapes[0], dtype, card), f"{name} {dtype}")
+
+
+@pytest.mark.parametrize(("D", "window"), [*((D, 0) for D in HEAD_SIZES), *((D, 40) for D in (48, 80, 112))])
+def test_attention_of_every_head_size(D: int, window: int, card: Any, covers: Any) -> None:
+    """Among them those whose tiles made an assembler crash: heads narrower than their tile, in half a tile of rows."""
+    for T in QUERIES if window == 0 else (37, 150):
+        sizes = {"B": 2, "T": T, "S": T, "Hq": 4, "Hkv": 2, "D": D, "window": window}
+        count(covers, go(OPS["attention"], sizes, torch.bfloat16, card), f"D{D} T{T} window {window}")
+
+
+def norm_launch(T: int, card: Any, offset: int = 0) -> tuple[Any, list[Any]]:
+    """A norm of T rows, `offset` elements into their memory -> its compiled kernel, and the arguments that it took."""
+    card.driver.executes = False
+    x = torch.zeros(T * 64 + offset, dtype=torch.bfloat16).to(CARD)[offset:].view(T, 64)
+    OPS["rms_norm"].run(x, torch.ones(64, dtype=torch.bfloat16).to(CARD), 1e-5)
+    launched = card.driver.launches[-1]
+    return launched.compiled(), list(launched.args.values())
+
+
+def test_a_grid_too_tall_is_caught(card: Any) -> None:
+    kernel, args = norm_launch(4, card)
+    kernel[(1, GRID_MOST[1], 1)](*args)
+    with pytest.raises(LaunchError, match=r"grid\.y is 65536, needs 1\.\.65535"):
+        kernel[(1, GRID_MOST[1] + 1, 1)](*args)
+
+
+def test_a_batch_too_large_for_a_grid_is_a_value_error(card: Any) -> None:
+    """Before anything is launched or recorded: CUDA would say «invalid argument»."""
+    op, sizes = OPS["rope"], {"B": GRID_MOST[1] + 1, "T": 1, "Hq": 1, "Hkv": 1, "D": 16, "P": 8}
+    for device in ("meta", CARD):
+        args = op.inputs({**sizes, "B": 1}, torch.bfloat16, "cpu") | {"positions": torch.zeros(sizes["B"], 1).int()}
+        args |= {name: args[name].expand(sizes["B"], -1, -1, -1) for name in ("q", "k")}
+        args = {name: x.to(device) for name, x in args.items()}
+        with record_launches() as launches, pytest.raises(ValueError, match="rope_kernel: 1 x 65,536 programs, needs at most 65,535"):
+            op.run(**args)
+        assert not [launch for launch in launches if launch.grid]
+
+
+def test_arguments_that_a_kernel_was_not_compiled_for_are_caught(card: Any) -> None:
+    """The JIT looks at every pointer; whoever keeps a compiled kernel has to, too."""
+    kernel, args = norm_launch(4, card)
+    _, others = norm_launch(4, card, offset=4)
+    with pytest.raises(LaunchError, match="misaligned address: x_ptr"):
+        kernel[(4, 1, 1)](*others)
+    kernel, args = norm_launch(1, card)
+    at = next(i for i, value in enumerate(args) if isinstance(value, int) and value == 1)
+    with pytest.raises(LaunchError, match="is 2, and the kernel was compiled for 1"):
+        kernel[(1, 1, 1)](*args[:at], 2, *args[at + 1 :])
+
+
+def test_a_descriptor_off_by_8_bytes_is_caught(card: Any) -> None:
+    """Keys at such an address go by pointers; a descriptor that is led there is refused by the launcher."""
+    op, sizes = OPS["attention"], {"B": 1, "T": 40, "S": 40, "Hq": 4, "Hkv": 2, "D": 64, "window": 0}
+    args = on_card(op.inputs(sizes, torch.bfloat16, "cpu", torch.Generator().manual_seed(0)))
+    card.driver.executes = False
+    launched = None
+    for offset in (8, 4):  # elements: 16 bytes, and 8
+        memory = torch.zeros(args["k"].numel() + offset, dtype=torch.bfloat16).to(CARD)
+        args["k"] = memory[offset:].view(args["k"].shape)
+        op.run(**args)
+        assert (card.driver.launches[-1].args["k_desc"] is not None) == (offset == 8)
+        launched = launched or card.driver.launches[-1]
+    moved = dict(launched.args)
+    moved["k_desc"].base = args["k"]
+    with pytest.raises(LaunchError, match=r"cuTensorMapEncodeTiled refuses k_desc: base 0x\w+8, needs a multiple of 16"):
+        launched.compiled()[launched.grid](*moved.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"block_size": [1, 512, 1, 64]}, r"box \[1, 512, 1, 64\], needs 1\.\.256"),
+        ({"block_size": [1, 128, 1, 128]}, "inner box of 256 bytes, needs at most its swizzle's 128"),
+        ({"block_size": [1, 128, 1, 12]}, "inner box of 24 bytes, needs a multiple of 16"),
+        ({"block_size": [128, 1, 64]}, "of 4 dimensions"),
+        ({"strides": [4, 2, 1, 1]}, "strides .* needs multiples of 16 bytes"),
+        ({"strides": [2**41, 128, 64, 1]}, r"below 2\^40"),
+        ({"shape": [0, 40, 2, 64]}, r"sizes .* needs 1\.\.2\^32"),
+        ({"shape": [1] * 6}, "rank 6, needs 1..5"),
+    ],
+)
+def test_what_a_tensor_map_demands(change: dict[str, Any], said: str) -> None:
+    memory = torch.zeros(40 * 128 + 64, dtype=torch.bfloat16)
+    base = memory[(-memory.data_ptr() // 2) % 8 :]
+    good = {"base": base, "shape": [1, 40, 2, 64], "strides": [5120, 128, 64, 1]}
+    meta = {"block_size": [1, 128, 1, 64], "swizzle": 3}
+    check_descriptor("k_desc", SimpleNamespace(**good), meta)
+    known = {name: change.get(name, value) for name, value in good.items()}
+    with pytest.raises(LaunchError, match=said):
+        check_descriptor("k_desc", SimpleNamespace(**known), meta | change)
+
+
+def test_a_configuration_that_the_card_cannot_hold_is_a_value_error(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton finds it after it has compiled; here by its own JIT, not by a stand-in for it."""
+    monkeypatch.setattr(card.driver.utils.properties, "shared_memory_per_block_optin", 128)
+    card.driver.forget()
+    with pytest.raises(ValueError, match="rms_norm_kernel: the launch configuration .* takes 256 of shared memory"):
+        norm_launch(4, card)
