@@ -2,56 +2,58 @@
 
 from __future__ import annotations
 
-import json
-import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.progress import died, events
+
 FULL_LAYERS = {4096: 32, 6144: 56}  # of Mixtral 8x7B and 8x22B, by hidden size
-COUNTS = re.compile(r"(\d+) (passed|failed|skipped|error|errors|xfailed|deselected)")
 
 
-def _lines(out: Path, name: str, state: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The JSON lines that a part printed; a killed one's last line may be cut off."""
-    for index in range(len(state["exit"])):
-        for line in (out / f"{name.replace(' ', '_')}.{index}.out").read_text(errors="replace").splitlines():
-            try:
-                told = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(told, dict):
-                yield told
+def stem(part: str, command: str) -> str:
+    """The name of the files that a command of a part writes, without what tells its kinds apart."""
+    return f"{part}-{command}".replace(" ", "_")
 
 
-def _tests(out: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Counts of outcomes over all shards, and the names of the tests that failed."""
-    counts: dict[str, int] = {}
-    failed: list[str] = []
-    for index in range(len(state["exit"])):
-        lines = (out / f"tests.{index}.out").read_text(errors="replace").splitlines()
-        failed += [line.split(" ", 1)[1].split(" - ")[0] for line in lines if line.startswith(("FAILED ", "ERROR "))]
-        for number, word in COUNTS.findall(lines[-1] if lines else ""):
-            counts[word] = counts.get(word, 0) + int(number)
-    return {"counts": counts, "failed": failed}
+def _events(out: Path, name: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """What each command of a part wrote, by its name."""
+    for file in sorted(out.glob(f"{stem(name, '*')}.out")):
+        command = file.stem.removeprefix(stem(name, ""))
+        yield command, events(file, file.with_suffix(".jsonl"))
+
+
+def _tests(out: Path, name: str) -> dict[str, Any]:
+    """Counts of outcomes over all processes, and the names of the tests that failed or that a process died of."""
+    outcomes: dict[str, str] = {}
+    for _, found in _events(out, name):
+        outcomes |= {event["test"]: event["outcome"] for event in found if event.get("kind") == "outcome"}
+        outcomes |= {begin["test"]: "died" for begin in died(found)}
+    counts = Counter(outcomes.values())
+    return {"counts": dict(counts), "failed": [test for test, how in outcomes.items() if how in ("failed", "died")]}
 
 
 def results(state: dict[str, Any], out: Path) -> dict[str, Any]:
     """Everything that is known so far."""
-    found: dict[str, Any] = {**state, "tests": None, "card": None, "rows": []}
+    found: dict[str, Any] = {**state, "tests": None, "card": None, "rows": [], "died": [], "applied": None}
     seen: list[tuple[str, dict[str, int]]] = []
     for name, part in state["parts"].items():
         if part["status"] == "not started":
             continue
         if name == "tests":
-            found["tests"] = _tests(out, part)
+            found["tests"] = _tests(out, name)
             continue
-        for line in _lines(out, name, part):
-            if line.get("kind") == "card":
-                found["card"] = line
-            elif line.get("kind") == "row" and (line["op"], line["sizes"]) not in seen:
-                seen.append((line["op"], line["sizes"]))
-                found["rows"].append(line)
+        for _, lines in _events(out, name):
+            found["died"] += [{"op": begin["op"], "sizes": begin["sizes"]} for begin in died(lines)]
+            for line in lines:
+                if line.get("kind") == "card":
+                    found["card"] = line
+                elif "kernels_a_layer" in line:
+                    found["applied"] = line
+                elif line.get("kind") == "row" and (line["op"], line["sizes"]) not in seen:
+                    seen.append((line["op"], line["sizes"]))
+                    found["rows"].append(line)
     found["whole_models"] = whole_models(found["rows"])
     return found
 
@@ -91,12 +93,26 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
+def _sizes(sizes: dict[str, int]) -> str:
+    return " ".join(f"{letter}{size}" for letter, size in sizes.items())
+
+
+def _applied(found: dict[str, Any]) -> list[str]:
+    """What `benchmarks/drop_in.py` said."""
+    head = ("applied to transformers' model", "applied, ms", "eager, ms", "eager / applied")
+    rows = [
+        (row["model"], _number(row["applied_ms"]), _number(row["eager_ms"]), f"{row['ratio']:.2f}")
+        for row in found["rows"]
+    ]
+    return ["## transformers' model with `apply`", "", *_table(head, rows)]
+
+
 def _op(name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
     peers = list(dict.fromkeys(peer for row in rows for peer in row["peers"]))
     head = ["sizes", "time, us", "floor, us", "of floor", *(f"{peer} / ours" for peer in peers)]
     body, notes = [], {}
     for row in rows:
-        sizes = " ".join(f"{letter}{size}" for letter, size in row["sizes"].items())
+        sizes = _sizes(row["sizes"])
         share = "-" if row["of_floor"] is None else f"{100 * row['of_floor']:.0f} %"
         ratios = [row["peers"].get(peer, {}).get("ratio") for peer in peers]
         cells = [_number(row["time_us"]), _number(row["floor_us"]), share]
@@ -136,8 +152,13 @@ def markdown(found: dict[str, Any]) -> str:
     lines += _table(("part", "status", "seconds", "limit"), parts)
     if found["tests"]:
         counts = ", ".join(f"{number} {word}" for word, number in found["tests"]["counts"].items())
-        lines += ["## Compiled tests", "", counts or "no shard came to its end", ""]
+        lines += ["## Compiled tests", "", counts or "no test came to its end", ""]
         lines += [*(f"- {name}" for name in found["tests"]["failed"]), *([""] if found["tests"]["failed"] else [])]
+    if found["died"]:
+        lines += ["## What a process died of", ""]
+        lines += [f"- {each['op']}, {_sizes(each['sizes'])}" for each in found["died"]] + [""]
+    if found["applied"]:
+        lines += _applied(found["applied"])
     for name in dict.fromkeys(row["op"] for row in found["rows"]):
         lines += _op(name, [row for row in found["rows"] if row["op"] == name])
     if found["whole_models"]:

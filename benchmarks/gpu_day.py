@@ -1,11 +1,13 @@
 """Everything that needs a GPU, in one command, in under ten minutes: the compiled tests, every operation beside its
-peers, and the whole decode step beside transformers'. No network is needed.
+peers, an applied model, and the whole decode step beside transformers'. No network is needed.
 
     python benchmarks/gpu_day.py [--out benchmarks/results/NAME] [--parts tests,experts,...] [--budget-s 570]
+    python benchmarks/gpu_day.py --dry     # the same road on a card that is not there, at small sizes
 
-Each part is a process group with a share of the budget: one that overruns is killed, and what it printed until then is
-kept. The same command again runs what is not done yet. OUT/gpu_day.json and OUT/gpu_day.md hold the results so far,
-with card, clocks, driver and versions.
+Each part has a share of the budget: what overruns is killed, and what it printed until then is kept. An operation is a
+process of its own: one that leaves the card in an error is started anew behind the case or the test that did it, and no
+other operation knows. The same command again runs what is not done yet; `--again` forgets what is. OUT/gpu_day.json and
+OUT/gpu_day.md hold the results so far, with card, clocks, driver and versions.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,82 +27,94 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script's own path holds only its folder
 
-from benchmarks.day_report import markdown, results  # noqa: E402
+from benchmarks.day_parts import Command, Part, parts  # noqa: E402
+from benchmarks.day_report import markdown, results, stem  # noqa: E402
+from benchmarks.progress import begun, died, events  # noqa: E402
 
-PYTHON = sys.executable
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,memory.total"
 PACKAGES = ("mixtral-triton", "torch", "triton", "transformers", "liger-kernel", "flash-attn", "vllm")
+POLL_S = 0.05
 
 
-@dataclass(frozen=True)
-class Part:
-    """Commands that run side by side; `budget_s`: seconds for all of them together, of the default whole."""
+class Running:
+    """A command's process, and those that follow it where it died of what it was doing."""
 
-    name: str
-    budget_s: float
-    commands: tuple[tuple[str, ...], ...]
+    def __init__(self, part: Part, command: Command, out: Path) -> None:
+        self.command, self.stem = command, out / stem(part.name, command.name)
+        self.exit: int | None = None
+        self._start()
 
+    def _events(self) -> list[dict[str, Any]]:
+        return events(self.stem.with_suffix(".out"), self.stem.with_suffix(".jsonl"))
 
-def parts() -> tuple[Part, ...]:
-    """The parts of a day, what matters most first; every operation of the registry is in one of the benchmarks."""
-    from mixtral_triton.kernels.registry import OPS
-
-    processes = max(1, min(8, (os.cpu_count() or 2) // 2))
-    pytest = (PYTHON, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "benchmarks.shard")
-    shards = tuple((*pytest, "--shard", f"{index}/{processes}") for index in range(processes))
-    bench = (PYTHON, "-m", "mixtral_triton", "bench", "--json")
-    # torch.compile takes seconds a case, and for a whole step, attention or the experts the better part of a minute.
-    brief = (*bench, "--quick", "--without", "torch.compile")
-    experts = tuple(name for name in OPS if name.startswith("expert"))
-    cache = tuple(name for name in OPS if "attention" in name or name == "append")
-    others = tuple(name for name in OPS if name not in (*experts, *cache))
-    two_depths = ("decode_step", "--at", "B=1", "--at", "S=1024", "--at", "H=4096", "--without", "torch.compile")
-    return (
-        Part("tests", 150, shards),
-        Part("experts", 90, ((*brief, *experts),)),
-        Part("attention", 80, ((*brief, *cache),)),
-        Part("decode", 100, ((*bench, *two_depths),)),
-        Part("decode batches", 40, ((*brief, "decode_step", "--at", "L=4", "--without", "HF static cache"),)),
-        Part("one token", 50, ((*bench, "--quick", "--at", "T=1", *others),)),
-        Part("many tokens", 50, ((*bench, "--quick", "--at", "T=4096", *others),)),
-    )
-
-
-def run_part(part: Part, out: Path, limit_s: float) -> dict[str, Any]:
-    """Run the part's commands for at most `limit_s` -> its entry in the state; their output goes to files in `out`."""
-    start = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
-    running = []
-    for index, command in enumerate(part.commands):
-        stem = out / f"{part.name.replace(' ', '_')}.{index}"
-        with open(f"{stem}.out", "wb") as stdout, open(f"{stem}.err", "wb") as stderr:
+    def _start(self) -> None:
+        self.begun = len(begun(self._events()))
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
+        args = [sys.executable, *self.command.args]
+        if self.command.resumes == "tests":
+            args += ["--progress", str(self.stem.with_suffix(".jsonl"))]
+        elif self.command.resumes == "cases":
+            args += ["--first", str(self.begun)]
+        with self.stem.with_suffix(".out").open("ab") as out, self.stem.with_suffix(".err").open("ab") as err:
             # A session of its own, so that what the command starts can be killed with it.
-            running.append(
-                subprocess.Popen(
-                    command, stdout=stdout, stderr=stderr, cwd=ROOT, env=environment, start_new_session=True
-                )
+            self.process = subprocess.Popen(
+                args, stdout=out, stderr=err, cwd=ROOT, env=environment, start_new_session=True
             )
-    codes: list[int | None] = []
-    try:
-        for process in running:
-            try:
-                codes.append(process.wait(max(0.0, start + limit_s - time.monotonic())))
-            except subprocess.TimeoutExpired:
-                codes.append(None)
-    finally:
-        for process in running:
-            _kill(process)
-    status = "over budget" if None in codes else "failed" if any(codes) else "done"
-    return {"status": status, "exit": codes, "seconds": time.monotonic() - start, "limit_s": limit_s}
+
+    def ended(self) -> bool:
+        """Whether it is over. A process that died with something new begun is followed by one that goes on behind it."""
+        code = self.process.poll()
+        if code is None:
+            return False
+        self.kill()  # what it started and left
+        found = self._events()
+        if self.command.resumes and not finished(found) and len(begun(found)) > self.begun:
+            self._start()
+            return False
+        self.exit = 1 if code == 0 and died(found) else code
+        return True
+
+    def cut(self) -> None:
+        """Out of time: what it is at is to be tried again."""
+        self.kill()
+        if self.command.resumes:
+            with self.stem.with_suffix(".jsonl" if self.command.resumes == "tests" else ".out").open("a") as out:
+                print("\n" + json.dumps({"kind": "cut"}), file=out)
+
+    def kill(self) -> None:
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it and all it started have ended
+            return
+        finally:
+            self.process.wait()
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def finished(found: Sequence[dict[str, Any]]) -> bool:
+    return any(event.get("kind") == "end" for event in found)
+
+
+def run_part(part: Part, out: Path, limit_s: float, before: dict[str, int]) -> dict[str, Any]:
+    """Run the part's commands for at most `limit_s` -> its entry in the state; their output goes to files in `out`.
+
+    `before`: exit statuses by name of the commands that came to their end in an earlier run.
+    """
+    start, exits = time.monotonic(), dict(before)
+    waiting = [command for command in part.commands if command.name not in exits]
+    running: list[Running] = []
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # it and all it started have ended
-        return
+        while (waiting or running) and time.monotonic() < start + limit_s:
+            while waiting and len(running) < part.at_once:
+                running.append(Running(part, waiting.pop(0), out))
+            for each in [each for each in running if each.ended()]:
+                running.remove(each)
+                exits[each.command.name] = each.exit or 0
+            time.sleep(POLL_S)
     finally:
-        process.wait()
+        for each in running:
+            each.cut()
+    status = "over budget" if waiting or running else "failed" if any(exits.values()) else "done"
+    return {"status": status, "exit": exits, "seconds": time.monotonic() - start, "limit_s": limit_s}
 
 
 def _asked(*command: str) -> str | None:
@@ -129,7 +142,7 @@ def surroundings() -> dict[str, Any]:
 
 
 def day(chosen: Sequence[Part], out: Path, budget_s: float, whole_s: float) -> dict[str, Any]:
-    """Run the parts that are not done yet within `budget_s`, writing state and report after each -> the state.
+    """Run what of the parts is not done yet within `budget_s`, writing state and report after each -> the state.
 
     `whole_s`: what the parts of a full day are budgeted to take; the shares are scaled by it.
     """
@@ -138,25 +151,38 @@ def day(chosen: Sequence[Part], out: Path, budget_s: float, whole_s: float) -> d
     state: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"parts": {}}
     state["before"] = surroundings()
     for part in chosen:
-        if state["parts"].get(part.name, {}).get("status") == "done":
-            print(f"{part.name}: done before", flush=True)
+        known = state["parts"].get(part.name, {"status": "not started", "exit": {}, "seconds": 0.0, "limit_s": 0.0})
+        if len(known["exit"]) == len(part.commands):
+            print(f"{part.name}: {known['status']} before", flush=True)
             continue
         left = budget_s - (time.monotonic() - start)
         share = part.budget_s * budget_s / whole_s
         if left < 1:
-            state["parts"].setdefault(part.name, {"status": "not started", "exit": [], "seconds": 0.0, "limit_s": 0.0})
+            state["parts"][part.name] = known
         else:
             print(f"{part.name}: at most {min(share, left):.0f} s ...", end=" ", flush=True)
-            state["parts"][part.name] = run_part(part, out, min(share, left))
-            print(
-                f"{state['parts'][part.name]['status']} after {state['parts'][part.name]['seconds']:.0f} s", flush=True
-            )
+            ran = run_part(part, out, min(share, left), known["exit"])
+            state["parts"][part.name] = ran
+            print(f"{ran['status']} after {ran['seconds']:.0f} s", flush=True)
         state["after"] = surroundings()
         _write(file, json.dumps(state, indent=1))
         found = results(state, out)
         _write(out / "gpu_day.json", json.dumps(found, indent=1))
         _write(out / "gpu_day.md", markdown(found))
     return state
+
+
+def forget(chosen: Sequence[Part], out: Path) -> None:
+    """As if the parts had never run."""
+    file = out / "state.json"
+    state = json.loads(file.read_text()) if file.is_file() else {"parts": {}}
+    for part in chosen:
+        state["parts"].pop(part.name, None)
+        for command in part.commands:
+            for kind in (".out", ".err", ".jsonl"):
+                (out / stem(part.name, command.name)).with_suffix(kind).unlink(missing_ok=True)
+    if file.is_file():
+        _write(file, json.dumps(state, indent=1))
 
 
 def _write(file: Path, text: str) -> None:
@@ -176,24 +202,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, help="folder of the results; none: benchmarks/results/ and the card's name")
     parser.add_argument("--parts", help="comma-separated; none: all")
-    parser.add_argument("--budget-s", type=float, default=570.0, help="seconds for everything together")
+    parser.add_argument("--budget-s", type=float, default=570.0, help="seconds for everything together (570)")
+    parser.add_argument("--again", action="store_true", help="run the parts anew, done or not")
+    parser.add_argument("--dry", action="store_true", help="on a card that is not there: the road, no measurement")
+    parser.add_argument("--breaks", default="", metavar="KERNEL", help="with --dry: it leaves the card in an error")
     args = parser.parse_args(argv)
     if not 0 < args.budget_s < float("inf"):
         _refuse(f"--budget-s is {args.budget_s}, needs a number of seconds above 0")
-    every = parts()
+    if args.breaks and not args.dry:
+        _refuse("--breaks goes with --dry alone")
+    every = parts(args.dry, args.breaks)
     names = [part.name for part in every] if args.parts is None else args.parts.split(",")
     if unknown := [name for name in names if name not in [part.name for part in every]]:
         _refuse(f"--parts has {unknown[0]!r}, needs some of {', '.join(part.name for part in every)}")
-    import torch
-
-    if not torch.cuda.is_available():
-        _refuse("there is no GPU: nothing was measured. `mixtral-triton bench` shows what is known without one")
-    card = (surroundings()["card"] or {}).get("name", "gpu")
-    out = args.out or ROOT / "benchmarks" / "results" / card.lower().replace(" ", "-")
     chosen = [part for part in every if part.name in names]
+    out = _checked_out(args)
+    if args.again:
+        forget(chosen, out)
     state = day(chosen, out, args.budget_s, sum(part.budget_s for part in every))
     print(f"results: {out / 'gpu_day.md'}")
     return 0 if all(state["parts"][part.name]["status"] == "done" for part in chosen) else 1
+
+
+def _checked_out(args: argparse.Namespace) -> Path:
+    """The folder of the results, once it is clear that there is something to run on."""
+    import torch
+
+    from mixtral_triton.toolchain import toolchain_fault
+
+    results = ROOT / "benchmarks" / "results"
+    if args.dry:
+        return args.out or results / "dry"
+    if not torch.cuda.is_available():
+        _refuse("there is no GPU: nothing was measured. `mixtral-triton bench` shows what is known without one")
+    if fault := toolchain_fault():
+        _refuse(fault)
+    card = (surroundings()["card"] or {}).get("name", "gpu")
+    return args.out or results / card.lower().replace(" ", "-")
 
 
 if __name__ == "__main__":

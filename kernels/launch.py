@@ -69,7 +69,9 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
         return
     if max(grid[1:], default=1) > GRID_MOST:
         programs = " x ".join(f"{n:,}" for n in grid)
-        raise ValueError(f"{kernel.__name__}: {programs} programs, needs at most {GRID_MOST:,} along the second and third")
+        raise ValueError(
+            f"{kernel.__name__}: {programs} programs, needs at most {GRID_MOST:,} along the second and third"
+        )
     constants = {**config.constexprs, **constexprs}
     records = _records.get()
     if records is not None:

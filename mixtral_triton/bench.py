@@ -21,6 +21,10 @@ from .timing import Call, DeviceTimer, StepTimer, Timer, host_timer
 OUT_OF_MEMORY = "out of memory"
 
 
+class CardLost(RuntimeError):
+    """The device answers every call with an earlier one's error."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One way to do a case: its time, or what is said instead of one."""
@@ -155,12 +159,25 @@ class Bench:
         card = measure_card(name, target_arch(device), device, timer, **small)
         return cls(device, card, data_sheet(name), timer, StepTimer(device))
 
-    def rows(self, cases: Sequence[Case], without: Sequence[str] = ()) -> Iterator[Row]:
-        for case in cases:
+    def rows(
+        self, cases: Sequence[Case], without: Sequence[str] = (), begins: Callable[[int], None] = lambda number: None
+    ) -> Iterator[Row]:
+        """A row a case, `begins` told before it; `CardLost` after that of a case that leaves the device in an error."""
+        for number, case in enumerate(cases):
+            begins(number)
             peers = [peer for peer in peers_of(case.op.name) if peer.name not in without]
             timer = self.step_timer if case.op is decode_step.STEP else self.timer
             try:
                 yield measured(case, self.card, self.device, timer, peers)
             except Exception as error:  # before anything was timed: one case's trouble is not the next one's
                 yield replace(known(case, self.card), ours=Outcome(said=_why(error)))
+            self._check_alive()
             _free(self.device)
+
+    def _check_alive(self) -> None:
+        """An illegal access, in whosever kernel, makes every later call of this process fail."""
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self.device)
+            except RuntimeError as error:
+                raise CardLost(f"{self.device} is lost to this process: {_why(error)}") from error

@@ -82,14 +82,21 @@ def spread(items: Sequence[Any], most: int) -> list[Any]:
     return [items[round(at * (len(items) - 1) / (most - 1))] for at in range(most)]
 
 
-def cases(names: Sequence[str] = (), quick: bool = False, at: Sequence[str] = ()) -> list[Case]:
+def cases(
+    names: Sequence[str] = (), quick: bool = False, at: Sequence[str] = (), sizes: Sequence[str] = ()
+) -> list[Case]:
     """The cases of the operations `names` (none: all), each once; `at`: only those of given sizes ("T=4096").
 
-    ValueError: an unknown name, or sizes that no case has.
+    `sizes`: instead of the tabled ones, cases of these sizes ("T=32,H=1024,I=512,E=8,K=2").
+    ValueError: an unknown name, sizes that no case has, or that an operation lacks or needs.
     """
     if unknown := [name for name in names if name not in BENCHED]:
         raise ValueError(f"argument 'OP' is {unknown[0]!r}, needs one of {', '.join(BENCHED)}")
-    wanted = dict(map(_size, at))
+    if sizes:
+        if not names or quick or at:
+            raise ValueError("--sizes goes with the operations it is for, and without --quick and --at")
+        return [_sized(BENCHED[name], text) for name in names for text in sizes]
+    wanted = dict(_size("--at", text) for text in at)
     found: list[Case] = []
     for op in (op for name, op in BENCHED.items() if name in names or not names):
         models = [MODELS["8x7B"]] if quick else list(MODELS.values())
@@ -103,11 +110,30 @@ def cases(names: Sequence[str] = (), quick: bool = False, at: Sequence[str] = ()
     return found
 
 
-def _size(text: str) -> tuple[str, int]:
+def _size(option: str, text: str) -> tuple[str, int]:
     letter, _, size = text.partition("=")
     if not letter or not size.isdecimal():
-        raise ValueError(f"--at is {text!r}, needs a size letter and a number: T=4096")
+        raise ValueError(f"{option} is {text!r}, needs a size letter and a number: T=4096")
     return letter, int(size)
+
+
+# Of what an operation asks for beside its shapes, when nothing is said: no window, an empty cache, a chunk's own keys.
+_UNSAID = {"window": 0, "past": 0, "fresh": 1}
+
+
+def _sized(op: Op, text: str) -> Case:
+    """The case of `op` at the sizes that somebody wrote down."""
+    given = dict(_size("--sizes", part) for part in text.split(","))
+    shapes = (*op.test_shapes, *op.bench_shapes)
+    known = list(dict.fromkeys(letter for sizes in shapes for letter in sizes))
+    needed = [letter for letter in known if all(letter in sizes for sizes in shapes)]
+    if foreign := [letter for letter in given if letter not in known]:
+        raise ValueError(f"--sizes has {foreign[0]}, and {op.name} has {', '.join(known)}")
+    if missing := [letter for letter in needed if letter not in given and letter not in _UNSAID]:
+        raise ValueError(f"--sizes lacks {', '.join(missing)}: {op.name} needs {', '.join(needed)}")
+    case = Case(op, {letter: given.get(letter, _UNSAID.get(letter)) for letter in known if letter in {*given, *needed}})
+    op.check(**case.inputs(torch.device("meta")))
+    return case
 
 
 def _blocks(args: dict[str, Any]) -> Iterator[tuple[int, int]]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from .bench import OUT_OF_MEMORY, Bench, Row, known
+from .bench import OUT_OF_MEMORY, Bench, CardLost, Row, known
 from .bench_cases import Case, cases
 from .bench_report import WIDTH, card_line, op_table, plot, resources_table, traffic_table
 from .kernels.launch import INTERPRETED
@@ -30,8 +31,13 @@ DEFAULT_CARD = "h100"
 
 
 def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
-    """-> exit status: 1 where an operation is wrong or fails; a case too large for the card is neither."""
-    chosen = cases(args.ops, args.quick, args.at)
+    """-> exit status: 1 where an operation is wrong or fails; a case too large for the card is neither.
+
+    A case that leaves the card in an error ends the process: a new one goes on behind it by --first.
+    """
+    if args.first < 0:
+        raise ValueError(f"--first is {args.first}, needs the number of a case")
+    chosen = cases(args.ops, args.quick, args.at, args.sizes)[args.first :]
     if args.card is not None and args.card not in CARDS:
         raise ValueError(f"--card is {args.card!r}, needs one of {', '.join(CARDS)}")
     if unknown := set(args.without) - {peer.name for peer in PEERS}:
@@ -42,9 +48,10 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
     out = Console(stderr=args.json, highlight=False)
     if not out.is_terminal:
         out.width = WIDTH
-    if args.card is None and torch.cuda.is_available():
+    measuring = args.card is None and torch.cuda.is_available()
+    if measuring:
         bench = Bench.of(torch.device("cuda"))
-        card, sheet, source = bench.card, bench.sheet, bench.rows(chosen, args.without)
+        card, sheet, source = bench.card, bench.sheet, bench.rows(chosen, args.without, partial(_begins, args, chosen))
     else:
         card, sheet = CARDS[args.card or DEFAULT_CARD], None
         source = (known(case, card) for case in chosen)
@@ -55,8 +62,14 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
         out.print(note)
     if args.json:
         print(json.dumps({"kind": "card", **_card(card, sheet)}), flush=True)
-    rows = list(_shown(source, chosen, args.json, out, bar))
-    if card.source != "measured":
+    try:
+        rows = list(_shown(source, chosen, args.json, out, bar))
+    except CardLost as error:
+        print(f"mixtral-triton bench: {error}", file=sys.stderr)
+        return 1
+    if args.json and measuring:
+        print(json.dumps({"kind": "end"}), flush=True)
+    if not measuring:
         _unmeasured(args, card, out, bar)
     if args.plot is not None:
         plot(rows, card, args.plot)
@@ -70,6 +83,13 @@ def _card(card: Card, sheet: Card | None) -> dict[str, Any]:
 
     versions = {"torch": torch.__version__, "arch": card.arch}
     return {**rates(card), **versions, "data_sheet": None if sheet is None else rates(sheet)}
+
+
+def _begins(args: argparse.Namespace, chosen: Sequence[Case], number: int) -> None:
+    """A line before a case is measured: whoever started this process knows what it died of."""
+    if args.json:
+        case = {"op": chosen[number].op.name, "sizes": dict(chosen[number].sizes)}
+        print(json.dumps({"kind": "begin", "number": args.first + number, **case}), flush=True)
 
 
 def _shown(

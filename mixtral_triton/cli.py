@@ -78,6 +78,10 @@ def _parser() -> _Parser:
     bench.add_argument(
         "--at", action="append", default=[], metavar="T=N", help="only the cases of this size; repeatable"
     )
+    bench.add_argument(
+        "--sizes", action="append", default=[], metavar="T=N,...", help="a case of these sizes instead; repeatable"
+    )
+    bench.add_argument("--first", type=int, default=0, metavar="N", help="leave the N cases before this one out")
     bench.add_argument("--without", action="append", default=[], metavar="PEER", help="leave a peer out; repeatable")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline (.png, .svg, .pdf)")
     bench.add_argument("--card", help="measure nothing: floors by a data sheet (a100, h100, h200, b200, mi300x)")

@@ -12,9 +12,7 @@ class CaptureLost(RuntimeError):
     """A capture failed, and what it left behind could not be put right."""
 
 
-def captured(
-    step: Callable[[], object], generator: torch.Generator | None, device: torch.device
-) -> Callable[[], None]:
+def captured(step: Callable[[], object], generator: torch.Generator | None, device: torch.device) -> Callable[[], None]:
     """What `step` launches on `device` as one graph -> its replay. Nothing runs yet; `step` has to have run before.
 
     `generator`: the one that the step draws from, if any. RuntimeError where the step cannot be captured (it looks at a

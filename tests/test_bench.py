@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mixtral_triton import bench_command, decode_step
+from mixtral_triton import bench_command, cli, decode_step
 from mixtral_triton.bench import Bench, Outcome, Row, known, measured, ours
 from mixtral_triton.bench_cases import BENCHED, MODELS, QUICK, TOKENS, Case, Oracle, cases, oracle, spread
 from mixtral_triton.bench_report import card_line, op_table, plot
@@ -172,7 +172,7 @@ def test_a_case_that_cannot_start_is_a_row_that_says_so(
     bench = Bench(CPU, H100, None, quickly, quickly)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench_command.Bench, "of", classmethod(lambda cls, device: bench))
-    args = argparse.Namespace(ops=["route"], quick=True, at=["T=1"], without=[], plot=None, card=None, json=False)
+    args = cli._parser().parse_args(["bench", "route", "--quick", "--at", "T=1"])
     assert bench_command.run(args, no_bar) == status
     assert said in capsys.readouterr().out
 
@@ -222,9 +222,10 @@ def test_our_step_is_captured_once_its_kernels_are_compiled(monkeypatch: pytest.
     monkeypatch.setattr(decode_step, "captured", captured)
     monkeypatch.setattr(decode_step, "step", lambda **args: done.append("step") or torch.tensor(len(done)))
     case = small("decode_step")
-    run = ours(case, {"model": None, "cache": None, "token": None})
+    model = argparse.Namespace(device=CPU)
+    run = ours(case, {"model": model, "cache": None, "token": None})
     assert done == ["step", "capture", "step"]
-    assert run(model=None, cache=None, token=None) == torch.tensor(3) and done[3:] == ["replay"]
+    assert run(model=model, cache=None, token=None) == torch.tensor(3) and done[3:] == ["replay"]
 
 
 @compiled_way
@@ -318,15 +319,39 @@ def test_with_a_device_a_wrong_result_is_exit_1(
     bench = Bench(CPU, H100, None, quickly, quickly)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench_command.Bench, "of", classmethod(lambda cls, device: bench))
-    monkeypatch.setattr(bench_command, "cases", lambda names, quick, at: [small("rms_norm")])
+    monkeypatch.setattr(bench_command, "cases", lambda *chosen: [small("rms_norm")])
     without = sorted({peer.name for peer in PEERS} - {"torch"})
-    args = argparse.Namespace(ops=["rms_norm"], quick=True, at=[], without=without, plot=None, card=None, json=True)
+    unwanted = [word for name in without for word in ("--without", name)]
+    args = cli._parser().parse_args(["bench", "rms_norm", "--quick", "--json", *unwanted])
     assert bench_command.run(args, no_bar) == 0
-    row = json.loads(capsys.readouterr().out.splitlines()[1])
+    _, begin, row, end = map(json.loads, capsys.readouterr().out.splitlines())
+    assert begin["number"] == 0 and begin["sizes"] == row["sizes"] and end == {"kind": "end"}
     assert row["time_us"] > 0 and row["peers"]["torch"]["ratio"] > 0 and set(row["peers"]) == {"torch"}
     monkeypatch.setattr("mixtral_triton.bench.ours", lambda case, args: lambda x, weight, eps: x)
     assert bench_command.run(args, no_bar) == 1
-    assert "wrong" in json.loads(capsys.readouterr().out.splitlines()[1])["said"]
+    assert "wrong" in json.loads(capsys.readouterr().out.splitlines()[2])["said"]
+
+
+@compiled_way
+def test_a_lost_card_ends_the_process_behind_the_row_of_its_case(
+    card: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An illegal access of one kernel: every later call fails, so none is made, and --first goes on behind it."""
+    bench = Bench(torch.device("cuda", 0), H100, None, quickly, quickly)
+    monkeypatch.setattr(bench_command.Bench, "of", classmethod(lambda cls, device: bench))
+    card.driver.breaks = "rms_norm_kernel"
+    sizes = [word for T in (1, 2, 3) for word in ("--sizes", f"T={T},H=16")]
+    args = ["bench", "rms_norm", "--json", *sizes, *(word for p in PEERS for word in ("--without", p.name))]
+    assert main(args) == 1
+    shown = capsys.readouterr()
+    lines = list(map(json.loads, shown.out.splitlines()))
+    assert [line["kind"] for line in lines] == ["card", "begin", "row"]
+    assert "illegal memory access" in lines[2]["said"] and "cuda:0 is lost to this process" in shown.err
+    card.driver.breaks, card.driver.broken = "", False
+    assert main([*args, "--first", "1"]) == 0
+    lines = list(map(json.loads, capsys.readouterr().out.splitlines()))
+    assert [(line["number"], line["sizes"]["T"]) for line in lines if line["kind"] == "begin"] == [(1, 2), (2, 3)]
+    assert lines[-1] == {"kind": "end"}
 
 
 @pytest.mark.parametrize(
@@ -337,6 +362,12 @@ def test_with_a_device_a_wrong_result_is_exit_1(
         (("--without", "nobody"), "FlexAttention"),
         (("route", "--at", "many"), "T=4096"),
         (("route", "--at", "T=3"), "T=3"),
+        (("route", "--first", "-1"), "--first"),
+        (("--sizes", "T=3"), "--sizes"),
+        (("route", "--at", "T=1", "--sizes", "T=3,E=8,K=2"), "--at"),
+        (("route", "--sizes", "T=3"), "lacks E, K: route needs T, E, K"),
+        (("route", "--sizes", "T=3,E=8,K=2,H=4"), "has H, and route has T, E, K"),
+        (("route", "--sizes", "T=3,E=8,K=9"), "'top_k' is 9"),
         (("--plot", "roofline.txt"), ".png"),
         (("--plot", "no/such/folder/a.png"), "no/such/folder"),
     ],

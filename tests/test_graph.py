@@ -84,7 +84,9 @@ def raises(step: Any) -> None:
     raise RuntimeError("out of registers")
 
 
-@pytest.mark.parametrize(("fault", "said"), [(looks, "not permitted when stream is capturing|previous error"), (raises, "registers")])
+@pytest.mark.parametrize(
+    ("fault", "said"), [(looks, "not permitted when stream is capturing|previous error"), (raises, "registers")]
+)
 def test_a_capture_that_fails_inside_leaves_everything_usable(
     fault: Any, said: str, card: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,7 +97,10 @@ def test_a_batch_too_large_for_a_grid_is_a_value_error(card: Any) -> None:
         args = op.inputs({**sizes, "B": 1}, torch.bfloat16, "cpu") | {"positions": torch.zeros(sizes["B"], 1).int()}
         args |= {name: args[name].expand(sizes["B"], -1, -1, -1) for name in ("q", "k")}
         args = {name: x.to(device) for name, x in args.items()}
-        with record_launches() as launches, pytest.raises(ValueError, match="rope_kernel: 1 x 65,536 programs, needs at most 65,535"):
+        with (
+            record_launches() as launches,
+            pytest.raises(ValueError, match="rope_kernel: 1 x 65,536 programs, needs at most 65,535"),
+        ):
             op.run(**args)
         assert not [launch for launch in launches if launch.grid]
 
@@ -128,7 +131,9 @@ def test_a_descriptor_off_by_8_bytes_is_caught(card: Any) -> None:
         launched = launched or card.driver.launches[-1]
     moved = dict(launched.args)
     moved["k_desc"].base = args["k"]
-    with pytest.raises(LaunchError, match=r"cuTensorMapEncodeTiled refuses k_desc: base 0x\w+8, needs a multiple of 16"):
+    with pytest.raises(
+        LaunchError, match=r"cuTensorMapEncodeTiled refuses k_desc: base 0x\w+8, needs a multiple of 16"
+    ):
         launched.compiled()[launched.grid](*moved.values())
 
 

@@ -1,6 +1,6 @@
 """A card that is not there: `torch.cuda` as the package uses it, beside tensors.py and driver.py.
 
-    python -m tests.stub -m mixtral_triton generate --prompt "def"
+python -m tests.stub -m mixtral_triton generate --prompt "def"
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from unittest import mock
 
 import torch
 import triton
+
+from mixtral_triton import ops
 
 from .driver import Driver
 from .tensors import CardTensor, Factories, indexed, stage
@@ -252,8 +254,6 @@ class Card:
 @contextmanager
 def card(count: int = 1, **properties: Any) -> Iterator[Card]:
     """Within the block, this machine has `count` cards, an H100 each unless `properties` say otherwise."""
-    from mixtral_triton import ops
-
     made = Card(count, **properties)
     with ExitStack() as stack:
         for name, function in made.functions().items():

@@ -128,7 +128,10 @@ class Launcher:
                     raise LaunchError(f"{name} is {value}, and the kernel was compiled for {self.constants[at]}")
             elif isinstance(value, TensorDescriptor):
                 check_descriptor(name, value, next(metas))
-            elif at in self.divisible and (tensor.data_ptr() if tensor is value and hasattr(value, "data_ptr") else value) % 16:
+            elif (
+                at in self.divisible
+                and (tensor.data_ptr() if tensor is value and hasattr(value, "data_ptr") else value) % 16
+            ):
                 raise LaunchError(f"misaligned address: {name}, which the kernel was compiled to find at 16 bytes")
 
 
@@ -152,7 +155,7 @@ class Utils:
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, ...]:
         """-> module, function, registers, spills, threads at most."""
-        return (), (), 0, 0, THREADS_MOST  # nothing, which has not to be unloaded later
+        return object(), object(), 0, 0, THREADS_MOST
 
     def unload_module(self, module: Any) -> None:
         """Nothing was loaded."""
@@ -206,8 +209,11 @@ class Driver(GPUDriver):
 
     def forget(self) -> None:
         """What was compiled for this card is not for the next one."""
-        for kernel in self.kernels:
-            kernel.device_caches.clear()
+        for fn in self.kernels:
+            for cache, *_ in fn.device_caches.values():
+                for kernel in cache.values():
+                    kernel.module = None  # else it would ask a driver to unload it when it is collected
+            fn.device_caches.clear()
         max_shared_mem.cache_clear()
 
     def check_alive(self) -> None:

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from mixtral_triton import ops
+from mixtral_triton.kernels.registry import OPS
+
 # What copies between devices, and what takes an index or a mask from the host.
 _CROSSING = {"copy_", "_to_copy", "index", "index_put_", "_index_put_impl_"}
 # The result's size, or the result itself, is something that only the card knows.
@@ -45,6 +48,9 @@ class CardTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "mixtral_triton":  # an operator of ours goes the way that a card's tensors go
+            with Factories():  # which torch set aside when it came here through one
+                return ops._go(OPS[func._opname], *args, **(kwargs or {}))
         return dispatch(func, args, kwargs or {})
 
 
@@ -220,4 +226,3 @@ class Factories(TorchFunctionMode):
         moved = x.detach().to(device="cpu", copy=True, **dtype)
         moved = to_card(moved, device)
         return nn.Parameter(moved, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else moved
-

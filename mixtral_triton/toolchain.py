@@ -1,0 +1,18 @@
+"""What Triton needs beside itself when it first launches on a GPU: it builds a small C module against Python's headers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+
+def toolchain_fault() -> str | None:
+    """What is missing, and what would do; None if nothing is."""
+    if "CC" not in os.environ and not (shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler when it runs on a GPU, and there is no gcc or clang: install one, or set CC"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.is_file():
+        return f"Triton needs Python's headers when it runs on a GPU, and {header} is not there: install python3-dev"
+    return None

@@ -1,0 +1,97 @@
+"""Everything between a user's call and a launch, on cards that are not there (tests/stub): results, devices, looks."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from mixtral_triton import KVCache, Mixtral, MixtralConfig, ops
+from tests.stub.driver import LaunchError
+from tests.stub.tensors import Looks
+
+OTHER = torch.device("cuda", 1)  # the current one is cuda:0
+IDS = torch.tensor([[3, 5, 7, 1], [2, 9, 11, 4]])
+
+
+def build(device: Any) -> Mixtral:
+    config = MixtralConfig(
+        vocab_size=24, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2, rope_theta=1e4, max_position_embeddings=64, sliding_window=3,
+    )  # fmt: skip
+    model, generator = Mixtral(config, device=device, dtype=torch.float32), torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        weight.copy_(torch.randn(weight.shape, generator=generator) * 2 * weight.shape[-1] ** -0.5)
+    return model
+
+
+def run(device: Any) -> list[torch.Tensor]:
+    """Logits without a cache, of a ragged chunk, and of the token after it."""
+    model, ids = build(device), IDS.to(device)
+    cache = KVCache(model.config, batch=2, device=device, dtype=torch.float32)
+    chunk = model(ids, cache=cache, lengths=torch.tensor([4, 2], device=device))
+    return [x.cpu() for x in (model(ids), chunk[0], chunk[1, :2], model(ids[:, :1], cache=cache))]
+
+
+def test_a_model_on_another_card_than_the_current_one(card: Any) -> None:
+    got, want = run(OTHER), run("cpu")
+    for ours, plain in zip(got, want, strict=True):
+        assert (ours - plain).abs().max() <= 1e-4 * plain.abs().max()
+    assert {launched.device for launched in card.driver.launches} == {1} and card.current == 0
+
+
+def test_the_launcher_is_told_of_another_card_only_where_it_has_to_be(
+    card: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changing the current device costs host time: on the current one nobody does."""
+    changes: list[int] = []
+    monkeypatch.setattr(torch.cuda, "_exchange_device", lambda index: changes.append(index) or card.exchange(index))
+    card.driver.executes = False
+    for device, expected in (("cuda:0", []), ("cuda:1", [1])):
+        x, weight = torch.ones(2, 16).to(device), torch.ones(16).to(device)
+        changes.clear()
+        ops.rms_norm(x, weight, 1e-5)
+        assert changes == expected
+
+
+def test_without_the_guard_the_launch_would_go_astray(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.ones(2, 16).to(OTHER), torch.ones(16).to(OTHER)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    with pytest.raises(LaunchError, match="x_ptr is on cuda:1, the launch on cuda:0"):
+        ops.rms_norm(x, weight, 1e-5)
+
+
+def test_tensors_of_two_cards_are_refused(card: Any) -> None:
+    with pytest.raises(ValueError, match="argument 'weight' is on cuda:1, needs to be on cuda:0"):
+        ops.rms_norm(torch.ones(2, 16).to("cuda:0"), torch.ones(16).to(OTHER), 1e-5)
+    with pytest.raises(ValueError, match="'input_ids' is on cuda:0, needs the model's device, cuda:1"):
+        build(OTHER)(IDS.to("cuda:0"))
+
+
+def test_forward_never_looks(card: Any) -> None:
+    """Neither without a cache, nor in a ragged chunk, nor at one token: no value comes back to the host."""
+    card.driver.executes = False
+    model, ids = build("cuda:0"), IDS.to("cuda:0")
+    cache = KVCache(model.config, batch=2, device="cuda:0", dtype=torch.float32)
+    lengths = torch.tensor([4, 2]).to("cuda:0")
+    with card.no_looks():
+        model(ids)
+        model(ids, cache=cache, lengths=lengths)
+        model(ids[:, :1], cache=cache)
+        with pytest.raises(Looks, match="__int__"):
+            int(lengths.max())
+
+
+def test_generate_looks_once_at_the_prompt_and_once_a_token_where_a_text_may_end(card: Any) -> None:
+    card.driver.executes = False
+    model = build("cuda:0")
+    prompts = [row.to("cuda:0") for row in IDS]
+    card.looks.clear()
+    model.generate(prompts, max_new_tokens=6)
+    free = len([look for look in card.looks if look != "synchronize"])
+    card.looks.clear()
+    model.generate(prompts, max_new_tokens=6, eos_token_id=23)
+    assert free == 2, "the prompt, and the text at the end"
+    assert len([look for look in card.looks if look != "synchronize"]) <= free + 6
