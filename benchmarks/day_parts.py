@@ -13,7 +13,7 @@ STUB = ("-m", "tests.stub", "--executes")
 
 @dataclass(frozen=True)
 class Command:
-    """Arguments for Python. `resumes`: "tests" or "cases" where a second process goes on behind what killed the first."""
+    """Arguments for Python. `resumes`: "tests" or "cases", where a new process goes on behind what ended one."""
 
     name: str
     args: tuple[str, ...]
@@ -22,7 +22,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Part:
-    """`budget_s`: seconds for all its commands together, of the default whole; `at_once`: how many of them side by side."""
+    """`budget_s`: seconds for all commands together, of the default whole; `at_once`: how many side by side."""
 
     name: str
     budget_s: float
@@ -50,7 +50,7 @@ def parts(dry: bool = False, breaks: str = "") -> tuple[Part, ...]:
         Part("tests", 110, _tests(most=1 if dry else None), max(1, min(8, (os.cpu_count() or 2) // 2))),
         Part("experts", 90, tuple(bench(name, *quick) for name in experts)),
         Part("attention", 70, tuple(bench(name, *quick) for name in cache)),
-        # Ours and transformers' eager step come before any torch.compile, which may leave a process worse than it found it.
+        # Ours and transformers' eager step come before any torch.compile, which may leave a card as no timing likes it.
         Part("decode", 60, (bench("decode_step", "--at", "B=1", *step, *slow),)),
         Part("decode batches", 30, (bench("decode_step", "--quick", "--at", "L=4", *slow),)),
         Part(

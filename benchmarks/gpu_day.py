@@ -62,7 +62,7 @@ class Running:
             )
 
     def ended(self) -> bool:
-        """Whether it is over. A process that died with something new begun is followed by one that goes on behind it."""
+        """Whether it is over. One that died of something that it had begun is followed by one that goes on behind it."""
         code = self.process.poll()
         if code is None:
             return False

@@ -131,7 +131,8 @@ def _sized(op: Op, text: str) -> Case:
         raise ValueError(f"--sizes has {foreign[0]}, and {op.name} has {', '.join(known)}")
     if missing := [letter for letter in needed if letter not in given and letter not in _UNSAID]:
         raise ValueError(f"--sizes lacks {', '.join(missing)}: {op.name} needs {', '.join(needed)}")
-    case = Case(op, {letter: given.get(letter, _UNSAID.get(letter)) for letter in known if letter in {*given, *needed}})
+    said = {**_UNSAID, **given}
+    case = Case(op, {letter: said[letter] for letter in known if letter in {*given, *needed}})
     op.check(**case.inputs(torch.device("meta")))
     return case
 

@@ -1,4 +1,4 @@
-"""What Triton needs beside itself when it first launches on a GPU: it builds a small C module against Python's headers."""
+"""What Triton needs when it first launches on a GPU: it builds a small C module, against Python's headers."""
 
 from __future__ import annotations
 

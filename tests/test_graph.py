@@ -1,5 +1,5 @@
-"""The decode loop as a graph. Without a card a stand-in (tests/stub) captures: what it captured does not run, and a replay
-runs the very operations and launches on the very memory."""
+"""The decode loop as a graph. Without a card a stand-in (tests/stub) captures: what it captured does not run, and a
+replay runs the very operations and launches on the very memory."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_torch_s_own_capture_would_not_have_been_left(card: Any) -> None:
 def test_a_capture_that_cannot_be_put_right_says_what_is_lost(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "captured", lambda step, *rest: captured(lambda: looks(step), *rest))
     monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool")
-    with pytest.raises(CaptureLost, match="cuda:1 is left in it: memory .* is lost.*Start the process anew"):
+    with pytest.raises(CaptureLost, match=r"cuda:1 is left in it: memory .* is lost.*Start the process anew"):
         texts(build(None, CARD), max_new_tokens=NEW)
 
 

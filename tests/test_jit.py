@@ -1,5 +1,5 @@
-"""Every launch by Triton's own JIT, without a card: binder, specialization, compiler and cache, and a launcher that holds
-the launch against what CUDA would demand (tests/stub)."""
+"""Every launch by Triton's own JIT, without a card: binder, specialization, compiler and cache, and a launcher that
+holds the launch against what CUDA would demand (tests/stub)."""
 
 from __future__ import annotations
 
@@ -165,5 +165,5 @@ def test_a_configuration_that_the_card_cannot_hold_is_a_value_error(card: Any, m
     """Triton finds it after it has compiled; here by its own JIT, not by a stand-in for it."""
     monkeypatch.setattr(card.driver.utils.properties, "shared_memory_per_block_optin", 128)
     card.driver.forget()
-    with pytest.raises(ValueError, match="rms_norm_kernel: the launch configuration .* takes 256 of shared memory"):
+    with pytest.raises(ValueError, match=r"rms_norm_kernel: the launch configuration .* takes 256 of shared memory"):
         norm_launch(4, card)

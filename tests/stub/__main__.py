@@ -1,4 +1,4 @@
-"""Run a program as if this machine had cards: `python -m tests.stub [--cards N] [--breaks KERNEL] (-m MODULE | FILE) ...`.
+"""Run a program as if this machine had cards: `python -m tests.stub [--cards N] (-m MODULE | FILE) ARGUMENTS`.
 
 Kernels are compiled by Triton's JIT and checked as CUDA would check them (driver.py). They do their work only with
 `--executes`, by Triton's interpreter: without it results are whatever was in memory.
