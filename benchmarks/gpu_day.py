@@ -62,7 +62,7 @@ class Running:
             )
 
     def ended(self) -> bool:
-        """Whether it is over. One that died of something that it had begun is followed by one that goes on behind it."""
+        """Whether it is over. One that died of something that it had begun is followed by one that goes on."""
         code = self.process.poll()
         if code is None:
             return False

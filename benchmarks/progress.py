@@ -1,8 +1,8 @@
 """What a command that may die has begun and ended, as lines of JSON: the next try goes on behind what it died of.
 
-Also a pytest plugin (`-p benchmarks.progress --progress FILE`) that writes and obeys such a file. Kinds:
-"begin" (a test, or a case with its number), "outcome" and "row" (how it ended), "cut" (killed for want of time: what was
-begun last is to be tried again), "end" (nothing is left).
+Also a pytest plugin (`-p benchmarks.progress --progress FILE`) that writes and obeys such a file. Its lines:
+"begin" (a test, or a case with its number), "outcome" and "row" (how it ended), "cut" (killed for want of time: what
+was begun last is to be tried again), "end" (nothing is left).
 """
 
 from __future__ import annotations

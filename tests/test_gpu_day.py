@@ -1,4 +1,4 @@
-"""The GPU day without a GPU: stand-ins for its commands run, die, resume, overrun and are reported as the real ones are.
+"""The GPU day without a GPU: stand-ins for its commands run, die, resume, overrun and are reported as real ones are.
 And the real ones, on a card that is not there."""
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ print(json.dumps({{"kind": "end"}}))
 
 
 def test_what_a_process_died_of_is_left_behind_and_the_rest_is_done(tmp_path: Path) -> None:
-    """A sticky error of one case: the next process goes on behind it; other operations, and a second run, never know."""
+    """A sticky error of one case: a new process goes on behind it; other operations, and a second run, never know."""
     rows = [{"kind": "row", **row(100.0 * n, L=n)} for n in (1, 2, 3)]
     chosen = [
         python("decode", 9, DYING.format(rows=rows, dies=1), BENCH, resumes="cases", at_once=1),

@@ -195,6 +195,8 @@ class Factories(TorchFunctionMode):
         if name in _READS and isinstance(args[0], CardTensor):
             stage.look(name)
             return func(args[0].held, *args[1:], **kwargs)
+        if name == "contiguous" and isinstance(args[0], CardTensor):
+            return args[0] if args[0].is_contiguous() else args[0].clone(memory_format=torch.contiguous_format)
         if name in _MAKES and any(isinstance(x, CardTensor) for x in tree_flatten(args)[0]):
             return dispatch(func, args, kwargs)
         if name == "copy_" and any(isinstance(x, CardTensor) for x in args):
