@@ -42,15 +42,16 @@ class Parts:
 class Applied:
     """A class that a module takes on. What is made of it by calling or pickling is transformers' own class, or this."""
 
-    theirs: ClassVar[type[nn.Module]]
+    theirs: ClassVar[Any]  # nn.Module's subclass that this one stands for
     _mixtral_triton: Parts
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.theirs = cls.__bases__[-1]
+        if not issubclass(cls.__bases__[-1], Applied):
+            cls.theirs = cls.__bases__[-1]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return cls.theirs(*args, **kwargs)
+        return cls.theirs(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return rebuild, (LAYOUT, self.theirs), *super().__reduce_ex__(protocol)[2:]
@@ -60,12 +61,12 @@ def rebuild(layout: int, kind: Any) -> Any:
     """For pickle: an instance of what `kind` of transformers' becomes, still without a state."""
     if layout != LAYOUT:
         raise other_version()
-    return object.__new__(ours(kind))
+    return Applied.__new__(ours(kind))
 
 
 def other_version() -> ValueError:
     return ValueError(
-        "this model was applied and pickled by another version of mixtral_triton: load its folder with from_pretrained "
+        "mixtral_triton: this model was applied and pickled by another version of the package: load its folder with from_pretrained "
         "and apply again, or call revert(model) in that version before it is pickled"
     )
 
@@ -178,6 +179,8 @@ class TritonAttention(Applied, theirs.MixtralAttention):
 class Selecting(Applied):
     """A model of which transformers' own methods select other implementations again. Its config never names ours."""
 
+    base_model: Any
+
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], **kwargs: Any) -> None:
         choose = partial(super().set_attn_implementation, attn_implementation, **kwargs)  # type: ignore[misc]
         self._choose("attention", attn_implementation, choose)
@@ -187,47 +190,41 @@ class Selecting(Applied):
         self._choose("experts", experts_implementation, choose)
 
     def get_experts_implementation(self) -> dict[str, str | None]:
-        return {"": NAME} if self._mixtral_triton.experts else super().get_experts_implementation()  # type: ignore[misc]
+        return {"": NAME} if self._running("experts") else super().get_experts_implementation()  # type: ignore[misc]
+
+    def _running(self, part: str) -> bool | None:
+        return getattr(self.base_model.__dict__.get(PARTS), part, None)
 
     def _choose(self, part: str, name: str | dict[str, str], choose: Callable[[], None]) -> None:
-        parts, chosen = self._mixtral_triton, name.get("") if isinstance(name, dict) else name
-        here = getattr(parts, part) is not None
+        chosen = name.get("") if isinstance(name, dict) else name
+        here = self._running(part) is not None
         if chosen == NAME and not here:
             raise ValueError(f"mixtral_triton's {part} is not part of this model: apply(model, {part}=True)")
         if chosen != NAME:
             choose()
         if chosen is not None and here:
-            setattr(parts, part, chosen == NAME)
+            setattr(self.base_model.__dict__[PARTS], part, chosen == NAME)
 
 
 class Generating(Selecting):
     """A model with transformers' `generate`."""
 
-    def create_masks_for_generate(
-        self,
-        config: Any,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        cache: Any = None,
-        past_key_values: Any = None,  # the cache's name before 5.24
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def create_masks_for_generate(self, config: Any, **given: Any) -> Any:
         """The mask of a step on a static cache, which `generate` makes ahead of the compiled forward."""
-        cache = past_key_values if cache is None else cache
-        if self._mixtral_triton.attention:
-            return causal_mask(config, inputs_embeds, attention_mask, position_ids, cache)
-        given = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache, **kwargs}
-        return create_masks_for_generate(config, inputs_embeds, **given)
+        if self._running("attention"):
+            tokens, mask = given["inputs_embeds"], given.get("attention_mask")
+            return causal_mask(config, tokens, mask, given.get("position_ids"), given.get(CACHE))
+        make = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
+        return make(config=config, **given)
 
     def _optimize_model_for_decode(self) -> AbstractContextManager[None]:
-        """transformers' switch from one of its experts to another; before 5.9 it asked nobody but the config."""
-        if self._mixtral_triton.experts:
+        """transformers' change of experts for the time of `generate`, which at first asked nobody but the config."""
+        if self._running("experts"):
             return nullcontext()
         return super()._optimize_model_for_decode()  # type: ignore[misc]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        if self._mixtral_triton.attention:
+        if self._running("attention"):
             raise ValueError(f"mixtral_triton: {PAGED}")
         return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
