@@ -66,8 +66,8 @@ def rebuild(layout: int, kind: Any) -> Any:
 
 def other_version() -> ValueError:
     return ValueError(
-        "mixtral_triton: this model was applied and pickled by another version of the package: load its folder with from_pretrained "
-        "and apply again, or call revert(model) in that version before it is pickled"
+        "mixtral_triton: this model was applied and pickled by another version of the package: load its folder with "
+        "from_pretrained and apply again, or unpickle it with that version and call revert(model) first"
     )
 
 
