@@ -1,14 +1,12 @@
 """The drop-in for transformers: `apply` makes one Mixtral run on this package's operations, `revert` undoes it.
 
-Nothing is patched. Attention, mask and experts come in through transformers' own registries, under a name of their own,
-and the instance's copy of its config selects them; norms, gates, rotary embedding and the attention module around it
-become instances of a subclass. What a module was is kept in the module itself, so that a deep copy can be reverted too.
+Nothing is patched: the instance's modules become instances of subclasses, and every subclass knows what it stands for.
+Its config is not touched, so that nothing that is made of it runs on this package, and edits of it are the user's.
 """
 
 from __future__ import annotations
 
 import re
-from copy import deepcopy
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound="PreTrainedModel")
 NEEDS = (5, 7)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_WAS = "_mixtral_triton_was"  # attribute of a changed module: its "class" and "config" of before
 
 
 def apply(
@@ -35,22 +32,17 @@ def apply(
     """
     ours = _import_modules()
     _check_model("apply", model, ours.theirs)
-    swaps = _swaps(ours, attention=attention, experts=experts, rms_norm=rms_norm, rope=rope)
-    revert(model)
+    blocks = _blocks(ours.theirs, attention=attention, experts=experts, rms_norm=rms_norm, rope=rope)
     _check_weights(model)
-    blocks = set(swaps)
-    blocks |= {ours.theirs.MixtralExperts} if experts else set()
-    blocks |= {ours.theirs.MixtralAttention} if attention else set()
-    _check_modules(model, blocks)
-    if not blocks:
-        return model
+    _check_devices(model)
+    _check_modules(model, blocks, ours)
+    revert(model)
+    parts = ours.Parts(attention or None, experts or None, rope)
+    changing = (*blocks, ours.theirs.MixtralPreTrainedModel) if blocks else ()
     for module in model.modules():
-        if type(module) in swaps:
-            _was(module)["class"] = type(module)
-            _become(module, swaps[type(module)])
-        elif isinstance(module, ours.theirs.MixtralModel):
-            module.register_forward_pre_hook(ours.before_forward, with_kwargs=True)
-    _configure(model, ours.NAME if attention else None, ours.NAME if experts else None)
+        if isinstance(module, changing):
+            _become(module, ours.ours(type(module)))
+            module.__dict__[ours.PARTS] = parts
     return model
 
 
@@ -59,13 +51,9 @@ def revert(model: Model) -> Model:
     ours = _import_modules()
     _check_model("revert", model, ours.theirs)
     for module in model.modules():
-        was = module.__dict__.pop(_WAS, {})
-        if "config" in was:
-            module.__dict__["config"] = was["config"]
-        if "class" in was:
-            _become(module, was["class"])
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is ours.before_forward]:
-            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+        if isinstance(module, ours.Applied):
+            _become(module, module.theirs)
+            del module.__dict__[ours.PARTS]
     return model
 
 
@@ -78,7 +66,8 @@ def mixtral_modules(function: str, model: Any) -> Any:
 
 def applied(model: nn.Module) -> bool:
     """Whether `apply` changed anything in this instance."""
-    return any(_WAS in module.__dict__ for module in model.modules())
+    applied_class = _import_modules().Applied
+    return any(isinstance(module, applied_class) for module in model.modules())
 
 
 def _release(transformers: Any) -> tuple[int, ...]:
@@ -93,7 +82,7 @@ def cache_keyword() -> str:
 
 
 def _import_modules() -> Any:
-    """hf_modules, with the registries told about it; ImportError that says what to install."""
+    """hf_modules; ImportError that says what to install."""
     need = "{}.{}".format(*NEEDS)
     try:
         import transformers
@@ -104,37 +93,32 @@ def _import_modules() -> Any:
         raise ImportError(
             f"mixtral_triton.apply needs transformers >= {need}, found {found}: pip install -U transformers"
         )
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.moe import ExpertsInterface
-
     from . import hf_modules
-    from .hf_mask import interval_mask
 
-    AttentionInterface.register(hf_modules.NAME, hf_modules.attention)
-    AttentionMaskInterface.register(hf_modules.NAME, interval_mask)
-    ExpertsInterface.register(hf_modules.NAME, hf_modules.experts)
     return hf_modules
 
 
-def _swaps(ours: Any, **parts: bool) -> dict[type[nn.Module], type[nn.Module]]:
-    """transformers' class -> ours, for the parts that are wanted."""
+def _blocks(theirs: Any, **parts: bool) -> tuple[type[nn.Module], ...]:
+    """transformers' blocks that change, for the parts that are wanted."""
     for name, value in parts.items():
         if not isinstance(value, bool):
             raise ValueError(f"apply: argument '{name}' is {value!r}, needs True or False")
     by_part = {
-        "rms_norm": (ours.RMSNorm,),
-        "experts": (ours.Router,),
-        "rope": (ours.Rotary, ours.Attention),
+        "attention": (theirs.MixtralAttention,),
+        "experts": (theirs.MixtralTopKRouter, theirs.MixtralExperts),
+        "rms_norm": (theirs.MixtralRMSNorm,),
+        "rope": (theirs.MixtralRotaryEmbedding, theirs.MixtralAttention),
     }
-    wanted = [subclass for part, classes in by_part.items() if parts[part] for subclass in classes]
-    return {subclass.__base__: subclass for subclass in wanted}
+    return tuple({block for part, blocks in by_part.items() if parts[part] for block in blocks})
 
 
 def _check_model(function: str, model: Any, theirs: Any) -> None:
     """One of transformers' Mixtral models, whatever its head."""
-    if isinstance(model, theirs.MixtralPreTrainedModel):
+    kind = theirs.MixtralPreTrainedModel
+    if isinstance(model, kind):
         return
-    inner = next((name for name in ("_orig_mod", "module", "base_model") if hasattr(model, name)), None)
+    inside = model.named_modules() if isinstance(model, nn.Module) else ()
+    inner = next((name for name, module in inside if isinstance(module, kind)), None)
     hint = f"; give it the model inside, .{inner}" if inner is not None else ""
     raise ValueError(
         f"{function}: model is a {type(model).__name__}, needs transformers' MixtralForCausalLM or MixtralModel{hint}"
@@ -157,33 +141,48 @@ def _check_weights(model: Any) -> None:
             raise ValueError(f"apply: parameter {name} is {what}, needs a plain fp32, bf16 or fp16 parameter")
 
 
-def _check_modules(model: Any, blocks: set[type[nn.Module]]) -> None:
-    """The blocks to be changed are transformers' own, and nothing stands between them and their callers."""
+def _check_devices(model: Any) -> None:
+    """The cards that accelerate's hooks send a split model's inputs to are there."""
+    cards = torch.cuda.device_count()
     for name, module in model.named_modules():
-        kind = next((block for block in blocks if isinstance(module, block)), None)
-        if kind is None:
+        hook = module.__dict__.get("_hf_hook")
+        for one in getattr(hook, "hooks", (hook,)):
+            place = getattr(one, "execution_device", None)
+            device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place or "cpu")
+            if device.type == "cuda" and (device.index or 0) >= cards:
+                raise ValueError(
+                    f"apply: {name or 'the model'} is to run on {device}, and this machine has {cards} CUDA devices; "
+                    "load the model with a device_map of devices that are here"
+                )
+
+
+def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], ours: Any) -> None:
+    """The blocks to be changed are transformers' own, and nothing stands between them and their callers."""
+    backbone = ours.theirs.MixtralModel
+    for name, module in model.named_modules():
+        kind = next((kind for kind in (*blocks, backbone) if isinstance(module, kind)), None)
+        if kind is None or not blocks:
             continue
-        if type(module) is not kind:
-            raise ValueError(f"apply: {name} is a {type(module).__name__}, not transformers' own {kind.__name__}")
+        own = module.theirs if isinstance(module, ours.Applied) else type(module)
+        if own is not kind and kind is not backbone:
+            raise ValueError(f"apply: {name} is a {own.__name__}, not transformers' own {kind.__name__}")
         hooked = "_hf_hook" in module.__dict__  # accelerate's, which keeps the forward it wraps
         forward = "_old_forward" if hooked else "forward"
         if forward in module.__dict__ and not _plain(module, forward):
-            raise ValueError(f"apply: {name} has a {forward} of its own, which would stay in use; remove it first")
+            what = name or f"the {own.__name__}"
+            raise ValueError(f"apply: {what} has a {forward} of its own, which would stay in use; remove it first")
         if kind.__name__ == "MixtralExperts":
-            _check_experts(name, module)
+            _check_experts(name, module, ours)
         elif kind.__name__ == "MixtralAttention":
             _check_heads(module)
 
 
-def _check_experts(name: str, module: Any) -> None:
+def _check_experts(name: str, module: Any, ours: Any) -> None:
     from transformers.activations import ACT2FN
 
     if not isinstance(module.act_fn, (nn.SiLU, type(ACT2FN["silu"]))):
         raise ValueError(f"apply: {name} has activation {module.act_fn}, needs silu; apply(model, experts=False)")
-    if module.act_fn._forward_hooks or module.act_fn._forward_pre_hooks:
-        raise ValueError(
-            f"apply: {name}.act_fn has hooks, and fused experts never call it; apply(model, experts=False)"
-        )
+    ours.check_unhooked(module.act_fn, f"apply: {name}.act_fn")
     if getattr(module, "_is_expert_parallel", False):
         raise ValueError(f"apply: {name} is split over ranks (expert parallel); load the model whole, or experts=False")
 
@@ -199,30 +198,9 @@ def _plain(module: nn.Module, name: str) -> bool:
     return isinstance(value, MethodType) and value.__self__ is module and value.__func__ is type(module).forward
 
 
-def _was(module: nn.Module) -> dict[str, Any]:
-    return module.__dict__.setdefault(_WAS, {})
-
-
 def _become(module: nn.Module, kind: type[nn.Module]) -> None:
     """Change the module's class, and with it the bound forward that accelerate's hooks keep, or left behind."""
     bound = [name for name in ("forward", "_old_forward") if _plain(module, name)]
     module.__class__ = kind
     for name in bound:
         module.__dict__[name] = MethodType(kind.forward, module)
-
-
-def _configure(model: Any, attention: str | None, experts: str | None) -> None:
-    """Give the instance a config of its own, one copy for all of its modules, that selects our implementations."""
-    copies: dict[int, Any] = {}
-    for module in model.modules():
-        config = module.__dict__.get("config")
-        if config is None:
-            continue
-        if id(config) not in copies:
-            copies[id(config)] = copy = deepcopy(config)
-            if attention is not None:
-                copy._attn_implementation = attention
-            if experts is not None:
-                copy._experts_implementation = experts
-        _was(module)["config"] = config
-        module.__dict__["config"] = copies[id(config)]

@@ -1,8 +1,9 @@
 """The mask of the drop-in: an interval of keys a query, int32 [B, 1, Q, 2] = [lo, hi), where that says it all.
 
-None: causal, every key valid, the last query at the last key. int64 [N + 1], on the host: N packed sequences, by where
-they begin and end among all tokens. A dense bool [B, 1, Q, K], transformers' own, for the rest: padding with holes,
-custom patterns, and what a tracer cannot look at.
+int32 [B, 1, Q, 0]: causal, every key valid, the last query at the last key. int64 [1, 1, 1, N + 1], on the host: N
+packed sequences, by where they begin and end among all tokens. A dense bool [B, 1, Q, K], transformers' own, for the
+rest: padding with holes, custom patterns, and what a tracer cannot look at. All have four dimensions: transformers'
+models take such a mask as it is, and make none of their own.
 
 B batch, Q queries, K keys
 """
@@ -10,12 +11,53 @@ B batch, Q queries, K keys
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers import AttentionMaskInterface
+from transformers.masking_utils import (
+    causal_mask_function,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    sdpa_mask,
+)
 from transformers.utils.import_utils import is_tracing
+
+from .hf import cache_keyword
+
+PAGED = (
+    "continuous batching (generate_batch) keeps keys and values in pages, which fused attention does not read; "
+    "apply(model, attention=False), or revert(model)"
+)
+NAME = "mixtral_triton"  # among transformers' masks
+CACHE = cache_keyword()
+
+
+class Masking:
+    """A model's config as transformers' mask functions read it, with `interval_mask` selected; the config stays."""
+
+    _attn_implementation = NAME
+
+    def __init__(self, config: Any, is_causal: bool | None) -> None:
+        self.config = config
+        if is_causal is not None:
+            self.is_causal = is_causal
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.config, name)
+
+
+def causal_mask(config: Any, tokens: Tensor, mask: Any, position_ids: Any, cache: Any, is_causal: Any = None) -> Any:
+    """`interval_mask`'s for `tokens` [B,Q] or [B,Q,H], by way of transformers' functions; a 4-D `mask` as it is."""
+    make = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
+    shape = tokens if tokens.dim() == 3 else torch.empty((*tokens.shape, 0), device=tokens.device)
+    given = {"attention_mask": mask, "position_ids": position_ids, CACHE: cache}
+    made = make(config=Masking(config, is_causal), inputs_embeds=shape, **given)
+    if made is None:
+        raise ValueError(f"mixtral_triton: a {type(cache).__name__} comes without a mask; {PAGED}")
+    return made
 
 
 def interval_mask(
@@ -31,7 +73,7 @@ def interval_mask(
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> Tensor | None:
+) -> Tensor:
     """What `AttentionMaskInterface` calls, once a forward. Queries stand at q_offset + t, keys at kv_offset + j.
 
     `attention_mask` bool [B, N] (and packed positions) are looked at on the host, as transformers' own masks are: one
@@ -44,9 +86,9 @@ def interval_mask(
     first: Tensor | None = None
     if packed and plain:
         known, bounds = sequence_bounds(mask_function, batch_size, q_length, device)
-        if known:
-            return bounds
-        plain = False
+        if bounds is not None:
+            return bounds[None, None, None]
+        plain = known
     if attention_mask is not None:
         check_padding(attention_mask, batch_size, q_length, q_offset)
         if plain and not is_tracing(attention_mask) and not attention_mask.is_meta:
@@ -55,7 +97,7 @@ def interval_mask(
         else:
             plain = False
     if not plain:
-        return sdpa_mask(
+        dense: Any = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -67,8 +109,9 @@ def interval_mask(
             use_vmap=use_vmap,
             device=device,
         )
+        return dense
     if first is None and not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length:
-        return None
+        return torch.empty((batch_size, 1, q_length, 0), dtype=torch.int32, device=device)
     hi = torch.arange(1, q_length + 1, device=device) + (q_offset - kv_offset)
     lo = torch.zeros_like(hi) if first is None else first[:, None]
     if local_size is not None:
@@ -117,10 +160,47 @@ def check_padding(attention_mask: Tensor, batch_size: int, q_length: int, q_offs
         )
 
 
+def is_interval(mask: Any) -> bool:
+    """Whether it is one of `interval_mask`'s, the empty one included."""
+    return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.shape[-1] in (0, 2)
+
+
 def interval_bounds(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """`interval_mask`'s result as `ops.attention` takes it: starts [B] and lengths [B].
+    """An interval mask as `ops.attention` takes it: starts [B] and lengths [B].
 
     Intervals start and end no earlier from query to query, one key more a query: the first start and the last end
     (and the window) give all of them.
     """
-    return (None, None) if mask is None else (mask[:, 0, 0, 0], mask[:, 0, -1, 1])
+    return (None, None) if mask is None or not mask.shape[-1] else (mask[:, 0, 0, 0], mask[:, 0, -1, 1])
+
+
+def packed_sequences(mask: Any, tokens: int) -> list[tuple[int, int]] | None:
+    """(begin, end) of each sequence among all `tokens`, if that is what the mask says."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.int64 or mask.shape[:3] != (1, 1, 1):
+        return None
+    bounds = mask.flatten().tolist()
+    return list(pairwise(bounds)) if bounds[0] == 0 and bounds[-1] == tokens else None
+
+
+def visible(mask: Any, like: Tensor, keys: int, window: int | None) -> Tensor | None:
+    """bool [B or 1,1,T,keys]: which key a query of `like` [B,H,T,D] sees by a mask of this file; None: another mask.
+
+    No mask at all is causal from the first key on, as it is to torch's attention.
+    """
+    B, _, T, _ = like.shape
+    j = torch.arange(keys, device=like.device)
+    if mask is not None and is_interval(mask) and mask.shape[-1]:
+        return (mask[..., :1] <= j) & (j < mask[..., 1:])
+    i = torch.arange(T, device=like.device)[:, None]
+    if mask is None or is_interval(mask):
+        i = i + (keys - T if mask is not None or T == 1 else 0)
+        return ((j <= i) & (j > i - (window or keys)))[None, None]
+    bounds = packed_sequences(mask, B * T)
+    if bounds is None:
+        return None
+    sizes = torch.tensor([end - begin for begin, end in bounds], device=like.device)
+    row = torch.repeat_interleave(sizes).view(B, 1, T)
+    return (row[..., None] == row[..., None, :]) & (j <= i) & (j > i - (window or keys))
+
+
+AttentionMaskInterface.register(NAME, interval_mask)

@@ -1,153 +1,286 @@
-"""What `apply` puts in the place of transformers' blocks: subclasses that keep parameters, names, hooks and signatures.
+"""What `apply` makes of transformers' modules: subclasses that keep parameters, names, hooks and signatures.
 
-Only `hf.apply` imports this file: transformers is an optional dependency.
+Transformers is an optional dependency: only `hf` imports this file, and pickle, for an applied model.
 
-B batch, T tokens, H hidden, Hq query heads, Hkv key/value heads, D head size, S keys
+B batch, T tokens, H hidden, D head size
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache as remembered
+from functools import partial, wraps
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mixtral import modeling_mixtral as theirs
 
-from . import ops
-from .hf_mask import interval_bounds
+from .hf_attention import attention, operations
+from .hf_mask import CACHE, NAME, PAGED, causal_mask
 
-NAME = "mixtral_triton"  # in transformers' registries of attention, masks and experts
-
-
-def _ops() -> Any:
-    """The operations, without their checks where nothing watches and every dtype is the weights' own."""
-    watched = not ops.untraced() or torch.is_grad_enabled() or torch.is_autocast_enabled()
-    return ops if watched else ops.DIRECT
+PARTS = "_mixtral_triton"  # attribute of each module that is ours: the instance's Parts
+LAYOUT = 2  # of an applied model's pickle
+ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds", "use_cache")  # MixtralModel's
+OF_LAYOUT_1 = ("RMSNorm", "Router", "Rotary", "Attention", "before_forward")
 
 
-class RMSNorm(theirs.MixtralRMSNorm):
+@dataclass
+class Parts:
+    """Which parts of a model are ours: one object, shared by all of an applied instance's modules."""
+
+    attention: bool | None  # None: transformers', False: transformers' by its set_attn_implementation
+    experts: bool | None
+    rope: bool
+
+
+class Applied:
+    """A class that a module takes on. What is made of it by calling or pickling is transformers' own class, or this."""
+
+    theirs: ClassVar[Any]  # nn.Module's subclass that this one stands for
+    _mixtral_triton: Parts
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not issubclass(cls.__bases__[-1], Applied):
+            cls.theirs = cls.__bases__[-1]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.theirs(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return rebuild, (LAYOUT, self.theirs), *super().__reduce_ex__(protocol)[2:]
+
+
+def rebuild(layout: int, kind: Any) -> Any:
+    """For pickle: an instance of what `kind` of transformers' becomes, still without a state."""
+    if layout != LAYOUT:
+        raise other_version()
+    return Applied.__new__(ours(kind))
+
+
+def other_version() -> ValueError:
+    return ValueError(
+        "mixtral_triton: this model was applied and pickled by another version of the package: load its folder with "
+        "from_pretrained and apply again, or unpickle it with that version and call revert(model) first"
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name in OF_LAYOUT_1:
+        raise other_version()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class TritonRMSNorm(Applied, theirs.MixtralRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return _ops().rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return operations().rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-class Router(theirs.MixtralTopKRouter):
+class TritonRouter(Applied, theirs.MixtralTopKRouter):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows = hidden_states.reshape(-1, self.hidden_dim)
-        logits, weights, ids = _ops().gate_route(rows, self.weight, self.top_k)
+        logits, weights, ids = operations().gate_route(rows, self.weight, self.top_k)
         return logits, weights, ids.long()  # int64, as whoever hooks the gate expects
 
 
-class Rotary(theirs.MixtralRotaryEmbedding):
-    """Whatever kind of rotary embedding the config asks for, in the form that `ops.rope` reads."""
+class TritonExperts(Applied, theirs.MixtralExperts):
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T,H], top_k_index and top_k_weights [T,K] -> [T,H]."""
+        if not self._mixtral_triton.experts:
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        check_unhooked(self._modules["act_fn"], "mixtral_triton: act_fn of the experts")  # type: ignore[arg-type]
+        args = (self.gate_up_proj, self.down_proj, top_k_index, top_k_weights.float())
+        return operations().expert_swiglu(hidden_states, *args)
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> cos and sin fp32 [P, D/2], a row for each token of `position_ids`, and the rows' numbers [B, T]."""
+
+def check_unhooked(act_fn: nn.Module, name: str) -> None:
+    """ValueError where hooks wait for a call that fused experts do not make."""
+    if act_fn._forward_hooks or act_fn._forward_pre_hooks:
+        raise ValueError(
+            f"{name} has hooks, and fused experts never call it; hook the experts, or apply(model, experts=False)"
+        )
+
+
+class Angles(tuple):
+    """(cos, sin), each [B,T,D] in the model's dtype as transformers has them, and `tables`, which `ops.rope` reads:
+    cos and sin fp32 [P,D/2], a row a token, and the rows' numbers [B,T]."""
+
+    tables: tuple[Tensor, Tensor, Tensor]
+
+    def to(self, device: Any, non_blocking: bool = False) -> Angles:
+        """What accelerate calls between cards, and what would lose the tables otherwise."""
+        moved = Angles(part.to(device, non_blocking=non_blocking) for part in self)
+        cos, sin, numbers = (table.to(device, non_blocking=non_blocking) for table in self.tables)
+        moved.tables = cos, sin, numbers
+        return moved
+
+
+def rope_tables(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """transformers' cos and sin [B or 1,T,D] -> `Angles.tables`."""
+    rows, half = cos.shape[0] * cos.shape[1], cos.shape[2] // 2
+    numbers = torch.arange(rows, device=cos.device).view(cos.shape[:2]).expand(batch, cos.shape[1])
+    cos, sin = (part[..., :half].reshape(rows, half).float() for part in (cos, sin))
+    return cos, sin, numbers
+
+
+class TritonRotaryEmbedding(Applied, theirs.MixtralRotaryEmbedding):
+    """Whatever kind of rotary embedding the config asks for. transformers finds it by its name, "RotaryEmbedding"."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """-> cos and sin [B,T,D] in x's dtype, in `Angles`."""
         cos, sin = super().forward(x.new_empty(0, dtype=torch.float32), position_ids)  # of x it takes the dtype only
-        rows, half = position_ids.numel(), cos.shape[-1] // 2
-        numbers = torch.arange(rows, device=cos.device).view(position_ids.shape)
-        numbers = numbers.expand(x.shape[0], position_ids.shape[1])
-        return cos[..., :half].reshape(rows, half), sin[..., :half].reshape(rows, half), numbers
+        angles = Angles((cos.to(x.dtype), sin.to(x.dtype)))
+        angles.tables = rope_tables(cos, sin, x.shape[0])
+        return angles
 
 
-class Attention(theirs.MixtralAttention):
-    """transformers' attention with `ops.rope`, on the tables of `Rotary`."""
+class TritonAttention(Applied, theirs.MixtralAttention):
+    """transformers' attention with `ops.rope`, with `ops.attention`, or with both."""
 
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         cache: Any = None,
         past_key_values: Any = None,  # the cache's name before 5.24
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        parts = self._mixtral_triton
         cache = past_key_values if cache is None else cache
         tokens = hidden_states.shape[:-1]
         shape = (*tokens, -1, self.head_dim)
         q, k = self.q_proj(hidden_states).view(shape), self.k_proj(hidden_states).view(shape)
-        q, k = _ops().rope(q, k, *position_embeddings)
-        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        if parts.rope:
+            angles = position_embeddings
+            tables = angles.tables if isinstance(angles, Angles) else rope_tables(*angles, tokens[0])
+            q, k = operations().rope(q, k, *tables)
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
+        else:
+            q, k = theirs.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
         v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
         config = self.config
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, theirs.eager_attention_forward)
-        window = getattr(config, "sliding_window", None)
-        settings = {"scaling": self.scaling, "dropout": 0.0, "sliding_window": window}
+        attend: Any = attention
+        if not parts.attention:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, theirs.eager_attention_forward)
+        settings = {"scaling": self.scaling, "dropout": 0.0, "sliding_window": config.sliding_window}
         out, weights = attend(self, q, k, v, attention_mask, **settings, **kwargs)
         return self.o_proj(out.reshape(*tokens, -1)), weights
 
 
-def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """What `AttentionInterface` calls: query [B,Hq,T,D], key and value [B,Hkv,S,D] -> [B,T,Hq,D], no weights.
+class Selecting(Applied):
+    """A model of which transformers' own methods select other implementations again. Its config never names ours."""
 
-    The mask is one of `hf_mask.interval_mask`: packed sequences, which no cache holds, go one after the other, a dense
-    one to torch's attention. Or it is the user's own 4-D one.
-    """
-    kind = attention_mask.dtype if isinstance(attention_mask, Tensor) else None
-    if attention_mask is None or (kind == torch.int32 and attention_mask.shape[-1] == 2):
-        starts, lengths = interval_bounds(attention_mask)
-        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return _ops().attention(q, k, v, sliding_window, True, scaling, starts, lengths), None
-    if kind == torch.int64 and attention_mask.dim() == 1:
-        B, H, T, D = query.shape
-        rows = [x.transpose(1, 2).flatten(0, 1)[None] for x in (query, key, value)]
-        sequences = [slice(begin, end) for begin, end in pairwise(attention_mask.tolist())]
-        outs = [_ops().attention(*(x[:, one] for x in rows), sliding_window, True, scaling) for one in sequences]
-        return torch.cat(outs, dim=1).view(B, T, H, D), None
-    mask = _dense(attention_mask, query, key)
-    return sdpa_attention_forward(module, query, key, value, mask, dropout=0.0, scaling=scaling)
+    base_model: Any
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], **kwargs: Any) -> None:
+        choose = partial(super().set_attn_implementation, attn_implementation, **kwargs)  # type: ignore[misc]
+        self._choose("attention", attn_implementation, choose)
+
+    def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
+        choose = partial(super().set_experts_implementation, experts_implementation)  # type: ignore[misc]
+        self._choose("experts", experts_implementation, choose)
+
+    def get_experts_implementation(self) -> dict[str, str | None]:
+        return {"": NAME} if self._running("experts") else super().get_experts_implementation()  # type: ignore[misc]
+
+    def _running(self, part: str) -> bool | None:
+        return getattr(self.base_model.__dict__.get(PARTS), part, None)
+
+    def _choose(self, part: str, name: str | dict[str, str], choose: Callable[[], None]) -> None:
+        chosen = name.get("") if isinstance(name, dict) else name
+        here = self._running(part) is not None
+        if chosen == NAME and not here:
+            raise ValueError(f"mixtral_triton's {part} is not part of this model: apply(model, {part}=True)")
+        if chosen != NAME:
+            choose()
+        if chosen is not None and here:
+            setattr(self.base_model.__dict__[PARTS], part, chosen == NAME)
 
 
-def _dense(mask: Any, query: Tensor, key: Tensor) -> Tensor:
-    """The user's own mask, if it is one that torch's attention takes."""
-    B, H, T, _ = query.shape
-    need = (B, H, T, key.shape[2])
-    good = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[3] == need[3]
-    good = good and all(size in (1, whole) for size, whole in zip(mask.shape, need, strict=True))
-    if not good or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
-        tensor = isinstance(mask, Tensor)
-        got = f"{mask.dtype} of shape {list(mask.shape)}" if tensor else f"a {type(mask).__name__}"
+class Generating(Selecting):
+    """A model with transformers' `generate`."""
+
+    def create_masks_for_generate(self, config: Any, **given: Any) -> Any:
+        """The mask of a step on a static cache, which `generate` makes ahead of the compiled forward."""
+        if self._running("attention"):
+            tokens, mask = given["inputs_embeds"], given.get("attention_mask")
+            return causal_mask(config, tokens, mask, given.get("position_ids"), given.get(CACHE))
+        make = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
+        return make(config=config, **given)
+
+    def _optimize_model_for_decode(self) -> AbstractContextManager[None]:
+        """transformers' change of experts for the time of `generate`, which at first asked nobody but the config."""
+        if self._running("experts"):
+            return nullcontext()
+        return super()._optimize_model_for_decode()  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        if self._running("attention"):
+            raise ValueError(f"mixtral_triton: {PAGED}")
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+
+
+class Backbone(Selecting):
+    """MixtralModel: refuses what could not be honoured before anything runs, and brings its own mask."""
+
+    config: Any
+
+    @wraps(theirs.MixtralModel.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training:  # type: ignore[attr-defined]
+            raise ValueError("mixtral_triton.apply is for inference only: call model.eval(), or revert(model) to train")
+        if self._mixtral_triton.attention:
+            args, kwargs = masked(self.config, args, kwargs)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def masked(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the backbone's forward with the mask that `attention` reads."""
+    given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
+    tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    if "output_attentions" not in kwargs and config.output_attentions:
+        kwargs = kwargs | {"output_attentions": True}
+    if tokens is None:  # transformers says so
+        return args, kwargs
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    cache = given.get("cache", given.get("past_key_values"))
+    if isinstance(mask, Tensor) and mask.dim() == 2 and cache is None and mask.shape != tokens.shape[:2]:
+        need = list(tokens.shape[:2])
         raise ValueError(
-            f"mixtral_triton: attention_mask is {got}, needs bool (True: seen) or float (added to the scores) that "
-            f"broadcasts to {list(need)}, or one value a token [{B}, tokens]"
+            f"mixtral_triton: attention_mask is of shape {list(mask.shape)}, needs {need}, one value a token"
         )
-    return mask if mask.dtype == torch.bool else mask.to(query.dtype)
+    use_cache = config.use_cache if given.get("use_cache") is None else given["use_cache"]
+    packed = None if use_cache else positions  # a cache, even an empty one, holds one sequence a row
+    mask = causal_mask(config, tokens, mask, packed, cache, given.get("is_causal"))
+    if len(args) > 1:
+        return (args[0], mask, *args[2:]), kwargs
+    return args, kwargs | {"attention_mask": mask}
 
 
-def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What `ExpertsInterface` calls: hidden_states [T,H], top_k_index and top_k_weights [T,K] -> [T,H]."""
-    args = (module.gate_up_proj, module.down_proj, top_k_index, top_k_weights.float())
-    return _ops().expert_swiglu(hidden_states, *args)
+BLOCKS = {
+    kind.theirs: kind for kind in (TritonRMSNorm, TritonRouter, TritonExperts, TritonRotaryEmbedding, TritonAttention)
+}
 
 
-def before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the backbone: refuses what could not be honoured, before anything runs."""
-    names = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    if model.training:
-        raise ValueError("mixtral_triton.apply is for inference only: call model.eval(), or revert(model) to train")
-    wanted = given.get("output_attentions")
-    wanted = getattr(model.config, "output_attentions", False) if wanted is None else wanted
-    if wanted and model.config._attn_implementation == NAME:
-        raise ValueError("output_attentions: fused attention keeps no weights; apply(model, attention=False) does")
-    mask, cache = given.get("attention_mask"), given.get("cache", given.get("past_key_values"))
-    if isinstance(mask, Tensor) and mask.dim() == 2 and cache is None:
-        text = given.get("input_ids")
-        need = (given["inputs_embeds"] if text is None else text).shape[:2]
-        if mask.shape != need:
-            raise ValueError(
-                f"mixtral_triton: attention_mask is of shape {list(mask.shape)}, needs {list(need)}, one value a token"
-            )
+@remembered
+def ours(kind: Any) -> Any:
+    """What an instance of `kind`, one of transformers' blocks or models, becomes.
+
+    A model's class has the name and place of its own: transformers looks classes up by what they are called.
+    """
+    if kind in BLOCKS:
+        return BLOCKS[kind]
+    mixins = [
+        m for m, base in ((Backbone, theirs.MixtralModel), (Generating, GenerationMixin)) if issubclass(kind, base)
+    ]
+    place = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (*(mixins or [Selecting]), kind), place)

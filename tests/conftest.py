@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixtral_triton import ops
 from mixtral_triton.kernels import launch
 from mixtral_triton.kernels.interpret import active_addresses, interpreting
 from mixtral_triton.kernels.launch import INTERPRETED
@@ -196,6 +197,20 @@ def make_hf() -> Any:
         return model
 
     return make
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The operations that have run."""
+    seen: set[str] = set()
+    go = ops._go
+
+    def noted(op: Any, *args: Any) -> Any:
+        seen.add(op.name)
+        return go(op, *args)
+
+    monkeypatch.setattr(ops, "_go", noted)
+    return seen
 
 
 @pytest.fixture(params=DEVICES)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mixtral_triton import apply, hf, ops, revert
+from mixtral_triton import apply, hf, revert
 from mixtral_triton.kernels.launch import INTERPRETED, record_launches
 
 transformers = pytest.importorskip("transformers")
@@ -53,20 +53,6 @@ def classes() -> dict[str, Any]:
     return {name: own(kind) for name, kind in vars(theirs).items() if name.startswith("Mixtral")}
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The operations that have run."""
-    seen: set[str] = set()
-    go = ops._go
-
-    def noted(op: Any, *args: Any) -> Any:
-        seen.add(op.name)
-        return go(op, *args)
-
-    monkeypatch.setattr(ops, "_go", noted)
-    return seen
-
-
 def test_what_apply_changes_and_revert_restores(make_hf: Any) -> None:
     model, other = make_hf(), make_hf()
     model.config = other.config = model.model.config
@@ -85,7 +71,6 @@ def test_applying_twice_is_applying_once_and_the_latest_choice_holds(make_hf: An
     apply(apply(model), attention=False, rope=False)
     model(IDS)
     assert calls == {"rms_norm", "gate_route", "expert_swiglu"}
-    assert len(model.model._forward_pre_hooks) == 1
     apply(model, attention=False, experts=False, rms_norm=False, rope=False)
     assert snapshot(model) == before
     assert snapshot(revert(model)) == before
@@ -367,13 +352,6 @@ def test_a_mask_of_the_new_tokens_only_is_no_mask_of_the_text(make_hf: Any) -> N
     kept = model(IDS, use_cache=True)[1]
     with pytest.raises(ValueError, match=r"shape \[2, 1\], needs \[2, 15\] \(14 past, 1 new\)"):
         model(IDS[:, :1], torch.ones(2, 1), None, kept)
-
-
-def test_attention_weights_are_not_kept(make_hf: Any) -> None:
-    model = apply(make_hf())
-    with pytest.raises(ValueError, match="attention=False"):
-        model(IDS, output_attentions=True)
-    assert len(apply(model, attention=False)(IDS, output_attentions=True).attentions) == 2
 
 
 def test_the_package_alone_does_not_import_transformers() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import apply, revert
+from mixtral_triton import apply, hf, revert
 from mixtral_triton.kernels.launch import INTERPRETED
 
 transformers = pytest.importorskip("transformers")
@@ -127,7 +127,7 @@ def conversation(model: Any) -> Results:
 
 
 def assisted(model: Any) -> Results:
-    draft = revert(type(model)(model.config))
+    draft = type(model)(model.config)
     draft.load_state_dict(model.state_dict())
     draft.lm_head.weight.data = draft.lm_head.weight + 0.3 * torch.randn_like(draft.lm_head.weight)
     return generated(model, IDS[:1], do_sample=False, assistant_model=draft.eval())
@@ -192,9 +192,60 @@ def gradients_enabled(model: Any) -> Results:
 def device_map(model: Any) -> Results:
     """Hooks as accelerate puts them for a device_map, weights of the second half on the CPU until they are needed."""
     accelerate = pytest.importorskip("accelerate")
-    ours = model.config._attn_implementation == "mixtral_triton"
+    ours = hf.applied(model)
     accelerate.cpu_offload(revert(model), execution_device="cpu")
     return logits(apply(model) if ours else model, LEFT)
+
+
+def attended(model: Any, mask: Tensor | None = None, **kwargs: Any) -> Results:
+    """Attention's weights of the real tokens, and the logits beside them."""
+    out = model(IDS, attention_mask=mask, output_attentions=True, **kwargs)
+    real = torch.ones_like(IDS).bool() if mask is None or mask.dim() != 2 else mask.bool()
+    weights = {str(i): layer.transpose(1, 2)[real] for i, layer in enumerate(out.attentions)}
+    assert len(weights) == model.config.num_hidden_layers
+    return {"logits": out.logits[real], **weights}
+
+
+def attended_user(model: Any) -> Results:
+    seen = dense(HOLES, model.config.sliding_window)
+    return attended(model, torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min))
+
+
+def attended_steps(model: Any, cache: Any, mask: Tensor) -> Results:
+    """Weights over the keys that a cache holds: of each chunk a tensor."""
+    found, begin = {}, 0
+    for size in CHUNKS:
+        end = begin + size
+        kwargs = {cache_name(model): cache, "attention_mask": mask[:, :end], "use_cache": True}
+        weights = model(IDS[:, begin:end], output_attentions=True, **kwargs).attentions
+        real = mask[:, begin:end].bool()
+        found |= {f"{begin} {i}": layer.transpose(1, 2)[real] for i, layer in enumerate(weights)}
+        begin = end
+    return found
+
+
+def attended_generate(model: Any) -> Results:
+    settings = {"do_sample": False, "output_attentions": True, "return_dict_in_generate": True}
+    out = model.generate(IDS, attention_mask=LEFT, max_new_tokens=NEW, **settings)
+    rows = [layer[..., -1, :].flatten() for step in out.attentions for layer in step]
+    return {"tokens": out.sequences, "weights": torch.cat(rows)}
+
+
+def alone_layer(model: Any) -> Results:
+    """cos and sin as the rotary module answers, and a layer that is called with an ordinary pair of them."""
+    h = torch.randn(2, T, 32, generator=torch.Generator().manual_seed(2))
+    cos, sin = model.model.rotary_emb(h, torch.arange(T)[None])
+    hidden = torch.zeros((1, 1, T, T)).masked_fill(~dense(torch.ones(1, T), 6), torch.finfo(torch.float32).min)
+    return {"cos": cos, "sin": sin, "layer": model.model.layers[0](h, (cos, sin), hidden)}
+
+
+def edited(model: Any) -> Results:
+    """The config edited as it stands, and what it says saved and loaded."""
+    model.config.output_router_logits = True
+    model.config.use_cache = False
+    out = model(IDS)
+    assert out.router_logits is not None and len(out) == 3
+    return {"logits": out.logits, "aux loss": out.aux_loss}
 
 
 def rope(kind: str) -> dict[str, Any]:
@@ -283,6 +334,22 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     ),
     "generate: twice on one cache": (NO_WINDOW, conversation),
     "generate: prefill in chunks": (NO_WINDOW, lambda m: generated(m, do_sample=False, prefill_chunk_size=4)),
+    "attention weights: left padding": ({}, lambda m: attended(m, LEFT)),
+    "attention weights: left padding, no window": (NO_WINDOW, lambda m: attended(m, LEFT)),
+    "attention weights: one key/value head": ({"num_key_value_heads": 1}, attended),
+    "attention weights: holes": ({}, lambda m: attended(m, HOLES)),
+    "attention weights: packed sequences": (
+        {},
+        lambda m: attended(m, position_ids=torch.tensor([*range(5), *range(T - 5)])[None], use_cache=False),
+    ),
+    "attention weights: user's 4-D, added": ({}, attended_user),
+    "attention weights: dynamic cache": (NO_WINDOW, lambda m: attended_steps(m, dynamic(m), LEFT)),
+    "attention weights: sliding window, cached": ({}, lambda m: attended_steps(m, dynamic(m), LEFT)),
+    "attention weights: static cache": (NO_WINDOW, lambda m: attended_steps(m, static(m), LEFT)),
+    "attention weights: static sliding window": ({}, lambda m: attended_steps(m, static(m), LEFT)),
+    "attention weights: generate": (NO_WINDOW, attended_generate),
+    "rope: cos and sin for others, a layer alone": ({}, alone_layer),
+    "config: edited after apply": ({}, edited),
     "placement: accelerate's hooks, weights offloaded": ({}, device_map),
 }
 SHORT = (
