@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from . import ops
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -136,7 +138,7 @@ def _check_weights(model: Any) -> None:
             raise ValueError(
                 f"apply: parameter {name} is sharded (a DTensor); load the model whole, or with a device_map"
             )
-        if type(parameter) is not nn.Parameter or parameter.dtype not in DTYPES:
+        if type(parameter) not in ops.PLAIN_TYPES or parameter.dtype not in DTYPES:
             what = f"{parameter.dtype} in a {type(parameter).__name__}"
             raise ValueError(f"apply: parameter {name} is {what}, needs a plain fp32, bf16 or fp16 parameter")
 

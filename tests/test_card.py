@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton import KVCache, Mixtral, MixtralConfig, ops
+from mixtral_triton import KVCache, Mixtral, MixtralConfig, apply, ops
 from tests.stub.driver import LaunchError
 from tests.stub.tensors import Looks
 
@@ -20,6 +20,7 @@ def build(device: Any) -> Mixtral:
     config = MixtralConfig(
         vocab_size=24, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, num_local_experts=2, rope_theta=1e4, max_position_embeddings=64, sliding_window=3,
+        eos_token_id=None,
     )  # fmt: skip
     model, generator = Mixtral(config, device=device, dtype=torch.float32), torch.Generator().manual_seed(0)
     for weight in model.parameters():
@@ -95,3 +96,25 @@ def test_generate_looks_once_at_the_prompt_and_once_a_token_where_a_text_may_end
     model.generate(prompts, max_new_tokens=6, eos_token_id=23)
     assert free == 2, "the prompt, and the text at the end"
     assert len([look for look in card.looks if look != "synchronize"]) <= free + 6
+
+
+def test_an_applied_model_over_two_cards(card: Any, make_hf: Any) -> None:
+    """accelerate's hooks carry activations, masks and tables over; each layer's kernels run where its weights are."""
+    accelerate = pytest.importorskip("accelerate")
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    eager = make_hf(num_local_experts=2)
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1}
+    places |= {"model.norm": 1, "lm_head": 1}
+    with torch.no_grad():
+        want = eager(IDS, attention_mask=mask).logits
+        model = accelerate.dispatch_model(apply(make_hf(num_local_experts=2)), places)
+        given = {"attention_mask": mask.to("cuda:0")}
+        got = model(IDS.to("cuda:0"), **given).logits.cpu()
+        text = model.generate(IDS.to("cuda:0"), **given, max_new_tokens=2, do_sample=False).cpu()
+        expected = eager.generate(IDS, attention_mask=mask, max_new_tokens=2, do_sample=False)
+    assert (got - want)[mask.bool()].abs().max() <= 1e-4 * want.abs().max()
+    assert torch.equal(text, expected)
+    by_kernel = {(launched.kernel, launched.device) for launched in card.driver.launches}
+    for kernel in ("attention_decode_kernel", "gate_route_kernel", "rms_norm_kernel", "rope_kernel"):
+        assert {(kernel, 0), (kernel, 1)} <= by_kernel
+    assert card.current == 0

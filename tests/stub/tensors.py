@@ -23,6 +23,8 @@ _CROSSING = {"copy_", "_to_copy", "index", "index_put_", "_index_put_impl_"}
 _LOOKS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2"}
 # Functions that allocate inside of torch, on the device of their arguments, where nothing dispatches.
 _MAKES = {"pad_sequence"}
+# Methods that ask for the card before they dispatch, and what dispatches at once.
+_INSTEAD = {"copy_": torch.ops.aten.copy_.default, "__invert__": torch.ops.aten.bitwise_not.default}
 # Methods that give the host numbers.
 _READS = {"__int__", "__float__", "__bool__", "__index__", "item", "tolist", "numpy", "__array__", "__contains__"}
 
@@ -199,32 +201,33 @@ class Factories(TorchFunctionMode):
             return args[0] if args[0].is_contiguous() else args[0].clone(memory_format=torch.contiguous_format)
         if name in _MAKES and any(isinstance(x, CardTensor) for x in tree_flatten(args)[0]):
             return dispatch(func, args, kwargs)
-        if name == "copy_" and any(isinstance(x, CardTensor) for x in args):
-            return torch.ops.aten.copy_.default(*args, **kwargs)  # the method asks for the card before it dispatches
+        if name in _INSTEAD and any(isinstance(x, CardTensor) for x in args):
+            return _INSTEAD[name](*args, **kwargs)
         if name == "cuda" and isinstance(args[0], Tensor):
             return self._moved(args[0], args[1] if len(args) > 1 else kwargs.get("device", "cuda"), {})
-        if name == "to" and isinstance(args[0], Tensor) and not isinstance(args[0], CardTensor):
+        if name == "to" and isinstance(args[0], Tensor):
             return self._to(func, args, kwargs)
+        if func is torch.device and isinstance(args[0], int):
+            return torch.device("cuda", args[0])
         device = kwargs.get("device")
         if not is_card(device) or any(isinstance(x, CardTensor) for x in args):
             return func(*args, **kwargs)
         return to_card(func(*args, **kwargs | {"device": "cpu"}), device)
 
     def _to(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """`x.to(...)` of a tensor of the CPU, whichever way its device is said."""
+        """`x.to(...)`, whichever way a card is said."""
         others = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, CardTensor)]
         named = [x for x in (*args[1:], kwargs.get("device")) if isinstance(x, (str, torch.device))]
         named += [torch.device("cuda", x) for x in args[1:] if isinstance(x, int) and not isinstance(x, bool)]
         device = others[0].device if others else named[0] if named else None
-        if not is_card(device):
-            return func(*args, **kwargs)
+        if not is_card(device) or (isinstance(args[0], CardTensor) and indexed(device) == args[0].device):
+            rest = [x for x in args if not isinstance(x, int) or isinstance(x, bool)]
+            return func(*rest, **kwargs)
         dtypes = [x for x in (*args[1:], kwargs.get("dtype")) if isinstance(x, torch.dtype)]
         dtypes += [x.dtype for x in others]
         return self._moved(args[0], device, {"dtype": dtypes[0]} if dtypes else {})
 
     def _moved(self, x: Tensor, device: Any, dtype: dict[str, torch.dtype]) -> Tensor:
-        if isinstance(x, CardTensor):
-            return x if x.device == indexed(device) else to_card(x.held.clone(), device)
-        moved = x.detach().to(device="cpu", copy=True, **dtype)
-        moved = to_card(moved, device)
+        x_held = x.held if isinstance(x, CardTensor) else x.detach()
+        moved = to_card(x_held.to(device="cpu", copy=True, **dtype), device)
         return nn.Parameter(moved, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else moved
