@@ -206,6 +206,24 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
 
 
 @_custom
+def embed_rms_norm(
+    input_ids: Tensor,
+    table: Tensor,
+    weight: Tensor,
+    eps: float,
+    past: Tensor | None = None,
+    new: Tensor | None = None,
+    limit: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """input_ids [B,T], table [V,H], weight [H] -> the norm y and the rows x, [B,T,H] each. See the reference.
+
+    With past and new int [B]: sequence b stands at position past[b], and its first new[b] tokens are there, at most
+    `limit` in all. On a GPU a sequence is NaN where an id, new or a position is out of range.
+    """
+    return _go(OPS["embed_rms_norm"], input_ids, table, weight, eps, past, new, limit)
+
+
+@_custom
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """logits [T,E] -> weights fp32 [T,K], ids int32 [T,K]. See `reference.route`."""
     return _go(OPS["route"], logits, top_k)
