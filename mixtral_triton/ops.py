@@ -85,11 +85,16 @@ def _each(n: int) -> list[slice]:
     return [slice(i, i + 1) for i in range(n)] or [slice(0, 0)]
 
 
+def _alone(x: Tensor | None) -> Tensor | None:
+    """A part of a batch in memory of its own: a library's order of a sum may depend on where in memory rows begin."""
+    return None if x is None else x.clone(memory_format=torch.contiguous_format)
+
+
 def _rows(x: Tensor, *args: Any) -> Iterator[Any]:
     """The arguments of `linear`, or of `gate_route`, for one row at a time."""
     rows = x.reshape(-1, x.shape[-1])
     for one in _each(len(rows)):
-        yield rows[one], *args
+        yield _alone(rows[one]), *args
 
 
 def _tokens(
@@ -108,7 +113,8 @@ def _sequences(
     for one in _each(len(q)):
         end = None if lengths is None or len(q) == 0 else int(lengths[one])
         bounds = (x if x is None else x[one] for x in (starts, lengths))
-        yield q[one], k[one, :end], v[one, :end], window, causal, scale, *bounds
+        own = map(_alone, (q[one], k[one, :end], v[one, :end]))
+        yield *own, window, causal, scale, *bounds
 
 
 def _cached_sequences(
@@ -125,7 +131,7 @@ def _cached_sequences(
     for one in _each(len(q)):
         t = slice(0, int(new[one].sum()))
         fresh = (x if x is None else x[one, t] for x in (q, k, v))
-        yield *fresh, k_cache[one], v_cache[one], past[one], new[one], *window
+        yield *map(_alone, (*fresh, k_cache[one], v_cache[one])), past[one], new[one], *window
 
 
 # On the plain way, bits that do not depend on the batch: torch's matmuls see one token, or one sequence, at a time.
