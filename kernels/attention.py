@@ -137,7 +137,10 @@ def cached_attention(
     window: int | None = None,
     deterministic: bool = False,
 ) -> Tensor:
-    """Triton way of `reference.cached_attention`. The device reads the lengths: a CUDA graph replays at any of them."""
+    """Triton way of `reference.cached_attention`. The device reads the lengths: a CUDA graph replays at any of them.
+
+    A sequence whose past or new is out of range is NaN.
+    """
     keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     sizes = _sizes(q, keys, _window("cached_attention", window), deterministic)
     bounds = {"starts_ptr": None, "lengths_ptr": _dense(new), "past_ptr": _dense(past)}

@@ -11,6 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .ring import POSITIONS_MOST, standing
+
+
+@triton.jit
+def _bound(bounds_ptr, b):
+    """One of starts or lengths, which may hold any number, as an int32 that one can reckon with."""
+    bound = tl.minimum(tl.maximum(tl.load(bounds_ptr + b), -POSITIONS_MOST), POSITIONS_MOST)
+    return bound.to(tl.int32)
+
 
 @triton.jit
 def _accumulate(
@@ -167,13 +176,14 @@ def attention_prefill_kernel(
     # Heads of a group run side by side and share K and V in L2; the tiles with the most keys go first.
     b, hq = (tl.program_id(0) // Hq).to(tl.int64), (tl.program_id(0) % Hq).to(tl.int64)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    end = tl.load(lengths_ptr + b).to(tl.int32) if lengths_ptr is not None else S
-    start = tl.load(starts_ptr + b).to(tl.int32) if starts_ptr is not None else 0
+    start = _bound(starts_ptr, b) if starts_ptr is not None else 0
     if CACHED:
-        first = tl.load(past_ptr + b).to(tl.int32)  # position of query 0 and of key 0
-        end += first
+        past, new = standing(past_ptr, lengths_ptr, b, T)
+        first = past.to(tl.int32)  # position of query 0 and of key 0
+        end = first + new.to(tl.int32)
         query = first
     else:
+        end = _bound(lengths_ptr, b) if lengths_ptr is not None else S
         first = 0
         query = end - T
         end = tl.minimum(end, S)
@@ -217,6 +227,8 @@ def attention_prefill_kernel(
         low, high, inner_low, inner_high, first, offs_i, window, scale,
         D, False, CAUSAL, WINDOWED, BLOCK_N, BLOCK_D,
     )  # fmt: skip
+    if CACHED:
+        total = tl.where(new < 0, float("nan"), total)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_row = out_ptr + ((b * T + offs_t.to(tl.int64)) * Hq + hq)[:, None] * D + offs_d[None, :]
     tl.store(out_row, out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -257,13 +269,14 @@ def attention_decode_kernel(
 ):
     # All query heads of a group, of all T tokens, are rows of one tile: its keys and values are read once.
     split, hkv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    end = tl.load(lengths_ptr + b).to(tl.int32) if lengths_ptr is not None else S
-    start = tl.load(starts_ptr + b).to(tl.int32) if starts_ptr is not None else 0
+    start = _bound(starts_ptr, b) if starts_ptr is not None else 0
     if RING:
-        query = tl.load(past_ptr + b).to(tl.int32)
-        end += query
+        past, new = standing(past_ptr, lengths_ptr, b, T)
+        query = past.to(tl.int32)
+        end = query + new.to(tl.int32)
         start = tl.maximum(start, end - S)
     else:
+        end = _bound(lengths_ptr, b) if lengths_ptr is not None else S
         query = end - T
         end = tl.minimum(end, S)
         start = tl.maximum(start, 0)
@@ -287,6 +300,8 @@ def attention_decode_kernel(
         S if RING else 0, query + t.to(tl.int32), window, scale,
         D, RING, True, True, WINDOWED, BLOCK_N, BLOCK_D,
     )  # fmt: skip
+    if RING:
+        total = tl.where(new < 0, float("nan"), total)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     row = ((b * T + t) * Hq + hq) * SPLITS + split
     tl.store(out_ptr + row[:, None] * D + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)

@@ -96,9 +96,15 @@ def integer(op: str, name: str, value: Any, low: int, high: int) -> int:
     return value
 
 
+def readable(x: Tensor) -> bool:
+    """Whether the host may look at values: on a CPU, where nothing waits for it. On a GPU a look would stall the
+    stream, so kernels mask; in a trace there is nothing to see."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
 def in_range(op: str, name: str, value: Tensor, low: int, high: int) -> None:
-    """Every element in low..high. Read on the CPU only: elsewhere a look would stall the stream, and kernels mask."""
-    if value.device.type != "cpu" or value.numel() == 0 or type(value) is not Tensor:
+    """Every element in low..high, where the host may look."""
+    if value.numel() == 0 or not readable(value):
         return
     if value.numel() <= 64:  # where a step per element is quicker than two operators
         values = value.flatten().tolist()

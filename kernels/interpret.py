@@ -44,12 +44,15 @@ def _cast(builder: Any, src: Any, dst_type: Any) -> Any:
     return type(builder).cast_impl(builder, type(src)(values, tl.float32), dst_type)
 
 
+# A library's: where a row stands in its tile decides in which order it is summed. Tests of bits put theirs in its place.
+product = np.matmul
+
+
 def _dot(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
     if a.dtype.scalar.primitive_bitwidth == 8:
         return type(builder).create_dot(builder, a, b, d, input_precision, max_num_imprecise_acc)
     accumulate = d.data.dtype
-    product = np.matmul(_values(a).astype(accumulate), _values(b).astype(accumulate))
-    return type(d)(product + d.data, d.dtype.scalar)
+    return type(d)(product(_values(a).astype(accumulate), _values(b).astype(accumulate)) + d.data, d.dtype.scalar)
 
 
 def active_addresses(pointers: Any, mask: Any) -> np.ndarray:

@@ -32,6 +32,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     return y if residual is None else (y, total)
 
 
+def embed_rms_norm(input_ids: Tensor, table: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The rows of the embedding table [V,H] for input_ids [B,T], x [B,T,H], and their norm y -> y, x."""
+    x = F.embedding(input_ids, table)
+    return rms_norm(x, weight, eps), x
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., H], weight [N, H] -> [..., N]."""
     return F.linear(x, weight)

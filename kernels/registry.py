@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import attention, dispatch, experts, linear, norm, ring, rope, router
+from . import attention, dispatch, embed, experts, linear, norm, ring, rope, router
 from .op import Op
 
 OPS: dict[str, Op] = {
@@ -10,6 +10,7 @@ OPS: dict[str, Op] = {
     for op in (
         norm.OP,
         norm.ADD_OP,
+        embed.OP,
         linear.OP,
         router.OP,
         router.GATE_OP,

@@ -18,6 +18,17 @@ from .checks import FLOATS, INTS, Binder, Range, fail
 from .launch import launch, target_arch
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
 
+# Positions a sequence may reach: far beyond any model's, and a tile of keys past it is still an int32.
+POSITIONS_MOST = tl.constexpr(1 << 30)
+
+
+@triton.jit
+def standing(past_ptr, new_ptr, b, T):
+    """Where sequence b stands and how many of T tokens come to it, int64; 0 and -1 if either is out of range."""
+    past, new = tl.load(past_ptr + b).to(tl.int64), tl.load(new_ptr + b).to(tl.int64)
+    right = (past >= 0) & (past <= POSITIONS_MOST) & (new >= 0) & (new <= T)
+    return tl.where(right, past, 0), tl.where(right, new, -1)
+
 
 @triton.jit
 def stored_heads(t, new, C, Hkv):
@@ -41,6 +52,7 @@ def append_kernel(
     new_ptr,  # [B] how many of the T tokens to append
     k_cache_ptr,  # [B, Hkv, C, D]
     v_cache_ptr,  # [B, Hkv, C, D]
+    T,
     C,
     Hkv,
     D,
@@ -58,9 +70,9 @@ def append_kernel(
 ):
     t = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
-    stored = stored_heads(t, tl.load(new_ptr + b), C, Hkv)
-    slot = (tl.load(past_ptr + b).to(tl.int64) + t) % C
-    out = b * stride_cb + slot * stride_cs
+    past, new = standing(past_ptr, new_ptr, b, T)
+    stored = stored_heads(t, new, C, Hkv)
+    out = b * stride_cb + (past + t) % C * stride_cs
     k = k_ptr + b * stride_kb + t * stride_kt
     v = v_ptr + b * stride_vb + t * stride_vt
     copy_heads(k, k_cache_ptr + out, stride_kh, stride_ch, stored, D, BLOCK_HKV, BLOCK_D)
@@ -91,7 +103,7 @@ def bind_cache(binder: Binder, k_cache: Tensor, v_cache: Tensor, past: Tensor, n
 def ring_ranges(first: Tensor, *args: Any) -> Iterator[Range]:
     """For operations on [B,T,heads,D] whose only vectors are past and new."""
     past, new = (x for x in args if isinstance(x, Tensor) and x.dim() == 1)
-    yield "past", past, 0, (1 << 31) - 1
+    yield "past", past, 0, POSITIONS_MOST.value
     yield "new", new, 0, first.shape[1]
 
 
@@ -107,7 +119,7 @@ def strides(letter: str, x: Tensor) -> dict[str, int]:
 
 
 def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor) -> None:
-    """Triton way of `reference.append`."""
+    """Triton way of `reference.append`. Where past or new is out of range, nothing enters the cache."""
     k, v = dense_rows(k), dense_rows(v)
     B, T, Hkv, D = k.shape
     args = {
@@ -117,6 +129,7 @@ def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor,
         "new_ptr": new.contiguous(),
         "k_cache_ptr": k_cache,
         "v_cache_ptr": v_cache,
+        "T": T,
         "C": k_cache.shape[2],
         "Hkv": Hkv,
         "D": D,

@@ -17,7 +17,7 @@ from . import reference, ring
 from .checks import INTS, Binder, Range, fail
 from .launch import launch, target_arch
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
-from .ring import CACHES, bind_cache, bind_heads, copy_heads, ring_ranges, stored_heads, strides
+from .ring import CACHES, bind_cache, bind_heads, copy_heads, ring_ranges, standing, stored_heads, strides
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def rope_kernel(
     v_ptr,  # [B, T, Hkv, D], or None
     cos_ptr,  # [P, D / 2] fp32
     sin_ptr,  # [P, D / 2] fp32
-    positions_ptr,  # [B, T], or with APPEND [B]: the position of token 0
+    positions_ptr,  # [B, T], or with APPEND [B], contiguous: the position of token 0
     new_ptr,  # [B] how many of the T tokens to append, or None
     q_out_ptr,  # [B, T, Hq, D] out
     k_out_ptr,  # [B, T, Hkv, D] out, or with APPEND the cache [B, Hkv, C, D]
@@ -86,19 +86,24 @@ def rope_kernel(
 ):
     t = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
-    position = tl.load(positions_ptr + b * stride_pb + t * stride_pt).to(tl.int64)
     row = t
     stored = Hkv
     if APPEND:
-        position += t
+        past, new = standing(positions_ptr, new_ptr, b, T)
+        position = past + t
         row = position % C
-        stored = stored_heads(t, tl.load(new_ptr + b), C, Hkv)
+        stored = stored_heads(t, new, C, Hkv)
         # Padding may stand past the last position: what it gives means nothing, but is no NaN.
         position = tl.where(stored > 0, position, tl.minimum(position, P - 1))
+        position = tl.where(new < 0, P, position)
+    else:
+        position = tl.load(positions_ptr + b * stride_pb + t * stride_pt).to(tl.int64)
     half = D // 2
     offs_d = tl.arange(0, BLOCK_HALF)
     # A position outside the tables reads nothing and gives NaN: loud, where a host check would stall the stream.
-    mask = offs_d < tl.where((position >= 0) & (position < P), half, 0)
+    inside = (position >= 0) & (position < P)
+    mask = offs_d < tl.where(inside, half, 0)
+    position = tl.where(inside, position, 0)
     cos = tl.load(cos_ptr + position * half + offs_d, mask=mask, other=float("nan"))[None, :]
     sin = tl.load(sin_ptr + position * half + offs_d, mask=mask, other=float("nan"))[None, :]
     q = q_ptr + b * stride_qb + t * stride_qt
@@ -178,9 +183,12 @@ def rope_append(
     past: Tensor,
     new: Tensor,
 ) -> Tensor:
-    """Triton way of `reference.rope_append`, for chunks none of whose queries needs what they overwrite: T = 1."""
+    """Triton way of `reference.rope_append`, for chunks none of whose queries needs what they overwrite: T = 1.
+
+    Where past or new is out of range, q is NaN and nothing enters the cache.
+    """
     slots = (k_cache.transpose(1, 2), v_cache.transpose(1, 2))
-    return _launch_rope(q, k, dense_rows(v), cos, sin, past, new, *slots)
+    return _launch_rope(q, k, dense_rows(v), cos, sin, past.contiguous(), new.contiguous(), *slots)
 
 
 def _launch_rope(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .config import MixtralConfig
+from .kernels.checks import readable
 
 
 def _version(x: torch.Tensor) -> int | None:
@@ -12,11 +13,17 @@ def _version(x: torch.Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
 
+def _capturing(x: torch.Tensor) -> bool:
+    """Whether what is written into `x` is written when a CUDA graph is replayed, not now."""
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class KVCache:
     """Ring caches of every layer, and where each sequence stands.
 
     keys, values  per layer [B, Hkv, C, D]; position p lies in slot p mod C, C = sliding_window, else max_len
     lengths       int32 [B]: tokens appended so far, which is the position of the next one
+    max_len       tokens a sequence can reach: the slots, or with a window the model's positions
     """
 
     def __init__(
@@ -40,46 +47,53 @@ class KVCache:
         self.config = config
         self.window = config.sliding_window
         self.slots: int = config.sliding_window or max_len or 1
+        limit = config.max_position_embeddings
+        self.max_len = limit if self.window else min(self.slots, limit)
         shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, self.slots, config.head_dim)
         # Zeros, so that no slot ever holds bits that nobody wrote.
         storage = torch.zeros(shape, dtype=dtype, device=device)
         self.keys, self.values = zip(*(layer.unbind(0) for layer in storage.unbind(0)), strict=True)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self._longest, self._version = 0, _version(self.lengths)
+        self._known, self._version, self._replayed = 0, _version(self.lengths), False
 
     @property
     def batch(self) -> int:
         return len(self.lengths)
 
-    @property
-    def max_len(self) -> int:
-        """Tokens a sequence can reach: the slots, or with a window the model's positions."""
-        limit = self.config.max_position_embeddings
-        return limit if self.window else min(self.slots, limit)
+    def reserve(self, new: torch.Tensor | int) -> None:
+        """ValueError where a sequence has no room for `new` more tokens, int [B] or one number for all.
 
-    def reserve(self, new: torch.Tensor | int, at_most: int) -> None:
-        """Make sure that every sequence has room for `new` more (int [B] or one for all, none more than `at_most`).
-
-        The host keeps an upper bound of the lengths, so that the device is asked only where the bound says "full".
+        Nothing is read back from a GPU. There the host only knows what it gave to every sequence alike; what it cannot
+        know (ragged chunks, lengths written by hand, replays of a graph) the device sees itself: a sequence beyond
+        `max_len` is NaN, and its slots of the ring take what it writes.
         """
         if self.lengths.is_meta or torch.compiler.is_compiling():
             return
-        version = _version(self.lengths)
-        foreign = version is None or version != self._version  # somebody else may have written into them
-        if foreign or self._longest + at_most > self.max_len:
-            self._longest = int(self.lengths.max())
-        if self._longest + at_most > self.max_len:
+        if readable(self.lengths):
+            if int(self.lengths.min()) < 0:
+                raise ValueError(f"KVCache: lengths holds {int(self.lengths.min())}, needs numbers of at least 0")
             reached = int((self.lengths + new).max())
-            if reached > self.max_len:
-                limit = self.config.max_position_embeddings
-                what = "max_position_embeddings" if self.max_len == limit else "cache's slots"
-                raise ValueError(
-                    f"KVCache: a sequence would reach {reached} tokens, beyond the {what}, {self.max_len}: "
-                    "give a larger max_len or fewer tokens"
-                )
-        self._version = _version(self.lengths)
+        else:
+            reached = 0 if isinstance(new, torch.Tensor) else self._certain() + new
+        if reached > self.max_len:
+            limit = self.config.max_position_embeddings
+            what = "max_position_embeddings" if self.max_len == limit else "cache's slots"
+            raise ValueError(
+                f"KVCache: a sequence would reach {reached} tokens, beyond the {what}, {self.max_len}: "
+                "give a larger max_len or fewer tokens"
+            )
 
-    def advance(self, new: torch.Tensor, at_most: int) -> None:
-        """Count the `new` [B] tokens that every layer has appended, none of them more than `at_most`."""
+    def advance(self, new: torch.Tensor, alike: int) -> None:
+        """Count the `new` [B] tokens that every layer has appended; `alike`: how many of them each sequence has."""
+        if torch.compiler.is_compiling():  # what is counted here would be another graph for each count
+            self.lengths += new
+            return
+        known = self._certain() + alike
         self.lengths += new
-        self._longest, self._version = self._longest + at_most, _version(self.lengths)
+        self._replayed = self._replayed or _capturing(self.lengths)
+        self._known, self._version = known, _version(self.lengths)
+
+    def _certain(self) -> int:
+        """Tokens that each sequence holds for certain, as far as the host knows."""
+        written = self._version is None or _version(self.lengths) != self._version  # by somebody else, maybe
+        return 0 if written or self._replayed else self._known

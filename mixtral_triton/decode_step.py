@@ -60,6 +60,7 @@ def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None)
         if weight.dim() == 3:
             weight[1:] = weight[:1]
     cache = KVCache(model.config, sizes["B"], sizes["S"], device, dtype)
+    cache.max_len = model.config.max_position_embeddings  # repeated steps turn round in the ring
     for kept in (*cache.keys, *cache.values):
         kept.normal_(generator=generator)
     rewind(cache)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .cache import KVCache
 from .graph import CaptureLost, captured
+from .kernels.checks import readable
 from .ops import untraced
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def stream(
     """Check everything, then give an iterator over the next tokens [B]; it ends early once every sequence has ended."""
     _check_sampling(max_new_tokens, temperature, top_p, generator, model.device)
     ids, lengths = _pad_prompts(model, prompts)
-    longest = int(lengths.max())
+    longest = ids.shape[1]
     limit = model.config.max_position_embeddings
     if longest + max_new_tokens > limit:
         raise ValueError(
@@ -184,7 +185,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 def _pad_prompts(model: Mixtral, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """1-D prompts -> ids [B,T] padded on the right with token 0, lengths int64 [B], both on the model's device."""
-    from .model import check_ids
+    from .model import check_ids, check_vocabulary
 
     if not prompts:
         raise ValueError("generate: there is no prompt, needs at least one")
@@ -194,7 +195,10 @@ def _pad_prompts(model: Mixtral, prompts: Sequence[Tensor]) -> tuple[Tensor, Ten
             raise ValueError(f"generate: prompt {number} is {got}, needs a tensor [T] of at least one token")
         check_ids(row[None], model.config.vocab_size, model.device)
     lengths = torch.tensor([len(row) for row in prompts], device=model.device)
-    return torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True), lengths
+    ids = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
+    if not readable(ids):
+        check_vocabulary(ids, model.config.vocab_size)  # the one look at a prompt on a GPU
+    return ids, lengths
 
 
 def _number(value: Any) -> bool:

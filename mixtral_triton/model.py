@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops, weights
 from .cache import KVCache
 from .config import MixtralConfig
 from .generate import generate
+from .kernels.checks import readable
 
 
 def _parameter(shape: Sequence[int], device: Any, dtype: torch.dtype) -> nn.Parameter:
@@ -83,13 +83,15 @@ class State:
     def __init__(self, model: Mixtral, B: int, T: int, cache: KVCache | None, new: Tensor | None, run: Any) -> None:
         self.window, self.cache, self.layer, self.run = model.config.sliding_window, cache, 0, run
         self.deterministic = model.deterministic
-        t = torch.arange(T, device=model.device)
-        if cache is None:
-            self.positions = t.expand(B, T)
-        else:
+        # A row of one token may come in a longer chunk as well: then deterministic ones go the way of a chunk.
+        self.one_by_one = cache is not None and T == 1 and not model.deterministic
+        if cache is not None:
             self.new = torch.full((B,), T, dtype=torch.int32, device=model.device) if new is None else new
+        if not self.one_by_one:
+            t = torch.arange(T, device=model.device)
             # Padding may stand beyond the last position; what it computes means nothing, but has to be defined.
-            self.positions = (cache.lengths[:, None] + t).clamp_(max=len(model.cos) - 1)
+            positions = t if cache is None else (cache.lengths[:, None] + t).clamp_(max=len(model.cos) - 1)
+            self.positions = positions.expand(B, T)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """q [B,T,Hq,D], k and v [B,T,Hkv,D], not yet rotated -> [B,T,Hq,D]."""
@@ -98,7 +100,7 @@ class State:
             return self.run.attention(q, k, v, self.window, True, None, None, None, self.deterministic)
         keys, values, past = self.cache.keys[self.layer], self.cache.values[self.layer], self.cache.lengths
         self.layer += 1
-        if q.shape[1] == 1 and not self.deterministic:  # there a row of one token may come in a longer chunk as well
+        if self.one_by_one:
             # The one new key takes the slot of the one that just left the window.
             q = self.run.rope_append(q, k, v, cos, sin, keys, values, past, self.new)
             return self._attend_cached(q, None, None, keys, values)
@@ -190,6 +192,11 @@ class Mixtral(nn.Module):
 
         With `cache`, the tokens continue where each sequence of it stands. `lengths` int [B]: only the first
         lengths[b] tokens of row b are there (right-padded chunk); the other rows' logits mean nothing.
+
+        An id outside the vocabulary, a number of `lengths` outside 0..T and a sequence beyond the cache's `max_len` are
+        ValueErrors on a CPU. On a GPU nothing is read back: all logits of such a sequence are NaN, and so are later
+        ones as long as they see these tokens in the cache. The other sequences are as without it. So the call can be
+        captured in a CUDA graph.
         """
         self._check(input_ids, cache, lengths)
         return self.head(self.hidden(input_ids, cache, lengths))
@@ -198,11 +205,11 @@ class Mixtral(nn.Module):
         """`forward` before the head, arguments already checked: [B,T] -> [B,T,H], normed."""
         B, T = input_ids.shape
         eps = self.config.rms_norm_eps
-        new = None if lengths is None else lengths.to(torch.int32)
+        new = None if lengths is None else lengths.to(torch.int32).contiguous()
         run: Any = ops.DIRECT if ops.untraced() else ops  # shapes are known here: only a tracer needs the operators
         state = State(self, B, T, cache, new, run)
-        x = F.embedding(input_ids, self.embed_tokens)
-        h = run.rms_norm(x, self.layers[0].input_layernorm, eps)
+        bounds = () if cache is None else (cache.lengths, state.new if lengths is None else lengths, cache.max_len)
+        h, x = run.embed_rms_norm(input_ids, self.embed_tokens, self.layers[0].input_layernorm, eps, *bounds)
         # Each norm also adds what came before it to the residual stream x: one launch for both.
         following = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
         for layer, next_norm in zip(self.layers, following, strict=True):
@@ -210,7 +217,7 @@ class Mixtral(nn.Module):
             h, x = run.rms_norm(a, layer.post_attention_layernorm, eps, residual=x)
             h, x = layer.experts(h, x, next_norm, state)
         if cache is not None:
-            cache.advance(state.new, T)
+            cache.advance(state.new, T if lengths is None else 0)
         return h
 
     def head(self, h: Tensor) -> Tensor:
@@ -230,8 +237,9 @@ class Mixtral(nn.Module):
             raise ValueError(f"Mixtral: {T} tokens go beyond max_position_embeddings, {limit}")
         if cache is not None:
             self._check_cache(cache, B)
-            at_most = T if lengths is None else check_lengths(lengths, B, T, self.device)
-            cache.reserve(T if lengths is None else lengths, at_most)
+            if lengths is not None:
+                check_lengths(lengths, B, T, self.device)
+            cache.reserve(T if lengths is None else lengths)
 
     def _check_cache(self, cache: KVCache, B: int) -> None:
         if not isinstance(cache, KVCache):
@@ -292,7 +300,8 @@ def usable_device(device: torch.device | str | None) -> torch.device:
 
 
 def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:
-    """int64 [B,T] with B, T at least 1 on the model's device, every id in the vocabulary; ValueError otherwise."""
+    """int64 [B,T] with B, T at least 1 on the model's device, on a CPU with every id in the vocabulary; ValueError
+    otherwise."""
     if not isinstance(input_ids, Tensor) or input_ids.dtype != torch.int64 or input_ids.dim() != 2:
         tensor = isinstance(input_ids, Tensor)
         got = f"{input_ids.dtype} {list(input_ids.shape)}" if tensor else type(input_ids).__name__
@@ -301,22 +310,25 @@ def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:
         raise ValueError(f"Mixtral: argument 'input_ids' is empty, {list(input_ids.shape)}: needs at least one token")
     if input_ids.device != device:
         raise ValueError(f"Mixtral: argument 'input_ids' is on {input_ids.device}, needs the model's device, {device}")
-    if input_ids.is_meta or torch.compiler.is_compiling():
-        return
-    low, high = (int(v) for v in torch.aminmax(input_ids))
+    if readable(input_ids):
+        check_vocabulary(input_ids, vocab_size)
+
+
+def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
+    """One look at all ids, wherever they are; ValueError where one is not in 0..vocab_size - 1."""
+    low, high = torch.stack(torch.aminmax(ids)).tolist()
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
         raise ValueError(f"Mixtral: argument 'input_ids' holds token {bad}, needs ids in 0..{vocab_size - 1}")
 
 
-def check_lengths(lengths: Any, B: int, T: int, device: torch.device) -> int:
-    """int [B] with values in 0..T on the model's device -> the largest; ValueError otherwise."""
+def check_lengths(lengths: Any, B: int, T: int, device: torch.device) -> None:
+    """int [B] on the model's device, on a CPU with values in 0..T; ValueError otherwise."""
     good = isinstance(lengths, Tensor) and lengths.dtype in (torch.int32, torch.int64) and lengths.shape == (B,)
     if not good or lengths.device != device:
         raise ValueError(f"Mixtral: argument 'lengths' needs to be an int32 or int64 tensor [{B}] on {device}")
-    if lengths.is_meta or torch.compiler.is_compiling():
-        return T
-    low, high = (int(v) for v in torch.aminmax(lengths))
+    if not readable(lengths):
+        return
+    low, high = torch.stack(torch.aminmax(lengths)).tolist()
     if low < 0 or high > T:
         raise ValueError(f"Mixtral: argument 'lengths' is from {low} to {high}, needs values in 0..{T}")
-    return high

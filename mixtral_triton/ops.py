@@ -87,11 +87,16 @@ def _each(n: int) -> list[slice]:
     return [slice(i, i + 1) for i in range(n)] or [slice(0, 0)]
 
 
+def _alone(x: Tensor | None) -> Tensor | None:
+    """A part of a batch in memory of its own: a library's order of a sum may depend on where in memory rows begin."""
+    return None if x is None else x.clone(memory_format=torch.contiguous_format)
+
+
 def _rows(x: Tensor, *args: Any) -> Iterator[Any]:
     """The arguments of `linear`, or of `gate_route`, for one row at a time."""
     rows = x.reshape(-1, x.shape[-1])
     for one in _each(len(rows)):
-        yield rows[one], *args
+        yield _alone(rows[one]), *args
 
 
 def _tokens(
@@ -110,7 +115,8 @@ def _sequences(
     for one in _each(len(q)):
         end = None if lengths is None or len(q) == 0 else int(lengths[one])
         bounds = (x if x is None else x[one] for x in (starts, lengths))
-        yield q[one], k[one, :end], v[one, :end], window, causal, scale, *bounds
+        own = map(_alone, (q[one], k[one, :end], v[one, :end]))
+        yield *own, window, causal, scale, *bounds
 
 
 def _cached_sequences(
@@ -127,7 +133,7 @@ def _cached_sequences(
     for one in _each(len(q)):
         t = slice(0, int(new[one].sum()))
         fresh = (x if x is None else x[one, t] for x in (q, k, v))
-        yield *fresh, k_cache[one], v_cache[one], past[one], new[one], *window
+        yield *map(_alone, (*fresh, k_cache[one], v_cache[one])), past[one], new[one], *window
 
 
 # On the plain way, bits that do not depend on the batch: torch's matmuls see one token, or one sequence, at a time.
@@ -205,6 +211,24 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @_custom
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return _go(OPS["add_rms_norm"], x, residual, weight, eps)
+
+
+@_custom
+def embed_rms_norm(
+    input_ids: Tensor,
+    table: Tensor,
+    weight: Tensor,
+    eps: float,
+    past: Tensor | None = None,
+    new: Tensor | None = None,
+    limit: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """input_ids [B,T], table [V,H], weight [H] -> the norm y and the rows x, [B,T,H] each. See the reference.
+
+    With past and new int [B]: sequence b stands at position past[b], and its first new[b] tokens are there, at most
+    `limit` in all. On a GPU a sequence is NaN where an id, new or a position is out of range.
+    """
+    return _go(OPS["embed_rms_norm"], input_ids, table, weight, eps, past, new, limit)
 
 
 @_custom

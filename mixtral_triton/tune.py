@@ -28,6 +28,7 @@ VARIED = ("BLOCK_", "GROUP_", "SPLITS")
 # Tiles that hold a whole dimension: a smaller one would be wrong, a larger one idle.
 WHOLE = {"BLOCK_D", "BLOCK_E", "BLOCK_S", "BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF"}
 WHOLE_IN = {  # a kernel or an operation
+    "embed_rms_norm_kernel": {"BLOCK_H"},
     "experts_add_rms_norm": {"BLOCK_H"},
     "gate_route_kernel": {"BLOCK_K"},
     "linear_decode_kernel": {"BLOCK_T"},

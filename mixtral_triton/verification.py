@@ -24,7 +24,7 @@ from .kernels.experts_config import DECODE_TOKENS
 from .kernels.launch import INTERPRETED
 from .kernels.linear import FEW
 from .kernels.registry import OPS
-from .model import Layer, Mixtral, check_ids
+from .model import Layer, Mixtral, check_ids, check_vocabulary
 from .report import Report, Row
 
 TOKENS = 96  # of the default input: beyond the sort-free experts, and beyond the small checkpoint's window
@@ -67,6 +67,7 @@ def text_or_default(ids: Tensor | None, config: Any, device: torch.device) -> Te
         length = min(TOKENS, config.max_position_embeddings)
         return torch.randint(config.vocab_size, (1, length), generator=generator).to(device)
     check_ids(ids, config.vocab_size, device)
+    check_vocabulary(ids, config.vocab_size)
     if ids.shape[1] > config.max_position_embeddings:
         raise ValueError(f"verify: input_ids has {ids.shape[1]} tokens, more than max_position_embeddings")
     return ids
@@ -162,6 +163,10 @@ class LayerCheck:
         yield "rms_norm", "input", _norm_args(self.model, self.x, layer.input_layernorm)
         norm = _norm_args(self.model, self.a, layer.post_attention_layernorm)
         yield "add_rms_norm", "with residual", norm | {"residual": self.x}
+        rows = _norm_args(self.model, self.x, layer.input_layernorm)
+        rows["table"] = rows.pop("x").flatten(0, 1)  # the layer's input in the place of the embedding
+        rows["input_ids"] = torch.arange(len(rows["table"]), device=self.x.device).view(self.positions.shape)
+        yield "embed_rms_norm", "rows of the input", rows
         yield "rope", "all tokens", {"q": self.q, "k": self.k, **self.tables, "positions": self.positions}
         keys = {"k": self.rk, "v": self.v, "window": window}
         yield "attention", "prefill", {"q": self.rq, **keys}

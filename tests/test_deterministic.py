@@ -1,29 +1,188 @@
-"""`deterministic=True`: the bits of a token, or of a sequence, do not depend on what else is in the batch."""
+"""`deterministic=True`: the bits of a token, or of a sequence, do not depend on what else is in the batch, nor on where
+in the batch it stands.
+
+numpy's product sums a row in another order elsewhere in a tile, so interpreted kernels get one here with a fixed order.
+"""
 
 from __future__ import annotations
 
+from inspect import signature
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig, ops
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels import interpret, launch, linear
+from mixtral_triton.kernels.launch import INTERPRETED, record_launches
+from mixtral_triton.kernels.op import LaunchConfig, Sizes
+from mixtral_triton.kernels.registry import OPS
 
 FLOATS = (torch.float32, torch.bfloat16)
-# One row at a time, plain torch is slow in bfloat16.
-OTHERS = [(others, dtype) for others in (1, 7, 64) for dtype in FLOATS] + [(1000, torch.float32)]
+UNGUARDED = launch.interpret  # other tests run the same kernels under guard, which takes more than twice as long
+SLOW = pytest.mark.skipif(INTERPRETED, reason="minutes, interpreted; fewer others are as good there")
 
 
-@pytest.mark.parametrize(("others", "dtype"), OTHERS)
-def test_a_token_alone_and_among_others(others: int, dtype: torch.dtype, device: torch.device) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, gate_up, down = (
-        torch.randn(shape, generator=generator).mul(0.2).to(device=device, dtype=dtype)
-        for shape in ((1 + others, 64), (4, 96, 64), (4, 64, 48))
-    )
-    weights, ids = ops.route(torch.randn(1 + others, 4, generator=generator).to(device), 2)
-    alone = ops.expert_swiglu(x[:1], gate_up, down, ids[:1], weights[:1], deterministic=True)
-    among = ops.expert_swiglu(x, gate_up, down, ids, weights, deterministic=True)
-    assert torch.equal(among[:1], alone)
+def in_order(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a @ b, each element summed from the first column of a to the last."""
+    total = np.zeros((a.shape[0], b.shape[1]), a.dtype)
+    for k in range(a.shape[1]):
+        total += a[:, k, None] * b[None, k]
+    return total
+
+
+def out_of_order(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The same, but every second row and column is summed from the last: as a library may, by the place in the tile."""
+    total, turned = in_order(a, b), in_order(a[:, ::-1], b[::-1])
+    total[1::2], total[:, 1::2] = turned[1::2], turned[:, 1::2]
+    return total
+
+
+@pytest.fixture(autouse=True)
+def ordered(gates: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpret, "product", in_order)
+    monkeypatch.setattr(launch, "interpret", UNGUARDED)
+
+
+# each operation; where it has an option `deterministic`, with it
+
+# Odd sizes: rows begin anywhere in memory, which plain torch's products mind.
+CASES: list[tuple[str, dict[str, int]]] = [
+    ("rms_norm", {"H": 101}),
+    ("add_rms_norm", {"H": 101}),
+    ("embed_rms_norm", {"T": 3, "V": 40, "H": 101, "past": 4}),
+    ("linear", {"H": 101, "N": 33}),
+    ("route", {"E": 7, "K": 2}),
+    ("gate_route", {"H": 101, "E": 7, "K": 2}),
+    ("expert_swiglu", {"H": 41, "I": 29, "E": 4, "K": 2}),
+    ("experts_add_rms_norm", {"H": 41, "I": 29, "E": 4, "K": 2}),
+    ("rope", {"T": 2, "Hq": 3, "Hkv": 1, "D": 10, "P": 50}),
+    ("append", {"T": 3, "Hkv": 1, "D": 13, "C": 8, "past": 5}),
+    ("rope_append", {"T": 1, "Hq": 3, "Hkv": 1, "D": 10, "C": 8, "past": 5}),
+    ("attention", {"T": 1, "S": 90, "Hq": 3, "Hkv": 1, "D": 13, "window": 0}),
+    ("attention", {"T": 20, "S": 40, "Hq": 2, "Hkv": 1, "D": 13, "window": 11}),
+    ("cached_attention", {"T": 1, "Hq": 3, "Hkv": 1, "D": 13, "C": 90, "past": 0, "window": 0, "fresh": 0}),
+    ("cached_attention", {"T": 5, "Hq": 2, "Hkv": 1, "D": 13, "C": 8, "past": 0, "window": 8, "fresh": 1}),
+]
+ROWS = [case for case in CASES if "T" not in case[1]]  # the others are of sequences
+IDS = [f"{name}-{sizes.get('T', '')}".strip("-") for name, sizes in CASES]
+
+
+def letter(sizes: Sizes) -> str:
+    """What counts the rows, or sequences, of a batch."""
+    return "B" if "T" in sizes else "T"
+
+
+def whole_batch(name: str, sizes: Sizes, n: int, dtype: torch.dtype, device: Any) -> tuple[dict[str, Any], set[str]]:
+    """Arguments of n rows or sequences, each at a place of its own; and which of them have a row for each."""
+    op, generator = OPS[name], torch.Generator().manual_seed(0)
+    args = op.inputs({**sizes, letter(sizes): n}, dtype, device, generator)
+    larger = op.inputs({**sizes, letter(sizes): n + 1}, dtype, "meta")
+    if name == "attention":
+        bounds = {"starts": (0, 30), "lengths": (1, sizes["S"] + 1)}
+    else:
+        bounds = {"past": (0, 40), "new": (1, sizes.get("T", 1) + 1)}
+    if "past" in args or name == "attention":
+        args |= {k: torch.randint(*bound, (n,), generator=generator).to(device) for k, bound in bounds.items()}
+    if "limit" in args:
+        args["limit"] = 1000
+    if "deterministic" in signature(op.run).parameters:
+        args["deterministic"] = True
+    tensors = {key: value for key, value in args.items() if isinstance(value, Tensor)}
+    return args, {key for key, value in tensors.items() if key not in larger or larger[key].shape != value.shape}
+
+
+def run(name: str, args: dict[str, Any], batched: set[str], rows: list[int]) -> list[Tensor]:
+    """What these rows, in this order, give, and what became of the caches."""
+    own = {key: value[rows] if key in batched else value for key, value in args.items()}
+    out = getattr(torch.ops.mixtral_triton, name)(**own)
+    return [*(out if isinstance(out, tuple) else () if out is None else (out,)), *(own[k] for k in OPS[name].mutates)]
+
+
+def orders(sizes: Sizes, n: int) -> list[list[int]]:
+    """All of them in another order, some of them alone. Of many sequences, which share no program, some will do."""
+    mixed = torch.randperm(n, generator=torch.Generator().manual_seed(n)).tolist()
+    few = [[0], [n // 2], [n - 1]]
+    if letter(sizes) == "B" and n > 10:
+        return [mixed[:9], *few]
+    return [mixed, *few] if n > 100 else [mixed, mixed[::-1], [*range(1, n), 0], *few]
+
+
+def check(name: str, sizes: Sizes, n: int, dtype: torch.dtype, device: Any) -> None:
+    args, batched = whole_batch(name, sizes, n, dtype, device)
+    among = run(name, args, batched, list(range(n)))
+    for rows in orders(sizes, n):
+        for want, got in zip(among, run(name, args, batched, rows), strict=True):
+            assert torch.equal(want[rows], got), f"{name}: {rows} of {n}"
+
+
+def test_every_operation_is_listed_here() -> None:
+    assert {name for name, _ in CASES} == set(OPS) - {"sort_by_expert"}  # whose results are integers, and exact
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("others", [1, 7, 64])
+@pytest.mark.parametrize(("name", "sizes"), CASES, ids=IDS)
+def test_a_row_at_any_place(name: str, sizes: Sizes, others: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Alone too, and among others in another order."""
+    if INTERPRETED and others == 64 and letter(sizes) == "B" and dtype != torch.float32:
+        pytest.skip("seconds, and no other program than in fp32")
+    check(name, sizes, 1 + others, dtype, device)
+
+
+@pytest.mark.parametrize(("name", "sizes"), ROWS, ids=[name for name, _ in ROWS])
+def test_a_row_among_a_thousand(name: str, sizes: Sizes, device: torch.device) -> None:
+    """In fp32: one row at a time, plain torch is slow in bfloat16."""
+    if INTERPRETED and name == "experts_add_rms_norm":
+        pytest.skip("half a minute, interpreted; all it adds to expert_swiglu has a program a token")
+    check(name, sizes, 1001, torch.float32, device)
+
+
+@pytest.mark.parametrize("arch", ("sm_90", "sm_80", "gfx942"))
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("name", "sizes"), CASES, ids=IDS)
+def test_launch_choices_do_not_depend_on_the_batch(name: str, sizes: Sizes, dtype: torch.dtype, arch: str) -> None:
+    assert choices(name, sizes, 1, dtype, arch) == choices(name, sizes, 1001, dtype, arch)
+
+
+def choices(name: str, sizes: Sizes, n: int, dtype: torch.dtype, arch: str) -> list[tuple[Any, ...]]:
+    args, _ = whole_batch(name, sizes, n, dtype, "cpu")
+    on_meta = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in args.items()}
+    with record_launches(arch=arch) as launches:
+        OPS[name].run(**on_meta)
+    found = [x for x in launches if x.kernel != "sort_by_expert_kernel"]
+    return [(x.kernel, dict(x.constexprs), x.num_warps, x.num_stages) for x in found]
+
+
+# the faults that these tests are for
+
+
+def by_batch(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32 if sizes["T"] > 1 else 16, "GROUP_M": 1}
+    return {"linear_kernel": LaunchConfig(tiles, num_warps=4)}
+
+
+def test_a_tile_that_depends_on_the_batch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "configs", by_batch)
+    linear_case = dict(CASES)["linear"]
+    with pytest.raises(AssertionError):
+        test_launch_choices_do_not_depend_on_the_batch("linear", linear_case, torch.bfloat16, "sm_90")
+    if INTERPRETED:
+        with pytest.raises(AssertionError, match=r"linear: .* of 8"):
+            check("linear", linear_case, 8, torch.float32, "cpu")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="about the product of interpreted kernels")
+@pytest.mark.parametrize("name", ("linear", "gate_route", "expert_swiglu", "experts_add_rms_norm"))
+def test_a_sum_that_depends_on_the_place_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpret, "product", out_of_order)
+    with pytest.raises(AssertionError, match=rf"{name}: .* of 8"):
+        check(name, dict(CASES)[name], 8, torch.float32, "cpu")
+
+
+# sequences of their own length, and a model
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -50,26 +209,11 @@ def test_the_same_call_gives_the_same_bits(deterministic: bool, device: torch.de
     assert torch.equal(first, again)
 
 
-@pytest.mark.parametrize(("others", "dtype"), OTHERS)
-def test_a_row_of_the_gate_and_of_a_linear_layer(others: int, dtype: torch.dtype, device: torch.device) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, gate, weight = (
-        torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
-        for shape in ((1 + others, 100), (8, 100), (40, 100))
-    )
-    alone, among = (
-        (ops.linear(rows, weight, deterministic=True), *ops.gate_route(rows, gate, 2, deterministic=True))
-        for rows in (x[:1], x)
-    )
-    for one, many in zip(alone, among, strict=True):
-        assert torch.equal(many[:1], one)
-
-
 @pytest.fixture(scope="module")
 def model() -> Mixtral:
     config = MixtralConfig(
-        vocab_size=40, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64, sliding_window=3, rope_theta=1e4,
+        vocab_size=41, hidden_size=54, intermediate_size=47, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, num_local_experts=4, max_position_embeddings=64, sliding_window=3, rope_theta=1e4,
     )  # fmt: skip
     model, generator = Mixtral(config, dtype=torch.float32, deterministic=True), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -77,27 +221,25 @@ def model() -> Mixtral:
     return model
 
 
-def steps(model: Mixtral, ids: torch.Tensor, lengths: torch.Tensor) -> list[torch.Tensor]:
-    """Logits of the first sequence's tokens: a ragged chunk behind an empty cache, then two tokens one by one."""
+def steps(model: Mixtral, ids: Tensor, lengths: Tensor) -> list[Tensor]:
+    """Logits of each sequence's tokens: of a ragged chunk behind an empty cache, then of two tokens one by one."""
     cache = KVCache(model.config, len(ids), device=model.device, dtype=model.dtype)
-    chunk = model(ids, cache=cache, lengths=lengths)[0, : int(lengths[0])]
-    return [chunk, *(model(ids[:, t : t + 1], cache=cache)[0] for t in range(2))]
+    chunk = model(ids[:, : int(lengths.max())], cache=cache, lengths=lengths)
+    one_by_one = torch.cat([model(ids[:, t : t + 1], cache=cache) for t in range(2)], dim=1)
+    return [torch.cat((chunk[b, :n], one_by_one[b])) for b, n in enumerate(lengths.tolist())]
 
 
-SLOW = pytest.mark.skipif(INTERPRETED, reason="minutes, interpreted; the operations alone run among as many")
-
-
-@pytest.mark.parametrize("others", [1, 7, pytest.param(64, marks=SLOW), pytest.param(1000, marks=SLOW)])
-def test_a_sequence_of_a_model_alone_and_among_others(others: int, model: Mixtral, device: torch.device) -> None:
-    model = model.to(device)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(40, (1 + others, 5), generator=generator).to(device)
-    lengths = torch.randint(1, 6, (1 + others,), generator=generator).to(device)
-    lengths[0], longest = 4, int(lengths[1:].max())
-    among = steps(model, ids[:, : max(longest, 4)], lengths)
-    alone = steps(model, ids[:1, :4], lengths[:1])
-    for one, many in zip(alone, among, strict=True):
-        assert torch.equal(one, many)
+@pytest.mark.parametrize("others", [7, *(pytest.param(n, marks=SLOW) for n in (1, 64, 1000))])
+def test_a_sequence_of_a_model_at_any_place(others: int, model: Mixtral, device: torch.device) -> None:
+    """In another order, and alone: then in a chunk as short as itself."""
+    model, generator, n = model.to(device), torch.Generator().manual_seed(1), 1 + others
+    ids = torch.randint(40, (n, 5), generator=generator).to(device)
+    lengths = torch.randint(1, 6, (n,), generator=generator).to(device)
+    among = steps(model, ids, lengths)
+    mixed = torch.randperm(n, generator=generator).tolist()
+    for rows in ([*range(1, n), 0], mixed, [n // 2])[INTERPRETED:]:
+        for row, got in zip(rows, steps(model, ids[rows], lengths[rows]), strict=True):
+            assert torch.equal(among[row], got), f"{row} of {n}"
 
 
 @pytest.mark.parametrize(("new", "padded"), [(1, 5), pytest.param(3, 20, marks=SLOW)])

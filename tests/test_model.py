@@ -366,9 +366,9 @@ def test_launches_of_a_step(T: int, cached: bool, arch: str, meta: Mixtral) -> N
     sort = ["sort"] if 2 * T > DECODE_TOKENS else []
     mm = "linear" if 2 * T <= FEW else "aten::mm"
     layer = [mm, "rope", "attention", *middle, mm, "rms", "gate", *sort, "experts"]
-    assert list(stems(launches)) == ["rms", *layer * LAYERS, mm]
+    assert list(stems(launches)) == ["embed", *layer * LAYERS, mm]
     triton = [launch for launch in launches if launch.grid is not None]
-    assert triton[0].kernel == "rms_norm_kernel" and triton[-1].kernel != "rms_norm_kernel"
+    assert triton[0].kernel == "embed_rms_norm_kernel" and triton[-1].kernel != "rms_norm_kernel"
     for launch in launches:
         assert (launch.grid is None) == launch.kernel.startswith("aten::")
     for launch in triton:

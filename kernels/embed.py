@@ -1,0 +1,208 @@
+"""embed_rms_norm: the embedding's rows and the first norm of a model, in one launch.
+
+B sequences, T tokens, V rows of the embedding, H hidden
+
+Ids, and where a sequence stands, come from the user, and a look at them from the host would stall the stream. So they
+are judged here, at the door of the model: a sequence with anything out of range is NaN, and stays NaN from here on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+from .checks import FLOATS, INTS, Binder, Range, fail, integer, number, readable
+from .launch import launch, target_arch
+from .norm import normed_rows
+from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
+from .ring import POSITIONS_MOST
+
+
+@triton.jit
+def embed_rms_norm_kernel(
+    ids_ptr,  # [B, T]
+    table_ptr,  # [V, H]
+    weight_ptr,  # [H]
+    past_ptr,  # [B] the position of token 0, or None
+    new_ptr,  # [B] how many of the T tokens are there, or None
+    y_ptr,  # [B, T, H] out: the norm of x
+    x_ptr,  # [B, T, H] out: rows of the table
+    T,
+    V,
+    H,
+    limit,  # positions that there are
+    stride_ib,
+    stride_it,
+    stride_tv,
+    eps,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = ids_ptr + b * stride_ib
+    # One token out of range spoils its sequence, the tokens before it too: so each token's program sees all of them.
+    strange = tl.zeros((BLOCK_T,), tl.int32)
+    for start in range(0, T, BLOCK_T):
+        offs_t = start + tl.arange(0, BLOCK_T)
+        ids = tl.load(row + offs_t.to(tl.int64) * stride_it, mask=offs_t < T, other=0)
+        strange |= ((ids < 0) | (ids >= V)).to(tl.int32)
+    bad = tl.max(strange, axis=0) != 0
+    if past_ptr is not None:
+        past, new = tl.load(past_ptr + b).to(tl.int64), tl.load(new_ptr + b).to(tl.int64)
+        bad = bad | (new < 0) | (new > T) | (past < 0) | (past > limit - tl.minimum(tl.maximum(new, 0), T))
+    token = tl.where(bad, 0, tl.load(row + t * stride_it)).to(tl.int64)
+    offs_h = tl.arange(0, BLOCK_H)
+    x = tl.load(table_ptr + token * stride_tv + offs_h, mask=offs_h < tl.where(bad, 0, H), other=0.0)
+    dtype: tl.constexpr = x.dtype
+    values = tl.where(bad, float("nan"), x.to(tl.float32))
+    out = (b * T + t) * H + offs_h
+    tl.store(x_ptr + out, values.to(dtype), mask=offs_h < H)
+    y = normed_rows(values[None, :], weight_ptr, H, eps, dtype, BLOCK_H)
+    tl.store(y_ptr + out, tl.reshape(y, (BLOCK_H,)), mask=offs_h < H)
+
+
+def check(
+    input_ids: Tensor,
+    table: Tensor,
+    weight: Tensor,
+    eps: float,
+    past: Tensor | None = None,
+    new: Tensor | None = None,
+    limit: int | None = None,
+) -> Sizes:
+    binder = Binder("embed_rms_norm")
+    binder.tensor("input_ids", input_ids, "B T", INTS)
+    binder.tensor("table", table, "V H", FLOATS)
+    binder.tensor("weight", weight, "H", (table.dtype,))
+    binder.positive("V", "H")
+    number("embed_rms_norm", "eps", eps, above=0.0)
+    for name, value in (("new", new), ("limit", limit)):
+        if (value is None) != (past is None):
+            raise fail("embed_rms_norm", name, repr(value), "to be given exactly where past is")
+    if past is not None:
+        binder.tensor("past", past, "B", INTS)
+        binder.tensor("new", new, "B", INTS)
+        integer("embed_rms_norm", "limit", limit, 1, POSITIONS_MOST.value)
+    return binder.sizes
+
+
+def ranges(
+    input_ids: Tensor,
+    table: Tensor,
+    weight: Tensor,
+    eps: float,
+    past: Tensor | None = None,
+    new: Tensor | None = None,
+    limit: int | None = None,
+) -> Iterator[Range]:
+    yield "input_ids", input_ids, 0, len(table) - 1
+    if past is not None and new is not None and limit is not None:
+        yield "new", new, 0, input_ids.shape[1]
+        yield "past", past, 0, limit
+        if readable(past):
+            yield "new", past + new, 0, limit
+
+
+def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    """A token a program; of the ids beside it, one of a decode step, or a thousand at a time."""
+    block_h = power_of_2(sizes["H"])
+    tiles = {"BLOCK_T": 1 if sizes["T"] == 1 else 1024, "BLOCK_H": block_h}
+    return {"embed_rms_norm_kernel": LaunchConfig(tiles, num_warps=power_of_2(block_h // 512, high=8))}
+
+
+def embed_rms_norm(
+    input_ids: Tensor,
+    table: Tensor,
+    weight: Tensor,
+    eps: float,
+    past: Tensor | None = None,
+    new: Tensor | None = None,
+    limit: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Triton way of `reference.embed_rms_norm`. A sequence is NaN where one of its ids is out of range, where `new` is
+    not in 0..T, or `past` and past + new in 0..limit."""
+    y, x = empty(input_ids, table, weight, eps)
+    (B, T), (V, H) = input_ids.shape, table.shape
+    table = dense_rows(table)
+    args = {
+        "ids_ptr": input_ids,
+        "table_ptr": table,
+        "weight_ptr": weight.contiguous(),
+        "past_ptr": None if past is None else past.contiguous(),
+        "new_ptr": None if new is None else new.contiguous(),
+        "y_ptr": y,
+        "x_ptr": x,
+        "T": T,
+        "V": V,
+        "H": H,
+        "limit": limit or 0,
+        "stride_ib": input_ids.stride(0),
+        "stride_it": input_ids.stride(1),
+        "stride_tv": table.stride(0),
+        "eps": eps,
+    }
+    config = configs({"T": T, "H": H}, table.dtype, target_arch(table.device))["embed_rms_norm_kernel"]
+    launch(embed_rms_norm_kernel, (T, B), args, config)
+    return y, x
+
+
+def plain_embed_rms_norm(
+    input_ids: Tensor,
+    table: Tensor,
+    weight: Tensor,
+    eps: float,
+    past: Tensor | None = None,
+    new: Tensor | None = None,
+    limit: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.embed_rms_norm`, with the bounds that are judged elsewhere on a CPU: a look costs nothing there."""
+    return reference.embed_rms_norm(input_ids, table, weight, eps)
+
+
+def empty(input_ids: Tensor, table: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    shape = *input_ids.shape, table.shape[1]
+    y, x = (torch.empty(shape, dtype=table.dtype, device=table.device) for _ in range(2))
+    return y, x
+
+
+def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+    """With "past": sequence b stands at past + b, and T - b of its tokens are there."""
+    B, T, V, H = (sizes[letter] for letter in ("B", "T", "V", "H"))
+    ids = (torch.arange(B * T, device=device) * 7 % V).view(B, T)
+    table, weight = (sample(*shape, dtype=dtype, device=device, generator=generator) for shape in ((V, H), (H,)))
+    args = {"input_ids": ids, "table": table, "weight": weight, "eps": 1e-5}
+    if "past" in sizes:
+        b = torch.arange(B, dtype=torch.int32, device=device)
+        args |= {"past": sizes["past"] + b, "new": (T - b).clamp(min=0), "limit": sizes["past"] + T + B}
+    return args
+
+
+def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+    """Each token's id and row read once, the row and its norm written once; the norm's weight."""
+    tokens, H = sizes["B"] * sizes["T"], sizes["H"]
+    return Cost(flops=4 * tokens * H, bytes=(3 * tokens + 1) * H * dtype.itemsize + 8 * tokens)
+
+
+OP = Op(
+    name="embed_rms_norm",
+    check=check,
+    run=embed_rms_norm,
+    reference=plain_embed_rms_norm,
+    empty=empty,
+    inputs=inputs,
+    configs=configs,
+    cost=cost,
+    ranges=ranges,
+    test_shapes=(
+        {"B": 3, "T": 1, "V": 50, "H": 128, "past": 7},
+        {"B": 2, "T": 5, "V": 9, "H": 80},
+        {"B": 2, "T": 3, "V": 30, "H": 1000, "past": 0},
+    ),
+    bench_shapes=tuple({"B": 1, "T": T, "V": 32000, "H": 4096, "past": 100} for T in (1, 2048)),
+)
