@@ -23,6 +23,7 @@ DEFAULT_ARCH = "sm_90"
 GRID_MOST = 65535  # programs along the second and the third axis of a grid; those of the first are hardly bounded
 
 _arch: ContextVar[str | None] = ContextVar("arch", default=None)
+_sms: ContextVar[int | None] = ContextVar("sms", default=None)
 _records: ContextVar[list[Launch] | None] = ContextVar("records", default=None)
 
 # torch operations that give memory or a name for it, and compute nothing.
@@ -43,9 +44,9 @@ def target_arch(device: torch.device | None = None) -> str:
 
 
 def multiprocessors(device: torch.device) -> int | None:
-    """How many of them the card at hand has; None where launch choices are for a card that is not at hand."""
+    """How many of them the card at hand has; of one that is not at hand those told, or None."""
     if _arch.get() is not None or device.type != "cuda":
-        return None
+        return _sms.get()
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -133,17 +134,19 @@ class _Recorder(TorchDispatchMode):
 
 
 @contextmanager
-def using_arch(arch: str) -> Iterator[None]:
-    """Within the block, launch choices are those of `arch` ("sm_80", "sm_90", "gfx942", ...)."""
-    token = _arch.set(arch)
+def using_arch(arch: str, sms: int | None = None) -> Iterator[None]:
+    """Within the block, launch choices are those of `arch` ("sm_80", "gfx942", ...), of a card with `sms`
+    multiprocessors; None: of its largest card."""
+    tokens = _arch.set(arch), _sms.set(sms)
     try:
         yield
     finally:
-        _arch.reset(token)
+        _arch.reset(tokens[0])
+        _sms.reset(tokens[1])
 
 
 @contextmanager
-def record_launches(arch: str = DEFAULT_ARCH) -> Iterator[list[Launch]]:
+def record_launches(arch: str = DEFAULT_ARCH, sms: int | None = None) -> Iterator[list[Launch]]:
     """Within the block, note every device kernel in order; meta tensors in, meta tensors out, nothing runs.
 
     A Triton launch is one entry, and so is each torch operation that is not a view (`aten::mm`, its grid None).
@@ -151,7 +154,7 @@ def record_launches(arch: str = DEFAULT_ARCH) -> Iterator[list[Launch]]:
     records: list[Launch] = []
     token = _records.set(records)
     try:
-        with using_arch(arch), _Recorder(records):
+        with using_arch(arch, sms), _Recorder(records):
             yield records
     finally:
         _records.reset(token)

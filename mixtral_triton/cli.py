@@ -41,7 +41,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def _parser() -> _Parser:
+def parser() -> argparse.ArgumentParser:
+    """Of the whole command line."""
     parser = _Parser(prog="mixtral-triton", description=__doc__.split("\n")[0] if __doc__ else None)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -103,7 +104,7 @@ def _parser() -> _Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command -> exit status."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         commands = {"verify": _verify, "generate": _generate, "trace": _trace, "bench": _bench, "tune": _tune}
         return {**commands, "compile": _compile}[args.command](args)

@@ -172,7 +172,7 @@ def test_a_case_that_cannot_start_is_a_row_that_says_so(
     bench = Bench(CPU, H100, None, quickly, quickly)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench_command.Bench, "of", classmethod(lambda cls, device: bench))
-    args = cli._parser().parse_args(["bench", "route", "--quick", "--at", "T=1"])
+    args = cli.parser().parse_args(["bench", "route", "--quick", "--at", "T=1"])
     assert bench_command.run(args, no_bar) == status
     assert said in capsys.readouterr().out
 
@@ -322,7 +322,7 @@ def test_with_a_device_a_wrong_result_is_exit_1(
     monkeypatch.setattr(bench_command, "cases", lambda *chosen: [small("rms_norm")])
     without = sorted({peer.name for peer in PEERS} - {"torch"})
     unwanted = [word for name in without for word in ("--without", name)]
-    args = cli._parser().parse_args(["bench", "rms_norm", "--quick", "--json", *unwanted])
+    args = cli.parser().parse_args(["bench", "rms_norm", "--quick", "--json", *unwanted])
     assert bench_command.run(args, no_bar) == 0
     _, begin, row, end = map(json.loads, capsys.readouterr().out.splitlines())
     assert begin["number"] == 0 and begin["sizes"] == row["sizes"] and end == {"kind": "end"}

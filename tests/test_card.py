@@ -85,6 +85,15 @@ def test_forward_never_looks(card: Any) -> None:
             int(lengths.max())
 
 
+def test_an_id_that_there_is_not_is_nan_for_its_sequence_alone(card: Any) -> None:
+    """Nobody looked at it, nothing was read outside of a table, and the other sequence keeps its bits."""
+    model, good = build("cuda:0"), IDS.to("cuda:0")
+    bad = good.clone()
+    bad[0, 2] = 24
+    want, got = model(good).cpu(), model(bad).cpu()
+    assert got[0, 2:].isnan().all() and torch.equal(got[1], want[1])
+
+
 def test_generate_looks_once_at_the_prompt_and_once_a_token_where_a_text_may_end(card: Any) -> None:
     card.driver.executes = False
     model = build("cuda:0")
