@@ -49,12 +49,10 @@ def main() -> int:
     card = torch.device("cuda", torch.cuda.current_device())
     arch = target_arch(card)
     wanted = list(islice(launches(arch, multiprocessors(card)), options.parse_args().most))
-    faults = []
-    for number, compiled in enumerate(compile_launches(wanted, arch), 1):
-        if compiled.error:
-            faults.append(f"{compiled.kernel}: {compiled.error}")
-    print(f"{number if wanted else 0} kernels of {len(wanted)} launches compiled for {arch}")
-    print("\n".join(faults), file=sys.stderr)
+    found = list(compile_launches(wanted, arch))
+    print(f"{len(found)} kernels of {len(wanted)} launches compiled for {arch}")
+    faults = [f"{each.kernel}: {each.error}" for each in found if each.error]
+    print(*faults, sep="\n", file=sys.stderr)
     return 1 if faults else 0
 
 

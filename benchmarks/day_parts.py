@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STUB = ("-m", "tests.stub", "--executes")
+STUB = ("-m", "tests.stub")
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,7 @@ def parts(dry: bool = False, breaks: str = "") -> tuple[Part, ...]:
         # Ours and transformers' eager step come before any torch.compile, which may leave a card as no timing likes it.
         Part("decode", 60, (bench("decode_step", "--at", "B=1", *step, *slow),)),
         Part("decode batches", 30, (bench("decode_step", "--quick", "--at", "L=4", *slow),)),
-        Part(
-            "applied",
-            40,
-            (Command("drop_in", ("benchmarks/drop_in.py", "--json", *(("--rounds", "2") if dry else ()))),),
-        ),
+        Part("applied", 40, (_drop_in(*(("1", "--small") if dry else ("100",))),)),
         Part("decode compiled", 40, (bench("decode_step", "--at", "B=1", *step, "--without", "torch.compile"),)),
         Part("one token", 30, tuple(bench(name, "--quick", "--at", "T=1") for name in others)),
         Part("many tokens", 30, tuple(bench(name, "--quick", "--at", "T=4096") for name in others)),
@@ -67,6 +62,10 @@ def parts(dry: bool = False, breaks: str = "") -> tuple[Part, ...]:
 
 def _bench(name: str, *options: str) -> Command:
     return Command(name, ("-m", "mixtral_triton", "bench", name, "--json", *options), "cases")
+
+
+def _drop_in(*rounds: str) -> Command:
+    return Command("drop_in", ("benchmarks/drop_in.py", "--json", "--device", "cuda", "--rounds", *rounds))
 
 
 class _DryBench:
@@ -85,9 +84,14 @@ class _DryBench:
 
 
 def _stubbed(part: Part, breaks: str) -> Part:
-    stub = (*STUB, "--breaks", breaks) if breaks else STUB
-    commands = (Command(each.name, (*stub, *each.args), each.resumes) for each in part.commands)
-    return Part(part.name, part.budget_s, tuple(commands), part.at_once)
+    """Kernels do their work, which takes long, for those that check it: the tests and the benchmarks."""
+
+    def stub(command: Command) -> Command:
+        options = ("--executes",) if command.resumes else ()
+        options += ("--breaks", breaks) if breaks else ()
+        return Command(command.name, (*STUB, *options, *command.args), command.resumes)
+
+    return Part(part.name, part.budget_s, tuple(map(stub, part.commands)), part.at_once)
 
 
 def _tests(most: int | None) -> tuple[Command, ...]:
@@ -103,7 +107,3 @@ def _tests(most: int | None) -> tuple[Command, ...]:
         if file != registry and ("mark.gpu" in text or "device: torch.device" in text):
             found.append(Command(file.stem, (*pytest, *limit, str(file)), "tests"))
     return tuple(found)
-
-
-def python(args: tuple[str, ...]) -> tuple[str, ...]:
-    return (sys.executable, *args)

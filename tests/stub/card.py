@@ -264,6 +264,9 @@ def card(count: int = 1, **properties: Any) -> Iterator[Card]:
             stack.enter_context(mock.patch.object(torch._C, name, function, create=True))
         stack.enter_context(mock.patch.object(torch._C, "_cuda_endAllocateToPool", made.end_pool, create=True))
         stack.enter_context(mock.patch.object(ops, "PLAIN_TYPES", (*ops.PLAIN_TYPES, CardTensor)))
+        # A module's parameters are new ones once it has moved: ours cannot take another tensor's place.
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)
         before = triton.runtime.driver._active
         triton.runtime.driver.set_active(made.driver)
         _active.append(made)
