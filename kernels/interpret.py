@@ -44,7 +44,7 @@ def _cast(builder: Any, src: Any, dst_type: Any) -> Any:
     return type(builder).cast_impl(builder, type(src)(values, tl.float32), dst_type)
 
 
-# A library's: where a row stands in its tile decides in which order it is summed. Tests of bits put theirs in its place.
+# Of a library, where the place of a row in its tile decides the order of its sum: tests of bits put their own here.
 product = np.matmul
 
 

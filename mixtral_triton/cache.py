@@ -67,12 +67,12 @@ class KVCache:
         know (ragged chunks, lengths written by hand, replays of a graph) the device sees itself: a sequence beyond
         `max_len` is NaN, and its slots of the ring take what it writes.
         """
-        if self.lengths.is_meta or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return
         if readable(self.lengths):
             if int(self.lengths.min()) < 0:
                 raise ValueError(f"KVCache: lengths holds {int(self.lengths.min())}, needs numbers of at least 0")
-            reached = int((self.lengths + new).max())
+            reached = int((self.lengths.long() + new).max())
         else:
             reached = 0 if isinstance(new, torch.Tensor) else self._certain() + new
         if reached > self.max_len:

@@ -29,8 +29,12 @@ def apply(
     """Run this instance of transformers' Mixtral on the package's operations -> the same instance.
 
     attention  attention and its masks; rope: rotary embedding; rms_norm: every norm; experts: the gate's top-k and the
-    experts. Applying again holds the latest choice. Parameters, their names, hooks and every other instance stay.
-    For inference: `forward` works with gradients enabled, a backward pass or training mode is a ValueError.
+    experts. Applying again holds the latest choice. Parameters, their names, hooks, the config and every other instance
+    stay. transformers' `set_attn_implementation` and `set_experts_implementation` select others, and ours by the name
+    "mixtral_triton". `output_attentions` has plain torch's weights beside our result, for that call alone.
+    For inference: `forward` works with gradients enabled, a backward pass or training mode is a ValueError. So is what
+    cannot be honoured, here (a block of another class, a quantized or sharded weight, a card that is not there) or in
+    the forward (hooks on `act_fn`, continuous batching).
     """
     ours = _import_modules()
     _check_model("apply", model, ours.theirs)
@@ -161,9 +165,10 @@ def _check_devices(model: Any) -> None:
 def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], ours: Any) -> None:
     """The blocks to be changed are transformers' own, and nothing stands between them and their callers."""
     backbone = ours.theirs.MixtralModel
+    kinds = (*blocks, backbone) if blocks else ()
     for name, module in model.named_modules():
-        kind = next((kind for kind in (*blocks, backbone) if isinstance(module, kind)), None)
-        if kind is None or not blocks:
+        kind = next((kind for kind in kinds if isinstance(module, kind)), None)
+        if kind is None:
             continue
         own = module.theirs if isinstance(module, ours.Applied) else type(module)
         if own is not kind and kind is not backbone:

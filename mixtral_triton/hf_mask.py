@@ -51,13 +51,12 @@ class Masking:
 
 def causal_mask(config: Any, tokens: Tensor, mask: Any, position_ids: Any, cache: Any, is_causal: Any = None) -> Any:
     """`interval_mask`'s for `tokens` [B,Q] or [B,Q,H], by way of transformers' functions; a 4-D `mask` as it is."""
+    if cache is not None and not hasattr(cache, "get_mask_sizes"):
+        raise ValueError(f"mixtral_triton: {CACHE} is a {type(cache).__name__}, needs a Cache of transformers; {PAGED}")
     make = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
     shape = tokens if tokens.dim() == 3 else torch.empty((*tokens.shape, 0), device=tokens.device)
     given = {"attention_mask": mask, "position_ids": position_ids, CACHE: cache}
-    made = make(config=Masking(config, is_causal), inputs_embeds=shape, **given)
-    if made is None:
-        raise ValueError(f"mixtral_triton: a {type(cache).__name__} comes without a mask; {PAGED}")
-    return made
+    return make(config=Masking(config, is_causal), inputs_embeds=shape, **given)
 
 
 def interval_mask(

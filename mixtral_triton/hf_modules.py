@@ -181,8 +181,8 @@ class Selecting(Applied):
 
     base_model: Any
 
-    def set_attn_implementation(self, attn_implementation: str | dict[str, str], **kwargs: Any) -> None:
-        choose = partial(super().set_attn_implementation, attn_implementation, **kwargs)  # type: ignore[misc]
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
+        choose = partial(super().set_attn_implementation, attn_implementation, *args, **kwargs)  # type: ignore[misc]
         self._choose("attention", attn_implementation, choose)
 
     def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
@@ -193,7 +193,7 @@ class Selecting(Applied):
         return {"": NAME} if self._running("experts") else super().get_experts_implementation()  # type: ignore[misc]
 
     def _running(self, part: str) -> bool | None:
-        return getattr(self.base_model.__dict__.get(PARTS), part, None)
+        return getattr(getattr(self.base_model, PARTS, None), part, None)
 
     def _choose(self, part: str, name: str | dict[str, str], choose: Callable[[], None]) -> None:
         chosen = name.get("") if isinstance(name, dict) else name
@@ -203,7 +203,7 @@ class Selecting(Applied):
         if chosen != NAME:
             choose()
         if chosen is not None and here:
-            setattr(self.base_model.__dict__[PARTS], part, chosen == NAME)
+            setattr(getattr(self.base_model, PARTS), part, chosen == NAME)
 
 
 class Generating(Selecting):

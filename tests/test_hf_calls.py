@@ -196,7 +196,7 @@ def test_a_cache_in_pages_is_refused_by_name(make_hf: Any) -> None:
     paged = object.__new__(cache.PagedAttentionCache)
     model = apply(make_hf())
     paged.get_seq_length = lambda *_: 0
-    with pytest.raises(ValueError, match="a PagedAttentionCache comes without a mask; continuous batching"):
+    with pytest.raises(ValueError, match=r"is a PagedAttentionCache, needs a Cache .* continuous batching"):
         model(IDS, **{hf.cache_keyword(): paged})
 
 
