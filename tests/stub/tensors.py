@@ -21,10 +21,8 @@ from mixtral_triton.kernels.registry import OPS
 _CROSSING = {"copy_", "_to_copy", "index", "index_put_", "_index_put_impl_"}
 # The result's size, or the result itself, is something that only the card knows.
 _LOOKS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2"}
-# Functions that allocate inside of torch, on the device of their arguments, where nothing dispatches.
-_MAKES = {"pad_sequence"}
-# Methods that ask for the card before they dispatch, and what dispatches at once.
-_INSTEAD = {"copy_": torch.ops.aten.copy_.default, "__invert__": torch.ops.aten.bitwise_not.default}
+# What torch says where it has to do with a card itself.
+_NO_CARD = ("Could not run 'aten::empty", "PyTorch is not linked with support for cuda")
 # Methods that give the host numbers.
 _READS = {"__int__", "__float__", "__bool__", "__index__", "item", "tolist", "numpy", "__array__", "__contains__"}
 
@@ -44,6 +42,11 @@ class CardTensor(Tensor):
 
     def data_ptr(self) -> int:
         return self.held.data_ptr()
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        made: Tensor = CardTensor(self.held.clone(), self.device)
+        memo[id(self)] = made = nn.Parameter(made, self.requires_grad) if isinstance(self, nn.Parameter) else made
+        return made
 
     def __repr__(self, **kwargs: Any) -> str:
         return f"CardTensor({self.held}, device={self.device})"
@@ -197,12 +200,8 @@ class Factories(TorchFunctionMode):
         if name in _READS and isinstance(args[0], CardTensor):
             stage.look(name)
             return func(args[0].held, *args[1:], **kwargs)
-        if name == "contiguous" and isinstance(args[0], CardTensor):
-            return args[0] if args[0].is_contiguous() else args[0].clone(memory_format=torch.contiguous_format)
-        if name in _MAKES and any(isinstance(x, CardTensor) for x in tree_flatten(args)[0]):
-            return dispatch(func, args, kwargs)
-        if name in _INSTEAD and any(isinstance(x, CardTensor) for x in args):
-            return _INSTEAD[name](*args, **kwargs)
+        if name == "copy_" and any(isinstance(x, CardTensor) for x in args):
+            return torch.ops.aten.copy_.default(*args, **kwargs)
         if name == "cuda" and isinstance(args[0], Tensor):
             return self._moved(args[0], args[1] if len(args) > 1 else kwargs.get("device", "cuda"), {})
         if name == "to" and isinstance(args[0], Tensor):
@@ -211,8 +210,18 @@ class Factories(TorchFunctionMode):
             return torch.device("cuda", args[0])
         device = kwargs.get("device")
         if not is_card(device) or any(isinstance(x, CardTensor) for x in args):
-            return func(*args, **kwargs)
+            return self._or_on_memory(func, args, kwargs)
         return to_card(func(*args, **kwargs | {"device": "cpu"}), device)
+
+    def _or_on_memory(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Some functions allocate inside of torch, or ask for the card, before anything dispatches."""
+        try:
+            return func(*args, **kwargs)
+        except (NotImplementedError, RuntimeError) as error:
+            cards = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, CardTensor)]
+            if not cards or not str(error).startswith(_NO_CARD):
+                raise
+        return dispatch(func, args, kwargs)
 
     def _to(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """`x.to(...)`, whichever way a card is said."""
