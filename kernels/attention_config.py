@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 import triton
 
+from .arch import amd, family, multiprocessors, tma
 from .op import LaunchConfig, Sizes, power_of_2
 
-# Multiprocessors where no card is at hand to ask.
-_SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 DETERMINISTIC_SPLITS = 8  # whatever the batch and its longest sequence are
 PACKED_ROWS = 16  # queries x group heads that one decode tile takes
 
@@ -31,20 +30,23 @@ _PREFILL = {
         {128: (64, 16, 8, 1), 256: (32, 16, 8, 1)},
     ),
 }
+_PREFILL["sm_100"] = _PREFILL["sm_90"]
 
 
 def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """Tiles by head size; a short window takes short tiles, since a tile sees window + BLOCK_M keys."""
     D, window = power_of_2(sizes["D"], low=16), sizes.get("window", 0)
-    family = "gfx942" if arch.startswith("gfx") else "sm_90" if arch in ("sm_90", "sm_100") else "sm_80"
-    table = _PREFILL[family][dtype == torch.float32]
+    table = _PREFILL[family(arch)][dtype == torch.float32]
     block_m, block_n, warps, stages = table[min(most for most in table if most >= D)]
     if 0 < window <= 256 and block_m > 64:
-        block_m, block_n, warps = 64, min(block_n, 64 if family == "sm_90" else 32), 8 if family == "sm_80" else 4
+        block_m, block_n, warps = 64, min(block_n, 64 if tma(arch) else 32), 8 if family(arch) == "sm_80" else 4
     # Half the rows take half the warps; a head of 256 would spill.
-    if not sizes.get("deterministic") and sizes["T"] <= block_m // 2 and (D < 256 or family != "sm_90"):
+    if not sizes.get("deterministic") and sizes["T"] <= block_m // 2 and (D < 256 or not tma(arch)):
         rows = power_of_2(sizes["T"], low=16)
         block_m, warps = rows, max(4, warps * rows // block_m)
+    # ptxas of CUDA 12.8 and 12.9 crashes where such a tile of a padded head meets 128 keys.
+    if sizes["D"] < D and (block_m, D) in ((64, 128), (128, 64)):
+        block_n = min(block_n, 64)
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": D}
     return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
 
@@ -55,14 +57,14 @@ def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     held = sizes["C"] if "C" in sizes else sizes["S"]
     keys = min(held, sizes.get("window", 0) or held)
     programs = max(1, sizes["B"] * sizes["Hkv"])
-    sms = sizes.get("sms") or _SMS.get(arch, 108)
+    sms = sizes.get("sms") or multiprocessors(arch)
     splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, 256)), high=64)
     if sizes.get("deterministic"):
         splits = DETERMINISTIC_SPLITS
-    D, single, amd = power_of_2(sizes["D"], low=16), dtype == torch.float32, arch.startswith("gfx")
-    block_n = 16 if single and (D > 128 or not amd) else 32 if amd or D > 128 else 64
+    D, single, cdna = power_of_2(sizes["D"], low=16), dtype == torch.float32, amd(arch)
+    block_n = 16 if single and (D > 128 or not cdna) else 32 if cdna or D > 128 else 64
     tiles = {"SPLITS": splits, "BLOCK_M": power_of_2(rows, low=16), "BLOCK_N": block_n, "BLOCK_D": D}
-    return LaunchConfig(tiles, num_warps=8 if single and not amd else 4, num_stages=2 if single or amd else 3)
+    return LaunchConfig(tiles, num_warps=8 if single and not cdna else 4, num_stages=2 if single or cdna else 3)
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:

@@ -259,10 +259,10 @@ def attention_decode_kernel(
     stride_vh,
     window,
     scale,
+    SPLITS,  # programs that share out the keys; as a constexpr it would be a kernel for each number of them
     D: tl.constexpr,
     RING: tl.constexpr,
     WINDOWED: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -305,7 +305,7 @@ def attention_decode_kernel(
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     row = ((b * T + t) * Hq + hq) * SPLITS + split
     tl.store(out_ptr + row[:, None] * D + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
-    if SPLITS > 1:
+    if lse_ptr is not None:
         tl.store(lse_ptr + row, largest + tl.log2(total), mask=rows < T * G)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from .arch import amd, family
 from .op import LaunchConfig, Sizes, power_of_2
 
 # Up to here the sort-free kernels: the layer is bound by the bytes of the weights, whatever the tiles.
@@ -18,25 +19,16 @@ SPLIT_K = 4
 _PREFILL = {
     "sm_80": {0: (64, 64, 128, 32, 4, 4), 128: (64, 64, 128, 64, 8, 3)},
     "sm_90": {0: (64, 64, 128, 64, 4, 4), 64: (64, 128, 256, 64, 4, 4), 512: (128, 128, 256, 64, 8, 4)},
-    "sm_100": {0: (64, 64, 128, 64, 4, 4), 64: (64, 128, 256, 64, 4, 4), 512: (128, 128, 256, 64, 8, 4)},
     "gfx942": {0: (64, 32, 64, 64, 4, 2), 256: (128, 64, 128, 32, 8, 2)},
 }
+_PREFILL["sm_100"] = _PREFILL["sm_90"]
 _SINGLE = (32, 16, 32, 32, 4, 2)  # fp32, without tensor cores at this precision: registers bound the tile
-
-
-def family(arch: str) -> str:
-    """The tabled architecture whose choices serve `arch`."""
-    if arch in _PREFILL:
-        return arch
-    if arch.startswith("gfx"):
-        return "gfx942"
-    return "sm_80"  # the least shared memory: fits every other card
 
 
 def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     rows = 0 if sizes.get("deterministic") else sizes["T"] * sizes["K"] // sizes["E"]
     # By pointers the larger tiles of later cards spill.
-    table = _PREFILL["sm_80" if sizes.get("by_pointers") and family(arch) != "gfx942" else family(arch)]
+    table = _PREFILL["sm_80" if sizes.get("by_pointers") and not amd(arch) else family(arch)]
     choice = _SINGLE if dtype == torch.float32 else table[max(least for least in table if least <= rows)]
     block_m, up_n, down_n, block_k, warps, stages = choice
     if not sizes.get("deterministic"):
@@ -60,9 +52,9 @@ def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchCon
 def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """64 weight rows a program, the depth of a tile as long as shared memory lets it stream."""
     single = dtype == torch.float32
-    stages = 2 if single or family(arch) == "gfx942" else 4 if family(arch) == "sm_80" else 5
+    stages = 2 if single or amd(arch) else 4 if family(arch) == "sm_80" else 5
     block_t = power_of_2(sizes["T"], low=16, high=DECODE_TOKENS)
-    block_k = 32 if single else 64 if family(arch) == "gfx942" or block_t == 64 else 128
+    block_k = 32 if single else 64 if amd(arch) or block_t == 64 else 128
     tiles = {"BLOCK_T": block_t, "BLOCK_S": power_of_2(sizes["T"] * sizes["K"], low=16)}
     span = -(-sizes["I"] // SPLIT_K)
     up = {"BLOCK_N": power_of_2(sizes["I"], low=16, high=32), "BLOCK_K": power_of_2(sizes["H"], 16, block_k)}

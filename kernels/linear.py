@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .arch import amd
 from .checks import FLOATS, Binder, boolean
 from .launch import launch, target_arch
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
@@ -93,11 +94,11 @@ def check(x: Tensor, weight: Tensor, deterministic: bool = False) -> Sizes:
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """Few rows: 16 weight rows a program, to fill the card, and a deep tile, to keep bytes in flight."""
-    single, amd, H = dtype == torch.float32, arch.startswith("gfx"), sizes["H"]
-    few = {"BLOCK_T": FEW, "BLOCK_N": 16, "BLOCK_K": power_of_2(H, low=16, high=64 if single else 128 if amd else 256)}
+    single, cdna, H = dtype == torch.float32, amd(arch), sizes["H"]
+    few = {"BLOCK_T": FEW, "BLOCK_N": 16, "BLOCK_K": power_of_2(H, low=16, high=64 if single else 128 if cdna else 256)}
     many = {"BLOCK_M": 32 if single else 64, "BLOCK_N": 32 if single else 64, "GROUP_M": 8}
     many["BLOCK_K"] = power_of_2(H, low=16, high=32 if single else 64)
-    stages = 2 if single or amd else 4
+    stages = 2 if single or cdna else 4
     return {
         "linear_decode_kernel": LaunchConfig(few, num_warps=4, num_stages=stages),
         "linear_kernel": LaunchConfig(many, num_warps=4, num_stages=stages),

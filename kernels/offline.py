@@ -2,121 +2,89 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import multiprocessing
+import io
+import math
 import os
 import re
+import signal
 import subprocess
+import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, fields
-from functools import cached_property
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import redirect_stdout
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler.compiler import ASTSource, make_backend
-from triton.runtime.jit import mangle_type
+from triton.runtime.cache import get_cache_key, get_cache_manager
+from triton.runtime.jit import create_function_from_signature
 
+from . import counted
+from .arch import ARCHS
 from .checks import FLOATS
+from .compiled import Assembly, Compiled
 from .launch import INTERPRETED, record_launches
-from .op import Launch, Op, Sizes
+from .op import Launch, Op
+from .pool import share
 from .registry import OPS
-from .sass import Loop, main_loops
 
-# Bytes of shared memory a block can have: Triton does not check them when it compiles.
-_LIMITS = dict.fromkeys(("sm_86", "sm_89", "sm_120"), 101376) | dict.fromkeys(("gfx90a", "gfx942"), 65536)
-_LIMITS |= {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx950": 163840}
-# Bytes of spills that a kernel may have outside its main loops: harmless, a few instructions a program. AMD: none.
-_HARMLESS = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"), 64) | {"sm_90": 16}
+_TOGETHER = 32  # kernels whose loops are counted in one go, since a disassembler takes long to start
+_A_WORKER = 16  # kernels that pay for one more process
 
 Dtypes = Sequence[torch.dtype] | None
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None] | None
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """One kernel as it would run on `arch`.
-
-    file          path of the .cubin or .hsaco; None where no files were asked for
-    signature     Triton's type by argument: "*bf16", "i32", "constexpr" (also what the JIT makes constant: None, 1)
-    dtype         the narrowest type behind a pointer, a floating-point one where there is one
-    registers     of a thread; on AMD the vector registers of a lane, those for accumulation included
-    spills        bytes a thread keeps in memory for want of registers. NVIDIA: its stack frame, for which a Triton
-                  kernel has no other use; AMD: 4 for each spilled vector register, and for each scalar one
-    shared_bytes  of a block; limit_bytes: what a block can have on `arch`
-    asm           "ptx", "cubin" and "sass", or "amdgcn" and "hsaco"; Triton's own stages beside them
-    """
-
-    op: str
-    kernel: str
-    arch: str
-    file: str | None
-    num_warps: int
-    num_stages: int
-    constexprs: Mapping[str, Any]
-    signature: Mapping[str, str]
-    dtype: str
-    registers: int
-    spills: int
-    shared_bytes: int
-    limit_bytes: int
-    asm: Mapping[str, Any] = field(repr=False, compare=False)
-
-    @cached_property
-    def loops(self) -> list[Loop]:
-        """The main loops; none for AMD, whose code is not counted."""
-        return main_loops(self.asm["cubin"]) if "cubin" in self.asm else []
-
-    @property
-    def loop_spills(self) -> int:
-        """Instructions in main loops that store or load a spill."""
-        return sum(loop.spills for loop in self.loops) if self.spills else 0
-
-    @property
-    def loop_flop_per_instruction(self) -> float | None:
-        """Of the best main loop (attention: the one without a mask); None without tensor cores whose FLOP are known."""
-        loops = self.loops if "mma" in self.asm.get("ptx", "") else []
-        return max((loop.flop_per_instruction for loop in loops if loop.flop_per_instruction), default=None)
-
-    @property
-    def fault(self) -> str | None:
-        """Why this kernel should not run, or None."""
-        if self.loop_spills or self.spills > _HARMLESS.get(self.arch, 0):
-            return f"spills {self.spills} bytes, by {self.loop_spills} instructions in main loops"
-        if self.shared_bytes > self.limit_bytes:
-            return f"needs {self.shared_bytes} of {self.limit_bytes} bytes of shared memory"
-        return None
-
-
 def _target(arch: str) -> GPUTarget:
     if INTERPRETED:
         raise ValueError("compile: this process interprets its kernels, needs one with TRITON_INTERPRET unset")
-    if arch not in _LIMITS:
-        raise ValueError(f"compile: argument 'arch' is {arch!r}, needs one of {', '.join(sorted(_LIMITS))}")
-    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+    if arch not in ARCHS:
+        raise ValueError(f"compile: argument 'arch' is {arch!r}, needs one of {', '.join(ARCHS)}")
+    if arch.startswith("gfx"):
+        return GPUTarget("hip", arch, 64)
+    number = int(arch.removeprefix("sm_"))
+    if not _ptxas_knows(number):
+        raise ValueError(f"compile: argument 'arch' is {arch!r}, needs a later Triton than this {triton.__version__}")
+    return GPUTarget("cuda", number, 32)
+
+
+@functools.cache
+def _ptxas_knows(number: int) -> bool:
+    name = f"sm_{number}a" if number >= 90 else f"sm_{number}"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "empty.ptx").write_text(f".version 8.0\n.target {name}\n.address_size 64\n")
+        command = [get_ptxas(number).path, f"--gpu-name={name}", "empty.ptx"]
+        return subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
+
+
+@functools.cache
+def _binder(fn: Any, arch: str) -> Any:
+    return create_function_from_signature(fn.signature, fn.params, make_backend(_target(arch)))
 
 
 def _source(launch: Launch, arch: str) -> ASTSource:
-    """What Triton's JIT would make of the arguments: None and 1 are constants, multiples of 16 are known as such."""
-    backend = make_backend(_target(arch))
-    values = {**launch.args, **launch.constexprs}
-    signature, constants, attrs = {}, {}, {}
-    for index, parameter in enumerate(launch.fn.params):
-        name, value, known = parameter.name, values[parameter.name], ""
-        signature[name] = "constexpr" if parameter.is_constexpr else mangle_type(value, specialize=True)
-        if signature[name] == "constexpr":
-            constants[name] = value
-        elif isinstance(value, torch.Tensor):
-            known = backend.get_tensor_specialization(value, align=True)
-        elif isinstance(value, int) and not isinstance(value, bool):
-            known = backend.get_int_specialization(value, align=True)
-        attrs[(index,)] = backend.parse_attr(known)
-    return ASTSource(launch.fn, signature, constants, attrs)
+    """What Triton's JIT makes of the arguments, by its own functions: a launch finds the kernel in the cache.
+
+    None and 1 are constants, multiples of 16 are known as such.
+    """
+    fn = launch.fn
+    bound, specialized, options = _binder(fn, arch)(**launch.args, **launch.constexprs)
+    _, signature, constants, attrs = fn._pack_args(
+        make_backend(_target(arch)), {"enable_fp_fusion": True}, bound, specialized, options
+    )
+    return ASTSource(fn, signature, constants, attrs)
 
 
 def _key(launch: Launch, source: ASTSource) -> str:
@@ -125,109 +93,228 @@ def _key(launch: Launch, source: ASTSource) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
-def _record(op: Op, dtype: torch.dtype, sizes: Sizes, arch: str) -> dict[str, Launch]:
-    """The Triton launches of one call, by key."""
-    with record_launches(arch) as launches:
-        op.run(**op.inputs(sizes, dtype, "meta"))
-    return {_key(launch, _source(launch, arch)): launch for launch in launches if launch.fn is not None}
-
-
-def _record_all(ops: Iterable[Op], arch: str, dtypes: Dtypes) -> dict[str, tuple[Launch, tuple[Any, ...]]]:
-    """Key -> the first launch of that kernel, and the call it belongs to: operation, dtype, sizes."""
-    found: dict[str, tuple[Launch, tuple[Any, ...]]] = {}
-    for op in ops:
-        wanted = [dtype for dtype in op.dtypes if not dtypes or dtype in dtypes or dtype not in FLOATS]
-        for dtype, sizes in product(wanted, op.bench_shapes):
-            for key, launch in _record(op, dtype, sizes, arch).items():
-                found.setdefault(key, (launch, (op.name, dtype, sizes)))
-    return found
-
-
-def collect(op: Op, arch: str, dtypes: Dtypes = None) -> list[Launch]:
-    """The kernels `op` launches on `arch` over its bench shapes and dtypes (of the floats: `dtypes`), each once."""
-    return [launch for launch, _ in _record_all([op], arch, dtypes).values()]
-
-
-def _usage(kernel: Any) -> dict[str, int]:
-    text = kernel.asm.get("amdgcn")
-    if text is None:
-        cubin = next(path for name, path in kernel.metadata_group.items() if name.endswith(".cubin"))
-        text = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin], text=True)
-    found = {name: int(number) for name, number in re.findall(r"(\w+): *(\d+)", text)}
-    if "REG" in found:
-        return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"]}
-    return {"registers": found["vgpr_count"], "spills": 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])}
+def _figures(assembly: Assembly) -> counted.Figures:
+    if "cubin" in assembly:
+        return counted.figures(assembly.paths["cubin"])
+    found = {name: int(number) for name, number in re.findall(r"(\w+): *(\d+)", assembly["amdgcn"])}
+    return counted.Figures(found["vgpr_count"], 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"]))
 
 
 def _write(asm: Mapping[str, Any], out: PathLike, stem: str) -> str:
     """The assembly and the binary under `out` -> the absolute path of the binary."""
     kinds = ("amdgcn", "hsaco") if "amdgcn" in asm else ("ptx", "sass", "cubin")
     for kind in kinds:
-        path = Path(out).absolute() / f"{stem}.{kind}"
-        path.write_bytes(asm[kind] if isinstance(asm[kind], bytes) else asm[kind].encode())
+        path, content = Path(out).absolute() / f"{stem}.{kind}", asm[kind]
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(path)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A kernel to compile, in what travels to another process, as a jitted function and meta tensors do not."""
+
+    op: str
+    arch: str
+    out: PathLike | None
+    cache: str
+    key: str
+    module: str
+    launch: Launch
+    signature: Mapping[str, str]
+    constants: Mapping[Any, Any]
+    attrs: Mapping[Any, Any]
+
+    @classmethod
+    def of(cls, launch: Launch, arch: str, op: str, out: PathLike | None) -> _Job:
+        source = _source(launch, arch)
+        told = (source.signature, source.constants, source.attrs)
+        plain = replace(launch, fn=None, args={})
+        return cls(op, arch, out, triton.knobs.cache.dir, _key(launch, source), launch.fn.__module__, plain, *told)
+
+    def source(self, fn: Any = None) -> ASTSource:
+        fn = fn or getattr(import_module(self.module), self.launch.kernel)
+        return ASTSource(fn, self.signature, self.constants, self.attrs)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As `launch` gives them: FP fusion is named because its default differs between releases of Triton."""
+        launch = self.launch
+        return {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+
+    def result(self, **found: Any) -> Compiled:
+        pointers = [kind.lstrip("*") for kind in self.signature.values() if kind.startswith("*")]
+        launch, fixed = self.launch, [name for name, kind in self.signature.items() if kind == "constexpr"]
+        return Compiled(
+            op=self.op,
+            kernel=launch.kernel,
+            arch=self.arch,
+            num_warps=launch.num_warps or 0,
+            num_stages=launch.num_stages or 0,
+            constexprs={name: launch.constexprs[name] for name in fixed if name in launch.constexprs},
+            signature=self.signature,
+            dtype=min(pointers, key=lambda kind: (kind[0] in "iu", int(re.search(r"\d+", kind)[0]))),
+            limit_bytes=ARCHS[self.arch].shared_bytes,
+            **found,
+        )
+
+    def failed(self, error: str) -> Compiled:
+        nothing = {"file": None, "registers": 0, "spills": 0, "shared_bytes": 0, "asm": Assembly(())}
+        return self.result(**nothing, error=error)
+
+    def is_stored(self) -> bool:
+        """Whether Triton's cache has it."""
+        backend, source = make_backend(_target(self.arch)), self.source()
+        key = get_cache_key(source, backend, backend.parse_options(self.options), get_cache_invalidating_env_vars())
+        manager = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+        return manager.get_group(f"{source.name[:150]}.json") is not None
+
+    def compile(self, fn: Any = None) -> Compiled:
+        triton.knobs.cache.dir = self.cache
+        with redirect_stdout(io.StringIO()):  # where ptxas fails, Triton prints all it was given
+            kernel = triton.compile(self.source(fn), target=_target(self.arch), options=self.options)
+        assembly = Assembly(kernel.metadata_group.values())
+        figures, stem = _figures(assembly), f"{self.launch.kernel}.{self.arch}.{self.key}"
+        return self.result(
+            file=None if self.out is None else _write(assembly, self.out, stem),
+            registers=figures.registers,
+            spills=figures.spills,
+            shared_bytes=kernel.metadata.shared,
+            asm=assembly,
+        )
+
+
+def _record(
+    ops: Iterable[Op], arch: str, dtypes: Dtypes, out: PathLike | None = None
+) -> dict[str, tuple[_Job, Launch]]:
+    """The kernels of the operations over their bench shapes, by what tells them apart, each with a launch of it."""
+    found: dict[str, tuple[_Job, Launch]] = {}
+    for op in ops:
+        wanted = [dtype for dtype in op.dtypes if not dtypes or dtype in dtypes or dtype not in FLOATS]
+        for dtype, sizes in product(wanted, op.bench_shapes):
+            shapes = op.inputs(sizes, dtype, "meta")
+            with record_launches(arch) as launches:
+                op.run(**shapes)
+            for launch in launches:
+                if launch.fn is not None:
+                    job = _Job.of(launch, arch, op.name, out)
+                    found.setdefault(job.key, (job, launch))
+    return found
+
+
+def collect(op: Op, arch: str, dtypes: Dtypes = None) -> list[Launch]:
+    """The kernels `op` launches on `arch` over its bench shapes and dtypes (of the floats: `dtypes`), each once."""
+    return [launch for _, launch in _record([op], arch, dtypes).values()]
+
+
 def compile_launch(launch: Launch, arch: str, op: str = "", out: PathLike | None = None) -> Compiled:
-    """Compile the kernel of one recorded launch for `arch`; its files go into the folder `out`, which must exist."""
-    source = _source(launch, arch)
-    program = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    # FP fusion is named because its default differs between releases of Triton.
-    kernel = triton.compile(source, target=_target(arch), options={**program, "enable_fp_fusion": True})
-    pointers = [kind.lstrip("*") for kind in source.signature.values() if kind.startswith("*")]
-    return Compiled(
-        op=op,
-        kernel=launch.kernel,
-        arch=arch,
-        file=None if out is None else _write(kernel.asm, out, f"{launch.kernel}.{arch}.{_key(launch, source)}"),
-        **program,
-        constexprs={name: launch.constexprs[name] for name in source.signature if name in launch.constexprs},
-        signature=source.signature,
-        dtype=min(pointers, key=lambda kind: (kind[0] in "iu", int(re.search(r"\d+", kind)[0]))),
-        **_usage(kernel),
-        shared_bytes=kernel.metadata.shared,
-        limit_bytes=_LIMITS[arch],
-        asm=kernel.asm,
-    )
+    """Compile the kernel of one recorded launch for `arch`; its files go into the folder `out`, which must exist.
+
+    ValueError: an `arch` that is not known, here or to Triton, or this process interprets. The compiler raises whatever
+    its passes do.
+    """
+    return _Job.of(launch, arch, op, out).compile(launch.fn)
 
 
-def _compile(key: str, name: str, dtype: torch.dtype, sizes: Sizes, arch: str, out: PathLike | None) -> Compiled:
-    """In a worker: the call is recorded anew, since neither a jitted function nor a meta tensor travels."""
-    compiled = compile_launch(_record(OPS[name], dtype, sizes, arch)[key], arch, name, out)
-    as_json(compiled)  # loops are counted here, once, and travel with the rest
-    return compiled
+def _attempt(job: _Job) -> Compiled:
+    try:
+        return job.compile()
+    except Exception as error:  # the compiler raises whatever its passes do
+        line = (str(error).strip().splitlines() or [""])[0]
+        crash = re.search(r"ptxas.* error code -(\d+)", line)
+        return _crashed(job, signal.Signals(int(crash[1])), "ptxas") if crash else job.failed(line[:200])
 
 
-def _compile_all(jobs: Sequence[tuple[Any, ...]], progress: Progress) -> Iterator[Compiled]:
-    workers = min(len(jobs) // 16, os.cpu_count() or 1)  # one takes seconds to start
-    with ProcessPoolExecutor(max(workers, 1), multiprocessing.get_context("spawn")) as pool:
-        results = (pool.map if workers > 1 else map)(_compile, *zip(*jobs, strict=True))
-        for done, compiled in enumerate(results, 1):
+def _crashed(job: _Job, by: signal.Signals, what: str = "Triton") -> Compiled:
+    return job.failed(f"{what} crashed with {by.name}")
+
+
+def _weight(job: _Job) -> int:
+    """The size of the kernel's tile: what takes longest to compile has the largest."""
+    return math.prod(size for name, size in job.launch.constexprs.items() if name.startswith("BLOCK_"))
+
+
+def _compile_all(jobs: Sequence[_Job]) -> Iterator[tuple[int, Compiled]]:
+    """Index and kernel as they are done: first what Triton's cache has, then the heaviest first."""
+    stored = [index for index, job in enumerate(jobs) if job.is_stored()]
+    yield from ((index, _attempt(jobs[index])) for index in stored)
+    left = sorted(set(range(len(jobs))) - set(stored), key=lambda index: -_weight(jobs[index]))
+    pieces = [jobs[index] for index in left]
+    workers = min(len(left) // _A_WORKER, len(os.sched_getaffinity(0)))
+    if workers > 1:
+        found = share(_attempt, pieces, workers, _crashed, preload=f"{__package__}.warm")
+    else:
+        found = enumerate(map(_attempt, pieces))
+    yield from ((left[place], compiled) for place, compiled in found)
+
+
+def _count(kernels: Sequence[tuple[int, Compiled]]) -> Sequence[tuple[int, Compiled]]:
+    """The main loops of several kernels in one go: from here on they are remembered."""
+    counted.loops([kernel.asm.paths["cubin"] for _, kernel in kernels], kernels[0][1].arch)
+    return kernels
+
+
+def _counted(jobs: Sequence[_Job], progress: Progress) -> Iterator[tuple[int, Compiled]]:
+    """`_compile_all`, with the main loops counted beside it where something depends on them."""
+    batch: list[tuple[int, Compiled]] = []
+    counting: deque[Future[Sequence[tuple[int, Compiled]]]] = deque()
+    with ThreadPoolExecutor(1) as beside:
+        for done, (index, compiled) in enumerate(_compile_all(jobs), 1):
             if progress is not None:
                 progress(done, len(jobs))
-            yield compiled
+            if not compiled.asks_loops:
+                yield index, compiled
+            else:
+                batch.append((index, compiled))
+            if len(batch) == _TOGETHER:
+                counting.append(beside.submit(_count, batch))
+                batch = []
+            while counting and counting[0].done():
+                yield from counting.popleft().result()
+        if batch:
+            counting.append(beside.submit(_count, batch))
+        for counts in counting:
+            yield from counts.result()
+
+
+def _in_order(found: Iterable[tuple[int, Compiled]]) -> Iterator[tuple[int, Compiled]]:
+    early: dict[int, Compiled] = {}
+    turn = 0
+    for index, compiled in found:
+        early[index] = compiled
+        while turn in early:
+            yield turn, early.pop(turn)
+            turn += 1
 
 
 def compile_ops(
-    names: Sequence[str], arch: str, out: PathLike | None = None, progress: Progress = None, dtypes: Dtypes = None
+    names: Sequence[str],
+    arch: str,
+    out: PathLike | None = None,
+    progress: Progress = None,
+    dtypes: Dtypes = None,
+    as_done: bool = False,
 ) -> Iterator[Compiled]:
-    """The kernels of the operations `names` (none: all) for `arch`, each compiled once, in the registry's order.
+    """The kernels of the operations `names` (none: all) for `arch`, each compiled once, in the registry's order; with
+    `as_done` as soon as each is done. One that does not compile is among them, with its error.
 
     `out`: a folder, made where missing, for .ptx, .sass and .cubin (.amdgcn and .hsaco) files. `progress` is told how
     many kernels are done, and of how many. Large jobs are shared with other processes, so a script that calls this
-    needs its `if __name__ == "__main__"`. ValueError: an unknown name or `arch`, or this process interprets.
+    needs its `if __name__ == "__main__"`. Triton's cache keeps the kernels, and beside them what was counted.
+    ValueError: an unknown name or `arch`, or this process interprets.
     """
     if unknown := [name for name in names if name not in OPS]:
         raise ValueError(f"compile: argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
     chosen = [op for op in OPS.values() if op.name in names or not names]
-    jobs = [(key, *call, arch, out) for key, (_, call) in _record_all(chosen, arch, dtypes).items()]
+    jobs = [job for job, _ in _record(chosen, arch, dtypes, out).values()]
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-    return _compile_all(jobs, progress)
+    found = _counted(jobs, progress)
+    return (compiled for _, compiled in (found if as_done else _in_order(found)))
 
 
 def as_json(compiled: Compiled) -> dict[str, Any]:
     """What `compile --json` prints of one kernel: all but its signature and assembly."""
-    known = {f.name: getattr(compiled, f.name) for f in fields(compiled) if f.name not in ("signature", "asm")}
+    hidden = ("signature", "asm", "error")
+    known = {f.name: getattr(compiled, f.name) for f in fields(compiled) if f.name not in hidden}
     found = {name: getattr(compiled, name) for name in ("loop_flop_per_instruction", "loop_spills", "fault")}
     return {**known, **found}

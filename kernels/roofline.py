@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .experts_config import family
+from .arch import family
 from .op import Cost
 
 

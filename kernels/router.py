@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .arch import amd
 from .checks import FLOATS, Binder, boolean, integer
 from .launch import launch, target_arch
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
@@ -181,7 +182,7 @@ def configs_gate(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, Launc
     depth = power_of_2((64 if single else 256) * 16 // block_e, low=16)
     tiles = {"BLOCK_T": 16, "BLOCK_E": block_e, "BLOCK_K": power_of_2(sizes["K"])}
     tiles["BLOCK_H"] = power_of_2(sizes["H"], low=16, high=depth)
-    stages = 2 if single or arch.startswith("gfx") else 4
+    stages = 2 if single or amd(arch) else 4
     return {"gate_route_kernel": LaunchConfig(tiles, num_warps=4, num_stages=stages)}
 
 

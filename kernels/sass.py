@@ -8,11 +8,17 @@ which do a quarter of its FLOP each. More is better: the tensor cores wait less 
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import triton
+
+Code = list[tuple[int, str]]  # address and text of each instruction
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 # A call may come back: to the code after it, that is one more condition.
@@ -51,17 +57,32 @@ def _flops(instruction: str) -> float | None:
     return None
 
 
-def _disassemble(cubin: bytes) -> list[tuple[int, str]]:
-    """Address and text of each instruction."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+def _sections(cubin: bytes) -> list[bytes]:
+    """The machine code of an ELF file, a section a function."""
+    (start,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, of_names = struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, start + size * index) for index in range(count)]
+    names = headers[of_names][4]
+    texts = (header for header in headers if cubin.startswith(b".text.", names + header[0]))
+    return [cubin[offset : offset + length] for *_, offset, length in texts]
+
+
+def _disassemble(sections: Sequence[bytes], arch: str) -> list[Code]:
+    """The instructions of each section. All in one go: the disassembler takes most of a second to start."""
+    number = int(arch.removeprefix("sm_"))
+    # Those of one generation since sm_100 have the same encodings, and an older disassembler knows the first alone.
+    target = f"SM{number // 10 * 10}a" if number >= 90 else f"SM{number}"
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(sections))
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        command = [triton.knobs.nvidia.nvdisasm.path, "--no-dataflow", "--binary", target, file.name]
         text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    return [(int(address, 16), instruction) for address, instruction in _LINE.findall(text)]
+    lines = [(int(address, 16), instruction) for address, instruction in _LINE.findall(text)]
+    ends = [bisect_left(lines, (address,)) for address in accumulate(map(len, sections), initial=0)]
+    return [lines[begin:end] for begin, end in pairwise(ends)]
 
 
-def _blocks(code: list[tuple[int, str]]) -> tuple[list[list[str]], list[set[int]]]:
+def _blocks(code: Code) -> tuple[list[list[str]], list[set[int]]]:
     """Straight pieces of code, and which pieces may come before each."""
     jumps = {at: (int(found[4], 16), any(found.groups()[:3])) for at, text in code if (found := _JUMP.match(text))}
     ends = {at for at, text in code if _END.match(text)}
@@ -115,9 +136,15 @@ def _natural_loops(before: list[set[int]]) -> list[set[int]]:
     return loops
 
 
-def main_loops(cubin: bytes) -> list[Loop]:
-    """The innermost loops that use the tensor cores; where none does, the innermost loops."""
-    blocks, before = _blocks(_disassemble(cubin))
+def main_loops(cubins: Sequence[bytes], arch: str) -> list[tuple[Loop, ...]]:
+    """Of each kernel the innermost loops that use the tensor cores; where none does, the innermost loops."""
+    sections = [_sections(cubin) for cubin in cubins]
+    code = iter(_disassemble([section for each in sections for section in each], arch))
+    return [tuple(loop for _ in each for loop in _loops(next(code))) for each in sections]
+
+
+def _loops(code: Code) -> list[Loop]:
+    blocks, before = _blocks(code)
     tensor = {index for index, block in enumerate(blocks) if any(map(_TENSOR.match, block))}
     every = _natural_loops(before)
     working = [loop for loop in every if loop & tensor] or every

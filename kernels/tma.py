@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# On sm_80 a descriptor turns into pointers in the compiler, and those mostly spill.
-_ARCHES = ("sm_90", "sm_100")
+from .arch import tma
 
 
 def takes(x: Tensor, arch: str) -> bool:
     """Whether `arch` has TMA of use, and x is as it wants it: 16-bit, not empty, its last dimension contiguous, its
     base and its other strides multiples of 16 bytes, and none of them 0."""
-    if arch not in _ARCHES or x.dtype.itemsize != 2 or x.numel() == 0 or x.stride(-1) != 1 or x.data_ptr() % 16:
+    if not tma(arch) or x.dtype.itemsize != 2 or x.numel() == 0 or x.stride(-1) != 1 or x.data_ptr() % 16:
         return False
     return all(stride > 0 and stride * x.dtype.itemsize % 16 == 0 for stride in x.stride()[:-1])
 

@@ -152,7 +152,7 @@ def _unmeasured(args: argparse.Namespace, card: Card, out: Console, bar: Callabl
 
 
 def _compiled(names: Sequence[str], arch: str, bar: Callable[..., Any]) -> list[dict[str, Any]]:
-    with bar(f"compiling for {arch}", 1) as progress:
+    with bar(f"compiling for {arch}", None) as progress:
         kernels = compile_ops(names, arch, progress=progress.of, dtypes=[torch.bfloat16])
         return [{"kind": "kernel", **as_json(kernel)} for kernel in kernels]
 

@@ -9,9 +9,10 @@ import argparse
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,13 +28,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from .kernels.arch import ARCHS
+
 if TYPE_CHECKING:
     import torch
 
     from .model import Mixtral
 
 SMALL = Path(__file__).parent / "small"  # the checkpoint that ships with the package
-ARCHS = "sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx90a, gfx942, gfx950"
+SILENT = 10.0  # seconds of work without a word where stderr is no terminal
 
 
 class _Parser(argparse.ArgumentParser):
@@ -97,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--dry-run", action="store_true", help="time nothing")
     compile = command("compile", "compile every kernel for a GPU that need not be there")
     compile.add_argument("ops", nargs="*", metavar="OP", help="none: all")
-    compile.add_argument("--arch", required=True, help=ARCHS)
+    compile.add_argument("--arch", required=True, help=", ".join(ARCHS))
     compile.add_argument("--out", type=Path, help="folder that keeps .ptx, .cubin and .sass (AMD: .amdgcn, .hsaco)")
     return parser
 
@@ -130,7 +133,7 @@ def _choose_way(args: argparse.Namespace, out: Console) -> None:
 
 
 class _Bar:
-    """A progress bar on stderr, where that is a terminal: `more` of the total, or `of` a total told later."""
+    """Progress: `more` of the total, or `of` a total told later."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self.progress, self.task = progress, task
@@ -143,11 +146,40 @@ class _Bar:
 
 
 @contextmanager
-def _bar(label: str, total: int, *columns: ProgressColumn) -> Iterator[_Bar]:
+def _bar(label: str, total: int | None, *columns: ProgressColumn) -> Iterator[_Bar]:
+    """Progress on stderr: a bar where that is a terminal, else a line every SILENT seconds, so none of quick work.
+
+    `total` None: told later.
+    """
     console = Console(stderr=True)
     shown = (TextColumn(label), BarColumn(), *columns, TimeRemainingColumn())
     with Progress(*shown, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield _Bar(progress, progress.add_task(label, total=total))
+        bar = _Bar(progress, progress.add_task(label, total=total))
+        with nullcontext() if console.is_terminal else _now_and_then(bar, label, columns):
+            yield bar
+
+
+@contextmanager
+def _now_and_then(bar: _Bar, label: str, columns: Sequence[ProgressColumn]) -> Iterator[None]:
+    """While the block runs: what the columns show, and the seconds left at the speed so far."""
+    ended, start = threading.Event(), time.monotonic()
+
+    def say() -> None:
+        while not ended.wait(SILENT):
+            task, words = bar.progress.tasks[0], ["starting"]
+            if task.total is not None:
+                words = [str(column(task)).strip() for column in columns]
+            if task.completed and task.remaining is not None:
+                words.append(f"{(time.monotonic() - start) * task.remaining / task.completed:.0f} s left")
+            print(f"{label}: {', '.join(words)}", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _load(args: argparse.Namespace) -> Mixtral:
@@ -269,8 +301,9 @@ def _compile(args: argparse.Namespace) -> int:
     from .kernels.roofline import table_note
 
     rows: list[dict[str, Any]] = []
-    with _bar(f"compiling for {args.arch}", 1, MofNCompleteColumn()) as progress:
-        for compiled in compile_ops(args.ops, args.arch, out=args.out, progress=progress.of):
+    with _bar(f"compiling for {args.arch}", None, MofNCompleteColumn()) as progress:
+        # JSON streams; the table has the registry's order.
+        for compiled in compile_ops(args.ops, args.arch, out=args.out, progress=progress.of, as_done=args.json):
             rows.append(as_json(compiled))
             if args.json:
                 print(json.dumps(rows[-1]), flush=True)
@@ -280,8 +313,10 @@ def _compile(args: argparse.Namespace) -> int:
         if note := table_note(args.arch):
             out.print(note)
         out.print(resources_table(args.arch, rows))
-        limit = rows[0]["limit_bytes"]
-        verdict = f"{len(bad)} of them spill or do not fit" if bad else "none spills in its main loop, all fit"
+        for row in bad:
+            out.print(f"{row['op']}, {row['kernel']}, {row['dtype']}: {row['fault']}", style="red", markup=False)
+        limit = ARCHS[args.arch].shared_bytes
+        verdict = f"{len(bad)} of them must not run" if bad else "none spills in its main loop, all fit"
         style = "bold red" if bad else "bold green"
         out.print(f"{len(rows)} kernels; shared memory of a block: {limit:,} bytes at most. [{style}]{verdict}[/]")
     return 1 if bad else 0
