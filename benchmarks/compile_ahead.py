@@ -52,7 +52,8 @@ def main() -> int:
     found = list(compile_launches(wanted, arch))
     print(f"{len(found)} kernels of {len(wanted)} launches compiled for {arch}")
     faults = [f"{each.kernel}: {each.error}" for each in found if each.error]
-    print(*faults, sep="\n", file=sys.stderr)
+    for fault in faults:
+        print(fault, file=sys.stderr)
     return 1 if faults else 0
 
 

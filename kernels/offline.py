@@ -228,6 +228,14 @@ def _crashed(job: _Job, by: signal.Signals, what: str = "Triton") -> Compiled:
     return job.failed(f"{what} crashed with {by.name}")
 
 
+def compile_launches(launches: Iterable[Launch], arch: str) -> Iterator[Compiled]:
+    """The kernels of recorded launches into Triton's cache, each once, by all cores: a launch finds them there."""
+    jobs = [_Job.of(launch, arch, "", None) for launch in launches]
+    # What is known of its integers makes another kernel of it, too.
+    distinct = {(job.key, repr(job.attrs)): job for job in jobs}
+    return (compiled for _, compiled in _compile_all(list(distinct.values())))
+
+
 def _weight(job: _Job) -> int:
     """The size of the kernel's tile: what takes longest to compile has the largest."""
     return math.prod(size for name, size in job.launch.constexprs.items() if name.startswith("BLOCK_"))

@@ -4,6 +4,7 @@ holds the launch against what CUDA would demand (tests/stub)."""
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mixtral_triton.kernels.launch import INTERPRETED, record_launches
+from mixtral_triton.kernels.offline import compile_launches
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.registry import OPS
 from tests.stub.driver import GRID_MOST, LaunchError, check_descriptor
@@ -72,6 +74,31 @@ def test_attention_of_every_head_size(D: int, window: int, card: Any, covers: An
     for T in QUERIES if window == 0 else (37, 150):
         sizes = {"B": 2, "T": T, "S": T, "Hq": 4, "Hkv": 2, "D": D, "window": window}
         count(covers, go(OPS["attention"], sizes, torch.bfloat16, card), f"D{D} T{T} window {window}")
+
+
+def test_what_was_compiled_ahead_is_not_compiled_again(
+    card: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The day compiles offline, on all cores; its launches find the kernels, those of other divisibility too."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    op, dtype = OPS["rms_norm"], torch.bfloat16
+    shapes = [{"T": T, "H": H} for T, H in ((1, 64), (3, 64), (16, 64), (3, 72))]
+    with record_launches() as recorded:
+        for sizes in shapes:
+            op.run(**op.inputs(sizes, dtype, "meta"))
+    ahead = list(compile_launches(recorded, "sm_90"))
+    assert not [each.error for each in ahead if each.error] and len(ahead) >= 3
+
+    def anew(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("compiled anew")
+
+    monkeypatch.setattr(CUDABackend, "make_cubin", anew)
+    for sizes in shapes:
+        go(op, sizes, dtype, card)
+    with pytest.raises(AssertionError, match="compiled anew"):
+        go(op, {"T": 3, "H": 256}, dtype, card)
 
 
 def norm_launch(T: int, card: Any, offset: int = 0) -> tuple[Any, list[Any]]:
