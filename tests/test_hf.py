@@ -107,6 +107,8 @@ def test_intervals_never_become_a_dense_mask(make_hf: Any, monkeypatch: pytest.M
         raise AssertionError("a dense mask was made")
 
     monkeypatch.setattr(hf_mask, "sdpa_mask", refuse)
+    for name in ("eager", "sdpa"):
+        monkeypatch.setitem(transformers.AttentionMaskInterface._global_mapping, name, refuse)
     padded = torch.ones_like(IDS)
     padded[1, :6] = 0
     for window in (6, None):

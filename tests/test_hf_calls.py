@@ -84,7 +84,7 @@ def test_layers_and_attention_take_an_ordinary_pair(dtype: torch.dtype, make_hf:
     """As those do who build their own loop over the layers; positions may differ from row to row."""
     model = make_hf().to(dtype)
     h = torch.randn(2, 14, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
-    positions = torch.stack((torch.arange(14), torch.arange(14) + 3))
+    positions = torch.stack((torch.arange(14), torch.arange(14) * 3))
     rows = slice(0, 1), slice(0, 2)
     pairs = [model.model.rotary_emb(h, positions[row]) for row in rows]
     mask = torch.full((14, 14), torch.finfo(dtype).min).triu(1).to(dtype)[None, None]

@@ -164,6 +164,10 @@ def test_an_applied_model_runs_in_a_fresh_process(picklable: None, make_hf: Any,
     kept = with_results(apply(make_hf()))
     (tmp_path / "pickled").write_bytes(pickle.dumps(kept))
     torch.save(kept["model"], tmp_path / "saved")
+    before = """
+from transformers import AttentionMaskInterface
+AttentionMaskInterface._global_mapping["eager"] = None  # no mask of transformers' is made
+"""
     after = f"""
 saved = torch.load({str(tmp_path / "saved")!r}, weights_only=False)
 with torch.no_grad():
@@ -173,7 +177,7 @@ assert hf.applied(model) and type(model.model.norm).__module__ == "mixtral_trito
 assert not hf.applied(revert(model)) and type(model).__mro__[1].__name__ == "MixtralPreTrainedModel"
 """
     load = f"pickle.load(open({str(tmp_path / 'pickled')!r}, 'rb'))"
-    assert in_a_fresh_process(before="", load=load, atol=0, after=after) == "right"
+    assert in_a_fresh_process(before=before, load=load, atol=0, after=after) == "right"
     parity("pickle: an applied model in a fresh process", "holds")
 
 
