@@ -229,11 +229,12 @@ class Factories(TorchFunctionMode):
         named = [x for x in (*args[1:], kwargs.get("device")) if isinstance(x, (str, torch.device))]
         named += [torch.device("cuda", x) for x in args[1:] if isinstance(x, int) and not isinstance(x, bool)]
         device = others[0].device if others else named[0] if named else None
-        if not is_card(device) or (isinstance(args[0], CardTensor) and indexed(device) == args[0].device):
-            rest = [x for x in args if not isinstance(x, int) or isinstance(x, bool)]
-            return func(*rest, **kwargs)
+        if not is_card(device):
+            return func(*args, **kwargs)
         dtypes = [x for x in (*args[1:], kwargs.get("dtype")) if isinstance(x, torch.dtype)]
         dtypes += [x.dtype for x in others]
+        if args[0].device == indexed(device):
+            return args[0].to(dtypes[0]) if dtypes else args[0]
         return self._moved(args[0], device, {"dtype": dtypes[0]} if dtypes else {})
 
     def _moved(self, x: Tensor, device: Any, dtype: dict[str, torch.dtype]) -> Tensor:
