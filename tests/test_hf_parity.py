@@ -295,6 +295,10 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "mask: packed sequences by position_ids": ({}, packed),
     "mask: packed sequences, no window": (NO_WINDOW, packed),
     "mask: packed sequences, window of one": ({"sliding_window": 1}, packed),
+    "mask: positions that start again, with a cache": (
+        {},
+        lambda m: logits(m, position_ids=torch.tensor([*range(5), *range(T - 5)])[None]),
+    ),
     "cache: dynamic, in chunks": (NO_WINDOW, lambda m: stepwise(m, dynamic(m), None, CHUNKS)),
     "cache: dynamic, left padding": (NO_WINDOW, lambda m: stepwise(m, dynamic(m), LEFT, CHUNKS)),
     "cache: dynamic, holes": (NO_WINDOW, lambda m: stepwise(m, dynamic(m), HOLES, CHUNKS)),
