@@ -7,10 +7,10 @@ B batch, T tokens, H hidden, D head size
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache as remembered
 from functools import partial, wraps
 from typing import Any, ClassVar
 
@@ -40,9 +40,9 @@ class Parts:
 
 
 class Applied:
-    """A class that a module takes on. What is made of it by calling or pickling is transformers' own class, or this."""
+    """A class that a module takes on in place of `theirs`. Calling it makes one of theirs, and a pickle names theirs."""
 
-    theirs: ClassVar[Any]  # nn.Module's subclass that this one stands for
+    theirs: ClassVar[Any]
     _mixtral_triton: Parts
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -232,14 +232,12 @@ class Generating(Selecting):
 class Backbone(Selecting):
     """MixtralModel: refuses what could not be honoured before anything runs, and brings its own mask."""
 
-    config: Any
-
     @wraps(theirs.MixtralModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training:  # type: ignore[attr-defined]
             raise ValueError("mixtral_triton.apply is for inference only: call model.eval(), or revert(model) to train")
         if self._mixtral_triton.attention:
-            args, kwargs = masked(self.config, args, kwargs)
+            args, kwargs = masked(self.config, args, kwargs)  # type: ignore[attr-defined]
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -252,7 +250,7 @@ def masked(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     if tokens is None:  # transformers says so
         return args, kwargs
     mask, positions = given.get("attention_mask"), given.get("position_ids")
-    cache = given.get("cache", given.get("past_key_values"))
+    cache = given.get("past_key_values") if given.get("cache") is None else given["cache"]
     if isinstance(mask, Tensor) and mask.dim() == 2 and cache is None and mask.shape != tokens.shape[:2]:
         need = list(tokens.shape[:2])
         raise ValueError(
@@ -271,7 +269,7 @@ BLOCKS = {
 }
 
 
-@remembered
+@functools.cache
 def ours(kind: Any) -> Any:
     """What an instance of `kind`, one of transformers' blocks or models, becomes.
 
