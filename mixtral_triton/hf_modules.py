@@ -40,7 +40,7 @@ class Parts:
 
 
 class Applied:
-    """A class that a module takes on in place of `theirs`. Calling it makes one of theirs, and a pickle names theirs."""
+    """A class that a module takes on in place of `theirs`. Calling it makes one of those; a pickle names that, too."""
 
     theirs: ClassVar[Any]
     _mixtral_triton: Parts
