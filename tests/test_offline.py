@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
-from mixtral_triton.kernels import offline
+from mixtral_triton.kernels import counted, offline, sass
+from mixtral_triton.kernels.arch import ARCHS
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.offline import as_json, collect, compile_launch, compile_ops
 from mixtral_triton.kernels.op import Launch
@@ -19,10 +22,8 @@ from mixtral_triton.kernels.registry import OPS
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
 
-ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+FAMILIES = tuple(dict.fromkeys(known.family for known in ARCHS.values()))
 EVERY_DTYPE = "sm_90"
-# sm_86, sm_89 and sm_120 run what sm_80 runs, and have less shared memory.
-LEAST_OF_SM_80 = 101376
 MEASURED = {"registers", "spills", "shared_bytes", "limit_bytes", "loop_spills", "loop_flop_per_instruction"}
 JSON_KEYS = MEASURED | {"fault", "op", "kernel", "arch", "file", "dtype", "num_warps", "num_stages", "constexprs"}
 
@@ -30,7 +31,7 @@ JSON_KEYS = MEASURED | {"fault", "op", "kernel", "arch", "file", "dtype", "num_w
 def cases() -> Iterator[Any]:
     """Op, architecture, dtype: pieces that share out evenly. fp16 has bf16's tiles, and is compiled for sm_90 only."""
     for name, op in OPS.items():
-        for arch in ARCHS:
+        for arch in FAMILIES:
             for dtype in op.dtypes:
                 if dtype != torch.float16 or arch == EVERY_DTYPE:
                     yield pytest.param(name, arch, dtype, id=f"{name}-{arch}-{str(dtype).removeprefix('torch.')}")
@@ -39,8 +40,9 @@ def cases() -> Iterator[Any]:
 @pytest.mark.parametrize(("name", "arch", "dtype"), list(cases()))
 def test_no_spill_and_fits_shared_memory(name: str, arch: str, dtype: torch.dtype, covers: Any) -> None:
     compiled = [compile_launch(launch, arch) for launch in collect(OPS[name], arch, [dtype])]
-    if arch == "sm_80":
-        compiled = [replace(kernel, limit_bytes=LEAST_OF_SM_80) for kernel in compiled]
+    # Some run what others run, and have less shared memory.
+    least = min(known.shared_bytes for known in ARCHS.values() if known.family == arch)
+    compiled = [replace(kernel, limit_bytes=least) for kernel in compiled]
     covers("target", arch)
     for kernel in compiled:
         covers("compiled", str(kernel))
@@ -55,6 +57,21 @@ def test_other_head_sizes(D: int, dtype: torch.dtype) -> None:
     launches = collect(replace(OPS["attention"], bench_shapes=(shapes[0], shapes[-1])), "sm_90", [dtype])
     kernels = {launch.kernel: compile_launch(launch, "sm_90").fault for launch in launches}
     assert kernels == dict.fromkeys(("attention_prefill_kernel", "attention_decode_kernel", "attention_combine_kernel"))
+
+
+# D and T. Narrower than their tile: an assembler of CUDA 12 crashes where 64 rows or 64 columns meet 128 keys.
+HEADS = [(48, 20), (48, 65), (48, 150), (72, 37), (80, 33), (112, 37), (192, 65)]
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
+@pytest.mark.parametrize(("D", "T"), HEADS)
+def test_heads_narrower_than_their_tile(D: int, T: int, arch: str) -> None:
+    """Keys given alone or with a ring before them; bf16, and fp16 where both compile to the same tiles' code."""
+    plain = {"B": 1, "T": T, "S": 4096, "Hq": 4, "Hkv": 2, "D": D, "window": 0}
+    ring = {**plain, "C": 4096, "past": 5000, "fresh": 1}
+    for name, sizes, dtype in (("attention", plain, torch.bfloat16), ("cached_attention", ring, torch.float16)):
+        (launch,) = collect(replace(OPS[name], bench_shapes=(sizes,)), arch, [dtype])
+        assert compile_launch(launch, arch).fault is None, (name, launch)
 
 
 def prefill(kernel: str, arch: str = "sm_90") -> Launch:
@@ -124,39 +141,138 @@ def test_the_gate_catches_too_much_shared_memory() -> None:
     assert "shared memory" in str(compile_launch(launch, "sm_90").fault)
 
 
+def test_the_gate_knows_how_much_each_card_has() -> None:
+    launch = replace(prefill("experts_up_kernel", "sm_80"), num_stages=5)
+    faults = {arch: compile_launch(launch, arch).fault for arch in ("sm_80", "sm_89")}
+    assert faults["sm_80"] is None and "of 101376 bytes of shared memory" in str(faults["sm_89"])
+
+
+@pytest.mark.parametrize("arch", [arch for arch, known in ARCHS.items() if arch != known.family])
+def test_a_card_on_the_choices_of_another(arch: str, covers: Any) -> None:
+    """The kernels with the largest tiles: the rest are those of the family, compiled above."""
+    covers("target", arch)
+    for kernel in ("experts_up_kernel", "experts_down_kernel", "attention_prefill_kernel"):
+        compiled = compile_launch(prefill(kernel, arch), arch)
+        covers("compiled", str(compiled))
+        assert compiled.fault is None, compiled
+
+
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("name", OPS)
-def test_signatures_are_those_of_the_jit(name: str, arch: str) -> None:
-    """Types, constants and divisibility are what Triton itself would find in the arguments when it launches."""
+def test_a_launch_finds_it_in_the_cache(name: str, arch: str) -> None:
+    """Triton's key of what is compiled here is the one that its JIT makes of the same call."""
     jit = pytest.importorskip("triton.runtime.jit")
     backend = offline.make_backend(offline._target(arch))
     for launch in collect(OPS[name], arch):
+        program = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+        call = {**launch.args, **launch.constexprs, **program, "debug": False}
         bind = jit.create_function_from_signature(launch.fn.signature, launch.fn.params, backend)
-        bound, specialized, _ = bind(**launch.args, **launch.constexprs)
-        options = {"enable_fp_fusion": True}
-        _, signature, constants, attrs = launch.fn._pack_args(backend, options, bound, specialized, options)
-        source = offline._source(launch, arch)
-        assert source.signature == signature
-        assert source.constants == constants
-        assert {at: found for at, found in source.attrs.items() if found} == {at: a for at, a in attrs.items() if a}
+        options, *told = launch.fn._pack_args(backend, call, *bind(**call))
+        again = backend.parse_options(dict(options.__dict__))
+        key = offline.get_cache_key(offline.ASTSource(launch.fn, *told), backend, again, {})
+        job = offline._Job.of(launch, arch, name, None)
+        assert offline.get_cache_key(job.source(), backend, backend.parse_options(job.options), {}) == key
 
 
-def test_each_kernel_once_in_a_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["rope", "rms_norm", "add_rms_norm", "route", "append"]
-    progress: list[tuple[int, int]] = []
-    shared = [as_json(c) for c in compile_ops(names, "sm_90", progress=lambda *at: progress.append(at))]
-    assert progress == [(n + 1, len(shared)) for n in range(len(shared))]
-    assert len(shared) >= 32, "too few to be shared with other processes"
-    monkeypatch.setattr(offline.os, "cpu_count", lambda: 1)
-    assert [as_json(c) for c in compile_ops(names[::-1], "sm_90")] == shared
-    assert list(dict.fromkeys(row["op"] for row in shared)) == [name for name in OPS if name in names]
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Triton's cache, empty."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
-def test_a_kernel_of_two_operations_is_compiled_once() -> None:
-    dtypes = [torch.bfloat16]
-    both = [offline._record_all(ops, "sm_90", dtypes) for ops in ([OPS["sort_by_expert"]], [OPS["expert_swiglu"]])]
-    union = offline._record_all([OPS["sort_by_expert"], OPS["expert_swiglu"]], "sm_90", dtypes)
-    assert len(union) < sum(map(len, both)) and set(union) == set(both[0]) | set(both[1])
+def test_each_kernel_once_in_a_fixed_order(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As each is done, by several processes; then all from the cache, in order."""
+    names, progress = ["rms_norm", "append", "route"], []
+    monkeypatch.setattr(offline, "_A_WORKER", 4)
+    done = [as_json(c) for c in compile_ops(names, "sm_90", progress=lambda *at: progress.append(at), as_done=True)]
+    assert progress == [(n + 1, len(done)) for n in range(len(done))] and len(done) >= 16
+    monkeypatch.setattr(offline, "share", None)
+    rows = [as_json(c) for c in compile_ops(names[::-1], "sm_90")]
+    assert sorted(map(json.dumps, rows)) == sorted(map(json.dumps, done))
+    order = [launch.kernel for name in OPS if name in names for launch in collect(OPS[name], "sm_90")]
+    assert [row["kernel"] for row in rows] == order and done[0]["kernel"] == "rms_norm_kernel", "the heaviest first"
+
+
+def test_the_heaviest_first(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Launch] = []
+
+    def note(job: Any) -> Any:
+        begun.append(job.launch)
+        return job.failed("not tried")
+
+    monkeypatch.setattr(offline, "_attempt", note)
+    monkeypatch.setattr(offline, "_A_WORKER", 1 << 20)
+    rows = list(compile_ops(["gate_route", "attention"], "sm_90", dtypes=[torch.bfloat16]))
+    kernels = [launch.kernel for launch in begun]
+    assert kernels[0] == "attention_prefill_kernel" and kernels[-1] == "attention_combine_kernel"
+    assert len(begun) == len(rows) and rows[0].kernel == "gate_route_kernel"
+
+
+def test_a_kernel_of_two_operations_is_compiled_once(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline, "_attempt", lambda job: job.failed("not tried"))
+    monkeypatch.setattr(offline, "_A_WORKER", 1 << 20)
+    ops, dtypes = ("sort_by_expert", "expert_swiglu"), [torch.bfloat16]
+    alone = [set(offline._record([OPS[name]], "sm_90", dtypes)) for name in ops]
+    both = list(compile_ops(ops, "sm_90", dtypes=dtypes))
+    assert alone[0] & alone[1] and len(both) == len(alone[0] | alone[1])
+
+
+def test_a_kernel_that_does_not_compile_is_a_row(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An assembler that crashes, as it does on some kernels, and one that dislikes the code; the rest is compiled."""
+    crash = own_cache.parent / "ptxas"
+    crash.write_text(
+        '#!/bin/sh\ncase "$*" in *--version*) echo "Cuda, release 12.9, V12.9.86";; *) kill -SEGV $$;; esac\n'
+    )
+    crash.chmod(0o755)
+    for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
+        monkeypatch.setenv(name, str(crash))
+    monkeypatch.setattr(offline, "_ptxas_knows", lambda number: True)
+    faults = {compiled.fault for compiled in compile_ops(["append"], "sm_90")}
+    assert faults == {"does not compile: ptxas crashed with SIGSEGV"}
+
+
+def damaged(text: str) -> Iterator[bytes]:
+    """What may become of a remembered count: gone, cut short, overwritten, another number, another kernel's."""
+    digest, body = text.split("\n")
+    yield from (b"", text[:-3].encode(), b"\xff\xfe\x00", digest.encode(), body.encode())
+    yield text.replace("[", "[1", 1).encode()
+    yield f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}".encode()
+
+
+def test_counts_are_remembered_as_long_as_they_hold(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = next(found for found in collect(OPS["gate_route"], "sm_90", [torch.bfloat16]))
+    runs: list[int] = []
+    disassemble = sass._disassemble
+    monkeypatch.setattr(sass, "_disassemble", lambda *args: runs.append(1) or disassemble(*args))
+
+    def row() -> dict[str, Any]:
+        return as_json(compile_launch(launch, "sm_90"))
+
+    first = row()
+    (memory,) = own_cache.glob("*/*.counted")
+    (cubin,) = own_cache.glob("*/*.cubin")
+    assert first["loop_flop_per_instruction"] and row() == first and len(runs) == 1
+    kept = memory.read_text()
+    for times, content in enumerate(damaged(kept), 2):
+        memory.write_bytes(content)
+        assert row() == first and len(runs) == times and memory.read_text() == kept
+    monkeypatch.setattr(counted, "_CODE", b"counted otherwise")
+    assert row() == first and len(runs) == times + 1 and memory.read_text() != kept
+    other = cubin.read_bytes().replace(b"gate_route", b"gate_rout_")
+    cubin.write_bytes(other)
+    assert row() == first and len(runs) == times + 2, "other machine code"
+    memory.unlink()
+    memory.mkdir()
+    assert row() == first, "where nothing can be kept it is counted each time"
+
+
+def test_counted_together_as_each_alone() -> None:
+    """Kernels disassembled in one go: the jumps of each stay in it."""
+    kernels = [compile_launch(prefill(kernel), "sm_90") for kernel in FLOP_PER_INSTRUCTION]
+    code = [kernel.asm["cubin"] for kernel in kernels]
+    assert sass.main_loops(code, "sm_90") == [loops for each in code for loops in sass.main_loops([each], "sm_90")]
+    assert [list(kernel.loops) for kernel in kernels] == [list(loops) for loops in sass.main_loops(code, "sm_90")]
 
 
 @pytest.mark.parametrize(
