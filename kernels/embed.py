@@ -55,7 +55,7 @@ def embed_rms_norm_kernel(
     bad = tl.max(strange, axis=0) != 0
     if past_ptr is not None:
         past, new = tl.load(past_ptr + b).to(tl.int64), tl.load(new_ptr + b).to(tl.int64)
-        bad = bad | (new < 0) | (new > T) | (past < 0) | (past > limit)
+        bad = bad | (new < 0) | (new > T) | (past < 0) | (past > limit - tl.minimum(tl.maximum(new, 0), T))
     token = tl.where(bad, 0, tl.load(row + t * stride_it)).to(tl.int64)
     offs_h = tl.arange(0, BLOCK_H)
     x = tl.load(table_ptr + token * stride_tv + offs_h, mask=offs_h < tl.where(bad, 0, H), other=0.0)

@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from mixtral_triton import ops
-from mixtral_triton.kernels import launch
+from mixtral_triton.kernels import interpret, launch
 from mixtral_triton.kernels.interpret import active_addresses, interpreting
 from mixtral_triton.kernels.launch import INTERPRETED
 
@@ -138,6 +139,21 @@ def gates(monkeypatch: pytest.MonkeyPatch, record_property: Any) -> Iterator[Non
     torch.use_deterministic_algorithms(False)
     for kind, what in sorted(_covered):
         record_property(kind, what)
+
+
+def in_order(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a @ b, each element summed from the first column of a to the last."""
+    total = np.zeros((a.shape[0], b.shape[1]), a.dtype)
+    for k in range(a.shape[1]):
+        total += a[:, k, None] * b[None, k]
+    return total
+
+
+@pytest.fixture
+def ordered(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Interpreted products sum in one order wherever a row stands in its tile, as numpy's do not -> that product."""
+    monkeypatch.setattr(interpret, "product", in_order)
+    return in_order
 
 
 @pytest.fixture

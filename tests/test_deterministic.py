@@ -25,24 +25,8 @@ UNGUARDED = launch.interpret  # other tests run the same kernels under guard, wh
 SLOW = pytest.mark.skipif(INTERPRETED, reason="minutes, interpreted; fewer others are as good there")
 
 
-def in_order(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a @ b, each element summed from the first column of a to the last."""
-    total = np.zeros((a.shape[0], b.shape[1]), a.dtype)
-    for k in range(a.shape[1]):
-        total += a[:, k, None] * b[None, k]
-    return total
-
-
-def out_of_order(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The same, but every second row and column is summed from the last: as a library may, by the place in the tile."""
-    total, turned = in_order(a, b), in_order(a[:, ::-1], b[::-1])
-    total[1::2], total[:, 1::2] = turned[1::2], turned[:, 1::2]
-    return total
-
-
 @pytest.fixture(autouse=True)
-def ordered(gates: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interpret, "product", in_order)
+def quick(gates: None, ordered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "interpret", UNGUARDED)
 
 
@@ -176,7 +160,14 @@ def test_a_tile_that_depends_on_the_batch_is_seen(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.skipif(not INTERPRETED, reason="about the product of interpreted kernels")
 @pytest.mark.parametrize("name", ("linear", "gate_route", "expert_swiglu", "experts_add_rms_norm"))
-def test_a_sum_that_depends_on_the_place_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sum_that_depends_on_the_place_is_seen(name: str, ordered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second row and column summed from the last: as a library may, by the place in the tile."""
+
+    def out_of_order(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        total, turned = ordered(a, b), ordered(a[:, ::-1], b[::-1])
+        total[1::2], total[:, 1::2] = turned[1::2], turned[:, 1::2]
+        return total
+
     monkeypatch.setattr(interpret, "product", out_of_order)
     with pytest.raises(AssertionError, match=rf"{name}: .* of 8"):
         check(name, dict(CASES)[name], 8, torch.float32, "cpu")
