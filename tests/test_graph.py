@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton import Mixtral, MixtralConfig, generate
+from mixtral_triton import KVCache, Mixtral, MixtralConfig, generate
 from mixtral_triton.graph import CaptureLost, captured
+from mixtral_triton.kernels.launch import INTERPRETED
 
 V = 23
 NEW = 8
@@ -151,6 +152,53 @@ def test_cuda_s_own_capture_that_fails(fault: Any, monkeypatch: pytest.MonkeyPat
     torch.cuda.empty_cache()
     drawn = torch.Generator("cuda").manual_seed(0)
     assert len(texts(model, max_new_tokens=NEW, temperature=1.0, generator=drawn)) == 3
+
+
+def cache_of(model: Mixtral, batch: int) -> KVCache:
+    return KVCache(model.config, batch, 12, model.device, model.dtype)
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="what a graph holds are the operators, whatever runs in them")
+def test_forward_compiles_whole_and_once() -> None:
+    """One graph for all steps of one token, wherever the sequences stand."""
+    torch._dynamo.reset()
+    model, ids = build(None, "cpu"), tokens(2, 12)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    held = [cache_of(model, 2), cache_of(model, 2)]
+    with torch.no_grad():
+        assert torch.allclose(compiled(ids), model(ids), atol=1e-5)
+        for chunk, lengths in ((ids[:, :5], torch.tensor([2, 5])), *((ids[:, t : t + 1], None) for t in range(3))):
+            got, want = (f(chunk, c, lengths) for f, c in zip((compiled, model), held, strict=True))
+            assert torch.allclose(got, want, atol=1e-5)
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for t in range(3):
+            compiled(ids[:, t : t + 1], held[0])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+    assert held[0].lengths.tolist() == [8, 11]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", (1, 3))
+def test_forward_in_a_cuda_graph(T: int) -> None:
+    model = build(5, "cuda")
+    ids, held = tokens(2, T).cuda(), cache_of(model, 2)
+    model(ids, cache=held)  # compiles
+    held.lengths.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = model(ids, cache=held)
+    own, chunk = cache_of(model, 2), ids.clone()
+    for step in range(4):
+        ids.copy_((chunk + step) % V)
+        graph.replay()
+        assert torch.equal(logits, model(ids, cache=own))
+    ids[1, 0] = V
+    graph.replay()
+    assert logits[1].isnan().all() and logits[0].isfinite().all()
 
 
 def test_a_generator_of_another_device_is_refused() -> None:

@@ -374,48 +374,6 @@ def test_generate_refuses_a_prompt_out_of_range(gpu_rules: None) -> None:
         build(W).generate([tokens(3), tokens(2) * 0 + V], max_new_tokens=2)
 
 
-# compiled and captured by a user
-
-
-@pytest.mark.skipif(INTERPRETED, reason="what a graph holds are the operators, whatever runs in them")
-def test_forward_compiles_whole_and_once() -> None:
-    """One graph for all steps of one token, wherever the sequences stand."""
-    torch._dynamo.reset()
-    model, ids = build(None), tokens(2, 12)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    held = [cache_of(model, 2), cache_of(model, 2)]
-    with torch.no_grad():
-        assert torch.allclose(compiled(ids), model(ids), atol=1e-5)
-        for chunk, lengths in ((ids[:, :5], torch.tensor([2, 5])), *((ids[:, t : t + 1], None) for t in range(3))):
-            got, want = (f(chunk, c, lengths) for f, c in zip((compiled, model), held, strict=True))
-            assert torch.allclose(got, want, atol=1e-5)
-        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        for t in range(3):
-            compiled(ids[:, t : t + 1], held[0])
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
-    assert held[0].lengths.tolist() == [8, 11]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("T", (1, 3))
-def test_forward_in_a_cuda_graph(T: int) -> None:
-    model = build(W, "cuda")
-    ids, held = tokens(2, T).cuda(), cache_of(model, 2)
-    model(ids, cache=held)  # compiles
-    held.lengths.zero_()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = model(ids, cache=held)
-    own, chunk = cache_of(model, 2), ids.clone()
-    for step in range(4):
-        ids.copy_((chunk + step) % V)
-        graph.replay()
-        assert torch.equal(logits, model(ids, cache=own))
-    ids[1, 0] = V
-    graph.replay()
-    assert logits[1].isnan().all() and logits[0].isfinite().all()
-
-
 @pytest.mark.gpu
 def test_a_token_out_of_range_on_a_gpu() -> None:
     model, ids = build(W, "cuda"), tokens(3, 4).cuda()
