@@ -42,6 +42,7 @@ class Running:
     def __init__(self, part: Part, command: Command, out: Path) -> None:
         self.command, self.stem = command, out / stem(part.name, command.name)
         self.exit: int | None = None
+        self.lost = False
         self._start()
 
     def _events(self) -> list[dict[str, Any]]:
@@ -69,9 +70,10 @@ class Running:
         self.kill()  # what it started and left
         found = self._events()
         if self.command.resumes and not finished(found) and len(begun(found)) > self.begun:
+            self.lost = True
             self._start()
             return False
-        self.exit = 1 if code == 0 and died(found) else code
+        self.exit = code or int(self.lost or bool(died(found)))
         return True
 
     def cut(self) -> None:

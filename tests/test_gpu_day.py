@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import day_parts, gpu_day
+from benchmarks import gpu_day
 from benchmarks.day_parts import Command, Part, parts
 from benchmarks.day_report import whole_models
 from benchmarks.gpu_day import day
+from benchmarks.progress import events
 from mixtral_triton import toolchain
 from mixtral_triton.bench import Outcome, Row
 from mixtral_triton.bench_cases import BENCHED, Case, cases
@@ -268,21 +269,35 @@ def test_a_missing_compiler_or_header_is_said_first(
     assert left.value.code == 2 and said in error and len(error.splitlines()) == 1
 
 
-def test_the_whole_road_on_a_card_that_is_not_there(tmp_path: Path) -> None:
-    """Every part, with one operation whose kernel leaves the card in an error: the rest stands."""
+def test_the_road_on_a_card_that_is_not_there(tmp_path: Path) -> None:
+    """Parts of each kind, with a kernel that leaves the card in an error: its operation ends there, the rest stands."""
     command = [sys.executable, "benchmarks/gpu_day.py", "--dry", "--breaks", "append_kernel", "--out", str(tmp_path)]
+    command += ["--parts", "compile,attention,decode", "--budget-s", "2000"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert run.returncode == 1, run.stderr
     found = json.loads((tmp_path / "gpu_day.json").read_text())
-    assert set(found["parts"]) == {part.name for part in day_parts.parts()}
     failed = {
         f"{name}: {command}" for name, part in found["parts"].items() for command, code in part["exit"].items() if code
     }
-    assert failed == {"tests: append", "attention: append"}
-    assert {each["op"] for each in found["rows"]} == set(BENCHED)
-    wrong = {each["op"]: each["said"] for each in found["rows"] if each["said"]}
-    assert list(wrong) == ["append"] and "illegal memory access" in wrong["append"]
-    assert found["applied"]["rows"]
+    assert failed == {"attention: append"}
+    said = {each["op"]: each["said"] for each in found["rows"]}
+    assert "illegal memory access" in said.pop("append")
+    assert said == {"attention": None, "cached_attention": None, "decode_step": None}
+
+
+def test_a_test_that_loses_the_card_ends_its_process_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    """The plugin of the day's tests: what began is written down, and not begun again."""
+    file = tmp_path / "append.jsonl"
+    (tests,) = (part for part in parts(dry=True, breaks="append_kernel") if part.name == "tests")
+    (command,) = (each for each in tests.commands if each.name == "append")
+    args = [sys.executable, *command.args, "--most", "2", "--progress", str(file)]
+    begun = []
+    for _ in range(2):
+        run = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert run.returncode != 0 and "the card is in an error" in run.stdout, run.stdout + run.stderr
+        begun.append([event["test"] for event in events(file) if event["kind"] == "begin"])
+    assert len(begun[0]) == 1 and len(begun[1]) == 2 and begun[1][0] != begun[1][1]
+    assert {event["outcome"] for event in events(file) if event["kind"] == "outcome"} == {"failed"}
 
 
 @pytest.mark.parametrize(
