@@ -39,6 +39,7 @@ from .op import Launch, Op
 from .pool import share
 from .registry import OPS
 
+_WIDTHS = ("H", "I")  # of a model: they change no tile
 _TOGETHER = 32  # kernels whose loops are counted in one go, since a disassembler takes long to start
 _A_WORKER = 16  # kernels that pay for one more process
 
@@ -87,9 +88,12 @@ def _source(launch: Launch, arch: str) -> ASTSource:
     return ASTSource(fn, signature, constants, attrs)
 
 
-def _key(launch: Launch, source: ASTSource) -> str:
-    """Tells kernels apart, the same way in every process. Which integers are multiples of 16 does not count."""
-    parts = (launch.kernel, source.signature, sorted(source.constants.items()), launch.num_warps, launch.num_stages)
+def _key(launch: Launch, source: ASTSource, widths: bool = True) -> str:
+    """Tells kernels apart, the same way in every process. Which integers are multiples of 16 does not count, nor do,
+    without `widths`, the sizes of a model that stand in the code as constants."""
+    names, constants = launch.fn.arg_names, sorted(source.constants.items())
+    told = [(path, value) for path, value in constants if widths or names[path[0]] not in _WIDTHS]
+    parts = (launch.kernel, source.signature, told, launch.num_warps, launch.num_stages)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
@@ -183,11 +187,9 @@ class _Job:
         )
 
 
-def _record(
-    ops: Iterable[Op], arch: str, dtypes: Dtypes, out: PathLike | None = None
-) -> dict[str, tuple[_Job, Launch]]:
-    """The kernels of the operations over their bench shapes, by what tells them apart, each with a launch of it."""
-    found: dict[str, tuple[_Job, Launch]] = {}
+def _kernels(ops: Iterable[Op], arch: str, dtypes: Dtypes, widths: bool = True) -> dict[str, tuple[str, Launch]]:
+    """The kernels of the operations over their bench shapes, by `_key`: an operation, and its first launch of each."""
+    found: dict[str, tuple[str, Launch]] = {}
     for op in ops:
         wanted = [dtype for dtype in op.dtypes if not dtypes or dtype in dtypes or dtype not in FLOATS]
         for dtype, sizes in product(wanted, op.bench_shapes):
@@ -196,14 +198,13 @@ def _record(
                 op.run(**shapes)
             for launch in launches:
                 if launch.fn is not None:
-                    job = _Job.of(launch, arch, op.name, out)
-                    found.setdefault(job.key, (job, launch))
+                    found.setdefault(_key(launch, _source(launch, arch), widths), (op.name, launch))
     return found
 
 
 def collect(op: Op, arch: str, dtypes: Dtypes = None) -> list[Launch]:
     """The kernels `op` launches on `arch` over its bench shapes and dtypes (of the floats: `dtypes`), each once."""
-    return [launch for _, launch in _record([op], arch, dtypes).values()]
+    return [launch for _, launch in _kernels([op], arch, dtypes).values()]
 
 
 def compile_launch(launch: Launch, arch: str, op: str = "", out: PathLike | None = None) -> Compiled:
@@ -302,9 +303,10 @@ def compile_ops(
     dtypes: Dtypes = None,
     as_done: bool = False,
 ) -> Iterator[Compiled]:
-    """The kernels of the operations `names` (none: all) for `arch`, each compiled once, in the registry's order; with
-    `as_done` as soon as each is done. One that does not compile is among them, with its error.
+    """The kernels of the operations `names` (none: all) for `arch`, in the registry's order; with `as_done` as soon as
+    each is done. One that does not compile is among them, with its error.
 
+    Each is compiled once, also where a second model's widths (H and I, constants in the code) would change nothing else.
     `out`: a folder, made where missing, for .ptx, .sass and .cubin (.amdgcn and .hsaco) files. `progress` is told how
     many kernels are done, and of how many. Large jobs are shared with other processes, so a script that calls this
     needs its `if __name__ == "__main__"`. Triton's cache keeps the kernels, and beside them what was counted.
@@ -313,7 +315,8 @@ def compile_ops(
     if unknown := [name for name in names if name not in OPS]:
         raise ValueError(f"compile: argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
     chosen = [op for op in OPS.values() if op.name in names or not names]
-    jobs = [job for job, _ in _record(chosen, arch, dtypes, out).values()]
+    kernels = _kernels(chosen, arch, dtypes, widths=False)
+    jobs = [_Job.of(launch, arch, name, out) for name, launch in kernels.values()]
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
     found = _counted(jobs, progress)

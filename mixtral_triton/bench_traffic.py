@@ -35,7 +35,7 @@ def reduced(sizes: Sizes) -> Sizes:
     held = "C" if "C" in sizes else "S"
     if sizes.get("window"):
         small["window"] = max(1, sizes["window"] * small[held] // sizes[held])
-    if "past" in sizes:
+    if "C" in sizes and "past" in sizes:
         small["past"] = small["C"] - 1
     return small
 

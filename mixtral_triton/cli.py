@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .model import Mixtral
 
 SMALL = Path(__file__).parent / "small"  # the checkpoint that ships with the package
+CARDS = "a100, h100, h200, b200, b300, a10, l40s, rtx5090, mi300x"  # of kernels/roofline.py, which imports torch
 SILENT = 10.0  # seconds of work without a word where stderr is no terminal
 
 
@@ -88,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--first", type=int, default=0, metavar="N", help="leave the N cases before this one out")
     bench.add_argument("--without", action="append", default=[], metavar="PEER", help="leave a peer out; repeatable")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline (.png, .svg, .pdf)")
-    bench.add_argument("--card", help="measure nothing: floors by a data sheet (a100, h100, h200, b200, mi300x)")
+    bench.add_argument("--card", help=f"measure nothing: floors by a data sheet ({CARDS})")
     tune = command(
         "tune", "launch configurations around the present ones: what compiles, what is fastest, what to paste"
     )

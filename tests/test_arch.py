@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mixtral_triton import cli
 from mixtral_triton.cli import main
 from mixtral_triton.kernels import arch as arch_module
 from mixtral_triton.kernels.arch import ARCHS, family, multiprocessors, tma
@@ -83,3 +84,4 @@ def test_the_cards_of_the_benchmark_and_the_help_know_them(capsys: pytest.Captur
     with pytest.raises(SystemExit):
         main(["compile", "--help"])
     assert set(ARCHS) <= set(capsys.readouterr().out.replace(",", " ").split())
+    assert cli.CARDS.split(", ") == list(CARDS)

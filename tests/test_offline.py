@@ -213,9 +213,24 @@ def test_a_kernel_of_two_operations_is_compiled_once(own_cache: Path, monkeypatc
     monkeypatch.setattr(offline, "_attempt", lambda job: job.failed("not tried"))
     monkeypatch.setattr(offline, "_A_WORKER", 1 << 20)
     ops, dtypes = ("sort_by_expert", "expert_swiglu"), [torch.bfloat16]
-    alone = [set(offline._record([OPS[name]], "sm_90", dtypes)) for name in ops]
+    alone = [set(offline._kernels([OPS[name]], "sm_90", dtypes, widths=False)) for name in ops]
     both = list(compile_ops(ops, "sm_90", dtypes=dtypes))
     assert alone[0] & alone[1] and len(both) == len(alone[0] | alone[1])
+
+
+def test_a_model_of_other_widths_adds_only_what_has_other_tiles() -> None:
+    """The gate compiles each kernel of both models, the command one of those that differ in H and I alone."""
+    op, dtypes = OPS["expert_swiglu"], [torch.bfloat16]
+    every = collect(op, "sm_90", dtypes)
+    once = [launch for _, launch in offline._kernels([op], "sm_90", dtypes, widths=False).values()]
+
+    def shown(launch: Launch, *without: str) -> tuple[Any, ...]:
+        tiles = [(name, size) for name, size in sorted(launch.constexprs.items()) if name not in without]
+        return launch.kernel, launch.num_warps, launch.num_stages, tuple(tiles)
+
+    assert {4096, 6144} == {launch.constexprs["H"] for launch in every if "H" in launch.constexprs}
+    assert {shown(launch, "H", "I") for launch in every} == {shown(launch, "H", "I") for launch in once}
+    assert len(once) < 0.6 * len(every) and {shown(launch) for launch in once} < {shown(launch) for launch in every}
 
 
 def test_a_kernel_that_does_not_compile_is_a_row(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

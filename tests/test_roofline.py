@@ -45,14 +45,18 @@ def test_cards_are_known_by_the_name_the_driver_gives() -> None:
         "NVIDIA A100-SXM4-80GB": "a100",
         "NVIDIA B200": "b200",
     }
+    names |= {"NVIDIA B300 SXM6 AC": "b300", "NVIDIA A10": "a10", "NVIDIA L40S": "l40s"}
+    names |= {"NVIDIA GeForce RTX 5090": "rtx5090"}
     assert {name: data_sheet(name) for name in names} == {name: CARDS[card] for name, card in names.items()}
     # The same chip with other memory or clocks.
     assert not any(map(data_sheet, ("NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB", "NVIDIA H200 NVL", "NVIDIA GB200")))
+    assert not any(map(data_sheet, ("NVIDIA A10G", "NVIDIA L40", "NVIDIA GeForce RTX 5090 Laptop GPU", "NVIDIA GB300")))
 
 
 def test_an_architecture_without_a_table_is_named() -> None:
-    assert not any(table_note(card.arch) for card in CARDS.values())
+    assert not any(table_note(CARDS[card].arch) for card in ("a100", "h100", "h200", "b200", "mi300x"))
     assert "sm_120" in str(table_note("sm_120")) and "sm_80" in str(table_note("sm_120"))
+    assert "those of sm_100" in str(table_note(CARDS["b300"].arch))
 
 
 def test_a_card_is_what_its_own_kernels_reach() -> None:
