@@ -306,7 +306,7 @@ def compile_ops(
     """The kernels of the operations `names` (none: all) for `arch`, in the registry's order; with `as_done` as soon as
     each is done. One that does not compile is among them, with its error.
 
-    Each is compiled once, also where a second model's widths (H and I, constants in the code) would change nothing else.
+    Each is compiled once, also where a second model's widths (H and I, constants in the code) change nothing else.
     `out`: a folder, made where missing, for .ptx, .sass and .cubin (.amdgcn and .hsaco) files. `progress` is told how
     many kernels are done, and of how many. Large jobs are shared with other processes, so a script that calls this
     needs its `if __name__ == "__main__"`. Triton's cache keeps the kernels, and beside them what was counted.
