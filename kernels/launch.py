@@ -79,12 +79,12 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
         records.append(
             Launch(kernel.__name__, grid, config.num_warps, config.num_stages, constants, fn=kernel, args=dict(args))
         )
-    first = next(arg for arg in args.values() if isinstance(arg, torch.Tensor))
-    if first.is_meta:
+    first = next((arg for arg in args.values() if isinstance(arg, torch.Tensor)), None)
+    if first is not None and first.is_meta:
         return
     if INTERPRETED:
         interpret(kernel, grid, {**args, **constants})
-    elif first.is_cuda and first.device.index != torch.cuda.current_device():
+    elif first is not None and first.is_cuda and first.device.index != torch.cuda.current_device():
         # Triton launches on the current device, whatever device its pointers lead to.
         with torch.cuda.device(first.device):
             _compiled(kernel, grid, {**args, **constants}, config)

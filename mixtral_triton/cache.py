@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .config import MixtralConfig
-from .kernels.checks import readable
+from .ops import readable
 
 
 def _version(x: torch.Tensor) -> int | None:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from .cache import KVCache
 from .graph import CaptureLost, captured
-from .kernels.checks import readable
-from .ops import untraced
+from .ops import readable, untraced
 
 if TYPE_CHECKING:
     from .model import Mixtral

@@ -16,7 +16,7 @@ from . import ops, weights
 from .cache import KVCache
 from .config import MixtralConfig
 from .generate import generate
-from .kernels.checks import readable
+from .ops import readable
 
 
 def _parameter(shape: Sequence[int], device: Any, dtype: torch.dtype) -> nn.Parameter:

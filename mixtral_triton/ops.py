@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels.checks import in_range
+from .kernels.checks import readable as readable  # whether the host may look: the shell asks, too
 from .kernels.launch import INTERPRETED
 from .kernels.op import Op
 from .kernels.registry import OPS
