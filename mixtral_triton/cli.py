@@ -9,26 +9,16 @@ import argparse
 import json
 import os
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import DownloadColumn, MofNCompleteColumn
 
 from .kernels.arch import ARCHS
+from .terminal import bar
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +27,6 @@ if TYPE_CHECKING:
 
 SMALL = Path(__file__).parent / "small"  # the checkpoint that ships with the package
 CARDS = "a100, h100, h200, b200, b300, a10, l40s, rtx5090, mi300x"  # of kernels/roofline.py, which imports torch
-SILENT = 10.0  # seconds of work without a word where stderr is no terminal
 
 
 class _Parser(argparse.ArgumentParser):
@@ -133,56 +122,6 @@ def _choose_way(args: argparse.Namespace, out: Console) -> None:
     out.print(f"{reason}: the Triton kernels run interpreted, on the CPU. Right, and slow.")
 
 
-class _Bar:
-    """Progress: `more` of the total, or `of` a total told later."""
-
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self.progress, self.task = progress, task
-
-    def more(self, done: int) -> None:
-        self.progress.update(self.task, advance=done)
-
-    def of(self, done: int, total: int) -> None:
-        self.progress.update(self.task, completed=done, total=total)
-
-
-@contextmanager
-def _bar(label: str, total: int | None, *columns: ProgressColumn) -> Iterator[_Bar]:
-    """Progress on stderr: a bar where that is a terminal, else a line every SILENT seconds, so none of quick work.
-
-    `total` None: told later.
-    """
-    console = Console(stderr=True)
-    shown = (TextColumn(label), BarColumn(), *columns, TimeRemainingColumn())
-    with Progress(*shown, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = _Bar(progress, progress.add_task(label, total=total))
-        with nullcontext() if console.is_terminal else _now_and_then(bar, label, columns):
-            yield bar
-
-
-@contextmanager
-def _now_and_then(bar: _Bar, label: str, columns: Sequence[ProgressColumn]) -> Iterator[None]:
-    """While the block runs: what the columns show, and the seconds left at the speed so far."""
-    ended, start = threading.Event(), time.monotonic()
-
-    def say() -> None:
-        while not ended.wait(SILENT):
-            task, words = bar.progress.tasks[0], ["starting"]
-            if task.total is not None:
-                words = [str(column(task)).strip() for column in columns]
-            if task.completed and task.remaining is not None:
-                words.append(f"{(time.monotonic() - start) * task.remaining / task.completed:.0f} s left")
-            print(f"{label}: {', '.join(words)}", file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=say, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
 def _load(args: argparse.Namespace) -> Mixtral:
     import torch
 
@@ -193,7 +132,7 @@ def _load(args: argparse.Namespace) -> Mixtral:
     if device.type == "meta":
         raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    with _bar("loading", total_bytes(read_headers(args.folder)), DownloadColumn()) as progress:
+    with bar("loading", total_bytes(read_headers(args.folder)), DownloadColumn()) as progress:
         return Mixtral.from_pretrained(args.folder, device=device, dtype=dtype, progress=progress.more)
 
 
@@ -227,7 +166,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     model = _load(args)
     ids = None if args.prompt is None else _encode(_tokenizer(args.folder), args.prompt, model)[None]
-    with _bar("verifying", len(model.layers), MofNCompleteColumn()) as progress:
+    with bar("verifying", len(model.layers), MofNCompleteColumn()) as progress:
         report = verify(model, ids, progress=progress.of)
     if args.json:
         print(json.dumps({"folder": str(args.folder), **report.as_dict()}))
@@ -287,13 +226,13 @@ def _trace(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from .bench_command import run
 
-    return run(args, lambda label, total: _bar(label, total, MofNCompleteColumn()))
+    return run(args, lambda label, total: bar(label, total, MofNCompleteColumn()))
 
 
 def _tune(args: argparse.Namespace) -> int:
     from .tune_command import run
 
-    return run(args, lambda label, total: _bar(label, total, MofNCompleteColumn()))
+    return run(args, lambda label, total: bar(label, total, MofNCompleteColumn()))
 
 
 def _compile(args: argparse.Namespace) -> int:
@@ -302,7 +241,7 @@ def _compile(args: argparse.Namespace) -> int:
     from .kernels.roofline import table_note
 
     rows: list[dict[str, Any]] = []
-    with _bar(f"compiling for {args.arch}", None, MofNCompleteColumn()) as progress:
+    with bar(f"compiling for {args.arch}", None, MofNCompleteColumn()) as progress:
         # JSON streams; the table has the registry's order.
         for compiled in compile_ops(args.ops, args.arch, out=args.out, progress=progress.of, as_done=args.json):
             rows.append(as_json(compiled))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.progress import DownloadColumn, MofNCompleteColumn
 
-from mixtral_triton import cli
+from mixtral_triton import terminal
 from mixtral_triton.cli import main
 from mixtral_triton.kernels import offline
 from mixtral_triton.kernels.launch import INTERPRETED
@@ -43,8 +43,8 @@ def lines(error: str) -> list[str]:
 def test_without_a_terminal_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "SILENT", 0.2)
-    with cli._bar("working", None, MofNCompleteColumn()) as bar:
+    monkeypatch.setattr(terminal, "SILENT", 0.2)
+    with terminal.bar("working", None, MofNCompleteColumn()) as bar:
         time.sleep(0.3)
         bar.of(40, 200)
         time.sleep(0.5)
@@ -52,15 +52,15 @@ def test_without_a_terminal_a_line_now_and_then(
     assert said[0] == "working: starting"
     done, left = said[-1].removeprefix("working: ").split(", ")
     assert done == "40/200" and left.endswith(" s left") and 1 <= int(left.split()[0]) <= 10
-    with cli._bar("working", 3_000_000, DownloadColumn()) as bar:
+    with terminal.bar("working", 3_000_000, DownloadColumn()) as bar:
         bar.more(1_000_000)
         time.sleep(0.3)
     assert lines(capsys.readouterr().err)[0].startswith("working: 1.0/3.0 MB, ")
 
 
 def test_quick_work_is_quiet_and_its_error_comes_through(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.SILENT >= 10
-    with pytest.raises(ValueError, match="planted"), cli._bar("working", 2, MofNCompleteColumn()) as bar:
+    assert terminal.SILENT >= 10
+    with pytest.raises(ValueError, match="planted"), terminal.bar("working", 2, MofNCompleteColumn()) as bar:
         bar.more(1)
         raise ValueError("planted")
     assert capsys.readouterr().err == ""
