@@ -59,7 +59,10 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--max-new-tokens", type=int, default=64)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
-    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens; default: all")
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, help="of those, from the fewest that have this probability together"
+    )
     generate.add_argument("--seed", type=int, default=0, help="of the sampling")
     trace = command("trace", "which experts each token of a prompt took, layer by layer")
     model_options(trace)
@@ -187,7 +190,7 @@ def _generate(args: argparse.Namespace) -> int:
     if not -(1 << 63) <= args.seed < 1 << 64:
         raise ValueError(f"--seed is {args.seed}, needs an integer of 64 bits")
     generator = torch.Generator(model.device).manual_seed(args.seed)
-    sampling = (args.max_new_tokens, args.temperature, args.top_p, eos_ids(None, model.config), generator)
+    sampling = (args.max_new_tokens, args.temperature, args.top_p, eos_ids(None, model.config), generator, args.top_k)
     steps = stream(model, [prompt], *sampling)
     tokens: list[int] = []
     start = time.perf_counter()
