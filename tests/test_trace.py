@@ -76,6 +76,33 @@ def test_what_the_terminal_shows(color: Any) -> None:
         assert len(backgrounds) == 12
 
 
+@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize("experts", [8, 16, 64])
+def test_the_table_fits_every_terminal(experts: int, width: int) -> None:
+    """More tables where one is too wide: every layer and every expert in them, and no cell cut."""
+    found = Trace(("a",) * 40, torch.rand(33, 40, experts).argsort(-1)[..., :2], experts)
+    out = Console(file=io.StringIO(), width=width)
+    out.print(found.shown([0, 2]))
+    lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+    heads = [line.split() for line in lines if line.split()[:1] == ["layer"] and len(line.split()) > 2]
+    assert [name for head in heads for name in head[1:]] == [*map(str, range(experts)), "first", "any"]
+    rows = [line.split() for line in lines if line[:8].strip().isdigit() and len(line.split()) > 2]
+    assert len(rows) == 33 * len(heads)
+    assert all(len(row) == len(heads[place // 33]) for place, row in enumerate(rows))
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"), [([0, 2, 5], "layers 1, 3-4"), ([0, 1, 2, 3, 4], "layer 5"), (range(6), None)]
+)
+def test_it_says_which_layers_it_left_out(layers: Any, said: str | None) -> None:
+    out = Console(file=io.StringIO(), width=100)
+    out.print(Trace(("a", "b"), torch.zeros(6, 2, 1, dtype=torch.long), 2).shown(layers))
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert text.count("\nlayer ") == len(layers)
+    assert f"left out: the text of {said}, see --layers" in text if said else "left out" not in text
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_the_plot_is_a_picture(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
