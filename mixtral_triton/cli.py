@@ -253,12 +253,16 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
+    if args.arch is not None and args.arch not in ARCHS:
+        raise ValueError(f"--arch is {args.arch!r}, needs one of {', '.join(ARCHS)}")
     from .tune_command import run
 
     return run(args, lambda label, total: bar(label, total, MofNCompleteColumn()))
 
 
 def _compile(args: argparse.Namespace) -> int:
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {str(args.out)!r} is a file, needs a folder")
     from .bench_report import resources_table
     from .kernels.offline import as_json, compile_ops
     from .kernels.roofline import table_note

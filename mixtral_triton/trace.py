@@ -23,7 +23,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from .plotting import check_plot
+from .plotting import check_plot, save
 from .verification import Routes
 
 if TYPE_CHECKING:
@@ -118,12 +118,15 @@ class Trace:
         from matplotlib.figure import Figure
 
         L, E = len(self.experts), self.num_experts
-        figure = Figure(figsize=(5.5 + 0.4 * E, 2.6 + 0.28 * max(L, 6)), layout="constrained")
+        figure = Figure(figsize=(5.5 + 0.4 * E, 3.0 + 0.28 * max(L, 6)), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(max(E, 6), 6))
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(title, fontsize=10, parse_math=False)
         shares = 100 * self.share().numpy()
         image = left.imshow(shares, aspect="auto", cmap="viridis", vmin=0)
-        figure.colorbar(image, ax=left, label=f"% of the layer's choices (even: {100 / E:.1f} %)")
+        bar = figure.colorbar(
+            image, ax=left, location="bottom", aspect=30
+        )  # at the side it would reach the right panel
+        bar.set_label(f"% of the layer's choices (even: {100 / E:.1f} %)", fontsize=8)
         left.set(xlabel="expert", ylabel="layer", xticks=range(E), yticks=range(0, L, -(-L // 16)))
         left.set_title("who was chosen", fontsize=10)
         if E * L <= 300:
@@ -139,7 +142,7 @@ class Trace:
         right.set_title("consecutive tokens that keep an expert", fontsize=10)
         right.grid(alpha=0.3)
         figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=8)
-        figure.savefig(file, dpi=150)
+        save(figure, file)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from rich.progress import DownloadColumn, MofNCompleteColumn
 from mixtral_triton import terminal
 from mixtral_triton.cli import main
 from mixtral_triton.kernels import offline
+from mixtral_triton.kernels.files import write
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.pool import share
 
@@ -34,6 +35,47 @@ def test_a_fault_is_named_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main(["compile", "append", "--arch", "sm_90", "--json"]) == 1
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 3 and all(row["fault"] and row["file"] is None for row in rows)
+
+
+def test_out_in_a_file_s_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out"
+    path.write_text("mine")
+    for out, said in ((path, "is a file, needs a folder"), (path / "below", "Not a directory")):
+        assert main(["compile", "append", "--arch", "sm_90", "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert str(out) in error and said in error and error.count("\n") == 1
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk_under_out_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is no fault of the kernel, wherever that was compiled."""
+    command = ["compile", "append", "--arch", "sm_90", "--out", str(tmp_path)]
+    assert main(command) == 0
+    for path in tmp_path.glob("*.ptx"):
+        path.unlink()
+        path.symlink_to("/dev/full")
+    capsys.readouterr()
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert ".ptx: No space left on device" in error and error.count("\n") == 1
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A disk that is full after a part of it: a limit on the size of this process's files stands in."""
+    resource = pytest.importorskip("resource")
+    path, before = tmp_path / "x.cubin", resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"x\.cubin"):
+            write(path, b"x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not path.exists()
+    write(path, b"x" * 5000)
+    assert path.read_bytes() == b"x" * 5000
 
 
 def lines(error: str) -> list[str]:
