@@ -221,7 +221,8 @@ def _attempt(job: _Job) -> Compiled | OSError:
     try:
         return job.compile()
     except OSError as error:  # a full disk, say: no fault of the kernel, and to be raised where the caller is
-        return error
+        nameless = error.errno is not None and error.filename is None  # Triton writes to its cache
+        return OSError(error.errno, error.strerror, job.cache) if nameless else error
     except Exception as error:  # the compiler raises whatever its passes do
         line = (str(error).strip().splitlines() or [""])[0]
         crash = re.search(r"ptxas.* error code -(\d+)", line)

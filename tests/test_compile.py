@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 from rich.progress import DownloadColumn, MofNCompleteColumn
 
 from mixtral_triton import terminal
@@ -37,6 +39,7 @@ def test_a_fault_is_named_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert len(rows) == 3 and all(row["fault"] and row["file"] is None for row in rows)
 
 
+@compiled_way
 def test_out_in_a_file_s_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out"
     path.write_text("mine")
@@ -47,6 +50,7 @@ def test_out_in_a_file_s_place(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert path.read_text() == "mine"
 
 
+@compiled_way
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 def test_a_full_disk_under_out_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is no fault of the kernel, wherever that was compiled."""
@@ -59,6 +63,18 @@ def test_a_full_disk_under_out_names_the_file(tmp_path: Path, capsys: pytest.Cap
     assert main(command) == 2
     error = capsys.readouterr().err
     assert ".ptx: No space left on device" in error and error.count("\n") == 1
+
+
+@compiled_way
+def test_a_full_disk_under_triton_s_cache_names_the_cache(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(triton, "compile", full)
+    assert main(["compile", "append", "--arch", "sm_90"]) == 2
+    assert capsys.readouterr().err == f"mixtral-triton compile: {triton.knobs.cache.dir}: No space left on device\n"
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import mixtral_triton
-from mixtral_triton import cli, terminal, way
+from mixtral_triton import Mixtral, cli, terminal, way
 from mixtral_triton.cli import main, parser
 from mixtral_triton.config import MixtralConfig
 from mixtral_triton.kernels.launch import INTERPRETED
@@ -147,6 +147,30 @@ def test_verify_says_before_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_about(seconds: float, said: str) -> None:
     assert way.about(seconds) == f"about {said}"
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ((*GENERATE, "--json"), "generating: "),
+        (GENERATE, "reading the prompt: 0/"),
+        (("trace", *GENERATE[1:5]), "tracing: "),
+    ],
+    ids=["generate --json", "generate", "trace"],
+)
+def test_long_work_says_something_now_and_then(
+    args: tuple[str, ...], said: str, plain: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = Mixtral.hidden
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.2)
+        return hidden(*args)
+
+    monkeypatch.setattr(Mixtral, "hidden", slow)
+    monkeypatch.setattr(terminal, "SILENT", 0.05)
+    assert main([*args]) == 0
+    assert said in capsys.readouterr().err
 
 
 # The help and the version
