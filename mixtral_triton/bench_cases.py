@@ -12,7 +12,7 @@ import torch
 from . import decode_step
 from .kernels.op import Cost, Op, Sizes
 from .kernels.registry import OPS
-from .verification import Yardstick
+from .yardstick import Yardstick
 
 MODELS: dict[str, dict[str, int]] = {
     "8x7B": {"H": 4096, "I": 14336, "E": 8, "K": 2, "Hq": 32, "Hkv": 8, "D": 128},

@@ -16,6 +16,7 @@ from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.report import Report
 from mixtral_triton.verification import verify
 
+IDS = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(0))
 SMALL = Path(mixtral_triton.__file__).parent / "small"
 
 
@@ -41,30 +42,31 @@ def tiny(dtype: torch.dtype = torch.float32, window: int | None = 8) -> Mixtral:
 
 def check_complete(report: Report, layers: int) -> None:
     for layer in range(layers):
-        assert {row.op for row in report.rows if row.layer == layer} == set(OPS)
+        assert {row.op for row in report.rows if row.layer == layer} >= {*OPS, "layer"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("window", [8, None])
+@pytest.mark.parametrize("window", [8] if INTERPRETED else [8, 100, None])
 def test_a_right_model_is_found_right(dtype: torch.dtype, window: int | None) -> None:
-    report = verify(tiny(dtype, window), torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(0)))
-    assert report.ok, str(report)
+    report = verify(tiny(dtype, window), IDS[:, :10] if INTERPRETED else IDS)
+    assert not report.wrong, str(report)
     check_complete(report, 2)
-    assert {row.op for row in report.rows if row.layer == 2} >= {"rms_norm"}
+    assert [row.op for row in report.rows if row.layer is None] == ["rms_norm", "logits"]
     if dtype == torch.float32:
         assert report.flips == 0
 
 
 def test_one_token(device: torch.device) -> None:
     model = tiny().to(device)
-    assert verify(model, torch.zeros((1, 1), dtype=torch.int64, device=device)).ok
+    assert not verify(model, torch.zeros((1, 1), dtype=torch.int64, device=device)).wrong
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the command line test runs it interpreted; here once on the plain way")
 def test_the_shipped_checkpoint_and_the_default_input() -> None:
+    """Without a kernel: nothing is wrong, and that is not called right."""
     report = verify(SMALL)
-    assert report.ok
-    assert "No kernel ran" in str(report)
+    assert not report.wrong and not report.ok
+    assert "NOTHING WAS COMPARED" in str(report) and "RIGHT" not in str(report)
     check_complete(report, 4)
 
 
@@ -122,5 +124,5 @@ def test_a_model_without_numbers() -> None:
 def test_the_report_as_a_dictionary() -> None:
     report = verify(tiny(), torch.zeros((1, 3), dtype=torch.int64))
     got = report.as_dict()
-    assert got["ok"] is True and len(got["rows"]) == len(report.rows)
+    assert got["ok"] is INTERPRETED and got["compared"] is INTERPRETED and len(got["rows"]) == len(report.rows)
     assert set(got["rows"][0]) == {"layer", "op", "case", "error", "limit", "ok"}
