@@ -62,8 +62,11 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--device", help="cpu, cuda, cuda:1, ...; none: the GPU if there is one")
         sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="none: as stored")
 
-    verify = command("verify", "compare every operation of every layer with plain torch, on your weights")
+    verify = command(
+        "verify", "compare the loaded tensors with the files, and every operation and layer with plain torch"
+    )
     model_options(verify)
+    verify.add_argument("--peer", choices=("transformers",), help="its logits, on the same files, have to be the same")
     verify.add_argument("--prompt", help="text to run; none: fixed pseudo-random tokens")
     generate = command("generate", "stream the continuation of a prompt")
     model_options(generate)
@@ -227,8 +230,8 @@ def _verify(args: argparse.Namespace) -> int:
 
     model = _load(args)
     ids = None if args.prompt is None else _encode(_tokenizer(args.folder), args.prompt, model)[None]
-    with _bar("verifying", len(model.layers), MofNCompleteColumn()) as progress:
-        report = verify(model, ids, progress=progress.of)
+    with _bar("verifying", None, MofNCompleteColumn()) as progress:
+        report = verify(model, ids, progress.of, folder=args.folder, peer=args.peer)
     if args.json:
         print(json.dumps({"folder": str(args.folder), **report.as_dict()}))
     else:

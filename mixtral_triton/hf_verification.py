@@ -129,6 +129,19 @@ def _end_to_end(theirs: Any, backbone: Any, ids: Tensor, expected: Sequence[Expe
         return backbone(ids, use_cache=False).last_hidden_state, routes.flips
 
 
+def transformers_logits(folder: Any, model: Any, ids: Tensor, expected: Sequence[Expected]) -> Tensor:
+    """The logits [B,T,V] of transformers' own model, loaded from the folder, with the routes that are expected."""
+    from transformers import MixtralForCausalLM
+    from transformers.models.mixtral import modeling_mixtral
+
+    eager: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    loaded = MixtralForCausalLM.from_pretrained(folder, dtype=model.dtype, **eager).eval().to(model.device)
+    routes = Routes(expected)
+    routes.start(torch.arange(ids.shape[1]), ids.shape[1])
+    with routed(modeling_mixtral, loaded.model, routes):
+        return loaded(ids).logits
+
+
 def _norm(theirs: Any, module: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return theirs.MixtralRMSNorm.forward(module, x)
 

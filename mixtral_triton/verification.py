@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from .shell import end_to_end, forwards, tried, watched
 from .yardstick import measure, widen
 
 TOKENS = 96  # of the default input: beyond the sort-free experts, and beyond the small checkpoint's window
+MEMORY = Path("/proc/meminfo")  # of Linux; elsewhere nobody is asked
 END_RATIO = 4.0  # as RATIO, of a whole model: what two ways round differently has grown from layer to layer
 
 Progress = Callable[[int, int], None] | None
@@ -51,6 +54,8 @@ def verify(
     """
     if peer not in (None, "transformers"):
         raise ValueError(f"verify: peer is {peer!r}, needs 'transformers' or None")
+    if peer is not None and find_spec(peer) is None:
+        raise ValueError("verify: peer 'transformers' is not installed: pip install 'mixtral-triton[hf]'")
     if isinstance(target, nn.Module) and not isinstance(target, Mixtral):
         if folder is not None or peer is not None:
             raise ValueError(
@@ -98,6 +103,8 @@ class Steps:
 
 
 def _verify(model: Mixtral, ids: Tensor, progress: Progress, folder: Any, peer: str | None) -> Report:
+    if peer is not None:
+        fits_twice(model)
     rows = [] if folder is None else check_loaded(folder, model)
     config, shell = model.config, tried(model.config, ids.shape[1])
     steps = Steps(len(model.layers) * (1 + forwards(ids.shape[1])), progress)
@@ -110,10 +117,22 @@ def _verify(model: Mixtral, ids: Tensor, progress: Progress, folder: Any, peer: 
     logits, flips = end_to_end(model, ids, found.chain.expected)
     rows.append(end_row("logits", "end to end", logits, truth))
     if peer is not None:
-        from .peer_logits import transformers_logits
+        from .hf_verification import transformers_logits
 
         rows.append(end_row("logits", peer, transformers_logits(folder, model, ids, found.chain.expected), truth))
     return finish(rows, flips, model.device, model.dtype, len(model.layers) * ids.numel())
+
+
+def fits_twice(model: Mixtral) -> None:
+    """ValueError where another copy of the weights does not fit beside the model."""
+    need = sum(parameter.nbytes for parameter in model.parameters())
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        known = MEMORY.read_text().split() if MEMORY.exists() else []
+        free = 1024 * int(known[known.index("MemAvailable:") + 1]) if "MemAvailable:" in known else need
+    if need > free:
+        raise ValueError(f"verify: a peer is a second copy, {need / 2**30:.1f} GiB, and {free / 2**30:.1f} are free")
 
 
 def by_layer(*groups: list[Row]) -> list[Row]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import mixtral_triton
-from mixtral_triton import Mixtral, MixtralConfig, verify, weights
+from mixtral_triton import Mixtral, MixtralConfig, verification, verify, weights
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import Layer, State
 from mixtral_triton.shell import CHUNKS, TOKENS, WHOLE
@@ -230,3 +230,31 @@ def test_a_checkpoint_of_the_other_layout(tmp_path: Path) -> None:
 def test_a_folder_of_another_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"another model's: \S+ has shape"):
         verify(random_model(torch.bfloat16), IDS, folder=SMALL)
+
+
+@once
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_transformers_on_the_same_files(dtype: torch.dtype) -> None:
+    """What model and reference share, here the rotary tables, only another loader can tell."""
+    pytest.importorskip("transformers")
+    loaded = Mixtral.from_pretrained(SMALL, dtype=dtype)
+    assert not verify(loaded, IDS[:1], folder=SMALL, peer="transformers").wrong
+    loaded.cos, loaded.sin = loaded.cos.roll(-1, 1), loaded.sin.roll(-1, 1)
+    report = verify(loaded, IDS[:1], folder=SMALL, peer="transformers")
+    assert [(row.layer, row.op, row.case) for row in report.wrong] == [(None, "logits", "transformers")]
+
+
+@once
+def test_a_peer_that_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = random_model(torch.bfloat16)
+    with pytest.raises(ValueError, match="needs 'transformers' or None"):
+        verify(SMALL, peer="vllm")
+    with pytest.raises(ValueError, match=r"give folder="):
+        verify(made, IDS, peer="transformers")
+    (tmp_path / "meminfo").write_text("MemTotal: 16 kB\nMemAvailable: 2 kB\n")
+    monkeypatch.setattr(verification, "MEMORY", tmp_path / "meminfo")
+    with pytest.raises(ValueError, match=r"second copy, .* GiB"):
+        verify(SMALL, peer="transformers")
+    monkeypatch.setattr(verification, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install"):
+        verify(SMALL, peer="transformers")
