@@ -34,9 +34,10 @@ from . import counted
 from .arch import ARCHS
 from .checks import FLOATS
 from .compiled import Assembly, Compiled
-from .launch import INTERPRETED, record_launches
+from .launch import INTERPRETED
 from .op import Launch, Op
 from .pool import share
+from .record import record_launches
 from .registry import OPS
 
 _WIDTHS = ("H", "I")  # of a model: they change no tile

@@ -13,7 +13,8 @@ import torch
 
 from . import decode_step
 from .bench_cases import Case, Oracle, StepOracle, oracle
-from .kernels.launch import record_launches, target_arch
+from .kernels.launch import target_arch
+from .kernels.record import record_launches
 from .kernels.roofline import Card, bound, data_sheet, floor, measure_card
 from .peers import Function, Peer, Unfit, peers_of
 from .timing import Call, DeviceTimer, StepTimer, Timer, host_timer

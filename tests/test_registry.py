@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton.kernels.launch import INTERPRETED, record_launches
+from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Op
+from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.yardstick import measure
 
