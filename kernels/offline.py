@@ -131,6 +131,7 @@ class _Job:
 
     @classmethod
     def of(cls, launch: Launch, arch: str, op: str, out: PathLike | None) -> _Job:
+        _target(arch)  # ValueError where nothing can be compiled
         source = _source(launch, arch)
         told = (source.signature, source.constants, source.attrs)
         plain = replace(launch, fn=None, args={})

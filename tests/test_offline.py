@@ -142,7 +142,7 @@ def test_the_gate_catches_too_much_shared_memory() -> None:
 
 
 def test_the_gate_knows_how_much_each_card_has() -> None:
-    launch = replace(prefill("experts_up_kernel", "sm_80"), num_stages=5)
+    launch = replace(prefill("experts_up_kernel", "sm_80"), num_stages=6)
     faults = {arch: compile_launch(launch, arch).fault for arch in ("sm_80", "sm_89")}
     assert faults["sm_80"] is None and "of 101376 bytes of shared memory" in str(faults["sm_89"])
 
