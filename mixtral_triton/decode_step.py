@@ -222,5 +222,5 @@ STEP = Op(
         # Two depths of one step tell what a layer takes.
         for B, S, L in ((1, 1024, 1), *((B, S, 4) for B in (1, 8, 32) for S in (1024, 4096, 32768)))
     ),
-    dtypes=(torch.bfloat16,),
+    dtypes=(torch.bfloat16, torch.float16, torch.float32),
 )

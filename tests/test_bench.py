@@ -17,7 +17,8 @@ from rich.console import Console
 from mixtral_triton import bench_command, cli, decode_step
 from mixtral_triton.bench import Bench, Outcome, Row, known, measured, ours
 from mixtral_triton.bench_cases import BENCHED, MODELS, QUICK, TOKENS, Case, Oracle, cases, oracle, spread
-from mixtral_triton.bench_report import card_line, op_table, plot
+from mixtral_triton.bench_plot import plot
+from mixtral_triton.bench_report import card_line, op_table
 from mixtral_triton.bench_traffic import counted, reduced
 from mixtral_triton.cli import main
 from mixtral_triton.kernels import reference
@@ -255,14 +256,14 @@ def test_tables_tell_what_could_not_be_measured() -> None:
     assert row.launches == ("route_kernel",) and row.ours.seconds is None and row.share is None
     assert "time" not in text(op_table([row]))
     peers = {"slow": Outcome(4e-6), "mad": Outcome(said="wrong: an error of 1.0e+00")}
-    fast = Row(row.case, 10, 20, 1e-6, "memory", row.launches, Outcome(2e-6), peers)
+    fast = Row(row.case, 10, 20, 1e-6, "memory", row.launches, Outcome(2e-6, right=True), peers)
     shown = text(op_table([fast]))
     assert "50 %" in shown and "2.00" in shown and "mad, T1 E8 K2: wrong: an error of 1.0e+00" in shown
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts interpreted kernels: needs TRITON_INTERPRET=1")
 def test_traffic_at_reduced_sizes() -> None:
-    lines = list(counted(["rms_norm", "append"]))
+    lines = list(counted(cases(["rms_norm", "append"], quick=True)))
     norm, append = (next(line for line in lines if line["op"] == name) for name in ("rms_norm", "append"))
     assert norm["touched"] == norm["moved"] == 1.0 and norm["issued"] is None and norm["sizes"] == {"T": 1, "H": 512}
     assert append["touched"] == pytest.approx(1.0, abs=0.01)
@@ -300,7 +301,7 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     assert main(["bench", "route", "rope", "--quick", "--plot", str(tmp_path / "a.svg")]) == 0
     out = capsys.readouterr().out
     assert "No time was measured: there is no GPU." in out and "H100 SXM" in out
-    assert "registers" in out and "128x8x2" in out and "bytes touched" in out
+    assert "regs" in out and "128x8x2" in out and "bytes touched" in out
     assert (tmp_path / "a.svg").stat().st_size
     assert main(["bench", "route", "--quick", "--json", "--card", "a100"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -319,7 +320,7 @@ def test_with_a_device_a_wrong_result_is_exit_1(
     bench = Bench(CPU, H100, None, quickly, quickly)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench_command.Bench, "of", classmethod(lambda cls, device: bench))
-    monkeypatch.setattr(bench_command, "cases", lambda *chosen: [small("rms_norm")])
+    monkeypatch.setattr(bench_command, "cases", lambda *chosen, **more: [small("rms_norm")])
     without = sorted({peer.name for peer in PEERS} - {"torch"})
     unwanted = [word for name in without for word in ("--without", name)]
     args = cli.parser().parse_args(["bench", "rms_norm", "--quick", "--json", *unwanted])
