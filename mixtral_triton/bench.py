@@ -31,6 +31,7 @@ from .peers import Function, Peer, Unfit, peers_of
 from .timing import Call, DeviceTimer, StepTimer, Timer, host_timer
 
 OUT_OF_MEMORY = "out of memory"
+NOT_CHECKED = "not checked"
 DEFAULT_CARD = "h100"  # of the floors, where there is no GPU
 NO_GPU = "there is no GPU"
 
@@ -55,7 +56,7 @@ class Outcome:
     def verdict(self) -> str:
         """What stands in a cell without a time."""
         if self.right is None:
-            return "-"
+            return NOT_CHECKED if str(self.said).startswith(NOT_CHECKED) else "-"
         return "right" if self.right else str(self.said).split(":")[0]
 
     def as_dict(self) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def checked(case: Case, card: Card, peers: Sequence[Peer], untimed: str) -> Row:
     if not peers:
         return row
     if large := case.too_large_for_a_cpu():
-        return replace(row, peers={peer.name: Outcome(said=f"not checked: {large}") for peer in peers})
+        return replace(row, peers={peer.name: Outcome(said=f"{NOT_CHECKED}: {large}") for peer in peers})
 
     def timer(call: Call) -> float:
         raise Untimed(untimed)

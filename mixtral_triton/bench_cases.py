@@ -203,6 +203,10 @@ def _sized(op: Op, sizes: str | Sizes, dtype: torch.dtype, model: Sizes) -> Case
     case = Case(op, {letter: said[letter] for letter in known if letter in {*given, *needed}}, dtype)
     if none := [letter for letter in ("B", "T", "H", "I", "E", "V", "N") if case.sizes.get(letter) == 0]:
         raise ValueError(f"--sizes has {none[0]}=0, needs at least 1: there is nothing to time")
+    if case.sizes.get("K", 0) > case.sizes.get("E", case.sizes.get("K", 0)):
+        raise ValueError(
+            f"--sizes has K={case.sizes['K']}, needs at most E={case.sizes['E']}: a token's experts differ"
+        )
     op.check(**case.inputs(torch.device("meta")))
     return case
 

@@ -69,7 +69,7 @@ def op_table(rows: Sequence[Row]) -> Group:
     columns += [Column(f"{name} / ours" if timed else name, level=1) for name in peers]
     columns += [Column(name, level=2) for name in ("MB", "GFLOP", "launches")]
     first = rows[0].case
-    title = f"{first.op.name}, {first.dtype_name} {sizes_text(_constant(rows))}".rstrip()
+    title = ", ".join(filter(None, (first.op.name, first.dtype_name, sizes_text(_constant(rows)))))
     table = Table(title, columns)
     notes: dict[str, None] = {}
     for row in rows:
