@@ -27,7 +27,9 @@ def resized(sizes: Sizes, model: MixtralConfig) -> Sizes | None:
     """The sizes of a case of Mixtral 8x7B as `model` has them; None where it has no such case."""
     own = letters(model)
     positions, held = own["P"], own["window"] or own["P"]
-    if not sizes.get("causal", 1) or sizes.get("T", 1) > max(positions, sizes.get("S", 0), sizes.get("C", 0)):
+    if not sizes.get("causal", 1):
+        return None
+    if not {"S", "C"} & set(sizes) and sizes["T"] + sizes.get("past", 0) > positions:
         return None
     small = {letter: own.get(letter, size) for letter, size in sizes.items()}
     if "N" in sizes:
@@ -39,9 +41,7 @@ def resized(sizes: Sizes, model: MixtralConfig) -> Sizes | None:
         small["T"] = small["S"] if sizes["T"] == sizes["S"] else min(sizes["T"], small["S"])
     if "C" in sizes:
         small["C"] = min(sizes["C"], held)
-        small["T"] = min(sizes["T"], small["C"])
-    if "past" in sizes:
-        small["past"] = min(sizes["past"], small.get("C", positions - small["T"] + 1) - 1)
+        small |= {"T": min(sizes["T"], small["C"]), "past": min(sizes["past"], small["C"] - 1)}
     return small
 
 

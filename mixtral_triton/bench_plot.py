@@ -85,9 +85,17 @@ def _panel(axes: Any, title: str, drawn: Sequence[Series], constant: Mapping[str
         marker, word = LIMITS[bound]
         axes.plot([], [], marker, color="grey", ms=4, label=f"floor set by {word}")
     letter = drawn[0].letter
-    axes.set(xscale="log", yscale="log", xlabel=f"{letter}, {LETTERS.get(letter, 'size')}", ylabel="us")
+    _dressed(axes, title, f"{letter}, {LETTERS.get(letter, 'size')}", "time, us")
+
+
+def _dressed(axes: Any, title: str, x: str, y: str) -> None:
+    """Names on both axes, and a legend below them, where it covers nothing."""
+    axes.set(xscale="log", yscale="log")
+    axes.set_xlabel(x, fontsize=7)
+    axes.set_ylabel(y, fontsize=7)
+    axes.tick_params(labelsize=7, which="both")
     axes.set_title("\n".join(textwrap.wrap(title, 48)), fontsize=8)
-    axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(0.0, -0.2), ncols=2, frameon=False)
+    axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(0.0, -0.16), ncols=2, frameon=False)
     axes.grid(alpha=0.2)
 
 
@@ -116,12 +124,10 @@ def _roofline(axes: Any, rows: Sequence[Row], card: Card) -> None:
         own = [row for row in rows if row.case.op.name == name]
         x, y = zip(*((row.flops / row.bytes, row.flops / (row.ours.seconds or 1.0)) for row in own), strict=True)
         axes.plot(x, y, "os^v"[index // 10 % 4], ms=4, label=name)  # there are ten colours
-    axes.set(xscale="log", yscale="log", xlabel="FLOP / compulsory byte", ylabel="FLOP/s")
-    axes.set_title("roofline: ours", fontsize=8)
-    axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(0.0, -0.2), ncols=3, frameon=False)
+    _dressed(axes, "roofline: ours", "FLOP / compulsory byte", "FLOP/s")
 
 
-def plot(rows: Sequence[Row], card: Card, file: Path) -> None:
+def figure_of(rows: Sequence[Row], card: Card) -> Any:
     """A panel an operation, and the roofline before them where there are times; no roofline of floors alone."""
     from matplotlib.figure import Figure
 
@@ -140,4 +146,8 @@ def plot(rows: Sequence[Row], card: Card, file: Path) -> None:
         unused.set_axis_off()
     times = "" if _timed(rows) else "; no time was measured, these are floors"
     figure.suptitle("\n".join(textwrap.wrap(f"{card.name}, {card.source}{times}", 60 * across)), fontsize=9)
-    figure.savefig(file)
+    return figure
+
+
+def plot(rows: Sequence[Row], card: Card, file: Path) -> None:
+    figure_of(rows, card).savefig(file)

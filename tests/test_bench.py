@@ -368,7 +368,7 @@ def test_a_lost_card_ends_the_process_behind_the_row_of_its_case(
         (("route", "--at", "T=1", "--sizes", "T=3,E=8,K=2"), "--at"),
         (("route", "--sizes", "T=3"), "lacks E, K: route needs T, E, K"),
         (("route", "--sizes", "T=3,E=8,K=2,H=4"), "has H, and route has T, E, K"),
-        (("route", "--sizes", "T=3,E=8,K=9"), "'top_k' is 9"),
+        (("route", "--sizes", "T=3,E=8,K=9"), "K=9, needs at most E=8"),
         (("--plot", "roofline.txt"), ".png"),
         (("--plot", "no/such/folder/a.png"), "no/such/folder"),
     ],
