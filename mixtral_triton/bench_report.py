@@ -71,7 +71,7 @@ def op_table(rows: Sequence[Row]) -> Group:
     first = rows[0].case
     title = ", ".join(filter(None, (first.op.name, first.dtype_name, sizes_text(_constant(rows)))))
     table = Table(title, columns)
-    notes: dict[str, None] = {}
+    notes: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         shape, cells = _shape(row, rows), []
         if timed:
@@ -82,8 +82,14 @@ def op_table(rows: Sequence[Row]) -> Group:
         table.add(shape, *cells, style="bold red" if row.ours.right is False else "")
         for name, outcome in (("ours", row.ours), *row.peers.items()):
             if outcome.said:
-                notes[f"{name}, {shape}: {outcome.said}"] = None
-    return Group(table, *(Text(note, style="red" if note.startswith("ours") else "yellow") for note in notes))
+                notes.setdefault((name, outcome.said), []).append(shape)
+    return Group(table, *(_note(*said, shapes, len(rows)) for said, shapes in notes.items()))
+
+
+def _note(way: str, said: str, shapes: Sequence[str], rows: int) -> Text:
+    """What is said of a way, once, and of which rows where not of all of them."""
+    where = f", {'; '.join(shapes)}" if len(shapes) < rows or rows == 1 else ""
+    return Text(f"{way}{where}: {said}", style="red" if way == "ours" else "yellow")
 
 
 def traffic_table(arch: str, counted: Sequence[dict[str, Any]]) -> Table:

@@ -120,6 +120,8 @@ def fault(function: Callable[..., Any], args: Args) -> str | None:
     rewind(cache)
     got = function(**args)
     rewind(cache)
+    if got.shape != want.shape:
+        return f"wrong: logits of shape {list(got.shape)}, where {list(want.shape)} would be right"
     far = ((got - want).norm(dim=-1) / want.norm(dim=-1)).nan_to_num(nan=float("inf")) > NEAR
     if not far.any():
         return None

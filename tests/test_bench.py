@@ -204,6 +204,7 @@ def test_a_wrong_step_is_said_to_be_wrong() -> None:
     judge = oracle(case.op, args)
     assert judge.fault(decode_step.step) is None
     assert "wrong: 3 of 3 rows" in str(judge.fault(lambda **given: decode_step.step(**given) * 1.2))
+    assert "[1, 3, 100], where [3, 100]" in str(judge.fault(lambda **given: decode_step.step(**given)[None]))
     for _ in range(14):  # once around the ring of 12 slots
         decode_step.step(**args)
     assert judge.fault(decode_step.step) is None
