@@ -89,9 +89,19 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--sizes", action="append", default=[], metavar="T=N,...", help="a case of these sizes instead; repeatable"
     )
+    bench.add_argument("--model", type=Path, metavar="FOLDER", help="take the sizes from a checkpoint's config.json")
+    bench.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="none: bfloat16")
+    bench.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        help="your own function beside the one OP, called with its arguments in its order, by position; it is checked "
+        "before it is timed, and exit 1 if wrong; repeatable",
+    )
     bench.add_argument("--first", type=int, default=0, metavar="N", help="leave the N cases before this one out")
     bench.add_argument("--without", action="append", default=[], metavar="PEER", help="leave a peer out; repeatable")
-    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline (.png, .svg, .pdf)")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw floors and times (.png, .svg, .pdf)")
     bench.add_argument("--card", help=f"measure nothing: floors by a data sheet ({CARDS})")
     tune = command(
         "tune", "launch configurations around the present ones: what compiles, what is fastest, what to paste"
@@ -300,9 +310,10 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _compile(args: argparse.Namespace) -> int:
-    from .bench_report import resources_table
     from .kernels.offline import as_json, compile_ops
     from .kernels.roofline import table_note
+    from .resources import resources_table
+    from .tables import console
 
     rows: list[dict[str, Any]] = []
     with _bar(f"compiling for {args.arch}", None, MofNCompleteColumn()) as progress:
@@ -313,7 +324,7 @@ def _compile(args: argparse.Namespace) -> int:
                 print(json.dumps(rows[-1]), flush=True)
     bad = [row for row in rows if row["fault"]]
     if not args.json:
-        out = Console()
+        out = console()
         if note := table_note(args.arch):
             out.print(note)
         out.print(resources_table(args.arch, rows))
