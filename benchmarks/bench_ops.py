@@ -1,9 +1,11 @@
-"""The cases of `mixtral-triton bench` for pytest-benchmark, each with every installed peer, on a GPU.
+"""The cases of `mixtral-triton bench` for pytest-benchmark.
 
-    pytest benchmarks/bench_ops.py --benchmark-group-by=group
+    pytest benchmarks/
 
-A result is checked once before it is timed: what is wrong, or cannot do the case, is skipped with the reason. The extra
-columns of a benchmark (`--benchmark-json`) hold the compulsory bytes and FLOPs. Times include the host's launches.
+With a GPU: Mixtral's sizes, each with every installed peer. Without one: the sizes of the checkpoint in the package, on
+the plain way of the CPU, and every group and `extra_info` says so. A result is checked once before it is timed: what is
+wrong fails, and a peer that is wrong, or cannot do the case, is skipped with the reason. The extra columns of a
+benchmark (`--benchmark-json`) hold the compulsory bytes and FLOPs. Times include the host's launches.
 """
 
 from __future__ import annotations
@@ -16,34 +18,46 @@ import torch
 
 from mixtral_triton.bench import attempt, ours
 from mixtral_triton.bench_cases import Case, cases, oracle
+from mixtral_triton.bench_report import sizes_text
+from mixtral_triton.cli import SMALL
+from mixtral_triton.config import MixtralConfig
+from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.peers import Peer, peers_of
 
-DEVICE = torch.device("cuda")
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+PLACE = torch.cuda.get_device_name() if GPU else "CPU, plain torch"
+
+
+def _cases() -> list[Case]:
+    return cases() if GPU else cases(quick=True, model=MixtralConfig.from_pretrained(SMALL))
 
 
 def _params() -> Iterator[Any]:
-    for case in cases():
+    for case in _cases():
         shape = "-".join(f"{key}{value}" for key, value in case.sizes.items())
         for way in (
             Peer("ours", case.op.name, "", lambda op, args, case=case: ours(case, args)),
-            *peers_of(case.op.name),
+            *(peers_of(case.op.name) if GPU else ()),
         ):
             yield pytest.param(case, way, id=f"{case.op.name}-{shape}-{way.name.replace(' ', '_')}")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: no time is measured without one")
-@pytest.mark.parametrize(("case", "way"), _params())
+@pytest.mark.skipif(INTERPRETED, reason="times nothing that is interpreted: needs TRITON_INTERPRET unset")
+@pytest.mark.parametrize(("case", "way"), list(_params()))
 @torch.no_grad()
 def test_op(case: Case, way: Peer, benchmark: Any) -> None:
     args = case.inputs(DEVICE)
     cost = case.cost(args)
-    benchmark.group = f"{case.op.name} {dict(case.sizes)}"
-    benchmark.extra_info.update(bytes=cost.bytes, flops=cost.flops, gpu=torch.cuda.get_device_name())
+    against = f" {sizes_text(case.sizes)}" if GPU else ""  # with peers, a table a case
+    benchmark.group = f"{case.op.name}{against} ({PLACE})"
+    benchmark.extra_info.update(bytes=cost.bytes, flops=cost.flops, device=PLACE, dtype=case.dtype_name)
 
     def timed(call: Any) -> float:
         def synchronized() -> None:
             call()
-            torch.cuda.synchronize()
+            if GPU:
+                torch.cuda.synchronize()
 
         benchmark.pedantic(synchronized, warmup_rounds=3, rounds=20)
         return 0.0

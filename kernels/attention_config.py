@@ -48,9 +48,9 @@ def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig
     if not sizes.get("deterministic") and sizes["T"] <= block_m // 2 and (D < 256 or not tma(arch)):
         rows = power_of_2(sizes["T"], low=16)
         block_m, block_n, warps = rows, 32 if odd else block_n, max(4, warps * rows // block_m)
-    # ptxas of CUDA 12.8 and 12.9 crashes where such a tile of a padded head meets 128 keys.
-    if sizes["D"] < D and (block_m, D) in ((64, 128), (128, 64)):
-        block_n = min(block_n, 64)
+    if sizes["D"] < D and tma(arch) and dtype != torch.float32 and (block_m, D) in ((64, 64), (64, 128), (128, 64)):
+        # ptxas of CUDA 12.8 and 12.9 crashes where such a tile of a padded head meets 128 keys, or has 4 warps.
+        block_n, warps = min(block_n, 64), 8
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": D}
     return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
 

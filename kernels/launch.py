@@ -1,4 +1,4 @@
-"""The one door to a Triton launch, and the record of what went through it."""
+"""The one door to a Triton launch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import triton
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -24,10 +23,7 @@ GRID_MOST = 65535  # programs along the second and the third axis of a grid; tho
 
 _arch: ContextVar[str | None] = ContextVar("arch", default=None)
 _sms: ContextVar[int | None] = ContextVar("sms", default=None)
-_records: ContextVar[list[Launch] | None] = ContextVar("records", default=None)
-
-# torch operations that give memory or a name for it, and compute nothing.
-_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
+records: ContextVar[list[Launch] | None] = ContextVar("records", default=None)  # see record.py
 
 
 def target_arch(device: torch.device | None = None) -> str:
@@ -74,9 +70,9 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
             f"{kernel.__name__}: {programs} programs, needs at most {GRID_MOST:,} along the second and third"
         )
     constants = {**config.constexprs, **constexprs}
-    records = _records.get()
-    if records is not None:
-        records.append(
+    noted = records.get()
+    if noted is not None:
+        noted.append(
             Launch(kernel.__name__, grid, config.num_warps, config.num_stages, constants, fn=kernel, args=dict(args))
         )
     first = next((arg for arg in args.values() if isinstance(arg, torch.Tensor)), None)
@@ -111,28 +107,6 @@ def interpret(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
         kernel[grid](**args)
 
 
-class _Recorder(TorchDispatchMode):
-    """Notes each torch operation that computes; our own operators run their launchers, so that their kernels show."""
-
-    def __init__(self, records: list[Launch]) -> None:
-        super().__init__()
-        self.records = records
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "mixtral_triton":
-            from .registry import OPS
-
-            op = OPS[func._opname]
-            if not INTERPRETED and args[0].device.type == "cpu":
-                raise ValueError(f"record_launches: {op.name} got a CPU tensor, needs meta tensors")
-            with self:
-                op.check(*args)
-                return op.run(*args)
-        if func._opname not in _FREE and not func.is_view:
-            self.records.append(Launch(f"aten::{func._opname}" if func.namespace == "aten" else str(func)))
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def using_arch(arch: str, sms: int | None = None) -> Iterator[None]:
     """Within the block, launch choices are those of `arch` ("sm_80", "gfx942", ...), of a card with `sms`
@@ -143,18 +117,3 @@ def using_arch(arch: str, sms: int | None = None) -> Iterator[None]:
     finally:
         _arch.reset(tokens[0])
         _sms.reset(tokens[1])
-
-
-@contextmanager
-def record_launches(arch: str = DEFAULT_ARCH, sms: int | None = None) -> Iterator[list[Launch]]:
-    """Within the block, note every device kernel in order; meta tensors in, meta tensors out, nothing runs.
-
-    A Triton launch is one entry, and so is each torch operation that is not a view (`aten::mm`, its grid None).
-    """
-    records: list[Launch] = []
-    token = _records.set(records)
-    try:
-        with using_arch(arch, sms), _Recorder(records):
-            yield records
-    finally:
-        _records.reset(token)

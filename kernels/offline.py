@@ -35,9 +35,10 @@ from .arch import ARCHS
 from .checks import FLOATS
 from .compiled import Assembly, Compiled
 from .files import write
-from .launch import INTERPRETED, record_launches
+from .launch import INTERPRETED
 from .op import Launch, Op
 from .pool import share
+from .record import record_launches
 from .registry import OPS
 
 _WIDTHS = ("H", "I")  # of a model: they change no tile
@@ -131,6 +132,7 @@ class _Job:
 
     @classmethod
     def of(cls, launch: Launch, arch: str, op: str, out: PathLike | None) -> _Job:
+        _target(arch)  # ValueError where nothing can be compiled
         source = _source(launch, arch)
         told = (source.signature, source.constants, source.attrs)
         plain = replace(launch, fn=None, args={})
@@ -325,7 +327,19 @@ def compile_ops(
     if unknown := [name for name in names if name not in OPS]:
         raise ValueError(f"compile: argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
     chosen = [op for op in OPS.values() if op.name in names or not names]
-    kernels = _kernels(chosen, arch, dtypes, widths=False)
+    return compile_shapes(chosen, arch, out, progress, dtypes, as_done)
+
+
+def compile_shapes(
+    ops: Iterable[Op],
+    arch: str,
+    out: PathLike | None = None,
+    progress: Progress = None,
+    dtypes: Dtypes = None,
+    as_done: bool = False,
+) -> Iterator[Compiled]:
+    """`compile_ops` of operations as they are given: over their own bench shapes."""
+    kernels = _kernels(ops, arch, dtypes, widths=False)
     jobs = [_Job.of(launch, arch, name, out) for name, launch in kernels.values()]
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -334,8 +348,10 @@ def compile_ops(
 
 
 def as_json(compiled: Compiled) -> dict[str, Any]:
-    """What `compile --json` prints of one kernel: all but its signature and assembly."""
+    """What `compile --json` prints of one kernel: all but its assembly. `arguments`: types of what is not `constexprs`,
+    "constexpr" where the JIT makes it constant (a size of 1, a tensor that is not there)."""
     hidden = ("signature", "asm", "error")
     known = {f.name: getattr(compiled, f.name) for f in fields(compiled) if f.name not in hidden}
+    known["arguments"] = {name: kind for name, kind in compiled.signature.items() if name not in compiled.constexprs}
     found = {name: getattr(compiled, name) for name in ("loop_flop_per_instruction", "loop_spills", "fault")}
     return {**known, **found}

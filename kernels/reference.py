@@ -170,9 +170,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: floa
     scores = _wide(q @ k.permute(0, 2, 3, 1)).mul_(D**-0.5 if scale is None else scale)
     if hidden is not None:
         scores.view(B, Hkv, -1, T, k.shape[1]).masked_fill_(hidden[:, None, None], -math.inf)
-    out = torch.softmax(scores, -1).to(v.dtype) @ v.transpose(1, 2)
-    out = out.view(B, Hq, T, D).transpose(1, 2).contiguous()
-    return out if hidden is None else out.masked_fill(hidden.all(-1)[:, :, None, None], 0.0)
+    shares = torch.softmax(scores, -1).to(v.dtype)
+    if hidden is None or not (blind := hidden.all(-1)).any():
+        return (shares @ v.transpose(1, 2)).view(B, Hq, T, D).transpose(1, 2).contiguous()
+    # A CPU's product in bf16 may read one element beyond a row: a NaN there would be in the result of a neighbour.
+    shares.view(B, Hkv, -1, T, k.shape[1]).masked_fill_(blind[:, None, None, :, None], 0.0)
+    out = (shares @ v.transpose(1, 2)).view(B, Hq, T, D).transpose(1, 2)
+    return out.masked_fill(blind[:, :, None, None], 0.0).contiguous()
 
 
 def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor) -> None:

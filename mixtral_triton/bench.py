@@ -1,4 +1,13 @@
-"""Each operation beside its peers and its floor: times on the device at hand, and what is known without one."""
+"""Each operation beside its peers and its floor: times on the device at hand, and what is known without one.
+
+Your own function beside an operation, as `mixtral-triton bench --peer` has it:
+
+    from examples.my_experts import swiglu
+    from mixtral_triton.bench import compare
+
+    for row in compare("expert_swiglu", {"T": 16, "H": 256, "I": 512, "E": 8, "K": 2}, peers={"mine": swiglu}):
+        print(row.case.sizes, row.floor_s, row.ours, row.peers["mine"])
+"""
 
 from __future__ import annotations
 
@@ -12,25 +21,48 @@ from typing import Any
 import torch
 
 from . import decode_step
-from .bench_cases import Case, Oracle, StepOracle, oracle
-from .kernels.launch import record_launches, target_arch
-from .kernels.roofline import Card, bound, data_sheet, floor, measure_card
+from .bench_cases import Case, Oracle, StepOracle, cases, oracle
+from .config import MixtralConfig
+from .kernels.launch import target_arch
+from .kernels.op import Sizes
+from .kernels.record import record_launches
+from .kernels.roofline import CARDS, Card, bound, data_sheet, floor, measure_card
+from .own_peer import own_peer
 from .peers import Function, Peer, Unfit, peers_of
 from .timing import Call, DeviceTimer, StepTimer, Timer, host_timer
 
 OUT_OF_MEMORY = "out of memory"
+NOT_CHECKED = "not checked"
+DEFAULT_CARD = "h100"  # of the floors, where there is no GPU
+NO_GPU = "there is no GPU"
 
 
 class CardLost(RuntimeError):
     """The device answers every call with an earlier one's error."""
 
 
+class Untimed(Exception):
+    """Why no time is taken."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """One way to do a case: its time, or what is said instead of one."""
+    """One way to do a case: its time, or what is said instead of one. `right`: as checked; None where it was not."""
 
     seconds: float | None = None
     said: str | None = None
+    right: bool | None = None
+
+    @property
+    def verdict(self) -> str:
+        """What stands in a cell without a time."""
+        if self.right is None:
+            return NOT_CHECKED if str(self.said).startswith(NOT_CHECKED) else "-"
+        return "right" if self.right else str(self.said).split(":")[0]
+
+    def as_dict(self) -> dict[str, Any]:
+        seconds = self.seconds
+        return {"time_us": None if seconds is None else seconds * 1e6, "said": self.said, "right": self.right}
 
 
 @dataclass(frozen=True)
@@ -60,23 +92,15 @@ class Row:
         return {
             "op": self.case.op.name,
             "sizes": dict(self.case.sizes),
-            "dtype": str(self.case.dtype).removeprefix("torch."),
+            "dtype": self.case.dtype_name,
             "flops": self.flops,
             "bytes": self.bytes,
             "bound": self.bound,
             "floor_us": self.floor_s * 1e6,
-            "time_us": None if self.ours.seconds is None else self.ours.seconds * 1e6,
             "of_floor": self.share,
-            "said": self.ours.said,
+            **self.ours.as_dict(),
             "launches": list(self.launches),
-            "peers": {
-                name: {
-                    "time_us": None if outcome.seconds is None else outcome.seconds * 1e6,
-                    "ratio": self.ratio(name),
-                    "said": outcome.said,
-                }
-                for name, outcome in self.peers.items()
-            },
+            "peers": {name: {**outcome.as_dict(), "ratio": self.ratio(name)} for name, outcome in self.peers.items()},
         }
 
 
@@ -105,18 +129,24 @@ def attempt(build: Callable[[], Function], args: dict[str, Any], judge: Oracle |
             function = build()
             wrong = judge.fault(function)
             call: Call = partial(function, **args)
-            return Outcome(said=wrong) if wrong else Outcome(timer(call))
+            return Outcome(said=wrong, right=False) if wrong else Outcome(timer(call), right=True)
     except Exception as error:  # another library's: it may raise anything
-        return Outcome(said=_why(error))
+        return _failed(error)
+
+
+def _failed(error: Exception) -> Outcome:
+    if isinstance(error, Untimed):
+        return Outcome(said=f"right, not timed: {error}", right=True)
+    if isinstance(error, Unfit):
+        return Outcome(said=str(error))
+    if isinstance(error, torch.OutOfMemoryError):
+        return Outcome(said=OUT_OF_MEMORY)
+    return Outcome(said=f"fails: {_why(error)}", right=False)
 
 
 def _why(error: Exception) -> str:
-    if isinstance(error, Unfit):
-        return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return OUT_OF_MEMORY
     lines = str(error).strip().splitlines() or [""]
-    return f"fails: {type(error).__name__}: {lines[0][:160]}"
+    return f"{type(error).__name__}: {lines[0][:160]}"
 
 
 def measured(case: Case, card: Card, device: torch.device, timer: Timer, peers: Sequence[Peer]) -> Row:
@@ -130,6 +160,44 @@ def measured(case: Case, card: Card, device: torch.device, timer: Timer, peers: 
             found[peer.name] = attempt(partial(peer.build, case.op, args), args, judge, timer)
             _free(device)
     return replace(row, ours=outcome, peers=found)
+
+
+def checked(case: Case, card: Card, peers: Sequence[Peer], untimed: str) -> Row:
+    """The row without times: `peers`, somebody's own, are checked on the CPU; `untimed` is why no time is taken."""
+    row = known(case, card)
+    if not peers:
+        return row
+    if large := case.too_large_for_a_cpu():
+        return replace(row, peers={peer.name: Outcome(said=f"{NOT_CHECKED}: {large}") for peer in peers})
+
+    def timer(call: Call) -> float:
+        raise Untimed(untimed)
+
+    with torch.no_grad():
+        args = case.inputs(torch.device("cpu"))
+        judge = oracle(case.op, args)
+        found = {peer.name: attempt(partial(peer.build, case.op, args), args, judge, timer) for peer in peers}
+    return replace(row, peers=found)
+
+
+def compare(
+    op: str,
+    *sizes: str | Sizes,
+    peers: Mapping[str, Callable[..., Any]] | None = None,
+    dtype: torch.dtype | None = None,
+    model: MixtralConfig | None = None,
+) -> list[Row]:
+    """The operation `op` beside your functions by name, a row for each of `sizes`; none: for the sizes of the table.
+
+    On a GPU installed peers stand beside them, and all are timed. Elsewhere floors are an H100's, and your functions
+    are checked on the CPU. `model`: a checkpoint's sizes, as `cases` takes them.
+    ValueError: an unknown operation, sizes or a dtype that it has not, a peer that is no function.
+    """
+    own = [own_peer(name, function) for name, function in (peers or {}).items()]
+    chosen = cases([op], sizes=sizes, dtype=dtype, model=model)
+    if torch.cuda.is_available():
+        return list(Bench.of(torch.device("cuda")).rows(chosen, own=own))
+    return [checked(case, CARDS[DEFAULT_CARD], own, NO_GPU) for case in chosen]
 
 
 def _free(device: torch.device) -> None:
@@ -160,17 +228,25 @@ class Bench:
         return cls(device, card, data_sheet(name), timer, StepTimer(device))
 
     def rows(
-        self, cases: Sequence[Case], without: Sequence[str] = (), begins: Callable[[int], None] = lambda number: None
+        self,
+        cases: Sequence[Case],
+        without: Sequence[str] = (),
+        begins: Callable[[int], None] = lambda number: None,
+        own: Sequence[Peer] = (),
     ) -> Iterator[Row]:
-        """A row a case, `begins` told before it; `CardLost` after that of a case that leaves the device in an error."""
+        """A row a case, `begins` told before it; `CardLost` after that of a case that leaves the device in an error.
+
+        own  peers beside the installed ones
+        """
         for number, case in enumerate(cases):
             begins(number)
             peers = [peer for peer in peers_of(case.op.name) if peer.name not in without]
+            peers += own
             timer = self.step_timer if case.op is decode_step.STEP else self.timer
             try:
                 yield measured(case, self.card, self.device, timer, peers)
             except Exception as error:  # before anything was timed: one case's trouble is not the next one's
-                yield replace(known(case, self.card), ours=Outcome(said=_why(error)))
+                yield replace(known(case, self.card), ours=_failed(error))
             self._check_alive()
             _free(self.device)
 

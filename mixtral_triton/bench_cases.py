@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from . import decode_step
+from .bench_model import letters, resized
+from .config import MixtralConfig
 from .kernels.op import Cost, Op, Sizes
 from .kernels.registry import OPS
-from .verification import Yardstick
+from .yardstick import Yardstick
 
 MODELS: dict[str, dict[str, int]] = {
     "8x7B": {"H": 4096, "I": 14336, "E": 8, "K": 2, "Hq": 32, "Hkv": 8, "D": 128},
@@ -27,12 +29,33 @@ SLACK = 2.0
 # A long attention is checked in blocks of queries: the scores of all would not fit any card.
 CHECKED_WHOLE, BLOCK = 1024, 256
 
+# What a CPU checks in seconds, in fp64 and in the plain way.
+CPU_FLOPS, CPU_VALUES = 2e10, 1 << 27
+
+
+class _Wrong(Exception):
+    """What a call does that its operation does not."""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _values(argument: Any) -> int:
+    if isinstance(argument, torch.nn.Module):
+        return sum(parameter.numel() for parameter in argument.parameters())
+    return argument.numel() if isinstance(argument, torch.Tensor) else 0
+
 
 @dataclass(frozen=True)
 class Case:
     op: Op
     sizes: Sizes
     dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def dtype_name(self) -> str:
+        return _name(self.dtype)
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """Arguments by name; random ones are drawn on the device, where the weights of a layer take no time."""
@@ -42,6 +65,13 @@ class Case:
         if "new" in args:
             args["new"] = torch.full_like(args["new"], self.sizes["T"])  # every sequence is there in full
         return args
+
+    def too_large_for_a_cpu(self) -> str | None:
+        """Why nobody would wait for this case to be checked on a CPU; None where it is small enough."""
+        flops, values = self.cost().flops, sum(map(_values, self.inputs(torch.device("meta")).values()))
+        if flops <= CPU_FLOPS and values <= CPU_VALUES:
+            return None
+        return f"too large for a CPU ({values / 1e6:,.0f} million values, {flops / 1e9:,.0f} GFLOP)"
 
     def cost(self, args: dict[str, Any] | None = None) -> Cost:
         """Compulsory work, by the experts that `args` chose; without them, by those expected of uniform routing."""
@@ -53,7 +83,10 @@ class Case:
         return self.op.cost({**self.sizes, **routed}, self.dtype)
 
 
-def _dtype(op: Op) -> torch.dtype:
+def _dtype(op: Op, wanted: torch.dtype | None = None) -> torch.dtype:
+    """What is asked for, where the operation has it; ids stay integers."""
+    if wanted in op.dtypes:
+        return wanted
     return torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
 
 
@@ -82,32 +115,67 @@ def spread(items: Sequence[Any], most: int) -> list[Any]:
     return [items[round(at * (len(items) - 1) / (most - 1))] for at in range(most)]
 
 
+def few(found: Sequence[Case]) -> list[Case]:
+    """At most QUICK cases an operation, evenly spread by their bytes."""
+    chosen: list[Case] = []
+    for name in dict.fromkeys(case.op.name for case in found):
+        own = [case for case in found if case.op.name == name]
+        chosen += spread(sorted(own, key=lambda case: case.cost().bytes), QUICK)
+    return chosen
+
+
 def cases(
-    names: Sequence[str] = (), quick: bool = False, at: Sequence[str] = (), sizes: Sequence[str] = ()
+    names: Sequence[str] = (),
+    quick: bool = False,
+    at: Sequence[str] = (),
+    sizes: Sequence[str | Sizes] = (),
+    dtype: torch.dtype | None = None,
+    model: MixtralConfig | None = None,
 ) -> list[Case]:
     """The cases of the operations `names` (none: all), each once; `at`: only those of given sizes ("T=4096").
 
-    `sizes`: instead of the tabled ones, cases of these sizes ("T=32,H=1024,I=512,E=8,K=2").
-    ValueError: an unknown name, sizes that no case has, or that an operation lacks or needs.
+    `sizes`: instead of the tabled ones, cases of these sizes ("T=32,H=1024,I=512,E=8,K=2", or a dictionary).
+    `dtype`: None is bf16. `model`: its sizes instead of Mixtral's, also for what `sizes` do not say.
+    ValueError: an unknown name, sizes that no case has, or that an operation lacks or needs, a dtype it has not.
     """
     if unknown := [name for name in names if name not in BENCHED]:
         raise ValueError(f"argument 'OP' is {unknown[0]!r}, needs one of {', '.join(BENCHED)}")
+    if dtype is not None:
+        _check_dtype(names, dtype)
     if sizes:
         if not names or quick or at:
             raise ValueError("--sizes goes with the operations it is for, and without --quick and --at")
-        return [_sized(BENCHED[name], text) for name in names for text in sizes]
+        said = {} if model is None else letters(model)
+        return [_sized(BENCHED[name], one, _dtype(BENCHED[name], dtype), said) for name in names for one in sizes]
     wanted = dict(_size("--at", text) for text in at)
     found: list[Case] = []
     for op in (op for name, op in BENCHED.items() if name in names or not names):
-        models = [MODELS["8x7B"]] if quick else list(MODELS.values())
-        unique = {tuple(sizes.items()): sizes for model in models for sizes in _shapes(op, model)}
-        shapes = [sizes for sizes in unique.values() if all(sizes.get(letter) == n for letter, n in wanted.items())]
-        if quick:
-            shapes = spread(sorted(shapes, key=lambda sizes: op.cost(sizes, _dtype(op)).bytes), QUICK)
-        found += [Case(op, sizes, _dtype(op)) for sizes in shapes]
+        shapes = [sizes for sizes in _tabled(op, quick, model) if _has(sizes, wanted)]
+        found += [Case(op, sizes, _dtype(op, dtype)) for sizes in shapes]
     if not found:
         raise ValueError(f"--at {' '.join(at)}: no case of the benchmark has these sizes")
-    return found
+    return few(found) if quick else found
+
+
+def _has(sizes: Sizes, wanted: Sizes) -> bool:
+    return all(sizes.get(letter) == size for letter, size in wanted.items())
+
+
+def _tabled(op: Op, quick: bool, model: MixtralConfig | None) -> list[Sizes]:
+    """Distinct sizes: those of Mixtral 8x7B and, unless `quick`, of 8x22B; or those of `model`."""
+    mixtral = _shapes(op, MODELS["8x7B"])
+    if model is not None:
+        shapes = [one for sizes in mixtral if (one := resized(sizes, model)) is not None]
+    else:
+        shapes = [*mixtral, *(() if quick else _shapes(op, MODELS["8x22B"]))]
+    return list({tuple(sizes.items()): sizes for sizes in shapes}.values())
+
+
+def _check_dtype(names: Sequence[str], dtype: torch.dtype) -> None:
+    for op in (BENCHED[name] for name in names):
+        if dtype not in op.dtypes:
+            known = ", ".join(map(_name, op.dtypes))
+            raise ValueError(f"--dtype is {_name(dtype)!r}, and {op.name} has {known}: leave --dtype out")
 
 
 def _size(option: str, text: str) -> tuple[str, int]:
@@ -121,20 +189,33 @@ def _size(option: str, text: str) -> tuple[str, int]:
 _UNSAID = {"window": 0, "past": 0, "fresh": 1}
 
 
-def _sized(op: Op, text: str) -> Case:
-    """The case of `op` at the sizes that somebody wrote down."""
-    given = dict(_size("--sizes", part) for part in text.split(","))
+def _sized(op: Op, sizes: str | Sizes, dtype: torch.dtype, model: Sizes) -> Case:
+    """The case of `op` at the sizes that somebody wrote down, and of the letters that they left out at the model's."""
+    given = _parsed(sizes) if isinstance(sizes, str) else dict(sizes)
     shapes = (*op.test_shapes, *op.bench_shapes)
     known = list(dict.fromkeys(letter for sizes in shapes for letter in sizes))
     needed = [letter for letter in known if all(letter in sizes for sizes in shapes)]
     if foreign := [letter for letter in given if letter not in known]:
         raise ValueError(f"--sizes has {foreign[0]}, and {op.name} has {', '.join(known)}")
-    if missing := [letter for letter in needed if letter not in given and letter not in _UNSAID]:
+    said = {**_UNSAID, **model, **given}
+    if missing := [letter for letter in needed if letter not in said]:
         raise ValueError(f"--sizes lacks {', '.join(missing)}: {op.name} needs {', '.join(needed)}")
-    said = {**_UNSAID, **given}
-    case = Case(op, {letter: said[letter] for letter in known if letter in {*given, *needed}})
+    case = Case(op, {letter: said[letter] for letter in known if letter in {*given, *needed}}, dtype)
+    if none := [letter for letter in ("B", "T", "H", "I", "E", "V", "N") if case.sizes.get(letter) == 0]:
+        raise ValueError(f"--sizes has {none[0]}=0, needs at least 1: there is nothing to time")
+    if case.sizes.get("K", 0) > case.sizes.get("E", case.sizes.get("K", 0)):
+        raise ValueError(
+            f"--sizes has K={case.sizes['K']}, needs at most E={case.sizes['E']}: a token's experts differ"
+        )
     op.check(**case.inputs(torch.device("meta")))
     return case
+
+
+def _parsed(text: str) -> dict[str, int]:
+    pairs = [_size("--sizes", part) for part in text.split(",")]
+    if len(given := dict(pairs)) < len(pairs):
+        raise ValueError(f"--sizes is {text!r}, needs each letter once")
+    return given
 
 
 def _blocks(args: dict[str, Any]) -> Iterator[tuple[int, int]]:
@@ -142,6 +223,41 @@ def _blocks(args: dict[str, Any]) -> Iterator[tuple[int, int]]:
     T, ragged = args["q"].shape[1], args.get("lengths") is not None
     if T > CHECKED_WHOLE and args["k"].shape[1] == T and args.get("causal", True) and not ragged:
         yield from ((begin, begin + BLOCK) for begin in (0, (T - BLOCK) // 2, T - BLOCK))
+
+
+def _held(function: Any, stick: Yardstick, /, **given: Any) -> Any:
+    """A call of `function`, held to what a number does not tell: as many results, of these shapes, and its arguments
+    as they were (what it wrote into is put back)."""
+    before = {
+        name: value.clone()
+        for name, value in given.items()
+        if isinstance(value, torch.Tensor) and name not in stick.mutates
+    }
+    out = function(**given)
+    written = [name for name, value in before.items() if not _same(value, given[name])]
+    for name in written:
+        given[name].copy_(before[name])
+    if written:
+        raise _Wrong(f"it writes into {', '.join(written)}")
+    results = () if out is None else tuple(out) if isinstance(out, (tuple, list)) else (out,)
+    wanted = stick.exact[: len(stick.exact) - len(stick.mutates)]
+    if strange := [type(result).__name__ for result in results if not isinstance(result, torch.Tensor)]:
+        raise _Wrong(f"a result is a {strange[0]}, needs a tensor")
+    shapes, needed = ([list(result.shape) for result in found] for found in (results, wanted))
+    if shapes != needed:
+        raise _Wrong(f"results of shape {_shown(shapes)}, where {_shown(needed)} would be right")
+    return tuple(
+        got if want.dtype.is_floating_point else got.to(want.dtype) for got, want in zip(results, wanted, strict=True)
+    )
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """NaN, as memory may hold that nobody wrote, is like NaN."""
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _shown(shapes: Sequence[Sequence[int]]) -> str:
+    return " and ".join(map(str, shapes)) or "none"
 
 
 class Oracle:
@@ -160,9 +276,11 @@ class Oracle:
     def fault(self, function: Any) -> str | None:
         """What is wrong with `function` on these arguments; None if nothing is."""
         for stick, rows in self.parts:
-            error, limit = stick.measure(
-                function if rows is None else lambda rows=rows, **_: self._rows(function, rows)
-            )
+            whole = function if rows is None else lambda rows=rows, **_: self._rows(function, rows)
+            try:
+                error, limit = stick.measure(partial(_held, whole, stick))
+            except _Wrong as wrong:
+                return f"wrong: {wrong}"
             if not error <= SLACK * limit:
                 return f"wrong: an error of {error:.1e}, where {SLACK * limit:.1e} would be right"
         return None

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -17,27 +18,32 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from .bench import OUT_OF_MEMORY, Bench, CardLost, Row, known
-from .bench_cases import Case, cases
-from .bench_report import WIDTH, card_line, op_table, plot, resources_table, traffic_table
+from .bench import DEFAULT_CARD, NO_GPU, Bench, CardLost, Row, checked
+from .bench_cases import Case, cases, few
+from .bench_plot import plot
+from .bench_report import card_line, op_table, traffic_table
+from .config import MixtralConfig
 from .kernels.launch import INTERPRETED
-from .kernels.offline import as_json, compile_ops
+from .kernels.offline import as_json, compile_shapes
+from .kernels.op import Op
 from .kernels.registry import OPS
 from .kernels.roofline import CARDS, Card, table_note
-from .peers import PEERS
+from .own_peer import imported
+from .peers import PEERS, Peer
 from .plotting import check_plot
-
-DEFAULT_CARD = "h100"
+from .resources import resources_table
+from .tables import console
 
 
 def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
-    """-> exit status: 1 where an operation is wrong or fails; a case too large for the card is neither.
+    """-> exit status: 1 where an operation, or a peer that the user gave, is wrong or fails; a case too large for the
+    card is neither, and another peer's trouble is its own.
 
     A case that leaves the card in an error ends the process: a new one goes on behind it by --first.
     """
     if args.first < 0:
         raise ValueError(f"--first is {args.first}, needs the number of a case")
-    chosen = cases(args.ops, args.quick, args.at, args.sizes)[args.first :]
+    chosen, own = _chosen(args)[args.first :], _own_peers(args)
     if args.card is not None and args.card not in CARDS:
         raise ValueError(f"--card is {args.card!r}, needs one of {', '.join(CARDS)}")
     if unknown := set(args.without) - {peer.name for peer in PEERS}:
@@ -45,17 +51,16 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
     if args.plot is not None:
         check_plot(args.plot)
         plot([], CARDS[DEFAULT_CARD], args.plot)  # can it be written there?
-    out = Console(stderr=args.json, highlight=False)
-    if not out.is_terminal:
-        out.width = WIDTH
+    out = console(stderr=args.json)
     measuring = args.card is None and torch.cuda.is_available()
     if measuring:
         bench = Bench.of(torch.device("cuda"))
-        card, sheet, source = bench.card, bench.sheet, bench.rows(chosen, args.without, partial(_begins, args, chosen))
+        card, sheet = bench.card, bench.sheet
+        source = bench.rows(chosen, args.without, partial(_begins, args, chosen), own)
     else:
         card, sheet = CARDS[args.card or DEFAULT_CARD], None
-        source = (known(case, card) for case in chosen)
-        reason = "--card asks for a data sheet" if args.card else "there is no GPU"
+        reason = "--card asks for a data sheet" if args.card else NO_GPU
+        source = (checked(case, card, own, reason) for case in chosen)
         out.print(f"No time was measured: {reason}. Floors are those of the card below.")
     out.print(card_line(card, sheet))
     if note := table_note(card.arch):
@@ -70,11 +75,28 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
     if args.json and measuring:
         print(json.dumps({"kind": "end"}), flush=True)
     if not measuring:
-        _unmeasured(args, card, out, bar)
+        _unmeasured(args, chosen, card, out, bar)
     if args.plot is not None:
         plot(rows, card, args.plot)
-        out.print(f"roofline: {args.plot}")
-    return 1 if any(row.ours.said not in (None, OUT_OF_MEMORY) for row in rows) else 0
+        out.print(f"plot: {args.plot}")
+    return 1 if any(_is_wrong(row, own) for row in rows) else 0
+
+
+def _is_wrong(row: Row, own: Sequence[Peer]) -> bool:
+    answerable = [row.ours, *(outcome for name, outcome in row.peers.items() if name in {peer.name for peer in own})]
+    return any(outcome.right is False for outcome in answerable)
+
+
+def _chosen(args: argparse.Namespace) -> list[Case]:
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    model = MixtralConfig.from_pretrained(args.model) if args.model is not None else None
+    return cases(args.ops, args.quick, args.at, args.sizes, dtype, model)
+
+
+def _own_peers(args: argparse.Namespace) -> list[Peer]:
+    if args.peer and len(args.ops) != 1:
+        raise ValueError("--peer goes with the one operation that it does: bench expert_swiglu --peer MODULE:FUNCTION")
+    return [imported(text) for text in dict.fromkeys(args.peer)]
 
 
 def _card(card: Card, sheet: Card | None) -> dict[str, Any]:
@@ -115,12 +137,13 @@ def _shown(
 
 
 @contextmanager
-def _interpreting(names: Sequence[str], arch: str) -> Iterator[subprocess.Popen[str]]:
-    """A process beside this one that counts the traffic of the operations `names`, while we compile."""
+def _interpreting(chosen: Sequence[Case], arch: str) -> Iterator[subprocess.Popen[str]]:
+    """A process beside this one that counts the traffic of a few of the cases, while we compile."""
     package = str(Path(__file__).parents[1])
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", f"{__package__}.bench_traffic", arch, *names]
+    told = json.dumps([[case.op.name, dict(case.sizes), case.dtype_name] for case in few(chosen)])
+    command = [sys.executable, "-m", f"{__package__}.bench_traffic", arch, told]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, text=True, stdout=pipe, stderr=pipe) as process:
         try:
@@ -129,13 +152,15 @@ def _interpreting(names: Sequence[str], arch: str) -> Iterator[subprocess.Popen[
             process.kill()
 
 
-def _unmeasured(args: argparse.Namespace, card: Card, out: Console, bar: Callable[..., Any]) -> None:
-    """What is known of the kernels that the chosen operations launch in bf16: resources once compiled, and traffic."""
-    names = [name for name in args.ops or OPS if name in OPS]
-    if not names:
+def _unmeasured(
+    args: argparse.Namespace, chosen: Sequence[Case], card: Card, out: Console, bar: Callable[..., Any]
+) -> None:
+    """What is known of the kernels that the chosen cases launch: resources once compiled, and traffic."""
+    launching = [case for case in chosen if case.op.name in OPS]
+    if not launching:
         return
-    with _interpreting(names, card.arch) as counting:
-        kernels = [] if INTERPRETED else _compiled(names, card.arch, bar)
+    with _interpreting(launching, card.arch) as counting:
+        kernels = [] if INTERPRETED else _compiled(launching, card.arch, bar)
         if INTERPRETED:
             out.print("No compiled resources: this process interprets its kernels (TRITON_INTERPRET is set).")
         told, complaint = counting.communicate()
@@ -145,27 +170,28 @@ def _unmeasured(args: argparse.Namespace, card: Card, out: Console, bar: Callabl
             print(json.dumps(line), flush=True)
     else:
         if kernels:
-            out.print(resources_table(card.arch, _worst(kernels)))
+            out.print(resources_table(card.arch, kernels))
         out.print(traffic_table(card.arch, traffic))
     if counting.returncode:
         raise ValueError(f"the traffic could not be counted: {(complaint.strip().splitlines() or ['no reason'])[-1]}")
 
 
-def _compiled(names: Sequence[str], arch: str, bar: Callable[..., Any]) -> list[dict[str, Any]]:
+def _compiled(chosen: Sequence[Case], arch: str, bar: Callable[..., Any]) -> list[dict[str, Any]]:
     with bar(f"compiling for {arch}", None) as progress:
-        kernels = compile_ops(names, arch, progress=progress.of, dtypes=[torch.bfloat16])
+        kernels = compile_shapes(_as_listed(chosen), arch, progress=progress.of)
         return [{"kind": "kernel", **as_json(kernel)} for kernel in kernels]
 
 
-def _worst(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One for each kernel, dtype and launch configuration: what differs in sizes alone shows as the worst of them."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for kernel in kernels:
-        tile = tuple((name, size) for name, size in kernel["constexprs"].items() if name.startswith("BLOCK_"))
-        key = (kernel["kernel"], kernel["dtype"], kernel["num_warps"], kernel["num_stages"], tile)
-        other = found.setdefault(key, kernel)
-        found[key] = other | {name: max(other[name], kernel[name]) for name in ("registers", "spills", "shared_bytes")}
-        figures = [each["loop_flop_per_instruction"] for each in (other, kernel)]
-        found[key]["loop_flop_per_instruction"] = min(filter(None, figures), default=None)
-        found[key]["fault"] = other["fault"] or kernel["fault"]
-    return list(found.values())
+def _as_listed(chosen: Sequence[Case]) -> list[Op]:
+    """The operations of the cases, with the sizes and dtypes of these in the place of what the registry lists."""
+    listed: dict[str, list[Case]] = {}
+    for case in chosen:
+        listed.setdefault(case.op.name, []).append(case)
+    return [
+        replace(
+            own[0].op,
+            bench_shapes=tuple(case.sizes for case in own),
+            dtypes=tuple(dict.fromkeys(case.dtype for case in own)),
+        )
+        for own in listed.values()
+    ]

@@ -1,20 +1,16 @@
-"""What `bench` found, as tables for a person and as a roofline plot; `Row.as_dict` is for programs."""
+"""What `bench` found, as tables for a person; `Row.as_dict` is for programs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
-from .bench import Row
+from .bench import Outcome, Row
 from .kernels.roofline import Card
-
-WIDTH = 160  # of tables that go to a file
+from .tables import Column, Table
 
 
 def card_line(card: Card, sheet: Card | None = None) -> str:
@@ -25,20 +21,20 @@ def card_line(card: Card, sheet: Card | None = None) -> str:
     return line
 
 
-def plain_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in left:
-        table.add_column(name, no_wrap=True)
-    for name in right:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+def sizes_text(sizes: Mapping[str, int]) -> str:
+    return " ".join(f"{letter}{size}" for letter, size in sizes.items())
+
+
+def _constant(rows: Sequence[Row]) -> dict[str, int]:
+    """The sizes that are the same in all rows of a table, where there are several."""
+    sizes = rows[0].case.sizes if len(rows) > 1 else {}
+    return {key: size for key, size in sizes.items() if all(row.case.sizes.get(key) == size for row in rows)}
 
 
 def _shape(row: Row, rows: Sequence[Row]) -> str:
     """The sizes that differ between the rows of a table."""
-    constant = {key for key in row.case.sizes if len({other.case.sizes.get(key) for other in rows}) == 1}
-    shown = {key: size for key, size in row.case.sizes.items() if key not in constant} or row.case.sizes
-    return " ".join(f"{key}{size}" for key, size in shown.items())
+    constant = _constant(rows)
+    return sizes_text({key: size for key, size in row.case.sizes.items() if key not in constant} or row.case.sizes)
 
 
 def _number(value: float | None) -> str:
@@ -58,81 +54,55 @@ def _launches(row: Row) -> str:
     return f"{len(row.launches)}" + (f" ({torch_own} torch)" if torch_own else "")
 
 
+def _ratio(row: Row, peer: str) -> str:
+    """A peer's cell: its time by ours, or the first word of what is said of it."""
+    ratio, outcome = row.ratio(peer) if peer in row.peers else None, row.peers.get(peer, Outcome())
+    return f"{ratio:.2f}" if ratio is not None else outcome.verdict
+
+
 def op_table(rows: Sequence[Row]) -> Group:
     """The rows of one operation, with notes on what could not be measured."""
     timed = any(row.ours.seconds is not None or row.ours.said for row in rows)
     peers = list(dict.fromkeys(name for row in rows for name in row.peers))
-    columns = ["MB", "GFLOP", "bound", "launches", "floor, us"]
-    columns += ["time, us", "of floor", *(f"{name} / ours" for name in peers)] if timed else []
-    table = plain_table(rows[0].case.op.name, ("sizes",), columns)
-    notes: dict[str, None] = {}
+    columns = [Column("sizes", right=False), *([Column("time, us"), Column("of floor")] if timed else [])]
+    columns += [Column("floor, us"), Column("bound", right=False)]
+    columns += [Column(f"{name} / ours" if timed else name, level=1) for name in peers]
+    columns += [Column(name, level=2) for name in ("MB", "GFLOP", "launches")]
+    first = rows[0].case
+    title = ", ".join(filter(None, (first.op.name, first.dtype_name, sizes_text(_constant(rows)))))
+    table = Table(title, columns)
+    notes: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        cells = [_number(row.bytes / 1e6), _number(row.flops / 1e9), row.bound, _launches(row), micro(row.floor_s)]
+        shape, cells = _shape(row, rows), []
         if timed:
             share = "-" if row.share is None else f"{100 * row.share:.0f} %"
-            ratios = [row.ratio(name) if name in row.peers else None for name in peers]
-            cells += [micro(row.ours.seconds), share, *("-" if x is None else f"{x:.2f}" for x in ratios)]
-        shape = _shape(row, rows)
-        table.add_row(shape, *cells, style="bold red" if row.ours.said else None)
+            cells = [row.ours.verdict if row.ours.seconds is None else micro(row.ours.seconds), share]
+        cells += [micro(row.floor_s), row.bound, *(_ratio(row, name) for name in peers)]
+        cells += [_number(row.bytes / 1e6), _number(row.flops / 1e9), _launches(row)]
+        table.add(shape, *cells, style="bold red" if row.ours.right is False else "")
         for name, outcome in (("ours", row.ours), *row.peers.items()):
             if outcome.said:
-                notes[f"{name}, {shape}: {outcome.said}"] = None
-    return Group(table, *(Text(note, style="red" if note.startswith("ours") else "yellow") for note in notes))
+                notes.setdefault((name, outcome.said), []).append(shape)
+    return Group(table, *(_note(*said, shapes, len(rows)) for said, shapes in notes.items()))
 
 
-def resources_table(arch: str, kernels: Sequence[dict[str, Any]]) -> Table:
-    """Compiled kernels, as `offline.as_json` gives them."""
-    numbers = ("registers", "spills", "shared_bytes", "loop_flop_per_instruction")
-    headings = ("w/s", "regs", "spills", "shared", "FLOP/i")
-    table = plain_table(f"Compiled for {arch}", ("kernel", "dtype", "tile"), headings)
-    table.caption = (
-        "w/s: warps and stages; regs: registers of a thread; FLOP/i: of the tensor cores, for each other instruction "
-        "of the main loop"
-    )
-    for row in kernels:
-        tile = "x".join(str(size) for name, size in row["constexprs"].items() if name.startswith("BLOCK_"))
-        cells = ("" if row[name] is None else f"{row[name]:,.0f}" for name in numbers)
-        left = (row["kernel"].removesuffix("_kernel"), row["dtype"], tile, f"{row['num_warps']}/{row['num_stages']}")
-        table.add_row(*left, *cells, style="bold red" if row["fault"] else None)
-    return table
+def _note(way: str, said: str, shapes: Sequence[str], rows: int) -> Text:
+    """What is said of a way, once, and of which rows where not of all of them."""
+    where = f", {'; '.join(shapes)}" if len(shapes) < rows or rows == 1 else ""
+    return Text(f"{way}{where}: {said}", style="red" if way == "ours" else "yellow")
 
 
 def traffic_table(arch: str, counted: Sequence[dict[str, Any]]) -> Table:
     """Lines of `bench_traffic`."""
-    title = f"Counted in the interpreter, at reduced sizes with the tiles of {arch}; 1 is what is compulsory"
-    table = plain_table(title, ("operation", "sizes"), ("bytes touched", "bytes moved", "FLOP issued"))
-    table.caption = (
+    ratios = {"touched": "bytes touched", "moved": "bytes moved", "issued": "FLOP issued"}
+    columns = [Column("operation", right=False), Column("sizes", right=False), *map(Column, ratios.values())]
+    table = Table(
+        f"Counted in the interpreter, at reduced sizes with the tiles of {arch}; 1 is what is compulsory",
+        columns,
         "moved: all loads and stores, as if there were no cache; "
-        "FLOP issued: a tensor core's tile has 16 rows, however few the tokens"
+        "FLOP issued: a tensor core's tile has 16 rows, however few the tokens",
     )
     for line in counted:
-        sizes = " ".join(f"{letter}{size}" for letter, size in line["sizes"].items())
-        ratios = (line[key] for key in ("touched", "moved", "issued"))
-        table.add_row(line["op"], sizes, *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios))
+        cells = ("-" if line[key] is None else f"{line[key]:.2f}" for key in ratios)
+        table.add(line["op"], sizes_text(line["sizes"]), *cells)
     return table
-
-
-def plot(rows: Sequence[Row], card: Card, file: Path) -> None:
-    """The roofline: arithmetic intensity against FLOP/s reached, and where no time was measured, within reach."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6))
-    axes = figure.subplots()
-    drawn = [row for row in rows if row.flops]
-    knee = card.matmul / card.bandwidth
-    reach = [row.flops / row.bytes for row in drawn] + [knee]
-    low, high = min(reach) / 2, max(reach) * 4
-    axes.plot([low, knee, high], [low * card.bandwidth, card.matmul, card.matmul], color="black", label="floor")
-    for index, name in enumerate(dict.fromkeys(row.case.op.name for row in drawn)):
-        points = [row for row in drawn if row.case.op.name == name]
-        timed = [row for row in points if row.ours.seconds]
-        x = [row.flops / row.bytes for row in timed or points]
-        y = [row.flops / (row.ours.seconds or row.floor_s) for row in timed or points]
-        marker = "os^v"[index // 10 % 4]  # there are ten colours
-        axes.plot(x, y, marker, ms=5, label=name, fillstyle="full" if timed else "none")
-    axes.set(xscale="log", yscale="log", xlabel="FLOP / compulsory byte", ylabel="FLOP/s")
-    times = "" if any(row.ours.seconds for row in rows) else "; no time was measured: points are floors"
-    axes.set_title(f"{card.name}, {card.source}{times}", fontsize=9)
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(file)

@@ -1,6 +1,6 @@
 """Traffic of the operations at reduced sizes, counted in interpreted kernels: JSON lines for `bench`.
 
-    TRITON_INTERPRET=1 python -m mixtral_triton.bench_traffic ARCH OP...
+    TRITON_INTERPRET=1 python -m mixtral_triton.bench_traffic ARCH '[["route", {"T": 64, "E": 8, "K": 2}, "bfloat16"]]'
 
 A process of its own, since Triton either interprets or compiles. The tiles are those that `ARCH` gets at these sizes.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .bench_cases import Case, cases
+from .bench_cases import BENCHED, Case
 from .kernels.experts_config import DECODE_TOKENS
 from .kernels.launch import using_arch
 from .kernels.op import Sizes
@@ -40,10 +40,10 @@ def reduced(sizes: Sizes) -> Sizes:
     return small
 
 
-def counted(names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def counted(chosen: Sequence[Case]) -> Iterator[dict[str, Any]]:
     """Bytes and FLOP of a call by those that are compulsory; `issued` is None where nothing is multiplied in tiles."""
     seen = set()
-    for case in cases(names, quick=True):
+    for case in chosen:
         small = Case(case.op, reduced(case.sizes), case.dtype)
         key = (case.op.name, *small.sizes.items())
         if key in seen:
@@ -67,6 +67,8 @@ def counted(names: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    told = json.loads(sys.argv[2])
+    cases = [Case(BENCHED[name], sizes, getattr(torch, dtype)) for name, sizes, dtype in told]
     with using_arch(sys.argv[1]):
-        for line in counted(sys.argv[2:]):
+        for line in counted(cases):
             print(json.dumps(line), flush=True)

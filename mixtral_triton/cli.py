@@ -51,8 +51,11 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--device", help="cpu, cuda, cuda:1, ...; none: the GPU if there is one")
         sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="none: as stored")
 
-    verify = command("verify", "compare every operation of every layer with plain torch, on your weights")
+    verify = command(
+        "verify", "compare the loaded tensors with the files, and every operation and layer with plain torch"
+    )
     model_options(verify)
+    verify.add_argument("--peer", choices=("transformers",), help="its logits, on the same files, have to be the same")
     verify.add_argument("--prompt", help="text to run; none: fixed pseudo-random tokens")
     generate = command("generate", "stream the continuation of a prompt")
     model_options(generate)
@@ -80,9 +83,19 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--sizes", action="append", default=[], metavar="T=N,...", help="a case of these sizes instead; repeatable"
     )
+    bench.add_argument("--model", type=Path, metavar="FOLDER", help="take the sizes from a checkpoint's config.json")
+    bench.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="none: bfloat16")
+    bench.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        help="your own function beside the one OP, called with its arguments in its order, by position; it is checked "
+        "before it is timed, and exit 1 if wrong; repeatable",
+    )
     bench.add_argument("--first", type=int, default=0, metavar="N", help="leave the N cases before this one out")
     bench.add_argument("--without", action="append", default=[], metavar="PEER", help="leave a peer out; repeatable")
-    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline (.png, .svg, .pdf)")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw floors and times (.png, .svg, .pdf)")
     bench.add_argument("--card", help=f"measure nothing: floors by a data sheet ({CARDS})")
     tune = command(
         "tune", "launch configurations around the present ones: what compiles, what is fastest, what to paste"
@@ -163,8 +176,8 @@ def _verify(args: argparse.Namespace) -> int:
     given = None if args.prompt is None else _encode(_tokenizer(args.folder), args.prompt, model)[None]
     ids = text_or_default(given, model.config, model.device)
     say(with_verify_time(note, model.config, str(model.dtype), ids.numel()))
-    with bar("verifying", len(model.layers), MofNCompleteColumn()) as progress:
-        report = verify(model, ids, progress=progress.of)
+    with bar("verifying", None, MofNCompleteColumn()) as progress:
+        report = verify(model, ids, progress.of, folder=args.folder, peer=args.peer)
     if args.json:
         print(json.dumps({"folder": str(args.folder), **report.as_dict()}))
     else:
@@ -263,9 +276,10 @@ def _tune(args: argparse.Namespace) -> int:
 def _compile(args: argparse.Namespace) -> int:
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {str(args.out)!r} is a file, needs a folder")
-    from .bench_report import resources_table
     from .kernels.offline import as_json, compile_ops
     from .kernels.roofline import table_note
+    from .resources import resources_table
+    from .tables import console
 
     rows: list[dict[str, Any]] = []
     with bar(f"compiling for {args.arch}", None, MofNCompleteColumn()) as progress:
@@ -276,7 +290,7 @@ def _compile(args: argparse.Namespace) -> int:
                 print(json.dumps(rows[-1]), flush=True)
     bad = [row for row in rows if row["fault"]]
     if not args.json:
-        out = Console()
+        out = console()
         if note := table_note(args.arch):
             out.print(note)
         out.print(resources_table(args.arch, rows))

@@ -120,6 +120,8 @@ def fault(function: Callable[..., Any], args: Args) -> str | None:
     rewind(cache)
     got = function(**args)
     rewind(cache)
+    if got.shape != want.shape:
+        return f"wrong: logits of shape {list(got.shape)}, where {list(want.shape)} would be right"
     far = ((got - want).norm(dim=-1) / want.norm(dim=-1)).nan_to_num(nan=float("inf")) > NEAR
     if not far.any():
         return None
@@ -222,5 +224,5 @@ STEP = Op(
         # Two depths of one step tell what a layer takes.
         for B, S, L in ((1, 1024, 1), *((B, S, 4) for B in (1, 8, 32) for S in (1024, 4096, 32768)))
     ),
-    dtypes=(torch.bfloat16,),
+    dtypes=(torch.bfloat16, torch.float16, torch.float32),
 )

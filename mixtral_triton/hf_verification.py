@@ -6,7 +6,7 @@ B batch, T tokens, H hidden, Hq query heads, Hkv key/value heads, D head size
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -16,52 +16,130 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from . import hf
+from . import hf, reference
 from .config import SIZES, MixtralConfig
+from .layer_check import LayerCheck, check_layers
+from .layer_truth import Expected, Values
 from .report import Report, Row
-from .verification import LayerCheck, check_layers, end_row, finish, measure, text_or_default
+from .shell import WHOLE, Routes, Watch, cuts, forwards
+from .verification import END_RATIO, Progress, Steps, by_layer, end_row, finish, text_or_default
+from .yardstick import measure, widen
 
 
-def verify_hf(model: Any, input_ids: Tensor | None, progress: Callable[[int, int], None] | None) -> Report:
+def verify_hf(model: Any, input_ids: Tensor | None, progress: Progress) -> Report:
     """`verify` for a Mixtral of transformers, which is left as it was: applied or not."""
     theirs = hf.mixtral_modules("verify", model)
     backbone = next(module for module in model.modules() if isinstance(module, theirs.MixtralModel))
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("verify: some weights are not in memory (offloaded); load the model without offloading")
-    table = backbone.embed_tokens.weight
+    table, layers, norm = backbone.embed_tokens.weight, backbone.layers, backbone.norm
     ids = text_or_default(input_ids, model.config, table.device)
+    steps = Steps(len(layers) * (1 + forwards(ids.shape[1])), progress)
+    config = _config(layers[0].self_attn.config, layers[0].self_attn.head_dim)
     with torch.no_grad():
         make = partial(HFLayerCheck, theirs, backbone)
-        rows, expected, x = check_layers(make, backbone.layers, embedding(ids, table), progress)
-        norm = backbone.norm
-        args = {"x": x, "weight": norm.weight, "eps": norm.variance_epsilon}
-        last = len(backbone.layers)
-        rows.append(Row(last, "rms_norm", "final", *measure("rms_norm", args, partial(_norm, theirs, norm))))
-        with _running_applied(model, theirs) as routes:
-            hidden = backbone(ids, use_cache=False).last_hidden_state
-        if table.dtype == torch.float32:
-            head = getattr(model, "lm_head", torch.nn.Identity())
-            name = "logits" if hasattr(model, "lm_head") else "hidden"
-            rows.append(end_row(last, name, head(hidden), head(_norm(theirs, norm, **args))))
-    return finish(rows, expected, routes, table.device, table.dtype, "transformers' own modules")
+        found = check_layers(make, layers, embedding(ids, table), config, config, steps.one_more)
+        chain = found.chain
+        with _running_applied(model):
+            watch = _watched(theirs, backbone, ids, chain.expected, steps.one_more)
+            hidden, flips = _end_to_end(theirs, backbone, ids, chain.expected)
+        args = {"x": chain.x, "weight": norm.weight, "eps": norm.variance_epsilon}
+        plain = partial(_norm, theirs, norm)
+        rows = by_layer(found.rows, watch.rows())
+        rows.append(Row(None, "rms_norm", "final", *measure("rms_norm", args, plain)))
+        name, head = ("logits", model.lm_head) if hasattr(model, "lm_head") else ("hidden", torch.nn.Identity())
+        wide = reference.rms_norm(found.wide, widen(norm.weight), norm.variance_epsilon)
+        wide = wide @ widen(head.weight).T if name == "logits" else wide
+        rows.append(end_row(name, "end to end", head(hidden), Values.beside(wide, head(plain(**args)), END_RATIO)))
+    return finish(rows, flips, table.device, table.dtype, len(layers) * ids.numel(), "transformers' own modules")
 
 
 @contextmanager
-def _running_applied(model: Any, theirs: Any) -> Iterator[list[Tensor]]:
-    """Within the block the model is applied, and its gates' choices are collected, ids [B*T,K] a layer."""
+def _running_applied(model: Any) -> Iterator[None]:
+    """Within the block the model is applied."""
     was_applied = hf.applied(model)
     if not was_applied:
         hf.apply(model)
-    routes: list[Tensor] = []
-    gates = [module for module in model.modules() if isinstance(module, theirs.MixtralTopKRouter)]
-    hooks = [gate.register_forward_hook(lambda _, args, out: routes.append(out[2])) for gate in gates]
     try:
-        yield routes
+        yield
+    finally:
+        if not was_applied:
+            hf.revert(model)
+
+
+@contextmanager
+def routed(theirs: Any, backbone: Any, routes: Routes) -> Iterator[None]:
+    """Within the block the gates' choices are overruled."""
+
+    def overruled(gate: Any, args: Any, out: Any) -> Any:
+        return out[0], *routes.overrule(out[1], out[2])
+
+    gates = [module for module in backbone.modules() if isinstance(module, theirs.MixtralTopKRouter)]
+    hooks = [gate.register_forward_hook(overruled) for gate in gates]
+    try:
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-        if not was_applied:
-            hf.revert(model)
+
+
+def _watched(theirs: Any, backbone: Any, ids: Tensor, expected: Sequence[Expected], said: Callable[[], None]) -> Watch:
+    """The layers' own forward on ids [B,T]: without a cache, and over transformers' cache."""
+    from transformers import DynamicCache
+
+    watch = Watch(expected, said)
+    hooks = []
+    for index, layer in enumerate(backbone.layers):
+        hooks.append(layer.register_forward_pre_hook(partial(_enter, watch, index), with_kwargs=True))
+        hooks.append(layer.register_forward_hook(partial(_leave, watch, index)))
+    try:
+        with routed(theirs, backbone, watch.routes):
+            T = ids.shape[1]
+            watch.start(WHOLE, torch.arange(T), T)
+            backbone(ids, use_cache=False)
+            cache = DynamicCache(config=backbone.config)
+            for case, first, count, _ in cuts(T):
+                at = torch.arange(first, first + count)
+                watch.start(case, at, count)
+                backbone(ids[:, at], use_cache=True, **{hf.cache_keyword(): cache})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return watch
+
+
+def _enter(watch: Watch, index: int, layer: Any, args: Any, kwargs: Any) -> Any:
+    """The layer's input is the reference's."""
+    watch.note(index, "x", args[0])
+    return (watch.expected[index].x[:, watch.routes.at], *args[1:]), kwargs
+
+
+def _leave(watch: Watch, index: int, layer: Any, args: Any, out: Tensor) -> Tensor:
+    """What comes out is measured, and what goes on is the reference's."""
+    watch.note(index, "output", out)
+    watch.said()
+    return watch.expected[index + 1].x[:, watch.routes.at] if index + 1 < len(watch.expected) else out
+
+
+def _end_to_end(theirs: Any, backbone: Any, ids: Tensor, expected: Sequence[Expected]) -> tuple[Tensor, int]:
+    """The backbone's own forward with plain torch's routes -> [B,T,H], tokens that it would route elsewhere."""
+    routes = Routes(expected)
+    routes.start(torch.arange(ids.shape[1]), ids.shape[1])
+    with routed(theirs, backbone, routes):
+        return backbone(ids, use_cache=False).last_hidden_state, routes.flips
+
+
+def transformers_logits(folder: Any, model: Any, ids: Tensor, expected: Sequence[Expected]) -> Tensor:
+    """The logits [B,T,V] of transformers' own model, loaded from the folder, with the routes that are expected."""
+    from transformers import MixtralForCausalLM
+    from transformers.models.mixtral import modeling_mixtral
+
+    eager: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    loaded = MixtralForCausalLM.from_pretrained(folder, dtype=model.dtype, **eager).eval().to(model.device)
+    routes = Routes(expected)
+    routes.start(torch.arange(ids.shape[1]), ids.shape[1])
+    with routed(modeling_mixtral, loaded.model, routes):
+        return loaded(ids).logits
 
 
 def _norm(theirs: Any, module: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -78,7 +156,7 @@ def _config(config: Any, head_dim: int) -> MixtralConfig:
 class HFLayerCheck(LayerCheck):
     """One decoder layer of transformers on x [B,T,H], by the functions of transformers' own classes, applied or not."""
 
-    def __init__(self, theirs: Any, backbone: Any, block: Any, x: Tensor) -> None:
+    def __init__(self, theirs: Any, backbone: Any, block: Any, x: Tensor, config: MixtralConfig) -> None:
         attn, moe, norms = block.self_attn, block.mlp, (block.input_layernorm, block.post_attention_layernorm)
         x = x.to(norms[0].weight.device)
         B, T, H = x.shape
@@ -88,9 +166,10 @@ class HFLayerCheck(LayerCheck):
         self.angles = rotary(x)
         cos, sin = (part[0, :, : attn.head_dim // 2].contiguous() for part in rotary(x.float()))
         self.tables = {"cos": cos, "sin": sin}
-        self.model: Any = SimpleNamespace(config=_config(attn.config, attn.head_dim))
+        self.config = config
         self.layer: Any = SimpleNamespace(
             input_layernorm=norms[0].weight,
+            qkv_proj=torch.cat([project.weight for project in (attn.q_proj, attn.k_proj, attn.v_proj)]),
             post_attention_layernorm=norms[1].weight,
             o_proj=attn.o_proj.weight,
             gate=moe.gate.weight,
@@ -107,12 +186,12 @@ class HFLayerCheck(LayerCheck):
             "expert_swiglu": self._eager_experts,
             "experts_add_rms_norm": partial(self._eager_experts_norm, norms[1]),
         }
-        h = theirs.MixtralRMSNorm.forward(norms[0], x)
+        self.normed = theirs.MixtralRMSNorm.forward(norms[0], x)
         self.q, self.k, self.v = (
-            project(h).view(B, T, -1, attn.head_dim) for project in (attn.q_proj, attn.k_proj, attn.v_proj)
+            project(self.normed).view(B, T, -1, attn.head_dim) for project in (attn.q_proj, attn.k_proj, attn.v_proj)
         )
         self.rq, self.rk = self._eager_rope(self.q, self.k)
-        a = self._eager_attention(self.rq, self.rk, self.v, self.model.config.sliding_window)
+        a = self._eager_attention(self.rq, self.rk, self.v, config.sliding_window)
         self.heads = a.reshape(B, T, -1)
         self.a = attn.o_proj(self.heads)
         self.h = theirs.MixtralRMSNorm.forward(norms[1], x + self.a).view(B * T, H)

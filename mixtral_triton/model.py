@@ -54,6 +54,17 @@ class Layer(nn.Module):
         for name, shape in shapes.items():
             self.register_parameter(name, _parameter(shape, device, dtype))
 
+    def forward(
+        self, h: Tensor, x: Tensor, next_norm: Tensor, cos: Tensor, sin: Tensor, state: State
+    ) -> tuple[Tensor, Tensor]:
+        """h [B,T,H], the normed residual stream x [B,T,H] -> the same two for the next layer, whose norm is given.
+
+        Each norm also adds what came before it to the residual stream: one launch for both.
+        """
+        a = self.attention(h, cos, sin, state)
+        h, x = state.run.rms_norm(a, self.post_attention_layernorm, self.config.rms_norm_eps, residual=x)
+        return self.experts(h, x, next_norm, state)
+
     def attention(self, h: Tensor, cos: Tensor, sin: Tensor, state: State) -> Tensor:
         """h [B,T,H] -> [B,T,H]."""
         B, T, _ = h.shape
@@ -206,19 +217,21 @@ class Mixtral(nn.Module):
         B, T = input_ids.shape
         eps = self.config.rms_norm_eps
         new = None if lengths is None else lengths.to(torch.int32).contiguous()
-        run: Any = ops.DIRECT if ops.untraced() else ops  # shapes are known here: only a tracer needs the operators
+        run = self.operations()
         state = State(self, B, T, cache, new, run)
         bounds = () if cache is None else (cache.lengths, state.new if lengths is None else lengths, cache.max_len)
         h, x = run.embed_rms_norm(input_ids, self.embed_tokens, self.layers[0].input_layernorm, eps, *bounds)
-        # Each norm also adds what came before it to the residual stream x: one launch for both.
         following = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
         for layer, next_norm in zip(self.layers, following, strict=True):
-            a = layer.attention(h, self.cos, self.sin, state)
-            h, x = run.rms_norm(a, layer.post_attention_layernorm, eps, residual=x)
-            h, x = layer.experts(h, x, next_norm, state)
+            h, x = layer(h, x, next_norm, self.cos, self.sin, state)
         if cache is not None:
             cache.advance(state.new, T if lengths is None else 0)
         return h
+
+    @staticmethod
+    def operations() -> Any:
+        """What has the operations that a forward calls."""
+        return ops.DIRECT if ops.untraced() else ops  # shapes are known here: only a tracer needs the operators
 
     def head(self, h: Tensor) -> Tensor:
         """[..., H] -> logits fp32 [..., V]."""

@@ -17,9 +17,9 @@ import torch
 
 from . import bench
 from .bench_cases import Case, Oracle
-from .kernels.launch import record_launches
 from .kernels.offline import Compiled, compile_launch
 from .kernels.op import Launch, LaunchConfig, Op
+from .kernels.record import record_launches
 from .timing import Timer
 
 # What may vary: tiles, how many tiles share a stretch of L2, and the splits of a decode. SPLIT_K is a promise about

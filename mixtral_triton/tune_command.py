@@ -8,24 +8,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console, Group
+from rich.console import Group
 from rich.text import Text
 
 from .bench_cases import Case, cases
-from .bench_report import WIDTH, micro, plain_table
+from .bench_report import micro, sizes_text
 from .kernels.launch import target_arch
 from .kernels.op import LaunchConfig, Op
 from .kernels.registry import OPS
 from .kernels.roofline import table_note
+from .tables import Column, Table, console, folded
 from .timing import DeviceTimer, Timer
 from .tune import VARIED, Tried, Tuned, choices, tune, whole
 
 
 def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
     chosen = _chosen(args.ops, args.at)
-    out = Console(stderr=args.json, highlight=False)
-    if not out.is_terminal:
-        out.width = WIDTH
+    out = console(stderr=args.json)
     device, timer, reason = _device(args)
     arch = args.arch or target_arch(device)
     if note := table_note(arch):
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
             if args.json:
                 print(json.dumps(as_dict(tuned)), flush=True)
             else:
-                out.print(shown(tuned))
+                out.print(shown(tuned, out.width))
     return 0
 
 
@@ -75,29 +74,50 @@ def literal(op: Op, kernel: str, config: LaunchConfig) -> str:
 
 
 def _case(tuned: Tuned) -> str:
-    sizes = " ".join(f"{letter}{size}" for letter, size in tuned.case.sizes.items())
-    return f"{tuned.case.op.name}, {sizes}, {str(tuned.case.dtype).removeprefix('torch.')}, {tuned.arch}"
+    case = tuned.case
+    return f"{case.op.name}, {sizes_text(case.sizes)}, {case.dtype_name}, {tuned.arch}"
 
 
-def shown(tuned: Tuned) -> Group:
-    """A line a configuration, the present choice first, then what to paste."""
-    names = list(tuned.tried[0].config.constexprs)
-    columns = (*names, "warps", "stages", "registers", "shared", "FLOP/i", "time, us")
-    rows = plain_table(f"{tuned.kernel}: {_case(tuned)}", ("",), (*columns, "held against it"))
+def _code(tuned: Tuned, width: int) -> list[str]:
+    """`literal` in lines that are Python at any width: its comment stands above it."""
+    code, row = literal(tuned.case.op, tuned.kernel, tuned.best).split("  # ")
+    return [f"    # {row}", *("    " + line for line in folded(code, width - 4, " " * 4))]
+
+
+def _constants(tuned: Tuned) -> tuple[list[str], str]:
+    """The constants that vary between configurations, and the others in words."""
+    first = tuned.tried[0].config.constexprs
+    same = [name for name in first if len({one.config.constexprs[name] for one in tuned.tried}) == 1]
+    words = "".join(f", {name}={first[name]}" for name in same)
+    return [name for name in first if name not in same], words
+
+
+def _table(tuned: Tuned) -> Table:
+    """A line a configuration, the present choice first; what none of them varies stands in the title."""
+    names, same = _constants(tuned)
+    columns = [Column(name) for name in ("", *names, "warps", "stages", "time, us", "registers", "shared", "FLOP/i")]
+    columns[0] = Column("", right=False)
+    table = Table(f"{tuned.kernel}: {_case(tuned)}{same}", [*columns, Column("held against it", level=1, right=False)])
     for at, one in enumerate(tuned.tried):
         compiled, config = one.compiled, one.config
         measured = ["-", "-", "-"]
         if compiled is not None:
             loop = compiled.loop_flop_per_instruction
             measured = [str(compiled.registers), f"{compiled.shared_bytes:,}", "-" if loop is None else f"{loop:,.0f}"]
-        cells = [str(config.constexprs[name]) for name in names] + [str(config.num_warps), str(config.num_stages)]
+        tile = [str(config.constexprs[name]) for name in names]
         mark = "now" if at == 0 else "best" if one.seconds is not None and config == tuned.best else ""
-        rows.add_row(mark, *cells, *measured, micro(one.seconds), one.said or "", style="dim" if one.said else None)
+        cells = (mark, *tile, str(config.num_warps), str(config.num_stages), micro(one.seconds), *measured)
+        table.add(*cells, one.said or "", style="dim" if one.said else "")
+    return table
+
+
+def shown(tuned: Tuned, width: int) -> Group:
+    """The configurations, then what to paste, in lines of at most `width`."""
     timed = any(one.seconds is not None for one in tuned.tried)
     word = "nothing timed; the present choice is" if not timed else "the fastest is"
     if timed and tuned.best == tuned.tried[0].config:
         word = "nothing is faster than the present choice,"
-    return Group(rows, Text(word), Text("    " + literal(tuned.case.op, tuned.kernel, tuned.best)), Text())
+    return Group(_table(tuned), Text(word), *(Text(line) for line in _code(tuned, width)), Text())
 
 
 def _tried(one: Tried) -> dict[str, Any]:

@@ -1,15 +1,18 @@
-"""verify: this runtime beside plain torch, layer by layer and op by op, on the user's own weights.
+"""verify: this runtime beside plain torch, on the user's own weights: each operation, each layer's own forward, the
+logits, and where there is a folder the loaded tensors.
 
-The reference's activations go into every operation, so that one flipped route cannot hide the next layer. The error of
-an operation is measured against wider arithmetic (fp32, or fp64 for fp32 weights), next to the error of plain torch in
-the weights' dtype, which sets the limit.
+A fault shows where it is. The loaded tensors are held against the files by a table of their own (loaded.py). The
+reference's activations go into every operation (layer_check.py) and into every layer of the model's own forward
+(shell.py); what comes out is measured against fp64, next to plain torch in the weights' dtype, which sets the limit.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,35 +21,46 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import reference
-from .cache import KVCache
-from .kernels import reference as kernel_reference
-from .kernels.experts_config import DECODE_TOKENS
 from .kernels.launch import INTERPRETED
-from .kernels.linear import FEW
-from .kernels.registry import OPS
-from .model import Layer, Mixtral, check_ids, check_vocabulary
-from .report import Report, Row
+from .layer_check import LayerCheck, check_layers, norm_args
+from .layer_truth import Values
+from .loaded import check_loaded
+from .model import Mixtral, check_ids, check_vocabulary
+from .report import PLAIN, Report, Row
+from .shell import end_to_end, forwards, tried, watched
+from .yardstick import measure, widen
 
 TOKENS = 96  # of the default input: beyond the sort-free experts, and beyond the small checkpoint's window
-RATIO = 2.0  # an operation may err at most this many times as much as plain torch in the same dtype
-# What one rounding of a result (16-bit types), or another order of a long sum (fp32), may cost in any case.
-FLOOR = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-19}
-LOGITS_LIMIT = 1e-4  # of the largest logit, end to end in fp32
+MEMORY = Path("/proc/meminfo")  # of Linux; elsewhere nobody is asked
+END_RATIO = 4.0  # as RATIO, of a whole model: what two ways round differently has grown from layer to layer
 
-Args = dict[str, Any]
+Progress = Callable[[int, int], None] | None
 
 
 def verify(
     target: Mixtral | nn.Module | str | os.PathLike[str],
     input_ids: Tensor | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = None,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    peer: str | None = None,
 ) -> Report:
     """Compare `target` with plain torch, or a transformers Mixtral with transformers' own modules -> Report.
 
     target: a Mixtral, a checkpoint folder, or a model of transformers: as `apply` left it, else as it would be applied.
-    input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (layers done, layers).
+    input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (steps done, steps).
+    folder: the checkpoint that a Mixtral was loaded from, to hold its tensors against (of a target that is a folder:
+    that one). peer "transformers": its model, loaded from the same folder, has to have the same logits.
     """
+    if peer not in (None, "transformers"):
+        raise ValueError(f"verify: peer is {peer!r}, needs 'transformers' or None")
+    if peer is not None and find_spec(peer) is None:
+        raise ValueError("verify: peer 'transformers' is not installed: pip install 'mixtral-triton[hf]'")
     if isinstance(target, nn.Module) and not isinstance(target, Mixtral):
+        if folder is not None or peer is not None:
+            raise ValueError(
+                "verify: folder and peer go with a Mixtral or a folder: a model of transformers is its own"
+            )
         from .hf_verification import verify_hf
 
         return verify_hf(target, input_ids, progress)
@@ -54,9 +68,12 @@ def verify(
         got = type(target).__name__
         raise ValueError(f"verify: target is a {got}, needs a Mixtral, a checkpoint folder or transformers' Mixtral")
     model = target if isinstance(target, Mixtral) else Mixtral.from_pretrained(target)
+    folder = folder if isinstance(target, Mixtral) else target
+    if peer is not None and folder is None:
+        raise ValueError("verify: a peer loads the folder that the model came from: give folder=...")
     ids = text_or_default(input_ids, model.config, model.device)
     with torch.no_grad():
-        return _verify(model, ids, progress)
+        return _verify(model, ids, progress, folder, peer)
 
 
 def text_or_default(ids: Tensor | None, config: Any, device: torch.device) -> Tensor:
@@ -73,219 +90,73 @@ def text_or_default(ids: Tensor | None, config: Any, device: torch.device) -> Te
     return ids
 
 
-def _verify(model: Mixtral, ids: Tensor, progress: Callable[[int, int], None] | None) -> Report:
-    x = F.embedding(ids, model.embed_tokens)
-    rows, expected, x = check_layers(partial(LayerCheck, model), model.layers, x, progress)
-    rows.append(Row(len(model.layers), "rms_norm", "final", *measure("rms_norm", _norm_args(model, x, model.norm))))
-    logits, routes = _own_forward(model, ids)
-    if model.dtype == torch.float32:
-        want = model.head(reference.rms_norm(x, model.norm, model.config.rms_norm_eps))
-        rows.append(end_row(len(model.layers), "logits", logits, want))
-    return finish(rows, expected, routes, model.device, model.dtype)
+class Steps:
+    """Counts what is done."""
+
+    def __init__(self, total: int, progress: Progress) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+
+    def one_more(self) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total)
 
 
-def check_layers(
-    make: Callable[[Any, Tensor], LayerCheck],
-    layers: Sequence[Any],
-    x: Tensor,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[list[Row], list[Tensor], Tensor]:
-    """Every call of `make(layer, its input)` measured, layer after layer -> rows, routes, the last layer's output."""
-    rows: list[Row] = []
-    routes: list[Tensor] = []
-    for index, layer in enumerate(layers):
-        check = make(layer, x)
-        for op, case, args in check.calls():
-            rows.append(Row(index, op, case, *measure(op, args, check.plain.get(op))))
-        x = check.output
-        routes.append(check.ids)
-        if progress is not None:
-            progress(index + 1, len(layers))
-    return rows, routes, x
+def _verify(model: Mixtral, ids: Tensor, progress: Progress, folder: Any, peer: str | None) -> Report:
+    if peer is not None:
+        fits_twice(model)
+    rows = [] if folder is None else check_loaded(folder, model)
+    config, shell = model.config, tried(model.config, ids.shape[1])
+    steps = Steps(len(model.layers) * (1 + forwards(ids.shape[1])), progress)
+    make, x = partial(LayerCheck, model), F.embedding(ids, model.embed_tokens)
+    found = check_layers(make, model.layers, x, config, shell, steps.one_more)
+    watch = watched(model, shell, ids, found.tried.expected, steps.one_more)
+    rows += by_layer(found.rows, watch.rows())
+    rows.append(Row(None, "rms_norm", "final", *measure("rms_norm", norm_args(config, found.chain.x, model.norm))))
+    truth = Values.beside(_logits(model, found.wide), _logits(model, found.chain.x), END_RATIO)
+    logits, flips = end_to_end(model, ids, found.chain.expected)
+    rows.append(end_row("logits", "end to end", logits, truth))
+    if peer is not None:
+        from .hf_verification import transformers_logits
+
+        rows.append(end_row("logits", peer, transformers_logits(folder, model, ids, found.chain.expected), truth))
+    return finish(rows, flips, model.device, model.dtype, len(model.layers) * ids.numel())
 
 
-def end_row(layers: int, name: str, got: Tensor, want: Tensor) -> Row:
-    return Row(layers, name, "end to end", float((got - want).abs().max() / want.abs().max()), LOGITS_LIMIT)
+def fits_twice(model: Mixtral) -> None:
+    """ValueError where another copy of the weights does not fit beside the model."""
+    need = sum(parameter.nbytes for parameter in model.parameters())
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        known = MEMORY.read_text().split() if MEMORY.exists() else []
+        free = 1024 * int(known[known.index("MemAvailable:") + 1]) if "MemAvailable:" in known else need
+    if need > free:
+        raise ValueError(f"verify: a peer is a second copy, {need / 2**30:.1f} GiB, and {free / 2**30:.1f} are free")
+
+
+def by_layer(*groups: list[Row]) -> list[Row]:
+    """The groups' rows, layer after layer; in each layer as the groups stand."""
+    return sorted((row for group in groups for row in group), key=lambda row: -1 if row.layer is None else row.layer)
+
+
+def _logits(model: Mixtral, x: Tensor) -> Tensor:
+    """The final norm and the head in plain torch, in fp64 where x [B,T,H] is -> [B,T,V] in x's dtype."""
+    norm, head = ((widen(w) if x.dtype == torch.float64 else w) for w in (model.norm, model.lm_head))
+    return F.linear(reference.rms_norm(x, norm, model.config.rms_norm_eps), head)
+
+
+def end_row(name: str, case: str, got: Tensor, truth: Values) -> Row:
+    return Row(None, name, case, *truth.measure(got, torch.arange(got.shape[1])))
 
 
 def finish(
-    rows: list[Row],
-    expected: list[Tensor],
-    routes: list[Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-    peer: str = "plain torch",
+    rows: list[Row], flips: int, device: torch.device, dtype: torch.dtype, routed: int, peer: str = PLAIN
 ) -> Report:
-    flips = sum(_flips(*pair) for pair in zip(expected, routes, strict=True))
-    way = "plain torch" if device.type == "cpu" and not INTERPRETED else "Triton, interpreted"
+    way = PLAIN if device.type == "cpu" and not INTERPRETED else "Triton, interpreted"
     if device.type == "cuda":
         way = f"Triton on {torch.cuda.get_device_name(device)}"
-    routed = sum(len(ids) for ids in expected)
     return Report(tuple(rows), flips, routed, way, str(dtype).removeprefix("torch."), peer)
-
-
-def _flips(a: Tensor, b: Tensor) -> int:
-    """Tokens whose set of experts differs, ids [T,K] each."""
-    return int((a.sort(-1).values != b.sort(-1).values).any(-1).sum())
-
-
-def _norm_args(model: Mixtral, x: Tensor, weight: Tensor) -> Args:
-    return {"x": x, "weight": weight, "eps": model.config.rms_norm_eps}
-
-
-class LayerCheck:
-    """One layer in plain torch on x [B,T,H], and the calls in it that the runtime has to equal."""
-
-    plain: Mapping[str, Callable[..., Any]] = {}  # what sets an operation's limit, where not its reference
-
-    def __init__(self, model: Mixtral, layer: Layer, x: Tensor) -> None:
-        config = model.config
-        self.model, self.layer, self.x = model, layer, x
-        B, T, H = x.shape
-        Hq, Hkv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        h = reference.rms_norm(x, layer.input_layernorm, config.rms_norm_eps)
-        self.q, self.k, self.v = F.linear(h, layer.qkv_proj).view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
-        self.positions = torch.arange(T, device=x.device).expand(B, T)
-        self.tables = {"cos": model.cos, "sin": model.sin}
-        self.rq, self.rk = reference.rope(self.q, self.k, **self.tables, positions=self.positions)
-        a = reference.attention(self.rq, self.rk, self.v, window=config.sliding_window)
-        self.heads = a.reshape(B, T, Hq * D)
-        self.a = F.linear(self.heads, layer.o_proj)
-        self.h = reference.rms_norm(x + self.a, layer.post_attention_layernorm, config.rms_norm_eps).view(B * T, H)
-        self.gate_logits = F.linear(self.h, layer.gate)
-        self.weights, self.ids = reference.route(self.gate_logits, config.num_experts_per_tok)
-        experts = reference.expert_swiglu(self.h, layer.gate_up_proj, layer.down_proj, self.ids, self.weights)
-        self.output = x + self.a + experts.view_as(x)
-
-    def calls(self) -> Iterator[tuple[str, str, Args]]:
-        """(op, case, arguments), every operation of the registry at least once."""
-        window, layer = self.model.config.sliding_window, self.layer
-        yield "rms_norm", "input", _norm_args(self.model, self.x, layer.input_layernorm)
-        norm = _norm_args(self.model, self.a, layer.post_attention_layernorm)
-        yield "add_rms_norm", "with residual", norm | {"residual": self.x}
-        rows = _norm_args(self.model, self.x, layer.input_layernorm)
-        rows["table"] = rows.pop("x").flatten(0, 1)  # the layer's input in the place of the embedding
-        rows["input_ids"] = torch.arange(len(rows["table"]), device=self.x.device).view(self.positions.shape)
-        yield "embed_rms_norm", "rows of the input", rows
-        yield "rope", "all tokens", {"q": self.q, "k": self.k, **self.tables, "positions": self.positions}
-        keys = {"k": self.rk, "v": self.v, "window": window}
-        yield "attention", "prefill", {"q": self.rq, **keys}
-        yield "attention", "decode", {"q": self.rq[:, -1:], **keys}
-        yield from self._cached()
-        yield "linear", "o, few tokens", {"x": self.heads[0, :FEW], "weight": layer.o_proj}
-        yield "linear", "o, deterministic", {"x": self.heads, "weight": layer.o_proj, "deterministic": True}
-        yield "route", "all tokens", {"logits": self.gate_logits, "top_k": self.ids.shape[1]}
-        yield "gate_route", "all tokens", {"x": self.h, "gate": layer.gate, "top_k": self.ids.shape[1]}
-        yield "sort_by_expert", "all tokens", {"ids": self.ids, "num_experts": len(layer.gate)}
-        yield from self._experts()
-
-    def _cached(self) -> Iterator[tuple[str, str, Args]]:
-        """The ring, filled with the first half of the text: a chunk after it, and one token after it."""
-        B, T = self.positions.shape
-        past = torch.full((B,), T // 2, dtype=torch.int32, device=self.x.device)
-        cache = KVCache(self.model.config, B, T, self.x.device, self.x.dtype)
-        ring = {"k_cache": cache.keys[0], "v_cache": cache.values[0]}
-        half = slice(0, T // 2)
-        first = {"k": self.rk[:, half], "v": self.v[:, half], **ring, "past": past * 0, "new": past}
-        yield "append", "first half", first
-        kernel_reference.append(**first)
-        rest = slice(T // 2, T)
-        chunk = {"q": self.rq[:, rest], "k": self.rk[:, rest], "v": self.v[:, rest]}
-        where = {"past": past, "window": self.model.config.sliding_window}
-        yield "cached_attention", "chunk", {**chunk, **ring, **where, "new": T - past}
-        one, new = slice(T // 2, T // 2 + 1), torch.ones_like(past)
-        token = {"q": self.q[:, one], "k": self.k[:, one], "v": self.v[:, one]}
-        yield "rope_append", "one token", {**token, **self.tables, **ring, "past": past, "new": new}
-        kernel_reference.append(self.rk[:, one], self.v[:, one], **ring, past=past, new=new)
-        yield "cached_attention", "one token", {"q": self.rq[:, one], "k": None, "v": None, **ring, **where, "new": new}
-
-    def _experts(self) -> Iterator[tuple[str, str, Args]]:
-        """The routing that happened, and one that takes every expert; few tokens (decode) and all (prefill)."""
-        proj = {"gate_up_proj": self.layer.gate_up_proj, "down_proj": self.layer.down_proj}
-        routed = {"x": self.h, **proj, "ids": self.ids, "weights": self.weights}
-        yield "expert_swiglu", "as routed", routed
-        norm = {"residual": (self.x + self.a).view_as(self.h), "norm_weight": self.layer.post_attention_layernorm}
-        yield "experts_add_rms_norm", "as routed", routed | norm | {"eps": self.model.config.rms_norm_eps}
-        N, K = self.ids.shape
-        E = len(self.layer.gate)
-        for case, rows in (("every expert, decode", DECODE_TOKENS), ("every expert, prefill", DECODE_TOKENS + 1)):
-            rows = max(rows, -(-E // K)) if rows > DECODE_TOKENS else min(rows, max(16, -(-E // K)))
-            take = torch.arange(rows, device=self.h.device)
-            ids = ((take[:, None] * K + torch.arange(K, device=self.h.device)) % E).int()
-            x, weights = self.h[take % N], self.weights[take % N]
-            yield "expert_swiglu", case, {"x": x, **proj, "ids": ids, "weights": weights}
-
-
-class Yardstick:
-    """The exact results of one call of an operation, and how far from them another way to do it may be.
-
-    Errors and limits are relative to the largest value of the result.
-    """
-
-    def __init__(self, name: str, args: Args, plain: Callable[..., Any] | None = None) -> None:
-        """`plain` is the way whose error sets the limits; None: the operation's reference."""
-        op = OPS[name]
-        self.args, self.mutates, self.follows = args, op.mutates, op.follows
-        self.exact = _truth(name, args, op.mutates)
-        self.limits: list[float] = []
-        for same, exact in zip(_results(plain or op.reference, args, op.mutates), self.exact, strict=True):
-            known = op.follows is not None and self.limits  # what follows from the first result has no error of its own
-            self.limits.append(max(0.0 if known else RATIO * _error(same, exact), FLOOR.get(same.dtype, 0.0)))
-
-    def measure(self, function: Callable[..., Any]) -> tuple[float, float]:
-        """Error of `function` and its limit; of several results, the one nearest to (or farthest beyond) its limit."""
-        got = _results(function, self.args, self.mutates)
-        exact = self.exact if self.follows is None else [self.exact[0], *self.follows(self.args, got)]
-        errors = [_error(*pair) for pair in zip(got, exact, strict=True)]
-        return max(zip(errors, self.limits, strict=True), key=lambda pair: pair[0] / max(pair[1], 1e-30))
-
-
-def measure(name: str, args: Args, plain: Callable[..., Any] | None = None) -> tuple[float, float]:
-    """Error of the runtime's `name` on `args`, and its limit."""
-    return Yardstick(name, args, plain).measure(getattr(torch.ops.mixtral_triton, name))
-
-
-def _results(function: Callable[..., Any], args: Args, mutates: tuple[str, ...]) -> list[Tensor]:
-    """What a call gives back, and the arguments it changed (copies: the caller's stay as they are)."""
-    own = {name: value.clone() if name in mutates else value for name, value in args.items()}
-    out = function(**own)
-    results = [] if out is None else list(out) if isinstance(out, tuple) else [out]
-    return results + [own[name] for name in mutates]
-
-
-def _truth(name: str, args: Args, mutates: tuple[str, ...]) -> list[Tensor]:
-    """The reference in wider arithmetic; the experts one at a time, since a layer of them is most of a model."""
-    if name == "experts_add_rms_norm":
-        args = dict(args)
-        residual, weight, eps = (args.pop(key) for key in ("residual", "norm_weight", "eps"))
-        (out,) = _truth("expert_swiglu", args, mutates)
-        return list(reference.rms_norm(out, _widen(weight), eps, _widen(residual)))
-    if name != "expert_swiglu":
-        wide = {key: _widen(value) for key, value in args.items()}
-        return _results(OPS[name].reference, wide, mutates)
-    x, weights = _widen(args["x"]), _widen(args["weights"])
-    out = torch.zeros_like(x)
-    for expert in args["ids"].unique().tolist():
-        only = weights.masked_fill(args["ids"] != expert, 0.0).sum(-1, keepdim=True)
-        gate_up, down = (_widen(args[key][expert : expert + 1]) for key in ("gate_up_proj", "down_proj"))
-        out += reference.expert_swiglu(x, gate_up, down, torch.zeros_like(args["ids"][:, :1]), only)
-    return [out]
-
-
-def _widen(value: Any) -> Any:
-    if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
-        return value
-    return value.double()
-
-
-def _error(got: Tensor, want: Tensor) -> float:
-    """Largest difference relative to the largest value; any NaN, or any difference of integers, is infinite."""
-    if not want.dtype.is_floating_point:
-        return 0.0 if torch.equal(got, want) else float("inf")
-    if got.numel() == 0:
-        return 0.0
-    error = float((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-30))
-    return error if error == error else float("inf")
 
 
 class Routes(TorchDispatchMode):
@@ -300,10 +171,3 @@ class Routes(TorchDispatchMode):
         if func is torch.ops.mixtral_triton.gate_route.default:
             self.ids.append(out[2])
         return out
-
-
-def _own_forward(model: Mixtral, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The runtime's own forward -> its logits, and the routes of every layer."""
-    with Routes() as routes:
-        logits = model(ids)
-    return logits, routes.ids

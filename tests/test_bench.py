@@ -17,7 +17,8 @@ from rich.console import Console
 from mixtral_triton import bench_command, cli, decode_step
 from mixtral_triton.bench import Bench, Outcome, Row, known, measured, ours
 from mixtral_triton.bench_cases import BENCHED, MODELS, QUICK, TOKENS, Case, Oracle, cases, oracle, spread
-from mixtral_triton.bench_report import card_line, op_table, plot
+from mixtral_triton.bench_plot import plot
+from mixtral_triton.bench_report import card_line, op_table
 from mixtral_triton.bench_traffic import counted, reduced
 from mixtral_triton.cli import main
 from mixtral_triton.kernels import reference
@@ -203,6 +204,7 @@ def test_a_wrong_step_is_said_to_be_wrong() -> None:
     judge = oracle(case.op, args)
     assert judge.fault(decode_step.step) is None
     assert "wrong: 3 of 3 rows" in str(judge.fault(lambda **given: decode_step.step(**given) * 1.2))
+    assert "[1, 3, 100], where [3, 100]" in str(judge.fault(lambda **given: decode_step.step(**given)[None]))
     for _ in range(14):  # once around the ring of 12 slots
         decode_step.step(**args)
     assert judge.fault(decode_step.step) is None
@@ -255,14 +257,14 @@ def test_tables_tell_what_could_not_be_measured() -> None:
     assert row.launches == ("route_kernel",) and row.ours.seconds is None and row.share is None
     assert "time" not in text(op_table([row]))
     peers = {"slow": Outcome(4e-6), "mad": Outcome(said="wrong: an error of 1.0e+00")}
-    fast = Row(row.case, 10, 20, 1e-6, "memory", row.launches, Outcome(2e-6), peers)
+    fast = Row(row.case, 10, 20, 1e-6, "memory", row.launches, Outcome(2e-6, right=True), peers)
     shown = text(op_table([fast]))
     assert "50 %" in shown and "2.00" in shown and "mad, T1 E8 K2: wrong: an error of 1.0e+00" in shown
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts interpreted kernels: needs TRITON_INTERPRET=1")
 def test_traffic_at_reduced_sizes() -> None:
-    lines = list(counted(["rms_norm", "append"]))
+    lines = list(counted(cases(["rms_norm", "append"], quick=True)))
     norm, append = (next(line for line in lines if line["op"] == name) for name in ("rms_norm", "append"))
     assert norm["touched"] == norm["moved"] == 1.0 and norm["issued"] is None and norm["sizes"] == {"T": 1, "H": 512}
     assert append["touched"] == pytest.approx(1.0, abs=0.01)
@@ -300,7 +302,7 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     assert main(["bench", "route", "rope", "--quick", "--plot", str(tmp_path / "a.svg")]) == 0
     out = capsys.readouterr().out
     assert "No time was measured: there is no GPU." in out and "H100 SXM" in out
-    assert "registers" in out and "128x8x2" in out and "bytes touched" in out
+    assert "regs" in out and "128x8x2" in out and "bytes touched" in out
     assert (tmp_path / "a.svg").stat().st_size
     assert main(["bench", "route", "--quick", "--json", "--card", "a100"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -319,7 +321,7 @@ def test_with_a_device_a_wrong_result_is_exit_1(
     bench = Bench(CPU, H100, None, quickly, quickly)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench_command.Bench, "of", classmethod(lambda cls, device: bench))
-    monkeypatch.setattr(bench_command, "cases", lambda *chosen: [small("rms_norm")])
+    monkeypatch.setattr(bench_command, "cases", lambda *chosen, **more: [small("rms_norm")])
     without = sorted({peer.name for peer in PEERS} - {"torch"})
     unwanted = [word for name in without for word in ("--without", name)]
     args = cli.parser().parse_args(["bench", "rms_norm", "--quick", "--json", *unwanted])
@@ -367,7 +369,7 @@ def test_a_lost_card_ends_the_process_behind_the_row_of_its_case(
         (("route", "--at", "T=1", "--sizes", "T=3,E=8,K=2"), "--at"),
         (("route", "--sizes", "T=3"), "lacks E, K: route needs T, E, K"),
         (("route", "--sizes", "T=3,E=8,K=2,H=4"), "has H, and route has T, E, K"),
-        (("route", "--sizes", "T=3,E=8,K=9"), "'top_k' is 9"),
+        (("route", "--sizes", "T=3,E=8,K=9"), "K=9, needs at most E=8"),
         (("--plot", "roofline.txt"), ".png"),
         (("--plot", "no/such/folder/a.png"), "no/such/folder"),
     ],

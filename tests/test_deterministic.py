@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig, ops
 from mixtral_triton.kernels import interpret, launch, linear
-from mixtral_triton.kernels.launch import INTERPRETED, record_launches
+from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import LaunchConfig, Sizes
+from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 
 FLOATS = (torch.float32, torch.bfloat16)

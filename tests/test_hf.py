@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mixtral_triton import apply, hf, revert
-from mixtral_triton.kernels.launch import INTERPRETED, record_launches
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.record import record_launches
 
 transformers = pytest.importorskip("transformers")
 from transformers.models.mixtral import modeling_mixtral as theirs  # noqa: E402

@@ -26,7 +26,7 @@ def test_each_error_is_at_most_twice_that_of_transformers(dtype: torch.dtype, wi
     assert report.ok, str(report)
     assert "transformers' own modules" in str(report)
     for layer in range(model.config.num_hidden_layers):
-        assert {row.op for row in report.rows if row.layer == layer} == set(OPS)
+        assert {row.op for row in report.rows if row.layer == layer} == {*OPS, "layer"}
     assert not hf.applied(model)
     if dtype == torch.float32:
         assert report.flips == 0 and report.rows[-1].op == "logits"
@@ -71,7 +71,7 @@ def test_a_fault_in_any_operation_is_seen(name: str, make_hf: Any, monkeypatch: 
 
 
 @once
-def test_a_fault_in_the_wiring_is_seen_end_to_end(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_in_the_wiring_is_seen_in_its_layer(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every operation right, but the layers call attention without its window."""
     from mixtral_triton import hf_modules
 
@@ -82,7 +82,8 @@ def test_a_fault_in_the_wiring_is_seen_end_to_end(make_hf: Any, monkeypatch: pyt
 
     monkeypatch.setattr(hf_modules, "attention", no_window)
     report = verify(make_hf(), IDS)
-    assert [row.op for row in report.rows if not row.ok] == ["logits"]
+    assert [(row.layer, row.op) for row in report.wrong[:1]] == [(0, "layer")]
+    assert {row.op for row in report.wrong} == {"layer", "logits"}
 
 
 @once

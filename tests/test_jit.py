@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton.kernels.launch import INTERPRETED, record_launches
+from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.offline import compile_launches
 from mixtral_triton.kernels.op import Op
+from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from tests.stub.driver import GRID_MOST, LaunchError, check_descriptor
 
@@ -190,7 +191,7 @@ def test_what_a_tensor_map_demands(change: dict[str, Any], said: str) -> None:
 
 def test_a_configuration_that_the_card_cannot_hold_is_a_value_error(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton finds it after it has compiled; here by its own JIT, not by a stand-in for it."""
-    monkeypatch.setattr(card.driver.utils.properties, "shared_memory_per_block_optin", 128)
+    monkeypatch.setattr(card.driver.utils.properties, "shared_memory_per_block_optin", 8)
     card.driver.forget()
-    with pytest.raises(ValueError, match=r"rms_norm_kernel: the launch configuration .* takes 256 of shared memory"):
+    with pytest.raises(ValueError, match=r"rms_norm_kernel: the launch configuration .* takes \d+ of shared memory"):
         norm_launch(4, card)

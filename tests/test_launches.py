@@ -13,8 +13,8 @@ from triton.runtime.errors import OutOfResources
 from mixtral_triton import KVCache, Mixtral, MixtralConfig
 from mixtral_triton.generate import sample
 from mixtral_triton.kernels import launch as door
-from mixtral_triton.kernels.launch import record_launches
 from mixtral_triton.kernels.op import LaunchConfig
+from mixtral_triton.kernels.record import record_launches
 
 BATCHES = (1, 4, 32, 64, 200)
 SYNCS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2"}

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, reference
 from mixtral_triton.kernels.experts_config import DECODE_TOKENS
-from mixtral_triton.kernels.launch import INTERPRETED, record_launches
+from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.linear import FEW
+from mixtral_triton.kernels.record import record_launches
 
 transformers = pytest.importorskip("transformers")
 

@@ -26,6 +26,7 @@ FAMILIES = tuple(dict.fromkeys(known.family for known in ARCHS.values()))
 EVERY_DTYPE = "sm_90"
 MEASURED = {"registers", "spills", "shared_bytes", "limit_bytes", "loop_spills", "loop_flop_per_instruction"}
 JSON_KEYS = MEASURED | {"fault", "op", "kernel", "arch", "file", "dtype", "num_warps", "num_stages", "constexprs"}
+JSON_KEYS |= {"arguments"}
 
 
 def cases() -> Iterator[Any]:
@@ -142,7 +143,7 @@ def test_the_gate_catches_too_much_shared_memory() -> None:
 
 
 def test_the_gate_knows_how_much_each_card_has() -> None:
-    launch = replace(prefill("experts_up_kernel", "sm_80"), num_stages=5)
+    launch = replace(prefill("experts_up_kernel", "sm_80"), num_stages=6)
     faults = {arch: compile_launch(launch, arch).fault for arch in ("sm_80", "sm_89")}
     assert faults["sm_80"] is None and "of 101376 bytes of shared memory" in str(faults["sm_89"])
 

@@ -19,7 +19,8 @@ from mixtral_triton import KVCache, Mixtral, MixtralConfig, cache, ops
 from mixtral_triton import model as model_module
 from mixtral_triton.generate import sample
 from mixtral_triton.kernels import checks, launch
-from mixtral_triton.kernels.launch import INTERPRETED, record_launches
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 
 V, P, W = 23, 70, 6

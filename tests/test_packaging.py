@@ -49,7 +49,7 @@ def test_sdist(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert {"kernels/op.py", "mixtral_triton/model.py", "mixtral_triton/small/model.safetensors", "LICENSE"} <= names
-    folders = ("tests", "tests/stub", "benchmarks", "docs", "docs/examples")
+    folders = ("tests", "tests/stub", "benchmarks", "docs", "examples")
     wanted = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).glob("*.*")}
     assert "tests/conftest.py" in wanted and wanted <= names, sorted(wanted - names)
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton.kernels.launch import INTERPRETED, record_launches
+from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Op
+from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.verification import measure
+from mixtral_triton.yardstick import measure
 
 CASES = [
     pytest.param(op, sizes, dtype, id=f"{name}-{'-'.join(f'{k}{v}' for k, v in sizes.items())}-{str(dtype)[6:]}")

@@ -202,6 +202,17 @@ def test_lengths_beyond_the_keys(T: int, S: int, window: int | None, device: tor
 # rope, rms_norm
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("new", (1, 11, 13))
+def test_padding_of_a_chunk_stays_with_itself(new: int, dtype: torch.dtype, device: torch.device) -> None:
+    """15 keys: a CPU's product in bf16 reads one element beyond a row of that length, which was a NaN of padding."""
+    q, k, v = (randn(2, 14, heads, 32, seed=heads).to(device, dtype) for heads in (2, 1, 3))
+    ring = torch.zeros(2, 2, 1, 1, 32, device=device, dtype=dtype)
+    bounds = (torch.full((2,), n, dtype=torch.int32, device=device) for n in (13, new))
+    got = ops.cached_attention(q, k, v[:, :, :1], *ring, *bounds, window=1)[:, :new]
+    close(got, v[:, :new, :1].expand_as(got), rtol=2**-8)  # each token sees its own value alone
+
+
 @pytest.mark.parametrize("positions", (torch.int32, torch.int64))
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("D", "Hq", "Hkv"), [(64, 4, 1), (80, 6, 2), (128, 3, 3), (2, 1, 1)])

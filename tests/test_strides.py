@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import ops
-from mixtral_triton.kernels.launch import record_launches
 from mixtral_triton.kernels.op import Op, Sizes
+from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 
 Args = dict[str, Any]

@@ -1,6 +1,6 @@
 """Several prompts at once: left-padded through transformers with `apply`, and ragged through this package's own model.
 
-python docs/examples/batch.py [FOLDER]
+python examples/batch.py [FOLDER]
 """
 
 import sys

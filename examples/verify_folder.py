@@ -1,6 +1,6 @@
 """Right on my weights? A folder beside plain torch, then transformers' model of it beside its own modules.
 
-python docs/examples/verify_folder.py [FOLDER]
+python examples/verify_folder.py [FOLDER]
 """
 
 import sys
@@ -16,6 +16,6 @@ print(report)
 
 drop_in = verify(AutoModelForCausalLM.from_pretrained(folder).eval())
 print(drop_in.verdict, f"({drop_in.way}, beside {drop_in.peer})")
-worst = max(drop_in.rows, key=lambda row: row.error / max(row.limit, 1e-30))
-print(f"nearest to its limit: {worst.op} ({worst.case}) in layer {worst.layer}: {worst.error:.1e} of {worst.limit:.1e}")
-sys.exit(0 if report.ok and drop_in.ok else 1)
+worst = max(drop_in.rows, key=lambda row: row.share)
+print(f"nearest to its limit: {worst.where} ({worst.case}): {worst.error:.1e} of {worst.limit:.1e}")
+sys.exit(1 if report.wrong or drop_in.wrong else 0)

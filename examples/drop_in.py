@@ -1,6 +1,6 @@
 """transformers' Mixtral, the same with `apply`, and after `revert`: the same text three times.
 
-python docs/examples/drop_in.py [FOLDER]
+python examples/drop_in.py [FOLDER]
 """
 
 import sys

@@ -1,0 +1,51 @@
+"""What a call launches, noted and not run: on meta tensors, for a card that need not be there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import launch
+from .op import Launch
+from .registry import OPS
+
+# torch operations that give memory or a name for it, and compute nothing.
+_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes each torch operation that computes; our own operators run their launchers, so that their kernels show."""
+
+    def __init__(self, records: list[Launch]) -> None:
+        super().__init__()
+        self.records = records
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "mixtral_triton":
+            op = OPS[func._opname]
+            if not launch.INTERPRETED and args[0].device.type == "cpu":
+                raise ValueError(f"record_launches: {op.name} got a CPU tensor, needs meta tensors")
+            with self:
+                op.check(*args)
+                return op.run(*args)
+        if func._opname not in _FREE and not func.is_view:
+            self.records.append(Launch(f"aten::{func._opname}" if func.namespace == "aten" else str(func)))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def record_launches(arch: str = launch.DEFAULT_ARCH, sms: int | None = None) -> Iterator[list[Launch]]:
+    """Within the block, note every device kernel in order; meta tensors in, meta tensors out, nothing runs.
+
+    A Triton launch is one entry, and so is each torch operation that is not a view (`aten::mm`, its grid None).
+    """
+    records: list[Launch] = []
+    token = launch.records.set(records)
+    try:
+        with launch.using_arch(arch, sms), _Recorder(records):
+            yield records
+    finally:
+        launch.records.reset(token)

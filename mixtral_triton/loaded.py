@@ -1,0 +1,110 @@
+"""The loaded tensors beside the files: each read once more, by its name alone, and compared.
+
+`weights.py` fills the model. What is here shares nothing with it, so that a tensor in another's place is seen: the
+names are those that transformers writes (per expert, or fused), the places those that Layer and Mixtral document.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .report import Row
+
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
+
+
+def check_loaded(folder: Any, model: Any) -> list[Row]:
+    """A row for the embedding, final norm and head, and one a layer: 0 where all is there, else the largest difference.
+
+    A part of a parameter that no tensor fills, or two do, is an infinite one. ValueError for a folder of another model.
+    """
+    holders = [model, *model.layers]
+    difference = [0.0] * len(holders)
+    filled = [0] * len(holders)
+    for name, stored in _stored(Path(folder)):
+        at, place = _place(model, name)
+        if place.shape != (shape := tuple(stored.get_shape())):
+            raise ValueError(f"verify: {folder} is another model's: {name} has shape {list(shape)} there")
+        for ours, theirs in _pieces(place, stored):
+            difference[at] = max(difference[at], _difference(ours, theirs))
+        twice = name == "lm_head.weight" and model.lm_head is model.embed_tokens
+        filled[at] += 0 if twice else place.numel()
+    for at, holder in enumerate(holders):
+        if filled[at] != sum(parameter.numel() for parameter in holder.parameters(recurse=False)):
+            difference[at] = float("inf")
+    return [Row(at - 1 if at else None, "weights", "as stored", apart, 0.0) for at, apart in enumerate(difference)]
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Every tensor of the checkpoint, unread: a slice of its file, and its name."""
+    files = [folder / "model.safetensors"]
+    if not files[0].exists():
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+    for file in files:
+        try:
+            with safe_open(file, framework="pt", device="cpu") as opened:
+                for name in opened.keys():  # noqa: SIM118 (it is no dictionary)
+                    yield name, opened.get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: cannot be read again: {error}") from error
+
+
+def _place(model: Any, name: str) -> tuple[int, Tensor]:
+    """Where the tensor of this name has to stand: 0, or a layer's number + 1, and a view of a parameter there."""
+    found = LAYER.fullmatch(name)
+    outside = {"model.embed_tokens.weight": "embed_tokens", "model.norm.weight": "norm", "lm_head.weight": "lm_head"}
+    try:
+        if found is None:
+            return 0, getattr(model, outside[name]).detach()
+        return int(found[1]) + 1, _in_layer(model.layers[int(found[1])], found[2]).detach()
+    except (LookupError, RuntimeError) as error:
+        raise ValueError(f"verify: the files hold {name}, and this model has no place for it") from error
+
+
+def _in_layer(layer: Any, name: str) -> Tensor:
+    """The same for the rest of the name, in a layer."""
+    config = layer.config
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    inner = config.intermediate_size
+    if expert := EXPERT.fullmatch(name):
+        number, kind = int(expert[1]), expert[2]
+        if kind == "2":
+            return layer.down_proj[number]
+        return layer.gate_up_proj[number].narrow(0, 0 if kind == "1" else inner, inner)
+    return {
+        "input_layernorm.weight": lambda: layer.input_layernorm,
+        "post_attention_layernorm.weight": lambda: layer.post_attention_layernorm,
+        "self_attn.q_proj.weight": lambda: layer.qkv_proj.narrow(0, 0, queries),
+        "self_attn.k_proj.weight": lambda: layer.qkv_proj.narrow(0, queries, keys),
+        "self_attn.v_proj.weight": lambda: layer.qkv_proj.narrow(0, queries + keys, keys),
+        "self_attn.o_proj.weight": lambda: layer.o_proj,
+        "block_sparse_moe.gate.weight": lambda: layer.gate,
+        "mlp.gate.weight": lambda: layer.gate,
+        "mlp.experts.gate_up_proj": lambda: layer.gate_up_proj,
+        "mlp.experts.down_proj": lambda: layer.down_proj,
+    }[name]()
+
+
+def _pieces(place: Tensor, stored: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ours and theirs, one expert at a time where a tensor holds all of them."""
+    if place.dim() < 3:
+        yield place, stored[:]
+        return
+    for expert in range(len(place)):
+        yield place[expert], stored[expert : expert + 1][0]
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    theirs = theirs.to(ours.device, ours.dtype)
+    return 0.0 if torch.equal(ours, theirs) else float((ours.double() - theirs.double()).abs().max())
