@@ -308,6 +308,15 @@ def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show(name: str, environme
     assert marks in done.stdout
 
 
+@pytest.mark.parametrize(
+    "args", [("compile", "append", "--arch", "sm_90"), ("tune", "route", "--at", "T=64", "--dry-run")]
+)
+def test_tables_are_drawn_in_ascii(args: tuple[str, ...]) -> None:
+    done = run(*args, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and b"----" in done.stdout
+    assert b"?" not in done.stdout + done.stderr
+
+
 def test_json_is_the_same_in_every_encoding() -> None:
     found = [run(*GENERATE, "--json", **where) for where in ({}, {"LC_ALL": "C"}, {"PYTHONIOENCODING": "utf-16"})]
     first, second = (json.loads(done.stdout)["text"] for done in found[:2])
