@@ -66,12 +66,13 @@ def with_verify_time(note: str, config: MixtralConfig, dtype: str, tokens: int) 
 
 
 def verify_seconds(config: MixtralConfig, dtype: str, tokens: int) -> float:
-    """Of an interpreted `verify`, within a factor of two on the cores it was fitted on, at up to 64 times the small
-    checkpoint's experts: what each token and each tile of the experts' weights took, and what did not depend on them.
+    """Of an interpreted `verify`: fitted to runs with up to 64 times the small checkpoint's experts and 900 tokens.
+
+    A layer takes some seconds whatever its size, some for every token and some for every tile of the experts' weights.
     """
     tiles = config.num_local_experts * config.hidden_size * config.intermediate_size / 2**18
     slower, heavier = (1.4, 4.5) if dtype.endswith("float32") else (1.0, 1.0)
-    a_layer = slower * (1.2 + 0.024 * tokens) + heavier * tiles * (0.45 + 0.0005 * tokens)
+    a_layer = slower * (3.0 + 0.045 * tokens) + heavier * tiles
     return 4.0 + config.num_hidden_layers * a_layer
 
 

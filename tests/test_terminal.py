@@ -136,7 +136,7 @@ def test_verify_says_before_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -
     small = MixtralConfig.from_pretrained(cli.SMALL)
     monkeypatch.setattr("mixtral_triton.kernels.launch.INTERPRETED", True)
     assert way.with_verify_time("Slow.", small, "torch.bfloat16", 96) == (
-        "Slow. 4 layers with 96 tokens: about 20 s on two cores."
+        "Slow. 4 layers with 96 tokens: about 40 s on two cores."
     )
     monkeypatch.setattr("mixtral_triton.kernels.launch.INTERPRETED", False)
     assert way.with_verify_time("", small, "torch.bfloat16", 96) == ""
