@@ -15,7 +15,12 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 SAYS = {
     "drop_in.py": ["The return statement", "the same text before, with and after apply: True"],
     "batch.py": ["A list is", "the same from both: True"],
-    "verify_folder.py": ["NOTHING WAS COMPARED", "RIGHT: all", "beside transformers' own modules", "nearest to its limit"],
+    "verify_folder.py": [
+        "NOTHING WAS COMPARED",
+        "RIGHT: all",
+        "beside transformers' own modules",
+        "nearest to its limit",
+    ],
 }
 
 
