@@ -39,18 +39,22 @@ def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig
     table = _PREFILL[family(arch)][dtype == torch.float32]
     block_m, block_n, warps, stages = table[min(most for most in table if most >= D)]
     # Of a head that is no multiple of 16 the masks take registers.
-    odd = sizes["D"] % 16 > 0 and D <= 128 and tma(arch) and dtype != torch.float32
-    if odd:
+    odd = sizes["D"] % 16 > 0 and D <= 128 and not amd(arch) and dtype != torch.float32
+    if odd and tma(arch):
         block_m, block_n, warps, stages = 64, 64, 8, 2
     elif 0 < window <= 256 and block_m > 64:
         block_m, block_n, warps = 64, min(block_n, 64 if tma(arch) else 32), 8 if family(arch) == "sm_80" else 4
     # Half the rows take half the warps; a head of 256 would spill.
     if not sizes.get("deterministic") and sizes["T"] <= block_m // 2 and (D < 256 or not tma(arch)):
         rows = power_of_2(sizes["T"], low=16)
-        block_m, block_n, warps = rows, 32 if odd else block_n, max(4, warps * rows // block_m)
-    if sizes["D"] < D and tma(arch) and dtype != torch.float32 and (block_m, D) in ((64, 64), (64, 128), (128, 64)):
-        # ptxas of CUDA 12.8 and 12.9 crashes where such a tile of a padded head meets 128 keys, or has 4 warps.
-        block_n, warps = min(block_n, 64), 8
+        block_m, block_n, warps = rows, 32 if odd and tma(arch) else block_n, max(4, warps * rows // block_m)
+        warps = 8 if odd and rows == 32 else warps
+    if sizes["D"] < D and tma(arch) and dtype != torch.float32:
+        # ptxas of CUDA 12.8 and 12.9 crashes where tiles of padded heads meet 128 keys, or 64 rows of 128 have 4 warps.
+        block_n = min(block_n, 64) if (block_m, D) in ((64, 128), (128, 64)) else block_n
+        warps = 8 if (block_m, D) == (64, 128) else warps
+    elif odd and block_m == 64:
+        warps = 8
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": D}
     return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
 

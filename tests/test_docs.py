@@ -1,0 +1,76 @@
+"""What the documents say of the code is so: quoted lines, files, kernels, figures, and how far a window reaches."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixtral_triton import Mixtral, MixtralConfig
+from mixtral_triton.kernels.launch import INTERPRETED
+
+ROOT = Path(__file__).parents[1]
+MIXTRAL = (ROOT / "docs" / "mixtral.md").read_text(encoding="utf-8")
+once = pytest.mark.skipif(INTERPRETED, reason="about documents and the plain way: run once, without the interpreter")
+
+
+@once
+def test_quoted_lines_stand_in_the_reference() -> None:
+    reference = {line.strip() for line in (ROOT / "kernels" / "reference.py").read_text(encoding="utf-8").splitlines()}
+    quoted = [line for block in re.findall(r"```python\n(.*?)```", MIXTRAL, re.S) for line in block.splitlines()]
+    assert len(quoted) > 7 and set(quoted) <= reference
+
+
+@once
+def test_named_kernels_and_files_are_there() -> None:
+    kernels = {path: path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("*.py")}
+    for kernel in re.findall(r"`(\w+_kernel)`", MIXTRAL):
+        assert any(f"def {kernel}(" in text for text in kernels.values()), kernel
+    for document in ROOT.glob("*.md"), ROOT.glob("docs/*.md"):
+        for path in document:
+            for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+                assert (path.parent / link).exists(), f"{path.name}: {link}"
+
+
+@once
+def test_the_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import figures
+
+    figures.main(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "docs" / "figures").iterdir()}
+    assert figures.seen(5, 2).int().tolist()[3] == [0, 0, 1, 1, 0]
+
+
+@once
+def test_how_far_a_window_reaches() -> None:
+    """Through L layers a token moves the logits L (W - 1) places on, and no further."""
+    L, W, T = 3, 4, 14
+    config = MixtralConfig(
+        vocab_size=20,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=L,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        rope_theta=1e4,
+        max_position_embeddings=T,
+        sliding_window=W,
+    )
+    model = Mixtral(config, "cpu", torch.float32, deterministic=True)
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        weight.data = torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.25
+    ids = torch.randint(20, (1, T), generator=generator)
+
+    def moved(back: int) -> bool:
+        other = ids.clone()
+        other[0, T - 1 - back] = (other[0, T - 1 - back] + 1) % 20
+        return not torch.equal(model(other)[0, -1], model(ids)[0, -1])
+
+    assert moved(0) and moved(L * (W - 1))
+    assert not moved(L * (W - 1) + 1)
