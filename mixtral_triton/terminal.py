@@ -35,7 +35,9 @@ def say(line: str) -> None:
 
 def settle() -> None:
     """Make the output's streams write what their terminal can show, and "?" for the rest. Before the work."""
-    first = next(filter(None, map(os.environ.get, ("PYTHONIOENCODING", "LC_ALL", "LC_CTYPE", "LANG"))), None)
+    first = next(
+        filter(None, map(os.environ.get, ("PYTHONUTF8", "PYTHONIOENCODING", "LC_ALL", "LC_CTYPE", "LANG"))), None
+    )
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # Python takes the C locale for UTF-8; its terminal does not.
@@ -47,19 +49,19 @@ def ended(error: BaseException, command: str | None) -> int:
     """The exit status for what ended a command, told in one line; what should not happen is raised again."""
     if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
         error = error.__context__  # rich makes the one of the other
+    name = "mixtral-triton" if command is None else f"mixtral-triton {command}"
     if isinstance(error, BrokenPipeError):
         _let_go(sys.stdout, sys.stderr)
         return HUNG_UP
     if isinstance(error, KeyboardInterrupt):
-        say("\rinterrupted" if sys.stderr.isatty() else "interrupted")  # over the terminal's ^C
+        say("\r" * sys.stderr.isatty() + f"{name}: interrupted")  # over the terminal's ^C
         return INTERRUPTED
     message = fault_behind(error)
     if message is None and isinstance(error, (ValueError, OSError)):
         message = _told(error)
     if message is None:
         raise error
-    prefix = "mixtral-triton" if command is None else f"mixtral-triton {command}"
-    say(f"{prefix}: {message.removeprefix(f'{command}: ')}")
+    say(f"{name}: {message.removeprefix(f'{command}: ')}")
     return 2
 
 

@@ -237,7 +237,7 @@ def test_ctrl_c_ends_the_line() -> None:
         out, told = running.stdout.read(), running.stderr.read()
     assert running.returncode == 130
     assert out.endswith(b"\n") and b"tokens/s" not in out
-    assert told == b"interrupted\n"
+    assert told == b"mixtral-triton generate: interrupted\n"
 
 
 def interrupt(args: Any) -> int:
@@ -250,7 +250,7 @@ def test_ctrl_c_on_a_terminal_writes_over_what_the_terminal_echoed(
     monkeypatch.setattr(cli, "_generate", interrupt)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main([*GENERATE]) == 130
-    assert capsys.readouterr().err == "\rinterrupted\n"
+    assert capsys.readouterr().err == "\rmixtral-triton generate: interrupted\n"
 
 
 # Errors
