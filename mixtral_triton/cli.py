@@ -199,7 +199,8 @@ def _now_and_then(bar: _Bar, label: str, columns: Sequence[ProgressColumn]) -> I
 def _load(args: argparse.Namespace) -> Mixtral:
     import torch
 
-    from .model import Mixtral, usable_device
+    from .inputs import usable_device
+    from .model import Mixtral
     from .weights import read_headers, total_bytes
 
     device = usable_device(args.device)

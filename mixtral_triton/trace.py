@@ -134,7 +134,7 @@ class Trace:
 
 def trace(model: Mixtral, ids: torch.Tensor, tokens: Sequence[str]) -> Trace:
     """Run the text, ids int64 [T] with the text of each, and note every layer's routes."""
-    from .verification import Routes
+    from .routes import Routes
 
     with torch.no_grad(), Routes() as routes:
         model(ids[None])
