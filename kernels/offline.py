@@ -34,6 +34,7 @@ from . import counted
 from .arch import ARCHS
 from .checks import FLOATS
 from .compiled import Assembly, Compiled
+from .files import write
 from .launch import INTERPRETED
 from .op import Launch, Op
 from .pool import share
@@ -110,7 +111,7 @@ def _write(asm: Mapping[str, Any], out: PathLike, stem: str) -> str:
     kinds = ("amdgcn", "hsaco") if "amdgcn" in asm else ("ptx", "sass", "cubin")
     for kind in kinds:
         path, content = Path(out).absolute() / f"{stem}.{kind}", asm[kind]
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        write(path, content if isinstance(content, bytes) else content.encode())
     return str(path)
 
 
@@ -218,13 +219,22 @@ def compile_launch(launch: Launch, arch: str, op: str = "", out: PathLike | None
     return _Job.of(launch, arch, op, out).compile(launch.fn)
 
 
-def _attempt(job: _Job) -> Compiled:
+def _attempt(job: _Job) -> Compiled | OSError:
     try:
         return job.compile()
+    except OSError as error:  # a full disk, say: no fault of the kernel, and to be raised where the caller is
+        nameless = error.errno is not None and error.filename is None  # Triton writes to its cache
+        return OSError(error.errno, error.strerror, job.cache) if nameless else error
     except Exception as error:  # the compiler raises whatever its passes do
         line = (str(error).strip().splitlines() or [""])[0]
         crash = re.search(r"ptxas.* error code -(\d+)", line)
         return _crashed(job, signal.Signals(int(crash[1])), "ptxas") if crash else job.failed(line[:200])
+
+
+def _or_raise(result: Compiled | OSError) -> Compiled:
+    if isinstance(result, OSError):
+        raise result
+    return result
 
 
 def _crashed(job: _Job, by: signal.Signals, what: str = "Triton") -> Compiled:
@@ -247,7 +257,7 @@ def _weight(job: _Job) -> int:
 def _compile_all(jobs: Sequence[_Job]) -> Iterator[tuple[int, Compiled]]:
     """Index and kernel as they are done: first what Triton's cache has, then the heaviest first."""
     stored = [index for index, job in enumerate(jobs) if job.is_stored()]
-    yield from ((index, _attempt(jobs[index])) for index in stored)
+    yield from ((index, _or_raise(_attempt(jobs[index]))) for index in stored)
     left = sorted(set(range(len(jobs))) - set(stored), key=lambda index: -_weight(jobs[index]))
     pieces = [jobs[index] for index in left]
     workers = min(len(left) // _A_WORKER, len(os.sched_getaffinity(0)))
@@ -255,7 +265,7 @@ def _compile_all(jobs: Sequence[_Job]) -> Iterator[tuple[int, Compiled]]:
         found = share(_attempt, pieces, workers, _crashed, preload=f"{__package__}.warm")
     else:
         found = enumerate(map(_attempt, pieces))
-    yield from ((left[place], compiled) for place, compiled in found)
+    yield from ((left[place], _or_raise(result)) for place, result in found)
 
 
 def _count(kernels: Sequence[tuple[int, Compiled]]) -> Sequence[tuple[int, Compiled]]:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from .model import Mixtral
     from .verification import verify
 
+__version__ = "0.1.0"  # pyproject.toml reads it here
+
 __all__ = ["KVCache", "Mixtral", "MixtralConfig", "apply", "revert", "verify"]
 
 _HOME = {

@@ -50,7 +50,6 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
         raise ValueError(f"--without is {min(unknown)!r}, needs one of {', '.join(sorted({p.name for p in PEERS}))}")
     if args.plot is not None:
         check_plot(args.plot)
-        plot([], CARDS[DEFAULT_CARD], args.plot)  # can it be written there?
     out = console(stderr=args.json)
     measuring = args.card is None and torch.cuda.is_available()
     if measuring:

@@ -11,6 +11,7 @@ from typing import Any
 from .bench import Row
 from .bench_report import sizes_text
 from .kernels.roofline import Card
+from .plotting import save
 
 LETTERS = {"T": "tokens", "S": "keys", "C": "slots of the cache", "B": "sequences", "H": "width", "N": "columns"}
 LIMITS = {"memory": ("o", "memory"), "matmul": ("s", "compute")}  # a marker and a word by `Row.bound`
@@ -150,4 +151,4 @@ def figure_of(rows: Sequence[Row], card: Card) -> Any:
 
 
 def plot(rows: Sequence[Row], card: Card, file: Path) -> None:
-    figure_of(rows, card).savefig(file)
+    save(figure_of(rows, card), file)

@@ -1,34 +1,28 @@
 """The command line: `mixtral-triton` and `python -m mixtral_triton`.
 
-Exit 0: done and right. 1: ran, and found a mismatch. 2: bad input, one line on stderr.
+Exit 0: done and right. 1: ran, and found a mismatch. 2: bad input, one line on stderr. 130: Ctrl-C. 141: whoever read
+the output has gone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import DownloadColumn, MofNCompleteColumn
 
+from . import __version__
+from .arguments import Parser
 from .kernels.arch import ARCHS
+from .terminal import bar, ended, say, settle
+from .way import choose, with_verify_time
 
 if TYPE_CHECKING:
     import torch
@@ -37,17 +31,12 @@ if TYPE_CHECKING:
 
 SMALL = Path(__file__).parent / "small"  # the checkpoint that ships with the package
 CARDS = "a100, h100, h200, b200, b300, a10, l40s, rtx5090, mi300x"  # of kernels/roofline.py, which imports torch
-SILENT = 10.0  # seconds of work without a word where stderr is no terminal
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def parser() -> argparse.ArgumentParser:
     """Of the whole command line."""
-    parser = _Parser(prog="mixtral-triton", description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = Parser(prog="mixtral-triton", description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
@@ -70,16 +59,21 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--prompt", help="text to run; none: fixed pseudo-random tokens")
     generate = command("generate", "stream the continuation of a prompt")
     model_options(generate)
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument("--max-new-tokens", type=int, default=64)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=0, help="of the sampling")
+    generate.add_argument("--prompt", required=True, help="text to continue")
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="fewer where the text ends")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy")
+    generate.add_argument("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens; none: all")
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="of those, the fewest with this probability together"
+    )
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
+    generate.add_argument("--interpret", action="store_true", help="the Triton kernels, interpreted on the CPU")
     trace = command("trace", "which experts each token of a prompt took, layer by layer")
     model_options(trace)
-    trace.add_argument("--prompt", required=True)
+    trace.add_argument("--prompt", required=True, help="text to run")
     trace.add_argument("--layers", type=int, nargs="+", metavar="N", help="to print; none: first, middle and last")
     trace.add_argument("--plot", type=Path, metavar="FILE", help="draw layers x experts (.png, .svg, .pdf)")
+    trace.add_argument("--interpret", action="store_true", help="the Triton kernels, interpreted on the CPU")
     bench = command("bench", "each operation, and a decode step, beside its peers and its floor")
     bench.add_argument("ops", nargs="*", metavar="OP", help="none: all, and decode_step")
     bench.add_argument("--quick", action="store_true", help="a few cases an operation, of 8x7B")
@@ -121,79 +115,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command -> exit status."""
-    args = parser().parse_args(argv)
+    args = argparse.Namespace(command=None)
+    settle()
     try:
-        commands = {"verify": _verify, "generate": _generate, "trace": _trace, "bench": _bench, "tune": _tune}
-        return {**commands, "compile": _compile}[args.command](args)
-    except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
-        print(f"mixtral-triton {args.command}: {message}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"mixtral-triton {args.command}: interrupted", file=sys.stderr)
-        return 130
-
-
-def _choose_way(args: argparse.Namespace, out: Console) -> None:
-    """Without a GPU, interpret the kernels. Before any of them is imported: Triton reads the switch as it decorates."""
-    import torch
-
-    wants_cpu = args.device is not None and args.device.startswith("cpu")
-    if "TRITON_INTERPRET" in os.environ or (torch.cuda.is_available() and not wants_cpu):
-        return
-    os.environ["TRITON_INTERPRET"] = "1"
-    reason = "--device cpu" if wants_cpu else "No GPU found"
-    out.print(f"{reason}: the Triton kernels run interpreted, on the CPU. Right, and slow.")
-
-
-class _Bar:
-    """Progress: `more` of the total, or `of` a total told later."""
-
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self.progress, self.task = progress, task
-
-    def more(self, done: int) -> None:
-        self.progress.update(self.task, advance=done)
-
-    def of(self, done: int, total: int) -> None:
-        self.progress.update(self.task, completed=done, total=total)
-
-
-@contextmanager
-def _bar(label: str, total: int | None, *columns: ProgressColumn) -> Iterator[_Bar]:
-    """Progress on stderr: a bar where that is a terminal, else a line every SILENT seconds, so none of quick work.
-
-    `total` None: told later.
-    """
-    console = Console(stderr=True)
-    shown = (TextColumn(label), BarColumn(), *columns, TimeRemainingColumn())
-    with Progress(*shown, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = _Bar(progress, progress.add_task(label, total=total))
-        with nullcontext() if console.is_terminal else _now_and_then(bar, label, columns):
-            yield bar
-
-
-@contextmanager
-def _now_and_then(bar: _Bar, label: str, columns: Sequence[ProgressColumn]) -> Iterator[None]:
-    """While the block runs: what the columns show, and the seconds left at the speed so far."""
-    ended, start = threading.Event(), time.monotonic()
-
-    def say() -> None:
-        while not ended.wait(SILENT):
-            task, words = bar.progress.tasks[0], ["starting"]
-            if task.total is not None:
-                words = [str(column(task)).strip() for column in columns]
-            if task.completed and task.remaining is not None:
-                words.append(f"{(time.monotonic() - start) * task.remaining / task.completed:.0f} s left")
-            print(f"{label}: {', '.join(words)}", file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=say, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+        try:
+            parser().parse_args(argv, args)
+            commands = {"verify": _verify, "generate": _generate, "trace": _trace, "bench": _bench, "tune": _tune}
+            return {**commands, "compile": _compile}[args.command](args)
+        finally:
+            sys.stdout.flush()  # here, where it can still be told that nobody reads it, or that a disk is full
+    except BaseException as error:
+        return ended(error, args.command)
 
 
 def _load(args: argparse.Namespace) -> Mixtral:
@@ -207,7 +139,7 @@ def _load(args: argparse.Namespace) -> Mixtral:
     if device.type == "meta":
         raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    with _bar("loading", total_bytes(read_headers(args.folder)), DownloadColumn()) as progress:
+    with bar("loading", total_bytes(read_headers(args.folder)), DownloadColumn()) as progress:
         return Mixtral.from_pretrained(args.folder, device=device, dtype=dtype, progress=progress.more)
 
 
@@ -229,6 +161,8 @@ def _encode(tokenizer: Any, text: str, model: Mixtral) -> torch.Tensor:
 
     if not text:
         raise ValueError("--prompt is empty: give at least one character")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):  # of bytes, by Python
+        raise ValueError("--prompt holds bytes that are no text in UTF-8")
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     bos = model.config.bos_token_id
     return torch.tensor(([] if bos is None else [bos]) + ids, device=model.device)
@@ -236,12 +170,14 @@ def _encode(tokenizer: Any, text: str, model: Mixtral) -> torch.Tensor:
 
 def _verify(args: argparse.Namespace) -> int:
     out = Console(stderr=args.json)
-    _choose_way(args, out)
-    from .verification import verify
+    note = choose(args, interpret=True)
+    from .verification import text_or_default, verify
 
     model = _load(args)
-    ids = None if args.prompt is None else _encode(_tokenizer(args.folder), args.prompt, model)[None]
-    with _bar("verifying", None, MofNCompleteColumn()) as progress:
+    given = None if args.prompt is None else _encode(_tokenizer(args.folder), args.prompt, model)[None]
+    ids = text_or_default(given, model.config, model.device)
+    say(with_verify_time(note, model.config, str(model.dtype), ids.numel()))
+    with bar("verifying", None, MofNCompleteColumn()) as progress:
         report = verify(model, ids, progress.of, folder=args.folder, peer=args.peer)
     if args.json:
         print(json.dumps({"folder": str(args.folder), **report.as_dict()}))
@@ -252,7 +188,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     out = Console(stderr=args.json, highlight=False)
-    _choose_way(args, out)
+    note = choose(args, interpret=False)
     import torch
 
     from .generate import eos_ids, stream
@@ -262,62 +198,92 @@ def _generate(args: argparse.Namespace) -> int:
     if not -(1 << 63) <= args.seed < 1 << 64:
         raise ValueError(f"--seed is {args.seed}, needs an integer of 64 bits")
     generator = torch.Generator(model.device).manual_seed(args.seed)
-    sampling = (args.max_new_tokens, args.temperature, args.top_p, eos_ids(None, model.config), generator)
+    sampling = (args.max_new_tokens, args.temperature, args.top_p, eos_ids(None, model.config), generator, args.top_k)
     steps = stream(model, [prompt], *sampling)
-    tokens: list[int] = []
+    say(note)
     start = time.perf_counter()
-    if not args.json:
-        print(args.prompt, end="", flush=True)
-    shown = ""
-    for step in steps:
-        tokens.append(int(step[0]))
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        if not args.json and not text.endswith("\ufffd"):  # half a character: wait for the rest
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
+    tokens = (
+        _counted(steps, args.max_new_tokens) if args.json else _streamed(steps, tokenizer, args.prompt, len(prompt))
+    )
     seconds = time.perf_counter() - start
     rate = len(tokens) / seconds
     if args.json:
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         print(json.dumps({"prompt": args.prompt, "text": text, "tokens": tokens, "tokens_per_second": rate}))
     else:
-        print(flush=True)
         out.print(f"{len(tokens)} tokens in {seconds:.1f} s, {rate:.1f} tokens/s (prompt of {len(prompt)} included)")
     return 0
 
 
+def _counted(steps: Iterable[torch.Tensor], total: int) -> list[int]:
+    """Run all steps -> the tokens."""
+    tokens = []
+    with bar("generating", total, MofNCompleteColumn()) as progress:
+        for step in steps:
+            tokens.append(int(step[0]))
+            progress.more(1)
+    return tokens
+
+
+def _streamed(steps: Iterator[torch.Tensor], tokenizer: Any, prompt: str, length: int) -> list[int]:
+    """Print the text as it comes -> its tokens. Its line is ended even where an error or Ctrl-C ends the work."""
+    with bar("reading the prompt", length, MofNCompleteColumn()):
+        first = list(islice(steps, 1))
+    tokens: list[int] = []
+    shown = ""
+    try:
+        print(prompt, end="", flush=True)
+        for step in chain(first, steps):
+            tokens.append(int(step[0]))
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):  # half a character: wait for the rest
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+    finally:
+        print(flush=True)
+    return tokens
+
+
 def _trace(args: argparse.Namespace) -> int:
     out = Console(stderr=args.json, highlight=False)
-    _choose_way(args, out)
+    note = choose(args, interpret=False)
     from .trace import run
 
     def load() -> tuple[Mixtral, Any, torch.Tensor]:
         model, tokenizer = _load(args), _tokenizer(args.folder)
         return model, tokenizer, _encode(tokenizer, args.prompt, model)
 
-    return run(args, out, load)
+    def progress(label: str, total: int) -> Any:
+        say(note)  # nothing is wrong with the arguments
+        return bar(label, total, MofNCompleteColumn())
+
+    return run(args, out, load, progress)
 
 
 def _bench(args: argparse.Namespace) -> int:
     from .bench_command import run
 
-    return run(args, lambda label, total: _bar(label, total, MofNCompleteColumn()))
+    return run(args, lambda label, total: bar(label, total, MofNCompleteColumn()))
 
 
 def _tune(args: argparse.Namespace) -> int:
+    if args.arch is not None and args.arch not in ARCHS:
+        raise ValueError(f"--arch is {args.arch!r}, needs one of {', '.join(ARCHS)}")
     from .tune_command import run
 
-    return run(args, lambda label, total: _bar(label, total, MofNCompleteColumn()))
+    return run(args, lambda label, total: bar(label, total, MofNCompleteColumn()))
 
 
 def _compile(args: argparse.Namespace) -> int:
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {str(args.out)!r} is a file, needs a folder")
     from .kernels.offline import as_json, compile_ops
     from .kernels.roofline import table_note
     from .resources import resources_table
     from .tables import console
 
     rows: list[dict[str, Any]] = []
-    with _bar(f"compiling for {args.arch}", None, MofNCompleteColumn()) as progress:
+    with bar(f"compiling for {args.arch}", None, MofNCompleteColumn()) as progress:
         # JSON streams; the table has the registry's order.
         for compiled in compile_ops(args.ops, args.arch, out=args.out, progress=progress.of, as_done=args.json):
             rows.append(as_json(compiled))

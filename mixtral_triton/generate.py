@@ -1,4 +1,4 @@
-"""The decode loop: prefill in chunks, then one token a step; greedy, or sampled by temperature and top-p.
+"""The decode loop: prefill in chunks, then one token a step; greedy, or sampled by temperature, top-k and top-p.
 
 On a GPU the step is captured in a CUDA graph and replayed: its buffers stay where they are, positions and routes are
 read on the device, and the host waits for one value a token at most, to see whether every sequence has ended.
@@ -21,6 +21,7 @@ from .ops import readable, untraced
 if TYPE_CHECKING:
     from .model import Mixtral
 
+Sampling = tuple[float, float, torch.Generator | None, int | None]  # what `sample` takes behind the logits
 TEMPERATURE_LEAST = 1e-30
 PREFILL_CHUNK = 2048  # tokens: bounds the activations of a long prompt
 GRAPH_LEAST = 4  # tokens still to come that are worth a capture, which costs about as much host time as two steps
@@ -35,12 +36,14 @@ def generate(
     top_p: float = 1.0,
     eos_token_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
+    *,
+    top_k: int | None = None,
 ) -> Tensor | list[Tensor]:
     """Continue prompts: int64 [B,T] -> [B,T+n], or a list of 1-D prompts -> a list of prompts with what follows them.
 
-    temperature 0 is greedy; else logits are divided by it, and the smallest set of tokens with probability top_p is
-    sampled from (Holtzman et al. 2020). eos_token_id None: the config's. A sequence ends with its EOS included; in a
-    [B,T+n] result it is padded with it.
+    temperature 0 is greedy; else logits are divided by it, and of the top_k most likely tokens (None: of all) the
+    smallest set with probability top_p is sampled from (Fan et al. 2018, Holtzman et al. 2020). eos_token_id None: the
+    config's. A sequence ends with its EOS included; in a [B,T+n] result it is padded with it.
     """
     ragged = not isinstance(input_ids, Tensor)
     if isinstance(input_ids, Tensor) and input_ids.dim() == 0:
@@ -49,7 +52,7 @@ def generate(
         raise ValueError(f"generate: input_ids is a {type(input_ids).__name__}, needs a tensor or a list of tensors")
     rows = list(input_ids)
     eos = eos_ids(eos_token_id, model.config)
-    steps = stream(model, rows, max_new_tokens, temperature, top_p, eos, generator)
+    steps = stream(model, rows, max_new_tokens, temperature, top_p, eos, generator, top_k)
     new = torch.stack(list(steps), dim=1).cpu() if max_new_tokens else torch.empty((len(rows), 0), dtype=torch.int64)
     if not ragged:
         return torch.cat((torch.stack(rows), _pad(new, max_new_tokens).to(rows[0].device)), dim=1)
@@ -64,9 +67,10 @@ def stream(
     top_p: float = 1.0,
     eos: frozenset[int] = frozenset(),
     generator: torch.Generator | None = None,
+    top_k: int | None = None,
 ) -> Iterator[Tensor]:
     """Check everything, then give an iterator over the next tokens [B]; it ends early once every sequence has ended."""
-    _check_sampling(max_new_tokens, temperature, top_p, generator, model.device)
+    _check_sampling(max_new_tokens, temperature, top_p, top_k, generator, model.device)
     ids, lengths = _pad_prompts(model, prompts)
     longest = ids.shape[1]
     limit = model.config.max_position_embeddings
@@ -75,7 +79,7 @@ def stream(
             f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones go beyond "
             f"max_position_embeddings, {limit}"
         )
-    return _stream(model, ids, lengths, max_new_tokens, temperature, top_p, eos, generator)
+    return _stream(model, ids, lengths, max_new_tokens, eos, (temperature, top_p, generator, top_k))
 
 
 def _stream(
@@ -83,16 +87,14 @@ def _stream(
     ids: Tensor,
     lengths: Tensor,
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
     eos: frozenset[int],
-    generator: torch.Generator | None,
+    sampling: Sampling,
 ) -> Iterator[Tensor]:
     if max_new_tokens == 0:
         return
     capacity = ids.shape[1] + max_new_tokens
     cache = KVCache(model.config, len(ids), capacity, device=model.device, dtype=model.dtype)
-    step = Step(model, cache, temperature, top_p, eos, generator)
+    step = Step(model, cache, eos, sampling)
     step.choose(prefill(model, cache, ids, lengths))
     run: Callable[[], None] = step
     for done in range(1, max_new_tokens + 1):
@@ -102,7 +104,7 @@ def _stream(
         run()
         # The first step ran as it is: every kernel is compiled now.
         if done == 1 and max_new_tokens - done > GRAPH_LEAST and can_capture(model):
-            run = replayed(step, generator)
+            run = replayed(step)
 
 
 class Step:
@@ -112,17 +114,8 @@ class Step:
     ended  bool [B]
     """
 
-    def __init__(
-        self,
-        model: Mixtral,
-        cache: KVCache,
-        temperature: float,
-        top_p: float,
-        eos: frozenset[int],
-        generator: torch.Generator | None,
-    ) -> None:
-        self.model, self.cache = model, cache
-        self.sampling = (temperature, top_p, generator)
+    def __init__(self, model: Mixtral, cache: KVCache, eos: frozenset[int], sampling: Sampling) -> None:
+        self.model, self.cache, self.sampling = model, cache, sampling
         self.stops = torch.tensor(sorted(eos), dtype=torch.int64, device=model.device)
         self.token = torch.zeros(cache.batch, dtype=torch.int64, device=model.device)
         self.ended = torch.zeros(cache.batch, dtype=torch.bool, device=model.device)
@@ -141,10 +134,10 @@ def can_capture(model: Mixtral) -> bool:
     return model.device.type == "cuda" and untraced()
 
 
-def replayed(step: Step, generator: torch.Generator | None) -> Callable[[], None]:
+def replayed(step: Step) -> Callable[[], None]:
     """The replay of `step` captured in a CUDA graph; where that is impossible `step` itself, and a warning says why."""
     try:
-        return captured(step, generator, step.model.device)
+        return captured(step, step.sampling[2], step.model.device)
     except CaptureLost:
         raise
     except RuntimeError as error:
@@ -166,12 +159,22 @@ def prefill(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> Ten
     return last
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None) -> Tensor:
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator | None = None,
+    top_k: int | None = None,
+) -> Tensor:
     """Logits fp32 [B,V] -> token ids [B]."""
     if temperature == 0.0:
         return logits.argmax(dim=-1)
     # Below the maximum everything is negative: no temperature, however small, makes an inf of it that softmax minds.
     below = (logits - logits.amax(-1, keepdim=True)).double()
+    if top_k is not None and top_k < logits.shape[-1]:
+        # As in transformers: what ties with the last of them stays, too, and top_p is a share of what stays.
+        least = below.topk(top_k, dim=-1).values[..., -1:]
+        below = below.masked_fill(below < least, -torch.inf)
     p = torch.softmax(below / max(temperature, TEMPERATURE_LEAST), dim=-1).float()
     if top_p < 1.0:
         sorted_p, order = p.sort(dim=-1, descending=True)
@@ -203,13 +206,17 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_sampling(max_new_tokens: Any, temperature: Any, top_p: Any, generator: Any, device: torch.device) -> None:
+def _check_sampling(
+    max_new_tokens: Any, temperature: Any, top_p: Any, top_k: Any, generator: Any, device: torch.device
+) -> None:
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens is {max_new_tokens!r}, needs an integer of at least 0")
     if not _number(temperature) or not 0.0 <= temperature < float("inf"):
         raise ValueError(f"generate: temperature is {temperature!r}, needs a finite number of at least 0")
     if not _number(top_p) or not 0.0 < top_p <= 1.0:
         raise ValueError(f"generate: top_p is {top_p!r}, needs a number above 0, at most 1")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"generate: top_k is {top_k!r}, needs an integer of at least 1, or None")
     if device.type == "meta":
         raise ValueError("generate: the model is on the meta device, which holds no numbers, needs a CPU or a GPU")
     if generator is not None and not isinstance(generator, torch.Generator):

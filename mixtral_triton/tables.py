@@ -13,6 +13,7 @@ from rich.text import Text
 
 PIPED = 120  # columns where there is no terminal, and COLUMNS says nothing
 GAP, INDENT = 2, 4
+RULE = "─"
 
 
 def console(stderr: bool = False) -> Console:
@@ -94,7 +95,7 @@ class Table:
         yield from ((line, "bold") for line in folded(self.title, width, " " * GAP))
         headings = self._line([column.heading for column in self.columns], kept, widths)
         yield from ((line, "") for line in _parts(headings, width))
-        yield "─" * total, ""
+        yield RULE * total, ""
         for cells, style in self.rows:
             yield from ((line, style) for line in self._row(cells, kept, width))
         if self.caption:
@@ -103,6 +104,7 @@ class Table:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         for line, style in self.lines(options.max_width):
+            line = line.replace(RULE, "-") if options.ascii_only else line
             yield Text(line, style=style, no_wrap=True, overflow="ignore")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sysconfig
 from pathlib import Path
 
@@ -16,3 +17,10 @@ def toolchain_fault() -> str | None:
     if not header.is_file():
         return f"Triton needs Python's headers when it runs on a GPU, and {header} is not there: install python3-dev"
     return None
+
+
+def fault_behind(error: BaseException) -> str | None:
+    """What is missing, where that is why Triton raised `error`: it names no compiler, or one that could not compile."""
+    if isinstance(error, RuntimeError) and "C compiler" in str(error):
+        return toolchain_fault() or str(error)
+    return toolchain_fault() if isinstance(error, subprocess.CalledProcessError) else None

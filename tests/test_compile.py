@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 from rich.progress import DownloadColumn, MofNCompleteColumn
 
-from mixtral_triton import cli
+from mixtral_triton import terminal
 from mixtral_triton.cli import main
 from mixtral_triton.kernels import offline
+from mixtral_triton.kernels.files import write
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.pool import share
 
@@ -36,6 +39,61 @@ def test_a_fault_is_named_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert len(rows) == 3 and all(row["fault"] and row["file"] is None for row in rows)
 
 
+@compiled_way
+def test_out_in_a_file_s_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out"
+    path.write_text("mine")
+    for out, said in ((path, "is a file, needs a folder"), (path / "below", "Not a directory")):
+        assert main(["compile", "append", "--arch", "sm_90", "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert str(out) in error and said in error and error.count("\n") == 1
+    assert path.read_text() == "mine"
+
+
+@compiled_way
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk_under_out_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is no fault of the kernel, wherever that was compiled."""
+    command = ["compile", "append", "--arch", "sm_90", "--out", str(tmp_path)]
+    assert main(command) == 0
+    for path in tmp_path.glob("*.ptx"):
+        path.unlink()
+        path.symlink_to("/dev/full")
+    capsys.readouterr()
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert ".ptx: No space left on device" in error and error.count("\n") == 1
+
+
+@compiled_way
+def test_a_full_disk_under_triton_s_cache_names_the_cache(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(triton, "compile", full)
+    assert main(["compile", "append", "--arch", "sm_90"]) == 2
+    assert capsys.readouterr().err == f"mixtral-triton compile: {triton.knobs.cache.dir}: No space left on device\n"
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A disk that is full after a part of it: a limit on the size of this process's files stands in."""
+    resource = pytest.importorskip("resource")
+    path, before = tmp_path / "x.cubin", resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"x\.cubin"):
+            write(path, b"x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not path.exists()
+    write(path, b"x" * 5000)
+    assert path.read_bytes() == b"x" * 5000
+
+
 def lines(error: str) -> list[str]:
     return [line for line in error.splitlines() if line.startswith("working")]
 
@@ -43,8 +101,8 @@ def lines(error: str) -> list[str]:
 def test_without_a_terminal_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "SILENT", 0.2)
-    with cli._bar("working", None, MofNCompleteColumn()) as bar:
+    monkeypatch.setattr(terminal, "SILENT", 0.2)
+    with terminal.bar("working", None, MofNCompleteColumn()) as bar:
         time.sleep(0.3)
         bar.of(40, 200)
         time.sleep(0.5)
@@ -52,15 +110,15 @@ def test_without_a_terminal_a_line_now_and_then(
     assert said[0] == "working: starting"
     done, left = said[-1].removeprefix("working: ").split(", ")
     assert done == "40/200" and left.endswith(" s left") and 1 <= int(left.split()[0]) <= 10
-    with cli._bar("working", 3_000_000, DownloadColumn()) as bar:
+    with terminal.bar("working", 3_000_000, DownloadColumn()) as bar:
         bar.more(1_000_000)
         time.sleep(0.3)
     assert lines(capsys.readouterr().err)[0].startswith("working: 1.0/3.0 MB, ")
 
 
 def test_quick_work_is_quiet_and_its_error_comes_through(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.SILENT >= 10
-    with pytest.raises(ValueError, match="planted"), cli._bar("working", 2, MofNCompleteColumn()) as bar:
+    assert terminal.SILENT >= 10
+    with pytest.raises(ValueError, match="planted"), terminal.bar("working", 2, MofNCompleteColumn()) as bar:
         bar.more(1)
         raise ValueError("planted")
     assert capsys.readouterr().err == ""

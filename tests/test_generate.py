@@ -188,6 +188,35 @@ def test_nucleus(temperature: float, top_p: float, model: Mixtral, device: torch
 
 
 @loop
+@pytest.mark.parametrize("top_p", (0.5, 0.9, 1.0))
+@pytest.mark.parametrize("top_k", (1, 3, V - 1, V, 10 * V))
+def test_top_k(top_k: int, top_p: float, device: torch.device) -> None:
+    """The tokens that transformers' filters leave, in their order, each as often as it should be; ties all stay."""
+    warpers = pytest.importorskip("transformers.generation.logits_process")
+    logits, draws, temperature = torch.randn(V, generator=torch.Generator().manual_seed(1)), 20000, 1.5
+    logits[[2, 5, 11]] = logits.topk(3).values[-1]  # planted: who comes third is a tie
+    left = warpers.TopKLogitsWarper(top_k)(torch.zeros(1, 1), logits[None] / temperature)
+    if top_p < 1.0:
+        left = warpers.TopPLogitsWarper(top_p)(torch.zeros(1, 1), left)
+    want = left.softmax(-1)[0]
+    batch = logits.to(device).expand(draws, -1)
+    often = torch.bincount(sample(batch, temperature, top_p, seeded(device), top_k).cpu(), minlength=V) / draws
+    assert not often[want == 0].any()
+    assert (often - want).abs().sum() < 0.05
+
+
+@loop
+def test_generate_takes_top_k(model: Mixtral, device: torch.device) -> None:
+    """By name alone: the positions of the arguments before it are what they were."""
+    ids, settings = tokens(2, 4, device=device), {"max_new_tokens": NEW, "temperature": 50.0}
+    greedy = model.generate(ids, max_new_tokens=NEW)
+    assert torch.equal(model.generate(ids, **settings, top_k=1, generator=seeded(device)), greedy)
+    assert not torch.equal(model.generate(ids, **settings, generator=seeded(device)), greedy)
+    with pytest.raises(TypeError):
+        model.generate(ids, NEW, 1.0, 1.0, None, None, 1)
+
+
+@loop
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 0.5), (2.0, 0.3)])
 def test_generate_stays_in_the_nucleus(temperature: float, top_p: float, model: Mixtral, device: torch.device) -> None:
     options = {"temperature": temperature, "top_p": top_p, "generator": seeded(device)}
@@ -260,6 +289,11 @@ OPTIONS: list[dict[str, Any]] = [
     {"top_p": 1.01},
     {"top_p": float("nan")},
     {"top_p": "a"},
+    {"top_k": 0},
+    {"top_k": -1},
+    {"top_k": 2.0},
+    {"top_k": True},
+    {"top_k": "5"},
     {"eos_token_id": "2"},
     {"eos_token_id": 1.5},
     {"eos_token_id": [1, "2"]},

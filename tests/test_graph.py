@@ -73,6 +73,14 @@ def test_replays_draw_anew(card: Any) -> None:
     assert card.replays == 14 and len(set(text[-14:])) > 6
 
 
+def test_replays_take_the_top_k_alone(card: Any) -> None:
+    """Replayed like the rest of the draw: the filter looks at no value from the host."""
+    want = texts(build(None, "cpu"), max_new_tokens=NEW)
+    drawn = torch.Generator(CARD).manual_seed(0)
+    assert texts(build(None, CARD), max_new_tokens=NEW, temperature=50.0, top_k=1, top_p=0.9, generator=drawn) == want
+    assert card.replays == NEW - 2
+
+
 def looks(step: Any) -> None:
     """A host that looks at a value: CUDA gives up the capture, and its end fails as well."""
     step()

@@ -247,9 +247,10 @@ def retained(model: Any) -> None:
     outputs[0].flatten()[0].backward()
 
 
-def checkpointed(**settings: Any) -> Callable[[Any], None]:
+def checkpointed(settings: dict[str, Any] | None = None) -> Callable[[Any], None]:
     def run(model: Any) -> None:
-        model.gradient_checkpointing_enable(**settings)
+        old_name = model.gradient_checkpointing_enable  # which later releases warn of
+        getattr(model, "activation_checkpointing_enable", old_name)(settings)
         step(model, labels=IDS)
 
     return run
@@ -266,11 +267,11 @@ TRAINING: dict[str, tuple[str, Callable[[Any], None]]] = {
     "test_training_gradient_checkpointing": ("MixtralForTokenClassification", checkpointed()),
     "test_training_gradient_checkpointing_use_reentrant_false": (
         "MixtralForCausalLM",
-        checkpointed(gradient_checkpointing_kwargs={"use_reentrant": False}),
+        checkpointed({"use_reentrant": False}),
     ),
     "test_training_gradient_checkpointing_use_reentrant_true": (
         "MixtralForCausalLM",
-        checkpointed(gradient_checkpointing_kwargs={"use_reentrant": True}),
+        checkpointed({"use_reentrant": True}),
     ),
     "test_enable_input_require_grads_with_gradient_checkpointing": ("MixtralForCausalLM", with_gradients_of_the_input),
     "test_retain_grad_hidden_states_attentions": ("MixtralForCausalLM", retained),

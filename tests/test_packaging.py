@@ -29,10 +29,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+SHIPPED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
 def needed() -> set[str]:
     kernels = {f"mixtral_triton/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     package = {f"mixtral_triton/{path.name}" for path in (ROOT / "mixtral_triton").glob("*.py")}
-    small = {f"mixtral_triton/small/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")}
+    small = {f"mixtral_triton/small/{name}" for name in SHIPPED}
     return kernels | package | small | {"mixtral_triton/py.typed"}
 
 
@@ -46,6 +49,10 @@ def test_sdist(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert {"kernels/op.py", "mixtral_triton/model.py", "mixtral_triton/small/model.safetensors", "LICENSE"} <= names
+    folders = ("tests", "tests/stub", "benchmarks", "docs", "examples")
+    wanted = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).glob("*.*")}
+    assert "tests/conftest.py" in wanted and wanted <= names, sorted(wanted - names)
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
 
 
 def test_installed_wheel_imports_from_anywhere(built: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,3 +53,26 @@ def test_it_has_learnt_english_of_the_python_documentation(model: Mixtral) -> No
 def test_the_log_says_how_it_was_made() -> None:
     assert {"seed", "steps", "tokens_seen", "train_loss", "held_out_loss", "torch", "transformers"} <= set(LOG)
     assert LOG["held_out_loss"] < 4.0
+
+
+def test_its_tokenizer_has_a_beginning_an_end_and_padding() -> None:
+    """For transformers' AutoTokenizer; the texts and tokens are those of the tokenizer itself."""
+    transformers = pytest.importorskip("transformers")
+    found, own = transformers.AutoTokenizer.from_pretrained(SMALL), Tokenizer.from_file(str(SMALL / "tokenizer.json"))
+    config = json.loads((SMALL / "config.json").read_text())
+    assert (found.bos_token_id, found.eos_token_id) == (config["bos_token_id"], config["eos_token_id"])
+    assert found.pad_token_id == found.eos_token_id and found.model_max_length == config["max_position_embeddings"]
+    text = "The return statement , a list .\n    x = [1, 2]  # naïve"
+    ids = found(text).input_ids
+    assert ids == own.encode(text).ids and found.decode(ids, skip_special_tokens=True) == text
+    padded = found([text, "A list"], padding=True, return_tensors="pt")
+    assert padded.attention_mask.sum(1).tolist() == [len(ids), len(found("A list").input_ids)]
+
+
+def test_what_the_training_writes_of_the_tokenizer_is_what_is_shipped(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from mixtral_triton.small.train import save_tokenizer
+
+    save_tokenizer(Tokenizer.from_file(str(SMALL / "tokenizer.json")), tmp_path, 1024)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (SMALL / name).read_bytes()

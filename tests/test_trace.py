@@ -76,6 +76,33 @@ def test_what_the_terminal_shows(color: Any) -> None:
         assert len(backgrounds) == 12
 
 
+@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize("experts", [8, 16, 64])
+def test_the_table_fits_every_terminal(experts: int, width: int) -> None:
+    """More tables where one is too wide: every layer and every expert in them, and no cell cut."""
+    found = Trace(("a",) * 40, torch.rand(33, 40, experts).argsort(-1)[..., :2], experts)
+    out = Console(file=io.StringIO(), width=width)
+    out.print(found.shown([0, 2]))
+    lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+    heads = [line.split() for line in lines if line.split()[:1] == ["layer"] and len(line.split()) > 2]
+    assert [name for head in heads for name in head[1:]] == [*map(str, range(experts)), "first", "any"]
+    rows = [line.split() for line in lines if line[:8].strip().isdigit() and len(line.split()) > 2]
+    assert len(rows) == 33 * len(heads)
+    assert all(len(row) == len(heads[place // 33]) for place, row in enumerate(rows))
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"), [([0, 2, 5], "layers 1, 3-4"), ([0, 1, 2, 3, 4], "layer 5"), (range(6), None)]
+)
+def test_it_says_which_layers_it_left_out(layers: Any, said: str | None) -> None:
+    out = Console(file=io.StringIO(), width=100)
+    out.print(Trace(("a", "b"), torch.zeros(6, 2, 1, dtype=torch.long), 2).shown(layers))
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert text.count("\nlayer ") == len(layers)
+    assert f"left out: the text of {said}, see --layers" in text if said else "left out" not in text
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_the_plot_is_a_picture(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
@@ -85,6 +112,58 @@ def test_the_plot_is_a_picture(suffix: str, tmp_path: Path, capsys: pytest.Captu
     assert "layer 1" in shown and "layer 3" in shown and "layer 0" not in shown and str(file) in shown
     content = file.read_bytes()
     assert content.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]) and len(content) > 5000
+
+
+@pytest.mark.parametrize("experts", [2, 8, 32])
+@pytest.mark.parametrize("layers", [1, 4, 32])
+def test_the_plot_s_parts_keep_clear_of_each_other(
+    layers: int, experts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The colour bar and its label lie below the left panel, away from the right one; a "$" is a character."""
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr("mixtral_triton.trace.save", lambda figure, file: drawn.append(figure))
+    routes = torch.rand((layers, 30, experts), generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :2]
+    Trace(("x",) * 30, routes, experts).plot(tmp_path / "x.png", "$a_{: 30 tokens $")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    left, right, bar = (axes.get_tightbbox() for axes in figure.axes)
+    assert max(left.x1, bar.x1) + 3 < right.x0 and bar.y1 <= left.y0
+    assert min(bar.x0, left.x0, bar.y0, right.y0) >= 0 and left.y1 <= figure.bbox.y1 and right.x1 <= figure.bbox.x1
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def file(path: Path) -> None:
+    path.parent.rmdir()
+    path.parent.touch()
+
+
+@pytest.mark.parametrize("plant", [folder, file], ids=["a folder of this name", "a file in the folder's place"])
+def test_a_plot_that_cannot_be_written_is_refused_before_the_work(
+    plant: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plots").mkdir()
+    path = tmp_path / "plots" / "x.png"
+    plant(path)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("mixtral_triton.cli._load", lambda args: pytest.fail("it began to work"))
+    assert main(["trace", "--device", "cpu", "--prompt", PROMPT, "--plot", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk_under_the_plot_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "x.png"
+    path.symlink_to("/dev/full")
+    assert main(["trace", "--device", "cpu", "--prompt", PROMPT, "--plot", str(path)]) == 2
+    assert capsys.readouterr().err == f"mixtral-triton trace: {path}: No space left on device\n"
+    assert Path("/dev/full").exists()
 
 
 @pytest.mark.parametrize(

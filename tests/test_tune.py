@@ -178,10 +178,23 @@ def test_the_command_without_timing(capsys: pytest.CaptureFixture[str]) -> None:
         (("route", "--at", "many"), "T=4096"),
         (("route", "--at", "T=3"), "T=3"),
         (("linear", "--at", "T=2048", "--at", "H=6144"), "nothing to tune"),
-        (("route", "--at", "T=64", "--arch", "sm_12"), "TRITON_INTERPRET" if INTERPRETED else "sm_12"),
+        (("route", "--at", "T=64", "--arch", "sm_12"), "sm_12"),
     ],
 )
 def test_bad_input_is_one_line(args: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", *args]) == 2
     error = capsys.readouterr().err
     assert named in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="compiles where it does not interpret")
+def test_an_interpreting_process_says_that_it_cannot_compile(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "route", "--at", "T=64", "--arch", "sm_90"]) == 2
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
+
+
+def test_an_unknown_architecture_is_refused_without_a_warning(
+    capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    assert main(["tune", "route", "--at", "T=64", "--arch", "sm_12"]) == 2
+    assert not capsys.readouterr().out and not recwarn.list

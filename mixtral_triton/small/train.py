@@ -84,6 +84,14 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
+    """The tokenizer, and what transformers' AutoTokenizer has to be told of it. A text is padded with its end."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>",
+            "model_max_length": longest, "clean_up_tokenization_spaces": False}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(told, indent=2) + "\n")
+
+
 @torch.no_grad()
 def evaluate(model: MixtralForCausalLM, stream: torch.Tensor) -> tuple[float, list[list[float]]]:
     """Mean loss per token over the whole windows of `stream`, and for each layer each expert's share of the routes."""
@@ -120,7 +128,7 @@ def main() -> None:
     groups = [{"params": [p], "weight_decay": 0.1 * (p.ndim > 1)} for p in model.parameters()]  # matrices decay only
     optimizer, spans = torch.optim.AdamW(groups, betas=(0.9, 0.95)), train.unfold(0, SEQUENCE_LENGTH + 1, 1)
     args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(args.out / "tokenizer.json"))
+    save_tokenizer(tokenizer, args.out, config.max_position_embeddings)
     start, step, progress, best, recent = time.monotonic(), 0, 0.0, math.inf, []
     while progress < 1:
         step += 1
