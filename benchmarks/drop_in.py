@@ -25,9 +25,9 @@ from rich.table import Table
 
 from mixtral_triton import apply
 from mixtral_triton.cli import SMALL
-from mixtral_triton.hf import cache_keyword
+from mixtral_triton.hf_release import cache_keyword
+from mixtral_triton.inputs import usable_device
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.model import usable_device
 from mixtral_triton.timing import paired
 
 PROMPT = 64

@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from mixtral_triton import KVCache, Mixtral
-from mixtral_triton.hf import cache_keyword
+from mixtral_triton.hf_release import cache_keyword
 from mixtral_triton.timing import paired
 
 PROMPT = 256

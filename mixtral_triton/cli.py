@@ -131,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load(args: argparse.Namespace) -> Mixtral:
     import torch
 
-    from .model import Mixtral, usable_device
+    from .inputs import usable_device
+    from .model import Mixtral
     from .weights import read_headers, total_bytes
 
     device = usable_device(args.device)

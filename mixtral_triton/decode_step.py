@@ -18,7 +18,7 @@ from .cache import KVCache
 from .config import MixtralConfig
 from .generate import can_capture
 from .graph import captured
-from .hf import cache_keyword
+from .hf_release import cache_keyword
 from .kernels import reference
 from .kernels.op import Cost, Op, Sizes
 from .kernels.registry import OPS
@@ -186,7 +186,7 @@ def hf_static(op: Op, args: Args) -> Callable[..., Any]:
 
 def experts_chosen(args: Args) -> float:
     """Distinct experts a layer that the next step's tokens choose, on average over the layers."""
-    from .verification import Routes
+    from .routes import Routes
 
     rewind(args["cache"])
     with Routes() as routes:

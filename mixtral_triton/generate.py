@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .cache import KVCache
 from .graph import CaptureLost, captured
+from .inputs import check_ids, check_vocabulary
 from .ops import readable, untraced
 
 if TYPE_CHECKING:
@@ -187,8 +188,6 @@ def sample(
 
 def _pad_prompts(model: Mixtral, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """1-D prompts -> ids [B,T] padded on the right with token 0, lengths int64 [B], both on the model's device."""
-    from .model import check_ids, check_vocabulary
-
     if not prompts:
         raise ValueError("generate: there is no prompt, needs at least one")
     for number, row in enumerate(prompts):

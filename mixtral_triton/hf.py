@@ -6,7 +6,6 @@ Its config is not touched, so that nothing that is made of it runs on this packa
 
 from __future__ import annotations
 
-import re
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from . import ops
+from .hf_release import release
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,17 +76,6 @@ def applied(model: nn.Module) -> bool:
     return any(isinstance(module, applied_class) for module in model.modules())
 
 
-def _release(transformers: Any) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
-
-
-def cache_keyword() -> str:
-    """What the installed transformers calls a forward's cache: it was renamed in 5.24."""
-    import transformers
-
-    return "cache" if _release(transformers) >= (5, 24) else "past_key_values"
-
-
 def _import_modules() -> Any:
     """hf_modules; ImportError that says what to install."""
     need = "{}.{}".format(*NEEDS)
@@ -94,7 +83,7 @@ def _import_modules() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(f"mixtral_triton.apply needs transformers: pip install 'transformers>={need}'") from error
-    if _release(transformers) < NEEDS:
+    if release(transformers) < NEEDS:
         found = transformers.__version__
         raise ImportError(
             f"mixtral_triton.apply needs transformers >= {need}, found {found}: pip install -U transformers"

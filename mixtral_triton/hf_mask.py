@@ -25,7 +25,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-from .hf import cache_keyword
+from .hf_release import cache_keyword
 
 PAGED = (
     "continuous batching (generate_batch) keeps keys and values in pages, which fused attention does not read; "

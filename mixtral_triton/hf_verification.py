@@ -18,11 +18,12 @@ from torch.nn.functional import embedding
 
 from . import hf, reference
 from .config import SIZES, MixtralConfig
+from .hf_release import cache_keyword
 from .layer_check import LayerCheck, check_layers
 from .layer_truth import Expected, Values
 from .report import Report, Row
 from .shell import WHOLE, Routes, Watch, cuts, forwards
-from .verification import END_RATIO, Progress, Steps, by_layer, end_row, finish, text_or_default
+from .verdict import END_RATIO, Progress, Steps, by_layer, end_row, finish, text_or_default
 from .yardstick import measure, widen
 
 
@@ -101,7 +102,7 @@ def _watched(theirs: Any, backbone: Any, ids: Tensor, expected: Sequence[Expecte
             for case, first, count, _ in cuts(T):
                 at = torch.arange(first, first + count)
                 watch.start(case, at, count)
-                backbone(ids[:, at], use_cache=True, **{hf.cache_keyword(): cache})
+                backbone(ids[:, at], use_cache=True, **{cache_keyword(): cache})
     finally:
         for hook in hooks:
             hook.remove()

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .plotting import check_plot, save
-from .verification import Routes
+from .routes import Routes
 
 if TYPE_CHECKING:
     from .model import Mixtral

@@ -9,7 +9,6 @@ reference's activations go into every operation (layer_check.py) and into every 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,23 +17,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import reference
-from .kernels.launch import INTERPRETED
+from .hf_verification import transformers_logits, verify_hf
 from .layer_check import LayerCheck, check_layers, norm_args
 from .layer_truth import Values
 from .loaded import check_loaded
-from .model import Mixtral, check_ids, check_vocabulary
-from .report import PLAIN, Report, Row
+from .model import Mixtral
+from .report import Report, Row
 from .shell import end_to_end, forwards, tried, watched
+from .verdict import END_RATIO, Progress, Steps, by_layer, end_row, finish, text_or_default
 from .yardstick import measure, widen
 
-TOKENS = 96  # of the default input: beyond the sort-free experts, and beyond the small checkpoint's window
 MEMORY = Path("/proc/meminfo")  # of Linux; elsewhere nobody is asked
-END_RATIO = 4.0  # as RATIO, of a whole model: what two ways round differently has grown from layer to layer
-
-Progress = Callable[[int, int], None] | None
 
 
 def verify(
@@ -61,8 +56,6 @@ def verify(
             raise ValueError(
                 "verify: folder and peer go with a Mixtral or a folder: a model of transformers is its own"
             )
-        from .hf_verification import verify_hf
-
         return verify_hf(target, input_ids, progress)
     if not isinstance(target, (Mixtral, str, os.PathLike)):
         got = type(target).__name__
@@ -74,32 +67,6 @@ def verify(
     ids = text_or_default(input_ids, model.config, model.device)
     with torch.no_grad():
         return _verify(model, ids, progress, folder, peer)
-
-
-def text_or_default(ids: Tensor | None, config: Any, device: torch.device) -> Tensor:
-    if device.type == "meta":
-        raise ValueError("verify: the model is on the meta device, which holds no numbers, needs a CPU or a GPU")
-    if ids is None:
-        generator = torch.Generator().manual_seed(0)
-        length = min(TOKENS, config.max_position_embeddings)
-        return torch.randint(config.vocab_size, (1, length), generator=generator).to(device)
-    check_ids(ids, config.vocab_size, device)
-    check_vocabulary(ids, config.vocab_size)
-    if ids.shape[1] > config.max_position_embeddings:
-        raise ValueError(f"verify: input_ids has {ids.shape[1]} tokens, more than max_position_embeddings")
-    return ids
-
-
-class Steps:
-    """Counts what is done."""
-
-    def __init__(self, total: int, progress: Progress) -> None:
-        self.done, self.total, self.progress = 0, total, progress
-
-    def one_more(self) -> None:
-        self.done += 1
-        if self.progress is not None:
-            self.progress(self.done, self.total)
 
 
 def _verify(model: Mixtral, ids: Tensor, progress: Progress, folder: Any, peer: str | None) -> Report:
@@ -117,8 +84,6 @@ def _verify(model: Mixtral, ids: Tensor, progress: Progress, folder: Any, peer: 
     logits, flips = end_to_end(model, ids, found.chain.expected)
     rows.append(end_row("logits", "end to end", logits, truth))
     if peer is not None:
-        from .hf_verification import transformers_logits
-
         rows.append(end_row("logits", peer, transformers_logits(folder, model, ids, found.chain.expected), truth))
     return finish(rows, flips, model.device, model.dtype, len(model.layers) * ids.numel())
 
@@ -135,39 +100,7 @@ def fits_twice(model: Mixtral) -> None:
         raise ValueError(f"verify: a peer is a second copy, {need / 2**30:.1f} GiB, and {free / 2**30:.1f} are free")
 
 
-def by_layer(*groups: list[Row]) -> list[Row]:
-    """The groups' rows, layer after layer; in each layer as the groups stand."""
-    return sorted((row for group in groups for row in group), key=lambda row: -1 if row.layer is None else row.layer)
-
-
 def _logits(model: Mixtral, x: Tensor) -> Tensor:
     """The final norm and the head in plain torch, in fp64 where x [B,T,H] is -> [B,T,V] in x's dtype."""
     norm, head = ((widen(w) if x.dtype == torch.float64 else w) for w in (model.norm, model.lm_head))
     return F.linear(reference.rms_norm(x, norm, model.config.rms_norm_eps), head)
-
-
-def end_row(name: str, case: str, got: Tensor, truth: Values) -> Row:
-    return Row(None, name, case, *truth.measure(got, torch.arange(got.shape[1])))
-
-
-def finish(
-    rows: list[Row], flips: int, device: torch.device, dtype: torch.dtype, routed: int, peer: str = PLAIN
-) -> Report:
-    way = PLAIN if device.type == "cpu" and not INTERPRETED else "Triton, interpreted"
-    if device.type == "cuda":
-        way = f"Triton on {torch.cuda.get_device_name(device)}"
-    return Report(tuple(rows), flips, routed, way, str(dtype).removeprefix("torch."), peer)
-
-
-class Routes(TorchDispatchMode):
-    """Collects the experts that every `gate_route` call chose."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ids: list[Tensor] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.mixtral_triton.gate_route.default:
-            self.ids.append(out[2])
-        return out

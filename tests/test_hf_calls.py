@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtral_triton import apply, hf, revert
+from mixtral_triton.hf_release import cache_keyword
 from mixtral_triton.kernels.launch import INTERPRETED
 
 transformers = pytest.importorskip("transformers")
@@ -197,7 +198,7 @@ def test_a_cache_in_pages_is_refused_by_name(make_hf: Any) -> None:
     model = apply(make_hf())
     paged.get_seq_length = lambda *_: 0
     with pytest.raises(ValueError, match=r"is a PagedAttentionCache, needs a Cache .* continuous batching"):
-        model(IDS, **{hf.cache_keyword(): paged})
+        model(IDS, **{cache_keyword(): paged})
 
 
 SELECT = {"attention": "set_attn_implementation", "experts": "set_experts_implementation"}

@@ -46,6 +46,48 @@ def test_no_file_is_over_400_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
 
 
+def modules() -> dict[str, Path]:
+    """Every module of the package, kernels among them, by the name that it is imported by."""
+    names = {f"mixtral_triton.{path.stem}": path for path in PACKAGE if path.stem != "__init__"}
+    return names | {f"mixtral_triton.kernels.{path.stem}": path for path in KERNELS}
+
+
+def edges(name: str, known: dict[str, Path]) -> set[str]:
+    """What a module imports of the package, inside functions too, but for what only a type checker reads."""
+    tree = ast.parse(known[name].read_text())
+    typing = {id(node) for found in ast.walk(tree) if is_for_types(found) for node in ast.walk(found)}
+    package = name.split(".")[:-1]
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and id(node) not in typing:
+            base = [*package[: len(package) + 1 - node.level], *((node.module or "").split("."))]
+            path = ".".join(filter(None, base))
+            found |= {path, *(f"{path}.{alias.name}" for alias in node.names)} & known.keys()
+    return found
+
+
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that are left when those that import nothing of the rest are taken away, again and again."""
+    left = dict(graph)
+    while free := [name for name, wanted in left.items() if not wanted & left.keys()]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    known = modules()
+    graph = {name: edges(name, known) for name in known}
+    assert len(graph) > 50 and "mixtral_triton.ops" in graph["mixtral_triton.model"]
+    assert "mixtral_triton.kernels.registry" in graph["mixtral_triton.kernels.record"]
+    assert not circle(graph)
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}, "e": set()}) == ["a", "b", "c", "d"]
+
+
 @pytest.mark.parametrize("name", sorted(mixtral_triton.__all__))
 def test_no_submodule_takes_the_place_of_a_public_name(name: str) -> None:
     assert not (ROOT / "mixtral_triton" / f"{name}.py").exists()

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig, cache, ops
+from mixtral_triton import generate as generate_module
 from mixtral_triton import model as model_module
 from mixtral_triton.generate import sample
+from mixtral_triton.inputs import check_vocabulary
 from mixtral_triton.kernels import checks, launch
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
@@ -316,7 +318,7 @@ def test_a_token_drawn_from_nan_is_a_token(temperature: float, top_p: float) -> 
 @blind
 def test_the_text_beside_a_spoilt_one_goes_on(unseen: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """generate looks at a prompt, so a loop that does not: its NaN rows choose tokens, which are in the vocabulary."""
-    monkeypatch.setattr(model_module, "check_vocabulary", lambda *args: None)
+    monkeypatch.setattr(generate_module, "check_vocabulary", lambda *args: None)
     model, prompts = build(W), [tokens(5), tokens(3), tokens(4)]
     want = model.generate(prompts, max_new_tokens=4)
     spoilt = [prompts[0], torch.full((3,), V), prompts[2]]
@@ -348,7 +350,7 @@ def test_forward_looks_at_nothing(cached: bool, T: int, ragged: bool, determinis
 
 
 LOOKS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "ids": (model_module, "check_ids", lambda ids, *args: model_module.check_vocabulary(ids, V)),
+    "ids": (model_module, "check_ids", lambda ids, *args: check_vocabulary(ids, V)),
     "lengths": (model_module, "check_lengths", lambda lengths, *args: int(lengths.max())),
     "room": (KVCache, "reserve", lambda self, new: int(self.lengths.max())),
     "new": (KVCache, "advance", lambda self, new, alike: new.tolist()),
@@ -365,7 +367,7 @@ def test_a_look_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("prompts", (1, 3))
 def test_generate_looks_once_at_the_prompts(prompts: int, monkeypatch: pytest.MonkeyPatch, gpu_rules: None) -> None:
     looks: list[Tensor] = []
-    monkeypatch.setattr(model_module, "check_vocabulary", lambda ids, size: looks.append(ids))
+    monkeypatch.setattr(generate_module, "check_vocabulary", lambda ids, size: looks.append(ids))
     build(W).generate([tokens(3 + n) for n in range(prompts)], max_new_tokens=2)
     assert len(looks) == 1 and looks[0].shape == (prompts, 2 + prompts)
 

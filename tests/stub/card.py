@@ -209,6 +209,9 @@ class Card:
             stage.look("synchronize")
             self.driver.check_alive()
 
+        def forbid_looks(mode: Any) -> None:
+            stage.forbidden = mode in (2, "error")
+
         return {
             "is_available": lambda: True,
             "is_initialized": lambda: True,
@@ -222,6 +225,7 @@ class Card:
             "get_device_name": lambda device=None: self.properties.name,
             "get_device_capability": lambda device=None: (self.properties.major, self.properties.minor),
             "synchronize": wait,
+            "set_sync_debug_mode": forbid_looks,
             "empty_cache": self.empty_cache,
             "mem_get_info": lambda device=None: (self.properties.total_memory, self.properties.total_memory),
             "memory_allocated": lambda device=None: 0,
