@@ -47,10 +47,7 @@ def verify(
     folder: the checkpoint that a Mixtral was loaded from, to hold its tensors against (of a target that is a folder:
     that one). peer "transformers": its model, loaded from the same folder, has to have the same logits.
     """
-    if peer not in (None, "transformers"):
-        raise ValueError(f"verify: peer is {peer!r}, needs 'transformers' or None")
-    if peer is not None and find_spec(peer) is None:
-        raise ValueError("verify: peer 'transformers' is not installed: pip install 'mixtral-triton[hf]'")
+    check_peer(peer)
     if isinstance(target, nn.Module) and not isinstance(target, Mixtral):
         if folder is not None or peer is not None:
             raise ValueError(
@@ -67,6 +64,14 @@ def verify(
     ids = text_or_default(input_ids, model.config, model.device)
     with torch.no_grad():
         return _verify(model, ids, progress, folder, peer)
+
+
+def check_peer(peer: str | None) -> None:
+    """ValueError where there is no such peer, or where it is not installed."""
+    if peer not in (None, "transformers"):
+        raise ValueError(f"verify: peer is {peer!r}, needs 'transformers' or None")
+    if peer is not None and find_spec(peer) is None:
+        raise ValueError("verify: peer 'transformers' is not installed: pip install 'mixtral-triton[hf]'")
 
 
 def _verify(model: Mixtral, ids: Tensor, progress: Progress, folder: Any, peer: str | None) -> Report:

@@ -279,6 +279,20 @@ def test_a_missing_compiler_is_one_line(
     assert "needs a C compiler" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "args", [("--peer", "transformers"), ("--prompt", "many words " * 600)], ids=["peer not installed", "too long"]
+)
+def test_what_is_wrong_with_verify_is_said_before_how_long_it_takes(args: tuple[str, ...]) -> None:
+    """As a process without a GPU and without transformers has it: nothing but the line of the error."""
+    process = command("verify", "--device", "cpu", *args)
+    hide = "import importlib.util as u, sys\nfind = u.find_spec\n"
+    hide += "u.find_spec = lambda name, *rest: None if name == 'transformers' else find(name, *rest)\n"
+    process["args"][1:3] = ["-c", hide + "from mixtral_triton.cli import main\nsys.exit(main(sys.argv[1:]))"]
+    done = subprocess.run(**process, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
+    assert done.stderr.startswith("mixtral-triton verify: ")
+
+
 def test_another_runtime_error_is_not_hidden(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(args: Any) -> int:
         raise RuntimeError("a fault of ours")
