@@ -139,7 +139,7 @@ def _shown(
 def _interpreting(chosen: Sequence[Case], arch: str) -> Iterator[subprocess.Popen[str]]:
     """A process beside this one that counts the traffic of a few of the cases, while we compile."""
     package = str(Path(__file__).parents[1])
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment = {"OPENBLAS_NUM_THREADS": "1", **os.environ, "TRITON_INTERPRET": "1"}  # see way.py
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     told = json.dumps([[case.op.name, dict(case.sizes), case.dtype_name] for case in few(chosen)])
     command = [sys.executable, "-m", f"{__package__}.bench_traffic", arch, told]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,5 +32,7 @@ def check_plot(file: Path) -> None:
 def save(figure: Figure, file: Path) -> None:
     """Draw it first, then write: a picture, or an error that names the file and leaves no part of one."""
     picture = io.BytesIO()
-    figure.savefig(picture, format=file.suffix[1:], dpi=150)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a prompt in a script that the font does not have
+        figure.savefig(picture, format=file.suffix[1:], dpi=150)
     write(file, picture.getvalue())

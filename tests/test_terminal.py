@@ -293,6 +293,24 @@ def test_what_is_wrong_with_verify_is_said_before_how_long_it_takes(args: tuple[
     assert done.stderr.startswith("mixtral-triton verify: ")
 
 
+def test_missing_headers_are_one_line(
+    plain: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Python.h the compiler fails, as any process does: what is missing is looked for."""
+
+    def build(args: Any) -> int:
+        raise subprocess.CalledProcessError(1, ["gcc", "main.c"])
+
+    monkeypatch.setattr(cli, "_generate", build)
+    monkeypatch.setenv("CC", "gcc")
+    monkeypatch.setattr("mixtral_triton.toolchain.sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    assert main([*GENERATE]) == 2
+    assert "python3-dev" in capsys.readouterr().err
+    (tmp_path / "Python.h").touch()
+    with pytest.raises(subprocess.CalledProcessError):  # something else is wrong with that build
+        main([*GENERATE])
+
+
 def test_another_runtime_error_is_not_hidden(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(args: Any) -> int:
         raise RuntimeError("a fault of ours")

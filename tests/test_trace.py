@@ -132,6 +132,14 @@ def test_the_plot_s_parts_keep_clear_of_each_other(
     assert min(bar.x0, left.x0, bar.y0, right.y0) >= 0 and left.y1 <= figure.bbox.y1 and right.x1 <= figure.bbox.x1
 
 
+def test_a_plot_of_a_script_that_the_font_does_not_have_warns_of_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["trace", "--device", "cpu", "--prompt", "日本 $x", "--plot", str(tmp_path / "x.png")]) == 0
+    assert not capsys.readouterr().err and not [str(one.message) for one in recwarn.list if "lyph" in str(one.message)]
+
+
 def folder(path: Path) -> None:
     path.mkdir()
 
