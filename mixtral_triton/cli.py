@@ -171,7 +171,8 @@ def _encode(tokenizer: Any, text: str, model: Mixtral) -> torch.Tensor:
 def _verify(args: argparse.Namespace) -> int:
     out = Console(stderr=args.json)
     note = choose(args, interpret=True)
-    from .verification import text_or_default, verify
+    from .verdict import text_or_default
+    from .verification import verify
 
     model = _load(args)
     given = None if args.prompt is None else _encode(_tokenizer(args.folder), args.prompt, model)[None]
