@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,20 @@ def test_named_kernels_and_files_are_there() -> None:
         for path in document:
             for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
                 assert (path.parent / link).exists(), f"{path.name}: {link}"
+
+
+@once
+def test_the_layout_names_every_file_and_no_other() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    layout = re.search(r"```\nkernels/ .*?```", readme, re.S)
+    assert layout is not None
+    kernels, package = layout[0].split("mixtral_triton/  ")
+    for folder, section in (("kernels", kernels), ("mixtral_triton", package)):
+        files = {path.name for path in (ROOT / folder).glob("*.py") if not path.name.startswith("__")}
+        indented = [name for line in section.splitlines() if line.startswith("  ") for name in line.split()]
+        patterns = [name for name in indented if name.endswith(".py")]
+        assert {name for name in files if not any(fnmatch(name, one) for one in patterns)} == set()
+        assert [one for one in patterns if not any(fnmatch(name, one) for name in files)] == []
 
 
 @once
