@@ -11,6 +11,7 @@ A guarded launch runs twice on copies of its tensors, each in the middle of a la
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -232,6 +233,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Worker processes have the cores among them: threads of each one's libraries would only wait for another's."""
+    if config.getoption("numprocesses", default=None):
+        for library in ("OMP", "OPENBLAS", "MKL"):
+            os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
