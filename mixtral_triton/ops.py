@@ -61,14 +61,22 @@ def _go(op: Op, *args: Any) -> Any:
 
 
 def _run(op: Op, *args: Any, **kwargs: Any) -> Any:
+    if kwargs:
+        args = _by_position(op, args, kwargs)
     if INTERPRETED or args[0].device.type != "cpu":
-        return op.run(*args, **kwargs)
+        return op.run(*args)
     if op.name in _ALONE:
         place, parts = _ALONE[op.name]
         args, deterministic = args[:place], args[place:] == (True,)
         if deterministic:
             return _joined([op.reference(*part) for part in parts(*args)], args[0].shape[:-1])
-    return op.reference(*args, **kwargs)
+    return op.reference(*args)
+
+
+def _by_position(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    bound = inspect.signature(op.run).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.args
 
 
 def _joined(parts: list[Any], shape: torch.Size) -> Any:

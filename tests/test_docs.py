@@ -36,6 +36,14 @@ def test_named_kernels_and_files_are_there() -> None:
 
 
 @once
+def test_named_tests_are_there_and_none_is_left_out() -> None:
+    named = set(re.findall(r"`(test_[\w*]+\.py)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
+    files = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    assert all(any(fnmatch(name, one) for name in files) for one in named)
+    assert {name for name in files if not any(fnmatch(name, one) for one in named)} == set()
+
+
+@once
 def test_the_layout_names_every_file_and_no_other() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     layout = re.search(r"```\nkernels/ .*?```", readme, re.S)

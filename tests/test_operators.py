@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from inspect import signature
 from typing import Any
@@ -321,3 +322,14 @@ def test_backward_is_refused(name: str, argument: str, device: torch.device) -> 
     assert same(tuple(x.detach() for x in out), tuple(x for x in run(public(name), args)[: len(out)]))
     with pytest.raises(ValueError, match=f"{name}.*inference only"):
         sum(x.sum() for x in out).backward()
+
+
+DETERMINISTIC = [name for name in SIZES if "deterministic" in inspect.signature(OPS[name].run).parameters]
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_deterministic_is_found_by_name(name: str) -> None:
+    """Also past the checks, where a model calls: on the plain way it is an argument that no reference has."""
+    args = inputs(name) | {"deterministic": True}
+    got, want = (results(function(**copies(args))) for function in (getattr(ops.DIRECT, name), public(name)))
+    assert all(a.equal(b) for a, b in zip(got, want, strict=True))
