@@ -77,9 +77,9 @@ def rows(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 @compiled_way
 @without_gpu
 def test_the_example_is_right_from_the_root() -> None:
-    """The very line of the README, in a process of its own."""
+    """The very line of docs/bench.md, in a process of its own."""
     line = "bench expert_swiglu --sizes T=16,H=256,I=512,E=8,K=2 --peer examples.my_experts:swiglu"
-    assert line in " ".join((ROOT / "README.md").read_text().split())
+    assert line in " ".join((ROOT / "docs" / "bench.md").read_text().split())
     environment = {**os.environ, "COLUMNS": "80"}
     command = [sys.executable, "-m", "mixtral_triton", *line.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
@@ -198,12 +198,12 @@ def test_a_case_too_large_for_a_cpu_is_not_checked_and_says_so() -> None:
 
 @without_gpu
 def test_in_python_it_takes_five_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    """Those of the module's docstring; the README's are the same."""
+    """Those of the module's docstring; those of docs/bench.md are the same."""
     import mixtral_triton.bench as module
 
     lines = [line[4:] for line in str(module.__doc__).splitlines() if line.startswith("    ")]
     code = "\n".join(lines)
-    assert len(lines) <= 5 and code.replace("\n\n", "\n") in (ROOT / "README.md").read_text().replace("\n\n", "\n")
+    assert len(lines) <= 5 and code.replace("\n\n", "\n") in (ROOT / "docs" / "bench.md").read_text().replace("\n\n", "\n")
     exec(compile(code, "bench", "exec"), {})
     assert "right, not timed: there is no GPU" in capsys.readouterr().out
 

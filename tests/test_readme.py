@@ -39,6 +39,10 @@ def test_the_drop_in_prints_the_same_text_twice(
     assert "beside transformers' own modules" in report and "RIGHT" in report
 
 
+def test_it_is_short() -> None:
+    assert len(TEXT.splitlines()) < 120
+
+
 def test_the_first_two_shell_blocks_are_the_two_commands() -> None:
     first, second = re.findall(r"```bash\n(.*?)```", TEXT, re.S)[:2]
     assert "mixtral-triton verify\n" in first
