@@ -72,8 +72,8 @@ class _DryBench:
     """The same command at the smallest sizes that the tests run, beside plain torch alone."""
 
     def __call__(self, name: str, *options: str) -> Command:
-        from mixtral_triton.bench_cases import BENCHED
-        from mixtral_triton.peers import PEERS
+        from mixtral_triton.bench.cases import BENCHED
+        from mixtral_triton.bench.peers import PEERS
 
         op = BENCHED[name]
         sizes = min(op.test_shapes, key=lambda sizes: op.cost(sizes, op.dtypes[0]).bytes)

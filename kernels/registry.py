@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from . import attention, dispatch, embed, experts, linear, norm, ring, rope, router
+from . import dispatch, embed, linear, norm, ring, rope, router
+from .attention import op as attention
+from .experts import op as experts
 from .op import Op
 
 OPS: dict[str, Op] = {

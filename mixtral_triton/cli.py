@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import DownloadColumn, MofNCompleteColumn
 
 from . import __version__
-from .arguments import Parser
+from .command.arguments import Parser
+from .command.terminal import bar, ended, say, settle
+from .command.way import choose, with_verify_time
 from .kernels.arch import ARCHS
-from .terminal import bar, ended, say, settle
-from .way import choose, with_verify_time
 
 if TYPE_CHECKING:
     import torch
@@ -171,8 +171,8 @@ def _encode(tokenizer: Any, text: str, model: Mixtral) -> torch.Tensor:
 def _verify(args: argparse.Namespace) -> int:
     out = Console(stderr=args.json)
     note = choose(args, interpret=True)
-    from .verdict import text_or_default
     from .verification import check_peer, verify
+    from .verification.verdict import text_or_default
 
     check_peer(args.peer)
     model = _load(args)
@@ -263,7 +263,7 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench_command import run
+    from .bench.command import run
 
     return run(args, lambda label, total: bar(label, total, MofNCompleteColumn()))
 
@@ -271,7 +271,7 @@ def _bench(args: argparse.Namespace) -> int:
 def _tune(args: argparse.Namespace) -> int:
     if args.arch is not None and args.arch not in ARCHS:
         raise ValueError(f"--arch is {args.arch!r}, needs one of {', '.join(ARCHS)}")
-    from .tune_command import run
+    from .bench.tune_command import run
 
     return run(args, lambda label, total: bar(label, total, MofNCompleteColumn()))
 
@@ -279,10 +279,10 @@ def _tune(args: argparse.Namespace) -> int:
 def _compile(args: argparse.Namespace) -> int:
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {str(args.out)!r} is a file, needs a folder")
-    from .kernels.offline import as_json, compile_ops
-    from .kernels.roofline import table_note
-    from .resources import resources_table
-    from .tables import console
+    from .command.resources import resources_table
+    from .command.tables import console
+    from .kernels.instruments.offline import as_json, compile_ops
+    from .kernels.instruments.roofline import table_note
 
     rows: list[dict[str, Any]] = []
     with bar(f"compiling for {args.arch}", None, MofNCompleteColumn()) as progress:

@@ -23,7 +23,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from .plotting import check_plot, save
+from .command.plotting import check_plot, save
 from .routes import Routes
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from mixtral_triton import cli
 from mixtral_triton.cli import main
 from mixtral_triton.kernels import arch as arch_module
 from mixtral_triton.kernels.arch import ARCHS, family, multiprocessors, tma
+from mixtral_triton.kernels.instruments.roofline import CARDS, table_note
 from mixtral_triton.kernels.launch import target_arch
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.kernels.roofline import CARDS, table_note
 from mixtral_triton.kernels.tma import takes
 
 SIBLINGS = [arch for arch, known in ARCHS.items() if arch != known.family]

@@ -14,19 +14,21 @@ import pytest
 import torch
 from rich.console import Console
 
-from mixtral_triton import bench_command, cli, decode_step
-from mixtral_triton.bench import Bench, Outcome, Row, known, measured, ours
-from mixtral_triton.bench_cases import BENCHED, MODELS, QUICK, TOKENS, Case, Oracle, cases, oracle, spread
-from mixtral_triton.bench_plot import plot
-from mixtral_triton.bench_report import card_line, op_table
-from mixtral_triton.bench_traffic import counted, reduced
+from mixtral_triton import cli
+from mixtral_triton.bench import command as bench_command
+from mixtral_triton.bench import decode_step
+from mixtral_triton.bench.cases import BENCHED, MODELS, QUICK, TOKENS, Case, Oracle, cases, oracle, spread
+from mixtral_triton.bench.measure import Bench, Outcome, Row, known, measured, ours
+from mixtral_triton.bench.peers import PEERS, Peer, peers_of, visible
+from mixtral_triton.bench.plot import plot
+from mixtral_triton.bench.report import card_line, op_table
+from mixtral_triton.bench.timing import host_timer
+from mixtral_triton.bench.traffic import counted, reduced
 from mixtral_triton.cli import main
 from mixtral_triton.kernels import reference
+from mixtral_triton.kernels.instruments.roofline import CARDS
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.kernels.roofline import CARDS
-from mixtral_triton.peers import PEERS, Peer, peers_of, visible
-from mixtral_triton.timing import host_timer
 
 CPU, H100 = torch.device("cpu"), CARDS["h100"]
 SLOW = ("torch.compile", "FlexAttention", "HF static cache")  # minutes of compiling on a CPU
@@ -169,7 +171,7 @@ def test_a_case_that_cannot_start_is_a_row_that_says_so(
     def raises(op: Any, args: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("mixtral_triton.bench.oracle", raises)
+    monkeypatch.setattr("mixtral_triton.bench.measure.oracle", raises)
     bench = Bench(CPU, H100, None, quickly, quickly)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench_command.Bench, "of", classmethod(lambda cls, device: bench))
@@ -179,8 +181,8 @@ def test_a_case_that_cannot_start_is_a_row_that_says_so(
 
 
 def test_a_long_attention_is_checked_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixtral_triton.bench_cases.CHECKED_WHOLE", 16)
-    monkeypatch.setattr("mixtral_triton.bench_cases.BLOCK", 8)
+    monkeypatch.setattr("mixtral_triton.bench.cases.CHECKED_WHOLE", 16)
+    monkeypatch.setattr("mixtral_triton.bench.cases.BLOCK", 8)
     sizes = {"B": 1, "T": 64, "S": 64, "Hq": 2, "Hkv": 1, "D": 16, "window": 20}
     case = Case(OPS["attention"], sizes, torch.float32)
     args = case.inputs(CPU)
@@ -329,7 +331,7 @@ def test_with_a_device_a_wrong_result_is_exit_1(
     _, begin, row, end = map(json.loads, capsys.readouterr().out.splitlines())
     assert begin["number"] == 0 and begin["sizes"] == row["sizes"] and end == {"kind": "end"}
     assert row["time_us"] > 0 and row["peers"]["torch"]["ratio"] > 0 and set(row["peers"]) == {"torch"}
-    monkeypatch.setattr("mixtral_triton.bench.ours", lambda case, args: lambda x, weight, eps: x)
+    monkeypatch.setattr("mixtral_triton.bench.measure.ours", lambda case, args: lambda x, weight, eps: x)
     assert bench_command.run(args, no_bar) == 1
     assert "wrong" in json.loads(capsys.readouterr().out.splitlines()[2])["said"]
 

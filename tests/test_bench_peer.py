@@ -16,17 +16,18 @@ import pytest
 import torch
 
 from examples.my_experts import swiglu
-from mixtral_triton import bench_command, cli
-from mixtral_triton.bench import Bench, checked, compare, measured
-from mixtral_triton.bench_cases import BENCHED, Case, Oracle, cases
-from mixtral_triton.bench_model import letters
+from mixtral_triton import cli
+from mixtral_triton.bench import command as bench_command
+from mixtral_triton.bench.cases import BENCHED, Case, Oracle, cases
+from mixtral_triton.bench.measure import Bench, checked, compare, measured
+from mixtral_triton.bench.model import letters
+from mixtral_triton.bench.own_peer import arguments, imported, own_peer
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.config import MixtralConfig
 from mixtral_triton.kernels import reference
+from mixtral_triton.kernels.instruments.roofline import CARDS
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.kernels.roofline import CARDS
-from mixtral_triton.own_peer import arguments, imported, own_peer
 
 ROOT = Path(__file__).parents[1]
 CPU, H100 = torch.device("cpu"), CARDS["h100"]

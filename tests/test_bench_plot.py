@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from mixtral_triton.bench import Outcome, Row, known
-from mixtral_triton.bench_cases import cases
-from mixtral_triton.bench_plot import figure_of, plot, series_of
-from mixtral_triton.kernels.roofline import CARDS
+from mixtral_triton.bench.cases import cases
+from mixtral_triton.bench.measure import Outcome, Row, known
+from mixtral_triton.bench.plot import figure_of, plot, series_of
+from mixtral_triton.kernels.instruments.roofline import CARDS
 
 pytest.importorskip("matplotlib")
 H100 = CARDS["h100"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral_triton.bench_cases import BENCHED, cases
+from mixtral_triton.bench.cases import BENCHED, cases
 from mixtral_triton.cli import SMALL
 from mixtral_triton.config import MixtralConfig
 from mixtral_triton.kernels.launch import INTERPRETED

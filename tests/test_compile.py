@@ -16,12 +16,12 @@ import pytest
 import triton
 from rich.progress import DownloadColumn, MofNCompleteColumn
 
-from mixtral_triton import terminal
 from mixtral_triton.cli import main
-from mixtral_triton.kernels import offline
-from mixtral_triton.kernels.files import write
+from mixtral_triton.command import terminal
+from mixtral_triton.kernels.instruments import offline
+from mixtral_triton.kernels.instruments.files import write
+from mixtral_triton.kernels.instruments.pool import share
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.pool import share
 
 compiled_way = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
 

@@ -26,7 +26,7 @@ def test_quoted_lines_stand_in_the_reference() -> None:
 
 @once
 def test_named_kernels_and_files_are_there() -> None:
-    kernels = {path: path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("*.py")}
+    kernels = {path: path.read_text(encoding="utf-8") for path in (ROOT / "kernels").rglob("*.py")}
     for kernel in re.findall(r"`(\w+_kernel)`", MIXTRAL):
         assert any(f"def {kernel}(" in text for text in kernels.values()), kernel
     for document in ROOT.glob("*.md"), ROOT.glob("docs/*.md"):
@@ -52,6 +52,8 @@ def test_the_layout_names_every_file_and_no_other() -> None:
     for folder, section in (("kernels", kernels), ("mixtral_triton", package)):
         files = {path.name for path in (ROOT / folder).glob("*.py") if not path.name.startswith("__")}
         indented = [name for line in section.splitlines() if line.startswith("  ") for name in line.split()]
+        folders = {path.parent.name for path in (ROOT / folder).glob("*/*.py")} - {"kernels"}
+        assert folders <= {name.rstrip("/") for name in indented if name.endswith("/")}
         patterns = [name for name in indented if name.endswith(".py")]
         assert {name for name in files if not any(fnmatch(name, one) for one in patterns)} == set()
         assert [one for one in patterns if not any(fnmatch(name, one) for name in files)] == []

@@ -19,9 +19,9 @@ from benchmarks.day_parts import Command, Part, parts
 from benchmarks.day_report import whole_models
 from benchmarks.gpu_day import day
 from benchmarks.progress import events
-from mixtral_triton import toolchain
-from mixtral_triton.bench import Outcome, Row
-from mixtral_triton.bench_cases import BENCHED, Case, cases
+from mixtral_triton.bench.cases import BENCHED, Case, cases
+from mixtral_triton.bench.measure import Outcome, Row
+from mixtral_triton.command import toolchain
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
 

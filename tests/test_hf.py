@@ -102,7 +102,7 @@ def test_a_part_left_out_keeps_the_implementation_chosen_before(make_hf: Any) ->
 
 def test_intervals_never_become_a_dense_mask(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding on either side, packed sequences, windows, every kind of cache: transformers' masks are not asked."""
-    from mixtral_triton import hf_mask
+    from mixtral_triton.hf import mask as hf_mask
 
     def refuse(**kwargs: Any) -> None:
         raise AssertionError("a dense mask was made")
@@ -175,12 +175,12 @@ def test_accelerates_hooks_may_come_and_go(make_hf: Any) -> None:
     accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
     hooked = snapshot(model)
     apply(model)
-    assert type(model.model.norm).__module__ == "mixtral_triton.hf_modules"
+    assert type(model.model.norm).__module__ == "mixtral_triton.hf.modules"
     assert torch.allclose(model(IDS).logits, want, atol=1e-4)
     assert snapshot(revert(model)) == hooked
     accelerate.hooks.remove_hook_from_submodules(apply(model))
     revert(model)
-    assert all(type(m).__module__ != "mixtral_triton.hf_modules" for m in model.modules())
+    assert all(type(m).__module__ != "mixtral_triton.hf.modules" for m in model.modules())
     left = [m.__dict__["forward"] for m in model.modules() if "forward" in m.__dict__]
     assert left and not any("mixtral_triton" in forward.__func__.__module__ for forward in left)
 

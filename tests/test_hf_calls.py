@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtral_triton import apply, hf, revert
-from mixtral_triton.hf_release import cache_keyword
+from mixtral_triton.hf.release import cache_keyword
 from mixtral_triton.kernels.launch import INTERPRETED
 
 transformers = pytest.importorskip("transformers")
@@ -100,7 +100,7 @@ def test_layers_and_attention_take_an_ordinary_pair(dtype: torch.dtype, make_hf:
 
 
 def test_tables_are_made_once_a_forward(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixtral_triton import hf_modules
+    from mixtral_triton.hf import modules as hf_modules
 
     made: list[int] = []
     tables = hf_modules.rope_tables

@@ -73,7 +73,7 @@ def test_a_fault_in_any_operation_is_seen(name: str, make_hf: Any, monkeypatch: 
 @once
 def test_a_fault_in_the_wiring_is_seen_in_its_layer(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every operation right, but the layers call attention without its window."""
-    from mixtral_triton import hf_modules
+    from mixtral_triton.hf import modules as hf_modules
 
     attention = hf_modules.attention
 

@@ -10,8 +10,8 @@ import pytest
 import mixtral_triton
 
 ROOT = Path(__file__).parents[1]
-KERNELS = sorted((ROOT / "kernels").glob("*.py"))
-PACKAGE = sorted((ROOT / "mixtral_triton").glob("*.py"))
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+PACKAGE = [path for path in sorted((ROOT / "mixtral_triton").rglob("*.py")) if "kernels" not in path.parts]
 
 
 def imports(path: Path) -> set[str]:
@@ -26,9 +26,10 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", KERNELS, ids=str)
 def test_kernels_never_import_the_package(path: Path) -> None:
-    assert not [name for name in imports(path) if name.startswith(("..", "mixtral_triton"))]
+    up = "." * (2 + len(path.relative_to(ROOT / "kernels").parts) - 1)
+    assert not [name for name in imports(path) if name.startswith((up, "mixtral_triton"))]
 
 
 def test_reference_imports_torch_alone() -> None:
@@ -41,29 +42,31 @@ def test_the_shell_knows_no_kernel(name: str) -> None:
     assert not [found for found in imports(ROOT / "mixtral_triton" / name) if "kernels" in found or found == "triton"]
 
 
-@pytest.mark.parametrize("path", [*KERNELS, *PACKAGE, *sorted((ROOT / "tests").glob("*.py"))], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [*KERNELS, *PACKAGE, *sorted((ROOT / "tests").glob("*.py"))], ids=str)
 def test_no_file_is_over_400_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
 
 
 def modules() -> dict[str, Path]:
     """Every module of the package, kernels among them, by the name that it is imported by."""
-    names = {f"mixtral_triton.{path.stem}": path for path in PACKAGE if path.stem != "__init__"}
-    return names | {f"mixtral_triton.kernels.{path.stem}": path for path in KERNELS}
+    files = {("mixtral_triton", *path.relative_to(ROOT).parts): path for path in KERNELS}
+    files |= {path.relative_to(ROOT).parts: path for path in PACKAGE}
+    return {".".join(parts).removesuffix(".py").removesuffix(".__init__"): path for parts, path in files.items()}
 
 
 def edges(name: str, known: dict[str, Path]) -> set[str]:
     """What a module imports of the package, inside functions too, but for what only a type checker reads."""
     tree = ast.parse(known[name].read_text())
     typing = {id(node) for found in ast.walk(tree) if is_for_types(found) for node in ast.walk(found)}
-    package = name.split(".")[:-1]
+    package = name.split(".")[: None if known[name].stem == "__init__" else -1]
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level and id(node) not in typing:
             base = [*package[: len(package) + 1 - node.level], *((node.module or "").split("."))]
             path = ".".join(filter(None, base))
-            found |= {path, *(f"{path}.{alias.name}" for alias in node.names)} & known.keys()
-    return found
+            for alias in node.names:
+                found.add(full if (full := f"{path}.{alias.name}") in known else path)
+    return found & known.keys()
 
 
 def is_for_types(node: ast.AST) -> bool:

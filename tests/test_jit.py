@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixtral_triton.kernels.instruments.offline import compile_launches
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.offline import compile_launches
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS

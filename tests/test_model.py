@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, reference
-from mixtral_triton.kernels.experts_config import DECODE_TOKENS
+from mixtral_triton.kernels.experts.tiles import DECODE_TOKENS
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.linear import FEW
 from mixtral_triton.kernels.record import record_launches

@@ -13,10 +13,10 @@ import pytest
 import torch
 import triton
 
-from mixtral_triton.kernels import counted, offline, sass
 from mixtral_triton.kernels.arch import ARCHS
+from mixtral_triton.kernels.instruments import counted, offline, sass
+from mixtral_triton.kernels.instruments.offline import as_json, collect, compile_launch, compile_ops
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.offline import as_json, collect, compile_launch, compile_ops
 from mixtral_triton.kernels.op import Launch
 from mixtral_triton.kernels.registry import OPS
 

@@ -19,7 +19,7 @@ import mixtral_triton
 from mixtral_triton import Mixtral, MixtralConfig, verification, verify, weights
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import Layer, State
-from mixtral_triton.shell import CHUNKS, TOKENS, WHOLE
+from mixtral_triton.verification.shell import CHUNKS, TOKENS, WHOLE
 
 SMALL = Path(mixtral_triton.__file__).parent / "small"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

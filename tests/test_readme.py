@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_triton import MixtralConfig, way
+from mixtral_triton import MixtralConfig
 from mixtral_triton.cli import SMALL
+from mixtral_triton.command import way
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.verdict import TOKENS
+from mixtral_triton.verification.verdict import TOKENS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()

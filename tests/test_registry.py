@@ -11,7 +11,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.yardstick import measure
+from mixtral_triton.verification.yardstick import measure
 
 CASES = [
     pytest.param(op, sizes, dtype, id=f"{name}-{'-'.join(f'{k}{v}' for k, v in sizes.items())}-{str(dtype)[6:]}")

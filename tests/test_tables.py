@@ -9,18 +9,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from mixtral_triton.bench import Outcome, Row, known
-from mixtral_triton.bench_cases import BENCHED, cases
-from mixtral_triton.bench_report import op_table, traffic_table
+from mixtral_triton.bench.cases import BENCHED, cases
+from mixtral_triton.bench.measure import Outcome, Row, known
+from mixtral_triton.bench.report import op_table, traffic_table
+from mixtral_triton.bench.tune import Tried, Tuned, choices
+from mixtral_triton.bench.tune_command import literal, shown
 from mixtral_triton.cli import main
+from mixtral_triton.command.resources import folded, resources_table
+from mixtral_triton.command.tables import PIPED, Column, Table, console
+from mixtral_triton.kernels.instruments.roofline import CARDS
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import LaunchConfig
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.kernels.roofline import CARDS
-from mixtral_triton.resources import folded, resources_table
-from mixtral_triton.tables import PIPED, Column, Table, console
-from mixtral_triton.tune import Tried, Tuned, choices
-from mixtral_triton.tune_command import literal, shown
 
 WIDTHS = (80, 100, 120)
 compiled_way = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 import mixtral_triton
-from mixtral_triton import Mixtral, cli, terminal, way
+from mixtral_triton import Mixtral, cli
 from mixtral_triton.cli import main, parser
+from mixtral_triton.command import terminal, way
 from mixtral_triton.config import MixtralConfig
 from mixtral_triton.kernels.launch import INTERPRETED
 
@@ -303,7 +304,7 @@ def test_missing_headers_are_one_line(
 
     monkeypatch.setattr(cli, "_generate", build)
     monkeypatch.setenv("CC", "gcc")
-    monkeypatch.setattr("mixtral_triton.toolchain.sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr("mixtral_triton.command.toolchain.sysconfig.get_paths", lambda: {"include": str(tmp_path)})
     assert main([*GENERATE]) == 2
     assert "python3-dev" in capsys.readouterr().err
     (tmp_path / "Python.h").touch()

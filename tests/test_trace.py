@@ -191,6 +191,6 @@ def test_bad_input(args: tuple[str, ...], named: str, capsys: pytest.CaptureFixt
 
 
 def test_a_plot_without_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixtral_triton.plotting.find_spec", lambda name: None)
+    monkeypatch.setattr("mixtral_triton.command.plotting.find_spec", lambda name: None)
     assert main(["trace", "--prompt", "x", "--plot", "x.png"]) == 2
     assert "pip install 'mixtral-triton[plot]'" in capsys.readouterr().err

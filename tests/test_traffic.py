@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixtral_triton.kernels import experts
+from mixtral_triton.kernels.experts import op as experts
+from mixtral_triton.kernels.instruments.traffic import Traffic, count_traffic
 from mixtral_triton.kernels.launch import INTERPRETED, launch
 from mixtral_triton.kernels.op import LaunchConfig, Sizes
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.tma import describe
-from mixtral_triton.kernels.traffic import Traffic, count_traffic
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter: needs TRITON_INTERPRET=1")
 

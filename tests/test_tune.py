@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton.bench import ours
-from mixtral_triton.bench_cases import Case, Oracle, cases
+from mixtral_triton.bench.cases import Case, Oracle, cases
+from mixtral_triton.bench.measure import ours
+from mixtral_triton.bench.tune import FASTER, choices, choosing, compiled_as, neighbours, tune, whole
+from mixtral_triton.bench.tune_command import literal
 from mixtral_triton.cli import main
 from mixtral_triton.kernels.launch import INTERPRETED, target_arch
 from mixtral_triton.kernels.op import LaunchConfig
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tune import FASTER, choices, choosing, compiled_as, neighbours, tune, whole
-from mixtral_triton.tune_command import literal
 
 CPU = torch.device("cpu")
 compiled_way = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
@@ -146,7 +146,7 @@ def test_a_configuration_with_a_wrong_result_is_never_the_best(monkeypatch: pyte
             case.op.reference if chosen == now else lambda logits, top_k: (logits[:, :2].clone(), logits[:, :2].int())
         )
 
-    monkeypatch.setattr("mixtral_triton.bench.ours", wrong)
+    monkeypatch.setattr("mixtral_triton.bench.measure.ours", wrong)
     tuned = tune(case, "route_kernel", "sm_90", scores(case, "route_kernel", lambda c: 2.0 if c == now else 1.0), CPU)
     assert tuned.best == now and sum("wrong" in str(one.said) for one in tuned.tried) >= 2
 
@@ -156,7 +156,7 @@ def test_the_literal_to_paste() -> None:
     text, row = line.split(",  # ")
     key, value = next(iter(eval(f"{{{text}}}", {"LaunchConfig": LaunchConfig}).items()))
     assert (key, value) == ("attention_prefill_kernel", PREFILL)
-    assert row == "(128, 64, 8, 1)", "as attention_config.py writes it: tile, warps, stages"
+    assert row == "(128, 64, 8, 1)", "as attention/tiles.py writes it: tile, warps, stages"
 
 
 @compiled_way

@@ -17,8 +17,8 @@ from mixtral_triton.cli import main
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.report import Report, Row
 from mixtral_triton.verification import verify
+from mixtral_triton.verification.report import Report, Row
 
 IDS = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(0))
 SMALL = Path(mixtral_triton.__file__).parent / "small"

@@ -12,7 +12,8 @@ import sys
 from functools import partial
 from unittest import mock
 
-from mixtral_triton import bench, timing
+from mixtral_triton.bench import measure as bench
+from mixtral_triton.bench import timing
 
 from .card import card
 

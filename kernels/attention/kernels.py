@@ -1,0 +1,330 @@
+"""The flash attention kernels (Dao et al. 2022, 2023), for sliding windows, grouped queries and a ring cache.
+
+B batch, T query tokens, Hq query heads, Hkv key/value heads, G = Hq / Hkv, D head size, C slots of the ring cache
+
+Positions count from the start of a sequence. A key at position j lies at index j - first of the keys given with the
+queries, and in the cache at slot j mod C.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..ring import POSITIONS_MOST, standing
+
+
+@triton.jit
+def _bound(bounds_ptr, b):
+    """One of starts or lengths, which may hold any number, as an int32 that one can reckon with."""
+    bound = tl.minimum(tl.maximum(tl.load(bounds_ptr + b), -POSITIONS_MOST), POSITIONS_MOST)
+    return bound.to(tl.int32)
+
+
+@triton.jit
+def _accumulate(
+    acc,  # [BLOCK_M, BLOCK_D] fp32 running sum of p @ v
+    largest,  # [BLOCK_M] running maximum of the scores, base 2
+    total,  # [BLOCK_M] running sum of p
+    q,  # [BLOCK_M, BLOCK_D]
+    k_ptr,  # keys of one sequence and head
+    v_ptr,
+    stride_ks,
+    stride_vs,
+    k_desc,  # the keys of all sequences and heads for TMA, or None: by pointers
+    v_desc,
+    b,
+    hkv,
+    low,  # positions low..high, BLOCK_N at a time
+    high,
+    limit,  # keys at or after this position are not there
+    first,  # position of index 0, or the number of slots of the ring
+    offs_i,  # [BLOCK_M] positions of the queries
+    window,
+    scale,  # softmax scale * log2(e), positive
+    D: tl.constexpr,
+    RING: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    offs_d = tl.arange(0, BLOCK_D)
+    for start in range(low, high, BLOCK_N):
+        offs_j = start + tl.arange(0, BLOCK_N)
+        index = (offs_j % first if RING else offs_j - first).to(tl.int64)
+        k_ptrs = k_ptr + index[None, :] * stride_ks + offs_d[:, None]
+        v_ptrs = v_ptr + index[:, None] * stride_vs + offs_d[None, :]
+        if MASKED:
+            # What lies past the keys may be NaN, and 0 * NaN is NaN: it is not read at all.
+            k = tl.load(k_ptrs, mask=(offs_j < limit)[None, :] & (offs_d < D)[:, None], other=0.0)
+            v = tl.load(v_ptrs, mask=(offs_j < limit)[:, None] & (offs_d < D)[None, :], other=0.0)
+        elif k_desc is not None:
+            k = k_desc.load([b, start - first, hkv, 0]).reshape(BLOCK_N, BLOCK_D).T
+            v = v_desc.load([b, start - first, hkv, 0]).reshape(BLOCK_N, BLOCK_D)
+        elif D == BLOCK_D:
+            k, v = tl.load(k_ptrs), tl.load(v_ptrs)
+        else:
+            k = tl.load(k_ptrs, mask=(offs_d < D)[:, None], other=0.0)
+            v = tl.load(v_ptrs, mask=(offs_d < D)[None, :], other=0.0)
+        scores = tl.dot(q, k, input_precision="ieee")
+        if MASKED:
+            seen = (offs_j < limit)[None, :]
+            if CAUSAL:
+                seen = seen & (offs_j[None, :] <= offs_i[:, None])
+                if WINDOWED:
+                    seen = seen & (offs_j[None, :] > offs_i[:, None] - window)
+            elif WINDOWED:
+                seen = seen & (tl.abs(offs_i[:, None] - offs_j[None, :]) <= window // 2)
+            scores = tl.where(seen, scores, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, axis=1) * scale)
+        # A row that has seen no key yet has no maximum to subtract.
+        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest) if MASKED else new_largest
+        p = tl.exp2(scores * scale - shift[:, None])
+        shrink = tl.exp2(largest - shift)
+        total = total * shrink + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        largest = new_largest
+    return acc, largest, total
+
+
+@triton.jit
+def _sweep(
+    acc,
+    largest,
+    total,
+    q,
+    k_ptr,
+    v_ptr,
+    stride_ks,
+    stride_vs,
+    k_desc,
+    v_desc,
+    b,
+    hkv,
+    low,  # positions low..high are seen by some query of the tile,
+    high,
+    inner_low,  # inner_low..inner_high by all of them
+    inner_high,
+    first,
+    offs_i,
+    window,
+    scale,
+    D: tl.constexpr,
+    RING: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Left edge with a mask, interior without, right edge with a mask: in shorter tiles, for the mask's registers."""
+    EDGE_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 64 else BLOCK_N
+    left = tl.minimum(low + tl.cdiv(tl.maximum(inner_low - low, 0), EDGE_N) * EDGE_N, high)
+    right = left + tl.maximum(tl.minimum(inner_high, high) - left, 0) // BLOCK_N * BLOCK_N
+    for part in tl.static_range(3):
+        begin = low if part == 0 else left if part == 1 else right
+        end = left if part == 0 else right if part == 1 else high
+        acc, largest, total = _accumulate(
+            acc, largest, total, q, k_ptr, v_ptr, stride_ks, stride_vs, k_desc, v_desc, b, hkv,
+            begin, end, high, first, offs_i, window, scale,
+            D, RING, part != 1, CAUSAL, WINDOWED, BLOCK_N if part == 1 else EDGE_N, BLOCK_D,
+        )  # fmt: skip
+    return acc, largest, total
+
+
+@triton.jit
+def attention_prefill_kernel(
+    q_ptr,  # [B, T, Hq, D]
+    k_ptr,  # [B, S, Hkv, D] keys given with the queries
+    v_ptr,
+    k_desc,  # the same in tiles [1, BLOCK_N, 1, BLOCK_D] for TMA, or None
+    v_desc,
+    k_cache_ptr,  # [B, Hkv, C, D] keys before them, or None
+    v_cache_ptr,
+    out_ptr,  # [B, T, Hq, D] out
+    starts_ptr,  # [B] first valid key, or None: 0
+    lengths_ptr,  # [B] end of the valid keys, or None: S; with the cache: how many of the keys given are there
+    past_ptr,  # [B] with the cache: position of query 0
+    T,
+    S,
+    C,
+    Hq,
+    G,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_cb,
+    stride_ch,
+    stride_cs,
+    window,
+    scale,
+    D: tl.constexpr,
+    CACHED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Heads of a group run side by side and share K and V in L2; the tiles with the most keys go first.
+    b, hq = (tl.program_id(0) // Hq).to(tl.int64), (tl.program_id(0) % Hq).to(tl.int64)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    start = _bound(starts_ptr, b) if starts_ptr is not None else 0
+    if CACHED:
+        past, new = standing(past_ptr, lengths_ptr, b, T)
+        first = past.to(tl.int32)  # position of query 0 and of key 0
+        end = first + new.to(tl.int32)
+        query = first
+    else:
+        end = _bound(lengths_ptr, b) if lengths_ptr is not None else S
+        first = 0
+        query = end - T
+        end = tl.minimum(end, S)
+        start = tl.maximum(start, 0)
+    offs_t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_i = query + offs_t
+    low_i, high_i = query + tile * BLOCK_M, query + tl.minimum(tile * BLOCK_M + BLOCK_M, T) - 1
+    # The last row of a whole tile, whatever T is: where tiles of keys begin decides a row's bits.
+    last_i = low_i + BLOCK_M - 1
+    low, high, inner_low, inner_high = start, end, start, end
+    if CAUSAL:
+        high = tl.minimum(end, high_i + 1)
+        inner_high = tl.minimum(end, low_i + 1)
+        if WINDOWED:
+            low = tl.maximum(start, low_i - window + 1)
+            inner_low = tl.maximum(start, last_i - window + 1)
+    elif WINDOWED:
+        low, inner_low = tl.maximum(start, low_i - window // 2), tl.maximum(start, last_i - window // 2)
+        high = tl.minimum(end, high_i + window // 2 + 1)
+        inner_high = tl.minimum(end, low_i + window // 2 + 1)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (offs_t < T)[:, None] & (offs_d < D)[None, :]
+    q_row = q_ptr + b * stride_qb + hq * stride_qh
+    q = tl.load(q_row + offs_t.to(tl.int64)[:, None] * stride_qt + offs_d[None, :], mask=mask, other=0.0)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    hkv = hq // G
+    if CACHED:
+        cache = b * stride_cb + hkv * stride_ch
+        acc, largest, total = _sweep(
+            acc, largest, total, q, k_cache_ptr + cache, v_cache_ptr + cache, stride_cs, stride_cs,
+            None, None, 0, 0, tl.maximum(low, first - C), tl.minimum(high, first), inner_low, inner_high,
+            C, offs_i, window, scale,
+            D, True, CAUSAL, WINDOWED, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        low = tl.maximum(low, first)
+    acc, largest, total = _sweep(
+        acc, largest, total, q, k_ptr + b * stride_kb + hkv * stride_kh, v_ptr + b * stride_vb + hkv * stride_vh,
+        stride_kt, stride_vt, k_desc, v_desc, b.to(tl.int32), hkv.to(tl.int32),
+        low, high, inner_low, inner_high, first, offs_i, window, scale,
+        D, False, CAUSAL, WINDOWED, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    if CACHED:
+        total = tl.where(new < 0, float("nan"), total)
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    out_row = out_ptr + ((b * T + offs_t.to(tl.int64)) * Hq + hq)[:, None] * D + offs_d[None, :]
+    tl.store(out_row, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def attention_decode_kernel(
+    q_ptr,  # [B, T, Hq, D]
+    k_ptr,  # [B, S, Hkv, D], or with RING the cache by its strides
+    v_ptr,
+    out_ptr,  # [B, T, Hq, D] out, or with SPLITS > 1 fp32 partial results [B, T, Hq, SPLITS, D]
+    lse_ptr,  # [B, T, Hq, SPLITS] out, fp32: log2 of the sum of each split's exponentials
+    starts_ptr,  # [B] first valid key, or None: 0
+    lengths_ptr,  # [B] end of the valid keys, or None: S; with past: how many tokens came after it
+    past_ptr,  # [B] position of query 0, or None: the queries are the last T positions
+    T,
+    S,  # key positions, or slots of the ring
+    Hq,
+    G,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    window,
+    scale,
+    SPLITS,  # programs that share out the keys; as a constexpr it would be a kernel for each number of them
+    D: tl.constexpr,
+    RING: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # All query heads of a group, of all T tokens, are rows of one tile: its keys and values are read once.
+    split, hkv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    start = _bound(starts_ptr, b) if starts_ptr is not None else 0
+    if RING:
+        past, new = standing(past_ptr, lengths_ptr, b, T)
+        query = past.to(tl.int32)
+        end = query + new.to(tl.int32)
+        start = tl.maximum(start, end - S)
+    else:
+        end = _bound(lengths_ptr, b) if lengths_ptr is not None else S
+        query = end - T
+        end = tl.minimum(end, S)
+        start = tl.maximum(start, 0)
+    low = tl.maximum(start, query - window + 1) if WINDOWED else start
+    high = tl.minimum(end, query + T)
+    span = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), SPLITS), BLOCK_N) * BLOCK_N
+    low += split * span
+    high = tl.minimum(high, low + span)
+    rows = tl.arange(0, BLOCK_M)
+    t, hq = (rows // G).to(tl.int64), hkv * G + rows % G
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (rows < T * G)[:, None] & (offs_d < D)[None, :]
+    q_rows = q_ptr + b * stride_qb + (t * stride_qt + hq * stride_qh)[:, None]
+    q = tl.load(q_rows + offs_d[None, :], mask=mask, other=0.0)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc, largest, total = _accumulate(
+        acc, largest, total, q, k_ptr + b * stride_kb + hkv.to(tl.int64) * stride_kh,
+        v_ptr + b * stride_vb + hkv.to(tl.int64) * stride_vh, stride_kt, stride_vt, None, None, 0, 0, low, high, high,
+        S if RING else 0, query + t.to(tl.int32), window, scale,
+        D, RING, True, True, WINDOWED, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    if RING:
+        total = tl.where(new < 0, float("nan"), total)
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    row = ((b * T + t) * Hq + hq) * SPLITS + split
+    tl.store(out_ptr + row[:, None] * D + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, largest + tl.log2(total), mask=rows < T * G)
+
+
+@triton.jit
+def attention_combine_kernel(
+    part_ptr,  # [rows, SPLITS, D] fp32
+    lse_ptr,  # [rows, SPLITS] fp32
+    out_ptr,  # [rows, D] out
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offs_s, offs_d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
+    lse = tl.load(lse_ptr + row * SPLITS + offs_s)
+    largest = tl.max(lse, axis=0)
+    share = tl.exp2(lse - tl.where(largest == float("-inf"), 0.0, largest))
+    parts = part_ptr + (row * SPLITS + offs_s)[:, None] * D + offs_d[None, :]
+    part = tl.load(parts, mask=(offs_d < D)[None, :], other=0.0)
+    total = tl.sum(share, axis=0)
+    out = tl.sum(part * share[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + row * D + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < D)

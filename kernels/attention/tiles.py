@@ -1,0 +1,84 @@
+"""Launch choices of the attention kernels: pure functions of sizes, dtype and architecture.
+
+The literals are starting points that compile without a spill; not measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from ..arch import amd, family, multiprocessors, tma
+from ..op import LaunchConfig, Sizes, power_of_2
+
+DETERMINISTIC_SPLITS = 8  # whatever the batch and its longest sequence are
+PACKED_ROWS = 16  # queries x group heads that one decode tile takes
+
+# (BLOCK_M, BLOCK_N, warps, stages) by head size at most, for 16-bit types and for fp32. None spills a register, on AMD
+# not even a scalar one into a vector one.
+_PREFILL = {
+    "sm_80": (
+        {128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
+        {64: (32, 64, 8, 1), 128: (16, 32, 4, 1), 256: (32, 16, 8, 1)},
+    ),
+    "sm_90": (
+        {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (64, 32, 8, 2)},
+        {64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 32, 8, 1)},
+    ),
+    "gfx942": (
+        {128: (128, 16, 4, 1), 256: (64, 16, 4, 1)},
+        {128: (64, 16, 8, 1), 256: (32, 16, 8, 1)},
+    ),
+}
+_PREFILL["sm_100"] = _PREFILL["sm_90"]
+
+
+def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """Tiles by head size; a short window takes short tiles, since a tile sees window + BLOCK_M keys."""
+    D, window = power_of_2(sizes["D"], low=16), sizes.get("window", 0)
+    table = _PREFILL[family(arch)][dtype == torch.float32]
+    block_m, block_n, warps, stages = table[min(most for most in table if most >= D)]
+    # Of a head that is no multiple of 16 the masks take registers.
+    odd = sizes["D"] % 16 > 0 and D <= 128 and not amd(arch) and dtype != torch.float32
+    if odd and tma(arch):
+        block_m, block_n, warps, stages = 64, 64, 8, 2
+    elif 0 < window <= 256 and block_m > 64:
+        block_m, block_n, warps = 64, min(block_n, 64 if tma(arch) else 32), 8 if family(arch) == "sm_80" else 4
+    # Half the rows take half the warps; a head of 256 would spill.
+    if not sizes.get("deterministic") and sizes["T"] <= block_m // 2 and (D < 256 or not tma(arch)):
+        rows = power_of_2(sizes["T"], low=16)
+        block_m, block_n, warps = rows, 32 if odd and tma(arch) else block_n, max(4, warps * rows // block_m)
+        warps = 8 if odd and rows == 32 else warps
+    if sizes["D"] < D and tma(arch) and dtype != torch.float32:
+        # ptxas of CUDA 12.8 and 12.9 crashes where tiles of padded heads meet 128 keys, or 64 rows of 128 have 4 warps.
+        block_n = min(block_n, 64) if (block_m, D) in ((64, 128), (128, 64)) else block_n
+        warps = 8 if (block_m, D) == (64, 128) else warps
+    elif odd and block_m == 64:
+        warps = 8
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": D}
+    return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
+
+
+def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """Splits until every SM has two programs, each of at least 256 keys."""
+    rows = sizes["T"] * sizes["Hq"] // sizes["Hkv"]
+    held = sizes["C"] if "C" in sizes else sizes["S"]
+    keys = min(held, sizes.get("window", 0) or held)
+    programs = max(1, sizes["B"] * sizes["Hkv"])
+    sms = sizes.get("sms") or multiprocessors(arch)
+    splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, 256)), high=64)
+    if sizes.get("deterministic"):
+        splits = DETERMINISTIC_SPLITS
+    D, single, cdna = power_of_2(sizes["D"], low=16), dtype == torch.float32, amd(arch)
+    # Of a head that is no multiple of 16 the masks take registers.
+    block_n = 16 if single and (D > 128 or not cdna) else 32 if cdna or D > 128 or sizes["D"] % 16 else 64
+    tiles = {"SPLITS": splits, "BLOCK_M": power_of_2(rows, low=16), "BLOCK_N": block_n, "BLOCK_D": D}
+    return LaunchConfig(tiles, num_warps=8 if single and not cdna else 4, num_stages=2 if single or cdna else 3)
+
+
+def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    return {
+        "attention_prefill_kernel": _prefill_config(sizes, dtype, arch),
+        "attention_decode_kernel": _decode_config(sizes, dtype, arch),
+        "attention_combine_kernel": LaunchConfig({"BLOCK_D": power_of_2(sizes["D"], low=16)}, num_warps=2),
+    }

@@ -1,0 +1,278 @@
+"""The kernels of the sparse expert layer: sorted groups for prefill, sort-free for decode.
+
+T tokens, K experts a token, N = T * K slots (slot t*K + k), E experts, H hidden, I intermediate
+
+A weight tile of the up kernels holds BLOCK_N rows of the gate projection, then the same of the up projection: one dot
+feeds both, and the epilogue splits the accumulator. `*_desc` are the weights for TMA, or None: then pointers do it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..norm import normed_rows
+from ..tiles import depth_tile, program_tile
+
+
+@triton.jit
+def _swiglu(gate, up):
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def _row_tile(pid_m, offsets_ptr, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Row tile `pid_m` over all groups -> its expert (E or more: none), first sorted row, end of the group."""
+    offs_e = tl.arange(0, BLOCK_E)
+    begins = tl.load(offsets_ptr + offs_e, mask=offs_e < E, other=0)
+    ends = tl.load(offsets_ptr + offs_e + 1, mask=offs_e < E, other=0)
+    tiles = tl.cumsum((ends - begins + BLOCK_M - 1) // BLOCK_M, axis=0)
+    expert = tl.sum((tiles <= pid_m).to(tl.int32), axis=0)
+    earlier = tl.sum(tl.where(offs_e == expert - 1, tiles, 0), axis=0)
+    begin = tl.sum(tl.where(offs_e == expert, begins, 0), axis=0) + (pid_m - earlier) * BLOCK_M
+    return expert, begin, tl.sum(tl.where(offs_e == expert, ends, 0), axis=0)
+
+
+@triton.jit
+def _pair_rows(pid_n, I, BLOCK_N: tl.constexpr):
+    """[2 BLOCK_N] rows of `gate_up_proj`: gate rows of column tile `pid_n`, then its up rows. The last repeats."""
+    offs = tl.arange(0, 2 * BLOCK_N)
+    return (tl.minimum(pid_n * BLOCK_N + offs % BLOCK_N, I - 1) + offs // BLOCK_N * I).to(tl.int64)
+
+
+@triton.jit
+def experts_up_kernel(
+    x_ptr,  # [T, H]
+    gate_up_ptr,  # [E, 2I, H]
+    gate_up_desc,  # [E, 2, I, H] in tiles [1, 2, BLOCK_N, BLOCK_K], or None
+    h_ptr,  # [N, I] out, in sorted order
+    order_ptr,  # [N] sorted slots
+    offsets_ptr,  # [E + 1] groups in `order`
+    row_tiles,  # upper bound on the row tiles of all groups
+    E,
+    TOP_K,
+    stride_xt,
+    stride_we,
+    stride_wn,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    pid_m, pid_n = program_tile(row_tiles, I, BLOCK_N, GROUP_M)
+    expert, row, end = _row_tile(pid_m, offsets_ptr, E, BLOCK_M, BLOCK_E)
+    if expert < E:
+        rows = row + tl.arange(0, BLOCK_M)
+        # Rows past the group repeat a slot of it: valid memory, no mask in the loop, never stored.
+        slots = tl.load(order_ptr + tl.minimum(rows, end - 1))
+        offs_k = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + (slots // TOP_K).to(tl.int64)[:, None] * stride_xt + offs_k[None, :]
+        w_ptrs = gate_up_ptr + expert.to(tl.int64) * stride_we + offs_k[:, None]
+        w_ptrs += _pair_rows(pid_n, I, BLOCK_N)[None, :] * stride_wn
+        acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+        for k in range(0, H, BLOCK_K):
+            x = depth_tile(x_ptrs, offs_k[None, :] < H - k, H, BLOCK_K)
+            if gate_up_desc is None:
+                w = depth_tile(w_ptrs + k, offs_k[:, None] < H - k, H, BLOCK_K)
+            else:
+                w = gate_up_desc.load([expert, 0, pid_n * BLOCK_N, k]).reshape(2 * BLOCK_N, BLOCK_K).T
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+            x_ptrs += BLOCK_K  # stepped, not computed from k: fewer instructions in the loop
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        out = h_ptr + rows.to(tl.int64)[:, None] * I + offs_n[None, :]
+        mask = (rows < end)[:, None] & (offs_n < I)[None, :]
+        tl.store(out, _swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def experts_down_kernel(
+    h_ptr,  # [N, I] in sorted order
+    h_desc,  # the same in tiles [BLOCK_M, BLOCK_K], or None
+    down_ptr,  # [E, H, I]
+    down_desc,  # the same in tiles [1, BLOCK_N, BLOCK_K], or None
+    y_ptr,  # [N, H] out, by slot
+    order_ptr,  # [N] sorted slots
+    offsets_ptr,  # [E + 1] groups in `order`
+    row_tiles,
+    E,
+    stride_we,
+    stride_wn,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    pid_m, pid_n = program_tile(row_tiles, H, BLOCK_N, GROUP_M)
+    expert, row, end = _row_tile(pid_m, offsets_ptr, E, BLOCK_M, BLOCK_E)
+    if expert < E:
+        rows = row + tl.arange(0, BLOCK_M)
+        offs_k = tl.arange(0, BLOCK_K)
+        h_ptrs = h_ptr + tl.minimum(rows, end - 1).to(tl.int64)[:, None] * I + offs_k[None, :]
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        w_ptrs = down_ptr + expert.to(tl.int64) * stride_we
+        w_ptrs += tl.minimum(offs_n, H - 1).to(tl.int64)[None, :] * stride_wn + offs_k[:, None]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, I, BLOCK_K):
+            h = depth_tile(h_ptrs + k, offs_k[None, :] < I - k, I, BLOCK_K) if h_desc is None else h_desc.load([row, k])
+            if down_desc is None:
+                w = depth_tile(w_ptrs + k, offs_k[:, None] < I - k, I, BLOCK_K)
+            else:
+                w = down_desc.load([expert, pid_n * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K).T
+            acc = tl.dot(h, w, acc, input_precision="ieee")
+        slots = tl.load(order_ptr + tl.minimum(rows, end - 1))
+        out = y_ptr + slots.to(tl.int64)[:, None] * H + offs_n[None, :]
+        tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs_n < H)[None, :])
+
+
+@triton.jit
+def _matching_slots(ids_ptr, N, E, BLOCK_S: tl.constexpr, BY_SLOT: tl.constexpr):
+    """This program's expert, all slots, which of them chose it, each one's rank among those, and how many there are.
+
+    BY_SLOT (fewer slots than experts): a program a slot, and only the first slot of an expert works.
+    """
+    expert = tl.program_id(1)
+    slots = tl.arange(0, BLOCK_S)
+    if BY_SLOT:
+        expert = tl.load(ids_ptr + expert).to(tl.int32)
+    match = tl.load(ids_ptr + slots, mask=slots < N, other=-1) == expert
+    rank = tl.cumsum(match.to(tl.int32), axis=0) - 1
+    count = tl.sum(match.to(tl.int32), axis=0)
+    if BY_SLOT:
+        earlier = tl.sum((match & (slots < tl.program_id(1))).to(tl.int32), axis=0)
+        count = tl.where((earlier == 0) & (expert >= 0) & (expert < E), count, 0)
+    return expert.to(tl.int64), slots, match, rank, count
+
+
+@triton.jit
+def _compact(slots, match, rank, wanted):
+    """The slots whose rank among the matches is in `wanted` [BLOCK_T]; 0 where there is none."""
+    hit = match[None, :] & (rank[None, :] == wanted[:, None])
+    return tl.sum(tl.where(hit, slots[None, :], 0), axis=1)
+
+
+@triton.jit
+def experts_up_decode_kernel(
+    x_ptr,  # [T, H]
+    gate_up_ptr,  # [E, 2I, H]
+    ids_ptr,  # [N]
+    h_ptr,  # [N, I] out, by slot
+    N,
+    E,
+    TOP_K,
+    stride_xt,
+    stride_we,
+    stride_wn,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BY_SLOT: tl.constexpr,
+):
+    # Operands are swapped: weight rows fill the tensor core's M, the few tokens its N.
+    pid_n = tl.program_id(0)
+    expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
+    for first in range(0, count, BLOCK_T):
+        offs_k = tl.arange(0, BLOCK_K)
+        w_row = gate_up_ptr + expert * stride_we + _pair_rows(pid_n, I, BLOCK_N)[:, None] * stride_wn
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        wanted = first + tl.arange(0, BLOCK_T)
+        slot = _compact(slots, match, rank, wanted).to(tl.int64)
+        x_row = x_ptr + (slot // TOP_K)[None, :] * stride_xt
+        acc = tl.zeros((2 * BLOCK_N, BLOCK_T), tl.float32)
+        for k in range(0, H, BLOCK_K):
+            w = depth_tile(w_row + (k + offs_k)[None, :], (k + offs_k)[None, :] < H, H, BLOCK_K)
+            x = depth_tile(x_row + (k + offs_k)[:, None], (k + offs_k)[:, None] < H, H, BLOCK_K)
+            acc = tl.dot(w, x, acc, input_precision="ieee")
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (2, BLOCK_N, BLOCK_T)), (1, 2, 0)))
+        out = h_ptr + slot[None, :] * I + offs_n[:, None]
+        mask = (wanted < count)[None, :] & (offs_n < I)[:, None]
+        tl.store(out, _swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def experts_down_decode_kernel(
+    h_ptr,  # [N, I] by slot
+    down_ptr,  # [E, H, I]
+    ids_ptr,  # [N]
+    y_ptr,  # [SPLIT_K, N, H] out, fp32: one partial sum a split
+    N,
+    E,
+    stride_we,
+    stride_wn,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BY_SLOT: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
+    pid_n, split = tl.program_id(0), tl.program_id(2)
+    expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
+    SPAN: tl.constexpr = (I + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
+    for first in range(0, count, BLOCK_T):
+        offs_k = split * SPAN + tl.arange(0, BLOCK_K)
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        w_row = down_ptr + expert * stride_we + tl.minimum(offs_n, H - 1).to(tl.int64)[:, None] * stride_wn
+        wanted = first + tl.arange(0, BLOCK_T)
+        slot = _compact(slots, match, rank, wanted).to(tl.int64)
+        h_row = h_ptr + slot[None, :] * I
+        acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+        for k in range(0, SPAN, BLOCK_K):
+            w = depth_tile(w_row + (k + offs_k)[None, :], (k + offs_k)[None, :] < I, I, SPLIT_K * BLOCK_K)
+            h = depth_tile(h_row + (k + offs_k)[:, None], (k + offs_k)[:, None] < I, I, SPLIT_K * BLOCK_K)
+            acc = tl.dot(w, h, acc, input_precision="ieee")
+        out = y_ptr + (split.to(tl.int64) * N + slot)[None, :] * H + offs_n[:, None]
+        tl.store(out, acc, mask=(wanted < count)[None, :] & (offs_n < H)[:, None])
+
+
+@triton.jit
+def experts_combine_kernel(
+    y_ptr,  # [SPLIT_K, N, H]
+    ids_ptr,  # [N]
+    weights_ptr,  # [T, K] fp32
+    out_ptr,  # [T, H] out; with a residual: the norm of the sum
+    residual_ptr,  # [T, H], or None
+    norm_ptr,  # [H] weight of the norm that follows, or None
+    total_ptr,  # [T, H] out: the experts' output + residual, or None
+    N,
+    E,
+    H,
+    stride_rt,
+    eps,
+    TOP_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    # An ordered fp32 sum over splits, then choices: no atomics, so the same bits every time.
+    t = tl.program_id(0).to(tl.int64)
+    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    acc = tl.zeros((BLOCK_H,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        slot = t * TOP_K + k
+        expert = tl.load(ids_ptr + slot)
+        # No kernel wrote the rows of an id out of range.
+        mask = offs_h < tl.where((expert >= 0) & (expert < E), H, 0)
+        y = tl.zeros((BLOCK_H,), tl.float32)
+        for split in tl.static_range(SPLIT_K):
+            y += tl.load(y_ptr + (split * N + slot) * H + offs_h, mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(weights_ptr + slot) * y
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    out = acc.to(dtype)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + t * stride_rt + offs_h, mask=offs_h < H, other=0.0)
+        # Rounded where the separate kernels round.
+        total = (out.to(tl.float32) + residual.to(tl.float32)).to(dtype)
+        tl.store(total_ptr + t * H + offs_h, total, mask=offs_h < H)
+        out = tl.reshape(normed_rows(total.to(tl.float32)[None, :], norm_ptr, H, eps, dtype, BLOCK_H), (BLOCK_H,))
+    tl.store(out_ptr + t * H + offs_h, out, mask=offs_h < H)

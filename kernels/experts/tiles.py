@@ -1,0 +1,75 @@
+"""Launch choices of the expert kernels: pure functions of sizes, dtype and architecture.
+
+The literals are starting points that compile without a spill; not measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..arch import amd, family
+from ..op import LaunchConfig, Sizes, power_of_2
+
+# Up to here the sort-free kernels: the layer is bound by the bytes of the weights, whatever the tiles.
+DECODE_TOKENS = 64
+# A fixed split: a row's sum has the same order whatever the batch is.
+SPLIT_K = 4
+
+# (BLOCK_M, BLOCK_N of up, BLOCK_N of down, BLOCK_K, warps, stages) for 16-bit types, by rows a group has on average.
+_PREFILL = {
+    "sm_80": {0: (64, 64, 128, 32, 4, 4), 128: (64, 64, 128, 64, 8, 3)},
+    "sm_90": {0: (64, 64, 128, 64, 4, 4), 64: (64, 128, 256, 64, 4, 4), 512: (128, 128, 256, 64, 8, 4)},
+    "gfx942": {0: (64, 32, 64, 64, 4, 2), 256: (128, 64, 128, 32, 8, 2)},
+}
+_PREFILL["sm_100"] = _PREFILL["sm_90"]
+_SINGLE = (32, 16, 32, 32, 4, 2)  # fp32, without tensor cores at this precision: registers bound the tile
+
+
+def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    rows = 0 if sizes.get("deterministic") else sizes["T"] * sizes["K"] // sizes["E"]
+    # By pointers the larger tiles of later cards spill.
+    table = _PREFILL["sm_80" if sizes.get("by_pointers") and not amd(arch) else family(arch)]
+    choice = _SINGLE if dtype == torch.float32 else table[max(least for least in table if least <= rows)]
+    block_m, up_n, down_n, block_k, warps, stages = choice
+    if not sizes.get("deterministic"):
+        block_m = power_of_2(sizes["T"] * sizes["K"], low=16, high=block_m)
+
+    def config(columns: int, block_n: int, depth: int) -> LaunchConfig:
+        tiles = {
+            "BLOCK_M": block_m,
+            "BLOCK_N": power_of_2(columns, low=16, high=block_n),
+            "BLOCK_K": power_of_2(depth, low=16, high=block_k),
+            "GROUP_M": 8,
+        }
+        return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
+
+    return {
+        "experts_up_kernel": config(sizes["I"], up_n, sizes["H"]),
+        "experts_down_kernel": config(sizes["H"], down_n, sizes["I"]),
+    }
+
+
+def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    """64 weight rows a program, the depth of a tile as long as shared memory lets it stream."""
+    single = dtype == torch.float32
+    stages = 2 if single or amd(arch) else 4 if family(arch) == "sm_80" else 5
+    block_t = power_of_2(sizes["T"], low=16, high=DECODE_TOKENS)
+    block_k = 32 if single else 64 if amd(arch) or block_t == 64 else 128
+    tiles = {"BLOCK_T": block_t, "BLOCK_S": power_of_2(sizes["T"] * sizes["K"], low=16)}
+    span = -(-sizes["I"] // SPLIT_K)
+    up = {"BLOCK_N": power_of_2(sizes["I"], low=16, high=32), "BLOCK_K": power_of_2(sizes["H"], 16, block_k)}
+    down = {"BLOCK_N": power_of_2(sizes["H"], low=16, high=64), "BLOCK_K": power_of_2(span, 16, block_k)}
+    return {
+        "experts_up_decode_kernel": LaunchConfig(tiles | up, num_warps=4, num_stages=stages),
+        "experts_down_decode_kernel": LaunchConfig(tiles | down | {"SPLIT_K": SPLIT_K}, num_warps=4, num_stages=stages),
+    }
+
+
+def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    # The norm that may follow needs a whole row.
+    norm = sizes.get("norm")
+    combine = LaunchConfig({"BLOCK_H": power_of_2(sizes["H"], high=1 << 30 if norm else 1024)}, 8 if norm else 4)
+    kernels = {"experts_combine_kernel": combine}
+    if sizes["T"] > DECODE_TOKENS or sizes.get("deterministic"):
+        return kernels | _prefill(sizes, dtype, arch)
+    return kernels | _decode(sizes, dtype, arch)

@@ -1,0 +1,175 @@
+"""The tuner: launch configurations around the present choice, pruned by the offline compile, timed on the card at hand.
+
+It climbs: the neighbours of the best configuration so far are tried until none of them is faster. A configuration gets
+in where an operation asks for its choices, so that grids, partial sums and tile descriptors follow it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from ..kernels.instruments.offline import Compiled, compile_launch
+from ..kernels.op import Launch, LaunchConfig, Op
+from ..kernels.record import record_launches
+from . import measure as bench
+from .cases import Case, Oracle
+from .timing import Timer
+
+# What may vary: tiles, how many tiles share a stretch of L2, and the splits of a decode. SPLIT_K is a promise about
+# bits, not a choice.
+VARIED = ("BLOCK_", "GROUP_", "SPLITS")
+# Tiles that hold a whole dimension: a smaller one would be wrong, a larger one idle.
+WHOLE = {"BLOCK_D", "BLOCK_E", "BLOCK_S", "BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF"}
+WHOLE_IN = {  # a kernel or an operation
+    "embed_rms_norm_kernel": {"BLOCK_H"},
+    "experts_add_rms_norm": {"BLOCK_H"},
+    "gate_route_kernel": {"BLOCK_K"},
+    "linear_decode_kernel": {"BLOCK_T"},
+    "rms_norm_kernel": {"BLOCK_H"},
+    "route_kernel": {"BLOCK_K"},
+    "experts_up_decode_kernel": {"BLOCK_T"},
+    "experts_down_decode_kernel": {"BLOCK_T"},
+    "attention_decode_kernel": {"BLOCK_M"},
+}
+WARPS, STAGES = (1, 16), (1, 8)
+FASTER = 0.98  # of the time to beat: less would be noise
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A configuration: how it compiled, its time where it was timed, or what is held against it."""
+
+    config: LaunchConfig
+    compiled: Compiled | None = None
+    seconds: float | None = None
+    said: str | None = None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """All configurations tried for one kernel of one case, the present choice first, and the fastest.
+
+    best  the present choice where nothing was timed, or nothing is faster by more than noise
+    """
+
+    case: Case
+    kernel: str
+    arch: str
+    tried: tuple[Tried, ...]
+    best: LaunchConfig
+
+
+def whole(op: Op, kernel: str) -> set[str]:
+    return WHOLE | WHOLE_IN.get(kernel, set()) | WHOLE_IN.get(op.name, set())
+
+
+def neighbours(config: LaunchConfig, whole: set[str]) -> list[LaunchConfig]:
+    """One step away from `config`: a tile doubled or halved, twice or half the warps, a stage more or less."""
+    found = []
+    for name, size in config.constexprs.items():
+        if name.startswith(VARIED) and name not in whole:
+            sizes = [size // 2, size * 2] if size > 1 else [size * 2]
+            found += [replace(config, constexprs={**config.constexprs, name: other}) for other in sizes]
+    warps = [n for n in (config.num_warps // 2, config.num_warps * 2) if WARPS[0] <= n <= WARPS[1]]
+    stages = [n for n in (config.num_stages - 1, config.num_stages + 1) if STAGES[0] <= n <= STAGES[1]]
+    return [
+        *found,
+        *(replace(config, num_warps=n) for n in warps),
+        *(replace(config, num_stages=n) for n in stages),
+    ]
+
+
+@contextmanager
+def choosing(op: Op, config: dict[str, LaunchConfig] | None = None) -> Iterator[dict[str, LaunchConfig]]:
+    """Within the block, `op` launches the kernels named in `config` as it says, whatever the sizes -> what it chose."""
+    made: dict[str, LaunchConfig] = {}
+    module = sys.modules[op.run.__module__]
+
+    def instead(own: Any) -> Any:
+        def configs(sizes: Any, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+            chosen = own(sizes, dtype, arch)
+            chosen |= {kernel: one for kernel, one in (config or {}).items() if kernel in chosen}
+            made.update(chosen)
+            return chosen
+
+        return configs
+
+    with patch.multiple(
+        module, **{name: instead(own) for name, own in vars(module).items() if name.startswith("configs")}
+    ):
+        yield made
+
+
+def choices(
+    case: Case, arch: str, config: dict[str, LaunchConfig] | None = None
+) -> dict[str, tuple[Launch, LaunchConfig]]:
+    """Each kernel of a call whose configuration the operation chooses: its first launch, and the choice."""
+    shapes = case.inputs(torch.device("meta"))
+    with choosing(case.op, config) as made, record_launches(arch) as recorded:
+        case.op.run(**shapes)
+    return {launch.kernel: (launch, made[launch.kernel]) for launch in reversed(recorded) if launch.kernel in made}
+
+
+def compiled_as(case: Case, kernel: str, config: LaunchConfig, arch: str, here: bool = False) -> Tried:
+    """Compile `kernel` in `config` for `arch`; `here`: its card is at hand, and a launch can tell the rest."""
+    try:
+        launch, _ = choices(case, arch, {kernel: config})[kernel]
+        compiled = compile_launch(launch, arch, case.op.name)
+    except ValueError:  # an architecture that the offline compiler does not know
+        if not here:
+            raise
+        return Tried(config)
+    except Exception as error:  # the compiler raises whatever its passes do
+        lines = str(error).strip().splitlines() or [""]
+        return Tried(config, said=f"does not compile: {type(error).__name__}: {lines[0][:100]}")
+    return Tried(config, compiled, said=compiled.fault)
+
+
+def _code(tried: Tried) -> Any:
+    asm = {} if tried.compiled is None else tried.compiled.asm
+    return asm.get("cubin") or asm.get("hsaco")
+
+
+def tune(
+    case: Case,
+    kernel: str,
+    arch: str,
+    timer: Timer | None = None,
+    device: torch.device | None = None,
+) -> Tuned:
+    """Climb from the present choice. Without a timer: the present choice and its neighbours, compiled only."""
+    args = case.inputs(device) if timer is not None and device is not None else {}
+    judge = Oracle(case.op, args) if args else None
+    found: list[Tried] = []
+
+    def visit(config: LaunchConfig) -> None:
+        one = compiled_as(case, kernel, config, arch, here=judge is not None)
+        if one.said is None and _code(one) is not None and _code(one) in map(_code, found):
+            one = replace(one, said="the same code as one before")
+        if one.said is None and judge is not None and timer is not None:
+            with choosing(case.op, {kernel: config}), torch.no_grad():
+                outcome = bench.attempt(lambda: bench.ours(case, args), args, judge, timer)
+            one = replace(one, said=outcome.said, seconds=outcome.seconds)
+        found.append(one)
+
+    visit(choices(case, arch)[kernel][1])
+    best = found[0]
+    for _ in range(ROUNDS):
+        start, seen = best, [one.config for one in found]
+        for config in neighbours(start.config, whole(case.op, kernel)):
+            if config not in seen:
+                visit(config)
+        for one in found:
+            if one.seconds is not None and one.seconds < FASTER * (best.seconds or float("inf")):
+                best = one
+        if best is start:
+            break
+    return Tuned(case, kernel, arch, tuple(found), best.config)

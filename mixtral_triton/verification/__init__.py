@@ -1,0 +1,111 @@
+"""verify: this runtime beside plain torch, on the user's own weights: each operation, each layer's own forward, the
+logits, and where there is a folder the loaded tensors.
+
+A fault shows where it is. The loaded tensors are held against the files by a table of their own (loaded.py). The
+reference's activations go into every operation (layers.py) and into every layer of the model's own forward
+(shell.py); what comes out is measured against fp64, next to plain torch in the weights' dtype, which sets the limit.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import reference
+from ..model import Mixtral
+from .hf import transformers_logits, verify_hf
+from .layers import LayerCheck, check_layers, norm_args
+from .loaded import check_loaded
+from .report import Report, Row
+from .shell import end_to_end, forwards, tried, watched
+from .truth import Values
+from .verdict import END_RATIO, Progress, Steps, by_layer, end_row, finish, text_or_default
+from .yardstick import measure, widen
+
+MEMORY = Path("/proc/meminfo")  # of Linux; elsewhere nobody is asked
+
+
+def verify(
+    target: Mixtral | nn.Module | str | os.PathLike[str],
+    input_ids: Tensor | None = None,
+    progress: Progress = None,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    peer: str | None = None,
+) -> Report:
+    """Compare `target` with plain torch, or a transformers Mixtral with transformers' own modules -> Report.
+
+    target: a Mixtral, a checkpoint folder, or a model of transformers: as `apply` left it, else as it would be applied.
+    input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (steps done, steps).
+    folder: the checkpoint that a Mixtral was loaded from, to hold its tensors against (of a target that is a folder:
+    that one). peer "transformers": its model, loaded from the same folder, has to have the same logits.
+    """
+    check_peer(peer)
+    if isinstance(target, nn.Module) and not isinstance(target, Mixtral):
+        if folder is not None or peer is not None:
+            raise ValueError(
+                "verify: folder and peer go with a Mixtral or a folder: a model of transformers is its own"
+            )
+        return verify_hf(target, input_ids, progress)
+    if not isinstance(target, (Mixtral, str, os.PathLike)):
+        got = type(target).__name__
+        raise ValueError(f"verify: target is a {got}, needs a Mixtral, a checkpoint folder or transformers' Mixtral")
+    model = target if isinstance(target, Mixtral) else Mixtral.from_pretrained(target)
+    folder = folder if isinstance(target, Mixtral) else target
+    if peer is not None and folder is None:
+        raise ValueError("verify: a peer loads the folder that the model came from: give folder=...")
+    ids = text_or_default(input_ids, model.config, model.device)
+    with torch.no_grad():
+        return _verify(model, ids, progress, folder, peer)
+
+
+def check_peer(peer: str | None) -> None:
+    """ValueError where there is no such peer, or where it is not installed."""
+    if peer not in (None, "transformers"):
+        raise ValueError(f"verify: peer is {peer!r}, needs 'transformers' or None")
+    if peer is not None and find_spec(peer) is None:
+        raise ValueError("verify: peer 'transformers' is not installed: pip install 'mixtral-triton[hf]'")
+
+
+def _verify(model: Mixtral, ids: Tensor, progress: Progress, folder: Any, peer: str | None) -> Report:
+    if peer is not None:
+        fits_twice(model)
+    rows = [] if folder is None else check_loaded(folder, model)
+    config, shell = model.config, tried(model.config, ids.shape[1])
+    steps = Steps(len(model.layers) * (1 + forwards(ids.shape[1])), progress)
+    make, x = partial(LayerCheck, model), F.embedding(ids, model.embed_tokens)
+    found = check_layers(make, model.layers, x, config, shell, steps.one_more)
+    watch = watched(model, shell, ids, found.tried.expected, steps.one_more)
+    rows += by_layer(found.rows, watch.rows())
+    rows.append(Row(None, "rms_norm", "final", *measure("rms_norm", norm_args(config, found.chain.x, model.norm))))
+    truth = Values.beside(_logits(model, found.wide), _logits(model, found.chain.x), END_RATIO)
+    logits, flips = end_to_end(model, ids, found.chain.expected)
+    rows.append(end_row("logits", "end to end", logits, truth))
+    if peer is not None:
+        rows.append(end_row("logits", peer, transformers_logits(folder, model, ids, found.chain.expected), truth))
+    return finish(rows, flips, model.device, model.dtype, len(model.layers) * ids.numel())
+
+
+def fits_twice(model: Mixtral) -> None:
+    """ValueError where another copy of the weights does not fit beside the model."""
+    need = sum(parameter.nbytes for parameter in model.parameters())
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        known = MEMORY.read_text().split() if MEMORY.exists() else []
+        free = 1024 * int(known[known.index("MemAvailable:") + 1]) if "MemAvailable:" in known else need
+    if need > free:
+        raise ValueError(f"verify: a peer is a second copy, {need / 2**30:.1f} GiB, and {free / 2**30:.1f} are free")
+
+
+def _logits(model: Mixtral, x: Tensor) -> Tensor:
+    """The final norm and the head in plain torch, in fp64 where x [B,T,H] is -> [B,T,V] in x's dtype."""
+    norm, head = ((widen(w) if x.dtype == torch.float64 else w) for w in (model.norm, model.lm_head))
+    return F.linear(reference.rms_norm(x, norm, model.config.rms_norm_eps), head)

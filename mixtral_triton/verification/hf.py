@@ -1,0 +1,235 @@
+"""verify for a model of transformers: its own modules are the reference, on the user's own weights.
+
+B batch, T tokens, H hidden, Hq query heads, Hkv key/value heads, D head size
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from .. import hf, reference
+from ..config import SIZES, MixtralConfig
+from ..hf.release import cache_keyword
+from .layers import LayerCheck, check_layers
+from .report import Report, Row
+from .shell import WHOLE, Routes, Watch, cuts, forwards
+from .truth import Expected, Values
+from .verdict import END_RATIO, Progress, Steps, by_layer, end_row, finish, text_or_default
+from .yardstick import measure, widen
+
+
+def verify_hf(model: Any, input_ids: Tensor | None, progress: Progress) -> Report:
+    """`verify` for a Mixtral of transformers, which is left as it was: applied or not."""
+    theirs = hf.mixtral_modules("verify", model)
+    backbone = next(module for module in model.modules() if isinstance(module, theirs.MixtralModel))
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("verify: some weights are not in memory (offloaded); load the model without offloading")
+    table, layers, norm = backbone.embed_tokens.weight, backbone.layers, backbone.norm
+    ids = text_or_default(input_ids, model.config, table.device)
+    steps = Steps(len(layers) * (1 + forwards(ids.shape[1])), progress)
+    config = _config(layers[0].self_attn.config, layers[0].self_attn.head_dim)
+    with torch.no_grad():
+        make = partial(HFLayerCheck, theirs, backbone)
+        found = check_layers(make, layers, embedding(ids, table), config, config, steps.one_more)
+        chain = found.chain
+        with _running_applied(model):
+            watch = _watched(theirs, backbone, ids, chain.expected, steps.one_more)
+            hidden, flips = _end_to_end(theirs, backbone, ids, chain.expected)
+        args = {"x": chain.x, "weight": norm.weight, "eps": norm.variance_epsilon}
+        plain = partial(_norm, theirs, norm)
+        rows = by_layer(found.rows, watch.rows())
+        rows.append(Row(None, "rms_norm", "final", *measure("rms_norm", args, plain)))
+        name, head = ("logits", model.lm_head) if hasattr(model, "lm_head") else ("hidden", torch.nn.Identity())
+        wide = reference.rms_norm(found.wide, widen(norm.weight), norm.variance_epsilon)
+        wide = wide @ widen(head.weight).T if name == "logits" else wide
+        rows.append(end_row(name, "end to end", head(hidden), Values.beside(wide, head(plain(**args)), END_RATIO)))
+    return finish(rows, flips, table.device, table.dtype, len(layers) * ids.numel(), "transformers' own modules")
+
+
+@contextmanager
+def _running_applied(model: Any) -> Iterator[None]:
+    """Within the block the model is applied."""
+    was_applied = hf.applied(model)
+    if not was_applied:
+        hf.apply(model)
+    try:
+        yield
+    finally:
+        if not was_applied:
+            hf.revert(model)
+
+
+@contextmanager
+def routed(theirs: Any, backbone: Any, routes: Routes) -> Iterator[None]:
+    """Within the block the gates' choices are overruled."""
+
+    def overruled(gate: Any, args: Any, out: Any) -> Any:
+        return out[0], *routes.overrule(out[1], out[2])
+
+    gates = [module for module in backbone.modules() if isinstance(module, theirs.MixtralTopKRouter)]
+    hooks = [gate.register_forward_hook(overruled) for gate in gates]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _watched(theirs: Any, backbone: Any, ids: Tensor, expected: Sequence[Expected], said: Callable[[], None]) -> Watch:
+    """The layers' own forward on ids [B,T]: without a cache, and over transformers' cache."""
+    from transformers import DynamicCache
+
+    watch = Watch(expected, said)
+    hooks = []
+    for index, layer in enumerate(backbone.layers):
+        hooks.append(layer.register_forward_pre_hook(partial(_enter, watch, index), with_kwargs=True))
+        hooks.append(layer.register_forward_hook(partial(_leave, watch, index)))
+    try:
+        with routed(theirs, backbone, watch.routes):
+            T = ids.shape[1]
+            watch.start(WHOLE, torch.arange(T), T)
+            backbone(ids, use_cache=False)
+            cache = DynamicCache(config=backbone.config)
+            for case, first, count, _ in cuts(T):
+                at = torch.arange(first, first + count)
+                watch.start(case, at, count)
+                backbone(ids[:, at], use_cache=True, **{cache_keyword(): cache})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return watch
+
+
+def _enter(watch: Watch, index: int, layer: Any, args: Any, kwargs: Any) -> Any:
+    """The layer's input is the reference's."""
+    watch.note(index, "x", args[0])
+    return (watch.expected[index].x[:, watch.routes.at], *args[1:]), kwargs
+
+
+def _leave(watch: Watch, index: int, layer: Any, args: Any, out: Tensor) -> Tensor:
+    """What comes out is measured, and what goes on is the reference's."""
+    watch.note(index, "output", out)
+    watch.said()
+    return watch.expected[index + 1].x[:, watch.routes.at] if index + 1 < len(watch.expected) else out
+
+
+def _end_to_end(theirs: Any, backbone: Any, ids: Tensor, expected: Sequence[Expected]) -> tuple[Tensor, int]:
+    """The backbone's own forward with plain torch's routes -> [B,T,H], tokens that it would route elsewhere."""
+    routes = Routes(expected)
+    routes.start(torch.arange(ids.shape[1]), ids.shape[1])
+    with routed(theirs, backbone, routes):
+        return backbone(ids, use_cache=False).last_hidden_state, routes.flips
+
+
+def transformers_logits(folder: Any, model: Any, ids: Tensor, expected: Sequence[Expected]) -> Tensor:
+    """The logits [B,T,V] of transformers' own model, loaded from the folder, with the routes that are expected."""
+    from transformers import MixtralForCausalLM
+    from transformers.models.mixtral import modeling_mixtral
+
+    eager: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    loaded = MixtralForCausalLM.from_pretrained(folder, dtype=model.dtype, **eager).eval().to(model.device)
+    routes = Routes(expected)
+    routes.start(torch.arange(ids.shape[1]), ids.shape[1])
+    with routed(modeling_mixtral, loaded.model, routes):
+        return loaded(ids).logits
+
+
+def _norm(theirs: Any, module: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return theirs.MixtralRMSNorm.forward(module, x)
+
+
+def _config(config: Any, head_dim: int) -> MixtralConfig:
+    sizes = {name: getattr(config, name) for name in SIZES}
+    theta = config.rope_parameters["rope_theta"]
+    window = getattr(config, "sliding_window", None)
+    return MixtralConfig(**sizes, head_dim=head_dim, rope_theta=theta, sliding_window=window)
+
+
+class HFLayerCheck(LayerCheck):
+    """One decoder layer of transformers on x [B,T,H], by the functions of transformers' own classes, applied or not."""
+
+    def __init__(self, theirs: Any, backbone: Any, block: Any, x: Tensor, config: MixtralConfig) -> None:
+        attn, moe, norms = block.self_attn, block.mlp, (block.input_layernorm, block.post_attention_layernorm)
+        x = x.to(norms[0].weight.device)
+        B, T, H = x.shape
+        self.theirs, self.attn, self.moe, self.x = theirs, attn, moe, x
+        self.positions = torch.arange(T, device=x.device).expand(B, T)
+        rotary = partial(theirs.MixtralRotaryEmbedding.forward, backbone.rotary_emb, position_ids=self.positions[:1])
+        self.angles = rotary(x)
+        cos, sin = (part[0, :, : attn.head_dim // 2].contiguous() for part in rotary(x.float()))
+        self.tables = {"cos": cos, "sin": sin}
+        self.config = config
+        self.layer: Any = SimpleNamespace(
+            input_layernorm=norms[0].weight,
+            qkv_proj=torch.cat([project.weight for project in (attn.q_proj, attn.k_proj, attn.v_proj)]),
+            post_attention_layernorm=norms[1].weight,
+            o_proj=attn.o_proj.weight,
+            gate=moe.gate.weight,
+            gate_up_proj=moe.experts.gate_up_proj,
+            down_proj=moe.experts.down_proj,
+        )
+        self.plain = {
+            "rms_norm": partial(_norm, theirs, norms[0]),
+            "add_rms_norm": partial(self._eager_add_norm, norms[1]),
+            "rope": self._eager_rope,
+            "attention": self._eager_attention,
+            "route": self._eager_route,
+            "gate_route": self._eager_gate,
+            "expert_swiglu": self._eager_experts,
+            "experts_add_rms_norm": partial(self._eager_experts_norm, norms[1]),
+        }
+        self.normed = theirs.MixtralRMSNorm.forward(norms[0], x)
+        self.q, self.k, self.v = (
+            project(self.normed).view(B, T, -1, attn.head_dim) for project in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
+        self.rq, self.rk = self._eager_rope(self.q, self.k)
+        a = self._eager_attention(self.rq, self.rk, self.v, config.sliding_window)
+        self.heads = a.reshape(B, T, -1)
+        self.a = attn.o_proj(self.heads)
+        self.h = theirs.MixtralRMSNorm.forward(norms[1], x + self.a).view(B * T, H)
+        self.gate_logits, self.weights, self.ids = self._eager_gate(self.h)
+        self.output = x + self.a + self._eager_experts(self.h, None, None, self.ids, self.weights).view_as(x)
+
+    def _eager_add_norm(
+        self, norm: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total = residual + x
+        return self.theirs.MixtralRMSNorm.forward(norm, total), total
+
+    def _eager_rope(self, q: Tensor, k: Tensor, **tables: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = self.theirs.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *self.angles)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    def _eager_attention(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        S, T = k.shape[1], q.shape[1]
+        i, j = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)
+        hidden = (j > i) | (j <= i - (window or S))
+        mask = torch.zeros(T, S, dtype=q.dtype, device=q.device).masked_fill_(hidden, torch.finfo(q.dtype).min)
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        return self.theirs.eager_attention_forward(self.attn, *heads, mask, self.attn.scaling)[0]
+
+    def _eager_gate(self, x: Tensor, **same: Any) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, ids = self.theirs.MixtralTopKRouter.forward(self.moe.gate, x)
+        return logits, weights, ids.int()
+
+    def _eager_route(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        return self._eager_gate(self.h)[1:]
+
+    def _eager_experts(self, x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, weights: Tensor) -> Tensor:
+        """transformers' loop over the experts, which the implementations stand in for."""
+        eager = inspect.unwrap(self.theirs.MixtralExperts.forward)
+        return eager(self.moe.experts, x, ids.long(), weights)
+
+    def _eager_experts_norm(
+        self, norm: Any, residual: Tensor, norm_weight: Tensor, eps: float, **experts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self._eager_add_norm(norm, self._eager_experts(**experts), residual, norm_weight, eps)

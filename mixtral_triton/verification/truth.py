@@ -1,0 +1,118 @@
+"""A layer in fp64, and how far from it, token by token, another way to compute the layer may be.
+
+B batch, T tokens, H hidden, E experts, K experts per token, Hq query heads, Hkv key/value heads, D head size
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from .yardstick import RATIO, truth, widen
+
+# Of a token's norm: what one rounding of each value (16-bit types), or other orders of a layer's sums, may cost.
+FLOOR = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-20}
+
+
+def distance(got: Tensor, exact: Tensor) -> Tensor:
+    """[..., H] -> [...]: the length of the difference, relative to that of `exact`; infinite where a value is NaN.
+
+    Not the largest value of all: a residual stream has a few channels that are a thousand times as large as the rest.
+    """
+    apart = (got.double() - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
+    return apart.nan_to_num(nan=float("inf"))
+
+
+@dataclass(frozen=True)
+class Values:
+    """Exact values [B,T,H] fp64, and how far from them those of one token may be."""
+
+    exact: Tensor
+    limit: float
+
+    @classmethod
+    def beside(cls, exact: Tensor, plain: Tensor, ratio: float = RATIO) -> Values:
+        """`plain`: the same by plain torch in the weights' dtype, which sets the limit."""
+        return cls(exact, max(ratio * float(distance(plain, exact).max()), FLOOR[plain.dtype]))
+
+    def measure(self, got: Tensor, at: Tensor) -> tuple[float, float]:
+        """The error of the tokens `at` [n] of each sequence, got [B,n,H], and its limit."""
+        return float(distance(got, self.exact[:, at]).max()), self.limit
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What plain torch has for one layer, and the truth beside it.
+
+    x, h           the layer's input, and its norm, in the weights' dtype [B,T,H]
+    ids, weights   the experts of every token [B,T,K]
+    normed, output the truth of h and of the layer's output
+    logits         the gate's, fp64 [B,T,E], and how far from them (not relatively) those in the weights' dtype may be
+    """
+
+    x: Tensor
+    h: Tensor
+    ids: Tensor
+    weights: Tensor
+    normed: Values
+    output: Values
+    logits: Tensor
+    logits_limit: float
+
+    @classmethod
+    def of(cls, check: Any, normed: Tensor, logits: Tensor, output: Tensor) -> Expected:
+        """`check`: a LayerCheck; the rest is fp64."""
+        shape = check.x.shape[:2]
+        plain_logits = check.gate_logits.view(logits.shape).double()
+        limit = RATIO * float((plain_logits - logits).abs().max()) + FLOOR[check.x.dtype] * float(logits.abs().max())
+        ids, weights = check.ids.view(*shape, -1), check.weights.view(*shape, -1)
+        values = Values.beside(normed, check.normed), Values.beside(output, check.output)
+        return cls(check.x, check.normed, ids, weights, *values, logits, limit)
+
+    def misrouted(self, ids: Tensor, at: Tensor) -> float:
+        """By how much of the largest logit a token's experts `ids` [B,n,K] fall behind one that was not taken.
+
+        The same experts in another order are no difference. Infinite for what is no choice of K of E experts.
+        """
+        logits = self.logits[:, at]
+        ordered = ids.long().sort(-1).values
+        bounds = ordered[..., 0].min() < 0 or ordered[..., -1].max() >= logits.shape[-1]
+        if bounds or (ordered[..., 1:] == ordered[..., :-1]).any():
+            return float("inf")
+        rest = logits.scatter(-1, ordered, -float("inf")).amax(-1)
+        behind = rest - logits.gather(-1, ordered).amin(-1)
+        return max(0.0, float(behind.max()) / self._scale)
+
+    @property
+    def route_limit(self) -> float:
+        """Two logits may be wrong, one up and one down."""
+        return 2 * self.logits_limit / self._scale
+
+    @property
+    def _scale(self) -> float:
+        return max(float(self.logits.abs().max()), 1e-30)
+
+
+def wide_layer(layer: Any, config: Any, tables: dict[str, Tensor], x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """One layer on x fp64 [B,T,H], each token by the experts ids [B*T,K] -> gate logits [B,T,E], output [B,T,H].
+
+    The weights are widened one matrix, one expert at a time: a layer of them in fp64 is more than many cards hold.
+    """
+    B, T, H = x.shape
+    Hq, Hkv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    positions = torch.arange(T, device=x.device).expand(B, T)
+    normed = reference.rms_norm(x, widen(layer.input_layernorm), config.rms_norm_eps)
+    q, k, v = F.linear(normed, widen(layer.qkv_proj)).view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
+    q, k = reference.rope(q, k, widen(tables["cos"]), widen(tables["sin"]), positions)
+    a = reference.attention(q, k, v, window=config.sliding_window)
+    x = x + F.linear(a.reshape(B, T, Hq * D), widen(layer.o_proj))
+    h = reference.rms_norm(x, widen(layer.post_attention_layernorm), config.rms_norm_eps).view(B * T, H)
+    logits = F.linear(h, widen(layer.gate))
+    experts = {"gate_up_proj": layer.gate_up_proj, "down_proj": layer.down_proj, "ids": ids}
+    (y,) = truth("expert_swiglu", {"x": h, **experts, "weights": logits.gather(1, ids.long()).softmax(-1)})
+    return logits.view(B, T, -1), x + y.view_as(x)

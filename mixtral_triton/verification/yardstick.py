@@ -1,0 +1,95 @@
+"""The yardstick of an operation: exact results in wider arithmetic; the error of plain torch sets the limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..kernels.registry import OPS
+
+RATIO = 2.0  # an operation may err at most this many times as much as plain torch in the same dtype
+# What one rounding of a result (16-bit types), or another order of a long sum (fp32), may cost in any case.
+FLOOR = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-19}
+
+Args = dict[str, Any]
+
+
+class Yardstick:
+    """The exact results of one call of an operation, and how far from them another way to do it may be.
+
+    Errors and limits are relative to the largest value of the result.
+    """
+
+    def __init__(self, name: str, args: Args, plain: Callable[..., Any] | None = None) -> None:
+        """`plain` is the way whose error sets the limits; None: the operation's reference."""
+        op = OPS[name]
+        self.args, self.mutates, self.follows = args, op.mutates, op.follows
+        self.exact = truth(name, args, op.mutates)
+        self.limits: list[float] = []
+        for same, exact in zip(_results(plain or op.reference, args, op.mutates), self.exact, strict=True):
+            known = op.follows is not None and self.limits  # what follows from the first result has no error of its own
+            self.limits.append(max(0.0 if known else RATIO * _error(same, exact), FLOOR.get(same.dtype, 0.0)))
+
+    def measure(self, function: Callable[..., Any]) -> tuple[float, float]:
+        """Error of `function` and its limit; of several results, the one nearest to (or farthest beyond) its limit."""
+        got = _results(function, self.args, self.mutates)
+        exact = self.exact if self.follows is None else [self.exact[0], *self.follows(self.args, got)]
+        errors = [_error(*pair) for pair in zip(got, exact, strict=True)]
+        return worst(zip(errors, self.limits, strict=True))
+
+
+def worst(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """Of (error, limit), the one nearest to its limit, or farthest beyond it."""
+    return max(pairs, key=lambda pair: pair[0] / max(pair[1], 1e-30))
+
+
+def measure(name: str, args: Args, plain: Callable[..., Any] | None = None) -> tuple[float, float]:
+    """Error of the runtime's `name` on `args`, and its limit."""
+    return Yardstick(name, args, plain).measure(getattr(torch.ops.mixtral_triton, name))
+
+
+def _results(function: Callable[..., Any], args: Args, mutates: tuple[str, ...]) -> list[Tensor]:
+    """What a call gives back, and the arguments it changed (copies: the caller's stay as they are)."""
+    own = {name: value.clone() if name in mutates else value for name, value in args.items()}
+    out = function(**own)
+    results = [] if out is None else list(out) if isinstance(out, tuple) else [out]
+    return results + [own[name] for name in mutates]
+
+
+def truth(name: str, args: Args, mutates: tuple[str, ...] = ()) -> list[Tensor]:
+    """The reference in wider arithmetic; the experts one at a time, since a layer of them is most of a model."""
+    if name == "experts_add_rms_norm":
+        args = dict(args)
+        residual, weight, eps = (args.pop(key) for key in ("residual", "norm_weight", "eps"))
+        (out,) = truth("expert_swiglu", args, mutates)
+        return list(reference.rms_norm(out, widen(weight), eps, widen(residual)))
+    if name != "expert_swiglu":
+        wide = {key: widen(value) for key, value in args.items()}
+        return _results(OPS[name].reference, wide, mutates)
+    x, weights = widen(args["x"]), widen(args["weights"])
+    out = torch.zeros_like(x)
+    for expert in args["ids"].unique().tolist():
+        only = weights.masked_fill(args["ids"] != expert, 0.0).sum(-1, keepdim=True)
+        gate_up, down = (widen(args[key][expert : expert + 1]) for key in ("gate_up_proj", "down_proj"))
+        out += reference.expert_swiglu(x, gate_up, down, torch.zeros_like(args["ids"][:, :1]), only)
+    return [out]
+
+
+def widen(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+        return value
+    return value.double()
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    """Largest difference relative to the largest value; any NaN, or any difference of integers, is infinite."""
+    if not want.dtype.is_floating_point:
+        return 0.0 if torch.equal(got, want) else float("inf")
+    if got.numel() == 0:
+        return 0.0
+    error = float((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-30))
+    return error if error == error else float("inf")
