@@ -33,8 +33,9 @@ SHIPPED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_conf
 
 
 def needed() -> set[str]:
-    kernels = {f"mixtral_triton/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    package = {f"mixtral_triton/{path.name}" for path in (ROOT / "mixtral_triton").glob("*.py")}
+    kernels = {f"mixtral_triton/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
+    package = {str(path.relative_to(ROOT)) for path in (ROOT / "mixtral_triton").rglob("*.py")}
+    assert "mixtral_triton/kernels/attention/op.py" in kernels
     small = {f"mixtral_triton/small/{name}" for name in SHIPPED}
     return kernels | package | small | {"mixtral_triton/py.typed"}
 
@@ -49,7 +50,7 @@ def test_sdist(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert {"kernels/op.py", "mixtral_triton/model.py", "mixtral_triton/small/model.safetensors", "LICENSE"} <= names
-    folders = ("tests", "tests/stub", "benchmarks", "docs", "examples")
+    folders = ("tests", "tests/stub", "benchmarks", "docs", "docs/figures", "examples")
     wanted = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).glob("*.*")}
     assert "tests/conftest.py" in wanted and wanted <= names, sorted(wanted - names)
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
