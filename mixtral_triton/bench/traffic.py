@@ -1,6 +1,6 @@
 """Traffic of the operations at reduced sizes, counted in interpreted kernels: JSON lines for `bench`.
 
-    TRITON_INTERPRET=1 python -m mixtral_triton.bench_traffic ARCH '[["route", {"T": 64, "E": 8, "K": 2}, "bfloat16"]]'
+    TRITON_INTERPRET=1 python -m mixtral_triton.bench.traffic ARCH '[["route", {"T": 64, "E": 8, "K": 2}, "bfloat16"]]'
 
 A process of its own, since Triton either interprets or compiles. The tiles are those that `ARCH` gets at these sizes.
 """
