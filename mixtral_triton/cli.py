@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .model import Mixtral
 
 SMALL = Path(__file__).parent / "small"  # the checkpoint that ships with the package
-CARDS = "a100, h100, h200, b200, b300, a10, l40s, rtx5090, mi300x"  # of kernels/instruments/roofline.py, which imports torch
+CARDS = "a100, h100, h200, b200, b300, a10, l40s, rtx5090, mi300x"  # of instruments/roofline.py, which imports torch
 
 
 def parser() -> argparse.ArgumentParser:
