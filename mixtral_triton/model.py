@@ -18,6 +18,8 @@ from .config import MixtralConfig
 from .generate import generate
 from .inputs import check_ids, check_lengths, usable_device
 
+Ring = tuple[Tensor, Tensor]  # keys and values of a layer, [B, Hkv, C, D] each: see KVCache
+
 
 def _parameter(shape: Sequence[int], device: Any, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype), requires_grad=False)
@@ -55,23 +57,23 @@ class Layer(nn.Module):
             self.register_parameter(name, _parameter(shape, device, dtype))
 
     def forward(
-        self, h: Tensor, x: Tensor, next_norm: Tensor, cos: Tensor, sin: Tensor, state: State
+        self, h: Tensor, x: Tensor, next_norm: Tensor, ring: Ring | None, state: State
     ) -> tuple[Tensor, Tensor]:
         """h [B,T,H], the normed residual stream x [B,T,H] -> the same two for the next layer, whose norm is given.
 
-        Each norm also adds what came before it to the residual stream: one launch for both.
+        Each norm also adds what came before it to the residual stream: one launch for both. `ring`: the layer's cache.
         """
-        a = self.attention(h, cos, sin, state)
+        a = self.attention(h, ring, state)
         h, x = state.run.rms_norm(a, self.post_attention_layernorm, self.config.rms_norm_eps, residual=x)
         return self.experts(h, x, next_norm, state)
 
-    def attention(self, h: Tensor, cos: Tensor, sin: Tensor, state: State) -> Tensor:
+    def attention(self, h: Tensor, ring: Ring | None, state: State) -> Tensor:
         """h [B,T,H] -> [B,T,H]."""
         B, T, _ = h.shape
         Hq, Hkv, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
         qkv = state.run.linear(h, self.qkv_proj, state.deterministic)
         q, k, v = qkv.view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
-        heads = state.attend(q, k, v, cos, sin).reshape(B, T, Hq * D)
+        heads = state.attend(q, k, v, ring).reshape(B, T, Hq * D)
         return state.run.linear(heads, self.o_proj, state.deterministic)
 
     def experts(self, h: Tensor, x: Tensor, next_norm: Tensor, state: State) -> tuple[Tensor, Tensor]:
@@ -92,11 +94,12 @@ class State:
     """
 
     def __init__(self, model: Mixtral, B: int, T: int, cache: KVCache | None, new: Tensor | None, run: Any) -> None:
-        self.window, self.cache, self.layer, self.run = model.config.sliding_window, cache, 0, run
-        self.deterministic = model.deterministic
+        self.window, self.run, self.deterministic = model.config.sliding_window, run, model.deterministic
+        self.cos, self.sin = model.cos, model.sin
         # A row of one token may come in a longer chunk as well: then deterministic ones go the way of a chunk.
         self.one_by_one = cache is not None and T == 1 and not model.deterministic
         if cache is not None:
+            self.past = cache.lengths
             self.new = torch.full((B,), T, dtype=torch.int32, device=model.device) if new is None else new
         if not self.one_by_one:
             t = torch.arange(T, device=model.device)
@@ -104,25 +107,22 @@ class State:
             positions = t if cache is None else (cache.lengths[:, None] + t).clamp_(max=len(model.cos) - 1)
             self.positions = positions.expand(B, T)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, ring: Ring | None) -> Tensor:
         """q [B,T,Hq,D], k and v [B,T,Hkv,D], not yet rotated -> [B,T,Hq,D]."""
-        if self.cache is None:
-            q, k = self.run.rope(q, k, cos, sin, self.positions)
+        if ring is None:
+            q, k = self.run.rope(q, k, self.cos, self.sin, self.positions)
             return self.run.attention(q, k, v, self.window, True, None, None, None, self.deterministic)
-        keys, values, past = self.cache.keys[self.layer], self.cache.values[self.layer], self.cache.lengths
-        self.layer += 1
         if self.one_by_one:
             # The one new key takes the slot of the one that just left the window.
-            q = self.run.rope_append(q, k, v, cos, sin, keys, values, past, self.new)
-            return self._attend_cached(q, None, None, keys, values)
-        q, k = self.run.rope(q, k, cos, sin, self.positions)
-        out = self._attend_cached(q, k, v, keys, values)
-        self.run.append(k, v, keys, values, past, self.new)  # only now: the chunk's first queries needed the old keys
+            q = self.run.rope_append(q, k, v, self.cos, self.sin, *ring, self.past, self.new)
+            return self._attend_cached(q, None, None, ring)
+        q, k = self.run.rope(q, k, self.cos, self.sin, self.positions)
+        out = self._attend_cached(q, k, v, ring)
+        self.run.append(k, v, *ring, self.past, self.new)  # only now: the chunk's first queries needed the old keys
         return out
 
-    def _attend_cached(self, q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor) -> Tensor:
-        past = self.cache.lengths  # type: ignore[union-attr]
-        return self.run.cached_attention(q, k, v, keys, values, past, self.new, self.window, self.deterministic)
+    def _attend_cached(self, q: Tensor, k: Tensor | None, v: Tensor | None, ring: Ring) -> Tensor:
+        return self.run.cached_attention(q, k, v, *ring, self.past, self.new, self.window, self.deterministic)
 
 
 class Mixtral(nn.Module):
@@ -222,8 +222,9 @@ class Mixtral(nn.Module):
         bounds = () if cache is None else (cache.lengths, state.new if lengths is None else lengths, cache.max_len)
         h, x = run.embed_rms_norm(input_ids, self.embed_tokens, self.layers[0].input_layernorm, eps, *bounds)
         following = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
-        for layer, next_norm in zip(self.layers, following, strict=True):
-            h, x = layer(h, x, next_norm, self.cos, self.sin, state)
+        rings = [None] * len(following) if cache is None else zip(cache.keys, cache.values, strict=True)
+        for layer, next_norm, ring in zip(self.layers, following, rings, strict=True):
+            h, x = layer(h, x, next_norm, ring, state)
         if cache is not None:
             cache.advance(state.new, T if lengths is None else 0)
         return h

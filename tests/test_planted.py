@@ -81,8 +81,8 @@ IN_A_LAYER = {
 IN_ALL_LAYERS = {
     "window + 1": ("__init__", "model.config.sliding_window", "model.config.sliding_window + 1", WHOLE),
     "window - 1": ("__init__", "model.config.sliding_window", "model.config.sliding_window - 1", WHOLE),
-    "position + 1 in decode": ("attend", "(q, k, v, cos, sin,", "(q, k, v, cos[1:], sin[1:],", TOKENS),
-    "the ring off by one slot": ("attend", "(k, v, keys, values, past", "(k, v, keys, values, past + 1", CHUNKS),
+    "position + 1 in decode": ("attend", "self.cos, self.sin, *", "self.cos[1:], self.sin[1:], *", TOKENS),
+    "the ring off by one slot": ("attend", "(k, v, *ring, self.past", "(k, v, *ring, self.past + 1", CHUNKS),
 }  # fmt: skip
 
 
