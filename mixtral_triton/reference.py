@@ -1,7 +1,9 @@
-"""Plain torch: every operation (written out in kernels/reference.py), and the whole forward without a cache."""
+"""Plain torch: every operation (written out in kernels/reference.py), a block, and the forward without a cache."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,23 +12,87 @@ from torch import Tensor
 
 from .kernels.reference import attention, expert_swiglu, rms_norm, rope, route, sort_by_expert
 
-__all__ = ["attention", "expert_swiglu", "forward", "rms_norm", "rope", "route", "sort_by_expert"]
+__all__ = [
+    "attention",
+    "block",
+    "expert_swiglu",
+    "forward",
+    "rms_norm",
+    "rope",
+    "route",
+    "sort_by_expert",
+    "whole_text",
+]
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v, not yet rotated -> [B,T,Hq,D]
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a block computes on the way, B sequences of T tokens: N = B T rows.
+
+    x, normed, attended, output  [B,T,H]: the residual stream, its norm, what attention adds, the stream behind all
+    q, k, v, heads               [B,T,heads,D], not yet rotated, and [B,T,Hq D]
+    h, logits, weights, ids      [N,H], [N,E], [N,K] twice: what the experts read, and who reads it
+    """
+
+    x: Tensor
+    normed: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    heads: Tensor
+    attended: Tensor
+    h: Tensor
+    logits: Tensor
+    weights: Tensor
+    ids: Tensor
+    output: Tensor
+
+
+def block(
+    layer: Any,
+    config: Any,
+    x: Tensor,
+    attend: Attend,
+    ids: Tensor | None = None,
+    of: Callable[[Tensor], Tensor] = lambda weight: weight,
+    experts: Callable[..., Tensor] = expert_swiglu,
+) -> Values:
+    """One block on x [B,T,H] (Jiang et al. 2024): attention, then the experts, each behind a norm and added to x.
+
+    ids [N,K]: the experts to take, in the router's place. `of` is asked for each weight but the experts', which are
+    left to `experts`: for other arithmetic than the weights'.
+    """
+    B, T, H = x.shape
+    Hq, Hkv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    normed = rms_norm(x, of(layer.input_layernorm), config.rms_norm_eps)
+    q, k, v = F.linear(normed, of(layer.qkv_proj)).view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
+    heads = attend(q, k, v).reshape(B, T, Hq * D)
+    attended = F.linear(heads, of(layer.o_proj))
+    h = rms_norm(x + attended, of(layer.post_attention_layernorm), config.rms_norm_eps).view(B * T, H)
+    logits = F.linear(h, of(layer.gate))
+    if ids is None:
+        weights, ids = route(logits, config.num_experts_per_tok)
+    else:
+        weights = logits.gather(1, ids.long()).softmax(-1)
+    y = experts(h, layer.gate_up_proj, layer.down_proj, ids, weights).view_as(x)
+    return Values(x, normed, q, k, v, heads, attended, h, logits, weights, ids, x + attended + y)
+
+
+def whole_text(window: int | None, cos: Tensor, sin: Tensor) -> Attend:
+    """Attention without a cache: token t stands at position t."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        positions = torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])
+        return attention(*rope(q, k, cos, sin, positions), v, window=window)
+
+    return attend
 
 
 def forward(model: Any, input_ids: Tensor) -> Tensor:
-    """All of a `Mixtral` on input_ids [B,T] -> logits fp32 [B,T,V] (Jiang et al. 2024; HF's MixtralForCausalLM)."""
-    config = model.config
-    B, T = input_ids.shape
-    Hq, Hkv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    positions = torch.arange(T, device=input_ids.device).expand(B, T)
+    """All of a `Mixtral` on input_ids [B,T] -> logits fp32 [B,T,V] (HF's MixtralForCausalLM)."""
     x = model.embed_tokens[input_ids]
     for layer in model.layers:
-        h = rms_norm(x, layer.input_layernorm, config.rms_norm_eps)
-        q, k, v = F.linear(h, layer.qkv_proj).view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
-        q, k = rope(q, k, model.cos, model.sin, positions)
-        a = attention(q, k, v, window=config.sliding_window)
-        x = x + F.linear(a.reshape(B, T, Hq * D), layer.o_proj)
-        h = rms_norm(x, layer.post_attention_layernorm, config.rms_norm_eps).view(B * T, -1)
-        weights, ids = route(F.linear(h, layer.gate), config.num_experts_per_tok)
-        x = x + expert_swiglu(h, layer.gate_up_proj, layer.down_proj, ids, weights).view_as(x)
-    return F.linear(rms_norm(x, model.norm, config.rms_norm_eps), model.lm_head).float()
+        x = block(layer, model.config, x, whole_text(model.config.sliding_window, model.cos, model.sin)).output
+    return F.linear(rms_norm(x, model.norm, model.config.rms_norm_eps), model.lm_head).float()

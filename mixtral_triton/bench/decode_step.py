@@ -23,6 +23,7 @@ from ..kernels import reference
 from ..kernels.op import Cost, Op, Sizes
 from ..kernels.registry import OPS
 from ..model import Mixtral
+from ..reference import block
 
 Args = dict[str, Any]
 STEPS_MOST = 4096  # positions beyond S that a benchmark's repeated steps may reach
@@ -95,21 +96,21 @@ def replayed_step(args: Args) -> Callable[..., Tensor]:
 
 def plain_step(model: Mixtral, cache: KVCache, token: Tensor) -> Tensor:
     """`step` in plain torch."""
-    own, eps = model.config, model.config.rms_norm_eps
-    Hq, Hkv, D = own.num_attention_heads, own.num_key_value_heads, own.head_dim
     past, new = cache.lengths, torch.ones_like(cache.lengths)
     x = F.embedding(token, model.embed_tokens)
     for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
-        h = reference.rms_norm(x, layer.input_layernorm, eps)
-        q, k, v = F.linear(h, layer.qkv_proj).unflatten(-1, (-1, D)).split((Hq, Hkv, Hkv), dim=2)
-        q = reference.rope_append(q, k, v, model.cos, model.sin, keys, values, past, new)
-        a = reference.cached_attention(q, None, None, keys, values, past, new, own.sliding_window)
-        x = x + F.linear(a.flatten(2), layer.o_proj)
-        h = reference.rms_norm(x, layer.post_attention_layernorm, eps)[:, 0]
-        weights, ids = reference.route(F.linear(h, layer.gate), own.num_experts_per_tok)
-        x = x + reference.expert_swiglu(h, layer.gate_up_proj, layer.down_proj, ids, weights)[:, None]
+        attend = partial(_attend, model, keys, values, past, new)
+        x = block(layer, model.config, x, attend).output
     cache.advance(new, 1)
-    return model.head(reference.rms_norm(x, model.norm, eps)[:, 0])
+    return model.head(reference.rms_norm(x, model.norm, model.config.rms_norm_eps)[:, 0])
+
+
+def _attend(
+    model: Mixtral, keys: Tensor, values: Tensor, past: Tensor, new: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Attention of one token a sequence, over the layer's ring."""
+    q = reference.rope_append(q, k, v, model.cos, model.sin, keys, values, past, new)
+    return reference.cached_attention(q, None, None, keys, values, past, new, model.config.sliding_window)
 
 
 def fault(function: Callable[..., Any], args: Args) -> str | None:

@@ -25,7 +25,7 @@ from .layers import LayerCheck, check_layers, norm_args
 from .loaded import check_loaded
 from .report import Report, Row
 from .shell import end_to_end, forwards, tried, watched
-from .truth import Values
+from .truth import Truth
 from .verdict import END_RATIO, Progress, Steps, by_layer, end_row, finish, text_or_default
 from .yardstick import measure, widen
 
@@ -80,12 +80,12 @@ def _verify(model: Mixtral, ids: Tensor, progress: Progress, folder: Any, peer: 
     rows = [] if folder is None else check_loaded(folder, model)
     config, shell = model.config, tried(model.config, ids.shape[1])
     steps = Steps(len(model.layers) * (1 + forwards(ids.shape[1])), progress)
-    make, x = partial(LayerCheck, model), F.embedding(ids, model.embed_tokens)
+    make, x = partial(LayerCheck.of_model, model), F.embedding(ids, model.embed_tokens)
     found = check_layers(make, model.layers, x, config, shell, steps.one_more)
     watch = watched(model, shell, ids, found.tried.expected, steps.one_more)
     rows += by_layer(found.rows, watch.rows())
     rows.append(Row(None, "rms_norm", "final", *measure("rms_norm", norm_args(config, found.chain.x, model.norm))))
-    truth = Values.beside(_logits(model, found.wide), _logits(model, found.chain.x), END_RATIO)
+    truth = Truth.beside(_logits(model, found.wide), _logits(model, found.chain.x), END_RATIO)
     logits, flips = end_to_end(model, ids, found.chain.expected)
     rows.append(end_row("logits", "end to end", logits, truth))
     if peer is not None:

@@ -19,10 +19,11 @@ from torch.nn.functional import embedding
 from .. import hf, reference
 from ..config import SIZES, MixtralConfig
 from ..hf.release import cache_keyword
+from ..reference import Values
 from .layers import LayerCheck, check_layers
 from .report import Report, Row
 from .shell import WHOLE, Routes, Watch, cuts, forwards
-from .truth import Expected, Values
+from .truth import Expected, Truth
 from .verdict import END_RATIO, Progress, Steps, by_layer, end_row, finish, text_or_default
 from .yardstick import measure, widen
 
@@ -38,7 +39,7 @@ def verify_hf(model: Any, input_ids: Tensor | None, progress: Progress) -> Repor
     steps = Steps(len(layers) * (1 + forwards(ids.shape[1])), progress)
     config = _config(layers[0].self_attn.config, layers[0].self_attn.head_dim)
     with torch.no_grad():
-        make = partial(HFLayerCheck, theirs, backbone)
+        make = partial(_check, theirs, backbone)
         found = check_layers(make, layers, embedding(ids, table), config, config, steps.one_more)
         chain = found.chain
         with _running_applied(model):
@@ -51,7 +52,7 @@ def verify_hf(model: Any, input_ids: Tensor | None, progress: Progress) -> Repor
         name, head = ("logits", model.lm_head) if hasattr(model, "lm_head") else ("hidden", torch.nn.Identity())
         wide = reference.rms_norm(found.wide, widen(norm.weight), norm.variance_epsilon)
         wide = wide @ widen(head.weight).T if name == "logits" else wide
-        rows.append(end_row(name, "end to end", head(hidden), Values.beside(wide, head(plain(**args)), END_RATIO)))
+        rows.append(end_row(name, "end to end", head(hidden), Truth.beside(wide, head(plain(**args)), END_RATIO)))
     return finish(rows, flips, table.device, table.dtype, len(layers) * ids.numel(), "transformers' own modules")
 
 
@@ -143,7 +144,8 @@ def transformers_logits(folder: Any, model: Any, ids: Tensor, expected: Sequence
         return loaded(ids).logits
 
 
-def _norm(theirs: Any, module: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _norm(theirs: Any, module: Any, x: Tensor, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """transformers' norm, which has its own weight and eps: those of the operation's call are the same."""
     return theirs.MixtralRMSNorm.forward(module, x)
 
 
@@ -154,62 +156,64 @@ def _config(config: Any, head_dim: int) -> MixtralConfig:
     return MixtralConfig(**sizes, head_dim=head_dim, rope_theta=theta, sliding_window=window)
 
 
-class HFLayerCheck(LayerCheck):
-    """One decoder layer of transformers on x [B,T,H], by the functions of transformers' own classes, applied or not."""
+class Eager:
+    """One decoder layer of transformers, by the functions of transformers' own classes, applied or not."""
 
-    def __init__(self, theirs: Any, backbone: Any, block: Any, x: Tensor, config: MixtralConfig) -> None:
-        attn, moe, norms = block.self_attn, block.mlp, (block.input_layernorm, block.post_attention_layernorm)
-        x = x.to(norms[0].weight.device)
-        B, T, H = x.shape
-        self.theirs, self.attn, self.moe, self.x = theirs, attn, moe, x
-        self.positions = torch.arange(T, device=x.device).expand(B, T)
-        rotary = partial(theirs.MixtralRotaryEmbedding.forward, backbone.rotary_emb, position_ids=self.positions[:1])
+    def __init__(self, theirs: Any, backbone: Any, block: Any, positions: Tensor, x: Tensor) -> None:
+        self.theirs, self.attn, self.moe = theirs, block.self_attn, block.mlp
+        self.norms = block.input_layernorm, block.post_attention_layernorm
+        rotary = partial(theirs.MixtralRotaryEmbedding.forward, backbone.rotary_emb, position_ids=positions)
         self.angles = rotary(x)
-        cos, sin = (part[0, :, : attn.head_dim // 2].contiguous() for part in rotary(x.float()))
-        self.tables = {"cos": cos, "sin": sin}
-        self.config = config
-        self.layer: Any = SimpleNamespace(
-            input_layernorm=norms[0].weight,
+        self.tables = [part[0, :, : self.attn.head_dim // 2].contiguous() for part in rotary(x.float())]
+
+    def values(self, x: Tensor, window: int | None) -> Values:
+        """What the layer computes on x [B,T,H]."""
+        B, T, H = x.shape
+        attn = self.attn
+        normed = _norm(self.theirs, self.norms[0], x)
+        q, k, v = (project(normed).view(B, T, -1, attn.head_dim) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
+        heads = self.attention(*self.rope(q, k), v, window).reshape(B, T, -1)
+        attended = attn.o_proj(heads)
+        h = _norm(self.theirs, self.norms[1], x + attended).view(B * T, H)
+        logits, weights, ids = self.gate(h)
+        output = x + attended + self.experts(h, None, None, ids, weights).view_as(x)
+        return Values(x, normed, q, k, v, heads, attended, h, logits, weights, ids, output)
+
+    def instead(self, h: Tensor) -> dict[str, Callable[..., Any]]:
+        """What stands in the place of the operations' references; `h`: what the experts read."""
+        return {
+            "rms_norm": partial(_norm, self.theirs, self.norms[0]),
+            "add_rms_norm": self.add_norm,
+            "rope": self.rope,
+            "attention": self.attention,
+            "route": lambda logits, top_k: self.gate(h)[1:],
+            "gate_route": self.gate,
+            "expert_swiglu": self.experts,
+            "experts_add_rms_norm": self.experts_norm,
+        }
+
+    def weights(self) -> Any:
+        """By the names of this package's `Layer`."""
+        attn, moe = self.attn, self.moe
+        return SimpleNamespace(
+            input_layernorm=self.norms[0].weight,
             qkv_proj=torch.cat([project.weight for project in (attn.q_proj, attn.k_proj, attn.v_proj)]),
-            post_attention_layernorm=norms[1].weight,
             o_proj=attn.o_proj.weight,
+            post_attention_layernorm=self.norms[1].weight,
             gate=moe.gate.weight,
             gate_up_proj=moe.experts.gate_up_proj,
             down_proj=moe.experts.down_proj,
         )
-        self.plain = {
-            "rms_norm": partial(_norm, theirs, norms[0]),
-            "add_rms_norm": partial(self._eager_add_norm, norms[1]),
-            "rope": self._eager_rope,
-            "attention": self._eager_attention,
-            "route": self._eager_route,
-            "gate_route": self._eager_gate,
-            "expert_swiglu": self._eager_experts,
-            "experts_add_rms_norm": partial(self._eager_experts_norm, norms[1]),
-        }
-        self.normed = theirs.MixtralRMSNorm.forward(norms[0], x)
-        self.q, self.k, self.v = (
-            project(self.normed).view(B, T, -1, attn.head_dim) for project in (attn.q_proj, attn.k_proj, attn.v_proj)
-        )
-        self.rq, self.rk = self._eager_rope(self.q, self.k)
-        a = self._eager_attention(self.rq, self.rk, self.v, config.sliding_window)
-        self.heads = a.reshape(B, T, -1)
-        self.a = attn.o_proj(self.heads)
-        self.h = theirs.MixtralRMSNorm.forward(norms[1], x + self.a).view(B * T, H)
-        self.gate_logits, self.weights, self.ids = self._eager_gate(self.h)
-        self.output = x + self.a + self._eager_experts(self.h, None, None, self.ids, self.weights).view_as(x)
 
-    def _eager_add_norm(
-        self, norm: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         total = residual + x
-        return self.theirs.MixtralRMSNorm.forward(norm, total), total
+        return _norm(self.theirs, self.norms[1], total), total
 
-    def _eager_rope(self, q: Tensor, k: Tensor, **tables: Tensor) -> tuple[Tensor, Tensor]:
+    def rope(self, q: Tensor, k: Tensor, **tables: Tensor) -> tuple[Tensor, Tensor]:
         q, k = self.theirs.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *self.angles)
         return q.transpose(1, 2), k.transpose(1, 2)
 
-    def _eager_attention(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         S, T = k.shape[1], q.shape[1]
         i, j = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)
         hidden = (j > i) | (j <= i - (window or S))
@@ -217,19 +221,25 @@ class HFLayerCheck(LayerCheck):
         heads = (x.transpose(1, 2) for x in (q, k, v))
         return self.theirs.eager_attention_forward(self.attn, *heads, mask, self.attn.scaling)[0]
 
-    def _eager_gate(self, x: Tensor, **same: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def gate(self, x: Tensor, **same: Any) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights, ids = self.theirs.MixtralTopKRouter.forward(self.moe.gate, x)
         return logits, weights, ids.int()
 
-    def _eager_route(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        return self._eager_gate(self.h)[1:]
-
-    def _eager_experts(self, x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, weights: Tensor) -> Tensor:
+    def experts(self, x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, weights: Tensor) -> Tensor:
         """transformers' loop over the experts, which the implementations stand in for."""
         eager = inspect.unwrap(self.theirs.MixtralExperts.forward)
         return eager(self.moe.experts, x, ids.long(), weights)
 
-    def _eager_experts_norm(
-        self, norm: Any, residual: Tensor, norm_weight: Tensor, eps: float, **experts: Tensor
+    def experts_norm(
+        self, residual: Tensor, norm_weight: Tensor, eps: float, **experts: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return self._eager_add_norm(norm, self._eager_experts(**experts), residual, norm_weight, eps)
+        return self.add_norm(self.experts(**experts), residual, norm_weight, eps)
+
+
+def _check(theirs: Any, backbone: Any, block: Any, x: Tensor, config: MixtralConfig) -> LayerCheck:
+    """The check of one decoder layer on x [B,T,H]."""
+    x = x.to(block.input_layernorm.weight.device)
+    eager = Eager(theirs, backbone, block, torch.arange(x.shape[1], device=x.device)[None], x)
+    values = eager.values(x, config.sliding_window)
+    tables = dict(zip(("cos", "sin"), eager.tables, strict=True))
+    return LayerCheck(values, eager.weights(), config, tables, eager.instead(values.h))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -29,14 +28,14 @@ def distance(got: Tensor, exact: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Values:
+class Truth:
     """Exact values [B,T,H] fp64, and how far from them those of one token may be."""
 
     exact: Tensor
     limit: float
 
     @classmethod
-    def beside(cls, exact: Tensor, plain: Tensor, ratio: float = RATIO) -> Values:
+    def beside(cls, exact: Tensor, plain: Tensor, ratio: float = RATIO) -> Truth:
         """`plain`: the same by plain torch in the weights' dtype, which sets the limit."""
         return cls(exact, max(ratio * float(distance(plain, exact).max()), FLOOR[plain.dtype]))
 
@@ -59,20 +58,20 @@ class Expected:
     h: Tensor
     ids: Tensor
     weights: Tensor
-    normed: Values
-    output: Values
+    normed: Truth
+    output: Truth
     logits: Tensor
     logits_limit: float
 
     @classmethod
-    def of(cls, check: Any, normed: Tensor, logits: Tensor, output: Tensor) -> Expected:
-        """`check`: a LayerCheck; the rest is fp64."""
-        shape = check.x.shape[:2]
-        plain_logits = check.gate_logits.view(logits.shape).double()
-        limit = RATIO * float((plain_logits - logits).abs().max()) + FLOOR[check.x.dtype] * float(logits.abs().max())
-        ids, weights = check.ids.view(*shape, -1), check.weights.view(*shape, -1)
-        values = Values.beside(normed, check.normed), Values.beside(output, check.output)
-        return cls(check.x, check.normed, ids, weights, *values, logits, limit)
+    def of(cls, plain: reference.Values, normed: Tensor, logits: Tensor, output: Tensor) -> Expected:
+        """`plain`: of the block in the weights' dtype; the rest is fp64."""
+        shape = plain.x.shape[:2]
+        plain_logits = plain.logits.view(logits.shape).double()
+        limit = RATIO * float((plain_logits - logits).abs().max()) + FLOOR[plain.x.dtype] * float(logits.abs().max())
+        ids, weights = plain.ids.view(*shape, -1), plain.weights.view(*shape, -1)
+        truths = Truth.beside(normed, plain.normed), Truth.beside(output, plain.output)
+        return cls(plain.x, plain.normed, ids, weights, *truths, logits, limit)
 
     def misrouted(self, ids: Tensor, at: Tensor) -> float:
         """By how much of the largest logit a token's experts `ids` [B,n,K] fall behind one that was not taken.
@@ -98,21 +97,16 @@ class Expected:
         return max(float(self.logits.abs().max()), 1e-30)
 
 
-def wide_layer(layer: Any, config: Any, tables: dict[str, Tensor], x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """One layer on x fp64 [B,T,H], each token by the experts ids [B*T,K] -> gate logits [B,T,E], output [B,T,H].
+def wide_block(layer: Any, config: Any, tables: dict[str, Tensor], x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """One block in fp64, on x fp64 [B,T,H], each token by the experts ids [B*T,K] -> gate logits [B,T,E], output.
 
     The weights are widened one matrix, one expert at a time: a layer of them in fp64 is more than many cards hold.
     """
-    B, T, H = x.shape
-    Hq, Hkv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    positions = torch.arange(T, device=x.device).expand(B, T)
-    normed = reference.rms_norm(x, widen(layer.input_layernorm), config.rms_norm_eps)
-    q, k, v = F.linear(normed, widen(layer.qkv_proj)).view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
-    q, k = reference.rope(q, k, widen(tables["cos"]), widen(tables["sin"]), positions)
-    a = reference.attention(q, k, v, window=config.sliding_window)
-    x = x + F.linear(a.reshape(B, T, Hq * D), widen(layer.o_proj))
-    h = reference.rms_norm(x, widen(layer.post_attention_layernorm), config.rms_norm_eps).view(B * T, H)
-    logits = F.linear(h, widen(layer.gate))
-    experts = {"gate_up_proj": layer.gate_up_proj, "down_proj": layer.down_proj, "ids": ids}
-    (y,) = truth("expert_swiglu", {"x": h, **experts, "weights": logits.gather(1, ids.long()).softmax(-1)})
-    return logits.view(B, T, -1), x + y.view_as(x)
+
+    def experts(h: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        proj = {"gate_up_proj": gate_up_proj, "down_proj": down_proj}
+        return truth("expert_swiglu", {"x": h, **proj, "ids": ids, "weights": weights})[0]
+
+    attend = reference.whole_text(config.sliding_window, widen(tables["cos"]), widen(tables["sin"]))
+    values = reference.block(layer, config, x, attend, ids, widen, experts)
+    return values.logits.view(*x.shape[:2], -1), values.output
