@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton import KVCache, Mixtral, MixtralConfig, apply, ops
+from mixtral_triton import KVCache, Mixtral, apply, ops
+from tests.models import random_model
 from tests.stub.driver import LaunchError
 from tests.stub.tensors import Looks
 
@@ -17,15 +18,7 @@ IDS = torch.tensor([[3, 5, 7, 1], [2, 9, 11, 4]])
 
 
 def build(device: Any) -> Mixtral:
-    config = MixtralConfig(
-        vocab_size=24, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=2, rope_theta=1e4, max_position_embeddings=64, sliding_window=3,
-        eos_token_id=None,
-    )  # fmt: skip
-    model, generator = Mixtral(config, device=device, dtype=torch.float32), torch.Generator().manual_seed(0)
-    for weight in model.parameters():
-        weight.copy_(torch.randn(weight.shape, generator=generator) * 2 * weight.shape[-1] ** -0.5)
-    return model
+    return random_model(device, num_hidden_layers=2, num_local_experts=2, sliding_window=3)
 
 
 def run(device: Any) -> list[torch.Tensor]:

@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import KVCache, Mixtral, MixtralConfig, ops
+from mixtral_triton import KVCache, Mixtral, ops
 from mixtral_triton.kernels import interpret, launch, linear
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import LaunchConfig, Sizes
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
+from tests.models import random_model
 
 FLOATS = (torch.float32, torch.bfloat16)
 UNGUARDED = launch.interpret  # other tests run the same kernels under guard, which takes more than twice as long
@@ -203,14 +204,8 @@ def test_the_same_call_gives_the_same_bits(deterministic: bool, device: torch.de
 
 @pytest.fixture(scope="module")
 def model() -> Mixtral:
-    config = MixtralConfig(
-        vocab_size=41, hidden_size=54, intermediate_size=47, num_hidden_layers=2, num_attention_heads=3,
-        num_key_value_heads=1, num_local_experts=4, max_position_embeddings=64, sliding_window=3, rope_theta=1e4,
-    )  # fmt: skip
-    model, generator = Mixtral(config, dtype=torch.float32, deterministic=True), torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
-    return model
+    sizes = {"vocab_size": 41, "hidden_size": 54, "intermediate_size": 47, "num_attention_heads": 3}
+    return random_model(deterministic=True, gain=1.0, num_hidden_layers=2, sliding_window=3, **sizes)
 
 
 def steps(model: Mixtral, ids: Tensor, lengths: Tensor) -> list[Tensor]:

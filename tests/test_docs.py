@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral_triton import Mixtral, MixtralConfig
 from mixtral_triton.kernels.launch import INTERPRETED
+from tests.models import random_model
 
 ROOT = Path(__file__).parents[1]
 MIXTRAL = (ROOT / "docs" / "mixtral.md").read_text(encoding="utf-8")
@@ -74,22 +74,8 @@ def test_the_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_how_far_a_window_reaches() -> None:
     """Through L layers a token moves the logits L (W - 1) places on, and no further."""
     L, W, T = 3, 4, 14
-    config = MixtralConfig(
-        vocab_size=20,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=L,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-        rope_theta=1e4,
-        max_position_embeddings=T,
-        sliding_window=W,
-    )
-    model = Mixtral(config, "cpu", torch.float32, deterministic=True)
-    generator = torch.Generator().manual_seed(0)
-    for weight in model.parameters():
-        weight.data = torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.25
+    sizes = {"vocab_size": 20, "num_hidden_layers": L, "max_position_embeddings": T, "sliding_window": W}
+    model, generator = random_model(deterministic=True, **sizes), torch.Generator().manual_seed(0)
     ids = torch.randint(20, (1, T), generator=generator)
 
     def moved(back: int) -> bool:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import Mixtral, MixtralConfig, reference
+from mixtral_triton import Mixtral, reference
 from mixtral_triton.generate import sample
 from mixtral_triton.kernels.launch import INTERPRETED
+from tests.models import random_model
 
 V, P = 23, 30
 NEW = 3 if INTERPRETED else 12
@@ -26,15 +27,7 @@ def make(device: torch.device) -> Make:
     """Changes of the configuration -> a model with random weights in fp32."""
 
     def build(**changes: Any) -> Mixtral:
-        sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1}
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
-        rest = {"rope_theta": 1e4, "max_position_embeddings": P, "sliding_window": 5, "eos_token_id": None}
-        model = Mixtral(MixtralConfig(**sizes | heads | rest | changes), device=device, dtype=torch.float32)
-        generator = torch.Generator().manual_seed(0)
-        for weight in model.parameters():
-            values = torch.randn(weight.shape, generator=generator)
-            weight.data.copy_(1 + 0.3 * values if values.dim() == 1 else values * 2 * values.shape[-1] ** -0.5)
-        return model
+        return random_model(device, **{"vocab_size": V, "max_position_embeddings": P, "sliding_window": 5} | changes)
 
     return build
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton import KVCache, Mixtral, MixtralConfig, generate
+from mixtral_triton import KVCache, Mixtral, generate
 from mixtral_triton.graph import CaptureLost, captured
 from mixtral_triton.kernels.launch import INTERPRETED
+from tests.models import random_model
 
 V = 23
 NEW = 8
@@ -18,15 +19,7 @@ CARD = torch.device("cuda", 1)  # not the current one
 
 
 def build(window: int | None, device: torch.device | str) -> Mixtral:
-    config = MixtralConfig(
-        vocab_size=V, hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=4, rope_theta=1e4, max_position_embeddings=64, sliding_window=window,
-        eos_token_id=None,
-    )  # fmt: skip
-    model, generator = Mixtral(config, device=device, dtype=torch.float32), torch.Generator().manual_seed(0)
-    for weight in model.parameters():
-        weight.copy_(torch.randn(weight.shape, generator=generator) * 2 * weight.shape[-1] ** -0.5)
-    return model
+    return random_model(device, sliding_window=window)
 
 
 def prompts(device: torch.device | str) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import KVCache, Mixtral, MixtralConfig, cache, ops
+from mixtral_triton import KVCache, Mixtral, cache, ops
 from mixtral_triton import generate as generate_module
 from mixtral_triton import model as model_module
 from mixtral_triton.generate import sample
@@ -24,6 +24,7 @@ from mixtral_triton.kernels import checks, launch
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
+from tests.models import random_model
 
 V, P, W = 23, 70, 6
 UNGUARDED = launch.interpret
@@ -177,15 +178,8 @@ def unseen(gpu_rules: None, ordered: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def build(window: int | None, device: Any = "cpu", deterministic: bool = False) -> Mixtral:
-    config = MixtralConfig(
-        vocab_size=V, hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=4, rope_theta=1e4, max_position_embeddings=P, sliding_window=window,
-    )  # fmt: skip
-    model = Mixtral(config, device=device, dtype=torch.float32, deterministic=deterministic)
-    generator = torch.Generator().manual_seed(0)
-    for weight in () if model.device.type == "meta" else model.parameters():
-        weight.copy_(torch.randn(weight.shape, generator=generator) * 2 * weight.shape[-1] ** -0.5)
-    return model
+    sizes = {"vocab_size": V, "max_position_embeddings": P, "sliding_window": window}
+    return random_model(device, deterministic=deterministic, **sizes)
 
 
 def cache_of(model: Mixtral, batch: int, max_len: int = 12) -> KVCache:

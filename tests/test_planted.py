@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import mixtral_triton
-from mixtral_triton import Mixtral, MixtralConfig, verification, verify, weights
+from mixtral_triton import Mixtral, verification, verify, weights
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import Layer, State
 from mixtral_triton.verification.shell import CHUNKS, TOKENS, WHOLE
+from tests.models import random_model
 
 SMALL = Path(mixtral_triton.__file__).parent / "small"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -40,14 +41,8 @@ SIZES: dict[str, Any] = {
 once = pytest.mark.skipif(INTERPRETED, reason="about the shell, whichever way the operations go: run once, without")
 
 
-def random_model(dtype: torch.dtype, seed: int = 1, gain: float = 1.0, **sizes: Any) -> Mixtral:
-    made = Mixtral(MixtralConfig(**SIZES | sizes), "cpu", dtype)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in made.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator)
-        scale = 1.0 if name == "embed_tokens" else gain * parameter.shape[-1] ** -0.5
-        parameter.data = (1 + 0.3 * values if values.dim() == 1 else values * scale).to(dtype)
-    return made
+def made_of(dtype: torch.dtype, **more: Any) -> Mixtral:
+    return random_model(dtype=dtype, gain=1.0, **SIZES | more)
 
 
 def rewritten(function: Callable[..., Any], *changes: str) -> Callable[..., Any]:
@@ -90,7 +85,7 @@ IN_ALL_LAYERS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fault", IN_A_LAYER)
 def test_a_fault_in_the_wiring_of_one_layer(fault: str, dtype: torch.dtype) -> None:
-    made = random_model(dtype)
+    made = made_of(dtype)
     in_one_layer(made, *IN_A_LAYER[fault])
     first = verify(made, IDS).wrong[0]
     assert (first.layer, first.op, first.case) == (LAYER, "layer", WHOLE)
@@ -102,7 +97,7 @@ def test_a_fault_in_the_wiring_of_one_layer(fault: str, dtype: torch.dtype) -> N
 def test_a_fault_in_the_wiring_of_all_layers(fault: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     name, old, new, case = IN_ALL_LAYERS[fault]
     monkeypatch.setattr(State, name, rewritten(getattr(State, name), old, new))
-    report = verify(random_model(dtype), IDS)
+    report = verify(made_of(dtype), IDS)
     first = report.wrong[0]
     assert (first.layer, first.op, first.case) == (0, "layer", case)
     assert {row.layer for row in report.wrong if row.case == case} == {0, 1, 2}
@@ -114,7 +109,7 @@ def test_an_input_norm_of_another_layer(dtype: torch.dtype, monkeypatch: pytest.
     """It is applied by the layer before, and is a fault of the layer that it enters."""
     hidden = rewritten(Mixtral.hidden, "layer.input_layernorm for layer", "layer.post_attention_layernorm for layer")
     monkeypatch.setattr(Mixtral, "hidden", hidden)
-    first = verify(random_model(dtype), IDS).wrong[0]
+    first = verify(made_of(dtype), IDS).wrong[0]
     assert (first.layer, first.op) == (1, "layer")
 
 
@@ -122,7 +117,7 @@ def test_an_input_norm_of_another_layer(dtype: torch.dtype, monkeypatch: pytest.
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_head_tied_where_it_is_not(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the shell, and in the loader."""
-    made = random_model(dtype)
+    made = made_of(dtype)
     with monkeypatch.context() as planted:
         planted.setattr(Mixtral, "head", rewritten(Mixtral.head, "self.lm_head", "self.embed_tokens"))
         assert [(row.layer, row.op) for row in verify(made, IDS).wrong] == [(None, "logits")]
@@ -160,7 +155,7 @@ def test_an_expert_with_the_down_projection_of_another(dtype: torch.dtype) -> No
 @once
 def test_a_route_that_was_no_close_call() -> None:
     """The layer's own gate reads the tokens in another order: their routes are put right, and said to be wrong."""
-    made = random_model(torch.bfloat16)
+    made = made_of(torch.bfloat16)
     in_one_layer(made, "experts", "gate_route(rows,", "gate_route(rows.flip(0),")
     assert (LAYER, "routes") in {(row.layer, row.case) for row in verify(made, IDS).wrong}
 
@@ -170,8 +165,8 @@ def a_random_model(seed: int, dtype: torch.dtype) -> tuple[Mixtral, Tensor]:
     draw = random.Random(seed)
     groups, experts = draw.choice([1, 2]), draw.choice([2, 4, 5, 8])
     made = random_model(
-        dtype,
-        seed,
+        dtype=dtype,
+        seed=seed,
         gain=draw.choice([0.5, 1.0, 2.0]),
         vocab_size=draw.choice([33, 50, 100]),
         hidden_size=draw.choice([24, 32, 48, 64]),
@@ -217,7 +212,7 @@ def fused(made: Mixtral) -> dict[str, Tensor]:
 
 @once
 def test_a_checkpoint_of_the_other_layout(tmp_path: Path) -> None:
-    made = random_model(torch.bfloat16)
+    made = made_of(torch.bfloat16)
     save_file(fused(made), tmp_path / "model.safetensors")
     config = {**SIZES, "model_type": "mixtral", "tie_word_embeddings": True, "rms_norm_eps": 1e-5}
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 2}))
@@ -229,7 +224,7 @@ def test_a_checkpoint_of_the_other_layout(tmp_path: Path) -> None:
 @once
 def test_a_folder_of_another_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"another model's: \S+ has shape"):
-        verify(random_model(torch.bfloat16), IDS, folder=SMALL)
+        verify(made_of(torch.bfloat16), IDS, folder=SMALL)
 
 
 @once
@@ -246,7 +241,7 @@ def test_transformers_on_the_same_files(dtype: torch.dtype) -> None:
 
 @once
 def test_a_peer_that_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    made = random_model(torch.bfloat16)
+    made = made_of(torch.bfloat16)
     with pytest.raises(ValueError, match="needs 'transformers' or None"):
         verify(SMALL, peer="vllm")
     with pytest.raises(ValueError, match=r"give folder="):

@@ -12,36 +12,22 @@ import torch
 from rich.console import Console
 
 import mixtral_triton
-from mixtral_triton import Mixtral, MixtralConfig, ops
+from mixtral_triton import Mixtral, ops
 from mixtral_triton.cli import main
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.verification import verify
 from mixtral_triton.verification.report import Report, Row
+from tests.models import random_model
 
 IDS = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(0))
 SMALL = Path(mixtral_triton.__file__).parent / "small"
 
 
 def tiny(dtype: torch.dtype = torch.float32, window: int | None = 8) -> Mixtral:
-    config = MixtralConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-        rope_theta=1e4,
-        max_position_embeddings=64,
-        sliding_window=window,
-    )
-    model = Mixtral(config, "cpu", dtype)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator).mul(0.3).to(dtype)
-    return model
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return random_model(dtype=dtype, sliding_window=window, **sizes)
 
 
 def check_complete(report: Report, layers: int) -> None:

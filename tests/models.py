@@ -1,0 +1,44 @@
+"""Random models, small and of awkward sizes, for every test that needs one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mixtral_triton import Mixtral, MixtralConfig
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 23,
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 64,
+    "eos_token_id": None,
+}
+
+
+def random_model(
+    device: Any = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    gain: float = 2.0,
+    deterministic: bool = False,
+    **sizes: Any,
+) -> Mixtral:
+    """A model of SIZES, changed by `sizes`; on the meta device its shapes alone.
+
+    Its matrices make a vector `gain` times as long: at 2 neither a route nor a greedy token is a close call.
+    """
+    model = Mixtral(MixtralConfig(**SIZES | sizes), device, dtype, deterministic)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters() if model.device.type != "meta" else ():
+        values = torch.randn(weight.shape, generator=generator)
+        scale = 1.0 if name == "embed_tokens" else gain * weight.shape[-1] ** -0.5
+        weight.data.copy_(1 + 0.3 * values if weight.dim() == 1 else values * scale)
+    return model
