@@ -71,7 +71,7 @@ def test_its_tokenizer_has_a_beginning_an_end_and_padding() -> None:
 
 def test_what_the_training_writes_of_the_tokenizer_is_what_is_shipped(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    from mixtral_triton.small.train import save_tokenizer
+    from benchmarks.train_small import save_tokenizer
 
     save_tokenizer(Tokenizer.from_file(str(SMALL / "tokenizer.json")), tmp_path, 1024)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -1,4 +1,7 @@
-"""Train the small Mixtral checkpoint of this folder on the Python documentation that every Python carries."""
+"""Train the small Mixtral checkpoint that ships with the package on the Python documentation that every Python carries.
+
+python benchmarks/train_small.py --out DIR
+"""
 
 import argparse
 import ast
