@@ -12,6 +12,7 @@ A guarded launch runs twice on copies of its tensors, each in the middle of a la
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -251,6 +252,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def jit_lines(cases: set[str]) -> list[str]:
+    """Of "kernel, how often, the case": how many launches each kernel had."""
+    launches: Counter[str] = Counter()
+    for kernel, times, *_ in map(str.split, cases):
+        launches[kernel] += int(times)
+    total = [f"in all: {launches.total()} launches of {len(launches)} kernels"] if launches else []
+    return [f"{kernel}: {times} launches" for kernel, times in sorted(launches.items())] + total
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     found: dict[str, set[str]] = {}
     for report in terminalreporter.stats.get("", []):  # teardowns: where the gates write down what a test covered
@@ -263,7 +273,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     say(f"{count('case', 0)} shapes and dtypes of operations within their limits")
     say(f"{count('compiled', 0)} kernel variants compiled for {count('target', 0)} targets")
     for kind, title in FIGURES.items():
-        if lines := sorted(found.get(kind, ())):
+        if lines := jit_lines(found.get("jit case", set())) if kind == "jit" else sorted(found.get(kind, ())):
             terminalreporter.section(title)
             for line in lines:
                 say(line)
