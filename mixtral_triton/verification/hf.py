@@ -111,22 +111,16 @@ def _watched(theirs: Any, backbone: Any, ids: Tensor, expected: Sequence[Expecte
 
 
 def _enter(watch: Watch, index: int, layer: Any, args: Any, kwargs: Any) -> Any:
-    """The layer's input is the reference's."""
-    watch.note(index, "x", args[0])
-    return (watch.expected[index].x[:, watch.routes.at], *args[1:]), kwargs
+    return (watch.enter(index, args[0]), *args[1:]), kwargs
 
 
 def _leave(watch: Watch, index: int, layer: Any, args: Any, out: Tensor) -> Tensor:
-    """What comes out is measured, and what goes on is the reference's."""
-    watch.note(index, "output", out)
-    watch.said()
-    return watch.expected[index + 1].x[:, watch.routes.at] if index + 1 < len(watch.expected) else out
+    return watch.leave(index, out)
 
 
 def _end_to_end(theirs: Any, backbone: Any, ids: Tensor, expected: Sequence[Expected]) -> tuple[Tensor, int]:
     """The backbone's own forward with plain torch's routes -> [B,T,H], tokens that it would route elsewhere."""
-    routes = Routes(expected)
-    routes.start(torch.arange(ids.shape[1]), ids.shape[1])
+    routes = Routes.of_whole(expected, ids.shape[1])
     with routed(theirs, backbone, routes):
         return backbone(ids, use_cache=False).last_hidden_state, routes.flips
 
@@ -138,8 +132,7 @@ def transformers_logits(folder: Any, model: Any, ids: Tensor, expected: Sequence
 
     eager: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
     loaded = MixtralForCausalLM.from_pretrained(folder, dtype=model.dtype, **eager).eval().to(model.device)
-    routes = Routes(expected)
-    routes.start(torch.arange(ids.shape[1]), ids.shape[1])
+    routes = Routes.of_whole(expected, ids.shape[1])
     with routed(modeling_mixtral, loaded.model, routes):
         return loaded(ids).logits
 

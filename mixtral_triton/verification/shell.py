@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..cache import KVCache
 from .report import Row
-from .truth import Expected
+from .truth import Expected, distance
 from .yardstick import worst
 
 WHOLE, CHUNKS, TOKENS = "whole text", "in chunks", "token by token"
@@ -43,6 +43,13 @@ class Routes:
         self.behind = [0.0] * len(expected)
         self.at = torch.zeros(0, dtype=torch.long)
         self.real = 0
+
+    @classmethod
+    def of_whole(cls, expected: Sequence[Expected], tokens: int) -> Routes:
+        """For one forward of all `tokens` of a text."""
+        routes = cls(expected)
+        routes.start(torch.arange(tokens), tokens)
+        return routes
 
     def start(self, at: Tensor, real: int) -> None:
         """A forward begins: of the tokens `at` [T] of each sequence, the first `real` of them in earnest."""
@@ -98,19 +105,27 @@ class Watch:
         """`name` of an `Expected`: x has to be the reference's own, the others near the truth."""
         real = self.routes.real
         want, at, got = getattr(self.expected[layer], name), self.routes.at[:real], got[:, :real]
-        same = float((got - want[:, at]).abs().nan_to_num(nan=float("inf")).max()) if name == "x" else None
-        pair = want.measure(got, at) if same is None else (same, 0.0)
+        exact = name == "x"
+        pair = (float(distance(got, want[:, at].double()).max()), 0.0) if exact else want.measure(got, at)
         self.found.setdefault((layer, self.case), []).append(pair)
+
+    def enter(self, index: int, x: Tensor) -> Tensor:
+        """What layer `index` is given -> the reference's input, in its place."""
+        self.note(index, "x", x)
+        return self.expected[index].x[:, self.routes.at]
+
+    def leave(self, index: int, x: Tensor) -> Tensor:
+        """What layer `index` made of it -> what goes on: the reference's input of the next one."""
+        self.note(index, "output", x)
+        self.said()
+        return self.expected[index + 1].x[:, self.routes.at] if index + 1 < len(self.expected) else x
 
     def layer(self, index: int, forward: Callable[..., Any], h: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         """`forward` of layer `index` on the reference's input, in the place of what the shell gives it."""
-        want, at = self.expected[index], self.routes.at
-        self.note(index, "x", x)
+        x = self.enter(index, x)
         self.note(index, "normed", h)
-        h, x = forward(want.h[:, at], want.x[:, at], *rest)
-        self.note(index, "output", x)
-        self.said()
-        return h, self.expected[index + 1].x[:, at] if index + 1 < len(self.expected) else x
+        h, x = forward(self.expected[index].h[:, self.routes.at], x, *rest)
+        return h, self.leave(index, x)
 
     def rows(self) -> list[Row]:
         """A row a layer and way to cut the text, and one for its routes."""
@@ -173,6 +188,5 @@ def watched(model: Any, config: Any, ids: Tensor, expected: Sequence[Expected], 
 
 def end_to_end(model: Any, ids: Tensor, expected: Sequence[Expected]) -> tuple[Tensor, int]:
     """The model's own forward, with plain torch's routes -> logits fp32 [B,T,V], tokens it would route elsewhere."""
-    routes = Routes(expected)
-    routes.start(torch.arange(ids.shape[1]), ids.shape[1])
+    routes = Routes.of_whole(expected, ids.shape[1])
     return twin(model, model.config, _Overruled(routes))(ids), routes.flips
