@@ -1,0 +1,145 @@
+"""QuantizedWeight: a weight in 4 or 8 bits, laid out so that a kernel streams it.
+
+E experts (or none), N rows, K columns: the depth of the sum; G groups of columns that share a scale
+
+The codes of a row stand in units of 128 or 256 columns. A unit's int16 elements hold one code a field, and field s of
+element j is column s * J + j of the unit (J elements a unit): so each field, shifted down, is a tile of J neighbouring
+columns, and its product with x needs no interleave. K is padded to a whole unit with codes that stand for 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BITS = {"int4": 4, "int8": 8, "fp8": 8}
+ZERO_INT4 = 8  # the code that stands for 0 where there are no zeros
+
+
+def unit_columns(format: str, K: int, group: int) -> int:
+    """Columns of a unit: a field of it lies within one group, and K is padded as little as may be."""
+    return 256 if format == "int4" and group >= 64 and K % 256 == 0 else 128
+
+
+def pack(codes: Tensor, format: str, group: int) -> Tensor:
+    """Codes uint8 [..., K], one a byte -> int16 [..., K' * bits / 16], K' the columns with padding."""
+    bits, K = BITS[format], codes.shape[-1]
+    unit, fields = unit_columns(format, K, group), 16 // bits
+    padding = -K % unit
+    if padding:
+        codes = nn.functional.pad(codes, (0, padding), value=ZERO_INT4 if format == "int4" else 0)
+    parts = codes.unflatten(-1, (-1, fields, unit // fields)).to(torch.int32)
+    packed = sum(parts[..., s, :] << (bits * s) for s in range(fields))
+    return packed.to(torch.int16).flatten(-2)  # type: ignore[union-attr]  # wraps: a field reaches the sign bit
+
+
+def unpack(data: Tensor, format: str, K: int, group: int) -> Tensor:
+    """The codes of `pack`: int16 [..., K' * bits / 16] -> uint8 [..., K]."""
+    bits = BITS[format]
+    fields = 16 // bits
+    elements = data.unflatten(-1, (-1, unit_columns(format, K, group) // fields)).to(torch.int32)
+    parts = [(elements >> (bits * s)) & ((1 << bits) - 1) for s in range(fields)]
+    return torch.stack(parts, dim=-2).flatten(-3)[..., :K].to(torch.uint8)
+
+
+class QuantizedWeight(nn.Module):
+    """A weight [E, N, K] or [N, K]: value = (code - zero) * scale, in fp32.
+
+    format  "int4": codes 0..15, zero 8 unless `zeros` says otherwise; "int8": two's complement; "fp8": e4m3
+    data    int16 [(E,) N, K' * bits / 16], see `pack`
+    scales  [(E,) N, G], as stored: never rounded
+    zeros   int4 only: bf16 [(E,) N, G], 128 + zero; None: 8 everywhere
+    shape   that of the dense weight
+    group   columns that share a scale; K where a row has one scale
+
+    An nn.Module, its tensors buffers: `.to(device)` moves them and no `.to(dtype)` converts them.
+    """
+
+    data: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+    def __init__(
+        self,
+        format: str,
+        data: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        shape: tuple[int, ...],
+        group: int,
+    ) -> None:
+        super().__init__()
+        self.format, self.shape, self.group = format, torch.Size(shape), group
+        self.register_buffer("data", data)
+        self.register_buffer("scales", scales)
+        self.register_buffer("zeros", zeros)
+        self._check()
+
+    def _check(self) -> None:
+        if self.format not in BITS:
+            raise ValueError(f"QuantizedWeight: format is {self.format!r}, needs one of {', '.join(BITS)}")
+        *lead, K = self.shape
+        if self.group < 1 or K % self.group:
+            raise ValueError(
+                f"QuantizedWeight: groups of {self.group} do not divide the {K} columns of {list(self.shape)}"
+            )
+        if self.group != K and self.group not in (32, 64, 128):
+            raise ValueError(f"QuantizedWeight: group is {self.group}, needs 32, 64, 128 or all {K} columns")
+        unit = unit_columns(self.format, K, self.group)
+        width = -(-K // unit) * unit * BITS[self.format] // 16
+        wanted = {"data": (*lead, width), "scales": (*lead, K // self.group), "zeros": (*lead, K // self.group)}
+        for name, shape in wanted.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"QuantizedWeight: {name} has shape {list(tensor.shape)}, needs {list(shape)}")
+        if self.data.dtype != torch.int16 or not self.scales.is_floating_point():
+            raise ValueError(
+                f"QuantizedWeight: data and scales are {self.data.dtype} and {self.scales.dtype}, need int16 and floats"
+            )
+        if self.zeros is not None and (self.format != "int4" or self.zeros.dtype != torch.bfloat16):
+            raise ValueError("QuantizedWeight: zeros go with int4 alone, and are bfloat16 (128 + zero)")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedWeight:
+        """Moves, never converts: a rounded scale would be another weight."""
+        for name, tensor in self._buffers.items():
+            if tensor is not None:
+                moved = fn(tensor)
+                self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @property
+    def nbytes(self) -> int:
+        """Of the codes, the scales and the zeros."""
+        return sum(tensor.nbytes for tensor in self.buffers())
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int | slice) -> QuantizedWeight:
+        """One expert, or some of the first dimension: views."""
+        lead = self.data[index].shape[:-1]
+        zeros = None if self.zeros is None else self.zeros[index]
+        return QuantizedWeight(
+            self.format, self.data[index], self.scales[index], zeros, (*lead, self.shape[-1]), self.group
+        )
+
+    def dequantize(self) -> Tensor:
+        """The weight in fp32, exactly: [(E,) N, K]."""
+        codes = unpack(self.data, self.format, self.shape[-1], self.group)
+        if self.format == "fp8":
+            values = codes.view(torch.float8_e4m3fn).float()
+        elif self.format == "int8":
+            values = codes.view(torch.int8).float()
+        else:
+            zeros = ZERO_INT4 if self.zeros is None else (self.zeros.float() - 128).repeat_interleave(self.group, -1)
+            values = codes.float() - zeros
+        return values * self.scales.float().repeat_interleave(self.group, -1)
+
+    def extra_repr(self) -> str:
+        return f"{self.format}, {list(self.shape)}, group {self.group}"

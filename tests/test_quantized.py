@@ -1,0 +1,79 @@
+"""QuantizedWeight: its layout, its checks, and that no conversion touches its numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mixtral_triton.kernels.quantized import BITS, QuantizedWeight, pack, unit_columns, unpack
+
+CASES = [("int4", 256, 128), ("int4", 256, 64), ("int4", 128, 32), ("int4", 96, 32), ("int4", 80, 80)]
+CASES += [("int8", 80, 80), ("fp8", 300, 300), ("fp8", 256, 128)]
+
+
+def codes_of(format: str, *shape: int) -> torch.Tensor:
+    codes = torch.randint(0, 1 << BITS[format], shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return codes.where((codes & 127) != 127, 0) if format == "fp8" else codes  # those are NaN
+
+
+def weight_of(format: str, K: int, group: int, zeros: torch.Tensor | None = None) -> QuantizedWeight:
+    codes = codes_of(format, 3, 5, K)
+    scales = torch.rand(3, 5, K // group, generator=torch.Generator().manual_seed(1)).half()
+    return QuantizedWeight(format, pack(codes, format, group), scales, zeros, (3, 5, K), group)
+
+
+@pytest.mark.parametrize(("format", "K", "group"), CASES)
+def test_each_code_comes_back(format: str, K: int, group: int) -> None:
+    codes = codes_of(format, 3, 5, K)
+    data = pack(codes, format, group)
+    assert data.dtype == torch.int16 and torch.equal(unpack(data, format, K, group), codes)
+
+
+@pytest.mark.parametrize(("format", "K", "group"), CASES)
+def test_a_field_is_a_tile_of_neighbouring_columns(format: str, K: int, group: int) -> None:
+    codes, bits = codes_of(format, K), BITS[format]
+    data, unit = pack(codes, format, group), unit_columns(format, K, group)
+    J = unit * bits // 16
+    for k in (0, 1, K // 2, K - 1):
+        element = int(data[k // unit * J + k % unit % J]) & 0xFFFF
+        assert element >> (bits * (k % unit // J)) & ((1 << bits) - 1) == int(codes[k])
+
+
+def test_dequantize_is_code_minus_zero_times_scale() -> None:
+    zeros = torch.randint(0, 16, (3, 5, 2)) + 128.0
+    weight = weight_of("int4", 256, 128, zeros.bfloat16())
+    codes, values = codes_of("int4", 3, 5, 256), weight.dequantize()
+    for e, n, k in ((0, 0, 0), (1, 4, 127), (2, 3, 128), (2, 4, 255)):
+        want = (int(codes[e, n, k]) - (zeros[e, n, k // 128] - 128)) * weight.scales[e, n, k // 128].float()
+        assert values[e, n, k] == want
+    assert weight_of("int8", 80, 80).dequantize().min() < 0 < weight_of("int4", 96, 32).dequantize().max()
+
+
+def test_a_part_is_the_same_weight() -> None:
+    weight = weight_of("int4", 96, 32)
+    assert torch.equal(weight[1].dequantize(), weight.dequantize()[1]) and len(weight[1:]) == 2
+
+
+def test_no_conversion_rounds_it() -> None:
+    weight = weight_of("int4", 96, 32)
+    before = weight.dequantize()
+    assert torch.equal(torch.nn.Sequential(weight).to(torch.bfloat16)[0].dequantize(), before)
+    assert weight.to("meta").data.is_meta
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"format": "int3"}, "format is 'int3'"),
+        ({"group": 48}, "do not divide"),
+        ({"group": 16}, "32, 64, 128"),
+        ({"data": torch.zeros(3, 5, 7, dtype=torch.int16)}, "data has shape"),
+        ({"data": torch.zeros(3, 5, 32, dtype=torch.int32)}, "int16"),
+        ({"scales": torch.zeros(3, 5, 3)}, "scales has shape"),
+        ({"zeros": torch.zeros(3, 5, 4)}, "bfloat16"),
+    ],
+)
+def test_a_wrong_part_is_named(changes: dict[str, object], says: str) -> None:
+    args = {"format": "int4", "data": torch.zeros(3, 5, 32, dtype=torch.int16), "scales": torch.zeros(3, 5, 4)}
+    with pytest.raises(ValueError, match=says):
+        QuantizedWeight(**args | {"zeros": None, "shape": (3, 5, 128), "group": 32} | changes)  # type: ignore[arg-type]
