@@ -8,7 +8,7 @@ another kernel, with another order of the sum, for another T.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import triton
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from . import reference
 from .arch import amd
-from .checks import FLOATS, Binder, boolean
-from .launch import launch, target_arch
-from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
+from .checks import Weight
+from .launch import choices, launch
+from .op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sample, switches
 from .tiles import depth_tile, program_tile
 
 FEW = 16  # rows: the narrowest side of a tensor core tile
@@ -83,15 +83,6 @@ def linear_kernel(
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[:, None] & (offs_n < N)[None, :])
 
 
-def check(x: Tensor, weight: Tensor, deterministic: bool = False) -> Sizes:
-    binder = Binder("linear")
-    binder.tensor("x", x, "... H", FLOATS)
-    binder.tensor("weight", weight, "N H", (x.dtype,))
-    binder.positive("N", "H")
-    boolean("linear", "deterministic", deterministic)
-    return {**binder.sizes, "T": x.numel() // x.shape[-1], "deterministic": int(deterministic)}
-
-
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """Few rows: 16 weight rows a program, to fill the card, and a deep tile, to keep bytes in flight."""
     single, cdna, H = dtype == torch.float32, amd(arch), sizes["H"]
@@ -105,16 +96,20 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     }
 
 
-def linear(x: Tensor, weight: Tensor, deterministic: bool = False) -> Tensor:
-    """Triton way of `reference.linear`. `deterministic`: `linear_kernel`, with one tile, whatever T is."""
+def linear(
+    x: Annotated[Tensor, "... H"],
+    weight: Annotated[Weight, "N H"],
+    deterministic: bool = False,
+) -> Annotated[Tensor, "... N"]:
+    """x @ weight.T. `deterministic`: a row's bits do not depend on the other rows, by one tile whatever T is."""
     rows, weight = dense_rows(x.reshape(-1, x.shape[-1])), dense_rows(weight)
     (T, H), N = rows.shape, len(weight)
     if T > FEW and not deterministic:
         return torch.mm(rows, weight.t()).view(*x.shape[:-1], N)
     name = "linear_kernel" if deterministic else "linear_decode_kernel"
     kernel = linear_kernel if deterministic else linear_decode_kernel
-    config = configs({"T": T, "H": H, "N": N}, x.dtype, target_arch(x.device))[name]
-    y = empty(x, weight)
+    config = choices(configs, {"T": T, "H": H, "N": N}, x.dtype, x.device)[name]
+    y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     args = {"x_ptr": rows, "weight_ptr": weight, "y_ptr": y, "T": T, "N": N}
     args |= {"stride_xt": rows.stride(0), "stride_wn": weight.stride(0)}
     row_tiles = triton.cdiv(T, config.constexprs["BLOCK_M"]) if deterministic else min(T, 1)
@@ -122,19 +117,10 @@ def linear(x: Tensor, weight: Tensor, deterministic: bool = False) -> Tensor:
     return y
 
 
-def plain_linear(x: Tensor, weight: Tensor, deterministic: bool = False) -> Tensor:
-    """`reference.linear`, with an option that its results do not depend on."""
-    return reference.linear(x, weight)
-
-
-def empty(x: Tensor, weight: Tensor, deterministic: bool = False) -> Tensor:
-    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
-
-
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
     x = sample(sizes["T"], sizes["H"], dtype=dtype, device=device, generator=generator)
     weight = sample(sizes["N"], sizes["H"], dtype=dtype, device=device, generator=generator, scale=sizes["H"] ** -0.5)
-    return {"x": x, "weight": weight, "deterministic": bool(sizes.get("deterministic", 0))}
+    return {"x": x, "weight": weight, "deterministic": switches(sizes).deterministic}
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
@@ -143,22 +129,19 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
 
 
 OP = Op(
-    name="linear",
-    check=check,
     run=linear,
-    reference=plain_linear,
-    empty=empty,
+    reference=reference.linear,
     inputs=inputs,
     configs=configs,
     cost=cost,
     test_shapes=(
         *({"T": T, "H": H, "N": N} for T, H, N in ((1, 512, 40), (3, 100, 64), (16, 256, 33))),
-        *({"T": T, "H": H, "N": N, "deterministic": 1} for T, H, N in ((1, 128, 70), (70, 100, 64))),
+        *(Shape(T=T, H=H, N=N, deterministic=True) for T, H, N in ((1, 128, 70), (70, 100, 64))),
     ),
     bench_shapes=(
         *({"T": T, "H": H, "N": N} for H, N in ((4096, 6144), (4096, 4096), (6144, 8192)) for T in (1, 4, 16)),
         {"T": 1, "H": 4096, "N": 32000},
-        {"T": 1, "H": 4096, "N": 6144, "deterministic": 1},
-        {"T": 4096, "H": 4096, "N": 6144, "deterministic": 1},
+        Shape(T=1, H=4096, N=6144, deterministic=True),
+        Shape(T=4096, H=4096, N=6144, deterministic=True),
     ),
 )

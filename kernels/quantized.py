@@ -118,6 +118,17 @@ class QuantizedWeight(nn.Module):
         """Of the codes, the scales and the zeros."""
         return sum(tensor.nbytes for tensor in self.buffers())
 
+    @property
+    def layout(self) -> str:
+        """What the tensors do not tell, as an operator takes it: see `of`."""
+        return f"{self.format} {self.group} {' '.join(map(str, self.shape))}"
+
+    @classmethod
+    def of(cls, data: Tensor, scales: Tensor, zeros: Tensor | None, layout: str) -> QuantizedWeight:
+        format, *numbers = layout.split()
+        group, *shape = map(int, numbers)
+        return cls(format, data, scales, zeros, tuple(shape), group)
+
     def __len__(self) -> int:
         return self.shape[0]
 

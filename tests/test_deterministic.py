@@ -17,7 +17,7 @@ from torch import Tensor
 from mixtral_triton import KVCache, Mixtral, ops
 from mixtral_triton.kernels import interpret, launch, linear
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.op import LaunchConfig, Sizes
+from mixtral_triton.kernels.op import LaunchConfig, Shape, Sizes
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from tests.models import random_model
@@ -49,8 +49,8 @@ CASES: list[tuple[str, dict[str, int]]] = [
     ("rope_append", {"T": 1, "Hq": 3, "Hkv": 1, "D": 10, "C": 8, "past": 5}),
     ("attention", {"T": 1, "S": 90, "Hq": 3, "Hkv": 1, "D": 13, "window": 0}),
     ("attention", {"T": 20, "S": 40, "Hq": 2, "Hkv": 1, "D": 13, "window": 11}),
-    ("cached_attention", {"T": 1, "Hq": 3, "Hkv": 1, "D": 13, "C": 90, "past": 0, "window": 0, "fresh": 0}),
-    ("cached_attention", {"T": 5, "Hq": 2, "Hkv": 1, "D": 13, "C": 8, "past": 0, "window": 8, "fresh": 1}),
+    ("cached_attention", Shape(T=1, Hq=3, Hkv=1, D=13, C=90, past=0, window=0, fresh=False)),
+    ("cached_attention", Shape(T=5, Hq=2, Hkv=1, D=13, C=8, past=0, window=8, fresh=True)),
 ]
 ROWS = [case for case in CASES if "T" not in case[1]]  # the others are of sequences
 IDS = [f"{name}-{sizes.get('T', '')}".strip("-") for name, sizes in CASES]
@@ -64,8 +64,8 @@ def letter(sizes: Sizes) -> str:
 def whole_batch(name: str, sizes: Sizes, n: int, dtype: torch.dtype, device: Any) -> tuple[dict[str, Any], set[str]]:
     """Arguments of n rows or sequences, each at a place of its own; and which of them have a row for each."""
     op, generator = OPS[name], torch.Generator().manual_seed(0)
-    args = op.inputs({**sizes, letter(sizes): n}, dtype, device, generator)
-    larger = op.inputs({**sizes, letter(sizes): n + 1}, dtype, "meta")
+    args = op.inputs(Shape(sizes) | {letter(sizes): n}, dtype, device, generator)
+    larger = op.inputs(Shape(sizes) | {letter(sizes): n + 1}, dtype, "meta")
     if name == "attention":
         bounds = {"starts": (0, 30), "lengths": (1, sizes["S"] + 1)}
     else:

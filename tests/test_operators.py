@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mixtral_triton import ops
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
 
 META = torch.device("meta")
@@ -30,8 +31,8 @@ SIZES: dict[str, dict[str, int]] = {
     "rope": {"B": 2, "T": 3, "Hq": 4, "Hkv": 2, "D": 8, "P": 9},
     "append": {"B": 2, "T": 3, "Hkv": 2, "D": 8, "C": 5, "past": 4},
     "rope_append": {"B": 2, "T": 1, "Hq": 4, "Hkv": 2, "D": 8, "C": 5, "past": 4},
-    "attention": {"B": 2, "T": 3, "S": 7, "Hq": 4, "Hkv": 2, "D": 8, "window": 4, "ragged": 1},
-    "cached_attention": {"B": 2, "T": 3, "Hq": 4, "Hkv": 2, "D": 8, "C": 5, "past": 4, "window": 5, "fresh": 1},
+    "attention": Shape(B=2, T=3, S=7, Hq=4, Hkv=2, D=8, window=4, ragged=True),
+    "cached_attention": Shape(B=2, T=3, Hq=4, Hkv=2, D=8, C=5, past=4, window=5, fresh=True),
 }
 traced = pytest.mark.skipif(INTERPRETED, reason="what a graph holds are the operators, whatever runs in them")
 
@@ -100,7 +101,7 @@ def steps(x: Tensor) -> list[int]:
     return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
 
-UNMASKED = ("attention", {"B": 2, "T": 3, "S": 7, "Hq": 4, "Hkv": 2, "D": 8, "window": 0, "causal": 0})
+UNMASKED = ("attention", Shape(B=2, T=3, S=7, Hq=4, Hkv=2, D=8, window=0, causal=False))
 
 
 @pytest.mark.parametrize("layout", (lambda x: x, transposed), ids=("dense", "transposed"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..arch import amd, family
-from ..op import LaunchConfig, Sizes, power_of_2
+from ..op import LaunchConfig, Sizes, power_of_2, switches
 
 # Up to here the sort-free kernels: the layer is bound by the bytes of the weights, whatever the tiles.
 DECODE_TOKENS = 64
@@ -26,12 +26,12 @@ _SINGLE = (32, 16, 32, 32, 4, 2)  # fp32, without tensor cores at this precision
 
 
 def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    rows = 0 if sizes.get("deterministic") else sizes["T"] * sizes["K"] // sizes["E"]
+    rows = 0 if switches(sizes).deterministic else sizes["T"] * sizes["K"] // sizes["E"]
     # By pointers the larger tiles of later cards spill.
-    table = _PREFILL["sm_80" if sizes.get("by_pointers") and not amd(arch) else family(arch)]
+    table = _PREFILL["sm_80" if switches(sizes).by_pointers and not amd(arch) else family(arch)]
     choice = _SINGLE if dtype == torch.float32 else table[max(least for least in table if least <= rows)]
     block_m, up_n, down_n, block_k, warps, stages = choice
-    if not sizes.get("deterministic"):
+    if not switches(sizes).deterministic:
         block_m = power_of_2(sizes["T"] * sizes["K"], low=16, high=block_m)
 
     def config(columns: int, block_n: int, depth: int) -> LaunchConfig:
@@ -67,9 +67,9 @@ def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     # The norm that may follow needs a whole row.
-    norm = sizes.get("norm")
+    norm = switches(sizes).norm
     combine = LaunchConfig({"BLOCK_H": power_of_2(sizes["H"], high=1 << 30 if norm else 1024)}, 8 if norm else 4)
     kernels = {"experts_combine_kernel": combine}
-    if sizes["T"] > DECODE_TOKENS or sizes.get("deterministic"):
+    if sizes["T"] > DECODE_TOKENS or switches(sizes).deterministic:
         return kernels | _prefill(sizes, dtype, arch)
     return kernels | _decode(sizes, dtype, arch)

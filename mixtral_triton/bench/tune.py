@@ -6,16 +6,13 @@ in where an operation asks for its choices, so that grids, partial sums and tile
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from ..kernels.instruments.offline import Compiled, compile_launch
+from ..kernels.launch import choosing
 from ..kernels.op import Launch, LaunchConfig, Op
 from ..kernels.record import record_launches
 from . import measure as bench
@@ -87,33 +84,12 @@ def neighbours(config: LaunchConfig, whole: set[str]) -> list[LaunchConfig]:
     ]
 
 
-@contextmanager
-def choosing(op: Op, config: dict[str, LaunchConfig] | None = None) -> Iterator[dict[str, LaunchConfig]]:
-    """Within the block, `op` launches the kernels named in `config` as it says, whatever the sizes -> what it chose."""
-    made: dict[str, LaunchConfig] = {}
-    module = sys.modules[op.run.__module__]
-
-    def instead(own: Any) -> Any:
-        def configs(sizes: Any, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-            chosen = own(sizes, dtype, arch)
-            chosen |= {kernel: one for kernel, one in (config or {}).items() if kernel in chosen}
-            made.update(chosen)
-            return chosen
-
-        return configs
-
-    with patch.multiple(
-        module, **{name: instead(own) for name, own in vars(module).items() if name.startswith("configs")}
-    ):
-        yield made
-
-
 def choices(
     case: Case, arch: str, config: dict[str, LaunchConfig] | None = None
 ) -> dict[str, tuple[Launch, LaunchConfig]]:
     """Each kernel of a call whose configuration the operation chooses: its first launch, and the choice."""
     shapes = case.inputs(torch.device("meta"))
-    with choosing(case.op, config) as made, record_launches(arch) as recorded:
+    with choosing(config or {}) as made, record_launches(arch) as recorded:
         case.op.run(**shapes)
     return {launch.kernel: (launch, made[launch.kernel]) for launch in reversed(recorded) if launch.kernel in made}
 
@@ -155,7 +131,7 @@ def tune(
         if one.said is None and _code(one) is not None and _code(one) in map(_code, found):
             one = replace(one, said="the same code as one before")
         if one.said is None and judge is not None and timer is not None:
-            with choosing(case.op, {kernel: config}), torch.no_grad():
+            with choosing({kernel: config}), torch.no_grad():
                 outcome = bench.attempt(lambda: bench.ours(case, args), args, judge, timer)
             one = replace(one, said=outcome.said, seconds=outcome.seconds)
         found.append(one)
