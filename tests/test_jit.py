@@ -122,9 +122,7 @@ def test_a_batch_too_large_for_a_grid_is_a_value_error(card: Any) -> None:
     """Before anything is launched or recorded: CUDA would say «invalid argument»."""
     op, sizes = OPS["rope"], {"B": GRID_MOST[1] + 1, "T": 1, "Hq": 1, "Hkv": 1, "D": 16, "P": 8}
     for device in ("meta", CARD):
-        args = op.inputs({**sizes, "B": 1}, torch.bfloat16, "cpu") | {
-            "positions": torch.zeros(sizes["B"], 1).int()
-        }
+        args = op.inputs({**sizes, "B": 1}, torch.bfloat16, "cpu") | {"positions": torch.zeros(sizes["B"], 1).int()}
         args |= {name: args[name].expand(sizes["B"], -1, -1, -1) for name in ("q", "k")}
         args = {name: x.to(device) for name, x in args.items()}
         with (
