@@ -148,6 +148,7 @@ OP = Op(
     inputs=inputs,
     configs=configs,
     cost=cost,
+    whole={"embed_rms_norm_kernel": ("BLOCK_H",)},
     rule=rule,
     ranges=ranges,
     test_shapes=(

@@ -131,6 +131,7 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
 OP = Op(
     run=linear,
     reference=reference.linear,
+    whole={"linear_decode_kernel": ("BLOCK_T",)},
     inputs=inputs,
     configs=configs,
     cost=cost,

@@ -127,6 +127,7 @@ class Op(Generic[P, R]):
     rule         rule(name, arguments by name, sizes) raises where the arguments do not go together
     ranges       ranges(arguments by name) -> more values that have to lie in a range, none of them an argument
     follows      follows(arguments, results) -> what the results after the first one have to be exactly, given the first
+    whole        by kernel, tile constants that hold a whole dimension: a smaller one would be wrong, a larger one idle
     trim         trim(arguments by name of one sequence): without what other sequences made it longer by
     """
 
@@ -143,6 +144,7 @@ class Op(Generic[P, R]):
     rule: Callable[[str, Mapping[str, Any], Mapping[str, Any]], None] | None = None
     ranges: Callable[[Mapping[str, Any]], Iterable[Range]] | None = None
     follows: Callable[[Any, Any], Any] | None = None
+    whole: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     trim: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     @property

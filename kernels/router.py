@@ -224,6 +224,7 @@ OP = Op(
         for T, E, K in ((1, 8, 2), (67, 8, 2), (5, 4, 1), (9, 6, 6), (130, 16, 3), (3, 1, 1), (4, 160, 6))
     ),
     bench_shapes=tuple({"T": T, "E": 8, "K": 2} for T in (1, 64, 4096)),
+    whole={"route_kernel": ("BLOCK_K",)},
 )
 
 GATE_OP = Op(
@@ -237,5 +238,6 @@ GATE_OP = Op(
         for T, H, E, K in ((1, 128, 8, 2), (19, 80, 8, 2), (33, 300, 16, 3), (2, 64, 160, 6), (3, 64, 1, 1))
     ),
     bench_shapes=tuple({"T": T, "H": H, "E": 8, "K": 2} for H in (4096, 6144) for T in (1, 64, 4096)),
+    whole={"gate_route_kernel": ("BLOCK_K",)},
     follows=follows,
 )

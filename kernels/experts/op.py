@@ -186,7 +186,10 @@ def cost_norm(sizes: Sizes, dtype: torch.dtype) -> Cost:
     return Cost(flops=experts.flops + 5 * T * H, bytes=experts.bytes + (2 * T + 1) * H * dtype.itemsize)
 
 
+_WHOLE = {"experts_up_decode_kernel": ("BLOCK_T",), "experts_down_decode_kernel": ("BLOCK_T",)}
+
 OP = Op(
+    whole=_WHOLE,
     run=expert_swiglu,
     reference=reference.expert_swiglu,
     inputs=inputs,
@@ -212,6 +215,7 @@ OP = Op(
 
 NORM_OP = replace(
     OP,
+    whole={**_WHOLE, "experts_combine_kernel": ("BLOCK_H",)},
     run=experts_add_rms_norm,
     reference=reference.experts_add_rms_norm,
     inputs=inputs_norm,

@@ -22,19 +22,8 @@ from .timing import Timer
 # What may vary: tiles, how many tiles share a stretch of L2, and the splits of a decode. SPLIT_K is a promise about
 # bits, not a choice.
 VARIED = ("BLOCK_", "GROUP_", "SPLITS")
-# Tiles that hold a whole dimension: a smaller one would be wrong, a larger one idle.
+# Tiles that hold a whole dimension in any kernel; `Op.whole` has those that do in some.
 WHOLE = {"BLOCK_D", "BLOCK_E", "BLOCK_S", "BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF"}
-WHOLE_IN = {  # a kernel or an operation
-    "embed_rms_norm_kernel": {"BLOCK_H"},
-    "experts_add_rms_norm": {"BLOCK_H"},
-    "gate_route_kernel": {"BLOCK_K"},
-    "linear_decode_kernel": {"BLOCK_T"},
-    "rms_norm_kernel": {"BLOCK_H"},
-    "route_kernel": {"BLOCK_K"},
-    "experts_up_decode_kernel": {"BLOCK_T"},
-    "experts_down_decode_kernel": {"BLOCK_T"},
-    "attention_decode_kernel": {"BLOCK_M"},
-}
 WARPS, STAGES = (1, 16), (1, 8)
 FASTER = 0.98  # of the time to beat: less would be noise
 ROUNDS = 5
@@ -65,7 +54,7 @@ class Tuned:
 
 
 def whole(op: Op, kernel: str) -> set[str]:
-    return WHOLE | WHOLE_IN.get(kernel, set()) | WHOLE_IN.get(op.name, set())
+    return WHOLE | set(op.whole.get(kernel, ()))
 
 
 def neighbours(config: LaunchConfig, whole: set[str]) -> list[LaunchConfig]:
