@@ -21,6 +21,7 @@ from .checks import FLOATS, Binder, boolean
 from .launch import launch, target_arch
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
 from .tiles import depth_tile, program_tile
+from .weight import Weight, weight_tile
 
 FEW = 16  # rows: the narrowest side of a tensor core tile
 
@@ -46,7 +47,7 @@ def linear_decode_kernel(
     x_ptrs = x_ptr + tl.minimum(offs_t, T - 1).to(tl.int64)[None, :] * stride_xt + offs_k[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     for k in range(0, H, BLOCK_K):
-        w = depth_tile(w_ptrs + k, offs_k[None, :] < H - k, H, BLOCK_K)
+        w = weight_tile(w_ptrs, k, H, H % BLOCK_K == 0)
         x = depth_tile(x_ptrs + k, offs_k[:, None] < H - k, H, BLOCK_K)
         acc = tl.dot(w, x, acc, input_precision="ieee")
     out = y_ptr + offs_t.to(tl.int64)[None, :] * N + offs_n[:, None]
@@ -73,12 +74,12 @@ def linear_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + tl.minimum(offs_t, T - 1).to(tl.int64)[:, None] * stride_xt + offs_k[None, :]
-    w_ptrs = weight_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[None, :] * stride_wn + offs_k[:, None]
+    w_ptrs = weight_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, H, BLOCK_K):
         x = depth_tile(x_ptrs + k, offs_k[None, :] < H - k, H, BLOCK_K)
-        w = depth_tile(w_ptrs + k, offs_k[:, None] < H - k, H, BLOCK_K)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+        w = weight_tile(w_ptrs, k, H, H % BLOCK_K == 0)
+        acc = tl.dot(x, w.T, acc, input_precision="ieee")
     out = y_ptr + offs_t.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[:, None] & (offs_n < N)[None, :])
 
@@ -107,16 +108,15 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
 
 def linear(x: Tensor, weight: Tensor, deterministic: bool = False) -> Tensor:
     """Triton way of `reference.linear`. `deterministic`: `linear_kernel`, with one tile, whatever T is."""
-    rows, weight = dense_rows(x.reshape(-1, x.shape[-1])), dense_rows(weight)
+    rows, w = dense_rows(x.reshape(-1, x.shape[-1])), Weight.of(weight)
     (T, H), N = rows.shape, len(weight)
     if T > FEW and not deterministic:
-        return torch.mm(rows, weight.t()).view(*x.shape[:-1], N)
+        return torch.mm(rows, w.data.t()).view(*x.shape[:-1], N)
     name = "linear_kernel" if deterministic else "linear_decode_kernel"
     kernel = linear_kernel if deterministic else linear_decode_kernel
     config = configs({"T": T, "H": H, "N": N}, x.dtype, target_arch(x.device))[name]
     y = empty(x, weight)
-    args = {"x_ptr": rows, "weight_ptr": weight, "y_ptr": y, "T": T, "N": N}
-    args |= {"stride_xt": rows.stride(0), "stride_wn": weight.stride(0)}
+    args = {"x_ptr": rows, "weight_ptr": w.data, "y_ptr": y, "T": T, "N": N, "stride_xt": rows.stride(0), **w.strides}
     row_tiles = triton.cdiv(T, config.constexprs["BLOCK_M"]) if deterministic else min(T, 1)
     launch(kernel, (row_tiles * triton.cdiv(N, config.constexprs["BLOCK_N"]),), args, config, H=H)
     return y

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..norm import normed_rows
 from ..tiles import depth_tile, program_tile
+from ..weight import weight_tile
 
 
 @triton.jit
@@ -70,16 +71,13 @@ def experts_up_kernel(
         slots = tl.load(order_ptr + tl.minimum(rows, end - 1))
         offs_k = tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + (slots // TOP_K).to(tl.int64)[:, None] * stride_xt + offs_k[None, :]
-        w_ptrs = gate_up_ptr + expert.to(tl.int64) * stride_we + offs_k[:, None]
-        w_ptrs += _pair_rows(pid_n, I, BLOCK_N)[None, :] * stride_wn
+        w_ptrs = gate_up_ptr + expert.to(tl.int64) * stride_we + offs_k[None, :]
+        w_ptrs += _pair_rows(pid_n, I, BLOCK_N)[:, None] * stride_wn
         acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
         for k in range(0, H, BLOCK_K):
             x = depth_tile(x_ptrs, offs_k[None, :] < H - k, H, BLOCK_K)
-            if gate_up_desc is None:
-                w = depth_tile(w_ptrs + k, offs_k[:, None] < H - k, H, BLOCK_K)
-            else:
-                w = gate_up_desc.load([expert, 0, pid_n * BLOCK_N, k]).reshape(2 * BLOCK_N, BLOCK_K).T
-            acc = tl.dot(x, w, acc, input_precision="ieee")
+            w = weight_tile(w_ptrs, k, H, H % BLOCK_K == 0, gate_up_desc, (expert, 0, pid_n * BLOCK_N))
+            acc = tl.dot(x, w.T, acc, input_precision="ieee")
             x_ptrs += BLOCK_K  # stepped, not computed from k: fewer instructions in the loop
         gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -117,15 +115,12 @@ def experts_down_kernel(
         h_ptrs = h_ptr + tl.minimum(rows, end - 1).to(tl.int64)[:, None] * I + offs_k[None, :]
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         w_ptrs = down_ptr + expert.to(tl.int64) * stride_we
-        w_ptrs += tl.minimum(offs_n, H - 1).to(tl.int64)[None, :] * stride_wn + offs_k[:, None]
+        w_ptrs += tl.minimum(offs_n, H - 1).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, I, BLOCK_K):
             h = depth_tile(h_ptrs + k, offs_k[None, :] < I - k, I, BLOCK_K) if h_desc is None else h_desc.load([row, k])
-            if down_desc is None:
-                w = depth_tile(w_ptrs + k, offs_k[:, None] < I - k, I, BLOCK_K)
-            else:
-                w = down_desc.load([expert, pid_n * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K).T
-            acc = tl.dot(h, w, acc, input_precision="ieee")
+            w = weight_tile(w_ptrs, k, I, I % BLOCK_K == 0, down_desc, (expert, pid_n * BLOCK_N))
+            acc = tl.dot(h, w.T, acc, input_precision="ieee")
         slots = tl.load(order_ptr + tl.minimum(rows, end - 1))
         out = y_ptr + slots.to(tl.int64)[:, None] * H + offs_n[None, :]
         tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs_n < H)[None, :])
@@ -182,14 +177,15 @@ def experts_up_decode_kernel(
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
     for first in range(0, count, BLOCK_T):
         offs_k = tl.arange(0, BLOCK_K)
-        w_row = gate_up_ptr + expert * stride_we + _pair_rows(pid_n, I, BLOCK_N)[:, None] * stride_wn
+        w_ptrs = gate_up_ptr + expert * stride_we + offs_k[None, :]
+        w_ptrs += _pair_rows(pid_n, I, BLOCK_N)[:, None] * stride_wn
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         wanted = first + tl.arange(0, BLOCK_T)
         slot = _compact(slots, match, rank, wanted).to(tl.int64)
         x_row = x_ptr + (slot // TOP_K)[None, :] * stride_xt
         acc = tl.zeros((2 * BLOCK_N, BLOCK_T), tl.float32)
         for k in range(0, H, BLOCK_K):
-            w = depth_tile(w_row + (k + offs_k)[None, :], (k + offs_k)[None, :] < H, H, BLOCK_K)
+            w = weight_tile(w_ptrs, k, H, H % BLOCK_K == 0)
             x = depth_tile(x_row + (k + offs_k)[:, None], (k + offs_k)[:, None] < H, H, BLOCK_K)
             acc = tl.dot(w, x, acc, input_precision="ieee")
         gate, up = tl.split(tl.permute(tl.reshape(acc, (2, BLOCK_N, BLOCK_T)), (1, 2, 0)))
@@ -223,13 +219,14 @@ def experts_down_decode_kernel(
     for first in range(0, count, BLOCK_T):
         offs_k = split * SPAN + tl.arange(0, BLOCK_K)
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        w_row = down_ptr + expert * stride_we + tl.minimum(offs_n, H - 1).to(tl.int64)[:, None] * stride_wn
+        w_ptrs = down_ptr + expert * stride_we + offs_k[None, :]
+        w_ptrs += tl.minimum(offs_n, H - 1).to(tl.int64)[:, None] * stride_wn
         wanted = first + tl.arange(0, BLOCK_T)
         slot = _compact(slots, match, rank, wanted).to(tl.int64)
         h_row = h_ptr + slot[None, :] * I
         acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
         for k in range(0, SPAN, BLOCK_K):
-            w = depth_tile(w_row + (k + offs_k)[None, :], (k + offs_k)[None, :] < I, I, SPLIT_K * BLOCK_K)
+            w = weight_tile(w_ptrs, k, I - split * SPAN, I % (SPLIT_K * BLOCK_K) == 0)
             h = depth_tile(h_row + (k + offs_k)[:, None], (k + offs_k)[:, None] < I, I, SPLIT_K * BLOCK_K)
             acc = tl.dot(w, h, acc, input_precision="ieee")
         out = y_ptr + (split.to(tl.int64) * N + slot)[None, :] * H + offs_n[:, None]

@@ -25,7 +25,8 @@ from ..checks import FLOATS, INTS, Binder, Range, boolean, number
 from ..dispatch import sample_ids, sort_by_expert
 from ..launch import launch, target_arch
 from ..op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
-from ..tma import describe, takes
+from ..tma import describe
+from ..weight import Weight
 from .kernels import (
     experts_combine_kernel,
     experts_down_decode_kernel,
@@ -122,12 +123,12 @@ def _experts(
     T, H = x.shape
     E, _, I = down.shape
     sizes = {"T": T, "H": H, "I": I, "E": E, "K": ids.shape[1], "deterministic": int(deterministic)}
-    x, gate_up, down, ids = dense_rows(x), dense_rows(gate_up), dense_rows(down), ids.contiguous()
+    x, ids, weights_of = dense_rows(x), ids.contiguous(), (Weight.of(gate_up), Weight.of(down))
     arch = target_arch(x.device)
-    by_pointers = not (takes(gate_up, arch) and takes(down, arch))
+    by_pointers = not all(weight.takes_tma(arch) for weight in weights_of)
     choices = configs(sizes | {"norm": int(bool(norm)), "by_pointers": int(by_pointers)}, x.dtype, arch)
     decode = T <= DECODE_TOKENS and not deterministic
-    y = (_decode if decode else _prefill)(x, gate_up, down, ids, sizes, choices)
+    y = (_decode if decode else _prefill)(x, *weights_of, ids, sizes, choices)
     out = torch.empty((T, H), dtype=x.dtype, device=x.device)
     norm = norm or {"residual_ptr": None, "norm_ptr": None, "total_ptr": None, "eps": 0.0}
     residual, total = norm["residual_ptr"], norm["total_ptr"]
@@ -143,31 +144,27 @@ def _tile(config: LaunchConfig) -> tuple[int, int, int]:
     return tuple(config.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))  # type: ignore[return-value]
 
 
-def _weight_strides(w: Tensor) -> dict[str, int]:
-    return {"stride_we": w.stride(0), "stride_wn": w.stride(1)}
-
-
 def _decode(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, sizes: Sizes, choices: dict[str, LaunchConfig]
+    x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes, choices: dict[str, LaunchConfig]
 ) -> Tensor:
     """-> partial sums fp32 [SPLIT_K, N, H]."""
     H, I, E, N = sizes["H"], sizes["I"], sizes["E"], ids.numel()
     up, split = choices["experts_up_decode_kernel"], choices["experts_down_decode_kernel"]
     h = torch.empty((N, I), dtype=x.dtype, device=x.device)
-    args = {"x_ptr": x, "gate_up_ptr": gate_up, "ids_ptr": ids, "h_ptr": h, "N": N, "E": E, "TOP_K": sizes["K"]}
-    args |= {"stride_xt": x.stride(0), **_weight_strides(gate_up)}
+    args = {"x_ptr": x, "gate_up_ptr": gate_up.data, "ids_ptr": ids, "h_ptr": h, "N": N, "E": E, "TOP_K": sizes["K"]}
+    args |= {"stride_xt": x.stride(0), **gate_up.strides}
     working = {"H": H, "I": I, "BY_SLOT": N < E}
     launch(experts_up_decode_kernel, (triton.cdiv(I, up.constexprs["BLOCK_N"]), min(N, E)), args, up, **working)
     splits = split.constexprs["SPLIT_K"]
     y = torch.empty((splits, N, H), dtype=torch.float32, device=x.device)
-    args = {"h_ptr": h, "down_ptr": down, "ids_ptr": ids, "y_ptr": y, "N": N, "E": E, **_weight_strides(down)}
+    args = {"h_ptr": h, "down_ptr": down.data, "ids_ptr": ids, "y_ptr": y, "N": N, "E": E, **down.strides}
     grid = (triton.cdiv(H, split.constexprs["BLOCK_N"]), min(N, E), splits)
     launch(experts_down_decode_kernel, grid, args, split, **working)
     return y
 
 
 def _prefill(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, sizes: Sizes, choices: dict[str, LaunchConfig]
+    x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes, choices: dict[str, LaunchConfig]
 ) -> Tensor:
     """-> each slot's expert output [1, N, H]."""
     H, I, E, N = sizes["H"], sizes["I"], sizes["E"], ids.numel()
@@ -186,14 +183,14 @@ def _prefill(
 
     config = choices["experts_up_kernel"]
     _, n, k = _tile(config)
-    up_args = {"x_ptr": x, "gate_up_ptr": gate_up, "h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0)}
-    up_args["gate_up_desc"] = describe(gate_up.unflatten(1, (2, I)), (1, 2, n, k), arch)
-    run(experts_up_kernel, config, I, **up_args, **_weight_strides(gate_up))
+    up_args = {"x_ptr": x, "gate_up_ptr": gate_up.data, "h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0)}
+    up_args["gate_up_desc"] = gate_up.descriptor(2, n, k, arch)
+    run(experts_up_kernel, config, I, **up_args, **gate_up.strides)
     config = choices["experts_down_kernel"]
     m, n, k = _tile(config)
-    down_args = {"h_ptr": h, "down_ptr": down, "y_ptr": y}
-    down_args |= {"h_desc": describe(h, (m, k), arch), "down_desc": describe(down, (1, n, k), arch)}
-    run(experts_down_kernel, config, H, **down_args, **_weight_strides(down))
+    down_args = {"h_ptr": h, "down_ptr": down.data, "y_ptr": y}
+    down_args |= {"h_desc": describe(h, (m, k), arch), "down_desc": down.descriptor(1, n, k, arch)}
+    run(experts_down_kernel, config, H, **down_args, **down.strides)
     return y
 
 
