@@ -32,8 +32,7 @@ class Weight:
     @property
     def strides(self) -> dict[str, int]:
         """A kernel's arguments: from row to row, and with experts from one to the next."""
-        *experts, rows, _ = self.data.stride()
-        return {"stride_wn": rows, **{"stride_we": stride for stride in experts}}
+        return dict(zip(("stride_wn", "stride_we"), self.data.stride()[-2::-1], strict=False))
 
     def takes_tma(self, arch: str) -> bool:
         return takes(self.data, arch)
@@ -56,4 +55,4 @@ def weight_tile(ptrs, k, depth, EVEN: tl.constexpr, desc=None, place=None):
         offs_k = tl.arange(0, ptrs.shape[1])
         return tl.load(ptrs + k) if EVEN else tl.load(ptrs + k, mask=offs_k[None, :] < depth - k, other=0.0)
     else:
-        return desc.load(place + (k,)).reshape(ptrs.shape)
+        return desc.load(place + (k,)).reshape(ptrs.shape)  # noqa: RUF005  # the JIT knows no starred element
