@@ -20,8 +20,10 @@ from .arch import amd
 from .checks import FLOATS, Binder, boolean
 from .launch import launch, target_arch
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
+from .quantized import tile_columns
 from .tiles import depth_tile, program_tile
-from .weight import Weight, weight_tile
+from .unpack import fields_of
+from .weight import Weight, add_products, times_row_scales, weight_tile
 
 FEW = 16  # rows: the narrowest side of a tensor core tile
 
@@ -30,12 +32,15 @@ FEW = 16  # rows: the narrowest side of a tensor core tile
 def linear_decode_kernel(
     x_ptr,  # [T, H]
     weight_ptr,  # [N, H]
+    scales_ptr,  # [N, G], or None
+    zeros_ptr,  # the same, or None
     y_ptr,  # [T, N] out
     T,
     N,
     stride_xt,
     stride_wn,
     H: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -43,13 +48,14 @@ def linear_decode_kernel(
     # Operands are swapped: weight rows, each read by one program alone, fill the tensor core's M, the few x rows its N.
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_t, offs_k = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
-    w_ptrs = weight_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
+    w_rows = tl.minimum(offs_n, N - 1).to(tl.int64)
+    w = weight_ptr + w_rows[:, None] * stride_wn + offs_k[None, :], scales_ptr, zeros_ptr
     x_ptrs = x_ptr + tl.minimum(offs_t, T - 1).to(tl.int64)[None, :] * stride_xt + offs_k[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    for k in range(0, H, BLOCK_K):
-        w = weight_tile(w_ptrs, k, H, H % BLOCK_K == 0)
-        x = depth_tile(x_ptrs + k, offs_k[:, None] < H - k, H, BLOCK_K)
-        acc = tl.dot(w, x, acc, input_precision="ieee")
+    UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT[0])
+    for k in range(0, H, UNIT):
+        acc = add_products(acc, w, w_rows, x_ptrs, 0, k, H % UNIT == 0, H, LAYOUT)
+    acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=0)
     out = y_ptr + offs_t.to(tl.int64)[None, :] * N + offs_n[:, None]
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[None, :] & (offs_n < N)[:, None])
 
@@ -58,12 +64,15 @@ def linear_decode_kernel(
 def linear_kernel(
     x_ptr,  # [T, H]
     weight_ptr,  # [N, H]
+    scales_ptr,  # [N, G], or None
+    zeros_ptr,  # the same, or None
     y_ptr,  # [T, N] out
     T,
     N,
     stride_xt,
     stride_wn,
     H: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -74,12 +83,14 @@ def linear_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + tl.minimum(offs_t, T - 1).to(tl.int64)[:, None] * stride_xt + offs_k[None, :]
-    w_ptrs = weight_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
+    w_rows = tl.minimum(offs_n, N - 1).to(tl.int64)
+    w = weight_ptr + w_rows[:, None] * stride_wn + offs_k[None, :], scales_ptr, zeros_ptr
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, H, BLOCK_K):
         x = depth_tile(x_ptrs + k, offs_k[None, :] < H - k, H, BLOCK_K)
-        w = weight_tile(w_ptrs, k, H, H % BLOCK_K == 0)
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+        w_tile = weight_tile(w, w_rows, k, H, x.dtype, LAYOUT)
+        acc = tl.dot(x, w_tile.T, acc, input_precision="ieee")
+    acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=1)
     out = y_ptr + offs_t.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[:, None] & (offs_n < N)[None, :])
 
@@ -100,6 +111,8 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     many = {"BLOCK_M": 32 if single else 64, "BLOCK_N": 32 if single else 64, "GROUP_M": 8}
     many["BLOCK_K"] = power_of_2(H, low=16, high=32 if single else 64)
     stages = 2 if single or cdna else 4
+    if sizes.get("weights"):
+        few["BLOCK_K"] = many["BLOCK_K"] = tile_columns(sizes["weights"], H)
     return {
         "linear_decode_kernel": LaunchConfig(few, num_warps=4, num_stages=stages),
         "linear_kernel": LaunchConfig(many, num_warps=4, num_stages=stages),
@@ -110,15 +123,17 @@ def linear(x: Tensor, weight: Tensor, deterministic: bool = False) -> Tensor:
     """Triton way of `reference.linear`. `deterministic`: `linear_kernel`, with one tile, whatever T is."""
     rows, w = dense_rows(x.reshape(-1, x.shape[-1])), Weight.of(weight)
     (T, H), N = rows.shape, len(weight)
-    if T > FEW and not deterministic:
+    many, arch = T > FEW or deterministic, target_arch(x.device)
+    if many and not deterministic and w.name is None:
         return torch.mm(rows, w.data.t()).view(*x.shape[:-1], N)
-    name = "linear_kernel" if deterministic else "linear_decode_kernel"
-    kernel = linear_kernel if deterministic else linear_decode_kernel
-    config = configs({"T": T, "H": H, "N": N}, x.dtype, target_arch(x.device))[name]
+    kernel = linear_kernel if many else linear_decode_kernel
+    sizes = {"T": T, "H": H, "N": N, "deterministic": int(deterministic), "weights": w.name}
+    config = configs(sizes, x.dtype, arch)[kernel.__name__]
     y = empty(x, weight)
-    args = {"x_ptr": rows, "weight_ptr": w.data, "y_ptr": y, "T": T, "N": N, "stride_xt": rows.stride(0), **w.strides}
-    row_tiles = triton.cdiv(T, config.constexprs["BLOCK_M"]) if deterministic else min(T, 1)
-    launch(kernel, (row_tiles * triton.cdiv(N, config.constexprs["BLOCK_N"]),), args, config, H=H)
+    args = {"x_ptr": rows, "weight_ptr": w.data, "y_ptr": y, "T": T, "N": N, "stride_xt": rows.stride(0), **w.args}
+    row_tiles = triton.cdiv(T, config.constexprs["BLOCK_M"]) if many else min(T, 1)
+    grid = (row_tiles * triton.cdiv(N, config.constexprs["BLOCK_N"]),)
+    launch(kernel, grid, args, config, H=H, LAYOUT=w.layout(arch))
     return y
 
 

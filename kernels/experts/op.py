@@ -126,7 +126,8 @@ def _experts(
     x, ids, weights_of = dense_rows(x), ids.contiguous(), (Weight.of(gate_up), Weight.of(down))
     arch = target_arch(x.device)
     by_pointers = not all(weight.takes_tma(arch) for weight in weights_of)
-    choices = configs(sizes | {"norm": int(bool(norm)), "by_pointers": int(by_pointers)}, x.dtype, arch)
+    names = {"gate_up": weights_of[0].name, "down": weights_of[1].name}
+    choices = configs(sizes | names | {"norm": int(bool(norm)), "by_pointers": int(by_pointers)}, x.dtype, arch)
     decode = T <= DECODE_TOKENS and not deterministic
     y = (_decode if decode else _prefill)(x, *weights_of, ids, sizes, choices)
     out = torch.empty((T, H), dtype=x.dtype, device=x.device)
@@ -152,14 +153,15 @@ def _decode(
     up, split = choices["experts_up_decode_kernel"], choices["experts_down_decode_kernel"]
     h = torch.empty((N, I), dtype=x.dtype, device=x.device)
     args = {"x_ptr": x, "gate_up_ptr": gate_up.data, "ids_ptr": ids, "h_ptr": h, "N": N, "E": E, "TOP_K": sizes["K"]}
-    args |= {"stride_xt": x.stride(0), **gate_up.strides}
-    working = {"H": H, "I": I, "BY_SLOT": N < E}
-    launch(experts_up_decode_kernel, (triton.cdiv(I, up.constexprs["BLOCK_N"]), min(N, E)), args, up, **working)
+    args |= {"stride_xt": x.stride(0), **gate_up.args}
+    working, arch = {"H": H, "I": I, "BY_SLOT": N < E}, target_arch(x.device)
+    grid = (triton.cdiv(I, up.constexprs["BLOCK_N"]), min(N, E))
+    launch(experts_up_decode_kernel, grid, args, up, **working, LAYOUT=gate_up.layout(arch))
     splits = split.constexprs["SPLIT_K"]
     y = torch.empty((splits, N, H), dtype=torch.float32, device=x.device)
-    args = {"h_ptr": h, "down_ptr": down.data, "ids_ptr": ids, "y_ptr": y, "N": N, "E": E, **down.strides}
+    args = {"h_ptr": h, "down_ptr": down.data, "ids_ptr": ids, "y_ptr": y, "N": N, "E": E, **down.args}
     grid = (triton.cdiv(H, split.constexprs["BLOCK_N"]), min(N, E), splits)
-    launch(experts_down_decode_kernel, grid, args, split, **working)
+    launch(experts_down_decode_kernel, grid, args, split, **working, LAYOUT=down.layout(arch))
     return y
 
 
@@ -174,23 +176,23 @@ def _prefill(
     y = torch.empty((1, N, H), dtype=x.dtype, device=x.device)
     groups = {"order_ptr": order, "offsets_ptr": offsets, "E": E}
 
-    def run(kernel: Any, config: LaunchConfig, columns: int, **args: Any) -> None:
+    def run(kernel: Any, config: LaunchConfig, columns: int, w: Weight, **args: Any) -> None:
         # Each group wastes less than one row tile, so this many always do; those too many leave at once.
         row_tiles = triton.cdiv(N, config.constexprs["BLOCK_M"]) + E - 1 if N else 0
         grid = (row_tiles * triton.cdiv(columns, config.constexprs["BLOCK_N"]),)
-        args |= {"row_tiles": row_tiles, **groups}
-        launch(kernel, grid, args, config, H=H, I=I, BLOCK_E=power_of_2(E))
+        args |= {"row_tiles": row_tiles, **groups, **w.args}
+        launch(kernel, grid, args, config, H=H, I=I, BLOCK_E=power_of_2(E), LAYOUT=w.layout(arch))
 
     config = choices["experts_up_kernel"]
     _, n, k = _tile(config)
     up_args = {"x_ptr": x, "gate_up_ptr": gate_up.data, "h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0)}
     up_args["gate_up_desc"] = gate_up.descriptor(2, n, k, arch)
-    run(experts_up_kernel, config, I, **up_args, **gate_up.strides)
+    run(experts_up_kernel, config, I, gate_up, **up_args)
     config = choices["experts_down_kernel"]
     m, n, k = _tile(config)
     down_args = {"h_ptr": h, "down_ptr": down.data, "y_ptr": y}
     down_args |= {"h_desc": describe(h, (m, k), arch), "down_desc": down.descriptor(1, n, k, arch)}
-    run(experts_down_kernel, config, H, **down_args, **down.strides)
+    run(experts_down_kernel, config, H, down, **down_args)
     return y
 
 

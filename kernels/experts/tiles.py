@@ -9,6 +9,7 @@ import torch
 
 from ..arch import amd, family
 from ..op import LaunchConfig, Sizes, power_of_2
+from ..quantized import tile_columns
 
 # Up to here the sort-free kernels: the layer is bound by the bytes of the weights, whatever the tiles.
 DECODE_TOKENS = 64
@@ -34,18 +35,18 @@ def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchCon
     if not sizes.get("deterministic"):
         block_m = power_of_2(sizes["T"] * sizes["K"], low=16, high=block_m)
 
-    def config(columns: int, block_n: int, depth: int) -> LaunchConfig:
+    def config(columns: int, block_n: int, depth: int, weights: str | None) -> LaunchConfig:
         tiles = {
             "BLOCK_M": block_m,
             "BLOCK_N": power_of_2(columns, low=16, high=block_n),
-            "BLOCK_K": power_of_2(depth, low=16, high=block_k),
+            "BLOCK_K": tile_columns(weights, depth) if weights else power_of_2(depth, low=16, high=block_k),
             "GROUP_M": 8,
         }
         return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
 
     return {
-        "experts_up_kernel": config(sizes["I"], up_n, sizes["H"]),
-        "experts_down_kernel": config(sizes["H"], down_n, sizes["I"]),
+        "experts_up_kernel": config(sizes["I"], up_n, sizes["H"], sizes.get("gate_up")),
+        "experts_down_kernel": config(sizes["H"], down_n, sizes["I"], sizes.get("down")),
     }
 
 
@@ -59,6 +60,10 @@ def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     span = -(-sizes["I"] // SPLIT_K)
     up = {"BLOCK_N": power_of_2(sizes["I"], low=16, high=32), "BLOCK_K": power_of_2(sizes["H"], 16, block_k)}
     down = {"BLOCK_N": power_of_2(sizes["H"], low=16, high=64), "BLOCK_K": power_of_2(span, 16, block_k)}
+    if sizes.get("gate_up"):
+        up["BLOCK_K"] = tile_columns(sizes["gate_up"], sizes["H"])
+    if sizes.get("down"):
+        down["BLOCK_K"] = tile_columns(sizes["down"], sizes["I"])
     return {
         "experts_up_decode_kernel": LaunchConfig(tiles | up, num_warps=4, num_stages=stages),
         "experts_down_decode_kernel": LaunchConfig(tiles | down | {"SPLIT_K": SPLIT_K}, num_warps=4, num_stages=stages),
