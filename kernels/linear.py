@@ -20,7 +20,7 @@ from .arch import amd
 from .checks import FLOATS, Binder, boolean
 from .launch import launch, target_arch
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
-from .quantized import tile_columns
+from .quantized_tiles import few_rows, many_rows
 from .tiles import depth_tile, program_tile
 from .unpack import fields_of
 from .weight import Weight, add_products, times_row_scales, weight_tile
@@ -106,13 +106,17 @@ def check(x: Tensor, weight: Tensor, deterministic: bool = False) -> Sizes:
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """Few rows: 16 weight rows a program, to fill the card, and a deep tile, to keep bytes in flight."""
+    if weights := sizes.get("weights"):
+        T, N = sizes["T"], sizes["N"]
+        return {
+            "linear_decode_kernel": few_rows(weights, N, sizes["H"], FEW, dtype, arch),
+            "linear_kernel": many_rows(weights, N, sizes["H"], None if sizes["deterministic"] else (T, T), dtype, arch),
+        }
     single, cdna, H = dtype == torch.float32, amd(arch), sizes["H"]
     few = {"BLOCK_T": FEW, "BLOCK_N": 16, "BLOCK_K": power_of_2(H, low=16, high=64 if single else 128 if cdna else 256)}
     many = {"BLOCK_M": 32 if single else 64, "BLOCK_N": 32 if single else 64, "GROUP_M": 8}
     many["BLOCK_K"] = power_of_2(H, low=16, high=32 if single else 64)
     stages = 2 if single or cdna else 4
-    if sizes.get("weights"):
-        few["BLOCK_K"] = many["BLOCK_K"] = tile_columns(sizes["weights"], H)
     return {
         "linear_decode_kernel": LaunchConfig(few, num_warps=4, num_stages=stages),
         "linear_kernel": LaunchConfig(many, num_warps=4, num_stages=stages),

@@ -2,9 +2,10 @@
 
 E experts (or none), N rows, K columns: the depth of the sum; G groups of columns that share a scale
 
-The codes of a row stand in units of 64, 128 or 256 columns. A unit's int16 elements hold one code a field, and field s of
-element j is column s * J + j of the unit (J elements a unit): so each field, shifted down, is a tile of J neighbouring
-columns, and its product with x needs no interleave. K is padded to a whole unit with codes that stand for 0.
+The codes of a row stand in units of 64, 128 or 256 columns. A unit's int16 elements hold one code a field, and field s
+of element j is column s * J + j of the unit (J elements a unit): so each field, shifted down, is a tile of J
+neighbouring columns, and its product with x needs no interleave. K is padded to a whole unit with codes that stand for
+0.
 """
 
 from __future__ import annotations

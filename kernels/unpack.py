@@ -51,31 +51,31 @@ def fields_of(FORMAT):
 
 
 @triton.jit
-def _moved(tile, shift, ASM: tl.constexpr, DTYPE: tl.constexpr):
+def _moved(tile, shift, ASM: tl.constexpr, dtype: tl.constexpr):
     # `shift` fills a register an element, of which the second is not looked at.
-    return tl.inline_asm_elementwise(ASM, "=r,r,r,r", [tile, shift], dtype=DTYPE.value, is_pure=True, pack=2)
+    return tl.inline_asm_elementwise(ASM, "=r,r,r,r", [tile, shift], dtype=dtype.value, is_pure=True, pack=2)
 
 
 @triton.jit
-def _paired(a, b, ASM: tl.constexpr, DTYPE: tl.constexpr):
-    return tl.inline_asm_elementwise(ASM, "=r,r,r", [a, b], dtype=DTYPE.value, is_pure=True, pack=2)
+def _paired(a, b, ASM: tl.constexpr, dtype: tl.constexpr):
+    return tl.inline_asm_elementwise(ASM, "=r,r,r", [a, b], dtype=dtype.value, is_pure=True, pack=2)
 
 
 @triton.jit
-def _by_ptx(tile, field, zeros, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
-    BF16: tl.constexpr = DTYPE == tl.bfloat16
+def _by_ptx(tile, field, zeros, FORMAT: tl.constexpr, dtype: tl.constexpr):
+    BF16: tl.constexpr = dtype == tl.bfloat16
     if FORMAT == "int4":
         ONE: tl.constexpr = 128 if BF16 else 1024
-        codes = _moved(tile, 4 * field, INT4_BF16 if BF16 else INT4_FP16, DTYPE)
+        codes = _moved(tile, 4 * field, INT4_BF16 if BF16 else INT4_FP16, dtype)
         if zeros is None:
-            zero = tl.full([1, 1], ONE + 8, DTYPE)
+            zero = tl.full([1, 1], ONE + 8, dtype)
         else:
-            zero = (zeros.to(tl.float32) + (ONE - 128)).to(DTYPE)
-        return _paired(codes, zero, MINUS_BF16 if BF16 else MINUS_FP16, DTYPE)
+            zero = zeros if BF16 else (zeros.to(tl.float32) + (ONE - 128)).to(dtype)
+        return _paired(codes, zero, MINUS_BF16 if BF16 else MINUS_FP16, dtype)
     elif FORMAT == "int8":
-        return _moved(tile, 8 * field, INT8_BF16 if BF16 else INT8_FP16, DTYPE)
+        return _moved(tile, 8 * field, INT8_BF16 if BF16 else INT8_FP16, dtype)
     else:
-        return _moved(tile, 8 - 8 * field, FP8_BF16 if BF16 else FP8_FP16, DTYPE)
+        return _moved(tile, 8 - 8 * field, FP8_BF16 if BF16 else FP8_FP16, dtype)
 
 
 @triton.jit
@@ -94,24 +94,24 @@ def _plain(tile, field, zeros, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def unpacked(tile, field, zeros, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """Field `field` of int16 [rows, columns] as DTYPE, exactly: its numbers, of int4 code - zero.
+def unpacked(tile, field, zeros, FORMAT: tl.constexpr, dtype: tl.constexpr, PTX: tl.constexpr):
+    """Field `field` of int16 [rows, columns] as dtype, exactly: its numbers, of int4 code - zero.
 
     `zeros`: 128 + zero [rows, 1], or None: 8.
     """
-    if PTX and DTYPE != tl.float32:
-        return _by_ptx(tile, field, zeros, FORMAT, DTYPE)
+    if PTX and dtype != tl.float32:
+        return _by_ptx(tile, field, zeros, FORMAT, dtype)
     else:
-        return _plain(tile, field, zeros, FORMAT).to(DTYPE)
+        return _plain(tile, field, zeros, FORMAT).to(dtype)
 
 
 @triton.jit
 def scaled(values, scales, PTX: tl.constexpr):
     """values [rows, columns] * scales [rows, 1], rounded once; beside bf16 values a scale is rounded to bf16 before."""
-    DTYPE: tl.constexpr = values.dtype
-    if DTYPE == tl.bfloat16:
-        scales = scales.to(DTYPE)
-    if PTX and DTYPE == scales.dtype and DTYPE != tl.float32:
-        return _paired(values, scales, TIMES_BF16 if DTYPE == tl.bfloat16 else TIMES_FP16, DTYPE)
+    dtype: tl.constexpr = values.dtype
+    if dtype == tl.bfloat16:
+        scales = scales.to(dtype)
+    if PTX and dtype == scales.dtype and dtype != tl.float32:
+        return _paired(values, scales, TIMES_BF16 if dtype == tl.bfloat16 else TIMES_FP16, dtype)
     else:
-        return (values.to(tl.float32) * scales.to(tl.float32)).to(DTYPE)
+        return (values.to(tl.float32) * scales.to(tl.float32)).to(dtype)

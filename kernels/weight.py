@@ -84,19 +84,18 @@ def _stored_tile(ptrs, k, depth, EVEN: tl.constexpr, FIELDS: tl.constexpr):
 
 
 @triton.jit
-def _of_group(ptr, rows, k, inside, K: tl.constexpr, GROUP: tl.constexpr):
-    """[rows, 1] scales or zeros of the group of column k; None where there are none."""
+def _of_group(ptr, rows, group, inside, K: tl.constexpr, GROUP: tl.constexpr):
+    """[rows, 1] scales or zeros of a group; None where there are none."""
     if ptr is None:
         return None
     else:
-        group = 0 if GROUP == K else k // GROUP
-        ptrs = ptr + rows[:, None] * (K // GROUP) + group
+        ptrs = ptr + rows[:, None] * (K // GROUP) + (0 if GROUP == K else group)
         return tl.load(ptrs) if inside is None else tl.load(ptrs, mask=inside, other=0.0)
 
 
 @triton.jit
-def weight_tile(w, rows, k, K: tl.constexpr, DTYPE: tl.constexpr, LAYOUT: tl.constexpr, desc=None, place=None):
-    """Columns k.. of a weight as a tile [rows, BLOCK_K] of DTYPE, a group's scale in it; what lies beyond K is finite.
+def weight_tile(w, rows, k, K: tl.constexpr, dtype: tl.constexpr, LAYOUT: tl.constexpr, desc=None, place=None):
+    """Columns k.. of a weight as a tile [rows, BLOCK_K] of dtype, a group's scale in it; what lies beyond K is finite.
 
     w      pointers [rows, BLOCK_K] of column 0, of the scales, of the zeros; `rows`: which rows of all these are
     desc   a descriptor, which reads instead, from `place` on: its coordinates but the last
@@ -108,11 +107,12 @@ def weight_tile(w, rows, k, K: tl.constexpr, DTYPE: tl.constexpr, LAYOUT: tl.con
         return desc.load(place + (k,)).reshape(ptrs.shape)  # noqa: RUF005  # the JIT knows no starred element
     tile = _stored_tile(ptrs, k, K, FIELDS > 1 or K % BLOCK_K == 0, FIELDS)
     if FIELDS > 1:
-        zeros = _of_group(zeros_ptr, rows, k, None, K, LAYOUT[1])
-        values = unpacked(tile, k // BLOCK_K % FIELDS, zeros, LAYOUT[0], DTYPE, LAYOUT[2])
+        group = k // LAYOUT[1]
+        zeros = _of_group(zeros_ptr, rows, group, None, K, LAYOUT[1])
+        values = unpacked(tile, k // BLOCK_K % FIELDS, zeros, LAYOUT[0], dtype, LAYOUT[2])
         if LAYOUT[1] == K:
             return values
-        return scaled(values, _of_group(scales_ptr, rows, k, None, K, LAYOUT[1]), LAYOUT[2])
+        return scaled(values, _of_group(scales_ptr, rows, group, None, K, LAYOUT[1]), LAYOUT[2])
     else:
         return tile
 
@@ -131,7 +131,7 @@ def add_products(acc, w, rows, x_ptrs, begin, k, EVEN: tl.constexpr, K: tl.const
     BLOCK_K: tl.constexpr = ptrs.shape[1]
     FIELDS: tl.constexpr = fields_of(LAYOUT[0])
     BY_ROW: tl.constexpr = LAYOUT[1] == K or FIELDS == 1
-    DTYPE: tl.constexpr = x_ptrs.dtype.element_ty
+    dtype: tl.constexpr = x_ptrs.dtype.element_ty
     offs_k = tl.arange(0, BLOCK_K)
     tile = _stored_tile(ptrs, k, K - begin, EVEN, FIELDS)
     part = acc if BY_ROW else tl.zeros_like(acc)
@@ -139,12 +139,15 @@ def add_products(acc, w, rows, x_ptrs, begin, k, EVEN: tl.constexpr, K: tl.const
         at = k + field * BLOCK_K
         x = tl.load(x_ptrs + at) if EVEN else tl.load(x_ptrs + at, mask=offs_k[:, None] < K - begin - at, other=0.0)
         if FIELDS > 1:
-            inside = None if EVEN or BY_ROW else tl.full([1, 1], begin + at, tl.int32) < K
-            zeros = _of_group(zeros_ptr, rows, begin + at, inside, K, LAYOUT[1])
-            values = unpacked(tile, field, zeros, LAYOUT[0], DTYPE, LAYOUT[2])
-            part = tl.dot(values, x, part, input_precision="ieee")
+            if field == 0 or field * BLOCK_K % LAYOUT[1] == 0:
+                inside = None if EVEN or BY_ROW else tl.full([1, 1], begin + at, tl.int32) < K
+                # A unit begins with a group, or is part of a row's.
+                group = (begin + k) // LAYOUT[1] + field * BLOCK_K // LAYOUT[1]
+                zeros = _of_group(zeros_ptr, rows, group, inside, K, LAYOUT[1])
+                scales = None if BY_ROW else _of_group(scales_ptr, rows, group, inside, K, LAYOUT[1])
+            part = tl.dot(unpacked(tile, field, zeros, LAYOUT[0], dtype, LAYOUT[2]), x, part, input_precision="ieee")
             if not BY_ROW and (field + 1) * BLOCK_K % LAYOUT[1] == 0:
-                acc += part * _of_group(scales_ptr, rows, begin + at, inside, K, LAYOUT[1]).to(tl.float32)
+                acc += part * scales.to(tl.float32)
                 part = tl.zeros_like(acc)
         else:
             part = tl.dot(tile, x, part, input_precision="ieee")

@@ -125,7 +125,7 @@ def _experts(
     sizes = {"T": T, "H": H, "I": I, "E": E, "K": ids.shape[1], "deterministic": int(deterministic)}
     x, ids, weights_of = dense_rows(x), ids.contiguous(), (Weight.of(gate_up), Weight.of(down))
     arch = target_arch(x.device)
-    by_pointers = not all(weight.takes_tma(arch) for weight in weights_of)
+    by_pointers = not all(weight.takes_tma(arch) for weight in weights_of if not weight.name)
     names = {"gate_up": weights_of[0].name, "down": weights_of[1].name}
     choices = configs(sizes | names | {"norm": int(bool(norm)), "by_pointers": int(by_pointers)}, x.dtype, arch)
     decode = T <= DECODE_TOKENS and not deterministic
