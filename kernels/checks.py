@@ -30,7 +30,7 @@ INTS = (torch.int32, torch.int64)
 INT32 = (torch.int32,)
 MAY_BE_EMPTY = {"B", "T", "S", "P", "..."}  # a call without tokens is a call; a model without experts is none
 
-Weight = Tensor | QuantizedWeight
+Matrix = Tensor | QuantizedWeight
 
 # An argument's name, its values, the least and the most that they may be.
 Range = tuple[str, Tensor, int, int]
@@ -57,7 +57,7 @@ class Argument:
     """One argument of an operation, read from its annotation."""
 
     name: str
-    kind: Any  # Tensor, Weight, bool, int, float, or anything else, which is not checked
+    kind: Any  # Tensor, Matrix, bool, int, float, or anything else, which is not checked
     optional: bool
     letters: str  # none: not checked
     dtypes: Sequence[torch.dtype] | None  # None: those of the first float tensor
@@ -65,7 +65,7 @@ class Argument:
 
     @property
     def tensor(self) -> bool:
-        return bool(self.letters) and self.kind in (Tensor, Weight)
+        return bool(self.letters) and self.kind in (Tensor, Matrix)
 
 
 def fail(op: str, argument: str, got: Any, needs: str) -> ValueError:
@@ -123,7 +123,7 @@ class Binder:
 
     def tensor(self, argument: Argument, value: Any) -> None:
         name, letters = argument.name, argument.letters
-        quantized = argument.kind == Weight and isinstance(value, QuantizedWeight)
+        quantized = argument.kind == Matrix and isinstance(value, QuantizedWeight)
         if not isinstance(value, Tensor) and not quantized:
             raise fail(self.op, name, f"a {type(value).__name__}", f"a tensor [{letters}]")
         dtypes = argument.dtypes or (FLOATS if self.dtype is None else (self.dtype,))

@@ -26,7 +26,7 @@ class Switches:
     deterministic  a row's bits do not depend on the batch
     norm           experts: their combine is the residual add and the next norm, too
     by_pointers    a weight that TMA does not take
-    weights        the format of quantized weights, and the columns that share a scale ("int4", 128); None: dense
+    weight, gate_up, down    the name of a quantized weight, its format and group ("int4:128"); None: dense
     causal, ragged attention: no key after the query; sequences begin and end at places of their own
     fresh          cached_attention: the chunk's own keys come beside the cache
     sms            multiprocessors of the card at hand; 0: of the largest of its kind
@@ -35,7 +35,9 @@ class Switches:
     deterministic: bool = False
     norm: bool = False
     by_pointers: bool = False
-    weights: tuple[str, int] | None = None
+    weight: str | None = None
+    gate_up: str | None = None
+    down: str | None = None
     causal: bool = True
     ragged: bool = False
     fresh: bool = True

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from .checks import Above, Argument, Weight, Within
+from .checks import Above, Argument, Matrix, Within
 from .quantized import QuantizedWeight
 
 _PARTS = (("scales", Tensor), ("zeros", Tensor), ("layout", str))
@@ -45,10 +45,10 @@ def schema(run: Callable[..., Any], arguments: Sequence[Argument], results: int,
     """Of the operator."""
     parameters = []
     for one, parameter in zip(arguments, inspect.signature(run).parameters.values(), strict=True):
-        kind = Tensor if one.kind == Weight else one.kind
+        kind = Tensor if one.kind == Matrix else one.kind
         parameters.append(parameter.replace(annotation=kind | None if one.optional else kind))
     for one in arguments:
-        for part, kind in _PARTS if one.kind == Weight else ():
+        for part, kind in _PARTS if one.kind == Matrix else ():
             more = inspect.Parameter(f"{one.name}_{part}", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
             parameters.append(more.replace(annotation=kind | None))
     returned = {0: None, 1: Tensor}.get(results, tuple[(Tensor,) * results])  # type: ignore[misc]
@@ -65,7 +65,7 @@ def taken_apart(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[Any
     for place, (one, x) in enumerate(zip(arguments, args, strict=True)):
         if isinstance(x, QuantizedWeight):
             own[place] = x.data
-        if one.kind == Weight:
+        if one.kind == Matrix:
             parts += (x.scales, x.zeros, x.layout) if isinstance(x, QuantizedWeight) else (None, None, None)
     return (*own, *parts)
 
@@ -73,7 +73,7 @@ def taken_apart(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[Any
 def put_together(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[Any, ...]:
     """The arguments of the operator as those of `run`."""
     own, parts = list(args[: len(arguments)]), args[len(arguments) :]
-    weights = [place for place, one in enumerate(arguments) if one.kind == Weight]
+    weights = [place for place, one in enumerate(arguments) if one.kind == Matrix]
     for at, place in enumerate(weights[: len(parts) // len(_PARTS)]):
         scales, zeros, layout = parts[len(_PARTS) * at : len(_PARTS) * (at + 1)]
         if layout is not None:

@@ -20,11 +20,12 @@ import triton
 from torch import Tensor
 
 from .. import reference
-from ..checks import INTS, SINGLE, Above, Weight, Within
+from ..checks import INTS, SINGLE, Above, Matrix, Within
 from ..dispatch import sample_ids, sort_by_expert
 from ..launch import Configs, choices, launch, target_arch
 from ..op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sample
-from ..tma import describe, takes
+from ..tma import describe
+from ..weight import Weight
 from .kernels import (
     experts_combine_kernel,
     experts_down_decode_kernel,
@@ -35,8 +36,8 @@ from .kernels import (
 from .tiles import DECODE_TOKENS, configs
 
 Tokens = Annotated[Tensor, "T H"]
-GateUp = Annotated[Weight, "E 2*I H"]
-Down = Annotated[Weight, "E H I"]
+GateUp = Annotated[Matrix, "E 2*I H"]
+Down = Annotated[Matrix, "E H I"]
 Ids = Annotated[Tensor, "T K", INTS, Within(0, "E - 1")]
 Scores = Annotated[Tensor, "T K", SINGLE]
 
@@ -80,13 +81,19 @@ def _experts(
     """-> the output, or its norm where `norm` holds the arguments of one; the sum that was normed, or None."""
     T, H = x.shape
     E, _, I = down.shape
-    sizes = Shape(T=T, H=H, I=I, E=E, K=ids.shape[1], deterministic=deterministic, norm=bool(norm))
-    x, gate_up, down, ids = dense_rows(x), dense_rows(gate_up), dense_rows(down), ids.contiguous()
+    x, ids, weights_of = dense_rows(x), ids.contiguous(), (Weight.of(gate_up), Weight.of(down))
     arch = target_arch(x.device)
-    by_pointers = not (takes(gate_up, arch) and takes(down, arch))
-    chosen = choices(configs, sizes | {"by_pointers": by_pointers}, x.dtype, x.device)
+    sizes = Shape(
+        {"T": T, "H": H, "I": I, "E": E, "K": ids.shape[1]},
+        deterministic=deterministic,
+        norm=bool(norm),
+        by_pointers=not all(weight.takes_tma(arch) for weight in weights_of if not weight.name),
+        gate_up=weights_of[0].name,
+        down=weights_of[1].name,
+    )
+    chosen = choices(configs, sizes, x.dtype, x.device)
     decode = T <= DECODE_TOKENS and not deterministic
-    y = (_decode if decode else _prefill)(x, gate_up, down, ids, sizes, chosen)
+    y = (_decode if decode else _prefill)(x, *weights_of, ids, sizes, chosen)
     out = torch.empty((T, H), dtype=x.dtype, device=x.device)
     norm = norm or {"residual_ptr": None, "norm_ptr": None, "total_ptr": None, "eps": 0.0}
     residual, total = norm["residual_ptr"], norm["total_ptr"]
@@ -102,28 +109,25 @@ def _tile(config: LaunchConfig) -> tuple[int, int, int]:
     return tuple(config.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))  # type: ignore[return-value]
 
 
-def _weight_strides(w: Tensor) -> dict[str, int]:
-    return {"stride_we": w.stride(0), "stride_wn": w.stride(1)}
-
-
-def _decode(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, sizes: Sizes, chosen: Configs) -> Tensor:
+def _decode(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes, chosen: Configs) -> Tensor:
     """-> partial sums fp32 [SPLIT_K, N, H]."""
     H, I, E, N = sizes["H"], sizes["I"], sizes["E"], ids.numel()
     up, split = chosen["experts_up_decode_kernel"], chosen["experts_down_decode_kernel"]
     h = torch.empty((N, I), dtype=x.dtype, device=x.device)
-    args = {"x_ptr": x, "gate_up_ptr": gate_up, "ids_ptr": ids, "h_ptr": h, "N": N, "E": E, "TOP_K": sizes["K"]}
-    args |= {"stride_xt": x.stride(0), **_weight_strides(gate_up)}
-    working = {"H": H, "I": I, "BY_SLOT": N < E}
-    launch(experts_up_decode_kernel, (triton.cdiv(I, up.constexprs["BLOCK_N"]), min(N, E)), args, up, **working)
+    args = {"x_ptr": x, "gate_up_ptr": gate_up.data, "ids_ptr": ids, "h_ptr": h, "N": N, "E": E, "TOP_K": sizes["K"]}
+    args |= {"stride_xt": x.stride(0), **gate_up.args}
+    working, arch = {"H": H, "I": I, "BY_SLOT": N < E}, target_arch(x.device)
+    grid = (triton.cdiv(I, up.constexprs["BLOCK_N"]), min(N, E))
+    launch(experts_up_decode_kernel, grid, args, up, **working, LAYOUT=gate_up.layout(arch))
     splits = split.constexprs["SPLIT_K"]
     y = torch.empty((splits, N, H), dtype=torch.float32, device=x.device)
-    args = {"h_ptr": h, "down_ptr": down, "ids_ptr": ids, "y_ptr": y, "N": N, "E": E, **_weight_strides(down)}
+    args = {"h_ptr": h, "down_ptr": down.data, "ids_ptr": ids, "y_ptr": y, "N": N, "E": E, **down.args}
     grid = (triton.cdiv(H, split.constexprs["BLOCK_N"]), min(N, E), splits)
-    launch(experts_down_decode_kernel, grid, args, split, **working)
+    launch(experts_down_decode_kernel, grid, args, split, **working, LAYOUT=down.layout(arch))
     return y
 
 
-def _prefill(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, sizes: Sizes, chosen: Configs) -> Tensor:
+def _prefill(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes, chosen: Configs) -> Tensor:
     """-> each slot's expert output [1, N, H]."""
     H, I, E, N = sizes["H"], sizes["I"], sizes["E"], ids.numel()
     arch = target_arch(x.device)
@@ -132,23 +136,23 @@ def _prefill(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, sizes: Sizes
     y = torch.empty((1, N, H), dtype=x.dtype, device=x.device)
     groups = {"order_ptr": order, "offsets_ptr": offsets, "E": E}
 
-    def run(kernel: Any, config: LaunchConfig, columns: int, **args: Any) -> None:
+    def run(kernel: Any, config: LaunchConfig, columns: int, w: Weight, **args: Any) -> None:
         # Each group wastes less than one row tile, so this many always do; those too many leave at once.
         row_tiles = triton.cdiv(N, config.constexprs["BLOCK_M"]) + E - 1 if N else 0
         grid = (row_tiles * triton.cdiv(columns, config.constexprs["BLOCK_N"]),)
-        args |= {"row_tiles": row_tiles, **groups}
-        launch(kernel, grid, args, config, H=H, I=I, BLOCK_E=power_of_2(E))
+        args |= {"row_tiles": row_tiles, **groups, **w.args}
+        launch(kernel, grid, args, config, H=H, I=I, BLOCK_E=power_of_2(E), LAYOUT=w.layout(arch))
 
     config = chosen["experts_up_kernel"]
     _, n, k = _tile(config)
-    up_args = {"x_ptr": x, "gate_up_ptr": gate_up, "h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0)}
-    up_args["gate_up_desc"] = describe(gate_up.unflatten(1, (2, I)), (1, 2, n, k), arch)
-    run(experts_up_kernel, config, I, **up_args, **_weight_strides(gate_up))
+    up_args = {"x_ptr": x, "gate_up_ptr": gate_up.data, "h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0)}
+    up_args["gate_up_desc"] = gate_up.descriptor(2, n, k, arch)
+    run(experts_up_kernel, config, I, gate_up, **up_args)
     config = chosen["experts_down_kernel"]
     m, n, k = _tile(config)
-    down_args = {"h_ptr": h, "down_ptr": down, "y_ptr": y}
-    down_args |= {"h_desc": describe(h, (m, k), arch), "down_desc": describe(down, (1, n, k), arch)}
-    run(experts_down_kernel, config, H, **down_args, **_weight_strides(down))
+    down_args = {"h_ptr": h, "down_ptr": down.data, "y_ptr": y}
+    down_args |= {"h_desc": describe(h, (m, k), arch), "down_desc": down.descriptor(1, n, k, arch)}
+    run(experts_down_kernel, config, H, down, **down_args)
     return y
 
 
