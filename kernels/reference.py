@@ -38,9 +38,13 @@ def embed_rms_norm(input_ids: Tensor, table: Tensor, weight: Tensor, eps: float)
     return rms_norm(x, weight, eps), x
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., H], weight [N, H] -> [..., N]."""
-    return F.linear(x, weight)
+def linear(x: Tensor, weight: Any) -> Tensor:
+    """x [..., H], weight [N, H] -> [..., N].
+
+    A quantized weight (see quantized.py) is dequantized in fp32, exactly, and then rounded to x's dtype: in 16 bits one
+    rounding more than the weight itself has.
+    """
+    return F.linear(x, weight if isinstance(weight, Tensor) else weight.dequantize().to(x.dtype))
 
 
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -72,10 +76,11 @@ def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return flat.argsort(stable=True).int(), F.pad(counts.cumsum(0), (1, 0)).int()
 
 
-def expert_swiglu(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def expert_swiglu(x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, weights: Tensor) -> Tensor:
     """Sum over a token's experts of weight * down(silu(gate(x)) * up(x)) (Shazeer 2020; Mixtral, section 2.1).
 
     x [T,H], gate_up_proj [E,2I,H] (gate rows, then up rows), down_proj [E,H,I], ids [T,K], weights fp32 [T,K] -> [T,H].
+    Either projection may be quantized: see `linear`.
     """
     order, offsets = sort_by_expert(ids, len(down_proj))
     token = order // ids.shape[1]
@@ -83,16 +88,16 @@ def expert_swiglu(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tenso
     parts = [rows[:0]]
     for expert, (begin, end) in enumerate(pairwise(offsets.tolist())):
         if begin < end:
-            gate, up = F.linear(rows[begin:end], gate_up_proj[expert]).chunk(2, dim=-1)
-            parts.append(F.linear(F.silu(gate) * up, down_proj[expert]))
+            gate, up = linear(rows[begin:end], gate_up_proj[expert]).chunk(2, dim=-1)
+            parts.append(linear(F.silu(gate) * up, down_proj[expert]))
     scaled = torch.cat(parts) * weights.flatten().index_select(0, order)[:, None]
     return torch.zeros_like(_wide(x)).index_add_(0, token, scaled.to(_wide(x).dtype)).to(x.dtype)
 
 
 def experts_add_rms_norm(
     x: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Any,
+    down_proj: Any,
     ids: Tensor,
     weights: Tensor,
     residual: Tensor,

@@ -115,6 +115,7 @@ class MixtralConfig:
         the field, what it got and what is needed.
         """
         path = checkpoint_folder(folder) / "config.json"
+        refuse_gguf(path.parent)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; a checkpoint folder needs its config.json")
         return cls.from_dict(parse_json_object(path.read_bytes(), str(path)), source=str(path))
@@ -152,6 +153,12 @@ def checkpoint_folder(folder: str | os.PathLike[str]) -> Path:
     if path.exists():
         raise NotADirectoryError(f"{path}: is a file; the folder that holds config.json is needed")
     raise FileNotFoundError(f"{path}: no such folder; a local checkpoint folder is needed (`hf download` fetches one)")
+
+
+def refuse_gguf(folder: Path) -> None:
+    """ValueError for a folder of llama.cpp's files and nothing else."""
+    if not any(folder.glob("*.safetensors")) and (files := sorted(file.name for file in folder.glob("*.gguf"))):
+        raise ValueError(f"{folder}: {files[0]!r:.80} is GGUF, which is not read; safetensors are needed")
 
 
 def parse_json_object(data: bytes, source: str) -> dict[str, Any]:
@@ -230,10 +237,6 @@ def _check_foreign(values: Mapping[str, Any]) -> None:
     for name, (allowed, why) in FIXED.items():
         if name in values and values[name] not in allowed:
             raise _error(name, values[name], f"{allowed[0]!r}: {why}")
-    quantization = values.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise ValueError(f"quantization_config (quant_method {method!r}) is not supported; F32, BF16 or F16 is needed")
 
 
 def _read_theta(values: Mapping[str, Any]) -> float:

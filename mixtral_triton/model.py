@@ -6,7 +6,7 @@ B batch, T tokens, H hidden, Hq query heads, Hkv key/value heads, D head size, V
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,17 @@ from .cache import KVCache
 from .config import MixtralConfig
 from .generate import generate
 from .inputs import check_ids, check_lengths, usable_device
+from .quantize import QuantizedWeight, hub
+from .quantize.form import Form, chosen
 
 Ring = tuple[Tensor, Tensor]  # keys and values of a layer, [B, Hkv, C, D] each: see KVCache
 
 
-def _parameter(shape: Sequence[int], device: Any, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype), requires_grad=False)
+def _unset(shape: tuple[int, ...], device: Any, dtype: torch.dtype, form: Form | None) -> Any:
+    """A Parameter, or where it has a form a QuantizedWeight."""
+    if form is not None:
+        return form.empty(shape, device)
+    return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
 
 
 def rope_tables(config: MixtralConfig, device: Any) -> tuple[Tensor, Tensor]:
@@ -48,13 +53,11 @@ class Layer(nn.Module):
     gate_up_proj: Tensor  # [E, 2I, H]
     down_proj: Tensor  # [E, H, I]
 
-    def __init__(
-        self, config: MixtralConfig, shapes: dict[str, tuple[int, ...]], device: Any, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: MixtralConfig, weights: dict[str, Any]) -> None:
         super().__init__()
         self.config = config
-        for name, shape in shapes.items():
-            self.register_parameter(name, _parameter(shape, device, dtype))
+        for name, weight in weights.items():
+            setattr(self, name, weight)
 
     def forward(
         self, h: Tensor, x: Tensor, next_norm: Tensor, ring: Ring | None, state: State
@@ -129,7 +132,8 @@ class Mixtral(nn.Module):
     """A Mixtral language model for inference.
 
     `Mixtral(config)` allocates the parameters and leaves them unset; `Mixtral.from_pretrained` fills them. Their names
-    and shapes are `weights.parameter_shapes(config)`. Gradients and training mode are refused with a ValueError.
+    and shapes are `weights.parameter_shapes(config)`; those that `forms` names are QuantizedWeights of this
+    name and shape. Gradients and training mode are refused with a ValueError.
     `deterministic`: a sequence's bits do not depend on the rest of the batch. The price: one tile for any number of
     tokens in every matrix product, the experts of one token sorted like those of a thousand, and the keys of one query
     read by one program a head, not by many at once.
@@ -148,20 +152,22 @@ class Mixtral(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.bfloat16,
         deterministic: bool = False,
+        forms: Mapping[str, Form] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.deterministic = config, deterministic
-        shapes = weights.parameter_shapes(config)
-        layers: list[dict[str, tuple[int, ...]]] = [{} for _ in range(config.num_hidden_layers)]
-        for name, shape in shapes.items():
+        forms = forms or {}
+        layers: list[dict[str, Any]] = [{} for _ in range(config.num_hidden_layers)]
+        for name, shape in weights.parameter_shapes(config).items():
+            weight = _unset(shape, device, dtype, forms.get(name))
             if name.startswith("layers."):
                 _, index, short = name.split(".")
-                layers[int(index)][short] = shape
+                layers[int(index)][short] = weight
             else:
-                self.register_parameter(name, _parameter(shape, device, dtype))
+                setattr(self, name, weight)
         if config.tie_word_embeddings:
             self.lm_head = self.embed_tokens
-        self.layers = nn.ModuleList(Layer(config, own, device, dtype) for own in layers)  # type: ignore[assignment]
+        self.layers = nn.ModuleList(Layer(config, own) for own in layers)  # type: ignore[assignment]
         cos, sin = rope_tables(config, device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -173,22 +179,24 @@ class Mixtral(nn.Module):
         folder: str | os.PathLike[str],
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        weights: str | None = None,
+        weights: str | Mapping[str, str] | None = None,
         mesh: Any = None,
         deterministic: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> Mixtral:
         """Load a Hugging Face checkpoint folder (config.json and safetensors; see weights.py for what is refused).
 
+        weights None: as stored, quantized or not. "int4", "int8" or "fp8": the experts are quantized while they are
+        read. {"experts": "int4", "linear": "int8"}: attention's projections and the head, too; a head that is the
+        embedding stays as it is, like the gate and the norms.
         device None: the GPU if there is one, else the CPU; "meta": headers only. dtype None: as stored. For
         `deterministic` see the class. `progress` is called with the number of bytes just read.
         """
-        for name, value in (("weights", weights), ("mesh", mesh)):
-            if value is not None:
-                raise ValueError(f"Mixtral.from_pretrained: {name}={value!r} is not supported yet, only None is")
+        if mesh is not None:
+            raise ValueError(f"Mixtral.from_pretrained: mesh={mesh!r} is not supported yet, only None is")
         if not isinstance(deterministic, bool):
             raise ValueError(f"Mixtral.from_pretrained: deterministic is {deterministic!r}, needs True or False")
-        return load(cls, folder, device, dtype, deterministic, progress)
+        return load(cls, folder, device, dtype, weights, deterministic, progress)
 
     @property
     def device(self) -> torch.device:
@@ -236,7 +244,12 @@ class Mixtral(nn.Module):
 
     def head(self, h: Tensor) -> Tensor:
         """[..., H] -> logits fp32 [..., V]."""
-        return ops.linear(h, self.lm_head, self.deterministic).float()
+        return self.operations().linear(h, self.lm_head, self.deterministic).float()
+
+    def places(self) -> dict[str, Any]:
+        """Every Parameter and QuantizedWeight, by the names of `weights.parameter_shapes`."""
+        quantized = {name: module for name, module in self.named_modules() if isinstance(module, QuantizedWeight)}
+        return dict(self.named_parameters()) | quantized
 
     generate = generate
 
@@ -287,14 +300,25 @@ def load(
     folder: str | os.PathLike[str],
     device: torch.device | str | None,
     dtype: torch.dtype | None,
+    quantized: str | Mapping[str, str] | None,
     deterministic: bool,
     progress: Callable[[int], None] | None,
 ) -> Mixtral:
     config = MixtralConfig.from_pretrained(folder)
     headers = weights.read_headers(folder)
-    weights.check(headers, config)  # before the parameters are allocated: a broken config could ask for any size
+    # Before the parameters are allocated: a broken config could ask for any size.
+    if headers.scheme is None:
+        weights.check(headers, config)
+        forms = chosen(quantized, weights.parameter_shapes(config))
+    elif quantized is not None:
+        raise ValueError(
+            f"Mixtral.from_pretrained: weights is {quantized!r}, and {folder} is quantized already "
+            f"({headers.scheme.name}): needs None"
+        )
+    else:
+        forms = hub.plan(headers, config).forms
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"Mixtral.from_pretrained: dtype is {dtype}, needs torch.float32, bfloat16 or float16")
-    model = cls(config, usable_device(device), dtype or weights.stored_dtype(headers), deterministic)
-    weights.load(folder, config, dict(model.named_parameters()), progress)
+    model = cls(config, usable_device(device), dtype or weights.stored_dtype(headers), deterministic, forms)
+    (weights.load if headers.scheme is None else hub.load)(folder, config, model.places(), progress)
     return model

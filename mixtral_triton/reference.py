@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels.reference import attention, expert_swiglu, rms_norm, rope, route, sort_by_expert
+from .kernels.reference import attention, expert_swiglu, linear, rms_norm, rope, route, sort_by_expert
 
 __all__ = [
     "attention",
     "block",
     "expert_swiglu",
     "forward",
+    "linear",
     "rms_norm",
     "rope",
     "route",
@@ -67,11 +67,11 @@ def block(
     B, T, H = x.shape
     Hq, Hkv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     normed = rms_norm(x, of(layer.input_layernorm), config.rms_norm_eps)
-    q, k, v = F.linear(normed, of(layer.qkv_proj)).view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
+    q, k, v = linear(normed, of(layer.qkv_proj)).view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
     heads = attend(q, k, v).reshape(B, T, Hq * D)
-    attended = F.linear(heads, of(layer.o_proj))
+    attended = linear(heads, of(layer.o_proj))
     h = rms_norm(x + attended, of(layer.post_attention_layernorm), config.rms_norm_eps).view(B * T, H)
-    logits = F.linear(h, of(layer.gate))
+    logits = linear(h, of(layer.gate))
     if ids is None:
         weights, ids = route(logits, config.num_experts_per_tok)
     else:
@@ -95,4 +95,4 @@ def forward(model: Any, input_ids: Tensor) -> Tensor:
     x = model.embed_tokens[input_ids]
     for layer in model.layers:
         x = block(layer, model.config, x, whole_text(model.config.sliding_window, model.cos, model.sin)).output
-    return F.linear(rms_norm(x, model.norm, model.config.rms_norm_eps), model.lm_head).float()
+    return linear(rms_norm(x, model.norm, model.config.rms_norm_eps), model.lm_head).float()

@@ -21,7 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import MixtralConfig, checkpoint_folder, parse_json_object
+from .config import MixtralConfig, checkpoint_folder, parse_json_object, refuse_gguf
+from .quantize.form import put
+from .quantize.quantizers import encode
+from .quantize.schemes import Scheme, read_scheme
 
 Layout = Literal["per_expert", "fused"]
 Shape = tuple[int, ...]
@@ -32,6 +35,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLED = ("pytorch_model*.bin*", "*.pt", "*.pth")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+CODES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}  # if quantized
 LARGEST_HEADER = 100_000_000  # the safetensors library's own limit
 CHUNK_BYTES = 16 * 2**20
 NAMED = 4  # tensors that an error lists before it only counts
@@ -58,15 +62,19 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * (DTYPES | CODES)[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
 class Headers:
-    """All tensors of a checkpoint folder over its shards, by name; read, checked, no data touched."""
+    """All tensors of a checkpoint folder over its shards, by name; read, checked, no data touched.
+
+    scheme  how it is quantized; None where it is not
+    """
 
     folder: Path
     tensors: Mapping[str, Stored]
+    scheme: Scheme | None
 
 
 def parameter_shapes(config: MixtralConfig) -> dict[str, Shape]:
@@ -134,28 +142,38 @@ def read_headers(folder: Folder) -> Headers:
 
     Raises FileNotFoundError for what is not there, ValueError for pickled weights, an index that disagrees with its
     shards or points out of the folder, a truncated or padded file, a dtype that is not F32, BF16 or F16, mixed dtypes.
+    A quantized folder (`read_scheme`) has integers and fp8, too.
     """
     path = checkpoint_folder(folder)
+    refuse_gguf(path)
+    scheme = read_scheme(path)
+    dtypes = DTYPES if scheme is None else DTYPES | CODES
     if os.path.lexists(path / SINGLE_FILE):  # where both are there, transformers takes this one as well
-        tensors = _read_header(path / SINGLE_FILE)
+        tensors = _read_header(path / SINGLE_FILE, dtypes)
     elif os.path.lexists(path / INDEX_FILE):
-        tensors = _read_shards(path / INDEX_FILE)
+        tensors = _read_shards(path / INDEX_FILE, dtypes)
     elif pickled := sorted(file.name for pattern in PICKLED for file in path.glob(pattern)):
-        raise ValueError(f"{path}: {_some(pickled)}: pickle can run any code and is never read; safetensors is needed")
+        raise ValueError(f"{path}: {some(pickled)}: pickle can run any code and is never read; safetensors is needed")
     else:
         raise FileNotFoundError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
     if not tensors:
         raise ValueError(f"{path}: the checkpoint holds no tensor")
+    if scheme is None:
+        one_dtype(path, tensors)
+    return Headers(path, tensors, scheme)
+
+
+def one_dtype(path: Path, tensors: Mapping[str, Stored]) -> None:
+    """ValueError unless all of them are stored in the same dtype."""
     usual = Counter(stored.dtype for stored in tensors.values()).most_common(1)[0][0]
     odd = [f"{name} is {stored.dtype}" for name, stored in tensors.items() if stored.dtype != usual]
     if odd:
-        raise ValueError(f"{path}: tensors of one dtype are needed; most are {usual}, but {_some(odd)}")
-    return Headers(path, tensors)
+        raise ValueError(f"{path}: tensors of one dtype are needed; most are {usual}, but {some(odd)}")
 
 
 def stored_dtype(headers: Headers) -> torch.dtype:
-    """The one dtype that all tensors of the checkpoint are stored in."""
-    return DTYPES[next(iter(headers.tensors.values())).dtype]
+    """The one dtype that all tensors of the checkpoint are stored in, but for those that are quantized."""
+    return DTYPES[headers.tensors[EMBEDDING].dtype]
 
 
 def total_bytes(headers: Headers) -> int:
@@ -168,48 +186,66 @@ def check(headers: Headers, config: MixtralConfig) -> dict[str, Target]:
 
     Raises ValueError that names missing, unknown and misshapen tensors. Cheap for any config: run it before allocating.
     """
+    tensors, found = headers.tensors, targets(headers, config)
+    need = {name: target.shape for name, target in found.items()}
+    if config.tie_word_embeddings and HEAD in tensors:
+        need[HEAD] = need[EMBEDDING]  # allowed, if equal to the embedding: `load` compares
+    compare(str(headers.folder), "the config", need, {name: stored.shape for name, stored in tensors.items()})
+    return found
+
+
+def targets(headers: Headers, config: MixtralConfig) -> dict[str, Target]:
+    """The table of the layout that the names on disk show; ValueError for a config that is far beyond them."""
     tensors = headers.tensors
     layout: Layout = "fused" if any(".mlp.experts." in name for name in tensors) else "per_expert"
     least = config.num_hidden_layers * (config.num_local_experts if layout == "per_expert" else 1)
     if least > len(tensors):  # before the table is built: a broken config could make it endless
         raise ValueError(f"{headers.folder}: holds {len(tensors)} tensors, the config asks for {least} or more")
-    targets = table(config, layout)
-    need = {name: target.shape for name, target in targets.items()}
-    if config.tie_word_embeddings and HEAD in tensors:
-        need[HEAD] = need[EMBEDDING]  # allowed, if equal to the embedding: `load` compares
-    _compare(str(headers.folder), "the config", need, {name: stored.shape for name, stored in tensors.items()})
-    return targets
+    return table(config, layout)
 
 
-def load(folder: Folder, config: MixtralConfig, parameters: Mapping[str, Tensor], progress: Progress = None) -> None:
+def load(folder: Folder, config: MixtralConfig, parameters: Mapping[str, Any], progress: Progress = None) -> None:
     """Fill `parameters` (names and shapes of `parameter_shapes(config)`, any float dtype and device) from `folder`.
 
+    A QuantizedWeight among them is quantized as it is read, on its device, a few rows at a time.
     Everything is checked against the table before the first byte is copied. Parameters on the meta device are left
     alone: all of them there means that only headers are read. `progress` gets the number of bytes just loaded.
     Raises ValueError or OSError only: see `read_headers` and `check`; and for NaN, an infinity, a value that the
     parameter's dtype cannot hold, or an `lm_head.weight` that differs from the embedding it is tied to.
     """
     headers = read_headers(folder)
-    targets = check(headers, config)
+    found = check(headers, config)
     ours = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    _compare("parameters", "the config", parameter_shapes(config), ours)
-    order = sorted(headers.tensors.items(), key=lambda item: (item[1].file, item[1].offset))
+    compare("parameters", "the config", parameter_shapes(config), ours)
+    fill(headers.tensors, found, parameters, progress)
+    if HEAD in headers.tensors and HEAD not in found and parameters["embed_tokens"].device.type != "meta":
+        check_tied_head(headers, progress)
+
+
+def fill(
+    tensors: Mapping[str, Stored], targets: Mapping[str, Target], parameters: Mapping[str, Any], progress: Progress
+) -> None:
+    """Each tensor that has a target into its place, file by file, in the order that they are stored in."""
+    order = sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset))
     # Inside somebody's `with torch.device("meta")` safetensors would return meta tensors: hence the second context.
     with torch.no_grad(), torch.device("cpu"):
         for file, items in itertools.groupby(order, key=lambda item: item[1].file):
-            with _opened(file) as opened:
+            with opened_file(file) as opened:
                 for name, stored in items:
                     target = targets.get(name)
-                    if target and not parameters[target.parameter].is_meta:
+                    if target and parameters[target.parameter].device.type != "meta":
                         _fill(opened, name, stored, parameters[target.parameter][target.index], progress)
-        if HEAD in headers.tensors and HEAD not in targets and not parameters["embed_tokens"].is_meta:
-            _check_tied_head(headers, progress)
 
 
-def _fill(opened: Any, name: str, stored: Stored, destination: Tensor, progress: Progress) -> None:
-    for at in _chunks(stored):
-        source, copied = opened.get_slice(name)[at], destination[at]
-        copied.copy_(source)
+def _fill(opened: Any, name: str, stored: Stored, destination: Any, progress: Progress) -> None:
+    for at in chunks(stored):
+        source = opened.get_slice(name)[at]
+        if isinstance(destination, Tensor):
+            copied = destination[at]
+            copied.copy_(source)
+        else:
+            copied = source
+            put(destination[at], *encode(source.to(destination.device), destination.format, destination.group))
         # NaN and infinity never leave a sum: a finite one proves the chunk in one pass, without temporaries.
         # A sum may overflow by itself: then each value is looked at.
         if not torch.isfinite(copied.sum()) and not torch.isfinite(copied).all():
@@ -226,17 +262,17 @@ def _not_finite(name: str, stored: Stored, at: tuple[slice, ...], source: Tensor
     return ValueError(f"{stored.file}: {name} holds {source[tuple(local)].item()} at {first}: {why}")
 
 
-def _check_tied_head(headers: Headers, progress: Progress) -> None:
+def check_tied_head(headers: Headers, progress: Progress) -> None:
     head, embedding = headers.tensors[HEAD], headers.tensors[EMBEDDING]
-    with _opened(head.file) as head_file, _opened(embedding.file) as embedding_file:
-        for at in _chunks(head):
+    with torch.device("cpu"), opened_file(head.file) as head_file, opened_file(embedding.file) as embedding_file:
+        for at in chunks(head):
             if not torch.equal(rows := head_file.get_slice(HEAD)[at], embedding_file.get_slice(EMBEDDING)[at]):
                 raise ValueError(f"{head.file}: {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true")
             if progress:
                 progress(rows.nbytes)
 
 
-def _chunks(stored: Stored) -> Iterator[tuple[slice, ...]]:
+def chunks(stored: Stored) -> Iterator[tuple[slice, ...]]:
     """Indices that cut a tensor of the table into runs of rows of at most CHUNK_BYTES (or of one row)."""
     *leading, rows = stored.shape[:-1] or stored.shape
     row_bytes = stored.nbytes // (math.prod(leading) * rows)
@@ -247,7 +283,7 @@ def _chunks(stored: Stored) -> Iterator[tuple[slice, ...]]:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def opened_file(file: Path) -> Iterator[Any]:
     """The file, mapped: slices are views of it, so reading takes no memory. Library errors become ValueError."""
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
@@ -256,7 +292,7 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file}: cannot be loaded: {error}") from error
 
 
-def _read_shards(index: Path) -> dict[str, Stored]:
+def _read_shards(index: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Stored]:
     """The tensors of all files of `weight_map` (tensor name -> plain name of a file beside the index)."""
     weight_map = parse_json_object(index.read_bytes(), str(index)).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -271,28 +307,28 @@ def _read_shards(index: Path) -> dict[str, Stored]:
         shards.setdefault(file, []).append(name)
     tensors: dict[str, Stored] = {}
     for file, names in shards.items():
-        shard = _read_header(index.parent / file)
-        _compare(str(index.parent / file), index.name, dict.fromkeys(names), dict.fromkeys(shard))
+        shard = _read_header(index.parent / file, dtypes)
+        compare(str(index.parent / file), index.name, dict.fromkeys(names), dict.fromkeys(shard))
         tensors |= shard
     return tensors
 
 
-def _compare(holder: str, source: str, need: Mapping[str, Shape | None], got: Mapping[str, Shape | None]) -> None:
+def compare(holder: str, source: str, need: Mapping[str, Shape | None], got: Mapping[str, Shape | None]) -> None:
     """ValueError unless `got` has the names, and for each the shape, of `need`; None stands for any shape."""
     names = {"missing": sorted(need.keys() - got.keys()), "unknown": sorted(got.keys() - need.keys())}
-    wrong = [f"{len(some)} {what} ({_some(some)})" for what, some in names.items() if some]
+    wrong = [f"{len(named)} {what} ({some(named)})" for what, named in names.items() if named]
     if not wrong:
         wrong = [f"{name} has shape {got[name]}, not {shape}" for name, shape in need.items() if shape != got[name]]
     if wrong:
-        raise ValueError(f"{holder}: not the tensors that {source} asks for: {_some(wrong)}")
+        raise ValueError(f"{holder}: not the tensors that {source} asks for: {some(wrong)}")
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     text = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
     return text.encode("ascii", "backslashreplace").decode()  # a broken file's names may not be printable
 
 
-def _read_header(file: Path) -> dict[str, Stored]:
+def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Stored]:
     """The tensors of a safetensors file, after proving that they fill it to the byte."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, though the checkpoint needs it")
@@ -303,7 +339,9 @@ def _read_header(file: Path) -> dict[str, Stored]:
             raise ValueError(f"{file}: truncated or not safetensors: has {size} bytes, its header alone {8 + length}")
         header = opened.read(length)
     entries = parse_json_object(header, f"{file} (header)")
-    found = [(name, _read_entry(file, name, entry)) for name, entry in entries.items() if name != "__metadata__"]
+    found = [
+        (name, _read_entry(file, name, entry, dtypes)) for name, entry in entries.items() if name != "__metadata__"
+    ]
     end = 0
     for name, stored in sorted(found, key=lambda item: (item[1].offset, item[1].nbytes)):
         if stored.offset != end:
@@ -314,7 +352,7 @@ def _read_header(file: Path) -> dict[str, Stored]:
     return dict(found)
 
 
-def _read_entry(file: Path, name: str, entry: Any) -> Stored:
+def _read_entry(file: Path, name: str, entry: Any, dtypes: Mapping[str, torch.dtype]) -> Stored:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(shape, list) or any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
@@ -322,8 +360,8 @@ def _read_entry(file: Path, name: str, entry: Any) -> Stored:
     except (TypeError, KeyError, ValueError):
         need = "dtype, shape and data_offsets (integers, 0 or above)"
         raise ValueError(f"{file}: {name!r} needs {need} in the header, has {entry!r:.80}") from None
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{file}: {name!r} is stored as {dtype!r}; one of {', '.join(DTYPES)} is needed")
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise ValueError(f"{file}: {name!r} is stored as {dtype!r}; one of {', '.join(dtypes)} is needed")
     stored = Stored(file, dtype, tuple(shape), begin)
     if end - begin != stored.nbytes:
         raise ValueError(f"{file}: {name!r} has {end - begin} bytes, {dtype} {shape} needs {stored.nbytes}")

@@ -169,7 +169,6 @@ def test_sizes_are_positive_integers(name, value):
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config .*'awq'.* not supported"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_scaling\.type is 'linear'"),
         ({"rope_scaling": {"factor": 2.0}}, "rope_scaling has factor"),
         ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),

@@ -1,0 +1,87 @@
+"""Form: how a parameter is quantized, before a number of it is there; which parameters take which on request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.quantized import BITS, QuantizedWeight, pack
+
+FORMATS = tuple(BITS)
+GROUPS = (128, 64, 32)  # columns that share a scale of int4: the first that divides K is taken
+PARTS = {"experts": ("gate_up_proj", "down_proj"), "linear": ("qkv_proj", "o_proj", "lm_head")}
+ALLOWED = f"None, one of {', '.join(FORMATS)} (the experts), or a dict of these with the keys {', '.join(PARTS)}"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a QuantizedWeight of a given shape is made of: see there. `group` is resolved, K for a scale a row."""
+
+    format: str
+    group: int
+    scales: torch.dtype
+    zeros: bool = False
+
+    @classmethod
+    def chosen(cls, format: str, K: int, group: int | None = None) -> Form:
+        """What `quantize` makes: int4 in groups, their scales in bf16; int8 and fp8 with an fp32 scale a row."""
+        if format not in BITS:
+            raise ValueError(f"quantize: format is {format!r}, needs one of {', '.join(FORMATS)}")
+        if format != "int4":
+            if group not in (None, K):
+                raise ValueError(f"quantize: group is {group!r}, and {format} has a scale a row: needs None")
+            return cls(format, K, torch.float32)
+        if group is not None and group not in GROUPS:
+            raise ValueError(f"quantize: group is {group!r}, needs None or one of {', '.join(map(str, GROUPS))}")
+        fits = next((one for one in ((group,) if group else GROUPS) if K % one == 0), None)
+        if fits is None:
+            tried = f"groups of {group}" if group else "groups of 128, 64 or 32"
+            raise ValueError(f"quantize: int4 in {tried} does not divide {K} columns; int8 and fp8 take any number")
+        return cls(format, fits, torch.bfloat16)
+
+    def empty(self, shape: tuple[int, ...], device: Any) -> QuantizedWeight:
+        """A weight of `shape`, its numbers unset."""
+        *lead, K = shape
+        width = pack(torch.empty(1, K, dtype=torch.uint8, device="meta"), self.format, self.group).shape[-1]
+        scales = torch.empty(*lead, K // self.group, dtype=self.scales, device=device)
+        zeros = torch.empty_like(scales, dtype=torch.bfloat16) if self.zeros else None
+        data = torch.empty(*lead, width, dtype=torch.int16, device=device)
+        return QuantizedWeight(self.format, data, scales, zeros, tuple(shape), self.group)
+
+
+def put(weight: QuantizedWeight, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
+    """Fill `weight` [..., K]: codes uint8 [..., K], scales [..., G], zeros uint8 [..., G] where it has them."""
+    weight.data.copy_(pack(codes.to(weight.device), weight.format, weight.group))
+    weight.scales.copy_(scales)
+    if weight.zeros is not None and zeros is not None:
+        weight.zeros.copy_(zeros.float() + 128)
+
+
+def chosen(weights: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Form]:
+    """By name, the forms of the parameters that `weights` has quantized: None, a format, or a dict. See ALLOWED.
+
+    ValueError where it is none of these, or where int4's groups fit no parameter. A head that is the embedding is no
+    parameter of its own, and stays as it is.
+    """
+    if weights is None:
+        return {}
+    wanted = {"experts": weights} if isinstance(weights, str) else weights
+    if (
+        not isinstance(wanted, Mapping)
+        or not wanted
+        or not all(part in PARTS and isinstance(format, str) and format in FORMATS for part, format in wanted.items())
+    ):
+        raise ValueError(f"Mixtral.from_pretrained: weights is {weights!r}, needs {ALLOWED}")
+    formats = {name: format for part, format in wanted.items() for name in PARTS[part]}
+    forms: dict[str, Form] = {}
+    for name, shape in shapes.items():
+        if (format := formats.get(name.rpartition(".")[2])) is not None:
+            try:
+                forms[name] = Form.chosen(format, shape[-1])
+            except ValueError as error:
+                raise ValueError(f"Mixtral.from_pretrained: weights is {weights!r}, {name}: {error}") from None
+    return forms

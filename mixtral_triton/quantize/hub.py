@@ -1,0 +1,196 @@
+"""Quantized checkpoints of the hub, read exactly: each linear's codes, scales and zeros into its QuantizedWeight.
+
+Names and shapes on disk are checked in full, like those of `weights.py`, before a byte of data is read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import weights
+from ..config import MixtralConfig
+from ..kernels.quantized import QuantizedWeight
+from ..weights import Headers, Stored, Target
+from .form import PARTS, Form, put
+from .layouts import Layout, Part
+
+PIECE = 1 << 22  # codes that are unpacked at once
+QUANTIZABLE = {name for names in PARTS.values() for name in names}
+# Of activations and caches, which stay in 16 bits here; by the last part of a name.
+ASIDE = {f"{what}_scale" for what in ("input", "output", "activation", "q", "k", "v", "kv")} | {"input_zero_point"}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A quantized linear of the checkpoint: its name, where it goes, its tensors by the last part of their names."""
+
+    name: str
+    target: Target
+    parts: Mapping[str, Stored]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored.nbytes for stored in self.parts.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of a checkpoint's tensors.
+
+    layout   of each linear
+    linears  those that are quantized
+    forms    of the parameters that these fill
+    dense    the rest, by name, and where each goes
+    aside    names of what is not needed
+    """
+
+    layout: Layout
+    linears: list[Linear]
+    forms: dict[str, Form]
+    dense: dict[str, Target]
+    aside: list[str]
+
+
+def plan(headers: Headers, config: MixtralConfig) -> Plan:
+    """Of a quantized folder; ValueError unless names, dtypes and shapes are exactly those of its layout."""
+    assert headers.scheme is not None
+    scheme, folder = headers.scheme, headers.folder
+    found = _by_linear(headers)
+    aside = [name for name in headers.tensors if name.rpartition(".")[2] in ASIDE]
+    linears: list[Linear] = []
+    dense: dict[str, Target] = {}
+    need: dict[str, Any] = {}
+    for name, target in weights.targets(headers, config).items():
+        linear = name.removesuffix(".weight")
+        parts = found.get(linear, {})
+        quantizable = target.parameter.rpartition(".")[2] in QUANTIZABLE
+        if not quantizable or not scheme.layout.has({part: stored.dtype for part, stored in parts.items()}):
+            dense[name], need[name] = target, target.shape
+            continue
+        if scheme.ignored(linear):
+            raise ValueError(f"{folder}: {linear} is quantized, and its config says that it is not")
+        linears.append(Linear(linear, target, parts))
+        need |= _needed(folder, linear, parts, scheme.layout, target.shape)
+    if config.tie_word_embeddings and weights.HEAD in headers.tensors:
+        need[weights.HEAD] = need[weights.EMBEDDING]
+    got = {name: stored.shape for name, stored in headers.tensors.items() if name not in set(aside)}
+    weights.compare(str(folder), f"the config ({scheme.name})", need, got)
+    weights.one_dtype(folder, {name: headers.tensors[name] for name in dense})
+    return Plan(scheme.layout, linears, _forms(folder, scheme.layout, linears, dense), dense, aside)
+
+
+def _by_linear(headers: Headers) -> dict[str, dict[str, Stored]]:
+    """The tensors by the name of their linear, then by the last part of their own."""
+    found: dict[str, dict[str, Stored]] = defaultdict(dict)
+    for name, stored in headers.tensors.items():
+        linear, _, part = name.rpartition(".")
+        if part not in ASIDE:
+            found[linear][part] = stored
+    return found
+
+
+def _needed(
+    folder: Path, linear: str, found: Mapping[str, Stored], layout: Layout, shape: tuple[int, ...]
+) -> dict[str, tuple[int, ...]]:
+    """The tensors that a linear of `shape` needs, and the shape that each has or should have."""
+    try:
+        parts: dict[str, Part] = layout.parts(*shape)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {linear}: {error}") from None
+    need = {}
+    for name, part in parts.items():
+        stored = found.get(name)
+        if stored is not None and stored.dtype not in part.dtypes:
+            needs = " or ".join(part.dtypes)
+            raise ValueError(f"{stored.file}: {linear}.{name} is stored as {stored.dtype}, needs {needs}")
+        if stored is not None or part.needed:
+            fits = stored is not None and stored.shape in part.shapes
+            need[f"{linear}.{name}"] = stored.shape if stored is not None and fits else part.shapes[0]
+    return need
+
+
+def _forms(folder: Path, layout: Layout, linears: list[Linear], dense: Mapping[str, Target]) -> dict[str, Form]:
+    forms: dict[str, Form] = {}
+    plain = {target.parameter: name for name, target in dense.items()}
+    for linear in linears:
+        name = linear.target.parameter
+        if name in plain:
+            raise ValueError(f"{folder}: {linear.name} is quantized and {plain[name]} is not, but both are of {name}")
+        form = layout.form(linear.target.shape[-1], weights.DTYPES[linear.parts[layout.scale].dtype])
+        if forms.setdefault(name, form) != form:
+            raise ValueError(
+                f"{folder}: {linear.name} has scales in {form.scales}, others of {name} in {forms[name].scales}"
+            )
+    return forms
+
+
+def load(
+    folder: weights.Folder, config: MixtralConfig, places: Mapping[str, Any], progress: weights.Progress = None
+) -> None:
+    """Fill `places`, the parameters of a model that was made with `plan(...).forms`, from a quantized folder.
+
+    Raises as `weights.load` does, and ValueError for a scale, or a code of fp8, that is NaN or infinite, and for what a
+    layout refuses (act-order). What is left aside is told in one warning.
+    """
+    headers = weights.read_headers(folder)
+    found = plan(headers, config)
+    if found.aside:
+        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in found.aside}))
+        warnings.warn(
+            f"{headers.folder}: {len(found.aside)} scales of activations or caches ({kinds}) are left aside: both stay "
+            "in 16 bits here",
+            stacklevel=4,
+        )
+    weights.fill(headers.tensors, found.dense, places, progress)
+    if weights.HEAD in headers.tensors and config.tie_word_embeddings and places["embed_tokens"].device.type != "meta":
+        weights.check_tied_head(headers, progress)
+    with ExitStack() as stack, torch.no_grad(), torch.device("cpu"):
+        files = sorted({stored.file for linear in found.linears for stored in linear.parts.values()})
+        opened = {file: stack.enter_context(weights.opened_file(file)) for file in files}
+        for linear in found.linears:
+            place = places[linear.target.parameter]
+            if place.device.type != "meta":
+                _fill(place[linear.target.index], found.layout, linear, opened)
+                if progress:
+                    progress(linear.nbytes)
+
+
+def _fill(weight: QuantizedWeight, layout: Layout, linear: Linear, opened: Mapping[Path, Any]) -> None:
+    """The rows of one linear into `weight` [N,K]."""
+    file = linear.parts[layout.marker].file
+    try:
+        for start, stop, codes, scales, zeros in decoded(layout, linear, opened):
+            if not torch.isfinite(scales).all():
+                raise ValueError("a scale is NaN or infinite: this file is damaged")
+            if weight.format == "fp8" and ((codes & 127) == 127).any():
+                raise ValueError("a weight is NaN (0x7F or 0xFF in fp8): this file is damaged")
+            put(weight[start:stop], codes, scales, zeros)
+    except ValueError as error:
+        raise ValueError(f"{file}: {linear.name}: {error}") from None
+
+
+def decoded(
+    layout: Layout, linear: Linear, opened: Mapping[Path, Any]
+) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor | None]]:
+    """A linear a few rows at a time: start, stop, codes uint8 [n,K], scales [n,G], zeros uint8 [n,G]."""
+    N, K = linear.target.shape
+
+    def read(part: str, *index: slice) -> Tensor:
+        stored = linear.parts[part]
+        name = f"{linear.name}.{part}"
+        return opened[stored.file].get_slice(name)[index] if index else opened[stored.file].get_tensor(name)
+
+    layout.check(read, N, K, linear.parts)
+    bounds = [*range(0, N, max(128, PIECE // K // 128 * 128)), N]
+    for start, stop in itertools.pairwise(bounds):
+        yield start, stop, *layout.rows(read, N, K, start, stop)
