@@ -9,7 +9,6 @@ columns, and its product with x needs no interleave. K is padded to a whole unit
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -43,20 +42,6 @@ def unpack(data: Tensor, format: str, K: int, group: int) -> Tensor:
     elements = data.unflatten(-1, (-1, unit_columns(format, K, group) // fields)).to(torch.int32)
     parts = [(elements >> (bits * s)) & ((1 << bits) - 1) for s in range(fields)]
     return torch.stack(parts, dim=-2).flatten(-3)[..., :K].to(torch.uint8)
-
-
-def buffer_shapes(format: str, shape: tuple[int, ...], group: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the codes, scales and zeros of a weight of `shape`, by the names that `QuantizedWeight` gives them."""
-    *lead, K = shape
-    unit = unit_columns(format, K, group)
-    width, groups = -(-K // unit) * unit * BITS[format] // 16, K // group
-    return {"data": (*lead, width), "scales": (*lead, groups), "zeros": (*lead, groups)}
-
-
-def packed_bytes(format: str, shape: tuple[int, ...], group: int, scale_bytes: int) -> int:
-    """`QuantizedWeight.nbytes` of a weight of `shape` without zeros, whose scales have `scale_bytes` each."""
-    shapes = buffer_shapes(format, shape, group)
-    return 2 * math.prod(shapes["data"]) + scale_bytes * math.prod(shapes["scales"])
 
 
 class QuantizedWeight(nn.Module):
@@ -95,14 +80,16 @@ class QuantizedWeight(nn.Module):
     def _check(self) -> None:
         if self.format not in BITS:
             raise ValueError(f"QuantizedWeight: format is {self.format!r}, needs one of {', '.join(BITS)}")
-        K = self.shape[-1]
+        *lead, K = self.shape
         if self.group < 1 or K % self.group:
             raise ValueError(
                 f"QuantizedWeight: groups of {self.group} do not divide the {K} columns of {list(self.shape)}"
             )
         if self.group != K and self.group not in (32, 64, 128):
             raise ValueError(f"QuantizedWeight: group is {self.group}, needs 32, 64, 128 or all {K} columns")
-        wanted = buffer_shapes(self.format, self.shape, self.group)
+        unit = unit_columns(self.format, K, self.group)
+        width = -(-K // unit) * unit * BITS[self.format] // 16
+        wanted = {"data": (*lead, width), "scales": (*lead, K // self.group), "zeros": (*lead, K // self.group)}
         for name, shape in wanted.items():
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != shape:

@@ -12,13 +12,14 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from .cards import CARDS, Card
 from .config import MixtralConfig
 from .generate import PREFILL_CHUNK
-from .kernels.quantized import packed_bytes
+from .quantize.form import PARTS, Form, chosen
 from .weights import parameter_shapes
 
 KNOWN = {
@@ -43,11 +44,11 @@ MOST_GPUS = 16
 # Of each logit: in the model's dtype, in fp32, and what a draw by temperature and top_p makes of it, its sort included.
 LOGIT_BYTES = 64
 
-# Which weights a format is for; what is named in neither stays as stored: embedding, norms, gate.
-PARTS = {"experts": ("gate_up_proj", "down_proj"), "linear": ("qkv_proj", "o_proj", "lm_head")}
 Weights = str | Mapping[str, str] | None  # as `Mixtral.from_pretrained` takes them
+Forms = Mapping[str, Form]  # of the parameters that are quantized, by name
+STORED = "as stored"
 FORMATS: dict[str, Weights] = {
-    "as stored": None,
+    STORED: None,
     "fp8": "fp8",
     "int8": "int8",
     "int4": "int4",
@@ -55,35 +56,34 @@ FORMATS: dict[str, Weights] = {
 }
 
 
-def by_part(weights: Weights) -> dict[str, str]:
-    """The format of each part of PARTS that has one: a name alone is that of the experts."""
-    if weights is None:
-        return {}
-    return {"experts": weights} if isinstance(weights, str) else dict(weights)
+def choices(config: MixtralConfig) -> dict[str, Forms]:
+    """The forms that each of FORMATS has for a model; a format that its columns do not take is left out."""
+    shapes = parameter_shapes(config)
+    found: dict[str, Forms] = {}
+    for name, weights in FORMATS.items():
+        try:
+            found[name] = chosen(weights, shapes)
+        except ValueError:  # int4, whose groups have to divide the columns
+            continue
+    return found
 
 
 def stored_dtype(config: MixtralConfig) -> torch.dtype:
     return getattr(torch, config.dtype or "bfloat16")
 
 
-def group_of(format: str, columns: int) -> int:
-    """Columns that share a scale: of int4 128, or the next smaller group that divides them; of 8 bits a whole row."""
-    groups = (128, 64, 32) if format == "int4" else ()
-    return next((group for group in groups if columns % group == 0), columns)
-
-
-def weight_bytes(config: MixtralConfig, weights: Weights, dtype: torch.dtype | None = None) -> int:
-    """Of all parameters; `dtype`: of those that no format is for, None: as stored."""
+def weight_bytes(config: MixtralConfig, forms: Forms, dtype: torch.dtype | None = None) -> int:
+    """Of all parameters; `dtype`: of those that have no form, None: as stored."""
     itemsize = (dtype or stored_dtype(config)).itemsize
-    formats = {name: format for part, format in by_part(weights).items() for name in PARTS[part]}
-    total = 0
-    for name, shape in parameter_shapes(config).items():
-        format = formats.get(name.rsplit(".", 1)[-1])
-        if format is None:
-            total += itemsize * math.prod(shape)
-        else:  # scales: fp16 of int4's groups, fp32 of rows
-            total += packed_bytes(format, shape, group_of(format, shape[-1]), 2 if format == "int4" else 4)
-    return total
+    return sum(
+        _packed(forms[name], shape) if name in forms else itemsize * math.prod(shape)
+        for name, shape in parameter_shapes(config).items()
+    )
+
+
+@lru_cache(maxsize=256)
+def _packed(form: Form, shape: tuple[int, ...]) -> int:
+    return form.empty(shape, "meta").nbytes
 
 
 def table_bytes(config: MixtralConfig) -> int:
@@ -146,10 +146,10 @@ class Need:
     overhead: int = OVERHEAD
 
     @classmethod
-    def of(cls, config: MixtralConfig, weights: Weights, batch: int, context: int, gpus: int = 1) -> Need:
+    def of(cls, config: MixtralConfig, forms: Forms, batch: int, context: int, gpus: int = 1) -> Need:
         """Several cards: weights and cache in even parts, all the rest on each, as tensor parallelism has it."""
         return cls(
-            -(-weight_bytes(config, weights) // gpus),
+            -(-weight_bytes(config, forms) // gpus),
             table_bytes(config),
             -(-cache_bytes(config, batch, context) // gpus),
             workspace_bytes(config, batch, context),
@@ -163,15 +163,13 @@ class Need:
 
 @dataclass(frozen=True)
 class Plan:
-    """One format on cards of `memory` bytes.
+    """One set of forms on cards of `memory` bytes.
 
     verdict  "fits"; "tight": by less than TIGHT of the memory; "no"
     longest  tokens a sequence that it holds without being tight, at most the model's positions; 0: not one
     needs    the least number of such cards that hold it without being tight, at most MOST_GPUS; None: more
     """
 
-    format: str
-    weights: Weights
     need: Need
     memory: int
     longest: int
@@ -188,58 +186,51 @@ def comfortable(memory: int) -> int:
     return memory - math.ceil(memory * TIGHT)
 
 
-def plan(config: MixtralConfig, format: str, memory: int, batch: int, context: int, gpus: int = 1) -> Plan:
-    """`format` (of FORMATS) on `gpus` cards of `memory` bytes each, `batch` sequences of `context` tokens."""
-    weights, room = FORMATS[format], comfortable(memory)
-    lengths = range(config.max_position_embeddings + 1)
-    longest = bisect_right(lengths, room, key=lambda S: Need.of(config, weights, batch, S, gpus).total) - 1
-    counts = range(1, MOST_GPUS + 1)
-    needs = next((n for n in counts if Need.of(config, weights, batch, context, n).total <= room), None)
-    need = Need.of(config, weights, batch, context, gpus)
-    return Plan(format, weights, need, memory, max(0, longest), needs)
+def plan(config: MixtralConfig, forms: Forms, memory: int, batch: int, context: int, gpus: int = 1) -> Plan:
+    """On `gpus` cards of `memory` bytes each, `batch` sequences of `context` tokens."""
+    room, lengths, counts = comfortable(memory), range(config.max_position_embeddings + 1), range(1, MOST_GPUS + 1)
+    longest = bisect_right(lengths, room, key=lambda S: Need.of(config, forms, batch, S, gpus).total) - 1
+    needs = next((n for n in counts if Need.of(config, forms, batch, context, n).total <= room), None)
+    return Plan(Need.of(config, forms, batch, context, gpus), memory, max(0, longest), needs)
 
 
-def smallest_card(need: Need) -> Card | None:
+def smallest_card(config: MixtralConfig, forms: Forms, batch: int, context: int) -> Card | None:
     """The listed card with the least memory that holds it without being tight."""
-    return min(
-        (card for card in CARDS if need.total <= comfortable(card.bytes)), key=lambda card: card.mib, default=None
-    )
+    need = Need.of(config, forms, batch, context).total
+    return min((card for card in CARDS if need <= comfortable(card.bytes)), key=lambda card: card.mib, default=None)
 
 
 def check(
     config: MixtralConfig,
-    weights: Weights,
+    forms: Forms,
     device: torch.device,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype,
+    free_choice: bool = True,
     free: int | None = None,
 ) -> None:
     """ValueError where the weights alone do not fit in what is free on a CUDA `device`, before anything is allocated.
 
-    The arguments of `Mixtral.from_pretrained`. free: bytes; None: the driver is asked.
+    forms, dtype: of the quantized parameters, and of the others. free_choice: whether others can be asked for, as is so
+    for files that are not quantized themselves. free: bytes; None: the driver is asked.
     """
     if device.type != "cuda":
         return
     if free is None:
         free = torch.cuda.mem_get_info(device)[0]
     tables = table_bytes(config)
-    need = weight_bytes(config, weights, dtype) + tables
+    need = weight_bytes(config, forms, dtype) + tables
     if need <= free:
         return
-    sizes = {name: weight_bytes(config, other, dtype) + tables for name, other in FORMATS.items()}
-    fitting = [f"weights={FORMATS[name]!r} takes {_gb(size)}" for name, size in sizes.items() if size <= free]
-    if fitting:
-        would = "; ".join(fitting)
-    else:
-        name = min(sizes, key=sizes.__getitem__)
-        card = smallest_card(Need.of(config, FORMATS[name], 1, 1))
-        on = f" and fits a card like the {card.name}" if card else ""
-        would = f"no format fits; weights={FORMATS[name]!r} takes the least, {_gb(sizes[name])}{on}"
-    got = f"weights={_shown(weights)} takes {_gb(need)}, and {device} has {_gb(free)} free"
-    raise ValueError(f"Mixtral.from_pretrained: {got}: {would}")
-
-
-def _shown(weights: Weights) -> str:
-    return repr(weights if weights is None or isinstance(weights, str) else dict(weights))
+    others = choices(config) if free_choice else {STORED: forms}
+    sizes = {name: weight_bytes(config, other, dtype) + tables for name, other in others.items()}
+    would = [f"weights={FORMATS[name]!r} takes {_gb(size)}" for name, size in sizes.items() if size <= free]
+    if not would:
+        least = min(sizes, key=sizes.__getitem__)
+        card = smallest_card(config, others[least], 1, 1)
+        would = [f"no format fits, the least is {_gb(sizes[least])} with weights={FORMATS[least]!r}"]
+        would += [f"a card like the {card.name} holds that"] if card else []
+    got = f"the weights take {_gb(need)}, and {device} has {_gb(free)} free"
+    raise ValueError(f"Mixtral.from_pretrained: {got}: {'; '.join(would)}")
 
 
 def _gb(size: int) -> str:

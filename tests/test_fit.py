@@ -20,9 +20,9 @@ from mixtral_triton.fit import (
     LOGIT_BYTES,
     OVERHEAD,
     Need,
-    by_part,
     cache_bytes,
     check,
+    choices,
     parameters,
     plan,
     table_bytes,
@@ -32,13 +32,26 @@ from mixtral_triton.fit import (
 )
 from mixtral_triton.generate import prefill, sample
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.quantized import QuantizedWeight, pack
+from mixtral_triton.quantize.form import chosen
+from mixtral_triton.weights import parameter_shapes
 from tests.live_bytes import LiveBytes
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about sizes: run once, without the interpreter")
 SMALLER, LARGER = KNOWN["mixtral-8x7b"], KNOWN["mixtral-8x22b"]
 CUDA = torch.device("cuda:0")
+BF16 = torch.bfloat16
 GB = 10**9
+
+
+def forms(config: MixtralConfig, weights: Any) -> Any:
+    return chosen(weights, parameter_shapes(config))
+
+
+def size(config: MixtralConfig, weights: Any, dtype: torch.dtype | None = None) -> int:
+    return weight_bytes(config, forms(config, weights), dtype)
+
+
+INT4, FP8 = forms(SMALLER, "int4"), forms(SMALLER, "fp8")
 
 
 def test_the_published_counts() -> None:
@@ -52,7 +65,7 @@ def test_the_published_counts() -> None:
 )
 def test_the_published_sizes(config: MixtralConfig, stored: float, eight: float, four: float) -> None:
     """GB; the experts alone quantized."""
-    sizes = [round(weight_bytes(config, FORMATS[name]) / GB, 1) for name in ("as stored", "fp8", "int8", "int4")]
+    sizes = [round(size(config, FORMATS[name]) / GB, 1) for name in ("as stored", "fp8", "int8", "int4")]
     assert sizes == [stored, eight, eight, four]
 
 
@@ -61,43 +74,37 @@ def test_bytes_of_8x7b_by_hand() -> None:
     experts, rows = 32 * 8 * (28672 * 4096 + 4096 * 14336), 32 * 8 * (28672 + 4096)
     linear, linear_rows = 32 * (6144 + 4096) * 4096 + 32000 * 4096, 32 * (6144 + 4096) + 32000
     rest = 32000 * 4096 + 65 * 4096 + 32 * 8 * 4096
-    assert weight_bytes(SMALLER, None) == 2 * (experts + linear + rest)
-    assert weight_bytes(SMALLER, "int8") == experts + 4 * rows + 2 * (linear + rest)
+    assert size(SMALLER, None) == 2 * (experts + linear + rest)
+    assert size(SMALLER, "int8") == experts + 4 * rows + 2 * (linear + rest)
     int4 = experts // 2 + 2 * experts // 128
-    assert weight_bytes(SMALLER, "int4") == int4 + 2 * (linear + rest)
+    assert size(SMALLER, "int4") == int4 + 2 * (linear + rest)
     both = {"experts": "int4", "linear": "int8"}
-    assert weight_bytes(SMALLER, both) == int4 + linear + 4 * linear_rows + 2 * rest
-    assert weight_bytes(SMALLER, None, torch.float32) == 4 * (experts + linear + rest)
+    assert size(SMALLER, both) == int4 + linear + 4 * linear_rows + 2 * rest
+    assert size(SMALLER, None, torch.float32) == 4 * (experts + linear + rest)
 
 
 def test_a_tied_head_stays_as_stored() -> None:
     """It is the embedding, whose rows are read one at a time."""
     tied = replace(SMALLER, tie_word_embeddings=True)
-    assert weight_bytes(SMALLER, None) - weight_bytes(tied, None) == 2 * 32000 * 4096
-    gone = weight_bytes(SMALLER, {"linear": "int8"}) - weight_bytes(tied, {"linear": "int8"})
+    assert size(SMALLER, None) - size(tied, None) == 2 * 32000 * 4096
+    gone = size(SMALLER, {"linear": "int8"}) - size(tied, {"linear": "int8"})
     assert gone == 32000 * 4096 + 4 * 32000
 
 
-def quantized(format: str, shape: torch.Size) -> QuantizedWeight:
-    codes = torch.zeros(shape, dtype=torch.uint8, device="meta")
-    group = 128 if format == "int4" and shape[-1] % 128 == 0 else shape[-1]
-    scales = torch.zeros((*shape[:-1], shape[-1] // group), device="meta", dtype=torch.float32)
-    scales = scales.half() if format == "int4" else scales
-    return QuantizedWeight(format, pack(codes, format, group), scales, None, tuple(shape), group)
-
-
 @pytest.mark.parametrize("weights", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 208, "intermediate_size": 333}], ids=["even", "odd"])
-def test_weights_are_the_bytes_that_quantized_weights_have(weights: Any, sizes: dict[str, int]) -> None:
-    """Columns that are no whole unit are padded."""
-    config = replace(MixtralConfig.from_pretrained(SMALL), **sizes)
-    formats = by_part(weights)
-    places = {"gate_up_proj": "experts", "down_proj": "experts", "qkv_proj": "linear", "o_proj": "linear"}
-    total = 0
-    for name, weight in Mixtral(config, "meta").named_parameters():
-        format = formats.get({**places, "lm_head": "linear"}.get(name.split(".")[-1], ""))
-        total += weight.nbytes if format is None else quantized(format, weight.shape).nbytes
-    assert weight_bytes(config, weights) == total
+def test_weights_are_the_bytes_of_the_loaded_model(weights: Any) -> None:
+    model = Mixtral.from_pretrained(SMALL, "cpu", weights=weights)
+    held = {x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers()) if x.dtype != torch.float32}
+    scales = sum(x.nbytes for x in model.buffers() if x.dtype == torch.float32) - model.cos.nbytes - model.sin.nbytes
+    assert size(model.config, weights) == sum(held.values()) + scales
+
+
+def test_columns_that_are_no_whole_unit_are_padded() -> None:
+    config = replace(MixtralConfig.from_pretrained(SMALL), hidden_size=208, intermediate_size=333)
+    assert list(choices(config)) == ["as stored", "fp8", "int8"]  # int4 has no group that divides the columns
+    padded = 4 * 8 * (2 * 333 * 256 + 208 * 384) + 4 * 4 * 8 * (2 * 333 + 208)
+    dense = 4 * 8 * (2 * 333 * 208 + 208 * 333)
+    assert size(config, "int8") - size(config, None) == padded - 2 * dense
 
 
 def test_the_cache_is_the_cache() -> None:
@@ -165,29 +172,29 @@ def test_flops_of_a_token() -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_longest_text_fits_and_one_token_more_does_not(format: str, batch: int) -> None:
     for memory in (27 * GB, 30 * GB, 49 * GB, 51 * GB, 97 * GB):
-        found, room = plan(SMALLER, format, memory, batch, 100).longest, 0.98 * memory
-        need = [Need.of(SMALLER, FORMATS[format], batch, S).total for S in (max(found, 1), found + 1)]
+        found, room = plan(SMALLER, choices(SMALLER)[format], memory, batch, 100).longest, 0.98 * memory
+        need = [Need.of(SMALLER, choices(SMALLER)[format], batch, S).total for S in (max(found, 1), found + 1)]
         assert found == 0 or need[0] <= room
         assert found == 32768 or need[1] > room - 1
 
 
 def test_a_window_holds_any_text_or_none() -> None:
     ring = replace(SMALLER, sliding_window=4096)
-    assert {plan(ring, "int4", memory, 1, 100).longest for memory in (20 * GB, 40 * GB)} == {0, 32768}
+    assert {plan(ring, forms(ring, "int4"), memory, 1, 100).longest for memory in (20 * GB, 40 * GB)} == {0, 32768}
 
 
 def test_tight_is_within_two_percent() -> None:
-    total = Need.of(SMALLER, "int4", 1, 4096).total
-    found = [plan(SMALLER, "int4", int(total * times), 1, 4096).verdict for times in (0.999, 1.001, 1.019, 1.03)]
+    total = Need.of(SMALLER, INT4, 1, 4096).total
+    found = [plan(SMALLER, INT4, int(total * times), 1, 4096).verdict for times in (0.999, 1.001, 1.019, 1.03)]
     assert found == ["no", "tight", "tight", "fits"]
-    assert plan(SMALLER, "int4", int(total * 1.01), 1, 4096).needs == 2
+    assert plan(SMALLER, INT4, int(total * 1.01), 1, 4096).needs == 2
 
 
 def test_several_cards_share_weights_and_cache_alone() -> None:
-    one, four = (Need.of(SMALLER, "fp8", 2, 8192, gpus) for gpus in (1, 4))
+    one, four = (Need.of(SMALLER, FP8, 2, 8192, gpus) for gpus in (1, 4))
     assert (4 * four.weights, 4 * four.cache) == (one.weights, one.cache)
     assert replace(four, weights=one.weights, cache=one.cache) == one
-    assert plan(SMALLER, "as stored", 8 * GB, 1, 100).needs == 15 and plan(SMALLER, "int4", 2 * GB, 1, 1).needs is None
+    assert plan(SMALLER, {}, 8 * GB, 1, 100).needs == 15 and plan(SMALLER, INT4, 2 * GB, 1, 1).needs is None
 
 
 @pytest.mark.parametrize(
@@ -259,7 +266,7 @@ def test_json_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
         parts = one["bytes"]
         assert all(type(size) is int for size in parts.values())
         assert parts["total"] == sum(parts.values()) - parts["total"]
-        assert parts["weights"] == weight_bytes(LARGER, one["weights"])
+        assert parts["weights"] == size(LARGER, one["weights"])
     assert [one["format"] for one in found["formats"]] == list(FORMATS)
 
 
@@ -320,29 +327,33 @@ def test_bad_input_is_one_line(
 
 def test_the_check_names_what_would_fit() -> None:
     with pytest.raises(ValueError) as found:
-        check(SMALLER, None, CUDA, free=80 * GB)
+        check(SMALLER, {}, CUDA, BF16, free=80 * GB)
     said = str(found.value)
-    assert said.startswith("Mixtral.from_pretrained: weights=None takes 93.4 GB, and cuda:0 has 80.0 GB free: ")
+    assert said.startswith("Mixtral.from_pretrained: the weights take 93.4 GB, and cuda:0 has 80.0 GB free: ")
     assert "weights='int8' takes 48.4 GB" in said and "weights='int4' takes 26.5 GB" in said
     with pytest.raises(ValueError, match=r"'int4' takes 26\.5 GB") as found:
-        check(SMALLER, "fp8", CUDA, free=40 * GB)
+        check(SMALLER, FP8, CUDA, BF16, free=40 * GB)
     assert "weights='int8'" not in str(found.value)
 
 
 def test_the_check_says_where_nothing_fits_and_what_would() -> None:
-    with pytest.raises(ValueError, match=r"no format fits; .*'linear': 'int8'.* 25\.0 GB .* the RTX 5090"):
-        check(SMALLER, "int4", CUDA, free=24 * GB)
-    with pytest.raises(ValueError, match="no format fits"):
-        check(replace(LARGER, num_hidden_layers=400), None, CUDA, free=24 * GB)
+    least = r"no format fits, the least is 25\.0 GB with .*'linear': 'int8'.*; a card like the RTX 5090"
+    with pytest.raises(ValueError, match=least):
+        check(SMALLER, INT4, CUDA, BF16, free=24 * GB)
+    with pytest.raises(ValueError, match=r"no format fits, the least is 26\.5 GB with weights=None; .* RTX 5090"):
+        check(SMALLER, INT4, CUDA, BF16, free_choice=False, free=24 * GB)
+    with pytest.raises(ValueError, match="no format fits") as found:
+        check(replace(LARGER, num_hidden_layers=400), {}, CUDA, BF16, free=24 * GB)
+    assert "a card like" not in str(found.value)
 
 
 def test_the_check_passes_what_fits_and_asks_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    need = weight_bytes(SMALLER, "int4") + table_bytes(SMALLER)
-    check(SMALLER, "int4", CUDA, free=need)
-    with pytest.raises(ValueError):
-        check(SMALLER, "int4", CUDA, free=need - 1)
-    check(SMALLER, None, torch.device("cpu"), free=0)
+    need = size(SMALLER, "int4") + table_bytes(SMALLER)
+    check(SMALLER, INT4, CUDA, BF16, free=need)
+    with pytest.raises(ValueError, match="26"):
+        check(SMALLER, INT4, CUDA, BF16, free=need - 1)
+    check(SMALLER, {}, torch.device("cpu"), BF16, free=0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (need, 99 * need))
-    check(SMALLER, "int4", CUDA)
-    with pytest.raises(ValueError, match="weights=None takes 186"):
-        check(SMALLER, None, CUDA, torch.float32)
+    check(SMALLER, INT4, CUDA, BF16)
+    with pytest.raises(ValueError, match="the weights take 186"):
+        check(SMALLER, {}, CUDA, torch.float32)
