@@ -22,8 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import MixtralConfig, checkpoint_folder, parse_json_object, refuse_gguf
-from .quantize.form import put
-from .quantize.quantizers import encode
+from .quantize.quantizers import fill as quantize_into
 from .quantize.schemes import Scheme, read_scheme
 
 Layout = Literal["per_expert", "fused"]
@@ -245,7 +244,7 @@ def _fill(opened: Any, name: str, stored: Stored, destination: Any, progress: Pr
             copied.copy_(source)
         else:
             copied = source
-            put(destination[at], *encode(source.to(destination.device), destination.format, destination.group))
+            quantize_into(destination[at], source)
         # NaN and infinity never leave a sum: a finite one proves the chunk in one pass, without temporaries.
         # A sum may overflow by itself: then each value is looked at.
         if not torch.isfinite(copied.sum()) and not torch.isfinite(copied).all():

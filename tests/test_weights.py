@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from safetensors.torch import save_file
 from mixtral_triton import weights
 from mixtral_triton.config import MixtralConfig
 from mixtral_triton.weights import check, load, parameter_shapes, read_headers, stored_dtype, table, total_bytes
+from tests.memory import anonymous_peak, needs_proc
 
 COUNTS = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "num_local_experts": 3}
 CONFIG = MixtralConfig(**COUNTS, vocab_size=48, hidden_size=16, intermediate_size=24, head_dim=6, rope_theta=1e6)
@@ -351,31 +349,16 @@ def test_no_weights(tmp_path):
     refused(tmp_path / "nowhere", "nowhere: no such folder", error=FileNotFoundError)
 
 
-MEASURE = """
-import sys, threading, torch
-from mixtral_triton.weights import MixtralConfig, load, parameter_shapes
-
-def anonymous():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
-
-def sample():
-    while not done.wait(0.001):
-        peak[0] = max(peak[0], anonymous())
-
-torch.ones(100).to(torch.bfloat16).sum()
-base, peak, done = anonymous(), [0], threading.Event()
-thread = threading.Thread(target=sample)
-thread.start()
+IMPORTS = "from mixtral_triton.weights import MixtralConfig, load, parameter_shapes"
+LOADED = """
 config, dtype = MixtralConfig(**eval(sys.argv[3])), getattr(torch, sys.argv[2])
 parameters = {name: torch.empty(shape, dtype=dtype) for name, shape in parameter_shapes(config).items()}
 load(sys.argv[1], config, parameters)
-done.set(), thread.join()
-print(max(peak[0], anonymous()) - base, sum(parameter.nbytes for parameter in parameters.values()))
+size = sum(parameter.nbytes for parameter in parameters.values())
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads anonymous memory from /proc/self/status")
+@needs_proc
 @pytest.mark.parametrize(
     ("layout", "wanted", "sizes"),
     [
@@ -390,9 +373,5 @@ def test_never_a_second_copy(tmp_path, layout, wanted, sizes):
     fields |= {"num_key_value_heads": 2, "rope_theta": 1e6} | sizes
     config = MixtralConfig(**fields)
     ones = {name: torch.ones(target.shape, dtype=torch.bfloat16) for name, target in table(config, layout).items()}
-    command = [sys.executable, "-c", MEASURE, str(save(tmp_path, ones)), wanted, repr(fields)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-    peak, size = map(int, result.stdout.split())
+    peak, size = anonymous_peak(IMPORTS, LOADED, str(save(tmp_path, ones)), wanted, repr(fields))
     assert size > 140e6 and peak <= 1.15 * size, f"{peak / size:.3f} x the weights"

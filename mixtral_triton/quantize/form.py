@@ -46,7 +46,7 @@ class Form:
     def empty(self, shape: tuple[int, ...], device: Any) -> QuantizedWeight:
         """A weight of `shape`, its numbers unset."""
         *lead, K = shape
-        width = pack(torch.empty(1, K, dtype=torch.uint8, device="meta"), self.format, self.group).shape[-1]
+        width = pack(torch.zeros(K, dtype=torch.uint8, device="cpu"), self.format, self.group).shape[-1]
         scales = torch.empty(*lead, K // self.group, dtype=self.scales, device=device)
         zeros = torch.empty_like(scales, dtype=torch.bfloat16) if self.zeros else None
         data = torch.empty(*lead, width, dtype=torch.int16, device=device)

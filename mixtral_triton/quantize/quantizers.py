@@ -12,7 +12,7 @@ from ..kernels.quantized import ZERO_INT4, QuantizedWeight
 from .form import Form, put
 
 LARGEST = {"int4": 7.0, "int8": 127.0, "fp8": 448.0}  # of a format, its scale 1
-PIECE = 1 << 20  # elements that are worked on at once: in fp32 they stay in a cache
+PIECE = 1 << 18  # elements that are worked on at once: in fp32 they stay in a cache
 # Candidates for int4's scale, relative to that which clips nothing: the error of what is clipped against the finer step
 # of all others. More of them find little more.
 STEPS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65)
@@ -32,21 +32,24 @@ def quantize(tensor: Tensor, format: str, group: int | None = None) -> Quantized
         what = "empty" if 0 in tensor.shape else "not finite everywhere"
         raise ValueError(f"quantize: argument 'tensor' is {what}, needs at least one number, and none NaN or infinite")
     weight = Form.chosen(format, tensor.shape[-1], group).empty(tuple(tensor.shape), tensor.device)
-    with torch.no_grad():
-        put(weight, *encode(tensor, format, weight.group))
+    fill(weight, tensor)
     return weight
 
 
+@torch.no_grad()
+def fill(weight: QuantizedWeight, x: Tensor) -> None:
+    """Quantize x [..., K], finite, into `weight` of the same shape, on its device, a few rows at a time."""
+    if x.dim() > 2:
+        for expert, own in enumerate(x):
+            fill(weight[expert], own)
+        return
+    for start in range(0, len(x), step := max(1, PIECE // x.shape[-1])):
+        rows = slice(start, start + step)
+        put(weight[rows], *encode(x[rows].to(weight.device), weight.format, weight.group))
+
+
 def encode(x: Tensor, format: str, group: int) -> tuple[Tensor, Tensor]:
-    """x [..., K], finite -> codes uint8 [..., K], scales [..., G]: bf16 for int4, else fp32."""
-    K = x.shape[-1]
-    rows = x.reshape(-1, K)
-    pieces = [_encode(piece, format, group) for piece in rows.split(max(1, PIECE // K))]
-    codes, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    return codes.view(x.shape), scales.view(*x.shape[:-1], K // group)
-
-
-def _encode(x: Tensor, format: str, group: int) -> tuple[Tensor, Tensor]:
+    """x [n,K], finite -> codes uint8 [n,K], scales [n,G], which are numbers of bf16 for int4."""
     parts = x.float().unflatten(-1, (-1, group))
     scales = _usable(parts.abs().amax(-1, keepdim=True) / LARGEST[format])
     if format == "int4":
@@ -56,7 +59,7 @@ def _encode(x: Tensor, format: str, group: int) -> tuple[Tensor, Tensor]:
         codes = (parts / scales).round_().clamp_(-127, 127).to(torch.int8).view(torch.uint8)
     else:
         codes = (parts / scales).clamp_(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
-    return codes.flatten(-2), scales.squeeze(-1).to(torch.bfloat16 if format == "int4" else torch.float32)
+    return codes.flatten(-2), scales.squeeze(-1)
 
 
 def _usable(scales: Tensor) -> Tensor:

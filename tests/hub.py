@@ -1,0 +1,228 @@
+"""Quantized checkpoints as the hub has them, packed by loops that share nothing with the reader, and what they mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+SIZES: dict[str, Any] = {
+    "model_type": "mixtral",
+    "vocab_size": 40,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 2,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 64,
+    "eos_token_id": None,
+}
+ATTENTION = {"q": (128, 128), "k": (64, 128), "v": (64, 128), "o": (128, 128)}
+EXPERT = {"w1": (256, 128), "w3": (256, 128), "w2": (128, 256)}
+AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each 4 bits, lowest first
+
+Packer = Callable[[int, int, Any], tuple[dict[str, Tensor], Tensor]]  # N, K, random numbers -> tensors, their meaning
+
+
+def linears() -> dict[str, tuple[int, int]]:
+    """Of the one layer, by their names on disk."""
+    layer = "model.layers.0"
+    found = {f"{layer}.self_attn.{name}_proj": shape for name, shape in ATTENTION.items()}
+    for expert in range(SIZES["num_local_experts"]):
+        found |= {f"{layer}.block_sparse_moe.experts.{expert}.{name}": shape for name, shape in EXPERT.items()}
+    return found
+
+
+def dense(dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """What no layout quantizes."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"model.embed_tokens": (40, 128), "lm_head": (40, 128), "model.layers.0.block_sparse_moe.gate": (2, 128)}
+    made = {f"{name}.weight": torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    norms = ("model.norm", "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm")
+    return made | {f"{name}.weight": torch.rand(128, generator=generator).to(dtype) for name in norms}
+
+
+def write(folder: Path, packer: Packer, config: Any, only: str = "", **changes: Any) -> dict[str, Tensor]:
+    """A checkpoint whose linears with `only` in their names are packed -> what each tensor means, in fp32.
+
+    changes: tensors by name that replace others; None takes one away.
+    """
+    random = np.random.default_rng(0)
+    tensors = dense()
+    meaning = {name: tensor.float() for name, tensor in tensors.items()}
+    for name, (N, K) in linears().items():
+        parts, exact = packer(N, K, random)
+        if only not in name:
+            parts = {"weight": exact.bfloat16()}
+            exact = exact.bfloat16().float()
+        tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+        meaning[f"{name}.weight"] = exact
+    tensors = {name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(SIZES | ({} if config is None else {"quantization_config": config})))
+    return meaning
+
+
+def packed_words(values: np.ndarray, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
+    """[R, n] -> int32 [R, n * bits / 32]; `order`: which value of a word stands in each of its fields."""
+    many = 32 // bits
+    words = np.zeros((values.shape[0], -(-values.shape[1] // many)), np.uint32)
+    for column in range(values.shape[1]):
+        field = column % many if order is None else order.index(column % many)
+        words[:, column // many] |= values[:, column].astype(np.uint32) << np.uint32(bits * field)
+    return torch.from_numpy(words.view(np.int32))
+
+
+def meant(codes: np.ndarray, zeros: Any, scales: Tensor) -> Tensor:
+    """(code - zero) * scale in fp32, column by column: codes [N,K], zeros [N,G], scales [N,G]."""
+    K, G = codes.shape[1], scales.shape[1]
+    columns = []
+    for k in range(K):
+        at = k * G // K
+        zero = zeros if isinstance(zeros, int) else zeros[:, at].astype(np.float32)
+        columns.append(torch.from_numpy(codes[:, k].astype(np.float32) - zero) * scales[:, at].float())
+    return torch.stack(columns, dim=1)
+
+
+def scales_of(random: Any, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.from_numpy(random.uniform(0.005, 0.02, shape)).to(dtype)
+
+
+def fp8(scale: str = "channel", name: str = "weight_scale", dtype: torch.dtype = torch.bfloat16) -> Packer:
+    """Of a tensor, a channel, or blocks of 128 x 128."""
+
+    def pack(N: int, K: int, random: Any) -> tuple[dict[str, Tensor], Tensor]:
+        values = torch.from_numpy(random.uniform(-400, 400, (N, K))).to(torch.float8_e4m3fn)
+        shape = {"scalar": (), "tensor": (1,), "channel": (N, 1), "block": (-(-N // 128), K // 128)}[scale]
+        scales = scales_of(random, *shape, dtype=dtype) / 16
+        exact = torch.empty(N, K)
+        for n in range(N):
+            for at in range(0, K, 128):
+                one = {"block": (n // 128, at // 128), "channel": (n, 0)}.get(scale, ())
+                exact[n, at : at + 128] = values[n, at : at + 128].float() * scales[one].float()
+        return {"weight": values, name: scales}, exact
+
+    return pack
+
+
+def int8(N: int, K: int, random: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """compressed-tensors' int-quantized."""
+    values, scales = random.integers(-128, 128, (N, K)), scales_of(random, N, 1)
+    return {"weight": torch.from_numpy(values.astype(np.int8)), "weight_scale": scales}, meant(values, 0, scales)
+
+
+def compressed(bits: int = 4, group: int = 128, zeros: bool = False) -> Packer:
+    """compressed-tensors' pack-quantized; group -1: channels."""
+
+    def pack(N: int, K: int, random: Any) -> tuple[dict[str, Tensor], Tensor]:
+        G = 1 if group == -1 else K // group
+        half = 1 << (bits - 1)
+        values, scales = random.integers(-half, half, (N, K)), scales_of(random, N, G)
+        parts = {
+            "weight_packed": packed_words(values + half, bits),
+            "weight_scale": scales,
+            "weight_shape": torch.tensor([N, K]),
+        }
+        if not zeros:
+            return parts, meant(values, 0, scales)
+        points = random.integers(-half, half, (N, G))
+        parts["weight_zero_point"] = packed_words(points.T + half, bits).t()
+        return parts, meant(values, points, scales)
+
+    return pack
+
+
+def gptq(group: int = 128, off: int = 1, symmetric: bool = False) -> Packer:
+    def pack(N: int, K: int, random: Any) -> tuple[dict[str, Tensor], Tensor]:
+        G = 1 if group == -1 else K // group
+        codes, scales = random.integers(0, 16, (N, K)), scales_of(random, N, G, dtype=torch.float16)
+        zeros = np.full((N, G), 8) if symmetric else random.integers(off, 16, (N, G))
+        parts = {
+            "qweight": packed_words(codes, 4).t(),
+            "qzeros": packed_words(zeros.T - off, 4),
+            "scales": scales.t(),
+            "g_idx": torch.tensor([0 if group == -1 else k // group for k in range(K)], dtype=torch.int32),
+        }
+        return parts, meant(codes, zeros, scales)
+
+    return pack
+
+
+def awq(group: int = 128) -> Packer:
+    def pack(N: int, K: int, random: Any) -> tuple[dict[str, Tensor], Tensor]:
+        codes, zeros = random.integers(0, 16, (N, K)), random.integers(0, 16, (N, K // group))
+        scales = scales_of(random, N, K // group, dtype=torch.float16)
+        parts = {
+            "qweight": packed_words(codes.T, 4, AWQ_COLUMNS),
+            "qzeros": packed_words(zeros.T, 4, AWQ_COLUMNS),
+            "scales": scales.t(),
+        }
+        return parts, meant(codes, zeros, scales)
+
+    return pack
+
+
+def compressed_config(format: str, ignore: Any = ("lm_head",), **weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"type": "int", "symmetric": True, "dynamic": False} | weights}
+    group |= {"input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "ignore": list(ignore),
+        "config_groups": {"group_0": group},
+    }
+
+
+def pack_config(bits: int = 4, group: int = 128, zeros: bool = False) -> dict[str, Any]:
+    """Of `compressed`."""
+    strategy = {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
+    return compressed_config("pack-quantized", num_bits=bits, symmetric=not zeros, **strategy)
+
+
+def gptq_config(group: int = 128, off: int = 1, symmetric: bool = False, **more: Any) -> dict[str, Any]:
+    """Of `gptq`."""
+    version = "gptq" if off else "gptq_v2"
+    made = {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": symmetric, "checkpoint_format": version}
+    return made | {"desc_act": group == -1} | more
+
+
+def awq_config(group: int = 128, **more: Any) -> dict[str, Any]:
+    made = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
+    return made | {"modules_to_not_convert": ["gate"]} | more
+
+
+FLOAT = {"type": "float", "num_bits": 8}
+LAYOUTS: dict[str, tuple[Packer, dict[str, Any]]] = {
+    "ct fp8 channel": (fp8(), compressed_config("float-quantized", strategy="channel", **FLOAT)),
+    "ct fp8 tensor": (fp8("tensor"), compressed_config("float-quantized", strategy="tensor", **FLOAT)),
+    "ct fp8 block": (
+        fp8("block"),
+        compressed_config("float-quantized", strategy="block", block_structure=[128, 128], **FLOAT),
+    ),
+    "ct int8": (int8, compressed_config("int-quantized", strategy="channel", num_bits=8)),
+    "autofp8": (fp8("scalar", dtype=torch.float32), {"quant_method": "fp8", "ignored_layers": ["lm_head"]}),
+    "modelopt": (fp8("scalar", dtype=torch.float32), {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "fp8 blocks": (
+        fp8("block", "weight_scale_inv", torch.float32),
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+    ),
+}
+for _group in (128, 64, 32, -1):
+    for _zeros in (False, True):
+        LAYOUTS[f"ct int4 {_group} {_zeros}"] = (compressed(4, _group, _zeros), pack_config(4, _group, _zeros))
+    for _off in (0, 1):
+        LAYOUTS[f"gptq {_group} {_off}"] = (gptq(_group, _off), gptq_config(_group, _off))
+LAYOUTS["ct pack int8"] = (compressed(8, 64), pack_config(8, 64))
+LAYOUTS["ct pack int8 channel"] = (compressed(8, -1), pack_config(8, -1))
+LAYOUTS["gptq symmetric"] = (gptq(symmetric=True), gptq_config(symmetric=True))
+LAYOUTS |= {f"awq {group}": (awq(group), awq_config(group)) for group in (128, 64, 32)}

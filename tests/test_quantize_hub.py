@@ -1,0 +1,175 @@
+"""The hub's layouts, packed by tests/hub.py, mean to us what they mean; what we cannot honour is refused in a line."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixtral_triton import Mixtral, MixtralConfig
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.quantize import QuantizedWeight, layouts
+from mixtral_triton.weights import read_headers, total_bytes
+from tests import hub
+from tests.test_weights import expected
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter")
+W1, W2, W3 = (f"model.layers.0.block_sparse_moe.experts.1.{name}" for name in ("w1", "w2", "w3"))
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def load(folder: Path, **settings: Any) -> Mixtral:
+    return Mixtral.from_pretrained(folder, device="cpu", **settings)
+
+
+def values(model: Mixtral) -> dict[str, Tensor]:
+    """Every weight in fp32."""
+    places = model.places().items()
+    return {name: at.dequantize() if isinstance(at, QuantizedWeight) else at.data.float() for name, at in places}
+
+
+def differs(folder: Path, meaning: dict[str, Tensor]) -> list[str]:
+    """The weights that are not, bit for bit, what the files mean."""
+    model = load(folder)
+    wanted, got = expected(model.config, meaning, "per_expert"), values(model)
+    assert wanted.keys() == got.keys()
+    return [name for name in wanted if not torch.equal(wanted[name], got[name])]
+
+
+@pytest.mark.parametrize("layout", hub.LAYOUTS)
+def test_each_layout_means_what_it_means(tmp_path: Path, layout: str) -> None:
+    packer, config = hub.LAYOUTS[layout]
+    assert differs(tmp_path, hub.write(tmp_path, packer, config)) == []
+    layer = load(tmp_path).layers[0]
+    assert all(isinstance(at, QuantizedWeight) for at in (layer.gate_up_proj, layer.down_proj, layer.qkv_proj))
+    assert isinstance(layer.gate, torch.nn.Parameter)
+
+
+@pytest.mark.parametrize("layout", ["ct fp8 block", "ct int4 32 True", "gptq 64 1", "awq 32", "autofp8"])
+def test_in_small_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    monkeypatch.setattr("mixtral_triton.quantize.hub.PIECE", 1)
+    assert differs(tmp_path, hub.write(tmp_path, *hub.LAYOUTS[layout])) == []
+
+
+@pytest.mark.parametrize("layout", ["ct fp8 channel", "ct int4 128 True", "gptq 128 1", "awq 128"])
+def test_logits_are_those_of_the_dequantized_twin(tmp_path: Path, layout: str) -> None:
+    hub.write(tmp_path, *hub.LAYOUTS[layout])
+    model = load(tmp_path, dtype=torch.float32)
+    twin = Mixtral(model.config, "cpu", torch.float32)
+    for name, parameter in twin.named_parameters():
+        parameter.data.copy_(values(model)[name])
+    ids = torch.arange(10).view(2, 5)
+    assert torch.equal(model(ids), twin(ids))
+    assert torch.equal(model.generate(ids, max_new_tokens=4), twin.generate(ids, max_new_tokens=4))
+
+
+def test_only_the_experts_or_only_attention(tmp_path: Path) -> None:
+    packer, config = hub.LAYOUTS["ct int4 64 False"]
+    for only, name in (("experts", "qkv_proj"), ("self_attn", "gate_up_proj")):
+        assert differs(tmp_path, hub.write(tmp_path, packer, config, only)) == []
+        assert isinstance(getattr(load(tmp_path).layers[0], name), torch.nn.Parameter)
+
+
+def test_hf_quant_config_and_compression_config(tmp_path: Path) -> None:
+    packer, config = hub.LAYOUTS["modelopt"]
+    meaning = hub.write(tmp_path, packer, None)
+    ours = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(ours))
+    assert differs(tmp_path, meaning) == []
+    packer, config = hub.LAYOUTS["ct fp8 channel"]
+    meaning = hub.write(tmp_path, packer, None)
+    (tmp_path / "config.json").write_text(json.dumps(hub.SIZES | {"compression_config": config}))
+    assert differs(tmp_path, meaning) == []
+
+
+def test_scales_of_activations_are_left_aside_and_said(tmp_path: Path) -> None:
+    one = torch.ones(1)
+    more = {f"{W1}.input_scale": one, f"{Q[:-6]}k_proj.k_scale": one.clone(), f"{Q[:-7]}.kv_scale": one.clone()}
+    meaning = hub.write(tmp_path, *hub.LAYOUTS["autofp8"], **more)
+    with pytest.warns(UserWarning, match=r"3 scales of .* \(input_scale, k_scale, kv_scale\) are left aside"):
+        assert differs(tmp_path, meaning) == []
+
+
+def test_no_warning_without_cause_and_progress_adds_up(tmp_path: Path) -> None:
+    hub.write(tmp_path, *hub.LAYOUTS["awq 64"])
+    read: list[int] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(tmp_path, progress=read.append)
+    assert sum(read) == total_bytes(read_headers(tmp_path))
+
+
+def test_meta_reads_headers_only(tmp_path: Path) -> None:
+    hub.write(tmp_path, *hub.LAYOUTS["ct int4 128 True"], **{f"{W1}.weight_shape": torch.zeros(2, dtype=torch.int64)})
+    model = Mixtral.from_pretrained(tmp_path, device="meta")
+    assert all(at.device.type == "meta" for at in model.places().values())
+    assert model.layers[0].down_proj.shape == (2, 128, 256)
+
+
+def test_act_order_that_orders_nothing_is_fine(tmp_path: Path) -> None:
+    packer = hub.gptq(128)
+    meaning = hub.write(tmp_path, packer, hub.gptq_config(128, desc_act=True))
+    assert differs(tmp_path, meaning) == []
+
+
+def test_a_bias_of_zeros_is_fine(tmp_path: Path) -> None:
+    bias = {f"{W1}.bias": torch.zeros(256, dtype=torch.float16)}
+    assert differs(tmp_path, hub.write(tmp_path, *hub.LAYOUTS["gptq 128 1"], **bias)) == []
+
+
+@pytest.mark.parametrize(
+    ("layout", "fault"),
+    [
+        ("awq 128", lambda patch: patch.setattr(layouts, "AWQ_ORDER", list(hub.AWQ_COLUMNS))),
+        ("gptq 128 1", lambda patch: patch.setattr(layouts, "AWQ_ORDER", None) or off_by_one(patch)),
+        ("ct int4 128 False", lambda patch: patch.setattr(layouts, "unpacked", high_first)),
+        ("ct fp8 channel", lambda patch: patch.setattr(layouts.EightBits, "rows", reversed_scales)),
+    ],
+    ids=["nibble order of awq", "zeros off by one", "high nibble first", "rows' scales swapped"],
+)
+def test_a_planted_fault_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, fault: Any) -> None:
+    fault(monkeypatch)
+    assert differs(tmp_path, hub.write(tmp_path, *hub.LAYOUTS[layout]))
+
+
+def off_by_one(patch: pytest.MonkeyPatch) -> None:
+    rows = layouts.Columns.rows
+
+    def wrong(self: Any, *args: Any) -> Any:
+        codes, scales, zeros = rows(self, *args)
+        return codes, scales, zeros - 1
+
+    patch.setattr(layouts.Columns, "rows", wrong)
+
+
+def high_first(x: Tensor, bits: int) -> Tensor:
+    data = x.contiguous().view(torch.uint8)
+    return torch.stack((data >> 4, data & 15), dim=-1).flatten(-2)
+
+
+def reversed_scales(self: Any, read: Any, N: int, K: int, start: int, stop: int) -> Any:
+    return read("weight", slice(start, stop)).view(torch.uint8), read("weight_scale").flip(0)[start:stop], None
+
+
+def test_scales_of_w1_and_w3_swapped_are_seen(tmp_path: Path) -> None:
+    packer, config = hub.LAYOUTS["autofp8"]
+    meaning = hub.write(tmp_path, packer, config)
+    again = {f"{W1}.weight_scale": torch.tensor(0.25), f"{W3}.weight_scale": torch.tensor(0.5)}
+    hub.write(tmp_path, packer, config, **again)
+    assert differs(tmp_path, meaning) == ["layers.0.gate_up_proj"]
+
+
+def test_weights_on_a_quantized_folder(tmp_path: Path) -> None:
+    hub.write(tmp_path, *hub.LAYOUTS["awq 128"])
+    with pytest.raises(ValueError, match=r"weights is 'int4', and .* is quantized already \(awq\): needs None"):
+        load(tmp_path, weights="int4")
+
+
+def test_the_config_alone_tells_sizes(tmp_path: Path) -> None:
+    hub.write(tmp_path, *hub.LAYOUTS["awq 128"])
+    assert MixtralConfig.from_pretrained(tmp_path).hidden_size == 128
