@@ -31,7 +31,7 @@ class Yardstick:
         self.args, self.mutates, self.follows = args, op.mutates, op.follows
         self.exact = truth(name, args, op.mutates)
         self.limits: list[float] = []
-        for same, exact in zip(_results(plain or op.reference, args, op.mutates), self.exact, strict=True):
+        for same, exact in zip(_results(plain or op.plain, args, op.mutates), self.exact, strict=True):
             known = op.follows is not None and self.limits  # what follows from the first result has no error of its own
             self.limits.append(max(0.0 if known else RATIO * _error(same, exact), FLOOR.get(same.dtype, 0.0)))
 
@@ -72,7 +72,7 @@ def truth(name: str, args: Args, mutates: tuple[str, ...] = ()) -> list[Tensor]:
         return list(reference.rms_norm(out, widen(weight), eps, widen(residual)))
     if name != "expert_swiglu":
         wide = {key: widen(value) for key, value in args.items()}
-        return _results(OPS[name].reference, wide, mutates)
+        return _results(OPS[name].plain, wide, mutates)
     x, weights = widen(args["x"]), widen(args["weights"])
     out = torch.zeros_like(x)
     for expert in args["ids"].unique().tolist():
