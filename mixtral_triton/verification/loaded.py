@@ -1,5 +1,8 @@
 """The loaded tensors beside the files: each read once more, by its name alone, and compared.
 
+What was quantized while it was loaded is not what is stored: each group of columns that shares a scale may be as far
+from it as rounding to its format takes it. Files that hold codes themselves are not read again.
+
 `weights.py` fills the model. What is here shares nothing with it, so that a tensor in another's place is seen: the
 names are those that transformers writes (per expert, or fused), the places those that Layer and Mixtral document.
 """
@@ -16,32 +19,63 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..kernels.quantized import QuantizedWeight
 from .report import Row
+from .yardstick import worst
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+FLOATS = ("F32", "BF16", "F16")
+# Half a step of a format whose scale clips nothing, in parts of the largest value; 2 % for a scale that was rounded.
+ROUNDING = {"int4": 1.02 / 14, "int8": 1.02 / 254, "fp8": 1.02 / 16}
 EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
 
 
 def check_loaded(folder: Any, model: Any) -> list[Row]:
     """A row for the embedding, final norm and head, and one a layer: 0 where all is there, else the largest difference.
+    Of those with quantized weights another row: how far a group of columns is from the files, see `_rounded`.
 
     A part of a parameter that no tensor fills, or two do, is an infinite one. ValueError for a folder of another model.
     """
-    holders = [model, *model.layers]
-    difference = [0.0] * len(holders)
-    filled = [0] * len(holders)
+    holders = [_Holder(module) for module in (model, *model.layers)]
+    quantized = any(holder.quantized for holder in holders)
     for name, stored in _stored(Path(folder)):
+        if quantized and (not name.endswith(("weight", "_proj")) or stored.get_dtype() not in FLOATS):
+            continue  # of a format of the hub: codes, scales, zeros
         at, place = _place(model, name)
-        if place.shape != (shape := tuple(stored.get_shape())):
+        if tuple(place.shape) != (shape := tuple(stored.get_shape())):
             raise ValueError(f"verify: {folder} is another model's: {name} has shape {list(shape)} there")
-        for ours, theirs in _pieces(place, stored):
-            difference[at] = max(difference[at], _difference(ours, theirs))
         twice = name == "lm_head.weight" and model.lm_head is model.embed_tokens
-        filled[at] += 0 if twice else place.numel()
-    for at, holder in enumerate(holders):
-        if filled[at] != sum(parameter.numel() for parameter in holder.parameters(recurse=False)):
-            difference[at] = float("inf")
-    return [Row(at - 1 if at else None, "weights", "as stored", apart, 0.0) for at, apart in enumerate(difference)]
+        for ours, theirs in _pieces(place, stored):
+            holders[at].compare(ours, theirs, twice)
+    return [row for at, holder in enumerate(holders) for row in holder.rows(at - 1 if at else None)]
+
+
+class _Holder:
+    """What was found of the weights of one module, its layers apart."""
+
+    def __init__(self, module: Any) -> None:
+        self.left = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        self.quantized = sum(part.shape.numel() for part in module.children() if isinstance(part, QuantizedWeight))
+        self.left_quantized = self.quantized
+        self.difference, self.rounded = 0.0, (0.0, 1.0)
+
+    def compare(self, ours: Any, theirs: Tensor, twice: bool) -> None:
+        """A piece of a weight with what is stored; `twice`: it has been counted under another name."""
+        size = 0 if twice else theirs.numel()
+        if isinstance(ours, QuantizedWeight):
+            self.left_quantized -= size
+            self.rounded = worst((self.rounded, (_rounded(ours, theirs), ROUNDING[ours.format])))
+        else:
+            self.left -= size
+            self.difference = max(self.difference, _difference(ours, theirs))
+
+    def rows(self, layer: int | None) -> list[Row]:
+        """The second one where the files hold what was quantized."""
+        found = [Row(layer, "weights", "as stored", float("inf") if self.left else self.difference, 0.0)]
+        if self.left_quantized != self.quantized:
+            error, limit = self.rounded
+            found.append(Row(layer, "weights", "quantized", float("inf") if self.left_quantized else error, limit))
+        return found
 
 
 def _stored(folder: Path) -> Iterator[tuple[str, Any]]:
@@ -59,19 +93,19 @@ def _stored(folder: Path) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{file}: cannot be read again: {error}") from error
 
 
-def _place(model: Any, name: str) -> tuple[int, Tensor]:
-    """Where the tensor of this name has to stand: 0, or a layer's number + 1, and a view of a parameter there."""
+def _place(model: Any, name: str) -> tuple[int, Any]:
+    """Where the tensor of this name has to stand: 0, or a layer's number + 1, and a part of a weight there."""
     found = LAYER.fullmatch(name)
     outside = {"model.embed_tokens.weight": "embed_tokens", "model.norm.weight": "norm", "lm_head.weight": "lm_head"}
     try:
         if found is None:
-            return 0, getattr(model, outside[name]).detach()
-        return int(found[1]) + 1, _in_layer(model.layers[int(found[1])], found[2]).detach()
+            return 0, getattr(model, outside[name])
+        return int(found[1]) + 1, _in_layer(model.layers[int(found[1])], found[2])
     except (LookupError, RuntimeError) as error:
         raise ValueError(f"verify: the files hold {name}, and this model has no place for it") from error
 
 
-def _in_layer(layer: Any, name: str) -> Tensor:
+def _in_layer(layer: Any, name: str) -> Any:
     """The same for the rest of the name, in a layer."""
     config = layer.config
     queries = config.num_attention_heads * config.head_dim
@@ -81,13 +115,13 @@ def _in_layer(layer: Any, name: str) -> Tensor:
         number, kind = int(expert[1]), expert[2]
         if kind == "2":
             return layer.down_proj[number]
-        return layer.gate_up_proj[number].narrow(0, 0 if kind == "1" else inner, inner)
+        return layer.gate_up_proj[number][:inner] if kind == "1" else layer.gate_up_proj[number][inner:]
     return {
         "input_layernorm.weight": lambda: layer.input_layernorm,
         "post_attention_layernorm.weight": lambda: layer.post_attention_layernorm,
-        "self_attn.q_proj.weight": lambda: layer.qkv_proj.narrow(0, 0, queries),
-        "self_attn.k_proj.weight": lambda: layer.qkv_proj.narrow(0, queries, keys),
-        "self_attn.v_proj.weight": lambda: layer.qkv_proj.narrow(0, queries + keys, keys),
+        "self_attn.q_proj.weight": lambda: layer.qkv_proj[:queries],
+        "self_attn.k_proj.weight": lambda: layer.qkv_proj[queries : queries + keys],
+        "self_attn.v_proj.weight": lambda: layer.qkv_proj[queries + keys :],
         "self_attn.o_proj.weight": lambda: layer.o_proj,
         "block_sparse_moe.gate.weight": lambda: layer.gate,
         "mlp.gate.weight": lambda: layer.gate,
@@ -96,9 +130,9 @@ def _in_layer(layer: Any, name: str) -> Tensor:
     }[name]()
 
 
-def _pieces(place: Tensor, stored: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def _pieces(place: Any, stored: Any) -> Iterator[tuple[Any, Tensor]]:
     """Ours and theirs, one expert at a time where a tensor holds all of them."""
-    if place.dim() < 3:
+    if len(place.shape) < 3:
         yield place, stored[:]
         return
     for expert in range(len(place)):
@@ -108,3 +142,12 @@ def _pieces(place: Tensor, stored: Any) -> Iterator[tuple[Tensor, Tensor]]:
 def _difference(ours: Tensor, theirs: Tensor) -> float:
     theirs = theirs.to(ours.device, ours.dtype)
     return 0.0 if torch.equal(ours, theirs) else float((ours.double() - theirs.double()).abs().max())
+
+
+def _rounded(ours: QuantizedWeight, theirs: Tensor) -> float:
+    """Of each group of columns that shares a scale the root mean square of the difference, in parts of the largest
+    value there: the worst group's."""
+    groups = theirs.to(ours.device, torch.float32).unflatten(-1, (-1, ours.group))
+    apart = (ours.dequantize().view_as(groups) - groups).square().mean(-1).sqrt()
+    worst_group = float((apart / groups.abs().amax(-1).clamp(min=1e-30)).max())
+    return worst_group if worst_group == worst_group else float("inf")

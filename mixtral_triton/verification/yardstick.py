@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import ops, reference
+from ..kernels.quantized import QuantizedWeight
 from ..kernels.registry import OPS
 
 RATIO = 2.0  # an operation may err at most this many times as much as plain torch in the same dtype
@@ -49,7 +50,9 @@ def worst(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
 
 def measure(name: str, args: Args, plain: Callable[..., Any] | None = None) -> tuple[float, float]:
     """Error of the runtime's `name` on `args`, and its limit."""
-    return Yardstick(name, args, plain).measure(getattr(torch.ops.mixtral_triton, name))
+    # A quantized weight is no argument of torch's operators: the function takes it apart for them.
+    quantized = any(isinstance(value, QuantizedWeight) for value in args.values())
+    return Yardstick(name, args, plain).measure(getattr(ops if quantized else torch.ops.mixtral_triton, name))
 
 
 def _results(function: Callable[..., Any], args: Args, mutates: tuple[str, ...]) -> list[Tensor]:
@@ -80,6 +83,9 @@ def truth(name: str, args: Args, mutates: tuple[str, ...] = ()) -> list[Tensor]:
 
 
 def widen(value: Any) -> Any:
+    """In fp64: a tensor of floats, a quantized weight as the values that it stands for; anything else as it is."""
+    if isinstance(value, QuantizedWeight):
+        return value.dequantize().double()
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
         return value
     return value.double()
