@@ -34,6 +34,7 @@ from mixtral_triton.generate import prefill, sample
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize.form import chosen
 from mixtral_triton.weights import parameter_shapes
+from tests import hub
 from tests.live_bytes import LiveBytes
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about sizes: run once, without the interpreter")
@@ -323,6 +324,20 @@ def test_bad_input_is_one_line(
         status = left.code
     error = capsys.readouterr().err
     assert status == 2 and re.search(named, error) and len(error.strip().splitlines()) == 1, error
+
+
+def test_a_quantized_folder_is_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What its tensors take; no other format can be asked for."""
+    hub.write(tmp_path, *hub.LAYOUTS["awq 64"])
+    held = Mixtral.from_pretrained(tmp_path, "cpu")
+    status, text = fit(capsys, str(tmp_path), "--memory", "2", "--json")
+    (one,) = json.loads(text)["formats"]
+    rest = held.cos.nbytes + held.sin.nbytes
+    assert status == 0 and one["weights"] is None
+    assert one["bytes"]["weights"] == sum(x.nbytes for x in (*held.parameters(), *held.buffers())) - rest
+    assert "awq" in fit(capsys, str(tmp_path), "--memory", "2")[1]
+    (tmp_path / "model.safetensors").unlink()
+    assert main(["fit", str(tmp_path)]) == 2
 
 
 def test_the_check_names_what_would_fit() -> None:
