@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import DownloadColumn, MofNCompleteColumn
 
 from . import __version__
-from .command.arguments import Parser
+from .command.arguments import Parser, weights
 from .command.terminal import bar, ended, say, settle
 from .command.way import choose, with_verify_time
 from .kernels.arch import ARCHS
@@ -50,6 +50,13 @@ def parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--device", help="cpu, cuda, cuda:1, ...; none: the GPU if there is one")
         sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="none: as stored")
+        sub.add_argument(
+            "--weights",
+            type=weights,
+            metavar="FORMAT",
+            help="int4, int8 or fp8: quantize the experts' while loading; experts=int4,linear=int8: those of attention "
+            "and the head, too; none: as stored",
+        )
 
     verify = command(
         "verify", "compare the loaded tensors with the files, and every operation and layer with plain torch"
@@ -156,7 +163,7 @@ def _load(args: argparse.Namespace) -> Mixtral:
         raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     with bar("loading", total_bytes(read_headers(args.folder)), DownloadColumn()) as progress:
-        return Mixtral.from_pretrained(args.folder, device=device, dtype=dtype, progress=progress.more)
+        return Mixtral.from_pretrained(args.folder, device, dtype, args.weights, progress=progress.more)
 
 
 def _tokenizer(folder: str | Path) -> Any:
