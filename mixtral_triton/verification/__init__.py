@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..model import Mixtral
+from ..quantize import QuantizedWeight
 from .hf import transformers_logits, verify_hf
 from .layers import LayerCheck, check_layers, norm_args
 from .loaded import check_loaded
@@ -94,7 +95,9 @@ def _verify(model: Mixtral, ids: Tensor, progress: Progress, folder: Any, peer: 
 
 
 def fits_twice(model: Mixtral) -> None:
-    """ValueError where another copy of the weights does not fit beside the model."""
+    """ValueError where another copy of the weights does not fit beside the model, or would not be the same weights."""
+    if any(isinstance(module, QuantizedWeight) for module in model.modules()):
+        raise ValueError("verify: a peer computes with weights of its own making where they are quantized: peer=None")
     need = sum(parameter.nbytes for parameter in model.parameters())
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info(model.device)[0]
@@ -108,4 +111,4 @@ def fits_twice(model: Mixtral) -> None:
 def _logits(model: Mixtral, x: Tensor) -> Tensor:
     """The final norm and the head in plain torch, in fp64 where x [B,T,H] is -> [B,T,V] in x's dtype."""
     norm, head = ((widen(w) if x.dtype == torch.float64 else w) for w in (model.norm, model.lm_head))
-    return F.linear(reference.rms_norm(x, norm, model.config.rms_norm_eps), head)
+    return reference.linear(reference.rms_norm(x, norm, model.config.rms_norm_eps), head)

@@ -1,12 +1,14 @@
 """The loaded tensors beside the files: each read once more, by its name alone, and compared.
 
 `weights.py` fills the model. What is here shares nothing with it, so that a tensor in another's place is seen: the
-names are those that transformers writes (per expert, or fused), the places those that Layer and Mixtral document.
+names are those that transformers writes (per expert, or fused), the places those that Layer and Mixtral document. What
+a quantized linear means, or a dense one becomes, is asked of `quantize` once more, for one name at a time.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..config import MixtralConfig
+from ..quantize import QuantizedWeight, hub, quantize
+from ..weights import read_headers
 from .report import Row
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -30,22 +35,47 @@ def check_loaded(folder: Any, model: Any) -> list[Row]:
     holders = [model, *model.layers]
     difference = [0.0] * len(holders)
     filled = [0] * len(holders)
-    for name, stored in _stored(Path(folder)):
+    for name, stored in _stored(Path(folder), model.config):
         at, place = _place(model, name)
-        if place.shape != (shape := tuple(stored.get_shape())):
+        if tuple(place.shape) != (shape := tuple(stored.get_shape())):
             raise ValueError(f"verify: {folder} is another model's: {name} has shape {list(shape)} there")
         for ours, theirs in _pieces(place, stored):
             difference[at] = max(difference[at], _difference(ours, theirs))
         twice = name == "lm_head.weight" and model.lm_head is model.embed_tokens
-        filled[at] += 0 if twice else place.numel()
+        filled[at] += 0 if twice else math.prod(place.shape)
     for at, holder in enumerate(holders):
-        if filled[at] != sum(parameter.numel() for parameter in holder.parameters(recurse=False)):
+        quantized = (child for child in holder.children() if isinstance(child, QuantizedWeight))
+        if filled[at] != sum(math.prod(own.shape) for own in (*holder.parameters(recurse=False), *quantized)):
             difference[at] = float("inf")
     return [Row(at - 1 if at else None, "weights", "as stored", apart, 0.0) for at, apart in enumerate(difference)]
 
 
-def _stored(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Every tensor of the checkpoint, unread: a slice of its file, and its name."""
+class Linear:
+    """A quantized linear, unread, as safetensors' slices are: [:] is its weight."""
+
+    def __init__(self, plan: hub.Plan, linear: hub.Linear) -> None:
+        self.plan, self.linear = plan, linear
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self.linear.target.shape
+
+    def __getitem__(self, index: slice) -> QuantizedWeight:
+        return hub.read(self.plan, self.linear)[index]
+
+
+def _stored(folder: Path, config: MixtralConfig) -> Iterator[tuple[str, Any]]:
+    """Every tensor of the checkpoint, unread, and its name; a quantized linear's several as one."""
+    headers = read_headers(folder)
+    if headers.scheme is None:
+        yield from _tensors(folder)
+        return
+    plan = hub.plan(headers, config)
+    yield from ((name, stored) for name, stored in _tensors(folder) if name in plan.dense)
+    for linear in plan.linears:
+        yield f"{linear.name}.weight", Linear(plan, linear)
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
     files = [folder / "model.safetensors"]
     if not files[0].exists():
         index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
@@ -59,19 +89,19 @@ def _stored(folder: Path) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{file}: cannot be read again: {error}") from error
 
 
-def _place(model: Any, name: str) -> tuple[int, Tensor]:
-    """Where the tensor of this name has to stand: 0, or a layer's number + 1, and a view of a parameter there."""
+def _place(model: Any, name: str) -> tuple[int, Any]:
+    """Where the tensor of this name has to stand: 0, or a layer's number + 1, and a view of a weight there."""
     found = LAYER.fullmatch(name)
     outside = {"model.embed_tokens.weight": "embed_tokens", "model.norm.weight": "norm", "lm_head.weight": "lm_head"}
     try:
         if found is None:
-            return 0, getattr(model, outside[name]).detach()
-        return int(found[1]) + 1, _in_layer(model.layers[int(found[1])], found[2]).detach()
+            return 0, getattr(model, outside[name])
+        return int(found[1]) + 1, _in_layer(model.layers[int(found[1])], found[2])
     except (LookupError, RuntimeError) as error:
         raise ValueError(f"verify: the files hold {name}, and this model has no place for it") from error
 
 
-def _in_layer(layer: Any, name: str) -> Tensor:
+def _in_layer(layer: Any, name: str) -> Any:
     """The same for the rest of the name, in a layer."""
     config = layer.config
     queries = config.num_attention_heads * config.head_dim
@@ -81,13 +111,13 @@ def _in_layer(layer: Any, name: str) -> Tensor:
         number, kind = int(expert[1]), expert[2]
         if kind == "2":
             return layer.down_proj[number]
-        return layer.gate_up_proj[number].narrow(0, 0 if kind == "1" else inner, inner)
+        return layer.gate_up_proj[number][:inner] if kind == "1" else layer.gate_up_proj[number][inner:]
     return {
         "input_layernorm.weight": lambda: layer.input_layernorm,
         "post_attention_layernorm.weight": lambda: layer.post_attention_layernorm,
-        "self_attn.q_proj.weight": lambda: layer.qkv_proj.narrow(0, 0, queries),
-        "self_attn.k_proj.weight": lambda: layer.qkv_proj.narrow(0, queries, keys),
-        "self_attn.v_proj.weight": lambda: layer.qkv_proj.narrow(0, queries + keys, keys),
+        "self_attn.q_proj.weight": lambda: layer.qkv_proj[:queries],
+        "self_attn.k_proj.weight": lambda: layer.qkv_proj[queries : queries + keys],
+        "self_attn.v_proj.weight": lambda: layer.qkv_proj[queries + keys :],
         "self_attn.o_proj.weight": lambda: layer.o_proj,
         "block_sparse_moe.gate.weight": lambda: layer.gate,
         "mlp.gate.weight": lambda: layer.gate,
@@ -96,15 +126,18 @@ def _in_layer(layer: Any, name: str) -> Tensor:
     }[name]()
 
 
-def _pieces(place: Tensor, stored: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def _pieces(place: Any, stored: Any) -> Iterator[tuple[Any, Any]]:
     """Ours and theirs, one expert at a time where a tensor holds all of them."""
-    if place.dim() < 3:
+    if len(place.shape) < 3:
         yield place, stored[:]
         return
     for expert in range(len(place)):
         yield place[expert], stored[expert : expert + 1][0]
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
+def _difference(ours: Any, theirs: Any) -> float:
+    if isinstance(ours, QuantizedWeight) and isinstance(theirs, Tensor):  # quantized while it was loaded
+        theirs = quantize(theirs.to(ours.device), ours.format, ours.group)
+    ours, theirs = (one.dequantize() if isinstance(one, QuantizedWeight) else one for one in (ours, theirs))
     theirs = theirs.to(ours.device, ours.dtype)
     return 0.0 if torch.equal(ours, theirs) else float((ours.double() - theirs.double()).abs().max())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..kernels.quantized import QuantizedWeight
 from ..kernels.registry import OPS
 
 RATIO = 2.0  # an operation may err at most this many times as much as plain torch in the same dtype
@@ -80,6 +81,8 @@ def truth(name: str, args: Args, mutates: tuple[str, ...] = ()) -> list[Tensor]:
 
 
 def widen(value: Any) -> Any:
+    if isinstance(value, QuantizedWeight):
+        return value.dequantize().double()
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
         return value
     return value.double()
