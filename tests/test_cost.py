@@ -16,9 +16,12 @@ from rich.console import Console
 from mixtral_triton import Mixtral, ops, reference, verify
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.quantize import QuantizedWeight
-from mixtral_triton.verification.cost import Quantization, cost
+from mixtral_triton.quantize import QuantizedWeight, quantizers
+from mixtral_triton.verification import quality, quantization
+from mixtral_triton.verification.loaded import check_loaded
 from mixtral_triton.verification.quality import perplexity
+from mixtral_triton.verification.quantization import Quantization, cost
+from tests import hub
 
 plain_way = pytest.mark.skipif(INTERPRETED, reason="in plain torch: run once, without the interpreter")
 IDS = torch.randint(2048, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -32,6 +35,14 @@ def folder(tmp_path: Path) -> Path:
         shutil.copy(SMALL / name, tmp_path / name)
     text = json.loads((SMALL / "heldout.json").read_text())["ids"][:60]
     (tmp_path / "heldout.json").write_text(json.dumps({"ids": text}))
+    return tmp_path
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A dense checkpoint of one layer, with a held-out text."""
+    hub.write(tmp_path, hub.awq(), None, only="none of them")
+    (tmp_path / "heldout.json").write_text(json.dumps({"ids": list(range(40))}))
     return tmp_path
 
 
@@ -59,8 +70,11 @@ def routes(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 @plain_way
-@pytest.mark.parametrize("weights", ["int4", BOTH, {"linear": "fp8"}], ids=str)
-def test_it_is_what_whole_models_say(folder: Path, weights: Any) -> None:
+@pytest.mark.parametrize(("weights", "window"), [(BOTH, 2048), ("int4", 25)], ids=str)
+def test_it_is_what_whole_models_say(folder: Path, weights: Any, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the text has several windows, the last one shorter."""
+    for module in (quality, quantization):
+        monkeypatch.setattr(module, "CONTEXT", window)
     model, said = Mixtral.from_pretrained(folder, "cpu", weights=weights), []
     with torch.no_grad():
         found = cost(model, folder, IDS, lambda: said.append(1))
@@ -84,18 +98,17 @@ def test_nothing_quantized_costs_nothing(folder: Path) -> None:
 
 
 @plain_way
-def test_without_a_text_there_is_no_perplexity(folder: Path) -> None:
-    (folder / "heldout.json").unlink()
-    found = cost(Mixtral.from_pretrained(folder, "cpu", weights="int8"), folder, IDS, lambda: None)
+def test_without_a_text_there_is_no_perplexity(tiny: Path) -> None:
+    (tiny / "heldout.json").unlink()
+    found = cost(Mixtral.from_pretrained(tiny, "cpu", weights="int8"), tiny, IDS % 40, lambda: None)
     assert found is not None and found.perplexity is None and "perplexity" not in str(found)
 
 
-def test_a_quantized_model_is_found_right_and_its_cost_told(folder: Path) -> None:
+def test_a_quantized_model_is_found_right_and_its_cost_told(tiny: Path) -> None:
     """The rows compare with the dequantized weights; what was lost is told apart, and is no part of the verdict."""
-    tokens = IDS[:1, :4] if INTERPRETED else IDS
-    model = Mixtral.from_pretrained(folder, "cpu", weights=BOTH)
+    model = Mixtral.from_pretrained(tiny, "cpu", weights=BOTH)
     steps: list[tuple[int, int]] = []
-    report = verify(model, tokens, lambda *done: steps.append(done), folder=folder)
+    report = verify(model, IDS[:1, :6] % 40, lambda *done: steps.append(done), folder=tiny)
     assert not report.wrong, str(report)
     assert report.quantization is not None and report.quantization.formats == BOTH
     assert steps[-1][0] == steps[-1][1]
@@ -104,15 +117,15 @@ def test_a_quantized_model_is_found_right_and_its_cost_told(folder: Path) -> Non
 
 
 @plain_way
-def test_of_a_model_without_its_folder_no_cost_is_told(folder: Path) -> None:
-    report = verify(Mixtral.from_pretrained(folder, "cpu", weights="int8"), IDS[:1, :3])
+def test_of_a_model_without_its_folder_no_cost_is_told(tiny: Path) -> None:
+    report = verify(Mixtral.from_pretrained(tiny, "cpu", weights="int8"), IDS[:1, :3] % 40)
     assert report.quantization is None and report.as_dict()["quantization"] is None and "Quantized" not in str(report)
 
 
 @plain_way
 @pytest.mark.parametrize("name", ["linear", "expert_swiglu", "experts_add_rms_norm"])
 def test_a_fault_of_a_kernel_is_seen_through_the_quantization(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """3 % in one element: what int4 costs is more than that, and hides nothing."""
     go = ops._go
@@ -126,16 +139,27 @@ def test_a_fault_of_a_kernel_is_seen_through_the_quantization(
         return out
 
     monkeypatch.setattr(ops, "_go", wrong)
-    model = Mixtral.from_pretrained(folder, "cpu", dtype=torch.float32, weights={"experts": "int4", "linear": "int4"})
-    report = verify(model, IDS[:1, :4])
+    model = Mixtral.from_pretrained(tiny, "cpu", dtype=torch.float32, weights={"experts": "int4", "linear": "int4"})
+    report = verify(model, IDS[:1, :4] % 40)
     assert {row.op for row in report.wrong} == {name}
 
 
 @plain_way
-def test_a_peer_has_not_the_same_weights(folder: Path) -> None:
-    pytest.importorskip("transformers")
-    with pytest.raises(ValueError, match="peer"):
-        verify(Mixtral.from_pretrained(folder, "cpu", weights="int8"), IDS, folder=folder, peer="transformers")
+@pytest.mark.parametrize("format", ["int4", "int8", "fp8"])
+def test_a_quantizer_that_is_wrong_is_not_right_beside_itself(
+    format: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = quantizers.encode
+
+    def twice(*args: Any) -> Any:
+        codes, scales = encode(*args)
+        return codes, 2 * scales
+
+    right = check_loaded(tiny, Mixtral.from_pretrained(tiny, "cpu", weights=format))
+    assert [row.error for row in right] == [0.0, 0.0]
+    monkeypatch.setattr(quantizers, "encode", twice)
+    wrong = check_loaded(tiny, Mixtral.from_pretrained(tiny, "cpu", weights=format))
+    assert [row.error for row in wrong] == [0.0, float("inf")]
 
 
 @plain_way

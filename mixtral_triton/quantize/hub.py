@@ -165,6 +165,16 @@ def load(
                     progress(linear.nbytes)
 
 
+def read(found: Plan, linear: Linear) -> QuantizedWeight:
+    """One linear [N,K] by itself, on the CPU."""
+    weight = found.forms[linear.target.parameter].empty(linear.target.shape, "cpu")
+    with ExitStack() as stack:
+        files = {stored.file for stored in linear.parts.values()}
+        opened = {file: stack.enter_context(weights.opened_file(file)) for file in files}
+        _fill(weight, found.layout, linear, opened)
+    return weight
+
+
 def _fill(weight: QuantizedWeight, layout: Layout, linear: Linear, opened: Mapping[Path, Any]) -> None:
     """The rows of one linear into `weight` [N,K]."""
     file = linear.parts[layout.marker].file
