@@ -20,6 +20,7 @@ from .arch import amd
 from .checks import Matrix
 from .launch import choices, launch, target_arch
 from .op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sample, switches
+from .quantized import FORMS, QuantizedWeight, sample_quantized, weight_bytes
 from .quantized_tiles import few_rows, many_rows
 from .tiles import depth_tile, program_tile
 from .unpack import fields_of
@@ -139,13 +140,19 @@ def linear(
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
     x = sample(sizes["T"], sizes["H"], dtype=dtype, device=device, generator=generator)
-    weight = sample(sizes["N"], sizes["H"], dtype=dtype, device=device, generator=generator, scale=sizes["H"] ** -0.5)
+    N, H, form = sizes["N"], sizes["H"], switches(sizes).weight
+    weight: Tensor | QuantizedWeight
+    if form is None:
+        weight = sample(N, H, dtype=dtype, device=device, generator=generator, scale=H**-0.5)
+    else:
+        weight = sample_quantized(form, N, H, device=device, generator=generator)
     return {"x": x, "weight": weight, "deterministic": switches(sizes).deterministic}
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     T, H, N = (sizes[letter] for letter in ("T", "H", "N"))
-    return Cost(flops=2 * T * H * N, bytes=(T * H + N * H + T * N) * dtype.itemsize)
+    weight = weight_bytes(switches(sizes).weight, N, H, dtype.itemsize)
+    return Cost(flops=2 * T * H * N, bytes=weight + (T * H + T * N) * dtype.itemsize)
 
 
 OP = Op(
@@ -158,11 +165,15 @@ OP = Op(
     test_shapes=(
         *({"T": T, "H": H, "N": N} for T, H, N in ((1, 512, 40), (3, 100, 64), (16, 256, 33))),
         *(Shape(T=T, H=H, N=N, deterministic=True) for T, H, N in ((1, 128, 70), (70, 100, 64))),
+        Shape(T=3, H=128, N=40, weight="int4:64"),
+        Shape(T=20, H=100, N=33, weight="int8"),
+        Shape(T=5, H=96, N=33, weight="fp8", deterministic=True),
     ),
     bench_shapes=(
         *({"T": T, "H": H, "N": N} for H, N in ((4096, 6144), (4096, 4096), (6144, 8192)) for T in (1, 4, 16)),
         {"T": 1, "H": 4096, "N": 32000},
         Shape(T=1, H=4096, N=6144, deterministic=True),
+        *(Shape(T=T, H=4096, N=6144, weight=form) for form in FORMS for T in (1, 4096)),
         Shape(T=4096, H=4096, N=6144, deterministic=True),
     ),
 )

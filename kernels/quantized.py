@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
+# Of scales that this project chooses: one a row may take what it likes, one a group is an eighth of the codes.
+SCALES = {"int4": torch.bfloat16, "int8": torch.float32, "fp8": torch.float32}
+FORMS = ("int4:128", "int8", "fp8")  # those that quantizing makes: benchmarked and compiled
 ZERO_INT4 = 8  # the code that stands for 0 where there are no zeros
 
 
@@ -30,6 +33,30 @@ def tile_columns(weights: str, K: int) -> int:
     """Columns of one field of a unit, and elements of a unit, of a weight named so (`QuantizedWeight.name`)."""
     format, _, group = weights.partition(":")
     return unit_columns(format, K, int(group or K)) * BITS[format] // 16
+
+
+def weight_bytes(weights: str | None, rows: int, K: int, itemsize: int) -> int:
+    """Of `rows` rows of K columns, in a form named as `QuantizedWeight.name` or (None) dense: codes and scales."""
+    if weights is None:
+        return rows * K * itemsize
+    format, _, group = weights.partition(":")
+    return rows * (K * BITS[format] // 8 + K // int(group or K) * SCALES[format].itemsize)
+
+
+def sample_quantized(weights: str, *shape: int, device: Any, generator: Any = None) -> QuantizedWeight:
+    """Random codes of the form `weights`, their values about as large as those of a dense weight of K columns."""
+    format, _, group = weights.partition(":")
+    *lead, K = shape
+    columns = int(group or K)
+    unit = unit_columns(format, K, columns)
+    packed, groups = (*lead, -(-K // unit) * unit * BITS[format] // 16), (*lead, K // columns)
+    if torch.device(device).type == "meta":
+        data, scales = torch.empty(packed, dtype=torch.int16, device=device), torch.empty(groups, device=device)
+    else:
+        data = torch.randint(-(1 << 15), 1 << 15, packed, generator=generator, dtype=torch.int16)
+        data = data & -16449 if format == "fp8" else data  # without the highest bit of its exponent no code is NaN
+        scales = (torch.rand(groups, generator=generator) + 0.5) * K**-0.5 / {"int4": 4, "int8": 64, "fp8": 0.5}[format]
+    return QuantizedWeight(format, data.to(device), scales.to(device, SCALES[format]), None, shape, columns)
 
 
 def pack(codes: Tensor, format: str, group: int) -> Tensor:

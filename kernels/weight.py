@@ -105,7 +105,7 @@ def weight_tile(w, rows, k, K: tl.constexpr, dtype: tl.constexpr, LAYOUT: tl.con
     FIELDS: tl.constexpr = fields_of(LAYOUT[0])
     if desc is not None:
         return desc.load(place + (k,)).reshape(ptrs.shape)  # noqa: RUF005  # the JIT knows no starred element
-    tile = _stored_tile(ptrs, k, K, FIELDS > 1 or K % BLOCK_K == 0, FIELDS)
+    tile = _stored_tile(ptrs, k, K, FIELDS > 1 or K // BLOCK_K * BLOCK_K == K, FIELDS)
     if FIELDS > 1:
         group = k // LAYOUT[1]
         zeros = _of_group(zeros_ptr, rows, group, None, K, LAYOUT[1])

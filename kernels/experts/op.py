@@ -23,7 +23,8 @@ from .. import reference
 from ..checks import INTS, SINGLE, Above, Matrix, Within
 from ..dispatch import sample_ids, sort_by_expert
 from ..launch import Configs, choices, launch, target_arch
-from ..op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sample
+from ..op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sample, switches
+from ..quantized import FORMS, sample_quantized, weight_bytes
 from ..tma import describe
 from ..weight import Weight
 from .kernels import (
@@ -159,8 +160,14 @@ def _prefill(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
     T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
     x = sample(T, H, dtype=dtype, device=device, generator=generator)
-    gate_up = sample(E, 2 * I, H, dtype=dtype, device=device, generator=generator, scale=H**-0.5)
-    down = sample(E, H, I, dtype=dtype, device=device, generator=generator, scale=I**-0.5)
+    forms = switches(sizes)
+
+    def weight(form: str | None, *shape: int) -> Any:
+        if form is not None:
+            return sample_quantized(form, *shape, device=device, generator=generator)
+        return sample(*shape, dtype=dtype, device=device, generator=generator, scale=shape[-1] ** -0.5)
+
+    gate_up, down = weight(forms.gate_up, E, 2 * I, H), weight(forms.down, E, H, I)
     weights = sample(T, K, dtype=torch.float32, device=device, generator=generator).softmax(-1)
     ids = sample_ids(sizes, device, generator)
     return {"x": x, "gate_up_proj": gate_up, "down_proj": down, "ids": ids, "weights": weights}
@@ -174,8 +181,10 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     """
     T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
     chosen = sizes.get("chosen", E * (1 - (1 - K / E) ** T))
-    elements = chosen * 3 * H * I + 2 * T * H + 2 * T * K * (H + I)
-    return Cost(flops=6 * T * K * H * I, bytes=int(elements * dtype.itemsize) + 8 * T * K)
+    gate_up = weight_bytes(switches(sizes).gate_up, 2 * I, H, dtype.itemsize)
+    weights = chosen * (gate_up + weight_bytes(switches(sizes).down, H, I, dtype.itemsize))
+    elements = 2 * T * H + 2 * T * K * (H + I)
+    return Cost(flops=6 * T * K * H * I, bytes=int(weights) + elements * dtype.itemsize + 8 * T * K)
 
 
 def inputs_norm(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
@@ -199,21 +208,28 @@ OP = Op(
     inputs=inputs,
     configs=configs,
     cost=cost,
-    test_shapes=tuple(
-        {"T": T, "H": H, "I": I, "E": E, "K": K}
-        for T, H, I, E, K in (
-            (1, 128, 256, 8, 2),
-            (7, 80, 96, 4, 1),
-            (33, 72, 100, 8, 3),
-            (65, 128, 256, 8, 2),
-            (130, 90, 70, 4, 2),
-            (200, 64, 48, 2, 2),
-        )
+    test_shapes=(
+        *(
+            {"T": T, "H": H, "I": I, "E": E, "K": K}
+            for T, H, I, E, K in (
+                (1, 128, 256, 8, 2),
+                (7, 80, 96, 4, 1),
+                (33, 72, 100, 8, 3),
+                (65, 128, 256, 8, 2),
+                (130, 90, 70, 4, 2),
+                (200, 64, 48, 2, 2),
+            )
+        ),
+        Shape(T=3, H=128, I=96, E=4, K=2, gate_up="int4:128", down="int4:32"),
+        Shape(T=70, H=96, I=64, E=4, K=2, gate_up="int8", down="fp8"),
     ),
-    bench_shapes=tuple(
-        {"T": T, "H": H, "I": I, "E": 8, "K": 2}
-        for H, I in ((4096, 14336), (6144, 16384))
-        for T in (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096, 8192)
+    bench_shapes=(
+        *(
+            {"T": T, "H": H, "I": I, "E": 8, "K": 2}
+            for H, I in ((4096, 14336), (6144, 16384))
+            for T in (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096, 8192)
+        ),
+        *(Shape(T=T, H=4096, I=14336, E=8, K=2, gate_up=form, down=form) for form in FORMS for T in (1, 64, 512, 4096)),
     ),
 )
 
@@ -226,5 +242,5 @@ NORM_OP = replace(
     configs=lambda sizes, dtype, arch: configs(Shape(sizes, norm=True), dtype, arch),
     cost=cost_norm,
     test_shapes=OP.test_shapes[:3] + OP.test_shapes[4:5],
-    bench_shapes=tuple(sizes for sizes in OP.bench_shapes if sizes["T"] in (1, 64, 4096)),
+    bench_shapes=tuple(sizes for sizes in OP.bench_shapes if sizes["T"] in (1, 64, 4096) and not switches(sizes).down),
 )
