@@ -117,9 +117,9 @@ def test_the_cache_is_the_cache() -> None:
     assert table_bytes(SMALLER) == tables.cos.nbytes + tables.sin.nbytes
 
 
-def most_alive(config: MixtralConfig, batch: int, context: int) -> int:
+def most_alive(config: MixtralConfig, batch: int, context: int, weights: Any = None) -> int:
     """What `generate` takes at most while it reads prompts, beside weights and cache: by the code itself."""
-    model = Mixtral(config, "meta")
+    model = Mixtral(config, "meta", forms=forms(config, weights))
     model.operations = lambda: ops.DIRECT  # type: ignore[method-assign]  # the launchers, whose buffers count
     cache = KVCache(config, batch, context, "meta", torch.bfloat16)
     with torch.no_grad(), LiveBytes() as live:
@@ -140,9 +140,18 @@ def test_the_workspace_is_what_a_prefill_takes(sizes: dict[str, int], batch: int
     assert found <= workspace_bytes(config, batch, context) <= 1.02 * found + 4096
 
 
+@pytest.mark.parametrize("weights", ["int4", "fp8", FORMATS["int4, linear int8"]], ids=str)
+def test_quantized_weights_need_no_other_workspace(weights: Any) -> None:
+    """No kernel writes a dequantized weight anywhere."""
+    config = replace(SMALLER, num_hidden_layers=3)
+    for batch, context in ((1, 5000), (2, 300)):
+        assert most_alive(config, batch, context, weights) <= workspace_bytes(config, batch, context)
+
+
+@pytest.mark.parametrize("weights", [None, "int4"])
 @pytest.mark.parametrize("batch", [1, 8, 64, 256])
-def test_a_decode_step_takes_less_than_its_part_of_the_overhead(batch: int) -> None:
-    assert most_alive(replace(SMALLER, num_hidden_layers=2), batch, 1) < OVERHEAD / 8
+def test_a_decode_step_takes_less_than_its_part_of_the_overhead(batch: int, weights: Any) -> None:
+    assert most_alive(replace(SMALLER, num_hidden_layers=2), batch, 1, weights) < OVERHEAD / 8
 
 
 @pytest.mark.parametrize("top_k", [None, 5])
