@@ -1,4 +1,4 @@
-"""`mixtral-triton quantize`: what it writes is read back bit for bit, is compressed-tensors', and half of it is nothing."""
+"""`mixtral-triton quantize`: what it writes is read back bit for bit, and is what compressed-tensors says."""
 
 from __future__ import annotations
 
@@ -55,16 +55,11 @@ def sharded(folder: Path) -> Path:
 def test_it_reads_back_what_loading_quantizes(
     tmp_path: Path, format: str, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if source == "fused":
-        (tmp_path / "in").mkdir()
-    folder = {
-        "one file": lambda: SMALL,
-        "shards": lambda: sharded(tmp_path / "in"),
-        "fused": lambda: fused(tmp_path / "in"),
-    }
+    makers = {"shards": sharded, "fused": fused}
+    folder = makers[source](tmp_path / "in") if source in makers else SMALL
     read: list[int] = []
     monkeypatch.setattr(writer, "PIECE", 5000)
-    size = write(folder[source](), tmp_path / "out", format, "cpu", read.append)
+    size = write(folder, tmp_path / "out", format, "cpu", read.append)
     assert sum(read) == total_bytes(read_headers(SMALL)) and size == total_bytes(read_headers(tmp_path / "out"))
     assert same(load(tmp_path / "out"), load(SMALL, weights=format))
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -174,7 +169,7 @@ def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(writer, "_copy", full)
-    with pytest.raises(OSError, match="No space left on device: .*out/model.safetensors"):
+    with pytest.raises(OSError, match=r"No space left on device: .*out/model\.safetensors"):
         write(SMALL, tmp_path / "out", "int8", "cpu")
     assert not (tmp_path / "out").exists()
 
