@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from mixtral_triton import Mixtral, ops, reference, verify
-from mixtral_triton.cli import SMALL
+from mixtral_triton.cli import SMALL, main
+from mixtral_triton.command import arguments
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize import QuantizedWeight, quantizers
 from mixtral_triton.verification import quality, quantization
@@ -171,3 +172,34 @@ def test_what_is_told_fits_the_terminal(width: int) -> None:
     text = out.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, text.splitlines())) <= width
     assert "routes that moved: 12 of 384; perplexity 28.462, without 28.199 (+0.93 %)" in " ".join(text.split())
+
+
+@plain_way
+def test_weights_at_the_command_line() -> None:
+    assert arguments.weights("int4") == "int4"
+    assert arguments.weights("experts=int4,linear=int8") == BOTH
+
+
+@plain_way
+@pytest.mark.parametrize("text", ["experts=int4,experts=int8", "experts=", "experts=int4,", "int3", "heads=int4", "="])
+def test_weights_that_are_none_are_one_line(
+    text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # in this process, which has made its choice
+    try:
+        status: Any = main(["verify", "--device", "cpu", "--weights", text])
+    except SystemExit as left:  # argparse
+        status = left.code
+    error = capsys.readouterr().err
+    assert status == 2 and "weights" in error and len(error.strip().splitlines()) == 1, error
+
+
+@plain_way
+def test_verify_at_the_command_line_tells_the_cost(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert main(["verify", str(tiny), "--device", "cpu", "--weights", "experts=int4,linear=int8", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["quantization"]["formats"] == BOTH and all(row["ok"] for row in found["rows"])
+    assert "perplexity" in found["quantization"]

@@ -309,7 +309,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "four bits": (broken(four_bits), "torch.float32 in a Params4bit"),
     "quantizer": (
         broken(lambda m: setattr(m, "hf_quantizer", object())),
-        "without quantization_config.*Mixtral.from_pretrained",
+        "quantization_config.*Mixtral.from_pretrained",
     ),
     "fp64": (broken(lambda m: m.double()), "torch.float64"),
     "tensor parallel": (broken(sharded), "tensor-parallel plan; load it without tp_plan"),

@@ -161,6 +161,7 @@ def test_it_generates_what_its_dequantized_twin_does(weights: Any) -> None:
 
 def fused(folder: Path) -> Path:
     """The small checkpoint in transformers' layout in memory: all experts in one tensor."""
+    folder.mkdir(exist_ok=True)
     stored, made = load_file(SMALL / "model.safetensors"), {}
     config = MixtralConfig.from_pretrained(SMALL)
     for name, target in table(config, "fused").items():
