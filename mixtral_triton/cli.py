@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import DownloadColumn, MofNCompleteColumn
 
 from . import __version__
-from .command.arguments import Parser
+from .command.arguments import Parser, weights
 from .command.terminal import bar, ended, say, settle
 from .command.way import choose, with_verify_time
 from .kernels.arch import ARCHS
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from .model import Mixtral
 
+FORMATS = ("int4", "int8", "fp8")  # of quantize/form.py, which imports torch
 SMALL = Path(__file__).parent / "small"  # the checkpoint that ships with the package
 CARDS = "a100, h100, h200, b200, b300, a10, l40s, rtx5090, mi300x"  # of instruments/roofline.py, which imports torch
 
@@ -50,6 +51,13 @@ def parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--device", help="cpu, cuda, cuda:1, ...; none: the GPU if there is one")
         sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="none: as stored")
+        sub.add_argument(
+            "--weights",
+            type=weights,
+            metavar="FORMAT",
+            help="int4, int8 or fp8: quantize the experts' while loading; experts=int4,linear=int8: those of attention "
+            "and the head, too; none: as stored",
+        )
 
     verify = command(
         "verify", "compare the loaded tensors with the files, and every operation and layer with plain torch"
@@ -74,6 +82,11 @@ def parser() -> argparse.ArgumentParser:
     trace.add_argument("--layers", type=int, nargs="+", metavar="N", help="to print; none: first, middle and last")
     trace.add_argument("--plot", type=Path, metavar="FILE", help="draw layers x experts (.png, .svg, .pdf)")
     trace.add_argument("--interpret", action="store_true", help="the Triton kernels, interpreted on the CPU")
+    quantize = command("quantize", "write a checkpoint whose experts are quantized, as compressed-tensors has it")
+    quantize.add_argument("folder", help="checkpoint folder, not quantized")
+    quantize.add_argument("out", type=Path, help="folder to write, new or empty")
+    quantize.add_argument("--weights", choices=FORMATS, required=True, help="int4: in groups of 128 columns, or fewer")
+    quantize.add_argument("--device", help="where to compute: cpu, cuda, ...; none: the GPU if there is one")
     bench = command("bench", "each operation, and a decode step, beside its peers and its floor")
     bench.add_argument("ops", nargs="*", metavar="OP", help="none: all, and decode_step")
     bench.add_argument("--quick", action="store_true", help="a few cases an operation, of 8x7B")
@@ -136,8 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             parser().parse_args(argv, args)
-            commands = {"verify": _verify, "generate": _generate, "trace": _trace, "bench": _bench, "tune": _tune}
-            return {**commands, "compile": _compile, "fit": _fit}[args.command](args)
+            commands = {"verify": _verify, "generate": _generate, "trace": _trace, "quantize": _quantize}
+            commands |= {"bench": _bench, "tune": _tune, "compile": _compile, "fit": _fit}
+            return commands[args.command](args)
         finally:
             sys.stdout.flush()  # here, where it can still be told that nobody reads it, or that a disk is full
     except BaseException as error:
@@ -156,7 +170,7 @@ def _load(args: argparse.Namespace) -> Mixtral:
         raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     with bar("loading", total_bytes(read_headers(args.folder)), DownloadColumn()) as progress:
-        return Mixtral.from_pretrained(args.folder, device=device, dtype=dtype, progress=progress.more)
+        return Mixtral.from_pretrained(args.folder, device, dtype, args.weights, progress=progress.more)
 
 
 def _tokenizer(folder: str | Path) -> Any:
@@ -276,6 +290,22 @@ def _trace(args: argparse.Namespace) -> int:
         return bar(label, total, MofNCompleteColumn())
 
     return run(args, out, load, progress)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from .quantize.write import write
+    from .weights import read_headers, total_bytes
+
+    before = total_bytes(read_headers(args.folder))
+    with bar("quantizing", before, DownloadColumn()) as progress:
+        after = write(args.folder, args.out, args.weights, args.device, progress.more)
+    if args.json:
+        sizes = {"bytes_before": before, "bytes": after}
+        print(json.dumps({"folder": str(args.folder), "out": str(args.out), "weights": args.weights, **sizes}))
+    else:
+        say_size = f"{after / 1e9:,.3g} GB, of {before / 1e9:,.3g} GB in {args.folder}"
+        Console(highlight=False).print(f"{args.out}: {say_size}", markup=False, soft_wrap=True)
+    return 0
 
 
 def _bench(args: argparse.Namespace) -> int:

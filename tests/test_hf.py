@@ -307,7 +307,10 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "quantized": (broken(quantized), "q_proj.weight is torch.int8 in a Parameter, needs a plain fp32, bf16 or fp16"),
     "four bits": (broken(four_bits), "torch.float32 in a Params4bit"),
-    "quantizer": (broken(lambda m: setattr(m, "hf_quantizer", object())), "without quantization_config"),
+    "quantizer": (
+        broken(lambda m: setattr(m, "hf_quantizer", object())),
+        "quantization_config.*Mixtral.from_pretrained",
+    ),
     "fp64": (broken(lambda m: m.double()), "torch.float64"),
     "tensor parallel": (broken(sharded), "tensor-parallel plan; load it without tp_plan"),
     "expert parallel": (broken(split_experts), "layers.0.mlp.experts is split over ranks"),

@@ -307,7 +307,8 @@ def test_lengths_set_by_hand_are_seen(inference: bool, load: Callable[..., Mixtr
             model(tokens(1, 2, device=device), cache=cache)
 
 
-BAD_LOADS = [{"weights": "fp7"}, {"weights": "fp8"}, {"mesh": "tp"}, {"dtype": torch.float64}, {"dtype": "bfloat16"}]
+BAD_LOADS = [{"weights": "fp7"}, {"weights": {"experts": "fp7"}}, {"mesh": "tp"}]
+BAD_LOADS += [{"dtype": torch.float64}, {"dtype": "bfloat16"}]
 
 
 @pytest.mark.parametrize("options", [*BAD_LOADS, {"device": "gpu"}, {"device": "cuda:99"}], ids=str)

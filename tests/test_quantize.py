@@ -20,6 +20,8 @@ from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.quantized import unpack
 from mixtral_triton.quantize import QuantizedWeight, quantize, quantizers
+from mixtral_triton.verification import fits_twice
+from mixtral_triton.verification.loaded import check_loaded
 from mixtral_triton.weights import read_headers, table, total_bytes
 from tests.memory import anonymous_peak, needs_proc
 
@@ -159,6 +161,7 @@ def test_it_generates_what_its_dequantized_twin_does(weights: Any) -> None:
 
 def fused(folder: Path) -> Path:
     """The small checkpoint in transformers' layout in memory: all experts in one tensor."""
+    folder.mkdir(exist_ok=True)
     stored, made = load_file(SMALL / "model.safetensors"), {}
     config = MixtralConfig.from_pretrained(SMALL)
     for name, target in table(config, "fused").items():
@@ -263,7 +266,12 @@ def ids() -> Tensor:
     from tokenizers import Tokenizer
 
     tokens = Tokenizer.from_file(str(SMALL / "tokenizer.json")).encode(TEXT, add_special_tokens=False).ids
-    return torch.tensor(tokens[: 64 * 512]).view(-1, 512)
+    return torch.tensor(tokens[: 32 * 512]).view(-1, 512)
+
+
+@pytest.fixture(scope="module")
+def before(ids: Tensor) -> float:
+    return perplexity(load(dtype=torch.float32), ids)
 
 
 def perplexity(model: Mixtral, ids: Tensor) -> float:
@@ -272,9 +280,10 @@ def perplexity(model: Mixtral, ids: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("format", "group"), BOUNDS, ids=str)
-def test_perplexity_of_the_small_checkpoint(format: str, group: int | None, ids: Tensor, covers: Any) -> None:
+def test_perplexity_of_the_small_checkpoint(
+    format: str, group: int | None, ids: Tensor, before: float, covers: Any
+) -> None:
     model = load(dtype=torch.float32)
-    before = perplexity(model, ids)
     for layer in model.layers:
         for name in ("gate_up_proj", "down_proj"):
             weight = quantize(getattr(layer, name), format, group)
@@ -283,3 +292,17 @@ def test_perplexity_of_the_small_checkpoint(format: str, group: int | None, ids:
     more = 100 * (perplexity(model, ids) / before - 1)
     covers("quantized", f"{format}, {group or 'a scale a row'}: perplexity {more:+.2f} % on {ids.numel()} tokens")
     assert more <= BOUNDS[format, group]
+
+
+@pytest.mark.parametrize("weights", ["int4", {"experts": "fp8", "linear": "int8"}], ids=str)
+def test_verify_holds_the_loaded_tensors_against_the_files(weights: Any) -> None:
+    model = load(weights)
+    with torch.no_grad():
+        assert [row.error for row in check_loaded(SMALL, model)] == [0.0] * 5
+        model.layers[2].down_proj.data[3] = model.layers[2].down_proj.data[5]
+        assert [row.error > 0 for row in check_loaded(SMALL, model)] == [False, False, False, True, False]
+
+
+def test_a_peer_of_quantized_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="a peer computes with weights of its own making where they are quantized"):
+        fits_twice(load("int8"))

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import Mixtral, MixtralConfig
+from mixtral_triton import Mixtral, MixtralConfig, weights
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize import QuantizedWeight, layouts
+from mixtral_triton.verification.loaded import check_loaded
 from mixtral_triton.weights import read_headers, total_bytes
 from tests import hub
 from tests.test_weights import expected
@@ -173,3 +174,29 @@ def test_weights_on_a_quantized_folder(tmp_path: Path) -> None:
 def test_the_config_alone_tells_sizes(tmp_path: Path) -> None:
     hub.write(tmp_path, *hub.LAYOUTS["awq 128"])
     assert MixtralConfig.from_pretrained(tmp_path).hidden_size == 128
+
+
+@pytest.mark.parametrize("layout", ["ct fp8 tensor", "awq 64"])
+def test_verify_holds_the_loaded_tensors_against_the_files(tmp_path: Path, layout: str) -> None:
+    hub.write(tmp_path, *hub.LAYOUTS[layout])
+    model = load(tmp_path)
+    with torch.no_grad():
+        assert [row.error for row in check_loaded(tmp_path, model)] == [0.0, 0.0]
+        gate_up = model.layers[0].gate_up_proj
+        gate_up.scales.copy_(gate_up.scales.flip(1))
+        outside, layer = check_loaded(tmp_path, model)
+        assert outside.error == 0 and layer.error > 0
+
+
+def test_verify_sees_w1_and_w3_in_each_others_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = weights.table
+
+    def swapped(*args: Any) -> dict[str, weights.Target]:
+        found = table(*args)
+        one, three = f"{W1}.weight", f"{W3}.weight"
+        return found | {one: found[three], three: found[one]}
+
+    monkeypatch.setattr(weights, "table", swapped)
+    hub.write(tmp_path, *hub.LAYOUTS["ct int4 64 False"])
+    with torch.no_grad():
+        assert check_loaded(tmp_path, load(tmp_path))[1].error > 0

@@ -198,6 +198,9 @@ def test_the_help_tells_every_default(name: str) -> None:
     for action in sub._actions[1:]:
         text = sub._get_formatter()._expand_help(action)
         assert text.startswith(("default: ", "(default: ")) or len(text) > 15, action.dest
+        if action.nargs is None and not action.option_strings:
+            assert "default" not in text, action.dest  # has to be given
+            continue
         assert ("(required)" if action.required and action.option_strings else "default: ") in text, action.dest
         if action.default not in (None, [], True, False) and action.option_strings:
             assert f"(default: {action.default})" in text

@@ -123,7 +123,10 @@ def _check_model(function: str, model: Any, theirs: Any) -> None:
 def _check_weights(model: Any) -> None:
     """Plain parameters in a dtype that the operations know, whole on one device each."""
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError("apply: model is quantized; load it without quantization_config (bf16, fp16 or fp32)")
+        raise ValueError(
+            "apply: model is quantized; load it without quantization_config (bf16, fp16 or fp32), or the folder with "
+            "mixtral_triton.Mixtral.from_pretrained, which reads the quantized weights exactly"
+        )
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise ValueError("apply: model has a tensor-parallel plan; load it without tp_plan, or with a device_map")
     for name, parameter in model.named_parameters():

@@ -38,6 +38,11 @@ class Linear:
     target: Target
     parts: Mapping[str, Stored]
 
+    def place(self, layout: Layout) -> tuple[Path, int]:
+        """Where its codes are stored."""
+        stored = self.parts[layout.marker]
+        return stored.file, stored.offset
+
     @property
     def nbytes(self) -> int:
         return sum(stored.nbytes for stored in self.parts.values())
@@ -58,7 +63,7 @@ class Plan:
     linears: list[Linear]
     forms: dict[str, Form]
     dense: dict[str, Target]
-    aside: list[str]
+    aside: set[str]
 
 
 def plan(headers: Headers, config: MixtralConfig) -> Plan:
@@ -66,7 +71,7 @@ def plan(headers: Headers, config: MixtralConfig) -> Plan:
     assert headers.scheme is not None
     scheme, folder = headers.scheme, headers.folder
     found = _by_linear(headers)
-    aside = [name for name in headers.tensors if name.rpartition(".")[2] in ASIDE]
+    aside = {name for name in headers.tensors if name.rpartition(".")[2] in ASIDE}
     linears: list[Linear] = []
     dense: dict[str, Target] = {}
     need: dict[str, Any] = {}
@@ -83,7 +88,7 @@ def plan(headers: Headers, config: MixtralConfig) -> Plan:
         need |= _needed(folder, linear, parts, scheme.layout, target.shape)
     if config.tie_word_embeddings and weights.HEAD in headers.tensors:
         need[weights.HEAD] = need[weights.EMBEDDING]
-    got = {name: stored.shape for name, stored in headers.tensors.items() if name not in set(aside)}
+    got = {name: stored.shape for name, stored in headers.tensors.items() if name not in aside}
     weights.compare(str(folder), f"the config ({scheme.name})", need, got)
     weights.one_dtype(folder, {name: headers.tensors[name] for name in dense})
     return Plan(scheme.layout, linears, _forms(folder, scheme.layout, linears, dense), dense, aside)
@@ -157,12 +162,22 @@ def load(
     with ExitStack() as stack, torch.no_grad(), torch.device("cpu"):
         files = sorted({stored.file for linear in found.linears for stored in linear.parts.values()})
         opened = {file: stack.enter_context(weights.opened_file(file)) for file in files}
-        for linear in found.linears:
+        for linear in sorted(found.linears, key=lambda linear: linear.place(found.layout)):
             place = places[linear.target.parameter]
             if place.device.type != "meta":
                 _fill(place[linear.target.index], found.layout, linear, opened)
                 if progress:
                     progress(linear.nbytes)
+
+
+def read(found: Plan, linear: Linear) -> QuantizedWeight:
+    """One linear [N,K] by itself, on the CPU."""
+    weight = found.forms[linear.target.parameter].empty(linear.target.shape, "cpu")
+    with ExitStack() as stack:
+        files = {stored.file for stored in linear.parts.values()}
+        opened = {file: stack.enter_context(weights.opened_file(file)) for file in files}
+        _fill(weight, found.layout, linear, opened)
+    return weight
 
 
 def _fill(weight: QuantizedWeight, layout: Layout, linear: Linear, opened: Mapping[Path, Any]) -> None:
