@@ -16,7 +16,7 @@ from .quantized import tile_columns
 _FEW = {
     "sm_80": {16: (128, 8, 4), 32: (128, 8, 3), 64: (64, 4, 3)},
     "sm_90": {16: (64, 4, 5), 32: (64, 4, 4), 64: (64, 4, 3)},
-    "gfx942": {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2)},
+    "gfx942": {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 8, 2)},
 }
 # (rows of x, weight rows, warps, stages) by rows of x that share a weight, on average.
 _MANY = {
@@ -26,7 +26,7 @@ _MANY = {
 }
 _FEW["sm_100"], _MANY["sm_100"] = _FEW["sm_90"], _MANY["sm_90"]
 # fp32, without tensor cores at this precision: registers bound the tile.
-_FEW_SINGLE, _MANY_SINGLE = (32, 4, 2), (32, 32, 4, 2)
+_FEW_SINGLE, _MANY_SINGLE = (32, 8, 2), (32, 32, 8, 2)
 
 
 def few_rows(
