@@ -35,7 +35,7 @@ def _cases() -> list[Case]:
 
 def _params() -> Iterator[Any]:
     for case in _cases():
-        shape = "-".join(f"{key}{value}" for key, value in case.sizes.items())
+        shape = "-".join(f"{key}{value}" for key, value in case.said.items())
         for way in (
             Peer("ours", case.op.name, "", lambda op, args, case=case: ours(case, args)),
             *(peers_of(case.op.name) if GPU else ()),
@@ -49,7 +49,7 @@ def _params() -> Iterator[Any]:
 def test_op(case: Case, way: Peer, benchmark: Any) -> None:
     args = case.inputs(DEVICE)
     cost = case.cost(args)
-    against = f" {sizes_text(case.sizes)}" if GPU else ""  # with peers, a table a case
+    against = f" {sizes_text(case.said)}" if GPU else ""  # with peers, a table a case
     benchmark.group = f"{case.op.name}{against} ({PLACE})"
     benchmark.extra_info.update(bytes=cost.bytes, flops=cost.flops, device=PLACE, dtype=case.dtype_name)
 

@@ -74,12 +74,13 @@ class _DryBench:
     def __call__(self, name: str, *options: str) -> Command:
         from mixtral_triton.bench.cases import BENCHED
         from mixtral_triton.bench.peers import PEERS
+        from mixtral_triton.kernels.op import Shape
 
         op = BENCHED[name]
         sizes = min(op.test_shapes, key=lambda sizes: op.cost(sizes, op.dtypes[0]).bytes)
         others = sorted({peer.name for peer in PEERS} - {"torch"})
         without = [word for peer in others for word in ("--without", peer)]
-        written = ",".join(f"{letter}={size}" for letter, size in sizes.items())
+        written = ",".join(f"{letter}={size}" for letter, size in Shape(sizes).said.items())
         return _bench(name, "--sizes", written, *without)
 
 

@@ -58,16 +58,25 @@ def documents() -> Iterator[list[str]]:
     yield [text for path in paths if (text := module_text(path.read_text("utf-8")))]
 
 
+def hold_out(kind: list[str], seed: int) -> tuple[list[str], list[str]]:
+    """Whole documents of one kind: those to train on, and those that are held out."""
+    train, held_out, shuffled = [], [], list(kind)
+    random.Random(seed).shuffle(shuffled)
+    room = HELD_OUT_SHARE * sum(map(len, kind))
+    for document in shuffled:
+        fits = len(document) <= room
+        (held_out if fits else train).append(document)
+        room -= fits * len(document)
+    return train, held_out
+
+
 def split(seed: int) -> tuple[list[str], list[str]]:
-    """Hold out whole documents of each kind; a paragraph that also stands in one of them is cut from the others."""
+    """Hold out documents of each kind; a paragraph that also stands in one of them is cut from the others."""
     train, held_out = [], []
     for kind in documents():
-        random.Random(seed).shuffle(kind)
-        room = HELD_OUT_SHARE * sum(map(len, kind))
-        for document in kind:
-            fits = len(document) <= room
-            (held_out if fits else train).append(document)
-            room -= fits * len(document)
+        kept, out = hold_out(kind, seed)
+        train += kept
+        held_out += out
     # The topics quote each other at length, so without this cut the held-out loss would measure memory.
     seen = {" ".join(paragraph.split()) for document in held_out for paragraph in document.split("\n\n")}
     train = ["\n\n".join(p for p in document.split("\n\n") if " ".join(p.split()) not in seen) for document in train]
@@ -85,6 +94,20 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     # As with the published Mixtral tokenizers, encode() puts <s> first unless add_special_tokens=False.
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 0)])
     return tokenizer
+
+
+def encoded(tokenizer: Tokenizer, documents: list[str]) -> list[int]:
+    """One after the other, <s> before each and </s> behind it."""
+    eos = tokenizer.token_to_id("</s>")
+    return [token for found in tokenizer.encode_batch(documents) for token in (*found.ids, eos)]
+
+
+def save_held_out(tokenizer: Tokenizer, topics: list[str], folder: Path) -> None:
+    """The held-out topics of `help()`, which are under Python's licence alone, as tokens: no Python but this one has
+    quite the same text."""
+    told = {"text": f"topics of help() held out of the training, Python {platform.python_version()} (PSF licence)",
+            "ids": encoded(tokenizer, topics)}  # fmt: skip
+    (folder / "heldout.json").write_text(json.dumps(told) + "\n")
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
@@ -120,7 +143,7 @@ def main() -> None:
     texts = split(args.seed)
     tokenizer = train_tokenizer(texts[0])
     bos, eos = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
-    train, held_out = (torch.tensor([i for e in tokenizer.encode_batch(t) for i in (*e.ids, eos)]) for t in texts)
+    train, held_out = (torch.tensor(encoded(tokenizer, documents)) for documents in texts)
     config = MixtralConfig(
         vocab_size=VOCAB_SIZE, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, num_local_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.02,
@@ -132,6 +155,7 @@ def main() -> None:
     optimizer, spans = torch.optim.AdamW(groups, betas=(0.9, 0.95)), train.unfold(0, SEQUENCE_LENGTH + 1, 1)
     args.out.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, args.out, config.max_position_embeddings)
+    save_held_out(tokenizer, hold_out(next(documents()), args.seed)[1], args.out)
     start, step, progress, best, recent = time.monotonic(), 0, 0.0, math.inf, []
     while progress < 1:
         step += 1

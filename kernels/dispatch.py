@@ -5,8 +5,7 @@ N = T * K slots (slot t*K + k is token t's k-th choice), E experts
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import triton
@@ -14,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .checks import INTS, Binder, Range, integer
-from .launch import launch, target_arch
+from .checks import INT32, INTS, Within
+from .launch import choices, launch
 from .op import Cost, LaunchConfig, Op, Sizes, power_of_2
 
 
@@ -46,35 +45,26 @@ def sort_by_expert_kernel(
     tl.store(offsets_ptr + expert + 1, base)
 
 
-def check(ids: Tensor, num_experts: int) -> Sizes:
-    binder = Binder("sort_by_expert")
-    binder.tensor("ids", ids, "T K", INTS)
-    E = integer("sort_by_expert", "num_experts", num_experts, 1, 1 << 16)
-    return {**binder.sizes, "E": E}
-
-
-def ranges(ids: Tensor, num_experts: int) -> Iterator[Range]:
-    yield "ids", ids, 0, num_experts - 1
-
-
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     block = power_of_2(sizes["T"] * sizes["K"], low=16, high=4096)
     return {"sort_by_expert_kernel": LaunchConfig({"BLOCK_N": block}, num_warps=power_of_2(block // 256, high=16))}
 
 
-def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Triton way of `reference.sort_by_expert`. An id out of range (seen by the check on a CPU only) is left out."""
-    order, offsets = empty(ids, num_experts)
-    sizes = {"T": ids.shape[0], "K": ids.shape[1], "E": num_experts}
-    config = configs(sizes, ids.dtype, target_arch(ids.device))["sort_by_expert_kernel"]
-    args = {"ids_ptr": ids.contiguous(), "order_ptr": order, "offsets_ptr": offsets, "N": ids.numel()}
-    launch(sort_by_expert_kernel, (num_experts,), args, config)
+def sort_by_expert(
+    ids: Annotated[Tensor, "T K", INTS, Within(0, "E - 1")],
+    num_experts: Annotated[int, "E", Within(1, 1 << 16)],
+) -> tuple[Annotated[Tensor, "T*K", INT32], Annotated[Tensor, "E+1", INT32]]:
+    """Sort slots t*K + k by their expert, stably -> order [T*K], offsets [E+1]: see `reference.sort_by_expert`.
+
+    An id out of range (a ValueError on a CPU) is left out.
+    """
+    T, K = ids.shape
+    order = torch.empty(T * K, dtype=torch.int32, device=ids.device)
+    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)
+    chosen = choices(configs, {"T": T, "K": K, "E": num_experts}, ids.dtype, ids.device)
+    args = {"ids_ptr": ids.contiguous(), "order_ptr": order, "offsets_ptr": offsets, "N": T * K}
+    launch(sort_by_expert_kernel, (num_experts,), args, chosen["sort_by_expert_kernel"])
     return order, offsets
-
-
-def empty(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    order = torch.empty(ids.numel(), dtype=torch.int32, device=ids.device)
-    return order, torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)
 
 
 def sample_ids(sizes: Sizes, device: Any, generator: Any = None) -> Tensor:
@@ -95,11 +85,8 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
 
 
 OP = Op(
-    name="sort_by_expert",
-    check=check,
     run=sort_by_expert,
     reference=reference.sort_by_expert,
-    empty=empty,
     inputs=inputs,
     configs=configs,
     cost=cost,
@@ -108,5 +95,4 @@ OP = Op(
     ),
     bench_shapes=tuple({"T": T, "E": 8, "K": 2} for T in (128, 1024, 8192)),
     dtypes=INTS,
-    ranges=ranges,
 )

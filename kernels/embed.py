@@ -8,8 +8,8 @@ are judged here, at the door of the model: a sequence with anything out of range
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 import torch
 import triton
@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .checks import FLOATS, INTS, Binder, Range, fail, integer, number, readable
-from .launch import launch, target_arch
+from .checks import INTS, Above, Range, Within, fail, readable
+from .launch import choices, launch
 from .norm import normed_rows
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
 from .ring import POSITIONS_MOST
@@ -67,46 +67,15 @@ def embed_rms_norm_kernel(
     tl.store(y_ptr + out, tl.reshape(y, (BLOCK_H,)), mask=offs_h < H)
 
 
-def check(
-    input_ids: Tensor,
-    table: Tensor,
-    weight: Tensor,
-    eps: float,
-    past: Tensor | None = None,
-    new: Tensor | None = None,
-    limit: int | None = None,
-) -> Sizes:
-    binder = Binder("embed_rms_norm")
-    binder.tensor("input_ids", input_ids, "B T", INTS)
-    binder.tensor("table", table, "V H", FLOATS)
-    binder.tensor("weight", weight, "H", (table.dtype,))
-    binder.positive("V", "H")
-    number("embed_rms_norm", "eps", eps, above=0.0)
-    for name, value in (("new", new), ("limit", limit)):
-        if (value is None) != (past is None):
-            raise fail("embed_rms_norm", name, repr(value), "to be given exactly where past is")
-    if past is not None:
-        binder.tensor("past", past, "B", INTS)
-        binder.tensor("new", new, "B", INTS)
-        integer("embed_rms_norm", "limit", limit, 1, POSITIONS_MOST.value)
-    return binder.sizes
+def rule(op: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    for name in ("new", "limit"):
+        if (given[name] is None) != (given["past"] is None):
+            raise fail(op, name, repr(given[name]), "to be given exactly where past is")
 
 
-def ranges(
-    input_ids: Tensor,
-    table: Tensor,
-    weight: Tensor,
-    eps: float,
-    past: Tensor | None = None,
-    new: Tensor | None = None,
-    limit: int | None = None,
-) -> Iterator[Range]:
-    yield "input_ids", input_ids, 0, len(table) - 1
-    if past is not None and new is not None and limit is not None:
-        yield "new", new, 0, input_ids.shape[1]
-        yield "past", past, 0, limit
-        if readable(past):
-            yield "new", past + new, 0, limit
+def ranges(given: Mapping[str, Any]) -> Iterator[Range]:
+    if given["past"] is not None and readable(given["past"]):
+        yield "new", given["past"] + given["new"], 0, given["limit"]
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
@@ -117,18 +86,21 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
 
 
 def embed_rms_norm(
-    input_ids: Tensor,
-    table: Tensor,
-    weight: Tensor,
-    eps: float,
-    past: Tensor | None = None,
-    new: Tensor | None = None,
-    limit: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Triton way of `reference.embed_rms_norm`. A sequence is NaN where one of its ids is out of range, where `new` is
-    not in 0..T, or `past` and past + new in 0..limit."""
-    y, x = empty(input_ids, table, weight, eps)
+    input_ids: Annotated[Tensor, "B T", INTS, Within(0, "V - 1")],
+    table: Annotated[Tensor, "V H"],
+    weight: Annotated[Tensor, "H"],
+    eps: Annotated[float, Above(0.0)],
+    past: Annotated[Tensor | None, "B", INTS, Within(0, "limit")] = None,
+    new: Annotated[Tensor | None, "B", INTS, Within(0, "T")] = None,
+    limit: Annotated[int | None, Within(1, POSITIONS_MOST.value)] = None,
+) -> tuple[Annotated[Tensor, "B T H"], Annotated[Tensor, "B T H"]]:
+    """Rows x of the embedding and their norm y -> y, x: see `reference.embed_rms_norm`.
+
+    With past and new, sequence b stands at position past[b], and its first new[b] tokens are there, at most `limit` in
+    all. A sequence is NaN where an id, new or a position is out of range (on a CPU a ValueError).
+    """
     (B, T), (V, H) = input_ids.shape, table.shape
+    y, x = (torch.empty((B, T, H), dtype=table.dtype, device=table.device) for _ in range(2))
     table = dense_rows(table)
     args = {
         "ids_ptr": input_ids,
@@ -147,27 +119,8 @@ def embed_rms_norm(
         "stride_tv": table.stride(0),
         "eps": eps,
     }
-    config = configs({"T": T, "H": H}, table.dtype, target_arch(table.device))["embed_rms_norm_kernel"]
-    launch(embed_rms_norm_kernel, (T, B), args, config)
-    return y, x
-
-
-def plain_embed_rms_norm(
-    input_ids: Tensor,
-    table: Tensor,
-    weight: Tensor,
-    eps: float,
-    past: Tensor | None = None,
-    new: Tensor | None = None,
-    limit: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`reference.embed_rms_norm`, with the bounds that are judged elsewhere on a CPU: a look costs nothing there."""
-    return reference.embed_rms_norm(input_ids, table, weight, eps)
-
-
-def empty(input_ids: Tensor, table: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    shape = *input_ids.shape, table.shape[1]
-    y, x = (torch.empty(shape, dtype=table.dtype, device=table.device) for _ in range(2))
+    chosen = choices(configs, {"T": T, "H": H}, table.dtype, table.device)
+    launch(embed_rms_norm_kernel, (T, B), args, chosen["embed_rms_norm_kernel"])
     return y, x
 
 
@@ -190,14 +143,13 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
 
 
 OP = Op(
-    name="embed_rms_norm",
-    check=check,
     run=embed_rms_norm,
-    reference=plain_embed_rms_norm,
-    empty=empty,
+    reference=reference.embed_rms_norm,
     inputs=inputs,
     configs=configs,
     cost=cost,
+    whole={"embed_rms_norm_kernel": ("BLOCK_H",)},
+    rule=rule,
     ranges=ranges,
     test_shapes=(
         {"B": 3, "T": 1, "V": 50, "H": 128, "past": 7},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -19,11 +19,13 @@ from .op import Launch, LaunchConfig
 # `triton.jit` reads the switch when it decorates, so one process either interprets or compiles.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 DEFAULT_ARCH = "sm_90"
+Configs = Mapping[str, LaunchConfig]  # by the name of a kernel
 GRID_MOST = 65535  # programs along the second and the third axis of a grid; those of the first are hardly bounded
 
 _arch: ContextVar[str | None] = ContextVar("arch", default=None)
 _sms: ContextVar[int | None] = ContextVar("sms", default=None)
 records: ContextVar[list[Launch] | None] = ContextVar("records", default=None)  # see record.py
+_instead: ContextVar[tuple[Configs, dict[str, LaunchConfig]] | None] = ContextVar("instead", default=None)
 
 
 def target_arch(device: torch.device | None = None) -> str:
@@ -37,6 +39,27 @@ def target_arch(device: torch.device | None = None) -> str:
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def choices(configs: Callable[..., Configs], sizes: Any, dtype: torch.dtype, device: torch.device) -> Configs:
+    """What an operation's `configs` says for the card at hand, or what `choosing` has put in its place."""
+    chosen, instead = configs(sizes, dtype, target_arch(device)), _instead.get()
+    if instead is not None:
+        others, made = instead
+        chosen = {kernel: others.get(kernel, one) for kernel, one in chosen.items()}
+        made.update(chosen)
+    return chosen
+
+
+@contextmanager
+def choosing(others: Configs) -> Iterator[dict[str, LaunchConfig]]:
+    """Within the block, kernels named in `others` launch as it says, whatever the sizes -> what was chosen of all."""
+    made: dict[str, LaunchConfig] = {}
+    token = _instead.set((others, made))
+    try:
+        yield made
+    finally:
+        _instead.reset(token)
 
 
 def multiprocessors(device: torch.device) -> int | None:

@@ -6,7 +6,7 @@ T rows, H hidden
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import triton
@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .checks import FLOATS, Binder, fail, number
-from .launch import launch, target_arch
+from .checks import Above
+from .launch import choices, launch
 from .op import Cost, LaunchConfig, Op, Sizes, power_of_2, sample
 
 
@@ -68,26 +68,6 @@ def rms_norm_kernel(
     tl.store(y_ptr + out, normed_rows(values, weight_ptr, H, eps, dtype, BLOCK_H), mask=mask)
 
 
-def check(x: Tensor, weight: Tensor, eps: float) -> Sizes:
-    binder = Binder("rms_norm")
-    binder.tensor("x", x, "... H", FLOATS)
-    binder.tensor("weight", weight, "H", (x.dtype,))
-    binder.positive("H")
-    number("rms_norm", "eps", eps, above=0.0)
-    return {"T": x.numel() // x.shape[-1], "H": x.shape[-1]}
-
-
-def check_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Sizes:
-    sizes = check(x, weight, eps)
-    if not isinstance(residual, Tensor) or residual.shape != x.shape:
-        got = f"of shape {list(residual.shape)}" if isinstance(residual, Tensor) else f"a {type(residual).__name__}"
-        raise fail("rms_norm", "residual", got, f"the shape of x, {list(x.shape)}")
-    if residual.dtype != x.dtype or residual.device != x.device:
-        got, needs = (f"{t.dtype} on {t.device}" for t in (residual, x))
-        raise fail("rms_norm", "residual", got, f"{needs}, as x is")
-    return sizes
-
-
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """A row a program where rows are long; short rows share one, however few there are: a row's bits depend on it."""
     block_h = power_of_2(sizes["H"])
@@ -102,13 +82,22 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Triton way of `reference.rms_norm`: x is read once, y written once."""
+def rms_norm(
+    x: Annotated[Tensor, "... H"],
+    weight: Annotated[Tensor, "H"],
+    eps: Annotated[float, Above(0.0)],
+) -> Annotated[Tensor, "... H"]:
+    """Root mean square norm, x read once, y written once: see `reference.rms_norm`."""
     return _launch(x, None, weight, eps)[0]
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Triton way of `reference.rms_norm` with a residual -> y, x + residual."""
+def add_rms_norm(
+    x: Annotated[Tensor, "... H"],
+    residual: Annotated[Tensor, "... H"],
+    weight: Annotated[Tensor, "H"],
+    eps: Annotated[float, Above(0.0)],
+) -> tuple[Annotated[Tensor, "... H"], Annotated[Tensor, "... H"]]:
+    """The norm y of x + residual -> y, x + residual: see `reference.rms_norm`."""
     y, total = _launch(x, residual, weight, eps)
     return y, total
 
@@ -119,7 +108,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     residual = None if residual is None else _rows(residual)
     rows = _rows(x)
     T, H = rows.shape
-    config = configs({"T": T, "H": H}, x.dtype, target_arch(x.device))["rms_norm_kernel"]
+    config = choices(configs, {"T": T, "H": H}, x.dtype, x.device)["rms_norm_kernel"]
     args = {
         "x_ptr": rows,
         "residual_ptr": residual,
@@ -134,19 +123,6 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     }
     launch(rms_norm_kernel, (triton.cdiv(T, config.constexprs["BLOCK_M"]),), args, config, ADD=residual is not None)
     return y, total
-
-
-def empty(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def empty_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y = empty(x, weight, eps)
-    return y, torch.empty_like(y)
-
-
-def reference_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Any:
-    return reference.rms_norm(x, weight, eps, residual)
 
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
@@ -168,24 +144,21 @@ _TEST_SHAPES = tuple({"T": T, "H": H} for T, H in ((1, 128), (17, 128), (5, 80),
 _BENCH_SHAPES = tuple({"T": T, "H": H} for H in (4096, 6144) for T in (1, 64, 4096))
 
 OP = Op(
-    name="rms_norm",
-    check=check,
     run=rms_norm,
     reference=reference.rms_norm,
-    empty=empty,
     inputs=inputs,
     configs=configs,
     cost=partial(_cost, 2),
     test_shapes=_TEST_SHAPES,
     bench_shapes=_BENCH_SHAPES,
+    whole={"rms_norm_kernel": ("BLOCK_H",)},
 )
 
 ADD_OP = Op(
-    name="add_rms_norm",
-    check=check_add,
     run=add_rms_norm,
-    reference=reference_add,
-    empty=empty_add,
+    reference=reference.rms_norm,
+    public="rms_norm",
+    whole=OP.whole,
     inputs=inputs_add,
     configs=configs,
     cost=partial(_cost, 4),

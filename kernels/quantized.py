@@ -2,9 +2,10 @@
 
 E experts (or none), N rows, K columns: the depth of the sum; G groups of columns that share a scale
 
-The codes of a row stand in units of 128 or 256 columns. A unit's int16 elements hold one code a field, and field s of
-element j is column s * J + j of the unit (J elements a unit): so each field, shifted down, is a tile of J neighbouring
-columns, and its product with x needs no interleave. K is padded to a whole unit with codes that stand for 0.
+The codes of a row stand in units of 64, 128 or 256 columns. A unit's int16 elements hold one code a field, and field s
+of element j is column s * J + j of the unit (J elements a unit): so each field, shifted down, is a tile of J
+neighbouring columns, and its product with x needs no interleave. K is padded to a whole unit with codes that stand for
+0.
 """
 
 from __future__ import annotations
@@ -15,12 +16,47 @@ import torch
 from torch import Tensor, nn
 
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
+# Of scales that this project chooses: one a row may take what it likes, one a group is an eighth of the codes.
+SCALES = {"int4": torch.bfloat16, "int8": torch.float32, "fp8": torch.float32}
+FORMS = ("int4:128", "int8", "fp8")  # those that quantizing makes: benchmarked and compiled
 ZERO_INT4 = 8  # the code that stands for 0 where there are no zeros
 
 
 def unit_columns(format: str, K: int, group: int) -> int:
     """Columns of a unit: a field of it lies within one group, and K is padded as little as may be."""
-    return 256 if format == "int4" and group >= 64 and K % 256 == 0 else 128
+    if format != "int4":
+        return 128 if group >= 64 else 64
+    return 256 if group >= 64 and K % 256 == 0 else 128
+
+
+def tile_columns(weights: str, K: int) -> int:
+    """Columns of one field of a unit, and elements of a unit, of a weight named so (`QuantizedWeight.name`)."""
+    format, _, group = weights.partition(":")
+    return unit_columns(format, K, int(group or K)) * BITS[format] // 16
+
+
+def weight_bytes(weights: str | None, rows: int, K: int, itemsize: int) -> int:
+    """Of `rows` rows of K columns, in a form named as `QuantizedWeight.name` or (None) dense: codes and scales."""
+    if weights is None:
+        return rows * K * itemsize
+    format, _, group = weights.partition(":")
+    return rows * (K * BITS[format] // 8 + K // int(group or K) * SCALES[format].itemsize)
+
+
+def sample_quantized(weights: str, *shape: int, device: Any, generator: Any = None) -> QuantizedWeight:
+    """Random codes of the form `weights`, their values about as large as those of a dense weight of K columns."""
+    format, _, group = weights.partition(":")
+    *lead, K = shape
+    columns = int(group or K)
+    unit = unit_columns(format, K, columns)
+    packed, groups = (*lead, -(-K // unit) * unit * BITS[format] // 16), (*lead, K // columns)
+    if torch.device(device).type == "meta":
+        data, scales = torch.empty(packed, dtype=torch.int16, device=device), torch.empty(groups, device=device)
+    else:
+        data = torch.randint(-(1 << 15), 1 << 15, packed, generator=generator, dtype=torch.int16)
+        data = data & -16449 if format == "fp8" else data  # without the highest bit of its exponent no code is NaN
+        scales = (torch.rand(groups, generator=generator) + 0.5) * K**-0.5 / {"int4": 4, "int8": 64, "fp8": 0.5}[format]
+    return QuantizedWeight(format, data.to(device), scales.to(device, SCALES[format]), None, shape, columns)
 
 
 def pack(codes: Tensor, format: str, group: int) -> Tensor:
@@ -110,6 +146,11 @@ class QuantizedWeight(nn.Module):
         return self
 
     @property
+    def name(self) -> str:
+        """Format and group: "int4:128"; "int4" where a row has one scale."""
+        return self.format if self.group == self.shape[-1] else f"{self.format}:{self.group}"
+
+    @property
     def device(self) -> torch.device:
         return self.data.device
 
@@ -117,6 +158,17 @@ class QuantizedWeight(nn.Module):
     def nbytes(self) -> int:
         """Of the codes, the scales and the zeros."""
         return sum(tensor.nbytes for tensor in self.buffers())
+
+    @property
+    def layout(self) -> str:
+        """What the tensors do not tell, as an operator takes it: see `of`."""
+        return f"{self.format} {self.group} {' '.join(map(str, self.shape))}"
+
+    @classmethod
+    def of(cls, data: Tensor, scales: Tensor, zeros: Tensor | None, layout: str) -> QuantizedWeight:
+        format, *numbers = layout.split()
+        group, *shape = map(int, numbers)
+        return cls(format, data, scales, zeros, tuple(shape), group)
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import launch
 from .op import Launch
 from .registry import OPS
+from .signature import put_together
 
 # torch operations that give memory or a name for it, and compute nothing.
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
@@ -29,6 +30,7 @@ class _Recorder(TorchDispatchMode):
             if not launch.INTERPRETED and args[0].device.type == "cpu":
                 raise ValueError(f"record_launches: {op.name} got a CPU tensor, needs meta tensors")
             with self:
+                args = put_together(op.arguments, args)
                 op.check(*args)
                 return op.run(*args)
         if func._opname not in _FREE and not func.is_view:

@@ -5,8 +5,8 @@ B batch, T tokens, Hkv key/value heads, D head size, C slots of a cache; positio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
 import triton
@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .checks import FLOATS, INTS, Binder, Range, fail
-from .launch import launch, target_arch
+from .checks import INTS, Within, fail
+from .launch import choices, launch
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
 
 # Positions a sequence may reach: far beyond any model's, and a tile of keys past it is still an int32.
@@ -84,42 +84,30 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     return {"append_kernel": LaunchConfig(tiles, num_warps=2)}
 
 
-def bind_heads(binder: Binder, **tensors: tuple[Tensor, str]) -> None:
-    dtype = getattr(next(iter(tensors.values()))[0], "dtype", None)
-    for name, (value, letters) in tensors.items():
-        binder.tensor(name, value, letters, (dtype,) if dtype in FLOATS else FLOATS)
-
-
-def bind_cache(binder: Binder, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor) -> None:
-    """The ring caches [B,Hkv,C,D], and where each sequence stands: past and new int32 or int64 [B]."""
-    bind_heads(binder, k_cache=(k_cache, "B Hkv C D"), v_cache=(v_cache, "B Hkv C D"))
-    binder.positive("C")
+def ring_rule(op: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    """Of operations on the caches: one slot's address is the other's."""
+    k_cache, v_cache = given["k_cache"], given["v_cache"]
     if k_cache.stride() != v_cache.stride() or k_cache.stride(-1) != 1:
-        raise fail(binder.op, "v_cache", f"of strides {v_cache.stride()}", "those of k_cache, the last of them 1")
-    binder.tensor("past", past, "B", INTS)
-    binder.tensor("new", new, "B", INTS)
-
-
-def ring_ranges(first: Tensor, *args: Any) -> Iterator[Range]:
-    """For operations on [B,T,heads,D] whose only vectors are past and new."""
-    past, new = (x for x in args if isinstance(x, Tensor) and x.dim() == 1)
-    yield "past", past, 0, POSITIONS_MOST.value
-    yield "new", new, 0, first.shape[1]
-
-
-def check(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor) -> Sizes:
-    binder = Binder("append")
-    bind_heads(binder, k=(k, "B T Hkv D"), v=(v, "B T Hkv D"), k_cache=(k_cache, "B Hkv C D"))
-    bind_cache(binder, k_cache, v_cache, past, new)
-    return binder.sizes
+        raise fail(op, "v_cache", f"of strides {v_cache.stride()}", "those of k_cache, the last of them 1")
 
 
 def strides(letter: str, x: Tensor) -> dict[str, int]:
     return {f"stride_{letter}{dim}": stride for dim, stride in zip("bth", x.stride(), strict=False)}
 
 
-def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor) -> None:
-    """Triton way of `reference.append`. Where past or new is out of range, nothing enters the cache."""
+# Where sequence b stands, and how many of the T tokens come to it.
+Past = Annotated[Tensor, "B", INTS, Within(0, POSITIONS_MOST.value)]
+New = Annotated[Tensor, "B", INTS, Within(0, "T")]
+Queries = Annotated[Tensor, "B T Hq D"]
+Heads = Annotated[Tensor, "B T Hkv D"]
+Slots = Annotated[Tensor, "B Hkv C D"]
+
+
+def append(k: Heads, v: Heads, k_cache: Slots, v_cache: Slots, past: Past, new: New) -> None:
+    """Write the first new[b] tokens of k and v into the ring caches: see `reference.append`.
+
+    Where past or new is out of range (a ValueError on a CPU), nothing enters the cache.
+    """
     k, v = dense_rows(k), dense_rows(v)
     B, T, Hkv, D = k.shape
     args = {
@@ -139,12 +127,8 @@ def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor,
         "stride_ch": k_cache.stride(1),
         "stride_cs": k_cache.stride(2),
     }
-    config = configs({"D": D, "Hkv": Hkv}, k.dtype, target_arch(k.device))["append_kernel"]
-    launch(append_kernel, (T, B), args, config)
-
-
-def empty(k: Tensor, *args: Any, **kwargs: Any) -> None:
-    """Nothing: append changes the caches alone."""
+    chosen = choices(configs, {"D": D, "Hkv": Hkv}, k.dtype, k.device)
+    launch(append_kernel, (T, B), args, chosen["append_kernel"])
 
 
 def cache_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
@@ -171,16 +155,13 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
 CACHES = ({"C": 16, "past": 0}, {"C": 16, "past": 13}, {"C": 64, "past": 40})
 
 OP = Op(
-    name="append",
-    check=check,
     run=append,
     reference=reference.append,
-    empty=empty,
     inputs=inputs,
     configs=configs,
     cost=cost,
     test_shapes=tuple({"B": 2, "T": T, "Hkv": 2, "D": 80, **cache} for cache in CACHES for T in (1, 15, 40)),
     bench_shapes=tuple({"B": 1, "T": T, "Hkv": 8, "D": 128, "C": 4096, "past": 0} for T in (2048,)),
     mutates=("k_cache", "v_cache"),
-    ranges=ring_ranges,
+    rule=ring_rule,
 )

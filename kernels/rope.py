@@ -5,8 +5,8 @@ B batch, T tokens, Hq query heads, Hkv key/value heads, D head size, P rows of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
 import triton
@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference, ring
-from .checks import INTS, Binder, Range, fail
-from .launch import launch, target_arch
+from .checks import INTS, SINGLE, Within, fail
+from .launch import choices, launch
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
-from .ring import CACHES, bind_cache, bind_heads, copy_heads, ring_ranges, standing, stored_heads, strides
+from .ring import CACHES, Heads, New, Past, Queries, Slots, copy_heads, ring_rule, standing, stored_heads, strides
 
 
 @triton.jit
@@ -126,66 +126,43 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     }
 
 
-def _bind_tables(binder: Binder, q: Tensor, cos: Tensor, sin: Tensor) -> None:
-    D = binder.sizes["D"]
-    if D % 2:
-        raise fail(binder.op, "q", f"of head size {D}", "an even head size")
-    for name, table in (("cos", cos), ("sin", sin)):
-        binder.tensor(name, table, f"P {D // 2}", (torch.float32,))
+def rule(op: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    if sizes["D"] % 2:
+        raise fail(op, "q", f"of head size {sizes['D']}", "an even head size")
+    if "k_cache" in given:
+        ring_rule(op, given, sizes)
 
 
-def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Sizes:
-    binder = Binder("rope")
-    bind_heads(binder, q=(q, "B T Hq D"), k=(k, "B T Hkv D"))
-    binder.positive("D", "Hq", "Hkv")
-    _bind_tables(binder, q, cos, sin)
-    binder.tensor("positions", positions, "B T", INTS)
-    return binder.sizes
+Table = Annotated[Tensor, "P D//2", SINGLE]
 
 
-def ranges(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Iterator[Range]:
-    yield "positions", positions, 0, len(cos) - 1
-
-
-def check_rope_append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    past: Tensor,
-    new: Tensor,
-) -> Sizes:
-    binder = Binder("rope_append")
-    bind_heads(binder, q=(q, "B T Hq D"), k=(k, "B T Hkv D"), v=(v, "B T Hkv D"), k_cache=(k_cache, "B Hkv C D"))
-    binder.positive("D", "Hq", "Hkv")
-    _bind_tables(binder, q, cos, sin)
-    bind_cache(binder, k_cache, v_cache, past, new)
-    return binder.sizes
-
-
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Triton way of `reference.rope`."""
+def rope(
+    q: Queries,
+    k: Heads,
+    cos: Table,
+    sin: Table,
+    positions: Annotated[Tensor, "B T", INTS, Within(0, "P - 1")],
+) -> tuple[Queries, Heads]:
+    """Rotary embedding, halves rotated against each other -> q, k: see `reference.rope`."""
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     return _launch_rope(q, k, None, cos, sin, positions, None, k_out, None), k_out
 
 
 def rope_append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    past: Tensor,
-    new: Tensor,
-) -> Tensor:
-    """Triton way of `reference.rope_append`, for chunks none of whose queries needs what they overwrite: T = 1.
+    q: Queries,
+    k: Heads,
+    v: Heads,
+    cos: Table,
+    sin: Table,
+    k_cache: Slots,
+    v_cache: Slots,
+    past: Past,
+    new: New,
+) -> Queries:
+    """`rope` at positions past[b] + t, k and v straight into the caches -> q: see `reference.rope_append`.
 
-    Where past or new is out of range, q is NaN and nothing enters the cache.
+    For chunks none of whose queries needs what they overwrite: T = 1. Where past or new is out of range (a ValueError
+    on a CPU), q is NaN and nothing enters the cache.
     """
     slots = (k_cache.transpose(1, 2), v_cache.transpose(1, 2))
     return _launch_rope(q, k, dense_rows(v), cos, sin, past.contiguous(), new.contiguous(), *slots)
@@ -228,17 +205,9 @@ def _launch_rope(
         "stride_pt": 0 if v is not None else positions.stride(1),
         **strides("o", k_out),
     }
-    config = configs(sizes, q.dtype, target_arch(q.device))["rope_kernel"]
+    config = choices(configs, sizes, q.dtype, q.device)["rope_kernel"]
     launch(rope_kernel, (T, B), args, config, APPEND=v is not None)
     return q_out
-
-
-def empty(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))  # type: ignore[return-value]
-
-
-def empty_rope_append(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 def _tables(P: int, D: int, device: Any) -> tuple[Tensor, Tensor]:
@@ -271,15 +240,12 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
 _HEADS = ((4, 4), (8, 2), (4, 1))
 
 OP = Op(
-    name="rope",
-    check=check,
     run=rope,
     reference=reference.rope,
-    empty=empty,
     inputs=inputs,
     configs=configs,
     cost=cost,
-    ranges=ranges,
+    rule=rule,
     test_shapes=tuple(
         {"B": 2, "T": T, "Hq": hq, "Hkv": hkv, "D": D, "P": 96}
         for T, D, (hq, hkv) in zip((1, 5, 3, 4, 2), (64, 80, 96, 128, 32), (*_HEADS, *_HEADS), strict=False)
@@ -288,16 +254,13 @@ OP = Op(
 )
 
 ROPE_APPEND_OP = Op(
-    name="rope_append",
-    check=check_rope_append,
     run=rope_append,
     reference=reference.rope_append,
-    empty=empty_rope_append,
     inputs=rope_append_inputs,
     configs=configs,
     cost=cost,
     test_shapes=tuple({"B": 3, "T": 1, "Hq": 8, "Hkv": 2, "D": D, **cache} for cache in CACHES for D in (96, 128)),
     bench_shapes=tuple({"B": B, "T": 1, "Hq": 32, "Hkv": 8, "D": 128, "C": 4096, "past": 4000} for B in (1, 32)),
     mutates=("k_cache", "v_cache"),
-    ranges=ring_ranges,
+    rule=rule,
 )

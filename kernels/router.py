@@ -5,7 +5,7 @@ T tokens, H hidden, E experts, K experts a token
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import triton
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import reference
 from .arch import amd
-from .checks import FLOATS, Binder, boolean, integer
-from .launch import launch, target_arch
+from .checks import INT32, SINGLE, Within
+from .launch import choices, launch
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
 from .tiles import depth_tile
 
@@ -118,13 +118,6 @@ def gate_route_kernel(
     _store_choice(weights_ptr, ids_ptr, weights, ids, offs_t, T, TOP_K, BLOCK_K)
 
 
-def check(logits: Tensor, top_k: int) -> Sizes:
-    binder = Binder("route")
-    binder.tensor("logits", logits, "T E", FLOATS)
-    binder.positive("E")
-    return {**binder.sizes, "K": integer("route", "top_k", top_k, 1, binder.sizes["E"])}
-
-
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """The tile does not depend on T, so that a token's bits do not either."""
     block_e, block_k = power_of_2(sizes["E"]), power_of_2(sizes["K"])
@@ -133,11 +126,14 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     return {"route_kernel": LaunchConfig(tiles, num_warps=4 if block_t * block_e >= 512 else 1)}
 
 
-def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Triton way of `reference.route`."""
-    weights, ids = empty(logits, top_k)
+def route(
+    logits: Annotated[Tensor, "T E"],
+    top_k: Annotated[int, "K", Within(1, "E")],
+) -> tuple[Annotated[Tensor, "T K", SINGLE], Annotated[Tensor, "T K", INT32]]:
+    """logits -> the weights and ids of each token's experts: see `reference.route`."""
     T, E = logits.shape
-    config = configs({"T": T, "E": E, "K": top_k}, logits.dtype, target_arch(logits.device))["route_kernel"]
+    weights, ids = _unset(T, top_k, logits.device)
+    config = choices(configs, {"T": T, "E": E, "K": top_k}, logits.dtype, logits.device)["route_kernel"]
     args = {
         "logits_ptr": logits,
         "weights_ptr": weights,
@@ -151,10 +147,10 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return weights, ids
 
 
-def empty(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    shape = (logits.shape[0], top_k)
-    weights = torch.empty(shape, dtype=torch.float32, device=logits.device)
-    return weights, torch.empty(shape, dtype=torch.int32, device=logits.device)
+def _unset(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Weights and ids to be written."""
+    weights = torch.empty((T, K), dtype=torch.float32, device=device)
+    return weights, torch.empty((T, K), dtype=torch.int32, device=device)
 
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
@@ -167,15 +163,6 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     return Cost(flops=(K + 4) * T * E, bytes=T * (E * dtype.itemsize + K * 8))
 
 
-def check_gate(x: Tensor, gate: Tensor, top_k: int, deterministic: bool = False) -> Sizes:
-    binder = Binder("gate_route")
-    boolean("gate_route", "deterministic", deterministic)
-    binder.tensor("x", x, "T H", FLOATS)
-    binder.tensor("gate", gate, "E H", (x.dtype,))
-    binder.positive("H", "E")
-    return {**binder.sizes, "K": integer("gate_route", "top_k", top_k, 1, binder.sizes["E"])}
-
-
 def configs_gate(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """The least tile that a tensor core takes: a token's bits do not depend on T, and many tokens fill the card."""
     single, block_e = dtype == torch.float32, power_of_2(sizes["E"], low=16)
@@ -186,26 +173,26 @@ def configs_gate(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, Launc
     return {"gate_route_kernel": LaunchConfig(tiles, num_warps=4, num_stages=stages)}
 
 
-def gate_route(x: Tensor, gate: Tensor, top_k: int, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Triton way of `reference.gate_route`: the gate's matrix product and `route` in one launch.
+def gate_route(
+    x: Annotated[Tensor, "T H"],
+    gate: Annotated[Tensor, "E H"],
+    top_k: Annotated[int, "K", Within(1, "E")],
+    deterministic: bool = False,
+) -> tuple[Annotated[Tensor, "T E"], Annotated[Tensor, "T K", SINGLE], Annotated[Tensor, "T K", INT32]]:
+    """The gate's matrix product and `route` of it -> logits, weights, ids: see `reference.gate_route`.
 
-    Deterministic in any case: the tile is the same for every T.
+    A token's bits do not depend on the other tokens in any case: the tile is the same for every T.
     """
-    logits, weights, ids = empty_gate(x, gate, top_k)
     (T, H), E = x.shape, len(gate)
-    config = configs_gate({"T": T, "H": H, "E": E, "K": top_k}, x.dtype, target_arch(x.device))["gate_route_kernel"]
+    logits = torch.empty((T, E), dtype=x.dtype, device=x.device)
+    weights, ids = _unset(T, top_k, x.device)
+    config = choices(configs_gate, {"T": T, "H": H, "E": E, "K": top_k}, x.dtype, x.device)["gate_route_kernel"]
     x, gate = dense_rows(x), dense_rows(gate)
     args = {"x_ptr": x, "gate_ptr": gate, "logits_ptr": logits, "weights_ptr": weights, "ids_ptr": ids, "T": T, "E": E}
     args |= {"stride_xt": x.stride(0), "stride_ge": gate.stride(0)}
     grid = (triton.cdiv(T, config.constexprs["BLOCK_T"]),)
     launch(gate_route_kernel, grid, args, config, H=H, TOP_K=top_k)
     return logits, weights, ids
-
-
-def empty_gate(x: Tensor, gate: Tensor, top_k: int, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    shape = x.shape[0], gate.shape[0]  # not len(): it would fix a size that a tracer keeps open
-    logits = torch.empty(shape, dtype=x.dtype, device=x.device)
-    return logits, *empty(logits, top_k)
 
 
 def inputs_gate(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
@@ -227,11 +214,8 @@ def follows(args: Any, results: Any) -> Any:
 
 
 OP = Op(
-    name="route",
-    check=check,
     run=route,
     reference=reference.route,
-    empty=empty,
     inputs=inputs,
     configs=configs,
     cost=cost,
@@ -240,14 +224,12 @@ OP = Op(
         for T, E, K in ((1, 8, 2), (67, 8, 2), (5, 4, 1), (9, 6, 6), (130, 16, 3), (3, 1, 1), (4, 160, 6))
     ),
     bench_shapes=tuple({"T": T, "E": 8, "K": 2} for T in (1, 64, 4096)),
+    whole={"route_kernel": ("BLOCK_K",)},
 )
 
 GATE_OP = Op(
-    name="gate_route",
-    check=check_gate,
     run=gate_route,
     reference=reference.gate_route,
-    empty=empty_gate,
     inputs=inputs_gate,
     configs=configs_gate,
     cost=cost_gate,
@@ -256,5 +238,6 @@ GATE_OP = Op(
         for T, H, E, K in ((1, 128, 8, 2), (19, 80, 8, 2), (33, 300, 16, 3), (2, 64, 160, 6), (3, 64, 1, 1))
     ),
     bench_shapes=tuple({"T": T, "H": H, "E": 8, "K": 2} for H in (4096, 6144) for T in (1, 64, 4096)),
+    whole={"gate_route_kernel": ("BLOCK_K",)},
     follows=follows,
 )

@@ -1,7 +1,7 @@
 """The command line: `mixtral-triton` and `python -m mixtral_triton`.
 
-Exit 0: done and right. 1: ran, and found a mismatch. 2: bad input, one line on stderr. 130: Ctrl-C. 141: whoever read
-the output has gone.
+Exit 0: done and right. 1: ran, and found a mismatch, or that nothing fits. 2: bad input, one line on stderr.
+130: Ctrl-C. 141: whoever read the output has gone.
 """
 
 from __future__ import annotations
@@ -113,6 +113,22 @@ def parser() -> argparse.ArgumentParser:
     )
     tune.add_argument("--arch", help="time nothing, compile for this one; none: the GPU there is, else sm_90")
     tune.add_argument("--dry-run", action="store_true", help="time nothing")
+    fit = command("fit", "what fits a card's memory: weights by format, cache, workspace, the longest text")
+    fit.add_argument(
+        "model",
+        nargs="?",
+        default="mixtral-8x7b",
+        metavar="MODEL",
+        help="a folder with a config.json, mixtral-8x22b, ...; none: mixtral-8x7b",
+    )
+    card = fit.add_mutually_exclusive_group()
+    card.add_argument(
+        "--gpu", metavar="NAME", help="h100, rtx4090, ...; none: the GPU there is, else all that are known"
+    )
+    card.add_argument("--memory", type=float, metavar="GIB", help="a card of so many GiB; none: see --gpu")
+    fit.add_argument("--gpus", type=int, metavar="N", help="so many cards; none: 1")
+    fit.add_argument("--batch", type=int, default=1, metavar="B", help="sequences at a time")
+    fit.add_argument("--context", type=int, metavar="S", help="tokens a sequence; none: all the model's positions")
     compile = command("compile", "compile every kernel for a GPU that need not be there")
     compile.add_argument("ops", nargs="*", metavar="OP", help="none: all")
     compile.add_argument("--arch", required=True, help=", ".join(ARCHS))
@@ -127,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             parser().parse_args(argv, args)
-            commands = {"verify": _verify, "generate": _generate, "trace": _trace, "quantize": _quantize}
+            commands = {"verify": _verify, "generate": _generate, "trace": _trace, "quantize": _quantize, "fit": _fit}
             commands |= {"bench": _bench, "tune": _tune, "compile": _compile}
             return commands[args.command](args)
         finally:
@@ -299,6 +315,12 @@ def _tune(args: argparse.Namespace) -> int:
     from .bench.tune_command import run
 
     return run(args, lambda label, total: bar(label, total, MofNCompleteColumn()))
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from .command.fit import run
+
+    return run(args)
 
 
 def _compile(args: argparse.Namespace) -> int:

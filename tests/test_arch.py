@@ -16,6 +16,7 @@ from mixtral_triton.kernels import arch as arch_module
 from mixtral_triton.kernels.arch import ARCHS, family, multiprocessors, tma
 from mixtral_triton.kernels.instruments.roofline import CARDS, table_note
 from mixtral_triton.kernels.launch import target_arch
+from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.tma import takes
@@ -33,7 +34,7 @@ def first_time() -> Iterator[None]:
 
 def choices(arch: str) -> list[Any]:
     """Of every operation at every size it is tested or timed at; the splits of a decode follow the multiprocessors."""
-    sized = [(op, {"sms": 132, **sizes}) for op in OPS.values() for sizes in (*op.test_shapes, *op.bench_shapes)]
+    sized = [(op, Shape(sizes, sms=132)) for op in OPS.values() for sizes in (*op.test_shapes, *op.bench_shapes)]
     return [op.configs(sizes, dtype, arch) for op, sizes in sized for dtype in op.dtypes]
 
 

@@ -28,6 +28,7 @@ from mixtral_triton.cli import main
 from mixtral_triton.kernels import reference
 from mixtral_triton.kernels.instruments.roofline import CARDS
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
 
 CPU, H100 = torch.device("cpu"), CARDS["h100"]
@@ -59,7 +60,7 @@ def test_cases_cover_both_models_all_token_counts_and_contexts_to_32k() -> None:
     listed = {(sizes["H"], sizes["N"]) for sizes in OPS["linear"].bench_shapes}
     assert {(case.sizes["H"], case.sizes["N"]) for case in found if case.op.name == "linear"} == listed
     assert {case.sizes["H"] for case in cases(["linear"], quick=True)} == {4096}
-    shapes = [(case.op.name, *sorted(case.sizes.items())) for case in found]
+    shapes = [(case.op.name, *sorted(case.said.items())) for case in found]
     assert len(set(shapes)) == len(shapes)
     quick = cases(quick=True)
     assert {case.op.name for case in quick} == set(BENCHED)
@@ -114,7 +115,7 @@ WINDOWS = [
 @pytest.mark.parametrize(("T", "S", "window", "causal"), WINDOWS)
 def test_masks_of_the_attention_peers(T: int, S: int, window: int, causal: bool) -> None:
     """What SDPA and FlexAttention are told to mask is what the reference masks; and SDPA gives the same result."""
-    sizes = {"B": 2, "T": T, "S": S, "Hq": 4, "Hkv": 2, "D": 16, "window": window, "causal": int(causal)}
+    sizes = Shape(B=2, T=T, S=S, Hq=4, Hkv=2, D=16, window=window, causal=causal)
     case = Case(OPS["attention"], sizes, torch.float32)
     args = case.inputs(CPU)
     seen = visible(args)(torch.arange(T)[:, None], torch.arange(S))
@@ -125,7 +126,7 @@ def test_masks_of_the_attention_peers(T: int, S: int, window: int, causal: bool)
 
 @pytest.mark.parametrize(("name", "C", "past"), [("cached_attention", 32, 31), ("cached_attention", 32, 9)])
 def test_the_cached_attention_peer_on_a_ring_full_or_not(name: str, C: int, past: int) -> None:
-    sizes = {"B": 2, "Hq": 4, "Hkv": 2, "D": 16, "C": C, "window": 0, "past": past, "T": 1, "fresh": 0}
+    sizes = Shape(B=2, Hq=4, Hkv=2, D=16, C=C, window=0, past=past, T=1, fresh=False)
     case = Case(OPS[name], sizes, torch.float32)
     args = case.inputs(CPU)
     sdpa = next(peer for peer in PEERS if (peer.name, peer.op) == ("SDPA", name))
@@ -192,7 +193,7 @@ def test_a_long_attention_is_checked_in_blocks_of_queries(monkeypatch: pytest.Mo
     for place in (3, 30, 60):
 
         def off(**given: Any) -> Any:
-            out = case.op.reference(**given)
+            out = case.op.plain(**given)
             out[:, place] += 1e-2  # noqa: B023
             return out
 
@@ -204,12 +205,12 @@ def test_a_wrong_step_is_said_to_be_wrong() -> None:
     case = small("decode_step", dtype=torch.float32)
     args = case.inputs(CPU)
     judge = oracle(case.op, args)
-    assert judge.fault(decode_step.step) is None
-    assert "wrong: 3 of 3 rows" in str(judge.fault(lambda **given: decode_step.step(**given) * 1.2))
-    assert "[1, 3, 100], where [3, 100]" in str(judge.fault(lambda **given: decode_step.step(**given)[None]))
+    assert judge.fault(decode_step.decode_step) is None
+    assert "wrong: 3 of 3 rows" in str(judge.fault(lambda **given: decode_step.decode_step(**given) * 1.2))
+    assert "[1, 3, 100], where [3, 100]" in str(judge.fault(lambda **given: decode_step.decode_step(**given)[None]))
     for _ in range(14):  # once around the ring of 12 slots
-        decode_step.step(**args)
-    assert judge.fault(decode_step.step) is None
+        decode_step.decode_step(**args)
+    assert judge.fault(decode_step.decode_step) is None
 
 
 def test_our_step_is_captured_once_its_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +225,7 @@ def test_our_step_is_captured_once_its_kernels_are_compiled(monkeypatch: pytest.
 
     monkeypatch.setattr(decode_step, "can_capture", lambda model: True)
     monkeypatch.setattr(decode_step, "captured", captured)
-    monkeypatch.setattr(decode_step, "step", lambda **args: done.append("step") or torch.tensor(len(done)))
+    monkeypatch.setattr(decode_step, "decode_step", lambda **args: done.append("step") or torch.tensor(len(done)))
     case = small("decode_step")
     model = argparse.Namespace(device=CPU)
     run = ours(case, {"model": model, "cache": None, "token": None})

@@ -17,7 +17,7 @@ from mixtral_triton.kernels.arch import ARCHS
 from mixtral_triton.kernels.instruments import counted, offline, sass
 from mixtral_triton.kernels.instruments.offline import as_json, collect, compile_launch, compile_ops
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.op import Launch
+from mixtral_triton.kernels.op import Launch, Shape
 from mixtral_triton.kernels.registry import OPS
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
@@ -54,7 +54,7 @@ def test_no_spill_and_fits_shared_memory(name: str, arch: str, dtype: torch.dtyp
 @pytest.mark.parametrize("D", [64, 256])
 def test_other_head_sizes(D: int, dtype: torch.dtype) -> None:
     """Mixtral's is 128, and so it is in the bench shapes; the tiles differ by head size."""
-    shapes = tuple({**sizes, "D": D} for sizes in OPS["attention"].bench_shapes if sizes["S"] == 4096)
+    shapes = tuple(Shape(sizes) | {"D": D} for sizes in OPS["attention"].bench_shapes if sizes["S"] == 4096)
     launches = collect(replace(OPS["attention"], bench_shapes=(shapes[0], shapes[-1])), "sm_90", [dtype])
     kernels = {launch.kernel: compile_launch(launch, "sm_90").fault for launch in launches}
     assert kernels == dict.fromkeys(("attention_prefill_kernel", "attention_decode_kernel", "attention_combine_kernel"))
@@ -69,7 +69,7 @@ HEADS = [(48, 20), (48, 65), (48, 150), (72, 37), (80, 33), (112, 37), (192, 65)
 def test_heads_narrower_than_their_tile(D: int, T: int, arch: str) -> None:
     """Keys given alone or with a ring before them; bf16, and fp16 where both compile to the same tiles' code."""
     plain = {"B": 1, "T": T, "S": 4096, "Hq": 4, "Hkv": 2, "D": D, "window": 0}
-    ring = {**plain, "C": 4096, "past": 5000, "fresh": 1}
+    ring = Shape(plain, C=4096, past=5000, fresh=True)
     for name, sizes, dtype in (("attention", plain, torch.bfloat16), ("cached_attention", ring, torch.float16)):
         (launch,) = collect(replace(OPS[name], bench_shapes=(sizes,)), arch, [dtype])
         assert compile_launch(launch, arch).fault is None, (name, launch)

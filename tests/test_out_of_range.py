@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from inspect import signature
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from mixtral_triton.generate import sample
 from mixtral_triton.inputs import check_vocabulary
 from mixtral_triton.kernels import checks, launch
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from tests.models import random_model
@@ -51,22 +51,21 @@ SIZES: dict[str, dict[str, int]] = {
     "rope": {"B": 2, "T": 2, "Hq": 2, "Hkv": 1, "D": 8, "P": 9},
     "append": {"B": 3, "T": 3, "Hkv": 1, "D": 8, "C": 5, "past": 4},
     "rope_append": {"B": 3, "T": 1, "Hq": 2, "Hkv": 1, "D": 8, "C": 5, "past": 4},
-    "attention": {"B": 3, "T": 2, "S": 9, "Hq": 2, "Hkv": 1, "D": 16, "window": 0, "ragged": 1},
-    "cached_attention": {"B": 3, "T": 3, "Hq": 2, "Hkv": 1, "D": 16, "C": 5, "past": 4, "window": 5, "fresh": 1},
+    "attention": Shape(B=3, T=2, S=9, Hq=2, Hkv=1, D=16, window=0, ragged=True),
+    "cached_attention": Shape(B=3, T=3, Hq=2, Hkv=1, D=16, C=5, past=4, window=5, fresh=True),
 }
 MORE = [  # the other ways of these operations
     ("expert_swiglu", {"T": 66, "H": 16, "I": 12, "E": 3, "K": 2}),
     ("expert_swiglu", {"T": 1, "H": 16, "I": 12, "E": 4, "K": 2}),
-    ("attention", {"B": 3, "T": 20, "S": 25, "Hq": 2, "Hkv": 1, "D": 16, "window": 7, "ragged": 1}),
-    ("cached_attention", {"B": 3, "T": 1, "Hq": 2, "Hkv": 1, "D": 16, "C": 5, "past": 4, "window": 5, "fresh": 0}),
+    ("attention", Shape(B=3, T=20, S=25, Hq=2, Hkv=1, D=16, window=7, ragged=True)),
+    ("cached_attention", Shape(B=3, T=1, Hq=2, Hkv=1, D=16, C=5, past=4, window=5, fresh=False)),
 ]
 SPOILT = ("input_ids", "positions", "past", "new")  # what makes its sequence NaN
 FAR = {torch.int32: (-(2**31), 2**31 - 1), torch.int64: (-(2**62), 2**32)}
 
 
 def ranges(name: str, args: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    by_place = signature(OPS[name].run).bind(**args).args
-    return {argument: (low, high) for argument, _, low, high in OPS[name].ranges(*by_place)}  # type: ignore[misc]
+    return {argument: (low, high) for argument, _, low, high in OPS[name].bounds(**args)}
 
 
 def inputs(name: str, sizes: dict[str, int], device: Any = "cpu") -> dict[str, Any]:
@@ -88,7 +87,9 @@ def results(name: str, args: dict[str, Any]) -> list[Tensor]:
 
 
 def test_every_operation_with_a_range_is_listed_here() -> None:
-    assert set(SIZES) == {name for name, op in OPS.items() if op.ranges is not None}
+    sizes = {name: min(op.test_shapes, key=lambda sizes: sizes["T"]) for name, op in OPS.items()}
+    bounded = {name for name, op in OPS.items() if list(op.bounds(**inputs(name, sizes[name], "meta")))}
+    assert set(SIZES) == bounded
 
 
 @blind

@@ -29,7 +29,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-SHIPPED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+SHIPPED = ("config.json", "heldout.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
 def needed() -> set[str]:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from mixtral_triton.kernels.quantized import BITS, QuantizedWeight, pack, unit_columns, unpack
+from mixtral_triton import ops
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.op import Shape
+from mixtral_triton.kernels.quantized import BITS, QuantizedWeight, pack, sample_quantized, unit_columns, unpack
+from mixtral_triton.kernels.record import record_launches
+from mixtral_triton.kernels.registry import OPS
 
 CASES = [("int4", 256, 128), ("int4", 256, 64), ("int4", 128, 32), ("int4", 96, 32), ("int4", 80, 80)]
 CASES += [("int8", 80, 80), ("fp8", 300, 300), ("fp8", 256, 128)]
@@ -77,3 +84,68 @@ def test_a_wrong_part_is_named(changes: dict[str, object], says: str) -> None:
     args = {"format": "int4", "data": torch.zeros(3, 5, 32, dtype=torch.int16), "scales": torch.zeros(3, 5, 4)}
     with pytest.raises(ValueError, match=says):
         QuantizedWeight(**args | {"zeros": None, "shape": (3, 5, 128), "group": 32} | changes)  # type: ignore[arg-type]
+
+
+# as an argument of operations
+
+
+def call(name: str, device: str = "cpu") -> dict[str, Any]:
+    sizes = {"linear": Shape(T=3, H=128, N=40, weight="int4:64")}
+    experts = Shape(T=5, H=128, I=96, E=4, K=2, gate_up="int4:32", down="int8")
+    return OPS[name].inputs(sizes.get(name, experts), torch.float32, device, torch.Generator().manual_seed(0))
+
+
+NAMES = ("linear", "expert_swiglu", "experts_add_rms_norm")
+
+
+def first(out: Any) -> torch.Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_operation_takes_it_as_it_takes_the_dense_one(name: str) -> None:
+    args = call(name)
+    dense = {key: x.dequantize() if isinstance(x, QuantizedWeight) else x for key, x in args.items()}
+    got, want = (first(getattr(ops, name)(**given)) for given in (args, dense))
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    direct = first(getattr(ops.DIRECT, name)(**args))
+    assert torch.equal(got, direct)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="what a graph holds are the operators, whatever runs in them")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_compiler_sees_one_operator(name: str) -> None:
+    args = call(name)
+    tensors = {key: x for key, x in args.items() if isinstance(x, torch.Tensor)}
+    rest = {key: x for key, x in args.items() if key not in tensors}
+    compiled = torch.compile(
+        lambda given: first(getattr(ops, name)(**given, **rest)) * 2, fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(tensors), first(getattr(ops, name)(**args)) * 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_launches_are_recorded(name: str) -> None:
+    with record_launches() as launches:
+        getattr(ops, name)(**call(name, "meta"))
+    formats = {launch.constexprs["LAYOUT"][0] for launch in launches if "LAYOUT" in launch.constexprs}
+    assert formats == ({"int4"} if name == "linear" else {"int4", "int8"})
+
+
+def test_a_wrong_one_is_named() -> None:
+    x = torch.ones(3, 128)
+    with pytest.raises(
+        ValueError, match=r"linear: argument 'weight' is of shape \[40, 96\], needs \[N H\] with H = 128"
+    ):
+        ops.linear(x, sample_quantized("int8", 40, 96, device="cpu"))
+    with pytest.raises(ValueError, match="linear: argument 'weight' is on meta"):
+        ops.linear(x, sample_quantized("int8", 40, 128, device="meta"))
+    with pytest.raises(ValueError, match="route: argument 'logits' is a QuantizedWeight"):
+        ops.route(sample_quantized("int8", 3, 8, device="cpu"), 2)  # type: ignore[arg-type]
+
+
+def test_a_check_that_passed_does_not_let_another_layout_pass() -> None:
+    args = call("linear")
+    ops.linear(**args)
+    with pytest.raises(ValueError, match="'weight'"):
+        ops.linear(args["x"], sample_quantized("int4:64", 40, 64, device="cpu"))

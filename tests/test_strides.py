@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import ops
-from mixtral_triton.kernels.op import Op, Sizes
+from mixtral_triton.kernels.op import Op, Shape, Sizes
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 
@@ -32,7 +32,7 @@ def ways(op: Op) -> Iterator[Sizes]:
     which have no stride to get wrong, and the smallest of those."""
     found: dict[Any, list[tuple[int, int, Sizes]]] = {}
     for shape in op.test_shapes:
-        sizes = {letter: min(size, MOST.get(letter, size)) for letter, size in shape.items()}
+        sizes = Shape(shape) | {letter: min(size, MOST.get(letter, size)) for letter, size in shape.items()}
         args = op.inputs(sizes, op.dtypes[0], "meta")
         with record_launches() as launches:
             op.run(**args)
@@ -90,7 +90,7 @@ def check(name: str, sizes: Sizes, device: Any, change: Callable[[str, Tensor], 
     args |= {key: change(key, value) for key, value in tensors(args).items()}
     dense = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors(args).items()}
     kept = {key: value.clone() for key, value in dense.items() if key not in op.mutates}
-    wanted = results(op.reference, args | dense, op.mutates)
+    wanted = results(op.plain, args | dense, op.mutates)
     for got, want in zip(results(getattr(ops, name.removeprefix("add_")), args, op.mutates), wanted, strict=True):
         if want.is_floating_point():
             assert (got - want).abs().max() <= LIMIT * want.abs().max()

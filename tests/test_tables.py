@@ -78,7 +78,7 @@ def test_the_table_of_an_operation(name: str, width: int) -> None:
 
 @at_widths
 def test_the_table_of_traffic(width: int) -> None:
-    sizes = [dict(case.sizes) for case in cases(["cached_attention", "embed_rms_norm"], quick=True)]
+    sizes = [case.said for case in cases(["cached_attention", "embed_rms_norm"], quick=True)]
     lines = [
         {"op": "experts_add_rms_norm", "sizes": own, "touched": 1.25, "moved": 1e4, "issued": None} for own in sizes
     ]

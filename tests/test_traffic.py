@@ -17,7 +17,7 @@ from torch import Tensor
 from mixtral_triton.kernels.experts import op as experts
 from mixtral_triton.kernels.instruments.traffic import Traffic, count_traffic
 from mixtral_triton.kernels.launch import INTERPRETED, launch
-from mixtral_triton.kernels.op import LaunchConfig, Sizes
+from mixtral_triton.kernels.op import LaunchConfig, Shape, Sizes
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.tma import describe
 
@@ -190,14 +190,14 @@ def keys_read(traffic: Traffic, keys: int, heads: int) -> float:
     return traffic.moved("k", "v", "k_cache", "v_cache") / (2 * keys * HEADS["Hkv"] * HEADS["D"] * BF16.itemsize)
 
 
-RING = {"B": 2, "T": 1, "C": 512, "fresh": 0}
+RING = Shape(B=2, T=1, C=512, fresh=False)
 DECODE = [
     pytest.param("attention", {"B": 1, "T": 1, "S": 700, "window": 0}, 700, id="split"),
-    pytest.param("attention", {"B": 3, "T": 1, "S": 700, "window": 0, "ragged": 1}, 3 * 700 - 9, id="ragged"),
+    pytest.param("attention", Shape(B=3, T=1, S=700, window=0, ragged=True), 3 * 700 - 9, id="ragged"),
     pytest.param("attention", {"B": 1, "T": 1, "S": 700, "window": 300}, 300, id="window"),
     pytest.param("attention", {"B": 1, "T": 3, "S": 700, "window": 300}, 302, id="three queries"),
-    pytest.param("cached_attention", {**RING, "window": 512, "past": 1000}, 512 + 511, id="wrapped ring"),
-    pytest.param("cached_attention", {**RING, "window": 0, "past": 40}, 41 + 43, id="short cache"),
+    pytest.param("cached_attention", RING | {"window": 512, "past": 1000}, 512 + 511, id="wrapped ring"),
+    pytest.param("cached_attention", RING | {"window": 0, "past": 40}, 41 + 43, id="short cache"),
 ]
 
 
@@ -206,7 +206,7 @@ def test_decode_reads_the_keys_of_the_window_once_a_group(
     name: str, sizes: Any, keys: int, within: Any, request: pytest.FixtureRequest
 ) -> None:
     """In the wrapped ring, sequence 1 has no new token: its query's window holds a key less."""
-    traffic = counted(name, {**HEADS, **sizes})
+    traffic = counted(name, HEADS | sizes)
     within(f"{name} K and V, {request.node.callspec.id}", keys_read(traffic, keys, HEADS["Hkv"]), 1.05)
 
 
@@ -227,16 +227,16 @@ ONE_HEAD = {"B": 1, "Hq": 1, "Hkv": 1, "D": 128}
 def test_work_of_a_sliding_window_is_flat_beyond_it(within: Any) -> None:
     """A query costs the same however far it stands from the start: the window's keys and what tiles round up."""
     window, D = 512, ONE_HEAD["D"]
-    sizes = {**ONE_HEAD, "window": window}
-    issued = [counted("attention", {**sizes, "T": n * window, "S": n * window}).flops for n in (1, 2, 3)]
+    sizes = ONE_HEAD | {"window": window}
+    issued = [counted("attention", sizes | {"T": n * window, "S": n * window}).flops for n in (1, 2, 3)]
     assert issued[2] - issued[1] == issued[1] - issued[0]
     within("windowed prefill FLOP, a query beyond the window", (issued[2] - issued[1]) / window / (4 * D * window), 1.3)
 
 
-CHUNK = {"T": 512, "C": 512, "window": 512, "past": 2000, "fresh": 1}
+CHUNK = Shape(T=512, C=512, window=512, past=2000, fresh=True)
 PREFILL = [
     pytest.param("attention", {"T": 1024, "S": 1024, "window": 0}, 1.15, id="causal"),
-    pytest.param("attention", {"T": 512, "S": 512, "window": 256, "causal": 0}, 1.15, id="symmetric window"),
+    pytest.param("attention", Shape(T=512, S=512, window=256, causal=False), 1.15, id="symmetric window"),
     pytest.param("cached_attention", CHUNK, 1.3, id="a chunk behind a full ring"),
 ]
 
@@ -245,7 +245,7 @@ PREFILL = [
 def test_attention_issues_little_more_than_the_useful_flops(
     name: str, sizes: Any, bound: float, within: Any, request: pytest.FixtureRequest
 ) -> None:
-    issued, useful = counted(name, {**ONE_HEAD, **sizes}).flops, OPS[name].cost({**ONE_HEAD, **sizes}, BF16).flops
+    issued, useful = counted(name, ONE_HEAD | sizes).flops, OPS[name].cost(ONE_HEAD | sizes, BF16).flops
     within(f"{name} FLOP, {request.node.callspec.id}", issued / useful, bound)
 
 

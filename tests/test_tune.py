@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +12,10 @@ import torch
 
 from mixtral_triton.bench.cases import Case, Oracle, cases
 from mixtral_triton.bench.measure import ours
-from mixtral_triton.bench.tune import FASTER, choices, choosing, compiled_as, neighbours, tune, whole
+from mixtral_triton.bench.tune import FASTER, choices, compiled_as, neighbours, tune, whole
 from mixtral_triton.bench.tune_command import literal
 from mixtral_triton.cli import main
+from mixtral_triton.kernels import launch
 from mixtral_triton.kernels.launch import INTERPRETED, target_arch
 from mixtral_triton.kernels.op import LaunchConfig
 from mixtral_triton.kernels.registry import OPS
@@ -63,7 +63,7 @@ def test_every_candidate_gives_the_right_result(name: str) -> None:
             for other in neighbours(config, whole(case.op, kernel)):
                 if other.constexprs != config.constexprs:
                     tiles.add(kernel)
-                    with choosing(case.op, {kernel: other}) as made:
+                    with launch.choosing({kernel: other}) as made:
                         assert judge.fault(ours(case, args)) is None, (kernel, other)
                     assert made[kernel] == other
         assert tiles or name in ("rope", "append", "rope_append"), "nothing was tried"
@@ -74,8 +74,8 @@ def test_a_configuration_gets_into_the_launch(name: str) -> None:
     for case in small(name):
         found = choices(case, "sm_90")
         assert found
-        for kernel, (launch, config) in found.items():
-            assert (launch.num_warps, launch.num_stages) == (config.num_warps, config.num_stages)
+        for kernel, (seen, config) in found.items():
+            assert (seen.num_warps, seen.num_stages) == (config.num_warps, config.num_stages)
             other = replace(config, num_warps=2 * config.num_warps)
             changed, _ = choices(case, "sm_90", {kernel: other})[kernel]
             assert changed.num_warps == 2 * config.num_warps
@@ -94,13 +94,16 @@ def test_what_is_held_against_a_configuration() -> None:
     assert said[0].startswith("spills ") and "shared memory" in said[1] and "does not compile" in said[2], said
 
 
+def chosen_now(case: Case) -> Mapping[str, LaunchConfig]:
+    return launch.choices(case.op.configs, case.sizes, case.dtype, CPU)
+
+
 def scores(case: Case, kernel: str, score: Callable[[LaunchConfig], float]) -> Callable[[Any], float]:
     """A timer that runs the call, and gives the score of the configuration that is chosen within it."""
 
     def timer(call: Any) -> float:
         call()
-        module = sys.modules[case.op.run.__module__]
-        return score(module.configs(case.sizes, case.dtype, "sm_90")[kernel])
+        return score(chosen_now(case)[kernel])
 
     return timer
 
@@ -141,7 +144,7 @@ def test_a_configuration_with_a_wrong_result_is_never_the_best(monkeypatch: pyte
     now = choices(case, "sm_90")["route_kernel"][1]
 
     def wrong(case: Case, args: Any) -> Any:
-        chosen = sys.modules[case.op.run.__module__].configs(case.sizes, case.dtype, "sm_90")["route_kernel"]
+        chosen = chosen_now(case)["route_kernel"]
         return (
             case.op.reference if chosen == now else lambda logits, top_k: (logits[:, :2].clone(), logits[:, :2].int())
         )

@@ -6,119 +6,61 @@ B batch, T query tokens, S key positions, Hq query heads, Hkv key/value heads, G
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
 import triton
 from torch import Tensor
 
 from .. import reference
-from ..checks import FLOATS, INTS, Binder, Range, boolean, fail, integer, number
-from ..launch import launch, multiprocessors, target_arch
-from ..op import Cost, Op, Sizes, dense_rows, sample
-from ..ring import bind_cache, cache_inputs, ring_ranges, strides
+from ..checks import INTS, Above, Within, fail
+from ..launch import choices, launch, multiprocessors, target_arch
+from ..op import Cost, Op, Shape, Sizes, dense_rows, sample, switches
+from ..ring import Heads, New, Past, Queries, Slots, cache_inputs, ring_rule, strides
 from ..tma import describe
 from .kernels import attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel
 from .tiles import PACKED_ROWS, configs
 
 
-def _window(op: str, window: int | None) -> int:
-    """None, 0 and -1 all mean no window: 0."""
-    return 0 if window is None else max(0, integer(op, "window", window, -1, (1 << 31) - 1))
+def groups(op: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    """As many query heads to each key/value head, and heads that a tile holds."""
+    if sizes["Hq"] % sizes["Hkv"]:
+        raise fail(op, "q", f"of {sizes['Hq']} heads", f"a multiple of the {sizes['Hkv']} key/value heads")
+    if sizes["D"] > 256:
+        raise fail(op, "q", f"of head size {sizes['D']}", "a head size of at most 256")
 
 
-def _bind_queries(binder: Binder, q: Tensor, k: Tensor, v: Tensor, keys: str) -> None:
-    binder.tensor("q", q, "B T Hq D", FLOATS)
-    binder.tensor("k", k, keys, (q.dtype,))
-    binder.tensor("v", v, keys, (q.dtype,))
-    _bind_groups(binder)
+def cached_rule(op: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    v = given["v"]
+    if (given["k"] is None) != (v is None):
+        raise fail(op, "v", "None" if v is None else "a tensor", "to be given exactly where k is")
+    groups(op, given, sizes)
+    ring_rule(op, given, sizes)
 
 
-def _bind_groups(binder: Binder) -> None:
-    binder.positive("Hq", "Hkv", "D")
-    if binder.sizes["Hq"] % binder.sizes["Hkv"]:
-        needs = f"a multiple of the {binder.sizes['Hkv']} key/value heads"
-        raise fail(binder.op, "q", f"of {binder.sizes['Hq']} heads", needs)
-    if binder.sizes["D"] > 256:
-        raise fail(binder.op, "q", f"of head size {binder.sizes['D']}", "a head size of at most 256")
-
-
-def check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-    starts: Tensor | None = None,
-    lengths: Tensor | None = None,
-    deterministic: bool = False,
-) -> Sizes:
-    binder = Binder("attention")
-    _bind_queries(binder, q, k, v, "B S Hkv D")
-    for name, value in (("starts", starts), ("lengths", lengths)):
-        if value is not None:
-            binder.tensor(name, value, "B", INTS)
-    if scale is not None:
-        number("attention", "scale", scale, above=0.0)
-    boolean("attention", "causal", causal)
-    boolean("attention", "deterministic", deterministic)
-    return {**binder.sizes, "window": _window("attention", window)}
-
-
-def ranges(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-    starts: Tensor | None = None,
-    lengths: Tensor | None = None,
-    deterministic: bool = False,
-) -> Iterator[Range]:
-    bounds = zip(("starts", "lengths"), (starts, lengths), strict=True)
-    yield from ((name, value, 0, k.shape[1]) for name, value in bounds if value is not None)
-
-
-def check_cached(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    past: Tensor,
-    new: Tensor,
-    window: int | None = None,
-    deterministic: bool = False,
-) -> Sizes:
-    binder = Binder("cached_attention")
-    if (k is None) != (v is None):
-        raise fail("cached_attention", "v", "None" if v is None else "a tensor", "to be given exactly where k is")
-    binder.tensor("q", q, "B T Hq D", FLOATS)
-    if k is not None and v is not None:
-        _bind_queries(binder, q, k, v, "B T Hkv D")
-    binder.tensor("k_cache", k_cache, "B Hkv C D", (q.dtype,))
-    bind_cache(binder, k_cache, v_cache, past, new)
-    _bind_groups(binder)
-    boolean("cached_attention", "deterministic", deterministic)
-    return {**binder.sizes, "window": _window("cached_attention", window)}
+Keys = Annotated[Tensor, "B S Hkv D"]
+Bounds = Annotated[Tensor, "B", INTS, Within(0, "S")]
+Window = Annotated[int, Within(-1, (1 << 31) - 1)]  # None, 0 and -1: no window
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None = None,
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    window: Window | None = None,
     causal: bool = True,
-    scale: float | None = None,
-    starts: Tensor | None = None,
-    lengths: Tensor | None = None,
+    scale: Annotated[float | None, Above(0.0)] = None,
+    starts: Bounds | None = None,
+    lengths: Bounds | None = None,
     deterministic: bool = False,
-) -> Tensor:
-    """Triton way of `reference.attention`. Few causal queries (times group heads) decode, others prefill."""
-    sizes = _sizes(q, k, _window("attention", window), deterministic)
+) -> Queries:
+    """Sliding-window attention with grouped queries: see `reference.attention`.
+
+    `deterministic`: a sequence's bits do not depend on the rest of the batch. Few causal queries (times the heads of a
+    group) decode, the others prefill.
+    """
+    sizes = _sizes(q, k, window, deterministic)
     bounds = {"starts_ptr": _dense(starts), "lengths_ptr": _dense(lengths)}
     G = q.shape[2] // k.shape[2]
     if causal and (q.shape[1] == 1 or q.shape[1] * G <= PACKED_ROWS):
@@ -127,22 +69,23 @@ def attention(
 
 
 def cached_attention(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    past: Tensor,
-    new: Tensor,
-    window: int | None = None,
+    q: Queries,
+    k: Heads | None,
+    v: Heads | None,
+    k_cache: Slots,
+    v_cache: Slots,
+    past: Past,
+    new: New,
+    window: Window | None = None,
     deterministic: bool = False,
-) -> Tensor:
-    """Triton way of `reference.cached_attention`. The device reads the lengths: a CUDA graph replays at any of them.
+) -> Queries:
+    """Attention over the ring caches and the fresh k, v, or over the caches alone: see `reference.cached_attention`.
 
-    A sequence whose past or new is out of range is NaN.
+    The device reads the lengths: a CUDA graph replays at any of them. A sequence whose past or new is out of range
+    (a ValueError on a CPU) is NaN.
     """
     keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    sizes = _sizes(q, keys, _window("cached_attention", window), deterministic)
+    sizes = _sizes(q, keys, window, deterministic)
     bounds = {"starts_ptr": None, "lengths_ptr": _dense(new), "past_ptr": _dense(past)}
     if k is None or v is None:
         return _decode(q, keys, values, bounds, sizes, None, ring=True)
@@ -153,12 +96,13 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _sizes(q: Tensor, k: Tensor, window: int, deterministic: bool) -> Sizes:
+def _sizes(q: Tensor, k: Tensor, window: int | None, deterministic: bool) -> Shape:
     B, T, Hq, D = q.shape
+    window = max(0, window or 0)
     if window > 2 * (k.shape[1] + T):
         window = 0  # it reaches every key there is: none, to a kernel that subtracts it in int32
     sizes = {"B": B, "T": T, "S": k.shape[1], "Hq": Hq, "Hkv": k.shape[2], "D": D, "window": window}
-    return {**sizes, "sms": multiprocessors(q.device) or 0, "deterministic": int(deterministic)}
+    return Shape(sizes, sms=multiprocessors(q.device) or 0, deterministic=deterministic)
 
 
 def _base_2(scale: float | None, D: int) -> float:
@@ -180,7 +124,7 @@ def _prefill(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     slots = (k, v) if cache is None else cache
     arch = target_arch(q.device)
-    config = configs(sizes, q.dtype, arch)["attention_prefill_kernel"]
+    config = choices(configs, sizes, q.dtype, q.device)["attention_prefill_kernel"]
     block = (1, config.constexprs["BLOCK_N"], 1, config.constexprs["BLOCK_D"])
     k_desc, v_desc = (describe(x, block, arch) for x in (k, v))
     if k_desc is None or v_desc is None:  # both or neither: one loop reads them
@@ -218,8 +162,8 @@ def _decode(
 ) -> Tensor:
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     B, T, Hq, D = q.shape
-    choices = configs(sizes, q.dtype, target_arch(q.device))
-    config = choices["attention_decode_kernel"]
+    chosen = choices(configs, sizes, q.dtype, q.device)
+    config = chosen["attention_decode_kernel"]
     splits = config.constexprs["SPLITS"]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     part, lse = out, None
@@ -247,27 +191,21 @@ def _decode(
     launch(attention_decode_kernel, grid, args, config, D=D, RING=ring, WINDOWED=sizes["window"] > 0)
     if splits > 1:
         args = {"part_ptr": part, "lse_ptr": lse, "out_ptr": out}
-        config = choices["attention_combine_kernel"]
+        config = chosen["attention_combine_kernel"]
         launch(attention_combine_kernel, (B * T * Hq,), args, config, D=D, SPLITS=splits)
     return out
 
 
-def plain_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-    starts: Tensor | None = None,
-    lengths: Tensor | None = None,
-) -> Tensor:
-    """`reference.attention` with its options by position, as operators pass them."""
-    return reference.attention(q, k, v, window=window, causal=causal, scale=scale, starts=starts, lengths=lengths)
+def _to_its_length(given: dict[str, Any]) -> dict[str, Any]:
+    """One sequence, its keys cut where it ends."""
+    end = None if given["lengths"] is None or not len(given["q"]) else int(given["lengths"][0])
+    return {**given, "k": given["k"][:, :end], "v": given["v"][:, :end]}
 
 
-def empty(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+def _to_its_new(given: dict[str, Any]) -> dict[str, Any]:
+    """One sequence, its chunk cut where its new tokens end."""
+    end = int(given["new"].sum())
+    return {**given, **{name: given[name] if given[name] is None else given[name][:, :end] for name in "qkv"}}
 
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
@@ -276,17 +214,17 @@ def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None)
     q = sample(B, T, sizes["Hq"], D, dtype=dtype, device=device, generator=generator)
     k, v = (sample(B, S, sizes["Hkv"], D, dtype=dtype, device=device, generator=generator) for _ in range(2))
     bounds: dict[str, Any] = {}
-    if sizes.get("ragged"):
+    if switches(sizes).ragged:
         b = torch.arange(B, dtype=torch.int32)
         bounds = {"starts": b.to(device), "lengths": (S - 2 * b).to(device)}
-    return {"q": q, "k": k, "v": v, "window": sizes["window"], "causal": bool(sizes.get("causal", 1)), **bounds}
+    return {"q": q, "k": k, "v": v, "window": sizes["window"], "causal": switches(sizes).causal, **bounds}
 
 
 def cached_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
     B, T, Hkv, D = (sizes[letter] for letter in ("B", "T", "Hkv", "D"))
     q = sample(B, T, sizes["Hq"], D, dtype=dtype, device=device, generator=generator)
     k, v = (sample(B, T, Hkv, D, dtype=dtype, device=device, generator=generator) for _ in range(2))
-    fresh = {"k": k, "v": v} if sizes["fresh"] else {"k": None, "v": None}
+    fresh = {"k": k, "v": v} if switches(sizes).fresh else {"k": None, "v": None}
     return {"q": q, **fresh, **cache_inputs(sizes, dtype, device, generator), "window": sizes["window"]}
 
 
@@ -294,7 +232,7 @@ def _pairs(sizes: Sizes) -> int:
     """Query-key pairs of one head of one sequence."""
     S, window = sizes.get("S", sizes.get("past", 0) + sizes["T"]), sizes["window"]
     T = min(sizes["T"], S)  # queries before the first key see none
-    if not sizes.get("causal", 1):
+    if not switches(sizes).causal:
         return T * min(S, window + 1 if window else S)
     return _area(S, window) - _area(S - T, window)
 
@@ -314,43 +252,42 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     return Cost(flops=4 * B * Hq * D * _pairs(sizes), bytes=elements * dtype.itemsize)
 
 
-def _shape(B: int, T: int, S: int, Hq: int, Hkv: int, D: int, window: int, **more: int) -> Sizes:
-    return {"B": B, "T": T, "S": S, "Hq": Hq, "Hkv": Hkv, "D": D, "window": window, **more}
+def _shape(B: int, T: int, S: int, Hq: int, Hkv: int, D: int, window: int, **switches: bool) -> Sizes:
+    return Shape(B=B, T=T, S=S, Hq=Hq, Hkv=Hkv, D=D, window=window, **switches)
 
 
 OP = Op(
-    name="attention",
-    check=check,
     run=attention,
-    reference=plain_attention,
-    empty=empty,
+    reference=reference.attention,
     inputs=inputs,
     configs=configs,
     cost=cost,
-    ranges=ranges,
+    whole={"attention_decode_kernel": ("BLOCK_M",)},
+    rule=groups,
+    trim=_to_its_length,
     test_shapes=(
         _shape(1, 40, 40, 4, 4, 64, 0),
-        _shape(2, 70, 70, 4, 2, 80, 16, ragged=1),
+        _shape(2, 70, 70, 4, 2, 80, 16, ragged=True),
         _shape(1, 150, 150, 2, 1, 32, 33),
-        _shape(3, 33, 50, 4, 1, 96, 0, ragged=1),
+        _shape(3, 33, 50, 4, 1, 96, 0, ragged=True),
         _shape(1, 40, 90, 2, 2, 128, 24),
-        _shape(2, 50, 50, 4, 2, 64, 20, causal=0),
-        _shape(1, 37, 37, 2, 2, 80, 0, causal=0, ragged=1),
+        _shape(2, 50, 50, 4, 2, 64, 20, causal=False),
+        _shape(1, 37, 37, 2, 2, 80, 0, causal=False, ragged=True),
         _shape(1, 20, 9, 2, 1, 64, 0),
-        _shape(2, 1, 700, 8, 2, 128, 0, ragged=1),
+        _shape(2, 1, 700, 8, 2, 128, 0, ragged=True),
         _shape(1, 1, 90, 4, 4, 80, 30),
-        _shape(2, 3, 600, 4, 1, 96, 300, ragged=1),
+        _shape(2, 3, 600, 4, 1, 96, 300, ragged=True),
     ),
     bench_shapes=(
         *(_shape(1, T, T, 32, 8, 128, window) for T in (512, 4096, 8192, 32768) for window in (0, 4096)),
         _shape(1, 8192, 8192, 32, 8, 128, 256),
-        _shape(1, 4096, 4096, 32, 8, 128, 512, causal=0),
+        _shape(1, 4096, 4096, 32, 8, 128, 512, causal=False),
         *(_shape(B, 1, S, 32, 8, 128, 0) for B in (1, 8, 32) for S in (1024, 4096, 32768)),
     ),
 )
 
 _CACHED = tuple(
-    {"B": 2, "Hq": hq, "Hkv": 2, "D": D, "C": C, "window": window, "past": past, "T": T, "fresh": fresh}
+    Shape(B=2, Hq=hq, Hkv=2, D=D, C=C, window=window, past=past, T=T, fresh=fresh)
     for hq, D, C, window, past, T, fresh in (
         (4, 64, 16, 16, 0, 5, 1),
         (4, 80, 16, 16, 13, 20, 1),
@@ -363,18 +300,17 @@ _CACHED = tuple(
 )
 
 CACHED_OP = Op(
-    name="cached_attention",
-    check=check_cached,
     run=cached_attention,
     reference=reference.cached_attention,
-    empty=empty,
     inputs=cached_inputs,
     configs=configs,
     cost=cost,
-    ranges=ring_ranges,
+    whole={"attention_decode_kernel": ("BLOCK_M",)},
+    rule=cached_rule,
+    trim=_to_its_new,
     test_shapes=_CACHED,
     bench_shapes=tuple(
-        {"B": B, "Hq": 32, "Hkv": 8, "D": 128, "C": C, "window": window, "past": C - 1, "T": T, "fresh": int(T > 1)}
+        Shape(B=B, Hq=32, Hkv=8, D=128, C=C, window=window, past=C - 1, T=T, fresh=T > 1)
         for C, window in ((4096, 4096), (32768, 0))
         for B, T in ((1, 1), (32, 1), (1, 1024))
     ),

@@ -9,7 +9,7 @@ import torch
 import triton
 
 from ..arch import amd, family, multiprocessors, tma
-from ..op import LaunchConfig, Sizes, power_of_2
+from ..op import LaunchConfig, Sizes, power_of_2, switches
 
 DETERMINISTIC_SPLITS = 8  # whatever the batch and its longest sequence are
 PACKED_ROWS = 16  # queries x group heads that one decode tile takes
@@ -45,7 +45,7 @@ def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig
     elif 0 < window <= 256 and block_m > 64:
         block_m, block_n, warps = 64, min(block_n, 64 if tma(arch) else 32), 8 if family(arch) == "sm_80" else 4
     # Half the rows take half the warps; a head of 256 would spill.
-    if not sizes.get("deterministic") and sizes["T"] <= block_m // 2 and (D < 256 or not tma(arch)):
+    if not switches(sizes).deterministic and sizes["T"] <= block_m // 2 and (D < 256 or not tma(arch)):
         rows = power_of_2(sizes["T"], low=16)
         block_m, block_n, warps = rows, 32 if odd and tma(arch) else block_n, max(4, warps * rows // block_m)
         warps = 8 if odd and rows == 32 else warps
@@ -65,9 +65,9 @@ def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     held = sizes["C"] if "C" in sizes else sizes["S"]
     keys = min(held, sizes.get("window", 0) or held)
     programs = max(1, sizes["B"] * sizes["Hkv"])
-    sms = sizes.get("sms") or multiprocessors(arch)
+    sms = switches(sizes).sms or multiprocessors(arch)
     splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, 256)), high=64)
-    if sizes.get("deterministic"):
+    if switches(sizes).deterministic:
         splits = DETERMINISTIC_SPLITS
     D, single, cdna = power_of_2(sizes["D"], low=16), dtype == torch.float32, amd(arch)
     # Of a head that is no multiple of 16 the masks take registers.

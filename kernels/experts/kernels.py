@@ -13,6 +13,8 @@ import triton.language as tl
 
 from ..norm import normed_rows
 from ..tiles import depth_tile, program_tile
+from ..unpack import fields_of
+from ..weight import add_products, times_row_scales, weight_tile
 
 
 @triton.jit
@@ -45,6 +47,8 @@ def experts_up_kernel(
     x_ptr,  # [T, H]
     gate_up_ptr,  # [E, 2I, H]
     gate_up_desc,  # [E, 2, I, H] in tiles [1, 2, BLOCK_N, BLOCK_K], or None
+    scales_ptr,  # [E, 2I, G], or None
+    zeros_ptr,  # the same, or None
     h_ptr,  # [N, I] out, in sorted order
     order_ptr,  # [N] sorted slots
     offsets_ptr,  # [E + 1] groups in `order`
@@ -56,6 +60,7 @@ def experts_up_kernel(
     stride_wn,
     H: tl.constexpr,
     I: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -70,17 +75,17 @@ def experts_up_kernel(
         slots = tl.load(order_ptr + tl.minimum(rows, end - 1))
         offs_k = tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + (slots // TOP_K).to(tl.int64)[:, None] * stride_xt + offs_k[None, :]
-        w_ptrs = gate_up_ptr + expert.to(tl.int64) * stride_we + offs_k[:, None]
-        w_ptrs += _pair_rows(pid_n, I, BLOCK_N)[None, :] * stride_wn
+        w_ptrs = gate_up_ptr + expert.to(tl.int64) * stride_we + offs_k[None, :]
+        w_ptrs += _pair_rows(pid_n, I, BLOCK_N)[:, None] * stride_wn
+        w = w_ptrs, scales_ptr, zeros_ptr
+        w_rows = expert.to(tl.int64) * 2 * I + _pair_rows(pid_n, I, BLOCK_N)
         acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
         for k in range(0, H, BLOCK_K):
             x = depth_tile(x_ptrs, offs_k[None, :] < H - k, H, BLOCK_K)
-            if gate_up_desc is None:
-                w = depth_tile(w_ptrs + k, offs_k[:, None] < H - k, H, BLOCK_K)
-            else:
-                w = gate_up_desc.load([expert, 0, pid_n * BLOCK_N, k]).reshape(2 * BLOCK_N, BLOCK_K).T
-            acc = tl.dot(x, w, acc, input_precision="ieee")
+            w_tile = weight_tile(w, w_rows, k, H, x.dtype, LAYOUT, gate_up_desc, (expert, 0, pid_n * BLOCK_N))
+            acc = tl.dot(x, w_tile.T, acc, input_precision="ieee")
             x_ptrs += BLOCK_K  # stepped, not computed from k: fewer instructions in the loop
+        acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=1)
         gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         out = h_ptr + rows.to(tl.int64)[:, None] * I + offs_n[None, :]
@@ -94,6 +99,8 @@ def experts_down_kernel(
     h_desc,  # the same in tiles [BLOCK_M, BLOCK_K], or None
     down_ptr,  # [E, H, I]
     down_desc,  # the same in tiles [1, BLOCK_N, BLOCK_K], or None
+    scales_ptr,  # [E, H, G], or None
+    zeros_ptr,  # the same, or None
     y_ptr,  # [N, H] out, by slot
     order_ptr,  # [N] sorted slots
     offsets_ptr,  # [E + 1] groups in `order`
@@ -103,6 +110,7 @@ def experts_down_kernel(
     stride_wn,
     H: tl.constexpr,
     I: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -117,15 +125,15 @@ def experts_down_kernel(
         h_ptrs = h_ptr + tl.minimum(rows, end - 1).to(tl.int64)[:, None] * I + offs_k[None, :]
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         w_ptrs = down_ptr + expert.to(tl.int64) * stride_we
-        w_ptrs += tl.minimum(offs_n, H - 1).to(tl.int64)[None, :] * stride_wn + offs_k[:, None]
+        w_ptrs += tl.minimum(offs_n, H - 1).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
+        w = w_ptrs, scales_ptr, zeros_ptr
+        w_rows = expert.to(tl.int64) * H + tl.minimum(offs_n, H - 1)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, I, BLOCK_K):
             h = depth_tile(h_ptrs + k, offs_k[None, :] < I - k, I, BLOCK_K) if h_desc is None else h_desc.load([row, k])
-            if down_desc is None:
-                w = depth_tile(w_ptrs + k, offs_k[:, None] < I - k, I, BLOCK_K)
-            else:
-                w = down_desc.load([expert, pid_n * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K).T
-            acc = tl.dot(h, w, acc, input_precision="ieee")
+            w_tile = weight_tile(w, w_rows, k, I, h.dtype, LAYOUT, down_desc, (expert, pid_n * BLOCK_N))
+            acc = tl.dot(h, w_tile.T, acc, input_precision="ieee")
+        acc = times_row_scales(acc, w, w_rows, I, LAYOUT, AXIS=1)
         slots = tl.load(order_ptr + tl.minimum(rows, end - 1))
         out = y_ptr + slots.to(tl.int64)[:, None] * H + offs_n[None, :]
         tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs_n < H)[None, :])
@@ -161,6 +169,8 @@ def _compact(slots, match, rank, wanted):
 def experts_up_decode_kernel(
     x_ptr,  # [T, H]
     gate_up_ptr,  # [E, 2I, H]
+    scales_ptr,  # [E, 2I, G], or None
+    zeros_ptr,  # the same, or None
     ids_ptr,  # [N]
     h_ptr,  # [N, I] out, by slot
     N,
@@ -171,6 +181,7 @@ def experts_up_decode_kernel(
     stride_wn,
     H: tl.constexpr,
     I: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -180,18 +191,21 @@ def experts_up_decode_kernel(
     # Operands are swapped: weight rows fill the tensor core's M, the few tokens its N.
     pid_n = tl.program_id(0)
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
+    UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT[0])
     for first in range(0, count, BLOCK_T):
         offs_k = tl.arange(0, BLOCK_K)
-        w_row = gate_up_ptr + expert * stride_we + _pair_rows(pid_n, I, BLOCK_N)[:, None] * stride_wn
+        w_ptrs = gate_up_ptr + expert * stride_we + offs_k[None, :]
+        w_ptrs += _pair_rows(pid_n, I, BLOCK_N)[:, None] * stride_wn
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         wanted = first + tl.arange(0, BLOCK_T)
         slot = _compact(slots, match, rank, wanted).to(tl.int64)
-        x_row = x_ptr + (slot // TOP_K)[None, :] * stride_xt
+        x_ptrs = x_ptr + (slot // TOP_K)[None, :] * stride_xt + offs_k[:, None]
+        w = w_ptrs, scales_ptr, zeros_ptr
+        w_rows = expert * 2 * I + _pair_rows(pid_n, I, BLOCK_N)
         acc = tl.zeros((2 * BLOCK_N, BLOCK_T), tl.float32)
-        for k in range(0, H, BLOCK_K):
-            w = depth_tile(w_row + (k + offs_k)[None, :], (k + offs_k)[None, :] < H, H, BLOCK_K)
-            x = depth_tile(x_row + (k + offs_k)[:, None], (k + offs_k)[:, None] < H, H, BLOCK_K)
-            acc = tl.dot(w, x, acc, input_precision="ieee")
+        for k in range(0, H, UNIT):
+            acc = add_products(acc, w, w_rows, x_ptrs, 0, k, H % UNIT == 0, H, LAYOUT)
+        acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=0)
         gate, up = tl.split(tl.permute(tl.reshape(acc, (2, BLOCK_N, BLOCK_T)), (1, 2, 0)))
         out = h_ptr + slot[None, :] * I + offs_n[:, None]
         mask = (wanted < count)[None, :] & (offs_n < I)[:, None]
@@ -202,6 +216,8 @@ def experts_up_decode_kernel(
 def experts_down_decode_kernel(
     h_ptr,  # [N, I] by slot
     down_ptr,  # [E, H, I]
+    scales_ptr,  # [E, H, G], or None
+    zeros_ptr,  # the same, or None
     ids_ptr,  # [N]
     y_ptr,  # [SPLIT_K, N, H] out, fp32: one partial sum a split
     N,
@@ -210,6 +226,7 @@ def experts_down_decode_kernel(
     stride_wn,
     H: tl.constexpr,
     I: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -219,19 +236,22 @@ def experts_down_decode_kernel(
 ):
     pid_n, split = tl.program_id(0), tl.program_id(2)
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
-    SPAN: tl.constexpr = (I + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
+    UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT[0])
+    SPAN: tl.constexpr = (I + SPLIT_K * UNIT - 1) // (SPLIT_K * UNIT) * UNIT
     for first in range(0, count, BLOCK_T):
-        offs_k = split * SPAN + tl.arange(0, BLOCK_K)
+        begin, offs_k = split * SPAN, tl.arange(0, BLOCK_K)
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        w_row = down_ptr + expert * stride_we + tl.minimum(offs_n, H - 1).to(tl.int64)[:, None] * stride_wn
+        w_ptrs = down_ptr + expert * stride_we + (split * (SPAN // UNIT * BLOCK_K) + offs_k)[None, :]
+        w_ptrs += tl.minimum(offs_n, H - 1).to(tl.int64)[:, None] * stride_wn
         wanted = first + tl.arange(0, BLOCK_T)
         slot = _compact(slots, match, rank, wanted).to(tl.int64)
-        h_row = h_ptr + slot[None, :] * I
+        h_ptrs = h_ptr + slot[None, :] * I + (begin + offs_k)[:, None]
+        w = w_ptrs, scales_ptr, zeros_ptr
+        w_rows = expert * H + tl.minimum(offs_n, H - 1)
         acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-        for k in range(0, SPAN, BLOCK_K):
-            w = depth_tile(w_row + (k + offs_k)[None, :], (k + offs_k)[None, :] < I, I, SPLIT_K * BLOCK_K)
-            h = depth_tile(h_row + (k + offs_k)[:, None], (k + offs_k)[:, None] < I, I, SPLIT_K * BLOCK_K)
-            acc = tl.dot(w, h, acc, input_precision="ieee")
+        for k in range(0, SPAN, UNIT):
+            acc = add_products(acc, w, w_rows, h_ptrs, begin, k, I % (SPLIT_K * UNIT) == 0, I, LAYOUT)
+        acc = times_row_scales(acc, w, w_rows, I, LAYOUT, AXIS=0)
         out = y_ptr + (split.to(tl.int64) * N + slot)[None, :] * H + offs_n[:, None]
         tl.store(out, acc, mask=(wanted < count)[None, :] & (offs_n < H)[:, None])
 

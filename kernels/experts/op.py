@@ -12,20 +12,21 @@ The kernels stand in kernels.py, their tiles in tiles.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import triton
 from torch import Tensor
 
 from .. import reference
-from ..checks import FLOATS, INTS, Binder, Range, boolean, number
+from ..checks import INTS, SINGLE, Above, Matrix, Within
 from ..dispatch import sample_ids, sort_by_expert
-from ..launch import launch, target_arch
-from ..op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
-from ..tma import describe, takes
+from ..launch import Configs, choices, launch, target_arch
+from ..op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sample, switches
+from ..quantized import FORMS, sample_quantized, weight_bytes
+from ..tma import describe
+from ..weight import Weight
 from .kernels import (
     experts_combine_kernel,
     experts_down_decode_kernel,
@@ -35,81 +36,41 @@ from .kernels import (
 )
 from .tiles import DECODE_TOKENS, configs
 
-
-def _bind(
-    binder: Binder,
-    x: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    deterministic: bool,
-) -> None:
-    binder.tensor("x", x, "T H", FLOATS)
-    binder.tensor("down_proj", down_proj, "E H I", (x.dtype,))
-    binder.positive("H", "I", "E")
-    binder.tensor("gate_up_proj", gate_up_proj, f"E {2 * binder.sizes['I']} H", (x.dtype,))
-    binder.tensor("ids", ids, "T K", INTS)
-    binder.tensor("weights", weights, "T K", (torch.float32,))
-    binder.positive("K")
-    boolean(binder.op, "deterministic", deterministic)
-
-
-def check(
-    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor, deterministic: bool = False
-) -> Sizes:
-    binder = Binder("expert_swiglu")
-    _bind(binder, x, gate_up_proj, down_proj, ids, weights, deterministic)
-    return binder.sizes
-
-
-def ranges(
-    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, *args: Any, **kwargs: Any
-) -> Iterator[Range]:
-    yield "ids", ids, 0, len(down_proj) - 1
-
-
-def check_norm(
-    x: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    residual: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    deterministic: bool = False,
-) -> Sizes:
-    binder = Binder("experts_add_rms_norm")
-    _bind(binder, x, gate_up_proj, down_proj, ids, weights, deterministic)
-    binder.tensor("residual", residual, "T H", (x.dtype,))
-    binder.tensor("norm_weight", norm_weight, "H", (x.dtype,))
-    number(binder.op, "eps", eps, above=0.0)
-    return binder.sizes
+Tokens = Annotated[Tensor, "T H"]
+GateUp = Annotated[Matrix, "E 2*I H"]
+Down = Annotated[Matrix, "E H I"]
+Ids = Annotated[Tensor, "T K", INTS, Within(0, "E - 1")]
+Scores = Annotated[Tensor, "T K", SINGLE]
 
 
 def expert_swiglu(
-    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor, deterministic: bool = False
-) -> Tensor:
-    """Triton way of `reference.expert_swiglu`. `deterministic`: the prefill kernels, with one tile, whatever T is.
+    x: Tokens,
+    gate_up_proj: GateUp,
+    down_proj: Down,
+    ids: Ids,
+    weights: Scores,
+    deterministic: bool = False,
+) -> Tokens:
+    """Each token's experts, summed with its weights: see `reference.expert_swiglu`.
 
-    An id out of range (which the check sees on a CPU only) contributes nothing.
+    An id out of range (a ValueError on a CPU) contributes nothing. `deterministic`: a token's bits do not depend on the
+    other tokens, by the prefill kernels with one tile whatever T is.
     """
     return _experts(x, gate_up_proj, down_proj, ids, weights, deterministic)[0]
 
 
 def experts_add_rms_norm(
-    x: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    residual: Tensor,
-    norm_weight: Tensor,
-    eps: float,
+    x: Tokens,
+    gate_up_proj: GateUp,
+    down_proj: Down,
+    ids: Ids,
+    weights: Scores,
+    residual: Tokens,
+    norm_weight: Annotated[Tensor, "H"],
+    eps: Annotated[float, Above(0.0)],
     deterministic: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Triton way of `reference.experts_add_rms_norm`: the combine also adds the residual, and norms the sum."""
+) -> tuple[Tokens, Tokens]:
+    """`expert_swiglu`, added to the residual, and the norm of the sum -> y, sum: the combine does all three."""
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     norm = {"residual_ptr": dense_rows(residual), "norm_ptr": norm_weight.contiguous(), "total_ptr": total, "eps": eps}
     return _experts(x, gate_up_proj, down_proj, ids, weights, deterministic, **norm)
@@ -121,19 +82,25 @@ def _experts(
     """-> the output, or its norm where `norm` holds the arguments of one; the sum that was normed, or None."""
     T, H = x.shape
     E, _, I = down.shape
-    sizes = {"T": T, "H": H, "I": I, "E": E, "K": ids.shape[1], "deterministic": int(deterministic)}
-    x, gate_up, down, ids = dense_rows(x), dense_rows(gate_up), dense_rows(down), ids.contiguous()
+    x, ids, weights_of = dense_rows(x), ids.contiguous(), (Weight.of(gate_up), Weight.of(down))
     arch = target_arch(x.device)
-    by_pointers = not (takes(gate_up, arch) and takes(down, arch))
-    choices = configs(sizes | {"norm": int(bool(norm)), "by_pointers": int(by_pointers)}, x.dtype, arch)
+    sizes = Shape(
+        {"T": T, "H": H, "I": I, "E": E, "K": ids.shape[1]},
+        deterministic=deterministic,
+        norm=bool(norm),
+        by_pointers=not all(weight.takes_tma(arch) for weight in weights_of if not weight.name),
+        gate_up=weights_of[0].name,
+        down=weights_of[1].name,
+    )
+    chosen = choices(configs, sizes, x.dtype, x.device)
     decode = T <= DECODE_TOKENS and not deterministic
-    y = (_decode if decode else _prefill)(x, gate_up, down, ids, sizes, choices)
+    y = (_decode if decode else _prefill)(x, *weights_of, ids, sizes, chosen)
     out = torch.empty((T, H), dtype=x.dtype, device=x.device)
     norm = norm or {"residual_ptr": None, "norm_ptr": None, "total_ptr": None, "eps": 0.0}
     residual, total = norm["residual_ptr"], norm["total_ptr"]
     args = {"y_ptr": y, "ids_ptr": ids, "weights_ptr": weights.contiguous(), "out_ptr": out, **norm}
     args |= {"N": ids.numel(), "E": E, "H": H, "stride_rt": 0 if residual is None else residual.stride(0)}
-    combine = choices["experts_combine_kernel"]
+    combine = chosen["experts_combine_kernel"]
     grid = (T, triton.cdiv(H, combine.constexprs["BLOCK_H"]))
     launch(experts_combine_kernel, grid, args, combine, TOP_K=sizes["K"], SPLIT_K=y.shape[0])
     return out, total
@@ -143,32 +110,25 @@ def _tile(config: LaunchConfig) -> tuple[int, int, int]:
     return tuple(config.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))  # type: ignore[return-value]
 
 
-def _weight_strides(w: Tensor) -> dict[str, int]:
-    return {"stride_we": w.stride(0), "stride_wn": w.stride(1)}
-
-
-def _decode(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, sizes: Sizes, choices: dict[str, LaunchConfig]
-) -> Tensor:
+def _decode(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes, chosen: Configs) -> Tensor:
     """-> partial sums fp32 [SPLIT_K, N, H]."""
     H, I, E, N = sizes["H"], sizes["I"], sizes["E"], ids.numel()
-    up, split = choices["experts_up_decode_kernel"], choices["experts_down_decode_kernel"]
+    up, split = chosen["experts_up_decode_kernel"], chosen["experts_down_decode_kernel"]
     h = torch.empty((N, I), dtype=x.dtype, device=x.device)
-    args = {"x_ptr": x, "gate_up_ptr": gate_up, "ids_ptr": ids, "h_ptr": h, "N": N, "E": E, "TOP_K": sizes["K"]}
-    args |= {"stride_xt": x.stride(0), **_weight_strides(gate_up)}
-    working = {"H": H, "I": I, "BY_SLOT": N < E}
-    launch(experts_up_decode_kernel, (triton.cdiv(I, up.constexprs["BLOCK_N"]), min(N, E)), args, up, **working)
+    args = {"x_ptr": x, "gate_up_ptr": gate_up.data, "ids_ptr": ids, "h_ptr": h, "N": N, "E": E, "TOP_K": sizes["K"]}
+    args |= {"stride_xt": x.stride(0), **gate_up.args}
+    working, arch = {"H": H, "I": I, "BY_SLOT": N < E}, target_arch(x.device)
+    grid = (triton.cdiv(I, up.constexprs["BLOCK_N"]), min(N, E))
+    launch(experts_up_decode_kernel, grid, args, up, **working, LAYOUT=gate_up.layout(arch))
     splits = split.constexprs["SPLIT_K"]
     y = torch.empty((splits, N, H), dtype=torch.float32, device=x.device)
-    args = {"h_ptr": h, "down_ptr": down, "ids_ptr": ids, "y_ptr": y, "N": N, "E": E, **_weight_strides(down)}
+    args = {"h_ptr": h, "down_ptr": down.data, "ids_ptr": ids, "y_ptr": y, "N": N, "E": E, **down.args}
     grid = (triton.cdiv(H, split.constexprs["BLOCK_N"]), min(N, E), splits)
-    launch(experts_down_decode_kernel, grid, args, split, **working)
+    launch(experts_down_decode_kernel, grid, args, split, **working, LAYOUT=down.layout(arch))
     return y
 
 
-def _prefill(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, sizes: Sizes, choices: dict[str, LaunchConfig]
-) -> Tensor:
+def _prefill(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes, chosen: Configs) -> Tensor:
     """-> each slot's expert output [1, N, H]."""
     H, I, E, N = sizes["H"], sizes["I"], sizes["E"], ids.numel()
     arch = target_arch(x.device)
@@ -177,39 +137,37 @@ def _prefill(
     y = torch.empty((1, N, H), dtype=x.dtype, device=x.device)
     groups = {"order_ptr": order, "offsets_ptr": offsets, "E": E}
 
-    def run(kernel: Any, config: LaunchConfig, columns: int, **args: Any) -> None:
+    def run(kernel: Any, config: LaunchConfig, columns: int, w: Weight, **args: Any) -> None:
         # Each group wastes less than one row tile, so this many always do; those too many leave at once.
         row_tiles = triton.cdiv(N, config.constexprs["BLOCK_M"]) + E - 1 if N else 0
         grid = (row_tiles * triton.cdiv(columns, config.constexprs["BLOCK_N"]),)
-        args |= {"row_tiles": row_tiles, **groups}
-        launch(kernel, grid, args, config, H=H, I=I, BLOCK_E=power_of_2(E))
+        args |= {"row_tiles": row_tiles, **groups, **w.args}
+        launch(kernel, grid, args, config, H=H, I=I, BLOCK_E=power_of_2(E), LAYOUT=w.layout(arch))
 
-    config = choices["experts_up_kernel"]
+    config = chosen["experts_up_kernel"]
     _, n, k = _tile(config)
-    up_args = {"x_ptr": x, "gate_up_ptr": gate_up, "h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0)}
-    up_args["gate_up_desc"] = describe(gate_up.unflatten(1, (2, I)), (1, 2, n, k), arch)
-    run(experts_up_kernel, config, I, **up_args, **_weight_strides(gate_up))
-    config = choices["experts_down_kernel"]
+    up_args = {"x_ptr": x, "gate_up_ptr": gate_up.data, "h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0)}
+    up_args["gate_up_desc"] = gate_up.descriptor(2, n, k, arch)
+    run(experts_up_kernel, config, I, gate_up, **up_args)
+    config = chosen["experts_down_kernel"]
     m, n, k = _tile(config)
-    down_args = {"h_ptr": h, "down_ptr": down, "y_ptr": y}
-    down_args |= {"h_desc": describe(h, (m, k), arch), "down_desc": describe(down, (1, n, k), arch)}
-    run(experts_down_kernel, config, H, **down_args, **_weight_strides(down))
+    down_args = {"h_ptr": h, "down_ptr": down.data, "y_ptr": y}
+    down_args |= {"h_desc": describe(h, (m, k), arch), "down_desc": down.descriptor(1, n, k, arch)}
+    run(experts_down_kernel, config, H, down, **down_args)
     return y
-
-
-def empty(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def empty_norm(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    return empty(x), empty(x)
 
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
     T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
     x = sample(T, H, dtype=dtype, device=device, generator=generator)
-    gate_up = sample(E, 2 * I, H, dtype=dtype, device=device, generator=generator, scale=H**-0.5)
-    down = sample(E, H, I, dtype=dtype, device=device, generator=generator, scale=I**-0.5)
+    forms = switches(sizes)
+
+    def weight(form: str | None, *shape: int) -> Any:
+        if form is not None:
+            return sample_quantized(form, *shape, device=device, generator=generator)
+        return sample(*shape, dtype=dtype, device=device, generator=generator, scale=shape[-1] ** -0.5)
+
+    gate_up, down = weight(forms.gate_up, E, 2 * I, H), weight(forms.down, E, H, I)
     weights = sample(T, K, dtype=torch.float32, device=device, generator=generator).softmax(-1)
     ids = sample_ids(sizes, device, generator)
     return {"x": x, "gate_up_proj": gate_up, "down_proj": down, "ids": ids, "weights": weights}
@@ -223,8 +181,10 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     """
     T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
     chosen = sizes.get("chosen", E * (1 - (1 - K / E) ** T))
-    elements = chosen * 3 * H * I + 2 * T * H + 2 * T * K * (H + I)
-    return Cost(flops=6 * T * K * H * I, bytes=int(elements * dtype.itemsize) + 8 * T * K)
+    gate_up = weight_bytes(switches(sizes).gate_up, 2 * I, H, dtype.itemsize)
+    weights = chosen * (gate_up + weight_bytes(switches(sizes).down, H, I, dtype.itemsize))
+    elements = 2 * T * H + 2 * T * K * (H + I)
+    return Cost(flops=6 * T * K * H * I, bytes=int(weights) + elements * dtype.itemsize + 8 * T * K)
 
 
 def inputs_norm(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
@@ -239,44 +199,48 @@ def cost_norm(sizes: Sizes, dtype: torch.dtype) -> Cost:
     return Cost(flops=experts.flops + 5 * T * H, bytes=experts.bytes + (2 * T + 1) * H * dtype.itemsize)
 
 
+_WHOLE = {"experts_up_decode_kernel": ("BLOCK_T",), "experts_down_decode_kernel": ("BLOCK_T",)}
+
 OP = Op(
-    name="expert_swiglu",
-    check=check,
+    whole=_WHOLE,
     run=expert_swiglu,
     reference=reference.expert_swiglu,
-    empty=empty,
     inputs=inputs,
     configs=configs,
     cost=cost,
-    ranges=ranges,
-    test_shapes=tuple(
-        {"T": T, "H": H, "I": I, "E": E, "K": K}
-        for T, H, I, E, K in (
-            (1, 128, 256, 8, 2),
-            (7, 80, 96, 4, 1),
-            (33, 72, 100, 8, 3),
-            (65, 128, 256, 8, 2),
-            (130, 90, 70, 4, 2),
-            (200, 64, 48, 2, 2),
-        )
+    test_shapes=(
+        *(
+            {"T": T, "H": H, "I": I, "E": E, "K": K}
+            for T, H, I, E, K in (
+                (1, 128, 256, 8, 2),
+                (7, 80, 96, 4, 1),
+                (33, 72, 100, 8, 3),
+                (65, 128, 256, 8, 2),
+                (130, 90, 70, 4, 2),
+                (200, 64, 48, 2, 2),
+            )
+        ),
+        Shape(T=3, H=128, I=96, E=4, K=2, gate_up="int4:128", down="int4:32"),
+        Shape(T=70, H=96, I=64, E=4, K=2, gate_up="int8", down="fp8"),
     ),
-    bench_shapes=tuple(
-        {"T": T, "H": H, "I": I, "E": 8, "K": 2}
-        for H, I in ((4096, 14336), (6144, 16384))
-        for T in (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096, 8192)
+    bench_shapes=(
+        *(
+            {"T": T, "H": H, "I": I, "E": 8, "K": 2}
+            for H, I in ((4096, 14336), (6144, 16384))
+            for T in (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096, 8192)
+        ),
+        *(Shape(T=T, H=4096, I=14336, E=8, K=2, gate_up=form, down=form) for form in FORMS for T in (1, 64, 512, 4096)),
     ),
 )
 
 NORM_OP = replace(
     OP,
-    name="experts_add_rms_norm",
-    check=check_norm,
+    whole={**_WHOLE, "experts_combine_kernel": ("BLOCK_H",)},
     run=experts_add_rms_norm,
     reference=reference.experts_add_rms_norm,
-    empty=empty_norm,
     inputs=inputs_norm,
-    configs=lambda sizes, dtype, arch: configs({**sizes, "norm": 1}, dtype, arch),
+    configs=lambda sizes, dtype, arch: configs(Shape(sizes, norm=True), dtype, arch),
     cost=cost_norm,
     test_shapes=OP.test_shapes[:3] + OP.test_shapes[4:5],
-    bench_shapes=tuple(sizes for sizes in OP.bench_shapes if sizes["T"] in (1, 64, 4096)),
+    bench_shapes=tuple(sizes for sizes in OP.bench_shapes if sizes["T"] in (1, 64, 4096) and not switches(sizes).down),
 )

@@ -5,10 +5,13 @@ The literals are starting points that compile without a spill; not measured on a
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..arch import amd, family
-from ..op import LaunchConfig, Sizes, power_of_2
+from ..op import LaunchConfig, Sizes, power_of_2, switches
+from ..quantized_tiles import few_rows, many_rows
 
 # Up to here the sort-free kernels: the layer is bound by the bytes of the weights, whatever the tiles.
 DECODE_TOKENS = 64
@@ -26,15 +29,19 @@ _SINGLE = (32, 16, 32, 32, 4, 2)  # fp32, without tensor cores at this precision
 
 
 def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    rows = 0 if sizes.get("deterministic") else sizes["T"] * sizes["K"] // sizes["E"]
+    rows = 0 if switches(sizes).deterministic else sizes["T"] * sizes["K"] // sizes["E"]
     # By pointers the larger tiles of later cards spill.
-    table = _PREFILL["sm_80" if sizes.get("by_pointers") and not amd(arch) else family(arch)]
+    table = _PREFILL["sm_80" if switches(sizes).by_pointers and not amd(arch) else family(arch)]
     choice = _SINGLE if dtype == torch.float32 else table[max(least for least in table if least <= rows)]
     block_m, up_n, down_n, block_k, warps, stages = choice
-    if not sizes.get("deterministic"):
+    if not switches(sizes).deterministic:
         block_m = power_of_2(sizes["T"] * sizes["K"], low=16, high=block_m)
 
-    def config(columns: int, block_n: int, depth: int) -> LaunchConfig:
+    rows_at_all = None if switches(sizes).deterministic else (rows, sizes["T"] * sizes["K"])
+
+    def config(columns: int, block_n: int, depth: int, weights: str | None, halves: int) -> LaunchConfig:
+        if weights:
+            return many_rows(weights, columns, depth, rows_at_all, dtype, arch, halves)
         tiles = {
             "BLOCK_M": block_m,
             "BLOCK_N": power_of_2(columns, low=16, high=block_n),
@@ -44,8 +51,8 @@ def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchCon
         return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
 
     return {
-        "experts_up_kernel": config(sizes["I"], up_n, sizes["H"]),
-        "experts_down_kernel": config(sizes["H"], down_n, sizes["I"]),
+        "experts_up_kernel": config(sizes["I"], up_n, sizes["H"], switches(sizes).gate_up, 2),
+        "experts_down_kernel": config(sizes["H"], down_n, sizes["I"], switches(sizes).down, 1),
     }
 
 
@@ -59,17 +66,26 @@ def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     span = -(-sizes["I"] // SPLIT_K)
     up = {"BLOCK_N": power_of_2(sizes["I"], low=16, high=32), "BLOCK_K": power_of_2(sizes["H"], 16, block_k)}
     down = {"BLOCK_N": power_of_2(sizes["H"], low=16, high=64), "BLOCK_K": power_of_2(span, 16, block_k)}
+
+    def config(own: dict[str, int], columns: int, depth: int, weights: str | None, halves: int) -> LaunchConfig:
+        if not weights:
+            return LaunchConfig(tiles | own, num_warps=4, num_stages=stages)
+        chosen = few_rows(weights, columns, depth, block_t, dtype, arch, halves)
+        return replace(chosen, constexprs=tiles | own | chosen.constexprs)
+
     return {
-        "experts_up_decode_kernel": LaunchConfig(tiles | up, num_warps=4, num_stages=stages),
-        "experts_down_decode_kernel": LaunchConfig(tiles | down | {"SPLIT_K": SPLIT_K}, num_warps=4, num_stages=stages),
+        "experts_up_decode_kernel": config(up, sizes["I"], sizes["H"], switches(sizes).gate_up, 2),
+        "experts_down_decode_kernel": config(
+            down | {"SPLIT_K": SPLIT_K}, sizes["H"], sizes["I"], switches(sizes).down, 1
+        ),
     }
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     # The norm that may follow needs a whole row.
-    norm = sizes.get("norm")
+    norm = switches(sizes).norm
     combine = LaunchConfig({"BLOCK_H": power_of_2(sizes["H"], high=1 << 30 if norm else 1024)}, 8 if norm else 4)
     kernels = {"experts_combine_kernel": combine}
-    if sizes["T"] > DECODE_TOKENS or sizes.get("deterministic"):
+    if sizes["T"] > DECODE_TOKENS or switches(sizes).deterministic:
         return kernels | _prefill(sizes, dtype, arch)
     return kernels | _decode(sizes, dtype, arch)

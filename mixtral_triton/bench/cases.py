@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..config import MixtralConfig
-from ..kernels.op import Cost, Op, Sizes
+from ..kernels.op import Cost, Op, Shape, Sizes
 from ..kernels.registry import OPS
 from ..verification.yardstick import Yardstick
 from . import decode_step
@@ -57,6 +57,11 @@ class Case:
     def dtype_name(self) -> str:
         return _name(self.dtype)
 
+    @property
+    def said(self) -> dict[str, Any]:
+        """Its sizes and switches, as `--sizes` takes them."""
+        return Shape(self.sizes).said
+
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """Arguments by name; random ones are drawn on the device, where the weights of a layer take no time."""
         generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
@@ -80,7 +85,7 @@ class Case:
             routed["chosen"] = len(args["ids"].unique())
         elif args is not None and self.op is decode_step.STEP:
             routed["chosen"] = decode_step.experts_chosen(args)
-        return self.op.cost({**self.sizes, **routed}, self.dtype)
+        return self.op.cost(Shape(self.sizes) | routed, self.dtype)
 
 
 def _dtype(op: Op, wanted: torch.dtype | None = None) -> torch.dtype:
@@ -103,9 +108,9 @@ def _shapes(op: Op, model: Mapping[str, int]) -> Iterator[Sizes]:
     for sizes in op.bench_shapes:
         if any(sizes[letter] != size for letter, size in other.items()):
             continue
-        sized = sizes if both else {letter: model.get(letter, size) for letter, size in sizes.items()}
+        sized = Shape(sizes) if both else Shape(sizes) | {name: model[name] for name in sizes if name in model}
         sweep = TOKENS if "T" in sized and not {"S", "C"} & set(sized) else (sized.get("T"),)
-        yield from (sized if T is None else {**sized, "T": T} for T in sweep)
+        yield from (sized if T is None else sized | {"T": T} for T in sweep)
 
 
 def spread(items: Sequence[Any], most: int) -> list[Any]:
@@ -158,17 +163,18 @@ def cases(
 
 
 def _has(sizes: Sizes, wanted: Sizes) -> bool:
-    return all(sizes.get(letter) == size for letter, size in wanted.items())
+    return all(Shape(sizes).said.get(letter) == size for letter, size in wanted.items())
 
 
 def _tabled(op: Op, quick: bool, model: MixtralConfig | None) -> list[Sizes]:
     """Distinct sizes: those of Mixtral 8x7B and, unless `quick`, of 8x22B; or those of `model`."""
+    shapes: Sequence[Sizes]
     mixtral = _shapes(op, MODELS["8x7B"])
     if model is not None:
         shapes = [one for sizes in mixtral if (one := resized(sizes, model)) is not None]
     else:
         shapes = [*mixtral, *(() if quick else _shapes(op, MODELS["8x22B"]))]
-    return list({tuple(sizes.items()): sizes for sizes in shapes}.values())
+    return list({tuple(Shape(sizes).said.items()): sizes for sizes in shapes}.values())
 
 
 def _check_dtype(names: Sequence[str], dtype: torch.dtype) -> None:
@@ -185,14 +191,14 @@ def _size(option: str, text: str) -> tuple[str, int]:
     return letter, int(size)
 
 
-# Of what an operation asks for beside its shapes, when nothing is said: no window, an empty cache, a chunk's own keys.
-_UNSAID = {"window": 0, "past": 0, "fresh": 1}
+# Of what an operation asks for beside its shapes, when nothing is said: no window, an empty cache.
+_UNSAID = {"window": 0, "past": 0}
 
 
 def _sized(op: Op, sizes: str | Sizes, dtype: torch.dtype, model: Sizes) -> Case:
     """The case of `op` at the sizes that somebody wrote down, and of the letters that they left out at the model's."""
-    given = _parsed(sizes) if isinstance(sizes, str) else dict(sizes)
-    shapes = (*op.test_shapes, *op.bench_shapes)
+    given = _parsed(sizes) if isinstance(sizes, str) else Shape(sizes).said
+    shapes = [Shape(sizes).said for sizes in (*op.test_shapes, *op.bench_shapes)]
     known = list(dict.fromkeys(letter for sizes in shapes for letter in sizes))
     needed = [letter for letter in known if all(letter in sizes for sizes in shapes)]
     if foreign := [letter for letter in given if letter not in known]:
@@ -200,7 +206,7 @@ def _sized(op: Op, sizes: str | Sizes, dtype: torch.dtype, model: Sizes) -> Case
     said = {**_UNSAID, **model, **given}
     if missing := [letter for letter in needed if letter not in said]:
         raise ValueError(f"--sizes lacks {', '.join(missing)}: {op.name} needs {', '.join(needed)}")
-    case = Case(op, {letter: said[letter] for letter in known if letter in {*given, *needed}}, dtype)
+    case = Case(op, Shape({letter: said[letter] for letter in known if letter in {*given, *needed}}), dtype)
     if none := [letter for letter in ("B", "T", "H", "I", "E", "V", "N") if case.sizes.get(letter) == 0]:
         raise ValueError(f"--sizes has {none[0]}=0, needs at least 1: there is nothing to time")
     if case.sizes.get("K", 0) > case.sizes.get("E", case.sizes.get("K", 0)):

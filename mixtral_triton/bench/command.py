@@ -109,7 +109,7 @@ def _card(card: Card, sheet: Card | None) -> dict[str, Any]:
 def _begins(args: argparse.Namespace, chosen: Sequence[Case], number: int) -> None:
     """A line before a case is measured: whoever started this process knows what it died of."""
     if args.json:
-        case = {"op": chosen[number].op.name, "sizes": dict(chosen[number].sizes)}
+        case = {"op": chosen[number].op.name, "sizes": chosen[number].said}
         print(json.dumps({"kind": "begin", "number": args.first + number, **case}), flush=True)
 
 
@@ -141,7 +141,7 @@ def _interpreting(chosen: Sequence[Case], arch: str) -> Iterator[subprocess.Pope
     package = str(Path(__file__).parents[2])
     environment = {"OPENBLAS_NUM_THREADS": "1", **os.environ, "TRITON_INTERPRET": "1"}  # see way.py
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    told = json.dumps([[case.op.name, dict(case.sizes), case.dtype_name] for case in few(chosen)])
+    told = json.dumps([[case.op.name, case.said, case.dtype_name] for case in few(chosen)])
     command = [sys.executable, "-m", f"{__package__}.traffic", arch, told]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, text=True, stdout=pipe, stderr=pipe) as process:

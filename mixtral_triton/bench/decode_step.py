@@ -73,14 +73,14 @@ def rewind(cache: KVCache) -> None:
     cache.lengths.fill_(cache.slots - 1)
 
 
-def step(model: Mixtral, cache: KVCache, token: Tensor) -> Tensor:
+def decode_step(model: Mixtral, cache: KVCache, token: Tensor) -> Tensor:
     """-> logits fp32 [B,V]."""
     return model.head(model.hidden(token, cache)[:, 0])
 
 
 def replayed_step(args: Args) -> Callable[..., Tensor]:
-    """`step` as a decode loop runs it: in a CUDA graph on a GPU, where each call overwrites the logits of the last."""
-    once = partial(step, **args)
+    """It as a decode loop runs it: in a CUDA graph on a GPU, where each call overwrites the logits of the last."""
+    once = partial(decode_step, **args)
     if not can_capture(args["model"]):
         return lambda **_: once()
     once()  # every kernel is compiled before the capture
@@ -95,7 +95,7 @@ def replayed_step(args: Args) -> Callable[..., Tensor]:
 
 
 def plain_step(model: Mixtral, cache: KVCache, token: Tensor) -> Tensor:
-    """`step` in plain torch."""
+    """`decode_step` in plain torch."""
     past, new = cache.lengths, torch.ones_like(cache.lengths)
     x = F.embedding(token, model.embed_tokens)
     for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
@@ -191,7 +191,7 @@ def experts_chosen(args: Args) -> float:
 
     rewind(args["cache"])
     with Routes() as routes:
-        step(**args)
+        decode_step(**args)
     rewind(args["cache"])
     return sum(len(ids.unique()) for ids in routes.ids) / len(routes.ids)
 
@@ -211,11 +211,8 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
 
 
 STEP = Op(
-    name="decode_step",
-    check=lambda model, cache, token: {},
-    run=step,
+    run=decode_step,
     reference=plain_step,
-    empty=lambda model, cache, token: torch.empty(len(token), model.config.vocab_size, device=token.device),
     inputs=inputs,
     configs=lambda sizes, dtype, arch: {},
     cost=cost,

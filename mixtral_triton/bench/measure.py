@@ -82,7 +82,7 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         return {
             "op": self.case.op.name,
-            "sizes": dict(self.case.sizes),
+            "sizes": self.case.said,
             "dtype": self.case.dtype_name,
             "flops": self.flops,
             "bytes": self.bytes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config import MixtralConfig
-from ..kernels.op import Sizes
+from ..kernels.op import Shape, Sizes, switches
 
 
 def letters(model: MixtralConfig) -> dict[str, int]:
@@ -23,15 +23,15 @@ def letters(model: MixtralConfig) -> dict[str, int]:
     }
 
 
-def resized(sizes: Sizes, model: MixtralConfig) -> Sizes | None:
+def resized(sizes: Sizes, model: MixtralConfig) -> Shape | None:
     """The sizes of a case of Mixtral 8x7B as `model` has them; None where it has no such case."""
     own = letters(model)
     positions, held = own["P"], own["window"] or own["P"]
-    if not sizes.get("causal", 1):
+    if not switches(sizes).causal:
         return None
     if not {"S", "C"} & set(sizes) and sizes["T"] + sizes.get("past", 0) > positions:
         return None
-    small = {letter: own.get(letter, size) for letter, size in sizes.items()}
+    small = Shape(sizes) | {letter: own[letter] for letter in sizes if letter in own}
     if "N" in sizes:
         small |= _product(sizes["N"], own)
     if "L" in sizes:  # a decode step: the positions that its cache holds, and one layer or several

@@ -26,7 +26,7 @@ def own_peer(name: str, function: Callable[..., Any]) -> Peer:
 
 def arguments(op: Op, args: Args) -> dict[str, Any]:
     """What `op` takes, in its order, with defaults: up to the last one that a case gives."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(op.run).parameters.items()}
+    defaults = {name: parameter.default for name, parameter in op.signature.parameters.items()}
     last = max(list(defaults).index(name) for name in args)
     return dict(list(defaults.items())[: last + 1])
 

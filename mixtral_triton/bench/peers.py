@@ -41,12 +41,13 @@ class Peer:
 
 
 def _torch(op: Op, args: Args) -> Function:
-    return op.reference
+    return op.plain
 
 
 def _compile(op: Op, args: Args) -> Function:
     torch.compiler.reset()  # else the shapes of earlier cases would count against the limit of recompilations
-    return torch.compile(op.reference, dynamic=False)
+    compiled = torch.compile(op.reference, dynamic=False)
+    return lambda **given: compiled(**op.common(given))
 
 
 def _fused_norm(op: Op, args: Args) -> Function:

@@ -27,14 +27,14 @@ def sizes_text(sizes: Mapping[str, int]) -> str:
 
 def _constant(rows: Sequence[Row]) -> dict[str, int]:
     """The sizes that are the same in all rows of a table, where there are several."""
-    sizes = rows[0].case.sizes if len(rows) > 1 else {}
-    return {key: size for key, size in sizes.items() if all(row.case.sizes.get(key) == size for row in rows)}
+    sizes = rows[0].case.said if len(rows) > 1 else {}
+    return {key: size for key, size in sizes.items() if all(row.case.said.get(key) == size for row in rows)}
 
 
 def _shape(row: Row, rows: Sequence[Row]) -> str:
     """The sizes that differ between the rows of a table."""
     constant = _constant(rows)
-    return sizes_text({key: size for key, size in row.case.sizes.items() if key not in constant} or row.case.sizes)
+    return sizes_text({key: size for key, size in row.case.said.items() if key not in constant} or row.case.said)
 
 
 def _number(value: float | None) -> str:

@@ -17,15 +17,15 @@ import torch
 from ..kernels.experts.tiles import DECODE_TOKENS
 from ..kernels.instruments.traffic import count_traffic
 from ..kernels.launch import using_arch
-from ..kernels.op import Sizes
+from ..kernels.op import Shape, Sizes
 from .cases import BENCHED, Case
 
 MOST = {"H": 512, "I": 512, "N": 1024, "T": 128, "B": 2, "S": 1024, "C": 1024, "Hkv": 2}
 
 
-def reduced(sizes: Sizes) -> Sizes:
+def reduced(sizes: Sizes) -> Shape:
     """Few heads, tokens and keys; query heads a group, the share of a window and a full ring stay what they are."""
-    small = {letter: min(size, MOST.get(letter, size)) for letter, size in sizes.items()}
+    small = Shape(sizes) | {letter: min(size, MOST.get(letter, size)) for letter, size in sizes.items()}
     if sizes["T"] > DECODE_TOKENS:  # the deep tiles of the sort-free experts need no less than that; prefill's do not
         small |= {letter: min(small[letter], 256) for letter in ("H", "I") if letter in small}
     if "Hq" in sizes:
@@ -45,7 +45,7 @@ def counted(chosen: Sequence[Case]) -> Iterator[dict[str, Any]]:
     seen = set()
     for case in chosen:
         small = Case(case.op, reduced(case.sizes), case.dtype)
-        key = (case.op.name, *small.sizes.items())
+        key = (case.op.name, *small.said.items())
         if key in seen:
             continue
         seen.add(key)
@@ -59,7 +59,7 @@ def counted(chosen: Sequence[Case]) -> Iterator[dict[str, Any]]:
         yield {
             "kind": "traffic",
             "op": case.op.name,
-            "sizes": dict(small.sizes),
+            "sizes": small.said,
             "touched": touched / cost.bytes,
             "moved": traffic.moved() / cost.bytes,
             "issued": traffic.flops / cost.flops if traffic.flops else None,

@@ -6,16 +6,13 @@ in where an operation asks for its choices, so that grids, partial sums and tile
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from ..kernels.instruments.offline import Compiled, compile_launch
+from ..kernels.launch import choosing
 from ..kernels.op import Launch, LaunchConfig, Op
 from ..kernels.record import record_launches
 from . import measure as bench
@@ -25,19 +22,8 @@ from .timing import Timer
 # What may vary: tiles, how many tiles share a stretch of L2, and the splits of a decode. SPLIT_K is a promise about
 # bits, not a choice.
 VARIED = ("BLOCK_", "GROUP_", "SPLITS")
-# Tiles that hold a whole dimension: a smaller one would be wrong, a larger one idle.
+# Tiles that hold a whole dimension in any kernel; `Op.whole` has those that do in some.
 WHOLE = {"BLOCK_D", "BLOCK_E", "BLOCK_S", "BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF"}
-WHOLE_IN = {  # a kernel or an operation
-    "embed_rms_norm_kernel": {"BLOCK_H"},
-    "experts_add_rms_norm": {"BLOCK_H"},
-    "gate_route_kernel": {"BLOCK_K"},
-    "linear_decode_kernel": {"BLOCK_T"},
-    "rms_norm_kernel": {"BLOCK_H"},
-    "route_kernel": {"BLOCK_K"},
-    "experts_up_decode_kernel": {"BLOCK_T"},
-    "experts_down_decode_kernel": {"BLOCK_T"},
-    "attention_decode_kernel": {"BLOCK_M"},
-}
 WARPS, STAGES = (1, 16), (1, 8)
 FASTER = 0.98  # of the time to beat: less would be noise
 ROUNDS = 5
@@ -68,7 +54,7 @@ class Tuned:
 
 
 def whole(op: Op, kernel: str) -> set[str]:
-    return WHOLE | WHOLE_IN.get(kernel, set()) | WHOLE_IN.get(op.name, set())
+    return WHOLE | set(op.whole.get(kernel, ()))
 
 
 def neighbours(config: LaunchConfig, whole: set[str]) -> list[LaunchConfig]:
@@ -87,33 +73,12 @@ def neighbours(config: LaunchConfig, whole: set[str]) -> list[LaunchConfig]:
     ]
 
 
-@contextmanager
-def choosing(op: Op, config: dict[str, LaunchConfig] | None = None) -> Iterator[dict[str, LaunchConfig]]:
-    """Within the block, `op` launches the kernels named in `config` as it says, whatever the sizes -> what it chose."""
-    made: dict[str, LaunchConfig] = {}
-    module = sys.modules[op.run.__module__]
-
-    def instead(own: Any) -> Any:
-        def configs(sizes: Any, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-            chosen = own(sizes, dtype, arch)
-            chosen |= {kernel: one for kernel, one in (config or {}).items() if kernel in chosen}
-            made.update(chosen)
-            return chosen
-
-        return configs
-
-    with patch.multiple(
-        module, **{name: instead(own) for name, own in vars(module).items() if name.startswith("configs")}
-    ):
-        yield made
-
-
 def choices(
     case: Case, arch: str, config: dict[str, LaunchConfig] | None = None
 ) -> dict[str, tuple[Launch, LaunchConfig]]:
     """Each kernel of a call whose configuration the operation chooses: its first launch, and the choice."""
     shapes = case.inputs(torch.device("meta"))
-    with choosing(case.op, config) as made, record_launches(arch) as recorded:
+    with choosing(config or {}) as made, record_launches(arch) as recorded:
         case.op.run(**shapes)
     return {launch.kernel: (launch, made[launch.kernel]) for launch in reversed(recorded) if launch.kernel in made}
 
@@ -155,7 +120,7 @@ def tune(
         if one.said is None and _code(one) is not None and _code(one) in map(_code, found):
             one = replace(one, said="the same code as one before")
         if one.said is None and judge is not None and timer is not None:
-            with choosing(case.op, {kernel: config}), torch.no_grad():
+            with choosing({kernel: config}), torch.no_grad():
                 outcome = bench.attempt(lambda: bench.ours(case, args), args, judge, timer)
             one = replace(one, said=outcome.said, seconds=outcome.seconds)
         found.append(one)

@@ -75,7 +75,7 @@ def literal(op: Op, kernel: str, config: LaunchConfig) -> str:
 
 def _case(tuned: Tuned) -> str:
     case = tuned.case
-    return f"{case.op.name}, {sizes_text(case.sizes)}, {case.dtype_name}, {tuned.arch}"
+    return f"{case.op.name}, {sizes_text(case.said)}, {case.dtype_name}, {tuned.arch}"
 
 
 def _code(tuned: Tuned, width: int) -> list[str]:
@@ -137,7 +137,7 @@ def _tried(one: Tried) -> dict[str, Any]:
 def as_dict(tuned: Tuned) -> dict[str, Any]:
     return {
         "op": tuned.case.op.name,
-        "sizes": dict(tuned.case.sizes),
+        "sizes": tuned.case.said,
         "arch": tuned.arch,
         "kernel": tuned.kernel,
         "literal": literal(tuned.case.op, tuned.kernel, tuned.best),

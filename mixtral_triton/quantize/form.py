@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.quantized import BITS, QuantizedWeight, pack
+from ..kernels.quantized import BITS, SCALES, QuantizedWeight, pack
 
 FORMATS = tuple(BITS)
 GROUPS = (128, 64, 32)  # columns that share a scale of int4: the first that divides K is taken
@@ -34,14 +34,14 @@ class Form:
         if format != "int4":
             if group not in (None, K):
                 raise ValueError(f"quantize: group is {group!r}, and {format} has a scale a row: needs None")
-            return cls(format, K, torch.float32)
+            return cls(format, K, SCALES[format])
         if group is not None and group not in GROUPS:
             raise ValueError(f"quantize: group is {group!r}, needs None or one of {', '.join(map(str, GROUPS))}")
         fits = next((one for one in ((group,) if group else GROUPS) if K % one == 0), None)
         if fits is None:
             tried = f"groups of {group}" if group else "groups of 128, 64 or 32"
             raise ValueError(f"quantize: int4 in {tried} does not divide {K} columns; int8 and fp8 take any number")
-        return cls(format, fits, torch.bfloat16)
+        return cls(format, fits, SCALES[format])
 
     def empty(self, shape: tuple[int, ...], device: Any) -> QuantizedWeight:
         """A weight of `shape`, its numbers unset."""

@@ -9,6 +9,7 @@ reference's activations go into every operation (layers.py) and into every layer
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,9 +22,12 @@ from torch import Tensor, nn
 from .. import reference
 from ..model import Mixtral
 from ..quantize import QuantizedWeight
+from .cost import cost, formats
 from .hf import transformers_logits, verify_hf
 from .layers import LayerCheck, check_layers, norm_args
 from .loaded import check_loaded
+from .quality import held_out as held_out
+from .quality import perplexity as perplexity
 from .report import Report, Row
 from .shell import end_to_end, forwards, tried, watched
 from .truth import Truth
@@ -46,7 +50,8 @@ def verify(
     target: a Mixtral, a checkpoint folder, or a model of transformers: as `apply` left it, else as it would be applied.
     input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (steps done, steps).
     folder: the checkpoint that a Mixtral was loaded from, to hold its tensors against (of a target that is a folder:
-    that one). peer "transformers": its model, loaded from the same folder, has to have the same logits.
+    that one); where its weights were quantized on the way, the report also says what that cost. peer "transformers":
+    its model, loaded from the same folder, has to have the same logits.
     """
     check_peer(peer)
     if isinstance(target, nn.Module) and not isinstance(target, Mixtral):
@@ -76,11 +81,15 @@ def check_peer(peer: str | None) -> None:
 
 
 def _verify(model: Mixtral, ids: Tensor, progress: Progress, folder: Any, peer: str | None) -> Report:
+    kinds = formats(model)
     if peer is not None:
+        if kinds:
+            raise ValueError(f"verify: peer is {peer!r}, which has not these quantized weights: needs None")
         fits_twice(model)
     rows = [] if folder is None else check_loaded(folder, model)
     config, shell = model.config, tried(model.config, ids.shape[1])
-    steps = Steps(len(model.layers) * (1 + forwards(ids.shape[1])), progress)
+    priced = bool(kinds) and folder is not None
+    steps = Steps(len(model.layers) * (1 + forwards(ids.shape[1]) + priced), progress)
     make, x = partial(LayerCheck.of_model, model), F.embedding(ids, model.embed_tokens)
     found = check_layers(make, model.layers, x, config, shell, steps.one_more)
     watch = watched(model, shell, ids, found.tried.expected, steps.one_more)
@@ -91,7 +100,9 @@ def _verify(model: Mixtral, ids: Tensor, progress: Progress, folder: Any, peer: 
     rows.append(end_row("logits", "end to end", logits, truth))
     if peer is not None:
         rows.append(end_row("logits", peer, transformers_logits(folder, model, ids, found.chain.expected), truth))
-    return finish(rows, flips, model.device, model.dtype, len(model.layers) * ids.numel())
+    quantization = cost(model, folder, ids, steps.one_more) if priced else None
+    report = finish(rows, flips, model.device, model.dtype, len(model.layers) * ids.numel())
+    return replace(report, quantization=quantization)
 
 
 def fits_twice(model: Mixtral) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from .cost import Quantization
 
 PLAIN = "plain torch"  # the way where no kernel runs
 WIDE = 90  # columns that the whole table needs
@@ -50,7 +53,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All rows; `flips` of `routed` routes differ end to end (harmless near ties in 16-bit types, so counted apart)."""
+    """All rows; `flips` of `routed` routes differ end to end (harmless near ties in 16-bit types, so counted apart).
+
+    quantization  what it cost, beside the files without; None where nothing was quantized on the way from them. No part
+                  of the verdict: the rows compare with the dequantized weights
+    """
 
     rows: tuple[Row, ...]
     flips: int
@@ -58,6 +65,7 @@ class Report:
     way: str
     dtype: str
     peer: str = PLAIN
+    quantization: Quantization | None = None
 
     @property
     def compared(self) -> bool:
@@ -86,13 +94,17 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         rows = [{**asdict(row), "ok": row.ok} for row in self.rows]
         keys = ("compared", "way", "peer", "dtype", "flips", "routed", "verdict")
-        return {"ok": self.ok, **{key: getattr(self, key) for key in keys}, "rows": rows}
+        quantization = None if self.quantization is None else asdict(self.quantization)
+        told = {key: getattr(self, key) for key in keys}
+        return {"ok": self.ok, **told, "quantization": quantization, "rows": rows}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """A line an operation, with its worst layer; every failing row is listed below."""
         yield Text(f"{self.way}, beside {self.peer}; {self.dtype}; the worst of all layers")
         yield self._table(wide=options.max_width >= WIDE)
         yield Text(f"routes that differ end to end: {self.flips} of {self.routed}")
+        if self.quantization is not None:
+            yield Text(str(self.quantization))
         for row in self.wrong:
             yield Text(f"{row.where} ({row.case}): error {row.error:.2e}, limit {row.limit:.2e}", style="red")
         if self.way == PLAIN:

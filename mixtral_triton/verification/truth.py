@@ -98,15 +98,22 @@ class Expected:
 
 
 def wide_block(layer: Any, config: Any, tables: dict[str, Tensor], x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """One block in fp64, on x fp64 [B,T,H], each token by the experts ids [B*T,K] -> gate logits [B,T,E], output.
+    """One block in fp64, on x fp64 [B,T,H], each token by the experts ids [B*T,K] -> gate logits [B,T,E], output."""
+    values = wide_values(layer, config, tables, x, ids)
+    return values.logits.view(*x.shape[:2], -1), values.output
+
+
+def wide_values(
+    layer: Any, config: Any, tables: dict[str, Tensor], x: Tensor, ids: Tensor | None = None
+) -> reference.Values:
+    """One block in fp64, on x fp64 [B,T,H]; ids: see `reference.block`.
 
     The weights are widened one matrix, one expert at a time: a layer of them in fp64 is more than many cards hold.
     """
 
-    def experts(h: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def experts(h: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, weights: Tensor) -> Tensor:
         proj = {"gate_up_proj": gate_up_proj, "down_proj": down_proj}
         return truth("expert_swiglu", {"x": h, **proj, "ids": ids, "weights": weights})[0]
 
     attend = reference.whole_text(config.sliding_window, widen(tables["cos"]), widen(tables["sin"]))
-    values = reference.block(layer, config, x, attend, ids, widen, experts)
-    return values.logits.view(*x.shape[:2], -1), values.output
+    return reference.block(layer, config, x, attend, ids, widen, experts)

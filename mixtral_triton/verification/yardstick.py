@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import ops, reference
 from ..kernels.quantized import QuantizedWeight
 from ..kernels.registry import OPS
 
@@ -31,7 +31,7 @@ class Yardstick:
         self.args, self.mutates, self.follows = args, op.mutates, op.follows
         self.exact = truth(name, args, op.mutates)
         self.limits: list[float] = []
-        for same, exact in zip(_results(plain or op.reference, args, op.mutates), self.exact, strict=True):
+        for same, exact in zip(_results(plain or op.plain, args, op.mutates), self.exact, strict=True):
             known = op.follows is not None and self.limits  # what follows from the first result has no error of its own
             self.limits.append(max(0.0 if known else RATIO * _error(same, exact), FLOOR.get(same.dtype, 0.0)))
 
@@ -50,7 +50,9 @@ def worst(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
 
 def measure(name: str, args: Args, plain: Callable[..., Any] | None = None) -> tuple[float, float]:
     """Error of the runtime's `name` on `args`, and its limit."""
-    return Yardstick(name, args, plain).measure(getattr(torch.ops.mixtral_triton, name))
+    # A quantized weight is no argument of torch's operators: the function takes it apart for them.
+    quantized = any(isinstance(value, QuantizedWeight) for value in args.values())
+    return Yardstick(name, args, plain).measure(getattr(ops if quantized else torch.ops.mixtral_triton, name))
 
 
 def _results(function: Callable[..., Any], args: Args, mutates: tuple[str, ...]) -> list[Tensor]:
@@ -70,7 +72,7 @@ def truth(name: str, args: Args, mutates: tuple[str, ...] = ()) -> list[Tensor]:
         return list(reference.rms_norm(out, widen(weight), eps, widen(residual)))
     if name != "expert_swiglu":
         wide = {key: widen(value) for key, value in args.items()}
-        return _results(OPS[name].reference, wide, mutates)
+        return _results(OPS[name].plain, wide, mutates)
     x, weights = widen(args["x"]), widen(args["weights"])
     out = torch.zeros_like(x)
     for expert in args["ids"].unique().tolist():
@@ -81,6 +83,7 @@ def truth(name: str, args: Args, mutates: tuple[str, ...] = ()) -> list[Tensor]:
 
 
 def widen(value: Any) -> Any:
+    """In fp64: a tensor of floats, a quantized weight as the values that it stands for; anything else as it is."""
     if isinstance(value, QuantizedWeight):
         return value.dequantize().double()
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point:

@@ -1,0 +1,162 @@
+"""What a kernel needs of a weight, dense or quantized, and the device functions that give its next tile.
+
+E experts (or none), N rows, K columns: the depth of the sum; G groups of columns that share a scale
+
+A launch passes the weight's pointer and strides, `scales_ptr` and `zeros_ptr` (or None), and LAYOUT: how it is stored.
+BLOCK_K columns go into one product. An element of a quantized weight has a code in each of its FIELDS, so a tile of
+BLOCK_K elements holds the next FIELDS * BLOCK_K columns: a unit (quantized.py). A dense weight has one field.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .arch import amd
+from .launch import INTERPRETED
+from .op import dense_rows
+from .quantized import QuantizedWeight
+from .tma import describe, takes
+from .unpack import fields_of, scaled, unpacked
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight [E, N, K] or [N, K] as launches take it.
+
+    data    its rows contiguous: the values, or int16 elements
+    scales  [(E,) N, G] and zeros the same or None, contiguous; a dense weight has neither
+    name    how `configs` knows a quantized weight, see `QuantizedWeight.name`; None: dense
+    """
+
+    data: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    name: str | None = None
+    format: str = "dense"
+    group: int = 0
+
+    @classmethod
+    def of(cls, weight: Tensor | QuantizedWeight) -> Weight:
+        if isinstance(weight, Tensor):
+            return cls(dense_rows(weight))
+        zeros = None if weight.zeros is None else weight.zeros.contiguous()
+        scales = weight.scales.contiguous()
+        return cls(dense_rows(weight.data), scales, zeros, weight.name, weight.format, weight.group)
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """Of a kernel: strides from row to row, and with experts from one to the next; scales and zeros."""
+        strides = dict(zip(("stride_wn", "stride_we"), self.data.stride()[-2::-1], strict=False))
+        return {**strides, "scales_ptr": self.scales, "zeros_ptr": self.zeros}
+
+    def layout(self, arch: str) -> tuple[str, int, bool]:
+        """LAYOUT of a kernel: format, columns of a group, whether PTX unpacks it."""
+        return self.format, self.group, self.format != "dense" and not (INTERPRETED or amd(arch))
+
+    def takes_tma(self, arch: str) -> bool:
+        return self.scales is None and takes(self.data, arch)
+
+    def descriptor(self, parts: int, block_n: int, block_k: int, arch: str) -> TensorDescriptor | None:
+        """Of [E, N, K], or with 2 parts of [E, 2, N / 2, K]: loads the same block_n rows of each; None: by pointers."""
+        if self.scales is not None:
+            return None
+        if parts == 1:
+            return describe(self.data, (1, block_n, block_k), arch)
+        return describe(self.data.unflatten(1, (parts, -1)), (1, parts, block_n, block_k), arch)
+
+
+@triton.jit
+def _stored_tile(ptrs, k, depth, EVEN: tl.constexpr, FIELDS: tl.constexpr):
+    """The tile at `ptrs` of column 0, moved to column k: the values there, or the elements of k's unit."""
+    BLOCK_K: tl.constexpr = ptrs.shape[1]
+    if FIELDS > 1:
+        ptrs += k // (FIELDS * BLOCK_K) * BLOCK_K
+        return tl.load(ptrs) if EVEN else tl.load(ptrs, mask=tl.full([1, 1], k, tl.int32) < depth, other=0)
+    else:
+        offs_k = tl.arange(0, BLOCK_K)
+        return tl.load(ptrs + k) if EVEN else tl.load(ptrs + k, mask=offs_k[None, :] < depth - k, other=0.0)
+
+
+@triton.jit
+def _of_group(ptr, rows, group, inside, K: tl.constexpr, GROUP: tl.constexpr):
+    """[rows, 1] scales or zeros of a group; None where there are none."""
+    if ptr is None:
+        return None
+    else:
+        ptrs = ptr + rows[:, None] * (K // GROUP) + (0 if GROUP == K else group)
+        return tl.load(ptrs) if inside is None else tl.load(ptrs, mask=inside, other=0.0)
+
+
+@triton.jit
+def weight_tile(w, rows, k, K: tl.constexpr, dtype: tl.constexpr, LAYOUT: tl.constexpr, desc=None, place=None):
+    """Columns k.. of a weight as a tile [rows, BLOCK_K] of dtype, a group's scale in it; what lies beyond K is finite.
+
+    w      pointers [rows, BLOCK_K] of column 0, of the scales, of the zeros; `rows`: which rows of all these are
+    desc   a descriptor, which reads instead, from `place` on: its coordinates but the last
+    """
+    ptrs, scales_ptr, zeros_ptr = w
+    BLOCK_K: tl.constexpr = ptrs.shape[1]
+    FIELDS: tl.constexpr = fields_of(LAYOUT[0])
+    if desc is not None:
+        return desc.load(place + (k,)).reshape(ptrs.shape)  # noqa: RUF005  # the JIT knows no starred element
+    tile = _stored_tile(ptrs, k, K, FIELDS > 1 or K // BLOCK_K * BLOCK_K == K, FIELDS)
+    if FIELDS > 1:
+        group = k // LAYOUT[1]
+        zeros = _of_group(zeros_ptr, rows, group, None, K, LAYOUT[1])
+        values = unpacked(tile, k // BLOCK_K % FIELDS, zeros, LAYOUT[0], dtype, LAYOUT[2])
+        if LAYOUT[1] == K:
+            return values
+        return scaled(values, _of_group(scales_ptr, rows, group, None, K, LAYOUT[1]), LAYOUT[2])
+    else:
+        return tile
+
+
+@triton.jit
+def add_products(acc, w, rows, x_ptrs, begin, k, EVEN: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr):
+    """acc [rows, T] + the next FIELDS * BLOCK_K columns of a weight, from begin + k on, times those of x.
+
+    A weight's bytes are read once, and a group's scale comes after its products: it is never rounded.
+
+    w       pointers [rows, BLOCK_K] of column `begin`, of the scales, of the zeros; `rows`: which rows of all these are
+    x_ptrs  [BLOCK_K, T] of column `begin`
+    EVEN    nothing of what is read lies beyond K; else it is 0
+    """
+    ptrs, scales_ptr, zeros_ptr = w
+    BLOCK_K: tl.constexpr = ptrs.shape[1]
+    FIELDS: tl.constexpr = fields_of(LAYOUT[0])
+    BY_ROW: tl.constexpr = LAYOUT[1] == K or FIELDS == 1
+    dtype: tl.constexpr = x_ptrs.dtype.element_ty
+    offs_k = tl.arange(0, BLOCK_K)
+    tile = _stored_tile(ptrs, k, K - begin, EVEN, FIELDS)
+    part = acc if BY_ROW else tl.zeros_like(acc)
+    for field in tl.static_range(FIELDS):
+        at = k + field * BLOCK_K
+        x = tl.load(x_ptrs + at) if EVEN else tl.load(x_ptrs + at, mask=offs_k[:, None] < K - begin - at, other=0.0)
+        if FIELDS > 1:
+            if field == 0 or field * BLOCK_K % LAYOUT[1] == 0:
+                inside = None if EVEN or BY_ROW else tl.full([1, 1], begin + at, tl.int32) < K
+                # A unit begins with a group, or is part of a row's.
+                group = (begin + k) // LAYOUT[1] + field * BLOCK_K // LAYOUT[1]
+                zeros = _of_group(zeros_ptr, rows, group, inside, K, LAYOUT[1])
+                scales = None if BY_ROW else _of_group(scales_ptr, rows, group, inside, K, LAYOUT[1])
+            part = tl.dot(unpacked(tile, field, zeros, LAYOUT[0], dtype, LAYOUT[2]), x, part, input_precision="ieee")
+            if not BY_ROW and (field + 1) * BLOCK_K % LAYOUT[1] == 0:
+                acc += part * scales.to(tl.float32)
+                part = tl.zeros_like(acc)
+        else:
+            part = tl.dot(tile, x, part, input_precision="ieee")
+    return part if BY_ROW else acc
+
+
+@triton.jit
+def times_row_scales(acc, w, rows, K: tl.constexpr, LAYOUT: tl.constexpr, AXIS: tl.constexpr):
+    """acc, its rows or (AXIS 1) its columns times the scales of a weight that has one a row."""
+    if LAYOUT[0] != "dense" and LAYOUT[1] == K:
+        acc *= tl.expand_dims(tl.load(w[1] + rows).to(tl.float32), 1 - AXIS)
+    return acc

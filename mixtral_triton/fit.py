@@ -1,0 +1,237 @@
+"""What a model takes of a card's memory: weights by format, cache, workspace, logits; what fits, and how long a text.
+
+B sequences, S tokens each, N rows of a chunk, H hidden, I intermediate, E experts, K experts per token, Hq query heads,
+Hkv key/value heads, D head size, V vocabulary, L layers
+
+All bytes but OVERHEAD are counted, by the shapes that the code allocates. Only a config is read, never weights.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .cards import CARDS, Card
+from .config import MixtralConfig
+from .generate import PREFILL_CHUNK
+from .quantize.form import PARTS, Form, chosen
+from .weights import parameter_shapes
+
+KNOWN = {
+    # mistralai/Mixtral-8x7B-v0.1 and mistralai/Mixtral-8x22B-Instruct-v0.1, by their config.json
+    "mixtral-8x7b": MixtralConfig(rope_theta=1e6, dtype="bfloat16"),
+    "mixtral-8x22b": MixtralConfig(
+        vocab_size=32768,
+        hidden_size=6144,
+        intermediate_size=16384,
+        num_hidden_layers=56,
+        num_attention_heads=48,
+        max_position_embeddings=65536,
+        rope_theta=1e6,
+        dtype="bfloat16",
+    ),
+}
+# An estimate, not a count: what the driver keeps of the total that its tool prints, a CUDA context with the kernels of
+# torch and Triton, a library's workspace for matrix products, the graph of a decode step and that step's own buffers.
+OVERHEAD = 5 * 2**28
+TIGHT = 0.02  # of the memory: what the estimate may be wrong by
+MOST_GPUS = 16
+# Of each logit: in the model's dtype, in fp32, and what a draw by temperature and top_p makes of it, its sort included.
+LOGIT_BYTES = 64
+
+Weights = str | Mapping[str, str] | None  # as `Mixtral.from_pretrained` takes them
+Forms = Mapping[str, Form]  # of the parameters that are quantized, by name
+STORED = "as stored"
+FORMATS: dict[str, Weights] = {
+    STORED: None,
+    "fp8": "fp8",
+    "int8": "int8",
+    "int4": "int4",
+    "int4, linear int8": {"experts": "int4", "linear": "int8"},
+}
+
+
+def choices(config: MixtralConfig) -> dict[str, Forms]:
+    """The forms that each of FORMATS has for a model; a format that its columns do not take is left out."""
+    shapes = parameter_shapes(config)
+    found: dict[str, Forms] = {}
+    for name, weights in FORMATS.items():
+        try:
+            found[name] = chosen(weights, shapes)
+        except ValueError:  # int4, whose groups have to divide the columns
+            continue
+    return found
+
+
+def stored_dtype(config: MixtralConfig) -> torch.dtype:
+    return getattr(torch, config.dtype or "bfloat16")
+
+
+def weight_bytes(config: MixtralConfig, forms: Forms, dtype: torch.dtype | None = None) -> int:
+    """Of all parameters; `dtype`: of those that have no form, None: as stored."""
+    itemsize = (dtype or stored_dtype(config)).itemsize
+    return sum(
+        _packed(forms[name], shape) if name in forms else itemsize * math.prod(shape)
+        for name, shape in parameter_shapes(config).items()
+    )
+
+
+@lru_cache(maxsize=256)
+def _packed(form: Form, shape: tuple[int, ...]) -> int:
+    return form.empty(shape, "meta").nbytes
+
+
+def table_bytes(config: MixtralConfig) -> int:
+    """Of the rotary tables, fp32."""
+    return 4 * config.max_position_embeddings * config.head_dim
+
+
+def parameters(config: MixtralConfig) -> tuple[int, int]:
+    """All of them, and those that a token goes through: K of E experts."""
+    total = active = 0
+    for name, shape in parameter_shapes(config).items():
+        count = math.prod(shape)
+        total += count
+        chosen = name.endswith(PARTS["experts"])
+        active += count * config.num_experts_per_tok // config.num_local_experts if chosen else count
+    return total, active
+
+
+def token_flops(config: MixtralConfig, context: int) -> int:
+    """Of the products of one token behind `context` others: two a weight that it meets, and of its attention."""
+    embedding = config.vocab_size * config.hidden_size
+    met = parameters(config)[1] - (0 if config.tie_word_embeddings else embedding)
+    seen = min(context, config.sliding_window or context)
+    return 2 * met + 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seen
+
+
+def cache_bytes(config: MixtralConfig, batch: int, context: int) -> int:
+    """Of a KVCache: a ring of the window where there is one."""
+    slots = config.sliding_window or context
+    heads = config.num_key_value_heads * config.head_dim
+    return 2 * config.num_hidden_layers * batch * heads * slots * stored_dtype(config).itemsize
+
+
+def workspace_bytes(config: MixtralConfig, batch: int, context: int) -> int:
+    """The most that `generate` holds at one time while it reads prompts, in chunks of PREFILL_CHUNK tokens.
+
+    In a layer's experts: its input and that normed, attention's result, the sum and that normed, and the next sum; of
+    each slot the experts' inner values and result, then the output in their place. In its attention: its input and that
+    normed, queries, keys and values, those rotated, and the heads' result.
+    """
+    hidden, inner, chosen = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
+    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    experts = max(6 * hidden + chosen * (hidden + inner), 7 * hidden + chosen * hidden)
+    row = max(experts, 2 * hidden + 3 * heads) + config.num_local_experts
+    row += hidden if context > PREFILL_CHUNK else 0  # the chunk before it is still there
+    counters = 16 + 12 * chosen  # positions; routes, their weights and order
+    rows = batch * min(context, PREFILL_CHUNK)
+    return rows * (row * stored_dtype(config).itemsize + counters) + 8 * batch * context
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of a model that runs on one card, or on each of several."""
+
+    weights: int
+    tables: int
+    cache: int
+    workspace: int
+    logits: int
+    overhead: int = OVERHEAD
+
+    @classmethod
+    def of(cls, config: MixtralConfig, forms: Forms, batch: int, context: int, gpus: int = 1) -> Need:
+        """Several cards: weights and cache in even parts, all the rest on each, as tensor parallelism has it."""
+        return cls(
+            -(-weight_bytes(config, forms) // gpus),
+            table_bytes(config),
+            -(-cache_bytes(config, batch, context) // gpus),
+            workspace_bytes(config, batch, context),
+            LOGIT_BYTES * batch * config.vocab_size,
+        )
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.tables + self.cache + self.workspace + self.logits + self.overhead
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One set of forms on cards of `memory` bytes.
+
+    verdict  "fits"; "tight": by less than TIGHT of the memory; "no"
+    longest  tokens a sequence that it holds without being tight, at most the model's positions; 0: not one
+    needs    the least number of such cards that hold it without being tight, at most MOST_GPUS; None: more
+    """
+
+    need: Need
+    memory: int
+    longest: int
+    needs: int | None
+
+    @property
+    def verdict(self) -> str:
+        if self.need.total > self.memory:
+            return "no"
+        return "fits" if self.need.total <= comfortable(self.memory) else "tight"
+
+
+def comfortable(memory: int) -> int:
+    return memory - math.ceil(memory * TIGHT)
+
+
+def plan(config: MixtralConfig, forms: Forms, memory: int, batch: int, context: int, gpus: int = 1) -> Plan:
+    """On `gpus` cards of `memory` bytes each, `batch` sequences of `context` tokens."""
+    room, lengths, counts = comfortable(memory), range(config.max_position_embeddings + 1), range(1, MOST_GPUS + 1)
+    longest = bisect_right(lengths, room, key=lambda S: Need.of(config, forms, batch, S, gpus).total) - 1
+    needs = next((n for n in counts if Need.of(config, forms, batch, context, n).total <= room), None)
+    return Plan(Need.of(config, forms, batch, context, gpus), memory, max(0, longest), needs)
+
+
+def smallest_card(config: MixtralConfig, forms: Forms, batch: int, context: int) -> Card | None:
+    """The listed card with the least memory that holds it without being tight."""
+    need = Need.of(config, forms, batch, context).total
+    return min((card for card in CARDS if need <= comfortable(card.bytes)), key=lambda card: card.mib, default=None)
+
+
+def check(
+    config: MixtralConfig,
+    forms: Forms,
+    device: torch.device,
+    dtype: torch.dtype,
+    free_choice: bool = True,
+    free: int | None = None,
+) -> None:
+    """ValueError where the weights alone do not fit in what is free on a CUDA `device`, before anything is allocated.
+
+    forms, dtype: of the quantized parameters, and of the others. free_choice: whether others can be asked for, as is so
+    for files that are not quantized themselves. free: bytes; None: the driver is asked.
+    """
+    if device.type != "cuda":
+        return
+    if free is None:
+        free = torch.cuda.mem_get_info(device)[0]
+    tables = table_bytes(config)
+    need = weight_bytes(config, forms, dtype) + tables
+    if need <= free:
+        return
+    others = choices(config) if free_choice else {STORED: forms}
+    sizes = {name: weight_bytes(config, other, dtype) + tables for name, other in others.items()}
+    would = [f"weights={FORMATS[name]!r} takes {_gb(size)}" for name, size in sizes.items() if size <= free]
+    if not would:
+        least = min(sizes, key=sizes.__getitem__)
+        card = smallest_card(config, others[least], 1, 1)
+        would = [f"no format fits, the least is {_gb(sizes[least])} with weights={FORMATS[least]!r}"]
+        would += [f"a card like the {card.name} holds that"] if card else []
+    got = f"the weights take {_gb(need)}, and {device} has {_gb(free)} free"
+    raise ValueError(f"Mixtral.from_pretrained: {got}: {'; '.join(would)}")
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
