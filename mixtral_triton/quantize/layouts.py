@@ -215,7 +215,7 @@ def awq_order(x: Tensor) -> Tensor:
 def in_order(g_idx: Tensor, group: int) -> None:
     """ValueError unless each column's group is that of its place: act-order has none that lie together."""
     K = len(g_idx)
-    if not torch.equal(g_idx.long(), torch.arange(K) // group):
+    if not torch.equal(g_idx.long(), torch.arange(K, device=g_idx.device) // group):
         raise ValueError(
             "is in act-order (g_idx scatters the groups): quantize without it (desc_act false), or from bf16"
         )
