@@ -89,7 +89,7 @@ def linear_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, H, BLOCK_K):
         x = depth_tile(x_ptrs + k, offs_k[None, :] < H - k, H, BLOCK_K)
-        w_tile = weight_tile(w, w_rows, k, H, x.dtype, LAYOUT)
+        w_tile = weight_tile(w, w_rows, k, H, BLOCK_K, x.dtype, LAYOUT)
         acc = tl.dot(x, w_tile.T, acc, input_precision="ieee")
     acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=1)
     out = y_ptr + offs_t.to(tl.int64)[:, None] * N + offs_n[None, :]

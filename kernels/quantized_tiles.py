@@ -16,7 +16,7 @@ from .quantized import tile_columns
 _FEW = {
     "sm_80": {16: (128, 8, 4), 32: (128, 8, 3), 64: (64, 4, 3)},
     "sm_90": {16: (64, 4, 5), 32: (64, 4, 4), 64: (64, 4, 3)},
-    "gfx942": {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2)},
+    "gfx942": {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 8, 2)},
 }
 # (rows of x, weight rows, warps, stages) by rows of x that share a weight, on average.
 _MANY = {
@@ -25,16 +25,17 @@ _MANY = {
     "gfx942": {0: (64, 64, 4, 2), 256: (128, 128, 8, 2)},
 }
 _FEW["sm_100"], _MANY["sm_100"] = _FEW["sm_90"], _MANY["sm_90"]
-# fp32, without tensor cores at this precision: registers bound the tile.
-_FEW_SINGLE, _MANY_SINGLE = (32, 4, 2), (32, 32, 4, 2)
+# fp32, without tensor cores at this precision: registers bound the tile, of a decode kernel to 16 rows of x.
+_FEW_SINGLE, _MANY_SINGLE = (16, 4, 2), (32, 32, 8, 2)
 
 
 def few_rows(
     weights: str, columns: int, depth: int, block_t: int, dtype: torch.dtype, arch: str, halves: int = 1
 ) -> LaunchConfig:
-    """Of a decode kernel, block_t rows of x in a tile. `columns`: rows of each of the weight's `halves`."""
-    rows, warps, stages = _FEW_SINGLE if dtype == torch.float32 else _FEW[family(arch)][block_t]
-    tile = {"BLOCK_T": block_t, "BLOCK_N": power_of_2(columns, low=16, high=rows // halves)}
+    """Of a decode kernel, at most block_t rows of x in a tile. `columns`: rows of each of the weight's `halves`."""
+    single = dtype == torch.float32
+    rows, warps, stages = _FEW_SINGLE if single else _FEW[family(arch)][block_t]
+    tile = {"BLOCK_T": 16 if single else block_t, "BLOCK_N": power_of_2(columns, low=16, high=rows // halves)}
     return LaunchConfig(tile | {"BLOCK_K": tile_columns(weights, depth)}, num_warps=warps, num_stages=stages)
 
 

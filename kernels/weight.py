@@ -94,14 +94,23 @@ def _of_group(ptr, rows, group, inside, K: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def weight_tile(w, rows, k, K: tl.constexpr, dtype: tl.constexpr, LAYOUT: tl.constexpr, desc=None, place=None):
+def weight_tile(
+    w,
+    rows,
+    k,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    dtype: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    desc=None,
+    place=None,
+):
     """Columns k.. of a weight as a tile [rows, BLOCK_K] of dtype, a group's scale in it; what lies beyond K is finite.
 
     w      pointers [rows, BLOCK_K] of column 0, of the scales, of the zeros; `rows`: which rows of all these are
     desc   a descriptor, which reads instead, from `place` on: its coordinates but the last
     """
     ptrs, scales_ptr, zeros_ptr = w
-    BLOCK_K: tl.constexpr = ptrs.shape[1]
     FIELDS: tl.constexpr = fields_of(LAYOUT[0])
     if desc is not None:
         return desc.load(place + (k,)).reshape(ptrs.shape)  # noqa: RUF005  # the JIT knows no starred element

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.progress import DownloadColumn, MofNCompleteColumn
 
 from . import __version__
-from .command.arguments import Parser
+from .command.arguments import Parser, weights
 from .command.terminal import bar, ended, say, settle
 from .command.way import choose, with_verify_time
 from .kernels.arch import ARCHS
@@ -51,7 +52,13 @@ def parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--device", help="cpu, cuda, cuda:1, ...; none: the GPU if there is one")
         sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="none: as stored")
-        sub.add_argument("--weights", choices=FORMATS, help="quantize the experts while loading; none: as stored")
+        sub.add_argument(
+            "--weights",
+            type=weights,
+            metavar="FORMAT",
+            help="int4, int8 or fp8: quantize the experts' while loading; experts=int4,linear=int8: those of attention "
+            "and the head, too; none: as stored",
+        )
 
     verify = command(
         "verify", "compare the loaded tensors with the files, and every operation and layer with plain torch"
@@ -143,8 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             parser().parse_args(argv, args)
-            commands = {"verify": _verify, "generate": _generate, "trace": _trace, "quantize": _quantize, "fit": _fit}
-            commands |= {"bench": _bench, "tune": _tune, "compile": _compile}
+            commands = {"verify": _verify, "generate": _generate, "trace": _trace, "quantize": _quantize}
+            commands |= {"bench": _bench, "tune": _tune, "compile": _compile, "fit": _fit}
             return commands[args.command](args)
         finally:
             sys.stdout.flush()  # here, where it can still be told that nobody reads it, or that a disk is full
@@ -163,9 +170,12 @@ def _load(args: argparse.Namespace) -> Mixtral:
     if device.type == "meta":
         raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    with bar("loading", total_bytes(read_headers(args.folder)), DownloadColumn()) as progress:
-        settings = {"device": device, "dtype": dtype, "weights": args.weights}
-        return Mixtral.from_pretrained(args.folder, **settings, progress=progress.more)
+    loading = bar("loading", total_bytes(read_headers(args.folder)), DownloadColumn())
+    with warnings.catch_warnings(record=True) as told, loading as progress:
+        model = Mixtral.from_pretrained(args.folder, device, dtype, args.weights, progress=progress.more)
+    for warning in told:
+        say(f"mixtral-triton {args.command}: {warning.message}")
+    return model
 
 
 def _tokenizer(folder: str | Path) -> Any:

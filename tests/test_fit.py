@@ -34,6 +34,7 @@ from mixtral_triton.generate import prefill, sample
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize.form import chosen
 from mixtral_triton.weights import parameter_shapes
+from tests import hub
 from tests.live_bytes import LiveBytes
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about sizes: run once, without the interpreter")
@@ -116,9 +117,9 @@ def test_the_cache_is_the_cache() -> None:
     assert table_bytes(SMALLER) == tables.cos.nbytes + tables.sin.nbytes
 
 
-def most_alive(config: MixtralConfig, batch: int, context: int) -> int:
+def most_alive(config: MixtralConfig, batch: int, context: int, weights: Any = None) -> int:
     """What `generate` takes at most while it reads prompts, beside weights and cache: by the code itself."""
-    model = Mixtral(config, "meta")
+    model = Mixtral(config, "meta", forms=forms(config, weights))
     model.operations = lambda: ops.DIRECT  # type: ignore[method-assign]  # the launchers, whose buffers count
     cache = KVCache(config, batch, context, "meta", torch.bfloat16)
     with torch.no_grad(), LiveBytes() as live:
@@ -139,9 +140,18 @@ def test_the_workspace_is_what_a_prefill_takes(sizes: dict[str, int], batch: int
     assert found <= workspace_bytes(config, batch, context) <= 1.02 * found + 4096
 
 
+@pytest.mark.parametrize("weights", ["int4", "fp8", FORMATS["int4, linear int8"]], ids=str)
+def test_quantized_weights_need_no_other_workspace(weights: Any) -> None:
+    """No kernel writes a dequantized weight anywhere."""
+    config = replace(SMALLER, num_hidden_layers=3)
+    for batch, context in ((1, 5000), (2, 300)):
+        assert most_alive(config, batch, context, weights) <= workspace_bytes(config, batch, context)
+
+
+@pytest.mark.parametrize("weights", [None, "int4"])
 @pytest.mark.parametrize("batch", [1, 8, 64, 256])
-def test_a_decode_step_takes_less_than_its_part_of_the_overhead(batch: int) -> None:
-    assert most_alive(replace(SMALLER, num_hidden_layers=2), batch, 1) < OVERHEAD / 8
+def test_a_decode_step_takes_less_than_its_part_of_the_overhead(batch: int, weights: Any) -> None:
+    assert most_alive(replace(SMALLER, num_hidden_layers=2), batch, 1, weights) < OVERHEAD / 8
 
 
 @pytest.mark.parametrize("top_k", [None, 5])
@@ -323,6 +333,20 @@ def test_bad_input_is_one_line(
         status = left.code
     error = capsys.readouterr().err
     assert status == 2 and re.search(named, error) and len(error.strip().splitlines()) == 1, error
+
+
+def test_a_quantized_folder_is_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What its tensors take; no other format can be asked for."""
+    hub.write(tmp_path, *hub.LAYOUTS["awq 64"])
+    held = Mixtral.from_pretrained(tmp_path, "cpu")
+    status, text = fit(capsys, str(tmp_path), "--memory", "2", "--json")
+    (one,) = json.loads(text)["formats"]
+    rest = held.cos.nbytes + held.sin.nbytes
+    assert status == 0 and one["weights"] is None
+    assert one["bytes"]["weights"] == sum(x.nbytes for x in (*held.parameters(), *held.buffers())) - rest
+    assert "awq" in fit(capsys, str(tmp_path), "--memory", "2")[1]
+    (tmp_path / "model.safetensors").unlink()
+    assert main(["fit", str(tmp_path)]) == 2
 
 
 def test_the_check_names_what_would_fit() -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import platform
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
-from mixtral_triton import Mixtral, reference
+from mixtral_triton import Mixtral
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.verification import held_out, perplexity
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about the weights: run once, on the plain way")
 LOG = json.loads((SMALL / "training.json").read_text())
@@ -38,16 +41,37 @@ def test_every_expert_is_used() -> None:
 def test_it_has_learnt_english_of_the_python_documentation(model: Mixtral) -> None:
     """Far better than chance on a text of that kind, and its own continuation is words that the text would use."""
     tokenizer = Tokenizer.from_file(str(SMALL / "tokenizer.json"))
-    text = "The return statement leaves the current function call with the expression list (or None) as return value."
-    ids = torch.tensor([[model.config.bos_token_id, *tokenizer.encode(text, add_special_tokens=False).ids]])
-    logits = reference.forward(model, ids)
-    loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
-    assert loss < 0.6 * torch.tensor(float(model.config.vocab_size)).log()
+    text = held_out(SMALL, model.config)
+    assert text is not None and len(text) > 4000
+    assert "breaking out of the normal flow of control" in " ".join(tokenizer.decode(text.tolist()).split())
+    loss = math.log(perplexity(model, text))
+    assert loss < 0.6 * math.log(model.config.vocab_size)
+    assert abs(loss - LOG["held_out_loss"]) < 0.4  # a part of what the log is about, read in longer windows
     prompt = torch.tensor(
         [[model.config.bos_token_id, *tokenizer.encode("The function", add_special_tokens=False).ids]]
     )
     words = tokenizer.decode(model.generate(prompt, max_new_tokens=40)[0].tolist()).lower().split()
     assert len({"the", "a", "is", "of", "and", "to", "in", "be", "an", "or"} & set(words)) >= 3
+
+
+def test_the_held_out_text_is_whole_documents(model: Mixtral) -> None:
+    """From <s> to </s> each."""
+    text = held_out(SMALL, model.config)
+    assert text is not None
+    config = model.config
+    ends = (text == config.eos_token_id).nonzero().flatten()
+    assert text[0] == config.bos_token_id and ends[-1] == len(text) - 1
+    assert (text[ends[:-1] + 1] == config.bos_token_id).all() and len(ends) == (text == config.bos_token_id).sum()
+
+
+@pytest.mark.skipif(platform.python_version() != LOG["python"], reason="the topics of help() are this Python's")
+def test_the_held_out_text_is_what_the_training_left_out(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from benchmarks.train_small import documents, hold_out, save_held_out
+
+    out = hold_out(next(documents()), LOG["seed"])[1]  # `split` cuts their paragraphs from the others
+    save_held_out(Tokenizer.from_file(str(SMALL / "tokenizer.json")), out, tmp_path)
+    assert (tmp_path / "heldout.json").read_bytes() == (SMALL / "heldout.json").read_bytes()
 
 
 def test_the_log_says_how_it_was_made() -> None:

@@ -23,33 +23,24 @@ def _bound(bounds_ptr, b):
 
 @triton.jit
 def _accumulate(
-    acc,  # [BLOCK_M, BLOCK_D] fp32 running sum of p @ v
-    largest,  # [BLOCK_M] running maximum of the scores, base 2
-    total,  # [BLOCK_M] running sum of p
-    q,  # [BLOCK_M, BLOCK_D]
-    k_ptr,  # keys of one sequence and head
-    v_ptr,
-    stride_ks,
-    stride_vs,
-    k_desc,  # the keys of all sequences and heads for TMA, or None: by pointers
-    v_desc,
-    b,
-    hkv,
+    state,  # acc [BLOCK_M, BLOCK_D] sum of p @ v, largest [BLOCK_M] score in base 2, total [BLOCK_M] sum of p: fp32
+    queries,  # q [BLOCK_M, BLOCK_D], their positions [BLOCK_M], window, softmax scale * log2(e), positive
+    keys,  # of one sequence and head, by pointers or by TMA: see _sweep
     low,  # positions low..high, BLOCK_N at a time
     high,
     limit,  # keys at or after this position are not there
-    first,  # position of index 0, or the number of slots of the ring
-    offs_i,  # [BLOCK_M] positions of the queries
-    window,
-    scale,  # softmax scale * log2(e), positive
-    D: tl.constexpr,
-    RING: tl.constexpr,
+    KIND: tl.constexpr,
     MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
+    acc, largest, total = state
+    q, offs_i, window, scale = queries
+    k_ptr, v_ptr, stride_ks, stride_vs, k_desc, v_desc, b, hkv, first = keys
+    D: tl.constexpr = KIND[0]
+    RING: tl.constexpr = KIND[1]
+    CAUSAL: tl.constexpr = KIND[2]
+    WINDOWED: tl.constexpr = KIND[3]
+    BLOCK_D: tl.constexpr = q.shape[1]
     offs_d = tl.arange(0, BLOCK_D)
     for start in range(low, high, BLOCK_N):
         offs_j = start + tl.arange(0, BLOCK_N)
@@ -91,46 +82,22 @@ def _accumulate(
 
 @triton.jit
 def _sweep(
-    acc,
-    largest,
-    total,
-    q,
-    k_ptr,
-    v_ptr,
-    stride_ks,
-    stride_vs,
-    k_desc,
-    v_desc,
-    b,
-    hkv,
-    low,  # positions low..high are seen by some query of the tile,
-    high,
-    inner_low,  # inner_low..inner_high by all of them
-    inner_high,
-    first,
-    offs_i,
-    window,
-    scale,
-    D: tl.constexpr,
-    RING: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    state,
+    queries,
+    keys,  # pointers of keys and values, strides; descriptors of all sequences and heads or None, which of these; the
+    # position of index 0, or of a ring the number of slots
+    seen,  # positions low..high are seen by some query of the tile, inner_low..inner_high by all of them
+    KIND: tl.constexpr,  # D, RING, CAUSAL, WINDOWED
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """Left edge with a mask, interior without, right edge with a mask: in shorter tiles, for the mask's registers."""
+    low, high, inner_low, inner_high = seen
     EDGE_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 64 else BLOCK_N
     left = tl.minimum(low + tl.cdiv(tl.maximum(inner_low - low, 0), EDGE_N) * EDGE_N, high)
     right = left + tl.maximum(tl.minimum(inner_high, high) - left, 0) // BLOCK_N * BLOCK_N
-    for part in tl.static_range(3):
-        begin = low if part == 0 else left if part == 1 else right
-        end = left if part == 0 else right if part == 1 else high
-        acc, largest, total = _accumulate(
-            acc, largest, total, q, k_ptr, v_ptr, stride_ks, stride_vs, k_desc, v_desc, b, hkv,
-            begin, end, high, first, offs_i, window, scale,
-            D, RING, part != 1, CAUSAL, WINDOWED, BLOCK_N if part == 1 else EDGE_N, BLOCK_D,
-        )  # fmt: skip
-    return acc, largest, total
+    state = _accumulate(state, queries, keys, low, left, high, KIND, True, EDGE_N)
+    state = _accumulate(state, queries, keys, left, right, high, KIND, False, BLOCK_N)
+    return _accumulate(state, queries, keys, right, high, high, KIND, True, EDGE_N)
 
 
 @triton.jit
@@ -212,21 +179,17 @@ def attention_prefill_kernel(
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     hkv = hq // G
+    state, queries = (acc, largest, total), (q, offs_i, window, scale)
     if CACHED:
         cache = b * stride_cb + hkv * stride_ch
-        acc, largest, total = _sweep(
-            acc, largest, total, q, k_cache_ptr + cache, v_cache_ptr + cache, stride_cs, stride_cs,
-            None, None, 0, 0, tl.maximum(low, first - C), tl.minimum(high, first), inner_low, inner_high,
-            C, offs_i, window, scale,
-            D, True, CAUSAL, WINDOWED, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+        keys = (k_cache_ptr + cache, v_cache_ptr + cache, stride_cs, stride_cs, None, None, 0, 0, C)
+        seen = (tl.maximum(low, first - C), tl.minimum(high, first), inner_low, inner_high)
+        state = _sweep(state, queries, keys, seen, (D, True, CAUSAL, WINDOWED), BLOCK_N)
         low = tl.maximum(low, first)
-    acc, largest, total = _sweep(
-        acc, largest, total, q, k_ptr + b * stride_kb + hkv * stride_kh, v_ptr + b * stride_vb + hkv * stride_vh,
-        stride_kt, stride_vt, k_desc, v_desc, b.to(tl.int32), hkv.to(tl.int32),
-        low, high, inner_low, inner_high, first, offs_i, window, scale,
-        D, False, CAUSAL, WINDOWED, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+    k, v = k_ptr + b * stride_kb + hkv * stride_kh, v_ptr + b * stride_vb + hkv * stride_vh
+    fresh = (k, v, stride_kt, stride_vt, k_desc, v_desc, b.to(tl.int32), hkv.to(tl.int32), first)
+    seen = (low, high, inner_low, inner_high)
+    acc, largest, total = _sweep(state, queries, fresh, seen, (D, False, CAUSAL, WINDOWED), BLOCK_N)
     if CACHED:
         total = tl.where(new < 0, float("nan"), total)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -294,12 +257,12 @@ def attention_decode_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    acc, largest, total = _accumulate(
-        acc, largest, total, q, k_ptr + b * stride_kb + hkv.to(tl.int64) * stride_kh,
-        v_ptr + b * stride_vb + hkv.to(tl.int64) * stride_vh, stride_kt, stride_vt, None, None, 0, 0, low, high, high,
-        S if RING else 0, query + t.to(tl.int32), window, scale,
-        D, RING, True, True, WINDOWED, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+    head = hkv.to(tl.int64)
+    k, v = k_ptr + b * stride_kb + head * stride_kh, v_ptr + b * stride_vb + head * stride_vh
+    keys = (k, v, stride_kt, stride_vt, None, None, 0, 0, S if RING else 0)
+    state, queries = (acc, largest, total), (q, query + t.to(tl.int32), window, scale)
+    KIND: tl.constexpr = (D, RING, True, WINDOWED)
+    acc, largest, total = _accumulate(state, queries, keys, low, high, high, KIND, True, BLOCK_N)
     if RING:
         total = tl.where(new < 0, float("nan"), total)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]

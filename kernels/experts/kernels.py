@@ -82,7 +82,7 @@ def experts_up_kernel(
         acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
         for k in range(0, H, BLOCK_K):
             x = depth_tile(x_ptrs, offs_k[None, :] < H - k, H, BLOCK_K)
-            w_tile = weight_tile(w, w_rows, k, H, x.dtype, LAYOUT, gate_up_desc, (expert, 0, pid_n * BLOCK_N))
+            w_tile = weight_tile(w, w_rows, k, H, BLOCK_K, x.dtype, LAYOUT, gate_up_desc, (expert, 0, pid_n * BLOCK_N))
             acc = tl.dot(x, w_tile.T, acc, input_precision="ieee")
             x_ptrs += BLOCK_K  # stepped, not computed from k: fewer instructions in the loop
         acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=1)
@@ -131,7 +131,7 @@ def experts_down_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, I, BLOCK_K):
             h = depth_tile(h_ptrs + k, offs_k[None, :] < I - k, I, BLOCK_K) if h_desc is None else h_desc.load([row, k])
-            w_tile = weight_tile(w, w_rows, k, I, h.dtype, LAYOUT, down_desc, (expert, pid_n * BLOCK_N))
+            w_tile = weight_tile(w, w_rows, k, I, BLOCK_K, h.dtype, LAYOUT, down_desc, (expert, pid_n * BLOCK_N))
             acc = tl.dot(h, w_tile.T, acc, input_precision="ieee")
         acc = times_row_scales(acc, w, w_rows, I, LAYOUT, AXIS=1)
         slots = tl.load(order_ptr + tl.minimum(rows, end - 1))

@@ -32,3 +32,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def weights(text: str) -> str | dict[str, str]:
+    """What `--weights` says, as `Mixtral.from_pretrained` takes it: a format, or parts each with its own."""
+    if "=" not in text:
+        return text
+    pairs = [part.partition("=") for part in text.split(",")]
+    found = {name: format for name, _, format in pairs}
+    if len(found) < len(pairs) or not all(format for _, _, format in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} needs a form like int4, or experts=int4,linear=int8")
+    return found

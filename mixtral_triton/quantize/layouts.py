@@ -120,6 +120,7 @@ class Packed(Layout):
     bits: int
     group: int | None
     symmetric: bool
+    reordered: bool = False  # by the config: then there has to be a `weight_g_idx`, which says how
 
     marker = "weight_packed"
     scale = "weight_scale"
@@ -130,7 +131,7 @@ class Packed(Layout):
             "weight_packed": Part(("I32",), ((N, -(-K * self.bits // 32)),)),
             "weight_scale": Part(FLOATS, ((N, G),)),
             "weight_shape": Part(("I64", "I32"), ((2,),)),
-            "weight_g_idx": Part(("I32", "I64"), ((K,),), needed=False),
+            "weight_g_idx": Part(("I32", "I64"), ((K,),), self.reordered),
         }
         if not self.symmetric:
             found["weight_zero_point"] = Part(("I32",), ((-(-N // 8), G),))

@@ -83,7 +83,7 @@ def _int4(parts: Tensor, scales: Tensor) -> Tensor:
 
 def _least_squares(parts: Tensor, widest: Tensor) -> Tensor:
     """parts [..., group], `widest` [..., 1] clips nothing -> of several scales, in bf16's numbers, the best one."""
-    best, least = widest, torch.full_like(widest, float("inf"))
+    best, least = _usable(widest.bfloat16().float()), torch.full_like(widest, float("inf"))
 
     def attempt(scales: Tensor) -> Tensor:
         nonlocal best, least

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from .. import reference
 from ..model import Mixtral
 from ..quantize import QuantizedWeight
-from .cost import cost, formats
 from .hf import transformers_logits, verify_hf
 from .layers import LayerCheck, check_layers, norm_args
 from .loaded import check_loaded
 from .quality import held_out as held_out
 from .quality import perplexity as perplexity
+from .quantization import cost, formats
 from .report import Report, Row
 from .shell import end_to_end, forwards, tried, watched
 from .truth import Truth
@@ -81,14 +81,11 @@ def check_peer(peer: str | None) -> None:
 
 
 def _verify(model: Mixtral, ids: Tensor, progress: Progress, folder: Any, peer: str | None) -> Report:
-    kinds = formats(model)
     if peer is not None:
-        if kinds:
-            raise ValueError(f"verify: peer is {peer!r}, which has not these quantized weights: needs None")
         fits_twice(model)
     rows = [] if folder is None else check_loaded(folder, model)
     config, shell = model.config, tried(model.config, ids.shape[1])
-    priced = bool(kinds) and folder is not None
+    priced = bool(formats(model)) and folder is not None
     steps = Steps(len(model.layers) * (1 + forwards(ids.shape[1]) + priced), progress)
     make, x = partial(LayerCheck.of_model, model), F.embedding(ids, model.embed_tokens)
     found = check_layers(make, model.layers, x, config, shell, steps.one_more)

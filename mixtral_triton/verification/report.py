@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from .cost import Quantization
+    from .quantization import Quantization
 
 PLAIN = "plain torch"  # the way where no kernel runs
 WIDE = 90  # columns that the whole table needs

@@ -115,5 +115,10 @@ def wide_values(
         proj = {"gate_up_proj": gate_up_proj, "down_proj": down_proj}
         return truth("expert_swiglu", {"x": h, **proj, "ids": ids, "weights": weights})[0]
 
-    attend = reference.whole_text(config.sliding_window, widen(tables["cos"]), widen(tables["sin"]))
+    whole = reference.whole_text(config.sliding_window, widen(tables["cos"]), widen(tables["sin"]))
+
+    def attend(*qkv: Tensor) -> Tensor:
+        """A sequence at a time: its scores in fp64 are large enough."""
+        return torch.cat([whole(*one) for one in zip(*(x.split(1) for x in qkv), strict=True)])
+
     return reference.block(layer, config, x, attend, ids, widen, experts)

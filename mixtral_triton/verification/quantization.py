@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import reference, weights
 from ..kernels.quantized import QuantizedWeight
 from ..quantize.form import PARTS
-from .quality import CONTEXT, held_out, loss, of_losses, windows
+from .quality import CONTEXT, Window, held_out, loss, of_losses, windows
 from .truth import wide_values
 from .yardstick import widen
 
@@ -70,46 +70,50 @@ def cost(model: Any, folder: Any, ids: Tensor, said: Callable[[], None]) -> Quan
     kinds, headers = formats(model), weights.read_headers(folder)
     if not kinds or headers.scheme is not None:
         return None
-    config, text = model.config, held_out(folder, model.config)
-    read = [] if text is None else windows(text.to(model.device), min(config.max_position_embeddings, CONTEXT))
-    texts = [*ids.split(1), *(inputs[None] for inputs, _ in read)]
-    ours, theirs, moved = _Side(model, texts), _Side(model, texts), 0
+    text = held_out(folder, model.config)
+    read = [] if text is None else windows(text.to(model.device), min(model.config.max_position_embeddings, CONTEXT))
+    behind = [wanted for _, wanted in read]
+    ours, theirs, moved = _Side(model, ids, read), _Side(model, ids, read), 0
     for index, layer in enumerate(model.layers):
-        routes = zip(ours.go(layer), theirs.go(_stored(model, headers, f"layers.{index}.")), strict=True)
-        moved += sum(int((one != other).any(-1).sum()) for one, other in list(routes)[: len(ids)])
+        pair = ours.go(layer), theirs.go(_stored(model, headers, f"layers.{index}."))
+        moved += int((pair[0] != pair[1]).any(-1).sum())
         said()
-    theirs.head = _stored(model, headers, "lm_head").lm_head if isinstance(ours.head, QuantizedWeight) else ours.head
-    cosines = F.cosine_similarity(ours.logits(len(ids)), theirs.logits(len(ids)), dim=-1)
-    scores: list[float] = []
-    if text is not None:
-        behind = [wanted for _, wanted in read]
-        scores = [side.perplexity(behind, len(text)) for side in (ours, theirs)]
+    if isinstance(model.lm_head, QuantizedWeight):
+        theirs.head = _stored(model, headers, "lm_head").lm_head
+    cosines = F.cosine_similarity(ours.logits(), theirs.logits(), dim=-1)
+    scores = [] if text is None else [side.perplexity(behind) for side in (ours, theirs)]
     routed = len(model.layers) * ids.numel()
     return Quantization(kinds, float(cosines.mean()), float(cosines.min()), moved, routed, *scores)
 
 
 class _Side:
-    """One of two models on the same texts: what stands before its next layer, fp64 [1,T,H] each."""
+    """One of two models on the same texts: what stands before its next layer, fp64.
 
-    def __init__(self, model: Any, texts: list[Tensor]) -> None:
+    x  of ids [B,T,H]; then of a text in windows [n,T,H]: those of the same length together, and the last one
+    """
+
+    def __init__(self, model: Any, ids: Tensor, read: list[Window]) -> None:
         self.model, self.head = model, model.lm_head
-        self.x = [F.embedding(text, model.embed_tokens).double() for text in texts]
+        inputs = [tokens for tokens, _ in read]
+        batches = [ids, *(torch.stack(part) for part in (inputs[:-1], inputs[-1:]) if part)]
+        self.x = [F.embedding(batch, model.embed_tokens).double() for batch in batches]
 
-    def go(self, layer: Any) -> list[Tensor]:
-        """Through a layer -> the experts of every token of each text, in order of their numbers [T,K]."""
+    def go(self, layer: Any) -> Tensor:
+        """Through a layer -> the experts of every token of ids, in order of their numbers [B*T,K]."""
         tables = {"cos": self.model.cos, "sin": self.model.sin}
         found = [wide_values(layer, self.model.config, tables, x) for x in self.x]
         self.x = [values.output for values in found]
-        return [values.ids.sort(-1).values for values in found]
+        return found[0].ids.sort(-1).values
 
-    def logits(self, texts: int) -> Tensor:
-        """Of the first texts together, fp64 [..., V]."""
-        return self._head()(torch.cat(self.x[:texts]))
+    def logits(self) -> Tensor:
+        """Of ids, fp64 [B,T,V]."""
+        return self._head()(self.x[0])
 
-    def perplexity(self, wanted: list[Tensor], tokens: int) -> float:
-        """Of the last texts, windows of one text of so many tokens."""
-        head, last = self._head(), self.x[-len(wanted) :]
-        return of_losses((loss(x[0], head, next) for x, next in zip(last, wanted, strict=True)), tokens)
+    def perplexity(self, behind: list[Tensor]) -> float:
+        """Of the text, the tokens behind those of each window given."""
+        head, windows = self._head(), [one for batch in self.x[1:] for one in batch]
+        losses = (loss(x, head, wanted) for x, wanted in zip(windows, behind, strict=True))
+        return of_losses(losses, 1 + sum(map(len, behind)))
 
     def _head(self) -> Callable[[Tensor], Tensor]:
         norm, head = widen(self.model.norm), widen(self.head)
