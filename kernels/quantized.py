@@ -73,11 +73,10 @@ def pack(codes: Tensor, format: str, group: int) -> Tensor:
 
 def unpack(data: Tensor, format: str, K: int, group: int) -> Tensor:
     """The codes of `pack`: int16 [..., K' * bits / 16] -> uint8 [..., K]."""
-    bits = BITS[format]
-    fields = 16 // bits
-    elements = data.unflatten(-1, (-1, unit_columns(format, K, group) // fields)).to(torch.int32)
-    parts = [(elements >> (bits * s)) & ((1 << bits) - 1) for s in range(fields)]
-    return torch.stack(parts, dim=-2).flatten(-3)[..., :K].to(torch.uint8)
+    elements = data.view(torch.uint8).unflatten(-1, (-1, unit_columns(format, K, group) * BITS[format] // 16, 2))
+    if BITS[format] == 4:  # a byte has two fields, the lower first
+        elements = torch.stack((elements & 15, elements >> 4), dim=-1).flatten(-2)
+    return elements.transpose(-1, -2).flatten(-3)[..., :K]
 
 
 class QuantizedWeight(nn.Module):
@@ -183,15 +182,14 @@ class QuantizedWeight(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight in fp32, exactly: [(E,) N, K]."""
-        codes = unpack(self.data, self.format, self.shape[-1], self.group)
+        codes = unpack(self.data, self.format, self.shape[-1], self.group).unflatten(-1, (-1, self.group))
         if self.format == "fp8":
             values = codes.view(torch.float8_e4m3fn).float()
         elif self.format == "int8":
             values = codes.view(torch.int8).float()
         else:
-            zeros = ZERO_INT4 if self.zeros is None else (self.zeros.float() - 128).repeat_interleave(self.group, -1)
-            values = codes.float() - zeros
-        return values * self.scales.float().repeat_interleave(self.group, -1)
+            values = codes.float().sub_(ZERO_INT4 if self.zeros is None else self.zeros.float()[..., None] - 128)
+        return values.mul_(self.scales.float()[..., None]).flatten(-2)
 
     def extra_repr(self) -> str:
         return f"{self.format}, {list(self.shape)}, group {self.group}"

@@ -57,10 +57,9 @@ class Case:
     def dtype_name(self) -> str:
         return _name(self.dtype)
 
-    @property
-    def said(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Its sizes and switches, as `--sizes` takes them."""
-        return Shape(self.sizes).said
+        return Shape(self.sizes).as_dict()
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """Arguments by name; random ones are drawn on the device, where the weights of a layer take no time."""
@@ -163,7 +162,7 @@ def cases(
 
 
 def _has(sizes: Sizes, wanted: Sizes) -> bool:
-    return all(Shape(sizes).said.get(letter) == size for letter, size in wanted.items())
+    return all(Shape(sizes).as_dict().get(letter) == size for letter, size in wanted.items())
 
 
 def _tabled(op: Op, quick: bool, model: MixtralConfig | None) -> list[Sizes]:
@@ -174,7 +173,7 @@ def _tabled(op: Op, quick: bool, model: MixtralConfig | None) -> list[Sizes]:
         shapes = [one for sizes in mixtral if (one := resized(sizes, model)) is not None]
     else:
         shapes = [*mixtral, *(() if quick else _shapes(op, MODELS["8x22B"]))]
-    return list({tuple(Shape(sizes).said.items()): sizes for sizes in shapes}.values())
+    return list({tuple(Shape(sizes).as_dict().items()): sizes for sizes in shapes}.values())
 
 
 def _check_dtype(names: Sequence[str], dtype: torch.dtype) -> None:
@@ -197,8 +196,8 @@ _UNSAID = {"window": 0, "past": 0}
 
 def _sized(op: Op, sizes: str | Sizes, dtype: torch.dtype, model: Sizes) -> Case:
     """The case of `op` at the sizes that somebody wrote down, and of the letters that they left out at the model's."""
-    given = _parsed(sizes) if isinstance(sizes, str) else Shape(sizes).said
-    shapes = [Shape(sizes).said for sizes in (*op.test_shapes, *op.bench_shapes)]
+    given = _parsed(sizes) if isinstance(sizes, str) else Shape(sizes).as_dict()
+    shapes = [Shape(sizes).as_dict() for sizes in (*op.test_shapes, *op.bench_shapes)]
     known = list(dict.fromkeys(letter for sizes in shapes for letter in sizes))
     needed = [letter for letter in known if all(letter in sizes for sizes in shapes)]
     if foreign := [letter for letter in given if letter not in known]:

@@ -1,14 +1,16 @@
 """The loaded tensors beside the files: each read once more, by its name alone, and compared.
 
+What was quantized while it was loaded is not what is stored: each group of columns that shares a scale may be as far
+from it as rounding to its format takes it.
+
 `weights.py` fills the model. What is here shares nothing with it, so that a tensor in another's place is seen: the
 names are those that transformers writes (per expert, or fused), the places those that Layer and Mixtral document. What
-a quantized linear means, or a dense one becomes, is asked of `quantize` once more, for one name at a time.
+the codes of a quantized linear mean is asked of `quantize` once more, for one name at a time.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config import MixtralConfig
-from ..quantize import QuantizedWeight, hub, quantize
+from ..quantize import QuantizedWeight, hub
 from ..weights import read_headers
 from .report import Row
+from .yardstick import worst
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 # Half a step of a format whose scale clips nothing, in parts of the largest value; 2 % for a scale that was rounded.
@@ -31,28 +34,46 @@ EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
 
 def check_loaded(folder: Any, model: Any) -> list[Row]:
     """A row for the embedding, final norm and head, and one a layer: 0 where all is there, else the largest difference.
+    Of those that were quantized while they were loaded another row: how far a group of columns is from the files, see
+    `_rounded`.
 
     A part of a parameter that no tensor fills, or two do, is an infinite one. ValueError for a folder of another model.
     """
-    holders = [model, *model.layers]
-    difference = [0.0] * len(holders)
-    filled = [0] * len(holders)
+    holders = [_Holder(module) for module in (model, *model.layers)]
     for name, stored in _stored(Path(folder), model.config):
         at, place = _place(model, name)
         if tuple(place.shape) != (shape := tuple(stored.get_shape())):
             raise ValueError(f"verify: {folder} is another model's: {name} has shape {list(shape)} there")
-        for ours, theirs in _pieces(place, stored):
-            difference[at] = max(difference[at], _difference(ours, theirs))
         twice = name == "lm_head.weight" and model.lm_head is model.embed_tokens
-        filled[at] += 0 if twice else math.prod(place.shape)
-    for at, holder in enumerate(holders):
-        quantized = (child for child in holder.children() if isinstance(child, QuantizedWeight))
-        if filled[at] != sum(math.prod(own.shape) for own in (*holder.parameters(recurse=False), *quantized)):
-            difference[at] = float("inf")
-    return [Row(at - 1 if at else None, "weights", "as stored", apart, 0.0) for at, apart in enumerate(difference)]
+        for ours, theirs in _pieces(place, stored):
+            holders[at].compare(ours, theirs, twice)
+    return [row for at, holder in enumerate(holders) for row in holder.rows(at - 1 if at else None)]
 
 
-class Linear:
+class _Holder:
+    """What was found of the weights of one module, its layers apart."""
+
+    def __init__(self, module: Any) -> None:
+        self.left = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        self.left += sum(part.shape.numel() for part in module.children() if isinstance(part, QuantizedWeight))
+        self.difference: float = 0.0
+        self.rounded: tuple[float, float] | None = None
+
+    def compare(self, ours: Any, theirs: Any, twice: bool) -> None:
+        """A piece of a weight with what is stored; `twice`: it has been counted under another name."""
+        self.left -= 0 if twice else theirs.shape.numel()
+        if isinstance(ours, QuantizedWeight) and isinstance(theirs, Tensor):
+            self.rounded = worst((self.rounded or (0.0, 1.0), (_rounded(ours, theirs), ROUNDING[ours.format])))
+        else:
+            self.difference = max(self.difference, _difference(ours, theirs))
+
+    def rows(self, layer: int | None) -> list[Row]:
+        """The second one where something was quantized while it was loaded."""
+        found = [Row(layer, "weights", "as stored", float("inf") if self.left else self.difference, 0.0)]
+        return found if self.rounded is None else [*found, Row(layer, "weights", "quantized", *self.rounded)]
+
+
+class _Linear:
     """A quantized linear, unread, as safetensors' slices are: [:] is its weight."""
 
     def __init__(self, plan: hub.Plan, linear: hub.Linear) -> None:
@@ -66,7 +87,7 @@ class Linear:
 
 
 def _stored(folder: Path, config: MixtralConfig) -> Iterator[tuple[str, Any]]:
-    """Every tensor of the checkpoint, unread, and its name; a quantized linear's several as one."""
+    """Every tensor of the checkpoint, unread, and its name; the several of a quantized linear as one."""
     headers = read_headers(folder)
     if headers.scheme is None:
         yield from _tensors(folder)
@@ -74,10 +95,11 @@ def _stored(folder: Path, config: MixtralConfig) -> Iterator[tuple[str, Any]]:
     plan = hub.plan(headers, config)
     yield from ((name, stored) for name, stored in _tensors(folder) if name in plan.dense)
     for linear in plan.linears:
-        yield f"{linear.name}.weight", Linear(plan, linear)
+        yield f"{linear.name}.weight", _Linear(plan, linear)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+    """A slice of its file for each, by name."""
     files = [folder / "model.safetensors"]
     if not files[0].exists():
         index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
@@ -92,7 +114,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _place(model: Any, name: str) -> tuple[int, Any]:
-    """Where the tensor of this name has to stand: 0, or a layer's number + 1, and a view of a weight there."""
+    """Where the tensor of this name has to stand: 0, or a layer's number + 1, and a part of a weight there."""
     found = LAYER.fullmatch(name)
     outside = {"model.embed_tokens.weight": "embed_tokens", "model.norm.weight": "norm", "lm_head.weight": "lm_head"}
     try:
@@ -138,18 +160,15 @@ def _pieces(place: Any, stored: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _difference(ours: Any, theirs: Any) -> float:
-    if isinstance(ours, QuantizedWeight) and isinstance(theirs, Tensor):  # quantized while it was loaded
-        if not _rounded(ours, theirs) <= ROUNDING[ours.format]:
-            return float("inf")
-        theirs = quantize(theirs.to(ours.device), ours.format, ours.group)
     ours, theirs = (one.dequantize() if isinstance(one, QuantizedWeight) else one for one in (ours, theirs))
     theirs = theirs.to(ours.device, ours.dtype)
     return 0.0 if torch.equal(ours, theirs) else float((ours.double() - theirs.double()).abs().max())
 
 
 def _rounded(ours: QuantizedWeight, theirs: Tensor) -> float:
-    """By how much quantizing changed the worst group of columns that shares a scale: the root mean square, in parts of
-    the largest value there. A quantizer that is wrong itself would be right beside itself."""
+    """Of each group of columns that shares a scale the root mean square of the difference, in parts of the largest
+    value there: the worst group's."""
     groups = theirs.to(ours.device, torch.float32).unflatten(-1, (-1, ours.group))
     apart = (ours.dequantize().view_as(groups) - groups).square().mean(-1).sqrt()
-    return float((apart / groups.abs().amax(-1).clamp(min=1e-30)).max())
+    worst_group = float((apart / groups.abs().amax(-1).clamp(min=1e-30)).max())
+    return worst_group if worst_group == worst_group else float("inf")
