@@ -69,10 +69,11 @@ def gate_route(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Ten
 def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Stable counting sort. ids [T,K] -> order int32 [T*K] (flat slots t*K + k, expert by expert), offsets int32 [E+1].
 
-    Expert e's slots are order[offsets[e] : offsets[e + 1]].
+    Expert e's slots are order[offsets[e] : offsets[e + 1]]; those of an id out of range come behind all of them.
     """
     flat = ids.flatten().long()
-    counts = torch.bincount(flat, minlength=num_experts)
+    flat = torch.where((flat < 0) | (flat > num_experts), num_experts, flat)
+    counts = torch.bincount(flat, minlength=num_experts + 1)[:num_experts]
     return flat.argsort(stable=True).int(), F.pad(counts.cumsum(0), (1, 0)).int()
 
 
@@ -80,13 +81,15 @@ def expert_swiglu(x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, wei
     """Sum over a token's experts of weight * down(silu(gate(x)) * up(x)) (Shazeer 2020; Mixtral, section 2.1).
 
     x [T,H], gate_up_proj [E,2I,H] (gate rows, then up rows), down_proj [E,H,I], ids [T,K], weights fp32 [T,K] -> [T,H].
-    Either projection may be quantized: see `linear`.
+    Either projection may be quantized: see `linear`. An expert out of range gives nothing.
     """
     order, offsets = sort_by_expert(ids, len(down_proj))
+    bounds = offsets.tolist()
+    order = order[: bounds[-1]]
     token = order // ids.shape[1]
     rows = x.index_select(0, token)
     parts = [rows[:0]]
-    for expert, (begin, end) in enumerate(pairwise(offsets.tolist())):
+    for expert, (begin, end) in enumerate(pairwise(bounds)):
         if begin < end:
             gate, up = linear(rows[begin:end], gate_up_proj[expert]).chunk(2, dim=-1)
             parts.append(linear(F.silu(gate) * up, down_proj[expert]))

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from rich.progress import DownloadColumn, MofNCompleteColumn
 
 from . import __version__
 from .command.arguments import Parser, weights
+from .command.processes import is_first, mesh_of
 from .command.terminal import bar, ended, say, settle
 from .command.way import choose, with_verify_time
 from .kernels.arch import ARCHS
@@ -77,6 +79,16 @@ def parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
     generate.add_argument("--interpret", action="store_true", help="the Triton kernels, interpreted on the CPU")
+    generate.add_argument(
+        "--tp", type=int, default=1, metavar="N", help="GPUs over which each expert is split; needs torchrun"
+    )
+    generate.add_argument(
+        "--ep",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs over which the experts are dealt out; needs torchrun",
+    )
     trace = command("trace", "which experts each token of a prompt took, layer by layer")
     model_options(trace)
     trace.add_argument("--prompt", required=True, help="text to run")
@@ -159,21 +171,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ended(error, args.command)
 
 
-def _load(args: argparse.Namespace) -> Mixtral:
+def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     import torch
 
     from .inputs import usable_device
     from .model import Mixtral
     from .weights import read_headers, total_bytes
 
-    device = usable_device(args.device)
-    if device.type == "meta":
+    device = None if mesh is not None else usable_device(args.device)  # a rank has its own
+    if device is not None and device.type == "meta":
         raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    loading = bar("loading", total_bytes(read_headers(args.folder)), DownloadColumn())
+    total = None if mesh is not None else total_bytes(read_headers(args.folder))
+    loading = bar("loading", total, DownloadColumn(), silent=not is_first())
     with warnings.catch_warnings(record=True) as told, loading as progress:
-        model = Mixtral.from_pretrained(args.folder, device, dtype, args.weights, progress=progress.more)
-    for warning in told:
+        model = Mixtral.from_pretrained(args.folder, device, dtype, args.weights, mesh, progress=progress.more)
+    for warning in told if is_first() else ():
         say(f"mixtral-triton {args.command}: {warning.message}")
     return model
 
@@ -224,19 +237,27 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    out = Console(stderr=args.json, highlight=False)
     note = choose(args, interpret=False)
+    with mesh_of(args) as mesh:
+        return _generated(args, mesh, note)
+
+
+def _generated(args: argparse.Namespace, mesh: Any, note: str) -> int:
+    out = Console(stderr=args.json, highlight=False)
     import torch
 
     from .generate import eos_ids, stream
 
-    model, tokenizer = _load(args), _tokenizer(args.folder)
+    model, tokenizer = _load(args, mesh), _tokenizer(args.folder)
     prompt = _encode(tokenizer, args.prompt, model)
     if not -(1 << 63) <= args.seed < 1 << 64:
         raise ValueError(f"--seed is {args.seed}, needs an integer of 64 bits")
     generator = torch.Generator(model.device).manual_seed(args.seed)
     sampling = (args.max_new_tokens, args.temperature, args.top_p, eos_ids(None, model.config), generator, args.top_k)
     steps = stream(model, [prompt], *sampling)
+    if not is_first():
+        deque(steps, maxlen=0)
+        return 0
     say(note)
     start = time.perf_counter()
     tokens = (

@@ -18,6 +18,7 @@ from .config import MixtralConfig
 from .graph import CaptureLost, captured
 from .inputs import check_ids, check_vocabulary
 from .ops import readable, untraced
+from .parallel import Ranks
 
 Sampling = tuple[float, float, torch.Generator | None, int | None]  # what `sample` takes behind the logits
 TEMPERATURE_LEAST = 1e-30
@@ -29,6 +30,7 @@ class LanguageModel(Protocol):
     """What generation asks of a model."""
 
     config: MixtralConfig
+    ranks: Ranks | None
 
     @property
     def device(self) -> torch.device: ...
@@ -142,12 +144,14 @@ class Step:
     def choose(self, h: Tensor) -> None:
         """The next tokens after the hidden states h [B,H]."""
         chosen = sample(self.model.head(h), *self.sampling)
+        if self.model.ranks is not None:
+            chosen = self.model.ranks.of_first(chosen)
         self.token.copy_(torch.where(self.ended, self.token, chosen))
         self.ended |= (self.token[:, None] == self.stops).any(-1)
 
 
 def can_capture(model: LanguageModel) -> bool:
-    return model.device.type == "cuda" and untraced()
+    return model.device.type == "cuda" and model.ranks is None and untraced()
 
 
 def replayed(step: Step) -> Callable[[], None]:

@@ -17,6 +17,7 @@ from .cache import KVCache
 from .config import MixtralConfig
 from .generate import generate
 from .inputs import check_ids, check_lengths, usable_device
+from .parallel import WHOLE, Ranks
 from .quantize import QuantizedWeight, hub
 from .quantize.form import Form, chosen
 
@@ -77,16 +78,21 @@ class Layer(nn.Module):
         qkv = state.run.linear(h, self.qkv_proj, state.deterministic)
         q, k, v = qkv.view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
         heads = state.attend(q, k, v, ring).reshape(B, T, Hq * D)
-        return state.run.linear(heads, self.o_proj, state.deterministic)
+        return state.summed(state.run.linear(heads, self.o_proj, state.deterministic))
 
     def experts(self, h: Tensor, x: Tensor, next_norm: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """h [B,T,H], the residual stream x -> the next layer's h, and x with the experts' output."""
         rows, run, eps = h.reshape(-1, h.shape[-1]), state.run, self.config.rms_norm_eps
         _, scores, ids = run.gate_route(rows, self.gate, self.config.num_experts_per_tok, state.deterministic)
         proj = self.gate_up_proj, self.down_proj
-        y, total = run.experts_add_rms_norm(
-            rows, *proj, ids, scores, x.view_as(rows), next_norm, eps, state.deterministic
-        )
+        if state.ranks is not None:  # the sum over the ranks stands between the experts and the norm: no fused pair
+            ids = state.ranks.own(ids, len(self.down_proj))
+            part = run.expert_swiglu(rows, *proj, ids, scores, state.deterministic)
+            y, total = run.rms_norm(state.summed(part), next_norm, eps, residual=x.view_as(rows))
+        else:
+            y, total = run.experts_add_rms_norm(
+                rows, *proj, ids, scores, x.view_as(rows), next_norm, eps, state.deterministic
+            )
         return y.view_as(h), total.view_as(h)
 
 
@@ -98,7 +104,7 @@ class State:
 
     def __init__(self, model: Mixtral, B: int, T: int, cache: KVCache | None, new: Tensor | None, run: Any) -> None:
         self.window, self.run, self.deterministic = model.config.sliding_window, run, model.deterministic
-        self.cos, self.sin = model.cos, model.sin
+        self.cos, self.sin, self.ranks = model.cos, model.sin, model.ranks
         # A row of one token may come in a longer chunk as well: then deterministic ones go the way of a chunk.
         self.one_by_one = cache is not None and T == 1 and not model.deterministic
         if cache is not None:
@@ -109,6 +115,10 @@ class State:
             # Padding may stand beyond the last position; what it computes means nothing, but has to be defined.
             positions = t if cache is None else (cache.lengths[:, None] + t).clamp_(max=len(model.cos) - 1)
             self.positions = positions.expand(B, T)
+
+    def summed(self, part: Tensor) -> Tensor:
+        """What a block half gives, of which a rank of a mesh has a part."""
+        return part if self.ranks is None else self.ranks.summed(part, in_order=self.deterministic)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ring: Ring | None) -> Tensor:
         """q [B,T,Hq,D], k and v [B,T,Hkv,D], not yet rotated -> [B,T,Hq,D]."""
@@ -137,6 +147,7 @@ class Mixtral(nn.Module):
     `deterministic`: a sequence's bits do not depend on the rest of the batch. The price: one tile for any number of
     tokens in every matrix product, the experts of one token sorted like those of a thousand, and the keys of one query
     read by one program a head, not by many at once.
+    `ranks`: the model is on a mesh, and this is one rank's part of it; heads in `config` are then the rank's own.
     """
 
     embed_tokens: Tensor  # [V, H]
@@ -153,12 +164,15 @@ class Mixtral(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         deterministic: bool = False,
         forms: Mapping[str, Form] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.deterministic = config, deterministic
+        self.deterministic, self.ranks = deterministic, ranks
+        shapes = weights.parameter_shapes(config, WHOLE if ranks is None else ranks.shard)
+        self.config = config = config if ranks is None else ranks.shard.config(config)
         forms = forms or {}
         layers: list[dict[str, Any]] = [{} for _ in range(config.num_hidden_layers)]
-        for name, shape in weights.parameter_shapes(config).items():
+        for name, shape in shapes.items():
             weight = _unset(shape, device, dtype, forms.get(name))
             if name.startswith("layers."):
                 _, index, short = name.split(".")
@@ -191,12 +205,16 @@ class Mixtral(nn.Module):
         embedding stays as it is, like the gate and the norms.
         device None: the GPU if there is one, else the CPU; "meta": headers only. dtype None: as stored. For
         `deterministic` see the class. `progress` is called with the number of bytes just read.
+        mesh: a torch DeviceMesh with dimensions "tp" or "ep", or both; every rank of it calls this, reads what it keeps
+        (parallel.py), and then calls the model with the same tokens. What fails on one rank is a ValueError on all.
         """
-        if mesh is not None:
-            raise ValueError(f"Mixtral.from_pretrained: mesh={mesh!r} is not supported yet, only None is")
         if not isinstance(deterministic, bool):
             raise ValueError(f"Mixtral.from_pretrained: deterministic is {deterministic!r}, needs True or False")
-        return load(cls, folder, device, dtype, weights, deterministic, progress)
+        if mesh is None:
+            return load(cls, folder, device, dtype, weights, deterministic, progress, None)
+        ranks = Ranks(mesh)
+        with ranks.agreed():
+            return load(cls, folder, device, dtype, weights, deterministic, progress, ranks)
 
     @property
     def device(self) -> torch.device:
@@ -237,14 +255,20 @@ class Mixtral(nn.Module):
             cache.advance(state.new, T if lengths is None else 0)
         return h
 
-    @staticmethod
-    def operations() -> Any:
+    def operations(self) -> Any:
         """What has the operations that a forward calls."""
-        return ops.DIRECT if ops.untraced() else ops  # shapes are known here: only a tracer needs the operators
+        if ops.untraced():
+            return ops.DIRECT  # shapes are known here: only a tracer needs the operators
+        if self.ranks is not None:  # the operators' checks know no other rank's experts
+            raise ValueError("Mixtral: on a mesh a model cannot be compiled, traced or watched by a dispatch mode")
+        return ops
 
     def head(self, h: Tensor) -> Tensor:
         """[..., H] -> logits fp32 [..., V]."""
-        return self.operations().linear(h, self.lm_head, self.deterministic).float()
+        logits = self.operations().linear(h, self.lm_head, self.deterministic)
+        if self.ranks is not None and self.lm_head is not self.embed_tokens:  # which every rank has whole
+            logits = self.ranks.joined(logits, self.config.vocab_size)
+        return logits.float()
 
     def places(self) -> dict[str, Any]:
         """Every Parameter and QuantizedWeight, by the names of `weights.parameter_shapes`."""
@@ -303,13 +327,15 @@ def load(
     quantized: str | Mapping[str, str] | None,
     deterministic: bool,
     progress: Callable[[int], None] | None,
+    ranks: Ranks | None,
 ) -> Mixtral:
     config = MixtralConfig.from_pretrained(folder)
     headers = weights.read_headers(folder)
+    shapes = weights.parameter_shapes(config)
     # Before the parameters are allocated: a broken config could ask for any size.
     if headers.scheme is None:
         weights.check(headers, config)
-        forms = chosen(quantized, weights.parameter_shapes(config))
+        forms = chosen(quantized, shapes)
     elif quantized is not None:
         raise ValueError(
             f"Mixtral.from_pretrained: weights is {quantized!r}, and {folder} is quantized already "
@@ -319,6 +345,11 @@ def load(
         forms = hub.plan(headers, config).forms
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"Mixtral.from_pretrained: dtype is {dtype}, needs torch.float32, bfloat16 or float16")
-    model = cls(config, usable_device(device), dtype or weights.stored_dtype(headers), deterministic, forms)
-    (weights.load if headers.scheme is None else hub.load)(folder, config, model.places(), progress)
+    shard = WHOLE
+    if ranks is not None:
+        shard, device = ranks.shard, ranks.device(device)
+        shard.check(config)
+        forms = shard.forms(forms, shapes, weights.parameter_shapes(config, shard))
+    model = cls(config, usable_device(device), dtype or weights.stored_dtype(headers), deterministic, forms, ranks)
+    (weights.load if headers.scheme is None else hub.load)(folder, config, model.places(), progress, shard)
     return model

@@ -22,11 +22,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import MixtralConfig, checkpoint_folder, parse_json_object, refuse_gguf
+from .parallel import WHOLE, Shard
 from .quantize.quantizers import fill as quantize_into
 from .quantize.schemes import Scheme, read_scheme
 
 Layout = Literal["per_expert", "fused"]
 Shape = tuple[int, ...]
+Runs = tuple[slice, ...]
+Index = tuple[slice, ...]
 Folder = str | os.PathLike[str]
 Progress = Callable[[int], object] | None
 
@@ -42,11 +45,20 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Target:
-    """Where a stored tensor goes: `parameters[parameter][index]`, which has `shape`."""
+    """Where a stored tensor of `shape` goes: into `parameters[parameter][index]`.
+
+    kept  per dimension the runs that this rank keeps, which lie there one after the other; it is whole but on a mesh
+    """
 
     parameter: str
     index: tuple[int | slice, ...]
     shape: Shape
+    kept: tuple[Runs, ...]
+
+    @property
+    def here(self) -> bool:
+        """Whether this rank keeps any of it."""
+        return all(self.kept)
 
 
 @dataclass(frozen=True)
@@ -59,8 +71,12 @@ class Stored:
     place: int
 
     @property
+    def itemsize(self) -> int:
+        return (DTYPES | CODES)[self.dtype].itemsize
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * (DTYPES | CODES)[self.dtype].itemsize
+        return math.prod(self.shape) * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -75,10 +91,13 @@ class Headers:
     scheme: Scheme | None
 
 
-def parameter_shapes(config: MixtralConfig) -> dict[str, Shape]:
-    """Name and shape of every parameter of the model. `lm_head` is absent where the embedding is the head."""
-    hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
-    rows = _qkv_rows(config)
+def parameter_shapes(config: MixtralConfig, shard: Shard = WHOLE) -> dict[str, Shape]:
+    """Name and shape of every parameter of the model, or of a rank's part of it.
+
+    `lm_head` is absent where the embedding is the head.
+    """
+    hidden, inner, experts = config.hidden_size, _length(shard.inner(config)), _length(shard.experts(config))
+    rows = _qkv_rows(shard.config(config))
     shapes: dict[str, Shape] = {"embed_tokens": (config.vocab_size, hidden)}
     for layer in range(config.num_hidden_layers):
         shapes |= {
@@ -86,47 +105,61 @@ def parameter_shapes(config: MixtralConfig) -> dict[str, Shape]:
             f"layers.{layer}.qkv_proj": (rows["v"].stop, hidden),
             f"layers.{layer}.o_proj": (hidden, rows["q"].stop),
             f"layers.{layer}.post_attention_layernorm": (hidden,),
-            f"layers.{layer}.gate": (experts, hidden),
+            f"layers.{layer}.gate": (config.num_local_experts, hidden),
             f"layers.{layer}.gate_up_proj": (experts, 2 * inner, hidden),
             f"layers.{layer}.down_proj": (experts, hidden, inner),
         }
     shapes["norm"] = (hidden,)
     if not config.tie_word_embeddings:
-        shapes["lm_head"] = (config.vocab_size, hidden)
+        shapes["lm_head"] = (_length(shard.vocabulary(config)), hidden)
     return shapes
 
 
-def table(config: MixtralConfig, layout: Layout) -> dict[str, Target]:
+def table(config: MixtralConfig, layout: Layout, shard: Shard = WHOLE) -> dict[str, Target]:
     """Every tensor that a checkpoint of this layout holds, by its name on disk, and where it goes."""
-    shapes = parameter_shapes(config)
+    hidden, vocabulary, E, I = config.hidden_size, config.vocab_size, config.num_local_experts, config.intermediate_size
+    experts, inner = shard.experts(config), shard.inner(config)
+    kept_rows, rows = shard.qkv_rows(config), _qkv_rows(shard.config(config))
+    gate, up = slice(0, _length(inner)), slice(_length(inner), 2 * _length(inner))
     targets: dict[str, Target] = {}
 
-    def put(name: str, parameter: str, *index: int | slice) -> None:
-        kept = tuple(at.stop - at.start for at in index if isinstance(at, slice))
-        targets[name] = Target(parameter, index, kept + shapes[parameter][len(index) :])
+    def put(name: str, parameter: str, shape: Shape, *index: int | slice, **kept: Runs) -> None:
+        """`kept`: the runs of a dimension, by its name: "rows" and "columns" are the last two, "first" the first."""
+        runs: list[Runs] = [(slice(0, size),) for size in shape]
+        for dimension, own in kept.items():
+            runs[{"first": 0, "rows": -2, "columns": -1}[dimension]] = own
+        targets[name] = Target(parameter, index, shape, tuple(runs))
 
-    for name, parameter in ((EMBEDDING, "embed_tokens"), ("model.norm.weight", "norm"), (HEAD, "lm_head")):
-        if parameter in shapes:
-            put(name, parameter)
+    put(EMBEDDING, "embed_tokens", (vocabulary, hidden))
+    put("model.norm.weight", "norm", (hidden,))
+    if not config.tie_word_embeddings:
+        put(HEAD, "lm_head", (vocabulary, hidden), rows=(shard.vocabulary(config),))
     for layer in range(config.num_hidden_layers):
         disk, here = f"model.layers.{layer}", f"layers.{layer}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            put(f"{disk}.{norm}.weight", f"{here}.{norm}")
-        for projection, rows in _qkv_rows(config).items():
-            put(f"{disk}.self_attn.{projection}_proj.weight", f"{here}.qkv_proj", rows)
-        put(f"{disk}.self_attn.o_proj.weight", f"{here}.o_proj")
+            put(f"{disk}.{norm}.weight", f"{here}.{norm}", (hidden,))
+        for projection, stored in _qkv_rows(config).items():
+            shape, run = (_length(stored), hidden), kept_rows[projection]
+            put(f"{disk}.self_attn.{projection}_proj.weight", f"{here}.qkv_proj", shape, rows[projection], rows=(run,))
+        shape = (hidden, _length(_qkv_rows(config)["q"]))
+        put(f"{disk}.self_attn.o_proj.weight", f"{here}.o_proj", shape, columns=(kept_rows["q"],))
         moe = f"{disk}.mlp" if layout == "fused" else f"{disk}.block_sparse_moe"
-        put(f"{moe}.gate.weight", f"{here}.gate")
+        put(f"{moe}.gate.weight", f"{here}.gate", (E, hidden))
         if layout == "fused":
-            put(f"{moe}.experts.gate_up_proj", f"{here}.gate_up_proj")
-            put(f"{moe}.experts.down_proj", f"{here}.down_proj")
+            runs = (inner, slice(I + inner.start, I + inner.stop))
+            put(f"{moe}.experts.gate_up_proj", f"{here}.gate_up_proj", (E, 2 * I, hidden), first=(experts,), rows=runs)
+            put(f"{moe}.experts.down_proj", f"{here}.down_proj", (E, hidden, I), first=(experts,), columns=(inner,))
             continue
-        inner = config.intermediate_size
-        for expert in range(config.num_local_experts):
-            put(f"{moe}.experts.{expert}.w1.weight", f"{here}.gate_up_proj", expert, slice(0, inner))
-            put(f"{moe}.experts.{expert}.w3.weight", f"{here}.gate_up_proj", expert, slice(inner, 2 * inner))
-            put(f"{moe}.experts.{expert}.w2.weight", f"{here}.down_proj", expert)
+        for expert in range(E):
+            at, own = expert - experts.start, (inner,) if experts.start <= expert < experts.stop else ()
+            put(f"{moe}.experts.{expert}.w1.weight", f"{here}.gate_up_proj", (I, hidden), at, gate, rows=own)
+            put(f"{moe}.experts.{expert}.w3.weight", f"{here}.gate_up_proj", (I, hidden), at, up, rows=own)
+            put(f"{moe}.experts.{expert}.w2.weight", f"{here}.down_proj", (hidden, I), at, columns=own)
     return targets
+
+
+def _length(run: slice) -> int:
+    return run.stop - run.start
 
 
 def _qkv_rows(config: MixtralConfig) -> dict[str, slice]:
@@ -179,12 +212,12 @@ def total_bytes(headers: Headers) -> int:
     return sum(stored.nbytes for stored in headers.tensors.values())
 
 
-def check(headers: Headers, config: MixtralConfig) -> dict[str, Target]:
+def check(headers: Headers, config: MixtralConfig, shard: Shard = WHOLE) -> dict[str, Target]:
     """The table of the layout that the names show, after checking that names and shapes on disk are exactly its own.
 
     Raises ValueError that names missing, unknown and misshapen tensors. Cheap for any config: run it before allocating.
     """
-    tensors, found = headers.tensors, targets(headers, config)
+    tensors, found = headers.tensors, targets(headers, config, shard)
     need = {name: target.shape for name, target in found.items()}
     if config.tie_word_embeddings and HEAD in tensors:
         need[HEAD] = need[EMBEDDING]  # allowed, if equal to the embedding: `load` compares
@@ -192,19 +225,26 @@ def check(headers: Headers, config: MixtralConfig) -> dict[str, Target]:
     return found
 
 
-def targets(headers: Headers, config: MixtralConfig) -> dict[str, Target]:
+def targets(headers: Headers, config: MixtralConfig, shard: Shard = WHOLE) -> dict[str, Target]:
     """The table of the layout that the names on disk show; ValueError for a config that is far beyond them."""
     tensors = headers.tensors
     layout: Layout = "fused" if any(".mlp.experts." in name for name in tensors) else "per_expert"
     least = config.num_hidden_layers * (config.num_local_experts if layout == "per_expert" else 1)
     if least > len(tensors):  # before the table is built: a broken config could make it endless
         raise ValueError(f"{headers.folder}: holds {len(tensors)} tensors, the config asks for {least} or more")
-    return table(config, layout)
+    return table(config, layout, shard)
 
 
-def load(folder: Folder, config: MixtralConfig, parameters: Mapping[str, Any], progress: Progress = None) -> None:
-    """Fill `parameters` (names and shapes of `parameter_shapes(config)`, any float dtype and device) from `folder`.
+def load(
+    folder: Folder,
+    config: MixtralConfig,
+    parameters: Mapping[str, Any],
+    progress: Progress = None,
+    shard: Shard = WHOLE,
+) -> None:
+    """Fill `parameters` (names and shapes of `parameter_shapes`, any float dtype and device) from `folder`.
 
+    Of each tensor only what the shard keeps is read. `config` is the whole model's.
     A QuantizedWeight among them is quantized as it is read, on its device, a few rows at a time.
     Everything is checked against the table before the first byte is copied. Parameters on the meta device are left
     alone: all of them there means that only headers are read. `progress` gets the number of bytes just loaded.
@@ -212,12 +252,12 @@ def load(folder: Folder, config: MixtralConfig, parameters: Mapping[str, Any], p
     parameter's dtype cannot hold, or an `lm_head.weight` that differs from the embedding it is tied to.
     """
     headers = read_headers(folder)
-    found = check(headers, config)
+    found = check(headers, config, shard)
     ours = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    compare("parameters", "the config", parameter_shapes(config), ours)
+    compare("parameters", "the config", parameter_shapes(config, shard), ours)
     fill(headers.tensors, found, parameters, progress)
     if HEAD in headers.tensors and HEAD not in found and parameters["embed_tokens"].device.type != "meta":
-        check_tied_head(headers, progress)
+        check_tied_head(headers, progress, shard.vocabulary(config))
 
 
 def fill(
@@ -231,19 +271,19 @@ def fill(
             with opened_file(file) as opened:
                 for name, stored in items:
                     target = targets.get(name)
-                    if target and parameters[target.parameter].device.type != "meta":
-                        _fill(opened, name, stored, parameters[target.parameter][target.index], progress)
+                    if target and target.here and parameters[target.parameter].device.type != "meta":
+                        _fill(opened, name, stored, target, parameters[target.parameter][target.index], progress)
 
 
-def _fill(opened: Any, name: str, stored: Stored, destination: Any, progress: Progress) -> None:
-    for at in chunks(stored):
+def _fill(opened: Any, name: str, stored: Stored, target: Target, destination: Any, progress: Progress) -> None:
+    for at, place in chunks(stored, target.kept):
         source = opened.get_slice(name)[at]
         if isinstance(destination, Tensor):
-            copied = destination[at]
+            copied = destination[place]
             copied.copy_(source)
         else:
             copied = source
-            quantize_into(destination[at], source)
+            quantize_into(destination[place], source)
         # NaN and infinity never leave a sum: a finite one proves the chunk in one pass, without temporaries.
         # A sum may overflow by itself: then each value is looked at.
         if not torch.isfinite(copied.sum()) and not torch.isfinite(copied).all():
@@ -260,24 +300,37 @@ def _not_finite(name: str, stored: Stored, at: tuple[slice, ...], source: Tensor
     return ValueError(f"{stored.file}: {name} holds {source[tuple(local)].item()} at {first}: {why}")
 
 
-def check_tied_head(headers: Headers, progress: Progress) -> None:
+def check_tied_head(headers: Headers, progress: Progress, rows: slice) -> None:
+    """ValueError unless these rows of the two are equal."""
     head, embedding = headers.tensors[HEAD], headers.tensors[EMBEDDING]
     with torch.device("cpu"), opened_file(head.file) as head_file, opened_file(embedding.file) as embedding_file:
-        for at in chunks(head):
-            if not torch.equal(rows := head_file.get_slice(HEAD)[at], embedding_file.get_slice(EMBEDDING)[at]):
+        for at, _ in chunks(head, ((rows,), (slice(0, head.shape[1]),))):
+            if not torch.equal(own := head_file.get_slice(HEAD)[at], embedding_file.get_slice(EMBEDDING)[at]):
                 raise ValueError(f"{head.file}: {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true")
             if progress:
-                progress(rows.nbytes)
+                progress(own.nbytes)
 
 
-def chunks(stored: Stored) -> Iterator[tuple[slice, ...]]:
-    """Indices that cut a tensor of the table into runs of rows of at most CHUNK_BYTES (or of one row)."""
-    *leading, rows = stored.shape[:-1] or stored.shape
-    row_bytes = stored.nbytes // (math.prod(leading) * rows)
+def chunks(stored: Stored, kept: tuple[Runs, ...] | None = None) -> Iterator[tuple[Index, Index]]:
+    """Indices that cut what is kept of a tensor (None: all) into runs of rows of at most CHUNK_BYTES (or of one row).
+
+    Of each the place in the tensor as it is stored, and that in what holds nothing but what is kept.
+    """
+    kept = kept or tuple((slice(0, size),) for size in stored.shape)
+    rows = max(0, len(kept) - 2)
+    leading, columns = kept[:rows], [run for (run,) in kept[rows + 1 :]]
+    row_bytes = math.prod(map(_length, columns)) * stored.itemsize
     step = max(1, CHUNK_BYTES // row_bytes)
-    for outer in itertools.product(*map(range, leading)):
-        for start in range(0, rows, step):
-            yield (*(slice(at, at + 1) for at in outer), slice(start, min(start + step, rows)))
+    for outer in itertools.product(
+        *(enumerate(i for run in runs for i in range(run.start, run.stop)) for runs in leading)
+    ):
+        before = tuple(slice(i, i + 1) for _, i in outer), tuple(slice(i, i + 1) for i, _ in outer)
+        place = 0
+        for run in kept[rows]:
+            for start in range(run.start, run.stop, step):
+                count = min(step, run.stop - start)
+                yield (*before[0], slice(start, start + count), *columns), (*before[1], slice(place, place + count))
+                place += count
 
 
 @contextmanager

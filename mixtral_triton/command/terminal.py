@@ -107,16 +107,16 @@ class Bar:
 
 
 @contextmanager
-def bar(label: str, total: int | None, *columns: ProgressColumn) -> Iterator[Bar]:
+def bar(label: str, total: int | None, *columns: ProgressColumn, silent: bool = False) -> Iterator[Bar]:
     """Progress on stderr: a bar where that is a terminal, else a line every SILENT seconds, so none of quick work.
 
-    `total` None: told later.
+    `total` None: told later. silent: nothing at all.
     """
     console = Console(stderr=True)
     shown = (TextColumn(label), BarColumn(), *columns, TimeRemainingColumn())
-    with Progress(*shown, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*shown, console=console, transient=True, disable=silent or not console.is_terminal) as progress:
         counted = Bar(progress, progress.add_task(label, total=total))
-        with nullcontext() if console.is_terminal else _now_and_then(counted, label, columns):
+        with nullcontext() if silent or console.is_terminal else _now_and_then(counted, label, columns):
             yield counted
 
 

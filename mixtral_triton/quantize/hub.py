@@ -20,11 +20,13 @@ from torch import Tensor
 from .. import weights
 from ..config import MixtralConfig
 from ..kernels.quantized import QuantizedWeight
+from ..parallel import WHOLE, Shard
 from ..weights import Headers, Stored, Target
 from .form import PARTS, Form, put
 from .layouts import Layout, Part
 
 PIECE = 1 << 22  # codes that are unpacked at once
+EIGHT = 8  # rows that are packed together, at most
 QUANTIZABLE = {name for names in PARTS.values() for name in names}
 # Of activations and caches, which stay in 16 bits here; by the last part of a name.
 ASIDE = {f"{what}_scale" for what in ("input", "output", "activation", "q", "k", "v", "kv")} | {"input_zero_point"}
@@ -45,7 +47,10 @@ class Linear:
 
     @property
     def nbytes(self) -> int:
-        return sum(stored.nbytes for stored in self.parts.values())
+        """On disk, of what is kept."""
+        (rows,), (columns,) = self.target.kept
+        kept, (N, K) = (rows.stop - rows.start) * (columns.stop - columns.start), self.target.shape
+        return sum(stored.nbytes for stored in self.parts.values()) * kept // (N * K)
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Plan:
     aside: set[str]
 
 
-def plan(headers: Headers, config: MixtralConfig) -> Plan:
+def plan(headers: Headers, config: MixtralConfig, shard: Shard = WHOLE) -> Plan:
     """Of a quantized folder; ValueError unless names, dtypes and shapes are exactly those of its layout."""
     assert headers.scheme is not None
     scheme, folder = headers.scheme, headers.folder
@@ -75,7 +80,7 @@ def plan(headers: Headers, config: MixtralConfig) -> Plan:
     linears: list[Linear] = []
     dense: dict[str, Target] = {}
     need: dict[str, Any] = {}
-    for name, target in weights.targets(headers, config).items():
+    for name, target in weights.targets(headers, config, shard).items():
         linear = name.removesuffix(".weight")
         parts = found.get(linear, {})
         quantizable = target.parameter.rpartition(".")[2] in QUANTIZABLE
@@ -140,15 +145,20 @@ def _forms(folder: Path, layout: Layout, linears: list[Linear], dense: Mapping[s
 
 
 def load(
-    folder: weights.Folder, config: MixtralConfig, places: Mapping[str, Any], progress: weights.Progress = None
+    folder: weights.Folder,
+    config: MixtralConfig,
+    places: Mapping[str, Any],
+    progress: weights.Progress = None,
+    shard: Shard = WHOLE,
 ) -> None:
     """Fill `places`, the parameters of a model that was made with `plan(...).forms`, from a quantized folder.
 
-    Raises as `weights.load` does, and ValueError for a scale, or a code of fp8, that is NaN or infinite, and for what a
-    layout refuses (act-order). What is left aside is told in one warning.
+    Of each tensor only what the shard keeps is read. Raises as `weights.load` does, and ValueError for a scale, or a
+    code of fp8, that is NaN or infinite, and for what a layout refuses (act-order). What is left aside is told in one
+    warning.
     """
     headers = weights.read_headers(folder)
-    found = plan(headers, config)
+    found = plan(headers, config, shard)
     if found.aside:
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in found.aside}))
         warnings.warn(
@@ -158,13 +168,13 @@ def load(
         )
     weights.fill(headers.tensors, found.dense, places, progress)
     if weights.HEAD in headers.tensors and config.tie_word_embeddings and places["embed_tokens"].device.type != "meta":
-        weights.check_tied_head(headers, progress)
+        weights.check_tied_head(headers, progress, shard.vocabulary(config))
     with ExitStack() as stack, torch.no_grad(), torch.device("cpu"):
         files = sorted({stored.file for linear in found.linears for stored in linear.parts.values()})
         opened = {file: stack.enter_context(weights.opened_file(file)) for file in files}
         for linear in sorted(found.linears, key=lambda linear: linear.place(found.layout)):
             place = places[linear.target.parameter]
-            if place.device.type != "meta":
+            if linear.target.here and place.device.type != "meta":
                 _fill(place[linear.target.index], found.layout, linear, opened)
                 if progress:
                     progress(linear.nbytes)
@@ -197,11 +207,14 @@ def _fill(weight: QuantizedWeight, layout: Layout, linear: Linear, opened: Mappi
 def decoded(
     layout: Layout, linear: Linear, opened: Mapping[Path, Any], device: torch.device
 ) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor | None]]:
-    """A linear a few rows at a time: start, stop, codes uint8 [n,K], scales [n,G], zeros uint8 [n,G].
+    """What is kept of a linear, a few rows at a time: start, stop, codes uint8 [n,K], scales [n,G], zeros uint8 [n,G].
 
     What is stored goes to `device`, and is unpacked there.
     """
     N, K = linear.target.shape
+    (rows,), (columns,) = linear.target.kept
+    own = columns.stop - columns.start
+    along = _columns(layout, linear)
 
     def read(part: str, *index: slice) -> Tensor:
         stored = linear.parts[part]
@@ -209,7 +222,44 @@ def decoded(
         file = opened[stored.file]
         return (file.get_slice(name)[index] if index else file.get_tensor(name)).to(device)
 
+    def read_own(part: str, *index: slice) -> Tensor:
+        if part not in along:
+            return read(part, *index)
+        at = [*index, *(slice(None) for _ in range(len(index), len(linear.parts[part].shape)))]
+        axis, run = along[part]
+        at[axis] = run
+        return read(part, *at)
+
     layout.check(read, N, K, linear.parts)
-    bounds = [*range(0, N, max(128, PIECE // K // 128 * 128)), N]
+    bounds = [*range(rows.start, rows.stop, max(128, PIECE // own // 128 * 128)), rows.stop]
     for start, stop in itertools.pairwise(bounds):
-        yield start, stop, *layout.rows(read, N, K, start, stop)
+        first, last = start // EIGHT * EIGHT, min(N, -(-stop // EIGHT) * EIGHT)
+        inside = slice(start - first, stop - first)
+        codes, scales, zeros = layout.rows(read_own, N, own, first, last)
+        zeros = None if zeros is None else zeros[inside]
+        yield start - rows.start, stop - rows.start, codes[inside], scales[inside], zeros
+
+
+def _columns(layout: Layout, linear: Linear) -> dict[str, tuple[int, slice]]:
+    """By part, the axis along which its columns lie, and what of it a rank keeps; empty where it keeps all.
+
+    ValueError where its columns begin or end within a group, or within what is packed together.
+    """
+    (N, K), columns = linear.target.shape, linear.target.kept[1][0]
+    own = columns.stop - columns.start
+    if own == K:
+        return {}
+    found = {}
+    less = layout.parts(N, own)
+    for name, part in layout.parts(N, K).items():
+        if (stored := linear.parts.get(name)) is None:
+            continue
+        shape = less[name].shapes[part.shapes.index(stored.shape)]
+        for axis, (size, kept) in enumerate(zip(stored.shape, shape, strict=True)):
+            if size == kept:
+                continue
+            step = K // size
+            if K % size or columns.start % step or columns.stop % step:
+                raise ValueError(f"a mesh cuts its {K} columns at {columns.start}, needs a multiple of {step}")
+            found[name] = axis, slice(columns.start // step, columns.stop // step)
+    return found

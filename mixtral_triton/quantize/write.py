@@ -174,7 +174,7 @@ def _write_file(
 
 def _copy(file: BinaryIO, one: Made, place: int, opened: Any, progress: weights.Progress) -> None:
     file.seek(place)
-    for at in weights.chunks(one.stored):
+    for at, _ in weights.chunks(one.stored):
         rows = _finite(opened.get_slice(one.source)[at], one)
         file.write(_bytes(rows))
         if progress:

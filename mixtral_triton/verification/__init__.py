@@ -64,6 +64,8 @@ def verify(
         got = type(target).__name__
         raise ValueError(f"verify: target is a {got}, needs a Mixtral, a checkpoint folder or transformers' Mixtral")
     model = target if isinstance(target, Mixtral) else Mixtral.from_pretrained(target)
+    if model.ranks is not None:
+        raise ValueError(f"verify: this is {model.ranks.name} of a mesh, with a part of each weight; needs all of them")
     folder = folder if isinstance(target, Mixtral) else target
     if peer is not None and folder is None:
         raise ValueError("verify: a peer loads the folder that the model came from: give folder=...")
