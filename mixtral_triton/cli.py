@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="GPUs over which the experts are dealt out; needs torchrun",
+        help="GPUs that the experts are dealt to; with torchrun",
     )
     trace = command("trace", "which experts each token of a prompt took, layer by layer")
     model_options(trace)

@@ -345,11 +345,12 @@ def load(
         forms = hub.plan(headers, config).forms
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"Mixtral.from_pretrained: dtype is {dtype}, needs torch.float32, bfloat16 or float16")
-    shard = WHOLE
+    shard, device = WHOLE, usable_device(device or (None if ranks is None else ranks.device_type))
     if ranks is not None:
-        shard, device = ranks.shard, ranks.device(device)
+        ranks.check_device(device)
+        shard = ranks.shard
         shard.check(config)
         forms = shard.forms(forms, shapes, weights.parameter_shapes(config, shard))
-    model = cls(config, usable_device(device), dtype or weights.stored_dtype(headers), deterministic, forms, ranks)
+    model = cls(config, device, dtype or weights.stored_dtype(headers), deterministic, forms, ranks)
     (weights.load if headers.scheme is None else hub.load)(folder, config, model.places(), progress, shard)
     return model

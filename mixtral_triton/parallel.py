@@ -113,10 +113,8 @@ class Shard:
         for name, form in forms.items():
             K, columns = whole[name][-1], own[name][-1]
             if form.group != K and columns % form.group:
-                got = f"{name}: {K} columns over {K // columns} ranks are {columns} each"
-                raise ValueError(
-                    f"Mixtral.from_pretrained: mesh cuts {got}, needs a multiple of the group, {form.group}"
-                )
+                cut = f"mesh cuts the {K} columns of {name} into {columns} a rank"
+                raise ValueError(f"Mixtral.from_pretrained: {cut}, needs a multiple of the group, {form.group}")
             found[name] = replace(form, group=columns) if form.group == K else form
         return found
 
@@ -146,13 +144,9 @@ class Ranks:
         self._group = dist.new_group(ranks, timeout=TIMEOUT, use_local_synchronization=True)
         self._hosts = dist.new_group(ranks, timeout=LOADING, backend="gloo", use_local_synchronization=True)
 
-    def device(self, asked: torch.device | str | None) -> torch.device | str:
-        """The one asked for, else the mesh's; ValueError where it is of another type."""
-        if asked is not None and torch.device(asked).type not in (self.device_type, "meta"):
-            raise ValueError(
-                f"Mixtral.from_pretrained: device is {asked}, and the mesh is of {self.device_type} devices"
-            )
-        return asked or self.device_type
+    def check_device(self, device: torch.device) -> None:
+        if device.type not in (self.device_type, "meta"):
+            raise ValueError(f"Mixtral.from_pretrained: device is {device}, needs the mesh's type, {self.device_type}")
 
     def own(self, ids: Tensor, experts: int) -> Tensor:
         """Routes ids int32 [T,K] as this rank counts its `experts`; another rank's are out of range, and drop out."""
@@ -171,9 +165,8 @@ class Ranks:
 
     def joined(self, part: Tensor, size: int) -> Tensor:
         """The parts [..., n] of a last dimension of `size`, cut by `even` -> [..., size]."""
-        widths = [
-            one.stop - one.start for one in (even(size, rank, self.shard.ranks) for rank in range(self.shard.ranks))
-        ]
+        runs = [even(size, rank, self.shard.ranks) for rank in range(self.shard.ranks)]
+        widths = [run.stop - run.start for run in runs]
         parts = self._gathered(F.pad(part, (0, max(widths) - part.shape[-1])))
         return torch.cat([one[..., :width] for one, width in zip(parts, widths, strict=True)], dim=-1)
 
@@ -213,9 +206,8 @@ class Ranks:
             yield
         except RuntimeError as error:
             time.sleep(SETTLING)
-            gone = [
-                str(rank) for rank, place in enumerate(self._global) if rank != self.shard.rank and self._gone(place)
-            ]
+            others = {rank: place for rank, place in enumerate(self._global) if rank != self.shard.rank}
+            gone = [str(rank) for rank, place in others.items() if self._gone(place)]
             who = f"rank {' and '.join(gone)} is gone" if gone else "another rank does not answer"
             raise ConnectionError(f"{self.name}: {who}: {' '.join(str(error).split())}") from error
 
@@ -239,7 +231,7 @@ def _check(mesh: Any) -> None:
         raise ValueError(f"Mixtral.from_pretrained: mesh has dimensions named {names}, {need}")
     if mesh.get_coordinate() is None:
         raise ValueError(
-            f"Mixtral.from_pretrained: mesh is of ranks {mesh.mesh.tolist()}, and this is {dist.get_rank()}"
+            f"Mixtral.from_pretrained: mesh is of ranks {mesh.mesh.tolist()}, needs {dist.get_rank()}, too"
         )
 
 

@@ -250,7 +250,10 @@ def _columns(layout: Layout, linear: Linear) -> dict[str, tuple[int, slice]]:
     if own == K:
         return {}
     found = {}
-    less = layout.parts(N, own)
+    try:
+        less = layout.parts(N, own)
+    except ValueError as error:
+        raise ValueError(f"a mesh leaves a rank {own} of its {K} columns: {error}") from None
     for name, part in layout.parts(N, K).items():
         if (stored := linear.parts.get(name)) is None:
             continue

@@ -1,0 +1,209 @@
+"""Processes that are ranks of meshes on this CPU, over gloo: started once, then given one piece of work after another.
+
+All of them do each piece: with a mesh of fewer there are several meshes side by side, as a server has replicas.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+from torch.utils.flop_counter import FlopCounterMode
+
+from mixtral_triton import KVCache, Mixtral, parallel, verify, weights
+from mixtral_triton.quantize import QuantizedWeight
+
+Work = Callable[..., Any]
+COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "all_gather_object", "isend")
+
+
+class Ranks:
+    """So many processes. `ranks(work, tp=2, ep=1, ...)` -> what `work(mesh, ...)` gave in each process."""
+
+    def __init__(self, count: int, store: Path) -> None:
+        start = processes.get_context("spawn")
+        pipes = [start.Pipe() for _ in range(count)]
+        self.pipes = [ours for ours, _ in pipes]
+        self.started = [
+            start.Process(target=_serve, args=(rank, count, str(store), theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for one in self.started:
+            one.start()
+
+    def __call__(self, work: Work, *args: Any, tp: int = 1, ep: int = 1, **options: Any) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((work, args, tp, ep, options))
+        results = []
+        for pipe in self.pipes:
+            assert pipe.poll(60), "a rank does not answer"
+            results.append(pipe.recv())
+        failed = [result for good, result in results if not good]
+        assert not failed, failed[0]
+        return [result for _, result in results]
+
+    def end(self) -> None:
+        for one in self.started:
+            one.kill()
+
+
+def _serve(rank: int, count: int, store: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+    while True:
+        work, args, tp, ep, options = pipe.recv()
+        try:
+            pipe.send((True, work(mesh_of(count, tp, ep), *args, **options)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+
+
+def mesh_of(count: int, tp: int, ep: int) -> Any:
+    """This process's, one of count / (tp * ep); without a dimension of one."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    sizes = {"replica": count // (tp * ep), "ep": ep, "tp": tp}
+    names = tuple(name for name, size in sizes.items() if size > 1)
+    mesh = DeviceMesh("cpu", torch.arange(count).view(*(sizes[name] for name in names)), mesh_dim_names=names)
+    return mesh[tuple(name for name in names if name != "replica")]
+
+
+@contextmanager
+def counted_calls() -> Iterator[Counter[str]]:
+    """Calls of collectives within the block."""
+    calls: Counter[str] = Counter()
+    true = {name: getattr(dist, name) for name in COLLECTIVES}
+
+    def counting(name: str) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return true[name](*args, **options)
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(dist, name, counting(name))
+    try:
+        yield calls
+    finally:
+        for name, function in true.items():
+            setattr(dist, name, function)
+
+
+class _Counting:
+    """An opened file, or a slice of it, that adds up the bytes which are read."""
+
+    def __init__(self, inner: Any, read: list[int]) -> None:
+        self.inner, self.read = inner, read
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def get_slice(self, name: str) -> Any:
+        return _Counting(self.inner.get_slice(name), self.read)
+
+    def get_tensor(self, name: str) -> Any:
+        return self._noted(self.inner.get_tensor(name))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._noted(self.inner[index])
+
+    def _noted(self, tensor: Any) -> Any:
+        self.read.append(tensor.nbytes)
+        return tensor
+
+
+def load_counted(mesh: Any, folder: Path, **options: Any) -> tuple[Mixtral, int]:
+    """The model, and the bytes of tensors that were read."""
+    opened_file, read = weights.opened_file, [0]
+
+    @contextmanager
+    def counting(file: Path) -> Iterator[Any]:
+        with opened_file(file) as opened:
+            yield _Counting(opened, read)
+
+    weights.opened_file = counting  # type: ignore[assignment]
+    try:
+        return Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options), sum(read)
+    finally:
+        weights.opened_file = opened_file
+
+
+def everything(mesh: Any, folder: Path, ids: torch.Tensor, **options: Any) -> dict[str, Any]:
+    """What a model on the mesh computes, holds, reads and sends."""
+    model, read = load_counted(mesh, folder, **options)
+    found: dict[str, Any] = {"first": int(mesh.mesh.min()), "read": read}
+    found |= {"logits": model(ids), "greedy": model.generate(ids[:, :4], max_new_tokens=8)}
+    torch.manual_seed(dist.get_rank())  # each rank would draw another token
+    found["drawn"] = model.generate(ids[:, :4], max_new_tokens=8, temperature=1.0)
+    cache = KVCache(model.config, batch=len(ids), max_len=ids.shape[1], device="cpu", dtype=model.dtype)
+    steps = [model(ids[:, :5], cache=cache)]
+    with counted_calls() as found["calls"]:
+        steps.append(model(ids[:, 5:6], cache=cache))
+    steps += [model(ids[:, t : t + 1], cache=cache) for t in range(6, ids.shape[1])]
+    found["cached"], found["cache"] = torch.cat(steps, dim=1), sum(keys.nbytes for keys in cache.keys)
+    found["bytes"] = {name: _nbytes(place) for name, place in model.places().items()}
+    found["alone"] = model(ids[1:])
+    return found
+
+
+def _nbytes(place: Any) -> int:
+    return place.nbytes if isinstance(place, QuantizedWeight) else place.untyped_storage().nbytes()
+
+
+def logits(mesh: Any, folder: Path, texts: list[torch.Tensor], **options: Any) -> list[torch.Tensor]:
+    """Of each text, ids [B,T]."""
+    model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options)
+    return [model(ids) for ids in texts]
+
+
+def refusal(mesh: Any, folder: Any, **options: Any) -> str:
+    """What loading is refused with. given: in the mesh's place; bad: another folder, by the number of a process."""
+    folder = options.pop("bad", {}).get(dist.get_rank(), folder)
+    try:
+        Mixtral.from_pretrained(folder, mesh=options.pop("given", mesh), **{"device": "cpu"} | options)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def renamed(mesh: Any, folder: Path) -> str:
+    """The refusal of a mesh that has another dimension, too."""
+    return refusal(mesh._get_root_mesh(), folder)
+
+
+def silent(mesh: Any, folder: Path, ids: torch.Tensor) -> str:
+    """What becomes of a forward that the last process does not run."""
+    parallel.TIMEOUT = timedelta(seconds=2)
+    model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh)
+    try:
+        return "" if dist.get_rank() == dist.get_world_size() - 1 else str(model(ids))
+    except ConnectionError as error:
+        return str(error)
+
+
+def watched(mesh: Any, folder: Path, ids: torch.Tensor) -> list[str]:
+    """What verify, and a dispatch mode, are refused with."""
+    model, said = Mixtral.from_pretrained(folder, "cpu", mesh=mesh), []
+    for call in (lambda: verify(model, ids), lambda: _in_a_mode(model, ids)):
+        try:
+            call()
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def _in_a_mode(model: Mixtral, ids: torch.Tensor) -> None:
+    with FlopCounterMode(display=False):
+        model(ids)
