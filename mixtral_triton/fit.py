@@ -39,6 +39,7 @@ KNOWN = {
 # An estimate, not a count: what the driver keeps of the total that its tool prints, a CUDA context with the kernels of
 # torch and Triton, a library's workspace for matrix products, the graph of a decode step and that step's own buffers.
 OVERHEAD = 5 * 2**28
+MOST_LAYERS = 10_000  # a config that asks for more is broken, and would take for ever to add up
 TIGHT = 0.02  # of the memory: what the estimate may be wrong by
 MOST_GPUS = 16
 # Of each logit: in the model's dtype, in fp32, and what a draw by temperature and top_p makes of it, its sort included.
@@ -81,9 +82,14 @@ def weight_bytes(config: MixtralConfig, forms: Forms, dtype: torch.dtype | None 
     )
 
 
-@lru_cache(maxsize=256)
 def _packed(form: Form, shape: tuple[int, ...]) -> int:
-    return form.empty(shape, "meta").nbytes
+    return math.prod(shape[:-1]) * _row(form, shape[-1])
+
+
+@lru_cache(maxsize=256)
+def _row(form: Form, columns: int) -> int:
+    """Bytes of one row: its codes, scales and zeros."""
+    return form.empty((1, columns), "meta").nbytes
 
 
 def table_bytes(config: MixtralConfig) -> int:

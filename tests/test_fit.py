@@ -288,6 +288,16 @@ def test_a_folder_needs_its_config_alone(tmp_path: Path, capsys: pytest.CaptureF
     )
 
 
+@pytest.mark.parametrize(("field", "status"), [("num_hidden_layers", 2), ("num_local_experts", 1), ("vocab_size", 1)])
+def test_a_size_that_no_model_has_ends_at_once(
+    field: str, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = json.loads((SMALL / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, field: 2**31 - 8}))
+    assert main(["fit", str(tmp_path), "--gpu", "b300"]) == status
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_without_a_card_all_are_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, text = fit(capsys, "--json", "--context", "1000")
