@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from mixtral_triton.bench.cases import Case, cases, oracle
-from mixtral_triton.bench.measure import attempt, ours
+from mixtral_triton.bench.measure import attempt, own_way
 from mixtral_triton.bench.peers import Peer, peers_of
 from mixtral_triton.bench.report import sizes_text
 from mixtral_triton.cli import SMALL
@@ -35,9 +35,9 @@ def _cases() -> list[Case]:
 
 def _params() -> Iterator[Any]:
     for case in _cases():
-        shape = "-".join(f"{key}{value}" for key, value in case.said.items())
+        shape = "-".join(f"{key}{value}" for key, value in case.as_dict().items())
         for way in (
-            Peer("ours", case.op.name, "", lambda op, args, case=case: ours(case, args)),
+            Peer("ours", case.op.name, "", lambda op, args, case=case: own_way(case, args)),
             *(peers_of(case.op.name) if GPU else ()),
         ):
             yield pytest.param(case, way, id=f"{case.op.name}-{shape}-{way.name.replace(' ', '_')}")
@@ -49,7 +49,7 @@ def _params() -> Iterator[Any]:
 def test_op(case: Case, way: Peer, benchmark: Any) -> None:
     args = case.inputs(DEVICE)
     cost = case.cost(args)
-    against = f" {sizes_text(case.said)}" if GPU else ""  # with peers, a table a case
+    against = f" {sizes_text(case.as_dict())}" if GPU else ""  # with peers, a table a case
     benchmark.group = f"{case.op.name}{against} ({PLACE})"
     benchmark.extra_info.update(bytes=cost.bytes, flops=cost.flops, device=PLACE, dtype=case.dtype_name)
 
@@ -63,5 +63,5 @@ def test_op(case: Case, way: Peer, benchmark: Any) -> None:
         return 0.0
 
     outcome = attempt(lambda: way.build(case.op, args), args, oracle(case.op, args), timed)
-    if outcome.said:
-        (pytest.fail if way.name == "ours" else pytest.skip)(outcome.said)
+    if outcome.note:
+        (pytest.fail if way.name == "ours" else pytest.skip)(outcome.note)

@@ -80,7 +80,7 @@ class _DryBench:
         sizes = min(op.test_shapes, key=lambda sizes: op.cost(sizes, op.dtypes[0]).bytes)
         others = sorted({peer.name for peer in PEERS} - {"torch"})
         without = [word for peer in others for word in ("--without", peer)]
-        written = ",".join(f"{letter}={size}" for letter, size in Shape(sizes).said.items())
+        written = ",".join(f"{letter}={size}" for letter, size in Shape(sizes).as_dict().items())
         return _bench(name, "--sizes", written, *without)
 
 

@@ -117,7 +117,7 @@ def _op(name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
         ratios = [row["peers"].get(peer, {}).get("ratio") for peer in peers]
         cells = [_number(row["time_us"]), _number(row["floor_us"]), share]
         body.append([sizes, *cells, *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
-        for way, said in (("ours", row["said"]), *((peer, told["said"]) for peer, told in row["peers"].items())):
+        for way, said in (("ours", row["note"]), *((peer, told["note"]) for peer, told in row["peers"].items())):
             if said:
                 notes[f"- {way}, {sizes}: {said}"] = None
     return [f"## {name}", "", *_table(head, body), *notes, *([""] if notes else [])]

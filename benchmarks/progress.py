@@ -89,7 +89,7 @@ class Writer:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or (report.when == "setup" and not report.passed):
             self.write(
-                kind="outcome", test=report.nodeid, outcome=report.outcome, said=str(report.longrepr or "")[-300:]
+                kind="outcome", test=report.nodeid, outcome=report.outcome, note=str(report.longrepr or "")[-300:]
             )
 
     @pytest.hookimpl(trylast=True)

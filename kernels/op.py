@@ -51,19 +51,18 @@ class Shape(dict[str, int]):
     """Sizes by their letter, and switches: `Shape(T=1, H=64, deterministic=True)`; `shape | {"T": 2}` keeps both."""
 
     def __init__(self, sizes: Mapping[str, Any] | None = None, /, **more: Any) -> None:
-        told = {**(sizes.said if isinstance(sizes, Shape) else sizes or {}), **more}
+        told = {**(sizes.as_dict() if isinstance(sizes, Shape) else sizes or {}), **more}
         super().__init__({name: size for name, size in told.items() if name not in _SWITCHES})
         self.switches = Switches(**{name: _as(_SWITCHES[name], told[name]) for name in _SWITCHES if name in told})
 
     def __or__(self, more: Mapping[str, Any]) -> Shape:  # type: ignore[override]
-        return Shape(self.said, **(more.said if isinstance(more, Shape) else more))
+        return Shape(self.as_dict(), **(more.as_dict() if isinstance(more, Shape) else more))
 
     def __ror__(self, less: Mapping[str, Any]) -> Shape:  # type: ignore[override]
         return Shape(less) | self
 
-    @property
-    def said(self) -> dict[str, Any]:
-        """Sizes, and the switches that are not as usual: `Shape(shape.said)` is the same."""
+    def as_dict(self) -> dict[str, Any]:
+        """Sizes, and the switches that are not as usual: `Shape(shape.as_dict())` is the same."""
         told = {name: getattr(self.switches, name) for name in _SWITCHES}
         told = {name: value for name, value in told.items() if value != _SWITCHES[name]}
         return {**self, **{name: int(value) if isinstance(value, bool) else value for name, value in told.items()}}

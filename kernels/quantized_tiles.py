@@ -22,11 +22,12 @@ _FEW = {
 _MANY = {
     "sm_80": {0: (64, 128, 4, 3), 128: (128, 64, 4, 3), 256: (256, 64, 8, 3)},
     "sm_90": {0: (64, 128, 4, 4), 128: (128, 128, 4, 4), 256: (256, 128, 8, 4)},
+    "sm_100": {0: (64, 128, 4, 4), 128: (128, 256, 8, 3)},
     "gfx942": {0: (64, 64, 4, 2), 256: (128, 128, 8, 2)},
 }
-_FEW["sm_100"], _MANY["sm_100"] = _FEW["sm_90"], _MANY["sm_90"]
+_FEW["sm_100"] = _FEW["sm_90"]
 # fp32, without tensor cores at this precision: registers bound the tile, of a decode kernel to 16 rows of x.
-_FEW_SINGLE, _MANY_SINGLE = (16, 4, 2), (32, 32, 8, 2)
+_FEW_SINGLE, _MANY_SINGLE = (16, 8, 2), (32, 32, 8, 2)
 
 
 def few_rows(

@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .arch import tma
 
 
-def takes(x: Tensor, arch: str) -> bool:
+def tma_can_read(x: Tensor, arch: str) -> bool:
     """Whether `arch` has TMA of use, and x is as it wants it: 16-bit, not empty, its last dimension contiguous, its
     base and its other strides multiples of 16 bytes, and none of them 0."""
     if not tma(arch) or x.dtype.itemsize != 2 or x.numel() == 0 or x.stride(-1) != 1 or x.data_ptr() % 16:
@@ -20,4 +20,4 @@ def takes(x: Tensor, arch: str) -> bool:
 
 def describe(x: Tensor, block: Sequence[int], arch: str) -> TensorDescriptor | None:
     """A descriptor of `x` that loads tiles of shape `block`, what lies outside of x read as zero; None: by pointers."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block)) if takes(x, arch) else None
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block)) if tma_can_read(x, arch) else None

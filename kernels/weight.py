@@ -21,7 +21,7 @@ from .arch import amd
 from .launch import INTERPRETED
 from .op import dense_rows
 from .quantized import QuantizedWeight
-from .tma import describe, takes
+from .tma import describe, tma_can_read
 from .unpack import fields_of, scaled, unpacked
 
 
@@ -60,7 +60,7 @@ class Weight:
         return self.format, self.group, self.format != "dense" and not (INTERPRETED or amd(arch))
 
     def takes_tma(self, arch: str) -> bool:
-        return self.scales is None and takes(self.data, arch)
+        return self.scales is None and tma_can_read(self.data, arch)
 
     def descriptor(self, parts: int, block_n: int, block_k: int, arch: str) -> TensorDescriptor | None:
         """Of [E, N, K], or with 2 parts of [E, 2, N / 2, K]: loads the same block_n rows of each; None: by pointers."""

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -169,8 +170,12 @@ def _load(args: argparse.Namespace) -> Mixtral:
     if device.type == "meta":
         raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    with bar("loading", total_bytes(read_headers(args.folder)), DownloadColumn()) as progress:
-        return Mixtral.from_pretrained(args.folder, device, dtype, args.weights, progress=progress.more)
+    loading = bar("loading", total_bytes(read_headers(args.folder)), DownloadColumn())
+    with warnings.catch_warnings(record=True) as told, loading as progress:
+        model = Mixtral.from_pretrained(args.folder, device, dtype, args.weights, progress=progress.more)
+    for warning in told:
+        say(f"mixtral-triton {args.command}: {warning.message}")
+    return model
 
 
 def _tokenizer(folder: str | Path) -> Any:

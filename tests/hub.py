@@ -222,6 +222,8 @@ for _group in (128, 64, 32, -1):
         LAYOUTS[f"ct int4 {_group} {_zeros}"] = (compressed(4, _group, _zeros), pack_config(4, _group, _zeros))
     for _off in (0, 1):
         LAYOUTS[f"gptq {_group} {_off}"] = (gptq(_group, _off), gptq_config(_group, _off))
+LAYOUTS["ct act-order"] = (compressed(4, 64), pack_config(4, 64))
+LAYOUTS["ct act-order"][1]["config_groups"]["group_0"]["weights"]["actorder"] = "group"
 LAYOUTS["ct pack int8"] = (compressed(8, 64), pack_config(8, 64))
 LAYOUTS["ct pack int8 channel"] = (compressed(8, -1), pack_config(8, -1))
 LAYOUTS["gptq symmetric"] = (gptq(symmetric=True), gptq_config(symmetric=True))

@@ -19,7 +19,7 @@ from mixtral_triton.kernels.launch import target_arch
 from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.kernels.tma import takes
+from mixtral_triton.kernels.tma import tma_can_read
 
 SIBLINGS = [arch for arch, known in ARCHS.items() if arch != known.family]
 STRANGERS = {"sm_75": "sm_80", "sm_130": "sm_80", "gfx1201": "gfx942"}
@@ -42,7 +42,7 @@ def choices(arch: str) -> list[Any]:
 def test_a_card_takes_the_choices_of_its_family(arch: str) -> None:
     assert family(family(arch)) == family(arch)
     assert choices(arch) == choices(family(arch))
-    assert takes(torch.empty(4, 64, dtype=torch.bfloat16), arch) == tma(arch) == (arch == "sm_103")
+    assert tma_can_read(torch.empty(4, 64, dtype=torch.bfloat16), arch) == tma(arch) == (arch == "sm_103")
 
 
 def test_a_family_fits_its_cards() -> None:

@@ -19,7 +19,7 @@ from examples.my_experts import swiglu
 from mixtral_triton import cli
 from mixtral_triton.bench import command as bench_command
 from mixtral_triton.bench.cases import BENCHED, Case, Oracle, cases
-from mixtral_triton.bench.measure import Bench, checked, compare, measured
+from mixtral_triton.bench.measure import Bench, checked_row, compare, timed_row
 from mixtral_triton.bench.model import letters
 from mixtral_triton.bench.own_peer import arguments, imported, own_peer
 from mixtral_triton.cli import SMALL, main
@@ -97,14 +97,14 @@ def test_wrong_peers_are_named_with_what_is_wrong(folder: Path, capsys: pytest.C
     assert main([*args, "--json"]) == 1
     (row,) = rows(capsys)
     said = {name.partition(":")[2]: told for name, told in row["peers"].items()}
-    assert said["swiglu"]["right"] and said["swiglu"]["said"].startswith("right, not timed")
+    assert said["swiglu"]["right"] and said["swiglu"]["note"].startswith("right, not timed")
     assert all(said[name]["right"] is False and said[name]["time_us"] is None for name in names)
-    assert said["off"]["said"].startswith("wrong: an error of ") and "inf" in said["nan"]["said"]
-    assert said["shaped"]["said"] == "wrong: results of shape [1, 7, 32], where [7, 32] would be right"
-    assert said["writes"]["said"] == "wrong: it writes into x"
-    assert said["nothing"]["said"] == "wrong: results of shape none, where [7, 32] would be right"
-    assert "is called with (x, gate_up_proj, down_proj, ids, weights)" in said["few"]["said"]
-    assert said["broken"]["said"] == "fails: RuntimeError: no such thing"
+    assert said["off"]["note"].startswith("wrong: an error of ") and "inf" in said["nan"]["note"]
+    assert said["shaped"]["note"] == "wrong: results of shape [1, 7, 32], where [7, 32] would be right"
+    assert said["writes"]["note"] == "wrong: it writes into x"
+    assert said["nothing"]["note"] == "wrong: results of shape none, where [7, 32] would be right"
+    assert "is called with (x, gate_up_proj, down_proj, ids, weights)" in said["few"]["note"]
+    assert said["broken"]["note"] == "fails: RuntimeError: no such thing"
     assert main(args) == 1
     table = capsys.readouterr().out
     assert all(
@@ -133,7 +133,7 @@ def test_a_right_peer_is_timed_and_a_wrong_one_is_not(
     parsed = cli.parser().parse_args([*args, "--json"])
     assert bench_command.run(parsed, no_bar) == 0 and len(timed) == 3, "ours, torch, and the example"
     (row,) = rows(capsys)
-    assert row["peers"]["examples.my_experts:swiglu"] == {"time_us": 1e3, "said": None, "right": True, "ratio": 1.0}
+    assert row["peers"]["examples.my_experts:swiglu"] == {"time_us": 1e3, "note": None, "right": True, "ratio": 1.0}
     parsed = cli.parser().parse_args([*args, *peers("off", "writes")])
     assert bench_command.run(parsed, no_bar) == 1 and len(timed) == 6, "the wrong ones are not timed"
     assert capsys.readouterr().out.count("wrong: ") == 2
@@ -179,16 +179,16 @@ def test_what_a_peer_wrote_into_is_put_back() -> None:
     case = Case(OPS["rms_norm"], {"T": 3, "H": 8}, torch.float32)
     args = case.inputs(CPU)
     before = args["x"].clone()
-    row = measured(case, H100, CPU, lambda call: 1.0, [own_peer("mine", lambda x, weight, eps: x.zero_())])
-    assert row.peers["mine"].said == "wrong: it writes into x" and row.ours.right
+    row = timed_row(case, H100, CPU, lambda call: 1.0, [own_peer("mine", lambda x, weight, eps: x.zero_())])
+    assert row.peers["mine"].note == "wrong: it writes into x" and row.ours.right
     assert "writes into x" in str(Oracle(case.op, args).fault(lambda x, weight, eps: x.zero_()))
     assert args["x"].equal(before)
 
 
 def test_a_case_too_large_for_a_cpu_is_not_checked_and_says_so() -> None:
     (case,) = cases(["expert_swiglu"], sizes=["T=1,H=4096,I=14336,E=8,K=2"])
-    row = checked(case, H100, [own_peer("mine", swiglu)], "there is no GPU")
-    said = str(row.peers["mine"].said)
+    row = checked_row(case, H100, [own_peer("mine", swiglu)], "there is no GPU")
+    said = str(row.peers["mine"].note)
     assert (
         said == "not checked: too large for a CPU (1,409 million values, 1 GFLOP)" and row.peers["mine"].right is None
     )

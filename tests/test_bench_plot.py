@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mixtral_triton.bench.cases import cases
-from mixtral_triton.bench.measure import Outcome, Row, known
+from mixtral_triton.bench.cases import TOKENS, cases
+from mixtral_triton.bench.measure import Outcome, Row, untimed_row
 from mixtral_triton.bench.plot import figure_of, plot, series_of
 from mixtral_triton.kernels.instruments.roofline import CARDS
 
@@ -19,12 +19,19 @@ H100 = CARDS["h100"]
 
 
 def floors(*names: str, quick: bool = True) -> list[Row]:
-    return [known(case, H100) for case in cases(names, quick=quick)]
+    return [untimed_row(case, H100) for case in cases(names, quick=quick)]
+
+
+def dense(*names: str) -> list[Row]:
+    """Over the tokens alone: quantized weights are series of their own."""
+    return [
+        row for row in floors(*names, quick=False) if row.case.sizes["H"] == 4096 and "down" not in row.case.as_dict()
+    ]
 
 
 def timed(row: Row) -> Row:
     peers = {name: Outcome(row.floor_s * 3, right=True) for name in ("torch", "examples.my_experts:swiglu")}
-    peers["mine:off"] = Outcome(said="wrong: an error of 1.0e-01", right=False)
+    peers["mine:off"] = Outcome(note="wrong: an error of 1.0e-01", right=False)
     return replace(row, ours=Outcome(row.floor_s * 2, right=True), peers=peers)
 
 
@@ -37,18 +44,18 @@ def labels(axes: Any) -> list[str]:
 
 
 def test_without_times_floors_and_what_sets_them_and_no_roofline() -> None:
-    figure = figure_of(floors("expert_swiglu", "rms_norm"), H100)
+    figure = figure_of(dense("expert_swiglu", "rms_norm"), H100)
     norm, experts = shown(figure)
     assert (
         "no time was measured" in figure.get_suptitle() and experts.get_title() == "expert_swiglu, H4096 I14336 E8 K2"
     )
     assert labels(experts) == ["floor", "floor set by memory", "floor set by compute"]
     assert labels(norm) == ["floor", "floor set by memory"]
-    assert experts.get_xlabel() == "T, tokens" and list(experts.lines[0].get_xdata()) == [1, 8, 32, 256, 1024, 8192]
+    assert experts.get_xlabel() == "T, tokens" and list(experts.lines[0].get_xdata()) == list(TOKENS)
 
 
 def test_with_times_the_roofline_and_every_way_over_the_tokens() -> None:
-    rows = [timed(row) for row in floors("expert_swiglu")]
+    rows = [timed(row) for row in dense("expert_swiglu")]
     roofline, panel = shown(figure_of(rows, H100))
     assert roofline.get_title() == "roofline: ours" and labels(roofline) == ["floor", "expert_swiglu"]
     ways = ["floor", "ours", "torch", "examples.my_experts:swiglu", "mine:off: wrong"]

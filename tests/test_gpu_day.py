@@ -36,7 +36,7 @@ def python(name: str, budget_s: float, *codes: str, resumes: str | None = None, 
 
 def row(time_us: float, **sizes: int) -> dict[str, Any]:
     case = Case(BENCHED["decode_step"], {**BENCHED["decode_step"].bench_shapes[0], **sizes})
-    peers = {"HF eager": Outcome(4e-6 * time_us), "HF static cache": Outcome(said="fails: RuntimeError: no")}
+    peers = {"HF eager": Outcome(4e-6 * time_us), "HF static cache": Outcome(note="fails: RuntimeError: no")}
     return Row(case, 10, 20, time_us * 5e-7, "memory", ("k",), Outcome(time_us * 1e-6), peers).as_dict()
 
 
@@ -280,7 +280,7 @@ def test_the_road_on_a_card_that_is_not_there(tmp_path: Path) -> None:
         f"{name}: {command}" for name, part in found["parts"].items() for command, code in part["exit"].items() if code
     }
     assert failed == {"attention: append"}
-    said = {each["op"]: each["said"] for each in found["rows"]}
+    said = {each["op"]: each["note"] for each in found["rows"]}
     assert "illegal memory access" in said.pop("append")
     assert said == {"attention": None, "cached_attention": None, "decode_step": None}
 

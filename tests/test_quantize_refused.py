@@ -148,6 +148,16 @@ TENSORS: dict[str, tuple[str, dict[str, Callable[[], Tensor] | None], str]] = {
         {f"{W1}.weight_packed": lambda: torch.zeros(256, 16, dtype=torch.int64)},
         r"w1\.weight_packed is stored as I64, needs I32",
     ),
+    "act-order that nothing tells": (
+        "ct act-order",
+        {f"{W1}.weight_g_idx": None},
+        r"10 missing \(model.*weight_g_idx",
+    ),
+    "dense NaN": (
+        "awq 128",
+        {"model.norm.weight": lambda: nan((128,), torch.bfloat16, (5,))},
+        r"model\.norm\.weight holds nan at \[5\]: .* damaged",
+    ),
     "missing scale": ("ct fp8 channel", {f"{W1}.weight_scale": None}, rf"1 missing \({W1}\.weight_scale\)"),
     "unknown part": (
         "autofp8",

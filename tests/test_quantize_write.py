@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,10 @@ from torch import Tensor
 from mixtral_triton import Mixtral
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.quantize import QuantizedWeight, quantize
+from mixtral_triton.quantize import QuantizedWeight, quantize, quantizers
 from mixtral_triton.quantize import write as writer
 from mixtral_triton.quantize.write import write
+from mixtral_triton.verification import verify
 from mixtral_triton.weights import read_headers, total_bytes
 from tests.test_quantize import fused
 
@@ -58,7 +62,7 @@ def test_it_reads_back_what_loading_quantizes(
     makers = {"shards": sharded, "fused": fused}
     folder = makers[source](tmp_path / "in") if source in makers else SMALL
     read: list[int] = []
-    monkeypatch.setattr(writer, "PIECE", 5000)
+    monkeypatch.setattr(quantizers, "PIECE", 5000)
     size = write(folder, tmp_path / "out", format, "cpu", read.append)
     assert sum(read) == total_bytes(read_headers(SMALL)) and size == total_bytes(read_headers(tmp_path / "out"))
     assert same(load(tmp_path / "out"), load(SMALL, weights=format))
@@ -164,14 +168,17 @@ def test_what_an_error_leaves_is_removed(tmp_path: Path, there: bool) -> None:
     assert out.exists() == there and (not there or not list(out.iterdir()))
 
 
-def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any) -> None:
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(writer, "_copy", full)
-    with pytest.raises(OSError, match=r"No space left on device: .*out/model\.safetensors"):
-        write(SMALL, tmp_path / "out", "int8", "cpu")
-    assert not (tmp_path / "out").exists()
+def test_a_file_that_cannot_grow_is_named_and_removed(tmp_path: Path) -> None:
+    """As on a full disk: the system takes no more than the first half of a megabyte."""
+    resource = pytest.importorskip("resource")
+    out = tmp_path / "out"
+    code = f"from mixtral_triton.cli import main; raise SystemExit(main(['quantize', {str(SMALL)!r}, {str(out)!r}, "
+    command = [sys.executable, "-c", f"{code}'--weights', 'int8', '--device', 'cpu']))"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))  # noqa: E731 (one use)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, preexec_fn=limit, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and not out.exists()
+    assert done.stderr == f"mixtral-triton quantize: {out / 'model.safetensors'}: {os.strerror(errno.EFBIG)}\n"
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,6 +196,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out)["tokens"] == read
     assert main(["generate", out, "--weights", "int8", *generate]) == 2
     assert "is quantized already" in capsys.readouterr().err
+    trace = ["trace", "--device", "cpu", "--prompt", "The return statement", "--json"]
+    assert main([*trace, out]) == main([*trace, "--weights", "int4"]) == 0
+    read, made = map(json.loads, capsys.readouterr().out.splitlines())
+    assert read["experts"] == made["experts"]
+
+
+def test_verify_of_what_was_written(tmp_path: Path) -> None:
+    write(SMALL, tmp_path / "out", "int4", "cpu")
+    report = verify(tmp_path / "out", torch.arange(3, 15)[None])
+    assert not report.wrong
+    stored = [row for row in report.rows if row.op == "weights"]
+    assert [(row.case, row.error) for row in stored] == [("as stored", 0.0)] * 5
 
 
 def test_planted_a_shifted_nibble_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

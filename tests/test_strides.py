@@ -33,7 +33,7 @@ def ways(op: Op) -> Iterator[Sizes]:
     found: dict[Any, list[tuple[int, int, Sizes]]] = {}
     for shape in op.test_shapes:
         sizes = Shape(shape)
-        if len(sizes.said.keys() & {"weight", "gate_up", "down"}) == 0:  # whose groups want their columns
+        if len(sizes.as_dict().keys() & {"weight", "gate_up", "down"}) == 0:  # whose groups want their columns
             sizes |= {letter: min(size, MOST.get(letter, size)) for letter, size in shape.items()}
         args = op.inputs(sizes, op.dtypes[0], "meta")
         with record_launches() as launches:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from mixtral_triton.bench.cases import BENCHED, cases
-from mixtral_triton.bench.measure import Outcome, Row, known
+from mixtral_triton.bench.measure import Outcome, Row, untimed_row
 from mixtral_triton.bench.report import op_table, traffic_table
 from mixtral_triton.bench.tune import Tried, Tuned, choices
 from mixtral_triton.bench.tune_command import literal, shown
@@ -51,10 +51,10 @@ PEERS = ("torch", "torch.compile", "HF grouped_mm", "Liger", "vLLM", "examples.m
 def timed(row: Row) -> Row:
     """A row as a GPU gives it: nine ways, of which one is wrong, one unfit, one failed."""
     peers = {name: Outcome(row.floor_s * (2 + at), right=True) for at, name in enumerate(PEERS)}
-    peers["mine:off"] = Outcome(said="wrong: an error of 1.0e-01, where 3.8e-06 would be right", right=False)
+    peers["mine:off"] = Outcome(note="wrong: an error of 1.0e-01, where 3.8e-06 would be right", right=False)
     peers["SDPA"], peers["flash-attention"] = (
-        Outcome(said="ragged keys"),
-        Outcome(said="fails: OSError: x", right=False),
+        Outcome(note="ragged keys"),
+        Outcome(note="fails: OSError: x", right=False),
     )
     return Row(
         row.case, row.flops, row.bytes, row.floor_s, row.bound, row.launches, Outcome(row.floor_s, right=True), peers
@@ -64,7 +64,7 @@ def timed(row: Row) -> Row:
 @at_widths
 @pytest.mark.parametrize("name", BENCHED)
 def test_the_table_of_an_operation(name: str, width: int) -> None:
-    rows = [known(case, CARDS["h100"]) for case in cases([name], quick=True)]
+    rows = [untimed_row(case, CARDS["h100"]) for case in cases([name], quick=True)]
     text = printed(op_table(rows), width)
     assert all(
         holds(text, f"{len(row.launches)}", row.bound, f"{row.bytes / 1e6:.3g}") for row in rows if row.bytes < 1e9
@@ -78,7 +78,7 @@ def test_the_table_of_an_operation(name: str, width: int) -> None:
 
 @at_widths
 def test_the_table_of_traffic(width: int) -> None:
-    sizes = [case.said for case in cases(["cached_attention", "embed_rms_norm"], quick=True)]
+    sizes = [case.as_dict() for case in cases(["cached_attention", "embed_rms_norm"], quick=True)]
     lines = [
         {"op": "experts_add_rms_norm", "sizes": own, "touched": 1.25, "moved": 1e4, "issued": None} for own in sizes
     ]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mixtral_triton import ops
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.kernels.tma import takes
+from mixtral_triton.kernels.tma import tma_can_read
 
 
 def shifted(x: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def test_experts_of_shifted_weights(moved: str, device: torch.device) -> None:
 
 def test_what_a_descriptor_takes() -> None:
     x = torch.empty(4, 64, dtype=torch.bfloat16)
-    assert takes(x, "sm_90") and takes(x[:, 8:40], "sm_100")
-    assert not any(takes(x, arch) for arch in ("sm_80", "sm_120", "gfx942"))
+    assert tma_can_read(x, "sm_90") and tma_can_read(x[:, 8:40], "sm_100")
+    assert not any(tma_can_read(x, arch) for arch in ("sm_80", "sm_120", "gfx942"))
     for other in (x.float(), x[:, 1:], x.t(), x[:, :0], x[:1].expand(4, 64), x.new_empty(8, 4)):
-        assert not takes(other, "sm_90")
+        assert not tma_can_read(other, "sm_90")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mixtral_triton.bench.cases import Case, Oracle, cases
-from mixtral_triton.bench.measure import ours
+from mixtral_triton.bench.measure import own_way
 from mixtral_triton.bench.tune import FASTER, choices, compiled_as, neighbours, tune, whole
 from mixtral_triton.bench.tune_command import literal
 from mixtral_triton.cli import main
@@ -64,7 +64,7 @@ def test_every_candidate_gives_the_right_result(name: str) -> None:
                 if other.constexprs != config.constexprs:
                     tiles.add(kernel)
                     with launch.choosing({kernel: other}) as made:
-                        assert judge.fault(ours(case, args)) is None, (kernel, other)
+                        assert judge.fault(own_way(case, args)) is None, (kernel, other)
                     assert made[kernel] == other
         assert tiles or name in ("rope", "append", "rope_append"), "nothing was tried"
 
@@ -90,7 +90,7 @@ def test_what_is_held_against_a_configuration() -> None:
     spilling = replace(config, num_warps=4)
     large = replace(config, num_stages=8)
     shallow = replace(config, constexprs={**config.constexprs, "BLOCK_K": 8})
-    said = [str(compiled_as(case, kernel, one, "sm_90").said) for one in (spilling, large, shallow)]
+    said = [str(compiled_as(case, kernel, one, "sm_90").note) for one in (spilling, large, shallow)]
     assert said[0].startswith("spills ") and "shared memory" in said[1] and "does not compile" in said[2], said
 
 
@@ -133,7 +133,7 @@ def test_a_card_that_the_compiler_does_not_know_is_tuned_all_the_same() -> None:
         return float(config.num_warps)
 
     tuned = tune(case, "route_kernel", "sm_130", scores(case, "route_kernel", score), CPU)
-    assert tuned.best.num_warps == 1 and all(one.compiled is None and one.said is None for one in tuned.tried)
+    assert tuned.best.num_warps == 1 and all(one.compiled is None and one.note is None for one in tuned.tried)
     with pytest.raises(ValueError, match="sm_130"):
         tune(case, "route_kernel", "sm_130")
 
@@ -149,9 +149,9 @@ def test_a_configuration_with_a_wrong_result_is_never_the_best(monkeypatch: pyte
             case.op.reference if chosen == now else lambda logits, top_k: (logits[:, :2].clone(), logits[:, :2].int())
         )
 
-    monkeypatch.setattr("mixtral_triton.bench.measure.ours", wrong)
+    monkeypatch.setattr("mixtral_triton.bench.measure.own_way", wrong)
     tuned = tune(case, "route_kernel", "sm_90", scores(case, "route_kernel", lambda c: 2.0 if c == now else 1.0), CPU)
-    assert tuned.best == now and sum("wrong" in str(one.said) for one in tuned.tried) >= 2
+    assert tuned.best == now and sum("wrong" in str(one.note) for one in tuned.tried) >= 2
 
 
 def test_the_literal_to_paste() -> None:

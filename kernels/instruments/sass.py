@@ -47,6 +47,11 @@ class Loop:
     def flop_per_instruction(self) -> float | None:
         return self.flops / self.other if self.flops else None
 
+    def instructions_a_byte(self, warps: int, size: int) -> float:
+        """Thread instructions of a turn in which `warps` warps take in `size` bytes, by these: what a loop whose pace
+        memory should set costs."""
+        return 32 * warps * (self.tensor + self.other) / size
+
 
 def _flops(instruction: str) -> float | None:
     """FLOP of one warp."""

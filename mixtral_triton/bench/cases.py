@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..config import MixtralConfig
+from ..kernels.checks import dtype_name
 from ..kernels.op import Cost, Op, Shape, Sizes
 from ..kernels.registry import OPS
 from ..verification.yardstick import Yardstick
@@ -37,10 +38,6 @@ class _Wrong(Exception):
     """What a call does that its operation does not."""
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _values(argument: Any) -> int:
     if isinstance(argument, torch.nn.Module):
         return sum(parameter.numel() for parameter in argument.parameters())
@@ -55,12 +52,11 @@ class Case:
 
     @property
     def dtype_name(self) -> str:
-        return _name(self.dtype)
+        return dtype_name(self.dtype)
 
-    @property
-    def said(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Its sizes and switches, as `--sizes` takes them."""
-        return Shape(self.sizes).said
+        return Shape(self.sizes).as_dict()
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """Arguments by name; random ones are drawn on the device, where the weights of a layer take no time."""
@@ -163,7 +159,7 @@ def cases(
 
 
 def _has(sizes: Sizes, wanted: Sizes) -> bool:
-    return all(Shape(sizes).said.get(letter) == size for letter, size in wanted.items())
+    return all(Shape(sizes).as_dict().get(letter) == size for letter, size in wanted.items())
 
 
 def _tabled(op: Op, quick: bool, model: MixtralConfig | None) -> list[Sizes]:
@@ -174,14 +170,14 @@ def _tabled(op: Op, quick: bool, model: MixtralConfig | None) -> list[Sizes]:
         shapes = [one for sizes in mixtral if (one := resized(sizes, model)) is not None]
     else:
         shapes = [*mixtral, *(() if quick else _shapes(op, MODELS["8x22B"]))]
-    return list({tuple(Shape(sizes).said.items()): sizes for sizes in shapes}.values())
+    return list({tuple(Shape(sizes).as_dict().items()): sizes for sizes in shapes}.values())
 
 
 def _check_dtype(names: Sequence[str], dtype: torch.dtype) -> None:
     for op in (BENCHED[name] for name in names):
         if dtype not in op.dtypes:
-            known = ", ".join(map(_name, op.dtypes))
-            raise ValueError(f"--dtype is {_name(dtype)!r}, and {op.name} has {known}: leave --dtype out")
+            known = ", ".join(map(dtype_name, op.dtypes))
+            raise ValueError(f"--dtype is {dtype_name(dtype)!r}, and {op.name} has {known}: leave --dtype out")
 
 
 def _size(option: str, text: str) -> tuple[str, int]:
@@ -197,8 +193,8 @@ _UNSAID = {"window": 0, "past": 0}
 
 def _sized(op: Op, sizes: str | Sizes, dtype: torch.dtype, model: Sizes) -> Case:
     """The case of `op` at the sizes that somebody wrote down, and of the letters that they left out at the model's."""
-    given = _parsed(sizes) if isinstance(sizes, str) else Shape(sizes).said
-    shapes = [Shape(sizes).said for sizes in (*op.test_shapes, *op.bench_shapes)]
+    given = _parsed(sizes) if isinstance(sizes, str) else Shape(sizes).as_dict()
+    shapes = [Shape(sizes).as_dict() for sizes in (*op.test_shapes, *op.bench_shapes)]
     known = list(dict.fromkeys(letter for sizes in shapes for letter in sizes))
     needed = [letter for letter in known if all(letter in sizes for sizes in shapes)]
     if foreign := [letter for letter in given if letter not in known]:

@@ -28,7 +28,7 @@ from ..kernels.launch import INTERPRETED
 from ..kernels.op import Op
 from ..kernels.registry import OPS
 from .cases import Case, cases, few
-from .measure import DEFAULT_CARD, NO_GPU, Bench, CardLost, Row, checked
+from .measure import DEFAULT_CARD, NO_GPU, Bench, CardLost, Row, checked_row
 from .own_peer import imported
 from .peers import PEERS, Peer
 from .plot import plot
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
     else:
         card, sheet = CARDS[args.card or DEFAULT_CARD], None
         reason = "--card asks for a data sheet" if args.card else NO_GPU
-        source = (checked(case, card, own, reason) for case in chosen)
+        source = (checked_row(case, card, own, reason) for case in chosen)
         out.print(f"No time was measured: {reason}. Floors are those of the card below.")
     out.print(card_line(card, sheet))
     if note := table_note(card.arch):
@@ -109,7 +109,7 @@ def _card(card: Card, sheet: Card | None) -> dict[str, Any]:
 def _begins(args: argparse.Namespace, chosen: Sequence[Case], number: int) -> None:
     """A line before a case is measured: whoever started this process knows what it died of."""
     if args.json:
-        case = {"op": chosen[number].op.name, "sizes": chosen[number].said}
+        case = {"op": chosen[number].op.name, "sizes": chosen[number].as_dict()}
         print(json.dumps({"kind": "begin", "number": args.first + number, **case}), flush=True)
 
 
@@ -141,7 +141,7 @@ def _interpreting(chosen: Sequence[Case], arch: str) -> Iterator[subprocess.Pope
     package = str(Path(__file__).parents[2])
     environment = {"OPENBLAS_NUM_THREADS": "1", **os.environ, "TRITON_INTERPRET": "1"}  # see way.py
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    told = json.dumps([[case.op.name, case.said, case.dtype_name] for case in few(chosen)])
+    told = json.dumps([[case.op.name, case.as_dict(), case.dtype_name] for case in few(chosen)])
     command = [sys.executable, "-m", f"{__package__}.traffic", arch, told]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, text=True, stdout=pipe, stderr=pipe) as process:

@@ -41,19 +41,19 @@ class Outcome:
     """One way to do a case: its time, or what is said instead of one. `right`: as checked; None where it was not."""
 
     seconds: float | None = None
-    said: str | None = None
+    note: str | None = None
     right: bool | None = None
 
     @property
     def verdict(self) -> str:
         """What stands in a cell without a time."""
         if self.right is None:
-            return NOT_CHECKED if str(self.said).startswith(NOT_CHECKED) else "-"
-        return "right" if self.right else str(self.said).split(":")[0]
+            return NOT_CHECKED if str(self.note).startswith(NOT_CHECKED) else "-"
+        return "right" if self.right else str(self.note).split(":")[0]
 
     def as_dict(self) -> dict[str, Any]:
         seconds = self.seconds
-        return {"time_us": None if seconds is None else seconds * 1e6, "said": self.said, "right": self.right}
+        return {"time_us": None if seconds is None else seconds * 1e6, "note": self.note, "right": self.right}
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         return {
             "op": self.case.op.name,
-            "sizes": self.case.said,
+            "sizes": self.case.as_dict(),
             "dtype": self.case.dtype_name,
             "flops": self.flops,
             "bytes": self.bytes,
@@ -95,14 +95,14 @@ class Row:
         }
 
 
-def ours(case: Case, args: dict[str, Any]) -> Function:
+def own_way(case: Case, args: dict[str, Any]) -> Function:
     """The registered operator, as a user's tensors reach it; the decode step is no operator."""
     if case.op is decode_step.STEP:
         return decode_step.replayed_step(args)
     return getattr(torch.ops.mixtral_triton, case.op.name)
 
 
-def known(case: Case, card: Card, args: dict[str, Any] | None = None) -> Row:
+def untimed_row(case: Case, card: Card, args: dict[str, Any] | None = None) -> Row:
     """The row without times: what follows from the sizes (with `args`, from their routing), recorded, nothing run."""
     cost, shapes = case.cost(args), case.inputs(torch.device("meta"))
     with record_launches(card.arch) as launches, torch.no_grad():
@@ -120,19 +120,19 @@ def attempt(build: Callable[[], Function], args: dict[str, Any], judge: Oracle |
             function = build()
             wrong = judge.fault(function)
             call: Call = partial(function, **args)
-            return Outcome(said=wrong, right=False) if wrong else Outcome(timer(call), right=True)
+            return Outcome(note=wrong, right=False) if wrong else Outcome(timer(call), right=True)
     except Exception as error:  # another library's: it may raise anything
         return _failed(error)
 
 
 def _failed(error: Exception) -> Outcome:
     if isinstance(error, Untimed):
-        return Outcome(said=f"right, not timed: {error}", right=True)
+        return Outcome(note=f"right, not timed: {error}", right=True)
     if isinstance(error, Unfit):
-        return Outcome(said=str(error))
+        return Outcome(note=str(error))
     if isinstance(error, torch.OutOfMemoryError):
-        return Outcome(said=OUT_OF_MEMORY)
-    return Outcome(said=f"fails: {_why(error)}", right=False)
+        return Outcome(note=OUT_OF_MEMORY)
+    return Outcome(note=f"fails: {_why(error)}", right=False)
 
 
 def _why(error: Exception) -> str:
@@ -140,12 +140,12 @@ def _why(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:160]}"
 
 
-def measured(case: Case, card: Card, device: torch.device, timer: Timer, peers: Sequence[Peer]) -> Row:
+def timed_row(case: Case, card: Card, device: torch.device, timer: Timer, peers: Sequence[Peer]) -> Row:
     """The row with the times of `case` and of its peers on `device`."""
     with torch.no_grad():
         args = case.inputs(device)
-        row, judge = known(case, card, args), oracle(case.op, args)
-        outcome = attempt(lambda: ours(case, args), args, judge, timer)
+        row, judge = untimed_row(case, card, args), oracle(case.op, args)
+        outcome = attempt(lambda: own_way(case, args), args, judge, timer)
         found: dict[str, Outcome] = {}
         for peer in peers:
             found[peer.name] = attempt(partial(peer.build, case.op, args), args, judge, timer)
@@ -153,13 +153,13 @@ def measured(case: Case, card: Card, device: torch.device, timer: Timer, peers: 
     return replace(row, ours=outcome, peers=found)
 
 
-def checked(case: Case, card: Card, peers: Sequence[Peer], untimed: str) -> Row:
+def checked_row(case: Case, card: Card, peers: Sequence[Peer], untimed: str) -> Row:
     """The row without times: `peers`, somebody's own, are checked on the CPU; `untimed` is why no time is taken."""
-    row = known(case, card)
+    row = untimed_row(case, card)
     if not peers:
         return row
     if large := case.too_large_for_a_cpu():
-        return replace(row, peers={peer.name: Outcome(said=f"{NOT_CHECKED}: {large}") for peer in peers})
+        return replace(row, peers={peer.name: Outcome(note=f"{NOT_CHECKED}: {large}") for peer in peers})
 
     def timer(call: Call) -> float:
         raise Untimed(untimed)
@@ -188,7 +188,7 @@ def compare(
     chosen = cases([op], sizes=sizes, dtype=dtype, model=model)
     if torch.cuda.is_available():
         return list(Bench.of(torch.device("cuda")).rows(chosen, own=own))
-    return [checked(case, CARDS[DEFAULT_CARD], own, NO_GPU) for case in chosen]
+    return [checked_row(case, CARDS[DEFAULT_CARD], own, NO_GPU) for case in chosen]
 
 
 def _free(device: torch.device) -> None:
@@ -235,9 +235,9 @@ class Bench:
             peers += own
             timer = self.step_timer if case.op is decode_step.STEP else self.timer
             try:
-                yield measured(case, self.card, self.device, timer, peers)
+                yield timed_row(case, self.card, self.device, timer, peers)
             except Exception as error:  # before anything was timed: one case's trouble is not the next one's
-                yield replace(known(case, self.card), ours=_failed(error))
+                yield replace(untimed_row(case, self.card), ours=_failed(error))
             self._check_alive()
             _free(self.device)
 

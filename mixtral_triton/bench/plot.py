@@ -41,7 +41,7 @@ def series_of(rows: Sequence[Row]) -> list[Series]:
 def _by(letter: str, rows: Sequence[Row]) -> list[Series]:
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.case.sizes[letter]):
-        found.setdefault(tuple(_fixed(row.case.said, letter).items()), []).append(row)
+        found.setdefault(tuple(_fixed(row.case.as_dict(), letter).items()), []).append(row)
     return [Series(letter, dict(fixed), own) for fixed, own in found.items()]
 
 

@@ -1,4 +1,4 @@
-"""What `bench` found, as tables for a person; `Row.as_dict` is for programs."""
+"""What `bench` found, as tables for a person; `Row.as_dict()` is for programs."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ def card_line(card: Card, sheet: Card | None = None) -> str:
     return line
 
 
-def sizes_text(sizes: Mapping[str, int]) -> str:
-    return " ".join(f"{letter}{size}" for letter, size in sizes.items())
+def sizes_text(sizes: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}{'=' * isinstance(size, str)}{size}" for name, size in sizes.items())
 
 
 def _constant(rows: Sequence[Row]) -> dict[str, int]:
     """The sizes that are the same in all rows of a table, where there are several."""
-    sizes = rows[0].case.said if len(rows) > 1 else {}
-    return {key: size for key, size in sizes.items() if all(row.case.said.get(key) == size for row in rows)}
+    sizes = rows[0].case.as_dict() if len(rows) > 1 else {}
+    return {key: size for key, size in sizes.items() if all(row.case.as_dict().get(key) == size for row in rows)}
 
 
 def _shape(row: Row, rows: Sequence[Row]) -> str:
     """The sizes that differ between the rows of a table."""
     constant = _constant(rows)
-    return sizes_text({key: size for key, size in row.case.said.items() if key not in constant} or row.case.said)
+    sizes = row.case.as_dict()
+    return sizes_text({key: size for key, size in sizes.items() if key not in constant} or sizes)
 
 
 def _number(value: float | None) -> str:
@@ -62,7 +63,7 @@ def _ratio(row: Row, peer: str) -> str:
 
 def op_table(rows: Sequence[Row]) -> Group:
     """The rows of one operation, with notes on what could not be measured."""
-    timed = any(row.ours.seconds is not None or row.ours.said for row in rows)
+    timed = any(row.ours.seconds is not None or row.ours.note for row in rows)
     peers = list(dict.fromkeys(name for row in rows for name in row.peers))
     columns = [Column("sizes", right=False), *([Column("time, us"), Column("of floor")] if timed else [])]
     columns += [Column("floor, us"), Column("bound", right=False)]
@@ -81,8 +82,8 @@ def op_table(rows: Sequence[Row]) -> Group:
         cells += [_number(row.bytes / 1e6), _number(row.flops / 1e9), _launches(row)]
         table.add(shape, *cells, style="bold red" if row.ours.right is False else "")
         for name, outcome in (("ours", row.ours), *row.peers.items()):
-            if outcome.said:
-                notes.setdefault((name, outcome.said), []).append(shape)
+            if outcome.note:
+                notes.setdefault((name, outcome.note), []).append(shape)
     return Group(table, *(_note(*said, shapes, len(rows)) for said, shapes in notes.items()))
 
 

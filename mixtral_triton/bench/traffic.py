@@ -45,7 +45,7 @@ def counted(chosen: Sequence[Case]) -> Iterator[dict[str, Any]]:
     seen = set()
     for case in chosen:
         small = Case(case.op, reduced(case.sizes), case.dtype)
-        key = (case.op.name, *small.said.items())
+        key = (case.op.name, *small.as_dict().items())
         if key in seen:
             continue
         seen.add(key)
@@ -59,7 +59,7 @@ def counted(chosen: Sequence[Case]) -> Iterator[dict[str, Any]]:
         yield {
             "kind": "traffic",
             "op": case.op.name,
-            "sizes": small.said,
+            "sizes": small.as_dict(),
             "touched": touched / cost.bytes,
             "moved": traffic.moved() / cost.bytes,
             "issued": traffic.flops / cost.flops if traffic.flops else None,

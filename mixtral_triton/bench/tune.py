@@ -36,7 +36,7 @@ class Tried:
     config: LaunchConfig
     compiled: Compiled | None = None
     seconds: float | None = None
-    said: str | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def compiled_as(case: Case, kernel: str, config: LaunchConfig, arch: str, here: 
         return Tried(config)
     except Exception as error:  # the compiler raises whatever its passes do
         lines = str(error).strip().splitlines() or [""]
-        return Tried(config, said=f"does not compile: {type(error).__name__}: {lines[0][:100]}")
-    return Tried(config, compiled, said=compiled.fault)
+        return Tried(config, note=f"does not compile: {type(error).__name__}: {lines[0][:100]}")
+    return Tried(config, compiled, note=compiled.fault)
 
 
 def _code(tried: Tried) -> Any:
@@ -117,12 +117,12 @@ def tune(
 
     def visit(config: LaunchConfig) -> None:
         one = compiled_as(case, kernel, config, arch, here=judge is not None)
-        if one.said is None and _code(one) is not None and _code(one) in map(_code, found):
-            one = replace(one, said="the same code as one before")
-        if one.said is None and judge is not None and timer is not None:
+        if one.note is None and _code(one) is not None and _code(one) in map(_code, found):
+            one = replace(one, note="the same code as one before")
+        if one.note is None and judge is not None and timer is not None:
             with choosing({kernel: config}), torch.no_grad():
-                outcome = bench.attempt(lambda: bench.ours(case, args), args, judge, timer)
-            one = replace(one, said=outcome.said, seconds=outcome.seconds)
+                outcome = bench.attempt(lambda: bench.own_way(case, args), args, judge, timer)
+            one = replace(one, note=outcome.note, seconds=outcome.seconds)
         found.append(one)
 
     visit(choices(case, arch)[kernel][1])

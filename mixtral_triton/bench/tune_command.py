@@ -75,7 +75,7 @@ def literal(op: Op, kernel: str, config: LaunchConfig) -> str:
 
 def _case(tuned: Tuned) -> str:
     case = tuned.case
-    return f"{case.op.name}, {sizes_text(case.said)}, {case.dtype_name}, {tuned.arch}"
+    return f"{case.op.name}, {sizes_text(case.as_dict())}, {case.dtype_name}, {tuned.arch}"
 
 
 def _code(tuned: Tuned, width: int) -> list[str]:
@@ -107,7 +107,7 @@ def _table(tuned: Tuned) -> Table:
         tile = [str(config.constexprs[name]) for name in names]
         mark = "now" if at == 0 else "best" if one.seconds is not None and config == tuned.best else ""
         cells = (mark, *tile, str(config.num_warps), str(config.num_stages), micro(one.seconds), *measured)
-        table.add(*cells, one.said or "", style="dim" if one.said else "")
+        table.add(*cells, one.note or "", style="dim" if one.note else "")
     return table
 
 
@@ -130,14 +130,14 @@ def _tried(one: Tried) -> dict[str, Any]:
         "shared_bytes": None if compiled is None else compiled.shared_bytes,
         "loop_flop_per_instruction": None if compiled is None else compiled.loop_flop_per_instruction,
         "time_us": None if one.seconds is None else one.seconds * 1e6,
-        "said": one.said,
+        "note": one.note,
     }
 
 
 def as_dict(tuned: Tuned) -> dict[str, Any]:
     return {
         "op": tuned.case.op.name,
-        "sizes": tuned.case.said,
+        "sizes": tuned.case.as_dict(),
         "arch": tuned.arch,
         "kernel": tuned.kernel,
         "literal": literal(tuned.case.op, tuned.kernel, tuned.best),

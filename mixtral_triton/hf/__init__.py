@@ -47,7 +47,7 @@ def apply(
     changing = (*blocks, ours.theirs.MixtralPreTrainedModel) if blocks else ()
     for module in model.modules():
         if isinstance(module, changing):
-            _become(module, ours.ours(type(module)))
+            _become(module, ours.applied_class(type(module)))
             module.__dict__[ours.PARTS] = parts
     return model
 

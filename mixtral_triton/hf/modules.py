@@ -60,7 +60,7 @@ def rebuild(layout: int, kind: Any) -> Any:
     """For pickle: an instance of what `kind` of transformers' becomes, still without a state."""
     if layout != LAYOUT:
         raise other_version()
-    return Applied.__new__(ours(kind))
+    return Applied.__new__(applied_class(kind))
 
 
 def other_version() -> ValueError:
@@ -263,7 +263,7 @@ BLOCKS = {
 
 
 @functools.cache
-def ours(kind: Any) -> Any:
+def applied_class(kind: Any) -> Any:
     """What an instance of `kind`, one of transformers' blocks or models, becomes.
 
     A model's class has the name and place of its own: transformers looks classes up by what they are called.

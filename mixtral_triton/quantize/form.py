@@ -54,8 +54,8 @@ class Form:
 
 
 def put(weight: QuantizedWeight, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
-    """Fill `weight` [..., K]: codes uint8 [..., K], scales [..., G], zeros uint8 [..., G] where it has them."""
-    weight.data.copy_(pack(codes.to(weight.device), weight.format, weight.group))
+    """Fill `weight` [..., K] from its device: codes uint8 [..., K], scales [..., G], zeros uint8 [..., G] if any."""
+    weight.data.copy_(pack(codes.contiguous(), weight.format, weight.group))
     weight.scales.copy_(scales)
     if weight.zeros is not None and zeros is not None:
         weight.zeros.copy_(zeros.float() + 128)

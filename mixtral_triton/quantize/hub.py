@@ -41,7 +41,7 @@ class Linear:
     def place(self, layout: Layout) -> tuple[Path, int]:
         """Where its codes are stored."""
         stored = self.parts[layout.marker]
-        return stored.file, stored.offset
+        return stored.file, stored.place
 
     @property
     def nbytes(self) -> int:
@@ -184,7 +184,7 @@ def _fill(weight: QuantizedWeight, layout: Layout, linear: Linear, opened: Mappi
     """The rows of one linear into `weight` [N,K]."""
     file = linear.parts[layout.marker].file
     try:
-        for start, stop, codes, scales, zeros in decoded(layout, linear, opened):
+        for start, stop, codes, scales, zeros in decoded(layout, linear, opened, weight.device):
             if not torch.isfinite(scales).all():
                 raise ValueError("a scale is NaN or infinite: this file is damaged")
             if weight.format == "fp8" and ((codes & 127) == 127).any():
@@ -195,15 +195,19 @@ def _fill(weight: QuantizedWeight, layout: Layout, linear: Linear, opened: Mappi
 
 
 def decoded(
-    layout: Layout, linear: Linear, opened: Mapping[Path, Any]
+    layout: Layout, linear: Linear, opened: Mapping[Path, Any], device: torch.device
 ) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor | None]]:
-    """A linear a few rows at a time: start, stop, codes uint8 [n,K], scales [n,G], zeros uint8 [n,G]."""
+    """A linear a few rows at a time: start, stop, codes uint8 [n,K], scales [n,G], zeros uint8 [n,G].
+
+    What is stored goes to `device`, and is unpacked there.
+    """
     N, K = linear.target.shape
 
     def read(part: str, *index: slice) -> Tensor:
         stored = linear.parts[part]
         name = f"{linear.name}.{part}"
-        return opened[stored.file].get_slice(name)[index] if index else opened[stored.file].get_tensor(name)
+        file = opened[stored.file]
+        return (file.get_slice(name)[index] if index else file.get_tensor(name)).to(device)
 
     layout.check(read, N, K, linear.parts)
     bounds = [*range(0, N, max(128, PIECE // K // 128 * 128)), N]

@@ -120,6 +120,7 @@ class Packed(Layout):
     bits: int
     group: int | None
     symmetric: bool
+    reordered: bool = False  # by the config: then there has to be a `weight_g_idx`, which says how
 
     marker = "weight_packed"
     scale = "weight_scale"
@@ -130,7 +131,7 @@ class Packed(Layout):
             "weight_packed": Part(("I32",), ((N, -(-K * self.bits // 32)),)),
             "weight_scale": Part(FLOATS, ((N, G),)),
             "weight_shape": Part(("I64", "I32"), ((2,),)),
-            "weight_g_idx": Part(("I32", "I64"), ((K,),), needed=False),
+            "weight_g_idx": Part(("I32", "I64"), ((K,),), self.reordered),
         }
         if not self.symmetric:
             found["weight_zero_point"] = Part(("I32",), ((-(-N // 8), G),))
@@ -215,7 +216,7 @@ def awq_order(x: Tensor) -> Tensor:
 def in_order(g_idx: Tensor, group: int) -> None:
     """ValueError unless each column's group is that of its place: act-order has none that lie together."""
     K = len(g_idx)
-    if not torch.equal(g_idx.long(), torch.arange(K) // group):
+    if not torch.equal(g_idx.long(), torch.arange(K, device=g_idx.device) // group):
         raise ValueError(
             "is in act-order (g_idx scatters the groups): quantize without it (desc_act false), or from bf16"
         )

@@ -5,6 +5,8 @@ K columns, in G groups that share a scale
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,8 @@ from ..kernels.quantized import ZERO_INT4, QuantizedWeight
 from .form import Form, put
 
 LARGEST = {"int4": 7.0, "int8": 127.0, "fp8": 448.0}  # of a format, its scale 1
-PIECE = 1 << 18  # elements that are worked on at once: in fp32 they stay in a cache
+# Elements that are worked on at once: in fp32 they stay in a CPU's cache, or keep a GPU busy.
+PIECE, GPU_PIECE = 1 << 18, 1 << 23
 # Candidates for int4's scale, relative to that which clips nothing: the error of what is clipped against the finer step
 # of all others. More of them find little more.
 STEPS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65)
@@ -43,9 +46,15 @@ def fill(weight: QuantizedWeight, x: Tensor) -> None:
         for expert, own in enumerate(x):
             fill(weight[expert], own)
         return
-    for start in range(0, len(x), step := max(1, PIECE // x.shape[-1])):
-        rows = slice(start, start + step)
+    for rows in pieces(len(x), x.shape[-1], weight.device):
         put(weight[rows], *encode(x[rows].to(weight.device), weight.format, weight.group))
+
+
+def pieces(N: int, K: int, device: torch.device) -> Iterator[slice]:
+    """N rows of K columns, as many at once as `encode` is quick with."""
+    step = max(1, (PIECE if device.type == "cpu" else GPU_PIECE) // K)
+    for start in range(0, N, step):
+        yield slice(start, min(start + step, N))
 
 
 def encode(x: Tensor, format: str, group: int) -> tuple[Tensor, Tensor]:
@@ -74,7 +83,7 @@ def _int4(parts: Tensor, scales: Tensor) -> Tensor:
 
 def _least_squares(parts: Tensor, widest: Tensor) -> Tensor:
     """parts [..., group], `widest` [..., 1] clips nothing -> of several scales, in bf16's numbers, the best one."""
-    best, least = widest, torch.full_like(widest, float("inf"))
+    best, least = _usable(widest.bfloat16().float()), torch.full_like(widest, float("inf"))
 
     def attempt(scales: Tensor) -> Tensor:
         nonlocal best, least

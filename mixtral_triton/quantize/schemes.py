@@ -145,7 +145,8 @@ def _compressed_layout(format: Any, weights: Mapping[str, Any]) -> Layout:
             raise _refuse("num_bits", bits, "int of 4 bits, or of 8 if symmetric")
         if strategy not in ("group", "channel"):
             raise _refuse("strategy", strategy, "group or channel")
-        return Packed(bits, _group(weights) if strategy == "group" else None, symmetric)
+        reordered = weights.get("actorder") in ("group", "dynamic", True)
+        return Packed(bits, _group(weights) if strategy == "group" else None, symmetric, reordered)
     if format not in ("float-quantized", "int-quantized", "naive-quantized"):
         raise _refuse("format", format, "pack-quantized, float-quantized or int-quantized")
     if bits != 8 or kind not in ("int", "float") or not symmetric:

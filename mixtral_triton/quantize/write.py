@@ -23,11 +23,10 @@ from ..inputs import usable_device
 from ..kernels.quantized import BITS
 from ..weights import Headers, Stored, Target
 from .form import FORMATS, Form, chosen
-from .quantizers import encode
+from .quantizers import encode, pieces
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape by name
 
-PIECE = 1 << 22  # values that are quantized at once
 NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 BYTES = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1}
 LEFT = ("*.safetensors", "*.gguf", "config.json", weights.INDEX_FILE, *weights.PICKLED, ".*")  # not copied
@@ -193,15 +192,14 @@ def _quantize(
 ) -> None:
     """A few rows at a time, each part to its place."""
     N, K = next(iter(one.tensors.values()))[1][0], one.stored.shape[-1]
-    step = max(1, PIECE // K)
     codes_at, scales_at, *shape_at = places
-    for start in range(0, N, step):
-        rows = slice(one.start + start, one.start + min(start + step, N))
+    for own in pieces(N, K, device):
+        rows = slice(one.start + own.start, one.start + own.stop)
         x = _finite(opened.get_slice(one.source)[one.lead + (rows,)], one).view(-1, K)  # noqa: RUF005 (Python 3.10)
         codes, scales = (part.cpu() for part in encode(x.to(device), form.format, form.group))
         for at, part in ((codes_at, _words(codes, form.format)), (scales_at, scales.to(form.scales))):
             data = _bytes(part)
-            file.seek(at + start * (len(data) // len(x)))
+            file.seek(at + own.start * (len(data) // len(x)))
             file.write(data)
         if progress:
             progress(x.nbytes)
