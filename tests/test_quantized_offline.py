@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from mixtral_triton.kernels.arch import ARCHS
@@ -92,6 +93,8 @@ def test_fp32(format: Format, arch: str) -> None:
 
 # Thread instructions a byte of codes; what full bandwidth affords is 8.6 on an H100, 9.6 on an A100.
 INSTRUCTIONS = {"int4-128-False": 6.0, "int4-128-True": 6.6, "int8-0-False": 4.0, "fp8-0-False": 4.0}
+# Releases before the one they were counted with spend some more on addresses.
+SLACK = 1.0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 1.1
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -104,7 +107,7 @@ def test_decode_spends_few_instructions_a_byte(format: Format, arch: str, covers
             INSTRUCTIONS[named(format)],
         )
         assert figure <= most, (launch.kernel, figure)
-        line = f"{launch.kernel}, {named(format)}, {arch}: {figure:.2f} thread instructions a byte (bound {most})"
+        line = f"{launch.kernel}, {named(format)}, {arch}: {figure:.2f} thread instructions a byte (bound {most:.1f})"
         covers("main loops", line)
 
 
