@@ -137,3 +137,25 @@ def test_instructions_a_byte_are_counted_by_the_thread() -> None:
         (loop,) = compiled(each, "sm_80").loops
         figures.append(loop.instructions_a_byte(each.num_warps or 0, weight_bytes(each)))
     assert figures[1] > 1.5 * figures[0] and figures[1] > INSTRUCTIONS["int4-128-False"]
+
+
+@pytest.mark.parametrize("format", [FORMATS[1], FORMATS[2]], ids=named)
+def test_launches_by_triton_s_own_jit(format: Format, card: Any) -> None:
+    """Binder, specialization and launcher take what describes a quantized weight, on a card that is not there."""
+    name, group, zeros = format
+    sizes = {"up": (2, 128, 256), "down": (2, 256, 64)}
+    weights = []
+    for E, N, K in sizes.values():
+        groups = (E, N, K // (group or K) or 1)
+        unit = unit_columns(name, K, group if group and K % group == 0 else K)
+        data = torch.zeros(E, N, -(-K // unit) * unit * BITS[name] // 16, dtype=torch.int16)
+        zero = torch.full(groups, 136.0, dtype=BF16) if zeros else None
+        weights.append(QuantizedWeight(name, data, torch.ones(groups), zero, (E, N, K), K // groups[-1]).to("cuda:0"))
+    card.driver.executes = False
+    for T in (3, 70):
+        begin = len(card.driver.launches)
+        tensors = (torch.ones(T, 256, dtype=BF16), torch.zeros(T, 2, dtype=torch.int32), torch.ones(T, 2))
+        x, ids, chosen = (tensor.to("cuda:0") for tensor in tensors)
+        expert_swiglu(x, *weights, ids, chosen)
+        linear(x, weights[0][1])
+        assert len(card.driver.launches) - begin == (4 if T == 3 else 5)
