@@ -164,12 +164,14 @@ class Columns(Layout):
     kind       "gptq": `qweight` [K/8,N] packed along K. "awq": [K,N/8] along N, as the zeros in an order of its own
     off        what was taken from a zero before it was stored: 1 in GPTQ's first version
     symmetric  all zeros are 8
+    reordered  by the config: then there has to be a `g_idx`, which says how
     """
 
     kind: str
     group: int | None
     off: int = 0
     symmetric: bool = False
+    reordered: bool = False
 
     def parts(self, N: int, K: int) -> dict[str, Part]:
         if N % 8 or K % 8:
@@ -181,7 +183,7 @@ class Columns(Layout):
             "scales": Part(FLOATS, ((G, N),)),
             "bias": Part(FLOATS, ((N,),), needed=False),
         }
-        return found | ({"g_idx": Part(("I32", "I64"), ((K,),), needed=False)} if self.kind == "gptq" else {})
+        return found | ({"g_idx": Part(("I32", "I64"), ((K,),), self.reordered)} if self.kind == "gptq" else {})
 
     def form(self, K: int, scales: torch.dtype) -> Form:
         return Form("int4", columns(self.group, K), scales, not self.symmetric)
