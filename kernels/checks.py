@@ -72,8 +72,13 @@ def fail(op: str, argument: str, got: Any, needs: str) -> ValueError:
     return ValueError(f"{op}: argument '{argument}' is {got}, needs {needs}")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As people say it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return " or ".join(map(dtype_name, dtypes))
 
 
 @cache

@@ -234,8 +234,17 @@ class Op(Generic[P, R]):
         """Of arguments by name, those that the reference takes."""
         return {name: given[name] for name in self._plain_names if name in given}
 
+    @cached_property
+    def _plain_places(self) -> int:
+        """How many of the first arguments of `run` are all that the reference takes, by place; 0: it takes others."""
+        taken = inspect.signature(self.reference).parameters.values()
+        same = tuple(one.name for one in taken) == self.names[: len(taken)]
+        return len(taken) if same and all(one.kind is one.POSITIONAL_OR_KEYWORD for one in taken) else 0
+
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         """The reference, called as `run` is."""
+        if not kwargs and self._plain_places:
+            return self.reference(*args[: self._plain_places])
         return self.reference(**self.common({**dict(zip(self.names, args, strict=False)), **kwargs}))
 
 

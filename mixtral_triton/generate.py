@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .cache import KVCache
+from .config import MixtralConfig
 from .graph import CaptureLost, captured
 from .inputs import check_ids, check_vocabulary
 from .ops import readable, untraced
-
-if TYPE_CHECKING:
-    from .model import Mixtral
 
 Sampling = tuple[float, float, torch.Generator | None, int | None]  # what `sample` takes behind the logits
 TEMPERATURE_LEAST = 1e-30
@@ -27,9 +25,27 @@ PREFILL_CHUNK = 2048  # tokens: bounds the activations of a long prompt
 GRAPH_LEAST = 4  # tokens still to come that are worth a capture, which costs about as much host time as two steps
 
 
+class LanguageModel(Protocol):
+    """What generation asks of a model."""
+
+    config: MixtralConfig
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def hidden(self, input_ids: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
+        """[B,T] -> [B,T,H], behind what the cache holds; the cache goes on."""
+
+    def head(self, h: Tensor) -> Tensor:
+        """[..., H] -> logits fp32 [..., V]."""
+
+
 @torch.no_grad()
 def generate(
-    model: Mixtral,
+    model: LanguageModel,
     input_ids: Tensor | Sequence[Tensor],
     max_new_tokens: int = 32,
     temperature: float = 0.0,
@@ -60,7 +76,7 @@ def generate(
 
 
 def stream(
-    model: Mixtral,
+    model: LanguageModel,
     prompts: Sequence[Tensor],
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -83,7 +99,7 @@ def stream(
 
 
 def _stream(
-    model: Mixtral,
+    model: LanguageModel,
     ids: Tensor,
     lengths: Tensor,
     max_new_tokens: int,
@@ -114,7 +130,7 @@ class Step:
     ended  bool [B]
     """
 
-    def __init__(self, model: Mixtral, cache: KVCache, eos: frozenset[int], sampling: Sampling) -> None:
+    def __init__(self, model: LanguageModel, cache: KVCache, eos: frozenset[int], sampling: Sampling) -> None:
         self.model, self.cache, self.sampling = model, cache, sampling
         self.stops = torch.tensor(sorted(eos), dtype=torch.int64, device=model.device)
         self.token = torch.zeros(cache.batch, dtype=torch.int64, device=model.device)
@@ -130,7 +146,7 @@ class Step:
         self.ended |= (self.token[:, None] == self.stops).any(-1)
 
 
-def can_capture(model: Mixtral) -> bool:
+def can_capture(model: LanguageModel) -> bool:
     return model.device.type == "cuda" and untraced()
 
 
@@ -145,7 +161,7 @@ def replayed(step: Step) -> Callable[[], None]:
         return step
 
 
-def prefill(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> Tensor:
+def prefill(model: LanguageModel, cache: KVCache, ids: Tensor, lengths: Tensor) -> Tensor:
     """Read the right-padded prompts ids [B,T] chunk by chunk -> the hidden state after each one's last token, [B,H]."""
     last: Tensor | None = None
     for start in range(0, ids.shape[1], PREFILL_CHUNK):
@@ -186,7 +202,7 @@ def sample(
     return (p / clock).argmax(dim=-1)
 
 
-def _pad_prompts(model: Mixtral, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _pad_prompts(model: LanguageModel, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """1-D prompts -> ids [B,T] padded on the right with token 0, lengths int64 [B], both on the model's device."""
     if not prompts:
         raise ValueError("generate: there is no prompt, needs at least one")

@@ -35,7 +35,6 @@ INDEX_FILE = "model.safetensors.index.json"
 PICKLED = ("pytorch_model*.bin*", "*.pt", "*.pth")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CODES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}  # if quantized
-LARGEST_HEADER = 100_000_000  # the safetensors library's own limit
 CHUNK_BYTES = 16 * 2**20
 NAMED = 4  # tensors that an error lists before it only counts
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -52,12 +51,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor on disk: its file, safetensors' name of its dtype, its shape, where its bytes start in the data part."""
+    """A tensor on disk: its file, safetensors' name of its dtype, its shape, its place among those of the file."""
 
     file: Path
     dtype: str
     shape: Shape
-    offset: int
+    place: int
 
     @property
     def nbytes(self) -> int:
@@ -225,7 +224,7 @@ def fill(
     tensors: Mapping[str, Stored], targets: Mapping[str, Target], parameters: Mapping[str, Any], progress: Progress
 ) -> None:
     """Each tensor that has a target into its place, file by file, in the order that they are stored in."""
-    order = sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset))
+    order = sorted(tensors.items(), key=lambda item: (item[1].file, item[1].place))
     # Inside somebody's `with torch.device("meta")` safetensors would return meta tensors: hence the second context.
     with torch.no_grad(), torch.device("cpu"):
         for file, items in itertools.groupby(order, key=lambda item: item[1].file):
@@ -288,7 +287,8 @@ def opened_file(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt", device="cpu") as opened:
             yield opened
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{file}: cannot be loaded: {error}") from error
+        size = file.stat().st_size
+        raise ValueError(f"{file}: cut off, damaged or not safetensors ({size} bytes): {error}") from error
 
 
 def _read_shards(index: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Stored]:
@@ -328,40 +328,18 @@ def some(names: list[str]) -> str:
 
 
 def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Stored]:
-    """The tensors of a safetensors file, after proving that they fill it to the byte."""
+    """The tensors of a safetensors file; that they fill it to the byte, the library proves."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, though the checkpoint needs it")
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or length > min(LARGEST_HEADER, size - 8):
-            raise ValueError(f"{file}: truncated or not safetensors: has {size} bytes, its header alone {8 + length}")
-        header = opened.read(length)
-    entries = parse_json_object(header, f"{file} (header)")
-    found = [
-        (name, _read_entry(file, name, entry, dtypes)) for name, entry in entries.items() if name != "__metadata__"
-    ]
-    end = 0
-    for name, stored in sorted(found, key=lambda item: (item[1].offset, item[1].nbytes)):
-        if stored.offset != end:
-            raise ValueError(f"{file}: {name!r} starts at byte {stored.offset}, the tensor before it ends at {end}")
-        end += stored.nbytes
-    if size != 8 + length + end:
-        raise ValueError(f"{file}: truncated or padded: has {size} bytes, the header says {8 + length + end}")
-    return dict(found)
-
-
-def _read_entry(file: Path, name: str, entry: Any, dtypes: Mapping[str, torch.dtype]) -> Stored:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(shape, list) or any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
-            raise ValueError("not sizes")
-    except (TypeError, KeyError, ValueError):
-        need = "dtype, shape and data_offsets (integers, 0 or above)"
-        raise ValueError(f"{file}: {name!r} needs {need} in the header, has {entry!r:.80}") from None
-    if not isinstance(dtype, str) or dtype not in dtypes:
-        raise ValueError(f"{file}: {name!r} is stored as {dtype!r}; one of {', '.join(dtypes)} is needed")
-    stored = Stored(file, dtype, tuple(shape), begin)
-    if end - begin != stored.nbytes:
-        raise ValueError(f"{file}: {name!r} has {end - begin} bytes, {dtype} {shape} needs {stored.nbytes}")
-    return stored
+    found = {}
+    with opened_file(file) as opened:
+        for place, name in enumerate(opened.offset_keys()):
+            part = opened.get_slice(name)
+            if part.get_dtype() not in dtypes:
+                stored = f"{name!r} is stored as {part.get_dtype()!r}"
+                raise ValueError(f"{file}: {stored}; one of {', '.join(dtypes)} is needed")
+            found[name] = Stored(file, part.get_dtype(), tuple(part.get_shape()), place)
+    with file.open("rb") as raw:
+        # Of two tensors of one name the library takes the last.
+        parse_json_object(raw.read(int.from_bytes(raw.read(8), "little")), f"{file} (header)")
+    return found

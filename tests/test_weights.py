@@ -254,6 +254,12 @@ def norm(**fields):
     return header(lambda old: json.dumps((entries := json.loads(old)) | {NORM: entries[NORM] | fields}).encode())
 
 
+def twice(old):
+    """The entry of one tensor a second time: the library would take the last."""
+    entry = json.dumps(json.loads(old)[NORM]).encode()
+    return old.rstrip()[:-1] + b', "' + NORM.encode() + b'": ' + entry + b"}"
+
+
 def swap(old, new):
     return header(lambda data: data.replace(old, new, 1))
 
@@ -261,33 +267,35 @@ def swap(old, new):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data[:-1], "truncated or padded: has {short} bytes, the header says {size}"),
-        (lambda data: data + b"\0", "truncated or padded: has {long} bytes, the header says {size}"),
-        (lambda data: data[: len(data) // 2], "has {half} bytes, the header says {size}"),
-        (lambda data: data[:50], "truncated .*: has 50 bytes"),
-        (lambda data: data[:5], "truncated .*: has 5 bytes"),
-        (lambda data: b"", "truncated .*: has 0 bytes"),
+        (lambda data: data[:-1], r"\({short} bytes\): .* not fully covered"),
+        (lambda data: data + b"\0", r"\({long} bytes\): .* not fully covered"),
+        (lambda data: data[: len(data) // 2], r"\({half} bytes\): .* not fully covered"),
+        (lambda data: data[:50], r"\(50 bytes\): .* header length"),
+        (lambda data: data[:5], r"\(5 bytes\): .* header too small"),
+        (lambda data: b"", r"\(0 bytes\): .* header too small"),
         (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "not safetensors"),
-        (lambda data: (2**63).to_bytes(8, "little") + data[8:], "truncated or not safetensors"),
-        (header(lambda old: b"[]"), "holds a JSON list"),
-        (header(lambda old: b"{}"), "has .* bytes, the header says 10"),
-        (header(lambda old: b"\xff" + old), "not readable as JSON"),
-        (header(lambda old: old[:-9]), "not readable as JSON"),
-        (header(lambda old: b"[" * 50_000), "nested too deeply"),
-        (swap(b'"model.norm.weight"', b'"lm_head.weight"'), "'lm_head.weight' stands there 2 times"),
-        (swap(b'"format":"pt"', b'"format":1'), "cannot be loaded"),
-        (swap(b'"model.norm.weight"', b'"model.norm.\\ud800"'), r"1 unknown \(model\.norm\.\\ud800\)"),
-        (norm(dtype="F32"), "'model.norm.weight' has 32 bytes, F32 .16. needs 64"),
-        (norm(shape=[17]), "'model.norm.weight' has 32 bytes, BF16 .17. needs 34"),
-        (norm(shape=[-16]), "'model.norm.weight' needs dtype, shape and data_offsets"),
-        (norm(shape=[True]), "'model.norm.weight' needs dtype, shape and data_offsets"),
-        (norm(shape="16"), "'model.norm.weight' needs dtype, shape and data_offsets"),
-        (norm(data_offsets=[0]), "'model.norm.weight' needs dtype, shape and data_offsets"),
-        (norm(data_offsets=None), "'model.norm.weight' needs dtype, shape and data_offsets"),
-        (norm(data_offsets=[0, 32]), "starts at byte 0, the tensor before it ends at"),
-        (norm(data_offsets=[2**40, 2**40 + 32]), "'model.norm.weight' starts at byte 1099511627776"),
-        (norm(dtype=["BF16"]), "'model.norm.weight' is stored as .'BF16'."),
-        (norm(dtype="F8_E4M3"), "'model.norm.weight' is stored as 'F8_E4M3'"),
+        (lambda data: (2**63).to_bytes(8, "little") + data[8:], "header too large"),
+        (header(lambda old: b"[]"), "invalid JSON"),
+        (header(lambda old: b"{}"), "not fully covered"),
+        (header(lambda old: b"\xff" + old), "invalid UTF-8"),
+        (header(lambda old: old[:-9]), "invalid JSON"),
+        (header(lambda old: b"[" * 50_000), "invalid JSON"),
+        (swap(b'"model.norm.weight"', b'"lm_head.weight"'), "invalid offset"),
+        (header(twice), "'model.norm.weight' stands there 2 times"),
+        (swap(b'"format":"pt"', b'"format":1'), "invalid JSON"),
+        (swap(b'"model.norm.weight"', b'"model.norm.\\ud800"'), "invalid JSON"),
+        (norm(dtype="F32"), "invalid shape, data type"),
+        (norm(shape=[17]), "invalid shape"),
+        (norm(shape=[-16]), "invalid JSON"),
+        (norm(shape=[True]), "invalid JSON"),
+        (norm(shape="16"), "invalid JSON"),
+        (norm(data_offsets=[0]), "invalid JSON"),
+        (norm(data_offsets=None), "invalid JSON"),
+        (norm(data_offsets=[0, 32]), "invalid offset for tensor"),
+        (norm(data_offsets=[2**40, 2**40 + 32]), "invalid offset for tensor `model.norm.weight`"),
+        (norm(dtype=["BF16"]), "invalid JSON"),
+        (norm(dtype="F8_E4M3"), "invalid shape, data type"),
+        (norm(dtype="F8_E4M3", shape=[32]), "'model.norm.weight' is stored as 'F8_E4M3'"),
     ],
 )
 def test_damaged_file(tmp_path, damage, message):
@@ -304,7 +312,7 @@ def test_a_damaged_shard_is_named(tmp_path):
     path = save(tmp_path, tensors_of(CONFIG), shards=3) / "model-1.safetensors"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-1])
-    refused(tmp_path, rf"model-1\.safetensors: truncated or padded: has {size - 1} bytes, the header says {size}")
+    refused(tmp_path, rf"model-1\.safetensors: cut off, damaged or not safetensors \({size - 1} bytes\)")
 
 
 @pytest.mark.parametrize("file", ["../x", "/x", "a/x", "..", ".", "", "a\\x", None, 3, ["x"], "model.bin", "x.pt"])

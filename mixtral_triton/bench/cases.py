@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..config import MixtralConfig
+from ..kernels.checks import dtype_name
 from ..kernels.op import Cost, Op, Shape, Sizes
 from ..kernels.registry import OPS
 from ..verification.yardstick import Yardstick
@@ -37,10 +38,6 @@ class _Wrong(Exception):
     """What a call does that its operation does not."""
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _values(argument: Any) -> int:
     if isinstance(argument, torch.nn.Module):
         return sum(parameter.numel() for parameter in argument.parameters())
@@ -55,7 +52,7 @@ class Case:
 
     @property
     def dtype_name(self) -> str:
-        return _name(self.dtype)
+        return dtype_name(self.dtype)
 
     def as_dict(self) -> dict[str, Any]:
         """Its sizes and switches, as `--sizes` takes them."""
@@ -179,8 +176,8 @@ def _tabled(op: Op, quick: bool, model: MixtralConfig | None) -> list[Sizes]:
 def _check_dtype(names: Sequence[str], dtype: torch.dtype) -> None:
     for op in (BENCHED[name] for name in names):
         if dtype not in op.dtypes:
-            known = ", ".join(map(_name, op.dtypes))
-            raise ValueError(f"--dtype is {_name(dtype)!r}, and {op.name} has {known}: leave --dtype out")
+            known = ", ".join(map(dtype_name, op.dtypes))
+            raise ValueError(f"--dtype is {dtype_name(dtype)!r}, and {op.name} has {known}: leave --dtype out")
 
 
 def _size(option: str, text: str) -> tuple[str, int]:

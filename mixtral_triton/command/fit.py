@@ -20,6 +20,7 @@ from ..fit import (
     FORMATS,
     KNOWN,
     MOST_GPUS,
+    MOST_LAYERS,
     STORED,
     Forms,
     Plan,
@@ -57,6 +58,8 @@ class Asked:
         name = str(args.model)
         known = KNOWN.get(name.lower())
         config = known or MixtralConfig.from_pretrained(name)
+        if config.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(f"{name}: num_hidden_layers is {config.num_hidden_layers}, needs at most {MOST_LAYERS}")
         scheme = None if known else read_scheme(Path(name))
         if scheme is None:
             forms, stored = choices(config), SHORT[stored_dtype(config)]

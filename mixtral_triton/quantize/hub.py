@@ -41,7 +41,7 @@ class Linear:
     def place(self, layout: Layout) -> tuple[Path, int]:
         """Where its codes are stored."""
         stored = self.parts[layout.marker]
-        return stored.file, stored.offset
+        return stored.file, stored.place
 
     @property
     def nbytes(self) -> int:

@@ -22,7 +22,7 @@ from ..hf.release import cache_keyword
 from ..reference import Values
 from .layers import LayerCheck, check_layers
 from .report import Report, Row
-from .shell import WHOLE, Routes, Watch, cuts, forwards
+from .shell import WHOLE, ExpectedRoutes, Watch, cuts, forwards
 from .truth import Expected, Truth
 from .verdict import END_RATIO, Progress, Steps, by_layer, end_row, finish, text_or_default
 from .yardstick import measure, widen
@@ -70,7 +70,7 @@ def _running_applied(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def routed(theirs: Any, backbone: Any, routes: Routes) -> Iterator[None]:
+def routed(theirs: Any, backbone: Any, routes: ExpectedRoutes) -> Iterator[None]:
     """Within the block the gates' choices are overruled."""
 
     def overruled(gate: Any, args: Any, out: Any) -> Any:
@@ -120,7 +120,7 @@ def _leave(watch: Watch, index: int, layer: Any, args: Any, out: Tensor) -> Tens
 
 def _end_to_end(theirs: Any, backbone: Any, ids: Tensor, expected: Sequence[Expected]) -> tuple[Tensor, int]:
     """The backbone's own forward with plain torch's routes -> [B,T,H], tokens that it would route elsewhere."""
-    routes = Routes.of_whole(expected, ids.shape[1])
+    routes = ExpectedRoutes.of_whole(expected, ids.shape[1])
     with routed(theirs, backbone, routes):
         return backbone(ids, use_cache=False).last_hidden_state, routes.flips
 
@@ -132,7 +132,7 @@ def transformers_logits(folder: Any, model: Any, ids: Tensor, expected: Sequence
 
     eager: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
     loaded = MixtralForCausalLM.from_pretrained(folder, dtype=model.dtype, **eager).eval().to(model.device)
-    routes = Routes.of_whole(expected, ids.shape[1])
+    routes = ExpectedRoutes.of_whole(expected, ids.shape[1])
     with routed(modeling_mixtral, loaded.model, routes):
         return loaded(ids).logits
 

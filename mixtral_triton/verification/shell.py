@@ -30,7 +30,7 @@ PADDING = 3  # tokens behind one of the chunks that are not there
 RING = 4  # a window as long as the text is tried at this fraction of it, so that the ring turns
 
 
-class Routes:
+class ExpectedRoutes:
     """The gate's choices, compared with plain torch's and overruled by them, layer after layer of one forward.
 
     at, behind  the tokens of the forward, indices on the CPU: layers may be on several cards; by how much of the
@@ -45,7 +45,7 @@ class Routes:
         self.real = 0
 
     @classmethod
-    def of_whole(cls, expected: Sequence[Expected], tokens: int) -> Routes:
+    def of_whole(cls, expected: Sequence[Expected], tokens: int) -> ExpectedRoutes:
         """For one forward of all `tokens` of a text."""
         routes = cls(expected)
         routes.start(torch.arange(tokens), tokens)
@@ -76,7 +76,7 @@ class Routes:
 class _Overruled:
     """`ops.DIRECT`, with the gate's choices overruled."""
 
-    def __init__(self, routes: Routes) -> None:
+    def __init__(self, routes: ExpectedRoutes) -> None:
         self.routes = routes
         self.direct: Any = ops.DIRECT
 
@@ -93,7 +93,7 @@ class Watch:
 
     def __init__(self, expected: Sequence[Expected], said: Callable[[], None]) -> None:
         self.expected, self.said = expected, said
-        self.routes = Routes(expected)
+        self.routes = ExpectedRoutes(expected)
         self.found: dict[tuple[int, str], list[tuple[float, float]]] = {}
         self.case = ""
 
@@ -188,5 +188,5 @@ def watched(model: Any, config: Any, ids: Tensor, expected: Sequence[Expected], 
 
 def end_to_end(model: Any, ids: Tensor, expected: Sequence[Expected]) -> tuple[Tensor, int]:
     """The model's own forward, with plain torch's routes -> logits fp32 [B,T,V], tokens it would route elsewhere."""
-    routes = Routes.of_whole(expected, ids.shape[1])
+    routes = ExpectedRoutes.of_whole(expected, ids.shape[1])
     return twin(model, model.config, _Overruled(routes))(ids), routes.flips

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import check_ids, check_vocabulary
+from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED
 from .report import PLAIN, Report, Row
 from .truth import Truth
@@ -60,4 +61,4 @@ def finish(
     way = PLAIN if device.type == "cpu" and not INTERPRETED else "Triton, interpreted"
     if device.type == "cuda":
         way = f"Triton on {torch.cuda.get_device_name(device)}"
-    return Report(tuple(rows), flips, routed, way, str(dtype).removeprefix("torch."), peer)
+    return Report(tuple(rows), flips, routed, way, dtype_name(dtype), peer)
