@@ -393,15 +393,3 @@ def test_the_check_passes_what_fits_and_asks_no_cpu(monkeypatch: pytest.MonkeyPa
     check(SMALLER, INT4, CUDA, BF16)
     with pytest.raises(ValueError, match="the weights take 186"):
         check(SMALLER, {}, CUDA, torch.float32)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="about loading, which is the same: run once, without")
-def test_loading_asks_before_anything_is_allocated(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = MixtralConfig.from_pretrained(SMALL)
-    free = size(config, "int4") + table_bytes(config)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
-    with pytest.raises(ValueError, match=r"the weights take .* MB, and cuda has .*: weights='int4' takes"):
-        Mixtral.from_pretrained(SMALL, device="cuda")
-    assert Mixtral.from_pretrained(SMALL, device="cuda", weights="int4").layers[0].down_proj.format == "int4"
