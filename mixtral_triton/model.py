@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops, weights
+from . import fit, ops, weights
 from .cache import KVCache
 from .config import MixtralConfig
 from .generate import generate
@@ -319,6 +319,8 @@ def load(
         forms = hub.plan(headers, config).forms
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"Mixtral.from_pretrained: dtype is {dtype}, needs torch.float32, bfloat16 or float16")
-    model = cls(config, usable_device(device), dtype or weights.stored_dtype(headers), deterministic, forms)
+    place, dtype = usable_device(device), dtype or weights.stored_dtype(headers)
+    fit.check(config, forms, place, dtype, free_choice=headers.scheme is None)
+    model = cls(config, place, dtype, deterministic, forms)
     (weights.load if headers.scheme is None else hub.load)(folder, config, model.places(), progress)
     return model

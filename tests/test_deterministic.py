@@ -258,9 +258,8 @@ def test_tiles_of_keys_do_not_depend_on_the_queries() -> None:
 
 @pytest.mark.parametrize("format", ["int4", "fp8"])
 def test_quantized_weights_keep_the_promise(format: str, device: torch.device) -> None:
-    model = random_model(
-        device, deterministic=True, weights={"experts": format, "linear": "int8"}, hidden_size=64, intermediate_size=96
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "sliding_window": 3}
+    model = random_model(device, deterministic=True, weights={"experts": format, "linear": "int8"}, **sizes)
     ids = torch.randint(20, (9, 5), generator=torch.Generator().manual_seed(1)).to(device)
     lengths = torch.tensor([5, 3, 1, 4, 5, 2, 5, 1, 3], device=device)
     among = steps(model, ids, lengths)

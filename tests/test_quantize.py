@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from mixtral_triton import Mixtral, MixtralConfig, reference
 from mixtral_triton.cli import SMALL
+from mixtral_triton.fit import table_bytes, weight_bytes
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.quantized import unpack
 from mixtral_triton.quantize import QuantizedWeight, quantize, quantizers
+from mixtral_triton.quantize.form import chosen
 from mixtral_triton.verification import fits_twice
 from mixtral_triton.verification.loaded import check_loaded
 from mixtral_triton.verification.quality import held_out, perplexity
-from mixtral_triton.weights import read_headers, table, total_bytes
+from mixtral_triton.weights import parameter_shapes, read_headers, table, total_bytes
 from tests.memory import anonymous_peak, needs_proc
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about the host and the plain way: run once")
@@ -306,3 +308,15 @@ def test_verify_holds_the_loaded_tensors_against_the_files(weights: Any) -> None
 def test_a_peer_of_quantized_weights_is_refused() -> None:
     with pytest.raises(ValueError, match="a peer computes with weights of its own making where they are quantized"):
         fits_twice(load("int8"))
+
+
+def test_loading_asks_before_anything_is_allocated(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MixtralConfig.from_pretrained(SMALL)
+    forms = chosen("int4", parameter_shapes(config))
+    free = weight_bytes(config, forms) + table_bytes(config)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    with pytest.raises(ValueError, match=r"the weights take .* MB, and cuda has .*: weights='int4' takes"):
+        Mixtral.from_pretrained(SMALL, device="cuda")
+    assert Mixtral.from_pretrained(SMALL, device="cuda", weights="int4").layers[0].down_proj.format == "int4"
