@@ -18,6 +18,7 @@ from torch import Tensor, nn
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
 # Of scales that this project chooses: one a row may take what it likes, one a group is an eighth of the codes.
 SCALES = {"int4": torch.bfloat16, "int8": torch.float32, "fp8": torch.float32}
+CODES_ROWS = 128  # up to here torch's product of int8 codes is quicker than one of dequantized numbers, on a CPU
 FORMS = ("int4:128", "int8", "fp8")  # those that quantizing makes: benchmarked and compiled
 ZERO_INT4 = 8  # the code that stands for 0 where there are no zeros
 
@@ -190,6 +191,24 @@ class QuantizedWeight(nn.Module):
         else:
             values = codes.float().sub_(ZERO_INT4 if self.zeros is None else self.zeros.float()[..., None] - 128)
         return values.mul_(self.scales.float()[..., None]).flatten(-2)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., K] -> x @ weight.T [..., N], of a weight [N, K], in plain torch.
+
+        Dequantized in fp32, exactly, and rounded to x's dtype. Few rows of bf16 on a CPU need no such copy where a row
+        of int8 has one scale: torch multiplies by the codes, and the scales, which it would round, come after it.
+        """
+        rows = x.numel() // max(1, x.shape[-1])
+        by_row = self.format == "int8" and self.group == self.shape[-1]
+        if not by_row or x.dtype != torch.bfloat16 or x.device.type != "cpu" or not 0 < rows <= CODES_ROWS:
+            return nn.functional.linear(x, self.dequantize().to(x.dtype))
+        unit = unit_columns(self.format, self.shape[-1], self.group)
+        padded = nn.functional.pad(x.reshape(rows, -1), (0, -x.shape[-1] % unit))
+        # As the bytes of an element lie: column j of a unit, then column J + j.
+        in_order = padded.unflatten(-1, (-1, 2, unit // 2)).transpose(-1, -2).reshape(rows, -1)
+        ones = torch.ones(len(self), dtype=x.dtype)
+        products = torch._weight_int8pack_mm(in_order, self.data.contiguous().view(torch.int8), ones)
+        return (products.float() * self.scales.float().squeeze(-1)).to(x.dtype).view(*x.shape[:-1], -1)
 
     def extra_repr(self) -> str:
         return f"{self.format}, {list(self.shape)}, group {self.group}"

@@ -85,12 +85,9 @@ def _stored_tile(ptrs, k, depth, EVEN: tl.constexpr, FIELDS: tl.constexpr):
 
 @triton.jit
 def _of_group(ptr, rows, group, inside, K: tl.constexpr, GROUP: tl.constexpr):
-    """[rows, 1] scales or zeros of a group; None where there are none."""
-    if ptr is None:
-        return None
-    else:
-        ptrs = ptr + rows[:, None] * (K // GROUP) + (0 if GROUP == K else group)
-        return tl.load(ptrs) if inside is None else tl.load(ptrs, mask=inside, other=0.0)
+    """[rows, 1] scales or zeros of a group."""
+    ptrs = ptr + rows[:, None] * (K // GROUP) + (0 if GROUP == K else group)
+    return tl.load(ptrs) if inside is None else tl.load(ptrs, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -111,51 +108,62 @@ def weight_tile(
     desc   a descriptor, which reads instead, from `place` on: its coordinates but the last
     """
     ptrs, scales_ptr, zeros_ptr = w
-    FIELDS: tl.constexpr = fields_of(LAYOUT[0])
+    FORMAT: tl.constexpr = LAYOUT[0]
+    GROUP: tl.constexpr = LAYOUT[1]
+    PTX: tl.constexpr = LAYOUT[2]
+    FIELDS: tl.constexpr = fields_of(FORMAT)
     if desc is not None:
         return desc.load(place + (k,)).reshape(ptrs.shape)  # noqa: RUF005  # the JIT knows no starred element
     tile = _stored_tile(ptrs, k, K, FIELDS > 1 or K // BLOCK_K * BLOCK_K == K, FIELDS)
     if FIELDS > 1:
-        group = k // LAYOUT[1]
-        zeros = _of_group(zeros_ptr, rows, group, None, K, LAYOUT[1])
-        values = unpacked(tile, k // BLOCK_K % FIELDS, zeros, LAYOUT[0], dtype, LAYOUT[2])
-        if LAYOUT[1] == K:
+        group = k // GROUP
+        zeros = None if zeros_ptr is None else _of_group(zeros_ptr, rows, group, None, K, GROUP)
+        values = unpacked(tile, k // BLOCK_K % FIELDS, zeros, FORMAT, dtype, PTX)
+        if GROUP == K:
             return values
-        return scaled(values, _of_group(scales_ptr, rows, group, None, K, LAYOUT[1]), LAYOUT[2])
+        return scaled(values, _of_group(scales_ptr, rows, group, None, K, GROUP), PTX)
     else:
         return tile
 
 
 @triton.jit
-def add_products(acc, w, rows, x_ptrs, begin, k, EVEN: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr):
+def add_products(acc, w, rows, x_ptrs, live, begin, k, EVEN: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr):
     """acc [rows, T] + the next FIELDS * BLOCK_K columns of a weight, from begin + k on, times those of x.
 
     A weight's bytes are read once, and a group's scale comes after its products: it is never rounded.
 
     w       pointers [rows, BLOCK_K] of column `begin`, of the scales, of the zeros; `rows`: which rows of all these are
     x_ptrs  [BLOCK_K, T] of column `begin`
+    live    [1, T] which of them count. Padding repeats a row, which crosses the L2 cache again: beside a quantized
+            weight, whose own bytes are few, that would weigh, and it is left out; beside a dense one a mask costs more
     EVEN    nothing of what is read lies beyond K; else it is 0
     """
     ptrs, scales_ptr, zeros_ptr = w
     BLOCK_K: tl.constexpr = ptrs.shape[1]
-    FIELDS: tl.constexpr = fields_of(LAYOUT[0])
-    BY_ROW: tl.constexpr = LAYOUT[1] == K or FIELDS == 1
+    FORMAT: tl.constexpr = LAYOUT[0]
+    GROUP: tl.constexpr = LAYOUT[1]
+    PTX: tl.constexpr = LAYOUT[2]
+    FIELDS: tl.constexpr = fields_of(FORMAT)
+    BY_ROW: tl.constexpr = GROUP == K or FIELDS == 1
     dtype: tl.constexpr = x_ptrs.dtype.element_ty
     offs_k = tl.arange(0, BLOCK_K)
     tile = _stored_tile(ptrs, k, K - begin, EVEN, FIELDS)
     part = acc if BY_ROW else tl.zeros_like(acc)
     for field in tl.static_range(FIELDS):
         at = k + field * BLOCK_K
-        x = tl.load(x_ptrs + at) if EVEN else tl.load(x_ptrs + at, mask=offs_k[:, None] < K - begin - at, other=0.0)
+        inside = offs_k[:, None] < K - begin - at
         if FIELDS > 1:
-            if field == 0 or field * BLOCK_K % LAYOUT[1] == 0:
-                inside = None if EVEN or BY_ROW else tl.full([1, 1], begin + at, tl.int32) < K
+            inside = live if EVEN else live & inside
+        x = tl.load(x_ptrs + at) if EVEN and FIELDS == 1 else tl.load(x_ptrs + at, mask=inside, other=0.0)
+        if FIELDS > 1:
+            if field == 0 or field * BLOCK_K % GROUP == 0:
+                has_group = None if EVEN or BY_ROW else tl.full([1, 1], begin + at, tl.int32) < K
                 # A unit begins with a group, or is part of a row's.
-                group = (begin + k) // LAYOUT[1] + field * BLOCK_K // LAYOUT[1]
-                zeros = _of_group(zeros_ptr, rows, group, inside, K, LAYOUT[1])
-                scales = None if BY_ROW else _of_group(scales_ptr, rows, group, inside, K, LAYOUT[1])
-            part = tl.dot(unpacked(tile, field, zeros, LAYOUT[0], dtype, LAYOUT[2]), x, part, input_precision="ieee")
-            if not BY_ROW and (field + 1) * BLOCK_K % LAYOUT[1] == 0:
+                group = begin // GROUP + k // GROUP + field * BLOCK_K // GROUP
+                zeros = None if zeros_ptr is None else _of_group(zeros_ptr, rows, group, has_group, K, GROUP)
+                scales = None if BY_ROW else _of_group(scales_ptr, rows, group, has_group, K, GROUP)
+            part = tl.dot(unpacked(tile, field, zeros, FORMAT, dtype, PTX), x, part, input_precision="ieee")
+            if not BY_ROW and (field + 1) * BLOCK_K % GROUP == 0:
                 acc += part * scales.to(tl.float32)
                 part = tl.zeros_like(acc)
         else:

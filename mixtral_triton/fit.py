@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from rich.filesize import decimal
 
 from .cards import CARDS, Card
 from .config import MixtralConfig
 from .generate import PREFILL_CHUNK
+from .parallel import WHOLE, Shard
 from .quantize.form import PARTS, Form, chosen
 from .weights import parameter_shapes
 
@@ -39,6 +41,7 @@ KNOWN = {
 # An estimate, not a count: what the driver keeps of the total that its tool prints, a CUDA context with the kernels of
 # torch and Triton, a library's workspace for matrix products, the graph of a decode step and that step's own buffers.
 OVERHEAD = 5 * 2**28
+MOST_LAYERS = 10_000  # a config that asks for more is broken, and would take for ever to add up
 TIGHT = 0.02  # of the memory: what the estimate may be wrong by
 MOST_GPUS = 16
 # Of each logit: in the model's dtype, in fp32, and what a draw by temperature and top_p makes of it, its sort included.
@@ -56,13 +59,13 @@ FORMATS: dict[str, Weights] = {
 }
 
 
-def choices(config: MixtralConfig) -> dict[str, Forms]:
+def choices(config: MixtralConfig, shard: Shard = WHOLE) -> dict[str, Forms]:
     """The forms that each of FORMATS has for a model; a format that its columns do not take is left out."""
-    shapes = parameter_shapes(config)
+    shapes, own = parameter_shapes(config), parameter_shapes(config, shard)
     found: dict[str, Forms] = {}
     for name, weights in FORMATS.items():
         try:
-            found[name] = chosen(weights, shapes)
+            found[name] = shard.forms(chosen(weights, shapes), shapes, own)
         except ValueError:  # int4, whose groups have to divide the columns
             continue
     return found
@@ -72,18 +75,23 @@ def stored_dtype(config: MixtralConfig) -> torch.dtype:
     return getattr(torch, config.dtype or "bfloat16")
 
 
-def weight_bytes(config: MixtralConfig, forms: Forms, dtype: torch.dtype | None = None) -> int:
-    """Of all parameters; `dtype`: of those that have no form, None: as stored."""
+def weight_bytes(config: MixtralConfig, forms: Forms, dtype: torch.dtype | None = None, shard: Shard = WHOLE) -> int:
+    """Of all parameters that a rank keeps; `dtype`: of those that have no form, None: as stored."""
     itemsize = (dtype or stored_dtype(config)).itemsize
     return sum(
         _packed(forms[name], shape) if name in forms else itemsize * math.prod(shape)
-        for name, shape in parameter_shapes(config).items()
+        for name, shape in parameter_shapes(config, shard).items()
     )
 
 
-@lru_cache(maxsize=256)
 def _packed(form: Form, shape: tuple[int, ...]) -> int:
-    return form.empty(shape, "meta").nbytes
+    return math.prod(shape[:-1]) * _row(form, shape[-1])
+
+
+@lru_cache(maxsize=256)
+def _row(form: Form, columns: int) -> int:
+    """Bytes of one row: its codes, scales and zeros."""
+    return form.empty((1, columns), "meta").nbytes
 
 
 def table_bytes(config: MixtralConfig) -> int:
@@ -147,9 +155,10 @@ class Need:
 
     @classmethod
     def of(cls, config: MixtralConfig, forms: Forms, batch: int, context: int, gpus: int = 1) -> Need:
-        """Several cards: weights and cache in even parts, all the rest on each, as tensor parallelism has it."""
+        """Several cards: weights and cache in even parts, as if those divided them; embedding and the rest on each."""
+        embedding = config.vocab_size * config.hidden_size * stored_dtype(config).itemsize
         return cls(
-            -(-weight_bytes(config, forms) // gpus),
+            embedding - (embedding - weight_bytes(config, forms)) // gpus,
             table_bytes(config),
             -(-cache_bytes(config, batch, context) // gpus),
             workspace_bytes(config, batch, context),
@@ -207,31 +216,29 @@ def check(
     dtype: torch.dtype,
     free_choice: bool = True,
     free: int | None = None,
+    shard: Shard = WHOLE,
 ) -> None:
     """ValueError where the weights alone do not fit in what is free on a CUDA `device`, before anything is allocated.
 
     forms, dtype: of the quantized parameters, and of the others. free_choice: whether others can be asked for, as is so
-    for files that are not quantized themselves. free: bytes; None: the driver is asked.
+    for files that are not quantized themselves. free: bytes; None: the driver is asked, and torch for what it keeps.
     """
     if device.type != "cuda":
         return
     if free is None:
-        free = torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, of what was let go
+        free = torch.cuda.mem_get_info(device)[0] + kept
     tables = table_bytes(config)
-    need = weight_bytes(config, forms, dtype) + tables
+    need = weight_bytes(config, forms, dtype, shard) + tables
     if need <= free:
         return
-    others = choices(config) if free_choice else {STORED: forms}
-    sizes = {name: weight_bytes(config, other, dtype) + tables for name, other in others.items()}
-    would = [f"weights={FORMATS[name]!r} takes {_gb(size)}" for name, size in sizes.items() if size <= free]
+    others = choices(config, shard) if free_choice else {STORED: forms}
+    sizes = {name: weight_bytes(config, other, dtype, shard) + tables for name, other in others.items()}
+    would = [f"weights={FORMATS[name]!r} takes {decimal(size)}" for name, size in sizes.items() if size <= free]
     if not would:
         least = min(sizes, key=sizes.__getitem__)
-        card = smallest_card(config, others[least], 1, 1)
-        would = [f"no format fits, the least is {_gb(sizes[least])} with weights={FORMATS[least]!r}"]
+        card = smallest_card(config, others[least], 1, 1) if shard == WHOLE else None
+        would = [f"no format fits, the least is {decimal(sizes[least])} with weights={FORMATS[least]!r}"]
         would += [f"a card like the {card.name} holds that"] if card else []
-    got = f"the weights take {_gb(need)}, and {device} has {_gb(free)} free"
+    got = f"the weights take {decimal(need)}, and {device} has {decimal(free)} free"
     raise ValueError(f"Mixtral.from_pretrained: {got}: {'; '.join(would)}")
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops, weights
+from . import fit, ops, weights
 from .cache import KVCache
 from .config import MixtralConfig
 from .generate import generate
@@ -345,12 +345,14 @@ def load(
         forms = hub.plan(headers, config).forms
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"Mixtral.from_pretrained: dtype is {dtype}, needs torch.float32, bfloat16 or float16")
-    shard, device = WHOLE, usable_device(device or (None if ranks is None else ranks.device_type))
+    dtype, shard = dtype or weights.stored_dtype(headers), WHOLE
+    place = usable_device(device or (None if ranks is None else ranks.device_type))
     if ranks is not None:
-        ranks.check_device(device)
+        ranks.check_device(place)
         shard = ranks.shard
         shard.check(config)
         forms = shard.forms(forms, shapes, weights.parameter_shapes(config, shard))
-    model = cls(config, device, dtype or weights.stored_dtype(headers), deterministic, forms, ranks)
+    fit.check(config, forms, place, dtype, free_choice=headers.scheme is None, shard=shard)
+    model = cls(config, place, dtype, deterministic, forms, ranks)
     (weights.load if headers.scheme is None else hub.load)(folder, config, model.places(), progress, shard)
     return model

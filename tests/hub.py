@@ -222,6 +222,7 @@ for _group in (128, 64, 32, -1):
         LAYOUTS[f"ct int4 {_group} {_zeros}"] = (compressed(4, _group, _zeros), pack_config(4, _group, _zeros))
     for _off in (0, 1):
         LAYOUTS[f"gptq {_group} {_off}"] = (gptq(_group, _off), gptq_config(_group, _off))
+LAYOUTS["gptq act-order"] = (gptq(64), gptq_config(64, desc_act=True))
 LAYOUTS["ct act-order"] = (compressed(4, 64), pack_config(4, 64))
 LAYOUTS["ct act-order"][1]["config_groups"]["group_0"]["weights"]["actorder"] = "group"
 LAYOUTS["ct pack int8"] = (compressed(8, 64), pack_config(8, 64))

@@ -7,6 +7,10 @@ from typing import Any
 import torch
 
 from mixtral_triton import Mixtral, MixtralConfig
+from mixtral_triton.kernels.quantized import QuantizedWeight
+from mixtral_triton.quantize.form import chosen
+from mixtral_triton.quantize.quantizers import fill
+from mixtral_triton.weights import parameter_shapes
 
 SIZES: dict[str, Any] = {
     "vocab_size": 23,
@@ -29,16 +33,25 @@ def random_model(
     seed: int = 0,
     gain: float = 2.0,
     deterministic: bool = False,
+    weights: Any = None,
     **sizes: Any,
 ) -> Mixtral:
     """A model of SIZES, changed by `sizes`; on the meta device its shapes alone.
 
     Its matrices make a vector `gain` times as long: at 2 neither a route nor a greedy token is a close call.
+    `weights` quantizes as `Mixtral.from_pretrained` does.
     """
-    model = Mixtral(MixtralConfig(**SIZES | sizes), device, dtype, deterministic)
+    config = MixtralConfig(**SIZES | sizes)
+    model = Mixtral(config, device, dtype, deterministic, chosen(weights, parameter_shapes(config)))
     generator = torch.Generator().manual_seed(seed)
-    for name, weight in model.named_parameters() if model.device.type != "meta" else ():
+    # In the order of the module: seeds that tests rely on were tried in it.
+    for name in model.places() if model.device.type != "meta" else ():
+        weight = model.places()[name]
         values = torch.randn(weight.shape, generator=generator)
         scale = 1.0 if name == "embed_tokens" else gain * weight.shape[-1] ** -0.5
-        weight.data.copy_(1 + 0.3 * values if weight.dim() == 1 else values * scale)
+        values = 1 + 0.3 * values if len(weight.shape) == 1 else values * scale
+        if isinstance(weight, QuantizedWeight):
+            fill(weight, values)
+        else:
+            weight.data.copy_(values)
     return model

@@ -256,6 +256,18 @@ def test_tiles_of_keys_do_not_depend_on_the_queries() -> None:
     assert padded.equal(own)
 
 
+@pytest.mark.parametrize("format", ["int4", "fp8"])
+def test_quantized_weights_keep_the_promise(format: str, device: torch.device) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "sliding_window": 3}
+    model = random_model(device, deterministic=True, weights={"experts": format, "linear": "int8"}, **sizes)
+    ids = torch.randint(20, (9, 5), generator=torch.Generator().manual_seed(1)).to(device)
+    lengths = torch.tensor([5, 3, 1, 4, 5, 2, 5, 1, 3], device=device)
+    among = steps(model, ids, lengths)
+    for rows in ([4], [8, 0, 3], [*range(8, -1, -1)]):
+        for row, got in zip(rows, steps(model, ids[rows], lengths[rows]), strict=True):
+            assert torch.equal(among[row], got), f"{row} of 9"
+
+
 def test_a_text_is_the_same_in_any_company(model: Mixtral, device: torch.device) -> None:
     model = model.to(device)
     prompts = [torch.tensor(ids, device=device) for ids in ([3, 5, 7], [1] * 8, [2, 9])]

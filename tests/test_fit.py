@@ -201,10 +201,12 @@ def test_tight_is_within_two_percent() -> None:
 
 
 def test_several_cards_share_weights_and_cache_alone() -> None:
+    """But for the embedding, which each of them has."""
     one, four = (Need.of(SMALLER, FP8, 2, 8192, gpus) for gpus in (1, 4))
-    assert (4 * four.weights, 4 * four.cache) == (one.weights, one.cache)
+    embedding = 2 * SMALLER.vocab_size * SMALLER.hidden_size
+    assert (4 * (four.weights - embedding), 4 * four.cache) == (one.weights - embedding, one.cache)
     assert replace(four, weights=one.weights, cache=one.cache) == one
-    assert plan(SMALLER, {}, 8 * GB, 1, 100).needs == 15 and plan(SMALLER, INT4, 2 * GB, 1, 1).needs is None
+    assert plan(SMALLER, {}, 8 * GB, 1, 100).needs == 16 and plan(SMALLER, INT4, 2 * GB, 1, 1).needs is None
 
 
 @pytest.mark.parametrize(
@@ -286,6 +288,16 @@ def test_a_folder_needs_its_config_alone(tmp_path: Path, capsys: pytest.CaptureF
     assert status == 0 and json.loads(text)["parameters"] == sum(
         x.numel() for x in Mixtral.from_pretrained(SMALL, "meta").parameters()
     )
+
+
+@pytest.mark.parametrize(("field", "status"), [("num_hidden_layers", 2), ("num_local_experts", 1), ("vocab_size", 1)])
+def test_a_size_that_no_model_has_ends_at_once(
+    field: str, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = json.loads((SMALL / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, field: 2**31 - 8}))
+    assert main(["fit", str(tmp_path), "--gpu", "b300"]) == status
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_without_a_card_all_are_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +389,9 @@ def test_the_check_passes_what_fits_and_asks_no_cpu(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="26"):
         check(SMALLER, INT4, CUDA, BF16, free=need - 1)
     check(SMALLER, {}, torch.device("cpu"), BF16, free=0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (need, 99 * need))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (need - 8, 99 * need))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 12)  # 8 that torch keeps of a model that is gone
     check(SMALLER, INT4, CUDA, BF16)
     with pytest.raises(ValueError, match="the weights take 186"):
         check(SMALLER, {}, CUDA, torch.float32)

@@ -18,8 +18,8 @@ NEW = 8
 CARD = torch.device("cuda", 1)  # not the current one
 
 
-def build(window: int | None, device: torch.device | str) -> Mixtral:
-    return random_model(device, sliding_window=window)
+def build(window: int | None, device: torch.device | str, **more: Any) -> Mixtral:
+    return random_model(device, sliding_window=window, **more)
 
 
 def prompts(device: torch.device | str) -> list[torch.Tensor]:
@@ -38,6 +38,12 @@ def test_replays_give_the_plain_loop_s_text(window: int | None, card: Any) -> No
     want = texts(build(window, "cpu"), max_new_tokens=NEW)
     assert got == want
     assert len({token for text in want for token in text[-NEW:]}) > 4  # else any frozen number would do
+
+
+def test_quantized_weights_are_captured_as_dense_ones_are(card: Any) -> None:
+    more = {"weights": {"experts": "int4", "linear": "int8"}, "hidden_size": 32, "intermediate_size": 32}
+    got = texts(build(None, CARD, **more), max_new_tokens=NEW)
+    assert card.replays == NEW - 2 and got == texts(build(None, "cpu", **more), max_new_tokens=NEW)
 
 
 def test_the_capture_is_on_the_model_s_own_card(card: Any) -> None:

@@ -277,6 +277,11 @@ def quantized(model: Any) -> None:
     proj.weight = nn.Parameter(proj.weight.to(torch.int8), requires_grad=False)
 
 
+def planted_config(model: Any) -> None:
+    """As a quantized model has it, until transformers dequantizes it."""
+    model.config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
 def four_bits(model: Any) -> None:
     """A parameter of another kind, as bitsandbytes puts in."""
     kind = type("Params4bit", (nn.Parameter,), {})
@@ -311,6 +316,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         broken(lambda m: setattr(m, "hf_quantizer", object())),
         "quantization_config.*Mixtral.from_pretrained",
     ),
+    "quantization_config": (broken(planted_config), "quantization_config.*Mixtral.from_pretrained"),
     "fp64": (broken(lambda m: m.double()), "torch.float64"),
     "tensor parallel": (broken(sharded), "tensor-parallel plan; load it without tp_plan"),
     "expert parallel": (broken(split_experts), "layers.0.mlp.experts is split over ranks"),

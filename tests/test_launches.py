@@ -15,14 +15,17 @@ from mixtral_triton.generate import sample
 from mixtral_triton.kernels import launch as door
 from mixtral_triton.kernels.op import LaunchConfig
 from mixtral_triton.kernels.record import record_launches
+from mixtral_triton.quantize.form import chosen
+from mixtral_triton.weights import parameter_shapes
 
 BATCHES = (1, 4, 32, 64, 200)
 SYNCS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2"}
 
 
-def model(layers: int, window: int | None, deterministic: bool = False) -> Mixtral:
+def model(layers: int, window: int | None, deterministic: bool = False, weights: Any = None) -> Mixtral:
     config = MixtralConfig(num_hidden_layers=layers, rope_theta=1e6, sliding_window=window)
-    return Mixtral(config, device="meta", deterministic=deterministic)
+    forms = chosen(weights, parameter_shapes(config))
+    return Mixtral(config, device="meta", deterministic=deterministic, forms=forms)
 
 
 def recorded(mixtral: Mixtral, B: int, T: int, then: Callable[[Any], Any] = lambda h: h) -> Counter[str]:
@@ -55,6 +58,15 @@ def test_launches_a_layer(
     what = f"{phase}, window {window}{', deterministic' * deterministic}"
     batches = ", ".join(map(str, BATCHES))
     covers("launches", f"{what}: at most {most} Triton, {in_all} in all, a layer; batch {batches}")
+
+
+@pytest.mark.parametrize("format", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize(("phase", "T", "own", "every"), [("decode", 1, 10, 12), ("prefill", 512, 16, 18)])
+def test_quantized_weights_take_no_more_launches(phase: str, T: int, own: int, every: int, format: str) -> None:
+    """In prefill two more are ours: the library's products of attention, which it has not for these weights."""
+    two, three = (model(n, None, weights={"experts": format, "linear": format}) for n in (2, 3))
+    a_layer = [recorded(three, B, T) - recorded(two, B, T) for B in BATCHES]
+    assert max(map(ours, a_layer)) <= own and max(kernels.total() for kernels in a_layer) <= every, a_layer
 
 
 def waits(then: Callable[[Any], Any]) -> bool:

@@ -9,19 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixtral_triton import Mixtral, MixtralConfig, reference
 from mixtral_triton.cli import SMALL
+from mixtral_triton.fit import table_bytes, weight_bytes
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.quantized import unpack
 from mixtral_triton.quantize import QuantizedWeight, quantize, quantizers
+from mixtral_triton.quantize.form import chosen
 from mixtral_triton.verification import fits_twice
 from mixtral_triton.verification.loaded import check_loaded
 from mixtral_triton.verification.quality import held_out, perplexity
-from mixtral_triton.weights import read_headers, table, total_bytes
+from mixtral_triton.weights import parameter_shapes, read_headers, table, total_bytes
 from tests.memory import anonymous_peak, needs_proc
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about the host and the plain way: run once")
@@ -119,9 +120,15 @@ def test_the_reference_is_that_of_the_dequantized_weight(format: str, dtype: tor
     gate_up, down, x = quantize(normal(4, 64, 128), format), quantize(normal(4, 128, 32), format), normal(9, 128)
     ids, weights = torch.arange(18).view(9, 2).remainder(4).int(), torch.rand(9, 2)
     dense = [weight.dequantize().to(dtype) for weight in (gate_up, down)]
-    got = reference.expert_swiglu(x.to(dtype), gate_up, down, ids, weights)
-    assert torch.equal(got, reference.expert_swiglu(x.to(dtype), *dense, ids, weights))
-    assert torch.equal(reference.linear(x.to(dtype), gate_up[1]), F.linear(x.to(dtype), dense[0][1]))
+    pairs = (
+        (reference.expert_swiglu(x.to(dtype), *experts, ids, weights) for experts in ((gate_up, down), dense)),
+        (reference.linear(x.to(dtype), weight[1]) for weight in (gate_up, dense[0])),
+    )
+    for got, want in pairs:
+        if format == "int8" and dtype == torch.bfloat16:  # torch multiplies by the codes
+            assert (got - want).abs().max() <= 0.02 * want.abs().max()
+        else:
+            assert torch.equal(got, want)
 
 
 def load(weights: Any = None, folder: Any = SMALL, **settings: Any) -> Mixtral:
@@ -240,20 +247,28 @@ size = sum(at.nbytes for at in model.places().values())
 """
 
 
-@needs_proc
-@pytest.mark.parametrize("weights", FORMATS)
-def test_loading_takes_its_size_and_less_than_an_expert(tmp_path: Path, weights: str) -> None:
+EXPERT = 3 * 1024 * 2048 * 2  # bytes of one in `large`
+
+
+def large(folder: Path) -> int:
+    """A checkpoint of ones whose experts are most of it -> its bytes."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2, "num_local_experts": 4}
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 500, "head_dim": 128}
     config = json.loads((SMALL / "config.json").read_text()) | sizes
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    targets = table(MixtralConfig.from_pretrained(tmp_path), "per_expert")
+    (folder / "config.json").write_text(json.dumps(config))
+    targets = table(MixtralConfig.from_pretrained(folder), "per_expert")
     ones = {name: torch.ones(target.shape, dtype=torch.bfloat16) for name, target in targets.items()}
-    save_file(ones, tmp_path / "model.safetensors")
-    dense, expert = sum(tensor.nbytes for tensor in ones.values()), 3 * 1024 * 2048 * 2
+    save_file(ones, folder / "model.safetensors")
+    return sum(tensor.nbytes for tensor in ones.values())
+
+
+@needs_proc
+@pytest.mark.parametrize("weights", FORMATS)
+def test_loading_takes_its_size_and_less_than_an_expert(tmp_path: Path, weights: str) -> None:
+    dense = large(tmp_path)
     peak, size = anonymous_peak(IMPORTS, LOADED, str(tmp_path), weights)
     assert size < (0.4 if weights == "int4" else 0.6) * dense
-    assert peak < size + expert, f"{(peak - size) / 1e6:.1f} MB beside the weights"
+    assert peak < size + EXPERT, f"{(peak - size) / 1e6:.1f} MB beside the weights"
 
 
 BOUNDS = {("int8", None): 0.1, ("fp8", None): 0.3, ("int4", 128): 2.0, ("int4", 32): 1.2}  # per cent of perplexity
@@ -298,3 +313,15 @@ def test_verify_holds_the_loaded_tensors_against_the_files(weights: Any) -> None
 def test_a_peer_of_quantized_weights_is_refused() -> None:
     with pytest.raises(ValueError, match="a peer computes with weights of its own making where they are quantized"):
         fits_twice(load("int8"))
+
+
+def test_loading_asks_before_anything_is_allocated(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MixtralConfig.from_pretrained(SMALL)
+    forms = chosen("int4", parameter_shapes(config))
+    free = weight_bytes(config, forms) + table_bytes(config)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    with pytest.raises(ValueError, match=r"the weights take .* MB, and cuda has .*: weights='int4' takes"):
+        Mixtral.from_pretrained(SMALL, device="cuda")
+    assert Mixtral.from_pretrained(SMALL, device="cuda", weights="int4").layers[0].down_proj.format == "int4"

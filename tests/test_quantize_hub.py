@@ -93,7 +93,10 @@ def test_hf_quant_config_and_compression_config(tmp_path: Path) -> None:
 def test_scales_of_activations_are_left_aside_and_said(tmp_path: Path) -> None:
     one = torch.ones(1)
     more = {f"{W1}.input_scale": one, f"{Q[:-6]}k_proj.k_scale": one.clone(), f"{Q[:-7]}.kv_scale": one.clone()}
-    meaning = hub.write(tmp_path, *hub.LAYOUTS["autofp8"], **more)
+    meaning, read = hub.write(tmp_path, *hub.LAYOUTS["autofp8"], **more), list[int]()
+    with pytest.warns(UserWarning):
+        load(tmp_path, progress=read.append)
+    assert sum(read) == total_bytes(read_headers(tmp_path))
     with pytest.warns(UserWarning, match=r"3 scales of .* \(input_scale, k_scale, kv_scale\) are left aside"):
         assert differs(tmp_path, meaning) == []
 

@@ -153,6 +153,11 @@ TENSORS: dict[str, tuple[str, dict[str, Callable[[], Tensor] | None], str]] = {
         {f"{W1}.weight_g_idx": None},
         r"10 missing \(model.*weight_g_idx",
     ),
+    "act-order of gptq that nothing tells": (
+        "gptq act-order",
+        {f"{W1}.g_idx": None},
+        rf"1 missing \({W1}\.g_idx",
+    ),
     "dense NaN": (
         "awq 128",
         {"model.norm.weight": lambda: nan((128,), torch.bfloat16, (5,))},
@@ -214,3 +219,32 @@ def test_codes_without_a_config(tmp_path: Path) -> None:
     """A checkpoint that has lost its quantization_config."""
     hub.write(tmp_path, hub.compressed(), None)
     refused(tmp_path, r"is stored as 'I(32|64)'; one of F32, BF16, F16 is needed")
+
+
+DROPPED = object()
+ODD = (None, 0, -1, 3, 1.5, "x", "", [], {}, [1], ["a"], {"a": 1}, True, False, 10**30, [[128]], "re:(", DROPPED)
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every container and key in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, inner in items for place in ((value, key), *places(inner))]
+
+
+@pytest.mark.parametrize("layout", hub.LAYOUTS)
+def test_any_odd_config_is_read_or_refused_in_a_line(tmp_path: Path, layout: str) -> None:
+    packer, config = hub.LAYOUTS[layout]
+    hub.write(tmp_path, packer, config)
+    random = np.random.default_rng(3)
+    for _ in range(12):
+        changed = json.loads(json.dumps(config))
+        holder, key = places(changed)[random.integers(len(places(changed)))]
+        if (value := ODD[random.integers(len(ODD))]) is DROPPED:
+            del holder[key]
+        else:
+            holder[key] = value
+        (tmp_path / "config.json").write_text(json.dumps(hub.SIZES | {"quantization_config": changed}))
+        try:
+            Mixtral.from_pretrained(tmp_path, device="meta")
+        except ValueError as error:
+            assert str(tmp_path) in str(error) and str(error).isprintable() and len(str(error)) < 900

@@ -24,7 +24,8 @@ from mixtral_triton.quantize import write as writer
 from mixtral_triton.quantize.write import write
 from mixtral_triton.verification import verify
 from mixtral_triton.weights import read_headers, total_bytes
-from tests.test_quantize import fused
+from tests.memory import anonymous_peak, needs_proc
+from tests.test_quantize import EXPERT, fused, large
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter")
 FORMATS = ("int4", "int8", "fp8")
@@ -137,6 +138,25 @@ def test_a_folder_that_is_quantized_already(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"out is quantized already"):
         load(tmp_path / "out", weights="int8")
     assert not (tmp_path / "again").exists()
+
+
+WRITTEN = "write(sys.argv[1], sys.argv[2], 'int4', 'cpu'); size = 0"
+LOADED = """
+model = Mixtral.from_pretrained(sys.argv[1], device="cpu")
+size = sum(at.nbytes for at in model.places().values())
+"""
+
+
+@needs_proc
+def test_writing_and_reading_take_little_memory(tmp_path: Path) -> None:
+    large(tmp_path)
+    out = str(tmp_path / "out")
+    peak, _ = anonymous_peak("from mixtral_triton.quantize.write import write", WRITTEN, str(tmp_path), out)
+    assert peak < EXPERT, f"{peak / 1e6:.1f} MB"
+    peak, size = anonymous_peak("from mixtral_triton.model import Mixtral", LOADED, out)
+    assert peak < size + 3 * EXPERT, (
+        f"{(peak - size) / 1e6:.1f} MB beside the weights"
+    )  # a piece of the hub's, unpacked
 
 
 @pytest.mark.parametrize("what", ["full", "file"])

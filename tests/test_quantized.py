@@ -56,6 +56,19 @@ def test_dequantize_is_code_minus_zero_times_scale() -> None:
     assert weight_of("int8", 80, 80).dequantize().min() < 0 < weight_of("int4", 96, 32).dequantize().max()
 
 
+@pytest.mark.parametrize("rows", [1, 5, 200])
+@pytest.mark.parametrize("K", [80, 128, 300])
+def test_a_product_of_codes_errs_no_more_than_one_of_dequantized_numbers(K: int, rows: int) -> None:
+    weight = weight_of("int8", K, K)[1]
+    x = torch.randn(rows, K, generator=torch.Generator().manual_seed(2)).bfloat16()
+    exact = x.double() @ weight.dequantize().double().T
+    plain = torch.nn.functional.linear(x, weight.dequantize().bfloat16())
+    got = weight.product(x.view(1, rows, K))[0]
+    error, limit = ((y.double() - exact).abs().max() for y in (got, plain))
+    assert error <= max(2 * limit, 2.0**-8 * exact.abs().max())
+    assert torch.equal(weight.product(x.float()), x.float() @ weight.dequantize().T)
+
+
 def test_a_part_is_the_same_weight() -> None:
     weight = weight_of("int4", 96, 32)
     assert torch.equal(weight[1].dequantize(), weight.dequantize()[1]) and len(weight[1:]) == 2

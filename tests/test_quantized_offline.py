@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from mixtral_triton.kernels.arch import ARCHS
@@ -92,6 +93,8 @@ def test_fp32(format: Format, arch: str) -> None:
 
 # Thread instructions a byte of codes; what full bandwidth affords is 8.6 on an H100, 9.6 on an A100.
 INSTRUCTIONS = {"int4-128-False": 6.0, "int4-128-True": 6.6, "int8-0-False": 4.0, "fp8-0-False": 4.0}
+# Releases before the one they were counted with spend some more on addresses.
+SLACK = 1.0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 1.1
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -104,7 +107,7 @@ def test_decode_spends_few_instructions_a_byte(format: Format, arch: str, covers
             INSTRUCTIONS[named(format)],
         )
         assert figure <= most, (launch.kernel, figure)
-        line = f"{launch.kernel}, {named(format)}, {arch}: {figure:.2f} thread instructions a byte (bound {most})"
+        line = f"{launch.kernel}, {named(format)}, {arch}: {figure:.2f} thread instructions a byte (bound {most:.1f})"
         covers("main loops", line)
 
 
@@ -134,3 +137,25 @@ def test_instructions_a_byte_are_counted_by_the_thread() -> None:
         (loop,) = compiled(each, "sm_80").loops
         figures.append(loop.instructions_a_byte(each.num_warps or 0, weight_bytes(each)))
     assert figures[1] > 1.5 * figures[0] and figures[1] > INSTRUCTIONS["int4-128-False"]
+
+
+@pytest.mark.parametrize("format", [FORMATS[1], FORMATS[2]], ids=named)
+def test_launches_by_triton_s_own_jit(format: Format, card: Any) -> None:
+    """Binder, specialization and launcher take what describes a quantized weight, on a card that is not there."""
+    name, group, zeros = format
+    sizes = {"up": (2, 128, 256), "down": (2, 256, 64)}
+    weights = []
+    for E, N, K in sizes.values():
+        groups = (E, N, K // (group or K) or 1)
+        unit = unit_columns(name, K, group if group and K % group == 0 else K)
+        data = torch.zeros(E, N, -(-K // unit) * unit * BITS[name] // 16, dtype=torch.int16)
+        zero = torch.full(groups, 136.0, dtype=BF16) if zeros else None
+        weights.append(QuantizedWeight(name, data, torch.ones(groups), zero, (E, N, K), K // groups[-1]).to("cuda:0"))
+    card.driver.executes = False
+    for T in (3, 70):
+        begin = len(card.driver.launches)
+        tensors = (torch.ones(T, 256, dtype=BF16), torch.zeros(T, 2, dtype=torch.int32), torch.ones(T, 2))
+        x, ids, chosen = (tensor.to("cuda:0") for tensor in tensors)
+        expert_swiglu(x, *weights, ids, chosen)
+        linear(x, weights[0][1])
+        assert len(card.driver.launches) - begin == (4 if T == 3 else 5)

@@ -20,6 +20,7 @@ from ..fit import (
     FORMATS,
     KNOWN,
     MOST_GPUS,
+    MOST_LAYERS,
     STORED,
     Forms,
     Plan,
@@ -30,6 +31,7 @@ from ..fit import (
     stored_dtype,
     token_flops,
 )
+from ..parallel import traffic
 from ..quantize import hub
 from ..quantize.schemes import read_scheme
 from ..weights import read_headers
@@ -37,7 +39,7 @@ from .tables import Column, Table, console
 
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FORMAT_NOTE = "fp8, int8, int4: of the experts' weights; linear: of attention and the head, too."
-SEVERAL = "Weights and cache in even parts, the rest on each: several cards are an estimate, this runtime uses one."
+SEVERAL = "Several cards: weights and cache in even parts, the rest on each, by estimate; see docs/scaling.md."
 COLOURS = {"no": "red", "tight": "yellow", "fits": "green"}
 
 
@@ -57,6 +59,8 @@ class Asked:
         name = str(args.model)
         known = KNOWN.get(name.lower())
         config = known or MixtralConfig.from_pretrained(name)
+        if config.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(f"{name}: num_hidden_layers is {config.num_hidden_layers}, needs at most {MOST_LAYERS}")
         scheme = None if known else read_scheme(Path(name))
         if scheme is None:
             forms, stored = choices(config), SHORT[stored_dtype(config)]
@@ -146,6 +150,9 @@ def _print(out: Console, asked: Asked, card: Card, gpus: int, plans: dict[str, P
         f"Beside the weights: {', '.join(f'{name} {decimal(size)}' for name, size in parts.items())}, and by estimate "
         f"{decimal(need.overhead)} for the driver, a CUDA context and a graph."
     )
+    if gpus > 1:
+        sent = traffic(asked.config, gpus, itemsize=stored_dtype(asked.config).itemsize)
+        out.print(f"For each token a card sends {decimal(sent.layer)} a layer, and {decimal(sent.head)} of logits.")
     columns = [Column("format", right=False), *map(Column, ("weights", "in all", "used", "longest", "cards"))]
     caption = "longest: tokens a sequence, and cards: how many, with 2 % of the memory to spare; tight: less to spare. "
     title = f"{gpus} x {card.name}: {card.mib:,} MiB"

@@ -122,7 +122,8 @@ def _check_model(function: str, model: Any, theirs: Any) -> None:
 
 def _check_weights(model: Any) -> None:
     """Plain parameters in a dtype that the operations know, whole on one device each."""
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+    told = (getattr(model, "hf_quantizer", None), getattr(model.config, "quantization_config", None))
+    if getattr(model, "is_quantized", False) or any(one is not None for one in told):
         raise ValueError(
             "apply: model is quantized; load it without quantization_config (bf16, fp16 or fp32), or the folder with "
             "mixtral_triton.Mixtral.from_pretrained, which reads the quantized weights exactly"

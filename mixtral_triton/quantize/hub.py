@@ -9,7 +9,7 @@ import itertools
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,12 +166,12 @@ def load(
             "in 16 bits here",
             stacklevel=4,
         )
+        if progress:
+            progress(sum(headers.tensors[name].nbytes for name in found.aside))
     weights.fill(headers.tensors, found.dense, places, progress)
     if weights.HEAD in headers.tensors and config.tie_word_embeddings and places["embed_tokens"].device.type != "meta":
         weights.check_tied_head(headers, progress, shard.vocabulary(config))
-    with ExitStack() as stack, torch.no_grad(), torch.device("cpu"):
-        files = sorted({stored.file for linear in found.linears for stored in linear.parts.values()})
-        opened = {file: stack.enter_context(weights.opened_file(file)) for file in files}
+    with torch.no_grad(), torch.device("cpu"), _opened(found.linears) as opened:
         for linear in sorted(found.linears, key=lambda linear: linear.place(found.layout)):
             place = places[linear.target.parameter]
             if linear.target.here and place.device.type != "meta":
@@ -183,18 +183,24 @@ def load(
 def read(found: Plan, linear: Linear) -> QuantizedWeight:
     """One linear [N,K] by itself, on the CPU."""
     weight = found.forms[linear.target.parameter].empty(linear.target.shape, "cpu")
-    with ExitStack() as stack:
-        files = {stored.file for stored in linear.parts.values()}
-        opened = {file: stack.enter_context(weights.opened_file(file)) for file in files}
+    with _opened([linear]) as opened:
         _fill(weight, found.layout, linear, opened)
     return weight
+
+
+@contextmanager
+def _opened(linears: list[Linear]) -> Iterator[dict[Path, Any]]:
+    """The files that hold them."""
+    with ExitStack() as stack:
+        files = {stored.file for linear in linears for stored in linear.parts.values()}
+        yield {file: stack.enter_context(weights.opened_file(file)) for file in files}
 
 
 def _fill(weight: QuantizedWeight, layout: Layout, linear: Linear, opened: Mapping[Path, Any]) -> None:
     """The rows of one linear into `weight` [N,K]."""
     file = linear.parts[layout.marker].file
     try:
-        for start, stop, codes, scales, zeros in decoded(layout, linear, opened, weight.device):
+        for start, stop, codes, scales, zeros in _decoded(layout, linear, opened, weight.device):
             if not torch.isfinite(scales).all():
                 raise ValueError("a scale is NaN or infinite: this file is damaged")
             if weight.format == "fp8" and ((codes & 127) == 127).any():
@@ -204,7 +210,7 @@ def _fill(weight: QuantizedWeight, layout: Layout, linear: Linear, opened: Mappi
         raise ValueError(f"{file}: {linear.name}: {error}") from None
 
 
-def decoded(
+def _decoded(
     layout: Layout, linear: Linear, opened: Mapping[Path, Any], device: torch.device
 ) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor | None]]:
     """What is kept of a linear, a few rows at a time: start, stop, codes uint8 [n,K], scales [n,G], zeros uint8 [n,G].

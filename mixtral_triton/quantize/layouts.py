@@ -6,9 +6,8 @@ bits, or four of 8, the first in the lowest bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +64,7 @@ class Layout:
     def form(self, K: int, scales: torch.dtype) -> Form:
         raise NotImplementedError
 
-    def check(self, read: Read, N: int, K: int, parts: Any) -> None:
+    def check(self, read: Read, N: int, K: int, parts: Collection[str]) -> None:
         """ValueError for what a look at single values shows, of the parts that are there."""
 
     def rows(self, read: Read, N: int, K: int, start: int, stop: int) -> Rows:
@@ -140,7 +139,7 @@ class Packed(Layout):
     def form(self, K: int, scales: torch.dtype) -> Form:
         return Form("int4" if self.bits == 4 else "int8", columns(self.group, K), scales, not self.symmetric)
 
-    def check(self, read: Read, N: int, K: int, parts: Any) -> None:
+    def check(self, read: Read, N: int, K: int, parts: Collection[str]) -> None:
         if (shape := read("weight_shape").tolist()) != [N, K]:
             raise ValueError(f"weight_shape says {shape}, the config {[N, K]}")
         if "weight_g_idx" in parts:
@@ -164,12 +163,14 @@ class Columns(Layout):
     kind       "gptq": `qweight` [K/8,N] packed along K. "awq": [K,N/8] along N, as the zeros in an order of its own
     off        what was taken from a zero before it was stored: 1 in GPTQ's first version
     symmetric  all zeros are 8
+    reordered  by the config: then there has to be a `g_idx`, which says how
     """
 
     kind: str
     group: int | None
     off: int = 0
     symmetric: bool = False
+    reordered: bool = False
 
     def parts(self, N: int, K: int) -> dict[str, Part]:
         if N % 8 or K % 8:
@@ -181,12 +182,12 @@ class Columns(Layout):
             "scales": Part(FLOATS, ((G, N),)),
             "bias": Part(FLOATS, ((N,),), needed=False),
         }
-        return found | ({"g_idx": Part(("I32", "I64"), ((K,),), needed=False)} if self.kind == "gptq" else {})
+        return found | ({"g_idx": Part(("I32", "I64"), ((K,),), self.reordered)} if self.kind == "gptq" else {})
 
     def form(self, K: int, scales: torch.dtype) -> Form:
         return Form("int4", columns(self.group, K), scales, not self.symmetric)
 
-    def check(self, read: Read, N: int, K: int, parts: Any) -> None:
+    def check(self, read: Read, N: int, K: int, parts: Collection[str]) -> None:
         if "g_idx" in parts:
             in_order(read("g_idx"), columns(self.group, K))
         if "bias" in parts and read("bias").any():

@@ -191,7 +191,8 @@ def _gptq(config: Mapping[str, Any]) -> Scheme:
         raise _refuse("checkpoint_format", version, "gptq or gptq_v2")
     if config.get("bits") != 4:
         raise _refuse("bits", config.get("bits"), "4")
-    layout = Columns("gptq", _group(config), int(version == "gptq"), _flag(config, "sym"))
+    group, reordered = _group(config), config.get("desc_act") is True
+    layout = Columns("gptq", group, int(version == "gptq"), _flag(config, "sym"), reordered and group is not None)
     return Scheme(version, layout, lambda name: False)
 
 

@@ -59,8 +59,8 @@ def write(
     """The checkpoint in `folder` with its experts in `format` into `out`, which is new or empty -> bytes of tensors.
 
     Files, but for their tensors and config.json, are copied. `device` is where the weights are quantized, None: the GPU
-    if there is one. Raises as loading does, and ValueError for a folder that is quantized already, or that `out` is no
-    empty folder; OSError names the file that could not be written. What an error leaves unfinished is removed.
+    if there is one. Raises as loading does, and ValueError for a folder that is quantized already and for an `out` that
+    holds anything; OSError names the file that could not be written. What an error leaves unfinished is removed.
     """
     config, headers, place = MixtralConfig.from_pretrained(folder), weights.read_headers(folder), usable_device(device)
     if headers.scheme is not None:
@@ -250,7 +250,8 @@ def _write_rest(
     for file in sorted(folder.iterdir()):
         if file.is_file() and not any(file.match(pattern) for pattern in LEFT):
             made.append(out / file.name)
-            shutil.copyfile(file, out / file.name)
+            with file.open("rb") as source, _named(out / file.name) as copy:
+                shutil.copyfileobj(source, copy)
     config = parse_json_object((folder / "config.json").read_bytes(), str(folder / "config.json"))
     plain = [name.removesuffix(".weight") for parts in by_file.values() for one in parts for name in one.tensors]
     linears = (".q_proj", ".k_proj", ".v_proj", ".o_proj", ".gate", "lm_head")
