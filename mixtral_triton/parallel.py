@@ -128,7 +128,11 @@ def even(size: int, part: int, parts: int) -> slice:
 
 
 class Ranks:
-    """The ranks of a DeviceMesh, as one of them sees it: its Shard, and what they send each other."""
+    """The ranks of a DeviceMesh, as one of them sees it: its Shard, and what they send each other.
+
+    name         of this rank, for messages
+    device_type  the mesh's
+    """
 
     def __init__(self, mesh: Any) -> None:
         """Every rank of the mesh has to call this. ValueError for what is no mesh of DIMENSIONS, with this rank."""
@@ -140,9 +144,13 @@ class Ranks:
         self.name = f"rank {self.shard.rank} of {self.shard.ranks}"
         self.device_type: str = mesh.device_type
         self._global = ranks
-        # Groups of our own: with our timeouts, over both dimensions at once, and on CPUs for what the hosts say.
-        self._group = dist.new_group(ranks, timeout=TIMEOUT, use_local_synchronization=True)
-        self._hosts = dist.new_group(ranks, timeout=LOADING, backend="gloo", use_local_synchronization=True)
+        try:
+            # Groups of our own: with our timeouts, over both dimensions at once, and on CPUs for what the hosts say; that
+            # one first, since the ranks may come here at very different times.
+            self._hosts = dist.new_group(ranks, timeout=LOADING, backend="gloo", use_local_synchronization=True)
+            self._group = dist.new_group(ranks, timeout=TIMEOUT, use_local_synchronization=True)
+        except RuntimeError as error:
+            raise ConnectionError(f"{self.name}: the ranks do not find each other: {_line(error)}") from error
 
     def check_device(self, device: torch.device) -> None:
         if device.type not in (self.device_type, "meta"):
@@ -192,7 +200,7 @@ class Ranks:
             error = caught
         told: list[str | None] = [None] * self.shard.ranks
         with self._watched():
-            dist.all_gather_object(told, None if error is None else f"{error}", group=self._hosts)
+            dist.all_gather_object(told, None if error is None else _line(error), group=self._hosts)
         if error is not None and (told.count(told[0]) == len(told) or not isinstance(error, (ValueError, OSError))):
             raise error
         failed = [f"rank {rank} of {len(told)}: {text}" for rank, text in enumerate(told) if text is not None]
@@ -209,7 +217,7 @@ class Ranks:
             others = {rank: place for rank, place in enumerate(self._global) if rank != self.shard.rank}
             gone = [str(rank) for rank, place in others.items() if self._gone(place)]
             who = f"rank {' and '.join(gone)} is gone" if gone else "another rank does not answer"
-            raise ConnectionError(f"{self.name}: {who}: {' '.join(str(error).split())}") from error
+            raise ConnectionError(f"{self.name}: {who}: {_line(error)}") from error
 
     def _gone(self, place: int) -> bool:
         """Whether the connection to the rank of this place in the world is closed."""
@@ -218,6 +226,10 @@ class Ranks:
         except RuntimeError:
             return True
         return False
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _check(mesh: Any) -> None:

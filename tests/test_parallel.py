@@ -323,3 +323,8 @@ def test_traffic() -> None:
     assert traffic(config, tp=2, ep=2) == traffic(config, tp=4)
     assert (traffic(config, tp=4).layer, traffic(config, tp=4).head) == (2 * 2 * 3 * 1024 * 2, 3 * 8000 * 2)
     assert (traffic(config).layer, traffic(config).head) == (0, 0)
+
+
+def test_fit_prints_the_traffic(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "mixtral-8x7b", "--memory", "80", "--gpus", "4", "--context", "4096"]) == 0
+    assert "a card sends 24.6 kB a layer, and 48.0 kB of logits." in capsys.readouterr().out

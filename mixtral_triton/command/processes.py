@@ -45,14 +45,14 @@ def mesh_of(args: argparse.Namespace) -> Iterator[Any]:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
         mesh = init_device_mesh(kind, (args.ep, args.tp), mesh_dim_names=("ep", "tp"))
     except RuntimeError as error:
-        raise ConnectionError(f"{_this()}the processes do not find each other: {error}") from error
+        raise ConnectionError(f"{_this()}the ranks do not find each other: {error}") from error
     yield mesh
     dist.destroy_process_group()  # not behind an error: it could wait for a rank that is gone
 
 
 def is_first() -> bool:
     """Whether this process is the one that prints."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" or int(os.environ.get("WORLD_SIZE", 1)) == 1
 
 
 def _this() -> str:
