@@ -102,10 +102,8 @@ SLACK = 1.0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else
 def test_decode_spends_few_instructions_a_byte(format: Format, arch: str, covers: Any) -> None:
     for launch in launches(format, 1, arch):
         (loop,) = compiled(launch, arch).loops
-        figure, most = (
-            loop.instructions_a_byte(launch.num_warps or 0, weight_bytes(launch)),
-            INSTRUCTIONS[named(format)],
-        )
+        figure = loop.instructions_a_byte(launch.num_warps or 0, weight_bytes(launch))
+        most = INSTRUCTIONS[named(format)] * SLACK
         assert figure <= most, (launch.kernel, figure)
         line = f"{launch.kernel}, {named(format)}, {arch}: {figure:.2f} thread instructions a byte (bound {most:.1f})"
         covers("main loops", line)
