@@ -71,7 +71,7 @@ def weight_bytes(launch: Launch) -> int:
     return 2 * rows * launch.constexprs["BLOCK_K"]
 
 
-@pytest.mark.parametrize("T", [1, 64, 300, 4096])
+@pytest.mark.parametrize("T", [1, 32, 64, 300, 4096])
 @pytest.mark.parametrize("arch", FAMILIES)
 @pytest.mark.parametrize("format", FORMATS, ids=named)
 def test_no_spill_and_fits(format: Format, arch: str, T: int, covers: Any) -> None:
