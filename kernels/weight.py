@@ -135,7 +135,8 @@ def add_products(acc, w, rows, x_ptrs, live, begin, k, EVEN: tl.constexpr, K: tl
     w       pointers [rows, BLOCK_K] of column `begin`, of the scales, of the zeros; `rows`: which rows of all these are
     x_ptrs  [BLOCK_K, T] of column `begin`
     live    [1, T] which of them count. Padding repeats a row, which crosses the L2 cache again: beside a quantized
-            weight, whose own bytes are few, that would weigh, and it is left out; beside a dense one a mask costs more
+            weight, whose own bytes are few, that would weigh, and it is left out; beside a dense one, and on AMD, a
+            mask costs more
     EVEN    nothing of what is read lies beyond K; else it is 0
     """
     ptrs, scales_ptr, zeros_ptr = w
@@ -152,9 +153,9 @@ def add_products(acc, w, rows, x_ptrs, live, begin, k, EVEN: tl.constexpr, K: tl
     for field in tl.static_range(FIELDS):
         at = k + field * BLOCK_K
         inside = offs_k[:, None] < K - begin - at
-        if FIELDS > 1:
+        if PTX:
             inside = live if EVEN else live & inside
-        x = tl.load(x_ptrs + at) if EVEN and FIELDS == 1 else tl.load(x_ptrs + at, mask=inside, other=0.0)
+        x = tl.load(x_ptrs + at, mask=inside, other=0.0) if PTX or not EVEN else tl.load(x_ptrs + at)
         if FIELDS > 1:
             if field == 0 or field * BLOCK_K % GROUP == 0:
                 has_group = None if EVEN or BY_ROW else tl.full([1, 1], begin + at, tl.int32) < K

@@ -145,8 +145,8 @@ class Ranks:
         self.device_type: str = mesh.device_type
         self._global = ranks
         try:
-            # Groups of our own: with our timeouts, over both dimensions at once, and on CPUs for what the hosts say; that
-            # one first, since the ranks may come here at very different times.
+            # Groups of our own: with our timeouts, over both dimensions at once, and on CPUs for what the hosts say.
+            # That one first: the ranks may come here at very different times.
             self._hosts = dist.new_group(ranks, timeout=LOADING, backend="gloo", use_local_synchronization=True)
             self._group = dist.new_group(ranks, timeout=TIMEOUT, use_local_synchronization=True)
         except RuntimeError as error:
