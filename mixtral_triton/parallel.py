@@ -217,7 +217,8 @@ class Ranks:
             others = {rank: place for rank, place in enumerate(self._global) if rank != self.shard.rank}
             gone = [str(rank) for rank, place in others.items() if self._gone(place)]
             who = f"rank {' and '.join(gone)} is gone" if gone else "another rank does not answer"
-            raise ConnectionError(f"{self.name}: {who}: {_line(error)}") from error
+            why = _line(error).partition(". ")[0]  # gloo goes on with advice
+            raise ConnectionError(f"{self.name}: {who}: {why}") from error
 
     def _gone(self, place: int) -> bool:
         """Whether the connection to the rank of this place in the world is closed."""

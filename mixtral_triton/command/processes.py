@@ -46,7 +46,12 @@ def mesh_of(args: argparse.Namespace) -> Iterator[Any]:
         mesh = init_device_mesh(kind, (args.ep, args.tp), mesh_dim_names=("ep", "tp"))
     except RuntimeError as error:
         raise ConnectionError(f"{_this()}the ranks do not find each other: {error}") from error
-    yield mesh
+    try:
+        yield mesh
+    except (ValueError, FileNotFoundError) as error:  # one line for each rank, and which is whose
+        if str(error).startswith("rank "):
+            raise
+        raise ValueError(f"{_this()}{error}") from error
     dist.destroy_process_group()  # not behind an error: it could wait for a rank that is gone
 
 
