@@ -153,13 +153,22 @@ def everything(mesh: Any, folder: Path, ids: torch.Tensor, **options: Any) -> di
         steps.append(model(ids[:, 5:6], cache=cache))
     steps += [model(ids[:, t : t + 1], cache=cache) for t in range(6, ids.shape[1])]
     found["cached"], found["cache"] = torch.cat(steps, dim=1), sum(keys.nbytes for keys in cache.keys)
-    found["bytes"] = {name: _nbytes(place) for name, place in model.places().items()}
+    found["bytes"] = kept_bytes(model)
     found["alone"] = model(ids[1:])
     return found
 
 
-def _nbytes(place: Any) -> int:
-    return place.nbytes if isinstance(place, QuantizedWeight) else place.untyped_storage().nbytes()
+def kept_bytes(model: Mixtral) -> dict[str, int]:
+    return {
+        name: place.nbytes if isinstance(place, QuantizedWeight) else place.untyped_storage().nbytes()
+        for name, place in model.places().items()
+    }
+
+
+def read_and_kept(mesh: Any, folder: Path) -> tuple[int, int]:
+    """Bytes that loading reads, and that the weights then take."""
+    model, read = load_counted(mesh, folder)
+    return read, sum(kept_bytes(model).values())
 
 
 def logits(mesh: Any, folder: Path, texts: list[torch.Tensor], **options: Any) -> list[torch.Tensor]:

@@ -22,7 +22,7 @@ from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.parallel import Shard, traffic
 from tests import hub
-from tests.ranks import Ranks, everything, logits, refusal, renamed, silent, watched
+from tests.ranks import Ranks, everything, logits, read_and_kept, refusal, renamed, silent, watched
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(
@@ -160,6 +160,7 @@ def test_checkpoints_of_the_hub(layout: str, ranks: Ranks, tmp_path: Path) -> No
     for mesh in ({"tp": 2}, {"ep": 2}):
         for (got,) in ranks(logits, tmp_path, [ids], dtype=torch.float32, **mesh):
             close(got, want)
+        assert all(read <= 1.05 * kept for read, kept in ranks(read_and_kept, tmp_path, **mesh))
 
 
 def test_a_group_is_never_cut(ranks: Ranks, checkpoint: Checkpoint, tmp_path: Path) -> None:
