@@ -250,7 +250,7 @@ def _check(mesh: Any) -> None:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank sends for one token of a decode step, by a ring's algorithm: what an n-th of cannot be saved.
+    """Bytes that a rank sends for one token of a decode step, by a ring's algorithm.
 
     layer  both all-reduces of one layer: each sends 2 (n - 1) / n of H numbers
     head   the logits: n - 1 times this rank's part of the vocabulary
