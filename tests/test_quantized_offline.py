@@ -18,7 +18,7 @@ from mixtral_triton.kernels.instruments.offline import compile_launch
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.linear import linear
 from mixtral_triton.kernels.op import Launch
-from mixtral_triton.kernels.quantized import BITS, QuantizedWeight, unit_columns
+from mixtral_triton.kernels.quantized import BITS, SCALES, QuantizedWeight, unit_columns
 from mixtral_triton.kernels.record import record_launches
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
@@ -42,8 +42,9 @@ def weight(format: Format, *shape: int) -> QuantizedWeight:
     *lead, K = shape
     unit, groups = unit_columns(name, K, group or K), (*lead, K // (group or K))
     data = torch.empty((*lead, -(-K // unit) * unit * BITS[name] // 16), dtype=torch.int16, device="meta")
-    scales, zero = (torch.empty(groups, dtype=BF16, device="meta") for _ in range(2))
-    return QuantizedWeight(name, data, scales, zero if zeros else None, shape, group or K)
+    scales = torch.empty(groups, dtype=SCALES[name], device="meta")
+    zero = torch.empty(groups, dtype=BF16, device="meta") if zeros else None
+    return QuantizedWeight(name, data, scales, zero, shape, group or K)
 
 
 def launches(format: Format, T: int, arch: str, dtype: torch.dtype = BF16) -> list[Launch]:
