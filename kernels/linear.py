@@ -55,7 +55,7 @@ def linear_decode_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT[0])
     for k in range(0, H, UNIT):
-        acc = add_products(acc, w, w_rows, x_ptrs, 0, k, H % UNIT == 0, H, LAYOUT)
+        acc = add_products(acc, w, w_rows, x_ptrs, (offs_t < T)[None, :], 0, k, H % UNIT == 0, H, LAYOUT)
     acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=0)
     out = y_ptr + offs_t.to(tl.int64)[None, :] * N + offs_n[:, None]
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[None, :] & (offs_n < N)[:, None])

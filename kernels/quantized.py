@@ -83,7 +83,8 @@ def unpack(data: Tensor, format: str, K: int, group: int) -> Tensor:
 class QuantizedWeight(nn.Module):
     """A weight [E, N, K] or [N, K]: value = (code - zero) * scale, in fp32.
 
-    format  "int4": codes 0..15, zero 8 unless `zeros` says otherwise; "int8": two's complement; "fp8": e4m3
+    format  "int4": codes 0..15, zero 8 unless `zeros` says otherwise; "int8": two's complement; "fp8": e4m3, none of
+            them NaN (0x7F, 0xFF): loading refuses those, kernels look at no value
     data    int16 [(E,) N, K' * bits / 16], see `pack`
     scales  [(E,) N, G], as stored: never rounded
     zeros   int4 only: bf16 [(E,) N, G], 128 + zero; None: 8 everywhere

@@ -16,7 +16,7 @@ from .quantized import tile_columns
 _FEW = {
     "sm_80": {16: (128, 8, 4), 32: (128, 8, 3), 64: (64, 4, 3)},
     "sm_90": {16: (64, 4, 5), 32: (64, 4, 4), 64: (64, 4, 3)},
-    "gfx942": {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 8, 2)},
+    "gfx942": {16: (32, 4, 1), 64: (32, 8, 1)},
 }
 # (rows of x, weight rows, warps, stages) by rows of x that share a weight, on average.
 _MANY = {
@@ -34,9 +34,10 @@ def few_rows(
     weights: str, columns: int, depth: int, block_t: int, dtype: torch.dtype, arch: str, halves: int = 1
 ) -> LaunchConfig:
     """Of a decode kernel, at most block_t rows of x in a tile. `columns`: rows of each of the weight's `halves`."""
-    single = dtype == torch.float32
-    rows, warps, stages = _FEW_SINGLE if single else _FEW[family(arch)][block_t]
-    tile = {"BLOCK_T": 16 if single else block_t, "BLOCK_N": power_of_2(columns, low=16, high=rows // halves)}
+    table = {16: _FEW_SINGLE} if dtype == torch.float32 else _FEW[family(arch)]
+    height = max(least for least in table if least <= block_t)
+    rows, warps, stages = table[height]
+    tile = {"BLOCK_T": height, "BLOCK_N": power_of_2(columns, low=16, high=rows // halves)}
     return LaunchConfig(tile | {"BLOCK_K": tile_columns(weights, depth)}, num_warps=warps, num_stages=stages)
 
 

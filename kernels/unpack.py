@@ -68,7 +68,7 @@ def _by_ptx(tile, field, zeros, FORMAT: tl.constexpr, dtype: tl.constexpr):
         ONE: tl.constexpr = 128 if BF16 else 1024
         codes = _moved(tile, 4 * field, INT4_BF16 if BF16 else INT4_FP16, dtype)
         if zeros is None:
-            zero = tl.full([1, 1], ONE + 8, dtype)
+            zero = tl.full([1, 1], ONE + 8, tl.float32).to(dtype)
         else:
             zero = zeros if BF16 else (zeros.to(tl.float32) + (ONE - 128)).to(dtype)
         return _paired(codes, zero, MINUS_BF16 if BF16 else MINUS_FP16, dtype)

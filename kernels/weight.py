@@ -127,13 +127,16 @@ def weight_tile(
 
 
 @triton.jit
-def add_products(acc, w, rows, x_ptrs, begin, k, EVEN: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr):
+def add_products(acc, w, rows, x_ptrs, live, begin, k, EVEN: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr):
     """acc [rows, T] + the next FIELDS * BLOCK_K columns of a weight, from begin + k on, times those of x.
 
     A weight's bytes are read once, and a group's scale comes after its products: it is never rounded.
 
     w       pointers [rows, BLOCK_K] of column `begin`, of the scales, of the zeros; `rows`: which rows of all these are
     x_ptrs  [BLOCK_K, T] of column `begin`
+    live    [1, T] which of them count. Padding repeats a row, which crosses the L2 cache again: beside a quantized
+            weight, whose own bytes are few, that would weigh, and it is left out; beside a dense one, and on AMD, a
+            mask costs more
     EVEN    nothing of what is read lies beyond K; else it is 0
     """
     ptrs, scales_ptr, zeros_ptr = w
@@ -149,14 +152,17 @@ def add_products(acc, w, rows, x_ptrs, begin, k, EVEN: tl.constexpr, K: tl.const
     part = acc if BY_ROW else tl.zeros_like(acc)
     for field in tl.static_range(FIELDS):
         at = k + field * BLOCK_K
-        x = tl.load(x_ptrs + at) if EVEN else tl.load(x_ptrs + at, mask=offs_k[:, None] < K - begin - at, other=0.0)
+        inside = offs_k[:, None] < K - begin - at
+        if PTX:
+            inside = live if EVEN else live & inside
+        x = tl.load(x_ptrs + at, mask=inside, other=0.0) if PTX or not EVEN else tl.load(x_ptrs + at)
         if FIELDS > 1:
             if field == 0 or field * BLOCK_K % GROUP == 0:
-                inside = None if EVEN or BY_ROW else tl.full([1, 1], begin + at, tl.int32) < K
+                has_group = None if EVEN or BY_ROW else tl.full([1, 1], begin + at, tl.int32) < K
                 # A unit begins with a group, or is part of a row's.
                 group = begin // GROUP + k // GROUP + field * BLOCK_K // GROUP
-                zeros = None if zeros_ptr is None else _of_group(zeros_ptr, rows, group, inside, K, GROUP)
-                scales = None if BY_ROW else _of_group(scales_ptr, rows, group, inside, K, GROUP)
+                zeros = None if zeros_ptr is None else _of_group(zeros_ptr, rows, group, has_group, K, GROUP)
+                scales = None if BY_ROW else _of_group(scales_ptr, rows, group, has_group, K, GROUP)
             part = tl.dot(unpacked(tile, field, zeros, FORMAT, dtype, PTX), x, part, input_precision="ieee")
             if not BY_ROW and (field + 1) * BLOCK_K % GROUP == 0:
                 acc += part * scales.to(tl.float32)

@@ -9,7 +9,7 @@ Every operation raises ValueError, naming the argument, on a wrong shape, dtype 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -216,6 +216,13 @@ def __getattr__(name: str) -> Any:
 
 for _name in OPS.keys() - _FUNCTIONS.keys():
     _operator(OPS[_name])
+
+
+def reached_by(name: str, args: Mapping[str, Any]) -> Callable[..., Any]:
+    """The operation as these arguments reach it: torch's operator, or where a weight is quantized, which is no argument
+    of those, the function that takes it apart for them."""
+    quantized = any(isinstance(value, QuantizedWeight) for value in args.values())
+    return _FUNCTIONS[name] if quantized else getattr(torch.ops.mixtral_triton, name)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:

@@ -22,6 +22,7 @@ from mixtral_triton.bench.cases import BENCHED, Case, Oracle, cases
 from mixtral_triton.bench.measure import Bench, checked_row, compare, timed_row
 from mixtral_triton.bench.model import letters
 from mixtral_triton.bench.own_peer import arguments, imported, own_peer
+from mixtral_triton.bench.peers import PEERS
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.config import MixtralConfig
 from mixtral_triton.kernels import reference
@@ -311,3 +312,15 @@ def test_bad_input_is_one_line(
 def test_a_peer_without_an_operation_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--peer", "examples.my_experts:swiglu"]) == 2
     assert "goes with the one operation" in capsys.readouterr().err
+
+
+def test_quantized_weights_are_sized_by_their_form_and_a_peer_of_dense_ones_says_so() -> None:
+    (case,) = cases(["expert_swiglu"], sizes=["T=3,H=128,I=64,E=4,K=2,gate_up=int4:32,down=int8"])
+    args = case.inputs(CPU)
+    assert args["gate_up_proj"].name == "int4:32" and args["down_proj"].name == "int8"
+    dense = next(peer for peer in PEERS if peer.name == "HF grouped_mm")
+    row = timed_row(case, H100, CPU, lambda call: (call(), 1.0)[1], [dense, PEERS[0]])
+    assert row.ours.right and row.peers["torch"].right and row.peers["HF grouped_mm"].note == "its weights are dense"
+    for wrong, message in (("weight=int5", "needs one of int4, int8, fp8"), ("weight=int4:48", "groups of 48")):
+        with pytest.raises(ValueError, match=message):
+            cases(["linear"], sizes=[f"T=3,H=128,N=64,{wrong}"])

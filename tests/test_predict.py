@@ -140,6 +140,14 @@ def test_more_padding_or_a_smaller_tile_takes_longer(
 
 
 @once
+@pytest.mark.parametrize(("form", "repeated"), [("int4:128", 0), (None, 15)])
+def test_padding_of_few_rows_is_loaded_where_no_mask_stops_it(form: str | None, repeated: int) -> None:
+    """Beside a quantized weight it is masked; beside a dense one 15 rows repeat the only one."""
+    one, many = (work(recorded("linear", Shape(T=T, H=512, N=64, weight=form))[0]) for T in (1, 16))
+    assert many.loaded - one.loaded == (15 - repeated) * 512 * 2 and many.flops == one.flops
+
+
+@once
 def test_one_more_launch_takes_longer() -> None:
     launches, cost = recorded("route", Shape(T=1, E=8, K=2)), OPS["route"].cost(Shape(T=1, E=8, K=2), BF16)
     one, two = (predicted(launches * times, H100, cost) for times in (1, 2))

@@ -71,7 +71,7 @@ def weight_bytes(launch: Launch) -> int:
     return 2 * rows * launch.constexprs["BLOCK_K"]
 
 
-@pytest.mark.parametrize("T", [1, 64, 300, 4096])
+@pytest.mark.parametrize("T", [1, 32, 64, 300, 4096])
 @pytest.mark.parametrize("arch", FAMILIES)
 @pytest.mark.parametrize("format", FORMATS, ids=named)
 def test_no_spill_and_fits(format: Format, arch: str, T: int, covers: Any) -> None:
@@ -102,10 +102,8 @@ SLACK = 1.0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else
 def test_decode_spends_few_instructions_a_byte(format: Format, arch: str, covers: Any) -> None:
     for launch in launches(format, 1, arch):
         (loop,) = compiled(launch, arch).loops
-        figure, most = (
-            loop.instructions_a_byte(launch.num_warps or 0, weight_bytes(launch)),
-            INSTRUCTIONS[named(format)],
-        )
+        figure = loop.instructions_a_byte(launch.num_warps or 0, weight_bytes(launch))
+        most = INSTRUCTIONS[named(format)] * SLACK
         assert figure <= most, (launch.kernel, figure)
         line = f"{launch.kernel}, {named(format)}, {arch}: {figure:.2f} thread instructions a byte (bound {most:.1f})"
         covers("main loops", line)

@@ -43,7 +43,7 @@ class Prediction:
     @property
     def share(self) -> float:
         """How near to the floor: 1.0 is on it."""
-        return self.floor_s / self.seconds
+        return self.floor_s / self.seconds if self.seconds else 1.0
 
     def as_dict(self) -> dict[str, Any]:
         return {"time_us": self.seconds * 1e6, "limit": self.limit, "of_floor": self.share}

@@ -104,9 +104,14 @@ def _sort(launch: Launch) -> Work:
 
 @dataclass(frozen=True)
 class _Tile:
-    """Rows of x and of a weight that a program multiplies along `depth`; `stored`: bytes of a weight's row there."""
+    """Rows of x and of a weight that a program multiplies along `depth`.
+
+    live    rows of x that are loaded, where padding is masked: fewer than are multiplied
+    stored  bytes of a weight's row along the depth
+    """
 
     rows: int
+    live: float
     x: Tensor
     weight_rows: int
     weight: Tensor
@@ -118,7 +123,7 @@ class _Tile:
         return Work(
             memory,
             programs,
-            self.rows * self.depth * size + self.weight_rows * self.stored,
+            self.live * self.depth * size + self.weight_rows * self.stored,
             flops=2 * self.rows * self.weight_rows * self.depth,
             shared=stages * block_k * (self.rows * size + self.weight_rows * self.weight.element_size()),
             single=size == 4,
@@ -127,15 +132,23 @@ class _Tile:
 
 def _many(rows: int, x: Tensor, weight_rows: int, weight: Tensor, depth: int) -> _Tile:
     """A quantized weight's elements come again for each of their codes: as many bytes as one element a column."""
-    return _Tile(rows, x, weight_rows, weight, depth, depth * weight.element_size())
+    return _Tile(rows, rows, x, weight_rows, weight, depth, depth * weight.element_size())
 
 
-def _few(rows: int, x: Tensor, weight_rows: int, own: dict[str, Tensor], name: str, depth: int, splits: int) -> _Tile:
-    """A weight's bytes, and its scales, come once."""
+def _few(launch: Launch, live: float, x: str, weight: str, weight_rows: int, depth: int, splits: int = 1) -> _Tile:
+    """A weight's bytes, and its scales, come once. `live`: rows that are no padding, which PTX's layouts mask."""
+    own, rows = _operands(launch), launch.constexprs["BLOCK_T"]
+    stored = _stored(own, weight) / splits
+    loaded = min(live, rows) if launch.constexprs["LAYOUT"][2] else rows
+    return _Tile(rows, loaded, own[x], weight_rows, own[weight], depth / splits, stored)
+
+
+def _stored(own: dict[str, Tensor], name: str) -> int:
+    """Bytes of a weight's row and of its scales."""
     weight = own[name]
     row = weight.shape[-1] * weight.element_size()
     row += sum(own[each].shape[-1] * own[each].element_size() for each in ("scales", "zeros") if each in own)
-    return _Tile(rows, x, weight_rows, weight, depth / splits, row / splits)
+    return row
 
 
 def _gate(launch: Launch) -> Work:
@@ -152,7 +165,7 @@ def _linear(launch: Launch) -> Work:
 
 def _linear_decode(launch: Launch) -> Work:
     own, c = _operands(launch), launch.constexprs
-    tile = _few(c["BLOCK_T"], own["x"], c["BLOCK_N"], own, "weight", c["H"], 1)
+    tile = _few(launch, len(own["x"]), "x", "weight", c["BLOCK_N"], c["H"])
     return tile.work(launch, _nbytes(launch), _programs(launch), c["BLOCK_K"])
 
 
@@ -201,7 +214,7 @@ def _experts_decode(launch: Launch, x: str, weight: str, halves: int, depth: str
     own, c = _operands(launch), launch.constexprs
     T, K = own["ids"].shape
     chosen = experts_chosen(T, K / launch.args["E"], launch.args["E"])
-    tile = _few(c["BLOCK_T"], own[x], halves * c["BLOCK_N"], own, weight, c[depth], splits)
+    tile = _few(launch, T * K / chosen, x, weight, halves * c["BLOCK_N"], c[depth], splits)
     programs = (launch.grid or (0,))[0] * chosen * splits
     return tile.work(launch, _expert_bytes(launch, weight, chosen), programs, c["BLOCK_K"])
 

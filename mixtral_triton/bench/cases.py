@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from ..config import MixtralConfig
 from ..kernels.checks import dtype_name
 from ..kernels.op import Cost, Op, Shape, Sizes
+from ..kernels.quantized import BITS
 from ..kernels.registry import OPS
 from ..verification.yardstick import Yardstick
 from . import decode_step
@@ -180,13 +182,19 @@ def _check_dtype(names: Sequence[str], dtype: torch.dtype) -> None:
             raise ValueError(f"--dtype is {dtype_name(dtype)!r}, and {op.name} has {known}: leave --dtype out")
 
 
-def _size(option: str, text: str) -> tuple[str, int]:
+def _size(option: str, text: str) -> tuple[str, Any]:
     letter, _, size = text.partition("=")
+    if letter in _WEIGHTS:
+        if not re.fullmatch(rf"({'|'.join(BITS)})(:\d+)?", size):
+            formats = ", ".join(BITS)
+            raise ValueError(f"{option} is {text!r}, needs one of {formats}, and maybe its group: {letter}=int4:128")
+        return letter, size
     if not letter or not size.isdecimal():
         raise ValueError(f"{option} is {text!r}, needs a size letter and a number: T=4096")
     return letter, int(size)
 
 
+_WEIGHTS = {"weight", "gate_up", "down"}  # switches that name the form of a quantized weight
 # Of what an operation asks for beside its shapes, when nothing is said: no window, an empty cache.
 _UNSAID = {"window": 0, "past": 0}
 
@@ -213,7 +221,7 @@ def _sized(op: Op, sizes: str | Sizes, dtype: torch.dtype, model: Sizes) -> Case
     return case
 
 
-def _parsed(text: str) -> dict[str, int]:
+def _parsed(text: str) -> dict[str, Any]:
     pairs = [_size("--sizes", part) for part in text.split(",")]
     if len(given := dict(pairs)) < len(pairs):
         raise ValueError(f"--sizes is {text!r}, needs each letter once")

@@ -17,6 +17,7 @@ from ..kernels.instruments.roofline import CARDS, Card, bound, data_sheet, floor
 from ..kernels.launch import target_arch
 from ..kernels.op import Cost, Launch, Sizes
 from ..kernels.record import record_launches
+from ..ops import reached_by
 from . import decode_step
 from .cases import Case, Oracle, StepOracle, cases, oracle
 from .own_peer import own_peer
@@ -105,7 +106,7 @@ def own_way(case: Case, args: dict[str, Any]) -> Function:
     """The registered operator, as a user's tensors reach it; the decode step is no operator."""
     if case.op is decode_step.STEP:
         return decode_step.replayed_step(args)
-    return getattr(torch.ops.mixtral_triton, case.op.name)
+    return reached_by(case.op.name, args)
 
 
 def untimed_row(case: Case, card: Card, args: dict[str, Any] | None = None) -> Row:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.op import Op
+from ..kernels.quantized import QuantizedWeight
 from . import decode_step
 
 Args = dict[str, Any]
@@ -50,6 +51,11 @@ def _compile(op: Op, args: Args) -> Function:
     return lambda **given: compiled(**op.common(given))
 
 
+def _dense(args: Args) -> None:
+    if any(isinstance(value, QuantizedWeight) for value in args.values()):
+        raise Unfit("its weights are dense")
+
+
 def _fused_norm(op: Op, args: Args) -> Function:
     return lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
 
@@ -81,6 +87,7 @@ def _liger_rope(op: Op, args: Args) -> Function:
 
 
 def _grouped_mm(op: Op, args: Args) -> Function:
+    _dense(args)
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -97,6 +104,7 @@ def _grouped_mm(op: Op, args: Args) -> Function:
 
 
 def _liger_experts(op: Op, args: Args) -> Function:
+    _dense(args)
     from liger_kernel.ops import LigerFusedMoEFunction
 
     def run(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -106,6 +114,7 @@ def _liger_experts(op: Op, args: Args) -> Function:
 
 
 def _vllm_experts(op: Op, args: Args) -> Function:
+    _dense(args)
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
     def run(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -50,9 +50,7 @@ def worst(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
 
 def measure(name: str, args: Args, plain: Callable[..., Any] | None = None) -> tuple[float, float]:
     """Error of the runtime's `name` on `args`, and its limit."""
-    # A quantized weight is no argument of torch's operators: the function takes it apart for them.
-    quantized = any(isinstance(value, QuantizedWeight) for value in args.values())
-    return Yardstick(name, args, plain).measure(getattr(ops if quantized else torch.ops.mixtral_triton, name))
+    return Yardstick(name, args, plain).measure(ops.reached_by(name, args))
 
 
 def _results(function: Callable[..., Any], args: Args, mutates: tuple[str, ...]) -> list[Tensor]:
