@@ -69,6 +69,8 @@ def whole_models(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 continue
             layers = FULL_LAYERS.get(deep["sizes"]["H"], deep["sizes"]["L"])
             ways = {"ours": (shallow["time_us"], deep["time_us"]), "floor": (shallow["floor_us"], deep["floor_us"])}
+            if shallow.get("predicted") and deep.get("predicted"):
+                ways["predicted"] = (shallow["predicted"]["time_us"], deep["predicted"]["time_us"])
             for peer in shallow["peers"].keys() & deep["peers"].keys():
                 ways[peer] = (shallow["peers"][peer]["time_us"], deep["peers"][peer]["time_us"])
             for way, (few, many) in sorted(ways.items()):
@@ -107,15 +109,22 @@ def _applied(found: dict[str, Any]) -> list[str]:
     return ["## transformers' model with `apply`", "", *_table(head, rows)]
 
 
+def _predicted(row: dict[str, Any]) -> list[str]:
+    said = row.get("predicted")
+    return [_number(said["time_us"]), said["limit"]] if said else ["-", "-"]
+
+
 def _op(name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
     peers = list(dict.fromkeys(peer for row in rows for peer in row["peers"]))
-    head = ["sizes", "time, us", "floor, us", "of floor", *(f"{peer} / ours" for peer in peers)]
+    foreseen = any(row.get("predicted") for row in rows)
+    head = ["sizes", "time, us", *(["predicted, us", "limit"] if foreseen else []), "floor, us", "of floor"]
+    head += [f"{peer} / ours" for peer in peers]
     body, notes = [], {}
     for row in rows:
         sizes = _sizes(row["sizes"])
         share = "-" if row["of_floor"] is None else f"{100 * row['of_floor']:.0f} %"
         ratios = [row["peers"].get(peer, {}).get("ratio") for peer in peers]
-        cells = [_number(row["time_us"]), _number(row["floor_us"]), share]
+        cells = [_number(row["time_us"]), *(_predicted(row) if foreseen else []), _number(row["floor_us"]), share]
         body.append([sizes, *cells, *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
         for way, said in (("ours", row["note"]), *((peer, told["note"]) for peer, told in row["peers"].items())):
             if said:
@@ -129,7 +138,8 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         "# A GPU day",
         "",
-        "Written by `python benchmarks/gpu_day.py`; a ratio above 1 means that ours is faster.",
+        "Written by `python benchmarks/gpu_day.py`; a ratio above 1 means that ours is faster. What is predicted",
+        "follows from the launches and the card's data sheet, and is no measurement.",
         "",
     ]
     card = before["card"] or {}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import launch
@@ -33,16 +34,28 @@ class _Recorder(TorchDispatchMode):
                 args = put_together(op.arguments, args)
                 op.check(*args)
                 return op.run(*args)
+        out = func(*args, **(kwargs or {}))
         if func._opname not in _FREE and not func.is_view:
-            self.records.append(Launch(f"aten::{func._opname}" if func.namespace == "aten" else str(func)))
-        return func(*args, **(kwargs or {}))
+            name = f"aten::{func._opname}" if func.namespace == "aten" else str(func)
+            self.records.append(Launch(name, args=_meta_tensors({**_numbered(args), "out": out})))
+        return out
+
+
+def _numbered(args: Any) -> dict[str, Any]:
+    return {f"in_{at}": arg for at, arg in enumerate(args)}
+
+
+def _meta_tensors(args: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Those alone: a record keeps no memory alive."""
+    return {name: arg for name, arg in args.items() if isinstance(arg, torch.Tensor) and arg.is_meta}
 
 
 @contextmanager
 def record_launches(arch: str = launch.DEFAULT_ARCH, sms: int | None = None) -> Iterator[list[Launch]]:
     """Within the block, note every device kernel in order; meta tensors in, meta tensors out, nothing runs.
 
-    A Triton launch is one entry, and so is each torch operation that is not a view (`aten::mm`, its grid None).
+    A Triton launch is one entry, and so is each torch operation that is not a view (`aten::mm`, its grid None; its
+    tensors on the meta device are `args` in_0, in_1, ... and out).
     """
     records: list[Launch] = []
     token = launch.records.set(records)

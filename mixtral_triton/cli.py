@@ -122,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--first", type=int, default=0, metavar="N", help="leave the N cases before this one out")
     bench.add_argument("--without", action="append", default=[], metavar="PEER", help="leave a peer out; repeatable")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw floors and times (.png, .svg, .pdf)")
-    bench.add_argument("--card", help=f"measure nothing: floors by a data sheet ({CARDS})")
+    bench.add_argument("--card", help=f"measure nothing: floors and predicted times by a data sheet ({CARDS})")
     tune = command(
         "tune", "launch configurations around the present ones: what compiles, what is fastest, what to paste"
     )

@@ -229,7 +229,7 @@ OP = Op(
             for H, I in ((4096, 14336), (6144, 16384))
             for T in (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096, 8192)
         ),
-        *(Shape(T=T, H=4096, I=14336, E=8, K=2, gate_up=form, down=form) for form in FORMS for T in (1, 64, 512, 4096)),
+        *(Shape(T=T, H=4096, I=14336, E=8, K=2, gate_up=form, down=form) for form in FORMS for T in (1, 4096)),
     ),
 )
 

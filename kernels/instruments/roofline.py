@@ -14,11 +14,39 @@ from ..op import Cost
 
 
 @dataclass(frozen=True)
+class Chip:
+    """What a prediction needs of a card besides its rates (predict.py).
+
+    l2      bytes/s from L2 to all SMs together, as programs reach it
+    shared  bytes of shared memory of an SM (AMD: of a compute unit)
+    vector  FLOP/s of fp32 without tensor cores
+    gap     seconds between two launches of a graph
+    """
+
+    l2: float
+    shared: int
+    vector: float
+    gap: float
+
+
+# l2: estimates. A100 and H100 have 5,120 bytes a clock (NVIDIA's white papers), at 1.41 and 1.755 GHz 7.2 and 9.0 TB/s,
+# of which tiled products reach about 78 %; B200 as much an SM as H100 at 1.85 GHz; MI300X is bound by its Infinity
+# Cache (CDNA 3 white paper), since 4 MB of L2 a die hold little of a weight.
+# shared: CUDA's programming guide, table of compute capabilities; CDNA 3 white paper.
+# vector: data sheets (B200: an eighth of HGX B200's). gap: estimates.
+_SM_80 = Chip(5.6e12, 167936, 19.5e12, 1.2e-6)
+_SM_90 = Chip(7.0e12, 233472, 67e12, 1.2e-6)
+_SM_100 = Chip(8.3e12, 233472, 75e12, 1.2e-6)
+_GFX942 = Chip(17.2e12, 65536, 163.4e12, 3e-6)
+
+
+@dataclass(frozen=True)
 class Card:
     """`bandwidth` in bytes/s of device memory, `matmul` in FLOP/s of dense bf16 matrix products.
 
     device  matches the name that the driver gives to exactly this card; other models of the family have other memory
     source  where the two rates are from: "data sheet", or "measured"
+    chip    what a prediction needs, too; None: not known
     """
 
     name: str
@@ -27,18 +55,19 @@ class Card:
     matmul: float
     device: str = ""
     source: str = "data sheet"
+    chip: Chip | None = None
 
 
 CARDS = {
-    "a100": Card("A100 SXM 80 GB", "sm_80", 2.039e12, 312e12, r"A100-SXM4?-80GB"),
-    "h100": Card("H100 SXM", "sm_90", 3.35e12, 989e12, r"H100 80GB HBM3"),
-    "h200": Card("H200 SXM", "sm_90", 4.8e12, 989e12, r"H200$"),
-    "b200": Card("B200", "sm_100", 8.0e12, 2250e12, r"\bB200$"),
+    "a100": Card("A100 SXM 80 GB", "sm_80", 2.039e12, 312e12, r"A100-SXM4?-80GB", chip=_SM_80),
+    "h100": Card("H100 SXM", "sm_90", 3.35e12, 989e12, r"H100 80GB HBM3", chip=_SM_90),
+    "h200": Card("H200 SXM", "sm_90", 4.8e12, 989e12, r"H200$", chip=_SM_90),
+    "b200": Card("B200", "sm_100", 8.0e12, 2250e12, r"\bB200$", chip=_SM_100),
     "b300": Card("B300", "sm_103", 8.0e12, 2250e12, r"\bB300 SXM"),
     "a10": Card("A10", "sm_86", 0.6e12, 125e12, r"\bA10$"),
     "l40s": Card("L40S", "sm_89", 0.864e12, 362.05e12, r"\bL40S$"),
     "rtx5090": Card("RTX 5090", "sm_120", 1.792e12, 209.5e12, r"RTX 5090$"),
-    "mi300x": Card("MI300X", "gfx942", 5.3e12, 1307e12, r"MI300X"),
+    "mi300x": Card("MI300X", "gfx942", 5.3e12, 1307e12, r"MI300X", chip=_GFX942),
 }
 
 

@@ -60,7 +60,8 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
         card, sheet = CARDS[args.card or DEFAULT_CARD], None
         reason = "--card asks for a data sheet" if args.card else NO_GPU
         source = (checked_row(case, card, own, reason) for case in chosen)
-        out.print(f"No time was measured: {reason}. Floors are those of the card below.")
+        told = "Floors" if card.chip is None else "Predicted times and floors"
+        out.print(f"No time was measured: {reason}. {told} are those of the card below.")
     out.print(card_line(card, sheet))
     if note := table_note(card.arch):
         out.print(note)

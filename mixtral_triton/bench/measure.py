@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from ..config import MixtralConfig
+from ..kernels.instruments.predict import Prediction, predicted
 from ..kernels.instruments.roofline import CARDS, Card, bound, data_sheet, floor, measure_card
 from ..kernels.launch import target_arch
-from ..kernels.op import Sizes
+from ..kernels.op import Cost, Launch, Sizes
 from ..kernels.record import record_launches
 from ..ops import reached_by
 from . import decode_step
@@ -59,7 +60,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """One case on one card. `launches`: names of the device kernels of a call, in order; times only where measured."""
+    """One case on one card. `launches`: names of the device kernels of a call, in order; times only where measured.
+
+    `predicted`: by the data sheet of a card of which enough is known (predict.py), measured or not.
+    """
 
     case: Case
     flops: int
@@ -69,6 +73,7 @@ class Row:
     launches: tuple[str, ...]
     ours: Outcome = Outcome()
     peers: Mapping[str, Outcome] = field(default_factory=dict)
+    predicted: Prediction | None = None
 
     @property
     def share(self) -> float | None:
@@ -91,6 +96,7 @@ class Row:
             "floor_us": self.floor_s * 1e6,
             "of_floor": self.share,
             **self.ours.as_dict(),
+            "predicted": None if self.predicted is None else self.predicted.as_dict(),
             "launches": list(self.launches),
             "peers": {name: {**outcome.as_dict(), "ratio": self.ratio(name)} for name, outcome in self.peers.items()},
         }
@@ -108,9 +114,15 @@ def untimed_row(case: Case, card: Card, args: dict[str, Any] | None = None) -> R
     cost, shapes = case.cost(args), case.inputs(torch.device("meta"))
     with record_launches(card.arch) as launches, torch.no_grad():
         case.op.run(**shapes)
-    return Row(
-        case, cost.flops, cost.bytes, floor(cost, card), bound(cost, card), tuple(launch.kernel for launch in launches)
-    )
+    names = tuple(launch.kernel for launch in launches)
+    said = _predicted(launches, card, cost)
+    return Row(case, cost.flops, cost.bytes, floor(cost, card), bound(cost, card), names, predicted=said)
+
+
+def _predicted(launches: Sequence[Launch], card: Card, cost: Cost) -> Prediction | None:
+    """On the card, or where it was measured on the card of that name; None where too little is known of it."""
+    known = card if card.chip is not None else data_sheet(card.name)
+    return None if known is None or known.chip is None else predicted(launches, known, cost)
 
 
 def attempt(build: Callable[[], Function], args: dict[str, Any], judge: Oracle | StepOracle, timer: Timer) -> Outcome:

@@ -12,6 +12,11 @@ from ..command.tables import Column, Table
 from ..kernels.instruments.roofline import Card
 from .measure import Outcome, Row
 
+PREDICTED = (
+    "Predicted from the launches, the card's data sheet and estimates of it, not measured; "
+    "limit: what takes most of what is predicted."
+)
+
 
 def card_line(card: Card, sheet: Card | None = None) -> str:
     line = f"{card.name} ({card.arch}), {card.source}: {card.bandwidth / 1e12:.2f} TB/s"
@@ -61,23 +66,45 @@ def _ratio(row: Row, peer: str) -> str:
     return f"{ratio:.2f}" if ratio is not None else outcome.verdict
 
 
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def _predicted_columns(timed: bool) -> list[Column]:
+    """Beside a measurement the time alone, and what limits it."""
+    level = 2 if timed else 0
+    return [
+        Column("predicted, us", level),
+        *([] if timed else [Column("of floor")]),
+        Column("limit", level, right=False),
+    ]
+
+
+def _predicted_cells(row: Row, timed: bool) -> list[str]:
+    said = row.predicted
+    time, share, limit = ("-", "-", "-") if said is None else (micro(said.seconds), _percent(said.share), said.limit)
+    return [time, limit] if timed else [time, share, limit]
+
+
 def op_table(rows: Sequence[Row]) -> Group:
     """The rows of one operation, with notes on what could not be measured."""
     timed = any(row.ours.seconds is not None or row.ours.note for row in rows)
     peers = list(dict.fromkeys(name for row in rows for name in row.peers))
+    foreseen = any(row.predicted is not None for row in rows)
     columns = [Column("sizes", right=False), *([Column("time, us"), Column("of floor")] if timed else [])]
+    columns += _predicted_columns(timed) if foreseen else []
     columns += [Column("floor, us"), Column("bound", right=False)]
     columns += [Column(f"{name} / ours" if timed else name, level=1) for name in peers]
     columns += [Column(name, level=2) for name in ("MB", "GFLOP", "launches")]
     first = rows[0].case
     title = ", ".join(filter(None, (first.op.name, first.dtype_name, sizes_text(_constant(rows)))))
-    table = Table(title, columns)
+    table = Table(title, columns, PREDICTED if foreseen else "")
     notes: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         shape, cells = _shape(row, rows), []
         if timed:
-            share = "-" if row.share is None else f"{100 * row.share:.0f} %"
-            cells = [row.ours.verdict if row.ours.seconds is None else micro(row.ours.seconds), share]
+            cells = [row.ours.verdict if row.ours.seconds is None else micro(row.ours.seconds), _percent(row.share)]
+        cells += _predicted_cells(row, timed) if foreseen else []
         cells += [micro(row.floor_s), row.bound, *(_ratio(row, name) for name in peers)]
         cells += [_number(row.bytes / 1e6), _number(row.flops / 1e9), _launches(row)]
         table.add(shape, *cells, style="bold red" if row.ours.right is False else "")

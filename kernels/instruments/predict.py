@@ -1,0 +1,88 @@
+"""How long a call takes on a card that is not at hand: a prediction from its recorded launches, not a measurement.
+
+A launch takes as long as the slowest of three: its bytes across device memory; the bytes of its tiles from L2 to the
+SMs; its products. The last two go by whole waves of programs. Between launches lies a gap. Not counted: what an
+instruction waits for, so that a kernel of few bytes takes longer than predicted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..arch import multiprocessors
+from ..op import Cost, Launch
+from .roofline import Card, Chip, floor
+from .work import Work, work
+
+MEMORY_REACHED = 0.92  # of a data sheet's bandwidth, by long copies: an estimate from published ones on an H100
+MATMUL_REACHED = 0.75  # of a data sheet's tensor-core peak, by libraries at the clocks of a busy card: an estimate
+WARPS = 64  # that an SM holds at most
+
+
+@dataclass(frozen=True)
+class Part:
+    """One launch: its seconds without the gap, and what takes them: "memory", "L2" or "tensor cores"."""
+
+    kernel: str
+    seconds: float
+    limit: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """`limit`: what takes most of the seconds: "memory", "L2", "tensor cores", or "launches" (the gaps)."""
+
+    seconds: float
+    limit: str
+    parts: tuple[Part, ...]
+    floor_s: float
+
+    @property
+    def share(self) -> float:
+        """How near to the floor: 1.0 is on it."""
+        return self.floor_s / self.seconds if self.seconds else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"time_us": self.seconds * 1e6, "limit": self.limit, "of_floor": self.share}
+
+
+def predicted(launches: Iterable[Launch], card: Card, cost: Cost) -> Prediction:
+    """Of a call that launches these, with the compulsory work `cost`; never below its floor.
+
+    ValueError for a card of which no more than its rates are known, and for a kernel without a formula.
+    """
+    if card.chip is None:
+        raise ValueError(f"predicted: card is {card.name}, needs one whose L2 bandwidth and shared memory are known")
+    chip = card.chip
+    parts = tuple(_part(launch, card, chip) for launch in launches)
+    by_limit = {"launches": chip.gap * len(parts)}
+    for part in parts:
+        by_limit[part.limit] = by_limit.get(part.limit, 0.0) + part.seconds
+    least = floor(cost, card)
+    return Prediction(max(sum(by_limit.values()), least), max(by_limit, key=lambda name: by_limit[name]), parts, least)
+
+
+def _part(launch: Launch, card: Card, chip: Chip) -> Part:
+    asked, sms = work(launch), multiprocessors(card.arch)
+    turns = max(_turns(asked, launch.num_warps or 4, sms, chip), asked.longest)
+    rate = chip.vector if asked.single else card.matmul * MATMUL_REACHED
+    takes = {
+        "memory": asked.memory / (card.bandwidth * MEMORY_REACHED),
+        "L2": turns * asked.loaded * sms / chip.l2,
+        "tensor cores": turns * (asked.flops / rate + asked.vector / chip.vector) * sms,
+    }
+    limit = max(takes, key=lambda name: takes[name])
+    return Part(launch.kernel, takes[limit], limit)
+
+
+def _turns(asked: Work, warps: int, sms: int, chip: Chip) -> int:
+    """How many programs the busiest SM runs, by waves of as many as all SMs hold at once.
+
+    An SM shares its bandwidth and its tensor cores out among those it holds: more of them are no quicker together.
+    """
+    room = min(chip.shared // asked.shared if asked.shared else WARPS, WARPS // warps)
+    held = max(1, min(room, math.ceil(asked.programs / sms)))
+    return math.ceil(asked.programs / (sms * held)) * held
