@@ -175,6 +175,17 @@ def test_no_prediction_is_below_the_floor(name: str) -> None:
 
 
 @once
+def test_memory_s_bytes_are_what_the_operations_call_compulsory() -> None:
+    """Beyond them lie the partial sums of splits, and little else."""
+    for case in cases():
+        args = case.inputs(torch.device("meta"))
+        with record_launches() as launches, torch.no_grad():
+            case.op.run(**args)
+        bytes = sum(work(launch).memory for launch in launches)
+        assert 0.9999 <= bytes / case.cost().bytes < 1.06, (case.op.name, case.as_dict())
+
+
+@once
 def test_a_faster_card_is_predicted_to_be_faster() -> None:
     by_card = {name: foreseen("expert_swiglu", LAYER | {"T": 4096}, CARDS[name]).seconds for name in PREDICTABLE}
     assert by_card["a100"] > by_card["h100"] > by_card["b200"]
