@@ -194,7 +194,7 @@ def test_a_faster_card_is_predicted_to_be_faster() -> None:
 
 
 @once
-def test_every_kernel_of_the_registry_has_a_formula() -> None:
+def test_every_launch_of_the_registry_asks_for_something() -> None:
     for op in OPS.values():
         for sizes in (*op.test_shapes, *op.bench_shapes):
             for dtype in op.dtypes:
@@ -203,7 +203,10 @@ def test_every_kernel_of_the_registry_has_a_formula() -> None:
                     op.run(**args)
                 for launch in launches:
                     asked = work(launch)
-                    assert launch.kernel in WORK and asked.memory > 0 and asked.programs > 0 and asked.loaded > 0
+                    assert asked.memory > 0 and asked.programs > 0 and asked.loaded > 0
+                    # What multiplies tiles has a formula of its own: no stream of its tensors tells its time.
+                    source = "" if launch.fn is None else launch.fn.src
+                    assert launch.kernel in WORK or ("tl.dot" not in source and "add_products" not in source)
 
 
 @once

@@ -52,21 +52,25 @@ def small(name: str) -> list[Case]:
     return [Case(op, sizes, dtype) for sizes in chosen]
 
 
+TILED = {"linear", "expert_swiglu", "experts_add_rms_norm", "attention", "cached_attention", "gate_route", "route"}
+TILED |= {"sort_by_expert", "rms_norm", "add_rms_norm"}
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="runs the kernels: needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("name", OPS)
 def test_every_candidate_gives_the_right_result(name: str) -> None:
     """A tile that had to hold a whole dimension, and is not named as one, shows here."""
     for case in small(name):
         args = case.inputs(CPU)
-        judge, tiles = Oracle(case.op, args), set()
+        judge, tried = Oracle(case.op, args), False
         for kernel, (_, config) in choices(case, target_arch()).items():
             for other in neighbours(config, whole(case.op, kernel)):
                 if other.constexprs != config.constexprs:
-                    tiles.add(kernel)
+                    tried = True
                     with launch.choosing({kernel: other}) as made:
                         assert judge.fault(own_way(case, args)) is None, (kernel, other)
                     assert made[kernel] == other
-        assert tiles or name in ("rope", "append", "rope_append"), "nothing was tried"
+        assert tried or name not in TILED
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -46,12 +46,14 @@ class Work:
 
 
 def work(launch: Launch) -> Work:
-    """Of a launch as `record_launches` notes it; ValueError for a kernel without a formula."""
-    try:
-        formula = WORK[launch.kernel]
-    except KeyError:
+    """Of a launch as `record_launches` notes it. One of Triton's without a formula streams its tensors, each once.
+
+    ValueError for another library's that has none.
+    """
+    formula = WORK.get(launch.kernel, None if launch.fn is None else _stream)
+    if formula is None:
         known = ", ".join(sorted(WORK))
-        raise ValueError(f"work: kernel is {launch.kernel!r}, needs one with a formula: {known}") from None
+        raise ValueError(f"work: kernel is {launch.kernel!r}, needs one with a formula: {known}")
     return formula(launch)
 
 
