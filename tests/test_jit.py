@@ -15,6 +15,7 @@ from torch import Tensor
 from mixtral_triton.kernels.instruments.offline import compile_launches
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Op
+from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from tests.stub.driver import GRID_MOST, LaunchError, check_descriptor
@@ -27,7 +28,7 @@ QUERIES = (1, 16, 20, 33, 37, 65, 150)
 
 
 def on_card(args: dict[str, Any]) -> dict[str, Any]:
-    return {name: x.to(CARD) if isinstance(x, Tensor) else x for name, x in args.items()}
+    return {name: x.to(CARD) if isinstance(x, (Tensor, QuantizedWeight)) else x for name, x in args.items()}
 
 
 def shown(launches: list[Any]) -> list[tuple[str, tuple[int, ...]]]:
