@@ -17,7 +17,7 @@ from mixtral_triton.bench.tune_command import literal
 from mixtral_triton.cli import main
 from mixtral_triton.kernels import launch
 from mixtral_triton.kernels.launch import INTERPRETED, target_arch
-from mixtral_triton.kernels.op import LaunchConfig
+from mixtral_triton.kernels.op import LaunchConfig, Shape
 from mixtral_triton.kernels.registry import OPS
 
 CPU = torch.device("cpu")
@@ -39,6 +39,14 @@ def test_a_tile_that_holds_a_dimension_stays() -> None:
     found = neighbours(decode, whole(OPS["attention"], "attention_decode_kernel"))
     assert {one.constexprs["BLOCK_M"] for one in found} == {16}
     assert {one.constexprs["SPLITS"] for one in found} == {1, 2} and {one.num_warps for one in found} == {1, 2}
+
+
+@compiled_way
+def test_the_depth_of_a_quantized_weight_s_tile_stays() -> None:
+    case = Case(OPS["linear"], Shape(T=1, H=4096, N=6144, weight="int4:128"), torch.bfloat16)
+    tuned = tune(case, "linear_decode_kernel", "sm_90")
+    depths = {one.config.constexprs["BLOCK_K"] for one in tuned.tried}
+    assert len(depths) == 1 and len({one.config.constexprs["BLOCK_N"] for one in tuned.tried}) == 3
 
 
 def small(name: str) -> list[Case]:
@@ -63,8 +71,8 @@ def test_every_candidate_gives_the_right_result(name: str) -> None:
     for case in small(name):
         args = case.inputs(CPU)
         judge, tried = Oracle(case.op, args), False
-        for kernel, (_, config) in choices(case, target_arch()).items():
-            for other in neighbours(config, whole(case.op, kernel)):
+        for kernel, (seen, config) in choices(case, target_arch()).items():
+            for other in neighbours(config, whole(case.op, kernel, seen)):
                 if other.constexprs != config.constexprs:
                     tried = True
                     with launch.choosing({kernel: other}) as made:

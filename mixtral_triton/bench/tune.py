@@ -53,8 +53,10 @@ class Tuned:
     best: LaunchConfig
 
 
-def whole(op: Op, kernel: str) -> set[str]:
-    return WHOLE | set(op.whole.get(kernel, ()))
+def whole(op: Op, kernel: str, launch: Launch | None = None) -> set[str]:
+    """Tiles that stay; of a launch on a quantized weight its depth, too, which is the layout's own."""
+    quantized = launch is not None and launch.constexprs.get("LAYOUT", ("dense",))[0] != "dense"
+    return WHOLE | set(op.whole.get(kernel, ())) | ({"BLOCK_K"} if quantized else set())
 
 
 def neighbours(config: LaunchConfig, whole: set[str]) -> list[LaunchConfig]:
@@ -125,11 +127,12 @@ def tune(
             one = replace(one, note=outcome.note, seconds=outcome.seconds)
         found.append(one)
 
-    visit(choices(case, arch)[kernel][1])
+    launch, now = choices(case, arch)[kernel]
+    visit(now)
     best = found[0]
     for _ in range(ROUNDS):
         start, seen = best, [one.config for one in found]
-        for config in neighbours(start.config, whole(case.op, kernel)):
+        for config in neighbours(start.config, whole(case.op, kernel, launch)):
             if config not in seen:
                 visit(config)
         for one in found:
