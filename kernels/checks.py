@@ -28,7 +28,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SINGLE = (torch.float32,)
 INTS = (torch.int32, torch.int64)
 INT32 = (torch.int32,)
-MAY_BE_EMPTY = {"B", "T", "S", "P", "..."}  # a call without tokens is a call; a model without experts is none
+MAY_BE_EMPTY = {"B", "T", "S", "P"}  # a call without tokens is a call; a model without experts is none
 
 Matrix = Tensor | QuantizedWeight
 
@@ -111,7 +111,6 @@ class Binder:
     def __init__(self, op: str) -> None:
         self.op = op
         self.sizes: dict[str, Any] = {}
-        self.shapes: dict[str, tuple[str, str]] = {}  # the shape letters of an argument -> its name, its shape
         self.device: torch.device | None = None
         self.dtype: torch.dtype | None = None  # of the floats
 
@@ -152,14 +151,14 @@ class Binder:
             good = good and need == size
         if not good:
             raise fail(self.op, name, got, f"[{letters}]{self._known(letters)}")
-        self.shapes.setdefault(letters, (name, got))
         for letter in wanted:
             if letter.isidentifier() and letter not in MAY_BE_EMPTY and self.sizes[letter] < 1:
                 raise fail(self.op, name, got, f"[{letters}] with {letter} of at least 1")
 
     def _known(self, letters: str) -> str:
-        known = [(key, size) for key, size in self.sizes.items() if key == "..." or key in re.findall(r"\w+", letters)]
-        told = [f"{key} = {list(size) if key == '...' else size}" for key, size in known if key in letters]
+        named = re.findall(r"\w+|\.\.\.", letters)
+        known = [(key, size) for key, size in self.sizes.items() if key in named]
+        told = [f"{key} = {list(size) if key == '...' else size}" for key, size in known]
         return f" with {', '.join(told)}" if told else ""
 
     def number(self, argument: Argument, value: Any, values: Mapping[str, Any]) -> None:

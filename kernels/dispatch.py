@@ -67,6 +67,11 @@ def sort_by_expert(
     return order, offsets
 
 
+def experts_chosen(choices: int, share: float, experts: int) -> float:
+    """How many experts any of `choices` falls on, each expert with probability `share`."""
+    return experts * (1 - (1 - share) ** choices)
+
+
 def sample_ids(sizes: Sizes, device: Any, generator: Any = None) -> Tensor:
     """Distinct experts a token, int32 [T,K]."""
     if torch.device(device).type == "meta":

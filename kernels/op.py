@@ -197,20 +197,12 @@ class Op(Generic[P, R]):
             self.rule(binder.op, values, binder.sizes)
         return binder
 
-    def bounds(self, *args: Any, **kwargs: Any) -> Iterator[Range]:
-        """Of a call that passed the check: the integer tensors, and between what their elements have to be."""
-        values = self.by_name(*args, **kwargs)
-        sizes = {**values, **self.check(**values).sizes}
+    def bounds(self, given: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+        """`check`, then the names of the integer tensors that are given, and between what their elements have to be."""
+        sizes = {**given, **self.check(**given).sizes}
         for argument in self.arguments:
-            if argument.tensor and isinstance(argument.rule, Within) and values[argument.name] is not None:
-                yield (
-                    argument.name,
-                    values[argument.name],
-                    argument.rule.low,
-                    checks.evaluate(argument.rule.high, sizes),
-                )
-        if self.ranges is not None:
-            yield from self.ranges(values)
+            if argument.tensor and isinstance(argument.rule, Within) and given[argument.name] is not None:
+                yield argument.name, argument.rule.low, checks.evaluate(argument.rule.high, sizes)
 
     def empty(self, *args: Any, **kwargs: Any) -> Any:
         """Unset results of the right shapes and dtypes: what the operation is to a compiler."""

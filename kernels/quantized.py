@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+GROUPS = (128, 64, 32)  # columns that may share a scale, where a row has not one
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
 # Of scales that this project chooses: one a row may take what it likes, one a group is an eighth of the codes.
 SCALES = {"int4": torch.bfloat16, "int8": torch.float32, "fp8": torch.float32}
@@ -28,6 +29,12 @@ def unit_columns(format: str, K: int, group: int) -> int:
     if format != "int4":
         return 128 if group >= 64 else 64
     return 256 if group >= 64 and K % 256 == 0 else 128
+
+
+def row_elements(format: str, K: int, group: int) -> int:
+    """int16 elements of a row of K columns, padding included."""
+    unit = unit_columns(format, K, group)
+    return -(-K // unit) * unit * BITS[format] // 16
 
 
 def tile_columns(weights: str, K: int) -> int:
@@ -47,17 +54,15 @@ def weight_bytes(weights: str | None, rows: int, K: int, itemsize: int) -> int:
 def sample_quantized(weights: str, *shape: int, device: Any, generator: Any = None) -> QuantizedWeight:
     """Random codes of the form `weights`, their values about as large as those of a dense weight of K columns."""
     format, _, group = weights.partition(":")
-    *lead, K = shape
-    columns = int(group or K)
-    unit = unit_columns(format, K, columns)
-    packed, groups = (*lead, -(-K // unit) * unit * BITS[format] // 16), (*lead, K // columns)
-    if torch.device(device).type == "meta":
-        data, scales = torch.empty(packed, dtype=torch.int16, device=device), torch.empty(groups, device=device)
-    else:
-        data = torch.randint(-(1 << 15), 1 << 15, packed, generator=generator, dtype=torch.int16)
-        data = data & -16449 if format == "fp8" else data  # without the highest bit of its exponent no code is NaN
-        scales = (torch.rand(groups, generator=generator) + 0.5) * K**-0.5 / {"int4": 4, "int8": 64, "fp8": 0.5}[format]
-    return QuantizedWeight(format, data.to(device), scales.to(device, SCALES[format]), None, shape, columns)
+    K = shape[-1]
+    weight = QuantizedWeight.empty(format, shape, int(group or K), SCALES[format], False, device)
+    if weight.device.type != "meta":
+        data = torch.randint(-(1 << 15), 1 << 15, weight.data.shape, generator=generator, dtype=torch.int16)
+        # Without the highest bit of its exponent no code is NaN.
+        weight.data.copy_(data & -16449 if format == "fp8" else data)
+        scales = torch.rand(weight.scales.shape, generator=generator) + 0.5
+        weight.scales.copy_(scales * K**-0.5 / {"int4": 4, "int8": 64, "fp8": 0.5}[format])
+    return weight
 
 
 def pack(codes: Tensor, format: str, group: int) -> Tensor:
@@ -114,6 +119,17 @@ class QuantizedWeight(nn.Module):
         self.register_buffer("zeros", zeros)
         self._check()
 
+    @classmethod
+    def empty(
+        cls, format: str, shape: tuple[int, ...], group: int, scales: torch.dtype, zeros: bool, device: Any
+    ) -> QuantizedWeight:
+        """A weight of `shape`, its numbers unset, its scales of this dtype, with or without zeros."""
+        *lead, K = shape
+        data = torch.empty(*lead, row_elements(format, K, group), dtype=torch.int16, device=device)
+        of_groups = torch.empty(*lead, K // group, dtype=scales, device=device)
+        own_zeros = torch.empty_like(of_groups, dtype=torch.bfloat16) if zeros else None
+        return cls(format, data, of_groups, own_zeros, shape, group)
+
     def _check(self) -> None:
         if self.format not in BITS:
             raise ValueError(f"QuantizedWeight: format is {self.format!r}, needs one of {', '.join(BITS)}")
@@ -122,10 +138,9 @@ class QuantizedWeight(nn.Module):
             raise ValueError(
                 f"QuantizedWeight: groups of {self.group} do not divide the {K} columns of {list(self.shape)}"
             )
-        if self.group != K and self.group not in (32, 64, 128):
+        if self.group != K and self.group not in GROUPS:
             raise ValueError(f"QuantizedWeight: group is {self.group}, needs 32, 64, 128 or all {K} columns")
-        unit = unit_columns(self.format, K, self.group)
-        width = -(-K // unit) * unit * BITS[self.format] // 16
+        width = row_elements(self.format, K, self.group)
         wanted = {"data": (*lead, width), "scales": (*lead, K // self.group), "zeros": (*lead, K // self.group)}
         for name, shape in wanted.items():
             tensor = getattr(self, name)

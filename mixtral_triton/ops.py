@@ -60,8 +60,7 @@ def _check(op: Op[..., Any], args: tuple[Any, ...]) -> None:
     except TypeError:  # a list, say: nothing that can pass
         bounds = None
     if bounds is None:
-        op.check(*args)
-        bounds = tuple((op.names.index(name), low, high) for name, _, low, high in op.bounds(*args))
+        bounds = tuple((op.names.index(name), low, high) for name, low, high in op.bounds(op.by_name(*args)))
         if len(_passed) >= _PASSED_MOST:
             _passed.clear()
         _passed[traits] = bounds

@@ -39,12 +39,7 @@ def named(format: Format) -> str:
 def weight(format: Format, *shape: int) -> QuantizedWeight:
     """On the meta device."""
     name, group, zeros = format
-    *lead, K = shape
-    unit, groups = unit_columns(name, K, group or K), (*lead, K // (group or K))
-    data = torch.empty((*lead, -(-K // unit) * unit * BITS[name] // 16), dtype=torch.int16, device="meta")
-    scales = torch.empty(groups, dtype=SCALES[name], device="meta")
-    zero = torch.empty(groups, dtype=BF16, device="meta") if zeros else None
-    return QuantizedWeight(name, data, scales, zero, shape, group or K)
+    return QuantizedWeight.empty(name, shape, group or shape[-1], SCALES[name], zeros, "meta")
 
 
 def launches(format: Format, T: int, arch: str, dtype: torch.dtype = BF16) -> list[Launch]:

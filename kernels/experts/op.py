@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import INTS, SINGLE, Above, Matrix, Within
-from ..dispatch import sample_ids, sort_by_expert
+from ..dispatch import experts_chosen, sample_ids, sort_by_expert
 from ..launch import Configs, choices, launch, target_arch
 from ..op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sample, switches
 from ..quantized import FORMS, sample_quantized, weight_bytes
@@ -180,7 +180,7 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     `sizes["chosen"]`: how many experts some token chose; without it, the number expected of uniform routing.
     """
     T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
-    chosen = sizes.get("chosen", E * (1 - (1 - K / E) ** T))
+    chosen = sizes.get("chosen", experts_chosen(T, K / E, E))
     gate_up = weight_bytes(switches(sizes).gate_up, 2 * I, H, dtype.itemsize)
     weights = chosen * (gate_up + weight_bytes(switches(sizes).down, H, I, dtype.itemsize))
     elements = 2 * T * H + 2 * T * K * (H + I)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..dispatch import experts_chosen
 from ..launch import tensors
 from ..op import Launch
 
@@ -169,11 +170,6 @@ def _linear_decode(launch: Launch) -> Work:
     own, c = _operands(launch), launch.constexprs
     tile = _few(launch, len(own["x"]), "x", "weight", c["BLOCK_N"], c["H"])
     return tile.work(launch, _nbytes(launch), _programs(launch), c["BLOCK_K"])
-
-
-def experts_chosen(choices: int, share: float, experts: int) -> float:
-    """How many experts any of `choices` fell on, each expert with probability `share`."""
-    return experts * (1 - (1 - share) ** choices)
 
 
 def row_tiles(choices: int, share: float, experts: int, rows: int) -> float:

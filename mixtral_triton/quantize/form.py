@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.quantized import BITS, SCALES, QuantizedWeight, pack
+from ..kernels.quantized import BITS, GROUPS, SCALES, QuantizedWeight, pack
 
 FORMATS = tuple(BITS)
-GROUPS = (128, 64, 32)  # columns that share a scale of int4: the first that divides K is taken
 PARTS = {"experts": ("gate_up_proj", "down_proj"), "linear": ("qkv_proj", "o_proj", "lm_head")}
 ALLOWED = f"None, one of {', '.join(FORMATS)} (the experts), or a dict of these with the keys {', '.join(PARTS)}"
 
@@ -37,6 +36,7 @@ class Form:
             return cls(format, K, SCALES[format])
         if group is not None and group not in GROUPS:
             raise ValueError(f"quantize: group is {group!r}, needs None or one of {', '.join(map(str, GROUPS))}")
+        # Of those that divide K the longest.
         fits = next((one for one in ((group,) if group else GROUPS) if K % one == 0), None)
         if fits is None:
             tried = f"groups of {group}" if group else "groups of 128, 64 or 32"
@@ -45,12 +45,7 @@ class Form:
 
     def empty(self, shape: tuple[int, ...], device: Any) -> QuantizedWeight:
         """A weight of `shape`, its numbers unset."""
-        *lead, K = shape
-        width = pack(torch.zeros(K, dtype=torch.uint8, device="cpu"), self.format, self.group).shape[-1]
-        scales = torch.empty(*lead, K // self.group, dtype=self.scales, device=device)
-        zeros = torch.empty_like(scales, dtype=torch.bfloat16) if self.zeros else None
-        data = torch.empty(*lead, width, dtype=torch.int16, device=device)
-        return QuantizedWeight(self.format, data, scales, zeros, tuple(shape), self.group)
+        return QuantizedWeight.empty(self.format, tuple(shape), self.group, self.scales, self.zeros, device)
 
 
 def put(weight: QuantizedWeight, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:

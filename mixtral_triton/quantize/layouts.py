@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.quantized import ZERO_INT4
-from .form import GROUPS, Form
+from ..kernels.quantized import GROUPS, ZERO_INT4
+from .form import Form
 
 Shape = tuple[int, ...]
 Read = Callable[..., Tensor]  # read(part, *index): so much of that tensor of the linear
