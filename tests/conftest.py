@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -157,6 +157,27 @@ def ordered(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Interpreted products sum in one order wherever a row stands in its tile, as numpy's do not -> that product."""
     monkeypatch.setattr(interpret, "product", in_order)
     return in_order
+
+
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes the runtime's way of an operation wrong by 3 %, or by one, in one element; the reference stays."""
+    go = ops._go
+
+    def spoil(name: str) -> None:
+        def wrong(op: Any, *args: Any) -> Any:
+            out = go(op, *args)
+            if op.name == name:
+                changed = args[3] if out is None else out  # append has no result: the key cache
+                first = changed[0] if isinstance(changed, tuple) else changed
+                flat = first.view(-1)
+                place = int(flat.abs().argmax())
+                flat[place] = flat[place] * 1.03 if first.is_floating_point() else flat[place] + 1
+            return out
+
+        monkeypatch.setattr(ops, "_go", wrong)
+
+    return spoil
 
 
 @pytest.fixture
