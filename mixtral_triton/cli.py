@@ -146,6 +146,9 @@ def parser() -> argparse.ArgumentParser:
     )
     card.add_argument("--memory", type=float, metavar="GIB", help="a card of so many GiB; none: see --gpu")
     fit.add_argument("--gpus", type=int, metavar="N", help="so many cards; none: 1")
+    fit.add_argument(
+        "--scaling", nargs="?", const="", metavar="FORMAT", help="predicted times on 1 to 16 cards, by tp and ep"
+    )
     fit.add_argument("--batch", type=int, default=1, metavar="B", help="sequences at a time")
     fit.add_argument("--context", type=int, metavar="S", help="tokens a sequence; none: all the model's positions")
     compile = command("compile", "compile every kernel for a GPU that need not be there")

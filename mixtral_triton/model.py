@@ -335,7 +335,7 @@ def load(
     # Before the parameters are allocated: a broken config could ask for any size.
     if headers.scheme is None:
         weights.check(headers, config)
-        forms = chosen(quantized, shapes)
+        forms: fit.Forms = chosen(quantized, shapes)
     elif quantized is not None:
         raise ValueError(
             f"Mixtral.from_pretrained: weights is {quantized!r}, and {folder} is quantized already "
@@ -351,7 +351,7 @@ def load(
         ranks.check_device(place)
         shard = ranks.shard
         shard.check(config)
-        forms = shard.forms(forms, shapes, weights.parameter_shapes(config, shard))
+        forms = fit.shard_forms(config, forms, shard)
     fit.check(config, forms, place, dtype, free_choice=headers.scheme is None, shard=shard)
     model = cls(config, place, dtype, deterministic, forms, ranks)
     (weights.load if headers.scheme is None else hub.load)(folder, config, model.places(), progress, shard)

@@ -329,3 +329,6 @@ def test_traffic() -> None:
 def test_fit_prints_the_traffic(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "mixtral-8x7b", "--memory", "80", "--gpus", "4", "--context", "4096"]) == 0
     assert "a card sends 24.6 kB a layer, and 48.0 kB of logits." in capsys.readouterr().out
+    assert main(["fit", "mixtral-8x7b", "--memory", "80", "--gpus", "4", "--context", "4096", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["sends_a_token"] == {"layer": 24576, "head": 48000}
