@@ -11,7 +11,7 @@ its experts, give is a part of a sum (Megatron-LM, Shoeybi et al. 2019, section 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -29,6 +29,7 @@ from .quantize.form import Form
 DIMENSIONS = ("tp", "ep")
 TIMEOUT = timedelta(seconds=30)  # of what runs at the same pace everywhere: a sum, the logits, a token
 LOADING = timedelta(minutes=10)  # for a rank whose disk is slower; one that has died is seen at once
+LOOKING = 1.0  # seconds between two looks at who is still there
 SETTLING = 0.2  # seconds until the connections of a dead rank are seen to be closed
 
 Shape = tuple[int, ...]
@@ -184,6 +185,28 @@ class Ranks:
             dist.broadcast(x, self._global[0], group=self._group)
         return x
 
+    def settled(self, device: torch.device) -> None:
+        """Wait for what `device` has to do. ConnectionError where another rank is gone or does not answer meanwhile:
+        of what a replayed graph sends, torch's own watchdog knows nothing."""
+        if device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            self.wait(event.query)
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        """Until `done()`; as `settled`."""
+        start = looked = time.monotonic()
+        while not done():
+            now = time.monotonic()
+            late = now - start > TIMEOUT.total_seconds()
+            if late or now - looked > LOOKING:
+                self._refuse_gone(late)
+                looked = time.monotonic()
+
+    def _refuse_gone(self, late: bool) -> None:
+        if (gone := self._gone()) or late:
+            raise ConnectionError(f"{self.name}: {_missing(gone)}: its part of a sum did not come")
+
     def _gathered(self, part: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(part) for _ in self._global]
         with self._watched():
@@ -214,19 +237,25 @@ class Ranks:
             yield
         except RuntimeError as error:
             time.sleep(SETTLING)
-            others = {rank: place for rank, place in enumerate(self._global) if rank != self.shard.rank}
-            gone = [str(rank) for rank, place in others.items() if self._gone(place)]
-            who = f"rank {' and '.join(gone)} is gone" if gone else "another rank does not answer"
             why = _line(error).partition(". ")[0]  # gloo goes on with advice
-            raise ConnectionError(f"{self.name}: {who}: {why}") from error
+            raise ConnectionError(f"{self.name}: {_missing(self._gone())}: {why}") from error
 
-    def _gone(self, place: int) -> bool:
-        """Whether the connection to the rank of this place in the world is closed."""
+    def _gone(self) -> list[int]:
+        """The other ranks whose connections are closed."""
+        places = enumerate(self._global)
+        return [rank for rank, place in places if rank != self.shard.rank and self._closed(place)]
+
+    def _closed(self, place: int) -> bool:
+        """Whether the connection to the rank of this place in the world is."""
         try:
             dist.isend(torch.zeros(1, device="cpu"), place, group=self._hosts)
         except RuntimeError:
             return True
         return False
+
+
+def _missing(gone: list[int]) -> str:
+    return f"rank {' and '.join(map(str, gone))} is gone" if gone else "another rank does not answer"
 
 
 def _line(error: Exception) -> str:

@@ -202,6 +202,53 @@ def silent(mesh: Any, folder: Path, ids: torch.Tensor) -> str:
         return str(error)
 
 
+def replayed(mesh: Any, folder: Path, ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, int, Counter[str]]:
+    """Greedy text on cards that are not there, how many of its steps were replays, and what the host itself sent."""
+    from tests.stub.card import card
+
+    model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options)
+    with card() as made, counted_calls() as calls, on_memory():
+        text = model.to("cuda").generate(ids.to("cuda"), max_new_tokens=8)
+        return text.cpu(), made.replays, calls
+
+
+@contextmanager
+def on_memory() -> Iterator[None]:
+    """NCCL's part: what is sent is the memory behind a card's tensors, and in a capture it waits for the replay."""
+    from tests.stub.tensors import CardTensor, stage
+
+    true = {name: getattr(dist, name) for name in COLLECTIVES[:3]}
+
+    def held(x: Any) -> Any:
+        return [one.held for one in x] if isinstance(x, list) else x.held if isinstance(x, CardTensor) else x
+
+    def acting(name: str) -> Any:
+        def call(*args: Any, **options: Any) -> None:
+            behind = [held(x) for x in args]
+            stage.run(lambda: true[name](*behind, **options))
+
+        return call
+
+    for name in true:
+        setattr(dist, name, acting(name))
+    try:
+        yield
+    finally:
+        for name, function in true.items():
+            setattr(dist, name, function)
+
+
+def stuck(mesh: Any, folder: Path) -> str:
+    """What ends the wait for a card that is never done, where the last process has left the mesh, and where not."""
+    parallel.TIMEOUT, parallel.LOOKING = timedelta(seconds=2), 0.1
+    model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh)
+    try:
+        model.ranks.wait(lambda: False)  # type: ignore[union-attr]
+    except ConnectionError as error:
+        return str(error)
+    return ""
+
+
 def watched(mesh: Any, folder: Path, ids: torch.Tensor) -> list[str]:
     """What verify, and a dispatch mode, are refused with."""
     model, said = Mixtral.from_pretrained(folder, "cpu", mesh=mesh), []

@@ -22,7 +22,7 @@ from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.parallel import Shard, traffic
 from tests import hub
-from tests.ranks import Ranks, everything, logits, read_and_kept, refusal, renamed, silent, watched
+from tests.ranks import Ranks, everything, logits, read_and_kept, refusal, renamed, replayed, silent, stuck, watched
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(
@@ -241,6 +241,27 @@ def test_a_rank_that_does_not_come(ranks: Ranks, checkpoint: Checkpoint) -> None
     *others, _ = ranks(silent, checkpoint(), IDS, tp=4)
     for rank, said in enumerate(others):
         assert said.startswith(f"rank {rank} of 4: another rank does not answer: ")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("mesh", ["tp 2", "ep 2 x tp 2"])
+def test_a_decode_step_is_a_graph_here_too(
+    mesh: str, deterministic: bool, ranks: Ranks, checkpoint: Checkpoint
+) -> None:
+    """What the ranks send is in it: the host sends for the prompt, and for the first step, which is not replayed."""
+    folder = checkpoint()
+    want = Mixtral.from_pretrained(folder, "cpu").generate(IDS[:, :4], max_new_tokens=8)
+    for text, replays, calls in ranks(replayed, folder, IDS[:, :4], deterministic=deterministic, **MESHES[mesh]):
+        assert torch.equal(text, want) and replays == 6
+        sums = "all_gather" if deterministic else "all_reduce"
+        layers = BASE["num_hidden_layers"]
+        # The prompt, the first step, and the capture of the others, in which nothing is sent yet.
+        assert calls["broadcast"] == 2 + replays and calls[sums] >= 2 * layers * (2 + replays)
+
+
+def test_a_wait_for_a_card_that_is_never_done_ends(ranks: Ranks, checkpoint: Checkpoint) -> None:
+    for rank, said in enumerate(ranks(stuck, checkpoint(), tp=4)):
+        assert said == f"rank {rank} of 4: another rank does not answer: its part of a sum did not come"
 
 
 PROMPT = ("--device", "cpu", "--dtype", "float32", "--prompt", "The return statement", "--temperature", "0.8", "--json")
