@@ -167,7 +167,7 @@ class Ranks:
         in_order: rank by rank. An all-reduce chooses its order by the size of the whole, so by the batch.
         """
         if in_order:
-            return reduce(torch.add, self._gathered(part))
+            return reduce(torch.add, self.gathered(part))
         with self._watched():
             dist.all_reduce(part, group=self._group)
         return part
@@ -176,7 +176,7 @@ class Ranks:
         """The parts [..., n] of a last dimension of `size`, cut by `even` -> [..., size]."""
         runs = [even(size, rank, self.shard.ranks) for rank in range(self.shard.ranks)]
         widths = [run.stop - run.start for run in runs]
-        parts = self._gathered(F.pad(part, (0, max(widths) - part.shape[-1])))
+        parts = self.gathered(F.pad(part, (0, max(widths) - part.shape[-1])))
         return torch.cat([one[..., :width] for one, width in zip(parts, widths, strict=True)], dim=-1)
 
     def of_first(self, x: Tensor) -> Tensor:
@@ -207,11 +207,19 @@ class Ranks:
         if (gone := self._gone()) or late:
             raise ConnectionError(f"{self.name}: {_missing(gone)}: its part of a sum did not come")
 
-    def _gathered(self, part: Tensor) -> list[Tensor]:
+    def gathered(self, part: Tensor) -> list[Tensor]:
+        """Every rank's, all of one shape."""
         parts = [torch.empty_like(part) for _ in self._global]
         with self._watched():
             dist.all_gather(parts, part, group=self._group)
         return parts
+
+    def told(self, what: Any) -> list[Any]:
+        """What each rank's host says."""
+        said: list[Any] = [None] * self.shard.ranks
+        with self._watched():
+            dist.all_gather_object(said, what, group=self._hosts)
+        return said
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
@@ -221,9 +229,7 @@ class Ranks:
             yield
         except Exception as caught:
             error = caught
-        told: list[str | None] = [None] * self.shard.ranks
-        with self._watched():
-            dist.all_gather_object(told, None if error is None else _line(error), group=self._hosts)
+        told = self.told(None if error is None else _line(error))
         if error is not None and (told.count(told[0]) == len(told) or not isinstance(error, (ValueError, OSError))):
             raise error
         failed = [f"rank {rank} of {len(told)}: {text}" for rank, text in enumerate(told) if text is not None]
