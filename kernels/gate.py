@@ -1,4 +1,4 @@
-"""gate_route: the gate's logits, and the route by them; add_rms_norm_gate_route: before them the residual add and norm.
+"""gate_route: the gate's logits, and the route by them; rms_norm_gate_route: before them the residual add and norm.
 
 T tokens, H hidden, E experts, K experts a token
 
@@ -138,7 +138,7 @@ def gate_route(x: Tokens, gate: Gate, top_k: TopK, deterministic: bool = False) 
     return _launch(x, gate, top_k)
 
 
-def add_rms_norm_gate_route(
+def rms_norm_gate_route(
     x: Tokens,
     residual: Tokens,
     weight: Annotated[Tensor, "H"],
@@ -221,8 +221,8 @@ OP = Op(
 )
 
 NORM_OP = Op(
-    run=add_rms_norm_gate_route,
-    reference=reference.add_rms_norm_gate_route,
+    run=rms_norm_gate_route,
+    reference=reference.rms_norm_gate_route,
     inputs=inputs_norm,
     configs=configs,
     cost=cost_norm,

@@ -65,7 +65,7 @@ def gate_route(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Ten
     return logits, *route(logits, top_k)
 
 
-def add_rms_norm_gate_route(
+def rms_norm_gate_route(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, gate: Tensor, top_k: int
 ) -> tuple[Tensor, ...]:
     """The norm y of x + residual [T,H], and `gate_route` of it -> y, sum, logits, weights, ids."""

@@ -69,7 +69,7 @@ class Layer(nn.Module):
         """
         a, config, N = self.attention(h, ring, state), self.config, h.shape[0] * h.shape[1]
         norm = self.post_attention_layernorm, config.rms_norm_eps
-        rows, total, _, scores, ids = state.run.add_rms_norm_gate_route(
+        rows, total, _, scores, ids = state.run.rms_norm_gate_route(
             a.view(N, -1), x.view(N, -1), *norm, self.gate, config.num_experts_per_tok, state.deterministic
         )
         y, total = self.experts(rows, total, scores, ids, next_norm, state)

@@ -18,6 +18,6 @@ class Routes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.mixtral_triton.add_rms_norm_gate_route.default:
+        if func is torch.ops.mixtral_triton.rms_norm_gate_route.default:
             self.ids.append(out[-1])
         return out

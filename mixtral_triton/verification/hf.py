@@ -181,7 +181,7 @@ class Eager:
             "attention": self.attention,
             "route": lambda logits, top_k: self.gate(h)[1:],
             "gate_route": self.gate,
-            "add_rms_norm_gate_route": self.norm_gate,
+            "rms_norm_gate_route": self.norm_gate,
             "expert_swiglu": self.experts,
             "experts_add_rms_norm": self.experts_norm,
         }

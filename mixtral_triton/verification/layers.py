@@ -65,7 +65,7 @@ class LayerCheck:
         yield "add_rms_norm", "with residual", norm | {"residual": values.x}
         gate = {"gate": layer.gate, "top_k": values.ids.shape[1]}
         total = {key: value.flatten(0, 1) for key, value in (("x", norm["x"]), ("residual", values.x))}
-        yield "add_rms_norm_gate_route", "all tokens", {**norm, **total, **gate}
+        yield "rms_norm_gate_route", "all tokens", {**norm, **total, **gate}
         rows = norm_args(self.config, values.x, layer.input_layernorm)
         rows["table"] = rows.pop("x").flatten(0, 1)  # the layer's input in the place of the embedding
         rows["input_ids"] = torch.arange(len(rows["table"]), device=values.x.device).view(self.positions.shape)

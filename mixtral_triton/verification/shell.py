@@ -83,8 +83,8 @@ class _Overruled:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.direct, name)
 
-    def add_rms_norm_gate_route(self, *args: Any) -> tuple[Tensor, ...]:
-        *before, weights, ids = self.direct.add_rms_norm_gate_route(*args)
+    def rms_norm_gate_route(self, *args: Any) -> tuple[Tensor, ...]:
+        *before, weights, ids = self.direct.rms_norm_gate_route(*args)
         return *before, *self.routes.overrule(weights, ids)
 
 
