@@ -127,7 +127,7 @@ class Op(Generic[P, R]):
     public       the name that people call it by, and that its errors give, where that is another
     rule         rule(name, arguments by name, sizes) raises where the arguments do not go together
     ranges       ranges(arguments by name) -> more values that have to lie in a range, none of them an argument
-    follows      follows(arguments, results) -> what the results after the first one have to be exactly, given the first
+    follows      follows(arguments, results) -> what the last results have to be exactly, given those before them
     whole        by kernel, tile constants that hold a whole dimension: a smaller one would be wrong, a larger one idle
     trim         trim(arguments by name of one sequence): without what other sequences made it longer by
     """

@@ -65,6 +65,14 @@ def gate_route(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Ten
     return logits, *route(logits, top_k)
 
 
+def rms_norm_gate_route(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, gate: Tensor, top_k: int
+) -> tuple[Tensor, ...]:
+    """The norm y of x + residual [T,H], and `gate_route` of it -> y, sum, logits, weights, ids."""
+    y, total = rms_norm(x, weight, eps, residual)
+    return y, total, *gate_route(y, gate, top_k)
+
+
 def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Stable counting sort. ids [T,K] -> order int32 [T*K] (flat slots t*K + k, expert by expert), offsets int32 [E+1].
 
@@ -202,25 +210,6 @@ def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor,
         k_cache[b, :, slot[b, t]], v_cache[b, :, slot[b, t]] = k[b, t], v[b, t]
 
 
-def rope_append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    past: Tensor,
-    new: Tensor,
-) -> Tensor:
-    """Rotate q and k at positions past[b] + t, append k and v to the caches -> q."""
-    positions = (past[:, None] + torch.arange(q.shape[1], device=q.device)).clamp_(max=len(cos) - 1)
-    heads = _rotate(torch.cat((q, k), dim=2), F.embedding(positions, cos), F.embedding(positions, sin))
-    q, k = heads.split((q.shape[2], k.shape[2]), dim=2)
-    append(k, v, k_cache, v_cache, past, new)
-    return q.contiguous()
-
-
 def cached_attention(
     q: Tensor,
     k: Tensor | None,
@@ -248,3 +237,21 @@ def cached_attention(
         j, valid = torch.cat((j, i), 1), torch.cat((valid, t < new[:, None]), 1)
         keys, values = torch.cat((keys, k), 1), torch.cat((values, v), 1)
     return _attend(q, keys, values, _visible(i[:, :, None], j[:, None], window, True) & valid[:, None], None)
+
+
+def rope_append_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    past: Tensor,
+    new: Tensor,
+    window: int | None = None,
+) -> Tensor:
+    """Rotate q and k of one token a sequence at past[b], append k and v to the caches, attend over those."""
+    q, k = rope(q, k, cos, sin, past[:, None].clamp(max=len(cos) - 1))
+    append(k, v, k_cache, v_cache, past, new)
+    return cached_attention(q, None, None, k_cache, v_cache, past, new, window)

@@ -67,9 +67,13 @@ class Layer(nn.Module):
 
         Each norm also adds what came before it to the residual stream: one launch for both. `ring`: the layer's cache.
         """
-        a = self.attention(h, ring, state)
-        h, x = state.run.rms_norm(a, self.post_attention_layernorm, self.config.rms_norm_eps, residual=x)
-        return self.experts(h, x, next_norm, state)
+        a, config, N = self.attention(h, ring, state), self.config, h.shape[0] * h.shape[1]
+        norm = self.post_attention_layernorm, config.rms_norm_eps
+        rows, total, _, scores, ids = state.run.rms_norm_gate_route(
+            a.view(N, -1), x.view(N, -1), *norm, self.gate, config.num_experts_per_tok, state.deterministic
+        )
+        y, total = self.experts(rows, total, scores, ids, next_norm, state)
+        return y.view_as(h), total.view_as(h)
 
     def attention(self, h: Tensor, ring: Ring | None, state: State) -> Tensor:
         """h [B,T,H] -> [B,T,H]."""
@@ -80,20 +84,16 @@ class Layer(nn.Module):
         heads = state.attend(q, k, v, ring).reshape(B, T, Hq * D)
         return state.summed(state.run.linear(heads, self.o_proj, state.deterministic))
 
-    def experts(self, h: Tensor, x: Tensor, next_norm: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """h [B,T,H], the residual stream x -> the next layer's h, and x with the experts' output."""
-        rows, run, eps = h.reshape(-1, h.shape[-1]), state.run, self.config.rms_norm_eps
-        _, scores, ids = run.gate_route(rows, self.gate, self.config.num_experts_per_tok, state.deterministic)
-        proj = self.gate_up_proj, self.down_proj
+    def experts(
+        self, h: Tensor, x: Tensor, scores: Tensor, ids: Tensor, next_norm: Tensor, state: State
+    ) -> tuple[Tensor, Tensor]:
+        """h [N,H], the residual stream x, who reads h -> the next layer's h, and x with the experts' output."""
+        run, eps, proj = state.run, self.config.rms_norm_eps, (self.gate_up_proj, self.down_proj)
         if state.ranks is not None:  # the sum over the ranks stands between the experts and the norm: no fused pair
             ids = state.ranks.own(ids, len(self.down_proj))
-            part = run.expert_swiglu(rows, *proj, ids, scores, state.deterministic)
-            y, total = run.rms_norm(state.summed(part), next_norm, eps, residual=x.view_as(rows))
-        else:
-            y, total = run.experts_add_rms_norm(
-                rows, *proj, ids, scores, x.view_as(rows), next_norm, eps, state.deterministic
-            )
-        return y.view_as(h), total.view_as(h)
+            part = run.expert_swiglu(h, *proj, ids, scores, state.deterministic)
+            return run.rms_norm(state.summed(part), next_norm, eps, residual=x)
+        return run.experts_add_rms_norm(h, *proj, ids, scores, x, next_norm, eps, state.deterministic)
 
 
 class State:
@@ -127,15 +127,13 @@ class State:
             return self.run.attention(q, k, v, self.window, True, None, None, None, self.deterministic)
         if self.one_by_one:
             # The one new key takes the slot of the one that just left the window.
-            q = self.run.rope_append(q, k, v, self.cos, self.sin, *ring, self.past, self.new)
-            return self._attend_cached(q, None, None, ring)
+            return self.run.rope_append_attention(
+                q, k, v, self.cos, self.sin, *ring, self.past, self.new, self.window, self.deterministic
+            )
         q, k = self.run.rope(q, k, self.cos, self.sin, self.positions)
-        out = self._attend_cached(q, k, v, ring)
+        out = self.run.cached_attention(q, k, v, *ring, self.past, self.new, self.window, self.deterministic)
         self.run.append(k, v, *ring, self.past, self.new)  # only now: the chunk's first queries needed the old keys
         return out
-
-    def _attend_cached(self, q: Tensor, k: Tensor | None, v: Tensor | None, ring: Ring) -> Tensor:
-        return self.run.cached_attention(q, k, v, *ring, self.past, self.new, self.window, self.deterministic)
 
 
 class Mixtral(nn.Module):

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from .kernels import dispatch as _dispatch
 from .kernels import embed as _embed
+from .kernels import gate as _gate
 from .kernels import linear as _linear
 from .kernels import norm as _norm
 from .kernels import ring as _ring
 from .kernels import rope as _rope
 from .kernels import router as _router
 from .kernels.attention import op as _attention
+from .kernels.attention import step as _step
 from .kernels.checks import in_range
 from .kernels.checks import readable as readable  # whether the host may look: the shell asks, too
 from .kernels.experts import op as _experts
@@ -104,9 +106,10 @@ def _one_by_one(op: Op[..., Any], given: dict[str, Any]) -> Any:
         own = {**given, **{name: value[one] for name, value in batched.items()}}
         own = own if op.trim is None else op.trim(own)
         # In memory of its own: a library's order of a sum may depend on where in memory rows begin.
-        parts.append(
-            op.plain(**own | {name: own[name].clone(memory_format=torch.contiguous_format) for name in batched})
-        )
+        copies = {name: own[name].clone(memory_format=torch.contiguous_format) for name in batched}
+        parts.append(op.plain(**own | copies))
+        for name in op.mutates:
+            own[name].copy_(copies[name])
     return _joined(parts, first.shape[:-1])
 
 
@@ -195,15 +198,16 @@ _add_rms_norm = _operator(_norm.ADD_OP)
 embed_rms_norm = _operator(_embed.OP)
 linear = _operator(_linear.OP)
 route = _operator(_router.OP)
-gate_route = _operator(_router.GATE_OP)
+gate_route = _operator(_gate.OP)
+rms_norm_gate_route = _operator(_gate.NORM_OP)
 sort_by_expert = _operator(_dispatch.OP)
 expert_swiglu = _operator(_experts.OP)
 experts_add_rms_norm = _operator(_experts.NORM_OP)
 rope = _operator(_rope.OP)
 append = _operator(_ring.OP)
-rope_append = _operator(_rope.ROPE_APPEND_OP)
 attention = _operator(_attention.OP)
 cached_attention = _operator(_attention.CACHED_OP)
+rope_append_attention = _operator(_step.OP)
 
 
 def __getattr__(name: str) -> Any:

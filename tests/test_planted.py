@@ -152,7 +152,7 @@ def test_an_expert_with_the_down_projection_of_another(dtype: torch.dtype) -> No
 def test_a_route_that_was_no_close_call() -> None:
     """The layer's own gate reads the tokens in another order: their routes are put right, and said to be wrong."""
     made = made_of(torch.bfloat16)
-    in_one_layer(made, "experts", "gate_route(rows,", "gate_route(rows.flip(0),")
+    in_one_layer(made, "forward", "a.view(N, -1), x", "a.view(N, -1).flip(0), x")
     assert (LAYER, "routes") in {(row.layer, row.case) for row in verify(made, IDS).wrong}
 
 

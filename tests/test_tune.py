@@ -61,7 +61,7 @@ def small(name: str) -> list[Case]:
 
 
 TILED = {"linear", "expert_swiglu", "experts_add_rms_norm", "attention", "cached_attention", "gate_route", "route"}
-TILED |= {"sort_by_expert", "rms_norm", "add_rms_norm"}
+TILED |= {"sort_by_expert", "rms_norm", "add_rms_norm", "rms_norm_gate_route", "rope_append_attention"}
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs the kernels: needs TRITON_INTERPRET=1")

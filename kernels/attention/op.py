@@ -60,11 +60,11 @@ def attention(
     `deterministic`: a sequence's bits do not depend on the rest of the batch. Few causal queries (times the heads of a
     group) decode, the others prefill.
     """
-    sizes = _sizes(q, k, window, deterministic)
-    bounds = {"starts_ptr": _dense(starts), "lengths_ptr": _dense(lengths)}
+    sizes = sizes_of(q, k, window, deterministic)
+    bounds = {"starts_ptr": dense(starts), "lengths_ptr": dense(lengths)}
     G = q.shape[2] // k.shape[2]
     if causal and (q.shape[1] == 1 or q.shape[1] * G <= PACKED_ROWS):
-        return _decode(q, k, v, bounds | {"past_ptr": None}, sizes, scale, ring=False)
+        return decode(q, k, v, bounds | {"past_ptr": None}, sizes, scale, ring=False)
     return _prefill(q, k, v, None, bounds | {"past_ptr": None}, sizes, scale, causal)
 
 
@@ -85,18 +85,22 @@ def cached_attention(
     (a ValueError on a CPU) is NaN.
     """
     keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    sizes = _sizes(q, keys, window, deterministic)
-    bounds = {"starts_ptr": None, "lengths_ptr": _dense(new), "past_ptr": _dense(past)}
+    sizes = sizes_of(q, keys, window, deterministic)
+    bounds = {"starts_ptr": None, "lengths_ptr": dense(new), "past_ptr": dense(past)}
     if k is None or v is None:
-        return _decode(q, keys, values, bounds, sizes, None, ring=True)
+        return decode(q, keys, values, bounds, sizes, None, ring=True)
     return _prefill(q, k, v, (k_cache, v_cache), bounds, sizes, None, True)
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
+_NONE = dict.fromkeys(("new_k_ptr", "new_v_ptr", "cos_ptr", "sin_ptr"))
+NO_NEWEST = _NONE | dict.fromkeys(("P", "stride_nkb", "stride_nkh", "stride_nvb", "stride_nvh"), 0)
+
+
+def dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _sizes(q: Tensor, k: Tensor, window: int | None, deterministic: bool) -> Shape:
+def sizes_of(q: Tensor, k: Tensor, window: int | None, deterministic: bool) -> Shape:
     B, T, Hq, D = q.shape
     window = max(0, window or 0)
     if window > 2 * (k.shape[1] + T):
@@ -157,9 +161,17 @@ def _prefill(
     return out
 
 
-def _decode(
-    q: Tensor, k: Tensor, v: Tensor, bounds: dict[str, Tensor | None], sizes: Sizes, scale: float | None, ring: bool
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: dict[str, Tensor | None],
+    sizes: Sizes,
+    scale: float | None,
+    ring: bool,
+    **newest: Any,
 ) -> Tensor:
+    """`newest`: the kernel's arguments about a key that is yet to be rotated and to enter the ring."""
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     B, T, Hq, D = q.shape
     chosen = choices(configs, sizes, q.dtype, q.device)
@@ -177,6 +189,7 @@ def _decode(
         "out_ptr": part,
         "lse_ptr": lse,
         **bounds,
+        **(newest or NO_NEWEST),
         "T": T,
         "S": k.shape[1],
         "Hq": Hq,

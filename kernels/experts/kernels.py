@@ -203,8 +203,7 @@ def experts_up_decode_kernel(
         w = w_ptrs, scales_ptr, zeros_ptr
         w_rows = expert * 2 * I + _pair_rows(pid_n, I, BLOCK_N)
         acc = tl.zeros((2 * BLOCK_N, BLOCK_T), tl.float32)
-        for k in range(0, H, UNIT):
-            acc = add_products(acc, w, w_rows, x_ptrs, (wanted < count)[None, :], 0, k, H % UNIT == 0, H, LAYOUT)
+        acc = add_products(acc, w, w_rows, x_ptrs, (wanted < count)[None, :], 0, H, H % UNIT == 0, H, LAYOUT)
         acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=0)
         gate, up = tl.split(tl.permute(tl.reshape(acc, (2, BLOCK_N, BLOCK_T)), (1, 2, 0)))
         out = h_ptr + slot[None, :] * I + offs_n[:, None]
@@ -238,6 +237,7 @@ def experts_down_decode_kernel(
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
     UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT[0])
     SPAN: tl.constexpr = (I + SPLIT_K * UNIT - 1) // (SPLIT_K * UNIT) * UNIT
+    EVEN: tl.constexpr = I % (SPLIT_K * UNIT) == 0
     for first in range(0, count, BLOCK_T):
         begin, offs_k = split * SPAN, tl.arange(0, BLOCK_K)
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -249,10 +249,7 @@ def experts_down_decode_kernel(
         w = w_ptrs, scales_ptr, zeros_ptr
         w_rows = expert * H + tl.minimum(offs_n, H - 1)
         acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-        for k in range(0, SPAN, UNIT):
-            acc = add_products(
-                acc, w, w_rows, h_ptrs, (wanted < count)[None, :], begin, k, I % (SPLIT_K * UNIT) == 0, I, LAYOUT
-            )
+        acc = add_products(acc, w, w_rows, h_ptrs, (wanted < count)[None, :], begin, SPAN, EVEN, I, LAYOUT)
         acc = times_row_scales(acc, w, w_rows, I, LAYOUT, AXIS=0)
         out = y_ptr + (split.to(tl.int64) * N + slot)[None, :] * H + offs_n[:, None]
         tl.store(out, acc, mask=(wanted < count)[None, :] & (offs_n < H)[:, None])

@@ -59,8 +59,9 @@ def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchCon
 def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """64 weight rows a program, the depth of a tile as long as shared memory lets it stream."""
     single = dtype == torch.float32
-    stages = 2 if single or amd(arch) else 4 if family(arch) == "sm_80" else 5
     block_t = power_of_2(sizes["T"], low=16, high=DECODE_TOKENS)
+    # Of 32 tokens five stages would leave an SM room for one program.
+    stages = 2 if single or amd(arch) else 4 if family(arch) == "sm_80" or block_t == 32 else 5
     block_k = 32 if single else 64 if amd(arch) or block_t == 64 else 128
     tiles = {"BLOCK_T": block_t, "BLOCK_S": power_of_2(sizes["T"] * sizes["K"], low=16)}
     span = -(-sizes["I"] // SPLIT_K)

@@ -96,9 +96,9 @@ def _append(launch: Launch) -> Work:
 
 
 def _rope(launch: Launch) -> Work:
-    """q and k in and out, v where it goes along; cos and sin of each token."""
+    """q and k in and out; cos and sin of each token."""
     own = _operands(launch)
-    heads = sum(own[name].nbytes for name in "qkv" if name in own)
+    heads = own["q"].nbytes + own["k"].nbytes
     return _shared_out(launch, 2 * heads + 2 * _programs(launch) * own["cos"][0].nbytes)
 
 
@@ -141,11 +141,9 @@ def _many(rows: int, x: Tensor, weight_rows: int, weight: Tensor, depth: int) ->
 
 
 def _few(launch: Launch, live: float, x: str, weight: str, weight_rows: int, depth: int, splits: int = 1) -> _Tile:
-    """A weight's bytes, and its scales, come once. `live`: rows that are no padding, which PTX's layouts mask."""
+    """A weight's bytes, and its scales, come once. `live`: rows that are no padding, which is masked."""
     own, rows = _operands(launch), launch.constexprs["BLOCK_T"]
-    stored = _stored(own, weight) / splits
-    loaded = min(live, rows) if launch.constexprs["LAYOUT"][2] else rows
-    return _Tile(rows, loaded, own[x], weight_rows, own[weight], depth / splits, stored)
+    return _Tile(rows, min(live, rows), own[x], weight_rows, own[weight], depth / splits, _stored(own, weight) / splits)
 
 
 def _stored(own: dict[str, Tensor], name: str) -> int:
@@ -157,9 +155,11 @@ def _stored(own: dict[str, Tensor], name: str) -> int:
 
 
 def _gate(launch: Launch) -> Work:
-    own, c = _operands(launch), launch.constexprs
-    tile = _many(c["BLOCK_T"], own["x"], c["BLOCK_E"], own["gate"], c["H"])
-    return tile.work(launch, _nbytes(launch), _programs(launch), c["BLOCK_H"])
+    """A token's program reads the gate whole."""
+    own = _operands(launch)
+    weights = sum(own[name].nbytes for name in ("gate", "norm") if name in own)
+    read = weights + sum(own[name][0].nbytes for name in ("x", "residual") if name in own)
+    return Work(_nbytes(launch), _programs(launch), read, vector=2.0 * own["gate"].numel())
 
 
 def _linear(launch: Launch) -> Work:
@@ -267,7 +267,9 @@ def _attention_decode(launch: Launch) -> Work:
     slots, window, splits = launch.args["S"], launch.args["window"], (launch.grid or (1,))[0]
     keys = min(slots, window) if c["WINDOWED"] else slots
     span = math.ceil(math.ceil(keys / splits) / c["BLOCK_N"]) * c["BLOCK_N"]
-    memory = _nbytes(launch, "k", "v") + (own["k"].nbytes + own["v"].nbytes) * keys / max(1, slots)
+    memory = _nbytes(launch, "k", "v", "cos", "sin") + (own["k"].nbytes + own["v"].nbytes) * keys / max(1, slots)
+    if "cos" in own:  # a row of each table a sequence, and the newest key into the cache
+        memory += 2 * len(own["q"]) * own["cos"][0].nbytes + 2 * own["new_k"].nbytes
     return _attended(launch, c["BLOCK_M"], span, memory, _programs(launch))
 
 

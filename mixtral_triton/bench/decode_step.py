@@ -110,8 +110,8 @@ def _attend(
     model: Mixtral, keys: Tensor, values: Tensor, past: Tensor, new: Tensor, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
     """Attention of one token a sequence, over the layer's ring."""
-    q = reference.rope_append(q, k, v, model.cos, model.sin, keys, values, past, new)
-    return reference.cached_attention(q, None, None, keys, values, past, new, model.config.sliding_window)
+    where = keys, values, past, new, model.config.sliding_window
+    return reference.rope_append_attention(q, k, v, model.cos, model.sin, *where)
 
 
 def fault(function: Callable[..., Any], args: Args) -> str | None:

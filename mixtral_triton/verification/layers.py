@@ -64,6 +64,9 @@ class LayerCheck:
         yield "rms_norm", "input", norm_args(self.config, values.x, layer.input_layernorm)
         norm = norm_args(self.config, values.attended, layer.post_attention_layernorm)
         yield "add_rms_norm", "with residual", norm | {"residual": values.x}
+        gate = {"gate": layer.gate, "top_k": values.ids.shape[1]}
+        total = {key: value.flatten(0, 1) for key, value in (("x", norm["x"]), ("residual", values.x))}
+        yield "rms_norm_gate_route", "all tokens", {**norm, **total, **gate}
         rows = norm_args(self.config, values.x, layer.input_layernorm)
         rows["table"] = rows.pop("x").flatten(0, 1)  # the layer's input in the place of the embedding
         rows["input_ids"] = torch.arange(len(rows["table"]), device=values.x.device).view(self.positions.shape)
@@ -76,7 +79,7 @@ class LayerCheck:
         yield "linear", "o, few tokens", {"x": values.heads[0, :FEW], "weight": layer.o_proj}
         yield "linear", "o, deterministic", {"x": values.heads, "weight": layer.o_proj, "deterministic": True}
         yield "route", "all tokens", {"logits": values.logits, "top_k": values.ids.shape[1]}
-        yield "gate_route", "all tokens", {"x": values.h, "gate": layer.gate, "top_k": values.ids.shape[1]}
+        yield "gate_route", "all tokens", {"x": values.h, **gate}
         yield "sort_by_expert", "all tokens", {"ids": values.ids, "num_experts": len(layer.gate)}
         yield from self._experts()
 
@@ -96,7 +99,7 @@ class LayerCheck:
         yield "cached_attention", "chunk", {**chunk, **ring, **where, "new": T - past}
         one, new = slice(T // 2, T // 2 + 1), torch.ones_like(past)
         token = {"q": values.q[:, one], "k": values.k[:, one], "v": values.v[:, one]}
-        yield "rope_append", "one token", {**token, **self.tables, **ring, "past": past, "new": new}
+        yield "rope_append_attention", "one token", {**token, **self.tables, **ring, **where, "new": new}
         kernel_reference.append(self.rk[:, one], values.v[:, one], **ring, past=past, new=new)
         yield "cached_attention", "one token", {"q": self.rq[:, one], "k": None, "v": None, **ring, **where, "new": new}
 
