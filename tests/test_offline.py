@@ -83,7 +83,9 @@ def prefill(kernel: str, arch: str = "sm_90") -> Launch:
 
 
 # More is better; vLLM's best expert tile has 5,191, Triton's attention tutorial 2,052.
-FLOP_PER_INSTRUCTION = {"experts_up_kernel": 4600, "experts_down_kernel": 4600, "attention_prefill_kernel": 2000}
+FLOP_PER_INSTRUCTION = {"experts_up_kernel": 5500, "experts_down_kernel": 5500, "attention_prefill_kernel": 2000}
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):  # it computes the places of tiles in every turn
+    FLOP_PER_INSTRUCTION |= {"experts_up_kernel": 4100, "experts_down_kernel": 4100}
 
 
 def flop_a_turn(launch: Launch) -> int:
@@ -111,7 +113,9 @@ def test_main_loops_of_other_tensor_cores(kernel: str, arch: str) -> None:
     launch = prefill(kernel, arch)
     loops = compile_launch(launch, arch).loops
     # Attention: the interior and the right edge; the left edge, which is empty here, as far as the compiler kept it.
-    assert len(loops) in ((2, 3) if kernel.startswith("attention") else (1,)) and all(loop.tensor for loop in loops)
+    # Experts: by TMA a whole tile, its upper part alone, a short one.
+    most = (2, 3) if kernel.startswith("attention") else (1,) if arch == "sm_80" else (3,)
+    assert len(loops) in most and all(loop.tensor for loop in loops)
     if arch == "sm_80":
         assert max(loop.flops or 0 for loop in loops) * launch.num_warps == flop_a_turn(launch)
     else:

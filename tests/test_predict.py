@@ -36,12 +36,13 @@ SMALL: Tile = (64, 256, 64, 4, 4)
 LARGE: Tile = (128, 256, 64, 8, 4)
 
 
-def tiles(tile: Tile) -> dict[str, LaunchConfig]:
-    """For both expert kernels of prefill; those of up are half gate, half up."""
+def tiles(tile: Tile, short: int = 0) -> dict[str, LaunchConfig]:
+    """For both expert kernels of prefill; those of up are half gate, half up. `short`: SHORT_M."""
     m, n, k, warps, stages = tile
     columns = {"experts_up_kernel": n // 2, "experts_down_kernel": n}
+    rows = {"BLOCK_M": m, "SHORT_M": short}
     return {
-        kernel: LaunchConfig({"BLOCK_M": m, "BLOCK_N": block, "BLOCK_K": k, "GROUP_M": 8}, warps, stages)
+        kernel: LaunchConfig({**rows, "BLOCK_N": block, "BLOCK_K": k, "GROUP_M": 8}, warps, stages)
         for kernel, block in columns.items()
     }
 
@@ -111,21 +112,12 @@ def test_an_expert_layer_by_its_tile(T: int, tile: Tile) -> None:
 
 
 @once
-@pytest.mark.parametrize("T", [256, 384, 512, 1024, 1536, 4096])
-@pytest.mark.parametrize("width", [(4096, 14336), (6144, 16384)])
-def test_prefill_takes_the_better_of_two_tiles(T: int, width: tuple[int, int]) -> None:
-    sizes = LAYER | {"T": T, "H": width[0], "I": width[1]}
-    ways = [microseconds("expert_swiglu", sizes, **tiles(tile)) for tile in (SMALL, LARGE)]
-    assert microseconds("expert_swiglu", sizes) == pytest.approx(min(ways))
-
-
-@once
 @pytest.mark.parametrize(
     ("name", "sizes", "kernel", "waste"),
     [
         ("linear", Shape(T=4, H=4096, N=4096), "linear_decode_kernel", {"BLOCK_N": 128}),
         ("linear", Shape(T=4096, H=4096, N=4096, deterministic=True), "linear_kernel", {"BLOCK_N": 32}),
-        ("expert_swiglu", LAYER | {"T": 2048}, "experts_down_kernel", {"BLOCK_M": 32}),
+        ("expert_swiglu", LAYER | {"T": 2048}, "experts_down_kernel", {"BLOCK_M": 32, "SHORT_M": 0}),
         ("attention", Shape(B=1, T=4096, S=4096, Hq=32, Hkv=8, D=128, window=64), "attention_prefill_kernel",
          {"BLOCK_M": 256}),
     ],
@@ -134,7 +126,7 @@ def test_more_padding_or_a_smaller_tile_takes_longer(
     name: str, sizes: Sizes, kernel: str, waste: dict[str, int]
 ) -> None:
     chosen = next(launch for launch in recorded(name, sizes) if launch.kernel == kernel)
-    tile = {key: size for key, size in chosen.constexprs.items() if key.startswith(("BLOCK", "GROUP_M"))}
+    tile = {key: size for key, size in chosen.constexprs.items() if key.startswith(("BLOCK", "SHORT", "GROUP_M"))}
     config = LaunchConfig({**tile, **waste}, chosen.num_warps or 4, chosen.num_stages or 1)
     assert microseconds(name, sizes, **{kernel: config}) > 1.05 * microseconds(name, sizes)
 
@@ -251,13 +243,13 @@ def test_no_prediction_is_below_the_floor(name: str) -> None:
 
 @once
 def test_memory_s_bytes_are_what_the_operations_call_compulsory() -> None:
-    """Beyond them lie the partial sums of splits, and little else."""
+    """Beyond them lie the partial sums of splits, and x in sorted order."""
     for case in cases():
         args = case.inputs(torch.device("meta"))
         with record_launches() as launches, torch.no_grad():
             case.op.run(**args)
         bytes = sum(work(launch).memory for launch in launches)
-        assert 0.9999 <= bytes / case.cost().bytes < 1.06, (case.op.name, case.as_dict())
+        assert 0.9999 <= bytes / case.cost().bytes < 1.07, (case.op.name, case.as_dict())
 
 
 @once
@@ -298,8 +290,15 @@ def test_row_tiles_are_those_of_random_routing(T: int, rows: int) -> None:
     generator = torch.Generator().manual_seed(0)
     groups = torch.rand(2000, T, 8, generator=generator).argsort(-1)[..., :2].flatten(1)
     counts = torch.stack([(groups == expert).sum(1) for expert in range(8)])
-    assert row_tiles(T, 2 / 8, 8, rows) == pytest.approx(float((-(-counts // rows)).sum(0).double().mean()), rel=0.01)
-    assert row_tiles(T, 1.0, 2, rows) == 2 * math.ceil(T / rows)
+    whole = -(-counts // rows)
+    expected = float(whole.sum(0).double().mean())
+    assert row_tiles(T, 2 / 8, 8, rows) == pytest.approx((expected, rows * expected), rel=0.01)
+    tiles = math.ceil(T / rows)
+    assert row_tiles(T, 1.0, 2, rows) == (2 * tiles, 2 * tiles * rows)
+    half = rows // 2
+    issued = whole * rows - half * ((counts % rows > 0) & (counts % rows <= half))
+    heights = (half, rows)
+    assert row_tiles(T, 2 / 8, 8, rows, heights)[1] == pytest.approx(float(issued.sum(0).double().mean()), rel=0.01)
 
 
 COUNTED = [
@@ -363,12 +362,12 @@ def test_bench_says_what_is_predicted() -> None:
     row = untimed_row(case, H100)
     assert row.predicted is not None
     said = row.as_dict()["predicted"]
-    assert said == {"time_us": row.predicted.seconds * 1e6, "limit": "L2", "of_floor": row.predicted.share}
+    assert said == {"time_us": row.predicted.seconds * 1e6, "limit": "memory", "of_floor": row.predicted.share}
     assert said["of_floor"] == pytest.approx(row.floor_s * 1e6 / said["time_us"]) and row.as_dict()["time_us"] is None
     for width in (80, 120):
         text = " ".join(shown([row], width).split())
         assert "predicted, us" in text and f"{said['time_us']:,.0f}" in text and "not measured" in text
-        assert " L2 " in text and f"{100 * said['of_floor']:.0f} %" in text
+        assert " memory " in text and f"{100 * said['of_floor']:.0f} %" in text
 
 
 @once

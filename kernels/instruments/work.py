@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..dispatch import experts_chosen
+from ..experts.prefill import main_rows
 from ..launch import tensors
 from ..op import Launch
 
@@ -102,6 +103,13 @@ def _rope(launch: Launch) -> Work:
     return _shared_out(launch, 2 * heads + 2 * _programs(launch) * own["cos"][0].nbytes)
 
 
+def _gather(launch: Launch) -> Work:
+    """Each program reads all ids, and its rows."""
+    own = _operands(launch)
+    programs = _programs(launch)
+    return Work(_nbytes(launch), programs, own["ids"].nbytes + own["sorted"].nbytes / programs)
+
+
 def _sort(launch: Launch) -> Work:
     """Each expert's program reads all ids twice."""
     return Work(_nbytes(launch), _programs(launch), 2 * _operands(launch)["ids"].nbytes)
@@ -115,7 +123,7 @@ class _Tile:
     stored  bytes of a weight's row along the depth
     """
 
-    rows: int
+    rows: float
     live: float
     x: Tensor
     weight_rows: int
@@ -135,7 +143,7 @@ class _Tile:
         )
 
 
-def _many(rows: int, x: Tensor, weight_rows: int, weight: Tensor, depth: int) -> _Tile:
+def _many(rows: float, x: Tensor, weight_rows: int, weight: Tensor, depth: int) -> _Tile:
     """A quantized weight's elements come again for each of their codes: as many bytes as one element a column."""
     return _Tile(rows, rows, x, weight_rows, weight, depth, depth * weight.element_size())
 
@@ -175,14 +183,25 @@ def _linear_decode(launch: Launch) -> Work:
 
 
 @lru_cache(maxsize=1024)
-def row_tiles(choices: int, share: float, experts: int, rows: int) -> float:
-    """Row tiles that the groups of all experts fill, the last tile of a group partly; the expected number."""
+def row_tiles(
+    choices: int, share: float, experts: int, rows: int, heights: tuple[int, ...] = ()
+) -> tuple[float, float]:
+    """Row tiles of `rows` that the groups of all experts fill, and the rows of all tiles: the expected numbers.
+
+    heights  that the last tile of a group may have instead
+    """
     n = torch.arange(choices + 1, dtype=torch.float64)
     if share >= 1:
-        return float(experts * math.ceil(choices / rows))
-    ways = torch.lgamma(n[-1] + 1) - torch.lgamma(n + 1) - torch.lgamma(n[-1] - n + 1)
-    likely = torch.exp(ways + n * math.log(share) + (n[-1] - n) * math.log1p(-share))
-    return experts * float((likely * torch.ceil(n / rows)).sum())
+        likely = (n == choices).double()
+    else:
+        ways = torch.lgamma(n[-1] + 1) - torch.lgamma(n + 1) - torch.lgamma(n[-1] - n + 1)
+        likely = torch.exp(ways + n * math.log(share) + (n[-1] - n) * math.log1p(-share))
+    last = torch.full_like(n, rows)
+    for height in sorted(heights, reverse=True):
+        last[n % rows <= height] = height
+    last[n % rows == 0] = 0
+    issued = n // rows * rows + last
+    return experts * float((likely * torch.ceil(n / rows)).sum()), experts * float((likely * issued).sum())
 
 
 def _expert_bytes(launch: Launch, weight: str, chosen: float) -> float:
@@ -193,17 +212,25 @@ def _expert_bytes(launch: Launch, weight: str, chosen: float) -> float:
 
 
 def _experts(launch: Launch, x: str, weight: str, choices: int, share: float, halves: int, depth: str) -> Work:
-    """Prefill. A group's last row tile is whole, and programs without a group leave at once."""
+    """Prefill. Programs without a group leave at once."""
     own, c, experts = _operands(launch), launch.constexprs, launch.args["E"]
-    columns = _programs(launch) // launch.args["row_tiles"]
-    tile = _many(c["BLOCK_M"], own[x], halves * c["BLOCK_N"], own[weight], c[depth])
+    width = c["I"] if halves == 2 else c["H"]
+    rows = c["BLOCK_M"]
+    heights = (c["SHORT_M"], main_rows(rows, c["SHORT_M"])) if c["SHORT_M"] else ()
+    tiles, issued = row_tiles(choices, share, experts, rows, heights)
+    whole, mean = (_many(high, own[x], halves * c["BLOCK_N"], own[weight], c[depth]) for high in (rows, issued / tiles))
     memory = _expert_bytes(launch, weight, experts_chosen(choices, share, experts))
-    return tile.work(launch, memory, columns * row_tiles(choices, share, experts, c["BLOCK_M"]), c["BLOCK_K"])
+    programs = tiles * math.ceil(width / c["BLOCK_N"])
+    held = whole.work(launch, memory, programs, c["BLOCK_K"]).shared
+    found = mean.work(launch, memory, programs, c["BLOCK_K"])
+    return replace(found, shared=held, longest=rows * tiles / issued)
 
 
 def _experts_up(launch: Launch) -> Work:
-    share = launch.args["TOP_K"] / launch.args["E"]
-    return _experts(launch, "x", "gate_up", len(_operands(launch)["x"]), share, 2, "H")
+    """Rows of x are tokens, or where TMA reads them slots."""
+    K, rows = launch.args["TOP_K"], len(_operands(launch)["x"])
+    tokens = rows if launch.args["x_desc"] is None else rows // K
+    return _experts(launch, "x", "gate_up", tokens, K / launch.args["E"], 2, "H")
 
 
 def _experts_down(launch: Launch) -> Work:
@@ -259,7 +286,7 @@ def _attention_prefill(launch: Launch) -> Work:
     share = min(1.0, (window + T) / end) if window and c["CAUSAL"] else 1.0
     keys = sum(own[name].nbytes for name in ("k", "v", "k_cache", "v_cache") if name in own)
     found = _attended(launch, rows, mean, 2 * own["q"].nbytes + share * keys, _programs(launch))
-    return Work(**{**vars(found), "longest": max(seen) / mean if mean else 1.0})
+    return replace(found, longest=max(seen) / mean if mean else 1.0)
 
 
 def _attention_decode(launch: Launch) -> Work:
@@ -299,6 +326,7 @@ WORK: dict[str, Callable[[Launch], Work]] = {
     "route_kernel": _stream,
     "gate_route_kernel": _gate,
     "sort_by_expert_kernel": _sort,
+    "gather_by_expert_kernel": _gather,
     "experts_up_kernel": _experts_up,
     "experts_down_kernel": _experts_down,
     "experts_up_decode_kernel": _experts_up_decode,
