@@ -60,6 +60,18 @@ def test_other_head_sizes(D: int, dtype: torch.dtype) -> None:
     assert kernels == dict.fromkeys(("attention_prefill_kernel", "attention_decode_kernel", "attention_combine_kernel"))
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_attention_with_two_programs_an_sm(arch: str) -> None:
+    """As many tiles as there are SMs, or fewer. Over a ring with a window they would spill, and are whole."""
+    plain = {"B": 1, "T": 500, "S": 500, "Hq": 32, "Hkv": 8, "D": 128, "window": 0}
+    ring = {"C": 4096, "past": 3000, "fresh": True}
+    cases = [("attention", plain, 64), ("attention", plain | {"window": 4096}, 64)]
+    cases += [("cached_attention", plain | ring, 64), ("cached_attention", plain | ring | {"window": 4096}, 128)]
+    for name, sizes, rows in cases:
+        (launch,) = collect(replace(OPS[name], bench_shapes=(Shape(sizes),)), arch, [torch.bfloat16])
+        assert launch.constexprs["BLOCK_M"] == rows and compile_launch(launch, arch).fault is None, (name, launch)
+
+
 # D and T. Narrower than their tile: an assembler of CUDA 12 crashes where 64 rows or 64 columns meet 128 keys.
 HEADS = [(48, 20), (48, 65), (48, 150), (72, 37), (80, 33), (112, 37), (192, 65)]
 

@@ -242,6 +242,19 @@ def test_no_prediction_is_below_the_floor(name: str) -> None:
 
 
 @once
+@pytest.mark.parametrize(
+    ("B", "T", "rows"), [(1, 128, 64), (1, 500, 64), (1, 1024, 128), (8, 512, 128), (1, 8192, 128)]
+)
+def test_attention_takes_the_better_of_two_tiles(B: int, T: int, rows: int) -> None:
+    """Two small programs an SM hide each other's softmax, and read the keys twice as often."""
+    sizes = Shape(B=B, T=T, S=T, Hq=32, Hkv=8, D=128, window=0)
+    (launch,) = recorded("attention", sizes)
+    ways = {m: LaunchConfig({"BLOCK_M": m, "BLOCK_N": 128, "BLOCK_D": 128}, m // 16, m // 64) for m in (64, 128)}
+    times = {m: microseconds("attention", sizes, attention_prefill_kernel=config) for m, config in ways.items()}
+    assert launch.constexprs["BLOCK_M"] == rows == min(times, key=lambda m: times[m])
+
+
+@once
 def test_memory_s_bytes_are_what_the_operations_call_compulsory() -> None:
     """Beyond them lie the partial sums of splits, and x in sorted order."""
     for case in cases():

@@ -31,6 +31,7 @@ _PREFILL = {
     ),
 }
 _PREFILL["sm_100"] = _PREFILL["sm_90"]
+TWO_AN_SM = (64, 128, 4, 1)  # of these an SM holds two: one computes its softmax while the other multiplies
 
 
 def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
@@ -42,6 +43,8 @@ def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig
     odd = sizes["D"] % 16 > 0 and D <= 128 and not amd(arch) and dtype != torch.float32
     if odd and tma(arch):
         block_m, block_n, warps, stages = 64, 64, 8, 2
+    elif _one_wave(sizes, dtype, arch, block_m):
+        block_m, block_n, warps, stages = TWO_AN_SM
     elif 0 < window <= 256 and block_m > 64:
         block_m, block_n, warps = 64, min(block_n, 64 if tma(arch) else 32), 8 if family(arch) == "sm_80" else 4
     # Half the rows take half the warps; a head of 256 would spill.
@@ -57,6 +60,16 @@ def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig
         warps = 8
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": D}
     return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
+
+
+def _one_wave(sizes: Sizes, dtype: torch.dtype, arch: str, block_m: int) -> bool:
+    """Whether tiles of block_m rows are so few that each SM has one, whose softmax nothing hides. Of more of them the
+    keys would cross L2 too often in half the rows."""
+    tiled = sizes["D"] == 128 and tma(arch) and dtype != torch.float32 and not switches(sizes).deterministic
+    if "C" in sizes and sizes.get("window", 0):  # a window over a ring would spill
+        return False
+    tiles = sizes["B"] * sizes["Hq"] * triton.cdiv(sizes["T"], block_m)
+    return tiled and sizes["T"] > block_m // 2 and tiles <= (switches(sizes).sms or multiprocessors(arch))
 
 
 def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:

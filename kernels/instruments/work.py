@@ -36,6 +36,7 @@ class Work:
     flops    of matrix products, as issued; `single`: fp32's, without tensor cores
     vector   fp32 FLOP beside the products that these wait for
     shared   bytes of shared memory
+    values   of 32 bits that stay in registers: sums, scores
     longest  the longest program by the average
     """
 
@@ -45,6 +46,7 @@ class Work:
     flops: float = 0.0
     vector: float = 0.0
     shared: int = 0
+    values: float = 0.0
     single: bool = False
     longest: float = 1.0
 
@@ -138,7 +140,8 @@ class _Tile:
             programs,
             self.live * self.depth * size + self.weight_rows * self.stored,
             flops=2 * self.rows * self.weight_rows * self.depth,
-            shared=stages * block_k * (self.rows * size + self.weight_rows * self.weight.element_size()),
+            shared=int(stages * block_k * (self.rows * size + self.weight_rows * self.weight.element_size())),
+            values=self.rows * self.weight_rows,
             single=size == 4,
         )
 
@@ -266,6 +269,7 @@ def _attended(launch: Launch, rows: int, keys: float, memory: float, programs: i
         flops=4 * rows * keys * width,
         vector=SOFTMAX * rows * keys,
         shared=(rows + 2 * stages * c["BLOCK_N"]) * width * size,
+        values=rows * (width + c["BLOCK_N"] * (1 + size / 4)),
         single=size == 4,
     )
 
