@@ -47,6 +47,7 @@ def linear_decode_kernel(
     stride_wn,
     H: tl.constexpr,
     LAYOUT: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -59,7 +60,7 @@ def linear_decode_kernel(
     x_ptrs = x_ptr + offs_t.to(tl.int64)[None, :] * stride_xt + offs_k[:, None]
     EVEN: tl.constexpr = H % (BLOCK_K * fields_of(LAYOUT[0])) == 0
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    acc = add_products(acc, w, w_rows, x_ptrs, (offs_t < T)[None, :], 0, H, EVEN, H, LAYOUT)
+    acc = add_products(acc, w, w_rows, x_ptrs, (offs_t < T)[None, :], 0, H, EVEN, H, LAYOUT, PDL)
     acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=0)
     out = y_ptr + offs_t.to(tl.int64)[None, :] * N + offs_n[:, None]
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[None, :] & (offs_n < N)[:, None])
@@ -125,7 +126,8 @@ def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     T, H, single, cdna = sizes["T"], sizes["H"], dtype == torch.float32, amd(arch)
     block_n, block_k = (16, 64 if single else 128) if single or cdna else _decode_tile(T)
     tiles = {"BLOCK_T": _decode_rows(T, arch), "BLOCK_N": block_n, "BLOCK_K": power_of_2(H, 16, block_k)}
-    return LaunchConfig(tiles, num_warps=4, num_stages=2 if single or cdna else 4)
+    # Of more than FEW rows four stages would leave an SM room for one program.
+    return LaunchConfig(tiles, num_warps=4, num_stages=2 if single or cdna else 4 if T <= FEW else 3)
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:

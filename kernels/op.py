@@ -101,6 +101,7 @@ class Launch:
 
     `grid`, `num_warps` and `num_stages` are None for torch's own kernels. `fn` and `args`, the jitted function and its
     run-time arguments by name, are what the offline compiler needs to build the same kernel without a GPU.
+    `dependent`: it begins before the launch in front of it has ended, see dependent.py.
     """
 
     kernel: str
@@ -110,6 +111,7 @@ class Launch:
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     fn: Any = field(default=None, repr=False, compare=False)
     args: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    dependent: bool = False
 
 
 @dataclass(frozen=True)
