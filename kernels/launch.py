@@ -64,6 +64,12 @@ def choosing(others: Configs) -> Iterator[dict[str, LaunchConfig]]:
         _instead.reset(token)
 
 
+def asked_for(kernel: str) -> bool:
+    """Whether `choosing` names it: then it does the work, where it can, also if another way would be chosen."""
+    instead = _instead.get()
+    return instead is not None and kernel in instead[0]
+
+
 def multiprocessors(device: torch.device) -> int | None:
     """How many of them the card at hand has; of one that is not at hand those told, or None."""
     if _arch.get() is not None or device.type != "cuda":

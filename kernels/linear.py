@@ -18,7 +18,7 @@ from torch import Tensor
 from . import reference
 from .arch import amd, family, multiprocessors
 from .checks import Matrix
-from .launch import choices, launch, target_arch
+from .launch import asked_for, choices, launch, target_arch
 from .op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sample, switches
 from .quantized import FORMS, QuantizedWeight, sample_quantized, weight_bytes
 from .quantized_tiles import few_rows, many_rows
@@ -156,7 +156,8 @@ def linear(
     rows, w = dense_rows(x.reshape(-1, x.shape[-1])), Weight.of(weight)
     (T, H), N = rows.shape, len(weight)
     sizes = Shape(T=T, H=H, N=N, deterministic=deterministic, weight=w.name)
-    many = deterministic or not few(sizes, x.dtype, target_arch(x.device))
+    ours = few(sizes, x.dtype, target_arch(x.device)) or (T <= SOME and asked_for("linear_decode_kernel"))
+    many = deterministic or not ours
     if many and not deterministic and w.name is None:
         return torch.mm(rows, w.data.t()).view(*x.shape[:-1], N)
     kernel = linear_kernel if many else linear_decode_kernel
@@ -190,6 +191,7 @@ OP = Op(
     run=linear,
     reference=reference.linear,
     whole={"linear_decode_kernel": ("BLOCK_T",)},
+    offers=("linear_decode_kernel",),
     inputs=inputs,
     configs=configs,
     cost=cost,
@@ -203,6 +205,7 @@ OP = Op(
     bench_shapes=(
         *({"T": T, "H": H, "N": N} for H, N in ((4096, 6144), (4096, 4096), (6144, 8192)) for T in (1, 4, 16)),
         {"T": 1, "H": 4096, "N": 32000},
+        *({"T": T, "H": 4096, "N": N} for T in (32, 64) for N in (4096, 32000)),
         Shape(T=1, H=4096, N=6144, deterministic=True),
         *(Shape(T=T, H=4096, N=6144, weight=form) for form in FORMS for T in (1, 4096)),
         Shape(T=4096, H=4096, N=6144, deterministic=True),
