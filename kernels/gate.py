@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import INT32, SINGLE, Above, Within
+from .dependent import await_earlier
 from .launch import choices, launch
 from .norm import normed
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
@@ -27,12 +28,18 @@ PIECE = 32768  # numbers of the gate that a program holds at once
 
 
 @triton.jit
-def _gate_piece(gate_ptr, norm_ptr, stride_ge, h, E, H: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Columns h.. of the gate [BLOCK_E, BLOCK_H] and of the norm's weight [BLOCK_H], or None."""
+def _gate_piece(gate_ptr, stride_ge, h, E, H: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Columns h.. of the gate [BLOCK_E, BLOCK_H]."""
     offs_e, offs_h = tl.arange(0, BLOCK_E), h + tl.arange(0, BLOCK_H)
     ptrs = gate_ptr + offs_e.to(tl.int64)[:, None] * stride_ge + offs_h[None, :]
-    gate = tl.load(ptrs, mask=(offs_e < E)[:, None] & (offs_h < H)[None, :], other=0.0)
-    return gate, (None if norm_ptr is None else tl.load(norm_ptr + offs_h, mask=offs_h < H, other=0.0))
+    return tl.load(ptrs, mask=(offs_e < E)[:, None] & (offs_h < H)[None, :], other=0.0)
+
+
+@triton.jit
+def _norm_piece(norm_ptr, h, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Columns h.. of the norm's weight [BLOCK_H]."""
+    offs_h = h + tl.arange(0, BLOCK_H)
+    return tl.load(norm_ptr + offs_h, mask=offs_h < H, other=0.0)
 
 
 @triton.jit
@@ -57,9 +64,8 @@ def _kept_square(total_ptr, values, h, H: tl.constexpr):
 
 
 @triton.jit
-def _products(y_ptr, values, scale, piece, h, H: tl.constexpr):
+def _products(y_ptr, values, scale, gate, weight, h, H: tl.constexpr):
     """[BLOCK_E] products of columns h.. of a row, normed and stored where a norm is asked for, with the gate's."""
-    gate, weight = piece
     if weight is not None:
         offs_h = h + tl.arange(0, values.shape[0])
         dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -88,12 +94,15 @@ def gate_route_kernel(
     eps,
     H: tl.constexpr,
     TOP_K: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
-    first = _gate_piece(gate_ptr, norm_ptr, stride_ge, 0, E, H, BLOCK_E, BLOCK_H)
+    gate = _gate_piece(gate_ptr, stride_ge, 0, E, H, BLOCK_E, BLOCK_H)
+    weight = None if norm_ptr is None else _norm_piece(norm_ptr, 0, H, BLOCK_H)
+    await_earlier(PDL)
     x, residual, y, total = x_ptr + t * stride_xt, residual_ptr, y_ptr, total_ptr
     if residual_ptr is not None:
         residual, y, total = residual_ptr + t * stride_rt, y_ptr + t * H, total_ptr + t * H
@@ -103,10 +112,11 @@ def gate_route_kernel(
         for h in range(BLOCK_H, H, BLOCK_H):
             squares += _kept_square(total, _summed(x, residual, h, H, BLOCK_H), h, H)
         scale = tl.rsqrt(squares / H + eps)
-    acc = _products(y, values, scale, first, 0, H)
+    acc = _products(y, values, scale, gate, weight, 0, H)
     for h in range(BLOCK_H, H, BLOCK_H):
-        piece = _gate_piece(gate_ptr, norm_ptr, stride_ge, h, E, H, BLOCK_E, BLOCK_H)
-        acc += _products(y, _summed(x, residual, h, H, BLOCK_H), scale, piece, h, H)
+        piece = _gate_piece(gate_ptr, stride_ge, h, E, H, BLOCK_E, BLOCK_H)
+        own_weight = None if norm_ptr is None else _norm_piece(norm_ptr, h, H, BLOCK_H)
+        acc += _products(y, _summed(x, residual, h, H, BLOCK_H), scale, piece, own_weight, h, H)
     logits, offs_e = acc[None, :].to(logits_ptr.dtype.element_ty), tl.arange(0, BLOCK_E)
     tl.store(logits_ptr + t * E + offs_e[None, :], logits, mask=(offs_e < E)[None, :])
     # The route is that of the rounded logits, which a caller may see.

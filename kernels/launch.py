@@ -13,6 +13,8 @@ import triton
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .arch import dependent_launch
+from .dependent import chained
 from .interpret import interpreting
 from .op import Launch, LaunchConfig
 
@@ -62,6 +64,12 @@ def choosing(others: Configs) -> Iterator[dict[str, LaunchConfig]]:
         _instead.reset(token)
 
 
+def asked_for(kernel: str) -> bool:
+    """Whether `choosing` names it: then it does the work, where it can, also if another way would be chosen."""
+    instead = _instead.get()
+    return instead is not None and kernel in instead[0]
+
+
 def multiprocessors(device: torch.device) -> int | None:
     """How many of them the card at hand has; of one that is not at hand those told, or None."""
     if _arch.get() is not None or device.type != "cuda":
@@ -93,12 +101,16 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
             f"{kernel.__name__}: {programs} programs, needs at most {GRID_MOST:,} along the second and third"
         )
     constants = {**config.constexprs, **constexprs}
+    first = next((arg for arg in args.values() if isinstance(arg, torch.Tensor)), None)
+    dependent = False
+    if "PDL" in kernel.arg_names:
+        constants["PDL"] = not INTERPRETED and dependent_launch(target_arch(None if first is None else first.device))
+        dependent = constants["PDL"] and chained()
     noted = records.get()
     if noted is not None:
         noted.append(
-            Launch(kernel.__name__, grid, config.num_warps, config.num_stages, constants, fn=kernel, args=dict(args))
+            Launch(kernel.__name__, grid, config.num_warps, config.num_stages, constants, kernel, dict(args), dependent)
         )
-    first = next((arg for arg in args.values() if isinstance(arg, torch.Tensor)), None)
     if first is not None and first.is_meta:
         return
     if INTERPRETED:
@@ -106,16 +118,19 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
     elif first is not None and first.is_cuda and first.device.index != torch.cuda.current_device():
         # Triton launches on the current device, whatever device its pointers lead to.
         with torch.cuda.device(first.device):
-            _compiled(kernel, grid, {**args, **constants}, config)
+            _compiled(kernel, grid, {**args, **constants}, config, dependent)
     else:
-        _compiled(kernel, grid, {**args, **constants}, config)
+        _compiled(kernel, grid, {**args, **constants}, config, dependent)
 
 
-def _compiled(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: LaunchConfig) -> None:
+def _compiled(
+    kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: LaunchConfig, dependent: bool = False
+) -> None:
     """Compile on first use, then launch; ValueError, before anything runs, where the card cannot hold it."""
     try:
         # FP fusion is named because its default differs between releases of Triton.
-        kernel[grid](**args, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+        more = {"launch_pdl": True} if dependent else {}  # an option that AMD's backend does not know
+        kernel[grid](**args, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True, **more)
     except OutOfResources as error:
         tiles = ", ".join(f"{name} {value}" for name, value in config.constexprs.items())
         raise ValueError(

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import reference
 from .arch import amd, family, multiprocessors
 from .checks import Matrix
-from .launch import choices, launch, target_arch
+from .launch import asked_for, choices, launch, target_arch
 from .op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sample, switches
 from .quantized import FORMS, QuantizedWeight, sample_quantized, weight_bytes
 from .quantized_tiles import few_rows, many_rows
@@ -47,6 +47,7 @@ def linear_decode_kernel(
     stride_wn,
     H: tl.constexpr,
     LAYOUT: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -59,7 +60,7 @@ def linear_decode_kernel(
     x_ptrs = x_ptr + offs_t.to(tl.int64)[None, :] * stride_xt + offs_k[:, None]
     EVEN: tl.constexpr = H % (BLOCK_K * fields_of(LAYOUT[0])) == 0
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    acc = add_products(acc, w, w_rows, x_ptrs, (offs_t < T)[None, :], 0, H, EVEN, H, LAYOUT)
+    acc = add_products(acc, w, w_rows, x_ptrs, (offs_t < T)[None, :], 0, H, EVEN, H, LAYOUT, PDL)
     acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=0)
     out = y_ptr + offs_t.to(tl.int64)[None, :] * N + offs_n[:, None]
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[None, :] & (offs_n < N)[:, None])
@@ -125,7 +126,8 @@ def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     T, H, single, cdna = sizes["T"], sizes["H"], dtype == torch.float32, amd(arch)
     block_n, block_k = (16, 64 if single else 128) if single or cdna else _decode_tile(T)
     tiles = {"BLOCK_T": _decode_rows(T, arch), "BLOCK_N": block_n, "BLOCK_K": power_of_2(H, 16, block_k)}
-    return LaunchConfig(tiles, num_warps=4, num_stages=2 if single or cdna else 4)
+    # Of more than FEW rows four stages would leave an SM room for one program.
+    return LaunchConfig(tiles, num_warps=4, num_stages=2 if single or cdna else 4 if T <= FEW else 3)
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
@@ -154,7 +156,8 @@ def linear(
     rows, w = dense_rows(x.reshape(-1, x.shape[-1])), Weight.of(weight)
     (T, H), N = rows.shape, len(weight)
     sizes = Shape(T=T, H=H, N=N, deterministic=deterministic, weight=w.name)
-    many = deterministic or not few(sizes, x.dtype, target_arch(x.device))
+    ours = few(sizes, x.dtype, target_arch(x.device)) or (T <= SOME and asked_for("linear_decode_kernel"))
+    many = deterministic or not ours
     if many and not deterministic and w.name is None:
         return torch.mm(rows, w.data.t()).view(*x.shape[:-1], N)
     kernel = linear_kernel if many else linear_decode_kernel
@@ -188,6 +191,7 @@ OP = Op(
     run=linear,
     reference=reference.linear,
     whole={"linear_decode_kernel": ("BLOCK_T",)},
+    offers=("linear_decode_kernel",),
     inputs=inputs,
     configs=configs,
     cost=cost,
@@ -201,6 +205,7 @@ OP = Op(
     bench_shapes=(
         *({"T": T, "H": H, "N": N} for H, N in ((4096, 6144), (4096, 4096), (6144, 8192)) for T in (1, 4, 16)),
         {"T": 1, "H": 4096, "N": 32000},
+        *({"T": T, "H": 4096, "N": N} for T in (32, 64) for N in (4096, 32000)),
         Shape(T=1, H=4096, N=6144, deterministic=True),
         *(Shape(T=T, H=4096, N=6144, weight=form) for form in FORMS for T in (1, 4096)),
         Shape(T=4096, H=4096, N=6144, deterministic=True),

@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arch import amd
+from .dependent import await_earlier
 from .launch import INTERPRETED
 from .op import dense_rows
 from .quantized import QuantizedWeight
@@ -128,7 +129,17 @@ def weight_tile(
 
 @triton.jit
 def add_products(
-    acc, w, rows, x_ptrs, live, begin, SPAN: tl.constexpr, EVEN: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr
+    acc,
+    w,
+    rows,
+    x_ptrs,
+    live,
+    begin,
+    SPAN: tl.constexpr,
+    EVEN: tl.constexpr,
+    K: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """acc [rows, T] + SPAN columns of a weight, from `begin` on, times those of x.
 
@@ -138,9 +149,14 @@ def add_products(
     x_ptrs  [BLOCK_K, T] of column `begin`
     live    [1, T] which of them count. Padding is not loaded: a copy of a row would cross the L2 cache again
     EVEN    nothing of what is read lies beyond K; else it is 0
+    PDL     an earlier launch writes x: the weight's first tile is on its way before that is waited for
     """
     UNIT: tl.constexpr = x_ptrs.shape[0] * fields_of(LAYOUT[0])
-    for k in range(0, SPAN, UNIT):
+    if PDL:
+        tile = _stored_tile(w[0], 0, K - begin, EVEN, fields_of(LAYOUT[0]))
+        await_earlier(PDL)
+        acc = _add_tile(acc, tile, w, rows, x_ptrs, live, begin, 0, EVEN, K, LAYOUT)
+    for k in range(UNIT if PDL else 0, SPAN, UNIT):
         tile = _stored_tile(w[0], k, K - begin, EVEN, fields_of(LAYOUT[0]))
         acc = _add_tile(acc, tile, w, rows, x_ptrs, live, begin, k, EVEN, K, LAYOUT)
     return acc

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -249,8 +250,11 @@ class Mixtral(nn.Module):
         h, x = run.embed_rms_norm(input_ids, self.embed_tokens, self.layers[0].input_layernorm, eps, *bounds)
         following = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
         rings = [None] * len(following) if cache is None else zip(cache.keys, cache.values, strict=True)
-        for layer, next_norm, ring in zip(self.layers, following, rings, strict=True):
-            h, x = layer(h, x, next_norm, ring, state)
+        # Other ranks' sums come between, from other streams; and a tracer launches nothing.
+        alone = self.ranks is None and not torch.compiler.is_compiling()
+        with ops.chain() if alone else nullcontext():
+            for layer, next_norm, ring in zip(self.layers, following, rings, strict=True):
+                h, x = layer(h, x, next_norm, ring, state)
         if cache is not None:
             cache.advance(state.new, T if lengths is None else 0)
         return h

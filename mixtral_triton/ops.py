@@ -29,6 +29,7 @@ from .kernels.attention import op as _attention
 from .kernels.attention import step as _step
 from .kernels.checks import in_range
 from .kernels.checks import readable as readable  # whether the host may look: the shell asks, too
+from .kernels.dependent import chain as chain  # for the model's launches
 from .kernels.experts import op as _experts
 from .kernels.launch import INTERPRETED
 from .kernels.op import Op

@@ -94,7 +94,7 @@ def test_a_wait_is_caught(wait: Any) -> None:
 class TooLarge:
     """A compiled kernel that asks for more than any card has."""
 
-    __name__ = "large_kernel"
+    __name__, arg_names = "large_kernel", ("BLOCK_M", "BLOCK_N")
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def run(**arguments: Any) -> None:

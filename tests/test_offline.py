@@ -220,10 +220,10 @@ def test_the_heaviest_first(own_cache: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(offline, "_attempt", note)
     monkeypatch.setattr(offline, "_A_WORKER", 1 << 20)
-    rows = list(compile_ops(["gate_route", "attention"], "sm_90", dtypes=[torch.bfloat16]))
+    rows = list(compile_ops(["linear", "attention"], "sm_90", dtypes=[torch.bfloat16]))
     kernels = [launch.kernel for launch in begun]
     assert kernels[0] == "attention_prefill_kernel" and kernels[-1] == "attention_combine_kernel"
-    assert len(begun) == len(rows) and rows[0].kernel == "gate_route_kernel"
+    assert len(begun) == len(rows) and rows[0].kernel == "linear_decode_kernel"
 
 
 def test_a_kernel_of_two_operations_is_compiled_once(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +274,7 @@ def damaged(text: str) -> Iterator[bytes]:
 
 
 def test_counts_are_remembered_as_long_as_they_hold(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = next(found for found in collect(OPS["gate_route"], "sm_90", [torch.bfloat16]))
+    launch = next(found for found in collect(OPS["linear"], "sm_90", [torch.bfloat16]))
     runs: list[int] = []
     disassemble = sass._disassemble
     monkeypatch.setattr(sass, "_disassemble", lambda *args: runs.append(1) or disassemble(*args))
@@ -292,7 +292,7 @@ def test_counts_are_remembered_as_long_as_they_hold(own_cache: Path, monkeypatch
         assert row() == first and len(runs) == times and memory.read_text() == kept
     monkeypatch.setattr(counted, "_CODE", b"counted otherwise")
     assert row() == first and len(runs) == times + 1 and memory.read_text() != kept
-    other = cubin.read_bytes().replace(b"gate_route", b"gate_rout_")
+    other = cubin.read_bytes().replace(b"linear_dec", b"linear_de_")
     cubin.write_bytes(other)
     assert row() == first and len(runs) == times + 2, "other machine code"
     memory.unlink()

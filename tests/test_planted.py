@@ -62,11 +62,11 @@ def in_one_layer(made: Mixtral, name: str, old: str, new: str) -> None:
 IN_A_LAYER = {
     "the two norms swapped": ("forward", "post_attention_layernorm", "input_layernorm"),
     "query and key heads swapped": ("attention", "q, k, v = qkv", "k, q, v = qkv"),
-    "a residual left out": ("forward", "residual=x", "residual=torch.zeros_like(x)"),
+    "a residual left out": ("forward", "x.view(N, -1)", "x.view(N, -1) * 0"),
     "routes not renormalized": (
-        "experts",
-        "proj = self",
-        "scores = _.float().softmax(-1).gather(1, ids.long()); proj = self",
+        "forward",
+        "y, total = self",
+        "scores = _.float().softmax(-1).gather(1, ids.long()); y, total = self",
     ),
 }
 IN_ALL_LAYERS = {

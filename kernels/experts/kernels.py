@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..dependent import await_earlier
 from ..norm import normed_rows
 from ..unpack import fields_of
 from ..weight import add_products, times_row_scales
@@ -71,6 +72,7 @@ def experts_up_decode_kernel(
     H: tl.constexpr,
     I: tl.constexpr,
     LAYOUT: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -78,6 +80,7 @@ def experts_up_decode_kernel(
     BY_SLOT: tl.constexpr,
 ):
     # Operands are swapped: weight rows fill the tensor core's M, the few tokens its N.
+    await_earlier(PDL)  # the route says which weights
     pid_n = tl.program_id(0)
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
     UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT[0])
@@ -115,6 +118,7 @@ def experts_down_decode_kernel(
     H: tl.constexpr,
     I: tl.constexpr,
     LAYOUT: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -122,6 +126,7 @@ def experts_down_decode_kernel(
     BY_SLOT: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
+    await_earlier(PDL)
     pid_n, split = tl.program_id(0), tl.program_id(2)
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
     UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT[0])
@@ -160,8 +165,10 @@ def experts_combine_kernel(
     eps,
     TOP_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    await_earlier(PDL)
     # An ordered fp32 sum over splits, then choices: no atomics, so the same bits every time.
     t = tl.program_id(0).to(tl.int64)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)

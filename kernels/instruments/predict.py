@@ -1,8 +1,9 @@
 """How long a call takes on a card that is not at hand: a prediction from its recorded launches, not a measurement.
 
 A launch takes as long as the slowest of three: its bytes across device memory; the bytes of its tiles from L2 to the
-SMs; its products. The last two go by whole waves of programs. Between launches lies a gap. Not counted: what an
-instruction waits for, so that a kernel of few bytes takes longer than predicted.
+SMs; its products. The last two go by whole waves of programs. Between launches lies a gap, a shorter one where the
+second begins before the first has ended. Not counted: what an instruction waits for, so that a kernel of few bytes
+takes longer than predicted.
 """
 
 from __future__ import annotations
@@ -58,12 +59,17 @@ def predicted(launches: Iterable[Launch], card: Card, cost: Cost) -> Prediction:
     if card.chip is None:
         raise ValueError(f"predicted: card is {card.name}, needs one whose L2 bandwidth and shared memory are known")
     chip = card.chip
+    launches = tuple(launches)
     parts = tuple(_part(launch, card, chip) for launch in launches)
-    by_limit = {"launches": chip.gap * len(parts)}
+    by_limit = {"launches": sum(_gap(launch, chip) for launch in launches)}
     for part in parts:
         by_limit[part.limit] = by_limit.get(part.limit, 0.0) + part.seconds
     least = floor(cost, card)
     return Prediction(max(sum(by_limit.values()), least), max(by_limit, key=lambda name: by_limit[name]), parts, least)
+
+
+def _gap(launch: Launch, chip: Chip) -> float:
+    return chip.begun if launch.dependent and chip.begun is not None else chip.gap
 
 
 def _part(launch: Launch, card: Card, chip: Chip) -> Part:

@@ -182,7 +182,11 @@ def _linear(launch: Launch) -> Work:
 def _linear_decode(launch: Launch) -> Work:
     own, c = _operands(launch), launch.constexprs
     tile = _few(launch, len(own["x"]), "x", "weight", c["BLOCK_N"], c["H"])
-    return tile.work(launch, _nbytes(launch), _programs(launch), c["BLOCK_K"])
+    asked = tile.work(launch, _nbytes(launch), _programs(launch), c["BLOCK_K"])
+    # As compiled: a first tile that a warpgroup multiplies before the loop has a buffer of its own.
+    return replace(
+        asked, shared=asked.shared + asked.shared // (launch.num_stages or 1) * (c["PDL"] and c["BLOCK_N"] > 32)
+    )
 
 
 @lru_cache(maxsize=1024)
