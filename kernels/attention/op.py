@@ -89,7 +89,7 @@ def cached_attention(
     bounds = {"starts_ptr": None, "lengths_ptr": dense(new), "past_ptr": dense(past)}
     if k is None or v is None:
         return decode(q, keys, values, bounds, sizes, None, ring=True)
-    return _prefill(q, k, v, (k_cache, v_cache), bounds, sizes, None, True)
+    return _prefill(q, k, v, (k_cache, v_cache), bounds, sizes | {"C": k_cache.shape[2]}, None, True)
 
 
 _NONE = dict.fromkeys(("new_k_ptr", "new_v_ptr", "cos_ptr", "sin_ptr"))
