@@ -131,6 +131,7 @@ class Op(Generic[P, R]):
     ranges       ranges(arguments by name) -> more values that have to lie in a range, none of them an argument
     follows      follows(arguments, results) -> what the last results have to be exactly, given those before them
     whole        by kernel, tile constants that hold a whole dimension: a smaller one would be wrong, a larger one idle
+    rivals       rivals(sizes, dtype, arch) -> by kernel, configurations that a tuner's small steps would not reach
     offers       kernels that do the work where `choosing` names them, also if a library is chosen
     trim         trim(arguments by name of one sequence): without what other sequences made it longer by
     """
@@ -149,6 +150,7 @@ class Op(Generic[P, R]):
     ranges: Callable[[Mapping[str, Any]], Iterable[Range]] | None = None
     follows: Callable[[Any, Any], Any] | None = None
     whole: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rivals: Callable[[Sizes, torch.dtype, str], Mapping[str, tuple[LaunchConfig, ...]]] | None = None
     offers: tuple[str, ...] = ()
     trim: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 

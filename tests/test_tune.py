@@ -77,6 +77,25 @@ def test_beside_a_library_our_kernel_is_a_peer() -> None:
         peer.build(case.op, Case(OPS["linear"], Shape(T=3, H=64, N=48), torch.float32).inputs(CPU))
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes", "kernel", "tiles"),
+    [
+        ("expert_swiglu", {"T": 512, "H": 4096, "I": 14336, "E": 8, "K": 2}, "experts_up_kernel", {64, 128, 192}),
+        ("attention", Shape(B=1, T=1024, S=1024, Hq=32, Hkv=8, D=128, window=0), "attention_prefill_kernel", {64, 128}),
+    ],
+)
+def test_rivals_are_tried_too(name: str, sizes: Any, kernel: str, tiles: set[int]) -> None:
+    """Tiles with their warps and stages: no one step of a size leads there."""
+    case = Case(OPS[name], sizes, torch.bfloat16)
+    rivals = case.op.rivals(sizes, torch.bfloat16, "sm_90")[kernel] if case.op.rivals else ()
+    _, now = choices(case, "sm_90")[kernel]
+    assert now in rivals and {config.constexprs["BLOCK_M"] for config in rivals} == tiles
+    steps = neighbours(now, whole(case.op, kernel))
+    assert any(config not in steps for config in rivals if config != now)
+    for config in rivals:
+        assert compiled_as(case, kernel, config, "sm_90").note is None
+
+
 def small(name: str) -> list[Case]:
     """A shape with one token, and one with several."""
     op = OPS[name]

@@ -20,7 +20,7 @@ from ..op import Cost, Op, Shape, Sizes, dense_rows, sample, switches
 from ..ring import Heads, New, Past, Queries, Slots, cache_inputs, ring_rule, strides
 from ..tma import describe
 from .kernels import attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel
-from .tiles import PACKED_ROWS, configs
+from .tiles import PACKED_ROWS, configs, rivals
 
 
 def groups(op: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
@@ -274,6 +274,7 @@ OP = Op(
     reference=reference.attention,
     inputs=inputs,
     configs=configs,
+    rivals=rivals,
     cost=cost,
     whole={"attention_decode_kernel": ("BLOCK_M",)},
     rule=groups,
@@ -317,6 +318,7 @@ CACHED_OP = Op(
     reference=reference.cached_attention,
     inputs=cached_inputs,
     configs=configs,
+    rivals=rivals,
     cost=cost,
     whole={"attention_decode_kernel": ("BLOCK_M",)},
     rule=cached_rule,

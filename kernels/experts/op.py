@@ -33,7 +33,7 @@ from .kernels import (
     experts_up_decode_kernel,
 )
 from .prefill import experts_down_kernel, experts_up_kernel, main_rows
-from .tiles import DECODE_TOKENS, configs
+from .tiles import DECODE_TOKENS, configs, rivals
 
 Tokens = Annotated[Tensor, "T H"]
 GateUp = Annotated[Matrix, "E 2*I H"]
@@ -220,6 +220,7 @@ OP = Op(
     reference=reference.expert_swiglu,
     inputs=inputs,
     configs=configs,
+    rivals=rivals,
     cost=cost,
     test_shapes=(
         *(

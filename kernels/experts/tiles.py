@@ -30,11 +30,17 @@ _PREFILL["sm_100"] = _PREFILL["sm_90"]
 _SINGLE = (32, 0, 16, 32, 32, 4, 2)  # fp32, without tensor cores at this precision: registers bound the tile
 
 
-def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    rows = 0 if switches(sizes).deterministic else sizes["T"] * sizes["K"] // sizes["E"]
+def _table(sizes: Sizes, arch: str) -> dict[int, tuple[int, int, int, int, int, int, int]]:
     # By pointers the larger tiles of later cards spill.
-    table = _PREFILL["sm_80" if switches(sizes).by_pointers and not amd(arch) else family(arch)]
-    choice = _SINGLE if dtype == torch.float32 else table[max(least for least in table if least <= rows)]
+    return _PREFILL["sm_80" if switches(sizes).by_pointers and not amd(arch) else family(arch)]
+
+
+def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str, at: int | None = None) -> dict[str, LaunchConfig]:
+    """`at`: the line of the table, in the place of the one for so many rows a group."""
+    rows = 0 if switches(sizes).deterministic else sizes["T"] * sizes["K"] // sizes["E"]
+    table = _table(sizes, arch)
+    line = max(least for least in table if least <= rows) if at is None else at
+    choice = _SINGLE if dtype == torch.float32 else table[line]
     block_m, short_m, up_n, down_n, block_k, warps, stages = choice
     dense = not (switches(sizes).gate_up or switches(sizes).down)
     # Gathered in sorted order, x travels by TMA.
@@ -100,3 +106,12 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     if sizes["T"] > DECODE_TOKENS or switches(sizes).deterministic:
         return kernels | _prefill(sizes, dtype, arch)
     return kernels | _decode(sizes, dtype, arch)
+
+
+def rivals(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, tuple[LaunchConfig, ...]]:
+    """By kernel, the tiles of other numbers of rows."""
+    forms = switches(sizes).gate_up or switches(sizes).down
+    if sizes["T"] <= DECODE_TOKENS or switches(sizes).deterministic or forms or dtype == torch.float32:
+        return {}
+    others = [_prefill(sizes, dtype, arch, line) for line in _table(sizes, arch)]
+    return {kernel: tuple(other[kernel] for other in others) for kernel in ("experts_up_kernel", "experts_down_kernel")}

@@ -1,6 +1,7 @@
 """The tuner: launch configurations around the present choice, pruned by the offline compile, timed on the card at hand.
 
-It climbs: the neighbours of the best configuration so far are tried until none of them is faster. A configuration gets
+It climbs: the operation's own rivals first, then the neighbours of the best configuration so far, until none of them is
+faster. A configuration gets
 in where an operation asks for its choices, so that grids, partial sums and tile descriptors follow it.
 """
 
@@ -146,10 +147,11 @@ def tune(
         library_s = bench.attempt(lambda: bench.own_way(case, args), args, judge, timer).seconds
     visit(now)
     best = found[0]
+    others = {} if case.op.rivals is None else case.op.rivals(case.sizes, case.dtype, arch)
     for _ in range(ROUNDS):
-        start, seen = best, [one.config for one in found]
-        for config in neighbours(start.config, whole(case.op, kernel, launch)):
-            if config not in seen:
+        start = best
+        for config in (*others.get(kernel, ()), *neighbours(start.config, whole(case.op, kernel, launch))):
+            if config not in [one.config for one in found]:
                 visit(config)
         for one in found:
             if one.seconds is not None and one.seconds < FASTER * (best.seconds or float("inf")):
