@@ -10,7 +10,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from mixtral_triton import KVCache, Mixtral, MixtralConfig
+from mixtral_triton import KVCache, Mixtral, MixtralConfig, ops
 from mixtral_triton.generate import sample
 from mixtral_triton.kernels import launch as door
 from mixtral_triton.kernels.op import LaunchConfig
@@ -58,6 +58,19 @@ def test_launches_a_layer(
     what = f"{phase}, window {window}{', deterministic' * deterministic}"
     batches = ", ".join(map(str, BATCHES))
     covers("launches", f"{what}: at most {most} Triton, {in_all} in all, a layer; batch {batches}")
+
+
+def test_a_second_launch_is_caught(monkeypatch: pytest.MonkeyPatch, covers: Any) -> None:
+    """A norm of its own in front of the gate."""
+
+    def apart(x: Any, residual: Any, weight: Any, eps: float, gate: Any, top_k: int, deterministic: bool) -> Any:
+        y, total = ops.rms_norm(x, weight, eps, residual)
+        return y, total, *ops.gate_route(y, gate, top_k, deterministic)
+
+    monkeypatch.setattr(ops, "rms_norm_gate_route", apart)
+    for phase, T, own, every in (("decode", 1, 8, 8), ("prefill", 512, 8, 10)):
+        with pytest.raises(AssertionError, match="'rms_norm_kernel': 1"):
+            test_launches_a_layer(phase, T, own, every, None, False, covers)
 
 
 @pytest.mark.parametrize("format", ["int4", "int8", "fp8"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mixtral_triton.bench.cases import cases
 from mixtral_triton.bench.measure import untimed_row
 from mixtral_triton.kernels import linear
 from mixtral_triton.kernels.dispatch import experts_chosen
+from mixtral_triton.kernels.instruments.offline import compile_launch
 from mixtral_triton.kernels.instruments.roofline import CARDS
 from mixtral_triton.kernels.instruments.work import work
 from mixtral_triton.kernels.launch import tensors
@@ -88,3 +91,22 @@ def test_quantized_linear_of_some_rows_takes_the_better_of_two_ways(form: str, m
         with monkeypatch.context() as patch:
             patch.setattr(linear, "few", lambda *sizes: False)
             assert chosen < microseconds("linear", sizes)
+
+
+# Thread instructions that a byte of a dense weight may cost, of which an H200 has 6.0 to spare and a B200 4.4.
+A_BYTE = 2.5
+
+
+@once
+@pytest.mark.parametrize("T", [1, 9, 16, 32, 64])
+def test_masks_cost_few_instructions(T: int, monkeypatch: pytest.MonkeyPatch, covers: Any) -> None:
+    monkeypatch.setattr(linear, "few", lambda *sizes: True)
+    for name in ("linear", "expert_swiglu"):
+        for launch in recorded(name, LAYER | {"T": T, "N": 6144}):
+            if "decode" not in launch.kernel:
+                continue
+            rows = launch.constexprs["BLOCK_N"] * (2 if "_up_" in launch.kernel else 1)
+            (loop,) = compile_launch(launch, "sm_90").loops
+            figure = loop.instructions_a_byte(launch.num_warps or 0, rows * launch.constexprs["BLOCK_K"] * 2)
+            assert figure <= A_BYTE and not loop.spills, (launch.kernel, figure)
+            covers("main loops", f"{launch.kernel}, T {T}: {figure:.2f} thread instructions a byte (bound {A_BYTE})")
