@@ -18,7 +18,7 @@ from .launch import choices, launch
 from .op import Cost, LaunchConfig, Op, Sizes, power_of_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def sort_by_expert_kernel(
     ids_ptr,  # [N]
     order_ptr,  # [N] out, int32
@@ -46,7 +46,8 @@ def sort_by_expert_kernel(
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    block = power_of_2(sizes["T"] * sizes["K"], low=16, high=4096)
+    """Two blocks, not one for every power of two: each is a kernel, and prompts have all lengths."""
+    block = 1024 if sizes["T"] * sizes["K"] <= 1024 else 4096
     return {"sort_by_expert_kernel": LaunchConfig({"BLOCK_N": block}, num_warps=power_of_2(block // 256, high=16))}
 
 

@@ -29,7 +29,7 @@ from .weight import Weight, add_products, times_row_scales, weight_tile
 FEW = 16  # rows: the narrowest side of a tensor core tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def linear_decode_kernel(
     x_ptr,  # [T, H]
     weight_ptr,  # [N, H]
@@ -61,7 +61,7 @@ def linear_decode_kernel(
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[None, :] & (offs_n < N)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def linear_kernel(
     x_ptr,  # [T, H]
     weight_ptr,  # [N, H]

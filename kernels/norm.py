@@ -36,7 +36,7 @@ def normed_rows(
     return (normed * weight[None, :]).to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def rms_norm_kernel(
     x_ptr,  # [T, H]
     residual_ptr,  # [T, H] as x, or None

@@ -61,7 +61,7 @@ def _store_choice(weights_ptr, ids_ptr, weights, ids, offs_t, T, TOP_K: tl.const
     tl.store(ids_ptr + out, ids, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def route_kernel(
     logits_ptr,  # [T, E]
     weights_ptr,  # [T, K] out, fp32
@@ -83,7 +83,7 @@ def route_kernel(
     _store_choice(weights_ptr, ids_ptr, weights, ids, offs_t, T, TOP_K, BLOCK_K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gate_route_kernel(
     x_ptr,  # [T, H]
     gate_ptr,  # [E, H]

@@ -100,7 +100,7 @@ def _sweep(
     return _accumulate(state, queries, keys, right, high, high, KIND, True, EDGE_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "C"])
 def attention_prefill_kernel(
     q_ptr,  # [B, T, Hq, D]
     k_ptr,  # [B, S, Hkv, D] keys given with the queries
@@ -197,7 +197,7 @@ def attention_prefill_kernel(
     tl.store(out_row, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "SPLITS"])
 def attention_decode_kernel(
     q_ptr,  # [B, T, Hq, D]
     k_ptr,  # [B, S, Hkv, D], or with RING the cache by its strides

@@ -42,7 +42,7 @@ def _pair_rows(pid_n, I, BLOCK_N: tl.constexpr):
     return (tl.minimum(pid_n * BLOCK_N + offs % BLOCK_N, I - 1) + offs // BLOCK_N * I).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tiles"])
 def experts_up_kernel(
     x_ptr,  # [T, H]
     gate_up_ptr,  # [E, 2I, H]
@@ -93,7 +93,7 @@ def experts_up_kernel(
         tl.store(out, _swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tiles"])
 def experts_down_kernel(
     h_ptr,  # [N, I] in sorted order
     h_desc,  # the same in tiles [BLOCK_M, BLOCK_K], or None
@@ -165,7 +165,7 @@ def _compact(slots, match, rank, wanted):
     return tl.sum(tl.where(hit, slots[None, :], 0), axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def experts_up_decode_kernel(
     x_ptr,  # [T, H]
     gate_up_ptr,  # [E, 2I, H]
@@ -212,7 +212,7 @@ def experts_up_decode_kernel(
         tl.store(out, _swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def experts_down_decode_kernel(
     h_ptr,  # [N, I] by slot
     down_ptr,  # [E, H, I]
@@ -258,7 +258,7 @@ def experts_down_decode_kernel(
         tl.store(out, acc, mask=(wanted < count)[None, :] & (offs_n < H)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def experts_combine_kernel(
     y_ptr,  # [SPLIT_K, N, H]
     ids_ptr,  # [N]
