@@ -275,7 +275,7 @@ def cached_attention(
         return attention(q, k, v, window=window)  # nothing was before
     held = past if fresh else past + new
     written = [min(C, length) for length in held.tolist()]  # slots of each sequence
-    used = max(written)
+    used = max(written, default=0)
     keys, values = k_cache[:, :, :used], v_cache[:, :, :used]
     if not fresh and T == n == 1 and min(written) == used <= (window or used):
         return _attend(q, keys, values, None, None)  # the newest token sees every slot

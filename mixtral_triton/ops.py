@@ -102,9 +102,9 @@ def _one_by_one(op: Op[..., Any], given: dict[str, Any]) -> Any:
         own = {**given, **{name: value[one] for name, value in batched.items()}}
         own = own if op.trim is None else op.trim(own)
         # In memory of its own: a library's order of a sum may depend on where in memory rows begin.
-        parts.append(
-            op.plain(**own | {name: own[name].clone(memory_format=torch.contiguous_format) for name in batched})
-        )
+        placed = {name: own[name] for name in batched if own[name] is not None}
+        copies = {name: value.clone(memory_format=torch.contiguous_format) for name, value in placed.items()}
+        parts.append(op.plain(**own | copies))
     return _joined(parts, first.shape[:-1])
 
 
