@@ -147,7 +147,8 @@ class Mixtral(nn.Module):
     `deterministic`: a sequence's bits do not depend on the rest of the batch. The price: one tile for any number of
     tokens in every matrix product, the experts of one token sorted like those of a thousand, and the keys of one query
     read by one program a head, not by many at once.
-    `ranks`: the model is on a mesh, and this is one rank's part of it; heads in `config` are then the rank's own.
+    `ranks`: the model is on a mesh, and this is one rank's part of it; heads in `config` are then the rank's own, and
+    `whole_config` has all of them.
     """
 
     embed_tokens: Tensor  # [V, H]
@@ -169,6 +170,7 @@ class Mixtral(nn.Module):
         super().__init__()
         self.deterministic, self.ranks = deterministic, ranks
         shapes = weights.parameter_shapes(config, WHOLE if ranks is None else ranks.shard)
+        self.whole_config = config
         self.config = config = config if ranks is None else ranks.shard.config(config)
         forms = forms or {}
         layers: list[dict[str, Any]] = [{} for _ in range(config.num_hidden_layers)]
@@ -335,7 +337,7 @@ def load(
     # Before the parameters are allocated: a broken config could ask for any size.
     if headers.scheme is None:
         weights.check(headers, config)
-        forms = chosen(quantized, shapes)
+        forms: fit.Forms = chosen(quantized, shapes)
     elif quantized is not None:
         raise ValueError(
             f"Mixtral.from_pretrained: weights is {quantized!r}, and {folder} is quantized already "
@@ -351,7 +353,7 @@ def load(
         ranks.check_device(place)
         shard = ranks.shard
         shard.check(config)
-        forms = shard.forms(forms, shapes, weights.parameter_shapes(config, shard))
+        forms = fit.shard_forms(config, forms, shard)
     fit.check(config, forms, place, dtype, free_choice=headers.scheme is None, shard=shard)
     model = cls(config, place, dtype, deterministic, forms, ranks)
     (weights.load if headers.scheme is None else hub.load)(folder, config, model.places(), progress, shard)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ..op import Launch
 SOFTMAX = 12
 LIBRARY = (256, 256, 64)  # a library's tile, that of two SMs which share what they load: an estimate
 POINTWISE = ("add", "add_", "mul", "copy_", "clone", "_to_copy", "fill_", "full", "zeros", "zero_")  # torch's own
+MADE = ("arange", "clamp_")  # positions
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ def _linear_decode(launch: Launch) -> Work:
     return tile.work(launch, _nbytes(launch), _programs(launch), c["BLOCK_K"])
 
 
+@lru_cache(maxsize=1024)
 def row_tiles(choices: int, share: float, experts: int, rows: int) -> float:
     """Row tiles that the groups of all experts fill, the last tile of a group partly; the expected number."""
     n = torch.arange(choices + 1, dtype=torch.float64)
@@ -305,5 +308,5 @@ WORK: dict[str, Callable[[Launch], Work]] = {
     "attention_decode_kernel": _attention_decode,
     "attention_combine_kernel": _stream,
     "aten::mm": _library_product,
-    **{f"aten::{name}": _library_stream for name in POINTWISE},
+    **{f"aten::{name}": _library_stream for name in (*POINTWISE, *MADE)},
 }

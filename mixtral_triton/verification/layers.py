@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import ops, reference
 from ..cache import KVCache
 from ..config import MixtralConfig
 from ..kernels import reference as kernel_reference
@@ -24,7 +24,7 @@ from ..model import Layer, Mixtral
 from ..reference import Values
 from .report import Row
 from .truth import Expected, wide_block
-from .yardstick import Args, measure, widen
+from .yardstick import Args, Yardstick, widen
 
 
 def norm_args(config: Any, x: Tensor, weight: Tensor) -> Args:
@@ -47,6 +47,7 @@ class LayerCheck:
         plain: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         self.values, self.layer, self.config, self.tables, self.plain = values, layer, config, tables, plain or {}
+        self.routes: Callable[[Tensor], Tensor] = lambda ids: ids  # as this layer's experts are counted
         B, T, _ = values.x.shape
         self.positions = torch.arange(T, device=values.x.device).expand(B, T)
         rotate = self.plain.get("rope", reference.rope)
@@ -103,7 +104,7 @@ class LayerCheck:
         """The routing that happened, and one that takes every expert; few tokens (decode) and all (prefill)."""
         values = self.values
         proj = {"gate_up_proj": self.layer.gate_up_proj, "down_proj": self.layer.down_proj}
-        routed = {"x": values.h, **proj, "ids": values.ids, "weights": values.weights}
+        routed = {"x": values.h, **proj, "ids": self.routes(values.ids), "weights": values.weights}
         yield "expert_swiglu", "as routed", routed
         norm = {"norm_weight": self.layer.post_attention_layernorm}
         norm["residual"] = (values.x + values.attended).view_as(values.h)
@@ -115,7 +116,11 @@ class LayerCheck:
             take = torch.arange(rows, device=values.h.device)
             ids = ((take[:, None] * K + torch.arange(K, device=values.h.device)) % E).int()
             x, weights = values.h[take % N], values.weights[take % N]
-            yield "expert_swiglu", case, {"x": x, **proj, "ids": ids, "weights": weights}
+            yield "expert_swiglu", case, {"x": x, **proj, "ids": self.routes(ids), "weights": weights}
+
+    def reached(self, name: str, args: Args) -> Callable[..., Any]:
+        """The runtime's operation `name` as it is called."""
+        return ops.reached_by(name, args)
 
 
 class Chain:
@@ -165,7 +170,8 @@ def check_layers(
     for index, layer in enumerate(layers):
         check = make(layer, chain.x, config)
         for op, case, args in check.calls():
-            found.rows.append(Row(index, op, case, *measure(op, args, check.plain.get(op))))
+            yardstick = Yardstick(op, args, check.plain.get(op))
+            found.rows.append(Row(index, op, case, *yardstick.measure(check.reached(op, args))))
         B, values = len(x), check.values
         # The layer in fp64 on its input here, and on that of fp64 all the way: in one pass over its weights.
         inputs = torch.cat((values.x.double(), found.wide.to(values.x.device)))

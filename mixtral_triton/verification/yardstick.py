@@ -73,7 +73,7 @@ def truth(name: str, args: Args, mutates: tuple[str, ...] = ()) -> list[Tensor]:
         return _results(OPS[name].plain, wide, mutates)
     x, weights = widen(args["x"]), widen(args["weights"])
     out = torch.zeros_like(x)
-    for expert in args["ids"].unique().tolist():
+    for expert in set(args["ids"].unique().tolist()) & set(range(len(args["down_proj"]))):
         only = weights.masked_fill(args["ids"] != expert, 0.0).sum(-1, keepdim=True)
         gate_up, down = (widen(args[key][expert : expert + 1]) for key in ("gate_up_proj", "down_proj"))
         out += reference.expert_swiglu(x, gate_up, down, torch.zeros_like(args["ids"][:, :1]), only)
