@@ -24,7 +24,7 @@ from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
 from .ring import POSITIONS_MOST
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "limit", "stride_ib"])
 def embed_rms_norm_kernel(
     ids_ptr,  # [B, T]
     table_ptr,  # [V, H]

@@ -75,7 +75,7 @@ def _products(y_ptr, values, scale, gate, weight, h, H: tl.constexpr):
     return tl.sum(gate.to(tl.float32) * values[None, :], axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gate_route_kernel(
     x_ptr,  # [T, H]
     residual_ptr,  # [T, H], or None: no norm

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,9 +24,21 @@ DEFAULT_ARCH = "sm_90"
 Configs = Mapping[str, LaunchConfig]  # by the name of a kernel
 GRID_MOST = 65535  # programs along the second and the third axis of a grid; those of the first are hardly bounded
 
+
+@dataclass(frozen=True)
+class Launched:
+    """A launch that was made: the compiled kernel, the function it is of, its arguments by name, constants included."""
+
+    kernel: Any
+    fn: Any
+    grid: tuple[int, int, int]
+    args: Mapping[str, Any]
+
+
 _arch: ContextVar[str | None] = ContextVar("arch", default=None)
 _sms: ContextVar[int | None] = ContextVar("sms", default=None)
 records: ContextVar[list[Launch] | None] = ContextVar("records", default=None)  # see record.py
+launched: ContextVar[list[Launched] | None] = ContextVar("launched", default=None)  # see plan.py
 _instead: ContextVar[tuple[Configs, dict[str, LaunchConfig]] | None] = ContextVar("instead", default=None)
 
 
@@ -51,6 +63,13 @@ def choices(configs: Callable[..., Configs], sizes: Any, dtype: torch.dtype, dev
         chosen = {kernel: others.get(kernel, one) for kernel, one in chosen.items()}
         made.update(chosen)
     return chosen
+
+
+def surroundings() -> tuple[Any, ...] | None:
+    """What decides a launch beside its arguments; None where it is one of its own: recorded, chosen, interpreted."""
+    if INTERPRETED or records.get() is not None or _instead.get() is not None:
+        return None
+    return _arch.get(), _sms.get(), chained()
 
 
 @contextmanager
@@ -130,13 +149,18 @@ def _compiled(
     try:
         # FP fusion is named because its default differs between releases of Triton.
         more = {"launch_pdl": True} if dependent else {}  # an option that AMD's backend does not know
-        kernel[grid](**args, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True, **more)
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True, **more}
+        compiled = kernel[grid](**args, **options)
     except OutOfResources as error:
         tiles = ", ".join(f"{name} {value}" for name, value in config.constexprs.items())
         raise ValueError(
             f"{kernel.__name__}: the launch configuration {tiles}, {config.num_warps} warps and {config.num_stages} "
             f"stages takes {error.required} of {error.name}, needs at most this card's {error.limit}"
         ) from error
+    made = launched.get()
+    if made is not None:
+        x, y, z = (*grid, 1, 1)[:3]
+        made.append(Launched(compiled, kernel, (x, y, z), args))
 
 
 def interpret(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ SOME = 64  # rows that may be ours
 _DECODE = {4: (16, 256), 9: (32, 128), 16: (64, 128), 32: (64, 128), 64: (128, 64)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def linear_decode_kernel(
     x_ptr,  # [T, H]
     weight_ptr,  # [N, H]
@@ -66,7 +66,7 @@ def linear_decode_kernel(
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[None, :] & (offs_n < N)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def linear_kernel(
     x_ptr,  # [T, H]
     weight_ptr,  # [N, H]

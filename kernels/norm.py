@@ -40,7 +40,7 @@ def normed(values, scale, weight, dtype: tl.constexpr):
     return ((values * scale).to(dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def rms_norm_kernel(
     x_ptr,  # [T, H]
     residual_ptr,  # [T, H] as x, or None

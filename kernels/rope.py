@@ -56,7 +56,7 @@ def _rotate(
     tl.store(out + half, (high * cos + low * sin).to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "C", "stride_pb", "stride_pt"])
 def rope_kernel(
     q_ptr,  # [B, T, Hq, D]
     k_ptr,  # [B, T, Hkv, D]

@@ -59,7 +59,7 @@ def store_choice(weights_ptr, ids_ptr, weights, ids, offs_t, T, TOP_K: tl.conste
     tl.store(ids_ptr + out, ids, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def route_kernel(
     logits_ptr,  # [T, E]
     weights_ptr,  # [T, K] out, fp32

@@ -22,6 +22,7 @@ from .kernels import embed as _embed
 from .kernels import gate as _gate
 from .kernels import linear as _linear
 from .kernels import norm as _norm
+from .kernels import plan
 from .kernels import ring as _ring
 from .kernels import rope as _rope
 from .kernels import router as _router
@@ -33,6 +34,7 @@ from .kernels.dependent import chain as chain  # for the model's launches
 from .kernels.experts import op as _experts
 from .kernels.launch import INTERPRETED
 from .kernels.op import Op
+from .kernels.plan import traits
 from .kernels.quantized import QuantizedWeight
 from .kernels.registry import OPS
 from .kernels.signature import put_together, schema, taken_apart
@@ -48,25 +50,17 @@ _passed: dict[tuple[Any, ...], tuple[tuple[int, int, int], ...]] = {}
 _PASSED_MOST = 4096
 
 
-def _trait(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return x.shape, x.stride(), x.dtype, x.device
-    if isinstance(x, QuantizedWeight):
-        return x.layout, x.device
-    return type(x), x
-
-
-def _check(op: Op[..., Any], args: tuple[Any, ...]) -> None:
-    traits = (op.name, *map(_trait, args))
+def _check(op: Op[..., Any], args: tuple[Any, ...], traits: tuple[Any, ...]) -> None:
+    key = (op.run, *traits)
     try:
-        bounds = _passed.get(traits)
+        bounds = _passed.get(key)
     except TypeError:  # a list, say: nothing that can pass
         bounds = None
     if bounds is None:
         bounds = tuple((op.names.index(name), low, high) for name, low, high in op.bounds(op.by_name(*args)))
         if len(_passed) >= _PASSED_MOST:
             _passed.clear()
-        _passed[traits] = bounds
+        _passed[key] = bounds
     for place, low, high in bounds:
         in_range(op.public or op.name, op.names[place], args[place], low, high)
     if op.ranges is not None:
@@ -76,18 +70,22 @@ def _check(op: Op[..., Any], args: tuple[Any, ...]) -> None:
 
 def _go(op: Op[..., Any], *args: Any) -> Any:
     """Check, then run: all arguments by position. Results are contiguous, as the fake kernel says."""
-    _check(op, args)
-    out = _run(op, *args)
+    seen = traits(args)
+    _check(op, args, seen)
+    out = _by_place(op, args, seen)
     if isinstance(out, tuple):
         return tuple(x.contiguous() for x in out)
     return out if out is None else out.contiguous()
 
 
 def _run(op: Op[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if kwargs:
-        args = op.by_place(*args, **kwargs)
+    return _by_place(op, op.by_place(*args, **kwargs) if kwargs else args)
+
+
+def _by_place(op: Op[..., Any], args: tuple[Any, ...], seen: tuple[Any, ...] | None = None) -> Any:
+    """`seen`: the traits of `args`, where they are known."""
     if INTERPRETED or args[0].device.type != "cpu":
-        return op.run(*args)
+        return plan.run(op, args, seen)
     if op.deterministic is not None and args[op.deterministic : op.deterministic + 1] == (True,):
         return _one_by_one(op, op.by_name(*args))
     return op.plain(*args)
@@ -107,7 +105,8 @@ def _one_by_one(op: Op[..., Any], given: dict[str, Any]) -> Any:
         own = {**given, **{name: value[one] for name, value in batched.items()}}
         own = own if op.trim is None else op.trim(own)
         # In memory of its own: a library's order of a sum may depend on where in memory rows begin.
-        copies = {name: own[name].clone(memory_format=torch.contiguous_format) for name in batched}
+        placed = {name: own[name] for name in batched if own[name] is not None}
+        copies = {name: value.clone(memory_format=torch.contiguous_format) for name, value in placed.items()}
         parts.append(op.plain(**own | copies))
         for name in op.mutates:
             own[name].copy_(copies[name])

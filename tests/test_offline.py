@@ -203,7 +203,7 @@ def test_each_kernel_once_in_a_fixed_order(own_cache: Path, monkeypatch: pytest.
     names, progress = ["rms_norm", "append", "route"], []
     monkeypatch.setattr(offline, "_A_WORKER", 4)
     done = [as_json(c) for c in compile_ops(names, "sm_90", progress=lambda *at: progress.append(at), as_done=True)]
-    assert progress == [(n + 1, len(done)) for n in range(len(done))] and len(done) >= 16
+    assert progress == [(n + 1, len(done)) for n in range(len(done))] and len(done) >= 12
     monkeypatch.setattr(offline, "share", None)
     rows = [as_json(c) for c in compile_ops(names[::-1], "sm_90")]
     assert sorted(map(json.dumps, rows)) == sorted(map(json.dumps, done))

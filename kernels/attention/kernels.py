@@ -102,7 +102,7 @@ def _sweep(
     return _accumulate(state, queries, keys, right, high, high, KIND, True, EDGE_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "C"])
 def attention_prefill_kernel(
     q_ptr,  # [B, T, Hq, D]
     k_ptr,  # [B, S, Hkv, D] keys given with the queries
@@ -228,7 +228,7 @@ def _newest_key(state, q, scale, fresh, caches, angle, wanted, D: tl.constexpr):
     return acc + v.to(tl.float32), largest, tl.where(wanted, 1.0, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "SPLITS"])
 def attention_decode_kernel(
     q_ptr,  # [B, T, Hq, D]
     k_ptr,  # [B, S, Hkv, D], or with RING the cache by its strides

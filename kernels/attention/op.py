@@ -210,9 +210,11 @@ def decode(
 
 
 def _to_its_length(given: dict[str, Any]) -> dict[str, Any]:
-    """One sequence, its keys cut where it ends."""
-    end = None if given["lengths"] is None or not len(given["q"]) else int(given["lengths"][0])
-    return {**given, "k": given["k"][:, :end], "v": given["v"][:, :end]}
+    """One sequence, its keys cut where it ends: then all of them are there."""
+    if given["lengths"] is None or not len(given["q"]):
+        return given
+    end = int(given["lengths"][0])
+    return {**given, "k": given["k"][:, :end], "v": given["v"][:, :end], "lengths": None}
 
 
 def _to_its_new(given: dict[str, Any]) -> dict[str, Any]:

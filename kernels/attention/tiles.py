@@ -53,7 +53,7 @@ def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig
         block_m, block_n, warps = 64, min(block_n, 64 if tma(arch) else 32), 8 if family(arch) == "sm_80" else 4
     # Half the rows take half the warps; a head of 256 would spill.
     if not switches(sizes).deterministic and sizes["T"] <= block_m // 2 and (D < 256 or not tma(arch)):
-        rows = power_of_2(sizes["T"], low=16)
+        rows = 16 if sizes["T"] <= 16 else block_m // 2  # not every power of two: each is a kernel
         block_m, block_n, warps = rows, 32 if odd and tma(arch) else block_n, max(4, warps * rows // block_m)
         warps = 8 if odd and rows == 32 else warps
     if sizes["D"] < D and tma(arch) and dtype != torch.float32:

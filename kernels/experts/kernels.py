@@ -55,7 +55,7 @@ def _compact(slots, match, rank, wanted):
     return tl.sum(tl.where(hit, slots[None, :], 0), axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def experts_up_decode_kernel(
     x_ptr,  # [T, H]
     gate_up_ptr,  # [E, 2I, H]
@@ -103,7 +103,7 @@ def experts_up_decode_kernel(
         tl.store(out, swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def experts_down_decode_kernel(
     h_ptr,  # [N, I] by slot
     down_ptr,  # [E, H, I]
@@ -149,7 +149,7 @@ def experts_down_decode_kernel(
         tl.store(out, acc, mask=(wanted < count)[None, :] & (offs_n < H)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def experts_combine_kernel(
     y_ptr,  # [SPLIT_K, N, H]
     ids_ptr,  # [N]

@@ -79,7 +79,7 @@ def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     # Of 32 tokens five stages would leave an SM room for one program.
     stages = 2 if single or amd(arch) else 4 if family(arch) == "sm_80" or block_t == 32 else 5
     block_k = 32 if single else 64 if amd(arch) or block_t == 64 else 128
-    tiles = {"BLOCK_T": block_t, "BLOCK_S": power_of_2(sizes["T"] * sizes["K"], low=16)}
+    tiles = {"BLOCK_T": block_t, "BLOCK_S": power_of_2(block_t * sizes["K"])}
     span = -(-sizes["I"] // SPLIT_K)
     up = {"BLOCK_N": power_of_2(sizes["I"], low=16, high=32), "BLOCK_K": power_of_2(sizes["H"], 16, block_k)}
     down = {"BLOCK_N": power_of_2(sizes["H"], low=16, high=64), "BLOCK_K": power_of_2(span, 16, block_k)}

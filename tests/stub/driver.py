@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 import triton
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import GPUDriver
 from triton.compiler.compiler import max_shared_mem
@@ -20,6 +21,7 @@ from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mixtral_triton.kernels import plan
 from mixtral_triton.kernels.interpret import interpreting
 
 from .tensors import stage
@@ -214,6 +216,7 @@ class Driver(GPUDriver):
                 for kernel in cache.values():
                     kernel.module = None  # else it would ask a driver to unload it when it is collected
             fn.device_caches.clear()
+        plan.forget()
         max_shared_mem.cache_clear()
 
     def check_alive(self) -> None:
@@ -229,7 +232,8 @@ class Driver(GPUDriver):
             args = {name: held(arg) for name, arg in launched.args.items()}
             if "PDL" in args:  # what it waits for has been done
                 args["PDL"] = False
-            stage.run(lambda: interpret(fn, launched.grid, args))
+            with _disable_current_modes():  # a card's work is no operation of torch
+                stage.run(lambda: interpret(fn, launched.grid, args))
 
 
 def held(arg: Any) -> Any:
