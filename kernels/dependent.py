@@ -33,8 +33,8 @@ def chained() -> bool:
 def chain() -> Iterator[None]:
     """Within the block, launches that can begin before the one in front of them has ended.
 
-    All are of one stream, and nobody writes a weight: it may be read before what is in front has ended. What was
-    launched before the block has ended by then, if the first one in it is ordinary.
+    All are of one stream, and nobody writes a weight: it may be read before what is in front has ended. An ordinary
+    launch goes in front of the block, and all that was launched before that one has ended by then.
     """
     token = _chained.set(True)
     try:

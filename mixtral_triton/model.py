@@ -68,10 +68,10 @@ class Layer(nn.Module):
 
         Each norm also adds what came before it to the residual stream: one launch for both. `ring`: the layer's cache.
         """
-        a, config, N = self.attention(h, ring, state), self.config, h.shape[0] * h.shape[1]
+        a, x, config = self.attention(h, ring, state).flatten(0, 1), x.flatten(0, 1), self.config
         norm = self.post_attention_layernorm, config.rms_norm_eps
         rows, total, _, scores, ids = state.run.rms_norm_gate_route(
-            a.view(N, -1), x.view(N, -1), *norm, self.gate, config.num_experts_per_tok, state.deterministic
+            a, x, *norm, self.gate, config.num_experts_per_tok, state.deterministic
         )
         y, total = self.experts(rows, total, scores, ids, next_norm, state)
         return y.view_as(h), total.view_as(h)

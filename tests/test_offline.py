@@ -87,6 +87,14 @@ def test_heads_narrower_than_their_tile(D: int, T: int, arch: str) -> None:
         assert compile_launch(launch, arch).fault is None, (name, launch)
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80", "gfx942"])
+@pytest.mark.parametrize("D", [48, 72, 80, 192])
+def test_a_decode_step_of_such_heads(D: int, arch: str) -> None:
+    sizes = Shape(B=2, T=1, Hq=8, Hkv=2, D=D, C=4096, window=4096, past=4095)
+    launches = collect(replace(OPS["rope_append_attention"], bench_shapes=(sizes,)), arch, [torch.bfloat16])
+    assert launches and not [fault for launch in launches if (fault := compile_launch(launch, arch).fault)]
+
+
 def prefill(kernel: str, arch: str = "sm_90") -> Launch:
     """A bf16 kernel as 8x7B launches it for 4096 tokens."""
     op = OPS["attention" if kernel.startswith("attention") else "expert_swiglu"]

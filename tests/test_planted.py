@@ -62,7 +62,7 @@ def in_one_layer(made: Mixtral, name: str, old: str, new: str) -> None:
 IN_A_LAYER = {
     "the two norms swapped": ("forward", "post_attention_layernorm", "input_layernorm"),
     "query and key heads swapped": ("attention", "q, k, v = qkv", "k, q, v = qkv"),
-    "a residual left out": ("forward", "x.view(N, -1)", "x.view(N, -1) * 0"),
+    "a residual left out": ("forward", "a, x, *norm", "a, x * 0, *norm"),
     "routes not renormalized": (
         "forward",
         "y, total = self",
@@ -152,7 +152,7 @@ def test_an_expert_with_the_down_projection_of_another(dtype: torch.dtype) -> No
 def test_a_route_that_was_no_close_call() -> None:
     """The layer's own gate reads the tokens in another order: their routes are put right, and said to be wrong."""
     made = made_of(torch.bfloat16)
-    in_one_layer(made, "forward", "a.view(N, -1), x", "a.view(N, -1).flip(0), x")
+    in_one_layer(made, "forward", "a, x, *norm", "a.flip(0), x, *norm")
     assert (LAYER, "routes") in {(row.layer, row.case) for row in verify(made, IDS).wrong}
 
 

@@ -93,6 +93,7 @@ def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     D, single, cdna = power_of_2(sizes["D"], low=16), dtype == torch.float32, amd(arch)
     # Of a head that is no multiple of 16 the masks take registers.
     block_n = 16 if single and (D > 128 or not cdna) else 32 if cdna or D > 128 or sizes["D"] % 16 else 64
+    block_n = 16 if cdna and sizes["D"] < D else block_n
     tiles = {"SPLITS": splits, "BLOCK_M": power_of_2(rows, low=16), "BLOCK_N": block_n, "BLOCK_D": D}
     return LaunchConfig(tiles, num_warps=8 if single and not cdna else 4, num_stages=2 if single or cdna else 3)
 
