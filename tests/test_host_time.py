@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiled kernels: needs a p
 
 ROOT = Path(__file__).parents[1]
 CALLS_MOST = 80  # of this package's functions, a decode layer
-SLACK = 1.5  # of a machine that other tests keep busy
+SLACK = 2  # other tests share the caches, which torch's operations feel more than a plain launch does
 
 
 def test_the_benchmark_prints_its_ratios_and_they_are_within_bounds() -> None:
@@ -33,8 +33,8 @@ def test_the_benchmark_prints_its_ratios_and_they_are_within_bounds() -> None:
     assert "plain launches" in table and "at most 30" in table and "at most 0.8" in table
     printed = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
     rows = {row["layer"]: row for row in json.loads(printed)["rows"]}
-    assert rows["ours"]["plain_launches"] <= 30 * SLACK and rows["ours"]["of_eager"] <= 0.5 * SLACK
-    assert rows["applied"]["plain_launches"] <= 60 * SLACK and rows["applied"]["of_eager"] <= 0.8 * SLACK
+    assert rows["ours"]["plain_launches"] <= 30 * SLACK and rows["ours"]["of_eager"] <= 0.5
+    assert rows["applied"]["plain_launches"] <= 60 * SLACK and rows["applied"]["of_eager"] <= 0.8
 
 
 def calls_of(call: Callable[[], Any]) -> Counter[tuple[str, str]]:
