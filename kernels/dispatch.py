@@ -120,10 +120,10 @@ def sort_by_expert(
 
 
 def gather_configs(slots: int, experts: int, hidden: int) -> LaunchConfig:
-    """About 256 programs; each holds a turn's ids times experts in registers."""
+    """About 256 programs; each holds a turn's ids times experts in registers, as many ids whatever their number is."""
     block_e = power_of_2(experts)
     tiles = {"BLOCK_S": power_of_2(slots // 256, low=16, high=64), "BLOCK_E": block_e}
-    tiles |= {"BLOCK_N": power_of_2(slots, low=16, high=max(16, 16384 // block_e))}
+    tiles |= {"BLOCK_N": max(16, min(2048, 16384 // block_e))}
     return LaunchConfig(tiles | {"BLOCK_H": power_of_2(hidden, low=16, high=256)}, num_warps=8)
 
 

@@ -82,8 +82,17 @@ def both_ways(name: str, args: dict[str, Any]) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("B", [1, 3])
 @pytest.mark.parametrize("past", [0, 5, 15, 16, 40])
-@pytest.mark.parametrize(("T", "fresh"), [(1, 0), (1, 1), (7, 1), (20, 1)])
-@pytest.mark.parametrize("name", ["append", "rope_append", "cached_attention"])
+@pytest.mark.parametrize(
+    ("name", "T", "fresh"),
+    [
+        *(
+            (name, T, fresh)
+            for name in ("append", "cached_attention")
+            for T, fresh in ((1, 0), (1, 1), (7, 1), (20, 1))
+        ),
+        ("rope_append_attention", 1, 0),
+    ],
+)
 def test_sequences_that_stand_alike(name: str, T: int, fresh: int, past: int, B: int) -> None:
     op = OPS[name]
     sizes = {**op.test_shapes[0], "B": B, "T": T, "C": 16, "past": past, "window": 16, "fresh": fresh}
@@ -91,7 +100,7 @@ def test_sequences_that_stand_alike(name: str, T: int, fresh: int, past: int, B:
         **op.inputs(type(op.test_shapes[0])(sizes), torch.float32, "cpu", torch.Generator().manual_seed(0))
     )
     args["past"], args["new"] = torch.full((B,), past, dtype=torch.int32), torch.full((B,), T, dtype=torch.int32)
-    if name == "rope_append":
+    if "cos" in args:
         args["cos"], args["sin"] = args["cos"][: past + T], args["sin"][: past + T]
     quick, long = both_ways(name, args)
     for a, b in zip(quick, long, strict=True):

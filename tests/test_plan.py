@@ -96,7 +96,9 @@ def test_a_second_call_launches_what_the_operation_would(name: str, card: Any) -
     assert 0 < known() == len(plan._plans), "a call that is run each time"
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "gate_route", "expert_swiglu", "rope_append_attention", "cached_attention"])
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "gate_route", "expert_swiglu", "rope_append_attention", "cached_attention"]
+)
 def test_a_second_call_computes_what_the_operation_would(name: str, card: Any) -> None:
     """Kernels executed, results and what is written into caches held bit for bit."""
     op = OPS[name]
