@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiled kernels: needs a p
 
 ROOT = Path(__file__).parents[1]
 CALLS_MOST = 80  # of this package's functions, a decode layer
-SLACK = 2  # other tests share the caches, which torch's operations feel more than a plain launch does
+# Other tests share the caches, which torch's operations feel more than a plain launch does: an applied model has many.
+SLACK, APPLIED_SLACK = 2, 4
 
 
 def test_the_benchmark_prints_its_ratios_and_they_are_within_bounds() -> None:
@@ -34,7 +35,7 @@ def test_the_benchmark_prints_its_ratios_and_they_are_within_bounds() -> None:
     printed = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
     rows = {row["layer"]: row for row in json.loads(printed)["rows"]}
     assert rows["ours"]["plain_launches"] <= 30 * SLACK and rows["ours"]["of_eager"] <= 0.5
-    assert rows["applied"]["plain_launches"] <= 60 * SLACK and rows["applied"]["of_eager"] <= 0.8
+    assert rows["applied"]["plain_launches"] <= 60 * APPLIED_SLACK and rows["applied"]["of_eager"] <= 0.8
 
 
 def calls_of(call: Callable[[], Any]) -> Counter[tuple[str, str]]:
