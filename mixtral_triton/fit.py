@@ -133,12 +133,13 @@ def workspace_bytes(config: MixtralConfig, batch: int, context: int) -> int:
     """The most that `generate` holds at one time while it reads prompts, in chunks of PREFILL_CHUNK tokens.
 
     In a layer's experts: its input and that normed, attention's result, the sum and that normed, and the next sum; of
-    each slot the experts' inner values and result, then the output in their place. In its attention: its input and that
+    each slot its row in sorted order, the experts' inner values and result, then the output in their place (a remembered
+    call has all of these at one time). In its attention: its input and that
     normed, queries, keys and values, those rotated, and the heads' result.
     """
     hidden, inner, chosen = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    experts = max(6 * hidden + chosen * (hidden + inner), 7 * hidden + chosen * hidden)
+    experts = max(6 * hidden + chosen * (2 * hidden + inner), 7 * hidden + chosen * hidden)
     row = max(experts, 2 * hidden + 3 * heads) + config.num_local_experts
     row += hidden if context > PREFILL_CHUNK else 0  # the chunk before it is still there
     counters = 16 + 12 * chosen  # positions; routes, their weights and order

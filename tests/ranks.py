@@ -193,10 +193,21 @@ def renamed(mesh: Any, folder: Path) -> str:
     return refusal(mesh._get_root_mesh(), folder)
 
 
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Within the block, groups that are made, and waits, have so much time."""
+    before = parallel.TIMEOUT
+    parallel.TIMEOUT = timedelta(seconds=seconds)
+    try:
+        yield
+    finally:
+        parallel.TIMEOUT = before
+
+
 def silent(mesh: Any, folder: Path, ids: torch.Tensor) -> str:
     """What becomes of a forward that the last process does not run."""
-    parallel.TIMEOUT = timedelta(seconds=2)
-    model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh)
+    with patience(2):
+        model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh)
     try:
         return "" if dist.get_rank() == dist.get_world_size() - 1 else str(model(ids))
     except ConnectionError as error:
@@ -241,10 +252,10 @@ def on_memory() -> Iterator[None]:
 
 def stuck(mesh: Any, folder: Path) -> str:
     """What ends the wait for a card that is never done, where the last process has left the mesh, and where not."""
-    parallel.TIMEOUT, parallel.LOOKING = timedelta(seconds=2), 0.1
     model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh)
     try:
-        model.ranks.wait(lambda: False)  # type: ignore[union-attr]
+        with patience(2):
+            model.ranks.wait(lambda: False)  # type: ignore[union-attr]
     except ConnectionError as error:
         return str(error)
     return ""

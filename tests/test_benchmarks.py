@@ -34,7 +34,7 @@ def run(*args: str, beside: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 def test_a_few_cases_of_every_kind_run_and_say_where(tmp_path: Path) -> None:
     file = tmp_path / "times.json"
-    done = run("-q", "-k", "T1-H128 or B1-S64-L1 or append-B1-T1", f"--benchmark-json={file}")
+    done = run("-q", "-k", "T1-H128 or B1-S64-L1 or rope_append_attention", f"--benchmark-json={file}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "benchmark 'rms_norm (CPU, plain torch)'" in done.stdout and "Median" in done.stdout
     found = json.loads(file.read_text())["benchmarks"]
