@@ -133,9 +133,9 @@ def workspace_bytes(config: MixtralConfig, batch: int, context: int) -> int:
     """The most that `generate` holds at one time while it reads prompts, in chunks of PREFILL_CHUNK tokens.
 
     In a layer's experts: its input and that normed, attention's result, the sum and that normed, and the next sum; of
-    each slot its row in sorted order, the experts' inner values and result, then the output in their place (a remembered
-    call has all of these at one time). In its attention: its input and that
-    normed, queries, keys and values, those rotated, and the heads' result.
+    each slot its row in sorted order, the experts' inner values and result (a remembered call has all of these at one
+    time), then the output in their place. In its attention: its input and that normed, queries, keys and values, those
+    rotated, and the heads' result.
     """
     hidden, inner, chosen = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
