@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -228,6 +229,9 @@ def _address(to: Reg, source: Symbol, program: Program) -> Step:
     if source.name in SPECIALS:
         name = SPECIALS[source.name]
         return lambda frame, mask: assign(frame, to, getattr(frame, name), mask)
+    if found := re.fullmatch(r"%nctaid\.([xyz])", source.name):
+        axis = found[1]
+        return lambda frame, mask: assign(frame, to, np.uint32(frame.grid[axis]), mask)
     if source.name in program.shared:
         return lambda frame, mask: assign(frame, to, UNSIGNED[to.width].type(frame.machine.shared.base), mask)
     if source.name in {param.name for param in program.params}:

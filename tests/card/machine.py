@@ -94,6 +94,7 @@ class Frame:
         self.warp = (self.tid >> 5).astype(np.int64)
         self.block = np.repeat(np.arange(count), len(lanes))
         self.x, self.y, self.z = (np.repeat(blocks[:, i], len(lanes)).astype(np.uint32) for i in range(3))
+        self.grid = dict(zip("xyz", machine.grid, strict=True))
         self.begins = self.block * machine.shared.stride
         unwritten = {width: np.full(self.n, UNWRITTEN).astype(dtype) for width, dtype in UNSIGNED.items()}
         for width in (16, 32, 64):
@@ -213,6 +214,7 @@ class Machine:
     memory: Global
     params: Params
     shared_size: int
+    grid: tuple[int, int, int]
     blocks: Array  # [blocks, 3]
     warps: int
     shared: Shared = field(init=False)
@@ -286,5 +288,5 @@ def execute(
     blocks = blocks[::-1] if schedule.backwards else blocks
     most = max(1, min(LANES_MOST // (32 * warps), SHARED_MOST // max(shared_size, 1)))
     for begin in range(0, len(blocks), most):
-        Machine(code, schedule, memory, params, shared_size, blocks[begin : begin + most], warps).run()
+        Machine(code, schedule, memory, params, shared_size, grid, blocks[begin : begin + most], warps).run()
 
