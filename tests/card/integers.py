@@ -50,6 +50,18 @@ unary("neg", np.negative, ("s16", "s32", "s64"))
 unary("abs", np.abs, ("s16", "s32", "s64"))
 
 
+@pure("add.s16x2", "add.u16x2")
+def add_pairs(one: Instruction) -> Read:
+    """Two halves, without a carry between."""
+    a, b = operands(one, "b32")
+
+    def go(frame: Any) -> Any:
+        halves = [np.broadcast_to(x(frame), frame.n).copy().view(np.uint16) for x in (a, b)]
+        return (halves[0] + halves[1]).view(np.uint32)
+
+    return go
+
+
 @pure("popc.b32", "popc.b64")
 def popc(one: Instruction) -> Read:
     (a,) = operands(one)

@@ -225,7 +225,7 @@ class Machine:
     def __post_init__(self) -> None:
         self.shared = Shared(len(self.blocks), self.shared_size)
         self.barriers = Barriers(self)
-        self.log = Log(self) if self.schedule.logged else NoLog()
+        self.log = Log(self) if self.schedule.logged else NoLog(self)
         own = [[w] for w in range(self.warps)] if not self.schedule.lockstep else [list(range(self.warps))]
         self.frames = [Frame(self, warps) for warps in (own[::-1] if self.schedule.backwards else own)]
 

@@ -270,13 +270,8 @@ def _store_shared(one: Instruction, kind: str, count: int) -> Step:
 
 def put(frame: Any, at: Array, values: Array, size: int, mask: Any, one: Instruction) -> None:
     """Store elements of `size` bytes at places of shared memory, and have it logged."""
-    view, lanes = frame.machine.shared.views[size], slice(None) if mask is None else np.flatnonzero(mask)
-    at, values = at[lanes], values[lanes]
-
-    def store() -> None:
-        view[at // size] = values
-
-    frame.machine.log.write(frame, lanes, at, values, size, one, store)
+    lanes = slice(None) if mask is None else np.flatnonzero(mask)
+    frame.machine.log.write(frame, lanes, at[lanes], values[lanes], size, one)
 
 
 for _width, _count, _kind in _VECTORS:

@@ -106,7 +106,6 @@ def waits(opcode: str) -> bool:
 _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 _NUMBER = re.compile(r"[+-]?(0[xX][0-9a-fA-F]+|\d+)U?$")
 _LABEL = re.compile(r"([A-Za-z_$%][\w$]*)\s*:(?!:)")
-_DIRECTIVES = (".loc", ".file", ".pragma")
 
 
 class _Scope(dict[str, Any]):
@@ -123,7 +122,7 @@ class _Reader:
     def statement(self, text: str) -> None:
         if text.startswith(".reg"):
             self._registers(text)
-        elif text.startswith(_DIRECTIVES):
+        elif text.startswith(".pragma "):
             return
         elif text.startswith("."):
             raise Unmodelled(f"directive: {text}")

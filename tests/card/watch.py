@@ -7,7 +7,6 @@ between. Warps that store equal values at one place are no fault: replicated lay
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,12 @@ NEVER, IN_FLIGHT = -1, 1 << 30
 class NoLog:
     """For schedules that run one warp after the other."""
 
-    def write(
-        self, frame: Any, lanes: Any, at: Array, values: Array, size: int, one: Instruction, store: Callable[[], None]
-    ) -> None:
-        store()
+    def __init__(self, machine: Any) -> None:
+        self.views = machine.shared.views
+
+    def write(self, frame: Any, lanes: Any, at: Array, values: Array, size: int, one: Instruction) -> None:
+        """Elements of `size` bytes at places of shared memory; of equal places the last lane's stays."""
+        self.views[size][at // size] = values
 
     def read(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is noted."""
@@ -121,20 +122,38 @@ class Log:
         self._fault(self.time[places] == IN_FLIGHT, block, bits, one, "writes where a copy is in flight")
         self._fault(self.owned[places], block, bits, one, "writes over an mbarrier")
 
-    def write(
-        self, frame: Any, lanes: Any, at: Array, values: Array, size: int, one: Instruction, store: Callable[[], None]
-    ) -> None:
+    def write(self, frame: Any, lanes: Any, at: Array, values: Array, size: int, one: Instruction) -> None:
         block, warp, places = frame.block[lanes], frame.warp[lanes], self._places(at, size)
-        bits, new = np.left_shift(np.uint32(1), warp.astype(np.uint32)), values.view(self.values.dtype)
-        new = new.reshape(places.shape)
+        bits = np.left_shift(np.uint32(1), warp.astype(np.uint32))
+        new = values.view(self.values.dtype).reshape(places.shape)
         self._overwrite(block, warp, places, one)
-        foreign = (self.time[places] == self.epoch[block][:, None]) & (self.writer[places] != warp[:, None])
-        self._fault(foreign & (self.values[places] != new), block, bits, one, "race: writes over another warp's value")
         self._fault((self.unseen[places] & bits[:, None]) != 0, block, bits, one, "writes over a copy in flight")
-        store()
+        old, foreign = self.values[places], self._foreign(block, warp, places)
+        self.values[places] = new
         self._written(block, warp, places)
-        lost = self.writer[places] != warp[:, None]
-        self._fault(lost & (self.values[places] != new), block, bits, one, "race: warps write different values")
+        if foreign.any() or (self.writer[places] != warp[:, None]).any():
+            self._one_by_one(block, warp, places, old, new, foreign, one)
+
+    def _foreign(self, block: Array, warp: Array, places: Array) -> Array:
+        """Where another warp has written since the last barrier."""
+        return (self.time[places] == self.epoch[block][:, None]) & (self.writer[places] != warp[:, None])
+
+    def _one_by_one(
+        self, block: Array, warp: Array, places: Array, old: Array, new: Array, foreign: Array, one: Instruction
+    ) -> None:
+        """What stays of one warp's lanes has to be what stays of another's."""
+        self.values[places] = old
+        seen = np.zeros(len(self.values), bool)
+        seen[places[foreign]] = True
+        for w in np.unique(warp).tolist():
+            rows = warp == w
+            own, known = places[rows], seen[places[rows]]
+            before = self.values[own]
+            self.values[own] = new[rows]
+            bits = np.full(len(own), 1 << w)
+            differs = known & (before != self.values[own])
+            self._fault(differs, block[rows], bits, one, "race: warps write different values")
+            seen[own] = True
 
     def _written(self, block: Array, warp: Array, places: Array) -> None:
         self.tick += 1
@@ -146,7 +165,7 @@ class Log:
         """A copy of the lane's sets out to these places."""
         block, warp, places = frame.block[lanes], frame.warp[lanes], self._places(at, size)
         self._overwrite(block, warp, places, one)
-        foreign = (self.time[places] == self.epoch[block][:, None]) & (self.writer[places] != warp[:, None])
+        foreign = self._foreign(block, warp, places)
         bits = np.left_shift(np.uint32(1), warp.astype(np.uint32))
         self._fault(foreign, block, bits, one, "race: writes over another warp's value")
         self.time[places] = IN_FLIGHT
@@ -159,8 +178,7 @@ class Log:
         places = np.arange(start // self.g, (start + size) // self.g)[None]
         blocks, warps = np.array([block]), np.array([warp])
         self._overwrite(blocks, warps, places, one)
-        foreign = (self.time[places] == self.epoch[block]) & (self.writer[places] != warp)
-        self._fault(foreign, blocks, 1 << warps, one, "race: writes over another warp's value")
+        self._fault(self._foreign(blocks, warps, places), blocks, 1 << warps, one, "race: writes over another warp's value")
         fence = np.maximum(self.fenced[block, self.writer[places]], self.fenced[block, warp])
         late = (self.stored[places] > 0) & (self.stored[places] >= fence)
         self._fault(late, blocks, 1 << warps, one, "no fence.proxy.async after the store")
@@ -190,8 +208,7 @@ class Log:
         self.owned[places] = False
         block, warp = frame.block[lanes], frame.warp[lanes]
         bits = np.left_shift(np.uint32(1), warp.astype(np.uint32))
-        foreign = (self.time[places] == self.epoch[block][:, None]) & (self.writer[places] != warp[:, None])
-        self._fault(foreign, block, bits, one, "race: writes over another warp's value")
+        self._fault(self._foreign(block, warp, places), block, bits, one, "race: writes over another warp's value")
         self._overwrite(block, warp, places, one)
         self._written(block, warp, places)
         self.stored[places] = 0
