@@ -237,7 +237,7 @@ class Machine:
                 if all(frame.done.all() for frame in self.frames):
                     break
                 if not (self._release() or self._wake() or (self.barriers.land() and self._wake())):
-                    raise Fault(f"deadlock: {self._hung()}")
+                    raise Fault(f"waits for ever: {self._hung()}")
             self._check_end()
 
     def _release(self) -> bool:
@@ -258,15 +258,14 @@ class Machine:
         return any([frame.wake() for frame in self.frames])
 
     def _hung(self) -> str:
-        program = self.code.program
+        program, waits = self.code.program, []
         for frame in self.frames:
-            for queue in (frame.parked, frame.barred):
+            for queue, kind in ((frame.parked, 0), (frame.barred, 1)):
                 for at, mask in queue.items():
                     lane = 0 if mask is None else int(np.flatnonzero(mask)[0])
-                    piece = self.code.pieces.get(at)
-                    text = piece.last.text if queue is frame.parked and piece and piece.last else "bar.sync"
-                    return f"{where(frame, lane)} of {program.name} waits for ever: {text}"
-        return program.name
+                    one = None if kind else self.code.pieces[at].last
+                    waits.append((kind, f"{where(frame, lane)} of {program.name}: {one.text if one else 'bar.sync'}"))
+        return min(waits)[1] if waits else program.name
 
     def _check_end(self) -> None:
         for frame in self.frames:

@@ -116,11 +116,11 @@ class Log:
     def _overwrite(self, block: Array, warp: Array, places: Array, one: Instruction) -> None:
         """Is anything there that others still read, or that is no place for data?"""
         bits = np.left_shift(np.uint32(1), warp.astype(np.uint32))
+        self._fault(self.owned[places], block, bits, one, "writes over an mbarrier")
         others = (self.readers[places] & ~bits[:, None]) != 0
         now = self.read_time[places] == self.epoch[block][:, None]
         self._fault(now & others, block, bits, one, "race: writes what another warp reads")
         self._fault(self.time[places] == IN_FLIGHT, block, bits, one, "writes where a copy is in flight")
-        self._fault(self.owned[places], block, bits, one, "writes over an mbarrier")
 
     def write(self, frame: Any, lanes: Any, at: Array, values: Array, size: int, one: Instruction) -> None:
         block, warp, places = frame.block[lanes], frame.warp[lanes], self._places(at, size)
