@@ -294,6 +294,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     say(f"{count('interpreted', 0)} kernels interpreted under guard")
     say(f"{count('case', 0)} shapes and dtypes of operations within their limits")
     say(f"{count('compiled', 0)} kernel variants compiled for {count('target', 0)} targets")
+    from tests.card.report import lines as card_lines
+
+    if codes := found.get("card code"):
+        terminalreporter.section("PTX executed on a card in numpy, under three schedules that agree bit for bit")
+        for line in (*card_lines(codes, found.get("card launch", ())), *sorted(found.get("card error", ()))):
+            say(line)
     for kind, title in FIGURES.items():
         if lines := jit_lines(found.get("jit case", set())) if kind == "jit" else sorted(found.get(kind, ())):
             terminalreporter.section(title)

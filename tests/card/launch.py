@@ -5,6 +5,7 @@ The tensors are this process's memory. What a schedule leaves there has to be, b
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ FORMATS |= {"u64": "Q", "fp32": "f", "f32": "f"}
 
 @lru_cache(maxsize=512)
 def compiled(ptx: str) -> Code:
-    return Code(read(ptx))
+    return Code(read(ptx), hashlib.sha256(ptx.encode()).hexdigest()[:12])
 
 
 def span(name: str, tensor: torch.Tensor) -> Span:

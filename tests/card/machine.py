@@ -55,9 +55,10 @@ class Piece:
 
 
 class Code:
-    """A program as steps. `ran` has the instructions that at least one lane has run."""
+    """A program as steps. `ran` has the instructions that at least one lane has run; `key` tells variants apart."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, key: str = "") -> None:
+        self.key = key
         check_modelled(program)
         self.program = program
         self.ran = np.zeros(len(program.instructions), bool)

@@ -1,0 +1,50 @@
+"""What a run of the card in numpy covered: instructions run of those compiled, by kernel."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+BOUND = 0.90  # of all instructions of all variants
+
+
+def noted(executor: object) -> Iterator[tuple[str, str]]:
+    """What the summary needs to know of an executor, as (kind, line)."""
+    for kernel, codes in executor.codes.items():  # type: ignore[attr-defined]
+        for code in codes:
+            yield "card code", f"{kernel} {code.program.target} {code.key} {len(code.ran)} {np.packbits(code.ran).tobytes().hex()}"
+    for kernel, times in executor.launches.items():  # type: ignore[attr-defined]
+        yield "card launch", f"{kernel} {times} {id(executor)}"
+
+
+def variants(codes: Iterable[str]) -> dict[tuple[str, str, str], np.ndarray]:
+    """By kernel, target and variant: which instructions ran in any of the runs."""
+    found: dict[tuple[str, str, str], np.ndarray] = {}
+    for line in codes:
+        kernel, target, key, count, bits = line.split()
+        ran = np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8))[: int(count)].astype(bool)
+        before = found.get((kernel, target, key))
+        found[kernel, target, key] = ran if before is None else before | ran
+    return found
+
+
+def share(runs: Iterable[np.ndarray]) -> float:
+    runs = list(runs)
+    return sum(int(run.sum()) for run in runs) / max(1, sum(len(run) for run in runs))
+
+
+def lines(codes: Iterable[str], launches: Iterable[str]) -> Iterator[str]:
+    found, times = variants(codes), Counter[str]()
+    for line in launches:
+        kernel, count, _ = line.split()
+        times[kernel] += int(count)
+    for kernel in sorted({kernel for kernel, *_ in found}):
+        own = [run for (name, *_), run in found.items() if name == kernel]
+        best = max(share([run]) for run in own)
+        yield (
+            f"{kernel}: {times[kernel]} launches of {len(own)} variants, {share(own):.1%} of {sum(map(len, own)):,} "
+            f"instructions run, {best:.1%} of the variant that ran most"
+        )
+    yield f"in all: {share(found.values()):.1%} of {sum(map(len, found.values())):,} instructions, needs {BOUND:.0%}"
