@@ -38,6 +38,11 @@ class Flights:
     def commit(self, mask: Any) -> None:
         self.committed += 1 if mask is None else mask.astype(np.int32)
 
+    def waits(self, youngest: int, mask: Any) -> bool:
+        """Whether anything would end now."""
+        lanes = True if mask is None else mask
+        return any((one.lanes & (one.group < self.committed - youngest) & lanes).any() for one in self.pending)
+
     def due(self, youngest: int, mask: Any) -> Iterator[tuple[Flight, Array]]:
         """All but the `youngest` committed groups end -> each flight, and the lanes for which it ends now."""
         rest = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -35,16 +35,29 @@ def share(runs: Iterable[np.ndarray]) -> float:
     return sum(int(run.sum()) for run in runs) / max(1, sum(len(run) for run in runs))
 
 
-def lines(codes: Iterable[str], launches: Iterable[str]) -> Iterator[str]:
-    found, times = variants(codes), Counter[str]()
-    for line in launches:
+def summary(found: Mapping[str, set[str]]) -> Iterator[str]:
+    """Of what the tests wrote down, by kind."""
+    runs, times = variants(found["card code"]), Counter[str]()
+    for line in found.get("card launch", ()):
         kernel, count, _ = line.split()
         times[kernel] += int(count)
-    for kernel in sorted({kernel for kernel, *_ in found}):
-        own = [run for (name, *_), run in found.items() if name == kernel]
+    for kernel in sorted({kernel for kernel, *_ in runs}):
+        own = [run for (name, *_), run in runs.items() if name == kernel]
         best = max(share([run]) for run in own)
         yield (
             f"{kernel}: {times[kernel]} launches of {len(own)} variants, {share(own):.1%} of {sum(map(len, own)):,} "
             f"instructions run, {best:.1%} of the variant that ran most"
         )
-    yield f"in all: {share(found.values()):.1%} of {sum(map(len, found.values())):,} instructions, needs {BOUND:.0%}"
+    yield f"in all: {share(runs.values()):.1%} of {sum(map(len, runs.values())):,} instructions, needs {BOUND:.0%}"
+    worst: dict[str, tuple[float, str, str]] = {}
+    for line in found.get("card error", ()):
+        op, dtype, error, limit = line.split()
+        case = float(error) / max(float(limit), 1e-30), error, limit
+        worst[f"{op} {dtype}"] = max(case, worst.get(f"{op} {dtype}", case))
+    for case, (_, error, limit) in sorted(worst.items()):
+        yield f"{case}: worst error {error}, at most {limit}"
+
+
+def too_little(found: Mapping[str, set[str]]) -> bool:
+    """Whether a run of everything ran less than it has to."""
+    return share(variants(found.get("card code", ())).values()) < BOUND

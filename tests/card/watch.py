@@ -31,7 +31,7 @@ class NoLog:
     def read(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is noted."""
 
-    fly = land = bulk = seen = barrier = fence = asynchronous = own = disown = read
+    fly = land = bulk = seen = barrier = fence = asynchronous = own = disown = unfenced = read
 
 
 def granule(program: Program) -> int:
@@ -91,12 +91,14 @@ class Log:
     def asynchronous(self, block: Array, bits: Array, at: Array, size: int, one: Instruction) -> None:
         """By wgmma: rows of places, a block and warps each."""
         self._read(block, bits, at, size, one)
-        for row in range(len(at)):
-            own = [w for w in range(self.machine.warps) if int(bits[row]) >> w & 1]
-            places = self._places(at[row], size)
-            fenced = np.maximum(self.fenced[block[row], self.writer[places]], self.fenced[block[row], own].min())
-            missing = (self.stored[places] > 0) & (self.stored[places] >= fenced)
-            self._fault(missing.any()[None], block[row:], bits[row:], one, "no fence.proxy.async after the store")
+        places = self._places(at.reshape(-1), size).reshape(len(block), -1)
+        reader = np.empty(len(block), np.int32)
+        for one_bits in np.unique(bits).tolist():
+            own = [w for w in range(self.machine.warps) if one_bits >> w & 1]
+            reader[bits == one_bits] = self.fenced[block[bits == one_bits]][:, own].min(1)
+        fenced = np.maximum(self.fenced[block[:, None], self.writer[places]], reader[:, None])
+        missing = (self.stored[places] > 0) & (self.stored[places] >= fenced)
+        self._fault(missing, block, bits, one, "no fence.proxy.async after the store")
 
     def _read(self, block: Array, bits: Array, at: Array, size: int, one: Instruction) -> None:
         places = self._places(at.reshape(len(block), -1).reshape(-1), size).reshape(len(block), -1)
@@ -195,6 +197,17 @@ class Log:
         self.tick += 1
         lanes = slice(None) if mask is None else mask
         self.fenced[frame.block[lanes], frame.warp[lanes]] = self.tick
+
+    def unfenced(self, frame: Any, mask: Any) -> bool:
+        """Whether one of these warps has stored anything since its last fence."""
+        lanes = slice(None) if mask is None else mask
+        places = self.machine.shared.stride // self.g
+        for block, warp in {*zip(frame.block[lanes].tolist(), frame.warp[lanes].tolist(), strict=True)}:
+            own = slice(block * places, (block + 1) * places)
+            stored = self.stored[own][self.writer[own] == warp]
+            if (stored > self.fenced[block, warp]).any():
+                return True
+        return False
 
     def own(self, frame: Any, lanes: Any, at: Array, one: Instruction) -> None:
         """An mbarrier is made at these places."""

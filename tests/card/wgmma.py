@@ -16,7 +16,7 @@ from .copies import Flights
 from .floats import widen
 from .matrix import held, registers_of_c, rows_of_a, rows_of_c
 from .memory import SHARED_BASE, Fault, where
-from .text import Imm, Instruction, Program, Reg, Unmodelled, Vector
+from .text import Imm, Instruction, Program, Unmodelled, Vector
 from .tma import swizzled
 from .values import Array, Step, effect, reader
 from .warp import check_together
@@ -25,23 +25,24 @@ SPANS = {1: 128, 2: 64, 3: 32}
 NOTHING = np.uint32(0xFFFF_FFFF)  # NaN
 
 
-@dataclass(frozen=True)
+@dataclass
 class Coming:
-    """What a register will hold: of which lanes, by the number of the product that they wait for; 0: of none."""
+    """What the registers of a result will hold, [warps, 16, columns]; the product that each lane waits for, 0: none."""
 
-    value: Array
+    rows: Array
     serial: Array
 
 
 class Tensor:
-    """A frame's products under way."""
+    """A frame's products under way. Their results are nothing until somebody has waited, in every schedule."""
 
     def __init__(self, n: int) -> None:
         self.flights = Flights(n)
         self.unfenced = np.ones(n, bool)
         self.fenced: list[Array] = []  # registers as they stood at the last fence
         self.put: dict[int, Array] = {}  # by register: what the last product left there
-        self.coming: dict[int, Coming] = {}
+        self.coming: dict[tuple[int, ...], Coming] = {}
+        self.nothing = np.full(n, NOTHING)
         self.serial = 0
 
 
@@ -50,10 +51,9 @@ class Load:
     """What a product reads: places and values of shared memory, registers; and the registers it writes."""
 
     serial: int
+    slots: tuple[int, ...]
     places: list[tuple[Array, Array, Array]]  # a lane a row, places, what was there
     sources: dict[int, Array]
-    results: dict[int, Array]
-    issued: dict[int, Array]
 
 
 @lru_cache(maxsize=256)
@@ -72,16 +72,19 @@ def chunk_offsets(layout: int, rows: int, first: int, transposed: bool) -> Array
 
 def places_of(frame: Any, descriptors: Array, warps: Array, rows: int, first: Array, transposed: bool) -> Array:
     """[warps] descriptors -> [warps, chunks] places in the batch's shared memory. `first`: a warp's first row."""
-    out = []
     lanes = 32 * warps
-    for descriptor, row, lane in zip(descriptors.tolist(), first.tolist(), lanes.tolist(), strict=True):
-        offsets = chunk_offsets(descriptor >> 16, rows, row, transposed)
-        addresses = ((descriptor & 0x3FFF) << 4) + offsets.reshape(-1)
-        local = swizzled(addresses, SPANS[descriptor >> 62]) - SHARED_BASE
-        if local.min() < 0 or local.max() + 16 > frame.machine.shared.size:
-            raise Fault(f"a matrix descriptor leads out of shared memory: {where(frame, lane)}")
-        out.append(local + frame.begins[lane])
-    return np.stack(out)
+    layouts = descriptors >> np.uint64(16)
+    local = np.empty((len(warps), 2 * rows), np.int64)
+    for layout, row in {*zip(layouts.tolist(), first.tolist(), strict=True)}:
+        own = (layouts == layout) & (first == row)
+        starts = (descriptors[own] & np.uint64(0x3FFF)).astype(np.int64) << 4
+        offsets = chunk_offsets(layout, rows, row, transposed).reshape(-1)
+        local[own] = swizzled(starts[:, None] + offsets, SPANS[layout >> 46]) - SHARED_BASE
+    outside = (local.min(1) < 0) | (local.max(1) + 16 > frame.machine.shared.size)
+    if outside.any():
+        lane = int(lanes[np.flatnonzero(outside)[0]])
+        raise Fault(f"a matrix descriptor leads out of shared memory: {where(frame, lane)}")
+    return local + frame.begins[lanes][:, None]
 
 
 def elements(chunks: Array, rows: int, kind: str, transposed: bool) -> Array:
@@ -97,7 +100,7 @@ class Form:
     one: Instruction
     kind: str
     columns: int
-    result: tuple[Reg, ...]
+    slots: tuple[int, ...]  # of the result's registers
     a: Any
     b: Any
     added: Any
@@ -114,7 +117,8 @@ class Form:
         shape, kind = one.opcode.split(".")[4], one.opcode.split(".")[6]
         added = reader(added, "pred")
         a = a if from_registers else reader(a, "u64")
-        return cls(one, kind, int(shape[4:-3]), to.items, a, reader(b, "u64"), added, transposed)
+        slots = tuple(reg.slot for reg in to.items)
+        return cls(one, kind, int(shape[4:-3]), slots, a, reader(b, "u64"), added, transposed)
 
 
 def _issue(one: Instruction, program: Program) -> Step:
@@ -122,28 +126,32 @@ def _issue(one: Instruction, program: Program) -> Step:
 
     def go(frame: Any, mask: Any) -> None:
         check_together(frame, mask, one)
-        lanes = np.ones(frame.n, bool) if mask is None else mask
-        _check_fence(frame, lanes, form)
+        tensor, lanes = frame.tensor, np.ones(frame.n, bool) if mask is None else mask
+        coming = tensor.coming.get(form.slots)
+        chained = coming is not None and bool((coming.serial[lanes] > 0).all())
+        _check_fence(frame, lanes, form, chained)
         warps = np.flatnonzero(lanes.reshape(-1, 32)[:, 0])
-        frame.tensor.serial += 1
-        load = Load(frame.tensor.serial, [], {}, {}, {})
+        tensor.serial += 1
+        load = Load(tensor.serial, form.slots, [], {})
         a = _left(frame, warps, form, load)
         b = _right(frame, warps, form, load)
         total = (a.reshape(len(b), -1, 16) @ b.swapaxes(1, 2)).reshape(len(warps), 16, -1)
         added = _uniform(frame, form.added(frame), warps, one)
         if added.any():
-            before = np.stack([_current(frame, reg.slot) for reg in form.result])
-            before = before.reshape(len(form.result), -1, 32)[:, warps].swapaxes(0, 1)
-            total = np.where(added[:, None, None], total + rows_of_c(np.ascontiguousarray(before)), total)
-        _leave(frame, lanes, warps, registers_of_c(total.astype(np.float32)).view(np.uint32), form, load)
+            before = coming.rows[warps] if chained else _from_registers(frame, form, warps)
+            total = np.where(added[:, None, None], total + before, total)
+        _leave(frame, lanes, warps, total.astype(np.float32), form, load, chained)
 
     return go
 
 
-def _current(frame: Any, slot: int) -> Array:
-    """A register as products see it: with what is coming."""
-    coming = frame.tensor.coming.get(slot)
-    return frame.R[slot] if coming is None else np.where(coming.serial > 0, coming.value, frame.R[slot])
+def _from_registers(frame: Any, form: Form, warps: Array) -> Array:
+    """Fp32 [warps, 16, columns]: what a product is added to."""
+    coming = frame.tensor.coming.get(form.slots)
+    if coming is not None and (coming.serial.reshape(-1, 32)[warps] > 0).any():
+        raise Unmodelled(f"of some warps the sum is under way, of others not: {form.one.text}")
+    held_there = np.stack([frame.R[slot].reshape(-1, 32)[warps] for slot in form.slots], 1)
+    return rows_of_c(held_there)
 
 
 def _uniform(frame: Any, values: Any, warps: Array, one: Instruction) -> Array:
@@ -189,35 +197,33 @@ def _fetch(frame: Any, places: Array, lanes: Array, bits: Array, form: Form, loa
     return got
 
 
-def _check_fence(frame: Any, lanes: Array, form: Form) -> None:
+def _check_fence(frame: Any, lanes: Array, form: Form, chained: bool) -> None:
     """Registers that a product reads or adds to stand as at the last fence, or as a product left them."""
     tensor = frame.tensor
     if (tensor.unfenced & lanes).any():
         raise Fault(f"no wgmma.fence before {form.one.text}")
     slots = [reg.slot for reg in form.a.items] if isinstance(form.a, Vector) else []
-    for slot in (*slots, *(reg.slot for reg in form.result)):
+    for slot in (*slots, *(() if chained else form.slots)):
         now, then, own = frame.R[slot], tensor.fenced[slot], tensor.put.get(slot)
         same = now is then or now is own or (now == then)[lanes].all()
         if not same and (own is None or (now != own)[lanes].any()):
             raise Fault(f"no wgmma.fence after a register was written: {form.one.text}")
 
 
-def _leave(frame: Any, lanes: Array, warps: Array, new: Array, form: Form, load: Load) -> None:
-    """[warps, registers, 32] results: in the registers, or nothing there until somebody waits."""
-    tensor, late, everyone = frame.tensor, frame.machine.schedule.late, bool(lanes.all())
-    whole = np.zeros((new.shape[1], frame.n // 32, 32), np.uint32)
-    whole[:, warps] = new.swapaxes(0, 1)
-    for i, reg in enumerate(form.result):
-        slot, value = reg.slot, whole[i].reshape(-1)
-        shown = np.full(frame.n, NOTHING) if late else value
-        serial = np.where(lanes, load.serial, 0)
-        if not everyone:
-            shown = np.where(lanes, shown, frame.R[slot])
-            if old := tensor.coming.get(slot):
-                value, serial = np.where(lanes, value, old.value), np.where(lanes, serial, old.serial)
-        tensor.coming[slot] = Coming(value, serial)
-        load.results[slot] = value
-        tensor.put[slot] = load.issued[slot] = frame.R[slot] = shown
+def _leave(frame: Any, lanes: Array, warps: Array, new: Array, form: Form, load: Load, chained: bool) -> None:
+    """Fp32 [warps, 16, columns]: it comes when somebody waits."""
+    tensor, everyone = frame.tensor, bool(lanes.all())
+    coming = tensor.coming.get(form.slots)
+    if coming is None:
+        if any(set(form.slots) & set(others) for others in tensor.coming):
+            raise Fault(f"a register of two products under way: {form.one.text}")
+        coming = Coming(np.zeros((frame.n // 32, *new.shape[1:]), np.float32), np.zeros(frame.n, np.int64))
+        tensor.coming[form.slots] = coming
+    coming.rows = new if everyone else coming.rows.copy()
+    coming.rows[warps] = new
+    coming.serial = np.where(lanes, load.serial, coming.serial)
+    for slot in () if chained else form.slots:
+        frame.R[slot] = tensor.nothing if everyone else np.where(lanes, tensor.nothing, frame.R[slot])
     tensor.flights.begin(form.one, None if everyone else lanes, load)
 
 
@@ -270,11 +276,16 @@ def _land(frame: Any, one: Instruction, load: Load, now: Array) -> None:
     for slot, value in load.sources.items():
         if frame.R[slot] is not value and (frame.R[slot] != value)[now].any():
             raise Fault(f"a register changed under {one.text}")
-    for slot, value in load.results.items():
-        coming = frame.tensor.coming[slot]
-        own = now & (coming.serial == load.serial)  # of others a later product has the register
-        issued = load.issued[slot]
-        if frame.R[slot] is not issued and (frame.R[slot] != issued)[own].any():
+    tensor, coming = frame.tensor, frame.tensor.coming[load.slots]
+    own = now & (coming.serial == load.serial)  # of others a later product has the registers
+    if not own.any():
+        return
+    values, everyone = registers_of_c(coming.rows).view(np.uint32), bool(own.all())
+    for slot, value in zip(load.slots, values.swapaxes(0, 1), strict=True):
+        if frame.R[slot] is not tensor.nothing and (frame.R[slot] != NOTHING)[own].any():
             raise Fault(f"the result's register was written under {one.text}")
-        frame.R[slot] = frame.tensor.put[slot] = np.where(own, value, frame.R[slot])
-        frame.tensor.coming[slot] = Coming(coming.value, np.where(own, 0, coming.serial))
+        new = value.reshape(-1)
+        frame.R[slot] = tensor.put[slot] = new if everyone else np.where(own, new, frame.R[slot])
+    coming.serial = np.where(own, 0, coming.serial)
+    if not coming.serial.any():
+        del tensor.coming[load.slots]
