@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -101,14 +101,18 @@ def check_params(params: Sequence[Param], packed: Packed) -> None:
 
 @dataclass
 class Executor:
-    """Runs launches. `codes`: by kernel, what it ran, with the instructions that ran; `launches`: how often."""
+    """Runs launches. `codes`: by kernel, what it ran, with the instructions that ran; `launches`: how often.
+
+    `build`: PTX -> what is executed.
+    """
 
     schedules: Sequence[Schedule] = SCHEDULES
     codes: dict[str, list[Code]] = field(default_factory=dict)
     launches: Counter[str] = field(default_factory=Counter)
+    build: Callable[[str], Code] = compiled
 
     def __call__(self, launched: Any, args: Mapping[str, Any]) -> None:
-        code = compiled(launched.ptx)
+        code = self.build(launched.ptx)
         known = self.codes.setdefault(launched.kernel, [])
         if not any(code is one for one in known):
             known.append(code)

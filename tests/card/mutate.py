@@ -83,6 +83,8 @@ def _gone(one: Instruction) -> Instruction:
 
 
 def sites(program: Program) -> Iterator[Site]:
+    """Of instructions of one name behind one predicate the first."""
+    guarded: set[tuple[str, Any]] = set()
     for at, one in enumerate(program.instructions):
         name, operands = one.opcode, one.operands
         if name == "bar.sync":
@@ -99,9 +101,15 @@ def sites(program: Program) -> Iterator[Site]:
             yield Site("trans", at, replace(one, opcode=name.replace(".trans.", ".")))
         elif name.startswith("wgmma.mma_async") and operands[-1] == Imm(1):
             yield Site("trans", at, replace(one, operands=(*operands[:-1], Imm(0))))
-        elif name.startswith("cp.async.c") and name != "cp.async.commit_group" and isinstance(operands[-1], Reg):
+        copies = name.startswith(("cp.async.ca", "cp.async.cg")) and isinstance(operands[-1], Reg)
+        behind = (name, operands[-1] if copies else one.guard)
+        if behind in guarded or behind[1] is None:
+            continue
+        if copies:
+            guarded.add(behind)
             yield Site("predicate", at, replace(one, operands=(*operands[:-1], operands[2])))
-        if one.guard is not None and name.startswith(("ld.", "st.")):
+        elif name.startswith(("ld.", "st.")):
+            guarded.add(behind)
             yield Site("predicate", at, replace(one, guard=None, negated=False))
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 BOUND = 0.90  # of all instructions of all variants
 
 
-def noted(executor: object) -> Iterator[tuple[str, str]]:
+def noted(executor: Any) -> Iterator[tuple[str, str]]:
     """What the summary needs to know of an executor, as (kind, line)."""
-    for kernel, codes in executor.codes.items():  # type: ignore[attr-defined]
+    for kernel, codes in executor.codes.items():
         for code in codes:
-            yield "card code", f"{kernel} {code.program.target} {code.key} {len(code.ran)} {np.packbits(code.ran).tobytes().hex()}"
-    for kernel, times in executor.launches.items():  # type: ignore[attr-defined]
+            if code.key:  # else it is no compiler's
+                ran = np.packbits(code.ran).tobytes().hex()
+                yield "card code", f"{kernel} {code.program.target} {code.key} {len(code.ran)} {ran}"
+    for kernel, times in executor.launches.items():
         yield "card launch", f"{kernel} {times} {id(executor)}"
 
 

@@ -35,6 +35,11 @@ def go(op: Op, sizes: Mapping[str, Any], dtype: torch.dtype, covers: Any, case: 
     covers("card error", f"{op.name} {str(dtype)[6:]} {float(error):.1e} {float(limit):.1e}")
 
 
+def kept(op: Op, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, if the operation takes it."""
+    return dtype if dtype in op.dtypes else op.dtypes[0]
+
+
 @pytest.mark.parametrize("dtype", [BF16, torch.float32, torch.float16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", OPS)
@@ -42,11 +47,9 @@ def test_every_operation_at_its_test_shapes(
     name: str, arch: str, dtype: torch.dtype, numpy_card: Any, covers: Any
 ) -> None:
     op = OPS[name]
-    if dtype not in op.dtypes:
-        dtype = op.dtypes[0]
     with numpy_card(arch):
         for sizes in op.test_shapes:
-            go(op, sizes, dtype, covers, f"{name} {dict(sizes)}")
+            go(op, sizes, kept(op, dtype), covers, f"{name} {dict(sizes)}")
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -59,13 +62,16 @@ def test_attention_that_reaches_its_unmasked_loop(D: int, window: int, arch: str
 
 
 # Sizes with which a kernel's production tiles are filled, and its loops turn.
-SMALL = {"H": 1024, "I": 512, "N": 320, "V": 100, "P": 512, "E": 2, "Hq": 8, "Hkv": 2}
+SMALL = {"H": 1024, "I": 512, "N": 320, "V": 100, "P": 512, "E": 2}
+MANY_ROWS = {"H": 512, "I": 320, "N": 320, "E": 2}  # of experts and products
+HEADS = {"Hq": 8, "Hkv": 2}  # of attention
 
 
-def small(name: str, sizes: Mapping[str, Any]) -> Shape:
+def small(sizes: Mapping[str, Any]) -> Shape:
     """`sizes` of 8x7B, smaller: of one kind with them, so that the same kernels run."""
     told = Shape(sizes).as_dict()
-    made = {key: min(SMALL.get(key, size), size) for key, size in told.items() if isinstance(size, int)}
+    most = SMALL | (HEADS if "window" in told else MANY_ROWS if told.get("T", 0) > 64 and "I" in told else {})
+    made = {key: min(most.get(key, size), size) for key, size in told.items() if isinstance(size, int)}
     made |= {key: value for key, value in told.items() if not isinstance(value, int)}
     if "T" in made:
         made["T"] = min(made["T"], 600 if "B" not in made else 300)
@@ -90,14 +96,15 @@ def of_8x7b(op: Op) -> list[Shape]:
 def test_production_tiles(name: str, arch: str, numpy_card: Any, covers: Any) -> None:
     """The launch choices of 8x7B on small sizes: each kernel has a variant of which nearly all runs."""
     op, seen = OPS[name], set()
+    dtype = kept(op, BF16)
     with numpy_card(arch) as card:
         for sizes in of_8x7b(op):
-            chosen, own = op.configs(sizes, BF16, arch), small(name, sizes)
+            chosen, own = op.configs(sizes, dtype, arch), small(sizes)
             if (key := (str(chosen), str(own.as_dict()))) in seen:
                 continue
             seen.add(key)
             with choosing(chosen):
-                go(op, own, BF16, covers, f"{name} {own.as_dict()} as {sizes.as_dict()}")
+                go(op, own, dtype, covers, f"{name} {own.as_dict()} as {sizes.as_dict()}")
         for kernel, codes in card.driver.execute.codes.items():
             best = max(share([code.ran]) for code in codes)
             assert best >= BOUND, f"{kernel}: {best:.1%} of its instructions run"
@@ -119,4 +126,4 @@ def test_every_quantized_format(format: Any, arch: str, numpy_card: Any, covers:
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CASES)])
 def test_deterministic_bits_on_compiled_code(name: str, sizes: Any, numpy_card: Any) -> None:
     with numpy_card("sm_90"):
-        check(name, sizes, 8, BF16 if BF16 in OPS[name].dtypes else OPS[name].dtypes[0], CARD)
+        check(name, sizes, 8, kept(OPS[name], BF16), CARD)
