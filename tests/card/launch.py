@@ -141,5 +141,5 @@ class Executor:
         for region, old, new in zip(memory.regions, first or now, now, strict=True):
             if not np.array_equal(old, new):
                 at = int(np.flatnonzero(old != new)[0])
-                raise Fault(f"{kernel}: {region.name}, byte {at}: {schedule.name}: other bits than the first schedule's")
+                raise Fault(f"{kernel}: {region.name}, byte {at}: {schedule.name}: not the first schedule's bits")
         return first or now

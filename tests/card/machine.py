@@ -6,20 +6,21 @@ lowest place that has lanes ready runs first, on those lanes; lanes that are at 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from . import copies, floats, integers, matrix, memory, tma, warp, wgmma  # noqa: F401  each declares its opcodes
+from . import floats, integers, matrix, tma, warp  # noqa: F401  each declares the opcodes that it models
 from .barriers import Barriers
 from .copies import Flights
-from .wgmma import Tensor
 from .memory import UNWRITTEN, Fault, Global, Params, Shared, where
 from .text import Imm, Instruction, Program, Unmodelled
 from .values import MODELLED, UNSIGNED, Array, Step, check_modelled, guarded, symbol
 from .watch import Log, NoLog
+from .wgmma import Tensor
 
 LANES_MOST = 1 << 14  # of a batch
 SHARED_MOST = 1 << 26  # bytes of a batch
@@ -64,13 +65,11 @@ class Code:
         self.ran = np.zeros(len(program.instructions), bool)
         self.pieces: dict[int, Piece] = {}
         starts = [*program.starts, len(program.instructions)]
-        for begin, after in zip(starts, starts[1:], strict=False):
+        for begin, after in itertools.pairwise(starts):
             own = program.instructions[begin:after]
             ends = bool(own) and own[-1].opcode not in MODELLED
             straight = own[:-1] if ends else own
-            steps = [
-                guarded(one, MODELLED[one.opcode](one, program), begin + i) for i, one in enumerate(straight)
-            ]
+            steps = [guarded(one, MODELLED[one.opcode](one, program), begin + i) for i, one in enumerate(straight)]
             plain = np.array([begin + i for i, one in enumerate(own) if one.guard is None], int)
             self.pieces[begin] = Piece(begin, after, steps, own[-1] if ends else None, plain)
 
@@ -256,7 +255,8 @@ class Machine:
         return True
 
     def _wake(self) -> bool:
-        return any([frame.wake() for frame in self.frames])
+        woken = [frame.wake() for frame in self.frames]  # each of them
+        return any(woken)
 
     def _hung(self) -> str:
         program, waits = self.code.program, []
@@ -289,4 +289,3 @@ def execute(
     most = max(1, min(LANES_MOST // (32 * warps), SHARED_MOST // max(shared_size, 1)))
     for begin in range(0, len(blocks), most):
         Machine(code, schedule, memory, params, shared_size, grid, blocks[begin : begin + most], warps).run()
-

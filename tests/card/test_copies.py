@@ -56,10 +56,11 @@ def test_a_copy_comes_no_sooner_than_somebody_waits() -> None:
     with pytest.raises(Fault, match="reads where a copy is in flight"):
         run(body, given, {"%a": 32, "%b": 32}, arrays=[memory], shared=256, schedule=LOGGED)
     body = body.replace("cp.async.wait_group 0;", "")
-    with pytest.raises(Fault, match="nobody waited for: cp.async"):
+    with pytest.raises(Fault, match=r"nobody waited for: cp\.async"):
         run(body, given, {"%a": 32, "%b": 32}, arrays=[memory], shared=256, schedule=SCHEDULES[0])
 
 
+FETCH = "cp.async.ca.shared.global [%s], [%g], 4; cp.async.commit_group; cp.async.wait_group 0;"
 STORE, LOAD, SYNC = "st.shared.b32 [%s], %v;", "ld.shared.b32 %w, [%o];", "bar.sync 0;"
 
 
@@ -74,11 +75,10 @@ STORE, LOAD, SYNC = "st.shared.b32 [%s], %v;", "ld.shared.b32 %w, [%o];", "bar.s
         (STORE + "st.shared.b32 [%o], %v;", "race: warps write different values"),
         (STORE + SYNC + "st.shared.b32 [%o], %v;", ""),
         ("mov.b32 %v, 5;" + STORE + "st.shared.b32 [%o], %v;", ""),
-        ("cp.async.ca.shared.global [%s], [%g], 4; cp.async.commit_group; cp.async.wait_group 0;" + LOAD, "race: reads"),
-        (STORE + SYNC + LOAD + "cp.async.ca.shared.global [%s], [%g], 4; cp.async.commit_group; cp.async.wait_group 0;",
-         "race: writes what another warp reads: cp.async"),
+        (FETCH + LOAD, "race: reads"),
+        (STORE + SYNC + LOAD + FETCH, "race: writes what another warp reads: cp.async"),
     ],
-)  # fmt: skip
+)
 def test_the_log_sees_races(body: str, said: str) -> None:
     """Lane i stores its own word and loads that of another warp's lane."""
     memory = samples(32, 64)
@@ -94,7 +94,7 @@ def test_the_log_sees_races(body: str, said: str) -> None:
 
 
 def test_what_stays_of_a_warp_has_to_be_what_stays_of_another() -> None:
-    """Lanes of one warp store different values at one place: of both warps the last lane's stays, and they are equal."""
+    """Lanes of one warp store different values at one place: of both the last lane's stays, and they are equal."""
     values = np.tile(np.arange(32, dtype=np.uint32), 2)
     given = {"%s": np.full(64, SHARED_BASE, np.uint32), "%v": values}
     got = run(STORE + SYNC + "ld.shared.b32 %w, [%s];", given, {"%w": 32}, threads=64, shared=4)
@@ -133,7 +133,8 @@ def test_a_box_of_a_tensor(corner: tuple[int, int, int], span: int, schedule: ob
         @%p cp.async.bulk.tensor.3d.shared::cta.global.mbarrier::complete_tx::bytes [%s], [%m, {%x, %y, %zz}], [%b];
         { .reg .pred complete; waitLoop: mbarrier.try_wait.parity.shared::cta.b64 complete, [%b], %z;
         @!complete bra.uni waitLoop; }
-        ld.shared.v4.b32 {%f0, %f1, %f2, %f3}, [%l]; add.u32 %z, %z, 1; setp.lt.u32 %r, %z, 2; bar.sync 0; @%r bra again;
+        ld.shared.v4.b32 {%f0, %f1, %f2, %f3}, [%l]; add.u32 %z, %z, 1; setp.lt.u32 %r, %z, 2;
+        bar.sync 0; @%r bra again;
         @%q mbarrier.inval.shared::cta.b64 [%b];""".replace("SIZE", str(size))
     lanes = np.arange(threads)
     given = {
@@ -145,13 +146,21 @@ def test_a_box_of_a_tensor(corner: tuple[int, int, int], span: int, schedule: ob
     wanted = dict.fromkeys(("%t", "%z", "%e", "%f0", "%f1", "%f2", "%f3"), 32) | {"%q": 1, "%p": 1, "%r": 1, "%m": 64}
     arrays = [np.lib.stride_tricks.as_strided(tensor, (3 * 7 * 40 - 4,), (2,))]
     got = run(
-        body, given, wanted, threads=threads, arrays=arrays, shared=4104, schedule=schedule, descriptors=[one]  # type: ignore[arg-type]
+        body,
+        given,
+        wanted,
+        threads=threads,
+        arrays=arrays,
+        shared=4104,
+        schedule=schedule,
+        descriptors=[one],  # type: ignore[arg-type]
     )
     words = np.stack([got[f"%f{i}"] for i in range(4)], 1)
     want = boxed(tensor, corner, box, span).view(np.uint32).reshape(-1, 4)
     assert (words == want[lanes % (size // 16)]).all()
 
 
+TRY = "waitLoop: mbarrier.try_wait.parity.shared::cta.b64 %p, [%b], %z; @!%p bra waitLoop;"
 COPY = """mov.u32 %t, %tid.x; setp.eq.u32 %q, %t, 0; mov.b64 %m, map0; mov.u32 %z, 0;
     @%q mbarrier.init.shared::cta.b64 [%b], 1; bar.sync 0;
     @%q mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], 256;
@@ -168,7 +177,7 @@ COPY = """mov.u32 %t, %tid.x; setp.eq.u32 %q, %t, 0; mov.b64 %m, map0; mov.u32 %
         ("[%b], 256;", "[%b], 512;", "waits for ever"),
         ("@%q mbarrier.init.shared::cta.b64 [%b], 1;", "", "no mbarrier there"),
         ("1; bar.sync 0;", "1;", "race|no mbarrier there"),
-        ("waitLoop: mbarrier.try_wait.parity.shared::cta.b64 %p, [%b], %z; @!%p bra waitLoop;", "", "did not wait|nobody"),
+        (TRY, "", "did not wait|nobody"),
         ("@!%p bra waitLoop;", "", "did not wait|nobody wrote|a phase is under way"),
         ("bar.sync 0; @%q mbarrier.inval", "@%q mbarrier.inval", "race|no mbarrier there|its mbarrier is gone"),
         ("ld.shared.b32 %f, [%s];", "st.shared.b64 [%b], %m;", "writes over an mbarrier"),

@@ -148,7 +148,8 @@ def test_flushed_subnormals() -> None:
     x = np.full(32, -130.0, np.float32)
     body = """ex2.approx.ftz.f32 %e, %x; ex2.approx.f32 %f, %x; ex2.approx.ftz.f32 %g, %t;
         fma.rn.ftz.f32 %h, %t, %one, %z; fma.rn.f32 %i, %t, %one, %z; mul.f32 %j, %t, %one;"""
-    given = {"%x": bits(x, "f4"), "%t": bits(tiny, "f4"), "%one": bits(np.ones(32), "f4"), "%z": bits(np.zeros(32), "f4")}
+    numbers = {"%x": x, "%t": tiny, "%one": np.ones(32), "%z": np.zeros(32)}
+    given = {name: bits(value, "f4") for name, value in numbers.items()}
     got = run(body, given, dict.fromkeys(("%e", "%f", "%g", "%h", "%i", "%j"), 32))
     values = {name: float(got[name].view("f4")[0]) for name in ("%e", "%f", "%g", "%h", "%i", "%j")}
     assert values == {"%e": 0.0, "%f": 2.0**-130, "%g": 1.0, "%h": 0.0, "%i": 2.0**-130, "%j": 2.0**-130}
@@ -186,7 +187,8 @@ def test_extremes_prefer_numbers_and_know_the_sign_of_zero() -> None:
     a, b = pairs()
     body = "min.f32 %l, %a, %b; max.f32 %h, %a, %b; min.NaN.f32 %m, %a, %b; max.NaN.f32 %n, %a, %b;"
     given = {"%a": bits(a, "f4"), "%b": bits(b, "f4")}
-    got = {k: v.view("f4") for k, v in run(body, given, dict.fromkeys(("%l", "%h", "%m", "%n"), 32), threads=64).items()}
+    found = run(body, given, dict.fromkeys(("%l", "%h", "%m", "%n"), 32), threads=64)
+    got = {name: value.view("f4") for name, value in found.items()}
 
     def order(x: float) -> tuple[float, float]:
         return x, math.copysign(1, x)

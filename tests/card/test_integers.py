@@ -162,7 +162,7 @@ def test_predicates_and_selection() -> None:
     given = {"%p": p, "%q": q, "%x": samples(32, 32, 0), "%y": samples(32, 32, 1)}
     body = """and.pred %a, %p, %q; or.pred %o, %p, %q; xor.pred %e, %p, %q; not.pred %n, %p;
         mov.pred %t, -1; mov.pred %f, 0; selp.b32 %s, %x, %y, %p; selp.f32 %u, %y, 0f3F800000, %q;"""
-    wanted = {name: 1 for name in ("%a", "%o", "%e", "%n", "%t", "%f")} | {"%s": 32, "%u": 32}
+    wanted = dict.fromkeys(("%a", "%o", "%e", "%n", "%t", "%f"), 1) | {"%s": 32, "%u": 32}
     got = run(body, given, wanted)
     assert (got["%a"] == (p & q)).all() and (got["%o"] == (p | q)).all() and (got["%e"] == (p ^ q)).all()
     assert (got["%n"] == ~p).all() and got["%t"].all() and not got["%f"].any()

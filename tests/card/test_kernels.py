@@ -1,4 +1,4 @@
-"""Every kernel, compiled by Triton's JIT for sm_90 and sm_80, executed from its PTX on the card in numpy, three times."""
+"""Every kernel, compiled by Triton's JIT for sm_90 and sm_80, executed from its PTX on the card in numpy."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_production_tiles(name: str, arch: str, numpy_card: Any, covers: Any) ->
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("format", [*FORMATS, *OTHERS], ids=named)
 def test_every_quantized_format(format: Any, arch: str, numpy_card: Any, covers: Any) -> None:
-    name, group, zeros = format
+    name, group, _ = format
     weight = f"{name}:{group}" if group else name
     with numpy_card(arch):
         for T in (1, 7, 40):

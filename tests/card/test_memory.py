@@ -62,7 +62,7 @@ def test_narrow_loads_widen() -> None:
 def test_several_arrays_in_one_load() -> None:
     first, second = np.arange(32, dtype=np.uint32), np.arange(100, 132, dtype=np.uint32)
     lanes = np.arange(32)
-    address = np.where(lanes % 2 == 0, first.ctypes.data, second.ctypes.data).astype(np.uint64) + (4 * lanes).astype("u8")
+    address = (np.where(lanes % 2 == 0, first.ctypes.data, second.ctypes.data) + 4 * lanes).astype(np.uint64)
     got = run("ld.global.b32 %d, [%a];", {"%a": address}, {"%d": 32}, arrays=[first, second])["%d"]
     assert (got == np.where(lanes % 2 == 0, first, second)).all()
 
@@ -175,12 +175,12 @@ def test_barriers_in_loops_of_different_length(schedule: object) -> None:
 
 
 def test_a_barrier_that_some_never_reach() -> None:
-    body = "mov.u32 %t, %tid.x; setp.lt.u32 %p, %t, 32; @%p bra end; again: bra.uni wait; wait: bar.sync 0; bar.sync 0; end:"
+    body = "mov.u32 %t, %tid.x; setp.lt.u32 %p, %t, 32; @%p bra end; bra.uni wait; wait: bar.sync 0; bar.sync 0; end:"
     run(body, {}, {"%t": 32, "%p": 1}, threads=64)  # those that are done are not waited for
     stuck = """mov.u32 %t, %tid.x; setp.lt.u32 %p, %t, 32; mov.u32 %m, 1024; mov.u32 %z, 0; setp.eq.u32 %q, %t, 0;
         @%q mbarrier.init.shared::cta.b64 [%m], 1; bar.sync 0; @%p bra there;
         wait: mbarrier.try_wait.parity.shared::cta.b64 %d, [%m], %z; @!%d bra wait; there: bar.sync 0;"""
     for schedule in SCHEDULES:
-        with pytest.raises(Fault, match="waits for ever: .*thread 32 of unit: mbarrier.try_wait"):
+        with pytest.raises(Fault, match=r"waits for ever: .*thread 32 of unit: mbarrier\.try_wait"):
             wanted = {"%t": 32, "%p": 1, "%m": 32, "%z": 32, "%q": 1, "%d": 1}
             run(stuck, {}, wanted, threads=64, shared=8, schedule=schedule)

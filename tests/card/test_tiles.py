@@ -80,10 +80,10 @@ def test_mma_element_by_element(kind: str) -> None:
         row_c, column_c = np.arange(32) // 4 + 8 * (r // 2), 2 * (np.arange(32) % 4) + r % 2
         given[f"%c{r}"] = c[row_c, column_c].view(np.uint32)
     for r in range(2):
-        words = [
-            int(packed_b[2 * (lane % 4) + 8 * r, lane // 4]) | int(packed_b[2 * (lane % 4) + 8 * r + 1, lane // 4]) << 16
-            for lane in range(32)
-        ]
+        words = []
+        for lane in range(32):
+            row, column = 2 * (lane % 4) + 8 * r, lane // 4
+            words.append(int(packed_b[row, column]) | int(packed_b[row + 1, column]) << 16)
         given[f"%b{r}"] = np.array(words, np.uint32)
     body = f"""mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32
         {{%d0, %d1, %d2, %d3}}, {{%a0, %a1, %a2, %a3}}, {{%b0, %b1}}, {{%c0, %c1, %c2, %c3}};"""
@@ -164,8 +164,10 @@ def test_wgmma_from_descriptors_and_from_registers(span: int, transposed: bool, 
         assert np.allclose(got[name].view(np.float32), want[row, column], rtol=1e-6, atol=1e-6)
 
 
-PRODUCT = "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%d0,%d1,%d2,%d3,%d4,%d5,%d6,%d7}, {%a,%a,%a,%a}, %y, 0, 1, 1, 0;"
+PRODUCT = """wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%d0,%d1,%d2,%d3,%d4,%d5,%d6,%d7},
+    {%a,%a,%a,%a}, %y, 0, 1, 1, 0;"""
 BEGIN = "st.shared.v4.b32 [%i], {%v, %v, %v, %v}; fence.proxy.async.shared::cta; bar.sync 0; wgmma.fence.sync.aligned;"
+OVERWRITE = "bar.sync 0; mov.b32 %w, 9; st.shared.b32 [%i], %w;"
 COMMIT, WAIT = "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"
 
 
@@ -178,7 +180,7 @@ COMMIT, WAIT = "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligne
         (BEGIN + PRODUCT + WAIT, "nobody waited for: wgmma"),
         (BEGIN + PRODUCT + COMMIT + "mov.b32 %a, 7;" + WAIT, "a register changed under"),
         (BEGIN + PRODUCT + COMMIT + "mov.b32 %d0, 7;" + WAIT, "the result's register was written under"),
-        (BEGIN + PRODUCT + COMMIT + "bar.sync 0; mov.b32 %w, 9; st.shared.b32 [%i], %w;" + WAIT, "shared memory changed"),
+        (BEGIN + PRODUCT + COMMIT + OVERWRITE + WAIT, "shared memory changed"),
         (BEGIN + "mov.b32 %a, 7;" + PRODUCT + COMMIT + WAIT, "no wgmma.fence after a register was written"),
         (BEGIN + PRODUCT + COMMIT + WAIT + PRODUCT + COMMIT + WAIT, "no wgmma.fence before"),
         (BEGIN.replace("fence.proxy.async.shared::cta;", "") + PRODUCT + COMMIT + WAIT, "no fence.proxy.async"),

@@ -16,7 +16,7 @@ from .values import Array, Step, effect, reader
 
 @dataclass(frozen=True)
 class Descriptor:
-    """Innermost dimension first. `strides`: bytes, of all but the first; `span`: bytes that a swizzle permutes, or 0."""
+    """Innermost dimension first. `strides`: bytes, of all but the first; `span`: of a swizzle, or 0."""
 
     base: int
     size: int  # bytes of an element
@@ -76,8 +76,10 @@ def _bulk(one: Instruction, program: Program) -> Step:
                 raise Fault(f"no descriptor there: {one.text}: {where(frame, lane)}")
             tensor = machine.params.descriptors[name]
             start = int(starts[lane])
-            if len(corners) != len(tensor.box) or start % 128 or not 0 <= start - SHARED_BASE <= (
-                machine.shared.size - tensor.bytes
+            if (
+                len(corners) != len(tensor.box)
+                or start % 128
+                or not 0 <= start - SHARED_BASE <= (machine.shared.size - tensor.bytes)
             ):
                 raise Fault(f"{start - SHARED_BASE} is no place for {tensor.box}: {one.text}: {where(frame, lane)}")
             corner = [int(read[lane]) for read in corners]

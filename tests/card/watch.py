@@ -180,7 +180,8 @@ class Log:
         places = np.arange(start // self.g, (start + size) // self.g)[None]
         blocks, warps = np.array([block]), np.array([warp])
         self._overwrite(blocks, warps, places, one)
-        self._fault(self._foreign(blocks, warps, places), blocks, 1 << warps, one, "race: writes over another warp's value")
+        foreign = self._foreign(blocks, warps, places)
+        self._fault(foreign, blocks, 1 << warps, one, "race: writes over another warp's value")
         fence = np.maximum(self.fenced[block, self.writer[places]], self.fenced[block, warp])
         late = (self.stored[places] > 0) & (self.stored[places] >= fence)
         self._fault(late, blocks, 1 << warps, one, "no fence.proxy.async after the store")
@@ -226,4 +227,3 @@ class Log:
         self._written(block, warp, places)
         self.stored[places] = 0
         self.owned[places] = made
-

@@ -59,7 +59,8 @@ class Load:
 @lru_cache(maxsize=256)
 def chunk_offsets(layout: int, rows: int, first: int, transposed: bool) -> Array:
     """From a descriptor's start to each chunk of 16 bytes: [rows, 2], or transposed [16, rows / 8]."""
-    leading, stride, base, swizzle = (layout & 0x3FFF) << 4, (layout >> 16 & 0x3FFF) << 4, layout >> 33 & 7, layout >> 46
+    leading, stride = (layout & 0x3FFF) << 4, (layout >> 16 & 0x3FFF) << 4
+    base, swizzle = layout >> 33 & 7, layout >> 46
     if base or swizzle not in SPANS:
         raise Unmodelled(f"a matrix descriptor of base offset {base}, swizzle {swizzle}")
     span = SPANS[swizzle]
