@@ -39,5 +39,7 @@ def emulated(arch: str = "sm_90", schedules: Sequence[Schedule] = SCHEDULES) -> 
         stack.enter_context(mock.patch.object(CUDABackend, "make_cubin", as_text))
         stack.enter_context(mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache))
         made = stack.enter_context(card(1, **PROPERTIES[arch]))
-        made.driver.execute = Executor(schedules)
+        # PTX's memory model asks for a fence between cp.async and wgmma: Triton 3.9 emits it, 3.6 does not.
+        fenced = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
+        made.driver.execute = Executor(schedules, fenced_copies=fenced)
         yield made

@@ -40,7 +40,8 @@ def span(name: str, tensor: torch.Tensor) -> Span:
 
 def tensor_map(descriptor: TensorDescriptor, meta: Mapping[str, Any]) -> Descriptor:
     size, strides = descriptor.base.element_size(), list(descriptor.strides)
-    if descriptor.padding != "zero" or meta.get("is_im2col") or meta["fp4_padded"] or descriptor.round_f32_to_tf32:
+    tf32 = getattr(descriptor, "round_f32_to_tf32", False)
+    if descriptor.padding != "zero" or meta.get("is_im2col") or meta["fp4_padded"] or tf32:
         raise Unmodelled(f"a tensor map of {meta}")
     return Descriptor(
         descriptor.base.data_ptr(),
@@ -103,13 +104,14 @@ def check_params(params: Sequence[Param], packed: Packed) -> None:
 class Executor:
     """Runs launches. `codes`: by kernel, what it ran, with the instructions that ran; `launches`: how often.
 
-    `build`: PTX -> what is executed.
+    `build`: PTX -> what is executed. `fenced_copies`: what cp.async brought needs a fence before wgmma reads it.
     """
 
     schedules: Sequence[Schedule] = SCHEDULES
     codes: dict[str, list[Code]] = field(default_factory=dict)
     launches: Counter[str] = field(default_factory=Counter)
     build: Callable[[str], Code] = compiled
+    fenced_copies: bool = True
 
     def __call__(self, launched: Any, args: Mapping[str, Any]) -> None:
         code = self.build(launched.ptx)
@@ -130,7 +132,7 @@ class Executor:
             if first is not None:
                 memory.restore(before)
             try:
-                execute(code, schedule, launched.grid, memory, params, launched.shared)
+                execute(code, schedule, launched.grid, memory, params, launched.shared, self.fenced_copies)
             except Fault as fault:
                 raise Fault(f"{launched.kernel} ({schedule.name}): {fault}") from None
             if len(self.schedules) > 1:

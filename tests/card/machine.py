@@ -217,6 +217,7 @@ class Machine:
     grid: tuple[int, int, int]
     blocks: Array  # [blocks, 3]
     warps: int
+    fenced_copies: bool = True
     shared: Shared = field(init=False)
     barriers: Barriers = field(init=False)
     log: Any = field(init=False)
@@ -277,7 +278,13 @@ class Machine:
 
 
 def execute(
-    code: Code, schedule: Schedule, grid: tuple[int, int, int], memory: Global, params: Params, shared_size: int
+    code: Code,
+    schedule: Schedule,
+    grid: tuple[int, int, int],
+    memory: Global,
+    params: Params,
+    shared_size: int,
+    fenced_copies: bool = True,
 ) -> None:
     """All blocks of a launch, in batches."""
     warps, ragged = divmod(code.program.threads, 32)
@@ -288,4 +295,5 @@ def execute(
     blocks = blocks[::-1] if schedule.backwards else blocks
     most = max(1, min(LANES_MOST // (32 * warps), SHARED_MOST // max(shared_size, 1)))
     for begin in range(0, len(blocks), most):
-        Machine(code, schedule, memory, params, shared_size, grid, blocks[begin : begin + most], warps).run()
+        batch = blocks[begin : begin + most]
+        Machine(code, schedule, memory, params, shared_size, grid, batch, warps, fenced_copies).run()

@@ -124,6 +124,15 @@ def _sites(program: Program) -> Iterator[Site]:
             yield Site("predicate", at, replace(one, guard=None, negated=False))
 
 
+def _short(opcode: str) -> str:
+    if opcode.startswith("cp.async.c"):
+        return "commit" if "commit" in opcode else "copy"
+    if opcode.startswith("cp.async.bulk"):
+        return "bulk copy"
+    parts = opcode.split(".")
+    return ".".join(parts[:3]) if parts[0] in ("cp", "fence") else ".".join(parts[:2])
+
+
 def neighbours(program: Program, at: int) -> tuple[str, str]:
     """What stands before and after a barrier, of all that orders memory or reaches shared memory."""
 
@@ -131,7 +140,7 @@ def neighbours(program: Program, at: int) -> tuple[str, str]:
         for place in places:
             name = program.instructions[place].opcode
             if name.startswith(ORDERS):
-                return ".".join(name.split(".")[:2]).replace("::cta", "")
+                return _short(name)
         return "-"
 
     return first(range(at - 1, -1, -1)), first(range(at + 1, len(program.instructions)))

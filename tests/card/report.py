@@ -52,6 +52,7 @@ def summary(found: Mapping[str, set[str]]) -> Iterator[str]:
             f"instructions run, {best:.1%} of the variant that ran most"
         )
     yield f"in all: {share(runs.values()):.1%} of {sum(map(len, runs.values())):,} instructions, needs {BOUND:.0%}"
+    yield from missed(found.get("card mutation", set()))
     worst: dict[str, tuple[float, str, str]] = {}
     for line in found.get("card error", ()):
         op, dtype, error, limit = line.split()
@@ -59,6 +60,21 @@ def summary(found: Mapping[str, set[str]]) -> Iterator[str]:
         worst[f"{op} {dtype}"] = max(case, worst.get(f"{op} {dtype}", case))
     for case, (_, error, limit) in sorted(worst.items()):
         yield f"{case}: worst error {error}, at most {limit}"
+
+
+def missed(sites: Iterable[str]) -> Iterator[str]:
+    """By kind how many of those that were taken out were seen, and which were not."""
+    by_kind: dict[str, Counter[str]] = {}
+    for line in sites:
+        kind, what, _ = line.split(" ", 2)
+        by_kind.setdefault(kind, Counter())[what] += 1
+    for kind, counts in sorted(by_kind.items()):
+        rest = "".join(f", {counts[what]} {what}" for what in ("idle", "redundant", "missed") if counts[what])
+        yield f"{kind} taken out: {counts['seen'] / counts.total():.0%} of {counts.total()} seen{rest}"
+    for line in sorted(sites):
+        kind, what, rest = line.split(" ", 2)
+        if what != "seen":
+            yield f"  {kind} {what}: {rest}"
 
 
 def too_little(found: Mapping[str, set[str]]) -> bool:

@@ -173,7 +173,10 @@ class Log:
         self.time[places] = IN_FLIGHT
 
     def land(self, frame: Any, lanes: Any, at: Array, size: int) -> None:
-        self._written(frame.block[lanes], frame.warp[lanes], self._places(at, size))
+        places = self._places(at, size)
+        self._written(frame.block[lanes], frame.warp[lanes], places)
+        if not self.machine.fenced_copies:
+            self.stored[places] = 0
 
     def bulk(self, block: int, warp: int, start: int, size: int, one: Instruction) -> None:
         """A copy of the asynchronous proxy: every warp has to wait for it."""
