@@ -56,6 +56,11 @@ def tma(arch: str) -> bool:
     return family(arch) in ("sm_90", "sm_100")
 
 
+def dependent_launch(arch: str) -> bool:
+    """Whether a kernel may begin before the one in front of it has ended: see dependent.py."""
+    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
+
+
 def multiprocessors(arch: str) -> int:
     """How many there are to fill where no card is at hand to ask."""
     return ARCHS[arch if arch in ARCHS else family(arch)].sms

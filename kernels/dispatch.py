@@ -18,7 +18,7 @@ from .launch import choices, launch
 from .op import Cost, LaunchConfig, Op, Sizes, power_of_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def sort_by_expert_kernel(
     ids_ptr,  # [N]
     order_ptr,  # [N] out, int32
@@ -45,8 +45,60 @@ def sort_by_expert_kernel(
     tl.store(offsets_ptr + expert + 1, base)
 
 
+@triton.jit(do_not_specialize=["N"])
+def gather_by_expert_kernel(
+    ids_ptr,  # [N]
+    x_ptr,  # [T, H]
+    sorted_ptr,  # [N, H] out: a row of x for each slot, in the order of the experts
+    order_ptr,  # [N] out, int32
+    offsets_ptr,  # [E + 1] out, int32
+    N,
+    E,
+    TOP_K,
+    stride_xt,
+    H: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    # A program has BLOCK_S slots: it counts those that go before each of them, places its own, and copies their rows.
+    first = tl.program_id(0) * BLOCK_S
+    offs_e = tl.arange(0, BLOCK_E)
+    in_all, before = tl.zeros((BLOCK_E,), tl.int32), tl.zeros((BLOCK_E,), tl.int32)
+    for start in range(0, N, BLOCK_N):
+        slots = start + tl.arange(0, BLOCK_N)
+        chosen = _chosen(ids_ptr, slots, offs_e, N, E)
+        in_all += tl.sum(chosen, axis=0)
+        before += tl.sum(tl.where((slots < first)[:, None], chosen, 0), axis=0)
+    ends = tl.cumsum(in_all, axis=0)
+    if first == 0:
+        tl.store(offsets_ptr, 0)
+        tl.store(offsets_ptr + 1 + offs_e, ends, mask=offs_e < E)
+    slots = first + tl.arange(0, BLOCK_S)
+    own = _chosen(ids_ptr, slots, offs_e, N, E)
+    places = (ends - in_all + before)[None, :] + tl.cumsum(own, axis=0) - 1
+    place = tl.sum(tl.where(own > 0, places, 0), axis=1)
+    inside = tl.sum(own, axis=1) > 0
+    tl.store(order_ptr + place, slots, mask=inside)
+    x_rows = x_ptr + (slots // TOP_K).to(tl.int64)[:, None] * stride_xt
+    sorted_rows = sorted_ptr + place.to(tl.int64)[:, None] * H
+    for h in range(0, H, BLOCK_H):
+        offs_h = (h + tl.arange(0, BLOCK_H))[None, :]
+        mask = inside[:, None] & (offs_h < H)
+        tl.store(sorted_rows + offs_h, tl.load(x_rows + offs_h, mask=mask, other=0.0), mask=mask)
+
+
+@triton.jit
+def _chosen(ids_ptr, slots, offs_e, N, E):
+    """[slots, experts] int32: 1 where a slot has this expert; an id out of range is nobody's."""
+    ids = tl.load(ids_ptr + slots, mask=slots < N, other=-1)
+    return ((ids[:, None] == offs_e[None, :]) & (offs_e < E)[None, :]).to(tl.int32)
+
+
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    block = power_of_2(sizes["T"] * sizes["K"], low=16, high=4096)
+    """Two blocks, not one for every power of two: each is a kernel, and prompts have all lengths."""
+    block = 1024 if sizes["T"] * sizes["K"] <= 1024 else 4096
     return {"sort_by_expert_kernel": LaunchConfig({"BLOCK_N": block}, num_warps=power_of_2(block // 256, high=16))}
 
 
@@ -65,6 +117,27 @@ def sort_by_expert(
     args = {"ids_ptr": ids.contiguous(), "order_ptr": order, "offsets_ptr": offsets, "N": T * K}
     launch(sort_by_expert_kernel, (num_experts,), args, chosen["sort_by_expert_kernel"])
     return order, offsets
+
+
+def gather_configs(slots: int, experts: int, hidden: int) -> LaunchConfig:
+    """About 256 programs; each holds a turn's ids times experts in registers, as many ids whatever their number is."""
+    block_e = power_of_2(experts)
+    tiles = {"BLOCK_S": power_of_2(slots // 256, low=16, high=64), "BLOCK_E": block_e}
+    tiles |= {"BLOCK_N": max(16, min(2048, 16384 // block_e))}
+    return LaunchConfig(tiles | {"BLOCK_H": power_of_2(hidden, low=16, high=256)}, num_warps=8)
+
+
+def gather_by_expert(x: Tensor, ids: Tensor, experts: int, config: LaunchConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, H], its rows dense, and ids [T, K] -> x in the order of the slots [N, H], order, offsets: the last two as
+    `sort_by_expert` has them."""
+    (T, K), H = ids.shape, x.shape[1]
+    gathered = torch.empty((T * K, H), dtype=x.dtype, device=x.device)
+    order = torch.empty(T * K, dtype=torch.int32, device=ids.device)
+    offsets = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
+    args = {"ids_ptr": ids, "x_ptr": x, "sorted_ptr": gathered, "order_ptr": order, "offsets_ptr": offsets}
+    args |= {"N": T * K, "E": experts, "TOP_K": K, "stride_xt": x.stride(0)}
+    launch(gather_by_expert_kernel, (triton.cdiv(T * K, config.constexprs["BLOCK_S"]),), args, config, H=H)
+    return gathered, order, offsets
 
 
 def experts_chosen(choices: int, share: float, experts: int) -> float:

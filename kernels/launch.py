@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ import triton
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .arch import dependent_launch
+from .dependent import chained
 from .interpret import interpreting
 from .op import Launch, LaunchConfig
 
@@ -22,9 +24,21 @@ DEFAULT_ARCH = "sm_90"
 Configs = Mapping[str, LaunchConfig]  # by the name of a kernel
 GRID_MOST = 65535  # programs along the second and the third axis of a grid; those of the first are hardly bounded
 
+
+@dataclass(frozen=True)
+class Launched:
+    """A launch that was made: the compiled kernel, the function it is of, its arguments by name, constants included."""
+
+    kernel: Any
+    fn: Any
+    grid: tuple[int, int, int]
+    args: Mapping[str, Any]
+
+
 _arch: ContextVar[str | None] = ContextVar("arch", default=None)
 _sms: ContextVar[int | None] = ContextVar("sms", default=None)
 records: ContextVar[list[Launch] | None] = ContextVar("records", default=None)  # see record.py
+launched: ContextVar[list[Launched] | None] = ContextVar("launched", default=None)  # see plan.py
 _instead: ContextVar[tuple[Configs, dict[str, LaunchConfig]] | None] = ContextVar("instead", default=None)
 
 
@@ -51,6 +65,13 @@ def choices(configs: Callable[..., Configs], sizes: Any, dtype: torch.dtype, dev
     return chosen
 
 
+def surroundings() -> tuple[Any, ...] | None:
+    """What decides a launch beside its arguments; None where it is one of its own: recorded, chosen, interpreted."""
+    if INTERPRETED or records.get() is not None or _instead.get() is not None:
+        return None
+    return _arch.get(), _sms.get(), chained()
+
+
 @contextmanager
 def choosing(others: Configs) -> Iterator[dict[str, LaunchConfig]]:
     """Within the block, kernels named in `others` launch as it says, whatever the sizes -> what was chosen of all."""
@@ -60,6 +81,12 @@ def choosing(others: Configs) -> Iterator[dict[str, LaunchConfig]]:
         yield made
     finally:
         _instead.reset(token)
+
+
+def asked_for(kernel: str) -> bool:
+    """Whether `choosing` names it: then it does the work, where it can, also if another way would be chosen."""
+    instead = _instead.get()
+    return instead is not None and kernel in instead[0]
 
 
 def multiprocessors(device: torch.device) -> int | None:
@@ -93,12 +120,16 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
             f"{kernel.__name__}: {programs} programs, needs at most {GRID_MOST:,} along the second and third"
         )
     constants = {**config.constexprs, **constexprs}
+    first = next((arg for arg in args.values() if isinstance(arg, torch.Tensor)), None)
+    dependent = False
+    if "PDL" in kernel.arg_names:
+        constants["PDL"] = not INTERPRETED and dependent_launch(target_arch(None if first is None else first.device))
+        dependent = constants["PDL"] and chained()
     noted = records.get()
     if noted is not None:
         noted.append(
-            Launch(kernel.__name__, grid, config.num_warps, config.num_stages, constants, fn=kernel, args=dict(args))
+            Launch(kernel.__name__, grid, config.num_warps, config.num_stages, constants, kernel, dict(args), dependent)
         )
-    first = next((arg for arg in args.values() if isinstance(arg, torch.Tensor)), None)
     if first is not None and first.is_meta:
         return
     if INTERPRETED:
@@ -106,22 +137,30 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
     elif first is not None and first.is_cuda and first.device.index != torch.cuda.current_device():
         # Triton launches on the current device, whatever device its pointers lead to.
         with torch.cuda.device(first.device):
-            _compiled(kernel, grid, {**args, **constants}, config)
+            _compiled(kernel, grid, {**args, **constants}, config, dependent)
     else:
-        _compiled(kernel, grid, {**args, **constants}, config)
+        _compiled(kernel, grid, {**args, **constants}, config, dependent)
 
 
-def _compiled(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: LaunchConfig) -> None:
+def _compiled(
+    kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: LaunchConfig, dependent: bool = False
+) -> None:
     """Compile on first use, then launch; ValueError, before anything runs, where the card cannot hold it."""
     try:
         # FP fusion is named because its default differs between releases of Triton.
-        kernel[grid](**args, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+        more = {"launch_pdl": True} if dependent else {}  # an option that AMD's backend does not know
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True, **more}
+        compiled = kernel[grid](**args, **options)
     except OutOfResources as error:
         tiles = ", ".join(f"{name} {value}" for name, value in config.constexprs.items())
         raise ValueError(
             f"{kernel.__name__}: the launch configuration {tiles}, {config.num_warps} warps and {config.num_stages} "
             f"stages takes {error.required} of {error.name}, needs at most this card's {error.limit}"
         ) from error
+    made = launched.get()
+    if made is not None:
+        x, y, z = (*grid, 1, 1)[:3]
+        made.append(Launched(compiled, kernel, (x, y, z), args))
 
 
 def interpret(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:

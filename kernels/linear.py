@@ -2,8 +2,8 @@
 
 T rows of x, N rows of the weight, H columns of both: the depth of the sum
 
-More than FEW rows are a library's business, unless a row's bits must not depend on how many there are: a library picks
-another kernel, with another order of the sum, for another T.
+More rows are a library's business (`few` says where it begins), unless a row's bits must not depend on how many there
+are: a library picks another kernel, with another order of the sum, for another T.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .arch import amd
+from .arch import amd, family, multiprocessors
 from .checks import Matrix
-from .launch import choices, launch, target_arch
+from .launch import asked_for, choices, launch, target_arch
 from .op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sample, switches
 from .quantized import FORMS, QuantizedWeight, sample_quantized, weight_bytes
 from .quantized_tiles import few_rows, many_rows
@@ -26,10 +26,15 @@ from .tiles import depth_tile, program_tile
 from .unpack import fields_of
 from .weight import Weight, add_products, times_row_scales, weight_tile
 
-FEW = 16  # rows: the narrowest side of a tensor core tile
+FEW = 16  # rows that are always ours: the narrowest side of a tensor core tile
+SOME = 64  # rows that may be ours
+
+# Weight rows a program and the depth of its tile, by rows of x at most, of 16-bit types on NVIDIA: as few weight rows,
+# for as many programs, as keep the rows of x, which each program reads, at 0.3 of them up to FEW, and at half beyond.
+_DECODE = {4: (16, 256), 9: (32, 128), 16: (64, 128), 32: (64, 128), 64: (128, 64)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def linear_decode_kernel(
     x_ptr,  # [T, H]
     weight_ptr,  # [N, H]
@@ -42,6 +47,7 @@ def linear_decode_kernel(
     stride_wn,
     H: tl.constexpr,
     LAYOUT: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -51,17 +57,16 @@ def linear_decode_kernel(
     offs_t, offs_k = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
     w_rows = tl.minimum(offs_n, N - 1).to(tl.int64)
     w = weight_ptr + w_rows[:, None] * stride_wn + offs_k[None, :], scales_ptr, zeros_ptr
-    x_ptrs = x_ptr + tl.minimum(offs_t, T - 1).to(tl.int64)[None, :] * stride_xt + offs_k[:, None]
+    x_ptrs = x_ptr + offs_t.to(tl.int64)[None, :] * stride_xt + offs_k[:, None]
+    EVEN: tl.constexpr = H % (BLOCK_K * fields_of(LAYOUT[0])) == 0
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT[0])
-    for k in range(0, H, UNIT):
-        acc = add_products(acc, w, w_rows, x_ptrs, (offs_t < T)[None, :], 0, k, H % UNIT == 0, H, LAYOUT)
+    acc = add_products(acc, w, w_rows, x_ptrs, (offs_t < T)[None, :], 0, H, EVEN, H, LAYOUT, PDL)
     acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=0)
     out = y_ptr + offs_t.to(tl.int64)[None, :] * N + offs_n[:, None]
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[None, :] & (offs_n < N)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def linear_kernel(
     x_ptr,  # [T, H]
     weight_ptr,  # [N, H]
@@ -97,23 +102,48 @@ def linear_kernel(
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[:, None] & (offs_n < N)[None, :])
 
 
+def few(sizes: Sizes, dtype: torch.dtype, arch: str) -> bool:
+    """Whether the kernel for few rows takes it: up to FEW always; up to SOME where it is predicted to be no slower than
+    a library, which is where memory is slow beside L2, and the weight has rows enough to give every SM a program."""
+    T, N = sizes["T"], sizes["N"]
+    if T <= FEW or T > SOME or dtype == torch.float32:
+        return T <= FEW
+    if switches(sizes).weight:
+        return True
+    return family(arch) in ("sm_80", "sm_90") and _decode_tile(T)[0] * multiprocessors(arch) <= N
+
+
+def _decode_tile(T: int) -> tuple[int, int]:
+    return _DECODE[min(most for most in _DECODE if most >= min(T, SOME))]
+
+
+def _decode_rows(T: int, arch: str) -> int:
+    """All of them in one tile. AMD's has no size between."""
+    return SOME if T > FEW and amd(arch) else power_of_2(T, low=FEW, high=SOME)
+
+
+def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    T, H, single, cdna = sizes["T"], sizes["H"], dtype == torch.float32, amd(arch)
+    block_n, block_k = (16, 64 if single else 128) if single or cdna else _decode_tile(T)
+    tiles = {"BLOCK_T": _decode_rows(T, arch), "BLOCK_N": block_n, "BLOCK_K": power_of_2(H, 16, block_k)}
+    # Of more than FEW rows four stages would leave an SM room for one program.
+    return LaunchConfig(tiles, num_warps=4, num_stages=2 if single or cdna else 4 if T <= FEW else 3)
+
+
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    """Few rows: 16 weight rows a program, to fill the card, and a deep tile, to keep bytes in flight."""
     if weights := switches(sizes).weight:
         T, N, H = sizes["T"], sizes["N"], sizes["H"]
         rows = None if switches(sizes).deterministic else (T, T)
         return {
-            "linear_decode_kernel": few_rows(weights, N, H, FEW, dtype, arch),
+            "linear_decode_kernel": few_rows(weights, N, H, _decode_rows(T, arch), dtype, arch),
             "linear_kernel": many_rows(weights, N, H, rows, dtype, arch),
         }
-    single, cdna, H = dtype == torch.float32, amd(arch), sizes["H"]
-    few = {"BLOCK_T": FEW, "BLOCK_N": 16, "BLOCK_K": power_of_2(H, low=16, high=64 if single else 128 if cdna else 256)}
+    single = dtype == torch.float32
     many = {"BLOCK_M": 32 if single else 64, "BLOCK_N": 32 if single else 64, "GROUP_M": 8}
-    many["BLOCK_K"] = power_of_2(H, low=16, high=32 if single else 64)
-    stages = 2 if single or cdna else 4
+    many["BLOCK_K"] = power_of_2(sizes["H"], low=16, high=32 if single else 64)
     return {
-        "linear_decode_kernel": LaunchConfig(few, num_warps=4, num_stages=stages),
-        "linear_kernel": LaunchConfig(many, num_warps=4, num_stages=stages),
+        "linear_decode_kernel": _decode_config(sizes, dtype, arch),
+        "linear_kernel": LaunchConfig(many, num_warps=4, num_stages=2 if single or amd(arch) else 4),
     }
 
 
@@ -125,11 +155,12 @@ def linear(
     """x @ weight.T. `deterministic`: a row's bits do not depend on the other rows, by one tile whatever T is."""
     rows, w = dense_rows(x.reshape(-1, x.shape[-1])), Weight.of(weight)
     (T, H), N = rows.shape, len(weight)
-    many = T > FEW or deterministic
+    sizes = Shape(T=T, H=H, N=N, deterministic=deterministic, weight=w.name)
+    ours = few(sizes, x.dtype, target_arch(x.device)) or (T <= SOME and asked_for("linear_decode_kernel"))
+    many = deterministic or not ours
     if many and not deterministic and w.name is None:
         return torch.mm(rows, w.data.t()).view(*x.shape[:-1], N)
     kernel = linear_kernel if many else linear_decode_kernel
-    sizes = Shape(T=T, H=H, N=N, deterministic=deterministic, weight=w.name)
     config = choices(configs, sizes, x.dtype, x.device)[kernel.__name__]
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     args = {"x_ptr": rows, "weight_ptr": w.data, "y_ptr": y, "T": T, "N": N, "stride_xt": rows.stride(0), **w.args}
@@ -160,6 +191,7 @@ OP = Op(
     run=linear,
     reference=reference.linear,
     whole={"linear_decode_kernel": ("BLOCK_T",)},
+    offers=("linear_decode_kernel",),
     inputs=inputs,
     configs=configs,
     cost=cost,
@@ -173,6 +205,7 @@ OP = Op(
     bench_shapes=(
         *({"T": T, "H": H, "N": N} for H, N in ((4096, 6144), (4096, 4096), (6144, 8192)) for T in (1, 4, 16)),
         {"T": 1, "H": 4096, "N": 32000},
+        *({"T": T, "H": 4096, "N": N} for T in (32, 64) for N in (4096, 32000)),
         Shape(T=1, H=4096, N=6144, deterministic=True),
         *(Shape(T=T, H=4096, N=6144, weight=form) for form in FORMS for T in (1, 4096)),
         Shape(T=4096, H=4096, N=6144, deterministic=True),

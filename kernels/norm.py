@@ -31,12 +31,16 @@ def normed_rows(
     """The norm of rows, rounded to `dtype` before and after the weight, as the reference does."""
     offs_h = tl.arange(0, BLOCK_H)
     scale = tl.rsqrt(tl.sum(values * values, axis=1) / H + eps)
-    normed = (values * scale[:, None]).to(dtype).to(tl.float32)
-    weight = tl.load(weight_ptr + offs_h, mask=offs_h < H, other=0.0).to(tl.float32)
-    return (normed * weight[None, :]).to(dtype)
+    weight = tl.load(weight_ptr + offs_h, mask=offs_h < H, other=0.0)
+    return normed(values, scale[:, None], weight[None, :], dtype)
 
 
 @triton.jit
+def normed(values, scale, weight, dtype: tl.constexpr):
+    return ((values * scale).to(dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype)
+
+
+@triton.jit(do_not_specialize=["T"])
 def rms_norm_kernel(
     x_ptr,  # [T, H]
     residual_ptr,  # [T, H] as x, or None

@@ -101,6 +101,7 @@ class Launch:
 
     `grid`, `num_warps` and `num_stages` are None for torch's own kernels. `fn` and `args`, the jitted function and its
     run-time arguments by name, are what the offline compiler needs to build the same kernel without a GPU.
+    `dependent`: it begins before the launch in front of it has ended, see dependent.py.
     """
 
     kernel: str
@@ -110,6 +111,7 @@ class Launch:
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     fn: Any = field(default=None, repr=False, compare=False)
     args: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    dependent: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,10 @@ class Op(Generic[P, R]):
     public       the name that people call it by, and that its errors give, where that is another
     rule         rule(name, arguments by name, sizes) raises where the arguments do not go together
     ranges       ranges(arguments by name) -> more values that have to lie in a range, none of them an argument
-    follows      follows(arguments, results) -> what the results after the first one have to be exactly, given the first
+    follows      follows(arguments, results) -> what the last results have to be exactly, given those before them
     whole        by kernel, tile constants that hold a whole dimension: a smaller one would be wrong, a larger one idle
+    rivals       rivals(sizes, dtype, arch) -> by kernel, configurations that a tuner's small steps would not reach
+    offers       kernels that do the work where `choosing` names them, also if a library is chosen
     trim         trim(arguments by name of one sequence): without what other sequences made it longer by
     """
 
@@ -146,6 +150,8 @@ class Op(Generic[P, R]):
     ranges: Callable[[Mapping[str, Any]], Iterable[Range]] | None = None
     follows: Callable[[Any, Any], Any] | None = None
     whole: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rivals: Callable[[Sizes, torch.dtype, str], Mapping[str, tuple[LaunchConfig, ...]]] | None = None
+    offers: tuple[str, ...] = ()
     trim: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     @property

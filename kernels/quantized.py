@@ -193,9 +193,7 @@ class QuantizedWeight(nn.Module):
         """One expert, or some of the first dimension: views."""
         lead = self.data[index].shape[:-1]
         zeros = None if self.zeros is None else self.zeros[index]
-        return QuantizedWeight(
-            self.format, self.data[index], self.scales[index], zeros, (*lead, self.shape[-1]), self.group
-        )
+        return type(self)(self.format, self.data[index], self.scales[index], zeros, (*lead, self.shape[-1]), self.group)
 
     def dequantize(self) -> Tensor:
         """The weight in fp32, exactly: [(E,) N, K]."""

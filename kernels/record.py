@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import launch
 from .op import Launch
+from .plan import MEMORY
 from .registry import OPS
 from .signature import put_together
 
 # torch operations that give memory or a name for it, and compute nothing.
-_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
+_FREE = {*MEMORY, "_unsafe_view", "lift_fresh"}
 
 
 class _Recorder(TorchDispatchMode):

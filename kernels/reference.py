@@ -65,6 +65,14 @@ def gate_route(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Ten
     return logits, *route(logits, top_k)
 
 
+def rms_norm_gate_route(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, gate: Tensor, top_k: int
+) -> tuple[Tensor, ...]:
+    """The norm y of x + residual [T,H], and `gate_route` of it -> y, sum, logits, weights, ids."""
+    y, total = rms_norm(x, weight, eps, residual)
+    return y, total, *gate_route(y, gate, top_k)
+
+
 def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Stable counting sort. ids [T,K] -> order int32 [T*K] (flat slots t*K + k, expert by expert), offsets int32 [E+1].
 
@@ -82,6 +90,11 @@ def expert_swiglu(x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, wei
     x [T,H], gate_up_proj [E,2I,H] (gate rows, then up rows), down_proj [E,H,I], ids [T,K], weights fp32 [T,K] -> [T,H].
     Either projection may be quantized: see `linear`. An expert out of range gives nothing.
     """
+    if len(x) == 1:  # one token needs no sort
+        chosen = zip(ids[0].tolist(), weights[0].tolist(), strict=True)
+        own = [(expert, weight) for expert, weight in chosen if 0 <= expert < len(down_proj)]
+        parts = [_wide(_expert(x, gate_up_proj[expert], down_proj[expert])) * weight for expert, weight in own]
+        return sum(parts[1:], parts[0]).to(x.dtype) if parts else torch.zeros_like(x)
     order, offsets = sort_by_expert(ids, len(down_proj))
     bounds = offsets.tolist()
     order = order[: bounds[-1]]
@@ -90,10 +103,15 @@ def expert_swiglu(x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, wei
     parts = [rows[:0]]
     for expert, (begin, end) in enumerate(pairwise(bounds)):
         if begin < end:
-            gate, up = linear(rows[begin:end], gate_up_proj[expert]).chunk(2, dim=-1)
-            parts.append(linear(F.silu(gate) * up, down_proj[expert]))
+            parts.append(_expert(rows[begin:end], gate_up_proj[expert], down_proj[expert]))
     scaled = torch.cat(parts) * weights.flatten().index_select(0, order)[:, None]
     return torch.zeros_like(_wide(x)).index_add_(0, token, scaled.to(_wide(x).dtype)).to(x.dtype)
+
+
+def _expert(x: Tensor, gate_up: Any, down: Any) -> Tensor:
+    """down(silu(gate(x)) * up(x)) of one expert."""
+    gate, up = linear(x, gate_up).chunk(2, dim=-1)
+    return linear(F.silu(gate) * up, down)
 
 
 def experts_add_rms_norm(
@@ -116,16 +134,22 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> t
 
     q [B,T,Hq,D], k [B,T,Hkv,D], cos and sin fp32 [P,D/2], positions [B,T] -> q, k.
     """
-    heads = _rotate(torch.cat((q, k), dim=2), F.embedding(positions, cos), F.embedding(positions, sin))
+    angles = F.embedding(positions, cos).unsqueeze(2), F.embedding(positions, sin).unsqueeze(2)
+    heads = _rotate(torch.cat((q, k), dim=2), *angles)
     q, k = torch.split_with_sizes_copy(heads, (q.shape[2], k.shape[2]), dim=2)
     return q, k
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B,T,heads,D] by the angles of its tokens, [B,T,D/2]."""
-    c, s = cos.unsqueeze(2), sin.unsqueeze(2)
-    a, b = x.to(c.dtype).chunk(2, dim=-1)
-    return torch.cat((a * c - b * s, b * c + a * s), dim=-1).to(x.dtype)
+    """x [B,T,heads,D] by the angles of its tokens, [B or none,T,1,D/2]."""
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def _alike(numbers: Tensor) -> int | None:
+    """What all of them are; None: they differ."""
+    found = set(numbers.tolist())
+    return found.pop() if len(found) == 1 else None
 
 
 def attention(
@@ -144,9 +168,14 @@ def attention(
     q [B,T,Hq,D], k and v [B,S,Hkv,D] -> [B,T,Hq,D]. Query t stands at lengths - T + t; keys are valid in
     [starts, lengths). Key j is seen by query i iff i - window < j <= i, without `causal` iff |i - j| <= window // 2.
     """
-    S, T = k.shape[1], q.shape[1]
-    if T == 1 and causal and starts is None and lengths is None and (window or S) >= S:
-        return _attend(q, k, v, None, scale)  # the newest token sees every key
+    T, S = q.shape[1], k.shape[1]
+    if causal and starts is None and lengths is None:
+        reach = S if window is None or window <= 0 else window
+        if reach < S - T + 1:  # no query sees what lies before the first one's window
+            k, v = k[:, S - T + 1 - reach :], v[:, S - T + 1 - reach :]
+            S = k.shape[1]
+        if T == 1 or T == S <= reach:
+            return _attend(q, k.transpose(1, 2), v.transpose(1, 2), None, scale, causal=T > 1)
     end = S if lengths is None else lengths[:, None, None]
     i, j = torch.arange(T, device=q.device)[:, None] + (end - T), torch.arange(S, device=q.device)
     visible = _visible(i, j, window, causal)
@@ -154,7 +183,7 @@ def attention(
         visible = visible & (j < end)
     if starts is not None:
         visible = visible & (j >= starts[:, None, None])
-    return _attend(q, k, v, visible.expand(len(q), T, S), scale)
+    return _attend(q, k.transpose(1, 2), v.transpose(1, 2), visible.expand(len(q), T, S), scale)
 
 
 def _visible(i: Tensor, j: Tensor, window: int | None, causal: bool) -> Tensor:
@@ -165,60 +194,49 @@ def _visible(i: Tensor, j: Tensor, window: int | None, causal: bool) -> Tensor:
     return (i - j).abs() <= window // 2 if limited else torch.ones_like(i == j)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float | None) -> Tensor:
-    """Softmax attention under the mask `visible` [B,T,S], None: all of it. A key that no query sees may be NaN; a
-    query that sees none gets zeros."""
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float | None, causal: bool = False
+) -> Tensor:
+    """Softmax attention of q [B,T,Hq,D] over k and v [B,Hkv,S,D] under the mask `visible` [B,T,S]; None: every key, or
+    with `causal` those up to the query's own. A key that no query sees may be NaN; a query that sees none gets zeros.
+    """
     B, T, Hq, D = q.shape
-    Hkv = k.shape[2]
-    hidden = None if visible is None or visible.all() else ~visible
-    if hidden is not None:
-        v = v.masked_fill(hidden.all(1)[:, :, None, None], 0.0)  # 0 * NaN is NaN
-    q = q.transpose(1, 2).reshape(B, Hkv, Hq // Hkv * T, D)
-    scores = _wide(q @ k.permute(0, 2, 3, 1)).mul_(D**-0.5 if scale is None else scale)
-    if hidden is not None:
-        scores.view(B, Hkv, -1, T, k.shape[1]).masked_fill_(hidden[:, None, None], -math.inf)
-    shares = torch.softmax(scores, -1).to(v.dtype)
-    if hidden is None or not (blind := hidden.all(-1)).any():
-        return (shares @ v.transpose(1, 2)).view(B, Hq, T, D).transpose(1, 2).contiguous()
-    # A CPU's product in bf16 may read one element beyond a row: a NaN there would be in the result of a neighbour.
-    shares.view(B, Hkv, -1, T, k.shape[1]).masked_fill_(blind[:, None, None, :, None], 0.0)
-    out = (shares @ v.transpose(1, 2)).view(B, Hq, T, D).transpose(1, 2)
-    return out.masked_fill(blind[:, :, None, None], 0.0).contiguous()
+    blind = None
+    if visible is not None:
+        unseen, blind = ~visible.any(1)[:, None, :, None], ~visible.any(2)[:, :, None, None]
+        if unseen.any():
+            k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)  # 0 * NaN is NaN
+        visible = visible[:, None]
+    if T == 1:  # the heads of a group are rows that share their keys
+        q = q.view(B, k.shape[1], -1, D)
+        out = F.scaled_dot_product_attention(q, k, v, visible, scale=scale).view(B, 1, Hq, D)
+    else:
+        q = q.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, scale=scale, enable_gqa=True)
+        out = out.transpose(1, 2)
+    return (out if blind is None else out.masked_fill(blind, 0.0)).contiguous()
 
 
 def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor) -> None:
     """Write the first new[b] tokens of k and v [B,T,Hkv,D] into the ring caches [B,Hkv,C,D], slot = position mod C."""
-    T, C = k.shape[1], k_cache.shape[2]
-    t = torch.arange(T, device=k.device)
-    stored = t < new[:, None]
-    if T > C:
-        stored &= t >= new[:, None] - C  # later tokens overwrite the others
-    slot = (past[:, None] + t) % C
-    if stored.all():
-        b = torch.arange(len(k), device=k.device)[:, None]
-        k_cache[b, :, slot], v_cache[b, :, slot] = k, v
+    begin, n = _alike(past), _alike(new)
+    if begin is not None and n is not None:
+        _store(k, v, k_cache, v_cache, begin, n)
     else:
-        b, t = stored.nonzero(as_tuple=True)
-        k_cache[b, :, slot[b, t]], v_cache[b, :, slot[b, t]] = k[b, t], v[b, t]
+        for b, (begin, n) in enumerate(zip(past.tolist(), new.tolist(), strict=True)):
+            _store(*(x[b : b + 1] for x in (k, v, k_cache, v_cache)), begin, n)
 
 
-def rope_append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    past: Tensor,
-    new: Tensor,
-) -> Tensor:
-    """Rotate q and k at positions past[b] + t, append k and v to the caches -> q."""
-    positions = (past[:, None] + torch.arange(q.shape[1], device=q.device)).clamp_(max=len(cos) - 1)
-    heads = _rotate(torch.cat((q, k), dim=2), F.embedding(positions, cos), F.embedding(positions, sin))
-    q, k = heads.split((q.shape[2], k.shape[2]), dim=2)
-    append(k, v, k_cache, v_cache, past, new)
-    return q.contiguous()
+def _store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, begin: int, n: int) -> None:
+    """`append` of sequences that all stand at `begin` and have `n` tokens."""
+    C = k_cache.shape[2]
+    t = max(0, n - C)  # later tokens overwrite those before
+    while t < n:
+        slot = (begin + t) % C
+        run = min(n - t, C - slot)
+        for x, cache in ((k, k_cache), (v, v_cache)):
+            cache[:, :, slot : slot + run] = x[:, t : t + run].transpose(1, 2)
+        t += run
 
 
 def cached_attention(
@@ -236,15 +254,46 @@ def cached_attention(
     With k and v the caches hold what was before this chunk, up to `past`; without, the chunk is already in them.
     """
     T, C = q.shape[1], k_cache.shape[2]
-    held = past if k is not None else past + new
-    used = min(C, int(held.max()))  # slots that any sequence has written
+    fresh, begin, n = k is not None and v is not None, _alike(past), _alike(new)
+    if fresh and begin == 0 and n == T:
+        return attention(q, k, v, window=window)  # nothing was before
+    held = past if fresh else past + new
+    written = [min(C, length) for length in held.tolist()]  # slots of each sequence
+    used = max(written, default=0)
+    keys, values = k_cache[:, :, :used], v_cache[:, :, :used]
+    if not fresh and T == n == 1 and min(written) == used <= (window or used):
+        return _attend(q, keys, values, None, None)  # the newest token sees every slot
     t, slot = torch.arange(T, device=q.device), torch.arange(used, device=q.device)
     # The newest position below `held` that this slot can hold; negative where nothing was written yet.
     newest = held[:, None] - 1
     j = newest - (newest - slot) % C
     i = past[:, None] + t
-    valid, keys, values = j >= 0, k_cache[:, :, :used].transpose(1, 2), v_cache[:, :, :used].transpose(1, 2)
-    if k is not None and v is not None:
+    valid = j >= 0
+    if fresh:
         j, valid = torch.cat((j, i), 1), torch.cat((valid, t < new[:, None]), 1)
-        keys, values = torch.cat((keys, k), 1), torch.cat((values, v), 1)
+        keys, values = torch.cat((keys, k.transpose(1, 2)), 2), torch.cat((values, v.transpose(1, 2)), 2)
     return _attend(q, keys, values, _visible(i[:, :, None], j[:, None], window, True) & valid[:, None], None)
+
+
+def rope_append_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    past: Tensor,
+    new: Tensor,
+    window: int | None = None,
+) -> Tensor:
+    """Rotate q and k of one token a sequence at past[b], append k and v to the caches, attend over those."""
+    begin = _alike(past)
+    if begin is not None and begin < len(cos):
+        angles = cos[begin], sin[begin]
+    else:
+        positions = past[:, None].clamp(max=len(cos) - 1)
+        angles = F.embedding(positions, cos).unsqueeze(2), F.embedding(positions, sin).unsqueeze(2)
+    q, k = _rotate(torch.cat((q, k), dim=2), *angles).split((q.shape[2], k.shape[2]), dim=2)
+    append(k, v, k_cache, v_cache, past, new)
+    return cached_attention(q, None, None, k_cache, v_cache, past, new, window)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from . import dispatch, embed, linear, norm, ring, rope, router
+from . import dispatch, embed, gate, linear, norm, ring, rope, router
 from .attention import op as attention
+from .attention import step
 from .experts import op as experts
 from .op import Op
 
@@ -15,14 +16,15 @@ OPS: dict[str, Op] = {
         embed.OP,
         linear.OP,
         router.OP,
-        router.GATE_OP,
+        gate.OP,
+        gate.NORM_OP,
         dispatch.OP,
         experts.OP,
         experts.NORM_OP,
         rope.OP,
         ring.OP,
-        rope.ROPE_APPEND_OP,
         attention.OP,
         attention.CACHED_OP,
+        step.OP,
     )
 }

@@ -44,7 +44,7 @@ def copy_heads(x_ptr, y_ptr, stride_xh, stride_yh, heads, D, BLOCK_H: tl.constex
     tl.store(y_ptr + offs_h * stride_yh + offs_d, tl.load(x_ptr + offs_h * stride_xh + offs_d, mask=mask), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "C"])
 def append_kernel(
     k_ptr,  # [B, T, Hkv, D]
     v_ptr,  # [B, T, Hkv, D]

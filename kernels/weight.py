@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arch import amd
+from .dependent import await_earlier
 from .launch import INTERPRETED
 from .op import dense_rows
 from .quantized import QuantizedWeight
@@ -127,20 +128,45 @@ def weight_tile(
 
 
 @triton.jit
-def add_products(acc, w, rows, x_ptrs, live, begin, k, EVEN: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr):
-    """acc [rows, T] + the next FIELDS * BLOCK_K columns of a weight, from begin + k on, times those of x.
+def add_products(
+    acc,
+    w,
+    rows,
+    x_ptrs,
+    live,
+    begin,
+    SPAN: tl.constexpr,
+    EVEN: tl.constexpr,
+    K: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    PDL: tl.constexpr = False,
+):
+    """acc [rows, T] + SPAN columns of a weight, from `begin` on, times those of x.
 
     A weight's bytes are read once, and a group's scale comes after its products: it is never rounded.
 
     w       pointers [rows, BLOCK_K] of column `begin`, of the scales, of the zeros; `rows`: which rows of all these are
     x_ptrs  [BLOCK_K, T] of column `begin`
-    live    [1, T] which of them count. Padding repeats a row, which crosses the L2 cache again: beside a quantized
-            weight, whose own bytes are few, that would weigh, and it is left out; beside a dense one, and on AMD, a
-            mask costs more
+    live    [1, T] which of them count. Padding is not loaded: a copy of a row would cross the L2 cache again
     EVEN    nothing of what is read lies beyond K; else it is 0
+    PDL     an earlier launch writes x: the weight's first tile is on its way before that is waited for
     """
-    ptrs, scales_ptr, zeros_ptr = w
-    BLOCK_K: tl.constexpr = ptrs.shape[1]
+    UNIT: tl.constexpr = x_ptrs.shape[0] * fields_of(LAYOUT[0])
+    if PDL:
+        tile = _stored_tile(w[0], 0, K - begin, EVEN, fields_of(LAYOUT[0]))
+        await_earlier(PDL)
+        acc = _add_tile(acc, tile, w, rows, x_ptrs, live, begin, 0, EVEN, K, LAYOUT)
+    for k in range(UNIT if PDL else 0, SPAN, UNIT):
+        tile = _stored_tile(w[0], k, K - begin, EVEN, fields_of(LAYOUT[0]))
+        acc = _add_tile(acc, tile, w, rows, x_ptrs, live, begin, k, EVEN, K, LAYOUT)
+    return acc
+
+
+@triton.jit
+def _add_tile(acc, tile, w, rows, x_ptrs, live, begin, k, EVEN: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr):
+    """`add_products` of the FIELDS * BLOCK_K columns from begin + k on, whose values or elements are `tile`."""
+    _, scales_ptr, zeros_ptr = w
+    BLOCK_K: tl.constexpr = x_ptrs.shape[0]
     FORMAT: tl.constexpr = LAYOUT[0]
     GROUP: tl.constexpr = LAYOUT[1]
     PTX: tl.constexpr = LAYOUT[2]
@@ -148,14 +174,10 @@ def add_products(acc, w, rows, x_ptrs, live, begin, k, EVEN: tl.constexpr, K: tl
     BY_ROW: tl.constexpr = GROUP == K or FIELDS == 1
     dtype: tl.constexpr = x_ptrs.dtype.element_ty
     offs_k = tl.arange(0, BLOCK_K)
-    tile = _stored_tile(ptrs, k, K - begin, EVEN, FIELDS)
     part = acc if BY_ROW else tl.zeros_like(acc)
     for field in tl.static_range(FIELDS):
         at = k + field * BLOCK_K
-        inside = offs_k[:, None] < K - begin - at
-        if PTX:
-            inside = live if EVEN else live & inside
-        x = tl.load(x_ptrs + at, mask=inside, other=0.0) if PTX or not EVEN else tl.load(x_ptrs + at)
+        x = tl.load(x_ptrs + at, mask=live if EVEN else live & (offs_k[:, None] < K - begin - at), other=0.0)
         if FIELDS > 1:
             if field == 0 or field * BLOCK_K % GROUP == 0:
                 has_group = None if EVEN or BY_ROW else tl.full([1, 1], begin + at, tl.int32) < K

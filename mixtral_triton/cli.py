@@ -48,6 +48,11 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print JSON for a program to read")
         return sub
 
+    def mesh_options(sub: argparse.ArgumentParser) -> None:
+        split = {"tp": "GPUs over which each expert is split", "ep": "GPUs that the experts are dealt to"}
+        for name, what in split.items():
+            sub.add_argument(f"--{name}", type=int, default=1, metavar="N", help=f"{what}; with torchrun")
+
     def model_options(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "folder", nargs="?", default=SMALL, help="checkpoint folder; none: the small one of the package"
@@ -68,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     model_options(verify)
     verify.add_argument("--peer", choices=("transformers",), help="its logits, on the same files, have to be the same")
     verify.add_argument("--prompt", help="text to run; none: fixed pseudo-random tokens")
+    mesh_options(verify)
     generate = command("generate", "stream the continuation of a prompt")
     model_options(generate)
     generate.add_argument("--prompt", required=True, help="text to continue")
@@ -79,16 +85,7 @@ def parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
     generate.add_argument("--interpret", action="store_true", help="the Triton kernels, interpreted on the CPU")
-    generate.add_argument(
-        "--tp", type=int, default=1, metavar="N", help="GPUs over which each expert is split; needs torchrun"
-    )
-    generate.add_argument(
-        "--ep",
-        type=int,
-        default=1,
-        metavar="N",
-        help="GPUs that the experts are dealt to; with torchrun",
-    )
+    mesh_options(generate)
     trace = command("trace", "which experts each token of a prompt took, layer by layer")
     model_options(trace)
     trace.add_argument("--prompt", required=True, help="text to run")
@@ -122,6 +119,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--first", type=int, default=0, metavar="N", help="leave the N cases before this one out")
     bench.add_argument("--without", action="append", default=[], metavar="PEER", help="leave a peer out; repeatable")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw floors and times (.png, .svg, .pdf)")
+    mesh_options(bench)
     bench.add_argument("--card", help=f"measure nothing: floors and predicted times by a data sheet ({CARDS})")
     tune = command(
         "tune", "launch configurations around the present ones: what compiles, what is fastest, what to paste"
@@ -146,6 +144,9 @@ def parser() -> argparse.ArgumentParser:
     )
     card.add_argument("--memory", type=float, metavar="GIB", help="a card of so many GiB; none: see --gpu")
     fit.add_argument("--gpus", type=int, metavar="N", help="so many cards; none: 1")
+    fit.add_argument(
+        "--scaling", nargs="?", const="", metavar="FORMAT", help="predicted times on 1 to 16 cards, by tp and ep"
+    )
     fit.add_argument("--batch", type=int, default=1, metavar="B", help="sequences at a time")
     fit.add_argument("--context", type=int, metavar="S", help="tokens a sequence; none: all the model's positions")
     compile = command("compile", "compile every kernel for a GPU that need not be there")
@@ -217,22 +218,31 @@ def _encode(tokenizer: Any, text: str, model: Mixtral) -> torch.Tensor:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    out = Console(stderr=args.json)
     note = choose(args, interpret=True)
-    from .verification import check_peer, verify
-    from .verification.verdict import text_or_default
+    from .verification import check_peer
 
     check_peer(args.peer)
-    model = _load(args)
+    with mesh_of(args) as mesh:
+        return _verified(args, mesh, note)
+
+
+def _verified(args: argparse.Namespace, mesh: Any, note: str) -> int:
+    from .verification import verify
+    from .verification.verdict import text_or_default
+
+    model = _load(args, mesh)
     given = None if args.prompt is None else _encode(_tokenizer(args.folder), args.prompt, model)[None]
     ids = text_or_default(given, model.config, model.device)
-    say(with_verify_time(note, model.config, str(model.dtype), ids.numel()))
-    with bar("verifying", None, MofNCompleteColumn()) as progress:
+    if is_first():
+        say(with_verify_time(note, model.config, str(model.dtype), ids.numel()))
+    with bar("verifying", None, MofNCompleteColumn(), silent=not is_first()) as progress:
         report = verify(model, ids, progress.of, folder=args.folder, peer=args.peer)
+    if not is_first():
+        return 0 if report.ok else 1
     if args.json:
         print(json.dumps({"folder": str(args.folder), **report.as_dict()}))
     else:
-        out.print(report)
+        Console().print(report)
     return 0 if report.ok else 1
 
 
@@ -335,9 +345,12 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench.command import run
+    from .bench import command, mesh
 
-    return run(args, lambda label, total: bar(label, total, MofNCompleteColumn()))
+    with mesh_of(args) as ranks:
+        if ranks is not None:
+            return mesh.run(args, ranks)
+    return command.run(args, lambda label, total: bar(label, total, MofNCompleteColumn()))
 
 
 def _tune(args: argparse.Namespace) -> int:

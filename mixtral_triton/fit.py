@@ -61,14 +61,18 @@ FORMATS: dict[str, Weights] = {
 
 def choices(config: MixtralConfig, shard: Shard = WHOLE) -> dict[str, Forms]:
     """The forms that each of FORMATS has for a model; a format that its columns do not take is left out."""
-    shapes, own = parameter_shapes(config), parameter_shapes(config, shard)
-    found: dict[str, Forms] = {}
+    shapes, found = parameter_shapes(config), {}
     for name, weights in FORMATS.items():
         try:
-            found[name] = shard.forms(chosen(weights, shapes), shapes, own)
+            found[name] = shard_forms(config, chosen(weights, shapes), shard)
         except ValueError:  # int4, whose groups have to divide the columns
             continue
     return found
+
+
+def shard_forms(config: MixtralConfig, forms: Forms, shard: Shard) -> Forms:
+    """Those of a rank's parts; ValueError where a group of columns would be cut."""
+    return shard.forms(forms, parameter_shapes(config), parameter_shapes(config, shard))
 
 
 def stored_dtype(config: MixtralConfig) -> torch.dtype:

@@ -116,6 +116,8 @@ def _stream(
     step.choose(prefill(model, cache, ids, lengths))
     run: Callable[[], None] = step
     for done in range(1, max_new_tokens + 1):
+        if model.ranks is not None:
+            model.ranks.settled(model.device)
         yield step.token.clone()
         if done == max_new_tokens or (eos and bool(step.ended.all())):
             return
@@ -151,7 +153,7 @@ class Step:
 
 
 def can_capture(model: LanguageModel) -> bool:
-    return model.device.type == "cuda" and model.ranks is None and untraced()
+    return model.device.type == "cuda" and untraced()
 
 
 def replayed(step: Step) -> Callable[[], None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -67,9 +68,13 @@ class Layer(nn.Module):
 
         Each norm also adds what came before it to the residual stream: one launch for both. `ring`: the layer's cache.
         """
-        a = self.attention(h, ring, state)
-        h, x = state.run.rms_norm(a, self.post_attention_layernorm, self.config.rms_norm_eps, residual=x)
-        return self.experts(h, x, next_norm, state)
+        a, x, config = self.attention(h, ring, state).flatten(0, 1), x.flatten(0, 1), self.config
+        norm = self.post_attention_layernorm, config.rms_norm_eps
+        rows, total, _, scores, ids = state.run.rms_norm_gate_route(
+            a, x, *norm, self.gate, config.num_experts_per_tok, state.deterministic
+        )
+        y, total = self.experts(rows, total, scores, ids, next_norm, state)
+        return y.view_as(h), total.view_as(h)
 
     def attention(self, h: Tensor, ring: Ring | None, state: State) -> Tensor:
         """h [B,T,H] -> [B,T,H]."""
@@ -80,20 +85,16 @@ class Layer(nn.Module):
         heads = state.attend(q, k, v, ring).reshape(B, T, Hq * D)
         return state.summed(state.run.linear(heads, self.o_proj, state.deterministic))
 
-    def experts(self, h: Tensor, x: Tensor, next_norm: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """h [B,T,H], the residual stream x -> the next layer's h, and x with the experts' output."""
-        rows, run, eps = h.reshape(-1, h.shape[-1]), state.run, self.config.rms_norm_eps
-        _, scores, ids = run.gate_route(rows, self.gate, self.config.num_experts_per_tok, state.deterministic)
-        proj = self.gate_up_proj, self.down_proj
+    def experts(
+        self, h: Tensor, x: Tensor, scores: Tensor, ids: Tensor, next_norm: Tensor, state: State
+    ) -> tuple[Tensor, Tensor]:
+        """h [N,H], the residual stream x, who reads h -> the next layer's h, and x with the experts' output."""
+        run, eps, proj = state.run, self.config.rms_norm_eps, (self.gate_up_proj, self.down_proj)
         if state.ranks is not None:  # the sum over the ranks stands between the experts and the norm: no fused pair
             ids = state.ranks.own(ids, len(self.down_proj))
-            part = run.expert_swiglu(rows, *proj, ids, scores, state.deterministic)
-            y, total = run.rms_norm(state.summed(part), next_norm, eps, residual=x.view_as(rows))
-        else:
-            y, total = run.experts_add_rms_norm(
-                rows, *proj, ids, scores, x.view_as(rows), next_norm, eps, state.deterministic
-            )
-        return y.view_as(h), total.view_as(h)
+            part = run.expert_swiglu(h, *proj, ids, scores, state.deterministic)
+            return run.rms_norm(state.summed(part), next_norm, eps, residual=x)
+        return run.experts_add_rms_norm(h, *proj, ids, scores, x, next_norm, eps, state.deterministic)
 
 
 class State:
@@ -127,15 +128,13 @@ class State:
             return self.run.attention(q, k, v, self.window, True, None, None, None, self.deterministic)
         if self.one_by_one:
             # The one new key takes the slot of the one that just left the window.
-            q = self.run.rope_append(q, k, v, self.cos, self.sin, *ring, self.past, self.new)
-            return self._attend_cached(q, None, None, ring)
+            return self.run.rope_append_attention(
+                q, k, v, self.cos, self.sin, *ring, self.past, self.new, self.window, self.deterministic
+            )
         q, k = self.run.rope(q, k, self.cos, self.sin, self.positions)
-        out = self._attend_cached(q, k, v, ring)
+        out = self.run.cached_attention(q, k, v, *ring, self.past, self.new, self.window, self.deterministic)
         self.run.append(k, v, *ring, self.past, self.new)  # only now: the chunk's first queries needed the old keys
         return out
-
-    def _attend_cached(self, q: Tensor, k: Tensor | None, v: Tensor | None, ring: Ring) -> Tensor:
-        return self.run.cached_attention(q, k, v, *ring, self.past, self.new, self.window, self.deterministic)
 
 
 class Mixtral(nn.Module):
@@ -147,7 +146,8 @@ class Mixtral(nn.Module):
     `deterministic`: a sequence's bits do not depend on the rest of the batch. The price: one tile for any number of
     tokens in every matrix product, the experts of one token sorted like those of a thousand, and the keys of one query
     read by one program a head, not by many at once.
-    `ranks`: the model is on a mesh, and this is one rank's part of it; heads in `config` are then the rank's own.
+    `ranks`: the model is on a mesh, and this is one rank's part of it; heads in `config` are then the rank's own, and
+    `whole_config` has all of them.
     """
 
     embed_tokens: Tensor  # [V, H]
@@ -169,6 +169,7 @@ class Mixtral(nn.Module):
         super().__init__()
         self.deterministic, self.ranks = deterministic, ranks
         shapes = weights.parameter_shapes(config, WHOLE if ranks is None else ranks.shard)
+        self.whole_config = config
         self.config = config = config if ranks is None else ranks.shard.config(config)
         forms = forms or {}
         layers: list[dict[str, Any]] = [{} for _ in range(config.num_hidden_layers)]
@@ -249,8 +250,11 @@ class Mixtral(nn.Module):
         h, x = run.embed_rms_norm(input_ids, self.embed_tokens, self.layers[0].input_layernorm, eps, *bounds)
         following = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
         rings = [None] * len(following) if cache is None else zip(cache.keys, cache.values, strict=True)
-        for layer, next_norm, ring in zip(self.layers, following, rings, strict=True):
-            h, x = layer(h, x, next_norm, ring, state)
+        # Other ranks' sums come between, from other streams; and a tracer launches nothing.
+        alone = self.ranks is None and not torch.compiler.is_compiling()
+        with ops.chain() if alone else nullcontext():
+            for layer, next_norm, ring in zip(self.layers, following, rings, strict=True):
+                h, x = layer(h, x, next_norm, ring, state)
         if cache is not None:
             cache.advance(state.new, T if lengths is None else 0)
         return h
@@ -335,7 +339,7 @@ def load(
     # Before the parameters are allocated: a broken config could ask for any size.
     if headers.scheme is None:
         weights.check(headers, config)
-        forms = chosen(quantized, shapes)
+        forms: fit.Forms = chosen(quantized, shapes)
     elif quantized is not None:
         raise ValueError(
             f"Mixtral.from_pretrained: weights is {quantized!r}, and {folder} is quantized already "
@@ -351,7 +355,7 @@ def load(
         ranks.check_device(place)
         shard = ranks.shard
         shard.check(config)
-        forms = shard.forms(forms, shapes, weights.parameter_shapes(config, shard))
+        forms = fit.shard_forms(config, forms, shard)
     fit.check(config, forms, place, dtype, free_choice=headers.scheme is None, shard=shard)
     model = cls(config, place, dtype, deterministic, forms, ranks)
     (weights.load if headers.scheme is None else hub.load)(folder, config, model.places(), progress, shard)

@@ -19,17 +19,22 @@ from torch import Tensor, nn
 
 from .kernels import dispatch as _dispatch
 from .kernels import embed as _embed
+from .kernels import gate as _gate
 from .kernels import linear as _linear
 from .kernels import norm as _norm
+from .kernels import plan
 from .kernels import ring as _ring
 from .kernels import rope as _rope
 from .kernels import router as _router
 from .kernels.attention import op as _attention
+from .kernels.attention import step as _step
 from .kernels.checks import in_range
 from .kernels.checks import readable as readable  # whether the host may look: the shell asks, too
+from .kernels.dependent import chain as chain  # for the model's launches
 from .kernels.experts import op as _experts
 from .kernels.launch import INTERPRETED
 from .kernels.op import Op
+from .kernels.plan import traits
 from .kernels.quantized import QuantizedWeight
 from .kernels.registry import OPS
 from .kernels.signature import put_together, schema, taken_apart
@@ -45,25 +50,17 @@ _passed: dict[tuple[Any, ...], tuple[tuple[int, int, int], ...]] = {}
 _PASSED_MOST = 4096
 
 
-def _trait(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return x.shape, x.stride(), x.dtype, x.device
-    if isinstance(x, QuantizedWeight):
-        return x.layout, x.device
-    return type(x), x
-
-
-def _check(op: Op[..., Any], args: tuple[Any, ...]) -> None:
-    traits = (op.name, *map(_trait, args))
+def _check(op: Op[..., Any], args: tuple[Any, ...], traits: tuple[Any, ...]) -> None:
+    key = (op.run, *traits)
     try:
-        bounds = _passed.get(traits)
+        bounds = _passed.get(key)
     except TypeError:  # a list, say: nothing that can pass
         bounds = None
     if bounds is None:
         bounds = tuple((op.names.index(name), low, high) for name, low, high in op.bounds(op.by_name(*args)))
         if len(_passed) >= _PASSED_MOST:
             _passed.clear()
-        _passed[traits] = bounds
+        _passed[key] = bounds
     for place, low, high in bounds:
         in_range(op.public or op.name, op.names[place], args[place], low, high)
     if op.ranges is not None:
@@ -73,18 +70,22 @@ def _check(op: Op[..., Any], args: tuple[Any, ...]) -> None:
 
 def _go(op: Op[..., Any], *args: Any) -> Any:
     """Check, then run: all arguments by position. Results are contiguous, as the fake kernel says."""
-    _check(op, args)
-    out = _run(op, *args)
+    seen = traits(args)
+    _check(op, args, seen)
+    out = _by_place(op, args, seen)
     if isinstance(out, tuple):
         return tuple(x.contiguous() for x in out)
     return out if out is None else out.contiguous()
 
 
 def _run(op: Op[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if kwargs:
-        args = op.by_place(*args, **kwargs)
+    return _by_place(op, op.by_place(*args, **kwargs) if kwargs else args)
+
+
+def _by_place(op: Op[..., Any], args: tuple[Any, ...], seen: tuple[Any, ...] | None = None) -> Any:
+    """`seen`: the traits of `args`, where they are known."""
     if INTERPRETED or args[0].device.type != "cpu":
-        return op.run(*args)
+        return plan.run(op, args, seen)
     if op.deterministic is not None and args[op.deterministic : op.deterministic + 1] == (True,):
         return _one_by_one(op, op.by_name(*args))
     return op.plain(*args)
@@ -104,9 +105,11 @@ def _one_by_one(op: Op[..., Any], given: dict[str, Any]) -> Any:
         own = {**given, **{name: value[one] for name, value in batched.items()}}
         own = own if op.trim is None else op.trim(own)
         # In memory of its own: a library's order of a sum may depend on where in memory rows begin.
-        parts.append(
-            op.plain(**own | {name: own[name].clone(memory_format=torch.contiguous_format) for name in batched})
-        )
+        placed = {name: own[name] for name in batched if own[name] is not None}
+        copies = {name: value.clone(memory_format=torch.contiguous_format) for name, value in placed.items()}
+        parts.append(op.plain(**own | copies))
+        for name in op.mutates:
+            own[name].copy_(copies[name])
     return _joined(parts, first.shape[:-1])
 
 
@@ -195,15 +198,16 @@ _add_rms_norm = _operator(_norm.ADD_OP)
 embed_rms_norm = _operator(_embed.OP)
 linear = _operator(_linear.OP)
 route = _operator(_router.OP)
-gate_route = _operator(_router.GATE_OP)
+gate_route = _operator(_gate.OP)
+rms_norm_gate_route = _operator(_gate.NORM_OP)
 sort_by_expert = _operator(_dispatch.OP)
 expert_swiglu = _operator(_experts.OP)
 experts_add_rms_norm = _operator(_experts.NORM_OP)
 rope = _operator(_rope.OP)
 append = _operator(_ring.OP)
-rope_append = _operator(_rope.ROPE_APPEND_OP)
 attention = _operator(_attention.OP)
 cached_attention = _operator(_attention.CACHED_OP)
+rope_append_attention = _operator(_step.OP)
 
 
 def __getattr__(name: str) -> Any:

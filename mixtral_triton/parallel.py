@@ -11,7 +11,7 @@ its experts, give is a part of a sum (Megatron-LM, Shoeybi et al. 2019, section 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -29,6 +29,7 @@ from .quantize.form import Form
 DIMENSIONS = ("tp", "ep")
 TIMEOUT = timedelta(seconds=30)  # of what runs at the same pace everywhere: a sum, the logits, a token
 LOADING = timedelta(minutes=10)  # for a rank whose disk is slower; one that has died is seen at once
+LOOKING = 1.0  # seconds between two looks at who is still there
 SETTLING = 0.2  # seconds until the connections of a dead rank are seen to be closed
 
 Shape = tuple[int, ...]
@@ -166,7 +167,7 @@ class Ranks:
         in_order: rank by rank. An all-reduce chooses its order by the size of the whole, so by the batch.
         """
         if in_order:
-            return reduce(torch.add, self._gathered(part))
+            return reduce(torch.add, self.gathered(part))
         with self._watched():
             dist.all_reduce(part, group=self._group)
         return part
@@ -175,7 +176,7 @@ class Ranks:
         """The parts [..., n] of a last dimension of `size`, cut by `even` -> [..., size]."""
         runs = [even(size, rank, self.shard.ranks) for rank in range(self.shard.ranks)]
         widths = [run.stop - run.start for run in runs]
-        parts = self._gathered(F.pad(part, (0, max(widths) - part.shape[-1])))
+        parts = self.gathered(F.pad(part, (0, max(widths) - part.shape[-1])))
         return torch.cat([one[..., :width] for one, width in zip(parts, widths, strict=True)], dim=-1)
 
     def of_first(self, x: Tensor) -> Tensor:
@@ -184,11 +185,41 @@ class Ranks:
             dist.broadcast(x, self._global[0], group=self._group)
         return x
 
-    def _gathered(self, part: Tensor) -> list[Tensor]:
+    def settled(self, device: torch.device) -> None:
+        """Wait for what `device` has to do. ConnectionError where another rank is gone or does not answer meanwhile:
+        of what a replayed graph sends, torch's own watchdog knows nothing."""
+        if device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            self.wait(event.query)
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        """Until `done()`; as `settled`."""
+        start = looked = time.monotonic()
+        while not done():
+            now = time.monotonic()
+            late = now - start > TIMEOUT.total_seconds()
+            if late or now - looked > LOOKING:
+                self._refuse_gone(late)
+                looked = time.monotonic()
+
+    def _refuse_gone(self, late: bool) -> None:
+        if (gone := self._gone()) or late:
+            raise ConnectionError(f"{self.name}: {_missing(gone)}: its part of a sum did not come")
+
+    def gathered(self, part: Tensor) -> list[Tensor]:
+        """Every rank's, all of one shape."""
         parts = [torch.empty_like(part) for _ in self._global]
         with self._watched():
             dist.all_gather(parts, part, group=self._group)
         return parts
+
+    def told(self, what: Any) -> list[Any]:
+        """What each rank's host says."""
+        said: list[Any] = [None] * self.shard.ranks
+        with self._watched():
+            dist.all_gather_object(said, what, group=self._hosts)
+        return said
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
@@ -198,9 +229,7 @@ class Ranks:
             yield
         except Exception as caught:
             error = caught
-        told: list[str | None] = [None] * self.shard.ranks
-        with self._watched():
-            dist.all_gather_object(told, None if error is None else _line(error), group=self._hosts)
+        told = self.told(None if error is None else _line(error))
         if error is not None and (told.count(told[0]) == len(told) or not isinstance(error, (ValueError, OSError))):
             raise error
         failed = [f"rank {rank} of {len(told)}: {text}" for rank, text in enumerate(told) if text is not None]
@@ -214,19 +243,25 @@ class Ranks:
             yield
         except RuntimeError as error:
             time.sleep(SETTLING)
-            others = {rank: place for rank, place in enumerate(self._global) if rank != self.shard.rank}
-            gone = [str(rank) for rank, place in others.items() if self._gone(place)]
-            who = f"rank {' and '.join(gone)} is gone" if gone else "another rank does not answer"
             why = _line(error).partition(". ")[0]  # gloo goes on with advice
-            raise ConnectionError(f"{self.name}: {who}: {why}") from error
+            raise ConnectionError(f"{self.name}: {_missing(self._gone())}: {why}") from error
 
-    def _gone(self, place: int) -> bool:
-        """Whether the connection to the rank of this place in the world is closed."""
+    def _gone(self) -> list[int]:
+        """The other ranks whose connections are closed."""
+        places = enumerate(self._global)
+        return [rank for rank, place in places if rank != self.shard.rank and self._closed(place)]
+
+    def _closed(self, place: int) -> bool:
+        """Whether the connection to the rank of this place in the world is."""
         try:
             dist.isend(torch.zeros(1, device="cpu"), place, group=self._hosts)
         except RuntimeError:
             return True
         return False
+
+
+def _missing(gone: list[int]) -> str:
+    return f"rank {' and '.join(map(str, gone))} is gone" if gone else "another rank does not answer"
 
 
 def _line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Routes(TorchDispatchMode):
-    """Collects the experts that every `gate_route` call chose."""
+    """Collects the experts that every layer's gate chose."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -18,6 +18,6 @@ class Routes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.mixtral_triton.gate_route.default:
-            self.ids.append(out[2])
+        if func is torch.ops.mixtral_triton.rms_norm_gate_route.default:
+            self.ids.append(out[-1])
         return out

@@ -35,6 +35,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 FIGURES = {
     "traffic": "bytes and FLOP, counted in interpreted kernels",
     "launches": "device kernels a layer, recorded on meta tensors",
+    "host": "what the host does in a layer, and how many kernels prompts compile",
     "jit": "launches by Triton's own JIT, compiled for sm_90 and checked as CUDA would check them",
     "main loops": "main loops, counted in compiled kernels",
     "quantized": "the small checkpoint's held-out text with its experts quantized, beside fp32",

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixtral_triton import KVCache, Mixtral, parallel, verify, weights
 from mixtral_triton.quantize import QuantizedWeight
+from mixtral_triton.verification.report import Report
 
 Work = Callable[..., Any]
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "all_gather_object", "isend")
@@ -202,10 +203,105 @@ def silent(mesh: Any, folder: Path, ids: torch.Tensor) -> str:
         return str(error)
 
 
+def replayed(mesh: Any, folder: Path, ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, int, Counter[str]]:
+    """Greedy text on cards that are not there, how many of its steps were replays, and what the host itself sent."""
+    from tests.stub.card import card
+
+    model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options)
+    with card() as made, counted_calls() as calls, on_memory():
+        text = model.to("cuda").generate(ids.to("cuda"), max_new_tokens=8)
+        return text.cpu(), made.replays, calls
+
+
+@contextmanager
+def on_memory() -> Iterator[None]:
+    """NCCL's part: what is sent is the memory behind a card's tensors, and in a capture it waits for the replay."""
+    from tests.stub.tensors import CardTensor, stage
+
+    true = {name: getattr(dist, name) for name in COLLECTIVES[:3]}
+
+    def held(x: Any) -> Any:
+        return [one.held for one in x] if isinstance(x, list) else x.held if isinstance(x, CardTensor) else x
+
+    def acting(name: str) -> Any:
+        def call(*args: Any, **options: Any) -> None:
+            behind = [held(x) for x in args]
+            stage.run(lambda: true[name](*behind, **options))
+
+        return call
+
+    for name in true:
+        setattr(dist, name, acting(name))
+    try:
+        yield
+    finally:
+        for name, function in true.items():
+            setattr(dist, name, function)
+
+
+def stuck(mesh: Any, folder: Path) -> str:
+    """What ends the wait for a card that is never done, where the last process has left the mesh, and where not."""
+    parallel.TIMEOUT, parallel.LOOKING = timedelta(seconds=2), 0.1
+    model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh)
+    try:
+        model.ranks.wait(lambda: False)  # type: ignore[union-attr]
+    except ConnectionError as error:
+        return str(error)
+    return ""
+
+
+def verified(mesh: Any, folder: Path, ids: torch.Tensor, fault: Any = None, **options: Any) -> Report:
+    """What verify finds; `fault(model)` spoils the last process's part before."""
+    model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options)
+    if fault is not None and dist.get_rank() == dist.get_world_size() - 1:
+        fault(model)
+    return verify(model, ids, folder=folder)
+
+
+def halves_swapped(model: Mixtral) -> None:
+    """Gate and up, in one expert: a loader's fault."""
+    weight = model.layers[1].gate_up_proj[0]
+    weight.copy_(weight.roll(len(weight) // 2, 0))
+
+
+def another_rank_s_heads(model: Mixtral) -> None:
+    """Rows of q in other heads' places: the ranks no longer add up to the whole."""
+    width = model.config.num_attention_heads * model.config.head_dim
+    weight = model.layers[0].qkv_proj[:width]
+    weight.copy_(weight.roll(model.config.head_dim, 0))
+
+
+def counted_wrong(model: Mixtral) -> None:
+    """Its experts are another rank's: the routes of nobody's are lost."""
+    ranks: Any = model.ranks
+    ranks.own = lambda ids, experts: ids - (ranks.shard.ep_rank - 1) * experts
+
+
+def halved(model: Mixtral) -> None:
+    """Its part of a sum comes with half its weight."""
+    ranks: Any = model.ranks
+    true = ranks.summed
+    ranks.summed = lambda part, in_order: true(part / 2, in_order)
+
+
+def timed(mesh: Any, sizes: dict[str, int]) -> tuple[float, int]:
+    """Seconds of a decode step on cards that are not there, and how many were replays."""
+    from mixtral_triton.bench.cases import cases
+    from mixtral_triton.bench.mesh import measured
+    from tests.stub.card import card
+
+    (case,) = cases(
+        ["decode_step"], False, [], [",".join(f"{name}={size}" for name, size in sizes.items())], None, None
+    )
+    ranks = parallel.Ranks(mesh)
+    with card() as made, on_memory():
+        return measured(case, ranks), made.replays
+
+
 def watched(mesh: Any, folder: Path, ids: torch.Tensor) -> list[str]:
-    """What verify, and a dispatch mode, are refused with."""
+    """What a peer of verify, and a dispatch mode, are refused with."""
     model, said = Mixtral.from_pretrained(folder, "cpu", mesh=mesh), []
-    for call in (lambda: verify(model, ids), lambda: _in_a_mode(model, ids)):
+    for call in (lambda: verify(model, ids, folder=folder, peer="transformers"), lambda: _in_a_mode(model, ids)):
         try:
             call()
         except ValueError as error:

@@ -35,6 +35,7 @@ CPU, H100 = torch.device("cpu"), CARDS["h100"]
 SLOW = ("torch.compile", "FlexAttention", "HF static cache")  # minutes of compiling on a CPU
 quickly = partial(host_timer, budget=0.0)
 compiled_way = pytest.mark.skipif(INTERPRETED, reason="times and compiles: once, without TRITON_INTERPRET")
+EXCUSES = ("chunk beside the cache", "interprets none", "chosen already")  # of what a peer has no way to do
 
 
 def test_the_floor_follows_the_routing_that_happened() -> None:
@@ -90,7 +91,7 @@ def test_every_peer_is_right_or_says_why_not(name: str) -> None:
     for peer in peers:
         outcome = row.peers[peer.name]
         assert (outcome.seconds is None) == (outcome.note is not None)
-        assert outcome.seconds or "chunk beside the cache" in str(outcome.note), (peer.name, outcome)
+        assert outcome.seconds or any(word in str(outcome.note) for word in EXCUSES), (peer.name, outcome)
         assert row.ratio(peer.name) == (outcome.seconds and outcome.seconds / row.ours.seconds)
     assert row.share == row.floor_s / row.ours.seconds
     assert json.loads(json.dumps(row.as_dict()))["peers"].keys() == row.peers.keys()

@@ -39,7 +39,7 @@ def test_a_few_cases_of_every_kind_run_and_say_where(tmp_path: Path) -> None:
     assert "benchmark 'rms_norm (CPU, plain torch)'" in done.stdout and "Median" in done.stdout
     found = json.loads(file.read_text())["benchmarks"]
     ran = {one["group"].split()[0] for one in found}
-    assert {"rms_norm", "expert_swiglu", "linear", "rope_append", "decode_step"} <= ran, ran
+    assert {"rms_norm", "expert_swiglu", "linear", "rope_append_attention", "decode_step"} <= ran, ran
     for one in found:
         assert one["group"].endswith("(CPU, plain torch)") and one["extra_info"]["device"] == "CPU, plain torch"
         assert one["extra_info"]["bytes"] > 0 and one["stats"]["median"] > 0 and one["stats"]["rounds"] == 20

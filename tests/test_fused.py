@@ -7,6 +7,7 @@ import torch
 
 from mixtral_triton import ops
 from mixtral_triton.kernels.linear import FEW
+from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
 
 
@@ -45,3 +46,33 @@ def test_linear_keeps_the_leading_dimensions(rows: tuple[int, ...], deterministi
     got = ops.linear(x, weight, deterministic)
     assert got.shape == (*rows, 33)
     assert torch.allclose(got, torch.nn.functional.linear(x, weight), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("C", "window", "past", "new"),
+    [
+        (600, 0, [0, 1, 300, 598], [1, 1, 1, 1]),  # several splits, the first of them with no key but the new one
+        (600, 600, [599, 600, 5000, 7], [1, 1, 1, 0]),
+        (16, 16, [3, 16, 40, 15], [1, 0, 1, 1]),
+        (64, 5, [0, 4, 5, 63], [0, 1, 1, 1]),
+    ],
+)
+def test_a_decode_step_s_attention_is_its_parts(
+    C: int, window: int, past: list[int], new: list[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Rotation, append and attention one after the other; a row without a new token is padding, and finite."""
+    sizes = Shape(B=4, T=1, Hq=4, Hkv=2, D=32, C=C, window=window, past=0)
+    args = OPS["rope_append_attention"].inputs(sizes, dtype, device, torch.Generator().manual_seed(0))
+    args |= {"past": torch.tensor(past, device=device), "new": torch.tensor(new, device=device)}
+    apart = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in args.items()}
+    got = ops.rope_append_attention(**args)
+    q, k = ops.rope(*(apart[name] for name in ("q", "k", "cos", "sin")), apart["past"][:, None])
+    where = [apart[name] for name in ("k_cache", "v_cache", "past", "new")]
+    ops.append(k, apart["v"], *where)
+    want = ops.cached_attention(q, None, None, *where, window)
+    assert got.isfinite().all()
+    close = {"rtol": 0.0, "atol": 2 * torch.finfo(dtype).eps * float(want.abs().max()) + 2e-6}
+    assert torch.allclose(got, want, **close)
+    for name in ("k_cache", "v_cache"):
+        assert torch.allclose(args[name], apart[name], **close)

@@ -60,6 +60,18 @@ def test_other_head_sizes(D: int, dtype: torch.dtype) -> None:
     assert kernels == dict.fromkeys(("attention_prefill_kernel", "attention_decode_kernel", "attention_combine_kernel"))
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_attention_with_two_programs_an_sm(arch: str) -> None:
+    """As many tiles as there are SMs, or fewer. Over a ring with a window they would spill, and are whole."""
+    plain = {"B": 1, "T": 500, "S": 500, "Hq": 32, "Hkv": 8, "D": 128, "window": 0}
+    ring = {"C": 4096, "past": 3000, "fresh": True}
+    cases = [("attention", plain, 64), ("attention", plain | {"window": 4096}, 64)]
+    cases += [("cached_attention", plain | ring, 64), ("cached_attention", plain | ring | {"window": 4096}, 128)]
+    for name, sizes, rows in cases:
+        (launch,) = collect(replace(OPS[name], bench_shapes=(Shape(sizes),)), arch, [torch.bfloat16])
+        assert launch.constexprs["BLOCK_M"] == rows and compile_launch(launch, arch).fault is None, (name, launch)
+
+
 # D and T. Narrower than their tile: an assembler of CUDA 12 crashes where 64 rows or 64 columns meet 128 keys.
 HEADS = [(48, 20), (48, 65), (48, 150), (72, 37), (80, 33), (112, 37), (192, 65)]
 
@@ -75,6 +87,14 @@ def test_heads_narrower_than_their_tile(D: int, T: int, arch: str) -> None:
         assert compile_launch(launch, arch).fault is None, (name, launch)
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80", "gfx942"])
+@pytest.mark.parametrize("D", [48, 72, 80, 192])
+def test_a_decode_step_of_such_heads(D: int, arch: str) -> None:
+    sizes = Shape(B=2, T=1, Hq=8, Hkv=2, D=D, C=4096, window=4096, past=4095)
+    launches = collect(replace(OPS["rope_append_attention"], bench_shapes=(sizes,)), arch, [torch.bfloat16])
+    assert launches and not [fault for launch in launches if (fault := compile_launch(launch, arch).fault)]
+
+
 def prefill(kernel: str, arch: str = "sm_90") -> Launch:
     """A bf16 kernel as 8x7B launches it for 4096 tokens."""
     op = OPS["attention" if kernel.startswith("attention") else "expert_swiglu"]
@@ -83,7 +103,9 @@ def prefill(kernel: str, arch: str = "sm_90") -> Launch:
 
 
 # More is better; vLLM's best expert tile has 5,191, Triton's attention tutorial 2,052.
-FLOP_PER_INSTRUCTION = {"experts_up_kernel": 4600, "experts_down_kernel": 4600, "attention_prefill_kernel": 2000}
+FLOP_PER_INSTRUCTION = {"experts_up_kernel": 5500, "experts_down_kernel": 5500, "attention_prefill_kernel": 2000}
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):  # it computes the places of tiles in every turn
+    FLOP_PER_INSTRUCTION |= {"experts_up_kernel": 4100, "experts_down_kernel": 4100}
 
 
 def flop_a_turn(launch: Launch) -> int:
@@ -111,7 +133,9 @@ def test_main_loops_of_other_tensor_cores(kernel: str, arch: str) -> None:
     launch = prefill(kernel, arch)
     loops = compile_launch(launch, arch).loops
     # Attention: the interior and the right edge; the left edge, which is empty here, as far as the compiler kept it.
-    assert len(loops) in ((2, 3) if kernel.startswith("attention") else (1,)) and all(loop.tensor for loop in loops)
+    # Experts: by TMA a whole tile, its upper part alone, a short one.
+    most = (2, 3) if kernel.startswith("attention") else (1,) if arch == "sm_80" else (3,)
+    assert len(loops) in most and all(loop.tensor for loop in loops)
     if arch == "sm_80":
         assert max(loop.flops or 0 for loop in loops) * launch.num_warps == flop_a_turn(launch)
     else:
@@ -187,7 +211,7 @@ def test_each_kernel_once_in_a_fixed_order(own_cache: Path, monkeypatch: pytest.
     names, progress = ["rms_norm", "append", "route"], []
     monkeypatch.setattr(offline, "_A_WORKER", 4)
     done = [as_json(c) for c in compile_ops(names, "sm_90", progress=lambda *at: progress.append(at), as_done=True)]
-    assert progress == [(n + 1, len(done)) for n in range(len(done))] and len(done) >= 16
+    assert progress == [(n + 1, len(done)) for n in range(len(done))] and len(done) >= 12
     monkeypatch.setattr(offline, "share", None)
     rows = [as_json(c) for c in compile_ops(names[::-1], "sm_90")]
     assert sorted(map(json.dumps, rows)) == sorted(map(json.dumps, done))
@@ -204,10 +228,10 @@ def test_the_heaviest_first(own_cache: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(offline, "_attempt", note)
     monkeypatch.setattr(offline, "_A_WORKER", 1 << 20)
-    rows = list(compile_ops(["gate_route", "attention"], "sm_90", dtypes=[torch.bfloat16]))
+    rows = list(compile_ops(["linear", "attention"], "sm_90", dtypes=[torch.bfloat16]))
     kernels = [launch.kernel for launch in begun]
     assert kernels[0] == "attention_prefill_kernel" and kernels[-1] == "attention_combine_kernel"
-    assert len(begun) == len(rows) and rows[0].kernel == "gate_route_kernel"
+    assert len(begun) == len(rows) and rows[0].kernel == "linear_decode_kernel"
 
 
 def test_a_kernel_of_two_operations_is_compiled_once(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +282,7 @@ def damaged(text: str) -> Iterator[bytes]:
 
 
 def test_counts_are_remembered_as_long_as_they_hold(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = next(found for found in collect(OPS["gate_route"], "sm_90", [torch.bfloat16]))
+    launch = next(found for found in collect(OPS["linear"], "sm_90", [torch.bfloat16]))
     runs: list[int] = []
     disassemble = sass._disassemble
     monkeypatch.setattr(sass, "_disassemble", lambda *args: runs.append(1) or disassemble(*args))
@@ -276,7 +300,7 @@ def test_counts_are_remembered_as_long_as_they_hold(own_cache: Path, monkeypatch
         assert row() == first and len(runs) == times and memory.read_text() == kept
     monkeypatch.setattr(counted, "_CODE", b"counted otherwise")
     assert row() == first and len(runs) == times + 1 and memory.read_text() != kept
-    other = cubin.read_bytes().replace(b"gate_route", b"gate_rout_")
+    other = cubin.read_bytes().replace(b"linear_dec", b"linear_de_")
     cubin.write_bytes(other)
     assert row() == first and len(runs) == times + 2, "other machine code"
     memory.unlink()

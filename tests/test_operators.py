@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {  # of others, their first test shape
     "experts_add_rms_norm": {"T": 5, "H": 8, "I": 12, "E": 4, "K": 2},
     "rope": {"B": 2, "T": 3, "Hq": 4, "Hkv": 2, "D": 8, "P": 9},
     "append": {"B": 2, "T": 3, "Hkv": 2, "D": 8, "C": 5, "past": 4},
-    "rope_append": {"B": 2, "T": 1, "Hq": 4, "Hkv": 2, "D": 8, "C": 5, "past": 4},
+    "rope_append_attention": Shape(B=2, T=1, Hq=4, Hkv=2, D=8, C=5, past=4, window=5),
     "attention": Shape(B=2, T=3, S=7, Hq=4, Hkv=2, D=8, window=4, ragged=True),
     "cached_attention": Shape(B=2, T=3, Hq=4, Hkv=2, D=8, C=5, past=4, window=5, fresh=True),
 }

@@ -50,7 +50,7 @@ SIZES: dict[str, dict[str, int]] = {
     "experts_add_rms_norm": {"T": 5, "H": 16, "I": 12, "E": 4, "K": 2},
     "rope": {"B": 2, "T": 2, "Hq": 2, "Hkv": 1, "D": 8, "P": 9},
     "append": {"B": 3, "T": 3, "Hkv": 1, "D": 8, "C": 5, "past": 4},
-    "rope_append": {"B": 3, "T": 1, "Hq": 2, "Hkv": 1, "D": 8, "C": 5, "past": 4},
+    "rope_append_attention": Shape(B=3, T=1, Hq=2, Hkv=1, D=16, C=5, past=4, window=5),
     "attention": Shape(B=3, T=2, S=9, Hq=2, Hkv=1, D=16, window=0, ragged=True),
     "cached_attention": Shape(B=3, T=3, Hq=2, Hkv=1, D=16, C=5, past=4, window=5, fresh=True),
 }

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +12,29 @@ import pytest
 import torch
 
 from mixtral_triton import Mixtral, MixtralConfig
-from mixtral_triton.cli import SMALL, main
+from mixtral_triton.bench.mesh import ROUNDS, RUNS
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.parallel import Shard, traffic
+from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.parallel import Shard
 from tests import hub
-from tests.ranks import Ranks, everything, logits, read_and_kept, refusal, renamed, silent, watched
+from tests.ranks import (
+    Ranks,
+    another_rank_s_heads,
+    counted_wrong,
+    everything,
+    halved,
+    halves_swapped,
+    logits,
+    read_and_kept,
+    refusal,
+    renamed,
+    replayed,
+    silent,
+    stuck,
+    timed,
+    verified,
+    watched,
+)
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(
@@ -205,8 +217,8 @@ def test_what_is_refused(ranks: Ranks, checkpoint: Checkpoint) -> None:
         assert "mesh is 'tp', needs a torch.distributed.device_mesh.DeviceMesh whose dimensions are named" in said
     assert all("mesh has dimensions named ('replica', 'tp')" in said for said in ranks(renamed, folder, tp=2))
     assert all("device" in said and "cuda" in said for said in ranks(refusal, folder, device="cuda", tp=2))
-    for verified, watched_ in ranks(watched, folder, IDS, tp=2):
-        assert "of a mesh, with a part of each weight" in verified and "dispatch mode" in watched_
+    for peer, mode in ranks(watched, folder, IDS, tp=2):
+        assert "no rank of a mesh has all weights" in peer and "dispatch mode" in mode
 
 
 def missing(folder: Path) -> str:
@@ -243,89 +255,68 @@ def test_a_rank_that_does_not_come(ranks: Ranks, checkpoint: Checkpoint) -> None
         assert said.startswith(f"rank {rank} of 4: another rank does not answer: ")
 
 
-PROMPT = ("--device", "cpu", "--dtype", "float32", "--prompt", "The return statement", "--temperature", "0.8", "--json")
-
-
-def test_torchrun_writes_the_same_text(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ("generate", str(SMALL), *PROMPT, "--max-new-tokens", "8")
-    start = ("torch.distributed.run", "--nproc-per-node", "2", "-m", "mixtral_triton")
-    run = subprocess.run(
-        (sys.executable, "-m", *start, *command, "--ep", "2"),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env=one_thread(),
+@pytest.mark.parametrize(
+    ("mesh", "name", "weights"),
+    [
+        *((mesh, "window", None) for mesh in MESHES),
+        ("tp 4", "no window, tied", None),
+        ("tp 2", "wide", {"experts": "int8", "linear": "int4"}),
+        ("ep 2 x tp 2", "wide", "int4"),
+    ],
+    ids=str,
+)
+def test_verify(mesh: str, name: str, weights: Any, ranks: Ranks, checkpoint: Checkpoint) -> None:
+    """On every rank the same report: all operations, all layers, and the loaded tensors beside the files."""
+    first, *others = ranks(verified, checkpoint(name), IDS, weights=weights, **MESHES[mesh])
+    assert not first.wrong, str(first)
+    assert all(
+        report.rows == first.rows for report in others[: MESHES[mesh].get("tp", 1) * MESHES[mesh].get("ep", 1) - 1]
     )
-    assert run.returncode == 0, run.stderr
-    assert main(command) == 0
-    alone, several = (json.loads(text) for text in (capsys.readouterr().out, run.stdout))
-    assert alone["tokens"] == several["tokens"] and alone["text"] == several["text"]
+    for layer in range(BASE["num_hidden_layers"]):
+        assert {row.op for row in first.rows if row.layer == layer} >= {*OPS, "layer", "weights"}
+    assert first.flips == 0 and first.rows[-1].op == "logits"
 
 
-def one_thread(**more: str) -> dict[str, str]:
-    paths = os.pathsep.join(filter(None, sys.path))
-    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths, **more}
-
-
-def test_a_killed_rank_ends_the_others() -> None:
-    command = (sys.executable, "-m", "mixtral_triton", "generate", str(SMALL), *PROMPT[:-1], "--tp", "2")
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    first, second = (
-        subprocess.Popen((*command, "--max-new-tokens", "1000"), env=one_thread(RANK=str(rank), **common), **pipes)
-        for rank in range(2)
-    )
-    try:
-        assert first.stdout is not None and first.stdout.read(len("The return statement") + 1)  # it writes
-        second.send_signal(signal.SIGKILL)
-        start = time.monotonic()
-        _, stderr = first.communicate(timeout=60)
-        assert time.monotonic() - start < 30 and first.returncode == 2
-        assert "mixtral-triton generate: rank 0 of 2: rank 1 is gone: " in stderr.splitlines()[-1]
-    finally:
-        for one in (first, second):
-            one.kill()
-            one.communicate()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-ASKED = [
-    (("--tp", "2"), {}, "--tp 2 times --ep 1 needs 2 processes, and torchrun started 1: torchrun --nproc-per-node 2"),
-    (("--tp", "2"), {"WORLD_SIZE": "3", "RANK": "1"}, "rank 1 of 3: --tp 2 times --ep 1 needs 2 processes"),
-    ((), {"WORLD_SIZE": "2", "RANK": "0"}, "rank 0 of 2: --tp 1 times --ep 1 needs 1 processes"),
-    (("--ep", "0"), {}, "--ep is 0, needs at least 1"),
-    (("--tp", "2", "--device", "cuda:1"), {"WORLD_SIZE": "2", "RANK": "1"}, "--device is 'cuda:1', needs cpu or cuda"),
-]
-
-
-@pytest.mark.parametrize(("options", "environment", "message"), ASKED, ids=[message for _, _, message in ASKED])
-def test_processes_that_do_not_fit(
-    options: tuple[str, ...],
-    environment: dict[str, str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize(
+    ("fault", "mesh", "seen"),
+    [
+        (halves_swapped, "tp 2", {("weights", 1)}),
+        (halves_swapped, "ep 2", {("weights", 1)}),
+        (another_rank_s_heads, "tp 4", {("weights", 0)}),
+        (counted_wrong, "ep 2", {("layer", 0), ("layer", 1)}),
+        (halved, "tp 2", {("layer", 0), ("layer", 1)}),
+    ],
+)
+def test_verify_sees_what_one_rank_has_wrong(
+    fault: Any, mesh: str, seen: set[Any], ranks: Ranks, checkpoint: Checkpoint
 ) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert main(["generate", "--prompt", "x", *options]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
+    for report in ranks(verified, checkpoint(), IDS, fault=fault, **MESHES[mesh])[-MESHES[mesh].get("tp", 2) :]:
+        assert {(row.op, row.layer) for row in report.wrong} >= seen and not report.ok
 
 
-def test_traffic() -> None:
-    """Of 8x7B over four: a ring sends 3/4 of a sum's 4096 numbers twice, two sums a layer; 3/4 of 32000 logits."""
-    config = MixtralConfig(rope_theta=1e6)
-    assert traffic(config, tp=2, ep=2) == traffic(config, tp=4)
-    assert (traffic(config, tp=4).layer, traffic(config, tp=4).head) == (2 * 2 * 3 * 1024 * 2, 3 * 8000 * 2)
-    assert (traffic(config).layer, traffic(config).head) == (0, 0)
+@pytest.mark.parametrize(("mesh", "deterministic"), [("tp 2", False), ("ep 2 x tp 2", True)])
+def test_a_decode_step_is_a_graph_here_too(
+    mesh: str, deterministic: bool, ranks: Ranks, checkpoint: Checkpoint
+) -> None:
+    """What the ranks send is in it, and goes when it is replayed."""
+    folder = checkpoint()
+    want = Mixtral.from_pretrained(folder, "cpu").generate(IDS[:, :4], max_new_tokens=8)
+    for text, replays, calls in ranks(replayed, folder, IDS[:, :4], deterministic=deterministic, **MESHES[mesh]):
+        assert torch.equal(text, want) and replays == 6
+        sums = "all_gather" if deterministic else "all_reduce"
+        layers = BASE["num_hidden_layers"]
+        # The prompt, the first step, and the replays: in the capture itself nothing is sent.
+        assert calls["broadcast"] == 2 + replays and calls[sums] >= 2 * layers * (2 + replays)
 
 
-def test_fit_prints_the_traffic(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", "mixtral-8x7b", "--memory", "80", "--gpus", "4", "--context", "4096"]) == 0
-    assert "a card sends 24.6 kB a layer, and 48.0 kB of logits." in capsys.readouterr().out
+def test_bench_times_the_slowest_rank(ranks: Ranks) -> None:
+    sizes = {"B": 2, "S": 8, "L": 1, "H": 64, "I": 128, "E": 4, "K": 2, "Hq": 4, "Hkv": 2, "D": 16, "V": 64}
+    found = ranks(timed, sizes, tp=2)
+    times = [seconds for seconds, _ in found]
+    assert times[0] == times[1] > 0 and times[2] == times[3] > 0  # the two of a mesh say the same
+    assert {replays for _, replays in found} == {ROUNDS + ROUNDS * RUNS}
+
+
+def test_a_wait_for_a_card_that_is_never_done_ends(ranks: Ranks, checkpoint: Checkpoint) -> None:
+    for rank, said in enumerate(ranks(stuck, checkpoint(), tp=4)):
+        assert said == f"rank {rank} of 4: another rank does not answer: its part of a sum did not come"

@@ -62,11 +62,11 @@ def in_one_layer(made: Mixtral, name: str, old: str, new: str) -> None:
 IN_A_LAYER = {
     "the two norms swapped": ("forward", "post_attention_layernorm", "input_layernorm"),
     "query and key heads swapped": ("attention", "q, k, v = qkv", "k, q, v = qkv"),
-    "a residual left out": ("forward", "residual=x", "residual=torch.zeros_like(x)"),
+    "a residual left out": ("forward", "a, x, *norm", "a, x * 0, *norm"),
     "routes not renormalized": (
-        "experts",
-        "proj = self",
-        "scores = _.float().softmax(-1).gather(1, ids.long()); proj = self",
+        "forward",
+        "y, total = self",
+        "scores = _.float().softmax(-1).gather(1, ids.long()); y, total = self",
     ),
 }
 IN_ALL_LAYERS = {
@@ -152,7 +152,7 @@ def test_an_expert_with_the_down_projection_of_another(dtype: torch.dtype) -> No
 def test_a_route_that_was_no_close_call() -> None:
     """The layer's own gate reads the tokens in another order: their routes are put right, and said to be wrong."""
     made = made_of(torch.bfloat16)
-    in_one_layer(made, "experts", "gate_route(rows,", "gate_route(rows.flip(0),")
+    in_one_layer(made, "forward", "a, x, *norm", "a.flip(0), x, *norm")
     assert (LAYER, "routes") in {(row.layer, row.case) for row in verify(made, IDS).wrong}
 
 

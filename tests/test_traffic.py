@@ -6,6 +6,7 @@ Sizes are small, but the tiles are those of Mixtral 8x7B on sm_90: the ratios ar
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixtral_triton.kernels import linear
 from mixtral_triton.kernels.experts import op as experts
 from mixtral_triton.kernels.instruments.traffic import Traffic, count_traffic
 from mixtral_triton.kernels.launch import INTERPRETED, launch
 from mixtral_triton.kernels.op import LaunchConfig, Shape, Sizes
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.tma import describe
+from tests.spoilt import spoilt
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter: needs TRITON_INTERPRET=1")
 
@@ -256,17 +259,64 @@ def test_a_linear_layer_of_few_rows_reads_its_weight_once(T: int, within: Any) -
     within(f"linear's weight, T {T}", ratio, 1.05)
 
 
+# Bytes from L2 for each byte of a weight, at the most, by how few rows.
+A_WEIGHT_BYTE = {1: 1.3, 4: 1.3, 9: 1.3, 16: 1.3, 32: 1.5, 64: 1.5}
+
+
+def from_l2(traffic: Traffic, weight: str, x: str, kernel: str) -> float:
+    """Bytes from L2 to the SMs by those of the weight: padding rows that repeat another one come again."""
+    arguments = traffic[kernel].arguments
+    return 1 + arguments[x].crossed / arguments[weight].loaded
+
+
+@pytest.mark.parametrize("T", A_WEIGHT_BYTE)
+def test_few_rows_bring_little_more_than_the_weight_from_l2(
+    T: int, within: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "few", lambda *sizes: True)
+    traffic = counted("linear", {"T": T, "H": 512, "N": 256})
+    ratio = from_l2(traffic, "weight", "x", "linear_decode_kernel")
+    within(f"linear's bytes from L2 a weight byte, T {T}", ratio, A_WEIGHT_BYTE[T])
+    traffic = counted("expert_swiglu", {**SMALL, "T": T}, ids=routing("balanced", T))
+    for x, (kernel, weight) in zip(("x", "h"), WEIGHTS.items(), strict=True):
+        ratio = from_l2(traffic, weight, x, f"experts_{kernel}_decode_kernel")
+        within(f"experts' {kernel}, bytes from L2 a weight byte, T {T}", ratio, A_WEIGHT_BYTE[T])
+
+
+@pytest.mark.parametrize("T", [1, 16])
+def test_a_gate_s_program_brings_little_more_than_the_gate(T: int, within: Any) -> None:
+    traffic = counted("rms_norm_gate_route", {"T": T, "H": 512, "E": 8, "K": 2})["gate_route_kernel"].arguments
+    weights, rows = (sum(traffic[name].crossed for name in names) for names in (("gate", "norm"), ("x", "residual")))
+    within(f"gate and norm, bytes from L2 a weight byte, T {T}", 1 + rows / weights, A_WEIGHT_BYTE[T])
+
+
+CLAMPED = (
+    ("x_ptr + offs_t.to(tl.int64)[None, :]", "x_ptr + tl.minimum(offs_t, T - 1).to(tl.int64)[None, :]"),
+    ("(offs_t < T)[None, :], 0, H", "(offs_t >= 0)[None, :], 0, H"),
+)
+
+
+def test_a_clamped_row_is_caught(tmp_path: Path, within: Any) -> None:
+    """Padding that repeats a row, which is right and crosses L2 again."""
+    args = OPS["linear"].inputs({"T": 1, "H": 512, "N": 256}, BF16, "cpu", torch.Generator().manual_seed(0))
+    with count_traffic() as traffic:
+        got = spoilt(linear, tmp_path, *CLAMPED).linear(**args)
+    assert torch.equal(got, linear.linear(**args))
+    with pytest.raises(AssertionError, match=r"clamped: 2\.000 .* at most 1\.3"):
+        within("clamped", from_l2(traffic, "weight", "x", "linear_decode_kernel"), A_WEIGHT_BYTE[1])
+
+
 # What all programs read, out of the L2 cache, and what is a few bytes a program.
-SHARED = {"weight", "gate", "past", "new"}
+SHARED = {"weight", "norm", "gate", "past", "new"}
 ONCE = [
     ("rms_norm", {"T": 17, "H": 4096}),
     ("rms_norm", {"T": 70, "H": 80}),
     ("add_rms_norm", {"T": 17, "H": 4096}),
     ("rope", {"B": 2, "T": 5, "Hq": 32, "Hkv": 8, "D": 128, "P": 4096}),
-    ("rope_append", {"B": 1, "T": 1, "Hq": 32, "Hkv": 8, "D": 128, "C": 16, "past": 13}),
     ("append", {"B": 1, "T": 15, "Hkv": 8, "D": 128, "C": 16, "past": 13}),
     ("route", {"T": 130, "E": 8, "K": 2}),
     ("gate_route", {"T": 33, "H": 4096, "E": 8, "K": 2}),
+    ("rms_norm_gate_route", {"T": 33, "H": 4096, "E": 8, "K": 2}),
 ]
 
 

@@ -12,16 +12,19 @@ import torch
 
 from mixtral_triton.bench.cases import Case, Oracle, cases
 from mixtral_triton.bench.measure import own_way
+from mixtral_triton.bench.peers import Unfit, peers_of
 from mixtral_triton.bench.tune import FASTER, choices, compiled_as, neighbours, tune, whole
 from mixtral_triton.bench.tune_command import literal
 from mixtral_triton.cli import main
 from mixtral_triton.kernels import launch
 from mixtral_triton.kernels.launch import INTERPRETED, target_arch
 from mixtral_triton.kernels.op import LaunchConfig, Shape
+from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 
 CPU = torch.device("cpu")
 compiled_way = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
+FEW_ROWS = "linear_decode_kernel"
 PREFILL = LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 128, "SPLIT_K": 4}, num_warps=8, num_stages=1)
 
 
@@ -49,6 +52,50 @@ def test_the_depth_of_a_quantized_weight_s_tile_stays() -> None:
     assert len(depths) == 1 and len({one.config.constexprs["BLOCK_N"] for one in tuned.tried}) == 3
 
 
+@compiled_way
+def test_a_kernel_is_tuned_where_a_library_is_chosen() -> None:
+    case = Case(OPS["linear"], Shape(T=32, H=4096, N=4096), torch.bfloat16)
+    with record_launches() as launches:
+        case.op.run(**case.inputs(torch.device("meta")))
+    assert [launch.kernel for launch in launches] == ["aten::mm"] and list(choices(case, "sm_90")) == [FEW_ROWS]
+    tuned = tune(case, FEW_ROWS, "sm_90")
+    assert tuned.library and tuned.library_s is None and len(tuned.tried) > 5 and tuned.tried[0].note is None
+    assert not tune(Case(OPS["linear"], Shape(T=16, H=4096, N=4096), torch.bfloat16), FEW_ROWS, "sm_90").library
+    assert choices(Case(OPS["linear"], Shape(T=65, H=4096, N=4096), torch.bfloat16), "sm_90") == {}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs a kernel: needs TRITON_INTERPRET=1")
+def test_beside_a_library_our_kernel_is_a_peer() -> None:
+    case = Case(OPS["linear"], Shape(T=20, H=64, N=48), torch.float32)
+    args = case.inputs(CPU)
+    (peer,) = (peer for peer in peers_of("linear") if peer.name == FEW_ROWS)
+    with record_launches() as launches:
+        got = peer.build(case.op, args)(**args)
+    assert [launch.kernel for launch in launches if launch.fn is not None] == [FEW_ROWS]
+    assert Oracle(case.op, args).fault(lambda **_: got) is None
+    with pytest.raises(Unfit, match="chosen already"):
+        peer.build(case.op, Case(OPS["linear"], Shape(T=3, H=64, N=48), torch.float32).inputs(CPU))
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "kernel", "tiles"),
+    [
+        ("expert_swiglu", {"T": 512, "H": 4096, "I": 14336, "E": 8, "K": 2}, "experts_up_kernel", {64, 128, 192}),
+        ("attention", Shape(B=1, T=1024, S=1024, Hq=32, Hkv=8, D=128, window=0), "attention_prefill_kernel", {64, 128}),
+    ],
+)
+def test_rivals_are_tried_too(name: str, sizes: Any, kernel: str, tiles: set[int]) -> None:
+    """Tiles with their warps and stages: no one step of a size leads there."""
+    case = Case(OPS[name], sizes, torch.bfloat16)
+    rivals = case.op.rivals(sizes, torch.bfloat16, "sm_90")[kernel] if case.op.rivals else ()
+    _, now = choices(case, "sm_90")[kernel]
+    assert now in rivals and {config.constexprs["BLOCK_M"] for config in rivals} == tiles
+    steps = neighbours(now, whole(case.op, kernel))
+    assert any(config not in steps for config in rivals if config != now)
+    for config in rivals:
+        assert compiled_as(case, kernel, config, "sm_90").note is None
+
+
 def small(name: str) -> list[Case]:
     """A shape with one token, and one with several."""
     op = OPS[name]
@@ -61,7 +108,7 @@ def small(name: str) -> list[Case]:
 
 
 TILED = {"linear", "expert_swiglu", "experts_add_rms_norm", "attention", "cached_attention", "gate_route", "route"}
-TILED |= {"sort_by_expert", "rms_norm", "add_rms_norm"}
+TILED |= {"sort_by_expert", "rms_norm", "add_rms_norm", "rms_norm_gate_route", "rope_append_attention"}
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs the kernels: needs TRITON_INTERPRET=1")

@@ -11,7 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..dependent import await_earlier
 from ..ring import POSITIONS_MOST, standing
+from ..rope import angles
 
 
 @triton.jit
@@ -100,7 +102,7 @@ def _sweep(
     return _accumulate(state, queries, keys, right, high, high, KIND, True, EDGE_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "C"])
 def attention_prefill_kernel(
     q_ptr,  # [B, T, Hq, D]
     k_ptr,  # [B, S, Hkv, D] keys given with the queries
@@ -198,6 +200,35 @@ def attention_prefill_kernel(
 
 
 @triton.jit
+def _rotated(ptrs, mask, cos, sin, D: tl.constexpr):
+    """Heads at `ptrs` ([rows, 1], or one) turned by [1, BLOCK_D] angles: each column with the one half a head away."""
+    offs_d = tl.arange(0, cos.shape[1])[None, :]
+    first = offs_d < D // 2
+    x = tl.load(ptrs + offs_d, mask=mask, other=0.0)
+    other = tl.load(ptrs + tl.where(first, offs_d + D // 2, offs_d - D // 2), mask=mask, other=0.0).to(tl.float32)
+    return (x.to(tl.float32) * cos + tl.where(first, -other, other) * sin).to(x.dtype)
+
+
+@triton.jit
+def _newest_key(state, q, scale, fresh, caches, angle, wanted, D: tl.constexpr):
+    """The state of a sweep that has seen the newest key alone, which goes into the caches; not `wanted`: none.
+
+    fresh, caches  pointers of this key and its value, not rotated, and of their places
+    """
+    acc, largest, total = state
+    offs_d = tl.arange(0, q.shape[1])[None, :]
+    mask = offs_d < tl.where(wanted, D, 0)
+    k = _rotated(fresh[0], mask, angle[0], angle[1], D)
+    v = tl.load(fresh[1] + offs_d, mask=mask, other=0.0)
+    tl.store(caches[0] + offs_d, k, mask=mask)
+    tl.store(caches[1] + offs_d, v, mask=mask)
+    # What it stored it does not read: the other splits see no key in this slot, and this one has it here.
+    score = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale
+    largest = tl.where(wanted, score, largest)
+    return acc + v.to(tl.float32), largest, tl.where(wanted, 1.0, total)
+
+
+@triton.jit(do_not_specialize=["T", "S", "SPLITS"])
 def attention_decode_kernel(
     q_ptr,  # [B, T, Hq, D]
     k_ptr,  # [B, S, Hkv, D], or with RING the cache by its strides
@@ -207,6 +238,11 @@ def attention_decode_kernel(
     starts_ptr,  # [B] first valid key, or None: 0
     lengths_ptr,  # [B] end of the valid keys, or None: S; with past: how many tokens came after it
     past_ptr,  # [B] position of query 0, or None: the queries are the last T positions
+    new_k_ptr,  # [B, 1, Hkv, D] the newest key, which is to be rotated, as q is, and to enter the ring; or None
+    new_v_ptr,
+    cos_ptr,  # [P, D / 2] fp32, with a newest key
+    sin_ptr,
+    P,
     T,
     S,  # key positions, or slots of the ring
     Hq,
@@ -220,16 +256,22 @@ def attention_decode_kernel(
     stride_vb,
     stride_vt,
     stride_vh,
+    stride_nkb,
+    stride_nkh,
+    stride_nvb,
+    stride_nvh,
     window,
     scale,
     SPLITS,  # programs that share out the keys; as a constexpr it would be a kernel for each number of them
     D: tl.constexpr,
     RING: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    await_earlier(PDL)
     # All query heads of a group, of all T tokens, are rows of one tile: its keys and values are read once.
     split, hkv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start = _bound(starts_ptr, b) if starts_ptr is not None else 0
@@ -244,7 +286,8 @@ def attention_decode_kernel(
         end = tl.minimum(end, S)
         start = tl.maximum(start, 0)
     low = tl.maximum(start, query - window + 1) if WINDOWED else start
-    high = tl.minimum(end, query + T)
+    # A newest key is not read from the ring: the last split has it from its source.
+    high = tl.minimum(end, query + T) if new_k_ptr is None else query
     span = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), SPLITS), BLOCK_N) * BLOCK_N
     low += split * span
     high = tl.minimum(high, low + span)
@@ -253,14 +296,24 @@ def attention_decode_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask = (rows < T * G)[:, None] & (offs_d < D)[None, :]
     q_rows = q_ptr + b * stride_qb + (t * stride_qt + hq * stride_qh)[:, None]
-    q = tl.load(q_rows + offs_d[None, :], mask=mask, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    head = hkv.to(tl.int64)
+    head, state = hkv.to(tl.int64), (acc, largest, total)
     k, v = k_ptr + b * stride_kb + head * stride_kh, v_ptr + b * stride_vb + head * stride_vh
+    if new_k_ptr is not None:
+        # Padding may stand past the last position: what it gives means nothing, but is no NaN.
+        position = tl.where(new > 0, past, tl.minimum(past, P - 1))
+        angle = angles(cos_ptr, sin_ptr, tl.where(new < 0, P, position), P, offs_d % (D // 2), D // 2)
+        q = _rotated(q_rows, mask, angle[0], angle[1], D)
+        slot = past % S
+        fresh = new_k_ptr + b * stride_nkb + head * stride_nkh, new_v_ptr + b * stride_nvb + head * stride_nvh
+        wanted = (new > 0) & (split == SPLITS - 1)
+        state = _newest_key(state, q, scale, fresh, (k + slot * stride_kt, v + slot * stride_vt), angle, wanted, D)
+    else:
+        q = tl.load(q_rows + offs_d[None, :], mask=mask, other=0.0)
     keys = (k, v, stride_kt, stride_vt, None, None, 0, 0, S if RING else 0)
-    state, queries = (acc, largest, total), (q, query + t.to(tl.int32), window, scale)
+    queries = (q, query + t.to(tl.int32), window, scale)
     KIND: tl.constexpr = (D, RING, True, WINDOWED)
     acc, largest, total = _accumulate(state, queries, keys, low, high, high, KIND, True, BLOCK_N)
     if RING:
@@ -279,8 +332,10 @@ def attention_combine_kernel(
     out_ptr,  # [rows, D] out
     D: tl.constexpr,
     SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    await_earlier(PDL)
     row = tl.program_id(0).to(tl.int64)
     offs_s, offs_d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     lse = tl.load(lse_ptr + row * SPLITS + offs_s)

@@ -20,7 +20,7 @@ from ..op import Cost, Op, Shape, Sizes, dense_rows, sample, switches
 from ..ring import Heads, New, Past, Queries, Slots, cache_inputs, ring_rule, strides
 from ..tma import describe
 from .kernels import attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel
-from .tiles import PACKED_ROWS, configs
+from .tiles import PACKED_ROWS, configs, rivals
 
 
 def groups(op: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
@@ -60,11 +60,11 @@ def attention(
     `deterministic`: a sequence's bits do not depend on the rest of the batch. Few causal queries (times the heads of a
     group) decode, the others prefill.
     """
-    sizes = _sizes(q, k, window, deterministic)
-    bounds = {"starts_ptr": _dense(starts), "lengths_ptr": _dense(lengths)}
+    sizes = sizes_of(q, k, window, deterministic)
+    bounds = {"starts_ptr": dense(starts), "lengths_ptr": dense(lengths)}
     G = q.shape[2] // k.shape[2]
     if causal and (q.shape[1] == 1 or q.shape[1] * G <= PACKED_ROWS):
-        return _decode(q, k, v, bounds | {"past_ptr": None}, sizes, scale, ring=False)
+        return decode(q, k, v, bounds | {"past_ptr": None}, sizes, scale, ring=False)
     return _prefill(q, k, v, None, bounds | {"past_ptr": None}, sizes, scale, causal)
 
 
@@ -85,18 +85,22 @@ def cached_attention(
     (a ValueError on a CPU) is NaN.
     """
     keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    sizes = _sizes(q, keys, window, deterministic)
-    bounds = {"starts_ptr": None, "lengths_ptr": _dense(new), "past_ptr": _dense(past)}
+    sizes = sizes_of(q, keys, window, deterministic)
+    bounds = {"starts_ptr": None, "lengths_ptr": dense(new), "past_ptr": dense(past)}
     if k is None or v is None:
-        return _decode(q, keys, values, bounds, sizes, None, ring=True)
-    return _prefill(q, k, v, (k_cache, v_cache), bounds, sizes, None, True)
+        return decode(q, keys, values, bounds, sizes, None, ring=True)
+    return _prefill(q, k, v, (k_cache, v_cache), bounds, sizes | {"C": k_cache.shape[2]}, None, True)
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
+_NONE = dict.fromkeys(("new_k_ptr", "new_v_ptr", "cos_ptr", "sin_ptr"))
+NO_NEWEST = _NONE | dict.fromkeys(("P", "stride_nkb", "stride_nkh", "stride_nvb", "stride_nvh"), 0)
+
+
+def dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _sizes(q: Tensor, k: Tensor, window: int | None, deterministic: bool) -> Shape:
+def sizes_of(q: Tensor, k: Tensor, window: int | None, deterministic: bool) -> Shape:
     B, T, Hq, D = q.shape
     window = max(0, window or 0)
     if window > 2 * (k.shape[1] + T):
@@ -157,9 +161,17 @@ def _prefill(
     return out
 
 
-def _decode(
-    q: Tensor, k: Tensor, v: Tensor, bounds: dict[str, Tensor | None], sizes: Sizes, scale: float | None, ring: bool
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: dict[str, Tensor | None],
+    sizes: Sizes,
+    scale: float | None,
+    ring: bool,
+    **newest: Any,
 ) -> Tensor:
+    """`newest`: the kernel's arguments about a key that is yet to be rotated and to enter the ring."""
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     B, T, Hq, D = q.shape
     chosen = choices(configs, sizes, q.dtype, q.device)
@@ -177,6 +189,7 @@ def _decode(
         "out_ptr": part,
         "lse_ptr": lse,
         **bounds,
+        **(newest or NO_NEWEST),
         "T": T,
         "S": k.shape[1],
         "Hq": Hq,
@@ -197,9 +210,11 @@ def _decode(
 
 
 def _to_its_length(given: dict[str, Any]) -> dict[str, Any]:
-    """One sequence, its keys cut where it ends."""
-    end = None if given["lengths"] is None or not len(given["q"]) else int(given["lengths"][0])
-    return {**given, "k": given["k"][:, :end], "v": given["v"][:, :end]}
+    """One sequence, its keys cut where it ends: then all of them are there."""
+    if given["lengths"] is None or not len(given["q"]):
+        return given
+    end = int(given["lengths"][0])
+    return {**given, "k": given["k"][:, :end], "v": given["v"][:, :end], "lengths": None}
 
 
 def _to_its_new(given: dict[str, Any]) -> dict[str, Any]:
@@ -261,6 +276,7 @@ OP = Op(
     reference=reference.attention,
     inputs=inputs,
     configs=configs,
+    rivals=rivals,
     cost=cost,
     whole={"attention_decode_kernel": ("BLOCK_M",)},
     rule=groups,
@@ -304,6 +320,7 @@ CACHED_OP = Op(
     reference=reference.cached_attention,
     inputs=cached_inputs,
     configs=configs,
+    rivals=rivals,
     cost=cost,
     whole={"attention_decode_kernel": ("BLOCK_M",)},
     rule=cached_rule,

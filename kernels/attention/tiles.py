@@ -31,22 +31,29 @@ _PREFILL = {
     ),
 }
 _PREFILL["sm_100"] = _PREFILL["sm_90"]
+TWO_AN_SM = (64, 128, 4, 1)  # of these an SM holds two: one computes its softmax while the other multiplies
+
+
+def _by_head(D: int, dtype: torch.dtype, arch: str) -> tuple[int, int, int, int]:
+    table = _PREFILL[family(arch)][dtype == torch.float32]
+    return table[min(most for most in table if most >= D)]
 
 
 def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """Tiles by head size; a short window takes short tiles, since a tile sees window + BLOCK_M keys."""
     D, window = power_of_2(sizes["D"], low=16), sizes.get("window", 0)
-    table = _PREFILL[family(arch)][dtype == torch.float32]
-    block_m, block_n, warps, stages = table[min(most for most in table if most >= D)]
+    block_m, block_n, warps, stages = _by_head(D, dtype, arch)
     # Of a head that is no multiple of 16 the masks take registers.
     odd = sizes["D"] % 16 > 0 and D <= 128 and not amd(arch) and dtype != torch.float32
     if odd and tma(arch):
         block_m, block_n, warps, stages = 64, 64, 8, 2
+    elif _one_wave(sizes, dtype, arch, block_m):
+        block_m, block_n, warps, stages = TWO_AN_SM
     elif 0 < window <= 256 and block_m > 64:
         block_m, block_n, warps = 64, min(block_n, 64 if tma(arch) else 32), 8 if family(arch) == "sm_80" else 4
     # Half the rows take half the warps; a head of 256 would spill.
     if not switches(sizes).deterministic and sizes["T"] <= block_m // 2 and (D < 256 or not tma(arch)):
-        rows = power_of_2(sizes["T"], low=16)
+        rows = 16 if sizes["T"] <= 16 else block_m // 2  # not every power of two: each is a kernel
         block_m, block_n, warps = rows, 32 if odd and tma(arch) else block_n, max(4, warps * rows // block_m)
         warps = 8 if odd and rows == 32 else warps
     if sizes["D"] < D and tma(arch) and dtype != torch.float32:
@@ -57,6 +64,20 @@ def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig
         warps = 8
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": D}
     return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
+
+
+def _may_be_small(sizes: Sizes, dtype: torch.dtype, arch: str) -> bool:
+    """Whether TWO_AN_SM is right for the heads; with a window over a ring it would spill."""
+    spills = "C" in sizes and sizes.get("window", 0) > 0
+    return sizes["D"] == 128 and tma(arch) and dtype != torch.float32 and not spills
+
+
+def _one_wave(sizes: Sizes, dtype: torch.dtype, arch: str, block_m: int) -> bool:
+    """Whether tiles of block_m rows are so few that each SM has one, whose softmax nothing hides. Of more of them the
+    keys would cross L2 too often in half the rows."""
+    tiled = _may_be_small(sizes, dtype, arch) and not switches(sizes).deterministic
+    tiles = sizes["B"] * sizes["Hq"] * triton.cdiv(sizes["T"], block_m)
+    return tiled and sizes["T"] > block_m // 2 and tiles <= (switches(sizes).sms or multiprocessors(arch))
 
 
 def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
@@ -72,6 +93,7 @@ def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     D, single, cdna = power_of_2(sizes["D"], low=16), dtype == torch.float32, amd(arch)
     # Of a head that is no multiple of 16 the masks take registers.
     block_n = 16 if single and (D > 128 or not cdna) else 32 if cdna or D > 128 or sizes["D"] % 16 else 64
+    block_n = 16 if cdna and sizes["D"] < D else block_n
     tiles = {"SPLITS": splits, "BLOCK_M": power_of_2(rows, low=16), "BLOCK_N": block_n, "BLOCK_D": D}
     return LaunchConfig(tiles, num_warps=8 if single and not cdna else 4, num_stages=2 if single or cdna else 3)
 
@@ -82,3 +104,14 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
         "attention_decode_kernel": _decode_config(sizes, dtype, arch),
         "attention_combine_kernel": LaunchConfig({"BLOCK_D": power_of_2(sizes["D"], low=16)}, num_warps=2),
     }
+
+
+def rivals(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, tuple[LaunchConfig, ...]]:
+    """By kernel: a whole tile an SM, and two small ones."""
+    if not _may_be_small(sizes, dtype, arch):
+        return {}
+    found = []
+    for block_m, block_n, warps, stages in (TWO_AN_SM, _by_head(128, dtype, arch)):
+        tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": 128}
+        found.append(LaunchConfig(tiles, num_warps=warps, num_stages=stages))
+    return {"attention_prefill_kernel": tuple(found)}

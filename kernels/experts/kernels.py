@@ -1,9 +1,9 @@
-"""The kernels of the sparse expert layer: sorted groups for prefill, sort-free for decode.
+"""The kernels of the sparse expert layer for few tokens, without a sort, and the sum that ends it for any number.
 
 T tokens, K experts a token, N = T * K slots (slot t*K + k), E experts, H hidden, I intermediate
 
 A weight tile of the up kernels holds BLOCK_N rows of the gate projection, then the same of the up projection: one dot
-feeds both, and the epilogue splits the accumulator. `*_desc` are the weights for TMA, or None: then pointers do it.
+feeds both, and the epilogue splits the accumulator.
 """
 
 from __future__ import annotations
@@ -11,132 +11,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..dependent import await_earlier
 from ..norm import normed_rows
-from ..tiles import depth_tile, program_tile
 from ..unpack import fields_of
-from ..weight import add_products, times_row_scales, weight_tile
+from ..weight import add_products, times_row_scales
 
 
 @triton.jit
-def _swiglu(gate, up):
+def swiglu(gate, up):
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
 @triton.jit
-def _row_tile(pid_m, offsets_ptr, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Row tile `pid_m` over all groups -> its expert (E or more: none), first sorted row, end of the group."""
-    offs_e = tl.arange(0, BLOCK_E)
-    begins = tl.load(offsets_ptr + offs_e, mask=offs_e < E, other=0)
-    ends = tl.load(offsets_ptr + offs_e + 1, mask=offs_e < E, other=0)
-    tiles = tl.cumsum((ends - begins + BLOCK_M - 1) // BLOCK_M, axis=0)
-    expert = tl.sum((tiles <= pid_m).to(tl.int32), axis=0)
-    earlier = tl.sum(tl.where(offs_e == expert - 1, tiles, 0), axis=0)
-    begin = tl.sum(tl.where(offs_e == expert, begins, 0), axis=0) + (pid_m - earlier) * BLOCK_M
-    return expert, begin, tl.sum(tl.where(offs_e == expert, ends, 0), axis=0)
-
-
-@triton.jit
-def _pair_rows(pid_n, I, BLOCK_N: tl.constexpr):
+def pair_rows(pid_n, I, BLOCK_N: tl.constexpr):
     """[2 BLOCK_N] rows of `gate_up_proj`: gate rows of column tile `pid_n`, then its up rows. The last repeats."""
     offs = tl.arange(0, 2 * BLOCK_N)
     return (tl.minimum(pid_n * BLOCK_N + offs % BLOCK_N, I - 1) + offs // BLOCK_N * I).to(tl.int64)
-
-
-@triton.jit
-def experts_up_kernel(
-    x_ptr,  # [T, H]
-    gate_up_ptr,  # [E, 2I, H]
-    gate_up_desc,  # [E, 2, I, H] in tiles [1, 2, BLOCK_N, BLOCK_K], or None
-    scales_ptr,  # [E, 2I, G], or None
-    zeros_ptr,  # the same, or None
-    h_ptr,  # [N, I] out, in sorted order
-    order_ptr,  # [N] sorted slots
-    offsets_ptr,  # [E + 1] groups in `order`
-    row_tiles,  # upper bound on the row tiles of all groups
-    E,
-    TOP_K,
-    stride_xt,
-    stride_we,
-    stride_wn,
-    H: tl.constexpr,
-    I: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    pid_m, pid_n = program_tile(row_tiles, I, BLOCK_N, GROUP_M)
-    expert, row, end = _row_tile(pid_m, offsets_ptr, E, BLOCK_M, BLOCK_E)
-    if expert < E:
-        rows = row + tl.arange(0, BLOCK_M)
-        # Rows past the group repeat a slot of it: valid memory, no mask in the loop, never stored.
-        slots = tl.load(order_ptr + tl.minimum(rows, end - 1))
-        offs_k = tl.arange(0, BLOCK_K)
-        x_ptrs = x_ptr + (slots // TOP_K).to(tl.int64)[:, None] * stride_xt + offs_k[None, :]
-        w_ptrs = gate_up_ptr + expert.to(tl.int64) * stride_we + offs_k[None, :]
-        w_ptrs += _pair_rows(pid_n, I, BLOCK_N)[:, None] * stride_wn
-        w = w_ptrs, scales_ptr, zeros_ptr
-        w_rows = expert.to(tl.int64) * 2 * I + _pair_rows(pid_n, I, BLOCK_N)
-        acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
-        for k in range(0, H, BLOCK_K):
-            x = depth_tile(x_ptrs, offs_k[None, :] < H - k, H, BLOCK_K)
-            w_tile = weight_tile(w, w_rows, k, H, BLOCK_K, x.dtype, LAYOUT, gate_up_desc, (expert, 0, pid_n * BLOCK_N))
-            acc = tl.dot(x, w_tile.T, acc, input_precision="ieee")
-            x_ptrs += BLOCK_K  # stepped, not computed from k: fewer instructions in the loop
-        acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=1)
-        gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
-        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        out = h_ptr + rows.to(tl.int64)[:, None] * I + offs_n[None, :]
-        mask = (rows < end)[:, None] & (offs_n < I)[None, :]
-        tl.store(out, _swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def experts_down_kernel(
-    h_ptr,  # [N, I] in sorted order
-    h_desc,  # the same in tiles [BLOCK_M, BLOCK_K], or None
-    down_ptr,  # [E, H, I]
-    down_desc,  # the same in tiles [1, BLOCK_N, BLOCK_K], or None
-    scales_ptr,  # [E, H, G], or None
-    zeros_ptr,  # the same, or None
-    y_ptr,  # [N, H] out, by slot
-    order_ptr,  # [N] sorted slots
-    offsets_ptr,  # [E + 1] groups in `order`
-    row_tiles,
-    E,
-    stride_we,
-    stride_wn,
-    H: tl.constexpr,
-    I: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    pid_m, pid_n = program_tile(row_tiles, H, BLOCK_N, GROUP_M)
-    expert, row, end = _row_tile(pid_m, offsets_ptr, E, BLOCK_M, BLOCK_E)
-    if expert < E:
-        rows = row + tl.arange(0, BLOCK_M)
-        offs_k = tl.arange(0, BLOCK_K)
-        h_ptrs = h_ptr + tl.minimum(rows, end - 1).to(tl.int64)[:, None] * I + offs_k[None, :]
-        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        w_ptrs = down_ptr + expert.to(tl.int64) * stride_we
-        w_ptrs += tl.minimum(offs_n, H - 1).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
-        w = w_ptrs, scales_ptr, zeros_ptr
-        w_rows = expert.to(tl.int64) * H + tl.minimum(offs_n, H - 1)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, I, BLOCK_K):
-            h = depth_tile(h_ptrs + k, offs_k[None, :] < I - k, I, BLOCK_K) if h_desc is None else h_desc.load([row, k])
-            w_tile = weight_tile(w, w_rows, k, I, BLOCK_K, h.dtype, LAYOUT, down_desc, (expert, pid_n * BLOCK_N))
-            acc = tl.dot(h, w_tile.T, acc, input_precision="ieee")
-        acc = times_row_scales(acc, w, w_rows, I, LAYOUT, AXIS=1)
-        slots = tl.load(order_ptr + tl.minimum(rows, end - 1))
-        out = y_ptr + slots.to(tl.int64)[:, None] * H + offs_n[None, :]
-        tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs_n < H)[None, :])
 
 
 @triton.jit
@@ -165,7 +55,7 @@ def _compact(slots, match, rank, wanted):
     return tl.sum(tl.where(hit, slots[None, :], 0), axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def experts_up_decode_kernel(
     x_ptr,  # [T, H]
     gate_up_ptr,  # [E, 2I, H]
@@ -182,6 +72,7 @@ def experts_up_decode_kernel(
     H: tl.constexpr,
     I: tl.constexpr,
     LAYOUT: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -189,30 +80,30 @@ def experts_up_decode_kernel(
     BY_SLOT: tl.constexpr,
 ):
     # Operands are swapped: weight rows fill the tensor core's M, the few tokens its N.
+    await_earlier(PDL)  # the route says which weights
     pid_n = tl.program_id(0)
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
     UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT[0])
     for first in range(0, count, BLOCK_T):
         offs_k = tl.arange(0, BLOCK_K)
         w_ptrs = gate_up_ptr + expert * stride_we + offs_k[None, :]
-        w_ptrs += _pair_rows(pid_n, I, BLOCK_N)[:, None] * stride_wn
+        w_ptrs += pair_rows(pid_n, I, BLOCK_N)[:, None] * stride_wn
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         wanted = first + tl.arange(0, BLOCK_T)
         slot = _compact(slots, match, rank, wanted).to(tl.int64)
         x_ptrs = x_ptr + (slot // TOP_K)[None, :] * stride_xt + offs_k[:, None]
         w = w_ptrs, scales_ptr, zeros_ptr
-        w_rows = expert * 2 * I + _pair_rows(pid_n, I, BLOCK_N)
+        w_rows = expert * 2 * I + pair_rows(pid_n, I, BLOCK_N)
         acc = tl.zeros((2 * BLOCK_N, BLOCK_T), tl.float32)
-        for k in range(0, H, UNIT):
-            acc = add_products(acc, w, w_rows, x_ptrs, (wanted < count)[None, :], 0, k, H % UNIT == 0, H, LAYOUT)
+        acc = add_products(acc, w, w_rows, x_ptrs, (wanted < count)[None, :], 0, H, H % UNIT == 0, H, LAYOUT)
         acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=0)
         gate, up = tl.split(tl.permute(tl.reshape(acc, (2, BLOCK_N, BLOCK_T)), (1, 2, 0)))
         out = h_ptr + slot[None, :] * I + offs_n[:, None]
         mask = (wanted < count)[None, :] & (offs_n < I)[:, None]
-        tl.store(out, _swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=mask)
+        tl.store(out, swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def experts_down_decode_kernel(
     h_ptr,  # [N, I] by slot
     down_ptr,  # [E, H, I]
@@ -227,6 +118,7 @@ def experts_down_decode_kernel(
     H: tl.constexpr,
     I: tl.constexpr,
     LAYOUT: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -234,10 +126,12 @@ def experts_down_decode_kernel(
     BY_SLOT: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
+    await_earlier(PDL)
     pid_n, split = tl.program_id(0), tl.program_id(2)
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
     UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT[0])
     SPAN: tl.constexpr = (I + SPLIT_K * UNIT - 1) // (SPLIT_K * UNIT) * UNIT
+    EVEN: tl.constexpr = I % (SPLIT_K * UNIT) == 0
     for first in range(0, count, BLOCK_T):
         begin, offs_k = split * SPAN, tl.arange(0, BLOCK_K)
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -249,16 +143,13 @@ def experts_down_decode_kernel(
         w = w_ptrs, scales_ptr, zeros_ptr
         w_rows = expert * H + tl.minimum(offs_n, H - 1)
         acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-        for k in range(0, SPAN, UNIT):
-            acc = add_products(
-                acc, w, w_rows, h_ptrs, (wanted < count)[None, :], begin, k, I % (SPLIT_K * UNIT) == 0, I, LAYOUT
-            )
+        acc = add_products(acc, w, w_rows, h_ptrs, (wanted < count)[None, :], begin, SPAN, EVEN, I, LAYOUT)
         acc = times_row_scales(acc, w, w_rows, I, LAYOUT, AXIS=0)
         out = y_ptr + (split.to(tl.int64) * N + slot)[None, :] * H + offs_n[:, None]
         tl.store(out, acc, mask=(wanted < count)[None, :] & (offs_n < H)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def experts_combine_kernel(
     y_ptr,  # [SPLIT_K, N, H]
     ids_ptr,  # [N]
@@ -274,8 +165,10 @@ def experts_combine_kernel(
     eps,
     TOP_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    await_earlier(PDL)
     # An ordered fp32 sum over splits, then choices: no atomics, so the same bits every time.
     t = tl.program_id(0).to(tl.int64)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)

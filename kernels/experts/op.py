@@ -7,7 +7,7 @@ decode   up -> down, its reduction split -> combine; each program finds the toke
 
 experts_add_rms_norm is the same, its combine the residual add and the norm that come next, too.
 
-The kernels stand in kernels.py, their tiles in tiles.py.
+The kernels stand in kernels.py and prefill.py, their tiles in tiles.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import INTS, SINGLE, Above, Matrix, Within
-from ..dispatch import experts_chosen, sample_ids, sort_by_expert
+from ..dispatch import experts_chosen, gather_by_expert, sample_ids, sort_by_expert
 from ..launch import Configs, choices, launch, target_arch
 from ..op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sample, switches
 from ..quantized import FORMS, sample_quantized, weight_bytes
@@ -30,11 +30,10 @@ from ..weight import Weight
 from .kernels import (
     experts_combine_kernel,
     experts_down_decode_kernel,
-    experts_down_kernel,
     experts_up_decode_kernel,
-    experts_up_kernel,
 )
-from .tiles import DECODE_TOKENS, configs
+from .prefill import experts_down_kernel, experts_up_kernel, main_rows
+from .tiles import DECODE_TOKENS, configs, rivals
 
 Tokens = Annotated[Tensor, "T H"]
 GateUp = Annotated[Matrix, "E 2*I H"]
@@ -106,10 +105,6 @@ def _experts(
     return out, total
 
 
-def _tile(config: LaunchConfig) -> tuple[int, int, int]:
-    return tuple(config.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))  # type: ignore[return-value]
-
-
 def _decode(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes, chosen: Configs) -> Tensor:
     """-> partial sums fp32 [SPLIT_K, N, H]."""
     H, I, E, N = sizes["H"], sizes["I"], sizes["E"], ids.numel()
@@ -132,29 +127,47 @@ def _prefill(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes
     """-> each slot's expert output [1, N, H]."""
     H, I, E, N = sizes["H"], sizes["I"], sizes["E"], ids.numel()
     arch = target_arch(x.device)
-    order, offsets = sort_by_expert(ids, E)
+    if gather := chosen.get("gather_by_expert_kernel"):
+        x, order, offsets = gather_by_expert(x, ids, E, gather)
+    else:
+        order, offsets = sort_by_expert(ids, E)
     h = torch.empty((N, I), dtype=x.dtype, device=x.device)
     y = torch.empty((1, N, H), dtype=x.dtype, device=x.device)
     groups = {"order_ptr": order, "offsets_ptr": offsets, "E": E}
 
-    def run(kernel: Any, config: LaunchConfig, columns: int, w: Weight, **args: Any) -> None:
+    def run(kernel: Any, columns: int, w: Weight, **args: Any) -> None:
+        config = chosen[kernel.__name__]
         # Each group wastes less than one row tile, so this many always do; those too many leave at once.
         row_tiles = triton.cdiv(N, config.constexprs["BLOCK_M"]) + E - 1 if N else 0
         grid = (row_tiles * triton.cdiv(columns, config.constexprs["BLOCK_N"]),)
-        args |= {"row_tiles": row_tiles, **groups, **w.args}
-        launch(kernel, grid, args, config, H=H, I=I, BLOCK_E=power_of_2(E), LAYOUT=w.layout(arch))
+        launch(
+            kernel, grid, {**args, **groups, **w.args}, config, H=H, I=I, BLOCK_E=power_of_2(E), LAYOUT=w.layout(arch)
+        )
 
     config = chosen["experts_up_kernel"]
     _, n, k = _tile(config)
     up_args = {"x_ptr": x, "gate_up_ptr": gate_up.data, "h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0)}
+    up_args["x_desc"], up_args["short_desc"] = _row_tiles(x, config, arch) if gather else (None, None)
     up_args["gate_up_desc"] = gate_up.descriptor(2, n, k, arch)
-    run(experts_up_kernel, config, I, gate_up, **up_args)
+    run(experts_up_kernel, I, gate_up, **up_args)
     config = chosen["experts_down_kernel"]
-    m, n, k = _tile(config)
-    down_args = {"h_ptr": h, "down_ptr": down.data, "y_ptr": y}
-    down_args |= {"h_desc": describe(h, (m, k), arch), "down_desc": down.descriptor(1, n, k, arch)}
-    run(experts_down_kernel, config, H, down, **down_args)
+    _, n, k = _tile(config)
+    down_args = {"h_ptr": h, "down_ptr": down.data, "y_ptr": y, "down_desc": down.descriptor(1, n, k, arch)}
+    down_args["h_desc"], down_args["short_desc"] = _row_tiles(h, config, arch)
+    run(experts_down_kernel, H, down, **down_args)
     return y
+
+
+def _row_tiles(rows: Tensor, config: LaunchConfig, arch: str) -> tuple[Any, Any]:
+    """Descriptors of sorted rows: of the upper part of a row tile, and of a short tile; None: by pointers, or none."""
+    m, _, k = _tile(config)
+    short_m = config.constexprs["SHORT_M"]
+    short = describe(rows, (short_m, k), arch) if short_m else None
+    return describe(rows, (main_rows(m, short_m), k), arch), short
+
+
+def _tile(config: LaunchConfig) -> tuple[int, int, int]:
+    return tuple(config.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))  # type: ignore[return-value]
 
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
@@ -207,6 +220,7 @@ OP = Op(
     reference=reference.expert_swiglu,
     inputs=inputs,
     configs=configs,
+    rivals=rivals,
     cost=cost,
     test_shapes=(
         *(

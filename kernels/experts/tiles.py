@@ -1,6 +1,6 @@
 """Launch choices of the expert kernels: pure functions of sizes, dtype and architecture.
 
-The literals are starting points that compile without a spill; not measured on a GPU yet.
+The literals compile without a spill, and are the better ones by the cost model; not measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from ..arch import amd, family
+from ..arch import amd, family, tma
+from ..dispatch import gather_configs
 from ..op import LaunchConfig, Sizes, power_of_2, switches
 from ..quantized_tiles import few_rows, many_rows
 
@@ -18,51 +19,67 @@ DECODE_TOKENS = 64
 # A fixed split: a row's sum has the same order whatever the batch is.
 SPLIT_K = 4
 
-# (BLOCK_M, BLOCK_N of up, BLOCK_N of down, BLOCK_K, warps, stages) for 16-bit types, by rows a group has on average.
+# (BLOCK_M, SHORT_M, BLOCK_N of up, BLOCK_N of down, BLOCK_K, warps, stages) for 16-bit types, by rows a group has on
+# average. See kernels.py for SHORT_M; 0: every tile is whole.
 _PREFILL = {
-    "sm_80": {0: (64, 64, 128, 32, 4, 4), 128: (64, 64, 128, 64, 8, 3)},
-    "sm_90": {0: (64, 64, 128, 64, 4, 4), 64: (128, 128, 256, 64, 8, 4)},
-    "gfx942": {0: (64, 32, 64, 64, 4, 2), 256: (128, 64, 128, 32, 8, 2)},
+    "sm_80": {0: (64, 0, 64, 128, 32, 4, 4), 128: (64, 0, 64, 128, 64, 8, 3)},
+    "sm_90": {0: (64, 0, 64, 128, 64, 4, 4), 64: (128, 64, 128, 256, 64, 8, 4), 112: (192, 64, 128, 256, 64, 8, 4)},
+    "gfx942": {0: (64, 0, 32, 64, 64, 4, 2), 256: (128, 0, 64, 128, 32, 8, 2)},
 }
 _PREFILL["sm_100"] = _PREFILL["sm_90"]
-_SINGLE = (32, 16, 32, 32, 4, 2)  # fp32, without tensor cores at this precision: registers bound the tile
+_SINGLE = (32, 0, 16, 32, 32, 4, 2)  # fp32, without tensor cores at this precision: registers bound the tile
 
 
-def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    rows = 0 if switches(sizes).deterministic else sizes["T"] * sizes["K"] // sizes["E"]
+def _table(sizes: Sizes, arch: str) -> dict[int, tuple[int, int, int, int, int, int, int]]:
     # By pointers the larger tiles of later cards spill.
-    table = _PREFILL["sm_80" if switches(sizes).by_pointers and not amd(arch) else family(arch)]
-    choice = _SINGLE if dtype == torch.float32 else table[max(least for least in table if least <= rows)]
-    block_m, up_n, down_n, block_k, warps, stages = choice
-    if not switches(sizes).deterministic:
+    return _PREFILL["sm_80" if switches(sizes).by_pointers and not amd(arch) else family(arch)]
+
+
+def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str, at: int | None = None) -> dict[str, LaunchConfig]:
+    """`at`: the line of the table, in the place of the one for so many rows a group."""
+    rows = 0 if switches(sizes).deterministic else sizes["T"] * sizes["K"] // sizes["E"]
+    table = _table(sizes, arch)
+    line = max(least for least in table if least <= rows) if at is None else at
+    choice = _SINGLE if dtype == torch.float32 else table[line]
+    block_m, short_m, up_n, down_n, block_k, warps, stages = choice
+    dense = not (switches(sizes).gate_up or switches(sizes).down)
+    # Gathered in sorted order, x travels by TMA.
+    sorted_x = dense and tma(arch) and dtype.itemsize == 2 and not switches(sizes).by_pointers
+    if not sorted_x and not switches(sizes).deterministic:
         block_m = power_of_2(sizes["T"] * sizes["K"], low=16, high=block_m)
 
     rows_at_all = None if switches(sizes).deterministic else (rows, sizes["T"] * sizes["K"])
 
     def config(columns: int, block_n: int, depth: int, weights: str | None, halves: int) -> LaunchConfig:
         if weights:
-            return many_rows(weights, columns, depth, rows_at_all, dtype, arch, halves)
+            own = many_rows(weights, columns, depth, rows_at_all, dtype, arch, halves)
+            return replace(own, constexprs={**own.constexprs, "SHORT_M": 0})
         tiles = {
             "BLOCK_M": block_m,
+            "SHORT_M": short_m,
             "BLOCK_N": power_of_2(columns, low=16, high=block_n),
             "BLOCK_K": power_of_2(depth, low=16, high=block_k),
             "GROUP_M": 8,
         }
         return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
 
-    return {
+    kernels = {
         "experts_up_kernel": config(sizes["I"], up_n, sizes["H"], switches(sizes).gate_up, 2),
         "experts_down_kernel": config(sizes["H"], down_n, sizes["I"], switches(sizes).down, 1),
     }
+    if sorted_x:
+        kernels["gather_by_expert_kernel"] = gather_configs(sizes["T"] * sizes["K"], sizes["E"], sizes["H"])
+    return kernels
 
 
 def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """64 weight rows a program, the depth of a tile as long as shared memory lets it stream."""
     single = dtype == torch.float32
-    stages = 2 if single or amd(arch) else 4 if family(arch) == "sm_80" else 5
     block_t = power_of_2(sizes["T"], low=16, high=DECODE_TOKENS)
+    # Of 32 tokens five stages would leave an SM room for one program.
+    stages = 2 if single or amd(arch) else 4 if family(arch) == "sm_80" or block_t == 32 else 5
     block_k = 32 if single else 64 if amd(arch) or block_t == 64 else 128
-    tiles = {"BLOCK_T": block_t, "BLOCK_S": power_of_2(sizes["T"] * sizes["K"], low=16)}
+    tiles = {"BLOCK_T": block_t, "BLOCK_S": power_of_2(block_t * sizes["K"])}
     span = -(-sizes["I"] // SPLIT_K)
     up = {"BLOCK_N": power_of_2(sizes["I"], low=16, high=32), "BLOCK_K": power_of_2(sizes["H"], 16, block_k)}
     down = {"BLOCK_N": power_of_2(sizes["H"], low=16, high=64), "BLOCK_K": power_of_2(span, 16, block_k)}
@@ -89,3 +106,12 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     if sizes["T"] > DECODE_TOKENS or switches(sizes).deterministic:
         return kernels | _prefill(sizes, dtype, arch)
     return kernels | _decode(sizes, dtype, arch)
+
+
+def rivals(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, tuple[LaunchConfig, ...]]:
+    """By kernel, the tiles of other numbers of rows."""
+    forms = switches(sizes).gate_up or switches(sizes).down
+    if sizes["T"] <= DECODE_TOKENS or switches(sizes).deterministic or forms or dtype == torch.float32:
+        return {}
+    others = [_prefill(sizes, dtype, arch, line) for line in _table(sizes, arch)]
+    return {kernel: tuple(other[kernel] for other in others) for kernel in ("experts_up_kernel", "experts_down_kernel")}

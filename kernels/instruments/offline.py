@@ -146,7 +146,8 @@ class _Job:
     def options(self) -> dict[str, Any]:
         """As `launch` gives them: FP fusion is named because its default differs between releases of Triton."""
         launch = self.launch
-        return {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+        more = {"launch_pdl": True} if launch.dependent else {}
+        return {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True, **more}
 
     def result(self, **found: Any) -> Compiled:
         pointers = [kind.lstrip("*") for kind in self.signature.values() if kind.startswith("*")]

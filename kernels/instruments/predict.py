@@ -1,8 +1,9 @@
 """How long a call takes on a card that is not at hand: a prediction from its recorded launches, not a measurement.
 
 A launch takes as long as the slowest of three: its bytes across device memory; the bytes of its tiles from L2 to the
-SMs; its products. The last two go by whole waves of programs. Between launches lies a gap. Not counted: what an
-instruction waits for, so that a kernel of few bytes takes longer than predicted.
+SMs; its products. The last two go by whole waves of programs. Between launches lies a gap, a shorter one where the
+second begins before the first has ended. Not counted: what an instruction waits for, so that a kernel of few bytes
+takes longer than predicted.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from .work import Work, work
 
 MEMORY_REACHED = 0.92  # of a data sheet's bandwidth, by long copies: an estimate from published ones on an H100
 MATMUL_REACHED = 0.75  # of a data sheet's tensor-core peak, by libraries at the clocks of a busy card: an estimate
-WARPS = 64  # that an SM holds at most
+WARPS, THREADS = 64, 32  # that an SM holds at most, and of each
+REGISTERS, OTHERS = 65536, 64  # that an SM has (AMD: more), and that a thread takes beside its part of the tiles
 
 
 @dataclass(frozen=True)
@@ -57,32 +59,40 @@ def predicted(launches: Iterable[Launch], card: Card, cost: Cost) -> Prediction:
     if card.chip is None:
         raise ValueError(f"predicted: card is {card.name}, needs one whose L2 bandwidth and shared memory are known")
     chip = card.chip
+    launches = tuple(launches)
     parts = tuple(_part(launch, card, chip) for launch in launches)
-    by_limit = {"launches": chip.gap * len(parts)}
+    by_limit = {"launches": sum(_gap(launch, chip) for launch in launches)}
     for part in parts:
         by_limit[part.limit] = by_limit.get(part.limit, 0.0) + part.seconds
     least = floor(cost, card)
     return Prediction(max(sum(by_limit.values()), least), max(by_limit, key=lambda name: by_limit[name]), parts, least)
 
 
+def _gap(launch: Launch, chip: Chip) -> float:
+    return chip.begun if launch.dependent and chip.begun is not None else chip.gap
+
+
 def _part(launch: Launch, card: Card, chip: Chip) -> Part:
     asked, sms = work(launch), multiprocessors(card.arch)
-    turns = max(_turns(asked, launch.num_warps or 4, sms, chip), asked.longest)
+    held = _held(asked, launch.num_warps or 4, sms, chip)
+    turns = max(math.ceil(asked.programs / (sms * held)) * held, asked.longest)
     rate = chip.vector if asked.single else card.matmul * MATMUL_REACHED
+    products, vector = asked.flops / rate, asked.vector / chip.vector
     takes = {
         "memory": asked.memory / (card.bandwidth * MEMORY_REACHED),
         "L2": turns * asked.loaded * sms / chip.l2,
-        "tensor cores": turns * (asked.flops / rate + asked.vector / chip.vector) * sms,
+        # One program computes while another multiplies.
+        "tensor cores": turns * (max(products, vector) if held > 1 else products + vector) * sms,
     }
     limit = max(takes, key=lambda name: takes[name])
     return Part(launch.kernel, takes[limit], limit)
 
 
-def _turns(asked: Work, warps: int, sms: int, chip: Chip) -> int:
-    """How many programs the busiest SM runs, by waves of as many as all SMs hold at once.
+def _held(asked: Work, warps: int, sms: int, chip: Chip) -> int:
+    """How many programs an SM holds at once; the busiest one runs whole waves of them.
 
     An SM shares its bandwidth and its tensor cores out among those it holds: more of them are no quicker together.
     """
-    room = min(chip.shared // asked.shared if asked.shared else WARPS, WARPS // warps)
-    held = max(1, min(room, math.ceil(asked.programs / sms)))
-    return math.ceil(asked.programs / (sms * held)) * held
+    room = min(WARPS // warps, int(REGISTERS // (asked.values + OTHERS * THREADS * warps)))
+    room = min(room, chip.shared // asked.shared) if asked.shared else room
+    return max(1, min(room, math.ceil(asked.programs / sms)))

@@ -22,12 +22,15 @@ from ..interpret import active_addresses, interpreting
 class Argument:
     """One tensor of a launch: bytes loaded and stored, summed over the programs.
 
+    crossed  bytes that came from L2: loaded, and once more for each further lane that names an address. So it is with
+             tiles, whose copies to shared memory go by the lane; of numbers that all lanes ask for it is too many
     `lane` holds for each element, in memory order, which lane of a load or store last touched it; -1: none ever did.
     """
 
     buffer: torch.Tensor = field(repr=False)
     lane: np.ndarray = field(repr=False)
     loaded: int = 0
+    crossed: int = 0
     stored: int = 0
 
     @property
@@ -120,6 +123,7 @@ def _counting(builder: Any, counted: Kernel) -> Iterator[None]:
         argument, size = counted.touch(pointers, mask)
         if argument is not None:
             argument.loaded += size
+            argument.crossed += int(np.count_nonzero(mask.data)) * argument.buffer.element_size()
         return load(pointers, mask, *args, **kwargs)
 
     def counted_store(pointers: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:

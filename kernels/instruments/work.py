@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..dispatch import experts_chosen
+from ..experts.prefill import main_rows
 from ..launch import tensors
 from ..op import Launch
 
@@ -23,6 +25,7 @@ from ..op import Launch
 SOFTMAX = 12
 LIBRARY = (256, 256, 64)  # a library's tile, that of two SMs which share what they load: an estimate
 POINTWISE = ("add", "add_", "mul", "copy_", "clone", "_to_copy", "fill_", "full", "zeros", "zero_")  # torch's own
+MADE = ("arange", "clamp_")  # positions
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Work:
     flops    of matrix products, as issued; `single`: fp32's, without tensor cores
     vector   fp32 FLOP beside the products that these wait for
     shared   bytes of shared memory
+    values   of 32 bits that stay in registers: sums, scores
     longest  the longest program by the average
     """
 
@@ -42,6 +46,7 @@ class Work:
     flops: float = 0.0
     vector: float = 0.0
     shared: int = 0
+    values: float = 0.0
     single: bool = False
     longest: float = 1.0
 
@@ -94,10 +99,17 @@ def _append(launch: Launch) -> Work:
 
 
 def _rope(launch: Launch) -> Work:
-    """q and k in and out, v where it goes along; cos and sin of each token."""
+    """q and k in and out; cos and sin of each token."""
     own = _operands(launch)
-    heads = sum(own[name].nbytes for name in "qkv" if name in own)
+    heads = own["q"].nbytes + own["k"].nbytes
     return _shared_out(launch, 2 * heads + 2 * _programs(launch) * own["cos"][0].nbytes)
+
+
+def _gather(launch: Launch) -> Work:
+    """Each program reads all ids, and its rows."""
+    own = _operands(launch)
+    programs = _programs(launch)
+    return Work(_nbytes(launch), programs, own["ids"].nbytes + own["sorted"].nbytes / programs)
 
 
 def _sort(launch: Launch) -> Work:
@@ -113,7 +125,7 @@ class _Tile:
     stored  bytes of a weight's row along the depth
     """
 
-    rows: int
+    rows: float
     live: float
     x: Tensor
     weight_rows: int
@@ -128,22 +140,21 @@ class _Tile:
             programs,
             self.live * self.depth * size + self.weight_rows * self.stored,
             flops=2 * self.rows * self.weight_rows * self.depth,
-            shared=stages * block_k * (self.rows * size + self.weight_rows * self.weight.element_size()),
+            shared=int(stages * block_k * (self.rows * size + self.weight_rows * self.weight.element_size())),
+            values=self.rows * self.weight_rows,
             single=size == 4,
         )
 
 
-def _many(rows: int, x: Tensor, weight_rows: int, weight: Tensor, depth: int) -> _Tile:
+def _many(rows: float, x: Tensor, weight_rows: int, weight: Tensor, depth: int) -> _Tile:
     """A quantized weight's elements come again for each of their codes: as many bytes as one element a column."""
     return _Tile(rows, rows, x, weight_rows, weight, depth, depth * weight.element_size())
 
 
 def _few(launch: Launch, live: float, x: str, weight: str, weight_rows: int, depth: int, splits: int = 1) -> _Tile:
-    """A weight's bytes, and its scales, come once. `live`: rows that are no padding, which PTX's layouts mask."""
+    """A weight's bytes, and its scales, come once. `live`: rows that are no padding, which is masked."""
     own, rows = _operands(launch), launch.constexprs["BLOCK_T"]
-    stored = _stored(own, weight) / splits
-    loaded = min(live, rows) if launch.constexprs["LAYOUT"][2] else rows
-    return _Tile(rows, loaded, own[x], weight_rows, own[weight], depth / splits, stored)
+    return _Tile(rows, min(live, rows), own[x], weight_rows, own[weight], depth / splits, _stored(own, weight) / splits)
 
 
 def _stored(own: dict[str, Tensor], name: str) -> int:
@@ -155,9 +166,11 @@ def _stored(own: dict[str, Tensor], name: str) -> int:
 
 
 def _gate(launch: Launch) -> Work:
-    own, c = _operands(launch), launch.constexprs
-    tile = _many(c["BLOCK_T"], own["x"], c["BLOCK_E"], own["gate"], c["H"])
-    return tile.work(launch, _nbytes(launch), _programs(launch), c["BLOCK_H"])
+    """A token's program reads the gate whole."""
+    own = _operands(launch)
+    weights = sum(own[name].nbytes for name in ("gate", "norm") if name in own)
+    read = weights + sum(own[name][0].nbytes for name in ("x", "residual") if name in own)
+    return Work(_nbytes(launch), _programs(launch), read, vector=2.0 * own["gate"].numel())
 
 
 def _linear(launch: Launch) -> Work:
@@ -169,17 +182,33 @@ def _linear(launch: Launch) -> Work:
 def _linear_decode(launch: Launch) -> Work:
     own, c = _operands(launch), launch.constexprs
     tile = _few(launch, len(own["x"]), "x", "weight", c["BLOCK_N"], c["H"])
-    return tile.work(launch, _nbytes(launch), _programs(launch), c["BLOCK_K"])
+    asked = tile.work(launch, _nbytes(launch), _programs(launch), c["BLOCK_K"])
+    # As compiled: a first tile that a warpgroup multiplies before the loop has a buffer of its own.
+    return replace(
+        asked, shared=asked.shared + asked.shared // (launch.num_stages or 1) * (c["PDL"] and c["BLOCK_N"] > 32)
+    )
 
 
-def row_tiles(choices: int, share: float, experts: int, rows: int) -> float:
-    """Row tiles that the groups of all experts fill, the last tile of a group partly; the expected number."""
+@lru_cache(maxsize=1024)
+def row_tiles(
+    choices: int, share: float, experts: int, rows: int, heights: tuple[int, ...] = ()
+) -> tuple[float, float]:
+    """Row tiles of `rows` that the groups of all experts fill, and the rows of all tiles: the expected numbers.
+
+    heights  that the last tile of a group may have instead
+    """
     n = torch.arange(choices + 1, dtype=torch.float64)
     if share >= 1:
-        return float(experts * math.ceil(choices / rows))
-    ways = torch.lgamma(n[-1] + 1) - torch.lgamma(n + 1) - torch.lgamma(n[-1] - n + 1)
-    likely = torch.exp(ways + n * math.log(share) + (n[-1] - n) * math.log1p(-share))
-    return experts * float((likely * torch.ceil(n / rows)).sum())
+        likely = (n == choices).double()
+    else:
+        ways = torch.lgamma(n[-1] + 1) - torch.lgamma(n + 1) - torch.lgamma(n[-1] - n + 1)
+        likely = torch.exp(ways + n * math.log(share) + (n[-1] - n) * math.log1p(-share))
+    last = torch.full_like(n, rows)
+    for height in sorted(heights, reverse=True):
+        last[n % rows <= height] = height
+    last[n % rows == 0] = 0
+    issued = n // rows * rows + last
+    return experts * float((likely * torch.ceil(n / rows)).sum()), experts * float((likely * issued).sum())
 
 
 def _expert_bytes(launch: Launch, weight: str, chosen: float) -> float:
@@ -190,17 +219,25 @@ def _expert_bytes(launch: Launch, weight: str, chosen: float) -> float:
 
 
 def _experts(launch: Launch, x: str, weight: str, choices: int, share: float, halves: int, depth: str) -> Work:
-    """Prefill. A group's last row tile is whole, and programs without a group leave at once."""
+    """Prefill. Programs without a group leave at once."""
     own, c, experts = _operands(launch), launch.constexprs, launch.args["E"]
-    columns = _programs(launch) // launch.args["row_tiles"]
-    tile = _many(c["BLOCK_M"], own[x], halves * c["BLOCK_N"], own[weight], c[depth])
+    width = c["I"] if halves == 2 else c["H"]
+    rows = c["BLOCK_M"]
+    heights = (c["SHORT_M"], main_rows(rows, c["SHORT_M"])) if c["SHORT_M"] else ()
+    tiles, issued = row_tiles(choices, share, experts, rows, heights)
+    whole, mean = (_many(high, own[x], halves * c["BLOCK_N"], own[weight], c[depth]) for high in (rows, issued / tiles))
     memory = _expert_bytes(launch, weight, experts_chosen(choices, share, experts))
-    return tile.work(launch, memory, columns * row_tiles(choices, share, experts, c["BLOCK_M"]), c["BLOCK_K"])
+    programs = tiles * math.ceil(width / c["BLOCK_N"])
+    held = whole.work(launch, memory, programs, c["BLOCK_K"]).shared
+    found = mean.work(launch, memory, programs, c["BLOCK_K"])
+    return replace(found, shared=held, longest=rows * tiles / issued)
 
 
 def _experts_up(launch: Launch) -> Work:
-    share = launch.args["TOP_K"] / launch.args["E"]
-    return _experts(launch, "x", "gate_up", len(_operands(launch)["x"]), share, 2, "H")
+    """Rows of x are tokens, or where TMA reads them slots."""
+    K, rows = launch.args["TOP_K"], len(_operands(launch)["x"])
+    tokens = rows if launch.args["x_desc"] is None else rows // K
+    return _experts(launch, "x", "gate_up", tokens, K / launch.args["E"], 2, "H")
 
 
 def _experts_down(launch: Launch) -> Work:
@@ -236,6 +273,7 @@ def _attended(launch: Launch, rows: int, keys: float, memory: float, programs: i
         flops=4 * rows * keys * width,
         vector=SOFTMAX * rows * keys,
         shared=(rows + 2 * stages * c["BLOCK_N"]) * width * size,
+        values=rows * (width + c["BLOCK_N"] * (1 + size / 4)),
         single=size == 4,
     )
 
@@ -256,7 +294,7 @@ def _attention_prefill(launch: Launch) -> Work:
     share = min(1.0, (window + T) / end) if window and c["CAUSAL"] else 1.0
     keys = sum(own[name].nbytes for name in ("k", "v", "k_cache", "v_cache") if name in own)
     found = _attended(launch, rows, mean, 2 * own["q"].nbytes + share * keys, _programs(launch))
-    return Work(**{**vars(found), "longest": max(seen) / mean if mean else 1.0})
+    return replace(found, longest=max(seen) / mean if mean else 1.0)
 
 
 def _attention_decode(launch: Launch) -> Work:
@@ -264,7 +302,9 @@ def _attention_decode(launch: Launch) -> Work:
     slots, window, splits = launch.args["S"], launch.args["window"], (launch.grid or (1,))[0]
     keys = min(slots, window) if c["WINDOWED"] else slots
     span = math.ceil(math.ceil(keys / splits) / c["BLOCK_N"]) * c["BLOCK_N"]
-    memory = _nbytes(launch, "k", "v") + (own["k"].nbytes + own["v"].nbytes) * keys / max(1, slots)
+    memory = _nbytes(launch, "k", "v", "cos", "sin") + (own["k"].nbytes + own["v"].nbytes) * keys / max(1, slots)
+    if "cos" in own:  # a row of each table a sequence, and the newest key into the cache
+        memory += 2 * len(own["q"]) * own["cos"][0].nbytes + 2 * own["new_k"].nbytes
     return _attended(launch, c["BLOCK_M"], span, memory, _programs(launch))
 
 
@@ -294,6 +334,7 @@ WORK: dict[str, Callable[[Launch], Work]] = {
     "route_kernel": _stream,
     "gate_route_kernel": _gate,
     "sort_by_expert_kernel": _sort,
+    "gather_by_expert_kernel": _gather,
     "experts_up_kernel": _experts_up,
     "experts_down_kernel": _experts_down,
     "experts_up_decode_kernel": _experts_up_decode,
@@ -305,5 +346,5 @@ WORK: dict[str, Callable[[Launch], Work]] = {
     "attention_decode_kernel": _attention_decode,
     "attention_combine_kernel": _stream,
     "aten::mm": _library_product,
-    **{f"aten::{name}": _library_stream for name in POINTWISE},
+    **{f"aten::{name}": _library_stream for name in (*POINTWISE, *MADE)},
 }

@@ -23,6 +23,7 @@ from ..kernels import reference
 from ..kernels.op import Cost, Op, Sizes
 from ..kernels.registry import OPS
 from ..model import Mixtral
+from ..parallel import Ranks
 from ..reference import block
 
 Args = dict[str, Any]
@@ -46,13 +47,13 @@ def config(sizes: Sizes) -> MixtralConfig:
     )
 
 
-def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> Args:
-    """The model, a cache that holds S - 1 positions, and the next tokens [B,1].
+def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None, ranks: Ranks | None = None) -> Args:
+    """The model, or the part of it of one of `ranks`; a cache that holds S - 1 positions; the next tokens [B,1].
 
     A layer's experts hold the same values, each in memory of its own: a near tie in a 16-bit router, which sends a row
     to another expert, and rightly, then changes no logits.
     """
-    model = Mixtral(config(sizes), device, dtype)
+    model = Mixtral(config(sizes), device, dtype, ranks=ranks)
     for name, weight in model.named_parameters():
         if weight.dim() == 1:
             weight.fill_(1.0)
@@ -109,8 +110,8 @@ def _attend(
     model: Mixtral, keys: Tensor, values: Tensor, past: Tensor, new: Tensor, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
     """Attention of one token a sequence, over the layer's ring."""
-    q = reference.rope_append(q, k, v, model.cos, model.sin, keys, values, past, new)
-    return reference.cached_attention(q, None, None, keys, values, past, new, model.config.sliding_window)
+    where = keys, values, past, new, model.config.sliding_window
+    return reference.rope_append_attention(q, k, v, model.cos, model.sin, *where)
 
 
 def fault(function: Callable[..., Any], args: Args) -> str | None:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import linear
+from ..kernels.launch import INTERPRETED, choosing, target_arch
 from ..kernels.op import Op
 from ..kernels.quantized import QuantizedWeight
 from . import decode_step
@@ -220,9 +222,28 @@ def _flash_cached(op: Op, args: Args) -> Function:
     return run
 
 
+def _few_rows(op: Op, args: Args) -> Function:
+    """Our kernel for few rows where a library is chosen."""
+    x, weight = args["x"], args["weight"]
+    if x.device.type == "cpu" and not INTERPRETED:
+        raise Unfit("kernels on a CPU that interprets none")
+    sizes, arch = {"T": x.shape[0], "H": x.shape[1], "N": len(weight)}, target_arch(x.device)
+    chosen = args["deterministic"] or isinstance(weight, QuantizedWeight) or linear.few(sizes, x.dtype, arch)
+    if chosen or sizes["T"] > linear.SOME:
+        raise Unfit("where it is chosen already, or of too many rows")
+    config = op.configs(sizes, x.dtype, arch)["linear_decode_kernel"]
+
+    def run(**given: Any) -> Tensor:
+        with choosing({"linear_decode_kernel": config}):
+            return op.run(**given)
+
+    return run
+
+
 PEERS = (
     Peer("torch", None, "", _torch),
     Peer("torch.compile", None, "", _compile),
+    Peer("linear_decode_kernel", "linear", "", _few_rows),
     Peer("F.rms_norm", "rms_norm", "", _fused_norm),
     Peer("Liger", "rms_norm", "liger_kernel", _liger_norm),
     Peer("Liger", "add_rms_norm", "liger_kernel", _liger_add_norm),

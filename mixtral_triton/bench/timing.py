@@ -84,7 +84,7 @@ class StepTimer:
     def __init__(self, device: torch.device, budget: float = 0.5) -> None:
         self.device, self.budget = device, budget
 
-    def _row(self, call: Call, runs: int) -> float:
+    def row(self, call: Call, runs: int) -> float:
         torch.cuda.synchronize(self.device)
         start = time.perf_counter()
         for _ in range(runs):
@@ -93,6 +93,6 @@ class StepTimer:
         return (time.perf_counter() - start) / runs
 
     def __call__(self, call: Call) -> float:
-        self._row(call, 3)
-        runs = _runs(self._row(call, 3), self.budget / 3)
-        return statistics.median(self._row(call, runs) for _ in range(3))
+        self.row(call, 3)
+        runs = _runs(self.row(call, 3), self.budget / 3)
+        return statistics.median(self.row(call, runs) for _ in range(3))

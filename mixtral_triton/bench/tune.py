@@ -1,6 +1,7 @@
 """The tuner: launch configurations around the present choice, pruned by the offline compile, timed on the card at hand.
 
-It climbs: the neighbours of the best configuration so far are tried until none of them is faster. A configuration gets
+It climbs: the operation's own rivals first, then the neighbours of the best configuration so far, until none of them is
+faster. A configuration gets
 in where an operation asks for its choices, so that grids, partial sums and tile descriptors follow it.
 """
 
@@ -43,7 +44,9 @@ class Tried:
 class Tuned:
     """All configurations tried for one kernel of one case, the present choice first, and the fastest.
 
-    best  the present choice where nothing was timed, or nothing is faster by more than noise
+    best     the present choice where nothing was timed, or nothing is faster by more than noise
+    library  a library is the present choice, and what is tried first is what the kernel would be launched with
+    library_s  its time, where it was timed
     """
 
     case: Case
@@ -51,6 +54,8 @@ class Tuned:
     arch: str
     tried: tuple[Tried, ...]
     best: LaunchConfig
+    library: bool = False
+    library_s: float | None = None
 
 
 def whole(op: Op, kernel: str, launch: Launch | None = None) -> set[str]:
@@ -78,9 +83,18 @@ def neighbours(config: LaunchConfig, whole: set[str]) -> list[LaunchConfig]:
 def choices(
     case: Case, arch: str, config: dict[str, LaunchConfig] | None = None
 ) -> dict[str, tuple[Launch, LaunchConfig]]:
-    """Each kernel of a call whose configuration the operation chooses: its first launch, and the choice."""
+    """Each kernel of a call whose configuration the operation chooses, or that it offers: its first launch, and the
+    choice."""
+    found = _chosen(case, arch, config or {})
+    for kernel in set(case.op.offers) - set(found):
+        other = case.op.configs(case.sizes, case.dtype, arch)[kernel]
+        found |= {name: one for name, one in _chosen(case, arch, {kernel: other}).items() if name == kernel}
+    return found
+
+
+def _chosen(case: Case, arch: str, config: dict[str, LaunchConfig]) -> dict[str, tuple[Launch, LaunchConfig]]:
     shapes = case.inputs(torch.device("meta"))
-    with choosing(config or {}) as made, record_launches(arch) as recorded:
+    with choosing(config) as made, record_launches(arch) as recorded:
         case.op.run(**shapes)
     return {launch.kernel: (launch, made[launch.kernel]) for launch in reversed(recorded) if launch.kernel in made}
 
@@ -128,16 +142,20 @@ def tune(
         found.append(one)
 
     launch, now = choices(case, arch)[kernel]
+    library, library_s = kernel not in _chosen(case, arch, {}), None
+    if library and judge is not None and timer is not None:
+        library_s = bench.attempt(lambda: bench.own_way(case, args), args, judge, timer).seconds
     visit(now)
     best = found[0]
+    others = {} if case.op.rivals is None else case.op.rivals(case.sizes, case.dtype, arch)
     for _ in range(ROUNDS):
-        start, seen = best, [one.config for one in found]
-        for config in neighbours(start.config, whole(case.op, kernel, launch)):
-            if config not in seen:
+        start = best
+        for config in (*others.get(kernel, ()), *neighbours(start.config, whole(case.op, kernel, launch))):
+            if config not in [one.config for one in found]:
                 visit(config)
         for one in found:
             if one.seconds is not None and one.seconds < FASTER * (best.seconds or float("inf")):
                 best = one
         if best is start:
             break
-    return Tuned(case, kernel, arch, tuple(found), best.config)
+    return Tuned(case, kernel, arch, tuple(found), best.config, library, library_s)

@@ -117,6 +117,9 @@ def shown(tuned: Tuned, width: int) -> Group:
     word = "nothing timed; the present choice is" if not timed else "the fastest is"
     if timed and tuned.best == tuned.tried[0].config:
         word = "nothing is faster than the present choice,"
+    if tuned.library:
+        took = "" if tuned.library_s is None else f", which takes {micro(tuned.library_s)} us"
+        word = f"a library is the present choice{took}; of this kernel, {word}"
     return Group(_table(tuned), Text(word), *(Text(line) for line in _code(tuned, width)), Text())
 
 
@@ -141,5 +144,6 @@ def as_dict(tuned: Tuned) -> dict[str, Any]:
         "arch": tuned.arch,
         "kernel": tuned.kernel,
         "literal": literal(tuned.case.op, tuned.kernel, tuned.best),
+        "library_us": None if tuned.library_s is None else tuned.library_s * 1e6,
         "tried": [_tried(one) for one in tuned.tried],
     }

@@ -31,10 +31,11 @@ from ..fit import (
     stored_dtype,
     token_flops,
 )
-from ..parallel import traffic
+from ..parallel import Traffic, traffic
 from ..quantize import hub
 from ..quantize.schemes import read_scheme
 from ..weights import read_headers
+from . import scaling
 from .tables import Column, Table, console
 
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -73,6 +74,10 @@ class Asked:
         sizes = (card.bytes, self.batch, self.context, gpus)
         return {name: plan(self.config, forms, *sizes) for name, forms in self.forms.items()}
 
+    def sent(self, gpus: int) -> Traffic:
+        """Bytes that each of so many cards sends for a token."""
+        return traffic(self.config, gpus, itemsize=stored_dtype(self.config).itemsize)
+
     def label(self, format: str) -> str:
         return self.stored if format == STORED else format
 
@@ -99,14 +104,19 @@ def run(args: argparse.Namespace) -> int:
     if card is None and args.gpus is not None:
         raise ValueError("--gpus is given and there is no GPU here, needs --gpu or --memory, too")
     out = console(stderr=args.json)
+    if args.scaling is not None and card is None:
+        raise ValueError("--scaling is given and there is no GPU here, needs --gpu, too")
     if card is None:
         return _all_cards(asked, args.json, out)
+    if args.scaling is not None:
+        return scaling.run(asked, args.scaling or STORED, card, args.json, out)
     gpus = args.gpus or 1
     plans = asked.plans(card, gpus)
     if args.json:
         told = {"name": card.name, "bytes": card.bytes, "gpus": gpus}
         formats = [_as_dict(name, one) for name, one in plans.items()]
-        print(json.dumps({**asked.counts(), "card": told, "formats": formats}))
+        sent = asdict(asked.sent(gpus))
+        print(json.dumps({**asked.counts(), "card": told, "sends_a_token": sent, "formats": formats}))
     else:
         _print(out, asked, card, gpus, plans)
     return 0 if any(one.verdict != "no" for one in plans.values()) else 1
@@ -151,7 +161,7 @@ def _print(out: Console, asked: Asked, card: Card, gpus: int, plans: dict[str, P
         f"{decimal(need.overhead)} for the driver, a CUDA context and a graph."
     )
     if gpus > 1:
-        sent = traffic(asked.config, gpus, itemsize=stored_dtype(asked.config).itemsize)
+        sent = asked.sent(gpus)
         out.print(f"For each token a card sends {decimal(sent.layer)} a layer, and {decimal(sent.head)} of logits.")
     columns = [Column("format", right=False), *map(Column, ("weights", "in all", "used", "longest", "cards"))]
     caption = "longest: tokens a sequence, and cards: how many, with 2 % of the memory to spare; tight: less to spare. "

@@ -33,7 +33,7 @@ def mesh_of(args: argparse.Namespace) -> Iterator[Any]:
 
     from ..parallel import TIMEOUT
 
-    kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = getattr(args, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"{_this()}--device is {kind!r}, needs cpu or cuda: of several processes each has its own")
     if kind == "cuda":

@@ -25,6 +25,7 @@ from ..quantize import QuantizedWeight
 from .hf import transformers_logits, verify_hf
 from .layers import LayerCheck, check_layers, norm_args
 from .loaded import check_loaded
+from .mesh import MeshCheck, Whole, worst_of_all
 from .quality import held_out as held_out
 from .quality import perplexity as perplexity
 from .quantization import cost, formats
@@ -52,6 +53,9 @@ def verify(
     folder: the checkpoint that a Mixtral was loaded from, to hold its tensors against (of a target that is a folder:
     that one); where its weights were quantized on the way, the report also says what that cost. peer "transformers":
     its model, loaded from the same folder, has to have the same logits.
+
+    On a mesh every rank calls it: each layer is put together for the reference, a rank's operations are measured on its
+    own part, its layers with what the ranks send each other. All get one report, the worst of each comparison.
     """
     check_peer(peer)
     if isinstance(target, nn.Module) and not isinstance(target, Mixtral):
@@ -64,14 +68,17 @@ def verify(
         got = type(target).__name__
         raise ValueError(f"verify: target is a {got}, needs a Mixtral, a checkpoint folder or transformers' Mixtral")
     model = target if isinstance(target, Mixtral) else Mixtral.from_pretrained(target)
-    if model.ranks is not None:
-        raise ValueError(f"verify: this is {model.ranks.name} of a mesh, with a part of each weight; needs all of them")
+    if model.ranks is not None and peer is not None:
+        raise ValueError(f"verify: peer is {peer!r}, and no rank of a mesh has all weights for it: needs None")
     folder = folder if isinstance(target, Mixtral) else target
     if peer is not None and folder is None:
         raise ValueError("verify: a peer loads the folder that the model came from: give folder=...")
     ids = text_or_default(input_ids, model.config, model.device)
     with torch.no_grad():
-        return _verify(model, ids, progress, folder, peer)
+        if model.ranks is None:
+            return _verify(model, ids, progress, folder, peer)
+        with model.ranks.agreed():
+            return _verify(model, ids, progress, folder, peer)
 
 
 def check_peer(peer: str | None) -> None:
@@ -85,20 +92,25 @@ def check_peer(peer: str | None) -> None:
 def _verify(model: Mixtral, ids: Tensor, progress: Progress, folder: Any, peer: str | None) -> Report:
     if peer is not None:
         fits_twice(model)
-    rows = [] if folder is None else check_loaded(folder, model)
-    config, shell = model.config, tried(model.config, ids.shape[1])
-    priced = bool(formats(model)) and folder is not None
+    ranks = model.ranks
+    whole: Any = model if ranks is None else Whole(model, ranks)
+    rows = [] if folder is None else check_loaded(folder, whole)
+    config, shell = whole.config, tried(whole.config, ids.shape[1])
+    priced = bool(formats(model)) and folder is not None and ranks is None
     steps = Steps(len(model.layers) * (1 + forwards(ids.shape[1]) + priced), progress)
-    make, x = partial(LayerCheck.of_model, model), F.embedding(ids, model.embed_tokens)
-    found = check_layers(make, model.layers, x, config, shell, steps.one_more)
-    watch = watched(model, shell, ids, found.tried.expected, steps.one_more)
+    make, x = partial(LayerCheck.of_model if ranks is None else MeshCheck, whole), F.embedding(ids, model.embed_tokens)
+    found = check_layers(make, whole.layers, x, config, shell, steps.one_more)
+    own_shell = shell if ranks is None else ranks.shard.config(shell)
+    watch = watched(model, own_shell, ids, found.tried.expected, steps.one_more)
     rows += by_layer(found.rows, watch.rows())
     rows.append(Row(None, "rms_norm", "final", *measure("rms_norm", norm_args(config, found.chain.x, model.norm))))
-    truth = Truth.beside(_logits(model, found.wide), _logits(model, found.chain.x), END_RATIO)
+    truth = Truth.beside(_logits(whole, found.wide), _logits(whole, found.chain.x), END_RATIO)
     logits, flips = end_to_end(model, ids, found.chain.expected)
     rows.append(end_row("logits", "end to end", logits, truth))
     if peer is not None:
         rows.append(end_row("logits", peer, transformers_logits(folder, model, ids, found.chain.expected), truth))
+    if ranks is not None:
+        rows = worst_of_all(ranks, rows)
     quantization = cost(model, folder, ids, steps.one_more) if priced else None
     report = finish(rows, flips, model.device, model.dtype, len(model.layers) * ids.numel())
     return replace(report, quantization=quantization)
@@ -118,7 +130,7 @@ def fits_twice(model: Mixtral) -> None:
         raise ValueError(f"verify: a peer is a second copy, {need / 2**30:.1f} GiB, and {free / 2**30:.1f} are free")
 
 
-def _logits(model: Mixtral, x: Tensor) -> Tensor:
+def _logits(model: Any, x: Tensor) -> Tensor:
     """The final norm and the head in plain torch, in fp64 where x [B,T,H] is -> [B,T,V] in x's dtype."""
     norm, head = ((widen(w) if x.dtype == torch.float64 else w) for w in (model.norm, model.lm_head))
     return reference.linear(reference.rms_norm(x, norm, model.config.rms_norm_eps), head)

@@ -181,6 +181,7 @@ class Eager:
             "attention": self.attention,
             "route": lambda logits, top_k: self.gate(h)[1:],
             "gate_route": self.gate,
+            "rms_norm_gate_route": self.norm_gate,
             "expert_swiglu": self.experts,
             "experts_add_rms_norm": self.experts_norm,
         }
@@ -201,6 +202,10 @@ class Eager:
     def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         total = residual + x
         return _norm(self.theirs, self.norms[1], total), total
+
+    def norm_gate(self, gate: Tensor, top_k: int, **norm: Any) -> tuple[Tensor, ...]:
+        y, total = self.add_norm(**norm)
+        return y, total, *self.gate(y)
 
     def rope(self, q: Tensor, k: Tensor, **tables: Tensor) -> tuple[Tensor, Tensor]:
         q, k = self.theirs.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *self.angles)

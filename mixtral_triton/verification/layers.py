@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import ops, reference
 from ..cache import KVCache
 from ..config import MixtralConfig
 from ..kernels import reference as kernel_reference
@@ -24,7 +24,7 @@ from ..model import Layer, Mixtral
 from ..reference import Values
 from .report import Row
 from .truth import Expected, wide_block
-from .yardstick import Args, measure, widen
+from .yardstick import Args, Yardstick, widen
 
 
 def norm_args(config: Any, x: Tensor, weight: Tensor) -> Args:
@@ -47,6 +47,7 @@ class LayerCheck:
         plain: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         self.values, self.layer, self.config, self.tables, self.plain = values, layer, config, tables, plain or {}
+        self.routes: Callable[[Tensor], Tensor] = lambda ids: ids  # as this layer's experts are counted
         B, T, _ = values.x.shape
         self.positions = torch.arange(T, device=values.x.device).expand(B, T)
         rotate = self.plain.get("rope", reference.rope)
@@ -63,6 +64,9 @@ class LayerCheck:
         yield "rms_norm", "input", norm_args(self.config, values.x, layer.input_layernorm)
         norm = norm_args(self.config, values.attended, layer.post_attention_layernorm)
         yield "add_rms_norm", "with residual", norm | {"residual": values.x}
+        gate = {"gate": layer.gate, "top_k": values.ids.shape[1]}
+        total = {key: value.flatten(0, 1) for key, value in (("x", norm["x"]), ("residual", values.x))}
+        yield "rms_norm_gate_route", "all tokens", {**norm, **total, **gate}
         rows = norm_args(self.config, values.x, layer.input_layernorm)
         rows["table"] = rows.pop("x").flatten(0, 1)  # the layer's input in the place of the embedding
         rows["input_ids"] = torch.arange(len(rows["table"]), device=values.x.device).view(self.positions.shape)
@@ -75,7 +79,7 @@ class LayerCheck:
         yield "linear", "o, few tokens", {"x": values.heads[0, :FEW], "weight": layer.o_proj}
         yield "linear", "o, deterministic", {"x": values.heads, "weight": layer.o_proj, "deterministic": True}
         yield "route", "all tokens", {"logits": values.logits, "top_k": values.ids.shape[1]}
-        yield "gate_route", "all tokens", {"x": values.h, "gate": layer.gate, "top_k": values.ids.shape[1]}
+        yield "gate_route", "all tokens", {"x": values.h, **gate}
         yield "sort_by_expert", "all tokens", {"ids": values.ids, "num_experts": len(layer.gate)}
         yield from self._experts()
 
@@ -95,7 +99,7 @@ class LayerCheck:
         yield "cached_attention", "chunk", {**chunk, **ring, **where, "new": T - past}
         one, new = slice(T // 2, T // 2 + 1), torch.ones_like(past)
         token = {"q": values.q[:, one], "k": values.k[:, one], "v": values.v[:, one]}
-        yield "rope_append", "one token", {**token, **self.tables, **ring, "past": past, "new": new}
+        yield "rope_append_attention", "one token", {**token, **self.tables, **ring, **where, "new": new}
         kernel_reference.append(self.rk[:, one], values.v[:, one], **ring, past=past, new=new)
         yield "cached_attention", "one token", {"q": self.rq[:, one], "k": None, "v": None, **ring, **where, "new": new}
 
@@ -103,7 +107,7 @@ class LayerCheck:
         """The routing that happened, and one that takes every expert; few tokens (decode) and all (prefill)."""
         values = self.values
         proj = {"gate_up_proj": self.layer.gate_up_proj, "down_proj": self.layer.down_proj}
-        routed = {"x": values.h, **proj, "ids": values.ids, "weights": values.weights}
+        routed = {"x": values.h, **proj, "ids": self.routes(values.ids), "weights": values.weights}
         yield "expert_swiglu", "as routed", routed
         norm = {"norm_weight": self.layer.post_attention_layernorm}
         norm["residual"] = (values.x + values.attended).view_as(values.h)
@@ -115,7 +119,11 @@ class LayerCheck:
             take = torch.arange(rows, device=values.h.device)
             ids = ((take[:, None] * K + torch.arange(K, device=values.h.device)) % E).int()
             x, weights = values.h[take % N], values.weights[take % N]
-            yield "expert_swiglu", case, {"x": x, **proj, "ids": ids, "weights": weights}
+            yield "expert_swiglu", case, {"x": x, **proj, "ids": self.routes(ids), "weights": weights}
+
+    def reached(self, name: str, args: Args) -> Callable[..., Any]:
+        """The runtime's operation `name` as it is called."""
+        return ops.reached_by(name, args)
 
 
 class Chain:
@@ -165,7 +173,8 @@ def check_layers(
     for index, layer in enumerate(layers):
         check = make(layer, chain.x, config)
         for op, case, args in check.calls():
-            found.rows.append(Row(index, op, case, *measure(op, args, check.plain.get(op))))
+            yardstick = Yardstick(op, args, check.plain.get(op))
+            found.rows.append(Row(index, op, case, *yardstick.measure(check.reached(op, args))))
         B, values = len(x), check.values
         # The layer in fp64 on its input here, and on that of fp64 all the way: in one pass over its weights.
         inputs = torch.cat((values.x.double(), found.wide.to(values.x.device)))

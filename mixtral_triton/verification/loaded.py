@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def check_loaded(folder: Any, model: Any) -> list[Row]:
 
     A part of a parameter that no tensor fills, or two do, is an infinite one. ValueError for a folder of another model.
     """
-    holders = [_Holder(module) for module in (model, *model.layers)]
+    holders = [_Holder(module) for module in chain((model,), model.layers)]
     for name, stored in _stored(Path(folder), model.config):
         at, place = _place(model, name)
         if tuple(place.shape) != (shape := tuple(stored.get_shape())):

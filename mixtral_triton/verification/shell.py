@@ -83,9 +83,9 @@ class _Overruled:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.direct, name)
 
-    def gate_route(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        logits, weights, ids = self.direct.gate_route(*args)
-        return logits, *self.routes.overrule(weights, ids)
+    def rms_norm_gate_route(self, *args: Any) -> tuple[Tensor, ...]:
+        *before, weights, ids = self.direct.rms_norm_gate_route(*args)
+        return *before, *self.routes.overrule(weights, ids)
 
 
 class Watch:

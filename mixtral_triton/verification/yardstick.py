@@ -30,15 +30,17 @@ class Yardstick:
         op = OPS[name]
         self.args, self.mutates, self.follows = args, op.mutates, op.follows
         self.exact = truth(name, args, op.mutates)
+        # What follows from the results before it has no error of its own.
+        self.own = len(self.exact) - (0 if op.follows is None else len(op.follows(args, self.exact)))
         self.limits: list[float] = []
         for same, exact in zip(_results(plain or op.plain, args, op.mutates), self.exact, strict=True):
-            known = op.follows is not None and self.limits  # what follows from the first result has no error of its own
-            self.limits.append(max(0.0 if known else RATIO * _error(same, exact), FLOOR.get(same.dtype, 0.0)))
+            error = _error(same, exact) if len(self.limits) < self.own else 0.0
+            self.limits.append(max(RATIO * error, FLOOR.get(same.dtype, 0.0)))
 
     def measure(self, function: Callable[..., Any]) -> tuple[float, float]:
         """Error of `function` and its limit; of several results, the one nearest to (or farthest beyond) its limit."""
         got = _results(function, self.args, self.mutates)
-        exact = self.exact if self.follows is None else [self.exact[0], *self.follows(self.args, got)]
+        exact = self.exact if self.follows is None else [*self.exact[: self.own], *self.follows(self.args, got)]
         errors = [_error(*pair) for pair in zip(got, exact, strict=True)]
         return worst(zip(errors, self.limits, strict=True))
 
@@ -73,7 +75,7 @@ def truth(name: str, args: Args, mutates: tuple[str, ...] = ()) -> list[Tensor]:
         return _results(OPS[name].plain, wide, mutates)
     x, weights = widen(args["x"]), widen(args["weights"])
     out = torch.zeros_like(x)
-    for expert in args["ids"].unique().tolist():
+    for expert in set(args["ids"].unique().tolist()) & set(range(len(args["down_proj"]))):
         only = weights.masked_fill(args["ids"] != expert, 0.0).sum(-1, keepdim=True)
         gate_up, down = (widen(args[key][expert : expert + 1]) for key in ("gate_up_proj", "down_proj"))
         out += reference.expert_swiglu(x, gate_up, down, torch.zeros_like(args["ids"][:, :1]), only)

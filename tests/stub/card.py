@@ -65,6 +65,9 @@ class Event:
     def synchronize(self) -> None:
         stage.look("Event.synchronize")
 
+    def query(self) -> bool:
+        return True
+
     def elapsed_time(self, end: Event) -> float:
         """Milliseconds."""
         return 1e3 * (end.at - self.at)

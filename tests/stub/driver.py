@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 import triton
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import GPUDriver
 from triton.compiler.compiler import max_shared_mem
@@ -20,6 +21,7 @@ from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mixtral_triton.kernels import plan
 from mixtral_triton.kernels.interpret import interpreting
 
 from .tensors import stage
@@ -220,6 +222,7 @@ class Driver(GPUDriver):
                 for kernel in cache.values():
                     kernel.module = None  # else it would ask a driver to unload it when it is collected
             fn.device_caches.clear()
+        plan.forget()
         max_shared_mem.cache_clear()
 
     def check_alive(self) -> None:
@@ -233,7 +236,8 @@ class Driver(GPUDriver):
         self.launches.append(launched)
         if self.executes:
             args = {name: held(arg) for name, arg in launched.args.items()}
-            stage.run(lambda: self.execute(launched, args))
+            with _disable_current_modes():  # a card's work is no operation of torch
+                stage.run(lambda: self.execute(launched, args))
 
 
 def held(arg: Any) -> Any:
@@ -249,6 +253,8 @@ def _called(fn: JITFunction, *args: Any, **kwargs: Any) -> Any:
 
 def interpret(launched: Launched, args: Mapping[str, Any]) -> None:
     """Run a kernel of a compiling process by Triton's interpreter, the device functions that it calls included."""
+    if "PDL" in args:  # what it waits for has been done
+        args = {**args, "PDL": False}
     # One scope for all that is patched, which the end of the kernel undoes: device functions never undo theirs.
     scope = interpreter._LangPatchScope()
     with (

@@ -1,0 +1,241 @@
+"""The kernels of the sparse expert layer for many tokens: groups of sorted rows, one an expert.
+
+T tokens, K experts a token, N = T * K slots (slot t*K + k), E experts, H hidden, I intermediate
+
+`*_desc` are tensors for TMA, or None: then pointers do it. Where TMA reads x, in sorted order, a row tile of BLOCK_M
+rows may have two parts, 128 + 64, which share each tile of the weight; and the last tile of a group is as short as its
+rows allow: SHORT_M, the upper part alone, or whole. Weight tiles of the up kernel: see kernels.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..tiles import depth_tile
+from ..weight import times_row_scales, weight_tile
+from .kernels import pair_rows, swiglu
+
+
+@triton.constexpr_function
+def main_rows(BLOCK_M, SHORT_M):
+    """Rows of the upper part of a row tile: all of it, or where they are no power of two those above SHORT_M others."""
+    return BLOCK_M if BLOCK_M & (BLOCK_M - 1) == 0 else BLOCK_M - SHORT_M
+
+
+@triton.jit
+def _group_tile(
+    offsets_ptr,
+    E,
+    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """This program's expert (E or more: none), first sorted row, the end of the group, and its column tile.
+
+    The tiles of an expert stand together, GROUP_M row tiles of it sweep the columns together: weights stay in L2.
+    """
+    column_tiles: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    pid, offs_e = tl.program_id(0), tl.arange(0, BLOCK_E)
+    begins = tl.load(offsets_ptr + offs_e, mask=offs_e < E, other=0)
+    ends = tl.load(offsets_ptr + offs_e + 1, mask=offs_e < E, other=0)
+    row_tiles = (ends - begins + BLOCK_M - 1) // BLOCK_M
+    programs = tl.cumsum(row_tiles, axis=0) * column_tiles
+    expert = tl.sum((programs <= pid).to(tl.int32), axis=0)
+    own = offs_e == expert
+    pid -= tl.sum(tl.where(offs_e == expert - 1, programs, 0), axis=0)
+    group = pid // (GROUP_M * column_tiles)
+    height = tl.maximum(1, tl.minimum(tl.sum(tl.where(own, row_tiles, 0), axis=0) - group * GROUP_M, GROUP_M))
+    within = pid % (GROUP_M * column_tiles)
+    row = tl.sum(tl.where(own, begins, 0), axis=0) + (group * GROUP_M + within % height) * BLOCK_M
+    return expert, row, tl.sum(tl.where(own, ends, 0), axis=0), within // height
+
+
+@triton.jit
+def _products(
+    x_ptrs,
+    x_desc,
+    row,
+    w,
+    w_rows,
+    w_desc,
+    place,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    K: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
+    """[ROWS, w_rows] fp32: ROWS rows of x times the rows `w_rows` of a weight, which a descriptor reads from `place`.
+
+    x_ptrs  [ROWS, BLOCK_K] of column 0; not looked at where `x_desc` reads tiles of this shape, from `row` on
+    """
+    offs_k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((ROWS, w_rows.shape[0]), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if x_desc is None:
+            x = depth_tile(x_ptrs, offs_k[None, :] < K - k, K, BLOCK_K)
+            x_ptrs += BLOCK_K  # stepped, not computed from k: fewer instructions in the loop
+        else:
+            x = x_desc.load([row, k])
+        acc = tl.dot(x, weight_tile(w, w_rows, k, K, BLOCK_K, x.dtype, LAYOUT, w_desc, place).T, acc, "ieee")
+    return acc
+
+
+@triton.jit
+def _products_of_both(
+    x_desc,
+    short_desc,
+    row,
+    w,
+    w_rows,
+    w_desc,
+    place,
+    MAIN_M: tl.constexpr,
+    SHORT_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    K: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
+    """`_products` of a whole tile: of the rows of `x_desc` and those of `short_desc` below; a tile of the weight serves
+    both."""
+    acc, below = tl.zeros((MAIN_M, w_rows.shape[0]), tl.float32), tl.zeros((SHORT_M, w_rows.shape[0]), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x, x_below = x_desc.load([row, k]), short_desc.load([row + MAIN_M, k])
+        w_tile = weight_tile(w, w_rows, k, K, BLOCK_K, x.dtype, LAYOUT, w_desc, place)
+        acc = tl.dot(x, w_tile.T, acc, input_precision="ieee")
+        below = tl.dot(x_below, w_tile.T, below, input_precision="ieee")
+    return acc, below
+
+
+@triton.jit
+def _store_swiglu(acc, h_ptr, row, end, pid_n, I: tl.constexpr):
+    """acc [rows, gate columns then up columns] -> the rows of h from `row` on that lie before `end`."""
+    ROWS: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1] // 2
+    gate, up = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, BLOCK_N)), (0, 2, 1)))
+    rows, offs_n = row + tl.arange(0, ROWS), pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    out = h_ptr + rows.to(tl.int64)[:, None] * I + offs_n[None, :]
+    tl.store(out, swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs_n < I)[None, :])
+
+
+@triton.jit
+def experts_up_kernel(
+    x_ptr,  # [T, H]; beside descriptors not read
+    x_desc,  # [N, H], the same in sorted order, in tiles [BLOCK_M, or MAIN_M of it, BLOCK_K], or None
+    short_desc,  # the same in tiles [SHORT_M, BLOCK_K], or None
+    gate_up_ptr,  # [E, 2I, H]
+    gate_up_desc,  # [E, 2, I, H] in tiles [1, 2, BLOCK_N, BLOCK_K], or None
+    scales_ptr,  # [E, 2I, G], or None
+    zeros_ptr,  # the same, or None
+    h_ptr,  # [N, I] out, in sorted order
+    order_ptr,  # [N] sorted slots
+    offsets_ptr,  # [E + 1] groups in `order`
+    E,
+    TOP_K,
+    stride_xt,
+    stride_we,
+    stride_wn,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SHORT_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    expert, row, end, pid_n = _group_tile(offsets_ptr, E, I, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
+    MAIN_M: tl.constexpr = main_rows(BLOCK_M, SHORT_M)
+    left = tl.minimum(end - row, BLOCK_M)
+    if expert < E:
+        offs_k, w_rows = tl.arange(0, BLOCK_K), pair_rows(pid_n, I, BLOCK_N)
+        w_ptrs = gate_up_ptr + expert.to(tl.int64) * stride_we + w_rows[:, None] * stride_wn + offs_k[None, :]
+        w, w_rows = (w_ptrs, scales_ptr, zeros_ptr), expert.to(tl.int64) * 2 * I + w_rows
+        place = expert, 0, pid_n * BLOCK_N
+        if SHORT_M == 0:
+            x_ptrs = x_ptr
+            if x_desc is None:
+                # Rows past the group repeat a slot of it: valid memory, no mask in the loop, never stored.
+                slots = tl.load(order_ptr + tl.minimum(row + tl.arange(0, BLOCK_M), end - 1))
+                x_ptrs += (slots // TOP_K).to(tl.int64)[:, None] * stride_xt + offs_k[None, :]
+            acc = _products(x_ptrs, x_desc, row, w, w_rows, gate_up_desc, place, BLOCK_M, BLOCK_K, H, LAYOUT)
+            acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=1)
+            _store_swiglu(acc, h_ptr, row, end, pid_n, I)
+        elif left <= SHORT_M:
+            short = _products(x_ptr, short_desc, row, w, w_rows, gate_up_desc, place, SHORT_M, BLOCK_K, H, LAYOUT)
+            _store_swiglu(short, h_ptr, row, end, pid_n, I)
+        elif left <= MAIN_M:
+            upper = _products(x_ptr, x_desc, row, w, w_rows, gate_up_desc, place, MAIN_M, BLOCK_K, H, LAYOUT)
+            _store_swiglu(upper, h_ptr, row, end, pid_n, I)
+        elif MAIN_M < BLOCK_M:
+            main, below = _products_of_both(
+                x_desc, short_desc, row, w, w_rows, gate_up_desc, place, MAIN_M, SHORT_M, BLOCK_K, H, LAYOUT
+            )
+            _store_swiglu(main, h_ptr, row, end, pid_n, I)
+            _store_swiglu(below, h_ptr, row + MAIN_M, end, pid_n, I)
+
+
+@triton.jit
+def _store_slots(acc, y_ptr, order_ptr, row, end, pid_n, H: tl.constexpr):
+    """acc [rows, columns] -> the slots of y whose sorted rows stand from `row` on, before `end`."""
+    ROWS: tl.constexpr = acc.shape[0]
+    rows, offs_n = row + tl.arange(0, ROWS), pid_n * acc.shape[1] + tl.arange(0, acc.shape[1])
+    slots = tl.load(order_ptr + tl.minimum(rows, end - 1))
+    out = y_ptr + slots.to(tl.int64)[:, None] * H + offs_n[None, :]
+    tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs_n < H)[None, :])
+
+
+@triton.jit
+def experts_down_kernel(
+    h_ptr,  # [N, I] in sorted order; beside descriptors not read
+    h_desc,  # the same in tiles [BLOCK_M, or MAIN_M of it, BLOCK_K], or None
+    short_desc,  # the same in tiles [SHORT_M, BLOCK_K], or None
+    down_ptr,  # [E, H, I]
+    down_desc,  # the same in tiles [1, BLOCK_N, BLOCK_K], or None
+    scales_ptr,  # [E, H, G], or None
+    zeros_ptr,  # the same, or None
+    y_ptr,  # [N, H] out, by slot
+    order_ptr,  # [N] sorted slots
+    offsets_ptr,  # [E + 1] groups in `order`
+    E,
+    stride_we,
+    stride_wn,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SHORT_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    expert, row, end, pid_n = _group_tile(offsets_ptr, E, H, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
+    MAIN_M: tl.constexpr = main_rows(BLOCK_M, SHORT_M)
+    left = tl.minimum(end - row, BLOCK_M)
+    if expert < E:
+        offs_k, w_rows = tl.arange(0, BLOCK_K), tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), H - 1).to(tl.int64)
+        w_ptrs = down_ptr + expert.to(tl.int64) * stride_we + w_rows[:, None] * stride_wn + offs_k[None, :]
+        w, w_rows = (w_ptrs, scales_ptr, zeros_ptr), expert.to(tl.int64) * H + w_rows
+        place = expert, pid_n * BLOCK_N
+        if SHORT_M == 0:
+            rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
+            h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * I + offs_k[None, :]
+            acc = _products(h_ptrs, h_desc, row, w, w_rows, down_desc, place, BLOCK_M, BLOCK_K, I, LAYOUT)
+            acc = times_row_scales(acc, w, w_rows, I, LAYOUT, AXIS=1)
+            _store_slots(acc, y_ptr, order_ptr, row, end, pid_n, H)
+        elif left <= SHORT_M:
+            short = _products(h_ptr, short_desc, row, w, w_rows, down_desc, place, SHORT_M, BLOCK_K, I, LAYOUT)
+            _store_slots(short, y_ptr, order_ptr, row, end, pid_n, H)
+        elif left <= MAIN_M:
+            upper = _products(h_ptr, h_desc, row, w, w_rows, down_desc, place, MAIN_M, BLOCK_K, I, LAYOUT)
+            _store_slots(upper, y_ptr, order_ptr, row, end, pid_n, H)
+        elif MAIN_M < BLOCK_M:
+            main, below = _products_of_both(
+                h_desc, short_desc, row, w, w_rows, down_desc, place, MAIN_M, SHORT_M, BLOCK_K, I, LAYOUT
+            )
+            _store_slots(main, y_ptr, order_ptr, row, end, pid_n, H)
+            _store_slots(below, y_ptr, order_ptr, row + MAIN_M, end, pid_n, H)
