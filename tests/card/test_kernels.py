@@ -52,13 +52,19 @@ def test_every_operation_at_its_test_shapes(
             go(op, sizes, kept(op, dtype), covers, f"{name} {dict(sizes)}")
 
 
+LONG = {"B": 1, "T": 300, "S": 300}  # tiles of keys that every query of a tile sees
+LONGER = [LONG | {"Hq": 2, "Hkv": 1, "D": D, "window": window} for D in (64, 128) for window in (0, 100, 200)]
+
+
+@pytest.mark.parametrize("dtype", OPS["attention"].dtypes, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("window", [0, 100, 200])
-@pytest.mark.parametrize("D", [64, 128])
-def test_attention_that_reaches_its_unmasked_loop(D: int, window: int, arch: str, numpy_card: Any, covers: Any) -> None:
+def test_attention_that_reaches_its_unmasked_loop(arch: str, dtype: torch.dtype, numpy_card: Any, covers: Any) -> None:
+    """The kernels of the test shapes, too."""
+    op = OPS["attention"]
+    shapes = [Shape(sizes) | LONG for sizes in op.test_shapes if sizes["T"] > 1]
     with numpy_card(arch):
-        sizes = {"B": 1, "T": 300, "S": 300, "Hq": 2, "Hkv": 1, "D": D, "window": window}
-        go(OPS["attention"], sizes, BF16, covers, f"{sizes}")
+        for sizes in [*shapes, *(LONGER if dtype == BF16 else ())]:
+            go(op, sizes, dtype, covers, f"{sizes}")
 
 
 # Sizes with which a kernel's production tiles are filled, and its loops turn.

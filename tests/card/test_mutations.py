@@ -35,6 +35,7 @@ TRIALS: list[tuple[str, Mapping[str, Any]]] = [
     ("attention", ATTENTION),
     ("attention", {**ATTENTION, "window": 600}),
     ("attention", {**ATTENTION, "T": 1, "Hq": 16}),
+    *[(name, OPS[name].test_shapes[0]) for name in ("rms_norm_gate_route", "rope_append_attention")],
 ]
 
 
