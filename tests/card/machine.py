@@ -16,7 +16,7 @@ import numpy as np
 from . import floats, integers, matrix, tma, warp  # noqa: F401  each declares the opcodes that it models
 from .barriers import Barriers
 from .copies import Flights
-from .memory import UNWRITTEN, Fault, Global, Params, Shared, where
+from .memory import Fault, Global, Params, Shared, where
 from .text import Imm, Instruction, Program, Unmodelled
 from .values import MODELLED, UNSIGNED, Array, Step, check_modelled, guarded, symbol
 from .watch import Log, NoLog
@@ -96,9 +96,9 @@ class Frame:
         self.x, self.y, self.z = (np.repeat(blocks[:, i], len(lanes)).astype(np.uint32) for i in range(3))
         self.grid = dict(zip("xyz", machine.grid, strict=True))
         self.begins = self.block * machine.shared.stride
-        unwritten = {width: np.full(self.n, UNWRITTEN).astype(dtype) for width, dtype in UNSIGNED.items()}
-        for width in (16, 32, 64):
-            unwritten[width] = ~np.zeros(self.n, UNSIGNED[width])
+        unwritten = {
+            width: ~np.zeros(self.n, UNSIGNED[width]) for width in (1, 16, 32, 64)
+        }  # NaN, an address of nothing
         self.R = [unwritten[width] for width in program.widths]
         self.ready: dict[int, Any] = {0: None}
         self.barred: dict[int, Any] = {}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .barriers import SPACES
-from .memory import SHARED_BASE, Fault, effective, where
+from .memory import CHUNKS, SHARED_BASE, Fault, effective, where
 from .text import Address, Instruction, Program
 from .values import Array, Step, effect, reader
 
@@ -44,14 +44,12 @@ class Descriptor:
             offsets = offsets + at.reshape(shape) * (self.size if axis == 0 else self.strides[axis - 1])
         offsets, inside = np.broadcast_arrays(offsets, inside)
         element = self.size * step
-        out = np.zeros(inside.size, np.dtype(f"V{element}") if element not in (1, 2, 4, 8) else f"u{element}")
-        if element == 16:
-            out = np.zeros(inside.size, np.complex128)
+        out = np.zeros(inside.size, CHUNKS[element])
         places = inside.reshape(-1)
         if places.any():
             addresses = (self.base + offsets.reshape(-1)[places]).astype(np.uint64)
             out[places] = memory.load(addresses, element, who)
-        return out.view(np.complex128)
+        return out.view(CHUNKS[16])
 
 
 def swizzled(addresses: Array, span: int) -> Array:
