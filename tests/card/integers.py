@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .text import Imm, Instruction, Program, Reg, Sink, Symbol, Unmodelled, Vector
-from .values import SPECIALS, UNSIGNED, Array, Read, Step, assign, effect, kinds, last, operands, pure, reader
+from .values import SPECIALS, TYPES, UNSIGNED, Array, Read, Step, assign, effect, kinds, last, operands, pure, reader
 
 INTS = ("s16", "u16", "s32", "u32", "s64", "u64")
 BITS = ("b16", "b32", "b64")
@@ -89,12 +89,11 @@ def mad(one: Instruction) -> Read:
     return lambda frame: a(frame) * b(frame) + c(frame)
 
 
-@pure("mad.wide.s32", "mad.wide.u32")
+@pure(*(f"mad.wide.{kind}" for kind in ("s16", "u16", "s32", "u32")))
 def mad_wide(one: Instruction) -> Read:
-    signed = last(one)[0] == "s"
+    wide_kind = f"{last(one)[0]}{2 * int(last(one)[1:])}"
     a, b = (reader(operand, last(one)) for operand in one.operands[1:3])
-    c = reader(one.operands[3], "s64" if signed else "u64")
-    wide = np.dtype("i8" if signed else "u8")
+    c, wide = reader(one.operands[3], wide_kind), TYPES[wide_kind]
     return lambda frame: np.multiply(a(frame), b(frame), dtype=wide) + c(frame)
 
 

@@ -203,7 +203,8 @@ class Trial:
         return True
 
     def without_swizzles(self) -> Iterator[tuple[int, dict[int, Descriptor]]]:
-        """Tensor maps, one of them at a time without its swizzle."""
+        """Tensor maps, one of those that are used at a time without its swizzle."""
         for at, one in self.packed.maps.items():
-            if one.span:
+            others = {place: other for place, other in self.packed.maps.items() if place != at}
+            if one.span and "no descriptor" in self.seen(self.code.program, others):
                 yield at, {**self.packed.maps, at: replace(one, span=0)}

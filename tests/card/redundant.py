@@ -35,5 +35,10 @@ REDUNDANT = {
     ("barrier", "cp.async.wait_group", "ldmatrix.sync"): "before the loop, and at its end, stands another one",
     ("wait", "commit", "cp.async.wait_group"): "the same wait follows",
     ("wait", "wgmma.commit_group", "fence.proxy.async"): "a chain: who reads the sum waits for all of it",
+    (
+        "wait",
+        "wgmma.commit_group",
+        "copy",
+    ): "the loop that follows waits before it writes there or reads the sum",
     ("wait", "bulk copy", "bar.sync"): "the loop that follows waits before it reads the sum or writes where they read",
 }

@@ -24,10 +24,10 @@ ATTENTION = {"B": 1, "T": 33, "S": 700, "Hq": 1, "Hkv": 1, "D": 64, "window": 0}
 # The operation, and sizes with which each of its loops turns more than once.
 TRIALS: list[tuple[str, Mapping[str, Any]]] = [
     ("rms_norm", {"T": 2, "H": 2000}),
-    ("embed_rms_norm", {"T": 2, "V": 20, "H": 300, "past": 4}),
+    ("embed_rms_norm", {"B": 1, "T": 2, "V": 20, "H": 300, "past": 4}),
     ("gate_route", {"T": 16, "H": 600, "E": 16, "K": 2}),
-    ("sort_by_expert", {"T": 600, "E": 4, "K": 2}),
-    ("linear", {"T": 16, "H": 1536, "N": 32}),
+    ("sort_by_expert", {"T": 1024, "E": 8, "K": 2}),
+    ("linear", {"T": 16, "H": 3072, "N": 32}),
     ("linear", Shape(T=64, H=320, N=64, deterministic=True)),
     ("expert_swiglu", {"T": 16, "H": 512, "I": 512, "E": 2, "K": 1}),
     ("expert_swiglu", {"T": 128, "H": 320, "I": 320, "E": 1, "K": 1}),
@@ -35,7 +35,8 @@ TRIALS: list[tuple[str, Mapping[str, Any]]] = [
     ("attention", ATTENTION),
     ("attention", {**ATTENTION, "window": 600}),
     ("attention", {**ATTENTION, "T": 1, "Hq": 16}),
-    *[(name, OPS[name].test_shapes[0]) for name in ("rms_norm_gate_route", "rope_append_attention")],
+    ("rms_norm_gate_route", {"T": 16, "H": 600, "E": 16, "K": 2}),
+    ("rope_append_attention", {"B": 1, "T": 1, "Hq": 16, "Hkv": 1, "D": 64, "C": 700, "window": 0, "past": 690}),
 ]
 
 
