@@ -284,17 +284,39 @@ def jit_lines(cases: set[str]) -> list[str]:
     return [f"{kernel}: {times} launches" for kernel, times in sorted(launches.items())] + total
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def written_down(terminalreporter: Any) -> dict[str, set[str]]:
+    """What tests covered, by kind."""
     found: dict[str, set[str]] = {}
-    for report in terminalreporter.stats.get("", []):  # teardowns: where the gates write down what a test covered
+    for report in terminalreporter.stats.get("", []):  # teardowns: where the gates write it down
         for kind, what in report.user_properties:
             found.setdefault(kind, set()).add(str(what))
+    return found
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The whole of `-m card` fails where it ran too few of the instructions."""
+    from tests.card.report import too_little
+
+    config, reporter = session.config, session.config.pluginmanager.get_plugin("terminalreporter")
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("keyword")
+    if whole and reporter and config.getoption("markexpr") == "card" and too_little(written_down(reporter)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    found = written_down(terminalreporter)
     count = {kind: len(names) for kind, names in found.items()}.get
     say = terminalreporter.write_line
     terminalreporter.section("what was covered")
     say(f"{count('interpreted', 0)} kernels interpreted under guard")
     say(f"{count('case', 0)} shapes and dtypes of operations within their limits")
     say(f"{count('compiled', 0)} kernel variants compiled for {count('target', 0)} targets")
+    if "card code" in found:
+        from tests.card.report import summary
+
+        terminalreporter.section("PTX executed on a card in numpy, under three schedules that agree bit for bit")
+        for line in summary(found):
+            say(line)
     for kind, title in FIGURES.items():
         if lines := jit_lines(found.get("jit case", set())) if kind == "jit" else sorted(found.get(kind, ())):
             terminalreporter.section(title)

@@ -6,7 +6,7 @@ CUDA would demand, and, where asked, has Triton's interpreter do the kernel's wo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -49,6 +49,11 @@ class Launched:
     shared: int
     args: Mapping[str, Any] = field(repr=False)
     launcher: Launcher = field(repr=False, compare=False)
+    binary: bytes = field(default=b"", repr=False, compare=False)
+
+    @property
+    def ptx(self) -> str:
+        return self.binary.decode()
 
     def compiled(self) -> Any:
         """The compiled kernel: `compiled()[grid](*args)` launches it without the JIT's look at its arguments."""
@@ -113,9 +118,9 @@ class Launcher:
         names = self.fn.arg_names
         launched = Launched(
             self.fn.__name__, device, stream, (x, y, z), self.metadata.num_warps, self.metadata.shared,
-            dict(zip(names, args, strict=True)), self,
+            dict(zip(names, args, strict=True)), self, function,
         )  # fmt: skip
-        driver.launch(launched, self.fn)
+        driver.launch(launched)
 
     def _check_arguments(self, args: Sequence[Any], device: int) -> None:
         """Each value is as the kernel was specialized for it, and each pointer leads to the card that runs it."""
@@ -156,15 +161,15 @@ class Utils:
         }
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        """-> module, function, registers, spills, threads at most."""
-        return object(), object(), 0, 0, THREADS_MOST
+        """-> module, function (what it was made of), registers, spills, threads at most."""
+        return object(), kernel, 0, 0, THREADS_MOST
 
     def unload_module(self, module: Any) -> None:
         """Nothing was loaded."""
 
 
 class Driver(GPUDriver):
-    """`launches`: what was launched, in order. `executes`: whether kernels do their work.
+    """`launches`: what was launched, in order. `executes`: whether kernels do their work; `execute` does it.
 
     `breaks`: a kernel whose launch reads outside of memory: it and all that comes after it fail, as on a card.
     """
@@ -176,6 +181,7 @@ class Driver(GPUDriver):
         self.launches: list[Launched] = []
         self.kernels: set[JITFunction] = set()
         self.executes, self.breaks, self.broken = True, "", False
+        self.execute: Callable[[Launched, Mapping[str, Any]], None] = interpret
 
     def get_current_device(self) -> int:
         return self.card.current
@@ -223,17 +229,15 @@ class Driver(GPUDriver):
         if self.broken:
             raise LaunchError("CUDA error: an illegal memory access was encountered (of an earlier launch)")
 
-    def launch(self, launched: Launched, fn: JITFunction) -> None:
+    def launch(self, launched: Launched) -> None:
         if launched.kernel == self.breaks:
             self.broken = True
             self.check_alive()
         self.launches.append(launched)
         if self.executes:
             args = {name: held(arg) for name, arg in launched.args.items()}
-            if "PDL" in args:  # what it waits for has been done
-                args["PDL"] = False
             with _disable_current_modes():  # a card's work is no operation of torch
-                stage.run(lambda: interpret(fn, launched.grid, args))
+                stage.run(lambda: self.execute(launched, args))
 
 
 def held(arg: Any) -> Any:
@@ -247,8 +251,10 @@ def _called(fn: JITFunction, *args: Any, **kwargs: Any) -> Any:
     return interpreter.InterpretedFunction(fn.fn)(*args, **kwargs)
 
 
-def interpret(fn: JITFunction, grid: tuple[int, ...], args: Mapping[str, Any]) -> None:
+def interpret(launched: Launched, args: Mapping[str, Any]) -> None:
     """Run a kernel of a compiling process by Triton's interpreter, the device functions that it calls included."""
+    if "PDL" in args:  # what it waits for has been done
+        args = {**args, "PDL": False}
     # One scope for all that is patched, which the end of the kernel undoes: device functions never undo theirs.
     scope = interpreter._LangPatchScope()
     with (
@@ -256,4 +262,4 @@ def interpret(fn: JITFunction, grid: tuple[int, ...], args: Mapping[str, Any]) -
         mock.patch.object(interpreter, "_LangPatchScope", lambda: scope),
         mock.patch.object(JITFunction, "__call__", _called),
     ):
-        interpreter.InterpretedFunction(fn.fn)[grid](**args)
+        interpreter.InterpretedFunction(launched.launcher.fn.fn)[launched.grid](**args)

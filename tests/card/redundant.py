@@ -1,0 +1,44 @@
+"""Barriers and waits whose removal nobody misses, by what stands before and after them, and why they are redundant.
+
+Not listed here, but told apart by the trial itself: what has nothing to do (no copy in flight, nothing stored since the
+last fence, one warp). A new pair of neighbours is a failure until somebody has thought about it.
+"""
+
+from __future__ import annotations
+
+ONE_THREAD = "one thread makes, announces and copies in its own order; of the barriers before the copy one is enough"
+ITSELF = "each warp has waited for the copy itself"
+FIRST = "nothing in shared memory was touched before"
+LAST = "nothing in shared memory is touched after"
+EARLIER = "the place was last read before another barrier, or is none that another warp reads"
+
+REDUNDANT = {
+    ("barrier", "-", "st.shared"): FIRST,
+    ("barrier", "cp.async.wait_group", "mbarrier.init"): "mbarriers are made where nothing was before",
+    ("barrier", "cp.async.wait_group", "-"): LAST,
+    ("barrier", "mbarrier.init", "mbarrier.arrive"): ONE_THREAD,
+    ("barrier", "mbarrier.arrive", "bulk copy"): ONE_THREAD,
+    ("barrier", "bulk copy", "mbarrier.arrive"): ONE_THREAD,
+    ("barrier", "bulk copy", "bulk copy"): ONE_THREAD,
+    ("barrier", "fence.proxy.async", "bulk copy"): ONE_THREAD,
+    ("barrier", "commit", "mbarrier.arrive"): ONE_THREAD,
+    ("barrier", "wgmma.commit_group", "mbarrier.arrive"): ONE_THREAD,
+    ("barrier", "wgmma.wait_group", "mbarrier.arrive"): ONE_THREAD,
+    ("barrier", "mbarrier.inval", "mbarrier.inval"): "one thread ends them in its own order",
+    ("barrier", "wgmma.wait_group", "mbarrier.inval"): "barriers of the loop stand behind the last wait for them",
+    ("barrier", "mbarrier.try_wait", "wgmma.fence"): ITSELF,
+    ("barrier", "wgmma.wait_group", "wgmma.fence"): "other barriers stand before the place is written again",
+    ("barrier", "wgmma.commit_group", "copy"): EARLIER,
+    ("barrier", "cp.async.wait_group", "copy"): EARLIER,
+    ("barrier", "cp.async.wait_group", "st.shared"): EARLIER,
+    ("barrier", "commit", "st.shared"): EARLIER,
+    ("barrier", "cp.async.wait_group", "ldmatrix.sync"): "before the loop, and at its end, stands another one",
+    ("wait", "commit", "cp.async.wait_group"): "the same wait follows",
+    ("wait", "wgmma.commit_group", "fence.proxy.async"): "a chain: who reads the sum waits for all of it",
+    (
+        "wait",
+        "wgmma.commit_group",
+        "copy",
+    ): "the loop that follows waits before it writes there or reads the sum",
+    ("wait", "bulk copy", "bar.sync"): "the loop that follows waits before it reads the sum or writes where they read",
+}

@@ -1,0 +1,135 @@
+"""Every kernel, compiled by Triton's JIT for sm_90 and sm_80, executed from its PTX on the card in numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from mixtral_triton.kernels.launch import choosing
+from mixtral_triton.kernels.op import Op, Shape
+from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.verification.yardstick import measure
+from tests.test_deterministic import CASES, check
+from tests.test_jit import on_card
+from tests.test_quantized_offline import FORMATS, OTHERS, named
+
+from .report import share
+
+pytestmark = pytest.mark.card
+
+CARD, BF16 = torch.device("cuda", 0), torch.bfloat16
+ARCHS = ("sm_90", "sm_80")
+BOUND = 0.97  # of the instructions of one variant with the tiles of 8x7B, for each kernel
+
+
+def go(op: Op, sizes: Mapping[str, Any], dtype: torch.dtype, covers: Any, case: str) -> None:
+    """`op` errs at most twice as much as plain torch, on the card; its worst error goes into the summary."""
+    args = op.inputs(sizes, dtype, "cpu", torch.Generator().manual_seed(0))
+    if op.name == "cached_attention" and int(args["new"].min()) < sizes["T"]:
+        args["new"] = args["new"] * 0 + sizes["T"]  # rows past `new` mean nothing
+    error, limit = measure(op.name, on_card(args))
+    assert error <= limit, case
+    covers("card error", f"{op.name} {str(dtype)[6:]} {float(error):.1e} {float(limit):.1e}")
+
+
+def kept(op: Op, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, if the operation takes it."""
+    return dtype if dtype in op.dtypes else op.dtypes[0]
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", OPS)
+def test_every_operation_at_its_test_shapes(
+    name: str, arch: str, dtype: torch.dtype, numpy_card: Any, covers: Any
+) -> None:
+    op = OPS[name]
+    with numpy_card(arch):
+        for sizes in op.test_shapes:
+            go(op, sizes, kept(op, dtype), covers, f"{name} {dict(sizes)}")
+
+
+LONG = {"B": 1, "T": 300, "S": 300}  # tiles of keys that every query of a tile sees
+LONGER = [LONG | {"Hq": 2, "Hkv": 1, "D": D, "window": window} for D in (64, 128) for window in (0, 100, 200)]
+
+
+@pytest.mark.parametrize("dtype", OPS["attention"].dtypes, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_attention_that_reaches_its_unmasked_loop(arch: str, dtype: torch.dtype, numpy_card: Any, covers: Any) -> None:
+    """The kernels of the test shapes, too."""
+    op = OPS["attention"]
+    shapes = [Shape(sizes) | LONG for sizes in op.test_shapes if sizes["T"] > 1]
+    with numpy_card(arch):
+        for sizes in [*shapes, *(LONGER if dtype == BF16 else ())]:
+            go(op, sizes, dtype, covers, f"{sizes}")
+
+
+# Sizes with which a kernel's production tiles are filled, and its loops turn.
+SMALL = {"H": 1024, "I": 512, "N": 320, "V": 100, "P": 512, "E": 2}
+MANY_ROWS = {"H": 512, "I": 320, "N": 320, "E": 2}  # of experts and products
+HEADS = {"Hq": 8, "Hkv": 2}  # of attention
+
+
+def small(sizes: Mapping[str, Any]) -> Shape:
+    """`sizes` of 8x7B, smaller: of one kind with them, so that the same kernels run."""
+    told = Shape(sizes).as_dict()
+    most = SMALL | (HEADS if "window" in told else MANY_ROWS if told.get("T", 0) > 64 and "I" in told else {})
+    made = {key: min(most.get(key, size), size) for key, size in told.items() if isinstance(size, int)}
+    made |= {key: value for key, value in told.items() if not isinstance(value, int)}
+    if "T" in made:
+        made["T"] = min(made["T"], 600 if "B" not in made else 300)
+    if "B" in made:
+        made["B"] = min(made["B"], 2)
+    for key in ("S", "C"):
+        if key in made:
+            made[key] = min(made[key], 300 if made["T"] > 1 else 600)
+    if "window" in made:
+        made["window"] = min(made["window"], 200)
+    if "past" in made:
+        made["past"] = min(made["past"], made.get("C", 300) - 1)
+    return Shape(made)
+
+
+def of_8x7b(op: Op) -> list[Shape]:
+    return [Shape(sizes) for sizes in op.bench_shapes if sizes.get("H", 4096) == 4096]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", OPS)
+def test_production_tiles(name: str, arch: str, numpy_card: Any, covers: Any) -> None:
+    """The launch choices of 8x7B on small sizes: each kernel has a variant of which nearly all runs."""
+    op, seen = OPS[name], set()
+    dtype = kept(op, BF16)
+    with numpy_card(arch) as card:
+        for sizes in of_8x7b(op):
+            chosen, own = op.configs(sizes, dtype, arch), small(sizes)
+            if (key := (str(chosen), str(own.as_dict()))) in seen:
+                continue
+            seen.add(key)
+            with choosing(chosen):
+                go(op, own, dtype, covers, f"{name} {own.as_dict()} as {sizes.as_dict()}")
+        for kernel, codes in card.driver.execute.codes.items():
+            best = max(share([code.ran]) for code in codes)
+            assert best >= BOUND, f"{kernel}: {best:.1%} of its instructions run"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("format", [*FORMATS, *OTHERS], ids=named)
+def test_every_quantized_format(format: Any, arch: str, numpy_card: Any, covers: Any) -> None:
+    name, group, _ = format
+    weight = f"{name}:{group}" if group else name
+    with numpy_card(arch):
+        for T in (1, 7, 40):
+            sizes = Shape(T=T, H=256, N=80, weight=weight)
+            go(OPS["linear"], sizes, BF16, covers, f"linear {sizes.as_dict()}")
+            sizes = Shape(T=T, H=256, I=128, E=4, K=2, gate_up=weight, down=weight)
+            go(OPS["expert_swiglu"], sizes, BF16, covers, f"experts {sizes.as_dict()}")
+
+
+@pytest.mark.parametrize(("name", "sizes"), CASES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CASES)])
+def test_deterministic_bits_on_compiled_code(name: str, sizes: Any, numpy_card: Any) -> None:
+    with numpy_card("sm_90"):
+        check(name, sizes, 8, kept(OPS[name], BF16), CARD)

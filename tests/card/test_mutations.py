@@ -1,0 +1,93 @@
+"""Compiled kernels with a barrier, a wait, a fence, a predicate taken out, one at a time: who sees it?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from mixtral_triton.kernels.op import Shape
+from mixtral_triton.kernels.registry import OPS
+from tests.test_jit import on_card
+
+from .launch import Executor, compiled
+from .machine import SCHEDULES
+from .mutate import Site, Trial, neighbours, sites
+from .redundant import REDUNDANT
+
+pytestmark = pytest.mark.card
+
+BF16 = torch.bfloat16
+ATTENTION = {"B": 1, "T": 33, "S": 700, "Hq": 1, "Hkv": 1, "D": 64, "window": 0}
+# The operation, and sizes with which each of its loops turns more than once.
+TRIALS: list[tuple[str, Mapping[str, Any]]] = [
+    ("rms_norm", {"T": 2, "H": 2000}),
+    ("embed_rms_norm", {"B": 1, "T": 2, "V": 20, "H": 300, "past": 4}),
+    ("gate_route", {"T": 16, "H": 600, "E": 16, "K": 2}),
+    ("sort_by_expert", {"T": 1024, "E": 8, "K": 2}),
+    ("linear", {"T": 16, "H": 3072, "N": 32}),
+    ("linear", Shape(T=64, H=320, N=64, deterministic=True)),
+    ("expert_swiglu", {"T": 16, "H": 512, "I": 512, "E": 2, "K": 1}),
+    ("expert_swiglu", {"T": 128, "H": 320, "I": 320, "E": 1, "K": 1}),
+    ("expert_swiglu", Shape(T=16, H=256, I=256, E=2, K=1, gate_up="int4:128", down="int4:128")),
+    ("attention", ATTENTION),
+    ("attention", {**ATTENTION, "window": 600}),
+    ("attention", {**ATTENTION, "T": 1, "Hq": 16}),
+    ("rms_norm_gate_route", {"T": 16, "H": 600, "E": 16, "K": 2}),
+    ("rope_append_attention", {"B": 1, "T": 1, "Hq": 16, "Hkv": 1, "D": 64, "C": 700, "window": 0, "past": 690}),
+]
+
+
+class Recorder(Executor):
+    """Also keeps a launch of each variant, as it was before it ran."""
+
+    def __init__(self) -> None:
+        super().__init__(SCHEDULES[:1])
+        self.trials: dict[str, Trial] = {}
+
+    def __call__(self, launched: Any, args: Mapping[str, Any]) -> None:
+        code = compiled(launched.ptx)
+        if code.key not in self.trials:
+            self.trials[code.key] = Trial(code, launched, args)
+        super().__call__(launched, args)
+
+
+def verdict(trial: Trial, site: Site) -> tuple[str, str]:
+    """-> "seen", "idle" (it has nothing to do: no copy in flight, nothing stored, no lane kept out), "redundant" or
+    "missed"; and why."""
+    how = trial.seen(site.apply(trial.code.program))
+    if how:
+        return "seen", how
+    if site.kind == "predicate":
+        return ("idle", "true of every lane") if trial.always(site) else ("missed", "")
+    if trial.idle(site):
+        return "idle", "nothing was in flight, or stored"
+    around = site.kind, *neighbours(trial.code.program, site.at)
+    return ("redundant", REDUNDANT[around]) if around in REDUNDANT else ("missed", " ... ".join(around))
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
+@pytest.mark.parametrize(("name", "sizes"), TRIALS, ids=[f"{name}-{i}" for i, (name, _) in enumerate(TRIALS)])
+def test_what_is_taken_out_is_missed(name: str, sizes: Any, arch: str, numpy_card: Any, covers: Any) -> None:
+    """But for predicates: those that keep out what would do no harm need not be seen."""
+    with numpy_card(arch) as card:
+        recorder = card.driver.execute = Recorder()
+        op = OPS[name]
+        dtype = BF16 if BF16 in op.dtypes else op.dtypes[0]
+        op.run(**on_card(op.inputs(sizes, dtype, "cpu", torch.Generator().manual_seed(0))))
+        missed = []
+        for trial in recorder.trials.values():
+            program, kernel = trial.code.program, trial.launched.kernel
+            for at, maps in trial.without_swizzles():
+                assert trial.seen(program, maps), f"{kernel}: a tensor map, {at}, without its swizzle"
+            for site in sites(program):
+                if trial.code.ran[site.at]:
+                    what, why = verdict(trial, site)
+                    text = program.instructions[site.at].text
+                    line = f"{kernel} {arch} {trial.code.key} {site.at}: {text}: {why}"
+                    covers("card mutation", f"{site.kind} {what} {line}")
+                    if what == "missed" and site.kind != "predicate":
+                        missed.append(f"{kernel}, instruction {site.at}: {text}: {why}")
+        assert missed == []

@@ -1,0 +1,126 @@
+"""Faults of a person, planted into compiled kernels: the card in numpy does not let them pass. And a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from mixtral_triton import KVCache, Mixtral
+from mixtral_triton.kernels.op import Shape
+from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.verification.yardstick import measure
+from tests.test_jit import on_card
+
+from . import launch
+from .machine import SCHEDULES, Code
+from .memory import Fault
+from .mutate import sites
+from .text import Unmodelled, read
+
+pytestmark = pytest.mark.card
+
+CARD, BF16 = torch.device("cuda", 0), torch.bfloat16
+SMALL = Path(__file__).parents[2] / "mixtral_triton" / "small"
+
+
+def run(name: str, sizes: Any) -> None:
+    """An operation, which errs at most twice as much as plain torch."""
+    args = OPS[name].inputs(sizes, BF16, "cpu", torch.Generator().manual_seed(0))
+    error, limit = measure(name, on_card(args))
+    assert error <= limit, f"{name}: {error} of {limit}"
+
+
+def without(kind: str, opcode: str) -> Callable[[str], Code]:
+    """PTX -> a program without the first such thing; of predicates, without the first of each."""
+
+    def build(ptx: str) -> Code:
+        program = read(ptx)
+        found = [site for site in sites(program) if site.kind == kind]
+        found = [site for site in found if program.instructions[site.at].opcode.startswith(opcode)]
+        for site in found if kind == "predicate" else found[:1]:
+            program = site.apply(program)
+        return Code(program)
+
+    return build
+
+
+EXPERTS = Shape(T=70, H=64, I=48, E=2, K=2)
+
+
+@pytest.mark.parametrize("schedule", [None, *SCHEDULES], ids=lambda one: one.name if one else "all")
+def test_a_wrong_swizzle_is_seen(schedule: Any, numpy_card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what TMA brings: the numbers are wrong in each schedule."""
+    with numpy_card(schedules=[schedule] if schedule else SCHEDULES):
+        run("expert_swiglu", EXPERTS)
+        monkeypatch.setattr(launch, "SWIZZLE_SPANS", (None, 64, 128, 64))
+        with pytest.raises((AssertionError, Fault)):
+            run("expert_swiglu", EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "kind", "opcode"),
+    [
+        ("linear", Shape(T=2, H=1536, N=32), "wait", "cp.async.wait_group"),
+        ("expert_swiglu", EXPERTS, "wait", "wgmma.wait_group"),
+        ("expert_swiglu", EXPERTS, "wait", "mbarrier.try_wait"),
+        ("expert_swiglu", EXPERTS, "fence", "fence.proxy.async"),
+        ("expert_swiglu", EXPERTS, "fence", "wgmma.fence"),
+        ("expert_swiglu", EXPERTS, "expect_tx", "mbarrier.arrive"),
+        ("rms_norm", {"T": 2, "H": 1000}, "barrier", "bar.sync"),
+        ("rms_norm", {"T": 1, "H": 1000}, "predicate", "st.global"),
+        ("rms_norm", {"T": 1, "H": 1000}, "predicate", "ld.global"),
+        ("attention", {"B": 1, "T": 40, "S": 40, "Hq": 1, "Hkv": 1, "D": 64, "window": 0}, "predicate", "cp.async"),
+    ],
+)
+def test_what_somebody_left_out_is_seen(name: str, sizes: Any, kind: str, opcode: str, numpy_card: Any) -> None:
+    with numpy_card() as card:
+        run(name, sizes)
+        card.driver.execute.build = without(kind, opcode)
+        with pytest.raises((AssertionError, Fault)):
+            run(name, sizes)
+
+
+@triton.jit
+def double_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if MASKED:
+        tl.store(y_ptr + offs, 2 * tl.load(x_ptr + offs, mask=offs < N, other=0.0), mask=offs < N)
+    else:
+        tl.store(y_ptr + offs, 2 * tl.load(x_ptr + offs))
+
+
+@triton.jit
+def count_kernel(y_ptr, BLOCK: tl.constexpr):
+    tl.atomic_add(y_ptr + tl.arange(0, BLOCK), 1)
+
+
+def test_an_unmasked_edge_is_seen_and_an_atomic_is_refused(numpy_card: Any) -> None:
+    with numpy_card():
+        x, y = (torch.arange(n).float().to(CARD) for n in (100, 100))
+        double_kernel[(2,)](x, y, 100, BLOCK=64, MASKED=True)
+        assert y.cpu().equal(2 * torch.arange(100).float())
+        with pytest.raises(Fault, match=r"double_kernel .*illegal address.* block \(1, 0, 0\), thread"):
+            double_kernel[(2,)](x, y, 100, BLOCK=64, MASKED=False)
+        with pytest.raises(Unmodelled, match=r"count_kernel: not modelled: atom\.global"):
+            count_kernel[(1,)](torch.zeros(64, dtype=torch.int32).to(CARD), BLOCK=64)
+
+
+def test_the_small_checkpoint_writes_the_same_text(numpy_card: Any) -> None:
+    """Prefill of 70 tokens, more than its window, and eight of decode, as a captured graph: plain torch's text."""
+    ids = torch.randint(3, 2000, (1, 70), generator=torch.Generator().manual_seed(0))
+    with numpy_card() as card:
+        plain, model = (Mixtral.from_pretrained(SMALL, where) for where in ("cpu", CARD))
+        want = plain.generate(ids, max_new_tokens=8)
+        assert model.generate(ids.to(CARD), max_new_tokens=8).cpu().equal(want)
+        assert card.replays > 0 and len(card.driver.execute.codes) >= 8
+        opcodes = {one.opcode for codes in card.driver.execute.codes.values() for one in codes[0].program.instructions}
+        assert any(name.startswith("wgmma") for name in opcodes) and any("bulk.tensor" in name for name in opcodes)
+        cache = KVCache(model.config, 1, device=CARD, dtype=model.dtype)
+        got, logits = model(ids.to(CARD), cache=cache).cpu(), plain(ids)
+        assert (got - logits).abs().max() <= 0.05 * logits.abs().max()
