@@ -37,14 +37,13 @@ def run(name: str, sizes: Any) -> None:
 
 
 def without(kind: str, opcode: str) -> Callable[[str], Code]:
-    """PTX -> a program without the first such thing; of predicates, without the first of each."""
+    """PTX -> a program without any such thing; of predicates, without the first of each."""
 
     def build(ptx: str) -> Code:
         program = read(ptx)
-        found = [site for site in sites(program) if site.kind == kind]
-        found = [site for site in found if program.instructions[site.at].opcode.startswith(opcode)]
-        for site in found if kind == "predicate" else found[:1]:
-            program = site.apply(program)
+        for site in sites(program):
+            if site.kind == kind and program.instructions[site.at].opcode.startswith(opcode):
+                program = site.apply(program)
         return Code(program)
 
     return build
