@@ -68,7 +68,7 @@ def test_a_wrong_swizzle_is_seen(schedule: Any, numpy_card: Any, monkeypatch: py
         ("linear", Shape(T=2, H=1536, N=32), "wait", "cp.async.wait_group"),
         ("expert_swiglu", EXPERTS, "wait", "wgmma.wait_group"),
         ("expert_swiglu", EXPERTS, "wait", "mbarrier.try_wait"),
-        ("linear", Shape(T=2, H=1536, N=32), "fence", "fence.proxy.async"),
+        ("linear", Shape(T=16, H=3072, N=32), "fence", "fence.proxy.async"),
         ("expert_swiglu", EXPERTS, "fence", "wgmma.fence"),
         ("expert_swiglu", EXPERTS, "expect_tx", "mbarrier.arrive"),
         ("rms_norm", {"T": 2, "H": 1000}, "barrier", "bar.sync"),
