@@ -76,11 +76,12 @@ def mul_wide(one: Instruction) -> Read:
     return lambda frame: np.multiply(a(frame), b(frame), dtype=wide)
 
 
-@pure("mul.hi.s32", "mul.hi.u32")
+@pure(*(f"mul.hi.{kind}" for kind in ("s16", "u16", "s32", "u32")))
 def mul_hi(one: Instruction) -> Read:
     a, b = operands(one)
-    wide = np.dtype("i8" if last(one) == "s32" else "u8")
-    return lambda frame: (np.multiply(a(frame), b(frame), dtype=wide) >> 32).astype(np.uint32)
+    bits = int(last(one)[1:])
+    wide = TYPES[f"{last(one)[0]}{2 * bits}"]
+    return lambda frame: (np.multiply(a(frame), b(frame), dtype=wide) >> bits).astype(UNSIGNED[bits])
 
 
 @pure(*kinds("mad.lo", *INTS))

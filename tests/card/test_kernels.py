@@ -69,7 +69,7 @@ def test_attention_that_reaches_its_unmasked_loop(arch: str, dtype: torch.dtype,
 
 # Sizes with which a kernel's production tiles are filled, and its loops turn.
 SMALL = {"H": 1024, "I": 512, "N": 320, "V": 100, "P": 512, "E": 2}
-MANY_ROWS = {"H": 512, "I": 320, "N": 320, "E": 2}  # of experts and products
+MANY_ROWS = {"H": 512, "I": 384, "N": 320, "E": 2}  # of experts and products
 HEADS = {"Hq": 8, "Hkv": 2}  # of attention
 
 
@@ -80,7 +80,7 @@ def small(sizes: Mapping[str, Any]) -> Shape:
     made = {key: min(most.get(key, size), size) for key, size in told.items() if isinstance(size, int)}
     made |= {key: value for key, value in told.items() if not isinstance(value, int)}
     if "T" in made:
-        made["T"] = min(made["T"], 600 if "B" not in made else 300)
+        made["T"] = min(made["T"], 300 if "B" in made else 600 if "H" in made else 2048)
     if "B" in made:
         made["B"] = min(made["B"], 2)
     for key in ("S", "C"):
@@ -101,7 +101,7 @@ def of_8x7b(op: Op) -> list[Shape]:
 @pytest.mark.parametrize("name", OPS)
 def test_production_tiles(name: str, arch: str, numpy_card: Any, covers: Any) -> None:
     """The launch choices of 8x7B on small sizes: each kernel has a variant of which nearly all runs."""
-    op, seen = OPS[name], set()
+    op, seen, kernels = OPS[name], set(), set()
     dtype = kept(op, BF16)
     with numpy_card(arch) as card:
         for sizes in of_8x7b(op):
@@ -109,9 +109,12 @@ def test_production_tiles(name: str, arch: str, numpy_card: Any, covers: Any) ->
             if (key := (str(chosen), str(own.as_dict()))) in seen:
                 continue
             seen.add(key)
+            kernels |= chosen.keys()
             with choosing(chosen):
                 go(op, own, dtype, covers, f"{name} {own.as_dict()} as {sizes.as_dict()}")
-        for kernel, codes in card.driver.execute.codes.items():
+        codes_of = card.driver.execute.codes
+        for kernel in kernels & codes_of.keys():  # others, as the sort before the experts, have their own operation
+            codes = codes_of[kernel]
             best = max(share([code.ran]) for code in codes)
             assert best >= BOUND, f"{kernel}: {best:.1%} of its instructions run"
 
