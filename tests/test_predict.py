@@ -260,26 +260,30 @@ def test_the_formulas_say_what_interpreted_kernels_load(
     asked = work(launches[0])
     loaded = sum(argument.loaded for key, argument in traffic.kernels[0].arguments.items() if key in tensors)
     assert 1.0 <= asked.programs * asked.loaded / loaded <= most
-    assert 1.0 <= asked.programs * asked.flops / traffic.kernels[0].flops <= most
+    flops = traffic.kernels[0].flops
+    assert flops <= asked.programs * asked.flops <= most * flops
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter: needs TRITON_INTERPRET=1")
-@pytest.mark.parametrize("T", [64, 1024])
-def test_the_experts_formulas_say_what_a_program_loads(T: int) -> None:
-    """A program, since routing decides how many there are: with two experts, so that all their tiles are full."""
+@pytest.mark.parametrize("T", [64, 960])
+def test_the_experts_formulas_say_what_kernels_load(T: int) -> None:
+    """Of even routes, as the formulas expect of random ones."""
     sizes = Shape(T=T, H=256, I=256, E=8, K=2)
     args = OPS["expert_swiglu"].inputs(sizes, BF16, "cpu", torch.Generator().manual_seed(0))
-    args["ids"] = torch.tensor([[5, 3]], dtype=torch.int32).repeat(T, 1)
+    args["ids"] = torch.arange(2 * T, dtype=torch.int32).view(T, 2) % 8
     with count_traffic() as traffic, record_launches() as launches:
         OPS["expert_swiglu"].run(**args)
     ours = [launch for launch in launches if launch.grid]
-    products = {"experts_up": ("x", "gate_up"), "experts_down": ("h", "down")}
+    products = {"experts_up": ("x", "short", "gate_up"), "experts_down": ("h", "short", "down")}
     seen = 0
     for launch, kernel in zip(ours, traffic.kernels, strict=True):
         for _, operands in (item for item in products.items() if launch.kernel.startswith(item[0])):
-            asked, programs = work(launch), kernel.flops / work(launch).flops
-            assert programs == round(programs)
-            assert programs * asked.loaded == sum(kernel.arguments[name].loaded for name in operands)
+            asked, loaded = (
+                work(launch),
+                sum(kernel.arguments[name].loaded for name in operands if name in kernel.arguments),
+            )
+            assert asked.programs * asked.loaded == pytest.approx(loaded, rel=0.1)
+            assert asked.programs * asked.flops == pytest.approx(kernel.flops, rel=0.1)
             seen += 1
     assert seen == 2
 

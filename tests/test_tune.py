@@ -77,6 +77,7 @@ def test_beside_a_library_our_kernel_is_a_peer() -> None:
         peer.build(case.op, Case(OPS["linear"], Shape(T=3, H=64, N=48), torch.float32).inputs(CPU))
 
 
+@compiled_way
 @pytest.mark.parametrize(
     ("name", "sizes", "kernel", "tiles"),
     [

@@ -45,8 +45,10 @@ def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str, at: int | None = None)
     dense = not (switches(sizes).gate_up or switches(sizes).down)
     # Gathered in sorted order, x travels by TMA.
     sorted_x = dense and tma(arch) and dtype.itemsize == 2 and not switches(sizes).by_pointers
-    if not sorted_x and not switches(sizes).deterministic:
-        block_m = power_of_2(sizes["T"] * sizes["K"], low=16, high=block_m)
+    if not sorted_x:  # by pointers, which make tiles of one part, a power of 2
+        block_m, short_m = min(block_m, 128), 0
+        if not switches(sizes).deterministic:
+            block_m = power_of_2(sizes["T"] * sizes["K"], low=16, high=block_m)
 
     rows_at_all = None if switches(sizes).deterministic else (rows, sizes["T"] * sizes["K"])
 

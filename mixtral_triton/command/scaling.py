@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..cards import Card
-from ..scaling import NODE, PAYS, Split, Step, batch_most, ep_from, known, splits, tp_pays_to
+from ..scaling import AS_FAST, NODE, PAYS, Split, Step, batch_most, ep_from, known, splits, tp_pays_to
 from .tables import Column, Table
 
 CAPTION = (
@@ -52,7 +52,8 @@ def run(asked: Any, format: str, card: Card, as_json: bool, out: Console) -> int
     cards = NODE if any(split.cards == NODE for split in found) else max(split.cards for split in found)
     most = batch_most(config, forms, card.bytes, context, cards)
     full = list(splits(config, forms, sheet, link, most, context, (cards,))) if most else []
-    best = min(full, key=lambda split: split.decode.seconds, default=None)
+    fastest = min((split.decode.seconds for split in full), default=0.0)
+    best = next((split for split in full if split.decode.seconds <= AS_FAST * fastest), None)  # most of "tp" first
     answers = Answers(cards, tp_pays_to(found), ep_from(config, forms, sheet, link, context, cards), most, best)
     if as_json:
         rows = [{**_as_dict(split), "fits": split in fitting} for split in found]

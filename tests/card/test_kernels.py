@@ -69,7 +69,7 @@ def test_attention_that_reaches_its_unmasked_loop(arch: str, dtype: torch.dtype,
 
 # Sizes with which a kernel's production tiles are filled, and its loops turn.
 SMALL = {"H": 1024, "I": 512, "N": 320, "V": 100, "P": 512, "E": 2}
-MANY_ROWS = {"H": 512, "I": 384, "N": 320, "E": 2}  # of experts and products
+MANY_ROWS = {"H": 512, "I": 512, "N": 320, "E": 2}  # of experts and products; whole units of a quantized weight
 HEADS = {"Hq": 8, "Hkv": 2}  # of attention
 
 
