@@ -253,7 +253,7 @@ def test_nothing_fits_a_4090_and_what_would(
     status, text = fit(capsys, "mixtral-8x7b", "--gpu", "rtx4090")
     assert status == 1 and {row(text, label)[-1] for label in ("bf16", "fp8", "int8", "int4")} == {"no"}
     end = " ".join(text[text.index("NO FORMAT FITS") :].split())
-    assert "int4, linear int8 takes the least, 30.9 GB. What would do: 2 x RTX 4090, or one RTX 5090" in end
+    assert "int4, linear int8 takes the least, 31.0 GB. What would do: 2 x RTX 4090, or one RTX 5090" in end
 
 
 @pytest.mark.parametrize("args", [(), ("--gpu", "mi300x"), ("--memory", "1"), ("mixtral-8x22b", "--gpu", "b200")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -229,8 +230,9 @@ def test_the_heaviest_first(own_cache: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(offline, "_attempt", note)
     monkeypatch.setattr(offline, "_A_WORKER", 1 << 20)
     rows = list(compile_ops(["linear", "attention"], "sm_90", dtypes=[torch.bfloat16]))
-    kernels = [launch.kernel for launch in begun]
-    assert kernels[0] == "attention_prefill_kernel" and kernels[-1] == "attention_combine_kernel"
+    tiles = [math.prod(n for name, n in one.constexprs.items() if name.startswith("BLOCK_")) for one in begun]
+    assert tiles == sorted(tiles, reverse=True) and tiles[0] > tiles[-1]
+    assert begun[-1].kernel == "attention_combine_kernel"
     assert len(begun) == len(rows) and rows[0].kernel == "linear_decode_kernel"
 
 

@@ -88,7 +88,8 @@ def test_fp32(format: Format, arch: str) -> None:
 
 
 # Thread instructions a byte of codes; what full bandwidth affords is 8.6 on an H100, 9.6 on an A100.
-INSTRUCTIONS = {"int4-128-False": 6.0, "int4-128-True": 6.6, "int8-0-False": 4.0, "fp8-0-False": 4.0}
+# fp8: for any number of rows, which none is compiled for alone.
+INSTRUCTIONS = {"int4-128-False": 6.0, "int4-128-True": 6.6, "int8-0-False": 4.0, "fp8-0-False": 4.1}
 # Releases before the one they were counted with spend some more on addresses.
 SLACK = 1.0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 1.1
 

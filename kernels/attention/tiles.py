@@ -95,7 +95,8 @@ def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     block_n = 16 if single and (D > 128 or not cdna) else 32 if cdna or D > 128 or sizes["D"] % 16 else 64
     block_n = 16 if cdna and sizes["D"] < D else block_n
     tiles = {"SPLITS": splits, "BLOCK_M": power_of_2(rows, low=16), "BLOCK_N": block_n, "BLOCK_D": D}
-    return LaunchConfig(tiles, num_warps=8 if single and not cdna else 4, num_stages=2 if single or cdna else 3)
+    more_warps = (single and not cdna) or (cdna and not single and sizes["D"] % 16 > 0)
+    return LaunchConfig(tiles, num_warps=8 if more_warps else 4, num_stages=2 if single or cdna else 3)
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
