@@ -149,14 +149,18 @@ def add_products(
     x_ptrs  [BLOCK_K, T] of column `begin`
     live    [1, T] which of them count. Padding is not loaded: a copy of a row would cross the L2 cache again
     EVEN    nothing of what is read lies beyond K; else it is 0
-    PDL     an earlier launch writes x: the weight's first tile is on its way before that is waited for
+    PDL     an earlier launch writes x: the weight's first tile is on its way before that is waited for (in fp32, whose
+            tiles fill the registers, it is not: a turn apart would spill)
     """
     UNIT: tl.constexpr = x_ptrs.shape[0] * fields_of(LAYOUT[0])
-    if PDL:
+    AHEAD: tl.constexpr = PDL and x_ptrs.dtype.element_ty.primitive_bitwidth == 16
+    if PDL and not AHEAD:
+        await_earlier(PDL)
+    if AHEAD:
         tile = _stored_tile(w[0], 0, K - begin, EVEN, fields_of(LAYOUT[0]))
         await_earlier(PDL)
         acc = _add_tile(acc, tile, w, rows, x_ptrs, live, begin, 0, EVEN, K, LAYOUT)
-    for k in range(UNIT if PDL else 0, SPAN, UNIT):
+    for k in range(UNIT if AHEAD else 0, SPAN, UNIT):
         tile = _stored_tile(w[0], k, K - begin, EVEN, fields_of(LAYOUT[0]))
         acc = _add_tile(acc, tile, w, rows, x_ptrs, live, begin, k, EVEN, K, LAYOUT)
     return acc
