@@ -290,10 +290,8 @@ def rope_append_attention(
     """Rotate q and k of one token a sequence at past[b], append k and v to the caches, attend over those."""
     begin = _alike(past)
     if begin is not None and begin < len(cos):
-        angles = cos[begin], sin[begin]
+        q, k = _rotate(torch.cat((q, k), dim=2), cos[begin], sin[begin]).split((q.shape[2], k.shape[2]), dim=2)
     else:
-        positions = past[:, None].clamp(max=len(cos) - 1)
-        angles = F.embedding(positions, cos).unsqueeze(2), F.embedding(positions, sin).unsqueeze(2)
-    q, k = _rotate(torch.cat((q, k), dim=2), *angles).split((q.shape[2], k.shape[2]), dim=2)
+        q, k = rope(q, k, cos, sin, past[:, None].clamp(max=len(cos) - 1))
     append(k, v, k_cache, v_cache, past, new)
     return cached_attention(q, None, None, k_cache, v_cache, past, new, window)

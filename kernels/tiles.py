@@ -13,11 +13,9 @@ def depth_tile(ptrs, inside, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def program_tile(row_tiles, columns, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Program id -> (row tile, column tile), GROUP_M row tiles sweep the columns together: weights stay in L2."""
-    pid = tl.program_id(0)
-    column_tiles = tl.cdiv(columns, BLOCK_N)
+def program_tile(pid, row_tiles, column_tiles, GROUP_M: tl.constexpr):
+    """Program -> (row tile, column tile), GROUP_M row tiles sweep the columns together: weights stay in L2."""
     group = pid // (GROUP_M * column_tiles)
-    height = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
+    height = tl.maximum(1, tl.minimum(row_tiles - group * GROUP_M, GROUP_M))  # 1: of a program beyond all tiles
     within = pid % (GROUP_M * column_tiles)
     return group * GROUP_M + within % height, within // height

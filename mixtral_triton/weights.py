@@ -97,7 +97,7 @@ def parameter_shapes(config: MixtralConfig, shard: Shard = WHOLE) -> dict[str, S
     `lm_head` is absent where the embedding is the head.
     """
     hidden, inner, experts = config.hidden_size, _length(shard.inner(config)), _length(shard.experts(config))
-    rows = _qkv_rows(shard.config(config))
+    rows = qkv_rows(shard.config(config))
     shapes: dict[str, Shape] = {"embed_tokens": (config.vocab_size, hidden)}
     for layer in range(config.num_hidden_layers):
         shapes |= {
@@ -119,7 +119,7 @@ def table(config: MixtralConfig, layout: Layout, shard: Shard = WHOLE) -> dict[s
     """Every tensor that a checkpoint of this layout holds, by its name on disk, and where it goes."""
     hidden, vocabulary, E, I = config.hidden_size, config.vocab_size, config.num_local_experts, config.intermediate_size
     experts, inner = shard.experts(config), shard.inner(config)
-    kept_rows, rows = shard.qkv_rows(config), _qkv_rows(shard.config(config))
+    kept_rows, rows = shard.qkv_rows(config), qkv_rows(shard.config(config))
     gate, up = slice(0, _length(inner)), slice(_length(inner), 2 * _length(inner))
     targets: dict[str, Target] = {}
 
@@ -138,10 +138,10 @@ def table(config: MixtralConfig, layout: Layout, shard: Shard = WHOLE) -> dict[s
         disk, here = f"model.layers.{layer}", f"layers.{layer}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             put(f"{disk}.{norm}.weight", f"{here}.{norm}", (hidden,))
-        for projection, stored in _qkv_rows(config).items():
+        for projection, stored in qkv_rows(config).items():
             shape, run = (_length(stored), hidden), kept_rows[projection]
             put(f"{disk}.self_attn.{projection}_proj.weight", f"{here}.qkv_proj", shape, rows[projection], rows=(run,))
-        shape = (hidden, _length(_qkv_rows(config)["q"]))
+        shape = (hidden, _length(qkv_rows(config)["q"]))
         put(f"{disk}.self_attn.o_proj.weight", f"{here}.o_proj", shape, columns=(kept_rows["q"],))
         moe = f"{disk}.mlp" if layout == "fused" else f"{disk}.block_sparse_moe"
         put(f"{moe}.gate.weight", f"{here}.gate", (E, hidden))
@@ -162,7 +162,7 @@ def _length(run: slice) -> int:
     return run.stop - run.start
 
 
-def _qkv_rows(config: MixtralConfig) -> dict[str, slice]:
+def qkv_rows(config: MixtralConfig) -> dict[str, slice]:
     """Rows of `qkv_proj` that hold each of the three projections."""
     query, value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     return {"q": slice(0, query), "k": slice(query, query + value), "v": slice(query + value, query + 2 * value)}

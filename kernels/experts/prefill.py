@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tiles import depth_tile
+from ..tiles import depth_tile, program_tile
 from ..weight import times_row_scales, weight_tile
 from .kernels import pair_rows, swiglu
 
@@ -35,7 +35,7 @@ def _group_tile(
 ):
     """This program's expert (E or more: none), first sorted row, the end of the group, and its column tile.
 
-    The tiles of an expert stand together, GROUP_M row tiles of it sweep the columns together: weights stay in L2.
+    The tiles of an expert stand together in the order of programs.
     """
     column_tiles: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     pid, offs_e = tl.program_id(0), tl.arange(0, BLOCK_E)
@@ -46,11 +46,9 @@ def _group_tile(
     expert = tl.sum((programs <= pid).to(tl.int32), axis=0)
     own = offs_e == expert
     pid -= tl.sum(tl.where(offs_e == expert - 1, programs, 0), axis=0)
-    group = pid // (GROUP_M * column_tiles)
-    height = tl.maximum(1, tl.minimum(tl.sum(tl.where(own, row_tiles, 0), axis=0) - group * GROUP_M, GROUP_M))
-    within = pid % (GROUP_M * column_tiles)
-    row = tl.sum(tl.where(own, begins, 0), axis=0) + (group * GROUP_M + within % height) * BLOCK_M
-    return expert, row, tl.sum(tl.where(own, ends, 0), axis=0), within // height
+    pid_m, pid_n = program_tile(pid, tl.sum(tl.where(own, row_tiles, 0), axis=0), column_tiles, GROUP_M)
+    row = tl.sum(tl.where(own, begins, 0), axis=0) + pid_m * BLOCK_M
+    return expert, row, tl.sum(tl.where(own, ends, 0), axis=0), pid_n
 
 
 @triton.jit

@@ -98,7 +98,8 @@ def _verify(model: Mixtral, ids: Tensor, progress: Progress, folder: Any, peer: 
     config, shell = whole.config, tried(whole.config, ids.shape[1])
     priced = bool(formats(model)) and folder is not None and ranks is None
     steps = Steps(len(model.layers) * (1 + forwards(ids.shape[1]) + priced), progress)
-    make, x = partial(LayerCheck.of_model if ranks is None else MeshCheck, whole), F.embedding(ids, model.embed_tokens)
+    kind = LayerCheck if ranks is None else MeshCheck
+    make, x = partial(kind.of_model, whole), F.embedding(ids, model.embed_tokens)
     found = check_layers(make, whole.layers, x, config, shell, steps.one_more)
     own_shell = shell if ranks is None else ranks.shard.config(shell)
     watch = watched(model, own_shell, ids, found.tried.expected, steps.one_more)

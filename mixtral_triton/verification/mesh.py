@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops, reference
+from .. import ops
 from ..config import MixtralConfig
 from ..kernels.quantized import QuantizedWeight, unpack
 from ..kernels.registry import OPS
 from ..model import Layer, Mixtral
 from ..parallel import Ranks, Shard
 from ..quantize.form import put
-from ..weights import parameter_shapes
+from ..weights import parameter_shapes, qkv_rows
 from .layers import LayerCheck
 from .report import Row
 
@@ -121,18 +121,13 @@ def _parameter(weight: Any) -> Any:
 
 def _pieces(name: str, config: MixtralConfig, shard: Shard, group: int) -> Iterator[tuple[Index, Index]]:
     """Where a rank's part of a parameter lies in the whole: (in its own, in the whole)."""
-    short, everything = name.rpartition(".")[2], slice(None)
-    D, I = config.head_dim, config.intermediate_size
-    rows = shard.qkv_rows(config)
-    inner, experts = shard.inner(config), shard.experts(config)
+    short, everything, I = name.rpartition(".")[2], slice(None), config.intermediate_size
+    rows, inner, experts = shard.qkv_rows(config), shard.inner(config), shard.experts(config)
     if short == "qkv_proj":
-        starts = {"q": 0, "k": config.num_attention_heads * D}
-        starts["v"] = starts["k"] + config.num_key_value_heads * D
-        at = 0
-        for projection, run in rows.items():
-            size, start = run.stop - run.start, starts[projection] + run.start
-            yield (slice(at, at + size),), (slice(start, start + size),)
-            at += size
+        whole = qkv_rows(config)
+        for projection, here in qkv_rows(shard.config(config)).items():
+            start, run = whole[projection].start, rows[projection]
+            yield (here,), (slice(start + run.start, start + run.stop),)
     elif short == "o_proj":
         yield (everything,), (everything, _grouped(rows["q"], group))
     elif short == "gate_up_proj":
@@ -156,18 +151,17 @@ def _grouped(run: slice, group: int) -> slice:
 class MeshCheck(LayerCheck):
     """A layer of the whole model for the chain, and of this rank's part the calls of operations."""
 
-    def __init__(self, whole: Whole, layer: Any, x: Tensor, config: MixtralConfig) -> None:
-        tables = {"cos": whole.cos, "sin": whole.sin}
-        attend = reference.whole_text(config.sliding_window, whole.cos, whole.sin)
-        super().__init__(reference.block(layer, config, x, attend), layer, config, tables)
-        shard = whole.ranks.shard
+    @classmethod
+    def of_model(cls, whole: Any, layer: Any, x: Tensor, config: MixtralConfig) -> LayerCheck:
+        check = super().of_model(whole, layer, x, config)
+        shard, seen = whole.ranks.shard, check.values
         queries, keys, rows = shard.queries(config), shard.keys(config), shard.qkv_rows(config)["q"]
-        seen = self.values
         heads = {"q": seen.q[:, :, queries], "k": seen.k[:, :, keys], "v": seen.v[:, :, keys]}
         part = replace(seen, heads=seen.heads[..., rows], **heads)
-        self.own = LayerCheck(part, layer.own, shard.config(config), tables)
-        self.own.routes = partial(whole.ranks.own, experts=len(layer.own.down_proj))
-        self.calls = self.own.calls  # type: ignore[method-assign]
+        own = LayerCheck(part, layer.own, shard.config(config), check.tables)
+        own.routes = partial(whole.ranks.own, experts=len(layer.own.down_proj))
+        check.calls = own.calls  # type: ignore[method-assign]
+        return check
 
     def reached(self, name: str, args: Any) -> Any:
         """As the model calls it: other ranks' experts are out of range, which a check on a CPU would refuse."""
