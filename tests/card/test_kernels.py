@@ -52,24 +52,34 @@ def test_every_operation_at_its_test_shapes(
             go(op, sizes, kept(op, dtype), covers, f"{name} {dict(sizes)}")
 
 
-LONG = {"B": 1, "T": 300, "S": 300}  # tiles of keys that every query of a tile sees
-LONGER = [LONG | {"Hq": 2, "Hkv": 1, "D": D, "window": window} for D in (64, 128) for window in (0, 100, 200)]
+LONG = {"B": 1, "T": 300, "S": 300, "Hq": 2, "Hkv": 1}
+LONGER = [LONG | {"D": D, "window": window} for D in (64, 128) for window in (0, 100, 200)]
+
+
+def with_keys(sizes: Shape) -> Shape:
+    """With so many keys that every query of a tile sees some tiles of them."""
+    window = 200 if sizes["window"] else 0
+    more = {"C": window or 400, "past": 300} if "C" in sizes else {"S": 300}
+    return sizes | more | {"window": window}
 
 
 @pytest.mark.parametrize("dtype", OPS["attention"].dtypes, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_attention_that_reaches_its_unmasked_loop(arch: str, dtype: torch.dtype, numpy_card: Any, covers: Any) -> None:
-    """The kernels of the test shapes, too."""
-    op = OPS["attention"]
-    shapes = [Shape(sizes) | LONG for sizes in op.test_shapes if sizes["T"] > 1]
+    """The kernels of the test shapes, too: with their launch choices, more keys."""
     with numpy_card(arch):
-        for sizes in [*shapes, *(LONGER if dtype == BF16 else ())]:
-            go(op, sizes, dtype, covers, f"{sizes}")
+        for name in ("attention", "cached_attention"):
+            for sizes in (Shape(one) for one in OPS[name].test_shapes if one["T"] > 1):
+                with choosing(OPS[name].configs(sizes, dtype, arch)):
+                    go(OPS[name], with_keys(sizes), dtype, covers, f"{name} {sizes.as_dict()} with keys")
+        for sizes in LONGER if dtype == BF16 else LONGER[:1]:
+            go(OPS["attention"], sizes, dtype, covers, f"{sizes}")
 
 
 # Sizes with which a kernel's production tiles are filled, and its loops turn.
 SMALL = {"H": 1024, "I": 512, "N": 320, "V": 100, "P": 512, "E": 2}
-MANY_ROWS = {"H": 512, "I": 512, "N": 320, "E": 2}  # of experts and products; whole units of a quantized weight
+MANY_ROWS = {"H": 512, "I": 512, "N": 320, "E": 3}  # of experts and products; whole units of a quantized weight
+TOKENS = 384  # of which K = 2 of 3 experts have 192 + 64 rows on average: some a short last tile, some a longer one
 HEADS = {"Hq": 8, "Hkv": 2}  # of attention
 
 
@@ -80,7 +90,7 @@ def small(sizes: Mapping[str, Any]) -> Shape:
     made = {key: min(most.get(key, size), size) for key, size in told.items() if isinstance(size, int)}
     made |= {key: value for key, value in told.items() if not isinstance(value, int)}
     if "T" in made:
-        made["T"] = min(made["T"], 300 if "B" in made else 600 if "H" in made else 2048)
+        made["T"] = min(made["T"], 300 if "B" in made else TOKENS if "I" in made else 600 if "H" in made else 2048)
     if "B" in made:
         made["B"] = min(made["B"], 2)
     for key in ("S", "C"):
