@@ -1,8 +1,8 @@
 """A machine whose card is the one in numpy: kernels are compiled by Triton's JIT and executed from their PTX.
 
-What it cannot see: the assembler and its spills, time, bank conflicts, memory order between blocks, a launch that
-begins before the one in front of it has ended, clusters, tcgen05, the last bits of approximate instructions and of a
-tensor core's sum, a read outside of a tensor's rows but inside of its extent.
+What it cannot see: the assembler and its spills, time, bank conflicts, memory order between blocks, clusters, tcgen05,
+the last bits of approximate instructions and of a tensor core's sum, a read outside of a tensor's rows but inside of
+its extent.
 """
 
 from __future__ import annotations

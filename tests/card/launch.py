@@ -18,6 +18,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..stub.driver import SWIZZLE_SPANS
+from .early import Written, changed
 from .machine import SCHEDULES, Code, Schedule, execute
 from .memory import Fault, Global, Params, Span
 from .text import Param, Unmodelled, read
@@ -112,6 +113,7 @@ class Executor:
     launches: Counter[str] = field(default_factory=Counter)
     build: Callable[[str], Code] = compiled
     fenced_copies: bool = True
+    unsettled: Written = field(default_factory=list)  # by launches that the next one may overlap
 
     def __call__(self, launched: Any, args: Mapping[str, Any]) -> None:
         code = self.build(launched.ptx)
@@ -127,7 +129,11 @@ class Executor:
         params = Params(code.program.params, packed.values)
         params.descriptors = {code.program.params[at].name: one for at, one in packed.maps.items()}
         memory = Global(packed.spans)
-        before, first = memory.save() if len(self.schedules) > 1 else [], None
+        if launched.launcher.metadata.launch_pdl:
+            memory.unsettled = self.unsettled
+        else:
+            self.unsettled = []
+        before, first = memory.save(), None
         for schedule in self.schedules:
             if first is not None:
                 memory.restore(before)
@@ -137,6 +143,7 @@ class Executor:
                 raise Fault(f"{launched.kernel} ({schedule.name}): {fault}") from None
             if len(self.schedules) > 1:
                 first = self._compare(launched.kernel, schedule, memory, first)
+        self.unsettled = [*self.unsettled, *changed(memory.regions, before)]
 
     def _compare(self, kernel: str, schedule: Schedule, memory: Global, first: Any) -> Any:
         now = memory.save()

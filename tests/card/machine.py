@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import floats, integers, matrix, tma, warp  # noqa: F401  each declares the opcodes that it models
+from . import early, floats, integers, matrix, tma, warp  # noqa: F401  each declares the opcodes that it models
 from .barriers import Barriers
 from .copies import Flights
 from .memory import Fault, Global, Params, Shared, where
@@ -69,7 +69,8 @@ class Code:
             own = program.instructions[begin:after]
             ends = bool(own) and own[-1].opcode not in MODELLED
             straight = own[:-1] if ends else own
-            steps = [guarded(one, MODELLED[one.opcode](one, program), begin + i) for i, one in enumerate(straight)]
+            made = [early.watched(one, MODELLED[one.opcode](one, program)) for one in straight]
+            steps = [guarded(one, step, begin + i) for i, (one, step) in enumerate(zip(straight, made, strict=True))]
             plain = np.array([begin + i for i, one in enumerate(own) if one.guard is None], int)
             self.pieces[begin] = Piece(begin, after, steps, own[-1] if ends else None, plain)
 
@@ -105,6 +106,7 @@ class Frame:
         self.parked: dict[int, Any] = {}
         self.refused = np.zeros(self.n, bool)
         self.done = np.zeros(self.n, bool)
+        self.early = np.full(self.n, machine.memory.unsettled is not None)
         self.copies = Flights(self.n)
         self.tensor = Tensor(self.n)
 

@@ -57,7 +57,12 @@ class Region:
 
 
 class Global:
-    """The regions of a launch, sorted; those that overlap are one."""
+    """The regions of a launch, sorted; those that overlap are one.
+
+    `unsettled`: what launches write that this one may overlap; None: it overlaps none. See early.py.
+    """
+
+    unsettled: Sequence[tuple[int, Array]] | None = None
 
     def __init__(self, spans: Iterable[Span]) -> None:
         merged: list[Span] = []

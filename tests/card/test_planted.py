@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from mixtral_triton import KVCache, Mixtral
 from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.verification.yardstick import measure
+from tests.models import random_model
 from tests.test_jit import on_card
 
 from . import launch
@@ -110,6 +113,72 @@ def test_an_unmasked_edge_is_seen_and_an_atomic_is_refused(numpy_card: Any) -> N
             count_kernel[(1,)](torch.zeros(64, dtype=torch.int32).to(CARD), BLOCK=64)
 
 
+@triton.jit
+def early_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, WAITS: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    if WAITS == "first":
+        gdc_wait()
+    x = tl.load(x_ptr + offs)
+    if WAITS == "before it stores":
+        gdc_wait()
+    tl.store(y_ptr + offs, 2 * x)
+    if WAITS == "at last":
+        gdc_wait()
+
+
+@pytest.mark.parametrize(
+    ("early", "waits", "said"),
+    [
+        (True, "first", ""),
+        (True, "before it stores", r"before it waits for the launch that writes there: ld\.global"),
+        (True, "at last", "before it waits"),
+        (True, "never", "before it waits"),
+        (False, "never", ""),
+    ],
+)
+def test_a_launch_that_begins_early_waits_for_what_it_reads(
+    early: bool, waits: str, said: str, numpy_card: Any
+) -> None:
+    with numpy_card():
+        x, y, z = (torch.ones(64).to(CARD) for _ in range(3))
+        double_kernel[(1,)](x, y, 64, BLOCK=64, MASKED=True)
+        with pytest.raises(Fault, match=said) if said else nullcontext():
+            early_kernel[(1,)](y, z, BLOCK=64, WAITS=waits, launch_pdl=early)
+            assert z.cpu().equal(4 * torch.ones(64))
+
+
+@pytest.mark.parametrize(
+    ("waits", "said"),
+    [
+        ("before it stores", ""),
+        ("at last", r"before it waits .* st\.global"),
+        ("never", r"before it waits .* st\.global"),
+    ],
+)
+def test_a_launch_that_begins_early_may_read_what_nobody_writes(waits: str, said: str, numpy_card: Any) -> None:
+    with numpy_card():
+        x, y, z = (torch.ones(64).to(CARD) for _ in range(3))
+        double_kernel[(1,)](x, y, 64, BLOCK=64, MASKED=True)
+        with pytest.raises(Fault, match=said) if said else nullcontext():
+            early_kernel[(1,)](x, z, BLOCK=64, WAITS=waits, launch_pdl=True)
+            assert z.cpu().equal(2 * torch.ones(64))
+
+
+def unwaiting(ptx: str) -> Code:
+    """A program that does not wait for earlier launches."""
+    return Code(read("\n".join(line for line in ptx.splitlines() if "griddepcontrol.wait" not in line)))
+
+
+def test_a_model_whose_kernels_do_not_wait_for_each_other_is_seen(numpy_card: Any) -> None:
+    with numpy_card(schedules=SCHEDULES[:1]) as card:
+        model, ids = random_model(CARD, num_hidden_layers=1), torch.zeros(1, 1, dtype=torch.int64).to(CARD)
+        cache = KVCache(model.config, 1, max_len=9, device=CARD, dtype=torch.float32)
+        model(ids, cache=cache)
+        card.driver.execute.build = unwaiting
+        with pytest.raises(Fault, match="before it waits for the launch that writes there"):
+            model(ids, cache=cache)
+
+
 def test_the_small_checkpoint_writes_the_same_text(numpy_card: Any) -> None:
     """Prefill of 70 tokens, more than its window, and eight of decode, as a captured graph: plain torch's text."""
     ids = torch.randint(3, 2000, (1, 70), generator=torch.Generator().manual_seed(0))
@@ -117,6 +186,7 @@ def test_the_small_checkpoint_writes_the_same_text(numpy_card: Any) -> None:
         plain, model = (Mixtral.from_pretrained(SMALL, where) for where in ("cpu", CARD))
         want = plain.generate(ids, max_new_tokens=8)
         assert model.generate(ids.to(CARD), max_new_tokens=8).cpu().equal(want)
+        assert any(launched.launcher.metadata.launch_pdl for launched in card.driver.launches)
         assert card.replays > 0 and len(card.driver.execute.codes) >= 8
         opcodes = {one.opcode for codes in card.driver.execute.codes.values() for one in codes[0].program.instructions}
         assert any(name.startswith("wgmma") for name in opcodes) and any("bulk.tensor" in name for name in opcodes)

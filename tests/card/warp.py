@@ -95,9 +95,3 @@ def elect(one: Instruction, program: Program) -> Step:
 def bar_warp(one: Instruction, program: Program) -> Step:
     members = reader(one.operands[0], "b32")
     return lambda frame, mask: check_together(frame, mask, one, members(frame))
-
-
-@effect("griddepcontrol.wait", "griddepcontrol.launch_dependents")
-def grid_dependency(one: Instruction, program: Program) -> Step:
-    """Launches run one after the other: the earlier one is done."""
-    return lambda frame, mask: None
