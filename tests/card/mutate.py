@@ -82,19 +82,8 @@ def _gone(one: Instruction) -> Instruction:
     return Instruction("removed", (), text=f"removed: {one.text}")
 
 
-PREDICATES_MOST = 12  # of a program, from its begin to its end
-
-
-def sites(program: Program) -> list[Site]:
-    found = list(_sites(program))
-    guards = [site for site in found if site.kind == "predicate"]
-    step = -(-len(guards) // PREDICATES_MOST) or 1
-    kept = guards[::step]
-    return [site for site in found if site.kind != "predicate" or site in kept]
-
-
-def _sites(program: Program) -> Iterator[Site]:
-    """Of instructions of one name behind one predicate the first."""
+def sites(program: Program) -> Iterator[Site]:
+    """All, but of instructions of one name behind one predicate the first."""
     guarded: set[tuple[str, Any]] = set()
     for at, one in enumerate(program.instructions):
         name, operands = one.opcode, one.operands
