@@ -15,7 +15,7 @@ from mixtral_triton.kernels.registry import OPS
 from tests.test_jit import on_card
 
 from .launch import Executor, compiled
-from .machine import SCHEDULES
+from .machine import SCHEDULES, Code
 from .mutate import Site, Trial, neighbours, sites
 from .redundant import REDUNDANT
 
@@ -79,7 +79,8 @@ class Recorder(Executor):
     def __call__(self, launched: Any, args: Mapping[str, Any]) -> None:
         code = compiled(launched.ptx)
         if code.key not in self.trials and launched.kernel.startswith(self.kernels):
-            self.trials[code.key] = Trial(code, launched, args)
+            # Of its own: the cached one notes what ran in other tests, too.
+            self.trials[code.key] = Trial(Code(code.program, code.key), launched, args)
         super().__call__(launched, args)
 
 
