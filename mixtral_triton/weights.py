@@ -236,23 +236,20 @@ def targets(headers: Headers, config: MixtralConfig, shard: Shard = WHOLE) -> di
 
 
 def load(
-    folder: Folder,
+    headers: Headers,
+    found: Mapping[str, Target],
     config: MixtralConfig,
     parameters: Mapping[str, Any],
     progress: Progress = None,
     shard: Shard = WHOLE,
 ) -> None:
-    """Fill `parameters` (names and shapes of `parameter_shapes`, any float dtype and device) from `folder`.
+    """Fill `parameters` (names and shapes of `parameter_shapes`, any float dtype and device) with what `check` `found`.
 
-    Of each tensor only what the shard keeps is read. `config` is the whole model's.
-    A QuantizedWeight among them is quantized as it is read, on its device, a few rows at a time.
-    Everything is checked against the table before the first byte is copied. Parameters on the meta device are left
-    alone: all of them there means that only headers are read. `progress` gets the number of bytes just loaded.
-    Raises ValueError or OSError only: see `read_headers` and `check`; and for NaN, an infinity, a value that the
-    parameter's dtype cannot hold, or an `lm_head.weight` that differs from the embedding it is tied to.
+    `config` is the whole model's. Of each tensor only what the shard keeps is read; of a row that gets one scale, all.
+    A QuantizedWeight among them is quantized as it is read, on its device, a few rows at a time. Parameters on the meta
+    device are left alone. `progress` gets the number of bytes just loaded.
+    Raises ValueError or OSError only: for what is not finite in its parameter's dtype, and for a tied head of its own.
     """
-    headers = read_headers(folder)
-    found = check(headers, config, shard)
     ours = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     compare("parameters", "the config", parameter_shapes(config, shard), ours)
     fill(headers.tensors, found, parameters, progress)
