@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .config import MixtralConfig, checkpoint_folder, parse_json_object, refuse_gguf
 from .parallel import WHOLE, Shard
+from .quantize.form import Form
 from .quantize.quantizers import fill as quantize_into
 from .quantize.schemes import Scheme, read_scheme
 
@@ -273,14 +274,17 @@ def fill(
 
 
 def _fill(opened: Any, name: str, stored: Stored, target: Target, destination: Any, progress: Progress) -> None:
-    for at, place in chunks(stored, target.kept):
+    kept, columns, K = target.kept, None, stored.shape[-1]
+    if not isinstance(destination, Tensor) and Form.chosen(destination.format, K).group == K:
+        kept, (columns,) = (*kept[:-1], (slice(0, K),)), kept[-1]  # a row's one scale is of all its columns
+    for at, place in chunks(stored, kept):
         source = opened.get_slice(name)[at]
         if isinstance(destination, Tensor):
             copied = destination[place]
             copied.copy_(source)
         else:
             copied = source
-            quantize_into(destination[place], source)
+            quantize_into(destination[place], source, columns)
         # NaN and infinity never leave a sum: a finite one proves the chunk in one pass, without temporaries.
         # A sum may overflow by itself: then each value is looked at.
         if not torch.isfinite(copied.sum()) and not torch.isfinite(copied).all():

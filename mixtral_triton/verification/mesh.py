@@ -84,7 +84,7 @@ class Whole:
 
 
 class _Parts(QuantizedWeight):
-    """One whose rows have a scale for each rank's part of their columns: no kernel reads it."""
+    """One whose rows have each rank's scale for its part of their columns: no kernel reads it."""
 
     def _check(self) -> None:
         """Parts are as long as they are."""
