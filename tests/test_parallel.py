@@ -18,6 +18,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.parallel import Shard
 from mixtral_triton.quantize.form import PARTS
+from mixtral_triton.verification.quantization import cost
 from tests import hub
 from tests.ranks import (
     Ranks,
@@ -273,13 +274,16 @@ def test_a_rank_that_does_not_come(ranks: Ranks, checkpoint: Checkpoint) -> None
         *((mesh, "window", None) for mesh in MESHES),
         ("tp 4", "no window, tied", None),
         ("tp 2", "wide", {"experts": "int8", "linear": "int4"}),
+        ("tp 2", "narrow", {"experts": "int4", "linear": "int8"}),  # a part's largest value may be far below its row's
         ("ep 2 x tp 2", "wide", "int4"),
     ],
     ids=str,
 )
 def test_verify(mesh: str, name: str, weights: Any, ranks: Ranks, checkpoint: Checkpoint) -> None:
-    """On every rank the same report: all operations, all layers, and the loaded tensors beside the files."""
-    first, *others = ranks(verified, checkpoint(name), IDS, weights=weights, **MESHES[mesh])
+    """On every rank the same report: all operations, all layers, the loaded tensors beside the files, and what
+    quantizing them cost."""
+    folder = checkpoint(name)
+    first, *others = ranks(verified, folder, IDS, weights=weights, **MESHES[mesh])
     assert not first.wrong, str(first)
     assert all(
         report.rows == first.rows for report in others[: MESHES[mesh].get("tp", 1) * MESHES[mesh].get("ep", 1) - 1]
@@ -287,6 +291,11 @@ def test_verify(mesh: str, name: str, weights: Any, ranks: Ranks, checkpoint: Ch
     for layer in range(BASE["num_hidden_layers"]):
         assert {row.op for row in first.rows if row.layer == layer} >= {*OPS, "layer", "weights"}
     assert first.flips == 0 and first.rows[-1].op == "logits"
+    told, want = first.quantization, cost(Mixtral.from_pretrained(folder, "cpu", weights=weights), folder, IDS, int)
+    assert (told is None) == (want is None) == (weights is None)
+    if want is not None:  # that of the same weights
+        assert (told.formats, told.moved, told.routed) == (want.formats, want.moved, want.routed)
+        assert (told.cosine, told.least) == pytest.approx((want.cosine, want.least), abs=1e-12)
 
 
 @pytest.mark.parametrize(
