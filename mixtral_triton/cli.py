@@ -221,7 +221,7 @@ def _verify(args: argparse.Namespace) -> int:
     note = choose(args, interpret=True)
     from .verification import check_peer
 
-    check_peer(args.peer)
+    check_peer(args.peer, args.tp * args.ep > 1)
     with mesh_of(args) as mesh:
         return _verified(args, mesh, note)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -334,29 +335,29 @@ def load(
     ranks: Ranks | None,
 ) -> Mixtral:
     config = MixtralConfig.from_pretrained(folder)
-    headers = weights.read_headers(folder)
-    shapes = weights.parameter_shapes(config)
+    headers, shard = weights.read_headers(folder), WHOLE if ranks is None else ranks.shard
+    shard.check(config)
     # Before the parameters are allocated: a broken config could ask for any size.
+    fill: Callable[..., None]
     if headers.scheme is None:
-        weights.check(headers, config)
-        forms: fit.Forms = chosen(quantized, shapes)
+        fill = partial(weights.load, headers, weights.check(headers, config, shard))
+        forms: fit.Forms = chosen(quantized, weights.parameter_shapes(config))
     elif quantized is not None:
         raise ValueError(
             f"Mixtral.from_pretrained: weights is {quantized!r}, and {folder} is quantized already "
             f"({headers.scheme.name}): needs None"
         )
     else:
-        forms = hub.plan(headers, config).forms
+        plan = hub.plan(headers, config, shard)
+        fill, forms = partial(hub.load, headers, plan), plan.forms
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"Mixtral.from_pretrained: dtype is {dtype}, needs torch.float32, bfloat16 or float16")
-    dtype, shard = dtype or weights.stored_dtype(headers), WHOLE
+    dtype = dtype or weights.stored_dtype(headers)
     place = usable_device(device or (None if ranks is None else ranks.device_type))
     if ranks is not None:
         ranks.check_device(place)
-        shard = ranks.shard
-        shard.check(config)
-        forms = fit.shard_forms(config, forms, shard)
+    forms = fit.shard_forms(config, forms, shard)
     fit.check(config, forms, place, dtype, free_choice=headers.scheme is None, shard=shard)
     model = cls(config, place, dtype, deterministic, forms, ranks)
-    (weights.load if headers.scheme is None else hub.load)(folder, config, model.places(), progress, shard)
+    fill(config, model.places(), progress, shard)
     return model

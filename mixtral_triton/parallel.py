@@ -108,7 +108,7 @@ class Shard:
     def forms(self, forms: Mapping[str, Form], whole: Mapping[str, Shape], own: Mapping[str, Shape]) -> dict[str, Form]:
         """The forms of this rank's parts, of shapes `own`, of parameters that have `forms` and shapes `whole`.
 
-        Where a row has one scale, so has each part of it. ValueError where a group of columns would be cut.
+        Where a row has one scale, each part of it keeps that. ValueError where a group of columns would be cut.
         """
         found = {}
         for name, form in forms.items():

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .config import MixtralConfig, checkpoint_folder, parse_json_object, refuse_gguf
 from .parallel import WHOLE, Shard
+from .quantize.form import Form
 from .quantize.quantizers import fill as quantize_into
 from .quantize.schemes import Scheme, read_scheme
 
@@ -236,23 +237,20 @@ def targets(headers: Headers, config: MixtralConfig, shard: Shard = WHOLE) -> di
 
 
 def load(
-    folder: Folder,
+    headers: Headers,
+    found: Mapping[str, Target],
     config: MixtralConfig,
     parameters: Mapping[str, Any],
     progress: Progress = None,
     shard: Shard = WHOLE,
 ) -> None:
-    """Fill `parameters` (names and shapes of `parameter_shapes`, any float dtype and device) from `folder`.
+    """Fill `parameters` (names and shapes of `parameter_shapes`, any float dtype and device) with what `check` `found`.
 
-    Of each tensor only what the shard keeps is read. `config` is the whole model's.
-    A QuantizedWeight among them is quantized as it is read, on its device, a few rows at a time.
-    Everything is checked against the table before the first byte is copied. Parameters on the meta device are left
-    alone: all of them there means that only headers are read. `progress` gets the number of bytes just loaded.
-    Raises ValueError or OSError only: see `read_headers` and `check`; and for NaN, an infinity, a value that the
-    parameter's dtype cannot hold, or an `lm_head.weight` that differs from the embedding it is tied to.
+    `config` is the whole model's. Of each tensor only what the shard keeps is read; of a row that gets one scale, all.
+    A QuantizedWeight among them is quantized as it is read, on its device, a few rows at a time. Parameters on the meta
+    device are left alone. `progress` gets the number of bytes just loaded.
+    Raises ValueError or OSError only: for what is not finite in its parameter's dtype, and for a tied head of its own.
     """
-    headers = read_headers(folder)
-    found = check(headers, config, shard)
     ours = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     compare("parameters", "the config", parameter_shapes(config, shard), ours)
     fill(headers.tensors, found, parameters, progress)
@@ -276,14 +274,17 @@ def fill(
 
 
 def _fill(opened: Any, name: str, stored: Stored, target: Target, destination: Any, progress: Progress) -> None:
-    for at, place in chunks(stored, target.kept):
+    kept, columns, K = target.kept, None, stored.shape[-1]
+    if not isinstance(destination, Tensor) and Form.chosen(destination.format, K).group == K:
+        kept, (columns,) = (*kept[:-1], (slice(0, K),)), kept[-1]  # a row's one scale is of all its columns
+    for at, place in chunks(stored, kept):
         source = opened.get_slice(name)[at]
         if isinstance(destination, Tensor):
             copied = destination[place]
             copied.copy_(source)
         else:
             copied = source
-            quantize_into(destination[place], source)
+            quantize_into(destination[place], source, columns)
         # NaN and infinity never leave a sum: a finite one proves the chunk in one pass, without temporaries.
         # A sum may overflow by itself: then each value is looked at.
         if not torch.isfinite(copied.sum()) and not torch.isfinite(copied).all():

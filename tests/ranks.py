@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixtral_triton import KVCache, Mixtral, parallel, verify, weights
 from mixtral_triton.quantize import QuantizedWeight
+from mixtral_triton.verification.mesh import Whole
 from mixtral_triton.verification.report import Report
 
 Work = Callable[..., Any]
@@ -164,6 +165,16 @@ def kept_bytes(model: Mixtral) -> dict[str, int]:
         name: place.nbytes if isinstance(place, QuantizedWeight) else place.untyped_storage().nbytes()
         for name, place in model.places().items()
     }
+
+
+def put_together(mesh: Any, folder: Path, **options: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Of each quantized weight its values and its scales, made of all ranks' parts."""
+    model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options)
+    assert model.ranks is not None
+    whole = Whole(model, model.ranks)
+    quantized = {name: part for name, part in model.places().items() if isinstance(part, QuantizedWeight)}
+    made = {name: whole.together(name, part) for name, part in quantized.items()}
+    return {name: (weight.dequantize(), weight.scales) for name, weight in made.items()}
 
 
 def read_and_kept(mesh: Any, folder: Path) -> tuple[int, int]:

@@ -123,6 +123,13 @@ def test_processes_that_do_not_fit(
     assert message in line
 
 
+def test_a_mesh_has_no_peer(capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused before anything is loaded."""
+    assert main(["verify", "--tp", "2", "--peer", "transformers"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "peer is 'transformers', and no rank of a mesh has all weights for it: needs None" in line
+
+
 def test_traffic() -> None:
     """Of 8x7B over four: a ring sends 3/4 of a sum's 4096 numbers twice, two sums a layer; 3/4 of 32000 logits."""
     config = MixtralConfig(rope_theta=1e6)

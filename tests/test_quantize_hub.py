@@ -53,6 +53,21 @@ def test_each_layout_means_what_it_means(tmp_path: Path, layout: str) -> None:
     assert isinstance(layer.gate, torch.nn.Parameter)
 
 
+@pytest.mark.parametrize("layout", ["", "awq 32"], ids=["dense", "quantized"])
+def test_headers_are_read_and_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    calls: list[str] = []
+
+    def counted(where: Any, name: str) -> None:
+        true = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *args: (calls.append(name), true(*args))[1])
+
+    hub.write(tmp_path, *hub.LAYOUTS[layout or "awq 32"], only="" if layout else "none of them")
+    counted(weights, "_read_header")
+    counted(weights, "targets")
+    load(tmp_path)
+    assert calls == ["_read_header", "targets"]
+
+
 @pytest.mark.parametrize("layout", ["ct fp8 block", "ct int4 32 True", "gptq 64 1", "awq 32", "autofp8"])
 def test_in_small_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     monkeypatch.setattr("mixtral_triton.quantize.hub.PIECE", 1)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from mixtral_triton import weights
 from mixtral_triton.config import MixtralConfig
-from mixtral_triton.weights import check, load, parameter_shapes, read_headers, stored_dtype, table, total_bytes
+from mixtral_triton.weights import check, parameter_shapes, read_headers, stored_dtype, table, total_bytes
 from tests.memory import anonymous_peak, needs_proc
 
 COUNTS = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "num_local_experts": 3}
@@ -31,6 +31,11 @@ def tensors_of(config, layout="per_expert", dtype=torch.bfloat16):
 
 def allocate(config, dtype=torch.bfloat16, device="cpu"):
     return {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in parameter_shapes(config).items()}
+
+
+def load(folder, config, parameters, progress=None):
+    headers = read_headers(folder)
+    weights.load(headers, check(headers, config), config, parameters, progress)
 
 
 def save(folder, tensors, shards=1):
@@ -357,11 +362,11 @@ def test_no_weights(tmp_path):
     refused(tmp_path / "nowhere", "nowhere: no such folder", error=FileNotFoundError)
 
 
-IMPORTS = "from mixtral_triton.weights import MixtralConfig, load, parameter_shapes"
+IMPORTS = "from mixtral_triton.weights import MixtralConfig, check, load, parameter_shapes, read_headers"
 LOADED = """
 config, dtype = MixtralConfig(**eval(sys.argv[3])), getattr(torch, sys.argv[2])
 parameters = {name: torch.empty(shape, dtype=dtype) for name, shape in parameter_shapes(config).items()}
-load(sys.argv[1], config, parameters)
+load(headers := read_headers(sys.argv[1]), check(headers, config), config, parameters)
 size = sum(parameter.nbytes for parameter in parameters.values())
 """
 

@@ -108,7 +108,46 @@ def _products_of_both(
 
 
 @triton.jit
-def _store_swiglu(acc, h_ptr, row, end, pid_n, I: tl.constexpr):
+def _in_parts(
+    x,
+    row,
+    end,
+    weight,
+    store: tl.constexpr,  # of the two below
+    out,
+    pid_n,
+    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SHORT_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    K: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
+    """The row tile at `row` as tall as the rows before `end` ask for, its products to `store`.
+
+    x       a pointer, a descriptor of the upper part, one of SHORT_M rows
+    weight  w, its rows, its descriptor, the place there: see `_products`
+    """
+    x_ptr, x_desc, short_desc = x
+    w, w_rows, w_desc, place = weight
+    MAIN_M: tl.constexpr = main_rows(BLOCK_M, SHORT_M)
+    left = tl.minimum(end - row, BLOCK_M)
+    if left <= SHORT_M:
+        short = _products(x_ptr, short_desc, row, w, w_rows, w_desc, place, SHORT_M, BLOCK_K, K, LAYOUT)
+        store(short, *out, row, end, pid_n, COLUMNS)
+    elif left <= MAIN_M:
+        upper = _products(x_ptr, x_desc, row, w, w_rows, w_desc, place, MAIN_M, BLOCK_K, K, LAYOUT)
+        store(upper, *out, row, end, pid_n, COLUMNS)
+    elif MAIN_M < BLOCK_M:
+        main, below = _products_of_both(
+            x_desc, short_desc, row, w, w_rows, w_desc, place, MAIN_M, SHORT_M, BLOCK_K, K, LAYOUT
+        )
+        store(main, *out, row, end, pid_n, COLUMNS)
+        store(below, *out, row + MAIN_M, end, pid_n, COLUMNS)
+
+
+@triton.jit
+def _store_swiglu(acc, h_ptr, order_ptr, row, end, pid_n, I: tl.constexpr):
     """acc [rows, gate columns then up columns] -> the rows of h from `row` on that lie before `end`."""
     ROWS: tl.constexpr = acc.shape[0]
     BLOCK_N: tl.constexpr = acc.shape[1] // 2
@@ -146,8 +185,6 @@ def experts_up_kernel(
     GROUP_M: tl.constexpr,
 ):
     expert, row, end, pid_n = _group_tile(offsets_ptr, E, I, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
-    MAIN_M: tl.constexpr = main_rows(BLOCK_M, SHORT_M)
-    left = tl.minimum(end - row, BLOCK_M)
     if expert < E:
         offs_k, w_rows = tl.arange(0, BLOCK_K), pair_rows(pid_n, I, BLOCK_N)
         w_ptrs = gate_up_ptr + expert.to(tl.int64) * stride_we + w_rows[:, None] * stride_wn + offs_k[None, :]
@@ -161,19 +198,10 @@ def experts_up_kernel(
                 x_ptrs += (slots // TOP_K).to(tl.int64)[:, None] * stride_xt + offs_k[None, :]
             acc = _products(x_ptrs, x_desc, row, w, w_rows, gate_up_desc, place, BLOCK_M, BLOCK_K, H, LAYOUT)
             acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=1)
-            _store_swiglu(acc, h_ptr, row, end, pid_n, I)
-        elif left <= SHORT_M:
-            short = _products(x_ptr, short_desc, row, w, w_rows, gate_up_desc, place, SHORT_M, BLOCK_K, H, LAYOUT)
-            _store_swiglu(short, h_ptr, row, end, pid_n, I)
-        elif left <= MAIN_M:
-            upper = _products(x_ptr, x_desc, row, w, w_rows, gate_up_desc, place, MAIN_M, BLOCK_K, H, LAYOUT)
-            _store_swiglu(upper, h_ptr, row, end, pid_n, I)
-        elif MAIN_M < BLOCK_M:
-            main, below = _products_of_both(
-                x_desc, short_desc, row, w, w_rows, gate_up_desc, place, MAIN_M, SHORT_M, BLOCK_K, H, LAYOUT
-            )
-            _store_swiglu(main, h_ptr, row, end, pid_n, I)
-            _store_swiglu(below, h_ptr, row + MAIN_M, end, pid_n, I)
+            _store_swiglu(acc, h_ptr, order_ptr, row, end, pid_n, I)
+        else:
+            x, weight, out = (x_ptr, x_desc, short_desc), (w, w_rows, gate_up_desc, place), (h_ptr, order_ptr)
+            _in_parts(x, row, end, weight, _store_swiglu, out, pid_n, I, BLOCK_M, SHORT_M, BLOCK_K, H, LAYOUT)
 
 
 @triton.jit
@@ -212,8 +240,6 @@ def experts_down_kernel(
     GROUP_M: tl.constexpr,
 ):
     expert, row, end, pid_n = _group_tile(offsets_ptr, E, H, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
-    MAIN_M: tl.constexpr = main_rows(BLOCK_M, SHORT_M)
-    left = tl.minimum(end - row, BLOCK_M)
     if expert < E:
         offs_k, w_rows = tl.arange(0, BLOCK_K), tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), H - 1).to(tl.int64)
         w_ptrs = down_ptr + expert.to(tl.int64) * stride_we + w_rows[:, None] * stride_wn + offs_k[None, :]
@@ -225,15 +251,6 @@ def experts_down_kernel(
             acc = _products(h_ptrs, h_desc, row, w, w_rows, down_desc, place, BLOCK_M, BLOCK_K, I, LAYOUT)
             acc = times_row_scales(acc, w, w_rows, I, LAYOUT, AXIS=1)
             _store_slots(acc, y_ptr, order_ptr, row, end, pid_n, H)
-        elif left <= SHORT_M:
-            short = _products(h_ptr, short_desc, row, w, w_rows, down_desc, place, SHORT_M, BLOCK_K, I, LAYOUT)
-            _store_slots(short, y_ptr, order_ptr, row, end, pid_n, H)
-        elif left <= MAIN_M:
-            upper = _products(h_ptr, h_desc, row, w, w_rows, down_desc, place, MAIN_M, BLOCK_K, I, LAYOUT)
-            _store_slots(upper, y_ptr, order_ptr, row, end, pid_n, H)
-        elif MAIN_M < BLOCK_M:
-            main, below = _products_of_both(
-                h_desc, short_desc, row, w, w_rows, down_desc, place, MAIN_M, SHORT_M, BLOCK_K, I, LAYOUT
-            )
-            _store_slots(main, y_ptr, order_ptr, row, end, pid_n, H)
-            _store_slots(below, y_ptr, order_ptr, row + MAIN_M, end, pid_n, H)
+        else:
+            x, weight, out = (h_ptr, h_desc, short_desc), (w, w_rows, down_desc, place), (y_ptr, order_ptr)
+            _in_parts(x, row, end, weight, _store_slots, out, pid_n, H, BLOCK_M, SHORT_M, BLOCK_K, I, LAYOUT)

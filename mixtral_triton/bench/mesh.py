@@ -14,6 +14,7 @@ import torch
 
 from ..command.processes import is_first
 from ..command.tables import Column, Table, console
+from ..config import MixtralConfig
 from ..kernels.instruments.roofline import CARDS, Card, data_sheet
 from ..parallel import Ranks
 from ..scaling import LINKS, Step, step
@@ -63,8 +64,8 @@ def run(args: argparse.Namespace, mesh: Any) -> int:
     rows = []
     for case in cases(["decode_step"], False, args.at, args.sizes, dtype, None):
         with ranks.agreed():
-            _config(case, ranks)
-        rows.append(Row(case, predicted(case, ranks, card), measured(case, ranks) if measuring else None))
+            config = _config(case, ranks)
+        rows.append(Row(case, predicted(case, config, ranks, card), measured(case, ranks) if measuring else None))
     if is_first():
         _print(args.json, rows, ranks, card)
     return 0
@@ -79,18 +80,18 @@ def _card(name: str | None, measuring: bool) -> tuple[str, Card] | None:
     return next(((key, card) for key, card in CARDS.items() if card is sheet and key in LINKS), None)
 
 
-def _config(case: Case, ranks: Ranks) -> Any:
+def _config(case: Case, ranks: Ranks) -> MixtralConfig:
     """The model's; ValueError where the ranks do not divide it."""
     config = replace(decode_step.config(case.sizes), dtype=case.dtype_name)
     ranks.shard.check(config)
     return config
 
 
-def predicted(case: Case, ranks: Ranks, card: tuple[str, Card] | None) -> Step | None:
+def predicted(case: Case, config: MixtralConfig, ranks: Ranks, card: tuple[str, Card] | None) -> Step | None:
     if card is None:
         return None
     sizes, (name, rates) = case.sizes, card
-    return step(_config(case, ranks), {}, ranks.shard, rates, LINKS[name], sizes["B"], 1, sizes["S"])
+    return step(config, {}, ranks.shard, rates, LINKS[name], sizes["B"], 1, sizes["S"])
 
 
 def measured(case: Case, ranks: Ranks) -> float:

@@ -145,20 +145,19 @@ def _forms(folder: Path, layout: Layout, linears: list[Linear], dense: Mapping[s
 
 
 def load(
-    folder: weights.Folder,
+    headers: Headers,
+    found: Plan,
     config: MixtralConfig,
     places: Mapping[str, Any],
     progress: weights.Progress = None,
     shard: Shard = WHOLE,
 ) -> None:
-    """Fill `places`, the parameters of a model that was made with `plan(...).forms`, from a quantized folder.
+    """Fill `places`, the parameters of a model that was made with the forms of the `plan` `found`.
 
     Of each tensor only what the shard keeps is read. Raises as `weights.load` does, and ValueError for a scale, or a
     code of fp8, that is NaN or infinite, and for what a layout refuses (act-order). What is left aside is told in one
     warning.
     """
-    headers = weights.read_headers(folder)
-    found = plan(headers, config, shard)
     if found.aside:
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in found.aside}))
         warnings.warn(

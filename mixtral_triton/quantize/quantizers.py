@@ -40,14 +40,19 @@ def quantize(tensor: Tensor, format: str, group: int | None = None) -> Quantized
 
 
 @torch.no_grad()
-def fill(weight: QuantizedWeight, x: Tensor) -> None:
-    """Quantize x [..., K], finite, into `weight` of the same shape, on its device, a few rows at a time."""
+def fill(weight: QuantizedWeight, x: Tensor, columns: slice | None = None) -> None:
+    """Quantize x [..., K], finite, into `weight` of the same shape, on its device, a few rows at a time.
+
+    columns: `weight` holds only these of x, whose rows have one scale each, that of all their columns.
+    """
     if x.dim() > 2:
         for expert, own in enumerate(x):
-            fill(weight[expert], own)
+            fill(weight[expert], own, columns)
         return
+    group, kept = (weight.group, slice(None)) if columns is None else (x.shape[-1], columns)
     for rows in pieces(len(x), x.shape[-1], weight.device):
-        put(weight[rows], *encode(x[rows].to(weight.device), weight.format, weight.group))
+        codes, scales = encode(x[rows].to(weight.device), weight.format, group)
+        put(weight[rows], codes[:, kept], scales)
 
 
 def pieces(N: int, K: int, device: torch.device) -> Iterator[slice]:

@@ -57,7 +57,7 @@ def verify(
     On a mesh every rank calls it: each layer is put together for the reference, a rank's operations are measured on its
     own part, its layers with what the ranks send each other. All get one report, the worst of each comparison.
     """
-    check_peer(peer)
+    check_peer(peer, isinstance(target, Mixtral) and target.ranks is not None)
     if isinstance(target, nn.Module) and not isinstance(target, Mixtral):
         if folder is not None or peer is not None:
             raise ValueError(
@@ -68,8 +68,6 @@ def verify(
         got = type(target).__name__
         raise ValueError(f"verify: target is a {got}, needs a Mixtral, a checkpoint folder or transformers' Mixtral")
     model = target if isinstance(target, Mixtral) else Mixtral.from_pretrained(target)
-    if model.ranks is not None and peer is not None:
-        raise ValueError(f"verify: peer is {peer!r}, and no rank of a mesh has all weights for it: needs None")
     folder = folder if isinstance(target, Mixtral) else target
     if peer is not None and folder is None:
         raise ValueError("verify: a peer loads the folder that the model came from: give folder=...")
@@ -81,10 +79,12 @@ def verify(
             return _verify(model, ids, progress, folder, peer)
 
 
-def check_peer(peer: str | None) -> None:
-    """ValueError where there is no such peer, or where it is not installed."""
+def check_peer(peer: str | None, on_mesh: bool) -> None:
+    """ValueError where there is no such peer, where it is not installed, and on a mesh."""
     if peer not in (None, "transformers"):
         raise ValueError(f"verify: peer is {peer!r}, needs 'transformers' or None")
+    if peer is not None and on_mesh:
+        raise ValueError(f"verify: peer is {peer!r}, and no rank of a mesh has all weights for it: needs None")
     if peer is not None and find_spec(peer) is None:
         raise ValueError("verify: peer 'transformers' is not installed: pip install 'mixtral-triton[hf]'")
 
@@ -96,7 +96,7 @@ def _verify(model: Mixtral, ids: Tensor, progress: Progress, folder: Any, peer: 
     whole: Any = model if ranks is None else Whole(model, ranks)
     rows = [] if folder is None else check_loaded(folder, whole)
     config, shell = whole.config, tried(whole.config, ids.shape[1])
-    priced = bool(formats(model)) and folder is not None and ranks is None
+    priced = bool(formats(model)) and folder is not None
     steps = Steps(len(model.layers) * (1 + forwards(ids.shape[1]) + priced), progress)
     kind = LayerCheck if ranks is None else MeshCheck
     make, x = partial(kind.of_model, whole), F.embedding(ids, model.embed_tokens)
@@ -112,7 +112,7 @@ def _verify(model: Mixtral, ids: Tensor, progress: Progress, folder: Any, peer: 
         rows.append(end_row("logits", peer, transformers_logits(folder, model, ids, found.chain.expected), truth))
     if ranks is not None:
         rows = worst_of_all(ranks, rows)
-    quantization = cost(model, folder, ids, steps.one_more) if priced else None
+    quantization = cost(whole, folder, ids, steps.one_more) if priced else None
     report = finish(rows, flips, model.device, model.dtype, len(model.layers) * ids.numel())
     return replace(report, quantization=quantization)
 

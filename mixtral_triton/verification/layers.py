@@ -23,7 +23,7 @@ from ..kernels.linear import FEW
 from ..model import Layer
 from ..reference import Values
 from .report import Row
-from .truth import Expected, wide_block
+from .truth import Expected, wide_block, with_moved
 from .yardstick import Args, Yardstick, widen
 
 
@@ -129,11 +129,11 @@ class LayerCheck:
 class Chain:
     """A text in plain torch, layer after layer: its residual stream x [B,T,H], and what is expected of each layer.
 
-    before  the truth of x, fp64: the last layer's output, computed from plain torch's input of that layer
+    before  the truth of x, fp64 [2B,T,H]: the last layer's output, of plain torch's input of that layer `with_moved`
     """
 
     def __init__(self, x: Tensor) -> None:
-        self.x, self.before = x, x.double()
+        self.x, self.before = x, x.double().repeat(2, 1, 1)
         self.expected: list[Expected] = []
 
     def go(self, check: LayerCheck, logits: Tensor, output: Tensor) -> None:
@@ -150,7 +150,7 @@ class Checked:
 
     rows   the operations, layer after layer
     chain  with the model's config, and `tried` with that which the shell is tried with
-    wide   the last layer's output [B,T,H] by fp64 all the way, with plain torch's routes
+    wide   the last layer's output [2B,T,H] by fp64 all the way from the text `with_moved`, with plain torch's routes
     """
 
     chain: Chain
@@ -169,21 +169,21 @@ def check_layers(
 ) -> Checked:
     """Every operation of every `make(layer, its input, a config)` measured; `said` is called after each layer."""
     chain = Chain(x)
-    found = Checked(chain, chain if tried == config else Chain(x), x.double())
+    found = Checked(chain, chain if tried == config else Chain(x), with_moved(x))
     for index, layer in enumerate(layers):
         check = make(layer, chain.x, config)
         for op, case, args in check.calls():
             yardstick = Yardstick(op, args, check.plain.get(op))
             found.rows.append(Row(index, op, case, *yardstick.measure(check.reached(op, args))))
-        B, values = len(x), check.values
+        both, values = 2 * len(x), check.values
         # The layer in fp64 on its input here, and on that of fp64 all the way: in one pass over its weights.
-        inputs = torch.cat((values.x.double(), found.wide.to(values.x.device)))
-        logits, output = wide_block(check.layer, config, check.tables, inputs, values.ids.repeat(2, 1))
-        chain.go(check, logits[:B], output[:B])
-        found.wide = output[B:]
+        inputs = torch.cat((with_moved(values.x), found.wide.to(values.x.device)))
+        logits, output = wide_block(check.layer, config, check.tables, inputs, values.ids.repeat(4, 1))
+        chain.go(check, logits[:both], output[:both])
+        found.wide = output[both:]
         if found.tried is not chain:
             other = make(layer, found.tried.x, tried)
-            own = other.values.x.double(), other.values.ids
+            own = with_moved(other.values.x), other.values.ids.repeat(2, 1)
             found.tried.go(other, *wide_block(other.layer, tried, other.tables, *own))
         said()
     return found

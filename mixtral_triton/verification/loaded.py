@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..config import MixtralConfig
 from ..quantize import QuantizedWeight, hub
+from ..quantize.form import Form
 from ..weights import read_headers
 from .report import Row
 from .yardstick import worst
@@ -167,9 +168,10 @@ def _difference(ours: Any, theirs: Any) -> float:
 
 
 def _rounded(ours: QuantizedWeight, theirs: Tensor) -> float:
-    """Of each group of columns that shares a scale the root mean square of the difference, in parts of the largest
-    value there: the worst group's."""
-    groups = theirs.to(ours.device, torch.float32).unflatten(-1, (-1, ours.group))
+    """Of each group of columns that loading gives a scale, whatever a mesh cuts, the root mean square of the
+    difference, in parts of the largest value there: the worst group's."""
+    group = Form.chosen(ours.format, theirs.shape[-1]).group
+    groups = theirs.to(ours.device, torch.float32).unflatten(-1, (-1, group))
     apart = (ours.dequantize().view_as(groups) - groups).square().mean(-1).sqrt()
     worst_group = float((apart / groups.abs().amax(-1).clamp(min=1e-30)).max())
     return worst_group if worst_group == worst_group else float("inf")

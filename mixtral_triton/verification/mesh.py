@@ -32,12 +32,13 @@ Index = tuple[slice, ...]
 class Whole:
     """A `Mixtral` of a mesh, put together as it is asked for: every rank has to ask for the same.
 
-    What has to stand in `Mixtral` for check_loaded, check_layers and the head of the reference is here.
+    What has to stand in `Mixtral` for check_loaded, check_layers, cost and the head of the reference is here.
     """
 
     def __init__(self, model: Mixtral, ranks: Ranks) -> None:
         self.model, self.ranks, self.config = model, ranks, model.whole_config
         self.embed_tokens, self.norm, self.cos, self.sin = model.embed_tokens, model.norm, model.cos, model.sin
+        self.device, self.dtype, self.places = model.device, model.dtype, model.places
         self.shards: list[Shard] = ranks.told(ranks.shard)
         self.shapes = parameter_shapes(self.config)
         self.layers = _Layers(self)
@@ -84,7 +85,7 @@ class Whole:
 
 
 class _Parts(QuantizedWeight):
-    """One whose rows have a scale for each rank's part of their columns: no kernel reads it."""
+    """One whose rows have each rank's scale for its part of their columns: no kernel reads it."""
 
     def _check(self) -> None:
         """Parts are as long as they are."""

@@ -65,7 +65,7 @@ def formats(model: Any) -> dict[str, str]:
 def cost(model: Any, folder: Any, ids: Tensor, said: Callable[[], None]) -> Quantization | None:
     """On ids [B,T], and on the folder's held-out text; None where no weight is quantized, or the files themselves are.
 
-    A layer of the files is loaded when its turn comes, and `said` is called after it.
+    A layer of the files is loaded when its turn comes, and `said` is called after it. On a mesh every rank does it all.
     """
     kinds, headers = formats(model), weights.read_headers(folder)
     if not kinds or headers.scheme is not None:

@@ -27,6 +27,16 @@ def distance(got: Tensor, exact: Tensor) -> Tensor:
     return apart.nan_to_num(nan=float("inf"))
 
 
+def with_moved(x: Tensor) -> Tensor:
+    """x [B,T,H] -> fp64 [2B,T,H]: x, then x with each number moved by FLOOR of itself, up or down.
+
+    What exact arithmetic makes of the second is as good an answer as any in x's dtype: how far it is from what it makes
+    of the first is the model's own sensitivity, which one way to round need not show.
+    """
+    signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(0), device="cpu").mul_(2).sub_(1)
+    return torch.cat((x.double(), x.double() * (1 + FLOOR[x.dtype] * signs.to(x.device))))
+
+
 @dataclass(frozen=True)
 class Truth:
     """Exact values [B,T,H] fp64, and how far from them those of one token may be."""
@@ -36,8 +46,13 @@ class Truth:
 
     @classmethod
     def beside(cls, exact: Tensor, plain: Tensor, ratio: float = RATIO) -> Truth:
-        """`plain`: the same by plain torch in the weights' dtype, which sets the limit."""
-        return cls(exact, max(ratio * float(distance(plain, exact).max()), FLOOR[plain.dtype]))
+        """exact [2B,T,H]: of an input `with_moved`; plain [B,T,H]: of the input, by plain torch in the weights' dtype.
+
+        Of plain and moved the one that is farther from the truth sets the limit.
+        """
+        exact, moved = exact.chunk(2)
+        apart = max(float(distance(other, exact).max()) for other in (plain, moved))
+        return cls(exact, max(ratio * apart, FLOOR[plain.dtype]))
 
     def measure(self, got: Tensor, at: Tensor) -> tuple[float, float]:
         """The error of the tokens `at` [n] of each sequence, got [B,n,H], and its limit."""
@@ -65,10 +80,11 @@ class Expected:
 
     @classmethod
     def of(cls, plain: reference.Values, normed: Tensor, logits: Tensor, output: Tensor) -> Expected:
-        """`plain`: of the block in the weights' dtype; the rest is fp64."""
+        """`plain`: of the block in the weights' dtype; the rest is fp64 [2B,...], of an input `with_moved`."""
         shape = plain.x.shape[:2]
-        plain_logits = plain.logits.view(logits.shape).double()
-        limit = RATIO * float((plain_logits - logits).abs().max()) + FLOOR[plain.x.dtype] * float(logits.abs().max())
+        logits, moved = logits.chunk(2)
+        apart = max(float((other.view_as(logits) - logits).abs().max()) for other in (plain.logits, moved))
+        limit = RATIO * apart + FLOOR[plain.x.dtype] * float(logits.abs().max())
         ids, weights = plain.ids.view(*shape, -1), plain.weights.view(*shape, -1)
         truths = Truth.beside(normed, plain.normed), Truth.beside(output, plain.output)
         return cls(plain.x, plain.normed, ids, weights, *truths, logits, limit)
