@@ -317,6 +317,13 @@ class Mixtral(nn.Module):
             raise ValueError("Mixtral is for inference only: there is no training mode")
         return super().train(False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixtral:
+        """Moves and converts; into 16 bits all but the rotary tables, whose angles would be others."""
+        super()._apply(fn, recurse)
+        if self.cos.dtype in (torch.bfloat16, torch.float16):
+            self.cos, self.sin = rope_tables(self.config, self.cos.device)
+        return self
+
     def requires_grad_(self, requires_grad: bool = True) -> Mixtral:
         if requires_grad:
             raise ValueError("Mixtral is for inference only: its parameters cannot require gradients")

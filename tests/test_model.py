@@ -223,6 +223,15 @@ def test_16_bits(dtype: torch.dtype, load: Callable[..., Mixtral], device: torch
     assert (cached - logits).abs().mean() <= 0.1 * want.abs().mean()
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_converted_is_loaded_in_that_dtype(
+    dtype: torch.dtype, load: Callable[..., Mixtral], device: torch.device
+) -> None:
+    """Rotary tables in 16 bits would turn by other angles."""
+    ids = tokens(1, 12, device=device)
+    assert torch.equal(load("window").to(dtype)(ids), load("window", dtype=dtype)(ids))
+
+
 # what is refused
 
 
