@@ -17,7 +17,7 @@ from . import fit, ops, weights
 from .cache import KVCache
 from .config import MixtralConfig
 from .generate import generate
-from .inputs import check_ids, check_lengths, usable_device
+from .inputs import check_dtype, check_ids, check_lengths, usable_device
 from .parallel import WHOLE, Ranks
 from .quantize import QuantizedWeight, hub
 from .quantize.form import Form, chosen
@@ -354,10 +354,10 @@ def load(
         )
     else:
         forms = hub.plan(headers, config).forms
-    if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"Mixtral.from_pretrained: dtype is {dtype}, needs torch.float32, bfloat16 or float16")
+    if dtype is not None:
+        check_dtype("Mixtral.from_pretrained", dtype)
     dtype, shard = dtype or weights.stored_dtype(headers), WHOLE
-    place = usable_device(device or (None if ranks is None else ranks.device_type))
+    place = usable_device(ranks.device_type if device is None and ranks is not None else device)
     if ranks is not None:
         ranks.check_device(place)
         shard = ranks.shard

@@ -300,7 +300,7 @@ def test_the_end_of_the_cache(
     cache, keep = cache_of(model, 2, max_len), torch.tensor([most - chunk, 3], device=device)
     model(tokens(2, most - chunk, device=device), cache=cache, lengths=keep)
     model(tokens(2, chunk, device=device), cache=cache)
-    with pytest.raises(ValueError, match=f"{most}"):
+    with pytest.raises(ValueError, match=f"{most}: give {'a larger max_len or ' if most == max_len else ''}fewer"):
         model(tokens(2, chunk, device=device), cache=cache)
     assert cache.lengths.tolist() == [most, 3 + chunk]
 
@@ -318,9 +318,20 @@ def test_lengths_set_by_hand_are_seen(inference: bool, load: Callable[..., Mixtr
 
 BAD_LOADS = [{"weights": "fp7"}, {"weights": {"experts": "fp7"}}, {"mesh": "tp"}]
 BAD_LOADS += [{"dtype": torch.float64}, {"dtype": "bfloat16"}]
+BAD_DEVICES = [{"device": device} for device in ("gpu", "cuda:99", "", 1.5)]
+NO_NUMBERS = (0, "2", 1.5, True, None)
+BAD_CACHES: list[dict[str, Any]] = [{name: value} for name in ("batch", "max_len") for value in NO_NUMBERS]
+BAD_CACHES += [{"dtype": torch.float64}, {"dtype": "float32"}, {"config": None}]
 
 
-@pytest.mark.parametrize("options", [*BAD_LOADS, {"device": "gpu"}, {"device": "cuda:99"}], ids=str)
+@pytest.mark.parametrize("options", [*BAD_CACHES, *BAD_DEVICES], ids=str)
+def test_bad_caches(options: dict[str, Any], load: Callable[..., Mixtral]) -> None:
+    good = {"config": load("no window", device="meta").config, "batch": 2, "max_len": P, "device": "cpu"}
+    with pytest.raises(ValueError, match=next(iter(options))):
+        KVCache(**good | options)
+
+
+@pytest.mark.parametrize("options", [*BAD_LOADS, *BAD_DEVICES], ids=str)
 def test_bad_loads(options: dict[str, Any], load: Callable[..., Mixtral]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         load("window", **options)
