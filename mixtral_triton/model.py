@@ -283,6 +283,7 @@ class Mixtral(nn.Module):
 
     def _check(self, input_ids: Tensor, cache: KVCache | None, lengths: Tensor | None) -> None:
         self._refuse_gradients()
+        check_dtype("Mixtral", self.dtype)  # one that was converted
         check_ids(input_ids, self.config.vocab_size, self.device)
         B, T = input_ids.shape
         if cache is None and lengths is not None:

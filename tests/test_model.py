@@ -232,6 +232,11 @@ def test_converted_is_loaded_in_that_dtype(
     assert torch.equal(load("window").to(dtype)(ids), load("window", dtype=dtype)(ids))
 
 
+def test_converted_into_what_no_kernel_computes_in(model: Mixtral, device: torch.device) -> None:
+    with pytest.raises(ValueError, match="float64"):
+        model.double()(tokens(1, 3, device=device))
+
+
 # what is refused
 
 
