@@ -230,6 +230,8 @@ def run(
         raise ValueError(f"--layers is {' '.join(map(str, layers))}, needs layers of 0..{L - 1}")
     if len(ids) < 2:
         raise ValueError("--prompt is one token: give at least two, since consecutive ones are compared")
+    if len(ids) > (limit := model.config.max_position_embeddings):
+        raise ValueError(f"--prompt is {len(ids)} tokens, needs at most max_position_embeddings, {limit}")
     with bar("tracing", L) as progress:
         found = trace(model, ids, pieces(tokenizer, args.prompt, ids.tolist()), progress.of)
     if args.json:

@@ -179,6 +179,7 @@ def test_a_full_disk_under_the_plot_is_one_line(tmp_path: Path, capsys: pytest.C
     [
         (("--prompt", ""), "--prompt is empty"),
         (("--prompt", "x", "--layers", "4"), "--layers is 4, needs layers of 0..3"),
+        (("--prompt", "a b " * 1000), "2002 tokens, needs at most max_position_embeddings, 1024"),
         (("--prompt", "x", "--plot", "trace.txt"), "ends in .png, .svg or .pdf"),
         (("--prompt", "x", "--plot", "no/such/trace.png"), "no/such"),
         (("no/such/folder", "--prompt", "x"), "no/such/folder"),
