@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from mixtral_triton import cli
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.trace import Trace
@@ -189,6 +190,13 @@ def test_bad_input(args: tuple[str, ...], named: str, capsys: pytest.CaptureFixt
     assert main(["trace", "--device", "cpu", *args]) == 2
     error = capsys.readouterr().err
     assert named in error and len(error.strip().splitlines()) == 1
+
+
+def test_another_models_tokenizer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "_encode", lambda *_: torch.tensor([1, 5000]))
+    assert main(["trace", "--device", "cpu", "--prompt", "x"]) == 2
+    error = capsys.readouterr().err
+    assert "holds token 5000" in error and len(error.strip().splitlines()) == 1
 
 
 def test_a_plot_without_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
