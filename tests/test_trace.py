@@ -180,7 +180,6 @@ def test_a_full_disk_under_the_plot_is_one_line(tmp_path: Path, capsys: pytest.C
     [
         (("--prompt", ""), "--prompt is empty"),
         (("--prompt", "x", "--layers", "4"), "--layers is 4, needs layers of 0..3"),
-        (("--prompt", "a b " * 1000), "2002 tokens, needs at most max_position_embeddings, 1024"),
         (("--prompt", "x", "--plot", "trace.txt"), "ends in .png, .svg or .pdf"),
         (("--prompt", "x", "--plot", "no/such/trace.png"), "no/such"),
         (("no/such/folder", "--prompt", "x"), "no/such/folder"),
@@ -192,11 +191,20 @@ def test_bad_input(args: tuple[str, ...], named: str, capsys: pytest.CaptureFixt
     assert named in error and len(error.strip().splitlines()) == 1
 
 
-def test_another_models_tokenizer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "_encode", lambda *_: torch.tensor([1, 5000]))
+@pytest.mark.parametrize(
+    ("ids", "named"),
+    [([1, 5000], "holds token 5000"), ([1] * 2000, "2000 tokens, needs at most max_position_embeddings, 1024")],
+    ids=("another model's tokenizer", "too long"),
+)
+def test_tokens_that_the_model_does_not_take(
+    ids: list[int], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before it is told which way the work goes."""
+    monkeypatch.setattr(cli, "choose", lambda *_, **__: "plain torch, on the CPU")
+    monkeypatch.setattr(cli, "_encode", lambda *_: torch.tensor(ids))
     assert main(["trace", "--device", "cpu", "--prompt", "x"]) == 2
     error = capsys.readouterr().err
-    assert "holds token 5000" in error and len(error.strip().splitlines()) == 1
+    assert named in error and len(error.strip().splitlines()) == 1, error
 
 
 def test_a_plot_without_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
