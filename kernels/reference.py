@@ -210,7 +210,7 @@ def _attend(
             k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)  # 0 * NaN is NaN
         visible = visible[:, None]
     if T == 1:  # the heads of a group are rows that share their keys
-        q = q.view(B, k.shape[1], -1, D)
+        q = q.view(B, k.shape[1], Hq // k.shape[1], D)
         out = F.scaled_dot_product_attention(q, k, v, visible, scale=scale).view(B, 1, Hq, D)
     else:
         q = q.transpose(1, 2)

@@ -197,6 +197,11 @@ def test_attention_without_queries_or_keys(T: int, S: int, causal: bool, device:
     check_attention((2, T, S, 4, 2, 16), device, causal=causal)
 
 
+@pytest.mark.parametrize("T", (1, 3))
+def test_attention_without_sequences(T: int, device: torch.device) -> None:
+    check_attention((0, T, 5, 4, 2, 16), device)
+
+
 @pytest.mark.parametrize(("T", "S", "window"), [(3, 9, None), (3, 9, 2), (40, 9, None)])
 def test_lengths_beyond_the_keys(T: int, S: int, window: int | None, device: torch.device) -> None:
     """Refused, or what the formula says: the queries stand at lengths - T + t, and only S keys are there."""
