@@ -123,3 +123,13 @@ def test_integers(
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=[f"{name}-{number}" for number, (name, _) in enumerate(CASES)])
 def test_all_at_once(name: str, sizes: Sizes, layout: Callable[..., Tensor], device: torch.device) -> None:
     check(name, sizes, device, lambda key, x: laid_out(layout, key, x, key in OPS[name].mutates))
+
+
+@pytest.mark.parametrize(("name", "sizes"), CASES, ids=[f"{name}-{number}" for number, (name, _) in enumerate(CASES)])
+def test_a_sign_yet_to_be_applied(name: str, sizes: Sizes, device: torch.device) -> None:
+    """As in the imaginary part of a conjugate, whose memory holds the opposite."""
+
+    def change(key: str, x: Tensor) -> Tensor:
+        return torch._neg_view(-x) if x.is_floating_point() and not key.endswith("cache") else x
+
+    check(name, sizes, device, change)
