@@ -51,6 +51,8 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
     The softmax over the chosen is the softmax over all, renormalized. Larger first, ties to the lower index.
     """
+    if not 1 <= top_k <= logits.shape[-1]:  # else a slice of all the sorted, shorter than asked for
+        raise ValueError(f"route: argument 'top_k' is {top_k}, needs an integer in 1..{logits.shape[-1]}")
     values = _wide(logits) + 0.0  # -0.0 + 0.0 is 0.0: the two zeros tie
     values = values.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     values, ids = (part[:, :top_k] for part in values.sort(dim=-1, descending=True, stable=True))
@@ -208,7 +210,7 @@ def _attend(
             k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)  # 0 * NaN is NaN
         visible = visible[:, None]
     if T == 1:  # the heads of a group are rows that share their keys
-        q = q.view(B, k.shape[1], -1, D)
+        q = q.view(B, k.shape[1], Hq // k.shape[1], D)
         out = F.scaled_dot_product_attention(q, k, v, visible, scale=scale).view(B, 1, Hq, D)
     else:
         q = q.transpose(1, 2)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .config import MixtralConfig
+from .inputs import check_dtype, usable_device
 from .ops import readable
 
 
@@ -16,6 +19,11 @@ def _version(x: torch.Tensor) -> int | None:
 def _capturing(x: torch.Tensor) -> bool:
     """Whether what is written into `x` is written when a CUDA graph is replayed, not now."""
     return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _counts(value: Any) -> bool:
+    """Whether it is a number of things, at least one; a compiler's, too."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and value >= 1
 
 
 class KVCache:
@@ -38,12 +46,16 @@ class KVCache:
 
         device None: the GPU if there is one, else the CPU. dtype None: the config's, else bfloat16.
         """
-        if batch < 1:
-            raise ValueError(f"KVCache: batch is {batch}, needs at least 1")
-        if config.sliding_window is None and (max_len is None or max_len < 1):
-            raise ValueError(f"KVCache: max_len is {max_len}, needs at least 1: this model has no sliding window")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or getattr(torch, config.dtype or "bfloat16")
+        if not isinstance(config, MixtralConfig):
+            raise ValueError(f"KVCache: config is a {type(config).__name__}, needs a MixtralConfig: model.config")
+        if not _counts(batch):
+            raise ValueError(f"KVCache: batch is {batch!r}, needs an integer of at least 1")
+        if config.sliding_window is None and not _counts(max_len):
+            need = "an integer of at least 1: this model has no sliding window"
+            raise ValueError(f"KVCache: max_len is {max_len!r}, needs {need}")
+        device = usable_device(device)
+        dtype = getattr(torch, config.dtype or "bfloat16") if dtype is None else dtype
+        check_dtype("KVCache", dtype)
         self.config = config
         self.window = config.sliding_window
         self.slots: int = config.sliding_window or max_len or 1
@@ -77,10 +89,11 @@ class KVCache:
             reached = 0 if isinstance(new, torch.Tensor) else self._certain() + new
         if reached > self.max_len:
             limit = self.config.max_position_embeddings
-            what = "max_position_embeddings" if self.max_len == limit else "cache's slots"
+            what, less = "cache's slots", "a larger max_len or fewer tokens"
+            if self.max_len == limit:
+                what, less = "max_position_embeddings", "fewer tokens"
             raise ValueError(
-                f"KVCache: a sequence would reach {reached} tokens, beyond the {what}, {self.max_len}: "
-                "give a larger max_len or fewer tokens"
+                f"KVCache: a sequence would reach {reached} tokens, beyond the {what}, {self.max_len}: give {less}"
             )
 
     def advance(self, new: torch.Tensor, alike: int) -> None:

@@ -18,7 +18,7 @@ from . import fit, ops, weights
 from .cache import KVCache
 from .config import MixtralConfig
 from .generate import generate
-from .inputs import check_ids, check_lengths, usable_device
+from .inputs import check_dtype, check_ids, check_lengths, usable_device
 from .parallel import WHOLE, Ranks
 from .quantize import QuantizedWeight, hub
 from .quantize.form import Form, chosen
@@ -284,6 +284,7 @@ class Mixtral(nn.Module):
 
     def _check(self, input_ids: Tensor, cache: KVCache | None, lengths: Tensor | None) -> None:
         self._refuse_gradients()
+        check_dtype("Mixtral", self.dtype)  # one that was converted
         check_ids(input_ids, self.config.vocab_size, self.device)
         B, T = input_ids.shape
         if cache is None and lengths is not None:
@@ -318,6 +319,13 @@ class Mixtral(nn.Module):
             raise ValueError("Mixtral is for inference only: there is no training mode")
         return super().train(False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixtral:
+        """Moves and converts; into 16 bits all but the rotary tables, whose angles would be others."""
+        super()._apply(fn, recurse)
+        if self.cos.dtype in (torch.bfloat16, torch.float16):
+            self.cos, self.sin = rope_tables(self.config, self.cos.device)
+        return self
+
     def requires_grad_(self, requires_grad: bool = True) -> Mixtral:
         if requires_grad:
             raise ValueError("Mixtral is for inference only: its parameters cannot require gradients")
@@ -350,10 +358,10 @@ def load(
     else:
         plan = hub.plan(headers, config, shard)
         fill, forms = partial(hub.load, headers, plan), plan.forms
-    if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"Mixtral.from_pretrained: dtype is {dtype}, needs torch.float32, bfloat16 or float16")
+    if dtype is not None:
+        check_dtype("Mixtral.from_pretrained", dtype)
     dtype = dtype or weights.stored_dtype(headers)
-    place = usable_device(device or (None if ranks is None else ranks.device_type))
+    place = usable_device(ranks.device_type if device is None and ranks is not None else device)
     if ranks is not None:
         ranks.check_device(place)
     forms = fit.shard_forms(config, forms, shard)

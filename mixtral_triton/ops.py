@@ -131,7 +131,8 @@ def untraced() -> bool:
 
 
 def _plain(values: Iterable[Any]) -> bool:
-    """Whether nothing has to see the operator itself: no tracing, no dispatch mode, no gradient, no fake tensor."""
+    """Whether nothing has to see the operator itself: no tracing, no dispatch mode, no gradient, no fake tensor, no
+    sign that is yet to be applied (`torch.Tensor.is_neg`)."""
     if not untraced():
         return False
     gradients = torch.is_grad_enabled()
@@ -140,7 +141,7 @@ def _plain(values: Iterable[Any]) -> bool:
             x = x.data
         if not isinstance(x, Tensor):
             continue
-        if type(x) not in PLAIN_TYPES or x.is_meta or (gradients and x.requires_grad):
+        if type(x) not in PLAIN_TYPES or x.is_meta or x.is_neg() or (gradients and x.requires_grad):
             return False
     return True
 

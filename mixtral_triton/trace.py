@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .command.plotting import check_plot, save
+from .inputs import check_vocabulary
 from .routes import Routes
 
 if TYPE_CHECKING:
@@ -230,6 +231,9 @@ def run(
         raise ValueError(f"--layers is {' '.join(map(str, layers))}, needs layers of 0..{L - 1}")
     if len(ids) < 2:
         raise ValueError("--prompt is one token: give at least two, since consecutive ones are compared")
+    if len(ids) > (limit := model.config.max_position_embeddings):
+        raise ValueError(f"--prompt is {len(ids)} tokens, needs at most max_position_embeddings, {limit}")
+    check_vocabulary(ids, model.config.vocab_size)  # of a tokenizer that is another model's
     with bar("tracing", L) as progress:
         found = trace(model, ids, pieces(tokenizer, args.prompt, ids.tolist()), progress.of)
     if args.json:

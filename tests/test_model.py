@@ -223,6 +223,15 @@ def test_16_bits(dtype: torch.dtype, load: Callable[..., Mixtral], device: torch
     assert (cached - logits).abs().mean() <= 0.1 * want.abs().mean()
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_converted_is_loaded_in_that_dtype(
+    dtype: torch.dtype, load: Callable[..., Mixtral], device: torch.device
+) -> None:
+    """Rotary tables in 16 bits would turn by other angles."""
+    ids = tokens(1, 12, device=device)
+    assert torch.equal(load("window").to(dtype)(ids), load("window", dtype=dtype)(ids))
+
+
 # what is refused
 
 
@@ -246,6 +255,7 @@ CALLS: dict[str, tuple[Callable[[Mixtral, Tensor], Any], str]] = {
     "cache of another batch": (lambda m, x: m(x, cache=cache_of(m, 3)), "cache.*batch 3.*2"),
     "cache of another dtype": (lambda m, x: m(x, cache=KVCache(m.config, 2, P, m.device, torch.half)), "float16"),
     "meta cache": (lambda m, x: m(x, cache=KVCache(m.config, 2, P, "meta", m.dtype)), "cache.*device meta"),
+    "converted to fp64": (lambda m, x: m.double()(x), "dtype.*float64"),
     "not a cache": (lambda m, x: m(x, cache={}), "cache.*dict"),
 }
 LENGTHS: dict[str, Any] = {
@@ -291,7 +301,7 @@ def test_the_end_of_the_cache(
     cache, keep = cache_of(model, 2, max_len), torch.tensor([most - chunk, 3], device=device)
     model(tokens(2, most - chunk, device=device), cache=cache, lengths=keep)
     model(tokens(2, chunk, device=device), cache=cache)
-    with pytest.raises(ValueError, match=f"{most}"):
+    with pytest.raises(ValueError, match=f"{most}: give {'a larger max_len or ' if most == max_len else ''}fewer"):
         model(tokens(2, chunk, device=device), cache=cache)
     assert cache.lengths.tolist() == [most, 3 + chunk]
 
@@ -309,9 +319,20 @@ def test_lengths_set_by_hand_are_seen(inference: bool, load: Callable[..., Mixtr
 
 BAD_LOADS = [{"weights": "fp7"}, {"weights": {"experts": "fp7"}}, {"mesh": "tp"}]
 BAD_LOADS += [{"dtype": torch.float64}, {"dtype": "bfloat16"}]
+BAD_DEVICES = [{"device": device} for device in ("gpu", "cuda:99", "", 1.5)]
+NO_NUMBERS = (0, "2", 1.5, True, None)
+BAD_CACHES: list[dict[str, Any]] = [{name: value} for name in ("batch", "max_len") for value in NO_NUMBERS]
+BAD_CACHES += [{"dtype": torch.float64}, {"dtype": "float32"}, {"config": None}]
 
 
-@pytest.mark.parametrize("options", [*BAD_LOADS, {"device": "gpu"}, {"device": "cuda:99"}], ids=str)
+@pytest.mark.parametrize("options", [*BAD_CACHES, *BAD_DEVICES], ids=str)
+def test_bad_caches(options: dict[str, Any], load: Callable[..., Mixtral]) -> None:
+    good = {"config": load("no window", device="meta").config, "batch": 2, "max_len": P, "device": "cpu"}
+    with pytest.raises(ValueError, match=next(iter(options))):
+        KVCache(**good | options)
+
+
+@pytest.mark.parametrize("options", [*BAD_LOADS, *BAD_DEVICES], ids=str)
 def test_bad_loads(options: dict[str, Any], load: Callable[..., Mixtral]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         load("window", **options)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mixtral_triton import ops
+from mixtral_triton import ops, reference
 from mixtral_triton.kernels.launch import INTERPRETED
 
 NAN, INF = math.nan, math.inf
@@ -87,6 +87,13 @@ ROWS = {
 @pytest.mark.parametrize("top_k", range(1, 7))
 def test_route_of_special_rows(top_k: int, dtype: torch.dtype, device: torch.device) -> None:
     check_route(torch.tensor(list(ROWS.values())).to(device, dtype), top_k)
+
+
+@pytest.mark.parametrize("top_k", (-1, 0, 7))
+@pytest.mark.parametrize("route", (ops.route, reference.route), ids=("ops", "reference"))
+def test_route_of_no_expert_or_more_than_there_are(route: Any, top_k: int, device: torch.device) -> None:
+    with pytest.raises(ValueError, match=rf"route: argument 'top_k' is {top_k}, .* 1\.\.6"):
+        route(randn(2, 6).to(device), top_k)
 
 
 @pytest.mark.parametrize(("T", "E", "top_k"), [(0, 8, 2), (1, 1, 1), (300, 8, 2), (70, 5, 5), (3, 257, 7)])
@@ -188,6 +195,11 @@ def test_attention_more(shape: tuple[int, ...], options: dict[str, Any], device:
 @pytest.mark.parametrize(("T", "S"), [(0, 5), (3, 0), (30, 0), (0, 0)])
 def test_attention_without_queries_or_keys(T: int, S: int, causal: bool, device: torch.device) -> None:
     check_attention((2, T, S, 4, 2, 16), device, causal=causal)
+
+
+@pytest.mark.parametrize("T", (1, 3))
+def test_attention_without_sequences(T: int, device: torch.device) -> None:
+    check_attention((0, T, 5, 4, 2, 16), device)
 
 
 @pytest.mark.parametrize(("T", "S", "window"), [(3, 9, None), (3, 9, 2), (40, 9, None)])

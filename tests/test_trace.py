@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from mixtral_triton import cli
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.trace import Trace
@@ -188,6 +189,22 @@ def test_bad_input(args: tuple[str, ...], named: str, capsys: pytest.CaptureFixt
     assert main(["trace", "--device", "cpu", *args]) == 2
     error = capsys.readouterr().err
     assert named in error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "named"),
+    [([1, 5000], "holds token 5000"), ([1] * 2000, "2000 tokens, needs at most max_position_embeddings, 1024")],
+    ids=("another model's tokenizer", "too long"),
+)
+def test_tokens_that_the_model_does_not_take(
+    ids: list[int], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before it is told which way the work goes."""
+    monkeypatch.setattr(cli, "choose", lambda *_, **__: "plain torch, on the CPU")
+    monkeypatch.setattr(cli, "_encode", lambda *_: torch.tensor(ids))
+    assert main(["trace", "--device", "cpu", "--prompt", "x"]) == 2
+    error = capsys.readouterr().err
+    assert named in error and len(error.strip().splitlines()) == 1, error
 
 
 def test_a_plot_without_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
