@@ -196,31 +196,6 @@ def test_a_reverted_model_needs_this_package_no_more(
     parity("pickle: a reverted model without this package", "holds")
 
 
-COPIES: dict[str, Callable[[Any], Any]] = {
-    "itself": lambda m: m,
-    "deep copy": copy.deepcopy,
-    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
-}
-
-
-@pytest.mark.parametrize("copied", COPIES)
-def test_a_backbone_is_reverted_with_what_is_around_it(copied: str, picklable: None, make_hf: Any) -> None:
-    first = apply(make_hf())
-    model = COPIES[copied](first)
-    apply(model.model, attention=False)
-    assert type(model) is theirs.MixtralForCausalLM and hf.applied(model)
-    apply(model)
-    assert revert(model.model) is model.model
-    assert type(model) is theirs.MixtralForCausalLM and not hf.applied(model)
-    assert hf.applied(first) == (first is not model)
-
-
-def test_a_backbone_on_its_own_is_reverted_alone(make_hf: Any) -> None:
-    model, other = apply(make_hf()), apply(make_hf())
-    backbone, model.model = model.model, other.model
-    assert type(revert(backbone)) is theirs.MixtralModel and hf.applied(model) and hf.applied(other)
-
-
 @pytest.mark.parametrize("name", ["RMSNorm", "before_forward", "rebuild"])
 def test_pickles_of_earlier_layouts_are_refused(name: str) -> None:
     """Each applied model of those layouts names one of these, whatever parts were applied."""

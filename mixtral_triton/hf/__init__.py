@@ -6,7 +6,6 @@ Its config is not touched, so that nothing that is made of it runs on this packa
 
 from __future__ import annotations
 
-import weakref
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -44,7 +43,7 @@ def apply(
     _check_devices(model)
     _check_modules(model, blocks, ours)
     revert(model)
-    parts = ours.Parts(attention or None, experts or None, rope, weakref.ref(model))
+    parts = ours.Parts(attention or None, experts or None, rope)
     changing = (*blocks, ours.theirs.MixtralPreTrainedModel) if blocks else ()
     for module in model.modules():
         if isinstance(module, changing):
@@ -54,11 +53,10 @@ def apply(
 
 
 def revert(model: Model) -> Model:
-    """Undo `apply`, bit for bit -> the same instance. Nothing to undo is fine. The backbone of an applied model takes
-    that along."""
+    """Undo `apply`, bit for bit -> the same instance. Nothing to undo is fine."""
     ours = _import_modules()
     _check_model("revert", model, ours.theirs)
-    for module in ours.whole(model).modules():
+    for module in model.modules():
         if isinstance(module, ours.Applied):
             _become(module, module.theirs)
             del module.__dict__[ours.PARTS]

@@ -8,10 +8,9 @@ B batch, T tokens, H hidden, D head size
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, ClassVar
 
@@ -37,18 +36,6 @@ class Parts:
     attention: bool | None  # None: transformers', False: transformers' by its set_attn_implementation
     experts: bool | None
     rope: bool
-    whole: Callable[[], Any] | None = field(default=None, repr=False)  # weak: the model that `apply` was given
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy is of another model, which says so itself: `Selecting.__setstate__`."""
-        return {name: value for name, value in self.__dict__.items() if name != "whole"}
-
-
-def whole(model: Any) -> Any:
-    """The model that `apply` was given, where `model` is a part of it; else `model`."""
-    parts = model.__dict__.get(PARTS)
-    found = parts.whole() if parts is not None and parts.whole is not None else None
-    return found if found is not None and any(part is model for part in found.modules()) else model
 
 
 class Applied:
@@ -186,10 +173,6 @@ class Selecting(Applied):
     """A model of which transformers' own methods select other implementations again. Its config never names ours."""
 
     base_model: Any
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
-        self._mixtral_triton.whole = weakref.ref(self)  # the outermost comes last
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
         choose = partial(super().set_attn_implementation, attn_implementation, *args, **kwargs)  # type: ignore[misc]
