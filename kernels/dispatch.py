@@ -63,23 +63,26 @@ def gather_by_expert_kernel(
     BLOCK_H: tl.constexpr,
 ):
     # A program has BLOCK_S slots: it counts those that go before each of them, places its own, and copies their rows.
+    # Without a scan: where copies of a row lie in several lanes, Triton 3.6 adds up the wrong ones.
     first = tl.program_id(0) * BLOCK_S
     offs_e = tl.arange(0, BLOCK_E)
-    in_all, before = tl.zeros((BLOCK_E,), tl.int32), tl.zeros((BLOCK_E,), tl.int32)
+    in_all = 0
+    lower, before = tl.zeros((BLOCK_E,), tl.int32), tl.zeros((BLOCK_E,), tl.int32)
     for start in range(0, N, BLOCK_N):
         slots = start + tl.arange(0, BLOCK_N)
-        chosen = _chosen(ids_ptr, slots, offs_e, N, E)
-        in_all += tl.sum(chosen, axis=0)
-        before += tl.sum(tl.where((slots < first)[:, None], chosen, 0), axis=0)
-    ends = tl.cumsum(in_all, axis=0)
+        ids = _experts_of(ids_ptr, slots, N, E)
+        in_all += tl.sum((ids < E).to(tl.int32), axis=0)
+        lower += tl.sum((ids[:, None] < offs_e[None, :]).to(tl.int32), axis=0)
+        before += tl.sum(((ids[:, None] == offs_e[None, :]) & (slots < first)[:, None]).to(tl.int32), axis=0)
     if first == 0:
-        tl.store(offsets_ptr, 0)
-        tl.store(offsets_ptr + 1 + offs_e, ends, mask=offs_e < E)
+        tl.store(offsets_ptr + offs_e, lower, mask=offs_e < E)
+        tl.store(offsets_ptr + E, in_all)
     slots = first + tl.arange(0, BLOCK_S)
-    own = _chosen(ids_ptr, slots, offs_e, N, E)
-    places = (ends - in_all + before)[None, :] + tl.cumsum(own, axis=0) - 1
-    place = tl.sum(tl.where(own > 0, places, 0), axis=1)
-    inside = tl.sum(own, axis=1) > 0
+    ids = _experts_of(ids_ptr, slots, N, E)
+    earlier = (ids[:, None] == ids[None, :]) & (slots[:, None] > slots[None, :])
+    base = tl.sum(tl.where(ids[:, None] == offs_e[None, :], (lower + before)[None, :], 0), axis=1)
+    place = base + tl.sum(earlier.to(tl.int32), axis=1)
+    inside = ids < E
     tl.store(order_ptr + place, slots, mask=inside)
     x_rows = x_ptr + (slots // TOP_K).to(tl.int64)[:, None] * stride_xt
     sorted_rows = sorted_ptr + place.to(tl.int64)[:, None] * H
@@ -90,10 +93,10 @@ def gather_by_expert_kernel(
 
 
 @triton.jit
-def _chosen(ids_ptr, slots, offs_e, N, E):
-    """[slots, experts] int32: 1 where a slot has this expert; an id out of range is nobody's."""
+def _experts_of(ids_ptr, slots, N, E):
+    """Expert ids of slots; of an id out of range, and beyond N, one that is larger than any."""
     ids = tl.load(ids_ptr + slots, mask=slots < N, other=-1)
-    return ((ids[:, None] == offs_e[None, :]) & (offs_e < E)[None, :]).to(tl.int32)
+    return tl.where((ids >= 0) & (ids < E), ids, 1 << 30)
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
@@ -121,7 +124,7 @@ def sort_by_expert(
 
 def gather_configs(slots: int, experts: int, hidden: int) -> LaunchConfig:
     """About 256 programs; each holds a turn's ids times experts in registers, as many ids whatever their number is."""
-    block_e = power_of_2(experts, low=8)  # Triton 3.6 cannot sort out two
+    block_e = power_of_2(experts)
     tiles = {"BLOCK_S": power_of_2(slots // 256, low=16, high=64), "BLOCK_E": block_e}
     tiles |= {"BLOCK_N": max(16, min(2048, 16384 // block_e))}
     return LaunchConfig(tiles | {"BLOCK_H": power_of_2(hidden, low=16, high=256)}, num_warps=8)

@@ -157,20 +157,17 @@ def lop3(one: Instruction) -> Read:
 @pure("prmt.b32")
 def prmt(one: Instruction) -> Read:
     """Four of the eight bytes of a and b; a selector's high bit repeats the byte's sign instead."""
-    a, b = (reader(operand, "b32") for operand in one.operands[1:3])
-    if not isinstance(one.operands[3], Imm):
-        raise Unmodelled(f"bytes that a register selects: {one.text}")
-    selectors = [one.operands[3].value >> 4 * i & 0xF for i in range(4)]
+    a, b, c = operands(one)
 
     def go(frame: Any) -> Any:
         both = np.asarray(a(frame)).astype(np.uint64) | np.asarray(b(frame)).astype(np.uint64) << np.uint64(32)
-        out = np.zeros(both.shape, np.uint32)
-        for i, selector in enumerate(selectors):
-            byte = (both >> np.uint64(8 * (selector & 7))).astype(np.uint32) & np.uint32(0xFF)
-            if selector & 8:
-                byte = (byte >> 7) * np.uint32(0xFF)
-            out |= byte << np.uint32(8 * i)
-        return out
+        selectors, out = np.asarray(c(frame)).astype(np.uint64), np.uint64(0)
+        for i in range(4):
+            selector = selectors >> np.uint64(4 * i) & np.uint64(15)
+            byte = both >> np.uint64(8) * (selector & np.uint64(7)) & np.uint64(0xFF)
+            byte = np.where(selector & np.uint64(8), (byte >> np.uint64(7)) * np.uint64(0xFF), byte)
+            out = out | byte << np.uint64(8 * i)
+        return np.asarray(out).astype(np.uint32)
 
     return go
 

@@ -129,15 +129,17 @@ def test_lop3_by_its_table(table: int) -> None:
         assert ((got >> bit & 1) == (table >> row & 1)).all()
 
 
-@pytest.mark.parametrize("selector", [0x7701, 0x3210, 0x7654, 0x8F19, 0x0123])
-def test_prmt_byte_by_byte(selector: int) -> None:
-    a, b = samples(32, N, 0), samples(32, N, 1)
-    got = run(f"prmt.b32 %d, %a, %b, {selector:#x}U;", {"%a": a, "%b": b}, {"%d": 32}, threads=N)["%d"]
+@pytest.mark.parametrize("selector", [0x7701, 0x3210, 0x7654, 0x8F19, 0x0123, None])
+def test_prmt_byte_by_byte(selector: int | None) -> None:
+    """None: a register's, each lane its own; of a selector sixteen bits count."""
+    a, b, c = (samples(32, N, seed) for seed in range(3))
+    chosen = "%c" if selector is None else f"{selector:#x}U"
+    got = run(f"prmt.b32 %d, %a, %b, {chosen};", {"%a": a, "%b": b, "%c": c}, {"%d": 32}, threads=N)["%d"]
     for lane in range(N):
         pool = int(a[lane]).to_bytes(4, "little") + int(b[lane]).to_bytes(4, "little")
         want = []
         for i in range(4):
-            nibble = selector >> 4 * i & 15
+            nibble = (int(c[lane]) if selector is None else selector) >> 4 * i & 15
             byte = pool[nibble & 7]
             want.append((0xFF if byte > 127 else 0) if nibble & 8 else byte)
         assert int(got[lane]) == int.from_bytes(bytes(want), "little")
@@ -218,6 +220,7 @@ def test_where_a_lane_is() -> None:
         ("add.s64 %d, %x, %x;", "Reg.* as s64"),
         ("bar.sync 1, 64;", "a barrier of a part of the block"),
         (".local .b8 depot[8];", "directive: .local"),
+        (".local .align 4 .b8 depot[8]; mov.u32 %d, depot;", "local memory: depot"),
         ("bra nowhere;", "branch to no label"),
     ],
 )
@@ -225,3 +228,7 @@ def test_what_is_not_modelled_is_refused(text: str, named: str) -> None:
     """By its name: a modifier too many is another opcode."""
     with pytest.raises(Unmodelled, match=named):
         run(text, {"%x": samples(32, 64)}, {"%d": 32}, threads=64)
+
+
+def test_local_memory_that_nothing_uses_is_no_matter() -> None:
+    assert (run(".local .align 1 .b8 depot[1]; mov.u32 %d, 3;", {}, {"%d": 32})["%d"] == 3).all()

@@ -118,12 +118,15 @@ class _Reader:
         self.scopes: list[_Scope] = [_Scope()]
         self.labels: dict[str, int] = {}
         self.raw: list[tuple[str, tuple[_Scope, ...]]] = []
+        self.local: set[str] = set()
 
     def statement(self, text: str) -> None:
         if text.startswith(".reg"):
             self._registers(text)
         elif text.startswith(".pragma "):
             return
+        elif found := re.fullmatch(r"\.local \.align \d+ \.b8 (\w+)\[\d+\]", text):
+            self.local.add(found[1])  # Triton 3.6 declares some that nothing uses
         elif text.startswith("."):
             raise Unmodelled(f"directive: {text}")
         else:
@@ -158,6 +161,8 @@ class _Reader:
         for scope in reversed(scopes):
             if name in scope:
                 return scope[name]
+        if name in self.local:
+            raise Unmodelled(f"local memory: {name}")
         return Symbol(name)
 
     def _operand(self, text: str, scopes: tuple[_Scope, ...]) -> Any:
