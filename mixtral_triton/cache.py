@@ -23,7 +23,7 @@ def _capturing(x: torch.Tensor) -> bool:
 
 def _counts(value: Any) -> bool:
     """Whether it is a number of things, at least one; a compiler's, too."""
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and bool(value >= 1)
 
 
 class KVCache:

@@ -148,8 +148,8 @@ class Ranks:
         try:
             # Groups of our own: with our timeouts, over both dimensions at once, and on CPUs for what the hosts say.
             # That one first: the ranks may come here at very different times.
-            self._hosts = dist.new_group(ranks, timeout=LOADING, backend="gloo", use_local_synchronization=True)
-            self._group = dist.new_group(ranks, timeout=TIMEOUT, use_local_synchronization=True)
+            self._hosts: Any = dist.new_group(ranks, timeout=LOADING, backend="gloo", use_local_synchronization=True)
+            self._group: Any = dist.new_group(ranks, timeout=TIMEOUT, use_local_synchronization=True)
         except RuntimeError as error:
             raise ConnectionError(f"{self.name}: the ranks do not find each other: {_line(error)}") from error
 
