@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,25 +31,43 @@ COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "all_gather_object", "is
 
 
 class Ranks:
-    """So many processes. `ranks(work, tp=2, ep=1, ...)` -> what `work(mesh, ...)` gave in each process."""
+    """So many processes. `ranks(work, tp=2, ep=1, ...)` -> what `work(mesh, ...)` gave in each process.
+
+    After PIECES pieces of work, and after one of them that did not answer, there are new processes: each group that
+    somebody makes has threads, and hundreds of them slow everything.
+    """
+
+    PIECES = 12
 
     def __init__(self, count: int, store: Path) -> None:
+        self.count, self.store, self.done = count, store, 0
+        self.pipes: list[Connection] = []
+        self.started: list[Any] = []
+
+    def _begin(self) -> None:
+        self.end()
         start = processes.get_context("spawn")
-        pipes = [start.Pipe() for _ in range(count)]
+        pipes = [start.Pipe() for _ in range(self.count)]
         self.pipes = [ours for ours, _ in pipes]
+        store = f"{self.store}-{self.done}"
         self.started = [
-            start.Process(target=_serve, args=(rank, count, str(store), theirs), daemon=True)
+            start.Process(target=_serve, args=(rank, self.count, store, theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for one in self.started:
             one.start()
 
     def __call__(self, work: Work, *args: Any, tp: int = 1, ep: int = 1, **options: Any) -> list[Any]:
+        if self.done % self.PIECES == 0 or not self.started:
+            self._begin()
+        self.done += 1
         for pipe in self.pipes:
             pipe.send((work, args, tp, ep, options))
         results = []
         for pipe in self.pipes:
-            assert pipe.poll(60), "a rank does not answer"
+            if not pipe.poll(60):
+                self.end()
+                raise AssertionError("a rank does not answer")
             results.append(pipe.recv())
         failed = [result for good, result in results if not good]
         assert not failed, failed[0]
@@ -57,6 +76,7 @@ class Ranks:
     def end(self) -> None:
         for one in self.started:
             one.kill()
+        self.started = []
 
 
 def _serve(rank: int, count: int, store: str, pipe: Connection) -> None:
@@ -71,6 +91,7 @@ def _serve(rank: int, count: int, store: str, pipe: Connection) -> None:
             pipe.send((False, traceback.format_exc()))
 
 
+@cache  # each dimension's group has threads, and hundreds of them slow everything
 def mesh_of(count: int, tp: int, ep: int) -> Any:
     """This process's, one of count / (tp * ep); without a dimension of one."""
     from torch.distributed.device_mesh import DeviceMesh
