@@ -72,7 +72,10 @@ def expanded(x: Tensor) -> Tensor:
 
 
 def laid_out(layout: Callable[..., Tensor], name: str, x: Tensor, written: bool) -> Tensor:
-    """A cache's last dimension stays dense, and one that is written into has no element twice."""
+    """A cache's last dimension stays dense, and one that is written into has no element twice. A gate repeats columns:
+    of experts that are the same a rounding would choose."""
+    if name == "gate" and layout is expanded:
+        return x[:, :1].expand(x.shape)
     if not name.endswith("cache"):
         return layout(x)
     if layout is expanded:
