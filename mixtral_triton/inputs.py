@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .ops import readable
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that operations compute in
+
 
 def usable_device(device: torch.device | str | None) -> torch.device:
     """None: the GPU if there is one, else the CPU. ValueError for a device that this machine does not have."""
@@ -25,7 +27,7 @@ def usable_device(device: torch.device | str | None) -> torch.device:
 
 def check_dtype(name: str, dtype: Any) -> None:
     """ValueError for what no operation computes in."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in DTYPES:
         raise ValueError(f"{name}: dtype is {dtype}, needs torch.float32, bfloat16 or float16")
 
 

@@ -151,7 +151,9 @@ def test_quantized_while_it_is_read(mesh: str, weights: Any, ranks: Ranks, check
     experts = whole_bytes(model, "gate_up_proj", "down_proj")
     for rank in found:
         own = sum(size for name, size in rank["bytes"].items() if name.endswith(("gate_up_proj", "down_proj")))
-        assert own <= 1.05 / 2 * experts  # each part of a row keeps its scale
+        # Each part of a row that is split keeps its scale.
+        split = mesh == "tp 2" and weights in ("int8", "fp8")
+        assert own <= (1.05 if split else 1.02) / 2 * experts
 
 
 @pytest.mark.parametrize("format", ["int4", "int8", "fp8"])

@@ -127,6 +127,7 @@ def _in_parts(
 
     x       a pointer, a descriptor of the upper part, one of SHORT_M rows
     weight  w, its rows, its descriptor, the place there: see `_products`
+    out     what `store` needs beside the products and their place
     """
     x_ptr, x_desc, short_desc = x
     w, w_rows, w_desc, place = weight
@@ -147,7 +148,7 @@ def _in_parts(
 
 
 @triton.jit
-def _store_swiglu(acc, h_ptr, order_ptr, row, end, pid_n, I: tl.constexpr):
+def _store_swiglu(acc, h_ptr, row, end, pid_n, I: tl.constexpr):
     """acc [rows, gate columns then up columns] -> the rows of h from `row` on that lie before `end`."""
     ROWS: tl.constexpr = acc.shape[0]
     BLOCK_N: tl.constexpr = acc.shape[1] // 2
@@ -198,9 +199,9 @@ def experts_up_kernel(
                 x_ptrs += (slots // TOP_K).to(tl.int64)[:, None] * stride_xt + offs_k[None, :]
             acc = _products(x_ptrs, x_desc, row, w, w_rows, gate_up_desc, place, BLOCK_M, BLOCK_K, H, LAYOUT)
             acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=1)
-            _store_swiglu(acc, h_ptr, order_ptr, row, end, pid_n, I)
+            _store_swiglu(acc, h_ptr, row, end, pid_n, I)
         else:
-            x, weight, out = (x_ptr, x_desc, short_desc), (w, w_rows, gate_up_desc, place), (h_ptr, order_ptr)
+            x, weight, out = (x_ptr, x_desc, short_desc), (w, w_rows, gate_up_desc, place), (h_ptr,)
             _in_parts(x, row, end, weight, _store_swiglu, out, pid_n, I, BLOCK_M, SHORT_M, BLOCK_K, H, LAYOUT)
 
 

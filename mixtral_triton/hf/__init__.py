@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..inputs import DTYPES
 from .release import release
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 NEEDS = (5, 7)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def apply(

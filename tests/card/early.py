@@ -46,14 +46,11 @@ def watched(one: Instruction, step: Step) -> Step:
     def go(frame: Any, mask: Any) -> None:
         lanes = frame.early if mask is None else frame.early & mask
         if lanes.any() and (wrong := touches(frame, lanes)).any():
-            raise Fault(f"before it waits for the launch that writes there: {one.text}: {where(frame, _first(wrong))}")
+            lane = int(np.argmax(wrong))
+            raise Fault(f"before it waits for the launch that writes there: {one.text}: {where(frame, lane)}")
         step(frame, mask)
 
     return go
-
-
-def _first(lanes: Array) -> int:
-    return int(np.flatnonzero(lanes)[0])
 
 
 def _touches(one: Instruction) -> Any:

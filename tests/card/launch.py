@@ -143,7 +143,7 @@ class Executor:
                 raise Fault(f"{launched.kernel} ({schedule.name}): {fault}") from None
             if len(self.schedules) > 1:
                 first = self._compare(launched.kernel, schedule, memory, first)
-        self.unsettled = [*self.unsettled, *changed(memory.regions, before)]
+        self.unsettled += changed(memory.regions, before)
 
     def _compare(self, kernel: str, schedule: Schedule, memory: Global, first: Any) -> Any:
         now = memory.save()

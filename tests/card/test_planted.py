@@ -127,41 +127,27 @@ def early_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, WAITS: tl.constexpr):
 
 
 @pytest.mark.parametrize(
-    ("early", "waits", "said"),
+    ("early", "reads", "waits", "said"),
     [
-        (True, "first", ""),
-        (True, "before it stores", r"before it waits for the launch that writes there: ld\.global"),
-        (True, "at last", "before it waits"),
-        (True, "never", "before it waits"),
-        (False, "never", ""),
+        (True, "written", "first", ""),
+        (True, "written", "before it stores", r"before it waits for the launch that writes there: ld\.global"),
+        (True, "written", "at last", "before it waits"),
+        (True, "written", "never", "before it waits"),
+        (False, "written", "never", ""),
+        (True, "kept", "before it stores", ""),
+        (True, "kept", "at last", r"before it waits .* st\.global"),
+        (True, "kept", "never", r"before it waits .* st\.global"),
     ],
 )
-def test_a_launch_that_begins_early_waits_for_what_it_reads(
-    early: bool, waits: str, said: str, numpy_card: Any
-) -> None:
+def test_a_launch_that_begins_early_waits(early: bool, reads: str, waits: str, said: str, numpy_card: Any) -> None:
+    """To read what the launch in front of it has `written`, and to store anything."""
     with numpy_card():
-        x, y, z = (torch.ones(64).to(CARD) for _ in range(3))
-        double_kernel[(1,)](x, y, 64, BLOCK=64, MASKED=True)
+        kept, written, out = (torch.ones(64).to(CARD) for _ in range(3))
+        double_kernel[(1,)](kept, written, 64, BLOCK=64, MASKED=True)
+        x, want = (kept, 2.0) if reads == "kept" else (written, 4.0)
         with pytest.raises(Fault, match=said) if said else nullcontext():
-            early_kernel[(1,)](y, z, BLOCK=64, WAITS=waits, launch_pdl=early)
-            assert z.cpu().equal(4 * torch.ones(64))
-
-
-@pytest.mark.parametrize(
-    ("waits", "said"),
-    [
-        ("before it stores", ""),
-        ("at last", r"before it waits .* st\.global"),
-        ("never", r"before it waits .* st\.global"),
-    ],
-)
-def test_a_launch_that_begins_early_may_read_what_nobody_writes(waits: str, said: str, numpy_card: Any) -> None:
-    with numpy_card():
-        x, y, z = (torch.ones(64).to(CARD) for _ in range(3))
-        double_kernel[(1,)](x, y, 64, BLOCK=64, MASKED=True)
-        with pytest.raises(Fault, match=said) if said else nullcontext():
-            early_kernel[(1,)](x, z, BLOCK=64, WAITS=waits, launch_pdl=True)
-            assert z.cpu().equal(2 * torch.ones(64))
+            early_kernel[(1,)](x, out, BLOCK=64, WAITS=waits, launch_pdl=early)
+            assert out.cpu().equal(torch.full((64,), want))
 
 
 def unwaiting(ptx: str) -> Code:
