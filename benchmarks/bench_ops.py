@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from mixtral_triton.bench.cases import Case, cases, oracle
-from mixtral_triton.bench.measure import attempt, own_way
+from mixtral_triton.bench.measure import attempt, our_call
 from mixtral_triton.bench.peers import Peer, peers_of
 from mixtral_triton.bench.report import sizes_text
 from mixtral_triton.cli import SMALL
@@ -37,7 +37,7 @@ def _params() -> Iterator[Any]:
     for case in _cases():
         shape = "-".join(f"{key}{value}" for key, value in case.as_dict().items())
         for way in (
-            Peer("ours", case.op.name, "", lambda op, args, case=case: own_way(case, args)),
+            Peer("ours", case.op.name, "", lambda op, args, case=case: our_call(case, args)),
             *(peers_of(case.op.name) if GPU else ()),
         ):
             yield pytest.param(case, way, id=f"{case.op.name}-{shape}-{way.name.replace(' ', '_')}")

@@ -35,7 +35,7 @@ def day_cases() -> Iterator[Case]:
 
 
 def launches(arch: str, sms: int | None) -> Iterator[Launch]:
-    """Of one call a case, on the card of that architecture and so many multiprocessors."""
+    """Of one call a case, on the GPU of that architecture and so many multiprocessors."""
     for case in day_cases():
         args = case.inputs(torch.device("meta"))
         with record_launches(arch, sms) as recorded, torch.no_grad():
@@ -47,9 +47,9 @@ def main() -> int:
     """-> exit status: 1 where a kernel does not compile."""
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     options.add_argument("--most", type=int, metavar="N", help="at most so many launches; none: all")
-    card = torch.device("cuda", torch.cuda.current_device())
-    arch = target_arch(card)
-    wanted = list(islice(launches(arch, multiprocessors(card)), options.parse_args().most))
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    arch = target_arch(gpu)
+    wanted = list(islice(launches(arch, multiprocessors(gpu)), options.parse_args().most))
     found = list(compile_launches(wanted, arch))
     print(f"{len(found)} kernels of {len(wanted)} launches compiled for {arch}")
     faults = [f"{each.kernel}: {each.error}" for each in found if each.error]

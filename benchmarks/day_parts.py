@@ -32,7 +32,7 @@ class Part:
 def parts(dry: bool = False, breaks: str = "") -> tuple[Part, ...]:
     """The parts of a day, what matters most first; every operation of the registry is in one of the benchmarks.
 
-    dry: on a card that is not there, small sizes and few tests; `breaks`: a kernel that fails on it.
+    dry: on a simulated GPU, small sizes and few tests; `breaks`: a kernel that fails on it.
     """
     from mixtral_triton.kernels.registry import OPS
 
@@ -49,7 +49,7 @@ def parts(dry: bool = False, breaks: str = "") -> tuple[Part, ...]:
         Part("tests", 110, _tests(most=1 if dry else None), max(1, min(8, (os.cpu_count() or 2) // 2))),
         Part("experts", 90, tuple(bench(name, *quick) for name in experts)),
         Part("attention", 70, tuple(bench(name, *quick) for name in cache)),
-        # Ours and transformers' eager step come before any torch.compile, which may leave a card as no timing likes it.
+        # Ours and transformers' eager step come before any torch.compile, which may leave a GPU as no timing likes it.
         Part("decode", 60, (bench("decode_step", "--at", "B=1", *step, *slow),)),
         Part("decode batches", 30, (bench("decode_step", "--quick", "--at", "L=4", *slow),)),
         Part("applied", 40, (_drop_in(*(("1", "--small") if dry else ("100",))),)),

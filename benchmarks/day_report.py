@@ -36,7 +36,7 @@ def _tests(out: Path, name: str) -> dict[str, Any]:
 
 def results(state: dict[str, Any], out: Path) -> dict[str, Any]:
     """Everything that is known so far."""
-    found: dict[str, Any] = {**state, "tests": None, "card": None, "rows": [], "died": [], "applied": None}
+    found: dict[str, Any] = {**state, "tests": None, "gpu": None, "rows": [], "died": [], "applied": None}
     seen: list[tuple[str, dict[str, int]]] = []
     for name, part in state["parts"].items():
         if part["status"] == "not started":
@@ -47,8 +47,8 @@ def results(state: dict[str, Any], out: Path) -> dict[str, Any]:
         for _, lines in _events(out, name):
             found["died"] += [{"op": begin["op"], "sizes": begin["sizes"]} for begin in died(lines)]
             for line in lines:
-                if line.get("kind") == "card":
-                    found["card"] = line
+                if line.get("kind") == "gpu":
+                    found["gpu"] = line
                 elif "kernels_a_layer" in line:
                     found["applied"] = line
                 elif line.get("kind") == "row" and (line["op"], line["sizes"]) not in seen:
@@ -139,17 +139,17 @@ def markdown(found: dict[str, Any]) -> str:
         "# A GPU day",
         "",
         "Written by `python benchmarks/gpu_day.py`; a ratio above 1 means that ours is faster. What is predicted",
-        "follows from the launches and the card's data sheet, and is no measurement.",
+        "follows from the launches and the GPU's data sheet, and is no measurement.",
         "",
     ]
-    card = before["card"] or {}
-    changed = after["card"] or {}
-    about = [(name, value, changed.get(name, "-")) for name, value in card.items()]
-    lines += _table(("card", "before", "after"), about) if about else ["nvidia-smi told nothing.", ""]
+    gpu = before["gpu"] or {}
+    changed = after["gpu"] or {}
+    about = [(name, value, changed.get(name, "-")) for name, value in gpu.items()]
+    lines += _table(("gpu", "before", "after"), about) if about else ["nvidia-smi told nothing.", ""]
     about = [*before["versions"].items(), ("commit", before["commit"] or "-")]
     lines += _table(("software", "version"), about)
-    if found["card"]:
-        rates, sheet = found["card"], found["card"]["data_sheet"] or {}
+    if found["gpu"]:
+        rates, sheet = found["gpu"], found["gpu"]["data_sheet"] or {}
         shown = [
             (what, _number(rates[key] / 1e12), _number(sheet[key] / 1e12 if sheet else None))
             for what, key in (("bandwidth, TB/s", "bandwidth"), ("bf16 matrix products, TFLOP/s", "matmul"))

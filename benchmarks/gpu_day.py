@@ -2,12 +2,12 @@
 peers, an applied model, and the whole decode step beside transformers'. No network is needed.
 
     python benchmarks/gpu_day.py [--out benchmarks/results/NAME] [--parts tests,experts,...] [--budget-s 570]
-    python benchmarks/gpu_day.py --dry     # the same road on a card that is not there, at small sizes
+    python benchmarks/gpu_day.py --dry     # the same road on a simulated GPU, at small sizes
 
 Each part has a share of the budget: what overruns is killed, and what it printed until then is kept. An operation is a
-process of its own: one that leaves the card in an error is started anew behind the case or the test that did it, and no
+process of its own: one that leaves the GPU in an error is started anew behind the case or the test that did it, and no
 other operation knows. The same command again runs what is not done yet; `--again` forgets what is. OUT/gpu_day.json and
-OUT/gpu_day.md hold the results so far, with card, clocks, driver and versions.
+OUT/gpu_day.md hold the results so far, with GPU, clocks, driver and versions.
 """
 
 from __future__ import annotations
@@ -134,13 +134,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def surroundings() -> dict[str, Any]:
-    """Card, driver, clocks and versions, as far as the machine tells."""
+def launch_context_key() -> dict[str, Any]:
+    """GPU, driver, clocks and versions, as far as the machine tells."""
     told = _asked("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader")
-    card = None if told is None else dict(zip(QUERY.split(","), told.splitlines()[0].split(", "), strict=True))
+    gpu = None if told is None else dict(zip(QUERY.split(","), told.splitlines()[0].split(", "), strict=True))
     versions = {name: version for name in PACKAGES if (version := _version(name))}
     versions["python"] = sys.version.split()[0]
-    return {"card": card, "versions": versions, "commit": _asked("git", "rev-parse", "HEAD")}
+    return {"gpu": gpu, "versions": versions, "commit": _asked("git", "rev-parse", "HEAD")}
 
 
 def day(chosen: Sequence[Part], out: Path, budget_s: float, whole_s: float) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def day(chosen: Sequence[Part], out: Path, budget_s: float, whole_s: float) -> d
     out.mkdir(parents=True, exist_ok=True)
     file, start = out / "state.json", time.monotonic()
     state: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"parts": {}}
-    state["before"] = surroundings()
+    state["before"] = launch_context_key()
     for part in chosen:
         known = state["parts"].get(part.name, {"status": "not started", "exit": {}, "seconds": 0.0, "limit_s": 0.0})
         if len(known["exit"]) == len(part.commands):
@@ -166,7 +166,7 @@ def day(chosen: Sequence[Part], out: Path, budget_s: float, whole_s: float) -> d
             ran = run_part(part, out, min(share, left), known["exit"])
             state["parts"][part.name] = ran
             print(f"{ran['status']} after {ran['seconds']:.0f} s", flush=True)
-        state["after"] = surroundings()
+        state["after"] = launch_context_key()
         _write(file, json.dumps(state, indent=1))
         found = results(state, out)
         _write(out / "gpu_day.json", json.dumps(found, indent=1))
@@ -202,12 +202,12 @@ def _refuse(message: str) -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """-> exit status: 0 if every part is done, 1 if one failed or overran, 2 for bad input."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, help="folder of the results; none: benchmarks/results/ and the card's name")
+    parser.add_argument("--out", type=Path, help="folder of the results; none: benchmarks/results/ and the GPU's name")
     parser.add_argument("--parts", help="comma-separated; none: all")
     parser.add_argument("--budget-s", type=float, default=570.0, help="seconds for everything together (570)")
     parser.add_argument("--again", action="store_true", help="run the parts anew, done or not")
-    parser.add_argument("--dry", action="store_true", help="on a card that is not there: the road, no measurement")
-    parser.add_argument("--breaks", default="", metavar="KERNEL", help="with --dry: it leaves the card in an error")
+    parser.add_argument("--dry", action="store_true", help="on a simulated GPU: the road, no measurement")
+    parser.add_argument("--breaks", default="", metavar="KERNEL", help="with --dry: it leaves the GPU in an error")
     args = parser.parse_args(argv)
     if not 0 < args.budget_s < float("inf"):
         _refuse(f"--budget-s is {args.budget_s}, needs a number of seconds above 0")
@@ -239,8 +239,8 @@ def _checked_out(args: argparse.Namespace) -> Path:
         _refuse("there is no GPU: nothing was measured. `mixtral-triton bench` shows what is known without one")
     if fault := toolchain_fault():
         _refuse(fault)
-    card = (surroundings()["card"] or {}).get("name", "gpu")
-    return args.out or results / card.lower().replace(" ", "-")
+    gpu = (launch_context_key()["gpu"] or {}).get("name", "gpu")
+    return args.out or results / gpu.lower().replace(" ", "-")
 
 
 if __name__ == "__main__":

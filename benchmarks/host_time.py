@@ -2,7 +2,7 @@
 
     python benchmarks/host_time.py [--rounds 40] [--json]
 
-No GPU is used. Triton's own JIT runs against the driver of a card that is not there (tests/stub), whose launches do
+No GPU is used. Triton's own JIT runs against the driver of a simulated GPU (tests/stub), whose launches do
 nothing; torch's operations run on the CPU, on tensors so small that a call is nearly all of their time. A step of one
 token in a model of 8 layers is timed, and shared out over the layers; embedding, head and masks are among it. The unit
 is a plain launch: `kernel[grid](...)` of a small kernel, timed in the same rounds. All take turns, so that a change of
@@ -35,7 +35,8 @@ from mixtral_triton import KVCache, Mixtral, apply, ops
 from mixtral_triton.hf.release import cache_keyword
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's folder is on the path, the repository is not
-from tests.stub.card import Card
+from tests.stub.gpu import GPU
+
 from tests.stub.driver import Driver
 
 LAYERS, PROMPT, LAUNCHES = 8, 64, 32
@@ -119,8 +120,8 @@ def seconds(call: Call) -> float:
 
 def measured(rounds: int, quiet: bool) -> dict[str, list[float]]:
     """By name, seconds of a plain launch and of a layer, a round each."""
-    # Tensors of a CPU go the way of a card's: only its memory is the other one.
-    triton.runtime.driver.set_active(SilentDriver(Card()))
+    # Tensors of a CPU go the way of a GPU's: only its memory is the other one.
+    triton.runtime.driver.set_active(SilentDriver(GPU()))
     with torch.no_grad(), mock.patch.object(ops, "INTERPRETED", True):
         calls = {"plain": plain_launches(), **steps()}
         for call in calls.values():

@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class Writer:
-    """Writes lines as tests begin and end; stops the process where a test leaves the card in an error."""
+    """Writes lines as tests begin and end; stops the process where a test leaves the GPU in an error."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.lost = file, False
@@ -101,7 +101,7 @@ class Writer:
                 torch.cuda.synchronize()
         except RuntimeError:
             self.lost = True
-            item.session.shouldstop = "the card is in an error: every later test of this process would fail"
+            item.session.shouldstop = "the GPU is in an error: every later test of this process would fail"
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 class Arch:
     """family        the architecture whose launch choices this one runs on: the same instructions, and they fit
     shared_bytes  of a block at most: the compiler does not check them
-    sms           multiprocessors (AMD: compute units) of its largest card, where no card is at hand to ask
+    sms           multiprocessors (AMD: compute units) of its largest GPU, where no GPU is at hand to ask
     """
 
     family: str
@@ -36,7 +36,7 @@ ARCHS = {
 @functools.cache
 def _stranger(arch: str) -> str:
     """The family of an architecture that is not listed, which is said once a process."""
-    used = "gfx942" if arch.startswith("gfx") else "sm_80"  # what fits all listed cards of that maker
+    used = "gfx942" if arch.startswith("gfx") else "sm_80"  # what fits all listed GPUs of that maker
     warnings.warn(f"{arch} is not among the known GPUs ({', '.join(ARCHS)}): launch choices are {used}'s", stacklevel=3)
     return used
 
@@ -57,10 +57,10 @@ def tma(arch: str) -> bool:
 
 
 def dependent_launch(arch: str) -> bool:
-    """Whether a kernel may begin before the one in front of it has ended: see dependent.py."""
+    """Whether a kernel may begin before the one in front of it has ended: see pdl.py."""
     return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
 
 
 def multiprocessors(arch: str) -> int:
-    """How many there are to fill where no card is at hand to ask."""
+    """How many there are to fill where no GPU is at hand to ask."""
     return ARCHS[arch if arch in ARCHS else family(arch)].sms

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import INT32, INTS, Within
-from .launch import choices, launch
+from .launch import launch, select_configs
 from .op import Cost, LaunchConfig, Op, Sizes, power_of_2
 
 
@@ -116,7 +116,7 @@ def sort_by_expert(
     T, K = ids.shape
     order = torch.empty(T * K, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)
-    chosen = choices(configs, {"T": T, "K": K, "E": num_experts}, ids.dtype, ids.device)
+    chosen = select_configs(configs, {"T": T, "K": K, "E": num_experts}, ids.dtype, ids.device)
     args = {"ids_ptr": ids.contiguous(), "order_ptr": order, "offsets_ptr": offsets, "N": T * K}
     launch(sort_by_expert_kernel, (num_experts,), args, chosen["sort_by_expert_kernel"])
     return order, offsets
@@ -143,7 +143,7 @@ def gather_by_expert(x: Tensor, ids: Tensor, experts: int, config: LaunchConfig)
     return gathered, order, offsets
 
 
-def experts_chosen(choices: int, share: float, experts: int) -> float:
+def expected_distinct_experts(choices: int, share: float, experts: int) -> float:
     """How many experts any of `choices` falls on, each expert with probability `share`."""
     return experts * (1 - (1 - share) ** choices)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import INTS, Above, Range, Within, fail, readable
-from .launch import choices, launch
+from .launch import launch, select_configs
 from .norm import normed_rows
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
 from .ring import POSITIONS_MOST
@@ -119,7 +119,7 @@ def embed_rms_norm(
         "stride_tv": table.stride(0),
         "eps": eps,
     }
-    chosen = choices(configs, {"T": T, "H": H}, table.dtype, table.device)
+    chosen = select_configs(configs, {"T": T, "H": H}, table.dtype, table.device)
     launch(embed_rms_norm_kernel, (T, B), args, chosen["embed_rms_norm_kernel"])
     return y, x
 
@@ -148,7 +148,7 @@ OP = Op(
     inputs=inputs,
     configs=configs,
     cost=cost,
-    whole={"embed_rms_norm_kernel": ("BLOCK_H",)},
+    full_dim_tiles={"embed_rms_norm_kernel": ("BLOCK_H",)},
     rule=rule,
     ranges=ranges,
     test_shapes=(

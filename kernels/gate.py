@@ -17,10 +17,10 @@ from torch import Tensor
 
 from . import reference
 from .checks import INT32, SINGLE, Above, Within
-from .dependent import await_earlier
-from .launch import choices, launch
+from .launch import launch, select_configs
 from .norm import normed
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
+from .pdl import pdl_wait
 from .router import choose, store_choice, unset_choice
 from .router import cost as route_cost
 
@@ -102,7 +102,7 @@ def gate_route_kernel(
     t = tl.program_id(0).to(tl.int64)
     gate = _gate_piece(gate_ptr, stride_ge, 0, E, H, BLOCK_E, BLOCK_H)
     weight = None if norm_ptr is None else _norm_piece(norm_ptr, 0, H, BLOCK_H)
-    await_earlier(PDL)
+    pdl_wait(PDL)
     x, residual, y, total = x_ptr + t * stride_xt, residual_ptr, y_ptr, total_ptr
     if residual_ptr is not None:
         residual, y, total = residual_ptr + t * stride_rt, y_ptr + t * H, total_ptr + t * H
@@ -170,7 +170,7 @@ def _launch(x: Tensor, gate: Tensor, top_k: int, **norm: Any) -> tuple[Tensor, T
     (T, H), E = x.shape, len(gate)
     logits = torch.empty((T, E), dtype=x.dtype, device=x.device)
     weights, ids = unset_choice(T, top_k, x.device)
-    config = choices(configs, {"T": T, "H": H, "E": E, "K": top_k}, x.dtype, x.device)["gate_route_kernel"]
+    config = select_configs(configs, {"T": T, "H": H, "E": E, "K": top_k}, x.dtype, x.device)["gate_route_kernel"]
     x, gate = dense_rows(x), dense_rows(gate)
     norm = norm or {"residual_ptr": None, "norm_ptr": None, "y_ptr": None, "total_ptr": None, "eps": 0.0}
     residual = norm["residual_ptr"]
@@ -206,7 +206,7 @@ def cost_norm(sizes: Sizes, dtype: torch.dtype) -> Cost:
     return Cost(flops=gate.flops + 5 * T * H, bytes=gate.bytes + (3 * T + 1) * H * dtype.itemsize)
 
 
-def follows(args: Any, results: Any) -> Any:
+def derived_outputs(args: Any, results: Any) -> Any:
     """The route is exactly that of the logits beside it, whichever way they were rounded."""
     return reference.route(results[-3], args["top_k"])
 
@@ -226,8 +226,8 @@ OP = Op(
         *(_shape(3, 64, 1, 1), _shape(2, 4200, 8, 2)),
     ),
     bench_shapes=tuple(_shape(T, H, 8, 2) for H in (4096, 6144) for T in (1, 64, 4096)),
-    whole={"gate_route_kernel": ("BLOCK_K",)},
-    follows=follows,
+    full_dim_tiles={"gate_route_kernel": ("BLOCK_K",)},
+    derived_outputs=derived_outputs,
 )
 
 NORM_OP = Op(
@@ -238,6 +238,6 @@ NORM_OP = Op(
     cost=cost_norm,
     test_shapes=OP.test_shapes,
     bench_shapes=OP.bench_shapes,
-    whole=OP.whole,
-    follows=follows,
+    full_dim_tiles=OP.full_dim_tiles,
+    derived_outputs=derived_outputs,
 )

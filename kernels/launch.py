@@ -14,9 +14,9 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arch import dependent_launch
-from .dependent import chained
 from .interpret import interpreting
 from .op import Launch, LaunchConfig
+from .pdl import in_pdl_region
 
 # `triton.jit` reads the switch when it decorates, so one process either interprets or compiles.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
@@ -39,7 +39,7 @@ _arch: ContextVar[str | None] = ContextVar("arch", default=None)
 _sms: ContextVar[int | None] = ContextVar("sms", default=None)
 records: ContextVar[list[Launch] | None] = ContextVar("records", default=None)  # see record.py
 launched: ContextVar[list[Launched] | None] = ContextVar("launched", default=None)  # see plan.py
-_instead: ContextVar[tuple[Configs, dict[str, LaunchConfig]] | None] = ContextVar("instead", default=None)
+_overrides: ContextVar[tuple[Configs, dict[str, LaunchConfig]] | None] = ContextVar("overrides", default=None)
 
 
 def target_arch(device: torch.device | None = None) -> str:
@@ -55,42 +55,42 @@ def target_arch(device: torch.device | None = None) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def choices(configs: Callable[..., Configs], sizes: Any, dtype: torch.dtype, device: torch.device) -> Configs:
-    """What an operation's `configs` says for the card at hand, or what `choosing` has put in its place."""
-    chosen, instead = configs(sizes, dtype, target_arch(device)), _instead.get()
-    if instead is not None:
-        others, made = instead
+def select_configs(configs: Callable[..., Configs], sizes: Any, dtype: torch.dtype, device: torch.device) -> Configs:
+    """What an operation's `configs` says for the current GPU, or what `override_configs` has put in its place."""
+    chosen, overrides = configs(sizes, dtype, target_arch(device)), _overrides.get()
+    if overrides is not None:
+        others, made = overrides
         chosen = {kernel: others.get(kernel, one) for kernel, one in chosen.items()}
         made.update(chosen)
     return chosen
 
 
-def surroundings() -> tuple[Any, ...] | None:
+def launch_context_key() -> tuple[Any, ...] | None:
     """What decides a launch beside its arguments; None where it is one of its own: recorded, chosen, interpreted."""
-    if INTERPRETED or records.get() is not None or _instead.get() is not None:
+    if INTERPRETED or records.get() is not None or _overrides.get() is not None:
         return None
-    return _arch.get(), _sms.get(), chained()
+    return _arch.get(), _sms.get(), in_pdl_region()
 
 
 @contextmanager
-def choosing(others: Configs) -> Iterator[dict[str, LaunchConfig]]:
+def override_configs(others: Configs) -> Iterator[dict[str, LaunchConfig]]:
     """Within the block, kernels named in `others` launch as it says, whatever the sizes -> what was chosen of all."""
     made: dict[str, LaunchConfig] = {}
-    token = _instead.set((others, made))
+    token = _overrides.set((others, made))
     try:
         yield made
     finally:
-        _instead.reset(token)
+        _overrides.reset(token)
 
 
-def asked_for(kernel: str) -> bool:
-    """Whether `choosing` names it: then it does the work, where it can, also if another way would be chosen."""
-    instead = _instead.get()
-    return instead is not None and kernel in instead[0]
+def is_overridden(kernel: str) -> bool:
+    """Whether `override_configs` names it: then it does the work, where it can, also if another way would be chosen."""
+    overrides = _overrides.get()
+    return overrides is not None and kernel in overrides[0]
 
 
 def multiprocessors(device: torch.device) -> int | None:
-    """How many of them the card at hand has; of one that is not at hand those told, or None."""
+    """How many of them the current GPU has; of one that is not at hand those told, or None."""
     if _arch.get() is not None or device.type != "cuda":
         return _sms.get()
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -102,7 +102,7 @@ def tensors(args: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: arg for name, arg in plain.items() if isinstance(arg, torch.Tensor)}
 
 
-def instead(arg: Any, tensor: torch.Tensor) -> Any:
+def replace_base(arg: Any, tensor: torch.Tensor) -> Any:
     """A launch's argument with another tensor in its place, where it is a descriptor: behind it."""
     return replace(arg, base=tensor) if isinstance(arg, TensorDescriptor) else tensor
 
@@ -124,7 +124,7 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
     dependent = False
     if "PDL" in kernel.arg_names:
         constants["PDL"] = not INTERPRETED and dependent_launch(target_arch(None if first is None else first.device))
-        dependent = constants["PDL"] and chained()
+        dependent = constants["PDL"] and in_pdl_region()
     noted = records.get()
     if noted is not None:
         noted.append(
@@ -145,7 +145,7 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
 def _compiled(
     kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: LaunchConfig, dependent: bool = False
 ) -> None:
-    """Compile on first use, then launch; ValueError, before anything runs, where the card cannot hold it."""
+    """Compile on first use, then launch; ValueError, before anything runs, where the GPU cannot hold it."""
     try:
         # FP fusion is named because its default differs between releases of Triton.
         more = {"launch_pdl": True} if dependent else {}  # an option that AMD's backend does not know
@@ -155,7 +155,7 @@ def _compiled(
         tiles = ", ".join(f"{name} {value}" for name, value in config.constexprs.items())
         raise ValueError(
             f"{kernel.__name__}: the launch configuration {tiles}, {config.num_warps} warps and {config.num_stages} "
-            f"stages takes {error.required} of {error.name}, needs at most this card's {error.limit}"
+            f"stages takes {error.required} of {error.name}, needs at most this GPU's {error.limit}"
         ) from error
     made = launched.get()
     if made is not None:
@@ -171,8 +171,8 @@ def interpret(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
 
 @contextmanager
 def using_arch(arch: str, sms: int | None = None) -> Iterator[None]:
-    """Within the block, launch choices are those of `arch` ("sm_80", "gfx942", ...), of a card with `sms`
-    multiprocessors; None: of its largest card."""
+    """Within the block, launch choices are those of `arch` ("sm_80", "gfx942", ...), of a GPU with `sms`
+    multiprocessors; None: of its largest GPU."""
     tokens = _arch.set(arch), _sms.set(sms)
     try:
         yield

@@ -2,7 +2,7 @@
 
 T rows of x, N rows of the weight, H columns of both: the depth of the sum
 
-More rows are a library's business (`few` says where it begins), unless a row's bits must not depend on how many there
+More rows are a library's business (`use_skinny_kernel` says where it begins), unless a row's bits must not depend on how many there
 are: a library picks another kernel, with another order of the sum, for another T.
 """
 
@@ -18,19 +18,19 @@ from torch import Tensor
 from . import reference
 from .arch import amd, family, multiprocessors
 from .checks import Matrix
-from .launch import asked_for, choices, launch, target_arch
+from .launch import is_overridden, launch, select_configs, target_arch
 from .op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sample, switches
 from .quantized import FORMS, QuantizedWeight, sample_quantized, weight_bytes
-from .quantized_tiles import few_rows, many_rows
+from .quantized_tiles import skinny_config, wide_config
 from .tiles import depth_tile, program_tile
 from .unpack import fields_of
 from .weight import Weight, add_products, times_row_scales, weight_tile
 
-FEW = 16  # rows that are always ours: the narrowest side of a tensor core tile
-SOME = 64  # rows that may be ours
+SKINNY_M = 16  # rows that are always ours: the narrowest side of a tensor core tile
+SKINNY_M_MAX = 64  # rows that may be ours
 
 # Weight rows a program and the depth of its tile, by rows of x at most, of 16-bit types on NVIDIA: as few weight rows,
-# for as many programs, as keep the rows of x, which each program reads, at 0.3 of them up to FEW, and at half beyond.
+# for as many programs, as keep the rows of x, which each program reads, at 0.3 of them up to SKINNY_M, and at half beyond.
 _DECODE = {4: (16, 256), 9: (32, 128), 16: (64, 128), 32: (64, 128), 64: (128, 64)}
 
 
@@ -102,32 +102,32 @@ def linear_kernel(
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[:, None] & (offs_n < N)[None, :])
 
 
-def few(sizes: Sizes, dtype: torch.dtype, arch: str) -> bool:
-    """Whether the kernel for few rows takes it: up to FEW always; up to SOME where it is predicted to be no slower than
+def use_skinny_kernel(sizes: Sizes, dtype: torch.dtype, arch: str) -> bool:
+    """Whether the kernel for few rows takes it: up to SKINNY_M always; up to SKINNY_M_MAX where it is predicted to be no slower than
     a library, which is where memory is slow beside L2, and the weight has rows enough to give every SM a program."""
     T, N = sizes["T"], sizes["N"]
-    if T <= FEW or T > SOME or dtype == torch.float32:
-        return T <= FEW
+    if T <= SKINNY_M or T > SKINNY_M_MAX or dtype == torch.float32:
+        return T <= SKINNY_M
     if switches(sizes).weight:
         return True
     return family(arch) in ("sm_80", "sm_90") and _decode_tile(T)[0] * multiprocessors(arch) <= N
 
 
 def _decode_tile(T: int) -> tuple[int, int]:
-    return _DECODE[min(most for most in _DECODE if most >= min(T, SOME))]
+    return _DECODE[min(most for most in _DECODE if most >= min(T, SKINNY_M_MAX))]
 
 
 def _decode_rows(T: int, arch: str) -> int:
     """All of them in one tile. AMD's has no size between."""
-    return SOME if T > FEW and amd(arch) else power_of_2(T, low=FEW, high=SOME)
+    return SKINNY_M_MAX if T > SKINNY_M and amd(arch) else power_of_2(T, low=SKINNY_M, high=SKINNY_M_MAX)
 
 
 def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     T, H, single, cdna = sizes["T"], sizes["H"], dtype == torch.float32, amd(arch)
     block_n, block_k = (16, 64 if single else 128) if single or cdna else _decode_tile(T)
     tiles = {"BLOCK_T": _decode_rows(T, arch), "BLOCK_N": block_n, "BLOCK_K": power_of_2(H, 16, block_k)}
-    # Of more than FEW rows four stages would leave an SM room for one program.
-    return LaunchConfig(tiles, num_warps=4, num_stages=2 if single or cdna else 4 if T <= FEW else 3)
+    # Of more than SKINNY_M rows four stages would leave an SM room for one program.
+    return LaunchConfig(tiles, num_warps=4, num_stages=2 if single or cdna else 4 if T <= SKINNY_M else 3)
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
@@ -135,8 +135,8 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
         T, N, H = sizes["T"], sizes["N"], sizes["H"]
         rows = None if switches(sizes).deterministic else (T, T)
         return {
-            "linear_decode_kernel": few_rows(weights, N, H, _decode_rows(T, arch), dtype, arch),
-            "linear_kernel": many_rows(weights, N, H, rows, dtype, arch),
+            "linear_decode_kernel": skinny_config(weights, N, H, _decode_rows(T, arch), dtype, arch),
+            "linear_kernel": wide_config(weights, N, H, rows, dtype, arch),
         }
     single = dtype == torch.float32
     many = {"BLOCK_M": 32 if single else 64, "BLOCK_N": 32 if single else 64, "GROUP_M": 8}
@@ -156,12 +156,14 @@ def linear(
     rows, w = dense_rows(x.reshape(-1, x.shape[-1])), Weight.of(weight)
     (T, H), N = rows.shape, len(weight)
     sizes = Shape(T=T, H=H, N=N, deterministic=deterministic, weight=w.name)
-    ours = few(sizes, x.dtype, target_arch(x.device)) or (T <= SOME and asked_for("linear_decode_kernel"))
+    ours = use_skinny_kernel(sizes, x.dtype, target_arch(x.device)) or (
+        T <= SKINNY_M_MAX and is_overridden("linear_decode_kernel")
+    )
     many = deterministic or not ours
     if many and not deterministic and w.name is None:
         return torch.mm(rows, w.data.t()).view(*x.shape[:-1], N)
     kernel = linear_kernel if many else linear_decode_kernel
-    config = choices(configs, sizes, x.dtype, x.device)[kernel.__name__]
+    config = select_configs(configs, sizes, x.dtype, x.device)[kernel.__name__]
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     args = {"x_ptr": rows, "weight_ptr": w.data, "y_ptr": y, "T": T, "N": N, "stride_xt": rows.stride(0), **w.args}
     row_tiles = triton.cdiv(T, config.constexprs["BLOCK_M"]) if many else min(T, 1)
@@ -172,12 +174,12 @@ def linear(
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
     x = sample(sizes["T"], sizes["H"], dtype=dtype, device=device, generator=generator)
-    N, H, form = sizes["N"], sizes["H"], switches(sizes).weight
+    N, H, format = sizes["N"], sizes["H"], switches(sizes).weight
     weight: Tensor | QuantizedWeight
-    if form is None:
+    if format is None:
         weight = sample(N, H, dtype=dtype, device=device, generator=generator, scale=H**-0.5)
     else:
-        weight = sample_quantized(form, N, H, device=device, generator=generator)
+        weight = sample_quantized(format, N, H, device=device, generator=generator)
     return {"x": x, "weight": weight, "deterministic": switches(sizes).deterministic}
 
 
@@ -190,8 +192,8 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
 OP = Op(
     run=linear,
     reference=reference.linear,
-    whole={"linear_decode_kernel": ("BLOCK_T",)},
-    offers=("linear_decode_kernel",),
+    full_dim_tiles={"linear_decode_kernel": ("BLOCK_T",)},
+    alternative_kernels=("linear_decode_kernel",),
     inputs=inputs,
     configs=configs,
     cost=cost,
@@ -207,7 +209,7 @@ OP = Op(
         {"T": 1, "H": 4096, "N": 32000},
         *({"T": T, "H": 4096, "N": N} for T in (32, 64) for N in (4096, 32000)),
         Shape(T=1, H=4096, N=6144, deterministic=True),
-        *(Shape(T=T, H=4096, N=6144, weight=form) for form in FORMS for T in (1, 4096)),
+        *(Shape(T=T, H=4096, N=6144, weight=format) for format in FORMS for T in (1, 4096)),
         Shape(T=4096, H=4096, N=6144, deterministic=True),
     ),
 )

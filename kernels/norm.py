@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import Above
-from .launch import choices, launch
+from .launch import launch, select_configs
 from .op import Cost, LaunchConfig, Op, Sizes, power_of_2, sample
 
 
@@ -112,7 +112,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     residual = None if residual is None else _rows(residual)
     rows = _rows(x)
     T, H = rows.shape
-    config = choices(configs, {"T": T, "H": H}, x.dtype, x.device)["rms_norm_kernel"]
+    config = select_configs(configs, {"T": T, "H": H}, x.dtype, x.device)["rms_norm_kernel"]
     args = {
         "x_ptr": rows,
         "residual_ptr": residual,
@@ -155,14 +155,14 @@ OP = Op(
     cost=partial(_cost, 2),
     test_shapes=_TEST_SHAPES,
     bench_shapes=_BENCH_SHAPES,
-    whole={"rms_norm_kernel": ("BLOCK_H",)},
+    full_dim_tiles={"rms_norm_kernel": ("BLOCK_H",)},
 )
 
 ADD_OP = Op(
     run=add_rms_norm,
     reference=reference.rms_norm,
     public="rms_norm",
-    whole=OP.whole,
+    full_dim_tiles=OP.full_dim_tiles,
     inputs=inputs_add,
     configs=configs,
     cost=partial(_cost, 4),

@@ -29,7 +29,7 @@ class Switches:
     weight, gate_up, down    the name of a quantized weight, its format and group ("int4:128"); None: dense
     causal, ragged attention: no key after the query; sequences begin and end at places of their own
     fresh          cached_attention: the chunk's own keys come beside the cache
-    sms            multiprocessors of the card at hand; 0: of the largest of its kind
+    sms            multiprocessors of the current GPU; 0: of the largest of its kind
     """
 
     deterministic: bool = False
@@ -101,7 +101,7 @@ class Launch:
 
     `grid`, `num_warps` and `num_stages` are None for torch's own kernels. `fn` and `args`, the jitted function and its
     run-time arguments by name, are what the offline compiler needs to build the same kernel without a GPU.
-    `dependent`: it begins before the launch in front of it has ended, see dependent.py.
+    `dependent`: it begins before the launch in front of it has ended, see pdl.py.
     """
 
     kernel: str
@@ -132,7 +132,7 @@ class Op(Generic[P, R]):
     follows      follows(arguments, results) -> what the last results have to be exactly, given those before them
     whole        by kernel, tile constants that hold a whole dimension: a smaller one would be wrong, a larger one idle
     rivals       rivals(sizes, dtype, arch) -> by kernel, configurations that a tuner's small steps would not reach
-    offers       kernels that do the work where `choosing` names them, also if a library is chosen
+    offers       kernels that do the work where `override_configs` names them, also if a library is chosen
     trim         trim(arguments by name of one sequence): without what other sequences made it longer by
     """
 
@@ -148,11 +148,11 @@ class Op(Generic[P, R]):
     public: str = ""
     rule: Callable[[str, Mapping[str, Any], Mapping[str, Any]], None] | None = None
     ranges: Callable[[Mapping[str, Any]], Iterable[Range]] | None = None
-    follows: Callable[[Any, Any], Any] | None = None
-    whole: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    rivals: Callable[[Sizes, torch.dtype, str], Mapping[str, tuple[LaunchConfig, ...]]] | None = None
-    offers: tuple[str, ...] = ()
-    trim: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    derived_outputs: Callable[[Any, Any], Any] | None = None
+    full_dim_tiles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    extra_tune_configs: Callable[[Sizes, torch.dtype, str], Mapping[str, tuple[LaunchConfig, ...]]] | None = None
+    alternative_kernels: tuple[str, ...] = ()
+    truncate_sequence: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:

@@ -6,7 +6,7 @@ operation and is watched; later ones allocate what it allocated, and hand the sa
 
 What cannot be told so is run each time: a call in which torch itself computes (a copy, a library's product), or whose
 launches take an address that is neither an argument's nor fresh memory's. Nothing is remembered of a call that is
-recorded or has launch choices of its own (`record_launches`, `choosing`), nor where kernels are interpreted.
+recorded or has launch choices of its own (`record_launches`, `override_configs`), nor where kernels are interpreted.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _parts(weight: QuantizedWeight) -> tuple[Tensor | None, ...]:
 
 def run(op: Op[..., Any], args: tuple[Any, ...], seen: tuple[Any, ...] | None = None) -> Any:
     """`op.run(*args)`, by its plan where there is one. `seen`: the traits of `args`, where they are known."""
-    around = launch.surroundings()
+    around = launch.launch_context_key()
     if around is None or args[0].is_meta:
         return op.run(*args)
     key = (op.run, around, knobs.runtime.debug, knobs.compilation.instrumentation_mode, seen or traits(args))
@@ -70,7 +70,7 @@ def run(op: Op[..., Any], args: tuple[Any, ...], seen: tuple[Any, ...] | None = 
 
 
 def forget() -> None:
-    """All plans: there are too many, or another card stands in the place of the one that they are for."""
+    """All plans: there are too many, or another GPU stands in the place of the one that they are for."""
     _plans.clear()
 
 

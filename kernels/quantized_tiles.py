@@ -30,7 +30,7 @@ _FEW["sm_100"] = _FEW["sm_90"]
 _FEW_SINGLE, _MANY_SINGLE = (16, 8, 2), (32, 32, 8, 2)
 
 
-def few_rows(
+def skinny_config(
     weights: str, columns: int, depth: int, block_t: int, dtype: torch.dtype, arch: str, halves: int = 1
 ) -> LaunchConfig:
     """Of a decode kernel, at most block_t rows of x in a tile. `columns`: rows of each of the weight's `halves`."""
@@ -41,7 +41,7 @@ def few_rows(
     return LaunchConfig(tile | {"BLOCK_K": tile_columns(weights, depth)}, num_warps=warps, num_stages=stages)
 
 
-def many_rows(
+def wide_config(
     weights: str,
     columns: int,
     depth: int,

@@ -1,4 +1,4 @@
-"""What a call launches, noted and not run: on meta tensors, for a card that need not be there."""
+"""What a call launches, noted and not run: on meta tensors, for a GPU that need not be there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import launch
 from .op import Launch
 from .plan import MEMORY
 from .registry import OPS
-from .signature import put_together
+from .signature import unflatten_args
 
 # torch operations that give memory or a name for it, and compute nothing.
 _FREE = {*MEMORY, "_unsafe_view", "lift_fresh"}
@@ -32,7 +32,7 @@ class _Recorder(TorchDispatchMode):
             if not launch.INTERPRETED and args[0].device.type == "cpu":
                 raise ValueError(f"record_launches: {op.name} got a CPU tensor, needs meta tensors")
             with self:
-                args = put_together(op.arguments, args)
+                args = unflatten_args(op.arguments, args)
                 op.check(*args)
                 return op.run(*args)
         out = func(*args, **(kwargs or {}))

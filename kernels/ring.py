@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import INTS, Within, fail
-from .launch import choices, launch
+from .launch import launch, select_configs
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
 
 # Positions a sequence may reach: far beyond any model's, and a tile of keys past it is still an int32.
@@ -127,7 +127,7 @@ def append(k: Heads, v: Heads, k_cache: Slots, v_cache: Slots, past: Past, new: 
         "stride_ch": k_cache.stride(1),
         "stride_cs": k_cache.stride(2),
     }
-    chosen = choices(configs, {"D": D, "Hkv": Hkv}, k.dtype, k.device)
+    chosen = select_configs(configs, {"D": D, "Hkv": Hkv}, k.dtype, k.device)
     launch(append_kernel, (T, B), args, chosen["append_kernel"])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import INTS, SINGLE, Within, fail
-from .launch import choices, launch
+from .launch import launch, select_configs
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
 from .ring import Heads, Queries, strides
 
@@ -135,7 +135,7 @@ def rope(
         "stride_pb": positions.stride(0),
         "stride_pt": positions.stride(1),
     }
-    launch(rope_kernel, (T, B), args, choices(configs, sizes, q.dtype, q.device)["rope_kernel"])
+    launch(rope_kernel, (T, B), args, select_configs(configs, sizes, q.dtype, q.device)["rope_kernel"])
     return q_out, k_out
 
 

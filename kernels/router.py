@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import INT32, SINGLE, Within
-from .launch import choices, launch
+from .launch import launch, select_configs
 from .op import Cost, LaunchConfig, Op, Sizes, power_of_2, sample
 
 
@@ -96,7 +96,7 @@ def route(
     """logits -> the weights and ids of each token's experts: see `reference.route`."""
     T, E = logits.shape
     weights, ids = unset_choice(T, top_k, logits.device)
-    config = choices(configs, {"T": T, "E": E, "K": top_k}, logits.dtype, logits.device)["route_kernel"]
+    config = select_configs(configs, {"T": T, "E": E, "K": top_k}, logits.dtype, logits.device)["route_kernel"]
     args = {
         "logits_ptr": logits,
         "weights_ptr": weights,
@@ -137,5 +137,5 @@ OP = Op(
         for T, E, K in ((1, 8, 2), (67, 8, 2), (5, 4, 1), (9, 6, 6), (130, 16, 3), (3, 1, 1), (4, 160, 6))
     ),
     bench_shapes=tuple({"T": T, "E": 8, "K": 2} for T in (1, 64, 4096)),
-    whole={"route_kernel": ("BLOCK_K",)},
+    full_dim_tiles={"route_kernel": ("BLOCK_K",)},
 )

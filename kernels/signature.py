@@ -59,7 +59,7 @@ def schema(run: Callable[..., Any], arguments: Sequence[Argument], results: int,
     return torch.library.infer_schema(prototype, mutates_args=mutates)
 
 
-def taken_apart(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[Any, ...]:
+def flatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[Any, ...]:
     """All arguments of `run` as those of the operator."""
     own, parts = list(args), []
     for place, (one, x) in enumerate(zip(arguments, args, strict=True)):
@@ -70,7 +70,7 @@ def taken_apart(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[Any
     return (*own, *parts)
 
 
-def put_together(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[Any, ...]:
+def unflatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[Any, ...]:
     """The arguments of the operator as those of `run`."""
     own, parts = list(args[: len(arguments)]), args[len(arguments) :]
     weights = [place for place, one in enumerate(arguments) if one.kind == Matrix]

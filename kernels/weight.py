@@ -18,9 +18,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arch import amd
-from .dependent import await_earlier
 from .launch import INTERPRETED
 from .op import dense_rows
+from .pdl import pdl_wait
 from .quantized import QuantizedWeight
 from .tma import describe, tma_can_read
 from .unpack import fields_of, scaled, unpacked
@@ -155,10 +155,10 @@ def add_products(
     UNIT: tl.constexpr = x_ptrs.shape[0] * fields_of(LAYOUT[0])
     AHEAD: tl.constexpr = PDL and x_ptrs.dtype.element_ty.primitive_bitwidth == 16
     if PDL and not AHEAD:
-        await_earlier(PDL)
+        pdl_wait(PDL)
     if AHEAD:
         tile = _stored_tile(w[0], 0, K - begin, EVEN, fields_of(LAYOUT[0]))
-        await_earlier(PDL)
+        pdl_wait(PDL)
         acc = _add_tile(acc, tile, w, rows, x_ptrs, live, begin, 0, EVEN, K, LAYOUT)
     for k in range(UNIT if AHEAD else 0, SPAN, UNIT):
         tile = _stored_tile(w[0], k, K - begin, EVEN, fields_of(LAYOUT[0]))

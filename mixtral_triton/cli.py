@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("int4", "int8", "fp8")  # of quantize/form.py, which imports torch
 SMALL = Path(__file__).parent / "small"  # the checkpoint that ships with the package
-CARDS = "a100, h100, h200, b200, b300, a10, l40s, rtx5090, mi300x"  # of instruments/roofline.py, which imports torch
+GPUS = "a100, h100, h200, b200, b300, a10, l40s, rtx5090, mi300x"  # of instruments/roofline.py, which imports torch
 
 
 def parser() -> argparse.ArgumentParser:
@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--without", action="append", default=[], metavar="PEER", help="leave a peer out; repeatable")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw floors and times (.png, .svg, .pdf)")
     mesh_options(bench)
-    bench.add_argument("--card", help=f"measure nothing: floors and predicted times by a data sheet ({CARDS})")
+    bench.add_argument("--gpu", help=f"measure nothing: floors and predicted times by a data sheet ({GPUS})")
     tune = command(
         "tune", "launch configurations around the present ones: what compiles, what is fastest, what to paste"
     )
@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     )
     tune.add_argument("--arch", help="time nothing, compile for this one; none: the GPU there is, else sm_90")
     tune.add_argument("--dry-run", action="store_true", help="time nothing")
-    fit = command("fit", "what fits a card's memory: weights by format, cache, workspace, the longest text")
+    fit = command("fit", "what fits a GPU's memory: weights by format, cache, workspace, the longest text")
     fit.add_argument(
         "model",
         nargs="?",
@@ -138,14 +138,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="a folder with a config.json, mixtral-8x22b, ...; none: mixtral-8x7b",
     )
-    card = fit.add_mutually_exclusive_group()
-    card.add_argument(
+    gpu = fit.add_mutually_exclusive_group()
+    gpu.add_argument(
         "--gpu", metavar="NAME", help="h100, rtx4090, ...; none: the GPU there is, else all that are known"
     )
-    card.add_argument("--memory", type=float, metavar="GIB", help="a card of so many GiB; none: see --gpu")
-    fit.add_argument("--gpus", type=int, metavar="N", help="so many cards; none: 1")
+    gpu.add_argument("--memory", type=float, metavar="GIB", help="a GPU of so many GiB; none: see --gpu")
+    fit.add_argument("--gpus", type=int, metavar="N", help="so many GPUs; none: 1")
     fit.add_argument(
-        "--scaling", nargs="?", const="", metavar="FORMAT", help="predicted times on 1 to 16 cards, by tp and ep"
+        "--scaling", nargs="?", const="", metavar="FORMAT", help="predicted times on 1 to 16 GPUs, by tp and ep"
     )
     fit.add_argument("--batch", type=int, default=1, metavar="B", help="sequences at a time")
     fit.add_argument("--context", type=int, metavar="S", help="tokens a sequence; none: all the model's positions")

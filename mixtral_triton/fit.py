@@ -1,4 +1,4 @@
-"""What a model takes of a card's memory: weights by format, cache, workspace, logits; what fits, and how long a text.
+"""What a model takes of a GPU's memory: weights by format, cache, workspace, logits; what fits, and how long a text.
 
 B sequences, S tokens each, N rows of a chunk, H hidden, I intermediate, E experts, K experts per token, Hq query heads,
 Hkv key/value heads, D head size, V vocabulary, L layers
@@ -17,11 +17,11 @@ from functools import lru_cache
 import torch
 from rich.filesize import decimal
 
-from .cards import CARDS, Card
 from .config import MixtralConfig
 from .generate import PREFILL_CHUNK
-from .parallel import WHOLE, Shard
-from .quantize.form import PARTS, Form, chosen
+from .gpus import GPU, GPUS
+from .parallel import UNSHARDED, Shard
+from .quantize.spec import PARTS, QuantSpec, select_specs
 from .weights import parameter_shapes
 
 KNOWN = {
@@ -48,7 +48,7 @@ MOST_GPUS = 16
 LOGIT_BYTES = 64
 
 Weights = str | Mapping[str, str] | None  # as `Mixtral.from_pretrained` takes them
-Forms = Mapping[str, Form]  # of the parameters that are quantized, by name
+QuantSpecs = Mapping[str, QuantSpec]  # of the parameters that are quantized, by name
 STORED = "as stored"
 FORMATS: dict[str, Weights] = {
     STORED: None,
@@ -59,43 +59,45 @@ FORMATS: dict[str, Weights] = {
 }
 
 
-def choices(config: MixtralConfig, shard: Shard = WHOLE) -> dict[str, Forms]:
+def format_options(config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, QuantSpecs]:
     """The forms that each of FORMATS has for a model; a format that its columns do not take is left out."""
     shapes, found = parameter_shapes(config), {}
     for name, weights in FORMATS.items():
         try:
-            found[name] = shard_forms(config, chosen(weights, shapes), shard)
+            found[name] = shard_specs(config, select_specs(weights, shapes), shard)
         except ValueError:  # int4, whose groups have to divide the columns
             continue
     return found
 
 
-def shard_forms(config: MixtralConfig, forms: Forms, shard: Shard) -> Forms:
+def shard_specs(config: MixtralConfig, specs: QuantSpecs, shard: Shard) -> QuantSpecs:
     """Those of a rank's parts; ValueError where a group of columns would be cut."""
-    return shard.forms(forms, parameter_shapes(config), parameter_shapes(config, shard))
+    return shard.specs(specs, parameter_shapes(config), parameter_shapes(config, shard))
 
 
 def stored_dtype(config: MixtralConfig) -> torch.dtype:
     return getattr(torch, config.dtype or "bfloat16")
 
 
-def weight_bytes(config: MixtralConfig, forms: Forms, dtype: torch.dtype | None = None, shard: Shard = WHOLE) -> int:
+def weight_bytes(
+    config: MixtralConfig, specs: QuantSpecs, dtype: torch.dtype | None = None, shard: Shard = UNSHARDED
+) -> int:
     """Of all parameters that a rank keeps; `dtype`: of those that have no form, None: as stored."""
     itemsize = (dtype or stored_dtype(config)).itemsize
     return sum(
-        _packed(forms[name], shape) if name in forms else itemsize * math.prod(shape)
+        _packed(specs[name], shape) if name in specs else itemsize * math.prod(shape)
         for name, shape in parameter_shapes(config, shard).items()
     )
 
 
-def _packed(form: Form, shape: tuple[int, ...]) -> int:
-    return math.prod(shape[:-1]) * _row(form, shape[-1])
+def _packed(spec: QuantSpec, shape: tuple[int, ...]) -> int:
+    return math.prod(shape[:-1]) * _row(spec, shape[-1])
 
 
 @lru_cache(maxsize=256)
-def _row(form: Form, columns: int) -> int:
+def _row(spec: QuantSpec, columns: int) -> int:
     """Bytes of one row: its codes, scales and zeros."""
-    return form.empty((1, columns), "meta").nbytes
+    return spec.empty((1, columns), "meta").nbytes
 
 
 def table_bytes(config: MixtralConfig) -> int:
@@ -149,7 +151,7 @@ def workspace_bytes(config: MixtralConfig, batch: int, context: int) -> int:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of a model that runs on one card, or on each of several."""
+    """Bytes of a model that runs on one GPU, or on each of several."""
 
     weights: int
     tables: int
@@ -159,11 +161,11 @@ class Need:
     overhead: int = OVERHEAD
 
     @classmethod
-    def of(cls, config: MixtralConfig, forms: Forms, batch: int, context: int, gpus: int = 1) -> Need:
-        """Several cards: weights and cache in even parts, as if those divided them; embedding and the rest on each."""
+    def of(cls, config: MixtralConfig, specs: QuantSpecs, batch: int, context: int, gpus: int = 1) -> Need:
+        """Several GPUs: weights and cache in even parts, as if those divided them; embedding and the rest on each."""
         embedding = config.vocab_size * config.hidden_size * stored_dtype(config).itemsize
         return cls(
-            embedding - (embedding - weight_bytes(config, forms)) // gpus,
+            embedding - (embedding - weight_bytes(config, specs)) // gpus,
             table_bytes(config),
             -(-cache_bytes(config, batch, context) // gpus),
             workspace_bytes(config, batch, context),
@@ -177,11 +179,11 @@ class Need:
 
 @dataclass(frozen=True)
 class Plan:
-    """One set of forms on cards of `memory` bytes.
+    """One set of forms on GPUs of `memory` bytes.
 
     verdict  "fits"; "tight": by less than TIGHT of the memory; "no"
     longest  tokens a sequence that it holds without being tight, at most the model's positions; 0: not one
-    needs    the least number of such cards that hold it without being tight, at most MOST_GPUS; None: more
+    needs    the least number of such GPUs that hold it without being tight, at most MOST_GPUS; None: more
     """
 
     need: Need
@@ -200,28 +202,28 @@ def comfortable(memory: int) -> int:
     return memory - math.ceil(memory * TIGHT)
 
 
-def plan(config: MixtralConfig, forms: Forms, memory: int, batch: int, context: int, gpus: int = 1) -> Plan:
-    """On `gpus` cards of `memory` bytes each, `batch` sequences of `context` tokens."""
+def plan(config: MixtralConfig, specs: QuantSpecs, memory: int, batch: int, context: int, gpus: int = 1) -> Plan:
+    """On `gpus` GPUs of `memory` bytes each, `batch` sequences of `context` tokens."""
     room, lengths, counts = comfortable(memory), range(config.max_position_embeddings + 1), range(1, MOST_GPUS + 1)
-    longest = bisect_right(lengths, room, key=lambda S: Need.of(config, forms, batch, S, gpus).total) - 1
-    needs = next((n for n in counts if Need.of(config, forms, batch, context, n).total <= room), None)
-    return Plan(Need.of(config, forms, batch, context, gpus), memory, max(0, longest), needs)
+    longest = bisect_right(lengths, room, key=lambda S: Need.of(config, specs, batch, S, gpus).total) - 1
+    needs = next((n for n in counts if Need.of(config, specs, batch, context, n).total <= room), None)
+    return Plan(Need.of(config, specs, batch, context, gpus), memory, max(0, longest), needs)
 
 
-def smallest_card(config: MixtralConfig, forms: Forms, batch: int, context: int) -> Card | None:
-    """The listed card with the least memory that holds it without being tight."""
-    need = Need.of(config, forms, batch, context).total
-    return min((card for card in CARDS if need <= comfortable(card.bytes)), key=lambda card: card.mib, default=None)
+def smallest_gpu(config: MixtralConfig, specs: QuantSpecs, batch: int, context: int) -> GPU | None:
+    """The listed GPU with the least memory that holds it without being tight."""
+    need = Need.of(config, specs, batch, context).total
+    return min((gpu for gpu in GPUS if need <= comfortable(gpu.bytes)), key=lambda gpu: gpu.mib, default=None)
 
 
 def check(
     config: MixtralConfig,
-    forms: Forms,
+    specs: QuantSpecs,
     device: torch.device,
     dtype: torch.dtype,
     free_choice: bool = True,
     free: int | None = None,
-    shard: Shard = WHOLE,
+    shard: Shard = UNSHARDED,
 ) -> None:
     """ValueError where the weights alone do not fit in what is free on a CUDA `device`, before anything is allocated.
 
@@ -234,16 +236,16 @@ def check(
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, of what was let go
         free = torch.cuda.mem_get_info(device)[0] + kept
     tables = table_bytes(config)
-    need = weight_bytes(config, forms, dtype, shard) + tables
+    need = weight_bytes(config, specs, dtype, shard) + tables
     if need <= free:
         return
-    others = choices(config, shard) if free_choice else {STORED: forms}
+    others = format_options(config, shard) if free_choice else {STORED: specs}
     sizes = {name: weight_bytes(config, other, dtype, shard) + tables for name, other in others.items()}
     would = [f"weights={FORMATS[name]!r} takes {decimal(size)}" for name, size in sizes.items() if size <= free]
     if not would:
         least = min(sizes, key=sizes.__getitem__)
-        card = smallest_card(config, others[least], 1, 1) if shard == WHOLE else None
+        gpu = smallest_gpu(config, others[least], 1, 1) if shard == UNSHARDED else None
         would = [f"no format fits, the least is {decimal(sizes[least])} with weights={FORMATS[least]!r}"]
-        would += [f"a card like the {card.name} holds that"] if card else []
+        would += [f"a GPU like the {gpu.name} holds that"] if gpu else []
     got = f"the weights take {decimal(need)}, and {device} has {decimal(free)} free"
     raise ValueError(f"Mixtral.from_pretrained: {got}: {'; '.join(would)}")

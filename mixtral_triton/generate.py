@@ -117,7 +117,7 @@ def _stream(
     run: Callable[[], None] = step
     for done in range(1, max_new_tokens + 1):
         if model.ranks is not None:
-            model.ranks.settled(model.device)
+            model.ranks.synchronize(model.device)
         yield step.token.clone()
         if done == max_new_tokens or (eos and bool(step.ended.all())):
             return
@@ -147,7 +147,7 @@ class Step:
         """The next tokens after the hidden states h [B,H]."""
         chosen = sample(self.model.head(h), *self.sampling)
         if self.model.ranks is not None:
-            chosen = self.model.ranks.of_first(chosen)
+            chosen = self.model.ranks.broadcast(chosen)
         self.token.copy_(torch.where(self.ended, self.token, chosen))
         self.ended |= (self.token[:, None] == self.stops).any(-1)
 

@@ -19,17 +19,17 @@ from .cache import KVCache
 from .config import MixtralConfig
 from .generate import generate
 from .inputs import check_dtype, check_ids, check_lengths, usable_device
-from .parallel import WHOLE, Ranks
+from .parallel import UNSHARDED, Ranks
 from .quantize import QuantizedWeight, hub
-from .quantize.form import Form, chosen
+from .quantize.spec import QuantSpec, select_specs
 
 Ring = tuple[Tensor, Tensor]  # keys and values of a layer, [B, Hkv, C, D] each: see KVCache
 
 
-def _unset(shape: tuple[int, ...], device: Any, dtype: torch.dtype, form: Form | None) -> Any:
+def _unset(shape: tuple[int, ...], device: Any, dtype: torch.dtype, spec: QuantSpec | None) -> Any:
     """A Parameter, or where it has a form a QuantizedWeight."""
-    if form is not None:
-        return form.empty(shape, device)
+    if spec is not None:
+        return spec.empty(shape, device)
     return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
 
 
@@ -84,7 +84,7 @@ class Layer(nn.Module):
         qkv = state.run.linear(h, self.qkv_proj, state.deterministic)
         q, k, v = qkv.view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
         heads = state.attend(q, k, v, ring).reshape(B, T, Hq * D)
-        return state.summed(state.run.linear(heads, self.o_proj, state.deterministic))
+        return state.all_reduce(state.run.linear(heads, self.o_proj, state.deterministic))
 
     def experts(
         self, h: Tensor, x: Tensor, scores: Tensor, ids: Tensor, next_norm: Tensor, state: State
@@ -94,7 +94,7 @@ class Layer(nn.Module):
         if state.ranks is not None:  # the sum over the ranks stands between the experts and the norm: no fused pair
             ids = state.ranks.own(ids, len(self.down_proj))
             part = run.expert_swiglu(h, *proj, ids, scores, state.deterministic)
-            return run.rms_norm(state.summed(part), next_norm, eps, residual=x)
+            return run.rms_norm(state.all_reduce(part), next_norm, eps, residual=x)
         return run.experts_add_rms_norm(h, *proj, ids, scores, x, next_norm, eps, state.deterministic)
 
 
@@ -118,9 +118,9 @@ class State:
             positions = t if cache is None else (cache.lengths[:, None] + t).clamp_(max=len(model.cos) - 1)
             self.positions = positions.expand(B, T)
 
-    def summed(self, part: Tensor) -> Tensor:
+    def all_reduce(self, part: Tensor) -> Tensor:
         """What a block half gives, of which a rank of a mesh has a part."""
-        return part if self.ranks is None else self.ranks.summed(part, in_order=self.deterministic)
+        return part if self.ranks is None else self.ranks.all_reduce(part, in_order=self.deterministic)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ring: Ring | None) -> Tensor:
         """q [B,T,Hq,D], k and v [B,T,Hkv,D], not yet rotated -> [B,T,Hq,D]."""
@@ -164,18 +164,18 @@ class Mixtral(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.bfloat16,
         deterministic: bool = False,
-        forms: Mapping[str, Form] | None = None,
+        specs: Mapping[str, QuantSpec] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
         self.deterministic, self.ranks = deterministic, ranks
-        shapes = weights.parameter_shapes(config, WHOLE if ranks is None else ranks.shard)
+        shapes = weights.parameter_shapes(config, UNSHARDED if ranks is None else ranks.shard)
         self.whole_config = config
         self.config = config = config if ranks is None else ranks.shard.config(config)
-        forms = forms or {}
+        specs = specs or {}
         layers: list[dict[str, Any]] = [{} for _ in range(config.num_hidden_layers)]
         for name, shape in shapes.items():
-            weight = _unset(shape, device, dtype, forms.get(name))
+            weight = _unset(shape, device, dtype, specs.get(name))
             if name.startswith("layers."):
                 _, index, short = name.split(".")
                 layers[int(index)][short] = weight
@@ -215,7 +215,7 @@ class Mixtral(nn.Module):
         if mesh is None:
             return load(cls, folder, device, dtype, weights, deterministic, progress, None)
         ranks = Ranks(mesh)
-        with ranks.agreed():
+        with ranks.raise_on_any_rank():
             return load(cls, folder, device, dtype, weights, deterministic, progress, ranks)
 
     @property
@@ -253,7 +253,7 @@ class Mixtral(nn.Module):
         rings = [None] * len(following) if cache is None else zip(cache.keys, cache.values, strict=True)
         # Other ranks' sums come between, from other streams; and a tracer launches nothing.
         alone = self.ranks is None and not torch.compiler.is_compiling()
-        with ops.chain() if alone else nullcontext():
+        with ops.pdl_region() if alone else nullcontext():
             for layer, next_norm, ring in zip(self.layers, following, rings, strict=True):
                 h, x = layer(h, x, next_norm, ring, state)
         if cache is not None:
@@ -272,7 +272,7 @@ class Mixtral(nn.Module):
         """[..., H] -> logits fp32 [..., V]."""
         logits = self.operations().linear(h, self.lm_head, self.deterministic)
         if self.ranks is not None and self.lm_head is not self.embed_tokens:  # which every rank has whole
-            logits = self.ranks.joined(logits, self.config.vocab_size)
+            logits = self.ranks.all_gather(logits, self.config.vocab_size)
         return logits.float()
 
     def places(self) -> dict[str, Any]:
@@ -343,13 +343,13 @@ def load(
     ranks: Ranks | None,
 ) -> Mixtral:
     config = MixtralConfig.from_pretrained(folder)
-    headers, shard = weights.read_headers(folder), WHOLE if ranks is None else ranks.shard
+    headers, shard = weights.read_headers(folder), UNSHARDED if ranks is None else ranks.shard
     shard.check(config)
     # Before the parameters are allocated: a broken config could ask for any size.
     fill: Callable[..., None]
     if headers.scheme is None:
         fill = partial(weights.load, headers, weights.check(headers, config, shard))
-        forms: fit.Forms = chosen(quantized, weights.parameter_shapes(config))
+        specs: fit.QuantSpecs = select_specs(quantized, weights.parameter_shapes(config))
     elif quantized is not None:
         raise ValueError(
             f"Mixtral.from_pretrained: weights is {quantized!r}, and {folder} is quantized already "
@@ -357,15 +357,15 @@ def load(
         )
     else:
         plan = hub.plan(headers, config, shard)
-        fill, forms = partial(hub.load, headers, plan), plan.forms
+        fill, specs = partial(hub.load, headers, plan), plan.specs
     if dtype is not None:
         check_dtype("Mixtral.from_pretrained", dtype)
     dtype = dtype or weights.stored_dtype(headers)
     place = usable_device(ranks.device_type if device is None and ranks is not None else device)
     if ranks is not None:
         ranks.check_device(place)
-    forms = fit.shard_forms(config, forms, shard)
-    fit.check(config, forms, place, dtype, free_choice=headers.scheme is None, shard=shard)
-    model = cls(config, place, dtype, deterministic, forms, ranks)
+    specs = fit.shard_specs(config, specs, shard)
+    fit.check(config, specs, place, dtype, free_choice=headers.scheme is None, shard=shard)
+    model = cls(config, place, dtype, deterministic, specs, ranks)
     fill(config, model.places(), progress, shard)
     return model

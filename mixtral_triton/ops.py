@@ -30,14 +30,14 @@ from .kernels.attention import op as _attention
 from .kernels.attention import step as _step
 from .kernels.checks import in_range
 from .kernels.checks import readable as readable  # whether the host may look: the shell asks, too
-from .kernels.dependent import chain as chain  # for the model's launches
 from .kernels.experts import op as _experts
 from .kernels.launch import INTERPRETED
 from .kernels.op import Op
+from .kernels.pdl import pdl_region as pdl_region  # for the model's launches
 from .kernels.plan import traits
 from .kernels.quantized import QuantizedWeight
 from .kernels.registry import OPS
-from .kernels.signature import put_together, schema, taken_apart
+from .kernels.signature import flatten_args, schema, unflatten_args
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -103,7 +103,7 @@ def _one_by_one(op: Op[..., Any], given: dict[str, Any]) -> Any:
     parts = []
     for one in [slice(i, i + 1) for i in range(n)] or [slice(0, 0)]:
         own = {**given, **{name: value[one] for name, value in batched.items()}}
-        own = own if op.trim is None else op.trim(own)
+        own = own if op.truncate_sequence is None else op.truncate_sequence(own)
         # In memory of its own: a library's order of a sum may depend on where in memory rows begin.
         placed = {name: own[name] for name in batched if own[name] is not None}
         copies = {name: value.clone(memory_format=torch.contiguous_format) for name, value in placed.items()}
@@ -150,10 +150,10 @@ def _registered(op: Op[..., Any]) -> Any:
     """The operator in torch, with its fake kernel, and a backward that refuses."""
 
     def function(*args: Any) -> Any:
-        return _go(op, *put_together(op.arguments, args))
+        return _go(op, *unflatten_args(op.arguments, args))
 
     def fake(*args: Any) -> Any:
-        return op.empty(*put_together(op.arguments, args))
+        return op.empty(*unflatten_args(op.arguments, args))
 
     def backward(ctx: Any, *grads: Any) -> Any:
         raise ValueError(f"mixtral_triton.ops.{op.name} is for inference only: it has no backward pass")
@@ -186,7 +186,7 @@ def _operator(op: Op[P, R]) -> Callable[P, R]:
         if _plain(args):
             return _go(op, *args)
         quantized = any(isinstance(x, QuantizedWeight) for x in args)
-        return operator(*(taken_apart(op.arguments, op.by_place(*args)) if quantized else args))
+        return operator(*(flatten_args(op.arguments, op.by_place(*args)) if quantized else args))
 
     _FUNCTIONS[op.name] = call
     return call

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import MixtralConfig
-from .quantize.form import Form
+from .quantize.spec import QuantSpec
 
 DIMENSIONS = ("tp", "ep")
 TIMEOUT = timedelta(seconds=30)  # of what runs at the same pace everywhere: a sum, the logits, a token
@@ -105,22 +105,24 @@ class Shard:
         """Rows of the head."""
         return even(config.vocab_size, self.rank, self.ranks)
 
-    def forms(self, forms: Mapping[str, Form], whole: Mapping[str, Shape], own: Mapping[str, Shape]) -> dict[str, Form]:
+    def specs(
+        self, specs: Mapping[str, QuantSpec], whole: Mapping[str, Shape], own: Mapping[str, Shape]
+    ) -> dict[str, QuantSpec]:
         """The forms of this rank's parts, of shapes `own`, of parameters that have `forms` and shapes `whole`.
 
         Where a row has one scale, each part of it keeps that. ValueError where a group of columns would be cut.
         """
         found = {}
-        for name, form in forms.items():
+        for name, spec in specs.items():
             K, columns = whole[name][-1], own[name][-1]
-            if form.group != K and columns % form.group:
+            if spec.group != K and columns % spec.group:
                 cut = f"mesh cuts the {K} columns of {name} into {columns} a rank"
-                raise ValueError(f"Mixtral.from_pretrained: {cut}, needs a multiple of the group, {form.group}")
-            found[name] = replace(form, group=columns) if form.group == K else form
+                raise ValueError(f"Mixtral.from_pretrained: {cut}, needs a multiple of the group, {spec.group}")
+            found[name] = replace(spec, group=columns) if spec.group == K else spec
         return found
 
 
-WHOLE = Shard()
+UNSHARDED = Shard()
 
 
 def even(size: int, part: int, parts: int) -> slice:
@@ -161,7 +163,7 @@ class Ranks:
         """Routes ids int32 [T,K] as this rank counts its `experts`; another rank's are out of range, and drop out."""
         return ids - self.shard.ep_rank * experts if self.shard.ep > 1 else ids
 
-    def summed(self, part: Tensor, in_order: bool) -> Tensor:
+    def all_reduce(self, part: Tensor, in_order: bool) -> Tensor:
         """The sum of all ranks' `part`, in its memory or elsewhere.
 
         in_order: rank by rank. An all-reduce chooses its order by the size of the whole, so by the batch.
@@ -172,20 +174,20 @@ class Ranks:
             dist.all_reduce(part, group=self._group)
         return part
 
-    def joined(self, part: Tensor, size: int) -> Tensor:
+    def all_gather(self, part: Tensor, size: int) -> Tensor:
         """The parts [..., n] of a last dimension of `size`, cut by `even` -> [..., size]."""
         runs = [even(size, rank, self.shard.ranks) for rank in range(self.shard.ranks)]
         widths = [run.stop - run.start for run in runs]
         parts = self.gathered(F.pad(part, (0, max(widths) - part.shape[-1])))
         return torch.cat([one[..., :width] for one, width in zip(parts, widths, strict=True)], dim=-1)
 
-    def of_first(self, x: Tensor) -> Tensor:
+    def broadcast(self, x: Tensor) -> Tensor:
         """The first rank's x, on all."""
         with self._watched():
             dist.broadcast(x, self._global[0], group=self._group)
         return x
 
-    def settled(self, device: torch.device) -> None:
+    def synchronize(self, device: torch.device) -> None:
         """Wait for what `device` has to do. ConnectionError where another rank is gone or does not answer meanwhile:
         of what a replayed graph sends, torch's own watchdog knows nothing."""
         if device.type == "cuda":
@@ -194,7 +196,7 @@ class Ranks:
             self.wait(event.query)
 
     def wait(self, done: Callable[[], bool]) -> None:
-        """Until `done()`; as `settled`."""
+        """Until `done()`; as `synchronize`."""
         start = looked = time.monotonic()
         while not done():
             now = time.monotonic()
@@ -214,7 +216,7 @@ class Ranks:
             dist.all_gather(parts, part, group=self._group)
         return parts
 
-    def told(self, what: Any) -> list[Any]:
+    def all_gather_object(self, what: Any) -> list[Any]:
         """What each rank's host says."""
         said: list[Any] = [None] * self.shard.ranks
         with self._watched():
@@ -222,17 +224,19 @@ class Ranks:
         return said
 
     @contextmanager
-    def agreed(self) -> Iterator[None]:
+    def raise_on_any_rank(self) -> Iterator[None]:
         """What fails on one rank fails on all, each with a ValueError that says where and why: nobody waits in vain."""
         error = None
         try:
             yield
         except Exception as caught:
             error = caught
-        told = self.told(None if error is None else _line(error))
-        if error is not None and (told.count(told[0]) == len(told) or not isinstance(error, (ValueError, OSError))):
+        messages = self.all_gather_object(None if error is None else _line(error))
+        if error is not None and (
+            messages.count(messages[0]) == len(messages) or not isinstance(error, (ValueError, OSError))
+        ):
             raise error
-        failed = [f"rank {rank} of {len(told)}: {text}" for rank, text in enumerate(told) if text is not None]
+        failed = [f"rank {rank} of {len(messages)}: {text}" for rank, text in enumerate(messages) if text is not None]
         if failed:
             raise ValueError("; ".join(failed)) from error
 

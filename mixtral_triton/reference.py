@@ -21,7 +21,7 @@ __all__ = [
     "rope",
     "route",
     "sort_by_expert",
-    "whole_text",
+    "uncached_attention",
 ]
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v, not yet rotated -> [B,T,Hq,D]
@@ -80,7 +80,7 @@ def block(
     return Values(x, normed, q, k, v, heads, attended, h, logits, weights, ids, x + attended + y)
 
 
-def whole_text(window: int | None, cos: Tensor, sin: Tensor) -> Attend:
+def uncached_attention(window: int | None, cos: Tensor, sin: Tensor) -> Attend:
     """Attention without a cache: token t stands at position t."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -94,5 +94,5 @@ def forward(model: Any, input_ids: Tensor) -> Tensor:
     """All of a `Mixtral` on input_ids [B,T] -> logits fp32 [B,T,V] (HF's MixtralForCausalLM)."""
     x = model.embed_tokens[input_ids]
     for layer in model.layers:
-        x = block(layer, model.config, x, whole_text(model.config.sliding_window, model.cos, model.sin)).output
+        x = block(layer, model.config, x, uncached_attention(model.config.sliding_window, model.cos, model.sin)).output
     return linear(rms_norm(x, model.norm, model.config.rms_norm_eps), model.lm_head).float()

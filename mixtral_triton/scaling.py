@@ -1,4 +1,4 @@
-"""A model on several cards, on paper: how long a rank computes by the cost model, and how long the ranks wait for what
+"""A model on several GPUs, on paper: how long a rank computes by the cost model, and how long the ranks wait for what
 they send each other. A prediction, not a measurement: no such machine has run it.
 
 n ranks, tp x ep of them; B sequences, T tokens of each that come in one step, S positions of each with these
@@ -20,18 +20,18 @@ from .cache import KVCache
 from .config import MixtralConfig
 from .generate import PREFILL_CHUNK
 from .kernels.instruments.predict import Part, predicted
-from .kernels.instruments.roofline import CARDS, Card
+from .kernels.instruments.roofline import GPU, GPUS
 from .kernels.op import Cost
 from .kernels.record import record_launches
 from .model import Mixtral
 from .parallel import Shard, traffic
 
-NODE = 8  # cards that reach each other without the network
+NODE = 8  # GPUs that reach each other without the network
 COUNTS = (1, 2, 4, 8, 16)
-PAYS = 1.25  # times as fast with twice the cards: less is not worth them
+PAYS = 1.25  # times as fast with twice the GPUs: less is not worth them
 AS_FAST = 1.02  # of the time: nearer than that, the prediction does not tell them apart
 BATCH_MOST = 1024
-# Of a link's data sheet: 370 of 450 GB/s between H100, 46 to 48 of 50 GB/s of a 400 Gb/s network card (NVIDIA's answers
+# Of a link's data sheet: 370 of 450 GB/s between H100, 46 to 48 of 50 GB/s of a 400 Gb/s network GPU (NVIDIA's answers
 # in nccl-tests' issues 212 and 290).
 NEAR_REACHED, FAR_REACHED = 0.82, 0.94
 # Of a small all-reduce by a tree, to begin and for each hop inside a node and between two: what NCCL's own tuner
@@ -42,13 +42,13 @@ TEXTS, TOKENS_MOST = 256, 2048  # that are dealt out to see how uneven routes ar
 
 @dataclass(frozen=True)
 class Link:
-    """bytes/s that a card sends, by data sheets: `near` inside a node, `far` by its share of the network."""
+    """bytes/s that a GPU sends, by data sheets: `near` inside a node, `far` by its share of the network."""
 
     near: float
     far: float
 
 
-# NVLink's and Infinity Fabric's totals count both directions; one 200 or 400 Gb/s network card for each of eight.
+# NVLink's and Infinity Fabric's totals count both directions; one 200 or 400 Gb/s network GPU for each of eight.
 _HOPPER = Link(450e9, 50e9)
 LINKS = {
     "a100": Link(300e9, 25e9),
@@ -73,7 +73,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Split:
-    """tp x ep cards: one decode step of B sequences, and one chunk of a prompt of each.
+    """tp x ep GPUs: one decode step of B sequences, and one chunk of a prompt of each.
 
     chunk  tokens a sequence of the chunk, the last one of S
     """
@@ -87,7 +87,7 @@ class Split:
     prefill: Step
 
     @property
-    def cards(self) -> int:
+    def gpus(self) -> int:
         return self.tp * self.ep
 
     @property
@@ -99,50 +99,50 @@ class Split:
         return self.batch * self.chunk / self.prefill.seconds
 
 
-def known(names: set[str]) -> tuple[Card, Link]:
-    """The rates of the card that has one of these names (cards.py); ValueError where they are not known."""
+def known(names: set[str]) -> tuple[GPU, Link]:
+    """The rates of the GPU that has one of these names (gpus.py); ValueError where they are not known."""
     for key, link in LINKS.items():
         if key in names:
-            return CARDS[key], link
+            return GPUS[key], link
     raise ValueError(f"--scaling has the rates of {', '.join(LINKS)}: needs --gpu with one of them")
 
 
 def splits(
-    config: MixtralConfig, forms: fit.Forms, card: Card, link: Link, batch: int, context: int, counts: Any = COUNTS
+    config: MixtralConfig, specs: fit.QuantSpecs, gpu: GPU, link: Link, batch: int, context: int, counts: Any = COUNTS
 ) -> Iterator[Split]:
-    """Every way to split the model over so many cards that its sizes take, and the groups of its weights' `forms`."""
+    """Every way to split the model over so many GPUs that its sizes take, and the groups of its weights' `forms`."""
     chunk = min(context, PREFILL_CHUNK)
     for n in counts:
-        need = fit.Need.of(config, forms, batch, context, n)
-        for shard, own in _shards(config, forms, n):
-            decode, prefill = (step(config, own, shard, card, link, batch, T, context) for T in (1, chunk))
+        need = fit.Need.of(config, specs, batch, context, n)
+        for shard, own in _shards(config, specs, n):
+            decode, prefill = (step(config, own, shard, gpu, link, batch, T, context) for T in (1, chunk))
             yield Split(shard.tp, shard.ep, batch, chunk, need, decode, prefill)
 
 
-def _shards(config: MixtralConfig, forms: fit.Forms, n: int) -> Iterator[tuple[Shard, fit.Forms]]:
-    """The splits over n cards that are possible, most of "tp" first, each with the forms of its parts."""
+def _shards(config: MixtralConfig, specs: fit.QuantSpecs, n: int) -> Iterator[tuple[Shard, fit.QuantSpecs]]:
+    """The splits over n GPUs that are possible, most of "tp" first, each with the forms of its parts."""
     for tp in (n >> power for power in range(n.bit_length())):
         shard = Shard(tp=tp, ep=n // tp)
         try:
             shard.check(config)
-            yield shard, fit.shard_forms(config, forms, shard)
+            yield shard, fit.shard_specs(config, specs, shard)
         except ValueError:
             continue
 
 
 def tp_pays_to(found: Iterable[Split]) -> int:
-    """The most cards at which twice as many as before make a decode step PAYS times as fast, split over "tp" alone."""
-    alone = {split.cards: split.decode.seconds for split in found if split.ep == 1}
+    """The most GPUs at which twice as many as before make a decode step PAYS times as fast, split over "tp" alone."""
+    alone = {split.gpus: split.decode.seconds for split in found if split.ep == 1}
     pays = [n for n, seconds in alone.items() if n // 2 in alone and alone[n // 2] >= PAYS * seconds]
     return max(pays, default=1)
 
 
-def ep_from(config: MixtralConfig, forms: fit.Forms, card: Card, link: Link, context: int, n: int) -> int | None:
-    """The least batch, a power of two, from which a decode step of n cards with "ep" is AS_FAST as by "tp" alone."""
-    shards = list(_shards(config, forms, n))
+def ep_from(config: MixtralConfig, specs: fit.QuantSpecs, gpu: GPU, link: Link, context: int, n: int) -> int | None:
+    """The least batch, a power of two, from which a decode step of n GPUs with "ep" is AS_FAST as by "tp" alone."""
+    shards = list(_shards(config, specs, n))
     found = None
     for batch in (1 << power for power in reversed(range(BATCH_MOST.bit_length()))):
-        times = [(shard.ep, step(config, own, shard, card, link, batch, 1, context).seconds) for shard, own in shards]
+        times = [(shard.ep, step(config, own, shard, gpu, link, batch, 1, context).seconds) for shard, own in shards]
         alone = min((seconds for ep, seconds in times if ep == 1), default=math.inf)
         if min((seconds for ep, seconds in times if ep > 1), default=math.inf) > AS_FAST * alone:
             break
@@ -150,27 +150,29 @@ def ep_from(config: MixtralConfig, forms: fit.Forms, card: Card, link: Link, con
     return found
 
 
-def batch_most(config: MixtralConfig, forms: fit.Forms, memory: int, context: int, n: int) -> int:
-    """Sequences of `context` tokens that n cards of `memory` bytes hold without being tight, at most BATCH_MOST."""
+def batch_most(config: MixtralConfig, specs: fit.QuantSpecs, memory: int, context: int, n: int) -> int:
+    """Sequences of `context` tokens that n GPUs of `memory` bytes hold without being tight, at most BATCH_MOST."""
     room = fit.comfortable(memory)
-    return bisect_right(range(1, BATCH_MOST + 1), room, key=lambda B: fit.Need.of(config, forms, B, context, n).total)
+    return bisect_right(range(1, BATCH_MOST + 1), room, key=lambda B: fit.Need.of(config, specs, B, context, n).total)
 
 
-def step(config: MixtralConfig, forms: fit.Forms, shard: Shard, card: Card, link: Link, B: int, T: int, S: int) -> Step:
+def step(
+    config: MixtralConfig, specs: fit.QuantSpecs, shard: Shard, gpu: GPU, link: Link, B: int, T: int, S: int
+) -> Step:
     """T tokens for each of B sequences, behind S - T others, through a rank of `shard`, whose `forms` these are.
 
     Routes are uniform and independent. A rank of "ep" computes what the busiest one has to, on average over texts.
     """
     shares = busiest(B * T, config.num_experts_per_tok, config.num_local_experts, shard.ep)
-    one, two = (_computing(replace(config, num_hidden_layers=L), forms, shard, card, B, T, S, shares) for L in (1, 2))
+    one, two = (_computing(replace(config, num_hidden_layers=L), specs, shard, gpu, B, T, S, shares) for L in (1, 2))
     return Step(one + (config.num_hidden_layers - 1) * (two - one), _sending(config, shard, link, B, T))
 
 
 def _computing(
     config: MixtralConfig,
-    forms: fit.Forms,
+    specs: fit.QuantSpecs,
     shard: Shard,
-    card: Card,
+    gpu: GPU,
     B: int,
     T: int,
     S: int,
@@ -178,13 +180,13 @@ def _computing(
 ) -> float:
     """Seconds of a rank's kernels, of which the experts' take `shares`."""
     ranks = _Paper(_EveryExpert(**vars(shard)))
-    model = Mixtral(config, "meta", fit.stored_dtype(config), forms=forms, ranks=ranks)  # type: ignore[arg-type]
+    model = Mixtral(config, "meta", fit.stored_dtype(config), specs=specs, ranks=ranks)  # type: ignore[arg-type]
     model.operations = lambda: ops  # type: ignore[method-assign]  # nothing runs: the operators' checks see shapes
     cache = KVCache(model.config, B, S, "meta", fit.stored_dtype(config))
     ids = torch.empty(B, T, dtype=torch.int64, device="meta")
-    with record_launches(card.arch) as launches, torch.no_grad():
+    with record_launches(gpu.arch) as launches, torch.no_grad():
         model.head(model.hidden(ids, cache)[:, -1])
-    found = predicted(launches, card, Cost(0, 0))
+    found = predicted(launches, gpu, Cost(0, 0))
     return found.seconds - sum((1 - _share(part, *shares)) * part.seconds for part in found.parts)
 
 
@@ -204,10 +206,10 @@ class _Paper:
     def own(self, ids: torch.Tensor, experts: int) -> torch.Tensor:
         return ids
 
-    def summed(self, part: torch.Tensor, in_order: bool) -> torch.Tensor:
+    def all_reduce(self, part: torch.Tensor, in_order: bool) -> torch.Tensor:
         return part
 
-    def joined(self, part: torch.Tensor, size: int) -> torch.Tensor:
+    def all_gather(self, part: torch.Tensor, size: int) -> torch.Tensor:
         return part
 
 
@@ -247,7 +249,7 @@ def _sending(config: MixtralConfig, shard: Shard, link: Link, B: int, T: int) ->
 def _collective(sent: int, n: int, link: Link) -> float:
     """Seconds until n ranks, each of which sends so many bytes, are through.
 
-    Between nodes each card's ring has a part of it: its network card carries one of as many as the node has cards.
+    Between nodes each GPU's ring has a part of it: its network GPU carries one of as many as the node has GPUs.
     """
     if n == 1:
         return 0.0

@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import MixtralConfig, checkpoint_folder, parse_json_object, refuse_gguf
-from .parallel import WHOLE, Shard
-from .quantize.form import Form
+from .parallel import UNSHARDED, Shard
 from .quantize.quantizers import fill as quantize_into
 from .quantize.schemes import Scheme, read_scheme
+from .quantize.spec import QuantSpec
 
 Layout = Literal["per_expert", "fused"]
 Shape = tuple[int, ...]
@@ -92,7 +92,7 @@ class Headers:
     scheme: Scheme | None
 
 
-def parameter_shapes(config: MixtralConfig, shard: Shard = WHOLE) -> dict[str, Shape]:
+def parameter_shapes(config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Shape]:
     """Name and shape of every parameter of the model, or of a rank's part of it.
 
     `lm_head` is absent where the embedding is the head.
@@ -116,7 +116,7 @@ def parameter_shapes(config: MixtralConfig, shard: Shard = WHOLE) -> dict[str, S
     return shapes
 
 
-def table(config: MixtralConfig, layout: Layout, shard: Shard = WHOLE) -> dict[str, Target]:
+def table(config: MixtralConfig, layout: Layout, shard: Shard = UNSHARDED) -> dict[str, Target]:
     """Every tensor that a checkpoint of this layout holds, by its name on disk, and where it goes."""
     hidden, vocabulary, E, I = config.hidden_size, config.vocab_size, config.num_local_experts, config.intermediate_size
     experts, inner = shard.experts(config), shard.inner(config)
@@ -213,7 +213,7 @@ def total_bytes(headers: Headers) -> int:
     return sum(stored.nbytes for stored in headers.tensors.values())
 
 
-def check(headers: Headers, config: MixtralConfig, shard: Shard = WHOLE) -> dict[str, Target]:
+def check(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Target]:
     """The table of the layout that the names show, after checking that names and shapes on disk are exactly its own.
 
     Raises ValueError that names missing, unknown and misshapen tensors. Cheap for any config: run it before allocating.
@@ -226,7 +226,7 @@ def check(headers: Headers, config: MixtralConfig, shard: Shard = WHOLE) -> dict
     return found
 
 
-def targets(headers: Headers, config: MixtralConfig, shard: Shard = WHOLE) -> dict[str, Target]:
+def targets(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Target]:
     """The table of the layout that the names on disk show; ValueError for a config that is far beyond them."""
     tensors = headers.tensors
     layout: Layout = "fused" if any(".mlp.experts." in name for name in tensors) else "per_expert"
@@ -242,7 +242,7 @@ def load(
     config: MixtralConfig,
     parameters: Mapping[str, Any],
     progress: Progress = None,
-    shard: Shard = WHOLE,
+    shard: Shard = UNSHARDED,
 ) -> None:
     """Fill `parameters` (names and shapes of `parameter_shapes`, any float dtype and device) with what `check` `found`.
 
@@ -275,7 +275,7 @@ def fill(
 
 def _fill(opened: Any, name: str, stored: Stored, target: Target, destination: Any, progress: Progress) -> None:
     kept, columns, K = target.kept, None, stored.shape[-1]
-    if not isinstance(destination, Tensor) and Form.chosen(destination.format, K).group == K:
+    if not isinstance(destination, Tensor) and QuantSpec.default_for(destination.format, K).group == K:
         kept, (columns,) = (*kept[:-1], (slice(0, K),)), kept[-1]  # a row's one scale is of all its columns
     for at, place in chunks(stored, kept):
         source = opened.get_slice(name)[at]

@@ -182,13 +182,13 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 @pytest.fixture
-def card() -> Iterator[Any]:
-    """A machine of two cards that are not there (tests/stub), whose launches Triton's own JIT prepares."""
+def gpu() -> Iterator[Any]:
+    """A machine of two GPUs that are not there (tests/stub), whose launches Triton's own JIT prepares."""
     if INTERPRETED or torch.cuda.is_available():
-        pytest.skip("stands in for a card in a compiling process that has none")
-    from tests.stub.card import card
+        pytest.skip("stands in for a GPU in a compiling process that has none")
+    from tests.stub.gpu import gpu
 
-    with card(2) as made:
+    with gpu(2) as made:
         yield made
 
 
@@ -294,12 +294,12 @@ def written_down(terminalreporter: Any) -> dict[str, set[str]]:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """The whole of `-m card` fails where it ran too few of the instructions."""
-    from tests.card.report import too_little
+    """The whole of `-m emulator` fails where it ran too few of the instructions."""
+    from tests.gpu.report import too_little
 
     config, reporter = session.config, session.config.pluginmanager.get_plugin("terminalreporter")
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("keyword")
-    if whole and reporter and config.getoption("markexpr") == "card" and too_little(written_down(reporter)):
+    if whole and reporter and config.getoption("markexpr") == "gpu" and too_little(written_down(reporter)):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -311,10 +311,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     say(f"{count('interpreted', 0)} kernels interpreted under guard")
     say(f"{count('case', 0)} shapes and dtypes of operations within their limits")
     say(f"{count('compiled', 0)} kernel variants compiled for {count('target', 0)} targets")
-    if "card code" in found:
-        from tests.card.report import summary
+    if "GPU code" in found:
+        from tests.gpu.report import summary
 
-        terminalreporter.section("PTX executed on a card in numpy, under three schedules that agree bit for bit")
+        terminalreporter.section("PTX executed on a PTX emulator, under three schedules that agree bit for bit")
         for line in summary(found):
             say(line)
     for kind, title in FIGURES.items():

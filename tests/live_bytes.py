@@ -1,4 +1,4 @@
-"""How many bytes of meta tensors are alive at one time: what the same calls would take of a card."""
+"""How many bytes of meta tensors are alive at one time: what the same calls would take of a GPU."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ import torch
 
 from mixtral_triton import Mixtral, MixtralConfig
 from mixtral_triton.kernels.quantized import QuantizedWeight
-from mixtral_triton.quantize.form import chosen
 from mixtral_triton.quantize.quantizers import fill
+from mixtral_triton.quantize.spec import select_specs
 from mixtral_triton.weights import parameter_shapes
 
 SIZES: dict[str, Any] = {
@@ -42,7 +42,7 @@ def random_model(
     `weights` quantizes as `Mixtral.from_pretrained` does.
     """
     config = MixtralConfig(**SIZES | sizes)
-    model = Mixtral(config, device, dtype, deterministic, chosen(weights, parameter_shapes(config)))
+    model = Mixtral(config, device, dtype, deterministic, select_specs(weights, parameter_shapes(config)))
     generator = torch.Generator().manual_seed(seed)
     # In the order of the module: seeds that tests rely on were tried in it.
     for name in model.places() if model.device.type != "meta" else ():

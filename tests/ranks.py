@@ -188,7 +188,7 @@ def kept_bytes(model: Mixtral) -> dict[str, int]:
     }
 
 
-def put_together(mesh: Any, folder: Path, **options: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def unflatten_args(mesh: Any, folder: Path, **options: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Of each quantized weight its values and its scales, made of all ranks' parts."""
     model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options)
     assert model.ranks is not None
@@ -247,24 +247,24 @@ def silent(mesh: Any, folder: Path, ids: torch.Tensor) -> str:
 
 
 def replayed(mesh: Any, folder: Path, ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, int, Counter[str]]:
-    """Greedy text on cards that are not there, how many of its steps were replays, and what the host itself sent."""
-    from tests.stub.card import card
+    """Greedy text on GPUs that are not there, how many of its steps were replays, and what the host itself sent."""
+    from tests.stub.gpu import gpu
 
     model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options)
-    with card() as made, counted_calls() as calls, on_memory():
+    with gpu() as made, counted_calls() as calls, on_memory():
         text = model.to("cuda").generate(ids.to("cuda"), max_new_tokens=8)
         return text.cpu(), made.replays, calls
 
 
 @contextmanager
 def on_memory() -> Iterator[None]:
-    """NCCL's part: what is sent is the memory behind a card's tensors, and in a capture it waits for the replay."""
-    from tests.stub.tensors import CardTensor, stage
+    """NCCL's part: what is sent is the memory behind a GPU's tensors, and in a capture it waits for the replay."""
+    from tests.stub.tensors import FakeGPUTensor, stage
 
     true = {name: getattr(dist, name) for name in COLLECTIVES[:3]}
 
     def held(x: Any) -> Any:
-        return [one.held for one in x] if isinstance(x, list) else x.held if isinstance(x, CardTensor) else x
+        return [one.held for one in x] if isinstance(x, list) else x.held if isinstance(x, FakeGPUTensor) else x
 
     def acting(name: str) -> Any:
         def call(*args: Any, **options: Any) -> None:
@@ -283,7 +283,7 @@ def on_memory() -> Iterator[None]:
 
 
 def stuck(mesh: Any, folder: Path) -> str:
-    """What ends the wait for a card that is never done, where the last process has left the mesh, and where not."""
+    """What ends the wait for a GPU that is never done, where the last process has left the mesh, and where not."""
     model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh)
     try:
         with patience(2):
@@ -323,21 +323,22 @@ def counted_wrong(model: Mixtral) -> None:
 def halved(model: Mixtral) -> None:
     """Its part of a sum comes with half its weight."""
     ranks: Any = model.ranks
-    true = ranks.summed
-    ranks.summed = lambda part, in_order: true(part / 2, in_order)
+    true = ranks.all_reduce
+    ranks.all_reduce = lambda part, in_order: true(part / 2, in_order)
 
 
 def timed(mesh: Any, sizes: dict[str, int]) -> tuple[float, int]:
-    """Seconds of a decode step on cards that are not there, and how many were replays."""
+    """Seconds of a decode step on GPUs that are not there, and how many were replays."""
+    from tests.stub.gpu import gpu
+
     from mixtral_triton.bench.cases import cases
     from mixtral_triton.bench.mesh import measured
-    from tests.stub.card import card
 
     (case,) = cases(
         ["decode_step"], False, [], [",".join(f"{name}={size}" for name, size in sizes.items())], None, None
     )
     ranks = parallel.Ranks(mesh)
-    with card() as made, on_memory():
+    with gpu() as made, on_memory():
         return measured(case, ranks), made.replays
 
 

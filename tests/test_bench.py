@@ -18,20 +18,20 @@ from mixtral_triton import cli
 from mixtral_triton.bench import command as bench_command
 from mixtral_triton.bench import decode_step
 from mixtral_triton.bench.cases import BENCHED, MODELS, QUICK, TOKENS, Case, Oracle, cases, oracle, spread
-from mixtral_triton.bench.measure import Bench, Outcome, Row, own_way, timed_row, untimed_row
+from mixtral_triton.bench.measure import Bench, Outcome, Row, our_call, timed_row, untimed_row
 from mixtral_triton.bench.peers import PEERS, Peer, peers_of, visible
 from mixtral_triton.bench.plot import plot
-from mixtral_triton.bench.report import card_line, op_table
+from mixtral_triton.bench.report import gpu_line, op_table
 from mixtral_triton.bench.timing import host_timer
 from mixtral_triton.bench.traffic import counted, reduced
 from mixtral_triton.cli import main
 from mixtral_triton.kernels import reference
-from mixtral_triton.kernels.instruments.roofline import CARDS
+from mixtral_triton.kernels.instruments.roofline import GPUS
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
 
-CPU, H100 = torch.device("cpu"), CARDS["h100"]
+CPU, H100 = torch.device("cpu"), GPUS["h100"]
 SLOW = ("torch.compile", "FlexAttention", "HF static cache")  # minutes of compiling on a CPU
 quickly = partial(host_timer, budget=0.0)
 compiled_way = pytest.mark.skipif(INTERPRETED, reason="times and compiles: once, without TRITON_INTERPRET")
@@ -46,7 +46,7 @@ def test_the_floor_follows_the_routing_that_happened() -> None:
     assert case.cost(args).bytes == op.cost({**case.sizes, "chosen": 2}, case.dtype).bytes < case.cost().bytes
     step = Case(decode_step.STEP, decode_step.STEP.test_shapes[0], torch.float32)
     one = decode_step.inputs({**step.sizes, "B": 1}, torch.float32, CPU, torch.Generator().manual_seed(0))
-    assert decode_step.experts_chosen(one) == step.sizes["K"]
+    assert decode_step.expected_distinct_experts(one) == step.sizes["K"]
 
 
 def test_cases_cover_both_models_all_token_counts_and_contexts_to_32k() -> None:
@@ -142,7 +142,7 @@ def test_a_wrong_peer_is_said_to_be_wrong_and_a_failing_one_why() -> None:
         return y * 1.001, total
 
     def broken(op: Any, args: Any) -> Any:
-        raise RuntimeError("no kernel for this card\nand more")
+        raise RuntimeError("no kernel for this GPU\nand more")
 
     def full(op: Any, args: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -155,7 +155,7 @@ def test_a_wrong_peer_is_said_to_be_wrong_and_a_failing_one_why() -> None:
     row = timed_row(case, H100, CPU, quickly, peers)
     said = {name: outcome.note for name, outcome in row.peers.items()}
     assert str(said["off"]).startswith("wrong: an error of 1.0e-03")
-    assert said["broken"] == "fails: RuntimeError: no kernel for this card"
+    assert said["broken"] == "fails: RuntimeError: no kernel for this GPU"
     assert said["full"] == "out of memory"
     assert not any(outcome.seconds for outcome in row.peers.values())
 
@@ -229,7 +229,7 @@ def test_our_step_is_captured_once_its_kernels_are_compiled(monkeypatch: pytest.
     monkeypatch.setattr(decode_step, "decode_step", lambda **args: done.append("step") or torch.tensor(len(done)))
     case = small("decode_step")
     model = argparse.Namespace(device=CPU)
-    run = own_way(case, {"model": model, "cache": None, "token": None})
+    run = our_call(case, {"model": model, "cache": None, "token": None})
     assert done == ["step", "capture", "step"]
     assert run(model=model, cache=None, token=None) == torch.tensor(3) and done[3:] == ["replay"]
 
@@ -238,15 +238,15 @@ def test_our_step_is_captured_once_its_kernels_are_compiled(monkeypatch: pytest.
 def test_a_device_is_benchmarked_from_its_rates_to_the_plot(tmp_path: Path) -> None:
     """The way of a GPU, with the CPU as the device: rates, rows, tables, plot."""
     bench = Bench.of(CPU, memory=1 << 20, n=64)
-    assert bench.card.source == "measured" and min(bench.card.bandwidth, bench.card.matmul) > 0
+    assert bench.gpu.source == "measured" and min(bench.gpu.bandwidth, bench.gpu.matmul) > 0
     chosen = [Case(OPS["sort_by_expert"], {"T": 3, "E": 4, "K": 2}, torch.int32), small("route")]
     one = [peer for peer in PEERS if peer.name == "torch"]
-    rows = [timed_row(case, bench.card, bench.device, bench.timer, one) for case in chosen]
+    rows = [timed_row(case, bench.gpu, bench.device, bench.timer, one) for case in chosen]
     shown = text(op_table(rows[1:]))
     assert "torch / ours" in shown and "of floor" in shown and "%" in shown
-    plot(rows, bench.card, tmp_path / "roofline.png")
+    plot(rows, bench.gpu, tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
-    assert "data sheet: 3.35 TB/s" in card_line(bench.card, H100)
+    assert "data sheet: 3.35 TB/s" in gpu_line(bench.gpu, H100)
 
 
 def text(shown: Any) -> str:
@@ -291,7 +291,7 @@ def test_reduced_sizes_keep_what_a_kernel_s_path_depends_on() -> None:
 def test_a_count_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bench_command, "INTERPRETED", True)
     monkeypatch.setattr(bench_command.sys, "executable", "false")
-    assert main(["bench", "route", "--quick", "--card", "h100"]) == 2
+    assert main(["bench", "route", "--quick", "--gpu", "h100"]) == 2
     assert "the traffic could not be counted" in capsys.readouterr().err
 
 
@@ -308,10 +308,10 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     assert "No time was measured: there is no GPU." in out and "H100 SXM" in out
     assert "regs" in out and "128x8x2" in out and "bytes touched" in out
     assert (tmp_path / "a.svg").stat().st_size
-    assert main(["bench", "route", "--quick", "--json", "--card", "a100"]) == 0
+    assert main(["bench", "route", "--quick", "--json", "--gpu", "a100"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["kind"] for line in lines[:2]] == ["card", "row"]
-    assert {line["kind"] for line in lines} == {"card", "row", "kernel", "traffic"}
+    assert [line["kind"] for line in lines[:2]] == ["gpu", "row"]
+    assert {line["kind"] for line in lines} == {"gpu", "row", "kernel", "traffic"}
     assert lines[0]["name"] == "A100 SXM 80 GB" and lines[0]["source"] == "data sheet"
     assert all(line["time_us"] is None and line["floor_us"] > 0 for line in lines if line["kind"] == "row")
     assert {line["arch"] for line in lines if line["kind"] == "kernel"} == {"sm_80"}
@@ -333,27 +333,27 @@ def test_with_a_device_a_wrong_result_is_exit_1(
     _, begin, row, end = map(json.loads, capsys.readouterr().out.splitlines())
     assert begin["number"] == 0 and begin["sizes"] == row["sizes"] and end == {"kind": "end"}
     assert row["time_us"] > 0 and row["peers"]["torch"]["ratio"] > 0 and set(row["peers"]) == {"torch"}
-    monkeypatch.setattr("mixtral_triton.bench.measure.own_way", lambda case, args: lambda x, weight, eps: x)
+    monkeypatch.setattr("mixtral_triton.bench.measure.our_call", lambda case, args: lambda x, weight, eps: x)
     assert bench_command.run(args, no_bar) == 1
     assert "wrong" in json.loads(capsys.readouterr().out.splitlines()[2])["note"]
 
 
 @compiled_way
-def test_a_lost_card_ends_the_process_behind_the_row_of_its_case(
-    card: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_lost_gpu_ends_the_process_behind_the_row_of_its_case(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An illegal access of one kernel: every later call fails, so none is made, and --first goes on behind it."""
     bench = Bench(torch.device("cuda", 0), H100, None, quickly, quickly)
     monkeypatch.setattr(bench_command.Bench, "of", classmethod(lambda cls, device: bench))
-    card.driver.breaks = "rms_norm_kernel"
+    gpu.driver.breaks = "rms_norm_kernel"
     sizes = [word for T in (1, 2, 3) for word in ("--sizes", f"T={T},H=16")]
     args = ["bench", "rms_norm", "--json", *sizes, *(word for p in PEERS for word in ("--without", p.name))]
     assert main(args) == 1
     shown = capsys.readouterr()
     lines = list(map(json.loads, shown.out.splitlines()))
-    assert [line["kind"] for line in lines] == ["card", "begin", "row"]
+    assert [line["kind"] for line in lines] == ["gpu", "begin", "row"]
     assert "illegal memory access" in lines[2]["note"] and "cuda:0 is lost to this process" in shown.err
-    card.driver.breaks, card.driver.broken = "", False
+    gpu.driver.breaks, gpu.driver.broken = "", False
     assert main([*args, "--first", "1"]) == 0
     lines = list(map(json.loads, capsys.readouterr().out.splitlines()))
     assert [(line["number"], line["sizes"]["T"]) for line in lines if line["kind"] == "begin"] == [(1, 2), (2, 3)]
@@ -364,7 +364,7 @@ def test_a_lost_card_ends_the_process_behind_the_row_of_its_case(
     ("args", "named"),
     [
         (("nonsense",), "nonsense"),
-        (("--card", "voodoo"), "mi300x"),
+        (("--gpu", "voodoo"), "mi300x"),
         (("--without", "nobody"), "FlexAttention"),
         (("route", "--at", "many"), "T=4096"),
         (("route", "--at", "T=3"), "T=3"),

@@ -26,12 +26,12 @@ from mixtral_triton.bench.peers import PEERS
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.config import MixtralConfig
 from mixtral_triton.kernels import reference
-from mixtral_triton.kernels.instruments.roofline import CARDS
+from mixtral_triton.kernels.instruments.roofline import GPUS
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
 
 ROOT = Path(__file__).parents[1]
-CPU, H100 = torch.device("cpu"), CARDS["h100"]
+CPU, H100 = torch.device("cpu"), GPUS["h100"]
 SIZES = {"T": 7, "H": 32, "I": 24, "E": 4, "K": 2}
 WRITTEN = ",".join(f"{letter}={size}" for letter, size in SIZES.items())
 compiled_way = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")

@@ -12,10 +12,10 @@ import pytest
 from mixtral_triton.bench.cases import TOKENS, cases
 from mixtral_triton.bench.measure import Outcome, Row, untimed_row
 from mixtral_triton.bench.plot import figure_of, plot, series_of
-from mixtral_triton.kernels.instruments.roofline import CARDS
+from mixtral_triton.kernels.instruments.roofline import GPUS
 
 pytest.importorskip("matplotlib")
-H100 = CARDS["h100"]
+H100 = GPUS["h100"]
 
 
 def floors(*names: str, quick: bool = True) -> list[Row]:

@@ -55,8 +55,8 @@ def test_every_case_of_the_small_checkpoint_is_collected_and_nothing_else() -> N
 
 OFF = """
 from mixtral_triton.bench import measure as bench
-own = bench.own_way
-bench.own_way = lambda case, args: lambda **given: own(case, args)(**given) * 1.1
+own = bench.our_call
+bench.our_call = lambda case, args: lambda **given: own(case, args)(**given) * 1.1
 """
 
 

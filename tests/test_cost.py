@@ -64,7 +64,7 @@ def routes(model: Any, ids: torch.Tensor) -> torch.Tensor:
     found, x = [], model.embed_tokens[ids]
     for layer in model.layers:
         values = reference.block(
-            layer, model.config, x, reference.whole_text(model.config.sliding_window, model.cos, model.sin)
+            layer, model.config, x, reference.uncached_attention(model.config.sliding_window, model.cos, model.sin)
         )
         found.append(F.one_hot(values.ids.long(), model.config.num_local_experts).sum(1))
         x = values.output

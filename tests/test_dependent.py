@@ -1,6 +1,6 @@
 """Programmatic dependent launch: what a kernel touches before it waits for earlier launches, and who begins early.
 
-Read in the PTX: of a kernel on a card that is not there nothing else tells the order.
+Read in the PTX: of a kernel on a simulated GPU nothing else tells the order.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 
 from mixtral_triton import KVCache, Mixtral, ops
 from mixtral_triton.kernels import gate, linear
-from mixtral_triton.kernels.dependent import chain
 from mixtral_triton.kernels.instruments.offline import collect, compile_launch
 from mixtral_triton.kernels.instruments.predict import predicted
 from mixtral_triton.kernels.instruments.ptx import Order, order
-from mixtral_triton.kernels.instruments.roofline import CARDS
+from mixtral_triton.kernels.instruments.roofline import GPUS
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Launch
+from mixtral_triton.kernels.pdl import pdl_region
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from tests.models import random_model
@@ -74,8 +74,8 @@ FAULTS = [
         "linear",
         LINEAR,
         "waits before it fetches",
-        ("from .launch import", "from .dependent import await_earlier\nfrom .launch import"),
-        ("    acc = add_products(", "    await_earlier(PDL)\n    acc = add_products("),
+        ("from .launch import", "from .pdl import pdl_wait\nfrom .launch import"),
+        ("    acc = add_products(", "    pdl_wait(PDL)\n    acc = add_products("),
         ("0, H, EVEN, H, LAYOUT, PDL)", "0, H, EVEN, H, LAYOUT)"),
     ),
     (linear, "linear", LINEAR, "waits 0 times", ("0, H, EVEN, H, LAYOUT, PDL)", "0, H, EVEN, H, LAYOUT)")),
@@ -84,16 +84,16 @@ FAULTS = [
         "rms_norm_gate_route",
         GATE,
         r"touches \['residual', 'x'\] before",
-        ("    await_earlier(PDL)\n", ""),
-        ("BLOCK_H), 1.0\n", "BLOCK_H), 1.0\n    await_earlier(PDL)\n"),
+        ("    pdl_wait(PDL)\n", ""),
+        ("BLOCK_H), 1.0\n", "BLOCK_H), 1.0\n    pdl_wait(PDL)\n"),
     ),
     (
         gate,
         "rms_norm_gate_route",
         GATE,
         "touches .*'total'.* before",
-        ("    await_earlier(PDL)\n", ""),
-        ("    acc = _products(", "    await_earlier(PDL)\n    acc = _products("),
+        ("    pdl_wait(PDL)\n", ""),
+        ("    acc = _products(", "    pdl_wait(PDL)\n    acc = _products("),
     ),
 ]
 
@@ -110,8 +110,8 @@ def test_a_wait_in_the_wrong_place_is_caught(
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "gfx942"])
-def test_an_older_card_or_another_maker_s_waits_as_ever(arch: str) -> None:
-    with chain(), record_launches(arch) as launches:
+def test_an_older_gpu_or_another_maker_s_waits_as_ever(arch: str) -> None:
+    with pdl_region(), record_launches(arch) as launches:
         OPS["linear"].run(**OPS["linear"].inputs(LINEAR, BF16, "meta"))
     (launch,) = launches
     assert launch.constexprs["PDL"] is False and not launch.dependent
@@ -149,15 +149,15 @@ def test_an_operation_by_itself_begins_when_all_before_it_have_ended() -> None:
     assert waits(launches[0]) and not launches[0].dependent
 
 
-def test_triton_is_told(card: Any) -> None:
-    card.driver.executes = False
+def test_triton_is_told(gpu: Any) -> None:
+    gpu.driver.executes = False
     model = random_model("cuda:0", num_hidden_layers=2)
     cache = KVCache(model.config, batch=2, max_len=9, device="cuda:0", dtype=torch.float32)
     want = [launch.dependent for launch in step("sm_90") if launch.fn is not None]
     for _ in range(3):  # by itself, and by a plan
-        card.driver.launches.clear()
+        gpu.driver.launches.clear()
         model(torch.zeros(2, 1, dtype=torch.int64).to("cuda:0"), cache=cache)
-        told = [bool(launched.launcher.metadata.launch_pdl) for launched in card.driver.launches]
+        told = [bool(launched.launcher.metadata.launch_pdl) for launched in gpu.driver.launches]
         assert told == want and any(told)
 
 
@@ -171,13 +171,13 @@ def test_ranks_have_no_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their sums are launched by others."""
 
     class Ranks:
-        def summed(self, part: Any, in_order: bool) -> Any:
+        def all_reduce(self, part: Any, in_order: bool) -> Any:
             return part
 
         def own(self, ids: Any, experts: int) -> Any:
             return ids
 
-        def joined(self, part: Any, size: int) -> Any:
+        def all_gather(self, part: Any, size: int) -> Any:
             return part
 
     model = random_model("meta", num_hidden_layers=1)
@@ -191,8 +191,8 @@ def test_ranks_have_no_chain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("name", "shorter"), [("h100", True), ("b200", True), ("a100", False)])
 def test_a_launch_that_begins_early_leaves_a_shorter_gap(name: str, shorter: bool) -> None:
-    with record_launches(CARDS[name].arch) as launches:
+    with record_launches(GPUS[name].arch) as launches:
         OPS["route"].run(**OPS["route"].inputs({"T": 1, "E": 8, "K": 2}, BF16, "meta"))
     cost = OPS["route"].cost({"T": 1, "E": 8, "K": 2}, BF16)
-    ways = [predicted([replace(launches[0], dependent=early)], CARDS[name], cost).seconds for early in (False, True)]
+    ways = [predicted([replace(launches[0], dependent=early)], GPUS[name], cost).seconds for early in (False, True)]
     assert (ways[1] < ways[0]) == shorter

@@ -131,10 +131,10 @@ def test_a_row_among_a_thousand(name: str, sizes: Sizes, device: torch.device) -
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=IDS)
 def test_launch_choices_do_not_depend_on_the_batch(name: str, sizes: Sizes, dtype: torch.dtype, arch: str) -> None:
-    assert choices(name, sizes, 1, dtype, arch) == choices(name, sizes, 1001, dtype, arch)
+    assert launch_configs(name, sizes, 1, dtype, arch) == launch_configs(name, sizes, 1001, dtype, arch)
 
 
-def choices(name: str, sizes: Sizes, n: int, dtype: torch.dtype, arch: str) -> list[tuple[Any, ...]]:
+def launch_configs(name: str, sizes: Sizes, n: int, dtype: torch.dtype, arch: str) -> list[tuple[Any, ...]]:
     args, _ = whole_batch(name, sizes, n, dtype, "cpu")
     on_meta = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in args.items()}
     with record_launches(arch=arch) as launches:

@@ -1,4 +1,4 @@
-"""fit: its bytes beside independent arithmetic and beside what the code allocates; its command, cards and check."""
+"""fit: its bytes beside independent arithmetic and beside what the code allocates; its command, GPUs and check."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from mixtral_triton.gpus import GPUS, named
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig, ops
-from mixtral_triton.cards import CARDS, named
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.fit import (
     FORMATS,
@@ -22,7 +22,7 @@ from mixtral_triton.fit import (
     Need,
     cache_bytes,
     check,
-    choices,
+    format_options,
     parameters,
     plan,
     table_bytes,
@@ -32,7 +32,7 @@ from mixtral_triton.fit import (
 )
 from mixtral_triton.generate import prefill, sample
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.quantize.form import chosen
+from mixtral_triton.quantize.spec import select_specs
 from mixtral_triton.weights import parameter_shapes
 from tests import hub
 from tests.live_bytes import LiveBytes
@@ -44,15 +44,15 @@ BF16 = torch.bfloat16
 GB = 10**9
 
 
-def forms(config: MixtralConfig, weights: Any) -> Any:
-    return chosen(weights, parameter_shapes(config))
+def specs(config: MixtralConfig, weights: Any) -> Any:
+    return select_specs(weights, parameter_shapes(config))
 
 
 def size(config: MixtralConfig, weights: Any, dtype: torch.dtype | None = None) -> int:
-    return weight_bytes(config, forms(config, weights), dtype)
+    return weight_bytes(config, specs(config, weights), dtype)
 
 
-INT4, FP8 = forms(SMALLER, "int4"), forms(SMALLER, "fp8")
+INT4, FP8 = specs(SMALLER, "int4"), specs(SMALLER, "fp8")
 
 
 def test_the_published_counts() -> None:
@@ -102,7 +102,7 @@ def test_weights_are_the_bytes_of_the_loaded_model(weights: Any) -> None:
 
 def test_columns_that_are_no_whole_unit_are_padded() -> None:
     config = replace(MixtralConfig.from_pretrained(SMALL), hidden_size=208, intermediate_size=333)
-    assert list(choices(config)) == ["as stored", "fp8", "int8"]  # int4 has no group that divides the columns
+    assert list(format_options(config)) == ["as stored", "fp8", "int8"]  # int4 has no group that divides the columns
     padded = 4 * 8 * (2 * 333 * 256 + 208 * 384) + 4 * 4 * 8 * (2 * 333 + 208)
     dense = 4 * 8 * (2 * 333 * 208 + 208 * 333)
     assert size(config, "int8") - size(config, None) == padded - 2 * dense
@@ -119,7 +119,7 @@ def test_the_cache_is_the_cache() -> None:
 
 def most_alive(config: MixtralConfig, batch: int, context: int, weights: Any = None) -> int:
     """What `generate` takes at most while it reads prompts, beside weights and cache: by the code itself."""
-    model = Mixtral(config, "meta", forms=forms(config, weights))
+    model = Mixtral(config, "meta", specs=specs(config, weights))
     model.operations = lambda: ops.DIRECT  # type: ignore[method-assign]  # the launchers, whose buffers count
     cache = KVCache(config, batch, context, "meta", torch.bfloat16)
     with torch.no_grad(), LiveBytes() as live:
@@ -182,15 +182,15 @@ def test_flops_of_a_token() -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_longest_text_fits_and_one_token_more_does_not(format: str, batch: int) -> None:
     for memory in (27 * GB, 30 * GB, 49 * GB, 51 * GB, 97 * GB):
-        found, room = plan(SMALLER, choices(SMALLER)[format], memory, batch, 100).longest, 0.98 * memory
-        need = [Need.of(SMALLER, choices(SMALLER)[format], batch, S).total for S in (max(found, 1), found + 1)]
+        found, room = plan(SMALLER, format_options(SMALLER)[format], memory, batch, 100).longest, 0.98 * memory
+        need = [Need.of(SMALLER, format_options(SMALLER)[format], batch, S).total for S in (max(found, 1), found + 1)]
         assert found == 0 or need[0] <= room
         assert found == 32768 or need[1] > room - 1
 
 
 def test_a_window_holds_any_text_or_none() -> None:
     ring = replace(SMALLER, sliding_window=4096)
-    assert {plan(ring, forms(ring, "int4"), memory, 1, 100).longest for memory in (20 * GB, 40 * GB)} == {0, 32768}
+    assert {plan(ring, specs(ring, "int4"), memory, 1, 100).longest for memory in (20 * GB, 40 * GB)} == {0, 32768}
 
 
 def test_tight_is_within_two_percent() -> None:
@@ -200,7 +200,7 @@ def test_tight_is_within_two_percent() -> None:
     assert plan(SMALLER, INT4, int(total * 1.01), 1, 4096).needs == 2
 
 
-def test_several_cards_share_weights_and_cache_alone() -> None:
+def test_several_gpus_share_weights_and_cache_alone() -> None:
     """But for the embedding, which each of them has."""
     one, four = (Need.of(SMALLER, FP8, 2, 8192, gpus) for gpus in (1, 4))
     embedding = 2 * SMALLER.vocab_size * SMALLER.hidden_size
@@ -218,13 +218,13 @@ def test_several_cards_share_weights_and_cache_alone() -> None:
         *(("RTX A6000", 49140), ("6000 ada", 49140), ("AMD Instinct MI300X", 206141652992 // 2**20)),
     ],
 )
-def test_a_card_by_its_name(name: str, mib: int) -> None:
+def test_a_gpu_by_its_name(name: str, mib: int) -> None:
     assert named(name).mib == mib and named(name).bytes == mib * 2**20
 
 
-def test_no_two_cards_share_a_name() -> None:
-    names = [name for card in CARDS for name in card.names]
-    assert len(names) == len(set(names)) and [card.mib for card in CARDS] == sorted(card.mib for card in CARDS)
+def test_no_two_gpus_share_a_name() -> None:
+    names = [name for gpu in GPUS for name in gpu.names]
+    assert len(names) == len(set(names)) and [gpu.mib for gpu in GPUS] == sorted(gpu.mib for gpu in GPUS)
 
 
 def fit(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
@@ -265,14 +265,14 @@ def test_nothing_is_cut_off(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     _, text = fit(capsys, *args)
     assert "…" not in text and max(map(len, text.splitlines())) <= int(columns)
-    labels = [card.name for card in CARDS] if not args else ["bf16", *list(FORMATS)[1:]]
+    labels = [gpu.name for gpu in GPUS] if not args else ["bf16", *list(FORMATS)[1:]]
     assert all(row(text, label) for label in labels)
 
 
 def test_json_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
     status, text = fit(capsys, "mixtral-8x22b", "--gpu", "H200", "--batch", "2", "--context", "4096", "--json")
     found = json.loads(text)
-    assert status == 0 and found["card"] == {"name": "H200", "bytes": 143771 * 2**20, "gpus": 1}
+    assert status == 0 and found["gpu"] == {"name": "H200", "bytes": 143771 * 2**20, "gpus": 1}
     assert (found["parameters"], found["batch"], found["context"]) == (parameters(LARGER)[0], 2, 4096)
     for one in found["formats"]:
         parts = one["bytes"]
@@ -300,23 +300,23 @@ def test_a_size_that_no_model_has_ends_at_once(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_without_a_card_all_are_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_all_are_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, text = fit(capsys, "--json", "--context", "1000")
-    cards = {card["name"]: card["gpus_needed"] for card in json.loads(text)["cards"]}
-    assert status == 0 and list(cards) == [card.name for card in CARDS]
-    assert cards["H100 80GB"] == {"as stored": 2, "fp8": 1, "int8": 1, "int4": 1, "int4, linear int8": 1}
+    gpus = {gpu["name"]: gpu["gpus_needed"] for gpu in json.loads(text)["gpus"]}
+    assert status == 0 and list(gpus) == [gpu.name for gpu in GPUS]
+    assert gpus["H100 80GB"] == {"as stored": 2, "fp8": 1, "int8": 1, "int4": 1, "int4, linear int8": 1}
 
 
-def test_the_card_at_hand_is_asked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_at_hand_is_asked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     class Properties:
-        name, total_memory = "A Card", 50_000 * 2**20 + 17
+        name, total_memory = "A GPU", 50_000 * 2**20 + 17
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     status, text = fit(capsys, "--json", "--gpus", "2")
     found = json.loads(text)
-    assert status == 0 and found["card"] == {"name": "A Card", "bytes": 50_000 * 2**20, "gpus": 2}
+    assert status == 0 and found["gpu"] == {"name": "A GPU", "bytes": 50_000 * 2**20, "gpus": 2}
 
 
 @pytest.mark.parametrize(
@@ -373,14 +373,14 @@ def test_the_check_names_what_would_fit() -> None:
 
 
 def test_the_check_says_where_nothing_fits_and_what_would() -> None:
-    least = r"no format fits, the least is 25\.0 GB with .*'linear': 'int8'.*; a card like the RTX 5090"
+    least = r"no format fits, the least is 25\.0 GB with .*'linear': 'int8'.*; a GPU like the RTX 5090"
     with pytest.raises(ValueError, match=least):
         check(SMALLER, INT4, CUDA, BF16, free=24 * GB)
     with pytest.raises(ValueError, match=r"no format fits, the least is 26\.5 GB with weights=None; .* RTX 5090"):
         check(SMALLER, INT4, CUDA, BF16, free_choice=False, free=24 * GB)
     with pytest.raises(ValueError, match="no format fits") as found:
         check(replace(LARGER, num_hidden_layers=400), {}, CUDA, BF16, free=24 * GB)
-    assert "a card like" not in str(found.value)
+    assert "a GPU like" not in str(found.value)
 
 
 def test_the_check_passes_what_fits_and_asks_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

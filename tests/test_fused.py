@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixtral_triton import ops
-from mixtral_triton.kernels.linear import FEW
+from mixtral_triton.kernels.linear import SKINNY_M
 from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
 
@@ -38,7 +38,7 @@ def test_the_gate_s_route_is_that_of_its_logits(T: int, device: torch.device) ->
     assert ids.equal(again[1]) and torch.allclose(weights, again[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [(), (FEW,), (FEW + 1,), (2, 3, 4), (0,)])
+@pytest.mark.parametrize("rows", [(), (SKINNY_M,), (SKINNY_M + 1,), (2, 3, 4), (0,)])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_linear_keeps_the_leading_dimensions(rows: tuple[int, ...], deterministic: bool, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)

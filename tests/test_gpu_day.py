@@ -1,5 +1,5 @@
 """The GPU day without a GPU: stand-ins for its commands run, die, resume, overrun and are reported as real ones are.
-And the real ones, on a card that is not there."""
+And the real ones, on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -48,9 +48,16 @@ def says(*lines: dict[str, Any]) -> str:
     return f"import json\nfor line in {list(lines)!r}: print(json.dumps(line), flush=True)\n"
 
 
-CARD = {"kind": "card", "name": "Card X", "source": "measured", "bandwidth": 3.0e12, "matmul": 7e14, "data_sheet": None}
+GPU_DEVICE = {
+    "kind": "gpu",
+    "name": "GPU X",
+    "source": "measured",
+    "bandwidth": 3.0e12,
+    "matmul": 7e14,
+    "data_sheet": None,
+}
 ROWS = [{"kind": "row", **row(400.0, L=1)}, {"kind": "row", **row(1000.0, L=4)}]
-BENCH = says(CARD, *ROWS, {"kind": "end"})
+BENCH = says(GPU_DEVICE, *ROWS, {"kind": "end"})
 APPLIED = {"rows": [{"model": "2 layers", "applied_ms": 1.0, "eager_ms": 3.0, "ratio": 3.0}], "kernels_a_layer": {}}
 # A test's process: FILE is the last of its arguments.
 TESTS = """
@@ -81,10 +88,10 @@ def test_a_day_is_written_down(tmp_path: Path) -> None:
     assert state["parts"]["tests"]["exit"] == {"c0": 1, "c1": 0}
     found = json.loads((tmp_path / "gpu_day.json").read_text())
     assert found["tests"] == {"counts": {"passed": 2, "failed": 1, "skipped": 1}, "failed": ["b"]}
-    assert found["card"] == CARD and len(found["rows"]) == 2 and found["before"]["versions"]["torch"]
+    assert found["gpu"] == GPU_DEVICE and len(found["rows"]) == 2 and found["before"]["versions"]["torch"]
     page = (tmp_path / "gpu_day.md").read_text()
     for text in (
-        "Card X",
+        "GPU X",
         "| bandwidth, TB/s | 3 | - |",
         "2 passed",
         "- b",
@@ -173,7 +180,7 @@ def test_whole_models_are_scaled_by_what_a_layer_adds() -> None:
 def test_what_is_done_is_not_run_again_and_what_was_cut_goes_on(tmp_path: Path) -> None:
     count = f"open({str(tmp_path / 'runs')!r}, 'a').write('x')"
     flag = tmp_path / "flag"
-    slow = says(CARD, begin(ROWS[0]), ROWS[0], begin(ROWS[1]))
+    slow = says(GPU_DEVICE, begin(ROWS[0]), ROWS[0], begin(ROWS[1]))
     slow += f"import os, sys, time\nfirst = sys.argv[-1]\nopen({str(tmp_path / 'first')!r}, 'a').write(first)\n"
     slow += f"if not os.path.exists({str(flag)!r}): time.sleep(60)\n" + says(ROWS[1], {"kind": "end"})
     chosen = [python("steady", 5, count), python("decode", 5, slow, resumes="cases")]
@@ -239,7 +246,7 @@ def test_the_real_parts_cover_every_operation_within_ten_minutes() -> None:
 
 
 def test_nothing_is_compiled_by_torch_before_ours_and_eager_are_timed() -> None:
-    """torch.compile may leave a process, and a card, in a state that no timing should start from."""
+    """torch.compile may leave a process, and a GPU, in a state that no timing should start from."""
     every = parts()
     order = [part.name for part in every]
     for part in every[: order.index("decode compiled")]:
@@ -269,8 +276,8 @@ def test_a_missing_compiler_or_header_is_said_first(
     assert left.value.code == 2 and said in error and len(error.splitlines()) == 1
 
 
-def test_the_road_on_a_card_that_is_not_there(tmp_path: Path) -> None:
-    """Parts of each kind, with a kernel that leaves the card in an error: its operation ends there, the rest stands."""
+def test_the_road_on_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    """Parts of each kind, with a kernel that leaves the GPU in an error: its operation ends there, the rest stands."""
     command = [sys.executable, "benchmarks/gpu_day.py", "--dry", "--breaks", "append_kernel", "--out", str(tmp_path)]
     command += ["--parts", "compile,attention,decode", "--budget-s", "2000"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
@@ -285,7 +292,7 @@ def test_the_road_on_a_card_that_is_not_there(tmp_path: Path) -> None:
     assert said == dict.fromkeys(("attention", "cached_attention", "rope_append_attention", "decode_step"))
 
 
-def test_a_test_that_loses_the_card_ends_its_process_and_the_next_one_goes_on(tmp_path: Path) -> None:
+def test_a_test_that_loses_the_gpu_ends_its_process_and_the_next_one_goes_on(tmp_path: Path) -> None:
     """The plugin of the day's tests: what began is written down, and not begun again."""
     file = tmp_path / "append.jsonl"
     (tests,) = (part for part in parts(dry=True, breaks="append_kernel") if part.name == "tests")
@@ -294,7 +301,7 @@ def test_a_test_that_loses_the_card_ends_its_process_and_the_next_one_goes_on(tm
     begun = []
     for _ in range(2):
         run = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=600)
-        assert run.returncode != 0 and "the card is in an error" in run.stdout, run.stdout + run.stderr
+        assert run.returncode != 0 and "the GPU is in an error" in run.stdout, run.stdout + run.stderr
         begun.append([event["test"] for event in events(file) if event["kind"] == "begin"])
     assert len(begun[0]) == 1 and len(begun[1]) == 2 and begun[1][0] != begun[1][1]
     assert {event["outcome"] for event in events(file) if event["kind"] == "outcome"} == {"failed"}

@@ -1,4 +1,4 @@
-"""The decode loop as a graph. Without a card a stand-in (tests/stub) captures: what it captured does not run, and a
+"""The decode loop as a graph. Without a GPU a stand-in (tests/stub) captures: what it captured does not run, and a
 replay runs the very operations and launches on the very memory."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.models import random_model
 
 V = 23
 NEW = 8
-CARD = torch.device("cuda", 1)  # not the current one
+GPU_DEVICE = torch.device("cuda", 1)  # not the current one
 
 
 def build(window: int | None, device: torch.device | str, **more: Any) -> Mixtral:
@@ -31,53 +31,56 @@ def texts(model: Mixtral, **settings: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_replays_give_the_plain_loop_s_text(window: int | None, card: Any) -> None:
+def test_replays_give_the_plain_loop_s_text(window: int | None, gpu: Any) -> None:
     """The ring turns round, positions grow and routes change, in the replays alone."""
-    got = texts(build(window, CARD), max_new_tokens=NEW)
-    assert card.replays == NEW - 2
+    got = texts(build(window, GPU_DEVICE), max_new_tokens=NEW)
+    assert gpu.replays == NEW - 2
     want = texts(build(window, "cpu"), max_new_tokens=NEW)
     assert got == want
     assert len({token for text in want for token in text[-NEW:]}) > 4  # else any frozen number would do
 
 
-def test_quantized_weights_are_captured_as_dense_ones_are(card: Any) -> None:
+def test_quantized_weights_are_captured_as_dense_ones_are(gpu: Any) -> None:
     more = {"weights": {"experts": "int4", "linear": "int8"}, "hidden_size": 32, "intermediate_size": 32}
-    got = texts(build(None, CARD, **more), max_new_tokens=NEW)
-    assert card.replays == NEW - 2 and got == texts(build(None, "cpu", **more), max_new_tokens=NEW)
+    got = texts(build(None, GPU_DEVICE, **more), max_new_tokens=NEW)
+    assert gpu.replays == NEW - 2 and got == texts(build(None, "cpu", **more), max_new_tokens=NEW)
 
 
-def test_the_capture_is_on_the_model_s_own_card(card: Any) -> None:
-    texts(build(None, CARD), max_new_tokens=NEW)
-    (graph,) = card.captures
-    assert graph.stream.device == CARD and graph.mode == "thread_local" and graph.calls
-    assert card.current == 0 and [stream.cuda_stream for stream in card.streams] == [0, 0]
+def test_the_capture_is_on_the_model_s_own_gpu(gpu: Any) -> None:
+    texts(build(None, GPU_DEVICE), max_new_tokens=NEW)
+    (graph,) = gpu.captures
+    assert graph.stream.device == GPU_DEVICE and graph.mode == "thread_local" and graph.calls
+    assert gpu.current == 0 and [stream.cuda_stream for stream in gpu.streams] == [0, 0]
 
 
-def test_replays_end_with_the_last_sequence(card: Any) -> None:
-    model = build(None, CARD)
+def test_replays_end_with_the_last_sequence(gpu: Any) -> None:
+    model = build(None, GPU_DEVICE)
     free = [text[-NEW:] for text in texts(model, max_new_tokens=NEW)]
     eos = sorted({row[3] for row in free})
-    card.replays = 0
+    gpu.replays = 0
     ends = [next(i for i, token in enumerate(row) if token in eos) for row in free]
     ended = texts(model, max_new_tokens=NEW, eos_token_id=eos)
     assert [len(text) - len(p) for text, p in zip(ended, prompts("cpu"), strict=True)] == [end + 1 for end in ends]
-    assert card.replays == max(max(ends) - 1, 0)
+    assert gpu.replays == max(max(ends) - 1, 0)
 
 
-def test_replays_draw_anew(card: Any) -> None:
-    model = build(None, CARD)
-    drawn = torch.Generator(CARD).manual_seed(0)
-    prompt = [prompts(CARD)[0]]
+def test_replays_draw_anew(gpu: Any) -> None:
+    model = build(None, GPU_DEVICE)
+    drawn = torch.Generator(GPU_DEVICE).manual_seed(0)
+    prompt = [prompts(GPU_DEVICE)[0]]
     text = model.generate(prompt, max_new_tokens=16, temperature=50.0, generator=drawn)[0].tolist()
-    assert card.replays == 14 and len(set(text[-14:])) > 6
+    assert gpu.replays == 14 and len(set(text[-14:])) > 6
 
 
-def test_replays_take_the_top_k_alone(card: Any) -> None:
+def test_replays_take_the_top_k_alone(gpu: Any) -> None:
     """Replayed like the rest of the draw: the filter looks at no value from the host."""
     want = texts(build(None, "cpu"), max_new_tokens=NEW)
-    drawn = torch.Generator(CARD).manual_seed(0)
-    assert texts(build(None, CARD), max_new_tokens=NEW, temperature=50.0, top_k=1, top_p=0.9, generator=drawn) == want
-    assert card.replays == NEW - 2
+    drawn = torch.Generator(GPU_DEVICE).manual_seed(0)
+    assert (
+        texts(build(None, GPU_DEVICE), max_new_tokens=NEW, temperature=50.0, top_k=1, top_p=0.9, generator=drawn)
+        == want
+    )
+    assert gpu.replays == NEW - 2
 
 
 def looks(step: Any) -> None:
@@ -96,22 +99,22 @@ def raises(step: Any) -> None:
     ("fault", "said"), [(looks, "not permitted when stream is capturing|previous error"), (raises, "registers")]
 )
 def test_a_capture_that_fails_inside_leaves_everything_usable(
-    fault: Any, said: str, card: Any, monkeypatch: pytest.MonkeyPatch
+    fault: Any, said: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, drawn = build(5, CARD), torch.Generator(CARD)
+    model, drawn = build(5, GPU_DEVICE), torch.Generator(GPU_DEVICE)
     settings = {"max_new_tokens": NEW, "temperature": 1e-6, "generator": drawn}  # draws, and always the likeliest
     want = texts(build(5, "cpu"), max_new_tokens=NEW)
     monkeypatch.setattr(generate, "captured", lambda step, *rest: captured(lambda: fault(step), *rest))
     with pytest.warns(RuntimeWarning, match=f"without a CUDA graph.*({said})"):
         assert texts(model, **settings) == want
-    assert card.replays == 0 and len(card.captures) in (1, 2)  # an empty one puts things right where CUDA gave up
-    assert card.current == 0 and [stream.cuda_stream for stream in card.streams] == [0, 0] and not card.pools
+    assert gpu.replays == 0 and len(gpu.captures) in (1, 2)  # an empty one puts things right where CUDA gave up
+    assert gpu.current == 0 and [stream.cuda_stream for stream in gpu.streams] == [0, 0] and not gpu.pools
     monkeypatch.undo()
     assert texts(model, **settings) == want
-    assert card.replays == NEW - 2
+    assert gpu.replays == NEW - 2
 
 
-def test_torch_s_own_capture_would_not_have_been_left(card: Any) -> None:
+def test_torch_s_own_capture_would_not_have_been_left(gpu: Any) -> None:
     """What the stand-in keeps of CUDA, without which the test above would prove nothing."""
     drawn, x = torch.Generator("cuda").manual_seed(0), torch.zeros(3, device="cuda")
     graph = torch.cuda.CUDAGraph()
@@ -125,11 +128,11 @@ def test_torch_s_own_capture_would_not_have_been_left(card: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def test_a_capture_that_cannot_be_put_right_says_what_is_lost(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_that_cannot_be_put_right_says_what_is_lost(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "captured", lambda step, *rest: captured(lambda: looks(step), *rest))
     monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool")
     with pytest.raises(CaptureLost, match=r"cuda:1 is left in it: memory .* is lost.*Start the process anew"):
-        texts(build(None, CARD), max_new_tokens=NEW)
+        texts(build(None, GPU_DEVICE), max_new_tokens=NEW)
 
 
 @pytest.mark.gpu

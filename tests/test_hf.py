@@ -143,11 +143,11 @@ def test_state_dict_and_saved_files_are_the_same(make_hf: Any, tmp_path: Path, p
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_a_copy_is_applied_and_can_be_reverted_alone(clone: Callable[[Any], Any], make_hf: Any) -> None:
     model = apply(make_hf())
-    twin = clone(model)
+    dequantized_copy = clone(model)
     want = model(IDS).logits
-    assert torch.equal(twin(IDS).logits, want)
-    revert(twin)
-    assert type(twin.model.norm) is theirs.MixtralRMSNorm and not hf.applied(twin)
+    assert torch.equal(dequantized_copy(IDS).logits, want)
+    revert(dequantized_copy)
+    assert type(dequantized_copy.model.norm) is theirs.MixtralRMSNorm and not hf.applied(dequantized_copy)
     assert hf.applied(model) and torch.equal(model(IDS).logits, want)
 
 

@@ -110,7 +110,7 @@ def test_tables_are_made_once_a_forward(make_hf: Any, monkeypatch: pytest.Monkey
     assert len(made) == 1
 
 
-def test_tables_go_along_from_card_to_card(make_hf: Any) -> None:
+def test_tables_go_along_from_gpu_to_gpu(make_hf: Any) -> None:
     """accelerate rebuilds the tuples that it moves; in bf16 a pair without its tables would be less exact."""
     operations = pytest.importorskip("accelerate.utils.operations")
     angles = apply(make_hf()).model.rotary_emb(torch.randn(2, 14, 32).bfloat16(), torch.arange(14)[None])
@@ -244,7 +244,7 @@ def test_our_name_selects_what_was_applied_only(part: str, make_hf: Any) -> None
     assert model.config._attn_implementation == "eager"
 
 
-def test_generate_does_not_switch_experts_on_a_card(make_hf: Any, calls: set[str], monkeypatch: Any) -> None:
+def test_generate_does_not_switch_experts_on_a_gpu(make_hf: Any, calls: set[str], monkeypatch: Any) -> None:
     """There transformers takes `batched_mm` for the time of decoding, where `grouped_mm` was chosen."""
     model = apply(make_hf(experts_implementation="grouped_mm"))
     monkeypatch.setattr(transformers.PreTrainedModel, "device", SimpleNamespace(type="cuda"))
@@ -260,7 +260,7 @@ def test_generate_does_not_switch_experts_on_a_card(make_hf: Any, calls: set[str
 
 
 @pytest.mark.parametrize("place", [7, "cuda:7", torch.device("cuda", 7)])
-def test_a_card_that_is_not_there(place: Any, make_hf: Any) -> None:
+def test_a_gpu_that_is_not_there(place: Any, make_hf: Any) -> None:
     """As accelerate's hooks of a model that was split where there were more."""
     accelerate = pytest.importorskip("accelerate")
     model = make_hf()

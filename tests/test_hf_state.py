@@ -221,8 +221,8 @@ def test_copies_keep_to_themselves(picklable: None, make_hf: Any, calls: set[str
     """Every protocol, copies of a part, torch's replicas: applied, and each with a choice of its own."""
     model = apply(make_hf())
     twins = [pickle.loads(pickle.dumps(model, protocol)) for protocol in range(6)]
-    for twin in (*twins, copy.copy(model), copy.deepcopy(model)):
-        assert hf.applied(twin) and torch.equal(twin(IDS).logits, model(IDS).logits)
+    for dequantized_copy in (*twins, copy.copy(model), copy.deepcopy(model)):
+        assert hf.applied(dequantized_copy) and torch.equal(dequantized_copy(IDS).logits, model(IDS).logits)
     twins[0].set_attn_implementation("eager")
     replica = model._replicate_for_data_parallel()
     calls.clear()

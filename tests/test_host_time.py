@@ -75,8 +75,8 @@ def a_layer(T: int) -> Counter[tuple[str, str]]:
     return found[1] - found[0]
 
 
-def test_a_decode_layer_computes_nothing_anew(card: Any, covers: Any) -> None:
-    card.driver.executes = False
+def test_a_decode_layer_computes_nothing_anew(gpu: Any, covers: Any) -> None:
+    gpu.driver.executes = False
     calls = a_layer(1)
     runs = {(Path(op.run.__code__.co_filename).name, op.run.__name__) for op in OPS.values()}
     assert not [name for name in calls if name in runs or name[1] in ("configs", "launch", "__post_init__")], calls
@@ -84,16 +84,16 @@ def test_a_decode_layer_computes_nothing_anew(card: Any, covers: Any) -> None:
     covers("host", f"a decode layer: {calls.total()} calls of the package's functions")
 
 
-def test_a_chunk_makes_no_descriptor_anew(card: Any) -> None:
+def test_a_chunk_makes_no_descriptor_anew(gpu: Any) -> None:
     """In prefill: only what torch multiplies is run again."""
-    card.driver.executes = False
+    gpu.driver.executes = False
     calls = a_layer(80)
     assert not calls["tensor_descriptor.py", "__post_init__"] and not calls["tma.py", "describe"]
     assert not [name for name in calls if name[1] == "configs"], calls
 
 
-def test_forgotten_plans_are_caught(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    card.driver.executes, numbers, known = False, itertools.count(), plan.traits
+def test_forgotten_plans_are_caught(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.driver.executes, numbers, known = False, itertools.count(), plan.traits
     monkeypatch.setattr(plan, "traits", lambda args: (*known(args), next(numbers)))
     calls = a_layer(1)
     assert calls.total() > 2 * CALLS_MOST and any(name[1] == "configs" for name in calls)

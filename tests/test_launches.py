@@ -15,7 +15,7 @@ from mixtral_triton.generate import sample
 from mixtral_triton.kernels import launch as door
 from mixtral_triton.kernels.op import LaunchConfig
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.quantize.form import chosen
+from mixtral_triton.quantize.spec import select_specs
 from mixtral_triton.weights import parameter_shapes
 
 BATCHES = (1, 4, 32, 64, 200)
@@ -24,8 +24,8 @@ SYNCS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2"}
 
 def model(layers: int, window: int | None, deterministic: bool = False, weights: Any = None) -> Mixtral:
     config = MixtralConfig(num_hidden_layers=layers, rope_theta=1e6, sliding_window=window)
-    forms = chosen(weights, parameter_shapes(config))
-    return Mixtral(config, device="meta", deterministic=deterministic, forms=forms)
+    specs = select_specs(weights, parameter_shapes(config))
+    return Mixtral(config, device="meta", deterministic=deterministic, specs=specs)
 
 
 def recorded(mixtral: Mixtral, B: int, T: int, then: Callable[[Any], Any] = lambda h: h) -> Counter[str]:
@@ -105,7 +105,7 @@ def test_a_wait_is_caught(wait: Any) -> None:
 
 
 class TooLarge:
-    """A compiled kernel that asks for more than any card has."""
+    """A compiled kernel that asks for more than any GPU has."""
 
     __name__, arg_names = "large_kernel", ("BLOCK_M", "BLOCK_N")
 

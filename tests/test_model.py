@@ -15,7 +15,7 @@ from torch import Tensor
 from mixtral_triton import KVCache, Mixtral, reference
 from mixtral_triton.kernels.experts.tiles import DECODE_TOKENS
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.linear import FEW
+from mixtral_triton.kernels.linear import SKINNY_M
 from mixtral_triton.kernels.record import record_launches
 
 transformers = pytest.importorskip("transformers")
@@ -387,7 +387,7 @@ def test_launches_of_a_step(T: int, cached: bool, arch: str, meta: Mixtral) -> N
     assert logits.is_meta and logits.shape == (2, T, V) and logits.dtype == torch.float32
     middle = ["append"] if cached and T > 1 else []
     sort = ["sort"] if 2 * T > DECODE_TOKENS else []
-    mm = "linear" if 2 * T <= FEW else "aten::mm"
+    mm = "linear" if 2 * T <= SKINNY_M else "aten::mm"
     rope = [] if cached and T == 1 else ["rope"]
     layer = [mm, *rope, "attention", *middle, mm, "gate", *sort, "experts"]
     assert list(stems(launches)) == ["embed", *layer * LAYERS, mm]

@@ -167,14 +167,14 @@ def test_the_gate_catches_too_much_shared_memory() -> None:
     assert "shared memory" in str(compile_launch(launch, "sm_90").fault)
 
 
-def test_the_gate_knows_how_much_each_card_has() -> None:
+def test_the_gate_knows_how_much_each_gpu_has() -> None:
     launch = replace(prefill("experts_up_kernel", "sm_80"), num_stages=6)
     faults = {arch: compile_launch(launch, arch).fault for arch in ("sm_80", "sm_89")}
     assert faults["sm_80"] is None and "of 101376 bytes of shared memory" in str(faults["sm_89"])
 
 
 @pytest.mark.parametrize("arch", [arch for arch, known in ARCHS.items() if arch != known.family])
-def test_a_card_on_the_choices_of_another(arch: str, covers: Any) -> None:
+def test_a_gpu_on_the_choices_of_another(arch: str, covers: Any) -> None:
     """The kernels with the largest tiles: the rest are those of the family, compiled above."""
     covers("target", arch)
     for kernel in ("experts_up_kernel", "experts_down_kernel", "attention_prefill_kernel"):

@@ -17,7 +17,7 @@ from mixtral_triton.bench.mesh import ROUNDS, RUNS
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.parallel import Shard
-from mixtral_triton.quantize.form import PARTS
+from mixtral_triton.quantize.spec import PARTS
 from mixtral_triton.verification.quantization import cost
 from tests import hub
 from tests.ranks import (
@@ -28,7 +28,6 @@ from tests.ranks import (
     halved,
     halves_swapped,
     logits,
-    put_together,
     read_and_kept,
     refusal,
     renamed,
@@ -36,6 +35,7 @@ from tests.ranks import (
     silent,
     stuck,
     timed,
+    unflatten_args,
     verified,
     watched,
 )
@@ -167,7 +167,7 @@ def test_the_parts_are_of_what_one_process_quantizes(
     """Bit for bit, also of a row that is split and has one scale: that is of the whole row."""
     folder, weights = checkpoint(name, per_expert), {"experts": format, "linear": format}
     places = Mixtral.from_pretrained(folder, "cpu", weights=weights).places()
-    for found in ranks(put_together, folder, weights=weights, **MESHES[mesh]):
+    for found in ranks(unflatten_args, folder, weights=weights, **MESHES[mesh]):
         assert {part.rpartition(".")[2] for part in found} == {*itertools.chain(*PARTS.values())}
         for part, (values, scales) in found.items():
             assert torch.equal(values, places[part].dequantize()) and (scales == places[part].scales).all(), part
@@ -340,6 +340,6 @@ def test_bench_times_the_slowest_rank(ranks: Ranks) -> None:
     assert {replays for _, replays in found} == {ROUNDS + ROUNDS * RUNS}
 
 
-def test_a_wait_for_a_card_that_is_never_done_ends(ranks: Ranks, checkpoint: Checkpoint) -> None:
+def test_a_wait_for_a_gpu_that_is_never_done_ends(ranks: Ranks, checkpoint: Checkpoint) -> None:
     for rank, said in enumerate(ranks(stuck, checkpoint(), tp=4)):
         assert said == f"rank {rank} of 4: another rank does not answer: its part of a sum did not come"

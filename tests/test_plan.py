@@ -1,6 +1,6 @@
 """Remembered launches: a call alike in all traits launches what the first one did, any other call its own.
 
-On a card that is not there (tests/stub): a plan's launches are held against those of the operation itself."""
+On a simulated GPU (tests/stub): a plan's launches are held against those of the operation itself."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from tests.test_planted import rewritten
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiled kernels: needs a process without TRITON_INTERPRET")
 
-CARD = torch.device("cuda", 0)
+GPU_DEVICE = torch.device("cuda", 0)
 NORM, LINEAR, ATTENTION = OPS["rms_norm"], OPS["linear"], OPS["attention"]
 
 
-def on_card(x: Any, device: torch.device = CARD) -> Any:
+def on_fake_gpu(x: Any, device: torch.device = GPU_DEVICE) -> Any:
     return x.to(device) if isinstance(x, (Tensor, QuantizedWeight)) else x
 
 
 def arguments(op: Op[..., Any], sizes: Any, seed: int = 0, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
-    """All of a call, by place, on the card."""
+    """All of a call, by place, on the GPU."""
     dtype = dtype or (torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0])
     made = op.inputs(sizes, dtype, "cpu", torch.Generator().manual_seed(seed))
-    return tuple(map(on_card, op.by_place(**made)))
+    return tuple(map(on_fake_gpu, op.by_place(**made)))
 
 
 def tensors(args: tuple[Any, ...]) -> list[Tensor]:
@@ -49,10 +49,10 @@ def tensors(args: tuple[Any, ...]) -> list[Tensor]:
     return [x for part in parts for x in part if isinstance(x, Tensor)]
 
 
-def launches(card: Any, call: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+def launches(gpu: Any, call: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
     """What `call(*args)` launched: kernel, grid, and each argument, of a tensor which argument of the call it is, or
     which of the memory that the call was given."""
-    begin, known = len(card.driver.launches), [x.data_ptr() for x in tensors(args)]
+    begin, known = len(gpu.driver.launches), [x.data_ptr() for x in tensors(args)]
     fresh: list[int] = []
 
     def told(x: Any) -> Any:
@@ -69,7 +69,7 @@ def launches(card: Any, call: Callable[..., Any], args: tuple[Any, ...]) -> list
     kept = call(*args)
     found = [
         (one.kernel, one.device, one.stream, one.grid, one.num_warps, {name: told(x) for name, x in one.args.items()})
-        for one in card.driver.launches[begin:]
+        for one in gpu.driver.launches[begin:]
     ]
     del kept
     return found
@@ -84,22 +84,22 @@ def known() -> int:
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_a_second_call_launches_what_the_operation_would(name: str, card: Any) -> None:
+def test_a_second_call_launches_what_the_operation_would(name: str, gpu: Any) -> None:
     """Every operation at all its test shapes, with other tensors: only addresses differ, and they are the new ones."""
-    card.driver.executes, op = False, OPS[name]
+    gpu.driver.executes, op = False, OPS[name]
     for sizes in op.test_shapes:
         plan.run(op, arguments(op, sizes))
         args = arguments(op, sizes, seed=1)
-        wanted = launches(card, op.run, args)
+        wanted = launches(gpu, op.run, args)
         with mock.patch.object(plan, "_watched", side_effect=AssertionError("no plan was found")):
-            assert launches(card, by_plan(op), args) == wanted, sizes
+            assert launches(gpu, by_plan(op), args) == wanted, sizes
     assert 0 < known() == len(plan._plans), "a call that is run each time"
 
 
 @pytest.mark.parametrize(
     "name", ["rms_norm", "gate_route", "expert_swiglu", "rope_append_attention", "cached_attention"]
 )
-def test_a_second_call_computes_what_the_operation_would(name: str, card: Any) -> None:
+def test_a_second_call_computes_what_the_operation_would(name: str, gpu: Any) -> None:
     """Kernels executed, results and what is written into caches held bit for bit."""
     op = OPS[name]
     sizes = op.test_shapes[0]
@@ -116,14 +116,14 @@ def test_a_second_call_computes_what_the_operation_would(name: str, card: Any) -
 def strided(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same rows, farther apart."""
     x = args[0]
-    return (on_card(torch.cat((x.held, x.held), -1))[..., : x.shape[-1]], *args[1:])
+    return (on_fake_gpu(torch.cat((x.held, x.held), -1))[..., : x.shape[-1]], *args[1:])
 
 
 def moved(args: tuple[Any, ...], bytes_on: int = 8) -> tuple[Any, ...]:
     """The second tensor at an address that is no multiple of 16."""
     x, gap = args[1].held, bytes_on // args[1].element_size()
     memory = torch.zeros(x.numel() + gap, dtype=x.dtype)
-    return (args[0], on_card(memory)[gap:].view(x.shape), *args[2:])
+    return (args[0], on_fake_gpu(memory)[gap:].view(x.shape), *args[2:])
 
 
 SIZES: dict[str, Any] = {
@@ -135,7 +135,7 @@ CHANGES: dict[str, Callable[[Op[..., Any], tuple[Any, ...]], tuple[Any, ...]]] =
     "a stride": lambda op, args: strided(args),
     "an alignment": lambda op, args: moved(args),
     "a dtype": lambda op, args: arguments(op, SIZES[op.name], dtype=torch.float32),
-    "a device": lambda op, args: tuple(on_card(x, torch.device("cuda", 1)) for x in args),
+    "a device": lambda op, args: tuple(on_fake_gpu(x, torch.device("cuda", 1)) for x in args),
     "a shape": lambda op, args: (args[0][:, :2] if op is ATTENTION else args[0][:3], *args[1:]),
     "a number": lambda op, args: (*args[:3], 7, *args[4:]) if op is ATTENTION else (*args[:2], op is LINEAR or 0.5),
 }
@@ -149,45 +149,45 @@ TRAITS = {  # what of a tensor, or of a call, a person would forget
 }
 
 
-def differs(card: Any, op: Op[..., Any], change: str) -> None:
+def differs(gpu: Any, op: Op[..., Any], change: str) -> None:
     """A call with `change` after the usual one launches what the operation would."""
-    card.driver.executes = False
+    gpu.driver.executes = False
     args = arguments(op, SIZES[op.name])
     plan.run(op, args)
     others = CHANGES[change](op, args)
-    assert launches(card, by_plan(op), others) == launches(card, op.run, others)
+    assert launches(gpu, by_plan(op), others) == launches(gpu, op.run, others)
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", SIZES)
-def test_another_trait_is_another_plan(name: str, change: str, card: Any) -> None:
-    differs(card, OPS[name], change)
+def test_another_trait_is_another_plan(name: str, change: str, gpu: Any) -> None:
+    differs(gpu, OPS[name], change)
 
 
 @pytest.mark.parametrize("forgotten", TRAITS)
-def test_a_forgotten_trait_is_caught(forgotten: str, card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forgotten_trait_is_caught(forgotten: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     old = TRAITS[forgotten]
     monkeypatch.setattr(plan, "traits", rewritten(plan.traits, old, "()" if old == TRAITS["a number"] else ""))
     with pytest.raises((AssertionError, LaunchError)):
         for name in SIZES:
-            differs(card, OPS[name], forgotten)
+            differs(gpu, OPS[name], forgotten)
 
 
-def test_arch_and_multiprocessors_are_traits(card: Any) -> None:
-    card.driver.executes, args = False, arguments(ATTENTION, SIZES["attention"] | {"T": 1, "S": 4000})
+def test_arch_and_multiprocessors_are_traits(gpu: Any) -> None:
+    gpu.driver.executes, args = False, arguments(ATTENTION, SIZES["attention"] | {"T": 1, "S": 4000})
     plan.run(ATTENTION, args)
     for arch, sms in (("sm_90", 2), ("sm_90", None)):
         with launch.using_arch(arch, sms):
-            assert launches(card, by_plan(ATTENTION), args) == launches(card, ATTENTION.run, args)
+            assert launches(gpu, by_plan(ATTENTION), args) == launches(gpu, ATTENTION.run, args)
     assert known() == 3
 
 
-def test_launches_that_are_chosen_or_recorded_are_their_own(card: Any) -> None:
-    card.driver.executes, args = False, arguments(NORM, SIZES["rms_norm"])
+def test_launches_that_are_chosen_or_recorded_are_their_own(gpu: Any) -> None:
+    gpu.driver.executes, args = False, arguments(NORM, SIZES["rms_norm"])
     plan.run(NORM, args)
     chosen = LaunchConfig({"BLOCK_M": 1, "BLOCK_H": 64}, num_warps=2)
-    with launch.choosing({"rms_norm_kernel": chosen}):
-        assert [one[4] for one in launches(card, by_plan(NORM), args)] == [2]
+    with launch.override_configs({"rms_norm_kernel": chosen}):
+        assert [one[4] for one in launches(gpu, by_plan(NORM), args)] == [2]
     with record_launches() as records:
         plan.run(NORM, arguments(NORM, SIZES["rms_norm"]))
     assert [one.kernel for one in records if one.grid] == ["rms_norm_kernel"]
@@ -201,33 +201,33 @@ def test_a_storage_beyond_amd_buffers_is_a_trait_there(monkeypatch: pytest.Monke
     assert plan.traits((x,)) != small
 
 
-def test_plans_hold_no_memory_and_are_bounded(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    card.driver.executes = False
+def test_plans_hold_no_memory_and_are_bounded(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.driver.executes = False
     monkeypatch.setattr(plan, "PLANS_MOST", 5)
     for T in range(1, 12):
         args = arguments(ATTENTION, SIZES["attention"] | {"T": T, "S": 40 + T})
         watched = [weakref.ref(x.held) for x in (*tensors(args), plan.run(ATTENTION, args))]
         assert 1 <= len(plan._plans) <= 5
-        card.driver.launches.clear()
+        gpu.driver.launches.clear()
         del args
         gc.collect()
         assert not [x for x in watched if x() is not None]
 
 
-def test_one_tensor_given_twice_is_not_two(card: Any) -> None:
+def test_one_tensor_given_twice_is_not_two(gpu: Any) -> None:
     """Which argument a launch's address is cannot be told then, so that nothing is remembered."""
-    op, card.driver.executes = OPS["add_rms_norm"], False
+    op, gpu.driver.executes = OPS["add_rms_norm"], False
     args = arguments(op, SIZES["rms_norm"])
     plan.run(op, (args[0], args[0], *args[2:]))
     assert not plan._plans
-    assert launches(card, by_plan(op), args) == launches(card, op.run, args)
+    assert launches(gpu, by_plan(op), args) == launches(gpu, op.run, args)
 
 
-def run_each_time(card: Any, function: Callable[..., Any]) -> None:
+def run_each_time(gpu: Any, function: Callable[..., Any]) -> None:
     op, args = replace(NORM, run=function), arguments(NORM, SIZES["rms_norm"])
-    card.driver.executes = False
+    gpu.driver.executes = False
     for _ in range(2):
-        assert launches(card, by_plan(op), args) == launches(card, op.run, args)
+        assert launches(gpu, by_plan(op), args) == launches(gpu, op.run, args)
     assert not known()
 
 
@@ -249,22 +249,22 @@ def zeros_first(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @pytest.mark.parametrize("function", [copies, looks_further, gives_its_argument, zeros_first])
-def test_what_a_plan_cannot_tell_is_run_each_time(function: Any, card: Any) -> None:
-    run_each_time(card, function)
+def test_what_a_plan_cannot_tell_is_run_each_time(function: Any, gpu: Any) -> None:
+    run_each_time(gpu, function)
 
 
-def test_a_launch_that_is_refused_is_refused_again(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card.driver.utils.properties, "shared_memory_per_block_optin", 8)
-    card.driver.forget()
+def test_a_launch_that_is_refused_is_refused_again(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.driver.utils.properties, "shared_memory_per_block_optin", 8)
+    gpu.driver.forget()
     for _ in range(2):
         with pytest.raises(ValueError, match=r"the launch configuration .* takes \d+ of shared memory"):
             plan.run(NORM, arguments(NORM, SIZES["rms_norm"]))
 
 
-def test_a_profiler_sees_remembered_launches(card: Any) -> None:
-    card.driver.executes, args, seen = False, arguments(NORM, SIZES["rms_norm"]), []
+def test_a_profiler_sees_remembered_launches(gpu: Any) -> None:
+    gpu.driver.executes, args, seen = False, arguments(NORM, SIZES["rms_norm"]), []
     plan.run(NORM, args)
-    launcher = type(card.driver.launches[0].launcher)
+    launcher = type(gpu.driver.launches[0].launcher)
     with (
         mock.patch.object(knobs.runtime, "launch_enter_hook", seen.append),
         mock.patch.object(launcher, "__call__", lambda self, *told: told[7](told[6])),
@@ -273,24 +273,24 @@ def test_a_profiler_sees_remembered_launches(card: Any) -> None:
     assert [one.get()["name"] for one in seen] == ["rms_norm_kernel"]
 
 
-def test_a_launch_goes_to_the_card_of_its_tensors(card: Any) -> None:
-    card.driver.executes = False
-    args = tuple(on_card(x, torch.device("cuda", 1)) for x in arguments(NORM, SIZES["rms_norm"]))
+def test_a_launch_goes_to_the_gpu_of_its_tensors(gpu: Any) -> None:
+    gpu.driver.executes = False
+    args = tuple(on_fake_gpu(x, torch.device("cuda", 1)) for x in arguments(NORM, SIZES["rms_norm"]))
     for _ in range(2):
-        assert [one[1] for one in launches(card, by_plan(NORM), args)] == [1]
+        assert [one[1] for one in launches(gpu, by_plan(NORM), args)] == [1]
     assert torch.cuda.current_device() == 0 and known() == 1
 
 
-def test_a_stream_of_the_moment_is_launched_on(card: Any) -> None:
-    card.driver.executes, args = False, arguments(NORM, SIZES["rms_norm"])
+def test_a_stream_of_the_moment_is_launched_on(gpu: Any) -> None:
+    gpu.driver.executes, args = False, arguments(NORM, SIZES["rms_norm"])
     plan.run(NORM, args)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        assert [one[2] for one in launches(card, by_plan(NORM), args)] == [stream.cuda_stream]
+        assert [one[2] for one in launches(gpu, by_plan(NORM), args)] == [stream.cuda_stream]
 
 
-def test_the_public_way_goes_by_plans(card: Any) -> None:
-    card.driver.executes, args = False, arguments(NORM, SIZES["rms_norm"])
+def test_the_public_way_goes_by_plans(gpu: Any) -> None:
+    gpu.driver.executes, args = False, arguments(NORM, SIZES["rms_norm"])
     for call in (ops.rms_norm, ops.DIRECT.rms_norm):
         call(*args)
     assert known() == 1

@@ -19,7 +19,7 @@ import mixtral_triton
 from mixtral_triton import Mixtral, verification, verify, weights
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import Layer, State
-from mixtral_triton.verification.shell import CHUNKS, TOKENS, WHOLE
+from mixtral_triton.verification.shell import CHUNKS, TOKENS, UNCACHED
 from tests import models
 
 SMALL = Path(mixtral_triton.__file__).parent / "small"
@@ -70,8 +70,8 @@ IN_A_LAYER = {
     ),
 }
 IN_ALL_LAYERS = {
-    "window + 1": ("__init__", "model.config.sliding_window", "model.config.sliding_window + 1", WHOLE),
-    "window - 1": ("__init__", "model.config.sliding_window", "model.config.sliding_window - 1", WHOLE),
+    "window + 1": ("__init__", "model.config.sliding_window", "model.config.sliding_window + 1", UNCACHED),
+    "window - 1": ("__init__", "model.config.sliding_window", "model.config.sliding_window - 1", UNCACHED),
     "position + 1 in decode": ("attend", "self.cos, self.sin, *", "self.cos[1:], self.sin[1:], *", TOKENS),
     "the ring off by one slot": ("attend", "(k, v, *ring, self.past", "(k, v, *ring, self.past + 1", CHUNKS),
 }  # fmt: skip
@@ -84,7 +84,7 @@ def test_a_fault_in_the_wiring_of_one_layer(fault: str, dtype: torch.dtype) -> N
     made = made_of(dtype)
     in_one_layer(made, *IN_A_LAYER[fault])
     first = verify(made, IDS).wrong[0]
-    assert (first.layer, first.op, first.case) == (LAYER, "layer", WHOLE)
+    assert (first.layer, first.op, first.case) == (LAYER, "layer", UNCACHED)
 
 
 @once

@@ -15,17 +15,17 @@ from mixtral_triton.bench.cases import Case, cases
 from mixtral_triton.bench.measure import Outcome, Row, untimed_row
 from mixtral_triton.bench.report import op_table
 from mixtral_triton.kernels.instruments.predict import Prediction, predicted
-from mixtral_triton.kernels.instruments.roofline import CARDS, Card, floor
+from mixtral_triton.kernels.instruments.roofline import GPU, GPUS, floor
 from mixtral_triton.kernels.instruments.traffic import count_traffic
 from mixtral_triton.kernels.instruments.work import WORK, row_tiles, work
-from mixtral_triton.kernels.launch import INTERPRETED, choosing
+from mixtral_triton.kernels.launch import INTERPRETED, override_configs
 from mixtral_triton.kernels.op import Launch, LaunchConfig, Shape, Sizes
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 
-H100, BF16 = CARDS["h100"], torch.bfloat16
+H100, BF16 = GPUS["h100"], torch.bfloat16
 LAYER = Shape(H=4096, I=14336, E=8, K=2)
-PREDICTABLE = [name for name, card in CARDS.items() if card.chip is not None]
+PREDICTABLE = [name for name, gpu in GPUS.items() if gpu.chip is not None]
 once = pytest.mark.skipif(INTERPRETED, reason="runs no kernel: once, without TRITON_INTERPRET")
 
 # BLOCK_M, rows of a weight a program takes, BLOCK_K, warps, stages.
@@ -49,13 +49,13 @@ def recorded(name: str, sizes: Sizes, arch: str = "sm_90", **configs: LaunchConf
     args = OPS[name].inputs(sizes, BF16, torch.device("meta"))
     if sizes.get("T") is not None and isinstance(sizes, Shape) and sizes.switches.deterministic:
         args["deterministic"] = True
-    with choosing(configs), record_launches(arch) as launches:
+    with override_configs(configs), record_launches(arch) as launches:
         OPS[name].run(**args)
     return launches
 
 
-def foreseen(name: str, sizes: Sizes, card: Card = H100, **configs: LaunchConfig) -> Prediction:
-    return predicted(recorded(name, sizes, card.arch, **configs), card, OPS[name].cost(sizes, BF16))
+def foreseen(name: str, sizes: Sizes, gpu: GPU = H100, **configs: LaunchConfig) -> Prediction:
+    return predicted(recorded(name, sizes, gpu.arch, **configs), gpu, OPS[name].cost(sizes, BF16))
 
 
 def microseconds(name: str, sizes: Sizes, **configs: LaunchConfig) -> float:
@@ -130,9 +130,9 @@ def test_more_padding_or_a_smaller_tile_takes_longer(
 
 
 @once
-@pytest.mark.parametrize("form", ["int4:128", None])
-def test_padding_of_few_rows_is_multiplied_and_not_loaded(form: str | None) -> None:
-    one, many = (work(recorded("linear", Shape(T=T, H=512, N=64, weight=form))[0]) for T in (1, 4))
+@pytest.mark.parametrize("format", ["int4:128", None])
+def test_padding_of_few_rows_is_multiplied_and_not_loaded(format: str | None) -> None:
+    one, many = (work(recorded("linear", Shape(T=T, H=512, N=64, weight=format))[0]) for T in (1, 4))
     assert many.loaded - one.loaded == 3 * 512 * 2 and many.flops == one.flops
 
 
@@ -144,7 +144,7 @@ def test_one_more_launch_takes_longer() -> None:
 
 
 @once
-def test_one_program_more_than_the_card_has_room_for_takes_another_turn() -> None:
+def test_one_program_more_than_the_gpu_has_room_for_takes_another_turn() -> None:
     full, more = (Shape(T=64 * m, H=4096, N=64 * n, deterministic=True) for m, n in ((12, 11), (7, 19)))
     assert [launch.grid for sizes in (full, more) for launch in recorded("linear", sizes)] == [(132,), (133,)]
     one, two = (foreseen("linear", sizes).parts[0] for sizes in (full, more))
@@ -155,12 +155,12 @@ def test_one_program_more_than_the_card_has_room_for_takes_another_turn() -> Non
 @pytest.mark.parametrize("name", PREDICTABLE)
 def test_no_prediction_is_below_the_floor(name: str) -> None:
     """Nor is the sum of its parts, with no help from the floor."""
-    card = CARDS[name]
+    gpu = GPUS[name]
     for case in cases(quick=name != "h100"):
-        said, cost = untimed_row(case, card).predicted, case.cost()
-        assert said is not None and card.chip is not None
-        own = sum(part.seconds for part in said.parts) + card.chip.gap * len(said.parts)
-        assert own >= floor(cost, card) and 0 < said.share <= 1, (case.op.name, case.as_dict())
+        said, cost = untimed_row(case, gpu).predicted, case.cost()
+        assert said is not None and gpu.chip is not None
+        own = sum(part.seconds for part in said.parts) + gpu.chip.gap * len(said.parts)
+        assert own >= floor(cost, gpu) and 0 < said.share <= 1, (case.op.name, case.as_dict())
 
 
 @once
@@ -188,10 +188,10 @@ def test_memory_s_bytes_are_what_the_operations_call_compulsory() -> None:
 
 
 @once
-def test_a_faster_card_is_predicted_to_be_faster() -> None:
-    by_card = {name: foreseen("expert_swiglu", LAYER | {"T": 4096}, CARDS[name]).seconds for name in PREDICTABLE}
-    assert by_card["a100"] > by_card["h100"] > by_card["b200"]
-    few = {name: foreseen("expert_swiglu", LAYER | {"T": 8}, CARDS[name]).seconds for name in PREDICTABLE}
+def test_a_faster_gpu_is_predicted_to_be_faster() -> None:
+    by_gpu = {name: foreseen("expert_swiglu", LAYER | {"T": 4096}, GPUS[name]).seconds for name in PREDICTABLE}
+    assert by_gpu["a100"] > by_gpu["h100"] > by_gpu["b200"]
+    few = {name: foreseen("expert_swiglu", LAYER | {"T": 8}, GPUS[name]).seconds for name in PREDICTABLE}
     assert few["a100"] > few["h100"] > few["h200"] > few["b200"]
 
 
@@ -212,11 +212,11 @@ def test_every_launch_of_the_registry_asks_for_something() -> None:
 
 
 @once
-def test_an_unknown_kernel_or_card_is_refused() -> None:
+def test_an_unknown_kernel_or_gpu_is_refused() -> None:
     with pytest.raises(ValueError, match=r"work: kernel is 'new_kernel', needs one with a formula: .*rope_kernel"):
         work(Launch("new_kernel", (1,)))
-    with pytest.raises(ValueError, match=r"predicted: card is A10, needs one whose L2 bandwidth"):
-        foreseen("linear", Shape(T=1, H=64, N=64), CARDS["a10"])
+    with pytest.raises(ValueError, match=r"predicted: GPU is A10, needs one whose L2 bandwidth"):
+        foreseen("linear", Shape(T=1, H=64, N=64), GPUS["a10"])
 
 
 @once
@@ -310,7 +310,7 @@ def test_bench_says_what_is_predicted() -> None:
 
 
 @once
-def test_beside_a_measurement_stands_the_prediction_for_the_card_of_that_name() -> None:
+def test_beside_a_measurement_stands_the_prediction_for_the_gpu_of_that_name() -> None:
     case = Case(OPS["linear"], Shape(T=1, H=4096, N=4096))
     measured = replace(H100, name="NVIDIA H100 80GB HBM3", bandwidth=3e12, source="measured", chip=None)
     row = replace(untimed_row(case, measured), ours=Outcome(15e-6, right=True))
@@ -321,8 +321,8 @@ def test_beside_a_measurement_stands_the_prediction_for_the_card_of_that_name() 
 
 @once
 @pytest.mark.parametrize("name", ["a10", "b300"])
-def test_of_a_card_that_is_not_known_well_enough_nothing_is_predicted(name: str) -> None:
-    row = untimed_row(Case(OPS["route"], Shape(T=1, E=8, K=2)), CARDS[name])
+def test_of_a_gpu_that_is_not_known_well_enough_nothing_is_predicted(name: str) -> None:
+    row = untimed_row(Case(OPS["route"], Shape(T=1, E=8, K=2)), GPUS[name])
     assert row.predicted is None and row.as_dict()["predicted"] is None and "redicted" not in shown([row])
 
 
@@ -332,8 +332,15 @@ def test_a_gpu_day_shows_predicted_beside_measured() -> None:
     rows: list[dict[str, Any]] = [
         replace(untimed_row(case, H100), ours=Outcome(1e-3 * case.sizes["L"], right=True)).as_dict() for case in steps
     ]
-    surroundings = {"card": None, "versions": {}, "commit": None}
-    found = {"before": surroundings, "after": surroundings, "card": None, "parts": {}, "tests": None, "died": []}
+    launch_context_key = {"gpu": None, "versions": {}, "commit": None}
+    found = {
+        "before": launch_context_key,
+        "after": launch_context_key,
+        "gpu": None,
+        "parts": {},
+        "tests": None,
+        "died": [],
+    }
     page = markdown({**found, "applied": None, "rows": rows, "whole_models": whole_models(rows)})
     assert "| sizes | time, us | predicted, us | limit | floor, us |" in page and "is no measurement" in page
     for row in rows:

@@ -9,9 +9,9 @@ import pytest
 from mixtral_triton.bench.cases import cases
 from mixtral_triton.bench.measure import untimed_row
 from mixtral_triton.kernels import linear
-from mixtral_triton.kernels.dispatch import experts_chosen
+from mixtral_triton.kernels.dispatch import expected_distinct_experts
 from mixtral_triton.kernels.instruments.offline import compile_launch
-from mixtral_triton.kernels.instruments.roofline import CARDS
+from mixtral_triton.kernels.instruments.roofline import GPUS
 from mixtral_triton.kernels.instruments.work import work
 from mixtral_triton.kernels.launch import tensors
 from mixtral_triton.kernels.op import Shape
@@ -36,7 +36,7 @@ def test_decode_brings_little_more_than_its_weights_from_l2(
             weight = next((own[key] for key in ("gate", "weight", "gate_up", "down") if key in own), None)
             if weight is None:  # the experts' combine
                 continue
-            share = experts_chosen(T, 2 / 8, 8) / 8 if name == "expert_swiglu" else 1.0
+            share = expected_distinct_experts(T, 2 / 8, 8) / 8 if name == "expert_swiglu" else 1.0
             programs = 1 if "gate" in own else work(launch).programs
             asked = weight.nbytes + own["norm"].nbytes if "norm" in own else weight.nbytes
             assert programs * work(launch).loaded / (asked * share) <= A_WEIGHT_BYTE[T], (launch.kernel, T)
@@ -60,7 +60,7 @@ def test_a_decode_step_is_near_its_floor(L: int) -> None:
         for case in cases(["decode_step"])
         if {**case.sizes, "L": L, "B": 1, "S": 1024, "H": 4096} == {**case.sizes}
     )
-    said = untimed_row(case, CARDS["h200"]).predicted
+    said = untimed_row(case, GPUS["h200"]).predicted
     assert said is not None and said.share >= STEP
 
 
@@ -69,24 +69,26 @@ def test_a_decode_step_is_near_its_floor(L: int) -> None:
 @pytest.mark.parametrize("T", [17, 32, 33, 64])
 def test_linear_is_ours_where_that_is_no_slower(name: str, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a library, as it is predicted."""
-    card = CARDS[name]
+    gpu = GPUS[name]
     for H, N in ((4096, 6144), (4096, 4096), (4096, 32000), (6144, 8192), (6144, 6144), (6144, 32000)):
         sizes = Shape(T=T, H=H, N=N)
-        if not linear.few(sizes, BF16, card.arch):
+        if not linear.use_skinny_kernel(sizes, BF16, gpu.arch):
             continue
         ways = []
         for ours in (True, False):
             with monkeypatch.context() as patch:
                 patch.setattr(linear, "few", lambda *sizes, ours=ours: ours)
-                ways.append(foreseen("linear", sizes, card).seconds)
+                ways.append(foreseen("linear", sizes, gpu).seconds)
         assert ways[0] <= 1.01 * ways[1], sizes
 
 
 @once
-@pytest.mark.parametrize("form", ["int4:128", "int8", "fp8"])
-def test_quantized_linear_of_some_rows_takes_the_better_of_two_ways(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("format", ["int4:128", "int8", "fp8"])
+def test_quantized_linear_of_some_rows_takes_the_better_of_two_ways(
+    format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for T in (17, 64):
-        sizes = Shape(T=T, H=4096, N=6144, weight=form)
+        sizes = Shape(T=T, H=4096, N=6144, weight=format)
         chosen = microseconds("linear", sizes)
         with monkeypatch.context() as patch:
             patch.setattr(linear, "few", lambda *sizes: False)

@@ -10,7 +10,7 @@ import torch
 from mixtral_triton.kernels import reference
 from mixtral_triton.kernels.experts import tiles as own
 from mixtral_triton.kernels.instruments.traffic import count_traffic
-from mixtral_triton.kernels.launch import INTERPRETED, choosing
+from mixtral_triton.kernels.launch import INTERPRETED, override_configs
 from mixtral_triton.kernels.op import LaunchConfig, Shape
 from mixtral_triton.kernels.registry import OPS
 from tests.test_predict import BF16, LARGE, LAYER, Tile, foreseen, microseconds, once, tiles
@@ -69,7 +69,7 @@ def test_every_height_of_a_last_tile(block_m: int) -> None:
     ids = routed(GROUPS)
     sizes = Shape(SIZES, T=len(ids), E=len(GROUPS), K=1)
     args = OPS["expert_swiglu"].inputs(sizes, BF16, "cpu", torch.Generator().manual_seed(1)) | {"ids": ids}
-    with choosing(short_tiles(block_m)):
+    with override_configs(short_tiles(block_m)):
         got = OPS["expert_swiglu"].run(**args)
     wide = {name: x.double() if x.is_floating_point() else x for name, x in args.items()}
     exact, plain = reference.expert_swiglu(**wide), reference.expert_swiglu(**args)
@@ -84,7 +84,7 @@ def test_flops_issued_are_those_of_the_shortest_tiles(block_m: int) -> None:
     ids = routed(GROUPS)
     sizes = Shape(SIZES, T=len(ids), E=len(GROUPS), K=1)
     args = OPS["expert_swiglu"].inputs(sizes, BF16, "cpu", torch.Generator().manual_seed(1)) | {"ids": ids}
-    with choosing(short_tiles(block_m)), count_traffic() as traffic:
+    with override_configs(short_tiles(block_m)), count_traffic() as traffic:
         OPS["expert_swiglu"].run(**args)
     rows = sum(-(-group // 64) * 64 for group in GROUPS)  # for tiles of 128 and 192 alike
     assert traffic.flops == rows * 2 * (64 * 96 + 64 * 64)  # H x 2I, and I in a depth of 64 x H
@@ -92,7 +92,7 @@ def test_flops_issued_are_those_of_the_shortest_tiles(block_m: int) -> None:
 
 @once
 def test_x_is_gathered_where_tma_reads_it() -> None:
-    """Elsewhere a sort without x: by pointers, of quantized weights, on cards without TMA, and in fp32."""
+    """Elsewhere a sort without x: by pointers, of quantized weights, on GPUs without TMA, and in fp32."""
     layer = LAYER | {"T": 512}
     for arch, sizes, dtype, gathered in (
         ("sm_90", layer, BF16, True),

@@ -17,7 +17,7 @@ import pytest
 from mixtral_triton import MixtralConfig
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.fit import KNOWN
-from mixtral_triton.kernels.instruments.roofline import CARDS
+from mixtral_triton.kernels.instruments.roofline import GPUS
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.parallel import Shard, traffic
 from mixtral_triton.scaling import LINKS, step
@@ -60,8 +60,8 @@ def test_torchrun_benches_the_decode_step() -> None:
     run = torchrun("bench", "decode_step", "--tp", "2", "--sizes", sizes, "--json")
     assert run.returncode == 0, run.stderr
     mesh, row = map(json.loads, run.stdout.splitlines())
-    assert (mesh["tp"], mesh["ep"], mesh["card"]) == (2, 1, "H100 SXM") and row["time_us"] is None
-    want = step(KNOWN["mixtral-8x7b"], {}, Shard(tp=2), CARDS["h100"], LINKS["h100"], 1, 1, 1024)
+    assert (mesh["tp"], mesh["ep"], mesh["gpu"]) == (2, 1, "H100 SXM") and row["time_us"] is None
+    want = step(KNOWN["mixtral-8x7b"], {}, Shard(tp=2), GPUS["h100"], LINKS["h100"], 1, 1, 1024)
     assert row["predicted"]["time_us"] == pytest.approx(want.seconds * 1e6)
     run = torchrun("bench", "rope", "--tp", "2")
     assert run.returncode != 0 and "on a mesh it times decode_step, and got rope" in run.stderr
@@ -140,7 +140,7 @@ def test_traffic() -> None:
 
 def test_fit_prints_the_traffic(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "mixtral-8x7b", "--memory", "80", "--gpus", "4", "--context", "4096"]) == 0
-    assert "a card sends 24.6 kB a layer, and 48.0 kB of logits." in capsys.readouterr().out
+    assert "a GPU sends 24.6 kB a layer, and 48.0 kB of logits." in capsys.readouterr().out
     assert main(["fit", "mixtral-8x7b", "--memory", "80", "--gpus", "4", "--context", "4096", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["sends_a_token"] == {"layer": 24576, "head": 48000}

@@ -18,7 +18,7 @@ from mixtral_triton.fit import table_bytes, weight_bytes
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.quantized import unpack
 from mixtral_triton.quantize import QuantizedWeight, quantize, quantizers
-from mixtral_triton.quantize.form import chosen
+from mixtral_triton.quantize.spec import select_specs
 from mixtral_triton.verification import fits_twice
 from mixtral_triton.verification.loaded import check_loaded
 from mixtral_triton.verification.quality import held_out, perplexity
@@ -156,13 +156,15 @@ def test_loading_quantizes_what_was_asked_for_and_each_in_its_place(weights: Any
 @pytest.mark.parametrize("weights", ["int4", {"experts": "int8", "linear": "fp8"}], ids=str)
 def test_it_generates_what_its_dequantized_twin_does(weights: Any) -> None:
     model = load(weights, dtype=torch.float32)
-    twin = Mixtral(model.config, "cpu", torch.float32)
-    for name, parameter in twin.named_parameters():
+    dequantized_copy = Mixtral(model.config, "cpu", torch.float32)
+    for name, parameter in dequantized_copy.named_parameters():
         place = model.places()[name]
         parameter.data.copy_(place.dequantize() if isinstance(place, QuantizedWeight) else place)
     ids = torch.tensor([[0, 72, 105, 110], [0, 5, 6, 7]])
-    assert torch.equal(model(ids), twin(ids)) and torch.equal(reference.forward(model, ids), twin(ids))
-    assert torch.equal(model.generate(ids, max_new_tokens=6), twin.generate(ids, max_new_tokens=6))
+    assert torch.equal(model(ids), dequantized_copy(ids)) and torch.equal(
+        reference.forward(model, ids), dequantized_copy(ids)
+    )
+    assert torch.equal(model.generate(ids, max_new_tokens=6), dequantized_copy.generate(ids, max_new_tokens=6))
 
 
 def fused(folder: Path) -> Path:
@@ -315,10 +317,10 @@ def test_a_peer_of_quantized_weights_is_refused() -> None:
         fits_twice(load("int8"))
 
 
-def test_loading_asks_before_anything_is_allocated(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_asks_before_anything_is_allocated(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = MixtralConfig.from_pretrained(SMALL)
-    forms = chosen("int4", parameter_shapes(config))
-    free = weight_bytes(config, forms) + table_bytes(config)
+    specs = select_specs("int4", parameter_shapes(config))
+    free = weight_bytes(config, specs) + table_bytes(config)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)

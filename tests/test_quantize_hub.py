@@ -78,12 +78,12 @@ def test_in_small_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout
 def test_logits_are_those_of_the_dequantized_twin(tmp_path: Path, layout: str) -> None:
     hub.write(tmp_path, *hub.LAYOUTS[layout])
     model = load(tmp_path, dtype=torch.float32)
-    twin = Mixtral(model.config, "cpu", torch.float32)
-    for name, parameter in twin.named_parameters():
+    dequantized_copy = Mixtral(model.config, "cpu", torch.float32)
+    for name, parameter in dequantized_copy.named_parameters():
         parameter.data.copy_(values(model)[name])
     ids = torch.arange(10).view(2, 5)
-    assert torch.equal(model(ids), twin(ids))
-    assert torch.equal(model.generate(ids, max_new_tokens=4), twin.generate(ids, max_new_tokens=4))
+    assert torch.equal(model(ids), dequantized_copy(ids))
+    assert torch.equal(model.generate(ids, max_new_tokens=4), dequantized_copy.generate(ids, max_new_tokens=4))
 
 
 def test_only_the_experts_or_only_attention(tmp_path: Path) -> None:

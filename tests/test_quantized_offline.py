@@ -56,7 +56,7 @@ def launches(format: Format, T: int, arch: str, dtype: torch.dtype = BF16) -> li
 
 
 def compiled(launch: Launch, arch: str) -> Compiled:
-    """As the card with the least shared memory of those that run it sees it."""
+    """As the GPU with the least shared memory of those that run it sees it."""
     least = min(known.shared_bytes for known in ARCHS.values() if known.family == arch)
     return replace(compile_launch(launch, arch), limit_bytes=least)
 
@@ -135,8 +135,8 @@ def test_instructions_a_byte_are_counted_by_the_thread() -> None:
 
 
 @pytest.mark.parametrize("format", [FORMATS[1], FORMATS[2]], ids=named)
-def test_launches_by_triton_s_own_jit(format: Format, card: Any) -> None:
-    """Binder, specialization and launcher take what describes a quantized weight, on a card that is not there."""
+def test_launches_by_triton_s_own_jit(format: Format, gpu: Any) -> None:
+    """Binder, specialization and launcher take what describes a quantized weight, on a simulated GPU."""
     name, group, zeros = format
     sizes = {"up": (2, 128, 256), "down": (2, 256, 64)}
     weights = []
@@ -146,11 +146,11 @@ def test_launches_by_triton_s_own_jit(format: Format, card: Any) -> None:
         data = torch.zeros(E, N, -(-K // unit) * unit * BITS[name] // 16, dtype=torch.int16)
         zero = torch.full(groups, 136.0, dtype=BF16) if zeros else None
         weights.append(QuantizedWeight(name, data, torch.ones(groups), zero, (E, N, K), K // groups[-1]).to("cuda:0"))
-    card.driver.executes = False
+    gpu.driver.executes = False
     for T in (3, 70):
-        begin = len(card.driver.launches)
+        begin = len(gpu.driver.launches)
         tensors = (torch.ones(T, 256, dtype=BF16), torch.zeros(T, 2, dtype=torch.int32), torch.ones(T, 2))
         x, ids, chosen = (tensor.to("cuda:0") for tensor in tensors)
         expert_swiglu(x, *weights, ids, chosen)
         linear(x, weights[0][1])
-        assert len(card.driver.launches) - begin == (4 if T == 3 else 5)
+        assert len(gpu.driver.launches) - begin == (4 if T == 3 else 5)

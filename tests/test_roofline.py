@@ -1,4 +1,4 @@
-"""Cards, floors and timers: what every figure of the benchmark rests on."""
+"""GPUs, floors and timers: what every figure of the benchmark rests on."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 from mixtral_triton.bench import decode_step
 from mixtral_triton.bench.timing import DeviceTimer, StepTimer
-from mixtral_triton.kernels.instruments.roofline import CARDS, bound, data_sheet, floor, measure_card, table_note
+from mixtral_triton.kernels.instruments.roofline import GPUS, bound, data_sheet, floor, measure_gpu, table_note
 from mixtral_triton.kernels.op import Cost
 from mixtral_triton.kernels.registry import OPS
 
-CPU, H100 = torch.device("cpu"), CARDS["h100"]
+CPU, H100 = torch.device("cpu"), GPUS["h100"]
 
 
 def experts(T: int, **more: float) -> Cost:
@@ -32,13 +32,13 @@ def test_floors_of_the_expert_layer(T: int, microseconds: int) -> None:
     assert bound(experts(T), H100) == ("matmul" if T > 1024 else "memory")
 
 
-@pytest.mark.parametrize(("card", "tokens_per_second"), [("h100", 131), ("h200", 188), ("a100", 80)])
-def test_floor_of_decoding_8x7b(card: str, tokens_per_second: int) -> None:
+@pytest.mark.parametrize(("gpu", "tokens_per_second"), [("h100", 131), ("h200", 188), ("a100", 80)])
+def test_floor_of_decoding_8x7b(gpu: str, tokens_per_second: int) -> None:
     sizes = {**decode_step.STEP.bench_shapes[0], "B": 1, "S": 1, "L": 32}
-    assert 1 / floor(decode_step.cost(sizes, torch.bfloat16), CARDS[card]) == pytest.approx(tokens_per_second, rel=0.01)
+    assert 1 / floor(decode_step.cost(sizes, torch.bfloat16), GPUS[gpu]) == pytest.approx(tokens_per_second, rel=0.01)
 
 
-def test_cards_are_known_by_the_name_the_driver_gives() -> None:
+def test_gpus_are_known_by_the_name_the_driver_gives() -> None:
     names = {
         "NVIDIA H100 80GB HBM3": "h100",
         "NVIDIA H200": "h200",
@@ -47,21 +47,21 @@ def test_cards_are_known_by_the_name_the_driver_gives() -> None:
     }
     names |= {"NVIDIA B300 SXM6 AC": "b300", "NVIDIA A10": "a10", "NVIDIA L40S": "l40s"}
     names |= {"NVIDIA GeForce RTX 5090": "rtx5090"}
-    assert {name: data_sheet(name) for name in names} == {name: CARDS[card] for name, card in names.items()}
+    assert {name: data_sheet(name) for name in names} == {name: GPUS[gpu] for name, gpu in names.items()}
     # The same chip with other memory or clocks.
     assert not any(map(data_sheet, ("NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB", "NVIDIA H200 NVL", "NVIDIA GB200")))
     assert not any(map(data_sheet, ("NVIDIA A10G", "NVIDIA L40", "NVIDIA GeForce RTX 5090 Laptop GPU", "NVIDIA GB300")))
 
 
 def test_an_architecture_without_a_table_is_named() -> None:
-    assert not any(table_note(CARDS[card].arch) for card in ("a100", "h100", "h200", "b200", "mi300x"))
+    assert not any(table_note(GPUS[gpu].arch) for gpu in ("a100", "h100", "h200", "b200", "mi300x"))
     assert "sm_120" in str(table_note("sm_120")) and "sm_80" in str(table_note("sm_120"))
-    assert "those of sm_100" in str(table_note(CARDS["b300"].arch))
+    assert "those of sm_100" in str(table_note(GPUS["b300"].arch))
 
 
-def test_a_card_is_what_its_own_kernels_reach() -> None:
-    card = measure_card("x", "sm_90", CPU, lambda call: call() is None or 2.0, memory=1 << 12, n=16)
-    assert (card.bandwidth, card.matmul, card.source) == (2 * 4096 / 2.0, 2 * 16**3 / 2.0, "measured")
+def test_a_gpu_is_what_its_own_kernels_reach() -> None:
+    gpu = measure_gpu("x", "sm_90", CPU, lambda call: call() is None or 2.0, memory=1 << 12, n=16)
+    assert (gpu.bandwidth, gpu.matmul, gpu.source) == (2 * 4096 / 2.0, 2 * 16**3 / 2.0, "measured")
 
 
 class FakeEvent:

@@ -1,4 +1,4 @@
-"""More cards on paper: what `mixtral_triton.scaling` predicts of a split, and `fit --scaling` prints of it."""
+"""More GPUs on paper: what `mixtral_triton.scaling` predicts of a split, and `fit --scaling` prints of it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 from mixtral_triton import scaling
 from mixtral_triton.cli import main
 from mixtral_triton.fit import KNOWN
-from mixtral_triton.kernels.instruments.roofline import CARDS
+from mixtral_triton.kernels.instruments.roofline import GPUS
 from mixtral_triton.parallel import Shard
 from mixtral_triton.scaling import LINKS, batch_most, busiest, ep_from, splits, step, tp_pays_to
 
-CONFIG, H100, LINK = KNOWN["mixtral-8x7b"], CARDS["h100"], LINKS["h100"]
+CONFIG, H100, LINK = KNOWN["mixtral-8x7b"], GPUS["h100"], LINKS["h100"]
 DOCS = Path(__file__).parents[1] / "docs" / "scaling.md"
 
 
@@ -25,10 +25,10 @@ def decode(tp: int = 1, ep: int = 1, B: int = 1, link: scaling.Link = LINK) -> s
     return step(CONFIG, {}, Shard(tp=tp, ep=ep), H100, link, B, 1, 4096)
 
 
-def test_one_card_sends_nothing_and_is_what_bench_predicts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_gpu_sends_nothing_and_is_what_bench_predicts(capsys: pytest.CaptureFixture[str]) -> None:
     """But for the fused pair of experts and norm, which a mesh has not."""
     sizes = "B=1,S=4096,L=4,H=4096,I=14336,E=8,K=2,Hq=32,Hkv=8,D=128,V=32000"
-    assert main(["bench", "decode_step", "--sizes", sizes, "--card", "h100", "--json"]) == 0
+    assert main(["bench", "decode_step", "--sizes", sizes, "--gpu", "h100", "--json"]) == 0
     row = next(json.loads(line) for line in capsys.readouterr().out.splitlines() if '"kind": "row"' in line)
     found = step(replace(CONFIG, num_hidden_layers=4), {}, Shard(), H100, LINK, 1, 1, 4096)
     assert found.sending == 0 and found.computing * 1e6 == pytest.approx(row["predicted"]["time_us"], rel=0.02)
@@ -42,14 +42,14 @@ def test_a_rank_computes_its_part() -> None:
 
 
 def test_sums_take_their_hops_and_their_bytes() -> None:
-    """NCCL's tree over eight cards: 6.8 us and seven hops of 0.6 there and back; then bytes, by the slower link."""
+    """NCCL's tree over eight GPUs: 6.8 us and seven hops of 0.6 there and back; then bytes, by the slower link."""
     small = decode(tp=8).sending / (2 * 32 + 1)
     assert small == pytest.approx(15.2e-6, rel=0.05)
     assert decode(tp=16).sending / (2 * 32 + 1) == pytest.approx(25.2e-6, rel=0.05)
     chunk = [step(CONFIG, {}, Shard(tp=n), H100, LINK, 1, 2048, 2048).sending for n in (8, 16)]
     moved = 64 * 2 * 7 / 8 * 2048 * 4096 * 2
     assert chunk[0] == pytest.approx(64 * 15.2e-6 + moved / (0.82 * 450e9), rel=0.02)
-    assert chunk[1] > chunk[0] + 64 * 9e-6  # eight network cards a node carry what NVLink does, from farther away
+    assert chunk[1] > chunk[0] + 64 * 9e-6  # eight network GPUs a node carry what NVLink does, from farther away
     slow = replace(LINK, far=LINK.far / 10)
     assert decode(tp=16, link=slow).sending > decode(tp=16).sending
     assert decode(tp=8, link=slow).sending == decode(tp=8).sending
@@ -68,7 +68,7 @@ def test_the_busiest_rank(tokens: int, ep: int, experts: float, routes: float) -
 
 def test_answers() -> None:
     found = list(splits(CONFIG, {}, H100, LINK, 1, 4096))
-    assert [(split.tp, split.ep) for split in found if split.cards == 16] == [(16, 1), (8, 2), (4, 4), (2, 8)]
+    assert [(split.tp, split.ep) for split in found if split.gpus == 16] == [(16, 1), (8, 2), (4, 4), (2, 8)]
     assert 2 <= tp_pays_to(found) < 16 and tp_pays_to(found[:1]) == 1
     start = ep_from(CONFIG, {}, H100, LINK, 4096, 8)
     assert start is not None and start > 1
@@ -76,7 +76,7 @@ def test_answers() -> None:
     assert 100 < most < 300 and batch_most(CONFIG, {}, 8 * 2**30, 4096, 8) == 0
     # A network as slow as this: one node is the best.
     slow = list(splits(CONFIG, {}, H100, replace(LINK, near=1e9), 32, 4096))
-    assert min(slow, key=lambda split: split.prefill.seconds).cards == 1
+    assert min(slow, key=lambda split: split.prefill.seconds).gpus == 1
 
 
 def numbers(line: str) -> list[float]:
@@ -98,11 +98,11 @@ def test_the_documented_figures_are_the_printed_ones(
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--gpu", "a100", "--scaling", "int4", "--context", "2048", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["predicted"] is True and told["format"] == "int4" and told["card"] == "A100 80GB"
+    assert told["predicted"] is True and told["format"] == "int4" and told["gpu"] == "A100 80GB"
     first = told["splits"][0]
-    assert first["cards"] == 1 and first["fits"] and first["decode"]["sending_us"] == 0
+    assert first["gpus"] == 1 and first["fits"] and first["decode"]["sending_us"] == 0
     assert all(split["decode"]["sending_us"] > 0 for split in told["splits"][1:])
-    assert {"tp_pays_to_cards", "ep_from_batch", "most"} <= set(told)
+    assert {"tp_pays_to_gpus", "ep_from_batch", "most"} <= set(told)
 
 
 REFUSED = [

@@ -17,7 +17,7 @@ from mixtral_triton.bench.tune_command import literal, shown
 from mixtral_triton.cli import main
 from mixtral_triton.command.resources import folded, resources_table
 from mixtral_triton.command.tables import PIPED, Column, Table, console
-from mixtral_triton.kernels.instruments.roofline import CARDS
+from mixtral_triton.kernels.instruments.roofline import GPUS
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import LaunchConfig
 from mixtral_triton.kernels.registry import OPS
@@ -64,7 +64,7 @@ def timed(row: Row) -> Row:
 @at_widths
 @pytest.mark.parametrize("name", BENCHED)
 def test_the_table_of_an_operation(name: str, width: int) -> None:
-    rows = [untimed_row(case, CARDS["h100"]) for case in cases([name], quick=True)]
+    rows = [untimed_row(case, GPUS["h100"]) for case in cases([name], quick=True)]
     text = printed(op_table(rows), width)
     assert all(
         holds(text, f"{len(row.launches)}", row.bound, f"{row.bytes / 1e6:.3g}") for row in rows if row.bytes < 1e9

@@ -68,13 +68,11 @@ print(status, INTERPRETED)
 """
 
 
-@pytest.mark.parametrize("cards", [False, True], ids=["no GPU", "a GPU"])
+@pytest.mark.parametrize("gpus", [False, True], ids=["no GPU", "a GPU"])
 @pytest.mark.parametrize("name", ["generate", "trace"])
-def test_interpret_interprets_on_the_cpu_with_a_gpu_or_without(name: str, cards: bool) -> None:
+def test_interpret_interprets_on_the_cpu_with_a_gpu_or_without(name: str, gpus: bool) -> None:
     """The kernels themselves: a launch counted in the process. A GPU that is there is not asked for anything."""
-    fake = (
-        "import torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1\n" if cards else ""
-    )
+    fake = "import torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1\n" if gpus else ""
     more = ("--max-new-tokens", "1") if name == "generate" else ("--layers", "0")
     process = command(name, "--interpret", "--prompt", "A b", *more)
     process["args"][1:3] = ["-c", fake + CHOSEN]

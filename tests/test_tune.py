@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from mixtral_triton.bench.cases import Case, Oracle, cases
-from mixtral_triton.bench.measure import own_way
+from mixtral_triton.bench.measure import our_call
 from mixtral_triton.bench.peers import Unfit, peers_of
-from mixtral_triton.bench.tune import FASTER, choices, compiled_as, neighbours, tune, whole
+from mixtral_triton.bench.tune import FASTER, compiled_as, kernel_configs, neighbours, tune, whole
 from mixtral_triton.bench.tune_command import literal
 from mixtral_triton.cli import main
 from mixtral_triton.kernels import launch
@@ -48,8 +48,8 @@ def test_a_tile_that_holds_a_dimension_stays() -> None:
 def test_the_depth_of_a_quantized_weight_s_tile_stays() -> None:
     case = Case(OPS["linear"], Shape(T=1, H=4096, N=6144, weight="int4:128"), torch.bfloat16)
     tuned = tune(case, "linear_decode_kernel", "sm_90")
-    depths = {one.config.constexprs["BLOCK_K"] for one in tuned.tried}
-    assert len(depths) == 1 and len({one.config.constexprs["BLOCK_N"] for one in tuned.tried}) == 3
+    depths = {one.config.constexprs["BLOCK_K"] for one in tuned.candidates}
+    assert len(depths) == 1 and len({one.config.constexprs["BLOCK_N"] for one in tuned.candidates}) == 3
 
 
 @compiled_way
@@ -57,11 +57,11 @@ def test_a_kernel_is_tuned_where_a_library_is_chosen() -> None:
     case = Case(OPS["linear"], Shape(T=32, H=4096, N=4096), torch.bfloat16)
     with record_launches() as launches:
         case.op.run(**case.inputs(torch.device("meta")))
-    assert [launch.kernel for launch in launches] == ["aten::mm"] and list(choices(case, "sm_90")) == [FEW_ROWS]
+    assert [launch.kernel for launch in launches] == ["aten::mm"] and list(kernel_configs(case, "sm_90")) == [FEW_ROWS]
     tuned = tune(case, FEW_ROWS, "sm_90")
-    assert tuned.library and tuned.library_s is None and len(tuned.tried) > 5 and tuned.tried[0].note is None
+    assert tuned.library and tuned.library_s is None and len(tuned.candidates) > 5 and tuned.candidates[0].note is None
     assert not tune(Case(OPS["linear"], Shape(T=16, H=4096, N=4096), torch.bfloat16), FEW_ROWS, "sm_90").library
-    assert choices(Case(OPS["linear"], Shape(T=65, H=4096, N=4096), torch.bfloat16), "sm_90") == {}
+    assert kernel_configs(Case(OPS["linear"], Shape(T=65, H=4096, N=4096), torch.bfloat16), "sm_90") == {}
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs a kernel: needs TRITON_INTERPRET=1")
@@ -88,12 +88,14 @@ def test_beside_a_library_our_kernel_is_a_peer() -> None:
 def test_rivals_are_tried_too(name: str, sizes: Any, kernel: str, tiles: set[int]) -> None:
     """Tiles with their warps and stages: no one step of a size leads there."""
     case = Case(OPS[name], sizes, torch.bfloat16)
-    rivals = case.op.rivals(sizes, torch.bfloat16, "sm_90")[kernel] if case.op.rivals else ()
-    _, now = choices(case, "sm_90")[kernel]
-    assert now in rivals and {config.constexprs["BLOCK_M"] for config in rivals} == tiles
+    extra_tune_configs = (
+        case.op.extra_tune_configs(sizes, torch.bfloat16, "sm_90")[kernel] if case.op.extra_tune_configs else ()
+    )
+    _, now = kernel_configs(case, "sm_90")[kernel]
+    assert now in extra_tune_configs and {config.constexprs["BLOCK_M"] for config in extra_tune_configs} == tiles
     steps = neighbours(now, whole(case.op, kernel))
-    assert any(config not in steps for config in rivals if config != now)
-    for config in rivals:
+    assert any(config not in steps for config in extra_tune_configs if config != now)
+    for config in extra_tune_configs:
         assert compiled_as(case, kernel, config, "sm_90").note is None
 
 
@@ -118,35 +120,35 @@ def test_every_candidate_gives_the_right_result(name: str) -> None:
     """A tile that had to hold a whole dimension, and is not named as one, shows here."""
     for case in small(name):
         args = case.inputs(CPU)
-        judge, tried = Oracle(case.op, args), False
-        for kernel, (seen, config) in choices(case, target_arch()).items():
+        judge, candidates = Oracle(case.op, args), False
+        for kernel, (seen, config) in kernel_configs(case, target_arch()).items():
             for other in neighbours(config, whole(case.op, kernel, seen)):
                 if other.constexprs != config.constexprs:
-                    tried = True
-                    with launch.choosing({kernel: other}) as made:
-                        assert judge.fault(own_way(case, args)) is None, (kernel, other)
+                    candidates = True
+                    with launch.override_configs({kernel: other}) as made:
+                        assert judge.fault(our_call(case, args)) is None, (kernel, other)
                     assert made[kernel] == other
-        assert tried or name not in TILED
+        assert candidates or name not in TILED
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_a_configuration_gets_into_the_launch(name: str) -> None:
     for case in small(name):
-        found = choices(case, "sm_90")
+        found = kernel_configs(case, "sm_90")
         assert found
         for kernel, (seen, config) in found.items():
             assert (seen.num_warps, seen.num_stages) == (config.num_warps, config.num_stages)
             other = replace(config, num_warps=2 * config.num_warps)
-            changed, _ = choices(case, "sm_90", {kernel: other})[kernel]
+            changed, _ = kernel_configs(case, "sm_90", {kernel: other})[kernel]
             assert changed.num_warps == 2 * config.num_warps
-    assert choices(case, "sm_90")[kernel][1] == config, "the choice is the operation's own again"
+    assert kernel_configs(case, "sm_90")[kernel][1] == config, "the choice is the operation's own again"
 
 
 @compiled_way
 def test_what_is_held_against_a_configuration() -> None:
     case = next(case for case in cases(["expert_swiglu"]) if case.sizes["T"] == 4096)
     kernel = "experts_up_kernel"
-    config = choices(case, "sm_90")[kernel][1]
+    config = kernel_configs(case, "sm_90")[kernel][1]
     spilling = replace(config, num_warps=4)
     large = replace(config, num_stages=8)
     shallow = replace(config, constexprs={**config.constexprs, "BLOCK_K": 8})
@@ -155,7 +157,7 @@ def test_what_is_held_against_a_configuration() -> None:
 
 
 def chosen_now(case: Case) -> Mapping[str, LaunchConfig]:
-    return launch.choices(case.op.configs, case.sizes, case.dtype, CPU)
+    return launch.kernel_configs(case.op.configs, case.sizes, case.dtype, CPU)
 
 
 def scores(case: Case, kernel: str, score: Callable[[LaunchConfig], float]) -> Callable[[Any], float]:
@@ -172,7 +174,7 @@ def scores(case: Case, kernel: str, score: Callable[[LaunchConfig], float]) -> C
 def test_it_climbs_to_the_fastest_and_keeps_the_present_choice_in_a_tie() -> None:
     case = Case(OPS["sort_by_expert"], {"T": 2048, "E": 8, "K": 2}, torch.int32)
     kernel = "sort_by_expert_kernel"
-    now = choices(case, "sm_90")[kernel][1]
+    now = kernel_configs(case, "sm_90")[kernel][1]
 
     def score(config: LaunchConfig) -> float:
         return 1.0 + abs(config.constexprs["BLOCK_N"] - 1024) / 1024 + abs(config.num_warps - 4)
@@ -180,20 +182,22 @@ def test_it_climbs_to_the_fastest_and_keeps_the_present_choice_in_a_tie() -> Non
     tuned = tune(case, kernel, "sm_90", scores(case, kernel, score), CPU)
     assert (now.constexprs["BLOCK_N"], now.num_warps) == (4096, 16), "two steps away in either direction"
     assert (tuned.best.constexprs["BLOCK_N"], tuned.best.num_warps) == (1024, 4)
-    assert tuned.tried[0].config == now and len({str(one.config) for one in tuned.tried}) == len(tuned.tried)
+    assert tuned.candidates[0].config == now and len({str(one.config) for one in tuned.candidates}) == len(
+        tuned.candidates
+    )
     flat = tune(case, kernel, "sm_90", scores(case, kernel, lambda c: 1.0 if c == now else FASTER), CPU)
     assert flat.best == now
 
 
 @compiled_way
-def test_a_card_that_the_compiler_does_not_know_is_tuned_all_the_same() -> None:
+def test_a_gpu_that_the_compiler_does_not_know_is_tuned_all_the_same() -> None:
     case = Case(OPS["route"], {"T": 64, "E": 8, "K": 2}, torch.float32)
 
     def score(config: LaunchConfig) -> float:
         return float(config.num_warps)
 
     tuned = tune(case, "route_kernel", "sm_130", scores(case, "route_kernel", score), CPU)
-    assert tuned.best.num_warps == 1 and all(one.compiled is None and one.note is None for one in tuned.tried)
+    assert tuned.best.num_warps == 1 and all(one.compiled is None and one.note is None for one in tuned.candidates)
     with pytest.raises(ValueError, match="sm_130"):
         tune(case, "route_kernel", "sm_130")
 
@@ -201,7 +205,7 @@ def test_a_card_that_the_compiler_does_not_know_is_tuned_all_the_same() -> None:
 @compiled_way
 def test_a_configuration_with_a_wrong_result_is_never_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(OPS["route"], {"T": 64, "E": 8, "K": 2}, torch.float32)
-    now = choices(case, "sm_90")["route_kernel"][1]
+    now = kernel_configs(case, "sm_90")["route_kernel"][1]
 
     def wrong(case: Case, args: Any) -> Any:
         chosen = chosen_now(case)["route_kernel"]
@@ -209,9 +213,9 @@ def test_a_configuration_with_a_wrong_result_is_never_the_best(monkeypatch: pyte
             case.op.reference if chosen == now else lambda logits, top_k: (logits[:, :2].clone(), logits[:, :2].int())
         )
 
-    monkeypatch.setattr("mixtral_triton.bench.measure.own_way", wrong)
+    monkeypatch.setattr("mixtral_triton.bench.measure.our_call", wrong)
     tuned = tune(case, "route_kernel", "sm_90", scores(case, "route_kernel", lambda c: 2.0 if c == now else 1.0), CPU)
-    assert tuned.best == now and sum("wrong" in str(one.note) for one in tuned.tried) >= 2
+    assert tuned.best == now and sum("wrong" in str(one.note) for one in tuned.candidates) >= 2
 
 
 def test_the_literal_to_paste() -> None:

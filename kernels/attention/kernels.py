@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..dependent import await_earlier
+from ..pdl import pdl_wait
 from ..ring import POSITIONS_MOST, standing
 from ..rope import angles
 
@@ -271,7 +271,7 @@ def attention_decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    await_earlier(PDL)
+    pdl_wait(PDL)
     # All query heads of a group, of all T tokens, are rows of one tile: its keys and values are read once.
     split, hkv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start = _bound(starts_ptr, b) if starts_ptr is not None else 0
@@ -335,7 +335,7 @@ def attention_combine_kernel(
     PDL: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    await_earlier(PDL)
+    pdl_wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     offs_s, offs_d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     lse = tl.load(lse_ptr + row * SPLITS + offs_s)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import INTS, Above, Within, fail
-from ..launch import choices, launch, multiprocessors, target_arch
+from ..launch import launch, multiprocessors, select_configs, target_arch
 from ..op import Cost, Op, Shape, Sizes, dense_rows, sample, switches
 from ..ring import Heads, New, Past, Queries, Slots, cache_inputs, ring_rule, strides
 from ..tma import describe
 from .kernels import attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel
-from .tiles import PACKED_ROWS, configs, rivals
+from .tiles import PACKED_ROWS, configs, extra_tune_configs
 
 
 def groups(op: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
@@ -128,7 +128,7 @@ def _prefill(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     slots = (k, v) if cache is None else cache
     arch = target_arch(q.device)
-    config = choices(configs, sizes, q.dtype, q.device)["attention_prefill_kernel"]
+    config = select_configs(configs, sizes, q.dtype, q.device)["attention_prefill_kernel"]
     block = (1, config.constexprs["BLOCK_N"], 1, config.constexprs["BLOCK_D"])
     k_desc, v_desc = (describe(x, block, arch) for x in (k, v))
     if k_desc is None or v_desc is None:  # both or neither: one loop reads them
@@ -174,7 +174,7 @@ def decode(
     """`newest`: the kernel's arguments about a key that is yet to be rotated and to enter the ring."""
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     B, T, Hq, D = q.shape
-    chosen = choices(configs, sizes, q.dtype, q.device)
+    chosen = select_configs(configs, sizes, q.dtype, q.device)
     config = chosen["attention_decode_kernel"]
     splits = config.constexprs["SPLITS"]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -276,11 +276,11 @@ OP = Op(
     reference=reference.attention,
     inputs=inputs,
     configs=configs,
-    rivals=rivals,
+    extra_tune_configs=extra_tune_configs,
     cost=cost,
-    whole={"attention_decode_kernel": ("BLOCK_M",)},
+    full_dim_tiles={"attention_decode_kernel": ("BLOCK_M",)},
     rule=groups,
-    trim=_to_its_length,
+    truncate_sequence=_to_its_length,
     test_shapes=(
         _shape(1, 40, 40, 4, 4, 64, 0),
         _shape(2, 70, 70, 4, 2, 80, 16, ragged=True),
@@ -320,11 +320,11 @@ CACHED_OP = Op(
     reference=reference.cached_attention,
     inputs=cached_inputs,
     configs=configs,
-    rivals=rivals,
+    extra_tune_configs=extra_tune_configs,
     cost=cost,
-    whole={"attention_decode_kernel": ("BLOCK_M",)},
+    full_dim_tiles={"attention_decode_kernel": ("BLOCK_M",)},
     rule=cached_rule,
-    trim=_to_its_new,
+    truncate_sequence=_to_its_new,
     test_shapes=_CACHED,
     bench_shapes=tuple(
         Shape(B=B, Hq=32, Hkv=8, D=128, C=C, window=window, past=C - 1, T=T, fresh=T > 1)

@@ -107,7 +107,7 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     }
 
 
-def rivals(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, tuple[LaunchConfig, ...]]:
+def extra_tune_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, tuple[LaunchConfig, ...]]:
     """By kernel: a whole tile an SM, and two small ones."""
     if not _may_be_small(sizes, dtype, arch):
         return {}

@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..dependent import await_earlier
 from ..norm import normed_rows
+from ..pdl import pdl_wait
 from ..unpack import fields_of
 from ..weight import add_products, times_row_scales
 
@@ -80,7 +80,7 @@ def experts_up_decode_kernel(
     BY_SLOT: tl.constexpr,
 ):
     # Operands are swapped: weight rows fill the tensor core's M, the few tokens its N.
-    await_earlier(PDL)  # the route says which weights
+    pdl_wait(PDL)  # the route says which weights
     pid_n = tl.program_id(0)
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
     UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT[0])
@@ -126,7 +126,7 @@ def experts_down_decode_kernel(
     BY_SLOT: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    await_earlier(PDL)
+    pdl_wait(PDL)
     pid_n, split = tl.program_id(0), tl.program_id(2)
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
     UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT[0])
@@ -168,7 +168,7 @@ def experts_combine_kernel(
     PDL: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    await_earlier(PDL)
+    pdl_wait(PDL)
     # An ordered fp32 sum over splits, then choices: no atomics, so the same bits every time.
     t = tl.program_id(0).to(tl.int64)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import INTS, SINGLE, Above, Matrix, Within
-from ..dispatch import experts_chosen, gather_by_expert, sample_ids, sort_by_expert
-from ..launch import Configs, choices, launch, target_arch
+from ..dispatch import expected_distinct_experts, gather_by_expert, sample_ids, sort_by_expert
+from ..launch import Configs, launch, select_configs, target_arch
 from ..op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sample, switches
 from ..quantized import FORMS, sample_quantized, weight_bytes
 from ..tma import describe
@@ -33,7 +33,7 @@ from .kernels import (
     experts_up_decode_kernel,
 )
 from .prefill import experts_down_kernel, experts_up_kernel, main_rows
-from .tiles import DECODE_TOKENS, configs, rivals
+from .tiles import DECODE_TOKENS, configs, extra_tune_configs
 
 Tokens = Annotated[Tensor, "T H"]
 GateUp = Annotated[Matrix, "E 2*I H"]
@@ -91,7 +91,7 @@ def _experts(
         gate_up=weights_of[0].name,
         down=weights_of[1].name,
     )
-    chosen = choices(configs, sizes, x.dtype, x.device)
+    chosen = select_configs(configs, sizes, x.dtype, x.device)
     decode = T <= DECODE_TOKENS and not deterministic
     y = (_decode if decode else _prefill)(x, *weights_of, ids, sizes, chosen)
     out = torch.empty((T, H), dtype=x.dtype, device=x.device)
@@ -173,14 +173,14 @@ def _tile(config: LaunchConfig) -> tuple[int, int, int]:
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
     T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
     x = sample(T, H, dtype=dtype, device=device, generator=generator)
-    forms = switches(sizes)
+    formats = switches(sizes)
 
-    def weight(form: str | None, *shape: int) -> Any:
-        if form is not None:
-            return sample_quantized(form, *shape, device=device, generator=generator)
+    def weight(format: str | None, *shape: int) -> Any:
+        if format is not None:
+            return sample_quantized(format, *shape, device=device, generator=generator)
         return sample(*shape, dtype=dtype, device=device, generator=generator, scale=shape[-1] ** -0.5)
 
-    gate_up, down = weight(forms.gate_up, E, 2 * I, H), weight(forms.down, E, H, I)
+    gate_up, down = weight(formats.gate_up, E, 2 * I, H), weight(formats.down, E, H, I)
     weights = sample(T, K, dtype=torch.float32, device=device, generator=generator).softmax(-1)
     ids = sample_ids(sizes, device, generator)
     return {"x": x, "gate_up_proj": gate_up, "down_proj": down, "ids": ids, "weights": weights}
@@ -193,7 +193,7 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     `sizes["chosen"]`: how many experts some token chose; without it, the number expected of uniform routing.
     """
     T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
-    chosen = sizes.get("chosen", experts_chosen(T, K / E, E))
+    chosen = sizes.get("chosen", expected_distinct_experts(T, K / E, E))
     gate_up = weight_bytes(switches(sizes).gate_up, 2 * I, H, dtype.itemsize)
     weights = chosen * (gate_up + weight_bytes(switches(sizes).down, H, I, dtype.itemsize))
     elements = 2 * T * H + 2 * T * K * (H + I)
@@ -215,12 +215,12 @@ def cost_norm(sizes: Sizes, dtype: torch.dtype) -> Cost:
 _WHOLE = {"experts_up_decode_kernel": ("BLOCK_T",), "experts_down_decode_kernel": ("BLOCK_T",)}
 
 OP = Op(
-    whole=_WHOLE,
+    full_dim_tiles=_WHOLE,
     run=expert_swiglu,
     reference=reference.expert_swiglu,
     inputs=inputs,
     configs=configs,
-    rivals=rivals,
+    extra_tune_configs=extra_tune_configs,
     cost=cost,
     test_shapes=(
         *(
@@ -243,13 +243,13 @@ OP = Op(
             for H, I in ((4096, 14336), (6144, 16384))
             for T in (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096, 8192)
         ),
-        *(Shape(T=T, H=4096, I=14336, E=8, K=2, gate_up=form, down=form) for form in FORMS for T in (1, 4096)),
+        *(Shape(T=T, H=4096, I=14336, E=8, K=2, gate_up=format, down=format) for format in FORMS for T in (1, 4096)),
     ),
 )
 
 NORM_OP = replace(
     OP,
-    whole={**_WHOLE, "experts_combine_kernel": ("BLOCK_H",)},
+    full_dim_tiles={**_WHOLE, "experts_combine_kernel": ("BLOCK_H",)},
     run=experts_add_rms_norm,
     reference=reference.experts_add_rms_norm,
     inputs=inputs_norm,

@@ -12,7 +12,7 @@ import torch
 from ..arch import amd, family, tma
 from ..dispatch import gather_configs
 from ..op import LaunchConfig, Sizes, power_of_2, switches
-from ..quantized_tiles import few_rows, many_rows
+from ..quantized_tiles import skinny_config, wide_config
 
 # Up to here the sort-free kernels: the layer is bound by the bytes of the weights, whatever the tiles.
 DECODE_TOKENS = 64
@@ -31,7 +31,7 @@ _SINGLE = (32, 0, 16, 32, 32, 4, 2)  # fp32, without tensor cores at this precis
 
 
 def _table(sizes: Sizes, arch: str) -> dict[int, tuple[int, int, int, int, int, int, int]]:
-    # By pointers the larger tiles of later cards spill.
+    # By pointers the larger tiles of later GPUs spill.
     return _PREFILL["sm_80" if switches(sizes).by_pointers and not amd(arch) else family(arch)]
 
 
@@ -54,7 +54,7 @@ def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str, at: int | None = None)
 
     def config(columns: int, block_n: int, depth: int, weights: str | None, halves: int) -> LaunchConfig:
         if weights:
-            own = many_rows(weights, columns, depth, rows_at_all, dtype, arch, halves)
+            own = wide_config(weights, columns, depth, rows_at_all, dtype, arch, halves)
             return replace(own, constexprs={**own.constexprs, "SHORT_M": 0})
         tiles = {
             "BLOCK_M": block_m,
@@ -89,7 +89,7 @@ def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     def config(own: dict[str, int], columns: int, depth: int, weights: str | None, halves: int) -> LaunchConfig:
         if not weights:
             return LaunchConfig(tiles | own, num_warps=4, num_stages=stages)
-        chosen = few_rows(weights, columns, depth, block_t, dtype, arch, halves)
+        chosen = skinny_config(weights, columns, depth, block_t, dtype, arch, halves)
         return replace(chosen, constexprs=tiles | own | chosen.constexprs)
 
     return {
@@ -110,10 +110,10 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     return kernels | _decode(sizes, dtype, arch)
 
 
-def rivals(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, tuple[LaunchConfig, ...]]:
+def extra_tune_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, tuple[LaunchConfig, ...]]:
     """By kernel, the tiles of other numbers of rows."""
-    forms = switches(sizes).gate_up or switches(sizes).down
-    if sizes["T"] <= DECODE_TOKENS or switches(sizes).deterministic or forms or dtype == torch.float32:
+    formats = switches(sizes).gate_up or switches(sizes).down
+    if sizes["T"] <= DECODE_TOKENS or switches(sizes).deterministic or formats or dtype == torch.float32:
         return {}
     others = [_prefill(sizes, dtype, arch, line) for line in _table(sizes, arch)]
     return {kernel: tuple(other[kernel] for other in others) for kernel in ("experts_up_kernel", "experts_down_kernel")}

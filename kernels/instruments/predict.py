@@ -1,4 +1,4 @@
-"""How long a call takes on a card that is not at hand: a prediction from its recorded launches, not a measurement.
+"""How long a call takes on a GPU that is not at hand: a prediction from its recorded launches, not a measurement.
 
 A launch takes as long as the slowest of three: its bytes across device memory; the bytes of its tiles from L2 to the
 SMs; its products. The last two go by whole waves of programs. Between launches lies a gap, a shorter one where the
@@ -15,11 +15,11 @@ from typing import Any
 
 from ..arch import multiprocessors
 from ..op import Cost, Launch
-from .roofline import Card, Chip, floor
+from .roofline import GPU, Chip, floor
 from .work import Work, work
 
 MEMORY_REACHED = 0.92  # of a data sheet's bandwidth, by long copies: an estimate from published ones on an H100
-MATMUL_REACHED = 0.75  # of a data sheet's tensor-core peak, by libraries at the clocks of a busy card: an estimate
+MATMUL_REACHED = 0.75  # of a data sheet's tensor-core peak, by libraries at the clocks of a busy GPU: an estimate
 WARPS, THREADS = 64, 32  # that an SM holds at most, and of each
 REGISTERS, OTHERS = 65536, 64  # that an SM has (AMD: more), and that a thread takes beside its part of the tiles
 
@@ -51,20 +51,20 @@ class Prediction:
         return {"time_us": self.seconds * 1e6, "limit": self.limit, "of_floor": self.share}
 
 
-def predicted(launches: Iterable[Launch], card: Card, cost: Cost) -> Prediction:
+def predicted(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
     """Of a call that launches these, with the compulsory work `cost`; never below its floor.
 
-    ValueError for a card of which no more than its rates are known, and for a kernel without a formula.
+    ValueError for a GPU of which no more than its rates are known, and for a kernel without a formula.
     """
-    if card.chip is None:
-        raise ValueError(f"predicted: card is {card.name}, needs one whose L2 bandwidth and shared memory are known")
-    chip = card.chip
+    if gpu.chip is None:
+        raise ValueError(f"predicted: GPU is {gpu.name}, needs one whose L2 bandwidth and shared memory are known")
+    chip = gpu.chip
     launches = tuple(launches)
-    parts = tuple(_part(launch, card, chip) for launch in launches)
+    parts = tuple(_part(launch, gpu, chip) for launch in launches)
     by_limit = {"launches": sum(_gap(launch, chip) for launch in launches)}
     for part in parts:
         by_limit[part.limit] = by_limit.get(part.limit, 0.0) + part.seconds
-    least = floor(cost, card)
+    least = floor(cost, gpu)
     return Prediction(max(sum(by_limit.values()), least), max(by_limit, key=lambda name: by_limit[name]), parts, least)
 
 
@@ -72,14 +72,14 @@ def _gap(launch: Launch, chip: Chip) -> float:
     return chip.begun if launch.dependent and chip.begun is not None else chip.gap
 
 
-def _part(launch: Launch, card: Card, chip: Chip) -> Part:
-    asked, sms = work(launch), multiprocessors(card.arch)
+def _part(launch: Launch, gpu: GPU, chip: Chip) -> Part:
+    asked, sms = work(launch), multiprocessors(gpu.arch)
     held = _held(asked, launch.num_warps or 4, sms, chip)
     turns = max(math.ceil(asked.programs / (sms * held)) * held, asked.longest)
-    rate = chip.vector if asked.single else card.matmul * MATMUL_REACHED
+    rate = chip.vector if asked.single else gpu.matmul * MATMUL_REACHED
     products, vector = asked.flops / rate, asked.vector / chip.vector
     takes = {
-        "memory": asked.memory / (card.bandwidth * MEMORY_REACHED),
+        "memory": asked.memory / (gpu.bandwidth * MEMORY_REACHED),
         "L2": turns * asked.loaded * sms / chip.l2,
         # One program computes while another multiplies.
         "tensor cores": turns * (max(products, vector) if held > 1 else products + vector) * sms,

@@ -1,4 +1,4 @@
-"""What a card can do, and the floor of an operation on it: no kernel can be faster than its compulsory work."""
+"""What a GPU can do, and the floor of an operation on it: no kernel can be faster than its compulsory work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..op import Cost
 
 @dataclass(frozen=True)
 class Chip:
-    """What a prediction needs of a card besides its rates (predict.py).
+    """What a prediction needs of a GPU besides its rates (predict.py).
 
     l2      bytes/s from L2 to all SMs together, as programs reach it
     shared  bytes of shared memory of an SM (AMD: of a compute unit)
@@ -45,10 +45,10 @@ _GFX942 = Chip(17.2e12, 65536, 163.4e12, 3e-6)
 
 
 @dataclass(frozen=True)
-class Card:
+class GPU:
     """`bandwidth` in bytes/s of device memory, `matmul` in FLOP/s of dense bf16 matrix products.
 
-    device  matches the name that the driver gives to exactly this card; other models of the family have other memory
+    device  matches the name that the driver gives to exactly this GPU; other models of the family have other memory
     source  where the two rates are from: "data sheet", or "measured"
     chip    what a prediction needs, too; None: not known
     """
@@ -62,44 +62,44 @@ class Card:
     chip: Chip | None = None
 
 
-CARDS = {
-    "a100": Card("A100 SXM 80 GB", "sm_80", 2.039e12, 312e12, r"A100-SXM4?-80GB", chip=_SM_80),
-    "h100": Card("H100 SXM", "sm_90", 3.35e12, 989e12, r"H100 80GB HBM3", chip=_SM_90),
-    "h200": Card("H200 SXM", "sm_90", 4.8e12, 989e12, r"H200$", chip=_SM_90),
-    "b200": Card("B200", "sm_100", 8.0e12, 2250e12, r"\bB200$", chip=_SM_100),
-    "b300": Card("B300", "sm_103", 8.0e12, 2250e12, r"\bB300 SXM"),
-    "a10": Card("A10", "sm_86", 0.6e12, 125e12, r"\bA10$"),
-    "l40s": Card("L40S", "sm_89", 0.864e12, 362.05e12, r"\bL40S$"),
-    "rtx5090": Card("RTX 5090", "sm_120", 1.792e12, 209.5e12, r"RTX 5090$"),
-    "mi300x": Card("MI300X", "gfx942", 5.3e12, 1307e12, r"MI300X", chip=_GFX942),
+GPUS = {
+    "a100": GPU("A100 SXM 80 GB", "sm_80", 2.039e12, 312e12, r"A100-SXM4?-80GB", chip=_SM_80),
+    "h100": GPU("H100 SXM", "sm_90", 3.35e12, 989e12, r"H100 80GB HBM3", chip=_SM_90),
+    "h200": GPU("H200 SXM", "sm_90", 4.8e12, 989e12, r"H200$", chip=_SM_90),
+    "b200": GPU("B200", "sm_100", 8.0e12, 2250e12, r"\bB200$", chip=_SM_100),
+    "b300": GPU("B300", "sm_103", 8.0e12, 2250e12, r"\bB300 SXM"),
+    "a10": GPU("A10", "sm_86", 0.6e12, 125e12, r"\bA10$"),
+    "l40s": GPU("L40S", "sm_89", 0.864e12, 362.05e12, r"\bL40S$"),
+    "rtx5090": GPU("RTX 5090", "sm_120", 1.792e12, 209.5e12, r"RTX 5090$"),
+    "mi300x": GPU("MI300X", "gfx942", 5.3e12, 1307e12, r"MI300X", chip=_GFX942),
 }
 
 
-def data_sheet(device_name: str) -> Card | None:
-    """The tabled card that calls itself `device_name`, if there is one."""
-    return next((card for card in CARDS.values() if re.search(card.device, device_name)), None)
+def data_sheet(device_name: str) -> GPU | None:
+    """The tabled GPU that calls itself `device_name`, if there is one."""
+    return next((gpu for gpu in GPUS.values() if re.search(gpu.device, device_name)), None)
 
 
-def floor(cost: Cost, card: Card) -> float:
-    """Seconds below which no kernel can be on `card`: its bytes at full bandwidth, or its FLOPs at the matmul rate."""
-    return max(cost.bytes / card.bandwidth, cost.flops / card.matmul)
+def floor(cost: Cost, gpu: GPU) -> float:
+    """Seconds below which no kernel can be on `GPU`: its bytes at full bandwidth, or its FLOPs at the matmul rate."""
+    return max(cost.bytes / gpu.bandwidth, cost.flops / gpu.matmul)
 
 
-def bound(cost: Cost, card: Card) -> str:
+def bound(cost: Cost, gpu: GPU) -> str:
     """What sets the floor: "memory" or "matmul"."""
-    return "matmul" if cost.flops / card.matmul > cost.bytes / card.bandwidth else "memory"
+    return "matmul" if cost.flops / gpu.matmul > cost.bytes / gpu.bandwidth else "memory"
 
 
 Timer = Callable[[Callable[[], Any]], float]
 
 
-def measure_card(name: str, arch: str, device: Any, timer: Timer, memory: int = 1 << 30, n: int = 8192) -> Card:
-    """The rates of the card at hand, by torch's own kernels: the better of a copy and a read of `memory` bytes, and a
+def measure_gpu(name: str, arch: str, device: Any, timer: Timer, memory: int = 1 << 30, n: int = 8192) -> GPU:
+    """The rates of the current GPU, by torch's own kernels: the better of a copy and a read of `memory` bytes, and a
     bf16 matrix product of n x n."""
     bandwidth = _bandwidth(device, timer, memory)
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
-    return Card(name, arch, bandwidth, 2 * n**3 / timer(lambda: torch.mm(a, b, out=out)), source="measured")
+    return GPU(name, arch, bandwidth, 2 * n**3 / timer(lambda: torch.mm(a, b, out=out)), source="measured")
 
 
 def _bandwidth(device: Any, timer: Timer, memory: int) -> float:

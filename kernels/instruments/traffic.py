@@ -105,7 +105,7 @@ def _interpret(counted: Kernel, kernel: Any, args: dict[str, Any]) -> None:
             buffer = tensor.as_strided((last + 1 if tensor.numel() else 0,), (1,)).clone()
             counted.arguments[short] = Argument(buffer, np.full(len(buffer), -1, np.int32))
         copy = counted.arguments[short].buffer.as_strided(tensor.shape, tensor.stride())
-        own[name] = door.instead(args[name], copy)
+        own[name] = door.replace_base(args[name], copy)
     with interpreting() as builder, _counting(builder, counted):
         kernel[counted.grid](**own)
     for name, tensor in tensors.items():

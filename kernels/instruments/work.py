@@ -1,4 +1,4 @@
-"""What one launch asks of a card, by its tiles: bytes and FLOP with their padding, of every kernel of the registry.
+"""What one launch asks of a GPU, by its tiles: bytes and FLOP with their padding, of every kernel of the registry.
 
 T tokens, K experts a token, N = T * K slots, E experts, H hidden, I intermediate; attention's letters as there
 
@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..dispatch import experts_chosen
+from ..dispatch import expected_distinct_experts
 from ..experts.prefill import main_rows
 from ..launch import tensors
 from ..op import Launch
@@ -226,7 +226,7 @@ def _experts(launch: Launch, x: str, weight: str, choices: int, share: float, ha
     heights = (c["SHORT_M"], main_rows(rows, c["SHORT_M"])) if c["SHORT_M"] else ()
     tiles, issued = row_tiles(choices, share, experts, rows, heights)
     whole, mean = (_many(high, own[x], halves * c["BLOCK_N"], own[weight], c[depth]) for high in (rows, issued / tiles))
-    memory = _expert_bytes(launch, weight, experts_chosen(choices, share, experts))
+    memory = _expert_bytes(launch, weight, expected_distinct_experts(choices, share, experts))
     programs = tiles * math.ceil(width / c["BLOCK_N"])
     held = whole.work(launch, memory, programs, c["BLOCK_K"]).shared
     found = mean.work(launch, memory, programs, c["BLOCK_K"])
@@ -248,7 +248,7 @@ def _experts_down(launch: Launch) -> Work:
 def _experts_decode(launch: Launch, x: str, weight: str, halves: int, depth: str, splits: int) -> Work:
     own, c = _operands(launch), launch.constexprs
     T, K = own["ids"].shape
-    chosen = experts_chosen(T, K / launch.args["E"], launch.args["E"])
+    chosen = expected_distinct_experts(T, K / launch.args["E"], launch.args["E"])
     tile = _few(launch, T * K / chosen, x, weight, halves * c["BLOCK_N"], c[depth], splits)
     programs = (launch.grid or (0,))[0] * chosen * splits
     return tile.work(launch, _expert_bytes(launch, weight, chosen), programs, c["BLOCK_K"])
@@ -309,7 +309,7 @@ def _attention_decode(launch: Launch) -> Work:
 
 
 def _library_product(launch: Launch) -> Work:
-    """torch.mm: its depth is split wherever there are too few tiles for the card."""
+    """torch.mm: its depth is split wherever there are too few tiles for the GPU."""
     x, weight = launch.args["in_0"], launch.args["in_1"]
     (T, depth), N, size = x.shape, weight.shape[1], x.element_size()
     rows, columns, step = min(LIBRARY[0], max(16, T)), LIBRARY[1], LIBRARY[2]

@@ -15,7 +15,7 @@ from ..kernels.checks import dtype_name
 from ..kernels.op import Cost, Op, Shape, Sizes
 from ..kernels.quantized import BITS
 from ..kernels.registry import OPS
-from ..verification.yardstick import Yardstick
+from ..verification.yardstick import Tolerance
 from . import decode_step
 from .model import letters, resized
 
@@ -29,7 +29,7 @@ BENCHED: dict[str, Op] = {**OPS, decode_step.STEP.name: decode_step.STEP}
 
 # Peers round in other places than plain torch does: they may err this many times as much as our own limit.
 SLACK = 2.0
-# A long attention is checked in blocks of queries: the scores of all would not fit any card.
+# A long attention is checked in blocks of queries: the scores of all would not fit any GPU.
 CHECKED_WHOLE, BLOCK = 1024, 256
 
 # What a CPU checks in seconds, in fp64 and in the plain way.
@@ -82,7 +82,7 @@ class Case:
         if args is not None and "ids" in args:
             routed["chosen"] = len(args["ids"].unique())
         elif args is not None and self.op is decode_step.STEP:
-            routed["chosen"] = decode_step.experts_chosen(args)
+            routed["chosen"] = decode_step.expected_distinct_experts(args)
         return self.op.cost(Shape(self.sizes) | routed, self.dtype)
 
 
@@ -235,7 +235,7 @@ def _blocks(args: dict[str, Any]) -> Iterator[tuple[int, int]]:
         yield from ((begin, begin + BLOCK) for begin in (0, (T - BLOCK) // 2, T - BLOCK))
 
 
-def _held(function: Any, stick: Yardstick, /, **given: Any) -> Any:
+def _held(function: Any, stick: Tolerance, /, **given: Any) -> Any:
     """A call of `function`, held to what a number does not tell: as many results, of these shapes, and its arguments
     as they were (what it wrote into is put back)."""
     before = {
@@ -275,13 +275,13 @@ class Oracle:
 
     def __init__(self, op: Op, args: dict[str, Any]) -> None:
         self.args = args
-        self.parts: list[tuple[Yardstick, slice | None]] = []
+        self.parts: list[tuple[Tolerance, slice | None]] = []
         for begin, end in _blocks(args) if op.name == "attention" else ():
             # Queries stand at the end of the keys: those of a block see none beyond it.
             cut = {"q": args["q"][:, begin:end], "k": args["k"][:, :end], "v": args["v"][:, :end]}
-            self.parts.append((Yardstick(op.name, {**args, **cut}), slice(begin, end)))
+            self.parts.append((Tolerance(op.name, {**args, **cut}), slice(begin, end)))
         if not self.parts:
-            self.parts.append((Yardstick(op.name, args), None))
+            self.parts.append((Tolerance(op.name, args), None))
 
     def fault(self, function: Any) -> str | None:
         """What is wrong with `function` on these arguments; None if nothing is."""

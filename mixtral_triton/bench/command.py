@@ -23,61 +23,61 @@ from ..command.resources import resources_table
 from ..command.tables import console
 from ..config import MixtralConfig
 from ..kernels.instruments.offline import as_json, compile_shapes
-from ..kernels.instruments.roofline import CARDS, Card, table_note
+from ..kernels.instruments.roofline import GPU, GPUS, table_note
 from ..kernels.launch import INTERPRETED
 from ..kernels.op import Op
 from ..kernels.registry import OPS
 from .cases import Case, cases, few
-from .measure import DEFAULT_CARD, NO_GPU, Bench, CardLost, Row, checked_row
+from .measure import DEFAULT_GPU, NO_GPU, Bench, DeviceLost, Row, checked_row
 from .own_peer import imported
 from .peers import PEERS, Peer
 from .plot import plot
-from .report import card_line, op_table, traffic_table
+from .report import gpu_line, op_table, traffic_table
 
 
 def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
     """-> exit status: 1 where an operation, or a peer that the user gave, is wrong or fails; a case too large for the
-    card is neither, and another peer's trouble is its own.
+    GPU is neither, and another peer's trouble is its own.
 
-    A case that leaves the card in an error ends the process: a new one goes on behind it by --first.
+    A case that leaves the GPU in an error ends the process: a new one goes on behind it by --first.
     """
     if args.first < 0:
         raise ValueError(f"--first is {args.first}, needs the number of a case")
     chosen, own = _chosen(args)[args.first :], _own_peers(args)
-    if args.card is not None and args.card not in CARDS:
-        raise ValueError(f"--card is {args.card!r}, needs one of {', '.join(CARDS)}")
+    if args.gpu is not None and args.gpu not in GPUS:
+        raise ValueError(f"--gpu is {args.gpu!r}, needs one of {', '.join(GPUS)}")
     if unknown := set(args.without) - {peer.name for peer in PEERS}:
         raise ValueError(f"--without is {min(unknown)!r}, needs one of {', '.join(sorted({p.name for p in PEERS}))}")
     if args.plot is not None:
         check_plot(args.plot)
     out = console(stderr=args.json)
-    measuring = args.card is None and torch.cuda.is_available()
+    measuring = args.gpu is None and torch.cuda.is_available()
     if measuring:
         bench = Bench.of(torch.device("cuda"))
-        card, sheet = bench.card, bench.sheet
+        gpu, sheet = bench.gpu, bench.sheet
         source = bench.rows(chosen, args.without, partial(_begins, args, chosen), own)
     else:
-        card, sheet = CARDS[args.card or DEFAULT_CARD], None
-        reason = "--card asks for a data sheet" if args.card else NO_GPU
-        source = (checked_row(case, card, own, reason) for case in chosen)
-        told = "Floors" if card.chip is None else "Predicted times and floors"
-        out.print(f"No time was measured: {reason}. {told} are those of the card below.")
-    out.print(card_line(card, sheet))
-    if note := table_note(card.arch):
+        gpu, sheet = GPUS[args.gpu or DEFAULT_GPU], None
+        reason = "--gpu asks for a data sheet" if args.gpu else NO_GPU
+        source = (checked_row(case, gpu, own, reason) for case in chosen)
+        told = "Floors" if gpu.chip is None else "Predicted times and floors"
+        out.print(f"No time was measured: {reason}. {told} are those of the GPU below.")
+    out.print(gpu_line(gpu, sheet))
+    if note := table_note(gpu.arch):
         out.print(note)
     if args.json:
-        print(json.dumps({"kind": "card", **_card(card, sheet)}), flush=True)
+        print(json.dumps({"kind": "gpu", **_gpu(gpu, sheet)}), flush=True)
     try:
         rows = list(_shown(source, chosen, args.json, out, bar))
-    except CardLost as error:
+    except DeviceLost as error:
         print(f"mixtral-triton bench: {error}", file=sys.stderr)
         return 1
     if args.json and measuring:
         print(json.dumps({"kind": "end"}), flush=True)
     if not measuring:
-        _unmeasured(args, chosen, card, out, bar)
+        _unmeasured(args, chosen, gpu, out, bar)
     if args.plot is not None:
-        plot(rows, card, args.plot)
+        plot(rows, gpu, args.plot)
         out.print(f"plot: {args.plot}")
     return 1 if any(_is_wrong(row, own) for row in rows) else 0
 
@@ -99,12 +99,12 @@ def _own_peers(args: argparse.Namespace) -> list[Peer]:
     return [imported(text) for text in dict.fromkeys(args.peer)]
 
 
-def _card(card: Card, sheet: Card | None) -> dict[str, Any]:
-    def rates(of: Card) -> dict[str, Any]:
+def _gpu(gpu: GPU, sheet: GPU | None) -> dict[str, Any]:
+    def rates(of: GPU) -> dict[str, Any]:
         return {"name": of.name, "source": of.source, "bandwidth": of.bandwidth, "matmul": of.matmul}
 
-    versions = {"torch": torch.__version__, "arch": card.arch}
-    return {**rates(card), **versions, "data_sheet": None if sheet is None else rates(sheet)}
+    versions = {"torch": torch.__version__, "arch": gpu.arch}
+    return {**rates(gpu), **versions, "data_sheet": None if sheet is None else rates(sheet)}
 
 
 def _begins(args: argparse.Namespace, chosen: Sequence[Case], number: int) -> None:
@@ -153,14 +153,14 @@ def _interpreting(chosen: Sequence[Case], arch: str) -> Iterator[subprocess.Pope
 
 
 def _unmeasured(
-    args: argparse.Namespace, chosen: Sequence[Case], card: Card, out: Console, bar: Callable[..., Any]
+    args: argparse.Namespace, chosen: Sequence[Case], gpu: GPU, out: Console, bar: Callable[..., Any]
 ) -> None:
     """What is known of the kernels that the chosen cases launch: resources once compiled, and traffic."""
     launching = [case for case in chosen if case.op.name in OPS]
     if not launching:
         return
-    with _interpreting(launching, card.arch) as counting:
-        kernels = [] if INTERPRETED else _compiled(launching, card.arch, bar)
+    with _interpreting(launching, gpu.arch) as counting:
+        kernels = [] if INTERPRETED else _compiled(launching, gpu.arch, bar)
         if INTERPRETED:
             out.print("No compiled resources: this process interprets its kernels (TRITON_INTERPRET is set).")
         told, complaint = counting.communicate()
@@ -170,8 +170,8 @@ def _unmeasured(
             print(json.dumps(line), flush=True)
     else:
         if kernels:
-            out.print(resources_table(card.arch, kernels))
-        out.print(traffic_table(card.arch, traffic))
+            out.print(resources_table(gpu.arch, kernels))
+        out.print(traffic_table(gpu.arch, traffic))
     if counting.returncode:
         raise ValueError(f"the traffic could not be counted: {(complaint.strip().splitlines() or ['no reason'])[-1]}")
 

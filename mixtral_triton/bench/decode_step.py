@@ -186,7 +186,7 @@ def hf_static(op: Op, args: Args) -> Callable[..., Any]:
     return _hf(args, lambda config: StaticCache(config, args["cache"].slots + STEPS_MOST), compile=True)
 
 
-def experts_chosen(args: Args) -> float:
+def expected_distinct_experts(args: Args) -> float:
     """Distinct experts a layer that the next step's tokens choose, on average over the layers."""
     from ..routes import Routes
 

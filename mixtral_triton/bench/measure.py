@@ -13,7 +13,7 @@ import torch
 
 from ..config import MixtralConfig
 from ..kernels.instruments.predict import Prediction, predicted
-from ..kernels.instruments.roofline import CARDS, Card, bound, data_sheet, floor, measure_card
+from ..kernels.instruments.roofline import GPU, GPUS, bound, data_sheet, floor, measure_gpu
 from ..kernels.launch import target_arch
 from ..kernels.op import Cost, Launch, Sizes
 from ..kernels.record import record_launches
@@ -26,11 +26,11 @@ from .timing import Call, DeviceTimer, StepTimer, Timer, host_timer
 
 OUT_OF_MEMORY = "out of memory"
 NOT_CHECKED = "not checked"
-DEFAULT_CARD = "h100"  # of the floors, where there is no GPU
+DEFAULT_GPU = "h100"  # of the floors, where there is no GPU
 NO_GPU = "there is no GPU"
 
 
-class CardLost(RuntimeError):
+class DeviceLost(RuntimeError):
     """The device answers every call with an earlier one's error."""
 
 
@@ -60,9 +60,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """One case on one card. `launches`: names of the device kernels of a call, in order; times only where measured.
+    """One case on one GPU. `launches`: names of the device kernels of a call, in order; times only where measured.
 
-    `predicted`: by the data sheet of a card of which enough is known (predict.py), measured or not.
+    `predicted`: by the data sheet of a GPU of which enough is known (predict.py), measured or not.
     """
 
     case: Case
@@ -102,26 +102,26 @@ class Row:
         }
 
 
-def own_way(case: Case, args: dict[str, Any]) -> Function:
+def our_call(case: Case, args: dict[str, Any]) -> Function:
     """The registered operator, as a user's tensors reach it; the decode step is no operator."""
     if case.op is decode_step.STEP:
         return decode_step.replayed_step(args)
     return reached_by(case.op.name, args)
 
 
-def untimed_row(case: Case, card: Card, args: dict[str, Any] | None = None) -> Row:
+def untimed_row(case: Case, gpu: GPU, args: dict[str, Any] | None = None) -> Row:
     """The row without times: what follows from the sizes (with `args`, from their routing), recorded, nothing run."""
     cost, shapes = case.cost(args), case.inputs(torch.device("meta"))
-    with record_launches(card.arch) as launches, torch.no_grad():
+    with record_launches(gpu.arch) as launches, torch.no_grad():
         case.op.run(**shapes)
     names = tuple(launch.kernel for launch in launches)
-    said = _predicted(launches, card, cost)
-    return Row(case, cost.flops, cost.bytes, floor(cost, card), bound(cost, card), names, predicted=said)
+    said = _predicted(launches, gpu, cost)
+    return Row(case, cost.flops, cost.bytes, floor(cost, gpu), bound(cost, gpu), names, predicted=said)
 
 
-def _predicted(launches: Sequence[Launch], card: Card, cost: Cost) -> Prediction | None:
-    """On the card, or where it was measured on the card of that name; None where too little is known of it."""
-    known = card if card.chip is not None else data_sheet(card.name)
+def _predicted(launches: Sequence[Launch], gpu: GPU, cost: Cost) -> Prediction | None:
+    """On the GPU, or where it was measured on the GPU of that name; None where too little is known of it."""
+    known = gpu if gpu.chip is not None else data_sheet(gpu.name)
     return None if known is None or known.chip is None else predicted(launches, known, cost)
 
 
@@ -153,12 +153,12 @@ def _why(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:160]}"
 
 
-def timed_row(case: Case, card: Card, device: torch.device, timer: Timer, peers: Sequence[Peer]) -> Row:
+def timed_row(case: Case, gpu: GPU, device: torch.device, timer: Timer, peers: Sequence[Peer]) -> Row:
     """The row with the times of `case` and of its peers on `device`."""
     with torch.no_grad():
         args = case.inputs(device)
-        row, judge = untimed_row(case, card, args), oracle(case.op, args)
-        outcome = attempt(lambda: own_way(case, args), args, judge, timer)
+        row, judge = untimed_row(case, gpu, args), oracle(case.op, args)
+        outcome = attempt(lambda: our_call(case, args), args, judge, timer)
         found: dict[str, Outcome] = {}
         for peer in peers:
             found[peer.name] = attempt(partial(peer.build, case.op, args), args, judge, timer)
@@ -166,9 +166,9 @@ def timed_row(case: Case, card: Card, device: torch.device, timer: Timer, peers:
     return replace(row, ours=outcome, peers=found)
 
 
-def checked_row(case: Case, card: Card, peers: Sequence[Peer], untimed: str) -> Row:
+def checked_row(case: Case, gpu: GPU, peers: Sequence[Peer], untimed: str) -> Row:
     """The row without times: `peers`, somebody's own, are checked on the CPU; `untimed` is why no time is taken."""
-    row = untimed_row(case, card)
+    row = untimed_row(case, gpu)
     if not peers:
         return row
     if large := case.too_large_for_a_cpu():
@@ -201,11 +201,11 @@ def compare(
     chosen = cases([op], sizes=sizes, dtype=dtype, model=model)
     if torch.cuda.is_available():
         return list(Bench.of(torch.device("cuda")).rows(chosen, own=own))
-    return [checked_row(case, CARDS[DEFAULT_CARD], own, NO_GPU) for case in chosen]
+    return [checked_row(case, GPUS[DEFAULT_GPU], own, NO_GPU) for case in chosen]
 
 
 def _free(device: torch.device) -> None:
-    """What a peer held is gone before the next one measures: some fill a card."""
+    """What a peer held is gone before the next one measures: some fill a GPU."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -216,20 +216,20 @@ class Bench:
     """The device at hand: its timers, what it was measured to do, and what its data sheet says."""
 
     device: torch.device
-    card: Card
-    sheet: Card | None
+    gpu: GPU
+    sheet: GPU | None
     timer: Timer
     step_timer: Timer
 
     @classmethod
     def of(cls, device: torch.device, **small: int) -> Bench:
-        """`small`: the sizes that `measure_card` runs, where its own are too large."""
+        """`small`: the sizes that `measure_gpu` runs, where its own are too large."""
         if device.type != "cuda":
-            card = measure_card("CPU", target_arch(), device, host_timer, **small)
-            return cls(device, card, None, host_timer, host_timer)
+            gpu = measure_gpu("CPU", target_arch(), device, host_timer, **small)
+            return cls(device, gpu, None, host_timer, host_timer)
         name, timer = torch.cuda.get_device_name(device), DeviceTimer(device)
-        card = measure_card(name, target_arch(device), device, timer, **small)
-        return cls(device, card, data_sheet(name), timer, StepTimer(device))
+        gpu = measure_gpu(name, target_arch(device), device, timer, **small)
+        return cls(device, gpu, data_sheet(name), timer, StepTimer(device))
 
     def rows(
         self,
@@ -238,7 +238,7 @@ class Bench:
         begins: Callable[[int], None] = lambda number: None,
         own: Sequence[Peer] = (),
     ) -> Iterator[Row]:
-        """A row a case, `begins` told before it; `CardLost` after that of a case that leaves the device in an error.
+        """A row a case, `begins` told before it; `DeviceLost` after that of a case that leaves the device in an error.
 
         own  peers beside the installed ones
         """
@@ -248,9 +248,9 @@ class Bench:
             peers += own
             timer = self.step_timer if case.op is decode_step.STEP else self.timer
             try:
-                yield timed_row(case, self.card, self.device, timer, peers)
+                yield timed_row(case, self.gpu, self.device, timer, peers)
             except Exception as error:  # before anything was timed: one case's trouble is not the next one's
-                yield replace(untimed_row(case, self.card), ours=_failed(error))
+                yield replace(untimed_row(case, self.gpu), ours=_failed(error))
             self._check_alive()
             _free(self.device)
 
@@ -260,4 +260,4 @@ class Bench:
             try:
                 torch.cuda.synchronize(self.device)
             except RuntimeError as error:
-                raise CardLost(f"{self.device} is lost to this process: {_why(error)}") from error
+                raise DeviceLost(f"{self.device} is lost to this process: {_why(error)}") from error

@@ -15,12 +15,12 @@ import torch
 from ..command.processes import is_first
 from ..command.tables import Column, Table, console
 from ..config import MixtralConfig
-from ..kernels.instruments.roofline import CARDS, Card, data_sheet
+from ..kernels.instruments.roofline import GPU, GPUS, data_sheet
 from ..parallel import Ranks
 from ..scaling import LINKS, Step, step
 from . import decode_step
 from .cases import Case, cases
-from .measure import DEFAULT_CARD
+from .measure import DEFAULT_GPU
 from .report import PREDICTED, micro, sizes_text
 from .timing import StepTimer
 
@@ -30,7 +30,7 @@ WITHOUT = ("peer", "plot", "model", "quick", "first", "without")  # options that
 
 @dataclass(frozen=True)
 class Row:
-    """A case on the mesh: predicted for a card with known links, measured where there are GPUs."""
+    """A case on the mesh: predicted for a GPU with known links, measured where there are GPUs."""
 
     case: Case
     predicted: Step | None
@@ -55,29 +55,29 @@ def run(args: argparse.Namespace, mesh: Any) -> int:
         raise ValueError(f"bench: on a mesh it times decode_step, and got {' '.join(args.ops)}")
     if given := [name for name in WITHOUT if getattr(args, name)]:
         raise ValueError(f"--{given[0]} is given, and a mesh has no use for it")
-    if args.card is not None and args.card not in LINKS:
-        raise ValueError(f"--card is {args.card!r}, needs one of {', '.join(LINKS)}: of others no links are known")
+    if args.gpu is not None and args.gpu not in LINKS:
+        raise ValueError(f"--gpu is {args.gpu!r}, needs one of {', '.join(LINKS)}: of others no links are known")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     ranks = Ranks(mesh)
-    measuring = mesh.device_type == "cuda" and args.card is None
-    card = _card(args.card, measuring)
+    measuring = mesh.device_type == "cuda" and args.gpu is None
+    gpu = _gpu(args.gpu, measuring)
     rows = []
     for case in cases(["decode_step"], False, args.at, args.sizes, dtype, None):
-        with ranks.agreed():
+        with ranks.raise_on_any_rank():
             config = _config(case, ranks)
-        rows.append(Row(case, predicted(case, config, ranks, card), measured(case, ranks) if measuring else None))
+        rows.append(Row(case, predicted(case, config, ranks, gpu), measured(case, ranks) if measuring else None))
     if is_first():
-        _print(args.json, rows, ranks, card)
+        _print(args.json, rows, ranks, gpu)
     return 0
 
 
-def _card(name: str | None, measuring: bool) -> tuple[str, Card] | None:
-    """The key in LINKS and the rates, of the card asked for, of that at hand, or of the default one."""
+def _gpu(name: str | None, measuring: bool) -> tuple[str, GPU] | None:
+    """The key in LINKS and the rates, of the GPU asked for, of that at hand, or of the default one."""
     if not measuring:
-        name = name or DEFAULT_CARD
-        return name, CARDS[name]
+        name = name or DEFAULT_GPU
+        return name, GPUS[name]
     sheet = data_sheet(torch.cuda.get_device_properties(torch.cuda.current_device()).name)
-    return next(((key, card) for key, card in CARDS.items() if card is sheet and key in LINKS), None)
+    return next(((key, gpu) for key, gpu in GPUS.items() if gpu is sheet and key in LINKS), None)
 
 
 def _config(case: Case, ranks: Ranks) -> MixtralConfig:
@@ -87,10 +87,10 @@ def _config(case: Case, ranks: Ranks) -> MixtralConfig:
     return config
 
 
-def predicted(case: Case, config: MixtralConfig, ranks: Ranks, card: tuple[str, Card] | None) -> Step | None:
-    if card is None:
+def predicted(case: Case, config: MixtralConfig, ranks: Ranks, gpu: tuple[str, GPU] | None) -> Step | None:
+    if gpu is None:
         return None
-    sizes, (name, rates) = case.sizes, card
+    sizes, (name, rates) = case.sizes, gpu
     return step(config, {}, ranks.shard, rates, LINKS[name], sizes["B"], 1, sizes["S"])
 
 
@@ -104,14 +104,14 @@ def measured(case: Case, ranks: Ranks) -> float:
         timer = StepTimer(device)
         timer.row(once, ROUNDS)
         own = statistics.median(timer.row(once, RUNS) for _ in range(ROUNDS))
-    return max(ranks.told(own))
+    return max(ranks.all_gather_object(own))
 
 
-def _print(as_json: bool, rows: Sequence[Row], ranks: Ranks, card: tuple[str, Card] | None) -> None:
+def _print(as_json: bool, rows: Sequence[Row], ranks: Ranks, gpu: tuple[str, GPU] | None) -> None:
     shard = ranks.shard
-    name = "a card without known links" if card is None else card[1].name
+    name = "a GPU without known links" if gpu is None else gpu[1].name
     if as_json:
-        print(json.dumps({"kind": "mesh", "tp": shard.tp, "ep": shard.ep, "card": name}))
+        print(json.dumps({"kind": "mesh", "tp": shard.tp, "ep": shard.ep, "gpu": name}))
         for row in rows:
             print(json.dumps(row.as_dict()))
         return
@@ -125,5 +125,5 @@ def _print(as_json: bool, rows: Sequence[Row], ranks: Ranks, card: tuple[str, Ca
         table.add(sizes_text(row.case.as_dict()), guess, share, micro(row.seconds), rate)
     out = console()
     if all(row.seconds is None for row in rows):
-        out.print("No time was measured: needs a GPU a process, and no --card.")
+        out.print("No time was measured: needs a GPU a process, and no --gpu.")
     out.print(table)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import linear
-from ..kernels.launch import INTERPRETED, choosing, target_arch
+from ..kernels.launch import INTERPRETED, override_configs, target_arch
 from ..kernels.op import Op
 from ..kernels.quantized import QuantizedWeight
 from . import decode_step
@@ -228,13 +228,15 @@ def _few_rows(op: Op, args: Args) -> Function:
     if x.device.type == "cpu" and not INTERPRETED:
         raise Unfit("kernels on a CPU that interprets none")
     sizes, arch = {"T": x.shape[0], "H": x.shape[1], "N": len(weight)}, target_arch(x.device)
-    chosen = args["deterministic"] or isinstance(weight, QuantizedWeight) or linear.few(sizes, x.dtype, arch)
-    if chosen or sizes["T"] > linear.SOME:
+    chosen = (
+        args["deterministic"] or isinstance(weight, QuantizedWeight) or linear.use_skinny_kernel(sizes, x.dtype, arch)
+    )
+    if chosen or sizes["T"] > linear.SKINNY_M_MAX:
         raise Unfit("where it is chosen already, or of too many rows")
     config = op.configs(sizes, x.dtype, arch)["linear_decode_kernel"]
 
     def run(**given: Any) -> Tensor:
-        with choosing({"linear_decode_kernel": config}):
+        with override_configs({"linear_decode_kernel": config}):
             return op.run(**given)
 
     return run

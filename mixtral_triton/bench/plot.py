@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..command.plotting import save
-from ..kernels.instruments.roofline import Card
+from ..kernels.instruments.roofline import GPU
 from .measure import Row
 from .report import sizes_text
 
@@ -115,12 +115,12 @@ def panels(rows: Sequence[Row]) -> Iterator[tuple[str, list[Series], dict[str, i
             yield f"{name}, {sizes_text(constant)}".rstrip(", "), drawn, constant
 
 
-def _roofline(axes: Any, rows: Sequence[Row], card: Card) -> None:
+def _roofline(axes: Any, rows: Sequence[Row], gpu: GPU) -> None:
     """Arithmetic intensity against the FLOP/s that were reached."""
-    knee = card.matmul / card.bandwidth
+    knee = gpu.matmul / gpu.bandwidth
     reach = [row.flops / row.bytes for row in rows] + [knee]
     low, high = min(reach) / 2, max(reach) * 4
-    axes.plot([low, knee, high], [low * card.bandwidth, card.matmul, card.matmul], color="black", label="floor")
+    axes.plot([low, knee, high], [low * gpu.bandwidth, gpu.matmul, gpu.matmul], color="black", label="floor")
     for index, name in enumerate(dict.fromkeys(row.case.op.name for row in rows)):
         own = [row for row in rows if row.case.op.name == name]
         x, y = zip(*((row.flops / row.bytes, row.flops / (row.ours.seconds or 1.0)) for row in own), strict=True)
@@ -128,7 +128,7 @@ def _roofline(axes: Any, rows: Sequence[Row], card: Card) -> None:
     _dressed(axes, "roofline: ours", "FLOP / compulsory byte", "FLOP/s")
 
 
-def figure_of(rows: Sequence[Row], card: Card) -> Any:
+def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
     """A panel an operation, and the roofline before them where there are times; no roofline of floors alone."""
     from matplotlib.figure import Figure
 
@@ -140,15 +140,15 @@ def figure_of(rows: Sequence[Row], card: Card) -> Any:
     figure = Figure(figsize=(4.8 * across, 4.0 * down), layout="constrained")
     places = iter(figure.subplots(down, across, squeeze=False).flat)
     if reached:
-        _roofline(next(places), reached, card)
+        _roofline(next(places), reached, gpu)
     for title, series, constant in drawn:
         _panel(next(places), title, series, constant)
     for unused in places:
         unused.set_axis_off()
     times = "" if _timed(rows) else "; no time was measured, these are floors"
-    figure.suptitle("\n".join(textwrap.wrap(f"{card.name}, {card.source}{times}", 60 * across)), fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(f"{gpu.name}, {gpu.source}{times}", 60 * across)), fontsize=9)
     return figure
 
 
-def plot(rows: Sequence[Row], card: Card, file: Path) -> None:
-    save(figure_of(rows, card), file)
+def plot(rows: Sequence[Row], gpu: GPU, file: Path) -> None:
+    save(figure_of(rows, gpu), file)

@@ -9,18 +9,18 @@ from rich.console import Group
 from rich.text import Text
 
 from ..command.tables import Column, Table
-from ..kernels.instruments.roofline import Card
+from ..kernels.instruments.roofline import GPU
 from .measure import Outcome, Row
 
 PREDICTED = (
-    "Predicted from the launches, the card's data sheet and estimates of it, not measured; "
+    "Predicted from the launches, the GPU's data sheet and estimates of it, not measured; "
     "limit: what takes most of what is predicted."
 )
 
 
-def card_line(card: Card, sheet: Card | None = None) -> str:
-    line = f"{card.name} ({card.arch}), {card.source}: {card.bandwidth / 1e12:.2f} TB/s"
-    line += f", {card.matmul / 1e12:.0f} TFLOP/s of bf16 matrix products"
+def gpu_line(gpu: GPU, sheet: GPU | None = None) -> str:
+    line = f"{gpu.name} ({gpu.arch}), {gpu.source}: {gpu.bandwidth / 1e12:.2f} TB/s"
+    line += f", {gpu.matmul / 1e12:.0f} TFLOP/s of bf16 matrix products"
     if sheet is not None:
         line += f"; data sheet: {sheet.bandwidth / 1e12:.2f} TB/s, {sheet.matmul / 1e12:.0f} TFLOP/s"
     return line

@@ -1,4 +1,4 @@
-"""The tuner: launch configurations around the present choice, pruned by the offline compile, timed on the card at hand.
+"""The tuner: launch configurations around the present choice, pruned by the offline compile, timed on the current GPU.
 
 It climbs: the operation's own rivals first, then the neighbours of the best configuration so far, until none of them is
 faster. A configuration gets
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..kernels.instruments.offline import Compiled, compile_launch
-from ..kernels.launch import choosing
+from ..kernels.launch import override_configs
 from ..kernels.op import Launch, LaunchConfig, Op
 from ..kernels.record import record_launches
 from . import measure as bench
@@ -24,14 +24,14 @@ from .timing import Timer
 # bits, not a choice.
 VARIED = ("BLOCK_", "GROUP_", "SPLITS")
 # Tiles that hold a whole dimension in any kernel; `Op.whole` has those that do in some.
-WHOLE = {"BLOCK_D", "BLOCK_E", "BLOCK_S", "BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF"}
+FULL_DIM_TILES = {"BLOCK_D", "BLOCK_E", "BLOCK_S", "BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF"}
 WARPS, STAGES = (1, 16), (1, 8)
 FASTER = 0.98  # of the time to beat: less would be noise
 ROUNDS = 5
 
 
 @dataclass(frozen=True)
-class Tried:
+class Candidate:
     """A configuration: how it compiled, its time where it was timed, or what is held against it."""
 
     config: LaunchConfig
@@ -52,7 +52,7 @@ class Tuned:
     case: Case
     kernel: str
     arch: str
-    tried: tuple[Tried, ...]
+    candidates: tuple[Candidate, ...]
     best: LaunchConfig
     library: bool = False
     library_s: float | None = None
@@ -61,7 +61,7 @@ class Tuned:
 def whole(op: Op, kernel: str, launch: Launch | None = None) -> set[str]:
     """Tiles that stay; of a launch on a quantized weight its depth, too, which is the layout's own."""
     quantized = launch is not None and launch.constexprs.get("LAYOUT", ("dense",))[0] != "dense"
-    return WHOLE | set(op.whole.get(kernel, ())) | ({"BLOCK_K"} if quantized else set())
+    return FULL_DIM_TILES | set(op.full_dim_tiles.get(kernel, ())) | ({"BLOCK_K"} if quantized else set())
 
 
 def neighbours(config: LaunchConfig, whole: set[str]) -> list[LaunchConfig]:
@@ -80,13 +80,13 @@ def neighbours(config: LaunchConfig, whole: set[str]) -> list[LaunchConfig]:
     ]
 
 
-def choices(
+def kernel_configs(
     case: Case, arch: str, config: dict[str, LaunchConfig] | None = None
 ) -> dict[str, tuple[Launch, LaunchConfig]]:
     """Each kernel of a call whose configuration the operation chooses, or that it offers: its first launch, and the
     choice."""
     found = _chosen(case, arch, config or {})
-    for kernel in set(case.op.offers) - set(found):
+    for kernel in set(case.op.alternative_kernels) - set(found):
         other = case.op.configs(case.sizes, case.dtype, arch)[kernel]
         found |= {name: one for name, one in _chosen(case, arch, {kernel: other}).items() if name == kernel}
     return found
@@ -94,28 +94,28 @@ def choices(
 
 def _chosen(case: Case, arch: str, config: dict[str, LaunchConfig]) -> dict[str, tuple[Launch, LaunchConfig]]:
     shapes = case.inputs(torch.device("meta"))
-    with choosing(config) as made, record_launches(arch) as recorded:
+    with override_configs(config) as made, record_launches(arch) as recorded:
         case.op.run(**shapes)
     return {launch.kernel: (launch, made[launch.kernel]) for launch in reversed(recorded) if launch.kernel in made}
 
 
-def compiled_as(case: Case, kernel: str, config: LaunchConfig, arch: str, here: bool = False) -> Tried:
-    """Compile `kernel` in `config` for `arch`; `here`: its card is at hand, and a launch can tell the rest."""
+def compiled_as(case: Case, kernel: str, config: LaunchConfig, arch: str, here: bool = False) -> Candidate:
+    """Compile `kernel` in `config` for `arch`; `here`: its GPU is at hand, and a launch can tell the rest."""
     try:
-        launch, _ = choices(case, arch, {kernel: config})[kernel]
+        launch, _ = kernel_configs(case, arch, {kernel: config})[kernel]
         compiled = compile_launch(launch, arch, case.op.name)
     except ValueError:  # an architecture that the offline compiler does not know
         if not here:
             raise
-        return Tried(config)
+        return Candidate(config)
     except Exception as error:  # the compiler raises whatever its passes do
         lines = str(error).strip().splitlines() or [""]
-        return Tried(config, note=f"does not compile: {type(error).__name__}: {lines[0][:100]}")
-    return Tried(config, compiled, note=compiled.fault)
+        return Candidate(config, note=f"does not compile: {type(error).__name__}: {lines[0][:100]}")
+    return Candidate(config, compiled, note=compiled.fault)
 
 
-def _code(tried: Tried) -> Any:
-    asm = {} if tried.compiled is None else tried.compiled.asm
+def _code(candidates: Candidate) -> Any:
+    asm = {} if candidates.compiled is None else candidates.compiled.asm
     return asm.get("cubin") or asm.get("hsaco")
 
 
@@ -129,25 +129,25 @@ def tune(
     """Climb from the present choice. Without a timer: the present choice and its neighbours, compiled only."""
     args = case.inputs(device) if timer is not None and device is not None else {}
     judge = Oracle(case.op, args) if args else None
-    found: list[Tried] = []
+    found: list[Candidate] = []
 
     def visit(config: LaunchConfig) -> None:
         one = compiled_as(case, kernel, config, arch, here=judge is not None)
         if one.note is None and _code(one) is not None and _code(one) in map(_code, found):
             one = replace(one, note="the same code as one before")
         if one.note is None and judge is not None and timer is not None:
-            with choosing({kernel: config}), torch.no_grad():
-                outcome = bench.attempt(lambda: bench.own_way(case, args), args, judge, timer)
+            with override_configs({kernel: config}), torch.no_grad():
+                outcome = bench.attempt(lambda: bench.our_call(case, args), args, judge, timer)
             one = replace(one, note=outcome.note, seconds=outcome.seconds)
         found.append(one)
 
-    launch, now = choices(case, arch)[kernel]
+    launch, now = kernel_configs(case, arch)[kernel]
     library, library_s = kernel not in _chosen(case, arch, {}), None
     if library and judge is not None and timer is not None:
-        library_s = bench.attempt(lambda: bench.own_way(case, args), args, judge, timer).seconds
+        library_s = bench.attempt(lambda: bench.our_call(case, args), args, judge, timer).seconds
     visit(now)
     best = found[0]
-    others = {} if case.op.rivals is None else case.op.rivals(case.sizes, case.dtype, arch)
+    others = {} if case.op.extra_tune_configs is None else case.op.extra_tune_configs(case.sizes, case.dtype, arch)
     for _ in range(ROUNDS):
         start = best
         for config in (*others.get(kernel, ()), *neighbours(start.config, whole(case.op, kernel, launch))):

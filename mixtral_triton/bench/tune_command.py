@@ -19,7 +19,7 @@ from ..kernels.registry import OPS
 from .cases import Case, cases
 from .report import micro, sizes_text
 from .timing import DeviceTimer, Timer
-from .tune import VARIED, Tried, Tuned, choices, tune, whole
+from .tune import VARIED, Candidate, Tuned, kernel_configs, tune, whole
 
 
 def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
         out.print(note)
     if timer is None:
         out.print(f"Nothing was timed: {reason}. These are the neighbours of the present choice, compiled for {arch}.")
-    kernels = [(case, kernel) for case in chosen for kernel in choices(case, arch)]
+    kernels = [(case, kernel) for case in chosen for kernel in kernel_configs(case, arch)]
     if not kernels:
         raise ValueError("nothing to tune: at these sizes a library does the work")
     with bar("tuning", len(kernels)) as progress:
@@ -86,8 +86,8 @@ def _code(tuned: Tuned, width: int) -> list[str]:
 
 def _constants(tuned: Tuned) -> tuple[list[str], str]:
     """The constants that vary between configurations, and the others in words."""
-    first = tuned.tried[0].config.constexprs
-    same = [name for name in first if len({one.config.constexprs[name] for one in tuned.tried}) == 1]
+    first = tuned.candidates[0].config.constexprs
+    same = [name for name in first if len({one.config.constexprs[name] for one in tuned.candidates}) == 1]
     words = "".join(f", {name}={first[name]}" for name in same)
     return [name for name in first if name not in same], words
 
@@ -98,7 +98,7 @@ def _table(tuned: Tuned) -> Table:
     columns = [Column(name) for name in ("", *names, "warps", "stages", "time, us", "registers", "shared", "FLOP/i")]
     columns[0] = Column("", right=False)
     table = Table(f"{tuned.kernel}: {_case(tuned)}{same}", [*columns, Column("held against it", level=1, right=False)])
-    for at, one in enumerate(tuned.tried):
+    for at, one in enumerate(tuned.candidates):
         compiled, config = one.compiled, one.config
         measured = ["-", "-", "-"]
         if compiled is not None:
@@ -113,9 +113,9 @@ def _table(tuned: Tuned) -> Table:
 
 def shown(tuned: Tuned, width: int) -> Group:
     """The configurations, then what to paste, in lines of at most `width`."""
-    timed = any(one.seconds is not None for one in tuned.tried)
+    timed = any(one.seconds is not None for one in tuned.candidates)
     word = "nothing timed; the present choice is" if not timed else "the fastest is"
-    if timed and tuned.best == tuned.tried[0].config:
+    if timed and tuned.best == tuned.candidates[0].config:
         word = "nothing is faster than the present choice,"
     if tuned.library:
         took = "" if tuned.library_s is None else f", which takes {micro(tuned.library_s)} us"
@@ -123,7 +123,7 @@ def shown(tuned: Tuned, width: int) -> Group:
     return Group(_table(tuned), Text(word), *(Text(line) for line in _code(tuned, width)), Text())
 
 
-def _tried(one: Tried) -> dict[str, Any]:
+def _tried(one: Candidate) -> dict[str, Any]:
     compiled = one.compiled
     return {
         "constexprs": dict(one.config.constexprs),
@@ -145,5 +145,5 @@ def as_dict(tuned: Tuned) -> dict[str, Any]:
         "kernel": tuned.kernel,
         "literal": literal(tuned.case.op, tuned.kernel, tuned.best),
         "library_us": None if tuned.library_s is None else tuned.library_s * 1e6,
-        "tried": [_tried(one) for one in tuned.tried],
+        "tried": [_tried(one) for one in tuned.candidates],
     }

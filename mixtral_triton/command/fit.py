@@ -1,4 +1,4 @@
-"""The command `fit`: which formats of a model fit a card, how long a text, and what would do otherwise."""
+"""The command `fit`: which formats of a model fit a GPU, how long a text, and what would do otherwise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.text import Text
 
-from ..cards import CARDS, MIB, Card, named
 from ..config import MixtralConfig
 from ..fit import (
     FORMATS,
@@ -22,15 +21,16 @@ from ..fit import (
     MOST_GPUS,
     MOST_LAYERS,
     STORED,
-    Forms,
     Plan,
-    choices,
+    QuantSpecs,
+    format_options,
     parameters,
     plan,
-    smallest_card,
+    smallest_gpu,
     stored_dtype,
     token_flops,
 )
+from ..gpus import GPU, GPUS, MIB, named
 from ..parallel import Traffic, traffic
 from ..quantize import hub
 from ..quantize.schemes import read_scheme
@@ -40,7 +40,7 @@ from .tables import Column, Table, console
 
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FORMAT_NOTE = "fp8, int8, int4: of the experts' weights; linear: of attention and the head, too."
-SEVERAL = "Several cards: weights and cache in even parts, the rest on each, by estimate; see docs/scaling.md."
+SEVERAL = "Several GPUs: weights and cache in even parts, the rest on each, by estimate; see docs/scaling.md."
 COLOURS = {"no": "red", "tight": "yellow", "fits": "green"}
 
 
@@ -50,7 +50,7 @@ class Asked:
 
     name: str
     config: MixtralConfig
-    forms: Mapping[str, Forms]
+    specs: Mapping[str, QuantSpecs]
     stored: str
     batch: int
     context: int
@@ -64,18 +64,18 @@ class Asked:
             raise ValueError(f"{name}: num_hidden_layers is {config.num_hidden_layers}, needs at most {MOST_LAYERS}")
         scheme = None if known else read_scheme(Path(name))
         if scheme is None:
-            forms, stored = choices(config), SHORT[stored_dtype(config)]
+            specs, stored = format_options(config), SHORT[stored_dtype(config)]
         else:  # which of its tensors are quantized, the files alone tell
-            forms, stored = {STORED: hub.plan(read_headers(name), config).forms}, scheme.name
+            specs, stored = {STORED: hub.plan(read_headers(name), config).specs}, scheme.name
         context = config.max_position_embeddings if args.context is None else args.context
-        return cls(name, config, forms, stored, args.batch, context)
+        return cls(name, config, specs, stored, args.batch, context)
 
-    def plans(self, card: Card, gpus: int = 1) -> dict[str, Plan]:
-        sizes = (card.bytes, self.batch, self.context, gpus)
-        return {name: plan(self.config, forms, *sizes) for name, forms in self.forms.items()}
+    def plans(self, gpu: GPU, gpus: int = 1) -> dict[str, Plan]:
+        sizes = (gpu.bytes, self.batch, self.context, gpus)
+        return {name: plan(self.config, specs, *sizes) for name, specs in self.specs.items()}
 
     def sent(self, gpus: int) -> Traffic:
-        """Bytes that each of so many cards sends for a token."""
+        """Bytes that each of so many GPUs sends for a token."""
         return traffic(self.config, gpus, itemsize=stored_dtype(self.config).itemsize)
 
     def label(self, format: str) -> str:
@@ -100,25 +100,25 @@ def run(args: argparse.Namespace) -> int:
     """-> exit status: 1 where no format fits."""
     asked = Asked.of(args)
     _check(args, asked)
-    card = _card(args)
-    if card is None and args.gpus is not None:
+    gpu = _gpu(args)
+    if gpu is None and args.gpus is not None:
         raise ValueError("--gpus is given and there is no GPU here, needs --gpu or --memory, too")
     out = console(stderr=args.json)
-    if args.scaling is not None and card is None:
+    if args.scaling is not None and gpu is None:
         raise ValueError("--scaling is given and there is no GPU here, needs --gpu, too")
-    if card is None:
-        return _all_cards(asked, args.json, out)
+    if gpu is None:
+        return _all_gpus(asked, args.json, out)
     if args.scaling is not None:
-        return scaling.run(asked, args.scaling or STORED, card, args.json, out)
+        return scaling.run(asked, args.scaling or STORED, gpu, args.json, out)
     gpus = args.gpus or 1
-    plans = asked.plans(card, gpus)
+    plans = asked.plans(gpu, gpus)
     if args.json:
-        told = {"name": card.name, "bytes": card.bytes, "gpus": gpus}
+        told = {"name": gpu.name, "bytes": gpu.bytes, "gpus": gpus}
         formats = [_as_dict(name, one) for name, one in plans.items()]
         sent = asdict(asked.sent(gpus))
-        print(json.dumps({**asked.counts(), "card": told, "sends_a_token": sent, "formats": formats}))
+        print(json.dumps({**asked.counts(), "gpu": told, "sends_a_token": sent, "formats": formats}))
     else:
-        _print(out, asked, card, gpus, plans)
+        _print(out, asked, gpu, gpus, plans)
     return 0 if any(one.verdict != "no" for one in plans.values()) else 1
 
 
@@ -134,16 +134,16 @@ def _check(args: argparse.Namespace, asked: Asked) -> None:
         raise ValueError(f"--memory is {args.memory}, needs GiB, at least 1")
 
 
-def _card(args: argparse.Namespace) -> Card | None:
+def _gpu(args: argparse.Namespace) -> GPU | None:
     """The one asked for, else the one at hand, by its driver; None where there is none."""
     if args.memory is not None:
-        return Card(f"{args.memory:g} GiB", int(args.memory * 1024))
+        return GPU(f"{args.memory:g} GiB", int(args.memory * 1024))
     if args.gpu is not None:
         return named(args.gpu)
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
-    return Card(properties.name, properties.total_memory // MIB)
+    return GPU(properties.name, properties.total_memory // MIB)
 
 
 def _as_dict(format: str, one: Plan) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _as_dict(format: str, one: Plan) -> dict[str, Any]:
     return {"format": format, "weights": FORMATS[format], "bytes": need, **answers}
 
 
-def _print(out: Console, asked: Asked, card: Card, gpus: int, plans: dict[str, Plan]) -> None:
+def _print(out: Console, asked: Asked, gpu: GPU, gpus: int, plans: dict[str, Plan]) -> None:
     need = plans[STORED].need
     parts = {"tables": need.tables, "cache": need.cache, "workspace": need.workspace, "logits": need.logits}
     out.print(Text(asked.sentence()))
@@ -162,18 +162,18 @@ def _print(out: Console, asked: Asked, card: Card, gpus: int, plans: dict[str, P
     )
     if gpus > 1:
         sent = asked.sent(gpus)
-        out.print(f"For each token a card sends {decimal(sent.layer)} a layer, and {decimal(sent.head)} of logits.")
-    columns = [Column("format", right=False), *map(Column, ("weights", "in all", "used", "longest", "cards"))]
-    caption = "longest: tokens a sequence, and cards: how many, with 2 % of the memory to spare; tight: less to spare. "
-    title = f"{gpus} x {card.name}: {card.mib:,} MiB"
+        out.print(f"For each token a GPU sends {decimal(sent.layer)} a layer, and {decimal(sent.head)} of logits.")
+    columns = [Column("format", right=False), *map(Column, ("weights", "in all", "used", "longest", "gpus"))]
+    caption = "longest: tokens a sequence, and GPUs: how many, with 2 % of the memory to spare; tight: less to spare. "
+    title = f"{gpus} x {gpu.name}: {gpu.mib:,} MiB"
     table = Table(title, [*columns, Column("", right=False)], f"{caption}{FORMAT_NOTE} {SEVERAL}")
     for name, one in plans.items():
         sizes = (decimal(one.need.weights), decimal(one.need.total), f"{100 * one.need.total / one.memory:.0f} %")
         longest = f"{one.longest:,}" if one.longest else "-"
-        table.add(asked.label(name), *sizes, longest, _cards(one.needs), one.verdict, style=COLOURS[one.verdict])
+        table.add(asked.label(name), *sizes, longest, _gpus(one.needs), one.verdict, style=COLOURS[one.verdict])
     out.print(table)
     fits = any(one.verdict != "no" for one in plans.values())
-    text = _good(asked, plans) if fits else _bad(asked, card, plans)
+    text = _good(asked, plans) if fits else _bad(asked, gpu, plans)
     out.print(Text(text, style="bold green" if fits else "bold red"))
 
 
@@ -182,31 +182,31 @@ def _good(asked: Asked, plans: dict[str, Plan]) -> str:
     return "FITS: " + "; ".join(asked.label(name) + " (tight)" * (word == "tight") for name, word in good.items())
 
 
-def _bad(asked: Asked, card: Card, plans: dict[str, Plan]) -> str:
+def _bad(asked: Asked, gpu: GPU, plans: dict[str, Plan]) -> str:
     """What takes the least, and what would do for it."""
     name, least = min(plans.items(), key=lambda item: item[1].need.total)
-    alone = smallest_card(asked.config, asked.forms[name], asked.batch, asked.context)
-    would = [f"{least.needs} x {card.name}"] if least.needs else []
+    alone = smallest_gpu(asked.config, asked.specs[name], asked.batch, asked.context)
+    would = [f"{least.needs} x {gpu.name}"] if least.needs else []
     would += [f"one {alone.name}"] if alone else []
     would += [f"a text of {least.longest:,} tokens"] if least.longest else []
     total = decimal(least.need.total)
-    what = ", or ".join(would) or "no listed card"
+    what = ", or ".join(would) or "no listed GPU"
     return f"NO FORMAT FITS: {asked.label(name)} takes the least, {total}. What would do: {what}"
 
 
-def _all_cards(asked: Asked, as_json: bool, out: Console) -> int:
-    """How many of each listed card hold each format."""
-    rows = [(card, {name: one.needs for name, one in asked.plans(card).items()}) for card in CARDS]
+def _all_gpus(asked: Asked, as_json: bool, out: Console) -> int:
+    """How many of each listed GPU hold each format."""
+    rows = [(gpu, {name: one.needs for name, one in asked.plans(gpu).items()}) for gpu in GPUS]
     if as_json:
-        cards = [{"name": card.name, "bytes": card.bytes, "gpus_needed": needs} for card, needs in rows]
-        print(json.dumps({**asked.counts(), "cards": cards}))
+        gpus = [{"name": gpu.name, "bytes": gpu.bytes, "gpus_needed": needs} for gpu, needs in rows]
+        print(json.dumps({**asked.counts(), "gpus": gpus}))
         return 0
     out.print(Text(asked.sentence()))
-    columns = [Column("card", right=False), Column("MiB"), *(Column(asked.label(name)) for name in asked.forms)]
+    columns = [Column("gpu", right=False), Column("MiB"), *(Column(asked.label(name)) for name in asked.specs)]
     caption = f"-: more than {MOST_GPUS}. MiB: by its driver, of which 2 % stay free. {FORMAT_NOTE} {SEVERAL}"
-    table = Table("How many cards hold it, by the format of its weights", columns, caption)
-    for card, needs in rows:
-        table.add(card.name, f"{card.mib:,}", *map(_cards, needs.values()))
+    table = Table("How many GPUs hold it, by the format of its weights", columns, caption)
+    for gpu, needs in rows:
+        table.add(gpu.name, f"{gpu.mib:,}", *map(_gpus, needs.values()))
     out.print(table)
     return 0
 
@@ -215,5 +215,5 @@ def _scaled(count: int, billions: str) -> str:
     return f"{count / 1e9:.2f} {billions}" if count >= 1e8 else f"{count / 1e6:.2f} M"
 
 
-def _cards(count: int | None) -> str:
+def _gpus(count: int | None) -> str:
     return "-" if count is None else str(count)

@@ -33,7 +33,7 @@ def apply(
     stay. transformers' `set_attn_implementation` and `set_experts_implementation` select others, and ours by the name
     "mixtral_triton". `output_attentions` has plain torch's weights beside our result, for that call alone.
     For inference: `forward` works with gradients enabled, a backward pass or training mode is a ValueError. So is what
-    cannot be honoured, here (a block of another class, a quantized or sharded weight, a card that is not there) or in
+    cannot be honoured, here (a block of another class, a quantized or sharded weight, a simulated GPU) or in
     the forward (hooks on `act_fn`, continuous batching).
     """
     ours = _import_modules()
@@ -141,16 +141,16 @@ def _check_weights(model: Any) -> None:
 
 
 def _check_devices(model: Any) -> None:
-    """The cards that accelerate's hooks send a split model's inputs to are there."""
-    cards = torch.cuda.device_count()
+    """The GPUs that accelerate's hooks send a split model's inputs to are there."""
+    gpus = torch.cuda.device_count()
     for name, module in model.named_modules():
         hook = module.__dict__.get("_hf_hook")
         for one in getattr(hook, "hooks", (hook,)):
             place = getattr(one, "execution_device", None)
             device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place or "cpu")
-            if device.type == "cuda" and (device.index or 0) >= cards:
+            if device.type == "cuda" and (device.index or 0) >= gpus:
                 raise ValueError(
-                    f"apply: {name or 'the model'} is to run on {device}, and this machine has {cards} CUDA devices; "
+                    f"apply: {name or 'the model'} is to run on {device}, and this machine has {gpus} CUDA devices; "
                     "load the model with a device_map of devices that are here"
                 )
 

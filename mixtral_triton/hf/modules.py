@@ -107,7 +107,7 @@ class Angles(tuple):
     tables: tuple[Tensor, Tensor, Tensor]
 
     def to(self, device: Any, non_blocking: bool = False) -> Angles:
-        """What accelerate calls between cards, and what would lose the tables otherwise."""
+        """What accelerate calls between GPUs, and what would lose the tables otherwise."""
         moved = Angles(part.to(device, non_blocking=non_blocking) for part in self)
         cos, sin, numbers = (table.to(device, non_blocking=non_blocking) for table in self.tables)
         moved.tables = cos, sin, numbers

@@ -20,10 +20,10 @@ from torch import Tensor
 from .. import weights
 from ..config import MixtralConfig
 from ..kernels.quantized import QuantizedWeight
-from ..parallel import WHOLE, Shard
+from ..parallel import UNSHARDED, Shard
 from ..weights import Headers, Stored, Target
-from .form import PARTS, Form, put
 from .layouts import Layout, Part
+from .spec import PARTS, QuantSpec, put
 
 PIECE = 1 << 22  # codes that are unpacked at once
 EIGHT = 8  # rows that are packed together, at most
@@ -66,12 +66,12 @@ class Plan:
 
     layout: Layout
     linears: list[Linear]
-    forms: dict[str, Form]
+    specs: dict[str, QuantSpec]
     dense: dict[str, Target]
     aside: set[str]
 
 
-def plan(headers: Headers, config: MixtralConfig, shard: Shard = WHOLE) -> Plan:
+def plan(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> Plan:
     """Of a quantized folder; ValueError unless names, dtypes and shapes are exactly those of its layout."""
     assert headers.scheme is not None
     scheme, folder = headers.scheme, headers.folder
@@ -96,7 +96,7 @@ def plan(headers: Headers, config: MixtralConfig, shard: Shard = WHOLE) -> Plan:
     got = {name: stored.shape for name, stored in headers.tensors.items() if name not in aside}
     weights.compare(str(folder), f"the config ({scheme.name})", need, got)
     weights.one_dtype(folder, {name: headers.tensors[name] for name in dense})
-    return Plan(scheme.layout, linears, _forms(folder, scheme.layout, linears, dense), dense, aside)
+    return Plan(scheme.layout, linears, _specs(folder, scheme.layout, linears, dense), dense, aside)
 
 
 def _by_linear(headers: Headers) -> dict[str, dict[str, Stored]]:
@@ -129,19 +129,19 @@ def _needed(
     return need
 
 
-def _forms(folder: Path, layout: Layout, linears: list[Linear], dense: Mapping[str, Target]) -> dict[str, Form]:
-    forms: dict[str, Form] = {}
+def _specs(folder: Path, layout: Layout, linears: list[Linear], dense: Mapping[str, Target]) -> dict[str, QuantSpec]:
+    specs: dict[str, QuantSpec] = {}
     plain = {target.parameter: name for name, target in dense.items()}
     for linear in linears:
         name = linear.target.parameter
         if name in plain:
             raise ValueError(f"{folder}: {linear.name} is quantized and {plain[name]} is not, but both are of {name}")
-        form = layout.form(linear.target.shape[-1], weights.DTYPES[linear.parts[layout.scale].dtype])
-        if forms.setdefault(name, form) != form:
+        spec = layout.spec(linear.target.shape[-1], weights.DTYPES[linear.parts[layout.scale].dtype])
+        if specs.setdefault(name, spec) != spec:
             raise ValueError(
-                f"{folder}: {linear.name} has scales in {form.scales}, others of {name} in {forms[name].scales}"
+                f"{folder}: {linear.name} has scales in {spec.scales}, others of {name} in {specs[name].scales}"
             )
-    return forms
+    return specs
 
 
 def load(
@@ -150,7 +150,7 @@ def load(
     config: MixtralConfig,
     places: Mapping[str, Any],
     progress: weights.Progress = None,
-    shard: Shard = WHOLE,
+    shard: Shard = UNSHARDED,
 ) -> None:
     """Fill `places`, the parameters of a model that was made with the forms of the `plan` `found`.
 
@@ -181,7 +181,7 @@ def load(
 
 def read(found: Plan, linear: Linear) -> QuantizedWeight:
     """One linear [N,K] by itself, on the CPU."""
-    weight = found.forms[linear.target.parameter].empty(linear.target.shape, "cpu")
+    weight = found.specs[linear.target.parameter].empty(linear.target.shape, "cpu")
     with _opened([linear]) as opened:
         _fill(weight, found.layout, linear, opened)
     return weight

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.quantized import GROUPS, ZERO_INT4
-from .form import Form
+from .spec import QuantSpec
 
 Shape = tuple[int, ...]
 Read = Callable[..., Tensor]  # read(part, *index): so much of that tensor of the linear
@@ -61,7 +61,7 @@ class Layout:
     def parts(self, N: int, K: int) -> dict[str, Part]:
         raise NotImplementedError
 
-    def form(self, K: int, scales: torch.dtype) -> Form:
+    def spec(self, K: int, scales: torch.dtype) -> QuantSpec:
         raise NotImplementedError
 
     def check(self, read: Read, N: int, K: int, parts: Collection[str]) -> None:
@@ -98,8 +98,8 @@ class EightBits(Layout):
             shapes = ((-(-N // self.block[0]), -(-K // self.block[1])),)
         return {"weight": Part((self.dtype,), ((N, K),)), self.scale: Part(FLOATS, shapes)}
 
-    def form(self, K: int, scales: torch.dtype) -> Form:
-        return Form(self.format, columns(self.block and self.block[1], K), scales)
+    def spec(self, K: int, scales: torch.dtype) -> QuantSpec:
+        return QuantSpec(self.format, columns(self.block and self.block[1], K), scales)
 
     def rows(self, read: Read, N: int, K: int, start: int, stop: int) -> Rows:
         codes = read("weight", slice(start, stop)).view(torch.uint8)
@@ -136,8 +136,8 @@ class Packed(Layout):
             found["weight_zero_point"] = Part(("I32",), ((-(-N // 8), G),))
         return found
 
-    def form(self, K: int, scales: torch.dtype) -> Form:
-        return Form("int4" if self.bits == 4 else "int8", columns(self.group, K), scales, not self.symmetric)
+    def spec(self, K: int, scales: torch.dtype) -> QuantSpec:
+        return QuantSpec("int4" if self.bits == 4 else "int8", columns(self.group, K), scales, not self.symmetric)
 
     def check(self, read: Read, N: int, K: int, parts: Collection[str]) -> None:
         if (shape := read("weight_shape").tolist()) != [N, K]:
@@ -184,8 +184,8 @@ class Columns(Layout):
         }
         return found | ({"g_idx": Part(("I32", "I64"), ((K,),), self.reordered)} if self.kind == "gptq" else {})
 
-    def form(self, K: int, scales: torch.dtype) -> Form:
-        return Form("int4", columns(self.group, K), scales, not self.symmetric)
+    def spec(self, K: int, scales: torch.dtype) -> QuantSpec:
+        return QuantSpec("int4", columns(self.group, K), scales, not self.symmetric)
 
     def check(self, read: Read, N: int, K: int, parts: Collection[str]) -> None:
         if "g_idx" in parts:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.quantized import ZERO_INT4, QuantizedWeight
-from .form import Form, put
+from .spec import QuantSpec, put
 
 LARGEST = {"int4": 7.0, "int8": 127.0, "fp8": 448.0}  # of a format, its scale 1
 # Elements that are worked on at once: in fp32 they stay in a CPU's cache, or keep a GPU busy.
@@ -34,7 +34,7 @@ def quantize(tensor: Tensor, format: str, group: int | None = None) -> Quantized
     if 0 in tensor.shape or not torch.isfinite(tensor).all():
         what = "empty" if 0 in tensor.shape else "not finite everywhere"
         raise ValueError(f"quantize: argument 'tensor' is {what}, needs at least one number, and none NaN or infinite")
-    weight = Form.chosen(format, tensor.shape[-1], group).empty(tuple(tensor.shape), tensor.device)
+    weight = QuantSpec.default_for(format, tensor.shape[-1], group).empty(tuple(tensor.shape), tensor.device)
     fill(weight, tensor)
     return weight
 

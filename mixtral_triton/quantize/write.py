@@ -22,8 +22,8 @@ from ..config import MixtralConfig, parse_json_object
 from ..inputs import usable_device
 from ..kernels.quantized import BITS
 from ..weights import Headers, Stored, Target
-from .form import FORMATS, Form, chosen
 from .quantizers import encode, pieces
+from .spec import FORMATS, QuantSpec, select_specs
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape by name
 
@@ -44,7 +44,7 @@ class Made:
     source: str
     stored: Stored
     tensors: Tensors
-    form: Form | None = None
+    spec: QuantSpec | None = None
     lead: tuple[slice, ...] = ()
     start: int = 0
 
@@ -68,11 +68,11 @@ def write(
     targets = weights.check(headers, config)
     if format not in FORMATS:
         raise ValueError(f"quantize: format is {format!r}, needs one of {', '.join(FORMATS)}")
-    forms = chosen(format, weights.parameter_shapes(config))
+    specs = select_specs(format, weights.parameter_shapes(config))
     if format == "int4":  # the format has one size of groups for all
-        forms = {name: replace(form, group=min(form.group for form in forms.values())) for name, form in forms.items()}
+        specs = {name: replace(spec, group=min(spec.group for spec in specs.values())) for name, spec in specs.items()}
     with torch.no_grad(), torch.device("cpu"), _folder(Path(out)) as (to, made):
-        return _write(headers, config, targets, forms, to, made, place, progress)
+        return _write(headers, config, targets, specs, to, made, place, progress)
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def _write(
     headers: Headers,
     config: MixtralConfig,
     targets: Mapping[str, Target],
-    forms: Mapping[str, Form],
+    specs: Mapping[str, QuantSpec],
     out: Path,
     made: list[Path],
     device: torch.device,
@@ -104,32 +104,32 @@ def _write(
 ) -> int:
     by_file: dict[Path, list[Made]] = {}
     for name, stored in headers.tensors.items():
-        form = forms.get(targets[name].parameter) if name in targets else None
-        by_file.setdefault(stored.file, []).extend(_made(name, stored, form, config))
+        spec = specs.get(targets[name].parameter) if name in targets else None
+        by_file.setdefault(stored.file, []).extend(_made(name, stored, spec, config))
     for source, parts in by_file.items():
         made.append(out / source.name)
         with _named(out / source.name) as file, weights.opened_file(source) as opened:
             _write_file(file, parts, opened, device, progress)
     total = sum(_nbytes(*tensor) for parts in by_file.values() for one in parts for tensor in one.tensors.values())
-    _write_rest(headers.folder, by_file, next(iter(forms.values())), total, out, made)
+    _write_rest(headers.folder, by_file, next(iter(specs.values())), total, out, made)
     return total
 
 
-def _made(name: str, stored: Stored, form: Form | None, config: MixtralConfig) -> Iterator[Made]:
+def _made(name: str, stored: Stored, spec: QuantSpec | None, config: MixtralConfig) -> Iterator[Made]:
     """What becomes of a tensor: itself, or of every linear in it codes, scales and, where packed, the shape."""
-    if form is None:
+    if spec is None:
         kept = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
         yield Made(name, stored, {kept: (stored.dtype, stored.shape)})
         return
     for linear, lead, start, N in _linears(name, stored, config):
         K = stored.shape[-1]
-        scale = NAMES[form.scales], (N, K // form.group)
+        scale = NAMES[spec.scales], (N, K // spec.group)
         tensors: Tensors = {f"{linear}.weight": ("F8_E4M3", (N, K)), f"{linear}.weight_scale": scale}
-        if form.format != "fp8":
-            words = -(-K * BITS[form.format] // 32)
+        if spec.format != "fp8":
+            words = -(-K * BITS[spec.format] // 32)
             tensors = {f"{linear}.weight_packed": ("I32", (N, words)), f"{linear}.weight_scale": scale}
             tensors[f"{linear}.weight_shape"] = ("I64", (2,))
-        yield Made(name, stored, tensors, form, lead, start)
+        yield Made(name, stored, tensors, spec, lead, start)
 
 
 def _linears(name: str, stored: Stored, config: MixtralConfig) -> Iterator[tuple[str, tuple[slice, ...], int, int]]:
@@ -166,10 +166,10 @@ def _write_file(
     file.write(len(header).to_bytes(8, "little") + header)
     for one in parts:
         places = [8 + len(header) + entries[name]["data_offsets"][0] for name in one.tensors]
-        if one.form is None:
+        if one.spec is None:
             _copy(file, one, places[0], opened, progress)
         else:
-            _quantize(file, one, one.form, places, opened, device, progress)
+            _quantize(file, one, one.spec, places, opened, device, progress)
 
 
 def _copy(file: BinaryIO, one: Made, place: int, opened: Any, progress: weights.Progress) -> None:
@@ -184,7 +184,7 @@ def _copy(file: BinaryIO, one: Made, place: int, opened: Any, progress: weights.
 def _quantize(
     file: BinaryIO,
     one: Made,
-    form: Form,
+    spec: QuantSpec,
     places: list[int],
     opened: Any,
     device: torch.device,
@@ -196,8 +196,8 @@ def _quantize(
     for own in pieces(N, K, device):
         rows = slice(one.start + own.start, one.start + own.stop)
         x = _finite(opened.get_slice(one.source)[one.lead + (rows,)], one).view(-1, K)  # noqa: RUF005 (Python 3.10)
-        codes, scales = (part.cpu() for part in encode(x.to(device), form.format, form.group))
-        for at, part in ((codes_at, _words(codes, form.format)), (scales_at, scales.to(form.scales))):
+        codes, scales = (part.cpu() for part in encode(x.to(device), spec.format, spec.group))
+        for at, part in ((codes_at, _words(codes, spec.format)), (scales_at, scales.to(spec.scales))):
             data = _bytes(part)
             file.seek(at + own.start * (len(data) // len(x)))
             file.write(data)
@@ -241,7 +241,7 @@ def _named(path: Path) -> Iterator[BinaryIO]:
 
 
 def _write_rest(
-    folder: Path, by_file: Mapping[Path, list[Made]], form: Form, total: int, out: Path, made: list[Path]
+    folder: Path, by_file: Mapping[Path, list[Made]], spec: QuantSpec, total: int, out: Path, made: list[Path]
 ) -> None:
     """The index if there was one, what stands beside the weights, and last config.json: without it nothing is read."""
     files = {name: source.name for source, parts in by_file.items() for one in parts for name in one.tensors}
@@ -256,7 +256,7 @@ def _write_rest(
     plain = [name.removesuffix(".weight") for parts in by_file.values() for one in parts for name in one.tensors]
     linears = (".q_proj", ".k_proj", ".v_proj", ".o_proj", ".gate", "lm_head")
     ignore = sorted(name for name in plain if name.endswith(linears))
-    _write_json(out / "config.json", config | {"quantization_config": _config(form, ignore)}, made)
+    _write_json(out / "config.json", config | {"quantization_config": _config(spec, ignore)}, made)
 
 
 def _write_json(path: Path, value: Any, made: list[Path]) -> None:
@@ -265,18 +265,18 @@ def _write_json(path: Path, value: Any, made: list[Path]) -> None:
         file.write(json.dumps(value, indent=2).encode())
 
 
-def _config(form: Form, ignore: list[str]) -> dict[str, Any]:
+def _config(spec: QuantSpec, ignore: list[str]) -> dict[str, Any]:
     """compressed-tensors' `quantization_config`."""
-    kind = {"num_bits": 4 if form.format == "int4" else 8, "type": "float" if form.format == "fp8" else "int"}
+    kind = {"num_bits": 4 if spec.format == "int4" else 8, "type": "float" if spec.format == "fp8" else "int"}
     row = {"strategy": "channel", "group_size": None}
-    shared = {"strategy": "group", "group_size": form.group} if form.format == "int4" else row
+    shared = {"strategy": "group", "group_size": spec.group} if spec.format == "int4" else row
     weight = {**kind, "symmetric": True, "dynamic": False, **shared}
-    tokens = {**kind, "symmetric": True, "dynamic": True, "strategy": "token"} if form.format == "fp8" else None
+    tokens = {**kind, "symmetric": True, "dynamic": True, "strategy": "token"} if spec.format == "fp8" else None
     group = {"targets": ["Linear"], "weights": weight, "input_activations": tokens, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
-        "format": "float-quantized" if form.format == "fp8" else "pack-quantized",
+        "format": "float-quantized" if spec.format == "fp8" else "pack-quantized",
         "config_groups": {"group_0": group},
         "ignore": ignore,
         "kv_cache_scheme": None,

@@ -30,10 +30,10 @@ from .quality import held_out as held_out
 from .quality import perplexity as perplexity
 from .quantization import cost, formats
 from .report import Report, Row
-from .shell import end_to_end, forwards, tried, watched
-from .truth import Truth
+from .shell import end_to_end, forwards, watched, with_small_window
+from .truth import Fp64Reference
 from .verdict import END_RATIO, Progress, Steps, by_layer, end_row, finish, text_or_default
-from .yardstick import measure, widen
+from .yardstick import measure, to_fp64
 
 MEMORY = Path("/proc/meminfo")  # of Linux; elsewhere nobody is asked
 
@@ -75,7 +75,7 @@ def verify(
     with torch.no_grad():
         if model.ranks is None:
             return _verify(model, ids, progress, folder, peer)
-        with model.ranks.agreed():
+        with model.ranks.raise_on_any_rank():
             return _verify(model, ids, progress, folder, peer)
 
 
@@ -95,17 +95,17 @@ def _verify(model: Mixtral, ids: Tensor, progress: Progress, folder: Any, peer: 
     ranks = model.ranks
     whole: Any = model if ranks is None else Whole(model, ranks)
     rows = [] if folder is None else check_loaded(folder, whole)
-    config, shell = whole.config, tried(whole.config, ids.shape[1])
+    config, shell = whole.config, with_small_window(whole.config, ids.shape[1])
     priced = bool(formats(model)) and folder is not None
     steps = Steps(len(model.layers) * (1 + forwards(ids.shape[1]) + priced), progress)
     kind = LayerCheck if ranks is None else MeshCheck
     make, x = partial(kind.of_model, whole), F.embedding(ids, model.embed_tokens)
     found = check_layers(make, whole.layers, x, config, shell, steps.one_more)
-    own_shell = shell if ranks is None else ranks.shard.config(shell)
-    watch = watched(model, own_shell, ids, found.tried.expected, steps.one_more)
+    our_model = shell if ranks is None else ranks.shard.config(shell)
+    watch = watched(model, our_model, ids, found.with_small_window.expected, steps.one_more)
     rows += by_layer(found.rows, watch.rows())
     rows.append(Row(None, "rms_norm", "final", *measure("rms_norm", norm_args(config, found.chain.x, model.norm))))
-    truth = Truth.beside(_logits(whole, found.wide), _logits(whole, found.chain.x), END_RATIO)
+    truth = Fp64Reference.beside(_logits(whole, found.wide), _logits(whole, found.chain.x), END_RATIO)
     logits, flips = end_to_end(model, ids, found.chain.expected)
     rows.append(end_row("logits", "end to end", logits, truth))
     if peer is not None:
@@ -133,5 +133,5 @@ def fits_twice(model: Mixtral) -> None:
 
 def _logits(model: Any, x: Tensor) -> Tensor:
     """The final norm and the head in plain torch, in fp64 where x [B,T,H] is -> [B,T,V] in x's dtype."""
-    norm, head = ((widen(w) if x.dtype == torch.float64 else w) for w in (model.norm, model.lm_head))
+    norm, head = ((to_fp64(w) if x.dtype == torch.float64 else w) for w in (model.norm, model.lm_head))
     return reference.linear(reference.rms_norm(x, norm, model.config.rms_norm_eps), head)

@@ -22,10 +22,10 @@ from ..hf.release import cache_keyword
 from ..reference import Values
 from .layers import LayerCheck, check_layers
 from .report import Report, Row
-from .shell import WHOLE, ExpectedRoutes, Watch, cuts, forwards
-from .truth import Expected, Truth
+from .shell import UNSHARDED, ExpectedRoutes, LayerProbe, cuts, forwards
+from .truth import Expected, Fp64Reference
 from .verdict import END_RATIO, Progress, Steps, by_layer, end_row, finish, text_or_default
-from .yardstick import measure, widen
+from .yardstick import measure, to_fp64
 
 
 def verify_hf(model: Any, input_ids: Tensor | None, progress: Progress) -> Report:
@@ -50,9 +50,11 @@ def verify_hf(model: Any, input_ids: Tensor | None, progress: Progress) -> Repor
         rows = by_layer(found.rows, watch.rows())
         rows.append(Row(None, "rms_norm", "final", *measure("rms_norm", args, plain)))
         name, head = ("logits", model.lm_head) if hasattr(model, "lm_head") else ("hidden", torch.nn.Identity())
-        wide = reference.rms_norm(found.wide, widen(norm.weight), norm.variance_epsilon)
-        wide = wide @ widen(head.weight).T if name == "logits" else wide
-        rows.append(end_row(name, "end to end", head(hidden), Truth.beside(wide, head(plain(**args)), END_RATIO)))
+        wide = reference.rms_norm(found.wide, to_fp64(norm.weight), norm.variance_epsilon)
+        wide = wide @ to_fp64(head.weight).T if name == "logits" else wide
+        rows.append(
+            end_row(name, "end to end", head(hidden), Fp64Reference.beside(wide, head(plain(**args)), END_RATIO))
+        )
     return finish(rows, flips, table.device, table.dtype, len(layers) * ids.numel(), "transformers' own modules")
 
 
@@ -85,11 +87,13 @@ def routed(theirs: Any, backbone: Any, routes: ExpectedRoutes) -> Iterator[None]
             hook.remove()
 
 
-def _watched(theirs: Any, backbone: Any, ids: Tensor, expected: Sequence[Expected], said: Callable[[], None]) -> Watch:
+def _watched(
+    theirs: Any, backbone: Any, ids: Tensor, expected: Sequence[Expected], said: Callable[[], None]
+) -> LayerProbe:
     """The layers' own forward on ids [B,T]: without a cache, and over transformers' cache."""
     from transformers import DynamicCache
 
-    watch = Watch(expected, said)
+    watch = LayerProbe(expected, said)
     hooks = []
     for index, layer in enumerate(backbone.layers):
         hooks.append(layer.register_forward_pre_hook(partial(_enter, watch, index), with_kwargs=True))
@@ -97,7 +101,7 @@ def _watched(theirs: Any, backbone: Any, ids: Tensor, expected: Sequence[Expecte
     try:
         with routed(theirs, backbone, watch.routes):
             T = ids.shape[1]
-            watch.start(WHOLE, torch.arange(T), T)
+            watch.start(UNSHARDED, torch.arange(T), T)
             backbone(ids, use_cache=False)
             cache = DynamicCache(config=backbone.config)
             for case, first, count, _ in cuts(T):
@@ -110,11 +114,11 @@ def _watched(theirs: Any, backbone: Any, ids: Tensor, expected: Sequence[Expecte
     return watch
 
 
-def _enter(watch: Watch, index: int, layer: Any, args: Any, kwargs: Any) -> Any:
+def _enter(watch: LayerProbe, index: int, layer: Any, args: Any, kwargs: Any) -> Any:
     return (watch.enter(index, args[0]), *args[1:]), kwargs
 
 
-def _leave(watch: Watch, index: int, layer: Any, args: Any, out: Tensor) -> Tensor:
+def _leave(watch: LayerProbe, index: int, layer: Any, args: Any, out: Tensor) -> Tensor:
     return watch.leave(index, out)
 
 

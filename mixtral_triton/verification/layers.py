@@ -19,12 +19,12 @@ from ..cache import KVCache
 from ..config import MixtralConfig
 from ..kernels import reference as kernel_reference
 from ..kernels.experts.tiles import DECODE_TOKENS
-from ..kernels.linear import FEW
+from ..kernels.linear import SKINNY_M
 from ..model import Layer
 from ..reference import Values
 from .report import Row
-from .truth import Expected, wide_block, with_moved
-from .yardstick import Args, Yardstick, widen
+from .truth import Expected, wide_block, with_perturbed_input
+from .yardstick import Args, Tolerance, to_fp64
 
 
 def norm_args(config: Any, x: Tensor, weight: Tensor) -> Args:
@@ -55,7 +55,7 @@ class LayerCheck:
 
     @classmethod
     def of_model(cls, model: Any, layer: Layer, x: Tensor, config: MixtralConfig) -> LayerCheck:
-        attend = reference.whole_text(config.sliding_window, model.cos, model.sin)
+        attend = reference.uncached_attention(config.sliding_window, model.cos, model.sin)
         return cls(reference.block(layer, config, x, attend), layer, config, {"cos": model.cos, "sin": model.sin})
 
     def calls(self) -> Iterator[tuple[str, str, Args]]:
@@ -76,7 +76,7 @@ class LayerCheck:
         yield "attention", "prefill", {"q": self.rq, **keys}
         yield "attention", "decode", {"q": self.rq[:, -1:], **keys}
         yield from self._cached()
-        yield "linear", "o, few tokens", {"x": values.heads[0, :FEW], "weight": layer.o_proj}
+        yield "linear", "o, few tokens", {"x": values.heads[0, :SKINNY_M], "weight": layer.o_proj}
         yield "linear", "o, deterministic", {"x": values.heads, "weight": layer.o_proj, "deterministic": True}
         yield "route", "all tokens", {"logits": values.logits, "top_k": values.ids.shape[1]}
         yield "gate_route", "all tokens", {"x": values.h, **gate}
@@ -129,7 +129,7 @@ class LayerCheck:
 class Chain:
     """A text in plain torch, layer after layer: its residual stream x [B,T,H], and what is expected of each layer.
 
-    before  the truth of x, fp64 [2B,T,H]: the last layer's output, of plain torch's input of that layer `with_moved`
+    before  the truth of x, fp64 [2B,T,H]: the last layer's output, of plain torch's input of that layer `with_perturbed_input`
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -138,7 +138,7 @@ class Chain:
 
     def go(self, check: LayerCheck, logits: Tensor, output: Tensor) -> None:
         """On through the layer of `check`, whose gate logits and output in fp64 these are."""
-        norm, eps = widen(check.layer.input_layernorm), check.config.rms_norm_eps
+        norm, eps = to_fp64(check.layer.input_layernorm), check.config.rms_norm_eps
         normed = reference.rms_norm(self.before.to(check.values.x.device), norm, eps)
         self.expected.append(Expected.of(check.values, normed, logits, output))
         self.x, self.before = check.values.output, output
@@ -150,11 +150,11 @@ class Checked:
 
     rows   the operations, layer after layer
     chain  with the model's config, and `tried` with that which the shell is tried with
-    wide   the last layer's output [2B,T,H] by fp64 all the way from the text `with_moved`, with plain torch's routes
+    wide   the last layer's output [2B,T,H] by fp64 all the way from the text `with_perturbed_input`, with plain torch's routes
     """
 
     chain: Chain
-    tried: Chain
+    with_small_window: Chain
     wide: Tensor
     rows: list[Row] = field(default_factory=list)
 
@@ -164,26 +164,26 @@ def check_layers(
     layers: Sequence[Any],
     x: Tensor,
     config: MixtralConfig,
-    tried: MixtralConfig,
+    with_small_window: MixtralConfig,
     said: Callable[[], None],
 ) -> Checked:
     """Every operation of every `make(layer, its input, a config)` measured; `said` is called after each layer."""
     chain = Chain(x)
-    found = Checked(chain, chain if tried == config else Chain(x), with_moved(x))
+    found = Checked(chain, chain if with_small_window == config else Chain(x), with_perturbed_input(x))
     for index, layer in enumerate(layers):
         check = make(layer, chain.x, config)
         for op, case, args in check.calls():
-            yardstick = Yardstick(op, args, check.plain.get(op))
+            yardstick = Tolerance(op, args, check.plain.get(op))
             found.rows.append(Row(index, op, case, *yardstick.measure(check.reached(op, args))))
         both, values = 2 * len(x), check.values
         # The layer in fp64 on its input here, and on that of fp64 all the way: in one pass over its weights.
-        inputs = torch.cat((with_moved(values.x), found.wide.to(values.x.device)))
+        inputs = torch.cat((with_perturbed_input(values.x), found.wide.to(values.x.device)))
         logits, output = wide_block(check.layer, config, check.tables, inputs, values.ids.repeat(4, 1))
         chain.go(check, logits[:both], output[:both])
         found.wide = output[both:]
-        if found.tried is not chain:
-            other = make(layer, found.tried.x, tried)
-            own = with_moved(other.values.x), other.values.ids.repeat(2, 1)
-            found.tried.go(other, *wide_block(other.layer, tried, other.tables, *own))
+        if found.with_small_window is not chain:
+            other = make(layer, found.with_small_window.x, with_small_window)
+            own = with_perturbed_input(other.values.x), other.values.ids.repeat(2, 1)
+            found.with_small_window.go(other, *wide_block(other.layer, with_small_window, other.tables, *own))
         said()
     return found

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..config import MixtralConfig
 from ..quantize import QuantizedWeight, hub
-from ..quantize.form import Form
+from ..quantize.spec import QuantSpec
 from ..weights import read_headers
 from .report import Row
 from .yardstick import worst
@@ -170,7 +170,7 @@ def _difference(ours: Any, theirs: Any) -> float:
 def _rounded(ours: QuantizedWeight, theirs: Tensor) -> float:
     """Of each group of columns that loading gives a scale, whatever a mesh cuts, the root mean square of the
     difference, in parts of the largest value there: the worst group's."""
-    group = Form.chosen(ours.format, theirs.shape[-1]).group
+    group = QuantSpec.default_for(ours.format, theirs.shape[-1]).group
     groups = theirs.to(ours.device, torch.float32).unflatten(-1, (-1, group))
     apart = (ours.dequantize().view_as(groups) - groups).square().mean(-1).sqrt()
     worst_group = float((apart / groups.abs().amax(-1).clamp(min=1e-30)).max())

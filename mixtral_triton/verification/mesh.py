@@ -21,7 +21,7 @@ from ..kernels.quantized import QuantizedWeight, unpack
 from ..kernels.registry import OPS
 from ..model import Layer, Mixtral
 from ..parallel import Ranks, Shard
-from ..quantize.form import put
+from ..quantize.spec import put
 from ..weights import parameter_shapes, qkv_rows
 from .layers import LayerCheck
 from .report import Row
@@ -39,7 +39,7 @@ class Whole:
         self.model, self.ranks, self.config = model, ranks, model.whole_config
         self.embed_tokens, self.norm, self.cos, self.sin = model.embed_tokens, model.norm, model.cos, model.sin
         self.device, self.dtype, self.places = model.device, model.dtype, model.places
-        self.shards: list[Shard] = ranks.told(ranks.shard)
+        self.shards: list[Shard] = ranks.all_gather_object(ranks.shard)
         self.shapes = parameter_shapes(self.config)
         self.layers = _Layers(self)
 
@@ -171,4 +171,4 @@ class MeshCheck(LayerCheck):
 
 def worst_of_all(ranks: Ranks, rows: list[Row]) -> list[Row]:
     """Of each comparison, which all ranks made, the one nearest to its limit, or farthest beyond it."""
-    return [max(same, key=lambda row: row.share) for same in zip(*ranks.told(rows), strict=True)]
+    return [max(same, key=lambda row: row.share) for same in zip(*ranks.all_gather_object(rows), strict=True)]

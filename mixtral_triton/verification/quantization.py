@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .. import reference, weights
 from ..kernels.quantized import QuantizedWeight
-from ..quantize.form import PARTS
+from ..quantize.spec import PARTS
 from .quality import CONTEXT, Window, held_out, loss, of_losses, windows
 from .truth import wide_values
-from .yardstick import widen
+from .yardstick import to_fp64
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class _Side:
         return of_losses(losses, 1 + sum(map(len, behind)))
 
     def _head(self) -> Callable[[Tensor], Tensor]:
-        norm, head = widen(self.model.norm), widen(self.head)
+        norm, head = to_fp64(self.model.norm), to_fp64(self.head)
         return lambda x: reference.linear(reference.rms_norm(x, norm, self.model.config.rms_norm_eps), head)
 
 

@@ -24,7 +24,7 @@ from .report import Row
 from .truth import Expected, distance
 from .yardstick import worst
 
-WHOLE, CHUNKS, TOKENS = "whole text", "in chunks", "token by token"
+UNCACHED, CHUNKS, TOKENS = "whole text", "in chunks", "token by token"
 ALONE = 3  # tokens read one at a time, after the chunks
 PADDING = 3  # tokens behind one of the chunks that are not there
 RING = 4  # a window as long as the text is tried at this fraction of it, so that the ring turns
@@ -33,7 +33,7 @@ RING = 4  # a window as long as the text is tried at this fraction of it, so tha
 class ExpectedRoutes:
     """The gate's choices, compared with plain torch's and overruled by them, layer after layer of one forward.
 
-    at, behind  the tokens of the forward, indices on the CPU: layers may be on several cards; by how much of the
+    at, behind  the tokens of the forward, indices on the CPU: layers may be on several GPUs; by how much of the
                 largest logit each layer's worst choice was wrong
     """
 
@@ -88,7 +88,7 @@ class _Overruled:
         return *before, *self.routes.overrule(weights, ids)
 
 
-class Watch:
+class LayerProbe:
     """What the layers of a forward get and give, beside what they should; `said` is called after each layer."""
 
     def __init__(self, expected: Sequence[Expected], said: Callable[[], None]) -> None:
@@ -133,7 +133,7 @@ class Watch:
         return forwards + self.routes.rows()
 
 
-def twin(model: Any, config: Any, operations: Any, watch: Watch | None = None) -> Any:
+def shallow_copy(model: Any, config: Any, operations: Any, watch: LayerProbe | None = None) -> Any:
     """`model` with another config and other operations, on the same weights; its layers watched, if asked for."""
     own = copy.copy(model)
     own._modules = dict(model._modules)
@@ -147,7 +147,7 @@ def twin(model: Any, config: Any, operations: Any, watch: Watch | None = None) -
     return own
 
 
-def tried(config: Any, tokens: int) -> Any:
+def with_small_window(config: Any, tokens: int) -> Any:
     """`config` with a window that the text is long enough to leave."""
     window = config.sliding_window
     long = window is not None and window >= tokens
@@ -169,13 +169,13 @@ def forwards(tokens: int) -> int:
     return 1 + len(cuts(tokens))
 
 
-def watched(model: Any, config: Any, ids: Tensor, expected: Sequence[Expected], said: Callable[[], None]) -> Watch:
+def watched(model: Any, config: Any, ids: Tensor, expected: Sequence[Expected], said: Callable[[], None]) -> LayerProbe:
     """The layers of `model` on ids [B,T]: without a cache, and over one."""
-    watch = Watch(expected, said)
-    own = twin(model, config, _Overruled(watch.routes), watch)
+    watch = LayerProbe(expected, said)
+    own = shallow_copy(model, config, _Overruled(watch.routes), watch)
     B, T = ids.shape
     everything = torch.arange(T)
-    watch.start(WHOLE, everything, T)
+    watch.start(UNCACHED, everything, T)
     own.hidden(ids)
     cache = KVCache(config, B, T + PADDING, model.device, model.dtype)
     for case, first, real, padding in cuts(T):
@@ -189,4 +189,4 @@ def watched(model: Any, config: Any, ids: Tensor, expected: Sequence[Expected], 
 def end_to_end(model: Any, ids: Tensor, expected: Sequence[Expected]) -> tuple[Tensor, int]:
     """The model's own forward, with plain torch's routes -> logits fp32 [B,T,V], tokens it would route elsewhere."""
     routes = ExpectedRoutes.of_whole(expected, ids.shape[1])
-    return twin(model, model.config, _Overruled(routes))(ids), routes.flips
+    return shallow_copy(model, model.config, _Overruled(routes))(ids), routes.flips

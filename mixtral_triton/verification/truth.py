@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .yardstick import RATIO, truth, widen
+from .yardstick import RATIO, to_fp64, truth
 
 # Of a token's norm: what one rounding of each value (16-bit types), or other orders of a layer's sums, may cost.
 FLOOR = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-20}
@@ -27,7 +27,7 @@ def distance(got: Tensor, exact: Tensor) -> Tensor:
     return apart.nan_to_num(nan=float("inf"))
 
 
-def with_moved(x: Tensor) -> Tensor:
+def with_perturbed_input(x: Tensor) -> Tensor:
     """x [B,T,H] -> fp64 [2B,T,H]: x, then x with each number moved by FLOOR of itself, up or down.
 
     What exact arithmetic makes of the second is as good an answer as any in x's dtype: how far it is from what it makes
@@ -38,15 +38,15 @@ def with_moved(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Truth:
+class Fp64Reference:
     """Exact values [B,T,H] fp64, and how far from them those of one token may be."""
 
     exact: Tensor
     limit: float
 
     @classmethod
-    def beside(cls, exact: Tensor, plain: Tensor, ratio: float = RATIO) -> Truth:
-        """exact [2B,T,H]: of an input `with_moved`; plain [B,T,H]: of the input, by plain torch in the weights' dtype.
+    def beside(cls, exact: Tensor, plain: Tensor, ratio: float = RATIO) -> Fp64Reference:
+        """exact [2B,T,H]: of an input `with_perturbed_input`; plain [B,T,H]: of the input, by plain torch in the weights' dtype.
 
         Of plain and moved the one that is farther from the truth sets the limit.
         """
@@ -73,20 +73,20 @@ class Expected:
     h: Tensor
     ids: Tensor
     weights: Tensor
-    normed: Truth
-    output: Truth
+    normed: Fp64Reference
+    output: Fp64Reference
     logits: Tensor
     logits_limit: float
 
     @classmethod
     def of(cls, plain: reference.Values, normed: Tensor, logits: Tensor, output: Tensor) -> Expected:
-        """`plain`: of the block in the weights' dtype; the rest is fp64 [2B,...], of an input `with_moved`."""
+        """`plain`: of the block in the weights' dtype; the rest is fp64 [2B,...], of an input `with_perturbed_input`."""
         shape = plain.x.shape[:2]
         logits, moved = logits.chunk(2)
         apart = max(float((other.view_as(logits) - logits).abs().max()) for other in (plain.logits, moved))
         limit = RATIO * apart + FLOOR[plain.x.dtype] * float(logits.abs().max())
         ids, weights = plain.ids.view(*shape, -1), plain.weights.view(*shape, -1)
-        truths = Truth.beside(normed, plain.normed), Truth.beside(output, plain.output)
+        truths = Fp64Reference.beside(normed, plain.normed), Fp64Reference.beside(output, plain.output)
         return cls(plain.x, plain.normed, ids, weights, *truths, logits, limit)
 
     def misrouted(self, ids: Tensor, at: Tensor) -> float:
@@ -124,17 +124,17 @@ def wide_values(
 ) -> reference.Values:
     """One block in fp64, on x fp64 [B,T,H]; ids: see `reference.block`.
 
-    The weights are widened one matrix, one expert at a time: a layer of them in fp64 is more than many cards hold.
+    The weights are widened one matrix, one expert at a time: a layer of them in fp64 is more than many GPUs hold.
     """
 
     def experts(h: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, weights: Tensor) -> Tensor:
         proj = {"gate_up_proj": gate_up_proj, "down_proj": down_proj}
         return truth("expert_swiglu", {"x": h, **proj, "ids": ids, "weights": weights})[0]
 
-    whole = reference.whole_text(config.sliding_window, widen(tables["cos"]), widen(tables["sin"]))
+    whole = reference.uncached_attention(config.sliding_window, to_fp64(tables["cos"]), to_fp64(tables["sin"]))
 
     def attend(*qkv: Tensor) -> Tensor:
         """A sequence at a time: its scores in fp64 are large enough."""
         return torch.cat([whole(*one) for one in zip(*(x.split(1) for x in qkv), strict=True)])
 
-    return reference.block(layer, config, x, attend, ids, widen, experts)
+    return reference.block(layer, config, x, attend, ids, to_fp64, experts)

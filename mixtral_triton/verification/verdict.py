@@ -12,7 +12,7 @@ from ..inputs import check_ids, check_vocabulary
 from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED
 from .report import PLAIN, Report, Row
-from .truth import Truth
+from .truth import Fp64Reference
 
 TOKENS = 96  # of the default input: beyond the sort-free experts, and beyond the small checkpoint's window
 END_RATIO = 4.0  # as RATIO, of a whole model: what two ways round differently has grown from layer to layer
@@ -51,7 +51,7 @@ def by_layer(*groups: list[Row]) -> list[Row]:
     return sorted((row for group in groups for row in group), key=lambda row: -1 if row.layer is None else row.layer)
 
 
-def end_row(name: str, case: str, got: Tensor, truth: Truth) -> Row:
+def end_row(name: str, case: str, got: Tensor, truth: Fp64Reference) -> Row:
     return Row(None, name, case, *truth.measure(got, torch.arange(got.shape[1])))
 
 

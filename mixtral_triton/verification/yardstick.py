@@ -19,7 +19,7 @@ FLOOR = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-
 Args = dict[str, Any]
 
 
-class Yardstick:
+class Tolerance:
     """The exact results of one call of an operation, and how far from them another way to do it may be.
 
     Errors and limits are relative to the largest value of the result.
@@ -28,10 +28,10 @@ class Yardstick:
     def __init__(self, name: str, args: Args, plain: Callable[..., Any] | None = None) -> None:
         """`plain` is the way whose error sets the limits; None: the operation's reference."""
         op = OPS[name]
-        self.args, self.mutates, self.follows = args, op.mutates, op.follows
+        self.args, self.mutates, self.derived_outputs = args, op.mutates, op.derived_outputs
         self.exact = truth(name, args, op.mutates)
         # What follows from the results before it has no error of its own.
-        self.own = len(self.exact) - (0 if op.follows is None else len(op.follows(args, self.exact)))
+        self.own = len(self.exact) - (0 if op.derived_outputs is None else len(op.derived_outputs(args, self.exact)))
         self.limits: list[float] = []
         for same, exact in zip(_results(plain or op.plain, args, op.mutates), self.exact, strict=True):
             error = _error(same, exact) if len(self.limits) < self.own else 0.0
@@ -40,7 +40,11 @@ class Yardstick:
     def measure(self, function: Callable[..., Any]) -> tuple[float, float]:
         """Error of `function` and its limit; of several results, the one nearest to (or farthest beyond) its limit."""
         got = _results(function, self.args, self.mutates)
-        exact = self.exact if self.follows is None else [*self.exact[: self.own], *self.follows(self.args, got)]
+        exact = (
+            self.exact
+            if self.derived_outputs is None
+            else [*self.exact[: self.own], *self.derived_outputs(self.args, got)]
+        )
         errors = [_error(*pair) for pair in zip(got, exact, strict=True)]
         return worst(zip(errors, self.limits, strict=True))
 
@@ -52,7 +56,7 @@ def worst(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
 
 def measure(name: str, args: Args, plain: Callable[..., Any] | None = None) -> tuple[float, float]:
     """Error of the runtime's `name` on `args`, and its limit."""
-    return Yardstick(name, args, plain).measure(ops.reached_by(name, args))
+    return Tolerance(name, args, plain).measure(ops.reached_by(name, args))
 
 
 def _results(function: Callable[..., Any], args: Args, mutates: tuple[str, ...]) -> list[Tensor]:
@@ -69,20 +73,20 @@ def truth(name: str, args: Args, mutates: tuple[str, ...] = ()) -> list[Tensor]:
         args = dict(args)
         residual, weight, eps = (args.pop(key) for key in ("residual", "norm_weight", "eps"))
         (out,) = truth("expert_swiglu", args, mutates)
-        return list(reference.rms_norm(out, widen(weight), eps, widen(residual)))
+        return list(reference.rms_norm(out, to_fp64(weight), eps, to_fp64(residual)))
     if name != "expert_swiglu":
-        wide = {key: widen(value) for key, value in args.items()}
+        wide = {key: to_fp64(value) for key, value in args.items()}
         return _results(OPS[name].plain, wide, mutates)
-    x, weights = widen(args["x"]), widen(args["weights"])
+    x, weights = to_fp64(args["x"]), to_fp64(args["weights"])
     out = torch.zeros_like(x)
     for expert in set(args["ids"].unique().tolist()) & set(range(len(args["down_proj"]))):
         only = weights.masked_fill(args["ids"] != expert, 0.0).sum(-1, keepdim=True)
-        gate_up, down = (widen(args[key][expert : expert + 1]) for key in ("gate_up_proj", "down_proj"))
+        gate_up, down = (to_fp64(args[key][expert : expert + 1]) for key in ("gate_up_proj", "down_proj"))
         out += reference.expert_swiglu(x, gate_up, down, torch.zeros_like(args["ids"][:, :1]), only)
     return [out]
 
 
-def widen(value: Any) -> Any:
+def to_fp64(value: Any) -> Any:
     """In fp64: a tensor of floats, a quantized weight as the values that it stands for; anything else as it is."""
     if isinstance(value, QuantizedWeight):
         return value.dequantize().double()

@@ -1,7 +1,7 @@
 """Floating point: correctly rounded, subnormals kept unless `.ftz` says otherwise (PTX ISA, sections 9.7.3 to 9.7.5).
 
-Approximate instructions are rounded correctly, too, so their last bits are not a card's. What a NaN's bits are is not
-modelled: a card's are 0x7fffffff, and no kernel looks.
+Approximate instructions are rounded correctly, too, so their last bits are not a GPU's. What a NaN's bits are is not
+modelled: a GPU's are 0x7fffffff, and no kernel looks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A launch on the card in numpy: arguments as Triton's launcher packs them, three schedules that have to agree.
+"""A launch on the PTX emulator: arguments as Triton's launcher packs them, three schedules that have to agree.
 
 The tensors are this process's memory. What a schedule leaves there has to be, bit for bit, what the others leave.
 """

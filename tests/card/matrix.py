@@ -104,7 +104,7 @@ def registers_of_c(rows: Array) -> Array:
 
 @effect(*(f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32" for kind in ("bf16", "f16")))
 def mma(one: Instruction, program: Program) -> Step:
-    """Products and their sum in fp64, rounded once: not the last bit of a card's sum, but the same in any order."""
+    """Products and their sum in fp64, rounded once: not the last bit of a GPU's sum, but the same in any order."""
     to, a, b, c = one.operands
     kind = one.opcode.split(".")[7]
 

@@ -18,12 +18,12 @@ from .values import TYPES, Array, Step, assign, effect, reader, writers
 
 # One element of each size that is moved at once; a complex number is 16 bytes that nobody computes with.
 CHUNKS = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8"), 16: np.dtype("c16")}
-SHARED_BASE = 1024  # a card keeps the first KiB; swizzles are functions of the address
+SHARED_BASE = 1024  # a GPU keeps the first KiB; swizzles are functions of the address
 UNWRITTEN = 0xFF  # NaN as a float, an address of nothing
 
 
 class Fault(RuntimeError):
-    """What a card would answer with an error, or with numbers that mean nothing."""
+    """What a GPU would answer with an error, or with numbers that mean nothing."""
 
 
 def where(frame: Any, lane: int) -> str:

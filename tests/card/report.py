@@ -1,4 +1,4 @@
-"""What a run of the card in numpy covered: instructions run of those compiled, by kernel."""
+"""What a run of the PTX emulator covered: instructions run of those compiled, by kernel."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def noted(executor: Any) -> Iterator[tuple[str, str]]:
         for code in codes:
             if code.key:  # else it is no compiler's
                 ran = np.packbits(code.ran).tobytes().hex()
-                yield "card code", f"{kernel} {code.program.target} {code.key} {len(code.ran)} {ran}"
+                yield "GPU code", f"{kernel} {code.program.target} {code.key} {len(code.ran)} {ran}"
     for kernel, times in executor.launches.items():
-        yield "card launch", f"{kernel} {times} {id(executor)}"
+        yield "GPU launch", f"{kernel} {times} {id(executor)}"
 
 
 def variants(codes: Iterable[str]) -> dict[tuple[str, str, str], np.ndarray]:
@@ -40,8 +40,8 @@ def share(runs: Iterable[np.ndarray]) -> float:
 
 def summary(found: Mapping[str, set[str]]) -> Iterator[str]:
     """Of what the tests wrote down, by kind."""
-    runs, times = variants(found["card code"]), Counter[str]()
-    for line in found.get("card launch", ()):
+    runs, times = variants(found["GPU code"]), Counter[str]()
+    for line in found.get("GPU launch", ()):
         kernel, count, _ = line.split()
         times[kernel] += int(count)
     for kernel in sorted({kernel for kernel, *_ in runs}):
@@ -52,9 +52,9 @@ def summary(found: Mapping[str, set[str]]) -> Iterator[str]:
             f"instructions run, {best:.1%} of the variant that ran most"
         )
     yield f"in all: {share(runs.values()):.1%} of {sum(map(len, runs.values())):,} instructions, needs {BOUND:.0%}"
-    yield from missed(found.get("card mutation", set()))
+    yield from missed(found.get("GPU mutation", set()))
     worst: dict[str, tuple[float, str, str]] = {}
-    for line in found.get("card error", ()):
+    for line in found.get("GPU error", ()):
         op, dtype, error, limit = line.split()
         case = float(error) / max(float(limit), 1e-30), error, limit
         worst[f"{op} {dtype}"] = max(case, worst.get(f"{op} {dtype}", case))
@@ -79,4 +79,4 @@ def missed(sites: Iterable[str]) -> Iterator[str]:
 
 def too_little(found: Mapping[str, set[str]]) -> bool:
     """Whether a run of everything ran less than it has to."""
-    return share(variants(found.get("card code", ())).values()) < BOUND
+    return share(variants(found.get("GPU code", ())).values()) < BOUND

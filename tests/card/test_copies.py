@@ -1,4 +1,4 @@
-"""cp.async, mbarriers and TMA of the card in numpy; and what its log of shared memory sees."""
+"""cp.async, mbarriers and TMA of the PTX emulator; and what its log of shared memory sees."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .memory import SHARED_BASE, Fault
 from .tma import Descriptor
 from .unit import run, samples
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a card in numpy: run once, without the interpreter")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a PTX emulator: run once, without the interpreter")
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda one: one.name)
 LOGGED = SCHEDULES[2]

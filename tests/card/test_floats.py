@@ -15,7 +15,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 
 from .unit import bits, run, samples
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a card in numpy: run once, without the interpreter")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a PTX emulator: run once, without the interpreter")
 
 N = 512
 # Bits of precision, the exponent of the smallest normal number, and that of the largest.

@@ -12,7 +12,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from .text import Unmodelled
 from .unit import run, samples
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a card in numpy: run once, without the interpreter")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a PTX emulator: run once, without the interpreter")
 
 N = 256
 

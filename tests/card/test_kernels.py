@@ -1,4 +1,4 @@
-"""Every kernel, compiled by Triton's JIT for sm_90 and sm_80, executed from its PTX on the card in numpy."""
+"""Every kernel, compiled by Triton's JIT for sm_90 and sm_80, executed from its PTX on the PTX emulator."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton.kernels.launch import choosing
+from mixtral_triton.kernels.launch import override_configs
 from mixtral_triton.kernels.op import Op, Shape
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.verification.yardstick import measure
 from tests.test_deterministic import CASES, check
-from tests.test_jit import on_card
+from tests.test_jit import on_fake_gpu
 from tests.test_quantized_offline import FORMATS, OTHERS, named
 
 from .report import share
 
-pytestmark = pytest.mark.card
+pytestmark = pytest.mark.gpu
 
-CARD, BF16 = torch.device("cuda", 0), torch.bfloat16
+GPU_DEVICE, BF16 = torch.device("cuda", 0), torch.bfloat16
 ARCHS = ("sm_90", "sm_80")
 BOUND = 0.97  # of the instructions of one variant with the tiles of 8x7B, for each kernel
 
 
 def go(op: Op, sizes: Mapping[str, Any], dtype: torch.dtype, covers: Any, case: str) -> None:
-    """`op` errs at most twice as much as plain torch, on the card; its worst error goes into the summary."""
+    """`op` errs at most twice as much as plain torch, on the GPU; its worst error goes into the summary."""
     args = op.inputs(sizes, dtype, "cpu", torch.Generator().manual_seed(0))
     if op.name == "cached_attention" and int(args["new"].min()) < sizes["T"]:
         args["new"] = args["new"] * 0 + sizes["T"]  # rows past `new` mean nothing
-    error, limit = measure(op.name, on_card(args))
+    error, limit = measure(op.name, on_fake_gpu(args))
     assert error <= limit, case
-    covers("card error", f"{op.name} {str(dtype)[6:]} {float(error):.1e} {float(limit):.1e}")
+    covers("GPU error", f"{op.name} {str(dtype)[6:]} {float(error):.1e} {float(limit):.1e}")
 
 
 def kept(op: Op, dtype: torch.dtype) -> torch.dtype:
@@ -44,10 +44,10 @@ def kept(op: Op, dtype: torch.dtype) -> torch.dtype:
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", OPS)
 def test_every_operation_at_its_test_shapes(
-    name: str, arch: str, dtype: torch.dtype, numpy_card: Any, covers: Any
+    name: str, arch: str, dtype: torch.dtype, ptx_emulator: Any, covers: Any
 ) -> None:
     op = OPS[name]
-    with numpy_card(arch):
+    with ptx_emulator(arch):
         for sizes in op.test_shapes:
             go(op, sizes, kept(op, dtype), covers, f"{name} {dict(sizes)}")
 
@@ -68,12 +68,14 @@ def with_keys(sizes: Shape) -> Shape:
 
 @pytest.mark.parametrize("dtype", OPS["attention"].dtypes, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_attention_that_reaches_its_unmasked_loop(arch: str, dtype: torch.dtype, numpy_card: Any, covers: Any) -> None:
+def test_attention_that_reaches_its_unmasked_loop(
+    arch: str, dtype: torch.dtype, ptx_emulator: Any, covers: Any
+) -> None:
     """The kernels of the test shapes, too: with their launch choices, more keys."""
-    with numpy_card(arch):
+    with ptx_emulator(arch):
         for name in ("attention", "cached_attention"):
             for sizes in (Shape(one) for one in OPS[name].test_shapes if one["T"] > 1):
-                with choosing(OPS[name].configs(sizes, dtype, arch)):
+                with override_configs(OPS[name].configs(sizes, dtype, arch)):
                     go(OPS[name], with_keys(sizes), dtype, covers, f"{name} {sizes.as_dict()} with keys")
         for sizes in LONG if dtype == BF16 else LONG[:1]:
             go(OPS["attention"], sizes, dtype, covers, f"{sizes}")
@@ -112,20 +114,20 @@ def of_8x7b(op: Op) -> list[Shape]:
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", OPS)
-def test_production_tiles(name: str, arch: str, numpy_card: Any, covers: Any) -> None:
+def test_production_tiles(name: str, arch: str, ptx_emulator: Any, covers: Any) -> None:
     """The launch choices of 8x7B on small sizes: each kernel has a variant of which nearly all runs."""
     op, seen, kernels = OPS[name], set(), set()
     dtype = kept(op, BF16)
-    with numpy_card(arch) as card:
+    with ptx_emulator(arch) as gpu:
         for sizes in of_8x7b(op):
             chosen, own = op.configs(sizes, dtype, arch), small(sizes)
             if (key := (str(chosen), str(own.as_dict()))) in seen:
                 continue
             seen.add(key)
             kernels |= chosen.keys()
-            with choosing(chosen):
+            with override_configs(chosen):
                 go(op, own, dtype, covers, f"{name} {own.as_dict()} as {sizes.as_dict()}")
-        codes_of = card.driver.execute.codes
+        codes_of = gpu.driver.execute.codes
         for kernel in kernels & codes_of.keys():  # others, as the sort before the experts, have their own operation
             codes = codes_of[kernel]
             best = max(share([code.ran]) for code in codes)
@@ -134,10 +136,10 @@ def test_production_tiles(name: str, arch: str, numpy_card: Any, covers: Any) ->
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("format", [*FORMATS, *OTHERS], ids=named)
-def test_every_quantized_format(format: Any, arch: str, numpy_card: Any, covers: Any) -> None:
+def test_every_quantized_format(format: Any, arch: str, ptx_emulator: Any, covers: Any) -> None:
     name, group, _ = format
     weight = f"{name}:{group}" if group else name
-    with numpy_card(arch):
+    with ptx_emulator(arch):
         for T in (1, 7, 40):
             sizes = Shape(T=T, H=256, N=80, weight=weight)
             go(OPS["linear"], sizes, BF16, covers, f"linear {sizes.as_dict()}")
@@ -146,6 +148,6 @@ def test_every_quantized_format(format: Any, arch: str, numpy_card: Any, covers:
 
 
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CASES)])
-def test_deterministic_bits_on_compiled_code(name: str, sizes: Any, numpy_card: Any) -> None:
-    with numpy_card("sm_90"):
-        check(name, sizes, 8, kept(OPS[name], BF16), CARD)
+def test_deterministic_bits_on_compiled_code(name: str, sizes: Any, ptx_emulator: Any) -> None:
+    with ptx_emulator("sm_90"):
+        check(name, sizes, 8, kept(OPS[name], BF16), GPU_DEVICE)

@@ -1,4 +1,4 @@
-"""Loads, stores, shuffles and control flow of the card in numpy, against loops; and each fault of an address."""
+"""Loads, stores, shuffles and control flow of the PTX emulator, against loops; and each fault of an address."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .memory import SHARED_BASE, Fault
 from .text import Unmodelled
 from .unit import run, samples
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a card in numpy: run once, without the interpreter")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a PTX emulator: run once, without the interpreter")
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda one: one.name)
 

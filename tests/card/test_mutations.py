@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton.kernels.launch import choosing
+from mixtral_triton.kernels.launch import override_configs
 from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
-from tests.test_jit import on_card
+from tests.test_jit import on_fake_gpu
 
 from .launch import Executor, compiled
 from .machine import SCHEDULES, Code
 from .mutate import Site, Trial, neighbours, sites
 from .redundant import REDUNDANT
 
-pytestmark = pytest.mark.card
+pytestmark = pytest.mark.gpu
 
 BF16 = torch.bfloat16
 
@@ -103,14 +103,14 @@ def verdict(trial: Trial, site: Site) -> tuple[str, str]:
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
 @pytest.mark.parametrize("case", TRIALS, ids=[f"{case.op}-{i}" for i, case in enumerate(TRIALS)])
-def test_what_is_taken_out_is_missed(case: Case, arch: str, numpy_card: Any, covers: Any) -> None:
+def test_what_is_taken_out_is_missed(case: Case, arch: str, ptx_emulator: Any, covers: Any) -> None:
     """But for predicates: those that keep out what would do no harm need not be seen."""
     op = OPS[case.op]
     dtype = BF16 if BF16 in op.dtypes else op.dtypes[0]
     chosen = op.configs(case.like, dtype, arch) if case.like else {}
-    with numpy_card(arch) as card, choosing(chosen):
-        recorder = card.driver.execute = Recorder(case.kernels)
-        op.run(**on_card(op.inputs(case.sizes, dtype, "cpu", torch.Generator().manual_seed(0))))
+    with ptx_emulator(arch) as gpu, override_configs(chosen):
+        recorder = gpu.driver.execute = Recorder(case.kernels)
+        op.run(**on_fake_gpu(op.inputs(case.sizes, dtype, "cpu", torch.Generator().manual_seed(0))))
         assert recorder.trials
         missed = []
         for trial in recorder.trials.values():
@@ -122,7 +122,7 @@ def test_what_is_taken_out_is_missed(case: Case, arch: str, numpy_card: Any, cov
                     what, why = verdict(trial, site)
                     text = program.instructions[site.at].text
                     line = f"{kernel} {arch} {trial.code.key} {site.at}: {text}: {why}"
-                    covers("card mutation", f"{site.kind} {what} {line}")
+                    covers("GPU mutation", f"{site.kind} {what} {line}")
                     if what == "missed" and site.kind != "predicate":
                         missed.append(f"{kernel}, instruction {site.at}: {text}: {why}")
         assert missed == []

@@ -1,4 +1,4 @@
-"""Faults of a person, planted into compiled kernels: the card in numpy does not let them pass. And a whole model."""
+"""Faults of a person, planted into compiled kernels: the PTX emulator does not let them pass. And a whole model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.verification.yardstick import measure
 from tests.models import random_model
-from tests.test_jit import on_card
+from tests.test_jit import on_fake_gpu
 
 from . import launch
 from .machine import SCHEDULES, Code
@@ -26,16 +26,16 @@ from .memory import Fault
 from .mutate import sites
 from .text import Unmodelled, read
 
-pytestmark = pytest.mark.card
+pytestmark = pytest.mark.gpu
 
-CARD, BF16 = torch.device("cuda", 0), torch.bfloat16
+GPU_DEVICE, BF16 = torch.device("cuda", 0), torch.bfloat16
 SMALL = Path(__file__).parents[2] / "mixtral_triton" / "small"
 
 
 def run(name: str, sizes: Any) -> None:
     """An operation, which errs at most twice as much as plain torch."""
     args = OPS[name].inputs(sizes, BF16, "cpu", torch.Generator().manual_seed(0))
-    error, limit = measure(name, on_card(args))
+    error, limit = measure(name, on_fake_gpu(args))
     assert error <= limit, f"{name}: {error} of {limit}"
 
 
@@ -56,9 +56,9 @@ EXPERTS = Shape(T=70, H=64, I=48, E=2, K=2)
 
 
 @pytest.mark.parametrize("schedule", [None, *SCHEDULES], ids=lambda one: one.name if one else "all")
-def test_a_wrong_swizzle_is_seen(schedule: Any, numpy_card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_swizzle_is_seen(schedule: Any, ptx_emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what TMA brings: the numbers are wrong in each schedule."""
-    with numpy_card(schedules=[schedule] if schedule else SCHEDULES):
+    with ptx_emulator(schedules=[schedule] if schedule else SCHEDULES):
         run("expert_swiglu", EXPERTS)
         monkeypatch.setattr(launch, "SWIZZLE_SPANS", (None, 64, 128, 64))
         with pytest.raises((AssertionError, Fault)):
@@ -80,10 +80,10 @@ def test_a_wrong_swizzle_is_seen(schedule: Any, numpy_card: Any, monkeypatch: py
         ("attention", {"B": 1, "T": 40, "S": 40, "Hq": 1, "Hkv": 1, "D": 64, "window": 0}, "predicate", "cp.async"),
     ],
 )
-def test_what_somebody_left_out_is_seen(name: str, sizes: Any, kind: str, opcode: str, numpy_card: Any) -> None:
-    with numpy_card() as card:
+def test_what_somebody_left_out_is_seen(name: str, sizes: Any, kind: str, opcode: str, ptx_emulator: Any) -> None:
+    with ptx_emulator() as gpu:
         run(name, sizes)
-        card.driver.execute.build = without(kind, opcode)
+        gpu.driver.execute.build = without(kind, opcode)
         with pytest.raises((AssertionError, Fault)):
             run(name, sizes)
 
@@ -102,15 +102,15 @@ def count_kernel(y_ptr, BLOCK: tl.constexpr):
     tl.atomic_add(y_ptr + tl.arange(0, BLOCK), 1)
 
 
-def test_an_unmasked_edge_is_seen_and_an_atomic_is_refused(numpy_card: Any) -> None:
-    with numpy_card():
-        x, y = (torch.arange(n).float().to(CARD) for n in (100, 100))
+def test_an_unmasked_edge_is_seen_and_an_atomic_is_refused(ptx_emulator: Any) -> None:
+    with ptx_emulator():
+        x, y = (torch.arange(n).float().to(GPU_DEVICE) for n in (100, 100))
         double_kernel[(2,)](x, y, 100, BLOCK=64, MASKED=True)
         assert y.cpu().equal(2 * torch.arange(100).float())
         with pytest.raises(Fault, match=r"double_kernel .*illegal address.* block \(1, 0, 0\), thread"):
             double_kernel[(2,)](x, y, 100, BLOCK=64, MASKED=False)
         with pytest.raises(Unmodelled, match=r"count_kernel: not modelled: atom\.global"):
-            count_kernel[(1,)](torch.zeros(64, dtype=torch.int32).to(CARD), BLOCK=64)
+            count_kernel[(1,)](torch.zeros(64, dtype=torch.int32).to(GPU_DEVICE), BLOCK=64)
 
 
 @triton.jit
@@ -139,10 +139,10 @@ def early_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, WAITS: tl.constexpr):
         (True, "kept", "never", r"before it waits .* st\.global"),
     ],
 )
-def test_a_launch_that_begins_early_waits(early: bool, reads: str, waits: str, said: str, numpy_card: Any) -> None:
+def test_a_launch_that_begins_early_waits(early: bool, reads: str, waits: str, said: str, ptx_emulator: Any) -> None:
     """To read what the launch in front of it has `written`, and to store anything."""
-    with numpy_card():
-        kept, written, out = (torch.ones(64).to(CARD) for _ in range(3))
+    with ptx_emulator():
+        kept, written, out = (torch.ones(64).to(GPU_DEVICE) for _ in range(3))
         double_kernel[(1,)](kept, written, 64, BLOCK=64, MASKED=True)
         x, want = (kept, 2.0) if reads == "kept" else (written, 4.0)
         with pytest.raises(Fault, match=said) if said else nullcontext():
@@ -155,27 +155,27 @@ def unwaiting(ptx: str) -> Code:
     return Code(read("\n".join(line for line in ptx.splitlines() if "griddepcontrol.wait" not in line)))
 
 
-def test_a_model_whose_kernels_do_not_wait_for_each_other_is_seen(numpy_card: Any) -> None:
-    with numpy_card(schedules=SCHEDULES[:1]) as card:
-        model, ids = random_model(CARD, num_hidden_layers=1), torch.zeros(1, 1, dtype=torch.int64).to(CARD)
-        cache = KVCache(model.config, 1, max_len=9, device=CARD, dtype=torch.float32)
+def test_a_model_whose_kernels_do_not_wait_for_each_other_is_seen(ptx_emulator: Any) -> None:
+    with ptx_emulator(schedules=SCHEDULES[:1]) as gpu:
+        model, ids = random_model(GPU_DEVICE, num_hidden_layers=1), torch.zeros(1, 1, dtype=torch.int64).to(GPU_DEVICE)
+        cache = KVCache(model.config, 1, max_len=9, device=GPU_DEVICE, dtype=torch.float32)
         model(ids, cache=cache)
-        card.driver.execute.build = unwaiting
+        gpu.driver.execute.build = unwaiting
         with pytest.raises(Fault, match="before it waits for the launch that writes there"):
             model(ids, cache=cache)
 
 
-def test_the_small_checkpoint_writes_the_same_text(numpy_card: Any) -> None:
+def test_the_small_checkpoint_writes_the_same_text(ptx_emulator: Any) -> None:
     """Prefill of 70 tokens, more than its window, and eight of decode, as a captured graph: plain torch's text."""
     ids = torch.randint(3, 2000, (1, 70), generator=torch.Generator().manual_seed(0))
-    with numpy_card() as card:
-        plain, model = (Mixtral.from_pretrained(SMALL, where) for where in ("cpu", CARD))
+    with ptx_emulator() as gpu:
+        plain, model = (Mixtral.from_pretrained(SMALL, where) for where in ("cpu", GPU_DEVICE))
         want = plain.generate(ids, max_new_tokens=8)
-        assert model.generate(ids.to(CARD), max_new_tokens=8).cpu().equal(want)
-        assert any(launched.launcher.metadata.launch_pdl for launched in card.driver.launches)
-        assert card.replays > 0 and len(card.driver.execute.codes) >= 8
-        opcodes = {one.opcode for codes in card.driver.execute.codes.values() for one in codes[0].program.instructions}
+        assert model.generate(ids.to(GPU_DEVICE), max_new_tokens=8).cpu().equal(want)
+        assert any(launched.launcher.metadata.launch_pdl for launched in gpu.driver.launches)
+        assert gpu.replays > 0 and len(gpu.driver.execute.codes) >= 8
+        opcodes = {one.opcode for codes in gpu.driver.execute.codes.values() for one in codes[0].program.instructions}
         assert any(name.startswith("wgmma") for name in opcodes) and any("bulk.tensor" in name for name in opcodes)
-        cache = KVCache(model.config, 1, device=CARD, dtype=model.dtype)
-        got, logits = model(ids.to(CARD), cache=cache).cpu(), plain(ids)
+        cache = KVCache(model.config, 1, device=GPU_DEVICE, dtype=model.dtype)
+        got, logits = model(ids.to(GPU_DEVICE), cache=cache).cpu(), plain(ids)
         assert (got - logits).abs().max() <= 0.05 * logits.abs().max()

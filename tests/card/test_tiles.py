@@ -1,4 +1,4 @@
-"""ldmatrix, stmatrix, mma and wgmma of the card in numpy, element by element from the tables of the PTX ISA."""
+"""ldmatrix, stmatrix, mma and wgmma of the PTX emulator, element by element from the tables of the PTX ISA."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .machine import SCHEDULES
 from .memory import SHARED_BASE, Fault
 from .unit import run, samples
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a card in numpy: run once, without the interpreter")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a PTX emulator: run once, without the interpreter")
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 

@@ -1,4 +1,4 @@
-"""Run a program as if this machine had cards: `python -m tests.stub [--cards N] (-m MODULE | FILE) ARGUMENTS`.
+"""Run a program as if this machine had GPUs: `python -m tests.stub [--gpus N] (-m MODULE | FILE) ARGUMENTS`.
 
 Kernels are compiled by Triton's JIT and checked as CUDA would check them (driver.py). They do their work only with
 `--executes`, by Triton's interpreter: without it results are whatever was in memory.
@@ -15,15 +15,15 @@ from unittest import mock
 from mixtral_triton.bench import measure as bench
 from mixtral_triton.bench import timing
 
-from .card import card
+from .gpu import gpu
 
-# What a benchmark makes large or often for the sake of a real card's clocks.
+# What a benchmark makes large or often for the sake of a real GPU's clocks.
 SMALL = {"SWEPT_LEAST": 1 << 10, "RUNS_LEAST": 1, "RUNS_MOST": 1}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.stub", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--cards", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--breaks", default="", metavar="KERNEL", help="its launch reads outside of memory")
     parser.add_argument("--executes", action="store_true", help="kernels do their work, interpreted")
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="a module and its arguments")
@@ -32,11 +32,11 @@ def main() -> None:
     target = args.module or args.script
     if not target:
         parser.error("name a module (-m) or a file to run")
-    measured = partial(bench.measure_card, memory=1 << 12, n=16)
+    measured = partial(bench.measure_gpu, memory=1 << 12, n=16)
     with (
-        card(args.cards, L2_cache_size=1 << 10) as made,
+        gpu(args.gpus, L2_cache_size=1 << 10) as made,
         mock.patch.multiple(timing, **SMALL),
-        mock.patch.object(bench, "measure_card", measured),
+        mock.patch.object(bench, "measure_gpu", measured),
     ):
         made.driver.executes, made.driver.breaks = args.executes, args.breaks
         sys.argv = target

@@ -1,4 +1,4 @@
-"""A card that is not there: `torch.cuda` as the package uses it, beside tensors.py and driver.py.
+"""A GPU that is not there: `torch.cuda` as the package uses it, beside tensors.py and driver.py.
 
 python -m tests.stub -m mixtral_triton generate --prompt "def"
 """
@@ -18,7 +18,7 @@ import triton
 from mixtral_triton import ops
 
 from .driver import Driver
-from .tensors import CardTensor, Factories, indexed, stage
+from .tensors import Factories, FakeGPUTensor, indexed, stage
 
 H100 = {
     "name": "NVIDIA H100 80GB HBM3 (stub)",
@@ -74,7 +74,7 @@ class Event:
 
 
 class Generator(torch.Generator):
-    """A card's generator. A capture that did not end leaves it waiting for the end."""
+    """A GPU's generator. A capture that did not end leaves it waiting for the end."""
 
     def __new__(cls, device: Any = "cpu") -> Any:
         own = super().__new__(cls, "cpu")
@@ -111,13 +111,13 @@ class Graph:
         self.generators.append(generator)
 
     def capture_begin(self, pool: Any = (0, 0), capture_error_mode: str = "global", **kwargs: Any) -> None:
-        card = active()
+        gpu = active()
         self.stream, self.mode, self.own_pool = torch.cuda.current_stream(), capture_error_mode, pool
         if self.stream.cuda_stream == 0:
             raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
-        self.device = card.current
-        card.captures.append(self)
-        card.pools.add(pool)
+        self.device = gpu.current
+        gpu.captures.append(self)
+        gpu.pools.add(pool)
         for generator in self.generators:
             generator.captured_by = self
         stage.capture = self
@@ -153,15 +153,15 @@ class Graph:
         self.calls.clear()
 
 
-_active: list[Card] = []
+_active: list[GPU] = []
 
 
-def active() -> Card:
+def active() -> GPU:
     return _active[-1]
 
 
-class Card:
-    """One machine's cards. `driver` has the launches; `captures` and `replays` what became of graphs."""
+class GPU:
+    """One machine's GPUs. `driver` has the launches; `captures` and `replays` what became of graphs."""
 
     def __init__(self, count: int = 1, **properties: Any) -> None:
         self.count, self.current = count, 0
@@ -259,9 +259,9 @@ class Card:
 
 
 @contextmanager
-def card(count: int = 1, **properties: Any) -> Iterator[Card]:
-    """Within the block, this machine has `count` cards, an H100 each unless `properties` say otherwise."""
-    made = Card(count, **properties)
+def gpu(count: int = 1, **properties: Any) -> Iterator[GPU]:
+    """Within the block, this machine has `count` GPUs, an H100 each unless `properties` say otherwise."""
+    made = GPU(count, **properties)
     with ExitStack() as stack:
         for name, function in made.functions().items():
             stack.enter_context(mock.patch.object(torch.cuda, name, function))
@@ -270,7 +270,7 @@ def card(count: int = 1, **properties: Any) -> Iterator[Card]:
         for name, function in {"_host_emptyCache": lambda: None, "_cuda_releasePool": lambda *_: None}.items():
             stack.enter_context(mock.patch.object(torch._C, name, function, create=True))
         stack.enter_context(mock.patch.object(torch._C, "_cuda_endAllocateToPool", made.end_pool, create=True))
-        stack.enter_context(mock.patch.object(ops, "PLAIN_TYPES", (*ops.PLAIN_TYPES, CardTensor)))
+        stack.enter_context(mock.patch.object(ops, "PLAIN_TYPES", (*ops.PLAIN_TYPES, FakeGPUTensor)))
         # A module's parameters are new ones once it has moved: ours cannot take another tensor's place.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)

@@ -1,4 +1,4 @@
-"""A driver for Triton where there is no card: its own JIT runs up to the launch, which is checked instead of made.
+"""A driver for Triton where there is no GPU: its own JIT runs up to the launch, which is checked instead of made.
 
 Binder, specialization, compiler (ptxas included) and cache are Triton's. The launcher holds each launch against what
 CUDA would demand, and, where asked, has Triton's interpreter do the kernel's work on the tensors' memory.
@@ -123,7 +123,7 @@ class Launcher:
         driver.launch(launched)
 
     def _check_arguments(self, args: Sequence[Any], device: int) -> None:
-        """Each value is as the kernel was specialized for it, and each pointer leads to the card that runs it."""
+        """Each value is as the kernel was specialized for it, and each pointer leads to the GPU that runs it."""
         metas = iter(getattr(self.metadata, "tensordesc_meta", None) or ())
         for at, (name, kind, value) in enumerate(zip(self.fn.arg_names, self.signature, args, strict=True)):
             tensor = value.base if isinstance(value, TensorDescriptor) else value
@@ -171,36 +171,36 @@ class Utils:
 class Driver(GPUDriver):
     """`launches`: what was launched, in order. `executes`: whether kernels do their work; `execute` does it.
 
-    `breaks`: a kernel whose launch reads outside of memory: it and all that comes after it fail, as on a card.
+    `breaks`: a kernel whose launch reads outside of memory: it and all that comes after it fail, as on a GPU.
     """
 
     launcher_cls = Launcher
 
-    def __init__(self, card: Any) -> None:
-        self.card, self.utils = card, Utils(card.properties)
+    def __init__(self, gpu: Any) -> None:
+        self.gpu, self.utils = gpu, Utils(gpu.properties)
         self.launches: list[Launched] = []
         self.kernels: set[JITFunction] = set()
         self.executes, self.breaks, self.broken = True, "", False
         self.execute: Callable[[Launched, Mapping[str, Any]], None] = interpret
 
     def get_current_device(self) -> int:
-        return self.card.current
+        return self.gpu.current
 
     def set_current_device(self, device: int) -> None:
-        self.card.current = device
+        self.gpu.current = device
 
     def get_current_stream(self, device: int) -> int:
-        return self.card.streams[device].cuda_stream
+        return self.gpu.streams[device].cuda_stream
 
     def get_device_capability(self, device: int) -> tuple[int, int]:
-        return self.card.properties.major, self.card.properties.minor
+        return self.gpu.properties.major, self.gpu.properties.minor
 
     def get_current_target(self) -> GPUTarget:
-        major, minor = self.get_device_capability(self.card.current)
+        major, minor = self.get_device_capability(self.gpu.current)
         return GPUTarget("cuda", 10 * major + minor, 32)
 
     def get_active_torch_device(self) -> torch.device:
-        return torch.device("cuda", self.card.current)
+        return torch.device("cuda", self.gpu.current)
 
     def get_device_interface(self) -> Any:
         return torch.cuda
@@ -216,7 +216,7 @@ class Driver(GPUDriver):
         return True
 
     def forget(self) -> None:
-        """What was compiled for this card is not for the next one."""
+        """What was compiled for this GPU is not for the next one."""
         for fn in self.kernels:
             for cache, *_ in fn.device_caches.values():
                 for kernel in cache.values():
@@ -236,12 +236,12 @@ class Driver(GPUDriver):
         self.launches.append(launched)
         if self.executes:
             args = {name: held(arg) for name, arg in launched.args.items()}
-            with _disable_current_modes():  # a card's work is no operation of torch
+            with _disable_current_modes():  # a GPU's work is no operation of torch
                 stage.run(lambda: self.execute(launched, args))
 
 
 def held(arg: Any) -> Any:
-    """An argument with the memory behind it in the place of a card's tensor."""
+    """An argument with the memory behind it in the place of a GPU's tensor."""
     if isinstance(arg, TensorDescriptor):
         return TensorDescriptor(held(arg.base), arg.shape, arg.strides, arg.block_shape)
     return getattr(arg, "held", arg)

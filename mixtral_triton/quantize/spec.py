@@ -17,7 +17,7 @@ ALLOWED = f"None, one of {', '.join(FORMATS)} (the experts), or a dict of these 
 
 
 @dataclass(frozen=True)
-class Form:
+class QuantSpec:
     """What a QuantizedWeight of a given shape is made of: see there. `group` is resolved, K for a scale a row."""
 
     format: str
@@ -26,7 +26,7 @@ class Form:
     zeros: bool = False
 
     @classmethod
-    def chosen(cls, format: str, K: int, group: int | None = None) -> Form:
+    def default_for(cls, format: str, K: int, group: int | None = None) -> QuantSpec:
         """What `quantize` makes: int4 in groups, their scales in bf16; int8 and fp8 with an fp32 scale a row."""
         if format not in BITS:
             raise ValueError(f"quantize: format is {format!r}, needs one of {', '.join(FORMATS)}")
@@ -56,7 +56,7 @@ def put(weight: QuantizedWeight, codes: Tensor, scales: Tensor, zeros: Tensor | 
         weight.zeros.copy_(zeros.float() + 128)
 
 
-def chosen(weights: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Form]:
+def select_specs(weights: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, QuantSpec]:
     """By name, the forms of the parameters that `weights` has quantized: None, a format, or a dict. See ALLOWED.
 
     ValueError where it is none of these, or where int4's groups fit no parameter. A head that is the embedding is no
@@ -72,11 +72,11 @@ def chosen(weights: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, For
     ):
         raise ValueError(f"Mixtral.from_pretrained: weights is {weights!r}, needs {ALLOWED}")
     formats = {name: format for part, format in wanted.items() for name in PARTS[part]}
-    forms: dict[str, Form] = {}
+    specs: dict[str, QuantSpec] = {}
     for name, shape in shapes.items():
         if (format := formats.get(name.rpartition(".")[2])) is not None:
             try:
-                forms[name] = Form.chosen(format, shape[-1])
+                specs[name] = QuantSpec.default_for(format, shape[-1])
             except ValueError as error:
                 raise ValueError(f"Mixtral.from_pretrained: weights is {weights!r}, {name}: {error}") from None
-    return forms
+    return specs
