@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton.bench.cases import Case, cases, oracle
-from mixtral_triton.bench.measure import attempt, our_call
-from mixtral_triton.bench.peers import Peer, peers_of
-from mixtral_triton.bench.report import sizes_text
 from mixtral_triton.cli import SMALL
 from mixtral_triton.config import MixtralConfig
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.tools.bench.cases import Case, cases, oracle
+from mixtral_triton.tools.bench.measure import attempt, our_call
+from mixtral_triton.tools.bench.peers import Peer, peers_of
+from mixtral_triton.tools.bench.report import sizes_text
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

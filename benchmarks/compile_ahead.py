@@ -15,13 +15,13 @@ from itertools import islice
 import torch
 
 from benchmarks.day_parts import parts
-from mixtral_triton.bench.cases import Case, cases
 from mixtral_triton.cli import parser
-from mixtral_triton.kernels.instruments.offline import compile_launches
 from mixtral_triton.kernels.launch import multiprocessors, target_arch
 from mixtral_triton.kernels.op import Launch
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.tools.bench.cases import Case, cases
+from mixtral_triton.tools.offline import compile_launches
 
 
 def day_cases() -> Iterator[Case]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STUB = ("-m", "tests.stub")
+STUB = ("-m", "tests.support.stub")
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class _DryBench:
     """The same command at the smallest sizes that the tests run, beside plain torch alone."""
 
     def __call__(self, name: str, *options: str) -> Command:
-        from mixtral_triton.bench.cases import BENCHED
-        from mixtral_triton.bench.peers import PEERS
         from mixtral_triton.kernels.op import Shape
+        from mixtral_triton.tools.bench.cases import BENCHED
+        from mixtral_triton.tools.bench.peers import PEERS
 
         op = BENCHED[name]
         sizes = min(op.test_shapes, key=lambda sizes: op.cost(sizes, op.dtypes[0]).bytes)

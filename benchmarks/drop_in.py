@@ -24,11 +24,11 @@ from rich.progress import track
 from rich.table import Table
 
 from mixtral_triton import apply
-from mixtral_triton.bench.timing import paired
 from mixtral_triton.cli import SMALL
 from mixtral_triton.hf.release import cache_keyword
 from mixtral_triton.inputs import usable_device
 from mixtral_triton.kernels.record import record_launches
+from mixtral_triton.tools.bench.timing import paired
 
 PROMPT = 64
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}

@@ -22,8 +22,8 @@ from rich.progress import track
 from rich.table import Table
 
 from mixtral_triton import KVCache, Mixtral
-from mixtral_triton.bench.timing import paired
 from mixtral_triton.hf.release import cache_keyword
+from mixtral_triton.tools.bench.timing import paired
 
 PROMPT = 256
 SIZES = {

@@ -2,7 +2,7 @@
 
     python benchmarks/host_time.py [--rounds 40] [--json]
 
-No GPU is used. Triton's own JIT runs against the driver of a simulated GPU (tests/stub), whose launches do
+No GPU is used. Triton's own JIT runs against the driver of a simulated GPU (tests/support/stub), whose launches do
 nothing; torch's operations run on the CPU, on tensors so small that a call is nearly all of their time. A step of one
 token in a model of 8 layers is timed, and shared out over the layers; embedding, head and masks are among it. The unit
 is a plain launch: `kernel[grid](...)` of a small kernel, timed in the same rounds. All take turns, so that a change of
@@ -35,9 +35,8 @@ from mixtral_triton import KVCache, Mixtral, apply, ops
 from mixtral_triton.hf.release import cache_keyword
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's folder is on the path, the repository is not
-from tests.stub.gpu import GPU
-
-from tests.stub.driver import Driver
+from tests.support.stub.driver import Driver
+from tests.support.stub.gpu import GPU
 
 LAYERS, PROMPT, LAUNCHES = 8, 64, 32
 SIZES = {

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from mixtral_triton import Mixtral, reference
 from mixtral_triton.cli import SMALL
-from mixtral_triton.trace import pieces, trace
+from mixtral_triton.tools.trace import pieces, trace
 
 TOKENS, WINDOW, LAYERS = 14, 4, 3  # of the window's figure
 TEXT = "The return statement leaves the current function call"

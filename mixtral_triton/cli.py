@@ -21,20 +21,20 @@ from rich.console import Console
 from rich.progress import DownloadColumn, MofNCompleteColumn
 
 from . import __version__
-from .command.arguments import Parser, weights
-from .command.processes import is_first, mesh_of
-from .command.terminal import bar, ended, say, settle
-from .command.way import choose, with_verify_time
 from .kernels.arch import ARCHS
+from .tools.arguments import Parser, weights
+from .tools.backend import choose, with_verify_time
+from .tools.processes import is_first, mesh_of
+from .tools.terminal import bar, ended, say, settle
 
 if TYPE_CHECKING:
     import torch
 
     from .model import Mixtral
 
-FORMATS = ("int4", "int8", "fp8")  # of quantize/form.py, which imports torch
+FORMATS = ("int4", "int8", "fp8")  # of quantize/spec.py, which imports torch
 SMALL = Path(__file__).parent / "small"  # the checkpoint that ships with the package
-GPUS = "a100, h100, h200, b200, b300, a10, l40s, rtx5090, mi300x"  # of instruments/roofline.py, which imports torch
+GPUS = "a100, h100, h200, b200, b300, a10, l40s, rtx5090, mi300x"  # of tools/roofline.py, which imports torch
 
 
 def parser() -> argparse.ArgumentParser:
@@ -315,7 +315,7 @@ def _streamed(steps: Iterator[torch.Tensor], tokenizer: Any, prompt: str, length
 def _trace(args: argparse.Namespace) -> int:
     out = Console(stderr=args.json, highlight=False)
     note = choose(args, interpret=False)
-    from .trace import run
+    from .tools.trace import run
 
     def load() -> tuple[Mixtral, Any, torch.Tensor]:
         model, tokenizer = _load(args), _tokenizer(args.folder)
@@ -345,7 +345,7 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import command, mesh
+    from .tools.bench import command, mesh
 
     with mesh_of(args) as ranks:
         if ranks is not None:
@@ -356,13 +356,13 @@ def _bench(args: argparse.Namespace) -> int:
 def _tune(args: argparse.Namespace) -> int:
     if args.arch is not None and args.arch not in ARCHS:
         raise ValueError(f"--arch is {args.arch!r}, needs one of {', '.join(ARCHS)}")
-    from .bench.tune_command import run
+    from .tools.bench.tune_command import run
 
     return run(args, lambda label, total: bar(label, total, MofNCompleteColumn()))
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from .command.fit import run
+    from .tools.fit_command import run
 
     return run(args)
 
@@ -370,10 +370,10 @@ def _fit(args: argparse.Namespace) -> int:
 def _compile(args: argparse.Namespace) -> int:
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {str(args.out)!r} is a file, needs a folder")
-    from .command.resources import resources_table
-    from .command.tables import console
-    from .kernels.instruments.offline import as_json, compile_ops
-    from .kernels.instruments.roofline import table_note
+    from .tools.offline import as_json, compile_ops
+    from .tools.resources import resources_table
+    from .tools.roofline import table_note
+    from .tools.tables import console
 
     rows: list[dict[str, Any]] = []
     with bar(f"compiling for {args.arch}", None, MofNCompleteColumn()) as progress:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import fit, ops, weights
+from . import ops, weights
 from .cache import KVCache
 from .config import MixtralConfig
 from .generate import generate
@@ -22,6 +22,7 @@ from .inputs import check_dtype, check_ids, check_lengths, usable_device
 from .parallel import UNSHARDED, Ranks
 from .quantize import QuantizedWeight, hub
 from .quantize.spec import QuantSpec, select_specs
+from .tools import fit
 
 Ring = tuple[Tensor, Tensor]  # keys and values of a layer, [B, Hkv, C, D] each: see KVCache
 

@@ -183,10 +183,10 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 @pytest.fixture
 def gpu() -> Iterator[Any]:
-    """A machine of two GPUs that are not there (tests/stub), whose launches Triton's own JIT prepares."""
+    """A machine of two GPUs that are not there (tests/support/stub), whose launches Triton's own JIT prepares."""
     if INTERPRETED or torch.cuda.is_available():
         pytest.skip("stands in for a GPU in a compiling process that has none")
-    from tests.stub.gpu import gpu
+    from tests.support.stub.gpu import gpu
 
     with gpu(2) as made:
         yield made
@@ -295,7 +295,7 @@ def written_down(terminalreporter: Any) -> dict[str, set[str]]:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """The whole of `-m emulator` fails where it ran too few of the instructions."""
-    from tests.gpu.report import too_little
+    from tests.emulator.report import too_little
 
     config, reporter = session.config, session.config.pluginmanager.get_plugin("terminalreporter")
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("keyword")
@@ -312,7 +312,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     say(f"{count('case', 0)} shapes and dtypes of operations within their limits")
     say(f"{count('compiled', 0)} kernel variants compiled for {count('target', 0)} targets")
     if "GPU code" in found:
-        from tests.gpu.report import summary
+        from tests.emulator.report import summary
 
         terminalreporter.section("PTX executed on a PTX emulator, under three schedules that agree bit for bit")
         for line in summary(found):

@@ -22,18 +22,18 @@ from torch import Tensor, nn
 from .. import reference
 from ..model import Mixtral
 from ..quantize import QuantizedWeight
+from ..tools.tolerance import measure, to_fp64
+from .fp64 import Fp64Reference
 from .hf import transformers_logits, verify_hf
 from .layers import LayerCheck, check_layers, norm_args
 from .loaded import check_loaded
 from .mesh import MeshCheck, Whole, worst_of_all
+from .model import end_to_end, forwards, watched, with_small_window
 from .quality import held_out as held_out
 from .quality import perplexity as perplexity
 from .quantization import cost, formats
 from .report import Report, Row
-from .shell import end_to_end, forwards, watched, with_small_window
-from .truth import Fp64Reference
 from .verdict import END_RATIO, Progress, Steps, by_layer, end_row, finish, text_or_default
-from .yardstick import measure, to_fp64
 
 MEMORY = Path("/proc/meminfo")  # of Linux; elsewhere nobody is asked
 

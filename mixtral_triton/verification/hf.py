@@ -20,12 +20,12 @@ from .. import hf, reference
 from ..config import SIZES, MixtralConfig
 from ..hf.release import cache_keyword
 from ..reference import Values
+from ..tools.tolerance import measure, to_fp64
+from .fp64 import Expected, Fp64Reference
 from .layers import LayerCheck, check_layers
+from .model import UNCACHED, ExpectedRoutes, LayerProbe, cuts, forwards
 from .report import Report, Row
-from .shell import UNSHARDED, ExpectedRoutes, LayerProbe, cuts, forwards
-from .truth import Expected, Fp64Reference
 from .verdict import END_RATIO, Progress, Steps, by_layer, end_row, finish, text_or_default
-from .yardstick import measure, to_fp64
 
 
 def verify_hf(model: Any, input_ids: Tensor | None, progress: Progress) -> Report:
@@ -101,7 +101,7 @@ def _watched(
     try:
         with routed(theirs, backbone, watch.routes):
             T = ids.shape[1]
-            watch.start(UNSHARDED, torch.arange(T), T)
+            watch.start(UNCACHED, torch.arange(T), T)
             backbone(ids, use_cache=False)
             cache = DynamicCache(config=backbone.config)
             for case, first, count, _ in cuts(T):

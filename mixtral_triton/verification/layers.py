@@ -22,9 +22,9 @@ from ..kernels.experts.tiles import DECODE_TOKENS
 from ..kernels.linear import SKINNY_M
 from ..model import Layer
 from ..reference import Values
+from ..tools.tolerance import Args, Tolerance, to_fp64
+from .fp64 import Expected, wide_block, with_perturbed_input
 from .report import Row
-from .truth import Expected, wide_block, with_perturbed_input
-from .yardstick import Args, Tolerance, to_fp64
 
 
 def norm_args(config: Any, x: Tensor, weight: Tensor) -> Args:

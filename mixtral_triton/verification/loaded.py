@@ -24,9 +24,9 @@ from torch import Tensor
 from ..config import MixtralConfig
 from ..quantize import QuantizedWeight, hub
 from ..quantize.spec import QuantSpec
+from ..tools.tolerance import worst
 from ..weights import read_headers
 from .report import Row
-from .yardstick import worst
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 # Half a step of a format whose scale clips nothing, in parts of the largest value; 2 % for a scale that was rounded.

@@ -17,9 +17,9 @@ from torch import Tensor
 from .. import reference, weights
 from ..kernels.quantized import QuantizedWeight
 from ..quantize.spec import PARTS
+from ..tools.tolerance import to_fp64
+from .fp64 import wide_values
 from .quality import CONTEXT, Window, held_out, loss, of_losses, windows
-from .truth import wide_values
-from .yardstick import to_fp64
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..inputs import check_ids, check_vocabulary
 from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED
+from .fp64 import Fp64Reference
 from .report import PLAIN, Report, Row
-from .truth import Fp64Reference
 
 TOKENS = 96  # of the default input: beyond the sort-free experts, and beyond the small checkpoint's window
 END_RATIO = 4.0  # as RATIO, of a whole model: what two ways round differently has grown from layer to layer

@@ -1,0 +1,106 @@
+"""A kernel compiled for a GPU that need not be there, and what is held against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from triton.tools.disasm import get_sass
+
+from ..kernels.arch import family
+from . import counted
+from .sass import Loop
+
+# Bytes of spills that a kernel may have outside its main loops: harmless, a few instructions a program. AMD: none.
+_HARMLESS = {"sm_80": 64, "sm_90": 16, "sm_100": 64}
+
+
+class Assembly(Mapping[str, Any]):
+    """A kernel's stages by kind, read from Triton's cache when they are asked for; "sass" is made of the cubin."""
+
+    def __init__(self, files: Iterable[str]) -> None:
+        self.paths = {Path(file).suffix[1:]: Path(file) for file in files}
+
+    def __getitem__(self, kind: str) -> Any:
+        if kind == "sass" and "cubin" in self.paths:
+            return get_sass(self["cubin"])
+        path = self.paths[kind]
+        return path.read_bytes() if kind in ("cubin", "hsaco") else path.read_text()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as it would run on `arch`.
+
+    file          path of the .cubin or .hsaco; None where no files were asked for
+    signature     Triton's type by argument: "*bf16", "i32", "constexpr" (also what the JIT makes constant: None, 1)
+    dtype         the narrowest type behind a pointer, a floating-point one where there is one
+    registers     of a thread; on AMD the vector registers of a lane, those for accumulation included
+    spills        bytes a thread keeps in memory for want of registers. NVIDIA: its stack frame, for which a Triton
+                  kernel has no other use; AMD: 4 for each spilled vector register, and for each scalar one
+    shared_bytes  of a block; limit_bytes: what a block can have on `arch`
+    asm           "ptx", "cubin" and "sass", or "amdgcn" and "hsaco"; Triton's own stages beside them
+    error         why it does not compile; its figures are 0 then
+    """
+
+    op: str
+    kernel: str
+    arch: str
+    file: str | None
+    num_warps: int
+    num_stages: int
+    constexprs: Mapping[str, Any]
+    signature: Mapping[str, str]
+    dtype: str
+    registers: int
+    spills: int
+    shared_bytes: int
+    limit_bytes: int
+    asm: Assembly = field(repr=False, compare=False)
+    error: str | None = None
+
+    @cached_property
+    def loops(self) -> tuple[Loop, ...]:
+        """The main loops; none for AMD, whose code is not counted."""
+        return counted.loops([self.asm.paths["cubin"]], self.arch)[0] if "cubin" in self.asm else ()
+
+    @cached_property
+    def uses_tensor_cores(self) -> bool:
+        """NVIDIA's."""
+        return "mma" in self.asm.get("ptx", "")
+
+    @property
+    def asks_loops(self) -> bool:
+        """Whether anything below depends on the main loops."""
+        return "cubin" in self.asm and (self.spills > 0 or self.uses_tensor_cores)
+
+    @property
+    def loop_spills(self) -> int:
+        """Instructions in main loops that store or load a spill."""
+        return sum(loop.spills for loop in self.loops) if self.spills else 0
+
+    @property
+    def loop_flop_per_instruction(self) -> float | None:
+        """Of the best main loop (attention: the one without a mask); None without tensor cores whose FLOP are known."""
+        loops = self.loops if self.uses_tensor_cores else ()
+        return max((loop.flop_per_instruction for loop in loops if loop.flop_per_instruction), default=None)
+
+    @property
+    def fault(self) -> str | None:
+        """Why this kernel should not run, or None."""
+        if self.error:
+            return f"does not compile: {self.error}"
+        if self.loop_spills or self.spills > _HARMLESS.get(family(self.arch), 0):
+            return f"spills {self.spills} bytes, by {self.loop_spills} instructions in main loops"
+        if self.shared_bytes > self.limit_bytes:
+            return f"needs {self.shared_bytes} of {self.limit_bytes} bytes of shared memory"
+        return None

@@ -1,0 +1,89 @@
+"""Architectures: whose choices each GPU runs on, and what a GPU that nobody knows is told."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mixtral_triton import cli
+from mixtral_triton.cli import main
+from mixtral_triton.kernels import arch as arch_module
+from mixtral_triton.kernels.arch import ARCHS, family, multiprocessors, tma
+from mixtral_triton.kernels.launch import target_arch
+from mixtral_triton.kernels.op import Shape
+from mixtral_triton.kernels.record import record_launches
+from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.tma import tma_can_read
+from mixtral_triton.tools.roofline import GPUS, table_note
+
+SIBLINGS = [arch for arch, known in ARCHS.items() if arch != known.family]
+FALLBACK_FAMILIES = {"sm_75": "sm_80", "sm_130": "sm_80", "gfx1201": "gfx942"}
+
+
+@pytest.fixture(autouse=True)
+def first_time() -> Iterator[None]:
+    arch_module._stranger.cache_clear()
+    yield
+    arch_module._stranger.cache_clear()
+
+
+def launch_configs(arch: str) -> list[Any]:
+    """Of every operation at every size it is tested or timed at; the splits of a decode follow the multiprocessors."""
+    sized = [(op, Shape(sizes, sms=132)) for op in OPS.values() for sizes in (*op.test_shapes, *op.bench_shapes)]
+    return [op.configs(sizes, dtype, arch) for op, sizes in sized for dtype in op.dtypes]
+
+
+@pytest.mark.parametrize("arch", SIBLINGS)
+def test_a_gpu_takes_the_choices_of_its_family(arch: str) -> None:
+    assert family(family(arch)) == family(arch)
+    assert launch_configs(arch) == launch_configs(family(arch))
+    assert tma_can_read(torch.empty(4, 64, dtype=torch.bfloat16), arch) == tma(arch) == (arch == "sm_103")
+
+
+def test_a_family_fits_its_gpus() -> None:
+    """No GPU has less shared memory than the one whose choices it runs on, but those of sm_80: they fit the least."""
+    less = {arch for arch, known in ARCHS.items() if known.shared_bytes < ARCHS[known.family].shared_bytes}
+    assert less == {"sm_86", "sm_89", "sm_120"} and {ARCHS[arch].shared_bytes for arch in less} == {101376}
+    assert {family(arch) for arch in less} == {"sm_80"}
+
+
+@pytest.mark.parametrize("arch", FALLBACK_FAMILIES)
+def test_an_unknown_gpu_says_once_what_it_runs_on(arch: str) -> None:
+    with pytest.warns(UserWarning, match=f"^{arch} .*{FALLBACK_FAMILIES[arch]}'s$") as said:
+        assert launch_configs(arch) == launch_configs(FALLBACK_FAMILIES[arch])
+        assert multiprocessors(arch) == ARCHS[FALLBACK_FAMILIES[arch]].sms
+    assert len(said) == 1
+    with warnings.catch_warnings(), record_launches(arch) as launches:
+        warnings.simplefilter("error")
+        OPS["attention"].run(**OPS["attention"].inputs(OPS["attention"].test_shapes[0], torch.float16, "meta"))
+    assert [launch.kernel for launch in launches if launch.fn] == ["attention_prefill_kernel"]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_known_gpu_says_nothing(arch: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        launch_configs(arch)
+        note = table_note(arch)
+    assert (note is None) == (arch not in SIBLINGS)
+    assert note is None or (arch in note and family(arch) in note)
+
+
+def test_a_gpu_is_known_by_its_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    sheet = SimpleNamespace(major=10, minor=3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: sheet)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert family(target_arch(torch.device("cuda", 0))) == "sm_100"
+
+
+def test_the_gpus_of_the_benchmark_and_the_help_know_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {gpu.arch for gpu in GPUS.values()} <= set(ARCHS)
+    with pytest.raises(SystemExit):
+        main(["compile", "--help"])
+    assert set(ARCHS) <= set(capsys.readouterr().out.replace(",", " ").split())
+    assert cli.GPUS.split(", ") == list(GPUS)

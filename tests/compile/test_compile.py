@@ -1,0 +1,175 @@
+"""The command `compile`: its rows and exit status, its progress, its worker processes and how they end."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+from rich.progress import DownloadColumn, MofNCompleteColumn
+
+from mixtral_triton.cli import main
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.tools import offline, terminal
+from mixtral_triton.tools.files import write
+from mixtral_triton.tools.pool import share
+
+compiled_way = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
+
+
+@compiled_way
+def test_a_fault_is_named_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(offline._Job, "is_stored", lambda job: False)
+    monkeypatch.setattr(offline, "_attempt", lambda job: job.failed("ptxas crashed with SIGSEGV"))
+    assert main(["compile", "append", "--arch", "sm_89"]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("append, append_kernel, bf16: does not compile: ptxas crashed with SIGSEGV") == 1
+    assert "3 of them must not run" in out and "101,376 bytes" in out and "sm_89 has no table" in out
+    assert main(["compile", "append", "--arch", "sm_90", "--json"]) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 3 and all(row["fault"] and row["file"] is None for row in rows)
+
+
+@compiled_way
+def test_out_in_a_file_s_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out"
+    path.write_text("mine")
+    for out, said in ((path, "is a file, needs a folder"), (path / "below", "Not a directory")):
+        assert main(["compile", "append", "--arch", "sm_90", "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert str(out) in error and said in error and error.count("\n") == 1
+    assert path.read_text() == "mine"
+
+
+@compiled_way
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk_under_out_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is no fault of the kernel, wherever that was compiled."""
+    command = ["compile", "append", "--arch", "sm_90", "--out", str(tmp_path)]
+    assert main(command) == 0
+    for path in tmp_path.glob("*.ptx"):
+        path.unlink()
+        path.symlink_to("/dev/full")
+    capsys.readouterr()
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert ".ptx: No space left on device" in error and error.count("\n") == 1
+
+
+@compiled_way
+def test_a_full_disk_under_triton_s_cache_names_the_cache(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(triton, "compile", full)
+    assert main(["compile", "append", "--arch", "sm_90"]) == 2
+    assert capsys.readouterr().err == f"mixtral-triton compile: {triton.knobs.cache.dir}: No space left on device\n"
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A disk that is full after a part of it: a limit on the size of this process's files stands in."""
+    resource = pytest.importorskip("resource")
+    path, before = tmp_path / "x.cubin", resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"x\.cubin"):
+            write(path, b"x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not path.exists()
+    write(path, b"x" * 5000)
+    assert path.read_bytes() == b"x" * 5000
+
+
+def lines(error: str) -> list[str]:
+    return [line for line in error.splitlines() if line.startswith("working")]
+
+
+def test_without_a_terminal_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "SILENT", 0.2)
+    with terminal.bar("working", None, MofNCompleteColumn()) as bar:
+        time.sleep(0.3)
+        bar.of(40, 200)
+        time.sleep(0.5)
+    said = lines(capsys.readouterr().err)
+    assert said[0] == "working: starting"
+    done, left = said[-1].removeprefix("working: ").split(", ")
+    assert done == "40/200" and left.endswith(" s left") and 1 <= int(left.split()[0]) <= 10
+    with terminal.bar("working", 3_000_000, DownloadColumn()) as bar:
+        bar.more(1_000_000)
+        time.sleep(0.3)
+    assert lines(capsys.readouterr().err)[0].startswith("working: 1.0/3.0 MB, ")
+
+
+def test_quick_work_is_quiet_and_its_error_comes_through(capsys: pytest.CaptureFixture[str]) -> None:
+    assert terminal.SILENT >= 10
+    with pytest.raises(ValueError, match="planted"), terminal.bar("working", 2, MofNCompleteColumn()) as bar:
+        bar.more(1)
+        raise ValueError("planted")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_worker_that_crashes_loses_its_piece_alone() -> None:
+    pieces = [0, signal.SIGSEGV, 0, signal.SIGABRT, 0, 0]
+    found = dict(share(signal.raise_signal, pieces, 2, lambda piece, by: (piece, by), "signal"))
+    assert found == {index: (piece, piece) if piece else None for index, piece in enumerate(pieces)}
+
+
+def test_a_worker_that_raises_is_an_error() -> None:
+    with pytest.raises(ChildProcessError, match="exit code 1"):
+        list(share(int, ["1", "many"], 2, lambda piece, by: 0, "signal"))
+
+
+def test_pieces_are_begun_in_order_and_given_as_they_are_done() -> None:
+    naps = [0.6, 0.0, 0.0, 0.0]
+    assert [index for index, _ in share(time.sleep, naps, 2, lambda piece, by: None, "signal")] == [1, 2, 3, 0]
+
+
+def test_workers_end_where_their_caller_stops() -> None:
+    results = share(time.sleep, [0.0, 60.0, 60.0], 2, lambda piece, by: None, "signal")
+    assert next(results) == (0, None)
+    start = time.monotonic()
+    results.close()
+    assert time.monotonic() - start < 10
+    deadline = start + 20
+    while offline.share.__globals__["multiprocessing"].active_children():
+        assert time.monotonic() < deadline, "a worker is left"
+        time.sleep(0.1)
+
+
+@compiled_way
+def test_interrupted_it_ends_with_a_line_and_leaves_nobody(tmp_path: Path) -> None:
+    environment: dict[str, Any] = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "mixtral_triton", "compile", "--arch", "sm_90", "expert_swiglu"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, env=environment, text=True, stdout=pipe, stderr=pipe, start_new_session=True
+    ) as process:
+        while not list(tmp_path.glob("*/*.ttgir")):  # a worker is at it
+            assert process.poll() is None
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+        assert process.returncode == 130 and out == ""
+        assert error.splitlines()[-1] == "mixtral-triton compile: interrupted" and "Traceback" not in error, error
+        for _ in range(200):
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.1)
+        pytest.fail("a process is left")

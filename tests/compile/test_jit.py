@@ -1,0 +1,243 @@
+"""Every launch by Triton's own JIT, without a GPU: binder, specialization, compiler and cache, and a launcher that
+holds the launch against what CUDA would demand (tests/support/stub)."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixtral_triton import Mixtral, MixtralConfig
+from mixtral_triton.kernels import gate, norm
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.op import Op
+from mixtral_triton.kernels.quantized import QuantizedWeight
+from mixtral_triton.kernels.record import record_launches
+from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.tools.offline import compile_launches
+from tests.support.stub.driver import GRID_MOST, LaunchError, check_descriptor
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
+
+GPU_DEVICE = torch.device("cuda", 0)
+HEAD_SIZES = (48, 64, 72, 80, 96, 112, 128, 192, 256)
+QUERIES = (1, 16, 20, 33, 37, 65, 150)
+
+
+def on_fake_gpu(args: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.to(GPU_DEVICE) if isinstance(x, (Tensor, QuantizedWeight)) else x for name, x in args.items()}
+
+
+def shown(launches: list[Any]) -> list[tuple[str, tuple[int, ...]]]:
+    """Kernels and grids of the Triton launches, in order."""
+    return [(each.kernel, tuple(each.grid) + (1,) * (3 - len(each.grid))) for each in launches if each.grid]
+
+
+def go(op: Op, sizes: Any, dtype: torch.dtype, gpu: Any) -> list[Any]:
+    """Launch `op` as a GPU's tensors would -> the launches, which are those that were recorded on meta tensors."""
+    gpu.driver.executes = False
+    begin = len(gpu.driver.launches)
+    op.run(**on_fake_gpu(op.inputs(sizes, dtype, "cpu", torch.Generator().manual_seed(0))))
+    launched = gpu.driver.launches[begin:]
+    with record_launches() as recorded:
+        op.run(**op.inputs(sizes, dtype, "meta"))
+    assert shown(launched) == shown(recorded)
+    return launched
+
+
+def count(covers: Any, launched: list[Any], case: str) -> None:
+    for kernel, times in Counter(each.kernel for each in launched).items():
+        covers("jit case", f"{kernel} {times} {case}")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_operation_at_its_test_shapes(name: str, gpu: Any, covers: Any) -> None:
+    op = OPS[name]
+    dtype = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
+    for number, sizes in enumerate(op.test_shapes):
+        count(covers, go(op, sizes, dtype, gpu), f"{name} {number}")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_operation_in_its_other_dtypes(name: str, gpu: Any, covers: Any) -> None:
+    """At one of its shapes: what differs by dtype is the way to the launch (tiles, descriptors), not the shapes'."""
+    op = OPS[name]
+    for dtype in op.dtypes:
+        if dtype != torch.bfloat16:
+            count(covers, go(op, op.test_shapes[0], dtype, gpu), f"{name} {dtype}")
+
+
+@pytest.mark.parametrize(("D", "window"), [*((D, 0) for D in HEAD_SIZES), *((D, 40) for D in (48, 80, 112))])
+def test_attention_of_every_head_size(D: int, window: int, gpu: Any, covers: Any) -> None:
+    """Among them those whose tiles made an assembler crash: heads narrower than their tile, in half a tile of rows."""
+    for T in QUERIES if window == 0 else (37, 150):
+        sizes = {"B": 2, "T": T, "S": T, "Hq": 4, "Hkv": 2, "D": D, "window": window}
+        count(covers, go(OPS["attention"], sizes, torch.bfloat16, gpu), f"D{D} T{T} window {window}")
+
+
+def test_what_was_compiled_ahead_is_not_compiled_again(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The day compiles offline, on all cores; its launches find the kernels, those of other divisibility too."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    op, dtype = OPS["rms_norm"], torch.bfloat16
+    shapes = [{"T": T, "H": H} for T, H in ((1, 64), (3, 64), (16, 64), (3, 72))]
+    with record_launches() as recorded:
+        for sizes in shapes:
+            op.run(**op.inputs(sizes, dtype, "meta"))
+    ahead = list(compile_launches(recorded, "sm_90"))
+    assert not [each.error for each in ahead if each.error] and len(ahead) == 2  # H is a multiple of 16, or not
+
+    def anew(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("compiled anew")
+
+    monkeypatch.setattr(CUDABackend, "make_cubin", anew)
+    for sizes in shapes:
+        go(op, sizes, dtype, gpu)
+    with pytest.raises(AssertionError, match="compiled anew"):
+        go(op, {"T": 3, "H": 256}, dtype, gpu)
+
+
+def norm_launch(T: int, gpu: Any, offset: int = 0) -> tuple[Any, list[Any]]:
+    """A norm of T rows, `offset` elements into their memory -> its compiled kernel, and the arguments that it took."""
+    gpu.driver.executes = False
+    x = torch.zeros(T * 64 + offset, dtype=torch.bfloat16).to(GPU_DEVICE)[offset:].view(T, 64)
+    OPS["rms_norm"].run(x, torch.ones(64, dtype=torch.bfloat16).to(GPU_DEVICE), 1e-5)
+    launched = gpu.driver.launches[-1]
+    return launched.compiled(), list(launched.args.values())
+
+
+def test_a_grid_too_tall_is_caught(gpu: Any) -> None:
+    kernel, args = norm_launch(4, gpu)
+    kernel[(1, GRID_MOST[1], 1)](*args)
+    with pytest.raises(LaunchError, match=r"grid\.y is 65536, needs 1\.\.65535"):
+        kernel[(1, GRID_MOST[1] + 1, 1)](*args)
+
+
+def test_a_batch_too_large_for_a_grid_is_a_value_error(gpu: Any) -> None:
+    """Before anything is launched or recorded: CUDA would say «invalid argument»."""
+    op, sizes = OPS["rope"], {"B": GRID_MOST[1] + 1, "T": 1, "Hq": 1, "Hkv": 1, "D": 16, "P": 8}
+    for device in ("meta", GPU_DEVICE):
+        args = op.inputs({**sizes, "B": 1}, torch.bfloat16, "cpu") | {"positions": torch.zeros(sizes["B"], 1).int()}
+        args |= {name: args[name].expand(sizes["B"], -1, -1, -1) for name in ("q", "k")}
+        args = {name: x.to(device) for name, x in args.items()}
+        with (
+            record_launches() as launches,
+            pytest.raises(ValueError, match="rope_kernel: 1 x 65,536 programs, needs at most 65,535"),
+        ):
+            op.run(**args)
+        assert not [launch for launch in launches if launch.grid]
+
+
+def test_arguments_that_a_kernel_was_not_compiled_for_are_caught(gpu: Any) -> None:
+    """The JIT looks at every pointer; whoever keeps a compiled kernel has to, too."""
+    kernel, args = norm_launch(4, gpu)
+    _, others = norm_launch(4, gpu, offset=4)
+    with pytest.raises(LaunchError, match="misaligned address: x_ptr"):
+        kernel[(4, 1, 1)](*others)
+    kernel, args = norm_launch(1, gpu)
+    at = [parameter.name for parameter in norm.rms_norm_kernel.params].index("ADD")
+    with pytest.raises(LaunchError, match="ADD is True, and the kernel was compiled for False"):
+        kernel[(1, 1, 1)](*args[:at], True, *args[at + 1 :])
+
+
+def test_a_descriptor_off_by_8_bytes_is_caught(gpu: Any) -> None:
+    """Keys at such an address go by pointers; a descriptor that is led there is refused by the launcher."""
+    op, sizes = OPS["attention"], {"B": 1, "T": 40, "S": 40, "Hq": 4, "Hkv": 2, "D": 64, "window": 0}
+    args = on_fake_gpu(op.inputs(sizes, torch.bfloat16, "cpu", torch.Generator().manual_seed(0)))
+    gpu.driver.executes = False
+    launched = None
+    for offset in (8, 4):  # elements: 16 bytes, and 8
+        memory = torch.zeros(args["k"].numel() + offset, dtype=torch.bfloat16).to(GPU_DEVICE)
+        args["k"] = memory[offset:].view(args["k"].shape)
+        op.run(**args)
+        assert (gpu.driver.launches[-1].args["k_desc"] is not None) == (offset == 8)
+        launched = launched or gpu.driver.launches[-1]
+    moved = dict(launched.args)
+    moved["k_desc"].base = args["k"]
+    with pytest.raises(
+        LaunchError, match=r"cuTensorMapEncodeTiled refuses k_desc: base 0x\w+8, needs a multiple of 16"
+    ):
+        launched.compiled()[launched.grid](*moved.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"block_size": [1, 512, 1, 64]}, r"box \[1, 512, 1, 64\], needs 1\.\.256"),
+        ({"block_size": [1, 128, 1, 128]}, "inner box of 256 bytes, needs at most its swizzle's 128"),
+        ({"block_size": [1, 128, 1, 12]}, "inner box of 24 bytes, needs a multiple of 16"),
+        ({"block_size": [128, 1, 64]}, "of 4 dimensions"),
+        ({"strides": [4, 2, 1, 1]}, "strides .* needs multiples of 16 bytes"),
+        ({"strides": [2**41, 128, 64, 1]}, r"below 2\^40"),
+        ({"shape": [0, 40, 2, 64]}, r"sizes .* needs 1\.\.2\^32"),
+        ({"shape": [1] * 6}, "rank 6, needs 1..5"),
+    ],
+)
+def test_what_a_tensor_map_demands(change: dict[str, Any], said: str) -> None:
+    memory = torch.zeros(40 * 128 + 64, dtype=torch.bfloat16)
+    base = memory[(-memory.data_ptr() // 2) % 8 :]
+    good = {"base": base, "shape": [1, 40, 2, 64], "strides": [5120, 128, 64, 1]}
+    meta = {"block_size": [1, 128, 1, 64], "swizzle": 3}
+    check_descriptor("k_desc", SimpleNamespace(**good), meta)
+    known = {name: change.get(name, value) for name, value in good.items()}
+    with pytest.raises(LaunchError, match=said):
+        check_descriptor("k_desc", SimpleNamespace(**known), meta | change)
+
+
+def test_a_configuration_that_the_gpu_cannot_hold_is_a_value_error(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton finds it after it has compiled; here by its own JIT, not by a stand-in for it."""
+    monkeypatch.setattr(gpu.driver.utils.properties, "shared_memory_per_block_optin", 8)
+    gpu.driver.forget()
+    with pytest.raises(ValueError, match=r"rms_norm_kernel: the launch configuration .* takes \d+ of shared memory"):
+        norm_launch(4, gpu)
+
+
+KERNELS_MOST = 25  # of prompts up to 200 tokens
+
+
+def kernels_of_prompts(gpu: Any, lengths: Sequence[int]) -> Counter[Any]:
+    """What was compiled while a model wrote three tokens after a prompt of each length, by kernel, types and constants,
+    whatever is known of the numbers it is called with."""
+    gpu.driver.executes = False
+    widths = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(**widths, **heads, rope_theta=1e6, max_position_embeddings=512)
+    model = Mixtral(config, device="cuda", dtype=torch.bfloat16)
+    for length in lengths:
+        model.generate(torch.zeros(1, length, dtype=torch.int64).to("cuda"), max_new_tokens=3)
+    made: Counter[Any] = Counter()
+    for fn in gpu.driver.kernels:
+        declared = [(at,) for at, parameter in enumerate(fn.params) if parameter.is_constexpr]
+        for cache, *_ in fn.device_caches.values():
+            for kernel in cache.values():
+                pointers = [kind for kind in kernel.src.signature.values() if kind[0] in "*t"]
+                constants = [kernel.src.constants[at] for at in declared]
+                begins = getattr(kernel.metadata, "launch_pdl", False)  # before the launch in front of it has ended
+                made[(fn.__name__, begins, *pointers, *map(str, constants))] += 1
+    return made
+
+
+def test_prompts_of_any_length_share_their_kernels(gpu: Any, covers: Any) -> None:
+    """Lengths, rows, slots are not compiled in: neither as 1 nor as a multiple of 16."""
+    draw = random.Random(0)
+    made = kernels_of_prompts(gpu, [draw.randint(1, 200) for _ in range(120)])
+    covers("host", f"120 random prompts of up to 200 tokens: {made.total()} kernels compiled")
+    assert not [kernel for kernel, times in made.items() if times > 1]
+    assert made.total() <= KERNELS_MOST
+
+
+def test_a_length_that_is_compiled_in_is_caught(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (rows,) = (parameter for parameter in gate.gate_route_kernel.params if parameter.name == "T")
+    monkeypatch.setattr(rows, "do_not_specialize", False)
+    made = kernels_of_prompts(gpu, [70, 80])
+    assert [kernel[0] for kernel, times in made.items() if times > 1] == ["gate_route_kernel"]

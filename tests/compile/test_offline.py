@@ -1,0 +1,352 @@
+"""Every launch, compiled for GPUs that are not here: none spills, all fit shared memory. And the gate catches both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from mixtral_triton.kernels.arch import ARCHS
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.op import Launch, Shape
+from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.tools import counted, offline, sass
+from mixtral_triton.tools.offline import as_json, collect, compile_launch, compile_ops
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
+
+FAMILIES = tuple(dict.fromkeys(known.family for known in ARCHS.values()))
+EVERY_DTYPE = "sm_90"
+MEASURED = {"registers", "spills", "shared_bytes", "limit_bytes", "loop_spills", "loop_flop_per_instruction"}
+JSON_KEYS = MEASURED | {"fault", "op", "kernel", "arch", "file", "dtype", "num_warps", "num_stages", "constexprs"}
+JSON_KEYS |= {"arguments"}
+
+
+def cases() -> Iterator[Any]:
+    """Op, architecture, dtype: pieces that share out evenly. fp16 has bf16's tiles, and is compiled for sm_90 only."""
+    for name, op in OPS.items():
+        for arch in FAMILIES:
+            for dtype in op.dtypes:
+                if dtype != torch.float16 or arch == EVERY_DTYPE:
+                    yield pytest.param(name, arch, dtype, id=f"{name}-{arch}-{str(dtype).removeprefix('torch.')}")
+
+
+@pytest.mark.parametrize(("name", "arch", "dtype"), list(cases()))
+def test_no_spill_and_fits_shared_memory(name: str, arch: str, dtype: torch.dtype, covers: Any) -> None:
+    compiled = [compile_launch(launch, arch) for launch in collect(OPS[name], arch, [dtype])]
+    # Some run what others run, and have less shared memory.
+    least = min(known.shared_bytes for known in ARCHS.values() if known.family == arch)
+    compiled = [replace(kernel, limit_bytes=least) for kernel in compiled]
+    covers("target", arch)
+    for kernel in compiled:
+        covers("compiled", str(kernel))
+    assert compiled and not [(kernel.fault, kernel) for kernel in compiled if kernel.fault]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("D", [64, 256])
+def test_other_head_sizes(D: int, dtype: torch.dtype) -> None:
+    """Mixtral's is 128, and so it is in the bench shapes; the tiles differ by head size."""
+    shapes = tuple(Shape(sizes) | {"D": D} for sizes in OPS["attention"].bench_shapes if sizes["S"] == 4096)
+    launches = collect(replace(OPS["attention"], bench_shapes=(shapes[0], shapes[-1])), "sm_90", [dtype])
+    kernels = {launch.kernel: compile_launch(launch, "sm_90").fault for launch in launches}
+    assert kernels == dict.fromkeys(("attention_prefill_kernel", "attention_decode_kernel", "attention_combine_kernel"))
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_attention_with_two_programs_an_sm(arch: str) -> None:
+    """As many tiles as there are SMs, or fewer. Over a ring with a window they would spill, and are whole."""
+    plain = {"B": 1, "T": 500, "S": 500, "Hq": 32, "Hkv": 8, "D": 128, "window": 0}
+    ring = {"C": 4096, "past": 3000, "fresh": True}
+    cases = [("attention", plain, 64), ("attention", plain | {"window": 4096}, 64)]
+    cases += [("cached_attention", plain | ring, 64), ("cached_attention", plain | ring | {"window": 4096}, 128)]
+    for name, sizes, rows in cases:
+        (launch,) = collect(replace(OPS[name], bench_shapes=(Shape(sizes),)), arch, [torch.bfloat16])
+        assert launch.constexprs["BLOCK_M"] == rows and compile_launch(launch, arch).fault is None, (name, launch)
+
+
+# D and T. Narrower than their tile: an assembler of CUDA 12 crashes where 64 rows or 64 columns meet 128 keys.
+HEADS = [(48, 20), (48, 65), (48, 150), (72, 37), (80, 33), (112, 37), (192, 65)]
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
+@pytest.mark.parametrize(("D", "T"), HEADS)
+def test_heads_narrower_than_their_tile(D: int, T: int, arch: str) -> None:
+    """Keys given alone or with a ring before them; bf16, and fp16 where both compile to the same tiles' code."""
+    plain = {"B": 1, "T": T, "S": 4096, "Hq": 4, "Hkv": 2, "D": D, "window": 0}
+    ring = Shape(plain, C=4096, past=5000, fresh=True)
+    for name, sizes, dtype in (("attention", plain, torch.bfloat16), ("cached_attention", ring, torch.float16)):
+        (launch,) = collect(replace(OPS[name], bench_shapes=(sizes,)), arch, [dtype])
+        assert compile_launch(launch, arch).fault is None, (name, launch)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80", "gfx942"])
+@pytest.mark.parametrize("D", [48, 72, 80, 192])
+def test_a_decode_step_of_such_heads(D: int, arch: str) -> None:
+    sizes = Shape(B=2, T=1, Hq=8, Hkv=2, D=D, C=4096, window=4096, past=4095)
+    launches = collect(replace(OPS["rope_append_attention"], bench_shapes=(sizes,)), arch, [torch.bfloat16])
+    assert launches and not [fault for launch in launches if (fault := compile_launch(launch, arch).fault)]
+
+
+def prefill(kernel: str, arch: str = "sm_90") -> Launch:
+    """A bf16 kernel as 8x7B launches it for 4096 tokens."""
+    op = OPS["attention" if kernel.startswith("attention") else "expert_swiglu"]
+    op = replace(op, bench_shapes=tuple(sizes for sizes in op.bench_shapes if sizes["T"] == 4096)[:1])
+    return next(found for found in collect(op, arch, [torch.bfloat16]) if found.kernel == kernel)
+
+
+# More is better; vLLM's best expert tile has 5,191, Triton's attention tutorial 2,052.
+FLOP_PER_INSTRUCTION = {"experts_up_kernel": 5500, "experts_down_kernel": 5500, "attention_prefill_kernel": 2000}
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):  # it computes the places of tiles in every turn
+    FLOP_PER_INSTRUCTION |= {"experts_up_kernel": 4100, "experts_down_kernel": 4100}
+
+
+def flop_a_turn(launch: Launch) -> int:
+    """Of the tiles that one turn of the main loop multiplies; attention: of the one without a mask."""
+    tile = launch.constexprs
+    if launch.kernel.startswith("attention"):
+        return 4 * tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_D"]
+    return 2 * tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_K"] * (2 if "_up_" in launch.kernel else 1)
+
+
+@pytest.mark.parametrize("kernel", FLOP_PER_INSTRUCTION)
+def test_main_loops_do_little_beside_their_dots(kernel: str, covers: Any) -> None:
+    launch = prefill(kernel)
+    compiled = compile_launch(launch, "sm_90")
+    figure, least = compiled.loop_flop_per_instruction or 0.0, FLOP_PER_INSTRUCTION[kernel]
+    assert max(loop.flops or 0 for loop in compiled.loops) * launch.num_warps == flop_a_turn(launch)
+    assert figure >= least, f"{kernel}: {figure:.0f} FLOP per other instruction: {compiled.loops}"
+    covers("main loops", f"{kernel}, sm_90: {figure:,.0f} FLOP per other instruction (bound {least:,})")
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
+@pytest.mark.parametrize("kernel", ["attention_prefill_kernel", "experts_up_kernel"])
+def test_main_loops_of_other_tensor_cores(kernel: str, arch: str) -> None:
+    """sm_80: a loop may end in a jump without a condition. sm_100: waits stand out of line, and FLOP are not known."""
+    launch = prefill(kernel, arch)
+    loops = compile_launch(launch, arch).loops
+    # Attention: the interior and the right edge; the left edge, which is empty here, as far as the compiler kept it.
+    # Experts: by TMA a whole tile, its upper part alone, a short one.
+    most = (2, 3) if kernel.startswith("attention") else (1,) if arch == "sm_80" else (3,)
+    assert len(loops) in most and all(loop.tensor for loop in loops)
+    if arch == "sm_80":
+        assert max(loop.flops or 0 for loop in loops) * launch.num_warps == flop_a_turn(launch)
+    else:
+        assert all(loop.flops is None for loop in loops)
+
+
+def test_the_gate_catches_a_spill() -> None:
+    """Half the warps for the same tiles: the accumulators alone take every register that a thread can have."""
+    up, attention = prefill("experts_up_kernel"), prefill("attention_prefill_kernel")
+    assert compile_launch(up, "sm_90").fault is None
+    halved = [compile_launch(replace(launch, num_warps=launch.num_warps // 2), "sm_90") for launch in (up, attention)]
+    assert all("spills" in str(compiled.fault) for compiled in halved)
+    assert halved[0].loop_spills and f"by {halved[0].loop_spills} instructions in main loops" in str(halved[0].fault)
+
+
+def test_few_bytes_outside_the_main_loops_are_no_fault() -> None:
+    """The gate's two sides, on a kernel said to spill: it has no spill in its loops, and sm_90 may have 16 bytes."""
+    compiled = compile_launch(prefill("experts_down_kernel"), "sm_90")
+    assert compiled.loops and not compiled.loop_spills
+    assert replace(compiled, spills=16).fault is None
+    assert "spills 17 bytes, by 0 instructions" in str(replace(compiled, spills=17).fault)
+    assert replace(compiled, spills=64, arch="sm_80").fault is None
+    assert "spills" in str(replace(compiled, spills=1, arch="gfx942").fault)
+
+
+def test_the_gate_catches_too_much_shared_memory() -> None:
+    launch = replace(prefill("experts_up_kernel"), num_stages=6)
+    assert "shared memory" in str(compile_launch(launch, "sm_90").fault)
+
+
+def test_the_gate_knows_how_much_each_gpu_has() -> None:
+    launch = replace(prefill("experts_up_kernel", "sm_80"), num_stages=6)
+    faults = {arch: compile_launch(launch, arch).fault for arch in ("sm_80", "sm_89")}
+    assert faults["sm_80"] is None and "of 101376 bytes of shared memory" in str(faults["sm_89"])
+
+
+@pytest.mark.parametrize("arch", [arch for arch, known in ARCHS.items() if arch != known.family])
+def test_a_gpu_on_the_choices_of_another(arch: str, covers: Any) -> None:
+    """The kernels with the largest tiles: the rest are those of the family, compiled above."""
+    covers("target", arch)
+    for kernel in ("experts_up_kernel", "experts_down_kernel", "attention_prefill_kernel"):
+        compiled = compile_launch(prefill(kernel, arch), arch)
+        covers("compiled", str(compiled))
+        assert compiled.fault is None, compiled
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("name", OPS)
+def test_a_launch_finds_it_in_the_cache(name: str, arch: str) -> None:
+    """Triton's key of what is compiled here is the one that its JIT makes of the same call."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    backend = offline.make_backend(offline._target(arch))
+    for launch in collect(OPS[name], arch):
+        program = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+        call = {**launch.args, **launch.constexprs, **program, "debug": False}
+        bind = jit.create_function_from_signature(launch.fn.signature, launch.fn.params, backend)
+        options, *told = launch.fn._pack_args(backend, call, *bind(**call))
+        again = backend.parse_options(dict(options.__dict__))
+        key = offline.get_cache_key(offline.ASTSource(launch.fn, *told), backend, again, {})
+        job = offline._Job.of(launch, arch, name, None)
+        assert offline.get_cache_key(job.source(), backend, backend.parse_options(job.options), {}) == key
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Triton's cache, empty."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_each_kernel_once_in_a_fixed_order(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As each is done, by several processes; then all from the cache, in order."""
+    names, progress = ["rms_norm", "append", "route"], []
+    monkeypatch.setattr(offline, "_A_WORKER", 4)
+    done = [as_json(c) for c in compile_ops(names, "sm_90", progress=lambda *at: progress.append(at), as_done=True)]
+    assert progress == [(n + 1, len(done)) for n in range(len(done))] and len(done) >= 12
+    monkeypatch.setattr(offline, "share", None)
+    rows = [as_json(c) for c in compile_ops(names[::-1], "sm_90")]
+    assert sorted(map(json.dumps, rows)) == sorted(map(json.dumps, done))
+    order = [launch.kernel for name in OPS if name in names for launch in collect(OPS[name], "sm_90")]
+    assert [row["kernel"] for row in rows] == order and done[0]["kernel"] == "rms_norm_kernel", "the heaviest first"
+
+
+def test_the_heaviest_first(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Launch] = []
+
+    def note(job: Any) -> Any:
+        begun.append(job.launch)
+        return job.failed("not tried")
+
+    monkeypatch.setattr(offline, "_attempt", note)
+    monkeypatch.setattr(offline, "_A_WORKER", 1 << 20)
+    rows = list(compile_ops(["linear", "attention"], "sm_90", dtypes=[torch.bfloat16]))
+    tiles = [math.prod(n for name, n in one.constexprs.items() if name.startswith("BLOCK_")) for one in begun]
+    assert tiles == sorted(tiles, reverse=True) and tiles[0] > tiles[-1]
+    assert begun[-1].kernel == "attention_combine_kernel"
+    assert len(begun) == len(rows) and rows[0].kernel == "linear_decode_kernel"
+
+
+def test_a_kernel_of_two_operations_is_compiled_once(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline, "_attempt", lambda job: job.failed("not tried"))
+    monkeypatch.setattr(offline, "_A_WORKER", 1 << 20)
+    ops, dtypes = ("sort_by_expert", "expert_swiglu"), [torch.bfloat16]
+    alone = [set(offline._kernels([OPS[name]], "sm_90", dtypes, widths=False)) for name in ops]
+    both = list(compile_ops(ops, "sm_90", dtypes=dtypes))
+    assert alone[0] & alone[1] and len(both) == len(alone[0] | alone[1])
+
+
+def test_a_model_of_other_widths_adds_only_what_has_other_tiles() -> None:
+    """The gate compiles each kernel of both models, the command one of those that differ in H and I alone."""
+    dense = tuple(sizes for sizes in OPS["expert_swiglu"].bench_shapes if "down" not in Shape(sizes).as_dict())
+    op, dtypes = replace(OPS["expert_swiglu"], bench_shapes=dense), [torch.bfloat16]
+    every = collect(op, "sm_90", dtypes)
+    once = [launch for _, launch in offline._kernels([op], "sm_90", dtypes, widths=False).values()]
+
+    def shown(launch: Launch, *without: str) -> tuple[Any, ...]:
+        tiles = [(name, size) for name, size in sorted(launch.constexprs.items()) if name not in without]
+        return launch.kernel, launch.num_warps, launch.num_stages, tuple(tiles)
+
+    assert {4096, 6144} == {launch.constexprs["H"] for launch in every if "H" in launch.constexprs}
+    assert {shown(launch, "H", "I") for launch in every} == {shown(launch, "H", "I") for launch in once}
+    assert len(once) < 0.6 * len(every) and {shown(launch) for launch in once} < {shown(launch) for launch in every}
+
+
+def test_a_kernel_that_does_not_compile_is_a_row(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An assembler that crashes, as it does on some kernels, and one that dislikes the code; the rest is compiled."""
+    crash = own_cache.parent / "ptxas"
+    crash.write_text(
+        '#!/bin/sh\ncase "$*" in *--version*) echo "Cuda, release 12.9, V12.9.86";; *) kill -SEGV $$;; esac\n'
+    )
+    crash.chmod(0o755)
+    for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
+        monkeypatch.setenv(name, str(crash))
+    monkeypatch.setattr(offline, "_ptxas_knows", lambda number: True)
+    faults = {compiled.fault for compiled in compile_ops(["append"], "sm_90")}
+    assert faults == {"does not compile: ptxas crashed with SIGSEGV"}
+
+
+def damaged(text: str) -> Iterator[bytes]:
+    """What may become of a remembered count: gone, cut short, overwritten, another number, another kernel's."""
+    digest, body = text.split("\n")
+    yield from (b"", text[:-3].encode(), b"\xff\xfe\x00", digest.encode(), body.encode())
+    yield text.replace("[", "[1", 1).encode()
+    yield f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}".encode()
+
+
+def test_counts_are_remembered_as_long_as_they_hold(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = next(found for found in collect(OPS["linear"], "sm_90", [torch.bfloat16]))
+    runs: list[int] = []
+    disassemble = sass._disassemble
+    monkeypatch.setattr(sass, "_disassemble", lambda *args: runs.append(1) or disassemble(*args))
+
+    def row() -> dict[str, Any]:
+        return as_json(compile_launch(launch, "sm_90"))
+
+    first = row()
+    (memory,) = own_cache.glob("*/*.counted")
+    (cubin,) = own_cache.glob("*/*.cubin")
+    assert first["loop_flop_per_instruction"] and row() == first and len(runs) == 1
+    kept = memory.read_text()
+    for times, content in enumerate(damaged(kept), 2):
+        memory.write_bytes(content)
+        assert row() == first and len(runs) == times and memory.read_text() == kept
+    monkeypatch.setattr(counted, "_CODE", b"counted otherwise")
+    assert row() == first and len(runs) == times + 1 and memory.read_text() != kept
+    other = cubin.read_bytes().replace(b"linear_dec", b"linear_de_")
+    cubin.write_bytes(other)
+    assert row() == first and len(runs) == times + 2, "other machine code"
+    memory.unlink()
+    memory.mkdir()
+    assert row() == first, "where nothing can be kept it is counted each time"
+
+
+def test_counted_together_as_each_alone() -> None:
+    """Kernels disassembled in one go: the jumps of each stay in it."""
+    kernels = [compile_launch(prefill(kernel), "sm_90") for kernel in FLOP_PER_INSTRUCTION]
+    code = [kernel.asm["cubin"] for kernel in kernels]
+    assert sass.main_loops(code, "sm_90") == [loops for each in code for loops in sass.main_loops([each], "sm_90")]
+    assert [list(kernel.loops) for kernel in kernels] == [list(loops) for loops in sass.main_loops(code, "sm_90")]
+
+
+@pytest.mark.parametrize(
+    ("arch", "suffixes"), [("sm_90", {".ptx", ".sass", ".cubin"}), ("gfx942", {".amdgcn", ".hsaco"})]
+)
+def test_files_and_json(tmp_path: Path, arch: str, suffixes: set[str]) -> None:
+    rows = [as_json(compiled) for compiled in compile_ops(["route"], arch, out=tmp_path / "new")]
+    assert json.loads(json.dumps(rows)) == rows
+    files = [Path(row["file"]) for row in rows]
+    assert len(set(files)) == len(rows)
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        file.with_suffix(suffix).name for file in files for suffix in suffixes
+    }
+    for row, file in zip(rows, files, strict=True):
+        assert set(row) == JSON_KEYS
+        assert file.parent == tmp_path / "new" and file.name.startswith(f"{row['kernel']}.{arch}.")
+        assert file.read_bytes().startswith(b"\x7fELF")
+        assert all("route_kernel" in file.with_suffix(each).read_text() for each in suffixes - {file.suffix})
+    assert {row["dtype"] for row in rows} == {"fp32", "bf16", "fp16"}
+
+
+def test_says_which_architectures_and_operations_there_are() -> None:
+    with pytest.raises(ValueError, match=r"compile: .*'sm_70'.*sm_90"):
+        compile_ops([], "sm_70")
+    with pytest.raises(ValueError, match=r"compile: .*'sm_70'.*gfx942"):
+        collect(OPS["route"], "sm_70")
+    with pytest.raises(ValueError, match=r"compile: .*'rout'.*route"):
+        compile_ops(["rope", "rout"], "sm_90")
+
+
+def test_an_interpreting_process_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline, "INTERPRETED", True)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        compile_ops(["route"], "sm_90")

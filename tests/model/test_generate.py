@@ -1,0 +1,329 @@
+"""Generation beside a loop of argmax over the whole text; ragged prompts, EOS, sampling, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixtral_triton import Mixtral, reference
+from mixtral_triton.generate import sample
+from mixtral_triton.kernels.launch import INTERPRETED
+from tests.support.models import random_model
+
+V, P = 23, 30
+NEW = 3 if INTERPRETED else 12
+Make = Callable[..., Mixtral]
+
+
+loop = pytest.mark.skipif(INTERPRETED, reason="about the loop, whichever way operations go: run once, without")
+
+
+@pytest.fixture
+def make(device: torch.device) -> Make:
+    """Changes of the configuration -> a model with random weights in fp32."""
+
+    def build(**changes: Any) -> Mixtral:
+        return random_model(device, **{"vocab_size": V, "max_position_embeddings": P, "sliding_window": 5} | changes)
+
+    return build
+
+
+@pytest.fixture
+def model(make: Make) -> Mixtral:
+    return make()
+
+
+def tokens(*shape: int, seed: int = 0, device: Any = "cpu") -> Tensor:
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def logits_of(model: Mixtral, ids: Tensor) -> Tensor:
+    """Of the whole text, without a cache; interpreted, that would take minutes."""
+    return reference.forward(model, ids) if INTERPRETED else model(ids)
+
+
+def argmax_loop(model: Mixtral, ids: Tensor, n: int) -> Tensor:
+    for _ in range(n):
+        ids = torch.cat((ids, logits_of(model, ids)[:, -1:].argmax(-1)), 1)
+    return ids
+
+
+@pytest.mark.parametrize("T", (1, 4, 5, 12))
+@pytest.mark.parametrize("window", (5, None, 1))
+def test_greedy(T: int, window: int | None, make: Make, device: torch.device) -> None:
+    model, ids = make(sliding_window=window), tokens(2, T, device=device)
+    before = ids.clone()
+    got = model.generate(ids, max_new_tokens=NEW)
+    assert got.dtype == torch.int64 and got.device == ids.device and torch.equal(ids, before)
+    assert torch.equal(got, argmax_loop(model, ids, NEW))
+
+
+@pytest.mark.parametrize("window", (5, None))
+def test_ragged_prompts_are_as_each_alone(window: int | None, make: Make, device: torch.device) -> None:
+    model = make(sliding_window=window)
+    prompts = [tokens(T, seed=T, device=device) for T in (1, 9, 4)]
+    together = model.generate(prompts, max_new_tokens=NEW)
+    assert isinstance(together, list)
+    for prompt, got in zip(prompts, together, strict=True):
+        assert torch.equal(got, argmax_loop(model, prompt[None], NEW)[0])
+
+
+@loop
+@pytest.mark.parametrize("chunk", (1, 4, 7, 12))
+@pytest.mark.parametrize("window", (5, None))
+def test_prompt_in_several_chunks(
+    window: int | None, chunk: int, make: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of the prompts' own length too: then a sequence has no token in the last ones."""
+    model, prompts = make(sliding_window=window), [tokens(T, seed=T, device=device) for T in (12, 1, 8)]
+    want = model.generate(prompts, max_new_tokens=2)
+    monkeypatch.setattr("mixtral_triton.generate.PREFILL_CHUNK", chunk)
+    assert all(torch.equal(*pair) for pair in zip(model.generate(prompts, max_new_tokens=2), want, strict=True))
+
+
+# EOS
+
+
+def first(row: list[int], stops: set[int]) -> int:
+    """How many of `row` stay: up to and with its first EOS."""
+    return next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
+
+
+def check_eos(model: Mixtral, ids: Tensor, stops: set[int], **options: Any) -> None:
+    T, plain = ids.shape[1], argmax_loop(model, ids, NEW).tolist()
+    padded = model.generate(ids, max_new_tokens=NEW, **options).tolist()
+    alone = [row.tolist() for row in model.generate(list(ids), max_new_tokens=NEW, **options)]
+    for row, got, short in zip(plain, padded, alone, strict=True):
+        end = T + first(row[T:], stops)
+        assert got == row[:end] + row[end - 1 : end] * (T + NEW - end)
+        assert short == row[:end]
+
+
+GIVEN = ("int", "list", "tuple", "config", "config's list", "over the config's")
+
+
+@loop
+@pytest.mark.parametrize("step", (0, 1, NEW - 1))
+@pytest.mark.parametrize("given", GIVEN)
+def test_eos(given: str, step: int, make: Make, device: torch.device) -> None:
+    """A token that greedy decoding comes to at `step` is made the EOS; the prompt holds it too, which ends nothing."""
+    plain, ids = make(), tokens(2, 6, device=device)
+    eos = int(argmax_loop(plain, ids, NEW)[0, 6 + step])
+    ids[1, 2] = eos
+    config: Any = {"config": eos, "config's list": [eos, V - 1], "over the config's": (eos + 1) % V}.get(given)
+    option: Any = {"int": eos, "list": [eos], "tuple": (eos,), "over the config's": eos}.get(given)
+    stops = {eos, V - 1} if given == "config's list" else {eos}
+    check_eos(make(eos_token_id=config), ids, stops, **{} if option is None else {"eos_token_id": option})
+
+
+@loop
+def test_several_eos(model: Mixtral, device: torch.device) -> None:
+    ids = tokens(3, 4, device=device)
+    stops = {int(row[4 + 1 + place % 2]) for place, row in enumerate(argmax_loop(model, ids, NEW))}
+    check_eos(model, ids, stops, eos_token_id=sorted(stops))
+
+
+@loop
+def test_it_stops_when_all_have_ended(model: Mixtral, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, calls, hidden = tokens(1, 4, device=device), [], model.hidden
+    eos = int(argmax_loop(model, ids, 1)[0, -1])
+    monkeypatch.setattr(model, "hidden", lambda *args: (calls.append(1), hidden(*args))[1])
+    assert model.generate(ids, max_new_tokens=26, eos_token_id=eos)[0, 4:].tolist() == [eos] * 26
+    assert len(calls) == 1
+
+
+# sampling
+
+
+def seeded(device: torch.device, seed: int = 0) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+@loop
+def test_same_generator_same_text(model: Mixtral, device: torch.device) -> None:
+    ids = tokens(2, 4, device=device)
+
+    def text(seed: int) -> list[list[int]]:
+        options = {"temperature": 1.5, "top_p": 0.95, "generator": seeded(device, seed)}
+        return model.generate(ids, max_new_tokens=NEW, **options).tolist()
+
+    assert text(0) == text(0)
+    assert text(0) != text(1)
+
+
+def nucleus(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Probabilities of the fewest most likely tokens that reach top_p, in fp64; 0 for the others."""
+    p = (logits.double().cpu() / temperature).softmax(-1)
+    order, total, kept = p.argsort(descending=True).tolist(), 0.0, torch.zeros_like(p)
+    for token in order:
+        kept[token] = p[token]
+        total += float(p[token])
+        if total >= top_p:
+            break
+    return kept / kept.sum()
+
+
+@loop
+@pytest.mark.parametrize("temperature", (0.3, 1.0, 4.0))
+@pytest.mark.parametrize("top_p", (0.01, 0.5, 0.9, 1.0))
+def test_nucleus(temperature: float, top_p: float, model: Mixtral, device: torch.device) -> None:
+    """Never a token outside, and inside each as often as it should be."""
+    logits, draws = logits_of(model, tokens(1, 3, device=device))[0, -1], 20000
+    want = nucleus(logits, temperature, top_p)
+    got = sample(logits.expand(draws, -1), temperature, top_p, seeded(device)).cpu()
+    often = torch.bincount(got, minlength=V) / draws
+    assert not often[want == 0].any()
+    assert (often - want).abs().sum() < 0.05
+
+
+@loop
+@pytest.mark.parametrize("top_p", (0.5, 0.9, 1.0))
+@pytest.mark.parametrize("top_k", (1, 3, V - 1, V, 10 * V))
+def test_top_k(top_k: int, top_p: float, device: torch.device) -> None:
+    """The tokens that transformers' filters leave, in their order, each as often as it should be; ties all stay."""
+    warpers = pytest.importorskip("transformers.generation.logits_process")
+    logits, draws, temperature = torch.randn(V, generator=torch.Generator().manual_seed(1)), 20000, 1.5
+    logits[[2, 5, 11]] = logits.topk(3).values[-1]  # planted: who comes third is a tie
+    left = warpers.TopKLogitsWarper(top_k)(torch.zeros(1, 1), logits[None] / temperature)
+    if top_p < 1.0:
+        left = warpers.TopPLogitsWarper(top_p)(torch.zeros(1, 1), left)
+    want = left.softmax(-1)[0]
+    batch = logits.to(device).expand(draws, -1)
+    often = torch.bincount(sample(batch, temperature, top_p, seeded(device), top_k).cpu(), minlength=V) / draws
+    assert not often[want == 0].any()
+    assert (often - want).abs().sum() < 0.05
+
+
+@loop
+def test_generate_takes_top_k(model: Mixtral, device: torch.device) -> None:
+    """By name alone: the positions of the arguments before it are what they were."""
+    ids, settings = tokens(2, 4, device=device), {"max_new_tokens": NEW, "temperature": 50.0}
+    greedy = model.generate(ids, max_new_tokens=NEW)
+    assert torch.equal(model.generate(ids, **settings, top_k=1, generator=seeded(device)), greedy)
+    assert not torch.equal(model.generate(ids, **settings, generator=seeded(device)), greedy)
+    with pytest.raises(TypeError):
+        model.generate(ids, NEW, 1.0, 1.0, None, None, 1)
+
+
+@loop
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 0.5), (2.0, 0.3)])
+def test_generate_stays_in_the_nucleus(temperature: float, top_p: float, model: Mixtral, device: torch.device) -> None:
+    options = {"temperature": temperature, "top_p": top_p, "generator": seeded(device)}
+    out = model.generate(tokens(3, 3, device=device), max_new_tokens=NEW, **options)
+    logits = logits_of(model, out)
+    for row, scores in zip(out.tolist(), logits, strict=True):
+        assert all(nucleus(scores[t - 1], temperature, top_p)[row[t]] > 0 for t in range(3, len(row)))
+
+
+@loop
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1e-9), (5.0, 1e-3), (1e-4, 1.0), (1e-39, 1.0), (5e-324, 0.5)])
+def test_greedy_at_the_limits(temperature: float, top_p: float, model: Mixtral, device: torch.device) -> None:
+    ids = tokens(2, 4, device=device)
+    got = model.generate(ids, max_new_tokens=3, temperature=temperature, top_p=top_p, generator=seeded(device))
+    assert torch.equal(got, model.generate(ids, max_new_tokens=3))
+
+
+# what runs nothing
+
+
+@pytest.fixture
+def idle(make: Make, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Models that must not run."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(Mixtral, "hidden", refuse)
+    monkeypatch.setattr("mixtral_triton.generate.KVCache", refuse)
+    return make
+
+
+def test_no_new_tokens(idle: Make, device: torch.device) -> None:
+    ids = tokens(2, 4, device=device)
+    assert torch.equal(idle().generate(ids, max_new_tokens=0), ids)
+    got = idle().generate([ids[0], ids[1, :2]], max_new_tokens=0)
+    assert [row.tolist() for row in got] == [ids[0].tolist(), ids[1, :2].tolist()]
+
+
+IDS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "no tokens": (lambda x: x[:, :0], "prompt|input_ids"),
+    "no rows": (lambda x: x[:0], "prompt|input_ids"),
+    "no prompts": (lambda x: [], "prompt|input_ids"),
+    "an empty prompt": (lambda x: [x[0], x[0, :0]], "prompt 1"),
+    "rank 2 in the list": (lambda x: [x], "prompt 0"),
+    "rank 0": (lambda x: x[0, 0], "prompt|input_ids"),
+    "rank 1": (lambda x: x[0], "prompt|input_ids"),
+    "rank 3": (lambda x: x[None], "prompt|input_ids"),
+    "lists": (lambda x: x.tolist(), "prompt 0.*list"),
+    "int32": (lambda x: x.int(), "int32"),
+    "float": (lambda x: [x[0].float()], "float32"),
+    "negative": (lambda x: x - V, "-"),
+    "beyond the vocabulary": (lambda x: x * 0 + V, f"{V}"),
+    "None": (lambda x: None, "prompt|input_ids"),
+    "text": (lambda x: "hello", "prompt|input_ids"),
+    "on meta": (lambda x: x.to("meta"), "meta"),
+}
+OPTIONS: list[dict[str, Any]] = [
+    {"max_new_tokens": -1},
+    {"max_new_tokens": 1.5},
+    {"max_new_tokens": None},
+    {"max_new_tokens": True},
+    {"temperature": -0.1},
+    {"temperature": float("nan")},
+    {"temperature": float("inf")},
+    {"temperature": "hot"},
+    {"temperature": None},
+    {"top_p": 0.0},
+    {"top_p": -0.5},
+    {"top_p": 1.01},
+    {"top_p": float("nan")},
+    {"top_p": "a"},
+    {"top_k": 0},
+    {"top_k": -1},
+    {"top_k": 2.0},
+    {"top_k": True},
+    {"top_k": "5"},
+    {"eos_token_id": "2"},
+    {"eos_token_id": 1.5},
+    {"eos_token_id": [1, "2"]},
+    {"generator": 7, "temperature": 1.0},
+]
+
+
+def test_a_model_without_numbers(idle: Make) -> None:
+    with pytest.raises(ValueError, match=r"meta.*needs a CPU or a GPU"):
+        idle().to("meta").generate(tokens(2, 4, device=torch.device("meta")))
+
+
+@pytest.mark.parametrize("case", IDS)
+def test_bad_prompts(case: str, idle: Make, device: torch.device) -> None:
+    change, message = IDS[case]
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        idle().generate(change(tokens(2, 4, device=device)), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_bad_options(options: dict[str, Any], idle: Make, device: torch.device) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        idle().generate(tokens(2, 4, device=device), **{"max_new_tokens": 2} | options)
+
+
+@pytest.mark.parametrize("window", (None, 5))
+@pytest.mark.parametrize(("lengths", "new"), [((4,), P - 3), ((P,), 1), ((P + 1,), 0), ((2, P - 1), 2)])
+def test_beyond_the_last_position(
+    lengths: tuple[int, ...], new: int, window: int | None, idle: Make, device: torch.device
+) -> None:
+    prompts = [tokens(T, device=device) for T in lengths]
+    with pytest.raises(ValueError, match=f"(?s){lengths[-1]}.*{P}"):
+        idle(sliding_window=window).generate(prompts, max_new_tokens=new)
+
+
+@loop
+@pytest.mark.parametrize("window", (None, 5))
+def test_up_to_the_last_position(window: int | None, make: Make, device: torch.device) -> None:
+    model, ids = make(sliding_window=window), tokens(1, P - 2, device=device)
+    assert torch.equal(model.generate(ids, max_new_tokens=2), argmax_loop(model, ids, 2))

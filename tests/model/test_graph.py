@@ -1,0 +1,219 @@
+"""The decode loop as a graph. Without a GPU a stand-in (tests/support/stub) captures: what it captured does not run, and a
+replay runs the very operations and launches on the very memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mixtral_triton import KVCache, Mixtral, generate
+from mixtral_triton.graph import CaptureLost, captured
+from mixtral_triton.kernels.launch import INTERPRETED
+from tests.support.models import random_model
+
+V = 23
+NEW = 8
+GPU_DEVICE = torch.device("cuda", 1)  # not the current one
+
+
+def build(window: int | None, device: torch.device | str, **more: Any) -> Mixtral:
+    return random_model(device, sliding_window=window, **more)
+
+
+def prompts(device: torch.device | str) -> list[torch.Tensor]:
+    return [torch.tensor(ids, device=device) for ids in ([3, 5, 7, 1, 2, 2], [4], [2, 9, 11])]
+
+
+def texts(model: Mixtral, **settings: Any) -> list[list[int]]:
+    return [text.tolist() for text in model.generate(prompts(model.device), **settings)]
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_replays_give_the_plain_loop_s_text(window: int | None, gpu: Any) -> None:
+    """The ring turns round, positions grow and routes change, in the replays alone."""
+    got = texts(build(window, GPU_DEVICE), max_new_tokens=NEW)
+    assert gpu.replays == NEW - 2
+    want = texts(build(window, "cpu"), max_new_tokens=NEW)
+    assert got == want
+    assert len({token for text in want for token in text[-NEW:]}) > 4  # else any frozen number would do
+
+
+def test_quantized_weights_are_captured_as_dense_ones_are(gpu: Any) -> None:
+    more = {"weights": {"experts": "int4", "linear": "int8"}, "hidden_size": 32, "intermediate_size": 32}
+    got = texts(build(None, GPU_DEVICE, **more), max_new_tokens=NEW)
+    assert gpu.replays == NEW - 2 and got == texts(build(None, "cpu", **more), max_new_tokens=NEW)
+
+
+def test_the_capture_is_on_the_model_s_own_gpu(gpu: Any) -> None:
+    texts(build(None, GPU_DEVICE), max_new_tokens=NEW)
+    (graph,) = gpu.captures
+    assert graph.stream.device == GPU_DEVICE and graph.mode == "thread_local" and graph.calls
+    assert gpu.current == 0 and [stream.cuda_stream for stream in gpu.streams] == [0, 0]
+
+
+def test_replays_end_with_the_last_sequence(gpu: Any) -> None:
+    model = build(None, GPU_DEVICE)
+    free = [text[-NEW:] for text in texts(model, max_new_tokens=NEW)]
+    eos = sorted({row[3] for row in free})
+    gpu.replays = 0
+    ends = [next(i for i, token in enumerate(row) if token in eos) for row in free]
+    ended = texts(model, max_new_tokens=NEW, eos_token_id=eos)
+    assert [len(text) - len(p) for text, p in zip(ended, prompts("cpu"), strict=True)] == [end + 1 for end in ends]
+    assert gpu.replays == max(max(ends) - 1, 0)
+
+
+def test_replays_draw_anew(gpu: Any) -> None:
+    model = build(None, GPU_DEVICE)
+    drawn = torch.Generator(GPU_DEVICE).manual_seed(0)
+    prompt = [prompts(GPU_DEVICE)[0]]
+    text = model.generate(prompt, max_new_tokens=16, temperature=50.0, generator=drawn)[0].tolist()
+    assert gpu.replays == 14 and len(set(text[-14:])) > 6
+
+
+def test_replays_take_the_top_k_alone(gpu: Any) -> None:
+    """Replayed like the rest of the draw: the filter looks at no value from the host."""
+    want = texts(build(None, "cpu"), max_new_tokens=NEW)
+    drawn = torch.Generator(GPU_DEVICE).manual_seed(0)
+    assert (
+        texts(build(None, GPU_DEVICE), max_new_tokens=NEW, temperature=50.0, top_k=1, top_p=0.9, generator=drawn)
+        == want
+    )
+    assert gpu.replays == NEW - 2
+
+
+def looks(step: Any) -> None:
+    """A host that looks at a value: CUDA gives up the capture, and its end fails as well."""
+    step()
+    int(step.token[0])
+
+
+def raises(step: Any) -> None:
+    """A fault that CUDA does not see: the capture ends as it should, with half a step in it."""
+    step.model.hidden(step.token[:, None], step.cache)
+    raise RuntimeError("out of registers")
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [(looks, "not permitted when stream is capturing|previous error"), (raises, "registers")]
+)
+def test_a_capture_that_fails_inside_leaves_everything_usable(
+    fault: Any, said: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, drawn = build(5, GPU_DEVICE), torch.Generator(GPU_DEVICE)
+    settings = {"max_new_tokens": NEW, "temperature": 1e-6, "generator": drawn}  # draws, and always the likeliest
+    want = texts(build(5, "cpu"), max_new_tokens=NEW)
+    monkeypatch.setattr(generate, "captured", lambda step, *rest: captured(lambda: fault(step), *rest))
+    with pytest.warns(RuntimeWarning, match=f"without a CUDA graph.*({said})"):
+        assert texts(model, **settings) == want
+    assert gpu.replays == 0 and len(gpu.captures) in (1, 2)  # an empty one puts things right where CUDA gave up
+    assert gpu.current == 0 and [stream.cuda_stream for stream in gpu.streams] == [0, 0] and not gpu.pools
+    monkeypatch.undo()
+    assert texts(model, **settings) == want
+    assert gpu.replays == NEW - 2
+
+
+def test_torch_s_own_capture_would_not_have_been_left(gpu: Any) -> None:
+    """What the stand-in keeps of CUDA, without which the test above would prove nothing."""
+    drawn, x = torch.Generator("cuda").manual_seed(0), torch.zeros(3, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(drawn)
+    with pytest.raises(RuntimeError, match="previous error"), torch.cuda.graph(graph):
+        int(x[0])
+    assert torch.cuda.current_stream().cuda_stream != 0
+    with pytest.raises(RuntimeError, match="outside graph capture"):
+        x.exponential_(generator=drawn)
+    with pytest.raises(RuntimeError, match="did not end"):
+        torch.cuda.empty_cache()
+
+
+def test_a_capture_that_cannot_be_put_right_says_what_is_lost(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "captured", lambda step, *rest: captured(lambda: looks(step), *rest))
+    monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool")
+    with pytest.raises(CaptureLost, match=r"cuda:1 is left in it: memory .* is lost.*Start the process anew"):
+        texts(build(None, GPU_DEVICE), max_new_tokens=NEW)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_cuda_s_own_graph(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    model = build(5, device)
+    found = []
+    for capture in (True, False):
+        monkeypatch.setattr(generate, "can_capture", lambda model, capture=capture: capture)
+        drawn = torch.Generator(device).manual_seed(0)
+        found.append(texts(model, max_new_tokens=20, temperature=temperature, generator=drawn))
+    assert [len(text) for text in found[0]] == [len(text) for text in found[1]]
+    if temperature == 0.0:
+        assert found[0] == found[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fault", [looks, raises])
+def test_cuda_s_own_capture_that_fails(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(5, torch.device("cuda"))
+    want = texts(model, max_new_tokens=NEW)
+    monkeypatch.setattr(generate, "captured", lambda step, *rest: captured(lambda: fault(step), *rest))
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph"):
+        assert texts(model, max_new_tokens=NEW) == want
+    monkeypatch.undo()
+    torch.cuda.empty_cache()
+    drawn = torch.Generator("cuda").manual_seed(0)
+    assert len(texts(model, max_new_tokens=NEW, temperature=1.0, generator=drawn)) == 3
+
+
+def cache_of(model: Mixtral, batch: int) -> KVCache:
+    return KVCache(model.config, batch, 12, model.device, model.dtype)
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="what a graph holds are the operators, whatever runs in them")
+def test_forward_compiles_whole_and_once() -> None:
+    """One graph for all steps of one token, wherever the sequences stand."""
+    torch._dynamo.reset()
+    model, ids = build(None, "cpu"), tokens(2, 12)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    held = [cache_of(model, 2), cache_of(model, 2)]
+    with torch.no_grad():
+        assert torch.allclose(compiled(ids), model(ids), atol=1e-5)
+        for chunk, lengths in ((ids[:, :5], torch.tensor([2, 5])), *((ids[:, t : t + 1], None) for t in range(3))):
+            got, want = (f(chunk, c, lengths) for f, c in zip((compiled, model), held, strict=True))
+            assert torch.allclose(got, want, atol=1e-5)
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for t in range(3):
+            compiled(ids[:, t : t + 1], held[0])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+    assert held[0].lengths.tolist() == [8, 11]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", (1, 3))
+def test_forward_in_a_cuda_graph(T: int) -> None:
+    model = build(5, "cuda")
+    ids, held = tokens(2, T).cuda(), cache_of(model, 2)
+    model(ids, cache=held)  # compiles
+    held.lengths.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = model(ids, cache=held)
+    own, chunk = cache_of(model, 2), ids.clone()
+    for step in range(4):
+        ids.copy_((chunk + step) % V)
+        graph.replay()
+        assert torch.equal(logits, model(ids, cache=own))
+    ids[1, 0] = V
+    graph.replay()
+    assert logits[1].isnan().all() and logits[0].isfinite().all()
+
+
+def test_a_generator_of_another_device_is_refused() -> None:
+    class Elsewhere(torch.Generator):
+        device = torch.device("xpu")
+
+    with pytest.raises(ValueError, match="generator is on xpu, needs the model's device"):
+        build(None, "cpu").generate(prompts("cpu"), temperature=1.0, generator=Elsewhere())

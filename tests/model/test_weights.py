@@ -1,0 +1,390 @@
+"""The loader: every stored number ends in its place, and nothing that is off by a bit gets in."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mixtral_triton import weights
+from mixtral_triton.config import MixtralConfig
+from mixtral_triton.weights import check, parameter_shapes, read_headers, stored_dtype, table, total_bytes
+from tests.support.memory import anonymous_peak, needs_proc
+
+COUNTS = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "num_local_experts": 3}
+CONFIG = MixtralConfig(**COUNTS, vocab_size=48, hidden_size=16, intermediate_size=24, head_dim=6, rope_theta=1e6)
+TIED = replace(CONFIG, tie_word_embeddings=True)
+LAYOUTS = ("per_expert", "fused")
+INDEX = "model.safetensors.index.json"
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+NORM = "model.norm.weight"
+EVERY_TENSOR = [(layout, name) for layout in LAYOUTS for name in table(CONFIG, layout)]
+
+
+def tensors_of(config, layout="per_expert", dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    return {name: torch.randn(target.shape).to(dtype) for name, target in table(config, layout).items()}
+
+
+def allocate(config, dtype=torch.bfloat16, device="cpu"):
+    return {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in parameter_shapes(config).items()}
+
+
+def load(folder, config, parameters, progress=None):
+    headers = read_headers(folder)
+    weights.load(headers, check(headers, config), config, parameters, progress)
+
+
+def save(folder, tensors, shards=1):
+    """One file, or an index and `shards` files; names are dealt out in turn."""
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    weight_map = {name: f"model-{number % shards}.safetensors" for number, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
+    return save_index(folder, weight_map)
+
+
+def save_index(folder, weight_map):
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def expected(config, tensors, layout):
+    """The parameters by plain concatenation, without `table`."""
+    whole = {"embed_tokens": tensors["model.embed_tokens.weight"], "norm": tensors["model.norm.weight"]}
+    if not config.tie_word_embeddings:
+        whole["lm_head"] = tensors["lm_head.weight"]
+    for layer in range(config.num_hidden_layers):
+        disk, here = f"model.layers.{layer}", f"layers.{layer}"
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            whole[f"{here}.{name}"] = tensors[f"{disk}.{name}.weight"]
+        q, k, v, whole[f"{here}.o_proj"] = (tensors[f"{disk}.self_attn.{name}_proj.weight"] for name in "qkvo")
+        whole[f"{here}.qkv_proj"] = torch.cat([q, k, v])
+        moe = f"{disk}.mlp" if layout == "fused" else f"{disk}.block_sparse_moe"
+        whole[f"{here}.gate"] = tensors[f"{moe}.gate.weight"]
+        if layout == "fused":
+            whole |= {f"{here}.{name}": tensors[f"{moe}.experts.{name}"] for name in ("gate_up_proj", "down_proj")}
+            continue
+        experts = [f"{moe}.experts.{expert}" for expert in range(config.num_local_experts)]
+        w1, w2, w3 = (torch.stack([tensors[f"{at}.{w}.weight"] for at in experts]) for w in ("w1", "w2", "w3"))
+        whole |= {f"{here}.gate_up_proj": torch.cat([w1, w3], dim=1), f"{here}.down_proj": w2}
+    return whole
+
+
+def loads(folder, tensors, config=CONFIG, layout="per_expert", dtype=torch.bfloat16):
+    parameters, loaded = allocate(config, dtype), []
+    load(folder, config, parameters, loaded.append)
+    wanted = expected(config, tensors, layout)
+    assert parameters.keys() == wanted.keys()
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter, wanted[name].to(dtype)), name
+    assert sum(loaded) == total_bytes(read_headers(folder))
+
+
+def refused(folder, message, config=CONFIG, error=ValueError, dtype=torch.bfloat16):
+    with pytest.raises(error, match=message) as caught:
+        load(folder, config, allocate(config, dtype))
+    assert str(folder) in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["head", "tied"])
+@pytest.mark.parametrize("chunk_bytes", [40, 2**24], ids=["many chunks", "one chunk"])
+def test_every_number_in_its_place(tmp_path, monkeypatch, layout, shards, config, chunk_bytes):
+    monkeypatch.setattr(weights, "CHUNK_BYTES", chunk_bytes)
+    tensors = tensors_of(config, layout)
+    loads(save(tmp_path, tensors, shards), tensors, config, layout)
+    assert total_bytes(read_headers(tmp_path)) == sum(tensor.nbytes for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("original", [True, False], ids=LAYOUTS)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard_size", ["1GB", "10KB"])
+def test_loads_what_transformers_saves(tmp_path, original, tied, shard_size):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**vars(CONFIG) | {"tie_word_embeddings": tied, "dtype": "float32"})
+    )
+    theirs.save_pretrained(tmp_path, save_original_format=original, max_shard_size=shard_size)
+    assert (tmp_path / INDEX).exists() == (shard_size == "10KB")
+    config = MixtralConfig.from_pretrained(tmp_path)
+    loads(tmp_path, theirs.state_dict(), config, "fused", torch.float32)  # in memory it is always fused
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wanted", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_casts_to_the_parameters_dtype(tmp_path, stored, wanted):
+    tensors = tensors_of(CONFIG, dtype=stored)
+    loads(save(tmp_path, tensors), tensors, dtype=wanted)
+    assert stored_dtype(read_headers(tmp_path)) == stored
+
+
+def test_a_sum_that_overflows_is_no_error(tmp_path):
+    tensors = {name: torch.full_like(tensor, 60000) for name, tensor in tensors_of(CONFIG, dtype=torch.float16).items()}
+    loads(save(tmp_path, tensors), tensors, dtype=torch.float16)
+
+
+def test_leaves_gradients_and_default_device_alone(tmp_path):
+    tensors = tensors_of(CONFIG)
+    parameters = {name: torch.nn.Parameter(tensor) for name, tensor in allocate(CONFIG).items()}
+    with torch.device("meta"):
+        load(save(tmp_path, tensors), CONFIG, parameters)
+    assert torch.equal(parameters["norm"], tensors["model.norm.weight"]) and parameters["norm"].requires_grad
+
+
+def test_meta_reads_headers_only(tmp_path):
+    tensors = tensors_of(CONFIG)
+    tensors[Q_PROJ][0, 0] = torch.nan  # data nobody may look at
+    parameters, loaded = allocate(CONFIG, device="meta"), []
+    load(save(tmp_path, tensors, shards=2), CONFIG, parameters, loaded.append)
+    assert not loaded and all(parameter.is_meta for parameter in parameters.values())
+    with pytest.raises(ValueError, match="q_proj"):
+        load(save(tmp_path, {name: tensors[name] for name in tensors if name != Q_PROJ}), CONFIG, parameters)
+
+
+def test_the_single_file_wins_over_an_index(tmp_path):
+    tensors = tensors_of(CONFIG)
+    save_index(save(tmp_path, tensors), {"anything": "gone.safetensors"})
+    loads(tmp_path, tensors)
+
+
+def test_hub_cache_of_links(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir(), snapshot.mkdir(parents=True)
+    tensors = tensors_of(CONFIG)
+    for number, file in enumerate(sorted(save(blobs, tensors, shards=2).iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
+    loads(snapshot, tensors)
+    (blobs / "0").unlink()
+    refused(snapshot, r"model-0\.safetensors: no such file", error=FileNotFoundError)
+
+
+def test_tied_head_may_be_stored_if_equal(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 100)
+    tensors = tensors_of(TIED)
+    head = tensors["model.embed_tokens.weight"].clone()
+    loads(save(tmp_path, tensors | {"lm_head.weight": head}, shards=2), tensors, TIED)
+    head[-1, -1] += 1
+    refused(save(tmp_path, tensors | {"lm_head.weight": head}), r"lm_head\.weight differs .* tie_word_embeddings", TIED)
+    refused(save(tmp_path, tensors | {"lm_head.weight": head[1:].clone()}), r"lm_head\.weight has shape \(47", TIED)
+
+
+@pytest.mark.parametrize(("layout", "name"), EVERY_TENSOR)
+def test_each_tensor_is_needed_whole_and_finite(tmp_path, monkeypatch, layout, name):
+    tensors = tensors_of(CONFIG, layout)
+    tensor = tensors.pop(name)
+    refused(save(tmp_path, tensors), rf"asks for: 1 missing \({name}\)$")
+    refused(save(tmp_path, tensors | {name: tensor[..., 1:].clone()}), rf"asks for: {name} has shape .*, not ")
+    refused(save(tmp_path, tensors | {name: tensor[None].clone()}), rf"asks for: {name} has shape .*, not ")
+    place = ", ".join(str(size - 1) for size in tensor.shape)
+    for value, chunk_bytes, wanted in itertools.product((torch.nan, -torch.inf), (40, 2**24), ("bfloat16", "float16")):
+        monkeypatch.setattr(weights, "CHUNK_BYTES", chunk_bytes)
+        tensor.view(-1)[-1] = value
+        message = rf"model\.safetensors: {name} holds {value} at \[{place}\]: .* damaged"
+        refused(save(tmp_path, tensors | {name: tensor}), message, dtype=getattr(torch, wanted))
+
+
+def test_unknown_tensors(tmp_path):
+    one = torch.ones(1, dtype=torch.bfloat16)
+    for name in ("model.layers.0.self_attn.q_proj.bias", "model.layers.2.input_layernorm.weight", "x"):
+        refused(save(tmp_path, tensors_of(CONFIG) | {name: one}), rf"1 unknown \({name}\)$")
+    many = {f"extra.{number}": one.clone() for number in range(9)}
+    refused(save(tmp_path, tensors_of(CONFIG) | many), r"9 unknown \(extra\.0, .*extra\.3 and 5 more\)$")
+
+
+def test_mixed_layouts(tmp_path):
+    fused = {name: tensor for name, tensor in tensors_of(CONFIG, "fused").items() if ".layers.1." in name}
+    first = {name: tensor for name, tensor in tensors_of(CONFIG).items() if ".layers.1." not in name}
+    refused(save(tmp_path, first | fused), r"3 missing .*mlp\..* 10 unknown .*block_sparse_moe")
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 10**9}, {"num_local_experts": 10**9}, {"vocab_size": 10**9}])
+def test_a_config_beyond_the_checkpoint_is_refused_fast(tmp_path, changes):
+    with pytest.raises(ValueError, match="config asks for"):
+        check(read_headers(save(tmp_path, tensors_of(CONFIG))), replace(CONFIG, **changes))
+
+
+def test_foreign_parameters(tmp_path):
+    save(tmp_path, tensors_of(CONFIG))
+    with pytest.raises(ValueError, match=r"parameters: .*lm_head"):
+        load(tmp_path, CONFIG, allocate(TIED))
+    with pytest.raises(ValueError, match=r"parameters: .*embed_tokens has shape \(48, 8\)"):
+        load(tmp_path, CONFIG, allocate(CONFIG) | {"embed_tokens": torch.empty(48, 8)})
+
+
+def test_opposite_infinities_do_not_cancel(tmp_path):
+    tensors = tensors_of(CONFIG)
+    tensors[NORM][:2] = torch.tensor([torch.inf, -torch.inf])
+    refused(save(tmp_path, tensors), rf"{NORM} holds inf at \[0\]")
+
+
+@pytest.mark.parametrize(("stored", "wanted", "value"), [("bfloat16", "float16", 1e6), ("float32", "bfloat16", 3.4e38)])
+def test_a_cast_that_overflows(tmp_path, stored, wanted, value):
+    tensors = tensors_of(CONFIG, dtype=getattr(torch, stored))
+    tensors[Q_PROJ][3, 5] = value
+    message = rf"{Q_PROJ} holds .* at \[3, 5\]: torch\.{wanted} cannot hold it"
+    refused(save(tmp_path, tensors), message, dtype=getattr(torch, wanted))
+    loads(tmp_path, tensors, dtype=getattr(torch, stored))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int64, torch.float64, torch.float32])
+def test_other_and_mixed_dtypes(tmp_path, dtype):
+    tensors = tensors_of(CONFIG)
+    tensors[Q_PROJ] = tensors[Q_PROJ].to(dtype)
+    message = rf"'{Q_PROJ}' is stored as '[FI]\w+'; one of F32, BF16, F16 is|most are BF16, but {Q_PROJ} is F32$"
+    refused(save(tmp_path, tensors, shards=2), message)
+
+
+def header(change):
+    """A damage: the file with `change` applied to the bytes of its header, the length before it adapted."""
+
+    def damage(data):
+        length = int.from_bytes(data[:8], "little")
+        changed = change(data[8 : 8 + length])
+        return len(changed).to_bytes(8, "little") + changed + data[8 + length :]
+
+    return damage
+
+
+def norm(**fields):
+    """A damage: fields of one tensor's entry in the header overwritten."""
+    return header(lambda old: json.dumps((entries := json.loads(old)) | {NORM: entries[NORM] | fields}).encode())
+
+
+def twice(old):
+    """The entry of one tensor a second time: the library would take the last."""
+    entry = json.dumps(json.loads(old)[NORM]).encode()
+    return old.rstrip()[:-1] + b', "' + NORM.encode() + b'": ' + entry + b"}"
+
+
+def swap(old, new):
+    return header(lambda data: data.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-1], r"\({short} bytes\): .* not fully covered"),
+        (lambda data: data + b"\0", r"\({long} bytes\): .* not fully covered"),
+        (lambda data: data[: len(data) // 2], r"\({half} bytes\): .* not fully covered"),
+        (lambda data: data[:50], r"\(50 bytes\): .* header length"),
+        (lambda data: data[:5], r"\(5 bytes\): .* header too small"),
+        (lambda data: b"", r"\(0 bytes\): .* header too small"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "not safetensors"),
+        (lambda data: (2**63).to_bytes(8, "little") + data[8:], "header too large"),
+        (header(lambda old: b"[]"), "invalid JSON"),
+        (header(lambda old: b"{}"), "not fully covered"),
+        (header(lambda old: b"\xff" + old), "invalid UTF-8"),
+        (header(lambda old: old[:-9]), "invalid JSON"),
+        (header(lambda old: b"[" * 50_000), "invalid JSON"),
+        (swap(b'"model.norm.weight"', b'"lm_head.weight"'), "invalid offset"),
+        (header(twice), "'model.norm.weight' stands there 2 times"),
+        (swap(b'"format":"pt"', b'"format":1'), "invalid JSON"),
+        (swap(b'"model.norm.weight"', b'"model.norm.\\ud800"'), "invalid JSON"),
+        (norm(dtype="F32"), "invalid shape, data type"),
+        (norm(shape=[17]), "invalid shape"),
+        (norm(shape=[-16]), "invalid JSON"),
+        (norm(shape=[True]), "invalid JSON"),
+        (norm(shape="16"), "invalid JSON"),
+        (norm(data_offsets=[0]), "invalid JSON"),
+        (norm(data_offsets=None), "invalid JSON"),
+        (norm(data_offsets=[0, 32]), "invalid offset for tensor"),
+        (norm(data_offsets=[2**40, 2**40 + 32]), "invalid offset for tensor `model.norm.weight`"),
+        (norm(dtype=["BF16"]), "invalid JSON"),
+        (norm(dtype="F8_E4M3"), "invalid shape, data type"),
+        (norm(dtype="F8_E4M3", shape=[32]), "'model.norm.weight' is stored as 'F8_E4M3'"),
+    ],
+)
+def test_damaged_file(tmp_path, damage, message):
+    path = save(tmp_path, tensors_of(CONFIG)) / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(damage(data))
+    sizes = {"size": len(data), "short": len(data) - 1, "long": len(data) + 1, "half": len(data) // 2}
+    for key, size in sizes.items():
+        message = message.replace("{" + key + "}", str(size))
+    refused(tmp_path, message)
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    path = save(tmp_path, tensors_of(CONFIG), shards=3) / "model-1.safetensors"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(tmp_path, rf"model-1\.safetensors: cut off, damaged or not safetensors \({size - 1} bytes\)")
+
+
+@pytest.mark.parametrize("file", ["../x", "/x", "a/x", "..", ".", "", "a\\x", None, 3, ["x"], "model.bin", "x.pt"])
+def test_an_index_of_anything_but_plain_safetensors(tmp_path, file):
+    file = f"{file}.safetensors" if str(file).endswith("x") else file
+    save_file({Q_PROJ: torch.ones(1)}, tmp_path.parent / "x.safetensors")
+    weight_map = json.loads((save(tmp_path, tensors_of(CONFIG), shards=2) / INDEX).read_text())["weight_map"]
+    refused(save_index(tmp_path, weight_map | {Q_PROJ: file}), rf"index\.json: '{Q_PROJ}' is in .*(plain|only)")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'])
+def test_an_index_without_a_map(tmp_path, content):
+    (tmp_path / INDEX).write_text(content)
+    refused(tmp_path, "not readable as JSON|JSON list|weight_map is missing|no tensor")
+
+
+def test_an_index_that_disagrees_with_its_shards(tmp_path):
+    weight_map = json.loads((save(tmp_path, tensors_of(CONFIG), shards=2) / INDEX).read_text())["weight_map"]
+    here, there = sorted(set(weight_map.values()), key=lambda file: file != weight_map[Q_PROJ])
+    refused(save_index(tmp_path, weight_map | {Q_PROJ: there}), rf"{INDEX} asks for.*{Q_PROJ}")
+    refused(save_index(tmp_path, weight_map | {"x": there}), rf"{there}: .*1 missing \(x\)")
+    del weight_map[Q_PROJ]
+    refused(save_index(tmp_path, weight_map), rf"{here}: .*1 unknown \({Q_PROJ}\)")
+
+
+def test_an_index_of_a_missing_file(tmp_path):
+    save(tmp_path, tensors_of(CONFIG), shards=2)
+    (tmp_path / "model-1.safetensors").unlink()
+    refused(tmp_path, r"model-1\.safetensors: no such file", error=FileNotFoundError)
+    (tmp_path / "model-1.safetensors").mkdir()
+    refused(tmp_path, r"model-1\.safetensors: no such file", error=FileNotFoundError)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-1-of-2.bin", "model.pth", "consolidated.00.pt"])
+def test_pickled_weights(tmp_path, name):
+    torch.save(tensors_of(CONFIG), tmp_path / name)
+    refused(tmp_path, rf"{name}: pickle .* safetensors is needed")
+
+
+def test_no_weights(tmp_path):
+    refused(tmp_path, r"neither model\.safetensors nor", error=FileNotFoundError)
+    refused(tmp_path / "nowhere", "nowhere: no such folder", error=FileNotFoundError)
+
+
+IMPORTS = "from mixtral_triton.weights import MixtralConfig, check, load, parameter_shapes, read_headers"
+LOADED = """
+config, dtype = MixtralConfig(**eval(sys.argv[3])), getattr(torch, sys.argv[2])
+parameters = {name: torch.empty(shape, dtype=dtype) for name, shape in parameter_shapes(config).items()}
+load(headers := read_headers(sys.argv[1]), check(headers, config), config, parameters)
+size = sum(parameter.nbytes for parameter in parameters.values())
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    ("layout", "wanted", "sizes"),
+    [
+        ("fused", "bfloat16", {"vocab_size": 2000, "intermediate_size": 4096}),
+        ("per_expert", "float32", {"vocab_size": 2000, "intermediate_size": 2048}),
+        ("per_expert", "bfloat16", {"vocab_size": 70_000, "intermediate_size": 64, "tie_word_embeddings": True}),
+    ],
+    ids=["fused", "cast", "one large tensor"],
+)
+def test_never_a_second_copy(tmp_path, layout, wanted, sizes):
+    fields = {"hidden_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 8, "num_local_experts": 4}
+    fields |= {"num_key_value_heads": 2, "rope_theta": 1e6} | sizes
+    config = MixtralConfig(**fields)
+    ones = {name: torch.ones(target.shape, dtype=torch.bfloat16) for name, target in table(config, layout).items()}
+    peak, size = anonymous_peak(IMPORTS, LOADED, str(save(tmp_path, ones)), wanted, repr(fields))
+    assert size > 140e6 and peak <= 1.15 * size, f"{peak / size:.3f} x the weights"

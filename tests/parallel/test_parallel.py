@@ -1,0 +1,345 @@
+"""A model on a mesh of processes beside the same on one, and beside transformers: gloo, on this CPU."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixtral_triton import Mixtral, MixtralConfig
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.parallel import Shard
+from mixtral_triton.quantize.spec import PARTS
+from mixtral_triton.tools.bench.mesh import ROUNDS, RUNS
+from mixtral_triton.verification.quantization import cost
+from tests.support import hub
+from tests.support.ranks import (
+    Ranks,
+    another_rank_s_heads,
+    counted_wrong,
+    everything,
+    halved,
+    halves_swapped,
+    logits,
+    read_and_kept,
+    refusal,
+    renamed,
+    replayed,
+    silent,
+    stuck,
+    timed,
+    unflatten_args,
+    verified,
+    watched,
+)
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(
+    INTERPRETED or sys.platform == "win32", reason="about what ranks keep and send: run once, without the interpreter"
+)
+
+BASE: dict[str, Any] = {
+    "vocab_size": 50,  # no multiple of four
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,  # fewer than four ranks
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32,
+    "sliding_window": 6,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "window": {},
+    "no window, tied": {"sliding_window": None, "tie_word_embeddings": True},
+    "wide": {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32},  # for groups of int4
+    "narrow": {"intermediate_size": 128},  # whose rows are one group of int4
+}
+MESHES = {"tp 2": {"tp": 2}, "tp 4": {"tp": 4}, "ep 2": {"ep": 2}, "ep 4": {"ep": 4}, "ep 2 x tp 2": {"ep": 2, "tp": 2}}
+IDS = torch.randint(50, (2, 10), generator=torch.Generator().manual_seed(1))
+Checkpoint = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    started = Ranks(4, tmp_path_factory.mktemp("store") / "store")
+    yield started
+    started.end()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """By the name of a config: a folder that transformers wrote, per expert or fused, in several shards."""
+    made: dict[tuple[str, bool], Path] = {}
+
+    def make(name: str = "window", per_expert: bool = True) -> Path:
+        if (name, per_expert) not in made:
+            torch.manual_seed(0)
+            config = transformers.MixtralConfig(**BASE | CONFIGS[name] | {"dtype": "float32"})
+            theirs = transformers.MixtralForCausalLM(config)
+            for key, weight in theirs.named_parameters():
+                scale = 1.0 if "embed" in key else 2.0 * weight.shape[-1] ** -0.5
+                weight.data.normal_(0, scale) if weight.dim() > 1 else weight.data.uniform_(0.7, 1.3)
+            made[name, per_expert] = folder = tmp_path_factory.mktemp("checkpoint")
+            theirs.save_pretrained(folder, save_original_format=per_expert, max_shard_size="60KB")
+        return made[name, per_expert]
+
+    return make
+
+
+def close(got: torch.Tensor, want: torch.Tensor, limit: float = 1e-5) -> None:
+    assert got.shape == want.shape and (got - want).abs().max() <= limit * want.abs().max()
+
+
+def whole_bytes(model: Mixtral, *parts: str) -> int:
+    return sum(place.nbytes for name, place in model.places().items() if name.endswith(parts))
+
+
+def alike(found: list[dict[str, Any]], model: Mixtral, limit: float = 1e-5) -> None:
+    """All ranks hold the same bits, and one rank's numbers."""
+    want = model(IDS)
+    for rank in found:
+        close(rank["logits"], want, limit)
+        close(rank["cached"], want, limit)
+        first = found[rank["first"]]
+        assert all(torch.equal(rank[what], first[what]) for what in ("logits", "cached", "greedy", "drawn"))
+        assert torch.equal(rank["greedy"], model.generate(IDS[:, :4], max_new_tokens=8))
+
+
+@pytest.mark.parametrize(("name", "per_expert"), [("window", True), ("no window, tied", False)])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_mesh_is_one_rank_and_transformers(
+    mesh: str, name: str, per_expert: bool, ranks: Ranks, checkpoint: Checkpoint
+) -> None:
+    folder = checkpoint(name, per_expert)
+    found, model = ranks(everything, folder, IDS, **MESHES[mesh]), Mixtral.from_pretrained(folder, "cpu")
+    alike(found, model)
+    theirs = transformers.MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        close(found[-1]["logits"], theirs(IDS).logits)
+    n, tied = MESHES[mesh].get("tp", 1) * MESHES[mesh].get("ep", 1), model.config.tie_word_embeddings
+    experts = whole_bytes(model, "gate_up_proj", "down_proj")
+    for rank in found:
+        # Two a layer, and the logits; nothing else.
+        sums = {"all_reduce": 2 * model.config.num_hidden_layers}
+        assert rank["calls"] == (sums if tied else sums | {"all_gather": 1})
+        kept = sum(rank["bytes"].values())
+        own = sum(size for key, size in rank["bytes"].items() if key.endswith(("gate_up_proj", "down_proj")))
+        assert own <= 1.02 / n * experts and rank["read"] <= 1.05 * kept
+        assert rank["cache"] == found[0]["cache"]
+    assert sum(rank["read"] for rank in found[:n]) >= whole_bytes(model, "")  # between them they read all
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp8", {"experts": "int4", "linear": "int4"}], ids=str)
+@pytest.mark.parametrize("mesh", ["tp 2", "ep 2"])
+def test_quantized_while_it_is_read(mesh: str, weights: Any, ranks: Ranks, checkpoint: Checkpoint) -> None:
+    folder = checkpoint("wide")
+    found = ranks(everything, folder, IDS, weights=weights, **MESHES[mesh])
+    model = Mixtral.from_pretrained(folder, "cpu", weights=weights)
+    alike(found, model)
+    experts = whole_bytes(model, "gate_up_proj", "down_proj")
+    for rank in found:
+        own = sum(size for name, size in rank["bytes"].items() if name.endswith(("gate_up_proj", "down_proj")))
+        # Each part of a row that is split keeps its scale.
+        split = mesh == "tp 2" and weights in ("int8", "fp8")
+        assert own <= (1.05 if split else 1.02) / 2 * experts
+
+
+@pytest.mark.parametrize("format", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize(
+    ("mesh", "name", "per_expert"),
+    [("tp 2", "wide", True), ("tp 2", "narrow", False), ("ep 2", "wide", False), ("ep 2 x tp 2", "narrow", True)],
+)
+def test_the_parts_are_of_what_one_process_quantizes(
+    format: str, mesh: str, name: str, per_expert: bool, ranks: Ranks, checkpoint: Checkpoint
+) -> None:
+    """Bit for bit, also of a row that is split and has one scale: that is of the whole row."""
+    folder, weights = checkpoint(name, per_expert), {"experts": format, "linear": format}
+    places = Mixtral.from_pretrained(folder, "cpu", weights=weights).places()
+    for found in ranks(unflatten_args, folder, weights=weights, **MESHES[mesh]):
+        assert {part.rpartition(".")[2] for part in found} == {*itertools.chain(*PARTS.values())}
+        for part, (values, scales) in found.items():
+            assert torch.equal(values, places[part].dequantize()) and (scales == places[part].scales).all(), part
+
+
+CUT = "mesh cuts the 256 columns of layers.0.down_proj into 64 a rank, needs a multiple of the group, 128"
+# Those in groups or blocks of 128 with their experts alone: attention's 128 columns cannot be cut.
+LAYOUTS = {"ct fp8 channel": "", "ct fp8 block": "experts", "autofp8": "", "ct int4 32 True": "", "ct int4 -1 True": ""}
+LAYOUTS |= {"gptq 64 0": "", "gptq 128 1": "experts", "awq 32": "", "ct pack int8": ""}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_checkpoints_of_the_hub(layout: str, ranks: Ranks, tmp_path: Path) -> None:
+    hub.write(tmp_path, *hub.LAYOUTS[layout], only=LAYOUTS[layout])
+    ids = IDS % hub.SIZES["vocab_size"]
+    want = Mixtral.from_pretrained(tmp_path, "cpu", torch.float32)(ids)
+    for mesh in ({"tp": 2}, {"ep": 2}):
+        for (got,) in ranks(logits, tmp_path, [ids], dtype=torch.float32, **mesh):
+            close(got, want)
+        assert all(read <= 1.05 * kept for read, kept in ranks(read_and_kept, tmp_path, **mesh))
+
+
+def test_a_group_is_never_cut(ranks: Ranks, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    hub.write(tmp_path, *hub.LAYOUTS["awq 128"])
+    assert all("leaves a rank 64 of its 128 columns: groups of 128" in said for said in ranks(refusal, tmp_path, tp=2))
+    said = ranks(refusal, checkpoint("wide"), weights="int4", tp=4)  # 256 columns in groups of 128
+    assert set(said) == {f"Mixtral.from_pretrained: {CUT}"}
+
+
+@pytest.mark.parametrize("mesh", ["tp 4", "ep 2 x tp 2"])
+def test_deterministic(mesh: str, ranks: Ranks, checkpoint: Checkpoint) -> None:
+    """With four ranks the order of an all-reduce would depend on the size of the batch."""
+    texts = [IDS, IDS[:1], IDS[1:]]
+    want = Mixtral.from_pretrained(checkpoint(), "cpu")(IDS)
+    for whole, *alone in ranks(logits, checkpoint(), texts, deterministic=True, **MESHES[mesh]):
+        close(whole, want)
+        assert torch.equal(torch.cat(alone), whole)
+
+
+SIZES = [
+    (
+        {"num_attention_heads": 6, "num_key_value_heads": 2},
+        {"tp": 4},
+        "num_attention_heads is 6, needs a multiple of 4",
+    ),
+    ({"num_attention_heads": 12, "num_key_value_heads": 6}, {"tp": 4}, "num_key_value_heads is 6, needs a multiple or"),
+    ({"num_local_experts": 6}, {"ep": 4}, "num_local_experts is 6, needs a multiple of 4"),
+    ({"intermediate_size": 23}, {"tp": 2}, "intermediate_size is 23, needs a multiple of 2"),
+    ({"vocab_size": 3}, {"tp": 2, "ep": 2}, "vocab_size is 3, needs at least 4"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "mesh", "message"), SIZES, ids=[message for _, _, message in SIZES])
+def test_sizes_that_the_ranks_do_not_divide(sizes: dict[str, int], mesh: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=f"mesh has tp .* ranks: {message}"):
+        Shard(**mesh).check(MixtralConfig(**{"rope_theta": 1e4, "head_dim": 4} | sizes))
+
+
+def test_what_is_refused(ranks: Ranks, checkpoint: Checkpoint) -> None:
+    folder = checkpoint()
+    for said in ranks(refusal, folder, given="tp", tp=2):
+        assert "mesh is 'tp', needs a torch.distributed.device_mesh.DeviceMesh whose dimensions are named" in said
+    assert all("mesh has dimensions named ('replica', 'tp')" in said for said in ranks(renamed, folder, tp=2))
+    assert all("device" in said and "cuda" in said for said in ranks(refusal, folder, device="cuda", tp=2))
+    for peer, mode in ranks(watched, folder, IDS, tp=2):
+        assert "no rank of a mesh has all weights" in peer and "dispatch mode" in mode
+
+
+def missing(folder: Path) -> str:
+    next(folder.glob("*00002*.safetensors")).unlink()
+    return "no such file"
+
+
+def cut_off(folder: Path) -> str:
+    shard = next(folder.glob("*00002*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-4])
+    return "cut off"
+
+
+def another_config(folder: Path) -> str:
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"num_attention_heads": 8', '"num_attention_heads": 9'))
+    return "num_attention_heads"
+
+
+@pytest.mark.parametrize("damage", [missing, cut_off, another_config])
+def test_what_is_bad_for_one_rank_ends_all(
+    damage: Callable[[Path], str], ranks: Ranks, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(checkpoint(), bad)
+    why = damage(bad)
+    for said in ranks(refusal, checkpoint(), bad={2: bad}, tp=4):
+        assert said.startswith("rank 2 of 4: ") and why in said and "\n" not in said
+
+
+def test_a_rank_that_does_not_come(ranks: Ranks, checkpoint: Checkpoint) -> None:
+    *others, _ = ranks(silent, checkpoint(), IDS, tp=4)
+    for rank, said in enumerate(others):
+        assert said.startswith(f"rank {rank} of 4: another rank does not answer: ")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "name", "weights"),
+    [
+        *((mesh, "window", None) for mesh in MESHES),
+        ("tp 4", "no window, tied", None),
+        ("tp 2", "wide", {"experts": "int8", "linear": "int4"}),
+        ("tp 2", "narrow", {"experts": "int4", "linear": "int8"}),  # a part's largest value may be far below its row's
+        ("ep 2 x tp 2", "wide", "int4"),
+    ],
+    ids=str,
+)
+def test_verify(mesh: str, name: str, weights: Any, ranks: Ranks, checkpoint: Checkpoint) -> None:
+    """On every rank the same report: all operations, all layers, the loaded tensors beside the files, and what
+    quantizing them cost."""
+    folder = checkpoint(name)
+    first, *others = ranks(verified, folder, IDS, weights=weights, **MESHES[mesh])
+    assert not first.wrong, str(first)
+    assert all(
+        report.rows == first.rows for report in others[: MESHES[mesh].get("tp", 1) * MESHES[mesh].get("ep", 1) - 1]
+    )
+    for layer in range(BASE["num_hidden_layers"]):
+        assert {row.op for row in first.rows if row.layer == layer} >= {*OPS, "layer", "weights"}
+    assert first.flips == 0 and first.rows[-1].op == "logits"
+    told, want = first.quantization, cost(Mixtral.from_pretrained(folder, "cpu", weights=weights), folder, IDS, int)
+    assert (told is None) == (want is None) == (weights is None)
+    if want is not None:  # that of the same weights
+        assert (told.formats, told.moved, told.routed) == (want.formats, want.moved, want.routed)
+        assert (told.cosine, told.least) == pytest.approx((want.cosine, want.least), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("fault", "mesh", "seen"),
+    [
+        (halves_swapped, "tp 2", {("weights", 1)}),
+        (halves_swapped, "ep 2", {("weights", 1)}),
+        (another_rank_s_heads, "tp 4", {("weights", 0)}),
+        (counted_wrong, "ep 2", {("layer", 0), ("layer", 1)}),
+        (halved, "tp 2", {("layer", 0), ("layer", 1)}),
+    ],
+)
+def test_verify_sees_what_one_rank_has_wrong(
+    fault: Any, mesh: str, seen: set[Any], ranks: Ranks, checkpoint: Checkpoint
+) -> None:
+    for report in ranks(verified, checkpoint(), IDS, fault=fault, **MESHES[mesh])[-MESHES[mesh].get("tp", 2) :]:
+        assert {(row.op, row.layer) for row in report.wrong} >= seen and not report.ok
+
+
+@pytest.mark.parametrize(("mesh", "deterministic"), [("tp 2", False), ("ep 2 x tp 2", True)])
+def test_a_decode_step_is_a_graph_here_too(
+    mesh: str, deterministic: bool, ranks: Ranks, checkpoint: Checkpoint
+) -> None:
+    """What the ranks send is in it, and goes when it is replayed."""
+    folder = checkpoint()
+    want = Mixtral.from_pretrained(folder, "cpu").generate(IDS[:, :4], max_new_tokens=8)
+    for text, replays, calls in ranks(replayed, folder, IDS[:, :4], deterministic=deterministic, **MESHES[mesh]):
+        assert torch.equal(text, want) and replays == 6
+        sums = "all_gather" if deterministic else "all_reduce"
+        layers = BASE["num_hidden_layers"]
+        # The prompt, the first step, and the replays: in the capture itself nothing is sent.
+        assert calls["broadcast"] == 2 + replays and calls[sums] >= 2 * layers * (2 + replays)
+
+
+def test_bench_times_the_slowest_rank(ranks: Ranks) -> None:
+    sizes = {"B": 2, "S": 8, "L": 1, "H": 64, "I": 128, "E": 4, "K": 2, "Hq": 4, "Hkv": 2, "D": 16, "V": 64}
+    found = ranks(timed, sizes, tp=2)
+    times = [seconds for seconds, _ in found]
+    assert times[0] == times[1] > 0 and times[2] == times[3] > 0  # the two of a mesh say the same
+    assert {replays for _, replays in found} == {ROUNDS + ROUNDS * RUNS}
+
+
+def test_a_wait_for_a_gpu_that_is_never_done_ends(ranks: Ranks, checkpoint: Checkpoint) -> None:
+    for rank, said in enumerate(ranks(stuck, checkpoint(), tp=4)):
+        assert said == f"rank {rank} of 4: another rank does not answer: its part of a sum did not come"

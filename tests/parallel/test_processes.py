@@ -1,0 +1,146 @@
+"""Several processes on the command line, as torchrun starts them: the same text, one report, and nobody who waits in
+vain."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from mixtral_triton import MixtralConfig
+from mixtral_triton.cli import SMALL, main
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.parallel import Shard, traffic
+from mixtral_triton.tools.fit import KNOWN
+from mixtral_triton.tools.roofline import GPUS
+from mixtral_triton.tools.scaling import LINKS, step
+
+pytestmark = pytest.mark.skipif(
+    INTERPRETED or sys.platform == "win32", reason="processes of their own: run once, without the interpreter"
+)
+
+PROMPT = ("--device", "cpu", "--dtype", "float32", "--prompt", "The return statement", "--temperature", "0.8", "--json")
+
+
+def torchrun(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    start = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mixtral_triton")
+    return subprocess.run(
+        (*start, *command), capture_output=True, text=True, timeout=100, env=one_thread(**environment)
+    )
+
+
+def test_torchrun_writes_the_same_text(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("generate", str(SMALL), *PROMPT, "--max-new-tokens", "8")
+    run = torchrun(*command, "--ep", "2")
+    assert run.returncode == 0, run.stderr
+    assert main(command) == 0
+    alone, several = (json.loads(text) for text in (capsys.readouterr().out, run.stdout))
+    assert alone["tokens"] == several["tokens"] and alone["text"] == several["text"]
+
+
+def test_torchrun_verifies_each_rank_s_part() -> None:
+    """One report, the first rank's. In plain torch, which is quick: all is near, and nothing was compared."""
+    run = torchrun("verify", str(SMALL), "--tp", "2", "--prompt", "return", "--json", TRITON_INTERPRET="0")
+    assert run.returncode != 0
+    report = json.loads(run.stdout)
+    assert all(row["ok"] for row in report["rows"]) and not report["compared"]
+    assert {"weights", "layer", "logits"} <= {row["op"] for row in report["rows"]}
+
+
+def test_torchrun_benches_the_decode_step() -> None:
+    """Where there is no GPU what the cost model predicts of the split, marked so."""
+    sizes = "B=1,S=1024,L=32,H=4096,I=14336,E=8,K=2,Hq=32,Hkv=8,D=128,V=32000"
+    run = torchrun("bench", "decode_step", "--tp", "2", "--sizes", sizes, "--json")
+    assert run.returncode == 0, run.stderr
+    mesh, row = map(json.loads, run.stdout.splitlines())
+    assert (mesh["tp"], mesh["ep"], mesh["gpu"]) == (2, 1, "H100 SXM") and row["time_us"] is None
+    want = step(KNOWN["mixtral-8x7b"], {}, Shard(tp=2), GPUS["h100"], LINKS["h100"], 1, 1, 1024)
+    assert row["predicted"]["time_us"] == pytest.approx(want.seconds * 1e6)
+    run = torchrun("bench", "rope", "--tp", "2")
+    assert run.returncode != 0 and "on a mesh it times decode_step, and got rope" in run.stderr
+
+
+def one_thread(**more: str) -> dict[str, str]:
+    paths = os.pathsep.join(filter(None, sys.path))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths, **more}
+
+
+def test_a_killed_rank_ends_the_others() -> None:
+    command = (sys.executable, "-m", "mixtral_triton", "generate", str(SMALL), *PROMPT[:-1], "--tp", "2")
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first, second = (
+        subprocess.Popen((*command, "--max-new-tokens", "1000"), env=one_thread(RANK=str(rank), **common), **pipes)
+        for rank in range(2)
+    )
+    try:
+        assert first.stdout is not None and first.stdout.read(len("The return statement") + 1)  # it writes
+        second.send_signal(signal.SIGKILL)
+        start = time.monotonic()
+        _, stderr = first.communicate(timeout=60)
+        assert time.monotonic() - start < 30 and first.returncode == 2
+        assert "mixtral-triton generate: rank 0 of 2: rank 1 is gone: " in stderr.splitlines()[-1]
+    finally:
+        for one in (first, second):
+            one.kill()
+            one.communicate()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+ASKED = [
+    (("--tp", "2"), {}, "--tp 2 times --ep 1 needs 2 processes, and torchrun started 1: torchrun --nproc-per-node 2"),
+    (("--tp", "2"), {"WORLD_SIZE": "3", "RANK": "1"}, "rank 1 of 3: --tp 2 times --ep 1 needs 2 processes"),
+    ((), {"WORLD_SIZE": "2", "RANK": "0"}, "rank 0 of 2: --tp 1 times --ep 1 needs 1 processes"),
+    (("--ep", "0"), {}, "--ep is 0, needs at least 1"),
+    (("--tp", "2", "--device", "cuda:1"), {"WORLD_SIZE": "2", "RANK": "1"}, "--device is 'cuda:1', needs cpu or cuda"),
+]
+
+
+@pytest.mark.parametrize(("options", "environment", "message"), ASKED, ids=[message for _, _, message in ASKED])
+def test_processes_that_do_not_fit(
+    options: tuple[str, ...],
+    environment: dict[str, str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["generate", "--prompt", "x", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_mesh_has_no_peer(capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused before anything is loaded."""
+    assert main(["verify", "--tp", "2", "--peer", "transformers"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "peer is 'transformers', and no rank of a mesh has all weights for it: needs None" in line
+
+
+def test_traffic() -> None:
+    """Of 8x7B over four: a ring sends 3/4 of a sum's 4096 numbers twice, two sums a layer; 3/4 of 32000 logits."""
+    config = MixtralConfig(rope_theta=1e6)
+    assert traffic(config, tp=2, ep=2) == traffic(config, tp=4)
+    assert (traffic(config, tp=4).layer, traffic(config, tp=4).head) == (2 * 2 * 3 * 1024 * 2, 3 * 8000 * 2)
+    assert (traffic(config).layer, traffic(config).head) == (0, 0)
+
+
+def test_fit_prints_the_traffic(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "mixtral-8x7b", "--memory", "80", "--gpus", "4", "--context", "4096"]) == 0
+    assert "a GPU sends 24.6 kB a layer, and 48.0 kB of logits." in capsys.readouterr().out
+    assert main(["fit", "mixtral-8x7b", "--memory", "80", "--gpus", "4", "--context", "4096", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["sends_a_token"] == {"layer": 24576, "head": 48000}

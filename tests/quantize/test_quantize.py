@@ -1,0 +1,329 @@
+"""Quantizers: how near they come, what they refuse; models whose weights are quantized while they are loaded."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mixtral_triton import Mixtral, MixtralConfig, reference
+from mixtral_triton.cli import SMALL
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.quantized import unpack
+from mixtral_triton.quantize import QuantizedWeight, quantize, quantizers
+from mixtral_triton.quantize.spec import select_specs
+from mixtral_triton.tools.fit import table_bytes, weight_bytes
+from mixtral_triton.verification import fits_twice
+from mixtral_triton.verification.loaded import check_loaded
+from mixtral_triton.verification.quality import held_out, perplexity
+from mixtral_triton.weights import parameter_shapes, read_headers, table, total_bytes
+from tests.support.memory import anonymous_peak, needs_proc
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about the host and the plain way: run once")
+FORMATS = ("int4", "int8", "fp8")
+STEP = {"int8": 1 / 127, "fp8": 32 / 448}  # at the largest value of a row, relative to it
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_no_value_is_further_than_half_a_step(format: str, dtype: torch.dtype) -> None:
+    x = normal(3, 7, 100).to(dtype)
+    weight = quantize(x, format)
+    largest = x.float().abs().amax(-1, keepdim=True)
+    assert weight.group == 100 and weight.scales.dtype == torch.float32 and weight.shape == x.shape
+    assert ((weight.dequantize() - x.float()).abs() <= 0.5001 * STEP[format] * largest).all()
+    at = x.float().abs().argmax(-1, keepdim=True)
+    assert torch.allclose(weight.dequantize().gather(-1, at), x.float().gather(-1, at), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("K", "group"), [(256, None), (192, None), (96, None), (256, 32), (128, 64)])
+def test_int4_is_the_best_of_scales_and_its_codes_the_nearest(K: int, group: int | None) -> None:
+    x = normal(2, 5, K)
+    weight = quantize(x, "int4", group)
+    size = weight.group
+    assert size == group or (group is None and size == {256: 128, 192: 64, 96: 32}[K])
+    assert weight.scales.dtype == torch.bfloat16 and weight.zeros is None
+    codes = unpack(weight.data, "int4", K, size).float() - 8
+    ours, least = 0.0, 0.0
+    for e, n, g in itertools.product(range(2), range(5), range(K // size)):
+        part, scale = x[e, n, g * size : (g + 1) * size], weight.scales[e, n, g].float()
+        own = codes[e, n, g * size : (g + 1) * size]
+        for code, value in zip(own.tolist(), part.tolist(), strict=True):
+            assert all(abs(code * scale - value) <= abs(other * scale - value) + 1e-6 for other in range(-8, 8))
+        plain = part.abs().max() / 7  # clips nothing
+        assert error(part, scale) <= error(part, plain.bfloat16().float()) * 1.0001
+        least += float(min(error(part, (plain * (0.6 + 0.01 * step)).bfloat16().float()) for step in range(41)))
+        ours += float(error(part, scale))
+    assert ours <= 1.03 * least
+
+
+def error(part: Tensor, scale: Tensor) -> Tensor:
+    """Of the group in int4 with this scale: squared, by the nearest of all sixteen values."""
+    values = torch.arange(-8, 8) * scale
+    return (part[:, None] - values).abs().amin(1).square().sum()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_zeros_tiny_and_huge_values(format: str) -> None:
+    x = torch.stack([torch.zeros(128), torch.full((128,), 1e-38), torch.full((128,), -3e38), normal(128)])
+    back = quantize(x, format).dequantize()
+    assert torch.isfinite(back).all() and (back[0] == 0).all()
+    assert torch.allclose(back[2:3], x[2:3], rtol=0.02)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_pieces_of_rows_are_the_same(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = normal(2, 9, 128)
+    whole = quantize(x, format)
+    monkeypatch.setattr(quantizers, "PIECE", 300)
+    assert torch.equal(quantize(x, format).data, whole.data)
+    assert torch.equal(quantize(x[1, 3:5], format).dequantize(), whole.dequantize()[1, 3:5])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            (normal(4, 100), "int4"),
+            "int4 in groups of 128, 64 or 32 does not divide 100 columns; int8 and",
+        ),
+        ((normal(4, 96), "int4", 64), "int4 in groups of 64 does not divide 96 columns"),
+        ((normal(4, 96), "int4", 48), "group is 48, needs None or one of 128, 64, 32"),
+        ((normal(4, 96), "int8", 32), "group is 32, and int8 has a scale a row: needs None"),
+        ((normal(4, 96), "int3"), "format is 'int3', needs one of int4, int8, fp8"),
+        ((normal(96), "int8"), r"'tensor' is torch\.float32 \[96\], needs floats \[N, K\]"),
+        ((torch.ones(4, 96, dtype=torch.int8), "int8"), r"'tensor' is torch\.int8"),
+        (([1.0], "int8"), "'tensor' is list"),
+        ((torch.ones(0, 96), "int8"), "'tensor' is empty"),
+        ((torch.full((4, 96), torch.nan), "int8"), "not finite everywhere"),
+        ((torch.full((4, 96), torch.inf), "fp8"), "not finite everywhere"),
+    ],
+)
+def test_quantize_refuses(args: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quantize(*args)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_is_that_of_the_dequantized_weight(format: str, dtype: torch.dtype) -> None:
+    gate_up, down, x = quantize(normal(4, 64, 128), format), quantize(normal(4, 128, 32), format), normal(9, 128)
+    ids, weights = torch.arange(18).view(9, 2).remainder(4).int(), torch.rand(9, 2)
+    dense = [weight.dequantize().to(dtype) for weight in (gate_up, down)]
+    pairs = (
+        (reference.expert_swiglu(x.to(dtype), *experts, ids, weights) for experts in ((gate_up, down), dense)),
+        (reference.linear(x.to(dtype), weight[1]) for weight in (gate_up, dense[0])),
+    )
+    for got, want in pairs:
+        if format == "int8" and dtype == torch.bfloat16:  # torch multiplies by the codes
+            assert (got - want).abs().max() <= 0.02 * want.abs().max()
+        else:
+            assert torch.equal(got, want)
+
+
+def load(weights: Any = None, folder: Any = SMALL, **settings: Any) -> Mixtral:
+    return Mixtral.from_pretrained(folder, device="cpu", weights=weights, **settings)
+
+
+CHOICES = [*FORMATS, {"experts": "int4", "linear": "int8"}, {"linear": "fp8"}, {"experts": "fp8", "linear": "int4"}]
+
+
+@pytest.mark.parametrize("weights", CHOICES, ids=str)
+def test_loading_quantizes_what_was_asked_for_and_each_in_its_place(weights: Any) -> None:
+    model, plain = load(weights), load()
+    wanted = {"experts": weights} if isinstance(weights, str) else weights
+    formats = dict.fromkeys(("gate_up_proj", "down_proj"), wanted.get("experts"))
+    formats |= dict.fromkeys(("qkv_proj", "o_proj", "lm_head"), wanted.get("linear"))
+    for name, stored in plain.named_parameters():
+        place, format = model.places()[name], formats.get(name.rpartition(".")[2])
+        if format is None:
+            assert isinstance(place, nn.Parameter) and torch.equal(place, stored)
+        else:
+            assert place.format == format and torch.equal(place.dequantize(), quantize(stored, format).dequantize())
+    assert "state_dict" and set(model.state_dict()) >= set(dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("weights", ["int4", {"experts": "int8", "linear": "fp8"}], ids=str)
+def test_it_generates_what_its_dequantized_twin_does(weights: Any) -> None:
+    model = load(weights, dtype=torch.float32)
+    dequantized_copy = Mixtral(model.config, "cpu", torch.float32)
+    for name, parameter in dequantized_copy.named_parameters():
+        place = model.places()[name]
+        parameter.data.copy_(place.dequantize() if isinstance(place, QuantizedWeight) else place)
+    ids = torch.tensor([[0, 72, 105, 110], [0, 5, 6, 7]])
+    assert torch.equal(model(ids), dequantized_copy(ids)) and torch.equal(
+        reference.forward(model, ids), dequantized_copy(ids)
+    )
+    assert torch.equal(model.generate(ids, max_new_tokens=6), dequantized_copy.generate(ids, max_new_tokens=6))
+
+
+def fused(folder: Path) -> Path:
+    """The small checkpoint in transformers' layout in memory: all experts in one tensor."""
+    folder.mkdir(exist_ok=True)
+    stored, made = load_file(SMALL / "model.safetensors"), {}
+    config = MixtralConfig.from_pretrained(SMALL)
+    for name, target in table(config, "fused").items():
+        if ".mlp." not in name:
+            made[name] = stored[name]
+            continue
+        place = made.setdefault(name, torch.empty(target.shape, dtype=torch.bfloat16))
+        theirs = {at: own for at, own in table(config, "per_expert").items() if own.parameter == target.parameter}
+        for at, own in theirs.items():
+            place[own.index] = stored[at]
+    save_file(made, folder / "model.safetensors")
+    (folder / "config.json").write_bytes((SMALL / "config.json").read_bytes())
+    return folder
+
+
+def test_fused_and_small_chunks_and_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, folder, read = load("int8"), fused(tmp_path), []
+    monkeypatch.setattr("mixtral_triton.weights.CHUNK_BYTES", 3000)
+    got = load("int8", folder, progress=read.append)
+    assert sum(read) == total_bytes(read_headers(folder))
+    for name, place in wanted.places().items():
+        other = got.places()[name]
+        same = place.data if isinstance(place, QuantizedWeight) else place
+        assert torch.equal(same, other.data)
+
+
+def test_a_tied_head_stays_dense(tmp_path: Path) -> None:
+    tensors = load_file(SMALL / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((SMALL / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load({"linear": "int8"}, tmp_path)
+    assert model.lm_head is model.embed_tokens and isinstance(model.layers[0].o_proj, QuantizedWeight)
+
+
+def test_meta_and_moving() -> None:
+    model = Mixtral.from_pretrained(SMALL, device="meta", weights="int4")
+    assert model.layers[0].gate_up_proj.device.type == "meta" and model.layers[0].gate_up_proj.shape == (8, 512, 128)
+    model = load("int4")
+    before = model.layers[0].down_proj.dequantize()
+    assert torch.equal(model.to(torch.float32).layers[0].down_proj.dequantize(), before)
+    assert model.dtype == torch.float32 and model.layers[0].gate.dtype == torch.float32
+
+
+@pytest.mark.parametrize("weights", ["int3", 4, {}, {"experts": "nf4"}, {"heads": "int4"}, ["int4"]])
+def test_wrong_weights(weights: Any) -> None:
+    with pytest.raises(ValueError, match=r"weights is .*, needs None, one of int4, int8, fp8 \(the experts\), or"):
+        load(weights)
+
+
+def test_groups_that_fit_nothing_are_named(tmp_path: Path) -> None:
+    config = json.loads((SMALL / "config.json").read_text()) | {"intermediate_size": 100, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    targets = table(MixtralConfig.from_pretrained(tmp_path), "per_expert")
+    save_file({name: torch.ones(target.shape) for name, target in targets.items()}, tmp_path / "model.safetensors")
+    message = r"weights is 'int4', layers\.0\.down_proj: .* does not divide 100 columns; int8 and fp8 take any number"
+    with pytest.raises(ValueError, match=message):
+        load("int4", tmp_path)
+    assert load("int8", tmp_path).layers[0].down_proj.group == 100
+
+
+def test_nan_is_refused_as_ever(tmp_path: Path) -> None:
+    tensors = load_file(SMALL / "model.safetensors")
+    name = "model.layers.2.block_sparse_moe.experts.3.w3.weight"
+    tensors[name][5, 7] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((SMALL / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=rf"{name} holds nan at \[5, 7\]: .* damaged"):
+        load("fp8", tmp_path)
+
+
+IMPORTS = "from mixtral_triton.model import Mixtral"
+LOADED = """
+model = Mixtral.from_pretrained(sys.argv[1], device="cpu", weights=sys.argv[2])
+size = sum(at.nbytes for at in model.places().values())
+"""
+
+
+EXPERT = 3 * 1024 * 2048 * 2  # bytes of one in `large`
+
+
+def large(folder: Path) -> int:
+    """A checkpoint of ones whose experts are most of it -> its bytes."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2, "num_local_experts": 4}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 500, "head_dim": 128}
+    config = json.loads((SMALL / "config.json").read_text()) | sizes
+    (folder / "config.json").write_text(json.dumps(config))
+    targets = table(MixtralConfig.from_pretrained(folder), "per_expert")
+    ones = {name: torch.ones(target.shape, dtype=torch.bfloat16) for name, target in targets.items()}
+    save_file(ones, folder / "model.safetensors")
+    return sum(tensor.nbytes for tensor in ones.values())
+
+
+@needs_proc
+@pytest.mark.parametrize("weights", FORMATS)
+def test_loading_takes_its_size_and_less_than_an_expert(tmp_path: Path, weights: str) -> None:
+    dense = large(tmp_path)
+    peak, size = anonymous_peak(IMPORTS, LOADED, str(tmp_path), weights)
+    assert size < (0.4 if weights == "int4" else 0.6) * dense
+    assert peak < size + EXPERT, f"{(peak - size) / 1e6:.1f} MB beside the weights"
+
+
+BOUNDS = {("int8", None): 0.1, ("fp8", None): 0.3, ("int4", 128): 2.0, ("int4", 32): 1.2}  # per cent of perplexity
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    ids = held_out(SMALL, MixtralConfig.from_pretrained(SMALL))
+    assert ids is not None
+    return ids
+
+
+@pytest.fixture(scope="module")
+def before(ids: Tensor) -> float:
+    return perplexity(load(dtype=torch.float32), ids)
+
+
+@pytest.mark.parametrize(("format", "group"), BOUNDS, ids=str)
+def test_perplexity_of_the_small_checkpoint(
+    format: str, group: int | None, ids: Tensor, before: float, covers: Any
+) -> None:
+    model = load(dtype=torch.float32)
+    for layer in model.layers:
+        for name in ("gate_up_proj", "down_proj"):
+            weight = quantize(getattr(layer, name), format, group)
+            delattr(layer, name)
+            setattr(layer, name, weight)
+    more = 100 * (perplexity(model, ids) / before - 1)
+    covers("quantized", f"{format}, {group or 'a scale a row'}: perplexity {more:+.2f} % on {ids.numel()} tokens")
+    assert more <= BOUNDS[format, group]
+
+
+@pytest.mark.parametrize("weights", ["int4", {"experts": "fp8", "linear": "int8"}], ids=str)
+def test_verify_holds_the_loaded_tensors_against_the_files(weights: Any) -> None:
+    model = load(weights)
+    with torch.no_grad():
+        assert all(row.ok for row in check_loaded(SMALL, model))
+        model.layers[2].down_proj.data[3] = model.layers[2].down_proj.data[5]
+        assert [row.layer for row in check_loaded(SMALL, model) if not row.ok] == [2]
+
+
+def test_a_peer_of_quantized_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="a peer computes with weights of its own making where they are quantized"):
+        fits_twice(load("int8"))
+
+
+def test_loading_asks_before_anything_is_allocated(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MixtralConfig.from_pretrained(SMALL)
+    specs = select_specs("int4", parameter_shapes(config))
+    free = weight_bytes(config, specs) + table_bytes(config)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    with pytest.raises(ValueError, match=r"the weights take .* MB, and cuda has .*: weights='int4' takes"):
+        Mixtral.from_pretrained(SMALL, device="cuda")
+    assert Mixtral.from_pretrained(SMALL, device="cuda", weights="int4").layers[0].down_proj.format == "int4"

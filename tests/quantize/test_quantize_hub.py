@@ -1,0 +1,260 @@
+"""The hub's layouts, packed by tests/support/hub.py, mean to us what they mean; what we cannot honour is refused in a line."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mixtral_triton import Mixtral, MixtralConfig, weights
+from mixtral_triton.cli import SMALL, main
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.quantize import QuantizedWeight, layouts
+from mixtral_triton.verification.loaded import check_loaded
+from mixtral_triton.weights import read_headers, total_bytes
+from tests.model.test_weights import expected
+from tests.support import hub
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter")
+W1, W2, W3 = (f"model.layers.0.block_sparse_moe.experts.1.{name}" for name in ("w1", "w2", "w3"))
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def load(folder: Path, **settings: Any) -> Mixtral:
+    return Mixtral.from_pretrained(folder, device="cpu", **settings)
+
+
+def values(model: Mixtral) -> dict[str, Tensor]:
+    """Every weight in fp32."""
+    places = model.places().items()
+    return {name: at.dequantize() if isinstance(at, QuantizedWeight) else at.data.float() for name, at in places}
+
+
+def differs(folder: Path, meaning: dict[str, Tensor]) -> list[str]:
+    """The weights that are not, bit for bit, what the files mean."""
+    model = load(folder)
+    wanted, got = expected(model.config, meaning, "per_expert"), values(model)
+    assert wanted.keys() == got.keys()
+    return [name for name in wanted if not torch.equal(wanted[name], got[name])]
+
+
+@pytest.mark.parametrize("layout", [name for name in hub.LAYOUTS if name != "ct act-order"])
+def test_each_layout_means_what_it_means(tmp_path: Path, layout: str) -> None:
+    packer, config = hub.LAYOUTS[layout]
+    assert differs(tmp_path, hub.write(tmp_path, packer, config)) == []
+    layer = load(tmp_path).layers[0]
+    assert all(isinstance(at, QuantizedWeight) for at in (layer.gate_up_proj, layer.down_proj, layer.qkv_proj))
+    assert isinstance(layer.gate, torch.nn.Parameter)
+
+
+@pytest.mark.parametrize("layout", ["", "awq 32"], ids=["dense", "quantized"])
+def test_headers_are_read_and_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    calls: list[str] = []
+
+    def counted(where: Any, name: str) -> None:
+        true = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *args: (calls.append(name), true(*args))[1])
+
+    hub.write(tmp_path, *hub.LAYOUTS[layout or "awq 32"], only="" if layout else "none of them")
+    counted(weights, "_read_header")
+    counted(weights, "targets")
+    load(tmp_path)
+    assert calls == ["_read_header", "targets"]
+
+
+@pytest.mark.parametrize("layout", ["ct fp8 block", "ct int4 32 True", "gptq 64 1", "awq 32", "autofp8"])
+def test_in_small_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    monkeypatch.setattr("mixtral_triton.quantize.hub.PIECE", 1)
+    assert differs(tmp_path, hub.write(tmp_path, *hub.LAYOUTS[layout])) == []
+
+
+@pytest.mark.parametrize("layout", ["ct fp8 channel", "ct int4 128 True", "gptq 128 1", "awq 128"])
+def test_logits_are_those_of_the_dequantized_twin(tmp_path: Path, layout: str) -> None:
+    hub.write(tmp_path, *hub.LAYOUTS[layout])
+    model = load(tmp_path, dtype=torch.float32)
+    dequantized_copy = Mixtral(model.config, "cpu", torch.float32)
+    for name, parameter in dequantized_copy.named_parameters():
+        parameter.data.copy_(values(model)[name])
+    ids = torch.arange(10).view(2, 5)
+    assert torch.equal(model(ids), dequantized_copy(ids))
+    assert torch.equal(model.generate(ids, max_new_tokens=4), dequantized_copy.generate(ids, max_new_tokens=4))
+
+
+def test_only_the_experts_or_only_attention(tmp_path: Path) -> None:
+    packer, config = hub.LAYOUTS["ct int4 64 False"]
+    for only, name in (("experts", "qkv_proj"), ("self_attn", "gate_up_proj")):
+        assert differs(tmp_path, hub.write(tmp_path, packer, config, only)) == []
+        assert isinstance(getattr(load(tmp_path).layers[0], name), torch.nn.Parameter)
+
+
+def test_hf_quant_config_and_compression_config(tmp_path: Path) -> None:
+    packer, config = hub.LAYOUTS["modelopt"]
+    meaning = hub.write(tmp_path, packer, None)
+    ours = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(ours))
+    assert differs(tmp_path, meaning) == []
+    packer, config = hub.LAYOUTS["ct fp8 channel"]
+    meaning = hub.write(tmp_path, packer, None)
+    (tmp_path / "config.json").write_text(json.dumps(hub.SIZES | {"compression_config": config}))
+    assert differs(tmp_path, meaning) == []
+
+
+def test_scales_of_activations_are_left_aside_and_said(tmp_path: Path) -> None:
+    one = torch.ones(1)
+    more = {f"{W1}.input_scale": one, f"{Q[:-6]}k_proj.k_scale": one.clone(), f"{Q[:-7]}.kv_scale": one.clone()}
+    meaning, read = hub.write(tmp_path, *hub.LAYOUTS["autofp8"], **more), list[int]()
+    with pytest.warns(UserWarning):
+        load(tmp_path, progress=read.append)
+    assert sum(read) == total_bytes(read_headers(tmp_path))
+    with pytest.warns(UserWarning, match=r"3 scales of .* \(input_scale, k_scale, kv_scale\) are left aside"):
+        assert differs(tmp_path, meaning) == []
+
+
+def test_the_command_line_says_it_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((SMALL / "tokenizer.json").read_bytes())
+    hub.write(tmp_path, *hub.LAYOUTS["autofp8"], **{f"{W1}.input_scale": torch.ones(1)})
+    assert main(["trace", str(tmp_path), "--device", "cpu", "--prompt", "!", "--json"]) == 0
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith(
+        f"mixtral-triton trace: {tmp_path}: 1 scales of activations or caches (input_scale) are left"
+    )
+
+
+def test_no_warning_without_cause_and_progress_adds_up(tmp_path: Path) -> None:
+    hub.write(tmp_path, *hub.LAYOUTS["awq 64"])
+    read: list[int] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(tmp_path, progress=read.append)
+    assert sum(read) == total_bytes(read_headers(tmp_path))
+
+
+def test_meta_reads_headers_only(tmp_path: Path) -> None:
+    hub.write(tmp_path, *hub.LAYOUTS["ct int4 128 True"], **{f"{W1}.weight_shape": torch.zeros(2, dtype=torch.int64)})
+    model = Mixtral.from_pretrained(tmp_path, device="meta")
+    assert all(at.device.type == "meta" for at in model.places().values())
+    assert model.layers[0].down_proj.shape == (2, 128, 256)
+
+
+def test_act_order_that_orders_nothing_is_fine(tmp_path: Path) -> None:
+    packer = hub.gptq(128)
+    meaning = hub.write(tmp_path, packer, hub.gptq_config(128, desc_act=True))
+    assert differs(tmp_path, meaning) == []
+
+
+def test_a_bias_of_zeros_is_fine(tmp_path: Path) -> None:
+    bias = {f"{W1}.bias": torch.zeros(256, dtype=torch.float16)}
+    assert differs(tmp_path, hub.write(tmp_path, *hub.LAYOUTS["gptq 128 1"], **bias)) == []
+
+
+@pytest.mark.parametrize(
+    ("layout", "fault"),
+    [
+        ("awq 128", lambda patch: patch.setattr(layouts, "AWQ_ORDER", list(hub.AWQ_COLUMNS))),
+        ("gptq 128 1", lambda patch: patch.setattr(layouts, "AWQ_ORDER", None) or off_by_one(patch)),
+        ("ct int4 128 False", lambda patch: patch.setattr(layouts, "unpacked", high_first)),
+        ("ct fp8 channel", lambda patch: patch.setattr(layouts.EightBits, "rows", reversed_scales)),
+    ],
+    ids=["nibble order of awq", "zeros off by one", "high nibble first", "rows' scales swapped"],
+)
+def test_a_planted_fault_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, fault: Any) -> None:
+    fault(monkeypatch)
+    assert differs(tmp_path, hub.write(tmp_path, *hub.LAYOUTS[layout]))
+
+
+def off_by_one(patch: pytest.MonkeyPatch) -> None:
+    rows = layouts.Columns.rows
+
+    def wrong(self: Any, *args: Any) -> Any:
+        codes, scales, zeros = rows(self, *args)
+        return codes, scales, zeros - 1
+
+    patch.setattr(layouts.Columns, "rows", wrong)
+
+
+def high_first(x: Tensor, bits: int) -> Tensor:
+    data = x.contiguous().view(torch.uint8)
+    return torch.stack((data >> 4, data & 15), dim=-1).flatten(-2)
+
+
+def reversed_scales(self: Any, read: Any, N: int, K: int, start: int, stop: int) -> Any:
+    return read("weight", slice(start, stop)).view(torch.uint8), read("weight_scale").flip(0)[start:stop], None
+
+
+def test_scales_of_w1_and_w3_swapped_are_seen(tmp_path: Path) -> None:
+    packer, config = hub.LAYOUTS["autofp8"]
+    meaning = hub.write(tmp_path, packer, config)
+    again = {f"{W1}.weight_scale": torch.tensor(0.25), f"{W3}.weight_scale": torch.tensor(0.5)}
+    hub.write(tmp_path, packer, config, **again)
+    assert differs(tmp_path, meaning) == ["layers.0.gate_up_proj"]
+
+
+def test_weights_on_a_quantized_folder(tmp_path: Path) -> None:
+    hub.write(tmp_path, *hub.LAYOUTS["awq 128"])
+    with pytest.raises(ValueError, match=r"weights is 'int4', and .* is quantized already \(awq\): needs None"):
+        load(tmp_path, weights="int4")
+
+
+def test_parts_of_a_linear_in_several_files(tmp_path: Path) -> None:
+    meaning = hub.write(tmp_path, *hub.LAYOUTS["ct int4 64 True"])
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    files = {name: f"{number % 3}.safetensors" for number, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    assert differs(tmp_path, meaning) == []
+
+
+def test_a_tied_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "SIZES", hub.SIZES | {"tie_word_embeddings": True})
+    embedding = hub.dense()["model.embed_tokens.weight"]
+    for head in (None, embedding):
+        meaning = hub.write(tmp_path, *hub.LAYOUTS["awq 64"], **{"lm_head.weight": head})
+        assert differs(tmp_path, meaning) == []
+    hub.write(tmp_path, *hub.LAYOUTS["awq 64"], **{"lm_head.weight": embedding + 1})
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        load(tmp_path)
+
+
+def test_deterministic_in_any_batch(tmp_path: Path) -> None:
+    hub.write(tmp_path, *hub.LAYOUTS["gptq 64 1"])
+    model, ids = load(tmp_path, deterministic=True), torch.arange(12).view(3, 4)
+    assert torch.equal(model(ids)[1:2], model(ids[1:2]))
+
+
+def test_the_config_alone_tells_sizes(tmp_path: Path) -> None:
+    hub.write(tmp_path, *hub.LAYOUTS["awq 128"])
+    assert MixtralConfig.from_pretrained(tmp_path).hidden_size == 128
+
+
+@pytest.mark.parametrize("layout", ["ct fp8 tensor", "awq 64"])
+def test_verify_holds_the_loaded_tensors_against_the_files(tmp_path: Path, layout: str) -> None:
+    hub.write(tmp_path, *hub.LAYOUTS[layout])
+    model = load(tmp_path)
+    with torch.no_grad():
+        assert [row.error for row in check_loaded(tmp_path, model)] == [0.0, 0.0]
+        gate_up = model.layers[0].gate_up_proj
+        gate_up.scales.copy_(gate_up.scales.flip(1))
+        outside, layer = check_loaded(tmp_path, model)
+        assert outside.error == 0 and layer.error > 0
+
+
+def test_verify_sees_w1_and_w3_in_each_others_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = weights.table
+
+    def swapped(*args: Any) -> dict[str, weights.Target]:
+        found = table(*args)
+        one, three = f"{W1}.weight", f"{W3}.weight"
+        return found | {one: found[three], three: found[one]}
+
+    monkeypatch.setattr(weights, "table", swapped)
+    hub.write(tmp_path, *hub.LAYOUTS["ct int4 64 False"])
+    with torch.no_grad():
+        assert check_loaded(tmp_path, load(tmp_path))[1].error > 0

@@ -1,0 +1,250 @@
+"""Quantized checkpoints that are not read: each is refused in one line that names what it is and what would do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mixtral_triton import Mixtral
+from mixtral_triton.kernels.launch import INTERPRETED
+from tests.quantize.test_quantize_hub import W1, Q
+from tests.support import hub
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter")
+PACKED, FP8 = hub.pack_config(), hub.LAYOUTS["ct fp8 channel"][1]
+
+
+def refused(folder: Path, message: str) -> None:
+    for device in ("cpu", "meta") if "damaged" not in message and "says [" not in message else ("cpu",):
+        with pytest.raises(ValueError, match=message) as caught:
+            Mixtral.from_pretrained(folder, device=device)
+        line = str(caught.value)
+        assert str(folder) in line and line.isprintable() and len(line) < 700
+
+
+def group(config: dict[str, Any], **weights: Any) -> dict[str, Any]:
+    """The compressed-tensors config with its weights' arguments changed."""
+    changed = json.loads(json.dumps(config))
+    changed["config_groups"]["group_0"]["weights"] |= weights
+    return changed
+
+
+CONFIGS: dict[str, tuple[Any, str]] = {
+    "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"'bitsandbytes' is not read: .*nf4.*weights="),
+    "hqq": ({"quant_method": "hqq"}, "'hqq' is not read: its scales .*weights="),
+    "mxfp4": ({"quant_method": "mxfp4"}, "'mxfp4' is not read: .*powers of two"),
+    "other": ({"quant_method": "aqlm"}, "'aqlm' is not read: read are compressed-tensors, fp8, modelopt, gptq and awq"),
+    "none": ({"bits": 4}, "quant_method None is not read"),
+    "no object": ("int4", "quantization_config: is a str"),
+    "gemv": (hub.awq_config(version="gemv"), "version 'gemv' is not read: needs gemm"),
+    "awq no zeros": (hub.awq_config(zero_point=False), "bits, zero_point .*False.* needs 4 and true"),
+    "awq names": (hub.awq_config(modules_to_not_convert="gate"), "modules_to_not_convert is 'gate', a list"),
+    "3 bits": (hub.gptq_config(bits=3), "bits 3 is not read: needs 4"),
+    "8 bits": (hub.gptq_config(bits=8), "bits 8 is not read: needs 4"),
+    "marlin": (hub.gptq_config(checkpoint_format="marlin"), "checkpoint_format 'marlin' is not read: needs gptq or"),
+    "is marlin": (hub.gptq_config(is_marlin_format=True), "checkpoint_format 'marlin' is not read"),
+    "gptq sym": (hub.gptq_config(symmetric=3), "sym is 3, needs true or false"),  # type: ignore[arg-type]
+    "group": (hub.gptq_config(group="all"), "group_size 'all' is not read: needs an integer"),  # type: ignore[arg-type]
+    "group 48": (hub.pack_config(group=48), "group size is 48, needs 32, 64, 128"),
+    "group 0": (hub.pack_config(group=0), "group_size 0 is not read"),
+    "nvfp4": (PACKED | {"format": "nvfp4-pack-quantized"}, "format 'nvfp4-pack-quantized' is not read: needs pack-"),
+    "mxfp4 ct": (PACKED | {"format": "mxfp4-pack-quantized"}, "format 'mxfp4-pack-quantized' is not read"),
+    "marlin 24": (PACKED | {"format": "marlin-24"}, "format 'marlin-24' is not read"),
+    "ct 3 bits": (group(PACKED, num_bits=3), "num_bits 3 is not read: needs int of 4 bits"),
+    "ct int8 zeros": (group(PACKED, num_bits=8, symmetric=False), "num_bits 8 is not read: .* if symmetric"),
+    "ct tensor": (group(PACKED, strategy="tensor"), "strategy 'tensor' is not read: needs group or channel"),
+    "ct dynamic": (group(PACKED, dynamic=True), "dynamic True is not read"),
+    "ct fp8 group": (group(FP8, strategy="group"), "strategy 'group' is not read: needs channel, tensor or block"),
+    "ct fp8 zeros": (group(FP8, symmetric=False), "needs symmetric weights of 8 bits"),
+    "ct block": (group(FP8, strategy="block", block_structure=[100, 128]), "block_structure .* rows that divide 128"),
+    "ct no block": (group(FP8, strategy="block"), r"block_structure is None, needs \[rows, columns\]"),
+    "ct rotated": (PACKED | {"transform_config": {"config_groups": {"u": {}}}}, "transform_config .* is not read"),
+    "ct sparse": (PACKED | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config .* is not read"),
+    "ct no groups": (PACKED | {"config_groups": {}}, "config_groups is {}, an object"),
+    "ct no weights": (PACKED | {"config_groups": {"a": {}}}, "weights of config_groups are None"),
+    "ct two kinds": (
+        PACKED | {"config_groups": {"a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}}},
+        r"config_groups \['a', 'b'\] is not read: needs one kind",
+    ),
+    "ct pattern": (PACKED | {"ignore": ["re:("]}, "ignore has a pattern that is no regular expression"),
+    "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4' is not read: needs FP8"),
+    "block size": ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size is 128, needs"),
+    "contradiction": (PACKED | {"ignore": [W1]}, f"{W1} is quantized, and its config says that it is not"),
+    "contradiction re": (PACKED | {"ignore": ["re:.*self_attn.*"]}, "self_attn.q_proj is quantized, and its config"),
+    "other layout": (hub.awq_config(), r"awq.* asks for: .* unknown \("),
+    "other group": (hub.pack_config(group=64), r"weight_scale has shape \(.*, 1\), not \(.*, 2\)"),
+    "no zeros": (hub.pack_config(zeros=True), "10 missing .*weight_zero_point"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_that_is_not_read(tmp_path: Path, case: str) -> None:
+    config, message = CONFIGS[case]
+    hub.write(tmp_path, hub.compressed(), config)
+    refused(tmp_path, message)
+
+
+def shuffled() -> Tensor:
+    return torch.tensor([k % 2 for k in range(128)], dtype=torch.int32)
+
+
+def nan(shape: tuple[int, ...], dtype: torch.dtype, at: tuple[int, ...] = (0, 0), value: float = np.nan) -> Tensor:
+    made = torch.ones(shape, dtype=dtype)
+    made[at] = value
+    return made
+
+
+def codes_of_nan(bits: int) -> Tensor:
+    codes = torch.zeros(256, 128, dtype=torch.uint8)
+    codes[255, 127] = bits
+    return codes.view(torch.float8_e4m3fn)
+
+
+TENSORS: dict[str, tuple[str, dict[str, Callable[[], Tensor] | None], str]] = {
+    "act-order": ("gptq 64 1", {f"{W1}.g_idx": shuffled}, f"{W1}: is in act-order .*without it .desc_act false"),
+    "act-order ct": ("ct int4 64 False", {f"{W1}.weight_g_idx": shuffled}, f"{W1}: is in act-order"),
+    "zero of 16": (
+        "gptq 128 1",
+        {f"{W1}.qzeros": lambda: torch.full((1, 32), -1, dtype=torch.int32)},
+        f"{W1}: stores a zero of 15: 16 to some",
+    ),
+    "not symmetric": (
+        "gptq symmetric",
+        {f"{W1}.qzeros": lambda: torch.zeros(1, 32, dtype=torch.int32)},
+        f"{W1}: is symmetric by its config, and has a zero other than 8",
+    ),
+    "bias": ("awq 128", {f"{W1}.bias": lambda: torch.ones(256)}, f"{W1}: has a bias that is not 0"),
+    "NaN": ("ct fp8 channel", {f"{W1}.weight": lambda: codes_of_nan(0x7F)}, f"{W1}: a weight is NaN .*damaged"),
+    "-NaN": ("autofp8", {f"{W1}.weight": lambda: codes_of_nan(0xFF)}, f"{W1}: a weight is NaN .*damaged"),
+    "NaN scale": (
+        "ct fp8 channel",
+        {f"{W1}.weight_scale": lambda: nan((256, 1), torch.bfloat16)},
+        f"{W1}: a scale is NaN or infinite.*damaged",
+    ),
+    "infinite scale": (
+        "awq 64",
+        {f"{W1}.scales": lambda: nan((2, 256), torch.float16, (1, 7), np.inf)},
+        f"{W1}: a scale is NaN or infinite.*damaged",
+    ),
+    "packed shape": (
+        "ct int4 128 False",
+        {f"{W1}.weight_packed": lambda: torch.zeros(256, 15, dtype=torch.int32)},
+        r"w1\.weight_packed has shape \(256, 15\), not \(256, 16\)",
+    ),
+    "weight_shape": (
+        "ct int4 128 False",
+        {f"{W1}.weight_shape": lambda: torch.tensor([128, 256])},
+        r"weight_shape says \[128, 256\], the config \[256, 128\]",
+    ),
+    "packed dtype": (
+        "ct int4 128 False",
+        {f"{W1}.weight_packed": lambda: torch.zeros(256, 16, dtype=torch.int64)},
+        r"w1\.weight_packed is stored as I64, needs I32",
+    ),
+    "act-order that nothing tells": (
+        "ct act-order",
+        {f"{W1}.weight_g_idx": None},
+        r"10 missing \(model.*weight_g_idx",
+    ),
+    "act-order of gptq that nothing tells": (
+        "gptq act-order",
+        {f"{W1}.g_idx": None},
+        rf"1 missing \({W1}\.g_idx",
+    ),
+    "dense NaN": (
+        "awq 128",
+        {"model.norm.weight": lambda: nan((128,), torch.bfloat16, (5,))},
+        r"model\.norm\.weight holds nan at \[5\]: .* damaged",
+    ),
+    "missing scale": ("ct fp8 channel", {f"{W1}.weight_scale": None}, rf"1 missing \({W1}\.weight_scale\)"),
+    "unknown part": (
+        "autofp8",
+        {f"{W1}.pre_quant_scale": lambda: torch.ones(128)},
+        rf"1 unknown \({W1}\.pre_quant_scale\)",
+    ),
+    "q alone dense": (
+        "autofp8",
+        {f"{Q}.weight": lambda: torch.ones(128, 128, dtype=torch.bfloat16), f"{Q}.weight_scale": None},
+        r"k_proj is quantized and .*q_proj\.weight is not, but both are of layers\.0\.qkv_proj",
+    ),
+    "scales of two dtypes": (
+        "ct fp8 channel",
+        {f"{W1}.weight_scale": lambda: torch.ones(256, 1)},
+        r"has scales in torch\.\w+, others of layers\.0\.gate_up_proj in torch",
+    ),
+    "dense of two dtypes": (
+        "awq 128",
+        {"model.norm.weight": lambda: torch.ones(128)},
+        r"tensors of one dtype are needed; .* model\.norm\.weight is F32",
+    ),
+    "dense gate quantized": (
+        "autofp8",
+        {"model.layers.0.block_sparse_moe.gate.weight": lambda: torch.zeros(2, 128).to(torch.float8_e4m3fn)},
+        r"tensors of one dtype are needed; .*gate\.weight is F8_E4M3",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_that_are_not_read(tmp_path: Path, case: str) -> None:
+    layout, changes, message = TENSORS[case]
+    made = {name: None if change is None else change() for name, change in changes.items()}
+    hub.write(tmp_path, *hub.LAYOUTS[layout], **made)
+    with pytest.raises(ValueError, match=message) as caught:
+        Mixtral.from_pretrained(tmp_path, device="cpu")
+    assert str(tmp_path) in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_groups_that_do_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """96 columns in groups of 64."""
+    monkeypatch.setattr(hub, "EXPERT", {"w1": (96, 128), "w3": (96, 128), "w2": (128, 96)})
+    monkeypatch.setattr(hub, "SIZES", hub.SIZES | {"intermediate_size": 96})
+    hub.write(tmp_path, hub.compressed(group=32), hub.pack_config(group=64))
+    refused(tmp_path, r"w2: groups of 64 do not divide 96 columns")
+
+
+def test_gguf(tmp_path: Path) -> None:
+    (tmp_path / "mixtral.Q4_0.gguf").write_bytes(b"GGUF")
+    refused(tmp_path, r"'mixtral.Q4_0.gguf' is GGUF, which is not read; safetensors are needed")
+
+
+def test_codes_without_a_config(tmp_path: Path) -> None:
+    """A checkpoint that has lost its quantization_config."""
+    hub.write(tmp_path, hub.compressed(), None)
+    refused(tmp_path, r"is stored as 'I(32|64)'; one of F32, BF16, F16 is needed")
+
+
+DROPPED = object()
+ODD = (None, 0, -1, 3, 1.5, "x", "", [], {}, [1], ["a"], {"a": 1}, True, False, 10**30, [[128]], "re:(", DROPPED)
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every container and key in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, inner in items for place in ((value, key), *places(inner))]
+
+
+@pytest.mark.parametrize("layout", hub.LAYOUTS)
+def test_any_odd_config_is_read_or_refused_in_a_line(tmp_path: Path, layout: str) -> None:
+    packer, config = hub.LAYOUTS[layout]
+    hub.write(tmp_path, packer, config)
+    random = np.random.default_rng(3)
+    for _ in range(12):
+        changed = json.loads(json.dumps(config))
+        holder, key = places(changed)[random.integers(len(places(changed)))]
+        if (value := ODD[random.integers(len(ODD))]) is DROPPED:
+            del holder[key]
+        else:
+            holder[key] = value
+        (tmp_path / "config.json").write_text(json.dumps(hub.SIZES | {"quantization_config": changed}))
+        try:
+            Mixtral.from_pretrained(tmp_path, device="meta")
+        except ValueError as error:
+            assert str(tmp_path) in str(error) and str(error).isprintable() and len(str(error)) < 900

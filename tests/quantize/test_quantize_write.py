@@ -1,0 +1,240 @@
+"""`mixtral-triton quantize`: what it writes is read back bit for bit, and is what compressed-tensors says."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mixtral_triton import Mixtral
+from mixtral_triton.cli import SMALL, main
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.quantize import QuantizedWeight, quantize, quantizers
+from mixtral_triton.quantize import write as writer
+from mixtral_triton.quantize.write import write
+from mixtral_triton.verification import verify
+from mixtral_triton.weights import read_headers, total_bytes
+from tests.quantize.test_quantize import EXPERT, fused, large
+from tests.support.memory import anonymous_peak, needs_proc
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter")
+FORMATS = ("int4", "int8", "fp8")
+W1 = "model.layers.1.block_sparse_moe.experts.2.w1"
+
+
+def load(folder: Path, **settings: Any) -> Mixtral:
+    return Mixtral.from_pretrained(folder, device="cpu", **settings)
+
+
+def same(a: Mixtral, b: Mixtral) -> bool:
+    """Bit for bit, the quantized weights' codes and scales, too."""
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def sharded(folder: Path) -> Path:
+    """The small checkpoint in three files."""
+    folder.mkdir()
+    tensors = load_file(SMALL / "model.safetensors")
+    files = {name: f"model-{number % 3}.safetensors" for number, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_bytes((SMALL / name).read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("source", ["one file", "shards", "fused"])
+def test_it_reads_back_what_loading_quantizes(
+    tmp_path: Path, format: str, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    makers = {"shards": sharded, "fused": fused}
+    folder = makers[source](tmp_path / "in") if source in makers else SMALL
+    read: list[int] = []
+    monkeypatch.setattr(quantizers, "PIECE", 5000)
+    size = write(folder, tmp_path / "out", format, "cpu", read.append)
+    assert sum(read) == total_bytes(read_headers(SMALL)) and size == total_bytes(read_headers(tmp_path / "out"))
+    assert same(load(tmp_path / "out"), load(SMALL, weights=format))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    if source == "shards":
+        assert names == {path.name for path in (tmp_path / "in").iterdir()}
+    if source == "one file":
+        assert names == {path.name for path in SMALL.iterdir() if path.is_file()}
+        assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (SMALL / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_its_tensors_are_those_of_compressed_tensors(tmp_path: Path, format: str) -> None:
+    """By safetensors' own reader and a loop over single values."""
+    write(SMALL, tmp_path / "out", format, "cpu")
+    dense = load_file(SMALL / "model.safetensors")
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+    assert {name for name in dense if "experts" not in name} <= set(stored)
+    assert all(torch.equal(stored[name], dense[name]) for name in dense if "experts" not in name)
+    scales, wanted = stored[f"{W1}.weight_scale"], quantize(dense[f"{W1}.weight"], format).dequantize()
+    for n, k in ((0, 0), (0, 1), (100, 7), (255, 127), (17, 64)):
+        if format == "fp8":
+            value = float(stored[f"{W1}.weight"][n, k])
+        else:
+            bits = {"int4": 4, "int8": 8}[format]
+            word = int(stored[f"{W1}.weight_packed"][n, k * bits // 32]) & 0xFFFFFFFF
+            value = (word >> (k * bits % 32) & ((1 << bits) - 1)) - (1 << (bits - 1))
+            assert stored[f"{W1}.weight_shape"].tolist() == [256, 128]
+        assert torch.tensor(float(value)) * scales[n, 0].float() == wanted[n, k]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_library_of_compressed_tensors_reads_it(tmp_path: Path, format: str) -> None:
+    library = pytest.importorskip("compressed_tensors.quantization")
+    from compressed_tensors.compressors import BaseCompressor
+
+    write(SMALL, tmp_path / "out", format, "cpu")
+    config = library.QuantizationConfig.model_validate(
+        json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    )
+    assert set(config.ignore) >= {"lm_head", "model.layers.0.block_sparse_moe.gate", "model.layers.3.self_attn.q_proj"}
+    assert not [name for name in config.ignore if "experts" in name]
+    parts = load_file(tmp_path / "out" / "model.safetensors")
+    own = {name.removeprefix(f"{W1}."): tensor for name, tensor in parts.items() if name.startswith(f"{W1}.")}
+    own["weight_scale"] = own["weight_scale"].float()  # it computes in the scale's dtype
+    scheme = config.config_groups["group_0"]
+    theirs = BaseCompressor.get_value_from_registry(config.format).decompress(own, scheme)["weight"]
+    wanted = quantize(load_file(SMALL / "model.safetensors")[f"{W1}.weight"], format).dequantize()
+    assert torch.equal(theirs.float(), wanted)
+
+
+def test_groups_of_one_size_where_they_differ(tmp_path: Path) -> None:
+    """128 columns into the experts, 192 out of them: groups of 64 in both."""
+    config = json.loads((SMALL / "config.json").read_text()) | {"intermediate_size": 192}
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    tensors = load_file(SMALL / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "experts" in name:
+            tensors[name] = (tensor[:, :192] if ".w2." in name else tensor[:192]).contiguous()
+    save_file(tensors, tmp_path / "in" / "model.safetensors")
+    write(tmp_path / "in", tmp_path / "out", "int4", "cpu")
+    layer = load(tmp_path / "out").layers[0]
+    assert layer.gate_up_proj.group == layer.down_proj.group == 64
+
+
+def test_a_folder_that_is_quantized_already(tmp_path: Path) -> None:
+    write(SMALL, tmp_path / "out", "int8", "cpu")
+    with pytest.raises(ValueError, match=r"is quantized already \(compressed-tensors, pack-quantized\)"):
+        write(tmp_path / "out", tmp_path / "again", "int4", "cpu")
+    with pytest.raises(ValueError, match=r"out is quantized already"):
+        load(tmp_path / "out", weights="int8")
+    assert not (tmp_path / "again").exists()
+
+
+WRITTEN = "write(sys.argv[1], sys.argv[2], 'int4', 'cpu'); size = 0"
+LOADED = """
+model = Mixtral.from_pretrained(sys.argv[1], device="cpu")
+size = sum(at.nbytes for at in model.places().values())
+"""
+
+
+@needs_proc
+def test_writing_and_reading_take_little_memory(tmp_path: Path) -> None:
+    large(tmp_path)
+    out = str(tmp_path / "out")
+    peak, _ = anonymous_peak("from mixtral_triton.quantize.write import write", WRITTEN, str(tmp_path), out)
+    assert peak < EXPERT, f"{peak / 1e6:.1f} MB"
+    peak, size = anonymous_peak("from mixtral_triton.model import Mixtral", LOADED, out)
+    assert peak < size + 3 * EXPERT, (
+        f"{(peak - size) / 1e6:.1f} MB beside the weights"
+    )  # a piece of the hub's, unpacked
+
+
+@pytest.mark.parametrize("what", ["full", "file"])
+def test_an_out_that_is_there(tmp_path: Path, what: str) -> None:
+    out = tmp_path / "out"
+    if what == "file":
+        out.write_text("")
+    else:
+        out.mkdir()
+        (out / "mine").write_text("")
+    with pytest.raises(ValueError, match="out is there already and not an empty folder"):
+        write(SMALL, out, "int4", "cpu")
+    assert out.is_file() or [path.name for path in out.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_an_error_leaves_is_removed(tmp_path: Path, there: bool) -> None:
+    """A NaN in the last tensor."""
+    folder, out = sharded(tmp_path / "in"), tmp_path / "out"
+    if there:
+        out.mkdir()
+    path = folder / "model-2.safetensors"
+    tensors = load_file(path)
+    last = max(name for name in tensors if "experts" in name)
+    tensors[last][-1, -1] = torch.inf
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=rf"model-2\.safetensors: {last} is not finite everywhere"):
+        write(folder, out, "int8", "cpu")
+    assert out.exists() == there and (not there or not list(out.iterdir()))
+
+
+def test_a_file_that_cannot_grow_is_named_and_removed(tmp_path: Path) -> None:
+    """As on a full disk: the system takes no more than the first half of a megabyte."""
+    resource = pytest.importorskip("resource")
+    out = tmp_path / "out"
+    code = f"from mixtral_triton.cli import main; raise SystemExit(main(['quantize', {str(SMALL)!r}, {str(out)!r}, "
+    command = [sys.executable, "-c", f"{code}'--weights', 'int8', '--device', 'cpu']))"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))  # noqa: E731 (one use)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, preexec_fn=limit, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and not out.exists()
+    assert done.stderr == f"mixtral-triton quantize: {out / 'model.safetensors'}: {os.strerror(errno.EFBIG)}\n"
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    assert main(["quantize", str(SMALL), out, "--weights", "int4", "--device", "cpu", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["weights"] == "int4" and said["bytes"] < said["bytes_before"] and said["out"] == out
+    assert main(["quantize", str(SMALL), out, "--weights", "int4"]) == 2
+    line = capsys.readouterr().err
+    assert line == f"mixtral-triton quantize: {out} is there already and not an empty folder\n"
+    generate = ["--device", "cpu", "--prompt", "The return statement", "--max-new-tokens", "4", "--json"]
+    assert main(["generate", out, *generate]) == 0
+    read = json.loads(capsys.readouterr().out)["tokens"]
+    assert main(["generate", "--weights", "int4", *generate]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == read
+    assert main(["generate", out, "--weights", "int8", *generate]) == 2
+    assert "is quantized already" in capsys.readouterr().err
+    trace = ["trace", "--device", "cpu", "--prompt", "The return statement", "--json"]
+    assert main([*trace, out]) == main([*trace, "--weights", "int4"]) == 0
+    read, made = map(json.loads, capsys.readouterr().out.splitlines())
+    assert read["experts"] == made["experts"]
+
+
+def test_verify_of_what_was_written(tmp_path: Path) -> None:
+    write(SMALL, tmp_path / "out", "int4", "cpu")
+    report = verify(tmp_path / "out", torch.arange(3, 15)[None])
+    assert not report.wrong
+    stored = [row for row in report.rows if row.op == "weights"]
+    assert [(row.case, row.error) for row in stored] == [("as stored", 0.0)] * 5
+
+
+def test_planted_a_shifted_nibble_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swapped(codes: Tensor, format: str) -> Tensor:
+        return codes[:, 1::2] | codes[:, 0::2] << 4
+
+    monkeypatch.setattr(writer, "_words", swapped)
+    write(SMALL, tmp_path / "out", "int4", "cpu")
+    assert not same(load(tmp_path / "out"), load(SMALL, weights="int4"))
+    assert isinstance(load(tmp_path / "out").layers[0].down_proj, QuantizedWeight)

@@ -1,0 +1,66 @@
+"""`pytest benchmarks/` finds its cases, runs them in plain torch where there is no GPU, and says that it did."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixtral_triton.cli import SMALL
+from mixtral_triton.config import MixtralConfig
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.tools.bench.cases import BENCHED, cases
+
+ROOT = Path(__file__).parents[2]
+pytest.importorskip("pytest_benchmark")
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="a process of its own: run once, without TRITON_INTERPRET"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says"),
+]
+
+
+def run(*args: str, beside: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """pytest as a user starts it, from the root, and not as another one's worker. `beside`: a folder of plugins."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(beside), str(ROOT)])
+    command = [sys.executable, "-m", "pytest", "benchmarks/", "-p", "no:cacheprovider", "-p", "no:xdist", *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
+
+
+def test_a_few_cases_of_every_kind_run_and_say_where(tmp_path: Path) -> None:
+    file = tmp_path / "times.json"
+    done = run("-q", "-k", "T1-H128 or B1-S64-L1 or rope_append_attention", f"--benchmark-json={file}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "benchmark 'rms_norm (CPU, plain torch)'" in done.stdout and "Median" in done.stdout
+    found = json.loads(file.read_text())["benchmarks"]
+    ran = {one["group"].split()[0] for one in found}
+    assert {"rms_norm", "expert_swiglu", "linear", "rope_append_attention", "decode_step"} <= ran, ran
+    for one in found:
+        assert one["group"].endswith("(CPU, plain torch)") and one["extra_info"]["device"] == "CPU, plain torch"
+        assert one["extra_info"]["bytes"] > 0 and one["stats"]["median"] > 0 and one["stats"]["rounds"] == 20
+
+
+def test_every_case_of_the_small_checkpoint_is_collected_and_nothing_else() -> None:
+    done = run("-q", "--collect-only")
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = [line.partition("[")[2] for line in done.stdout.splitlines() if line.startswith("benchmarks/bench_ops.py")]
+    wanted = cases(quick=True, model=MixtralConfig.from_pretrained(SMALL))
+    assert len(names) == len(wanted) and {name.split("-")[0] for name in names} == set(BENCHED)
+
+
+OFF = """
+from mixtral_triton.tools.bench import measure as bench
+own = bench.our_call
+bench.our_call = lambda case, args: lambda **given: own(case, args)(**given) * 1.1
+"""
+
+
+def test_a_wrong_operation_fails(tmp_path: Path) -> None:
+    (tmp_path / "off_for_benchmarks.py").write_text(OFF)
+    done = run("-q", "-p", "off_for_benchmarks", "-k", "test_op and rms_norm-T1-H128", beside=tmp_path)
+    assert done.returncode == 1 and "wrong: an error of" in done.stdout, done.stdout

@@ -1,0 +1,397 @@
+"""fit: its bytes beside independent arithmetic and beside what the code allocates; its command, GPUs and check."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixtral_triton import KVCache, Mixtral, MixtralConfig, ops
+from mixtral_triton.cli import SMALL, main
+from mixtral_triton.generate import prefill, sample
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.quantize.spec import select_specs
+from mixtral_triton.tools.fit import (
+    FORMATS,
+    KNOWN,
+    LOGIT_BYTES,
+    OVERHEAD,
+    Need,
+    cache_bytes,
+    check,
+    format_options,
+    parameters,
+    plan,
+    table_bytes,
+    token_flops,
+    weight_bytes,
+    workspace_bytes,
+)
+from mixtral_triton.tools.gpus import GPUS, named
+from mixtral_triton.weights import parameter_shapes
+from tests.support import hub
+from tests.support.live_bytes import LiveBytes
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about sizes: run once, without the interpreter")
+SMALLER, LARGER = KNOWN["mixtral-8x7b"], KNOWN["mixtral-8x22b"]
+CUDA = torch.device("cuda:0")
+BF16 = torch.bfloat16
+GB = 10**9
+
+
+def specs(config: MixtralConfig, weights: Any) -> Any:
+    return select_specs(weights, parameter_shapes(config))
+
+
+def size(config: MixtralConfig, weights: Any, dtype: torch.dtype | None = None) -> int:
+    return weight_bytes(config, specs(config, weights), dtype)
+
+
+INT4, FP8 = specs(SMALLER, "int4"), specs(SMALLER, "fp8")
+
+
+def test_the_published_counts() -> None:
+    assert parameters(SMALLER) == (46_702_792_704, 12_879_925_248)
+    # Published with 32,000 words: 768 more in the embedding, and as many in the head.
+    assert parameters(LARGER)[0] == 140_620_634_112 + 2 * 768 * 6144
+
+
+@pytest.mark.parametrize(
+    ("config", "stored", "eight", "four"), [(SMALLER, 93.4, 48.3, 26.5), (LARGER, 281.3, 146.0, 80.4)]
+)
+def test_the_published_sizes(config: MixtralConfig, stored: float, eight: float, four: float) -> None:
+    """GB; the experts alone quantized."""
+    sizes = [round(size(config, FORMATS[name]) / GB, 1) for name in ("as stored", "fp8", "int8", "int4")]
+    assert sizes == [stored, eight, eight, four]
+
+
+def test_bytes_of_8x7b_by_hand() -> None:
+    """Rows, columns: q, k, v 6144 x 4096, o 4096 x 4096; experts 28672 x 4096 and 4096 x 14336; head 32000 x 4096."""
+    experts, rows = 32 * 8 * (28672 * 4096 + 4096 * 14336), 32 * 8 * (28672 + 4096)
+    linear, linear_rows = 32 * (6144 + 4096) * 4096 + 32000 * 4096, 32 * (6144 + 4096) + 32000
+    rest = 32000 * 4096 + 65 * 4096 + 32 * 8 * 4096
+    assert size(SMALLER, None) == 2 * (experts + linear + rest)
+    assert size(SMALLER, "int8") == experts + 4 * rows + 2 * (linear + rest)
+    int4 = experts // 2 + 2 * experts // 128
+    assert size(SMALLER, "int4") == int4 + 2 * (linear + rest)
+    both = {"experts": "int4", "linear": "int8"}
+    assert size(SMALLER, both) == int4 + linear + 4 * linear_rows + 2 * rest
+    assert size(SMALLER, None, torch.float32) == 4 * (experts + linear + rest)
+
+
+def test_a_tied_head_stays_as_stored() -> None:
+    """It is the embedding, whose rows are read one at a time."""
+    tied = replace(SMALLER, tie_word_embeddings=True)
+    assert size(SMALLER, None) - size(tied, None) == 2 * 32000 * 4096
+    gone = size(SMALLER, {"linear": "int8"}) - size(tied, {"linear": "int8"})
+    assert gone == 32000 * 4096 + 4 * 32000
+
+
+@pytest.mark.parametrize("weights", FORMATS.values(), ids=FORMATS)
+def test_weights_are_the_bytes_of_the_loaded_model(weights: Any) -> None:
+    model = Mixtral.from_pretrained(SMALL, "cpu", weights=weights)
+    held = {x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers()) if x.dtype != torch.float32}
+    scales = sum(x.nbytes for x in model.buffers() if x.dtype == torch.float32) - model.cos.nbytes - model.sin.nbytes
+    assert size(model.config, weights) == sum(held.values()) + scales
+
+
+def test_columns_that_are_no_whole_unit_are_padded() -> None:
+    config = replace(MixtralConfig.from_pretrained(SMALL), hidden_size=208, intermediate_size=333)
+    assert list(format_options(config)) == ["as stored", "fp8", "int8"]  # int4 has no group that divides the columns
+    padded = 4 * 8 * (2 * 333 * 256 + 208 * 384) + 4 * 4 * 8 * (2 * 333 + 208)
+    dense = 4 * 8 * (2 * 333 * 208 + 208 * 333)
+    assert size(config, "int8") - size(config, None) == padded - 2 * dense
+
+
+def test_the_cache_is_the_cache() -> None:
+    assert cache_bytes(SMALLER, 1, 1) == 128 * 1024
+    for config in (SMALLER, replace(SMALLER, sliding_window=4096)):
+        cache = KVCache(config, 3, 5000, "meta", torch.bfloat16)
+        assert cache_bytes(config, 3, 5000) == sum(x.nbytes for x in (*cache.keys, *cache.values))
+    tables = Mixtral(replace(SMALLER, num_hidden_layers=1), "meta")
+    assert table_bytes(SMALLER) == tables.cos.nbytes + tables.sin.nbytes
+
+
+def most_alive(config: MixtralConfig, batch: int, context: int, weights: Any = None) -> int:
+    """What `generate` takes at most while it reads prompts, beside weights and cache: by the code itself."""
+    model = Mixtral(config, "meta", specs=specs(config, weights))
+    model.operations = lambda: ops.DIRECT  # type: ignore[method-assign]  # the launchers, whose buffers count
+    cache = KVCache(config, batch, context, "meta", torch.bfloat16)
+    with torch.no_grad(), LiveBytes() as live:
+        ids = torch.zeros(batch, context, dtype=torch.int64, device="meta")
+        prefill(model, cache, ids, torch.zeros(batch, dtype=torch.int64, device="meta"))
+    return live.most
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"intermediate_size": 256, "num_experts_per_tok": 1}, {"head_dim": 256, "intermediate_size": 512}],
+    ids=["8x7B", "narrow experts", "wide heads"],
+)
+@pytest.mark.parametrize(("batch", "context"), [(1, 5000), (3, 700), (64, 2048), (1, 65)])
+def test_the_workspace_is_what_a_prefill_takes(sizes: dict[str, int], batch: int, context: int) -> None:
+    config = replace(SMALLER, num_hidden_layers=3, **sizes)
+    found = most_alive(config, batch, context)
+    assert found <= workspace_bytes(config, batch, context) <= 1.02 * found + 4096
+
+
+@pytest.mark.parametrize("weights", ["int4", "fp8", FORMATS["int4, linear int8"]], ids=str)
+def test_quantized_weights_need_no_other_workspace(weights: Any) -> None:
+    """No kernel writes a dequantized weight anywhere."""
+    config = replace(SMALLER, num_hidden_layers=3)
+    for batch, context in ((1, 5000), (2, 300)):
+        assert most_alive(config, batch, context, weights) <= workspace_bytes(config, batch, context)
+
+
+@pytest.mark.parametrize("weights", [None, "int4"])
+@pytest.mark.parametrize("batch", [1, 8, 64, 256])
+def test_a_decode_step_takes_less_than_its_part_of_the_overhead(batch: int, weights: Any) -> None:
+    assert most_alive(replace(SMALLER, num_hidden_layers=2), batch, 1, weights) < OVERHEAD / 8
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_a_draw_takes_no_more_than_logit_bytes(top_k: int | None) -> None:
+    model = Mixtral(replace(SMALLER, num_hidden_layers=1), "meta")
+    with torch.no_grad(), LiveBytes() as live:
+        sample(model.head(torch.zeros(3, 4096, dtype=torch.bfloat16, device="meta")), 0.7, 0.9, None, top_k)
+    assert LOGIT_BYTES / 2 < live.most / (3 * 32000) < LOGIT_BYTES
+
+
+def test_bytes_that_are_let_go_are_not_counted() -> None:
+    with LiveBytes() as live:
+        a = torch.empty(10, device="meta")
+        b = a.view(2, 5) + 1
+        del a
+        c = torch.empty(5, device="meta")
+    assert (live.most, live.now) == (80, b.nbytes + c.nbytes)
+
+
+def test_flops_of_a_token() -> None:
+    """Two a weight that it meets (not the embedding's rows) and four a key, head and channel."""
+    met = 2 * (12_879_925_248 - 32000 * 4096)
+    assert token_flops(SMALLER, 1000) == met + 4 * 32 * 32 * 128 * 1000
+    assert token_flops(replace(SMALLER, sliding_window=100), 1000) == met + 4 * 32 * 32 * 128 * 100
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_longest_text_fits_and_one_token_more_does_not(format: str, batch: int) -> None:
+    for memory in (27 * GB, 30 * GB, 49 * GB, 51 * GB, 97 * GB):
+        found, room = plan(SMALLER, format_options(SMALLER)[format], memory, batch, 100).longest, 0.98 * memory
+        need = [Need.of(SMALLER, format_options(SMALLER)[format], batch, S).total for S in (max(found, 1), found + 1)]
+        assert found == 0 or need[0] <= room
+        assert found == 32768 or need[1] > room - 1
+
+
+def test_a_window_holds_any_text_or_none() -> None:
+    ring = replace(SMALLER, sliding_window=4096)
+    assert {plan(ring, specs(ring, "int4"), memory, 1, 100).longest for memory in (20 * GB, 40 * GB)} == {0, 32768}
+
+
+def test_tight_is_within_two_percent() -> None:
+    total = Need.of(SMALLER, INT4, 1, 4096).total
+    found = [plan(SMALLER, INT4, int(total * times), 1, 4096).verdict for times in (0.999, 1.001, 1.019, 1.03)]
+    assert found == ["no", "tight", "tight", "fits"]
+    assert plan(SMALLER, INT4, int(total * 1.01), 1, 4096).needs == 2
+
+
+def test_several_gpus_share_weights_and_cache_alone() -> None:
+    """But for the embedding, which each of them has."""
+    one, four = (Need.of(SMALLER, FP8, 2, 8192, gpus) for gpus in (1, 4))
+    embedding = 2 * SMALLER.vocab_size * SMALLER.hidden_size
+    assert (4 * (four.weights - embedding), 4 * four.cache) == (one.weights - embedding, one.cache)
+    assert replace(four, weights=one.weights, cache=one.cache) == one
+    assert plan(SMALLER, {}, 8 * GB, 1, 100).needs == 16 and plan(SMALLER, INT4, 2 * GB, 1, 1).needs is None
+
+
+@pytest.mark.parametrize(
+    ("name", "mib"),
+    [
+        *(("h100", 81559), ("H100 80GB HBM3", 81559), ("h100nvl", 95830), ("h200", 143771), ("B200", 183359)),
+        *(("rtx4090", 24564), ("4090", 24564), ("NVIDIA GeForce RTX 4090", 24564), ("rtx 5090", 32607)),
+        *(("A100", 81920), ("a100-sxm4-40gb", 40960), ("l40s", 46068), ("NVIDIA L4", 23034), ("a10g", 23028)),
+        *(("RTX A6000", 49140), ("6000 ada", 49140), ("AMD Instinct MI300X", 206141652992 // 2**20)),
+    ],
+)
+def test_a_gpu_by_its_name(name: str, mib: int) -> None:
+    assert named(name).mib == mib and named(name).bytes == mib * 2**20
+
+
+def test_no_two_gpus_share_a_name() -> None:
+    names = [name for gpu in GPUS for name in gpu.names]
+    assert len(names) == len(set(names)) and [gpu.mib for gpu in GPUS] == sorted(gpu.mib for gpu in GPUS)
+
+
+def fit(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
+    status = main(["fit", *args])
+    return status, capsys.readouterr().out
+
+
+def row(text: str, label: str) -> list[str]:
+    """The words of a table's row, behind its label."""
+    return re.search(rf"^{re.escape(label)} +(\S.*)$", text, re.M)[1].split()  # type: ignore[index]
+
+
+def test_an_h100_holds_eight_bits_and_four(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    status, text = fit(capsys, "--gpu", "h100")
+    assert status == 0 and "FITS: fp8; int8; int4; int4, linear int8" in text
+    assert row(text, "bf16")[:2] == ["93.4", "GB"] and row(text, "bf16")[-3:] == ["-", "2", "no"]
+    for label, size in (("fp8", "48.3"), ("int8", "48.3"), ("int4", "26.5"), ("int4, linear int8", "25.0")):
+        assert row(text, label)[0] == size and row(text, label)[-3:] == ["32,768", "1", "fits"]
+
+
+def test_nothing_fits_a_4090_and_what_would(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    status, text = fit(capsys, "mixtral-8x7b", "--gpu", "rtx4090")
+    assert status == 1 and {row(text, label)[-1] for label in ("bf16", "fp8", "int8", "int4")} == {"no"}
+    end = " ".join(text[text.index("NO FORMAT FITS") :].split())
+    assert "int4, linear int8 takes the least, 31.0 GB. What would do: 2 x RTX 4090, or one RTX 5090" in end
+
+
+@pytest.mark.parametrize("args", [(), ("--gpu", "mi300x"), ("--memory", "1"), ("mixtral-8x22b", "--gpu", "b200")])
+@pytest.mark.parametrize("columns", ["60", "80", "120"])
+def test_nothing_is_cut_off(
+    args: tuple[str, ...], columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    _, text = fit(capsys, *args)
+    assert "…" not in text and max(map(len, text.splitlines())) <= int(columns)
+    labels = [gpu.name for gpu in GPUS] if not args else ["bf16", *list(FORMATS)[1:]]
+    assert all(row(text, label) for label in labels)
+
+
+def test_json_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = fit(capsys, "mixtral-8x22b", "--gpu", "H200", "--batch", "2", "--context", "4096", "--json")
+    found = json.loads(text)
+    assert status == 0 and found["gpu"] == {"name": "H200", "bytes": 143771 * 2**20, "gpus": 1}
+    assert (found["parameters"], found["batch"], found["context"]) == (parameters(LARGER)[0], 2, 4096)
+    for one in found["formats"]:
+        parts = one["bytes"]
+        assert all(type(size) is int for size in parts.values())
+        assert parts["total"] == sum(parts.values()) - parts["total"]
+        assert parts["weights"] == size(LARGER, one["weights"])
+    assert [one["format"] for one in found["formats"]] == list(FORMATS)
+
+
+def test_a_folder_needs_its_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_bytes((SMALL / "config.json").read_bytes())
+    status, text = fit(capsys, str(tmp_path), "--memory", "2.5", "--json")
+    assert status == 0 and json.loads(text)["parameters"] == sum(
+        x.numel() for x in Mixtral.from_pretrained(SMALL, "meta").parameters()
+    )
+
+
+@pytest.mark.parametrize(("field", "status"), [("num_hidden_layers", 2), ("num_local_experts", 1), ("vocab_size", 1)])
+def test_a_size_that_no_model_has_ends_at_once(
+    field: str, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = json.loads((SMALL / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, field: 2**31 - 8}))
+    assert main(["fit", str(tmp_path), "--gpu", "b300"]) == status
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_without_a_gpu_all_are_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, text = fit(capsys, "--json", "--context", "1000")
+    gpus = {gpu["name"]: gpu["gpus_needed"] for gpu in json.loads(text)["gpus"]}
+    assert status == 0 and list(gpus) == [gpu.name for gpu in GPUS]
+    assert gpus["H100 80GB"] == {"as stored": 2, "fp8": 1, "int8": 1, "int4": 1, "int4, linear int8": 1}
+
+
+def test_the_gpu_at_hand_is_asked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        name, total_memory = "A GPU", 50_000 * 2**20 + 17
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    status, text = fit(capsys, "--json", "--gpus", "2")
+    found = json.loads(text)
+    assert status == 0 and found["gpu"] == {"name": "A GPU", "bytes": 50_000 * 2**20, "gpus": 2}
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("--gpu", "abacus"), "abacus.*H100 80GB.*MI300X"),
+        (("--gpu", "v100"), "sm_70.*sm_80"),
+        (("--gpu", "h100", "--memory", "5"), "not allowed with"),
+        (("--gpu", "h100", "--gpus", "0"), "--gpus is 0"),
+        (("--gpus", "2"), "no GPU here"),
+        (("--memory", "0"), "--memory is 0"),
+        (("--memory", "inf"), "--memory is inf"),
+        (("--batch", "0"), "--batch is 0"),
+        (("--context", "32769"), "--context is 32769.*32768"),
+        (("--context", "0"), "--context is 0"),
+        (("no/such/folder",), "no/such/folder"),
+    ],
+)
+def test_bad_input_is_one_line(
+    args: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        status: Any = main(["fit", *args])
+    except SystemExit as left:
+        status = left.code
+    error = capsys.readouterr().err
+    assert status == 2 and re.search(named, error) and len(error.strip().splitlines()) == 1, error
+
+
+def test_a_quantized_folder_is_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What its tensors take; no other format can be asked for."""
+    hub.write(tmp_path, *hub.LAYOUTS["awq 64"])
+    held = Mixtral.from_pretrained(tmp_path, "cpu")
+    status, text = fit(capsys, str(tmp_path), "--memory", "2", "--json")
+    (one,) = json.loads(text)["formats"]
+    rest = held.cos.nbytes + held.sin.nbytes
+    assert status == 0 and one["weights"] is None
+    assert one["bytes"]["weights"] == sum(x.nbytes for x in (*held.parameters(), *held.buffers())) - rest
+    assert "awq" in fit(capsys, str(tmp_path), "--memory", "2")[1]
+    (tmp_path / "model.safetensors").unlink()
+    assert main(["fit", str(tmp_path)]) == 2
+
+
+def test_the_check_names_what_would_fit() -> None:
+    with pytest.raises(ValueError) as found:
+        check(SMALLER, {}, CUDA, BF16, free=80 * GB)
+    said = str(found.value)
+    assert said.startswith("Mixtral.from_pretrained: the weights take 93.4 GB, and cuda:0 has 80.0 GB free: ")
+    assert "weights='int8' takes 48.4 GB" in said and "weights='int4' takes 26.5 GB" in said
+    with pytest.raises(ValueError, match=r"'int4' takes 26\.5 GB") as found:
+        check(SMALLER, FP8, CUDA, BF16, free=40 * GB)
+    assert "weights='int8'" not in str(found.value)
+
+
+def test_the_check_says_where_nothing_fits_and_what_would() -> None:
+    least = r"no format fits, the least is 25\.0 GB with .*'linear': 'int8'.*; a GPU like the RTX 5090"
+    with pytest.raises(ValueError, match=least):
+        check(SMALLER, INT4, CUDA, BF16, free=24 * GB)
+    with pytest.raises(ValueError, match=r"no format fits, the least is 26\.5 GB with weights=None; .* RTX 5090"):
+        check(SMALLER, INT4, CUDA, BF16, free_choice=False, free=24 * GB)
+    with pytest.raises(ValueError, match="no format fits") as found:
+        check(replace(LARGER, num_hidden_layers=400), {}, CUDA, BF16, free=24 * GB)
+    assert "a GPU like" not in str(found.value)
+
+
+def test_the_check_passes_what_fits_and_asks_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    need = size(SMALLER, "int4") + table_bytes(SMALLER)
+    check(SMALLER, INT4, CUDA, BF16, free=need)
+    with pytest.raises(ValueError, match="26"):
+        check(SMALLER, INT4, CUDA, BF16, free=need - 1)
+    check(SMALLER, {}, torch.device("cpu"), BF16, free=0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (need - 8, 99 * need))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 12)  # 8 that torch keeps of a model that is gone
+    check(SMALLER, INT4, CUDA, BF16)
+    with pytest.raises(ValueError, match="the weights take 186"):
+        check(SMALLER, {}, CUDA, torch.float32)

@@ -1,0 +1,213 @@
+"""trace: the routes are the model's, the figures are right, and the command says what it cannot do."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from mixtral_triton import cli
+from mixtral_triton.cli import SMALL, main
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.tools.trace import Trace
+
+PROMPT = "The for statement\n  is used to iterate: naïve."
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about figures and text: run once, without the interpreter")
+
+
+@pytest.fixture(autouse=True)
+def plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # in this process, which has made its choice
+
+
+def traced(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
+    assert main(["trace", "--device", "cpu", "--prompt", PROMPT, "--json", *args]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_routes_are_those_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    found = traced(capsys, "--dtype", "float32")
+    assert found["tokens"][0] == "<s>" and "".join(found["tokens"][1:]) == PROMPT
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        SMALL, dtype=torch.float32, experts_implementation="eager"
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(SMALL / "tokenizer.json"))
+    ids = torch.tensor([[0, *tokenizer(PROMPT, add_special_tokens=False).input_ids]])
+    with torch.no_grad():
+        routers = model.eval()(ids, output_router_logits=True).router_logits
+    assert found["experts"] == [logits.topk(2).indices.tolist() for logits in routers]
+
+
+def test_figures_of_a_text_counted_by_hand() -> None:
+    # Token by token, first choice first: 0 1, 0 2, 2 3, 1 0 in the first layer; always 3 2 in the second.
+    experts = torch.tensor([[[0, 1], [0, 2], [2, 3], [1, 0]], [[3, 2]] * 4])
+    trace = Trace(("a", "b", "c", "d"), experts, 4)
+    assert trace.share().tolist() == [[0.375, 0.25, 0.25, 0.125], [0, 0, 0.5, 0.5]]
+    first, either = trace.kept()
+    assert first == pytest.approx([1 / 3, 1]) and either == pytest.approx([2 / 3, 1])
+    assert trace.chance() == pytest.approx((1 / 4, 1 - 1 / 6))
+
+
+def test_chance_is_that_of_the_paper() -> None:
+    """Table 5: 12.5 % for the first choice, around 46 % for the first or the second. And what a lottery gives."""
+    experts = torch.rand((1, 20001, 8), generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :2]
+    trace = Trace(("x",) * 20001, experts, 8)
+    first, either = trace.chance()
+    assert (first, round(either, 2)) == (0.125, 0.46)
+    assert trace.kept()[0][0] == pytest.approx(first, abs=0.02)
+    assert trace.kept()[1][0] == pytest.approx(either, abs=0.02)
+
+
+@pytest.mark.parametrize("color", ["truecolor", None])
+def test_what_the_terminal_shows(color: Any) -> None:
+    experts = torch.tensor([[[0, 1], [1, 0], [11, 0]]])
+    out = Console(file=io.StringIO(), force_terminal=color is not None, color_system=color, width=100)
+    out.print(Trace(("<s>", "def\n", "\n"), experts, 12).shown([0]))
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    if color is None:
+        assert "<s>⁰def¹\n⏎¹¹\n" in text and "\x1b" not in text
+    else:
+        backgrounds = {part.split("m")[0] for part in text.split("48;2;")[1:]}
+        assert len(backgrounds) == 12
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize("experts", [8, 16, 64])
+def test_the_table_fits_every_terminal(experts: int, width: int) -> None:
+    """More tables where one is too wide: every layer and every expert in them, and no cell cut."""
+    found = Trace(("a",) * 40, torch.rand(33, 40, experts).argsort(-1)[..., :2], experts)
+    out = Console(file=io.StringIO(), width=width)
+    out.print(found.shown([0, 2]))
+    lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+    heads = [line.split() for line in lines if line.split()[:1] == ["layer"] and len(line.split()) > 2]
+    assert [name for head in heads for name in head[1:]] == [*map(str, range(experts)), "first", "any"]
+    rows = [line.split() for line in lines if line[:8].strip().isdigit() and len(line.split()) > 2]
+    assert len(rows) == 33 * len(heads)
+    assert all(len(row) == len(heads[place // 33]) for place, row in enumerate(rows))
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"), [([0, 2, 5], "layers 1, 3-4"), ([0, 1, 2, 3, 4], "layer 5"), (range(6), None)]
+)
+def test_it_says_which_layers_it_left_out(layers: Any, said: str | None) -> None:
+    out = Console(file=io.StringIO(), width=100)
+    out.print(Trace(("a", "b"), torch.zeros(6, 2, 1, dtype=torch.long), 2).shown(layers))
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert text.count("\nlayer ") == len(layers)
+    assert f"left out: the text of {said}, see --layers" in text if said else "left out" not in text
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_the_plot_is_a_picture(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / f"trace.{suffix}"
+    assert main(["trace", "--device", "cpu", "--prompt", PROMPT, "--layers", "1", "3", "--plot", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "layer 1" in shown and "layer 3" in shown and "layer 0" not in shown and str(file) in shown
+    content = file.read_bytes()
+    assert content.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]) and len(content) > 5000
+
+
+@pytest.mark.parametrize("experts", [2, 8, 32])
+@pytest.mark.parametrize("layers", [1, 4, 32])
+def test_the_plot_s_parts_keep_clear_of_each_other(
+    layers: int, experts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The colour bar and its label lie below the left panel, away from the right one; a "$" is a character."""
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr("mixtral_triton.tools.trace.save", lambda figure, file: drawn.append(figure))
+    routes = torch.rand((layers, 30, experts), generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :2]
+    Trace(("x",) * 30, routes, experts).plot(tmp_path / "x.png", "$a_{: 30 tokens $")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    left, right, bar = (axes.get_tightbbox() for axes in figure.axes)
+    assert max(left.x1, bar.x1) + 3 < right.x0 and bar.y1 <= left.y0
+    assert min(bar.x0, left.x0, bar.y0, right.y0) >= 0 and left.y1 <= figure.bbox.y1 and right.x1 <= figure.bbox.x1
+
+
+def test_a_plot_of_a_script_that_the_font_does_not_have_warns_of_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["trace", "--device", "cpu", "--prompt", "日本 $x", "--plot", str(tmp_path / "x.png")]) == 0
+    assert not capsys.readouterr().err and not [str(one.message) for one in recwarn.list if "lyph" in str(one.message)]
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def file(path: Path) -> None:
+    path.parent.rmdir()
+    path.parent.touch()
+
+
+@pytest.mark.parametrize("plant", [folder, file], ids=["a folder of this name", "a file in the folder's place"])
+def test_a_plot_that_cannot_be_written_is_refused_before_the_work(
+    plant: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plots").mkdir()
+    path = tmp_path / "plots" / "x.png"
+    plant(path)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("mixtral_triton.cli._load", lambda args: pytest.fail("it began to work"))
+    assert main(["trace", "--device", "cpu", "--prompt", PROMPT, "--plot", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk_under_the_plot_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "x.png"
+    path.symlink_to("/dev/full")
+    assert main(["trace", "--device", "cpu", "--prompt", PROMPT, "--plot", str(path)]) == 2
+    assert capsys.readouterr().err == f"mixtral-triton trace: {path}: No space left on device\n"
+    assert Path("/dev/full").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("--prompt", ""), "--prompt is empty"),
+        (("--prompt", "x", "--layers", "4"), "--layers is 4, needs layers of 0..3"),
+        (("--prompt", "x", "--plot", "trace.txt"), "ends in .png, .svg or .pdf"),
+        (("--prompt", "x", "--plot", "no/such/trace.png"), "no/such"),
+        (("no/such/folder", "--prompt", "x"), "no/such/folder"),
+    ],
+)
+def test_bad_input(args: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", "--device", "cpu", *args]) == 2
+    error = capsys.readouterr().err
+    assert named in error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "named"),
+    [([1, 5000], "holds token 5000"), ([1] * 2000, "2000 tokens, needs at most max_position_embeddings, 1024")],
+    ids=("another model's tokenizer", "too long"),
+)
+def test_tokens_that_the_model_does_not_take(
+    ids: list[int], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before it is told which way the work goes."""
+    monkeypatch.setattr(cli, "choose", lambda *_, **__: "plain torch, on the CPU")
+    monkeypatch.setattr(cli, "_encode", lambda *_: torch.tensor(ids))
+    assert main(["trace", "--device", "cpu", "--prompt", "x"]) == 2
+    error = capsys.readouterr().err
+    assert named in error and len(error.strip().splitlines()) == 1, error
+
+
+def test_a_plot_without_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixtral_triton.tools.plotting.find_spec", lambda name: None)
+    assert main(["trace", "--prompt", "x", "--plot", "x.png"]) == 2
+    assert "pip install 'mixtral-triton[plot]'" in capsys.readouterr().err
