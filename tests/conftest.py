@@ -110,7 +110,7 @@ def guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
     runs = []
     for turn in (0, 1):
         fences = {name: Fence(tensor, turn) for name, tensor in launch.tensors(args).items()}
-        fenced = {name: launch.instead(args[name], fence.guarded) for name, fence in fences.items()}
+        fenced = {name: launch.replace_base(args[name], fence.guarded) for name, fence in fences.items()}
         with interpreting(check_overflow=True) as builder:
             builder.create_masked_load = _checked_load(
                 builder.create_masked_load, kernel.__name__, list(fences.values())

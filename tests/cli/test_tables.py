@@ -91,7 +91,7 @@ def test_the_table_of_traffic(width: int) -> None:
 def test_the_table_of_the_tuner(width: int) -> None:
     case = next(case for case in cases(["expert_swiglu"]) if case.sizes["T"] == 64)
     kernel = "experts_down_decode_kernel"
-    config = choices(case, "sm_90")[kernel][1]
+    config = kernel_configs(case, "sm_90")[kernel][1]
     wide = LaunchConfig({**config.constexprs, "BLOCK_N": 123}, 16, 7)
     said = "does not compile: CompilationError: " + "a reason of many words " * 4
     tuned = Tuned(
