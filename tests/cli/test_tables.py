@@ -16,7 +16,7 @@ from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench.cases import BENCHED, cases
 from mixtral_triton.tools.bench.measure import Outcome, Row, untimed_row
 from mixtral_triton.tools.bench.report import op_table, traffic_table
-from mixtral_triton.tools.bench.tune import Candidate, Tuned
+from mixtral_triton.tools.bench.tune import Candidate, Tuned, kernel_configs
 from mixtral_triton.tools.bench.tune_command import literal, shown
 from mixtral_triton.tools.resources import folded, resources_table
 from mixtral_triton.tools.roofline import GPUS
