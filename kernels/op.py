@@ -130,9 +130,6 @@ class Op(Generic[P, R]):
     rule         rule(name, arguments by name, sizes) raises where the arguments do not go together
     ranges       ranges(arguments by name) -> more values that have to lie in a range, none of them an argument
     follows      follows(arguments, results) -> what the last results have to be exactly, given those before them
-    whole        by kernel, tile constants that hold a whole dimension: a smaller one would be wrong, a larger one idle
-    rivals       rivals(sizes, dtype, arch) -> by kernel, configurations that a tuner's small steps would not reach
-    offers       kernels that do the work where `override_configs` names them, also if a library is chosen
     trim         trim(arguments by name of one sequence): without what other sequences made it longer by
     """
 
@@ -149,9 +146,6 @@ class Op(Generic[P, R]):
     rule: Callable[[str, Mapping[str, Any], Mapping[str, Any]], None] | None = None
     ranges: Callable[[Mapping[str, Any]], Iterable[Range]] | None = None
     derived_outputs: Callable[[Any, Any], Any] | None = None
-    full_dim_tiles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    extra_tune_configs: Callable[[Sizes, torch.dtype, str], Mapping[str, tuple[LaunchConfig, ...]]] | None = None
-    alternative_kernels: tuple[str, ...] = ()
     truncate_sequence: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     @property
