@@ -148,7 +148,6 @@ OP = Op(
     inputs=inputs,
     configs=configs,
     cost=cost,
-    full_dim_tiles={"embed_rms_norm_kernel": ("BLOCK_H",)},
     rule=rule,
     ranges=ranges,
     test_shapes=(

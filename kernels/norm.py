@@ -155,14 +155,12 @@ OP = Op(
     cost=partial(_cost, 2),
     test_shapes=_TEST_SHAPES,
     bench_shapes=_BENCH_SHAPES,
-    full_dim_tiles={"rms_norm_kernel": ("BLOCK_H",)},
 )
 
 ADD_OP = Op(
     run=add_rms_norm,
     reference=reference.rms_norm,
     public="rms_norm",
-    full_dim_tiles=OP.full_dim_tiles,
     inputs=inputs_add,
     configs=configs,
     cost=partial(_cost, 4),

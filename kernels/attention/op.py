@@ -20,7 +20,7 @@ from ..op import Cost, Op, Shape, Sizes, dense_rows, sample, switches
 from ..ring import Heads, New, Past, Queries, Slots, cache_inputs, ring_rule, strides
 from ..tma import describe
 from .kernels import attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel
-from .tiles import PACKED_ROWS, configs, extra_tune_configs
+from .tiles import PACKED_ROWS, configs
 
 
 def groups(op: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
@@ -276,9 +276,7 @@ OP = Op(
     reference=reference.attention,
     inputs=inputs,
     configs=configs,
-    extra_tune_configs=extra_tune_configs,
     cost=cost,
-    full_dim_tiles={"attention_decode_kernel": ("BLOCK_M",)},
     rule=groups,
     truncate_sequence=_to_its_length,
     test_shapes=(
@@ -320,9 +318,7 @@ CACHED_OP = Op(
     reference=reference.cached_attention,
     inputs=cached_inputs,
     configs=configs,
-    extra_tune_configs=extra_tune_configs,
     cost=cost,
-    full_dim_tiles={"attention_decode_kernel": ("BLOCK_M",)},
     rule=cached_rule,
     truncate_sequence=_to_its_new,
     test_shapes=_CACHED,

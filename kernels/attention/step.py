@@ -97,7 +97,6 @@ OP = Op(
     inputs=inputs,
     configs=configs,
     cost=cost,
-    full_dim_tiles={"attention_decode_kernel": ("BLOCK_M",)},
     rule=rule,
     mutates=("k_cache", "v_cache"),
     test_shapes=(

@@ -19,7 +19,7 @@ from ..tables import Column, Table, console, folded
 from .cases import Case, cases
 from .report import micro, sizes_text
 from .timing import DeviceTimer, Timer
-from .tune import VARIED, Candidate, Tuned, kernel_configs, tune, whole
+from .tune import VARIED, Candidate, Tuned, full_dim_tiles, kernel_configs, tune
 
 
 def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
@@ -66,7 +66,9 @@ def literal(op: Op, kernel: str, config: LaunchConfig) -> str:
     """What goes into an operation's `configs`; behind it the tile, warps and stages as the tables write them."""
     tiles = ", ".join(f'"{name}": {size}' for name, size in config.constexprs.items())
     row = [
-        size for name, size in config.constexprs.items() if name.startswith(VARIED) and name not in whole(op, kernel)
+        size
+        for name, size in config.constexprs.items()
+        if name.startswith(VARIED) and name not in full_dim_tiles(op, kernel)
     ]
     row += [config.num_warps, config.num_stages]
     settings = f"num_warps={config.num_warps}, num_stages={config.num_stages}"
