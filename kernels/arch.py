@@ -37,7 +37,9 @@ ARCHS = {
 def _fallback_family(arch: str) -> str:
     """Return the family of an architecture that is not listed; warn once a process."""
     used = "gfx942" if arch.startswith("gfx") else "sm_80"  # what fits all listed GPUs of that maker
-    warnings.warn(f"{arch} is not among the known GPUs ({', '.join(ARCHS)}): launch configurations are {used}'s", stacklevel=3)
+    warnings.warn(
+        f"{arch} is not among the known GPUs ({', '.join(ARCHS)}): launch configurations are {used}'s", stacklevel=3
+    )
     return used
 
 

@@ -210,7 +210,7 @@ class Op(Generic[P, R]):
         binder = self.check(*args, **kwargs)
         results = tuple(
             torch.empty(
-                checks.shape_of(result.shape, binder.sizes),
+                checks.shape_of(result.shape_spec, binder.sizes),
                 dtype=binder.dtype if result.dtypes is None else result.dtypes[0],
                 device=binder.device,
             )

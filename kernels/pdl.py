@@ -1,4 +1,4 @@
-"""Programmatic dependent launch (PDL): a kernel starts while the one before it ends, and waits for what that one writes.
+"""Programmatic dependent launch (PDL): a kernel starts while the one before it ends, and waits for what it writes.
 
 NVIDIA, CUDA programming guide, "Programmatic Dependent Launch and Synchronization". A kernel that takes the constexpr
 PDL calls `pdl_wait` in every program, before it stores anything and before it loads anything but weights.

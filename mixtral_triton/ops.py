@@ -83,7 +83,12 @@ class unchecked:
     attention = _unchecked(_attention.OP)
     cached_attention = _unchecked(_attention.CACHED_OP)
     rope_append_attention = _unchecked(_attention.STEP_OP)
-    add_rms_norm = _unchecked(norm.ADD_OP)
+
+    @staticmethod
+    def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
+        if residual is None:
+            return _UNCHECKED["rms_norm"](x, weight, eps)
+        return _UNCHECKED["add_rms_norm"](x, residual, weight, eps)
 
 
 for _name in OPS.keys() - _CHECKED.keys():

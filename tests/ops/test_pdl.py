@@ -15,9 +15,8 @@ import torch
 
 from mixtral_triton import KVCache, Mixtral, ops
 from mixtral_triton.kernels import gate, linear
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.launch import INTERPRETED, pdl_region
 from mixtral_triton.kernels.op import Launch
-from mixtral_triton.kernels.pdl import pdl_region
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.offline import collect, compile_launch

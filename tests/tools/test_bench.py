@@ -194,7 +194,7 @@ def test_a_long_attention_is_checked_in_blocks_of_queries(monkeypatch: pytest.Mo
     for place in (3, 30, 60):
 
         def off(**given: Any) -> Any:
-            out = case.op.plain(**given)
+            out = case.op.call_reference(**given)
             out[:, place] += 1e-2  # noqa: B023
             return out
 

@@ -156,7 +156,7 @@ def test_a_peer_gets_the_arguments_in_the_operation_s_order(name: str) -> None:
     assert taken == [argument.name for argument in schema.arguments][: len(taken)]
 
     def mine(*given: Any) -> Any:
-        return op.plain(**dict(zip(taken, given, strict=True)))
+        return op.call_reference(**dict(zip(taken, given, strict=True)))
 
     assert Oracle(op, args).fault(own_peer("mine", mine).build(op, args)) is None
 

@@ -15,7 +15,7 @@ from ...config import MixtralConfig
 from ...kernels.launch import target_arch
 from ...kernels.op import Cost, Launch, Sizes
 from ...kernels.record import record_launches
-from ...ops import reached_by
+from ...ops import dispatched
 from ..predict import Prediction, predicted
 from ..roofline import GPU, GPUS, bound, data_sheet, floor, measure_gpu
 from . import decode_step
@@ -106,7 +106,7 @@ def our_call(case: Case, args: dict[str, Any]) -> Function:
     """The registered operator, as a user's tensors reach it; the decode step is no operator."""
     if case.op is decode_step.STEP:
         return decode_step.replayed_step(args)
-    return reached_by(case.op.name, args)
+    return dispatched(case.op.name, args)
 
 
 def untimed_row(case: Case, gpu: GPU, args: dict[str, Any] | None = None) -> Row:
