@@ -75,7 +75,10 @@ class unchecked:
 
     embed_rms_norm = _unchecked(embed.OP)
     linear = _unchecked(_linear.OP)
+    route = _unchecked(router.OP)
+    gate_route = _unchecked(gate.OP)
     rms_norm_gate_route = _unchecked(gate.NORM_OP)
+    sort_by_expert = _unchecked(dispatch.OP)
     expert_swiglu = _unchecked(_experts.OP)
     experts_add_rms_norm = _unchecked(_experts.NORM_OP)
     rope = _unchecked(_rope.OP)

@@ -353,8 +353,8 @@ def attention_decode_kernel(
         q = tl.load(q_rows + offs_d[None, :], mask=mask, other=0.0)
     keys = Keys(k, v, stride_kt, stride_vt, None, None, 0, 0, S if RING else 0)
     queries = QueryTile(q, query + t.to(tl.int32), window, scale)
-    kind = Kind(D, RING, True, WINDOWED)
-    acc, largest, total = _accumulate(state, queries, keys, low, high, high, kind, True, BLOCK_N)
+    KIND: tl.constexpr = Kind(D, RING, True, WINDOWED)
+    acc, largest, total = _accumulate(state, queries, keys, low, high, high, KIND, True, BLOCK_N)
     if RING:
         total = tl.where(new < 0, float("nan"), total)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
