@@ -29,23 +29,18 @@ _checked: dict[tuple[Any, ...], tuple[tuple[int, int, int], ...]] = {}
 _CHECKED_MAX = 4096
 
 
-def call_checked(op: Op[..., Any], *args: Any) -> Any:
+def call_checked(op: Op[..., Any], args: tuple[Any, ...]) -> Any:
     """Check the positional arguments, run the operation, and return contiguous results, as the fake kernel says."""
     key = call_key(args)
     _check(op, args, key)
-    out = _run(op, args, key)
+    out = call_unchecked(op, args, key)
     if isinstance(out, tuple):
         return tuple(x.contiguous() for x in out)
     return out if out is None else out.contiguous()
 
 
-def call_unchecked(op: Op[..., Any], *args: Any) -> Any:
-    """Run the operation for a caller that knows its shapes: a model, whose weights the loader checked."""
-    return _run(op, args)
-
-
-def _run(op: Op[..., Any], args: tuple[Any, ...], key: tuple[Any, ...] | None = None) -> Any:
-    """`key`: the call key of `args`, where it is known."""
+def call_unchecked(op: Op[..., Any], args: tuple[Any, ...], key: tuple[Any, ...] | None = None) -> Any:
+    """Run the operation on the backend that its first tensor selects. `key`: the call key of `args`, where known."""
     if INTERPRETED or args[0].device.type != "cpu":
         return plan.run(op, args, key)
     at = op.deterministic_place
@@ -135,7 +130,7 @@ def register(op: Op[..., Any]) -> Any:
     """Register the operation with torch: its fake kernel, and a backward that raises."""
 
     def function(*args: Any) -> Any:
-        return call_checked(op, *unflatten_args(op.arguments, args))
+        return call_checked(op, unflatten_args(op.arguments, args))
 
     def fake(*args: Any) -> Any:
         return op.empty(*unflatten_args(op.arguments, args))
@@ -212,11 +207,11 @@ def entry_points(op: Op[..., Any]) -> tuple[Callable[..., Any], Callable[..., An
             args = bind(args, kwargs)
         if op.mutates and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             raise ValueError(f"mixtral_triton.ops.{op.name} is for inference only: it writes into a cache")
-        return call_checked(op, *args) if needs_no_dispatch(args) else dispatch(args)
+        return call_checked(op, args) if needs_no_dispatch(args) else dispatch(args)
 
     def unchecked(*args: Any, **kwargs: Any) -> Any:
         if kwargs:
             args = bind(args, kwargs)
-        return call_unchecked(op, *args) if untraced() else dispatch(args)
+        return call_unchecked(op, args) if untraced() else dispatch(args)
 
     return checked, unchecked

@@ -165,8 +165,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     go = call.call_checked
 
     def spoil(name: str) -> None:
-        def wrong(op: Any, *args: Any) -> Any:
-            out = go(op, *args)
+        def wrong(op: Any, args: Any) -> Any:
+            out = go(op, args)
             if op.name == name:
                 changed = args[3] if out is None else out  # append has no result: the key cache
                 first = changed[0] if isinstance(changed, tuple) else changed
@@ -245,9 +245,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     seen: set[str] = set()
     go = call.call_checked
 
-    def noted(op: Any, *args: Any) -> Any:
+    def noted(op: Any, args: Any) -> Any:
         seen.add(op.name)
-        return go(op, *args)
+        return go(op, args)
 
     monkeypatch.setattr(call, "call_checked", noted)
     return seen

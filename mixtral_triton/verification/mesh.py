@@ -166,7 +166,7 @@ class MeshCheck(LayerCheck):
 
     def reached(self, name: str, args: Any) -> Any:
         """As the model calls it: other ranks' experts are out of range, which a check on a CPU would refuse."""
-        return lambda **given: call_unchecked(OPS[name], *OPS[name].bind(**given))
+        return lambda **given: call_unchecked(OPS[name], OPS[name].bind(**given))
 
 
 def worst_of_all(ranks: Ranks, rows: list[Row]) -> list[Row]:

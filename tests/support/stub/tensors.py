@@ -55,7 +55,7 @@ class FakeGPUTensor(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "mixtral_triton":  # an operator of ours goes the way that a GPU's tensors go
             with Factories():  # which torch set aside when it came here through one
-                return call.call_checked(OPS[func._opname], *args, **(kwargs or {}))
+                return call.call_checked(OPS[func._opname], OPS[func._opname].bind(*args, **(kwargs or {})))
         return dispatch(func, args, kwargs or {})
 
 
