@@ -18,12 +18,11 @@ from . import ops, weights
 from .cache import KVCache
 from .config import MixtralConfig
 from .generate import generate
-from .inputs import check_dtype, check_ids, check_lengths, usable_device
+from .inputs import check_dtype, check_ids, check_lengths, check_memory, usable_device, weight_bytes
 from .ops import unchecked
 from .parallel import UNSHARDED, Ranks
 from .quantize import QuantizedWeight, hub
 from .quantize.spec import QuantSpec, select_specs
-from .tools import fit
 
 Ring = tuple[Tensor, Tensor]  # a layer's cached keys and values, [B, Hkv, C, D] each (KVCache)
 
@@ -348,7 +347,7 @@ def load(
     fill: Callable[..., None]
     if headers.scheme is None:
         fill = partial(weights.load, headers, weights.check(headers, config, shard))
-        specs: fit.QuantSpecs = select_specs(quantized, weights.parameter_shapes(config))
+        specs: Mapping[str, QuantSpec] = select_specs(quantized, weights.parameter_shapes(config))
     elif quantized is not None:
         raise ValueError(
             f"Mixtral.from_pretrained: weights is {quantized!r}, and {folder} is quantized already "
@@ -363,8 +362,17 @@ def load(
     place = usable_device(ranks.device_type if device is None and ranks is not None else device)
     if ranks is not None:
         ranks.check_device(place)
-    specs = fit.shard_specs(config, specs, shard)
-    fit.check(config, specs, place, dtype, free_choice=headers.scheme is None, shard=shard)
+    shapes, own_shapes = weights.parameter_shapes(config), weights.parameter_shapes(config, shard)
+    tables = 4 * config.max_position_embeddings * config.head_dim  # the rotary tables, fp32
+
+    def bytes_of(quantized: Any) -> int:
+        return tables + weight_bytes(
+            own_shapes, shard.specs(select_specs(quantized, shapes), shapes, own_shapes), dtype
+        )
+
+    specs = shard.specs(specs, shapes, own_shapes)
+    needed = tables + weight_bytes(own_shapes, specs, dtype)
+    check_memory(place, needed, bytes_of if headers.scheme is None else None)
     model = cls(config, place, dtype, deterministic, specs, ranks)
     fill(config, model.places(), progress, shard)
     return model

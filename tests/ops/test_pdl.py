@@ -19,10 +19,10 @@ from mixtral_triton.kernels.launch import INTERPRETED, pdl_region
 from mixtral_triton.kernels.op import Launch
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.tools.gpus import GPUS
 from mixtral_triton.tools.offline import collect, compile_launch
-from mixtral_triton.tools.predict import predicted
+from mixtral_triton.tools.predict import predict
 from mixtral_triton.tools.ptx import Order, order
-from mixtral_triton.tools.roofline import GPUS
 from tests.support.inject_fault import spoilt
 from tests.support.models import random_model
 
@@ -192,5 +192,5 @@ def test_a_launch_that_begins_early_leaves_a_shorter_gap(name: str, shorter: boo
     with record_launches(GPUS[name].arch) as launches:
         OPS["route"].run(**OPS["route"].inputs({"T": 1, "E": 8, "K": 2}, BF16, "meta"))
     cost = OPS["route"].cost({"T": 1, "E": 8, "K": 2}, BF16)
-    ways = [predicted([replace(launches[0], dependent=early)], GPUS[name], cost).seconds for early in (False, True)]
-    assert (ways[1] < ways[0]) == shorter
+    times = [predict([replace(launches[0], dependent=early)], GPUS[name], cost).seconds for early in (False, True)]
+    assert (times[1] < times[0]) == shorter

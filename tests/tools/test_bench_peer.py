@@ -28,7 +28,7 @@ from mixtral_triton.tools.bench.measure import Bench, checked_row, compare, time
 from mixtral_triton.tools.bench.model import letters
 from mixtral_triton.tools.bench.own_peer import arguments, imported, own_peer
 from mixtral_triton.tools.bench.peers import PEERS
-from mixtral_triton.tools.roofline import GPUS
+from mixtral_triton.tools.gpus import GPUS
 
 ROOT = Path(__file__).parents[2]
 CPU, H100 = torch.device("cpu"), GPUS["h100"]
