@@ -227,12 +227,11 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _verified(args: argparse.Namespace, mesh: Any, note: str) -> int:
-    from .verification import verify
-    from .verification.verdict import text_or_default
+    from .verification import default_text, verify
 
     model = _load(args, mesh)
     given = None if args.prompt is None else _encode(_tokenizer(args.folder), args.prompt, model)[None]
-    ids = text_or_default(given, model.config, model.device)
+    ids = default_text(given, model.config, model.device)
     if is_first():
         say(with_verify_time(note, model.config, str(model.dtype), ids.numel()))
     with bar("verifying", None, MofNCompleteColumn(), silent=not is_first()) as progress:

@@ -161,12 +161,12 @@ def ordered(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Makes the runtime's way of an operation wrong by 3 %, or by one, in one element; the reference stays."""
+def inject_fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """inject_fault(name): change the largest element of the operation's result by 3 %, or by 1. The reference stays."""
     go = ops._go
 
-    def spoil(name: str) -> None:
-        def wrong(op: Any, *args: Any) -> Any:
+    def inject(name: str) -> None:
+        def faulty(op: Any, *args: Any) -> Any:
             out = go(op, *args)
             if op.name == name:
                 changed = args[3] if out is None else out  # append has no result: the key cache
@@ -176,9 +176,9 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
                 flat[place] = flat[place] * 1.03 if first.is_floating_point() else flat[place] + 1
             return out
 
-        monkeypatch.setattr(ops, "_go", wrong)
+        monkeypatch.setattr(ops, "_go", faulty)
 
-    return spoil
+    return inject
 
 
 @pytest.fixture
