@@ -230,7 +230,7 @@ def _checked_out(args: argparse.Namespace) -> Path:
     """The folder of the results, once it is clear that there is something to run on."""
     import torch
 
-    from mixtral_triton.tools.toolchain import toolchain_fault
+    from mixtral_triton.tools.terminal import toolchain_fault
 
     results = ROOT / "benchmarks" / "results"
     if args.dry:

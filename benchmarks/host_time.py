@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mixtral_triton import KVCache, Mixtral, apply, ops
+from mixtral_triton import KVCache, Mixtral, apply
 from mixtral_triton.hf.release import cache_keyword
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's folder is on the path, the repository is not
@@ -121,7 +121,7 @@ def measured(rounds: int, quiet: bool) -> dict[str, list[float]]:
     """By name, seconds of a plain launch and of a layer, a round each."""
     # Tensors of a CPU go the way of a GPU's: only its memory is the other one.
     triton.runtime.driver.set_active(SilentDriver(GPU()))
-    with torch.no_grad(), mock.patch.object(ops, "INTERPRETED", True):
+    with torch.no_grad(), mock.patch("mixtral_triton.kernels.call.INTERPRETED", True):
         calls = {"plain": plain_launches(), **steps()}
         for call in calls.values():
             for _ in range(5):  # compiles, and makes the plans

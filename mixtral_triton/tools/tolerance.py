@@ -39,7 +39,7 @@ class Tolerance:
         derived = [] if op.derived_outputs is None else op.derived_outputs(args, self.exact)
         self.independent = len(self.exact) - len(derived)
         self.limits: list[float] = []
-        for got, exact in zip(_results(op.plain, args, op.mutates), self.exact, strict=True):
+        for got, exact in zip(_results(op.call_reference, args, op.mutates), self.exact, strict=True):
             error = _error(got, exact) if len(self.limits) < self.independent else 0.0
             self.limits.append(max(RATIO * error, FLOOR.get(got.dtype, 0.0)))
 
@@ -53,7 +53,7 @@ class Tolerance:
 
 def measure(name: str, args: Args) -> tuple[float, float]:
     """The error of the runtime's operation `name` on `args`, and its limit."""
-    return Tolerance(name, args).measure(ops.reached_by(name, args))
+    return Tolerance(name, args).measure(ops.dispatched(name, args))
 
 
 def share_of_limit(error: float, limit: float) -> float:
@@ -87,7 +87,7 @@ def fp64_results(name: str, args: Args, mutates: tuple[str, ...] = ()) -> list[T
         (out,) = fp64_results("expert_swiglu", args)
         return list(reference.rms_norm(out, to_fp64(weight), eps, to_fp64(residual)))
     if name != "expert_swiglu":
-        return _results(OPS[name].plain, {key: to_fp64(value) for key, value in args.items()}, mutates)
+        return _results(OPS[name].call_reference, {key: to_fp64(value) for key, value in args.items()}, mutates)
     x, weights = to_fp64(args["x"]), to_fp64(args["weights"])
     out = torch.zeros_like(x)
     for expert in set(args["ids"].unique().tolist()) & set(range(len(args["down_proj"]))):

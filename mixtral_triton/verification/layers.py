@@ -119,7 +119,7 @@ class LayerCheck:
 
     def operation(self, name: str, args: Args) -> Callable[..., Any]:
         """The runtime's function for the operation."""
-        return ops.reached_by(name, args)
+        return ops.dispatched(name, args)
 
     def local_ids(self, ids: Tensor) -> Tensor:
         """Routes as this layer numbers its experts."""
@@ -293,28 +293,18 @@ class LayerProbe:
         return [Row(index, "layer", case, *tolerance.worst(pairs)) for (index, case), pairs in items]
 
 
-class RoutedOperations:
-    """`ops.DIRECT` with the gate's routes replaced."""
-
-    def __init__(self, probe: LayerProbe) -> None:
-        self.probe = probe
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(ops.DIRECT, name)
-
-    def rms_norm_gate_route(self, *args: Any) -> tuple[Tensor, ...]:
-        *before, weights, ids = self.__getattr__("rms_norm_gate_route")(*args)
-        return *before, *self.probe.replace_routes(weights, ids)
-
-
 def shallow_copy(model: Any, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Any:
     """`model` with another config, on the same weights; `probe` replaces its routes, and the layers' inputs."""
-    model, operations = copy.copy(model), RoutedOperations(probe)
-    model._modules = dict(model._modules)
-    model.config, model.operations = config, lambda: operations
+
+    def route(forward: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+        h, x, weights, ids = forward(*args)
+        return h, x, *probe.replace_routes(weights, ids)
+
+    model = copy.copy(model)
+    model._modules, model.config = dict(model._modules), config
     layers = [copy.copy(layer) for layer in model.layers]
     for index, layer in enumerate(layers):
-        layer.config = config
+        layer.config, layer.route = config, partial(route, layer.route)
         if probe_layers:
             layer.forward = partial(probe.forward, index, layer.forward)
     model.layers = nn.ModuleList(layers)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
 from ..config import MixtralConfig
+from ..kernels.call import call_unchecked
 from ..kernels.quantized import QuantizedWeight, unpack
 from ..kernels.registry import OPS
 from ..model import Layer, Mixtral
@@ -48,7 +48,7 @@ class MeshTarget(Target):
         heads = values.heads[..., shard.qkv_rows(config)["q"]]
         qkv = {"q": values.q[:, :, queries], "k": values.k[:, :, keys], "v": values.v[:, :, keys]}
         local = LayerCheck(replace(values, heads=heads, **qkv), layer.local, shard.config(config), check.tables)
-        local.local_ids = partial(self.ranks.own, experts=len(layer.local.down_proj))  # type: ignore[method-assign]
+        local.local_ids = partial(self.ranks.local_ids, experts=len(layer.local.down_proj))  # type: ignore[method-assign]
         check.calls, check.operation = local.calls, _unchecked  # type: ignore[method-assign]
         return check
 
@@ -139,7 +139,7 @@ def _runs(name: str, config: MixtralConfig, shard: Shard, group: int) -> Iterato
 
 def _unchecked(name: str, args: Any) -> Any:
     """The operation without checks, as the model calls it: a check on a CPU would refuse another rank's experts."""
-    return lambda **kwargs: getattr(ops.DIRECT, name)(*OPS[name].by_place(**kwargs))
+    return lambda **kwargs: call_unchecked(OPS[name], OPS[name].bind(**kwargs))
 
 
 def worst_of_ranks(ranks: Ranks, rows: list[Row]) -> list[Row]:

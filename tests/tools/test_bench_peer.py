@@ -28,7 +28,7 @@ from mixtral_triton.tools.bench.measure import Bench, checked_row, compare, time
 from mixtral_triton.tools.bench.model import letters
 from mixtral_triton.tools.bench.own_peer import arguments, imported, own_peer
 from mixtral_triton.tools.bench.peers import PEERS
-from mixtral_triton.tools.roofline import GPUS
+from mixtral_triton.tools.gpus import GPUS
 
 ROOT = Path(__file__).parents[2]
 CPU, H100 = torch.device("cpu"), GPUS["h100"]
@@ -156,7 +156,7 @@ def test_a_peer_gets_the_arguments_in_the_operation_s_order(name: str) -> None:
     assert taken == [argument.name for argument in schema.arguments][: len(taken)]
 
     def mine(*given: Any) -> Any:
-        return op.plain(**dict(zip(taken, given, strict=True)))
+        return op.call_reference(**dict(zip(taken, given, strict=True)))
 
     assert Oracle(op, args).fault(own_peer("mine", mine).build(op, args)) is None
 

@@ -21,7 +21,7 @@ from benchmarks.gpu_day import day
 from benchmarks.progress import events
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools import toolchain
+from mixtral_triton.tools import terminal
 from mixtral_triton.tools.bench.cases import BENCHED, Case, cases
 from mixtral_triton.tools.bench.measure import Outcome, Row
 
@@ -266,10 +266,10 @@ def test_a_missing_compiler_or_header_is_said_first(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("CC", raising=False)
     if missing == "compiler":
-        monkeypatch.setattr(toolchain.shutil, "which", lambda name: None)
+        monkeypatch.setattr(terminal.shutil, "which", lambda name: None)
     else:
-        monkeypatch.setattr(toolchain.shutil, "which", lambda name: "/bin/gcc")
-        monkeypatch.setattr(toolchain.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+        monkeypatch.setattr(terminal.shutil, "which", lambda name: "/bin/gcc")
+        monkeypatch.setattr(terminal.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     with pytest.raises(SystemExit) as left:
         gpu_day.main([])
     error = capsys.readouterr().err

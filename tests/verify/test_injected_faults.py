@@ -7,6 +7,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mixtral_triton import Mixtral, verification, verify, weights
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import Layer, State
+from mixtral_triton.ops import unchecked
 from mixtral_triton.verification.layers import CHUNKS, TOKENS, UNCACHED
 from tests.support import models
 
@@ -61,9 +63,9 @@ class NoResidual(Layer):
 
 
 class UnnormalizedRoutes(Layer):
-    def experts(self, h: Tensor, x: Tensor, scores: Tensor, ids: Tensor, *args: Any) -> Any:
-        probabilities = (h @ self.gate.T).float().softmax(-1)
-        return super().experts(h, x, probabilities.gather(1, ids.long()), ids, *args)
+    def route(self, *args: Any) -> Any:
+        h, x, _, ids = super().route(*args)
+        return h, x, (h @ self.gate.T).float().softmax(-1).gather(1, ids.long()), ids
 
 
 class ReorderedTokens(Layer):
@@ -88,27 +90,30 @@ def test_routes_that_are_no_near_tie_are_wrong() -> None:
     assert (LAYER, "routes") in {(row.layer, row.case) for row in verify(model, IDS).wrong}
 
 
-class ShiftedRing:
-    def __init__(self, operations: Any) -> None:
-        self.operations = operations
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.operations, name)
-
-    def append(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor) -> None:
-        self.operations.append(k, v, k_cache, v_cache, past + 1, new)
+def change_state(change: Callable[[State], None], patch: pytest.MonkeyPatch) -> None:
+    init = State.__init__
+    patch.setattr(State, "__init__", lambda state, *args: (init(state, *args), change(state))[0])
 
 
-def shift_position(state: State) -> None:
-    if state.one_by_one:
+def change_window(change: int, state: State) -> None:
+    state.window += change  # type: ignore[operator]
+
+
+def shift_decode_position(state: State) -> None:
+    if state.decodes:
         state.cos, state.sin = state.cos[1:], state.sin[1:]
 
 
-FAULTS_IN_ALL_LAYERS: dict[str, tuple[Callable[[State], Any], str]] = {
-    "window + 1": (lambda state: setattr(state, "window", state.window + 1), UNCACHED),
-    "window - 1": (lambda state: setattr(state, "window", state.window - 1), UNCACHED),
-    "position + 1 in decode": (shift_position, TOKENS),
-    "ring off by one slot": (lambda state: setattr(state, "run", ShiftedRing(state.run)), CHUNKS),
+def shift_ring(patch: pytest.MonkeyPatch) -> None:
+    append = unchecked.append
+    patch.setattr(unchecked, "append", lambda k, v, keys, values, past, new: append(k, v, keys, values, past + 1, new))
+
+
+FAULTS_IN_ALL_LAYERS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
+    "window + 1": (partial(change_state, partial(change_window, 1)), UNCACHED),
+    "window - 1": (partial(change_state, partial(change_window, -1)), UNCACHED),
+    "position + 1 in decode": (partial(change_state, shift_decode_position), TOKENS),
+    "ring off by one slot": (shift_ring, CHUNKS),
 }
 
 
@@ -116,8 +121,8 @@ FAULTS_IN_ALL_LAYERS: dict[str, tuple[Callable[[State], Any], str]] = {
 @all_dtypes
 @pytest.mark.parametrize("fault", FAULTS_IN_ALL_LAYERS)
 def test_fault_in_all_layers(fault: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    (change, case), init = FAULTS_IN_ALL_LAYERS[fault], State.__init__
-    monkeypatch.setattr(State, "__init__", lambda state, *args: (init(state, *args), change(state))[0])
+    inject, case = FAULTS_IN_ALL_LAYERS[fault]
+    inject(monkeypatch)
     report = verify(small_model(dtype), IDS)
     first = report.wrong[0]
     assert (first.layer, first.op, first.case) == (0, "layer", case)
@@ -142,7 +147,7 @@ def test_next_norm_of_another_kind(dtype: torch.dtype, monkeypatch: pytest.Monke
 @once
 @all_dtypes
 def test_head_tied_in_the_model(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Mixtral, "head", lambda model, h: model.operations().linear(h, model.embed_tokens))
+    monkeypatch.setattr(Mixtral, "head", lambda model, h: unchecked.linear(h, model.embed_tokens))
     assert [(row.layer, row.op) for row in verify(small_model(dtype), IDS).wrong] == [(None, "logits")]
 
 

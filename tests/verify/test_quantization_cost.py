@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from mixtral_triton import Mixtral, reference, verify
-from mixtral_triton.cli import SMALL, main
+from mixtral_triton.cli import SMALL, main, parse_weights
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize import QuantizedWeight, quantizers
-from mixtral_triton.tools import arguments
 from mixtral_triton.verification import held_out, perplexity, weights
 from mixtral_triton.verification.layers import Target
 from mixtral_triton.verification.weights import QuantizationCost, check_loaded, quantization_cost
@@ -220,7 +219,7 @@ def test_cost_fits_the_terminal(width: int) -> None:
 @once
 def test_weights_option(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # this process has decided already
-    assert arguments.weights("int4") == "int4" and arguments.weights("experts=int4,linear=int8") == BOTH
+    assert parse_weights("int4") == "int4" and parse_weights("experts=int4,linear=int8") == BOTH
     assert main(["verify", str(tiny), "--device", "cpu", "--weights", "experts=int4,linear=int8", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["quantization"]["formats"] == BOTH and all(row["ok"] for row in found["rows"])

@@ -22,11 +22,11 @@ from ...config import MixtralConfig
 from ...kernels.launch import INTERPRETED
 from ...kernels.op import Op
 from ...kernels.registry import OPS
-from ..offline import as_json, compile_shapes
-from ..plotting import check_plot
-from ..resources import resources_table
-from ..roofline import GPU, GPUS, table_note
-from ..tables import console
+from ..compiled import as_json, resources_table
+from ..gpus import GPU, RATED
+from ..offline import compile_shapes
+from ..predict import family_note
+from ..terminal import check_plot, console
 from .cases import Case, cases, few
 from .measure import DEFAULT_GPU, NO_GPU, Bench, DeviceLost, Row, checked_row
 from .own_peer import imported
@@ -44,8 +44,8 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
     if args.first < 0:
         raise ValueError(f"--first is {args.first}, needs the number of a case")
     chosen, own = _chosen(args)[args.first :], _own_peers(args)
-    if args.gpu is not None and args.gpu not in GPUS:
-        raise ValueError(f"--gpu is {args.gpu!r}, needs one of {', '.join(GPUS)}")
+    if args.gpu is not None and args.gpu not in RATED:
+        raise ValueError(f"--gpu is {args.gpu!r}, needs one of {', '.join(RATED)}")
     if unknown := set(args.without) - {peer.name for peer in PEERS}:
         raise ValueError(f"--without is {min(unknown)!r}, needs one of {', '.join(sorted({p.name for p in PEERS}))}")
     if args.plot is not None:
@@ -57,13 +57,13 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
         gpu, sheet = bench.gpu, bench.sheet
         source = bench.rows(chosen, args.without, partial(_begins, args, chosen), own)
     else:
-        gpu, sheet = GPUS[args.gpu or DEFAULT_GPU], None
+        gpu, sheet = RATED[args.gpu or DEFAULT_GPU], None
         reason = "--gpu asks for a data sheet" if args.gpu else NO_GPU
         source = (checked_row(case, gpu, own, reason) for case in chosen)
         told = "Floors" if gpu.chip is None else "Predicted times and floors"
         out.print(f"No time was measured: {reason}. {told} are those of the GPU below.")
     out.print(gpu_line(gpu, sheet))
-    if note := table_note(gpu.arch):
+    if note := family_note(gpu.arch):
         out.print(note)
     if args.json:
         print(json.dumps({"kind": "gpu", **_gpu(gpu, sheet)}), flush=True)
@@ -122,7 +122,7 @@ def _shown(
     def counted() -> Iterator[Row]:
         with bar("benchmarking", len(chosen)) as progress:
             for done, row in enumerate(source, 1):
-                progress.of(done, len(chosen))
+                progress.update(done, len(chosen))
                 yield row
 
     for _, group in groupby(counted(), key=lambda row: row.case.op.name):
@@ -178,7 +178,7 @@ def _unmeasured(
 
 def _compiled(chosen: Sequence[Case], arch: str, bar: Callable[..., Any]) -> list[dict[str, Any]]:
     with bar(f"compiling for {arch}", None) as progress:
-        kernels = compile_shapes(_as_listed(chosen), arch, progress=progress.of)
+        kernels = compile_shapes(_as_listed(chosen), arch, progress=progress.update)
         return [{"kind": "kernel", **as_json(kernel)} for kernel in kernels]
 
 

@@ -15,9 +15,9 @@ from ...config import MixtralConfig
 from ...kernels.launch import target_arch
 from ...kernels.op import Cost, Launch, Sizes
 from ...kernels.record import record_launches
-from ...ops import reached_by
-from ..predict import Prediction, predicted
-from ..roofline import GPU, GPUS, bound, data_sheet, floor, measure_gpu
+from ...ops import dispatched
+from ..gpus import GPU, RATED, data_sheet
+from ..predict import Prediction, bound, floor, measure_gpu, predict
 from . import decode_step
 from .cases import Case, Oracle, StepOracle, cases, oracle
 from .own_peer import own_peer
@@ -106,7 +106,7 @@ def our_call(case: Case, args: dict[str, Any]) -> Function:
     """The registered operator, as a user's tensors reach it; the decode step is no operator."""
     if case.op is decode_step.STEP:
         return decode_step.replayed_step(args)
-    return reached_by(case.op.name, args)
+    return dispatched(case.op.name, args)
 
 
 def untimed_row(case: Case, gpu: GPU, args: dict[str, Any] | None = None) -> Row:
@@ -122,7 +122,7 @@ def untimed_row(case: Case, gpu: GPU, args: dict[str, Any] | None = None) -> Row
 def _predicted(launches: Sequence[Launch], gpu: GPU, cost: Cost) -> Prediction | None:
     """On the GPU, or where it was measured on the GPU of that name; None where too little is known of it."""
     known = gpu if gpu.chip is not None else data_sheet(gpu.name)
-    return None if known is None or known.chip is None else predicted(launches, known, cost)
+    return None if known is None or known.chip is None else predict(launches, known, cost)
 
 
 def attempt(build: Callable[[], Function], args: dict[str, Any], judge: Oracle | StepOracle, timer: Timer) -> Outcome:
@@ -201,7 +201,7 @@ def compare(
     chosen = cases([op], sizes=sizes, dtype=dtype, model=model)
     if torch.cuda.is_available():
         return list(Bench.of(torch.device("cuda")).rows(chosen, own=own))
-    return [checked_row(case, GPUS[DEFAULT_GPU], own, NO_GPU) for case in chosen]
+    return [checked_row(case, RATED[DEFAULT_GPU], own, NO_GPU) for case in chosen]
 
 
 def _free(device: torch.device) -> None:

@@ -14,10 +14,10 @@ import torch
 
 from ...config import MixtralConfig
 from ...parallel import Ranks
+from ..gpus import GPU, RATED, data_sheet
 from ..processes import is_first
-from ..roofline import GPU, GPUS, data_sheet
-from ..scaling import LINKS, Step, step
-from ..tables import Column, Table, console
+from ..scaling import Step, step
+from ..terminal import Column, Table, console
 from . import decode_step
 from .cases import Case, cases
 from .measure import DEFAULT_GPU
@@ -55,8 +55,9 @@ def run(args: argparse.Namespace, mesh: Any) -> int:
         raise ValueError(f"bench: on a mesh it times decode_step, and got {' '.join(args.ops)}")
     if given := [name for name in WITHOUT if getattr(args, name)]:
         raise ValueError(f"--{given[0]} is given, and a mesh has no use for it")
-    if args.gpu is not None and args.gpu not in LINKS:
-        raise ValueError(f"--gpu is {args.gpu!r}, needs one of {', '.join(LINKS)}: of others no links are known")
+    linked = [key for key, gpu in RATED.items() if gpu.link is not None]
+    if args.gpu is not None and args.gpu not in linked:
+        raise ValueError(f"--gpu is {args.gpu!r}, needs one of {', '.join(linked)}: of others no links are known")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     ranks = Ranks(mesh)
     measuring = mesh.device_type == "cuda" and args.gpu is None
@@ -71,13 +72,12 @@ def run(args: argparse.Namespace, mesh: Any) -> int:
     return 0
 
 
-def _gpu(name: str | None, measuring: bool) -> tuple[str, GPU] | None:
-    """The key in LINKS and the rates, of the GPU asked for, of that at hand, or of the default one."""
+def _gpu(name: str | None, measuring: bool) -> GPU | None:
+    """The requested GPU, the one at hand if its links are known, or the default one."""
     if not measuring:
-        name = name or DEFAULT_GPU
-        return name, GPUS[name]
+        return RATED[name or DEFAULT_GPU]
     sheet = data_sheet(torch.cuda.get_device_properties(torch.cuda.current_device()).name)
-    return next(((key, gpu) for key, gpu in GPUS.items() if gpu is sheet and key in LINKS), None)
+    return sheet if sheet is not None and sheet.link is not None else None
 
 
 def _config(case: Case, ranks: Ranks) -> MixtralConfig:
@@ -87,11 +87,10 @@ def _config(case: Case, ranks: Ranks) -> MixtralConfig:
     return config
 
 
-def predicted(case: Case, config: MixtralConfig, ranks: Ranks, gpu: tuple[str, GPU] | None) -> Step | None:
+def predicted(case: Case, config: MixtralConfig, ranks: Ranks, gpu: GPU | None) -> Step | None:
     if gpu is None:
         return None
-    sizes, (name, rates) = case.sizes, gpu
-    return step(config, {}, ranks.shard, rates, LINKS[name], sizes["B"], 1, sizes["S"])
+    return step(config, {}, ranks.shard, gpu, case.sizes["B"], 1, case.sizes["S"])
 
 
 def measured(case: Case, ranks: Ranks) -> float:
@@ -107,15 +106,15 @@ def measured(case: Case, ranks: Ranks) -> float:
     return max(ranks.all_gather_object(own))
 
 
-def _print(as_json: bool, rows: Sequence[Row], ranks: Ranks, gpu: tuple[str, GPU] | None) -> None:
+def _print(as_json: bool, rows: Sequence[Row], ranks: Ranks, gpu: GPU | None) -> None:
     shard = ranks.shard
-    name = "a GPU without known links" if gpu is None else gpu[1].name
+    name = "a GPU without known links" if gpu is None else gpu.name
     if as_json:
         print(json.dumps({"kind": "mesh", "tp": shard.tp, "ep": shard.ep, "gpu": name}))
         for row in rows:
             print(json.dumps(row.as_dict()))
         return
-    columns = [Column("sizes", right=False), Column("predicted, us"), Column("sent"), Column("us"), Column("tokens/s")]
+    columns = [Column("sizes", number=False), Column("predicted, us"), Column("sent"), Column("us"), Column("tokens/s")]
     table = Table(f"decode_step, tp {shard.tp} x ep {shard.ep}, on {name}", columns, PREDICTED)
     for row in rows:
         told = row.predicted

@@ -44,13 +44,13 @@ class Peer:
 
 
 def _torch(op: Op, args: Args) -> Function:
-    return op.plain
+    return op.call_reference
 
 
 def _compile(op: Op, args: Args) -> Function:
     torch.compiler.reset()  # else the shapes of earlier cases would count against the limit of recompilations
     compiled = torch.compile(op.reference, dynamic=False)
-    return lambda **given: compiled(**op.common(given))
+    return lambda **given: compiled(**op.reference_args(given))
 
 
 def _dense(args: Args) -> None:

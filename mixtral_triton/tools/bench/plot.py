@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..plotting import save
-from ..roofline import GPU
+from ..gpus import GPU
+from ..terminal import save_plot
 from .measure import Row
 from .report import sizes_text
 
@@ -151,4 +151,4 @@ def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
 
 
 def plot(rows: Sequence[Row], gpu: GPU, file: Path) -> None:
-    save(figure_of(rows, gpu), file)
+    save_plot(figure_of(rows, gpu), file)

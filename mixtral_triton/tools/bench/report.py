@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from ..roofline import GPU
-from ..tables import Column, Table
+from ..gpus import GPU
+from ..terminal import Column, Table
 from .measure import Outcome, Row
 
 PREDICTED = (
@@ -72,11 +72,10 @@ def _percent(share: float | None) -> str:
 
 def _predicted_columns(timed: bool) -> list[Column]:
     """Beside a measurement the time alone, and what limits it."""
-    level = 2 if timed else 0
     return [
-        Column("predicted, us", level),
+        Column("predicted, us"),
         *([] if timed else [Column("of floor")]),
-        Column("limit", level, right=False),
+        Column("limit", number=False),
     ]
 
 
@@ -91,11 +90,11 @@ def op_table(rows: Sequence[Row]) -> Group:
     timed = any(row.ours.seconds is not None or row.ours.note for row in rows)
     peers = list(dict.fromkeys(name for row in rows for name in row.peers))
     foreseen = any(row.predicted is not None for row in rows)
-    columns = [Column("sizes", right=False), *([Column("time, us"), Column("of floor")] if timed else [])]
+    columns = [Column("sizes", number=False), *([Column("time, us"), Column("of floor")] if timed else [])]
     columns += _predicted_columns(timed) if foreseen else []
-    columns += [Column("floor, us"), Column("bound", right=False)]
-    columns += [Column(f"{name} / ours" if timed else name, level=1) for name in peers]
-    columns += [Column(name, level=2) for name in ("MB", "GFLOP", "launches")]
+    columns += [Column("floor, us"), Column("bound", number=False)]
+    columns += [Column(f"{name} / ours" if timed else name) for name in peers]
+    columns += [Column(name) for name in ("MB", "GFLOP", "launches")]
     first = rows[0].case
     title = ", ".join(filter(None, (first.op.name, first.dtype_name, sizes_text(_constant(rows)))))
     table = Table(title, columns, PREDICTED if foreseen else "")
@@ -123,7 +122,7 @@ def _note(way: str, said: str, shapes: Sequence[str], rows: int) -> Text:
 def traffic_table(arch: str, counted: Sequence[dict[str, Any]]) -> Table:
     """Lines of `bench_traffic`."""
     ratios = {"touched": "bytes touched", "moved": "bytes moved", "issued": "FLOP issued"}
-    columns = [Column("operation", right=False), Column("sizes", right=False), *map(Column, ratios.values())]
+    columns = [Column("operation", number=False), Column("sizes", number=False), *map(Column, ratios.values())]
     table = Table(
         f"Counted in the interpreter, at reduced sizes with the tiles of {arch}; 1 is what is compulsory",
         columns,

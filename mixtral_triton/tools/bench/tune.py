@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ...kernels.attention import tiles as attention_tiles
+from ...kernels.experts import tiles as experts_tiles
 from ...kernels.launch import override_configs
 from ...kernels.op import Launch, LaunchConfig, Op
 from ...kernels.record import record_launches
@@ -23,8 +25,26 @@ from .timing import Timer
 # What may vary: tiles, how many tiles share a stretch of L2, and the splits of a decode. SPLIT_K is a promise about
 # bits, not a choice.
 VARIED = ("BLOCK_", "GROUP_", "SPLITS")
-# Tiles that hold a whole dimension in any kernel; `Op.whole` has those that do in some.
-FULL_DIM_TILES = {"BLOCK_D", "BLOCK_E", "BLOCK_S", "BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF"}
+# Tiles that must cover a full dimension, in every kernel or in one: a smaller one is wrong, a larger one idle.
+FULL_DIM_TILES_OF_ALL = {"BLOCK_D", "BLOCK_E", "BLOCK_S", "BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF"}
+FULL_DIM_TILES = {
+    "attention_decode_kernel": {"BLOCK_M"},
+    "embed_rms_norm_kernel": {"BLOCK_H"},
+    "experts_down_decode_kernel": {"BLOCK_T"},
+    "experts_up_decode_kernel": {"BLOCK_T"},
+    "gate_route_kernel": {"BLOCK_K"},
+    "linear_decode_kernel": {"BLOCK_T"},
+    "rms_norm_kernel": {"BLOCK_H"},
+    "route_kernel": {"BLOCK_K"},
+}
+# Configurations that single steps from the present choice would not reach.
+EXTRA_CONFIGS = {
+    "attention_prefill_kernel": attention_tiles.extra_tune_configs,
+    "experts_down_kernel": experts_tiles.extra_tune_configs,
+    "experts_up_kernel": experts_tiles.extra_tune_configs,
+}
+# Kernels that an operation launches only where `override_configs` names them, because it selects a library there.
+ALTERNATIVE_KERNELS = {"linear": {"linear_decode_kernel"}}
 WARPS, STAGES = (1, 16), (1, 8)
 FASTER = 0.98  # of the time to beat: less would be noise
 ROUNDS = 5
@@ -58,17 +78,20 @@ class Tuned:
     library_s: float | None = None
 
 
-def whole(op: Op, kernel: str, launch: Launch | None = None) -> set[str]:
-    """Tiles that stay; of a launch on a quantized weight its depth, too, which is the layout's own."""
+def full_dim_tiles(op: Op, kernel: str, launch: Launch | None = None) -> set[str]:
+    """The tiles that do not vary; for a launch on a quantized weight also its depth, which the layout fixes."""
+    tiles = FULL_DIM_TILES_OF_ALL | FULL_DIM_TILES.get(kernel, set())
+    if op.name == "experts_add_rms_norm" and kernel == "experts_combine_kernel":  # its norm needs the full row
+        tiles |= {"BLOCK_H"}
     quantized = launch is not None and launch.constexprs.get("LAYOUT", ("dense",))[0] != "dense"
-    return FULL_DIM_TILES | set(op.full_dim_tiles.get(kernel, ())) | ({"BLOCK_K"} if quantized else set())
+    return tiles | ({"BLOCK_K"} if quantized else set())
 
 
-def neighbours(config: LaunchConfig, whole: set[str]) -> list[LaunchConfig]:
+def neighbours(config: LaunchConfig, fixed: set[str]) -> list[LaunchConfig]:
     """One step away from `config`: a tile doubled or halved, twice or half the warps, a stage more or less."""
     found = []
     for name, size in config.constexprs.items():
-        if name.startswith(VARIED) and name not in whole:
+        if name.startswith(VARIED) and name not in fixed:
             sizes = [size // 2, size * 2] if size > 1 else [size * 2]
             found += [replace(config, constexprs={**config.constexprs, name: other}) for other in sizes]
     warps = [n for n in (config.num_warps // 2, config.num_warps * 2) if WARPS[0] <= n <= WARPS[1]]
@@ -86,7 +109,7 @@ def kernel_configs(
     """Each kernel of a call whose configuration the operation chooses, or that it offers: its first launch, and the
     choice."""
     found = _chosen(case, arch, config or {})
-    for kernel in set(case.op.alternative_kernels) - set(found):
+    for kernel in ALTERNATIVE_KERNELS.get(case.op.name, set()) - set(found):
         other = case.op.configs(case.sizes, case.dtype, arch)[kernel]
         found |= {name: one for name, one in _chosen(case, arch, {kernel: other}).items() if name == kernel}
     return found
@@ -147,10 +170,10 @@ def tune(
         library_s = bench.attempt(lambda: bench.our_call(case, args), args, judge, timer).seconds
     visit(now)
     best = found[0]
-    others = {} if case.op.extra_tune_configs is None else case.op.extra_tune_configs(case.sizes, case.dtype, arch)
+    extra = EXTRA_CONFIGS[kernel](case.sizes, case.dtype, arch) if kernel in EXTRA_CONFIGS else {}
     for _ in range(ROUNDS):
         start = best
-        for config in (*others.get(kernel, ()), *neighbours(start.config, whole(case.op, kernel, launch))):
+        for config in (*extra.get(kernel, ()), *neighbours(start.config, full_dim_tiles(case.op, kernel, launch))):
             if config not in [one.config for one in found]:
                 visit(config)
         for one in found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,12 +15,12 @@ from rich.text import Text
 from ...kernels.launch import target_arch
 from ...kernels.op import LaunchConfig, Op
 from ...kernels.registry import OPS
-from ..roofline import table_note
-from ..tables import Column, Table, console, folded
+from ..predict import family_note
+from ..terminal import Column, Table, console
 from .cases import Case, cases
 from .report import micro, sizes_text
 from .timing import DeviceTimer, Timer
-from .tune import VARIED, Candidate, Tuned, kernel_configs, tune, whole
+from .tune import VARIED, Candidate, Tuned, full_dim_tiles, kernel_configs, tune
 
 
 def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
     out = console(stderr=args.json)
     device, timer, reason = _device(args)
     arch = args.arch or target_arch(device)
-    if note := table_note(arch):
+    if note := family_note(arch):
         out.print(note)
     if timer is None:
         out.print(f"Nothing was timed: {reason}. These are the neighbours of the present choice, compiled for {arch}.")
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
     with bar("tuning", len(kernels)) as progress:
         for done, (case, kernel) in enumerate(kernels, 1):
             tuned = tune(case, kernel, arch, timer, device)
-            progress.of(done, len(kernels))
+            progress.update(done, len(kernels))
             if args.json:
                 print(json.dumps(as_dict(tuned)), flush=True)
             else:
@@ -66,7 +67,9 @@ def literal(op: Op, kernel: str, config: LaunchConfig) -> str:
     """What goes into an operation's `configs`; behind it the tile, warps and stages as the tables write them."""
     tiles = ", ".join(f'"{name}": {size}' for name, size in config.constexprs.items())
     row = [
-        size for name, size in config.constexprs.items() if name.startswith(VARIED) and name not in whole(op, kernel)
+        size
+        for name, size in config.constexprs.items()
+        if name.startswith(VARIED) and name not in full_dim_tiles(op, kernel)
     ]
     row += [config.num_warps, config.num_stages]
     settings = f"num_warps={config.num_warps}, num_stages={config.num_stages}"
@@ -81,7 +84,10 @@ def _case(tuned: Tuned) -> str:
 def _code(tuned: Tuned, width: int) -> list[str]:
     """`literal` in lines that are Python at any width: its comment stands above it."""
     code, row = literal(tuned.case.op, tuned.kernel, tuned.best).split("  # ")
-    return [f"    # {row}", *("    " + line for line in folded(code, width - 4, " " * 4))]
+    return [
+        f"    # {row}",
+        *("    " + line for line in textwrap.wrap(code, width - 4, subsequent_indent=" " * 4, break_on_hyphens=False)),
+    ]
 
 
 def _constants(tuned: Tuned) -> tuple[list[str], str]:
@@ -96,8 +102,8 @@ def _table(tuned: Tuned) -> Table:
     """A line a configuration, the present choice first; what none of them varies stands in the title."""
     names, same = _constants(tuned)
     columns = [Column(name) for name in ("", *names, "warps", "stages", "time, us", "registers", "shared", "FLOP/i")]
-    columns[0] = Column("", right=False)
-    table = Table(f"{tuned.kernel}: {_case(tuned)}{same}", [*columns, Column("held against it", level=1, right=False)])
+    columns[0] = Column("", number=False)
+    table = Table(f"{tuned.kernel}: {_case(tuned)}{same}", [*columns, Column("held against it", number=False)])
     for at, one in enumerate(tuned.candidates):
         compiled, config = one.compiled, one.config
         measured = ["-", "-", "-"]
