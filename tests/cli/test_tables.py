@@ -16,8 +16,7 @@ from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench.cases import BENCHED, cases
 from mixtral_triton.tools.bench.measure import Outcome, Row, untimed_row
 from mixtral_triton.tools.bench.report import op_table, traffic_table
-from mixtral_triton.tools.bench.tune import Candidate, Tuned, kernel_configs
-from mixtral_triton.tools.bench.tune_command import literal, shown
+from mixtral_triton.tools.bench.tune import Candidate, Tuned, kernel_configs, literal, tune_report
 from mixtral_triton.tools.resources import folded, resources_table
 from mixtral_triton.tools.roofline import GPUS
 from mixtral_triton.tools.tables import PIPED, Column, Table, console
@@ -97,7 +96,7 @@ def test_the_table_of_the_tuner(width: int) -> None:
     tuned = Tuned(
         case, kernel, "sm_90", (Candidate(config, None, 1e-3), Candidate(wide, None, None, said.strip())), config
     )
-    text = printed(shown(tuned, width), width)
+    text = printed(tune_report(tuned, width), width)
     assert holds(text, said, "123", "16", "7", "1,000", *(f"{name}={config.constexprs[name]}" for name in ("SPLIT_K",)))
     code, row = literal(case.op, kernel, config).split("  # ")
     assert row in text, "the comment stays in one line, or the rest of it would be code"
@@ -208,4 +207,4 @@ def test_bench_and_tune_from_the_command_line(
     assert main(["tune", "route", "--at", "T=64", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "…" not in out and all(len(line) <= width for line in out.splitlines())
-    assert {"route", "attention"} <= set(OPS) and "bytes touched" in out and "held against it" in out
+    assert {"route", "attention"} <= set(OPS) and "bytes touched" in out and "note" in out

@@ -24,10 +24,11 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench import command as bench_command
 from mixtral_triton.tools.bench.cases import BENCHED, Case, Oracle, cases
+from mixtral_triton.tools.bench.cases import model_sizes as letters
 from mixtral_triton.tools.bench.measure import Bench, checked_row, compare, timed_row
-from mixtral_triton.tools.bench.model import letters
-from mixtral_triton.tools.bench.own_peer import arguments, imported, own_peer
-from mixtral_triton.tools.bench.peers import PEERS
+from mixtral_triton.tools.bench.peers import PEERS, arguments
+from mixtral_triton.tools.bench.peers import import_peer as imported
+from mixtral_triton.tools.bench.peers import user_peer as own_peer
 from mixtral_triton.tools.roofline import GPUS
 
 ROOT = Path(__file__).parents[2]
@@ -194,8 +195,8 @@ def test_a_case_too_large_for_a_cpu_is_not_checked_and_says_so() -> None:
         said == "not checked: too large for a CPU (1,409 million values, 1 GFLOP)" and row.peers["mine"].right is None
     )
     (step,) = (case for case in cases(["decode_step"], at=["L=1", "H=4096"]))
-    assert "too large" in str(step.too_large_for_a_cpu())
-    assert Case(OPS["expert_swiglu"], SIZES).too_large_for_a_cpu() is None
+    assert "too large" in str(step.too_large_for_cpu())
+    assert Case(OPS["expert_swiglu"], SIZES).too_large_for_cpu() is None
 
 
 @without_gpu
