@@ -38,12 +38,12 @@ FULL_LAYERS = {4096: 32, 6144: 56}  # of Mixtral 8x7B and 8x22B, by hidden size
 OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR)?\s*(?:\(.*|\[.*)?$")
 sys.path.insert(0, str(ROOT))  # a script's own path holds only its folder
 
+from mixtral_triton.cli import Parser  # noqa: E402
 from mixtral_triton.kernels.op import Shape  # noqa: E402
 from mixtral_triton.kernels.registry import OPS  # noqa: E402
-from mixtral_triton.tools.arguments import Parser  # noqa: E402
 from mixtral_triton.tools.bench.cases import BENCHED  # noqa: E402
 from mixtral_triton.tools.bench.peers import PEERS  # noqa: E402
-from mixtral_triton.tools.toolchain import toolchain_fault  # noqa: E402
+from mixtral_triton.tools.terminal import toolchain_fault  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
 from benchmarks.common import TINY, Call, hf_model, hf_step, options, our_model, our_step, report, rounds
-from mixtral_triton import apply, ops
+from mixtral_triton import apply
 from mixtral_triton.tools.bench.measure import wall_seconds
 from tests.support.stub.driver import Driver
 from tests.support.stub.gpu import GPU
@@ -74,7 +74,7 @@ def measure(count: int, quiet: bool) -> dict[str, list[float]]:
     """Return by name, for each round, the seconds of a plain launch and of a layer."""
     # CPU tensors take the path of a GPU's: only the memory differs.
     triton.runtime.driver.set_active(SilentDriver(GPU()))
-    with torch.no_grad(), mock.patch.object(ops, "INTERPRETED", True):
+    with torch.no_grad(), mock.patch("mixtral_triton.kernels.call.INTERPRETED", True):
         calls = {"plain": plain_launches(), **steps()}
         for call in calls.values():
             for _ in range(5):  # compiles, and builds the plans

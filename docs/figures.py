@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from mixtral_triton import Mixtral, reference
 from mixtral_triton.cli import SMALL
-from mixtral_triton.tools.trace import pieces, trace
+from mixtral_triton.tools.trace import token_texts, trace
 
 TOKENS, WINDOW, LAYERS = 14, 4, 3  # of the window's figure
 TEXT = "The return statement leaves the current function call"
@@ -71,7 +71,7 @@ def route(file: Path) -> None:
     """The experts of each token of a sentence, layer by layer, in the small checkpoint."""
     model, tokenizer = Mixtral.from_pretrained(SMALL, device="cpu"), Tokenizer.from_file(str(SMALL / "tokenizer.json"))
     ids = [0, *tokenizer.encode(TEXT, add_special_tokens=False).ids]
-    found: Any = trace(model, torch.tensor(ids), pieces(tokenizer, TEXT, ids))
+    found: Any = trace(model, torch.tensor(ids), token_texts(tokenizer, TEXT, ids))
     first = found.experts[:, :, 0]
     figure = Figure(figsize=(1.2 + 0.75 * len(ids), 3), layout="constrained")
     axes = figure.subplots()

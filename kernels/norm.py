@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .checks import Above
+from .checks import Above, constrain
 from .launch import launch, select_configs
 from .op import Cost, LaunchConfig, Op, Sizes, power_of_2, sample
 
@@ -95,6 +95,7 @@ def rms_norm(
     return _launch(x, None, weight, eps)[0]
 
 
+@constrain(error_name="rms_norm")
 def add_rms_norm(
     x: Annotated[Tensor, "... H"],
     residual: Annotated[Tensor, "... H"],
@@ -160,7 +161,6 @@ OP = Op(
 ADD_OP = Op(
     run=add_rms_norm,
     reference=reference.rms_norm,
-    public="rms_norm",
     inputs=inputs_add,
     configs=configs,
     cost=partial(_cost, 4),

@@ -1,14 +1,26 @@
-"""What a caller gives the model, checked: devices, token ids, lengths."""
+"""What a caller gives the model, checked: devices, memory, token ids, lengths."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .ops import readable
+from .quantize.spec import QuantSpec
 
+# What `weights` may be, by the names that `fit` prints.
+WEIGHT_FORMATS: dict[str, str | dict[str, str] | None] = {
+    "as stored": None,
+    "fp8": "fp8",
+    "int8": "int8",
+    "int4": "int4",
+    "int4, linear int8": {"experts": "int4", "linear": "int8"},
+}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that operations compute in
 
 
@@ -29,6 +41,54 @@ def check_dtype(name: str, dtype: Any) -> None:
     """ValueError for what no operation computes in."""
     if dtype not in DTYPES:
         raise ValueError(f"{name}: dtype is {dtype}, needs torch.float32, bfloat16 or float16")
+
+
+def weight_bytes(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, QuantSpec], dtype: torch.dtype) -> int:
+    """Bytes of the parameters of these shapes: those in `specs` quantized, the others in `dtype`."""
+    return sum(
+        math.prod(shape[:-1]) * (_row_bytes(specs[name], shape[-1]) if name in specs else dtype.itemsize * shape[-1])
+        for name, shape in shapes.items()
+    )
+
+
+@cache
+def _row_bytes(spec: QuantSpec, columns: int) -> int:
+    """Bytes of a quantized row: its codes, scales and zeros."""
+    return spec.empty((1, columns), "meta").nbytes
+
+
+def _decimal(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def check_memory(
+    device: torch.device, needed: int, bytes_of: Callable[[Any], int] | None = None, free: int | None = None
+) -> None:
+    """ValueError where `needed` bytes of weights are more than a CUDA `device` has free, before they are allocated.
+
+    bytes_of: the bytes that another value of `weights` takes; None: the files are quantized, and there is no choice.
+    free: bytes; None: what the driver has, and what torch keeps of freed memory.
+    """
+    if device.type != "cuda":
+        return
+    if free is None:
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + cached
+    if needed <= free:
+        return
+    sizes = {}
+    for weights in WEIGHT_FORMATS.values() if bytes_of is not None else ():
+        try:
+            sizes[repr(weights)] = bytes_of(weights)  # type: ignore[misc]
+        except ValueError:  # int4, whose groups have to divide the columns
+            continue
+    fitting = [f"weights={weights} takes {_decimal(size)}" for weights, size in sizes.items() if size <= free]
+    if not fitting:
+        least = min(sizes, key=sizes.__getitem__, default=repr(None))
+        size = _decimal(sizes.get(least, needed))
+        fitting = [f"no format fits, the least is {size} with weights={least}", "needs more memory, or a mesh"]
+    found = f"the weights take {_decimal(needed)}, and {device} has {_decimal(free)} free"
+    raise ValueError(f"Mixtral.from_pretrained: {found}: {'; '.join(fitting)}")
 
 
 def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:

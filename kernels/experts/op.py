@@ -12,7 +12,6 @@ The kernels stand in kernels.py and prefill.py, their tiles in tiles.py.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -243,8 +242,7 @@ OP = Op(
     ),
 )
 
-NORM_OP = replace(
-    OP,
+NORM_OP = Op(
     run=experts_add_rms_norm,
     reference=reference.experts_add_rms_norm,
     inputs=inputs_norm,

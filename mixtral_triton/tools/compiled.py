@@ -1,9 +1,9 @@
-"""A kernel compiled for a GPU that need not be there, and what is held against it."""
+"""A kernel compiled for a GPU that need not be there: its resources, its faults, and the table of `compile`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from triton.tools.disasm import get_sass
 from ..kernels.arch import family
 from . import counted
 from .sass import Loop
+from .terminal import Column, Table
 
 # Bytes of spills that a kernel may have outside its main loops: harmless, a few instructions a program. AMD: none.
 _HARMLESS = {"sm_80": 64, "sm_90": 16, "sm_100": 64}
@@ -104,3 +105,72 @@ class Compiled:
         if self.shared_bytes > self.limit_bytes:
             return f"needs {self.shared_bytes} of {self.limit_bytes} bytes of shared memory"
         return None
+
+
+def as_json(compiled: Compiled) -> dict[str, Any]:
+    """What `compile --json` prints of one kernel: all but its assembly. `arguments`: types of what is not `constexprs`,
+    "constexpr" where the JIT makes it constant (a size of 1, a tensor that is not there)."""
+    hidden = ("signature", "asm", "error")
+    known = {f.name: getattr(compiled, f.name) for f in fields(compiled) if f.name not in hidden}
+    known["arguments"] = {name: kind for name, kind in compiled.signature.items() if name not in compiled.constexprs}
+    return known | {name: getattr(compiled, name) for name in ("loop_flop_per_instruction", "loop_spills", "fault")}
+
+
+Row = Mapping[str, Any]  # of `as_json`
+FIGURES = ("registers", "spills", "shared_bytes", "loop_flop_per_instruction", "fault")
+
+
+def _settings(row: Row) -> dict[str, str]:
+    """How kernels of one tile and dtype may differ: constants, sizes of 1, and which tensors there are."""
+    found = {name: str(int(value)) for name, value in row["constexprs"].items() if isinstance(value, int)}
+    for name, kind in row["arguments"].items():
+        if name.endswith("_ptr"):
+            found[name.removesuffix("_ptr")] = "none" if kind == "constexpr" else kind.lstrip("*")
+        else:
+            found[name] = "1" if kind == "constexpr" else ">1"
+    return found
+
+
+def _differences(rows: Sequence[Row], others: Sequence[Row]) -> str:
+    """The settings of `rows` that not all of `others` have."""
+    settings, every = ([_settings(row) for row in some] for some in (rows, others))
+    words = []
+    for name in settings[0]:
+        values = list(dict.fromkeys(one[name] for one in settings if name in one))
+        if {one.get(name) for one in every} - set(values):
+            words.append(f"{name}={'|'.join(values)}")
+    return " ".join(words)
+
+
+def fold_rows(rows: Sequence[Row]) -> list[tuple[Row, str, str]]:
+    """A line for each kernel, tile and set of figures: one of its rows, the dtypes, and its settings among others."""
+
+    def key(row: Row) -> tuple[Any, ...]:
+        return row["kernel"], _tile(row), row["num_warps"], row["num_stages"]
+
+    lines: dict[tuple[Any, ...], list[Row]] = {}
+    for one in rows:
+        peers = [row for row in rows if key(row) == key(one) and row["dtype"] == one["dtype"]]
+        same = [row for row in peers if all(row[name] == one[name] for name in FIGURES)]
+        lines.setdefault((key(one), *(one[name] for name in FIGURES), _differences(same, peers)), []).append(one)
+    places = {place: at for at, place in reversed([*enumerate(map(key, rows))])}
+    ordered = sorted(lines.items(), key=lambda item: places[item[0][0]])
+    return [(line[0], " ".join(sorted({row["dtype"] for row in line})), words[-1]) for words, line in ordered]
+
+
+def _tile(row: Row) -> str:
+    return "x".join(str(size) for name, size in row["constexprs"].items() if name.startswith("BLOCK_"))
+
+
+def resources_table(arch: str, rows: Sequence[Row]) -> Table:
+    names = ("w/s", "regs", "spills", "shared", "FLOP/i")
+    columns = [*(Column(name, number=False) for name in ("kernel", "dtype", "tile")), *map(Column, names)]
+    caption = "w/s: warps and stages; regs: registers of a thread; FLOP/i: of the tensor cores, for each other "
+    caption += "instruction of the main loop; settings: what differs between kernels of one tile"
+    table = Table(f"Compiled for {arch}", [*columns, Column("settings", number=False)], caption, keys=3)
+    for row, dtypes, words in fold_rows(rows):
+        figures = ("" if row[name] is None else f"{row[name]:,.0f}" for name in FIGURES[:-1])
+        launch = f"{row['num_warps']}/{row['num_stages']}"
+        name, style = row["kernel"].removesuffix("_kernel"), "bold red" if row["fault"] else ""
+        table.add(name, dtypes, _tile(row), launch, *figures, words, style=style)
+    return table

@@ -1,28 +1,35 @@
-"""What a model takes of a GPU's memory: weights by format, cache, workspace, logits; what fits, and how long a text.
+"""The command `fit`: what a model takes of a GPU's memory; which formats fit, how long a text, what would do otherwise.
 
-B sequences, S tokens each, N rows of a chunk, H hidden, I intermediate, E experts, K experts per token, Hq query heads,
-Hkv key/value heads, D head size, V vocabulary, L layers
+B sequences, S tokens each, H hidden, I intermediate, E experts, K experts per token
 
 All bytes but OVERHEAD are counted, by the shapes that the code allocates. Only a config is read, never weights.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.filesize import decimal
+from rich.text import Text
 
 from ..config import MixtralConfig
 from ..generate import PREFILL_CHUNK
-from ..parallel import UNSHARDED, Shard
+from ..inputs import WEIGHT_FORMATS, weight_bytes
+from ..parallel import UNSHARDED, Shard, traffic
+from ..quantize import hub
+from ..quantize.schemes import read_scheme
 from ..quantize.spec import PARTS, QuantSpec, select_specs
-from ..weights import parameter_shapes
-from .gpus import GPU, GPUS
+from ..weights import parameter_shapes, read_headers
+from .gpus import GPU, GPUS, MIB, find_gpu
+from .terminal import Column, Table, console
 
 KNOWN = {
     # mistralai/Mixtral-8x7B-v0.1 and mistralai/Mixtral-8x22B-Instruct-v0.1, by their config.json
@@ -41,37 +48,34 @@ KNOWN = {
 # An estimate, not a count: what the driver keeps of the total that its tool prints, a CUDA context with the kernels of
 # torch and Triton, a library's workspace for matrix products, the graph of a decode step and that step's own buffers.
 OVERHEAD = 5 * 2**28
-MOST_LAYERS = 10_000  # a config that asks for more is broken, and would take for ever to add up
-TIGHT = 0.02  # of the memory: what the estimate may be wrong by
-MOST_GPUS = 16
+LAYERS_MAX = 10_000  # a config with more is broken, and its parameters take too long to list
+TIGHT = 0.02  # of the memory: the error of the estimate
+GPUS_MAX = 16
 # Of each logit: in the model's dtype, in fp32, and what a draw by temperature and top_p makes of it, its sort included.
 LOGIT_BYTES = 64
 
-Weights = str | Mapping[str, str] | None  # as `Mixtral.from_pretrained` takes them
 QuantSpecs = Mapping[str, QuantSpec]  # of the parameters that are quantized, by name
 STORED = "as stored"
-FORMATS: dict[str, Weights] = {
-    STORED: None,
-    "fp8": "fp8",
-    "int8": "int8",
-    "int4": "int4",
-    "int4, linear int8": {"experts": "int4", "linear": "int8"},
-}
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+FORMAT_NOTE = "fp8, int8, int4: of the experts' weights; linear: of attention and the head, too."
+SEVERAL = "Several GPUs: weights and cache in even parts, the rest on each, by estimate; see docs/scaling.md."
+COLOURS = {"no": "red", "tight": "yellow", "fits": "green"}
 
 
-def format_options(config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, QuantSpecs]:
-    """The forms that each of FORMATS has for a model; a format that its columns do not take is left out."""
-    shapes, found = parameter_shapes(config), {}
-    for name, weights in FORMATS.items():
+def format_specs(config: MixtralConfig) -> dict[str, QuantSpecs]:
+    """The specs of each of WEIGHT_FORMATS for a model, without the formats that its columns do not take."""
+    shapes = parameter_shapes(config)
+    specs: dict[str, QuantSpecs] = {}
+    for name, weights in WEIGHT_FORMATS.items():
         try:
-            found[name] = shard_specs(config, select_specs(weights, shapes), shard)
+            specs[name] = select_specs(weights, shapes)
         except ValueError:  # int4, whose groups have to divide the columns
             continue
-    return found
+    return specs
 
 
 def shard_specs(config: MixtralConfig, specs: QuantSpecs, shard: Shard) -> QuantSpecs:
-    """Those of a rank's parts; ValueError where a group of columns would be cut."""
+    """The specs of a rank's parts; ValueError where a group of columns would be cut."""
     return shard.specs(specs, parameter_shapes(config), parameter_shapes(config, shard))
 
 
@@ -79,53 +83,36 @@ def stored_dtype(config: MixtralConfig) -> torch.dtype:
     return getattr(torch, config.dtype or "bfloat16")
 
 
-def weight_bytes(
+def model_bytes(
     config: MixtralConfig, specs: QuantSpecs, dtype: torch.dtype | None = None, shard: Shard = UNSHARDED
 ) -> int:
-    """Of all parameters that a rank keeps; `dtype`: of those that have no form, None: as stored."""
-    itemsize = (dtype or stored_dtype(config)).itemsize
-    return sum(
-        _packed(specs[name], shape) if name in specs else itemsize * math.prod(shape)
-        for name, shape in parameter_shapes(config, shard).items()
-    )
-
-
-def _packed(spec: QuantSpec, shape: tuple[int, ...]) -> int:
-    return math.prod(shape[:-1]) * _row(spec, shape[-1])
-
-
-@lru_cache(maxsize=256)
-def _row(spec: QuantSpec, columns: int) -> int:
-    """Bytes of one row: its codes, scales and zeros."""
-    return spec.empty((1, columns), "meta").nbytes
+    """Bytes of all parameters of a rank; `dtype`: of those that are not quantized, None: as stored."""
+    return weight_bytes(parameter_shapes(config, shard), specs, dtype or stored_dtype(config))
 
 
 def table_bytes(config: MixtralConfig) -> int:
-    """Of the rotary tables, fp32."""
+    """Bytes of the rotary tables, fp32."""
     return 4 * config.max_position_embeddings * config.head_dim
 
 
 def parameters(config: MixtralConfig) -> tuple[int, int]:
-    """All of them, and those that a token goes through: K of E experts."""
-    total = active = 0
-    for name, shape in parameter_shapes(config).items():
-        count = math.prod(shape)
-        total += count
-        chosen = name.endswith(PARTS["experts"])
-        active += count * config.num_experts_per_tok // config.num_local_experts if chosen else count
-    return total, active
+    """How many there are, and how many a token meets: K of E experts."""
+    counts = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
+    experts = sum(count for name, count in counts.items() if name.endswith(PARTS["experts"]))
+    total = sum(counts.values())
+    return total, total - experts + experts * config.num_experts_per_tok // config.num_local_experts
 
 
 def token_flops(config: MixtralConfig, context: int) -> int:
-    """Of the products of one token behind `context` others: two a weight that it meets, and of its attention."""
-    embedding = config.vocab_size * config.hidden_size
-    met = parameters(config)[1] - (0 if config.tie_word_embeddings else embedding)
-    seen = min(context, config.sliding_window or context)
-    return 2 * met + 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seen
+    """Of the products of a token after `context` others: two for each weight that it meets, and those of attention."""
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    keys = min(context, config.sliding_window or context)
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
+    return 2 * (parameters(config)[1] - embedding) + attention
 
 
 def cache_bytes(config: MixtralConfig, batch: int, context: int) -> int:
-    """Of a KVCache: a ring of the window where there is one."""
+    """Bytes of a KVCache: a ring of the window where there is one."""
     slots = config.sliding_window or context
     heads = config.num_key_value_heads * config.head_dim
     return 2 * config.num_hidden_layers * batch * heads * slots * stored_dtype(config).itemsize
@@ -134,24 +121,24 @@ def cache_bytes(config: MixtralConfig, batch: int, context: int) -> int:
 def workspace_bytes(config: MixtralConfig, batch: int, context: int) -> int:
     """The most that `generate` holds at one time while it reads prompts, in chunks of PREFILL_CHUNK tokens.
 
-    In a layer's experts: its input and that normed, attention's result, the sum and that normed, and the next sum; of
-    each slot its row in sorted order, the experts' inner values and result (a remembered call has all of these at one
-    time), then the output in their place. In its attention: its input and that normed, queries, keys and values, those
+    A layer's experts hold their input and its norm, attention's result, the sum and its norm, and the next sum; for
+    each slot its row in sorted order, the experts' inner values and result (a cached launch plan holds all of these at
+    one time), then the output in their place. Attention holds its input and its norm, queries, keys and values, those
     rotated, and the heads' result.
     """
-    hidden, inner, chosen = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
+    hidden, inner, slots = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    experts = max(6 * hidden + chosen * (2 * hidden + inner), 7 * hidden + chosen * hidden)
+    experts = max(6 * hidden + slots * (2 * hidden + inner), 7 * hidden + slots * hidden)
     row = max(experts, 2 * hidden + 3 * heads) + config.num_local_experts
     row += hidden if context > PREFILL_CHUNK else 0  # the chunk before it is still there
-    counters = 16 + 12 * chosen  # positions; routes, their weights and order
+    counters = 16 + 12 * slots  # positions; routes, their weights and order
     rows = batch * min(context, PREFILL_CHUNK)
     return rows * (row * stored_dtype(config).itemsize + counters) + 8 * batch * context
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of a model that runs on one GPU, or on each of several."""
+    """Bytes of a model on one GPU, or on each of several."""
 
     weights: int
     tables: int
@@ -165,7 +152,7 @@ class Need:
         """Several GPUs: weights and cache in even parts, as if those divided them; embedding and the rest on each."""
         embedding = config.vocab_size * config.hidden_size * stored_dtype(config).itemsize
         return cls(
-            embedding - (embedding - weight_bytes(config, specs)) // gpus,
+            embedding - (embedding - model_bytes(config, specs)) // gpus,
             table_bytes(config),
             -(-cache_bytes(config, batch, context) // gpus),
             workspace_bytes(config, batch, context),
@@ -179,11 +166,11 @@ class Need:
 
 @dataclass(frozen=True)
 class Plan:
-    """One set of forms on GPUs of `memory` bytes.
+    """One set of specs on GPUs of `memory` bytes.
 
     verdict  "fits"; "tight": by less than TIGHT of the memory; "no"
     longest  tokens a sequence that it holds without being tight, at most the model's positions; 0: not one
-    needs    the least number of such GPUs that hold it without being tight, at most MOST_GPUS; None: more
+    needs    the least number of such GPUs that hold it without being tight, at most GPUS_MAX; None: more
     """
 
     need: Need
@@ -204,48 +191,173 @@ def comfortable(memory: int) -> int:
 
 def plan(config: MixtralConfig, specs: QuantSpecs, memory: int, batch: int, context: int, gpus: int = 1) -> Plan:
     """On `gpus` GPUs of `memory` bytes each, `batch` sequences of `context` tokens."""
-    room, lengths, counts = comfortable(memory), range(config.max_position_embeddings + 1), range(1, MOST_GPUS + 1)
-    longest = bisect_right(lengths, room, key=lambda S: Need.of(config, specs, batch, S, gpus).total) - 1
-    needs = next((n for n in counts if Need.of(config, specs, batch, context, n).total <= room), None)
+    limit, lengths, counts = comfortable(memory), range(config.max_position_embeddings + 1), range(1, GPUS_MAX + 1)
+    longest = bisect_right(lengths, limit, key=lambda S: Need.of(config, specs, batch, S, gpus).total) - 1
+    needs = next((n for n in counts if Need.of(config, specs, batch, context, n).total <= limit), None)
     return Plan(Need.of(config, specs, batch, context, gpus), memory, max(0, longest), needs)
 
 
-def smallest_gpu(config: MixtralConfig, specs: QuantSpecs, batch: int, context: int) -> GPU | None:
-    """The listed GPU with the least memory that holds it without being tight."""
-    need = Need.of(config, specs, batch, context).total
-    return min((gpu for gpu in GPUS if need <= comfortable(gpu.bytes)), key=lambda gpu: gpu.mib, default=None)
+@dataclass(frozen=True)
+class Request:
+    """A model, the specs of each of WEIGHT_FORMATS, and what STORED means for it."""
+
+    name: str
+    config: MixtralConfig
+    specs: Mapping[str, QuantSpecs]
+    stored: str
+    batch: int
+    context: int
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Request:
+        """ValueError for what is wrong with the options."""
+        name = str(args.model)
+        known = KNOWN.get(name.lower())
+        config = known or MixtralConfig.from_pretrained(name)
+        if config.num_hidden_layers > LAYERS_MAX:
+            raise ValueError(f"{name}: num_hidden_layers is {config.num_hidden_layers}, needs at most {LAYERS_MAX}")
+        scheme = None if known else read_scheme(Path(name))
+        if scheme is None:
+            specs, stored = format_specs(config), SHORT[stored_dtype(config)]
+        else:  # the files alone say which of their tensors are quantized
+            specs, stored = {STORED: hub.plan(read_headers(name), config).specs}, scheme.name
+        limit = config.max_position_embeddings
+        context = limit if args.context is None else args.context
+        if args.batch < 1:
+            raise ValueError(f"--batch is {args.batch}, needs at least 1")
+        if not 1 <= context <= limit:
+            raise ValueError(f"--context is {context}, needs 1 to {limit}, the model's positions")
+        if args.gpus is not None and not 1 <= args.gpus <= GPUS_MAX:
+            raise ValueError(f"--gpus is {args.gpus}, needs 1 to {GPUS_MAX}")
+        return cls(name, config, specs, stored, args.batch, context)
+
+    def plans(self, gpu: GPU, gpus: int = 1) -> dict[str, Plan]:
+        sizes = (gpu.bytes, self.batch, self.context, gpus)
+        return {name: plan(self.config, specs, *sizes) for name, specs in self.specs.items()}
+
+    def label(self, format: str) -> str:
+        return self.stored if format == STORED else format
+
+    def as_dict(self) -> dict[str, Any]:
+        total, active = parameters(self.config)
+        flops = token_flops(self.config, self.context)
+        counts = {"parameters": total, "active_parameters": active, "flop_per_token": flops}
+        return {"model": self.name, **counts, "batch": self.batch, "context": self.context}
+
+    def sentence(self) -> str:
+        total, active = (_scaled(count, "B") for count in parameters(self.config))
+        return (
+            f"{self.name}: {total} parameters, {active} active a token; {self.batch} "
+            f"{'sequence' if self.batch == 1 else 'sequences'} of {self.context:,} tokens, the last one of them "
+            f"{_scaled(token_flops(self.config, self.context), 'G')}FLOP."
+        )
 
 
-def check(
-    config: MixtralConfig,
-    specs: QuantSpecs,
-    device: torch.device,
-    dtype: torch.dtype,
-    free_choice: bool = True,
-    free: int | None = None,
-    shard: Shard = UNSHARDED,
-) -> None:
-    """ValueError where the weights alone do not fit in what is free on a CUDA `device`, before anything is allocated.
+def run(args: argparse.Namespace) -> int:
+    """-> exit status: 1 where no format fits."""
+    request, gpu = Request.of(args), _select_gpu(args)
+    for option in ("gpus", "scaling"):
+        if gpu is None and getattr(args, option) is not None:
+            raise ValueError(f"--{option} is given and there is no GPU here, needs --gpu, too")
+    if gpu is None:
+        return _run_all_gpus(request, args.json)
+    if args.scaling is not None:
+        from .scaling import run as run_scaling
 
-    forms, dtype: of the quantized parameters, and of the others. free_choice: whether others can be asked for, as is so
-    for files that are not quantized themselves. free: bytes; None: the driver is asked, and torch for what it keeps.
-    """
-    if device.type != "cuda":
-        return
-    if free is None:
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, of what was let go
-        free = torch.cuda.mem_get_info(device)[0] + kept
-    tables = table_bytes(config)
-    need = weight_bytes(config, specs, dtype, shard) + tables
-    if need <= free:
-        return
-    others = format_options(config, shard) if free_choice else {STORED: specs}
-    sizes = {name: weight_bytes(config, other, dtype, shard) + tables for name, other in others.items()}
-    would = [f"weights={FORMATS[name]!r} takes {decimal(size)}" for name, size in sizes.items() if size <= free]
-    if not would:
-        least = min(sizes, key=sizes.__getitem__)
-        gpu = smallest_gpu(config, others[least], 1, 1) if shard == UNSHARDED else None
-        would = [f"no format fits, the least is {decimal(sizes[least])} with weights={FORMATS[least]!r}"]
-        would += [f"a GPU like the {gpu.name} holds that"] if gpu else []
-    got = f"the weights take {decimal(need)}, and {device} has {decimal(free)} free"
-    raise ValueError(f"Mixtral.from_pretrained: {got}: {'; '.join(would)}")
+        return run_scaling(request, args.scaling or STORED, gpu, args.json)
+    gpus = args.gpus or 1
+    plans = request.plans(gpu, gpus)
+    if args.json:
+        formats = []
+        for name, one in plans.items():
+            need = {**asdict(one.need), "total": one.need.total}
+            answers = {"verdict": one.verdict, "longest_context": one.longest, "gpus_needed": one.needs}
+            formats.append({"format": name, "weights": WEIGHT_FORMATS[name], "bytes": need, **answers})
+        sent = asdict(traffic(request.config, gpus, itemsize=stored_dtype(request.config).itemsize))
+        sizes = {"name": gpu.name, "bytes": gpu.bytes, "gpus": gpus}
+        print(json.dumps({**request.as_dict(), "gpu": sizes, "sends_a_token": sent, "formats": formats}))
+    else:
+        _print(request, gpu, gpus, plans)
+    return 0 if any(one.verdict != "no" for one in plans.values()) else 1
+
+
+def _select_gpu(args: argparse.Namespace) -> GPU | None:
+    """The one of the options, else the one at hand, by its driver; None where there is none."""
+    if args.memory is not None:
+        if args.gpu is not None:
+            raise ValueError("--gpu is given, and --memory, too: needs one of the two")
+        if not 1 <= args.memory < float("inf"):
+            raise ValueError(f"--memory is {args.memory}, needs GiB, at least 1")
+        return GPU("", f"{args.memory:g} GiB", int(args.memory * 1024))
+    if args.gpu is not None:
+        return find_gpu(args.gpu)
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return GPU("", properties.name, properties.total_memory // MIB)
+
+
+def _print(request: Request, gpu: GPU, gpus: int, plans: dict[str, Plan]) -> None:
+    out, need = console(), plans[STORED].need
+    parts = {"tables": need.tables, "cache": need.cache, "workspace": need.workspace, "logits": need.logits}
+    out.print(Text(request.sentence()))
+    out.print(
+        f"Beside the weights: {', '.join(f'{name} {decimal(size)}' for name, size in parts.items())}, and by estimate "
+        f"{decimal(need.overhead)} for the driver, a CUDA context and a graph."
+    )
+    if gpus > 1:
+        sent = traffic(request.config, gpus, itemsize=stored_dtype(request.config).itemsize)
+        out.print(f"For each token a GPU sends {decimal(sent.layer)} a layer, and {decimal(sent.head)} of logits.")
+    columns = [Column("format", number=False), *map(Column, ("weights", "in all", "used", "longest", "gpus", ""))]
+    caption = "longest: tokens a sequence, and gpus: how many, with 2 % of the memory to spare; tight: less to spare. "
+    table = Table(f"{gpus} x {gpu.name}: {gpu.mib:,} MiB", columns, f"{caption}{FORMAT_NOTE} {SEVERAL}")
+    for name, one in plans.items():
+        sizes = (decimal(one.need.weights), decimal(one.need.total), f"{100 * one.need.total / one.memory:.0f} %")
+        longest = f"{one.longest:,}" if one.longest else "-"
+        table.add(request.label(name), *sizes, longest, _count(one.needs), one.verdict, style=COLOURS[one.verdict])
+    out.print(table)
+    fitting = {name: one.verdict for name, one in plans.items() if one.verdict != "no"}
+    if fitting:
+        names = (request.label(name) + " (tight)" * (word == "tight") for name, word in fitting.items())
+        out.print(Text("FITS: " + "; ".join(names), style="bold green"))
+    else:
+        out.print(Text(_alternatives(request, gpu, plans), style="bold red"))
+
+
+def _alternatives(request: Request, gpu: GPU, plans: dict[str, Plan]) -> str:
+    """The format that takes the least, and what holds it."""
+    name, least = min(plans.items(), key=lambda item: item[1].need.total)
+    need = Need.of(request.config, request.specs[name], request.batch, request.context).total
+    alone = next((other for other in GPUS.values() if need <= comfortable(other.bytes)), None)  # least memory first
+    options = [f"{least.needs} x {gpu.name}"] if least.needs else []
+    options += [f"one {alone.name}"] if alone else []
+    options += [f"a text of {least.longest:,} tokens"] if least.longest else []
+    text = ", or ".join(options) or "no listed GPU"
+    total = decimal(least.need.total)
+    return f"NO FORMAT FITS: {request.label(name)} takes the least, {total}. What would do: {text}"
+
+
+def _run_all_gpus(request: Request, as_json: bool) -> int:
+    """How many of each listed GPU hold each format."""
+    rows = [(gpu, {name: one.needs for name, one in request.plans(gpu).items()}) for gpu in GPUS.values()]
+    if as_json:
+        gpus = [{"name": gpu.name, "bytes": gpu.bytes, "gpus_needed": needs} for gpu, needs in rows]
+        print(json.dumps({**request.as_dict(), "gpus": gpus}))
+        return 0
+    out = console()
+    out.print(Text(request.sentence()))
+    columns = [Column("gpu", number=False), Column("MiB"), *(Column(request.label(name)) for name in request.specs)]
+    caption = f"-: more than {GPUS_MAX}. MiB: by its driver, of which 2 % stay free. {FORMAT_NOTE} {SEVERAL}"
+    table = Table("How many GPUs hold it, by the format of its weights", columns, caption)
+    for gpu, needs in rows:
+        table.add(gpu.name, f"{gpu.mib:,}", *map(_count, needs.values()))
+    out.print(table)
+    return 0
+
+
+def _scaled(count: int, billions: str) -> str:
+    return f"{count / 1e9:.2f} {billions}" if count >= 1e8 else f"{count / 1e6:.2f} M"
+
+
+def _count(gpus: int | None) -> str:
+    return "-" if gpus is None else str(gpus)

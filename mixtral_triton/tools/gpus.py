@@ -1,19 +1,76 @@
-"""How much memory a GPU has by its driver, which is less than its label says; roofline.py has the rates of some."""
+"""The one table of GPUs: memory, rates by data sheet, links, and the estimates of the cost model. It needs no torch."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 MIB = 2**20
 
 
 @dataclass(frozen=True)
-class GPU:
-    """`mib`: what the driver's tool prints as the total, in MiB; `also`: other names of the same GPU."""
+class Chip:
+    """What a predicted time needs beside a GPU's rates (predict.py).
 
+    l2          bytes/s from L2 to all SMs together, as programs reach it
+    vector      FLOP/s of fp32 without tensor cores
+    launch_gap  seconds between two launches of a graph
+    pdl_gap     the same where the second launch is a programmatic dependent one; None: the GPU has none
+    """
+
+    l2: float
+    vector: float
+    launch_gap: float
+    pdl_gap: float | None = None
+
+
+@dataclass(frozen=True)
+class Link:
+    """bytes/s that a GPU sends, by data sheets: inside a node, and by its share of the network between nodes."""
+
+    node: float
+    network: float
+
+
+# l2: estimates. A100 and H100 have 5,120 bytes a clock (NVIDIA's white papers), at 1.41 and 1.755 GHz 7.2 and 9.0 TB/s,
+# of which tiled products reach about 78 %; B200 as much an SM as H100 at 1.85 GHz; MI300X is bound by its Infinity
+# Cache (CDNA 3 white paper), since 4 MB of L2 a die hold little of a weight.
+# vector: data sheets (B200: an eighth of HGX B200's). launch_gap: estimates. pdl_gap: an estimate, half a gap;
+# published is what it saved in all: 332 to 376 tokens/s of a 20 B mixture of experts (ggml-org/llama.cpp, pull request
+# 22522), 0.35 ms of some hundreds of launches.
+_SM_80 = Chip(5.6e12, 19.5e12, 1.2e-6)
+_SM_90 = Chip(7.0e12, 67e12, 1.2e-6, 0.6e-6)
+_SM_100 = Chip(8.3e12, 75e12, 1.2e-6, 0.6e-6)
+_GFX942 = Chip(17.2e12, 163.4e12, 3e-6)
+# NVLink's and Infinity Fabric's totals count both directions; each of a node's GPUs has a 200 or 400 Gb/s adapter.
+_HOPPER = Link(450e9, 50e9)
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One GPU.
+
+    key        what `--gpu` calls it
+    mib        MiB of memory that the driver's tool prints as the total, which is less than the label says
+    bandwidth  bytes/s of device memory; 0: not in this table
+    matmul     FLOP/s of dense bf16 matrix products
+    driver     matches the driver's name of the GPU that has exactly these rates
+    aliases    other names that people write; the rates are those of the SXM model
+    chip, link what a prediction needs; None: unknown
+    source     where the two rates are from: "data sheet", or "measured"
+    """
+
+    key: str
     name: str
-    mib: int
-    also: tuple[str, ...] = ()
+    mib: int = 0
+    arch: str = ""
+    bandwidth: float = 0.0
+    matmul: float = 0.0
+    driver: str = ""
+    aliases: tuple[str, ...] = ()
+    chip: Chip | None = None
+    link: Link | None = None
+    source: str = "data sheet"
 
     @property
     def bytes(self) -> int:
@@ -21,52 +78,71 @@ class GPU:
 
     @property
     def names(self) -> set[str]:
-        return {_plain(name) for name in (self.name, *self.also)}
+        return {_normalize(name) for name in (self.key, self.name, *self.aliases)}
 
 
-# Totals as nvidia-smi prints them since driver 510 (before, it left out what it keeps for itself), with ECC as the GPU
-# is shipped; the quoted name is the one beside it there.
-GPUS = (
-    GPU("A10", 23028),  # "NVIDIA A10"
-    GPU("A10G", 23028),  # "NVIDIA A10G"
-    GPU("L4", 23034),  # "NVIDIA L4"
-    GPU("RTX 4090", 24564, ("4090",)),  # "NVIDIA GeForce RTX 4090"
-    GPU("A30", 24576),  # "NVIDIA A30"
-    GPU("RTX 3090", 24576, ("3090",)),  # "NVIDIA GeForce RTX 3090"
-    GPU("RTX 5090", 32607, ("5090",)),  # "NVIDIA GeForce RTX 5090"
-    GPU("A100 40GB", 40960, ("A100-40", "A100-SXM4-40GB", "A100-PCIE-40GB")),  # "NVIDIA A100-SXM4-40GB"
-    GPU("A40", 46068),  # "NVIDIA A40"
-    GPU("L40S", 46068),  # "NVIDIA L40S"
-    GPU("A6000", 49140, ("RTX A6000",)),  # "NVIDIA RTX A6000"
-    GPU("RTX 6000 Ada", 49140, ("6000 Ada", "RTX 6000 Ada Generation")),  # "NVIDIA RTX 6000 Ada Generation"
-    GPU("H100 80GB", 81559, ("H100", "H100-80", "H100 80GB HBM3", "H100 SXM", "H100 PCIe")),  # "NVIDIA H100 80GB HBM3"
-    GPU("A100 80GB", 81920, ("A100", "A100-80", "A100-SXM4-80GB", "A100 80GB PCIe")),  # "NVIDIA A100-SXM4-80GB"
-    GPU("H100 NVL", 95830),  # "NVIDIA H100 NVL"
-    GPU("GH200", 97871, ("GH200 480GB",)),  # "NVIDIA GH200 480GB"
-    GPU("RTX PRO 6000", 97887, ("PRO 6000", "RTX PRO 6000 Blackwell")),  # "NVIDIA RTX PRO 6000 Blackwell ..."
-    GPU("H200", 143771, ("H200 NVL",)),  # "NVIDIA H200"
-    GPU("B200", 183359),  # "NVIDIA B200"
-    GPU("MI300X", 196592),  # rocm-smi: "VRAM Total Memory (B): 206141652992"
-    GPU("B300", 275040),  # "NVIDIA B300 SXM6 AC"
-)
-# Known, and of no use here: Triton compiles for sm_80 and later.
+# Memory: the totals of nvidia-smi since driver 510 (earlier ones leave out what the driver keeps), with ECC as shipped;
+# MI300X by rocm-smi, "VRAM Total Memory (B): 206141652992".
+GPUS = {
+    gpu.key: gpu
+    for gpu in (
+        GPU("a10", "A10", 23028, "sm_86", 0.6e12, 125e12, r"\bA10$"),
+        GPU("a10g", "A10G", 23028, "sm_86"),
+        GPU("l4", "L4", 23034, "sm_89"),
+        GPU("rtx4090", "RTX 4090", 24564, "sm_89", aliases=("4090",)),
+        GPU("a30", "A30", 24576, "sm_80"),
+        GPU("rtx3090", "RTX 3090", 24576, "sm_86", aliases=("3090",)),
+        GPU("rtx5090", "RTX 5090", 32607, "sm_120", 1.792e12, 209.5e12, r"RTX 5090$", ("5090",)),
+        GPU("a100-40", "A100 40GB", 40960, "sm_80", aliases=("A100-SXM4-40GB", "A100-PCIE-40GB")),
+        GPU("a40", "A40", 46068, "sm_86"),
+        GPU("l40s", "L40S", 46068, "sm_89", 0.864e12, 362.05e12, r"\bL40S$"),
+        GPU("a6000", "A6000", 49140, "sm_86", aliases=("RTX A6000",)),
+        GPU("rtx6000ada", "RTX 6000 Ada", 49140, "sm_89", aliases=("6000 Ada", "RTX 6000 Ada Generation")),
+        GPU(
+            *("h100", "H100 80GB", 81559, "sm_90", 3.35e12, 989e12, r"H100 80GB HBM3"),
+            aliases=("H100-80", "H100 80GB HBM3", "H100 SXM", "H100 PCIe"),
+            chip=_SM_90,
+            link=_HOPPER,
+        ),
+        GPU(
+            *("a100", "A100 80GB", 81920, "sm_80", 2.039e12, 312e12, r"A100-SXM4?-80GB"),
+            aliases=("A100-80", "A100-SXM4-80GB", "A100 80GB PCIe"),
+            chip=_SM_80,
+            link=Link(300e9, 25e9),
+        ),
+        GPU("h100nvl", "H100 NVL", 95830, "sm_90"),
+        GPU("gh200", "GH200", 97871, "sm_90", aliases=("GH200 480GB",)),
+        GPU("rtxpro6000", "RTX PRO 6000", 97887, "sm_120", aliases=("PRO 6000", "RTX PRO 6000 Blackwell")),
+        GPU("h200", "H200", 143771, "sm_90", 4.8e12, 989e12, r"H200$", ("H200 NVL",), _SM_90, _HOPPER),
+        GPU("b200", "B200", 183359, "sm_100", 8.0e12, 2250e12, r"\bB200$", (), _SM_100, Link(900e9, 50e9)),
+        GPU("mi300x", "MI300X", 196592, "gfx942", 5.3e12, 1307e12, r"MI300X", (), _GFX942, Link(448e9, 50e9)),
+        GPU("b300", "B300", 275040, "sm_103", 8.0e12, 2250e12, r"\bB300 SXM", ("B300 SXM6 AC",)),
+    )
+}
+RATED = {key: gpu for key, gpu in GPUS.items() if gpu.bandwidth}  # those of which a floor is known
+# Known, and not usable: Triton compiles for sm_80 and later.
 TOO_OLD = {"V100": "sm_70", "V100 16GB": "sm_70", "V100 32GB": "sm_70", "T4": "sm_75", "RTX 2080 Ti": "sm_75"}
 
 
-def named(name: str) -> GPU:
-    """The GPU of this name, whatever its case and spaces; ValueError listing all for another one."""
-    wanted = _plain(name)
-    for gpu in GPUS:
+def find_gpu(name: str) -> GPU:
+    """The GPU of this name, whatever its case and spaces; ValueError that lists all of them for another name."""
+    wanted = _normalize(name)
+    for gpu in GPUS.values():
         if wanted in gpu.names:
             return gpu
     for old, arch in TOO_OLD.items():
-        if wanted == _plain(old):
+        if wanted == _normalize(old):
             raise ValueError(f"--gpu is {name!r}, which is {arch}: these kernels need sm_80 or later")
-    raise ValueError(f"--gpu is {name!r}, needs one of {', '.join(gpu.name for gpu in GPUS)}")
+    raise ValueError(f"--gpu is {name!r}, needs one of {', '.join(gpu.name for gpu in GPUS.values())}")
 
 
-def _plain(name: str) -> str:
-    """`name` without what people write in different ways: case, spaces, hyphens, the makers' words."""
+def data_sheet(device_name: str) -> GPU | None:
+    """The GPU of RATED that the driver calls `device_name`; None for another model, whose memory or clocks differ."""
+    return next((gpu for gpu in RATED.values() if re.search(gpu.driver, device_name)), None)
+
+
+def _normalize(name: str) -> str:
+    """`name` in lower case without spaces, hyphens and the makers' words."""
     letters = "".join(character for character in name.lower() if character.isalnum())
     for word in ("nvidia", "geforce", "amd", "instinct"):
         letters = letters.removeprefix(word)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import io
+import json
 import math
 import os
 import re
@@ -15,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -37,9 +39,10 @@ from ..kernels.op import Launch, Op
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
 from . import counted
-from .compiled import Assembly, Compiled
-from .files import write
+from .compiled import Assembly, Compiled, as_json, resources_table
 from .pool import share
+from .predict import family_note
+from .terminal import console, write_file
 
 _WIDTHS = ("H", "I")  # of a model: they change no tile
 _TOGETHER = 32  # kernels whose loops are counted in one go, since a disassembler takes long to start
@@ -111,7 +114,7 @@ def _write(asm: Mapping[str, Any], out: PathLike, stem: str) -> str:
     kinds = ("amdgcn", "hsaco") if "amdgcn" in asm else ("ptx", "sass", "cubin")
     for kind in kinds:
         path, content = Path(out).absolute() / f"{stem}.{kind}", asm[kind]
-        write(path, content if isinstance(content, bytes) else content.encode())
+        write_file(path, content if isinstance(content, bytes) else content.encode())
     return str(path)
 
 
@@ -348,11 +351,27 @@ def compile_shapes(
     return (compiled for _, compiled in (found if as_done else _in_order(found)))
 
 
-def as_json(compiled: Compiled) -> dict[str, Any]:
-    """What `compile --json` prints of one kernel: all but its assembly. `arguments`: types of what is not `constexprs`,
-    "constexpr" where the JIT makes it constant (a size of 1, a tensor that is not there)."""
-    hidden = ("signature", "asm", "error")
-    known = {f.name: getattr(compiled, f.name) for f in fields(compiled) if f.name not in hidden}
-    known["arguments"] = {name: kind for name, kind in compiled.signature.items() if name not in compiled.constexprs}
-    found = {name: getattr(compiled, name) for name in ("loop_flop_per_instruction", "loop_spills", "fault")}
-    return {**known, **found}
+def run(args: argparse.Namespace, bar: Callable[[str, None], Any]) -> int:
+    """The command `compile` -> exit status: 1 where a kernel must not run."""
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {str(args.out)!r} is a file, needs a folder")
+    rows: list[dict[str, Any]] = []
+    with bar(f"compiling for {args.arch}", None) as progress:
+        # JSON streams; the table has the registry's order.
+        for kernel in compile_ops(args.ops, args.arch, out=args.out, progress=progress.update, as_done=args.json):
+            rows.append(as_json(kernel))
+            if args.json:
+                print(json.dumps(rows[-1]), flush=True)
+    faults = [row for row in rows if row["fault"]]
+    if not args.json:
+        out = console()
+        if note := family_note(args.arch):
+            out.print(note)
+        out.print(resources_table(args.arch, rows))
+        for row in faults:
+            out.print(f"{row['op']}, {row['kernel']}, {row['dtype']}: {row['fault']}", style="red", markup=False)
+        limit = ARCHS[args.arch].shared_bytes
+        verdict = f"{len(faults)} of them must not run" if faults else "none spills in its main loop, all fit"
+        style = "bold red" if faults else "bold green"
+        out.print(f"{len(rows)} kernels; shared memory of a block: {limit:,} bytes at most. [{style}]{verdict}[/]")
+    return 1 if faults else 0

@@ -1,27 +1,62 @@
-"""How long a call takes on a GPU that is not at hand: a prediction from its recorded launches, not a measurement.
+"""Floors and predicted times of calls on a GPU that is not at hand.
 
-A launch takes as long as the slowest of three: its bytes across device memory; the bytes of its tiles from L2 to the
-SMs; its products. The last two go by whole waves of programs. Between launches lies a gap, a shorter one where the
-second begins before the first has ended. Not counted: what an instruction waits for, so that a kernel of few bytes
-takes longer than predicted.
+A floor is a call's compulsory work (`Op.cost`) at full rates. A predicted time comes from the recorded launches; no
+measurement stands behind it. A launch takes as long as the slowest of three: its bytes across device memory, the bytes
+of its tiles from L2 to the SMs, and its products. The last two are counted in whole waves of programs. A gap lies
+between launches, a shorter one before a programmatic dependent launch. Latency is not counted, so that a kernel of few
+bytes takes longer than predicted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..kernels.arch import multiprocessors
+import torch
+
+from ..kernels.arch import ARCHS, amd, family, multiprocessors
 from ..kernels.op import Cost, Launch
-from .roofline import GPU, Chip, floor
-from .work import Work, work
+from .gpus import GPU, Chip
+from .work import Work, count_work
 
 MEMORY_REACHED = 0.92  # of a data sheet's bandwidth, by long copies: an estimate from published ones on an H100
 MATMUL_REACHED = 0.75  # of a data sheet's tensor-core peak, by libraries at the clocks of a busy GPU: an estimate
-WARPS, THREADS = 64, 32  # that an SM holds at most, and of each
-REGISTERS, OTHERS = 65536, 64  # that an SM has (AMD: more), and that a thread takes beside its part of the tiles
+WARPS, THREADS = 64, 32  # the most warps of an SM, and the threads of each
+REGISTERS, OTHER_REGISTERS = 65536, 64  # of an SM (AMD: more), and of a thread beside its part of the tiles
+
+Timer = Callable[[Callable[[], Any]], float]
+
+
+def floor(cost: Cost, gpu: GPU) -> float:
+    """Seconds below which no kernel can be on `gpu`: its bytes at full bandwidth, or its FLOPs at the matmul rate."""
+    return max(cost.bytes / gpu.bandwidth, cost.flops / gpu.matmul)
+
+
+def bound(cost: Cost, gpu: GPU) -> str:
+    """What sets the floor: "memory" or "matmul"."""
+    return "matmul" if cost.flops / gpu.matmul > cost.bytes / gpu.bandwidth else "memory"
+
+
+def measure_gpu(name: str, arch: str, device: Any, timer: Timer, memory: int = 1 << 30, n: int = 8192) -> GPU:
+    """The rates of the current GPU, by torch's own kernels: the better of a copy and a read of `memory` bytes, and a
+    bf16 matrix product of n x n."""
+    source = torch.ones(memory // 4, device=device)
+    copy = torch.empty_like(source)
+    bandwidth = max(2 * memory / timer(lambda: copy.copy_(source)), memory / timer(source.amax))
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    matmul = 2 * n**3 / timer(lambda: torch.mm(a, b, out=out))
+    return GPU("", name, arch=arch, bandwidth=bandwidth, matmul=matmul, source="measured")
+
+
+def family_note(arch: str) -> str | None:
+    """A sentence where `arch` runs on the launch choices of another architecture; None where it has its own."""
+    used = family(arch)
+    if used == arch:
+        return None
+    return f"{arch} has no table of launch choices of its own: the analytic rule takes those of {used}"
 
 
 @dataclass(frozen=True)
@@ -44,21 +79,21 @@ class Prediction:
 
     @property
     def share(self) -> float:
-        """How near to the floor: 1.0 is on it."""
+        """The floor by the predicted time: 1.0 is on the floor."""
         return self.floor_s / self.seconds if self.seconds else 1.0
 
     def as_dict(self) -> dict[str, Any]:
         return {"time_us": self.seconds * 1e6, "limit": self.limit, "of_floor": self.share}
 
 
-def predicted(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
-    """Of a call that launches these, with the compulsory work `cost`; never below its floor.
+def predict(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
+    """The time of a call with these launches and the compulsory work `cost`; never below its floor.
 
     ValueError for a GPU of which no more than its rates are known, and for a kernel without a formula.
     """
-    if gpu.chip is None:
-        raise ValueError(f"predicted: GPU is {gpu.name}, needs one whose L2 bandwidth and shared memory are known")
     chip = gpu.chip
+    if chip is None:
+        raise ValueError(f"predict: GPU is {gpu.name}, needs one whose L2 bandwidth is known")
     launches = tuple(launches)
     parts = tuple(_part(launch, gpu, chip) for launch in launches)
     by_limit = {"launches": sum(_gap(launch, chip) for launch in launches)}
@@ -69,30 +104,35 @@ def predicted(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
 
 
 def _gap(launch: Launch, chip: Chip) -> float:
-    return chip.begun if launch.dependent and chip.begun is not None else chip.gap
+    return chip.pdl_gap if launch.dependent and chip.pdl_gap is not None else chip.launch_gap
 
 
 def _part(launch: Launch, gpu: GPU, chip: Chip) -> Part:
-    asked, sms = work(launch), multiprocessors(gpu.arch)
-    held = _held(asked, launch.num_warps or 4, sms, chip)
-    turns = max(math.ceil(asked.programs / (sms * held)) * held, asked.longest)
-    rate = chip.vector if asked.single else gpu.matmul * MATMUL_REACHED
-    products, vector = asked.flops / rate, asked.vector / chip.vector
-    takes = {
-        "memory": asked.memory / (gpu.bandwidth * MEMORY_REACHED),
-        "L2": turns * asked.loaded * sms / chip.l2,
+    work, sms = count_work(launch), multiprocessors(gpu.arch)
+    resident = _resident_programs(work, launch.num_warps or 4, sms, gpu.arch)
+    rounds = max(math.ceil(work.programs / (sms * resident)) * resident, work.longest)
+    rate = chip.vector if work.single else gpu.matmul * MATMUL_REACHED
+    products, vector = work.flops / rate, work.vector / chip.vector
+    seconds = {
+        "memory": work.memory / (gpu.bandwidth * MEMORY_REACHED),
+        "L2": rounds * work.loaded * sms / chip.l2,
         # One program computes while another multiplies.
-        "tensor cores": turns * (max(products, vector) if held > 1 else products + vector) * sms,
+        "tensor cores": rounds * (max(products, vector) if resident > 1 else products + vector) * sms,
     }
-    limit = max(takes, key=lambda name: takes[name])
-    return Part(launch.kernel, takes[limit], limit)
+    limit = max(seconds, key=lambda name: seconds[name])
+    return Part(launch.kernel, seconds[limit], limit)
 
 
-def _held(asked: Work, warps: int, sms: int, chip: Chip) -> int:
-    """How many programs an SM holds at once; the busiest one runs whole waves of them.
+def sm_shared_bytes(arch: str) -> int:
+    """Shared memory of an SM: what one block may use and, on NVIDIA, the 1 KiB that CUDA reserves for each block."""
+    return ARCHS[arch].shared_bytes + (0 if amd(arch) else 1024)
 
-    An SM shares its bandwidth and its tensor cores out among those it holds: more of them are no quicker together.
+
+def _resident_programs(work: Work, warps: int, sms: int, arch: str) -> int:
+    """How many programs an SM holds at once; the busiest SM runs whole waves of them.
+
+    An SM shares its bandwidth and its tensor cores among its programs: more of them are no quicker together.
     """
-    room = min(WARPS // warps, int(REGISTERS // (asked.values + OTHERS * THREADS * warps)))
-    room = min(room, chip.shared // asked.shared) if asked.shared else room
-    return max(1, min(room, math.ceil(asked.programs / sms)))
+    most = min(WARPS // warps, int(REGISTERS // (work.values + OTHER_REGISTERS * THREADS * warps)))
+    most = min(most, sm_shared_bytes(arch) // work.shared) if work.shared else most
+    return max(1, min(most, math.ceil(work.programs / sms)))

@@ -1,4 +1,7 @@
-"""Several processes, a GPU each, as torchrun starts them: the mesh that --tp and --ep ask for."""
+"""How a command runs: on a GPU, in plain torch or interpreted, and in how many processes.
+
+`select_backend` runs before any kernel is imported: Triton reads TRITON_INTERPRET when it decorates.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,95 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..config import MixtralConfig
+
+SWITCH = "TRITON_INTERPRET"
+
+
+def select_backend(args: argparse.Namespace, interpret: bool) -> str:
+    """Set TRITON_INTERPRET -> a note to print before the work; empty on a GPU, and where the user has set it.
+
+    `interpret`: without a GPU this command interprets the kernels rather than run the torch backend.
+    """
+    requested = getattr(args, "interpret", False)
+    if requested and not (args.device or "cpu").startswith("cpu"):
+        raise ValueError(f"--interpret runs on the CPU, and --device is {args.device!r}: needs one of the two")
+    if interpret or requested or SWITCH in os.environ:
+        # Interpreted tiles are small products, for which the threads of numpy's OpenBLAS wait for each other.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if requested:
+        args.device = args.device or "cpu"
+    if SWITCH in os.environ:
+        if requested:
+            _check_switch()
+        return ""
+    reason = "--interpret" if requested else _no_gpu(args.device)
+    if reason is None:
+        return ""
+    if not (interpret or requested):
+        return f"{reason}: plain torch, on the CPU. --interpret runs the Triton kernels, interpreted: far slower."
+    os.environ[SWITCH] = "1"
+    return f"{reason}: the Triton kernels run interpreted, on the CPU. Right, and slow."
+
+
+def _no_gpu(device: str | None) -> str | None:
+    """Why no GPU is used; None: one is."""
+    import torch
+
+    if device is not None and device.startswith("cpu"):
+        return "--device cpu"
+    return None if torch.cuda.is_available() else "No GPU found"
+
+
+def _check_switch() -> None:
+    from ..kernels.launch import INTERPRETED
+
+    if not INTERPRETED:
+        value = f"{SWITCH}={os.environ[SWITCH]}"
+        raise ValueError(f"--interpret is given, and the environment has {value}: needs one of the two")
+
+
+def verify_seconds(config: MixtralConfig, dtype: str, tokens: int) -> float:
+    """Of an interpreted `verify` on two cores: a fit to runs with up to 64 times the small checkpoint's experts and 900
+    tokens. A layer takes some seconds whatever its size, some for each token and some for each tile of the experts."""
+    tiles = config.num_local_experts * config.hidden_size * config.intermediate_size / 2**18
+    slower, heavier = (1.4, 4.5) if dtype.endswith("float32") else (1.0, 1.0)
+    return 4.0 + config.num_hidden_layers * (slower * (3.0 + 0.045 * tokens) + heavier * tiles)
+
+
+def add_verify_time(note: str, config: MixtralConfig, dtype: str, tokens: int) -> str:
+    """The note and, if the process interprets, how long `verify` takes."""
+    from ..kernels.launch import INTERPRETED
+
+    if not INTERPRETED:
+        return note
+    time = about(verify_seconds(config, dtype, tokens))
+    return f"{note} {config.num_hidden_layers} layers with {tokens} tokens: {time} on two cores.".lstrip()
+
+
+def about(seconds: float) -> str:
+    """One digit: the estimate is no more precise."""
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"about {float(f'{seconds / length:.1g}'):,.0f} {unit}"
+    return f"about {max(10, round(seconds, -1)):.0f} s"
+
 
 @contextmanager
-def mesh_of(args: argparse.Namespace) -> Iterator[Any]:
-    """A DeviceMesh [ep, tp] of all processes; None where this is the only one.
+def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
+    """A DeviceMesh [ep, tp] of the processes that torchrun started, a GPU each; None where this is the only process.
 
     ValueError unless torchrun started tp * ep of them, with a GPU or a part of the CPU for each.
     """
     for name in ("tp", "ep"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}, needs at least 1")
-    need, started = args.tp * args.ep, int(os.environ.get("WORLD_SIZE", 1))
-    if need != started:
+    needed, started = args.tp * args.ep, int(os.environ.get("WORLD_SIZE", 1))
+    rank = f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')}: " if "RANK" in os.environ else ""
+    if needed != started:
         raise ValueError(
-            f"{_this()}--tp {args.tp} times --ep {args.ep} needs {need} processes, and torchrun started {started}: "
-            f"torchrun --nproc-per-node {need} -m mixtral_triton {args.command} ..."
+            f"{rank}--tp {args.tp} times --ep {args.ep} needs {needed} processes, and torchrun started {started}: "
+            f"torchrun --nproc-per-node {needed} -m mixtral_triton {args.command} ..."
         )
     if started == 1:
         yield None
@@ -35,31 +112,26 @@ def mesh_of(args: argparse.Namespace) -> Iterator[Any]:
 
     kind = getattr(args, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
-        raise ValueError(f"{_this()}--device is {kind!r}, needs cpu or cuda: of several processes each has its own")
+        raise ValueError(f"{rank}--device is {kind!r}, needs cpu or cuda: each of several processes has its own GPU")
     if kind == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
-            raise ValueError(f"{_this()}this machine has {torch.cuda.device_count()} GPUs, needs one a process")
+            raise ValueError(f"{rank}this machine has {torch.cuda.device_count()} GPUs, needs one a process")
         torch.cuda.set_device(local)
     try:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
         mesh = init_device_mesh(kind, (args.ep, args.tp), mesh_dim_names=("ep", "tp"))
     except RuntimeError as error:
-        raise ConnectionError(f"{_this()}the ranks do not find each other: {error}") from error
+        raise ConnectionError(f"{rank}the ranks do not find each other: {error}") from error
     try:
         yield mesh
-    except (ValueError, FileNotFoundError) as error:  # one line for each rank, and which is whose
+    except (ValueError, FileNotFoundError) as error:  # a line for each rank names the rank
         if str(error).startswith("rank "):
             raise
-        raise ValueError(f"{_this()}{error}") from error
-    dist.destroy_process_group()  # not behind an error: it could wait for a rank that is gone
+        raise ValueError(f"{rank}{error}") from error
+    dist.destroy_process_group()  # not after an error: it could wait for a rank that is gone
 
 
 def is_first() -> bool:
     """Whether this process is the one that prints."""
     return os.environ.get("RANK", "0") == "0" or int(os.environ.get("WORLD_SIZE", 1)) == 1
-
-
-def _this() -> str:
-    rank = os.environ.get("RANK")
-    return "" if rank is None else f"rank {rank} of {os.environ.get('WORLD_SIZE')}: "

@@ -1,21 +1,21 @@
-"""A model on several GPUs, on paper: how long a rank computes by the cost model, and how long the ranks wait for what
-they send each other. A prediction, not a measurement: no such machine has run it.
+"""`fit --scaling`: predicted times of a model on 1 to 16 GPUs, by tensor ("tp") and expert ("ep") parallelism.
+
+The cost model (predict.py) gives the time that a rank computes; data sheets of links and NCCL's own figures give the
+time that the ranks communicate. A prediction, not a measurement: no such machine has run it.
 
 n ranks, tp x ep of them; B sequences, T tokens of each that come in one step, S positions of each with these
 """
 
 from __future__ import annotations
 
+import json
 import math
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 
-from .. import ops
 from ..cache import KVCache
 from ..config import MixtralConfig
 from ..generate import PREFILL_CHUNK
@@ -24,40 +24,23 @@ from ..kernels.record import record_launches
 from ..model import Mixtral
 from ..parallel import Shard, traffic
 from . import fit
-from .predict import Part, predicted
-from .roofline import GPU, GPUS
+from .gpus import GPU, GPUS, Link
+from .predict import Part, predict
+from .terminal import Column, Table, console
 
 NODE = 8  # GPUs that reach each other without the network
 COUNTS = (1, 2, 4, 8, 16)
-PAYS = 1.25  # times as fast with twice the GPUs: less is not worth them
-AS_FAST = 1.02  # of the time: nearer than that, the prediction does not tell them apart
-BATCH_MOST = 1024
-# Of a link's data sheet: 370 of 450 GB/s between H100, 46 to 48 of 50 GB/s of a 400 Gb/s network GPU (NVIDIA's answers
-# in nccl-tests' issues 212 and 290).
-NEAR_REACHED, FAR_REACHED = 0.82, 0.94
+# Of a link's data sheet: 370 of 450 GB/s between H100, 46 to 48 of 50 GB/s of a 400 Gb/s network adapter (NVIDIA's
+# answers in nccl-tests' issues 212 and 290).
+NODE_REACHED, NETWORK_REACHED = 0.82, 0.94
 # Of a small all-reduce by a tree, to begin and for each hop inside a node and between two: what NCCL's own tuner
 # assumes (src/graph/tuning.cc, tree, LL).
-BEGIN, NEAR_HOP, FAR_HOP = 6.8e-6, 0.6e-6, 5.0e-6
-TEXTS, TOKENS_MOST = 256, 2048  # that are dealt out to see how uneven routes are; more tokens are as even
-
-
-@dataclass(frozen=True)
-class Link:
-    """bytes/s that a GPU sends, by data sheets: `near` inside a node, `far` by its share of the network."""
-
-    near: float
-    far: float
-
-
-# NVLink's and Infinity Fabric's totals count both directions; one 200 or 400 Gb/s network GPU for each of eight.
-_HOPPER = Link(450e9, 50e9)
-LINKS = {
-    "a100": Link(300e9, 25e9),
-    "h100": _HOPPER,
-    "h200": _HOPPER,
-    "b200": Link(900e9, 50e9),
-    "mi300x": Link(448e9, 50e9),
-}
+BEGIN, NODE_HOP, NETWORK_HOP = 6.8e-6, 0.6e-6, 5.0e-6
+TEXTS, TOKENS_MAX = 256, 2048  # random routes that `busiest` averages over; more tokens are as even
+CAPTION = (
+    "Predicted by data sheets, not measured. Decode: one token for each sequence; prefill: the last chunk of a prompt. "
+    f"sent: the share of the time in which the ranks wait for each other. Up to {NODE} GPUs are one node."
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +53,9 @@ class Step:
     @property
     def seconds(self) -> float:
         return self.computing + self.sending
+
+    def as_dict(self) -> dict[str, float]:
+        return {"time_us": self.seconds * 1e6, "sending_us": self.sending * 1e6}
 
 
 @dataclass(frozen=True)
@@ -92,81 +78,46 @@ class Split:
         return self.tp * self.ep
 
     @property
-    def tokens_per_second(self) -> float:
-        return self.batch / self.decode.seconds
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        return self.batch * self.chunk / self.prefill.seconds
+    def rates(self) -> tuple[float, float]:
+        """Tokens per second of decode and of prefill."""
+        return self.batch / self.decode.seconds, self.batch * self.chunk / self.prefill.seconds
 
 
-def known(names: set[str]) -> tuple[GPU, Link]:
-    """The rates of the GPU that has one of these names (gpus.py); ValueError where they are not known."""
-    for key, link in LINKS.items():
-        if key in names:
-            return GPUS[key], link
-    raise ValueError(f"--scaling has the rates of {', '.join(LINKS)}: needs --gpu with one of them")
+def find_link(gpu: GPU) -> Link:
+    """ValueError for a GPU whose rates or links are not in the table."""
+    if gpu.link is None or gpu.chip is None:
+        names = ", ".join(key for key, other in GPUS.items() if other.link is not None)
+        raise ValueError(f"--scaling has the rates of {names}: needs --gpu with one of them")
+    return gpu.link
 
 
 def splits(
-    config: MixtralConfig, specs: fit.QuantSpecs, gpu: GPU, link: Link, batch: int, context: int, counts: Any = COUNTS
+    config: MixtralConfig, specs: fit.QuantSpecs, gpu: GPU, batch: int, context: int, counts: Sequence[int] = COUNTS
 ) -> Iterator[Split]:
-    """Every way to split the model over so many GPUs that its sizes take, and the groups of its weights' `forms`."""
+    """The splits over so many GPUs that divide the model's sizes and the groups of its specs, most "tp" first."""
     chunk = min(context, PREFILL_CHUNK)
     for n in counts:
         need = fit.Need.of(config, specs, batch, context, n)
-        for shard, own in _shards(config, specs, n):
-            decode, prefill = (step(config, own, shard, gpu, link, batch, T, context) for T in (1, chunk))
-            yield Split(shard.tp, shard.ep, batch, chunk, need, decode, prefill)
+        for tp in (n >> power for power in range(n.bit_length())):
+            shard = Shard(tp=tp, ep=n // tp)
+            try:
+                shard.check(config)
+                fit.shard_specs(config, specs, shard)
+            except ValueError:
+                continue
+            decode, prefill = (step(config, specs, shard, gpu, batch, T, context) for T in (1, chunk))
+            yield Split(tp, shard.ep, batch, chunk, need, decode, prefill)
 
 
-def _shards(config: MixtralConfig, specs: fit.QuantSpecs, n: int) -> Iterator[tuple[Shard, fit.QuantSpecs]]:
-    """The splits over n GPUs that are possible, most of "tp" first, each with the forms of its parts."""
-    for tp in (n >> power for power in range(n.bit_length())):
-        shard = Shard(tp=tp, ep=n // tp)
-        try:
-            shard.check(config)
-            yield shard, fit.shard_specs(config, specs, shard)
-        except ValueError:
-            continue
+def step(config: MixtralConfig, specs: fit.QuantSpecs, shard: Shard, gpu: GPU, B: int, T: int, S: int) -> Step:
+    """T tokens for each of B sequences, after S - T others, through the slowest rank of `shard`.
 
-
-def tp_pays_to(found: Iterable[Split]) -> int:
-    """The most GPUs at which twice as many as before make a decode step PAYS times as fast, split over "tp" alone."""
-    alone = {split.gpus: split.decode.seconds for split in found if split.ep == 1}
-    pays = [n for n, seconds in alone.items() if n // 2 in alone and alone[n // 2] >= PAYS * seconds]
-    return max(pays, default=1)
-
-
-def ep_from(config: MixtralConfig, specs: fit.QuantSpecs, gpu: GPU, link: Link, context: int, n: int) -> int | None:
-    """The least batch, a power of two, from which a decode step of n GPUs with "ep" is AS_FAST as by "tp" alone."""
-    shards = list(_shards(config, specs, n))
-    found = None
-    for batch in (1 << power for power in reversed(range(BATCH_MOST.bit_length()))):
-        times = [(shard.ep, step(config, own, shard, gpu, link, batch, 1, context).seconds) for shard, own in shards]
-        alone = min((seconds for ep, seconds in times if ep == 1), default=math.inf)
-        if min((seconds for ep, seconds in times if ep > 1), default=math.inf) > AS_FAST * alone:
-            break
-        found = batch
-    return found
-
-
-def batch_most(config: MixtralConfig, specs: fit.QuantSpecs, memory: int, context: int, n: int) -> int:
-    """Sequences of `context` tokens that n GPUs of `memory` bytes hold without being tight, at most BATCH_MOST."""
-    room = fit.comfortable(memory)
-    return bisect_right(range(1, BATCH_MOST + 1), room, key=lambda B: fit.Need.of(config, specs, B, context, n).total)
-
-
-def step(
-    config: MixtralConfig, specs: fit.QuantSpecs, shard: Shard, gpu: GPU, link: Link, B: int, T: int, S: int
-) -> Step:
-    """T tokens for each of B sequences, behind S - T others, through a rank of `shard`, whose `forms` these are.
-
-    Routes are uniform and independent. A rank of "ep" computes what the busiest one has to, on average over texts.
+    Routes are uniform and independent. A rank of "ep" computes what the busiest one has, on average over texts.
     """
     shares = busiest(B * T, config.num_experts_per_tok, config.num_local_experts, shard.ep)
+    specs = fit.shard_specs(config, specs, shard)
     one, two = (_computing(replace(config, num_hidden_layers=L), specs, shard, gpu, B, T, S, shares) for L in (1, 2))
-    return Step(one + (config.num_hidden_layers - 1) * (two - one), _sending(config, shard, link, B, T))
+    return Step(one + (config.num_hidden_layers - 1) * (two - one), _sending(config, shard, find_link(gpu), B, T))
 
 
 def _computing(
@@ -180,31 +131,30 @@ def _computing(
     shares: tuple[float, float],
 ) -> float:
     """Seconds of a rank's kernels, of which the experts' take `shares`."""
-    ranks = _Paper(_EveryExpert(**vars(shard)))
+    ranks = _NoRanks(_EveryExpert(**vars(shard)))
     model = Mixtral(config, "meta", fit.stored_dtype(config), specs=specs, ranks=ranks)  # type: ignore[arg-type]
-    model.operations = lambda: ops  # type: ignore[method-assign]  # nothing runs: the operators' checks see shapes
     cache = KVCache(model.config, B, S, "meta", fit.stored_dtype(config))
     ids = torch.empty(B, T, dtype=torch.int64, device="meta")
     with record_launches(gpu.arch) as launches, torch.no_grad():
         model.head(model.hidden(ids, cache)[:, -1])
-    found = predicted(launches, gpu, Cost(0, 0))
+    found = predict(launches, gpu, Cost(0, 0))
     return found.seconds - sum((1 - _share(part, *shares)) * part.seconds for part in found.parts)
 
 
 class _EveryExpert(Shard):
-    """A shard with the experts of all ranks along "ep": what one of them has to do of it, `busiest` says."""
+    """A shard with the experts of all ranks along "ep"; `busiest` says how much of their work one rank has."""
 
     def experts(self, config: MixtralConfig) -> slice:
         return slice(0, config.num_local_experts)
 
 
-class _Paper:
-    """What `Ranks` is to a model, where nobody is there to send anything to."""
+class _NoRanks:
+    """Takes the place of `Ranks`, and sends nothing."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
 
-    def own(self, ids: torch.Tensor, experts: int) -> torch.Tensor:
+    def local_ids(self, ids: torch.Tensor, experts: int) -> torch.Tensor:
         return ids
 
     def all_reduce(self, part: torch.Tensor, in_order: bool) -> torch.Tensor:
@@ -215,8 +165,8 @@ class _Paper:
 
 
 def _share(part: Part, experts: float, routes: float) -> float:
-    """Of the time of a launch over all experts, what the busiest rank has of it: what streams weights goes by the
-    experts that anybody chose, what multiplies many rows by the routes."""
+    """The busiest rank's part of a launch over all experts: of a launch that streams weights its part of the distinct
+    experts, of one that multiplies many rows its part of the routes."""
     if not part.kernel.startswith(("experts_up", "experts_down")):
         return 1.0
     return experts if part.limit == "memory" or "decode" in part.kernel else routes
@@ -224,18 +174,18 @@ def _share(part: Part, experts: float, routes: float) -> float:
 
 @lru_cache(maxsize=256)
 def busiest(tokens: int, K: int, E: int, ep: int) -> tuple[float, float]:
-    """Of the distinct experts that `tokens` choose, and of their routes, the parts of the rank that has the most, on
-    average over TEXTS texts of random routes; of E experts, K a token, E / ep a rank."""
+    """The largest part that a rank has of the distinct experts of `tokens` and of their routes, on average over TEXTS
+    texts of random routes; E experts, K a token, E / ep a rank."""
     if ep == 1:
         return 1.0, 1.0
-    tokens = min(tokens, TOKENS_MOST)
+    tokens = min(tokens, TOKENS_MAX)
     generator = torch.Generator().manual_seed(0)
     experts = routes = 0.0
     for _ in range(TEXTS):
         ids = torch.rand(tokens, E, generator=generator).topk(K, dim=-1).indices
         counts = ids.flatten().bincount(minlength=E).view(ep, E // ep)
-        taken = (counts > 0).sum(1)
-        experts += float(taken.max() / taken.sum()) / TEXTS
+        distinct = (counts > 0).sum(1)
+        experts += float(distinct.max() / distinct.sum()) / TEXTS
         routes += float(counts.sum(1).max() / counts.sum()) / TEXTS
     return experts, routes
 
@@ -243,18 +193,48 @@ def busiest(tokens: int, K: int, E: int, ep: int) -> tuple[float, float]:
 def _sending(config: MixtralConfig, shard: Shard, link: Link, B: int, T: int) -> float:
     """Seconds: two sums a layer, and the logits of each sequence's last token."""
     sent = traffic(config, shard.tp, shard.ep, fit.stored_dtype(config).itemsize)
-    a_sum = _collective(sent.layer // 2 * B * T, shard.ranks, link)
-    return 2 * config.num_hidden_layers * a_sum + (_collective(sent.head * B, shard.ranks, link) if sent.head else 0.0)
+    all_reduce = _collective(sent.layer // 2 * B * T, shard.ranks, link)
+    logits = _collective(sent.head * B, shard.ranks, link) if sent.head else 0.0
+    return 2 * config.num_hidden_layers * all_reduce + logits
 
 
 def _collective(sent: int, n: int, link: Link) -> float:
     """Seconds until n ranks, each of which sends so many bytes, are through.
 
-    Between nodes each GPU's ring has a part of it: its network GPU carries one of as many as the node has GPUs.
+    Between nodes each GPU's network adapter carries a part of it, as many as a node has GPUs.
     """
     if n == 1:
         return 0.0
-    near, nodes = min(n, NODE), math.ceil(n / NODE)
-    begin = BEGIN + 2 * ((near - 1) * NEAR_HOP + math.log2(nodes) * FAR_HOP)
-    carried = sent / (link.near * NEAR_REACHED)
-    return begin + (max(carried, sent / near / (link.far * FAR_REACHED)) if nodes > 1 else carried)
+    gpus, nodes = min(n, NODE), math.ceil(n / NODE)
+    begin = BEGIN + 2 * ((gpus - 1) * NODE_HOP + math.log2(nodes) * NETWORK_HOP)
+    carried = sent / (link.node * NODE_REACHED)
+    return begin + (max(carried, sent / gpus / (link.network * NETWORK_REACHED)) if nodes > 1 else carried)
+
+
+def run(request: fit.Request, format: str, gpu: GPU, as_json: bool) -> int:
+    """-> exit status: 1 where no number of GPUs holds the model."""
+    if format not in request.specs:
+        raise ValueError(f"--scaling is {format!r}, needs one of {', '.join(request.specs)}")
+    find_link(gpu)
+    found = list(splits(request.config, request.specs[format], gpu, request.batch, request.context))
+    fits = [split.need.total <= gpu.bytes for split in found]
+    if as_json:
+        rows = []
+        for split, holds in zip(found, fits, strict=True):
+            sizes = {"gpus": split.gpus, "tp": split.tp, "ep": split.ep, "batch": split.batch, "chunk": split.chunk}
+            rates = dict(zip(("tokens_per_second", "prefill_tokens_per_second"), split.rates, strict=True))
+            steps = {"decode": split.decode.as_dict(), "prefill": split.prefill.as_dict()}
+            rows.append({**sizes, "bytes": split.need.total, **steps, **rates, "fits": holds})
+        print(json.dumps({**request.as_dict(), "format": format, "gpu": gpu.name, "splits": rows, "predicted": True}))
+    else:
+        size = f"{request.batch} {'sequence' if request.batch == 1 else 'sequences'} of {request.context:,} tokens"
+        title = f"{request.name}, {request.label(format)}, on {gpu.name}, predicted: {size}"
+        names = ("gpus", "tp", "ep", "decode, ms", "sent", "tokens/s", "prefill, ms", "sent", "tokens/s", "fits")
+        table = Table(title, list(map(Column, names)), CAPTION, keys=3)
+        for split, holds in zip(found, fits, strict=True):
+            cells = [str(split.gpus), str(split.tp), str(split.ep)]
+            for one, rate in zip((split.decode, split.prefill), split.rates, strict=True):
+                cells += [f"{one.seconds * 1e3:,.2f}", f"{100 * one.sending / one.seconds:.0f} %", f"{rate:,.0f}"]
+            table.add(*cells, "yes" if holds else "no", style="" if holds else "dim")
+        console().print(table)
+    return 0 if any(fits) else 1

@@ -1,43 +1,155 @@
-"""What the command line shows: a bar or a line now and then while it works, one line for what stopped it."""
+"""What a command shows: tables, progress on stderr, plots in files, and one line for the error that ends it."""
 
 from __future__ import annotations
 
 import io
 import os
+import shutil
+import subprocess
 import sys
+import sysconfig
+import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from typing import TextIO
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+import rich.table
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.measure import Measurement
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from .toolchain import fault_behind
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-SILENT = 10.0  # seconds of work without a word where stderr is no terminal
-INTERRUPTED, HUNG_UP = 130, 141  # 128 and the signal, as a shell has it: SIGINT, SIGPIPE
+PIPED = 120  # columns without a terminal and without COLUMNS
+TEXT_WIDTH, HEADING_WIDTH = 24, 16  # a column of text is as wide as this, if need be; a number's heading wraps at this
+INTERVAL = 10.0  # seconds between two lines of progress where stderr is no terminal
+INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 and the signal's number: SIGINT, SIGPIPE
+
+
+def console(stderr: bool = False) -> Console:
+    """For a command's result: as wide as the terminal, or as COLUMNS says."""
+    out = Console(stderr=stderr, highlight=False)
+    if not out.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
+        out.width = PIPED
+    return out
+
+
+@dataclass(frozen=True)
+class Column:
+    """`number`: right-aligned and never wrapped; other cells wrap at spaces."""
+
+    heading: str
+    number: bool = True
+
+
+class Table:
+    """rich's table with a title and a caption. Where it is too wide, columns go on in further tables, each behind the
+    first `keys` columns: no cell is cut. Empty columns are left out."""
+
+    def __init__(self, title: str, columns: Sequence[Column], caption: str = "", keys: int = 1) -> None:
+        self.title, self.columns, self.caption, self.keys = title, list(columns), caption, keys
+        self.rows: list[tuple[Sequence[str | Text], str]] = []
+
+    def add(self, *cells: str | Text, style: str = "") -> None:
+        self.rows.append((cells, style))
+
+    def _part(self, columns: Sequence[int], most: int) -> rich.table.Table:
+        table = rich.table.Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="")
+        for place in columns:
+            heading, number = self.columns[place].heading, self.columns[place].number
+            if number:
+                heading = textwrap.fill(heading, HEADING_WIDTH, break_long_words=False, break_on_hyphens=False)
+            longest = max(map(len, [*heading.split("\n"), *(cells[place] for cells, _ in self.rows)]), default=0)
+            width = min(longest, most if number else min(most, TEXT_WIDTH))
+            table.add_column(Text(heading), min_width=width, justify="right" if number else "left", overflow="fold")
+        for cells, style in self.rows:
+            row = (cells[place] for place in columns)
+            table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row), style=style)
+        return table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        if self.title:
+            yield Text(self.title, style="bold")
+        filled = [place for place in range(len(self.columns)) if any(cells[place] for cells, _ in self.rows)]
+        keys, rest = list(range(self.keys)), [place for place in filled if place >= self.keys]
+        unbound, most = options.update(max_width=1 << 16), max(1, (options.max_width - 2) // (self.keys + 1) - 2)
+        while True:
+            count = 1
+            while count < len(rest):
+                part = self._part([*keys, *rest[: count + 1]], most)
+                if Measurement.get(console, unbound, part).minimum > options.max_width:
+                    break
+                count += 1
+            yield self._part([*keys, *rest[:count]], most)
+            rest = rest[count:]
+            if not rest:
+                break
+            yield ""
+        if self.caption:
+            yield Text(self.caption, style="dim")
+        yield ""
 
 
 def say(line: str) -> None:
-    """On stderr, if there is anything to say. Where nobody reads that, there is nobody to tell so."""
+    """Print a line on stderr, if there is anything to say and anybody reads it."""
     with suppress(OSError, ValueError):
         print(line, end="\n" if line else "", file=sys.stderr, flush=True)
 
 
-def settle() -> None:
-    """Make the output's streams write what their terminal can show, and "?" for the rest. Before the work."""
-    first = next(
-        filter(None, map(os.environ.get, ("PYTHONUTF8", "PYTHONIOENCODING", "LC_ALL", "LC_CTYPE", "LANG"))), None
-    )
+class Bar:
+    """The progress of one task."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self.progress, self.task = progress, task
+
+    def advance(self, done: int) -> None:
+        self.progress.update(self.task, advance=done)
+
+    def update(self, done: int, total: int) -> None:
+        self.progress.update(self.task, completed=done, total=total)
+
+
+@contextmanager
+def bar(label: str, total: int | None, *columns: ProgressColumn, silent: bool = False) -> Iterator[Bar]:
+    """Progress on stderr: rich's bar on a terminal, else a line every INTERVAL seconds. `total` None: not known yet."""
+    console, done = Console(stderr=True), threading.Event()
+    shown = (TextColumn(label), BarColumn(), *columns, TimeRemainingColumn())
+    with Progress(*shown, console=console, transient=True, disable=silent or not console.is_terminal) as progress:
+        task = progress.add_task(label, total=total)
+
+        def report(start: float) -> None:
+            while not done.wait(INTERVAL):
+                state, words = progress.tasks[task], ["starting"]
+                if state.total is not None:
+                    words = [str(column(state)).strip() for column in columns]
+                if state.completed and state.remaining is not None:
+                    words.append(f"{(time.monotonic() - start) * state.remaining / state.completed:.0f} s left")
+                say(f"{label}: {', '.join(words)}")
+
+        thread = threading.Thread(target=report, args=(time.monotonic(),), daemon=True)
+        if not (silent or console.is_terminal):
+            thread.start()
+        try:
+            yield Bar(progress, task)
+        finally:
+            done.set()
+            if thread.ident:
+                thread.join()
+
+
+def set_output_encoding() -> None:
+    """Make stdout and stderr write what their terminal can show, and "?" for the rest."""
+    names = ("PYTHONUTF8", "PYTHONIOENCODING", "LC_ALL", "LC_CTYPE", "LANG")
+    first = next(filter(None, map(os.environ.get, names)), None)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # Python takes the C locale for UTF-8; its terminal does not.
@@ -45,99 +157,102 @@ def settle() -> None:
             stream.reconfigure(encoding=encoding, errors="replace")
 
 
-def ended(error: BaseException, command: str | None) -> int:
-    """The exit status for what ended a command, told in one line; what should not happen is raised again."""
+def exit_status(error: BaseException, command: str | None) -> int:
+    """Report what ended a command in one line on stderr -> its exit status. An unexpected error is raised again."""
     if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
-        error = error.__context__  # rich makes the one of the other
+        error = error.__context__  # rich turns the one into the other
     name = "mixtral-triton" if command is None else f"mixtral-triton {command}"
     if isinstance(error, BrokenPipeError):
-        _let_go(sys.stdout, sys.stderr)
-        return HUNG_UP
+        _redirect_to_null(sys.stdout, sys.stderr)
+        return CLOSED_PIPE
     if isinstance(error, KeyboardInterrupt):
         say("\r" * sys.stderr.isatty() + f"{name}: interrupted")  # over the terminal's ^C
         return INTERRUPTED
-    message = fault_behind(error)
+    message = _compiler_message(error)
     if message is None and isinstance(error, (ValueError, OSError)):
-        message = _told(error)
+        message = _error_message(error)
     if message is None:
         raise error
     say(f"{name}: {message.removeprefix(f'{command}: ')}")
     return 2
 
 
-def _told(error: Exception) -> str:
-    """In one line. An error of the system names its file, or else the output that could not be written."""
+def _error_message(error: Exception) -> str:
+    """One line. An error of the system names its file, or else the output that could not be written."""
     if isinstance(error, OSError) and error.strerror:
         where = error.filename
-        if where is None and _is_stuck(sys.stdout):
+        if where is None and not _takes_a_line(sys.stdout):
             where = "standard output"
         if where is not None:
             return f"{where}: {error.strerror}"
     return " ".join(str(error).split())
 
 
-def _is_stuck(stream: TextIO) -> bool:
-    """Whether it takes not even an empty line: an unbuffered one has forgotten what it could not write."""
+def _takes_a_line(stream: TextIO) -> bool:
+    """Whether an empty line can be written: an unbuffered stream has forgotten what it could not write."""
     try:
         print(file=stream, flush=True)
     except OSError:
-        _let_go(stream)
-        return True
-    return False
+        _redirect_to_null(stream)
+        return False
+    return True
 
 
-def _let_go(*streams: TextIO) -> None:
-    """Turn them to where everything can be written: Python writes what is left in them as it ends."""
+def _redirect_to_null(*streams: TextIO) -> None:
+    """Python writes what is left in a stream as it ends, and must not fail there again."""
     for stream in streams:
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-class Bar:
-    """Progress: `more` of the total, or `of` a total told later."""
-
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self.progress, self.task = progress, task
-
-    def more(self, done: int) -> None:
-        self.progress.update(self.task, advance=done)
-
-    def of(self, done: int, total: int) -> None:
-        self.progress.update(self.task, completed=done, total=total)
+def toolchain_fault() -> str | None:
+    """What Triton is missing for its first launch on a GPU, when it builds a C module against Python's headers."""
+    if "CC" not in os.environ and not (shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler when it runs on a GPU, and there is no gcc or clang: install one, or set CC"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.is_file():
+        return f"Triton needs Python's headers when it runs on a GPU, and {header} is not there: install python3-dev"
+    return None
 
 
-@contextmanager
-def bar(label: str, total: int | None, *columns: ProgressColumn, silent: bool = False) -> Iterator[Bar]:
-    """Progress on stderr: a bar where that is a terminal, else a line every SILENT seconds, so none of quick work.
-
-    `total` None: told later. silent: nothing at all.
-    """
-    console = Console(stderr=True)
-    shown = (TextColumn(label), BarColumn(), *columns, TimeRemainingColumn())
-    with Progress(*shown, console=console, transient=True, disable=silent or not console.is_terminal) as progress:
-        counted = Bar(progress, progress.add_task(label, total=total))
-        with nullcontext() if silent or console.is_terminal else _now_and_then(counted, label, columns):
-            yield counted
+def _compiler_message(error: BaseException) -> str | None:
+    """What is missing, if `error` is Triton's for an absent or failing C compiler."""
+    if isinstance(error, RuntimeError) and "C compiler" in str(error):
+        return toolchain_fault() or str(error)
+    return toolchain_fault() if isinstance(error, subprocess.CalledProcessError) else None
 
 
-@contextmanager
-def _now_and_then(bar: Bar, label: str, columns: Sequence[ProgressColumn]) -> Iterator[None]:
-    """While the block runs: what the columns show, and the seconds left at the speed so far."""
-    ended, start = threading.Event(), time.monotonic()
-
-    def speak() -> None:
-        while not ended.wait(SILENT):
-            task, words = bar.progress.tasks[0], ["starting"]
-            if task.total is not None:
-                words = [str(column(task)).strip() for column in columns]
-            if task.completed and task.remaining is not None:
-                words.append(f"{(time.monotonic() - start) * task.remaining / task.completed:.0f} s left")
-            say(f"{label}: {', '.join(words)}")
-
-    thread = threading.Thread(target=speak, daemon=True)
-    thread.start()
+def write_file(path: Path, content: bytes) -> None:
+    """Write the whole file, or leave none of it. OSError names the file."""
+    file = open(path, "wb")  # noqa: SIM115 - what open raises names the file, and leaves none
     try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+        with file:
+            file.write(content)
+    except OSError as error:
+        if path.is_file():  # and no device
+            path.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def check_plot(file: Path) -> None:
+    """ValueError or OSError where `--plot FILE` could not be written: before the work whose result would be lost."""
+    if file.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot {str(file)!r} needs a name that ends in .png, .svg or .pdf")
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"--plot {str(file)!r} needs a folder that is there: {file.absolute().parent} is not")
+    if find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'mixtral-triton[plot]'")
+    new = not file.exists()
+    with open(file, "ab"):  # OSError where it cannot be written
+        pass
+    if new:
+        file.unlink()
+
+
+def save_plot(figure: Figure, file: Path) -> None:
+    """Draw first, then write: a picture, or an error that names the file and leaves no part of one."""
+    picture = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a prompt in a script that the font does not have
+        figure.savefig(picture, format=file.suffix[1:], dpi=150)
+    write_file(file, picture.getvalue())

@@ -33,7 +33,7 @@ class Tolerance:
         # What follows from the results before it has no error of its own.
         self.own = len(self.exact) - (0 if op.derived_outputs is None else len(op.derived_outputs(args, self.exact)))
         self.limits: list[float] = []
-        for same, exact in zip(_results(plain or op.plain, args, op.mutates), self.exact, strict=True):
+        for same, exact in zip(_results(plain or op.call_reference, args, op.mutates), self.exact, strict=True):
             error = _error(same, exact) if len(self.limits) < self.own else 0.0
             self.limits.append(max(RATIO * error, FLOOR.get(same.dtype, 0.0)))
 
@@ -56,7 +56,7 @@ def worst(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
 
 def measure(name: str, args: Args, plain: Callable[..., Any] | None = None) -> tuple[float, float]:
     """Error of the runtime's `name` on `args`, and its limit."""
-    return Tolerance(name, args, plain).measure(ops.reached_by(name, args))
+    return Tolerance(name, args, plain).measure(ops.dispatched(name, args))
 
 
 def _results(function: Callable[..., Any], args: Args, mutates: tuple[str, ...]) -> list[Tensor]:
@@ -76,7 +76,7 @@ def truth(name: str, args: Args, mutates: tuple[str, ...] = ()) -> list[Tensor]:
         return list(reference.rms_norm(out, to_fp64(weight), eps, to_fp64(residual)))
     if name != "expert_swiglu":
         wide = {key: to_fp64(value) for key, value in args.items()}
-        return _results(OPS[name].plain, wide, mutates)
+        return _results(OPS[name].call_reference, wide, mutates)
     x, weights = to_fp64(args["x"]), to_fp64(args["weights"])
     out = torch.zeros_like(x)
     for expert in set(args["ids"].unique().tolist()) & set(range(len(args["down_proj"]))):

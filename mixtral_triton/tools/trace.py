@@ -17,15 +17,13 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.style import Style
-from rich.table import Table
 from rich.text import Text
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..inputs import check_vocabulary
-from .plotting import check_plot, save
-from .routes import Routes
+from .terminal import Column, Table, check_plot, save_plot
 
 if TYPE_CHECKING:
     from ..model import Mixtral
@@ -33,14 +31,30 @@ if TYPE_CHECKING:
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def _named(layers: Sequence[int]) -> str:
+class RouteRecorder(TorchDispatchMode):
+    """Collects the expert ids [T,K] of every layer's gate; calls `progress` with the number of layers so far."""
+
+    def __init__(self, progress: Callable[[int], None] = lambda layers: None) -> None:
+        super().__init__()
+        self.ids: list[torch.Tensor] = []
+        self.progress = progress
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.mixtral_triton.rms_norm_gate_route.default:
+            self.ids.append(out[-1])
+            self.progress(len(self.ids))
+        return out
+
+
+def format_ranges(numbers: Sequence[int]) -> str:
     """Ascending numbers, neighbours drawn together: "1, 3-15"."""
     runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
         else:
-            runs.append([layer])
+            runs.append([number])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
@@ -53,61 +67,46 @@ class Trace:
     num_experts: int
 
     def share(self) -> torch.Tensor:
-        """[L,E]: of the choices made in a layer, the part that fell on each expert."""
-        L = len(self.experts)
-        counts = torch.zeros(L, self.num_experts)
-        counts.scatter_add_(1, self.experts.reshape(L, -1).long(), torch.ones(L, self.experts[0].numel()))
+        """[L,E]: each expert's part of a layer's choices."""
+        counts = torch.stack([layer.flatten().long().bincount(minlength=self.num_experts) for layer in self.experts])
         return counts / self.experts[0].numel()
 
-    def kept(self) -> tuple[list[float], list[float]]:
-        """By layer, how many of the consecutive tokens keep an expert: their first choice, or any of their choices."""
+    def repeated(self) -> tuple[list[float], list[float]]:
+        """By layer, the part of consecutive tokens with the same first choice, and with any expert in common."""
         now, then = self.experts[:, 1:], self.experts[:, :-1]
         first = (now[..., 0] == then[..., 0]).double().mean(1)
         either = (now[..., None] == then[..., None, :]).flatten(2).any(2).double().mean(1)
         return first.tolist(), either.tolist()
 
     def chance(self) -> tuple[float, float]:
-        """What `kept` would be if every token chose its experts at random."""
+        """What `repeated` is where every token takes experts at random."""
         E, K = self.num_experts, self.experts.shape[2]
         return 1 / E, 1 - math.comb(E - K, K) / math.comb(E, K)
 
     def as_dict(self) -> dict[str, Any]:
-        (first, either), (by_chance, either_by_chance) = self.kept(), self.chance()
-        return {
-            "tokens": list(self.tokens),
-            "experts": self.experts.tolist(),
-            "share": self.share().tolist(),
-            "kept": {"first": first, "either": either},
-            "chance": {"first": by_chance, "either": either_by_chance},
-        }
+        parts = {"kept": self.repeated(), "chance": self.chance()}
+        tensors = {"tokens": list(self.tokens), "experts": self.experts.tolist(), "share": self.share().tolist()}
+        return tensors | {name: {"first": first, "either": either} for name, (first, either) in parts.items()}
 
-    def shown(self, layers: Sequence[int]) -> Shown:
-        """The text once a layer of `layers`, coloured and numbered by first choice, and a line a layer of figures."""
-        return Shown(self, tuple(layers))
-
-    def coloured(self, layer: int, plain: bool) -> Text:
-        """The text, each token with its first choice. `plain`: in ASCII."""
+    def annotate(self, layer: int, ascii_only: bool) -> Text:
+        """The text, each token with its first choice."""
         text = Text()
         for token, expert in zip(self.tokens, self.experts[layer, :, 0].tolist(), strict=True):
             word = token.rstrip("\n")
-            mark = f"[{expert}]" if plain else str(expert).translate(SUPERSCRIPTS)
-            no_word = (r"\n" if plain else "⏎") if token else "~"  # "~": a part of the character before
+            mark = f"[{expert}]" if ascii_only else str(expert).translate(SUPERSCRIPTS)
+            no_word = (r"\n" if ascii_only else "⏎") if token else "~"  # "~": a part of the character before
             text.append(word or no_word, self.style(expert)).append(mark, "dim").append(token[len(word) :])
         return text
 
-    def table(self, experts: range) -> Table:
-        """A line a layer of what fell on these experts; after the last one, how many tokens keep theirs."""
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        ends = experts.stop == self.num_experts
-        for name in ("layer", *map(str, experts), *(("first", "any") if ends else ())):
-            table.add_column(name, justify="right", no_wrap=True)
-        percent = "{:.0f}".format
-        for layer, (shares, *kept) in enumerate(zip(self.share().tolist(), *self.kept(), strict=True)):
-            cells = [Text(percent(100 * share), style="bold" if share == max(shares) else "") for share in shares]
-            rest = [percent(100 * share) for share in kept] if ends else []
-            table.add_row(str(layer), *cells[experts.start : experts.stop], *rest)
-        even, by_chance = f"{100 / self.num_experts:.3g}", [f"{100 * share:.3g}" for share in self.chance()]
-        table.add_row("chance", *[even] * len(experts), *(by_chance if ends else ()), style="dim")
+    def table(self) -> Table:
+        """A row for each layer: the experts' shares, and how many consecutive tokens keep theirs."""
+        title = "% of a layer's choices by expert, and % of consecutive tokens that keep their first, or any"
+        table = Table(title, list(map(Column, ("layer", *map(str, range(self.num_experts)), "first", "any"))))
+        for layer, (shares, *repeated) in enumerate(zip(self.share().tolist(), *self.repeated(), strict=True)):
+            cells = [Text(f"{100 * share:.0f}", style="bold" * (share == max(shares))) for share in shares]
+            table.add(str(layer), *cells, *(f"{100 * part:.0f}" for part in repeated))
+        even = [f"{100 / self.num_experts:.3g}"] * self.num_experts
+        table.add("chance", *even, *(f"{100 * part:.3g}" for part in self.chance()), style="dim")
         return table
 
     def style(self, expert: int) -> Style:
@@ -115,7 +114,7 @@ class Trace:
         return Style(color="black", bgcolor=f"rgb({red},{green},{blue})")
 
     def plot(self, file: Path, title: str) -> None:
-        """Left: who was chosen, layers x experts. Right, layer by layer: consecutive tokens that keep an expert."""
+        """Left: shares, layers x experts. Right, layer by layer: consecutive tokens that keep an expert."""
         from matplotlib.figure import Figure
 
         L, E = len(self.experts), self.num_experts
@@ -124,34 +123,32 @@ class Trace:
         figure.suptitle(title, fontsize=10, parse_math=False)
         shares = 100 * self.share().numpy()
         image = left.imshow(shares, aspect="auto", cmap="viridis", vmin=0)
-        bar = figure.colorbar(
-            image, ax=left, location="bottom", aspect=30
-        )  # at the side it would reach the right panel
+        bar = figure.colorbar(image, ax=left, location="bottom", aspect=30)  # at the side it reaches the right panel
         bar.set_label(f"% of the layer's choices (even: {100 / E:.1f} %)", fontsize=8)
         left.set(xlabel="expert", ylabel="layer", xticks=range(E), yticks=range(0, L, -(-L // 16)))
-        left.set_title("who was chosen", fontsize=10)
+        left.set_title("share of each expert", fontsize=10)
         if E * L <= 300:
             for layer, row in enumerate(shares.tolist()):
                 for expert, value in enumerate(row):
                     color = "white" if value < 0.6 * float(shares.max()) else "black"
                     left.text(expert, layer, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
         names = ("same first choice", "an expert in common")
-        for name, values, by_chance, color in zip(names, self.kept(), self.chance(), ("C0", "C1"), strict=True):
+        for name, values, chance, color in zip(names, self.repeated(), self.chance(), ("C0", "C1"), strict=True):
             right.plot([100 * value for value in values], range(L), "o-", color=color, label=name)
-            right.axvline(100 * by_chance, color=color, ls="--", label=f"by chance: {100 * by_chance:.1f} %")
+            right.axvline(100 * chance, color=color, ls="--", label=f"by chance: {100 * chance:.1f} %")
         right.set(xlabel="% of pairs of consecutive tokens", xlim=(0, 100))
         right.set_title("consecutive tokens that keep an expert", fontsize=10)
         right.grid(alpha=0.3)
         figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=8)
-        save(figure, file)
+        save_plot(figure, file)
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A trace for a terminal of any width and encoding: its table goes on in another one where a line is too short."""
+class TraceView:
+    """For a terminal: the text once for each of `layers`, coloured and numbered by first choice, and the table."""
 
     trace: Trace
-    layers: tuple[int, ...]
+    layers: Sequence[int]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         trace = self.trace
@@ -161,54 +158,25 @@ class Shown:
         yield legend
         for layer in self.layers:
             yield Text(f"\nlayer {layer}", style="bold")
-            yield trace.coloured(layer, options.ascii_only)
+            yield trace.annotate(layer, options.ascii_only)
         if left_out := sorted(set(range(len(trace.experts))) - set(self.layers)):
-            layers = f"layer{'s' if len(left_out) > 1 else ''} {_named(left_out)}"
+            layers = f"layer{'s' if len(left_out) > 1 else ''} {format_ranges(left_out)}"
             yield Text(f"\nleft out: the text of {layers}, see --layers", style="dim")
-        yield Text("\n% of a layer's choices by expert, and % of consecutive tokens that keep their first, or any")
-        yield from self._tables(console, options)
-
-    def _tables(self, console: Console, options: ConsoleOptions) -> list[Table]:
-        """As few as the width allows."""
-        E, unbound = self.trace.num_experts, options.update(max_width=1 << 16)
-        for count in range(1, E + 1):
-            step = -(-E // count)
-            tables = [self.trace.table(range(at, min(at + step, E))) for at in range(0, E, step)]
-            if max(console.measure(table, options=unbound).maximum for table in tables) <= options.max_width:
-                break
-        return tables
-
-
-class _Told(Routes):
-    """Routes that tell `progress` how many layers have been noted."""
-
-    def __init__(self, progress: Callable[[int, int], None], layers: int) -> None:
-        super().__init__()
-        self.progress, self.layers = progress, layers
-
-    def __torch_dispatch__(self, *call: Any) -> Any:
-        out = super().__torch_dispatch__(*call)
-        self.progress(len(self.ids), self.layers)
-        return out
+        yield ""
+        yield trace.table()
 
 
 def trace(
-    model: Mixtral,
-    ids: torch.Tensor,
-    tokens: Sequence[str],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    model: Mixtral, ids: torch.Tensor, tokens: Sequence[str], progress: Callable[[int], None] = lambda layers: None
 ) -> Trace:
-    """Run the text, ids int64 [T] with the text of each, and note every layer's routes.
-
-    `progress` is called with (layers done, layers).
-    """
-    with torch.no_grad(), _Told(progress, model.config.num_hidden_layers) as routes:
+    """Run the text, ids int64 [T] with the text of each, and record every layer's routes."""
+    with torch.no_grad(), RouteRecorder(progress) as routes:
         model(ids[None])
     return Trace(tuple(tokens), torch.stack(routes.ids).cpu(), model.config.num_local_experts)
 
 
-def pieces(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
-    """The text of each of `ids`: the part of `text` that it stands for; before those, the name of a token (<s>)."""
+def token_texts(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
+    """Each token's part of `text`; before those, the name of a special token (<s>)."""
     offsets = tokenizer.encode(text, add_special_tokens=False).offsets
     special = [tokenizer.id_to_token(token) or str(token) for token in ids[: len(ids) - len(offsets)]]
     reached = [0, *accumulate((end for _, end in offsets), max)]  # a character of several tokens belongs to the first
@@ -217,7 +185,6 @@ def pieces(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
 
 def run(
     args: argparse.Namespace,
-    out: Console,
     load: Callable[[], tuple[Mixtral, Any, torch.Tensor]],
     bar: Callable[[str, int], Any],
 ) -> int:
@@ -233,15 +200,16 @@ def run(
         raise ValueError("--prompt is one token: give at least two, since consecutive ones are compared")
     if len(ids) > (limit := model.config.max_position_embeddings):
         raise ValueError(f"--prompt is {len(ids)} tokens, needs at most max_position_embeddings, {limit}")
-    check_vocabulary(ids, model.config.vocab_size)  # of a tokenizer that is another model's
+    check_vocabulary(ids, model.config.vocab_size)  # the tokenizer may be another model's
     with bar("tracing", L) as progress:
-        found = trace(model, ids, pieces(tokenizer, args.prompt, ids.tolist()), progress.of)
+        found = trace(model, ids, token_texts(tokenizer, args.prompt, ids.tolist()), lambda n: progress.update(n, L))
+    out = Console(stderr=args.json, highlight=False)
     if args.json:
         print(json.dumps({"folder": str(args.folder), "prompt": args.prompt, **found.as_dict()}))
     else:
-        out.print(found.shown(layers))
+        out.print(TraceView(found, layers))
     if args.plot is not None:
-        what = f"{len(ids)} tokens, {found.experts.shape[2]} of {found.num_experts} experts each"
-        found.plot(args.plot, f"{shorten(args.prompt, 60)}: {what}")
+        counts = f"{len(ids)} tokens, {found.experts.shape[2]} of {found.num_experts} experts each"
+        found.plot(args.plot, f"{shorten(args.prompt, 60)}: {counts}")
         out.print(f"plot: {args.plot}", soft_wrap=True)
     return 0

@@ -51,7 +51,7 @@ class Work:
     longest: float = 1.0
 
 
-def work(launch: Launch) -> Work:
+def count_work(launch: Launch) -> Work:
     """Of a launch as `record_launches` notes it. One of Triton's without a formula streams its tensors, each once.
 
     ValueError for another library's that has none.
@@ -59,7 +59,7 @@ def work(launch: Launch) -> Work:
     formula = WORK.get(launch.kernel, None if launch.fn is None else _stream)
     if formula is None:
         known = ", ".join(sorted(WORK))
-        raise ValueError(f"work: kernel is {launch.kernel!r}, needs one with a formula: {known}")
+        raise ValueError(f"count_work: kernel is {launch.kernel!r}, needs one with a formula: {known}")
     return formula(launch)
 
 

@@ -123,7 +123,7 @@ class LayerCheck:
 
     def reached(self, name: str, args: Args) -> Callable[..., Any]:
         """The runtime's operation `name` as it is called."""
-        return ops.reached_by(name, args)
+        return ops.dispatched(name, args)
 
 
 class Chain:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..cache import KVCache
 from ..tools.tolerance import worst
 from .fp64 import Expected, distance
@@ -73,21 +72,6 @@ class ExpectedRoutes:
         return [Row(at, "layer", "routes", behind, want.route_limit) for at, (behind, want) in enumerate(pairs)]
 
 
-class _Overruled:
-    """`ops.DIRECT`, with the gate's choices overruled."""
-
-    def __init__(self, routes: ExpectedRoutes) -> None:
-        self.routes = routes
-        self.direct: Any = ops.DIRECT
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.direct, name)
-
-    def rms_norm_gate_route(self, *args: Any) -> tuple[Tensor, ...]:
-        *before, weights, ids = self.direct.rms_norm_gate_route(*args)
-        return *before, *self.routes.overrule(weights, ids)
-
-
 class LayerProbe:
     """What the layers of a forward get and give, beside what they should; `said` is called after each layer."""
 
@@ -133,14 +117,19 @@ class LayerProbe:
         return forwards + self.routes.rows()
 
 
-def shallow_copy(model: Any, config: Any, operations: Any, watch: LayerProbe | None = None) -> Any:
-    """`model` with another config and other operations, on the same weights; its layers watched, if asked for."""
+def shallow_copy(model: Any, config: Any, routes: ExpectedRoutes, watch: LayerProbe | None = None) -> Any:
+    """`model` with another config and the routes overruled, on the same weights; its layers watched, if asked for."""
+
+    def route(gate: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+        h, x, weights, ids = gate(*args)
+        return h, x, *routes.overrule(weights, ids)
+
     own = copy.copy(model)
     own._modules = dict(model._modules)
-    own.config, own.operations = config, lambda: operations
+    own.config = config
     layers = [copy.copy(layer) for layer in model.layers]
     for index, layer in enumerate(layers):
-        layer.config = config
+        layer.config, layer.route = config, partial(route, layer.route)
         if watch is not None:
             layer.forward = partial(watch.layer, index, layer.forward)
     own.layers = nn.ModuleList(layers)
@@ -172,7 +161,7 @@ def forwards(tokens: int) -> int:
 def watched(model: Any, config: Any, ids: Tensor, expected: Sequence[Expected], said: Callable[[], None]) -> LayerProbe:
     """The layers of `model` on ids [B,T]: without a cache, and over one."""
     watch = LayerProbe(expected, said)
-    own = shallow_copy(model, config, _Overruled(watch.routes), watch)
+    own = shallow_copy(model, config, watch.routes, watch)
     B, T = ids.shape
     everything = torch.arange(T)
     watch.start(UNCACHED, everything, T)
@@ -189,4 +178,4 @@ def watched(model: Any, config: Any, ids: Tensor, expected: Sequence[Expected], 
 def end_to_end(model: Any, ids: Tensor, expected: Sequence[Expected]) -> tuple[Tensor, int]:
     """The model's own forward, with plain torch's routes -> logits fp32 [B,T,V], tokens it would route elsewhere."""
     routes = ExpectedRoutes.of_whole(expected, ids.shape[1])
-    return shallow_copy(model, model.config, _Overruled(routes))(ids), routes.flips
+    return shallow_copy(model, model.config, routes)(ids), routes.flips

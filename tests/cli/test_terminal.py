@@ -21,8 +21,7 @@ from mixtral_triton import Mixtral, cli
 from mixtral_triton.cli import main, parser
 from mixtral_triton.config import MixtralConfig
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.tools import backend as way
-from mixtral_triton.tools import terminal
+from mixtral_triton.tools import processes, terminal
 
 ROOT = Path(__file__).parents[2]
 # Each starts a process that chooses for itself whether to interpret, so once is enough.
@@ -114,7 +113,7 @@ def test_the_way_is_chosen(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     args = options(**given)
-    note = way.choose(args, interpret)
+    note = processes.select_backend(args, interpret)
     assert note.startswith(said) and bool(note) == bool(said)
     assert os.environ.get("TRITON_INTERPRET") == switch
     assert args.device == ("cpu" if given else None)
@@ -122,9 +121,9 @@ def test_the_way_is_chosen(
 
 def test_what_the_user_set_stays(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert way.choose(options(), interpret=True) == "" and os.environ["TRITON_INTERPRET"] == "0"
+    assert processes.select_backend(options(), interpret=True) == "" and os.environ["TRITON_INTERPRET"] == "0"
     with pytest.raises(ValueError, match="TRITON_INTERPRET=0"):
-        way.choose(options(interpret=True), interpret=False)
+        processes.select_backend(options(interpret=True), interpret=False)
 
 
 def test_interpret_on_a_gpu_is_refused(plain: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,18 +134,18 @@ def test_interpret_on_a_gpu_is_refused(plain: None, capsys: pytest.CaptureFixtur
 def test_verify_says_before_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     small = MixtralConfig.from_pretrained(cli.SMALL)
     monkeypatch.setattr("mixtral_triton.kernels.launch.INTERPRETED", True)
-    assert way.with_verify_time("Slow.", small, "torch.bfloat16", 96) == (
+    assert processes.add_verify_time("Slow.", small, "torch.bfloat16", 96) == (
         "Slow. 4 layers with 96 tokens: about 40 s on two cores."
     )
     monkeypatch.setattr("mixtral_triton.kernels.launch.INTERPRETED", False)
-    assert way.with_verify_time("", small, "torch.bfloat16", 96) == ""
+    assert processes.add_verify_time("", small, "torch.bfloat16", 96) == ""
 
 
 @pytest.mark.parametrize(
     ("seconds", "said"), [(3, "10 s"), (44, "40 s"), (119, "120 s"), (150, "2 minutes"), (5e4, "10 hours")]
 )
 def test_about(seconds: float, said: str) -> None:
-    assert way.about(seconds) == f"about {said}"
+    assert processes.about(seconds) == f"about {said}"
 
 
 @pytest.mark.parametrize(
@@ -168,7 +167,7 @@ def test_long_work_says_something_now_and_then(
         return hidden(*args)
 
     monkeypatch.setattr(Mixtral, "hidden", slow)
-    monkeypatch.setattr(terminal, "SILENT", 0.05)
+    monkeypatch.setattr(terminal, "INTERVAL", 0.05)
     assert main([*args]) == 0
     assert said in capsys.readouterr().err
 
@@ -214,7 +213,7 @@ def test_a_reader_that_leaves_ends_it_without_a_word(args: tuple[str, ...]) -> N
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()  # before the first word: the kindest `head` is not quicker
         told = process.stderr.read().decode()
-    assert process.returncode == terminal.HUNG_UP == 128 + signal.SIGPIPE
+    assert process.returncode == terminal.CLOSED_PIPE == 128 + signal.SIGPIPE
     assert "plain torch" in told or not told
     assert "rror" not in told and "Exception" not in told
 
@@ -306,7 +305,7 @@ def test_missing_headers_are_one_line(
 
     monkeypatch.setattr(cli, "_generate", build)
     monkeypatch.setenv("CC", "gcc")
-    monkeypatch.setattr("mixtral_triton.tools.toolchain.sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr("mixtral_triton.tools.terminal.sysconfig.get_paths", lambda: {"include": str(tmp_path)})
     assert main([*GENERATE]) == 2
     assert "python3-dev" in capsys.readouterr().err
     (tmp_path / "Python.h").touch()

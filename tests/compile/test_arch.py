@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton import cli
 from mixtral_triton.cli import main
 from mixtral_triton.kernels import arch as arch_module
 from mixtral_triton.kernels.arch import ARCHS, family, multiprocessors, tma
@@ -19,7 +18,8 @@ from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.tma import tma_can_read
-from mixtral_triton.tools.roofline import GPUS, table_note
+from mixtral_triton.tools.gpus import GPUS, RATED
+from mixtral_triton.tools.predict import family_note
 
 SIBLINGS = [arch for arch, known in ARCHS.items() if arch != known.family]
 FALLBACK_FAMILIES = {"sm_75": "sm_80", "sm_130": "sm_80", "gfx1201": "gfx942"}
@@ -27,9 +27,9 @@ FALLBACK_FAMILIES = {"sm_75": "sm_80", "sm_130": "sm_80", "gfx1201": "gfx942"}
 
 @pytest.fixture(autouse=True)
 def first_time() -> Iterator[None]:
-    arch_module._stranger.cache_clear()
+    arch_module._fallback_family.cache_clear()
     yield
-    arch_module._stranger.cache_clear()
+    arch_module._fallback_family.cache_clear()
 
 
 def launch_configs(arch: str) -> list[Any]:
@@ -69,7 +69,7 @@ def test_a_known_gpu_says_nothing(arch: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         launch_configs(arch)
-        note = table_note(arch)
+        note = family_note(arch)
     assert (note is None) == (arch not in SIBLINGS)
     assert note is None or (arch in note and family(arch) in note)
 
@@ -86,4 +86,6 @@ def test_the_gpus_of_the_benchmark_and_the_help_know_them(capsys: pytest.Capture
     with pytest.raises(SystemExit):
         main(["compile", "--help"])
     assert set(ARCHS) <= set(capsys.readouterr().out.replace(",", " ").split())
-    assert cli.GPUS.split(", ") == list(GPUS)
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    assert set(RATED) <= set(capsys.readouterr().out.replace(",", " ").replace(")", " ").split())

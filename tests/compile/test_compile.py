@@ -19,7 +19,6 @@ from rich.progress import DownloadColumn, MofNCompleteColumn
 from mixtral_triton.cli import main
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.tools import offline, terminal
-from mixtral_triton.tools.files import write
 from mixtral_triton.tools.pool import share
 
 compiled_way = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
@@ -84,12 +83,12 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(OSError, match=r"x\.cubin"):
-            write(path, b"x" * 5000)
+            terminal.write_file(path, b"x" * 5000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
     assert not path.exists()
-    write(path, b"x" * 5000)
+    terminal.write_file(path, b"x" * 5000)
     assert path.read_bytes() == b"x" * 5000
 
 
@@ -100,25 +99,25 @@ def lines(error: str) -> list[str]:
 def test_without_a_terminal_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(terminal, "SILENT", 0.2)
+    monkeypatch.setattr(terminal, "INTERVAL", 0.2)
     with terminal.bar("working", None, MofNCompleteColumn()) as bar:
         time.sleep(0.3)
-        bar.of(40, 200)
+        bar.update(40, 200)
         time.sleep(0.5)
     said = lines(capsys.readouterr().err)
     assert said[0] == "working: starting"
     done, left = said[-1].removeprefix("working: ").split(", ")
     assert done == "40/200" and left.endswith(" s left") and 1 <= int(left.split()[0]) <= 10
     with terminal.bar("working", 3_000_000, DownloadColumn()) as bar:
-        bar.more(1_000_000)
+        bar.advance(1_000_000)
         time.sleep(0.3)
     assert lines(capsys.readouterr().err)[0].startswith("working: 1.0/3.0 MB, ")
 
 
 def test_quick_work_is_quiet_and_its_error_comes_through(capsys: pytest.CaptureFixture[str]) -> None:
-    assert terminal.SILENT >= 10
+    assert terminal.INTERVAL >= 10
     with pytest.raises(ValueError, match="planted"), terminal.bar("working", 2, MofNCompleteColumn()) as bar:
-        bar.more(1)
+        bar.advance(1)
         raise ValueError("planted")
     assert capsys.readouterr().err == ""
 

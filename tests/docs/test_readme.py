@@ -10,7 +10,7 @@ import pytest
 from mixtral_triton import MixtralConfig
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.tools import backend as way
+from mixtral_triton.tools import processes
 from mixtral_triton.verification.verdict import TOKENS
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def test_the_first_two_shell_blocks_are_the_two_commands() -> None:
 
 def test_the_time_it_states_is_the_time_that_verify_states() -> None:
     small = MixtralConfig.from_pretrained(SMALL)
-    time = way.about(way.verify_seconds(small, "torch.bfloat16", TOKENS))
+    time = processes.about(processes.verify_seconds(small, "torch.bfloat16", TOKENS))
     assert f"for this checkpoint {time} on two cores" in " ".join(TEXT.split())
 
 

@@ -19,8 +19,8 @@ from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.parallel import Shard, traffic
 from mixtral_triton.tools.fit import KNOWN
-from mixtral_triton.tools.roofline import GPUS
-from mixtral_triton.tools.scaling import LINKS, step
+from mixtral_triton.tools.gpus import GPUS
+from mixtral_triton.tools.scaling import step
 
 pytestmark = pytest.mark.skipif(
     INTERPRETED or sys.platform == "win32", reason="processes of their own: run once, without the interpreter"
@@ -60,8 +60,8 @@ def test_torchrun_benches_the_decode_step() -> None:
     run = torchrun("bench", "decode_step", "--tp", "2", "--sizes", sizes, "--json")
     assert run.returncode == 0, run.stderr
     mesh, row = map(json.loads, run.stdout.splitlines())
-    assert (mesh["tp"], mesh["ep"], mesh["gpu"]) == (2, 1, "H100 SXM") and row["time_us"] is None
-    want = step(KNOWN["mixtral-8x7b"], {}, Shard(tp=2), GPUS["h100"], LINKS["h100"], 1, 1, 1024)
+    assert (mesh["tp"], mesh["ep"], mesh["gpu"]) == (2, 1, "H100 80GB") and row["time_us"] is None
+    want = step(KNOWN["mixtral-8x7b"], {}, Shard(tp=2), GPUS["h100"], 1, 1, 1024)
     assert row["predicted"]["time_us"] == pytest.approx(want.seconds * 1e6)
     run = torchrun("bench", "rope", "--tp", "2")
     assert run.returncode != 0 and "on a mesh it times decode_step, and got rope" in run.stderr

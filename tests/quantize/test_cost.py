@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from mixtral_triton import Mixtral, reference, verify
-from mixtral_triton.cli import SMALL, main
+from mixtral_triton.cli import SMALL, main, parse_weights
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize import QuantizedWeight, quantizers
-from mixtral_triton.tools import arguments
 from mixtral_triton.verification import quality, quantization
 from mixtral_triton.verification.loaded import check_loaded
 from mixtral_triton.verification.quality import perplexity
@@ -167,8 +166,8 @@ def test_what_is_told_fits_the_terminal(width: int) -> None:
 
 @plain_way
 def test_weights_at_the_command_line() -> None:
-    assert arguments.weights("int4") == "int4"
-    assert arguments.weights("experts=int4,linear=int8") == BOTH
+    assert parse_weights("int4") == "int4"
+    assert parse_weights("experts=int4,linear=int8") == BOTH
 
 
 @plain_way

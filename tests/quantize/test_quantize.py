@@ -18,7 +18,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.quantized import unpack
 from mixtral_triton.quantize import QuantizedWeight, quantize, quantizers
 from mixtral_triton.quantize.spec import select_specs
-from mixtral_triton.tools.fit import table_bytes, weight_bytes
+from mixtral_triton.tools.fit import model_bytes, table_bytes
 from mixtral_triton.verification import fits_twice
 from mixtral_triton.verification.loaded import check_loaded
 from mixtral_triton.verification.quality import held_out, perplexity
@@ -320,7 +320,7 @@ def test_a_peer_of_quantized_weights_is_refused() -> None:
 def test_loading_asks_before_anything_is_allocated(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = MixtralConfig.from_pretrained(SMALL)
     specs = select_specs("int4", parameter_shapes(config))
-    free = weight_bytes(config, specs) + table_bytes(config)
+    free = model_bytes(config, specs) + table_bytes(config)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)

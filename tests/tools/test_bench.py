@@ -28,7 +28,7 @@ from mixtral_triton.tools.bench.command import reduce_sizes as reduced
 from mixtral_triton.tools.bench.measure import Bench, Outcome, Row, host_timer, our_call, timed_row, untimed_row
 from mixtral_triton.tools.bench.peers import PEERS, Peer, peers_of, visible
 from mixtral_triton.tools.bench.report import gpu_line, op_table, plot
-from mixtral_triton.tools.roofline import GPUS
+from mixtral_triton.tools.gpus import GPUS
 
 CPU, H100 = torch.device("cpu"), GPUS["h100"]
 SLOW = ("torch.compile", "FlexAttention", "HF static cache")  # minutes of compiling on a CPU
@@ -198,7 +198,7 @@ def test_a_long_attention_is_checked_in_blocks_of_queries(monkeypatch: pytest.Mo
     for place in (3, 30, 60):
 
         def off(**given: Any) -> Any:
-            out = case.op.plain(**given)
+            out = case.op.call_reference(**given)
             out[:, place] += 1e-2  # noqa: B023
             return out
 
@@ -301,7 +301,7 @@ def test_a_count_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 @contextmanager
 def no_bar(label: str, total: int) -> Iterator[Any]:
-    yield argparse.Namespace(of=lambda done, total: None)
+    yield argparse.Namespace(update=lambda done, total: None)
 
 
 @compiled_way
@@ -309,14 +309,14 @@ def no_bar(label: str, total: int) -> Iterator[Any]:
 def test_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["bench", "route", "rope", "--quick", "--plot", str(tmp_path / "a.svg")]) == 0
     out = capsys.readouterr().out
-    assert "No time was measured: there is no GPU." in out and "H100 SXM" in out
+    assert "No time was measured: there is no GPU." in out and "H100 80GB" in out
     assert "regs" in out and "128x8x2" in out and "bytes touched" in out
     assert (tmp_path / "a.svg").stat().st_size
     assert main(["bench", "route", "--quick", "--json", "--gpu", "a100"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["kind"] for line in lines[:2]] == ["gpu", "row"]
     assert {line["kind"] for line in lines} == {"gpu", "row", "kernel", "traffic"}
-    assert lines[0]["name"] == "A100 SXM 80 GB" and lines[0]["source"] == "data sheet"
+    assert lines[0]["name"] == "A100 80GB" and lines[0]["source"] == "data sheet"
     assert all(line["time_us"] is None and line["floor_us"] > 0 for line in lines if line["kind"] == "row")
     assert {line["arch"] for line in lines if line["kind"] == "kernel"} == {"sm_80"}
 

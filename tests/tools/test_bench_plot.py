@@ -12,7 +12,7 @@ import pytest
 from mixtral_triton.tools.bench.cases import TOKENS, cases
 from mixtral_triton.tools.bench.measure import Outcome, Row, untimed_row
 from mixtral_triton.tools.bench.report import figure_of, plot, series_of
-from mixtral_triton.tools.roofline import GPUS
+from mixtral_triton.tools.gpus import GPUS
 
 pytest.importorskip("matplotlib")
 H100 = GPUS["h100"]

@@ -11,28 +11,28 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton import KVCache, Mixtral, MixtralConfig, ops
+from mixtral_triton import KVCache, Mixtral, MixtralConfig
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.generate import prefill, sample
+from mixtral_triton.inputs import WEIGHT_FORMATS as FORMATS
+from mixtral_triton.inputs import check_memory
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize.spec import select_specs
 from mixtral_triton.tools.fit import (
-    FORMATS,
     KNOWN,
     LOGIT_BYTES,
     OVERHEAD,
     Need,
     cache_bytes,
-    check,
-    format_options,
+    format_specs,
+    model_bytes,
     parameters,
     plan,
     table_bytes,
     token_flops,
-    weight_bytes,
     workspace_bytes,
 )
-from mixtral_triton.tools.gpus import GPUS, named
+from mixtral_triton.tools.gpus import GPUS, find_gpu
 from mixtral_triton.weights import parameter_shapes
 from tests.support import hub
 from tests.support.live_bytes import LiveBytes
@@ -49,7 +49,7 @@ def specs(config: MixtralConfig, weights: Any) -> Any:
 
 
 def size(config: MixtralConfig, weights: Any, dtype: torch.dtype | None = None) -> int:
-    return weight_bytes(config, specs(config, weights), dtype)
+    return model_bytes(config, specs(config, weights), dtype)
 
 
 INT4, FP8 = specs(SMALLER, "int4"), specs(SMALLER, "fp8")
@@ -102,7 +102,7 @@ def test_weights_are_the_bytes_of_the_loaded_model(weights: Any) -> None:
 
 def test_columns_that_are_no_whole_unit_are_padded() -> None:
     config = replace(MixtralConfig.from_pretrained(SMALL), hidden_size=208, intermediate_size=333)
-    assert list(format_options(config)) == ["as stored", "fp8", "int8"]  # int4 has no group that divides the columns
+    assert list(format_specs(config)) == ["as stored", "fp8", "int8"]  # int4 has no group that divides the columns
     padded = 4 * 8 * (2 * 333 * 256 + 208 * 384) + 4 * 4 * 8 * (2 * 333 + 208)
     dense = 4 * 8 * (2 * 333 * 208 + 208 * 333)
     assert size(config, "int8") - size(config, None) == padded - 2 * dense
@@ -120,12 +120,11 @@ def test_the_cache_is_the_cache() -> None:
 def most_alive(config: MixtralConfig, batch: int, context: int, weights: Any = None) -> int:
     """What `generate` takes at most while it reads prompts, beside weights and cache: by the code itself."""
     model = Mixtral(config, "meta", specs=specs(config, weights))
-    model.operations = lambda: ops.DIRECT  # type: ignore[method-assign]  # the launchers, whose buffers count
     cache = KVCache(config, batch, context, "meta", torch.bfloat16)
     with torch.no_grad(), LiveBytes() as live:
         ids = torch.zeros(batch, context, dtype=torch.int64, device="meta")
         prefill(model, cache, ids, torch.zeros(batch, dtype=torch.int64, device="meta"))
-    return live.most
+    return live.peak
 
 
 @pytest.mark.parametrize(
@@ -159,7 +158,7 @@ def test_a_draw_takes_no_more_than_logit_bytes(top_k: int | None) -> None:
     model = Mixtral(replace(SMALLER, num_hidden_layers=1), "meta")
     with torch.no_grad(), LiveBytes() as live:
         sample(model.head(torch.zeros(3, 4096, dtype=torch.bfloat16, device="meta")), 0.7, 0.9, None, top_k)
-    assert LOGIT_BYTES / 2 < live.most / (3 * 32000) < LOGIT_BYTES
+    assert LOGIT_BYTES / 2 < live.peak / (3 * 32000) < LOGIT_BYTES
 
 
 def test_bytes_that_are_let_go_are_not_counted() -> None:
@@ -168,7 +167,7 @@ def test_bytes_that_are_let_go_are_not_counted() -> None:
         b = a.view(2, 5) + 1
         del a
         c = torch.empty(5, device="meta")
-    assert (live.most, live.now) == (80, b.nbytes + c.nbytes)
+    assert (live.peak, live.now) == (80, b.nbytes + c.nbytes)
 
 
 def test_flops_of_a_token() -> None:
@@ -182,8 +181,8 @@ def test_flops_of_a_token() -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_longest_text_fits_and_one_token_more_does_not(format: str, batch: int) -> None:
     for memory in (27 * GB, 30 * GB, 49 * GB, 51 * GB, 97 * GB):
-        found, room = plan(SMALLER, format_options(SMALLER)[format], memory, batch, 100).longest, 0.98 * memory
-        need = [Need.of(SMALLER, format_options(SMALLER)[format], batch, S).total for S in (max(found, 1), found + 1)]
+        found, room = plan(SMALLER, format_specs(SMALLER)[format], memory, batch, 100).longest, 0.98 * memory
+        need = [Need.of(SMALLER, format_specs(SMALLER)[format], batch, S).total for S in (max(found, 1), found + 1)]
         assert found == 0 or need[0] <= room
         assert found == 32768 or need[1] > room - 1
 
@@ -219,12 +218,14 @@ def test_several_gpus_share_weights_and_cache_alone() -> None:
     ],
 )
 def test_a_gpu_by_its_name(name: str, mib: int) -> None:
-    assert named(name).mib == mib and named(name).bytes == mib * 2**20
+    assert find_gpu(name).mib == mib and find_gpu(name).bytes == mib * 2**20
 
 
 def test_no_two_gpus_share_a_name() -> None:
-    names = [name for gpu in GPUS for name in gpu.names]
-    assert len(names) == len(set(names)) and [gpu.mib for gpu in GPUS] == sorted(gpu.mib for gpu in GPUS)
+    names = [name for gpu in GPUS.values() for name in gpu.names]
+    assert len(names) == len(set(names)) and [gpu.mib for gpu in GPUS.values()] == sorted(
+        gpu.mib for gpu in GPUS.values()
+    )
 
 
 def fit(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
@@ -265,7 +266,7 @@ def test_nothing_is_cut_off(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     _, text = fit(capsys, *args)
     assert "…" not in text and max(map(len, text.splitlines())) <= int(columns)
-    labels = [gpu.name for gpu in GPUS] if not args else ["bf16", *list(FORMATS)[1:]]
+    labels = [gpu.name for gpu in GPUS.values()] if not args else ["bf16", *list(FORMATS)[1:]]
     assert all(row(text, label) for label in labels)
 
 
@@ -304,7 +305,7 @@ def test_without_a_gpu_all_are_shown(capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, text = fit(capsys, "--json", "--context", "1000")
     gpus = {gpu["name"]: gpu["gpus_needed"] for gpu in json.loads(text)["gpus"]}
-    assert status == 0 and list(gpus) == [gpu.name for gpu in GPUS]
+    assert status == 0 and list(gpus) == [gpu.name for gpu in GPUS.values()]
     assert gpus["H100 80GB"] == {"as stored": 2, "fp8": 1, "int8": 1, "int4": 1, "int4, linear int8": 1}
 
 
@@ -324,7 +325,7 @@ def test_the_gpu_at_hand_is_asked(capsys: pytest.CaptureFixture[str], monkeypatc
     [
         (("--gpu", "abacus"), "abacus.*H100 80GB.*MI300X"),
         (("--gpu", "v100"), "sm_70.*sm_80"),
-        (("--gpu", "h100", "--memory", "5"), "not allowed with"),
+        (("--gpu", "h100", "--memory", "5"), "--gpu is given, and --memory"),
         (("--gpu", "h100", "--gpus", "0"), "--gpus is 0"),
         (("--gpus", "2"), "no GPU here"),
         (("--memory", "0"), "--memory is 0"),
@@ -361,37 +362,33 @@ def test_a_quantized_folder_is_as_it_is(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["fit", str(tmp_path)]) == 2
 
 
-def test_the_check_names_what_would_fit() -> None:
-    with pytest.raises(ValueError) as found:
-        check(SMALLER, {}, CUDA, BF16, free=80 * GB)
-    said = str(found.value)
-    assert said.startswith("Mixtral.from_pretrained: the weights take 93.4 GB, and cuda:0 has 80.0 GB free: ")
-    assert "weights='int8' takes 48.4 GB" in said and "weights='int4' takes 26.5 GB" in said
-    with pytest.raises(ValueError, match=r"'int4' takes 26\.5 GB") as found:
-        check(SMALLER, FP8, CUDA, BF16, free=40 * GB)
-    assert "weights='int8'" not in str(found.value)
+def bytes_of(weights: Any) -> int:
+    return size(SMALLER, weights) + table_bytes(SMALLER)
 
 
-def test_the_check_says_where_nothing_fits_and_what_would() -> None:
-    least = r"no format fits, the least is 25\.0 GB with .*'linear': 'int8'.*; a GPU like the RTX 5090"
-    with pytest.raises(ValueError, match=least):
-        check(SMALLER, INT4, CUDA, BF16, free=24 * GB)
-    with pytest.raises(ValueError, match=r"no format fits, the least is 26\.5 GB with weights=None; .* RTX 5090"):
-        check(SMALLER, INT4, CUDA, BF16, free_choice=False, free=24 * GB)
-    with pytest.raises(ValueError, match="no format fits") as found:
-        check(replace(LARGER, num_hidden_layers=400), {}, CUDA, BF16, free=24 * GB)
-    assert "a GPU like" not in str(found.value)
+@pytest.mark.parametrize(
+    ("weights", "free", "choice", "message"),
+    [
+        (None, 80 * GB, True, "the weights take 93.4 GB, and cuda:0 has 80.0 GB free: weights='fp8' takes 48.4 GB; "),
+        ("fp8", 40 * GB, True, "free: weights='int4' takes 26.5 GB; weights={'experts': 'int4', 'linear': 'int8'} t"),
+        ("int4", 24 * GB, True, "free: no format fits, the least is 25.0 GB with weights={'experts': 'int4', 'linear'"),
+        ("int4", 24 * GB, False, "free: no format fits, the least is 26.5 GB with weights=None; needs more memory"),
+    ],
+)
+def test_memory_check_names_what_fits(weights: Any, free: int, choice: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^Mixtral.from_pretrained: .*{re.escape(message)}"):
+        check_memory(CUDA, bytes_of(weights), bytes_of if choice else None, free)
 
 
-def test_the_check_passes_what_fits_and_asks_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    need = size(SMALLER, "int4") + table_bytes(SMALLER)
-    check(SMALLER, INT4, CUDA, BF16, free=need)
+def test_memory_check_passes_what_fits_and_ignores_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    need = bytes_of("int4")
+    check_memory(CUDA, need, free=need)
     with pytest.raises(ValueError, match="26"):
-        check(SMALLER, INT4, CUDA, BF16, free=need - 1)
-    check(SMALLER, {}, torch.device("cpu"), BF16, free=0)
+        check_memory(CUDA, need, free=need - 1)
+    check_memory(torch.device("cpu"), need, free=0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (need - 8, 99 * need))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 12)  # 8 that torch keeps of a model that is gone
-    check(SMALLER, INT4, CUDA, BF16)
-    with pytest.raises(ValueError, match="the weights take 186"):
-        check(SMALLER, {}, CUDA, torch.float32)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 12)  # torch keeps 8 bytes of a deleted model
+    check_memory(CUDA, need)
+    with pytest.raises(ValueError, match="free"):
+        check_memory(CUDA, need + 1)

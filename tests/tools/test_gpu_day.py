@@ -18,10 +18,10 @@ from benchmarks import gpu_day
 from benchmarks.gpu_day import Command, Part, day, markdown, parts, whole_models
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools import toolchain
+from mixtral_triton.tools import terminal
 from mixtral_triton.tools.bench.cases import BENCHED, Case, cases
 from mixtral_triton.tools.bench.measure import Outcome, Row, untimed_row
-from mixtral_triton.tools.roofline import GPUS
+from mixtral_triton.tools.gpus import GPUS
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernel: once, without TRITON_INTERPRET")
@@ -250,8 +250,8 @@ def test_bad_input_is_one_line(
     missing = args.pop() if args and args[0].startswith("no ") else ""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(missing))
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(toolchain.shutil, "which", lambda name: None if missing == "no compiler" else "/bin/gcc")
-    monkeypatch.setattr(toolchain.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(terminal.shutil, "which", lambda name: None if missing == "no compiler" else "/bin/gcc")
+    monkeypatch.setattr(terminal.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     with pytest.raises(SystemExit) as error:
         gpu_day.main(list(args))
     printed = capsys.readouterr().err

@@ -16,10 +16,10 @@ from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench.cases import Case, cases
 from mixtral_triton.tools.bench.measure import Outcome, Row, untimed_row
 from mixtral_triton.tools.bench.report import op_table
-from mixtral_triton.tools.predict import Prediction, predicted
-from mixtral_triton.tools.roofline import GPU, GPUS, floor
+from mixtral_triton.tools.gpus import GPU, GPUS
+from mixtral_triton.tools.predict import Prediction, floor, predict
 from mixtral_triton.tools.traffic import count_traffic
-from mixtral_triton.tools.work import WORK, row_tiles, work
+from mixtral_triton.tools.work import WORK, count_work, row_tiles
 
 H100, BF16 = GPUS["h100"], torch.bfloat16
 LAYER = Shape(H=4096, I=14336, E=8, K=2)
@@ -53,7 +53,7 @@ def recorded(name: str, sizes: Sizes, arch: str = "sm_90", **configs: LaunchConf
 
 
 def foreseen(name: str, sizes: Sizes, gpu: GPU = H100, **configs: LaunchConfig) -> Prediction:
-    return predicted(recorded(name, sizes, gpu.arch, **configs), gpu, OPS[name].cost(sizes, BF16))
+    return predict(recorded(name, sizes, gpu.arch, **configs), gpu, OPS[name].cost(sizes, BF16))
 
 
 def microseconds(name: str, sizes: Sizes, **configs: LaunchConfig) -> float:
@@ -130,14 +130,14 @@ def test_more_padding_or_a_smaller_tile_takes_longer(
 @once
 @pytest.mark.parametrize("format", ["int4:128", None])
 def test_padding_of_few_rows_is_multiplied_and_not_loaded(format: str | None) -> None:
-    one, many = (work(recorded("linear", Shape(T=T, H=512, N=64, weight=format))[0]) for T in (1, 4))
+    one, many = (count_work(recorded("linear", Shape(T=T, H=512, N=64, weight=format))[0]) for T in (1, 4))
     assert many.loaded - one.loaded == 3 * 512 * 2 and many.flops == one.flops
 
 
 @once
 def test_one_more_launch_takes_longer() -> None:
     launches, cost = recorded("route", Shape(T=1, E=8, K=2)), OPS["route"].cost(Shape(T=1, E=8, K=2), BF16)
-    one, two = (predicted(launches * times, H100, cost) for times in (1, 2))
+    one, two = (predict(launches * times, H100, cost) for times in (1, 2))
     assert one.limit == "launches" and two.seconds >= one.seconds + 1.2e-6
 
 
@@ -157,7 +157,7 @@ def test_no_prediction_is_below_the_floor(name: str) -> None:
     for case in cases(quick=name != "h100"):
         said, cost = untimed_row(case, gpu).predicted, case.cost()
         assert said is not None and gpu.chip is not None
-        own = sum(part.seconds for part in said.parts) + gpu.chip.gap * len(said.parts)
+        own = sum(part.seconds for part in said.parts) + gpu.chip.launch_gap * len(said.parts)
         assert own >= floor(cost, gpu) and 0 < said.share <= 1, (case.op.name, case.as_dict())
 
 
@@ -181,7 +181,7 @@ def test_memory_s_bytes_are_what_the_operations_call_compulsory() -> None:
         args = case.inputs(torch.device("meta"))
         with record_launches() as launches, torch.no_grad():
             case.op.run(**args)
-        bytes = sum(work(launch).memory for launch in launches)
+        bytes = sum(count_work(launch).memory for launch in launches)
         assert 0.9999 <= bytes / case.cost().bytes < 1.07, (case.op.name, case.as_dict())
 
 
@@ -202,7 +202,7 @@ def test_every_launch_of_the_registry_asks_for_something() -> None:
                 with record_launches() as launches:
                     op.run(**args)
                 for launch in launches:
-                    asked = work(launch)
+                    asked = count_work(launch)
                     assert asked.memory > 0 and asked.programs > 0 and asked.loaded > 0
                     # What multiplies tiles has a formula of its own: no stream of its tensors tells its time.
                     source = "" if launch.fn is None else launch.fn.src
@@ -211,9 +211,11 @@ def test_every_launch_of_the_registry_asks_for_something() -> None:
 
 @once
 def test_an_unknown_kernel_or_gpu_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"work: kernel is 'new_kernel', needs one with a formula: .*rope_kernel"):
-        work(Launch("new_kernel", (1,)))
-    with pytest.raises(ValueError, match=r"predicted: GPU is A10, needs one whose L2 bandwidth"):
+    with pytest.raises(
+        ValueError, match=r"count_work: kernel is 'new_kernel', needs one with a formula: .*rope_kernel"
+    ):
+        count_work(Launch("new_kernel", (1,)))
+    with pytest.raises(ValueError, match=r"predict: GPU is A10, needs one whose L2 bandwidth"):
         foreseen("linear", Shape(T=1, H=64, N=64), GPUS["a10"])
 
 
@@ -255,7 +257,7 @@ def test_the_formulas_say_what_interpreted_kernels_load(
     args = OPS[name].inputs(sizes, BF16, "cpu", torch.Generator().manual_seed(0))
     with count_traffic() as traffic, record_launches() as launches:
         OPS[name].run(**args)
-    asked = work(launches[0])
+    asked = count_work(launches[0])
     loaded = sum(argument.loaded for key, argument in traffic.kernels[0].arguments.items() if key in tensors)
     assert 1.0 <= asked.programs * asked.loaded / loaded <= most
     flops = traffic.kernels[0].flops
@@ -277,7 +279,7 @@ def test_the_experts_formulas_say_what_kernels_load(T: int) -> None:
     for launch, kernel in zip(ours, traffic.kernels, strict=True):
         for _, operands in (item for item in products.items() if launch.kernel.startswith(item[0])):
             asked, loaded = (
-                work(launch),
+                count_work(launch),
                 sum(kernel.arguments[name].loaded for name in operands if name in kernel.arguments),
             )
             assert asked.programs * asked.loaded == pytest.approx(loaded, rel=0.1)

@@ -12,10 +12,11 @@ from mixtral_triton.kernels.launch import tensors
 from mixtral_triton.kernels.op import Shape
 from mixtral_triton.tools.bench.cases import cases
 from mixtral_triton.tools.bench.measure import untimed_row
+from mixtral_triton.tools.gpus import GPUS
 from mixtral_triton.tools.offline import compile_launch
-from mixtral_triton.tools.roofline import GPUS
-from mixtral_triton.tools.work import work
-from tests.tools.test_predict import BF16, H100, LAYER, foreseen, microseconds, once, recorded
+from mixtral_triton.tools.predict import sm_shared_bytes
+from mixtral_triton.tools.work import count_work
+from tests.tools.test_predict import BF16, LAYER, foreseen, microseconds, once, recorded
 
 # By how few rows: bytes from L2 for each byte of a weight.
 A_WEIGHT_BYTE = {1: 1.3, 4: 1.3, 9: 1.3, 16: 1.3, 17: 1.5, 32: 1.5, 64: 1.5}
@@ -28,7 +29,7 @@ def test_decode_brings_little_more_than_its_weights_from_l2(
     T: int, H: int, I: int, N: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where routing is uniform; the gate's by the program, each of which reads it whole."""
-    monkeypatch.setattr(linear, "few", lambda *sizes: True)
+    monkeypatch.setattr(linear, "use_skinny_kernel", lambda *sizes: True)
     layer = Shape(T=T, H=H, I=I, N=N, E=8, K=2)
     for name in ("linear", "expert_swiglu", "gate_route", "rms_norm_gate_route"):
         for launch in recorded(name, layer):
@@ -37,15 +38,15 @@ def test_decode_brings_little_more_than_its_weights_from_l2(
             if weight is None:  # the experts' combine
                 continue
             share = expected_distinct_experts(T, 2 / 8, 8) / 8 if name == "expert_swiglu" else 1.0
-            programs = 1 if "gate" in own else work(launch).programs
+            programs = 1 if "gate" in own else count_work(launch).programs
             asked = weight.nbytes + own["norm"].nbytes if "norm" in own else weight.nbytes
-            assert programs * work(launch).loaded / (asked * share) <= A_WEIGHT_BYTE[T], (launch.kernel, T)
+            assert programs * count_work(launch).loaded / (asked * share) <= A_WEIGHT_BYTE[T], (launch.kernel, T)
 
 
 @once
 def test_two_programs_of_32_tokens_fit_an_sm() -> None:
     for launch in recorded("expert_swiglu", LAYER | {"T": 32})[:2]:
-        assert H100.chip is not None and 2 * work(launch).shared < H100.chip.shared
+        assert 2 * count_work(launch).shared < sm_shared_bytes("sm_90")
 
 
 # What a decode step of 8x7B on an H200 reaches of its floor, at the least: one sequence, 1024 positions.
@@ -77,7 +78,7 @@ def test_linear_is_ours_where_that_is_no_slower(name: str, T: int, monkeypatch: 
         ways = []
         for ours in (True, False):
             with monkeypatch.context() as patch:
-                patch.setattr(linear, "few", lambda *sizes, ours=ours: ours)
+                patch.setattr(linear, "use_skinny_kernel", lambda *sizes, ours=ours: ours)
                 ways.append(foreseen("linear", sizes, gpu).seconds)
         assert ways[0] <= 1.01 * ways[1], sizes
 
@@ -91,7 +92,7 @@ def test_quantized_linear_of_some_rows_takes_the_better_of_two_ways(
         sizes = Shape(T=T, H=4096, N=6144, weight=format)
         chosen = microseconds("linear", sizes)
         with monkeypatch.context() as patch:
-            patch.setattr(linear, "few", lambda *sizes: False)
+            patch.setattr(linear, "use_skinny_kernel", lambda *sizes: False)
             assert chosen < microseconds("linear", sizes)
 
 
@@ -102,7 +103,7 @@ A_BYTE = 2.5
 @once
 @pytest.mark.parametrize("T", [1, 9, 16, 32, 64])
 def test_masks_cost_few_instructions(T: int, monkeypatch: pytest.MonkeyPatch, covers: Any) -> None:
-    monkeypatch.setattr(linear, "few", lambda *sizes: True)
+    monkeypatch.setattr(linear, "use_skinny_kernel", lambda *sizes: True)
     for name in ("linear", "expert_swiglu"):
         for launch in recorded(name, LAYER | {"T": T, "N": 6144}):
             if "decode" not in launch.kernel:

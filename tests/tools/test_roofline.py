@@ -12,7 +12,8 @@ from mixtral_triton.kernels.op import Cost
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench import decode_step
 from mixtral_triton.tools.bench.measure import DeviceTimer, StepTimer
-from mixtral_triton.tools.roofline import GPUS, bound, data_sheet, floor, measure_gpu, table_note
+from mixtral_triton.tools.gpus import GPUS, data_sheet
+from mixtral_triton.tools.predict import bound, family_note, floor, measure_gpu
 
 CPU, H100 = torch.device("cpu"), GPUS["h100"]
 
@@ -54,9 +55,9 @@ def test_gpus_are_known_by_the_name_the_driver_gives() -> None:
 
 
 def test_an_architecture_without_a_table_is_named() -> None:
-    assert not any(table_note(GPUS[gpu].arch) for gpu in ("a100", "h100", "h200", "b200", "mi300x"))
-    assert "sm_120" in str(table_note("sm_120")) and "sm_80" in str(table_note("sm_120"))
-    assert "those of sm_100" in str(table_note(GPUS["b300"].arch))
+    assert not any(family_note(GPUS[gpu].arch) for gpu in ("a100", "h100", "h200", "b200", "mi300x"))
+    assert "sm_120" in str(family_note("sm_120")) and "sm_80" in str(family_note("sm_120"))
+    assert "those of sm_100" in str(family_note(GPUS["b300"].arch))
 
 
 def test_a_gpu_is_what_its_own_kernels_reach() -> None:

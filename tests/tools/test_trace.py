@@ -14,7 +14,7 @@ from rich.console import Console
 from mixtral_triton import cli
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.tools.trace import Trace
+from mixtral_triton.tools.trace import Trace, TraceView
 
 PROMPT = "The for statement\n  is used to iterate: naïve."
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about figures and text: run once, without the interpreter")
@@ -49,7 +49,7 @@ def test_figures_of_a_text_counted_by_hand() -> None:
     experts = torch.tensor([[[0, 1], [0, 2], [2, 3], [1, 0]], [[3, 2]] * 4])
     trace = Trace(("a", "b", "c", "d"), experts, 4)
     assert trace.share().tolist() == [[0.375, 0.25, 0.25, 0.125], [0, 0, 0.5, 0.5]]
-    first, either = trace.kept()
+    first, either = trace.repeated()
     assert first == pytest.approx([1 / 3, 1]) and either == pytest.approx([2 / 3, 1])
     assert trace.chance() == pytest.approx((1 / 4, 1 - 1 / 6))
 
@@ -60,15 +60,15 @@ def test_chance_is_that_of_the_paper() -> None:
     trace = Trace(("x",) * 20001, experts, 8)
     first, either = trace.chance()
     assert (first, round(either, 2)) == (0.125, 0.46)
-    assert trace.kept()[0][0] == pytest.approx(first, abs=0.02)
-    assert trace.kept()[1][0] == pytest.approx(either, abs=0.02)
+    assert trace.repeated()[0][0] == pytest.approx(first, abs=0.02)
+    assert trace.repeated()[1][0] == pytest.approx(either, abs=0.02)
 
 
 @pytest.mark.parametrize("color", ["truecolor", None])
 def test_what_the_terminal_shows(color: Any) -> None:
     experts = torch.tensor([[[0, 1], [1, 0], [11, 0]]])
     out = Console(file=io.StringIO(), force_terminal=color is not None, color_system=color, width=100)
-    out.print(Trace(("<s>", "def\n", "\n"), experts, 12).shown([0]))
+    out.print(TraceView(Trace(("<s>", "def\n", "\n"), experts, 12), [0]))
     text = out.file.getvalue()  # type: ignore[attr-defined]
     if color is None:
         assert "<s>⁰def¹\n⏎¹¹\n" in text and "\x1b" not in text
@@ -83,7 +83,7 @@ def test_the_table_fits_every_terminal(experts: int, width: int) -> None:
     """More tables where one is too wide: every layer and every expert in them, and no cell cut."""
     found = Trace(("a",) * 40, torch.rand(33, 40, experts).argsort(-1)[..., :2], experts)
     out = Console(file=io.StringIO(), width=width)
-    out.print(found.shown([0, 2]))
+    out.print(TraceView(found, [0, 2]))
     lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
     heads = [line.split() for line in lines if line.split()[:1] == ["layer"] and len(line.split()) > 2]
@@ -98,7 +98,7 @@ def test_the_table_fits_every_terminal(experts: int, width: int) -> None:
 )
 def test_it_says_which_layers_it_left_out(layers: Any, said: str | None) -> None:
     out = Console(file=io.StringIO(), width=100)
-    out.print(Trace(("a", "b"), torch.zeros(6, 2, 1, dtype=torch.long), 2).shown(layers))
+    out.print(TraceView(Trace(("a", "b"), torch.zeros(6, 2, 1, dtype=torch.long), 2), layers))
     text = out.file.getvalue()  # type: ignore[attr-defined]
     assert text.count("\nlayer ") == len(layers)
     assert f"left out: the text of {said}, see --layers" in text if said else "left out" not in text
@@ -123,7 +123,7 @@ def test_the_plot_s_parts_keep_clear_of_each_other(
     """The colour bar and its label lie below the left panel, away from the right one; a "$" is a character."""
     pytest.importorskip("matplotlib")
     drawn: list[Any] = []
-    monkeypatch.setattr("mixtral_triton.tools.trace.save", lambda figure, file: drawn.append(figure))
+    monkeypatch.setattr("mixtral_triton.tools.trace.save_plot", lambda figure, file: drawn.append(figure))
     routes = torch.rand((layers, 30, experts), generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :2]
     Trace(("x",) * 30, routes, experts).plot(tmp_path / "x.png", "$a_{: 30 tokens $")
     (figure,) = drawn
@@ -200,7 +200,7 @@ def test_tokens_that_the_model_does_not_take(
     ids: list[int], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Refused before it is told which way the work goes."""
-    monkeypatch.setattr(cli, "choose", lambda *_, **__: "plain torch, on the CPU")
+    monkeypatch.setattr(cli, "select_backend", lambda *_, **__: "plain torch, on the CPU")
     monkeypatch.setattr(cli, "_encode", lambda *_: torch.tensor(ids))
     assert main(["trace", "--device", "cpu", "--prompt", "x"]) == 2
     error = capsys.readouterr().err
@@ -208,6 +208,6 @@ def test_tokens_that_the_model_does_not_take(
 
 
 def test_a_plot_without_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixtral_triton.tools.plotting.find_spec", lambda name: None)
+    monkeypatch.setattr("mixtral_triton.tools.terminal.find_spec", lambda name: None)
     assert main(["trace", "--prompt", "x", "--plot", "x.png"]) == 2
     assert "pip install 'mixtral-triton[plot]'" in capsys.readouterr().err

@@ -29,13 +29,13 @@ from ...kernels.launch import INTERPRETED, using_arch
 from ...kernels.op import Op, Shape, Sizes
 from ...kernels.registry import OPS
 from ...parallel import Ranks
-from ..offline import as_json, compile_shapes
-from ..plotting import check_plot
+from ..compiled import as_json, resources_table
+from ..gpus import GPU, RATED, data_sheet
+from ..offline import compile_shapes
+from ..predict import family_note
 from ..processes import is_first
-from ..resources import resources_table
-from ..roofline import GPU, GPUS, data_sheet, table_note
-from ..scaling import LINKS, Step, step
-from ..tables import Column, Table, console
+from ..scaling import Step, step
+from ..terminal import Column, Table, check_plot, console
 from ..traffic import count_traffic
 from . import decode_step
 from .cases import BENCHED, Case, cases, select_quick
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
     if args.peer and len(args.ops) != 1:
         raise ValueError("--peer goes with the one operation that it does: bench expert_swiglu --peer MODULE:FUNCTION")
     user_peers = [import_peer(text) for text in dict.fromkeys(args.peer)]
-    if args.gpu is not None and args.gpu not in GPUS:
-        raise ValueError(f"--gpu is {args.gpu!r}, needs one of {', '.join(GPUS)}")
+    if args.gpu is not None and args.gpu not in RATED:
+        raise ValueError(f"--gpu is {args.gpu!r}, needs one of {', '.join(RATED)}")
     if unknown := set(args.without) - {peer.name for peer in PEERS}:
         raise ValueError(f"--without is {min(unknown)!r}, needs one of {', '.join(sorted({p.name for p in PEERS}))}")
     if args.plot is not None:
@@ -81,13 +81,13 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
         gpu, sheet = bench.gpu, bench.sheet
         source = bench.rows(selected, args.without, announce, user_peers)
     else:
-        gpu, sheet = GPUS[args.gpu or DEFAULT_GPU], None
+        gpu, sheet = RATED[args.gpu or DEFAULT_GPU], None
         reason = "--gpu asks for a data sheet" if args.gpu else NO_GPU
         source = (checked_row(case, gpu, user_peers, reason) for case in selected)
         known = "Floors" if gpu.chip is None else "Predicted times and floors"
         out.print(f"No time was measured: {reason}. {known} are those of the GPU below.")
     out.print(gpu_line(gpu, sheet))
-    if note := table_note(gpu.arch):
+    if note := family_note(gpu.arch):
         out.print(note)
     if args.json:
         versions = {"torch": torch.__version__, "arch": gpu.arch}
@@ -127,7 +127,7 @@ def _print_rows(
 
         def count() -> Iterator[Row]:
             for done, row in enumerate(source, 1):
-                progress.of(done, total)
+                progress.update(done, total)
                 if as_lines:
                     print(json.dumps({"kind": "row", **row.as_dict()}), flush=True)
                 yield row
@@ -150,7 +150,7 @@ def _print_compiled(as_lines: bool, selected: Sequence[Case], gpu: GPU, out: Con
             out.print("No compiled resources: this process interprets its kernels (TRITON_INTERPRET is set).")
         else:
             with bar(f"compiling for {gpu.arch}", None) as progress:
-                compiled = compile_shapes(_as_ops(launching), gpu.arch, progress=progress.of)
+                compiled = compile_shapes(_as_ops(launching), gpu.arch, progress=progress.update)
                 kernels = [{"kind": "kernel", **as_json(kernel)} for kernel in compiled]
         printed, complaint = process.communicate()
     traffic = [json.loads(line) for line in printed.splitlines()]
@@ -234,24 +234,24 @@ def run_on_mesh(args: argparse.Namespace, mesh: Any) -> int:
         raise ValueError(f"bench: on a mesh it times decode_step, and got {' '.join(args.ops)}")
     if unused := [name for name in NOT_ON_A_MESH if getattr(args, name)]:
         raise ValueError(f"--{unused[0]} is given, and a mesh has no use for it")
-    if args.gpu is not None and args.gpu not in LINKS:
-        raise ValueError(f"--gpu is {args.gpu!r}, needs one of {', '.join(LINKS)}: of others no links are known")
-    ranks, name = Ranks(mesh), args.gpu or DEFAULT_GPU
-    measuring = mesh.device_type == "cuda" and args.gpu is None
+    linked = [key for key, gpu in RATED.items() if gpu.link is not None]
+    if args.gpu is not None and args.gpu not in linked:
+        raise ValueError(f"--gpu is {args.gpu!r}, needs one of {', '.join(linked)}: of others no links are known")
+    ranks, measuring = Ranks(mesh), mesh.device_type == "cuda" and args.gpu is None
+    gpu: GPU | None = RATED[args.gpu or DEFAULT_GPU]
     if measuring:
-        sheet = data_sheet(torch.cuda.get_device_properties(torch.cuda.current_device()).name)
-        name = next((key for key, gpu in GPUS.items() if gpu is sheet and key in LINKS), "")
+        gpu = data_sheet(torch.cuda.get_device_properties(torch.cuda.current_device()).name)
     rows: list[tuple[Case, Step | None, float | None]] = []
     for case in cases(["decode_step"], at=args.at, sizes=args.sizes, dtype=getattr(torch, args.dtype or "", None)):
         config = replace(decode_step.config(case.sizes), dtype=case.dtype_name)
         with ranks.raise_on_any_rank():
             ranks.shard.check(config)
         expected = None
-        if name:
-            expected = step(config, {}, ranks.shard, GPUS[name], LINKS[name], case.sizes["B"], 1, case.sizes["S"])
+        if gpu is not None and gpu.link is not None:
+            expected = step(config, {}, ranks.shard, gpu, case.sizes["B"], 1, case.sizes["S"])
         rows.append((case, expected, measure_on_mesh(case, ranks) if measuring else None))
     if is_first():
-        _print_mesh(args.json, rows, ranks, GPUS[name].name if name else "a GPU without known links")
+        _print_mesh(args.json, rows, ranks, gpu.name if gpu and gpu.link else "a GPU without known links")
     return 0
 
 
@@ -269,7 +269,7 @@ def measure_on_mesh(case: Case, ranks: Ranks) -> float:
 
 def _print_mesh(as_json: bool, rows: Sequence[tuple[Case, Step | None, float | None]], ranks: Ranks, gpu: str) -> None:
     shard, out = ranks.shard, console()
-    columns = [Column("sizes", right=False), Column("predicted, us"), Column("sent"), Column("us"), Column("tokens/s")]
+    columns = [Column("sizes", number=False), Column("predicted, us"), Column("sent"), Column("us"), Column("tokens/s")]
     table = Table(f"decode_step, tp {shard.tp} x ep {shard.ep}, on {gpu}", columns, PREDICTED)
     lines: list[dict[str, Any]] = [{"kind": "mesh", "tp": shard.tp, "ep": shard.ep, "gpu": gpu}]
     for case, expected, seconds in rows:

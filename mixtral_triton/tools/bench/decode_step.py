@@ -160,10 +160,10 @@ def hf_static(op: Op, args: Args) -> Callable[..., Any]:
 
 def expected_distinct_experts(args: Args) -> float:
     """Return the mean number of distinct experts per layer that the next step's tokens select."""
-    from ..routes import Routes
+    from ..trace import RouteRecorder
 
     rewind(args["cache"])
-    with Routes() as routes:
+    with RouteRecorder() as routes:
         decode_step(**args)
     rewind(args["cache"])
     return sum(len(ids.unique()) for ids in routes.ids) / len(routes.ids)

@@ -17,9 +17,9 @@ from ...config import MixtralConfig
 from ...kernels.launch import target_arch
 from ...kernels.op import Sizes
 from ...kernels.record import record_launches
-from ...ops import reached_by
-from ..predict import Prediction, predicted
-from ..roofline import GPU, GPUS, bound, data_sheet, floor, measure_gpu
+from ...ops import dispatched
+from ..gpus import GPU, RATED, data_sheet
+from ..predict import Prediction, bound, floor, measure_gpu, predict
 from . import decode_step
 from .cases import Case, Oracle, StepOracle, cases, oracle_of
 from .peers import Function, Peer, Unsupported, peers_of, user_peer
@@ -183,7 +183,7 @@ class Row:
 
 def our_call(case: Case, args: dict[str, Any]) -> Function:
     """Return the registered operator, as a user's tensors reach it; for a decode step, its replay."""
-    return decode_step.replayed_step(args) if case.op is decode_step.STEP else reached_by(case.op.name, args)
+    return decode_step.replayed_step(args) if case.op is decode_step.STEP else dispatched(case.op.name, args)
 
 
 def untimed_row(case: Case, gpu: GPU, args: dict[str, Any] | None = None) -> Row:
@@ -193,7 +193,7 @@ def untimed_row(case: Case, gpu: GPU, args: dict[str, Any] | None = None) -> Row
         case.op.run(**shapes)
     names = tuple(launch.kernel for launch in launches)
     known = gpu if gpu.chip is not None else data_sheet(gpu.name)
-    prediction = None if known is None or known.chip is None else predicted(launches, known, cost)
+    prediction = None if known is None or known.chip is None else predict(launches, known, cost)
     return Row(case, cost.flops, cost.bytes, floor(cost, gpu), bound(cost, gpu), names, predicted=prediction)
 
 
@@ -273,7 +273,7 @@ def compare(
     found = cases([op], sizes=sizes, dtype=dtype, model=model)
     if torch.cuda.is_available():
         return list(Bench.of(torch.device("cuda")).rows(found, extra_peers=functions))
-    return [checked_row(case, GPUS[DEFAULT_GPU], functions, NO_GPU) for case in found]
+    return [checked_row(case, RATED[DEFAULT_GPU], functions, NO_GPU) for case in found]
 
 
 def _free_memory() -> None:

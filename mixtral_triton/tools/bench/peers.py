@@ -52,7 +52,7 @@ class Peer:
 def _compile(op: Op, args: Args) -> Function:
     torch.compiler.reset()  # shapes of earlier cases would count against the limit of recompilations
     compiled = torch.compile(op.reference, dynamic=False)
-    return lambda **kwargs: compiled(**op.common(kwargs))
+    return lambda **kwargs: compiled(**op.reference_args(kwargs))
 
 
 def _require_dense(args: Args) -> None:
@@ -230,7 +230,7 @@ def _skinny_linear(op: Op, args: Args) -> Function:
 
 
 PEERS = (
-    Peer("torch", None, "", lambda op, args: op.plain),
+    Peer("torch", None, "", lambda op, args: op.call_reference),
     Peer("torch.compile", None, "", _compile),
     Peer("linear_decode_kernel", "linear", "", _skinny_linear),
     Peer(

@@ -10,9 +10,8 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from ..plotting import save
-from ..roofline import GPU
-from ..tables import Column, Table
+from ..gpus import GPU
+from ..terminal import Column, Table, save_plot
 from .measure import Outcome, Row
 
 PREDICTED = (
@@ -83,14 +82,13 @@ def op_table(rows: Sequence[Row]) -> Group:
     timed = any(row.ours.seconds is not None or row.ours.note for row in rows)
     predicted = any(row.predicted is not None for row in rows)
     peers = list(dict.fromkeys(name for row in rows for name in row.peers))
-    level = 2 if timed else 0
-    columns = [Column("sizes", right=False), *([Column("time, us"), Column("of floor")] if timed else [])]
+    columns = [Column("sizes", number=False), *([Column("time, us"), Column("of floor")] if timed else [])]
     if predicted:
-        columns += [Column("predicted, us", level), *([] if timed else [Column("of floor")])]
-        columns += [Column("limit", level, right=False)]
-    columns += [Column("floor, us"), Column("bound", right=False)]
-    columns += [Column(f"{name} / ours" if timed else name, level=1) for name in peers]
-    columns += [Column(name, level=2) for name in ("MB", "GFLOP", "launches")]
+        columns += [Column("predicted, us"), *([] if timed else [Column("of floor")])]
+        columns += [Column("limit", number=False)]
+    columns += [Column("floor, us"), Column("bound", number=False)]
+    columns += [Column(f"{name} / ours" if timed else name) for name in peers]
+    columns += [Column(name) for name in ("MB", "GFLOP", "launches")]
     case, common = rows[0].case, common_sizes(rows)
     title = ", ".join(filter(None, (case.op.name, case.dtype_name, sizes_text(common))))
     table = Table(title, columns, PREDICTED if predicted else "")
@@ -115,7 +113,7 @@ def traffic_table(arch: str, lines: Sequence[dict[str, Any]]) -> Table:
     ratios = {"touched": "bytes touched", "moved": "bytes moved", "issued": "FLOP issued"}
     table = Table(
         f"Counted in the interpreter, at reduced sizes with the tiles of {arch}; 1 is what is compulsory",
-        [Column("operation", right=False), Column("sizes", right=False), *map(Column, ratios.values())],
+        [Column("operation", number=False), Column("sizes", number=False), *map(Column, ratios.values())],
         "moved: all loads and stores, as if there were no cache; "
         "FLOP issued: a tensor core's tile has 16 rows, however few the tokens",
     )
@@ -236,4 +234,4 @@ def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
 
 
 def plot(rows: Sequence[Row], gpu: GPU, file: Path) -> None:
-    save(figure_of(rows, gpu), file)
+    save_plot(figure_of(rows, gpu), file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,8 +24,8 @@ from ...kernels.op import Launch, LaunchConfig, Op
 from ...kernels.record import record_launches
 from ...kernels.registry import OPS
 from ..offline import Compiled, compile_launch
-from ..roofline import table_note
-from ..tables import Column, Table, console, folded
+from ..predict import family_note
+from ..terminal import Column, Table, console
 from . import measure
 from .cases import Case, Oracle, cases
 from .measure import DeviceTimer, Timer
@@ -218,8 +219,8 @@ def _table(tuned: Tuned) -> Table:
     varied = [name for name in first if len({one.config.constexprs[name] for one in tuned.candidates}) > 1]
     same = "".join(f", {name}={first[name]}" for name in first if name not in varied)
     case = f"{tuned.case.op.name}, {sizes_text(tuned.case.as_dict())}, {tuned.case.dtype_name}, {tuned.arch}"
-    columns = [Column("", right=False), *map(Column, (*varied, "warps", "stages", "time, us"))]
-    columns += [*map(Column, ("registers", "shared", "FLOP/i")), Column("note", level=1, right=False)]
+    columns = [Column("", number=False), *map(Column, (*varied, "warps", "stages", "time, us"))]
+    columns += [*map(Column, ("registers", "shared", "FLOP/i")), Column("note", number=False)]
     table = Table(f"{tuned.kernel}: {case}{same}", columns)
     for at, one in enumerate(tuned.candidates):
         compiled, config, resources = one.compiled, one.config, ["-", "-", "-"]
@@ -243,7 +244,8 @@ def tune_report(tuned: Tuned, width: int) -> Group:
         time = "" if tuned.library_s is None else f", which takes {micro(tuned.library_s)} us"
         verdict = f"a library is the present choice{time}; of this kernel, {verdict}"
     code, row = literal(tuned.case.op, tuned.kernel, tuned.best).split("  # ")
-    lines = [f"    # {row}", *("    " + line for line in folded(code, width - 4, " " * 4))]
+    wrapped = textwrap.wrap(code, width - 4, subsequent_indent=" " * 4, break_on_hyphens=False)
+    lines = [f"    # {row}", *("    " + line for line in wrapped)]
     return Group(_table(tuned), Text(verdict), *map(Text, lines), Text())
 
 
@@ -258,7 +260,7 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
         device = torch.device("cuda")
         timer = DeviceTimer(device)
     arch = args.arch or target_arch(device)
-    if note := table_note(arch):
+    if note := family_note(arch):
         out.print(note)
     if timer is None:
         out.print(f"Nothing was timed: {reason}. These are the neighbours of the present choice, compiled for {arch}.")
@@ -268,7 +270,7 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
     with bar("tuning", len(kernels)) as progress:
         for done, (case, kernel) in enumerate(kernels, 1):
             tuned = tune(case, kernel, arch, timer, device)
-            progress.of(done, len(kernels))
+            progress.update(done, len(kernels))
             if args.json:
                 print(json.dumps(tuned.as_dict()), flush=True)
             else:
