@@ -14,7 +14,7 @@ from mixtral_triton.kernels.op import LaunchConfig
 from mixtral_triton.tools.bench.cases import BENCHED, cases
 from mixtral_triton.tools.bench.measure import Outcome, Row, untimed_row
 from mixtral_triton.tools.bench.report import op_table, traffic_table
-from mixtral_triton.tools.bench.tune import Candidate, Tuned, kernel_configs
+from mixtral_triton.tools.bench.tune import Candidate, Tuned, kernel_configs, tune_report
 from mixtral_triton.tools.compiled import fold_rows, resources_table
 from mixtral_triton.tools.gpus import GPUS
 from mixtral_triton.tools.terminal import PIPED, Column, Table, console
