@@ -11,7 +11,7 @@ from mixtral_triton import MixtralConfig
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.tools import processes
-from mixtral_triton.verification.verdict import TOKENS
+from mixtral_triton.verification import TEXT_TOKENS
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
@@ -37,7 +37,7 @@ def test_the_drop_in_prints_the_same_text_twice(
     before, after = capsys.readouterr().out.split("<s>")[1:]
     after, report = after[: len(before)], after[len(before) :]
     assert before == after and before.startswith("The return statement")
-    assert "beside transformers' own modules" in report and "RIGHT" in report
+    assert "compared with transformers' own modules" in report and "RIGHT" in report
 
 
 def test_it_is_short() -> None:
@@ -52,7 +52,7 @@ def test_the_first_two_shell_blocks_are_the_two_commands() -> None:
 
 def test_the_time_it_states_is_the_time_that_verify_states() -> None:
     small = MixtralConfig.from_pretrained(SMALL)
-    time = processes.about(processes.verify_seconds(small, "torch.bfloat16", TOKENS))
+    time = processes.about(processes.verify_seconds(small, "torch.bfloat16", TEXT_TOKENS))
     assert f"for this checkpoint {time} on two cores" in " ".join(TEXT.split())
 
 
