@@ -22,7 +22,7 @@ from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.offline import collect, compile_launch
 from mixtral_triton.tools.predict import predict
-from mixtral_triton.tools.ptx import Order, order
+from tests.support.ptx import Order, order
 from mixtral_triton.tools.gpus import GPUS
 from tests.support.inject_fault import spoilt
 from tests.support.models import random_model
