@@ -212,7 +212,7 @@ def test_every_launch_of_the_registry_asks_for_something() -> None:
 @once
 def test_an_unknown_kernel_or_gpu_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"count_work: kernel is 'new_kernel', needs one with a formula: .*rope_kernel"
+        ValueError, match=r"count_work: kernel is 'new_kernel', needs one with a formula: .*linear_kernel"
     ):
         count_work(Launch("new_kernel", (1,)))
     with pytest.raises(ValueError, match=r"predict: GPU is A10, needs one whose L2 bandwidth"):
