@@ -21,8 +21,8 @@ from ..rope import angles
 Softmax = namedtuple("Softmax", "acc largest total")
 # q [BLOCK_M, BLOCK_D] and its positions [BLOCK_M]; scale is the softmax scale * log2(e), positive.
 QueryTile = namedtuple("QueryTile", "q offs_i window scale")
-# Keys and values of one sequence and head, by pointers and strides, or by descriptors of all sequences and heads. `first`
-# is the position of index 0, or the number of slots of a ring.
+# Keys and values of one sequence and head, by pointers and strides, or by descriptors of all sequences and heads.
+# `first` is the position of index 0, or the number of slots of a ring.
 Keys = namedtuple("Keys", "k_ptr v_ptr stride_ks stride_vs k_desc v_desc b hkv first")
 # Positions low..high that some query of the tile sees, and inner_low..inner_high that all of them see.
 Span = namedtuple("Span", "low high inner_low inner_high")

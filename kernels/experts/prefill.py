@@ -18,8 +18,8 @@ from ..tiles import depth_tile, program_tile
 from ..weight import WeightPtrs, times_row_scales, weight_tile
 from .kernels import pair_rows, swiglu
 
-# The weight rows of a tile: WeightPtrs of column 0, the indices of the rows among all experts' (for scales and zeros), and
-# a descriptor that reads at `place`, or None.
+# The weight rows of a tile: WeightPtrs of column 0, the indices of the rows among all experts' (for scales and zeros),
+# and a descriptor that reads at `place`, or None.
 ExpertWeight = namedtuple("ExpertWeight", "ptrs rows desc place")
 # The rows of x of a tile: pointers [rows, BLOCK_K] of column 0, or descriptors of the upper part and of SHORT_M rows.
 RowSource = namedtuple("RowSource", "ptrs desc short_desc")
