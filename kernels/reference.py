@@ -41,7 +41,7 @@ def embed_rms_norm(input_ids: Tensor, table: Tensor, weight: Tensor, eps: float)
 def linear(x: Tensor, weight: Any) -> Tensor:
     """x [..., H], weight [N, H] -> [..., N].
 
-    A quantized weight multiplies itself (`QuantizedWeight.product`), in 16 bits with one more rounding than a dense one.
+    A quantized weight multiplies itself (`QuantizedWeight.product`); 16 bits then have one more rounding.
     """
     return F.linear(x, weight) if isinstance(weight, Tensor) else weight.product(x)
 

@@ -92,7 +92,7 @@ def check_memory(
 
 
 def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:
-    """Raise ValueError unless input_ids is int64 [B,T] with B, T >= 1 on `device`, on a CPU with ids of the vocabulary."""
+    """Raise ValueError unless input_ids is int64 [B,T], not empty, on `device`, and on a CPU within the vocabulary."""
     is_tensor = isinstance(input_ids, Tensor)
     if not is_tensor or input_ids.dtype != torch.int64 or input_ids.dim() != 2:
         got = f"{input_ids.dtype} {list(input_ids.shape)}" if is_tensor else type(input_ids).__name__

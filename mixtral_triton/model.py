@@ -37,8 +37,8 @@ def _empty_weight(shape: tuple[int, ...], device: Any, dtype: torch.dtype, spec:
 def rope_tables(config: MixtralConfig, device: Any) -> tuple[Tensor, Tensor]:
     """Return cos and sin of position * theta ** (-2i / D), fp32 [P, D/2] (Su et al. 2021, section 3.2).
 
-    Computed in fp32 on the CPU in transformers' order: at position 30,000 a frequency that is rounded differently, as by
-    a GPU's `pow`, changes the logits.
+    Computed in fp32 on the CPU in transformers' order: at position 30,000 a frequency that is rounded differently, as
+    by a GPU's `pow`, changes the logits.
     """
     D = config.head_dim
     frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, D, 2, device="cpu", dtype=torch.float32) / D))
@@ -239,7 +239,7 @@ class Mixtral(nn.Module):
 
         An id outside the vocabulary, lengths outside 0..T and a sequence beyond the cache's `max_len` raise ValueError
         on a CPU. On a GPU nothing is read back, so the call can be captured in a CUDA graph: all logits of such a
-        sequence are NaN, and so are later ones while they see these tokens in the cache. Other sequences are unaffected.
+        sequence are NaN, and so are later ones while they see these tokens in the cache. Others are unaffected.
         """
         self._check(input_ids, cache, lengths)
         return self.head(self.hidden(input_ids, cache, lengths))

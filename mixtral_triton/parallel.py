@@ -148,7 +148,7 @@ class Ranks:
         self.device_type: str = mesh.device_type
         self._global = ranks
         try:
-            # Separate groups: with our timeouts, over both dimensions, and on CPUs for host objects. The CPU group comes
+            # Separate groups: with our timeouts, over both dimensions, and on CPUs for host objects. The CPU group is
             # first, since ranks may arrive at very different times.
             self._hosts: Any = dist.new_group(
                 ranks, timeout=LOADING_TIMEOUT, backend="gloo", use_local_synchronization=True
@@ -162,7 +162,7 @@ class Ranks:
             raise ValueError(f"Mixtral.from_pretrained: device is {device}, needs the mesh's type, {self.device_type}")
 
     def local_ids(self, ids: Tensor, experts: int) -> Tensor:
-        """Convert expert ids int32 [T,K] to this rank's indices; those of other ranks become out of range, so no-ops."""
+        """Convert expert ids int32 [T,K] to this rank's indices; other ranks' ids become out of range: no-ops."""
         return ids - self.shard.ep_rank * experts if self.shard.ep > 1 else ids
 
     def all_reduce(self, part: Tensor, in_order: bool) -> Tensor:
@@ -231,7 +231,7 @@ class Ranks:
 
     @contextmanager
     def raise_on_any_rank(self) -> Iterator[None]:
-        """Raise a failure of one rank on all ranks, as a ValueError with ranks and reasons, so that none waits for it."""
+        """Raise a failure of one rank on all ranks as a ValueError with its reason, so that none waits for it."""
         error = None
         try:
             yield
@@ -305,7 +305,7 @@ class Traffic:
 
 
 def traffic(config: MixtralConfig, tp: int = 1, ep: int = 1, itemsize: int = 2) -> Traffic:
-    """Count the bytes sent; `itemsize` is that of the activations. Deterministic mode sends n / 2 times as much a layer."""
+    """Count the bytes sent; `itemsize` is the activations'. Deterministic mode sends n / 2 times as much a layer."""
     n = tp * ep
     part = -(-config.vocab_size // n)
     tied = config.tie_word_embeddings
