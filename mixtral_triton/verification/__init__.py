@@ -1,8 +1,6 @@
 """verify: the runtime against torch on the user's own weights: operations, layers, logits and loaded tensors.
 
-Model and reference share the loaded tensors, so these are compared with the files by a separate table (weights.py).
-Torch's activations go into every operation and into every layer of the model's own forward (layers.py). Errors are
-measured against fp64, and the error of torch in the weights' dtype sets their limits (tools/tolerance.py).
+Errors are measured against fp64, and the error of torch in the weights' dtype sets their limits (tools/tolerance.py).
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from ..tools.tolerance import Fp64Reference, measure, to_fp64
 from .hf import TransformersTarget, transformers_logits
 from .layers import LayerProbe, Target, check_layers, norm_args, split_text
 from .mesh import MeshTarget, worst_of_ranks
-from .report import END_RATIO, Report, Row, end_row, make_report, sort_by_layer
+from .report import END_RATIO, Report, Row, end_row, make_report
 from .weights import check_loaded, quantization_cost, quantized_formats
 from .weights import held_out as held_out
 from .weights import perplexity as perplexity
@@ -109,12 +107,12 @@ def _verify(target: Any, input_ids: Tensor | None, progress: Progress, folder: A
 
     rows = [] if folder is None else check_loaded(folder, target)
     probe_config = target.probe_config(ids.shape[1])
-    results = check_layers(target, ids, probe_config, step)
-    expected, probe = results.expected, LayerProbe(results.probe_expected.layers, step)
+    found, expected, probe_expected, exact = check_layers(target, ids, probe_config, step)
+    probe = LayerProbe(probe_expected.layers, step)
     target.probe(probe_config, ids, probe)
-    rows += sort_by_layer(results.rows, probe.rows())
+    rows += sorted(found + probe.rows(), key=lambda row: -1 if row.layer is None else row.layer)
     rows.append(Row(None, "rms_norm", "final", *measure("rms_norm", norm_args(config, expected.x, target.norm))))
-    reference = Fp64Reference.from_baseline(target.head(to_fp64)(results.exact), target.head()(expected.x), END_RATIO)
+    reference = Fp64Reference.from_baseline(target.head(to_fp64)(exact), target.head()(expected.x), END_RATIO)
     routes = LayerProbe(expected.layers)
     rows.append(end_row(target.output, "end to end", target.end_to_end(ids, routes), reference))
     if peer is not None:

@@ -44,10 +44,10 @@ def small_model(dtype: torch.dtype) -> Mixtral:
 
 
 class SwappedNorms(Layer):
-    def forward(self, *args: Any) -> Any:
+    def route(self, *args: Any) -> Any:
         layer = copy.copy(self)
         layer._parameters = dict(self._parameters, post_attention_layernorm=self._parameters["input_layernorm"])
-        return Layer.forward(layer, *args)
+        return Layer.route(layer, *args)
 
 
 class SwappedQueriesAndKeys(Layer):

@@ -18,7 +18,6 @@ from ...cache import KVCache
 from ...config import MixtralConfig
 from ...generate import can_capture
 from ...graph import captured
-from ...hf.release import cache_keyword
 from ...kernels import reference
 from ...kernels.op import Cost, Op, Sizes
 from ...kernels.registry import OPS
@@ -163,13 +162,14 @@ def theirs(model: Mixtral) -> Any:
 
 def _hf(args: Args, kept: Callable[[Any], Any], compile: bool) -> Callable[..., Any]:
     """A step of transformers' model on a copy of our cache, in `kept`, its own. Experts run as they do by default."""
+    from ...hf.mask import CACHE
+
     cache, hf = args["cache"], theirs(args["model"])
     held = kept(hf.config)
     for index, layer in enumerate(zip(cache.keys, cache.values, strict=True)):
         held.update(*(x[:, :, : cache.slots - 1].clone() for x in layer), index)
     forward = torch.compile(hf.forward, mode="reduce-overhead") if compile else hf.forward
-    name = cache_keyword()
-    return lambda token, **_: forward(token, use_cache=True, **{name: held}).logits[:, -1].float()
+    return lambda token, **_: forward(token, use_cache=True, **{CACHE: held}).logits[:, -1].float()
 
 
 def hf_eager(op: Op, args: Args) -> Callable[..., Any]:
