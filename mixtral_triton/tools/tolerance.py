@@ -26,10 +26,7 @@ Args = dict[str, Any]
 
 
 class Tolerance:
-    """The fp64 results of one call of an operation, and a limit for each result's error.
-
-    Errors and limits are relative to the largest value of the result.
-    """
+    """The fp64 results of one call of an operation, and limits of errors relative to a result's largest value."""
 
     def __init__(self, name: str, args: Args) -> None:
         op = OPS[name]
@@ -115,10 +112,7 @@ def _error(got: Tensor, exact: Tensor) -> float:
 
 
 def fp64_block(layer: Any, config: Any, tables: Args, x: Tensor, ids: Tensor | None = None) -> reference.Values:
-    """`reference.block` on x fp64 [B,T,H], in fp64. `tables`: cos and sin.
-
-    One matrix, one expert and one sequence are converted at a time: a layer in fp64 exceeds many GPUs' memory.
-    """
+    """`reference.block` on x [B,T,H] in fp64, one matrix, expert and sequence at a time to save memory."""
     attend = reference.uncached_attention(config.sliding_window, to_fp64(tables["cos"]), to_fp64(tables["sin"]))
 
     def attend_each(*qkv: Tensor) -> Tensor:
@@ -164,13 +158,11 @@ class Fp64Reference:
 
 @dataclass(frozen=True)
 class LayerReference:
-    """What torch computes in one layer, and the fp64 references beside it.
+    """What torch computes in one layer in the weights' dtype, and fp64 references.
 
-    x, h           the layer's input, and its norm, in the weights' dtype [B,T,H]
-    ids, weights   the experts of every token [B,T,K]
-    normed, output fp64 references of h and of the layer's output
-    logits         the gate's, fp64 [B,T,E]
-    logits_limit   the absolute limit of a logit's error
+    x, h            the layer's input and its norm [B,T,H]; ids, weights: the experts of every token [B,T,K]
+    normed, output  fp64 references of h and of the layer's output; logits: the gate's, fp64 [B,T,E]
+    logits_limit    the absolute limit of a logit's error
     """
 
     x: Tensor

@@ -21,12 +21,12 @@ from .layers import LayerCheck, LayerProbe, Target
 
 
 class TransformersTarget(Target):
-    """A transformers Mixtral, applied or not, which is left as it was."""
+    """A transformers Mixtral, applied or not, which is left as it was. `apply`: its own forward is that of `apply`."""
 
     peer, padding = "transformers' own modules", 0
 
-    def __init__(self, model: Any) -> None:
-        self.theirs = hf.import_modules("verify", model).theirs
+    def __init__(self, model: Any, apply: bool = True) -> None:
+        self.apply, self.theirs = apply, hf.import_modules("verify", model).theirs
         self.backbone = next(module for module in model.modules() if isinstance(module, self.theirs.MixtralModel))
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError("verify: some weights are not in memory (offloaded); load the model without offloading")
@@ -80,6 +80,15 @@ class TransformersTarget(Target):
     def probe_config(self, tokens: int) -> MixtralConfig:
         return self.config
 
+    @classmethod
+    def eager(cls, folder: Any, model: Any) -> TransformersTarget:
+        """transformers' eager model of a folder, on the device and in the dtype of `model`."""
+        from transformers import MixtralForCausalLM
+
+        settings: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        loaded = MixtralForCausalLM.from_pretrained(folder, dtype=model.dtype, **settings)
+        return cls(loaded.eval().to(model.device), apply=False)
+
     def make_cache(self, config: MixtralConfig, batch: int, slots: int) -> Any:
         from transformers import DynamicCache
 
@@ -87,7 +96,7 @@ class TransformersTarget(Target):
 
     @contextmanager
     def forward(self, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Iterator[Callable[..., Tensor]]:
-        """The applied backbone's forward."""
+        """The backbone's forward."""
         from ..hf.mask import CACHE
 
         def enter(index: int, layer: Any, args: Any, kwargs: Any) -> Any:
@@ -96,41 +105,20 @@ class TransformersTarget(Target):
         def leave(index: int, layer: Any, args: Any, out: Tensor) -> Tensor:
             return probe.leave(index, out)
 
+        def route(gate: Any, args: Any, out: Any) -> Any:
+            return out[0], *probe.replace_routes(out[1], out[2])
+
         def forward(ids: Tensor, cache: Any = None, lengths: None = None) -> Tensor:
             return self.backbone(ids, use_cache=cache is not None, **{CACHE: cache}).last_hidden_state
 
         with ExitStack() as stack:
-            if not hf.applied(self.model):
+            if self.apply and not hf.applied(self.model):
                 hf.apply(self.model)
                 stack.callback(hf.revert, self.model)
-            stack.enter_context(replaced_routes(self.theirs, self.backbone, probe))
+            for gate in self.backbone.modules():
+                if isinstance(gate, self.theirs.MixtralTopKRouter):
+                    stack.enter_context(gate.register_forward_hook(route))
             for index, layer in enumerate(self.layers if probe_layers else ()):
                 stack.enter_context(layer.register_forward_pre_hook(partial(enter, index), with_kwargs=True))
                 stack.enter_context(layer.register_forward_hook(partial(leave, index)))
             yield forward
-
-
-@contextmanager
-def replaced_routes(theirs: Any, backbone: Any, probe: LayerProbe) -> Iterator[None]:
-    """Within the block `probe` replaces the routes of transformers' gates."""
-
-    def replace(gate: Any, args: Any, out: Any) -> Any:
-        return out[0], *probe.replace_routes(out[1], out[2])
-
-    with ExitStack() as stack:
-        for module in backbone.modules():
-            if isinstance(module, theirs.MixtralTopKRouter):
-                stack.enter_context(module.register_forward_hook(replace))
-        yield
-
-
-def transformers_logits(folder: Any, model: Any, ids: Tensor, probe: LayerProbe) -> Tensor:
-    """The logits [B,T,V] of transformers' model of the folder, with the routes that `probe` expects."""
-    from transformers import MixtralForCausalLM
-    from transformers.models.mixtral import modeling_mixtral
-
-    eager: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    loaded = MixtralForCausalLM.from_pretrained(folder, dtype=model.dtype, **eager).eval().to(model.device)
-    probe.start("end to end", torch.arange(ids.shape[1]), ids.shape[1])
-    with replaced_routes(modeling_mixtral, loaded.model, probe):
-        return loaded(ids).logits

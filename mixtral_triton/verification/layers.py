@@ -1,8 +1,7 @@
 """Every operation of a layer on torch's activations, and every layer's own forward on torch's input.
 
 One flipped route then does not hide later layers. Right operations may make a wrong model, by swapped norms or a window
-off by one: therefore the model's own forward runs, too, and only what enters a layer is replaced, so that a fault shows
-in the layer that has it.
+off by one, so the model's own forward runs, too. Only what enters a layer is replaced, to show a fault in its layer.
 
 B batch, T tokens, H hidden, E experts, K experts per token, V vocabulary
 """
@@ -38,10 +37,6 @@ WINDOW_FRACTION = 4  # a window as long as the text is reduced by this factor, s
 Step = Callable[[], None]  # called after each layer of each forward
 
 
-def norm_args(config: Any, x: Tensor, weight: Tensor) -> Args:
-    return {"x": x, "weight": weight, "eps": config.rms_norm_eps}
-
-
 class LayerCheck:
     """The calls of operations in a layer, on what torch computes in it.
 
@@ -62,16 +57,17 @@ class LayerCheck:
     def calls(self) -> Iterator[tuple[str, str, Args]]:
         """(operation, case, arguments). An operation of the registry that no call here names is not verified."""
         window, layer, values = self.config.sliding_window, self.layer, self.values
-        before = norm_args(self.config, values.x, layer.input_layernorm)
-        yield "rms_norm", "input", before
-        norm = norm_args(self.config, values.attended, layer.post_attention_layernorm)
+        eps = {"eps": self.config.rms_norm_eps}
+        yield "rms_norm", "input", {"x": values.x, "weight": layer.input_layernorm, **eps}
+        norm = {"x": values.attended, "weight": layer.post_attention_layernorm, **eps}
         yield "add_rms_norm", "with residual", norm | {"residual": values.x}
         gate = {"gate": layer.gate, "top_k": values.ids.shape[1]}
         rows = {"x": values.attended.flatten(0, 1), "residual": values.x.flatten(0, 1)}
         yield "rms_norm_gate_route", "all tokens", norm | rows | gate
-        table = before.pop("x").flatten(0, 1)  # the layer's input in the place of the embedding
+        table = values.x.flatten(0, 1)  # the layer's input in the place of the embedding
         ids = torch.arange(len(table), device=table.device).view(self.positions.shape)
-        yield "embed_rms_norm", "rows of the input", {"input_ids": ids, "table": table, **before}
+        rows = {"input_ids": ids, "table": table, "weight": layer.input_layernorm, **eps}
+        yield "embed_rms_norm", "rows of the input", rows
         yield "rope", "all tokens", {"q": values.q, "k": values.k, **self.tables, "positions": self.positions}
         keys = {"k": self.rk, "v": values.v, "window": window}
         yield "attention", "prefill", {"q": self.rq, **keys}
@@ -190,10 +186,8 @@ class Target:
 
 
 class TextReference:
-    """A text in torch: its residual stream x [B,T,H] after the last of `layers`, and their references.
-
-    exact  fp64 [2B,T,H]: the last layer's output on torch's input of that layer, `with_perturbed_input`
-    """
+    """References of `layers`, torch's residual stream x [B,T,H] after them, and the last layer's output on its input
+    `with_perturbed_input`, exact fp64 [2B,T,H]."""
 
     def __init__(self, x: Tensor) -> None:
         self.x, self.exact = x, x.double().repeat(2, 1, 1)
@@ -210,11 +204,8 @@ class TextReference:
 def check_layers(
     target: Target, ids: Tensor, probe_config: Any, step: Step
 ) -> tuple[list[Row], TextReference, TextReference, Tensor]:
-    """Measure every call of every layer on ids [B,T] -> the rows, and references for what follows.
-
-    These are of the model's config and of `probe_config`, and the last layer's output fp64 [2B,T,H], in fp64 from the
-    text `with_perturbed_input` on, with torch's routes.
-    """
+    """Measure every call of every layer on ids [B,T] -> rows, references with the model's config and `probe_config`,
+    and the last layer's output [2B,T,H] in fp64 from the text `with_perturbed_input` on, with torch's routes."""
     x, rows = F.embedding(ids, target.embed_tokens), []
     expected, exact = TextReference(x), with_perturbed_input(x)
     probe_expected = expected if probe_config == target.config else TextReference(x)
@@ -245,10 +236,8 @@ class LayerProbe:
         self.errors: dict[tuple[int, str], list[tuple[float, float]]] = {}
 
     def start(self, case: str, tokens: Tensor, valid: int) -> None:
-        """Begin a forward of the `tokens` [n] of each sequence, of which all but the first `valid` are padding.
-
-        `tokens` is on the CPU, as the layers may be on several GPUs.
-        """
+        """Begin a forward of `tokens` [n] of each sequence, padding after the first `valid`. They are on the CPU, as
+        the layers may be on several GPUs."""
         self.case, self.tokens, self.valid, self.layer = case, tokens, valid, 0
 
     def replace_routes(self, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from ..kernels.checks import dtype_name
-from ..kernels.launch import INTERPRETED
 from ..tools.tolerance import Fp64Reference, share_of_limit
 
 if TYPE_CHECKING:
@@ -139,13 +137,3 @@ class Report:
 def end_row(name: str, case: str, got: Tensor, reference: Fp64Reference) -> Row:
     """The row of what comes after the layers, got [B,T,...]."""
     return Row(None, name, case, *reference.measure(got, torch.arange(got.shape[1])))
-
-
-def make_report(
-    rows: list[Row], flips: int, parameter: Tensor, routed: int, peer: str = TORCH, quantization: Any = None
-) -> Report:
-    """The report of a model whose parameters have the device and dtype of `parameter`."""
-    backend = TORCH if parameter.device.type == "cpu" and not INTERPRETED else "Triton, interpreted"
-    if parameter.device.type == "cuda":
-        backend = f"Triton on {torch.cuda.get_device_name(parameter.device)}"
-    return Report(tuple(rows), flips, routed, backend, dtype_name(parameter.dtype), peer, quantization)

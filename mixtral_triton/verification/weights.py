@@ -136,10 +136,9 @@ def _rounding_error(ours: QuantizedWeight, theirs: Tensor) -> float:
 
 
 def perplexity(model: Any, ids: Tensor, context: int | None = None) -> float:
-    """exp of the mean loss of a text, int64 [N], by the model's own forward.
+    """exp of the mean loss of a text, int64 [N] of at least two tokens, by the model's own forward, summed in fp64.
 
-    Each token but the first is predicted once, from at most `context` tokens before it; None: the model's positions, at
-    most CONTEXT. The loss is summed in fp64. ValueError for fewer than two tokens and for what is no text.
+    Each token is predicted from at most `context` tokens before it; None: the model's positions, at most CONTEXT.
     """
     if not isinstance(ids, Tensor) or ids.dim() != 1 or len(ids) < 2:
         got = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__

@@ -250,14 +250,14 @@ def test_attention_without_the_mask_of_apply(make_hf: Any) -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_is_causal(causal: bool, make_hf: Any) -> None:
-    for window in (6, None):
-        model = make_hf(sliding_window=window)
-        for mask in (None, LEFT):
-            want = revert(model)(IDS, attention_mask=mask, is_causal=causal).logits
-            got = apply(model)(IDS, attention_mask=mask, is_causal=causal).logits
-            real = torch.ones_like(REAL) if mask is None else REAL
-            assert torch.allclose(got[real], want[real], atol=1e-4)
+@pytest.mark.parametrize("window", [6, None])
+def test_is_causal(window: int | None, causal: bool, make_hf: Any) -> None:
+    model = make_hf(sliding_window=window)
+    for mask in (torch.ones_like(LEFT), LEFT, None):
+        want = revert(model)(IDS, attention_mask=mask, is_causal=causal).logits
+        got = apply(model)(IDS, attention_mask=mask, is_causal=causal).logits
+        real = torch.ones_like(REAL) if mask is None else mask.bool()
+        assert torch.allclose(got[real], want[real], atol=1e-4)
 
 
 def test_positional_arguments_of_the_backbone(make_hf: Any) -> None:
@@ -273,24 +273,22 @@ def test_positional_arguments_of_the_backbone(make_hf: Any) -> None:
         model.model()
 
 
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        (torch.ones(3, 14), r"attention_mask is of shape \[3, 14\], needs \[2, 14\]"),
-        (torch.ones(2, 12), r"needs \[2, 14\], one value a token"),
-        (torch.ones(2, 15), r"needs \[2, 14\], one value a token"),
-        (torch.ones(2, 1, 14, 9), r"broadcasts to \[2, 4, 14, 14\]"),
-        (torch.ones(2, 1, 14, 14, dtype=torch.int64), "attention_mask is torch.int64"),
-        (torch.ones(2, 1, 14, 14, dtype=torch.int32), "attention_mask is torch.int32"),
-    ],
-)
-def test_wrong_mask_raises_value_error(mask: Tensor, message: str, make_hf: Any) -> None:
-    with pytest.raises(ValueError, match=message):
-        apply(make_hf())(IDS, attention_mask=mask)
+WRONG_MASKS = [
+    (torch.ones(3, 14), r"attention_mask is of shape \[3, 14\], needs \[2, 14\]"),
+    (torch.ones(2, 12), r"needs \[2, 14\], one value a token"),
+    (torch.ones(2, 15), r"needs \[2, 14\], one value a token"),
+    (torch.ones(2, 1, 14, 9), r"broadcasts to \[2, 4, 14, 14\]"),
+    (torch.ones(2, 1, 14, 14, dtype=torch.int64), "attention_mask is torch.int64"),
+    (torch.ones(2, 1, 14, 14, dtype=torch.int32), "attention_mask is torch.int32"),
+]
 
 
-def test_mask_of_only_the_new_tokens_raises_value_error(make_hf: Any) -> None:
+def test_wrong_mask_raises_value_error(make_hf: Any) -> None:
+    """Also one of the new tokens alone, after a cache."""
     model = apply(make_hf())
+    for mask, message in WRONG_MASKS:
+        with pytest.raises(ValueError, match=message):
+            model(IDS, attention_mask=mask)
     cache = model(IDS, use_cache=True)[1]
     with pytest.raises(ValueError, match=r"shape \[2, 1\], needs \[2, 15\] \(14 past, 1 new\)"):
         model(IDS[:, :1], torch.ones(2, 1), None, cache)

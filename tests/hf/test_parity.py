@@ -114,12 +114,6 @@ def outputs(model: Any) -> Results:
     return {"loss": out.loss, "aux loss": out.aux_loss, **routed}
 
 
-def hidden_states(model: Any) -> Results:
-    out = model(IDS, output_hidden_states=True, logits_to_keep=3)
-    assert len(out.hidden_states) == model.config.num_hidden_layers + 1 and out.logits.shape[1] == 3
-    return {"logits": out.logits, **{str(i): hidden for i, hidden in enumerate(out.hidden_states)}}
-
-
 def embedded(model: Any) -> Results:
     embeds = model.get_input_embeddings()(IDS)
     tokens = model.generate(inputs_embeds=embeds, attention_mask=LEFT, max_new_tokens=NEW, do_sample=False)
@@ -260,21 +254,6 @@ def attended_steps(model: Any, make_cache: Callable[[Any], Any]) -> Results:
     return found
 
 
-def attended_generate(model: Any) -> Results:
-    settings = {"do_sample": False, "output_attentions": True, "return_dict_in_generate": True}
-    out = model.generate(IDS, attention_mask=LEFT, max_new_tokens=NEW, **settings)
-    rows = [layer[..., -1, :].flatten() for step in out.attentions for layer in step]
-    return {"tokens": out.sequences, "weights": torch.cat(rows)}
-
-
-def alone_layer(model: Any) -> Results:
-    """cos and sin of the rotary module, and a layer that is called with an ordinary pair of them."""
-    h = torch.randn(2, T, 32, generator=torch.Generator().manual_seed(2))
-    cos, sin = model.model.rotary_emb(h, torch.arange(T)[None])
-    layer = model.model.layers[0](h, (cos, sin), added(dense(torch.ones(1, T), 6)))
-    return {"cos": cos, "sin": sin, "layer": layer}
-
-
 def rope(kind: str) -> dict[str, Any]:
     return {"head_dim": 8, "rope_parameters": {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}}
 
@@ -293,7 +272,7 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "forward: every expert": ({"num_experts_per_tok": 4, "head_dim": 6}, logits),
     "forward: odd sizes": ({"hidden_size": 27, "intermediate_size": 19, "head_dim": 10}, logits),
     "forward: labels, router logits, auxiliary loss": ({}, outputs),
-    "forward: hidden states, logits_to_keep": ({}, hidden_states),
+    "forward: logits_to_keep": ({}, lambda m: {"logits": m(IDS, logits_to_keep=3).logits}),
     "forward: every output, as object and tuple": ({}, every_output),
     "forward: outputs of every head": ({}, recorded_outputs),
     "forward: gradients enabled": ({}, torch.enable_grad()(lambda m: {"logits": m(IDS).logits.detach()})),
@@ -366,8 +345,6 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "attention weights: sliding window, cached": ({}, partial(attended_steps, make_cache=dynamic)),
     "attention weights: static cache": (NO_WINDOW, partial(attended_steps, make_cache=static)),
     "attention weights: static sliding window": ({}, partial(attended_steps, make_cache=static)),
-    "attention weights: generate": (NO_WINDOW, attended_generate),
-    "rope: cos and sin for others, a layer alone": ({}, alone_layer),
     "placement: accelerate's hooks, weights offloaded": ({}, device_map),
 }
 SHORT = ("forward: sliding window", "mask: left padding", "cache: static, left padding", "generate: left padding")
