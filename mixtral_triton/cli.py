@@ -334,18 +334,18 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .tools.bench import command, mesh
+    from .tools.bench import command
 
     with open_mesh(args) as ranks:
         if ranks is not None:
-            return mesh.run(args, ranks)
+            return command.run_on_mesh(args, ranks)
     return command.run(args, _count_bar)
 
 
 def _tune(args: argparse.Namespace) -> int:
     if args.arch is not None and args.arch not in ARCHS:
         raise ValueError(f"--arch is {args.arch!r}, needs one of {', '.join(ARCHS)}")
-    from .tools.bench.tune_command import run
+    from .tools.bench.tune import run
 
     return run(args, _count_bar)
 

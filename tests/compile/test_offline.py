@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from mixtral_triton.kernels.arch import ARCHS
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Launch, Shape
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools import counted, offline, sass
+from mixtral_triton.tools import offline, sass
 from mixtral_triton.tools.offline import as_json, collect, compile_launch, compile_ops
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
@@ -210,10 +209,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_each_kernel_once_in_a_fixed_order(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As each is done, by several processes; then all from the cache, in order."""
     names, progress = ["rms_norm", "append", "route"], []
-    monkeypatch.setattr(offline, "_A_WORKER", 4)
+    monkeypatch.setattr(offline, "_KERNELS_PER_WORKER", 4)
     done = [as_json(c) for c in compile_ops(names, "sm_90", progress=lambda *at: progress.append(at), as_done=True)]
     assert progress == [(n + 1, len(done)) for n in range(len(done))] and len(done) >= 12
-    monkeypatch.setattr(offline, "share", None)
+    monkeypatch.setattr(offline, "map_in_processes", None)
     rows = [as_json(c) for c in compile_ops(names[::-1], "sm_90")]
     assert sorted(map(json.dumps, rows)) == sorted(map(json.dumps, done))
     order = [launch.kernel for name in OPS if name in names for launch in collect(OPS[name], "sm_90")]
@@ -228,7 +227,7 @@ def test_the_heaviest_first(own_cache: Path, monkeypatch: pytest.MonkeyPatch) ->
         return job.failed("not tried")
 
     monkeypatch.setattr(offline, "_attempt", note)
-    monkeypatch.setattr(offline, "_A_WORKER", 1 << 20)
+    monkeypatch.setattr(offline, "_KERNELS_PER_WORKER", 1 << 20)
     rows = list(compile_ops(["linear", "attention"], "sm_90", dtypes=[torch.bfloat16]))
     tiles = [math.prod(n for name, n in one.constexprs.items() if name.startswith("BLOCK_")) for one in begun]
     assert tiles == sorted(tiles, reverse=True) and tiles[0] > tiles[-1]
@@ -238,7 +237,7 @@ def test_the_heaviest_first(own_cache: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_kernel_of_two_operations_is_compiled_once(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline, "_attempt", lambda job: job.failed("not tried"))
-    monkeypatch.setattr(offline, "_A_WORKER", 1 << 20)
+    monkeypatch.setattr(offline, "_KERNELS_PER_WORKER", 1 << 20)
     ops, dtypes = ("sort_by_expert", "expert_swiglu"), [torch.bfloat16]
     alone = [set(offline._kernels([OPS[name]], "sm_90", dtypes, widths=False)) for name in ops]
     both = list(compile_ops(ops, "sm_90", dtypes=dtypes))
@@ -275,15 +274,7 @@ def test_a_kernel_that_does_not_compile_is_a_row(own_cache: Path, monkeypatch: p
     assert faults == {"does not compile: ptxas crashed with SIGSEGV"}
 
 
-def damaged(text: str) -> Iterator[bytes]:
-    """What may become of a remembered count: gone, cut short, overwritten, another number, another kernel's."""
-    digest, body = text.split("\n")
-    yield from (b"", text[:-3].encode(), b"\xff\xfe\x00", digest.encode(), body.encode())
-    yield text.replace("[", "[1", 1).encode()
-    yield f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}".encode()
-
-
-def test_counts_are_remembered_as_long_as_they_hold(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_counts_are_cached_while_they_hold(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launch = next(found for found in collect(OPS["linear"], "sm_90", [torch.bfloat16]))
     runs: list[int] = []
     disassemble = sass._disassemble
@@ -293,29 +284,25 @@ def test_counts_are_remembered_as_long_as_they_hold(own_cache: Path, monkeypatch
         return as_json(compile_launch(launch, "sm_90"))
 
     first = row()
-    (memory,) = own_cache.glob("*/*.counted")
-    (cubin,) = own_cache.glob("*/*.cubin")
+    (counts,) = own_cache.glob("*/loops.json")
     assert first["loop_flop_per_instruction"] and row() == first and len(runs) == 1
-    kept = memory.read_text()
-    for times, content in enumerate(damaged(kept), 2):
-        memory.write_bytes(content)
-        assert row() == first and len(runs) == times and memory.read_text() == kept
-    monkeypatch.setattr(counted, "_CODE", b"counted otherwise")
-    assert row() == first and len(runs) == times + 1 and memory.read_text() != kept
-    other = cubin.read_bytes().replace(b"linear_dec", b"linear_de_")
-    cubin.write_bytes(other)
-    assert row() == first and len(runs) == times + 2, "other machine code"
-    memory.unlink()
-    memory.mkdir()
-    assert row() == first, "where nothing can be kept it is counted each time"
+    content = counts.read_text()
+    for times, damaged in enumerate(("", content[:-3], "\x00", "[[1]]"), 2):
+        counts.write_text(damaged)
+        assert row() == first and len(runs) == times and counts.read_text() == content
+    monkeypatch.setattr(sass, "_VERSION", b"another version")
+    assert row() == first and len(runs) == 6
+    (cubin,) = own_cache.glob("*/*.cubin")
+    cubin.write_bytes(cubin.read_bytes().replace(b"linear_dec", b"linear_de_"))
+    assert row() == first and len(runs) == 7, "other machine code"
 
 
-def test_counted_together_as_each_alone() -> None:
+def test_loops_counted_together_are_those_counted_alone(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels disassembled in one go: the jumps of each stay in it."""
     kernels = [compile_launch(prefill(kernel), "sm_90") for kernel in FLOP_PER_INSTRUCTION]
-    code = [kernel.asm["cubin"] for kernel in kernels]
-    assert sass.main_loops(code, "sm_90") == [loops for each in code for loops in sass.main_loops([each], "sm_90")]
-    assert [list(kernel.loops) for kernel in kernels] == [list(loops) for loops in sass.main_loops(code, "sm_90")]
+    together = sass.main_loops([kernel.asm.paths["cubin"] for kernel in kernels], "sm_90")
+    monkeypatch.setattr(sass, "_VERSION", b"another version")
+    assert together == [kernel.loops for kernel in kernels]
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.gpus import GPUS
 from mixtral_triton.tools.offline import collect, compile_launch
 from mixtral_triton.tools.predict import predict
-from mixtral_triton.tools.ptx import Order, order
 from tests.support.inject_fault import module_with_fault
 from tests.support.models import random_model
+from tests.support.ptx import Order, order
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles, or runs no kernel: once, without TRITON_INTERPRET")
 

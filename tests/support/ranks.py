@@ -330,7 +330,7 @@ def halved(model: Mixtral) -> None:
 def timed(mesh: Any, sizes: dict[str, int]) -> tuple[float, int]:
     """Seconds of a decode step on GPUs that are not there, and how many were replays."""
     from mixtral_triton.tools.bench.cases import cases
-    from mixtral_triton.tools.bench.mesh import measured
+    from mixtral_triton.tools.bench.command import measure_on_mesh
     from tests.support.stub.gpu import gpu
 
     (case,) = cases(
@@ -338,7 +338,7 @@ def timed(mesh: Any, sizes: dict[str, int]) -> tuple[float, int]:
     )
     ranks = parallel.Ranks(mesh)
     with gpu() as made, on_memory():
-        return measured(case, ranks), made.replays
+        return measure_on_mesh(case, ranks), made.replays
 
 
 def watched(mesh: Any, folder: Path, ids: torch.Tensor) -> list[str]:

@@ -18,17 +18,17 @@ from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench.cases import Case, Oracle, cases
 from mixtral_triton.tools.bench.measure import our_call
-from mixtral_triton.tools.bench.peers import Unfit, peers_of
+from mixtral_triton.tools.bench.peers import Unsupported, peers_of
 from mixtral_triton.tools.bench.tune import (
     EXTRA_CONFIGS,
     FASTER,
-    compiled_as,
+    compile_candidate,
     full_dim_tiles,
     kernel_configs,
+    literal,
     neighbours,
     tune,
 )
-from mixtral_triton.tools.bench.tune_command import literal
 
 CPU = torch.device("cpu")
 compiled_way = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
@@ -81,7 +81,7 @@ def test_beside_a_library_our_kernel_is_a_peer() -> None:
         got = peer.build(case.op, args)(**args)
     assert [launch.kernel for launch in launches if launch.fn is not None] == [FEW_ROWS]
     assert Oracle(case.op, args).fault(lambda **_: got) is None
-    with pytest.raises(Unfit, match="chosen already"):
+    with pytest.raises(Unsupported, match="already selects"):
         peer.build(case.op, Case(OPS["linear"], Shape(T=3, H=64, N=48), torch.float32).inputs(CPU))
 
 
@@ -102,7 +102,7 @@ def test_rivals_are_tried_too(name: str, sizes: Any, kernel: str, tiles: set[int
     steps = neighbours(now, full_dim_tiles(case.op, kernel))
     assert any(config not in steps for config in extra_configs if config != now)
     for config in extra_configs:
-        assert compiled_as(case, kernel, config, "sm_90").note is None
+        assert compile_candidate(case, kernel, config, "sm_90").note is None
 
 
 def small(name: str) -> list[Case]:
@@ -158,12 +158,12 @@ def test_what_is_held_against_a_configuration() -> None:
     spilling = replace(config, num_warps=4)
     large = replace(config, num_stages=8)
     shallow = replace(config, constexprs={**config.constexprs, "BLOCK_K": 8})
-    said = [str(compiled_as(case, kernel, one, "sm_90").note) for one in (spilling, large, shallow)]
+    said = [str(compile_candidate(case, kernel, one, "sm_90").note) for one in (spilling, large, shallow)]
     assert said[0].startswith("spills ") and "shared memory" in said[1] and "does not compile" in said[2], said
 
 
 def chosen_now(case: Case) -> Mapping[str, LaunchConfig]:
-    return launch.kernel_configs(case.op.configs, case.sizes, case.dtype, CPU)
+    return launch.select_configs(case.op.configs, case.sizes, case.dtype, CPU)
 
 
 def scores(case: Case, kernel: str, score: Callable[[LaunchConfig], float]) -> Callable[[Any], float]:

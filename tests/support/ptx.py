@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .compiled import Compiled
+from mixtral_triton.tools.compiled import Compiled
 
 _PARAMETER = re.compile(r"ld\.param\.\w+\s+(%\w+), \[\w+_param_(\d+)\]")
 _GLOBAL = re.compile(r"(ld|st|red|atom)\.(?:\w+\.)*global|(cp\.async)\.\w+\.shared\S*\.global")
