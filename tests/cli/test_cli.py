@@ -33,7 +33,7 @@ def test_verify_the_shipped_checkpoint() -> None:
     assert done.returncode == 0, done.stderr
     assert "Triton, interpreted" in done.stdout and "RIGHT" in done.stdout
     before, *progress = done.stderr.splitlines()
-    assert "run interpreted" in before and "about 40 s on two cores" in before
+    assert "run interpreted" in before
     assert all(line.startswith("verifying: ") for line in progress)
 
 

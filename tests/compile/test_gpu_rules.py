@@ -36,7 +36,7 @@ def test_a_model_on_another_gpu_than_the_current_one(gpu: Any) -> None:
     assert {launched.device for launched in gpu.driver.launches} == {1} and gpu.current == 0
 
 
-def test_the_launcher_is_told_of_another_gpu_only_where_it_has_to_be(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_device_changes_only_for_another_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Changing the current device costs host time: on the current one nobody does."""
     changes: list[int] = []
     monkeypatch.setattr(torch.cuda, "_exchange_device", lambda index: changes.append(index) or gpu.exchange(index))
@@ -108,9 +108,9 @@ def test_an_applied_model_over_two_gpus(gpu: Any, make_hf: Any) -> None:
     with torch.no_grad():
         want = eager(IDS, attention_mask=mask).logits
         model = accelerate.dispatch_model(apply(make_hf(num_local_experts=2)), places)
-        given = {"attention_mask": mask.to("cuda:0")}
-        got = model(IDS.to("cuda:0"), **given).logits.cpu()
-        text = model.generate(IDS.to("cuda:0"), **given, max_new_tokens=2, do_sample=False).cpu()
+        kwargs = {"attention_mask": mask.to("cuda:0")}
+        got = model(IDS.to("cuda:0"), **kwargs).logits.cpu()
+        text = model.generate(IDS.to("cuda:0"), **kwargs, max_new_tokens=2, do_sample=False).cpu()
         expected = eager.generate(IDS, attention_mask=mask, max_new_tokens=2, do_sample=False)
     assert (got - want)[mask.bool()].abs().max() <= 1e-4 * want.abs().max()
     assert torch.equal(text, expected)

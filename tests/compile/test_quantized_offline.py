@@ -150,7 +150,7 @@ def test_launches_by_triton_s_own_jit(format: Format, gpu: Any) -> None:
     for T in (3, 70):
         begin = len(gpu.driver.launches)
         tensors = (torch.ones(T, 256, dtype=BF16), torch.zeros(T, 2, dtype=torch.int32), torch.ones(T, 2))
-        x, ids, chosen = (tensor.to("cuda:0") for tensor in tensors)
-        expert_swiglu(x, *weights, ids, chosen)
+        x, ids, routing_weights = (tensor.to("cuda:0") for tensor in tensors)
+        expert_swiglu(x, *weights, ids, routing_weights)
         linear(x, weights[0][1])
         assert len(gpu.driver.launches) - begin == (4 if T == 3 else 5)

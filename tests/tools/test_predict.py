@@ -93,7 +93,7 @@ def test_what_others_measured(T: int) -> None:
 def test_what_others_measured_comes_in_their_order() -> None:
     said = [half_layer(T) for T in VLLM]
     assert said == sorted(said) and said[0] < said[-1] / 5
-    # Of few tokens no launch is waited for: the prediction is too short, and never by more than a quarter.
+    # With few tokens latency counts: the prediction is too short, by at most a quarter.
     assert all(0.75 * VLLM[T][0] < half_layer(T) < VLLM[T][0] for T in (1, 2, 4))
 
 
@@ -123,9 +123,9 @@ def test_an_expert_layer_by_its_tile(T: int, tile: Tile) -> None:
 def test_more_padding_or_a_smaller_tile_takes_longer(
     name: str, sizes: Sizes, kernel: str, waste: dict[str, int]
 ) -> None:
-    chosen = next(launch for launch in recorded(name, sizes) if launch.kernel == kernel)
-    tile = {key: size for key, size in chosen.constexprs.items() if key.startswith(("BLOCK", "SHORT", "GROUP_M"))}
-    config = LaunchConfig({**tile, **waste}, chosen.num_warps or 4, chosen.num_stages or 1)
+    selected = next(launch for launch in recorded(name, sizes) if launch.kernel == kernel)
+    tile = {key: size for key, size in selected.constexprs.items() if key.startswith(("BLOCK", "SHORT", "GROUP_M"))}
+    config = LaunchConfig({**tile, **waste}, selected.num_warps or 4, selected.num_stages or 1)
     assert microseconds(name, sizes, **{kernel: config}) > 1.05 * microseconds(name, sizes)
 
 
@@ -159,8 +159,8 @@ def test_no_prediction_is_below_the_floor(name: str) -> None:
     for case in cases(quick=name != "h100"):
         said, cost = untimed_row(case, gpu).predicted, case.cost()
         assert said is not None and gpu.chip is not None
-        own = sum(part.seconds for part in said.parts) + gpu.chip.launch_gap * len(said.parts)
-        assert own >= floor(cost, gpu) and 0 < said.share <= 1, (case.op.name, case.as_dict())
+        parts = sum(part.seconds for part in said.parts) + gpu.chip.launch_gap * len(said.parts)
+        assert parts >= floor(cost, gpu) and 0 < said.share <= 1, (case.op.name, case.as_dict())
 
 
 @once
@@ -171,8 +171,8 @@ def test_attention_takes_the_better_of_two_tiles(B: int, T: int, rows: int) -> N
     """Two small programs an SM hide each other's softmax, and read the keys twice as often."""
     sizes = Shape(B=B, T=T, S=T, Hq=32, Hkv=8, D=128, window=0)
     (launch,) = recorded("attention", sizes)
-    ways = {m: LaunchConfig({"BLOCK_M": m, "BLOCK_N": 128, "BLOCK_D": 128}, m // 16, m // 64) for m in (64, 128)}
-    times = {m: microseconds("attention", sizes, attention_prefill_kernel=config) for m, config in ways.items()}
+    configs = {m: LaunchConfig({"BLOCK_M": m, "BLOCK_N": 128, "BLOCK_D": 128}, m // 16, m // 64) for m in (64, 128)}
+    times = {m: microseconds("attention", sizes, attention_prefill_kernel=config) for m, config in configs.items()}
     assert launch.constexprs["BLOCK_M"] == rows == min(times, key=lambda m: times[m])
 
 
@@ -191,8 +191,8 @@ def test_memory_s_bytes_are_what_the_operations_call_compulsory() -> None:
 def test_a_faster_gpu_is_predicted_to_be_faster() -> None:
     by_gpu = {name: foreseen("expert_swiglu", LAYER | {"T": 4096}, GPUS[name]).seconds for name in PREDICTABLE}
     assert by_gpu["a100"] > by_gpu["h100"] > by_gpu["b200"]
-    few = {name: foreseen("expert_swiglu", LAYER | {"T": 8}, GPUS[name]).seconds for name in PREDICTABLE}
-    assert few["a100"] > few["h100"] > few["h200"] > few["b200"]
+    fast = {name: foreseen("expert_swiglu", LAYER | {"T": 8}, GPUS[name]).seconds for name in PREDICTABLE}
+    assert fast["a100"] > fast["h100"] > fast["h200"] > fast["b200"]
 
 
 @once
@@ -204,9 +204,9 @@ def test_every_launch_of_the_registry_asks_for_something() -> None:
                 with record_launches() as launches:
                     op.run(**args)
                 for launch in launches:
-                    asked = count_work(launch)
-                    assert asked.memory > 0 and asked.programs > 0 and asked.loaded > 0
-                    # What multiplies tiles has a formula of its own: no stream of its tensors tells its time.
+                    work = count_work(launch)
+                    assert work.memory > 0 and work.programs > 0 and work.loaded > 0
+                    # What multiplies tiles has a formula of its own: it does not stream its tensors.
                     source = "" if launch.fn is None else launch.fn.src
                     assert launch.kernel in WORK or ("tl.dot" not in source and "add_products" not in source)
 
@@ -259,11 +259,11 @@ def test_the_formulas_say_what_interpreted_kernels_load(
     args = OPS[name].inputs(sizes, BF16, "cpu", torch.Generator().manual_seed(0))
     with count_traffic() as traffic, record_launches() as launches:
         OPS[name].run(**args)
-    asked = count_work(launches[0])
+    work = count_work(launches[0])
     loaded = sum(argument.loaded for key, argument in traffic.kernels[0].arguments.items() if key in tensors)
-    assert 1.0 <= asked.programs * asked.loaded / loaded <= most
+    assert 1.0 <= work.programs * work.loaded / loaded <= most
     flops = traffic.kernels[0].flops
-    assert flops <= asked.programs * asked.flops <= most * flops
+    assert flops <= work.programs * work.flops <= most * flops
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter: needs TRITON_INTERPRET=1")
@@ -277,17 +277,17 @@ def test_the_experts_formulas_say_what_kernels_load(T: int) -> None:
         OPS["expert_swiglu"].run(**args)
     ours = [launch for launch in launches if launch.grid]
     products = {"experts_up": ("x", "short", "gate_up"), "experts_down": ("h", "short", "down")}
-    seen = 0
+    checked = 0
     for launch, kernel in zip(ours, traffic.kernels, strict=True):
         for _, operands in (item for item in products.items() if launch.kernel.startswith(item[0])):
-            asked, loaded = (
+            work, loaded = (
                 count_work(launch),
                 sum(kernel.arguments[name].loaded for name in operands if name in kernel.arguments),
             )
-            assert asked.programs * asked.loaded == pytest.approx(loaded, rel=0.1)
-            assert asked.programs * asked.flops == pytest.approx(kernel.flops, rel=0.1)
-            seen += 1
-    assert seen == 2
+            assert work.programs * work.loaded == pytest.approx(loaded, rel=0.1)
+            assert work.programs * work.flops == pytest.approx(kernel.flops, rel=0.1)
+            checked += 1
+    assert checked == 2
 
 
 def shown(rows: list[Row], width: int = 120) -> str:
@@ -348,7 +348,7 @@ def test_a_gpu_day_shows_predicted_beside_measured() -> None:
     for row in rows:
         said = row["predicted"]["time_us"]
         assert f"| {row['time_us']:,.0f} | {f'{said:,.0f}' if said >= 1000 else f'{said:.3g}'} | memory |" in page
-    assert "| predicted |" in page, "among the ways of whole models"
+    assert "| predicted |" in page, "among the rows of whole models"
     old = [{key: value for key, value in row.items() if key != "predicted"} for row in rows]
     page = markdown({**found, "applied": None, "rows": old, "whole_models": whole_models(old)})
     assert "predicted, us" not in page and "| predicted |" not in page

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="about figures and text: run
 
 
 @pytest.fixture(autouse=True)
-def plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # in this process, which has made its choice
 
 
@@ -94,14 +94,14 @@ def test_the_table_fits_every_terminal(experts: int, width: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "said"), [([0, 2, 5], "layers 1, 3-4"), ([0, 1, 2, 3, 4], "layer 5"), (range(6), None)]
+    ("layers", "said"), [([0, 2, 5], "layers 1, 3, 4"), ([0, 1, 2, 3, 4], "layers 5"), (range(6), None)]
 )
 def test_it_says_which_layers_it_left_out(layers: Any, said: str | None) -> None:
     out = Console(file=io.StringIO(), width=100)
     out.print(TraceView(Trace(("a", "b"), torch.zeros(6, 2, 1, dtype=torch.long), 2), layers))
     text = out.file.getvalue()  # type: ignore[attr-defined]
     assert text.count("\nlayer ") == len(layers)
-    assert f"left out: the text of {said}, see --layers" in text if said else "left out" not in text
+    assert f"left out: the text of {said}; see --layers" in text if said else "left out" not in text
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
