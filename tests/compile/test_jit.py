@@ -82,7 +82,7 @@ def test_attention_of_every_head_size(D: int, window: int, gpu: Any, covers: Any
         count(covers, launch_as_recorded(OPS["attention"], sizes, torch.bfloat16, gpu), f"D{D} T{T} window {window}")
 
 
-def test_what_was_compiled_ahead_is_not_compiled_again(
+def test_kernels_compiled_ahead_are_not_compiled_again(
     gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The day compiles offline, on all cores; its launches find the kernels, those of other divisibility too."""
@@ -116,14 +116,14 @@ def norm_launch(T: int, gpu: Any, offset: int = 0) -> tuple[Any, list[Any]]:
     return launched.compiled(), list(launched.args.values())
 
 
-def test_a_grid_too_tall_is_caught(gpu: Any) -> None:
+def test_injected_fault_grid_too_tall(gpu: Any) -> None:
     kernel, args = norm_launch(4, gpu)
     kernel[(1, GRID_MOST[1], 1)](*args)
     with pytest.raises(LaunchError, match=r"grid\.y is 65536, needs 1\.\.65535"):
         kernel[(1, GRID_MOST[1] + 1, 1)](*args)
 
 
-def test_a_batch_too_large_for_a_grid_is_a_value_error(gpu: Any) -> None:
+def test_batch_too_large_for_a_grid_raises_value_error(gpu: Any) -> None:
     """Before anything is launched or recorded: CUDA would say «invalid argument»."""
     op, sizes = OPS["rope"], {"B": GRID_MOST[1] + 1, "T": 1, "Hq": 1, "Hkv": 1, "D": 16, "P": 8}
     for device in ("meta", GPU_DEVICE):
@@ -138,7 +138,7 @@ def test_a_batch_too_large_for_a_grid_is_a_value_error(gpu: Any) -> None:
         assert not [launch for launch in launches if launch.grid]
 
 
-def test_arguments_that_a_kernel_was_not_compiled_for_are_caught(gpu: Any) -> None:
+def test_injected_fault_arguments_of_another_specialization(gpu: Any) -> None:
     """The JIT looks at every pointer; whoever keeps a compiled kernel has to, too."""
     kernel, args = norm_launch(4, gpu)
     _, other_args = norm_launch(4, gpu, offset=4)
@@ -150,7 +150,7 @@ def test_arguments_that_a_kernel_was_not_compiled_for_are_caught(gpu: Any) -> No
         kernel[(1, 1, 1)](*args[:at], True, *args[at + 1 :])
 
 
-def test_a_descriptor_off_by_8_bytes_is_caught(gpu: Any) -> None:
+def test_injected_fault_misaligned_descriptor(gpu: Any) -> None:
     """Keys at such an address are read by pointers; the launcher refuses a descriptor there."""
     op, sizes = OPS["attention"], {"B": 1, "T": 40, "S": 40, "Hq": 4, "Hkv": 2, "D": 64, "window": 0}
     args = on_fake_gpu(op.inputs(sizes, torch.bfloat16, "cpu", torch.Generator().manual_seed(0)))
@@ -183,7 +183,7 @@ def test_a_descriptor_off_by_8_bytes_is_caught(gpu: Any) -> None:
         ({"shape": [1] * 6}, "rank 6, needs 1..5"),
     ],
 )
-def test_what_a_tensor_map_demands(change: dict[str, Any], said: str) -> None:
+def test_tensor_map_requirements(change: dict[str, Any], said: str) -> None:
     memory = torch.zeros(40 * 128 + 64, dtype=torch.bfloat16)
     base = memory[(-memory.data_ptr() // 2) % 8 :]
     good = {"base": base, "shape": [1, 40, 2, 64], "strides": [5120, 128, 64, 1]}
@@ -194,7 +194,7 @@ def test_what_a_tensor_map_demands(change: dict[str, Any], said: str) -> None:
         check_descriptor("k_desc", SimpleNamespace(**known), meta | change)
 
 
-def test_a_configuration_that_the_gpu_cannot_hold_is_a_value_error(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configuration_beyond_shared_memory_raises_value_error(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton finds it after it has compiled; here by its own JIT, not by a stand-in for it."""
     monkeypatch.setattr(gpu.driver.utils.properties, "shared_memory_per_block_optin", 8)
     gpu.driver.forget()
@@ -236,7 +236,7 @@ def test_prompts_of_any_length_share_their_kernels(gpu: Any, covers: Any) -> Non
     assert compiled.total() <= KERNELS_MOST
 
 
-def test_a_length_that_is_compiled_in_is_caught(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_injected_fault_specialized_length(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (rows,) = (parameter for parameter in gate.gate_route_kernel.params if parameter.name == "T")
     monkeypatch.setattr(rows, "do_not_specialize", False)
     compiled = kernels_of_prompts(gpu, [70, 80])

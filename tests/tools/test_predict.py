@@ -85,12 +85,12 @@ def half_layer(T: int) -> float:
 
 @once
 @pytest.mark.parametrize("T", [T for T in VLLM if T >= 8])
-def test_what_others_measured(T: int) -> None:
+def test_published_times_of_vllm(T: int) -> None:
     assert half_layer(T) == pytest.approx(VLLM[T][0], rel=0.15)
 
 
 @once
-def test_what_others_measured_comes_in_their_order() -> None:
+def test_predictions_keep_the_order_of_published_times() -> None:
     said = [half_layer(T) for T in VLLM]
     assert said == sorted(said) and said[0] < said[-1] / 5
     # With few tokens latency counts: the prediction is too short, by at most a quarter.
@@ -144,7 +144,7 @@ def test_one_more_launch_takes_longer() -> None:
 
 
 @once
-def test_one_program_more_than_the_gpu_has_room_for_takes_another_turn() -> None:
+def test_one_program_more_than_a_wave_takes_another_wave() -> None:
     full, more = (Shape(T=64 * m, H=4096, N=64 * n, deterministic=True) for m, n in ((12, 11), (7, 19)))
     assert [launch.grid for sizes in (full, more) for launch in recorded("linear", sizes)] == [(132,), (133,)]
     one, two = (foreseen("linear", sizes).parts[0] for sizes in (full, more))
@@ -167,7 +167,7 @@ def test_no_prediction_is_below_the_floor(name: str) -> None:
 @pytest.mark.parametrize(
     ("B", "T", "rows"), [(1, 128, 64), (1, 500, 64), (1, 1024, 128), (8, 512, 128), (1, 8192, 128)]
 )
-def test_attention_takes_the_better_of_two_tiles(B: int, T: int, rows: int) -> None:
+def test_attention_uses_the_faster_of_two_tiles(B: int, T: int, rows: int) -> None:
     """Two small programs an SM hide each other's softmax, and read the keys twice as often."""
     sizes = Shape(B=B, T=T, S=T, Hq=32, Hkv=8, D=128, window=0)
     (launch,) = recorded("attention", sizes)
@@ -177,7 +177,7 @@ def test_attention_takes_the_better_of_two_tiles(B: int, T: int, rows: int) -> N
 
 
 @once
-def test_memory_s_bytes_are_what_the_operations_call_compulsory() -> None:
+def test_bytes_of_launches_sum_to_the_operation_s_cost() -> None:
     """Beyond them lie the partial sums of splits, and x in sorted order."""
     for case in cases():
         args = case.inputs(torch.device("meta"))
@@ -196,7 +196,7 @@ def test_a_faster_gpu_is_predicted_to_be_faster() -> None:
 
 
 @once
-def test_every_launch_of_the_registry_asks_for_something() -> None:
+def test_every_launch_of_the_registry_has_work() -> None:
     for op in OPS.values():
         for sizes in (*op.test_shapes, *op.bench_shapes):
             for dtype in op.dtypes:
@@ -212,7 +212,7 @@ def test_every_launch_of_the_registry_asks_for_something() -> None:
 
 
 @once
-def test_an_unknown_kernel_or_gpu_is_refused() -> None:
+def test_unknown_kernel_or_gpu_raises_value_error() -> None:
     with pytest.raises(
         ValueError, match=r"count_work: kernel is 'new_kernel', needs one with a formula: .*linear_kernel"
     ):
@@ -252,9 +252,7 @@ COUNTED = [
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter: needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize(("name", "sizes", "tensors", "most"), COUNTED)
-def test_the_formulas_say_what_interpreted_kernels_load(
-    name: str, sizes: Shape, tensors: tuple[str, ...], most: float
-) -> None:
+def test_formulas_match_interpreted_kernels(name: str, sizes: Shape, tensors: tuple[str, ...], most: float) -> None:
     """Exactly where tiles are full; of attention keys outside the mask are in the formula and not in the count."""
     args = OPS[name].inputs(sizes, BF16, "cpu", torch.Generator().manual_seed(0))
     with count_traffic() as traffic, record_launches() as launches:
@@ -268,7 +266,7 @@ def test_the_formulas_say_what_interpreted_kernels_load(
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter: needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("T", [64, 960])
-def test_the_experts_formulas_say_what_kernels_load(T: int) -> None:
+def test_expert_formulas_match_interpreted_kernels(T: int) -> None:
     """Of even routes, as the formulas expect of random ones."""
     sizes = Shape(T=T, H=256, I=256, E=8, K=2)
     args = OPS["expert_swiglu"].inputs(sizes, BF16, "cpu", torch.Generator().manual_seed(0))
@@ -298,7 +296,7 @@ def shown(rows: list[Row], width: int = 120) -> str:
 
 
 @once
-def test_bench_says_what_is_predicted() -> None:
+def test_bench_prints_the_prediction() -> None:
     case = Case(OPS["expert_swiglu"], LAYER | {"T": 512})
     row = untimed_row(case, H100)
     assert row.predicted is not None
@@ -312,7 +310,7 @@ def test_bench_says_what_is_predicted() -> None:
 
 
 @once
-def test_beside_a_measurement_stands_the_prediction_for_the_gpu_of_that_name() -> None:
+def test_a_measured_gpu_gets_the_prediction_of_its_data_sheet() -> None:
     case = Case(OPS["linear"], Shape(T=1, H=4096, N=4096))
     measured = replace(H100, name="NVIDIA H100 80GB HBM3", bandwidth=3e12, source="measured", chip=None)
     row = replace(untimed_row(case, measured), ours=Outcome(15e-6, right=True))
@@ -323,7 +321,7 @@ def test_beside_a_measurement_stands_the_prediction_for_the_gpu_of_that_name() -
 
 @once
 @pytest.mark.parametrize("name", ["a10", "b300"])
-def test_of_a_gpu_that_is_not_known_well_enough_nothing_is_predicted(name: str) -> None:
+def test_no_prediction_for_a_gpu_without_cost_model_figures(name: str) -> None:
     row = untimed_row(Case(OPS["route"], Shape(T=1, E=8, K=2)), GPUS[name])
     assert row.predicted is None and row.as_dict()["predicted"] is None and "redicted" not in shown([row])
 

@@ -25,7 +25,7 @@ A_WEIGHT_BYTE = {1: 1.3, 4: 1.3, 9: 1.3, 16: 1.3, 17: 1.5, 32: 1.5, 64: 1.5}
 @once
 @pytest.mark.parametrize("T", A_WEIGHT_BYTE)
 @pytest.mark.parametrize(("H", "I", "N"), [(4096, 14336, 6144), (6144, 16384, 8192)])
-def test_decode_brings_little_more_than_its_weights_from_l2(
+def test_decode_loads_little_more_than_its_weights_from_l2(
     T: int, H: int, I: int, N: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where routing is uniform; the gate's by the program, each of which reads it whole."""

@@ -21,7 +21,7 @@ TALL: Tile = (192, 256, 64, 8, 4)
 @once
 @pytest.mark.parametrize("T", [128, 256, 384, 512, 1024, 1536, 4096])
 @pytest.mark.parametrize("width", [(4096, 14336), (6144, 16384)])
-def test_prefill_takes_the_best_of_three_tiles(T: int, width: tuple[int, int]) -> None:
+def test_prefill_uses_the_best_of_three_tiles(T: int, width: tuple[int, int]) -> None:
     sizes = LAYER | {"T": T, "H": width[0], "I": width[1]}
     times = [microseconds("expert_swiglu", sizes, **tiles((64, 128, 64, 4, 4)))]
     times += [microseconds("expert_swiglu", sizes, **tiles(tile, 64)) for tile in (LARGE, TALL)]
