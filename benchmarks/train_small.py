@@ -78,8 +78,8 @@ def split(seed: int) -> tuple[list[str], list[str]]:
         train += kept
         held_out += out
     # The topics quote each other at length, so without this cut the held-out loss would measure memory.
-    seen = {" ".join(paragraph.split()) for document in held_out for paragraph in document.split("\n\n")}
-    train = ["\n\n".join(p for p in document.split("\n\n") if " ".join(p.split()) not in seen) for document in train]
+    known = {" ".join(paragraph.split()) for document in held_out for paragraph in document.split("\n\n")}
+    train = ["\n\n".join(p for p in document.split("\n\n") if " ".join(p.split()) not in known) for document in train]
     return [document for document in train if document], held_out
 
 
@@ -103,19 +103,18 @@ def encoded(tokenizer: Tokenizer, documents: list[str]) -> list[int]:
 
 
 def save_held_out(tokenizer: Tokenizer, topics: list[str], folder: Path) -> None:
-    """The held-out topics of `help()`, which are under Python's licence alone, as tokens: no Python but this one has
-    quite the same text."""
-    told = {"text": f"topics of help() held out of the training, Python {platform.python_version()} (PSF licence)",
-            "ids": encoded(tokenizer, topics)}  # fmt: skip
-    (folder / "heldout.json").write_text(json.dumps(told) + "\n")
+    """Save the held-out topics of `help()`, which have Python's licence alone, as tokens: texts differ by version."""
+    text = f"topics of help() held out of the training, Python {platform.python_version()} (PSF licence)"
+    held_out = {"text": text, "ids": encoded(tokenizer, topics)}
+    (folder / "heldout.json").write_text(json.dumps(held_out) + "\n")
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
-    """The tokenizer, and what transformers' AutoTokenizer has to be told of it. A text is padded with its end."""
+    """Save the tokenizer and its configuration for transformers' AutoTokenizer. A text is padded with its end token."""
     tokenizer.save(str(folder / "tokenizer.json"))
-    told = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>",
-            "model_max_length": longest, "clean_up_tokenization_spaces": False}  # fmt: skip
-    (folder / "tokenizer_config.json").write_text(json.dumps(told, indent=2) + "\n")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    config |= {"pad_token": "</s>", "model_max_length": longest, "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 @torch.no_grad()
@@ -125,8 +124,8 @@ def evaluate(model: MixtralForCausalLM, stream: torch.Tensor) -> tuple[float, li
     for batch in windows.split(BATCH_SIZE):
         output = model(batch[:, :-1], output_router_logits=True, use_cache=False)
         loss += F.cross_entropy(output.logits.float().mT, batch[:, 1:], reduction="sum").item()
-        chosen = torch.stack(output.router_logits).topk(model.config.num_experts_per_tok).indices
-        routes += F.one_hot(chosen, model.config.num_local_experts).sum((1, 2))
+        experts = torch.stack(output.router_logits).topk(model.config.num_experts_per_tok).indices
+        routes += F.one_hot(experts, model.config.num_local_experts).sum((1, 2))
     shares = (routes / routes.sum(-1, keepdim=True)).tolist()
     return loss / windows[:, 1:].numel(), [[round(share, 4) for share in layer] for layer in shares]
 

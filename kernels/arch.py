@@ -1,4 +1,4 @@
-"""The one place that knows GPU architectures: whose launch choices each runs on, and what it has."""
+"""GPU architectures: the family whose launch configurations each uses, and its limits."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Arch:
-    """family        the architecture whose launch choices this one runs on: the same instructions, and they fit
-    shared_bytes  of a block at most: the compiler does not check them
-    sms           multiprocessors (AMD: compute units) of its largest GPU, where no GPU is at hand to ask
+    """family        the architecture whose launch configurations this one uses: same instructions, within its limits
+    shared_bytes  shared memory of a block at most: the compiler does not check it
+    sms           multiprocessors (AMD: compute units) of its largest GPU
     """
 
     family: str
@@ -34,17 +34,19 @@ ARCHS = {
 
 
 @functools.cache
-def _stranger(arch: str) -> str:
-    """The family of an architecture that is not listed, which is said once a process."""
+def _fallback_family(arch: str) -> str:
+    """Return the family of an architecture that is not listed; warn once a process."""
     used = "gfx942" if arch.startswith("gfx") else "sm_80"  # what fits all listed GPUs of that maker
-    warnings.warn(f"{arch} is not among the known GPUs ({', '.join(ARCHS)}): launch choices are {used}'s", stacklevel=3)
+    warnings.warn(
+        f"{arch} is not among the known GPUs ({', '.join(ARCHS)}): launch configurations are {used}'s", stacklevel=3
+    )
     return used
 
 
 def family(arch: str) -> str:
-    """The architecture whose launch choices `arch` runs on; of one that is not listed, with a warning."""
+    """Return the architecture whose launch configurations `arch` uses."""
     known = ARCHS.get(arch)
-    return known.family if known else _stranger(arch)
+    return known.family if known else _fallback_family(arch)
 
 
 def amd(arch: str) -> bool:
@@ -52,15 +54,15 @@ def amd(arch: str) -> bool:
 
 
 def tma(arch: str) -> bool:
-    """Whether descriptors are of use: on sm_80 they turn into pointers in the compiler, and those mostly spill."""
+    """Return whether to use tensor descriptors: on sm_80 the compiler turns them into pointers that mostly spill."""
     return family(arch) in ("sm_90", "sm_100")
 
 
-def dependent_launch(arch: str) -> bool:
-    """Whether a kernel may begin before the one in front of it has ended: see pdl.py."""
+def supports_pdl(arch: str) -> bool:
+    """Return whether programmatic dependent launch exists (pdl.py)."""
     return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
 
 
 def multiprocessors(arch: str) -> int:
-    """How many there are to fill where no GPU is at hand to ask."""
+    """Return the multiprocessors of the largest GPU of `arch`."""
     return ARCHS[arch if arch in ARCHS else family(arch)].sms

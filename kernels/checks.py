@@ -1,6 +1,6 @@
 """Bind shape letters to sizes, or raise a ValueError that names the operation, the argument, what it got and needs.
 
-What an argument has to be stands beside it, in the signature of an operation's `run`:
+The annotations of an operation's `run` say what each argument must be:
 
     x: Annotated[Tensor, "T H"]               floats; the first such tensor sets the dtype of all that name no other
     w: Annotated[Tensor, "E 2*I H"]           a size may be an expression of others
@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from types import CodeType
-from typing import Any
+from types import CodeType, UnionType
+from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ INT32 = (torch.int32,)
 MAY_BE_EMPTY = {"B", "T", "S", "P"}  # a call without tokens is a call; a model without experts is none
 
 Matrix = Tensor | QuantizedWeight
+F = TypeVar("F", bound=Callable[..., Any])
 
 # An argument's name, its values, the least and the most that they may be.
 Range = tuple[str, Tensor, int, int]
@@ -57,15 +59,63 @@ class Argument:
     """One argument of an operation, read from its annotation."""
 
     name: str
-    kind: Any  # Tensor, Matrix, bool, int, float, or anything else, which is not checked
+    kind: Any  # Tensor, Matrix, bool, int, float; anything else is not checked
     optional: bool
-    letters: str  # none: not checked
-    dtypes: Sequence[torch.dtype] | None  # None: those of the first float tensor
+    shape_spec: str  # letters and expressions; empty: not checked
+    dtypes: Sequence[torch.dtype] | None  # None: the dtype of the first float tensor
     rule: Within | Above | None
 
     @property
     def tensor(self) -> bool:
-        return bool(self.letters) and self.kind in (Tensor, Matrix)
+        return bool(self.shape_spec) and self.kind in (Tensor, Matrix)
+
+    @classmethod
+    def parse(cls, name: str, hint: Any) -> Argument:
+        """Read an annotation such as `Annotated[Tensor, "T H", INTS, Within(0, "E - 1")] | None`."""
+        kind, optional = _strip_none(hint)
+        notes: list[Any] = []
+        if typing.get_origin(kind) is Annotated:
+            kind, *notes = typing.get_args(kind)
+            kind, inner = _strip_none(kind)
+            optional = optional or inner
+        spec = next((note for note in notes if isinstance(note, str)), "")
+        dtypes = next((note for note in notes if isinstance(note, tuple)), None)
+        rule = next((note for note in notes if isinstance(note, (Within, Above))), None)
+        return cls(name, kind, optional, spec, dtypes, rule)
+
+
+def _strip_none(kind: Any) -> tuple[Any, bool]:
+    """`X | None` -> X, True."""
+    parts = [part for part in typing.get_args(kind) if part is not type(None)]
+    optional = typing.get_origin(kind) in (UnionType, typing.Union) and len(parts) == 1
+    return (parts[0], True) if optional else (kind, False)
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What the annotations of `run` cannot say; `constrain` attaches it.
+
+    rule               rule(name, args, sizes) raises ValueError where the arguments do not fit together
+    ranges             ranges(args) yields further tensors whose values must lie in a range
+    error_name         the public name that errors start with, where it differs from the function's
+    truncate_sequence  truncate_sequence(args) cuts the padding of one sequence, so that the torch backend's bits do not
+                       depend on the length of the others
+    """
+
+    rule: Callable[[str, Mapping[str, Any], Mapping[str, Any]], None] | None = None
+    ranges: Callable[[Mapping[str, Any]], Iterable[Range]] | None = None
+    error_name: str = ""
+    truncate_sequence: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+
+def constrain(**constraints: Any) -> Callable[[F], F]:
+    """Decorate an operation's `run` with Constraints."""
+
+    def decorate(run: F) -> F:
+        run.constraints = Constraints(**constraints)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
 
 
 def fail(op: str, argument: str, got: Any, needs: str) -> ValueError:
@@ -73,18 +123,18 @@ def fail(op: str, argument: str, got: Any, needs: str) -> ValueError:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As people say it: "bfloat16"."""
+    """Return the dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
-def _names(dtypes: Sequence[torch.dtype]) -> str:
+def _join_names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(map(dtype_name, dtypes))
 
 
 @cache
-def _parse(letters: str) -> tuple[bool, tuple[str, ...]]:
-    """Whether any leading dimensions may stand before, and a letter or an expression for each of the others."""
-    parts = letters.split()
+def _parse(spec: str) -> tuple[bool, tuple[str, ...]]:
+    """Return whether leading dimensions are free ("..."), and a letter or an expression for each of the others."""
+    parts = spec.split()
     leading = parts[0] == "..."
     return leading, tuple(parts[leading:])
 
@@ -95,13 +145,13 @@ def _code(expression: str) -> CodeType:
 
 
 def evaluate(expression: int | str, sizes: Mapping[str, Any]) -> Any:
-    """A number as it is; "E - 1", "2*I" by the sizes."""
+    """Return a number as it is, and an expression such as "E - 1" or "2*I" with `sizes` put in."""
     return eval(_code(expression), {}, sizes) if isinstance(expression, str) else expression  # type: ignore[arg-type]
 
 
-def shape_of(letters: str, sizes: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape that `letters` stand for: "... N", "T*K"."""
-    leading, parts = _parse(letters)
+def shape_of(spec: str, sizes: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the shape that a spec such as "... N" or "T*K" stands for."""
+    leading, parts = _parse(spec)
     return (*(sizes["..."] if leading else ()), *(evaluate(part, sizes) for part in parts))
 
 
@@ -115,98 +165,98 @@ class Binder:
         self.dtype: torch.dtype | None = None  # of the floats
 
     def bind(self, arguments: Iterable[Argument], values: Mapping[str, Any]) -> None:
-        """All arguments: tensors of plain letters, then those whose shapes follow from them, then numbers."""
-        given = [argument for argument in arguments if values[argument.name] is not None or not argument.optional]
-        tensors = [argument for argument in given if argument.tensor]
-        follow = [a for a in tensors if not all(part.isidentifier() for part in _parse(a.letters)[1])]
-        for argument in (*(a for a in tensors if a not in follow), *follow):
-            self.tensor(argument, values[argument.name])
-        for argument in given:
+        """Check tensors of plain letters, then those whose shapes are expressions of them, then numbers."""
+        present = [argument for argument in arguments if values[argument.name] is not None or not argument.optional]
+        tensors = [argument for argument in present if argument.tensor]
+        for derived in (False, True):
+            for argument in tensors:
+                if derived != all(part.isidentifier() for part in _parse(argument.shape_spec)[1]):
+                    self.bind_tensor(argument, values[argument.name])
+        for argument in present:
             if not argument.tensor:
-                self.number(argument, values[argument.name], values)
+                self.bind_number(argument, values[argument.name], values)
 
-    def tensor(self, argument: Argument, value: Any) -> None:
-        name, letters = argument.name, argument.letters
+    def bind_tensor(self, argument: Argument, value: Any) -> None:
+        name, spec = argument.name, argument.shape_spec
         quantized = argument.kind == Matrix and isinstance(value, QuantizedWeight)
         if not isinstance(value, Tensor) and not quantized:
-            raise fail(self.op, name, f"a {type(value).__name__}", f"a tensor [{letters}]")
+            raise fail(self.op, name, f"a {type(value).__name__}", f"a tensor [{spec}]")
         dtypes = argument.dtypes or (FLOATS if self.dtype is None else (self.dtype,))
         if not quantized and value.dtype not in dtypes:
-            raise fail(self.op, name, _names([value.dtype]), _names(dtypes))
+            raise fail(self.op, name, dtype_name(value.dtype), _join_names(dtypes))
         if argument.dtypes is None and not quantized:
             self.dtype = value.dtype
         self.device = self.device or value.device
         if value.device != self.device:
             raise fail(self.op, name, f"on {value.device}", f"to be on {self.device}, as the first argument is")
-        self._shape(name, value.shape, letters)
+        self._bind_shape(name, value.shape, spec)
 
-    def _shape(self, name: str, whole: torch.Size, letters: str) -> None:
-        leading, wanted = _parse(letters)
-        got, at = f"of shape {list(whole)}", len(whole) - len(wanted)
-        good = at >= 0 if leading else at == 0
-        if good and leading:
-            good = self.sizes.setdefault("...", whole[:at]) == whole[:at]
-        for letter, size in zip(wanted, whole[max(at, 0) :], strict=False):
-            need = self.sizes.setdefault(letter, size) if letter.isidentifier() else evaluate(letter, self.sizes)
-            good = good and need == size
-        if not good:
-            raise fail(self.op, name, got, f"[{letters}]{self._known(letters)}")
-        for letter in wanted:
-            if letter.isidentifier() and letter not in MAY_BE_EMPTY and self.sizes[letter] < 1:
-                raise fail(self.op, name, got, f"[{letters}] with {letter} of at least 1")
+    def _bind_shape(self, name: str, shape: torch.Size, spec: str) -> None:
+        leading, parts = _parse(spec)
+        got, at = f"of shape {list(shape)}", len(shape) - len(parts)
+        fits = at >= 0 if leading else at == 0
+        if fits and leading:
+            fits = self.sizes.setdefault("...", shape[:at]) == shape[:at]
+        for part, size in zip(parts, shape[max(at, 0) :], strict=False):
+            need = self.sizes.setdefault(part, size) if part.isidentifier() else evaluate(part, self.sizes)
+            fits = fits and need == size
+        if not fits:
+            raise fail(self.op, name, got, f"[{spec}]{self._known_sizes(spec)}")
+        for part in parts:
+            if part.isidentifier() and part not in MAY_BE_EMPTY and self.sizes[part] < 1:
+                raise fail(self.op, name, got, f"[{spec}] with {part} of at least 1")
 
-    def _known(self, letters: str) -> str:
-        named = re.findall(r"\w+|\.\.\.", letters)
-        known = [(key, size) for key, size in self.sizes.items() if key in named]
-        told = [f"{key} = {list(size) if key == '...' else size}" for key, size in known]
-        return f" with {', '.join(told)}" if told else ""
+    def _known_sizes(self, spec: str) -> str:
+        names = re.findall(r"\w+|\.\.\.", spec)
+        known = [(name, size) for name, size in self.sizes.items() if name in names]
+        text = ", ".join(f"{name} = {list(size) if name == '...' else size}" for name, size in known)
+        return f" with {text}" if text else ""
 
-    def number(self, argument: Argument, value: Any, values: Mapping[str, Any]) -> None:
+    def bind_number(self, argument: Argument, value: Any, values: Mapping[str, Any]) -> None:
         name, rule = argument.name, argument.rule
         if argument.kind is bool:
-            boolean(self.op, name, value)
+            check_boolean(self.op, name, value)
         elif argument.kind is float:
-            number(self.op, name, value, above=rule.low if isinstance(rule, Above) else -math.inf)
+            check_number(self.op, name, value, above=rule.low if isinstance(rule, Above) else -math.inf)
         elif isinstance(rule, Within):
-            integer(self.op, name, value, rule.low, evaluate(rule.high, {**values, **self.sizes}))
-            if argument.letters:
-                self.sizes[argument.letters] = value
+            check_integer(self.op, name, value, rule.low, evaluate(rule.high, {**values, **self.sizes}))
+            if argument.shape_spec:
+                self.sizes[argument.shape_spec] = value
 
 
-def number(op: str, name: str, value: Any, *, above: float = -math.inf) -> float:
-    """A finite number greater than `above`."""
+def check_number(op: str, name: str, value: Any, *, above: float = -math.inf) -> None:
+    """Raise ValueError unless `value` is a finite number greater than `above`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= above:
         raise fail(op, name, repr(value), "a finite number" + ("" if above == -math.inf else f" above {above:g}"))
-    return float(value)
 
 
-def boolean(op: str, name: str, value: Any) -> bool:
+def check_boolean(op: str, name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise fail(op, name, repr(value), "True or False")
-    return value
 
 
-def integer(op: str, name: str, value: Any, low: int, high: int) -> int:
-    """An integer in low..high; a compiler's, which stands for several, too."""
+def check_integer(op: str, name: str, value: Any, low: int, high: int) -> None:
+    """Raise ValueError unless `value` is an integer, or a compiler's symbolic one, in low..high."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or not low <= value <= high:
         raise fail(op, name, repr(value), f"an integer in {low}..{high}")
-    return value
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the host may look at values: on a CPU, where nothing waits for it. On a GPU a look would stall the
-    stream, so kernels mask; in a trace there is nothing to see."""
+    """Return whether the host may read values: only on a CPU, outside a trace.
+
+    On a GPU a read would stall the stream, so kernels mask what is out of range.
+    """
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
-def in_range(op: str, name: str, value: Tensor, low: int, high: int) -> None:
-    """Every element in low..high, where the host may look."""
+def check_values(op: str, name: str, value: Tensor, low: int, high: int) -> None:
+    """Raise ValueError where a readable tensor holds a value outside low..high."""
     if value.numel() == 0 or not readable(value):
         return
     if value.numel() <= 64:  # where a step per element is quicker than two operators
         values = value.flatten().tolist()
-        least, most = min(values), max(values)
+        least, greatest = min(values), max(values)
     else:
-        least, most = (int(v) for v in torch.aminmax(value))
-    if least < low or most > high:
-        raise fail(op, name, f"from {least} to {most}", f"values in {low}..{high}")
+        least, greatest = (int(v) for v in torch.aminmax(value))
+    if least < low or greatest > high:
+        raise fail(op, name, f"from {least} to {greatest}", f"values in {low}..{high}")

@@ -1,9 +1,9 @@
-"""embed_rms_norm: the embedding's rows and the first norm of a model, in one launch.
+"""embed_rms_norm: the embedding's rows and the first norm of a model in one launch.
 
 B sequences, T tokens, V rows of the embedding, H hidden
 
-Ids, and where a sequence stands, come from the user, and a look at them from the host would stall the stream. So they
-are judged here, at the door of the model: a sequence with anything out of range is NaN, and stays NaN from here on.
+Ids and positions come from the user, and reading them on the host would stall the stream. So this kernel, the first of
+the model, checks them: a sequence with anything out of range becomes NaN and stays NaN.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .checks import INTS, Above, Range, Within, fail, readable
+from .checks import INTS, Above, Range, Within, constrain, fail, readable
 from .launch import launch, select_configs
 from .norm import normed_rows
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
-from .ring import POSITIONS_MOST
+from .ring import POSITIONS_MAX
 
 
 @triton.jit(do_not_specialize=["T", "limit", "stride_ib"])
@@ -30,13 +30,13 @@ def embed_rms_norm_kernel(
     table_ptr,  # [V, H]
     weight_ptr,  # [H]
     past_ptr,  # [B] the position of token 0, or None
-    new_ptr,  # [B] how many of the T tokens are there, or None
+    new_ptr,  # [B] how many of the T tokens are new, or None
     y_ptr,  # [B, T, H] out: the norm of x
     x_ptr,  # [B, T, H] out: rows of the table
     T,
     V,
     H,
-    limit,  # positions that there are
+    limit,  # number of positions
     stride_ib,
     stride_it,
     stride_tv,
@@ -46,13 +46,13 @@ def embed_rms_norm_kernel(
 ):
     t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = ids_ptr + b * stride_ib
-    # One token out of range spoils its sequence, the tokens before it too: so each token's program sees all of them.
-    strange = tl.zeros((BLOCK_T,), tl.int32)
+    # One id out of range makes its whole sequence NaN, so each token's program reads all ids.
+    invalid = tl.zeros((BLOCK_T,), tl.int32)
     for start in range(0, T, BLOCK_T):
         offs_t = start + tl.arange(0, BLOCK_T)
         ids = tl.load(row + offs_t.to(tl.int64) * stride_it, mask=offs_t < T, other=0)
-        strange |= ((ids < 0) | (ids >= V)).to(tl.int32)
-    bad = tl.max(strange, axis=0) != 0
+        invalid |= ((ids < 0) | (ids >= V)).to(tl.int32)
+    bad = tl.max(invalid, axis=0) != 0
     if past_ptr is not None:
         past, new = tl.load(past_ptr + b).to(tl.int64), tl.load(new_ptr + b).to(tl.int64)
         bad = bad | (new < 0) | (new > T) | (past < 0) | (past > limit - tl.minimum(tl.maximum(new, 0), T))
@@ -67,24 +67,25 @@ def embed_rms_norm_kernel(
     tl.store(y_ptr + out, tl.reshape(y, (BLOCK_H,)), mask=offs_h < H)
 
 
-def rule(op: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+def check_positions(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
     for name in ("new", "limit"):
-        if (given[name] is None) != (given["past"] is None):
-            raise fail(op, name, repr(given[name]), "to be given exactly where past is")
+        if (args[name] is None) != (args["past"] is None):
+            raise fail(op, name, repr(args[name]), "a value exactly where past has one")
 
 
-def ranges(given: Mapping[str, Any]) -> Iterator[Range]:
-    if given["past"] is not None and readable(given["past"]):
-        yield "new", given["past"] + given["new"], 0, given["limit"]
+def end_ranges(args: Mapping[str, Any]) -> Iterator[Range]:
+    if args["past"] is not None and readable(args["past"]):
+        yield "new", args["past"] + args["new"], 0, args["limit"]
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    """A token a program; of the ids beside it a thousand at a time, however few there are: one kernel for all."""
+    """One token a program; ids in blocks of 1024 whatever T is, so that one kernel serves all lengths."""
     block_h = power_of_2(sizes["H"])
     tiles = {"BLOCK_T": 1024, "BLOCK_H": block_h}
     return {"embed_rms_norm_kernel": LaunchConfig(tiles, num_warps=power_of_2(block_h // 512, high=8))}
 
 
+@constrain(rule=check_positions, ranges=end_ranges)
 def embed_rms_norm(
     input_ids: Annotated[Tensor, "B T", INTS, Within(0, "V - 1")],
     table: Annotated[Tensor, "V H"],
@@ -92,12 +93,12 @@ def embed_rms_norm(
     eps: Annotated[float, Above(0.0)],
     past: Annotated[Tensor | None, "B", INTS, Within(0, "limit")] = None,
     new: Annotated[Tensor | None, "B", INTS, Within(0, "T")] = None,
-    limit: Annotated[int | None, Within(1, POSITIONS_MOST.value)] = None,
+    limit: Annotated[int | None, Within(1, POSITIONS_MAX.value)] = None,
 ) -> tuple[Annotated[Tensor, "B T H"], Annotated[Tensor, "B T H"]]:
-    """Rows x of the embedding and their norm y -> y, x: see `reference.embed_rms_norm`.
+    """Look up rows x of the embedding and their norm y -> y, x (`reference.embed_rms_norm`).
 
-    With past and new, sequence b stands at position past[b], and its first new[b] tokens are there, at most `limit` in
-    all. A sequence is NaN where an id, new or a position is out of range (on a CPU a ValueError).
+    With past and new, sequence b is at position past[b] and has new[b] new tokens, at most `limit` in all. A sequence
+    is NaN where an id, new or a position is out of range (a ValueError on a CPU).
     """
     (B, T), (V, H) = input_ids.shape, table.shape
     y, x = (torch.empty((B, T, H), dtype=table.dtype, device=table.device) for _ in range(2))
@@ -119,13 +120,13 @@ def embed_rms_norm(
         "stride_tv": table.stride(0),
         "eps": eps,
     }
-    chosen = select_configs(configs, {"T": T, "H": H}, table.dtype, table.device)
-    launch(embed_rms_norm_kernel, (T, B), args, chosen["embed_rms_norm_kernel"])
+    selected = select_configs(configs, {"T": T, "H": H}, table.dtype, table.device)
+    launch(embed_rms_norm_kernel, (T, B), args, selected["embed_rms_norm_kernel"])
     return y, x
 
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    """With "past": sequence b stands at past + b, and T - b of its tokens are there."""
+    """With "past": sequence b is at past + b and has T - b new tokens."""
     B, T, V, H = (sizes[letter] for letter in ("B", "T", "V", "H"))
     ids = (torch.arange(B * T, device=device) * 7 % V).view(B, T)
     table, weight = (sample(*shape, dtype=dtype, device=device, generator=generator) for shape in ((V, H), (H,)))
@@ -137,7 +138,7 @@ def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None)
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    """Each token's id and row read once, the row and its norm written once; the norm's weight."""
+    """Count each token's id and row read once, the row and its norm written once, and the norm's weight."""
     tokens, H = sizes["B"] * sizes["T"], sizes["H"]
     return Cost(flops=4 * tokens * H, bytes=(3 * tokens + 1) * H * dtype.itemsize + 8 * tokens)
 
@@ -148,9 +149,6 @@ OP = Op(
     inputs=inputs,
     configs=configs,
     cost=cost,
-    full_dim_tiles={"embed_rms_norm_kernel": ("BLOCK_H",)},
-    rule=rule,
-    ranges=ranges,
     test_shapes=(
         {"B": 3, "T": 1, "V": 50, "H": 128, "past": 7},
         {"B": 2, "T": 5, "V": 9, "H": 80},

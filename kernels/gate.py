@@ -226,7 +226,6 @@ OP = Op(
         *(_shape(3, 64, 1, 1), _shape(2, 4200, 8, 2)),
     ),
     bench_shapes=tuple(_shape(T, H, 8, 2) for H in (4096, 6144) for T in (1, 64, 4096)),
-    full_dim_tiles={"gate_route_kernel": ("BLOCK_K",)},
     derived_outputs=derived_outputs,
 )
 
@@ -238,6 +237,5 @@ NORM_OP = Op(
     cost=cost_norm,
     test_shapes=OP.test_shapes,
     bench_shapes=OP.bench_shapes,
-    full_dim_tiles=OP.full_dim_tiles,
     derived_outputs=derived_outputs,
 )

@@ -1,4 +1,4 @@
-"""The one door to a Triton launch."""
+"""The only entry point to a Triton launch, and the context that surrounds one."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ import triton
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .arch import dependent_launch
+from .arch import supports_pdl
 from .interpret import interpreting
 from .op import Launch, LaunchConfig
-from .pdl import in_pdl_region
 
 # `triton.jit` reads the switch when it decorates, so one process either interprets or compiles.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 DEFAULT_ARCH = "sm_90"
-Configs = Mapping[str, LaunchConfig]  # by the name of a kernel
-GRID_MOST = 65535  # programs along the second and the third axis of a grid; those of the first are hardly bounded
+Configs = Mapping[str, LaunchConfig]  # by kernel name
+GRID_MAX = 65535  # programs along the second and third axis of a grid
 
 
 @dataclass(frozen=True)
-class Launched:
-    """A launch that was made: the compiled kernel, the function it is of, its arguments by name, constants included."""
+class CompiledLaunch:
+    """A launch that ran: the compiled kernel, its JIT function, and its arguments by name, constexprs included."""
 
     kernel: Any
     fn: Any
@@ -35,18 +34,87 @@ class Launched:
     args: Mapping[str, Any]
 
 
-_arch: ContextVar[str | None] = ContextVar("arch", default=None)
-_sms: ContextVar[int | None] = ContextVar("sms", default=None)
-records: ContextVar[list[Launch] | None] = ContextVar("records", default=None)  # see record.py
-launched: ContextVar[list[Launched] | None] = ContextVar("launched", default=None)  # see plan.py
-_overrides: ContextVar[tuple[Configs, dict[str, LaunchConfig]] | None] = ContextVar("overrides", default=None)
+@dataclass(frozen=True)
+class LaunchContext:
+    """What surrounds a launch.
+
+    arch, sms  the architecture and multiprocessors that launch configurations are selected for; None: the device's
+    pdl        launches are dependent where the kernel and the architecture allow it (`pdl_region`)
+    records    receives every launch (`record_launches`)
+    compiled   receives every launch that ran on a GPU (plan.py)
+    overrides  configurations by kernel that replace the selected ones; `selected` receives what was used
+    """
+
+    arch: str | None = None
+    sms: int | None = None
+    pdl: bool = False
+    records: list[Launch] | None = None
+    compiled: list[CompiledLaunch] | None = None
+    overrides: Configs | None = None
+    selected: dict[str, LaunchConfig] | None = None
+
+
+_context: ContextVar[LaunchContext] = ContextVar("launch_context", default=LaunchContext())  # noqa: B039  # it is frozen
+
+
+@contextmanager
+def launch_context(**changes: Any) -> Iterator[None]:
+    """Replace fields of the current LaunchContext within the block."""
+    token = _context.set(replace(_context.get(), **changes))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def launch_context_key() -> tuple[Any, ...] | None:
+    """Return the cache key of the launch context, or None where launches must not be cached."""
+    context = _context.get()
+    if INTERPRETED or context.records is not None or context.overrides is not None:
+        return None
+    return context.arch, context.sms, context.pdl
+
+
+@contextmanager
+def override_configs(overrides: Configs) -> Iterator[dict[str, LaunchConfig]]:
+    """Launch the kernels named in `overrides` with those configurations -> the configurations used, by kernel."""
+    selected: dict[str, LaunchConfig] = {}
+    with launch_context(overrides=overrides, selected=selected):
+        yield selected
+
+
+def is_overridden(kernel: str) -> bool:
+    """Return whether `override_configs` names the kernel: it then runs where it can, even if a library would not."""
+    overrides = _context.get().overrides
+    return overrides is not None and kernel in overrides
+
+
+@contextmanager
+def using_arch(arch: str, sms: int | None = None) -> Iterator[None]:
+    """Select launch configurations for `arch` ("sm_80", "gfx942", ...) with `sms` multiprocessors within the block.
+
+    sms None: those of the architecture's largest GPU.
+    """
+    with launch_context(arch=arch, sms=sms):
+        yield
+
+
+@contextmanager
+def pdl_region() -> Iterator[None]:
+    """Launch dependently within the block where the kernel and the architecture allow it.
+
+    All launches go to one stream and none writes a weight: a kernel may read weights before the launch in front of it
+    has ended. The first launch of the block follows an ordinary one, so everything before that one has ended.
+    """
+    with launch_context(pdl=True):
+        yield
 
 
 def target_arch(device: torch.device | None = None) -> str:
-    """The architecture whose launch choices apply: the one asked for, else the device's, else sm_90."""
-    chosen = _arch.get()
-    if chosen is not None:
-        return chosen
+    """Return the architecture to select configurations for: the context's, else the device's, else sm_90."""
+    arch = _context.get().arch
+    if arch is not None:
+        return arch
     if device is None or device.type != "cuda":
         return DEFAULT_ARCH
     properties = torch.cuda.get_device_properties(device)
@@ -55,55 +123,31 @@ def target_arch(device: torch.device | None = None) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def select_configs(configs: Callable[..., Configs], sizes: Any, dtype: torch.dtype, device: torch.device) -> Configs:
-    """What an operation's `configs` says for the current GPU, or what `override_configs` has put in its place."""
-    chosen, overrides = configs(sizes, dtype, target_arch(device)), _overrides.get()
-    if overrides is not None:
-        others, made = overrides
-        chosen = {kernel: others.get(kernel, one) for kernel, one in chosen.items()}
-        made.update(chosen)
-    return chosen
-
-
-def launch_context_key() -> tuple[Any, ...] | None:
-    """What decides a launch beside its arguments; None where it is one of its own: recorded, chosen, interpreted."""
-    if INTERPRETED or records.get() is not None or _overrides.get() is not None:
-        return None
-    return _arch.get(), _sms.get(), in_pdl_region()
-
-
-@contextmanager
-def override_configs(others: Configs) -> Iterator[dict[str, LaunchConfig]]:
-    """Within the block, kernels named in `others` launch as it says, whatever the sizes -> what was chosen of all."""
-    made: dict[str, LaunchConfig] = {}
-    token = _overrides.set((others, made))
-    try:
-        yield made
-    finally:
-        _overrides.reset(token)
-
-
-def is_overridden(kernel: str) -> bool:
-    """Whether `override_configs` names it: then it does the work, where it can, also if another way would be chosen."""
-    overrides = _overrides.get()
-    return overrides is not None and kernel in overrides[0]
-
-
 def multiprocessors(device: torch.device) -> int | None:
-    """How many of them the current GPU has; of one that is not at hand those told, or None."""
-    if _arch.get() is not None or device.type != "cuda":
-        return _sms.get()
+    """Return the device's multiprocessors; without a GPU the context's, or None."""
+    context = _context.get()
+    if context.arch is not None or device.type != "cuda":
+        return context.sms
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def tensors(args: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors among a launch's arguments by name, those that descriptors describe included."""
-    plain = {name: arg.base if isinstance(arg, TensorDescriptor) else arg for name, arg in args.items()}
-    return {name: arg for name, arg in plain.items() if isinstance(arg, torch.Tensor)}
+def select_configs(configs: Callable[..., Configs], sizes: Any, dtype: torch.dtype, device: torch.device) -> Configs:
+    """Return `configs(sizes, dtype, arch)` for the current GPU, overrides applied."""
+    selected, context = configs(sizes, dtype, target_arch(device)), _context.get()
+    if context.overrides is not None and context.selected is not None:
+        selected = {kernel: context.overrides.get(kernel, config) for kernel, config in selected.items()}
+        context.selected.update(selected)
+    return selected
+
+
+def tensors(args: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the tensors among a launch's arguments by name, including the bases of descriptors."""
+    bases = {name: arg.base if isinstance(arg, TensorDescriptor) else arg for name, arg in args.items()}
+    return {name: arg for name, arg in bases.items() if isinstance(arg, torch.Tensor)}
 
 
 def replace_base(arg: Any, tensor: torch.Tensor) -> Any:
-    """A launch's argument with another tensor in its place, where it is a descriptor: behind it."""
+    """Return a launch argument with another tensor: a descriptor of it where `arg` is a descriptor."""
     return replace(arg, base=tensor) if isinstance(arg, TensorDescriptor) else tensor
 
 
@@ -114,22 +158,21 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
     """
     if 0 in grid:
         return
-    if max(grid[1:], default=1) > GRID_MOST:
+    if max(grid[1:], default=1) > GRID_MAX:
         programs = " x ".join(f"{n:,}" for n in grid)
         raise ValueError(
-            f"{kernel.__name__}: {programs} programs, needs at most {GRID_MOST:,} along the second and third"
+            f"{kernel.__name__}: the grid is {programs} programs, needs at most {GRID_MAX:,} along the second and third "
+            "axis"
         )
     constants = {**config.constexprs, **constexprs}
     first = next((arg for arg in args.values() if isinstance(arg, torch.Tensor)), None)
-    dependent = False
+    context, dependent = _context.get(), False
     if "PDL" in kernel.arg_names:
-        constants["PDL"] = not INTERPRETED and dependent_launch(target_arch(None if first is None else first.device))
-        dependent = constants["PDL"] and in_pdl_region()
-    noted = records.get()
-    if noted is not None:
-        noted.append(
-            Launch(kernel.__name__, grid, config.num_warps, config.num_stages, constants, kernel, dict(args), dependent)
-        )
+        constants["PDL"] = not INTERPRETED and supports_pdl(target_arch(None if first is None else first.device))
+        dependent = constants["PDL"] and context.pdl
+    if context.records is not None:
+        name, warps, stages = kernel.__name__, config.num_warps, config.num_stages
+        context.records.append(Launch(name, grid, warps, stages, constants, kernel, dict(args), dependent))
     if first is not None and first.is_meta:
         return
     if INTERPRETED:
@@ -137,19 +180,19 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
     elif first is not None and first.is_cuda and first.device.index != torch.cuda.current_device():
         # Triton launches on the current device, whatever device its pointers lead to.
         with torch.cuda.device(first.device):
-            _compiled(kernel, grid, {**args, **constants}, config, dependent)
+            _launch_compiled(kernel, grid, {**args, **constants}, config, dependent)
     else:
-        _compiled(kernel, grid, {**args, **constants}, config, dependent)
+        _launch_compiled(kernel, grid, {**args, **constants}, config, dependent)
 
 
-def _compiled(
-    kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: LaunchConfig, dependent: bool = False
+def _launch_compiled(
+    kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: LaunchConfig, dependent: bool
 ) -> None:
-    """Compile on first use, then launch; ValueError, before anything runs, where the GPU cannot hold it."""
+    """Compile on first use, then launch; raise ValueError before anything runs where the GPU's limits are exceeded."""
     try:
+        options = {"launch_pdl": True} if dependent else {}  # AMD's backend does not know the option
         # FP fusion is named because its default differs between releases of Triton.
-        more = {"launch_pdl": True} if dependent else {}  # an option that AMD's backend does not know
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True, **more}
+        options |= {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
         compiled = kernel[grid](**args, **options)
     except OutOfResources as error:
         tiles = ", ".join(f"{name} {value}" for name, value in config.constexprs.items())
@@ -157,25 +200,13 @@ def _compiled(
             f"{kernel.__name__}: the launch configuration {tiles}, {config.num_warps} warps and {config.num_stages} "
             f"stages takes {error.required} of {error.name}, needs at most this GPU's {error.limit}"
         ) from error
-    made = launched.get()
-    if made is not None:
+    launches = _context.get().compiled
+    if launches is not None:
         x, y, z = (*grid, 1, 1)[:3]
-        made.append(Launched(compiled, kernel, (x, y, z), args))
+        launches.append(CompiledLaunch(compiled, kernel, (x, y, z), args))
 
 
 def interpret(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
     """Run an interpreted kernel. The tests put their guard around this."""
     with interpreting():
         kernel[grid](**args)
-
-
-@contextmanager
-def using_arch(arch: str, sms: int | None = None) -> Iterator[None]:
-    """Within the block, launch choices are those of `arch` ("sm_80", "gfx942", ...), of a GPU with `sms`
-    multiprocessors; None: of its largest GPU."""
-    tokens = _arch.set(arch), _sms.set(sms)
-    try:
-        yield
-    finally:
-        _arch.reset(tokens[0])
-        _sms.reset(tokens[1])

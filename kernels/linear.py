@@ -192,8 +192,6 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
 OP = Op(
     run=linear,
     reference=reference.linear,
-    full_dim_tiles={"linear_decode_kernel": ("BLOCK_T",)},
-    alternative_kernels=("linear_decode_kernel",),
     inputs=inputs,
     configs=configs,
     cost=cost,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .checks import Above
+from .checks import Above, constrain
 from .launch import launch, select_configs
 from .op import Cost, LaunchConfig, Op, Sizes, power_of_2, sample
 
@@ -95,6 +95,7 @@ def rms_norm(
     return _launch(x, None, weight, eps)[0]
 
 
+@constrain(error_name="rms_norm")
 def add_rms_norm(
     x: Annotated[Tensor, "... H"],
     residual: Annotated[Tensor, "... H"],
@@ -155,14 +156,11 @@ OP = Op(
     cost=partial(_cost, 2),
     test_shapes=_TEST_SHAPES,
     bench_shapes=_BENCH_SHAPES,
-    full_dim_tiles={"rms_norm_kernel": ("BLOCK_H",)},
 )
 
 ADD_OP = Op(
     run=add_rms_norm,
     reference=reference.rms_norm,
-    public="rms_norm",
-    full_dim_tiles=OP.full_dim_tiles,
     inputs=inputs_add,
     configs=configs,
     cost=partial(_cost, 4),

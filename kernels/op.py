@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
-from . import checks, signature
-from .checks import Argument, Binder, Range, Within
+from . import checks
+from .checks import Argument, Binder, Constraints, Within
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,15 +21,15 @@ Sizes = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Switches:
-    """What changes a call and is no size.
+    """What selects kernels and configurations besides sizes, dtype and architecture.
 
-    deterministic  a row's bits do not depend on the batch
-    norm           experts: their combine is the residual add and the next norm, too
-    by_pointers    a weight that TMA does not take
-    weight, gate_up, down    the name of a quantized weight, its format and group ("int4:128"); None: dense
-    causal, ragged attention: no key after the query; sequences begin and end at places of their own
-    fresh          cached_attention: the chunk's own keys come beside the cache
-    sms            multiprocessors of the current GPU; 0: of the largest of its kind
+    deterministic            a row's bits do not depend on the batch
+    norm                     experts: the combine also adds the residual and applies the next norm
+    by_pointers              a weight's layout does not suit TMA
+    weight, gate_up, down    format and group of a quantized weight ("int4:128"); None: dense
+    causal, ragged           attention: causal mask; sequences start and end at positions of their own
+    fresh                    cached_attention: the chunk's own keys are arguments beside the cache
+    sms                      multiprocessors of the GPU; 0: of the architecture's largest
     """
 
     deterministic: bool = False
@@ -44,16 +44,20 @@ class Switches:
     sms: int = 0
 
 
-_SWITCHES = {one.name: one.default for one in fields(Switches)}
+_DEFAULTS = {switch.name: switch.default for switch in fields(Switches)}
 
 
 class Shape(dict[str, int]):
-    """Sizes by their letter, and switches: `Shape(T=1, H=64, deterministic=True)`; `shape | {"T": 2}` keeps both."""
+    """Sizes by shape letter, with switches: `Shape(T=1, H=64, deterministic=True)`; `shape | {"T": 2}` keeps both."""
 
     def __init__(self, sizes: Mapping[str, Any] | None = None, /, **more: Any) -> None:
-        told = {**(sizes.as_dict() if isinstance(sizes, Shape) else sizes or {}), **more}
-        super().__init__({name: size for name, size in told.items() if name not in _SWITCHES})
-        self.switches = Switches(**{name: _as(_SWITCHES[name], told[name]) for name in _SWITCHES if name in told})
+        values = {**(sizes.as_dict() if isinstance(sizes, Shape) else sizes or {}), **more}
+        super().__init__({name: value for name, value in values.items() if name not in _DEFAULTS})
+        # A switch parsed from text is 0 or 1.
+        switches = {name: values[name] for name in _DEFAULTS if name in values}
+        self.switches = Switches(
+            **{name: bool(value) if isinstance(_DEFAULTS[name], bool) else value for name, value in switches.items()}
+        )
 
     def __or__(self, more: Mapping[str, Any]) -> Shape:  # type: ignore[override]
         return Shape(self.as_dict(), **(more.as_dict() if isinstance(more, Shape) else more))
@@ -62,19 +66,13 @@ class Shape(dict[str, int]):
         return Shape(less) | self
 
     def as_dict(self) -> dict[str, Any]:
-        """Sizes, and the switches that are not as usual: `Shape(shape.as_dict())` is the same."""
-        told = {name: getattr(self.switches, name) for name in _SWITCHES}
-        told = {name: value for name, value in told.items() if value != _SWITCHES[name]}
-        return {**self, **{name: int(value) if isinstance(value, bool) else value for name, value in told.items()}}
-
-
-def _as(usual: Any, value: Any) -> Any:
-    """A switch as its kind: 1, written down by somebody, is True."""
-    return bool(value) if isinstance(usual, bool) else value
+        """Return the sizes and the switches that differ from their defaults; `Shape(shape.as_dict())` equals it."""
+        changed = {name: value for name, value in vars(self.switches).items() if value != _DEFAULTS[name]}
+        return {**self, **{name: int(value) if isinstance(value, bool) else value for name, value in changed.items()}}
 
 
 def switches(sizes: Sizes) -> Switches:
-    """Those of `sizes`; of a plain dictionary, which has none, the usual ones."""
+    """Return the switches of `sizes`; a plain dictionary has the defaults."""
     return sizes.switches if isinstance(sizes, Shape) else Switches()
 
 
@@ -88,7 +86,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one kernel is launched: its tile constants, warps a program and software pipeline stages."""
+    """How one kernel is launched: tile constants, warps per program and software pipeline stages."""
 
     constexprs: Mapping[str, Any]
     num_warps: int
@@ -99,9 +97,9 @@ class LaunchConfig:
 class Launch:
     """One device kernel as `record_launches` saw it.
 
-    `grid`, `num_warps` and `num_stages` are None for torch's own kernels. `fn` and `args`, the jitted function and its
+    `grid`, `num_warps` and `num_stages` are None for torch's own kernels. `fn` and `args`, the JIT function and its
     run-time arguments by name, are what the offline compiler needs to build the same kernel without a GPU.
-    `dependent`: it begins before the launch in front of it has ended, see pdl.py.
+    `dependent`: a programmatic dependent launch, see pdl.py.
     """
 
     kernel: str
@@ -116,24 +114,19 @@ class Launch:
 
 @dataclass(frozen=True)
 class Op(Generic[P, R]):
-    """A fused operation. Its signature stands in `run` and nowhere else: the check, the operator that torch's compiler
-    sees, the shapes of its results and the plain way derive from the annotations there (see checks.py).
+    """A fused operation. Its signature is that of `run` and stands nowhere else: the checks, torch's operator, the
+    shapes of its results and the torch backend derive from the annotations there (checks.py).
 
-    run          the Triton way, its arguments already checked; its name is the operation's
-    reference    the same in plain torch; it takes the arguments that it has in common with `run`, by name
-    inputs       inputs(sizes, dtype, device, generator) -> keyword arguments of `run`
-    configs      configs(sizes, dtype, arch) -> LaunchConfig by kernel name; pure functions of the sizes
-    cost         cost(sizes, dtype) -> Cost
-    test_shapes  sizes that the interpreted tests run; bench_shapes: Mixtral 8x7B, compiled offline and timed
-    mutates      arguments that the operation writes into
-    public       the name that people call it by, and that its errors give, where that is another
-    rule         rule(name, arguments by name, sizes) raises where the arguments do not go together
-    ranges       ranges(arguments by name) -> more values that have to lie in a range, none of them an argument
-    follows      follows(arguments, results) -> what the last results have to be exactly, given those before them
-    whole        by kernel, tile constants that hold a whole dimension: a smaller one would be wrong, a larger one idle
-    rivals       rivals(sizes, dtype, arch) -> by kernel, configurations that a tuner's small steps would not reach
-    offers       kernels that do the work where `override_configs` names them, also if a library is chosen
-    trim         trim(arguments by name of one sequence): without what other sequences made it longer by
+    run              launches the Triton kernels, its arguments already checked; its name is the operation's
+    reference        the same in plain torch; it takes the arguments it shares with `run`, by name
+    inputs           inputs(sizes, dtype, device, generator) -> keyword arguments of `run`
+    configs          configs(sizes, dtype, arch) -> LaunchConfig by kernel name, a pure function
+    cost             cost(sizes, dtype) -> Cost
+    test_shapes      sizes that the interpreted tests run
+    bench_shapes     Mixtral's sizes, compiled offline and timed
+    dtypes           dtypes of the floating-point arguments
+    mutates          names of the arguments that the operation writes into
+    derived_outputs  derived_outputs(args, results) -> what the last results must equal exactly, given those before them
     """
 
     run: Callable[P, R]
@@ -145,19 +138,21 @@ class Op(Generic[P, R]):
     bench_shapes: tuple[Sizes, ...]
     dtypes: tuple[torch.dtype, ...] = checks.FLOATS
     mutates: tuple[str, ...] = ()
-    public: str = ""
-    rule: Callable[[str, Mapping[str, Any], Mapping[str, Any]], None] | None = None
-    ranges: Callable[[Mapping[str, Any]], Iterable[Range]] | None = None
     derived_outputs: Callable[[Any, Any], Any] | None = None
-    full_dim_tiles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    extra_tune_configs: Callable[[Sizes, torch.dtype, str], Mapping[str, tuple[LaunchConfig, ...]]] | None = None
-    alternative_kernels: tuple[str, ...] = ()
-    truncate_sequence: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:
-        """In `mixtral_triton.ops` and in `torch.ops.mixtral_triton`."""
+        """Its name in `mixtral_triton.ops` and in `torch.ops.mixtral_triton`."""
         return self.run.__name__  # type: ignore[attr-defined]
+
+    @cached_property
+    def constraints(self) -> Constraints:
+        return getattr(self.run, "constraints", Constraints())
+
+    @cached_property
+    def error_name(self) -> str:
+        """The name that errors start with."""
+        return self.constraints.error_name or self.name
 
     @cached_property
     def signature(self) -> inspect.Signature:
@@ -168,8 +163,8 @@ class Op(Generic[P, R]):
         return tuple(self.signature.parameters)
 
     @cached_property
-    def deterministic(self) -> int | None:
-        """The place of the argument of this name; None: there is none."""
+    def deterministic_place(self) -> int | None:
+        """The place of the argument `deterministic`, or None."""
         return self.names.index("deterministic") if "deterministic" in self.names else None
 
     @cached_property
@@ -178,72 +173,69 @@ class Op(Generic[P, R]):
 
     @cached_property
     def arguments(self) -> tuple[Argument, ...]:
-        return tuple(signature.argument(name, self._hints.get(name, Any)) for name in self.names)
+        return tuple(Argument.parse(name, self._hints.get(name, Any)) for name in self.names)
 
     @cached_property
     def results(self) -> tuple[Argument, ...]:
         returned = self._hints["return"]
         parts = typing.get_args(returned) if typing.get_origin(returned) is tuple else (returned,)
-        return tuple(signature.argument("", part) for part in parts if part is not type(None))
+        return tuple(Argument.parse("", part) for part in parts if part is not type(None))
 
-    def by_place(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """The arguments of a call in the order of `run`, defaults filled in."""
+    def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Return the arguments of a call in the order of `run`, defaults filled in."""
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return bound.args
 
-    def by_name(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return dict(zip(self.names, self.by_place(*args, **kwargs), strict=True))
+    def bind_by_name(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return dict(zip(self.names, self.bind(*args, **kwargs), strict=True))
 
     def check(self, *args: Any, **kwargs: Any) -> Binder:
-        """ValueError on a wrong shape, dtype, device or number -> what was bound."""
-        values, binder = self.by_name(*args, **kwargs), Binder(self.public or self.name)
+        """Raise ValueError on a wrong shape, dtype, device or number; return what was bound."""
+        values, binder = self.bind_by_name(*args, **kwargs), Binder(self.error_name)
         binder.bind(self.arguments, values)
-        if self.rule is not None:
-            self.rule(binder.op, values, binder.sizes)
+        if self.constraints.rule is not None:
+            self.constraints.rule(binder.op, values, binder.sizes)
         return binder
 
-    def bounds(self, given: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
-        """`check`, then the names of the integer tensors that are given, and between what their elements have to be."""
-        sizes = {**given, **self.check(**given).sizes}
+    def bounds(self, args: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+        """`check`, then yield each bounded integer tensor's name with the least and greatest value it may hold."""
+        sizes = {**args, **self.check(**args).sizes}
         for argument in self.arguments:
-            if argument.tensor and isinstance(argument.rule, Within) and given[argument.name] is not None:
+            if argument.tensor and isinstance(argument.rule, Within) and args[argument.name] is not None:
                 yield argument.name, argument.rule.low, checks.evaluate(argument.rule.high, sizes)
 
     def empty(self, *args: Any, **kwargs: Any) -> Any:
-        """Unset results of the right shapes and dtypes: what the operation is to a compiler."""
+        """Return unset results of the right shapes and dtypes: the fake kernel."""
         binder = self.check(*args, **kwargs)
-        made = tuple(
+        results = tuple(
             torch.empty(
-                checks.shape_of(result.letters, binder.sizes),
+                checks.shape_of(result.shape_spec, binder.sizes),
                 dtype=binder.dtype if result.dtypes is None else result.dtypes[0],
                 device=binder.device,
             )
             for result in self.results
         )
-        return made if len(made) > 1 else made[0] if made else None
+        return results if len(results) > 1 else results[0] if results else None
 
     @cached_property
-    def _plain_names(self) -> tuple[str, ...]:
-        taken = inspect.signature(self.reference).parameters
-        return tuple(name for name in self.names if name in taken)
+    def _reference_arguments(self) -> tuple[tuple[str, ...], int]:
+        """The names of `run` that the reference takes, and, where these are the first ones in order, how many."""
+        parameters = inspect.signature(self.reference).parameters
+        leading = tuple(parameters) == self.names[: len(parameters)]
+        positional = all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters.values())
+        return tuple(name for name in self.names if name in parameters), len(parameters) * (leading and positional)
 
-    def common(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Of arguments by name, those that the reference takes."""
-        return {name: given[name] for name in self._plain_names if name in given}
+    def reference_args(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Select the arguments that the reference takes."""
+        return {name: args[name] for name in self._reference_arguments[0] if name in args}
 
-    @cached_property
-    def _plain_places(self) -> int:
-        """How many of the first arguments of `run` are all that the reference takes, by place; 0: it takes others."""
-        taken = inspect.signature(self.reference).parameters.values()
-        same = tuple(one.name for one in taken) == self.names[: len(taken)]
-        return len(taken) if same and all(one.kind is one.POSITIONAL_OR_KEYWORD for one in taken) else 0
-
-    def plain(self, *args: Any, **kwargs: Any) -> Any:
-        """The reference, called as `run` is."""
-        if not kwargs and self._plain_places:
-            return self.reference(*args[: self._plain_places])
-        return self.reference(**self.common({**dict(zip(self.names, args, strict=False)), **kwargs}))
+    def call_reference(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the reference with the arguments of `run`."""
+        count = self._reference_arguments[1]
+        if count and not kwargs:
+            return self.reference(*args[:count])
+        return self.reference(**self.reference_args({**dict(zip(self.names, args, strict=False)), **kwargs}))
 
 
 def sample(
@@ -253,17 +245,17 @@ def sample(
     generator: torch.Generator | None = None,
     scale: float = 1.0,
 ) -> torch.Tensor:
-    """Normal values for `Op.inputs`, the same on every device; on the meta device a shape only."""
+    """Draw normal values for `Op.inputs`, the same on every device; on the meta device only a shape."""
     if torch.device(device).type == "meta":
         return torch.empty(shape, dtype=dtype, device=device)
     return (torch.randn(shape, generator=generator) * scale).to(device=device, dtype=dtype)
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` itself where its last dimension is contiguous, which kernels rely on; else a contiguous copy."""
+    """Return `x` with a contiguous last dimension, which kernels rely on: itself, or a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def power_of_2(n: int, low: int = 1, high: int = 1 << 30) -> int:
-    """The least power of two that is at least n, clamped to low..high (powers of two themselves)."""
+    """Return the least power of two that is at least n, clamped to low..high (powers of two themselves)."""
     return max(low, min(high, 1 << max(0, n - 1).bit_length()))

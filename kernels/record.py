@@ -1,4 +1,4 @@
-"""What a call launches, noted and not run: on meta tensors, for a GPU that need not be there."""
+"""Recording what a call launches on meta tensors, for a GPU that need not be there."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import launch
+from .call import unflatten_args
 from .op import Launch
 from .plan import MEMORY
 from .registry import OPS
-from .signature import unflatten_args
 
-# torch operations that give memory or a name for it, and compute nothing.
+# torch operations that allocate memory or make a view, and compute nothing.
 _FREE = {*MEMORY, "_unsafe_view", "lift_fresh"}
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes each torch operation that computes; our own operators run their launchers, so that their kernels show."""
+    """Records each torch operation that computes; runs the launchers of our own operators, whose kernels then show."""
 
     def __init__(self, records: list[Launch]) -> None:
         super().__init__()
@@ -38,30 +38,20 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func._opname not in _FREE and not func.is_view:
             name = f"aten::{func._opname}" if func.namespace == "aten" else str(func)
-            self.records.append(Launch(name, args=_meta_tensors({**_numbered(args), "out": out})))
+            tensors = {**{f"in_{at}": arg for at, arg in enumerate(args)}, "out": out}
+            # Meta tensors only: a record keeps no memory alive.
+            metas = {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor) and x.is_meta}
+            self.records.append(Launch(name, args=metas))
         return out
-
-
-def _numbered(args: Any) -> dict[str, Any]:
-    return {f"in_{at}": arg for at, arg in enumerate(args)}
-
-
-def _meta_tensors(args: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Those alone: a record keeps no memory alive."""
-    return {name: arg for name, arg in args.items() if isinstance(arg, torch.Tensor) and arg.is_meta}
 
 
 @contextmanager
 def record_launches(arch: str = launch.DEFAULT_ARCH, sms: int | None = None) -> Iterator[list[Launch]]:
-    """Within the block, note every device kernel in order; meta tensors in, meta tensors out, nothing runs.
+    """Record every device kernel within the block, in order: meta tensors in, meta tensors out, nothing runs.
 
     A Triton launch is one entry, and so is each torch operation that is not a view (`aten::mm`, its grid None; its
-    tensors on the meta device are `args` in_0, in_1, ... and out).
+    meta tensors are `args` in_0, in_1, ... and out).
     """
     records: list[Launch] = []
-    token = launch.records.set(records)
-    try:
-        with launch.using_arch(arch, sms), _Recorder(records):
-            yield records
-    finally:
-        launch.records.reset(token)
+    with launch.launch_context(arch=arch, sms=sms, records=records), _Recorder(records):
+        yield records

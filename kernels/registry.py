@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from . import dispatch, embed, gate, linear, norm, ring, rope, router
 from .attention import op as attention
-from .attention import step
 from .experts import op as experts
 from .op import Op
 
@@ -25,6 +24,6 @@ OPS: dict[str, Op] = {
         ring.OP,
         attention.OP,
         attention.CACHED_OP,
-        step.OP,
+        attention.STEP_OP,
     )
 }

@@ -1,4 +1,4 @@
-"""append: keys and values into the ring cache, and what else the operations on the ring share.
+"""append: keys and values into the ring cache, and what the operations on the ring share.
 
 B batch, T tokens, Hkv key/value heads, D head size, C slots of a cache; position p lies in slot p mod C
 """
@@ -14,25 +14,25 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .checks import INTS, Within, fail
+from .checks import INTS, Within, constrain, fail
 from .launch import launch, select_configs
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
 
-# Positions a sequence may reach: far beyond any model's, and a tile of keys past it is still an int32.
-POSITIONS_MOST = tl.constexpr(1 << 30)
+# The greatest position: far beyond any model's, and a tile of keys past it still fits int32.
+POSITIONS_MAX = tl.constexpr(1 << 30)
 
 
 @triton.jit
-def standing(past_ptr, new_ptr, b, T):
-    """Where sequence b stands and how many of T tokens come to it, int64; 0 and -1 if either is out of range."""
+def sequence_position(past_ptr, new_ptr, b, T):
+    """Position of sequence b and its number of new tokens, int64; 0 and -1 where either is out of range."""
     past, new = tl.load(past_ptr + b).to(tl.int64), tl.load(new_ptr + b).to(tl.int64)
-    right = (past >= 0) & (past <= POSITIONS_MOST) & (new >= 0) & (new <= T)
-    return tl.where(right, past, 0), tl.where(right, new, -1)
+    valid = (past >= 0) & (past <= POSITIONS_MAX) & (new >= 0) & (new <= T)
+    return tl.where(valid, past, 0), tl.where(valid, new, -1)
 
 
 @triton.jit
 def stored_heads(t, new, C, Hkv):
-    """Token t of a chunk enters the ring if it is among the first `new`, and no later one of them takes its slot."""
+    """Heads of token t to store: all where t < new and no later token of the chunk takes its slot, else none."""
     return tl.where((t < new) & (t >= new - C), Hkv, 0)
 
 
@@ -70,7 +70,7 @@ def append_kernel(
 ):
     t = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
-    past, new = standing(past_ptr, new_ptr, b, T)
+    past, new = sequence_position(past_ptr, new_ptr, b, T)
     stored = stored_heads(t, new, C, Hkv)
     out = b * stride_cb + (past + t) % C * stride_cs
     k = k_ptr + b * stride_kb + t * stride_kt
@@ -84,9 +84,9 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     return {"append_kernel": LaunchConfig(tiles, num_warps=2)}
 
 
-def ring_rule(op: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
-    """Of operations on the caches: one slot's address is the other's."""
-    k_cache, v_cache = given["k_cache"], given["v_cache"]
+def check_caches(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    """Both caches need the same strides: kernels compute one offset for both."""
+    k_cache, v_cache = args["k_cache"], args["v_cache"]
     if k_cache.stride() != v_cache.stride() or k_cache.stride(-1) != 1:
         raise fail(op, "v_cache", f"of strides {v_cache.stride()}", "those of k_cache, the last of them 1")
 
@@ -95,18 +95,19 @@ def strides(letter: str, x: Tensor) -> dict[str, int]:
     return {f"stride_{letter}{dim}": stride for dim, stride in zip("bth", x.stride(), strict=False)}
 
 
-# Where sequence b stands, and how many of the T tokens come to it.
-Past = Annotated[Tensor, "B", INTS, Within(0, POSITIONS_MOST.value)]
+# The position of each sequence, and how many of the T tokens are new.
+Past = Annotated[Tensor, "B", INTS, Within(0, POSITIONS_MAX.value)]
 New = Annotated[Tensor, "B", INTS, Within(0, "T")]
 Queries = Annotated[Tensor, "B T Hq D"]
 Heads = Annotated[Tensor, "B T Hkv D"]
 Slots = Annotated[Tensor, "B Hkv C D"]
 
 
+@constrain(rule=check_caches)
 def append(k: Heads, v: Heads, k_cache: Slots, v_cache: Slots, past: Past, new: New) -> None:
-    """Write the first new[b] tokens of k and v into the ring caches: see `reference.append`.
+    """Write the first new[b] tokens of k and v into the ring caches (`reference.append`).
 
-    Where past or new is out of range (a ValueError on a CPU), nothing enters the cache.
+    A sequence whose past or new is out of range (a ValueError on a CPU) writes nothing.
     """
     k, v = dense_rows(k), dense_rows(v)
     B, T, Hkv, D = k.shape
@@ -127,12 +128,12 @@ def append(k: Heads, v: Heads, k_cache: Slots, v_cache: Slots, past: Past, new: 
         "stride_ch": k_cache.stride(1),
         "stride_cs": k_cache.stride(2),
     }
-    chosen = select_configs(configs, {"D": D, "Hkv": Hkv}, k.dtype, k.device)
-    launch(append_kernel, (T, B), args, chosen["append_kernel"])
+    selected = select_configs(configs, {"D": D, "Hkv": Hkv}, k.dtype, k.device)
+    launch(append_kernel, (T, B), args, selected["append_kernel"])
 
 
 def cache_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    """Caches that hold something, and where each sequence stands: sequence b has past `past` + 3 b, new T - b."""
+    """Random caches and positions: sequence b has past `past` + 3 b and T - b new tokens."""
     B, T, Hkv, C, D = (sizes[letter] for letter in ("B", "T", "Hkv", "C", "D"))
     k_cache, v_cache = (sample(B, Hkv, C, D, dtype=dtype, device=device, generator=generator) for _ in range(2))
     b = torch.arange(B, dtype=torch.int32)
@@ -147,7 +148,7 @@ def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None)
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    """Each element of k and v read once and written once."""
+    """Count each element of k and v read once and written once."""
     elements = 2 * sizes["B"] * sizes["T"] * sizes["Hkv"] * sizes["D"]
     return Cost(flops=0, bytes=2 * elements * dtype.itemsize)
 
@@ -163,5 +164,4 @@ OP = Op(
     test_shapes=tuple({"B": 2, "T": T, "Hkv": 2, "D": 80, **cache} for cache in CACHES for T in (1, 15, 40)),
     bench_shapes=tuple({"B": 1, "T": T, "Hkv": 8, "D": 128, "C": 4096, "past": 0} for T in (2048,)),
     mutates=("k_cache", "v_cache"),
-    rule=ring_rule,
 )

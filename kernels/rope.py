@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .checks import INTS, SINGLE, Within, fail
+from .checks import INTS, SINGLE, Within, constrain, fail
 from .launch import launch, select_configs
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
 from .ring import Heads, Queries, strides
@@ -22,8 +22,7 @@ from .ring import Heads, Queries, strides
 
 @triton.jit
 def angles(cos_ptr, sin_ptr, position, P, columns, half):
-    """cos and sin [1, columns] of a position. One outside the tables reads nothing and gives NaN: loud, where a host
-    check would stall the stream."""
+    """cos and sin [1, columns] of a position; NaN for a position outside the tables, where a host check would stall."""
     inside = (position >= 0) & (position < P)
     at = tl.where(inside, position, 0) * half + columns
     mask = columns < tl.where(inside, half, 0)
@@ -91,7 +90,7 @@ def rope_kernel(
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    """One token a program: all its heads share one row of the tables."""
+    """One token a program: its heads share one row of the tables."""
     half, hkv = power_of_2(sizes["D"] // 2), power_of_2(sizes["Hkv"])
     hq = power_of_2(sizes.get("Hq", 1))
     return {
@@ -99,7 +98,7 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     }
 
 
-def rule(op: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+def check_head_size(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
     if sizes["D"] % 2:
         raise fail(op, "q", f"of head size {sizes['D']}", "an even head size")
 
@@ -107,6 +106,7 @@ def rule(op: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
 Table = Annotated[Tensor, "P D//2", SINGLE]
 
 
+@constrain(rule=check_head_size)
 def rope(
     q: Queries,
     k: Heads,
@@ -114,7 +114,7 @@ def rope(
     sin: Table,
     positions: Annotated[Tensor, "B T", INTS, Within(0, "P - 1")],
 ) -> tuple[Queries, Heads]:
-    """Rotary embedding, halves rotated against each other -> q, k: see `reference.rope`."""
+    """Rotate the halves of q and k against each other -> q, k (`reference.rope`)."""
     q, k = dense_rows(q), dense_rows(k)
     B, T, Hq, D = q.shape
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
@@ -153,7 +153,7 @@ def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None)
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    """Each element of q and k read once and written once, and one row of the tables a token."""
+    """Count each element of q and k read and written once, and one row of the tables a token."""
     tokens, D = sizes["B"] * sizes["T"], sizes["D"]
     rotated = tokens * (sizes["Hq"] + sizes["Hkv"]) * D
     return Cost(flops=3 * rotated, bytes=2 * rotated * dtype.itemsize + tokens * D * 4)
@@ -167,7 +167,6 @@ OP = Op(
     inputs=inputs,
     configs=configs,
     cost=cost,
-    rule=rule,
     test_shapes=tuple(
         {"B": 2, "T": T, "Hq": hq, "Hkv": hkv, "D": D, "P": 96}
         for T, D, (hq, hkv) in zip((1, 5, 3, 4, 2), (64, 80, 96, 128, 32), (*_HEADS, *_HEADS), strict=False)

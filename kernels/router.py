@@ -137,5 +137,4 @@ OP = Op(
         for T, E, K in ((1, 8, 2), (67, 8, 2), (5, 4, 1), (9, 6, 6), (130, 16, 3), (3, 1, 1), (4, 160, 6))
     ),
     bench_shapes=tuple({"T": T, "E": 8, "K": 2} for T in (1, 64, 4096)),
-    full_dim_tiles={"route_kernel": ("BLOCK_K",)},
 )

@@ -229,14 +229,13 @@ def _encode(tokenizer: Any, text: str, model: Mixtral) -> torch.Tensor:
 
 def _verify(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=True)
-    from .verification import check_peer, verify
-    from .verification.verdict import text_or_default
+    from .verification import check_peer, default_text, verify
 
     check_peer(args.peer, args.tp * args.ep > 1)
     with open_mesh(args) as mesh:
         model = _load(args, mesh)
         prompt = None if args.prompt is None else _encode(_tokenizer(args.folder), args.prompt, model)[None]
-        ids = text_or_default(prompt, model.config, model.device)
+        ids = default_text(prompt, model.config, model.device)
         if is_first():
             say(note)
         with _count_bar("verifying", None, silent=not is_first()) as progress:
@@ -335,18 +334,18 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .tools.bench import command, mesh
+    from .tools.bench import command
 
     with open_mesh(args) as ranks:
         if ranks is not None:
-            return mesh.run(args, ranks)
+            return command.run_on_mesh(args, ranks)
     return command.run(args, _count_bar)
 
 
 def _tune(args: argparse.Namespace) -> int:
     if args.arch is not None and args.arch not in ARCHS:
         raise ValueError(f"--arch is {args.arch!r}, needs one of {', '.join(ARCHS)}")
-    from .tools.bench.tune_command import run
+    from .tools.bench.tune import run
 
     return run(args, _count_bar)
 

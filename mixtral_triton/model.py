@@ -1,4 +1,4 @@
-"""Mixtral (Jiang et al. 2024): the thin shell. Shapes and calls; the work is done by `ops` and torch's matmuls.
+"""Mixtral (Jiang et al. 2024): shapes and calls. `ops` and torch's matrix products do the work.
 
 B batch, T tokens, H hidden, Hq query heads, Hkv key/value heads, D head size, V vocabulary
 """
@@ -19,25 +19,26 @@ from .cache import KVCache
 from .config import MixtralConfig
 from .generate import generate
 from .inputs import check_dtype, check_ids, check_lengths, check_memory, usable_device, weight_bytes
+from .ops import unchecked
 from .parallel import UNSHARDED, Ranks
 from .quantize import QuantizedWeight, hub
 from .quantize.spec import QuantSpec, select_specs
 
-Ring = tuple[Tensor, Tensor]  # keys and values of a layer, [B, Hkv, C, D] each: see KVCache
+Ring = tuple[Tensor, Tensor]  # a layer's cached keys and values, [B, Hkv, C, D] each (KVCache)
 
 
-def _unset(shape: tuple[int, ...], device: Any, dtype: torch.dtype, spec: QuantSpec | None) -> Any:
-    """A Parameter, or where it has a form a QuantizedWeight."""
+def _empty_weight(shape: tuple[int, ...], device: Any, dtype: torch.dtype, spec: QuantSpec | None) -> Any:
+    """Return an unset Parameter, or a QuantizedWeight where there is a spec."""
     if spec is not None:
         return spec.empty(shape, device)
     return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
 
 
 def rope_tables(config: MixtralConfig, device: Any) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta ** (-2i / D), fp32 [P, D/2] (Su et al. 2021, section 3.2).
+    """Return cos and sin of position * theta ** (-2i / D), fp32 [P, D/2] (Su et al. 2021, section 3.2).
 
-    In fp32, in transformers' order and on the CPU: at position 30,000 another rounding of a frequency, as a GPU's `pow`
-    may have, shows in the logits.
+    Computed in fp32 on the CPU in transformers' order: at position 30,000 a frequency that is rounded differently, as by
+    a GPU's `pow`, changes the logits.
     """
     D = config.head_dim
     frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, D, 2, device="cpu", dtype=torch.float32) / D))
@@ -46,7 +47,7 @@ def rope_tables(config: MixtralConfig, device: Any) -> tuple[Tensor, Tensor]:
 
 
 class Layer(nn.Module):
-    """One block: attention and the sparse experts, each added to the residual stream by the norm that comes next."""
+    """One block: attention and the sparse experts. The norm after each also adds it to the residual stream."""
 
     input_layernorm: Tensor  # [H]
     qkv_proj: Tensor  # [(Hq + 2 Hkv) D, H]
@@ -65,76 +66,79 @@ class Layer(nn.Module):
     def forward(
         self, h: Tensor, x: Tensor, next_norm: Tensor, ring: Ring | None, state: State
     ) -> tuple[Tensor, Tensor]:
-        """h [B,T,H], the normed residual stream x [B,T,H] -> the same two for the next layer, whose norm is given.
+        """h [B,T,H], the norm of the residual stream x [B,T,H] -> the same two for the next layer.
 
-        Each norm also adds what came before it to the residual stream: one launch for both. `ring`: the layer's cache.
+        next_norm  [H] weight of the next layer's norm, which the experts' combine applies
+        ring       the layer's cache
         """
-        a, x, config = self.attention(h, ring, state).flatten(0, 1), x.flatten(0, 1), self.config
-        norm = self.post_attention_layernorm, config.rms_norm_eps
-        rows, total, _, scores, ids = state.run.rms_norm_gate_route(
-            a, x, *norm, self.gate, config.num_experts_per_tok, state.deterministic
-        )
-        y, total = self.experts(rows, total, scores, ids, next_norm, state)
-        return y.view_as(h), total.view_as(h)
+        attended = self.attention(h, ring, state).flatten(0, 1)
+        h, x, routing_weights, ids = self.route(attended, x.flatten(0, 1), state)
+        h, x = self.experts(h, x, routing_weights, ids, next_norm, state)
+        return h.view(state.shape), x.view(state.shape)
 
     def attention(self, h: Tensor, ring: Ring | None, state: State) -> Tensor:
         """h [B,T,H] -> [B,T,H]."""
         B, T, _ = h.shape
         Hq, Hkv, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        qkv = state.run.linear(h, self.qkv_proj, state.deterministic)
+        qkv = unchecked.linear(h, self.qkv_proj, state.deterministic)
         q, k, v = qkv.view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
         heads = state.attend(q, k, v, ring).reshape(B, T, Hq * D)
-        return state.all_reduce(state.run.linear(heads, self.o_proj, state.deterministic))
+        return state.all_reduce(unchecked.linear(heads, self.o_proj, state.deterministic))
+
+    def route(self, attended: Tensor, x: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """attended and x [N,H] -> the norm h of their sum, the sum, routing weights and expert ids [N,K]."""
+        norm, top_k = (self.post_attention_layernorm, self.config.rms_norm_eps), self.config.num_experts_per_tok
+        h, x, _, routing_weights, ids = unchecked.rms_norm_gate_route(
+            attended, x, *norm, self.gate, top_k, state.deterministic
+        )
+        return h, x, routing_weights, ids
 
     def experts(
-        self, h: Tensor, x: Tensor, scores: Tensor, ids: Tensor, next_norm: Tensor, state: State
+        self, h: Tensor, x: Tensor, routing_weights: Tensor, ids: Tensor, next_norm: Tensor, state: State
     ) -> tuple[Tensor, Tensor]:
-        """h [N,H], the residual stream x, who reads h -> the next layer's h, and x with the experts' output."""
-        run, eps, proj = state.run, self.config.rms_norm_eps, (self.gate_up_proj, self.down_proj)
-        if state.ranks is not None:  # the sum over the ranks stands between the experts and the norm: no fused pair
-            ids = state.ranks.own(ids, len(self.down_proj))
-            part = run.expert_swiglu(h, *proj, ids, scores, state.deterministic)
-            return run.rms_norm(state.all_reduce(part), next_norm, eps, residual=x)
-        return run.experts_add_rms_norm(h, *proj, ids, scores, x, next_norm, eps, state.deterministic)
+        """h and the residual stream x [N,H], routes [N,K] -> the next layer's h, and x with the experts' output."""
+        eps, proj, deterministic = self.config.rms_norm_eps, (self.gate_up_proj, self.down_proj), state.deterministic
+        if state.ranks is not None:  # the all-reduce comes between the experts and the norm: they cannot fuse
+            ids = state.ranks.local_ids(ids, len(self.down_proj))
+            part = unchecked.expert_swiglu(h, *proj, ids, routing_weights, deterministic)
+            return unchecked.rms_norm(state.all_reduce(part), next_norm, eps, residual=x)
+        return unchecked.experts_add_rms_norm(h, *proj, ids, routing_weights, x, next_norm, eps, deterministic)
 
 
 class State:
-    """Where the tokens of one forward stand: which keys a layer's queries see, and what is kept of them.
+    """What all layers of one forward share: positions, lengths, rotary tables, the window and the mesh."""
 
-    `run` is the module of operations to call: `ops`, or `ops.DIRECT`, without its checks.
-    """
-
-    def __init__(self, model: Mixtral, B: int, T: int, cache: KVCache | None, new: Tensor | None, run: Any) -> None:
-        self.window, self.run, self.deterministic = model.config.sliding_window, run, model.deterministic
+    def __init__(self, model: Mixtral, B: int, T: int, cache: KVCache | None, new: Tensor | None) -> None:
+        self.window, self.deterministic = model.config.sliding_window, model.deterministic
         self.cos, self.sin, self.ranks = model.cos, model.sin, model.ranks
-        # A row of one token may come in a longer chunk as well: then deterministic ones go the way of a chunk.
-        self.one_by_one = cache is not None and T == 1 and not model.deterministic
+        self.shape = (B, T, model.config.hidden_size)
+        # In deterministic mode a single token uses the chunk path, so its bits match those inside a longer chunk.
+        self.decodes = cache is not None and T == 1 and not model.deterministic
         if cache is not None:
             self.past = cache.lengths
             self.new = torch.full((B,), T, dtype=torch.int32, device=model.device) if new is None else new
-        if not self.one_by_one:
+        if not self.decodes:
             t = torch.arange(T, device=model.device)
-            # Padding may stand beyond the last position; what it computes means nothing, but has to be defined.
+            # Padding may lie beyond the last position: its result is unused, but must be defined.
             positions = t if cache is None else (cache.lengths[:, None] + t).clamp_(max=len(model.cos) - 1)
             self.positions = positions.expand(B, T)
 
     def all_reduce(self, part: Tensor) -> Tensor:
-        """What a block half gives, of which a rank of a mesh has a part."""
+        """Sum a rank's part over the mesh."""
         return part if self.ranks is None else self.ranks.all_reduce(part, in_order=self.deterministic)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ring: Ring | None) -> Tensor:
         """q [B,T,Hq,D], k and v [B,T,Hkv,D], not yet rotated -> [B,T,Hq,D]."""
         if ring is None:
-            q, k = self.run.rope(q, k, self.cos, self.sin, self.positions)
-            return self.run.attention(q, k, v, self.window, True, None, None, None, self.deterministic)
-        if self.one_by_one:
-            # The one new key takes the slot of the one that just left the window.
-            return self.run.rope_append_attention(
+            q, k = unchecked.rope(q, k, self.cos, self.sin, self.positions)
+            return unchecked.attention(q, k, v, self.window, True, None, None, None, self.deterministic)
+        if self.decodes:  # the new key takes the slot of the one that just left the window
+            return unchecked.rope_append_attention(
                 q, k, v, self.cos, self.sin, *ring, self.past, self.new, self.window, self.deterministic
             )
-        q, k = self.run.rope(q, k, self.cos, self.sin, self.positions)
-        out = self.run.cached_attention(q, k, v, *ring, self.past, self.new, self.window, self.deterministic)
-        self.run.append(k, v, *ring, self.past, self.new)  # only now: the chunk's first queries needed the old keys
+        q, k = unchecked.rope(q, k, self.cos, self.sin, self.positions)
+        out = unchecked.cached_attention(q, k, v, *ring, self.past, self.new, self.window, self.deterministic)
+        unchecked.append(k, v, *ring, self.past, self.new)  # last: the chunk's first queries need the old keys
         return out
 
 
@@ -175,7 +179,7 @@ class Mixtral(nn.Module):
         specs = specs or {}
         layers: list[dict[str, Any]] = [{} for _ in range(config.num_hidden_layers)]
         for name, shape in shapes.items():
-            weight = _unset(shape, device, dtype, specs.get(name))
+            weight = _empty_weight(shape, device, dtype, specs.get(name))
             if name.startswith("layers."):
                 _, index, short = name.split(".")
                 layers[int(index)][short] = weight
@@ -243,35 +247,29 @@ class Mixtral(nn.Module):
     def hidden(self, input_ids: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None) -> Tensor:
         """`forward` before the head, arguments already checked: [B,T] -> [B,T,H], normed."""
         B, T = input_ids.shape
+        if self.ranks is not None and not ops.untraced() and self.device.type != "meta":
+            # The operators' checks do not know other ranks' experts.
+            raise ValueError("Mixtral: on a mesh a model cannot be compiled, traced or observed by a dispatch mode")
         eps = self.config.rms_norm_eps
         new = None if lengths is None else lengths.to(torch.int32).contiguous()
-        run = self.operations()
-        state = State(self, B, T, cache, new, run)
+        state = State(self, B, T, cache, new)
         bounds = () if cache is None else (cache.lengths, state.new if lengths is None else lengths, cache.max_len)
-        h, x = run.embed_rms_norm(input_ids, self.embed_tokens, self.layers[0].input_layernorm, eps, *bounds)
+        h, x = unchecked.embed_rms_norm(input_ids, self.embed_tokens, self.layers[0].input_layernorm, eps, *bounds)
         following = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
         rings = [None] * len(following) if cache is None else zip(cache.keys, cache.values, strict=True)
-        # Other ranks' sums come between, from other streams; and a tracer launches nothing.
-        alone = self.ranks is None and not torch.compiler.is_compiling()
-        with ops.pdl_region() if alone else nullcontext():
+        # No PDL with several ranks (collectives run on other streams) or while tracing.
+        pdl = self.ranks is None and not torch.compiler.is_compiling()
+        with ops.pdl_region() if pdl else nullcontext():
             for layer, next_norm, ring in zip(self.layers, following, rings, strict=True):
                 h, x = layer(h, x, next_norm, ring, state)
         if cache is not None:
             cache.advance(state.new, T if lengths is None else 0)
         return h
 
-    def operations(self) -> Any:
-        """What has the operations that a forward calls."""
-        if ops.untraced():
-            return ops.DIRECT  # shapes are known here: only a tracer needs the operators
-        if self.ranks is not None:  # the operators' checks know no other rank's experts
-            raise ValueError("Mixtral: on a mesh a model cannot be compiled, traced or watched by a dispatch mode")
-        return ops
-
     def head(self, h: Tensor) -> Tensor:
         """[..., H] -> logits fp32 [..., V]."""
-        logits = self.operations().linear(h, self.lm_head, self.deterministic)
-        if self.ranks is not None and self.lm_head is not self.embed_tokens:  # which every rank has whole
+        logits = unchecked.linear(h, self.lm_head, self.deterministic)
+        if self.ranks is not None and self.lm_head is not self.embed_tokens:  # every rank has the whole embedding
             logits = self.ranks.all_gather(logits, self.config.vocab_size)
         return logits.float()
 

@@ -159,7 +159,7 @@ class Ranks:
         if device.type not in (self.device_type, "meta"):
             raise ValueError(f"Mixtral.from_pretrained: device is {device}, needs the mesh's type, {self.device_type}")
 
-    def own(self, ids: Tensor, experts: int) -> Tensor:
+    def local_ids(self, ids: Tensor, experts: int) -> Tensor:
         """Routes ids int32 [T,K] as this rank counts its `experts`; another rank's are out of range, and drop out."""
         return ids - self.shard.ep_rank * experts if self.shard.ep > 1 else ids
 

@@ -1,61 +1,107 @@
-"""The flash attention kernels (Dao et al. 2022, 2023), for sliding windows, grouped queries and a ring cache.
+"""Flash attention kernels (Dao et al. 2022, 2023) for sliding windows, grouped queries and a ring cache.
 
 B batch, T query tokens, Hq query heads, Hkv key/value heads, G = Hq / Hkv, D head size, C slots of the ring cache
 
-Positions count from the start of a sequence. A key at position j lies at index j - first of the keys given with the
-queries, and in the cache at slot j mod C.
+Positions count from the start of a sequence. A key at position j is at index j - first of the keys that are arguments
+beside the queries, and at slot j mod C of the cache.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from ..pdl import pdl_wait
-from ..ring import POSITIONS_MOST, standing
+from ..ring import POSITIONS_MAX, sequence_position
 from ..rope import angles
+
+
+class Softmax(NamedTuple):
+    """The running softmax of a tile, fp32."""
+
+    acc: Any  # [BLOCK_M, BLOCK_D] sum of p @ v
+    largest: Any  # [BLOCK_M] greatest score, in base 2
+    total: Any  # [BLOCK_M] sum of p
+
+
+class QueryTile(NamedTuple):
+    q: Any  # [BLOCK_M, BLOCK_D]
+    offs_i: Any  # [BLOCK_M] positions
+    window: Any
+    scale: Any  # softmax scale * log2(e), positive
+
+
+class Keys(NamedTuple):
+    """Keys and values of one sequence and head: pointers and strides, or descriptors of all sequences and heads."""
+
+    k_ptr: Any
+    v_ptr: Any
+    stride_ks: Any
+    stride_vs: Any
+    k_desc: Any
+    v_desc: Any
+    b: Any
+    hkv: Any
+    first: Any  # position of index 0, or the slots of a ring
+
+
+class Span(NamedTuple):
+    """Positions low..high that some query of the tile sees, and inner_low..inner_high that all of them see."""
+
+    low: Any
+    high: Any
+    inner_low: Any
+    inner_high: Any
+
+
+class Kind(NamedTuple):
+    """What selects code."""
+
+    D: int
+    RING: bool
+    CAUSAL: bool
+    WINDOWED: bool
 
 
 @triton.jit
 def _bound(bounds_ptr, b):
-    """One of starts or lengths, which may hold any number, as an int32 that one can reckon with."""
-    bound = tl.minimum(tl.maximum(tl.load(bounds_ptr + b), -POSITIONS_MOST), POSITIONS_MOST)
+    """One of starts or lengths, which may hold any number, clamped so that int32 arithmetic cannot overflow."""
+    bound = tl.minimum(tl.maximum(tl.load(bounds_ptr + b), -POSITIONS_MAX), POSITIONS_MAX)
     return bound.to(tl.int32)
 
 
 @triton.jit
 def _accumulate(
-    state,  # acc [BLOCK_M, BLOCK_D] sum of p @ v, largest [BLOCK_M] score in base 2, total [BLOCK_M] sum of p: fp32
-    queries,  # q [BLOCK_M, BLOCK_D], their positions [BLOCK_M], window, softmax scale * log2(e), positive
-    keys,  # of one sequence and head, by pointers or by TMA: see _sweep
+    state,  # Softmax
+    queries,  # QueryTile
+    keys,  # Keys
     low,  # positions low..high, BLOCK_N at a time
     high,
-    limit,  # keys at or after this position are not there
-    KIND: tl.constexpr,
+    limit,  # keys at or after this position do not exist
+    KIND: tl.constexpr,  # Kind
     MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     acc, largest, total = state
     q, offs_i, window, scale = queries
-    k_ptr, v_ptr, stride_ks, stride_vs, k_desc, v_desc, b, hkv, first = keys
-    D: tl.constexpr = KIND[0]
-    RING: tl.constexpr = KIND[1]
-    CAUSAL: tl.constexpr = KIND[2]
-    WINDOWED: tl.constexpr = KIND[3]
+    first = keys.first
+    D: tl.constexpr = KIND.D
     BLOCK_D: tl.constexpr = q.shape[1]
     offs_d = tl.arange(0, BLOCK_D)
     for start in range(low, high, BLOCK_N):
         offs_j = start + tl.arange(0, BLOCK_N)
-        index = (offs_j % first if RING else offs_j - first).to(tl.int64)
-        k_ptrs = k_ptr + index[None, :] * stride_ks + offs_d[:, None]
-        v_ptrs = v_ptr + index[:, None] * stride_vs + offs_d[None, :]
+        index = (offs_j % first if KIND.RING else offs_j - first).to(tl.int64)
+        k_ptrs = keys.k_ptr + index[None, :] * keys.stride_ks + offs_d[:, None]
+        v_ptrs = keys.v_ptr + index[:, None] * keys.stride_vs + offs_d[None, :]
         if MASKED:
-            # What lies past the keys may be NaN, and 0 * NaN is NaN: it is not read at all.
+            # What lies past the keys may be NaN, and 0 * NaN is NaN: it must not be read.
             k = tl.load(k_ptrs, mask=(offs_j < limit)[None, :] & (offs_d < D)[:, None], other=0.0)
             v = tl.load(v_ptrs, mask=(offs_j < limit)[:, None] & (offs_d < D)[None, :], other=0.0)
-        elif k_desc is not None:
-            k = k_desc.load([b, start - first, hkv, 0]).reshape(BLOCK_N, BLOCK_D).T
-            v = v_desc.load([b, start - first, hkv, 0]).reshape(BLOCK_N, BLOCK_D)
+        elif keys.k_desc is not None:
+            k = keys.k_desc.load([keys.b, start - first, keys.hkv, 0]).reshape(BLOCK_N, BLOCK_D).T
+            v = keys.v_desc.load([keys.b, start - first, keys.hkv, 0]).reshape(BLOCK_N, BLOCK_D)
         elif D == BLOCK_D:
             k, v = tl.load(k_ptrs), tl.load(v_ptrs)
         else:
@@ -63,37 +109,29 @@ def _accumulate(
             v = tl.load(v_ptrs, mask=(offs_d < D)[None, :], other=0.0)
         scores = tl.dot(q, k, input_precision="ieee")
         if MASKED:
-            seen = (offs_j < limit)[None, :]
-            if CAUSAL:
-                seen = seen & (offs_j[None, :] <= offs_i[:, None])
-                if WINDOWED:
-                    seen = seen & (offs_j[None, :] > offs_i[:, None] - window)
-            elif WINDOWED:
-                seen = seen & (tl.abs(offs_i[:, None] - offs_j[None, :]) <= window // 2)
-            scores = tl.where(seen, scores, float("-inf"))
+            visible = (offs_j < limit)[None, :]
+            if KIND.CAUSAL:
+                visible = visible & (offs_j[None, :] <= offs_i[:, None])
+                if KIND.WINDOWED:
+                    visible = visible & (offs_j[None, :] > offs_i[:, None] - window)
+            elif KIND.WINDOWED:
+                visible = visible & (tl.abs(offs_i[:, None] - offs_j[None, :]) <= window // 2)
+            scores = tl.where(visible, scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, axis=1) * scale)
-        # A row that has seen no key yet has no maximum to subtract.
+        # A row without a visible key so far has no maximum to subtract.
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest) if MASKED else new_largest
         p = tl.exp2(scores * scale - shift[:, None])
         shrink = tl.exp2(largest - shift)
         total = total * shrink + tl.sum(p, axis=1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         largest = new_largest
-    return acc, largest, total
+    return Softmax(acc, largest, total)
 
 
 @triton.jit
-def _sweep(
-    state,
-    queries,
-    keys,  # pointers of keys and values, strides; descriptors of all sequences and heads or None, which of these; the
-    # position of index 0, or of a ring the number of slots
-    seen,  # positions low..high are seen by some query of the tile, inner_low..inner_high by all of them
-    KIND: tl.constexpr,  # D, RING, CAUSAL, WINDOWED
-    BLOCK_N: tl.constexpr,
-):
+def _sweep(state, queries, keys, span, KIND: tl.constexpr, BLOCK_N: tl.constexpr):
     """Left edge with a mask, interior without, right edge with a mask: in shorter tiles, for the mask's registers."""
-    low, high, inner_low, inner_high = seen
+    low, high, inner_low, inner_high = span
     EDGE_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 64 else BLOCK_N
     left = tl.minimum(low + tl.cdiv(tl.maximum(inner_low - low, 0), EDGE_N) * EDGE_N, high)
     right = left + tl.maximum(tl.minimum(inner_high, high) - left, 0) // BLOCK_N * BLOCK_N
@@ -105,7 +143,7 @@ def _sweep(
 @triton.jit(do_not_specialize=["T", "S", "C"])
 def attention_prefill_kernel(
     q_ptr,  # [B, T, Hq, D]
-    k_ptr,  # [B, S, Hkv, D] keys given with the queries
+    k_ptr,  # [B, S, Hkv, D] keys beside the queries
     v_ptr,
     k_desc,  # the same in tiles [1, BLOCK_N, 1, BLOCK_D] for TMA, or None
     v_desc,
@@ -113,7 +151,7 @@ def attention_prefill_kernel(
     v_cache_ptr,
     out_ptr,  # [B, T, Hq, D] out
     starts_ptr,  # [B] first valid key, or None: 0
-    lengths_ptr,  # [B] end of the valid keys, or None: S; with the cache: how many of the keys given are there
+    lengths_ptr,  # [B] end of the valid keys, or None: S; with the cache: how many of the T tokens are new
     past_ptr,  # [B] with the cache: position of query 0
     T,
     S,
@@ -142,12 +180,12 @@ def attention_prefill_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Heads of a group run side by side and share K and V in L2; the tiles with the most keys go first.
+    # Heads of a group run next to each other and share K and V in L2; the tiles with the most keys go first.
     b, hq = (tl.program_id(0) // Hq).to(tl.int64), (tl.program_id(0) % Hq).to(tl.int64)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     start = _bound(starts_ptr, b) if starts_ptr is not None else 0
     if CACHED:
-        past, new = standing(past_ptr, lengths_ptr, b, T)
+        past, new = sequence_position(past_ptr, lengths_ptr, b, T)
         first = past.to(tl.int32)  # position of query 0 and of key 0
         end = first + new.to(tl.int32)
         query = first
@@ -160,7 +198,7 @@ def attention_prefill_kernel(
     offs_t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_i = query + offs_t
     low_i, high_i = query + tile * BLOCK_M, query + tl.minimum(tile * BLOCK_M + BLOCK_M, T) - 1
-    # The last row of a whole tile, whatever T is: where tiles of keys begin decides a row's bits.
+    # The last row of a full tile, whatever T is: where tiles of keys start decides a row's bits.
     last_i = low_i + BLOCK_M - 1
     low, high, inner_low, inner_high = start, end, start, end
     if CAUSAL:
@@ -181,17 +219,17 @@ def attention_prefill_kernel(
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     hkv = hq // G
-    state, queries = (acc, largest, total), (q, offs_i, window, scale)
+    state, queries = Softmax(acc, largest, total), QueryTile(q, offs_i, window, scale)
     if CACHED:
         cache = b * stride_cb + hkv * stride_ch
-        keys = (k_cache_ptr + cache, v_cache_ptr + cache, stride_cs, stride_cs, None, None, 0, 0, C)
-        seen = (tl.maximum(low, first - C), tl.minimum(high, first), inner_low, inner_high)
-        state = _sweep(state, queries, keys, seen, (D, True, CAUSAL, WINDOWED), BLOCK_N)
+        keys = Keys(k_cache_ptr + cache, v_cache_ptr + cache, stride_cs, stride_cs, None, None, 0, 0, C)
+        span = Span(tl.maximum(low, first - C), tl.minimum(high, first), inner_low, inner_high)
+        state = _sweep(state, queries, keys, span, Kind(D, True, CAUSAL, WINDOWED), BLOCK_N)
         low = tl.maximum(low, first)
     k, v = k_ptr + b * stride_kb + hkv * stride_kh, v_ptr + b * stride_vb + hkv * stride_vh
-    fresh = (k, v, stride_kt, stride_vt, k_desc, v_desc, b.to(tl.int32), hkv.to(tl.int32), first)
-    seen = (low, high, inner_low, inner_high)
-    acc, largest, total = _sweep(state, queries, fresh, seen, (D, False, CAUSAL, WINDOWED), BLOCK_N)
+    fresh = Keys(k, v, stride_kt, stride_vt, k_desc, v_desc, b.to(tl.int32), hkv.to(tl.int32), first)
+    span = Span(low, high, inner_low, inner_high)
+    acc, largest, total = _sweep(state, queries, fresh, span, Kind(D, False, CAUSAL, WINDOWED), BLOCK_N)
     if CACHED:
         total = tl.where(new < 0, float("nan"), total)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -200,8 +238,8 @@ def attention_prefill_kernel(
 
 
 @triton.jit
-def _rotated(ptrs, mask, cos, sin, D: tl.constexpr):
-    """Heads at `ptrs` ([rows, 1], or one) turned by [1, BLOCK_D] angles: each column with the one half a head away."""
+def _load_rotated(ptrs, mask, cos, sin, D: tl.constexpr):
+    """Load heads at `ptrs` ([rows, 1], or one) and rotate each column with the one half a head away."""
     offs_d = tl.arange(0, cos.shape[1])[None, :]
     first = offs_d < D // 2
     x = tl.load(ptrs + offs_d, mask=mask, other=0.0)
@@ -210,22 +248,22 @@ def _rotated(ptrs, mask, cos, sin, D: tl.constexpr):
 
 
 @triton.jit
-def _newest_key(state, q, scale, fresh, caches, angle, wanted, D: tl.constexpr):
-    """The state of a sweep that has seen the newest key alone, which goes into the caches; not `wanted`: none.
+def _append_newest_key(state, q, scale, fresh, caches, angle, active, D: tl.constexpr):
+    """Rotate and store the newest key and its value, and start the softmax with them; do nothing unless `active`.
 
-    fresh, caches  pointers of this key and its value, not rotated, and of their places
+    fresh, caches  pointers of this key and its value, not rotated, and of their slots
     """
     acc, largest, total = state
     offs_d = tl.arange(0, q.shape[1])[None, :]
-    mask = offs_d < tl.where(wanted, D, 0)
-    k = _rotated(fresh[0], mask, angle[0], angle[1], D)
+    mask = offs_d < tl.where(active, D, 0)
+    k = _load_rotated(fresh[0], mask, angle[0], angle[1], D)
     v = tl.load(fresh[1] + offs_d, mask=mask, other=0.0)
     tl.store(caches[0] + offs_d, k, mask=mask)
     tl.store(caches[1] + offs_d, v, mask=mask)
-    # What it stored it does not read: the other splits see no key in this slot, and this one has it here.
+    # The stored slot is not read back: other splits skip it, and this one has the key in registers.
     score = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale
-    largest = tl.where(wanted, score, largest)
-    return acc + v.to(tl.float32), largest, tl.where(wanted, 1.0, total)
+    largest = tl.where(active, score, largest)
+    return Softmax(acc + v.to(tl.float32), largest, tl.where(active, 1.0, total))
 
 
 @triton.jit(do_not_specialize=["T", "S", "SPLITS"])
@@ -236,9 +274,9 @@ def attention_decode_kernel(
     out_ptr,  # [B, T, Hq, D] out, or with SPLITS > 1 fp32 partial results [B, T, Hq, SPLITS, D]
     lse_ptr,  # [B, T, Hq, SPLITS] out, fp32: log2 of the sum of each split's exponentials
     starts_ptr,  # [B] first valid key, or None: 0
-    lengths_ptr,  # [B] end of the valid keys, or None: S; with past: how many tokens came after it
+    lengths_ptr,  # [B] end of the valid keys, or None: S; with past: how many of the T tokens are new
     past_ptr,  # [B] position of query 0, or None: the queries are the last T positions
-    new_k_ptr,  # [B, 1, Hkv, D] the newest key, which is to be rotated, as q is, and to enter the ring; or None
+    new_k_ptr,  # [B, 1, Hkv, D] the newest key, not rotated (q is not either) nor in the ring; or None
     new_v_ptr,
     cos_ptr,  # [P, D / 2] fp32, with a newest key
     sin_ptr,
@@ -262,7 +300,7 @@ def attention_decode_kernel(
     stride_nvh,
     window,
     scale,
-    SPLITS,  # programs that share out the keys; as a constexpr it would be a kernel for each number of them
+    SPLITS,  # programs that share the keys; as a constexpr it would compile a kernel for each value
     D: tl.constexpr,
     RING: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -276,7 +314,7 @@ def attention_decode_kernel(
     split, hkv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start = _bound(starts_ptr, b) if starts_ptr is not None else 0
     if RING:
-        past, new = standing(past_ptr, lengths_ptr, b, T)
+        past, new = sequence_position(past_ptr, lengths_ptr, b, T)
         query = past.to(tl.int32)
         end = query + new.to(tl.int32)
         start = tl.maximum(start, end - S)
@@ -286,7 +324,7 @@ def attention_decode_kernel(
         end = tl.minimum(end, S)
         start = tl.maximum(start, 0)
     low = tl.maximum(start, query - window + 1) if WINDOWED else start
-    # A newest key is not read from the ring: the last split has it from its source.
+    # The newest key is not read from the ring: the last split has it in registers.
     high = tl.minimum(end, query + T) if new_k_ptr is None else query
     span = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), SPLITS), BLOCK_N) * BLOCK_N
     low += split * span
@@ -299,22 +337,23 @@ def attention_decode_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    head, state = hkv.to(tl.int64), (acc, largest, total)
+    head, state = hkv.to(tl.int64), Softmax(acc, largest, total)
     k, v = k_ptr + b * stride_kb + head * stride_kh, v_ptr + b * stride_vb + head * stride_vh
     if new_k_ptr is not None:
-        # Padding may stand past the last position: what it gives means nothing, but is no NaN.
+        # Padding may lie past the last position: its result is unused, but must not be NaN.
         position = tl.where(new > 0, past, tl.minimum(past, P - 1))
         angle = angles(cos_ptr, sin_ptr, tl.where(new < 0, P, position), P, offs_d % (D // 2), D // 2)
-        q = _rotated(q_rows, mask, angle[0], angle[1], D)
+        q = _load_rotated(q_rows, mask, angle[0], angle[1], D)
         slot = past % S
         fresh = new_k_ptr + b * stride_nkb + head * stride_nkh, new_v_ptr + b * stride_nvb + head * stride_nvh
-        wanted = (new > 0) & (split == SPLITS - 1)
-        state = _newest_key(state, q, scale, fresh, (k + slot * stride_kt, v + slot * stride_vt), angle, wanted, D)
+        active = (new > 0) & (split == SPLITS - 1)
+        caches = k + slot * stride_kt, v + slot * stride_vt
+        state = _append_newest_key(state, q, scale, fresh, caches, angle, active, D)
     else:
         q = tl.load(q_rows + offs_d[None, :], mask=mask, other=0.0)
-    keys = (k, v, stride_kt, stride_vt, None, None, 0, 0, S if RING else 0)
-    queries = (q, query + t.to(tl.int32), window, scale)
-    KIND: tl.constexpr = (D, RING, True, WINDOWED)
+    keys = Keys(k, v, stride_kt, stride_vt, None, None, 0, 0, S if RING else 0)
+    queries = QueryTile(q, query + t.to(tl.int32), window, scale)
+    KIND: tl.constexpr = Kind(D, RING, True, WINDOWED)
     acc, largest, total = _accumulate(state, queries, keys, low, high, high, KIND, True, BLOCK_N)
     if RING:
         total = tl.where(new < 0, float("nan"), total)

@@ -1,6 +1,7 @@
-"""attention and cached_attention. The kernels stand in kernels.py, their tiles in tiles.py.
+"""attention, cached_attention and rope_append_attention. The kernels are in kernels.py, their tiles in tiles.py.
 
-B batch, T query tokens, S key positions, Hq query heads, Hkv key/value heads, G = Hq / Hkv, D head size, C ring slots
+B batch, T query tokens, S key positions, Hq query heads, Hkv key/value heads, G = Hq / Hkv, D head size, C ring slots,
+P rows of the rotary tables
 """
 
 from __future__ import annotations
@@ -14,36 +15,58 @@ import triton
 from torch import Tensor
 
 from .. import reference
-from ..checks import INTS, Above, Within, fail
+from ..checks import INTS, Above, Within, constrain, fail
 from ..launch import launch, multiprocessors, select_configs, target_arch
 from ..op import Cost, Op, Shape, Sizes, dense_rows, sample, switches
-from ..ring import Heads, New, Past, Queries, Slots, cache_inputs, ring_rule, strides
+from ..ring import Heads, New, Past, Queries, Slots, cache_inputs, check_caches, strides
+from ..rope import Table, check_head_size, tables
 from ..tma import describe
 from .kernels import attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel
-from .tiles import PACKED_ROWS, configs, extra_tune_configs
-
-
-def groups(op: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
-    """As many query heads to each key/value head, and heads that a tile holds."""
-    if sizes["Hq"] % sizes["Hkv"]:
-        raise fail(op, "q", f"of {sizes['Hq']} heads", f"a multiple of the {sizes['Hkv']} key/value heads")
-    if sizes["D"] > 256:
-        raise fail(op, "q", f"of head size {sizes['D']}", "a head size of at most 256")
-
-
-def cached_rule(op: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
-    v = given["v"]
-    if (given["k"] is None) != (v is None):
-        raise fail(op, "v", "None" if v is None else "a tensor", "to be given exactly where k is")
-    groups(op, given, sizes)
-    ring_rule(op, given, sizes)
-
+from .tiles import PACKED_ROWS, configs
 
 Keys = Annotated[Tensor, "B S Hkv D"]
 Bounds = Annotated[Tensor, "B", INTS, Within(0, "S")]
 Window = Annotated[int, Within(-1, (1 << 31) - 1)]  # None, 0 and -1: no window
 
 
+def check_heads(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    if sizes["Hq"] % sizes["Hkv"]:
+        raise fail(op, "q", f"of {sizes['Hq']} heads", f"a multiple of the {sizes['Hkv']} key/value heads")
+    if sizes["D"] > 256:
+        raise fail(op, "q", f"of head size {sizes['D']}", "a head size of at most 256")
+
+
+def _check_cached(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    v = args["v"]
+    if (args["k"] is None) != (v is None):
+        raise fail(op, "v", "None" if v is None else "a tensor", "a tensor exactly where k is one")
+    check_heads(op, args, sizes)
+    check_caches(op, args, sizes)
+
+
+def _check_step(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    if sizes["T"] != 1:
+        raise fail(op, "q", f"of {sizes['T']} tokens", "one a sequence: more would need keys that they overwrite")
+    check_head_size(op, args, sizes)
+    check_heads(op, args, sizes)
+    check_caches(op, args, sizes)
+
+
+def _truncate_keys(args: dict[str, Any]) -> dict[str, Any]:
+    """Cut one sequence's keys at its length."""
+    if args["lengths"] is None or not len(args["q"]):
+        return args
+    end = int(args["lengths"][0])
+    return {**args, "k": args["k"][:, :end], "v": args["v"][:, :end], "lengths": None}
+
+
+def _truncate_chunk(args: dict[str, Any]) -> dict[str, Any]:
+    """Cut one sequence's chunk where its new tokens end."""
+    end = int(args["new"].sum())
+    return {**args, **{name: args[name] if args[name] is None else args[name][:, :end] for name in "qkv"}}
+
+
+@constrain(rule=check_heads, truncate_sequence=_truncate_keys)
 def attention(
     q: Queries,
     k: Keys,
@@ -55,19 +78,20 @@ def attention(
     lengths: Bounds | None = None,
     deterministic: bool = False,
 ) -> Queries:
-    """Sliding-window attention with grouped queries: see `reference.attention`.
+    """Sliding-window attention with grouped queries (`reference.attention`).
 
     `deterministic`: a sequence's bits do not depend on the rest of the batch. Few causal queries (times the heads of a
-    group) decode, the others prefill.
+    group) use the decode kernel, others the prefill kernel.
     """
-    sizes = sizes_of(q, k, window, deterministic)
-    bounds = {"starts_ptr": dense(starts), "lengths_ptr": dense(lengths)}
+    sizes = _sizes(q, k, window, deterministic)
+    bounds = {"starts_ptr": _contiguous(starts), "lengths_ptr": _contiguous(lengths), "past_ptr": None}
     G = q.shape[2] // k.shape[2]
     if causal and (q.shape[1] == 1 or q.shape[1] * G <= PACKED_ROWS):
-        return decode(q, k, v, bounds | {"past_ptr": None}, sizes, scale, ring=False)
-    return _prefill(q, k, v, None, bounds | {"past_ptr": None}, sizes, scale, causal)
+        return _decode(q, k, v, bounds, sizes, scale, ring=False)
+    return _prefill(q, k, v, None, bounds, sizes, scale, causal)
 
 
+@constrain(rule=_check_cached, truncate_sequence=_truncate_chunk)
 def cached_attention(
     q: Queries,
     k: Heads | None,
@@ -79,32 +103,74 @@ def cached_attention(
     window: Window | None = None,
     deterministic: bool = False,
 ) -> Queries:
-    """Attention over the ring caches and the fresh k, v, or over the caches alone: see `reference.cached_attention`.
+    """Attention over the ring caches and the chunk's k and v, or over the caches alone (`reference.cached_attention`).
 
-    The device reads the lengths: a CUDA graph replays at any of them. A sequence whose past or new is out of range
+    The device reads the lengths, so a CUDA graph replays at any of them. A sequence whose past or new is out of range
     (a ValueError on a CPU) is NaN.
     """
     keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    sizes = sizes_of(q, keys, window, deterministic)
-    bounds = {"starts_ptr": None, "lengths_ptr": dense(new), "past_ptr": dense(past)}
+    sizes = _sizes(q, keys, window, deterministic)
+    bounds = {"starts_ptr": None, "lengths_ptr": _contiguous(new), "past_ptr": _contiguous(past)}
     if k is None or v is None:
-        return decode(q, keys, values, bounds, sizes, None, ring=True)
+        return _decode(q, keys, values, bounds, sizes, None, ring=True)
     return _prefill(q, k, v, (k_cache, v_cache), bounds, sizes | {"C": k_cache.shape[2]}, None, True)
 
 
-_NONE = dict.fromkeys(("new_k_ptr", "new_v_ptr", "cos_ptr", "sin_ptr"))
-NO_NEWEST = _NONE | dict.fromkeys(("P", "stride_nkb", "stride_nkh", "stride_nvb", "stride_nvh"), 0)
+@constrain(rule=_check_step)
+def rope_append_attention(
+    q: Queries,
+    k: Heads,
+    v: Heads,
+    cos: Table,
+    sin: Table,
+    k_cache: Slots,
+    v_cache: Slots,
+    past: Past,
+    new: New,
+    window: Window | None = None,
+    deterministic: bool = False,
+) -> Queries:
+    """Rotate q and k at past[b], append k and v to the caches, and attend over them, for one token a sequence
+    (`reference.rope_append_attention`).
+
+    Every program rotates its own queries. The program of the last split rotates the new key and stores it in the ring,
+    where no other reads it: the slot's old key has just left the window. Where past or new is out of range (a ValueError
+    on a CPU) the result is NaN and nothing is stored; beyond the tables it is NaN, too. `deterministic`: a sequence's
+    bits do not depend on the rest of the batch.
+    """
+    keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    sizes = _sizes(q, keys, window, deterministic)
+    k, v = dense_rows(k), dense_rows(v)
+    newest = {
+        "new_k_ptr": k,
+        "new_v_ptr": v,
+        "cos_ptr": cos.contiguous(),
+        "sin_ptr": sin.contiguous(),
+        "P": len(cos),
+        "stride_nkb": k.stride(0),
+        "stride_nkh": k.stride(2),
+        "stride_nvb": v.stride(0),
+        "stride_nvh": v.stride(2),
+    }
+    bounds = {"starts_ptr": None, "lengths_ptr": _contiguous(new), "past_ptr": _contiguous(past)}
+    return _decode(q, keys, values, bounds, sizes, None, ring=True, newest=newest)
 
 
-def dense(x: Tensor | None) -> Tensor | None:
+_NO_NEWEST: dict[str, Any] = {
+    **dict.fromkeys(("new_k_ptr", "new_v_ptr", "cos_ptr", "sin_ptr")),
+    **dict.fromkeys(("P", "stride_nkb", "stride_nkh", "stride_nvb", "stride_nvh"), 0),
+}
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def sizes_of(q: Tensor, k: Tensor, window: int | None, deterministic: bool) -> Shape:
+def _sizes(q: Tensor, k: Tensor, window: int | None, deterministic: bool) -> Shape:
     B, T, Hq, D = q.shape
     window = max(0, window or 0)
     if window > 2 * (k.shape[1] + T):
-        window = 0  # it reaches every key there is: none, to a kernel that subtracts it in int32
+        window = 0  # it reaches every key; the kernel subtracts it in int32
     sizes = {"B": B, "T": T, "S": k.shape[1], "Hq": Hq, "Hkv": k.shape[2], "D": D, "window": window}
     return Shape(sizes, sms=multiprocessors(q.device) or 0, deterministic=deterministic)
 
@@ -131,7 +197,7 @@ def _prefill(
     config = select_configs(configs, sizes, q.dtype, q.device)["attention_prefill_kernel"]
     block = (1, config.constexprs["BLOCK_N"], 1, config.constexprs["BLOCK_D"])
     k_desc, v_desc = (describe(x, block, arch) for x in (k, v))
-    if k_desc is None or v_desc is None:  # both or neither: one loop reads them
+    if k_desc is None or v_desc is None:  # both or neither: one loop reads both
         k_desc = v_desc = None
     args = {
         "q_ptr": q,
@@ -161,7 +227,7 @@ def _prefill(
     return out
 
 
-def decode(
+def _decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -169,13 +235,13 @@ def decode(
     sizes: Sizes,
     scale: float | None,
     ring: bool,
-    **newest: Any,
+    newest: Mapping[str, Any] = _NO_NEWEST,
 ) -> Tensor:
-    """`newest`: the kernel's arguments about a key that is yet to be rotated and to enter the ring."""
+    """`newest`: the kernel's arguments about a key that is neither rotated nor in the ring yet."""
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     B, T, Hq, D = q.shape
-    chosen = select_configs(configs, sizes, q.dtype, q.device)
-    config = chosen["attention_decode_kernel"]
+    selected = select_configs(configs, sizes, q.dtype, q.device)
+    config = selected["attention_decode_kernel"]
     splits = config.constexprs["SPLITS"]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     part, lse = out, None
@@ -189,7 +255,7 @@ def decode(
         "out_ptr": part,
         "lse_ptr": lse,
         **bounds,
-        **(newest or NO_NEWEST),
+        **newest,
         "T": T,
         "S": k.shape[1],
         "Hq": Hq,
@@ -204,27 +270,13 @@ def decode(
     launch(attention_decode_kernel, grid, args, config, D=D, RING=ring, WINDOWED=sizes["window"] > 0)
     if splits > 1:
         args = {"part_ptr": part, "lse_ptr": lse, "out_ptr": out}
-        config = chosen["attention_combine_kernel"]
+        config = selected["attention_combine_kernel"]
         launch(attention_combine_kernel, (B * T * Hq,), args, config, D=D, SPLITS=splits)
     return out
 
 
-def _to_its_length(given: dict[str, Any]) -> dict[str, Any]:
-    """One sequence, its keys cut where it ends: then all of them are there."""
-    if given["lengths"] is None or not len(given["q"]):
-        return given
-    end = int(given["lengths"][0])
-    return {**given, "k": given["k"][:, :end], "v": given["v"][:, :end], "lengths": None}
-
-
-def _to_its_new(given: dict[str, Any]) -> dict[str, Any]:
-    """One sequence, its chunk cut where its new tokens end."""
-    end = int(given["new"].sum())
-    return {**given, **{name: given[name] if given[name] is None else given[name][:, :end] for name in "qkv"}}
-
-
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    """With "ragged": sequence b has its keys in [b, S - 2 b)."""
+    """With "ragged": the keys of sequence b are in [b, S - 2 b)."""
     B, T, S, D = (sizes[letter] for letter in ("B", "T", "S", "D"))
     q = sample(B, T, sizes["Hq"], D, dtype=dtype, device=device, generator=generator)
     k, v = (sample(B, S, sizes["Hkv"], D, dtype=dtype, device=device, generator=generator) for _ in range(2))
@@ -244,7 +296,7 @@ def cached_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any 
 
 
 def _pairs(sizes: Sizes) -> int:
-    """Query-key pairs of one head of one sequence."""
+    """Count the query-key pairs of one head of one sequence."""
     S, window = sizes.get("S", sizes.get("past", 0) + sizes["T"]), sizes["window"]
     T = min(sizes["T"], S)  # queries before the first key see none
     if not switches(sizes).causal:
@@ -253,13 +305,13 @@ def _pairs(sizes: Sizes) -> int:
 
 
 def _area(n: int, window: int) -> int:
-    """Keys seen by the queries 0..n-1 together."""
+    """Count the keys that queries 0..n-1 see together."""
     short = min(n, window) if window else n
     return short * (short + 1) // 2 + (n - short) * window
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    """Q in, the result out, and each key and value that some query sees once."""
+    """Count q, the result, and each key and value that some query sees, once."""
     B, T, Hq, Hkv, D, window = (sizes[letter] for letter in ("B", "T", "Hq", "Hkv", "D", "window"))
     S = sizes.get("S", sizes.get("past", 0) + T)
     keys = min(S, T + window - 1) if window else S
@@ -276,11 +328,7 @@ OP = Op(
     reference=reference.attention,
     inputs=inputs,
     configs=configs,
-    extra_tune_configs=extra_tune_configs,
     cost=cost,
-    full_dim_tiles={"attention_decode_kernel": ("BLOCK_M",)},
-    rule=groups,
-    truncate_sequence=_to_its_length,
     test_shapes=(
         _shape(1, 40, 40, 4, 4, 64, 0),
         _shape(2, 70, 70, 4, 2, 80, 16, ragged=True),
@@ -305,13 +353,13 @@ OP = Op(
 _CACHED = tuple(
     Shape(B=2, Hq=hq, Hkv=2, D=D, C=C, window=window, past=past, T=T, fresh=fresh)
     for hq, D, C, window, past, T, fresh in (
-        (4, 64, 16, 16, 0, 5, 1),
-        (4, 80, 16, 16, 13, 20, 1),
-        (2, 96, 16, 16, 100, 40, 1),
-        (4, 32, 64, 0, 20, 17, 1),
-        (8, 128, 16, 16, 3, 1, 0),
-        (4, 80, 16, 16, 77, 1, 0),
-        (4, 64, 600, 0, 500, 1, 0),
+        (4, 64, 16, 16, 0, 5, True),
+        (4, 80, 16, 16, 13, 20, True),
+        (2, 96, 16, 16, 100, 40, True),
+        (4, 32, 64, 0, 20, 17, True),
+        (8, 128, 16, 16, 3, 1, False),
+        (4, 80, 16, 16, 77, 1, False),
+        (4, 64, 600, 0, 500, 1, False),
     )
 )
 
@@ -320,15 +368,56 @@ CACHED_OP = Op(
     reference=reference.cached_attention,
     inputs=cached_inputs,
     configs=configs,
-    extra_tune_configs=extra_tune_configs,
     cost=cost,
-    full_dim_tiles={"attention_decode_kernel": ("BLOCK_M",)},
-    rule=cached_rule,
-    truncate_sequence=_to_its_new,
     test_shapes=_CACHED,
     bench_shapes=tuple(
         Shape(B=B, Hq=32, Hkv=8, D=128, C=C, window=window, past=C - 1, T=T, fresh=T > 1)
         for C, window in ((4096, 4096), (32768, 0))
         for B, T in ((1, 1), (32, 1), (1, 1024))
+    ),
+)
+
+
+def step_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+    B, T, D = sizes["B"], sizes["T"], sizes["D"]
+    heads = {
+        name: sample(B, T, sizes[letter], D, dtype=dtype, device=device, generator=generator)
+        for name, letter in (("q", "Hq"), ("k", "Hkv"), ("v", "Hkv"))
+    }
+    cos, sin = tables(8192, D, device)
+    caches = cache_inputs(sizes, dtype, device, generator)
+    return {**heads, "cos": cos, "sin": sin, **caches, "window": sizes["window"]}
+
+
+def step_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+    """Count attention's work, the new key and value read beside the cache and written into it, and the angles."""
+    B, Hq, Hkv, D = (sizes[letter] for letter in ("B", "Hq", "Hkv", "D"))
+    rest = cost(sizes, dtype)
+    return Cost(
+        flops=rest.flops + 3 * B * (Hq + Hkv) * D, bytes=rest.bytes + 2 * B * Hkv * D * dtype.itemsize + B * D * 4
+    )
+
+
+def _step_shape(B: int, Hq: int, Hkv: int, D: int, C: int, window: int, past: int) -> Sizes:
+    return Shape(B=B, T=1, Hq=Hq, Hkv=Hkv, D=D, C=C, window=window, past=past)
+
+
+STEP_OP = Op(
+    run=rope_append_attention,
+    reference=reference.rope_append_attention,
+    inputs=step_inputs,
+    configs=configs,
+    cost=step_cost,
+    mutates=("k_cache", "v_cache"),
+    test_shapes=(
+        _step_shape(3, 8, 2, 128, 16, 16, 0),
+        _step_shape(3, 8, 2, 96, 16, 16, 13),
+        _step_shape(2, 4, 2, 80, 16, 16, 77),
+        _step_shape(2, 4, 4, 64, 64, 0, 40),
+        _step_shape(1, 4, 1, 32, 600, 0, 590),
+        _step_shape(2, 2, 1, 64, 600, 600, 900),
+    ),
+    bench_shapes=tuple(
+        _step_shape(B, 32, 8, 128, C, C if C == 4096 else 0, C - 1) for C in (4096, 32768) for B in (1, 32)
     ),
 )

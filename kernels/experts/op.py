@@ -12,7 +12,6 @@ The kernels stand in kernels.py and prefill.py, their tiles in tiles.py.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -33,7 +32,7 @@ from .kernels import (
     experts_up_decode_kernel,
 )
 from .prefill import experts_down_kernel, experts_up_kernel, main_rows
-from .tiles import DECODE_TOKENS, configs, extra_tune_configs
+from .tiles import DECODE_TOKENS, configs
 
 Tokens = Annotated[Tensor, "T H"]
 GateUp = Annotated[Matrix, "E 2*I H"]
@@ -212,15 +211,11 @@ def cost_norm(sizes: Sizes, dtype: torch.dtype) -> Cost:
     return Cost(flops=experts.flops + 5 * T * H, bytes=experts.bytes + (2 * T + 1) * H * dtype.itemsize)
 
 
-_WHOLE = {"experts_up_decode_kernel": ("BLOCK_T",), "experts_down_decode_kernel": ("BLOCK_T",)}
-
 OP = Op(
-    full_dim_tiles=_WHOLE,
     run=expert_swiglu,
     reference=reference.expert_swiglu,
     inputs=inputs,
     configs=configs,
-    extra_tune_configs=extra_tune_configs,
     cost=cost,
     test_shapes=(
         *(
@@ -247,9 +242,7 @@ OP = Op(
     ),
 )
 
-NORM_OP = replace(
-    OP,
-    full_dim_tiles={**_WHOLE, "experts_combine_kernel": ("BLOCK_H",)},
+NORM_OP = Op(
     run=experts_add_rms_norm,
     reference=reference.experts_add_rms_norm,
     inputs=inputs_norm,

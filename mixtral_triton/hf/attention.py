@@ -19,7 +19,7 @@ from .mask import interval_bounds, is_interval, packed_sequences, visible
 def operations() -> Any:
     """The operations, without their checks where nothing watches and every dtype is the weights' own."""
     watched = not ops.untraced() or torch.is_grad_enabled() or torch.is_autocast_enabled()
-    return ops if watched else ops.DIRECT
+    return ops if watched else ops.unchecked
 
 
 def attention(

@@ -14,8 +14,7 @@ from mixtral_triton.kernels.op import LaunchConfig
 from mixtral_triton.tools.bench.cases import BENCHED, cases
 from mixtral_triton.tools.bench.measure import Outcome, Row, untimed_row
 from mixtral_triton.tools.bench.report import op_table, traffic_table
-from mixtral_triton.tools.bench.tune import Candidate, Tuned, kernel_configs
-from mixtral_triton.tools.bench.tune_command import shown
+from mixtral_triton.tools.bench.tune import Candidate, Tuned, kernel_configs, tune_report
 from mixtral_triton.tools.compiled import fold_rows, resources_table
 from mixtral_triton.tools.gpus import GPUS
 from mixtral_triton.tools.terminal import PIPED, Column, Table, console
@@ -106,7 +105,7 @@ def test_tune_table_and_its_literal(width: int) -> None:
     wide = LaunchConfig({**config.constexprs, "BLOCK_N": 123}, 16, 7)
     fault = "does not compile: CompilationError: " + "a reason of many words " * 4
     candidates = Candidate(config, None, 1e-3), Candidate(wide, None, None, fault.strip())
-    text = printed(shown(Tuned(case, kernel, "sm_90", candidates, config), width), width)
+    text = printed(tune_report(Tuned(case, kernel, "sm_90", candidates, config), width), width)
     assert holds(text, fault, "123", "16", "7", "1,000", f"SPLIT_K={config.constexprs['SPLIT_K']}")
     pasted = text[text.index('"experts_down_decode_kernel"') :]
     assert eval(f"{{{pasted}}}", {"LaunchConfig": LaunchConfig}) == {kernel: config}

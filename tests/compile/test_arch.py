@@ -27,9 +27,9 @@ FALLBACK_FAMILIES = {"sm_75": "sm_80", "sm_130": "sm_80", "gfx1201": "gfx942"}
 
 @pytest.fixture(autouse=True)
 def first_time() -> Iterator[None]:
-    arch_module._stranger.cache_clear()
+    arch_module._fallback_family.cache_clear()
     yield
-    arch_module._stranger.cache_clear()
+    arch_module._fallback_family.cache_clear()
 
 
 def launch_configs(arch: str) -> list[Any]:

@@ -33,7 +33,7 @@ def test_the_drop_in_prints_the_same_text_twice(
     before, after = capsys.readouterr().out.split("<s>")[1:]
     after, report = after[: len(before)], after[len(before) :]
     assert before == after and before.startswith("The return statement")
-    assert "beside transformers' own modules" in report and "RIGHT" in report
+    assert "compared with transformers' own modules" in report and "RIGHT" in report
 
 
 def test_it_is_short() -> None:

@@ -95,7 +95,7 @@ def elements(chunks: Array, rows: int, kind: str, transposed: bool) -> Array:
 
 
 @dataclass(frozen=True)
-class QuantSpec:
+class WgmmaForm:
     """An instruction's operands, read once."""
 
     one: Instruction
@@ -108,7 +108,7 @@ class QuantSpec:
     transposed: tuple[bool, bool]
 
     @classmethod
-    def of(cls, one: Instruction) -> QuantSpec:
+    def of(cls, one: Instruction) -> WgmmaForm:
         to, a, b, added, *flags = one.operands
         values = [flag.value if isinstance(flag, Imm) else None for flag in flags]
         from_registers = isinstance(a, Vector)
@@ -123,7 +123,7 @@ class QuantSpec:
 
 
 def _issue(one: Instruction, program: Program) -> Step:
-    form = QuantSpec.of(one)
+    form = WgmmaForm.of(one)
 
     def go(frame: Any, mask: Any) -> None:
         check_together(frame, mask, one)
@@ -146,7 +146,7 @@ def _issue(one: Instruction, program: Program) -> Step:
     return go
 
 
-def _from_registers(frame: Any, form: QuantSpec, warps: Array) -> Array:
+def _from_registers(frame: Any, form: WgmmaForm, warps: Array) -> Array:
     """Fp32 [warps, 16, columns]: what a product is added to."""
     coming = frame.tensor.coming.get(form.slots)
     if coming is not None and (coming.serial.reshape(-1, 32)[warps] > 0).any():
@@ -163,7 +163,7 @@ def _uniform(frame: Any, values: Any, warps: Array, one: Instruction) -> Array:
     return by_warp[:, 0]
 
 
-def _left(frame: Any, warps: Array, form: QuantSpec, load: Load) -> Array:
+def _left(frame: Any, warps: Array, form: WgmmaForm, load: Load) -> Array:
     """-> fp64 [warps, 16, 16]"""
     if isinstance(form.a, Vector):
         load.sources = {reg.slot: frame.R[reg.slot] for reg in form.a.items}
@@ -174,7 +174,7 @@ def _left(frame: Any, warps: Array, form: QuantSpec, load: Load) -> Array:
     return elements(_fetch(frame, places, 32 * warps, bits, form, load), 16, form.kind, form.transposed[0])
 
 
-def _right(frame: Any, warps: Array, form: QuantSpec, load: Load) -> Array:
+def _right(frame: Any, warps: Array, form: WgmmaForm, load: Load) -> Array:
     """-> fp64 [groups, columns, 16]: four warps of a block that read the same are a group, else each is one."""
     descriptors = _uniform(frame, form.b(frame), warps, form.one)
     share = 1
@@ -189,7 +189,7 @@ def _right(frame: Any, warps: Array, form: QuantSpec, load: Load) -> Array:
     return elements(got, form.columns, form.kind, form.transposed[1])
 
 
-def _fetch(frame: Any, places: Array, lanes: Array, bits: Array, form: QuantSpec, load: Load) -> Array:
+def _fetch(frame: Any, places: Array, lanes: Array, bits: Array, form: WgmmaForm, load: Load) -> Array:
     """Chunks at [rows, places], noted as read by the warps of `bits`."""
     machine = frame.machine
     machine.log.asynchronous(frame.block[lanes], bits, places, 16, form.one)
@@ -198,7 +198,7 @@ def _fetch(frame: Any, places: Array, lanes: Array, bits: Array, form: QuantSpec
     return got
 
 
-def _check_fence(frame: Any, lanes: Array, form: QuantSpec, chained: bool) -> None:
+def _check_fence(frame: Any, lanes: Array, form: WgmmaForm, chained: bool) -> None:
     """Registers that a product reads or adds to stand as at the last fence, or as a product left them."""
     tensor = frame.tensor
     if (tensor.unfenced & lanes).any():
@@ -211,7 +211,7 @@ def _check_fence(frame: Any, lanes: Array, form: QuantSpec, chained: bool) -> No
             raise Fault(f"no wgmma.fence after a register was written: {form.one.text}")
 
 
-def _leave(frame: Any, lanes: Array, warps: Array, new: Array, form: QuantSpec, load: Load, chained: bool) -> None:
+def _leave(frame: Any, lanes: Array, warps: Array, new: Array, form: WgmmaForm, load: Load, chained: bool) -> None:
     """Fp32 [warps, 16, columns]: it comes when somebody waits."""
     tensor, everyone = frame.tensor, bool(lanes.all())
     coming = tensor.coming.get(form.slots)

@@ -93,7 +93,7 @@ def test_a_chunk_makes_no_descriptor_anew(gpu: Any) -> None:
 
 
 def test_forgotten_plans_are_caught(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu.driver.executes, numbers, known = False, itertools.count(), plan.traits
-    monkeypatch.setattr(plan, "traits", lambda args: (*known(args), next(numbers)))
+    gpu.driver.executes, numbers, known = False, itertools.count(), plan.call_key
+    monkeypatch.setattr(plan, "call_key", lambda args: (*known(args), next(numbers)))
     calls = a_layer(1)
     assert calls.total() > 2 * CALLS_MOST and any(name[1] == "configs" for name in calls)

@@ -67,7 +67,7 @@ def test_a_second_launch_is_caught(monkeypatch: pytest.MonkeyPatch, covers: Any)
         y, total = ops.rms_norm(x, weight, eps, residual)
         return y, total, *ops.gate_route(y, gate, top_k, deterministic)
 
-    monkeypatch.setattr(ops, "rms_norm_gate_route", apart)
+    monkeypatch.setattr(ops.unchecked, "rms_norm_gate_route", staticmethod(apart))
     for phase, T, own, every in (("decode", 1, 8, 8), ("prefill", 512, 8, 10)):
         with pytest.raises(AssertionError, match="'rms_norm_kernel': 1"):
             test_launches_a_layer(phase, T, own, every, None, False, covers)

@@ -66,7 +66,7 @@ FAR = {torch.int32: (-(2**31), 2**31 - 1), torch.int64: (-(2**62), 2**32)}
 
 def ranges(name: str, args: dict[str, Any]) -> dict[str, tuple[int, int]]:
     op = OPS[name]
-    return {argument: (low, high) for argument, low, high in op.bounds(op.by_name(**args))}
+    return {argument: (low, high) for argument, low, high in op.bounds(op.bind_by_name(**args))}
 
 
 def inputs(name: str, sizes: dict[str, int], device: Any = "cpu") -> dict[str, Any]:

@@ -13,19 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton import KVCache, Mixtral, ops
+from mixtral_triton import KVCache, ops
 from mixtral_triton.kernels import gate, linear
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.launch import INTERPRETED, pdl_region
 from mixtral_triton.kernels.op import Launch
-from mixtral_triton.kernels.pdl import pdl_region
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.tools.gpus import GPUS
 from mixtral_triton.tools.offline import collect, compile_launch
 from mixtral_triton.tools.predict import predict
-from tests.support.ptx import Order, order
-from mixtral_triton.tools.gpus import GPUS
-from tests.support.inject_fault import spoilt
+from tests.support.inject_fault import module_with_fault
 from tests.support.models import random_model
+from tests.support.ptx import Order, order
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles, or runs no kernel: once, without TRITON_INTERPRET")
 
@@ -102,7 +101,7 @@ FAULTS = [
 def test_a_wait_in_the_wrong_place_is_caught(
     module: Any, name: str, sizes: Any, said: str, changes: Any, tmp_path: Path
 ) -> None:
-    made = spoilt(module, tmp_path, *changes)
+    made = module_with_fault(module, tmp_path, *changes)
     with record_launches() as launches:
         getattr(made, name)(**OPS[name].inputs(sizes, BF16, "meta"))
     (launch,) = launches
@@ -161,20 +160,20 @@ def test_triton_is_told(gpu: Any) -> None:
         assert told == want and any(told)
 
 
-def test_a_compiled_model_has_no_chain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a compiler makes of a model launches when nobody knows what else does."""
+def test_compiled_model_launches_without_pdl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code may launch its kernels among others."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not any(launch.dependent for launch in step("sm_90"))
 
 
-def test_ranks_have_no_chain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their sums are launched by others."""
+def test_mesh_launches_without_pdl() -> None:
+    """Other streams run the collectives."""
 
     class Ranks:
         def all_reduce(self, part: Any, in_order: bool) -> Any:
             return part
 
-        def own(self, ids: Any, experts: int) -> Any:
+        def local_ids(self, ids: Any, experts: int) -> Any:
             return ids
 
         def all_gather(self, part: Any, size: int) -> Any:
@@ -182,7 +181,6 @@ def test_ranks_have_no_chain(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model = random_model("meta", num_hidden_layers=1)
     model.ranks = Ranks()  # type: ignore[assignment]
-    monkeypatch.setattr(Mixtral, "operations", lambda self: ops)
     cache = KVCache(model.config, batch=1, max_len=9, device="meta", dtype=torch.float32)
     with record_launches() as launches:
         model(torch.empty(1, 1, dtype=torch.int64, device="meta"), cache=cache)

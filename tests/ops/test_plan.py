@@ -41,7 +41,7 @@ def arguments(op: Op[..., Any], sizes: Any, seed: int = 0, dtype: torch.dtype | 
     """All of a call, by place, on the GPU."""
     dtype = dtype or (torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0])
     made = op.inputs(sizes, dtype, "cpu", torch.Generator().manual_seed(seed))
-    return tuple(map(on_fake_gpu, op.by_place(**made)))
+    return tuple(map(on_fake_gpu, op.bind(**made)))
 
 
 def tensors(args: tuple[Any, ...]) -> list[Tensor]:
@@ -167,7 +167,7 @@ def test_another_trait_is_another_plan(name: str, change: str, gpu: Any) -> None
 @pytest.mark.parametrize("forgotten", TRAITS)
 def test_a_forgotten_trait_is_caught(forgotten: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     old = TRAITS[forgotten]
-    monkeypatch.setattr(plan, "traits", rewritten(plan.traits, old, "()" if old == TRAITS["a number"] else ""))
+    monkeypatch.setattr(plan, "call_key", rewritten(plan.call_key, old, "()" if old == TRAITS["a number"] else ""))
     with pytest.raises((AssertionError, LaunchError)):
         for name in SIZES:
             differs(gpu, OPS[name], forgotten)
@@ -196,9 +196,9 @@ def test_launches_that_are_chosen_or_recorded_are_their_own(gpu: Any) -> None:
 def test_a_storage_beyond_amd_buffers_is_a_trait_there(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(8)
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    small = plan.traits((x,))
+    small = plan.call_key((x,))
     monkeypatch.setattr(plan, "_SMALL_MOST", 16)
-    assert plan.traits((x,)) != small
+    assert plan.call_key((x,)) != small
 
 
 def test_plans_hold_no_memory_and_are_bounded(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +291,6 @@ def test_a_stream_of_the_moment_is_launched_on(gpu: Any) -> None:
 
 def test_the_public_way_goes_by_plans(gpu: Any) -> None:
     gpu.driver.executes, args = False, arguments(NORM, SIZES["rms_norm"])
-    for call in (ops.rms_norm, ops.DIRECT.rms_norm):
+    for call in (ops.rms_norm, ops.unchecked.rms_norm):
         call(*args)
     assert known() == 1

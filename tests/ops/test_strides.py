@@ -97,7 +97,7 @@ def check(name: str, sizes: Sizes, device: Any, change: Callable[[str, Tensor], 
     args |= {key: change(key, value) for key, value in tensors(args).items()}
     dense = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors(args).items()}
     kept = {key: value.clone() for key, value in dense.items() if key not in op.mutates}
-    wanted = results(op.plain, args | dense, op.mutates)
+    wanted = results(op.call_reference, args | dense, op.mutates)
     for got, want in zip(results(getattr(ops, name.removeprefix("add_")), args, op.mutates), wanted, strict=True):
         if want.is_floating_point():
             assert (got - want).abs().max() <= LIMIT * want.abs().max()

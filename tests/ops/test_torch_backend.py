@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixtral_triton import KVCache, Mixtral, MixtralConfig, ops
-from mixtral_triton.kernels import reference
+from mixtral_triton import KVCache, Mixtral, MixtralConfig
+from mixtral_triton.kernels import call, reference
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
 
@@ -45,7 +45,7 @@ def a_layer(T: int, past: int) -> Counter[str]:
         if past:
             model(torch.zeros(1, past, dtype=torch.int64), cache=cache)
         # As a step goes that nobody watches, though this one is.
-        with mock.patch.object(ops, "untraced", lambda: True), Counting() as counting:
+        with mock.patch.object(call, "untraced", lambda: True), Counting() as counting:
             model(torch.zeros(1, T, dtype=torch.int64), cache=cache)
         counts.append(counting.found)
     return counts[1] - counts[0]
@@ -75,7 +75,7 @@ def both_ways(name: str, args: dict[str, Any]) -> tuple[Any, Any]:
     for alike in (reference._alike, lambda numbers: None):
         own = {key: x.clone() if isinstance(x, torch.Tensor) else x for key, x in args.items()}
         with mock.patch.object(reference, "_alike", alike):
-            out = OPS[name].plain(**own)
+            out = OPS[name].call_reference(**own)
         found.append((out, *(own[key] for key in ("k_cache", "v_cache") if key in own)))
     return found[0], found[1]
 
@@ -96,7 +96,7 @@ def both_ways(name: str, args: dict[str, Any]) -> tuple[Any, Any]:
 def test_sequences_that_stand_alike(name: str, T: int, fresh: int, past: int, B: int) -> None:
     op = OPS[name]
     sizes = {**op.test_shapes[0], "B": B, "T": T, "C": 16, "past": past, "window": 16, "fresh": fresh}
-    args = op.by_name(
+    args = op.bind_by_name(
         **op.inputs(type(op.test_shapes[0])(sizes), torch.float32, "cpu", torch.Generator().manual_seed(0))
     )
     args["past"], args["new"] = torch.full((B,), past, dtype=torch.int32), torch.full((B,), T, dtype=torch.int32)

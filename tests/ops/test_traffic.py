@@ -22,7 +22,7 @@ from mixtral_triton.kernels.op import LaunchConfig, Shape, Sizes
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.tma import describe
 from mixtral_triton.tools.traffic import Traffic, count_traffic
-from tests.support.inject_fault import spoilt
+from tests.support.inject_fault import module_with_fault
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter: needs TRITON_INTERPRET=1")
 
@@ -300,7 +300,7 @@ def test_a_clamped_row_is_caught(tmp_path: Path, within: Any) -> None:
     """Padding that repeats a row, which is right and crosses L2 again."""
     args = OPS["linear"].inputs({"T": 1, "H": 512, "N": 256}, BF16, "cpu", torch.Generator().manual_seed(0))
     with count_traffic() as traffic:
-        got = spoilt(linear, tmp_path, *CLAMPED).linear(**args)
+        got = module_with_fault(linear, tmp_path, *CLAMPED).linear(**args)
     assert torch.equal(got, linear.linear(**args))
     with pytest.raises(AssertionError, match=r"clamped: 2\.000 .* at most 1\.3"):
         within("clamped", from_l2(traffic, "weight", "x", "linear_decode_kernel"), A_WEIGHT_BYTE[1])

@@ -16,7 +16,7 @@ from mixtral_triton import Mixtral, MixtralConfig, weights
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize import QuantizedWeight, layouts
-from mixtral_triton.verification.loaded import check_loaded
+from mixtral_triton.verification.weights import check_loaded
 from mixtral_triton.weights import read_headers, total_bytes
 from tests.model.test_weights import expected
 from tests.support import hub

@@ -1,4 +1,4 @@
-"""How many bytes of meta tensors are alive at one time: what the same calls would take of a GPU."""
+"""Counts the bytes of meta tensors that are alive at one time: the memory that the same calls take on a GPU."""
 
 from __future__ import annotations
 
@@ -9,31 +9,38 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mixtral_triton.kernels.call import unflatten_args
+from mixtral_triton.kernels.registry import OPS
+
 
 class LiveBytes(TorchDispatchMode):
-    """Within the block, `now` and `most` count the memory that torch's operations give, until it is let go."""
+    """`now` and `peak` count the memory that operations allocate within the block and have not freed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.most = 0
+        self.now = self.peak = 0
         self.alive: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "mixtral_triton":  # run the launcher, whose buffers count
+            op = OPS[func._opname]
+            with self:
+                return op.run(*unflatten_args(op.arguments, args))
         out = func(*args, **(kwargs or {}))
         known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.is_meta:
-                self._note(x.untyped_storage(), known)
-        self.most = max(self.most, self.now)
+                self._record(x.untyped_storage(), known)
+        self.peak = max(self.peak, self.now)
         return out
 
-    def _note(self, storage: Any, known: set[int]) -> None:
+    def _record(self, storage: Any, known: set[int]) -> None:
         key = storage._cdata
         if key in known or key in self.alive:
             return
         self.alive[key] = storage.nbytes()
         self.now += self.alive[key]
-        weakref.finalize(storage, self._gone, key)
+        weakref.finalize(storage, self._release, key)
 
-    def _gone(self, key: int) -> None:
+    def _release(self, key: int) -> None:
         self.now -= self.alive.pop(key)

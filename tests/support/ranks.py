@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixtral_triton import KVCache, Mixtral, parallel, verify, weights
 from mixtral_triton.quantize import QuantizedWeight
-from mixtral_triton.verification.mesh import Whole
+from mixtral_triton.verification.mesh import MeshTarget
 from mixtral_triton.verification.report import Report
 
 Work = Callable[..., Any]
@@ -192,9 +192,9 @@ def unflatten_args(mesh: Any, folder: Path, **options: Any) -> dict[str, tuple[t
     """Of each quantized weight its values and its scales, made of all ranks' parts."""
     model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options)
     assert model.ranks is not None
-    whole = Whole(model, model.ranks)
+    whole = MeshTarget(model, model.ranks)
     quantized = {name: part for name, part in model.places().items() if isinstance(part, QuantizedWeight)}
-    made = {name: whole.together(name, part) for name, part in quantized.items()}
+    made = {name: whole.gather(name, part) for name, part in quantized.items()}
     return {name: (weight.dequantize(), weight.scales) for name, weight in made.items()}
 
 
@@ -330,7 +330,7 @@ def halved(model: Mixtral) -> None:
 def timed(mesh: Any, sizes: dict[str, int]) -> tuple[float, int]:
     """Seconds of a decode step on GPUs that are not there, and how many were replays."""
     from mixtral_triton.tools.bench.cases import cases
-    from mixtral_triton.tools.bench.mesh import measured
+    from mixtral_triton.tools.bench.command import measure_on_mesh
     from tests.support.stub.gpu import gpu
 
     (case,) = cases(
@@ -338,7 +338,7 @@ def timed(mesh: Any, sizes: dict[str, int]) -> tuple[float, int]:
     )
     ranks = parallel.Ranks(mesh)
     with gpu() as made, on_memory():
-        return measured(case, ranks), made.replays
+        return measure_on_mesh(case, ranks), made.replays
 
 
 def watched(mesh: Any, folder: Path, ids: torch.Tensor) -> list[str]:

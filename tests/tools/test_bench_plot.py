@@ -11,7 +11,7 @@ import pytest
 
 from mixtral_triton.tools.bench.cases import TOKENS, cases
 from mixtral_triton.tools.bench.measure import Outcome, Row, untimed_row
-from mixtral_triton.tools.bench.plot import figure_of, plot, series_of
+from mixtral_triton.tools.bench.report import figure_of, plot, series_of
 from mixtral_triton.tools.gpus import GPUS
 
 pytest.importorskip("matplotlib")
@@ -67,13 +67,16 @@ def test_with_times_the_roofline_and_every_way_over_the_tokens() -> None:
 def test_a_series_differs_in_one_size_and_no_row_is_lost() -> None:
     for name in ("expert_swiglu", "attention", "cached_attention", "decode_step", "linear"):
         rows = floors(name, quick=False)
-        found = series_of(rows)
-        assert sum(len(series.rows) for series in found) == len(rows)
-        assert all(
-            len(set(series.sizes)) == len(series.sizes) and series.sizes == sorted(series.sizes) for series in found
-        )
-    prompts = [series for series in series_of(floors("attention", quick=False)) if len(series.rows) > 3]
-    assert prompts and all("T" not in series.fixed for series in prompts), "a prompt's T and S are one size"
+        axis, found = series_of(rows)
+        assert sum(map(len, found)) == len(rows)
+        for series in found:
+            sizes = [row.case.sizes[axis] for row in series]
+            assert sizes == sorted(set(sizes))
+    axis, found = series_of(floors("attention", quick=False))
+    prompts = [series for series in found if len(series) > 3]
+    assert prompts and all(len({row.case.sizes["T"] for row in series}) > 1 for series in prompts), (
+        "T and S are one size"
+    )
 
 
 @pytest.mark.parametrize("with_times", [False, True])

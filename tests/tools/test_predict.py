@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.day_report import markdown, whole_models
 from mixtral_triton.kernels.launch import INTERPRETED, override_configs
 from mixtral_triton.kernels.op import Launch, LaunchConfig, Shape, Sizes
 from mixtral_triton.kernels.record import record_launches
@@ -324,29 +322,3 @@ def test_a_measured_gpu_gets_the_prediction_of_its_data_sheet() -> None:
 def test_no_prediction_for_a_gpu_without_cost_model_figures(name: str) -> None:
     row = untimed_row(Case(OPS["route"], Shape(T=1, E=8, K=2)), GPUS[name])
     assert row.predicted is None and row.as_dict()["predicted"] is None and "redicted" not in shown([row])
-
-
-@once
-def test_a_gpu_day_shows_predicted_beside_measured() -> None:
-    steps = [case for case in cases(["decode_step"]) if case.sizes["B"] == 1 and case.sizes["S"] == 1024]
-    rows: list[dict[str, Any]] = [
-        replace(untimed_row(case, H100), ours=Outcome(1e-3 * case.sizes["L"], right=True)).as_dict() for case in steps
-    ]
-    launch_context_key = {"gpu": None, "versions": {}, "commit": None}
-    found = {
-        "before": launch_context_key,
-        "after": launch_context_key,
-        "gpu": None,
-        "parts": {},
-        "tests": None,
-        "died": [],
-    }
-    page = markdown({**found, "applied": None, "rows": rows, "whole_models": whole_models(rows)})
-    assert "| sizes | time, us | predicted, us | limit | floor, us |" in page and "is no measurement" in page
-    for row in rows:
-        said = row["predicted"]["time_us"]
-        assert f"| {row['time_us']:,.0f} | {f'{said:,.0f}' if said >= 1000 else f'{said:.3g}'} | memory |" in page
-    assert "| predicted |" in page, "among the rows of whole models"
-    old = [{key: value for key, value in row.items() if key != "predicted"} for row in rows]
-    page = markdown({**found, "applied": None, "rows": old, "whole_models": whole_models(old)})
-    assert "predicted, us" not in page and "| predicted |" not in page

@@ -11,7 +11,7 @@ import torch
 from mixtral_triton.kernels.op import Cost
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench import decode_step
-from mixtral_triton.tools.bench.timing import DeviceTimer, StepTimer
+from mixtral_triton.tools.bench.measure import DeviceTimer, StepTimer
 from mixtral_triton.tools.gpus import GPUS, data_sheet
 from mixtral_triton.tools.predict import bound, family_note, floor, measure_gpu
 
@@ -86,7 +86,7 @@ def test_device_timers_time_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     sheet = argparse.Namespace(L2_cache_size=1 << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: sheet)
-    monkeypatch.setattr("mixtral_triton.tools.bench.timing.SWEPT_LEAST", 1 << 24)
+    monkeypatch.setattr("mixtral_triton.tools.bench.measure.SWEEP_BYTES", 1 << 24)
     timer = DeviceTimer(CPU, budget=0.05)
     assert timer.buffer.nbytes == 1 << 24 and timer.sweep_seconds > 0
     calls: list[int] = []

@@ -18,9 +18,17 @@ from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench.cases import Case, Oracle, cases
 from mixtral_triton.tools.bench.measure import our_call
-from mixtral_triton.tools.bench.peers import Unfit, peers_of
-from mixtral_triton.tools.bench.tune import FASTER, compiled_as, kernel_configs, neighbours, tune, whole
-from mixtral_triton.tools.bench.tune_command import literal
+from mixtral_triton.tools.bench.peers import Unsupported, peers_of
+from mixtral_triton.tools.bench.tune import (
+    EXTRA_CONFIGS,
+    FASTER,
+    compile_candidate,
+    full_dim_tiles,
+    kernel_configs,
+    literal,
+    neighbours,
+    tune,
+)
 
 CPU = torch.device("cpu")
 compiled_way = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
@@ -29,7 +37,7 @@ PREFILL = LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 128, "SPLIT_K"
 
 
 def test_neighbours_are_one_step_away() -> None:
-    found = neighbours(PREFILL, whole(OPS["attention"], "attention_prefill_kernel"))
+    found = neighbours(PREFILL, full_dim_tiles(OPS["attention"], "attention_prefill_kernel"))
     tiles = [(dict(one.constexprs)["BLOCK_M"], dict(one.constexprs)["BLOCK_N"]) for one in found]
     assert tiles[:4] == [(64, 64), (256, 64), (128, 32), (128, 128)]
     assert [(one.num_warps, one.num_stages) for one in found[4:]] == [(4, 1), (16, 1), (8, 2)]
@@ -39,7 +47,7 @@ def test_neighbours_are_one_step_away() -> None:
 
 def test_a_tile_that_holds_a_dimension_stays() -> None:
     decode = LaunchConfig({"BLOCK_M": 16, "BLOCK_N": 64, "SPLITS": 1}, num_warps=1, num_stages=1)
-    found = neighbours(decode, whole(OPS["attention"], "attention_decode_kernel"))
+    found = neighbours(decode, full_dim_tiles(OPS["attention"], "attention_decode_kernel"))
     assert {one.constexprs["BLOCK_M"] for one in found} == {16}
     assert {one.constexprs["SPLITS"] for one in found} == {1, 2} and {one.num_warps for one in found} == {1, 2}
 
@@ -73,7 +81,7 @@ def test_beside_a_library_our_kernel_is_a_peer() -> None:
         got = peer.build(case.op, args)(**args)
     assert [launch.kernel for launch in launches if launch.fn is not None] == [FEW_ROWS]
     assert Oracle(case.op, args).fault(lambda **_: got) is None
-    with pytest.raises(Unfit, match="chosen already"):
+    with pytest.raises(Unsupported, match="already selects"):
         peer.build(case.op, Case(OPS["linear"], Shape(T=3, H=64, N=48), torch.float32).inputs(CPU))
 
 
@@ -88,15 +96,13 @@ def test_beside_a_library_our_kernel_is_a_peer() -> None:
 def test_rivals_are_tried_too(name: str, sizes: Any, kernel: str, tiles: set[int]) -> None:
     """Tiles with their warps and stages: no one step of a size leads there."""
     case = Case(OPS[name], sizes, torch.bfloat16)
-    extra_tune_configs = (
-        case.op.extra_tune_configs(sizes, torch.bfloat16, "sm_90")[kernel] if case.op.extra_tune_configs else ()
-    )
+    extra_configs = EXTRA_CONFIGS[kernel](sizes, torch.bfloat16, "sm_90")[kernel]
     _, now = kernel_configs(case, "sm_90")[kernel]
-    assert now in extra_tune_configs and {config.constexprs["BLOCK_M"] for config in extra_tune_configs} == tiles
-    steps = neighbours(now, whole(case.op, kernel))
-    assert any(config not in steps for config in extra_tune_configs if config != now)
-    for config in extra_tune_configs:
-        assert compiled_as(case, kernel, config, "sm_90").note is None
+    assert now in extra_configs and {config.constexprs["BLOCK_M"] for config in extra_configs} == tiles
+    steps = neighbours(now, full_dim_tiles(case.op, kernel))
+    assert any(config not in steps for config in extra_configs if config != now)
+    for config in extra_configs:
+        assert compile_candidate(case, kernel, config, "sm_90").note is None
 
 
 def small(name: str) -> list[Case]:
@@ -122,7 +128,7 @@ def test_every_candidate_gives_the_right_result(name: str) -> None:
         args = case.inputs(CPU)
         judge, candidates = Oracle(case.op, args), False
         for kernel, (seen, config) in kernel_configs(case, target_arch()).items():
-            for other in neighbours(config, whole(case.op, kernel, seen)):
+            for other in neighbours(config, full_dim_tiles(case.op, kernel, seen)):
                 if other.constexprs != config.constexprs:
                     candidates = True
                     with launch.override_configs({kernel: other}) as made:
@@ -152,12 +158,12 @@ def test_what_is_held_against_a_configuration() -> None:
     spilling = replace(config, num_warps=4)
     large = replace(config, num_stages=8)
     shallow = replace(config, constexprs={**config.constexprs, "BLOCK_K": 8})
-    said = [str(compiled_as(case, kernel, one, "sm_90").note) for one in (spilling, large, shallow)]
+    said = [str(compile_candidate(case, kernel, one, "sm_90").note) for one in (spilling, large, shallow)]
     assert said[0].startswith("spills ") and "shared memory" in said[1] and "does not compile" in said[2], said
 
 
 def chosen_now(case: Case) -> Mapping[str, LaunchConfig]:
-    return launch.kernel_configs(case.op.configs, case.sizes, case.dtype, CPU)
+    return launch.select_configs(case.op.configs, case.sizes, case.dtype, CPU)
 
 
 def scores(case: Case, kernel: str, score: Callable[[LaunchConfig], float]) -> Callable[[Any], float]:

@@ -1,6 +1,6 @@
-"""Each operation beside its peers and its floor: times on the device at hand, and what is known without one.
+"""Benchmark each operation against its peers and its floor, on the current GPU or by what is known without one.
 
-Your own function beside an operation, as `mixtral-triton bench --peer` has it:
+Compare your own function with an operation, as `mixtral-triton bench --peer` does:
 
     from examples.my_experts import swiglu
     from mixtral_triton.tools.bench import compare

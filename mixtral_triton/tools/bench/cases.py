@@ -1,9 +1,9 @@
-"""What is benchmarked: every operation of the registry and a decode step, at the sizes of Mixtral 8x7B and 8x22B."""
+"""The benchmark's cases (every operation and a decode step, at the sizes of Mixtral) and the check of a result."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,42 +12,37 @@ import torch
 
 from ...config import MixtralConfig
 from ...kernels.checks import dtype_name
-from ...kernels.op import Cost, Op, Shape, Sizes
+from ...kernels.op import Cost, Op, Shape, Sizes, switches
 from ...kernels.quantized import BITS
 from ...kernels.registry import OPS
 from ..tolerance import Tolerance
 from . import decode_step
-from .model import letters, resized
 
 MODELS: dict[str, dict[str, int]] = {
     "8x7B": {"H": 4096, "I": 14336, "E": 8, "K": 2, "Hq": 32, "Hkv": 8, "D": 128},
     "8x22B": {"H": 6144, "I": 16384, "E": 8, "K": 2, "Hq": 48, "Hkv": 8, "D": 128},
 }
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-QUICK = 6  # cases an operation, of 8x7B
+QUICK = 6  # cases per operation with --quick
 BENCHED: dict[str, Op] = {**OPS, decode_step.STEP.name: decode_step.STEP}
-
-# Peers round in other places than plain torch does: they may err this many times as much as our own limit.
-SLACK = 2.0
-# A long attention is checked in blocks of queries: the scores of all would not fit any GPU.
-CHECKED_WHOLE, BLOCK = 1024, 256
-
-# What a CPU checks in seconds, in fp64 and in the plain way.
+# What a CPU checks in seconds, in fp64 and with the torch backend.
 CPU_FLOPS, CPU_VALUES = 2e10, 1 << 27
+QUANTIZED = {"weight", "gate_up", "down"}  # switches that hold the format of a quantized weight
+DEFAULTS = {"window": 0, "past": 0}  # of sizes that `--sizes` may leave out: no window, an empty cache
+# Peers round at other points than the reference: they may err this many times as much as our own limit.
+PEER_SLACK = 2.0
+# A longer attention is checked in blocks of queries: the scores of all would not fit any GPU.
+UNBLOCKED_MOST, BLOCK = 1024, 256
 
 
-class _Wrong(Exception):
-    """What a call does that its operation does not."""
-
-
-def _values(argument: Any) -> int:
-    if isinstance(argument, torch.nn.Module):
-        return sum(parameter.numel() for parameter in argument.parameters())
-    return argument.numel() if isinstance(argument, torch.Tensor) else 0
+class WrongResult(Exception):
+    """A peer does something that its operation does not; the message says what."""
 
 
 @dataclass(frozen=True)
 class Case:
+    """One call of an operation at some sizes in one dtype."""
+
     op: Op
     sizes: Sizes
     dtype: torch.dtype = torch.bfloat16
@@ -57,27 +52,27 @@ class Case:
         return dtype_name(self.dtype)
 
     def as_dict(self) -> dict[str, Any]:
-        """Its sizes and switches, as `--sizes` takes them."""
+        """Return the sizes and switches, as `--sizes` takes them."""
         return Shape(self.sizes).as_dict()
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
-        """Arguments by name; random ones are drawn on the device, where the weights of a layer take no time."""
+        """Return the arguments by name. Random values are drawn on the device, where a layer's weights take no time."""
         generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
         with device:
             args = self.op.inputs(self.sizes, self.dtype, device, generator)
         if "new" in args:
-            args["new"] = torch.full_like(args["new"], self.sizes["T"])  # every sequence is there in full
+            args["new"] = torch.full_like(args["new"], self.sizes["T"])  # no sequence is padded
         return args
 
-    def too_large_for_a_cpu(self) -> str | None:
-        """Why nobody would wait for this case to be checked on a CPU; None where it is small enough."""
-        flops, values = self.cost().flops, sum(map(_values, self.inputs(torch.device("meta")).values()))
+    def too_large_for_cpu(self) -> str | None:
+        """Return why a check on a CPU would take too long, or None for a case that is small enough."""
+        flops, values = self.cost().flops, sum(map(_count_values, self.inputs(torch.device("meta")).values()))
         if flops <= CPU_FLOPS and values <= CPU_VALUES:
             return None
         return f"too large for a CPU ({values / 1e6:,.0f} million values, {flops / 1e9:,.0f} GFLOP)"
 
     def cost(self, args: dict[str, Any] | None = None) -> Cost:
-        """Compulsory work, by the experts that `args` chose; without them, by those expected of uniform routing."""
+        """Return the compulsory work, for the experts that `args` select, or those expected of uniform routing."""
         routed: dict[str, Any] = {}
         if args is not None and "ids" in args:
             routed["chosen"] = len(args["ids"].unique())
@@ -86,45 +81,10 @@ class Case:
         return self.op.cost(Shape(self.sizes) | routed, self.dtype)
 
 
-def _dtype(op: Op, wanted: torch.dtype | None = None) -> torch.dtype:
-    """What is asked for, where the operation has it; ids stay integers."""
-    if wanted in op.dtypes:
-        return wanted
-    return torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
-
-
-def _shapes(op: Op, model: Mapping[str, int]) -> Iterator[Sizes]:
-    """The bench shapes with the model's sizes; where tokens are all that varies, over all of TOKENS.
-
-    Sizes that an operation lists for both models stay as they are listed.
-    """
-    first = MODELS["8x7B"]
-    both = {
-        letter for sizes in op.bench_shapes for letter in sizes if sizes[letter] != first.get(letter, sizes[letter])
-    }
-    other = {letter: first[letter] for letter in both if model is first}
-    for sizes in op.bench_shapes:
-        if any(sizes[letter] != size for letter, size in other.items()):
-            continue
-        sized = Shape(sizes) if both else Shape(sizes) | {name: model[name] for name in sizes if name in model}
-        sweep = TOKENS if "T" in sized and not {"S", "C"} & set(sized) else (sized.get("T"),)
-        yield from (sized if T is None else sized | {"T": T} for T in sweep)
-
-
-def spread(items: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of the items, evenly spread, the first and the last among them."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(at * (len(items) - 1) / (most - 1))] for at in range(most)]
-
-
-def few(found: Sequence[Case]) -> list[Case]:
-    """At most QUICK cases an operation, evenly spread by their bytes."""
-    chosen: list[Case] = []
-    for name in dict.fromkeys(case.op.name for case in found):
-        own = [case for case in found if case.op.name == name]
-        chosen += spread(sorted(own, key=lambda case: case.cost().bytes), QUICK)
-    return chosen
+def _count_values(argument: Any) -> int:
+    if isinstance(argument, torch.nn.Module):
+        return sum(parameter.numel() for parameter in argument.parameters())
+    return argument.numel() if isinstance(argument, torch.Tensor) else 0
 
 
 def cases(
@@ -135,84 +95,135 @@ def cases(
     dtype: torch.dtype | None = None,
     model: MixtralConfig | None = None,
 ) -> list[Case]:
-    """The cases of the operations `names` (none: all), each once; `at`: only those of given sizes ("T=4096").
+    """Return the distinct cases of the operations `names` (empty: all).
 
-    `sizes`: instead of the tabled ones, cases of these sizes ("T=32,H=1024,I=512,E=8,K=2", or a dictionary).
-    `dtype`: None is bf16. `model`: its sizes instead of Mixtral's, also for what `sizes` do not say.
-    ValueError: an unknown name, sizes that no case has, or that an operation lacks or needs, a dtype it has not.
+    quick  at most QUICK cases per operation, of Mixtral 8x7B
+    at     only the cases of these sizes ("T=4096")
+    sizes  these sizes in place of the table's ("T=32,H=1024,I=512,E=8,K=2", or a dictionary)
+    dtype  None: bf16
+    model  its sizes in place of Mixtral's, also for what `sizes` leave out
+
+    ValueError for an unknown name, sizes that no case has, that an operation lacks or needs, or a dtype it lacks.
     """
     if unknown := [name for name in names if name not in BENCHED]:
         raise ValueError(f"argument 'OP' is {unknown[0]!r}, needs one of {', '.join(BENCHED)}")
-    if dtype is not None:
-        _check_dtype(names, dtype)
+    for op in (BENCHED[name] for name in names):
+        if dtype is not None and dtype not in op.dtypes:
+            known = ", ".join(map(dtype_name, op.dtypes))
+            raise ValueError(f"--dtype is {dtype_name(dtype)!r}, and {op.name} has {known}: leave --dtype out")
     if sizes:
         if not names or quick or at:
             raise ValueError("--sizes goes with the operations it is for, and without --quick and --at")
-        said = {} if model is None else letters(model)
-        return [_sized(BENCHED[name], one, _dtype(BENCHED[name], dtype), said) for name in names for one in sizes]
-    wanted = dict(_size("--at", text) for text in at)
-    found: list[Case] = []
-    for op in (op for name, op in BENCHED.items() if name in names or not names):
-        shapes = [sizes for sizes in _tabled(op, quick, model) if _has(sizes, wanted)]
-        found += [Case(op, sizes, _dtype(op, dtype)) for sizes in shapes]
+        defaults = {**DEFAULTS, **({} if model is None else model_sizes(model))}
+        return [
+            _parse_case(BENCHED[name], text, _dtype(BENCHED[name], dtype), defaults) for name in names for text in sizes
+        ]
+    wanted = dict(_parse_size("--at", text) for text in at)
+    found = [
+        Case(op, shape, _dtype(op, dtype))
+        for name, op in BENCHED.items()
+        if name in names or not names
+        for shape in _table_shapes(op, quick, model)
+        if wanted.items() <= Shape(shape).as_dict().items()
+    ]
     if not found:
         raise ValueError(f"--at {' '.join(at)}: no case of the benchmark has these sizes")
-    return few(found) if quick else found
+    return select_quick(found) if quick else found
 
 
-def _has(sizes: Sizes, wanted: Sizes) -> bool:
-    return all(Shape(sizes).as_dict().get(letter) == size for letter, size in wanted.items())
+def _dtype(op: Op, wanted: torch.dtype | None) -> torch.dtype:
+    """Return `wanted` or bf16 where the operation has it; ids stay integers."""
+    return next((dtype for dtype in (wanted, torch.bfloat16) if dtype in op.dtypes), op.dtypes[0])  # type: ignore[return-value]
 
 
-def _tabled(op: Op, quick: bool, model: MixtralConfig | None) -> list[Sizes]:
-    """Distinct sizes: those of Mixtral 8x7B and, unless `quick`, of 8x22B; or those of `model`."""
-    shapes: Sequence[Sizes]
-    mixtral = _shapes(op, MODELS["8x7B"])
+def spread(items: Sequence[Any], most: int) -> list[Any]:
+    """Return at most `most` of the items, evenly spread, with the first and the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(at * (len(items) - 1) / (most - 1))] for at in range(most)]
+
+
+def select_quick(found: Sequence[Case]) -> list[Case]:
+    """Return at most QUICK cases per operation, evenly spread by their bytes."""
+    by_name: dict[str, list[Case]] = {}
+    for case in sorted(found, key=lambda case: case.cost().bytes):
+        by_name.setdefault(case.op.name, []).append(case)
+    return [case for name in dict.fromkeys(case.op.name for case in found) for case in spread(by_name[name], QUICK)]
+
+
+def _table_shapes(op: Op, quick: bool, model: MixtralConfig | None) -> list[Sizes]:
+    """Return the distinct sizes of Mixtral 8x7B and, unless `quick`, of 8x22B; or those of `model`."""
+    shapes: list[Sizes] = list(_mixtral_shapes(op, MODELS["8x7B"]))
     if model is not None:
-        shapes = [one for sizes in mixtral if (one := resized(sizes, model)) is not None]
-    else:
-        shapes = [*mixtral, *(() if quick else _shapes(op, MODELS["8x22B"]))]
+        shapes = [one for sizes in shapes if (one := resize(sizes, model)) is not None]
+    elif not quick:
+        shapes += _mixtral_shapes(op, MODELS["8x22B"])
     return list({tuple(Shape(sizes).as_dict().items()): sizes for sizes in shapes}.values())
 
 
-def _check_dtype(names: Sequence[str], dtype: torch.dtype) -> None:
-    for op in (BENCHED[name] for name in names):
-        if dtype not in op.dtypes:
-            known = ", ".join(map(dtype_name, op.dtypes))
-            raise ValueError(f"--dtype is {dtype_name(dtype)!r}, and {op.name} has {known}: leave --dtype out")
+def _mixtral_shapes(op: Op, model: Mapping[str, int]) -> Iterator[Sizes]:
+    """Yield the bench shapes with the model's sizes; where only tokens vary, for each of TOKENS.
+
+    An operation that lists sizes of both models keeps them as they are listed.
+    """
+    first = MODELS["8x7B"]
+    listed = {name for sizes in op.bench_shapes for name in sizes if sizes[name] != first.get(name, sizes[name])}
+    for sizes in op.bench_shapes:
+        if model is first and any(sizes[name] != first[name] for name in listed):
+            continue
+        shape = Shape(sizes) if listed else Shape(sizes) | {name: model[name] for name in sizes if name in model}
+        sweep = TOKENS if "T" in shape and not {"S", "C"} & set(shape) else (shape.get("T"),)
+        yield from (shape if T is None else shape | {"T": T} for T in sweep)
 
 
-def _size(option: str, text: str) -> tuple[str, Any]:
-    letter, _, size = text.partition("=")
-    if letter in _WEIGHTS:
-        if not re.fullmatch(rf"({'|'.join(BITS)})(:\d+)?", size):
-            formats = ", ".join(BITS)
-            raise ValueError(f"{option} is {text!r}, needs one of {formats}, and maybe its group: {letter}=int4:128")
-        return letter, size
-    if not letter or not size.isdecimal():
-        raise ValueError(f"{option} is {text!r}, needs a size letter and a number: T=4096")
-    return letter, int(size)
+def model_sizes(model: MixtralConfig) -> dict[str, int]:
+    """Return the sizes of a checkpoint's config by the letters of the operations; window 0: none."""
+    return {
+        **{"H": model.hidden_size, "I": model.intermediate_size, "V": model.vocab_size, "L": model.num_hidden_layers},
+        **{"E": model.num_local_experts, "K": model.num_experts_per_tok, "P": model.max_position_embeddings},
+        **{"Hq": model.num_attention_heads, "Hkv": model.num_key_value_heads, "D": model.head_dim},
+        "window": model.sliding_window or 0,
+    }
 
 
-_WEIGHTS = {"weight", "gate_up", "down"}  # switches that name the form of a quantized weight
-# Of what an operation asks for beside its shapes, when nothing is said: no window, an empty cache.
-_UNSAID = {"window": 0, "past": 0}
+def resize(sizes: Sizes, model: MixtralConfig) -> Shape | None:
+    """Return the sizes of a case of Mixtral 8x7B as `model` has them; None where it has no such case."""
+    target = model_sizes(model)
+    positions, slots = target["P"], target["window"] or target["P"]
+    if not switches(sizes).causal:
+        return None
+    if not {"S", "C"} & set(sizes) and sizes["T"] + sizes.get("past", 0) > positions:
+        return None
+    shape = Shape(sizes) | {name: target[name] for name in sizes if name in target}
+    if "N" in sizes:  # one of three products: to q, k and v, from the heads, or to the vocabulary
+        heads, keys = target["Hq"] * target["D"], 2 * target["Hkv"] * target["D"]
+        products = {4096: {"H": heads, "N": target["H"]}, 6144: {"N": heads + keys}}
+        shape |= products.get(sizes["N"], {"N": target["V"]})
+    if "L" in sizes:  # a decode step
+        shape |= {"L": min(sizes["L"], target["L"]), "S": min(sizes["S"], slots)}
+    elif "S" in sizes:
+        shape["S"] = min(sizes["S"], positions)
+        shape["T"] = shape["S"] if sizes["T"] == sizes["S"] else min(sizes["T"], shape["S"])
+    if "C" in sizes:
+        shape["C"] = min(sizes["C"], slots)
+        shape |= {"T": min(sizes["T"], shape["C"]), "past": min(sizes["past"], shape["C"] - 1)}
+    return shape
 
 
-def _sized(op: Op, sizes: str | Sizes, dtype: torch.dtype, model: Sizes) -> Case:
-    """The case of `op` at the sizes that somebody wrote down, and of the letters that they left out at the model's."""
-    given = _parsed(sizes) if isinstance(sizes, str) else Shape(sizes).as_dict()
+def _parse_case(op: Op, sizes: str | Sizes, dtype: torch.dtype, defaults: Sizes) -> Case:
+    """Return the case of `op` at the sizes that a user wrote, the missing ones from `defaults`."""
+    wanted = _parse_sizes(sizes) if isinstance(sizes, str) else Shape(sizes).as_dict()
     shapes = [Shape(sizes).as_dict() for sizes in (*op.test_shapes, *op.bench_shapes)]
-    known = list(dict.fromkeys(letter for sizes in shapes for letter in sizes))
-    needed = [letter for letter in known if all(letter in sizes for sizes in shapes)]
-    if foreign := [letter for letter in given if letter not in known]:
+    known = list(dict.fromkeys(name for sizes in shapes for name in sizes))
+    needed = [name for name in known if all(name in sizes for sizes in shapes)]
+    if foreign := [name for name in wanted if name not in known]:
         raise ValueError(f"--sizes has {foreign[0]}, and {op.name} has {', '.join(known)}")
-    said = {**_UNSAID, **model, **given}
-    if missing := [letter for letter in needed if letter not in said]:
+    values = {**defaults, **wanted}
+    if missing := [name for name in needed if name not in values]:
         raise ValueError(f"--sizes lacks {', '.join(missing)}: {op.name} needs {', '.join(needed)}")
-    case = Case(op, Shape({letter: said[letter] for letter in known if letter in {*given, *needed}}), dtype)
-    if none := [letter for letter in ("B", "T", "H", "I", "E", "V", "N") if case.sizes.get(letter) == 0]:
-        raise ValueError(f"--sizes has {none[0]}=0, needs at least 1: there is nothing to time")
+    case = Case(op, Shape({name: values[name] for name in known if name in {*wanted, *needed}}), dtype)
+    if empty := [name for name in ("B", "T", "H", "I", "E", "V", "N") if case.sizes.get(name) == 0]:
+        raise ValueError(f"--sizes has {empty[0]}=0, needs at least 1: there is nothing to time")
     if case.sizes.get("K", 0) > case.sizes.get("E", case.sizes.get("K", 0)):
         raise ValueError(
             f"--sizes has K={case.sizes['K']}, needs at most E={case.sizes['E']}: a token's experts differ"
@@ -221,90 +232,100 @@ def _sized(op: Op, sizes: str | Sizes, dtype: torch.dtype, model: Sizes) -> Case
     return case
 
 
-def _parsed(text: str) -> dict[str, Any]:
-    pairs = [_size("--sizes", part) for part in text.split(",")]
-    if len(given := dict(pairs)) < len(pairs):
+def _parse_sizes(text: str) -> dict[str, Any]:
+    pairs = [_parse_size("--sizes", part) for part in text.split(",")]
+    if len(dict(pairs)) < len(pairs):
         raise ValueError(f"--sizes is {text!r}, needs each letter once")
-    return given
+    return dict(pairs)
 
 
-def _blocks(args: dict[str, Any]) -> Iterator[tuple[int, int]]:
-    """Query ranges to check of a long causal `attention` over its own tokens: first, middle and last. Else none."""
-    T, ragged = args["q"].shape[1], args.get("lengths") is not None
-    if T > CHECKED_WHOLE and args["k"].shape[1] == T and args.get("causal", True) and not ragged:
-        yield from ((begin, begin + BLOCK) for begin in (0, (T - BLOCK) // 2, T - BLOCK))
-
-
-def _held(function: Any, stick: Tolerance, /, **given: Any) -> Any:
-    """A call of `function`, held to what a number does not tell: as many results, of these shapes, and its arguments
-    as they were (what it wrote into is put back)."""
-    before = {
-        name: value.clone()
-        for name, value in given.items()
-        if isinstance(value, torch.Tensor) and name not in stick.mutates
-    }
-    out = function(**given)
-    written = [name for name, value in before.items() if not _same(value, given[name])]
-    for name in written:
-        given[name].copy_(before[name])
-    if written:
-        raise _Wrong(f"it writes into {', '.join(written)}")
-    results = () if out is None else tuple(out) if isinstance(out, (tuple, list)) else (out,)
-    wanted = stick.exact[: len(stick.exact) - len(stick.mutates)]
-    if strange := [type(result).__name__ for result in results if not isinstance(result, torch.Tensor)]:
-        raise _Wrong(f"a result is a {strange[0]}, needs a tensor")
-    shapes, needed = ([list(result.shape) for result in found] for found in (results, wanted))
-    if shapes != needed:
-        raise _Wrong(f"results of shape {_shown(shapes)}, where {_shown(needed)} would be right")
-    return tuple(
-        got if want.dtype.is_floating_point else got.to(want.dtype) for got, want in zip(results, wanted, strict=True)
-    )
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """NaN, as memory may hold that nobody wrote, is like NaN."""
-    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _shown(shapes: Sequence[Sequence[int]]) -> str:
-    return " and ".join(map(str, shapes)) or "none"
+def _parse_size(option: str, text: str) -> tuple[str, Any]:
+    name, _, size = text.partition("=")
+    if name in QUANTIZED:
+        if not re.fullmatch(rf"({'|'.join(BITS)})(:\d+)?", size):
+            raise ValueError(
+                f"{option} is {text!r}, needs one of {', '.join(BITS)}, optionally a group: {name}=int4:128"
+            )
+        return name, size
+    if not name or not size.isdecimal():
+        raise ValueError(f"{option} is {text!r}, needs a size letter and a number: T=4096")
+    return name, int(size)
 
 
 class Oracle:
-    """Plain torch's results of one call, for us and for every peer."""
+    """The reference's results of one call, for ours and for every peer."""
 
     def __init__(self, op: Op, args: dict[str, Any]) -> None:
         self.args = args
-        self.parts: list[tuple[Tolerance, slice | None]] = []
-        for begin, end in _blocks(args) if op.name == "attention" else ():
-            # Queries stand at the end of the keys: those of a block see none beyond it.
-            cut = {"q": args["q"][:, begin:end], "k": args["k"][:, :end], "v": args["v"][:, :end]}
-            self.parts.append((Tolerance(op.name, {**args, **cut}), slice(begin, end)))
-        if not self.parts:
-            self.parts.append((Tolerance(op.name, args), None))
+        self.parts = [
+            (Tolerance(op.name, {**args, **part}), rows)
+            for part, rows in (_blocks(args) if op.name == "attention" else [({}, None)])
+        ]
 
-    def fault(self, function: Any) -> str | None:
-        """What is wrong with `function` on these arguments; None if nothing is."""
-        for stick, rows in self.parts:
-            whole = function if rows is None else lambda rows=rows, **_: self._rows(function, rows)
+    def fault(self, function: Callable[..., Any]) -> str | None:
+        """Return what is wrong with `function` on these arguments, or None."""
+        for tolerance, rows in self.parts:
+            part = function if rows is None else lambda rows=rows, **_: function(**self.args)[:, rows]
             try:
-                error, limit = stick.measure(partial(_held, whole, stick))
-            except _Wrong as wrong:
+                error, limit = tolerance.measure(partial(_check_call, part, tolerance))
+            except WrongResult as wrong:
                 return f"wrong: {wrong}"
-            if not error <= SLACK * limit:
-                return f"wrong: an error of {error:.1e}, where {SLACK * limit:.1e} would be right"
+            if not error <= PEER_SLACK * limit:
+                return f"wrong: an error of {error:.1e}, where {PEER_SLACK * limit:.1e} would be right"
         return None
-
-    def _rows(self, function: Any, rows: slice) -> Any:
-        return function(**self.args)[:, rows]
 
 
 class StepOracle:
-    """The same for a decode step, which changes its cache."""
+    """The torch backend's logits of a decode step, which changes its cache."""
 
     def __init__(self, args: dict[str, Any]) -> None:
         self.fault = partial(decode_step.fault, args=args)
 
 
-def oracle(op: Op, args: dict[str, Any]) -> Oracle | StepOracle:
+def oracle_of(op: Op, args: dict[str, Any]) -> Oracle | StepOracle:
     return StepOracle(args) if op is decode_step.STEP else Oracle(op, args)
+
+
+def _blocks(args: dict[str, Any]) -> list[tuple[dict[str, Any], slice | None]]:
+    """Return the parts of an attention call to check: the first, middle and last queries where it is long."""
+    T = args["q"].shape[1]
+    whole = args["k"].shape[1] != T or not args.get("causal", True) or args.get("lengths") is not None
+    if T <= UNBLOCKED_MOST or whole:
+        return [({}, None)]
+    ranges = [(start, start + BLOCK) for start in (0, (T - BLOCK) // 2, T - BLOCK)]
+    # Queries align with the end of the keys: those of a block see no key beyond it.
+    return [
+        ({"q": args["q"][:, start:end], "k": args["k"][:, :end], "v": args["v"][:, :end]}, slice(start, end))
+        for start, end in ranges
+    ]
+
+
+def _check_call(function: Callable[..., Any], tolerance: Tolerance, /, **args: Any) -> Any:
+    """Call `function` and check what an error does not show: number and shapes of the results, unchanged arguments.
+
+    An argument that it writes into is restored.
+    """
+    before = {
+        name: x.clone() for name, x in args.items() if isinstance(x, torch.Tensor) and name not in tolerance.mutates
+    }
+    out = function(**args)
+    written = [name for name, x in before.items() if not _equal(x, args[name])]
+    for name in written:
+        args[name].copy_(before[name])
+    if written:
+        raise WrongResult(f"it writes into {', '.join(written)}")
+    results = () if out is None else tuple(out) if isinstance(out, (tuple, list)) else (out,)
+    wanted = tolerance.exact[: len(tolerance.exact) - len(tolerance.mutates)]
+    if foreign := [type(result).__name__ for result in results if not isinstance(result, torch.Tensor)]:
+        raise WrongResult(f"a result is a {foreign[0]}, needs a tensor")
+    got, needed = ([list(x.shape) for x in tensors] for tensors in (results, wanted))
+    if got != needed:
+        text, right = (" and ".join(map(str, shapes)) or "none" for shapes in (got, needed))
+        raise WrongResult(f"results of shape {text}, where {right} would be right")
+    pairs = zip(results, wanted, strict=True)
+    return tuple(result if want.dtype.is_floating_point else result.to(want.dtype) for result, want in pairs)
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal, where NaN in uninitialized memory equals NaN."""
+    return torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)

@@ -1,12 +1,12 @@
-"""The whole decode step as an operation, so that it goes the same way through the benchmark: one token for B sequences
-of S positions each, the new one included, through L layers and the head of a model with random weights.
+"""The whole decode step as an operation of the benchmark: one new token for each of B sequences of S positions.
 
-Its peers run the same weights on copies of the same cache. Letters as in `kernels.reference`; V vocabulary.
+The model has L layers and a head of V rows with random weights. Peers run the same weights on copies of the same cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -25,33 +25,26 @@ from ...kernels.registry import OPS
 from ...model import Mixtral
 from ...parallel import Ranks
 from ...reference import block
+from ...weights import table
 
 Args = dict[str, Any]
-STEPS_MOST = 4096  # positions beyond S that a benchmark's repeated steps may reach
-NEAR = 0.05  # of the norm of a row of logits: how far it may be from plain torch in the same dtype
+STEPS_MOST = 4096  # positions beyond S that repeated steps may reach
+LOGITS_ERROR = 0.05  # of the norm of a row of logits: the limit of its distance from the torch backend
 
 
 def config(sizes: Sizes) -> MixtralConfig:
-    return MixtralConfig(
-        vocab_size=sizes["V"],
-        hidden_size=sizes["H"],
-        intermediate_size=sizes["I"],
-        num_hidden_layers=sizes["L"],
-        num_attention_heads=sizes["Hq"],
-        num_key_value_heads=sizes["Hkv"],
-        head_dim=sizes["D"],
-        num_local_experts=sizes["E"],
-        num_experts_per_tok=sizes["K"],
-        rope_theta=1e6,
-        max_position_embeddings=sizes["S"] + STEPS_MOST,
-    )
+    names = {"vocab_size": "V", "hidden_size": "H", "intermediate_size": "I", "num_hidden_layers": "L"}
+    names |= {"num_attention_heads": "Hq", "num_key_value_heads": "Hkv", "head_dim": "D"}
+    names |= {"num_local_experts": "E", "num_experts_per_tok": "K"}
+    fields: dict[str, Any] = {field: sizes[letter] for field, letter in names.items()}
+    return MixtralConfig(**fields, rope_theta=1e6, max_position_embeddings=sizes["S"] + STEPS_MOST)
 
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None, ranks: Ranks | None = None) -> Args:
-    """The model, or the part of it of one of `ranks`; a cache that holds S - 1 positions; the next tokens [B,1].
+    """Return the model (or one rank's part), a cache that holds S - 1 positions, and the next tokens [B,1].
 
-    A layer's experts hold the same values, each in memory of its own: a near tie in a 16-bit router, which sends a row
-    to another expert, and rightly, then changes no logits.
+    All experts of a layer hold the same values in separate memory, so that a near tie in a 16-bit router, which may
+    select another expert, changes no logits.
     """
     model = Mixtral(config(sizes), device, dtype, ranks=ranks)
     for name, weight in model.named_parameters():
@@ -62,25 +55,25 @@ def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None,
         if weight.dim() == 3:
             weight[1:] = weight[:1]
     cache = KVCache(model.config, sizes["B"], sizes["S"], device, dtype)
-    cache.max_len = model.config.max_position_embeddings  # repeated steps turn round in the ring
-    for kept in (*cache.keys, *cache.values):
-        kept.normal_(generator=generator)
+    cache.max_len = model.config.max_position_embeddings  # repeated steps wrap around the ring
+    for buffer in (*cache.keys, *cache.values):
+        buffer.normal_(generator=generator)
     rewind(cache)
     return {"model": model, "cache": cache, "token": torch.arange(sizes["B"], device=device)[:, None] % sizes["V"]}
 
 
 def rewind(cache: KVCache) -> None:
-    """All slots but the last are held. Steps beyond the last slot turn round in the ring: S positions stay held."""
+    """Fill all slots but the last. Steps beyond the last slot wrap around the ring, which then stays full."""
     cache.lengths.fill_(cache.slots - 1)
 
 
 def decode_step(model: Mixtral, cache: KVCache, token: Tensor) -> Tensor:
-    """-> logits fp32 [B,V]."""
+    """Return the logits, fp32 [B,V]."""
     return model.head(model.hidden(token, cache)[:, 0])
 
 
 def replayed_step(args: Args) -> Callable[..., Tensor]:
-    """It as a decode loop runs it: in a CUDA graph on a GPU, where each call overwrites the logits of the last."""
+    """Return the step as a decode loop runs it: on a GPU in a CUDA graph, whose logits each call overwrites."""
     once = partial(decode_step, **args)
     if not can_capture(args["model"]):
         return lambda **_: once()
@@ -96,26 +89,19 @@ def replayed_step(args: Args) -> Callable[..., Tensor]:
 
 
 def plain_step(model: Mixtral, cache: KVCache, token: Tensor) -> Tensor:
-    """`decode_step` in plain torch."""
+    """Run `decode_step` with the torch backend."""
     past, new = cache.lengths, torch.ones_like(cache.lengths)
     x = F.embedding(token, model.embed_tokens)
     for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
-        attend = partial(_attend, model, keys, values, past, new)
+        ring = {"k_cache": keys, "v_cache": values, "past": past, "new": new, "window": model.config.sliding_window}
+        attend = partial(reference.rope_append_attention, cos=model.cos, sin=model.sin, **ring)
         x = block(layer, model.config, x, attend).output
     cache.advance(new, 1)
     return model.head(reference.rms_norm(x, model.norm, model.config.rms_norm_eps)[:, 0])
 
 
-def _attend(
-    model: Mixtral, keys: Tensor, values: Tensor, past: Tensor, new: Tensor, q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
-    """Attention of one token a sequence, over the layer's ring."""
-    where = keys, values, past, new, model.config.sliding_window
-    return reference.rope_append_attention(q, k, v, model.cos, model.sin, *where)
-
-
 def fault(function: Callable[..., Any], args: Args) -> str | None:
-    """What is wrong with the logits of `function`'s first step, beside plain torch in the same dtype."""
+    """Return what is wrong with the logits of `function`'s first step compared with the torch backend's, or None."""
     cache = args["cache"]
     rewind(cache)
     want = plain_step(**args)
@@ -124,70 +110,56 @@ def fault(function: Callable[..., Any], args: Args) -> str | None:
     rewind(cache)
     if got.shape != want.shape:
         return f"wrong: logits of shape {list(got.shape)}, where {list(want.shape)} would be right"
-    far = ((got - want).norm(dim=-1) / want.norm(dim=-1)).nan_to_num(nan=float("inf")) > NEAR
-    if not far.any():
-        return None
-    return (
-        f"wrong: {int(far.sum())} of {len(far)} rows of logits are farther than {NEAR} of their norm from plain torch"
-    )
+    error = ((got - want).norm(dim=-1) / want.norm(dim=-1)).nan_to_num(nan=float("inf"))
+    wrong = int((error > LOGITS_ERROR).sum())
+    where = f"{wrong} of {len(error)} rows of logits"
+    return f"wrong: {where} are farther than {LOGITS_ERROR} of their norm from plain torch" if wrong else None
 
 
-def theirs(model: Mixtral) -> Any:
-    """transformers' model on the very weights of ours."""
+def hf_model(model: Mixtral) -> Any:
+    """Return transformers' model on the weights of ours."""
     from transformers import MixtralConfig, MixtralForCausalLM
     from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
-    own = model.config
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    more = ("num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok", "max_position_embeddings")
-    rope = {"rope_type": "default", "rope_theta": own.rope_theta}
-    sized = {name: getattr(own, name) for name in (*names, *more)}
-    settings = MixtralConfig(**sized, rms_norm_eps=own.rms_norm_eps, rope_parameters=rope, sliding_window=None)
+    fields = asdict(model.config)
+    rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
+    settings = MixtralConfig(**fields, rope_parameters=rope)
     with torch.device("meta"):
         hf = MixtralForCausalLM(settings)
-    Hq, Hkv, D = own.num_attention_heads, own.num_key_value_heads, own.head_dim
-    weights = {"model.embed_tokens.weight": model.embed_tokens, "model.norm.weight": model.norm}
-    weights["lm_head.weight"] = model.lm_head
-    for index, layer in enumerate(model.layers):
-        q, k, v = layer.qkv_proj.split((Hq * D, Hkv * D, Hkv * D))
-        kept = {"self_attn.q_proj.weight": q, "self_attn.k_proj.weight": k, "self_attn.v_proj.weight": v}
-        kept |= {"self_attn.o_proj.weight": layer.o_proj, "mlp.gate.weight": layer.gate}
-        kept |= {f"mlp.experts.{name}": getattr(layer, name) for name in ("gate_up_proj", "down_proj")}
-        norms = ("input_layernorm", "post_attention_layernorm")
-        kept |= {f"{name}.weight": getattr(layer, name) for name in norms}
-        weights |= {f"model.layers.{index}.{name}": weight for name, weight in kept.items()}
-    hf.load_state_dict(weights, assign=True)
+    parameters = dict(model.named_parameters())
+    targets = table(model.config, "fused")
+    hf.load_state_dict({name: parameters[one.parameter][one.index] for name, one in targets.items()}, assign=True)
     hf.model.rotary_emb = MixtralRotaryEmbedding(settings).to(model.device)
     return hf.eval()
 
 
-def _hf(args: Args, kept: Callable[[Any], Any], compile: bool) -> Callable[..., Any]:
-    """A step of transformers' model on a copy of our cache, in `kept`, its own. Experts run as they do by default."""
-    cache, hf = args["cache"], theirs(args["model"])
-    held = kept(hf.config)
+def _hf(args: Args, new_cache: Callable[[Any], Any], compile: bool) -> Callable[..., Any]:
+    """Return a step of transformers' model on a copy of our cache. Experts use transformers' default implementation."""
+    cache, hf = args["cache"], hf_model(args["model"])
+    copy = new_cache(hf.config)
     for index, layer in enumerate(zip(cache.keys, cache.values, strict=True)):
-        held.update(*(x[:, :, : cache.slots - 1].clone() for x in layer), index)
+        copy.update(*(x[:, :, : cache.slots - 1].clone() for x in layer), index)
     forward = torch.compile(hf.forward, mode="reduce-overhead") if compile else hf.forward
     name = cache_keyword()
-    return lambda token, **_: forward(token, use_cache=True, **{name: held}).logits[:, -1].float()
+    return lambda token, **_: forward(token, use_cache=True, **{name: copy}).logits[:, -1].float()
 
 
 def hf_eager(op: Op, args: Args) -> Callable[..., Any]:
-    """transformers as it is, its cache growing."""
+    """Eager transformers with a growing cache."""
     from transformers import DynamicCache
 
     return _hf(args, lambda config: DynamicCache(), compile=False)
 
 
 def hf_static(op: Op, args: Args) -> Callable[..., Any]:
-    """transformers with a static cache and a compiled forward, in CUDA graphs."""
+    """Compiled transformers with a static cache, in CUDA graphs."""
     from transformers import StaticCache
 
     return _hf(args, lambda config: StaticCache(config, args["cache"].slots + STEPS_MOST), compile=True)
 
 
 def expected_distinct_experts(args: Args) -> float:
-    """Distinct experts a layer that the next step's tokens choose, on average over the layers."""
+    """Return the mean number of distinct experts per layer that the next step's tokens select."""
     from ..trace import RouteRecorder
 
     rewind(args["cache"])
@@ -198,8 +170,10 @@ def expected_distinct_experts(args: Args) -> float:
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    """Every weight that the step needs once, and of each layer the cache and the chosen experts. Activations between
-    the operations are a small part and no floor: fused further, they would not leave the chip."""
+    """Count each needed weight once, and per layer the cache and the selected experts.
+
+    Activations between operations do not count: further fusion would keep them on the chip.
+    """
     B, H, E, D, L, V = (sizes[letter] for letter in "BHEDLV")
     heads = sizes["Hq"], sizes["Hkv"]
     rows = 2 * (heads[0] + heads[1]) * D + E  # of q, k, v, o and the gate, each H long
@@ -220,7 +194,7 @@ STEP = Op(
     test_shapes=({"B": 3, "S": 12, "L": 2, "H": 64, "I": 96, "E": 4, "K": 2, "Hq": 4, "Hkv": 2, "D": 16, "V": 100},),
     bench_shapes=tuple(
         {"B": B, "S": S, "L": L, "H": 4096, "I": 14336, "E": 8, "K": 2, "Hq": 32, "Hkv": 8, "D": 128, "V": 32000}
-        # Two depths of one step tell what a layer takes.
+        # Two depths of one step give the time of a layer.
         for B, S, L in ((1, 1024, 1), *((B, S, 4) for B in (1, 8, 32) for S in (1024, 4096, 32768)))
     ),
     dtypes=(torch.bfloat16, torch.float16, torch.float32),

@@ -1,10 +1,12 @@
-"""One operation beside its peers and its floor: times on the device at hand, and what is known without one."""
+"""Check and time one operation, its peers and their results; without a GPU, collect what is known about a case."""
 
 from __future__ import annotations
 
 import gc
+import statistics
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,34 +15,112 @@ import torch
 
 from ...config import MixtralConfig
 from ...kernels.launch import target_arch
-from ...kernels.op import Cost, Launch, Sizes
+from ...kernels.op import Sizes
 from ...kernels.record import record_launches
-from ...ops import reached_by
+from ...ops import dispatched
 from ..gpus import GPU, RATED, data_sheet
 from ..predict import Prediction, bound, floor, measure_gpu, predict
 from . import decode_step
-from .cases import Case, Oracle, StepOracle, cases, oracle
-from .own_peer import own_peer
-from .peers import Function, Peer, Unfit, peers_of
-from .timing import Call, DeviceTimer, StepTimer, Timer, host_timer
+from .cases import Case, Oracle, StepOracle, cases, oracle_of
+from .peers import Function, Peer, Unsupported, peers_of, user_peer
 
-OUT_OF_MEMORY = "out of memory"
-NOT_CHECKED = "not checked"
+Call = Callable[[], Any]
+Timer = Callable[[Call], float]
+
+NOT_CHECKED, NO_GPU = "not checked", "there is no GPU"
 DEFAULT_GPU = "h100"  # of the floors, where there is no GPU
-NO_GPU = "there is no GPU"
+RUNS_LEAST, RUNS_MOST = 5, 100
+SWEEP_BYTES = 256 << 20  # read at least, and four times the size of L2, to evict it
 
 
 class DeviceLost(RuntimeError):
-    """The device answers every call with an earlier one's error."""
+    """Every further call on the device fails with the error of an earlier one."""
 
 
 class Untimed(Exception):
-    """Why no time is taken."""
+    """No time is taken; the message says why."""
+
+
+def _runs(estimate: float, budget: float) -> int:
+    return max(RUNS_LEAST, min(RUNS_MOST, int(budget / max(estimate, 1e-9))))
+
+
+def wall_seconds(
+    call: Call, device: torch.device | None = None, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Return the seconds of one call by `clock`; with a CUDA device, until it has finished its work."""
+    synchronize = partial(torch.cuda.synchronize, device) if device is not None and device.type == "cuda" else int
+    synchronize()
+    start = clock()
+    call()
+    synchronize()
+    return clock() - start
+
+
+def host_timer(call: Call, budget: float = 0.2) -> float:
+    """Return the median wall-clock seconds of `call` on the CPU, spending about `budget` seconds."""
+    call()
+    return statistics.median(wall_seconds(call) for _ in range(_runs(wall_seconds(call), budget)))
+
+
+def paired(ours: Call, theirs: Call, clock: Callable[[Call], float], rounds: Iterable[Any]) -> tuple[float, ...]:
+    """Return the medians of ours, of theirs and of their ratio. The two alternate, so a change of speed hits both."""
+    times = [(clock(ours), clock(theirs)) for _ in rounds]
+    first, second = map(statistics.median, zip(*times, strict=True))
+    return first, second, statistics.median(b / a for a, b in times)
+
+
+class DeviceTimer:
+    """Median seconds of a call's device kernels between two events, from a cold L2.
+
+    `triton.testing.do_bench` clears L2 with one write. Here reads evict it, because dirty lines would be written back
+    while the call is timed, and they repeat until the host has enqueued the whole call, so that launches are not timed.
+    """
+
+    def __init__(self, device: torch.device, budget: float = 0.2) -> None:
+        self.device, self.budget = device, budget
+        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+        self.buffer = torch.ones(max(4 * cache, SWEEP_BYTES) // 4, device=device)
+        self.sweep_seconds = min(self._elapsed(self.buffer.amax, 1) for _ in range(3))
+
+    def _elapsed(self, call: Call, sweeps: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        for _ in range(sweeps):
+            self.buffer.amax()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+    def __call__(self, call: Call) -> float:
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize(self.device)
+        sweeps = min(50, 1 + int(1.5 * wall_seconds(call) / self.sweep_seconds))
+        runs = _runs(self._elapsed(call, sweeps) + sweeps * self.sweep_seconds, self.budget)
+        return statistics.median(self._elapsed(call, sweeps) for _ in range(runs))
+
+
+class StepTimer:
+    """Mean seconds of a call in a row of calls, host time included, as a decode loop runs it."""
+
+    def __init__(self, device: torch.device, budget: float = 0.5) -> None:
+        self.device, self.budget = device, budget
+
+    def mean_of(self, call: Call, runs: int) -> float:
+        return wall_seconds(lambda: [call() for _ in range(runs)], torch.device("cuda", self.device.index)) / runs
+
+    def __call__(self, call: Call) -> float:
+        self.mean_of(call, 3)
+        runs = _runs(self.mean_of(call, 3), self.budget / 3)
+        return statistics.median(self.mean_of(call, runs) for _ in range(3))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One way to do a case: its time, or what is said instead of one. `right`: as checked; None where it was not."""
+    """The time of one implementation of a case, or a note in its place. `right` is None where nothing was checked."""
 
     seconds: float | None = None
     note: str | None = None
@@ -48,21 +128,20 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """What stands in a cell without a time."""
+        """The text of a cell without a time."""
         if self.right is None:
             return NOT_CHECKED if str(self.note).startswith(NOT_CHECKED) else "-"
         return "right" if self.right else str(self.note).split(":")[0]
 
     def as_dict(self) -> dict[str, Any]:
-        seconds = self.seconds
-        return {"time_us": None if seconds is None else seconds * 1e6, "note": self.note, "right": self.right}
+        return {"time_us": self.seconds and self.seconds * 1e6, "note": self.note, "right": self.right}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case on one GPU. `launches`: names of the device kernels of a call, in order; times only where measured.
+    """One case on one GPU: its work, its floor, the device kernels of a call in order, and times where measured.
 
-    `predicted`: by the data sheet of a GPU of which enough is known (predict.py), measured or not.
+    `predicted` follows from the data sheet of a known GPU (tools/predict.py), measured or not.
     """
 
     case: Case
@@ -77,11 +156,11 @@ class Row:
 
     @property
     def share(self) -> float | None:
-        """How near to the floor: 1.0 is on it."""
+        """The floor over our time: 1.0 reaches the floor."""
         return None if self.ours.seconds is None else self.floor_s / self.ours.seconds
 
     def ratio(self, peer: str) -> float | None:
-        """The peer's time over ours: above 1, we are faster."""
+        """The peer's time over ours: above 1, ours is faster."""
         theirs = self.peers[peer].seconds
         return None if theirs is None or self.ours.seconds is None else theirs / self.ours.seconds
 
@@ -103,84 +182,77 @@ class Row:
 
 
 def our_call(case: Case, args: dict[str, Any]) -> Function:
-    """The registered operator, as a user's tensors reach it; the decode step is no operator."""
-    if case.op is decode_step.STEP:
-        return decode_step.replayed_step(args)
-    return reached_by(case.op.name, args)
+    """Return the registered operator, as a user's tensors reach it; for a decode step, its replay."""
+    return decode_step.replayed_step(args) if case.op is decode_step.STEP else dispatched(case.op.name, args)
 
 
 def untimed_row(case: Case, gpu: GPU, args: dict[str, Any] | None = None) -> Row:
-    """The row without times: what follows from the sizes (with `args`, from their routing), recorded, nothing run."""
+    """Return the row without times, from the sizes (with `args`, from their routing) and recorded launches."""
     cost, shapes = case.cost(args), case.inputs(torch.device("meta"))
     with record_launches(gpu.arch) as launches, torch.no_grad():
         case.op.run(**shapes)
     names = tuple(launch.kernel for launch in launches)
-    said = _predicted(launches, gpu, cost)
-    return Row(case, cost.flops, cost.bytes, floor(cost, gpu), bound(cost, gpu), names, predicted=said)
-
-
-def _predicted(launches: Sequence[Launch], gpu: GPU, cost: Cost) -> Prediction | None:
-    """On the GPU, or where it was measured on the GPU of that name; None where too little is known of it."""
     known = gpu if gpu.chip is not None else data_sheet(gpu.name)
-    return None if known is None or known.chip is None else predict(launches, known, cost)
+    prediction = None if known is None or known.chip is None else predict(launches, known, cost)
+    return Row(case, cost.flops, cost.bytes, floor(cost, gpu), bound(cost, gpu), names, predicted=prediction)
 
 
-def attempt(build: Callable[[], Function], args: dict[str, Any], judge: Oracle | StepOracle, timer: Timer) -> Outcome:
-    """Build, check once on the actual inputs, then time: whatever fails on the way is what is said."""
+def attempt(build: Callable[[], Function], args: dict[str, Any], oracle: Oracle | StepOracle, timer: Timer) -> Outcome:
+    """Build a function, check it once on the actual inputs, then time it. Any failure becomes the outcome's note."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of compilers and of other libraries: nothing that a reader can act on
+            warnings.simplefilter("ignore")  # of compilers and other libraries
             function = build()
-            wrong = judge.fault(function)
-            call: Call = partial(function, **args)
-            return Outcome(note=wrong, right=False) if wrong else Outcome(timer(call), right=True)
-    except Exception as error:  # another library's: it may raise anything
-        return _failed(error)
+            wrong = oracle.fault(function)
+            return Outcome(note=wrong, right=False) if wrong else Outcome(timer(partial(function, **args)), right=True)
+    except Exception as error:  # another library may raise anything
+        return _failure(error)
 
 
-def _failed(error: Exception) -> Outcome:
+def _failure(error: Exception) -> Outcome:
     if isinstance(error, Untimed):
         return Outcome(note=f"right, not timed: {error}", right=True)
-    if isinstance(error, Unfit):
+    if isinstance(error, Unsupported):
         return Outcome(note=str(error))
     if isinstance(error, torch.OutOfMemoryError):
-        return Outcome(note=OUT_OF_MEMORY)
-    return Outcome(note=f"fails: {_why(error)}", right=False)
+        return Outcome(note="out of memory")
+    return Outcome(note=f"fails: {_summary(error)}", right=False)
 
 
-def _why(error: Exception) -> str:
+def _summary(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:160]}"
 
 
 def timed_row(case: Case, gpu: GPU, device: torch.device, timer: Timer, peers: Sequence[Peer]) -> Row:
-    """The row with the times of `case` and of its peers on `device`."""
+    """Return the row with the times of `case` and of its peers on `device`."""
     with torch.no_grad():
         args = case.inputs(device)
-        row, judge = untimed_row(case, gpu, args), oracle(case.op, args)
-        outcome = attempt(lambda: our_call(case, args), args, judge, timer)
-        found: dict[str, Outcome] = {}
-        for peer in peers:
-            found[peer.name] = attempt(partial(peer.build, case.op, args), args, judge, timer)
-            _free(device)
-    return replace(row, ours=outcome, peers=found)
+        row, oracle = untimed_row(case, gpu, args), oracle_of(case.op, args)
+        ours = attempt(lambda: our_call(case, args), args, oracle, timer)
+        return replace(row, ours=ours, peers=_attempt_peers(case, args, oracle, timer, peers))
+
+
+def _attempt_peers(case: Case, args: Any, oracle: Oracle | StepOracle, timer: Timer, peers: Sequence[Peer]) -> Any:
+    found: dict[str, Outcome] = {}
+    for peer in peers:
+        found[peer.name] = attempt(partial(peer.build, case.op, args), args, oracle, timer)
+        _free_memory()
+    return found
 
 
 def checked_row(case: Case, gpu: GPU, peers: Sequence[Peer], untimed: str) -> Row:
-    """The row without times: `peers`, somebody's own, are checked on the CPU; `untimed` is why no time is taken."""
+    """Return the row without times, with the user's `peers` checked on the CPU. `untimed`: why no time is taken."""
     row = untimed_row(case, gpu)
-    if not peers:
-        return row
-    if large := case.too_large_for_a_cpu():
+    if peers and (large := case.too_large_for_cpu()):
         return replace(row, peers={peer.name: Outcome(note=f"{NOT_CHECKED}: {large}") for peer in peers})
 
     def timer(call: Call) -> float:
         raise Untimed(untimed)
 
     with torch.no_grad():
-        args = case.inputs(torch.device("cpu"))
-        judge = oracle(case.op, args)
-        found = {peer.name: attempt(partial(peer.build, case.op, args), args, judge, timer) for peer in peers}
+        args = case.inputs(torch.device("cpu")) if peers else {}
+        found = _attempt_peers(case, args, oracle_of(case.op, args), timer, peers) if peers else {}
     return replace(row, peers=found)
 
 
@@ -191,29 +263,29 @@ def compare(
     dtype: torch.dtype | None = None,
     model: MixtralConfig | None = None,
 ) -> list[Row]:
-    """The operation `op` beside your functions by name, a row for each of `sizes`; none: for the sizes of the table.
+    """Compare the operation `op` with your functions by name: a row for each of `sizes` (none: the table's sizes).
 
-    On a GPU installed peers stand beside them, and all are timed. Elsewhere floors are an H100's, and your functions
-    are checked on the CPU. `model`: a checkpoint's sizes, as `cases` takes them.
-    ValueError: an unknown operation, sizes or a dtype that it has not, a peer that is no function.
+    On a GPU all are timed, installed peers too. Elsewhere floors are an H100's, and your functions are checked on the
+    CPU. `model`: a checkpoint's sizes, as `cases` takes them.
+    ValueError for an unknown operation, sizes or a dtype that it lacks, a peer that is no function.
     """
-    own = [own_peer(name, function) for name, function in (peers or {}).items()]
-    chosen = cases([op], sizes=sizes, dtype=dtype, model=model)
+    functions = [user_peer(name, function) for name, function in (peers or {}).items()]
+    found = cases([op], sizes=sizes, dtype=dtype, model=model)
     if torch.cuda.is_available():
-        return list(Bench.of(torch.device("cuda")).rows(chosen, own=own))
-    return [checked_row(case, RATED[DEFAULT_GPU], own, NO_GPU) for case in chosen]
+        return list(Bench.of(torch.device("cuda")).rows(found, extra_peers=functions))
+    return [checked_row(case, RATED[DEFAULT_GPU], functions, NO_GPU) for case in found]
 
 
-def _free(device: torch.device) -> None:
-    """What a peer held is gone before the next one measures: some fill a GPU."""
+def _free_memory() -> None:
+    """Free what a peer held before the next one is measured: some fill a GPU."""
     gc.collect()
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The device at hand: its timers, what it was measured to do, and what its data sheet says."""
+    """The current device: its timers, its measured rates, and its data sheet."""
 
     device: torch.device
     gpu: GPU
@@ -223,7 +295,7 @@ class Bench:
 
     @classmethod
     def of(cls, device: torch.device, **small: int) -> Bench:
-        """`small`: the sizes that `measure_gpu` runs, where its own are too large."""
+        """Measure the rates of `device`. `small`: sizes for `measure_gpu` in place of its own."""
         if device.type != "cuda":
             gpu = measure_gpu("CPU", target_arch(), device, host_timer, **small)
             return cls(device, gpu, None, host_timer, host_timer)
@@ -235,29 +307,24 @@ class Bench:
         self,
         cases: Sequence[Case],
         without: Sequence[str] = (),
-        begins: Callable[[int], None] = lambda number: None,
-        own: Sequence[Peer] = (),
+        on_start: Callable[[int], None] = lambda number: None,
+        extra_peers: Sequence[Peer] = (),
     ) -> Iterator[Row]:
-        """A row a case, `begins` told before it; `DeviceLost` after that of a case that leaves the device in an error.
+        """Yield a row per case, calling `on_start` with its number first.
 
-        own  peers beside the installed ones
+        DeviceLost after the row of a case that leaves the device in an error.
         """
         for number, case in enumerate(cases):
-            begins(number)
-            peers = [peer for peer in peers_of(case.op.name) if peer.name not in without]
-            peers += own
+            on_start(number)
+            peers = [*(peer for peer in peers_of(case.op.name) if peer.name not in without), *extra_peers]
             timer = self.step_timer if case.op is decode_step.STEP else self.timer
             try:
                 yield timed_row(case, self.gpu, self.device, timer, peers)
-            except Exception as error:  # before anything was timed: one case's trouble is not the next one's
-                yield replace(untimed_row(case, self.gpu), ours=_failed(error))
-            self._check_alive()
-            _free(self.device)
-
-    def _check_alive(self) -> None:
-        """An illegal access, in whosever kernel, makes every later call of this process fail."""
-        if self.device.type == "cuda":
-            try:
-                torch.cuda.synchronize(self.device)
-            except RuntimeError as error:
-                raise DeviceLost(f"{self.device} is lost to this process: {_why(error)}") from error
+            except Exception as error:  # before anything was timed: the next case may work
+                yield replace(untimed_row(case, self.gpu), ours=_failure(error))
+            if self.device.type == "cuda":  # an illegal access in any kernel makes every later call fail
+                try:
+                    torch.cuda.synchronize(self.device)
+                except RuntimeError as error:
+                    raise DeviceLost(f"{self.device} is lost to this process: {_summary(error)}") from error
+            _free_memory()

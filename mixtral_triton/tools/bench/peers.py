@@ -1,14 +1,19 @@
-"""Who else does the same work: by operation, and only those that are installed.
+"""Other implementations of each operation, if they are installed, and a user's own function.
 
 A peer's `build(op, args)` imports and prepares what need not be timed (masks, compiled code) and returns a function
-that takes the operation's arguments by name. What a peer cannot do raises `Unfit`, and says so in the table.
+that takes the operation's arguments by name. It raises `Unsupported` for a case that it cannot do.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,15 +28,16 @@ from . import decode_step
 
 Args = dict[str, Any]
 Function = Callable[..., Any]
+NEEDS = "needs MODULE:FUNCTION, as in my_module:my_function"
 
 
-class Unfit(Exception):
-    """The peer has no way to do this case."""
+class Unsupported(Exception):
+    """The peer cannot do this case."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """`op` None: any operation. `needs`: the module that has to be installed, "" for torch alone."""
+    """`op` None: any operation. `needs`: the module that must be installed, "" for torch alone."""
 
     name: str
     op: str | None
@@ -43,122 +49,104 @@ class Peer:
         return not self.needs or importlib.util.find_spec(self.needs) is not None
 
 
-def _torch(op: Op, args: Args) -> Function:
-    return op.plain
-
-
 def _compile(op: Op, args: Args) -> Function:
-    torch.compiler.reset()  # else the shapes of earlier cases would count against the limit of recompilations
+    torch.compiler.reset()  # shapes of earlier cases would count against the limit of recompilations
     compiled = torch.compile(op.reference, dynamic=False)
-    return lambda **given: compiled(**op.common(given))
+    return lambda **kwargs: compiled(**op.reference_args(kwargs))
 
 
-def _dense(args: Args) -> None:
+def _require_dense(args: Args) -> None:
     if any(isinstance(value, QuantizedWeight) for value in args.values()):
-        raise Unfit("its weights are dense")
+        raise Unsupported("its weights are dense")
 
 
-def _fused_norm(op: Op, args: Args) -> Function:
-    return lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
+def _liger(name: str) -> Callable[[Op, Args], Function]:
+    def build(op: Op, args: Args) -> Function:
+        from liger_kernel.transformers import functional
 
+        function = getattr(functional, name)
+        if "residual" in args:
+            return lambda x, residual, weight, eps: function(x, residual, weight, eps)
+        return lambda x, weight, eps: function(x, weight, eps)
 
-def _liger_norm(op: Op, args: Args) -> Function:
-    from liger_kernel.transformers.functional import liger_rms_norm
-
-    return lambda x, weight, eps: liger_rms_norm(x, weight, eps)
-
-
-def _liger_add_norm(op: Op, args: Args) -> Function:
-    from liger_kernel.transformers.functional import liger_fused_add_rms_norm
-
-    return lambda x, residual, weight, eps: liger_fused_add_rms_norm(x, residual, weight, eps)
+    return build
 
 
 def _liger_rope(op: Op, args: Args) -> Function:
-    """Liger rotates in place: it gets copies, of which only the first call's result means anything."""
+    """Liger rotates in place: it gets copies, and only the first call's result is meaningful."""
     from liger_kernel.transformers.functional import liger_rope
 
     q, k = (args[name].transpose(1, 2).clone() for name in "qk")
     cos, sin = (torch.cat(2 * [args[name][args["positions"]]], -1).to(q.dtype) for name in ("cos", "sin"))
-
-    def run(**_: Any) -> tuple[Tensor, Tensor]:
-        rotated = liger_rope(q, k, cos, sin)
-        return rotated[0].transpose(1, 2), rotated[1].transpose(1, 2)
-
-    return run
+    return lambda **_: tuple(x.transpose(1, 2) for x in liger_rope(q, k, cos, sin))
 
 
 def _grouped_mm(op: Op, args: Args) -> Function:
-    _dense(args)
+    _require_dense(args)
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-    gate_up, down = args["gate_up_proj"], args["down_proj"]
-    E, H, I = down.shape
+    E, H, I = args["down_proj"].shape
     config = MixtralConfig(hidden_size=H, intermediate_size=I, num_local_experts=E)
     config._experts_implementation = "grouped_mm"
     with torch.device("meta"):
         module = MixtralExperts(config)
-    for name, weight in (("gate_up_proj", gate_up), ("down_proj", down)):
-        setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
+    for name in ("gate_up_proj", "down_proj"):
+        setattr(module, name, torch.nn.Parameter(args[name], requires_grad=False))
     ids = args["ids"].long()
     return lambda x, weights, **_: module(x, ids, weights)
 
 
 def _liger_experts(op: Op, args: Args) -> Function:
-    _dense(args)
+    _require_dense(args)
     from liger_kernel.ops import LigerFusedMoEFunction
 
-    def run(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return LigerFusedMoEFunction.apply(x, gate_up_proj, down_proj, ids, weights)
-
-    return run
+    names = ("x", "gate_up_proj", "down_proj", "ids", "weights")
+    return lambda **kwargs: LigerFusedMoEFunction.apply(*(kwargs[name] for name in names))
 
 
 def _vllm_experts(op: Op, args: Args) -> Function:
-    _dense(args)
+    _require_dense(args)
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
-    def run(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return fused_experts(x, gate_up_proj, down_proj, weights, ids)
-
-    return run
+    names = ("x", "gate_up_proj", "down_proj", "weights", "ids")
+    return lambda **kwargs: fused_experts(*(kwargs[name] for name in names))
 
 
 def _window(args: Args) -> int:
     return max(0, args.get("window") or 0)
 
 
-def _whole_keys(args: Args) -> None:
+def _require_unpadded(args: Args) -> None:
     if args.get("starts") is not None or args.get("lengths") is not None:
-        raise Unfit("ragged keys")
+        raise Unsupported("ragged keys")
 
 
 def visible(args: Args) -> Callable[[Any, Any], Any]:
-    """Which key j the query t of `attention` sees, T queries aligned with the end of S keys; on tensors of indices."""
+    """Return the mask of `attention` as a function of query and key indices; queries align with the end of the keys."""
     window, shift = _window(args), args["k"].shape[1] - args["q"].shape[1]
 
-    def seen(t: Any, j: Any) -> Any:
+    def is_visible(t: Any, j: Any) -> Any:
         i = t + shift
         if args.get("causal", True):
             return (j <= i) & (j > i - window) if window else j <= i
         return (i - j).abs() <= window // 2 if window else i == i
 
-    return seen
+    return is_visible
 
 
 def _sdpa(op: Op, args: Args) -> Function:
-    _whole_keys(args)
+    _require_unpadded(args)
     T, S, causal = args["q"].shape[1], args["k"].shape[1], args.get("causal", True)
-    mask = None
-    plain = causal and T == S and not 0 < _window(args) < S
-    if not plain and not (causal and T == 1 and not 0 < _window(args) < S):
+    mask, unwindowed = None, causal and not 0 < _window(args) < S
+    if not (unwindowed and T in (1, S)):
         at = {"device": args["q"].device}
         mask = visible(args)(torch.arange(T, **at)[:, None], torch.arange(S, **at))
 
     def run(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, enable_gqa=True).transpose(1, 2)
+        causal = mask is None and T == S
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True).transpose(1, 2)
 
     return run
 
@@ -166,15 +154,14 @@ def _sdpa(op: Op, args: Args) -> Function:
 def _flex(op: Op, args: Args) -> Function:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    _whole_keys(args)
+    _require_unpadded(args)
     torch.compiler.reset()
-    seen, q = visible(args), args["q"]
-    block = create_block_mask(lambda b, h, t, j: seen(t, j), None, None, q.shape[1], args["k"].shape[1], q.device)
+    mask, T, S = visible(args), args["q"].shape[1], args["k"].shape[1]
+    block = create_block_mask(lambda b, h, t, j: mask(t, j), None, None, T, S, args["q"].device)
     flex: Any = torch.compile(flex_attention, dynamic=False)
 
     def run(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return flex(q, k, v, block_mask=block, enable_gqa=True).transpose(1, 2)
+        return flex(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=block, enable_gqa=True).transpose(1, 2)
 
     return run
 
@@ -182,26 +169,26 @@ def _flex(op: Op, args: Args) -> Function:
 def _flash(op: Op, args: Args) -> Function:
     from flash_attn import flash_attn_func
 
-    _whole_keys(args)
+    _require_unpadded(args)
     causal, window = args.get("causal", True), _window(args)
     sides = (-1, -1) if not window else (window - 1, 0) if causal else (window // 2, window // 2)
     return lambda q, k, v, **_: flash_attn_func(q, k, v, causal=causal, window_size=sides)
 
 
-def _held(args: Args) -> Tensor:
-    """Slots of the ring that each sequence's one query sees: all that were written, since the window is the ring."""
+def _cached_slots(args: Args) -> Tensor:
+    """Return how many slots each sequence's one query sees: all written ones, since the window is the ring."""
     if args["k"] is not None:
-        raise Unfit("a chunk beside the cache")
+        raise Unsupported("a chunk beside the cache")
     slots = args["k_cache"].shape[2]
     if 0 < _window(args) < slots:
-        raise Unfit("a window shorter than the ring")
+        raise Unsupported("a window shorter than the ring")
     return (args["past"] + args["new"]).clamp(max=slots)
 
 
 def _sdpa_cached(op: Op, args: Args) -> Function:
-    held, slots = _held(args), args["k_cache"].shape[2]
-    seen = torch.arange(slots, device=held.device) < held[:, None]
-    mask = None if bool(seen.all()) else seen[:, None, None]
+    lengths, slots = _cached_slots(args), args["k_cache"].shape[2]
+    written = torch.arange(slots, device=lengths.device) < lengths[:, None]
+    mask = None if bool(written.all()) else written[:, None, None]
 
     def run(q: Tensor, k_cache: Tensor, v_cache: Tensor, **_: Any) -> Tensor:
         heads = q.transpose(1, 2)
@@ -213,42 +200,44 @@ def _sdpa_cached(op: Op, args: Args) -> Function:
 def _flash_cached(op: Op, args: Args) -> Function:
     from flash_attn import flash_attn_with_kvcache
 
-    held = _held(args).int()
+    lengths = _cached_slots(args).int()
 
     def run(q: Tensor, k_cache: Tensor, v_cache: Tensor, **_: Any) -> Tensor:
         caches = (x.transpose(1, 2) for x in (k_cache, v_cache))
-        return flash_attn_with_kvcache(q, *caches, cache_seqlens=held, causal=True)
+        return flash_attn_with_kvcache(q, *caches, cache_seqlens=lengths, causal=True)
 
     return run
 
 
-def _few_rows(op: Op, args: Args) -> Function:
-    """Our kernel for few rows where a library is chosen."""
+def _skinny_linear(op: Op, args: Args) -> Function:
+    """Our kernel for few rows, for sizes at which the operation calls a library."""
     x, weight = args["x"], args["weight"]
     if x.device.type == "cpu" and not INTERPRETED:
-        raise Unfit("kernels on a CPU that interprets none")
+        raise Unsupported("no kernel runs on a CPU that does not interpret")
     sizes, arch = {"T": x.shape[0], "H": x.shape[1], "N": len(weight)}, target_arch(x.device)
-    chosen = (
-        args["deterministic"] or isinstance(weight, QuantizedWeight) or linear.use_skinny_kernel(sizes, x.dtype, arch)
-    )
-    if chosen or sizes["T"] > linear.SKINNY_M_MAX:
-        raise Unfit("where it is chosen already, or of too many rows")
-    config = op.configs(sizes, x.dtype, arch)["linear_decode_kernel"]
+    quantized = isinstance(weight, QuantizedWeight)
+    if args["deterministic"] or quantized or linear.use_skinny_kernel(sizes, x.dtype, arch):
+        raise Unsupported("the operation already selects it")
+    if sizes["T"] > linear.SKINNY_M_MAX:
+        raise Unsupported("too many rows")
+    configs = {"linear_decode_kernel": op.configs(sizes, x.dtype, arch)["linear_decode_kernel"]}
 
-    def run(**given: Any) -> Tensor:
-        with override_configs({"linear_decode_kernel": config}):
-            return op.run(**given)
+    def run(**kwargs: Any) -> Tensor:
+        with override_configs(configs):
+            return op.run(**kwargs)
 
     return run
 
 
 PEERS = (
-    Peer("torch", None, "", _torch),
+    Peer("torch", None, "", lambda op, args: op.call_reference),
     Peer("torch.compile", None, "", _compile),
-    Peer("linear_decode_kernel", "linear", "", _few_rows),
-    Peer("F.rms_norm", "rms_norm", "", _fused_norm),
-    Peer("Liger", "rms_norm", "liger_kernel", _liger_norm),
-    Peer("Liger", "add_rms_norm", "liger_kernel", _liger_add_norm),
+    Peer("linear_decode_kernel", "linear", "", _skinny_linear),
+    Peer(
+        "F.rms_norm", "rms_norm", "", lambda op, args: lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
+    ),
+    Peer("Liger", "rms_norm", "liger_kernel", _liger("liger_rms_norm")),
+    Peer("Liger", "add_rms_norm", "liger_kernel", _liger("liger_fused_add_rms_norm")),
     Peer("Liger", "rope", "liger_kernel", _liger_rope),
     Peer("HF grouped_mm", "expert_swiglu", "transformers", _grouped_mm),
     Peer("Liger", "expert_swiglu", "liger_kernel", _liger_experts),
@@ -264,5 +253,64 @@ PEERS = (
 
 
 def peers_of(op: str) -> tuple[Peer, ...]:
-    """The installed peers of an operation."""
+    """Return the installed peers of an operation."""
     return tuple(peer for peer in PEERS if peer.op in (None, op) and peer.installed)
+
+
+def user_peer(name: str, function: Function) -> Peer:
+    """Return a peer that calls `function` with the operation's arguments, by position and in the operation's order."""
+    if not callable(function):
+        raise ValueError(f"peer {name!r} is a {type(function).__name__}, needs a function")
+    return Peer(name, None, "", partial(_call_by_position, function))
+
+
+def arguments(op: Op, args: Args) -> dict[str, Any]:
+    """Return the parameters of `op` in its order, with defaults, up to the last one that `args` sets."""
+    defaults = {name: parameter.default for name, parameter in op.signature.parameters.items()}
+    last = max(list(defaults).index(name) for name in args)
+    return dict(list(defaults.items())[: last + 1])
+
+
+def _call_by_position(function: Function, op: Op, args: Args) -> Function:
+    defaults = arguments(op, args)
+    try:
+        inspect.signature(function).bind(*defaults)
+    except TypeError as error:
+        raise TypeError(f"{error}; it is called with ({', '.join(defaults)})") from error
+    except ValueError:  # a C function without a signature
+        pass
+    return lambda **kwargs: function(*({**defaults, **kwargs}[name] for name in defaults))
+
+
+def import_peer(text: str) -> Peer:
+    """Return the peer that `--peer` names, from a module that is installed or in the current folder.
+
+    ValueError for a module that does not exist or import, a name that it lacks, or something that is no function.
+    """
+    module, _, name = text.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
+        raise ValueError(f"--peer is {text!r}, {NEEDS}")
+    try:
+        function = attrgetter(name)(_import_module(module))
+    except AttributeError as error:
+        raise ValueError(f"--peer is {text!r}: {error}; {NEEDS}") from error
+    if not callable(function):
+        raise ValueError(f"--peer is {text!r}, which is a {type(function).__name__}, needs a function")
+    return user_peer(text, function)
+
+
+def _import_module(name: str) -> Any:
+    """Import from the current folder first, as `python -m` does; later imports of the module find it there, too."""
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # the module's own code may raise anything
+        cause = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"--peer needs a module {name!r} that imports, in this folder or installed: {cause}"
+        ) from error
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)

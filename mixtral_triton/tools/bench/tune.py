@@ -1,52 +1,92 @@
-"""The tuner: launch configurations around the present choice, pruned by the offline compile, timed on the current GPU.
+"""The tuner: it varies a kernel's launch configuration, drops what does not compile or fit, and times the rest.
 
-It climbs: the operation's own rivals first, then the neighbours of the best configuration so far, until none of them is
-faster. A configuration gets
-in where an operation asks for its choices, so that grids, partial sums and tile descriptors follow it.
+It tries the configurations of EXTRA_CONFIGS, then climbs over neighbours of the fastest so far. A configuration is
+overridden where an operation selects its own, so that grids, partial sums and tile descriptors follow it.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from rich.console import Group
+from rich.text import Text
 
-from ...kernels.launch import override_configs
+from ...kernels.attention import tiles as attention_tiles
+from ...kernels.experts import tiles as experts_tiles
+from ...kernels.launch import override_configs, target_arch
 from ...kernels.op import Launch, LaunchConfig, Op
 from ...kernels.record import record_launches
+from ...kernels.registry import OPS
 from ..offline import Compiled, compile_launch
-from . import measure as bench
-from .cases import Case, Oracle
-from .timing import Timer
+from ..predict import family_note
+from ..terminal import Column, Table, console
+from . import measure
+from .cases import Case, Oracle, cases
+from .measure import DeviceTimer, Timer
+from .report import micro, sizes_text
 
-# What may vary: tiles, how many tiles share a stretch of L2, and the splits of a decode. SPLIT_K is a promise about
-# bits, not a choice.
+# What may vary: tiles, how many tiles share a stretch of L2, and a decode's splits. SPLIT_K decides a result's bits.
 VARIED = ("BLOCK_", "GROUP_", "SPLITS")
-# Tiles that hold a whole dimension in any kernel; `Op.whole` has those that do in some.
-FULL_DIM_TILES = {"BLOCK_D", "BLOCK_E", "BLOCK_S", "BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF"}
+# Tiles that must cover a full dimension, in every kernel or in one: a smaller one is wrong, a larger one idle.
+FULL_DIM_TILES_OF_ALL = {"BLOCK_D", "BLOCK_E", "BLOCK_S", "BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF"}
+FULL_DIM_TILES = {
+    "attention_decode_kernel": {"BLOCK_M"},
+    "embed_rms_norm_kernel": {"BLOCK_H"},
+    "experts_down_decode_kernel": {"BLOCK_T"},
+    "experts_up_decode_kernel": {"BLOCK_T"},
+    "gate_route_kernel": {"BLOCK_K"},
+    "linear_decode_kernel": {"BLOCK_T"},
+    "rms_norm_kernel": {"BLOCK_H"},
+    "route_kernel": {"BLOCK_K"},
+}
+# Configurations that single steps from the current one would not reach.
+EXTRA_CONFIGS = {
+    "attention_prefill_kernel": attention_tiles.extra_tune_configs,
+    "experts_down_kernel": experts_tiles.extra_tune_configs,
+    "experts_up_kernel": experts_tiles.extra_tune_configs,
+}
+# Kernels that an operation launches only where `override_configs` names them, because it selects a library there.
+ALTERNATIVE_KERNELS = {"linear": {"linear_decode_kernel"}}
 WARPS, STAGES = (1, 16), (1, 8)
-FASTER = 0.98  # of the time to beat: less would be noise
+FASTER = 0.98  # of the best time so far; a smaller gain is noise
 ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration: how it compiled, its time where it was timed, or what is held against it."""
+    """A configuration, how it compiled, and its time or a note that says why it has none."""
 
     config: LaunchConfig
     compiled: Compiled | None = None
     seconds: float | None = None
     note: str | None = None
 
+    @property
+    def code(self) -> Any:
+        asm = {} if self.compiled is None else self.compiled.asm
+        return asm.get("cubin") or asm.get("hsaco")
+
+    def as_dict(self) -> dict[str, Any]:
+        names = ("registers", "shared_bytes", "loop_flop_per_instruction")
+        compiled = {name: None if self.compiled is None else getattr(self.compiled, name) for name in names}
+        settings = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
+        time = None if self.seconds is None else self.seconds * 1e6
+        return {"constexprs": dict(self.config.constexprs), **settings, **compiled, "time_us": time, "note": self.note}
+
 
 @dataclass(frozen=True)
 class Tuned:
-    """All configurations tried for one kernel of one case, the present choice first, and the fastest.
+    """The configurations tried for one kernel of one case, the current one first, and the fastest.
 
-    best     the present choice where nothing was timed, or nothing is faster by more than noise
-    library  a library is the present choice, and what is tried first is what the kernel would be launched with
-    library_s  its time, where it was timed
+    best     the current one where nothing was timed, or nothing is faster by more than noise
+    library  whether the operation selects a library here; then the first is what the kernel would be launched with
+    library_s  the library's time, where it was timed
     """
 
     case: Case
@@ -57,55 +97,65 @@ class Tuned:
     library: bool = False
     library_s: float | None = None
 
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "op": self.case.op.name,
+            "sizes": self.case.as_dict(),
+            "arch": self.arch,
+            "kernel": self.kernel,
+            "literal": literal(self.case.op, self.kernel, self.best),
+            "library_us": None if self.library_s is None else self.library_s * 1e6,
+            "tried": [one.as_dict() for one in self.candidates],
+        }
 
-def whole(op: Op, kernel: str, launch: Launch | None = None) -> set[str]:
-    """Tiles that stay; of a launch on a quantized weight its depth, too, which is the layout's own."""
+
+def full_dim_tiles(op: Op, kernel: str, launch: Launch | None = None) -> set[str]:
+    """Return the tiles that do not vary; for a launch on a quantized weight also its depth, which the layout fixes."""
+    tiles = FULL_DIM_TILES_OF_ALL | FULL_DIM_TILES.get(kernel, set())
+    if op.name == "experts_add_rms_norm" and kernel == "experts_combine_kernel":  # its norm needs the full row
+        tiles |= {"BLOCK_H"}
     quantized = launch is not None and launch.constexprs.get("LAYOUT", ("dense",))[0] != "dense"
-    return FULL_DIM_TILES | set(op.full_dim_tiles.get(kernel, ())) | ({"BLOCK_K"} if quantized else set())
+    return tiles | ({"BLOCK_K"} if quantized else set())
 
 
-def neighbours(config: LaunchConfig, whole: set[str]) -> list[LaunchConfig]:
-    """One step away from `config`: a tile doubled or halved, twice or half the warps, a stage more or less."""
+def neighbours(config: LaunchConfig, fixed: set[str]) -> list[LaunchConfig]:
+    """Return the configurations one step away: a tile or the warps doubled or halved, one stage more or less."""
     found = []
     for name, size in config.constexprs.items():
-        if name.startswith(VARIED) and name not in whole:
+        if name.startswith(VARIED) and name not in fixed:
             sizes = [size // 2, size * 2] if size > 1 else [size * 2]
             found += [replace(config, constexprs={**config.constexprs, name: other}) for other in sizes]
     warps = [n for n in (config.num_warps // 2, config.num_warps * 2) if WARPS[0] <= n <= WARPS[1]]
     stages = [n for n in (config.num_stages - 1, config.num_stages + 1) if STAGES[0] <= n <= STAGES[1]]
-    return [
-        *found,
-        *(replace(config, num_warps=n) for n in warps),
-        *(replace(config, num_stages=n) for n in stages),
-    ]
+    found += [replace(config, num_warps=n) for n in warps]
+    return found + [replace(config, num_stages=n) for n in stages]
 
 
 def kernel_configs(
     case: Case, arch: str, config: dict[str, LaunchConfig] | None = None
 ) -> dict[str, tuple[Launch, LaunchConfig]]:
-    """Each kernel of a call whose configuration the operation chooses, or that it offers: its first launch, and the
-    choice."""
-    found = _chosen(case, arch, config or {})
-    for kernel in set(case.op.alternative_kernels) - set(found):
-        other = case.op.configs(case.sizes, case.dtype, arch)[kernel]
-        found |= {name: one for name, one in _chosen(case, arch, {kernel: other}).items() if name == kernel}
+    """Return the first launch and the configuration of each kernel that the operation configures or could launch."""
+    found = _selected_configs(case, arch, config or {})
+    for kernel in ALTERNATIVE_KERNELS.get(case.op.name, set()) - set(found):
+        config = {kernel: case.op.configs(case.sizes, case.dtype, arch)[kernel]}
+        found |= {name: one for name, one in _selected_configs(case, arch, config).items() if name == kernel}
     return found
 
 
-def _chosen(case: Case, arch: str, config: dict[str, LaunchConfig]) -> dict[str, tuple[Launch, LaunchConfig]]:
+def _selected_configs(case: Case, arch: str, config: dict[str, LaunchConfig]) -> dict[str, tuple[Launch, LaunchConfig]]:
     shapes = case.inputs(torch.device("meta"))
-    with override_configs(config) as made, record_launches(arch) as recorded:
+    with override_configs(config) as used, record_launches(arch) as launches:
         case.op.run(**shapes)
-    return {launch.kernel: (launch, made[launch.kernel]) for launch in reversed(recorded) if launch.kernel in made}
+    return {launch.kernel: (launch, used[launch.kernel]) for launch in reversed(launches) if launch.kernel in used}
 
 
-def compiled_as(case: Case, kernel: str, config: LaunchConfig, arch: str, here: bool = False) -> Candidate:
-    """Compile `kernel` in `config` for `arch`; `here`: its GPU is at hand, and a launch can tell the rest."""
+def compile_candidate(case: Case, kernel: str, config: LaunchConfig, arch: str, on_gpu: bool = False) -> Candidate:
+    """Compile `kernel` in `config` for `arch`. `on_gpu`: a GPU of it is current, and a launch can check the rest."""
     try:
         launch, _ = kernel_configs(case, arch, {kernel: config})[kernel]
         compiled = compile_launch(launch, arch, case.op.name)
     except ValueError:  # an architecture that the offline compiler does not know
-        if not here:
+        if not on_gpu:
             raise
         return Candidate(config)
     except Exception as error:  # the compiler raises whatever its passes do
@@ -114,43 +164,35 @@ def compiled_as(case: Case, kernel: str, config: LaunchConfig, arch: str, here: 
     return Candidate(config, compiled, note=compiled.fault)
 
 
-def _code(candidates: Candidate) -> Any:
-    asm = {} if candidates.compiled is None else candidates.compiled.asm
-    return asm.get("cubin") or asm.get("hsaco")
-
-
-def tune(
-    case: Case,
-    kernel: str,
-    arch: str,
-    timer: Timer | None = None,
-    device: torch.device | None = None,
-) -> Tuned:
-    """Climb from the present choice. Without a timer: the present choice and its neighbours, compiled only."""
+def tune(case: Case, kernel: str, arch: str, timer: Timer | None = None, device: torch.device | None = None) -> Tuned:
+    """Climb from the current configuration. Without a timer, compile it and its neighbours only."""
     args = case.inputs(device) if timer is not None and device is not None else {}
-    judge = Oracle(case.op, args) if args else None
+    oracle = Oracle(case.op, args) if args else None
     found: list[Candidate] = []
 
+    def time_call() -> measure.Outcome:
+        assert oracle is not None and timer is not None
+        return measure.attempt(lambda: measure.our_call(case, args), args, oracle, timer)
+
     def visit(config: LaunchConfig) -> None:
-        one = compiled_as(case, kernel, config, arch, here=judge is not None)
-        if one.note is None and _code(one) is not None and _code(one) in map(_code, found):
+        one = compile_candidate(case, kernel, config, arch, on_gpu=oracle is not None)
+        if one.note is None and one.code is not None and one.code in [other.code for other in found]:
             one = replace(one, note="the same code as one before")
-        if one.note is None and judge is not None and timer is not None:
+        if one.note is None and oracle is not None:
             with override_configs({kernel: config}), torch.no_grad():
-                outcome = bench.attempt(lambda: bench.our_call(case, args), args, judge, timer)
+                outcome = time_call()
             one = replace(one, note=outcome.note, seconds=outcome.seconds)
         found.append(one)
 
-    launch, now = kernel_configs(case, arch)[kernel]
-    library, library_s = kernel not in _chosen(case, arch, {}), None
-    if library and judge is not None and timer is not None:
-        library_s = bench.attempt(lambda: bench.our_call(case, args), args, judge, timer).seconds
-    visit(now)
+    launch, current = kernel_configs(case, arch)[kernel]
+    library = kernel not in _selected_configs(case, arch, {})
+    library_s = time_call().seconds if library and oracle is not None else None
+    visit(current)
     best = found[0]
-    others = {} if case.op.extra_tune_configs is None else case.op.extra_tune_configs(case.sizes, case.dtype, arch)
+    extra = EXTRA_CONFIGS[kernel](case.sizes, case.dtype, arch) if kernel in EXTRA_CONFIGS else {}
     for _ in range(ROUNDS):
         start = best
-        for config in (*others.get(kernel, ()), *neighbours(start.config, whole(case.op, kernel, launch))):
+        for config in (*extra.get(kernel, ()), *neighbours(start.config, full_dim_tiles(case.op, kernel, launch))):
             if config not in [one.config for one in found]:
                 visit(config)
         for one in found:
@@ -159,3 +201,85 @@ def tune(
         if best is start:
             break
     return Tuned(case, kernel, arch, tuple(found), best.config, library, library_s)
+
+
+def literal(op: Op, kernel: str, config: LaunchConfig) -> str:
+    """Return the entry for an operation's `configs`; a comment has its tile, warps and stages, as the tables do."""
+    tiles = ", ".join(f'"{name}": {size}' for name, size in config.constexprs.items())
+    fixed = full_dim_tiles(op, kernel)
+    row = [size for name, size in config.constexprs.items() if name.startswith(VARIED) and name not in fixed]
+    row += [config.num_warps, config.num_stages]
+    settings = f"num_warps={config.num_warps}, num_stages={config.num_stages}"
+    return f'"{kernel}": LaunchConfig({{{tiles}}}, {settings}),  # ({", ".join(map(str, row))})'
+
+
+def _table(tuned: Tuned) -> Table:
+    """Return a line per configuration, the current one first; constants that none varies are in the title."""
+    first = tuned.candidates[0].config.constexprs
+    varied = [name for name in first if len({one.config.constexprs[name] for one in tuned.candidates}) > 1]
+    same = "".join(f", {name}={first[name]}" for name in first if name not in varied)
+    case = f"{tuned.case.op.name}, {sizes_text(tuned.case.as_dict())}, {tuned.case.dtype_name}, {tuned.arch}"
+    columns = [Column("", number=False), *map(Column, (*varied, "warps", "stages", "time, us"))]
+    columns += [*map(Column, ("registers", "shared", "FLOP/i")), Column("note", number=False)]
+    table = Table(f"{tuned.kernel}: {case}{same}", columns)
+    for at, one in enumerate(tuned.candidates):
+        compiled, config, resources = one.compiled, one.config, ["-", "-", "-"]
+        if compiled is not None:
+            loop = compiled.loop_flop_per_instruction
+            resources = [str(compiled.registers), f"{compiled.shared_bytes:,}", "-" if loop is None else f"{loop:,.0f}"]
+        mark = "now" if at == 0 else "best" if one.seconds is not None and config == tuned.best else ""
+        sizes = [str(config.constexprs[name]) for name in varied]
+        cells = (mark, *sizes, str(config.num_warps), str(config.num_stages), micro(one.seconds), *resources)
+        table.add(*cells, one.note or "", style="dim" if one.note else "")
+    return table
+
+
+def tune_report(tuned: Tuned, width: int) -> Group:
+    """Return the table and, in lines of at most `width` that are Python, the literal to paste."""
+    timed = any(one.seconds is not None for one in tuned.candidates)
+    verdict = "the fastest is" if timed else "nothing timed; the present choice is"
+    if timed and tuned.best == tuned.candidates[0].config:
+        verdict = "nothing is faster than the present choice,"
+    if tuned.library:
+        time = "" if tuned.library_s is None else f", which takes {micro(tuned.library_s)} us"
+        verdict = f"a library is the present choice{time}; of this kernel, {verdict}"
+    code, row = literal(tuned.case.op, tuned.kernel, tuned.best).split("  # ")
+    wrapped = textwrap.wrap(code, width - 4, subsequent_indent=" " * 4, break_on_hyphens=False)
+    lines = [f"    # {row}", *("    " + line for line in wrapped)]
+    return Group(_table(tuned), Text(verdict), *map(Text, lines), Text())
+
+
+def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
+    """Run the command `tune` and return its exit status."""
+    selected = _select_cases(args.ops, args.at)
+    out = console(stderr=args.json)
+    device, timer, reason = None, None, "there is no GPU"
+    if args.dry_run or args.arch:
+        reason = "--dry-run was given" if args.dry_run else f"--arch asks for {args.arch}, here or not"
+    elif torch.cuda.is_available():
+        device = torch.device("cuda")
+        timer = DeviceTimer(device)
+    arch = args.arch or target_arch(device)
+    if note := family_note(arch):
+        out.print(note)
+    if timer is None:
+        out.print(f"Nothing was timed: {reason}. These are the neighbours of the present choice, compiled for {arch}.")
+    kernels = [(case, kernel) for case in selected for kernel in kernel_configs(case, arch)]
+    if not kernels:
+        raise ValueError("nothing to tune: at these sizes a library does the work")
+    with bar("tuning", len(kernels)) as progress:
+        for done, (case, kernel) in enumerate(kernels, 1):
+            tuned = tune(case, kernel, arch, timer, device)
+            progress.update(done, len(kernels))
+            if args.json:
+                print(json.dumps(tuned.as_dict()), flush=True)
+            else:
+                out.print(tune_report(tuned, out.width))
+    return 0
+
+
+def _select_cases(names: Sequence[str], at: Sequence[str]) -> list[Case]:
+    """Return a few cases of each operation, or all with the sizes that `at` names."""
+    if unknown := [name for name in names if name not in OPS]:
+        raise ValueError(f"argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
+    return cases(names or tuple(OPS), quick=not at, at=at)

@@ -13,12 +13,11 @@ from functools import partial
 from unittest import mock
 
 from mixtral_triton.tools.bench import measure as bench
-from mixtral_triton.tools.bench import timing
 
 from .gpu import gpu
 
 # What a benchmark makes large or often for the sake of a real GPU's clocks.
-SMALL = {"SWEPT_LEAST": 1 << 10, "RUNS_LEAST": 1, "RUNS_MOST": 1}
+SMALL = {"SWEEP_BYTES": 1 << 10, "RUNS_LEAST": 1, "RUNS_MOST": 1}
 
 
 def main() -> None:
@@ -35,7 +34,7 @@ def main() -> None:
     measured = partial(bench.measure_gpu, memory=1 << 12, n=16)
     with (
         gpu(args.gpus, L2_cache_size=1 << 10) as made,
-        mock.patch.multiple(timing, **SMALL),
+        mock.patch.multiple(bench, **SMALL),
         mock.patch.object(bench, "measure_gpu", measured),
     ):
         made.driver.executes, made.driver.breaks = args.executes, args.breaks

@@ -222,7 +222,7 @@ class Driver(GPUDriver):
                 for kernel in cache.values():
                     kernel.module = None  # else it would ask a driver to unload it when it is collected
             fn.device_caches.clear()
-        plan.forget()
+        plan.clear()
         max_shared_mem.cache_clear()
 
     def check_alive(self) -> None:

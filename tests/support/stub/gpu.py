@@ -16,6 +16,7 @@ import torch
 import triton
 
 from mixtral_triton import ops
+from mixtral_triton.kernels import call
 
 from .driver import Driver
 from .tensors import Factories, FakeGPUTensor, indexed, stage
@@ -146,8 +147,8 @@ class Graph:
         if not self.ended:
             raise RuntimeError("Called CUDAGraph::replay without a preceding successful capture.")
         active().replays += 1
-        for call in self.calls:
-            call()
+        for operation in self.calls:
+            operation()
 
     def reset(self) -> None:
         self.calls.clear()
@@ -270,7 +271,9 @@ def gpu(count: int = 1, **properties: Any) -> Iterator[GPU]:
         for name, function in {"_host_emptyCache": lambda: None, "_cuda_releasePool": lambda *_: None}.items():
             stack.enter_context(mock.patch.object(torch._C, name, function, create=True))
         stack.enter_context(mock.patch.object(torch._C, "_cuda_endAllocateToPool", made.end_pool, create=True))
-        stack.enter_context(mock.patch.object(ops, "PLAIN_TYPES", (*ops.PLAIN_TYPES, FakeGPUTensor)))
+        for module in (call, ops):
+            types = (*module.PLAIN_TYPES, FakeGPUTensor)
+            stack.enter_context(mock.patch.object(module, "PLAIN_TYPES", types))
         # A module's parameters are new ones once it has moved: ours cannot take another tensor's place.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from mixtral_triton import ops
+from mixtral_triton.kernels import call
 from mixtral_triton.kernels.registry import OPS
 
 # What copies between devices, and what takes an index or a mask from the host.
@@ -55,7 +55,7 @@ class FakeGPUTensor(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "mixtral_triton":  # an operator of ours goes the way that a GPU's tensors go
             with Factories():  # which torch set aside when it came here through one
-                return ops._go(OPS[func._opname], *args, **(kwargs or {}))
+                return call.call_checked(OPS[func._opname], OPS[func._opname].bind(*args, **(kwargs or {})))
         return dispatch(func, args, kwargs or {})
 
 
