@@ -27,14 +27,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that operations compu
 def usable_device(device: torch.device | str | None) -> torch.device:
     """None: the GPU if there is one, else the CPU. ValueError for a device that this machine does not have."""
     try:
-        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+        selected = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device {device!r} is not one that torch knows") from error
-    if chosen.type not in ("cpu", "cuda", "meta"):
+    if selected.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"device {device!r} is not supported: needs cpu, cuda (CUDA or ROCm) or meta")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+    if selected.type == "cuda" and (selected.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device!r} is not there: this machine has {torch.cuda.device_count()} GPUs")
-    return chosen
+    return selected
 
 
 def check_dtype(name: str, dtype: Any) -> None:
