@@ -25,7 +25,6 @@ from ..config import MixtralConfig
 from ..quantize import QuantizedWeight, hub
 from ..quantize.spec import QuantSpec
 from ..tools.tolerance import worst
-from ..weights import read_headers
 from .report import Row
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -90,7 +89,7 @@ class _Linear:
 
 def _stored(folder: Path, config: MixtralConfig) -> Iterator[tuple[str, Any]]:
     """Every tensor of the checkpoint, unread, and its name; the several of a quantized linear as one."""
-    headers = read_headers(folder)
+    headers = hub.read_headers(folder)
     if headers.scheme is None:
         yield from _tensors(folder)
         return

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import reference, weights
 from ..kernels.quantized import QuantizedWeight
+from ..quantize import hub
 from ..quantize.spec import PARTS
 from ..tools.tolerance import to_fp64
 from .fp64 import wide_values
@@ -67,7 +68,7 @@ def cost(model: Any, folder: Any, ids: Tensor, said: Callable[[], None]) -> Quan
 
     A layer of the files is loaded when its turn comes, and `said` is called after it. On a mesh every rank does it all.
     """
-    kinds, headers = formats(model), weights.read_headers(folder)
+    kinds, headers = formats(model), hub.read_headers(folder)
     if not kinds or headers.scheme is not None:
         return None
     text = held_out(folder, model.config)
