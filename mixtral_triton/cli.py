@@ -187,7 +187,8 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
 
     from .inputs import usable_device
     from .model import Mixtral
-    from .weights import read_headers, total_bytes
+    from .quantize.hub import read_headers
+    from .weights import total_bytes
 
     device = None if mesh is not None else usable_device(args.device)  # each rank of a mesh has its own
     if device is not None and device.type == "meta":
@@ -319,8 +320,9 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _quantize(args: argparse.Namespace) -> int:
+    from .quantize.hub import read_headers
     from .quantize.write import write
-    from .weights import read_headers, total_bytes
+    from .weights import total_bytes
 
     before = total_bytes(read_headers(args.folder))
     with bar("quantizing", before, DownloadColumn()) as progress:

@@ -27,7 +27,7 @@ from ..parallel import UNSHARDED, Shard, traffic
 from ..quantize import hub
 from ..quantize.schemes import read_scheme
 from ..quantize.spec import PARTS, QuantSpec, select_specs
-from ..weights import parameter_shapes, read_headers
+from ..weights import parameter_shapes
 from .gpus import GPU, GPUS, MIB, find_gpu
 from .terminal import Column, Table, console
 
@@ -212,7 +212,7 @@ class Request:
         if scheme is None:
             specs, stored = format_specs(config), SHORT[stored_dtype(config)]
         else:  # the files alone say which of their tensors are quantized
-            specs, stored = {STORED: hub.plan(read_headers(name), config).specs}, scheme.name
+            specs, stored = {STORED: hub.plan(hub.read_headers(name), config).specs}, scheme.name
         limit = config.max_position_embeddings
         context = limit if args.context is None else args.context
         if args.batch < 1:
