@@ -21,7 +21,7 @@ from .generate import generate
 from .inputs import check_dtype, check_ids, check_lengths, check_memory, usable_device, weight_bytes
 from .ops import unchecked
 from .parallel import UNSHARDED, Ranks
-from .quantize import QuantizedWeight, hub
+from .quantize import QuantizedWeight, hub, quantizers
 from .quantize.spec import QuantSpec, select_specs
 
 Ring = tuple[Tensor, Tensor]  # a layer's cached keys and values, [B, Hkv, C, D] each (KVCache)
@@ -341,12 +341,12 @@ def load(
     ranks: Ranks | None,
 ) -> Mixtral:
     config = MixtralConfig.from_pretrained(folder)
-    headers, shard = weights.read_headers(folder), UNSHARDED if ranks is None else ranks.shard
+    headers, shard = hub.read_headers(folder), UNSHARDED if ranks is None else ranks.shard
     shard.check(config)
     # Before the parameters are allocated: a broken config could ask for any size.
     fill: Callable[..., None]
     if headers.scheme is None:
-        fill = partial(weights.load, headers, weights.check(headers, config, shard))
+        fill = partial(weights.load, headers, weights.check(headers, config, shard), quantizer=quantizers.fill)
         specs: Mapping[str, QuantSpec] = select_specs(quantized, weights.parameter_shapes(config))
     elif quantized is not None:
         raise ValueError(

@@ -26,10 +26,7 @@ Args = dict[str, Any]
 
 
 class Tolerance:
-    """The fp64 results of one call of an operation, and a limit for each result's error.
-
-    Errors and limits are relative to the largest value of the result.
-    """
+    """The fp64 results of one call of an operation, and limits of errors relative to a result's largest value."""
 
     def __init__(self, name: str, args: Args) -> None:
         op = OPS[name]
@@ -115,10 +112,7 @@ def _error(got: Tensor, exact: Tensor) -> float:
 
 
 def fp64_block(layer: Any, config: Any, tables: Args, x: Tensor, ids: Tensor | None = None) -> reference.Values:
-    """`reference.block` on x fp64 [B,T,H], in fp64. `tables`: cos and sin.
-
-    One matrix, one expert and one sequence are converted at a time: a layer in fp64 exceeds many GPUs' memory.
-    """
+    """`reference.block` on x [B,T,H] in fp64, one matrix, expert and sequence at a time to save memory."""
     attend = reference.uncached_attention(config.sliding_window, to_fp64(tables["cos"]), to_fp64(tables["sin"]))
 
     def attend_each(*qkv: Tensor) -> Tensor:
@@ -132,19 +126,14 @@ def fp64_block(layer: Any, config: Any, tables: Args, x: Tensor, ids: Tensor | N
 
 
 def with_perturbed_input(x: Tensor) -> Tensor:
-    """x [B,T,H] -> fp64 [2B,T,H]: x, then x with each value moved up or down by the relative TOKEN_FLOOR.
-
-    The distance between exact results of the two is the model's own sensitivity, which one rounding need not show.
-    """
+    """x [B,T,H] -> fp64 [2B,T,H]: x, then x with each value changed by TOKEN_FLOOR, to show the model's sensitivity."""
     signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(0), device="cpu").mul_(2).sub_(1)
     return torch.cat((x.double(), x.double() * (1 + TOKEN_FLOOR[x.dtype] * signs.to(x.device))))
 
 
 def token_distance(got: Tensor, exact: Tensor) -> Tensor:
-    """[..., H] -> [...]: the norm of the difference, relative to that of `exact`; NaN where a value is NaN.
-
-    Not relative to the largest value: a few channels of a residual stream are a thousand times as large as the rest.
-    """
+    """[..., H] -> [...]: the norm of the difference, relative to that of `exact`; NaN where a value is NaN."""
+    # The largest value is no measure: a few channels of a residual stream are a thousand times as large as the rest.
     return (got.double() - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
 
 
@@ -157,10 +146,7 @@ class Fp64Reference:
 
     @classmethod
     def from_baseline(cls, exact: Tensor, baseline: Tensor, ratio: float = RATIO) -> Fp64Reference:
-        """exact [2B,T,H]: of an input `with_perturbed_input`; baseline [B,T,H]: of the input, in the weights' dtype.
-
-        The baseline or the perturbed values set the limit, whichever are farther from the exact ones.
-        """
+        """exact [2B,T,H]: of an input `with_perturbed_input`; baseline [B,T,H]: of the input, in the weights' dtype."""
         exact, perturbed = exact.chunk(2)
         distance = max(largest(token_distance(x, exact)) for x in (baseline, perturbed))
         return cls(exact, max(ratio * distance, TOKEN_FLOOR[baseline.dtype]))
@@ -172,13 +158,11 @@ class Fp64Reference:
 
 @dataclass(frozen=True)
 class LayerReference:
-    """What torch computes in one layer, and the fp64 references beside it.
+    """What torch computes in one layer in the weights' dtype, and fp64 references.
 
-    x, h           the layer's input, and its norm, in the weights' dtype [B,T,H]
-    ids, weights   the experts of every token [B,T,K]
-    normed, output fp64 references of h and of the layer's output
-    logits         the gate's, fp64 [B,T,E]
-    logits_limit   the absolute limit of a logit's error
+    x, h            the layer's input and its norm [B,T,H]; ids, weights: the experts of every token [B,T,K]
+    normed, output  fp64 references of h and of the layer's output; logits: the gate's, fp64 [B,T,E]
+    logits_limit    the absolute limit of a logit's error
     """
 
     x: Tensor
@@ -205,9 +189,9 @@ class LayerReference:
     def route_error(self, ids: Tensor, tokens: Tensor) -> tuple[float, float]:
         """How far the logit of an expert in `ids` [B,n,K] is below one that was left out, and the limit.
 
-        Both are relative to the largest logit. The order of a token's experts does not matter. Infinite where ids are
-        not K distinct experts. The limit allows two wrong logits, one too large and one too small.
+        Both are relative to the largest logit. The error is infinite where ids are not K distinct experts.
         """
+        # The limit allows two wrong logits, one too large and one too small.
         scale = max(largest(self.logits), 1e-30)
         limit, logits = 2 * self.logits_limit / scale, self.logits[:, tokens]
         ordered = ids.long().sort(-1).values

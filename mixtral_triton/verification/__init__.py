@@ -1,8 +1,6 @@
 """verify: the runtime against torch on the user's own weights: operations, layers, logits and loaded tensors.
 
-Model and reference share the loaded tensors, so these are compared with the files by a separate table (weights.py).
-Torch's activations go into every operation and into every layer of the model's own forward (layers.py). Errors are
-measured against fp64, and the error of torch in the weights' dtype sets their limits (tools/tolerance.py).
+Errors are measured against fp64, and the error of torch in the weights' dtype sets their limits (tools/tolerance.py).
 """
 
 from __future__ import annotations
@@ -17,15 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from ..inputs import check_ids, check_vocabulary
+from ..kernels.checks import dtype_name
+from ..kernels.launch import INTERPRETED
 from ..model import Mixtral
 from ..tools.tolerance import Fp64Reference, measure, to_fp64
-from .hf import TransformersTarget, transformers_logits
-from .layers import LayerProbe, Target, check_layers, norm_args, split_text
+from .hf import TransformersTarget
+from .layers import LayerProbe, Target, check_layers, split_text
 from .mesh import MeshTarget, worst_of_ranks
-from .report import END_RATIO, Report, Row, end_row, make_report, sort_by_layer
-from .weights import check_loaded, quantization_cost, quantized_formats
-from .weights import held_out as held_out
-from .weights import perplexity as perplexity
+from .report import END_RATIO, TORCH, Report, Row, end_row
+from .weights import check_loaded, held_out, perplexity, quantization_cost, quantized_formats
+
+__all__ = ["Report", "Row", "held_out", "perplexity", "verify"]
 
 TEXT_TOKENS = 96  # of the default text: more than the experts' decode path and the small checkpoint's window take
 
@@ -44,17 +44,14 @@ def verify(
 
     target: a Mixtral, a checkpoint folder, or a transformers model, which is left as it is: applied or not.
     input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (steps done, steps).
-    folder: the checkpoint of a Mixtral, to compare its tensors with. The report then has the cost of quantizing while
-    loading, too. peer "transformers": the logits are also compared with transformers' model of the same folder.
-
-    On a mesh every rank calls `verify`. All ranks return the same report, with the worst row of each comparison.
+    folder: the checkpoint of a Mixtral, to compare its tensors with, and to report the cost of quantizing them.
+    peer "transformers": the logits are also compared with transformers' model of the same folder.
+    On a mesh every rank calls `verify` and returns the same report, with the worst row of each comparison.
     """
     check_peer(peer, isinstance(target, Mixtral) and target.ranks is not None)
     if isinstance(target, nn.Module) and not isinstance(target, Mixtral):
         if folder is not None or peer is not None:
-            raise ValueError(
-                "verify: folder and peer are for a Mixtral or a folder, and target is a transformers model"
-            )
+            raise ValueError("verify: target is a transformers model, which takes neither folder nor peer: needs None")
         with torch.no_grad():
             return _verify(TransformersTarget(target), input_ids, progress, None, None)
     if not isinstance(target, (Mixtral, str, os.PathLike)):
@@ -109,18 +106,23 @@ def _verify(target: Any, input_ids: Tensor | None, progress: Progress, folder: A
 
     rows = [] if folder is None else check_loaded(folder, target)
     probe_config = target.probe_config(ids.shape[1])
-    results = check_layers(target, ids, probe_config, step)
-    expected, probe = results.expected, LayerProbe(results.probe_expected.layers, step)
+    found, expected, probe_expected, exact = check_layers(target, ids, probe_config, step)
+    probe = LayerProbe(probe_expected.layers, step)
     target.probe(probe_config, ids, probe)
-    rows += sort_by_layer(results.rows, probe.rows())
-    rows.append(Row(None, "rms_norm", "final", *measure("rms_norm", norm_args(config, expected.x, target.norm))))
-    reference = Fp64Reference.from_baseline(target.head(to_fp64)(results.exact), target.head()(expected.x), END_RATIO)
+    rows += sorted(found + probe.rows(), key=lambda row: -1 if row.layer is None else row.layer)
+    args = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
+    rows.append(Row(None, "rms_norm", "final", *measure("rms_norm", args)))
+    reference = Fp64Reference.from_baseline(target.head(to_fp64)(exact), target.head()(expected.x), END_RATIO)
     routes = LayerProbe(expected.layers)
     rows.append(end_row(target.output, "end to end", target.end_to_end(ids, routes), reference))
     if peer is not None:
-        logits = transformers_logits(folder, target.model, ids, LayerProbe(expected.layers))
-        rows.append(end_row("logits", peer, logits, reference))
+        eager = TransformersTarget.eager(folder, target.model)
+        rows.append(end_row("logits", peer, eager.end_to_end(ids, LayerProbe(expected.layers)), reference))
     if isinstance(target, MeshTarget):
         rows = worst_of_ranks(target.ranks, rows)
     cost = quantization_cost(target, folder, ids, step) if quantized else None
-    return make_report(rows, routes.flips, embedding, config.num_hidden_layers * ids.numel(), target.peer, cost)
+    backend = TORCH if embedding.device.type == "cpu" and not INTERPRETED else "Triton, interpreted"
+    if embedding.device.type == "cuda":
+        backend = f"Triton on {torch.cuda.get_device_name(embedding.device)}"
+    routed, dtype = config.num_hidden_layers * ids.numel(), dtype_name(embedding.dtype)
+    return Report(tuple(rows), routes.flips, routed, backend, dtype, target.peer, cost)

@@ -17,23 +17,23 @@ from torch import Tensor
 
 from .. import hf, reference
 from ..config import SIZES, MixtralConfig
-from ..hf.release import cache_keyword
-from .layers import UNCACHED, LayerCheck, LayerProbe, Target, split_text
+from .layers import LayerCheck, LayerProbe, Target
 
 
 class TransformersTarget(Target):
-    """A transformers Mixtral, applied or not, which is left as it was. Torch's computation is that of its classes."""
+    """A transformers Mixtral, applied or not, which is left as it was. `apply`: its own forward is that of `apply`."""
 
-    peer = "transformers' own modules"
+    peer, padding = "transformers' own modules", 0
 
-    def __init__(self, model: Any) -> None:
-        self.theirs = hf.mixtral_modules("verify", model)
+    def __init__(self, model: Any, apply: bool = True) -> None:
+        self.apply, self.theirs = apply, hf.import_modules("verify", model).theirs
         self.backbone = next(module for module in model.modules() if isinstance(module, self.theirs.MixtralModel))
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError("verify: some weights are not in memory (offloaded); load the model without offloading")
         self.model, self.layers = model, self.backbone.layers
         self.embed_tokens, self.norm = self.backbone.embed_tokens.weight, self.backbone.norm.weight
         self.lm_head = model.lm_head.weight if hasattr(model, "lm_head") else None
+        self.model_head = getattr(model, "lm_head", torch.nn.Identity())
         self.output = "hidden" if self.lm_head is None else "logits"
         attn = self.layers[0].self_attn
         config = attn.config
@@ -80,36 +80,24 @@ class TransformersTarget(Target):
     def probe_config(self, tokens: int) -> MixtralConfig:
         return self.config
 
-    def probe(self, config: MixtralConfig, ids: Tensor, probe: LayerProbe) -> None:
-        """The layers' own forwards on ids [B,T] in the applied model, without a cache and over transformers' cache."""
+    @classmethod
+    def eager(cls, folder: Any, model: Any) -> TransformersTarget:
+        """transformers' eager model of a folder, on the device and in the dtype of `model`."""
+        from transformers import MixtralForCausalLM
+
+        settings: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        loaded = MixtralForCausalLM.from_pretrained(folder, dtype=model.dtype, **settings)
+        return cls(loaded.eval().to(model.device), apply=False)
+
+    def make_cache(self, config: MixtralConfig, batch: int, slots: int) -> Any:
         from transformers import DynamicCache
 
-        T = ids.shape[1]
-        with self._applied(probe, probe_layers=True):
-            probe.start(UNCACHED, torch.arange(T), T)
-            self.backbone(ids, use_cache=False)
-            cache = DynamicCache(config=self.backbone.config)
-            for case, first, count, _ in split_text(T):
-                tokens = torch.arange(first, first + count)
-                probe.start(case, tokens, count)
-                self.backbone(ids[:, tokens], use_cache=True, **{cache_keyword(): cache})
-
-    def end_to_end(self, ids: Tensor, probe: LayerProbe) -> Tensor:
-        """The applied model's forward with transformers' routes -> logits [B,T,V], or hidden states [B,T,H]."""
-        probe.start("end to end", torch.arange(ids.shape[1]), ids.shape[1])
-        with self._applied(probe):
-            hidden: Tensor = self.backbone(ids, use_cache=False).last_hidden_state
-            return hidden if self.lm_head is None else self.model.lm_head(hidden)
-
-    def head(self, convert: Callable[[Any], Any] = lambda weight: weight, lm_head: Any = None) -> Any:
-        if self.lm_head is not None:
-            return super().head(convert)
-        norm = convert(self.norm)
-        return lambda x: reference.rms_norm(x, norm, self.config.rms_norm_eps)
+        return DynamicCache(config=self.backbone.config)
 
     @contextmanager
-    def _applied(self, probe: LayerProbe, probe_layers: bool = False) -> Iterator[None]:
-        """Within the block the model is applied, and `probe` replaces its routes, and the layers' inputs."""
+    def forward(self, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Iterator[Callable[..., Tensor]]:
+        """The backbone's forward."""
+        from ..hf.mask import CACHE
 
         def enter(index: int, layer: Any, args: Any, kwargs: Any) -> Any:
             return (probe.enter(index, args[0]), *args[1:]), kwargs
@@ -117,38 +105,20 @@ class TransformersTarget(Target):
         def leave(index: int, layer: Any, args: Any, out: Tensor) -> Tensor:
             return probe.leave(index, out)
 
+        def route(gate: Any, args: Any, out: Any) -> Any:
+            return out[0], *probe.replace_routes(out[1], out[2])
+
+        def forward(ids: Tensor, cache: Any = None, lengths: None = None) -> Tensor:
+            return self.backbone(ids, use_cache=cache is not None, **{CACHE: cache}).last_hidden_state
+
         with ExitStack() as stack:
-            if not hf.applied(self.model):
+            if self.apply and not hf.applied(self.model):
                 hf.apply(self.model)
                 stack.callback(hf.revert, self.model)
-            stack.enter_context(replaced_routes(self.theirs, self.backbone, probe))
+            for gate in self.backbone.modules():
+                if isinstance(gate, self.theirs.MixtralTopKRouter):
+                    stack.enter_context(gate.register_forward_hook(route))
             for index, layer in enumerate(self.layers if probe_layers else ()):
                 stack.enter_context(layer.register_forward_pre_hook(partial(enter, index), with_kwargs=True))
                 stack.enter_context(layer.register_forward_hook(partial(leave, index)))
-            yield
-
-
-@contextmanager
-def replaced_routes(theirs: Any, backbone: Any, probe: LayerProbe) -> Iterator[None]:
-    """Within the block `probe` replaces the routes of transformers' gates."""
-
-    def replace(gate: Any, args: Any, out: Any) -> Any:
-        return out[0], *probe.replace_routes(out[1], out[2])
-
-    with ExitStack() as stack:
-        for module in backbone.modules():
-            if isinstance(module, theirs.MixtralTopKRouter):
-                stack.enter_context(module.register_forward_hook(replace))
-        yield
-
-
-def transformers_logits(folder: Any, model: Any, ids: Tensor, probe: LayerProbe) -> Tensor:
-    """The logits [B,T,V] of transformers' model of the folder, with the routes that `probe` expects."""
-    from transformers import MixtralForCausalLM
-    from transformers.models.mixtral import modeling_mixtral
-
-    eager: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    loaded = MixtralForCausalLM.from_pretrained(folder, dtype=model.dtype, **eager).eval().to(model.device)
-    probe.start("end to end", torch.arange(ids.shape[1]), ids.shape[1])
-    with replaced_routes(modeling_mixtral, loaded.model, probe):
-        return loaded(ids).logits
+            yield forward

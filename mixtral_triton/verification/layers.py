@@ -1,8 +1,7 @@
 """Every operation of a layer on torch's activations, and every layer's own forward on torch's input.
 
-Torch's activations go into each operation and each layer, so that one flipped route does not hide later layers. The
-operations may all be right and the model wrong, by swapped norms, or a window or position off by one: therefore the
-model's own forward runs, too, and only what enters a layer is replaced, so that a fault shows in the layer that has it.
+One flipped route then does not hide later layers. Right operations may make a wrong model, by swapped norms or a window
+off by one, so the model's own forward runs, too. Only what enters a layer is replaced, to show a fault in its layer.
 
 B batch, T tokens, H hidden, E experts, K experts per token, V vocabulary
 """
@@ -10,8 +9,9 @@ B batch, T tokens, H hidden, E experts, K experts per token, V vocabulary
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -34,20 +34,19 @@ SINGLE_TOKENS = 3  # tokens that are read one at a time, after the chunks
 PADDING = 3  # tokens of right padding behind one of the chunks
 WINDOW_FRACTION = 4  # a window as long as the text is reduced by this factor, so that the ring wraps around
 
-Rows = list[Row]
-Layers = Sequence[LayerReference]
 Step = Callable[[], None]  # called after each layer of each forward
-
-
-def norm_args(config: Any, x: Tensor, weight: Tensor) -> Args:
-    return {"x": x, "weight": weight, "eps": config.rms_norm_eps}
 
 
 class LayerCheck:
     """The calls of operations in a layer, on what torch computes in it.
 
     layer, tables  weights by the names of `model.Layer`; cos and sin fp32
+    operation      the runtime's function for (operation, arguments)
+    local_ids      routes [N,K] -> routes as this layer numbers its experts
     """
+
+    operation: Callable[[str, Args], Callable[..., Any]] = staticmethod(ops.dispatched)
+    local_ids: Callable[[Tensor], Tensor] = staticmethod(lambda ids: ids)
 
     def __init__(self, values: reference.Values, layer: Any, config: Any, tables: dict[str, Tensor]) -> None:
         self.values, self.layer, self.config, self.tables = values, layer, config, tables
@@ -58,16 +57,17 @@ class LayerCheck:
     def calls(self) -> Iterator[tuple[str, str, Args]]:
         """(operation, case, arguments). An operation of the registry that no call here names is not verified."""
         window, layer, values = self.config.sliding_window, self.layer, self.values
-        before = norm_args(self.config, values.x, layer.input_layernorm)
-        yield "rms_norm", "input", before
-        norm = norm_args(self.config, values.attended, layer.post_attention_layernorm)
+        eps = {"eps": self.config.rms_norm_eps}
+        yield "rms_norm", "input", {"x": values.x, "weight": layer.input_layernorm, **eps}
+        norm = {"x": values.attended, "weight": layer.post_attention_layernorm, **eps}
         yield "add_rms_norm", "with residual", norm | {"residual": values.x}
         gate = {"gate": layer.gate, "top_k": values.ids.shape[1]}
         rows = {"x": values.attended.flatten(0, 1), "residual": values.x.flatten(0, 1)}
         yield "rms_norm_gate_route", "all tokens", norm | rows | gate
-        table = before.pop("x").flatten(0, 1)  # the layer's input in the place of the embedding
+        table = values.x.flatten(0, 1)  # the layer's input in the place of the embedding
         ids = torch.arange(len(table), device=table.device).view(self.positions.shape)
-        yield "embed_rms_norm", "rows of the input", {"input_ids": ids, "table": table, **before}
+        rows = {"input_ids": ids, "table": table, "weight": layer.input_layernorm, **eps}
+        yield "embed_rms_norm", "rows of the input", rows
         yield "rope", "all tokens", {"q": values.q, "k": values.k, **self.tables, "positions": self.positions}
         keys = {"k": self.rk, "v": values.v, "window": window}
         yield "attention", "prefill", {"q": self.rq, **keys}
@@ -117,14 +117,6 @@ class LayerCheck:
             args = {"x": values.h[rows % N], **proj, "ids": ids, "weights": values.weights[rows % N]}
             yield "expert_swiglu", f"every expert, {case}", args
 
-    def operation(self, name: str, args: Args) -> Callable[..., Any]:
-        """The runtime's function for the operation."""
-        return ops.dispatched(name, args)
-
-    def local_ids(self, ids: Tensor) -> Tensor:
-        """Routes as this layer numbers its experts."""
-        return ids
-
     def fp64(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The gate's logits and the layer's output on x fp64 [nB,T,H], in fp64 with torch's routes."""
         ids = self.values.ids.repeat(len(x) // len(self.values.x), 1)
@@ -136,11 +128,12 @@ class Target:
     """A Mixtral as `verify` uses it: the weights for torch's computation, and the model's own forward."""
 
     output, peer = "logits", TORCH  # what `end_to_end` gives; what the model is compared with
+    padding = PADDING
 
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.layers = model, model.whole_config, model.layers
         self.embed_tokens, self.norm, self.lm_head = model.embed_tokens, model.norm, model.lm_head
-        self.tables = {"cos": model.cos, "sin": model.sin}
+        self.tables, self.model_head = {"cos": model.cos, "sin": model.sin}, model.head
 
     def check(self, layer: Any, x: Tensor, config: Any) -> LayerCheck:
         """What torch computes in a layer on x [B,T,H]."""
@@ -157,32 +150,44 @@ class Target:
     def probe(self, config: Any, ids: Tensor, probe: LayerProbe) -> None:
         """The layers' own forwards on ids [B,T], without a cache and over one."""
         B, T = ids.shape
-        model = shallow_copy(self.model, config, probe, probe_layers=True)
-        probe.start(UNCACHED, torch.arange(T), T)
-        model.hidden(ids)
-        cache = KVCache(config, B, T + PADDING, model.device, model.dtype)
-        for case, first, valid, padding in split_text(T):
-            tokens = torch.cat((torch.arange(first, first + valid), torch.zeros(padding, dtype=torch.int64)))
-            probe.start(case, tokens, valid)
-            lengths = torch.full((B,), valid, dtype=torch.int32, device=ids.device) if padding else None
-            model.hidden(ids[:, tokens], cache, lengths)
+        with self.forward(config, probe, probe_layers=True) as forward:
+            probe.start(UNCACHED, torch.arange(T), T)
+            forward(ids)
+            cache = self.make_cache(config, B, T + PADDING)
+            for case, first, valid, padding in split_text(T, self.padding):
+                tokens = torch.cat((torch.arange(first, first + valid), torch.zeros(padding, dtype=torch.int64)))
+                probe.start(case, tokens, valid)
+                lengths = torch.full((B,), valid, dtype=torch.int32, device=ids.device) if padding else None
+                forward(ids[:, tokens], cache, lengths)
 
     def end_to_end(self, ids: Tensor, probe: LayerProbe) -> Tensor:
-        """The model's own forward with torch's routes -> [B,T,V]."""
+        """The model's own forward with torch's routes -> [B,T,V], or without a head [B,T,H]."""
         probe.start("end to end", torch.arange(ids.shape[1]), ids.shape[1])
-        return shallow_copy(self.model, self.model.config, probe)(ids)
+        with self.forward(self.model.config, probe) as forward:
+            return self.model_head(forward(ids))
+
+    def make_cache(self, config: Any, batch: int, slots: int) -> Any:
+        return KVCache(config, batch, slots, self.model.device, self.model.dtype)
+
+    @contextmanager
+    def forward(self, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Iterator[Callable[..., Tensor]]:
+        """The model's forward without the head, of (ids, cache, lengths), with routes and layers' inputs replaced."""
+        yield shallow_copy(self.model, config, probe, probe_layers).hidden
 
     def head(self, convert: Callable[[Any], Any] = lambda weight: weight, lm_head: Any = None) -> Any:
         """The final norm and the head in torch, a function of x [...,H]; `convert` is applied to the weights."""
         norm, lm_head = convert(self.norm), convert(self.lm_head if lm_head is None else lm_head)
-        return lambda x: reference.linear(reference.rms_norm(x, norm, self.config.rms_norm_eps), lm_head)
+
+        def logits(x: Tensor) -> Tensor:
+            h = reference.rms_norm(x, norm, self.config.rms_norm_eps)
+            return h if lm_head is None else reference.linear(h, lm_head)
+
+        return logits
 
 
 class TextReference:
-    """A text in torch, layer after layer: its residual stream x [B,T,H], and the reference of each layer.
-
-    exact  fp64 [2B,T,H]: the last layer's output on torch's input of that layer, `with_perturbed_input`
-    """
+    """References of `layers`, torch's residual stream x [B,T,H] after them, and the last layer's output on its input
+    `with_perturbed_input`, exact fp64 [2B,T,H]."""
 
     def __init__(self, x: Tensor) -> None:
         self.x, self.exact = x, x.double().repeat(2, 1, 1)
@@ -196,40 +201,28 @@ class TextReference:
         self.x, self.exact = check.values.output, output
 
 
-@dataclass
-class LayerResults:
-    """The rows of the operations of all layers, and references for what follows.
-
-    expected  with the model's config; `probe_expected`: with that which the layers are probed with
-    exact  the last layer's output fp64 [2B,T,H], in fp64 from the text `with_perturbed_input` on, with torch's routes
-    """
-
-    expected: TextReference
-    probe_expected: TextReference
-    exact: Tensor
-    rows: Rows = field(default_factory=list)
-
-
-def check_layers(target: Target, ids: Tensor, probe_config: Any, step: Step) -> LayerResults:
-    """Measure every call of every layer on ids [B,T]."""
-    x, config = F.embedding(ids, target.embed_tokens), target.config
-    expected = TextReference(x)
-    results = LayerResults(expected, expected if probe_config == config else TextReference(x), with_perturbed_input(x))
+def check_layers(
+    target: Target, ids: Tensor, probe_config: Any, step: Step
+) -> tuple[list[Row], TextReference, TextReference, Tensor]:
+    """Measure every call of every layer on ids [B,T] -> rows, references with the model's config and `probe_config`,
+    and the last layer's output [2B,T,H] in fp64 from the text `with_perturbed_input` on, with torch's routes."""
+    x, rows = F.embedding(ids, target.embed_tokens), []
+    expected, exact = TextReference(x), with_perturbed_input(x)
+    probe_expected = expected if probe_config == target.config else TextReference(x)
     for index, layer in enumerate(target.layers):
-        check = target.check(layer, expected.x, config)
+        check = target.check(layer, expected.x, target.config)
         for op, case, args in check.calls():
-            error, limit = Tolerance(op, args).measure(check.operation(op, args))
-            results.rows.append(Row(index, op, case, error, limit))
+            rows.append(Row(index, op, case, *Tolerance(op, args).measure(check.operation(op, args))))
         # One pass over the layer's weights in fp64, for torch's input of the layer and for fp64's.
         inputs, size = with_perturbed_input(check.values.x), 2 * len(x)
-        logits, output = check.fp64(torch.cat((inputs, results.exact.to(inputs.device))))
+        logits, output = check.fp64(torch.cat((inputs, exact.to(inputs.device))))
         expected.advance(check, logits[:size], output[:size])
-        results.exact = output[size:]
-        if results.probe_expected is not expected:
-            check = target.check(layer, results.probe_expected.x, probe_config)
-            results.probe_expected.advance(check, *check.fp64(with_perturbed_input(check.values.x)))
+        exact = output[size:]
+        if probe_expected is not expected:
+            check = target.check(layer, probe_expected.x, probe_config)
+            probe_expected.advance(check, *check.fp64(with_perturbed_input(check.values.x)))
         step()
-    return results
+    return rows, expected, probe_expected, exact
 
 
 class LayerProbe:
@@ -238,15 +231,13 @@ class LayerProbe:
     The gate's routes are compared with torch's and replaced, too. `flips` counts those that differ.
     """
 
-    def __init__(self, layers: Layers, step: Step | None = None) -> None:
+    def __init__(self, layers: list[LayerReference], step: Step = lambda: None) -> None:
         self.layers, self.step, self.flips = layers, step, 0
         self.errors: dict[tuple[int, str], list[tuple[float, float]]] = {}
 
     def start(self, case: str, tokens: Tensor, valid: int) -> None:
-        """Begin a forward of the `tokens` [n] of each sequence, of which all but the first `valid` are padding.
-
-        `tokens` is on the CPU, as the layers may be on several GPUs.
-        """
+        """Begin a forward of `tokens` [n] of each sequence, padding after the first `valid`. They are on the CPU, as
+        the layers may be on several GPUs."""
         self.case, self.tokens, self.valid, self.layer = case, tokens, valid, 0
 
     def replace_routes(self, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,8 +267,7 @@ class LayerProbe:
     def leave(self, index: int, x: Tensor) -> Tensor:
         """Record the output of a layer -> the reference's input of the next layer."""
         self.record(index, "output", x)
-        if self.step is not None:
-            self.step()
+        self.step()
         return self.layers[index + 1].x[:, self.tokens] if index + 1 < len(self.layers) else x
 
     def forward(self, index: int, forward: Callable[..., Any], h: Tensor, x: Tensor, *args: Any) -> Any:
@@ -287,7 +277,7 @@ class LayerProbe:
         h, x = forward(self.layers[index].h[:, self.tokens], x, *args)
         return h, self.leave(index, x)
 
-    def rows(self) -> Rows:
+    def rows(self) -> list[Row]:
         """A row for each layer and case, then the routes of each layer."""
         items = sorted(self.errors.items(), key=lambda item: item[0][1] == "routes")
         return [Row(index, "layer", case, *tolerance.worst(pairs)) for (index, case), pairs in items]
@@ -311,10 +301,10 @@ def shallow_copy(model: Any, config: Any, probe: LayerProbe, probe_layers: bool 
     return model
 
 
-def split_text(tokens: int) -> list[tuple[str, int, int, int]]:
+def split_text(tokens: int, padding: int = 0) -> list[tuple[str, int, int, int]]:
     """The calls that read a text over a cache: (case, first token, number of tokens, tokens of padding)."""
     single = min(SINGLE_TOKENS, tokens - 1) or 1
     rest = tokens - single
     bounds = sorted({0, -(-2 * rest // 5), -(-3 * rest // 4), rest})
-    chunks = [(CHUNKS, a, b - a, PADDING if at == 1 else 0) for at, (a, b) in enumerate(pairwise(bounds))]
+    chunks = [(CHUNKS, a, b - a, padding if at == 1 else 0) for at, (a, b) in enumerate(pairwise(bounds))]
     return chunks + [(TOKENS, at, 1, 0) for at in range(rest, tokens)]

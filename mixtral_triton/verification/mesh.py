@@ -1,8 +1,4 @@
-"""A model on a mesh: every rank gathers one layer at a time for torch's computation on the whole of it.
-
-The gathered tensors are compared with the files. A rank's operations run on its own shard, and the layers' own forwards
-with the collectives of the model.
-"""
+"""A model on a mesh: every rank gathers one layer at a time for torch, and runs operations on its own shard."""
 
 from __future__ import annotations
 
@@ -48,8 +44,10 @@ class MeshTarget(Target):
         heads = values.heads[..., shard.qkv_rows(config)["q"]]
         qkv = {"q": values.q[:, :, queries], "k": values.k[:, :, keys], "v": values.v[:, :, keys]}
         local = LayerCheck(replace(values, heads=heads, **qkv), layer.local, shard.config(config), check.tables)
-        local.local_ids = partial(self.ranks.local_ids, experts=len(layer.local.down_proj))  # type: ignore[method-assign]
-        check.calls, check.operation = local.calls, _unchecked  # type: ignore[method-assign]
+        local.local_ids = partial(self.ranks.local_ids, experts=len(layer.local.down_proj))
+        check.calls = local.calls  # type: ignore[method-assign]
+        # Checks on a CPU would reject another rank's experts.
+        check.operation = lambda name, args: lambda **kwargs: call_unchecked(OPS[name], OPS[name].bind(**kwargs))
         return check
 
     def probe(self, config: MixtralConfig, ids: Tensor, probe: LayerProbe) -> None:
@@ -87,8 +85,7 @@ class MeshTarget(Target):
 class _GatheredWeight(QuantizedWeight):
     """A weight whose rows have each rank's scale for its part of their columns. No kernel reads it."""
 
-    def _check(self) -> None:
-        """Any length of a group is right."""
+    def _check(self) -> None: ...
 
 
 class _GatheredLayers:
@@ -135,11 +132,6 @@ def _runs(name: str, config: MixtralConfig, shard: Shard, group: int) -> Iterato
     else:  # lm_head
         run = shard.vocabulary(config)
         yield slice(0, run.stop - run.start), run
-
-
-def _unchecked(name: str, args: Any) -> Any:
-    """The operation without checks, as the model calls it: a check on a CPU would refuse another rank's experts."""
-    return lambda **kwargs: call_unchecked(OPS[name], OPS[name].bind(**kwargs))
 
 
 def worst_of_ranks(ranks: Ranks, rows: list[Row]) -> list[Row]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from ..kernels.checks import dtype_name
-from ..kernels.launch import INTERPRETED
 from ..tools.tolerance import Fp64Reference, share_of_limit
 
 if TYPE_CHECKING:
@@ -32,9 +29,9 @@ class Row:
 
     layer  None: before or after the layers
     case   which input, or how the text is split into calls
-    error  of an operation relative to the largest value of the result; of a layer and of logits the largest of a token,
-           relative to its norm; of loaded tensors the largest difference
-    limit  the largest error that is right: mostly twice that of torch in the weights' dtype
+    error  of an operation relative to its largest result; of a layer and of logits that of the worst token relative to
+           its norm; of loaded tensors the largest difference
+    limit  the largest right error: mostly twice that of torch in the weights' dtype
     """
 
     layer: int | None
@@ -62,10 +59,9 @@ class Row:
 class Report:
     """All rows of a `verify`.
 
-    flips         of `routed` routes (a token in a layer), those that differ end to end. A near tie in a 16-bit type may
-                  go either way, so they are no part of the verdict
-    quantization  the cost of quantizing while loading; None where nothing was. No part of the verdict, as the rows
-                  compare with the dequantized weights
+    flips         of `routed` routes (a token in a layer), those that differ end to end: near ties of a 16-bit type
+    quantization  the cost of quantizing while loading; the rows compare with the dequantized weights
+    Neither is part of the verdict.
     """
 
     rows: tuple[Row, ...]
@@ -138,21 +134,6 @@ class Report:
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
-def sort_by_layer(*groups: Iterable[Row]) -> list[Row]:
-    """The rows in the order of their layers, then of the groups."""
-    return sorted((row for group in groups for row in group), key=lambda row: -1 if row.layer is None else row.layer)
-
-
 def end_row(name: str, case: str, got: Tensor, reference: Fp64Reference) -> Row:
     """The row of what comes after the layers, got [B,T,...]."""
     return Row(None, name, case, *reference.measure(got, torch.arange(got.shape[1])))
-
-
-def make_report(
-    rows: list[Row], flips: int, parameter: Tensor, routed: int, peer: str = TORCH, quantization: Any = None
-) -> Report:
-    """The report of a model whose parameters have the device and dtype of `parameter`."""
-    backend = TORCH if parameter.device.type == "cpu" and not INTERPRETED else "Triton, interpreted"
-    if parameter.device.type == "cuda":
-        backend = f"Triton on {torch.cuda.get_device_name(parameter.device)}"
-    return Report(tuple(rows), flips, routed, backend, dtype_name(parameter.dtype), peer, quantization)

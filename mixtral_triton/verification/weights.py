@@ -1,7 +1,6 @@
 """The loaded weights against the files, and the cost of quantizing them: logits, routes and perplexity without it.
 
-`mixtral_triton.weights` fills the model. `check_loaded` shares no table of names or places with it, so that a tensor in
-another's place is found. The codes of a quantized linear are decoded by `quantize`, for one name at a time.
+`check_loaded` shares no table of names or places with the loader, so that a tensor in another's place is found.
 
 N tokens of a text, B batch, T tokens of a window, H hidden, K experts per token, V vocabulary
 """
@@ -31,9 +30,8 @@ from ..tools.tolerance import fp64_block, largest, to_fp64, worst
 from .layers import Step, Target
 from .report import Row
 
-LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
-OUTSIDE = {"model.embed_tokens.weight": "embed_tokens", "model.norm.weight": "norm", "lm_head.weight": "lm_head"}
 # Half a step of a format relative to the largest value, where the scale clips nothing; 2 % for the scale's rounding.
 ROUNDING = {"int4": 1.02 / 14, "int8": 1.02 / 254, "fp8": 1.02 / 16}
 HELD_OUT = "heldout.json"  # in a checkpoint's folder: {"ids": tokens of a text that it was not trained on}
@@ -48,13 +46,14 @@ def check_loaded(folder: Any, model: Any) -> list[Row]:
     while loading have a row of their own, with the error of `_rounding_error`. ValueError for another model's folder.
     """
     outside = {id(weight): weight for weight in (model.embed_tokens, model.norm, model.lm_head)}
-    unfilled = [_size(outside.values()), *(_size(chain(x.parameters(False), x.children())) for x in model.layers)]
+    parameters = [outside.values(), *(chain(layer.parameters(False), layer.children()) for layer in model.layers)]
+    unfilled = [sum(weight.shape.numel() for weight in group) for group in parameters]
     differences = [0.0 for _ in unfilled]
     rounded: list[list[tuple[float, float]]] = [[] for _ in unfilled]
     for name, stored in _stored_tensors(folder, model.config):
         at, place = _place(model, name)
-        if tuple(place.shape) != tuple(stored.get_shape()):
-            shape = list(stored.get_shape())
+        shape = list(stored.shape if isinstance(stored, QuantizedWeight) else stored.get_shape())
+        if list(place.shape) != shape:
             raise ValueError(f"verify: {folder} is another model's: {name} has shape {shape} there")
         tied = name == "lm_head.weight" and model.lm_head is model.embed_tokens  # stored twice
         unfilled[at] -= 0 if tied else place.shape.numel()
@@ -72,27 +71,9 @@ def check_loaded(folder: Any, model: Any) -> list[Row]:
     return rows
 
 
-def _size(parameters: Iterable[Any]) -> int:
-    return sum(weight.shape.numel() for weight in parameters)
-
-
-@dataclass
-class _QuantizedLinear:
-    """A quantized linear with the interface of safetensors' slices: [:] reads its weight."""
-
-    plan: hub.Plan
-    linear: hub.Linear
-
-    def get_shape(self) -> tuple[int, ...]:
-        return self.linear.target.shape
-
-    def __getitem__(self, index: slice) -> QuantizedWeight:
-        return hub.read(self.plan, self.linear)[index]
-
-
 def _stored_tensors(folder: Any, config: Any) -> Iterator[tuple[str, Any]]:
-    """Every tensor of the checkpoint by name, unread; the several tensors of a quantized linear as one weight."""
-    headers = weights.read_headers(folder)
+    """Every tensor of the checkpoint by name, as a slice to read; quantized linears as QuantizedWeights."""
+    headers = hub.read_headers(folder)
     plan = None if headers.scheme is None else hub.plan(headers, config)
     for file in sorted({stored.file for stored in headers.tensors.values()}):
         try:
@@ -103,42 +84,31 @@ def _stored_tensors(folder: Any, config: Any) -> Iterator[tuple[str, Any]]:
             for name in opened.keys():  # noqa: SIM118 (it is no dictionary)
                 if plan is None or name in plan.dense:
                     yield name, opened.get_slice(name)
-    for linear in [] if plan is None else plan.linears:
-        yield f"{linear.name}.weight", _QuantizedLinear(plan, linear)  # type: ignore[arg-type]
+    if plan is not None:
+        yield from ((f"{linear.name}.weight", hub.read(plan, linear)) for linear in plan.linears)
 
 
 def _place(model: Any, name: str) -> tuple[int, Any]:
     """Where the tensor of this name belongs: 0 or a layer's number + 1, and a part of a weight there."""
-    found = LAYER.fullmatch(name)
+    found, parameter = LAYER.match(name), name.removesuffix(".weight").rpartition(".")[2]
     try:
         if found is None:
-            return 0, getattr(model, OUTSIDE[name])
-        return int(found[1]) + 1, _place_in_layer(model.layers[int(found[1])], found[2])
-    except (LookupError, RuntimeError) as error:
+            return 0, getattr(model, parameter)
+        index = int(found[1])
+        layer, config = model.layers[index], model.config
+        if expert := EXPERT.search(name):
+            number, I = int(expert[1]), config.intermediate_size
+            if expert[2] == "2":
+                return index + 1, layer.down_proj[number]
+            gate_up = layer.gate_up_proj[number]
+            return index + 1, gate_up[:I] if expert[2] == "1" else gate_up[I:]
+        if parameter not in ("q_proj", "k_proj", "v_proj"):
+            return index + 1, getattr(layer, parameter)
+        queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        rows = {"q": slice(0, queries), "k": slice(queries, queries + keys), "v": slice(queries + keys, None)}
+        return index + 1, layer.qkv_proj[rows[parameter[0]]]
+    except (AttributeError, LookupError, RuntimeError) as error:
         raise ValueError(f"verify: the files hold {name}, and this model has no place for it") from error
-
-
-def _place_in_layer(layer: Any, name: str) -> Any:
-    config = layer.config
-    if expert := EXPERT.fullmatch(name):
-        number, I = int(expert[1]), config.intermediate_size
-        if expert[2] == "2":
-            return layer.down_proj[number]
-        return layer.gate_up_proj[number][:I] if expert[2] == "1" else layer.gate_up_proj[number][I:]
-    queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    parameter, rows = {
-        "input_layernorm.weight": ("input_layernorm", None),
-        "post_attention_layernorm.weight": ("post_attention_layernorm", None),
-        "self_attn.q_proj.weight": ("qkv_proj", slice(0, queries)),
-        "self_attn.k_proj.weight": ("qkv_proj", slice(queries, queries + keys)),
-        "self_attn.v_proj.weight": ("qkv_proj", slice(queries + keys, None)),
-        "self_attn.o_proj.weight": ("o_proj", None),
-        "block_sparse_moe.gate.weight": ("gate", None),
-        "mlp.gate.weight": ("gate", None),
-        "mlp.experts.gate_up_proj": ("gate_up_proj", None),
-        "mlp.experts.down_proj": ("down_proj", None),
-    }[name]
-    return getattr(layer, parameter) if rows is None else getattr(layer, parameter)[rows]
 
 
 def _pieces(place: Any, stored: Any) -> Iterator[tuple[Any, Any]]:
@@ -166,10 +136,9 @@ def _rounding_error(ours: QuantizedWeight, theirs: Tensor) -> float:
 
 
 def perplexity(model: Any, ids: Tensor, context: int | None = None) -> float:
-    """exp of the mean loss of a text, int64 [N], by the model's own forward.
+    """exp of the mean loss of a text, int64 [N] of at least two tokens, by the model's own forward, summed in fp64.
 
-    Each token but the first is predicted once, from at most `context` tokens before it; None: the model's positions, at
-    most CONTEXT. The loss is summed in fp64. ValueError for fewer than two tokens and for what is no text.
+    Each token is predicted from at most `context` tokens before it; None: the model's positions, at most CONTEXT.
     """
     if not isinstance(ids, Tensor) or ids.dim() != 1 or len(ids) < 2:
         got = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
@@ -256,38 +225,35 @@ def quantization_cost(target: Target, folder: Any, ids: Tensor, step: Step) -> Q
     One layer of the files is in memory at a time. On a mesh every rank computes all of it.
     """
     model, config = target.model, target.config
-    formats, headers = quantized_formats(model), weights.read_headers(folder)
+    formats, headers = quantized_formats(model), hub.read_headers(folder)
     if not formats or headers.scheme is not None:
         return None
     text, context = held_out(folder, config), min(config.max_position_embeddings, CONTEXT)
     windows = [] if text is None else [*text[:-1].to(model.device).split(context)]
     batches = [ids, *(torch.stack(same) for same in (windows[:-1], windows[-1:]) if same)]
-    ours = [F.embedding(batch, target.embed_tokens).double() for batch in batches]
-    theirs, flips = ours, 0
+    texts, flips = [[F.embedding(batch, target.embed_tokens).double() for batch in batches]] * 2, 0
     for index, layer in enumerate(target.layers):
-        ours, routes = _advance(target, layer, ours)
-        theirs, stored_routes = _advance(target, _stored(model, config, headers, f"layers.{index}."), theirs)
-        flips += int((routes != stored_routes).any(-1).sum())
+        stored, routes = _stored(model, config, headers, f"layers.{index}."), []
+        for side, weights_of_side in enumerate((layer, stored)):
+            values = [fp64_block(weights_of_side, config, target.tables, x) for x in texts[side]]
+            texts[side] = [each.output for each in values]
+            routes.append(values[0].ids.sort(-1).values)
+        flips += int((routes[0] != routes[1]).any(-1).sum())
         step()
     stored_head = target.lm_head
     if isinstance(stored_head, QuantizedWeight):
         stored_head = _stored(model, config, headers, "lm_head").lm_head
     heads = target.head(to_fp64), target.head(to_fp64, stored_head)
-    cosines = F.cosine_similarity(heads[0](ours[0]), heads[1](theirs[0]), dim=-1)
+    logits, stored_logits = (head(x[0]) for head, x in zip(heads, texts, strict=True))
+    cosines = F.cosine_similarity(logits, stored_logits, dim=-1)
     scores = []
     if text is not None:
         targets = text[1:].to(model.device).split(context)
-        for head, x in zip(heads, (ours, theirs), strict=True):
+        for head, x in zip(heads, texts, strict=True):
             pairs = zip(chain.from_iterable(x[1:]), targets, strict=True)
             scores.append(perplexity_of((loss(hidden, head, ids) for hidden, ids in pairs), len(text)))
     routed = config.num_hidden_layers * ids.numel()
     return QuantizationCost(formats, float(cosines.mean()), float(cosines.min()), flips, routed, *scores)
-
-
-def _advance(target: Target, layer: Any, x: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """The texts' x fp64 [n,T,H] after a layer, and the sorted experts [n T,K] of the first text's tokens."""
-    values = [fp64_block(layer, target.config, target.tables, text) for text in x]
-    return [each.output for each in values], values[0].ids.sort(-1).values
 
 
 def _stored(model: Any, config: Any, headers: weights.Headers, prefix: str) -> Any:

@@ -128,7 +128,7 @@ def test_a_missing_field_is_named(tmp_path, name):
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("value", [0, -1, 2**31, True, "4", 4.0, None, [4]])
 def test_sizes_are_positive_integers(name, value):
-    with pytest.raises(ValueError, match=rf"^config: {name} is .*; it has to be an integer from 1"):
+    with pytest.raises(ValueError, match=rf"^config: {name} is .*; it must be an integer from 1"):
         MixtralConfig.from_dict(TINY | {name: value})
     with pytest.raises(ValueError, match=rf"^{name} is"):
         MixtralConfig(**{"rope_theta": 1e6, name: value})
@@ -157,14 +157,14 @@ def test_sizes_are_positive_integers(name, value):
         ({"sliding_window": False}, "sliding_window is False"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
         ({"tie_word_embeddings": None}, "tie_word_embeddings is None"),
-        ({"eos_token_id": []}, r"eos_token_id is \[\]"),
-        ({"eos_token_id": [2, -1]}, "eos_token_id is -1"),
+        ({"eos_token_id": []}, r"eos_token_id is \(\)"),
+        ({"eos_token_id": [2, -1]}, r"eos_token_id is \(2, -1\)"),
         ({"bos_token_id": "<s>"}, "bos_token_id is '<s>'"),
         ({"pad_token_id": True}, "pad_token_id is True"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"torch_dtype": 16}, "dtype is 16"),
-        ({"model_type": "mistral"}, "model_type is 'mistral'; it has to be 'mixtral'"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; it has to be 'silu'"),
+        ({"model_type": "mistral"}, "model_type is 'mistral'; it must be 'mixtral'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be 'silu'"),
         ({"attention_dropout": 0.1}, r"attention_dropout is 0\.1; .* training"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
@@ -199,7 +199,7 @@ def test_from_dict_wants_a_mapping(values):
         (b"\xff\xfe{}", "not readable as JSON"),
         (b"[" * 100_000, "not readable as JSON: nested too deeply"),
         (b"[1]", "holds a JSON list; an object is needed"),
-        (b'{"vocab_size": 1, "vocab_size": 2}', "not readable as JSON: the key 'vocab_size' stands there 2 times"),
+        (b'{"vocab_size": 1, "vocab_size": 2}', "not readable as JSON: the key 'vocab_size' occurs 2 times"),
     ],
     ids=["empty", "cut", "not utf-8", "deep", "list", "twice"],
 )

@@ -286,7 +286,7 @@ def swap(old, new):
         (header(lambda old: old[:-9]), "invalid JSON"),
         (header(lambda old: b"[" * 50_000), "invalid JSON"),
         (swap(b'"model.norm.weight"', b'"lm_head.weight"'), "invalid offset"),
-        (header(twice), "'model.norm.weight' stands there 2 times"),
+        (header(twice), "'model.norm.weight' occurs 2 times"),
         (swap(b'"format":"pt"', b'"format":1'), "invalid JSON"),
         (swap(b'"model.norm.weight"', b'"model.norm.\\ud800"'), "invalid JSON"),
         (norm(dtype="F32"), "invalid shape, data type"),

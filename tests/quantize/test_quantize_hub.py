@@ -1,4 +1,4 @@
-"""The hub's layouts, packed by tests/support/hub.py, mean to us what they mean; what we cannot honour is refused in a line."""
+"""Each layout of the hub, packed by tests/support/hub.py, loads as the values that it means."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from mixtral_triton import Mixtral, MixtralConfig, weights
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize import QuantizedWeight, layouts
+from mixtral_triton.quantize.hub import read_headers
 from mixtral_triton.verification.weights import check_loaded
-from mixtral_triton.weights import read_headers, total_bytes
+from mixtral_triton.weights import total_bytes
 from tests.model.test_weights import expected
 from tests.support import hub
 

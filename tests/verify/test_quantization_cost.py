@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import shutil
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 
 from mixtral_triton import Mixtral, reference, verify
 from mixtral_triton.cli import SMALL, main, parse_weights
@@ -22,11 +20,11 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize import QuantizedWeight, quantizers
 from mixtral_triton.verification import held_out, perplexity, weights
 from mixtral_triton.verification.layers import Target
-from mixtral_triton.verification.weights import QuantizationCost, check_loaded, quantization_cost
+from mixtral_triton.verification.weights import check_loaded, quantization_cost
 from tests.support import hub
 from tests.support.models import random_model
 
-once = pytest.mark.skipif(INTERPRETED, reason="on the torch backend: run once, without the interpreter")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="on the torch backend: run once, without the interpreter")
 TEXT = torch.randint(23, (31,), generator=torch.Generator().manual_seed(0))
 IDS = torch.randint(2048, (2, 9), generator=torch.Generator().manual_seed(0))
 BOTH = {"experts": "int4", "linear": "int8"}
@@ -42,14 +40,12 @@ def perplexity_by_loop(model: Mixtral, ids: torch.Tensor, context: int) -> float
     return math.exp(sum(losses) / len(losses))
 
 
-@once
 @pytest.mark.parametrize(("context", "tokens"), [(8, 31), (7, 31), (1, 31), (30, 31), (64, 31), (5, 2)])
 def test_perplexity_equals_a_loop_over_tokens(context: int, tokens: int) -> None:
     model, ids = random_model(), TEXT[:tokens]
     assert math.isclose(perplexity(model, ids, context), perplexity_by_loop(model, ids, context), rel_tol=1e-5)
 
 
-@once
 @pytest.mark.parametrize(("factor", "expected"), [(0.0, 23), (1e6, math.inf)], ids=["uniform", "no overflow"])
 def test_perplexity_of_extreme_logits(factor: float, expected: float) -> None:
     model = random_model()
@@ -57,16 +53,13 @@ def test_perplexity_of_extreme_logits(factor: float, expected: float) -> None:
     assert perplexity(model, TEXT) == pytest.approx(expected, rel=1e-12)
 
 
-@once
-def test_default_context(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_context_and_rows_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default context is the positions, at most CONTEXT, and few logits are in memory at once."""
     model = random_model(max_position_embeddings=16)
     assert perplexity(model, TEXT) == perplexity(model, TEXT, 16) != perplexity(model, TEXT, 8)
-    monkeypatch.setattr(weights, "CONTEXT", 8)
-    assert perplexity(model, TEXT) == perplexity(model, TEXT, 8)
-
-
-@once
-def test_few_logits_are_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "CONTEXT", 8)
+        assert perplexity(model, TEXT) == perplexity(model, TEXT, 8)
     model, sizes = random_model(max_position_embeddings=1024), []
     head = model.head
     monkeypatch.setattr(model, "head", lambda h: sizes.append(len(h)) or head(h))
@@ -74,7 +67,6 @@ def test_few_logits_are_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert sum(sizes) == 1000 and max(sizes) == weights.LOGIT_ROWS
 
 
-@once
 @pytest.mark.parametrize(
     ("ids", "context", "message"),
     [
@@ -92,7 +84,6 @@ def test_bad_text_raises_value_error(ids: Any, context: int | None, message: str
         perplexity(random_model(), ids, context)
 
 
-@once
 def test_held_out_text(tmp_path: Path) -> None:
     config = random_model().config
     assert held_out(tmp_path, config) is None
@@ -139,7 +130,6 @@ def routes(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return torch.stack(found)
 
 
-@once
 @pytest.mark.parametrize(("formats", "window"), [(BOTH, 2048), ("int4", 25)], ids=str)
 def test_cost_equals_that_of_whole_models(formats: Any, window: int, tmp_path: Path, monkeypatch: Any) -> None:
     """With a text of one window, and of several, the last one shorter."""
@@ -155,7 +145,7 @@ def test_cost_equals_that_of_whole_models(formats: Any, window: int, tmp_path: P
         cosines = F.cosine_similarity(*(reference.forward(one, IDS).double() for one in (ours, theirs)), dim=-1)
         flips = int((routes(ours, IDS) != routes(theirs, IDS)).any(-1).sum())
         scores = [perplexity(one, torch.tensor(text)) for one in (ours, theirs)]
-    assert cost is not None and len(steps) == 4
+    assert cost is not None and len(steps) == 4 and f"as stored {scores[1]:.3f}" in str(cost)
     assert cost.formats == (formats if isinstance(formats, dict) else {"experts": formats})
     assert (cost.cosine, cost.min_cosine) == pytest.approx((float(cosines.mean()), float(cosines.min())), abs=1e-6)
     assert (cost.flips, cost.routed) == (flips, 4 * 18) and 0 < cost.min_cosine < cost.cosine < 1
@@ -163,7 +153,6 @@ def test_cost_equals_that_of_whole_models(formats: Any, window: int, tmp_path: P
     assert cost.perplexity != cost.stored_perplexity
 
 
-@once
 def test_cost_without_quantization_text_or_folder(tiny: Path) -> None:
     assert verify(load(tiny), IDS[:1, :3] % 40, folder=tiny).quantization is None
     model = load(tiny, weights="int8")
@@ -174,16 +163,6 @@ def test_cost_without_quantization_text_or_folder(tiny: Path) -> None:
     assert cost is not None and cost.perplexity is None and "perplexity" not in str(cost)
 
 
-def test_quantized_model_is_right_and_has_a_cost(tiny: Path) -> None:
-    steps: list[tuple[int, int]] = []
-    report = verify(load(tiny, weights=BOTH), IDS[:1, :6] % 40, lambda *done: steps.append(done), folder=tiny)
-    assert not report.wrong and "Quantized: " in str(report), str(report)
-    assert report.quantization is not None and report.quantization.formats == BOTH
-    assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1))
-    assert report.as_dict()["quantization"]["flips"] == report.quantization.flips
-
-
-@once
 @pytest.mark.parametrize("name", ["linear", "expert_swiglu", "experts_add_rms_norm"])
 def test_fault_smaller_than_the_cost_of_int4(name: str, tiny: Path, inject_fault: Callable[[str], None]) -> None:
     inject_fault(name)
@@ -191,7 +170,6 @@ def test_fault_smaller_than_the_cost_of_int4(name: str, tiny: Path, inject_fault
     assert {row.op for row in verify(model, IDS[:1, :4] % 40).wrong} == {name}
 
 
-@once
 @pytest.mark.parametrize("format", ["int4", "int8", "fp8"])
 def test_wrong_scales_of_the_quantizer(format: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode = quantizers.encode
@@ -206,17 +184,6 @@ def test_wrong_scales_of_the_quantizer(format: str, tiny: Path, monkeypatch: pyt
     assert [row.ok for row in check_loaded(tiny, load(tiny, weights=format))] == [True, True, False]
 
 
-@once
-@pytest.mark.parametrize("width", [60, 80, 120])
-def test_cost_fits_the_terminal(width: int) -> None:
-    console = Console(file=io.StringIO(), width=width)
-    console.print(str(QuantizationCost(BOTH, 0.99912, 0.98, 12, 384, 28.462, 28.199)))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert max(map(len, text.splitlines())) <= width
-    assert "12 of 384; perplexity 28.462, as stored 28.199 (+0.93 %)" in " ".join(text.split())
-
-
-@once
 def test_weights_option(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # this process has decided already
     assert parse_weights("int4") == "int4" and parse_weights("experts=int4,linear=int8") == BOTH
