@@ -117,7 +117,7 @@ def sort_by_expert(
     order = torch.empty(T * K, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)
     selected = select_configs(configs, {"T": T, "K": K, "E": num_experts}, ids.dtype, ids.device)
-    args = {"ids_ptr": ids.contiguous(), "order_ptr": order, "offsets_ptr": offsets, "N": T * K}
+    args: dict[str, Any] = {"ids_ptr": ids.contiguous(), "order_ptr": order, "offsets_ptr": offsets, "N": T * K}
     launch(sort_by_expert_kernel, (num_experts,), args, selected["sort_by_expert_kernel"])
     return order, offsets
 
@@ -136,7 +136,13 @@ def gather_by_expert(x: Tensor, ids: Tensor, experts: int, config: LaunchConfig)
     gathered = torch.empty((T * K, H), dtype=x.dtype, device=x.device)
     order = torch.empty(T * K, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
-    args = {"ids_ptr": ids, "x_ptr": x, "sorted_ptr": gathered, "order_ptr": order, "offsets_ptr": offsets}
+    args: dict[str, Any] = {
+        "ids_ptr": ids,
+        "x_ptr": x,
+        "sorted_ptr": gathered,
+        "order_ptr": order,
+        "offsets_ptr": offsets,
+    }
     args |= {"N": T * K, "E": experts, "TOP_K": K, "stride_xt": x.stride(0)}
     launch(gather_by_expert_kernel, (triton.cdiv(T * K, config.constexprs["BLOCK_S"]),), args, config, H=H)
     return gathered, order, offsets

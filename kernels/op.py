@@ -55,9 +55,8 @@ class Shape(dict[str, int]):
         super().__init__({name: value for name, value in values.items() if name not in _DEFAULTS})
         # A switch parsed from text is 0 or 1.
         switches = {name: values[name] for name in _DEFAULTS if name in values}
-        self.switches = Switches(
-            **{name: bool(value) if isinstance(_DEFAULTS[name], bool) else value for name, value in switches.items()}
-        )
+        typed: dict[str, Any] = {k: bool(v) if isinstance(_DEFAULTS[k], bool) else v for k, v in switches.items()}
+        self.switches = Switches(**typed)
 
     def __or__(self, more: Mapping[str, Any]) -> Shape:  # type: ignore[override]
         return Shape(self.as_dict(), **(more.as_dict() if isinstance(more, Shape) else more))

@@ -116,7 +116,7 @@ def rope(
     B, T, Hq, D = q.shape
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     sizes = {"D": D, "Hq": Hq, "Hkv": k.shape[2]}
-    args = {"q_ptr": q, "k_ptr": k, "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous()}
+    args: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous()}
     args |= {"positions_ptr": positions, "q_out_ptr": q_out, "k_out_ptr": k_out, "T": T, "P": len(cos), **sizes}
     args |= strides("q", q) | strides("k", k) | strides("p", positions)
     launch(rope_kernel, (T, B), args, select_configs(configs, sizes, q.dtype, q.device)["rope_kernel"])

@@ -169,7 +169,13 @@ def _sizes(q: Tensor, k: Tensor, window: int | None, deterministic: bool) -> Sha
 def _common_args(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float | None) -> dict[str, Any]:
     """Return the sizes, strides, window and base-2 scale that both kernels take."""
     Hq, D = q.shape[2:]
-    args = {"T": q.shape[1], "S": k.shape[1], "Hq": Hq, "G": Hq // k.shape[2], "window": sizes["window"]}
+    args: dict[str, Any] = {
+        "T": q.shape[1],
+        "S": k.shape[1],
+        "Hq": Hq,
+        "G": Hq // k.shape[2],
+        "window": sizes["window"],
+    }
     args |= {"scale": (D**-0.5 if scale is None else scale) * math.log2(math.e)}
     return args | strides("q", q) | strides("k", k) | strides("v", v)
 

@@ -70,7 +70,7 @@ def experts_add_rms_norm(
 
 
 def _experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, deterministic: bool, **norm: Any
+    x: Tensor, gate_up: Any, down: Any, ids: Tensor, weights: Tensor, deterministic: bool, **norm: Any
 ) -> tuple[Tensor, Any]:
     """Return the output and None, or with the arguments of a norm the norm and the sum that it normalized."""
     T, H = x.shape
@@ -112,8 +112,8 @@ def _decode(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes,
     splits = split.constexprs["SPLIT_K"]
     y = torch.empty((splits, N, H), dtype=torch.float32, device=x.device)
     args = {"h_ptr": h, "down_ptr": down.data, "ids_ptr": ids, "y_ptr": y, "N": N, "E": E, **down.args}
-    grid = (triton.cdiv(H, split.constexprs["BLOCK_N"]), min(N, E), splits)
-    launch(experts_down_decode_kernel, grid, args, split, **constexprs, LAYOUT=down.layout(arch))
+    split_grid = (triton.cdiv(H, split.constexprs["BLOCK_N"]), min(N, E), splits)
+    launch(experts_down_decode_kernel, split_grid, args, split, **constexprs, LAYOUT=down.layout(arch))
     return y
 
 
