@@ -15,7 +15,7 @@ from torch import Tensor
 from . import reference
 from .checks import INT32, INTS, Within
 from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, power_of_2
+from .op import Cost, LaunchConfig, Op, Sizes, power_of_2, shapes
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -176,9 +176,7 @@ OP = Op(
     inputs=inputs,
     configs=configs,
     cost=cost,
-    test_shapes=tuple(
-        {"T": T, "E": E, "K": K} for T, E, K in ((1, 8, 2), (77, 8, 2), (40, 4, 1), (3000, 8, 2), (9, 64, 6), (5, 1, 1))
-    ),
-    bench_shapes=tuple({"T": T, "E": 8, "K": 2} for T in (128, 1024, 8192)),
+    test_shapes=shapes("T E K", "1 8 2, 77 8 2, 40 4 1, 3000 8 2, 9 64 6, 5 1 1"),
+    bench_shapes=shapes("T E K", "128 8 2, 1024 8 2, 8192 8 2"),
     dtypes=INTS,
 )

@@ -21,7 +21,7 @@ from .. import reference
 from ..checks import INTS, SINGLE, Above, Matrix, Within
 from ..dispatch import expected_distinct_experts, gather_by_expert, sample_ids, sort_by_expert
 from ..launch import Configs, launch, select_configs, target_arch
-from ..op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sampler, switches
+from ..op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sampler, shapes, switches
 from ..quantized import QUANT_NAMES, sample_quantized, weight_bytes
 from ..tma import describe
 from ..weight import Weight
@@ -213,17 +213,7 @@ OP = Op(
     configs=configs,
     cost=cost,
     test_shapes=(
-        *(
-            {"T": T, "H": H, "I": I, "E": E, "K": K}
-            for T, H, I, E, K in (
-                (1, 128, 256, 8, 2),
-                (7, 80, 96, 4, 1),
-                (33, 72, 100, 8, 3),
-                (65, 128, 256, 8, 2),
-                (130, 90, 70, 4, 2),
-                (200, 64, 48, 2, 2),
-            )
-        ),
+        *shapes("T H I E K", "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 65 128 256 8 2, 130 90 70 4 2, 200 64 48 2 2"),
         Shape(T=3, H=128, I=96, E=4, K=2, gate_up="int4:128", down="int4:32"),
         Shape(T=70, H=96, I=64, E=4, K=2, gate_up="int8", down="fp8"),
     ),
