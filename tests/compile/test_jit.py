@@ -132,7 +132,7 @@ def test_batch_too_large_for_a_grid_raises_value_error(gpu: Any) -> None:
         args = {name: x.to(device) for name, x in args.items()}
         with (
             record_launches() as launches,
-            pytest.raises(ValueError, match="rope_kernel: 1 x 65,536 programs, needs at most 65,535"),
+            pytest.raises(ValueError, match="rope_kernel: .*1 x 65,536 programs, needs at most 65,535"),
         ):
             op.run(**args)
         assert not [launch for launch in launches if launch.grid]
