@@ -15,7 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 from mixtral_triton import KVCache, Mixtral
-from mixtral_triton.hf.release import cache_keyword
+from mixtral_triton.hf.mask import CACHE
 
 Call = Callable[[], object]
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -39,8 +39,8 @@ def our_model(hf: Any, device: torch.device | str = "cpu") -> Mixtral:
 
 def hf_step(model: Any, ids: torch.Tensor) -> Call:
     """Return a step of one token on a cache that holds `ids` and grows."""
-    cache, name = model(ids, use_cache=True)[1], cache_keyword()
-    return lambda: model(ids[:, :1], use_cache=True, **{name: cache})
+    cache = model(ids, use_cache=True)[1]
+    return lambda: model(ids[:, :1], use_cache=True, **{CACHE: cache})
 
 
 def our_step(model: Mixtral, ids: torch.Tensor) -> Call:

@@ -1,4 +1,4 @@
-"""Right on my weights? A folder beside plain torch, then transformers' model of it beside its own modules.
+"""Verify a checkpoint folder against torch, then transformers' model of it against transformers' own modules.
 
 python examples/verify_folder.py [FOLDER]
 """
@@ -15,7 +15,7 @@ report = verify(folder)
 print(report)
 
 drop_in = verify(AutoModelForCausalLM.from_pretrained(folder).eval())
-print(drop_in.verdict, f"({drop_in.way}, beside {drop_in.peer})")
+print(drop_in.verdict, f"({drop_in.backend}, compared with {drop_in.peer})")
 worst = max(drop_in.rows, key=lambda row: row.share)
 print(f"nearest to its limit: {worst.where} ({worst.case}): {worst.error:.1e} of {worst.limit:.1e}")
 sys.exit(1 if report.wrong or drop_in.wrong else 0)

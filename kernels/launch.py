@@ -161,8 +161,7 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
     if max(grid[1:], default=1) > GRID_MAX:
         programs = " x ".join(f"{n:,}" for n in grid)
         raise ValueError(
-            f"{kernel.__name__}: the grid is {programs} programs, needs at most {GRID_MAX:,} along the second and third "
-            "axis"
+            f"{kernel.__name__}: the grid is {programs} programs, needs at most {GRID_MAX:,} along axes 2 and 3"
         )
     constants = {**config.constexprs, **constexprs}
     first = next((arg for arg in args.values() if isinstance(arg, torch.Tensor)), None)

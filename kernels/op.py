@@ -238,17 +238,15 @@ class Op(Generic[P, R]):
         return self.reference(**self.reference_args({**dict(zip(self.names, args, strict=False)), **kwargs}))
 
 
-def sample(
-    *shape: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    generator: torch.Generator | None = None,
-    scale: float = 1.0,
-) -> torch.Tensor:
-    """Draw normal values for `Op.inputs`, the same on every device; on the meta device only a shape."""
-    if torch.device(device).type == "meta":
-        return torch.empty(shape, dtype=dtype, device=device)
-    return (torch.randn(shape, generator=generator) * scale).to(device=device, dtype=dtype)
+def sampler(dtype: torch.dtype, device: Any, generator: torch.Generator | None) -> Callable[..., torch.Tensor]:
+    """Return draw(*shape, scale=1.0): normal values for `Op.inputs`, the same on every device; unset on meta."""
+
+    def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        if torch.device(device).type == "meta":
+            return torch.empty(shape, dtype=dtype, device=device)
+        return (torch.randn(shape, generator=generator) * scale).to(device=device, dtype=dtype)
+
+    return draw
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from rich.progress import DownloadColumn, MofNCompleteColumn
 from . import __version__
 from .kernels.arch import ARCHS
 from .tools.gpus import RATED
-from .tools.processes import add_verify_time, is_first, open_mesh, select_backend
+from .tools.processes import is_first, open_mesh, select_backend
 from .tools.terminal import Bar, bar, exit_status, say, set_output_encoding
 
 if TYPE_CHECKING:
@@ -230,16 +230,15 @@ def _encode(tokenizer: Any, text: str, model: Mixtral) -> torch.Tensor:
 
 def _verify(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=True)
-    from .verification import check_peer, verify
-    from .verification.verdict import text_or_default
+    from .verification import check_peer, default_text, verify
 
     check_peer(args.peer, args.tp * args.ep > 1)
     with open_mesh(args) as mesh:
         model = _load(args, mesh)
         prompt = None if args.prompt is None else _encode(_tokenizer(args.folder), args.prompt, model)[None]
-        ids = text_or_default(prompt, model.config, model.device)
+        ids = default_text(prompt, model.config, model.device)
         if is_first():
-            say(add_verify_time(note, model.config, str(model.dtype), ids.numel()))
+            say(note)
         with _count_bar("verifying", None, silent=not is_first()) as progress:
             report = verify(model, ids, progress.update, folder=args.folder, peer=args.peer)
         if is_first() and args.json:
@@ -354,9 +353,9 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from .tools.fit import run
+    from .tools import fit, scaling
 
-    return run(args)
+    return fit.run(args) if args.scaling is None else scaling.run(args)
 
 
 def _compile(args: argparse.Namespace) -> int:

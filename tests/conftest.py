@@ -160,13 +160,13 @@ def ordered(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Makes the runtime's way of an operation wrong by 3 %, or by one, in one element; the reference stays."""
-    go = call.call_checked
+def inject_fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """inject_fault(name): change the largest element of the operation's result by 3 %, or by 1. The reference stays."""
+    call_checked = call.call_checked
 
-    def spoil(name: str) -> None:
-        def wrong(op: Any, args: Any) -> Any:
-            out = go(op, args)
+    def inject(name: str) -> None:
+        def faulty(op: Any, args: Any) -> Any:
+            out = call_checked(op, args)
             if op.name == name:
                 changed = args[3] if out is None else out  # append has no result: the key cache
                 first = changed[0] if isinstance(changed, tuple) else changed
@@ -175,9 +175,9 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
                 flat[place] = flat[place] * 1.03 if first.is_floating_point() else flat[place] + 1
             return out
 
-        monkeypatch.setattr(call, "call_checked", wrong)
+        monkeypatch.setattr(call, "call_checked", faulty)
 
-    return spoil
+    return inject
 
 
 @pytest.fixture

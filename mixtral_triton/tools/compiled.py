@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import triton
 from triton.tools.disasm import get_sass
 
 from ..kernels.arch import family
-from . import counted
-from .sass import Loop
+from .sass import Loop, main_loops
 from .terminal import Column, Table
 
 # Bytes of spills that a kernel may have outside its main loops: harmless, a few instructions a program. AMD: none.
@@ -20,7 +22,7 @@ _HARMLESS = {"sm_80": 64, "sm_90": 16, "sm_100": 64}
 
 
 class Assembly(Mapping[str, Any]):
-    """A kernel's stages by kind, read from Triton's cache when they are asked for; "sass" is made of the cubin."""
+    """A kernel's stages by kind, read from Triton's cache on access; "sass" is disassembled from the cubin."""
 
     def __init__(self, files: Iterable[str]) -> None:
         self.paths = {Path(file).suffix[1:]: Path(file) for file in files}
@@ -36,6 +38,18 @@ class Assembly(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def usage(self) -> tuple[int, int]:
+        """Registers and bytes of spills, see `Compiled`."""
+        if "cubin" in self.paths:
+            command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(self.paths["cubin"])]
+            text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+        else:
+            text = self["amdgcn"]
+        found = {name: int(number) for name, number in re.findall(r"(\w+): *(\d+)", text)}
+        if "cubin" in self.paths:
+            return found["REG"], found["STACK"] + found["LOCAL"]
+        return found["vgpr_count"], 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,7 @@ class Compiled:
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
         """The main loops; none for AMD, whose code is not counted."""
-        return counted.loops([self.asm.paths["cubin"]], self.arch)[0] if "cubin" in self.asm else ()
+        return main_loops([self.asm.paths["cubin"]], self.arch)[0] if "cubin" in self.asm else ()
 
     @cached_property
     def uses_tensor_cores(self) -> bool:
@@ -80,7 +94,7 @@ class Compiled:
         return "mma" in self.asm.get("ptx", "")
 
     @property
-    def asks_loops(self) -> bool:
+    def needs_loops(self) -> bool:
         """Whether anything below depends on the main loops."""
         return "cubin" in self.asm and (self.spills > 0 or self.uses_tensor_cores)
 
@@ -131,9 +145,9 @@ def _settings(row: Row) -> dict[str, str]:
     return found
 
 
-def _differences(rows: Sequence[Row], others: Sequence[Row]) -> str:
-    """The settings of `rows` that not all of `others` have."""
-    settings, every = ([_settings(row) for row in some] for some in (rows, others))
+def _differences(rows: Sequence[Row], peers: Sequence[Row]) -> str:
+    """The settings of `rows` that not all of `peers` have."""
+    settings, every = ([_settings(row) for row in some] for some in (rows, peers))
     words = []
     for name in settings[0]:
         values = list(dict.fromkeys(one[name] for one in settings if name in one))
@@ -143,7 +157,7 @@ def _differences(rows: Sequence[Row], others: Sequence[Row]) -> str:
 
 
 def fold_rows(rows: Sequence[Row]) -> list[tuple[Row, str, str]]:
-    """A line for each kernel, tile and set of figures: one of its rows, the dtypes, and its settings among others."""
+    """A line for each kernel, tile and set of figures: one of its rows, the dtypes, and its settings among peers."""
 
     def key(row: Row) -> tuple[Any, ...]:
         return row["kernel"], _tile(row), row["num_warps"], row["num_stages"]

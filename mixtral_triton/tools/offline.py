@@ -1,4 +1,4 @@
-"""Compile for a GPU that is not there: registers, spills, shared memory, main loops of what an operation launches."""
+"""The command `compile`: what operations launch, compiled for a GPU that is not there."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import redirect_stdout
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -38,19 +39,18 @@ from ..kernels.launch import INTERPRETED
 from ..kernels.op import Launch, Op
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
-from . import counted
+from . import sass
 from .compiled import Assembly, Compiled, as_json, resources_table
-from .pool import share
 from .predict import family_note
 from .terminal import console, write_file
 
 _WIDTHS = ("H", "I")  # of a model: they change no tile
-_TOGETHER = 32  # kernels whose loops are counted in one go, since a disassembler takes long to start
-_A_WORKER = 16  # kernels that pay for one more process
+_KERNELS_PER_WORKER = 16  # fewer do not pay for one more process
 
 Dtypes = Sequence[torch.dtype] | None
 PathLike = str | os.PathLike[str]
-Progress = Callable[[int, int], None] | None
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def _target(arch: str) -> GPUTarget:
@@ -81,7 +81,7 @@ def _binder(fn: Any, arch: str) -> Any:
 
 
 def _source(launch: Launch, arch: str) -> ASTSource:
-    """What Triton's JIT makes of the arguments, by its own functions: a launch finds the kernel in the cache.
+    """What Triton's JIT derives from the arguments, by its own functions: a launch finds the kernel in the cache.
 
     None and 1 are constants, multiples of 16 are known as such.
     """
@@ -94,33 +94,17 @@ def _source(launch: Launch, arch: str) -> ASTSource:
 
 
 def _key(launch: Launch, source: ASTSource, widths: bool = True) -> str:
-    """Tells kernels apart, the same way in every process. Which integers are multiples of 16 does not count, nor do,
-    without `widths`, the sizes of a model that stand in the code as constants."""
+    """Tells kernels apart, the same way in every process. Which integers are multiples of 16 does not count; without
+    `widths`, neither do the sizes of a model that are constants in the code."""
     names, constants = launch.fn.arg_names, sorted(source.constants.items())
-    told = [(path, value) for path, value in constants if widths or names[path[0]] not in _WIDTHS]
-    parts = (launch.kernel, source.signature, told, launch.num_warps, launch.num_stages)
+    counted = [(path, value) for path, value in constants if widths or names[path[0]] not in _WIDTHS]
+    parts = (launch.kernel, source.signature, counted, launch.num_warps, launch.num_stages)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
-
-
-def _figures(assembly: Assembly) -> counted.Figures:
-    if "cubin" in assembly:
-        return counted.figures(assembly.paths["cubin"])
-    found = {name: int(number) for name, number in re.findall(r"(\w+): *(\d+)", assembly["amdgcn"])}
-    return counted.Figures(found["vgpr_count"], 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"]))
-
-
-def _write(asm: Mapping[str, Any], out: PathLike, stem: str) -> str:
-    """The assembly and the binary under `out` -> the absolute path of the binary."""
-    kinds = ("amdgcn", "hsaco") if "amdgcn" in asm else ("ptx", "sass", "cubin")
-    for kind in kinds:
-        path, content = Path(out).absolute() / f"{stem}.{kind}", asm[kind]
-        write_file(path, content if isinstance(content, bytes) else content.encode())
-    return str(path)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A kernel to compile, in what travels to another process, as a jitted function and meta tensors do not."""
+    """A kernel to compile. Unlike a jitted function and meta tensors it can be sent to another process."""
 
     op: str
     arch: str
@@ -136,10 +120,9 @@ class _Job:
     @classmethod
     def of(cls, launch: Launch, arch: str, op: str, out: PathLike | None) -> _Job:
         _target(arch)  # ValueError where nothing can be compiled
-        source = _source(launch, arch)
-        told = (source.signature, source.constants, source.attrs)
-        plain = replace(launch, fn=None, args={})
-        return cls(op, arch, out, triton.knobs.cache.dir, _key(launch, source), launch.fn.__module__, plain, *told)
+        source, bare = _source(launch, arch), replace(launch, fn=None, args={})
+        types = source.signature, source.constants, source.attrs
+        return cls(op, arch, out, triton.knobs.cache.dir, _key(launch, source), launch.fn.__module__, bare, *types)
 
     def source(self, fn: Any = None) -> ASTSource:
         fn = fn or getattr(import_module(self.module), self.launch.kernel)
@@ -147,12 +130,16 @@ class _Job:
 
     @property
     def options(self) -> dict[str, Any]:
-        """As `launch` gives them: FP fusion is named because its default differs between releases of Triton."""
-        launch = self.launch
-        more = {"launch_pdl": True} if launch.dependent else {}
-        return {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True, **more}
+        """As `launch` gives them. FP fusion is explicit because its default differs between releases of Triton."""
+        options = {"num_warps": self.launch.num_warps, "num_stages": self.launch.num_stages, "enable_fp_fusion": True}
+        return options | ({"launch_pdl": True} if self.launch.dependent else {})
 
-    def result(self, **found: Any) -> Compiled:
+    @property
+    def tile(self) -> int:
+        """What takes longest to compile has the largest tile."""
+        return math.prod(size for name, size in self.launch.constexprs.items() if name.startswith("BLOCK_"))
+
+    def result(self, **figures: Any) -> Compiled:
         pointers = [kind.lstrip("*") for kind in self.signature.values() if kind.startswith("*")]
         launch, fixed = self.launch, [name for name, kind in self.signature.items() if kind == "constexpr"]
         return Compiled(
@@ -163,17 +150,15 @@ class _Job:
             num_stages=launch.num_stages or 0,
             constexprs={name: launch.constexprs[name] for name in fixed if name in launch.constexprs},
             signature=self.signature,
-            dtype=min(pointers, key=lambda kind: (kind[0] in "iu", int(re.search(r"\d+", kind)[0]))),
+            dtype=min(pointers, key=lambda kind: (kind[0] in "iu", int(re.sub(r"\D+(\d+).*", r"\1", kind)))),
             limit_bytes=ARCHS[self.arch].shared_bytes,
-            **found,
+            **figures,
         )
 
     def failed(self, error: str) -> Compiled:
-        nothing = {"file": None, "registers": 0, "spills": 0, "shared_bytes": 0, "asm": Assembly(())}
-        return self.result(**nothing, error=error)
+        return self.result(file=None, registers=0, spills=0, shared_bytes=0, asm=Assembly(()), error=error)
 
-    def is_stored(self) -> bool:
-        """Whether Triton's cache has it."""
+    def is_cached(self) -> bool:
         backend, source = make_backend(_target(self.arch)), self.source()
         key = get_cache_key(source, backend, backend.parse_options(self.options), get_cache_invalidating_env_vars())
         manager = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
@@ -181,14 +166,19 @@ class _Job:
 
     def compile(self, fn: Any = None) -> Compiled:
         triton.knobs.cache.dir = self.cache
-        with redirect_stdout(io.StringIO()):  # where ptxas fails, Triton prints all it was given
+        with redirect_stdout(io.StringIO()):  # where ptxas fails, Triton prints all its input
             kernel = triton.compile(self.source(fn), target=_target(self.arch), options=self.options)
         assembly = Assembly(kernel.metadata_group.values())
-        figures, stem = _figures(assembly), f"{self.launch.kernel}.{self.arch}.{self.key}"
+        registers, spills = assembly.usage()
+        kinds, file = ("amdgcn", "hsaco") if "amdgcn" in assembly else ("ptx", "sass", "cubin"), None
+        for kind in kinds if self.out is not None else ():
+            stem, content = f"{self.launch.kernel}.{self.arch}.{self.key}", assembly[kind]
+            file = Path(self.out or "").absolute() / f"{stem}.{kind}"
+            write_file(file, content if isinstance(content, bytes) else content.encode())
         return self.result(
-            file=None if self.out is None else _write(assembly, self.out, stem),
-            registers=figures.registers,
-            spills=figures.spills,
+            file=None if file is None else str(file),
+            registers=registers,
+            spills=spills,
             shared_bytes=kernel.metadata.shared,
             asm=assembly,
         )
@@ -198,11 +188,11 @@ def _kernels(ops: Iterable[Op], arch: str, dtypes: Dtypes, widths: bool = True) 
     """The kernels of the operations over their bench shapes, by `_key`: an operation, and its first launch of each."""
     found: dict[str, tuple[str, Launch]] = {}
     for op in ops:
-        wanted = [dtype for dtype in op.dtypes if not dtypes or dtype in dtypes or dtype not in FLOATS]
-        for dtype, sizes in product(wanted, op.bench_shapes):
-            shapes = op.inputs(sizes, dtype, "meta")
+        selected = [dtype for dtype in op.dtypes if not dtypes or dtype in dtypes or dtype not in FLOATS]
+        for dtype, sizes in product(selected, op.bench_shapes):
+            args = op.inputs(sizes, dtype, "meta")
             with record_launches(arch) as launches:
-                op.run(**shapes)
+                op.run(**args)
             for launch in launches:
                 if launch.fn is not None:
                     found.setdefault(_key(launch, _source(launch, arch), widths), (op.name, launch))
@@ -217,32 +207,21 @@ def collect(op: Op, arch: str, dtypes: Dtypes = None) -> list[Launch]:
 def compile_launch(launch: Launch, arch: str, op: str = "", out: PathLike | None = None) -> Compiled:
     """Compile the kernel of one recorded launch for `arch`; its files go into the folder `out`, which must exist.
 
-    ValueError: an `arch` that is not known, here or to Triton, or this process interprets. The compiler raises whatever
-    its passes do.
+    ValueError: an unknown `arch`, or this process interprets. The compiler raises whatever its passes do.
     """
     return _Job.of(launch, arch, op, out).compile(launch.fn)
 
 
-def _attempt(job: _Job) -> Compiled | OSError:
+def _attempt(job: _Job) -> Compiled:
     try:
         return job.compile()
-    except OSError as error:  # a full disk, say: no fault of the kernel, and to be raised where the caller is
-        nameless = error.errno is not None and error.filename is None  # Triton writes to its cache
-        return OSError(error.errno, error.strerror, job.cache) if nameless else error
+    except OSError as error:  # a full disk, say, is no fault of the kernel
+        unnamed = error.errno is not None and error.filename is None  # Triton writes to its cache
+        raise OSError(error.errno, error.strerror, job.cache) if unnamed else error from None
     except Exception as error:  # the compiler raises whatever its passes do
         line = (str(error).strip().splitlines() or [""])[0]
         crash = re.search(r"ptxas.* error code -(\d+)", line)
-        return _crashed(job, signal.Signals(int(crash[1])), "ptxas") if crash else job.failed(line[:200])
-
-
-def _or_raise(result: Compiled | OSError) -> Compiled:
-    if isinstance(result, OSError):
-        raise result
-    return result
-
-
-def _crashed(job: _Job, by: signal.Signals, what: str = "Triton") -> Compiled:
-    return job.failed(f"{what} crashed with {by.name}")
+        return job.failed(f"ptxas crashed with {signal.Signals(int(crash[1])).name}" if crash else line[:200])
 
 
 def compile_launches(launches: Iterable[Launch], arch: str) -> Iterator[Compiled]:
@@ -253,117 +232,115 @@ def compile_launches(launches: Iterable[Launch], arch: str) -> Iterator[Compiled
     return (compiled for _, compiled in _compile_all(list(distinct.values())))
 
 
-def _weight(job: _Job) -> int:
-    """The size of the kernel's tile: what takes longest to compile has the largest."""
-    return math.prod(size for name, size in job.launch.constexprs.items() if name.startswith("BLOCK_"))
+@contextmanager
+def _process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool whose processes end with the block, whatever they are at."""
+    # Forked from a server without threads that has imported everything once: a fork copies locks that are held.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    before = set(multiprocessing.active_children())
+    # Ctrl-C reaches every process; this one ends the others.
+    pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    try:
+        yield pool
+    finally:
+        for process in set(multiprocessing.active_children()) - before:
+            process.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+def map_in_processes(
+    work: Callable[[Item], Result], items: Sequence[Item], workers: int
+) -> Iterator[tuple[int, Result | BrokenProcessPool]]:
+    """Index and result of each item as it is done; BrokenProcessPool for an item whose process crashes.
+
+    A crash breaks the whole pool: the items that it leaves undone run again, each in a process of its own.
+    """
+    undone = []
+    with _process_pool(workers) as pool:
+        futures = {pool.submit(work, item): index for index, item in enumerate(items)}
+        for future in as_completed(futures):
+            if isinstance(future.exception(), BrokenProcessPool):
+                undone.append(futures[future])
+            else:
+                yield futures[future], future.result()
+    for index in sorted(undone):
+        with _process_pool(1) as pool:
+            future = pool.submit(work, items[index])
+            error = future.exception()
+            yield index, error if isinstance(error, BrokenProcessPool) else future.result()
 
 
 def _compile_all(jobs: Sequence[_Job]) -> Iterator[tuple[int, Compiled]]:
     """Index and kernel as they are done: first what Triton's cache has, then the heaviest first."""
-    stored = [index for index, job in enumerate(jobs) if job.is_stored()]
-    yield from ((index, _or_raise(_attempt(jobs[index]))) for index in stored)
-    left = sorted(set(range(len(jobs))) - set(stored), key=lambda index: -_weight(jobs[index]))
-    pieces = [jobs[index] for index in left]
-    workers = min(len(left) // _A_WORKER, len(os.sched_getaffinity(0)))
-    if workers > 1:
-        found = share(_attempt, pieces, workers, _crashed, preload=f"{__package__}.warm")
-    else:
-        found = enumerate(map(_attempt, pieces))
-    yield from ((left[place], _or_raise(result)) for place, result in found)
-
-
-def _count(kernels: Sequence[tuple[int, Compiled]]) -> Sequence[tuple[int, Compiled]]:
-    """The main loops of several kernels in one go: from here on they are remembered."""
-    counted.loops([kernel.asm.paths["cubin"] for _, kernel in kernels], kernels[0][1].arch)
-    return kernels
-
-
-def _counted(jobs: Sequence[_Job], progress: Progress) -> Iterator[tuple[int, Compiled]]:
-    """`_compile_all`, with the main loops counted beside it where something depends on them."""
-    batch: list[tuple[int, Compiled]] = []
-    counting: deque[Future[Sequence[tuple[int, Compiled]]]] = deque()
-    with ThreadPoolExecutor(1) as beside:
-        for done, (index, compiled) in enumerate(_compile_all(jobs), 1):
-            if progress is not None:
-                progress(done, len(jobs))
-            if not compiled.asks_loops:
-                yield index, compiled
-            else:
-                batch.append((index, compiled))
-            if len(batch) == _TOGETHER:
-                counting.append(beside.submit(_count, batch))
-                batch = []
-            while counting and counting[0].done():
-                yield from counting.popleft().result()
-        if batch:
-            counting.append(beside.submit(_count, batch))
-        for counts in counting:
-            yield from counts.result()
-
-
-def _in_order(found: Iterable[tuple[int, Compiled]]) -> Iterator[tuple[int, Compiled]]:
-    early: dict[int, Compiled] = {}
-    turn = 0
-    for index, compiled in found:
-        early[index] = compiled
-        while turn in early:
-            yield turn, early.pop(turn)
-            turn += 1
+    cached = [index for index, job in enumerate(jobs) if job.is_cached()]
+    yield from ((index, _attempt(jobs[index])) for index in cached)
+    left = sorted(set(range(len(jobs))) - set(cached), key=lambda index: -jobs[index].tile)
+    workers = min(len(left) // _KERNELS_PER_WORKER, len(os.sched_getaffinity(0)))
+    if workers <= 1:
+        yield from ((index, _attempt(jobs[index])) for index in left)
+        return
+    for place, result in map_in_processes(_attempt, [jobs[index] for index in left], workers):
+        job = jobs[left[place]]
+        yield left[place], job.failed("Triton crashed") if isinstance(result, BrokenProcessPool) else result
 
 
 def compile_ops(
     names: Sequence[str],
     arch: str,
     out: PathLike | None = None,
-    progress: Progress = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
     dtypes: Dtypes = None,
-    as_done: bool = False,
 ) -> Iterator[Compiled]:
-    """The kernels of the operations `names` (none: all) for `arch`, in the registry's order; with `as_done` as soon as
-    each is done. One that does not compile is among them, with its error.
-
-    Each is compiled once, also where a second model's widths (H and I, constants in the code) change nothing else.
-    `out`: a folder, made where missing, for .ptx, .sass and .cubin (.amdgcn and .hsaco) files. `progress` is told how
-    many kernels are done, and of how many. Large jobs are shared with other processes, so a script that calls this
-    needs its `if __name__ == "__main__"`. Triton's cache keeps the kernels, and beside them what was counted.
-    ValueError: an unknown name or `arch`, or this process interprets.
-    """
+    """`compile_shapes` of the registry's operations `names`; none: all. ValueError for an unknown name."""
     if unknown := [name for name in names if name not in OPS]:
         raise ValueError(f"compile: argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
-    chosen = [op for op in OPS.values() if op.name in names or not names]
-    return compile_shapes(chosen, arch, out, progress, dtypes, as_done)
+    selected = [op for name, op in OPS.items() if name in names or not names]
+    return compile_shapes(selected, arch, out, progress, dtypes)
 
 
 def compile_shapes(
     ops: Iterable[Op],
     arch: str,
     out: PathLike | None = None,
-    progress: Progress = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
     dtypes: Dtypes = None,
-    as_done: bool = False,
 ) -> Iterator[Compiled]:
-    """`compile_ops` of operations as they are given: over their own bench shapes."""
-    kernels = _kernels(ops, arch, dtypes, widths=False)
-    jobs = [_Job.of(launch, arch, name, out) for name, launch in kernels.values()]
+    """The kernels of the operations over their bench shapes, in that order. A kernel that does not compile is among
+    them, with its error.
+
+    Each is compiled once, also where a second model's widths (H and I, constants in the code) change nothing else.
+    `out`: a folder, created if missing, for .ptx, .sass and .cubin (.amdgcn and .hsaco) files. `progress` is called
+    with how many kernels are done, and of how many. Large jobs are shared with other processes, so a script that calls
+    this needs its `if __name__ == "__main__"`. Triton's cache keeps the kernels and the counts of their loops.
+    """
+    jobs = [_Job.of(launch, arch, name, out) for name, launch in _kernels(ops, arch, dtypes, widths=False).values()]
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-    found = _counted(jobs, progress)
-    return (compiled for _, compiled in (found if as_done else _in_order(found)))
+
+    def ordered() -> Iterator[Compiled]:
+        found: dict[int, Compiled] = {}
+        for done, (index, compiled) in enumerate(_compile_all(jobs), 1):
+            found[index] = compiled
+            progress(done, len(jobs))
+        # Together: the disassembler takes long to start.
+        sass.main_loops([one.asm.paths["cubin"] for one in found.values() if one.needs_loops], arch)
+        yield from (found[index] for index in range(len(jobs)))
+
+    return ordered()
 
 
 def run(args: argparse.Namespace, bar: Callable[[str, None], Any]) -> int:
     """The command `compile` -> exit status: 1 where a kernel must not run."""
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {str(args.out)!r} is a file, needs a folder")
-    rows: list[dict[str, Any]] = []
     with bar(f"compiling for {args.arch}", None) as progress:
-        # JSON streams; the table has the registry's order.
-        for kernel in compile_ops(args.ops, args.arch, out=args.out, progress=progress.update, as_done=args.json):
-            rows.append(as_json(kernel))
-            if args.json:
-                print(json.dumps(rows[-1]), flush=True)
+        kernels = list(compile_ops(args.ops, args.arch, args.out, progress.update))
+    rows = [as_json(kernel) for kernel in kernels]
     faults = [row for row in rows if row["fault"]]
-    if not args.json:
+    if args.json:
+        print("\n".join(map(json.dumps, rows)))
+    else:
         out = console()
         if note := family_note(args.arch):
             out.print(note)

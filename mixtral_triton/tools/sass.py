@@ -7,16 +7,21 @@ which do a quarter of its FLOP each. More is better: the tensor cores wait less 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import struct
 import subprocess
 import tempfile
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import astuple, dataclass
 from itertools import accumulate, pairwise
+from pathlib import Path
 
 import triton
+from triton.runtime.cache import get_cache_manager
 
 Code = list[tuple[int, str]]  # address and text of each instruction
 
@@ -27,6 +32,7 @@ _END = re.compile(r"^(?:EXIT|RET)\b")
 _TENSOR = re.compile(r"^(?:@\S+\s+)?(?:UTC)?\w{1,2}G?MMA\.?")
 _WARPGROUP = re.compile(r"GMMA\.64x(\d+)x(\d+)")
 _WARP = re.compile(r"MMA\.168(\d+)")
+_VERSION = Path(__file__).read_bytes() + triton.__version__.encode()
 _SPILL = re.compile(r"^(?:@\S+\s+)?(?:STL|LDL)\b")
 
 
@@ -141,11 +147,32 @@ def _natural_loops(before: list[set[int]]) -> list[set[int]]:
     return loops
 
 
-def main_loops(cubins: Sequence[bytes], arch: str) -> list[tuple[Loop, ...]]:
-    """Of each kernel the innermost loops that use the tensor cores; where none does, the innermost loops."""
-    sections = [_sections(cubin) for cubin in cubins]
-    code = iter(_disassemble([section for each in sections for section in each], arch))
-    return [tuple(loop for _ in each for loop in _loops(next(code))) for each in sections]
+def main_loops(cubins: Sequence[Path], arch: str) -> list[tuple[Loop, ...]]:
+    """Of each kernel the innermost loops that use the tensor cores; where none does, the innermost loops.
+
+    Triton's cache keeps the counts, by the machine code and this file. The rest is disassembled in one go.
+    """
+    code = [cubin.read_bytes() for cubin in cubins]
+    keys = [hashlib.sha256(b"\0".join((_VERSION, each))).hexdigest() for each in code]
+    found = {index: loops for index, key in enumerate(keys) if (loops := _cached(key)) is not None}
+    missing = [index for index in range(len(code)) if index not in found]
+    sections = {index: _sections(code[index]) for index in missing}
+    every = [section for each in sections.values() for section in each]
+    disassembled = iter(_disassemble(every, arch) if every else ())
+    for index, each in sections.items():
+        found[index] = tuple(loop for _ in each for loop in _loops(next(disassembled)))
+        with suppress(OSError):  # a full disk: they are counted again next time
+            get_cache_manager(keys[index]).put(
+                json.dumps([astuple(loop) for loop in found[index]]), "loops.json", False
+            )
+    return [found[index] for index in range(len(code))]
+
+
+def _cached(key: str) -> tuple[Loop, ...] | None:
+    with suppress(OSError, ValueError, TypeError):  # a damaged file counts as none
+        if file := get_cache_manager(key).get_file("loops.json"):
+            return tuple(Loop(*loop) for loop in json.loads(Path(file).read_text()))
+    return None
 
 
 def _loops(code: Code) -> list[Loop]:

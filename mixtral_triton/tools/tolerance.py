@@ -1,8 +1,12 @@
-"""The yardstick of an operation: exact results in wider arithmetic; the error of plain torch sets the limit."""
+"""Errors against fp64 references, and their limits: a multiple of the error of torch in the weights' dtype.
+
+B batch, T tokens, H hidden, E experts, K experts per token
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,94 +16,187 @@ from .. import ops, reference
 from ..kernels.quantized import QuantizedWeight
 from ..kernels.registry import OPS
 
-RATIO = 2.0  # an operation may err at most this many times as much as plain torch in the same dtype
-# What one rounding of a result (16-bit types), or another order of a long sum (fp32), may cost in any case.
+RATIO = 2.0  # the error of an operation may be this many times that of torch in the same dtype
+# The least limit, of an operation relative to the largest value, of a layer to a token's norm: one rounding of a result
+# (16-bit types), or another order of a long sum (fp32).
 FLOOR = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-19}
+TOKEN_FLOOR = {dtype: floor / 2 for dtype, floor in FLOOR.items()}
 
 Args = dict[str, Any]
 
 
 class Tolerance:
-    """The exact results of one call of an operation, and how far from them another way to do it may be.
+    """The fp64 results of one call of an operation, and limits of errors relative to a result's largest value."""
 
-    Errors and limits are relative to the largest value of the result.
-    """
-
-    def __init__(self, name: str, args: Args, plain: Callable[..., Any] | None = None) -> None:
-        """`plain` is the way whose error sets the limits; None: the operation's reference."""
+    def __init__(self, name: str, args: Args) -> None:
         op = OPS[name]
         self.args, self.mutates, self.derived_outputs = args, op.mutates, op.derived_outputs
-        self.exact = truth(name, args, op.mutates)
-        # What follows from the results before it has no error of its own.
-        self.own = len(self.exact) - (0 if op.derived_outputs is None else len(op.derived_outputs(args, self.exact)))
+        self.exact = fp64_results(name, args, op.mutates)
+        # Outputs that derive from the outputs before them have no error of their own.
+        derived = [] if op.derived_outputs is None else op.derived_outputs(args, self.exact)
+        self.independent = len(self.exact) - len(derived)
         self.limits: list[float] = []
-        for same, exact in zip(_results(plain or op.call_reference, args, op.mutates), self.exact, strict=True):
-            error = _error(same, exact) if len(self.limits) < self.own else 0.0
-            self.limits.append(max(RATIO * error, FLOOR.get(same.dtype, 0.0)))
+        for got, exact in zip(_results(op.call_reference, args, op.mutates), self.exact, strict=True):
+            error = _error(got, exact) if len(self.limits) < self.independent else 0.0
+            self.limits.append(max(RATIO * error, FLOOR.get(got.dtype, 0.0)))
 
     def measure(self, function: Callable[..., Any]) -> tuple[float, float]:
-        """Error of `function` and its limit; of several results, the one nearest to (or farthest beyond) its limit."""
-        got = _results(function, self.args, self.mutates)
-        exact = (
-            self.exact
-            if self.derived_outputs is None
-            else [*self.exact[: self.own], *self.derived_outputs(self.args, got)]
-        )
-        errors = [_error(*pair) for pair in zip(got, exact, strict=True)]
-        return worst(zip(errors, self.limits, strict=True))
+        """The error of `function` and its limit, of the result that is nearest to its limit or farthest beyond it."""
+        got, exact = _results(function, self.args, self.mutates), self.exact
+        if self.derived_outputs is not None:
+            exact = [*exact[: self.independent], *self.derived_outputs(self.args, got)]
+        return worst(zip(map(_error, got, exact), self.limits, strict=True))
+
+
+def measure(name: str, args: Args) -> tuple[float, float]:
+    """The error of the runtime's operation `name` on `args`, and its limit."""
+    return Tolerance(name, args).measure(ops.dispatched(name, args))
+
+
+def share_of_limit(error: float, limit: float) -> float:
+    """error / limit; infinite for a NaN."""
+    share = error / max(limit, 1e-30)
+    return share if share == share else float("inf")
 
 
 def worst(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    """Of (error, limit), the one nearest to its limit, or farthest beyond it."""
-    return max(pairs, key=lambda pair: pair[0] / max(pair[1], 1e-30))
+    """The (error, limit) that is nearest to its limit, or farthest beyond it."""
+    return max(pairs, key=lambda pair: share_of_limit(*pair))
 
 
-def measure(name: str, args: Args, plain: Callable[..., Any] | None = None) -> tuple[float, float]:
-    """Error of the runtime's `name` on `args`, and its limit."""
-    return Tolerance(name, args, plain).measure(ops.dispatched(name, args))
-
-
-def _results(function: Callable[..., Any], args: Args, mutates: tuple[str, ...]) -> list[Tensor]:
-    """What a call gives back, and the arguments it changed (copies: the caller's stay as they are)."""
-    own = {name: value.clone() if name in mutates else value for name, value in args.items()}
-    out = function(**own)
-    results = [] if out is None else list(out) if isinstance(out, tuple) else [out]
-    return results + [own[name] for name in mutates]
-
-
-def truth(name: str, args: Args, mutates: tuple[str, ...] = ()) -> list[Tensor]:
-    """The reference in wider arithmetic; the experts one at a time, since a layer of them is most of a model."""
-    if name == "experts_add_rms_norm":
-        args = dict(args)
-        residual, weight, eps = (args.pop(key) for key in ("residual", "norm_weight", "eps"))
-        (out,) = truth("expert_swiglu", args, mutates)
-        return list(reference.rms_norm(out, to_fp64(weight), eps, to_fp64(residual)))
-    if name != "expert_swiglu":
-        wide = {key: to_fp64(value) for key, value in args.items()}
-        return _results(OPS[name].call_reference, wide, mutates)
-    x, weights = to_fp64(args["x"]), to_fp64(args["weights"])
-    out = torch.zeros_like(x)
-    for expert in set(args["ids"].unique().tolist()) & set(range(len(args["down_proj"]))):
-        only = weights.masked_fill(args["ids"] != expert, 0.0).sum(-1, keepdim=True)
-        gate_up, down = (to_fp64(args[key][expert : expert + 1]) for key in ("gate_up_proj", "down_proj"))
-        out += reference.expert_swiglu(x, gate_up, down, torch.zeros_like(args["ids"][:, :1]), only)
-    return [out]
+def largest(x: Tensor) -> float:
+    """The largest absolute value, 0 of an empty tensor; infinite where a value is NaN."""
+    return float(torch.where(x.isnan(), float("inf"), x.abs()).max()) if x.numel() else 0.0
 
 
 def to_fp64(value: Any) -> Any:
-    """In fp64: a tensor of floats, a quantized weight as the values that it stands for; anything else as it is."""
+    """A tensor of floats, or a quantized weight dequantized, in fp64; anything else unchanged."""
     if isinstance(value, QuantizedWeight):
         return value.dequantize().double()
-    if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
-        return value
-    return value.double()
+    return value.double() if isinstance(value, Tensor) and value.dtype.is_floating_point else value
 
 
-def _error(got: Tensor, want: Tensor) -> float:
-    """Largest difference relative to the largest value; any NaN, or any difference of integers, is infinite."""
-    if not want.dtype.is_floating_point:
-        return 0.0 if torch.equal(got, want) else float("inf")
-    if got.numel() == 0:
-        return 0.0
-    error = float((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-30))
+def fp64_results(name: str, args: Args, mutates: tuple[str, ...] = ()) -> list[Tensor]:
+    """The results of the operation's reference in fp64. Experts are converted one at a time, to save memory."""
+    if name == "experts_add_rms_norm":
+        args = dict(args)
+        residual, weight, eps = (args.pop(key) for key in ("residual", "norm_weight", "eps"))
+        (out,) = fp64_results("expert_swiglu", args)
+        return list(reference.rms_norm(out, to_fp64(weight), eps, to_fp64(residual)))
+    if name != "expert_swiglu":
+        return _results(OPS[name].call_reference, {key: to_fp64(value) for key, value in args.items()}, mutates)
+    x, weights = to_fp64(args["x"]), to_fp64(args["weights"])
+    out = torch.zeros_like(x)
+    for expert in set(args["ids"].unique().tolist()) & set(range(len(args["down_proj"]))):
+        share = weights.masked_fill(args["ids"] != expert, 0.0).sum(-1, keepdim=True)
+        gate_up, down = (to_fp64(args[key][expert : expert + 1]) for key in ("gate_up_proj", "down_proj"))
+        out += reference.expert_swiglu(x, gate_up, down, torch.zeros_like(args["ids"][:, :1]), share)
+    return [out]
+
+
+def _results(function: Callable[..., Any], args: Args, mutates: tuple[str, ...]) -> list[Tensor]:
+    """What a call returns, then the arguments that it mutates, which are copied first."""
+    args = {name: value.clone() if name in mutates else value for name, value in args.items()}
+    out = function(**args)
+    results = [] if out is None else list(out) if isinstance(out, tuple) else [out]
+    return results + [args[name] for name in mutates]
+
+
+def _error(got: Tensor, exact: Tensor) -> float:
+    """The largest difference relative to the largest value; infinite for a NaN, and for any difference of integers."""
+    if not exact.dtype.is_floating_point:
+        return 0.0 if torch.equal(got, exact) else float("inf")
+    exact = exact.double()
+    error = largest(got.double() - exact) / max(largest(exact), 1e-30)
     return error if error == error else float("inf")
+
+
+def fp64_block(layer: Any, config: Any, tables: Args, x: Tensor, ids: Tensor | None = None) -> reference.Values:
+    """`reference.block` on x [B,T,H] in fp64, one matrix, expert and sequence at a time to save memory."""
+    attend = reference.uncached_attention(config.sliding_window, to_fp64(tables["cos"]), to_fp64(tables["sin"]))
+
+    def attend_each(*qkv: Tensor) -> Tensor:
+        return torch.cat([attend(*one) for one in zip(*(x.split(1) for x in qkv), strict=True)])
+
+    def experts(h: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, weights: Tensor) -> Tensor:
+        args = {"x": h, "gate_up_proj": gate_up_proj, "down_proj": down_proj, "ids": ids, "weights": weights}
+        return fp64_results("expert_swiglu", args)[0]
+
+    return reference.block(layer, config, x, attend_each, ids, to_fp64, experts)
+
+
+def with_perturbed_input(x: Tensor) -> Tensor:
+    """x [B,T,H] -> fp64 [2B,T,H]: x, then x with each value changed by TOKEN_FLOOR, to show the model's sensitivity."""
+    signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(0), device="cpu").mul_(2).sub_(1)
+    return torch.cat((x.double(), x.double() * (1 + TOKEN_FLOOR[x.dtype] * signs.to(x.device))))
+
+
+def token_distance(got: Tensor, exact: Tensor) -> Tensor:
+    """[..., H] -> [...]: the norm of the difference, relative to that of `exact`; NaN where a value is NaN."""
+    # The largest value is no measure: a few channels of a residual stream are a thousand times as large as the rest.
+    return (got.double() - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
+
+
+@dataclass(frozen=True)
+class Fp64Reference:
+    """Exact values [B,T,H] in fp64, and the limit of one token's relative error."""
+
+    exact: Tensor
+    limit: float
+
+    @classmethod
+    def from_baseline(cls, exact: Tensor, baseline: Tensor, ratio: float = RATIO) -> Fp64Reference:
+        """exact [2B,T,H]: of an input `with_perturbed_input`; baseline [B,T,H]: of the input, in the weights' dtype."""
+        exact, perturbed = exact.chunk(2)
+        distance = max(largest(token_distance(x, exact)) for x in (baseline, perturbed))
+        return cls(exact, max(ratio * distance, TOKEN_FLOOR[baseline.dtype]))
+
+    def measure(self, got: Tensor, tokens: Tensor) -> tuple[float, float]:
+        """The largest error of the `tokens` [n] of each sequence, got [B,n,H], and its limit."""
+        return largest(token_distance(got, self.exact[:, tokens])), self.limit
+
+
+@dataclass(frozen=True)
+class LayerReference:
+    """What torch computes in one layer in the weights' dtype, and fp64 references.
+
+    x, h            the layer's input and its norm [B,T,H]; ids, weights: the experts of every token [B,T,K]
+    normed, output  fp64 references of h and of the layer's output; logits: the gate's, fp64 [B,T,E]
+    logits_limit    the absolute limit of a logit's error
+    """
+
+    x: Tensor
+    h: Tensor
+    ids: Tensor
+    weights: Tensor
+    normed: Fp64Reference
+    output: Fp64Reference
+    logits: Tensor
+    logits_limit: float
+
+    @classmethod
+    def from_values(cls, values: reference.Values, normed: Tensor, logits: Tensor, output: Tensor) -> LayerReference:
+        """`values` are in the weights' dtype; the rest is fp64 [2B,...], of an input `with_perturbed_input`."""
+        B, T, _ = values.x.shape
+        logits, perturbed = logits.chunk(2)
+        error = max(largest(x.view_as(logits) - logits) for x in (values.logits, perturbed))
+        limit = RATIO * error + TOKEN_FLOOR[values.x.dtype] * largest(logits)
+        ids, weights = values.ids.view(B, T, -1), values.weights.view(B, T, -1)
+        pairs = (normed, values.normed), (output, values.output)
+        references = [Fp64Reference.from_baseline(*pair) for pair in pairs]
+        return cls(values.x, values.normed, ids, weights, *references, logits, limit)
+
+    def route_error(self, ids: Tensor, tokens: Tensor) -> tuple[float, float]:
+        """How far the logit of an expert in `ids` [B,n,K] is below one that was left out, and the limit.
+
+        Both are relative to the largest logit. The error is infinite where ids are not K distinct experts.
+        """
+        # The limit allows two wrong logits, one too large and one too small.
+        scale = max(largest(self.logits), 1e-30)
+        limit, logits = 2 * self.logits_limit / scale, self.logits[:, tokens]
+        ordered = ids.long().sort(-1).values
+        out_of_range = ordered[..., 0].min() < 0 or ordered[..., -1].max() >= logits.shape[-1]
+        if out_of_range or (ordered[..., 1:] == ordered[..., :-1]).any():
+            return float("inf"), limit
+        left_out = logits.scatter(-1, ordered, -float("inf")).amax(-1)
+        return largest((left_out - logits.gather(-1, ordered).amin(-1)).clamp(min=0.0)) / scale, limit

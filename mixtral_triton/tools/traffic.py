@@ -1,12 +1,12 @@
 """What interpreted kernels load, store and multiply: the counted side of "bytes touched / compulsory bytes".
 
-Counted as a GPU's memory would see it without a cache: lanes that are masked off move nothing, an address that several
-lanes of one load name moves once, and what two programs load counts twice. Descriptors (TMA) count as pointers do.
+Counted as a GPU's memory would see it without a cache: masked lanes move nothing, an address that several lanes of one
+load name moves once, and what two programs load counts twice. Descriptors (TMA) count as pointers do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..kernels import launch as door
+from ..kernels import launch as launching
 from ..kernels.interpret import active_addresses, interpreting
 
 
@@ -22,9 +22,9 @@ from ..kernels.interpret import active_addresses, interpreting
 class Argument:
     """One tensor of a launch: bytes loaded and stored, summed over the programs.
 
-    crossed  bytes that came from L2: loaded, and once more for each further lane that names an address. So it is with
-             tiles, whose copies to shared memory go by the lane; of numbers that all lanes ask for it is too many
-    `lane` holds for each element, in memory order, which lane of a load or store last touched it; -1: none ever did.
+    crossed  bytes from L2: loaded, and once more for each further lane that names an address. This holds for tiles,
+             which are copied to shared memory by the lane; for numbers that all lanes load it is too many
+    lane     by element, in memory order, the lane of a load or store that last touched it; -1: none did
     """
 
     buffer: torch.Tensor = field(repr=False)
@@ -62,14 +62,19 @@ class Kernel:
     arguments: dict[str, Argument] = field(default_factory=dict)
     flops: int = 0
 
-    def touch(self, pointers: Any, mask: Any) -> tuple[Argument | None, int]:
-        """The tensor that a load or store is from or to, and its bytes."""
+    def touch(self, pointers: Any, mask: Any, stores: bool) -> None:
+        """Count a load or store of the interpreter."""
         addresses = active_addresses(pointers, mask)
         if not len(addresses):
-            return None, 0
+            return
         for argument in self.arguments.values():
             if (size := argument.touch(addresses)) is not None:
-                return argument, size
+                if stores:
+                    argument.stored += size
+                else:
+                    argument.loaded += size
+                    argument.crossed += int(np.count_nonzero(mask.data)) * argument.buffer.element_size()
+                return
         raise ValueError(f"{self.name}: a load or store reaches outside its tensor")
 
 
@@ -80,7 +85,7 @@ class Traffic:
     kernels: list[Kernel] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Kernel:
-        """The one launch of that kernel."""
+        """The only launch of that kernel."""
         (found,) = (kernel for kernel in self.kernels if kernel.name == name)
         return found
 
@@ -95,67 +100,55 @@ class Traffic:
 
 
 def _interpret(counted: Kernel, kernel: Any, args: dict[str, Any]) -> None:
-    """`launch.interpret`, counted. Tensors get memory of their own, since views may lie across each other."""
-    own, tensors = dict(args), door.tensors(args)
-    short_names = {name: name.removesuffix("_ptr").removesuffix("_desc") for name in tensors}
+    """`launch.interpret`, counted. Tensors get memory of their own, since views may overlap."""
+    call, tensors = dict(args), launching.tensors(args)
     for name, tensor in tensors.items():
-        short = short_names[name]
+        short = name.removesuffix("_ptr").removesuffix("_desc")
         if short not in counted.arguments:
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             buffer = tensor.as_strided((last + 1 if tensor.numel() else 0,), (1,)).clone()
             counted.arguments[short] = Argument(buffer, np.full(len(buffer), -1, np.int32))
         copy = counted.arguments[short].buffer.as_strided(tensor.shape, tensor.stride())
-        own[name] = door.replace_base(args[name], copy)
-    with interpreting() as builder, _counting(builder, counted):
-        kernel[counted.grid](**own)
+        call[name] = launching.replace_base(args[name], copy)
+    with interpreting() as builder:
+        load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
+
+        def counting(function: Callable[..., Any], stores: bool) -> Callable[..., Any]:
+            def wrapper(pointers: Any, *rest: Any, **kwargs: Any) -> Any:
+                counted.touch(pointers, rest[stores], stores)  # (pointers, mask, ...) or (pointers, value, mask, ...)
+                return function(pointers, *rest, **kwargs)
+
+            return wrapper
+
+        def counting_dot(a: Any, b: Any, *rest: Any) -> Any:
+            counted.flops += 2 * a.data.size * b.data.shape[-1]
+            return dot(a, b, *rest)
+
+        # A descriptor's loads and stores end in the same functions.
+        builder.create_masked_load, builder.create_masked_store = counting(load, False), counting(store, True)
+        builder.create_dot = counting_dot
+        try:
+            kernel[counted.grid](**call)
+        finally:
+            del builder.create_masked_load, builder.create_masked_store
+            builder.create_dot = dot
     for name, tensor in tensors.items():
-        argument = counted.arguments[short_names[name]]
+        argument = counted.arguments[name.removesuffix("_ptr").removesuffix("_desc")]
         if argument.stored:
             tensor.copy_(argument.buffer.as_strided(tensor.shape, tensor.stride()))
 
 
 @contextmanager
-def _counting(builder: Any, counted: Kernel) -> Iterator[None]:
-    """The builder's loads, stores and dots count; a descriptor's end in the same functions."""
-    load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
-
-    def counted_load(pointers: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
-        argument, size = counted.touch(pointers, mask)
-        if argument is not None:
-            argument.loaded += size
-            argument.crossed += int(np.count_nonzero(mask.data)) * argument.buffer.element_size()
-        return load(pointers, mask, *args, **kwargs)
-
-    def counted_store(pointers: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
-        argument, size = counted.touch(pointers, mask)
-        if argument is not None:
-            argument.stored += size
-        return store(pointers, value, mask, *args, **kwargs)
-
-    def counted_dot(a: Any, b: Any, *args: Any) -> Any:
-        counted.flops += 2 * a.data.size * b.data.shape[-1]
-        return dot(a, b, *args)
-
-    builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
-    builder.create_dot = counted_dot
-    try:
-        yield
-    finally:
-        del builder.create_masked_load, builder.create_masked_store
-        builder.create_dot = dot
-
-
-@contextmanager
 def count_traffic() -> Iterator[Traffic]:
-    """Within the block, interpreted launches are counted; whatever guard there is does not see them."""
-    traffic, before = Traffic(), door.interpret
+    """Within the block, interpreted launches are counted, and run without the tests' guard."""
+    traffic, before = Traffic(), launching.interpret
 
     def interpret(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
         traffic.kernels.append(Kernel(kernel.__name__, grid))
         _interpret(traffic.kernels[-1], kernel, args)
 
-    door.interpret = interpret
+    launching.interpret = interpret
     try:
         yield traffic
     finally:
-        door.interpret = before
+        launching.interpret = before

@@ -2,13 +2,15 @@
 
 T tokens, K experts a token, N = T * K slots, E experts, H hidden, I intermediate; attention's letters as there
 
-Tensors on the meta device hold no values: routing is uniform, caches are full, no sequence is ragged.
+`Op.cost` is the compulsory work of a whole call. A prediction needs that of each launch, with its padding, partial sums
+and what its programs load again from L2: this file counts those. A test holds the sum over a call's launches against
+`Op.cost`. Tensors on the meta device hold no values: routing is uniform, caches are full, no sequence is ragged.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -24,14 +26,13 @@ from ..kernels.op import Launch
 # of a 128 x 128 tile has on sm_90, by 256 threads.
 SOFTMAX = 12
 LIBRARY = (256, 256, 64)  # a library's tile, that of two SMs which share what they load: an estimate
-POINTWISE = ("add", "add_", "mul", "copy_", "clone", "_to_copy", "fill_", "full", "zeros", "zero_")  # torch's own
-MADE = ("arange", "clamp_")  # positions
+Operands = Mapping[str, Tensor]  # by name; a variable of this type is t
 
 
 @dataclass(frozen=True)
 class Work:
     """memory   bytes that cross device memory
-    programs that do anything, each of them on average:
+    programs with work, each of them on average:
     loaded   bytes from L2, those of padding rows included
     flops    of matrix products, as issued; `single`: fp32's, without tensor cores
     vector   fp32 FLOP beside the products that these wait for
@@ -52,9 +53,9 @@ class Work:
 
 
 def count_work(launch: Launch) -> Work:
-    """Of a launch as `record_launches` notes it. One of Triton's without a formula streams its tensors, each once.
+    """The work of a recorded launch. A Triton kernel without a formula streams its tensors, each once.
 
-    ValueError for another library's that has none.
+    ValueError for another library's kernel without a formula.
     """
     formula = WORK.get(launch.kernel, None if launch.fn is None else _stream)
     if formula is None:
@@ -63,8 +64,8 @@ def count_work(launch: Launch) -> Work:
     return formula(launch)
 
 
-def _operands(launch: Launch) -> dict[str, Tensor]:
-    """By name without _ptr: a descriptor's tensor is that of a pointer, too."""
+def _operands(launch: Launch) -> Operands:
+    """Tensors by name without _ptr; a descriptor's tensor is that of a pointer, too."""
     found = tensors(dict(launch.args))
     return {name.removesuffix("_ptr"): one for name, one in found.items() if not name.endswith("_desc")}
 
@@ -73,136 +74,97 @@ def _programs(launch: Launch) -> int:
     return math.prod(launch.grid or ())
 
 
-def _nbytes(launch: Launch, *besides: str) -> int:
-    """Of all tensors but `besides`, each once."""
-    return sum(one.nbytes for name, one in _operands(launch).items() if name not in besides)
+def _nbytes(t: Operands, *without: str) -> int:
+    """Of all tensors but `without`, each once."""
+    return sum(one.nbytes for name, one in t.items() if name not in without)
 
 
-def _shared_out(launch: Launch, moved: float) -> Work:
-    """Bytes that each program has an equal part of."""
-    return Work(moved, _programs(launch), moved / _programs(launch))
+# Bytes across memory of kernels that do not move each tensor once; n programs.
+MEMORY: dict[str, Callable[[Operands, int], float]] = {
+    "embed_rms_norm_kernel": lambda t, n: _nbytes(t, "table") + t["x"].nbytes,  # the rows that become x
+    "append_kernel": lambda t, n: 2 * (t["k"].nbytes + t["v"].nbytes),  # the caches are longer
+    # q and k in and out; cos and sin of each token.
+    "rope_kernel": lambda t, n: 2 * (t["q"].nbytes + t["k"].nbytes) + 2 * n * t["cos"][0].nbytes,
+}
+# Bytes that a program loads, where that is no equal part of the former.
+LOADED: dict[str, Callable[[Operands, int], float]] = {
+    "sort_by_expert_kernel": lambda t, n: 2 * t["ids"].nbytes,  # an expert's program reads all ids twice
+    "gather_by_expert_kernel": lambda t, n: t["ids"].nbytes + t["sorted"].nbytes / n,  # all ids, and its rows
+    "gate_route_kernel": lambda t, n: (  # a token's program reads all of the gate
+        sum(t[name].nbytes for name in ("gate", "norm") if name in t)
+        + sum(t[name][0].nbytes for name in ("x", "residual") if name in t)
+    ),
+}
 
 
 def _stream(launch: Launch) -> Work:
-    return _shared_out(launch, _nbytes(launch))
+    t, programs = _operands(launch), _programs(launch)
+    memory = MEMORY[launch.kernel](t, programs) if launch.kernel in MEMORY else _nbytes(t)
+    loaded = LOADED[launch.kernel](t, programs) if launch.kernel in LOADED else memory / programs
+    return Work(memory, programs, loaded, vector=2.0 * t["gate"].numel() if "gate" in t else 0.0)
 
 
-def _embed(launch: Launch) -> Work:
-    """Of the table the rows that become x."""
-    return _shared_out(launch, _nbytes(launch, "table") + _operands(launch)["x"].nbytes)
+def _product(
+    launch: Launch,
+    memory: float,
+    programs: float,
+    x: Tensor,
+    weight: Tensor,
+    shape: tuple[float, int, float],
+    live: float | None = None,
+    stored: float | None = None,
+) -> Work:
+    """Programs that multiply `shape` = (rows of x, rows of the weight, depth).
 
-
-def _append(launch: Launch) -> Work:
-    """k and v in and out; the caches are longer."""
-    own = _operands(launch)
-    return _shared_out(launch, 2 * (own["k"].nbytes + own["v"].nbytes))
-
-
-def _rope(launch: Launch) -> Work:
-    """q and k in and out; cos and sin of each token."""
-    own = _operands(launch)
-    heads = own["q"].nbytes + own["k"].nbytes
-    return _shared_out(launch, 2 * heads + 2 * _programs(launch) * own["cos"][0].nbytes)
-
-
-def _gather(launch: Launch) -> Work:
-    """Each program reads all ids, and its rows."""
-    own = _operands(launch)
-    programs = _programs(launch)
-    return Work(_nbytes(launch), programs, own["ids"].nbytes + own["sorted"].nbytes / programs)
-
-
-def _sort(launch: Launch) -> Work:
-    """Each expert's program reads all ids twice."""
-    return Work(_nbytes(launch), _programs(launch), 2 * _operands(launch)["ids"].nbytes)
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """Rows of x and of a weight that a program multiplies along `depth`.
-
-    live    rows of x that are loaded, where padding is masked: fewer than are multiplied
-    stored  bytes of a weight's row along the depth
+    live    rows of x that are loaded; None: all. Masked padding is multiplied and not loaded
+    stored  bytes of a weight's row along the depth; None: one element a column. A tile for many rows loads a quantized
+            weight's element again for each of its codes, which comes to as many bytes
     """
-
-    rows: float
-    live: float
-    x: Tensor
-    weight_rows: int
-    weight: Tensor
-    depth: float
-    stored: float
-
-    def work(self, launch: Launch, memory: float, programs: float, block_k: int) -> Work:
-        stages, size = launch.num_stages or 1, self.x.element_size()
-        return Work(
-            memory,
-            programs,
-            self.live * self.depth * size + self.weight_rows * self.stored,
-            flops=2 * self.rows * self.weight_rows * self.depth,
-            shared=int(stages * block_k * (self.rows * size + self.weight_rows * self.weight.element_size())),
-            values=self.rows * self.weight_rows,
-            single=size == 4,
-        )
-
-
-def _many(rows: float, x: Tensor, weight_rows: int, weight: Tensor, depth: int) -> _Tile:
-    """A quantized weight's elements come again for each of their codes: as many bytes as one element a column."""
-    return _Tile(rows, rows, x, weight_rows, weight, depth, depth * weight.element_size())
-
-
-def _few(launch: Launch, live: float, x: str, weight: str, weight_rows: int, depth: int, splits: int = 1) -> _Tile:
-    """A weight's bytes, and its scales, come once. `live`: rows that are no padding, which is masked."""
-    own, rows = _operands(launch), launch.constexprs["BLOCK_T"]
-    return _Tile(rows, min(live, rows), own[x], weight_rows, own[weight], depth / splits, _stored(own, weight) / splits)
-
-
-def _stored(own: dict[str, Tensor], name: str) -> int:
-    """Bytes of a weight's row and of its scales."""
-    weight = own[name]
-    row = weight.shape[-1] * weight.element_size()
-    row += sum(own[each].shape[-1] * own[each].element_size() for each in ("scales", "zeros") if each in own)
-    return row
-
-
-def _gate(launch: Launch) -> Work:
-    """A token's program reads the gate whole."""
-    own = _operands(launch)
-    weights = sum(own[name].nbytes for name in ("gate", "norm") if name in own)
-    read = weights + sum(own[name][0].nbytes for name in ("x", "residual") if name in own)
-    return Work(_nbytes(launch), _programs(launch), read, vector=2.0 * own["gate"].numel())
-
-
-def _linear(launch: Launch) -> Work:
-    own, c = _operands(launch), launch.constexprs
-    tile = _many(c["BLOCK_M"], own["x"], c["BLOCK_N"], own["weight"], c["H"])
-    return tile.work(launch, _nbytes(launch), _programs(launch), c["BLOCK_K"])
-
-
-def _linear_decode(launch: Launch) -> Work:
-    own, c = _operands(launch), launch.constexprs
-    tile = _few(launch, len(own["x"]), "x", "weight", c["BLOCK_N"], c["H"])
-    asked = tile.work(launch, _nbytes(launch), _programs(launch), c["BLOCK_K"])
-    # As compiled: a first tile that a warpgroup multiplies before the loop has a buffer of its own.
-    return replace(
-        asked, shared=asked.shared + asked.shared // (launch.num_stages or 1) * (c["PDL"] and c["BLOCK_N"] > 32)
+    rows, weight_rows, depth = shape
+    size, block_k = x.element_size(), launch.constexprs["BLOCK_K"]
+    stored = depth * weight.element_size() if stored is None else stored
+    stage = block_k * (rows * size + weight_rows * weight.element_size())
+    return Work(
+        memory,
+        programs,
+        (rows if live is None else min(live, rows)) * depth * size + weight_rows * stored,
+        flops=2 * rows * weight_rows * depth,
+        shared=int((launch.num_stages or 1) * stage),
+        values=rows * weight_rows,
+        single=size == 4,
     )
 
 
+def _row_bytes(t: Operands, name: str) -> int:
+    """Bytes of a weight's row and of its scales, which a tile for few rows loads once."""
+    parts = (t[each] for each in (name, "scales", "zeros") if each in t)
+    return sum(one.shape[-1] * one.element_size() for one in parts)
+
+
+def _linear(launch: Launch) -> Work:
+    t, c = _operands(launch), launch.constexprs
+    skinny, x, weight, memory = "BLOCK_T" in c, t["x"], t["weight"], _nbytes(t)
+    shape = c["BLOCK_T" if skinny else "BLOCK_M"], c["BLOCK_N"], c["H"]
+    if not skinny:
+        return _product(launch, memory, _programs(launch), x, weight, shape)
+    work = _product(launch, memory, _programs(launch), x, weight, shape, len(x), _row_bytes(t, "weight"))
+    # As compiled: a first tile that a warpgroup multiplies before the loop has a buffer of its own.
+    extra = work.shared // (launch.num_stages or 1) if c["PDL"] and c["BLOCK_N"] > 32 else 0
+    return replace(work, shared=work.shared + extra)
+
+
 @lru_cache(maxsize=1024)
-def row_tiles(
-    choices: int, share: float, experts: int, rows: int, heights: tuple[int, ...] = ()
-) -> tuple[float, float]:
+def row_tiles(slots: int, share: float, experts: int, rows: int, heights: tuple[int, ...] = ()) -> tuple[float, float]:
     """Row tiles of `rows` that the groups of all experts fill, and the rows of all tiles: the expected numbers.
 
     heights  that the last tile of a group may have instead
     """
-    n = torch.arange(choices + 1, dtype=torch.float64)
+    n = torch.arange(slots + 1, dtype=torch.float64)
     if share >= 1:
-        likely = (n == choices).double()
+        likely = (n == slots).double()
     else:
-        ways = torch.lgamma(n[-1] + 1) - torch.lgamma(n + 1) - torch.lgamma(n[-1] - n + 1)
-        likely = torch.exp(ways + n * math.log(share) + (n[-1] - n) * math.log1p(-share))
+        log_count = torch.lgamma(n[-1] + 1) - torch.lgamma(n + 1) - torch.lgamma(n[-1] - n + 1)
+        likely = torch.exp(log_count + n * math.log(share) + (n[-1] - n) * math.log1p(-share))
     last = torch.full_like(n, rows)
     for height in sorted(heights, reverse=True):
         last[n % rows <= height] = height
@@ -211,64 +173,57 @@ def row_tiles(
     return experts * float((likely * torch.ceil(n / rows)).sum()), experts * float((likely * issued).sum())
 
 
-def _expert_bytes(launch: Launch, weight: str, chosen: float) -> float:
-    """All tensors once, of the weight and its scales the chosen experts'."""
+def _expert_operands(launch: Launch) -> tuple[str, str, int, str]:
+    """Names of the input and the weight, halves of the weight, and the letter of the depth."""
+    return ("x", "gate_up", 2, "H") if "_up_" in launch.kernel else ("h", "down", 1, "I")
+
+
+def _expert_bytes(t: Operands, weight: str, experts: float) -> float:
+    """All tensors once, of the weight and its scales those of so many experts."""
     weights = {weight, "scales", "zeros"}
-    by_expert = sum(one.nbytes / len(one) for name, one in _operands(launch).items() if name in weights)
-    return _nbytes(launch, *weights) + chosen * by_expert
+    return _nbytes(t, *weights) + experts * sum(t[name].nbytes / len(t[name]) for name in weights if name in t)
 
 
-def _experts(launch: Launch, x: str, weight: str, choices: int, share: float, halves: int, depth: str) -> Work:
-    """Prefill. Programs without a group leave at once."""
-    own, c, experts = _operands(launch), launch.constexprs, launch.args["E"]
-    width = c["I"] if halves == 2 else c["H"]
+def _experts(launch: Launch) -> Work:
+    """Prefill. Programs without a group leave at once. Rows of x are tokens, or slots where TMA reads them; `down` sees
+    slots alone, as if each of them took an expert by itself."""
+    t, c, E = _operands(launch), launch.constexprs, launch.args["E"]
+    x, weight, halves, depth = _expert_operands(launch)
+    slots, share = len(t[x]), 1 / E
+    if halves == 2:
+        K = launch.args["TOP_K"]
+        slots, share = slots if launch.args["x_desc"] is None else slots // K, K / E
     rows = c["BLOCK_M"]
     heights = (c["SHORT_M"], main_rows(rows, c["SHORT_M"])) if c["SHORT_M"] else ()
-    tiles, issued = row_tiles(choices, share, experts, rows, heights)
-    whole, mean = (_many(high, own[x], halves * c["BLOCK_N"], own[weight], c[depth]) for high in (rows, issued / tiles))
-    memory = _expert_bytes(launch, weight, expected_distinct_experts(choices, share, experts))
-    programs = tiles * math.ceil(width / c["BLOCK_N"])
-    held = whole.work(launch, memory, programs, c["BLOCK_K"]).shared
-    found = mean.work(launch, memory, programs, c["BLOCK_K"])
-    return replace(found, shared=held, longest=rows * tiles / issued)
+    tiles, issued = row_tiles(slots, share, E, rows, heights)
+    memory = _expert_bytes(t, weight, expected_distinct_experts(slots, share, E))
+    programs = tiles * math.ceil(c["I" if halves == 2 else "H"] / c["BLOCK_N"])
+    full, mean = (
+        _product(launch, memory, programs, t[x], t[weight], (high, halves * c["BLOCK_N"], c[depth]))
+        for high in (rows, issued / tiles)
+    )
+    return replace(mean, shared=full.shared, longest=rows * tiles / issued)
 
 
-def _experts_up(launch: Launch) -> Work:
-    """Rows of x are tokens, or where TMA reads them slots."""
-    K, rows = launch.args["TOP_K"], len(_operands(launch)["x"])
-    tokens = rows if launch.args["x_desc"] is None else rows // K
-    return _experts(launch, "x", "gate_up", tokens, K / launch.args["E"], 2, "H")
+def _experts_decode(launch: Launch) -> Work:
+    t, c, E = _operands(launch), launch.constexprs, launch.args["E"]
+    x, weight, halves, depth = _expert_operands(launch)
+    splits = 1 if halves == 2 else c["SPLIT_K"]
+    T, K = t["ids"].shape
+    experts = expected_distinct_experts(T, K / E, E)
+    programs = (launch.grid or (0,))[0] * experts * splits
+    shape = c["BLOCK_T"], halves * c["BLOCK_N"], c[depth] / splits
+    memory, stored = _expert_bytes(t, weight, experts), _row_bytes(t, weight) / splits
+    return _product(launch, memory, programs, t[x], t[weight], shape, T * K / experts, stored)
 
 
-def _experts_down(launch: Launch) -> Work:
-    """It knows the slots and not the tokens: as if each slot chose by itself."""
-    return _experts(launch, "h", "down", len(_operands(launch)["h"]), 1 / launch.args["E"], 1, "I")
-
-
-def _experts_decode(launch: Launch, x: str, weight: str, halves: int, depth: str, splits: int) -> Work:
-    own, c = _operands(launch), launch.constexprs
-    T, K = own["ids"].shape
-    chosen = expected_distinct_experts(T, K / launch.args["E"], launch.args["E"])
-    tile = _few(launch, T * K / chosen, x, weight, halves * c["BLOCK_N"], c[depth], splits)
-    programs = (launch.grid or (0,))[0] * chosen * splits
-    return tile.work(launch, _expert_bytes(launch, weight, chosen), programs, c["BLOCK_K"])
-
-
-def _experts_up_decode(launch: Launch) -> Work:
-    return _experts_decode(launch, "x", "gate_up", 2, "H", 1)
-
-
-def _experts_down_decode(launch: Launch) -> Work:
-    return _experts_decode(launch, "h", "down", 1, "I", launch.constexprs["SPLIT_K"])
-
-
-def _attended(launch: Launch, rows: int, keys: float, memory: float, programs: int) -> Work:
+def _attention(launch: Launch, rows: int, keys: float, memory: float) -> Work:
     """Programs of `rows` queries and, on average, `keys` keys."""
     c, size = launch.constexprs, _operands(launch)["q"].element_size()
     stages, width = launch.num_stages or 1, c["BLOCK_D"]
     return Work(
         memory,
-        programs,
+        _programs(launch),
         (rows + 2 * keys) * width * size,
         flops=4 * rows * keys * width,
         vector=SOFTMAX * rows * keys,
@@ -280,32 +235,32 @@ def _attended(launch: Launch, rows: int, keys: float, memory: float, programs: i
 
 def _attention_prefill(launch: Launch) -> Work:
     """Tiles of queries see keys from the window's edge to the diagonal, in whole tiles of keys."""
-    own, c, args = _operands(launch), launch.constexprs, launch.args
-    T, held = args["T"], args["C"] if c["CACHED"] else args["S"] - args["T"]
-    end, window, rows = held + T, args["window"] if c["WINDOWED"] else 0, c["BLOCK_M"]
+    t, c, args = _operands(launch), launch.constexprs, launch.args
+    T, past = args["T"], args["C"] if c["CACHED"] else args["S"] - args["T"]
+    end, window, rows = past + T, args["window"] if c["WINDOWED"] else 0, c["BLOCK_M"]
     before, after = (window, 0) if c["CAUSAL"] else (window // 2 + 1, window // 2)
-    seen = []
-    for first in range(held, end, rows):
+    keys = []
+    for first in range(past, end, rows):
         last = min(first + rows, end) - 1
         low = max(0, first - before + 1) if window else 0
         high = min(end, last + after + 1) if c["CAUSAL"] or window else end
-        seen.append(max(0, math.ceil((high - low) / c["BLOCK_N"])) * c["BLOCK_N"])
-    mean = sum(seen) / len(seen)
+        keys.append(max(0, math.ceil((high - low) / c["BLOCK_N"])) * c["BLOCK_N"])
+    mean = sum(keys) / len(keys)
     share = min(1.0, (window + T) / end) if window and c["CAUSAL"] else 1.0
-    keys = sum(own[name].nbytes for name in ("k", "v", "k_cache", "v_cache") if name in own)
-    found = _attended(launch, rows, mean, 2 * own["q"].nbytes + share * keys, _programs(launch))
-    return replace(found, longest=max(seen) / mean if mean else 1.0)
+    key_bytes = sum(t[name].nbytes for name in ("k", "v", "k_cache", "v_cache") if name in t)
+    work = _attention(launch, rows, mean, 2 * t["q"].nbytes + share * key_bytes)
+    return replace(work, longest=max(keys) / mean if mean else 1.0)
 
 
 def _attention_decode(launch: Launch) -> Work:
-    own, c = _operands(launch), launch.constexprs
+    t, c = _operands(launch), launch.constexprs
     slots, window, splits = launch.args["S"], launch.args["window"], (launch.grid or (1,))[0]
     keys = min(slots, window) if c["WINDOWED"] else slots
     span = math.ceil(math.ceil(keys / splits) / c["BLOCK_N"]) * c["BLOCK_N"]
-    memory = _nbytes(launch, "k", "v", "cos", "sin") + (own["k"].nbytes + own["v"].nbytes) * keys / max(1, slots)
-    if "cos" in own:  # a row of each table a sequence, and the newest key into the cache
-        memory += 2 * len(own["q"]) * own["cos"][0].nbytes + 2 * own["new_k"].nbytes
-    return _attended(launch, c["BLOCK_M"], span, memory, _programs(launch))
+    memory = _nbytes(t, "k", "v", "cos", "sin") + (t["k"].nbytes + t["v"].nbytes) * keys / max(1, slots)
+    if "cos" in t:  # a row of each table a sequence, and the newest key into the cache
+        memory += 2 * len(t["q"]) * t["cos"][0].nbytes + 2 * t["new_k"].nbytes
+    return _attention(launch, c["BLOCK_M"], span, memory)
 
 
 def _library_product(launch: Launch) -> Work:
@@ -314,37 +269,26 @@ def _library_product(launch: Launch) -> Work:
     (T, depth), N, size = x.shape, weight.shape[1], x.element_size()
     rows, columns, step = min(LIBRARY[0], max(16, T)), LIBRARY[1], LIBRARY[2]
     programs = math.ceil(T / rows) * math.ceil(N / columns) * math.ceil(depth / step)
-    moved = _nbytes(launch)
-    return Work(moved, programs, (rows + columns) * step * size, 2 * rows * columns * step, single=size == 4)
+    loaded, flops = (rows + columns) * step * size, 2 * rows * columns * step
+    return Work(_nbytes(_operands(launch)), programs, loaded, flops, single=size == 4)
 
 
 def _library_stream(launch: Launch) -> Work:
-    """torch's pointwise operations and copies: 16 KiB a program, as good as any number."""
+    """torch's pointwise operations and copies: 16 KiB a program, an arbitrary number."""
     out = launch.args["out"].nbytes
     moved = out + sum(min(one.nbytes, out) for name, one in launch.args.items() if name != "out")
     programs = max(1, math.ceil(moved / 16384))
     return Work(moved, programs, moved / programs)
 
 
+# torch's own; "arange" and "clamp_" compute positions.
+POINTWISE = ("add", "add_", "mul", "copy_", "clone", "_to_copy", "fill_", "full", "zeros", "zero_", "arange", "clamp_")
 WORK: dict[str, Callable[[Launch], Work]] = {
-    "rms_norm_kernel": _stream,
-    "embed_rms_norm_kernel": _embed,
-    "linear_kernel": _linear,
-    "linear_decode_kernel": _linear_decode,
-    "route_kernel": _stream,
-    "gate_route_kernel": _gate,
-    "sort_by_expert_kernel": _sort,
-    "gather_by_expert_kernel": _gather,
-    "experts_up_kernel": _experts_up,
-    "experts_down_kernel": _experts_down,
-    "experts_up_decode_kernel": _experts_up_decode,
-    "experts_down_decode_kernel": _experts_down_decode,
-    "experts_combine_kernel": _stream,
-    "rope_kernel": _rope,
-    "append_kernel": _append,
+    **dict.fromkeys(("linear_kernel", "linear_decode_kernel"), _linear),
+    **dict.fromkeys(("experts_up_kernel", "experts_down_kernel"), _experts),
+    **dict.fromkeys(("experts_up_decode_kernel", "experts_down_decode_kernel"), _experts_decode),
     "attention_prefill_kernel": _attention_prefill,
     "attention_decode_kernel": _attention_decode,
-    "attention_combine_kernel": _stream,
     "aten::mm": _library_product,
-    **{f"aten::{name}": _library_stream for name in (*POINTWISE, *MADE)},
+    **{f"aten::{name}": _library_stream for name in POINTWISE},
 }

@@ -1,41 +1,35 @@
-"""verify: this runtime beside plain torch, on the user's own weights: each operation, each layer's own forward, the
-logits, and where there is a folder the loaded tensors.
+"""verify: the runtime against torch on the user's own weights: operations, layers, logits and loaded tensors.
 
-A fault shows where it is. The loaded tensors are held against the files by a table of their own (loaded.py). The
-reference's activations go into every operation (layers.py) and into every layer of the model's own forward
-(shell.py); what comes out is measured against fp64, next to plain torch in the weights' dtype, which sets the limit.
+Errors are measured against fp64, and the error of torch in the weights' dtype sets their limits (tools/tolerance.py).
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
+from itertools import count
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import reference
+from ..inputs import check_ids, check_vocabulary
+from ..kernels.checks import dtype_name
+from ..kernels.launch import INTERPRETED
 from ..model import Mixtral
-from ..quantize import QuantizedWeight
-from ..tools.tolerance import measure, to_fp64
-from .fp64 import Fp64Reference
-from .hf import transformers_logits, verify_hf
-from .layers import LayerCheck, check_layers, norm_args
-from .loaded import check_loaded
-from .mesh import MeshCheck, Whole, worst_of_all
-from .model import end_to_end, forwards, watched, with_small_window
-from .quality import held_out as held_out
-from .quality import perplexity as perplexity
-from .quantization import cost, formats
-from .report import Report, Row
-from .verdict import END_RATIO, Progress, Steps, by_layer, end_row, finish, text_or_default
+from ..tools.tolerance import Fp64Reference, measure, to_fp64
+from .hf import TransformersTarget
+from .layers import LayerProbe, Target, check_layers, split_text
+from .mesh import MeshTarget, worst_of_ranks
+from .report import END_RATIO, TORCH, Report, Row, end_row
+from .weights import check_loaded, held_out, perplexity, quantization_cost, quantized_formats
 
-MEMORY = Path("/proc/meminfo")  # of Linux; elsewhere nobody is asked
+__all__ = ["Report", "Row", "held_out", "perplexity", "verify"]
+
+TEXT_TOKENS = 96  # of the default text: more than the experts' decode path and the small checkpoint's window take
+
+Progress = Callable[[int, int], None] | None
 
 
 def verify(
@@ -46,41 +40,38 @@ def verify(
     folder: str | os.PathLike[str] | None = None,
     peer: str | None = None,
 ) -> Report:
-    """Compare `target` with plain torch, or a transformers Mixtral with transformers' own modules -> Report.
+    """Compare `target` with torch, or a transformers Mixtral with transformers' own modules -> Report.
 
-    target: a Mixtral, a checkpoint folder, or a model of transformers: as `apply` left it, else as it would be applied.
+    target: a Mixtral, a checkpoint folder, or a transformers model, which is left as it is: applied or not.
     input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (steps done, steps).
-    folder: the checkpoint that a Mixtral was loaded from, to hold its tensors against (of a target that is a folder:
-    that one); where its weights were quantized on the way, the report also says what that cost. peer "transformers":
-    its model, loaded from the same folder, has to have the same logits.
-
-    On a mesh every rank calls it: each layer is put together for the reference, a rank's operations are measured on its
-    own part, its layers with what the ranks send each other. All get one report, the worst of each comparison.
+    folder: the checkpoint of a Mixtral, to compare its tensors with, and to report the cost of quantizing them.
+    peer "transformers": the logits are also compared with transformers' model of the same folder.
+    On a mesh every rank calls `verify` and returns the same report, with the worst row of each comparison.
     """
     check_peer(peer, isinstance(target, Mixtral) and target.ranks is not None)
     if isinstance(target, nn.Module) and not isinstance(target, Mixtral):
         if folder is not None or peer is not None:
-            raise ValueError(
-                "verify: folder and peer go with a Mixtral or a folder: a model of transformers is its own"
-            )
-        return verify_hf(target, input_ids, progress)
+            raise ValueError("verify: target is a transformers model, which takes neither folder nor peer: needs None")
+        with torch.no_grad():
+            return _verify(TransformersTarget(target), input_ids, progress, None, None)
     if not isinstance(target, (Mixtral, str, os.PathLike)):
         got = type(target).__name__
         raise ValueError(f"verify: target is a {got}, needs a Mixtral, a checkpoint folder or transformers' Mixtral")
     model = target if isinstance(target, Mixtral) else Mixtral.from_pretrained(target)
     folder = folder if isinstance(target, Mixtral) else target
     if peer is not None and folder is None:
-        raise ValueError("verify: a peer loads the folder that the model came from: give folder=...")
-    ids = text_or_default(input_ids, model.config, model.device)
-    with torch.no_grad():
-        if model.ranks is None:
-            return _verify(model, ids, progress, folder, peer)
-        with model.ranks.raise_on_any_rank():
-            return _verify(model, ids, progress, folder, peer)
+        raise ValueError(f"verify: peer is {peer!r}, and it is loaded from the model's folder: needs folder")
+    if peer is not None and quantized_formats(model):
+        raise ValueError(f"verify: peer is {peer!r}, which computes with other weights than quantized ones: needs None")
+    if model.ranks is None:
+        with torch.no_grad():
+            return _verify(Target(model), input_ids, progress, folder, peer)
+    with torch.no_grad(), model.ranks.raise_on_any_rank():
+        return _verify(MeshTarget(model, model.ranks), input_ids, progress, folder, peer)
 
 
 def check_peer(peer: str | None, on_mesh: bool) -> None:
-    """ValueError where there is no such peer, where it is not installed, and on a mesh."""
+    """ValueError for an unknown peer, one that is not installed, and any on a mesh."""
     if peer not in (None, "transformers"):
         raise ValueError(f"verify: peer is {peer!r}, needs 'transformers' or None")
     if peer is not None and on_mesh:
@@ -89,49 +80,49 @@ def check_peer(peer: str | None, on_mesh: bool) -> None:
         raise ValueError("verify: peer 'transformers' is not installed: pip install 'mixtral-triton[hf]'")
 
 
-def _verify(model: Mixtral, ids: Tensor, progress: Progress, folder: Any, peer: str | None) -> Report:
+def default_text(ids: Tensor | None, config: Any, device: torch.device) -> Tensor:
+    """`ids` int64 [B,T], checked; None: a fixed pseudo-random text."""
+    if device.type == "meta":
+        raise ValueError("verify: the model is on the meta device, which holds no numbers, needs a CPU or a GPU")
+    if ids is None:
+        length, generator = min(TEXT_TOKENS, config.max_position_embeddings), torch.Generator().manual_seed(0)
+        return torch.randint(config.vocab_size, (1, length), generator=generator).to(device)
+    check_ids(ids, config.vocab_size, device)
+    check_vocabulary(ids, config.vocab_size)
+    if ids.shape[1] > config.max_position_embeddings:
+        raise ValueError(f"verify: input_ids has {ids.shape[1]} tokens, more than max_position_embeddings")
+    return ids
+
+
+def _verify(target: Any, input_ids: Tensor | None, progress: Progress, folder: Any, peer: str | None) -> Report:
+    config, embedding = target.config, target.embed_tokens
+    ids = default_text(input_ids, config, embedding.device)
+    quantized = folder is not None and bool(quantized_formats(target.model))
+    total, done = config.num_hidden_layers * (2 + len(split_text(ids.shape[1])) + quantized), count(1)
+
+    def step() -> None:
+        if progress is not None:
+            progress(next(done), total)
+
+    rows = [] if folder is None else check_loaded(folder, target)
+    probe_config = target.probe_config(ids.shape[1])
+    found, expected, probe_expected, exact = check_layers(target, ids, probe_config, step)
+    probe = LayerProbe(probe_expected.layers, step)
+    target.probe(probe_config, ids, probe)
+    rows += sorted(found + probe.rows(), key=lambda row: -1 if row.layer is None else row.layer)
+    args = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
+    rows.append(Row(None, "rms_norm", "final", *measure("rms_norm", args)))
+    reference = Fp64Reference.from_baseline(target.head(to_fp64)(exact), target.head()(expected.x), END_RATIO)
+    routes = LayerProbe(expected.layers)
+    rows.append(end_row(target.output, "end to end", target.end_to_end(ids, routes), reference))
     if peer is not None:
-        fits_twice(model)
-    ranks = model.ranks
-    whole: Any = model if ranks is None else Whole(model, ranks)
-    rows = [] if folder is None else check_loaded(folder, whole)
-    config, shell = whole.config, with_small_window(whole.config, ids.shape[1])
-    priced = bool(formats(model)) and folder is not None
-    steps = Steps(len(model.layers) * (1 + forwards(ids.shape[1]) + priced), progress)
-    kind = LayerCheck if ranks is None else MeshCheck
-    make, x = partial(kind.of_model, whole), F.embedding(ids, model.embed_tokens)
-    found = check_layers(make, whole.layers, x, config, shell, steps.one_more)
-    our_model = shell if ranks is None else ranks.shard.config(shell)
-    watch = watched(model, our_model, ids, found.with_small_window.expected, steps.one_more)
-    rows += by_layer(found.rows, watch.rows())
-    rows.append(Row(None, "rms_norm", "final", *measure("rms_norm", norm_args(config, found.chain.x, model.norm))))
-    truth = Fp64Reference.beside(_logits(whole, found.wide), _logits(whole, found.chain.x), END_RATIO)
-    logits, flips = end_to_end(model, ids, found.chain.expected)
-    rows.append(end_row("logits", "end to end", logits, truth))
-    if peer is not None:
-        rows.append(end_row("logits", peer, transformers_logits(folder, model, ids, found.chain.expected), truth))
-    if ranks is not None:
-        rows = worst_of_all(ranks, rows)
-    quantization = cost(whole, folder, ids, steps.one_more) if priced else None
-    report = finish(rows, flips, model.device, model.dtype, len(model.layers) * ids.numel())
-    return replace(report, quantization=quantization)
-
-
-def fits_twice(model: Mixtral) -> None:
-    """ValueError where another copy of the weights does not fit beside the model, or would not be the same weights."""
-    if any(isinstance(module, QuantizedWeight) for module in model.modules()):
-        raise ValueError("verify: a peer computes with weights of its own making where they are quantized: peer=None")
-    need = sum(parameter.nbytes for parameter in model.parameters())
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        known = MEMORY.read_text().split() if MEMORY.exists() else []
-        free = 1024 * int(known[known.index("MemAvailable:") + 1]) if "MemAvailable:" in known else need
-    if need > free:
-        raise ValueError(f"verify: a peer is a second copy, {need / 2**30:.1f} GiB, and {free / 2**30:.1f} are free")
-
-
-def _logits(model: Any, x: Tensor) -> Tensor:
-    """The final norm and the head in plain torch, in fp64 where x [B,T,H] is -> [B,T,V] in x's dtype."""
-    norm, head = ((to_fp64(w) if x.dtype == torch.float64 else w) for w in (model.norm, model.lm_head))
-    return reference.linear(reference.rms_norm(x, norm, model.config.rms_norm_eps), head)
+        eager = TransformersTarget.eager(folder, target.model)
+        rows.append(end_row("logits", peer, eager.end_to_end(ids, LayerProbe(expected.layers)), reference))
+    if isinstance(target, MeshTarget):
+        rows = worst_of_ranks(target.ranks, rows)
+    cost = quantization_cost(target, folder, ids, step) if quantized else None
+    backend = TORCH if embedding.device.type == "cpu" and not INTERPRETED else "Triton, interpreted"
+    if embedding.device.type == "cuda":
+        backend = f"Triton on {torch.cuda.get_device_name(embedding.device)}"
+    routed, dtype = config.num_hidden_layers * ids.numel(), dtype_name(embedding.dtype)
+    return Report(tuple(rows), routes.flips, routed, backend, dtype, target.peer, cost)

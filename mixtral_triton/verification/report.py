@@ -1,4 +1,4 @@
-"""What `verify` found, as rows, as a table for a person and as a dictionary for a program."""
+"""The results of `verify`: rows, a report that rich prints as a table, and a dictionary for JSON."""
 
 from __future__ import annotations
 
@@ -7,27 +7,31 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
+
+from ..tools.tolerance import Fp64Reference, share_of_limit
 
 if TYPE_CHECKING:
-    from .quantization import Quantization
+    from .weights import QuantizationCost
 
-PLAIN = "plain torch"  # the way where no kernel runs
-WIDE = 90  # columns that the whole table needs
+TORCH = "plain torch"  # the backend without kernels
+END_RATIO = 4.0  # in the place of RATIO for a whole model, where rounding errors have grown from layer to layer
 
 
 @dataclass(frozen=True)
 class Row:
     """One comparison: of an operation of a layer, of a layer (op "layer"), of loaded tensors (op "weights").
 
-    layer  None: before or behind the layers
-    case   which input, or which way to cut the text
-    error  of an operation relative to the largest value of the result; of a layer and of logits the worst token's,
-           relative to its norm; of loaded tensors the largest difference
-    limit  what the error may be: mostly twice plain torch's own
+    layer  None: before or after the layers
+    case   which input, or how the text is split into calls
+    error  of an operation relative to its largest result; of a layer and of logits that of the worst token relative to
+           its norm; of loaded tensors the largest difference
+    limit  the largest right error: mostly twice that of torch in the weights' dtype
     """
 
     layer: int | None
@@ -38,7 +42,7 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        # A NaN in the result is an infinite error, for plain torch too: never right.
+        """NaN in a result is an infinite error, which is wrong even where torch has NaN, too."""
         return math.isfinite(self.error) and self.error <= self.limit
 
     @property
@@ -47,30 +51,31 @@ class Row:
 
     @property
     def share(self) -> float:
-        """Of the limit."""
-        return self.error / max(self.limit, 1e-30)
+        """The error as a share of its limit."""
+        return share_of_limit(self.error, self.limit)
 
 
 @dataclass(frozen=True)
 class Report:
-    """All rows; `flips` of `routed` routes differ end to end (harmless near ties in 16-bit types, so counted apart).
+    """All rows of a `verify`.
 
-    quantization  what it cost, beside the files without; None where nothing was quantized on the way from them. No part
-                  of the verdict: the rows compare with the dequantized weights
+    flips         of `routed` routes (a token in a layer), those that differ end to end: near ties of a 16-bit type
+    quantization  the cost of quantizing while loading; the rows compare with the dequantized weights
+    Neither is part of the verdict.
     """
 
     rows: tuple[Row, ...]
     flips: int
     routed: int
-    way: str
+    backend: str
     dtype: str
-    peer: str = PLAIN
-    quantization: Quantization | None = None
+    peer: str = TORCH
+    quantization: QuantizationCost | None = None
 
     @property
     def compared(self) -> bool:
-        """False where plain torch stood beside itself, which is always right."""
-        return (self.way, self.peer) != (PLAIN, PLAIN)
+        """False where torch was compared with itself, which is always right."""
+        return (self.backend, self.peer) != (TORCH, TORCH)
 
     @property
     def wrong(self) -> list[Row]:
@@ -78,63 +83,57 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Something was compared, and every comparison is within its limit."""
+        """Whether something was compared and every comparison is within its limit."""
         return self.compared and not self.wrong
 
     @property
     def verdict(self) -> str:
         if self.wrong:
-            first = self.wrong[0]
-            count = f"{len(self.wrong)} of {len(self.rows)} comparisons fail"
+            first, count = self.wrong[0], f"{len(self.wrong)} of {len(self.rows)} comparisons fail"
             return f"WRONG: {count}, the first is {first.where} ({first.case})"
         if not self.compared:
-            return "NOTHING WAS COMPARED: no kernel ran, and plain torch stood beside itself"
+            return "NOTHING WAS COMPARED: no kernel ran, so plain torch was compared with itself"
         return f"RIGHT: all {len(self.rows)} comparisons are within their limits"
 
     def as_dict(self) -> dict[str, Any]:
+        keys = ("ok", "compared", "backend", "peer", "dtype", "flips", "routed", "verdict")
         rows = [{**asdict(row), "ok": row.ok} for row in self.rows]
-        keys = ("compared", "way", "peer", "dtype", "flips", "routed", "verdict")
         quantization = None if self.quantization is None else asdict(self.quantization)
-        told = {key: getattr(self, key) for key in keys}
-        return {"ok": self.ok, **told, "quantization": quantization, "rows": rows}
+        return {**{key: getattr(self, key) for key in keys}, "quantization": quantization, "rows": rows}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """A line an operation, with its worst layer; every failing row is listed below."""
-        yield Text(f"{self.way}, beside {self.peer}; {self.dtype}; the worst of all layers")
-        yield self._table(wide=options.max_width >= WIDE)
+        """One line per operation and case, with its worst layer, then every failing row."""
+        yield Text(f"{self.backend}, compared with {self.peer}; {self.dtype}; the worst of all layers")
+        yield self._table()
         yield Text(f"routes that differ end to end: {self.flips} of {self.routed}")
         if self.quantization is not None:
             yield Text(str(self.quantization))
         for row in self.wrong:
             yield Text(f"{row.where} ({row.case}): error {row.error:.2e}, limit {row.limit:.2e}", style="red")
-        if self.way == PLAIN:
+        if self.backend == TORCH:
             yield Text("No kernel ran: set TRITON_INTERPRET=1 before the import, or use a GPU.", style="yellow")
         yield Text(self.verdict, style="bold green" if self.ok else "bold red" if self.wrong else "bold yellow")
 
-    def _table(self, wide: bool) -> Table:
-        """Narrow, without the share of the limit: error and limit say it."""
-        table = Table(box=box.SIMPLE_HEAD, padding=0)
-        for name in ("operation", "case"):
-            table.add_column(name, no_wrap=True)
-        for name in ("error", "limit", *(("of it",) if wide else ()), "layer", "right"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for (op, case), rows in self._groups().items():
-            worst = max(rows, key=lambda row: row.share)
-            share = f"{100 * worst.share:.0f} %" if worst.limit else "-"
-            right = sum(row.ok for row in rows)
-            cells = [f"{worst.error:.1e}", f"{worst.limit:.1e}", *((share,) if wide else ())]
-            layer = "-" if worst.layer is None else str(worst.layer)
-            style = "green" if right == len(rows) else "bold red"
-            table.add_row(op, case, *cells, layer, Text(f"{right}/{len(rows)}", style=style))
-        return table
-
-    def _groups(self) -> dict[tuple[str, str], list[Row]]:
+    def _table(self) -> Table:
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             groups.setdefault((row.op, row.case), []).append(row)
-        return groups
+        table = Table(box=box.SIMPLE_HEAD, padding=0)
+        for name in ("operation", "case", "error", "limit", "layer", "right"):
+            table.add_column(name, justify="left" if name in ("operation", "case") else "right", no_wrap=True)
+        for (op, case), rows in groups.items():
+            worst, right = max(rows, key=lambda row: row.share), sum(row.ok for row in rows)
+            layer = "-" if worst.layer is None else str(worst.layer)
+            count = Text(f"{right}/{len(rows)}", style="green" if right == len(rows) else "bold red")
+            table.add_row(op, case, f"{worst.error:.1e}", f"{worst.limit:.1e}", layer, count)
+        return table
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=110, color_system=None)
         console.print(self)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def end_row(name: str, case: str, got: Tensor, reference: Fp64Reference) -> Row:
+    """The row of what comes after the layers, got [B,T,...]."""
+    return Row(None, name, case, *reference.measure(got, torch.arange(got.shape[1])))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,14 @@ from rich.progress import DownloadColumn, MofNCompleteColumn
 from mixtral_triton.cli import main
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.tools import offline, terminal
-from mixtral_triton.tools.pool import share
+from mixtral_triton.tools.offline import map_in_processes
 
-compiled_way = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
+compiles = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
 
 
-@compiled_way
-def test_a_fault_is_named_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(offline._Job, "is_stored", lambda job: False)
+@compiles
+def test_a_fault_is_printed_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(offline._Job, "is_cached", lambda job: False)
     monkeypatch.setattr(offline, "_attempt", lambda job: job.failed("ptxas crashed with SIGSEGV"))
     assert main(["compile", "append", "--arch", "sm_89"]) == 1
     out = " ".join(capsys.readouterr().out.split())
@@ -37,8 +39,8 @@ def test_a_fault_is_named_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert len(rows) == 3 and all(row["fault"] and row["file"] is None for row in rows)
 
 
-@compiled_way
-def test_out_in_a_file_s_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@compiles
+def test_out_that_is_a_file_is_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out"
     path.write_text("mine")
     for out, said in ((path, "is a file, needs a folder"), (path / "below", "Not a directory")):
@@ -48,7 +50,7 @@ def test_out_in_a_file_s_place(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert path.read_text() == "mine"
 
 
-@compiled_way
+@compiles
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 def test_a_full_disk_under_out_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is no fault of the kernel, wherever that was compiled."""
@@ -63,7 +65,7 @@ def test_a_full_disk_under_out_names_the_file(tmp_path: Path, capsys: pytest.Cap
     assert ".ptx: No space left on device" in error and error.count("\n") == 1
 
 
-@compiled_way
+@compiles
 def test_a_full_disk_under_triton_s_cache_names_the_cache(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,9 +98,7 @@ def lines(error: str) -> list[str]:
     return [line for line in error.splitlines() if line.startswith("working")]
 
 
-def test_without_a_terminal_a_line_now_and_then(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(terminal, "INTERVAL", 0.2)
     with terminal.bar("working", None, MofNCompleteColumn()) as bar:
         time.sleep(0.3)
@@ -114,44 +114,44 @@ def test_without_a_terminal_a_line_now_and_then(
     assert lines(capsys.readouterr().err)[0].startswith("working: 1.0/3.0 MB, ")
 
 
-def test_quick_work_is_quiet_and_its_error_comes_through(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quick_work_prints_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
     assert terminal.INTERVAL >= 10
-    with pytest.raises(ValueError, match="planted"), terminal.bar("working", 2, MofNCompleteColumn()) as bar:
+    with pytest.raises(ValueError, match="injected"), terminal.bar("working", 2, MofNCompleteColumn()) as bar:
         bar.advance(1)
-        raise ValueError("planted")
+        raise ValueError("injected")
     assert capsys.readouterr().err == ""
 
 
-def test_a_worker_that_crashes_loses_its_piece_alone() -> None:
-    pieces = [0, signal.SIGSEGV, 0, signal.SIGABRT, 0, 0]
-    found = dict(share(signal.raise_signal, pieces, 2, lambda piece, by: (piece, by), "signal"))
-    assert found == {index: (piece, piece) if piece else None for index, piece in enumerate(pieces)}
+def test_a_crash_costs_its_own_item_alone() -> None:
+    items = [0, signal.SIGSEGV, 0, signal.SIGABRT, 0, 0]
+    found = dict(map_in_processes(signal.raise_signal, items, 2))
+    crashed = {index for index, result in found.items() if isinstance(result, BrokenProcessPool)}
+    assert sorted(found) == list(range(6)) and crashed == {1, 3}
 
 
-def test_a_worker_that_raises_is_an_error() -> None:
-    with pytest.raises(ChildProcessError, match="exit code 1"):
-        list(share(int, ["1", "many"], 2, lambda piece, by: 0, "signal"))
+def test_a_worker_s_exception_is_raised() -> None:
+    with pytest.raises(ValueError, match="many"):
+        list(map_in_processes(int, ["1", "many"], 2))
 
 
-def test_pieces_are_begun_in_order_and_given_as_they_are_done() -> None:
-    naps = [0.6, 0.0, 0.0, 0.0]
-    assert [index for index, _ in share(time.sleep, naps, 2, lambda piece, by: None, "signal")] == [1, 2, 3, 0]
+def test_results_come_as_they_are_done() -> None:
+    assert [index for index, _ in map_in_processes(time.sleep, [0.6, 0.0, 0.0, 0.0], 2)][-1] == 0
 
 
-def test_workers_end_where_their_caller_stops() -> None:
-    results = share(time.sleep, [0.0, 60.0, 60.0], 2, lambda piece, by: None, "signal")
+def test_closing_the_iterator_ends_the_workers() -> None:
+    results = map_in_processes(time.sleep, [0.0, 60.0, 60.0], 2)
     assert next(results) == (0, None)
     start = time.monotonic()
     results.close()
     assert time.monotonic() - start < 10
     deadline = start + 20
-    while offline.share.__globals__["multiprocessing"].active_children():
+    while multiprocessing.active_children():
         assert time.monotonic() < deadline, "a worker is left"
         time.sleep(0.1)
 
 
-@compiled_way
-def test_interrupted_it_ends_with_a_line_and_leaves_nobody(tmp_path: Path) -> None:
+@compiles
+def test_interrupt_leaves_no_process(tmp_path: Path) -> None:
     environment: dict[str, Any] = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "mixtral_triton", "compile", "--arch", "sm_90", "expert_swiglu"]
     pipe = subprocess.PIPE

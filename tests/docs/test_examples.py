@@ -18,7 +18,7 @@ SAYS = {
     "verify_folder.py": [
         "NOTHING WAS COMPARED",
         "RIGHT: all",
-        "beside transformers' own modules",
+        "compared with transformers' own modules",
         "nearest to its limit",
     ],
 }

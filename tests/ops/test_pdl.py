@@ -22,9 +22,9 @@ from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.gpus import GPUS
 from mixtral_triton.tools.offline import collect, compile_launch
 from mixtral_triton.tools.predict import predict
-from mixtral_triton.tools.ptx import Order, order
-from tests.support.inject_fault import spoilt
+from tests.support.inject_fault import module_with_fault
 from tests.support.models import random_model
+from tests.support.ptx import Order, order
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles, or runs no kernel: once, without TRITON_INTERPRET")
 
@@ -101,7 +101,7 @@ FAULTS = [
 def test_a_wait_in_the_wrong_place_is_caught(
     module: Any, name: str, sizes: Any, said: str, changes: Any, tmp_path: Path
 ) -> None:
-    made = spoilt(module, tmp_path, *changes)
+    made = module_with_fault(module, tmp_path, *changes)
     with record_launches() as launches:
         getattr(made, name)(**OPS[name].inputs(sizes, BF16, "meta"))
     (launch,) = launches

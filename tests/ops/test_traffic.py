@@ -22,7 +22,7 @@ from mixtral_triton.kernels.op import LaunchConfig, Shape, Sizes
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.tma import describe
 from mixtral_triton.tools.traffic import Traffic, count_traffic
-from tests.support.inject_fault import spoilt
+from tests.support.inject_fault import module_with_fault
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter: needs TRITON_INTERPRET=1")
 
@@ -273,7 +273,7 @@ def from_l2(traffic: Traffic, weight: str, x: str, kernel: str) -> float:
 def test_few_rows_bring_little_more_than_the_weight_from_l2(
     T: int, within: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "few", lambda *sizes: True)
+    monkeypatch.setattr(linear, "use_skinny_kernel", lambda *sizes: True)
     traffic = counted("linear", {"T": T, "H": 512, "N": 256})
     ratio = from_l2(traffic, "weight", "x", "linear_decode_kernel")
     within(f"linear's bytes from L2 a weight byte, T {T}", ratio, A_WEIGHT_BYTE[T])
@@ -300,7 +300,7 @@ def test_a_clamped_row_is_caught(tmp_path: Path, within: Any) -> None:
     """Padding that repeats a row, which is right and crosses L2 again."""
     args = OPS["linear"].inputs({"T": 1, "H": 512, "N": 256}, BF16, "cpu", torch.Generator().manual_seed(0))
     with count_traffic() as traffic:
-        got = spoilt(linear, tmp_path, *CLAMPED).linear(**args)
+        got = module_with_fault(linear, tmp_path, *CLAMPED).linear(**args)
     assert torch.equal(got, linear.linear(**args))
     with pytest.raises(AssertionError, match=r"clamped: 2\.000 .* at most 1\.3"):
         within("clamped", from_l2(traffic, "weight", "x", "linear_decode_kernel"), A_WEIGHT_BYTE[1])

@@ -18,7 +18,8 @@ from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.parallel import Shard
 from mixtral_triton.quantize.spec import PARTS
 from mixtral_triton.tools.bench.command import MESH_ROUNDS, MESH_RUNS
-from mixtral_triton.verification.quantization import cost
+from mixtral_triton.verification.layers import Target
+from mixtral_triton.verification.weights import quantization_cost
 from tests.support import hub
 from tests.support.ranks import (
     Ranks,
@@ -293,11 +294,12 @@ def test_verify(mesh: str, name: str, weights: Any, ranks: Ranks, checkpoint: Ch
     for layer in range(BASE["num_hidden_layers"]):
         assert {row.op for row in first.rows if row.layer == layer} >= {*OPS, "layer", "weights"}
     assert first.flips == 0 and first.rows[-1].op == "logits"
-    told, want = first.quantization, cost(Mixtral.from_pretrained(folder, "cpu", weights=weights), folder, IDS, int)
-    assert (told is None) == (want is None) == (weights is None)
-    if want is not None:  # that of the same weights
-        assert (told.formats, told.moved, told.routed) == (want.formats, want.moved, want.routed)
-        assert (told.cosine, told.least) == pytest.approx((want.cosine, want.least), abs=1e-12)
+    model = Mixtral.from_pretrained(folder, "cpu", weights=weights)
+    got, want = first.quantization, quantization_cost(Target(model), folder, IDS, int)
+    assert (got is None) == (want is None) == (weights is None)
+    if want is not None:
+        assert (got.formats, got.flips, got.routed) == (want.formats, want.flips, want.routed)
+        assert (got.cosine, got.min_cosine) == pytest.approx((want.cosine, want.min_cosine), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -342,4 +344,4 @@ def test_bench_times_the_slowest_rank(ranks: Ranks) -> None:
 
 def test_a_wait_for_a_gpu_that_is_never_done_ends(ranks: Ranks, checkpoint: Checkpoint) -> None:
     for rank, said in enumerate(ranks(stuck, checkpoint(), tp=4)):
-        assert said == f"rank {rank} of 4: another rank does not answer: its part of a sum did not come"
+        assert said == f"rank {rank} of 4: another rank does not answer: its part of an all-reduce did not arrive"

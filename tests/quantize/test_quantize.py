@@ -19,9 +19,8 @@ from mixtral_triton.kernels.quantized import unpack
 from mixtral_triton.quantize import QuantizedWeight, quantize, quantizers
 from mixtral_triton.quantize.spec import select_specs
 from mixtral_triton.tools.fit import model_bytes, table_bytes
-from mixtral_triton.verification import fits_twice
-from mixtral_triton.verification.loaded import check_loaded
-from mixtral_triton.verification.quality import held_out, perplexity
+from mixtral_triton.verification import held_out, perplexity, verify
+from mixtral_triton.verification.weights import check_loaded
 from mixtral_triton.weights import parameter_shapes, read_headers, table, total_bytes
 from tests.support.memory import anonymous_peak, needs_proc
 
@@ -312,9 +311,9 @@ def test_verify_finds_a_changed_tensor(weights: Any) -> None:
         assert [row.layer for row in check_loaded(SMALL, model) if not row.ok] == [2]
 
 
-def test_verify_with_a_peer_refuses_quantized_weights() -> None:
-    with pytest.raises(ValueError, match="a peer computes with weights of its own making where they are quantized"):
-        fits_twice(load("int8"))
+def test_verify_refuses_a_peer_of_quantized_weights() -> None:
+    with pytest.raises(ValueError, match="peer is 'transformers', which computes with other weights than quantized"):
+        verify(load("int8"), folder=SMALL, peer="transformers")
 
 
 def test_loading_checks_memory_before_it_allocates(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize import QuantizedWeight, layouts
 from mixtral_triton.quantize.hub import read_headers
-from mixtral_triton.verification.loaded import check_loaded
+from mixtral_triton.verification.weights import check_loaded
 from mixtral_triton.weights import total_bytes
 from tests.model.test_weights import expected
 from tests.support import hub

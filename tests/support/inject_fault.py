@@ -1,4 +1,4 @@
-"""A module of the package with a fault that a person would make: its source with a few words changed."""
+"""A copy of a kernel's module with a fault in its source, for faults that no patch of a function can inject."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from types import ModuleType
 from typing import Any
 
 
-def spoilt(module: ModuleType, folder: Path, *changes: tuple[str, str]) -> Any:
-    """`module` once more, from a file in `folder`, each first text of `changes` replaced by the second."""
+def module_with_fault(module: ModuleType, folder: Path, *changes: tuple[str, str]) -> Any:
+    """`module` imported from a copy in `folder`, with the first text of each change replaced by the second."""
     source = Path(str(module.__file__)).read_text()
     for old, new in changes:
         if old not in source:
-            raise ValueError(f"spoilt: {module.__name__} does not hold {old!r}")
+            raise ValueError(f"module_with_fault: {module.__name__} does not contain {old!r}")
         source = source.replace(old, new)
-    name = f"{module.__name__}_spoilt_{folder.name}".replace("-", "_")
+    name = f"{module.__name__}_fault_{folder.name}".replace("-", "_")
     file = folder / f"{name.rpartition('.')[2]}.py"
     file.write_text(source)
     spec = spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"spoilt: {file} does not load")
-    made = module_from_spec(spec)
-    sys.modules[name] = made  # where dataclasses and the JIT look for it
-    spec.loader.exec_module(made)
-    return made
+    assert spec is not None and spec.loader is not None
+    faulty = module_from_spec(spec)
+    sys.modules[name] = faulty  # dataclasses and the JIT look modules up there
+    spec.loader.exec_module(faulty)
+    return faulty

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixtral_triton import KVCache, Mixtral, parallel, verify, weights
 from mixtral_triton.quantize import QuantizedWeight
-from mixtral_triton.verification.mesh import Whole
+from mixtral_triton.verification.mesh import MeshTarget
 from mixtral_triton.verification.report import Report
 
 Work = Callable[..., Any]
@@ -192,9 +192,9 @@ def unflatten_args(mesh: Any, folder: Path, **options: Any) -> dict[str, tuple[t
     """Of each quantized weight its values and its scales, made of all ranks' parts."""
     model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options)
     assert model.ranks is not None
-    whole = Whole(model, model.ranks)
+    whole = MeshTarget(model, model.ranks)
     quantized = {name: part for name, part in model.places().items() if isinstance(part, QuantizedWeight)}
-    made = {name: whole.together(name, part) for name, part in quantized.items()}
+    made = {name: whole.gather(name, part) for name, part in quantized.items()}
     return {name: (weight.dequantize(), weight.scales) for name, weight in made.items()}
 
 

@@ -1,9 +1,10 @@
-"""verify: right on the shipped checkpoint, and it sees a planted fault in any operation."""
+"""verify on a Mixtral, a folder and a transformers model: what it compares, reports and rejects."""
 
 from __future__ import annotations
 
 import io
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,121 +12,230 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor
 
-import mixtral_triton
-from mixtral_triton import Mixtral, ops
+from mixtral_triton import Mixtral, apply, hf, verify
 from mixtral_triton.cli import main
+from mixtral_triton.kernels import registry
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.verification import verify
 from mixtral_triton.verification.report import Report, Row
+from tests.support.hub import LAYOUTS, awq, write
 from tests.support.models import random_model
 
-IDS = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(0))
-SMALL = Path(mixtral_triton.__file__).parent / "small"
+IDS = torch.randint(1, 48, (2, 20), generator=torch.Generator().manual_seed(0))
+# Of the registry; verify skips operations that no layer of a model has a call for.
+OPERATIONS = {
+    *("rms_norm", "add_rms_norm", "embed_rms_norm", "linear", "route", "gate_route", "rms_norm_gate_route"),
+    *("sort_by_expert", "expert_swiglu", "experts_add_rms_norm", "rope", "append", "attention", "cached_attention"),
+    "rope_append_attention",
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+once = pytest.mark.skipif(INTERPRETED, reason="about the comparison: run once, without the interpreter")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="about kernels: with the interpreter")
 
 
-def tiny(dtype: torch.dtype = torch.float32, window: int | None = 8) -> Mixtral:
+def tiny_model(dtype: torch.dtype = torch.float32, window: int | None = 8) -> Mixtral:
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     return random_model(dtype=dtype, sliding_window=window, **sizes)
 
 
 def check_complete(report: Report, layers: int) -> None:
     for layer in range(layers):
-        assert {row.op for row in report.rows if row.layer == layer} >= {*OPS, "layer"}
+        assert {row.op for row in report.rows if row.layer == layer} - {"weights"} == {*OPERATIONS, "layer"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [8] if INTERPRETED else [8, 100, None])
-def test_a_right_model_is_found_right(dtype: torch.dtype, window: int | None) -> None:
-    report = verify(tiny(dtype, window), IDS[:, :10] if INTERPRETED else IDS)
+def test_right_model(dtype: torch.dtype, window: int | None) -> None:
+    report = verify(tiny_model(dtype, window), IDS[:, :10] if INTERPRETED else IDS)
     assert not report.wrong, str(report)
     check_complete(report, 2)
     assert [row.op for row in report.rows if row.layer is None] == ["rms_norm", "logits"]
-    if dtype == torch.float32:
-        assert report.flips == 0
+    assert report.flips == 0 or dtype != torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:1] if INTERPRETED else DTYPES)
+@pytest.mark.parametrize("window", [6, None])
+def test_right_transformers_model(dtype: torch.dtype, window: int | None, make_hf: Any) -> None:
+    model = make_hf(sliding_window=window).to(dtype)
+    report = verify(model, IDS[:, :10])
+    assert report.ok and "transformers' own modules" in str(report), str(report)
+    check_complete(report, model.config.num_hidden_layers)
+    assert not hf.applied(model)
+    assert (report.flips == 0 and report.rows[-1].op == "logits") or dtype != torch.float32
 
 
 def test_one_token(device: torch.device) -> None:
-    model = tiny().to(device)
-    assert not verify(model, torch.zeros((1, 1), dtype=torch.int64, device=device)).wrong
+    assert not verify(tiny_model().to(device), IDS[:1, :1].to(device)).wrong
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the command line test runs it interpreted; here once on the plain way")
-def test_the_shipped_checkpoint_and_the_default_input() -> None:
-    """Without a kernel: nothing is wrong, and that is not called right."""
-    report = verify(SMALL)
-    assert not report.wrong and not report.ok
-    assert "NOTHING WAS COMPARED" in str(report) and "RIGHT" not in str(report)
-    check_complete(report, 4)
+@interpreted
+@pytest.mark.parametrize("layout", ["awq 64", "ct int4 32 True", "gptq -1 1", "fp8 blocks"])
+def test_quantized_checkpoint(layout: str, tmp_path: Path) -> None:
+    """Layouts that `quantize` never writes: fp16 zeros and scales, groups of 32, fp8 in groups of columns."""
+    write(tmp_path, *LAYOUTS[layout])
+    report = verify(tmp_path, IDS[:1, :12] % 40)
+    assert report.ok, str(report)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the command line on the plain way")
-def test_plain_torch_beside_itself_is_no_success(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")  # said by the user, so that verify does not turn it on
+def test_quantized_while_loading(tmp_path: Path) -> None:
+    """The rows compare with the dequantized weights, and the report has the cost of quantizing."""
+    write(tmp_path, awq(), None, only="none of them")
+    weights, steps = {"experts": "int4", "linear": "int8"}, []
+    model = Mixtral.from_pretrained(tmp_path, "cpu", weights=weights)
+    report = verify(model, IDS[:1, :6] % 40, lambda *done: steps.append(done), folder=tmp_path)
+    assert not report.wrong and "Quantized: " in str(report), str(report)
+    assert report.quantization is not None and report.quantization.formats == weights
+    assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1))
+    assert report.as_dict()["quantization"]["flips"] == report.quantization.flips
+
+
+def random_case(seed: int, dtype: torch.dtype, *gains: float) -> tuple[Mixtral, Tensor]:
+    """A model of random sizes, and a text."""
+    draw = random.Random(seed)
+    groups, experts = draw.choice([1, 2]), draw.choice([2, 4, 5, 8])
+    sizes: dict[str, Any] = {
+        "gain": draw.choice(gains or (0.5, 1.0, 2.0)),
+        "vocab_size": draw.choice([33, 50, 100]),
+        "hidden_size": draw.choice([24, 32, 48, 64]),
+        "intermediate_size": draw.choice([16, 40, 64]),
+        "num_hidden_layers": draw.choice([1, 2]),
+        "num_attention_heads": groups * draw.choice([1, 2, 3]),
+        "head_dim": draw.choice([8, 16, 20, 32]),
+        "num_experts_per_tok": draw.randint(1, min(experts, 3)),
+        "sliding_window": draw.choice([None, 1, 3, 8, 40]),
+    }
+    shape = (draw.randint(1, 2), draw.randint(1, 12 if INTERPRETED else 40))
+    ids = torch.randint(33, shape, generator=torch.Generator().manual_seed(seed))
+    return random_model("cpu", dtype, seed, num_key_value_heads=groups, num_local_experts=experts, **sizes), ids
+
+
+SHARP = [(208, 8.0), (224, 16.0), (240, 4.0), (240, 8.0), (240, 16.0)]  # softmax is nearly a choice: errors grow
+RANDOM = [(seed, (), (DTYPES[seed % 3],) if INTERPRETED else DTYPES) for seed in range(2 if INTERPRETED else 20)]
+
+
+@pytest.mark.parametrize(
+    ("seed", "gains", "dtypes"), RANDOM + [(seed, (gain,), DTYPES[:2]) for seed, gain in SHARP if not INTERPRETED]
+)
+def test_no_false_positives(seed: int, gains: tuple[float, ...], dtypes: list[torch.dtype]) -> None:
+    for dtype in dtypes:
+        report = verify(*random_case(seed, dtype, *gains))
+        assert not report.wrong, str(report)
+
+
+@once
+def test_small_checkpoint_compared_with_itself_exits_1(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # set by the user, so that verify does not turn the interpreter on
     assert main(["verify", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert not found["ok"] and not found["compared"] and all(row["ok"] for row in found["rows"])
+    assert found["verdict"].startswith("NOTHING WAS COMPARED")
+    assert set(found["rows"][0]) == {"layer", "op", "case", "error", "limit", "ok"}
+    assert {(row["layer"], row["op"]) for row in found["rows"]} >= {(at, op) for at in range(4) for op in OPERATIONS}
+
+
+@once
+def test_other_transformers_models(make_hf: Any) -> None:
+    for kind in ("MixtralModel", "MixtralForSequenceClassification"):
+        report = verify(make_hf(kind), IDS[:, :10])
+        assert report.ok and report.rows[-1].op == "hidden"
+    assert verify(make_hf(head_dim=8, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})).ok
+
+
+@once
+def test_applied_model_stays_as_it_is(make_hf: Any) -> None:
+    model = apply(make_hf(), attention=False)
+    assert verify(model).ok
+    assert hf.applied(model) and model.config._attn_implementation == "eager"
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@once
+def test_unknown_operation_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.OPS, "toy", registry.OPS["rms_norm"])
+    report = verify(tiny_model(), IDS[:1, :4])
+    assert not report.wrong and all(row.op != "toy" for row in report.rows)
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
-def test_the_table_fits_the_terminal(width: int) -> None:
-    """Every operation, layer and failing row is there, and no cell is cut."""
-    rows = [Row(31, op, case, 1.5e-3, 1e-3) for op in (*OPS, "layer") for case in ("every expert, prefill", "routes")]
-    report = Report((*rows, Row(None, "logits", "end to end", 1e-3, 2e-3)), 1, 384, "Triton, interpreted", "bfloat16")
+def test_report_fits_the_terminal(width: int) -> None:
+    rows = [Row(31, op, case, 1.5e-3, 1e-3) for op in (*OPERATIONS, "layer") for case in ("every expert, prefill", "x")]
     console = Console(file=io.StringIO(), width=width)
-    console.print(report)
+    console.print(Report((*rows, Row(None, "logits", "end to end", 1e-3, 2e-3)), 1, 384, "Triton", "bfloat16"))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert not any("…" in line for line in lines) and max(map(len, lines)) <= width
-    for row in rows:
-        assert any(
-            line.split()[:1] == [row.op] and row.case in line and line.split()[-2:] == ["31", "0/1"] for line in lines
-        )
-        assert f"{row.op} in layer 31 ({row.case}): error 1.50e-03, limit 1.00e-03" in " ".join(" ".join(lines).split())
+    text = " ".join(" ".join(lines).split())
+    assert all(f"{row.op} {row.case} 1.5e-03 1.0e-03 31 0/1" in text for row in rows)
+    assert all(f"{row.op} in layer 31 ({row.case}): error 1.50e-03, limit 1.00e-03" in text for row in rows)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="about the comparison, whichever way the operations go: run once, without")
-@pytest.mark.parametrize("name", [name for name, one in ops._CHECKED.items() if one in vars(ops).values()])
-def test_a_fault_in_any_operation_is_seen(name: str, spoil: Callable[[str], None]) -> None:
-    spoil(name)
-    report = verify(tiny(), torch.randint(50, (1, 20), generator=torch.Generator().manual_seed(0)))
-    assert not report.ok
-    assert "WRONG" in report.verdict and name in str(report)
-    assert any(row.op == name and not row.ok for row in report.rows)
+def test_nan_is_wrong() -> None:
+    """Also where limit or error of the reference is infinite or NaN."""
+    nan, inf = float("nan"), float("inf")
+    assert not any(Row(0, "rope", "", *pair).ok for pair in [(nan, 1.0), (0.0, nan), (inf, inf), (nan, nan)])
+    assert Row(0, "rope", "", nan, 1.0).share == inf
 
 
-def test_an_expert_that_the_text_does_not_take_is_exercised(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny()
-    model.layers[1].gate_up_proj[3, 0, 0] = float("nan")
+@once
+@pytest.mark.parametrize("name", sorted(OPERATIONS))
+def test_fault_in_an_operation(name: str, inject_fault: Callable[[str], None]) -> None:
+    inject_fault(name)
+    report = verify(tiny_model(), IDS[:1])
+    assert not report.ok and report.verdict.startswith("WRONG")
+    assert {row.op for row in report.wrong} == {name}
+
+
+@once
+@pytest.mark.parametrize("name", ["rms_norm", "rope", "attention", "gate_route", "expert_swiglu"])
+def test_fault_in_an_operation_of_an_applied_model(
+    name: str, make_hf: Any, inject_fault: Callable[[str], None]
+) -> None:
+    inject_fault(name)
+    assert any(row.op == name for row in verify(make_hf(), IDS[:, :10]).wrong)
+
+
+@once
+def test_attention_without_window_in_an_applied_model(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every operation is right, and the layers call attention without its window."""
+    from mixtral_triton.hf import modules
+
+    attention = modules.attention
+    no_window = {"sliding_window": None}
+    monkeypatch.setattr(modules, "attention", lambda *args, **kwargs: attention(*args, **kwargs | no_window))
+    report = verify(make_hf(), IDS[:, :10])
+    assert (report.wrong[0].layer, report.wrong[0].op) == (0, "layer")
+    assert {row.op for row in report.wrong} == {"layer", "logits"}
+
+
+def test_nan_in_an_expert_that_the_text_does_not_take(make_hf: Any) -> None:
+    model = tiny_model()
     with torch.no_grad():
+        model.layers[1].gate_up_proj[3, 0, 0] = float("nan")
         model.layers[1].gate[3] = 0.0
-    report = verify(model, torch.zeros((1, 2), dtype=torch.int64))
-    assert not report.ok  # NaN in the result: never within a limit
+    assert verify(model, torch.zeros((1, 2), dtype=torch.int64)).wrong
+    theirs = make_hf()
+    with torch.no_grad():
+        theirs.model.layers[-1].mlp.gate.weight[3] = 0.0
+        theirs.model.layers[-1].mlp.experts.gate_up_proj[3, 0, 0] = float("nan")
+    assert verify(theirs, IDS[:, :1]).wrong
 
 
 @pytest.mark.parametrize(
     ("target", "ids", "message"),
     [
-        (3, None, "needs a Mixtral, a checkpoint folder or transformers"),
-        ("tiny", torch.zeros((1, 65), dtype=torch.int64), "max_position_embeddings"),
-        ("tiny", torch.full((1, 4), 50), "token 50"),
-        ("tiny", torch.zeros(4), "int64 tensor"),
+        (lambda make_hf: 3, None, "needs a Mixtral, a checkpoint folder or transformers"),
+        (lambda make_hf: tiny_model(), torch.zeros((1, 65), dtype=torch.int64), "max_position_embeddings"),
+        (lambda make_hf: tiny_model(), torch.full((1, 4), 50), "token 50"),
+        (lambda make_hf: tiny_model(), torch.zeros(4), "int64 tensor"),
+        (lambda make_hf: tiny_model().to("meta"), None, r"verify: .*meta"),
+        (lambda make_hf: torch.nn.Linear(2, 2), None, "verify: model is a Linear, needs transformers'"),
+        (lambda make_hf: make_hf(), torch.full((1, 3), 48), "token 48"),
+        (lambda make_hf: make_hf().to("meta"), None, "offloading"),
+        (lambda make_hf: make_hf().train(), None, r"model\.eval\(\)"),
     ],
 )
-def test_bad_input(target: Any, ids: Any, message: str) -> None:
+def test_bad_input_raises_value_error(target: Any, ids: Any, message: str, make_hf: Any) -> None:
+    model = target(make_hf)
     with pytest.raises(ValueError, match=message):
-        verify(tiny() if target == "tiny" else target, ids)
-
-
-def test_a_model_without_numbers() -> None:
-    with pytest.raises(ValueError, match=r"verify: .*meta"):
-        verify(tiny().to("meta"))
-
-
-def test_the_report_as_a_dictionary() -> None:
-    report = verify(tiny(), torch.zeros((1, 3), dtype=torch.int64))
-    got = report.as_dict()
-    assert got["ok"] is INTERPRETED and got["compared"] is INTERPRETED and len(got["rows"]) == len(report.rows)
-    assert set(got["rows"][0]) == {"layer", "op", "case", "error", "limit", "ok"}
+        verify(model, ids)
+    assert not isinstance(model, torch.nn.Module) or isinstance(model, Mixtral) or not hf.applied(model)

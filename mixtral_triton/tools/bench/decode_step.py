@@ -18,7 +18,6 @@ from ...cache import KVCache
 from ...config import MixtralConfig
 from ...generate import can_capture
 from ...graph import captured
-from ...hf.release import cache_keyword
 from ...kernels import reference
 from ...kernels.op import Cost, Op, Sizes
 from ...kernels.registry import OPS
@@ -135,13 +134,14 @@ def hf_model(model: Mixtral) -> Any:
 
 def _hf(args: Args, new_cache: Callable[[Any], Any], compile: bool) -> Callable[..., Any]:
     """Return a step of transformers' model on a copy of our cache. Experts use transformers' default implementation."""
+    from ...hf.mask import CACHE
+
     cache, hf = args["cache"], hf_model(args["model"])
     copy = new_cache(hf.config)
     for index, layer in enumerate(zip(cache.keys, cache.values, strict=True)):
         copy.update(*(x[:, :, : cache.slots - 1].clone() for x in layer), index)
     forward = torch.compile(hf.forward, mode="reduce-overhead") if compile else hf.forward
-    name = cache_keyword()
-    return lambda token, **_: forward(token, use_cache=True, **{name: copy}).logits[:, -1].float()
+    return lambda token, **_: forward(token, use_cache=True, **{CACHE: copy}).logits[:, -1].float()
 
 
 def hf_eager(op: Op, args: Args) -> Callable[..., Any]:

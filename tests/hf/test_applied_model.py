@@ -1,0 +1,381 @@
+"""An applied model as transformers and users call it: attention weights, modules, implementations, compilers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mixtral_triton import apply, hf, revert
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.record import record_launches
+
+transformers = pytest.importorskip("transformers")
+from transformers.models.mixtral import modeling_mixtral as theirs  # noqa: E402
+
+from mixtral_triton.hf.mask import CACHE  # noqa: E402
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about modules, not kernels: run once, without the interpreter")
+IDS = torch.randint(1, 48, (2, 14), generator=torch.Generator().manual_seed(0))
+LEFT = torch.ones_like(IDS)
+LEFT[1, :6] = 0
+REAL = LEFT.bool()
+
+
+@pytest.mark.parametrize("window", [6, None])
+def test_attention_weights_of_one_call(window: Any, make_hf: Any, calls: set[str]) -> None:
+    model = apply(make_hf(sliding_window=window))
+    want = model(IDS, attention_mask=LEFT)
+    calls.clear()
+    got = model(IDS, attention_mask=LEFT, output_attentions=True)
+    assert "attention" in calls and torch.equal(got.logits, want.logits)
+    assert [x.shape for x in got.attentions] == [(2, 4, 14, 14)] * 2 and want.attentions is None
+    assert model(IDS, attention_mask=LEFT).attentions is None
+    for weights in got.attentions:
+        rows = weights.transpose(1, 2)[REAL]
+        assert torch.allclose(rows.sum(-1), torch.ones(rows.shape[:2]), atol=1e-5)
+        assert (weights > 0).float().sum(-1).amax(1)[REAL].max() == (window or 14)  # the most keys of a query
+
+
+def test_attention_weights_by_the_config(make_hf: Any) -> None:
+    """Before and after apply. An argument overrides the config, and attention of torch may be selected, too."""
+    model = make_hf()
+    model.config.output_attentions = True
+    want = model(IDS).attentions
+    apply(model)
+    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(model(IDS).attentions, want, strict=True))
+    assert model(IDS, output_attentions=False).attentions is None
+    model.config.output_attentions = False
+    assert model(IDS).attentions is None
+    model.config.output_attentions = True
+    assert len(model.model(IDS).attentions) == 2
+    assert len(apply(make_hf(attn_implementation="sdpa"))(IDS, output_attentions=True).attentions) == 2
+    assert len(apply(make_hf(), attention=False)(IDS, output_attentions=True).attentions) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["default", "yarn", "dynamic"])
+def test_rotary_module(dtype: torch.dtype, kind: str, make_hf: Any) -> None:
+    """Dynamic scaling changes with the length, and back."""
+    parameters = {"rope_type": kind, "rope_theta": 1e4} | ({} if kind == "default" else {"factor": 2.0})
+    model = make_hf(head_dim=8, rope_parameters=parameters, max_position_embeddings=12).to(dtype)
+    x, short, long = torch.randn(2, 14, 32).to(dtype), torch.arange(10)[None], torch.arange(14)[None]
+    for positions in (short, long, torch.cat((long, long + 3)), short):
+        want = revert(model).model.rotary_emb(x, positions)
+        got = apply(model).model.rotary_emb(x, positions)
+        assert isinstance(got, tuple) and len(got) == 2
+        assert (got[0].dtype, got[0].shape) == (dtype, (*positions.shape, 8))
+        assert torch.equal(got[0], want[0]) and torch.equal(got[-1], want[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_take_an_ordinary_pair_of_angles(dtype: torch.dtype, make_hf: Any, calls: set[str]) -> None:
+    """As a user's own loop over the layers passes it. Positions may differ from row to row."""
+    model = make_hf().to(dtype)
+    h = torch.randn(2, 14, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    positions = torch.stack((torch.arange(14), torch.arange(14) * 3))
+    pairs = [model.model.rotary_emb(h, positions[:rows]) for rows in (1, 2)]
+    visible = torch.ones(14, 14).tril().triu(-5).bool()
+    mask = torch.zeros(1, 1, 14, 14, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+    layer = model.model.layers[0]
+    want = [layer(h, pair, mask) for pair in pairs] + [layer.self_attn(h, pair, mask)[0] for pair in pairs]
+    apply(model)
+    got = [layer(h, pair) for pair in pairs] + [layer.self_attn(h, pair)[0] for pair in pairs]
+    assert {"rope", "attention"} <= calls
+    for x, y in zip(got, want, strict=True):
+        assert (x - y).abs().max() <= (1e-4 if dtype == torch.float32 else 0.1) * y.abs().max()
+
+
+def test_rotary_tables_are_made_once_and_move_along(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate rebuilds the tuples that it moves. In bf16 a pair without its tables would be less exact."""
+    from mixtral_triton.hf import modules
+
+    tables, count = modules.rope_tables, []
+    monkeypatch.setattr(modules, "rope_tables", lambda *args: (count.append(1), tables(*args))[1])
+    model = apply(make_hf(num_hidden_layers=3))
+    model(IDS)
+    assert len(count) == 1
+    operations = pytest.importorskip("accelerate.utils.operations")
+    angles = model.model.rotary_emb(torch.randn(2, 14, 32).bfloat16(), torch.arange(14)[None])
+    moved = operations.send_to_device({"position_embeddings": angles}, torch.device("cpu"))["position_embeddings"]
+    assert all(torch.equal(x, y) for x, y in zip(moved.tables, angles.tables, strict=True))
+    assert moved.tables[0].dtype == torch.float32
+    assert all(x.is_meta for x in (*angles.to("meta"), *angles.to("meta").tables))
+
+
+def test_weights_of_a_model_from_meta_are_initialized(make_hf: Any) -> None:
+    """transformers finds the rotary module by its class's name, and fills its buffers."""
+    want = make_hf().model.rotary_emb
+    with torch.device("meta"):
+        model = apply(transformers.MixtralForCausalLM(make_hf().config))
+    model.to_empty(device="cpu").model.rotary_emb.inv_freq.fill_(7.0)
+    model.init_weights()
+    for name in ("inv_freq", "original_inv_freq"):
+        assert torch.equal(getattr(model.model.rotary_emb, name), getattr(want, name))
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hook_of_the_activation_raises_value_error(hook: str, make_hf: Any) -> None:
+    model, called = apply(make_hf()), []
+    handle = getattr(model.model.layers[1].mlp.experts.act_fn, hook)(lambda *_: called.append(1))
+    with pytest.raises(ValueError, match=r"act_fn .* has hooks.*apply\(model, experts=False\)"):
+        model(IDS)
+    assert not called
+    apply(model, experts=False)(IDS)
+    assert called
+    handle.remove()
+    apply(model)(IDS)
+
+
+class Wrapper(nn.Module):
+    """Holds a model under names of other libraries."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_modules"].update(modules)
+
+
+WRAPPED: dict[str, Callable[[Any], Any]] = {
+    ".base_model.model": lambda m: Wrapper(base_model=Wrapper(model=m)),
+    ".base_model": lambda m: Wrapper(base_model=m),
+    ".module": nn.DataParallel,
+    ".module.base_model.model": lambda m: Wrapper(module=Wrapper(base_model=Wrapper(model=m))),
+}
+
+
+@pytest.mark.parametrize("path", WRAPPED)
+def test_error_names_the_model_inside_a_wrapper(path: str, make_hf: Any) -> None:
+    for function in (apply, revert):
+        with pytest.raises(ValueError) as caught:
+            function(WRAPPED[path](make_hf()))
+        assert str(caught.value).endswith(f"give it the model inside, {path}")
+
+
+def test_model_with_adapters(make_hf: Any) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(make_hf(), config).eval()
+    want = model(IDS).logits
+    with pytest.raises(ValueError, match=r"PeftModel.*the model inside, \.base_model\.model$"):
+        apply(model)
+    apply(model.base_model.model)
+    assert hf.applied(model) and torch.allclose(model(IDS).logits, want, atol=1e-4)
+
+
+def test_continuous_batching_raises_value_error(make_hf: Any) -> None:
+    model = apply(make_hf(attn_implementation="sdpa"))
+    message = r"continuous batching \(generate_batch\).*apply\(model, attention=False\)"
+    for start in (lambda: model.generate_batch(inputs=IDS.tolist()), model.init_continuous_batching):
+        with pytest.raises(ValueError, match=message):
+            start()
+    assert apply(model, attention=False).init_continuous_batching() is not None
+    cache = pytest.importorskip("transformers.generation.continuous_batching.cache")
+    paged = object.__new__(cache.PagedAttentionCache)
+    paged.get_seq_length = lambda *_: 0
+    with pytest.raises(ValueError, match=r"is a PagedAttentionCache, needs a Cache .* continuous batching"):
+        apply(model)(IDS, **{CACHE: paged})
+
+
+SELECT = {"attention": "set_attn_implementation", "experts": "set_experts_implementation"}
+OPERATION = {"attention": "attention", "experts": "expert_swiglu"}
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", {"": "eager"}])
+@pytest.mark.parametrize("part", SELECT)
+def test_transformers_selects_implementations(part: str, name: Any, make_hf: Any, calls: set[str]) -> None:
+    """Even the one in the config. This package's comes back by its name, or by apply."""
+    name = "batched_mm" if part == "experts" and name == "sdpa" else name
+    model = apply(make_hf())
+
+    def run(fused: bool) -> Tensor:
+        calls.clear()
+        logits = model(IDS, attention_mask=LEFT).logits[REAL]
+        assert (OPERATION[part] in calls) == fused and {"rms_norm", "rope"} <= calls
+        return logits
+
+    want = run(fused=True)
+    for target in (model, model.model):
+        select = getattr(target, SELECT[part])
+        for select_ours in (lambda select=select: select("mixtral_triton"), lambda: apply(model)):
+            select(name)
+            assert torch.allclose(run(fused=False), want, atol=1e-4)
+            select_ours()
+            run(fused=True)
+    getattr(model, SELECT[part])({"another_config": "eager"})
+    run(fused=True)
+    with pytest.raises(ValueError, match=r"foo.* is not supported"):
+        getattr(model, SELECT[part])("foo")
+    run(fused=True)
+    getattr(model, SELECT[part])(name)
+    stored = f"_{'attn' if part == 'attention' else 'experts'}_implementation"
+    assert getattr(revert(model).config, stored) == (name if isinstance(name, str) else "eager")
+
+
+@pytest.mark.parametrize("part", SELECT)
+def test_own_name_of_a_part_that_is_not_applied(part: str, make_hf: Any) -> None:
+    model = apply(make_hf(), **{part: False})
+    with pytest.raises(ValueError, match=rf"apply\(model, {part}=True\)"):
+        getattr(model, SELECT[part])("mixtral_triton")
+    with pytest.raises(ValueError, match="is not supported"):
+        getattr(revert(model), SELECT[part])("mixtral_triton")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_generate_keeps_the_experts_on_a_gpu(make_hf: Any, calls: set[str], monkeypatch: Any) -> None:
+    """There transformers uses `batched_mm` while decoding, where `grouped_mm` is selected."""
+    model = apply(make_hf(experts_implementation="grouped_mm"))
+    monkeypatch.setattr(transformers.PreTrainedModel, "device", SimpleNamespace(type="cuda"))
+    for experts, name in ((True, "grouped_mm"), (False, "batched_mm")):
+        calls.clear()
+        with apply(model, experts=experts)._optimize_model_for_decode():
+            assert model.config._experts_implementation == name
+            model(IDS)
+        assert ("expert_swiglu" in calls) == experts
+
+
+def test_attention_without_the_mask_of_apply(make_hf: Any) -> None:
+    """In transformers' own forward of the backbone, None is causal from the first key on, as in torch."""
+    model = apply(make_hf(sliding_window=None))
+    attend, h = model.model.layers[0].self_attn, torch.randn(2, 5, 32)
+    pair = model.model.rotary_emb(h, torch.arange(5)[None])
+    cache = transformers.StaticCache(config=model.config, max_cache_len=9)
+    got, weights = attend(h, pair, None, cache, output_attentions=True)
+    assert torch.allclose(got, attend(h, pair)[0], atol=1e-5)
+    assert weights.shape == (2, 4, 5, 9) and not weights[..., 5:].any()
+    assert theirs.MixtralModel.forward(model.model, IDS).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [6, None])
+def test_is_causal(window: int | None, causal: bool, make_hf: Any) -> None:
+    model = make_hf(sliding_window=window)
+    for mask in (torch.ones_like(LEFT), LEFT, None):
+        want = revert(model)(IDS, attention_mask=mask, is_causal=causal).logits
+        got = apply(model)(IDS, attention_mask=mask, is_causal=causal).logits
+        real = torch.ones_like(REAL) if mask is None else mask.bool()
+        assert torch.allclose(got[real], want[real], atol=1e-4)
+
+
+def test_positional_arguments_of_the_backbone(make_hf: Any) -> None:
+    model = make_hf()
+    calls = [(IDS,), (IDS, LEFT), (None, LEFT, None, None, model.model.embed_tokens(IDS))]
+    with torch.no_grad():
+        want = [model.model(*args)[0][REAL] for args in calls]
+        got = [apply(model).model(*args)[0][REAL] for args in calls]
+    assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(got, want, strict=True))
+    with pytest.raises(TypeError, match="attention_mask"):
+        model.model(IDS, LEFT, attention_mask=LEFT)
+    with pytest.raises(ValueError, match="input_ids"):
+        model.model()
+
+
+WRONG_MASKS = [
+    (torch.ones(3, 14), r"attention_mask is of shape \[3, 14\], needs \[2, 14\]"),
+    (torch.ones(2, 12), r"needs \[2, 14\], one value a token"),
+    (torch.ones(2, 15), r"needs \[2, 14\], one value a token"),
+    (torch.ones(2, 1, 14, 9), r"broadcasts to \[2, 4, 14, 14\]"),
+    (torch.ones(2, 1, 14, 14, dtype=torch.int64), "attention_mask is torch.int64"),
+    (torch.ones(2, 1, 14, 14, dtype=torch.int32), "attention_mask is torch.int32"),
+]
+
+
+def test_wrong_mask_raises_value_error(make_hf: Any) -> None:
+    """Also one of the new tokens alone, after a cache."""
+    model = apply(make_hf())
+    for mask, message in WRONG_MASKS:
+        with pytest.raises(ValueError, match=message):
+            model(IDS, attention_mask=mask)
+    cache = model(IDS, use_cache=True)[1]
+    with pytest.raises(ValueError, match=r"shape \[2, 1\], needs \[2, 15\] \(14 past, 1 new\)"):
+        model(IDS[:, :1], torch.ones(2, 1), None, cache)
+
+
+def test_compiles_without_a_graph_break(make_hf: Any, parity: Any) -> None:
+    """Plain, left-padded, with attention weights, and generate's decode steps on a static cache."""
+    model = apply(make_hf())
+    calls: list[dict[str, Any]] = [{}, {"attention_mask": LEFT, "use_cache": False}, {"output_attentions": True}]
+    settings = {"attention_mask": LEFT, "max_new_tokens": 4, "cache_implementation": "static", "do_sample": False}
+    settings |= dict.fromkeys(("output_scores", "return_dict_in_generate"), True)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for kwargs in calls:
+            real = REAL if "attention_mask" in kwargs else torch.ones_like(REAL)
+            want, got = model(IDS, **kwargs), compiled(IDS, **kwargs)
+            assert torch.allclose(got.logits[real], want.logits[real], atol=1e-4)
+            for x, y in zip(got.attentions or (), want.attentions or (), strict=True):
+                assert torch.allclose(x, y, atol=1e-5)
+        generated = model.generate(IDS, **settings)
+        model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+        again = model.generate(IDS, **settings)
+    assert torch.equal(again.sequences, generated.sequences)
+    assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(again.scores, generated.scores, strict=True))
+    parity("compile: fullgraph, static cache too", "holds")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_exports_with_dynamic_sizes(masked: bool, make_hf: Any, parity: Any) -> None:
+    def inputs(ids: Tensor) -> dict[str, Any]:
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        return {"input_ids": ids, "use_cache": False} | ({"attention_mask": mask} if masked else {})
+
+    model = apply(make_hf())
+    sizes = {0: torch.export.Dim("batch", min=2, max=8), 1: torch.export.Dim("tokens", min=4, max=64)}
+    dynamic = {name: sizes if isinstance(value, Tensor) else None for name, value in inputs(IDS).items()}
+    with torch.no_grad():
+        program = torch.export.export(model, (), inputs(IDS), dynamic_shapes=dynamic)
+        for ids in (IDS, torch.cat((IDS, IDS[:1]))[:, :9]):
+            real = inputs(ids).get("attention_mask", torch.ones_like(ids)).bool()
+            got, want = program.module()(**inputs(ids)).logits, model(**inputs(ids)).logits
+            assert torch.allclose(got[real], want[real], atol=1e-4)
+    assert any("mixtral_triton" in str(node.target) for node in program.graph.nodes)
+    parity("export: dynamic sizes, left padding" if masked else "export: dynamic sizes", "holds")
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_launches_per_layer_are_at_most_half_of_eagers(tokens: int, make_hf: Any) -> None:
+    """Launches as on a GPU, recorded on meta tensors, and the operations of torch that eager runs."""
+    counts = {}
+    for device in ("meta", "cpu"):
+        total = []
+        for layers in (1, 2):
+            model = make_hf(num_hidden_layers=layers, sliding_window=None)
+            model = apply(model).to("meta") if device == "meta" else model
+            cache = model(IDS.to(device), use_cache=True)[1]
+            ids = torch.ones((2, tokens), dtype=torch.long, device=device)
+            with torch.no_grad(), record_launches() as launches:
+                model(ids, None, None, cache)
+            total.append(len(launches))
+        counts[device] = total[1] - total[0]
+    assert 0 < counts["meta"] <= counts["cpu"] / 2
+
+
+def checkpointed(model: Any, settings: dict[str, Any] | None = None, inputs: bool = False) -> Any:
+    if inputs:
+        model.enable_input_require_grads()
+    old_name = model.gradient_checkpointing_enable  # which later releases deprecate
+    getattr(model, "activation_checkpointing_enable", old_name)(settings)
+    return model.train()(IDS, labels=IDS).loss
+
+
+TRAINING: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "training": ("CausalLM", lambda m: m.train()(IDS, labels=IDS).loss),
+    "evaluation mode": ("CausalLM", lambda m: m(IDS, labels=IDS).loss),
+    "checkpoints": ("TokenClassification", checkpointed),
+    "checkpoints, not reentrant": ("CausalLM", lambda m: checkpointed(m, {"use_reentrant": False})),
+    "checkpoints, reentrant": ("CausalLM", lambda m: checkpointed(m, {"use_reentrant": True})),
+    "checkpoints, gradients of inputs": ("CausalLM", lambda m: checkpointed(m, inputs=True)),
+    "hidden states": ("CausalLM", lambda m: m.train()(IDS, output_hidden_states=True).hidden_states[0].sum()),
+    "problem types": ("SequenceClassification", lambda m: m.train()(IDS, labels=torch.tensor([0, 1])).loss),
+}
+
+
+@pytest.mark.parametrize("case", TRAINING)
+def test_training_raises_value_error(case: str, make_hf: Any) -> None:
+    kind, compute_loss = TRAINING[case]
+    with pytest.raises(ValueError, match="inference only"):
+        compute_loss(apply(make_hf(f"MixtralFor{kind}"))).backward()

@@ -1,0 +1,395 @@
+"""apply and revert change one instance and nothing else, bit for bit, and reject models that they cannot run."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType, ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mixtral_triton import apply, hf, revert
+from mixtral_triton.kernels.launch import INTERPRETED
+
+transformers = pytest.importorskip("transformers")
+from transformers.models.mixtral import modeling_mixtral as theirs  # noqa: E402
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about modules, not kernels: run once, without the interpreter")
+IDS = torch.randint(1, 48, (2, 14), generator=torch.Generator().manual_seed(0))
+LEFT = torch.ones_like(IDS)
+LEFT[1, :6] = 0
+ROOT = Path(__file__).parents[2]
+PARTS = {name: {name} for name in ("attention", "rms_norm", "rope")} | {"experts": {"gate_route", "expert_swiglu"}}
+
+
+def apply_only(part: str, model: Any) -> Any:
+    return apply(model, **{name: name == part for name in PARTS})
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Every module's class, and every attribute by identity (containers by what they hold)."""
+
+    def mark(value: Any) -> Any:
+        if isinstance(value, dict):
+            return [(key, mark(item)) for key, item in value.items()]
+        return id(value.__func__) if isinstance(value, MethodType) else id(value)
+
+    found = {name: (type(m), {k: mark(v) for k, v in vars(m).items()}) for name, m in model.named_modules()}
+    return found | {"config": model.config.to_dict()}
+
+
+def snapshot_library() -> list[dict[str, Any]]:
+    """transformers' registries and Mixtral classes."""
+    from transformers.integrations.moe import ExpertsInterface
+
+    kinds = (transformers.AttentionInterface, transformers.AttentionMaskInterface, ExpertsInterface)
+    registries = [{k: v for k, v in kind._global_mapping.items() if k != "mixtral_triton"} for kind in kinds]
+    classes = [kind for name, kind in vars(theirs).items() if name.startswith("Mixtral")]
+    # copy caches __slotnames__
+    return registries + [{k: v for k, v in vars(kind).items() if k != "__slotnames__"} for kind in classes]
+
+
+def test_apply_changes_one_instance_and_revert_restores_it(make_hf: Any) -> None:
+    model, other = make_hf(), make_hf()
+    model.config = other.config = model.model.config
+    before, unchanged = snapshot(model), (snapshot(other), snapshot_library())
+    assert apply(model) is model and snapshot(model) != before
+    assert (snapshot(other), snapshot_library()) == unchanged
+    assert isinstance(model.model.norm, theirs.MixtralRMSNorm)
+    assert revert(model) is model and snapshot(model) == before
+    assert (snapshot(other), snapshot_library()) == unchanged
+
+
+def test_the_last_apply_decides(make_hf: Any, calls: set[str]) -> None:
+    model = make_hf(attn_implementation="sdpa", experts_implementation="grouped_mm")
+    with pytest.raises(ValueError, match="argument 'experts' is 'all', needs True or False"):
+        apply(model, experts="all")
+    before = snapshot(model)
+    apply(apply(model), attention=False, rope=False)
+    assert (model.config._attn_implementation, model.config._experts_implementation) == ("sdpa", "grouped_mm")
+    model(IDS)
+    assert calls == {"rms_norm", "gate_route", "expert_swiglu"}
+    apply(model, attention=False, experts=False, rms_norm=False, rope=False)
+    assert snapshot(model) == before == snapshot(revert(model))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_part_alone(part: str, make_hf: Any, calls: set[str]) -> None:
+    """It equals eager, has a forward with gradients, and rejects the backward pass."""
+    model = make_hf()
+    want = model(IDS).logits
+    out = apply_only(part, model)(IDS, labels=IDS)
+    assert calls == PARTS[part]
+    assert (out.logits - want).abs().max() <= 1e-4 * want.abs().max()
+    assert out.loss.requires_grad
+    with pytest.raises(ValueError, match="inference only"):
+        out.loss.backward()
+    revert(model)(IDS, labels=IDS).loss.backward()
+
+
+def test_intervals_never_become_a_dense_mask(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding on either side, packed sequences, windows and every kind of cache call none of transformers' masks."""
+    from mixtral_triton.hf import mask as hf_mask
+
+    def refuse(**kwargs: Any) -> None:
+        raise AssertionError("a dense mask was made")
+
+    monkeypatch.setattr(hf_mask, "sdpa_mask", refuse)
+    for name in ("eager", "sdpa"):
+        monkeypatch.setitem(transformers.AttentionMaskInterface._global_mapping, name, refuse)
+    packed = torch.cat((torch.arange(5), torch.arange(9))).expand(2, 14)
+    for window in (6, None):
+        model = apply(make_hf(sliding_window=window))
+        for mask in (None, LEFT, LEFT.flip(1), torch.ones_like(IDS)):
+            model(IDS, attention_mask=mask)
+        for cache in ("dynamic", "static"):
+            model.generate(IDS, attention_mask=LEFT, max_new_tokens=8, cache_implementation=cache, do_sample=False)
+        model(IDS, position_ids=packed, use_cache=False)
+        model(IDS, use_cache=False)
+
+
+def test_saved_files_are_the_same(make_hf: Any, tmp_path: Path, parity: Any) -> None:
+    model, plain, applied = make_hf(), tmp_path / "plain", tmp_path / "applied"
+    names = list(model.state_dict())
+    model.save_pretrained(plain)
+    assert list(apply(model).state_dict()) == names
+    model.save_pretrained(applied)
+    files = sorted(path.name for path in plain.iterdir())
+    assert files == sorted(path.name for path in applied.iterdir())
+    assert all((plain / name).read_bytes() == (applied / name).read_bytes() for name in files)
+    with torch.no_grad():
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(applied).eval()
+        assert torch.allclose(loaded(IDS).logits, model(IDS).logits, atol=1e-3)
+    parity("save_pretrained, state_dict", "holds")
+
+
+def test_hooks_of_the_user_run_and_stay(make_hf: Any) -> None:
+    called: list[str] = []
+    model = make_hf()
+    for name, module in model.named_modules():
+        if not name.endswith("act_fn"):
+            module.register_forward_hook(lambda *_, name=name: called.append(name))
+    model(IDS)
+    want, called[:] = set(called), []
+    apply(model)
+    model.model.register_forward_pre_hook(lambda *_: called.append("new"))
+    model(IDS)
+    assert set(called) == want | {"new"}
+    assert len(revert(model).model._forward_pre_hooks) == 1
+
+
+def test_hooks_of_accelerate_come_and_go(make_hf: Any) -> None:
+    """Such a hook keeps the bound forward that it wraps, and leaves it behind when it is removed."""
+    accelerate = pytest.importorskip("accelerate")
+    model = make_hf()
+    want = model(IDS).logits
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    hooked = snapshot(model)
+    assert hf.applied(apply(model)) and torch.allclose(model(IDS).logits, want, atol=1e-4)
+    assert snapshot(revert(model)) == hooked
+    accelerate.hooks.remove_hook_from_submodules(apply(model))
+    assert not hf.applied(revert(model))
+    forwards = [m.__dict__["forward"] for m in model.modules() if "forward" in m.__dict__]
+    assert forwards and not any("mixtral_triton" in forward.__func__.__module__ for forward in forwards)
+
+
+@pytest.mark.parametrize("gpu", [7, "cuda:7", torch.device("cuda", 7)])
+def test_missing_gpu_raises_value_error(gpu: Any, make_hf: Any) -> None:
+    """As with accelerate's hooks of a model that was split over more GPUs."""
+    accelerate = pytest.importorskip("accelerate")
+    model = make_hf()
+    hooks = [accelerate.hooks.AlignDevicesHook(execution_device=device) for device in ("cpu", gpu)]
+    accelerate.hooks.add_hook_to_module(model.model.layers[1], hooks[0])
+    apply(model)
+    accelerate.hooks.add_hook_to_module(model.model.layers[1], hooks[1], append=True)
+    with pytest.raises(ValueError, match=r"apply: model\.layers\.1 is to run on cuda:7, .* has \d CUDA devices"):
+        apply(model)
+    assert hf.applied(model) and not hf.applied(revert(model))
+
+
+def changed(change: Callable[[Any], Any], **sizes: Any) -> Callable[[Any], Any]:
+    def build(make: Any) -> Any:
+        model = make(**sizes)
+        result = change(model)
+        return result if isinstance(result, nn.Module) else model
+
+    return build
+
+
+def set_weight(weight: Callable[[Tensor], nn.Parameter]) -> Callable[[Any], None]:
+    return lambda m: setattr(m.model.layers[0].self_attn.q_proj, "weight", weight(m.lm_head.weight))
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}  # until transformers dequantizes such a model
+PARAMS_4BIT = type("Params4bit", (nn.Parameter,), {})  # as in bitsandbytes
+MISTRAL = {"vocab_size": 8, "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1}
+REJECTED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "no model": (lambda make: "mixtral", "model is a str, needs transformers' MixtralForCausalLM"),
+    "another module": (lambda make: nn.Linear(2, 2), "model is a Linear"),
+    "compiled": (changed(torch.compile), "model is a OptimizedModule.*the model inside, ._orig_mod"),
+    "another family": (lambda make: transformers.MistralModel(transformers.MistralConfig(**MISTRAL)), "a MistralModel"),
+    "int8": (
+        changed(set_weight(lambda x: nn.Parameter(x.to(torch.int8), requires_grad=False))),
+        "q_proj.weight is torch.int8 in a Parameter, needs a plain fp32, bf16 or fp16",
+    ),
+    "4 bits": (changed(set_weight(lambda x: PARAMS_4BIT(torch.zeros(512, 1)))), "torch.float32 in a Params4bit"),
+    "quantizer": (changed(lambda m: setattr(m, "hf_quantizer", object())), "quantization_config.*from_pretrained"),
+    "config": (changed(lambda m: setattr(m.config, "quantization_config", FP8)), "quantization_config.*from_pretr"),
+    "fp64": (changed(lambda m: m.double()), "torch.float64"),
+    "tensor parallel": (changed(lambda m: setattr(m, "_tp_size", 2)), "tensor-parallel plan; load it without tp_plan"),
+    "expert parallel": (
+        changed(lambda m: setattr(m.model.layers[0].mlp.experts, "_is_expert_parallel", True)),
+        "layers.0.mlp.experts is split over ranks",
+    ),
+    "forward": (changed(lambda m: setattr(m.model.norm, "forward", id)), "model.norm has a forward of its own"),
+    "class": (
+        changed(lambda m: setattr(m.model.norm, "__class__", type("FastNorm", (theirs.MixtralRMSNorm,), {}))),
+        "model.norm is a FastNorm, not transformers' own MixtralRMSNorm",
+    ),
+    "hook": (
+        changed(lambda m: m.model.layers[0].mlp.experts.act_fn.register_forward_hook(lambda *_: None)),
+        "act_fn has hooks.*experts=False",
+    ),
+    "activation": (changed(id, hidden_act="gelu"), "activation GELU.*needs silu"),
+    "head size": (changed(id, head_dim=512), "head_dim is 512, needs at most 256"),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_rejected_model_stays_as_it_was(case: str, make_hf: Any) -> None:
+    build, message = REJECTED[case]
+    model = build(make_hf)
+    before = snapshot(model) if isinstance(model, transformers.PreTrainedModel) else None
+    with pytest.raises(ValueError, match=message):
+        apply(model)
+    assert before is None or snapshot(model) == before
+
+
+def test_the_package_alone_does_not_import_transformers() -> None:
+    code = "import sys; from mixtral_triton import Mixtral, apply, revert, verify; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("version", "message"), [("5.6.2", "is 5.6.2"), (None, "pip install 'transformers>=5.7'")])
+def test_old_or_missing_transformers(version: str | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake: Any = None if version is None else ModuleType("transformers")
+    if version is not None:
+        fake.__version__ = version
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    with pytest.raises(ImportError, match=message):
+        apply(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("parts", [None, dict.fromkeys(PARTS, True), dict.fromkeys(PARTS, False), {"attention": False}])
+def test_edits_of_the_config_stay(parts: Any, make_hf: Any, tmp_path: Path) -> None:
+    model = apply(make_hf())
+    config = model.config
+    model.resize_token_embeddings(60, mean_resizing=False)
+    edits = {"use_cache": False, "pad_token_id": 3, "router_aux_loss_coef": 0.5, "note": "mine"}
+    config.update(edits)
+    model = revert(model) if parts is None else apply(model, **parts)
+    assert model.config is config and model.model.config is config
+    assert {name: getattr(config, name) for name in ("vocab_size", *edits)} == {"vocab_size": 60, **edits}
+    ids = torch.cat((IDS, torch.full((2, 1), 59)), 1)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert loaded.config.note == "mine" and loaded.config.vocab_size == 60
+    with torch.no_grad():
+        assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-3)
+
+
+def saved(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+FROM_CONFIG: dict[str, Callable[[Any, Path], Any]] = {
+    "class": lambda m, _: transformers.MixtralForCausalLM(m.config),
+    "backbone": lambda m, _: transformers.MixtralModel(m.model.config),
+    "another head": lambda m, _: transformers.MixtralForSequenceClassification(m.config),
+    "class of the instance": lambda m, _: type(m)(m.config),
+    "from_config": lambda m, _: transformers.AutoModelForCausalLM.from_config(m.config),
+    "from_pretrained": lambda m, folder: type(m).from_pretrained(saved(m, folder), config=m.config),
+    "saved config": lambda m, folder: type(m)(type(m.config).from_pretrained(saved(m, folder))),
+    "deep copy": lambda m, _: transformers.MixtralForCausalLM(copy.deepcopy(m.config)),
+    "pickle": lambda m, _: transformers.MixtralForCausalLM(pickle.loads(pickle.dumps(m.config))),
+    "dictionary": lambda m, _: transformers.MixtralForCausalLM(type(m.config).from_dict(m.config.to_dict())),
+    "attention": lambda m, _: type(m.model.layers[0].self_attn)(m.model.layers[0].self_attn.config, 0),
+    "experts": lambda m, _: type(m.model.layers[0].mlp.experts)(m.model.layers[0].mlp.experts.config),
+    "rotary embedding": lambda m, _: type(m.model.rotary_emb)(m.model.rotary_emb.config),
+}
+
+
+@pytest.mark.parametrize("source", FROM_CONFIG)
+def test_module_made_from_the_config_is_transformers(source: str, make_hf: Any, tmp_path: Path, calls: set) -> None:
+    model = apply(make_hf(attn_implementation="sdpa"))
+    want = model(IDS).logits
+    other = FROM_CONFIG[source](model, tmp_path).eval()
+    calls.clear()
+    if isinstance(other, transformers.PreTrainedModel):
+        other(IDS)
+    assert not calls and not hf.applied(other) and other.config._attn_implementation == "sdpa"
+    assert all("mixtral_triton" not in type(module).__module__ for module in other.modules())
+    assert torch.equal(model(IDS).logits, want) and {"attention", "expert_swiglu"} <= calls
+
+
+@pytest.fixture
+def picklable(make_hf: Any) -> None:
+    """With the package `kernels` installed, transformers 5.7 keeps local functions that pickle rejects."""
+    try:
+        pickle.dumps(make_hf())
+    except AttributeError as error:
+        pytest.skip(f"a plain model of this transformers has no pickle: {error}")
+
+
+CHILD = """
+import pickle, sys, torch
+{before}
+kept = pickle.load(open(sys.argv[1], "rb"))
+ids, mask, model = kept["ids"], kept["mask"], kept["model"]
+with torch.no_grad():
+    assert torch.allclose(model(ids).logits, kept["logits"], atol={atol}), "logits"
+    padded = model(ids, attention_mask=mask).logits[mask.bool()]
+    assert torch.allclose(padded, kept["padded"][mask.bool()], atol={atol}), "mask"
+    model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, cache_implementation="static")
+{after}
+print("right")
+"""
+
+
+def run_pickled(file: Path, model: Any, source: Any, before: str, atol: float, after: str = "") -> bytes:
+    """Run CHILD in a new process on `model`, with the results of `source` -> the pickle."""
+    with torch.no_grad():
+        kept = {"logits": source(IDS).logits, "padded": source(IDS, attention_mask=LEFT).logits}
+    file.write_bytes(pickle.dumps({"ids": IDS, "mask": LEFT, "model": model, **kept}))
+    code = CHILD.format(before=before, atol=atol, after=after)
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "right", done.stderr
+    return file.read_bytes()
+
+
+def test_pickled_applied_model_runs_in_a_new_process(
+    picklable: None, make_hf: Any, tmp_path: Path, parity: Any
+) -> None:
+    """Unpickling imports the modules that the pickle names, and calls nothing else of this package."""
+    before = """
+from transformers import AttentionMaskInterface
+AttentionMaskInterface._global_mapping["eager"] = None  # no mask of transformers' is made
+"""
+    after = """
+from mixtral_triton import hf, revert
+assert hf.applied(model) and type(model.model.norm).__module__ == "mixtral_triton.hf.modules"
+assert not hf.applied(revert(model)) and type(model).__mro__[1].__name__ == "MixtralPreTrainedModel"
+"""
+    model = apply(make_hf())
+    run_pickled(tmp_path / "model", model, model, before, 0, after)
+    torch.save(model, tmp_path / "saved")
+    loaded = torch.load(tmp_path / "saved", weights_only=False)
+    assert hf.applied(loaded) and torch.equal(loaded(IDS).logits, model(IDS).logits)
+    parity("pickle: an applied model in a new process", "holds")
+
+
+def test_pickled_reverted_model_needs_no_package(picklable: None, make_hf: Any, tmp_path: Path, parity: Any) -> None:
+    model = apply(make_hf())
+    model.set_attn_implementation("sdpa")
+    reverted, before = revert(pickle.loads(pickle.dumps(model))), "sys.modules['mixtral_triton'] = None"
+    assert b"mixtral_triton" not in run_pickled(tmp_path / "model", reverted, model, before, 1e-4)
+    parity("pickle: a reverted model without this package", "holds")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_pickle_of_another_layout_raises_value_error(
+    part: str, picklable: None, make_hf: Any, monkeypatch: Any
+) -> None:
+    from mixtral_triton.hf import modules
+
+    pickled = pickle.dumps(apply_only(part, make_hf()))
+    monkeypatch.setattr(modules, "LAYOUT", modules.LAYOUT + 1)
+    with pytest.raises(ValueError, match="another version of the package"):
+        pickle.loads(pickled)
+
+
+def test_copies_are_independent(picklable: None, make_hf: Any, calls: set[str]) -> None:
+    """Every protocol of pickle, copies, torch's replicas, and a copy of one layer."""
+    model = apply(make_hf())
+    copies = [pickle.loads(pickle.dumps(model, protocol)) for protocol in range(6)]
+    want = model(IDS).logits
+    for each in (*copies, copy.copy(model), copy.deepcopy(model)):
+        assert hf.applied(each) and torch.equal(each(IDS).logits, want)
+    copies[0].set_attn_implementation("eager")
+    assert not hf.applied(revert(copies[2])) and hf.applied(model)
+    for each, fused in ((model, True), (copies[1], True), (model._replicate_for_data_parallel(), True), (copies[0], 0)):
+        calls.clear()
+        each(IDS)
+        assert ("attention" in calls) == fused
+    h, layer = torch.randn(2, 5, 32), copy.deepcopy(model.model.layers[0])
+    positions = model.model.rotary_emb(h, torch.arange(5)[None])
+    assert torch.equal(layer(h, positions), model.model.layers[0](h, positions))
