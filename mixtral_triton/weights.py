@@ -32,7 +32,7 @@ Index = tuple[slice, ...]
 Folder = str | os.PathLike[str]
 Progress = Callable[[int], object] | None
 # Quantizes rows into a weight of the same rows, and of the columns that the slice keeps.
-Quantizer = Callable[[QuantizedWeight, Tensor, slice | None], None]
+Quantizer = Callable[[Any, Tensor, Any], None]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -96,17 +96,18 @@ def parameter_shapes(config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[st
     """Return name and shape of each parameter of the model, or of a rank's part. A tied head has no `lm_head`."""
     hidden, inner, experts = config.hidden_size, _length(shard.inner(config)), _length(shard.experts(config))
     rows = qkv_rows(shard.config(config))
+    layer_shapes: dict[str, Shape] = {
+        "input_layernorm": (hidden,),
+        "qkv_proj": (rows["v"].stop, hidden),
+        "o_proj": (hidden, rows["q"].stop),
+        "post_attention_layernorm": (hidden,),
+        "gate": (config.num_local_experts, hidden),
+        "gate_up_proj": (experts, 2 * inner, hidden),
+        "down_proj": (experts, hidden, inner),
+    }
     shapes: dict[str, Shape] = {"embed_tokens": (config.vocab_size, hidden)}
     for layer in range(config.num_hidden_layers):
-        shapes |= {
-            f"layers.{layer}.input_layernorm": (hidden,),
-            f"layers.{layer}.qkv_proj": (rows["v"].stop, hidden),
-            f"layers.{layer}.o_proj": (hidden, rows["q"].stop),
-            f"layers.{layer}.post_attention_layernorm": (hidden,),
-            f"layers.{layer}.gate": (config.num_local_experts, hidden),
-            f"layers.{layer}.gate_up_proj": (experts, 2 * inner, hidden),
-            f"layers.{layer}.down_proj": (experts, hidden, inner),
-        }
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in layer_shapes.items()}
     shapes["norm"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes["lm_head"] = (_length(shard.vocabulary(config)), hidden)
@@ -246,7 +247,7 @@ def load(
     `config` is the unsharded model's. Only what the shard keeps is read, except rows that get one scale. `quantizer`
     fills a QuantizedWeight among the parameters from a few rows at a time. Parameters on the meta device stay unset.
     `progress` gets the number of bytes just loaded.
-    Raises only ValueError or OSError: for values that are not finite in the parameter's dtype, a differing tied head.
+    Raises only ValueError or OSError, for values not finite in the parameter's dtype and for a differing tied head.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     compare("parameters", "the config", parameter_shapes(config, shard), shapes)
@@ -272,36 +273,28 @@ def fill(
                     target = targets.get(name)
                     if target and target.here and parameters[target.parameter].device.type != "meta":
                         destination = parameters[target.parameter][target.index]
-                        _fill(opened, name, stored, target, destination, progress, quantizer)
+                        for count in _fill(opened.get_slice(name), name, stored, target, destination, quantizer):
+                            if progress:
+                                progress(count)
 
 
-def _fill(
-    opened: Any,
-    name: str,
-    stored: Stored,
-    target: Target,
-    destination: Any,
-    progress: Progress,
-    quantizer: Quantizer | None,
-) -> None:
+def _fill(part: Any, name: str, stored: Stored, target: Target, destination: Any, quantizer: Any) -> Iterator[int]:
+    """Read one tensor in chunks, and yield the bytes of each."""
     kept, columns, K = target.kept, None, stored.shape[-1]
     if isinstance(destination, QuantizedWeight) and (destination.format != "int4" or K in GROUPS):
         kept, (columns,) = (*kept[:-1], (slice(0, K),)), kept[-1]  # a row has one scale, for all of its columns
     for at, place in chunks(stored, kept):
-        source = opened.get_slice(name)[at]
+        copied = source = part[at]
         if isinstance(destination, Tensor):
             copied = destination[place]
             copied.copy_(source)
         else:
-            assert quantizer is not None
-            copied = source
             quantizer(destination[place], source, columns)
-        # NaN and infinity never leave a sum: a finite one proves the chunk in one pass, without temporaries.
+        # A sum of NaN or infinity is never finite: a finite one proves the chunk in one pass, without temporaries.
         # A sum may overflow by itself: then each value is checked.
         if not torch.isfinite(copied.sum()) and not torch.isfinite(copied).all():
             raise _not_finite(name, stored, at, source, copied)
-        if progress:
-            progress(source.nbytes)
+        yield source.nbytes
 
 
 def _not_finite(name: str, stored: Stored, at: tuple[slice, ...], source: Tensor, copied: Tensor) -> ValueError:

@@ -38,8 +38,8 @@ class QuantSpec:
             raise ValueError(f"quantize: group is {group!r}, needs None or one of {', '.join(map(str, GROUPS))}")
         fits = next((one for one in ((group,) if group else GROUPS) if K % one == 0), None)
         if fits is None:
-            tried = f"groups of {group}" if group else "groups of 128, 64 or 32"
-            raise ValueError(f"quantize: int4 in {tried} does not divide {K} columns; int8 and fp8 take any number")
+            groups = f"groups of {group}" if group else "groups of 128, 64 or 32"
+            raise ValueError(f"quantize: int4 in {groups} does not divide {K} columns; int8 and fp8 take any number")
         return cls(format, fits, SCALES[format])
 
     def empty(self, shape: tuple[int, ...], device: Any) -> QuantizedWeight:
