@@ -212,7 +212,7 @@ def output_file(out: Path, part: str, command: str) -> Path:
     return out / f"{part}-{command}.out".replace(" ", "_")
 
 
-def run_part(part: Part, out: Path, limit_s: float, done: dict[str, int]) -> dict[str, Any]:
+def run_commands(part: Part, out: Path, limit_s: float, done: dict[str, int]) -> dict[str, Any]:
     """Run the commands without an exit status in `done` for at most `limit_s`; return the part's entry in the state."""
     start, exits, processes = time.monotonic(), dict(done), list[Any]()
 
@@ -257,7 +257,7 @@ def day(selected: Sequence[Part], out: Path, budget_s: float, whole_s: float) ->
         if len(entry["exit"]) < len(part.commands) and left >= 1:
             limit = min(part.budget_s * budget_s / whole_s, left)
             print(f"{part.name}: at most {limit:.0f} s ...", end=" ", flush=True)
-            entry = run_part(part, out, limit, entry["exit"])
+            entry = run_commands(part, out, limit, entry["exit"])
         print(f"{part.name}: {entry['status']} after {entry['seconds']:.0f} s", flush=True)
         state["parts"][part.name] = entry
         state["after"] = environment()

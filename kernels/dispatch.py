@@ -1,4 +1,4 @@
-"""sort_by_expert: a stable counting sort on the device, without atomics and without a look from the host.
+"""sort_by_expert: a stable counting sort on the device, without atomics or host synchronization.
 
 N = T * K slots (slot t*K + k is token t's k-th choice), E experts
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from . import reference
 from .checks import INT32, INTS, Within
 from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, power_of_2
+from .op import Cost, LaunchConfig, Op, Sizes, power_of_2, shapes
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -26,7 +26,7 @@ def sort_by_expert_kernel(
     N,
     BLOCK_N: tl.constexpr,
 ):
-    # One program an expert: it counts the slots that go before its own, then places its own in order.
+    # One program an expert counts the slots of lower experts, then places its own in order.
     expert = tl.program_id(0)
     offs = tl.arange(0, BLOCK_N)
     before = tl.zeros((BLOCK_N,), tl.int32)
@@ -62,23 +62,23 @@ def gather_by_expert_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    # A program has BLOCK_S slots: it counts those that go before each of them, places its own, and copies their rows.
-    # Without a scan: where copies of a row lie in several lanes, Triton 3.6 adds up the wrong ones.
+    # A program has BLOCK_S slots: it counts those before each of them, places its own, and copies their rows. No scan:
+    # where several lanes hold a row, Triton 3.6 sums the wrong ones.
     first = tl.program_id(0) * BLOCK_S
     offs_e = tl.arange(0, BLOCK_E)
-    in_all = 0
+    total = 0
     lower, before = tl.zeros((BLOCK_E,), tl.int32), tl.zeros((BLOCK_E,), tl.int32)
     for start in range(0, N, BLOCK_N):
         slots = start + tl.arange(0, BLOCK_N)
-        ids = _experts_of(ids_ptr, slots, N, E)
-        in_all += tl.sum((ids < E).to(tl.int32), axis=0)
+        ids = _load_experts(ids_ptr, slots, N, E)
+        total += tl.sum((ids < E).to(tl.int32), axis=0)
         lower += tl.sum((ids[:, None] < offs_e[None, :]).to(tl.int32), axis=0)
         before += tl.sum(((ids[:, None] == offs_e[None, :]) & (slots < first)[:, None]).to(tl.int32), axis=0)
     if first == 0:
         tl.store(offsets_ptr + offs_e, lower, mask=offs_e < E)
-        tl.store(offsets_ptr + E, in_all)
+        tl.store(offsets_ptr + E, total)
     slots = first + tl.arange(0, BLOCK_S)
-    ids = _experts_of(ids_ptr, slots, N, E)
+    ids = _load_experts(ids_ptr, slots, N, E)
     earlier = (ids[:, None] == ids[None, :]) & (slots[:, None] > slots[None, :])
     base = tl.sum(tl.where(ids[:, None] == offs_e[None, :], (lower + before)[None, :], 0), axis=1)
     place = base + tl.sum(earlier.to(tl.int32), axis=1)
@@ -93,14 +93,14 @@ def gather_by_expert_kernel(
 
 
 @triton.jit
-def _experts_of(ids_ptr, slots, N, E):
-    """Expert ids of slots; of an id out of range, and beyond N, one that is larger than any."""
+def _load_experts(ids_ptr, slots, N, E):
+    """Load the expert ids of slots; an id out of range, or beyond N, becomes larger than any."""
     ids = tl.load(ids_ptr + slots, mask=slots < N, other=-1)
     return tl.where((ids >= 0) & (ids < E), ids, 1 << 30)
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    """Two blocks, not one for every power of two: each is a kernel, and prompts have all lengths."""
+    """Two block sizes, not one for every power of two: each compiles a kernel, and prompts have all lengths."""
     block = 1024 if sizes["T"] * sizes["K"] <= 1024 else 4096
     return {"sort_by_expert_kernel": LaunchConfig({"BLOCK_N": block}, num_warps=power_of_2(block // 256, high=16))}
 
@@ -109,21 +109,21 @@ def sort_by_expert(
     ids: Annotated[Tensor, "T K", INTS, Within(0, "E - 1")],
     num_experts: Annotated[int, "E", Within(1, 1 << 16)],
 ) -> tuple[Annotated[Tensor, "T*K", INT32], Annotated[Tensor, "E+1", INT32]]:
-    """Sort slots t*K + k by their expert, stably -> order [T*K], offsets [E+1]: see `reference.sort_by_expert`.
+    """Sort slots t*K + k stably by expert -> order [T*K], offsets [E+1] (`reference.sort_by_expert`).
 
-    An id out of range (a ValueError on a CPU) is left out.
+    An id out of range (a ValueError on a CPU) is dropped.
     """
     T, K = ids.shape
     order = torch.empty(T * K, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)
-    chosen = select_configs(configs, {"T": T, "K": K, "E": num_experts}, ids.dtype, ids.device)
-    args = {"ids_ptr": ids.contiguous(), "order_ptr": order, "offsets_ptr": offsets, "N": T * K}
-    launch(sort_by_expert_kernel, (num_experts,), args, chosen["sort_by_expert_kernel"])
+    selected = select_configs(configs, {"T": T, "K": K, "E": num_experts}, ids.dtype, ids.device)
+    args: dict[str, Any] = {"ids_ptr": ids.contiguous(), "order_ptr": order, "offsets_ptr": offsets, "N": T * K}
+    launch(sort_by_expert_kernel, (num_experts,), args, selected["sort_by_expert_kernel"])
     return order, offsets
 
 
 def gather_configs(slots: int, experts: int, hidden: int) -> LaunchConfig:
-    """About 256 programs; each holds a turn's ids times experts in registers, as many ids whatever their number is."""
+    """About 256 programs; each holds a block of ids times all experts in registers."""
     block_e = power_of_2(experts)
     tiles = {"BLOCK_S": power_of_2(slots // 256, low=16, high=64), "BLOCK_E": block_e}
     tiles |= {"BLOCK_N": max(16, min(2048, 16384 // block_e))}
@@ -131,25 +131,30 @@ def gather_configs(slots: int, experts: int, hidden: int) -> LaunchConfig:
 
 
 def gather_by_expert(x: Tensor, ids: Tensor, experts: int, config: LaunchConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, H], its rows dense, and ids [T, K] -> x in the order of the slots [N, H], order, offsets: the last two as
-    `sort_by_expert` has them."""
+    """x [T, H] with dense rows, ids [T, K] -> x in sorted order [N, H], and `sort_by_expert`'s order and offsets."""
     (T, K), H = ids.shape, x.shape[1]
     gathered = torch.empty((T * K, H), dtype=x.dtype, device=x.device)
     order = torch.empty(T * K, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
-    args = {"ids_ptr": ids, "x_ptr": x, "sorted_ptr": gathered, "order_ptr": order, "offsets_ptr": offsets}
+    args: dict[str, Any] = {
+        "ids_ptr": ids,
+        "x_ptr": x,
+        "sorted_ptr": gathered,
+        "order_ptr": order,
+        "offsets_ptr": offsets,
+    }
     args |= {"N": T * K, "E": experts, "TOP_K": K, "stride_xt": x.stride(0)}
     launch(gather_by_expert_kernel, (triton.cdiv(T * K, config.constexprs["BLOCK_S"]),), args, config, H=H)
     return gathered, order, offsets
 
 
 def expected_distinct_experts(choices: int, share: float, experts: int) -> float:
-    """How many experts any of `choices` falls on, each expert with probability `share`."""
+    """Return the expected number of experts that `choices` draws hit, each expert with probability `share`."""
     return experts * (1 - (1 - share) ** choices)
 
 
 def sample_ids(sizes: Sizes, device: Any, generator: Any = None) -> Tensor:
-    """Distinct experts a token, int32 [T,K]."""
+    """Draw distinct experts for each token, int32 [T,K]."""
     if torch.device(device).type == "meta":
         return torch.empty((sizes["T"], sizes["K"]), dtype=torch.int32, device=device)
     scores = torch.rand((sizes["T"], sizes["E"]), generator=generator)
@@ -171,9 +176,7 @@ OP = Op(
     inputs=inputs,
     configs=configs,
     cost=cost,
-    test_shapes=tuple(
-        {"T": T, "E": E, "K": K} for T, E, K in ((1, 8, 2), (77, 8, 2), (40, 4, 1), (3000, 8, 2), (9, 64, 6), (5, 1, 1))
-    ),
-    bench_shapes=tuple({"T": T, "E": 8, "K": 2} for T in (128, 1024, 8192)),
+    test_shapes=shapes("T E K", "1 8 2, 77 8 2, 40 4 1, 3000 8 2, 9 64 6, 5 1 1"),
+    bench_shapes=shapes("T E K", "128 8 2, 1024 8 2, 8192 8 2"),
     dtypes=INTS,
 )

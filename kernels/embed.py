@@ -20,8 +20,8 @@ from . import reference
 from .checks import INTS, Above, Range, Within, constrain, fail, readable
 from .launch import launch, select_configs
 from .norm import normed_rows
-from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
-from .ring import POSITIONS_MAX
+from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sampler
+from .ring import POSITIONS_MAX, strides
 
 
 @triton.jit(do_not_specialize=["T", "limit", "stride_ib"])
@@ -103,23 +103,16 @@ def embed_rms_norm(
     (B, T), (V, H) = input_ids.shape, table.shape
     y, x = (torch.empty((B, T, H), dtype=table.dtype, device=table.device) for _ in range(2))
     table = dense_rows(table)
-    args = {
+    past_ptr, new_ptr = (None if bound is None else bound.contiguous() for bound in (past, new))
+    args: dict[str, Any] = {
         "ids_ptr": input_ids,
         "table_ptr": table,
         "weight_ptr": weight.contiguous(),
-        "past_ptr": None if past is None else past.contiguous(),
-        "new_ptr": None if new is None else new.contiguous(),
         "y_ptr": y,
         "x_ptr": x,
-        "T": T,
-        "V": V,
-        "H": H,
-        "limit": limit or 0,
-        "stride_ib": input_ids.stride(0),
-        "stride_it": input_ids.stride(1),
-        "stride_tv": table.stride(0),
-        "eps": eps,
     }
+    args |= {"past_ptr": past_ptr, "new_ptr": new_ptr, "T": T, "V": V, "H": H, "limit": limit or 0, "eps": eps}
+    args |= {**strides("i", input_ids), "stride_tv": table.stride(0)}
     selected = select_configs(configs, {"T": T, "H": H}, table.dtype, table.device)
     launch(embed_rms_norm_kernel, (T, B), args, selected["embed_rms_norm_kernel"])
     return y, x
@@ -129,8 +122,8 @@ def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None)
     """With "past": sequence b is at past + b and has T - b new tokens."""
     B, T, V, H = (sizes[letter] for letter in ("B", "T", "V", "H"))
     ids = (torch.arange(B * T, device=device) * 7 % V).view(B, T)
-    table, weight = (sample(*shape, dtype=dtype, device=device, generator=generator) for shape in ((V, H), (H,)))
-    args = {"input_ids": ids, "table": table, "weight": weight, "eps": 1e-5}
+    draw = sampler(dtype, device, generator)
+    args = {"input_ids": ids, "table": draw(V, H), "weight": draw(H), "eps": 1e-5}
     if "past" in sizes:
         b = torch.arange(B, dtype=torch.int32, device=device)
         args |= {"past": sizes["past"] + b, "new": (T - b).clamp(min=0), "limit": sizes["past"] + T + B}

@@ -1,9 +1,9 @@
-"""gate_route: the gate's logits, and the route by them; rms_norm_gate_route: before them the residual add and norm.
+"""gate_route: the gate's logits and their routing; rms_norm_gate_route: the residual add and norm before them.
 
 T tokens, H hidden, E experts, K experts a token
 
-A program takes one token against the whole gate: a tile of several would have padding, and would keep fewer SMs busy.
-So a token's bits depend on no other one.
+One token a program against the whole gate: a tile of several tokens would have padding and keep fewer SMs busy. So a
+token's bits never depend on the other tokens.
 """
 
 from __future__ import annotations
@@ -19,45 +19,44 @@ from . import reference
 from .checks import INT32, SINGLE, Above, Within
 from .launch import launch, select_configs
 from .norm import normed
-from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
+from .op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sampler, shapes
 from .pdl import pdl_wait
-from .router import choose, store_choice, unset_choice
 from .router import cost as route_cost
+from .router import empty_routes, select_top_k, store_routes
 
-PIECE = 32768  # numbers of the gate that a program holds at once
+TILE_ELEMENTS = 32768  # elements of the gate that a program holds at once
 
 
 @triton.jit
-def _gate_piece(gate_ptr, stride_ge, h, E, H: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Columns h.. of the gate [BLOCK_E, BLOCK_H]."""
+def _load_gate(gate_ptr, stride_ge, h, E, H: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Load columns h.. of the gate, [BLOCK_E, BLOCK_H]."""
     offs_e, offs_h = tl.arange(0, BLOCK_E), h + tl.arange(0, BLOCK_H)
     ptrs = gate_ptr + offs_e.to(tl.int64)[:, None] * stride_ge + offs_h[None, :]
     return tl.load(ptrs, mask=(offs_e < E)[:, None] & (offs_h < H)[None, :], other=0.0)
 
 
 @triton.jit
-def _norm_piece(norm_ptr, h, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Columns h.. of the norm's weight [BLOCK_H]."""
+def _load_columns(ptr, h, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Load columns h.. of a row, [BLOCK_H]."""
     offs_h = h + tl.arange(0, BLOCK_H)
-    return tl.load(norm_ptr + offs_h, mask=offs_h < H, other=0.0)
+    return tl.load(ptr + offs_h, mask=offs_h < H, other=0.0)
 
 
 @triton.jit
-def _summed(x_ptr, residual_ptr, h, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Columns h.. of a row, with the residual, as fp32 of a number rounded to x's dtype."""
-    offs_h = h + tl.arange(0, BLOCK_H)
-    x = tl.load(x_ptr + offs_h, mask=offs_h < H, other=0.0)
+def _load_sum(x_ptr, residual_ptr, h, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Load columns h.. of a row, the residual added: fp32 holding values rounded to x's dtype."""
+    x = _load_columns(x_ptr, h, H, BLOCK_H)
     values = x.to(tl.float32)
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + offs_h, mask=offs_h < H, other=0.0)
-        # The next layer reads the rounded sum, so the norm must see it too.
+        residual = _load_columns(residual_ptr, h, H, BLOCK_H)
+        # The next layer reads the rounded sum, so the norm must use it, too.
         values = (values + residual.to(tl.float32)).to(x.dtype).to(tl.float32)
     return values
 
 
 @triton.jit
-def _kept_square(total_ptr, values, h, H: tl.constexpr):
-    """The sum of the squares of columns h.. of a row, which is stored."""
+def _store_and_square(total_ptr, values, h, H: tl.constexpr):
+    """Store columns h.. of a row and return the sum of their squares."""
     offs_h = h + tl.arange(0, values.shape[0])
     tl.store(total_ptr + offs_h, values.to(total_ptr.dtype.element_ty), mask=offs_h < H)
     return tl.sum(values * values, axis=0)
@@ -65,7 +64,7 @@ def _kept_square(total_ptr, values, h, H: tl.constexpr):
 
 @triton.jit
 def _products(y_ptr, values, scale, gate, weight, h, H: tl.constexpr):
-    """[BLOCK_E] products of columns h.. of a row, normed and stored where a norm is asked for, with the gate's."""
+    """Multiply columns h.. of a row with the gate's -> [BLOCK_E]; with a norm, normalize and store them first."""
     if weight is not None:
         offs_h = h + tl.arange(0, values.shape[0])
         dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -100,34 +99,34 @@ def gate_route_kernel(
     BLOCK_K: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
-    gate = _gate_piece(gate_ptr, stride_ge, 0, E, H, BLOCK_E, BLOCK_H)
-    weight = None if norm_ptr is None else _norm_piece(norm_ptr, 0, H, BLOCK_H)
+    gate = _load_gate(gate_ptr, stride_ge, 0, E, H, BLOCK_E, BLOCK_H)
+    weight = None if norm_ptr is None else _load_columns(norm_ptr, 0, H, BLOCK_H)
     pdl_wait(PDL)
     x, residual, y, total = x_ptr + t * stride_xt, residual_ptr, y_ptr, total_ptr
     if residual_ptr is not None:
         residual, y, total = residual_ptr + t * stride_rt, y_ptr + t * H, total_ptr + t * H
-    values, scale = _summed(x, residual, 0, H, BLOCK_H), 1.0
+    values, scale = _load_sum(x, residual, 0, H, BLOCK_H), 1.0
     if residual_ptr is not None:
-        squares = _kept_square(total, values, 0, H)
+        squares = _store_and_square(total, values, 0, H)
         for h in range(BLOCK_H, H, BLOCK_H):
-            squares += _kept_square(total, _summed(x, residual, h, H, BLOCK_H), h, H)
+            squares += _store_and_square(total, _load_sum(x, residual, h, H, BLOCK_H), h, H)
         scale = tl.rsqrt(squares / H + eps)
     acc = _products(y, values, scale, gate, weight, 0, H)
     for h in range(BLOCK_H, H, BLOCK_H):
-        piece = _gate_piece(gate_ptr, stride_ge, h, E, H, BLOCK_E, BLOCK_H)
-        own_weight = None if norm_ptr is None else _norm_piece(norm_ptr, h, H, BLOCK_H)
-        acc += _products(y, _summed(x, residual, h, H, BLOCK_H), scale, piece, own_weight, h, H)
+        next_gate = _load_gate(gate_ptr, stride_ge, h, E, H, BLOCK_E, BLOCK_H)
+        norm_weight = None if norm_ptr is None else _load_columns(norm_ptr, h, H, BLOCK_H)
+        acc += _products(y, _load_sum(x, residual, h, H, BLOCK_H), scale, next_gate, norm_weight, h, H)
     logits, offs_e = acc[None, :].to(logits_ptr.dtype.element_ty), tl.arange(0, BLOCK_E)
     tl.store(logits_ptr + t * E + offs_e[None, :], logits, mask=(offs_e < E)[None, :])
-    # The route is that of the rounded logits, which a caller may see.
-    weights, ids = choose(logits.to(tl.float32), E, TOP_K, 1, BLOCK_E, BLOCK_K)
-    store_choice(weights_ptr, ids_ptr, weights, ids, t + tl.arange(0, 1), T, TOP_K, BLOCK_K)
+    # Route by the rounded logits, which the caller receives.
+    weights, ids = select_top_k(logits.to(tl.float32), E, TOP_K, 1, BLOCK_E, BLOCK_K)
+    store_routes(weights_ptr, ids_ptr, weights, ids, t + tl.arange(0, 1), T, TOP_K, BLOCK_K)
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    """Of the gate as much at once as registers hold: all of Mixtral 8x7B's."""
+    """A tile holds as much of the gate as registers allow: all of Mixtral 8x7B's."""
     block_e = power_of_2(sizes["E"])
-    tiles = {"BLOCK_E": block_e, "BLOCK_H": power_of_2(sizes["H"], high=max(16, PIECE // block_e))}
+    tiles = {"BLOCK_E": block_e, "BLOCK_H": power_of_2(sizes["H"], high=max(16, TILE_ELEMENTS // block_e))}
     warps = power_of_2(block_e * tiles["BLOCK_H"] // 2048, high=16)
     return {"gate_route_kernel": LaunchConfig(tiles | {"BLOCK_K": power_of_2(sizes["K"])}, num_warps=warps)}
 
@@ -141,9 +140,9 @@ Ids = Annotated[Tensor, "T K", INT32]
 
 
 def gate_route(x: Tokens, gate: Gate, top_k: TopK, deterministic: bool = False) -> tuple[Logits, Scores, Ids]:
-    """The gate's matrix product and `route` of it -> logits, weights, ids: see `reference.gate_route`.
+    """Gate product and routing -> logits, weights, ids (`reference.gate_route`).
 
-    A token's bits do not depend on the other tokens in any case.
+    A token's bits never depend on the other tokens.
     """
     return _launch(x, gate, top_k)
 
@@ -157,9 +156,9 @@ def rms_norm_gate_route(
     top_k: TopK,
     deterministic: bool = False,
 ) -> tuple[Tokens, Tokens, Logits, Scores, Ids]:
-    """The norm y of x + residual, the sum, and `gate_route` of y -> y, sum, logits, weights, ids.
+    """Norm y of x + residual, and `gate_route` of y -> y, x + residual, logits, weights, ids.
 
-    A token's bits do not depend on the other tokens in any case.
+    A token's bits never depend on the other tokens.
     """
     y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     norm = {"residual_ptr": dense_rows(residual), "norm_ptr": weight.contiguous(), "y_ptr": y, "total_ptr": total}
@@ -169,7 +168,7 @@ def rms_norm_gate_route(
 def _launch(x: Tensor, gate: Tensor, top_k: int, **norm: Any) -> tuple[Tensor, Tensor, Tensor]:
     (T, H), E = x.shape, len(gate)
     logits = torch.empty((T, E), dtype=x.dtype, device=x.device)
-    weights, ids = unset_choice(T, top_k, x.device)
+    weights, ids = empty_routes(T, top_k, x.device)
     config = select_configs(configs, {"T": T, "H": H, "E": E, "K": top_k}, x.dtype, x.device)["gate_route_kernel"]
     x, gate = dense_rows(x), dense_rows(gate)
     norm = norm or {"residual_ptr": None, "norm_ptr": None, "y_ptr": None, "total_ptr": None, "eps": 0.0}
@@ -183,15 +182,14 @@ def _launch(x: Tensor, gate: Tensor, top_k: int, **norm: Any) -> tuple[Tensor, T
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
     T, H, E = sizes["T"], sizes["H"], sizes["E"]
-    x = sample(T, H, dtype=dtype, device=device, generator=generator)
-    gate = sample(E, H, dtype=dtype, device=device, generator=generator, scale=2.0 * H**-0.5)
-    return {"x": x, "gate": gate, "top_k": sizes["K"]}
+    draw = sampler(dtype, device, generator)
+    return {"x": draw(T, H), "gate": draw(E, H, scale=2.0 * H**-0.5), "top_k": sizes["K"]}
 
 
 def inputs_norm(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    residual = sample(sizes["T"], sizes["H"], dtype=dtype, device=device, generator=generator)
-    norm = {"weight": sample(sizes["H"], dtype=dtype, device=device, generator=generator), "eps": 1e-5}
-    return {**inputs(sizes, dtype, device, generator), "residual": residual, **norm}
+    draw = sampler(dtype, device, generator)
+    norm = {"residual": draw(sizes["T"], sizes["H"]), "weight": draw(sizes["H"]), "eps": 1e-5}
+    return {**inputs(sizes, dtype, device, generator), **norm}
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
@@ -201,18 +199,14 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
 
 
 def cost_norm(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    """The gate's, the residual in, the sum and the norm out, the norm's weight."""
+    """Count the gate's work, the residual, the sum and the norm, and the norm's weight."""
     gate, T, H = cost(sizes, dtype), sizes["T"], sizes["H"]
     return Cost(flops=gate.flops + 5 * T * H, bytes=gate.bytes + (3 * T + 1) * H * dtype.itemsize)
 
 
 def derived_outputs(args: Any, results: Any) -> Any:
-    """The route is exactly that of the logits beside it, whichever way they were rounded."""
+    """The route must be exactly that of the returned logits."""
     return reference.route(results[-3], args["top_k"])
-
-
-def _shape(T: int, H: int, E: int, K: int) -> Sizes:
-    return {"T": T, "H": H, "E": E, "K": K}
 
 
 OP = Op(
@@ -221,11 +215,8 @@ OP = Op(
     inputs=inputs,
     configs=configs,
     cost=cost,
-    test_shapes=(
-        *(_shape(1, 128, 8, 2), _shape(19, 80, 8, 2), _shape(33, 300, 16, 3), _shape(2, 64, 160, 6)),
-        *(_shape(3, 64, 1, 1), _shape(2, 4200, 8, 2)),
-    ),
-    bench_shapes=tuple(_shape(T, H, 8, 2) for H in (4096, 6144) for T in (1, 64, 4096)),
+    test_shapes=shapes("T H E K", "1 128 8 2, 19 80 8 2, 33 300 16 3, 2 64 160 6, 3 64 1 1, 2 4200 8 2"),
+    bench_shapes=tuple(Shape(T=T, H=H, E=8, K=2) for H in (4096, 6144) for T in (1, 64, 4096)),
     derived_outputs=derived_outputs,
 )
 

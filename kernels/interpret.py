@@ -1,7 +1,7 @@
-"""Triton's interpreter, put right and made quicker for the length of our launches.
+"""Corrections to Triton's interpreter, active during our launches.
 
-It keeps bfloat16 as raw 16-bit integers: `tl.dot` multiplies those integers, and a cast from float32 cuts the low bits
-off instead of rounding to nearest even.
+The interpreter stores bfloat16 as raw 16-bit integers: `tl.dot` multiplies those integers, and a cast from float32
+truncates where hardware rounds to nearest even.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def f32_to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def _values(handle: Any) -> np.ndarray:
-    """A handle's numbers as numpy can compute with them."""
+    """Return a handle's values in a dtype that numpy computes in."""
     return bf16_to_f32(handle.data) if handle.dtype.scalar == tl.bfloat16 else handle.data
 
 
@@ -44,7 +44,7 @@ def _cast(builder: Any, src: Any, dst_type: Any) -> Any:
     return type(builder).cast_impl(builder, type(src)(values, tl.float32), dst_type)
 
 
-# Of a library, where the place of a row in its tile decides the order of its sum: tests of bits put their own here.
+# numpy's order of a sum depends on the row's place in the tile: tests of bits replace this function.
 product = np.matmul
 
 
@@ -56,15 +56,13 @@ def _dot(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imp
 
 
 def active_addresses(pointers: Any, mask: Any) -> np.ndarray:
-    """What a load or store of the interpreter's handles touches: the addresses of the lanes that are not masked off."""
+    """Return the addresses that an interpreted load or store touches: those of unmasked lanes."""
     return pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
 
 
 def _patch_once(patch: Any) -> Any:
-    """`patch(fn)` readies the language modules that fn sees; within a launch, each of them needs it only once.
-
-    The interpreter does it again for every device function that a program calls, which takes most of its time.
-    """
+    """Patch each language module once a launch. The interpreter repeats it for every device function that a program
+    calls, which takes most of its time."""
     done: set[int] = set()
 
     def patch_new(fn: Any) -> Any:
@@ -79,9 +77,9 @@ def _patch_once(patch: Any) -> Any:
 
 @contextmanager
 def interpreting(check_overflow: bool = False) -> Iterator[Any]:
-    """Within the block, the interpreter's bfloat16 casts and dots are right, and it is quicker. Yields its builder.
+    """Correct bfloat16 casts and dots within the block; yield the interpreter's builder.
 
-    `check_overflow`: integer arithmetic that does not fit its type is an error, not a wrapped number.
+    `check_overflow`: integer arithmetic that overflows its type raises, where it otherwise wraps.
     """
     options = replace(interpreter.InterpreterOptions(), sanitize_overflow=check_overflow, debug=check_overflow)
     builder, patch = interpreter.interpreter_builder, interpreter._patch_lang
@@ -89,7 +87,7 @@ def interpreting(check_overflow: bool = False) -> Iterator[Any]:
     builder.cast_impl, builder.create_dot = partial(_cast, builder), partial(_dot, builder)
     builder.options, interpreter._patch_lang = options, _patch_once(patch)
     try:
-        # A GPU gives inf and NaN without a word; so does this.
+        # A GPU gives inf and NaN without a warning.
         with np.errstate(all="ignore"):
             yield builder
     finally:

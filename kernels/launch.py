@@ -161,8 +161,7 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
     if max(grid[1:], default=1) > GRID_MAX:
         programs = " x ".join(f"{n:,}" for n in grid)
         raise ValueError(
-            f"{kernel.__name__}: the grid is {programs} programs, needs at most {GRID_MAX:,} along the second and third "
-            "axis"
+            f"{kernel.__name__}: the grid is {programs} programs, needs at most {GRID_MAX:,} along axes 2 and 3"
         )
     constants = {**config.constexprs, **constexprs}
     first = next((arg for arg in args.values() if isinstance(arg, torch.Tensor)), None)
@@ -190,7 +189,7 @@ def _launch_compiled(
 ) -> None:
     """Compile on first use, then launch; raise ValueError before anything runs where the GPU's limits are exceeded."""
     try:
-        options = {"launch_pdl": True} if dependent else {}  # AMD's backend does not know the option
+        options: dict[str, Any] = {"launch_pdl": True} if dependent else {}  # AMD's backend does not know the option
         # FP fusion is named because its default differs between releases of Triton.
         options |= {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
         compiled = kernel[grid](**args, **options)

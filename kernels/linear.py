@@ -1,9 +1,9 @@
-"""linear: x @ weight.T by our own kernels for few rows, and for any number of them where `deterministic` asks for it.
+"""linear: x @ weight.T with our own kernels for few rows, and for any number of rows where `deterministic` is set.
 
 T rows of x, N rows of the weight, H columns of both: the depth of the sum
 
-More rows are a library's business (`use_skinny_kernel` says where it begins), unless a row's bits must not depend on how many there
-are: a library picks another kernel, with another order of the sum, for another T.
+torch's library multiplies more rows (`use_skinny_kernel`), except in deterministic mode: a library picks another
+kernel, with another order of the sum, for another T.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from . import reference
 from .arch import amd, family, multiprocessors
 from .checks import Matrix
 from .launch import is_overridden, launch, select_configs, target_arch
-from .op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sample, switches
-from .quantized import FORMS, QuantizedWeight, sample_quantized, weight_bytes
+from .op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sampler, shapes, switches
+from .quantized import QUANT_NAMES, QuantizedWeight, sample_quantized, weight_bytes
 from .quantized_tiles import skinny_config, wide_config
 from .tiles import depth_tile, program_tile
 from .unpack import fields_of
-from .weight import Weight, add_products, times_row_scales, weight_tile
+from .weight import Weight, WeightPtrs, add_products, times_row_scales, weight_tile
 
-SKINNY_M = 16  # rows that are always ours: the narrowest side of a tensor core tile
-SKINNY_M_MAX = 64  # rows that may be ours
+SKINNY_M = 16  # up to here always the skinny kernel: the narrowest side of a tensor core tile
+SKINNY_M_MAX = 64  # beyond it never
 
-# Weight rows a program and the depth of its tile, by rows of x at most, of 16-bit types on NVIDIA: as few weight rows,
-# for as many programs, as keep the rows of x, which each program reads, at 0.3 of them up to SKINNY_M, and at half beyond.
+# (weight rows of a program, depth of its tile) by the most rows of x, for 16-bit types on NVIDIA. Each program reads
+# all rows of x: few weight rows give many programs, but x must stay at 0.3 of them up to SKINNY_M and at half beyond.
 _DECODE = {4: (16, 256), 9: (32, 128), 16: (64, 128), 32: (64, 128), 64: (128, 64)}
 
 
@@ -52,13 +52,13 @@ def linear_decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Operands are swapped: weight rows, each read by one program alone, fill the tensor core's M, the few x rows its N.
+    # Swapped operands: weight rows, each read by one program, fill the tensor core's M, the few x rows its N.
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_t, offs_k = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
     w_rows = tl.minimum(offs_n, N - 1).to(tl.int64)
-    w = weight_ptr + w_rows[:, None] * stride_wn + offs_k[None, :], scales_ptr, zeros_ptr
+    w = WeightPtrs(weight_ptr + w_rows[:, None] * stride_wn + offs_k[None, :], scales_ptr, zeros_ptr)
     x_ptrs = x_ptr + offs_t.to(tl.int64)[None, :] * stride_xt + offs_k[:, None]
-    EVEN: tl.constexpr = H % (BLOCK_K * fields_of(LAYOUT[0])) == 0
+    EVEN: tl.constexpr = H % (BLOCK_K * fields_of(LAYOUT.format)) == 0
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     acc = add_products(acc, w, w_rows, x_ptrs, (offs_t < T)[None, :], 0, H, EVEN, H, LAYOUT, PDL)
     acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=0)
@@ -90,7 +90,7 @@ def linear_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + tl.minimum(offs_t, T - 1).to(tl.int64)[:, None] * stride_xt + offs_k[None, :]
     w_rows = tl.minimum(offs_n, N - 1).to(tl.int64)
-    w = weight_ptr + w_rows[:, None] * stride_wn + offs_k[None, :], scales_ptr, zeros_ptr
+    w = WeightPtrs(weight_ptr + w_rows[:, None] * stride_wn + offs_k[None, :], scales_ptr, zeros_ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, H, BLOCK_K):
         x = depth_tile(x_ptrs, offs_k[None, :] < H - k, H, BLOCK_K)
@@ -103,8 +103,8 @@ def linear_kernel(
 
 
 def use_skinny_kernel(sizes: Sizes, dtype: torch.dtype, arch: str) -> bool:
-    """Whether the kernel for few rows takes it: up to SKINNY_M always; up to SKINNY_M_MAX where it is predicted to be no slower than
-    a library, which is where memory is slow beside L2, and the weight has rows enough to give every SM a program."""
+    """Return whether the skinny kernel runs: up to SKINNY_M rows always, up to SKINNY_M_MAX where the cost model
+    predicts it no slower than a library: memory is slow relative to L2, and the weight has a program for every SM."""
     T, N = sizes["T"], sizes["N"]
     if T <= SKINNY_M or T > SKINNY_M_MAX or dtype == torch.float32:
         return T <= SKINNY_M
@@ -118,7 +118,7 @@ def _decode_tile(T: int) -> tuple[int, int]:
 
 
 def _decode_rows(T: int, arch: str) -> int:
-    """All of them in one tile. AMD's has no size between."""
+    """Return the rows of x in a tile, which holds them all. AMD's has no size in between."""
     return SKINNY_M_MAX if T > SKINNY_M and amd(arch) else power_of_2(T, low=SKINNY_M, high=SKINNY_M_MAX)
 
 
@@ -126,7 +126,7 @@ def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     T, H, single, cdna = sizes["T"], sizes["H"], dtype == torch.float32, amd(arch)
     block_n, block_k = (16, 64 if single else 128) if single or cdna else _decode_tile(T)
     tiles = {"BLOCK_T": _decode_rows(T, arch), "BLOCK_N": block_n, "BLOCK_K": power_of_2(H, 16, block_k)}
-    # Of more than SKINNY_M rows four stages would leave an SM room for one program.
+    # With more than SKINNY_M rows four stages would leave room for one program an SM.
     return LaunchConfig(tiles, num_warps=4, num_stages=2 if single or cdna else 4 if T <= SKINNY_M else 3)
 
 
@@ -152,35 +152,34 @@ def linear(
     weight: Annotated[Matrix, "N H"],
     deterministic: bool = False,
 ) -> Annotated[Tensor, "... N"]:
-    """x @ weight.T. `deterministic`: a row's bits do not depend on the other rows, by one tile whatever T is."""
+    """x @ weight.T. `deterministic`: a row's bits do not depend on the other rows (one tile for any T)."""
     rows, w = dense_rows(x.reshape(-1, x.shape[-1])), Weight.of(weight)
     (T, H), N = rows.shape, len(weight)
     sizes = Shape(T=T, H=H, N=N, deterministic=deterministic, weight=w.name)
-    ours = use_skinny_kernel(sizes, x.dtype, target_arch(x.device)) or (
-        T <= SKINNY_M_MAX and is_overridden("linear_decode_kernel")
-    )
-    many = deterministic or not ours
-    if many and not deterministic and w.name is None:
+    skinny = use_skinny_kernel(sizes, x.dtype, target_arch(x.device))
+    skinny = skinny or (T <= SKINNY_M_MAX and is_overridden("linear_decode_kernel"))
+    if not skinny and not deterministic and w.name is None:
         return torch.mm(rows, w.data.t()).view(*x.shape[:-1], N)
-    kernel = linear_kernel if many else linear_decode_kernel
+    wide = deterministic or not skinny
+    kernel = linear_kernel if wide else linear_decode_kernel
     config = select_configs(configs, sizes, x.dtype, x.device)[kernel.__name__]
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     args = {"x_ptr": rows, "weight_ptr": w.data, "y_ptr": y, "T": T, "N": N, "stride_xt": rows.stride(0), **w.args}
-    row_tiles = triton.cdiv(T, config.constexprs["BLOCK_M"]) if many else min(T, 1)
+    row_tiles = triton.cdiv(T, config.constexprs["BLOCK_M"]) if wide else min(T, 1)
     grid = (row_tiles * triton.cdiv(N, config.constexprs["BLOCK_N"]),)
     launch(kernel, grid, args, config, H=H, LAYOUT=w.layout(target_arch(x.device)))
     return y
 
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    x = sample(sizes["T"], sizes["H"], dtype=dtype, device=device, generator=generator)
+    draw = sampler(dtype, device, generator)
     N, H, format = sizes["N"], sizes["H"], switches(sizes).weight
     weight: Tensor | QuantizedWeight
     if format is None:
-        weight = sample(N, H, dtype=dtype, device=device, generator=generator, scale=H**-0.5)
+        weight = draw(N, H, scale=H**-0.5)
     else:
         weight = sample_quantized(format, N, H, device=device, generator=generator)
-    return {"x": x, "weight": weight, "deterministic": switches(sizes).deterministic}
+    return {"x": draw(sizes["T"], H), "weight": weight, "deterministic": switches(sizes).deterministic}
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
@@ -196,8 +195,8 @@ OP = Op(
     configs=configs,
     cost=cost,
     test_shapes=(
-        *({"T": T, "H": H, "N": N} for T, H, N in ((1, 512, 40), (3, 100, 64), (16, 256, 33))),
-        *(Shape(T=T, H=H, N=N, deterministic=True) for T, H, N in ((1, 128, 70), (70, 100, 64))),
+        *shapes("T H N", "1 512 40, 3 100 64, 16 256 33"),
+        *shapes("T H N", "1 128 70, 70 100 64", deterministic=True),
         Shape(T=3, H=128, N=40, weight="int4:64"),
         Shape(T=20, H=100, N=33, weight="int8"),
         Shape(T=5, H=96, N=33, weight="fp8", deterministic=True),
@@ -207,7 +206,7 @@ OP = Op(
         {"T": 1, "H": 4096, "N": 32000},
         *({"T": T, "H": 4096, "N": N} for T in (32, 64) for N in (4096, 32000)),
         Shape(T=1, H=4096, N=6144, deterministic=True),
-        *(Shape(T=T, H=4096, N=6144, weight=format) for format in FORMS for T in (1, 4096)),
+        *(Shape(T=T, H=4096, N=6144, weight=format) for format in QUANT_NAMES for T in (1, 4096)),
         Shape(T=4096, H=4096, N=6144, deterministic=True),
     ),
 )

@@ -1,4 +1,4 @@
-"""rms_norm, and add_rms_norm with the residual add fused: root mean square norm.
+"""rms_norm, and add_rms_norm with the residual add fused: root mean square norm (Zhang & Sennrich 2019).
 
 T rows, H hidden
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from . import reference
 from .checks import Above, constrain
 from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, power_of_2, sample
+from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sampler
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def normed_rows(
     dtype: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """The norm of rows, rounded to `dtype` before and after the weight, as the reference does."""
+    """Normalize rows, rounding to `dtype` before and after the weight, as the reference does."""
     offs_h = tl.arange(0, BLOCK_H)
     scale = tl.rsqrt(tl.sum(values * values, axis=1) / H + eps)
     weight = tl.load(weight_ptr + offs_h, mask=offs_h < H, other=0.0)
@@ -65,7 +65,7 @@ def rms_norm_kernel(
     values = x.to(tl.float32)
     if ADD:
         residual = tl.load(residual_ptr + offs_m[:, None] * stride_rt + offs_h[None, :], mask=mask, other=0.0)
-        # The next layer reads the rounded sum, so the norm must see it too.
+        # The next layer reads the rounded sum, so the norm must use it, too.
         total = (values + residual.to(tl.float32)).to(dtype)
         tl.store(total_ptr + out, total, mask=mask)
         values = total.to(tl.float32)
@@ -73,17 +73,11 @@ def rms_norm_kernel(
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    """A row a program where rows are long; short rows share one, however few there are: a row's bits depend on it."""
+    """One long row a program; short rows share one whatever T is, since a row's bits depend on the tile."""
     block_h = power_of_2(sizes["H"])
     rows = power_of_2(4096 // block_h, high=16)
     warps = power_of_2(block_h * rows // 512, low=1, high=8)
     return {"rms_norm_kernel": LaunchConfig({"BLOCK_M": rows, "BLOCK_H": block_h}, num_warps=warps)}
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., H] as [T, H] with contiguous rows, without a copy where strides allow it."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
 def rms_norm(
@@ -91,7 +85,7 @@ def rms_norm(
     weight: Annotated[Tensor, "H"],
     eps: Annotated[float, Above(0.0)],
 ) -> Annotated[Tensor, "... H"]:
-    """Root mean square norm, x read once, y written once: see `reference.rms_norm`."""
+    """Root mean square norm (`reference.rms_norm`)."""
     return _launch(x, None, weight, eps)[0]
 
 
@@ -102,41 +96,43 @@ def add_rms_norm(
     weight: Annotated[Tensor, "H"],
     eps: Annotated[float, Above(0.0)],
 ) -> tuple[Annotated[Tensor, "... H"], Annotated[Tensor, "... H"]]:
-    """The norm y of x + residual -> y, x + residual: see `reference.rms_norm`."""
+    """Norm y of x + residual -> y, x + residual (`reference.rms_norm`)."""
     y, total = _launch(x, residual, weight, eps)
     return y, total
+
+
+def _flatten(x: Tensor) -> Tensor:
+    """[..., H] -> [T, H] with contiguous rows, without a copy where strides allow it."""
+    return dense_rows(x.reshape(-1, x.shape[-1]))
 
 
 def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Any]:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if residual is None else torch.empty_like(y)
-    residual = None if residual is None else _rows(residual)
-    rows = _rows(x)
+    residual = None if residual is None else _flatten(residual)
+    rows = _flatten(x)
     T, H = rows.shape
     config = select_configs(configs, {"T": T, "H": H}, x.dtype, x.device)["rms_norm_kernel"]
-    args = {
+    args: dict[str, Any] = {
         "x_ptr": rows,
         "residual_ptr": residual,
         "weight_ptr": weight.contiguous(),
         "y_ptr": y,
         "total_ptr": total,
-        "T": T,
-        "H": H,
-        "stride_xt": rows.stride(0),
-        "stride_rt": 0 if residual is None else residual.stride(0),
-        "eps": eps,
     }
+    args |= {"stride_xt": rows.stride(0), "stride_rt": 0 if residual is None else residual.stride(0)}
+    args |= {"T": T, "H": H, "eps": eps}
     launch(rms_norm_kernel, (triton.cdiv(T, config.constexprs["BLOCK_M"]),), args, config, ADD=residual is not None)
     return y, total
 
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    x = sample(sizes["T"], sizes["H"], dtype=dtype, device=device, generator=generator)
-    return {"x": x, "weight": sample(sizes["H"], dtype=dtype, device=device, generator=generator), "eps": 1e-5}
+    draw = sampler(dtype, device, generator)
+    return {"x": draw(sizes["T"], sizes["H"]), "weight": draw(sizes["H"]), "eps": 1e-5}
 
 
 def inputs_add(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    residual = sample(sizes["T"], sizes["H"], dtype=dtype, device=device, generator=generator)
+    residual = sampler(dtype, device, generator)(sizes["T"], sizes["H"])
     return {**inputs(sizes, dtype, device, generator), "residual": residual}
 
 

@@ -1,11 +1,10 @@
-"""QuantizedWeight: a weight in 4 or 8 bits, laid out so that a kernel streams it.
+"""QuantizedWeight: a weight in 4 or 8 bits, in a layout that kernels stream.
 
 E experts (or none), N rows, K columns: the depth of the sum; G groups of columns that share a scale
 
-The codes of a row stand in units of 64, 128 or 256 columns. A unit's int16 elements hold one code a field, and field s
-of element j is column s * J + j of the unit (J elements a unit): so each field, shifted down, is a tile of J
-neighbouring columns, and its product with x needs no interleave. K is padded to a whole unit with codes that stand for
-0.
+A row is stored in units of 64, 128 or 256 columns. A unit's int16 elements hold one code in each field, and field s of
+element j is column s * J + j of the unit (J elements a unit). So each field, shifted down, is a tile of J neighbouring
+columns, and its product with x needs no interleave. K is padded to a full unit with codes of value 0.
 """
 
 from __future__ import annotations
@@ -15,36 +14,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-GROUPS = (128, 64, 32)  # columns that may share a scale, where a row has not one
+GROUPS = (128, 64, 32)  # columns that may share a scale, besides a full row
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
-# Of scales that this project chooses: one a row may take what it likes, one a group is an eighth of the codes.
+# Dtypes of the scales that quantizing makes. One scale a group takes an eighth of the codes' bytes.
 SCALES = {"int4": torch.bfloat16, "int8": torch.float32, "fp8": torch.float32}
-CODES_ROWS = 128  # up to here torch's product of int8 codes is quicker than one of dequantized numbers, on a CPU
-FORMS = ("int4:128", "int8", "fp8")  # those that quantizing makes: benchmarked and compiled
-ZERO_INT4 = 8  # the code that stands for 0 where there are no zeros
+CPU_INT8_ROWS = 128  # up to here torch's int8 product on a CPU is faster than a product with dequantized weights
+QUANT_NAMES = ("int4:128", "int8", "fp8")  # `QuantizedWeight.name`s that quantizing makes, benchmarked and compiled
+ZERO_INT4 = 8  # the code of value 0 where there are no zeros
 
 
 def unit_columns(format: str, K: int, group: int) -> int:
-    """Columns of a unit: a field of it lies within one group, and K is padded as little as may be."""
+    """Return the columns of a unit: each field lies within one group, and K is padded as little as possible."""
     if format != "int4":
         return 128 if group >= 64 else 64
     return 256 if group >= 64 and K % 256 == 0 else 128
 
 
 def row_elements(format: str, K: int, group: int) -> int:
-    """int16 elements of a row of K columns, padding included."""
+    """Return the int16 elements of a row of K columns, padding included."""
     unit = unit_columns(format, K, group)
     return -(-K // unit) * unit * BITS[format] // 16
 
 
 def tile_columns(weights: str, K: int) -> int:
-    """Columns of one field of a unit, and elements of a unit, of a weight named so (`QuantizedWeight.name`)."""
+    """Return the columns of a field, which are also the elements of a unit, for a `QuantizedWeight.name`."""
     format, _, group = weights.partition(":")
     return unit_columns(format, K, int(group or K)) * BITS[format] // 16
 
 
 def weight_bytes(weights: str | None, rows: int, K: int, itemsize: int) -> int:
-    """Of `rows` rows of K columns, in a form named as `QuantizedWeight.name` or (None) dense: codes and scales."""
+    """Return the bytes of `rows` rows of K columns with their scales, for a `QuantizedWeight.name` or None (dense)."""
     if weights is None:
         return rows * K * itemsize
     format, _, group = weights.partition(":")
@@ -52,13 +51,13 @@ def weight_bytes(weights: str | None, rows: int, K: int, itemsize: int) -> int:
 
 
 def sample_quantized(weights: str, *shape: int, device: Any, generator: Any = None) -> QuantizedWeight:
-    """Random codes of the form `weights`, their values about as large as those of a dense weight of K columns."""
+    """Draw a weight of the format `weights`, its values about as large as a dense weight's of K columns."""
     format, _, group = weights.partition(":")
     K = shape[-1]
     weight = QuantizedWeight.empty(format, shape, int(group or K), SCALES[format], False, device)
     if weight.device.type != "meta":
         data = torch.randint(-(1 << 15), 1 << 15, weight.data.shape, generator=generator, dtype=torch.int16)
-        # Without the highest bit of its exponent no code is NaN.
+        # Without the highest exponent bit no fp8 code is NaN.
         weight.data.copy_(data & -16449 if format == "fp8" else data)
         scales = torch.rand(weight.scales.shape, generator=generator) + 0.5
         weight.scales.copy_(scales * K**-0.5 / {"int4": 4, "int8": 64, "fp8": 0.5}[format])
@@ -66,7 +65,7 @@ def sample_quantized(weights: str, *shape: int, device: Any, generator: Any = No
 
 
 def pack(codes: Tensor, format: str, group: int) -> Tensor:
-    """Codes uint8 [..., K], one a byte -> int16 [..., K' * bits / 16], K' the columns with padding."""
+    """Pack codes uint8 [..., K], one a byte -> int16 [..., K' * bits / 16], K' the padded columns."""
     bits, K = BITS[format], codes.shape[-1]
     unit, fields = unit_columns(format, K, group), 16 // bits
     padding = -K % unit
@@ -78,7 +77,7 @@ def pack(codes: Tensor, format: str, group: int) -> Tensor:
 
 
 def unpack(data: Tensor, format: str, K: int, group: int) -> Tensor:
-    """The codes of `pack`: int16 [..., K' * bits / 16] -> uint8 [..., K]."""
+    """Invert `pack`: int16 [..., K' * bits / 16] -> uint8 [..., K]."""
     elements = data.view(torch.uint8).unflatten(-1, (-1, unit_columns(format, K, group) * BITS[format] // 16, 2))
     if BITS[format] == 4:  # a byte has two fields, the lower first
         elements = torch.stack((elements & 15, elements >> 4), dim=-1).flatten(-2)
@@ -123,12 +122,12 @@ class QuantizedWeight(nn.Module):
     def empty(
         cls, format: str, shape: tuple[int, ...], group: int, scales: torch.dtype, zeros: bool, device: Any
     ) -> QuantizedWeight:
-        """A weight of `shape`, its numbers unset, its scales of this dtype, with or without zeros."""
+        """Return an unset weight of `shape`; `scales` is the dtype of the scales, `zeros` whether there are zeros."""
         *lead, K = shape
         data = torch.empty(*lead, row_elements(format, K, group), dtype=torch.int16, device=device)
-        of_groups = torch.empty(*lead, K // group, dtype=scales, device=device)
-        own_zeros = torch.empty_like(of_groups, dtype=torch.bfloat16) if zeros else None
-        return cls(format, data, of_groups, own_zeros, shape, group)
+        group_scales = torch.empty(*lead, K // group, dtype=scales, device=device)
+        group_zeros = torch.empty_like(group_scales, dtype=torch.bfloat16) if zeros else None
+        return cls(format, data, group_scales, group_zeros, shape, group)
 
     def _check(self) -> None:
         if self.format not in BITS:
@@ -172,12 +171,12 @@ class QuantizedWeight(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Of the codes, the scales and the zeros."""
+        """Bytes of the codes, scales and zeros."""
         return sum(tensor.nbytes for tensor in self.buffers())
 
     @property
     def layout(self) -> str:
-        """What the tensors do not tell, as an operator takes it: see `of`."""
+        """What the tensors do not show, as text for torch's operators (`of`)."""
         return f"{self.format} {self.group} {' '.join(map(str, self.shape))}"
 
     @classmethod
@@ -190,13 +189,13 @@ class QuantizedWeight(nn.Module):
         return self.shape[0]
 
     def __getitem__(self, index: int | slice) -> QuantizedWeight:
-        """One expert, or some of the first dimension: views."""
+        """Return views of one expert, or of a slice of the first dimension."""
         lead = self.data[index].shape[:-1]
         zeros = None if self.zeros is None else self.zeros[index]
         return type(self)(self.format, self.data[index], self.scales[index], zeros, (*lead, self.shape[-1]), self.group)
 
     def dequantize(self) -> Tensor:
-        """The weight in fp32, exactly: [(E,) N, K]."""
+        """Return the exact weight in fp32, [(E,) N, K]."""
         codes = unpack(self.data, self.format, self.shape[-1], self.group).unflatten(-1, (-1, self.group))
         if self.format == "fp8":
             values = codes.view(torch.float8_e4m3fn).float()
@@ -207,18 +206,18 @@ class QuantizedWeight(nn.Module):
         return values.mul_(self.scales.float()[..., None]).flatten(-2)
 
     def product(self, x: Tensor) -> Tensor:
-        """x [..., K] -> x @ weight.T [..., N], of a weight [N, K], in plain torch.
+        """x [..., K] -> x @ weight.T [..., N] for a weight [N, K], in plain torch.
 
-        Dequantized in fp32, exactly, and rounded to x's dtype. Few rows of bf16 on a CPU need no such copy where a row
-        of int8 has one scale: torch multiplies by the codes, and the scales, which it would round, come after it.
+        Dequantizes exactly in fp32 and rounds to x's dtype. For few rows of bf16 on a CPU and one int8 scale a row,
+        torch multiplies by the codes, and the scales, which torch would round, multiply the products.
         """
         rows = x.numel() // max(1, x.shape[-1])
         by_row = self.format == "int8" and self.group == self.shape[-1]
-        if not by_row or x.dtype != torch.bfloat16 or x.device.type != "cpu" or not 0 < rows <= CODES_ROWS:
+        if not by_row or x.dtype != torch.bfloat16 or x.device.type != "cpu" or not 0 < rows <= CPU_INT8_ROWS:
             return nn.functional.linear(x, self.dequantize().to(x.dtype))
         unit = unit_columns(self.format, self.shape[-1], self.group)
         padded = nn.functional.pad(x.reshape(rows, -1), (0, -x.shape[-1] % unit))
-        # As the bytes of an element lie: column j of a unit, then column J + j.
+        # Byte order of an element: column j of a unit, then column J + j.
         in_order = padded.unflatten(-1, (-1, 2, unit // 2)).transpose(-1, -2).reshape(rows, -1)
         ones = torch.ones(len(self), dtype=x.dtype)
         products = torch._weight_int8pack_mm(in_order, self.data.contiguous().view(torch.int8), ones)

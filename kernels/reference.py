@@ -16,12 +16,12 @@ from torch import Tensor
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least fp32: what the papers compute in."""
+    """Widen to fp32, the papers' precision; fp64 stays."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
-    """Root mean square norm (Zhang & Sennrich 2019, eq. 4), after adding `residual` where one is given.
+    """Root mean square norm (Zhang & Sennrich 2019, eq. 4), after adding `residual` where there is one.
 
     x [..., H], weight [H] -> y, or (y, x + residual). Computed in fp32, cast to x's dtype, then times weight.
     """
@@ -33,7 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
 
 def embed_rms_norm(input_ids: Tensor, table: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The rows of the embedding table [V,H] for input_ids [B,T], x [B,T,H], and their norm y -> y, x."""
+    """Rows x [B,T,H] of the embedding table [V,H] for input_ids [B,T], and their norm y -> y, x."""
     x = F.embedding(input_ids, table)
     return rms_norm(x, weight, eps), x
 
@@ -41,7 +41,7 @@ def embed_rms_norm(input_ids: Tensor, table: Tensor, weight: Tensor, eps: float)
 def linear(x: Tensor, weight: Any) -> Tensor:
     """x [..., H], weight [N, H] -> [..., N].
 
-    A quantized weight (see quantized.py) multiplies by itself: in 16 bits with one rounding more than a dense one.
+    A quantized weight multiplies itself (`QuantizedWeight.product`); 16 bits then have one more rounding.
     """
     return F.linear(x, weight) if isinstance(weight, Tensor) else weight.product(x)
 
@@ -49,20 +49,20 @@ def linear(x: Tensor, weight: Any) -> Tensor:
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Mixtral's gate, Softmax(TopK(logits)) (Jiang et al. 2024, section 2.1): weights fp32 [T,K], ids int32 [T,K].
 
-    The softmax over the chosen is the softmax over all, renormalized. Larger first, ties to the lower index.
+    The softmax over the top k equals the softmax over all, renormalized. Larger first, ties to the lower index.
     """
-    if not 1 <= top_k <= logits.shape[-1]:  # else a slice of all the sorted, shorter than asked for
+    if not 1 <= top_k <= logits.shape[-1]:  # a slice would be shorter
         raise ValueError(f"route: argument 'top_k' is {top_k}, needs an integer in 1..{logits.shape[-1]}")
     values = _wide(logits) + 0.0  # -0.0 + 0.0 is 0.0: the two zeros tie
     values = values.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     values, ids = (part[:, :top_k] for part in values.sort(dim=-1, descending=True, stable=True))
-    # An infinite maximum has no softmax (inf - inf is NaN): those that share it share the weight.
+    # An infinite maximum has no softmax (inf - inf is NaN): the experts that share it share the weight.
     below = (values - values[:, :1]).nan_to_num(nan=0.0, neginf=-math.inf)
     return below.softmax(-1), ids.int()
 
 
 def gate_route(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T,H], gate [E,H] -> logits [T,E] in x's dtype, and `route` of them: weights fp32 [T,K], ids int32 [T,K]."""
+    """x [T,H], gate [E,H] -> logits [T,E] in x's dtype, and their `route`: weights fp32 [T,K], ids int32 [T,K]."""
     logits = linear(x, gate)
     return logits, *route(logits, top_k)
 
@@ -70,7 +70,7 @@ def gate_route(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Ten
 def rms_norm_gate_route(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, gate: Tensor, top_k: int
 ) -> tuple[Tensor, ...]:
-    """The norm y of x + residual [T,H], and `gate_route` of it -> y, sum, logits, weights, ids."""
+    """Norm y of x + residual [T,H], and `gate_route` of y -> y, sum, logits, weights, ids."""
     y, total = rms_norm(x, weight, eps, residual)
     return y, total, *gate_route(y, gate, top_k)
 
@@ -78,7 +78,7 @@ def rms_norm_gate_route(
 def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Stable counting sort. ids [T,K] -> order int32 [T*K] (flat slots t*K + k, expert by expert), offsets int32 [E+1].
 
-    Expert e's slots are order[offsets[e] : offsets[e + 1]]; those of an id out of range come behind all of them.
+    Expert e's slots are order[offsets[e] : offsets[e + 1]]; ids out of range come last.
     """
     flat = ids.flatten().long()
     flat = torch.where((flat < 0) | (flat > num_experts), num_experts, flat)
@@ -87,15 +87,14 @@ def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def expert_swiglu(x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, weights: Tensor) -> Tensor:
-    """Sum over a token's experts of weight * down(silu(gate(x)) * up(x)) (Shazeer 2020; Mixtral, section 2.1).
+    """Sum weight * down(silu(gate(x)) * up(x)) over a token's experts (Shazeer 2020; Mixtral, section 2.1).
 
     x [T,H], gate_up_proj [E,2I,H] (gate rows, then up rows), down_proj [E,H,I], ids [T,K], weights fp32 [T,K] -> [T,H].
-    Either projection may be quantized: see `linear`. An expert out of range gives nothing.
+    Either projection may be quantized (`linear`). An expert out of range contributes nothing.
     """
     if len(x) == 1:  # one token needs no sort
-        chosen = zip(ids[0].tolist(), weights[0].tolist(), strict=True)
-        own = [(expert, weight) for expert, weight in chosen if 0 <= expert < len(down_proj)]
-        parts = [_wide(_expert(x, gate_up_proj[expert], down_proj[expert])) * weight for expert, weight in own]
+        routes = [(e, w) for e, w in zip(ids[0].tolist(), weights[0].tolist(), strict=True) if 0 <= e < len(down_proj)]
+        parts = [_wide(_expert(x, gate_up_proj[expert], down_proj[expert])) * weight for expert, weight in routes]
         return sum(parts[1:], parts[0]).to(x.dtype) if parts else torch.zeros_like(x)
     order, offsets = sort_by_expert(ids, len(down_proj))
     bounds = offsets.tolist()
@@ -126,7 +125,7 @@ def experts_add_rms_norm(
     norm_weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`expert_swiglu`, added to `residual` [T,H], and the next layer's norm of the sum -> y, sum."""
+    """Norm y of residual [T,H] + `expert_swiglu` -> y, sum."""
     experts = expert_swiglu(x, gate_up_proj, down_proj, ids, weights)
     return rms_norm(experts, norm_weight, eps, residual)
 
@@ -138,20 +137,20 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> t
     """
     angles = F.embedding(positions, cos).unsqueeze(2), F.embedding(positions, sin).unsqueeze(2)
     heads = _rotate(torch.cat((q, k), dim=2), *angles)
-    q, k = torch.split_with_sizes_copy(heads, (q.shape[2], k.shape[2]), dim=2)
+    q, k = torch.split_with_sizes_copy(heads, (q.shape[2], k.shape[2]), dim=2)  # type: ignore[func-returns-value,misc]
     return q, k
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B,T,heads,D] by the angles of its tokens, [B or none,T,1,D/2]."""
+    """Rotate x [B,T,heads,D] by the angles of its tokens, [B or none,T,1,D/2]."""
     a, b = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def _alike(numbers: Tensor) -> int | None:
-    """What all of them are; None: they differ."""
-    found = set(numbers.tolist())
-    return found.pop() if len(found) == 1 else None
+def _common_value(numbers: Tensor) -> int | None:
+    """Return the value that all numbers have; None where they differ."""
+    values = set(numbers.tolist())
+    return values.pop() if len(values) == 1 else None
 
 
 def attention(
@@ -167,13 +166,13 @@ def attention(
 ) -> Tensor:
     """Sliding-window attention (Mistral, section 2; Longformer, section 3.1 for causal=False) with grouped queries.
 
-    q [B,T,Hq,D], k and v [B,S,Hkv,D] -> [B,T,Hq,D]. Query t stands at lengths - T + t; keys are valid in
-    [starts, lengths). Key j is seen by query i iff i - window < j <= i, without `causal` iff |i - j| <= window // 2.
+    q [B,T,Hq,D], k and v [B,S,Hkv,D] -> [B,T,Hq,D]. Query t is at position lengths - T + t; keys are valid
+    in [starts, lengths). Query i sees key j iff i - window < j <= i, without `causal` iff |i - j| <= window // 2.
     """
     T, S = q.shape[1], k.shape[1]
     if causal and starts is None and lengths is None:
         reach = S if window is None or window <= 0 else window
-        if reach < S - T + 1:  # no query sees what lies before the first one's window
+        if reach < S - T + 1:  # no query sees a key before the first query's window
             k, v = k[:, S - T + 1 - reach :], v[:, S - T + 1 - reach :]
             S = k.shape[1]
         if T == 1 or T == S <= reach:
@@ -189,18 +188,19 @@ def attention(
 
 
 def _visible(i: Tensor, j: Tensor, window: int | None, causal: bool) -> Tensor:
-    """Which key position j the query at position i sees, the tensors broadcast."""
-    limited = window is not None and window > 0
-    if causal:
-        return (j <= i) & (j > i - window) if limited else (j <= i)
-    return (i - j).abs() <= window // 2 if limited else torch.ones_like(i == j)
+    """Return whether the query at position i sees the key at position j, the tensors broadcast."""
+    if window is None or window <= 0:
+        return j <= i if causal else torch.ones_like(i == j)
+    return (j <= i) & (j > i - window) if causal else (i - j).abs() <= window // 2
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float | None, causal: bool = False
 ) -> Tensor:
-    """Softmax attention of q [B,T,Hq,D] over k and v [B,Hkv,S,D] under the mask `visible` [B,T,S]; None: every key, or
-    with `causal` those up to the query's own. A key that no query sees may be NaN; a query that sees none gets zeros.
+    """Softmax attention of q [B,T,Hq,D] over k and v [B,Hkv,S,D] with the mask `visible` [B,T,S].
+
+    visible None: every key, or with `causal` those up to the query's own. A key that no query sees may be NaN; a query
+    that sees no key returns zeros.
     """
     B, T, Hq, D = q.shape
     blind = None
@@ -209,7 +209,7 @@ def _attend(
         if unseen.any():
             k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)  # 0 * NaN is NaN
         visible = visible[:, None]
-    if T == 1:  # the heads of a group are rows that share their keys
+    if T == 1:  # the heads of a group share their keys
         q = q.view(B, k.shape[1], Hq // k.shape[1], D)
         out = F.scaled_dot_product_attention(q, k, v, visible, scale=scale).view(B, 1, Hq, D)
     else:
@@ -221,18 +221,18 @@ def _attend(
 
 def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor) -> None:
     """Write the first new[b] tokens of k and v [B,T,Hkv,D] into the ring caches [B,Hkv,C,D], slot = position mod C."""
-    begin, n = _alike(past), _alike(new)
+    begin, n = _common_value(past), _common_value(new)
     if begin is not None and n is not None:
         _store(k, v, k_cache, v_cache, begin, n)
     else:
-        for b, (begin, n) in enumerate(zip(past.tolist(), new.tolist(), strict=True)):
-            _store(*(x[b : b + 1] for x in (k, v, k_cache, v_cache)), begin, n)
+        for b, (start, count) in enumerate(zip(past.tolist(), new.tolist(), strict=True)):
+            _store(k[b : b + 1], v[b : b + 1], k_cache[b : b + 1], v_cache[b : b + 1], start, count)
 
 
 def _store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, begin: int, n: int) -> None:
-    """`append` of sequences that all stand at `begin` and have `n` tokens."""
+    """`append` for sequences that all start at `begin` and have `n` tokens."""
     C = k_cache.shape[2]
-    t = max(0, n - C)  # later tokens overwrite those before
+    t = max(0, n - C)  # later tokens overwrite earlier ones
     while t < n:
         slot = (begin + t) % C
         run = min(n - t, C - slot)
@@ -253,27 +253,27 @@ def cached_attention(
 ) -> Tensor:
     """Causal attention of queries at past[b] + t over the ring caches [B,Hkv,C,D] and the fresh k, v [B,T,Hkv,D].
 
-    With k and v the caches hold what was before this chunk, up to `past`; without, the chunk is already in them.
+    With k and v the caches hold the positions before this chunk, up to `past`; without, they also hold the chunk.
     """
     T, C = q.shape[1], k_cache.shape[2]
-    fresh, begin, n = k is not None and v is not None, _alike(past), _alike(new)
-    if fresh and begin == 0 and n == T:
-        return attention(q, k, v, window=window)  # nothing was before
-    held = past if fresh else past + new
-    written = [min(C, length) for length in held.tolist()]  # slots of each sequence
+    fresh, begin, n = None if k is None or v is None else (k, v), _common_value(past), _common_value(new)
+    if fresh is not None and begin == 0 and n == T:
+        return attention(q, *fresh, window=window)  # the caches are empty
+    cached = past + new if fresh is None else past
+    written = [min(C, length) for length in cached.tolist()]  # slots of each sequence
     used = max(written, default=0)
     keys, values = k_cache[:, :, :used], v_cache[:, :, :used]
-    if not fresh and T == n == 1 and min(written) == used <= (window or used):
+    if fresh is None and T == n == 1 and min(written) == used <= (window or used):
         return _attend(q, keys, values, None, None)  # the newest token sees every slot
     t, slot = torch.arange(T, device=q.device), torch.arange(used, device=q.device)
-    # The newest position below `held` that this slot can hold; negative where nothing was written yet.
-    newest = held[:, None] - 1
+    # The newest position below `cached` that this slot can hold; negative where nothing was written yet.
+    newest = cached[:, None] - 1
     j = newest - (newest - slot) % C
     i = past[:, None] + t
     valid = j >= 0
-    if fresh:
+    if fresh is not None:
         j, valid = torch.cat((j, i), 1), torch.cat((valid, t < new[:, None]), 1)
-        keys, values = torch.cat((keys, k.transpose(1, 2)), 2), torch.cat((values, v.transpose(1, 2)), 2)
+        keys, values = (torch.cat((a, b.transpose(1, 2)), 2) for a, b in zip((keys, values), fresh, strict=True))
     return _attend(q, keys, values, _visible(i[:, :, None], j[:, None], window, True) & valid[:, None], None)
 
 
@@ -289,8 +289,8 @@ def rope_append_attention(
     new: Tensor,
     window: int | None = None,
 ) -> Tensor:
-    """Rotate q and k of one token a sequence at past[b], append k and v to the caches, attend over those."""
-    begin = _alike(past)
+    """Rotate q and k of one token a sequence at past[b], append k and v to the caches, and attend over them."""
+    begin = _common_value(past)
     if begin is not None and begin < len(cos):
         q, k = _rotate(torch.cat((q, k), dim=2), cos[begin], sin[begin]).split((q.shape[2], k.shape[2]), dim=2)
     else:

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import reference
 from .checks import INTS, Within, constrain, fail
 from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
+from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sampler
 
 # The greatest position: far beyond any model's, and a tile of keys past it still fits int32.
 POSITIONS_MAX = tl.constexpr(1 << 30)
@@ -91,8 +91,9 @@ def check_caches(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> 
         raise fail(op, "v_cache", f"of strides {v_cache.stride()}", "those of k_cache, the last of them 1")
 
 
-def strides(letter: str, x: Tensor) -> dict[str, int]:
-    return {f"stride_{letter}{dim}": stride for dim, stride in zip("bth", x.stride(), strict=False)}
+def strides(name: str, x: Tensor, dims: str = "bth") -> dict[str, int]:
+    """Return the kernel arguments stride_<name><dim> of x."""
+    return {f"stride_{name}{dim}": stride for dim, stride in zip(dims, x.stride(), strict=False)}
 
 
 # The position of each sequence, and how many of the T tokens are new.
@@ -111,23 +112,9 @@ def append(k: Heads, v: Heads, k_cache: Slots, v_cache: Slots, past: Past, new: 
     """
     k, v = dense_rows(k), dense_rows(v)
     B, T, Hkv, D = k.shape
-    args = {
-        "k_ptr": k,
-        "v_ptr": v,
-        "past_ptr": past.contiguous(),
-        "new_ptr": new.contiguous(),
-        "k_cache_ptr": k_cache,
-        "v_cache_ptr": v_cache,
-        "T": T,
-        "C": k_cache.shape[2],
-        "Hkv": Hkv,
-        "D": D,
-        **strides("k", k),
-        **strides("v", v),
-        "stride_cb": k_cache.stride(0),
-        "stride_ch": k_cache.stride(1),
-        "stride_cs": k_cache.stride(2),
-    }
+    args: dict[str, Any] = {"k_ptr": k, "v_ptr": v, "past_ptr": past.contiguous(), "new_ptr": new.contiguous()}
+    args |= {"k_cache_ptr": k_cache, "v_cache_ptr": v_cache, "T": T, "C": k_cache.shape[2], "Hkv": Hkv, "D": D}
+    args |= strides("k", k) | strides("v", v) | strides("c", k_cache, "bhs")
     selected = select_configs(configs, {"D": D, "Hkv": Hkv}, k.dtype, k.device)
     launch(append_kernel, (T, B), args, selected["append_kernel"])
 
@@ -135,16 +122,16 @@ def append(k: Heads, v: Heads, k_cache: Slots, v_cache: Slots, past: Past, new: 
 def cache_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
     """Random caches and positions: sequence b has past `past` + 3 b and T - b new tokens."""
     B, T, Hkv, C, D = (sizes[letter] for letter in ("B", "T", "Hkv", "C", "D"))
-    k_cache, v_cache = (sample(B, Hkv, C, D, dtype=dtype, device=device, generator=generator) for _ in range(2))
+    draw = sampler(dtype, device, generator)
+    k_cache, v_cache = draw(B, Hkv, C, D), draw(B, Hkv, C, D)
     b = torch.arange(B, dtype=torch.int32)
     past, new = (sizes["past"] + 3 * b).to(device), (T - b).clamp(min=0).to(device)
     return {"k_cache": k_cache, "v_cache": v_cache, "past": past, "new": new}
 
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    shape = tuple(sizes[letter] for letter in ("B", "T", "Hkv", "D"))
-    k, v = (sample(*shape, dtype=dtype, device=device, generator=generator) for _ in range(2))
-    return {"k": k, "v": v, **cache_inputs(sizes, dtype, device, generator)}
+    shape, draw = tuple(sizes[letter] for letter in ("B", "T", "Hkv", "D")), sampler(dtype, device, generator)
+    return {"k": draw(*shape), "v": draw(*shape), **cache_inputs(sizes, dtype, device, generator)}
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:

@@ -1,4 +1,4 @@
-"""rope: rotary embedding of q and k.
+"""rope: rotary embedding of q and k (Su et al. 2021).
 
 B batch, T tokens, Hq query heads, Hkv key/value heads, D head size, P rows of the tables
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from . import reference
 from .checks import INTS, SINGLE, Within, constrain, fail
 from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sample
+from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sampler, shapes
 from .ring import Heads, Queries, strides
 
 
@@ -91,11 +91,8 @@ def rope_kernel(
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """One token a program: its heads share one row of the tables."""
-    half, hkv = power_of_2(sizes["D"] // 2), power_of_2(sizes["Hkv"])
-    hq = power_of_2(sizes.get("Hq", 1))
-    return {
-        "rope_kernel": LaunchConfig({"BLOCK_HQ": hq, "BLOCK_HKV": hkv, "BLOCK_HALF": half}, num_warps=4),
-    }
+    tiles = {"BLOCK_HQ": power_of_2(sizes.get("Hq", 1)), "BLOCK_HKV": power_of_2(sizes["Hkv"])}
+    return {"rope_kernel": LaunchConfig(tiles | {"BLOCK_HALF": power_of_2(sizes["D"] // 2)}, num_warps=4)}
 
 
 def check_head_size(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
@@ -119,22 +116,9 @@ def rope(
     B, T, Hq, D = q.shape
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     sizes = {"D": D, "Hq": Hq, "Hkv": k.shape[2]}
-    args = {
-        "q_ptr": q,
-        "k_ptr": k,
-        "cos_ptr": cos.contiguous(),
-        "sin_ptr": sin.contiguous(),
-        "positions_ptr": positions,
-        "q_out_ptr": q_out,
-        "k_out_ptr": k_out,
-        "T": T,
-        "P": cos.shape[0],
-        **sizes,
-        **strides("q", q),
-        **strides("k", k),
-        "stride_pb": positions.stride(0),
-        "stride_pt": positions.stride(1),
-    }
+    args: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous()}
+    args |= {"positions_ptr": positions, "q_out_ptr": q_out, "k_out_ptr": k_out, "T": T, "P": len(cos), **sizes}
+    args |= strides("q", q) | strides("k", k) | strides("p", positions)
     launch(rope_kernel, (T, B), args, select_configs(configs, sizes, q.dtype, q.device)["rope_kernel"])
     return q_out, k_out
 
@@ -146,7 +130,8 @@ def tables(P: int, D: int, device: Any) -> tuple[Tensor, Tensor]:
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
     B, T, D, P = sizes["B"], sizes["T"], sizes["D"], sizes["P"]
-    q, k = (sample(B, T, sizes[h], D, dtype=dtype, device=device, generator=generator) for h in ("Hq", "Hkv"))
+    draw = sampler(dtype, device, generator)
+    q, k = draw(B, T, sizes["Hq"], D), draw(B, T, sizes["Hkv"], D)
     cos, sin = tables(P, D, device)
     positions = (torch.arange(T) * 7 + torch.arange(B)[:, None] * 5) % P
     return {"q": q, "k": k, "cos": cos, "sin": sin, "positions": positions.to(device)}
@@ -159,17 +144,12 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     return Cost(flops=3 * rotated, bytes=2 * rotated * dtype.itemsize + tokens * D * 4)
 
 
-_HEADS = ((4, 4), (8, 2), (4, 1))
-
 OP = Op(
     run=rope,
     reference=reference.rope,
     inputs=inputs,
     configs=configs,
     cost=cost,
-    test_shapes=tuple(
-        {"B": 2, "T": T, "Hq": hq, "Hkv": hkv, "D": D, "P": 96}
-        for T, D, (hq, hkv) in zip((1, 5, 3, 4, 2), (64, 80, 96, 128, 32), (*_HEADS, *_HEADS), strict=False)
-    ),
-    bench_shapes=tuple({"B": 1, "T": T, "Hq": 32, "Hkv": 8, "D": 128, "P": 32768} for T in (1, 4096)),
+    test_shapes=shapes("B T Hq Hkv D P", "2 1 4 4 64 96, 2 5 8 2 80 96, 2 3 4 1 96 96, 2 4 4 4 128 96, 2 2 8 2 32 96"),
+    bench_shapes=shapes("B T Hq Hkv D P", "1 1 32 8 128 32768, 1 4096 32 8 128 32768"),
 )

@@ -15,11 +15,11 @@ from torch import Tensor
 from . import reference
 from .checks import INT32, SINGLE, Within
 from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, power_of_2, sample
+from .op import Cost, LaunchConfig, Op, Sizes, power_of_2, sampler, shapes
 
 
 @triton.jit
-def choose(
+def select_top_k(
     logits,  # [BLOCK_T, BLOCK_E] fp32
     E,
     TOP_K: tl.constexpr,
@@ -31,7 +31,7 @@ def choose(
     offs_e = tl.arange(0, BLOCK_E)
     offs_k = tl.arange(0, BLOCK_K)
     logits = tl.where(logits == logits, logits, float("-inf"))
-    # Taken experts, and the padding, are told apart by a flag: their logits may equal a free one's -inf.
+    # A flag marks selected experts and padding: their logits may equal the -inf of another.
     taken = tl.broadcast_to((offs_e >= E)[None, :], (BLOCK_T, BLOCK_E))
     largest = tl.zeros((BLOCK_T,), tl.float32)
     shares = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
@@ -43,7 +43,7 @@ def choose(
         if k == 0:
             largest = value
         undefined = (largest == float("inf")) | (largest == float("-inf"))
-        # An infinite maximum has no softmax: those that share it share the weight.
+        # An infinite maximum has no softmax: the experts that share it share the weight.
         share = tl.where(undefined, (value == largest).to(tl.float32), tl.exp(value - largest))
         shares = tl.where(offs_k[None, :] == k, share[:, None], shares)
         ids = tl.where(offs_k[None, :] == k, first[:, None], ids)
@@ -51,7 +51,7 @@ def choose(
 
 
 @triton.jit
-def store_choice(weights_ptr, ids_ptr, weights, ids, offs_t, T, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr):
+def store_routes(weights_ptr, ids_ptr, weights, ids, offs_t, T, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr):
     offs_k = tl.arange(0, BLOCK_K)
     out = offs_t[:, None] * TOP_K + offs_k[None, :]
     mask = (offs_t < T)[:, None] & (offs_k < TOP_K)[None, :]
@@ -77,12 +77,12 @@ def route_kernel(
     offs_e = tl.arange(0, BLOCK_E)
     ptrs = logits_ptr + offs_t[:, None] * stride_lt + offs_e[None, :] * stride_le
     logits = tl.load(ptrs, mask=(offs_t < T)[:, None] & (offs_e < E)[None, :], other=0.0).to(tl.float32)
-    weights, ids = choose(logits, E, TOP_K, BLOCK_T, BLOCK_E, BLOCK_K)
-    store_choice(weights_ptr, ids_ptr, weights, ids, offs_t, T, TOP_K, BLOCK_K)
+    weights, ids = select_top_k(logits, E, TOP_K, BLOCK_T, BLOCK_E, BLOCK_K)
+    store_routes(weights_ptr, ids_ptr, weights, ids, offs_t, T, TOP_K, BLOCK_K)
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    """The tile does not depend on T, so that a token's bits do not either."""
+    """The tile does not depend on T, so a token's bits do not either."""
     block_e, block_k = power_of_2(sizes["E"]), power_of_2(sizes["K"])
     block_t = power_of_2(1024 // block_e, high=128)
     tiles = {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_K": block_k}
@@ -93,31 +93,23 @@ def route(
     logits: Annotated[Tensor, "T E"],
     top_k: Annotated[int, "K", Within(1, "E")],
 ) -> tuple[Annotated[Tensor, "T K", SINGLE], Annotated[Tensor, "T K", INT32]]:
-    """logits -> the weights and ids of each token's experts: see `reference.route`."""
+    """Select each token's experts from the logits -> weights, ids (`reference.route`)."""
     T, E = logits.shape
-    weights, ids = unset_choice(T, top_k, logits.device)
+    weights, ids = empty_routes(T, top_k, logits.device)
     config = select_configs(configs, {"T": T, "E": E, "K": top_k}, logits.dtype, logits.device)["route_kernel"]
-    args = {
-        "logits_ptr": logits,
-        "weights_ptr": weights,
-        "ids_ptr": ids,
-        "T": T,
-        "E": E,
-        "stride_lt": logits.stride(0),
-        "stride_le": logits.stride(1),
-    }
+    args = {"logits_ptr": logits, "weights_ptr": weights, "ids_ptr": ids, "T": T, "E": E}
+    args |= {"stride_lt": logits.stride(0), "stride_le": logits.stride(1)}
     launch(route_kernel, (triton.cdiv(T, config.constexprs["BLOCK_T"]),), args, config, TOP_K=top_k)
     return weights, ids
 
 
-def unset_choice(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Weights and ids to be written."""
+def empty_routes(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
     weights = torch.empty((T, K), dtype=torch.float32, device=device)
     return weights, torch.empty((T, K), dtype=torch.int32, device=device)
 
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    logits = sample(sizes["T"], sizes["E"], dtype=dtype, device=device, generator=generator, scale=2.0)
+    logits = sampler(dtype, device, generator)(sizes["T"], sizes["E"], scale=2.0)
     return {"logits": logits, "top_k": sizes["K"]}
 
 
@@ -132,9 +124,6 @@ OP = Op(
     inputs=inputs,
     configs=configs,
     cost=cost,
-    test_shapes=tuple(
-        {"T": T, "E": E, "K": K}
-        for T, E, K in ((1, 8, 2), (67, 8, 2), (5, 4, 1), (9, 6, 6), (130, 16, 3), (3, 1, 1), (4, 160, 6))
-    ),
-    bench_shapes=tuple({"T": T, "E": 8, "K": 2} for T in (1, 64, 4096)),
+    test_shapes=shapes("T E K", "1 8 2, 67 8 2, 5 4 1, 9 6 6, 130 16 3, 3 1 1, 4 160 6"),
+    bench_shapes=shapes("T E K", "1 8 2, 64 8 2, 4096 8 2"),
 )

@@ -1,4 +1,4 @@
-"""Host-side tensor descriptors: how weights and keys travel on Hopper and later, by TMA instead of by pointers."""
+"""Host-side tensor descriptors: TMA reads weights and keys on Hopper and later."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .arch import tma
 
 
 def tma_can_read(x: Tensor, arch: str) -> bool:
-    """Whether `arch` has TMA of use, and x is as it wants it: 16-bit, not empty, its last dimension contiguous, its
-    base and its other strides multiples of 16 bytes, and none of them 0."""
+    """Return whether TMA of `arch` can read x: 16-bit, not empty, the last dimension contiguous, the base and the other
+    strides multiples of 16 bytes, no stride 0."""
     if not tma(arch) or x.dtype.itemsize != 2 or x.numel() == 0 or x.stride(-1) != 1 or x.data_ptr() % 16:
         return False
     return all(stride > 0 and stride * x.dtype.itemsize % 16 == 0 for stride in x.stride()[:-1])
 
 
 def describe(x: Tensor, block: Sequence[int], arch: str) -> TensorDescriptor | None:
-    """A descriptor of `x` that loads tiles of shape `block`, what lies outside of x read as zero; None: by pointers."""
+    """Return a descriptor that loads tiles of shape `block`, zero outside x; None where pointers must read."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block)) if tma_can_read(x, arch) else None

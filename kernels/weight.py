@@ -1,14 +1,15 @@
-"""What a kernel needs of a weight, dense or quantized, and the device functions that give its next tile.
+"""A weight, dense or quantized, as kernels see it, and the device functions that load its next tile.
 
 E experts (or none), N rows, K columns: the depth of the sum; G groups of columns that share a scale
 
-A launch passes the weight's pointer and strides, `scales_ptr` and `zeros_ptr` (or None), and LAYOUT: how it is stored.
-BLOCK_K columns go into one product. An element of a quantized weight has a code in each of its FIELDS, so a tile of
-BLOCK_K elements holds the next FIELDS * BLOCK_K columns: a unit (quantized.py). A dense weight has one field.
+A launch passes the weight's pointer and strides, `scales_ptr` and `zeros_ptr` (or None), and LAYOUT. BLOCK_K columns go
+into one product. An element of a quantized weight holds FIELDS codes, so a tile of BLOCK_K elements holds the next
+FIELDS * BLOCK_K columns: a unit (quantized.py). A dense weight has one field.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +26,19 @@ from .quantized import QuantizedWeight
 from .tma import describe, tma_can_read
 from .unpack import fields_of, scaled, unpacked
 
+# How a weight is stored: its format ("dense" or quantized), columns that share a scale, whether PTX unpacks it.
+Layout = namedtuple("Layout", "format group ptx")
+# Pointers of a kernel's weight tile [rows, BLOCK_K], of the scales and of the zeros.
+WeightPtrs = namedtuple("WeightPtrs", "tile scales zeros")
+
 
 @dataclass(frozen=True)
 class Weight:
     """A weight [E, N, K] or [N, K] as launches take it.
 
-    data    its rows contiguous: the values, or int16 elements
+    data    values or int16 elements, rows contiguous
     scales  [(E,) N, G] and zeros the same or None, contiguous; a dense weight has neither
-    name    how `configs` knows a quantized weight, see `QuantizedWeight.name`; None: dense
+    name    `QuantizedWeight.name`, which `configs` reads; None: dense
     """
 
     data: Tensor
@@ -52,19 +58,18 @@ class Weight:
 
     @property
     def args(self) -> dict[str, Any]:
-        """Of a kernel: strides from row to row, and with experts from one to the next; scales and zeros."""
+        """The kernel arguments: strides between rows and experts, scales and zeros."""
         strides = dict(zip(("stride_wn", "stride_we"), self.data.stride()[-2::-1], strict=False))
         return {**strides, "scales_ptr": self.scales, "zeros_ptr": self.zeros}
 
-    def layout(self, arch: str) -> tuple[str, int, bool]:
-        """LAYOUT of a kernel: format, columns of a group, whether PTX unpacks it."""
-        return self.format, self.group, self.format != "dense" and not (INTERPRETED or amd(arch))
+    def layout(self, arch: str) -> Layout:
+        return Layout(self.format, self.group, self.format != "dense" and not (INTERPRETED or amd(arch)))
 
     def takes_tma(self, arch: str) -> bool:
         return self.scales is None and tma_can_read(self.data, arch)
 
     def descriptor(self, parts: int, block_n: int, block_k: int, arch: str) -> TensorDescriptor | None:
-        """Of [E, N, K], or with 2 parts of [E, 2, N / 2, K]: loads the same block_n rows of each; None: by pointers."""
+        """Describe [E, N, K], or with 2 parts [E, 2, N / 2, K]: loads have block_n rows a part. None: pointers."""
         if self.scales is not None:
             return None
         if parts == 1:
@@ -74,7 +79,7 @@ class Weight:
 
 @triton.jit
 def _stored_tile(ptrs, k, depth, EVEN: tl.constexpr, FIELDS: tl.constexpr):
-    """The tile at `ptrs` of column 0, moved to column k: the values there, or the elements of k's unit."""
+    """Load the tile at column k, given pointers of column 0: the values there, or the elements of k's unit."""
     BLOCK_K: tl.constexpr = ptrs.shape[1]
     if FIELDS > 1:
         ptrs += k // (FIELDS * BLOCK_K) * BLOCK_K
@@ -85,83 +90,72 @@ def _stored_tile(ptrs, k, depth, EVEN: tl.constexpr, FIELDS: tl.constexpr):
 
 
 @triton.jit
-def _of_group(ptr, rows, group, inside, K: tl.constexpr, GROUP: tl.constexpr):
-    """[rows, 1] scales or zeros of a group."""
+def _load_group(ptr, rows, group, inside, K: tl.constexpr, GROUP: tl.constexpr):
+    """Load a group's scales or zeros, [rows, 1]."""
     ptrs = ptr + rows[:, None] * (K // GROUP) + (0 if GROUP == K else group)
     return tl.load(ptrs) if inside is None else tl.load(ptrs, mask=inside, other=0.0)
 
 
 @triton.jit
 def weight_tile(
-    w,
-    rows,
+    w,  # WeightPtrs of column 0
+    rows,  # row indices of the scales and zeros
     k,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     dtype: tl.constexpr,
     LAYOUT: tl.constexpr,
-    desc=None,
+    desc=None,  # reads in place of the pointers, at coordinates `place` and k
     place=None,
 ):
-    """Columns k.. of a weight as a tile [rows, BLOCK_K] of dtype, a group's scale in it; what lies beyond K is finite.
-
-    w      pointers [rows, BLOCK_K] of column 0, of the scales, of the zeros; `rows`: which rows of all these are
-    desc   a descriptor, which reads instead, from `place` on: its coordinates but the last
-    """
-    ptrs, scales_ptr, zeros_ptr = w
-    FORMAT: tl.constexpr = LAYOUT[0]
-    GROUP: tl.constexpr = LAYOUT[1]
-    PTX: tl.constexpr = LAYOUT[2]
+    """Load columns k.. of a weight as a tile [rows, BLOCK_K] of dtype, its scales applied; finite beyond K."""
+    FORMAT: tl.constexpr = LAYOUT.format
+    GROUP: tl.constexpr = LAYOUT.group
+    PTX: tl.constexpr = LAYOUT.ptx
     FIELDS: tl.constexpr = fields_of(FORMAT)
     if desc is not None:
-        return desc.load(place + (k,)).reshape(ptrs.shape)  # noqa: RUF005  # the JIT knows no starred element
-    tile = _stored_tile(ptrs, k, K, FIELDS > 1 or K // BLOCK_K * BLOCK_K == K, FIELDS)
+        return desc.load(place + (k,)).reshape(w.tile.shape)  # noqa: RUF005  # the JIT knows no starred element
+    tile = _stored_tile(w.tile, k, K, FIELDS > 1 or K // BLOCK_K * BLOCK_K == K, FIELDS)
     if FIELDS > 1:
         group = k // GROUP
-        zeros = None if zeros_ptr is None else _of_group(zeros_ptr, rows, group, None, K, GROUP)
+        zeros = None if w.zeros is None else _load_group(w.zeros, rows, group, None, K, GROUP)
         values = unpacked(tile, k // BLOCK_K % FIELDS, zeros, FORMAT, dtype, PTX)
         if GROUP == K:
             return values
-        return scaled(values, _of_group(scales_ptr, rows, group, None, K, GROUP), PTX)
+        return scaled(values, _load_group(w.scales, rows, group, None, K, GROUP), PTX)
     else:
         return tile
 
 
 @triton.jit
 def add_products(
-    acc,
-    w,
-    rows,
-    x_ptrs,
-    live,
+    acc,  # [rows, T]
+    w,  # WeightPtrs of column `begin`
+    rows,  # row indices of the scales and zeros
+    x_ptrs,  # [BLOCK_K, T] of column `begin`
+    live,  # [1, T] columns of x that exist; a padding copy of a row would cross the L2 cache again
     begin,
     SPAN: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr,  # no column lies beyond K; otherwise those read as 0
     K: tl.constexpr,
     LAYOUT: tl.constexpr,
-    PDL: tl.constexpr = False,
+    PDL: tl.constexpr = False,  # an earlier launch writes x
 ):
-    """acc [rows, T] + SPAN columns of a weight, from `begin` on, times those of x.
+    """acc + SPAN columns of a weight, from `begin` on, times those of x.
 
-    A weight's bytes are read once, and a group's scale comes after its products: it is never rounded.
-
-    w       pointers [rows, BLOCK_K] of column `begin`, of the scales, of the zeros; `rows`: which rows of all these are
-    x_ptrs  [BLOCK_K, T] of column `begin`
-    live    [1, T] which of them count. Padding is not loaded: a copy of a row would cross the L2 cache again
-    EVEN    nothing of what is read lies beyond K; else it is 0
-    PDL     an earlier launch writes x: the weight's first tile is on its way before that is waited for (in fp32, whose
-            tiles fill the registers, it is not: a turn apart would spill)
+    Each byte of the weight is read once. A group's scale multiplies after the products, so it is never rounded. With
+    PDL the weight's first tile is loaded before the wait; not in fp32, whose tiles fill the registers: it would spill.
     """
-    UNIT: tl.constexpr = x_ptrs.shape[0] * fields_of(LAYOUT[0])
+    UNIT: tl.constexpr = x_ptrs.shape[0] * fields_of(LAYOUT.format)
     AHEAD: tl.constexpr = PDL and x_ptrs.dtype.element_ty.primitive_bitwidth == 16
     if PDL and not AHEAD:
         pdl_wait(PDL)
     if AHEAD:
-        tile = _stored_tile(w[0], 0, K - begin, EVEN, fields_of(LAYOUT[0]))
+        tile = _stored_tile(w.tile, 0, K - begin, EVEN, fields_of(LAYOUT.format))
         pdl_wait(PDL)
         acc = _add_tile(acc, tile, w, rows, x_ptrs, live, begin, 0, EVEN, K, LAYOUT)
     for k in range(UNIT if AHEAD else 0, SPAN, UNIT):
-        tile = _stored_tile(w[0], k, K - begin, EVEN, fields_of(LAYOUT[0]))
+        tile = _stored_tile(w.tile, k, K - begin, EVEN, fields_of(LAYOUT.format))
         acc = _add_tile(acc, tile, w, rows, x_ptrs, live, begin, k, EVEN, K, LAYOUT)
     return acc
 
@@ -169,11 +163,10 @@ def add_products(
 @triton.jit
 def _add_tile(acc, tile, w, rows, x_ptrs, live, begin, k, EVEN: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr):
     """`add_products` of the FIELDS * BLOCK_K columns from begin + k on, whose values or elements are `tile`."""
-    _, scales_ptr, zeros_ptr = w
     BLOCK_K: tl.constexpr = x_ptrs.shape[0]
-    FORMAT: tl.constexpr = LAYOUT[0]
-    GROUP: tl.constexpr = LAYOUT[1]
-    PTX: tl.constexpr = LAYOUT[2]
+    FORMAT: tl.constexpr = LAYOUT.format
+    GROUP: tl.constexpr = LAYOUT.group
+    PTX: tl.constexpr = LAYOUT.ptx
     FIELDS: tl.constexpr = fields_of(FORMAT)
     BY_ROW: tl.constexpr = GROUP == K or FIELDS == 1
     dtype: tl.constexpr = x_ptrs.dtype.element_ty
@@ -185,13 +178,13 @@ def _add_tile(acc, tile, w, rows, x_ptrs, live, begin, k, EVEN: tl.constexpr, K:
         if FIELDS > 1:
             if field == 0 or field * BLOCK_K % GROUP == 0:
                 has_group = None if EVEN or BY_ROW else tl.full([1, 1], begin + at, tl.int32) < K
-                # A unit begins with a group, or is part of a row's.
+                # A unit starts with a group, or the group is the whole row.
                 group = begin // GROUP + k // GROUP + field * BLOCK_K // GROUP
-                zeros = None if zeros_ptr is None else _of_group(zeros_ptr, rows, group, has_group, K, GROUP)
-                scales = None if BY_ROW else _of_group(scales_ptr, rows, group, has_group, K, GROUP)
+                zeros = None if w.zeros is None else _load_group(w.zeros, rows, group, has_group, K, GROUP)
+                scales = None if BY_ROW else _load_group(w.scales, rows, group, has_group, K, GROUP)
             part = tl.dot(unpacked(tile, field, zeros, FORMAT, dtype, PTX), x, part, input_precision="ieee")
             if not BY_ROW and (field + 1) * BLOCK_K % GROUP == 0:
-                acc += part * scales.to(tl.float32)
+                acc += part * scales.to(tl.float32)  # type: ignore[union-attr]
                 part = tl.zeros_like(acc)
         else:
             part = tl.dot(tile, x, part, input_precision="ieee")
@@ -200,7 +193,7 @@ def _add_tile(acc, tile, w, rows, x_ptrs, live, begin, k, EVEN: tl.constexpr, K:
 
 @triton.jit
 def times_row_scales(acc, w, rows, K: tl.constexpr, LAYOUT: tl.constexpr, AXIS: tl.constexpr):
-    """acc, its rows or (AXIS 1) its columns times the scales of a weight that has one a row."""
-    if LAYOUT[0] != "dense" and LAYOUT[1] == K:
-        acc *= tl.expand_dims(tl.load(w[1] + rows).to(tl.float32), 1 - AXIS)
+    """Multiply acc's rows, or with AXIS 1 its columns, by the scales of a weight with one scale a row."""
+    if LAYOUT.format != "dense" and LAYOUT.group == K:
+        acc *= tl.expand_dims(tl.load(w.scales + rows).to(tl.float32), 1 - AXIS)
     return acc

@@ -23,7 +23,7 @@ from rich.progress import DownloadColumn, MofNCompleteColumn
 from . import __version__
 from .kernels.arch import ARCHS
 from .tools.gpus import RATED
-from .tools.processes import add_verify_time, is_first, open_mesh, select_backend
+from .tools.processes import is_first, open_mesh, select_backend
 from .tools.terminal import Bar, bar, exit_status, say, set_output_encoding
 
 if TYPE_CHECKING:
@@ -187,7 +187,8 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
 
     from .inputs import usable_device
     from .model import Mixtral
-    from .weights import read_headers, total_bytes
+    from .quantize.hub import read_headers
+    from .weights import total_bytes
 
     device = None if mesh is not None else usable_device(args.device)  # each rank of a mesh has its own
     if device is not None and device.type == "meta":
@@ -237,7 +238,7 @@ def _verify(args: argparse.Namespace) -> int:
         prompt = None if args.prompt is None else _encode(_tokenizer(args.folder), args.prompt, model)[None]
         ids = default_text(prompt, model.config, model.device)
         if is_first():
-            say(add_verify_time(note, model.config, str(model.dtype), ids.numel()))
+            say(note)
         with _count_bar("verifying", None, silent=not is_first()) as progress:
             report = verify(model, ids, progress.update, folder=args.folder, peer=args.peer)
         if is_first() and args.json:
@@ -319,8 +320,9 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _quantize(args: argparse.Namespace) -> int:
+    from .quantize.hub import read_headers
     from .quantize.write import write
-    from .weights import read_headers, total_bytes
+    from .weights import total_bytes
 
     before = total_bytes(read_headers(args.folder))
     with bar("quantizing", before, DownloadColumn()) as progress:
@@ -351,9 +353,9 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from .tools.fit import run
+    from .tools import fit, scaling
 
-    return run(args)
+    return fit.run(args) if args.scaling is None else scaling.run(args)
 
 
 def _compile(args: argparse.Namespace) -> int:

@@ -1,53 +1,35 @@
 """The decode loop: prefill in chunks, then one token a step; greedy, or sampled by temperature, top-k and top-p.
 
-On a GPU the step is captured in a CUDA graph and replayed: its buffers stay where they are, positions and routes are
-read on the device, and the host waits for one value a token at most, to see whether every sequence has ended.
+On a GPU the step is captured in a CUDA graph and replayed: its buffers keep their addresses, positions and routes are
+read on the device, and the host waits for at most one value a token, whether every sequence has ended.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .cache import KVCache
-from .config import MixtralConfig
 from .graph import CaptureLost, captured
 from .inputs import check_ids, check_vocabulary
 from .ops import readable, untraced
-from .parallel import Ranks
 
-Sampling = tuple[float, float, torch.Generator | None, int | None]  # what `sample` takes behind the logits
-TEMPERATURE_LEAST = 1e-30
+if TYPE_CHECKING:
+    from .model import Mixtral
+
+Sampling = tuple[float, float, torch.Generator | None, int | None]  # the arguments of `sample` after the logits
+MIN_TEMPERATURE = 1e-30
 PREFILL_CHUNK = 2048  # tokens: bounds the activations of a long prompt
-GRAPH_LEAST = 4  # tokens still to come that are worth a capture, which costs about as much host time as two steps
-
-
-class LanguageModel(Protocol):
-    """What generation asks of a model."""
-
-    config: MixtralConfig
-    ranks: Ranks | None
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def hidden(self, input_ids: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
-        """[B,T] -> [B,T,H], behind what the cache holds; the cache goes on."""
-
-    def head(self, h: Tensor) -> Tensor:
-        """[..., H] -> logits fp32 [..., V]."""
+GRAPH_MIN_TOKENS = 4  # remaining tokens that are worth a capture, which takes the host time of about two steps
 
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel,
+    model: Mixtral,
     input_ids: Tensor | Sequence[Tensor],
     max_new_tokens: int = 32,
     temperature: float = 0.0,
@@ -78,7 +60,7 @@ def generate(
 
 
 def stream(
-    model: LanguageModel,
+    model: Mixtral,
     prompts: Sequence[Tensor],
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -87,7 +69,7 @@ def stream(
     generator: torch.Generator | None = None,
     top_k: int | None = None,
 ) -> Iterator[Tensor]:
-    """Check everything, then give an iterator over the next tokens [B]; it ends early once every sequence has ended."""
+    """Check the arguments, then return an iterator over the next tokens [B]; it stops once every sequence has ended."""
     _check_sampling(max_new_tokens, temperature, top_p, top_k, generator, model.device)
     ids, lengths = _pad_prompts(model, prompts)
     longest = ids.shape[1]
@@ -101,7 +83,7 @@ def stream(
 
 
 def _stream(
-    model: LanguageModel,
+    model: Mixtral,
     ids: Tensor,
     lengths: Tensor,
     max_new_tokens: int,
@@ -113,7 +95,7 @@ def _stream(
     capacity = ids.shape[1] + max_new_tokens
     cache = KVCache(model.config, len(ids), capacity, device=model.device, dtype=model.dtype)
     step = Step(model, cache, eos, sampling)
-    step.choose(prefill(model, cache, ids, lengths))
+    step.pick(prefill(model, cache, ids, lengths))
     run: Callable[[], None] = step
     for done in range(1, max_new_tokens + 1):
         if model.ranks is not None:
@@ -122,42 +104,42 @@ def _stream(
         if done == max_new_tokens or (eos and bool(step.ended.all())):
             return
         run()
-        # The first step ran as it is: every kernel is compiled now.
-        if done == 1 and max_new_tokens - done > GRAPH_LEAST and can_capture(model):
-            run = replayed(step)
+        # The first step ran eagerly, so every kernel is compiled.
+        if done == 1 and max_new_tokens - done > GRAPH_MIN_TOKENS and can_capture(model):
+            run = capture_or_warn(step)
 
 
 class Step:
-    """One token for each of B sequences, on buffers that stay where they are.
+    """One token for each of B sequences, on buffers that keep their addresses.
 
-    token  int64 [B]: the newest; a sequence that has ended repeats its EOS
+    token  int64 [B]: the newest token; a sequence that has ended repeats its EOS
     ended  bool [B]
     """
 
-    def __init__(self, model: LanguageModel, cache: KVCache, eos: frozenset[int], sampling: Sampling) -> None:
+    def __init__(self, model: Mixtral, cache: KVCache, eos: frozenset[int], sampling: Sampling) -> None:
         self.model, self.cache, self.sampling = model, cache, sampling
         self.stops = torch.tensor(sorted(eos), dtype=torch.int64, device=model.device)
         self.token = torch.zeros(cache.batch, dtype=torch.int64, device=model.device)
         self.ended = torch.zeros(cache.batch, dtype=torch.bool, device=model.device)
 
     def __call__(self) -> None:
-        self.choose(self.model.hidden(self.token[:, None], self.cache)[:, 0])
+        self.pick(self.model.hidden(self.token[:, None], self.cache)[:, 0])
 
-    def choose(self, h: Tensor) -> None:
-        """The next tokens after the hidden states h [B,H]."""
-        chosen = sample(self.model.head(h), *self.sampling)
+    def pick(self, h: Tensor) -> None:
+        """Pick the next tokens from the hidden states h [B,H]."""
+        token = sample(self.model.head(h), *self.sampling)
         if self.model.ranks is not None:
-            chosen = self.model.ranks.broadcast(chosen)
-        self.token.copy_(torch.where(self.ended, self.token, chosen))
+            token = self.model.ranks.broadcast(token)
+        self.token.copy_(torch.where(self.ended, self.token, token))
         self.ended |= (self.token[:, None] == self.stops).any(-1)
 
 
-def can_capture(model: LanguageModel) -> bool:
+def can_capture(model: Mixtral) -> bool:
     return model.device.type == "cuda" and untraced()
 
 
-def replayed(step: Step) -> Callable[[], None]:
-    """The replay of `step` captured in a CUDA graph; where that is impossible `step` itself, and a warning says why."""
+def capture_or_warn(step: Step) -> Callable[[], None]:
+    """Return the replay of `step` as a CUDA graph; where it cannot be captured, warn and return `step`."""
     try:
         return captured(step, step.sampling[2], step.model.device)
     except CaptureLost:
@@ -167,8 +149,8 @@ def replayed(step: Step) -> Callable[[], None]:
         return step
 
 
-def prefill(model: LanguageModel, cache: KVCache, ids: Tensor, lengths: Tensor) -> Tensor:
-    """Read the right-padded prompts ids [B,T] chunk by chunk -> the hidden state after each one's last token, [B,H]."""
+def prefill(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> Tensor:
+    """Run the right-padded prompts ids [B,T] in chunks -> the hidden state of each one's last token, [B,H]."""
     last: Tensor | None = None
     for start in range(0, ids.shape[1], PREFILL_CHUNK):
         chunk = ids[:, start : start + PREFILL_CHUNK]
@@ -188,28 +170,28 @@ def sample(
     generator: torch.Generator | None = None,
     top_k: int | None = None,
 ) -> Tensor:
-    """Logits fp32 [B,V] -> token ids [B]."""
+    """Sample token ids [B] from logits fp32 [B,V]; greedy at temperature 0."""
     if temperature == 0.0:
         return logits.argmax(dim=-1)
-    # Below the maximum everything is negative: no temperature, however small, makes an inf of it that softmax minds.
-    below = (logits - logits.amax(-1, keepdim=True)).double()
+    # Relative to the maximum all logits are at most 0: no temperature, however small, gives +inf.
+    shifted = (logits - logits.amax(-1, keepdim=True)).double()
     if top_k is not None and top_k < logits.shape[-1]:
-        # As in transformers: what ties with the last of them stays, too, and top_p is a share of what stays.
-        least = below.topk(top_k, dim=-1).values[..., -1:]
-        below = below.masked_fill(below < least, -torch.inf)
-    p = torch.softmax(below / max(temperature, TEMPERATURE_LEAST), dim=-1).float()
+        # As in transformers: ties with the k-th logit stay, and top_p applies to what stays.
+        least = shifted.topk(top_k, dim=-1).values[..., -1:]
+        shifted = shifted.masked_fill(shifted < least, -torch.inf)
+    p = torch.softmax(shifted / max(temperature, MIN_TEMPERATURE), dim=-1).float()
     if top_p < 1.0:
         sorted_p, order = p.sort(dim=-1, descending=True)
-        # A token stays while those before it do not reach top_p yet; the first always does.
+        # A token stays while the sum before it is below top_p; the first always stays.
         sorted_p = sorted_p.masked_fill(sorted_p.cumsum(-1) - sorted_p >= top_p, 0.0)
         p = torch.zeros_like(p).scatter(-1, order, sorted_p)
-    # A race of exponential clocks, the token with rate p first: torch.multinomial's draw, without its look at p.
+    # Exponential race, the token with rate p wins: torch.multinomial's draw without its synchronization.
     clock = torch.empty_like(p).exponential_(generator=generator).clamp_(min=torch.finfo(p.dtype).tiny)
     return (p / clock).argmax(dim=-1)
 
 
-def _pad_prompts(model: LanguageModel, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """1-D prompts -> ids [B,T] padded on the right with token 0, lengths int64 [B], both on the model's device."""
+def _pad_prompts(model: Mixtral, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Pad 1-D prompts on the right with token 0 -> ids [B,T], lengths int64 [B], both on the model's device."""
     if not prompts:
         raise ValueError("generate: there is no prompt, needs at least one")
     for number, row in enumerate(prompts):
@@ -220,11 +202,11 @@ def _pad_prompts(model: LanguageModel, prompts: Sequence[Tensor]) -> tuple[Tenso
     lengths = torch.tensor([len(row) for row in prompts], device=model.device)
     ids = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
     if not readable(ids):
-        check_vocabulary(ids, model.config.vocab_size)  # the one look at a prompt on a GPU
+        check_vocabulary(ids, model.config.vocab_size)  # the only synchronization of a prompt on a GPU
     return ids, lengths
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -233,9 +215,9 @@ def _check_sampling(
 ) -> None:
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens is {max_new_tokens!r}, needs an integer of at least 0")
-    if not _number(temperature) or not 0.0 <= temperature < float("inf"):
+    if not _is_number(temperature) or not 0.0 <= temperature < float("inf"):
         raise ValueError(f"generate: temperature is {temperature!r}, needs a finite number of at least 0")
-    if not _number(top_p) or not 0.0 < top_p <= 1.0:
+    if not _is_number(top_p) or not 0.0 < top_p <= 1.0:
         raise ValueError(f"generate: top_p is {top_p!r}, needs a number above 0, at most 1")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"generate: top_k is {top_k!r}, needs an integer of at least 1, or None")
@@ -247,24 +229,24 @@ def _check_sampling(
         raise ValueError(f"generate: generator is on {generator.device}, needs the model's device, {device}")
 
 
-def eos_ids(given: int | Sequence[int] | None, config: Any) -> frozenset[int]:
-    """The ids that end a sequence: those given, else the config's; ValueError for what is no id."""
-    chosen = config.eos_token_id if given is None else given
-    if chosen is None:
+def eos_ids(eos_token_id: int | Sequence[int] | None, config: Any) -> frozenset[int]:
+    """Return the ids that end a sequence, by default the config's; raise ValueError for anything but ids."""
+    value = config.eos_token_id if eos_token_id is None else eos_token_id
+    if value is None:
         return frozenset()
-    ids = [chosen] if isinstance(chosen, int) else list(chosen) if isinstance(chosen, (list, tuple)) else [None]
+    ids = [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else [None]
     if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
-        raise ValueError(f"generate: eos_token_id is {given!r}, needs a token id or a list of them")
+        raise ValueError(f"generate: eos_token_id is {eos_token_id!r}, needs a token id or a list of them")
     return frozenset(ids)
 
 
 def _pad(new: Tensor, columns: int) -> Tensor:
-    """Repeat the last token, an EOS where the loop ended early, up to `columns`."""
+    """Repeat the last token, an EOS where the loop stopped early, up to `columns`."""
     return torch.cat((new, new[:, -1:].expand(-1, columns - new.shape[1])), dim=1) if columns > new.shape[1] else new
 
 
 def _cut(tail: Tensor, eos: frozenset[int]) -> Tensor:
-    """Up to and with the first EOS."""
+    """Cut after the first EOS."""
     for place, token in enumerate(tail.tolist()):
         if token in eos:
             return tail[: place + 1]

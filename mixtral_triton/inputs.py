@@ -1,19 +1,21 @@
-"""What a caller gives the model, checked: devices, memory, token ids, lengths."""
+"""Checks of a caller's arguments: devices, memory, token ids, lengths."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .ops import readable
-from .quantize.spec import QuantSpec
 
-# What `weights` may be, by the names that `fit` prints.
+if TYPE_CHECKING:
+    from .quantize.spec import QuantSpec
+
+# Values of `weights`, by the names that `fit` prints.
 WEIGHT_FORMATS: dict[str, str | dict[str, str] | None] = {
     "as stored": None,
     "fp8": "fp8",
@@ -21,24 +23,24 @@ WEIGHT_FORMATS: dict[str, str | dict[str, str] | None] = {
     "int4": "int4",
     "int4, linear int8": {"experts": "int4", "linear": "int8"},
 }
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that operations compute in
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes that operations compute in
 
 
 def usable_device(device: torch.device | str | None) -> torch.device:
-    """None: the GPU if there is one, else the CPU. ValueError for a device that this machine does not have."""
+    """Return the device; None means the GPU if there is one, else the CPU. Raise ValueError if it does not exist."""
     try:
-        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+        usable = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device {device!r} is not one that torch knows") from error
-    if chosen.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"device {device!r} is unknown to torch") from error
+    if usable.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"device {device!r} is not supported: needs cpu, cuda (CUDA or ROCm) or meta")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device!r} is not there: this machine has {torch.cuda.device_count()} GPUs")
-    return chosen
+    if usable.type == "cuda" and (usable.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} does not exist: this machine has {torch.cuda.device_count()} GPUs")
+    return usable
 
 
 def check_dtype(name: str, dtype: Any) -> None:
-    """ValueError for what no operation computes in."""
+    """Raise ValueError for a dtype that no operation computes in."""
     if dtype not in DTYPES:
         raise ValueError(f"{name}: dtype is {dtype}, needs torch.float32, bfloat16 or float16")
 
@@ -92,11 +94,10 @@ def check_memory(
 
 
 def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:
-    """int64 [B,T] with B, T at least 1 on the model's device, on a CPU with every id in the vocabulary; ValueError
-    otherwise."""
-    if not isinstance(input_ids, Tensor) or input_ids.dtype != torch.int64 or input_ids.dim() != 2:
-        tensor = isinstance(input_ids, Tensor)
-        got = f"{input_ids.dtype} {list(input_ids.shape)}" if tensor else type(input_ids).__name__
+    """Raise ValueError unless input_ids is int64 [B,T], not empty, on `device`, and on a CPU within the vocabulary."""
+    is_tensor = isinstance(input_ids, Tensor)
+    if not is_tensor or input_ids.dtype != torch.int64 or input_ids.dim() != 2:
+        got = f"{input_ids.dtype} {list(input_ids.shape)}" if is_tensor else type(input_ids).__name__
         raise ValueError(f"Mixtral: argument 'input_ids' is {got}, needs an int64 tensor [B, T]")
     if 0 in input_ids.shape:
         raise ValueError(f"Mixtral: argument 'input_ids' is empty, {list(input_ids.shape)}: needs at least one token")
@@ -107,7 +108,7 @@ def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:
 
 
 def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
-    """One look at all ids, wherever they are; ValueError where one is not in 0..vocab_size - 1."""
+    """Read all ids, with one synchronization on a GPU; raise ValueError where one is not in 0..vocab_size - 1."""
     low, high = torch.stack(torch.aminmax(ids)).tolist()
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
@@ -115,9 +116,9 @@ def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
 
 
 def check_lengths(lengths: Any, B: int, T: int, device: torch.device) -> None:
-    """int [B] on the model's device, on a CPU with values in 0..T; ValueError otherwise."""
-    good = isinstance(lengths, Tensor) and lengths.dtype in (torch.int32, torch.int64) and lengths.shape == (B,)
-    if not good or lengths.device != device:
+    """Raise ValueError unless lengths is int [B] on `device`, on a CPU with values in 0..T."""
+    valid = isinstance(lengths, Tensor) and lengths.dtype in (torch.int32, torch.int64) and lengths.shape == (B,)
+    if not valid or lengths.device != device:
         raise ValueError(f"Mixtral: argument 'lengths' needs to be an int32 or int64 tensor [{B}] on {device}")
     if not readable(lengths):
         return

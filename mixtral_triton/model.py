@@ -21,7 +21,7 @@ from .generate import generate
 from .inputs import check_dtype, check_ids, check_lengths, check_memory, usable_device, weight_bytes
 from .ops import unchecked
 from .parallel import UNSHARDED, Ranks
-from .quantize import QuantizedWeight, hub
+from .quantize import QuantizedWeight, hub, quantizers
 from .quantize.spec import QuantSpec, select_specs
 
 Ring = tuple[Tensor, Tensor]  # a layer's cached keys and values, [B, Hkv, C, D] each (KVCache)
@@ -37,8 +37,8 @@ def _empty_weight(shape: tuple[int, ...], device: Any, dtype: torch.dtype, spec:
 def rope_tables(config: MixtralConfig, device: Any) -> tuple[Tensor, Tensor]:
     """Return cos and sin of position * theta ** (-2i / D), fp32 [P, D/2] (Su et al. 2021, section 3.2).
 
-    Computed in fp32 on the CPU in transformers' order: at position 30,000 a frequency that is rounded differently, as by
-    a GPU's `pow`, changes the logits.
+    Computed in fp32 on the CPU in transformers' order: at position 30,000 a frequency that is rounded differently, as
+    by a GPU's `pow`, changes the logits.
     """
     D = config.head_dim
     frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, D, 2, device="cpu", dtype=torch.float32) / D))
@@ -77,7 +77,7 @@ class Layer(nn.Module):
         return h.view(state.shape), x.view(state.shape)
 
     def attention(self, h: Tensor, ring: Ring | None, state: State) -> Tensor:
-        """h [B,T,H] -> [B,T,H]."""
+        """h [B,T,H] -> the attention block's output [B,T,H]."""
         B, T, _ = h.shape
         Hq, Hkv, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
         qkv = unchecked.linear(h, self.qkv_proj, state.deterministic)
@@ -145,14 +145,13 @@ class State:
 class Mixtral(nn.Module):
     """A Mixtral language model for inference.
 
-    `Mixtral(config)` allocates the parameters and leaves them unset; `Mixtral.from_pretrained` fills them. Their names
-    and shapes are `weights.parameter_shapes(config)`; those that `forms` names are QuantizedWeights of this
-    name and shape. Gradients and training mode are refused with a ValueError.
-    `deterministic`: a sequence's bits do not depend on the rest of the batch. The price: one tile for any number of
-    tokens in every matrix product, the experts of one token sorted like those of a thousand, and the keys of one query
-    read by one program a head, not by many at once.
-    `ranks`: the model is on a mesh, and this is one rank's part of it; heads in `config` are then the rank's own, and
-    `whole_config` has all of them.
+    `Mixtral(config)` allocates the parameters unset; `Mixtral.from_pretrained` fills them. Their names and shapes are
+    `weights.parameter_shapes(config)`; those named in `specs` are QuantizedWeights. Gradients and training mode raise
+    ValueError.
+
+    deterministic  a sequence's bits do not depend on the rest of the batch. The price: one tile for any number of
+                   tokens in every matrix product, sorted experts even for one token, and a fixed split of the keys
+    ranks          the model is one rank's part of a mesh: `config` has the rank's heads, `whole_config` all of them
     """
 
     embed_tokens: Tensor  # [V, H]
@@ -187,7 +186,7 @@ class Mixtral(nn.Module):
                 setattr(self, name, weight)
         if config.tie_word_embeddings:
             self.lm_head = self.embed_tokens
-        self.layers = nn.ModuleList(Layer(config, own) for own in layers)  # type: ignore[assignment]
+        self.layers = nn.ModuleList(Layer(config, parameters) for parameters in layers)  # type: ignore[assignment]
         cos, sin = rope_tables(config, device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -204,15 +203,17 @@ class Mixtral(nn.Module):
         deterministic: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> Mixtral:
-        """Load a Hugging Face checkpoint folder (config.json and safetensors; see weights.py for what is refused).
+        """Load a Hugging Face checkpoint folder (config.json and safetensors; weights.py says what is rejected).
 
-        weights None: as stored, quantized or not. "int4", "int8" or "fp8": the experts are quantized while they are
-        read. {"experts": "int4", "linear": "int8"}: attention's projections and the head, too; a head that is the
-        embedding stays as it is, like the gate and the norms.
-        device None: the GPU if there is one, else the CPU; "meta": headers only. dtype None: as stored. For
-        `deterministic` see the class. `progress` is called with the number of bytes just read.
-        mesh: a torch DeviceMesh with dimensions "tp" or "ep", or both; every rank of it calls this, reads what it keeps
-        (parallel.py), and then calls the model with the same tokens. What fails on one rank is a ValueError on all.
+        device         None: the GPU if there is one, else the CPU; "meta": headers only
+        dtype          None: as stored
+        weights        None: as stored, quantized or not. "int4", "int8" or "fp8": quantize the experts while loading.
+                       {"experts": "int4", "linear": "int8"}: attention's projections and the head, too; a tied head
+                       stays dense, like the gate and the norms
+        mesh           a torch DeviceMesh with dimensions "tp" or "ep", or both. Every rank calls this, reads its part
+                       (parallel.py), and calls the model with the same tokens. A failure on one rank raises on all
+        deterministic  see the class
+        progress       is called with the number of bytes just read
         """
         if not isinstance(deterministic, bool):
             raise ValueError(f"Mixtral.from_pretrained: deterministic is {deterministic!r}, needs True or False")
@@ -233,19 +234,18 @@ class Mixtral(nn.Module):
     def forward(self, input_ids: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None) -> Tensor:
         """input_ids int64 [B,T] -> logits fp32 [B,T,V].
 
-        With `cache`, the tokens continue where each sequence of it stands. `lengths` int [B]: only the first
-        lengths[b] tokens of row b are there (right-padded chunk); the other rows' logits mean nothing.
+        With `cache`, the tokens continue each of its sequences. `lengths` int [B]: only the first lengths[b] tokens of
+        row b exist (a right-padded chunk); logits of padding are undefined.
 
-        An id outside the vocabulary, a number of `lengths` outside 0..T and a sequence beyond the cache's `max_len` are
-        ValueErrors on a CPU. On a GPU nothing is read back: all logits of such a sequence are NaN, and so are later
-        ones as long as they see these tokens in the cache. The other sequences are as without it. So the call can be
-        captured in a CUDA graph.
+        An id outside the vocabulary, lengths outside 0..T and a sequence beyond the cache's `max_len` raise ValueError
+        on a CPU. On a GPU nothing is read back, so the call can be captured in a CUDA graph: all logits of such a
+        sequence are NaN, and so are later ones while they see these tokens in the cache. Others are unaffected.
         """
         self._check(input_ids, cache, lengths)
         return self.head(self.hidden(input_ids, cache, lengths))
 
     def hidden(self, input_ids: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None) -> Tensor:
-        """`forward` before the head, arguments already checked: [B,T] -> [B,T,H], normed."""
+        """`forward` without the head, on checked arguments: [B,T] -> [B,T,H], normed."""
         B, T = input_ids.shape
         if self.ranks is not None and not ops.untraced() and self.device.type != "meta":
             # The operators' checks do not know other ranks' experts.
@@ -274,19 +274,19 @@ class Mixtral(nn.Module):
         return logits.float()
 
     def places(self) -> dict[str, Any]:
-        """Every Parameter and QuantizedWeight, by the names of `weights.parameter_shapes`."""
+        """Return every Parameter and QuantizedWeight by the names of `weights.parameter_shapes`."""
         quantized = {name: module for name, module in self.named_modules() if isinstance(module, QuantizedWeight)}
         return dict(self.named_parameters()) | quantized
 
     generate = generate
 
     def _check(self, input_ids: Tensor, cache: KVCache | None, lengths: Tensor | None) -> None:
-        self._refuse_gradients()
-        check_dtype("Mixtral", self.dtype)  # one that was converted
+        self._reject_gradients()
+        check_dtype("Mixtral", self.dtype)  # the model may have been converted
         check_ids(input_ids, self.config.vocab_size, self.device)
         B, T = input_ids.shape
         if cache is None and lengths is not None:
-            raise ValueError("Mixtral: argument 'lengths' goes with a cache, and none was given")
+            raise ValueError("Mixtral: argument 'lengths' is given without a cache, needs a cache")
         if cache is None and self.config.max_position_embeddings < T:
             limit = self.config.max_position_embeddings
             raise ValueError(f"Mixtral: {T} tokens go beyond max_position_embeddings, {limit}")
@@ -308,7 +308,7 @@ class Mixtral(nn.Module):
             if got != need:
                 raise ValueError(f"Mixtral: argument 'cache' has {what} {got}, needs {need}")
 
-    def _refuse_gradients(self) -> None:
+    def _reject_gradients(self) -> None:
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             raise ValueError("Mixtral is for inference only: its parameters cannot require gradients")
 
@@ -318,7 +318,7 @@ class Mixtral(nn.Module):
         return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixtral:
-        """Moves and converts; into 16 bits all but the rotary tables, whose angles would be others."""
+        """Move and convert; the rotary tables stay fp32, since rounded angles would change the logits."""
         super()._apply(fn, recurse)
         if self.cos.dtype in (torch.bfloat16, torch.float16):
             self.cos, self.sin = rope_tables(self.config, self.cos.device)
@@ -341,12 +341,12 @@ def load(
     ranks: Ranks | None,
 ) -> Mixtral:
     config = MixtralConfig.from_pretrained(folder)
-    headers, shard = weights.read_headers(folder), UNSHARDED if ranks is None else ranks.shard
+    headers, shard = hub.read_headers(folder), UNSHARDED if ranks is None else ranks.shard
     shard.check(config)
     # Before the parameters are allocated: a broken config could ask for any size.
     fill: Callable[..., None]
     if headers.scheme is None:
-        fill = partial(weights.load, headers, weights.check(headers, config, shard))
+        fill = partial(weights.load, headers, weights.check(headers, config, shard), quantizer=quantizers.fill)
         specs: Mapping[str, QuantSpec] = select_specs(quantized, weights.parameter_shapes(config))
     elif quantized is not None:
         raise ValueError(

@@ -1,11 +1,11 @@
-"""More than one GPU: what each rank of a mesh keeps of the weights, and what the ranks send each other.
+"""Tensor and expert parallelism: what each rank of a mesh stores, and the collectives between ranks.
 
-n ranks, tp x ep of them; H hidden, I intermediate, E experts, Hq query heads, Hkv key/value heads, D head size, V
+n = tp x ep ranks; H hidden, I intermediate, E experts, Hq query heads, Hkv key/value heads, D head size, V
 vocabulary
 
-Every rank has every token. Attention is split by heads and the head by vocabulary over all n ranks, the experts over
-"ep" and the intermediate size of each over "tp"; embedding, norms and gate are everywhere. What a rank's attention, or
-its experts, give is a part of a sum (Megatron-LM, Shoeybi et al. 2019, section 3): an all-reduce behind each.
+Tokens are replicated. Attention is split by heads and the language model head by vocabulary over all n ranks, experts
+over "ep" and the intermediate size of each over "tp"; embedding, norms and gate are replicated. An all-reduce follows
+attention and the experts (Megatron-LM, Shoeybi et al. 2019, section 3).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,24 +24,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import MixtralConfig
-from .quantize.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from .quantize.spec import QuantSpec
 
 DIMENSIONS = ("tp", "ep")
-TIMEOUT = timedelta(seconds=30)  # of what runs at the same pace everywhere: a sum, the logits, a token
-LOADING = timedelta(minutes=10)  # for a rank whose disk is slower; one that has died is seen at once
-LOOKING = 1.0  # seconds between two looks at who is still there
-SETTLING = 0.2  # seconds until the connections of a dead rank are seen to be closed
+TIMEOUT = timedelta(seconds=30)  # of collectives while the model runs
+LOADING_TIMEOUT = timedelta(minutes=10)  # while loading: disks differ; a dead rank is detected at once
+POLL_INTERVAL = 1.0  # seconds between checks for dead ranks
+CLOSE_DELAY = 0.2  # seconds until the connections of a dead rank are closed
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank keeps of the weights; as it comes, all of them.
+    """The part of the weights that one rank stores; by default all of them.
 
     tp, ep            ranks along each dimension of the mesh
-    tp_rank, ep_rank  this one's place along each
-    rank              its place among all of them
+    tp_rank, ep_rank  this rank's index along each
+    rank              its index among all ranks
     """
 
     tp: int = 1
@@ -55,7 +57,7 @@ class Shard:
         return self.tp * self.ep
 
     def check(self, config: MixtralConfig) -> None:
-        """ValueError where the ranks do not divide a size of the model."""
+        """Raise ValueError where the ranks do not divide a size of the model."""
         n, queries, keys = self.ranks, config.num_attention_heads, config.num_key_value_heads
         needs = {
             f"num_attention_heads is {queries}, needs a multiple of {n}": queries % n,
@@ -73,72 +75,72 @@ class Shard:
                 raise ValueError(f"Mixtral.from_pretrained: mesh has tp {self.tp} x ep {self.ep} = {n} ranks: {need}")
 
     def config(self, config: MixtralConfig) -> MixtralConfig:
-        """The model's, with the heads that this rank keeps."""
+        """Return the model's config with this rank's heads."""
         queries, keys = self.queries(config), self.keys(config)
-        own = {"num_attention_heads": queries.stop - queries.start, "num_key_value_heads": keys.stop - keys.start}
-        return replace(config, **own) if self.ranks > 1 else config
+        heads = {"num_attention_heads": queries.stop - queries.start, "num_key_value_heads": keys.stop - keys.start}
+        return replace(config, **heads) if self.ranks > 1 else config
 
     def queries(self, config: MixtralConfig) -> slice:
-        """Query heads."""
+        """Return this rank's query heads."""
         return even(config.num_attention_heads, self.rank, self.ranks)
 
     def keys(self, config: MixtralConfig) -> slice:
-        """Key/value heads: those that its query heads read. Where there are fewer than ranks, several keep the same."""
+        """Return the key/value heads that its query heads read; ranks share one where there are fewer than ranks."""
         heads = config.num_key_value_heads
         start = heads * self.rank // self.ranks
         return slice(start, start + max(1, heads // self.ranks))
 
     def qkv_rows(self, config: MixtralConfig) -> dict[str, slice]:
-        """The rows of its heads in each of the three projections, as they are stored."""
+        """Return the rows of its heads in each of the stored projections."""
         D, queries, keys = config.head_dim, self.queries(config), self.keys(config)
-        own = slice(keys.start * D, keys.stop * D)
-        return {"q": slice(queries.start * D, queries.stop * D), "k": own, "v": own}
+        key_rows = slice(keys.start * D, keys.stop * D)
+        return {"q": slice(queries.start * D, queries.stop * D), "k": key_rows, "v": key_rows}
 
     def experts(self, config: MixtralConfig) -> slice:
         return even(config.num_local_experts, self.ep_rank, self.ep)
 
     def inner(self, config: MixtralConfig) -> slice:
-        """Of each expert's intermediate size."""
+        """Return its part of each expert's intermediate size."""
         return even(config.intermediate_size, self.tp_rank, self.tp)
 
     def vocabulary(self, config: MixtralConfig) -> slice:
-        """Rows of the head."""
+        """Return its rows of the language model head."""
         return even(config.vocab_size, self.rank, self.ranks)
 
     def specs(
-        self, specs: Mapping[str, QuantSpec], whole: Mapping[str, Shape], own: Mapping[str, Shape]
+        self, specs: Mapping[str, QuantSpec], full: Mapping[str, Shape], local: Mapping[str, Shape]
     ) -> dict[str, QuantSpec]:
-        """The forms of this rank's parts, of shapes `own`, of parameters that have `forms` and shapes `whole`.
+        """Return the specs of this rank's parts, given the specs and the `full` and `local` shapes by parameter.
 
-        Where a row has one scale, each part of it keeps that. ValueError where a group of columns would be cut.
+        Parts of a row with one scale keep it. Raises ValueError where a group of columns would be cut.
         """
-        found = {}
+        parts = {}
         for name, spec in specs.items():
-            K, columns = whole[name][-1], own[name][-1]
+            K, columns = full[name][-1], local[name][-1]
             if spec.group != K and columns % spec.group:
                 cut = f"mesh cuts the {K} columns of {name} into {columns} a rank"
                 raise ValueError(f"Mixtral.from_pretrained: {cut}, needs a multiple of the group, {spec.group}")
-            found[name] = replace(spec, group=columns) if spec.group == K else spec
-        return found
+            parts[name] = replace(spec, group=columns) if spec.group == K else spec
+        return parts
 
 
 UNSHARDED = Shard()
 
 
 def even(size: int, part: int, parts: int) -> slice:
-    """One of several parts, which differ by one at most."""
+    """Return one of several parts of 0..size that differ by at most one."""
     return slice(size * part // parts, size * (part + 1) // parts)
 
 
 class Ranks:
-    """The ranks of a DeviceMesh, as one of them sees it: its Shard, and what they send each other.
+    """The ranks of a DeviceMesh as one of them sees it: its Shard and the collectives.
 
-    name         of this rank, for messages
-    device_type  the mesh's
+    name         this rank's name in messages
+    device_type  the mesh's device type
     """
 
     def __init__(self, mesh: Any) -> None:
-        """Every rank of the mesh has to call this. ValueError for what is no mesh of DIMENSIONS, with this rank."""
+        """Every rank of the mesh must call this. Raises ValueError unless the mesh has DIMENSIONS and this rank."""
         _check(mesh)
         ranks = sorted(mesh.mesh.flatten().tolist())
         sizes = dict(zip(mesh.mesh_dim_names, mesh.mesh.shape, strict=True))
@@ -148,84 +150,90 @@ class Ranks:
         self.device_type: str = mesh.device_type
         self._global = ranks
         try:
-            # Groups of our own: with our timeouts, over both dimensions at once, and on CPUs for what the hosts say.
-            # That one first: the ranks may come here at very different times.
-            self._hosts: Any = dist.new_group(ranks, timeout=LOADING, backend="gloo", use_local_synchronization=True)
+            # Separate groups: with our timeouts, over both dimensions, and on CPUs for host objects. The CPU group is
+            # first, since ranks may arrive at very different times.
+            self._hosts: Any = dist.new_group(
+                ranks, timeout=LOADING_TIMEOUT, backend="gloo", use_local_synchronization=True
+            )
             self._group: Any = dist.new_group(ranks, timeout=TIMEOUT, use_local_synchronization=True)
         except RuntimeError as error:
-            raise ConnectionError(f"{self.name}: the ranks do not find each other: {_line(error)}") from error
+            raise ConnectionError(f"{self.name}: the ranks cannot connect: {_line(error)}") from error
 
     def check_device(self, device: torch.device) -> None:
         if device.type not in (self.device_type, "meta"):
             raise ValueError(f"Mixtral.from_pretrained: device is {device}, needs the mesh's type, {self.device_type}")
 
     def local_ids(self, ids: Tensor, experts: int) -> Tensor:
-        """Routes ids int32 [T,K] as this rank counts its `experts`; another rank's are out of range, and drop out."""
+        """Convert expert ids int32 [T,K] to this rank's indices; other ranks' ids become out of range: no-ops."""
         return ids - self.shard.ep_rank * experts if self.shard.ep > 1 else ids
 
     def all_reduce(self, part: Tensor, in_order: bool) -> Tensor:
-        """The sum of all ranks' `part`, in its memory or elsewhere.
+        """Sum `part` over all ranks, possibly in place.
 
-        in_order: rank by rank. An all-reduce chooses its order by the size of the whole, so by the batch.
+        in_order: sum rank by rank. An all-reduce picks its order by size, so by the batch.
         """
         if in_order:
             return reduce(torch.add, self.gathered(part))
-        with self._watched():
+        with self._name_errors():
             dist.all_reduce(part, group=self._group)
         return part
 
     def all_gather(self, part: Tensor, size: int) -> Tensor:
-        """The parts [..., n] of a last dimension of `size`, cut by `even` -> [..., size]."""
-        runs = [even(size, rank, self.shard.ranks) for rank in range(self.shard.ranks)]
-        widths = [run.stop - run.start for run in runs]
+        """Join the ranks' parts [..., n] of a last dimension of `size`, split by `even` -> [..., size]."""
+        spans = [even(size, rank, self.shard.ranks) for rank in range(self.shard.ranks)]
+        widths = [span.stop - span.start for span in spans]
         parts = self.gathered(F.pad(part, (0, max(widths) - part.shape[-1])))
-        return torch.cat([one[..., :width] for one, width in zip(parts, widths, strict=True)], dim=-1)
+        return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """The first rank's x, on all."""
-        with self._watched():
+        """Return the first rank's x on all ranks."""
+        with self._name_errors():
             dist.broadcast(x, self._global[0], group=self._group)
         return x
 
     def synchronize(self, device: torch.device) -> None:
-        """Wait for what `device` has to do. ConnectionError where another rank is gone or does not answer meanwhile:
-        of what a replayed graph sends, torch's own watchdog knows nothing."""
+        """Wait for the device; raise ConnectionError if another rank is gone or does not answer meanwhile.
+
+        torch's watchdog does not see the collectives of a replayed CUDA graph.
+        """
         if device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
             self.wait(event.query)
 
     def wait(self, done: Callable[[], bool]) -> None:
-        """Until `done()`; as `synchronize`."""
-        start = looked = time.monotonic()
+        """Wait until `done()`, with the errors of `synchronize`."""
+        start = checked = time.monotonic()
         while not done():
             now = time.monotonic()
             late = now - start > TIMEOUT.total_seconds()
-            if late or now - looked > LOOKING:
-                self._refuse_gone(late)
-                looked = time.monotonic()
+            if late or now - checked > POLL_INTERVAL:
+                self._raise_if_missing(late)
+                checked = time.monotonic()
 
-    def _refuse_gone(self, late: bool) -> None:
-        if (gone := self._gone()) or late:
-            raise ConnectionError(f"{self.name}: {_missing(gone)}: its part of a sum did not come")
+    def _raise_if_missing(self, late: bool) -> None:
+        if (missing := self._closed_ranks()) or late:
+            raise ConnectionError(
+                f"{self.name}: {_describe_missing(missing)}: its part of an all-reduce did not arrive"
+            )
 
     def gathered(self, part: Tensor) -> list[Tensor]:
-        """Every rank's, all of one shape."""
+        """Return every rank's part; all have one shape."""
         parts = [torch.empty_like(part) for _ in self._global]
-        with self._watched():
+        with self._name_errors():
             dist.all_gather(parts, part, group=self._group)
         return parts
 
-    def all_gather_object(self, what: Any) -> list[Any]:
-        """What each rank's host says."""
-        said: list[Any] = [None] * self.shard.ranks
-        with self._watched():
-            dist.all_gather_object(said, what, group=self._hosts)
-        return said
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Return the host objects of all ranks."""
+        values: list[Any] = [None] * self.shard.ranks
+        with self._name_errors():
+            dist.all_gather_object(values, value, group=self._hosts)
+        return values
 
     @contextmanager
     def raise_on_any_rank(self) -> Iterator[None]:
-        """What fails on one rank fails on all, each with a ValueError that says where and why: nobody waits in vain."""
+        """Raise a failure of one rank on all ranks as a ValueError with its reason, so that none waits for it."""
         error = None
         try:
             yield
@@ -241,31 +249,30 @@ class Ranks:
             raise ValueError("; ".join(failed)) from error
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """A ConnectionError that names this rank, and the ranks that are gone, where they do not answer."""
+    def _name_errors(self) -> Iterator[None]:
+        """Turn a failed collective into a ConnectionError that names this rank and the missing ranks."""
         try:
             yield
         except RuntimeError as error:
-            time.sleep(SETTLING)
-            why = _line(error).partition(". ")[0]  # gloo goes on with advice
-            raise ConnectionError(f"{self.name}: {_missing(self._gone())}: {why}") from error
+            time.sleep(CLOSE_DELAY)
+            reason = _line(error).partition(". ")[0]  # gloo appends advice
+            raise ConnectionError(f"{self.name}: {_describe_missing(self._closed_ranks())}: {reason}") from error
 
-    def _gone(self) -> list[int]:
-        """The other ranks whose connections are closed."""
-        places = enumerate(self._global)
-        return [rank for rank, place in places if rank != self.shard.rank and self._closed(place)]
+    def _closed_ranks(self) -> list[int]:
+        """Return the other ranks whose connections are closed."""
+        ranks = enumerate(self._global)
+        return [rank for rank, world in ranks if rank != self.shard.rank and self._is_closed(world)]
 
-    def _closed(self, place: int) -> bool:
-        """Whether the connection to the rank of this place in the world is."""
+    def _is_closed(self, world_rank: int) -> bool:
         try:
-            dist.isend(torch.zeros(1, device="cpu"), place, group=self._hosts)
+            dist.isend(torch.zeros(1, device="cpu"), world_rank, group=self._hosts)
         except RuntimeError:
             return True
         return False
 
 
-def _missing(gone: list[int]) -> str:
-    return f"rank {' and '.join(map(str, gone))} is gone" if gone else "another rank does not answer"
+def _describe_missing(ranks: list[int]) -> str:
+    return f"rank {' and '.join(map(str, ranks))} is gone" if ranks else "another rank does not answer"
 
 
 def _line(error: Exception) -> str:
@@ -273,7 +280,7 @@ def _line(error: Exception) -> str:
 
 
 def _check(mesh: Any) -> None:
-    from torch.distributed.device_mesh import DeviceMesh  # it takes a while to import
+    from torch.distributed.device_mesh import DeviceMesh  # a slow import
 
     need = "needs a torch.distributed.device_mesh.DeviceMesh whose dimensions are named 'tp' or 'ep', or both"
     if not isinstance(mesh, DeviceMesh):
@@ -289,9 +296,9 @@ def _check(mesh: Any) -> None:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank sends for one token of a decode step, by a ring's algorithm.
+    """Bytes that a rank sends for one token of a decode step, with a ring algorithm.
 
-    layer  both all-reduces of one layer: each sends 2 (n - 1) / n of H numbers
+    layer  both all-reduces of one layer: each sends 2 (n - 1) / n of H elements
     head   the logits: n - 1 times this rank's part of the vocabulary
     """
 
@@ -300,7 +307,7 @@ class Traffic:
 
 
 def traffic(config: MixtralConfig, tp: int = 1, ep: int = 1, itemsize: int = 2) -> Traffic:
-    """`itemsize`: bytes of a number of the activations. A `deterministic` model sends n / 2 times as much a layer."""
+    """Count the bytes sent; `itemsize` is the activations'. Deterministic mode sends n / 2 times as much a layer."""
     n = tp * ep
     part = -(-config.vocab_size // n)
     tied = config.tie_word_embeddings

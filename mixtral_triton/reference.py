@@ -1,4 +1,4 @@
-"""Plain torch: every operation (written out in kernels/reference.py), a block, and the forward without a cache."""
+"""The plain torch reference: every operation (from kernels/reference.py), a block, and the forward without a cache."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ __all__ = [
     "uncached_attention",
 ]
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v, not yet rotated -> [B,T,Hq,D]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v, not rotated -> [B,T,Hq,D]
 
 
 @dataclass(frozen=True)
 class Values:
-    """What a block computes on the way, B sequences of T tokens: N = B T rows.
+    """A block's intermediate values for B sequences of T tokens, N = B T rows.
 
-    x, normed, attended, output  [B,T,H]: the residual stream, its norm, what attention adds, the stream behind all
-    q, k, v, heads               [B,T,heads,D], not yet rotated, and [B,T,Hq D]
-    h, logits, weights, ids      [N,H], [N,E], [N,K] twice: what the experts read, and who reads it
+    x, normed, attended, output  [B,T,H]: the residual stream, its norm, attention's output, the stream after the block
+    q, k, v, heads               [B,T,heads,D], not rotated, and [B,T,Hq D]
+    h, logits, weights, ids      [N,H] input of the experts; [N,E] logits; [N,K] routing weights and expert ids
     """
 
     x: Tensor
@@ -56,22 +56,22 @@ def block(
     x: Tensor,
     attend: Attend,
     ids: Tensor | None = None,
-    of: Callable[[Tensor], Tensor] = lambda weight: weight,
+    convert: Callable[[Tensor], Tensor] = lambda weight: weight,
     experts: Callable[..., Tensor] = expert_swiglu,
 ) -> Values:
-    """One block on x [B,T,H] (Jiang et al. 2024): attention, then the experts, each behind a norm and added to x.
+    """Compute one block on x [B,T,H] (Jiang et al. 2024): attention, then experts, each after a norm and added to x.
 
-    ids [N,K]: the experts to take, in the router's place. `of` is asked for each weight but the experts', which are
-    left to `experts`: for other arithmetic than the weights'.
+    ids [N,K] replaces the router's choice. `convert` applies to each weight except the experts', which `experts`
+    handles: for arithmetic in another dtype than the weights'.
     """
     B, T, H = x.shape
     Hq, Hkv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    normed = rms_norm(x, of(layer.input_layernorm), config.rms_norm_eps)
-    q, k, v = linear(normed, of(layer.qkv_proj)).view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
+    normed = rms_norm(x, convert(layer.input_layernorm), config.rms_norm_eps)
+    q, k, v = linear(normed, convert(layer.qkv_proj)).view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
     heads = attend(q, k, v).reshape(B, T, Hq * D)
-    attended = linear(heads, of(layer.o_proj))
-    h = rms_norm(x + attended, of(layer.post_attention_layernorm), config.rms_norm_eps).view(B * T, H)
-    logits = linear(h, of(layer.gate))
+    attended = linear(heads, convert(layer.o_proj))
+    h = rms_norm(x + attended, convert(layer.post_attention_layernorm), config.rms_norm_eps).view(B * T, H)
+    logits = linear(h, convert(layer.gate))
     if ids is None:
         weights, ids = route(logits, config.num_experts_per_tok)
     else:
@@ -81,7 +81,7 @@ def block(
 
 
 def uncached_attention(window: int | None, cos: Tensor, sin: Tensor) -> Attend:
-    """Attention without a cache: token t stands at position t."""
+    """Return attention without a cache: token t is at position t."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         positions = torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])
@@ -91,7 +91,7 @@ def uncached_attention(window: int | None, cos: Tensor, sin: Tensor) -> Attend:
 
 
 def forward(model: Any, input_ids: Tensor) -> Tensor:
-    """All of a `Mixtral` on input_ids [B,T] -> logits fp32 [B,T,V] (HF's MixtralForCausalLM)."""
+    """Run a whole `Mixtral` on input_ids [B,T] -> logits fp32 [B,T,V] (transformers' MixtralForCausalLM)."""
     x = model.embed_tokens[input_ids]
     for layer in model.layers:
         x = block(layer, model.config, x, uncached_attention(model.config.sliding_window, model.cos, model.sin)).output

@@ -1,8 +1,8 @@
-"""A checkpoint's weights: which tensors there have to be, where each goes, and reading them into place.
+"""A checkpoint's weights: the tensors that it must hold, where each goes, and reading them.
 
-The parameters of the model (`parameter_shapes`) and the tensors of the two layouts on disk (`table`) are each listed
-once, here. Headers are checked in full before a byte of data is read; data go from the mapped file straight into the
-parameters in chunks, so that there is never a second copy. Format: https://github.com/huggingface/safetensors#format
+This file lists the parameters of the model (`parameter_shapes`) and the tensors of both layouts on disk (`table`).
+Headers are checked in full before data are read. Data go from the mapped file into the parameters in chunks, without a
+second copy. Format: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import MixtralConfig, checkpoint_folder, parse_json_object, refuse_gguf
+from .kernels.quantized import GROUPS, QuantizedWeight
 from .parallel import UNSHARDED, Shard
-from .quantize.quantizers import fill as quantize_into
-from .quantize.schemes import Scheme, read_scheme
-from .quantize.spec import QuantSpec
 
 Layout = Literal["per_expert", "fused"]
 Shape = tuple[int, ...]
@@ -33,6 +31,8 @@ Runs = tuple[slice, ...]
 Index = tuple[slice, ...]
 Folder = str | os.PathLike[str]
 Progress = Callable[[int], object] | None
+# Quantizes rows into a weight of the same rows, and of the columns that the slice keeps.
+Quantizer = Callable[[Any, Tensor, Any], None]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -46,9 +46,9 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Target:
-    """Where a stored tensor of `shape` goes: into `parameters[parameter][index]`.
+    """A stored tensor of `shape` goes into `parameters[parameter][index]`.
 
-    kept  per dimension the runs that this rank keeps, which lie there one after the other; it is whole but on a mesh
+    kept  per dimension the runs that this rank keeps, concatenated; all of it without a mesh
     """
 
     parameter: str
@@ -58,13 +58,13 @@ class Target:
 
     @property
     def here(self) -> bool:
-        """Whether this rank keeps any of it."""
+        """Whether this rank keeps a part of it."""
         return all(self.kept)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor on disk: its file, safetensors' name of its dtype, its shape, its place among those of the file."""
+    """A tensor on disk: its file, safetensors' name of its dtype, its shape, its position in the file."""
 
     file: Path
     dtype: str
@@ -82,34 +82,32 @@ class Stored:
 
 @dataclass(frozen=True)
 class Headers:
-    """All tensors of a checkpoint folder over its shards, by name; read, checked, no data touched.
+    """The checked headers of all tensors in a checkpoint folder, by name.
 
-    scheme  how it is quantized; None where it is not
+    scheme  how it is quantized (quantize.schemes); None where it is not
     """
 
     folder: Path
     tensors: Mapping[str, Stored]
-    scheme: Scheme | None
+    scheme: Any = None
 
 
 def parameter_shapes(config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Shape]:
-    """Name and shape of every parameter of the model, or of a rank's part of it.
-
-    `lm_head` is absent where the embedding is the head.
-    """
+    """Return name and shape of each parameter of the model, or of a rank's part. A tied head has no `lm_head`."""
     hidden, inner, experts = config.hidden_size, _length(shard.inner(config)), _length(shard.experts(config))
     rows = qkv_rows(shard.config(config))
+    layer_shapes: dict[str, Shape] = {
+        "input_layernorm": (hidden,),
+        "qkv_proj": (rows["v"].stop, hidden),
+        "o_proj": (hidden, rows["q"].stop),
+        "post_attention_layernorm": (hidden,),
+        "gate": (config.num_local_experts, hidden),
+        "gate_up_proj": (experts, 2 * inner, hidden),
+        "down_proj": (experts, hidden, inner),
+    }
     shapes: dict[str, Shape] = {"embed_tokens": (config.vocab_size, hidden)}
     for layer in range(config.num_hidden_layers):
-        shapes |= {
-            f"layers.{layer}.input_layernorm": (hidden,),
-            f"layers.{layer}.qkv_proj": (rows["v"].stop, hidden),
-            f"layers.{layer}.o_proj": (hidden, rows["q"].stop),
-            f"layers.{layer}.post_attention_layernorm": (hidden,),
-            f"layers.{layer}.gate": (config.num_local_experts, hidden),
-            f"layers.{layer}.gate_up_proj": (experts, 2 * inner, hidden),
-            f"layers.{layer}.down_proj": (experts, hidden, inner),
-        }
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in layer_shapes.items()}
     shapes["norm"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes["lm_head"] = (_length(shard.vocabulary(config)), hidden)
@@ -117,7 +115,7 @@ def parameter_shapes(config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[st
 
 
 def table(config: MixtralConfig, layout: Layout, shard: Shard = UNSHARDED) -> dict[str, Target]:
-    """Every tensor that a checkpoint of this layout holds, by its name on disk, and where it goes."""
+    """Return each tensor of a checkpoint of this layout by its name on disk, and where it goes."""
     hidden, vocabulary, E, I = config.hidden_size, config.vocab_size, config.num_local_experts, config.intermediate_size
     experts, inner = shard.experts(config), shard.inner(config)
     kept_rows, rows = shard.qkv_rows(config), qkv_rows(shard.config(config))
@@ -125,10 +123,10 @@ def table(config: MixtralConfig, layout: Layout, shard: Shard = UNSHARDED) -> di
     targets: dict[str, Target] = {}
 
     def put(name: str, parameter: str, shape: Shape, *index: int | slice, **kept: Runs) -> None:
-        """`kept`: the runs of a dimension, by its name: "rows" and "columns" are the last two, "first" the first."""
+        """`kept`: the runs of the dimension "first", or of the last two, "rows" and "columns"."""
         runs: list[Runs] = [(slice(0, size),) for size in shape]
-        for dimension, own in kept.items():
-            runs[{"first": 0, "rows": -2, "columns": -1}[dimension]] = own
+        for dimension, run in kept.items():
+            runs[{"first": 0, "rows": -2, "columns": -1}[dimension]] = run
         targets[name] = Target(parameter, index, shape, tuple(runs))
 
     put(EMBEDDING, "embed_tokens", (vocabulary, hidden))
@@ -152,10 +150,10 @@ def table(config: MixtralConfig, layout: Layout, shard: Shard = UNSHARDED) -> di
             put(f"{moe}.experts.down_proj", f"{here}.down_proj", (E, hidden, I), first=(experts,), columns=(inner,))
             continue
         for expert in range(E):
-            at, own = expert - experts.start, (inner,) if experts.start <= expert < experts.stop else ()
-            put(f"{moe}.experts.{expert}.w1.weight", f"{here}.gate_up_proj", (I, hidden), at, gate, rows=own)
-            put(f"{moe}.experts.{expert}.w3.weight", f"{here}.gate_up_proj", (I, hidden), at, up, rows=own)
-            put(f"{moe}.experts.{expert}.w2.weight", f"{here}.down_proj", (hidden, I), at, columns=own)
+            at, kept = expert - experts.start, (inner,) if experts.start <= expert < experts.stop else ()
+            put(f"{moe}.experts.{expert}.w1.weight", f"{here}.gate_up_proj", (I, hidden), at, gate, rows=kept)
+            put(f"{moe}.experts.{expert}.w3.weight", f"{here}.gate_up_proj", (I, hidden), at, up, rows=kept)
+            put(f"{moe}.experts.{expert}.w2.weight", f"{here}.down_proj", (hidden, I), at, columns=kept)
     return targets
 
 
@@ -164,23 +162,22 @@ def _length(run: slice) -> int:
 
 
 def qkv_rows(config: MixtralConfig) -> dict[str, slice]:
-    """Rows of `qkv_proj` that hold each of the three projections."""
+    """Return the rows of `qkv_proj` that hold each of the three projections."""
     query, value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     return {"q": slice(0, query), "k": slice(query, query + value), "v": slice(query + value, query + 2 * value)}
 
 
-def read_headers(folder: Folder) -> Headers:
-    """Headers of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+def read_headers(folder: Folder, scheme: Any = None) -> Headers:
+    """Read the headers of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
 
-    Raises FileNotFoundError for what is not there, ValueError for pickled weights, an index that disagrees with its
-    shards or points out of the folder, a truncated or padded file, a dtype that is not F32, BF16 or F16, mixed dtypes.
-    A quantized folder (`read_scheme`) has integers and fp8, too.
+    `scheme`: how the folder is quantized; it then may hold integers and fp8 (`quantize.hub.read_headers` finds it).
+    Raises FileNotFoundError for missing files; ValueError for pickled weights, an index that disagrees with its shards
+    or points out of the folder, a truncated or padded file, a dtype other than F32, BF16 or F16, mixed dtypes.
     """
     path = checkpoint_folder(folder)
     refuse_gguf(path)
-    scheme = read_scheme(path)
     dtypes = DTYPES if scheme is None else DTYPES | CODES
-    if os.path.lexists(path / SINGLE_FILE):  # where both are there, transformers takes this one as well
+    if os.path.lexists(path / SINGLE_FILE):  # preferred over an index, as in transformers
         tensors = _read_header(path / SINGLE_FILE, dtypes)
     elif os.path.lexists(path / INDEX_FILE):
         tensors = _read_shards(path / INDEX_FILE, dtypes)
@@ -196,7 +193,7 @@ def read_headers(folder: Folder) -> Headers:
 
 
 def one_dtype(path: Path, tensors: Mapping[str, Stored]) -> None:
-    """ValueError unless all of them are stored in the same dtype."""
+    """Raise ValueError unless all tensors are stored in the same dtype."""
     usual = Counter(stored.dtype for stored in tensors.values()).most_common(1)[0][0]
     odd = [f"{name} is {stored.dtype}" for name, stored in tensors.items() if stored.dtype != usual]
     if odd:
@@ -204,34 +201,34 @@ def one_dtype(path: Path, tensors: Mapping[str, Stored]) -> None:
 
 
 def stored_dtype(headers: Headers) -> torch.dtype:
-    """The one dtype that all tensors of the checkpoint are stored in, but for those that are quantized."""
+    """Return the dtype of the tensors that are not quantized."""
     return DTYPES[headers.tensors[EMBEDDING].dtype]
 
 
 def total_bytes(headers: Headers) -> int:
-    """Bytes of all stored tensors: what `progress` of `load` adds up to."""
+    """Return the bytes of all stored tensors, to which `progress` of `load` adds up."""
     return sum(stored.nbytes for stored in headers.tensors.values())
 
 
 def check(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Target]:
-    """The table of the layout that the names show, after checking that names and shapes on disk are exactly its own.
+    """Return the table of the layout that the names show; ValueError names missing, unknown and misshapen tensors.
 
-    Raises ValueError that names missing, unknown and misshapen tensors. Cheap for any config: run it before allocating.
+    It is cheap for any config: run it before allocating.
     """
     tensors, found = headers.tensors, targets(headers, config, shard)
     need = {name: target.shape for name, target in found.items()}
     if config.tie_word_embeddings and HEAD in tensors:
-        need[HEAD] = need[EMBEDDING]  # allowed, if equal to the embedding: `load` compares
+        need[HEAD] = need[EMBEDDING]  # allowed if equal to the embedding, which `load` checks
     compare(str(headers.folder), "the config", need, {name: stored.shape for name, stored in tensors.items()})
     return found
 
 
 def targets(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Target]:
-    """The table of the layout that the names on disk show; ValueError for a config that is far beyond them."""
+    """Return the table of the layout that the names on disk show; ValueError for a config far beyond them."""
     tensors = headers.tensors
     layout: Layout = "fused" if any(".mlp.experts." in name for name in tensors) else "per_expert"
     least = config.num_hidden_layers * (config.num_local_experts if layout == "per_expert" else 1)
-    if least > len(tensors):  # before the table is built: a broken config could make it endless
+    if least > len(tensors):  # before a broken config makes the table endless
         raise ValueError(f"{headers.folder}: holds {len(tensors)} tensors, the config asks for {least} or more")
     return table(config, layout, shard)
 
@@ -243,79 +240,86 @@ def load(
     parameters: Mapping[str, Any],
     progress: Progress = None,
     shard: Shard = UNSHARDED,
+    quantizer: Quantizer | None = None,
 ) -> None:
     """Fill `parameters` (names and shapes of `parameter_shapes`, any float dtype and device) with what `check` `found`.
 
-    `config` is the whole model's. Of each tensor only what the shard keeps is read; of a row that gets one scale, all.
-    A QuantizedWeight among them is quantized as it is read, on its device, a few rows at a time. Parameters on the meta
-    device are left alone. `progress` gets the number of bytes just loaded.
-    Raises ValueError or OSError only: for what is not finite in its parameter's dtype, and for a tied head of its own.
+    `config` is the unsharded model's. Only what the shard keeps is read, except rows that get one scale. `quantizer`
+    fills a QuantizedWeight among the parameters from a few rows at a time. Parameters on the meta device stay unset.
+    `progress` gets the number of bytes just loaded.
+    Raises only ValueError or OSError, for values not finite in the parameter's dtype and for a differing tied head.
     """
-    ours = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    compare("parameters", "the config", parameter_shapes(config, shard), ours)
-    fill(headers.tensors, found, parameters, progress)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    compare("parameters", "the config", parameter_shapes(config, shard), shapes)
+    fill(headers.tensors, found, parameters, progress, quantizer)
     if HEAD in headers.tensors and HEAD not in found and parameters["embed_tokens"].device.type != "meta":
         check_tied_head(headers, progress, shard.vocabulary(config))
 
 
 def fill(
-    tensors: Mapping[str, Stored], targets: Mapping[str, Target], parameters: Mapping[str, Any], progress: Progress
+    tensors: Mapping[str, Stored],
+    targets: Mapping[str, Target],
+    parameters: Mapping[str, Any],
+    progress: Progress,
+    quantizer: Quantizer | None = None,
 ) -> None:
-    """Each tensor that has a target into its place, file by file, in the order that they are stored in."""
+    """Read each tensor that has a target into its parameter, in the order of files."""
     order = sorted(tensors.items(), key=lambda item: (item[1].file, item[1].place))
-    # Inside somebody's `with torch.device("meta")` safetensors would return meta tensors: hence the second context.
+    # Inside a caller's `with torch.device("meta")`, safetensors would return meta tensors: hence the second context.
     with torch.no_grad(), torch.device("cpu"):
         for file, items in itertools.groupby(order, key=lambda item: item[1].file):
             with opened_file(file) as opened:
                 for name, stored in items:
                     target = targets.get(name)
                     if target and target.here and parameters[target.parameter].device.type != "meta":
-                        _fill(opened, name, stored, target, parameters[target.parameter][target.index], progress)
+                        destination = parameters[target.parameter][target.index]
+                        for count in _fill(opened.get_slice(name), name, stored, target, destination, quantizer):
+                            if progress:
+                                progress(count)
 
 
-def _fill(opened: Any, name: str, stored: Stored, target: Target, destination: Any, progress: Progress) -> None:
+def _fill(part: Any, name: str, stored: Stored, target: Target, destination: Any, quantizer: Any) -> Iterator[int]:
+    """Read one tensor in chunks, and yield the bytes of each."""
     kept, columns, K = target.kept, None, stored.shape[-1]
-    if not isinstance(destination, Tensor) and QuantSpec.default_for(destination.format, K).group == K:
-        kept, (columns,) = (*kept[:-1], (slice(0, K),)), kept[-1]  # a row's one scale is of all its columns
+    if isinstance(destination, QuantizedWeight) and (destination.format != "int4" or K in GROUPS):
+        kept, (columns,) = (*kept[:-1], (slice(0, K),)), kept[-1]  # a row has one scale, for all of its columns
     for at, place in chunks(stored, kept):
-        source = opened.get_slice(name)[at]
+        copied = source = part[at]
         if isinstance(destination, Tensor):
             copied = destination[place]
             copied.copy_(source)
         else:
-            copied = source
-            quantize_into(destination[place], source, columns)
-        # NaN and infinity never leave a sum: a finite one proves the chunk in one pass, without temporaries.
-        # A sum may overflow by itself: then each value is looked at.
+            quantizer(destination[place], source, columns)
+        # A sum of NaN or infinity is never finite: a finite one proves the chunk in one pass, without temporaries.
+        # A sum may overflow by itself: then each value is checked.
         if not torch.isfinite(copied.sum()) and not torch.isfinite(copied).all():
             raise _not_finite(name, stored, at, source, copied)
-        if progress:
-            progress(source.nbytes)
+        yield source.nbytes
 
 
 def _not_finite(name: str, stored: Stored, at: tuple[slice, ...], source: Tensor, copied: Tensor) -> ValueError:
     damaged = not torch.isfinite(source).all()
     local = torch.isfinite(source if damaged else copied).logical_not().nonzero()[0].tolist()
     first = [piece.start + along for piece, along in zip(at, local, strict=False)] + local[len(at) :]
-    why = "weights have to be finite, this file is damaged" if damaged else f"{copied.dtype} cannot hold it"
+    why = "weights must be finite, this file is damaged" if damaged else f"{copied.dtype} cannot hold it"
     return ValueError(f"{stored.file}: {name} holds {source[tuple(local)].item()} at {first}: {why}")
 
 
 def check_tied_head(headers: Headers, progress: Progress, rows: slice) -> None:
-    """ValueError unless these rows of the two are equal."""
+    """Raise ValueError unless these rows of the head and the embedding are equal."""
     head, embedding = headers.tensors[HEAD], headers.tensors[EMBEDDING]
     with torch.device("cpu"), opened_file(head.file) as head_file, opened_file(embedding.file) as embedding_file:
         for at, _ in chunks(head, ((rows,), (slice(0, head.shape[1]),))):
-            if not torch.equal(own := head_file.get_slice(HEAD)[at], embedding_file.get_slice(EMBEDDING)[at]):
+            if not torch.equal(part := head_file.get_slice(HEAD)[at], embedding_file.get_slice(EMBEDDING)[at]):
                 raise ValueError(f"{head.file}: {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true")
             if progress:
-                progress(own.nbytes)
+                progress(part.nbytes)
 
 
 def chunks(stored: Stored, kept: tuple[Runs, ...] | None = None) -> Iterator[tuple[Index, Index]]:
-    """Indices that cut what is kept of a tensor (None: all) into runs of rows of at most CHUNK_BYTES (or of one row).
+    """Yield indices that cut what is kept of a tensor (None: all) into rows of at most CHUNK_BYTES, at least one row.
 
-    Of each the place in the tensor as it is stored, and that in what holds nothing but what is kept.
+    Of each pair the first indexes the stored tensor, the second one that holds only what is kept.
     """
     kept = kept or tuple((slice(0, size),) for size in stored.shape)
     rows = max(0, len(kept) - 2)
@@ -336,7 +340,7 @@ def chunks(stored: Stored, kept: tuple[Runs, ...] | None = None) -> Iterator[tup
 
 @contextmanager
 def opened_file(file: Path) -> Iterator[Any]:
-    """The file, mapped: slices are views of it, so reading takes no memory. Library errors become ValueError."""
+    """Map the file: slices are views, so reading takes no memory. Library errors become ValueError."""
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             yield opened
@@ -346,13 +350,13 @@ def opened_file(file: Path) -> Iterator[Any]:
 
 
 def _read_shards(index: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Stored]:
-    """The tensors of all files of `weight_map` (tensor name -> plain name of a file beside the index)."""
+    """Return the tensors of all files of `weight_map` (tensor name -> plain name of a file beside the index)."""
     weight_map = parse_json_object(index.read_bytes(), str(index)).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index}: weight_map is missing; an object of tensor name to file name is needed")
     shards: dict[str, list[str]] = {}
     for name, file in weight_map.items():
-        # The name decides, not where a link leads: the hub's cache links to ../../blobs. Windows' rules are stricter.
+        # Checks the name, not a link's target: the hub's cache links to ../../blobs. Windows' rules are stricter.
         if not isinstance(file, str) or PureWindowsPath(file).name != file or file == "..":
             raise ValueError(f"{index}: {name!r} is in {file!r}; a plain file name inside the folder is needed")
         if not file.endswith(".safetensors"):
@@ -367,7 +371,7 @@ def _read_shards(index: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, St
 
 
 def compare(holder: str, source: str, need: Mapping[str, Shape | None], got: Mapping[str, Shape | None]) -> None:
-    """ValueError unless `got` has the names, and for each the shape, of `need`; None stands for any shape."""
+    """Raise ValueError unless `got` has the names and the shapes of `need`; None stands for any shape."""
     names = {"missing": sorted(need.keys() - got.keys()), "unknown": sorted(got.keys() - need.keys())}
     wrong = [f"{len(named)} {what} ({some(named)})" for what, named in names.items() if named]
     if not wrong:
@@ -377,12 +381,13 @@ def compare(holder: str, source: str, need: Mapping[str, Shape | None], got: Map
 
 
 def some(names: list[str]) -> str:
+    """Return the first names and the count of the rest."""
     text = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
     return text.encode("ascii", "backslashreplace").decode()  # a broken file's names may not be printable
 
 
 def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Stored]:
-    """The tensors of a safetensors file; that they fill it to the byte, the library proves."""
+    """Return the tensors of a safetensors file; the library checks that they fill it exactly."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, though the checkpoint needs it")
     found = {}
@@ -394,6 +399,6 @@ def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Sto
                 raise ValueError(f"{file}: {stored}; one of {', '.join(dtypes)} is needed")
             found[name] = Stored(file, part.get_dtype(), tuple(part.get_shape()), place)
     with file.open("rb") as raw:
-        # Of two tensors of one name the library takes the last.
+        # The library takes the last of two tensors of one name.
         parse_json_object(raw.read(int.from_bytes(raw.read(8), "little")), f"{file} (header)")
     return found

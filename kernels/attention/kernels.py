@@ -8,7 +8,7 @@ beside the queries, and at slot j mod C of the cache.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -17,52 +17,16 @@ from ..pdl import pdl_wait
 from ..ring import POSITIONS_MAX, sequence_position
 from ..rope import angles
 
-
-class Softmax(NamedTuple):
-    """The running softmax of a tile, fp32."""
-
-    acc: Any  # [BLOCK_M, BLOCK_D] sum of p @ v
-    largest: Any  # [BLOCK_M] greatest score, in base 2
-    total: Any  # [BLOCK_M] sum of p
-
-
-class QueryTile(NamedTuple):
-    q: Any  # [BLOCK_M, BLOCK_D]
-    offs_i: Any  # [BLOCK_M] positions
-    window: Any
-    scale: Any  # softmax scale * log2(e), positive
-
-
-class Keys(NamedTuple):
-    """Keys and values of one sequence and head: pointers and strides, or descriptors of all sequences and heads."""
-
-    k_ptr: Any
-    v_ptr: Any
-    stride_ks: Any
-    stride_vs: Any
-    k_desc: Any
-    v_desc: Any
-    b: Any
-    hkv: Any
-    first: Any  # position of index 0, or the slots of a ring
-
-
-class Span(NamedTuple):
-    """Positions low..high that some query of the tile sees, and inner_low..inner_high that all of them see."""
-
-    low: Any
-    high: Any
-    inner_low: Any
-    inner_high: Any
-
-
-class Kind(NamedTuple):
-    """What selects code."""
-
-    D: int
-    RING: bool
-    CAUSAL: bool
-    WINDOWED: bool
+# The running softmax of a tile, fp32: sum of p @ v [BLOCK_M, BLOCK_D], greatest score in base 2 and sum of p [BLOCK_M].
+Softmax = namedtuple("Softmax", "acc largest total")
+# q [BLOCK_M, BLOCK_D] and its positions [BLOCK_M]; scale is the softmax scale * log2(e), positive.
+QueryTile = namedtuple("QueryTile", "q offs_i window scale")
+# Keys and values of one sequence and head, by pointers and strides, or by descriptors of all sequences and heads.
+# `first` is the position of index 0, or the number of slots of a ring.
+Keys = namedtuple("Keys", "k_ptr v_ptr stride_ks stride_vs k_desc v_desc b hkv first")
+# Positions low..high that some query of the tile sees, and inner_low..inner_high that all of them see.
+Span = namedtuple("Span", "low high inner_low inner_high")
+Kind = namedtuple("Kind", "D RING CAUSAL WINDOWED")  # what selects code
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import reference
 from ..checks import INTS, Above, Within, constrain, fail
 from ..launch import launch, multiprocessors, select_configs, target_arch
-from ..op import Cost, Op, Shape, Sizes, dense_rows, sample, switches
+from ..op import Cost, Op, Shape, Sizes, dense_rows, sampler, shapes, switches
 from ..ring import Heads, New, Past, Queries, Slots, cache_inputs, check_caches, strides
 from ..rope import Table, check_head_size, tables
 from ..tma import describe
@@ -133,25 +133,16 @@ def rope_append_attention(
     """Rotate q and k at past[b], append k and v to the caches, and attend over them, for one token a sequence
     (`reference.rope_append_attention`).
 
-    Every program rotates its own queries. The program of the last split rotates the new key and stores it in the ring,
-    where no other reads it: the slot's old key has just left the window. Where past or new is out of range (a ValueError
-    on a CPU) the result is NaN and nothing is stored; beyond the tables it is NaN, too. `deterministic`: a sequence's
-    bits do not depend on the rest of the batch.
+    Every program rotates its own queries. The program of the last split also rotates the new key and stores it in
+    the ring, where no other program reads it: the slot's old key has just left the window. Where past or new is out of
+    range (a ValueError on a CPU) the result is NaN and nothing is stored; beyond the tables it is NaN, too.
     """
     keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     sizes = _sizes(q, keys, window, deterministic)
     k, v = dense_rows(k), dense_rows(v)
-    newest = {
-        "new_k_ptr": k,
-        "new_v_ptr": v,
-        "cos_ptr": cos.contiguous(),
-        "sin_ptr": sin.contiguous(),
-        "P": len(cos),
-        "stride_nkb": k.stride(0),
-        "stride_nkh": k.stride(2),
-        "stride_nvb": v.stride(0),
-        "stride_nvh": v.stride(2),
-    }
+    newest = {"new_k_ptr": k, "new_v_ptr": v, "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous(), "P": len(cos)}
+    newest |= {"stride_nkb": k.stride(0), "stride_nkh": k.stride(2)}
+    newest |= {"stride_nvb": v.stride(0), "stride_nvh": v.stride(2)}
     bounds = {"starts_ptr": None, "lengths_ptr": _contiguous(new), "past_ptr": _contiguous(past)}
     return _decode(q, keys, values, bounds, sizes, None, ring=True, newest=newest)
 
@@ -175,8 +166,18 @@ def _sizes(q: Tensor, k: Tensor, window: int | None, deterministic: bool) -> Sha
     return Shape(sizes, sms=multiprocessors(q.device) or 0, deterministic=deterministic)
 
 
-def _base_2(scale: float | None, D: int) -> float:
-    return (D**-0.5 if scale is None else scale) * math.log2(math.e)
+def _common_args(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float | None) -> dict[str, Any]:
+    """Return the sizes, strides, window and base-2 scale that both kernels take."""
+    Hq, D = q.shape[2:]
+    args: dict[str, Any] = {
+        "T": q.shape[1],
+        "S": k.shape[1],
+        "Hq": Hq,
+        "G": Hq // k.shape[2],
+        "window": sizes["window"],
+    }
+    args |= {"scale": (D**-0.5 if scale is None else scale) * math.log2(math.e)}
+    return args | strides("q", q) | strides("k", k) | strides("v", v)
 
 
 def _prefill(
@@ -192,35 +193,17 @@ def _prefill(
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     B, T, Hq, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    slots = (k, v) if cache is None else cache
     arch = target_arch(q.device)
     config = select_configs(configs, sizes, q.dtype, q.device)["attention_prefill_kernel"]
     block = (1, config.constexprs["BLOCK_N"], 1, config.constexprs["BLOCK_D"])
     k_desc, v_desc = (describe(x, block, arch) for x in (k, v))
     if k_desc is None or v_desc is None:  # both or neither: one loop reads both
         k_desc = v_desc = None
-    args = {
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "k_desc": k_desc,
-        "v_desc": v_desc,
-        "k_cache_ptr": None if cache is None else cache[0],
-        "v_cache_ptr": None if cache is None else cache[1],
-        "out_ptr": out,
-        **bounds,
-        "T": T,
-        "S": k.shape[1],
-        "C": slots[0].shape[2],
-        "Hq": Hq,
-        "G": Hq // k.shape[2],
-        **strides("q", q),
-        **strides("k", k),
-        **strides("v", v),
-        **{f"stride_c{dim}": stride for dim, stride in zip("bhs", slots[0].stride(), strict=False)},
-        "window": sizes["window"],
-        "scale": _base_2(scale, D),
-    }
+    k_cache, v_cache = cache or (None, None)
+    slots = k if k_cache is None else k_cache
+    args = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "k_desc": k_desc, "v_desc": v_desc, "out_ptr": out, **bounds}
+    args |= {"k_cache_ptr": k_cache, "v_cache_ptr": v_cache, "C": slots.shape[2], **strides("c", slots, "bhs")}
+    args |= _common_args(q, k, v, sizes, scale)
     grid = (B * Hq, triton.cdiv(T, config.constexprs["BLOCK_M"]))
     flags = {"D": D, "CACHED": cache is not None, "CAUSAL": causal, "WINDOWED": sizes["window"] > 0}
     launch(attention_prefill_kernel, grid, args, config, **flags)
@@ -248,24 +231,8 @@ def _decode(
     if splits > 1:
         part = torch.empty((*q.shape[:3], splits, D), dtype=torch.float32, device=q.device)
         lse = torch.empty((*q.shape[:3], splits), dtype=torch.float32, device=q.device)
-    args = {
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "out_ptr": part,
-        "lse_ptr": lse,
-        **bounds,
-        **newest,
-        "T": T,
-        "S": k.shape[1],
-        "Hq": Hq,
-        "G": Hq // k.shape[2],
-        **strides("q", q),
-        **strides("k", k),
-        **strides("v", v),
-        "window": sizes["window"],
-        "scale": _base_2(scale, D),
-    }
+    args = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": part, "lse_ptr": lse, **bounds, **newest}
+    args |= _common_args(q, k, v, sizes, scale)
     grid = (splits, k.shape[2], B if T else 0)
     launch(attention_decode_kernel, grid, args, config, D=D, RING=ring, WINDOWED=sizes["window"] > 0)
     if splits > 1:
@@ -278,8 +245,8 @@ def _decode(
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
     """With "ragged": the keys of sequence b are in [b, S - 2 b)."""
     B, T, S, D = (sizes[letter] for letter in ("B", "T", "S", "D"))
-    q = sample(B, T, sizes["Hq"], D, dtype=dtype, device=device, generator=generator)
-    k, v = (sample(B, S, sizes["Hkv"], D, dtype=dtype, device=device, generator=generator) for _ in range(2))
+    draw = sampler(dtype, device, generator)
+    q, k, v = (draw(B, tokens, sizes[heads], D) for tokens, heads in ((T, "Hq"), (S, "Hkv"), (S, "Hkv")))
     bounds: dict[str, Any] = {}
     if switches(sizes).ragged:
         b = torch.arange(B, dtype=torch.int32)
@@ -288,9 +255,8 @@ def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None)
 
 
 def cached_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    B, T, Hkv, D = (sizes[letter] for letter in ("B", "T", "Hkv", "D"))
-    q = sample(B, T, sizes["Hq"], D, dtype=dtype, device=device, generator=generator)
-    k, v = (sample(B, T, Hkv, D, dtype=dtype, device=device, generator=generator) for _ in range(2))
+    draw = sampler(dtype, device, generator)
+    q, k, v = (draw(sizes["B"], sizes["T"], sizes[heads], sizes["D"]) for heads in ("Hq", "Hkv", "Hkv"))
     fresh = {"k": k, "v": v} if switches(sizes).fresh else {"k": None, "v": None}
     return {"q": q, **fresh, **cache_inputs(sizes, dtype, device, generator), "window": sizes["window"]}
 
@@ -319,9 +285,7 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     return Cost(flops=4 * B * Hq * D * _pairs(sizes), bytes=elements * dtype.itemsize)
 
 
-def _shape(B: int, T: int, S: int, Hq: int, Hkv: int, D: int, window: int, **switches: bool) -> Sizes:
-    return Shape(B=B, T=T, S=S, Hq=Hq, Hkv=Hkv, D=D, window=window, **switches)
-
+_LETTERS = "B T S Hq Hkv D window"
 
 OP = Op(
     run=attention,
@@ -330,38 +294,26 @@ OP = Op(
     configs=configs,
     cost=cost,
     test_shapes=(
-        _shape(1, 40, 40, 4, 4, 64, 0),
-        _shape(2, 70, 70, 4, 2, 80, 16, ragged=True),
-        _shape(1, 150, 150, 2, 1, 32, 33),
-        _shape(3, 33, 50, 4, 1, 96, 0, ragged=True),
-        _shape(1, 40, 90, 2, 2, 128, 24),
-        _shape(2, 50, 50, 4, 2, 64, 20, causal=False),
-        _shape(1, 37, 37, 2, 2, 80, 0, causal=False, ragged=True),
-        _shape(1, 20, 9, 2, 1, 64, 0),
-        _shape(2, 1, 700, 8, 2, 128, 0, ragged=True),
-        _shape(1, 1, 90, 4, 4, 80, 30),
-        _shape(2, 3, 600, 4, 1, 96, 300, ragged=True),
+        *shapes(
+            _LETTERS, "1 40 40 4 4 64 0, 1 150 150 2 1 32 33, 1 40 90 2 2 128 24, 1 20 9 2 1 64 0, 1 1 90 4 4 80 30"
+        ),
+        *shapes(_LETTERS, "2 70 70 4 2 80 16, 3 33 50 4 1 96 0, 2 1 700 8 2 128 0, 2 3 600 4 1 96 300", ragged=True),
+        *shapes(_LETTERS, "2 50 50 4 2 64 20", causal=False),
+        *shapes(_LETTERS, "1 37 37 2 2 80 0", causal=False, ragged=True),
     ),
     bench_shapes=(
-        *(_shape(1, T, T, 32, 8, 128, window) for T in (512, 4096, 8192, 32768) for window in (0, 4096)),
-        _shape(1, 8192, 8192, 32, 8, 128, 256),
-        _shape(1, 4096, 4096, 32, 8, 128, 512, causal=False),
-        *(_shape(B, 1, S, 32, 8, 128, 0) for B in (1, 8, 32) for S in (1024, 4096, 32768)),
+        *(
+            shape
+            for T in (512, 4096, 8192, 32768)
+            for shape in shapes(_LETTERS, f"1 {T} {T} 32 8 128 0, 1 {T} {T} 32 8 128 4096")
+        ),
+        *shapes(_LETTERS, "1 8192 8192 32 8 128 256"),
+        *shapes(_LETTERS, "1 4096 4096 32 8 128 512", causal=False),
+        *(Shape(B=B, T=1, S=S, Hq=32, Hkv=8, D=128, window=0) for B in (1, 8, 32) for S in (1024, 4096, 32768)),
     ),
 )
 
-_CACHED = tuple(
-    Shape(B=2, Hq=hq, Hkv=2, D=D, C=C, window=window, past=past, T=T, fresh=fresh)
-    for hq, D, C, window, past, T, fresh in (
-        (4, 64, 16, 16, 0, 5, True),
-        (4, 80, 16, 16, 13, 20, True),
-        (2, 96, 16, 16, 100, 40, True),
-        (4, 32, 64, 0, 20, 17, True),
-        (8, 128, 16, 16, 3, 1, False),
-        (4, 80, 16, 16, 77, 1, False),
-        (4, 64, 600, 0, 500, 1, False),
-    )
-)
+_CACHED_LETTERS = "B T Hq Hkv D C window past"
 
 CACHED_OP = Op(
     run=cached_attention,
@@ -369,7 +321,12 @@ CACHED_OP = Op(
     inputs=cached_inputs,
     configs=configs,
     cost=cost,
-    test_shapes=_CACHED,
+    test_shapes=(
+        *shapes(
+            _CACHED_LETTERS, "2 5 4 2 64 16 16 0, 2 20 4 2 80 16 16 13, 2 40 2 2 96 16 16 100, 2 17 4 2 32 64 0 20"
+        ),
+        *shapes(_CACHED_LETTERS, "2 1 8 2 128 16 16 3, 2 1 4 2 80 16 16 77, 2 1 4 2 64 600 0 500", fresh=False),
+    ),
     bench_shapes=tuple(
         Shape(B=B, Hq=32, Hkv=8, D=128, C=C, window=window, past=C - 1, T=T, fresh=T > 1)
         for C, window in ((4096, 4096), (32768, 0))
@@ -379,14 +336,8 @@ CACHED_OP = Op(
 
 
 def step_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    B, T, D = sizes["B"], sizes["T"], sizes["D"]
-    heads = {
-        name: sample(B, T, sizes[letter], D, dtype=dtype, device=device, generator=generator)
-        for name, letter in (("q", "Hq"), ("k", "Hkv"), ("v", "Hkv"))
-    }
-    cos, sin = tables(8192, D, device)
-    caches = cache_inputs(sizes, dtype, device, generator)
-    return {**heads, "cos": cos, "sin": sin, **caches, "window": sizes["window"]}
+    cos, sin = tables(8192, sizes["D"], device)
+    return {**cached_inputs(sizes, dtype, device, generator), "cos": cos, "sin": sin}
 
 
 def step_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
@@ -398,10 +349,6 @@ def step_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     )
 
 
-def _step_shape(B: int, Hq: int, Hkv: int, D: int, C: int, window: int, past: int) -> Sizes:
-    return Shape(B=B, T=1, Hq=Hq, Hkv=Hkv, D=D, C=C, window=window, past=past)
-
-
 STEP_OP = Op(
     run=rope_append_attention,
     reference=reference.rope_append_attention,
@@ -409,15 +356,14 @@ STEP_OP = Op(
     configs=configs,
     cost=step_cost,
     mutates=("k_cache", "v_cache"),
-    test_shapes=(
-        _step_shape(3, 8, 2, 128, 16, 16, 0),
-        _step_shape(3, 8, 2, 96, 16, 16, 13),
-        _step_shape(2, 4, 2, 80, 16, 16, 77),
-        _step_shape(2, 4, 4, 64, 64, 0, 40),
-        _step_shape(1, 4, 1, 32, 600, 0, 590),
-        _step_shape(2, 2, 1, 64, 600, 600, 900),
+    test_shapes=shapes(
+        _CACHED_LETTERS,
+        "3 1 8 2 128 16 16 0, 3 1 8 2 96 16 16 13, 2 1 4 2 80 16 16 77, 2 1 4 4 64 64 0 40, 1 1 4 1 32 600 0 590, "
+        "2 1 2 1 64 600 600 900",
     ),
     bench_shapes=tuple(
-        _step_shape(B, 32, 8, 128, C, C if C == 4096 else 0, C - 1) for C in (4096, 32768) for B in (1, 32)
+        Shape(B=B, T=1, Hq=32, Hkv=8, D=128, C=C, window=window, past=C - 1)
+        for C, window in ((4096, 4096), (32768, 0))
+        for B in (1, 32)
     ),
 )

@@ -1,6 +1,6 @@
-"""Launch choices of the attention kernels: pure functions of sizes, dtype and architecture.
+"""Launch configurations of the attention kernels: pure functions of sizes, dtype and architecture.
 
-The literals are starting points that compile without a spill; not measured on a GPU yet.
+The literals compile without a spill; not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import triton
 from ..arch import amd, family, multiprocessors, tma
 from ..op import LaunchConfig, Sizes, power_of_2, switches
 
-DETERMINISTIC_SPLITS = 8  # whatever the batch and its longest sequence are
+DETERMINISTIC_SPLITS = 8  # for any batch and any length
 PACKED_ROWS = 16  # queries x group heads that one decode tile takes
 
-# (BLOCK_M, BLOCK_N, warps, stages) by head size at most, for 16-bit types and for fp32. None spills a register, on AMD
-# not even a scalar one into a vector one.
+# (BLOCK_M, BLOCK_N, warps, stages) by the greatest head size, for 16-bit types and for fp32. None spills a register; on
+# AMD none spills a scalar register into a vector one.
 _PREFILL = {
     "sm_80": (
         {128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
@@ -31,29 +31,29 @@ _PREFILL = {
     ),
 }
 _PREFILL["sm_100"] = _PREFILL["sm_90"]
-TWO_AN_SM = (64, 128, 4, 1)  # of these an SM holds two: one computes its softmax while the other multiplies
+TWO_PER_SM = (64, 128, 4, 1)  # an SM holds two of these: one computes its softmax while the other multiplies
 
 
-def _by_head(D: int, dtype: torch.dtype, arch: str) -> tuple[int, int, int, int]:
+def _tile_for_head(D: int, dtype: torch.dtype, arch: str) -> tuple[int, int, int, int]:
     table = _PREFILL[family(arch)][dtype == torch.float32]
-    return table[min(most for most in table if most >= D)]
+    return table[min(size for size in table if size >= D)]
 
 
 def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """Tiles by head size; a short window takes short tiles, since a tile sees window + BLOCK_M keys."""
     D, window = power_of_2(sizes["D"], low=16), sizes.get("window", 0)
-    block_m, block_n, warps, stages = _by_head(D, dtype, arch)
-    # Of a head that is no multiple of 16 the masks take registers.
+    block_m, block_n, warps, stages = _tile_for_head(D, dtype, arch)
+    # Head sizes that are no multiple of 16 need masks, which take registers.
     odd = sizes["D"] % 16 > 0 and D <= 128 and not amd(arch) and dtype != torch.float32
     if odd and tma(arch):
         block_m, block_n, warps, stages = 64, 64, 8, 2
     elif _one_wave(sizes, dtype, arch, block_m):
-        block_m, block_n, warps, stages = TWO_AN_SM
+        block_m, block_n, warps, stages = TWO_PER_SM
     elif 0 < window <= 256 and block_m > 64:
         block_m, block_n, warps = 64, min(block_n, 64 if tma(arch) else 32), 8 if family(arch) == "sm_80" else 4
-    # Half the rows take half the warps; a head of 256 would spill.
+    # Half the rows take half the warps; heads of 256 would spill.
     if not switches(sizes).deterministic and sizes["T"] <= block_m // 2 and (D < 256 or not tma(arch)):
-        rows = 16 if sizes["T"] <= 16 else block_m // 2  # not every power of two: each is a kernel
+        rows = 16 if sizes["T"] <= 16 else block_m // 2  # not every power of two: each compiles a kernel
         block_m, block_n, warps = rows, 32 if odd and tma(arch) else block_n, max(4, warps * rows // block_m)
         warps = 8 if odd and rows == 32 else warps
     if sizes["D"] < D and tma(arch) and dtype != torch.float32:
@@ -66,32 +66,34 @@ def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig
     return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
 
 
-def _may_be_small(sizes: Sizes, dtype: torch.dtype, arch: str) -> bool:
-    """Whether TWO_AN_SM is right for the heads; with a window over a ring it would spill."""
+def _allows_small_tiles(sizes: Sizes, dtype: torch.dtype, arch: str) -> bool:
+    """Return whether TWO_PER_SM suits the heads; with a window over a ring it would spill."""
     spills = "C" in sizes and sizes.get("window", 0) > 0
     return sizes["D"] == 128 and tma(arch) and dtype != torch.float32 and not spills
 
 
 def _one_wave(sizes: Sizes, dtype: torch.dtype, arch: str, block_m: int) -> bool:
-    """Whether tiles of block_m rows are so few that each SM has one, whose softmax nothing hides. Of more of them the
-    keys would cross L2 too often in half the rows."""
-    tiled = _may_be_small(sizes, dtype, arch) and not switches(sizes).deterministic
+    """Return whether each SM gets at most one tile of block_m rows, whose softmax nothing hides.
+
+    With more tiles than SMs, tiles of half the rows would read the keys through L2 too often.
+    """
+    small = _allows_small_tiles(sizes, dtype, arch) and not switches(sizes).deterministic
     tiles = sizes["B"] * sizes["Hq"] * triton.cdiv(sizes["T"], block_m)
-    return tiled and sizes["T"] > block_m // 2 and tiles <= (switches(sizes).sms or multiprocessors(arch))
+    return small and sizes["T"] > block_m // 2 and tiles <= (switches(sizes).sms or multiprocessors(arch))
 
 
 def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """Splits until every SM has two programs, each of at least 256 keys."""
     rows = sizes["T"] * sizes["Hq"] // sizes["Hkv"]
-    held = sizes["C"] if "C" in sizes else sizes["S"]
-    keys = min(held, sizes.get("window", 0) or held)
+    stored = sizes["C"] if "C" in sizes else sizes["S"]
+    keys = min(stored, sizes.get("window", 0) or stored)
     programs = max(1, sizes["B"] * sizes["Hkv"])
     sms = switches(sizes).sms or multiprocessors(arch)
     splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, 256)), high=64)
     if switches(sizes).deterministic:
         splits = DETERMINISTIC_SPLITS
     D, single, cdna = power_of_2(sizes["D"], low=16), dtype == torch.float32, amd(arch)
-    # Of a head that is no multiple of 16 the masks take registers.
+    # Head sizes that are no multiple of 16 need masks, which take registers.
     block_n = 16 if single and (D > 128 or not cdna) else 32 if cdna or D > 128 or sizes["D"] % 16 else 64
     block_n = 16 if cdna and sizes["D"] < D else block_n
     tiles = {"SPLITS": splits, "BLOCK_M": power_of_2(rows, low=16), "BLOCK_N": block_n, "BLOCK_D": D}
@@ -108,11 +110,11 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
 
 
 def extra_tune_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, tuple[LaunchConfig, ...]]:
-    """By kernel: a whole tile an SM, and two small ones."""
-    if not _may_be_small(sizes, dtype, arch):
+    """Return, by kernel, one large tile an SM and two small ones."""
+    if not _allows_small_tiles(sizes, dtype, arch):
         return {}
     found = []
-    for block_m, block_n, warps, stages in (TWO_AN_SM, _by_head(128, dtype, arch)):
+    for block_m, block_n, warps, stages in (TWO_PER_SM, _tile_for_head(128, dtype, arch)):
         tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": 128}
         found.append(LaunchConfig(tiles, num_warps=warps, num_stages=stages))
     return {"attention_prefill_kernel": tuple(found)}

@@ -1,9 +1,9 @@
-"""The kernels of the sparse expert layer for few tokens, without a sort, and the sum that ends it for any number.
+"""Kernels of the sparse expert layer: up and down for few tokens, without a sort, and the combine for any number.
 
 T tokens, K experts a token, N = T * K slots (slot t*K + k), E experts, H hidden, I intermediate
 
-A weight tile of the up kernels holds BLOCK_N rows of the gate projection, then the same of the up projection: one dot
-feeds both, and the epilogue splits the accumulator.
+A weight tile of the up kernels holds BLOCK_N rows of the gate projection and the same rows of the up projection: one
+dot computes both, and the epilogue splits the accumulator.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from ..norm import normed_rows
 from ..pdl import pdl_wait
 from ..unpack import fields_of
-from ..weight import add_products, times_row_scales
+from ..weight import WeightPtrs, add_products, times_row_scales
 
 
 @triton.jit
@@ -24,16 +24,16 @@ def swiglu(gate, up):
 
 @triton.jit
 def pair_rows(pid_n, I, BLOCK_N: tl.constexpr):
-    """[2 BLOCK_N] rows of `gate_up_proj`: gate rows of column tile `pid_n`, then its up rows. The last repeats."""
+    """[2 BLOCK_N] rows of `gate_up_proj`: the gate rows of column tile `pid_n`, then its up rows. The last repeats."""
     offs = tl.arange(0, 2 * BLOCK_N)
     return (tl.minimum(pid_n * BLOCK_N + offs % BLOCK_N, I - 1) + offs // BLOCK_N * I).to(tl.int64)
 
 
 @triton.jit
 def _matching_slots(ids_ptr, N, E, BLOCK_S: tl.constexpr, BY_SLOT: tl.constexpr):
-    """This program's expert, all slots, which of them chose it, each one's rank among those, and how many there are.
+    """This program's expert, all slots, which of them match it, their ranks among the matches, and the count.
 
-    BY_SLOT (fewer slots than experts): a program a slot, and only the first slot of an expert works.
+    BY_SLOT (fewer slots than experts): one program a slot; only the first slot of an expert does the work.
     """
     expert = tl.program_id(1)
     slots = tl.arange(0, BLOCK_S)
@@ -49,9 +49,9 @@ def _matching_slots(ids_ptr, N, E, BLOCK_S: tl.constexpr, BY_SLOT: tl.constexpr)
 
 
 @triton.jit
-def _compact(slots, match, rank, wanted):
-    """The slots whose rank among the matches is in `wanted` [BLOCK_T]; 0 where there is none."""
-    hit = match[None, :] & (rank[None, :] == wanted[:, None])
+def _compact(slots, match, rank, ranks):
+    """The slots whose rank among the matches is in `ranks` [BLOCK_T]; 0 where there is none."""
+    hit = match[None, :] & (rank[None, :] == ranks[:, None])
     return tl.sum(tl.where(hit, slots[None, :], 0), axis=1)
 
 
@@ -79,27 +79,27 @@ def experts_up_decode_kernel(
     BLOCK_S: tl.constexpr,
     BY_SLOT: tl.constexpr,
 ):
-    # Operands are swapped: weight rows fill the tensor core's M, the few tokens its N.
-    pdl_wait(PDL)  # the route says which weights
+    # Swapped operands: weight rows fill the tensor core's M, the few tokens its N.
+    pdl_wait(PDL)  # the route selects the weights
     pid_n = tl.program_id(0)
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
-    UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT[0])
+    UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT.format)
     for first in range(0, count, BLOCK_T):
         offs_k = tl.arange(0, BLOCK_K)
         w_ptrs = gate_up_ptr + expert * stride_we + offs_k[None, :]
         w_ptrs += pair_rows(pid_n, I, BLOCK_N)[:, None] * stride_wn
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        wanted = first + tl.arange(0, BLOCK_T)
-        slot = _compact(slots, match, rank, wanted).to(tl.int64)
+        ranks = first + tl.arange(0, BLOCK_T)
+        slot = _compact(slots, match, rank, ranks).to(tl.int64)
         x_ptrs = x_ptr + (slot // TOP_K)[None, :] * stride_xt + offs_k[:, None]
-        w = w_ptrs, scales_ptr, zeros_ptr
+        w = WeightPtrs(w_ptrs, scales_ptr, zeros_ptr)
         w_rows = expert * 2 * I + pair_rows(pid_n, I, BLOCK_N)
         acc = tl.zeros((2 * BLOCK_N, BLOCK_T), tl.float32)
-        acc = add_products(acc, w, w_rows, x_ptrs, (wanted < count)[None, :], 0, H, H % UNIT == 0, H, LAYOUT)
+        acc = add_products(acc, w, w_rows, x_ptrs, (ranks < count)[None, :], 0, H, H % UNIT == 0, H, LAYOUT)
         acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=0)
         gate, up = tl.split(tl.permute(tl.reshape(acc, (2, BLOCK_N, BLOCK_T)), (1, 2, 0)))
         out = h_ptr + slot[None, :] * I + offs_n[:, None]
-        mask = (wanted < count)[None, :] & (offs_n < I)[:, None]
+        mask = (ranks < count)[None, :] & (offs_n < I)[:, None]
         tl.store(out, swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=mask)
 
 
@@ -129,7 +129,7 @@ def experts_down_decode_kernel(
     pdl_wait(PDL)
     pid_n, split = tl.program_id(0), tl.program_id(2)
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
-    UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT[0])
+    UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT.format)
     SPAN: tl.constexpr = (I + SPLIT_K * UNIT - 1) // (SPLIT_K * UNIT) * UNIT
     EVEN: tl.constexpr = I % (SPLIT_K * UNIT) == 0
     for first in range(0, count, BLOCK_T):
@@ -137,16 +137,16 @@ def experts_down_decode_kernel(
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         w_ptrs = down_ptr + expert * stride_we + (split * (SPAN // UNIT * BLOCK_K) + offs_k)[None, :]
         w_ptrs += tl.minimum(offs_n, H - 1).to(tl.int64)[:, None] * stride_wn
-        wanted = first + tl.arange(0, BLOCK_T)
-        slot = _compact(slots, match, rank, wanted).to(tl.int64)
+        ranks = first + tl.arange(0, BLOCK_T)
+        slot = _compact(slots, match, rank, ranks).to(tl.int64)
         h_ptrs = h_ptr + slot[None, :] * I + (begin + offs_k)[:, None]
-        w = w_ptrs, scales_ptr, zeros_ptr
+        w = WeightPtrs(w_ptrs, scales_ptr, zeros_ptr)
         w_rows = expert * H + tl.minimum(offs_n, H - 1)
         acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-        acc = add_products(acc, w, w_rows, h_ptrs, (wanted < count)[None, :], begin, SPAN, EVEN, I, LAYOUT)
+        acc = add_products(acc, w, w_rows, h_ptrs, (ranks < count)[None, :], begin, SPAN, EVEN, I, LAYOUT)
         acc = times_row_scales(acc, w, w_rows, I, LAYOUT, AXIS=0)
         out = y_ptr + (split.to(tl.int64) * N + slot)[None, :] * H + offs_n[:, None]
-        tl.store(out, acc, mask=(wanted < count)[None, :] & (offs_n < H)[:, None])
+        tl.store(out, acc, mask=(ranks < count)[None, :] & (offs_n < H)[:, None])
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -169,7 +169,7 @@ def experts_combine_kernel(
     BLOCK_H: tl.constexpr,
 ):
     pdl_wait(PDL)
-    # An ordered fp32 sum over splits, then choices: no atomics, so the same bits every time.
+    # An ordered fp32 sum over splits, then experts: no atomics, so the bits repeat.
     t = tl.program_id(0).to(tl.int64)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     acc = tl.zeros((BLOCK_H,), tl.float32)

@@ -1,13 +1,12 @@
-"""expert_swiglu: the sparse expert layer, equal to `reference.expert_swiglu`.
+"""expert_swiglu: the sparse expert layer (Jiang et al. 2024, section 2.1), equal to `reference.expert_swiglu`.
 
 T tokens, K experts a token, N = T * K slots (slot t*K + k), E experts, H hidden, I intermediate
 
 prefill  sort_by_expert -> up (gate and up GEMM, SwiGLU epilogue) -> down -> combine
-decode   up -> down, its reduction split -> combine; each program finds the tokens of its expert itself
+decode   up -> down with a split reduction -> combine; each program finds the tokens of its expert
 
-experts_add_rms_norm is the same, its combine the residual add and the norm that come next, too.
-
-The kernels stand in kernels.py and prefill.py, their tiles in tiles.py.
+The combine of experts_add_rms_norm also adds the residual and applies the next norm. The kernels are in kernels.py and
+prefill.py, their tiles in tiles.py.
 """
 
 from __future__ import annotations
@@ -22,15 +21,11 @@ from .. import reference
 from ..checks import INTS, SINGLE, Above, Matrix, Within
 from ..dispatch import expected_distinct_experts, gather_by_expert, sample_ids, sort_by_expert
 from ..launch import Configs, launch, select_configs, target_arch
-from ..op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sample, switches
-from ..quantized import FORMS, sample_quantized, weight_bytes
+from ..op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sampler, shapes, switches
+from ..quantized import QUANT_NAMES, sample_quantized, weight_bytes
 from ..tma import describe
 from ..weight import Weight
-from .kernels import (
-    experts_combine_kernel,
-    experts_down_decode_kernel,
-    experts_up_decode_kernel,
-)
+from .kernels import experts_combine_kernel, experts_down_decode_kernel, experts_up_decode_kernel
 from .prefill import experts_down_kernel, experts_up_kernel, main_rows
 from .tiles import DECODE_TOKENS, configs
 
@@ -49,10 +44,10 @@ def expert_swiglu(
     weights: Scores,
     deterministic: bool = False,
 ) -> Tokens:
-    """Each token's experts, summed with its weights: see `reference.expert_swiglu`.
+    """Sum each token's experts with its routing weights (`reference.expert_swiglu`).
 
     An id out of range (a ValueError on a CPU) contributes nothing. `deterministic`: a token's bits do not depend on the
-    other tokens, by the prefill kernels with one tile whatever T is.
+    other tokens (the prefill kernels, one tile for any T).
     """
     return _experts(x, gate_up_proj, down_proj, ids, weights, deterministic)[0]
 
@@ -68,65 +63,65 @@ def experts_add_rms_norm(
     eps: Annotated[float, Above(0.0)],
     deterministic: bool = False,
 ) -> tuple[Tokens, Tokens]:
-    """`expert_swiglu`, added to the residual, and the norm of the sum -> y, sum: the combine does all three."""
+    """Norm y of residual + `expert_swiglu` -> y, the sum."""
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     norm = {"residual_ptr": dense_rows(residual), "norm_ptr": norm_weight.contiguous(), "total_ptr": total, "eps": eps}
     return _experts(x, gate_up_proj, down_proj, ids, weights, deterministic, **norm)
 
 
 def _experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, deterministic: bool, **norm: Any
+    x: Tensor, gate_up: Any, down: Any, ids: Tensor, weights: Tensor, deterministic: bool, **norm: Any
 ) -> tuple[Tensor, Any]:
-    """-> the output, or its norm where `norm` holds the arguments of one; the sum that was normed, or None."""
+    """Return the output and None, or with the arguments of a norm the norm and the sum that it normalized."""
     T, H = x.shape
     E, _, I = down.shape
-    x, ids, weights_of = dense_rows(x), ids.contiguous(), (Weight.of(gate_up), Weight.of(down))
+    x, ids, projections = dense_rows(x), ids.contiguous(), (Weight.of(gate_up), Weight.of(down))
     arch = target_arch(x.device)
     sizes = Shape(
         {"T": T, "H": H, "I": I, "E": E, "K": ids.shape[1]},
         deterministic=deterministic,
         norm=bool(norm),
-        by_pointers=not all(weight.takes_tma(arch) for weight in weights_of if not weight.name),
-        gate_up=weights_of[0].name,
-        down=weights_of[1].name,
+        by_pointers=not all(weight.takes_tma(arch) for weight in projections if not weight.name),
+        gate_up=projections[0].name,
+        down=projections[1].name,
     )
-    chosen = select_configs(configs, sizes, x.dtype, x.device)
+    selected = select_configs(configs, sizes, x.dtype, x.device)
     decode = T <= DECODE_TOKENS and not deterministic
-    y = (_decode if decode else _prefill)(x, *weights_of, ids, sizes, chosen)
+    y = (_decode if decode else _prefill)(x, *projections, ids, sizes, selected)
     out = torch.empty((T, H), dtype=x.dtype, device=x.device)
     norm = norm or {"residual_ptr": None, "norm_ptr": None, "total_ptr": None, "eps": 0.0}
     residual, total = norm["residual_ptr"], norm["total_ptr"]
     args = {"y_ptr": y, "ids_ptr": ids, "weights_ptr": weights.contiguous(), "out_ptr": out, **norm}
     args |= {"N": ids.numel(), "E": E, "H": H, "stride_rt": 0 if residual is None else residual.stride(0)}
-    combine = chosen["experts_combine_kernel"]
+    combine = selected["experts_combine_kernel"]
     grid = (T, triton.cdiv(H, combine.constexprs["BLOCK_H"]))
     launch(experts_combine_kernel, grid, args, combine, TOP_K=sizes["K"], SPLIT_K=y.shape[0])
     return out, total
 
 
-def _decode(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes, chosen: Configs) -> Tensor:
-    """-> partial sums fp32 [SPLIT_K, N, H]."""
+def _decode(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes, selected: Configs) -> Tensor:
+    """Return partial sums fp32 [SPLIT_K, N, H]."""
     H, I, E, N = sizes["H"], sizes["I"], sizes["E"], ids.numel()
-    up, split = chosen["experts_up_decode_kernel"], chosen["experts_down_decode_kernel"]
+    up, split = selected["experts_up_decode_kernel"], selected["experts_down_decode_kernel"]
     h = torch.empty((N, I), dtype=x.dtype, device=x.device)
     args = {"x_ptr": x, "gate_up_ptr": gate_up.data, "ids_ptr": ids, "h_ptr": h, "N": N, "E": E, "TOP_K": sizes["K"]}
     args |= {"stride_xt": x.stride(0), **gate_up.args}
-    working, arch = {"H": H, "I": I, "BY_SLOT": N < E}, target_arch(x.device)
+    constexprs, arch = {"H": H, "I": I, "BY_SLOT": N < E}, target_arch(x.device)
     grid = (triton.cdiv(I, up.constexprs["BLOCK_N"]), min(N, E))
-    launch(experts_up_decode_kernel, grid, args, up, **working, LAYOUT=gate_up.layout(arch))
+    launch(experts_up_decode_kernel, grid, args, up, **constexprs, LAYOUT=gate_up.layout(arch))
     splits = split.constexprs["SPLIT_K"]
     y = torch.empty((splits, N, H), dtype=torch.float32, device=x.device)
     args = {"h_ptr": h, "down_ptr": down.data, "ids_ptr": ids, "y_ptr": y, "N": N, "E": E, **down.args}
-    grid = (triton.cdiv(H, split.constexprs["BLOCK_N"]), min(N, E), splits)
-    launch(experts_down_decode_kernel, grid, args, split, **working, LAYOUT=down.layout(arch))
+    split_grid = (triton.cdiv(H, split.constexprs["BLOCK_N"]), min(N, E), splits)
+    launch(experts_down_decode_kernel, split_grid, args, split, **constexprs, LAYOUT=down.layout(arch))
     return y
 
 
-def _prefill(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes, chosen: Configs) -> Tensor:
-    """-> each slot's expert output [1, N, H]."""
+def _prefill(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes, selected: Configs) -> Tensor:
+    """Return each slot's expert output [1, N, H]."""
     H, I, E, N = sizes["H"], sizes["I"], sizes["E"], ids.numel()
     arch = target_arch(x.device)
-    if gather := chosen.get("gather_by_expert_kernel"):
+    if gather := selected.get("gather_by_expert_kernel"):
         x, order, offsets = gather_by_expert(x, ids, E, gather)
     else:
         order, offsets = sort_by_expert(ids, E)
@@ -135,21 +130,21 @@ def _prefill(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes
     groups = {"order_ptr": order, "offsets_ptr": offsets, "E": E}
 
     def run(kernel: Any, columns: int, w: Weight, **args: Any) -> None:
-        config = chosen[kernel.__name__]
-        # Each group wastes less than one row tile, so this many always do; those too many leave at once.
+        config = selected[kernel.__name__]
+        # Each group wastes less than one row tile, so these suffice; surplus programs exit at once.
         row_tiles = triton.cdiv(N, config.constexprs["BLOCK_M"]) + E - 1 if N else 0
         grid = (row_tiles * triton.cdiv(columns, config.constexprs["BLOCK_N"]),)
         launch(
             kernel, grid, {**args, **groups, **w.args}, config, H=H, I=I, BLOCK_E=power_of_2(E), LAYOUT=w.layout(arch)
         )
 
-    config = chosen["experts_up_kernel"]
+    config = selected["experts_up_kernel"]
     _, n, k = _tile(config)
     up_args = {"x_ptr": x, "gate_up_ptr": gate_up.data, "h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0)}
     up_args["x_desc"], up_args["short_desc"] = _row_tiles(x, config, arch) if gather else (None, None)
     up_args["gate_up_desc"] = gate_up.descriptor(2, n, k, arch)
     run(experts_up_kernel, I, gate_up, **up_args)
-    config = chosen["experts_down_kernel"]
+    config = selected["experts_down_kernel"]
     _, n, k = _tile(config)
     down_args = {"h_ptr": h, "down_ptr": down.data, "y_ptr": y, "down_desc": down.descriptor(1, n, k, arch)}
     down_args["h_desc"], down_args["short_desc"] = _row_tiles(h, config, arch)
@@ -158,7 +153,7 @@ def _prefill(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes
 
 
 def _row_tiles(rows: Tensor, config: LaunchConfig, arch: str) -> tuple[Any, Any]:
-    """Descriptors of sorted rows: of the upper part of a row tile, and of a short tile; None: by pointers, or none."""
+    """Describe sorted rows for the upper part of a row tile and for a short tile; None where pointers read."""
     m, _, k = _tile(config)
     short_m = config.constexprs["SHORT_M"]
     short = describe(rows, (short_m, k), arch) if short_m else None
@@ -171,42 +166,42 @@ def _tile(config: LaunchConfig) -> tuple[int, int, int]:
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
     T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
-    x = sample(T, H, dtype=dtype, device=device, generator=generator)
-    formats = switches(sizes)
+    draw, formats = sampler(dtype, device, generator), switches(sizes)
+    x = draw(T, H)
 
     def weight(format: str | None, *shape: int) -> Any:
         if format is not None:
             return sample_quantized(format, *shape, device=device, generator=generator)
-        return sample(*shape, dtype=dtype, device=device, generator=generator, scale=shape[-1] ** -0.5)
+        return draw(*shape, scale=shape[-1] ** -0.5)
 
     gate_up, down = weight(formats.gate_up, E, 2 * I, H), weight(formats.down, E, H, I)
-    weights = sample(T, K, dtype=torch.float32, device=device, generator=generator).softmax(-1)
+    weights = sampler(torch.float32, device, generator)(T, K).softmax(-1)
     ids = sample_ids(sizes, device, generator)
     return {"x": x, "gate_up_proj": gate_up, "down_proj": down, "ids": ids, "weights": weights}
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    """Every chosen expert's weights once, x in, the result out; between the launches h and each slot's output, which
-    the intermediate size keeps from staying on chip, are written once and read once.
+    """Count the weights of every expert in use, x and the result once; h and each slot's output, which do not fit on
+    chip between launches, written once and read once.
 
-    `sizes["chosen"]`: how many experts some token chose; without it, the number expected of uniform routing.
+    `sizes["chosen"]`: the number of experts in use; by default the expectation under uniform routing.
     """
     T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
-    chosen = sizes.get("chosen", expected_distinct_experts(T, K / E, E))
+    experts = sizes.get("chosen", expected_distinct_experts(T, K / E, E))
     gate_up = weight_bytes(switches(sizes).gate_up, 2 * I, H, dtype.itemsize)
-    weights = chosen * (gate_up + weight_bytes(switches(sizes).down, H, I, dtype.itemsize))
+    weights = experts * (gate_up + weight_bytes(switches(sizes).down, H, I, dtype.itemsize))
     elements = 2 * T * H + 2 * T * K * (H + I)
     return Cost(flops=6 * T * K * H * I, bytes=int(weights) + elements * dtype.itemsize + 8 * T * K)
 
 
 def inputs_norm(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    residual = sample(sizes["T"], sizes["H"], dtype=dtype, device=device, generator=generator)
-    norm = {"norm_weight": sample(sizes["H"], dtype=dtype, device=device, generator=generator), "eps": 1e-5}
-    return {**inputs(sizes, dtype, device, generator), "residual": residual, **norm}
+    draw = sampler(dtype, device, generator)
+    norm = {"residual": draw(sizes["T"], sizes["H"]), "norm_weight": draw(sizes["H"]), "eps": 1e-5}
+    return {**inputs(sizes, dtype, device, generator), **norm}
 
 
 def cost_norm(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    """The experts', the residual in, the sum out, the norm's weight."""
+    """Count the experts' work, the residual, the sum, and the norm's weight."""
     experts, T, H = cost(sizes, dtype), sizes["T"], sizes["H"]
     return Cost(flops=experts.flops + 5 * T * H, bytes=experts.bytes + (2 * T + 1) * H * dtype.itemsize)
 
@@ -218,17 +213,7 @@ OP = Op(
     configs=configs,
     cost=cost,
     test_shapes=(
-        *(
-            {"T": T, "H": H, "I": I, "E": E, "K": K}
-            for T, H, I, E, K in (
-                (1, 128, 256, 8, 2),
-                (7, 80, 96, 4, 1),
-                (33, 72, 100, 8, 3),
-                (65, 128, 256, 8, 2),
-                (130, 90, 70, 4, 2),
-                (200, 64, 48, 2, 2),
-            )
-        ),
+        *shapes("T H I E K", "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 65 128 256 8 2, 130 90 70 4 2, 200 64 48 2 2"),
         Shape(T=3, H=128, I=96, E=4, K=2, gate_up="int4:128", down="int4:32"),
         Shape(T=70, H=96, I=64, E=4, K=2, gate_up="int8", down="fp8"),
     ),
@@ -238,7 +223,11 @@ OP = Op(
             for H, I in ((4096, 14336), (6144, 16384))
             for T in (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096, 8192)
         ),
-        *(Shape(T=T, H=4096, I=14336, E=8, K=2, gate_up=format, down=format) for format in FORMS for T in (1, 4096)),
+        *(
+            Shape(T=T, H=4096, I=14336, E=8, K=2, gate_up=format, down=format)
+            for format in QUANT_NAMES
+            for T in (1, 4096)
+        ),
     ),
 )
 

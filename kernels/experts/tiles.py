@@ -1,6 +1,6 @@
-"""Launch choices of the expert kernels: pure functions of sizes, dtype and architecture.
+"""Launch configurations of the expert kernels: pure functions of sizes, dtype and architecture.
 
-The literals compile without a spill, and are the better ones by the cost model; not measured on a GPU yet.
+The literals compile without a spill and are the best by the cost model; not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from ..dispatch import gather_configs
 from ..op import LaunchConfig, Sizes, power_of_2, switches
 from ..quantized_tiles import skinny_config, wide_config
 
-# Up to here the sort-free kernels: the layer is bound by the bytes of the weights, whatever the tiles.
+# Up to here the sort-free kernels run: the bytes of the weights bound the layer, whatever the tiles.
 DECODE_TOKENS = 64
-# A fixed split: a row's sum has the same order whatever the batch is.
+# A fixed split: a row's sum has the same order in any batch.
 SPLIT_K = 4
 
-# (BLOCK_M, SHORT_M, BLOCK_N of up, BLOCK_N of down, BLOCK_K, warps, stages) for 16-bit types, by rows a group has on
-# average. See kernels.py for SHORT_M; 0: every tile is whole.
+# (BLOCK_M, SHORT_M, BLOCK_N of up, BLOCK_N of down, BLOCK_K, warps, stages) for 16-bit types, by the average rows of a
+# group. prefill.py explains SHORT_M; 0: every tile is full.
 _PREFILL = {
     "sm_80": {0: (64, 0, 64, 128, 32, 4, 4), 128: (64, 0, 64, 128, 64, 8, 3)},
     "sm_90": {0: (64, 0, 64, 128, 64, 4, 4), 64: (128, 64, 128, 256, 64, 8, 4), 112: (192, 64, 128, 256, 64, 8, 4)},
@@ -31,31 +31,30 @@ _SINGLE = (32, 0, 16, 32, 32, 4, 2)  # fp32, without tensor cores at this precis
 
 
 def _table(sizes: Sizes, arch: str) -> dict[int, tuple[int, int, int, int, int, int, int]]:
-    # By pointers the larger tiles of later GPUs spill.
+    # With pointers the larger tiles of later GPUs spill.
     return _PREFILL["sm_80" if switches(sizes).by_pointers and not amd(arch) else family(arch)]
 
 
 def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str, at: int | None = None) -> dict[str, LaunchConfig]:
-    """`at`: the line of the table, in the place of the one for so many rows a group."""
+    """`at`: the key of the table to use instead of the rows of a group."""
     rows = 0 if switches(sizes).deterministic else sizes["T"] * sizes["K"] // sizes["E"]
     table = _table(sizes, arch)
-    line = max(least for least in table if least <= rows) if at is None else at
-    choice = _SINGLE if dtype == torch.float32 else table[line]
-    block_m, short_m, up_n, down_n, block_k, warps, stages = choice
+    tile = _SINGLE if dtype == torch.float32 else table[max(key for key in table if key <= rows) if at is None else at]
+    block_m, short_m, up_n, down_n, block_k, warps, stages = tile
     dense = not (switches(sizes).gate_up or switches(sizes).down)
-    # Gathered in sorted order, x travels by TMA.
+    # TMA reads x where it was gathered in sorted order.
     sorted_x = dense and tma(arch) and dtype.itemsize == 2 and not switches(sizes).by_pointers
-    if not sorted_x:  # by pointers, which make tiles of one part, a power of 2
+    if not sorted_x:  # pointers need tiles of one part, a power of 2
         block_m, short_m = min(block_m, 128), 0
         if not switches(sizes).deterministic:
             block_m = power_of_2(sizes["T"] * sizes["K"], low=16, high=block_m)
 
-    rows_at_all = None if switches(sizes).deterministic else (rows, sizes["T"] * sizes["K"])
+    total_rows = None if switches(sizes).deterministic else (rows, sizes["T"] * sizes["K"])
 
     def config(columns: int, block_n: int, depth: int, weights: str | None, halves: int) -> LaunchConfig:
         if weights:
-            own = wide_config(weights, columns, depth, rows_at_all, dtype, arch, halves)
-            return replace(own, constexprs={**own.constexprs, "SHORT_M": 0})
+            wide = wide_config(weights, columns, depth, total_rows, dtype, arch, halves)
+            return replace(wide, constexprs={**wide.constexprs, "SHORT_M": 0})
         tiles = {
             "BLOCK_M": block_m,
             "SHORT_M": short_m,
@@ -75,10 +74,10 @@ def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str, at: int | None = None)
 
 
 def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    """64 weight rows a program, the depth of a tile as long as shared memory lets it stream."""
+    """64 weight rows a program, tiles as deep as shared memory allows."""
     single = dtype == torch.float32
     block_t = power_of_2(sizes["T"], low=16, high=DECODE_TOKENS)
-    # Of 32 tokens five stages would leave an SM room for one program.
+    # With 32 tokens five stages would leave room for one program an SM.
     stages = 2 if single or amd(arch) else 4 if family(arch) == "sm_80" or block_t == 32 else 5
     block_k = 32 if single else 64 if amd(arch) or block_t == 64 else 128
     tiles = {"BLOCK_T": block_t, "BLOCK_S": power_of_2(block_t * sizes["K"])}
@@ -86,11 +85,11 @@ def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     up = {"BLOCK_N": power_of_2(sizes["I"], low=16, high=32), "BLOCK_K": power_of_2(sizes["H"], 16, block_k)}
     down = {"BLOCK_N": power_of_2(sizes["H"], low=16, high=64), "BLOCK_K": power_of_2(span, 16, block_k)}
 
-    def config(own: dict[str, int], columns: int, depth: int, weights: str | None, halves: int) -> LaunchConfig:
+    def config(tile: dict[str, int], columns: int, depth: int, weights: str | None, halves: int) -> LaunchConfig:
         if not weights:
-            return LaunchConfig(tiles | own, num_warps=4, num_stages=stages)
-        chosen = skinny_config(weights, columns, depth, block_t, dtype, arch, halves)
-        return replace(chosen, constexprs=tiles | own | chosen.constexprs)
+            return LaunchConfig(tiles | tile, num_warps=4, num_stages=stages)
+        skinny = skinny_config(weights, columns, depth, block_t, dtype, arch, halves)
+        return replace(skinny, constexprs={**tiles, **tile, **skinny.constexprs})
 
     return {
         "experts_up_decode_kernel": config(up, sizes["I"], sizes["H"], switches(sizes).gate_up, 2),
@@ -101,7 +100,7 @@ def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    # The norm that may follow needs a whole row.
+    # The fused norm needs a full row.
     norm = switches(sizes).norm
     combine = LaunchConfig({"BLOCK_H": power_of_2(sizes["H"], high=1 << 30 if norm else 1024)}, 8 if norm else 4)
     kernels = {"experts_combine_kernel": combine}
@@ -111,9 +110,11 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
 
 
 def extra_tune_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, tuple[LaunchConfig, ...]]:
-    """By kernel, the tiles of other numbers of rows."""
+    """Return, by kernel, the tiles of other rows of a group."""
     formats = switches(sizes).gate_up or switches(sizes).down
     if sizes["T"] <= DECODE_TOKENS or switches(sizes).deterministic or formats or dtype == torch.float32:
         return {}
-    others = [_prefill(sizes, dtype, arch, line) for line in _table(sizes, arch)]
-    return {kernel: tuple(other[kernel] for other in others) for kernel in ("experts_up_kernel", "experts_down_kernel")}
+    configs = [_prefill(sizes, dtype, arch, key) for key in _table(sizes, arch)]
+    return {
+        kernel: tuple(config[kernel] for config in configs) for kernel in ("experts_up_kernel", "experts_down_kernel")
+    }

@@ -1,4 +1,4 @@
-"""Weights in 4 or 8 bits: quantizing them, the layouts that checkpoints on the hub have, and writing one of these."""
+"""Weights in 4 or 8 bits: quantization, the layouts of checkpoints on the hub, and writing one of them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Quantized checkpoints of the hub, read exactly: each linear's codes, scales and zeros into its QuantizedWeight.
+"""Read quantized checkpoints of the hub exactly: each linear's codes, scales and zeros into its QuantizedWeight.
 
-Names and shapes on disk are checked in full, like those of `weights.py`, before a byte of data is read.
+Names and shapes on disk are checked in full before data are read, as in `weights.py`.
 """
 
 from __future__ import annotations
@@ -18,36 +18,32 @@ import torch
 from torch import Tensor
 
 from .. import weights
-from ..config import MixtralConfig
+from ..config import MixtralConfig, checkpoint_folder
 from ..kernels.quantized import QuantizedWeight
 from ..parallel import UNSHARDED, Shard
 from ..weights import Headers, Stored, Target
 from .layouts import Layout, Part
+from .schemes import read_scheme
 from .spec import PARTS, QuantSpec, put
 
 PIECE = 1 << 22  # codes that are unpacked at once
-EIGHT = 8  # rows that are packed together, at most
+ROWS = 8  # packed together, at most
 QUANTIZABLE = {name for names in PARTS.values() for name in names}
-# Of activations and caches, which stay in 16 bits here; by the last part of a name.
-ASIDE = {f"{what}_scale" for what in ("input", "output", "activation", "q", "k", "v", "kv")} | {"input_zero_point"}
+# Last parts of the names of scales of activations and caches, which stay in 16 bits here.
+UNUSED = {f"{what}_scale" for what in ("input", "output", "activation", "q", "k", "v", "kv")} | {"input_zero_point"}
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A quantized linear of the checkpoint: its name, where it goes, its tensors by the last part of their names."""
+    """A quantized linear of the checkpoint, with its tensors by the last part of their names."""
 
     name: str
     target: Target
     parts: Mapping[str, Stored]
 
-    def place(self, layout: Layout) -> tuple[Path, int]:
-        """Where its codes are stored."""
-        stored = self.parts[layout.marker]
-        return stored.file, stored.place
-
     @property
     def nbytes(self) -> int:
-        """On disk, of what is kept."""
+        """Stored bytes of what this rank keeps."""
         (rows,), (columns,) = self.target.kept
         kept, (N, K) = (rows.stop - rows.start) * (columns.stop - columns.start), self.target.shape
         return sum(stored.nbytes for stored in self.parts.values()) * kept // (N * K)
@@ -55,28 +51,31 @@ class Linear:
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of a checkpoint's tensors.
+    """Where the tensors of a quantized checkpoint go.
 
-    layout   of each linear
-    linears  those that are quantized
-    forms    of the parameters that these fill
-    dense    the rest, by name, and where each goes
-    aside    names of what is not needed
+    layout   the layout of each quantized linear
+    specs    the quantization of the parameters that these fill
+    dense    the other tensors by name
+    unused   names of tensors that are not needed
     """
 
     layout: Layout
     linears: list[Linear]
     specs: dict[str, QuantSpec]
     dense: dict[str, Target]
-    aside: set[str]
+    unused: set[str]
+
+
+def read_headers(folder: weights.Folder) -> Headers:
+    """Read the headers of a folder, quantized or not, and its scheme."""
+    return weights.read_headers(folder, read_scheme(checkpoint_folder(folder)))
 
 
 def plan(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> Plan:
-    """Of a quantized folder; ValueError unless names, dtypes and shapes are exactly those of its layout."""
-    assert headers.scheme is not None
+    """Return the plan of a quantized folder; ValueError unless names, dtypes and shapes are those of its layout."""
     scheme, folder = headers.scheme, headers.folder
     found = _by_linear(headers)
-    aside = {name for name in headers.tensors if name.rpartition(".")[2] in ASIDE}
+    unused = {name for name in headers.tensors if name.rpartition(".")[2] in UNUSED}
     linears: list[Linear] = []
     dense: dict[str, Target] = {}
     need: dict[str, Any] = {}
@@ -93,18 +92,18 @@ def plan(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> P
         need |= _needed(folder, linear, parts, scheme.layout, target.shape)
     if config.tie_word_embeddings and weights.HEAD in headers.tensors:
         need[weights.HEAD] = need[weights.EMBEDDING]
-    got = {name: stored.shape for name, stored in headers.tensors.items() if name not in aside}
+    got = {name: stored.shape for name, stored in headers.tensors.items() if name not in unused}
     weights.compare(str(folder), f"the config ({scheme.name})", need, got)
     weights.one_dtype(folder, {name: headers.tensors[name] for name in dense})
-    return Plan(scheme.layout, linears, _specs(folder, scheme.layout, linears, dense), dense, aside)
+    return Plan(scheme.layout, linears, _specs(folder, scheme.layout, linears, dense), dense, unused)
 
 
 def _by_linear(headers: Headers) -> dict[str, dict[str, Stored]]:
-    """The tensors by the name of their linear, then by the last part of their own."""
+    """Return the tensors by the name of their linear, then by the last part of their name."""
     found: dict[str, dict[str, Stored]] = defaultdict(dict)
     for name, stored in headers.tensors.items():
         linear, _, part = name.rpartition(".")
-        if part not in ASIDE:
+        if part not in UNUSED:
             found[linear][part] = stored
     return found
 
@@ -112,7 +111,7 @@ def _by_linear(headers: Headers) -> dict[str, dict[str, Stored]]:
 def _needed(
     folder: Path, linear: str, found: Mapping[str, Stored], layout: Layout, shape: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
-    """The tensors that a linear of `shape` needs, and the shape that each has or should have."""
+    """Return the tensors that a linear of `shape` needs, with the shape that each has or should have."""
     try:
         parts: dict[str, Part] = layout.parts(*shape)
     except ValueError as error:
@@ -148,39 +147,42 @@ def load(
     headers: Headers,
     found: Plan,
     config: MixtralConfig,
-    places: Mapping[str, Any],
+    parameters: Mapping[str, Any],
     progress: weights.Progress = None,
     shard: Shard = UNSHARDED,
 ) -> None:
-    """Fill `places`, the parameters of a model that was made with the forms of the `plan` `found`.
+    """Fill the parameters of a model that has the specs of the plan `found`.
 
-    Of each tensor only what the shard keeps is read. Raises as `weights.load` does, and ValueError for a scale, or a
-    code of fp8, that is NaN or infinite, and for what a layout refuses (act-order). What is left aside is told in one
-    warning.
+    Only what the shard keeps is read. Raises as `weights.load` does, and ValueError for a NaN or infinite scale or fp8
+    code, and for what a layout refuses (act-order). One warning names unused tensors.
     """
-    if found.aside:
-        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in found.aside}))
+    if found.unused:
+        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in found.unused}))
         warnings.warn(
-            f"{headers.folder}: {len(found.aside)} scales of activations or caches ({kinds}) are left aside: both stay "
-            "in 16 bits here",
+            f"{headers.folder}: {len(found.unused)} scales of activations or caches ({kinds}) are left aside: both "
+            "stay in 16 bits here",
             stacklevel=4,
         )
         if progress:
-            progress(sum(headers.tensors[name].nbytes for name in found.aside))
-    weights.fill(headers.tensors, found.dense, places, progress)
-    if weights.HEAD in headers.tensors and config.tie_word_embeddings and places["embed_tokens"].device.type != "meta":
+            progress(sum(headers.tensors[name].nbytes for name in found.unused))
+    weights.fill(headers.tensors, found.dense, parameters, progress)
+    if (
+        weights.HEAD in headers.tensors
+        and config.tie_word_embeddings
+        and parameters["embed_tokens"].device.type != "meta"
+    ):
         weights.check_tied_head(headers, progress, shard.vocabulary(config))
     with torch.no_grad(), torch.device("cpu"), _opened(found.linears) as opened:
-        for linear in sorted(found.linears, key=lambda linear: linear.place(found.layout)):
-            place = places[linear.target.parameter]
-            if linear.target.here and place.device.type != "meta":
-                _fill(place[linear.target.index], found.layout, linear, opened)
+        for linear in found.linears:
+            parameter = parameters[linear.target.parameter]
+            if linear.target.here and parameter.device.type != "meta":
+                _fill(parameter[linear.target.index], found.layout, linear, opened)
                 if progress:
                     progress(linear.nbytes)
 
 
 def read(found: Plan, linear: Linear) -> QuantizedWeight:
-    """One linear [N,K] by itself, on the CPU."""
+    """Return one linear [N,K], on the CPU."""
     weight = found.specs[linear.target.parameter].empty(linear.target.shape, "cpu")
     with _opened([linear]) as opened:
         _fill(weight, found.layout, linear, opened)
@@ -189,17 +191,17 @@ def read(found: Plan, linear: Linear) -> QuantizedWeight:
 
 @contextmanager
 def _opened(linears: list[Linear]) -> Iterator[dict[Path, Any]]:
-    """The files that hold them."""
+    """Open the files that hold the linears."""
     with ExitStack() as stack:
         files = {stored.file for linear in linears for stored in linear.parts.values()}
         yield {file: stack.enter_context(weights.opened_file(file)) for file in files}
 
 
 def _fill(weight: QuantizedWeight, layout: Layout, linear: Linear, opened: Mapping[Path, Any]) -> None:
-    """The rows of one linear into `weight` [N,K]."""
+    """Read the rows of one linear into `weight` [N,K]."""
     file = linear.parts[layout.marker].file
     try:
-        for start, stop, codes, scales, zeros in _decoded(layout, linear, opened, weight.device):
+        for start, stop, codes, scales, zeros in _decode(layout, linear, opened, weight.device):
             if not torch.isfinite(scales).all():
                 raise ValueError("a scale is NaN or infinite: this file is damaged")
             if weight.format == "fp8" and ((codes & 127) == 127).any():
@@ -209,17 +211,17 @@ def _fill(weight: QuantizedWeight, layout: Layout, linear: Linear, opened: Mappi
         raise ValueError(f"{file}: {linear.name}: {error}") from None
 
 
-def _decoded(
+def _decode(
     layout: Layout, linear: Linear, opened: Mapping[Path, Any], device: torch.device
 ) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor | None]]:
-    """What is kept of a linear, a few rows at a time: start, stop, codes uint8 [n,K], scales [n,G], zeros uint8 [n,G].
+    """Yield a few rows of a linear at a time: start, stop, codes uint8 [n,K], scales [n,G], zeros uint8 [n,G].
 
-    What is stored goes to `device`, and is unpacked there.
+    Stored data are moved to `device` and unpacked there.
     """
     N, K = linear.target.shape
     (rows,), (columns,) = linear.target.kept
-    own = columns.stop - columns.start
-    along = _columns(layout, linear)
+    width = columns.stop - columns.start
+    axes = _kept_columns(layout, linear)
 
     def read(part: str, *index: slice) -> Tensor:
         stored = linear.parts[part]
@@ -227,38 +229,38 @@ def _decoded(
         file = opened[stored.file]
         return (file.get_slice(name)[index] if index else file.get_tensor(name)).to(device)
 
-    def read_own(part: str, *index: slice) -> Tensor:
-        if part not in along:
+    def read_kept(part: str, *index: slice) -> Tensor:
+        if part not in axes:
             return read(part, *index)
         at = [*index, *(slice(None) for _ in range(len(index), len(linear.parts[part].shape)))]
-        axis, run = along[part]
+        axis, run = axes[part]
         at[axis] = run
         return read(part, *at)
 
     layout.check(read, N, K, linear.parts)
-    bounds = [*range(rows.start, rows.stop, max(128, PIECE // own // 128 * 128)), rows.stop]
+    bounds = [*range(rows.start, rows.stop, max(128, PIECE // width // 128 * 128)), rows.stop]
     for start, stop in itertools.pairwise(bounds):
-        first, last = start // EIGHT * EIGHT, min(N, -(-stop // EIGHT) * EIGHT)
+        first, last = start // ROWS * ROWS, min(N, -(-stop // ROWS) * ROWS)
         inside = slice(start - first, stop - first)
-        codes, scales, zeros = layout.rows(read_own, N, own, first, last)
+        codes, scales, zeros = layout.rows(read_kept, N, width, first, last)
         zeros = None if zeros is None else zeros[inside]
         yield start - rows.start, stop - rows.start, codes[inside], scales[inside], zeros
 
 
-def _columns(layout: Layout, linear: Linear) -> dict[str, tuple[int, slice]]:
-    """By part, the axis along which its columns lie, and what of it a rank keeps; empty where it keeps all.
+def _kept_columns(layout: Layout, linear: Linear) -> dict[str, tuple[int, slice]]:
+    """Return by part the axis of its columns and the run that a rank keeps; empty where it keeps all.
 
-    ValueError where its columns begin or end within a group, or within what is packed together.
+    ValueError where the columns begin or end within a group, or within what is packed together.
     """
     (N, K), columns = linear.target.shape, linear.target.kept[1][0]
-    own = columns.stop - columns.start
-    if own == K:
+    width = columns.stop - columns.start
+    if width == K:
         return {}
     found = {}
     try:
-        less = layout.parts(N, own)
+        less = layout.parts(N, width)
     except ValueError as error:
-        raise ValueError(f"a mesh leaves a rank {own} of its {K} columns: {error}") from None
+        raise ValueError(f"a mesh leaves a rank {width} of its {K} columns: {error}") from None
     for name, part in layout.parts(N, K).items():
         if (stored := linear.parts.get(name)) is None:
             continue

@@ -1,4 +1,4 @@
-"""Quantizers: a dense weight to codes and scales. Every row stands alone, so that any piece of rows can be quantized.
+"""Quantize a dense weight to codes and scales. Rows are independent, so that any piece of rows can be quantized.
 
 K columns, in G groups that share a scale
 """
@@ -13,19 +13,19 @@ from torch import Tensor
 from ..kernels.quantized import ZERO_INT4, QuantizedWeight
 from .spec import QuantSpec, put
 
-LARGEST = {"int4": 7.0, "int8": 127.0, "fp8": 448.0}  # of a format, its scale 1
-# Elements that are worked on at once: in fp32 they stay in a CPU's cache, or keep a GPU busy.
+LARGEST = {"int4": 7.0, "int8": 127.0, "fp8": 448.0}  # value of each format at scale 1
+# Elements that are quantized at once: in fp32 they fit a CPU's cache, or keep a GPU busy.
 PIECE, GPU_PIECE = 1 << 18, 1 << 23
-# Candidates for int4's scale, relative to that which clips nothing: the error of what is clipped against the finer step
-# of all others. More of them find little more.
+# Candidates for int4's scale, relative to the one that clips nothing: a smaller one clips some values and rounds the
+# others less. More candidates find little more.
 STEPS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65)
 
 
 def quantize(tensor: Tensor, format: str, group: int | None = None) -> QuantizedWeight:
-    """tensor [N,K] or [E,N,K], fp32, bf16 or fp16 -> the nearest weight in "int4", "int8" or "fp8" (e4m3).
+    """Quantize a tensor [N,K] or [E,N,K] in fp32, bf16 or fp16 to "int4", "int8" or "fp8" (e4m3).
 
-    int4: -8..7 times a bf16 scale for each `group` columns, of those tried the one with the least squared error; group
-    None: 128, or 64 or 32 where K asks for it. int8 and fp8: an fp32 scale a row, the largest value at the format's.
+    int4: -8..7 times a bf16 scale per `group` columns, the candidate with the least squared error; group None: 128, 64
+    or 32, the largest that divides K. int8 and fp8: an fp32 scale per row, whose largest value maps to the format's.
     ValueError for another format, a group that does not divide K, NaN and infinity.
     """
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dim() not in (2, 3):
@@ -43,27 +43,27 @@ def quantize(tensor: Tensor, format: str, group: int | None = None) -> Quantized
 def fill(weight: QuantizedWeight, x: Tensor, columns: slice | None = None) -> None:
     """Quantize x [..., K], finite, into `weight` of the same shape, on its device, a few rows at a time.
 
-    columns: `weight` holds only these of x, whose rows have one scale each, that of all their columns.
+    columns: `weight` holds only these columns of x, whose rows have one scale each for all columns.
     """
     if x.dim() > 2:
-        for expert, own in enumerate(x):
-            fill(weight[expert], own, columns)
+        for expert, rows in enumerate(x):
+            fill(weight[expert], rows, columns)
         return
     group, kept = (weight.group, slice(None)) if columns is None else (x.shape[-1], columns)
-    for rows in pieces(len(x), x.shape[-1], weight.device):
-        codes, scales = encode(x[rows].to(weight.device), weight.format, group)
-        put(weight[rows], codes[:, kept], scales)
+    for piece in pieces(len(x), x.shape[-1], weight.device):
+        codes, scales = encode(x[piece].to(weight.device), weight.format, group)
+        put(weight[piece], codes[:, kept], scales)
 
 
 def pieces(N: int, K: int, device: torch.device) -> Iterator[slice]:
-    """N rows of K columns, as many at once as `encode` is quick with."""
+    """Yield slices of N rows of K columns that `encode` processes efficiently."""
     step = max(1, (PIECE if device.type == "cpu" else GPU_PIECE) // K)
     for start in range(0, N, step):
         yield slice(start, min(start + step, N))
 
 
 def encode(x: Tensor, format: str, group: int) -> tuple[Tensor, Tensor]:
-    """x [n,K], finite -> codes uint8 [n,K], scales [n,G], which are numbers of bf16 for int4."""
+    """Return codes uint8 [n,K] and scales [n,G] (bf16 values for int4) of x [n,K], finite."""
     parts = x.float().unflatten(-1, (-1, group))
     scales = _usable(parts.abs().amax(-1, keepdim=True) / LARGEST[format])
     if format == "int4":
@@ -77,17 +77,17 @@ def encode(x: Tensor, format: str, group: int) -> tuple[Tensor, Tensor]:
 
 
 def _usable(scales: Tensor) -> Tensor:
-    """Where all is 0 any scale will do; one that is no normal number would lose its bits."""
+    """Replace scales of 0 by 1, since any scale fits zeros, and subnormal ones by the least normal number."""
     return scales.clamp(min=torch.finfo(torch.float32).tiny).where(scales > 0, 1.0)
 
 
 def _int4(parts: Tensor, scales: Tensor) -> Tensor:
-    """The integers -8..7 that are nearest, as floats."""
+    """Return the nearest integers in -8..7, as floats."""
     return (parts / scales).round_().clamp_(-8, 7)
 
 
 def _least_squares(parts: Tensor, widest: Tensor) -> Tensor:
-    """parts [..., group], `widest` [..., 1] clips nothing -> of several scales, in bf16's numbers, the best one."""
+    """Return the best of several bf16 scales for parts [..., group]; `widest` [..., 1] clips nothing."""
     best, least = _usable(widest.bfloat16().float()), torch.full_like(widest, float("inf"))
 
     def attempt(scales: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def _least_squares(parts: Tensor, widest: Tensor) -> Tensor:
 
     for step in STEPS:
         attempt(widest * step)
-    for _ in range(2):  # the codes give a better scale, that one other codes
+    for _ in range(2):  # the least-squares scale of the codes, and then codes for that scale
         values = _int4(parts, best)
         attempt((values * parts).sum(-1, keepdim=True) / values.square().sum(-1, keepdim=True).clamp(min=1.0))
     return best

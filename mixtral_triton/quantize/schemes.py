@@ -124,8 +124,8 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Scheme:
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups or not all(isinstance(one, Mapping) for one in groups.values()):
         raise ValueError(f"config_groups is {groups!r:.80}, an object of groups is needed")
-    first, *others = groups.values()
-    if any(one.get("weights") != first.get("weights") for one in others):
+    first = next(iter(groups.values()))
+    if any(one.get("weights") != first.get("weights") for one in groups.values()):
         raise _refuse("config_groups", list(groups), "one kind of weights")
     weights = first.get("weights")
     if not isinstance(weights, Mapping):

@@ -1,4 +1,4 @@
-"""Form: how a parameter is quantized, before a number of it is there; which parameters take which on request."""
+"""QuantSpec: how a parameter is quantized; which parameters `weights=` quantizes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALLOWED = f"None, one of {', '.join(FORMATS)} (the experts), or a dict of these 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """What a QuantizedWeight of a given shape is made of: see there. `group` is resolved, K for a scale a row."""
+    """The layout of a QuantizedWeight: format, columns of a group (K: one scale per row), dtype of scales, zeros."""
 
     format: str
     group: int
@@ -27,7 +27,7 @@ class QuantSpec:
 
     @classmethod
     def default_for(cls, format: str, K: int, group: int | None = None) -> QuantSpec:
-        """What `quantize` makes: int4 in groups, their scales in bf16; int8 and fp8 with an fp32 scale a row."""
+        """Return what `quantize` produces: int4 in groups with bf16 scales; int8 and fp8 with an fp32 scale per row."""
         if format not in BITS:
             raise ValueError(f"quantize: format is {format!r}, needs one of {', '.join(FORMATS)}")
         if format != "int4":
@@ -36,15 +36,14 @@ class QuantSpec:
             return cls(format, K, SCALES[format])
         if group is not None and group not in GROUPS:
             raise ValueError(f"quantize: group is {group!r}, needs None or one of {', '.join(map(str, GROUPS))}")
-        # Of those that divide K the longest.
         fits = next((one for one in ((group,) if group else GROUPS) if K % one == 0), None)
         if fits is None:
-            tried = f"groups of {group}" if group else "groups of 128, 64 or 32"
-            raise ValueError(f"quantize: int4 in {tried} does not divide {K} columns; int8 and fp8 take any number")
+            groups = f"groups of {group}" if group else "groups of 128, 64 or 32"
+            raise ValueError(f"quantize: int4 in {groups} does not divide {K} columns; int8 and fp8 take any number")
         return cls(format, fits, SCALES[format])
 
     def empty(self, shape: tuple[int, ...], device: Any) -> QuantizedWeight:
-        """A weight of `shape`, its numbers unset."""
+        """Return a weight of `shape` with unset values."""
         return QuantizedWeight.empty(self.format, tuple(shape), self.group, self.scales, self.zeros, device)
 
 
@@ -57,10 +56,9 @@ def put(weight: QuantizedWeight, codes: Tensor, scales: Tensor, zeros: Tensor | 
 
 
 def select_specs(weights: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, QuantSpec]:
-    """By name, the forms of the parameters that `weights` has quantized: None, a format, or a dict. See ALLOWED.
+    """Return the specs by name of the parameters that `weights` quantizes: None, a format, or a dict; see ALLOWED.
 
-    ValueError where it is none of these, or where int4's groups fit no parameter. A head that is the embedding is no
-    parameter of its own, and stays as it is.
+    ValueError for anything else, and where int4's groups do not fit a parameter. A tied head stays dense.
     """
     if weights is None:
         return {}

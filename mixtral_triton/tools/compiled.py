@@ -145,9 +145,9 @@ def _settings(row: Row) -> dict[str, str]:
     return found
 
 
-def _differences(rows: Sequence[Row], others: Sequence[Row]) -> str:
-    """The settings of `rows` that not all of `others` have."""
-    settings, every = ([_settings(row) for row in some] for some in (rows, others))
+def _differences(rows: Sequence[Row], peers: Sequence[Row]) -> str:
+    """The settings of `rows` that not all of `peers` have."""
+    settings, every = ([_settings(row) for row in some] for some in (rows, peers))
     words = []
     for name in settings[0]:
         values = list(dict.fromkeys(one[name] for one in settings if name in one))
@@ -157,7 +157,7 @@ def _differences(rows: Sequence[Row], others: Sequence[Row]) -> str:
 
 
 def fold_rows(rows: Sequence[Row]) -> list[tuple[Row, str, str]]:
-    """A line for each kernel, tile and set of figures: one of its rows, the dtypes, and its settings among others."""
+    """A line for each kernel, tile and set of figures: one of its rows, the dtypes, and its settings among peers."""
 
     def key(row: Row) -> tuple[Any, ...]:
         return row["kernel"], _tile(row), row["num_warps"], row["num_stages"]

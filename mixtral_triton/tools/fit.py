@@ -27,7 +27,7 @@ from ..parallel import UNSHARDED, Shard, traffic
 from ..quantize import hub
 from ..quantize.schemes import read_scheme
 from ..quantize.spec import PARTS, QuantSpec, select_specs
-from ..weights import parameter_shapes, read_headers
+from ..weights import parameter_shapes
 from .gpus import GPU, GPUS, MIB, find_gpu
 from .terminal import Column, Table, console
 
@@ -101,14 +101,6 @@ def parameters(config: MixtralConfig) -> tuple[int, int]:
     experts = sum(count for name, count in counts.items() if name.endswith(PARTS["experts"]))
     total = sum(counts.values())
     return total, total - experts + experts * config.num_experts_per_tok // config.num_local_experts
-
-
-def token_flops(config: MixtralConfig, context: int) -> int:
-    """Of the products of a token after `context` others: two for each weight that it meets, and those of attention."""
-    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    keys = min(context, config.sliding_window or context)
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
-    return 2 * (parameters(config)[1] - embedding) + attention
 
 
 def cache_bytes(config: MixtralConfig, batch: int, context: int) -> int:
@@ -220,7 +212,7 @@ class Request:
         if scheme is None:
             specs, stored = format_specs(config), SHORT[stored_dtype(config)]
         else:  # the files alone say which of their tensors are quantized
-            specs, stored = {STORED: hub.plan(read_headers(name), config).specs}, scheme.name
+            specs, stored = {STORED: hub.plan(hub.read_headers(name), config).specs}, scheme.name
         limit = config.max_position_embeddings
         context = limit if args.context is None else args.context
         if args.batch < 1:
@@ -240,31 +232,22 @@ class Request:
 
     def as_dict(self) -> dict[str, Any]:
         total, active = parameters(self.config)
-        flops = token_flops(self.config, self.context)
-        counts = {"parameters": total, "active_parameters": active, "flop_per_token": flops}
+        counts = {"parameters": total, "active_parameters": active}
         return {"model": self.name, **counts, "batch": self.batch, "context": self.context}
 
     def sentence(self) -> str:
-        total, active = (_scaled(count, "B") for count in parameters(self.config))
-        return (
-            f"{self.name}: {total} parameters, {active} active a token; {self.batch} "
-            f"{'sequence' if self.batch == 1 else 'sequences'} of {self.context:,} tokens, the last one of them "
-            f"{_scaled(token_flops(self.config, self.context), 'G')}FLOP."
-        )
+        total, active = (f"{count / 1e6:,.0f} M" for count in parameters(self.config))
+        size = f"{self.batch} {'sequence' if self.batch == 1 else 'sequences'} of {self.context:,} tokens"
+        return f"{self.name}: {total} parameters, {active} active a token; {size}."
 
 
 def run(args: argparse.Namespace) -> int:
     """-> exit status: 1 where no format fits."""
-    request, gpu = Request.of(args), _select_gpu(args)
-    for option in ("gpus", "scaling"):
-        if gpu is None and getattr(args, option) is not None:
-            raise ValueError(f"--{option} is given and there is no GPU here, needs --gpu, too")
+    request, gpu = Request.of(args), select_gpu(args)
+    if gpu is None and args.gpus is not None:
+        raise ValueError("--gpus is given and there is no GPU here, needs --gpu, too")
     if gpu is None:
         return _run_all_gpus(request, args.json)
-    if args.scaling is not None:
-        from .scaling import run as run_scaling
-
-        return run_scaling(request, args.scaling or STORED, gpu, args.json)
     gpus = args.gpus or 1
     plans = request.plans(gpu, gpus)
     if args.json:
@@ -281,7 +264,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if any(one.verdict != "no" for one in plans.values()) else 1
 
 
-def _select_gpu(args: argparse.Namespace) -> GPU | None:
+def select_gpu(args: argparse.Namespace) -> GPU | None:
     """The one of the options, else the one at hand, by its driver; None where there is none."""
     if args.memory is not None:
         if args.gpu is not None:
@@ -353,10 +336,6 @@ def _run_all_gpus(request: Request, as_json: bool) -> int:
         table.add(gpu.name, f"{gpu.mib:,}", *map(_count, needs.values()))
     out.print(table)
     return 0
-
-
-def _scaled(count: int, billions: str) -> str:
-    return f"{count / 1e9:.2f} {billions}" if count >= 1e8 else f"{count / 1e6:.2f} M"
 
 
 def _count(gpus: int | None) -> str:

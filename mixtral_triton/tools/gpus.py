@@ -120,8 +120,6 @@ GPUS = {
     )
 }
 RATED = {key: gpu for key, gpu in GPUS.items() if gpu.bandwidth}  # those of which a floor is known
-# Known, and not usable: Triton compiles for sm_80 and later.
-TOO_OLD = {"V100": "sm_70", "V100 16GB": "sm_70", "V100 32GB": "sm_70", "T4": "sm_75", "RTX 2080 Ti": "sm_75"}
 
 
 def find_gpu(name: str) -> GPU:
@@ -130,10 +128,8 @@ def find_gpu(name: str) -> GPU:
     for gpu in GPUS.values():
         if wanted in gpu.names:
             return gpu
-    for old, arch in TOO_OLD.items():
-        if wanted == _normalize(old):
-            raise ValueError(f"--gpu is {name!r}, which is {arch}: these kernels need sm_80 or later")
-    raise ValueError(f"--gpu is {name!r}, needs one of {', '.join(gpu.name for gpu in GPUS.values())}")
+    names = ", ".join(gpu.name for gpu in GPUS.values())
+    raise ValueError(f"--gpu is {name!r}, needs one of sm_80 or later: {names}")
 
 
 def data_sheet(device_name: str) -> GPU | None:
@@ -143,7 +139,7 @@ def data_sheet(device_name: str) -> GPU | None:
 
 def _normalize(name: str) -> str:
     """`name` in lower case without spaces, hyphens and the makers' words."""
-    letters = "".join(character for character in name.lower() if character.isalnum())
+    text = "".join(character for character in name.lower() if character.isalnum())
     for word in ("nvidia", "geforce", "amd", "instinct"):
-        letters = letters.removeprefix(word)
-    return letters
+        text = text.removeprefix(word)
+    return text

@@ -20,7 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from importlib import import_module
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,12 +45,10 @@ from .predict import family_note
 from .terminal import console, write_file
 
 _WIDTHS = ("H", "I")  # of a model: they change no tile
-_BATCH = 32  # kernels that one call of the disassembler counts, since it takes long to start
 _KERNELS_PER_WORKER = 16  # fewer do not pay for one more process
 
 Dtypes = Sequence[torch.dtype] | None
 PathLike = str | os.PathLike[str]
-Progress = Callable[[int, int], None] | None
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -291,27 +289,25 @@ def compile_ops(
     names: Sequence[str],
     arch: str,
     out: PathLike | None = None,
-    progress: Progress = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
     dtypes: Dtypes = None,
-    as_done: bool = False,
 ) -> Iterator[Compiled]:
     """`compile_shapes` of the registry's operations `names`; none: all. ValueError for an unknown name."""
     if unknown := [name for name in names if name not in OPS]:
         raise ValueError(f"compile: argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
     selected = [op for name, op in OPS.items() if name in names or not names]
-    return compile_shapes(selected, arch, out, progress, dtypes, as_done)
+    return compile_shapes(selected, arch, out, progress, dtypes)
 
 
 def compile_shapes(
     ops: Iterable[Op],
     arch: str,
     out: PathLike | None = None,
-    progress: Progress = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
     dtypes: Dtypes = None,
-    as_done: bool = False,
 ) -> Iterator[Compiled]:
-    """The kernels of the operations over their bench shapes, in that order; with `as_done` as soon as each is done. A
-    kernel that does not compile is among them, with its error.
+    """The kernels of the operations over their bench shapes, in that order. A kernel that does not compile is among
+    them, with its error.
 
     Each is compiled once, also where a second model's widths (H and I, constants in the code) change nothing else.
     `out`: a folder, created if missing, for .ptx, .sass and .cubin (.amdgcn and .hsaco) files. `progress` is called
@@ -321,38 +317,30 @@ def compile_shapes(
     jobs = [_Job.of(launch, arch, name, out) for name, launch in _kernels(ops, arch, dtypes, widths=False).values()]
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-    found = _count_loops(jobs, progress)
-    return (compiled for _, compiled in (found if as_done else sorted(found, key=lambda item: item[0])))
 
+    def ordered() -> Iterator[Compiled]:
+        found: dict[int, Compiled] = {}
+        for done, (index, compiled) in enumerate(_compile_all(jobs), 1):
+            found[index] = compiled
+            progress(done, len(jobs))
+        # Together: the disassembler takes long to start.
+        sass.main_loops([one.asm.paths["cubin"] for one in found.values() if one.needs_loops], arch)
+        yield from (found[index] for index in range(len(jobs)))
 
-def _count_loops(jobs: Sequence[_Job], progress: Progress) -> Iterator[tuple[int, Compiled]]:
-    """`_compile_all`, with the main loops counted batch by batch where something depends on them."""
-
-    def report() -> Iterator[tuple[int, Compiled]]:
-        for done, item in enumerate(_compile_all(jobs), 1):
-            if progress is not None:
-                progress(done, len(jobs))
-            yield item
-
-    kernels = report()
-    while batch := list(islice(kernels, _BATCH)):
-        sass.main_loops([one.asm.paths["cubin"] for _, one in batch if one.needs_loops], batch[0][1].arch)
-        yield from batch
+    return ordered()
 
 
 def run(args: argparse.Namespace, bar: Callable[[str, None], Any]) -> int:
     """The command `compile` -> exit status: 1 where a kernel must not run."""
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {str(args.out)!r} is a file, needs a folder")
-    rows: list[dict[str, Any]] = []
     with bar(f"compiling for {args.arch}", None) as progress:
-        # JSON streams; the table has the registry's order.
-        for kernel in compile_ops(args.ops, args.arch, out=args.out, progress=progress.update, as_done=args.json):
-            rows.append(as_json(kernel))
-            if args.json:
-                print(json.dumps(rows[-1]), flush=True)
+        kernels = list(compile_ops(args.ops, args.arch, args.out, progress.update))
+    rows = [as_json(kernel) for kernel in kernels]
     faults = [row for row in rows if row["fault"]]
-    if not args.json:
+    if args.json:
+        print("\n".join(map(json.dumps, rows)))
+    else:
         out = console()
         if note := family_note(args.arch):
             out.print(note)

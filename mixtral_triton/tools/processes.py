@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..config import MixtralConfig
-
 SWITCH = "TRITON_INTERPRET"
 
 
@@ -57,32 +55,6 @@ def _check_switch() -> None:
     if not INTERPRETED:
         value = f"{SWITCH}={os.environ[SWITCH]}"
         raise ValueError(f"--interpret is given, and the environment has {value}: needs one of the two")
-
-
-def verify_seconds(config: MixtralConfig, dtype: str, tokens: int) -> float:
-    """Of an interpreted `verify` on two cores: a fit to runs with up to 64 times the small checkpoint's experts and 900
-    tokens. A layer takes some seconds whatever its size, some for each token and some for each tile of the experts."""
-    tiles = config.num_local_experts * config.hidden_size * config.intermediate_size / 2**18
-    slower, heavier = (1.4, 4.5) if dtype.endswith("float32") else (1.0, 1.0)
-    return 4.0 + config.num_hidden_layers * (slower * (3.0 + 0.045 * tokens) + heavier * tiles)
-
-
-def add_verify_time(note: str, config: MixtralConfig, dtype: str, tokens: int) -> str:
-    """The note and, if the process interprets, how long `verify` takes."""
-    from ..kernels.launch import INTERPRETED
-
-    if not INTERPRETED:
-        return note
-    time = about(verify_seconds(config, dtype, tokens))
-    return f"{note} {config.num_hidden_layers} layers with {tokens} tokens: {time} on two cores.".lstrip()
-
-
-def about(seconds: float) -> str:
-    """One digit: the estimate is no more precise."""
-    for unit, length in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"about {float(f'{seconds / length:.1g}'):,.0f} {unit}"
-    return f"about {max(10, round(seconds, -1)):.0f} s"
 
 
 @contextmanager

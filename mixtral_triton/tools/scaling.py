@@ -8,6 +8,7 @@ n ranks, tp x ep of them; B sequences, T tokens of each that come in one step, S
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -116,52 +117,26 @@ def step(config: MixtralConfig, specs: fit.QuantSpecs, shard: Shard, gpu: GPU, B
     """
     shares = busiest(B * T, config.num_experts_per_tok, config.num_local_experts, shard.ep)
     specs = fit.shard_specs(config, specs, shard)
-    one, two = (_computing(replace(config, num_hidden_layers=L), specs, shard, gpu, B, T, S, shares) for L in (1, 2))
+    layers = (replace(config, num_hidden_layers=L) for L in (1, 2))
+    one, two = (_computing(each, specs, shard, gpu, (B, T, S), shares) for each in layers)
     return Step(one + (config.num_hidden_layers - 1) * (two - one), _sending(config, shard, find_link(gpu), B, T))
 
 
 def _computing(
-    config: MixtralConfig,
-    specs: fit.QuantSpecs,
-    shard: Shard,
-    gpu: GPU,
-    B: int,
-    T: int,
-    S: int,
-    shares: tuple[float, float],
+    config: MixtralConfig, specs: fit.QuantSpecs, shard: Shard, gpu: GPU, sizes: Sequence[int], shares: Sequence[float]
 ) -> float:
-    """Seconds of a rank's kernels, of which the experts' take `shares`."""
-    ranks = _NoRanks(_EveryExpert(**vars(shard)))
-    model = Mixtral(config, "meta", fit.stored_dtype(config), specs=specs, ranks=ranks)  # type: ignore[arg-type]
-    cache = KVCache(model.config, B, S, "meta", fit.stored_dtype(config))
-    ids = torch.empty(B, T, dtype=torch.int64, device="meta")
+    """Seconds of a rank's kernels, of which the experts' take `shares`: those of a model with the rank's sizes and all
+    experts, B sequences, T new tokens, S positions."""
+    (B, T, S), dtype = sizes, fit.stored_dtype(config)
+    vocabulary, inner = -(-config.vocab_size // shard.ranks), config.intermediate_size // shard.tp
+    model = Mixtral(
+        replace(shard.config(config), vocab_size=vocabulary, intermediate_size=inner), "meta", dtype, specs=specs
+    )
+    cache = KVCache(model.config, B, S, "meta", dtype)
     with record_launches(gpu.arch) as launches, torch.no_grad():
-        model.head(model.hidden(ids, cache)[:, -1])
+        model.head(model.hidden(torch.empty(B, T, dtype=torch.int64, device="meta"), cache)[:, -1])
     found = predict(launches, gpu, Cost(0, 0))
     return found.seconds - sum((1 - _share(part, *shares)) * part.seconds for part in found.parts)
-
-
-class _EveryExpert(Shard):
-    """A shard with the experts of all ranks along "ep"; `busiest` says how much of their work one rank has."""
-
-    def experts(self, config: MixtralConfig) -> slice:
-        return slice(0, config.num_local_experts)
-
-
-class _NoRanks:
-    """Takes the place of `Ranks`, and sends nothing."""
-
-    def __init__(self, shard: Shard) -> None:
-        self.shard = shard
-
-    def local_ids(self, ids: torch.Tensor, experts: int) -> torch.Tensor:
-        return ids
-
-    def all_reduce(self, part: torch.Tensor, in_order: bool) -> torch.Tensor:
-        return part
-
-    def all_gather(self, part: torch.Tensor, size: int) -> torch.Tensor:
-        return part
 
 
 def _share(part: Part, experts: float, routes: float) -> float:
@@ -211,14 +186,17 @@ def _collective(sent: int, n: int, link: Link) -> float:
     return begin + (max(carried, sent / gpus / (link.network * NETWORK_REACHED)) if nodes > 1 else carried)
 
 
-def run(request: fit.Request, format: str, gpu: GPU, as_json: bool) -> int:
-    """-> exit status: 1 where no number of GPUs holds the model."""
+def run(args: argparse.Namespace) -> int:
+    """The command `fit --scaling` -> exit status: 1 where no number of GPUs holds the model."""
+    request, gpu, format = fit.Request.of(args), fit.select_gpu(args), args.scaling or fit.STORED
+    if gpu is None:
+        raise ValueError("--scaling is given and there is no GPU here, needs --gpu, too")
     if format not in request.specs:
         raise ValueError(f"--scaling is {format!r}, needs one of {', '.join(request.specs)}")
     find_link(gpu)
     found = list(splits(request.config, request.specs[format], gpu, request.batch, request.context))
     fits = [split.need.total <= gpu.bytes for split in found]
-    if as_json:
+    if args.json:
         rows = []
         for split, holds in zip(found, fits, strict=True):
             sizes = {"gpus": split.gpus, "tp": split.tp, "ep": split.ep, "batch": split.batch, "chunk": split.chunk}

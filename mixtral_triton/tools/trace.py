@@ -47,17 +47,6 @@ class RouteRecorder(TorchDispatchMode):
         return out
 
 
-def format_ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers, neighbours drawn together: "1, 3-15"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
 @dataclass(frozen=True)
 class Trace:
     """tokens: the text of each, T of them; experts int [L,T,K], a token's first choice first; of num_experts."""
@@ -160,8 +149,8 @@ class TraceView:
             yield Text(f"\nlayer {layer}", style="bold")
             yield trace.annotate(layer, options.ascii_only)
         if left_out := sorted(set(range(len(trace.experts))) - set(self.layers)):
-            layers = f"layer{'s' if len(left_out) > 1 else ''} {format_ranges(left_out)}"
-            yield Text(f"\nleft out: the text of {layers}, see --layers", style="dim")
+            layers = ", ".join(map(str, left_out))
+            yield Text(f"\nleft out: the text of layers {layers}; see --layers", style="dim")
         yield ""
         yield trace.table()
 

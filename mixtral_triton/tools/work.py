@@ -26,7 +26,7 @@ from ..kernels.op import Launch
 # of a 128 x 128 tile has on sm_90, by 256 threads.
 SOFTMAX = 12
 LIBRARY = (256, 256, 64)  # a library's tile, that of two SMs which share what they load: an estimate
-Operands = Mapping[str, Tensor]
+Operands = Mapping[str, Tensor]  # by name; a variable of this type is t
 
 
 @dataclass(frozen=True)
@@ -74,34 +74,34 @@ def _programs(launch: Launch) -> int:
     return math.prod(launch.grid or ())
 
 
-def _nbytes(operands: Operands, *without: str) -> int:
+def _nbytes(t: Operands, *without: str) -> int:
     """Of all tensors but `without`, each once."""
-    return sum(one.nbytes for name, one in operands.items() if name not in without)
+    return sum(one.nbytes for name, one in t.items() if name not in without)
 
 
 # Bytes across memory of kernels that do not move each tensor once; n programs.
 MEMORY: dict[str, Callable[[Operands, int], float]] = {
-    "embed_rms_norm_kernel": lambda own, n: _nbytes(own, "table") + own["x"].nbytes,  # the rows that become x
-    "append_kernel": lambda own, n: 2 * (own["k"].nbytes + own["v"].nbytes),  # the caches are longer
+    "embed_rms_norm_kernel": lambda t, n: _nbytes(t, "table") + t["x"].nbytes,  # the rows that become x
+    "append_kernel": lambda t, n: 2 * (t["k"].nbytes + t["v"].nbytes),  # the caches are longer
     # q and k in and out; cos and sin of each token.
-    "rope_kernel": lambda own, n: 2 * (own["q"].nbytes + own["k"].nbytes) + 2 * n * own["cos"][0].nbytes,
+    "rope_kernel": lambda t, n: 2 * (t["q"].nbytes + t["k"].nbytes) + 2 * n * t["cos"][0].nbytes,
 }
 # Bytes that a program loads, where that is no equal part of the former.
 LOADED: dict[str, Callable[[Operands, int], float]] = {
-    "sort_by_expert_kernel": lambda own, n: 2 * own["ids"].nbytes,  # an expert's program reads all ids twice
-    "gather_by_expert_kernel": lambda own, n: own["ids"].nbytes + own["sorted"].nbytes / n,  # all ids, and its rows
-    "gate_route_kernel": lambda own, n: (  # a token's program reads all of the gate
-        sum(own[name].nbytes for name in ("gate", "norm") if name in own)
-        + sum(own[name][0].nbytes for name in ("x", "residual") if name in own)
+    "sort_by_expert_kernel": lambda t, n: 2 * t["ids"].nbytes,  # an expert's program reads all ids twice
+    "gather_by_expert_kernel": lambda t, n: t["ids"].nbytes + t["sorted"].nbytes / n,  # all ids, and its rows
+    "gate_route_kernel": lambda t, n: (  # a token's program reads all of the gate
+        sum(t[name].nbytes for name in ("gate", "norm") if name in t)
+        + sum(t[name][0].nbytes for name in ("x", "residual") if name in t)
     ),
 }
 
 
 def _stream(launch: Launch) -> Work:
-    own, programs = _operands(launch), _programs(launch)
-    memory = MEMORY[launch.kernel](own, programs) if launch.kernel in MEMORY else _nbytes(own)
-    loaded = LOADED[launch.kernel](own, programs) if launch.kernel in LOADED else memory / programs
-    return Work(memory, programs, loaded, vector=2.0 * own["gate"].numel() if "gate" in own else 0.0)
+    t, programs = _operands(launch), _programs(launch)
+    memory = MEMORY[launch.kernel](t, programs) if launch.kernel in MEMORY else _nbytes(t)
+    loaded = LOADED[launch.kernel](t, programs) if launch.kernel in LOADED else memory / programs
+    return Work(memory, programs, loaded, vector=2.0 * t["gate"].numel() if "gate" in t else 0.0)
 
 
 def _product(
@@ -135,38 +135,36 @@ def _product(
     )
 
 
-def _row_bytes(own: Operands, name: str) -> int:
+def _row_bytes(t: Operands, name: str) -> int:
     """Bytes of a weight's row and of its scales, which a tile for few rows loads once."""
-    parts = (own[each] for each in (name, "scales", "zeros") if each in own)
+    parts = (t[each] for each in (name, "scales", "zeros") if each in t)
     return sum(one.shape[-1] * one.element_size() for one in parts)
 
 
 def _linear(launch: Launch) -> Work:
-    own, c = _operands(launch), launch.constexprs
-    few, x, weight, memory = "BLOCK_T" in c, own["x"], own["weight"], _nbytes(own)
-    shape = c["BLOCK_T" if few else "BLOCK_M"], c["BLOCK_N"], c["H"]
-    if not few:
+    t, c = _operands(launch), launch.constexprs
+    skinny, x, weight, memory = "BLOCK_T" in c, t["x"], t["weight"], _nbytes(t)
+    shape = c["BLOCK_T" if skinny else "BLOCK_M"], c["BLOCK_N"], c["H"]
+    if not skinny:
         return _product(launch, memory, _programs(launch), x, weight, shape)
-    work = _product(launch, memory, _programs(launch), x, weight, shape, len(x), _row_bytes(own, "weight"))
+    work = _product(launch, memory, _programs(launch), x, weight, shape, len(x), _row_bytes(t, "weight"))
     # As compiled: a first tile that a warpgroup multiplies before the loop has a buffer of its own.
     extra = work.shared // (launch.num_stages or 1) if c["PDL"] and c["BLOCK_N"] > 32 else 0
     return replace(work, shared=work.shared + extra)
 
 
 @lru_cache(maxsize=1024)
-def row_tiles(
-    choices: int, share: float, experts: int, rows: int, heights: tuple[int, ...] = ()
-) -> tuple[float, float]:
+def row_tiles(slots: int, share: float, experts: int, rows: int, heights: tuple[int, ...] = ()) -> tuple[float, float]:
     """Row tiles of `rows` that the groups of all experts fill, and the rows of all tiles: the expected numbers.
 
     heights  that the last tile of a group may have instead
     """
-    n = torch.arange(choices + 1, dtype=torch.float64)
+    n = torch.arange(slots + 1, dtype=torch.float64)
     if share >= 1:
-        likely = (n == choices).double()
+        likely = (n == slots).double()
     else:
-        log_ways = torch.lgamma(n[-1] + 1) - torch.lgamma(n + 1) - torch.lgamma(n[-1] - n + 1)
-        likely = torch.exp(log_ways + n * math.log(share) + (n[-1] - n) * math.log1p(-share))
+        log_count = torch.lgamma(n[-1] + 1) - torch.lgamma(n + 1) - torch.lgamma(n[-1] - n + 1)
+        likely = torch.exp(log_count + n * math.log(share) + (n[-1] - n) * math.log1p(-share))
     last = torch.full_like(n, rows)
     for height in sorted(heights, reverse=True):
         last[n % rows <= height] = height
@@ -180,43 +178,43 @@ def _expert_operands(launch: Launch) -> tuple[str, str, int, str]:
     return ("x", "gate_up", 2, "H") if "_up_" in launch.kernel else ("h", "down", 1, "I")
 
 
-def _expert_bytes(own: Operands, weight: str, experts: float) -> float:
+def _expert_bytes(t: Operands, weight: str, experts: float) -> float:
     """All tensors once, of the weight and its scales those of so many experts."""
     weights = {weight, "scales", "zeros"}
-    return _nbytes(own, *weights) + experts * sum(own[name].nbytes / len(own[name]) for name in weights if name in own)
+    return _nbytes(t, *weights) + experts * sum(t[name].nbytes / len(t[name]) for name in weights if name in t)
 
 
 def _experts(launch: Launch) -> Work:
     """Prefill. Programs without a group leave at once. Rows of x are tokens, or slots where TMA reads them; `down` sees
     slots alone, as if each of them took an expert by itself."""
-    own, c, E = _operands(launch), launch.constexprs, launch.args["E"]
+    t, c, E = _operands(launch), launch.constexprs, launch.args["E"]
     x, weight, halves, depth = _expert_operands(launch)
-    choices, share = len(own[x]), 1 / E
+    slots, share = len(t[x]), 1 / E
     if halves == 2:
         K = launch.args["TOP_K"]
-        choices, share = choices if launch.args["x_desc"] is None else choices // K, K / E
+        slots, share = slots if launch.args["x_desc"] is None else slots // K, K / E
     rows = c["BLOCK_M"]
     heights = (c["SHORT_M"], main_rows(rows, c["SHORT_M"])) if c["SHORT_M"] else ()
-    tiles, issued = row_tiles(choices, share, E, rows, heights)
-    memory = _expert_bytes(own, weight, expected_distinct_experts(choices, share, E))
+    tiles, issued = row_tiles(slots, share, E, rows, heights)
+    memory = _expert_bytes(t, weight, expected_distinct_experts(slots, share, E))
     programs = tiles * math.ceil(c["I" if halves == 2 else "H"] / c["BLOCK_N"])
     full, mean = (
-        _product(launch, memory, programs, own[x], own[weight], (high, halves * c["BLOCK_N"], c[depth]))
+        _product(launch, memory, programs, t[x], t[weight], (high, halves * c["BLOCK_N"], c[depth]))
         for high in (rows, issued / tiles)
     )
     return replace(mean, shared=full.shared, longest=rows * tiles / issued)
 
 
 def _experts_decode(launch: Launch) -> Work:
-    own, c, E = _operands(launch), launch.constexprs, launch.args["E"]
+    t, c, E = _operands(launch), launch.constexprs, launch.args["E"]
     x, weight, halves, depth = _expert_operands(launch)
     splits = 1 if halves == 2 else c["SPLIT_K"]
-    T, K = own["ids"].shape
+    T, K = t["ids"].shape
     experts = expected_distinct_experts(T, K / E, E)
     programs = (launch.grid or (0,))[0] * experts * splits
     shape = c["BLOCK_T"], halves * c["BLOCK_N"], c[depth] / splits
-    memory, stored = _expert_bytes(own, weight, experts), _row_bytes(own, weight) / splits
-    return _product(launch, memory, programs, own[x], own[weight], shape, T * K / experts, stored)
+    memory, stored = _expert_bytes(t, weight, experts), _row_bytes(t, weight) / splits
+    return _product(launch, memory, programs, t[x], t[weight], shape, T * K / experts, stored)
 
 
 def _attention(launch: Launch, rows: int, keys: float, memory: float) -> Work:
@@ -237,7 +235,7 @@ def _attention(launch: Launch, rows: int, keys: float, memory: float) -> Work:
 
 def _attention_prefill(launch: Launch) -> Work:
     """Tiles of queries see keys from the window's edge to the diagonal, in whole tiles of keys."""
-    own, c, args = _operands(launch), launch.constexprs, launch.args
+    t, c, args = _operands(launch), launch.constexprs, launch.args
     T, past = args["T"], args["C"] if c["CACHED"] else args["S"] - args["T"]
     end, window, rows = past + T, args["window"] if c["WINDOWED"] else 0, c["BLOCK_M"]
     before, after = (window, 0) if c["CAUSAL"] else (window // 2 + 1, window // 2)
@@ -249,19 +247,19 @@ def _attention_prefill(launch: Launch) -> Work:
         keys.append(max(0, math.ceil((high - low) / c["BLOCK_N"])) * c["BLOCK_N"])
     mean = sum(keys) / len(keys)
     share = min(1.0, (window + T) / end) if window and c["CAUSAL"] else 1.0
-    key_bytes = sum(own[name].nbytes for name in ("k", "v", "k_cache", "v_cache") if name in own)
-    work = _attention(launch, rows, mean, 2 * own["q"].nbytes + share * key_bytes)
+    key_bytes = sum(t[name].nbytes for name in ("k", "v", "k_cache", "v_cache") if name in t)
+    work = _attention(launch, rows, mean, 2 * t["q"].nbytes + share * key_bytes)
     return replace(work, longest=max(keys) / mean if mean else 1.0)
 
 
 def _attention_decode(launch: Launch) -> Work:
-    own, c = _operands(launch), launch.constexprs
+    t, c = _operands(launch), launch.constexprs
     slots, window, splits = launch.args["S"], launch.args["window"], (launch.grid or (1,))[0]
     keys = min(slots, window) if c["WINDOWED"] else slots
     span = math.ceil(math.ceil(keys / splits) / c["BLOCK_N"]) * c["BLOCK_N"]
-    memory = _nbytes(own, "k", "v", "cos", "sin") + (own["k"].nbytes + own["v"].nbytes) * keys / max(1, slots)
-    if "cos" in own:  # a row of each table a sequence, and the newest key into the cache
-        memory += 2 * len(own["q"]) * own["cos"][0].nbytes + 2 * own["new_k"].nbytes
+    memory = _nbytes(t, "k", "v", "cos", "sin") + (t["k"].nbytes + t["v"].nbytes) * keys / max(1, slots)
+    if "cos" in t:  # a row of each table a sequence, and the newest key into the cache
+        memory += 2 * len(t["q"]) * t["cos"][0].nbytes + 2 * t["new_k"].nbytes
     return _attention(launch, c["BLOCK_M"], span, memory)
 
 

@@ -73,7 +73,7 @@ def check_loaded(folder: Any, model: Any) -> list[Row]:
 
 def _stored_tensors(folder: Any, config: Any) -> Iterator[tuple[str, Any]]:
     """Every tensor of the checkpoint by name, as a slice to read; quantized linears as QuantizedWeights."""
-    headers = weights.read_headers(folder)
+    headers = hub.read_headers(folder)
     plan = None if headers.scheme is None else hub.plan(headers, config)
     for file in sorted({stored.file for stored in headers.tensors.values()}):
         try:
@@ -225,7 +225,7 @@ def quantization_cost(target: Target, folder: Any, ids: Tensor, step: Step) -> Q
     One layer of the files is in memory at a time. On a mesh every rank computes all of it.
     """
     model, config = target.model, target.config
-    formats, headers = quantized_formats(model), weights.read_headers(folder)
+    formats, headers = quantized_formats(model), hub.read_headers(folder)
     if not formats or headers.scheme is not None:
         return None
     text, context = held_out(folder, config), min(config.max_position_embeddings, CONTEXT)

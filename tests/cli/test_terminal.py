@@ -1,4 +1,4 @@
-"""What the command line says where, on terminals and pipes of every kind, and how it ends."""
+"""What the command line prints where, on terminals and pipes of every kind, and how it ends."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ import pytest
 import mixtral_triton
 from mixtral_triton import Mixtral, cli
 from mixtral_triton.cli import main, parser
-from mixtral_triton.config import MixtralConfig
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.tools import processes, terminal
 
 ROOT = Path(__file__).parents[2]
-# Each starts a process that chooses for itself whether to interpret, so once is enough.
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="chooses the interpreter itself: run once, without")
+# Each test decides for itself whether to interpret, so once is enough.
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="selects the backend itself: run once, without")
 GENERATE = ("generate", "--device", "cpu", "--prompt", "The café", "--max-new-tokens", "3")
+TRACE = ("trace", *GENERATE[1:5])
 FULL = Path("/dev/full")
-full = pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
 
 
-def command(*args: str, **environment: str) -> dict[str, Any]:
-    """What `subprocess` takes to run the command line in an environment that says nothing of encodings or Triton."""
+def command(*args: str, code: str = "", **environment: str) -> dict[str, Any]:
+    """What `subprocess` takes to run the command line, after `code`, in an environment without encodings or Triton."""
     free = ("TRITON_INTERPRET", "LC_ALL", "LC_CTYPE", "LANG", "COLUMNS")
     kept = {key: value for key, value in os.environ.items() if key not in free and not key.startswith("PYTHON")}
     kept |= {key: os.environ[key] for key in ("PYTHONPATH",) if key in os.environ}
-    return {"args": [sys.executable, "-m", "mixtral_triton", *args], "cwd": ROOT, "env": kept | environment}
+    program = ["-c", f"{code}\nimport sys\nfrom mixtral_triton.cli import main\nsys.exit(main(sys.argv[1:]))"]
+    entry = program if code else ["-m", "mixtral_triton"]
+    return {"args": [sys.executable, *entry, *args], "cwd": ROOT, "env": kept | environment}
 
 
 def run(*args: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -44,46 +45,36 @@ def run(*args: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
 
 
 @pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")  # in this process, which has made its choice
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # this process has imported its kernels
 
 
-# Which way
+# Backends
 
 
-def test_without_a_gpu_generate_is_plain_torch_and_says_so() -> None:
+def test_without_a_gpu_generate_reports_the_torch_backend() -> None:
     done = run(*GENERATE)
-    assert done.returncode == 0
-    said = done.stderr.decode().splitlines()
-    assert len(said) == 1 and said[0].startswith("--device cpu: plain torch") and "--interpret" in said[0]
-    assert b"torch" not in done.stdout
-
-
-CHOSEN = """
-import sys
-from mixtral_triton.cli import main
-status = main(sys.argv[1:])
-from mixtral_triton.kernels.launch import INTERPRETED
-print(status, INTERPRETED)
-"""
+    lines = done.stderr.decode().splitlines()
+    assert done.returncode == 0 and b"torch" not in done.stdout
+    assert len(lines) == 1 and lines[0].startswith("--device cpu: plain torch") and "--interpret" in lines[0]
 
 
 @pytest.mark.parametrize("gpus", [False, True], ids=["no GPU", "a GPU"])
 @pytest.mark.parametrize("name", ["generate", "trace"])
-def test_interpret_interprets_on_the_cpu_with_a_gpu_or_without(name: str, gpus: bool) -> None:
-    """The kernels themselves: a launch counted in the process. A GPU that is there is not asked for anything."""
+def test_interpret_runs_the_kernels_on_the_cpu(name: str, gpus: bool) -> None:
+    """A GPU at hand is not used."""
     fake = "import torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1\n" if gpus else ""
+    report = "import atexit\natexit.register(lambda: print(__import__('mixtral_triton').kernels.launch.INTERPRETED))"
     more = ("--max-new-tokens", "1") if name == "generate" else ("--layers", "0")
-    process = command(name, "--interpret", "--prompt", "A b", *more)
-    process["args"][1:3] = ["-c", fake + CHOSEN]
+    process = command(name, "--interpret", "--prompt", "A b", *more, code=fake + report)
     done = subprocess.run(**process, capture_output=True, text=True, timeout=240)
-    assert done.stdout.splitlines()[-1] == "0 True", done.stderr
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "True", done.stderr
     assert "--interpret: the Triton kernels run interpreted" in done.stderr
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`choose` as in a process that has chosen nothing; what it sets is undone."""
+    """`select_backend` as in a new process; what it sets is undone."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     before = dict(os.environ)
     yield
@@ -91,92 +82,63 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         del os.environ[key]
 
 
-def options(**given: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{"device": None, "interpret": False} | given)
+def options(**values: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"device": None, "interpret": False} | values)
+
+
+TORCH, INTERPRETER = "plain torch", "the Triton kernels run interpreted"
 
 
 @pytest.mark.parametrize(
-    ("given", "interpret", "gpu", "said", "switch"),
+    ("values", "interpret", "gpu", "note", "switch"),
     [
-        ({}, False, False, "No GPU found: plain torch", None),
+        ({}, False, False, f"No GPU found: {TORCH}", None),
         ({}, False, True, "", None),
-        ({}, True, False, "No GPU found: the Triton kernels run interpreted", "1"),
+        ({}, True, False, f"No GPU found: {INTERPRETER}", "1"),
         ({}, True, True, "", None),
-        ({"device": "cpu"}, False, True, "--device cpu: plain torch", None),
-        ({"device": "cpu"}, True, True, "--device cpu: the Triton kernels run interpreted", "1"),
-        ({"interpret": True}, False, True, "--interpret: the Triton kernels run interpreted", "1"),
-        ({"interpret": True}, False, False, "--interpret: the Triton kernels run interpreted", "1"),
+        ({"device": "cpu"}, False, True, f"--device cpu: {TORCH}", None),
+        ({"device": "cpu"}, True, True, f"--device cpu: {INTERPRETER}", "1"),
+        ({"interpret": True}, False, True, f"--interpret: {INTERPRETER}", "1"),
+        ({"interpret": True}, False, False, f"--interpret: {INTERPRETER}", "1"),
     ],
 )
-def test_the_way_is_chosen(
-    given: Any, interpret: bool, gpu: bool, said: str, switch: str | None, fresh: None, monkeypatch: pytest.MonkeyPatch
+def test_select_backend(
+    values: Any, interpret: bool, gpu: bool, note: str, switch: str | None, fresh: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
-    args = options(**given)
-    note = processes.select_backend(args, interpret)
-    assert note.startswith(said) and bool(note) == bool(said)
+    args = options(**values)
+    found = processes.select_backend(args, interpret)
+    assert found.startswith(note) and bool(found) == bool(note)
     assert os.environ.get("TRITON_INTERPRET") == switch
-    assert args.device == ("cpu" if given else None)
+    assert args.device == ("cpu" if values else None)
 
 
-def test_what_the_user_set_stays(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_switch_of_the_user_stays(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert processes.select_backend(options(), interpret=True) == "" and os.environ["TRITON_INTERPRET"] == "0"
     with pytest.raises(ValueError, match="TRITON_INTERPRET=0"):
         processes.select_backend(options(interpret=True), interpret=False)
 
 
-def test_interpret_on_a_gpu_is_refused(plain: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "--prompt", "x", "--interpret", "--device", "cuda"]) == 2
-    assert "--interpret runs on the CPU" in capsys.readouterr().err
-
-
-def test_verify_says_before_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = MixtralConfig.from_pretrained(cli.SMALL)
-    monkeypatch.setattr("mixtral_triton.kernels.launch.INTERPRETED", True)
-    assert processes.add_verify_time("Slow.", small, "torch.bfloat16", 96) == (
-        "Slow. 4 layers with 96 tokens: about 40 s on two cores."
-    )
-    monkeypatch.setattr("mixtral_triton.kernels.launch.INTERPRETED", False)
-    assert processes.add_verify_time("", small, "torch.bfloat16", 96) == ""
-
-
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(3, "10 s"), (44, "40 s"), (119, "120 s"), (150, "2 minutes"), (5e4, "10 hours")]
-)
-def test_about(seconds: float, said: str) -> None:
-    assert processes.about(seconds) == f"about {said}"
-
-
-@pytest.mark.parametrize(
-    ("args", "said"),
-    [
-        ((*GENERATE, "--json"), "generating: "),
-        (GENERATE, "reading the prompt: 0/"),
-        (("trace", *GENERATE[1:5]), "tracing: "),
-    ],
+    ("args", "line"),
+    [((*GENERATE, "--json"), "generating: "), (GENERATE, "reading the prompt: 0/"), (TRACE, "tracing: ")],
     ids=["generate --json", "generate", "trace"],
 )
-def test_long_work_says_something_now_and_then(
-    args: tuple[str, ...], said: str, plain: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_long_work_reports_progress_on_a_pipe(
+    args: tuple[str, ...], line: str, in_process: None, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hidden = Mixtral.hidden
-
-    def slow(*args: Any) -> Any:
-        time.sleep(0.2)
-        return hidden(*args)
-
-    monkeypatch.setattr(Mixtral, "hidden", slow)
+    monkeypatch.setattr(Mixtral, "hidden", lambda *args: time.sleep(0.2) or hidden(*args))
     monkeypatch.setattr(terminal, "INTERVAL", 0.05)
     assert main([*args]) == 0
-    assert said in capsys.readouterr().err
+    assert line in capsys.readouterr().err
 
 
 # The help and the version
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    """One source: what the metadata of an installed package have comes from the same line."""
     with pytest.raises(SystemExit) as left:
         main(["--version"])
     assert left.value.code == 0
@@ -190,14 +152,13 @@ def subcommands() -> dict[str, argparse.ArgumentParser]:
 
 
 @pytest.mark.parametrize("name", sorted(subcommands()))
-def test_the_help_tells_every_default(name: str) -> None:
+def test_the_help_prints_every_default(name: str) -> None:
     sub = subcommands()[name]
     assert sub.format_help()
     for action in sub._actions[1:]:
         text = sub._get_formatter()._expand_help(action)
-        assert text.startswith(("default: ", "(default: ")) or len(text) > 15, action.dest
         if action.nargs is None and not action.option_strings:
-            assert "default" not in text, action.dest  # has to be given
+            assert "default" not in text, action.dest  # required
             continue
         assert ("(required)" if action.required and action.option_strings else "default: ") in text, action.dest
         if action.default not in (None, [], True, False) and action.option_strings:
@@ -207,21 +168,20 @@ def test_the_help_tells_every_default(name: str) -> None:
 # Pipes, full disks, Ctrl-C
 
 
-@pytest.mark.parametrize("args", [GENERATE, ("trace", *GENERATE[1:5]), ("generate", "--help")], ids=lambda a: a[0])
-def test_a_reader_that_leaves_ends_it_without_a_word(args: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("args", [GENERATE, TRACE, ("generate", "--help")], ids=lambda args: args[0])
+def test_a_closed_pipe_is_exit_141_without_a_message(args: tuple[str, ...]) -> None:
     with subprocess.Popen(**command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
-        process.stdout.close()  # before the first word: the kindest `head` is not quicker
-        told = process.stderr.read().decode()
+        process.stdout.close()
+        error = process.stderr.read().decode()
     assert process.returncode == terminal.CLOSED_PIPE == 128 + signal.SIGPIPE
-    assert "plain torch" in told or not told
-    assert "rror" not in told and "Exception" not in told
+    assert ("plain torch" in error or not error) and "rror" not in error and "Exception" not in error
 
 
-@full
+@pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
 @pytest.mark.parametrize("environment", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
-@pytest.mark.parametrize("args", [GENERATE, (*GENERATE, "--json"), ("trace", *GENERATE[1:5])], ids=lambda a: a[-1])
-def test_a_full_disk_under_the_output_is_one_line(args: tuple[str, ...], environment: dict[str, str]) -> None:
+@pytest.mark.parametrize("args", [GENERATE, (*GENERATE, "--json"), TRACE], ids=["generate", "generate --json", "trace"])
+def test_a_full_disk_under_stdout_is_one_line(args: tuple[str, ...], environment: dict[str, str]) -> None:
     process = command(*args, TRITON_INTERPRET="0", **environment)
     with FULL.open("wb") as disk:
         done = subprocess.run(**process, stdout=disk, stderr=subprocess.PIPE, timeout=240)
@@ -230,50 +190,50 @@ def test_a_full_disk_under_the_output_is_one_line(args: tuple[str, ...], environ
 
 
 def test_ctrl_c_ends_the_line() -> None:
-    args = ("generate", "--device", "cpu", "--prompt", "The return", "--max-new-tokens", "900")
-    process = command(*args, TRITON_INTERPRET="0")
+    process = command(*GENERATE[:4], "The return", "--max-new-tokens", "900", TRITON_INTERPRET="0")
     with subprocess.Popen(**process, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         assert running.stdout is not None and running.stderr is not None
         running.stdout.read(12)  # the prompt, and a bit of what follows
         running.send_signal(signal.SIGINT)
-        out, told = running.stdout.read(), running.stderr.read()
-    assert running.returncode == 130
+        out, error = running.stdout.read(), running.stderr.read()
+    assert running.returncode == 130 and error == b"mixtral-triton generate: interrupted\n"
     assert out.endswith(b"\n") and b"tokens/s" not in out
-    assert told == b"mixtral-triton generate: interrupted\n"
-
-
-def interrupt(args: Any) -> int:
-    raise KeyboardInterrupt
-
-
-def test_ctrl_c_on_a_terminal_writes_over_what_the_terminal_echoed(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cli, "_generate", interrupt)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert main([*GENERATE]) == 130
-    assert capsys.readouterr().err == "\rmixtral-triton generate: interrupted\n"
 
 
 # Errors
 
 
-def test_no_name_comes_twice(plain: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*GENERATE, "--temperature", "-1"]) == 2
-    assert capsys.readouterr().err.startswith("mixtral-triton generate: temperature is -1.0, needs")
+def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail(args: Any) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "_generate", fail)
 
 
-def test_a_missing_compiler_is_one_line(
-    plain: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Triton's own complaint, by Triton's own function, where there is none."""
+def test_ctrl_c_on_a_terminal_writes_over_its_echo(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(monkeypatch, KeyboardInterrupt())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main([*GENERATE]) == 130
+    assert capsys.readouterr().err == "\rmixtral-triton generate: interrupted\n"
+
+
+def test_missing_headers_are_one_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Python.h the compiler fails, as any process does."""
+    fail_with(monkeypatch, subprocess.CalledProcessError(1, ["gcc", "main.c"]))
+    monkeypatch.setenv("CC", "gcc")
+    monkeypatch.setattr(terminal.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert main([*GENERATE]) == 2 and "python3-dev" in capsys.readouterr().err
+    (tmp_path / "Python.h").touch()
+    with pytest.raises(subprocess.CalledProcessError):  # something else is wrong with that build
+        main([*GENERATE])
+
+
+def test_a_missing_compiler_is_one_line(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own complaint, by Triton's own function."""
     from triton.runtime.build import compile_module_from_src
 
-    def build(args: Any) -> int:
-        compile_module_from_src(f"int x{time.time_ns()};", "nothing")
-        return 0
-
-    monkeypatch.setattr(cli, "_generate", build)
+    source = f"int x{time.time_ns()};"
+    monkeypatch.setattr(cli, "_generate", lambda args: compile_module_from_src(source, "nothing") and 0)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")
     assert main([*GENERATE]) == 2
@@ -281,45 +241,36 @@ def test_a_missing_compiler_is_one_line(
     assert "needs a C compiler" in error and error.count("\n") == 1
 
 
+def test_an_unexpected_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(monkeypatch, RuntimeError("a fault of ours"))
+    with pytest.raises(RuntimeError, match="ours"):
+        main([*GENERATE])
+
+
+@pytest.mark.parametrize(
+    ("args", "start"),
+    [
+        ((*GENERATE, "--temperature", "-1"), "mixtral-triton generate: temperature is -1.0, needs"),
+        (("generate", "--prompt", "x", "--interpret", "--device", "cuda"), "mixtral-triton generate: --interpret runs"),
+    ],
+    ids=["the command's name once", "two devices"],
+)
+def test_an_error_names_its_command(args: tuple[str, ...], start: str, in_process: None, capsys: Any) -> None:
+    assert main([*args]) == 2
+    assert capsys.readouterr().err.startswith(start)
+
+
 @pytest.mark.parametrize(
     "args", [("--peer", "transformers"), ("--prompt", "many words " * 600)], ids=["peer not installed", "too long"]
 )
-def test_what_is_wrong_with_verify_is_said_before_how_long_it_takes(args: tuple[str, ...]) -> None:
-    """As a process without a GPU and without transformers has it: nothing but the line of the error."""
-    process = command("verify", "--device", "cpu", *args)
-    hide = "import importlib.util as u, sys\nfind = u.find_spec\n"
-    hide += "u.find_spec = lambda name, *rest: None if name == 'transformers' else find(name, *rest)\n"
-    process["args"][1:3] = ["-c", hide + "from mixtral_triton.cli import main\nsys.exit(main(sys.argv[1:]))"]
+def test_a_wrong_argument_of_verify_is_the_only_line(args: tuple[str, ...]) -> None:
+    """On a machine without a GPU and without transformers."""
+    hide = "import importlib.util as u\nfind = u.find_spec\n"
+    hide += "u.find_spec = lambda name, *rest: None if name == 'transformers' else find(name, *rest)"
+    process = command("verify", "--device", "cpu", *args, code=hide)
     done = subprocess.run(**process, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
     assert done.stderr.startswith("mixtral-triton verify: ")
-
-
-def test_missing_headers_are_one_line(
-    plain: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without Python.h the compiler fails, as any process does: what is missing is looked for."""
-
-    def build(args: Any) -> int:
-        raise subprocess.CalledProcessError(1, ["gcc", "main.c"])
-
-    monkeypatch.setattr(cli, "_generate", build)
-    monkeypatch.setenv("CC", "gcc")
-    monkeypatch.setattr("mixtral_triton.tools.terminal.sysconfig.get_paths", lambda: {"include": str(tmp_path)})
-    assert main([*GENERATE]) == 2
-    assert "python3-dev" in capsys.readouterr().err
-    (tmp_path / "Python.h").touch()
-    with pytest.raises(subprocess.CalledProcessError):  # something else is wrong with that build
-        main([*GENERATE])
-
-
-def test_another_runtime_error_is_not_hidden(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(args: Any) -> int:
-        raise RuntimeError("a fault of ours")
-
-    monkeypatch.setattr(cli, "_generate", fail)
-    with pytest.raises(RuntimeError, match="ours"):
-        main([*GENERATE])
 
 
 # Encodings
@@ -332,14 +283,12 @@ def test_another_runtime_error_is_not_hidden(plain: None, monkeypatch: pytest.Mo
 def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show(name: str, environment: dict[str, str]) -> None:
     prompt = "The café → 日本\nfor statement"
     done = run(name, "--device", "cpu", "--prompt", prompt, TRITON_INTERPRET="0", **environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == b""
+    assert done.returncode == 0 and done.stderr == b"", done.stderr
     if "latin-1" in environment.values():
         assert "é" in done.stdout.decode("latin-1")
     else:
         assert done.stdout.isascii()
-    marks = b"<s>[5]The[4] ca[" if name == "trace" else b"The caf"
-    assert marks in done.stdout
+    assert (b"<s>[5]The[4] ca[" if name == "trace" else b"The caf") in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -347,8 +296,7 @@ def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show(name: str, environme
 )
 def test_tables_are_drawn_in_ascii(args: tuple[str, ...]) -> None:
     done = run(*args, PYTHONIOENCODING="ascii")
-    assert done.returncode == 0 and b"----" in done.stdout
-    assert b"?" not in done.stdout + done.stderr
+    assert done.returncode == 0 and b"----" in done.stdout and b"?" not in done.stdout + done.stderr
 
 
 def test_json_is_the_same_in_every_encoding() -> None:
@@ -358,7 +306,7 @@ def test_json_is_the_same_in_every_encoding() -> None:
 
 
 @pytest.mark.parametrize("name", ["generate", "trace", "verify"])
-def test_a_prompt_that_is_no_text_is_one_line(name: str) -> None:
+def test_a_prompt_that_is_not_utf_8_is_one_line(name: str) -> None:
     process = command(name, "--device", "cpu", "--prompt", "x", TRITON_INTERPRET="0")
     process["args"][-1] = b"\xff\xfe"
     done = subprocess.run(**process, capture_output=True, timeout=240)

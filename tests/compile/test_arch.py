@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ def launch_configs(arch: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("arch", SIBLINGS)
-def test_a_gpu_takes_the_choices_of_its_family(arch: str) -> None:
+def test_gpus_use_their_family_s_launch_configs(arch: str) -> None:
     assert family(family(arch)) == family(arch)
     assert launch_configs(arch) == launch_configs(family(arch))
     assert tma_can_read(torch.empty(4, 64, dtype=torch.bfloat16), arch) == tma(arch) == (arch == "sm_103")
@@ -53,7 +54,7 @@ def test_a_family_fits_its_gpus() -> None:
 
 
 @pytest.mark.parametrize("arch", FALLBACK_FAMILIES)
-def test_an_unknown_gpu_says_once_what_it_runs_on(arch: str) -> None:
+def test_unknown_gpu_warns_once(arch: str) -> None:
     with pytest.warns(UserWarning, match=f"^{arch} .*{FALLBACK_FAMILIES[arch]}'s$") as said:
         assert launch_configs(arch) == launch_configs(FALLBACK_FAMILIES[arch])
         assert multiprocessors(arch) == ARCHS[FALLBACK_FAMILIES[arch]].sms
@@ -65,7 +66,7 @@ def test_an_unknown_gpu_says_once_what_it_runs_on(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_known_gpu_says_nothing(arch: str) -> None:
+def test_known_gpu_does_not_warn(arch: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         launch_configs(arch)
@@ -74,18 +75,18 @@ def test_a_known_gpu_says_nothing(arch: str) -> None:
     assert note is None or (arch in note and family(arch) in note)
 
 
-def test_a_gpu_is_known_by_its_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_family_by_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     sheet = SimpleNamespace(major=10, minor=3)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: sheet)
     monkeypatch.setattr(torch.version, "hip", None)
     assert family(target_arch(torch.device("cuda", 0))) == "sm_100"
 
 
-def test_the_gpus_of_the_benchmark_and_the_help_know_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_architectures_and_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert {gpu.arch for gpu in GPUS.values()} <= set(ARCHS)
     with pytest.raises(SystemExit):
         main(["compile", "--help"])
     assert set(ARCHS) <= set(capsys.readouterr().out.replace(",", " ").split())
     with pytest.raises(SystemExit):
         main(["bench", "--help"])
-    assert set(RATED) <= set(capsys.readouterr().out.replace(",", " ").replace(")", " ").split())
+    assert set(RATED) <= set(re.findall(r"\w+", capsys.readouterr().out))

@@ -27,7 +27,7 @@ compiles = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process wit
 
 
 @compiles
-def test_a_fault_is_named_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fault_is_printed_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(offline._Job, "is_cached", lambda job: False)
     monkeypatch.setattr(offline, "_attempt", lambda job: job.failed("ptxas crashed with SIGSEGV"))
     assert main(["compile", "append", "--arch", "sm_89"]) == 1
@@ -40,7 +40,7 @@ def test_a_fault_is_named_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 @compiles
-def test_out_in_a_file_s_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_that_is_a_file_is_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out"
     path.write_text("mine")
     for out, said in ((path, "is a file, needs a folder"), (path / "below", "Not a directory")):
@@ -98,9 +98,7 @@ def lines(error: str) -> list[str]:
     return [line for line in error.splitlines() if line.startswith("working")]
 
 
-def test_without_a_terminal_a_line_now_and_then(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(terminal, "INTERVAL", 0.2)
     with terminal.bar("working", None, MofNCompleteColumn()) as bar:
         time.sleep(0.3)
@@ -116,7 +114,7 @@ def test_without_a_terminal_a_line_now_and_then(
     assert lines(capsys.readouterr().err)[0].startswith("working: 1.0/3.0 MB, ")
 
 
-def test_quick_work_is_quiet_and_its_error_comes_through(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quick_work_prints_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
     assert terminal.INTERVAL >= 10
     with pytest.raises(ValueError, match="injected"), terminal.bar("working", 2, MofNCompleteColumn()) as bar:
         bar.advance(1)
@@ -140,7 +138,7 @@ def test_results_come_as_they_are_done() -> None:
     assert [index for index, _ in map_in_processes(time.sleep, [0.6, 0.0, 0.0, 0.0], 2)][-1] == 0
 
 
-def test_workers_end_where_their_caller_stops() -> None:
+def test_closing_the_iterator_ends_the_workers() -> None:
     results = map_in_processes(time.sleep, [0.0, 60.0, 60.0], 2)
     assert next(results) == (0, None)
     start = time.monotonic()
@@ -153,7 +151,7 @@ def test_workers_end_where_their_caller_stops() -> None:
 
 
 @compiles
-def test_interrupted_it_ends_with_a_line_and_leaves_nobody(tmp_path: Path) -> None:
+def test_interrupt_leaves_no_process(tmp_path: Path) -> None:
     environment: dict[str, Any] = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "mixtral_triton", "compile", "--arch", "sm_90", "expert_swiglu"]
     pipe = subprocess.PIPE

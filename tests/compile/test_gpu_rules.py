@@ -1,4 +1,4 @@
-"""Everything between a user's call and a launch, on GPUs that are not there (tests/support/stub): results, devices, looks."""
+"""Everything between a user's call and a launch, on simulated GPUs (tests/support/stub): results, devices, reads."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def run(device: Any) -> list[torch.Tensor]:
     return [x.cpu() for x in (model(ids), chunk[0], chunk[1, :2], model(ids[:, :1], cache=cache))]
 
 
-def test_a_model_on_another_gpu_than_the_current_one(gpu: Any) -> None:
+def test_model_on_another_than_the_current_gpu(gpu: Any) -> None:
     got, want = run(OTHER), run("cpu")
     for ours, plain in zip(got, want, strict=True):
         assert (ours - plain).abs().max() <= 1e-4 * plain.abs().max()
     assert {launched.device for launched in gpu.driver.launches} == {1} and gpu.current == 0
 
 
-def test_the_launcher_is_told_of_another_gpu_only_where_it_has_to_be(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_device_changes_only_for_another_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Changing the current device costs host time: on the current one nobody does."""
     changes: list[int] = []
     monkeypatch.setattr(torch.cuda, "_exchange_device", lambda index: changes.append(index) or gpu.exchange(index))
@@ -48,21 +48,21 @@ def test_the_launcher_is_told_of_another_gpu_only_where_it_has_to_be(gpu: Any, m
         assert changes == expected
 
 
-def test_without_the_guard_the_launch_would_go_astray(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_injected_fault_launch_on_the_wrong_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.ones(2, 16).to(OTHER), torch.ones(16).to(OTHER)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     with pytest.raises(LaunchError, match="x_ptr is on cuda:1, the launch on cuda:0"):
         ops.rms_norm(x, weight, 1e-5)
 
 
-def test_tensors_of_two_gpus_are_refused(gpu: Any) -> None:
+def test_tensors_of_two_gpus_raise_value_error(gpu: Any) -> None:
     with pytest.raises(ValueError, match="argument 'weight' is on cuda:1, needs to be on cuda:0"):
         ops.rms_norm(torch.ones(2, 16).to("cuda:0"), torch.ones(16).to(OTHER), 1e-5)
     with pytest.raises(ValueError, match="'input_ids' is on cuda:0, needs the model's device, cuda:1"):
         build(OTHER)(IDS.to("cuda:0"))
 
 
-def test_forward_never_looks(gpu: Any) -> None:
+def test_forward_does_not_synchronize(gpu: Any) -> None:
     """Neither without a cache, nor in a ragged chunk, nor at one token: no value comes back to the host."""
     gpu.driver.executes = False
     model, ids = build("cuda:0"), IDS.to("cuda:0")
@@ -76,7 +76,7 @@ def test_forward_never_looks(gpu: Any) -> None:
             int(lengths.max())
 
 
-def test_an_id_that_there_is_not_is_nan_for_its_sequence_alone(gpu: Any) -> None:
+def test_an_id_out_of_range_gives_nan_for_its_sequence_alone(gpu: Any) -> None:
     """Nobody looked at it, nothing was read outside of a table, and the other sequence keeps its bits."""
     model, good = build("cuda:0"), IDS.to("cuda:0")
     bad = good.clone()
@@ -85,7 +85,7 @@ def test_an_id_that_there_is_not_is_nan_for_its_sequence_alone(gpu: Any) -> None
     assert got[0, 2:].isnan().all() and torch.equal(got[1], want[1])
 
 
-def test_generate_looks_once_at_the_prompt_and_once_a_token_where_a_text_may_end(gpu: Any) -> None:
+def test_generate_reads_back_once_a_prompt_and_once_a_token(gpu: Any) -> None:
     gpu.driver.executes = False
     model = build("cuda:0")
     prompts = [row.to("cuda:0") for row in IDS]
@@ -108,9 +108,9 @@ def test_an_applied_model_over_two_gpus(gpu: Any, make_hf: Any) -> None:
     with torch.no_grad():
         want = eager(IDS, attention_mask=mask).logits
         model = accelerate.dispatch_model(apply(make_hf(num_local_experts=2)), places)
-        given = {"attention_mask": mask.to("cuda:0")}
-        got = model(IDS.to("cuda:0"), **given).logits.cpu()
-        text = model.generate(IDS.to("cuda:0"), **given, max_new_tokens=2, do_sample=False).cpu()
+        kwargs = {"attention_mask": mask.to("cuda:0")}
+        got = model(IDS.to("cuda:0"), **kwargs).logits.cpu()
+        text = model.generate(IDS.to("cuda:0"), **kwargs, max_new_tokens=2, do_sample=False).cpu()
         expected = eager.generate(IDS, attention_mask=mask, max_new_tokens=2, do_sample=False)
     assert (got - want)[mask.bool()].abs().max() <= 1e-4 * want.abs().max()
     assert torch.equal(text, expected)

@@ -40,7 +40,7 @@ def shown(launches: list[Any]) -> list[tuple[str, tuple[int, ...]]]:
     return [(each.kernel, tuple(each.grid) + (1,) * (3 - len(each.grid))) for each in launches if each.grid]
 
 
-def go(op: Op, sizes: Any, dtype: torch.dtype, gpu: Any) -> list[Any]:
+def launch_as_recorded(op: Op, sizes: Any, dtype: torch.dtype, gpu: Any) -> list[Any]:
     """Launch `op` as a GPU's tensors would -> the launches, which are those that were recorded on meta tensors."""
     gpu.driver.executes = False
     begin = len(gpu.driver.launches)
@@ -62,7 +62,7 @@ def test_every_operation_at_its_test_shapes(name: str, gpu: Any, covers: Any) ->
     op = OPS[name]
     dtype = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
     for number, sizes in enumerate(op.test_shapes):
-        count(covers, go(op, sizes, dtype, gpu), f"{name} {number}")
+        count(covers, launch_as_recorded(op, sizes, dtype, gpu), f"{name} {number}")
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -71,18 +71,18 @@ def test_every_operation_in_its_other_dtypes(name: str, gpu: Any, covers: Any) -
     op = OPS[name]
     for dtype in op.dtypes:
         if dtype != torch.bfloat16:
-            count(covers, go(op, op.test_shapes[0], dtype, gpu), f"{name} {dtype}")
+            count(covers, launch_as_recorded(op, op.test_shapes[0], dtype, gpu), f"{name} {dtype}")
 
 
 @pytest.mark.parametrize(("D", "window"), [*((D, 0) for D in HEAD_SIZES), *((D, 40) for D in (48, 80, 112))])
 def test_attention_of_every_head_size(D: int, window: int, gpu: Any, covers: Any) -> None:
-    """Among them those whose tiles made an assembler crash: heads narrower than their tile, in half a tile of rows."""
+    """Among them those whose tiles crash an assembler: heads narrower than their tile, in half a tile of rows."""
     for T in QUERIES if window == 0 else (37, 150):
         sizes = {"B": 2, "T": T, "S": T, "Hq": 4, "Hkv": 2, "D": D, "window": window}
-        count(covers, go(OPS["attention"], sizes, torch.bfloat16, gpu), f"D{D} T{T} window {window}")
+        count(covers, launch_as_recorded(OPS["attention"], sizes, torch.bfloat16, gpu), f"D{D} T{T} window {window}")
 
 
-def test_what_was_compiled_ahead_is_not_compiled_again(
+def test_kernels_compiled_ahead_are_not_compiled_again(
     gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The day compiles offline, on all cores; its launches find the kernels, those of other divisibility too."""
@@ -102,9 +102,9 @@ def test_what_was_compiled_ahead_is_not_compiled_again(
 
     monkeypatch.setattr(CUDABackend, "make_cubin", anew)
     for sizes in shapes:
-        go(op, sizes, dtype, gpu)
+        launch_as_recorded(op, sizes, dtype, gpu)
     with pytest.raises(AssertionError, match="compiled anew"):
-        go(op, {"T": 3, "H": 256}, dtype, gpu)
+        launch_as_recorded(op, {"T": 3, "H": 256}, dtype, gpu)
 
 
 def norm_launch(T: int, gpu: Any, offset: int = 0) -> tuple[Any, list[Any]]:
@@ -116,14 +116,14 @@ def norm_launch(T: int, gpu: Any, offset: int = 0) -> tuple[Any, list[Any]]:
     return launched.compiled(), list(launched.args.values())
 
 
-def test_a_grid_too_tall_is_caught(gpu: Any) -> None:
+def test_injected_fault_grid_too_tall(gpu: Any) -> None:
     kernel, args = norm_launch(4, gpu)
     kernel[(1, GRID_MOST[1], 1)](*args)
     with pytest.raises(LaunchError, match=r"grid\.y is 65536, needs 1\.\.65535"):
         kernel[(1, GRID_MOST[1] + 1, 1)](*args)
 
 
-def test_a_batch_too_large_for_a_grid_is_a_value_error(gpu: Any) -> None:
+def test_batch_too_large_for_a_grid_raises_value_error(gpu: Any) -> None:
     """Before anything is launched or recorded: CUDA would say «invalid argument»."""
     op, sizes = OPS["rope"], {"B": GRID_MOST[1] + 1, "T": 1, "Hq": 1, "Hkv": 1, "D": 16, "P": 8}
     for device in ("meta", GPU_DEVICE):
@@ -132,26 +132,26 @@ def test_a_batch_too_large_for_a_grid_is_a_value_error(gpu: Any) -> None:
         args = {name: x.to(device) for name, x in args.items()}
         with (
             record_launches() as launches,
-            pytest.raises(ValueError, match="rope_kernel: 1 x 65,536 programs, needs at most 65,535"),
+            pytest.raises(ValueError, match="rope_kernel: the grid is 1 x 65,536 programs, needs at most 65,535"),
         ):
             op.run(**args)
         assert not [launch for launch in launches if launch.grid]
 
 
-def test_arguments_that_a_kernel_was_not_compiled_for_are_caught(gpu: Any) -> None:
+def test_injected_fault_arguments_of_another_specialization(gpu: Any) -> None:
     """The JIT looks at every pointer; whoever keeps a compiled kernel has to, too."""
     kernel, args = norm_launch(4, gpu)
-    _, others = norm_launch(4, gpu, offset=4)
+    _, other_args = norm_launch(4, gpu, offset=4)
     with pytest.raises(LaunchError, match="misaligned address: x_ptr"):
-        kernel[(4, 1, 1)](*others)
+        kernel[(4, 1, 1)](*other_args)
     kernel, args = norm_launch(1, gpu)
     at = [parameter.name for parameter in norm.rms_norm_kernel.params].index("ADD")
     with pytest.raises(LaunchError, match="ADD is True, and the kernel was compiled for False"):
         kernel[(1, 1, 1)](*args[:at], True, *args[at + 1 :])
 
 
-def test_a_descriptor_off_by_8_bytes_is_caught(gpu: Any) -> None:
-    """Keys at such an address go by pointers; a descriptor that is led there is refused by the launcher."""
+def test_injected_fault_misaligned_descriptor(gpu: Any) -> None:
+    """Keys at such an address are read by pointers; the launcher refuses a descriptor there."""
     op, sizes = OPS["attention"], {"B": 1, "T": 40, "S": 40, "Hq": 4, "Hkv": 2, "D": 64, "window": 0}
     args = on_fake_gpu(op.inputs(sizes, torch.bfloat16, "cpu", torch.Generator().manual_seed(0)))
     gpu.driver.executes = False
@@ -183,7 +183,7 @@ def test_a_descriptor_off_by_8_bytes_is_caught(gpu: Any) -> None:
         ({"shape": [1] * 6}, "rank 6, needs 1..5"),
     ],
 )
-def test_what_a_tensor_map_demands(change: dict[str, Any], said: str) -> None:
+def test_tensor_map_requirements(change: dict[str, Any], said: str) -> None:
     memory = torch.zeros(40 * 128 + 64, dtype=torch.bfloat16)
     base = memory[(-memory.data_ptr() // 2) % 8 :]
     good = {"base": base, "shape": [1, 40, 2, 64], "strides": [5120, 128, 64, 1]}
@@ -194,7 +194,7 @@ def test_what_a_tensor_map_demands(change: dict[str, Any], said: str) -> None:
         check_descriptor("k_desc", SimpleNamespace(**known), meta | change)
 
 
-def test_a_configuration_that_the_gpu_cannot_hold_is_a_value_error(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configuration_beyond_shared_memory_raises_value_error(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton finds it after it has compiled; here by its own JIT, not by a stand-in for it."""
     monkeypatch.setattr(gpu.driver.utils.properties, "shared_memory_per_block_optin", 8)
     gpu.driver.forget()
@@ -215,7 +215,7 @@ def kernels_of_prompts(gpu: Any, lengths: Sequence[int]) -> Counter[Any]:
     model = Mixtral(config, device="cuda", dtype=torch.bfloat16)
     for length in lengths:
         model.generate(torch.zeros(1, length, dtype=torch.int64).to("cuda"), max_new_tokens=3)
-    made: Counter[Any] = Counter()
+    compiled: Counter[Any] = Counter()
     for fn in gpu.driver.kernels:
         declared = [(at,) for at, parameter in enumerate(fn.params) if parameter.is_constexpr]
         for cache, *_ in fn.device_caches.values():
@@ -223,21 +223,21 @@ def kernels_of_prompts(gpu: Any, lengths: Sequence[int]) -> Counter[Any]:
                 pointers = [kind for kind in kernel.src.signature.values() if kind[0] in "*t"]
                 constants = [kernel.src.constants[at] for at in declared]
                 begins = getattr(kernel.metadata, "launch_pdl", False)  # before the launch in front of it has ended
-                made[(fn.__name__, begins, *pointers, *map(str, constants))] += 1
-    return made
+                compiled[(fn.__name__, begins, *pointers, *map(str, constants))] += 1
+    return compiled
 
 
 def test_prompts_of_any_length_share_their_kernels(gpu: Any, covers: Any) -> None:
     """Lengths, rows, slots are not compiled in: neither as 1 nor as a multiple of 16."""
     draw = random.Random(0)
-    made = kernels_of_prompts(gpu, [draw.randint(1, 200) for _ in range(120)])
-    covers("host", f"120 random prompts of up to 200 tokens: {made.total()} kernels compiled")
-    assert not [kernel for kernel, times in made.items() if times > 1]
-    assert made.total() <= KERNELS_MOST
+    compiled = kernels_of_prompts(gpu, [draw.randint(1, 200) for _ in range(120)])
+    covers("host", f"120 random prompts of up to 200 tokens: {compiled.total()} kernels compiled")
+    assert not [kernel for kernel, times in compiled.items() if times > 1]
+    assert compiled.total() <= KERNELS_MOST
 
 
-def test_a_length_that_is_compiled_in_is_caught(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_injected_fault_specialized_length(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (rows,) = (parameter for parameter in gate.gate_route_kernel.params if parameter.name == "T")
     monkeypatch.setattr(rows, "do_not_specialize", False)
-    made = kernels_of_prompts(gpu, [70, 80])
-    assert [kernel[0] for kernel, times in made.items() if times > 1] == ["gate_route_kernel"]
+    compiled = kernels_of_prompts(gpu, [70, 80])
+    assert [kernel[0] for kernel, times in compiled.items() if times > 1] == ["gate_route_kernel"]

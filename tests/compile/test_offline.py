@@ -38,38 +38,54 @@ def cases() -> Iterator[Any]:
                     yield pytest.param(name, arch, dtype, id=f"{name}-{arch}-{str(dtype).removeprefix('torch.')}")
 
 
+def least_shared(arch: str) -> int:
+    """Bytes of shared memory of the smallest architecture that runs on the launch choices of `arch`."""
+    return min(known.shared_bytes for known in ARCHS.values() if known.family == arch)
+
+
 @pytest.mark.parametrize(("name", "arch", "dtype"), list(cases()))
 def test_no_spill_and_fits_shared_memory(name: str, arch: str, dtype: torch.dtype, covers: Any) -> None:
     compiled = [compile_launch(launch, arch) for launch in collect(OPS[name], arch, [dtype])]
-    # Some run what others run, and have less shared memory.
-    least = min(known.shared_bytes for known in ARCHS.values() if known.family == arch)
-    compiled = [replace(kernel, limit_bytes=least) for kernel in compiled]
+    compiled = [replace(kernel, limit_bytes=least_shared(arch)) for kernel in compiled]
     covers("target", arch)
     for kernel in compiled:
         covers("compiled", str(kernel))
     assert compiled and not [(kernel.fault, kernel) for kernel in compiled if kernel.fault]
 
 
+def faults(name: str, sizes: Any, arch: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, str | None]:
+    """By kernel, of an operation at other sizes than its bench shapes."""
+    launches = collect(replace(OPS[name], bench_shapes=(Shape(sizes),)), arch, [dtype])
+    return {launch.kernel: compile_launch(launch, arch).fault for launch in launches}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("D", [64, 256])
 def test_other_head_sizes(D: int, dtype: torch.dtype) -> None:
     """Mixtral's is 128, and so it is in the bench shapes; the tiles differ by head size."""
-    shapes = tuple(Shape(sizes) | {"D": D} for sizes in OPS["attention"].bench_shapes if sizes["S"] == 4096)
-    launches = collect(replace(OPS["attention"], bench_shapes=(shapes[0], shapes[-1])), "sm_90", [dtype])
-    kernels = {launch.kernel: compile_launch(launch, "sm_90").fault for launch in launches}
+    shapes = [Shape(sizes) | {"D": D} for sizes in OPS["attention"].bench_shapes if sizes["S"] == 4096]
+    kernels = faults("attention", shapes[0], "sm_90", dtype) | faults("attention", shapes[-1], "sm_90", dtype)
     assert kernels == dict.fromkeys(("attention_prefill_kernel", "attention_decode_kernel", "attention_combine_kernel"))
 
 
+PROMPT = {"B": 1, "T": 500, "S": 500, "Hq": 32, "Hkv": 8, "D": 128, "window": 0}
+RING = {"C": 4096, "past": 3000, "fresh": True}
+
+
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
-def test_attention_with_two_programs_an_sm(arch: str) -> None:
-    """As many tiles as there are SMs, or fewer. Over a ring with a window they would spill, and are whole."""
-    plain = {"B": 1, "T": 500, "S": 500, "Hq": 32, "Hkv": 8, "D": 128, "window": 0}
-    ring = {"C": 4096, "past": 3000, "fresh": True}
-    cases = [("attention", plain, 64), ("attention", plain | {"window": 4096}, 64)]
-    cases += [("cached_attention", plain | ring, 64), ("cached_attention", plain | ring | {"window": 4096}, 128)]
-    for name, sizes, rows in cases:
-        (launch,) = collect(replace(OPS[name], bench_shapes=(Shape(sizes),)), arch, [torch.bfloat16])
-        assert launch.constexprs["BLOCK_M"] == rows and compile_launch(launch, arch).fault is None, (name, launch)
+@pytest.mark.parametrize(
+    ("name", "sizes", "rows"),
+    [
+        ("attention", {}, 64),
+        ("attention", {"window": 4096}, 64),
+        ("cached_attention", RING, 64),
+        ("cached_attention", RING | {"window": 4096}, 128),  # tiles of 64 rows would spill
+    ],
+)
+def test_attention_with_no_more_tiles_than_sms(name: str, sizes: Any, rows: int, arch: str) -> None:
+    op = replace(OPS[name], bench_shapes=(Shape(PROMPT | sizes),))
+    (launch,) = collect(op, arch, [torch.bfloat16])
+    assert launch.constexprs["BLOCK_M"] == rows and compile_launch(launch, arch).fault is None
 
 
 # D and T. Narrower than their tile: an assembler of CUDA 12 crashes where 64 rows or 64 columns meet 128 keys.
@@ -79,20 +95,19 @@ HEADS = [(48, 20), (48, 65), (48, 150), (72, 37), (80, 33), (112, 37), (192, 65)
 @pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
 @pytest.mark.parametrize(("D", "T"), HEADS)
 def test_heads_narrower_than_their_tile(D: int, T: int, arch: str) -> None:
-    """Keys given alone or with a ring before them; bf16, and fp16 where both compile to the same tiles' code."""
-    plain = {"B": 1, "T": T, "S": 4096, "Hq": 4, "Hkv": 2, "D": D, "window": 0}
-    ring = Shape(plain, C=4096, past=5000, fresh=True)
-    for name, sizes, dtype in (("attention", plain, torch.bfloat16), ("cached_attention", ring, torch.float16)):
-        (launch,) = collect(replace(OPS[name], bench_shapes=(sizes,)), arch, [dtype])
-        assert compile_launch(launch, arch).fault is None, (name, launch)
+    """Keys alone or with a ring before them; bf16, and fp16 where both compile to the same tiles' code."""
+    sizes = PROMPT | {"T": T, "S": 4096, "Hq": 4, "Hkv": 2, "D": D}
+    found = faults("attention", sizes, arch)
+    found |= faults("cached_attention", sizes | RING | {"past": 5000}, arch, torch.float16)
+    assert found == {"attention_prefill_kernel": None}
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_80", "gfx942"])
 @pytest.mark.parametrize("D", [48, 72, 80, 192])
-def test_a_decode_step_of_such_heads(D: int, arch: str) -> None:
-    sizes = Shape(B=2, T=1, Hq=8, Hkv=2, D=D, C=4096, window=4096, past=4095)
-    launches = collect(replace(OPS["rope_append_attention"], bench_shapes=(sizes,)), arch, [torch.bfloat16])
-    assert launches and not [fault for launch in launches if (fault := compile_launch(launch, arch).fault)]
+def test_decode_step_of_narrow_heads(D: int, arch: str) -> None:
+    sizes = {"B": 2, "T": 1, "Hq": 8, "Hkv": 2, "D": D, "C": 4096, "window": 4096, "past": 4095}
+    found = faults("rope_append_attention", sizes, arch)
+    assert found and not any(found.values())
 
 
 def prefill(kernel: str, arch: str = "sm_90") -> Launch:
@@ -151,7 +166,7 @@ def test_the_gate_catches_a_spill() -> None:
     assert halved[0].loop_spills and f"by {halved[0].loop_spills} instructions in main loops" in str(halved[0].fault)
 
 
-def test_few_bytes_outside_the_main_loops_are_no_fault() -> None:
+def test_few_spilled_bytes_outside_main_loops_are_no_fault() -> None:
     """The gate's two sides, on a kernel said to spill: it has no spill in its loops, and sm_90 may have 16 bytes."""
     compiled = compile_launch(prefill("experts_down_kernel"), "sm_90")
     assert compiled.loops and not compiled.loop_spills
@@ -166,14 +181,14 @@ def test_the_gate_catches_too_much_shared_memory() -> None:
     assert "shared memory" in str(compile_launch(launch, "sm_90").fault)
 
 
-def test_the_gate_knows_how_much_each_gpu_has() -> None:
+def test_the_gate_uses_each_gpu_s_shared_memory() -> None:
     launch = replace(prefill("experts_up_kernel", "sm_80"), num_stages=6)
     faults = {arch: compile_launch(launch, arch).fault for arch in ("sm_80", "sm_89")}
     assert faults["sm_80"] is None and "of 101376 bytes of shared memory" in str(faults["sm_89"])
 
 
 @pytest.mark.parametrize("arch", [arch for arch, known in ARCHS.items() if arch != known.family])
-def test_a_gpu_on_the_choices_of_another(arch: str, covers: Any) -> None:
+def test_gpus_that_run_on_another_family_s_tiles(arch: str, covers: Any) -> None:
     """The kernels with the largest tiles: the rest are those of the family, compiled above."""
     covers("target", arch)
     for kernel in ("experts_up_kernel", "experts_down_kernel", "attention_prefill_kernel"):
@@ -184,7 +199,7 @@ def test_a_gpu_on_the_choices_of_another(arch: str, covers: Any) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("name", OPS)
-def test_a_launch_finds_it_in_the_cache(name: str, arch: str) -> None:
+def test_the_cache_key_is_that_of_triton_s_jit(name: str, arch: str) -> None:
     """Triton's key of what is compiled here is the one that its JIT makes of the same call."""
     jit = pytest.importorskip("triton.runtime.jit")
     backend = offline.make_backend(offline._target(arch))
@@ -192,9 +207,9 @@ def test_a_launch_finds_it_in_the_cache(name: str, arch: str) -> None:
         program = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
         call = {**launch.args, **launch.constexprs, **program, "debug": False}
         bind = jit.create_function_from_signature(launch.fn.signature, launch.fn.params, backend)
-        options, *told = launch.fn._pack_args(backend, call, *bind(**call))
+        options, *packed = launch.fn._pack_args(backend, call, *bind(**call))
         again = backend.parse_options(dict(options.__dict__))
-        key = offline.get_cache_key(offline.ASTSource(launch.fn, *told), backend, again, {})
+        key = offline.get_cache_key(offline.ASTSource(launch.fn, *packed), backend, again, {})
         job = offline._Job.of(launch, arch, name, None)
         assert offline.get_cache_key(job.source(), backend, backend.parse_options(job.options), {}) == key
 
@@ -210,29 +225,29 @@ def test_each_kernel_once_in_a_fixed_order(own_cache: Path, monkeypatch: pytest.
     """As each is done, by several processes; then all from the cache, in order."""
     names, progress = ["rms_norm", "append", "route"], []
     monkeypatch.setattr(offline, "_KERNELS_PER_WORKER", 4)
-    done = [as_json(c) for c in compile_ops(names, "sm_90", progress=lambda *at: progress.append(at), as_done=True)]
+    done = [as_json(c) for c in compile_ops(names, "sm_90", progress=lambda *at: progress.append(at))]
     assert progress == [(n + 1, len(done)) for n in range(len(done))] and len(done) >= 12
     monkeypatch.setattr(offline, "map_in_processes", None)
     rows = [as_json(c) for c in compile_ops(names[::-1], "sm_90")]
-    assert sorted(map(json.dumps, rows)) == sorted(map(json.dumps, done))
+    assert rows == done
     order = [launch.kernel for name in OPS if name in names for launch in collect(OPS[name], "sm_90")]
-    assert [row["kernel"] for row in rows] == order and done[0]["kernel"] == "rms_norm_kernel", "the heaviest first"
+    assert [row["kernel"] for row in rows] == order
 
 
 def test_the_heaviest_first(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: list[Launch] = []
+    started: list[Launch] = []
 
     def note(job: Any) -> Any:
-        begun.append(job.launch)
+        started.append(job.launch)
         return job.failed("not tried")
 
     monkeypatch.setattr(offline, "_attempt", note)
     monkeypatch.setattr(offline, "_KERNELS_PER_WORKER", 1 << 20)
     rows = list(compile_ops(["linear", "attention"], "sm_90", dtypes=[torch.bfloat16]))
-    tiles = [math.prod(n for name, n in one.constexprs.items() if name.startswith("BLOCK_")) for one in begun]
+    tiles = [math.prod(n for name, n in one.constexprs.items() if name.startswith("BLOCK_")) for one in started]
     assert tiles == sorted(tiles, reverse=True) and tiles[0] > tiles[-1]
-    assert begun[-1].kernel == "attention_combine_kernel"
-    assert len(begun) == len(rows) and rows[0].kernel == "linear_decode_kernel"
+    assert started[-1].kernel == "attention_combine_kernel"
+    assert len(started) == len(rows) and rows[0].kernel == "linear_decode_kernel"
 
 
 def test_a_kernel_of_two_operations_is_compiled_once(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +259,7 @@ def test_a_kernel_of_two_operations_is_compiled_once(own_cache: Path, monkeypatc
     assert alone[0] & alone[1] and len(both) == len(alone[0] | alone[1])
 
 
-def test_a_model_of_other_widths_adds_only_what_has_other_tiles() -> None:
+def test_a_model_of_other_widths_adds_only_other_tiles() -> None:
     """The gate compiles each kernel of both models, the command one of those that differ in H and I alone."""
     dense = tuple(sizes for sizes in OPS["expert_swiglu"].bench_shapes if "down" not in Shape(sizes).as_dict())
     op, dtypes = replace(OPS["expert_swiglu"], bench_shapes=dense), [torch.bfloat16]
@@ -260,7 +275,7 @@ def test_a_model_of_other_widths_adds_only_what_has_other_tiles() -> None:
     assert len(once) < 0.6 * len(every) and {shown(launch) for launch in once} < {shown(launch) for launch in every}
 
 
-def test_a_kernel_that_does_not_compile_is_a_row(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_of_ptxas_is_a_fault_in_its_row(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An assembler that crashes, as it does on some kernels, and one that dislikes the code; the rest is compiled."""
     crash = own_cache.parent / "ptxas"
     crash.write_text(
@@ -324,7 +339,7 @@ def test_files_and_json(tmp_path: Path, arch: str, suffixes: set[str]) -> None:
     assert {row["dtype"] for row in rows} == {"fp32", "bf16", "fp16"}
 
 
-def test_says_which_architectures_and_operations_there_are() -> None:
+def test_unknown_architecture_or_operation_raises_value_error() -> None:
     with pytest.raises(ValueError, match=r"compile: .*'sm_70'.*sm_90"):
         compile_ops([], "sm_70")
     with pytest.raises(ValueError, match=r"compile: .*'sm_70'.*gfx942"):
@@ -333,7 +348,7 @@ def test_says_which_architectures_and_operations_there_are() -> None:
         compile_ops(["rope", "rout"], "sm_90")
 
 
-def test_an_interpreting_process_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interpreting_process_raises_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline, "INTERPRETED", True)
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):
         compile_ops(["route"], "sm_90")

@@ -1,4 +1,4 @@
-"""config.json: what is read, what is filled in, what is refused and how the error says so."""
+"""MixtralConfig: reading config.json, normalization, and errors that name the field."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def without(*names):
     return {name: value for name, value in TINY.items() if name not in names}
 
 
-def test_reads_the_file(tmp_path):
+def test_from_pretrained_reads_the_file(tmp_path):
     config = MixtralConfig.from_pretrained(write(tmp_path, torch_dtype="bfloat16"))
     assert {name: getattr(config, name) for name in SIZES} == {name: TINY[name] for name in SIZES}
     assert (config.head_dim, config.rope_theta, config.rms_norm_eps) == (4, 1e6, 1e-5)
@@ -49,7 +49,7 @@ def test_reads_the_file(tmp_path):
     )
 
 
-def test_is_frozen_and_hashable():
+def test_config_is_frozen_and_hashable():
     config = MixtralConfig(rope_theta=1e6)
     assert (config.hidden_size, config.head_dim, hash(config)) == (4096, 128, hash(MixtralConfig(rope_theta=1000000)))
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -59,19 +59,19 @@ def test_is_frozen_and_hashable():
 
 @pytest.mark.parametrize("window", [None, 9])
 def test_reads_what_transformers_writes(tmp_path, window):
-    theirs = pytest.importorskip("transformers").MixtralConfig(
+    hf = pytest.importorskip("transformers").MixtralConfig(
         **without("model_type", "architectures", "rope_theta"),
         rope_parameters=ROPE,
         sliding_window=window,
         eos_token_id=[2, 7],
     )
-    theirs.save_pretrained(tmp_path)
-    for config in (MixtralConfig.from_pretrained(tmp_path), MixtralConfig.from_dict(theirs.to_dict())):
+    hf.save_pretrained(tmp_path)
+    for config in (MixtralConfig.from_pretrained(tmp_path), MixtralConfig.from_dict(hf.to_dict())):
         assert (config.rope_theta, config.sliding_window, config.eos_token_id) == (5e5, window, (2, 7))
 
 
 @pytest.mark.parametrize(
-    ("field", "given", "kept"),
+    ("field", "value", "normalized"),
     [
         ("sliding_window", 0, None),
         ("sliding_window", -1, None),
@@ -89,10 +89,9 @@ def test_reads_what_transformers_writes(tmp_path, window):
         ("dtype", None, None),
     ],
 )
-def test_normalizes(field, given, kept):
-    config = MixtralConfig.from_dict(TINY | {field: given})
-    assert getattr(config, field) == kept
-    assert type(getattr(config, field)) is type(kept)
+def test_field_is_normalized(field, value, normalized):
+    found = getattr(MixtralConfig.from_dict(TINY | {field: value}), field)
+    assert found == normalized and type(found) is type(normalized)
 
 
 @pytest.mark.parametrize(
@@ -106,12 +105,12 @@ def test_normalizes(field, given, kept):
         {"rope_theta": 5e5, "rope_scaling": {"type": "default"}},
     ],
 )
-def test_theta_from_either_place(changes):
+def test_theta_is_read_from_either_place(changes):
     assert MixtralConfig.from_dict(TINY | changes).rope_theta == 5e5
 
 
 @pytest.mark.parametrize("values", [without("rope_theta"), without("rope_theta") | {"rope_parameters": {}}])
-def test_theta_is_never_a_default(values):
+def test_missing_theta_raises_value_error(values):
     with pytest.raises(ValueError, match=r"rope_theta is missing"):
         MixtralConfig.from_dict(values)
     with pytest.raises(TypeError, match="rope_theta"):
@@ -119,7 +118,7 @@ def test_theta_is_never_a_default(values):
 
 
 @pytest.mark.parametrize("name", [*SIZES, "model_type"])
-def test_a_missing_field_is_named(tmp_path, name):
+def test_missing_field_raises_value_error(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(without(name)))
     with pytest.raises(ValueError, match=rf"config\.json: .*{name}.* is missing"):
         MixtralConfig.from_pretrained(tmp_path)
@@ -127,8 +126,8 @@ def test_a_missing_field_is_named(tmp_path, name):
 
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("value", [0, -1, 2**31, True, "4", 4.0, None, [4]])
-def test_sizes_are_positive_integers(name, value):
-    with pytest.raises(ValueError, match=rf"^config: {name} is .*; it has to be an integer from 1"):
+def test_wrong_size_raises_value_error(name, value):
+    with pytest.raises(ValueError, match=rf"^config: {name} is .*; it must be an integer from 1"):
         MixtralConfig.from_dict(TINY | {name: value})
     with pytest.raises(ValueError, match=rf"^{name} is"):
         MixtralConfig(**{"rope_theta": 1e6, name: value})
@@ -157,14 +156,14 @@ def test_sizes_are_positive_integers(name, value):
         ({"sliding_window": False}, "sliding_window is False"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
         ({"tie_word_embeddings": None}, "tie_word_embeddings is None"),
-        ({"eos_token_id": []}, r"eos_token_id is \[\]"),
-        ({"eos_token_id": [2, -1]}, "eos_token_id is -1"),
+        ({"eos_token_id": []}, r"eos_token_id is \(\)"),
+        ({"eos_token_id": [2, -1]}, r"eos_token_id is \(2, -1\)"),
         ({"bos_token_id": "<s>"}, "bos_token_id is '<s>'"),
         ({"pad_token_id": True}, "pad_token_id is True"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"torch_dtype": 16}, "dtype is 16"),
-        ({"model_type": "mistral"}, "model_type is 'mistral'; it has to be 'mixtral'"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; it has to be 'silu'"),
+        ({"model_type": "mistral"}, "model_type is 'mistral'; it must be 'mixtral'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be 'silu'"),
         ({"attention_dropout": 0.1}, r"attention_dropout is 0\.1; .* training"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
@@ -178,7 +177,7 @@ def test_sizes_are_positive_integers(name, value):
         ({"rope_parameters": ROPE | {"rope_theta": 0}}, r"rope_parameters\.rope_theta is 0"),
     ],
 )
-def test_refused_by_name(tmp_path, changes, message):
+def test_wrong_field_raises_value_error(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         MixtralConfig.from_pretrained(write(tmp_path, **changes))
     assert str(error.value).startswith(str(tmp_path / "config.json"))
@@ -186,7 +185,7 @@ def test_refused_by_name(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize("values", [None, [], "mixtral"])
-def test_from_dict_wants_a_mapping(values):
+def test_from_dict_of_no_mapping_raises_value_error(values):
     with pytest.raises(ValueError, match=r"here: is .* a JSON object is needed"):
         MixtralConfig.from_dict(values, source="here")
 
@@ -199,17 +198,17 @@ def test_from_dict_wants_a_mapping(values):
         (b"\xff\xfe{}", "not readable as JSON"),
         (b"[" * 100_000, "not readable as JSON: nested too deeply"),
         (b"[1]", "holds a JSON list; an object is needed"),
-        (b'{"vocab_size": 1, "vocab_size": 2}', "not readable as JSON: the key 'vocab_size' stands there 2 times"),
+        (b'{"vocab_size": 1, "vocab_size": 2}', "not readable as JSON: the key 'vocab_size' occurs 2 times"),
     ],
     ids=["empty", "cut", "not utf-8", "deep", "list", "twice"],
 )
-def test_not_a_json_object(tmp_path, content, message):
+def test_broken_json_raises_value_error(tmp_path, content, message):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"config\.json: {message}"):
         MixtralConfig.from_pretrained(tmp_path)
 
 
-def test_missing_folder_and_file(tmp_path):
+def test_missing_folder_or_file_raises_os_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         MixtralConfig.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):

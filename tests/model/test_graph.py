@@ -131,7 +131,7 @@ def test_torch_s_own_capture_would_not_have_been_left(gpu: Any) -> None:
 def test_a_capture_that_cannot_be_put_right_says_what_is_lost(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "captured", lambda step, *rest: captured(lambda: looks(step), *rest))
     monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool")
-    with pytest.raises(CaptureLost, match=r"cuda:1 is left in it: memory .* is lost.*Start the process anew"):
+    with pytest.raises(CaptureLost, match=r"cuda:1 is still in it: memory .* is lost.*Restart the process"):
         texts(build(None, GPU_DEVICE), max_new_tokens=NEW)
 
 

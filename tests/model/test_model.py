@@ -301,7 +301,7 @@ def test_the_end_of_the_cache(
     cache, keep = cache_of(model, 2, max_len), torch.tensor([most - chunk, 3], device=device)
     model(tokens(2, most - chunk, device=device), cache=cache, lengths=keep)
     model(tokens(2, chunk, device=device), cache=cache)
-    with pytest.raises(ValueError, match=f"{most}: give {'a larger max_len or ' if most == max_len else ''}fewer"):
+    with pytest.raises(ValueError, match=f"{most}: needs {'a larger max_len or ' if most == max_len else ''}fewer"):
         model(tokens(2, chunk, device=device), cache=cache)
     assert cache.lengths.tolist() == [most, 3 + chunk]
 

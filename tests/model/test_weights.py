@@ -1,4 +1,4 @@
-"""The loader: every stored number ends in its place, and nothing that is off by a bit gets in."""
+"""The loader: every stored value reaches its parameter, and damaged files raise ValueError or OSError."""
 
 import itertools
 import json
@@ -39,7 +39,7 @@ def load(folder, config, parameters, progress=None):
 
 
 def save(folder, tensors, shards=1):
-    """One file, or an index and `shards` files; names are dealt out in turn."""
+    """Write one file, or an index and `shards` files that hold the tensors in turn."""
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
@@ -55,7 +55,7 @@ def save_index(folder, weight_map):
 
 
 def expected(config, tensors, layout):
-    """The parameters by plain concatenation, without `table`."""
+    """Return the parameters by plain concatenation, without `table`."""
     whole = {"embed_tokens": tensors["model.embed_tokens.weight"], "norm": tensors["model.norm.weight"]}
     if not config.tie_word_embeddings:
         whole["lm_head"] = tensors["lm_head.weight"]
@@ -76,17 +76,16 @@ def expected(config, tensors, layout):
     return whole
 
 
-def loads(folder, tensors, config=CONFIG, layout="per_expert", dtype=torch.bfloat16):
+def assert_loads(folder, tensors, config=CONFIG, layout="per_expert", dtype=torch.bfloat16):
     parameters, loaded = allocate(config, dtype), []
     load(folder, config, parameters, loaded.append)
-    wanted = expected(config, tensors, layout)
-    assert parameters.keys() == wanted.keys()
-    for name, parameter in parameters.items():
-        assert torch.equal(parameter, wanted[name].to(dtype)), name
+    want = expected(config, tensors, layout)
+    assert parameters.keys() == want.keys()
+    assert [name for name, got in parameters.items() if not torch.equal(got, want[name].to(dtype))] == []
     assert sum(loaded) == total_bytes(read_headers(folder))
 
 
-def refused(folder, message, config=CONFIG, error=ValueError, dtype=torch.bfloat16):
+def assert_refused(folder, message, config=CONFIG, error=ValueError, dtype=torch.bfloat16):
     with pytest.raises(error, match=message) as caught:
         load(folder, config, allocate(config, dtype))
     assert str(folder) in str(caught.value)
@@ -97,41 +96,41 @@ def refused(folder, message, config=CONFIG, error=ValueError, dtype=torch.bfloat
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("config", [CONFIG, TIED], ids=["head", "tied"])
 @pytest.mark.parametrize("chunk_bytes", [40, 2**24], ids=["many chunks", "one chunk"])
-def test_every_number_in_its_place(tmp_path, monkeypatch, layout, shards, config, chunk_bytes):
+def test_every_value_reaches_its_parameter(tmp_path, monkeypatch, layout, shards, config, chunk_bytes):
     monkeypatch.setattr(weights, "CHUNK_BYTES", chunk_bytes)
     tensors = tensors_of(config, layout)
-    loads(save(tmp_path, tensors, shards), tensors, config, layout)
+    assert_loads(save(tmp_path, tensors, shards), tensors, config, layout)
     assert total_bytes(read_headers(tmp_path)) == sum(tensor.nbytes for tensor in tensors.values())
 
 
 @pytest.mark.parametrize("original", [True, False], ids=LAYOUTS)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shard_size", ["1GB", "10KB"])
-def test_loads_what_transformers_saves(tmp_path, original, tied, shard_size):
+def test_checkpoint_of_transformers_loads(tmp_path, original, tied, shard_size):
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.MixtralForCausalLM(
+    hf = transformers.MixtralForCausalLM(
         transformers.MixtralConfig(**vars(CONFIG) | {"tie_word_embeddings": tied, "dtype": "float32"})
     )
-    theirs.save_pretrained(tmp_path, save_original_format=original, max_shard_size=shard_size)
+    hf.save_pretrained(tmp_path, save_original_format=original, max_shard_size=shard_size)
     assert (tmp_path / INDEX).exists() == (shard_size == "10KB")
     config = MixtralConfig.from_pretrained(tmp_path)
-    loads(tmp_path, theirs.state_dict(), config, "fused", torch.float32)  # in memory it is always fused
+    assert_loads(tmp_path, hf.state_dict(), config, "fused", torch.float32)  # in memory it is always fused
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wanted", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_casts_to_the_parameters_dtype(tmp_path, stored, wanted):
+def test_values_are_cast_to_the_parameters_dtype(tmp_path, stored, wanted):
     tensors = tensors_of(CONFIG, dtype=stored)
-    loads(save(tmp_path, tensors), tensors, dtype=wanted)
+    assert_loads(save(tmp_path, tensors), tensors, dtype=wanted)
     assert stored_dtype(read_headers(tmp_path)) == stored
 
 
-def test_a_sum_that_overflows_is_no_error(tmp_path):
+def test_overflowing_sum_of_finite_values_loads(tmp_path):
     tensors = {name: torch.full_like(tensor, 60000) for name, tensor in tensors_of(CONFIG, dtype=torch.float16).items()}
-    loads(save(tmp_path, tensors), tensors, dtype=torch.float16)
+    assert_loads(save(tmp_path, tensors), tensors, dtype=torch.float16)
 
 
-def test_leaves_gradients_and_default_device_alone(tmp_path):
+def test_loading_keeps_gradients_and_default_device(tmp_path):
     tensors = tensors_of(CONFIG)
     parameters = {name: torch.nn.Parameter(tensor) for name, tensor in allocate(CONFIG).items()}
     with torch.device("meta"):
@@ -139,9 +138,9 @@ def test_leaves_gradients_and_default_device_alone(tmp_path):
     assert torch.equal(parameters["norm"], tensors["model.norm.weight"]) and parameters["norm"].requires_grad
 
 
-def test_meta_reads_headers_only(tmp_path):
+def test_meta_device_reads_headers_only(tmp_path):
     tensors = tensors_of(CONFIG)
-    tensors[Q_PROJ][0, 0] = torch.nan  # data nobody may look at
+    tensors[Q_PROJ][0, 0] = torch.nan
     parameters, loaded = allocate(CONFIG, device="meta"), []
     load(save(tmp_path, tensors, shards=2), CONFIG, parameters, loaded.append)
     assert not loaded and all(parameter.is_meta for parameter in parameters.values())
@@ -149,70 +148,74 @@ def test_meta_reads_headers_only(tmp_path):
         load(save(tmp_path, {name: tensors[name] for name in tensors if name != Q_PROJ}), CONFIG, parameters)
 
 
-def test_the_single_file_wins_over_an_index(tmp_path):
+def test_single_file_is_preferred_over_an_index(tmp_path):
     tensors = tensors_of(CONFIG)
     save_index(save(tmp_path, tensors), {"anything": "gone.safetensors"})
-    loads(tmp_path, tensors)
+    assert_loads(tmp_path, tensors)
 
 
-def test_hub_cache_of_links(tmp_path):
+def test_cache_of_links_loads(tmp_path):
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
     blobs.mkdir(), snapshot.mkdir(parents=True)
     tensors = tensors_of(CONFIG)
     for number, file in enumerate(sorted(save(blobs, tensors, shards=2).iterdir())):
         file.rename(blobs / str(number))
         (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
-    loads(snapshot, tensors)
+    assert_loads(snapshot, tensors)
     (blobs / "0").unlink()
-    refused(snapshot, r"model-0\.safetensors: no such file", error=FileNotFoundError)
+    assert_refused(snapshot, r"model-0\.safetensors: no such file", error=FileNotFoundError)
 
 
-def test_tied_head_may_be_stored_if_equal(tmp_path, monkeypatch):
+def test_stored_tied_head_must_equal_the_embedding(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "CHUNK_BYTES", 100)
     tensors = tensors_of(TIED)
     head = tensors["model.embed_tokens.weight"].clone()
-    loads(save(tmp_path, tensors | {"lm_head.weight": head}, shards=2), tensors, TIED)
+    assert_loads(save(tmp_path, tensors | {"lm_head.weight": head}, shards=2), tensors, TIED)
     head[-1, -1] += 1
-    refused(save(tmp_path, tensors | {"lm_head.weight": head}), r"lm_head\.weight differs .* tie_word_embeddings", TIED)
-    refused(save(tmp_path, tensors | {"lm_head.weight": head[1:].clone()}), r"lm_head\.weight has shape \(47", TIED)
+    assert_refused(
+        save(tmp_path, tensors | {"lm_head.weight": head}), r"lm_head\.weight differs .* tie_word_embeddings", TIED
+    )
+    assert_refused(
+        save(tmp_path, tensors | {"lm_head.weight": head[1:].clone()}), r"lm_head\.weight has shape \(47", TIED
+    )
 
 
 @pytest.mark.parametrize(("layout", "name"), EVERY_TENSOR)
-def test_each_tensor_is_needed_whole_and_finite(tmp_path, monkeypatch, layout, name):
+def test_missing_misshapen_or_non_finite_tensor_raises_value_error(tmp_path, monkeypatch, layout, name):
     tensors = tensors_of(CONFIG, layout)
     tensor = tensors.pop(name)
-    refused(save(tmp_path, tensors), rf"asks for: 1 missing \({name}\)$")
-    refused(save(tmp_path, tensors | {name: tensor[..., 1:].clone()}), rf"asks for: {name} has shape .*, not ")
-    refused(save(tmp_path, tensors | {name: tensor[None].clone()}), rf"asks for: {name} has shape .*, not ")
+    assert_refused(save(tmp_path, tensors), rf"asks for: 1 missing \({name}\)$")
+    assert_refused(save(tmp_path, tensors | {name: tensor[..., 1:].clone()}), rf"asks for: {name} has shape .*, not ")
+    assert_refused(save(tmp_path, tensors | {name: tensor[None].clone()}), rf"asks for: {name} has shape .*, not ")
     place = ", ".join(str(size - 1) for size in tensor.shape)
     for value, chunk_bytes, wanted in itertools.product((torch.nan, -torch.inf), (40, 2**24), ("bfloat16", "float16")):
         monkeypatch.setattr(weights, "CHUNK_BYTES", chunk_bytes)
         tensor.view(-1)[-1] = value
         message = rf"model\.safetensors: {name} holds {value} at \[{place}\]: .* damaged"
-        refused(save(tmp_path, tensors | {name: tensor}), message, dtype=getattr(torch, wanted))
+        assert_refused(save(tmp_path, tensors | {name: tensor}), message, dtype=getattr(torch, wanted))
 
 
-def test_unknown_tensors(tmp_path):
+def test_unknown_tensors_raise_value_error(tmp_path):
     one = torch.ones(1, dtype=torch.bfloat16)
     for name in ("model.layers.0.self_attn.q_proj.bias", "model.layers.2.input_layernorm.weight", "x"):
-        refused(save(tmp_path, tensors_of(CONFIG) | {name: one}), rf"1 unknown \({name}\)$")
+        assert_refused(save(tmp_path, tensors_of(CONFIG) | {name: one}), rf"1 unknown \({name}\)$")
     many = {f"extra.{number}": one.clone() for number in range(9)}
-    refused(save(tmp_path, tensors_of(CONFIG) | many), r"9 unknown \(extra\.0, .*extra\.3 and 5 more\)$")
+    assert_refused(save(tmp_path, tensors_of(CONFIG) | many), r"9 unknown \(extra\.0, .*extra\.3 and 5 more\)$")
 
 
-def test_mixed_layouts(tmp_path):
+def test_mixed_layouts_raise_value_error(tmp_path):
     fused = {name: tensor for name, tensor in tensors_of(CONFIG, "fused").items() if ".layers.1." in name}
     first = {name: tensor for name, tensor in tensors_of(CONFIG).items() if ".layers.1." not in name}
-    refused(save(tmp_path, first | fused), r"3 missing .*mlp\..* 10 unknown .*block_sparse_moe")
+    assert_refused(save(tmp_path, first | fused), r"3 missing .*mlp\..* 10 unknown .*block_sparse_moe")
 
 
 @pytest.mark.parametrize("changes", [{"num_hidden_layers": 10**9}, {"num_local_experts": 10**9}, {"vocab_size": 10**9}])
-def test_a_config_beyond_the_checkpoint_is_refused_fast(tmp_path, changes):
+def test_config_beyond_the_checkpoint_raises_value_error_fast(tmp_path, changes):
     with pytest.raises(ValueError, match="config asks for"):
         check(read_headers(save(tmp_path, tensors_of(CONFIG))), replace(CONFIG, **changes))
 
 
-def test_foreign_parameters(tmp_path):
+def test_other_parameters_raise_value_error(tmp_path):
     save(tmp_path, tensors_of(CONFIG))
     with pytest.raises(ValueError, match=r"parameters: .*lm_head"):
         load(tmp_path, CONFIG, allocate(TIED))
@@ -220,31 +223,31 @@ def test_foreign_parameters(tmp_path):
         load(tmp_path, CONFIG, allocate(CONFIG) | {"embed_tokens": torch.empty(48, 8)})
 
 
-def test_opposite_infinities_do_not_cancel(tmp_path):
+def test_opposite_infinities_raise_value_error(tmp_path):
     tensors = tensors_of(CONFIG)
     tensors[NORM][:2] = torch.tensor([torch.inf, -torch.inf])
-    refused(save(tmp_path, tensors), rf"{NORM} holds inf at \[0\]")
+    assert_refused(save(tmp_path, tensors), rf"{NORM} holds inf at \[0\]")
 
 
 @pytest.mark.parametrize(("stored", "wanted", "value"), [("bfloat16", "float16", 1e6), ("float32", "bfloat16", 3.4e38)])
-def test_a_cast_that_overflows(tmp_path, stored, wanted, value):
+def test_overflowing_cast_raises_value_error(tmp_path, stored, wanted, value):
     tensors = tensors_of(CONFIG, dtype=getattr(torch, stored))
     tensors[Q_PROJ][3, 5] = value
     message = rf"{Q_PROJ} holds .* at \[3, 5\]: torch\.{wanted} cannot hold it"
-    refused(save(tmp_path, tensors), message, dtype=getattr(torch, wanted))
-    loads(tmp_path, tensors, dtype=getattr(torch, stored))
+    assert_refused(save(tmp_path, tensors), message, dtype=getattr(torch, wanted))
+    assert_loads(tmp_path, tensors, dtype=getattr(torch, stored))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int64, torch.float64, torch.float32])
-def test_other_and_mixed_dtypes(tmp_path, dtype):
+def test_other_and_mixed_dtypes_raise_value_error(tmp_path, dtype):
     tensors = tensors_of(CONFIG)
     tensors[Q_PROJ] = tensors[Q_PROJ].to(dtype)
     message = rf"'{Q_PROJ}' is stored as '[FI]\w+'; one of F32, BF16, F16 is|most are BF16, but {Q_PROJ} is F32$"
-    refused(save(tmp_path, tensors, shards=2), message)
+    assert_refused(save(tmp_path, tensors, shards=2), message)
 
 
 def header(change):
-    """A damage: the file with `change` applied to the bytes of its header, the length before it adapted."""
+    """Return a damage that applies `change` to the header and adapts its length."""
 
     def damage(data):
         length = int.from_bytes(data[:8], "little")
@@ -255,12 +258,12 @@ def header(change):
 
 
 def norm(**fields):
-    """A damage: fields of one tensor's entry in the header overwritten."""
+    """Return a damage that overwrites fields of one tensor's entry in the header."""
     return header(lambda old: json.dumps((entries := json.loads(old)) | {NORM: entries[NORM] | fields}).encode())
 
 
-def twice(old):
-    """The entry of one tensor a second time: the library would take the last."""
+def repeat(old):
+    """Repeat the entry of one tensor: the library would take the last."""
     entry = json.dumps(json.loads(old)[NORM]).encode()
     return old.rstrip()[:-1] + b', "' + NORM.encode() + b'": ' + entry + b"}"
 
@@ -286,7 +289,7 @@ def swap(old, new):
         (header(lambda old: old[:-9]), "invalid JSON"),
         (header(lambda old: b"[" * 50_000), "invalid JSON"),
         (swap(b'"model.norm.weight"', b'"lm_head.weight"'), "invalid offset"),
-        (header(twice), "'model.norm.weight' stands there 2 times"),
+        (header(repeat), "'model.norm.weight' occurs 2 times"),
         (swap(b'"format":"pt"', b'"format":1'), "invalid JSON"),
         (swap(b'"model.norm.weight"', b'"model.norm.\\ud800"'), "invalid JSON"),
         (norm(dtype="F32"), "invalid shape, data type"),
@@ -303,63 +306,63 @@ def swap(old, new):
         (norm(dtype="F8_E4M3", shape=[32]), "'model.norm.weight' is stored as 'F8_E4M3'"),
     ],
 )
-def test_damaged_file(tmp_path, damage, message):
+def test_damaged_file_raises_value_error(tmp_path, damage, message):
     path = save(tmp_path, tensors_of(CONFIG)) / "model.safetensors"
     data = path.read_bytes()
     path.write_bytes(damage(data))
     sizes = {"size": len(data), "short": len(data) - 1, "long": len(data) + 1, "half": len(data) // 2}
     for key, size in sizes.items():
         message = message.replace("{" + key + "}", str(size))
-    refused(tmp_path, message)
+    assert_refused(tmp_path, message)
 
 
-def test_a_damaged_shard_is_named(tmp_path):
+def test_damaged_shard_is_named(tmp_path):
     path = save(tmp_path, tensors_of(CONFIG), shards=3) / "model-1.safetensors"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-1])
-    refused(tmp_path, rf"model-1\.safetensors: cut off, damaged or not safetensors \({size - 1} bytes\)")
+    assert_refused(tmp_path, rf"model-1\.safetensors: cut off, damaged or not safetensors \({size - 1} bytes\)")
 
 
 @pytest.mark.parametrize("file", ["../x", "/x", "a/x", "..", ".", "", "a\\x", None, 3, ["x"], "model.bin", "x.pt"])
-def test_an_index_of_anything_but_plain_safetensors(tmp_path, file):
+def test_index_of_other_files_raises_value_error(tmp_path, file):
     file = f"{file}.safetensors" if str(file).endswith("x") else file
     save_file({Q_PROJ: torch.ones(1)}, tmp_path.parent / "x.safetensors")
     weight_map = json.loads((save(tmp_path, tensors_of(CONFIG), shards=2) / INDEX).read_text())["weight_map"]
-    refused(save_index(tmp_path, weight_map | {Q_PROJ: file}), rf"index\.json: '{Q_PROJ}' is in .*(plain|only)")
+    assert_refused(save_index(tmp_path, weight_map | {Q_PROJ: file}), rf"index\.json: '{Q_PROJ}' is in .*(plain|only)")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'])
-def test_an_index_without_a_map(tmp_path, content):
+def test_index_without_a_map_raises_value_error(tmp_path, content):
     (tmp_path / INDEX).write_text(content)
-    refused(tmp_path, "not readable as JSON|JSON list|weight_map is missing|no tensor")
+    assert_refused(tmp_path, "not readable as JSON|JSON list|weight_map is missing|no tensor")
 
 
-def test_an_index_that_disagrees_with_its_shards(tmp_path):
+def test_index_that_disagrees_with_its_shards_raises_value_error(tmp_path):
     weight_map = json.loads((save(tmp_path, tensors_of(CONFIG), shards=2) / INDEX).read_text())["weight_map"]
     here, there = sorted(set(weight_map.values()), key=lambda file: file != weight_map[Q_PROJ])
-    refused(save_index(tmp_path, weight_map | {Q_PROJ: there}), rf"{INDEX} asks for.*{Q_PROJ}")
-    refused(save_index(tmp_path, weight_map | {"x": there}), rf"{there}: .*1 missing \(x\)")
+    assert_refused(save_index(tmp_path, weight_map | {Q_PROJ: there}), rf"{INDEX} asks for.*{Q_PROJ}")
+    assert_refused(save_index(tmp_path, weight_map | {"x": there}), rf"{there}: .*1 missing \(x\)")
     del weight_map[Q_PROJ]
-    refused(save_index(tmp_path, weight_map), rf"{here}: .*1 unknown \({Q_PROJ}\)")
+    assert_refused(save_index(tmp_path, weight_map), rf"{here}: .*1 unknown \({Q_PROJ}\)")
 
 
-def test_an_index_of_a_missing_file(tmp_path):
+def test_index_of_a_missing_file_raises_file_not_found_error(tmp_path):
     save(tmp_path, tensors_of(CONFIG), shards=2)
     (tmp_path / "model-1.safetensors").unlink()
-    refused(tmp_path, r"model-1\.safetensors: no such file", error=FileNotFoundError)
+    assert_refused(tmp_path, r"model-1\.safetensors: no such file", error=FileNotFoundError)
     (tmp_path / "model-1.safetensors").mkdir()
-    refused(tmp_path, r"model-1\.safetensors: no such file", error=FileNotFoundError)
+    assert_refused(tmp_path, r"model-1\.safetensors: no such file", error=FileNotFoundError)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-1-of-2.bin", "model.pth", "consolidated.00.pt"])
-def test_pickled_weights(tmp_path, name):
+def test_pickled_weights_raise_value_error(tmp_path, name):
     torch.save(tensors_of(CONFIG), tmp_path / name)
-    refused(tmp_path, rf"{name}: pickle .* safetensors is needed")
+    assert_refused(tmp_path, rf"{name}: pickle .* safetensors is needed")
 
 
-def test_no_weights(tmp_path):
-    refused(tmp_path, r"neither model\.safetensors nor", error=FileNotFoundError)
-    refused(tmp_path / "nowhere", "nowhere: no such folder", error=FileNotFoundError)
+def test_missing_weights_raise_file_not_found_error(tmp_path):
+    assert_refused(tmp_path, r"neither model\.safetensors nor", error=FileNotFoundError)
+    assert_refused(tmp_path / "nowhere", "nowhere: no such folder", error=FileNotFoundError)
 
 
 IMPORTS = "from mixtral_triton.weights import MixtralConfig, check, load, parameter_shapes, read_headers"
@@ -381,7 +384,7 @@ size = sum(parameter.nbytes for parameter in parameters.values())
     ],
     ids=["fused", "cast", "one large tensor"],
 )
-def test_never_a_second_copy(tmp_path, layout, wanted, sizes):
+def test_peak_memory_is_the_size_of_the_weights(tmp_path, layout, wanted, sizes):
     fields = {"hidden_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 8, "num_local_experts": 4}
     fields |= {"num_key_value_heads": 2, "rope_theta": 1e6} | sizes
     config = MixtralConfig(**fields)

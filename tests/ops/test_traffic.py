@@ -273,7 +273,7 @@ def from_l2(traffic: Traffic, weight: str, x: str, kernel: str) -> float:
 def test_few_rows_bring_little_more_than_the_weight_from_l2(
     T: int, within: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "few", lambda *sizes: True)
+    monkeypatch.setattr(linear, "use_skinny_kernel", lambda *sizes: True)
     traffic = counted("linear", {"T": T, "H": 512, "N": 256})
     ratio = from_l2(traffic, "weight", "x", "linear_decode_kernel")
     within(f"linear's bytes from L2 a weight byte, T {T}", ratio, A_WEIGHT_BYTE[T])

@@ -344,4 +344,4 @@ def test_bench_times_the_slowest_rank(ranks: Ranks) -> None:
 
 def test_a_wait_for_a_gpu_that_is_never_done_ends(ranks: Ranks, checkpoint: Checkpoint) -> None:
     for rank, said in enumerate(ranks(stuck, checkpoint(), tp=4)):
-        assert said == f"rank {rank} of 4: another rank does not answer: its part of a sum did not come"
+        assert said == f"rank {rank} of 4: another rank does not answer: its part of an all-reduce did not arrive"

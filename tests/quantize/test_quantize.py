@@ -1,4 +1,4 @@
-"""Quantizers: how near they come, what they refuse; models whose weights are quantized while they are loaded."""
+"""Quantizers: their error and their checks; models whose weights are quantized while they load."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mixtral_triton.verification.weights import check_loaded
 from mixtral_triton.weights import parameter_shapes, read_headers, table, total_bytes
 from tests.support.memory import anonymous_peak, needs_proc
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about the host and the plain way: run once")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="uses the torch backend: run once")
 FORMATS = ("int4", "int8", "fp8")
 STEP = {"int8": 1 / 127, "fp8": 32 / 448}  # at the largest value of a row, relative to it
 
@@ -35,7 +35,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("format", ["int8", "fp8"])
-def test_no_value_is_further_than_half_a_step(format: str, dtype: torch.dtype) -> None:
+def test_error_is_at_most_half_a_step(format: str, dtype: torch.dtype) -> None:
     x = normal(3, 7, 100).to(dtype)
     weight = quantize(x, format)
     largest = x.float().abs().amax(-1, keepdim=True)
@@ -46,7 +46,7 @@ def test_no_value_is_further_than_half_a_step(format: str, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize(("K", "group"), [(256, None), (192, None), (96, None), (256, 32), (128, 64)])
-def test_int4_is_the_best_of_scales_and_its_codes_the_nearest(K: int, group: int | None) -> None:
+def test_int4_has_the_best_scale_and_the_nearest_codes(K: int, group: int | None) -> None:
     x = normal(2, 5, K)
     weight = quantize(x, "int4", group)
     size = weight.group
@@ -56,8 +56,8 @@ def test_int4_is_the_best_of_scales_and_its_codes_the_nearest(K: int, group: int
     ours, least = 0.0, 0.0
     for e, n, g in itertools.product(range(2), range(5), range(K // size)):
         part, scale = x[e, n, g * size : (g + 1) * size], weight.scales[e, n, g].float()
-        own = codes[e, n, g * size : (g + 1) * size]
-        for code, value in zip(own.tolist(), part.tolist(), strict=True):
+        group_codes = codes[e, n, g * size : (g + 1) * size]
+        for code, value in zip(group_codes.tolist(), part.tolist(), strict=True):
             assert all(abs(code * scale - value) <= abs(other * scale - value) + 1e-6 for other in range(-8, 8))
         plain = part.abs().max() / 7  # clips nothing
         assert error(part, scale) <= error(part, plain.bfloat16().float()) * 1.0001
@@ -67,7 +67,7 @@ def test_int4_is_the_best_of_scales_and_its_codes_the_nearest(K: int, group: int
 
 
 def error(part: Tensor, scale: Tensor) -> Tensor:
-    """Of the group in int4 with this scale: squared, by the nearest of all sixteen values."""
+    """Return the squared error of a group in int4 with this scale, by the nearest of all sixteen values."""
     values = torch.arange(-8, 8) * scale
     return (part[:, None] - values).abs().amin(1).square().sum()
 
@@ -81,7 +81,7 @@ def test_zeros_tiny_and_huge_values(format: str) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_pieces_of_rows_are_the_same(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_in_pieces_give_the_same_weight(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = normal(2, 9, 128)
     whole = quantize(x, format)
     monkeypatch.setattr(quantizers, "PIECE", 300)
@@ -108,14 +108,14 @@ def test_pieces_of_rows_are_the_same(format: str, monkeypatch: pytest.MonkeyPatc
         ((torch.full((4, 96), torch.inf), "fp8"), "not finite everywhere"),
     ],
 )
-def test_quantize_refuses(args: Any, message: str) -> None:
+def test_wrong_argument_raises_value_error(args: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         quantize(*args)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_reference_is_that_of_the_dequantized_weight(format: str, dtype: torch.dtype) -> None:
+def test_reference_equals_the_dequantized_weight(format: str, dtype: torch.dtype) -> None:
     gate_up, down, x = quantize(normal(4, 64, 128), format), quantize(normal(4, 128, 32), format), normal(9, 128)
     ids, weights = torch.arange(18).view(9, 2).remainder(4).int(), torch.rand(9, 2)
     dense = [weight.dequantize().to(dtype) for weight in (gate_up, down)]
@@ -134,11 +134,11 @@ def load(weights: Any = None, folder: Any = SMALL, **settings: Any) -> Mixtral:
     return Mixtral.from_pretrained(folder, device="cpu", weights=weights, **settings)
 
 
-CHOICES = [*FORMATS, {"experts": "int4", "linear": "int8"}, {"linear": "fp8"}, {"experts": "fp8", "linear": "int4"}]
+REQUESTS = [*FORMATS, {"experts": "int4", "linear": "int8"}, {"linear": "fp8"}, {"experts": "fp8", "linear": "int4"}]
 
 
-@pytest.mark.parametrize("weights", CHOICES, ids=str)
-def test_loading_quantizes_what_was_asked_for_and_each_in_its_place(weights: Any) -> None:
+@pytest.mark.parametrize("weights", REQUESTS, ids=str)
+def test_loading_quantizes_the_requested_parameters(weights: Any) -> None:
     model, plain = load(weights), load()
     wanted = {"experts": weights} if isinstance(weights, str) else weights
     formats = dict.fromkeys(("gate_up_proj", "down_proj"), wanted.get("experts"))
@@ -149,11 +149,11 @@ def test_loading_quantizes_what_was_asked_for_and_each_in_its_place(weights: Any
             assert isinstance(place, nn.Parameter) and torch.equal(place, stored)
         else:
             assert place.format == format and torch.equal(place.dequantize(), quantize(stored, format).dequantize())
-    assert "state_dict" and set(model.state_dict()) >= set(dict(model.named_parameters()))
+    assert set(model.state_dict()) >= set(dict(model.named_parameters()))
 
 
 @pytest.mark.parametrize("weights", ["int4", {"experts": "int8", "linear": "fp8"}], ids=str)
-def test_it_generates_what_its_dequantized_twin_does(weights: Any) -> None:
+def test_logits_and_tokens_equal_the_dequantized_model(weights: Any) -> None:
     model = load(weights, dtype=torch.float32)
     dequantized_copy = Mixtral(model.config, "cpu", torch.float32)
     for name, parameter in dequantized_copy.named_parameters():
@@ -167,24 +167,24 @@ def test_it_generates_what_its_dequantized_twin_does(weights: Any) -> None:
 
 
 def fused(folder: Path) -> Path:
-    """The small checkpoint in transformers' layout in memory: all experts in one tensor."""
+    """Write the small checkpoint with all experts of a layer in one tensor, as transformers holds them in memory."""
     folder.mkdir(exist_ok=True)
-    stored, made = load_file(SMALL / "model.safetensors"), {}
+    stored, tensors = load_file(SMALL / "model.safetensors"), {}
     config = MixtralConfig.from_pretrained(SMALL)
     for name, target in table(config, "fused").items():
         if ".mlp." not in name:
-            made[name] = stored[name]
+            tensors[name] = stored[name]
             continue
-        place = made.setdefault(name, torch.empty(target.shape, dtype=torch.bfloat16))
-        theirs = {at: own for at, own in table(config, "per_expert").items() if own.parameter == target.parameter}
-        for at, own in theirs.items():
-            place[own.index] = stored[at]
-    save_file(made, folder / "model.safetensors")
+        place = tensors.setdefault(name, torch.empty(target.shape, dtype=torch.bfloat16))
+        for part, source in table(config, "per_expert").items():
+            if source.parameter == target.parameter:
+                place[source.index] = stored[part]
+    save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_bytes((SMALL / "config.json").read_bytes())
     return folder
 
 
-def test_fused_and_small_chunks_and_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_layout_in_small_chunks_and_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, folder, read = load("int8"), fused(tmp_path), []
     monkeypatch.setattr("mixtral_triton.weights.CHUNK_BYTES", 3000)
     got = load("int8", folder, progress=read.append)
@@ -205,7 +205,7 @@ def test_a_tied_head_stays_dense(tmp_path: Path) -> None:
     assert model.lm_head is model.embed_tokens and isinstance(model.layers[0].o_proj, QuantizedWeight)
 
 
-def test_meta_and_moving() -> None:
+def test_meta_device_and_cast() -> None:
     model = Mixtral.from_pretrained(SMALL, device="meta", weights="int4")
     assert model.layers[0].gate_up_proj.device.type == "meta" and model.layers[0].gate_up_proj.shape == (8, 512, 128)
     model = load("int4")
@@ -215,12 +215,12 @@ def test_meta_and_moving() -> None:
 
 
 @pytest.mark.parametrize("weights", ["int3", 4, {}, {"experts": "nf4"}, {"heads": "int4"}, ["int4"]])
-def test_wrong_weights(weights: Any) -> None:
+def test_wrong_weights_raise_value_error(weights: Any) -> None:
     with pytest.raises(ValueError, match=r"weights is .*, needs None, one of int4, int8, fp8 \(the experts\), or"):
         load(weights)
 
 
-def test_groups_that_fit_nothing_are_named(tmp_path: Path) -> None:
+def test_groups_that_do_not_divide_raise_value_error(tmp_path: Path) -> None:
     config = json.loads((SMALL / "config.json").read_text()) | {"intermediate_size": 100, "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
     targets = table(MixtralConfig.from_pretrained(tmp_path), "per_expert")
@@ -231,7 +231,7 @@ def test_groups_that_fit_nothing_are_named(tmp_path: Path) -> None:
     assert load("int8", tmp_path).layers[0].down_proj.group == 100
 
 
-def test_nan_is_refused_as_ever(tmp_path: Path) -> None:
+def test_nan_raises_value_error(tmp_path: Path) -> None:
     tensors = load_file(SMALL / "model.safetensors")
     name = "model.layers.2.block_sparse_moe.experts.3.w3.weight"
     tensors[name][5, 7] = torch.nan
@@ -252,7 +252,7 @@ EXPERT = 3 * 1024 * 2048 * 2  # bytes of one in `large`
 
 
 def large(folder: Path) -> int:
-    """A checkpoint of ones whose experts are most of it -> its bytes."""
+    """Write a checkpoint of ones that is mostly experts, and return its bytes."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2, "num_local_experts": 4}
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 500, "head_dim": 128}
     config = json.loads((SMALL / "config.json").read_text()) | sizes
@@ -265,7 +265,7 @@ def large(folder: Path) -> int:
 
 @needs_proc
 @pytest.mark.parametrize("weights", FORMATS)
-def test_loading_takes_its_size_and_less_than_an_expert(tmp_path: Path, weights: str) -> None:
+def test_loading_peaks_below_the_weights_and_an_expert(tmp_path: Path, weights: str) -> None:
     dense = large(tmp_path)
     peak, size = anonymous_peak(IMPORTS, LOADED, str(tmp_path), weights)
     assert size < (0.4 if weights == "int4" else 0.6) * dense
@@ -303,7 +303,7 @@ def test_perplexity_of_the_small_checkpoint(
 
 
 @pytest.mark.parametrize("weights", ["int4", {"experts": "fp8", "linear": "int8"}], ids=str)
-def test_verify_holds_the_loaded_tensors_against_the_files(weights: Any) -> None:
+def test_verify_finds_a_changed_tensor(weights: Any) -> None:
     model = load(weights)
     with torch.no_grad():
         assert all(row.ok for row in check_loaded(SMALL, model))
@@ -316,7 +316,7 @@ def test_verify_refuses_a_peer_of_quantized_weights() -> None:
         verify(load("int8"), folder=SMALL, peer="transformers")
 
 
-def test_loading_asks_before_anything_is_allocated(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_checks_memory_before_it_allocates(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = MixtralConfig.from_pretrained(SMALL)
     specs = select_specs("int4", parameter_shapes(config))
     free = model_bytes(config, specs) + table_bytes(config)

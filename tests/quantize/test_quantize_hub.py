@@ -1,4 +1,4 @@
-"""The hub's layouts, packed by tests/support/hub.py, mean to us what they mean; what we cannot honour is refused in a line."""
+"""Each layout of the hub, packed by tests/support/hub.py, loads as the values that it means."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixtral_triton import Mixtral, MixtralConfig, weights
+from mixtral_triton import Mixtral, weights
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize import QuantizedWeight, layouts
+from mixtral_triton.quantize.hub import read_headers
 from mixtral_triton.verification.weights import check_loaded
-from mixtral_triton.weights import read_headers, total_bytes
+from mixtral_triton.weights import total_bytes
 from tests.model.test_weights import expected
 from tests.support import hub
 
@@ -31,13 +32,13 @@ def load(folder: Path, **settings: Any) -> Mixtral:
 
 
 def values(model: Mixtral) -> dict[str, Tensor]:
-    """Every weight in fp32."""
+    """Return every weight in fp32."""
     places = model.places().items()
     return {name: at.dequantize() if isinstance(at, QuantizedWeight) else at.data.float() for name, at in places}
 
 
 def differs(folder: Path, meaning: dict[str, Tensor]) -> list[str]:
-    """The weights that are not, bit for bit, what the files mean."""
+    """Return the names of weights that are not, bit for bit, what the files mean."""
     model = load(folder)
     wanted, got = expected(model.config, meaning, "per_expert"), values(model)
     assert wanted.keys() == got.keys()
@@ -45,7 +46,7 @@ def differs(folder: Path, meaning: dict[str, Tensor]) -> list[str]:
 
 
 @pytest.mark.parametrize("layout", [name for name in hub.LAYOUTS if name != "ct act-order"])
-def test_each_layout_means_what_it_means(tmp_path: Path, layout: str) -> None:
+def test_each_layout_loads_exactly(tmp_path: Path, layout: str) -> None:
     packer, config = hub.LAYOUTS[layout]
     assert differs(tmp_path, hub.write(tmp_path, packer, config)) == []
     layer = load(tmp_path).layers[0]
@@ -57,25 +58,25 @@ def test_each_layout_means_what_it_means(tmp_path: Path, layout: str) -> None:
 def test_headers_are_read_and_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     calls: list[str] = []
 
-    def counted(where: Any, name: str) -> None:
-        true = getattr(where, name)
-        monkeypatch.setattr(where, name, lambda *args: (calls.append(name), true(*args))[1])
+    def count_calls(name: str) -> None:
+        original = getattr(weights, name)
+        monkeypatch.setattr(weights, name, lambda *args: (calls.append(name), original(*args))[1])
 
     hub.write(tmp_path, *hub.LAYOUTS[layout or "awq 32"], only="" if layout else "none of them")
-    counted(weights, "_read_header")
-    counted(weights, "targets")
+    count_calls("_read_header")
+    count_calls("targets")
     load(tmp_path)
     assert calls == ["_read_header", "targets"]
 
 
 @pytest.mark.parametrize("layout", ["ct fp8 block", "ct int4 32 True", "gptq 64 1", "awq 32", "autofp8"])
-def test_in_small_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+def test_layouts_load_in_small_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     monkeypatch.setattr("mixtral_triton.quantize.hub.PIECE", 1)
     assert differs(tmp_path, hub.write(tmp_path, *hub.LAYOUTS[layout])) == []
 
 
 @pytest.mark.parametrize("layout", ["ct fp8 channel", "ct int4 128 True", "gptq 128 1", "awq 128"])
-def test_logits_are_those_of_the_dequantized_twin(tmp_path: Path, layout: str) -> None:
+def test_logits_and_tokens_equal_the_dequantized_model(tmp_path: Path, layout: str) -> None:
     hub.write(tmp_path, *hub.LAYOUTS[layout])
     model = load(tmp_path, dtype=torch.float32)
     dequantized_copy = Mixtral(model.config, "cpu", torch.float32)
@@ -86,14 +87,14 @@ def test_logits_are_those_of_the_dequantized_twin(tmp_path: Path, layout: str) -
     assert torch.equal(model.generate(ids, max_new_tokens=4), dequantized_copy.generate(ids, max_new_tokens=4))
 
 
-def test_only_the_experts_or_only_attention(tmp_path: Path) -> None:
+def test_only_experts_or_only_attention_quantized(tmp_path: Path) -> None:
     packer, config = hub.LAYOUTS["ct int4 64 False"]
     for only, name in (("experts", "qkv_proj"), ("self_attn", "gate_up_proj")):
         assert differs(tmp_path, hub.write(tmp_path, packer, config, only)) == []
         assert isinstance(getattr(load(tmp_path).layers[0], name), torch.nn.Parameter)
 
 
-def test_hf_quant_config_and_compression_config(tmp_path: Path) -> None:
+def test_hf_quant_config_and_compression_config_are_read(tmp_path: Path) -> None:
     packer, config = hub.LAYOUTS["modelopt"]
     meaning = hub.write(tmp_path, packer, None)
     ours = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
@@ -105,7 +106,7 @@ def test_hf_quant_config_and_compression_config(tmp_path: Path) -> None:
     assert differs(tmp_path, meaning) == []
 
 
-def test_scales_of_activations_are_left_aside_and_said(tmp_path: Path) -> None:
+def test_scales_of_activations_are_ignored_with_a_warning(tmp_path: Path) -> None:
     one = torch.ones(1)
     more = {f"{W1}.input_scale": one, f"{Q[:-6]}k_proj.k_scale": one.clone(), f"{Q[:-7]}.kv_scale": one.clone()}
     meaning, read = hub.write(tmp_path, *hub.LAYOUTS["autofp8"], **more), list[int]()
@@ -116,7 +117,7 @@ def test_scales_of_activations_are_left_aside_and_said(tmp_path: Path) -> None:
         assert differs(tmp_path, meaning) == []
 
 
-def test_the_command_line_says_it_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_prints_the_warning_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tokenizer.json").write_bytes((SMALL / "tokenizer.json").read_bytes())
     hub.write(tmp_path, *hub.LAYOUTS["autofp8"], **{f"{W1}.input_scale": torch.ones(1)})
     assert main(["trace", str(tmp_path), "--device", "cpu", "--prompt", "!", "--json"]) == 0
@@ -142,13 +143,13 @@ def test_meta_reads_headers_only(tmp_path: Path) -> None:
     assert model.layers[0].down_proj.shape == (2, 128, 256)
 
 
-def test_act_order_that_orders_nothing_is_fine(tmp_path: Path) -> None:
+def test_act_order_without_reordering_loads(tmp_path: Path) -> None:
     packer = hub.gptq(128)
     meaning = hub.write(tmp_path, packer, hub.gptq_config(128, desc_act=True))
     assert differs(tmp_path, meaning) == []
 
 
-def test_a_bias_of_zeros_is_fine(tmp_path: Path) -> None:
+def test_bias_of_zeros_loads(tmp_path: Path) -> None:
     bias = {f"{W1}.bias": torch.zeros(256, dtype=torch.float16)}
     assert differs(tmp_path, hub.write(tmp_path, *hub.LAYOUTS["gptq 128 1"], **bias)) == []
 
@@ -163,7 +164,9 @@ def test_a_bias_of_zeros_is_fine(tmp_path: Path) -> None:
     ],
     ids=["nibble order of awq", "zeros off by one", "high nibble first", "rows' scales swapped"],
 )
-def test_a_planted_fault_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, fault: Any) -> None:
+def test_injected_fault_changes_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, fault: Any
+) -> None:
     fault(monkeypatch)
     assert differs(tmp_path, hub.write(tmp_path, *hub.LAYOUTS[layout]))
 
@@ -187,7 +190,7 @@ def reversed_scales(self: Any, read: Any, N: int, K: int, start: int, stop: int)
     return read("weight", slice(start, stop)).view(torch.uint8), read("weight_scale").flip(0)[start:stop], None
 
 
-def test_scales_of_w1_and_w3_swapped_are_seen(tmp_path: Path) -> None:
+def test_swapped_scales_of_w1_and_w3_are_detected(tmp_path: Path) -> None:
     packer, config = hub.LAYOUTS["autofp8"]
     meaning = hub.write(tmp_path, packer, config)
     again = {f"{W1}.weight_scale": torch.tensor(0.25), f"{W3}.weight_scale": torch.tensor(0.5)}
@@ -195,13 +198,13 @@ def test_scales_of_w1_and_w3_swapped_are_seen(tmp_path: Path) -> None:
     assert differs(tmp_path, meaning) == ["layers.0.gate_up_proj"]
 
 
-def test_weights_on_a_quantized_folder(tmp_path: Path) -> None:
+def test_weights_argument_on_a_quantized_folder_raises_value_error(tmp_path: Path) -> None:
     hub.write(tmp_path, *hub.LAYOUTS["awq 128"])
     with pytest.raises(ValueError, match=r"weights is 'int4', and .* is quantized already \(awq\): needs None"):
         load(tmp_path, weights="int4")
 
 
-def test_parts_of_a_linear_in_several_files(tmp_path: Path) -> None:
+def test_a_linear_in_several_files_loads(tmp_path: Path) -> None:
     meaning = hub.write(tmp_path, *hub.LAYOUTS["ct int4 64 True"])
     tensors = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -212,7 +215,7 @@ def test_parts_of_a_linear_in_several_files(tmp_path: Path) -> None:
     assert differs(tmp_path, meaning) == []
 
 
-def test_a_tied_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tied_head_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "SIZES", hub.SIZES | {"tie_word_embeddings": True})
     embedding = hub.dense()["model.embed_tokens.weight"]
     for head in (None, embedding):
@@ -223,19 +226,14 @@ def test_a_tied_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load(tmp_path)
 
 
-def test_deterministic_in_any_batch(tmp_path: Path) -> None:
+def test_deterministic_result_is_independent_of_the_batch(tmp_path: Path) -> None:
     hub.write(tmp_path, *hub.LAYOUTS["gptq 64 1"])
     model, ids = load(tmp_path, deterministic=True), torch.arange(12).view(3, 4)
     assert torch.equal(model(ids)[1:2], model(ids[1:2]))
 
 
-def test_the_config_alone_tells_sizes(tmp_path: Path) -> None:
-    hub.write(tmp_path, *hub.LAYOUTS["awq 128"])
-    assert MixtralConfig.from_pretrained(tmp_path).hidden_size == 128
-
-
 @pytest.mark.parametrize("layout", ["ct fp8 tensor", "awq 64"])
-def test_verify_holds_the_loaded_tensors_against_the_files(tmp_path: Path, layout: str) -> None:
+def test_verify_finds_changed_scales(tmp_path: Path, layout: str) -> None:
     hub.write(tmp_path, *hub.LAYOUTS[layout])
     model = load(tmp_path)
     with torch.no_grad():
@@ -246,7 +244,7 @@ def test_verify_holds_the_loaded_tensors_against_the_files(tmp_path: Path, layou
         assert outside.error == 0 and layer.error > 0
 
 
-def test_verify_sees_w1_and_w3_in_each_others_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_finds_swapped_w1_and_w3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = weights.table
 
     def swapped(*args: Any) -> dict[str, weights.Target]:

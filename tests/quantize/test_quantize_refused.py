@@ -1,4 +1,4 @@
-"""Quantized checkpoints that are not read: each is refused in one line that names what it is and what would do."""
+"""Unsupported quantized checkpoints raise a ValueError of one line that names the format and an alternative."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="about files: run once, with
 PACKED, FP8 = hub.pack_config(), hub.LAYOUTS["ct fp8 channel"][1]
 
 
-def refused(folder: Path, message: str) -> None:
+def assert_refused(folder: Path, message: str) -> None:
     for device in ("cpu", "meta") if "damaged" not in message and "says [" not in message else ("cpu",):
         with pytest.raises(ValueError, match=message) as caught:
             Mixtral.from_pretrained(folder, device=device)
@@ -30,7 +30,7 @@ def refused(folder: Path, message: str) -> None:
 
 
 def group(config: dict[str, Any], **weights: Any) -> dict[str, Any]:
-    """The compressed-tensors config with its weights' arguments changed."""
+    """Return the compressed-tensors config with changed arguments of its weights."""
     changed = json.loads(json.dumps(config))
     changed["config_groups"]["group_0"]["weights"] |= weights
     return changed
@@ -85,10 +85,10 @@ CONFIGS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_a_config_that_is_not_read(tmp_path: Path, case: str) -> None:
+def test_unsupported_config_raises_value_error(tmp_path: Path, case: str) -> None:
     config, message = CONFIGS[case]
     hub.write(tmp_path, hub.compressed(), config)
-    refused(tmp_path, message)
+    assert_refused(tmp_path, message)
 
 
 def shuffled() -> Tensor:
@@ -96,9 +96,9 @@ def shuffled() -> Tensor:
 
 
 def nan(shape: tuple[int, ...], dtype: torch.dtype, at: tuple[int, ...] = (0, 0), value: float = np.nan) -> Tensor:
-    made = torch.ones(shape, dtype=dtype)
-    made[at] = value
-    return made
+    tensor = torch.ones(shape, dtype=dtype)
+    tensor[at] = value
+    return tensor
 
 
 def codes_of_nan(bits: int) -> Tensor:
@@ -148,12 +148,12 @@ TENSORS: dict[str, tuple[str, dict[str, Callable[[], Tensor] | None], str]] = {
         {f"{W1}.weight_packed": lambda: torch.zeros(256, 16, dtype=torch.int64)},
         r"w1\.weight_packed is stored as I64, needs I32",
     ),
-    "act-order that nothing tells": (
+    "act-order without indices": (
         "ct act-order",
         {f"{W1}.weight_g_idx": None},
         r"10 missing \(model.*weight_g_idx",
     ),
-    "act-order of gptq that nothing tells": (
+    "gptq act-order without indices": (
         "gptq act-order",
         {f"{W1}.g_idx": None},
         rf"1 missing \({W1}\.g_idx",
@@ -193,32 +193,31 @@ TENSORS: dict[str, tuple[str, dict[str, Callable[[], Tensor] | None], str]] = {
 
 
 @pytest.mark.parametrize("case", TENSORS)
-def test_tensors_that_are_not_read(tmp_path: Path, case: str) -> None:
+def test_unsupported_tensors_raise_value_error(tmp_path: Path, case: str) -> None:
     layout, changes, message = TENSORS[case]
-    made = {name: None if change is None else change() for name, change in changes.items()}
-    hub.write(tmp_path, *hub.LAYOUTS[layout], **made)
+    tensors = {name: None if change is None else change() for name, change in changes.items()}
+    hub.write(tmp_path, *hub.LAYOUTS[layout], **tensors)
     with pytest.raises(ValueError, match=message) as caught:
         Mixtral.from_pretrained(tmp_path, device="cpu")
     assert str(tmp_path) in str(caught.value) and str(caught.value).isprintable()
 
 
-def test_groups_that_do_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_that_do_not_divide_raise_value_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """96 columns in groups of 64."""
     monkeypatch.setattr(hub, "EXPERT", {"w1": (96, 128), "w3": (96, 128), "w2": (128, 96)})
     monkeypatch.setattr(hub, "SIZES", hub.SIZES | {"intermediate_size": 96})
     hub.write(tmp_path, hub.compressed(group=32), hub.pack_config(group=64))
-    refused(tmp_path, r"w2: groups of 64 do not divide 96 columns")
+    assert_refused(tmp_path, r"w2: groups of 64 do not divide 96 columns")
 
 
-def test_gguf(tmp_path: Path) -> None:
+def test_gguf_raises_value_error(tmp_path: Path) -> None:
     (tmp_path / "mixtral.Q4_0.gguf").write_bytes(b"GGUF")
-    refused(tmp_path, r"'mixtral.Q4_0.gguf' is GGUF, which is not read; safetensors are needed")
+    assert_refused(tmp_path, r"'mixtral.Q4_0.gguf' is GGUF, which is not read; safetensors are needed")
 
 
-def test_codes_without_a_config(tmp_path: Path) -> None:
-    """A checkpoint that has lost its quantization_config."""
+def test_codes_without_a_config_raise_value_error(tmp_path: Path) -> None:
     hub.write(tmp_path, hub.compressed(), None)
-    refused(tmp_path, r"is stored as 'I(32|64)'; one of F32, BF16, F16 is needed")
+    assert_refused(tmp_path, r"is stored as 'I(32|64)'; one of F32, BF16, F16 is needed")
 
 
 DROPPED = object()
@@ -226,13 +225,13 @@ ODD = (None, 0, -1, 3, 1.5, "x", "", [], {}, [1], ["a"], {"a": 1}, True, False, 
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every container and key in a JSON value."""
+    """Return every container and key in a JSON value."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [place for key, inner in items for place in ((value, key), *places(inner))]
 
 
 @pytest.mark.parametrize("layout", hub.LAYOUTS)
-def test_any_odd_config_is_read_or_refused_in_a_line(tmp_path: Path, layout: str) -> None:
+def test_random_config_loads_or_raises_value_error(tmp_path: Path, layout: str) -> None:
     packer, config = hub.LAYOUTS[layout]
     hub.write(tmp_path, packer, config)
     random = np.random.default_rng(3)

@@ -1,4 +1,4 @@
-"""Quantized checkpoints as the hub has them, packed by loops that share nothing with the reader, and what they mean."""
+"""Quantized checkpoints in the hub's layouts, packed by loops that share no code with the reader, and their values."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Packer = Callable[[int, int, Any], tuple[dict[str, Tensor], Tensor]]  # N, K, ra
 
 
 def linears() -> dict[str, tuple[int, int]]:
-    """Of the one layer, by their names on disk."""
+    """Return the shapes of the one layer's linears by their names on disk."""
     layer = "model.layers.0"
     found = {f"{layer}.self_attn.{name}_proj": shape for name, shape in ATTENTION.items()}
     for expert in range(SIZES["num_local_experts"]):
@@ -44,18 +44,18 @@ def linears() -> dict[str, tuple[int, int]]:
 
 
 def dense(dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """What no layout quantizes."""
+    """Return the tensors that no layout quantizes."""
     generator = torch.Generator().manual_seed(5)
     shapes = {"model.embed_tokens": (40, 128), "lm_head": (40, 128), "model.layers.0.block_sparse_moe.gate": (2, 128)}
-    made = {f"{name}.weight": torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    found = {f"{name}.weight": torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     norms = ("model.norm", "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm")
-    return made | {f"{name}.weight": torch.rand(128, generator=generator).to(dtype) for name in norms}
+    return found | {f"{name}.weight": torch.rand(128, generator=generator).to(dtype) for name in norms}
 
 
 def write(folder: Path, packer: Packer, config: Any, only: str = "", **changes: Any) -> dict[str, Tensor]:
-    """A checkpoint whose linears with `only` in their names are packed -> what each tensor means, in fp32.
+    """Write a checkpoint whose linears with `only` in their names are packed; return each tensor's values in fp32.
 
-    changes: tensors by name that replace others; None takes one away.
+    changes: tensors by name that replace others; None removes one.
     """
     random = np.random.default_rng(0)
     tensors = dense()
@@ -83,7 +83,7 @@ def packed_words(values: np.ndarray, bits: int, order: tuple[int, ...] | None = 
     return torch.from_numpy(words.view(np.int32))
 
 
-def meant(codes: np.ndarray, zeros: Any, scales: Tensor) -> Tensor:
+def dequantize(codes: np.ndarray, zeros: Any, scales: Tensor) -> Tensor:
     """(code - zero) * scale in fp32, column by column: codes [N,K], zeros [N,G], scales [N,G]."""
     K, G = codes.shape[1], scales.shape[1]
     columns = []
@@ -99,7 +99,7 @@ def scales_of(random: Any, *shape: int, dtype: torch.dtype = torch.bfloat16) -> 
 
 
 def fp8(scale: str = "channel", name: str = "weight_scale", dtype: torch.dtype = torch.bfloat16) -> Packer:
-    """Of a tensor, a channel, or blocks of 128 x 128."""
+    """Pack fp8 with a scale per tensor, channel, or block of 128 x 128."""
 
     def pack(N: int, K: int, random: Any) -> tuple[dict[str, Tensor], Tensor]:
         values = torch.from_numpy(random.uniform(-400, 400, (N, K))).to(torch.float8_e4m3fn)
@@ -116,13 +116,13 @@ def fp8(scale: str = "channel", name: str = "weight_scale", dtype: torch.dtype =
 
 
 def int8(N: int, K: int, random: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """compressed-tensors' int-quantized."""
+    """Pack compressed-tensors' int-quantized."""
     values, scales = random.integers(-128, 128, (N, K)), scales_of(random, N, 1)
-    return {"weight": torch.from_numpy(values.astype(np.int8)), "weight_scale": scales}, meant(values, 0, scales)
+    return {"weight": torch.from_numpy(values.astype(np.int8)), "weight_scale": scales}, dequantize(values, 0, scales)
 
 
 def compressed(bits: int = 4, group: int = 128, zeros: bool = False) -> Packer:
-    """compressed-tensors' pack-quantized; group -1: channels."""
+    """Pack compressed-tensors' pack-quantized; group -1: channels."""
 
     def pack(N: int, K: int, random: Any) -> tuple[dict[str, Tensor], Tensor]:
         G = 1 if group == -1 else K // group
@@ -134,10 +134,10 @@ def compressed(bits: int = 4, group: int = 128, zeros: bool = False) -> Packer:
             "weight_shape": torch.tensor([N, K]),
         }
         if not zeros:
-            return parts, meant(values, 0, scales)
+            return parts, dequantize(values, 0, scales)
         points = random.integers(-half, half, (N, G))
         parts["weight_zero_point"] = packed_words(points.T + half, bits).t()
-        return parts, meant(values, points, scales)
+        return parts, dequantize(values, points, scales)
 
     return pack
 
@@ -153,7 +153,7 @@ def gptq(group: int = 128, off: int = 1, symmetric: bool = False) -> Packer:
             "scales": scales.t(),
             "g_idx": torch.tensor([0 if group == -1 else k // group for k in range(K)], dtype=torch.int32),
         }
-        return parts, meant(codes, zeros, scales)
+        return parts, dequantize(codes, zeros, scales)
 
     return pack
 
@@ -167,7 +167,7 @@ def awq(group: int = 128) -> Packer:
             "qzeros": packed_words(zeros.T, 4, AWQ_COLUMNS),
             "scales": scales.t(),
         }
-        return parts, meant(codes, zeros, scales)
+        return parts, dequantize(codes, zeros, scales)
 
     return pack
 
@@ -184,21 +184,19 @@ def compressed_config(format: str, ignore: Any = ("lm_head",), **weights: Any) -
 
 
 def pack_config(bits: int = 4, group: int = 128, zeros: bool = False) -> dict[str, Any]:
-    """Of `compressed`."""
     strategy = {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
     return compressed_config("pack-quantized", num_bits=bits, symmetric=not zeros, **strategy)
 
 
 def gptq_config(group: int = 128, off: int = 1, symmetric: bool = False, **more: Any) -> dict[str, Any]:
-    """Of `gptq`."""
     version = "gptq" if off else "gptq_v2"
-    made = {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": symmetric, "checkpoint_format": version}
-    return made | {"desc_act": group == -1} | more
+    config = {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": symmetric, "checkpoint_format": version}
+    return config | {"desc_act": group == -1} | more
 
 
 def awq_config(group: int = 128, **more: Any) -> dict[str, Any]:
-    made = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
-    return made | {"modules_to_not_convert": ["gate"]} | more
+    config = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
+    return config | {"modules_to_not_convert": ["gate"]} | more
 
 
 FLOAT = {"type": "float", "num_bits": 8}

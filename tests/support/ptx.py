@@ -47,9 +47,9 @@ def order(compiled: Compiled) -> Order:
         elif text.startswith("griddepcontrol.wait"):
             waits += 1
         elif found := _GLOBAL.search(text):
-            own = of.get(_ADDRESSES.findall(text)[-1 if found[2] else 0], frozenset())
-            touched[waits > 0] |= own
-            stores |= own if found[1] not in (None, "ld") and not waits else set()
+            pointers = of.get(_ADDRESSES.findall(text)[-1 if found[2] else 0], frozenset())
+            touched[waits > 0] |= pointers
+            stores |= pointers if found[1] not in (None, "ld") and not waits else set()
             # What a load fills stands in front of its address.
             of |= {register: frozenset() for register in _REGISTER.findall(text.partition("[")[0])}
         elif registers := _REGISTER.findall(text):

@@ -83,15 +83,15 @@ def half_layer(T: int) -> float:
 
 @once
 @pytest.mark.parametrize("T", [T for T in VLLM if T >= 8])
-def test_what_others_measured(T: int) -> None:
+def test_published_times_of_vllm(T: int) -> None:
     assert half_layer(T) == pytest.approx(VLLM[T][0], rel=0.15)
 
 
 @once
-def test_what_others_measured_comes_in_their_order() -> None:
+def test_predictions_keep_the_order_of_published_times() -> None:
     said = [half_layer(T) for T in VLLM]
     assert said == sorted(said) and said[0] < said[-1] / 5
-    # Of few tokens no launch is waited for: the prediction is too short, and never by more than a quarter.
+    # With few tokens latency counts: the prediction is too short, by at most a quarter.
     assert all(0.75 * VLLM[T][0] < half_layer(T) < VLLM[T][0] for T in (1, 2, 4))
 
 
@@ -121,9 +121,9 @@ def test_an_expert_layer_by_its_tile(T: int, tile: Tile) -> None:
 def test_more_padding_or_a_smaller_tile_takes_longer(
     name: str, sizes: Sizes, kernel: str, waste: dict[str, int]
 ) -> None:
-    chosen = next(launch for launch in recorded(name, sizes) if launch.kernel == kernel)
-    tile = {key: size for key, size in chosen.constexprs.items() if key.startswith(("BLOCK", "SHORT", "GROUP_M"))}
-    config = LaunchConfig({**tile, **waste}, chosen.num_warps or 4, chosen.num_stages or 1)
+    selected = next(launch for launch in recorded(name, sizes) if launch.kernel == kernel)
+    tile = {key: size for key, size in selected.constexprs.items() if key.startswith(("BLOCK", "SHORT", "GROUP_M"))}
+    config = LaunchConfig({**tile, **waste}, selected.num_warps or 4, selected.num_stages or 1)
     assert microseconds(name, sizes, **{kernel: config}) > 1.05 * microseconds(name, sizes)
 
 
@@ -142,7 +142,7 @@ def test_one_more_launch_takes_longer() -> None:
 
 
 @once
-def test_one_program_more_than_the_gpu_has_room_for_takes_another_turn() -> None:
+def test_one_program_more_than_a_wave_takes_another_wave() -> None:
     full, more = (Shape(T=64 * m, H=4096, N=64 * n, deterministic=True) for m, n in ((12, 11), (7, 19)))
     assert [launch.grid for sizes in (full, more) for launch in recorded("linear", sizes)] == [(132,), (133,)]
     one, two = (foreseen("linear", sizes).parts[0] for sizes in (full, more))
@@ -157,25 +157,25 @@ def test_no_prediction_is_below_the_floor(name: str) -> None:
     for case in cases(quick=name != "h100"):
         said, cost = untimed_row(case, gpu).predicted, case.cost()
         assert said is not None and gpu.chip is not None
-        own = sum(part.seconds for part in said.parts) + gpu.chip.launch_gap * len(said.parts)
-        assert own >= floor(cost, gpu) and 0 < said.share <= 1, (case.op.name, case.as_dict())
+        parts = sum(part.seconds for part in said.parts) + gpu.chip.launch_gap * len(said.parts)
+        assert parts >= floor(cost, gpu) and 0 < said.share <= 1, (case.op.name, case.as_dict())
 
 
 @once
 @pytest.mark.parametrize(
     ("B", "T", "rows"), [(1, 128, 64), (1, 500, 64), (1, 1024, 128), (8, 512, 128), (1, 8192, 128)]
 )
-def test_attention_takes_the_better_of_two_tiles(B: int, T: int, rows: int) -> None:
+def test_attention_uses_the_faster_of_two_tiles(B: int, T: int, rows: int) -> None:
     """Two small programs an SM hide each other's softmax, and read the keys twice as often."""
     sizes = Shape(B=B, T=T, S=T, Hq=32, Hkv=8, D=128, window=0)
     (launch,) = recorded("attention", sizes)
-    ways = {m: LaunchConfig({"BLOCK_M": m, "BLOCK_N": 128, "BLOCK_D": 128}, m // 16, m // 64) for m in (64, 128)}
-    times = {m: microseconds("attention", sizes, attention_prefill_kernel=config) for m, config in ways.items()}
+    configs = {m: LaunchConfig({"BLOCK_M": m, "BLOCK_N": 128, "BLOCK_D": 128}, m // 16, m // 64) for m in (64, 128)}
+    times = {m: microseconds("attention", sizes, attention_prefill_kernel=config) for m, config in configs.items()}
     assert launch.constexprs["BLOCK_M"] == rows == min(times, key=lambda m: times[m])
 
 
 @once
-def test_memory_s_bytes_are_what_the_operations_call_compulsory() -> None:
+def test_bytes_of_launches_sum_to_the_operation_s_cost() -> None:
     """Beyond them lie the partial sums of splits, and x in sorted order."""
     for case in cases():
         args = case.inputs(torch.device("meta"))
@@ -189,12 +189,12 @@ def test_memory_s_bytes_are_what_the_operations_call_compulsory() -> None:
 def test_a_faster_gpu_is_predicted_to_be_faster() -> None:
     by_gpu = {name: foreseen("expert_swiglu", LAYER | {"T": 4096}, GPUS[name]).seconds for name in PREDICTABLE}
     assert by_gpu["a100"] > by_gpu["h100"] > by_gpu["b200"]
-    few = {name: foreseen("expert_swiglu", LAYER | {"T": 8}, GPUS[name]).seconds for name in PREDICTABLE}
-    assert few["a100"] > few["h100"] > few["h200"] > few["b200"]
+    fast = {name: foreseen("expert_swiglu", LAYER | {"T": 8}, GPUS[name]).seconds for name in PREDICTABLE}
+    assert fast["a100"] > fast["h100"] > fast["h200"] > fast["b200"]
 
 
 @once
-def test_every_launch_of_the_registry_asks_for_something() -> None:
+def test_every_launch_of_the_registry_has_work() -> None:
     for op in OPS.values():
         for sizes in (*op.test_shapes, *op.bench_shapes):
             for dtype in op.dtypes:
@@ -202,15 +202,15 @@ def test_every_launch_of_the_registry_asks_for_something() -> None:
                 with record_launches() as launches:
                     op.run(**args)
                 for launch in launches:
-                    asked = count_work(launch)
-                    assert asked.memory > 0 and asked.programs > 0 and asked.loaded > 0
-                    # What multiplies tiles has a formula of its own: no stream of its tensors tells its time.
+                    work = count_work(launch)
+                    assert work.memory > 0 and work.programs > 0 and work.loaded > 0
+                    # What multiplies tiles has a formula of its own: it does not stream its tensors.
                     source = "" if launch.fn is None else launch.fn.src
                     assert launch.kernel in WORK or ("tl.dot" not in source and "add_products" not in source)
 
 
 @once
-def test_an_unknown_kernel_or_gpu_is_refused() -> None:
+def test_unknown_kernel_or_gpu_raises_value_error() -> None:
     with pytest.raises(
         ValueError, match=r"count_work: kernel is 'new_kernel', needs one with a formula: .*linear_kernel"
     ):
@@ -250,23 +250,21 @@ COUNTED = [
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter: needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize(("name", "sizes", "tensors", "most"), COUNTED)
-def test_the_formulas_say_what_interpreted_kernels_load(
-    name: str, sizes: Shape, tensors: tuple[str, ...], most: float
-) -> None:
+def test_formulas_match_interpreted_kernels(name: str, sizes: Shape, tensors: tuple[str, ...], most: float) -> None:
     """Exactly where tiles are full; of attention keys outside the mask are in the formula and not in the count."""
     args = OPS[name].inputs(sizes, BF16, "cpu", torch.Generator().manual_seed(0))
     with count_traffic() as traffic, record_launches() as launches:
         OPS[name].run(**args)
-    asked = count_work(launches[0])
+    work = count_work(launches[0])
     loaded = sum(argument.loaded for key, argument in traffic.kernels[0].arguments.items() if key in tensors)
-    assert 1.0 <= asked.programs * asked.loaded / loaded <= most
+    assert 1.0 <= work.programs * work.loaded / loaded <= most
     flops = traffic.kernels[0].flops
-    assert flops <= asked.programs * asked.flops <= most * flops
+    assert flops <= work.programs * work.flops <= most * flops
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter: needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("T", [64, 960])
-def test_the_experts_formulas_say_what_kernels_load(T: int) -> None:
+def test_expert_formulas_match_interpreted_kernels(T: int) -> None:
     """Of even routes, as the formulas expect of random ones."""
     sizes = Shape(T=T, H=256, I=256, E=8, K=2)
     args = OPS["expert_swiglu"].inputs(sizes, BF16, "cpu", torch.Generator().manual_seed(0))
@@ -275,17 +273,17 @@ def test_the_experts_formulas_say_what_kernels_load(T: int) -> None:
         OPS["expert_swiglu"].run(**args)
     ours = [launch for launch in launches if launch.grid]
     products = {"experts_up": ("x", "short", "gate_up"), "experts_down": ("h", "short", "down")}
-    seen = 0
+    checked = 0
     for launch, kernel in zip(ours, traffic.kernels, strict=True):
         for _, operands in (item for item in products.items() if launch.kernel.startswith(item[0])):
-            asked, loaded = (
+            work, loaded = (
                 count_work(launch),
                 sum(kernel.arguments[name].loaded for name in operands if name in kernel.arguments),
             )
-            assert asked.programs * asked.loaded == pytest.approx(loaded, rel=0.1)
-            assert asked.programs * asked.flops == pytest.approx(kernel.flops, rel=0.1)
-            seen += 1
-    assert seen == 2
+            assert work.programs * work.loaded == pytest.approx(loaded, rel=0.1)
+            assert work.programs * work.flops == pytest.approx(kernel.flops, rel=0.1)
+            checked += 1
+    assert checked == 2
 
 
 def shown(rows: list[Row], width: int = 120) -> str:
@@ -296,7 +294,7 @@ def shown(rows: list[Row], width: int = 120) -> str:
 
 
 @once
-def test_bench_says_what_is_predicted() -> None:
+def test_bench_prints_the_prediction() -> None:
     case = Case(OPS["expert_swiglu"], LAYER | {"T": 512})
     row = untimed_row(case, H100)
     assert row.predicted is not None
@@ -310,7 +308,7 @@ def test_bench_says_what_is_predicted() -> None:
 
 
 @once
-def test_beside_a_measurement_stands_the_prediction_for_the_gpu_of_that_name() -> None:
+def test_a_measured_gpu_gets_the_prediction_of_its_data_sheet() -> None:
     case = Case(OPS["linear"], Shape(T=1, H=4096, N=4096))
     measured = replace(H100, name="NVIDIA H100 80GB HBM3", bandwidth=3e12, source="measured", chip=None)
     row = replace(untimed_row(case, measured), ours=Outcome(15e-6, right=True))
@@ -321,6 +319,6 @@ def test_beside_a_measurement_stands_the_prediction_for_the_gpu_of_that_name() -
 
 @once
 @pytest.mark.parametrize("name", ["a10", "b300"])
-def test_of_a_gpu_that_is_not_known_well_enough_nothing_is_predicted(name: str) -> None:
+def test_no_prediction_for_a_gpu_without_cost_model_figures(name: str) -> None:
     row = untimed_row(Case(OPS["route"], Shape(T=1, E=8, K=2)), GPUS[name])
     assert row.predicted is None and row.as_dict()["predicted"] is None and "redicted" not in shown([row])

@@ -25,7 +25,7 @@ A_WEIGHT_BYTE = {1: 1.3, 4: 1.3, 9: 1.3, 16: 1.3, 17: 1.5, 32: 1.5, 64: 1.5}
 @once
 @pytest.mark.parametrize("T", A_WEIGHT_BYTE)
 @pytest.mark.parametrize(("H", "I", "N"), [(4096, 14336, 6144), (6144, 16384, 8192)])
-def test_decode_brings_little_more_than_its_weights_from_l2(
+def test_decode_loads_little_more_than_its_weights_from_l2(
     T: int, H: int, I: int, N: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where routing is uniform; the gate's by the program, each of which reads it whole."""
@@ -33,14 +33,14 @@ def test_decode_brings_little_more_than_its_weights_from_l2(
     layer = Shape(T=T, H=H, I=I, N=N, E=8, K=2)
     for name in ("linear", "expert_swiglu", "gate_route", "rms_norm_gate_route"):
         for launch in recorded(name, layer):
-            own = {key.removesuffix("_ptr"): one for key, one in tensors(dict(launch.args)).items()}
-            weight = next((own[key] for key in ("gate", "weight", "gate_up", "down") if key in own), None)
+            operands = {key.removesuffix("_ptr"): one for key, one in tensors(dict(launch.args)).items()}
+            weight = next((operands[key] for key in ("gate", "weight", "gate_up", "down") if key in operands), None)
             if weight is None:  # the experts' combine
                 continue
             share = expected_distinct_experts(T, 2 / 8, 8) / 8 if name == "expert_swiglu" else 1.0
-            programs = 1 if "gate" in own else count_work(launch).programs
-            asked = weight.nbytes + own["norm"].nbytes if "norm" in own else weight.nbytes
-            assert programs * count_work(launch).loaded / (asked * share) <= A_WEIGHT_BYTE[T], (launch.kernel, T)
+            programs = 1 if "gate" in operands else count_work(launch).programs
+            weight_bytes = weight.nbytes + operands["norm"].nbytes if "norm" in operands else weight.nbytes
+            assert programs * count_work(launch).loaded / (weight_bytes * share) <= A_WEIGHT_BYTE[T], (launch.kernel, T)
 
 
 @once
@@ -75,25 +75,23 @@ def test_linear_is_ours_where_that_is_no_slower(name: str, T: int, monkeypatch: 
         sizes = Shape(T=T, H=H, N=N)
         if not linear.use_skinny_kernel(sizes, BF16, gpu.arch):
             continue
-        ways = []
+        seconds = []
         for ours in (True, False):
             with monkeypatch.context() as patch:
                 patch.setattr(linear, "use_skinny_kernel", lambda *sizes, ours=ours: ours)
-                ways.append(foreseen("linear", sizes, gpu).seconds)
-        assert ways[0] <= 1.01 * ways[1], sizes
+                seconds.append(foreseen("linear", sizes, gpu).seconds)
+        assert seconds[0] <= 1.01 * seconds[1], sizes
 
 
 @once
 @pytest.mark.parametrize("format", ["int4:128", "int8", "fp8"])
-def test_quantized_linear_of_some_rows_takes_the_better_of_two_ways(
-    format: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quantized_linear_takes_the_faster_kernel(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for T in (17, 64):
         sizes = Shape(T=T, H=4096, N=6144, weight=format)
-        chosen = microseconds("linear", sizes)
+        selected = microseconds("linear", sizes)
         with monkeypatch.context() as patch:
             patch.setattr(linear, "use_skinny_kernel", lambda *sizes: False)
-            assert chosen < microseconds("linear", sizes)
+            assert selected < microseconds("linear", sizes)
 
 
 # Thread instructions that a byte of a dense weight may cost, of which an H200 has 6.0 to spare and a B200 4.4.

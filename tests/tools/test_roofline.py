@@ -39,7 +39,7 @@ def test_floor_of_decoding_8x7b(gpu: str, tokens_per_second: int) -> None:
     assert 1 / floor(decode_step.cost(sizes, torch.bfloat16), GPUS[gpu]) == pytest.approx(tokens_per_second, rel=0.01)
 
 
-def test_gpus_are_known_by_the_name_the_driver_gives() -> None:
+def test_data_sheet_by_the_driver_s_name() -> None:
     names = {
         "NVIDIA H100 80GB HBM3": "h100",
         "NVIDIA H200": "h200",
@@ -54,13 +54,13 @@ def test_gpus_are_known_by_the_name_the_driver_gives() -> None:
     assert not any(map(data_sheet, ("NVIDIA A10G", "NVIDIA L40", "NVIDIA GeForce RTX 5090 Laptop GPU", "NVIDIA GB300")))
 
 
-def test_an_architecture_without_a_table_is_named() -> None:
+def test_family_note() -> None:
     assert not any(family_note(GPUS[gpu].arch) for gpu in ("a100", "h100", "h200", "b200", "mi300x"))
     assert "sm_120" in str(family_note("sm_120")) and "sm_80" in str(family_note("sm_120"))
     assert "those of sm_100" in str(family_note(GPUS["b300"].arch))
 
 
-def test_a_gpu_is_what_its_own_kernels_reach() -> None:
+def test_measure_gpu() -> None:
     gpu = measure_gpu("x", "sm_90", CPU, lambda call: call() is None or 2.0, memory=1 << 12, n=16)
     assert (gpu.bandwidth, gpu.matmul, gpu.source) == (2 * 4096 / 2.0, 2 * 16**3 / 2.0, "measured")
 
@@ -80,7 +80,7 @@ class FakeEvent:
         return (other.at - self.at) * 1e3
 
 
-def test_timers_of_a_device_time_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_timers_time_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the events: neither the sweeps before a run, nor what warms up. A row of steps: all of it."""
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)

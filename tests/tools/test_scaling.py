@@ -40,7 +40,7 @@ def test_a_rank_computes_its_part() -> None:
     assert decode(ep=8).computing > 2 * eighth
 
 
-def test_sums_take_their_hops_and_their_bytes() -> None:
+def test_all_reduce_takes_hops_and_bytes() -> None:
     """NCCL's tree over eight GPUs: 6.8 us and seven hops of 0.6 there and back; then bytes, by the slower link."""
     small = decode(tp=8).sending / (2 * 32 + 1)
     assert small == pytest.approx(15.2e-6, rel=0.05)
@@ -106,7 +106,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=[message for _, message in REFUSED])
-def test_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options_are_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="about figures and text: run
 
 
 @pytest.fixture(autouse=True)
-def plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # in this process, which has made its choice
 
 
@@ -65,7 +65,7 @@ def test_chance_is_that_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("color", ["truecolor", None])
-def test_what_the_terminal_shows(color: Any) -> None:
+def test_text_on_a_terminal(color: Any) -> None:
     experts = torch.tensor([[[0, 1], [1, 0], [11, 0]]])
     out = Console(file=io.StringIO(), force_terminal=color is not None, color_system=color, width=100)
     out.print(TraceView(Trace(("<s>", "def\n", "\n"), experts, 12), [0]))
@@ -94,14 +94,14 @@ def test_the_table_fits_every_terminal(experts: int, width: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "said"), [([0, 2, 5], "layers 1, 3-4"), ([0, 1, 2, 3, 4], "layer 5"), (range(6), None)]
+    ("layers", "said"), [([0, 2, 5], "layers 1, 3, 4"), ([0, 1, 2, 3, 4], "layers 5"), (range(6), None)]
 )
-def test_it_says_which_layers_it_left_out(layers: Any, said: str | None) -> None:
+def test_omitted_layers_are_named(layers: Any, said: str | None) -> None:
     out = Console(file=io.StringIO(), width=100)
     out.print(TraceView(Trace(("a", "b"), torch.zeros(6, 2, 1, dtype=torch.long), 2), layers))
     text = out.file.getvalue()  # type: ignore[attr-defined]
     assert text.count("\nlayer ") == len(layers)
-    assert f"left out: the text of {said}, see --layers" in text if said else "left out" not in text
+    assert f"left out: the text of {said}; see --layers" in text if said else "left out" not in text
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
@@ -117,7 +117,7 @@ def test_the_plot_is_a_picture(suffix: str, tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize("experts", [2, 8, 32])
 @pytest.mark.parametrize("layers", [1, 4, 32])
-def test_the_plot_s_parts_keep_clear_of_each_other(
+def test_the_plot_s_parts_do_not_overlap(
     layers: int, experts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The colour bar and its label lie below the left panel, away from the right one; a "$" is a character."""
@@ -133,7 +133,7 @@ def test_the_plot_s_parts_keep_clear_of_each_other(
     assert min(bar.x0, left.x0, bar.y0, right.y0) >= 0 and left.y1 <= figure.bbox.y1 and right.x1 <= figure.bbox.x1
 
 
-def test_a_plot_of_a_script_that_the_font_does_not_have_warns_of_nothing(
+def test_missing_glyphs_do_not_warn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
     pytest.importorskip("matplotlib")
@@ -151,7 +151,7 @@ def file(path: Path) -> None:
 
 
 @pytest.mark.parametrize("plant", [folder, file], ids=["a folder of this name", "a file in the folder's place"])
-def test_a_plot_that_cannot_be_written_is_refused_before_the_work(
+def test_an_unwritable_plot_is_an_error_before_the_work(
     plant: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "plots").mkdir()
@@ -185,7 +185,7 @@ def test_a_full_disk_under_the_plot_is_one_line(tmp_path: Path, capsys: pytest.C
         (("no/such/folder", "--prompt", "x"), "no/such/folder"),
     ],
 )
-def test_bad_input(args: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(args: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trace", "--device", "cpu", *args]) == 2
     error = capsys.readouterr().err
     assert named in error and len(error.strip().splitlines()) == 1
@@ -196,7 +196,7 @@ def test_bad_input(args: tuple[str, ...], named: str, capsys: pytest.CaptureFixt
     [([1, 5000], "holds token 5000"), ([1] * 2000, "2000 tokens, needs at most max_position_embeddings, 1024")],
     ids=("another model's tokenizer", "too long"),
 )
-def test_tokens_that_the_model_does_not_take(
+def test_tokens_outside_the_model_s_limits(
     ids: list[int], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Refused before it is told which way the work goes."""
