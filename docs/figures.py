@@ -26,7 +26,7 @@ rcParams["svg.hashsalt"] = "the same file from the same code"
 SAME = {"Date": None}  # no date in it, for the same reason
 
 
-def seen(tokens: int, window: int) -> torch.Tensor:
+def visible(tokens: int, window: int) -> torch.Tensor:
     """Which key each query sees, [T,T] bool: where attention over values of one key alone gives something."""
     q = torch.zeros(1, tokens, 1, tokens)
     values = torch.eye(tokens).view(1, tokens, 1, tokens)
@@ -35,7 +35,7 @@ def seen(tokens: int, window: int) -> torch.Tensor:
 
 def window(file: Path) -> None:
     """Left: what one layer sees. Right: what reaches the last token through several of them."""
-    one = seen(TOKENS, WINDOW)
+    one = visible(TOKENS, WINDOW)
     reach = [torch.eye(TOKENS, dtype=torch.bool)[-1]]
     for _ in range(LAYERS):
         reach.append((reach[-1].float() @ one.float()) > 0)

@@ -7,7 +7,7 @@ before the import; `torch`, the reference, for any other CPU tensor.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -176,11 +176,12 @@ def flatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[An
 
 def unflatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[Any, ...]:
     """Turn the arguments of torch's operator into those of `run`."""
-    values, parts = list(args[: len(arguments)]), iter(args[len(arguments) :])
+    values: list[Any] = list(args[: len(arguments)])
+    parts: Iterator[Any] = iter(args[len(arguments) :])
     for place, argument in enumerate(arguments):
         if argument.kind == Matrix:
-            scales, zeros, layout = next(parts, None), next(parts, None), next(parts, None)
-            if layout is not None:
+            scales, zeros, layout = (next(parts, None) for _ in _PARTS)
+            if scales is not None and layout is not None:
                 values[place] = QuantizedWeight.of(values[place], scales, zeros, layout)
     return tuple(values)
 

@@ -127,10 +127,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _join_names(dtypes: Sequence[torch.dtype]) -> str:
-    return " or ".join(map(dtype_name, dtypes))
-
-
 @cache
 def _parse(spec: str) -> tuple[bool, tuple[str, ...]]:
     """Return whether leading dimensions are free ("..."), and a letter or an expression for each of the others."""
@@ -183,7 +179,7 @@ class Binder:
             raise fail(self.op, name, f"a {type(value).__name__}", f"a tensor [{spec}]")
         dtypes = argument.dtypes or (FLOATS if self.dtype is None else (self.dtype,))
         if not quantized and value.dtype not in dtypes:
-            raise fail(self.op, name, dtype_name(value.dtype), _join_names(dtypes))
+            raise fail(self.op, name, dtype_name(value.dtype), " or ".join(map(dtype_name, dtypes)))
         if argument.dtypes is None and not quantized:
             self.dtype = value.dtype
         self.device = self.device or value.device
@@ -215,7 +211,8 @@ class Binder:
     def bind_number(self, argument: Argument, value: Any, values: Mapping[str, Any]) -> None:
         name, rule = argument.name, argument.rule
         if argument.kind is bool:
-            check_boolean(self.op, name, value)
+            if not isinstance(value, bool):
+                raise fail(self.op, name, repr(value), "True or False")
         elif argument.kind is float:
             check_number(self.op, name, value, above=rule.low if isinstance(rule, Above) else -math.inf)
         elif isinstance(rule, Within):
@@ -228,11 +225,6 @@ def check_number(op: str, name: str, value: Any, *, above: float = -math.inf) ->
     """Raise ValueError unless `value` is a finite number greater than `above`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= above:
         raise fail(op, name, repr(value), "a finite number" + ("" if above == -math.inf else f" above {above:g}"))
-
-
-def check_boolean(op: str, name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise fail(op, name, repr(value), "True or False")
 
 
 def check_integer(op: str, name: str, value: Any, low: int, high: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import reference
 from .checks import INT32, INTS, Within
 from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, power_of_2
+from .op import Cost, LaunchConfig, Op, Sizes, power_of_2, shapes
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -117,7 +117,7 @@ def sort_by_expert(
     order = torch.empty(T * K, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)
     selected = select_configs(configs, {"T": T, "K": K, "E": num_experts}, ids.dtype, ids.device)
-    args = {"ids_ptr": ids.contiguous(), "order_ptr": order, "offsets_ptr": offsets, "N": T * K}
+    args: dict[str, Any] = {"ids_ptr": ids.contiguous(), "order_ptr": order, "offsets_ptr": offsets, "N": T * K}
     launch(sort_by_expert_kernel, (num_experts,), args, selected["sort_by_expert_kernel"])
     return order, offsets
 
@@ -136,7 +136,13 @@ def gather_by_expert(x: Tensor, ids: Tensor, experts: int, config: LaunchConfig)
     gathered = torch.empty((T * K, H), dtype=x.dtype, device=x.device)
     order = torch.empty(T * K, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
-    args = {"ids_ptr": ids, "x_ptr": x, "sorted_ptr": gathered, "order_ptr": order, "offsets_ptr": offsets}
+    args: dict[str, Any] = {
+        "ids_ptr": ids,
+        "x_ptr": x,
+        "sorted_ptr": gathered,
+        "order_ptr": order,
+        "offsets_ptr": offsets,
+    }
     args |= {"N": T * K, "E": experts, "TOP_K": K, "stride_xt": x.stride(0)}
     launch(gather_by_expert_kernel, (triton.cdiv(T * K, config.constexprs["BLOCK_S"]),), args, config, H=H)
     return gathered, order, offsets
@@ -170,9 +176,7 @@ OP = Op(
     inputs=inputs,
     configs=configs,
     cost=cost,
-    test_shapes=tuple(
-        {"T": T, "E": E, "K": K} for T, E, K in ((1, 8, 2), (77, 8, 2), (40, 4, 1), (3000, 8, 2), (9, 64, 6), (5, 1, 1))
-    ),
-    bench_shapes=tuple({"T": T, "E": 8, "K": 2} for T in (128, 1024, 8192)),
+    test_shapes=shapes("T E K", "1 8 2, 77 8 2, 40 4 1, 3000 8 2, 9 64 6, 5 1 1"),
+    bench_shapes=shapes("T E K", "128 8 2, 1024 8 2, 8192 8 2"),
     dtypes=INTS,
 )

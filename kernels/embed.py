@@ -104,7 +104,13 @@ def embed_rms_norm(
     y, x = (torch.empty((B, T, H), dtype=table.dtype, device=table.device) for _ in range(2))
     table = dense_rows(table)
     past_ptr, new_ptr = (None if bound is None else bound.contiguous() for bound in (past, new))
-    args = {"ids_ptr": input_ids, "table_ptr": table, "weight_ptr": weight.contiguous(), "y_ptr": y, "x_ptr": x}
+    args: dict[str, Any] = {
+        "ids_ptr": input_ids,
+        "table_ptr": table,
+        "weight_ptr": weight.contiguous(),
+        "y_ptr": y,
+        "x_ptr": x,
+    }
     args |= {"past_ptr": past_ptr, "new_ptr": new_ptr, "T": T, "V": V, "H": H, "limit": limit or 0, "eps": eps}
     args |= {**strides("i", input_ids), "stride_tv": table.stride(0)}
     selected = select_configs(configs, {"T": T, "H": H}, table.dtype, table.device)

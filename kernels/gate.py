@@ -19,7 +19,7 @@ from . import reference
 from .checks import INT32, SINGLE, Above, Within
 from .launch import launch, select_configs
 from .norm import normed
-from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sampler
+from .op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sampler, shapes
 from .pdl import pdl_wait
 from .router import cost as route_cost
 from .router import empty_routes, select_top_k, store_routes
@@ -36,20 +36,19 @@ def _load_gate(gate_ptr, stride_ge, h, E, H: tl.constexpr, BLOCK_E: tl.constexpr
 
 
 @triton.jit
-def _load_norm(norm_ptr, h, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Load columns h.. of the norm's weight, [BLOCK_H]."""
+def _load_columns(ptr, h, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Load columns h.. of a row, [BLOCK_H]."""
     offs_h = h + tl.arange(0, BLOCK_H)
-    return tl.load(norm_ptr + offs_h, mask=offs_h < H, other=0.0)
+    return tl.load(ptr + offs_h, mask=offs_h < H, other=0.0)
 
 
 @triton.jit
 def _load_sum(x_ptr, residual_ptr, h, H: tl.constexpr, BLOCK_H: tl.constexpr):
     """Load columns h.. of a row, the residual added: fp32 holding values rounded to x's dtype."""
-    offs_h = h + tl.arange(0, BLOCK_H)
-    x = tl.load(x_ptr + offs_h, mask=offs_h < H, other=0.0)
+    x = _load_columns(x_ptr, h, H, BLOCK_H)
     values = x.to(tl.float32)
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + offs_h, mask=offs_h < H, other=0.0)
+        residual = _load_columns(residual_ptr, h, H, BLOCK_H)
         # The next layer reads the rounded sum, so the norm must use it, too.
         values = (values + residual.to(tl.float32)).to(x.dtype).to(tl.float32)
     return values
@@ -101,7 +100,7 @@ def gate_route_kernel(
 ):
     t = tl.program_id(0).to(tl.int64)
     gate = _load_gate(gate_ptr, stride_ge, 0, E, H, BLOCK_E, BLOCK_H)
-    weight = None if norm_ptr is None else _load_norm(norm_ptr, 0, H, BLOCK_H)
+    weight = None if norm_ptr is None else _load_columns(norm_ptr, 0, H, BLOCK_H)
     pdl_wait(PDL)
     x, residual, y, total = x_ptr + t * stride_xt, residual_ptr, y_ptr, total_ptr
     if residual_ptr is not None:
@@ -115,7 +114,7 @@ def gate_route_kernel(
     acc = _products(y, values, scale, gate, weight, 0, H)
     for h in range(BLOCK_H, H, BLOCK_H):
         next_gate = _load_gate(gate_ptr, stride_ge, h, E, H, BLOCK_E, BLOCK_H)
-        norm_weight = None if norm_ptr is None else _load_norm(norm_ptr, h, H, BLOCK_H)
+        norm_weight = None if norm_ptr is None else _load_columns(norm_ptr, h, H, BLOCK_H)
         acc += _products(y, _load_sum(x, residual, h, H, BLOCK_H), scale, next_gate, norm_weight, h, H)
     logits, offs_e = acc[None, :].to(logits_ptr.dtype.element_ty), tl.arange(0, BLOCK_E)
     tl.store(logits_ptr + t * E + offs_e[None, :], logits, mask=(offs_e < E)[None, :])
@@ -210,21 +209,14 @@ def derived_outputs(args: Any, results: Any) -> Any:
     return reference.route(results[-3], args["top_k"])
 
 
-def _shape(T: int, H: int, E: int, K: int) -> Sizes:
-    return {"T": T, "H": H, "E": E, "K": K}
-
-
 OP = Op(
     run=gate_route,
     reference=reference.gate_route,
     inputs=inputs,
     configs=configs,
     cost=cost,
-    test_shapes=(
-        *(_shape(1, 128, 8, 2), _shape(19, 80, 8, 2), _shape(33, 300, 16, 3), _shape(2, 64, 160, 6)),
-        *(_shape(3, 64, 1, 1), _shape(2, 4200, 8, 2)),
-    ),
-    bench_shapes=tuple(_shape(T, H, 8, 2) for H in (4096, 6144) for T in (1, 64, 4096)),
+    test_shapes=shapes("T H E K", "1 128 8 2, 19 80 8 2, 33 300 16 3, 2 64 160 6, 3 64 1 1, 2 4200 8 2"),
+    bench_shapes=tuple(Shape(T=T, H=H, E=8, K=2) for H in (4096, 6144) for T in (1, 64, 4096)),
     derived_outputs=derived_outputs,
 )
 

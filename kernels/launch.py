@@ -189,7 +189,7 @@ def _launch_compiled(
 ) -> None:
     """Compile on first use, then launch; raise ValueError before anything runs where the GPU's limits are exceeded."""
     try:
-        options = {"launch_pdl": True} if dependent else {}  # AMD's backend does not know the option
+        options: dict[str, Any] = {"launch_pdl": True} if dependent else {}  # AMD's backend does not know the option
         # FP fusion is named because its default differs between releases of Triton.
         options |= {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
         compiled = kernel[grid](**args, **options)

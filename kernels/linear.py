@@ -19,7 +19,7 @@ from . import reference
 from .arch import amd, family, multiprocessors
 from .checks import Matrix
 from .launch import is_overridden, launch, select_configs, target_arch
-from .op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sampler, switches
+from .op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sampler, shapes, switches
 from .quantized import QUANT_NAMES, QuantizedWeight, sample_quantized, weight_bytes
 from .quantized_tiles import skinny_config, wide_config
 from .tiles import depth_tile, program_tile
@@ -195,8 +195,8 @@ OP = Op(
     configs=configs,
     cost=cost,
     test_shapes=(
-        *({"T": T, "H": H, "N": N} for T, H, N in ((1, 512, 40), (3, 100, 64), (16, 256, 33))),
-        *(Shape(T=T, H=H, N=N, deterministic=True) for T, H, N in ((1, 128, 70), (70, 100, 64))),
+        *shapes("T H N", "1 512 40, 3 100 64, 16 256 33"),
+        *shapes("T H N", "1 128 70, 70 100 64", deterministic=True),
         Shape(T=3, H=128, N=40, weight="int4:64"),
         Shape(T=20, H=100, N=33, weight="int8"),
         Shape(T=5, H=96, N=33, weight="fp8", deterministic=True),

@@ -113,7 +113,13 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     rows = _flatten(x)
     T, H = rows.shape
     config = select_configs(configs, {"T": T, "H": H}, x.dtype, x.device)["rms_norm_kernel"]
-    args = {"x_ptr": rows, "residual_ptr": residual, "weight_ptr": weight.contiguous(), "y_ptr": y, "total_ptr": total}
+    args: dict[str, Any] = {
+        "x_ptr": rows,
+        "residual_ptr": residual,
+        "weight_ptr": weight.contiguous(),
+        "y_ptr": y,
+        "total_ptr": total,
+    }
     args |= {"stride_xt": rows.stride(0), "stride_rt": 0 if residual is None else residual.stride(0)}
     args |= {"T": T, "H": H, "eps": eps}
     launch(rms_norm_kernel, (triton.cdiv(T, config.constexprs["BLOCK_M"]),), args, config, ADD=residual is not None)

@@ -55,9 +55,8 @@ class Shape(dict[str, int]):
         super().__init__({name: value for name, value in values.items() if name not in _DEFAULTS})
         # A switch parsed from text is 0 or 1.
         switches = {name: values[name] for name in _DEFAULTS if name in values}
-        self.switches = Switches(
-            **{name: bool(value) if isinstance(_DEFAULTS[name], bool) else value for name, value in switches.items()}
-        )
+        typed: dict[str, Any] = {k: bool(v) if isinstance(_DEFAULTS[k], bool) else v for k, v in switches.items()}
+        self.switches = Switches(**typed)
 
     def __or__(self, more: Mapping[str, Any]) -> Shape:  # type: ignore[override]
         return Shape(self.as_dict(), **(more.as_dict() if isinstance(more, Shape) else more))
@@ -219,23 +218,22 @@ class Op(Generic[P, R]):
         return results if len(results) > 1 else results[0] if results else None
 
     @cached_property
-    def _reference_arguments(self) -> tuple[tuple[str, ...], int]:
-        """The names of `run` that the reference takes, and, where these are the first ones in order, how many."""
-        parameters = inspect.signature(self.reference).parameters
-        leading = tuple(parameters) == self.names[: len(parameters)]
-        positional = all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters.values())
-        return tuple(name for name in self.names if name in parameters), len(parameters) * (leading and positional)
+    def _reference_names(self) -> frozenset[str]:
+        return frozenset(inspect.signature(self.reference).parameters)
 
     def reference_args(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """Select the arguments that the reference takes."""
-        return {name: args[name] for name in self._reference_arguments[0] if name in args}
+        return {name: value for name, value in args.items() if name in self._reference_names}
 
     def call_reference(self, *args: Any, **kwargs: Any) -> Any:
         """Call the reference with the arguments of `run`."""
-        count = self._reference_arguments[1]
-        if count and not kwargs:
-            return self.reference(*args[:count])
         return self.reference(**self.reference_args({**dict(zip(self.names, args, strict=False)), **kwargs}))
+
+
+def shapes(letters: str, table: str, **switches: Any) -> tuple[Shape, ...]:
+    """Return a Shape for each row of a table: `shapes("T H", "1 128, 17 80", deterministic=True)`."""
+    rows = [map(int, row.split()) for row in table.split(",")]
+    return tuple(Shape(dict(zip(letters.split(), row, strict=True)), **switches) for row in rows)
 
 
 def sampler(dtype: torch.dtype, device: Any, generator: torch.Generator | None) -> Callable[..., torch.Tensor]:

@@ -73,13 +73,8 @@ def clear() -> None:
     _plans.clear()
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One launch; `pick` selects its arguments from a plan's values, in the order of the kernel's signature."""
-
-    kernel: Any  # compiled
-    grid: tuple[int, int, int]
-    pick: Callable[[Sequence[Any]], tuple[Any, ...]]
+# A launch: the compiled kernel, its grid, and what picks its arguments from a plan's values, in the signature's order.
+_Step = tuple[Any, tuple[int, int, int], Callable[[Sequence[Any]], tuple[Any, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +108,10 @@ class Plan:
             values.append(_descriptor(fields, values[at]))
         values += self.constants
         stream, (enter, leave) = driver.get_current_stream(current), _hooks()
-        for step in self.steps:
-            kernel, picked = step.kernel, step.pick(values)
-            metadata = None if enter is None else kernel.launch_metadata(step.grid, stream, *picked)
-            kernel.run(*step.grid, stream, kernel.function, kernel.packed_metadata, metadata, enter, leave, *picked)
+        for kernel, grid, pick in self.steps:
+            picked = pick(values)
+            metadata = None if enter is None else kernel.launch_metadata(grid, stream, *picked)
+            kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, metadata, enter, leave, *picked)
         return self.results(values)
 
 
@@ -211,7 +206,7 @@ def _make_plan(
         return None
     starts = {"source": 0, "descriptor": len(sources), "constant": len(sources) + len(descriptors)}
     steps = tuple(
-        _Step(each.kernel, each.grid, _picker([starts[kind] + at for kind, at in pick]))
+        (each.kernel, each.grid, _picker([starts[kind] + at for kind, at in pick]))
         for each, pick in zip(launches, picks, strict=True)
     )
     allocations = tuple((tuple(x.shape), x.dtype) for x in allocated)

@@ -137,7 +137,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> t
     """
     angles = F.embedding(positions, cos).unsqueeze(2), F.embedding(positions, sin).unsqueeze(2)
     heads = _rotate(torch.cat((q, k), dim=2), *angles)
-    q, k = torch.split_with_sizes_copy(heads, (q.shape[2], k.shape[2]), dim=2)
+    q, k = torch.split_with_sizes_copy(heads, (q.shape[2], k.shape[2]), dim=2)  # type: ignore[func-returns-value,misc]
     return q, k
 
 
@@ -189,10 +189,9 @@ def attention(
 
 def _visible(i: Tensor, j: Tensor, window: int | None, causal: bool) -> Tensor:
     """Return whether the query at position i sees the key at position j, the tensors broadcast."""
-    limited = window is not None and window > 0
-    if causal:
-        return (j <= i) & (j > i - window) if limited else (j <= i)
-    return (i - j).abs() <= window // 2 if limited else torch.ones_like(i == j)
+    if window is None or window <= 0:
+        return j <= i if causal else torch.ones_like(i == j)
+    return (j <= i) & (j > i - window) if causal else (i - j).abs() <= window // 2
 
 
 def _attend(
@@ -226,8 +225,8 @@ def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor,
     if begin is not None and n is not None:
         _store(k, v, k_cache, v_cache, begin, n)
     else:
-        for b, (begin, n) in enumerate(zip(past.tolist(), new.tolist(), strict=True)):
-            _store(*(x[b : b + 1] for x in (k, v, k_cache, v_cache)), begin, n)
+        for b, (start, count) in enumerate(zip(past.tolist(), new.tolist(), strict=True)):
+            _store(k[b : b + 1], v[b : b + 1], k_cache[b : b + 1], v_cache[b : b + 1], start, count)
 
 
 def _store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, begin: int, n: int) -> None:
@@ -257,14 +256,14 @@ def cached_attention(
     With k and v the caches hold the positions before this chunk, up to `past`; without, they also hold the chunk.
     """
     T, C = q.shape[1], k_cache.shape[2]
-    fresh, begin, n = k is not None and v is not None, _common_value(past), _common_value(new)
-    if fresh and begin == 0 and n == T:
-        return attention(q, k, v, window=window)  # the caches are empty
-    cached = past if fresh else past + new
+    fresh, begin, n = None if k is None or v is None else (k, v), _common_value(past), _common_value(new)
+    if fresh is not None and begin == 0 and n == T:
+        return attention(q, *fresh, window=window)  # the caches are empty
+    cached = past + new if fresh is None else past
     written = [min(C, length) for length in cached.tolist()]  # slots of each sequence
     used = max(written, default=0)
     keys, values = k_cache[:, :, :used], v_cache[:, :, :used]
-    if not fresh and T == n == 1 and min(written) == used <= (window or used):
+    if fresh is None and T == n == 1 and min(written) == used <= (window or used):
         return _attend(q, keys, values, None, None)  # the newest token sees every slot
     t, slot = torch.arange(T, device=q.device), torch.arange(used, device=q.device)
     # The newest position below `cached` that this slot can hold; negative where nothing was written yet.
@@ -272,9 +271,9 @@ def cached_attention(
     j = newest - (newest - slot) % C
     i = past[:, None] + t
     valid = j >= 0
-    if fresh:
+    if fresh is not None:
         j, valid = torch.cat((j, i), 1), torch.cat((valid, t < new[:, None]), 1)
-        keys, values = torch.cat((keys, k.transpose(1, 2)), 2), torch.cat((values, v.transpose(1, 2)), 2)
+        keys, values = (torch.cat((a, b.transpose(1, 2)), 2) for a, b in zip((keys, values), fresh, strict=True))
     return _attend(q, keys, values, _visible(i[:, :, None], j[:, None], window, True) & valid[:, None], None)
 
 

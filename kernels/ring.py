@@ -112,7 +112,7 @@ def append(k: Heads, v: Heads, k_cache: Slots, v_cache: Slots, past: Past, new: 
     """
     k, v = dense_rows(k), dense_rows(v)
     B, T, Hkv, D = k.shape
-    args = {"k_ptr": k, "v_ptr": v, "past_ptr": past.contiguous(), "new_ptr": new.contiguous()}
+    args: dict[str, Any] = {"k_ptr": k, "v_ptr": v, "past_ptr": past.contiguous(), "new_ptr": new.contiguous()}
     args |= {"k_cache_ptr": k_cache, "v_cache_ptr": v_cache, "T": T, "C": k_cache.shape[2], "Hkv": Hkv, "D": D}
     args |= strides("k", k) | strides("v", v) | strides("c", k_cache, "bhs")
     selected = select_configs(configs, {"D": D, "Hkv": Hkv}, k.dtype, k.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import reference
 from .checks import INTS, SINGLE, Within, constrain, fail
 from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sampler
+from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sampler, shapes
 from .ring import Heads, Queries, strides
 
 
@@ -116,7 +116,7 @@ def rope(
     B, T, Hq, D = q.shape
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     sizes = {"D": D, "Hq": Hq, "Hkv": k.shape[2]}
-    args = {"q_ptr": q, "k_ptr": k, "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous()}
+    args: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous()}
     args |= {"positions_ptr": positions, "q_out_ptr": q_out, "k_out_ptr": k_out, "T": T, "P": len(cos), **sizes}
     args |= strides("q", q) | strides("k", k) | strides("p", positions)
     launch(rope_kernel, (T, B), args, select_configs(configs, sizes, q.dtype, q.device)["rope_kernel"])
@@ -144,17 +144,12 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     return Cost(flops=3 * rotated, bytes=2 * rotated * dtype.itemsize + tokens * D * 4)
 
 
-_HEADS = ((4, 4), (8, 2), (4, 1))
-
 OP = Op(
     run=rope,
     reference=reference.rope,
     inputs=inputs,
     configs=configs,
     cost=cost,
-    test_shapes=tuple(
-        {"B": 2, "T": T, "Hq": hq, "Hkv": hkv, "D": D, "P": 96}
-        for T, D, (hq, hkv) in zip((1, 5, 3, 4, 2), (64, 80, 96, 128, 32), (*_HEADS, *_HEADS), strict=False)
-    ),
-    bench_shapes=tuple({"B": 1, "T": T, "Hq": 32, "Hkv": 8, "D": 128, "P": 32768} for T in (1, 4096)),
+    test_shapes=shapes("B T Hq Hkv D P", "2 1 4 4 64 96, 2 5 8 2 80 96, 2 3 4 1 96 96, 2 4 4 4 128 96, 2 2 8 2 32 96"),
+    bench_shapes=shapes("B T Hq Hkv D P", "1 1 32 8 128 32768, 1 4096 32 8 128 32768"),
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import reference
 from .checks import INT32, SINGLE, Within
 from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, power_of_2, sampler
+from .op import Cost, LaunchConfig, Op, Sizes, power_of_2, sampler, shapes
 
 
 @triton.jit
@@ -124,9 +124,6 @@ OP = Op(
     inputs=inputs,
     configs=configs,
     cost=cost,
-    test_shapes=tuple(
-        {"T": T, "E": E, "K": K}
-        for T, E, K in ((1, 8, 2), (67, 8, 2), (5, 4, 1), (9, 6, 6), (130, 16, 3), (3, 1, 1), (4, 160, 6))
-    ),
-    bench_shapes=tuple({"T": T, "E": 8, "K": 2} for T in (1, 64, 4096)),
+    test_shapes=shapes("T E K", "1 8 2, 67 8 2, 5 4 1, 9 6 6, 130 16 3, 3 1 1, 4 160 6"),
+    bench_shapes=shapes("T E K", "1 8 2, 64 8 2, 4096 8 2"),
 )

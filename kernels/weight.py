@@ -184,7 +184,7 @@ def _add_tile(acc, tile, w, rows, x_ptrs, live, begin, k, EVEN: tl.constexpr, K:
                 scales = None if BY_ROW else _load_group(w.scales, rows, group, has_group, K, GROUP)
             part = tl.dot(unpacked(tile, field, zeros, FORMAT, dtype, PTX), x, part, input_precision="ieee")
             if not BY_ROW and (field + 1) * BLOCK_K % GROUP == 0:
-                acc += part * scales.to(tl.float32)
+                acc += part * scales.to(tl.float32)  # type: ignore[union-attr]
                 part = tl.zeros_like(acc)
         else:
             part = tl.dot(tile, x, part, input_precision="ieee")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .ops import readable
-from .quantize.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from .quantize.spec import QuantSpec
 
 # Values of `weights`, by the names that `fit` prints.
 WEIGHT_FORMATS: dict[str, str | dict[str, str] | None] = {

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import MixtralConfig
-from .quantize.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from .quantize.spec import QuantSpec
 
 DIMENSIONS = ("tp", "ep")
 TIMEOUT = timedelta(seconds=30)  # of collectives while the model runs

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import reference
 from ..checks import INTS, Above, Within, constrain, fail
 from ..launch import launch, multiprocessors, select_configs, target_arch
-from ..op import Cost, Op, Shape, Sizes, dense_rows, sampler, switches
+from ..op import Cost, Op, Shape, Sizes, dense_rows, sampler, shapes, switches
 from ..ring import Heads, New, Past, Queries, Slots, cache_inputs, check_caches, strides
 from ..rope import Table, check_head_size, tables
 from ..tma import describe
@@ -169,7 +169,13 @@ def _sizes(q: Tensor, k: Tensor, window: int | None, deterministic: bool) -> Sha
 def _common_args(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float | None) -> dict[str, Any]:
     """Return the sizes, strides, window and base-2 scale that both kernels take."""
     Hq, D = q.shape[2:]
-    args = {"T": q.shape[1], "S": k.shape[1], "Hq": Hq, "G": Hq // k.shape[2], "window": sizes["window"]}
+    args: dict[str, Any] = {
+        "T": q.shape[1],
+        "S": k.shape[1],
+        "Hq": Hq,
+        "G": Hq // k.shape[2],
+        "window": sizes["window"],
+    }
     args |= {"scale": (D**-0.5 if scale is None else scale) * math.log2(math.e)}
     return args | strides("q", q) | strides("k", k) | strides("v", v)
 
@@ -279,9 +285,7 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     return Cost(flops=4 * B * Hq * D * _pairs(sizes), bytes=elements * dtype.itemsize)
 
 
-def _shape(B: int, T: int, S: int, Hq: int, Hkv: int, D: int, window: int, **switches: bool) -> Sizes:
-    return Shape(B=B, T=T, S=S, Hq=Hq, Hkv=Hkv, D=D, window=window, **switches)
-
+_LETTERS = "B T S Hq Hkv D window"
 
 OP = Op(
     run=attention,
@@ -290,38 +294,26 @@ OP = Op(
     configs=configs,
     cost=cost,
     test_shapes=(
-        _shape(1, 40, 40, 4, 4, 64, 0),
-        _shape(2, 70, 70, 4, 2, 80, 16, ragged=True),
-        _shape(1, 150, 150, 2, 1, 32, 33),
-        _shape(3, 33, 50, 4, 1, 96, 0, ragged=True),
-        _shape(1, 40, 90, 2, 2, 128, 24),
-        _shape(2, 50, 50, 4, 2, 64, 20, causal=False),
-        _shape(1, 37, 37, 2, 2, 80, 0, causal=False, ragged=True),
-        _shape(1, 20, 9, 2, 1, 64, 0),
-        _shape(2, 1, 700, 8, 2, 128, 0, ragged=True),
-        _shape(1, 1, 90, 4, 4, 80, 30),
-        _shape(2, 3, 600, 4, 1, 96, 300, ragged=True),
+        *shapes(
+            _LETTERS, "1 40 40 4 4 64 0, 1 150 150 2 1 32 33, 1 40 90 2 2 128 24, 1 20 9 2 1 64 0, 1 1 90 4 4 80 30"
+        ),
+        *shapes(_LETTERS, "2 70 70 4 2 80 16, 3 33 50 4 1 96 0, 2 1 700 8 2 128 0, 2 3 600 4 1 96 300", ragged=True),
+        *shapes(_LETTERS, "2 50 50 4 2 64 20", causal=False),
+        *shapes(_LETTERS, "1 37 37 2 2 80 0", causal=False, ragged=True),
     ),
     bench_shapes=(
-        *(_shape(1, T, T, 32, 8, 128, window) for T in (512, 4096, 8192, 32768) for window in (0, 4096)),
-        _shape(1, 8192, 8192, 32, 8, 128, 256),
-        _shape(1, 4096, 4096, 32, 8, 128, 512, causal=False),
-        *(_shape(B, 1, S, 32, 8, 128, 0) for B in (1, 8, 32) for S in (1024, 4096, 32768)),
+        *(
+            shape
+            for T in (512, 4096, 8192, 32768)
+            for shape in shapes(_LETTERS, f"1 {T} {T} 32 8 128 0, 1 {T} {T} 32 8 128 4096")
+        ),
+        *shapes(_LETTERS, "1 8192 8192 32 8 128 256"),
+        *shapes(_LETTERS, "1 4096 4096 32 8 128 512", causal=False),
+        *(Shape(B=B, T=1, S=S, Hq=32, Hkv=8, D=128, window=0) for B in (1, 8, 32) for S in (1024, 4096, 32768)),
     ),
 )
 
-_CACHED = tuple(
-    Shape(B=2, Hq=hq, Hkv=2, D=D, C=C, window=window, past=past, T=T, fresh=fresh)
-    for hq, D, C, window, past, T, fresh in (
-        (4, 64, 16, 16, 0, 5, True),
-        (4, 80, 16, 16, 13, 20, True),
-        (2, 96, 16, 16, 100, 40, True),
-        (4, 32, 64, 0, 20, 17, True),
-        (8, 128, 16, 16, 3, 1, False),
-        (4, 80, 16, 16, 77, 1, False),
-        (4, 64, 600, 0, 500, 1, False),
-    )
-)
+_CACHED_LETTERS = "B T Hq Hkv D C window past"
 
 CACHED_OP = Op(
     run=cached_attention,
@@ -329,7 +321,12 @@ CACHED_OP = Op(
     inputs=cached_inputs,
     configs=configs,
     cost=cost,
-    test_shapes=_CACHED,
+    test_shapes=(
+        *shapes(
+            _CACHED_LETTERS, "2 5 4 2 64 16 16 0, 2 20 4 2 80 16 16 13, 2 40 2 2 96 16 16 100, 2 17 4 2 32 64 0 20"
+        ),
+        *shapes(_CACHED_LETTERS, "2 1 8 2 128 16 16 3, 2 1 4 2 80 16 16 77, 2 1 4 2 64 600 0 500", fresh=False),
+    ),
     bench_shapes=tuple(
         Shape(B=B, Hq=32, Hkv=8, D=128, C=C, window=window, past=C - 1, T=T, fresh=T > 1)
         for C, window in ((4096, 4096), (32768, 0))
@@ -359,16 +356,10 @@ STEP_OP = Op(
     configs=configs,
     cost=step_cost,
     mutates=("k_cache", "v_cache"),
-    test_shapes=tuple(
-        Shape(B=B, T=1, Hq=Hq, Hkv=Hkv, D=D, C=C, window=window, past=past)
-        for B, Hq, Hkv, D, C, window, past in (
-            (3, 8, 2, 128, 16, 16, 0),
-            (3, 8, 2, 96, 16, 16, 13),
-            (2, 4, 2, 80, 16, 16, 77),
-            (2, 4, 4, 64, 64, 0, 40),
-            (1, 4, 1, 32, 600, 0, 590),
-            (2, 2, 1, 64, 600, 600, 900),
-        )
+    test_shapes=shapes(
+        _CACHED_LETTERS,
+        "3 1 8 2 128 16 16 0, 3 1 8 2 96 16 16 13, 2 1 4 2 80 16 16 77, 2 1 4 4 64 64 0 40, 1 1 4 1 32 600 0 590, "
+        "2 1 2 1 64 600 600 900",
     ),
     bench_shapes=tuple(
         Shape(B=B, T=1, Hq=32, Hkv=8, D=128, C=C, window=window, past=C - 1)

@@ -21,7 +21,7 @@ from .. import reference
 from ..checks import INTS, SINGLE, Above, Matrix, Within
 from ..dispatch import expected_distinct_experts, gather_by_expert, sample_ids, sort_by_expert
 from ..launch import Configs, launch, select_configs, target_arch
-from ..op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sampler, switches
+from ..op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sampler, shapes, switches
 from ..quantized import QUANT_NAMES, sample_quantized, weight_bytes
 from ..tma import describe
 from ..weight import Weight
@@ -70,7 +70,7 @@ def experts_add_rms_norm(
 
 
 def _experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, deterministic: bool, **norm: Any
+    x: Tensor, gate_up: Any, down: Any, ids: Tensor, weights: Tensor, deterministic: bool, **norm: Any
 ) -> tuple[Tensor, Any]:
     """Return the output and None, or with the arguments of a norm the norm and the sum that it normalized."""
     T, H = x.shape
@@ -112,8 +112,8 @@ def _decode(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes,
     splits = split.constexprs["SPLIT_K"]
     y = torch.empty((splits, N, H), dtype=torch.float32, device=x.device)
     args = {"h_ptr": h, "down_ptr": down.data, "ids_ptr": ids, "y_ptr": y, "N": N, "E": E, **down.args}
-    grid = (triton.cdiv(H, split.constexprs["BLOCK_N"]), min(N, E), splits)
-    launch(experts_down_decode_kernel, grid, args, split, **constexprs, LAYOUT=down.layout(arch))
+    split_grid = (triton.cdiv(H, split.constexprs["BLOCK_N"]), min(N, E), splits)
+    launch(experts_down_decode_kernel, split_grid, args, split, **constexprs, LAYOUT=down.layout(arch))
     return y
 
 
@@ -213,17 +213,7 @@ OP = Op(
     configs=configs,
     cost=cost,
     test_shapes=(
-        *(
-            {"T": T, "H": H, "I": I, "E": E, "K": K}
-            for T, H, I, E, K in (
-                (1, 128, 256, 8, 2),
-                (7, 80, 96, 4, 1),
-                (33, 72, 100, 8, 3),
-                (65, 128, 256, 8, 2),
-                (130, 90, 70, 4, 2),
-                (200, 64, 48, 2, 2),
-            )
-        ),
+        *shapes("T H I E K", "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 65 128 256 8 2, 130 90 70 4 2, 200 64 48 2 2"),
         Shape(T=3, H=128, I=96, E=4, K=2, gate_up="int4:128", down="int4:32"),
         Shape(T=70, H=96, I=64, E=4, K=2, gate_up="int8", down="fp8"),
     ),

@@ -89,7 +89,7 @@ def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
         if not weights:
             return LaunchConfig(tiles | tile, num_warps=4, num_stages=stages)
         skinny = skinny_config(weights, columns, depth, block_t, dtype, arch, halves)
-        return replace(skinny, constexprs=tiles | tile | skinny.constexprs)
+        return replace(skinny, constexprs={**tiles, **tile, **skinny.constexprs})
 
     return {
         "experts_up_decode_kernel": config(up, sizes["I"], sizes["H"], switches(sizes).gate_up, 2),

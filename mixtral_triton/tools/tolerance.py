@@ -182,9 +182,9 @@ class LayerReference:
         error = max(largest(x.view_as(logits) - logits) for x in (values.logits, perturbed))
         limit = RATIO * error + TOKEN_FLOOR[values.x.dtype] * largest(logits)
         ids, weights = values.ids.view(B, T, -1), values.weights.view(B, T, -1)
-        pairs = (normed, values.normed), (output, values.output)
-        references = [Fp64Reference.from_baseline(*pair) for pair in pairs]
-        return cls(values.x, values.normed, ids, weights, *references, logits, limit)
+        normed_reference = Fp64Reference.from_baseline(normed, values.normed)
+        output_reference = Fp64Reference.from_baseline(output, values.output)
+        return cls(values.x, values.normed, ids, weights, normed_reference, output_reference, logits, limit)
 
     def route_error(self, ids: Tensor, tokens: Tensor) -> tuple[float, float]:
         """How far the logit of an expert in `ids` [B,n,K] is below one that was left out, and the limit.

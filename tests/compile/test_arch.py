@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -88,4 +89,4 @@ def test_help_lists_architectures_and_gpus(capsys: pytest.CaptureFixture[str]) -
     assert set(ARCHS) <= set(capsys.readouterr().out.replace(",", " ").split())
     with pytest.raises(SystemExit):
         main(["bench", "--help"])
-    assert set(RATED) <= set(capsys.readouterr().out.replace(",", " ").replace(")", " ").split())
+    assert set(RATED) <= set(re.findall(r"\w+", capsys.readouterr().out))

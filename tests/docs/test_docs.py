@@ -1,92 +1,119 @@
-"""What the documents say of the code is so: quoted lines, files, kernels, figures, and how far a window reaches."""
+"""Documents: links, kernels and files that they name exist, quoted code is the reference's, and README's code runs."""
 
 from __future__ import annotations
 
 import re
-from fnmatch import fnmatch
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.registry import OPS
 from tests.support.models import random_model
 
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about documents: runs once, without the interpreter")
 ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 MIXTRAL = (ROOT / "docs" / "mixtral.md").read_text(encoding="utf-8")
-once = pytest.mark.skipif(INTERPRETED, reason="about documents and the plain way: run once, without the interpreter")
+DOCUMENTS = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+OUTPUT = {  # of the examples
+    "drop_in.py": ["The return statement", "the same text before, with and after apply: True"],
+    "batch.py": ["A list is", "the same from both: True"],
+    "verify_folder.py": ["NOTHING WAS COMPARED", "RIGHT: all", "nearest to its limit"],
+}
 
 
-@once
-def test_quoted_lines_stand_in_the_reference() -> None:
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_named_files_exist(path: Path) -> None:
+    for name in re.findall(r"\b((?:benchmarks|tests|kernels|mixtral_triton)/[\w/]+\.py)\b", path.read_text()):
+        assert (ROOT / name).is_file(), name
+
+
+def test_named_kernels_exist() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels").rglob("*.py"))
+    assert all(f"def {kernel}(" in source for kernel in re.findall(r"`(\w+_kernel)`", MIXTRAL))
+
+
+def test_quoted_code_is_in_the_reference() -> None:
     reference = {line.strip() for line in (ROOT / "kernels" / "reference.py").read_text(encoding="utf-8").splitlines()}
     quoted = [line for block in re.findall(r"```python\n(.*?)```", MIXTRAL, re.S) for line in block.splitlines()]
     assert len(quoted) > 7 and set(quoted) <= reference
 
 
-@once
-def test_named_kernels_and_files_are_there() -> None:
-    kernels = {path: path.read_text(encoding="utf-8") for path in (ROOT / "kernels").rglob("*.py")}
-    for kernel in re.findall(r"`(\w+_kernel)`", MIXTRAL):
-        assert any(f"def {kernel}(" in text for text in kernels.values()), kernel
-    for document in ROOT.glob("*.md"), ROOT.glob("docs/*.md"):
-        for path in document:
-            for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
-                assert (path.parent / link).exists(), f"{path.name}: {link}"
+def test_readme_is_short_and_starts_with_the_two_commands() -> None:
+    first, second = re.findall(r"```bash\n(.*?)```", README, re.S)[:2]
+    assert len(README.splitlines()) <= 120
+    assert "mixtral-triton verify\n" in first
+    assert "pytest" in second and "TRITON_INTERPRET=1" in second
 
 
-@once
-def test_named_tests_are_there_and_none_is_left_out() -> None:
-    named = set(re.findall(r"`(test_[\w*]+\.py)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
-    files = {path.name for path in (ROOT / "tests").glob("test_*.py")}
-    assert all(any(fnmatch(name, one) for name in files) for one in named)
-    assert {name for name in files if not any(fnmatch(name, one) for one in named)} == set()
+def run_python_block(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    code = next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if text in code)
+    exec(compile(code, "README.md", "exec"), {})
 
 
-@once
-def test_the_layout_names_every_file_and_no_other() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    layout = re.search(r"```\nkernels/ .*?```", readme, re.S)
-    assert layout is not None
-    kernels, package = layout[0].split("mixtral_triton/  ")
-    # A new operation is a file and a line of the registry: "an operation each" stands for it, too.
-    operations = {op.run.__module__.rpartition(".")[2] + ".py" for op in OPS.values()}
-    for folder, section in (("kernels", kernels), ("mixtral_triton", package)):
-        tree = {path.name for path in (ROOT / folder).glob("*.py") if not path.name.startswith("__")}
-        files = set(tree)
-        indented = [name for line in section.splitlines() if line.startswith("  ") for name in line.split()]
-        folders = {path.parent.name for path in (ROOT / folder).glob("*/*.py")} - {"kernels"}
-        assert folders <= {name.rstrip("/") for name in indented if name.endswith("/")}
-        patterns = [name for name in indented if name.endswith(".py")]
-        files -= operations if folder == "kernels" else set()
-        assert {name for name in files if not any(fnmatch(name, one) for one in patterns)} == set()
-        assert [one for one in patterns if not any(fnmatch(name, one) for name in tree)] == []
+def test_python_block_of_readme_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run_python_block("Mixtral.from_pretrained", monkeypatch)
+    assert "NOTHING WAS COMPARED" in capsys.readouterr().out
 
 
-@once
-def test_the_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drop_in_block_of_readme_prints_the_same_text_twice(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    run_python_block("apply(", monkeypatch)
+    before, after = capsys.readouterr().out.split("<s>")[1:]
+    assert before == after[: len(before)] and before.startswith("The return statement")
+    assert "RIGHT" in after[len(before) :]
+
+
+@pytest.mark.parametrize("name", OUTPUT)
+def test_example_runs(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(sys, "argv", [name])
+    try:
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    except SystemExit as done:
+        assert not done.code
+    out = capsys.readouterr().out
+    assert all(text in out for text in OUTPUT[name]) and "False" not in out
+
+
+def test_every_example_runs_in_a_test() -> None:
+    """The tests of `bench --peer` run `my_experts.py`."""
+    assert {*OUTPUT, "my_experts.py", "__init__.py"} == {path.name for path in (ROOT / "examples").glob("*.py")}
+
+
+def test_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import figures
 
     figures.main(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "docs" / "figures").iterdir()}
-    assert figures.seen(5, 2).int().tolist()[3] == [0, 0, 1, 1, 0]
+    assert figures.visible(5, 2).int().tolist()[3] == [0, 0, 1, 1, 0]
 
 
-@once
-def test_how_far_a_window_reaches() -> None:
-    """Through L layers a token moves the logits L (W - 1) places on, and no further."""
+def test_window_reach() -> None:
+    """Through L layers a token changes the logits L (W - 1) places later, and no further."""
     L, W, T = 3, 4, 14
     sizes = {"vocab_size": 20, "num_hidden_layers": L, "max_position_embeddings": T, "sliding_window": W}
     model, generator = random_model(deterministic=True, **sizes), torch.Generator().manual_seed(0)
     ids = torch.randint(20, (1, T), generator=generator)
 
-    def moved(back: int) -> bool:
+    def changes(back: int) -> bool:
         other = ids.clone()
         other[0, T - 1 - back] = (other[0, T - 1 - back] + 1) % 20
         return not torch.equal(model(other)[0, -1], model(ids)[0, -1])
 
-    assert moved(0) and moved(L * (W - 1))
-    assert not moved(L * (W - 1) + 1)
+    assert changes(0) and changes(L * (W - 1))
+    assert not changes(L * (W - 1) + 1)

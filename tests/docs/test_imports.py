@@ -1,8 +1,10 @@
-"""Imports go one way: kernels/ never imports the package around it; the model knows `ops`, never a kernel."""
+"""Imports go one way: kernels never import the package, the runtime never imports tools, and there are no cycles."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,93 +12,121 @@ import pytest
 import mixtral_triton
 
 ROOT = Path(__file__).parents[2]
-KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
-PACKAGE = [path for path in sorted((ROOT / "mixtral_triton").rglob("*.py")) if "kernels" not in path.parts]
-
-
-def imports(path: Path) -> set[str]:
-    """What a file imports, with leading dots where relative; `from . import x` counts as ".x"."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = "." * node.level + (node.module or "")
-            found |= {base} if node.module else {base + alias.name for alias in node.names}
-    return found
-
-
-@pytest.mark.parametrize("path", KERNELS, ids=str)
-def test_kernels_never_import_the_package(path: Path) -> None:
-    up = "." * (2 + len(path.relative_to(ROOT / "kernels").parts) - 1)
-    assert not [name for name in imports(path) if name.startswith((up, "mixtral_triton"))]
-
-
-def test_reference_imports_torch_alone() -> None:
-    standard = {"__future__", "itertools", "math", "typing"}
-    assert imports(ROOT / "kernels" / "reference.py") - standard == {"torch", "torch.nn.functional"}
-
-
-@pytest.mark.parametrize("name", ["model.py", "cache.py", "generate.py", "config.py", "weights.py"])
-def test_the_shell_knows_no_kernel(name: str) -> None:
-    assert not [found for found in imports(ROOT / "mixtral_triton" / name) if "kernels" in found or found == "triton"]
-
-
-@pytest.mark.parametrize("path", [*KERNELS, *PACKAGE, *sorted((ROOT / "tests").glob("*.py"))], ids=str)
-def test_no_file_is_over_400_lines(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 400
+FORBIDDEN = {  # folder or file: what it must not import, directly or through others
+    "kernels": ("model", "ops", "weights", "quantize", "hf", "verification", "tools", "cli"),
+    "model": ("tools", "verification", "cli", "hf"),
+    "generate": ("tools", "verification", "cli", "hf"),
+    "hf": ("tools", "verification", "cli"),
+    "quantize": ("model", "tools", "verification", "cli"),
+    "weights": ("quantize", "tools", "verification", "cli"),
+    "tools": ("verification", "cli"),
+    "verification": ("cli",),
+}
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package, kernels among them, by the name that it is imported by."""
-    files = {("mixtral_triton", *path.relative_to(ROOT).parts): path for path in KERNELS}
-    files |= {path.relative_to(ROOT).parts: path for path in PACKAGE}
+    """Every module of the package by its dotted name without "mixtral_triton."."""
+    files = {("kernels", *path.relative_to(ROOT / "kernels").parts): path for path in (ROOT / "kernels").rglob("*.py")}
+    for path in (ROOT / "mixtral_triton").rglob("*.py"):
+        if "kernels" not in path.parts:
+            files[path.relative_to(ROOT / "mixtral_triton").parts] = path
     return {".".join(parts).removesuffix(".py").removesuffix(".__init__"): path for parts, path in files.items()}
 
 
-def test_generation_knows_no_model() -> None:
-    """Not even for its types: what it asks of one stands there as a protocol."""
-    assert not [found for found in imports(ROOT / "mixtral_triton" / "generate.py") if found.endswith("model")]
+MODULES = modules()
 
 
-def edges(name: str, known: dict[str, Path]) -> set[str]:
-    """What a module imports of the package, inside functions too, but for what only a type checker reads."""
-    tree = ast.parse(known[name].read_text())
+def imported(name: str) -> set[str]:
+    """The package's modules that a module imports, inside functions too, except for type checkers."""
+    path, tree = MODULES[name], ast.parse(MODULES[name].read_text())
     typing = {id(node) for found in ast.walk(tree) if is_for_types(found) for node in ast.walk(found)}
-    package = name.split(".")[: None if known[name].stem == "__init__" else -1]
+    package = ["", *name.split(".")][: None if path.stem == "__init__" else -1]
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level and id(node) not in typing:
             base = [*package[: len(package) + 1 - node.level], *((node.module or "").split("."))]
-            path = ".".join(filter(None, base))
+            prefix = ".".join(filter(None, base))
             for alias in node.names:
-                found.add(full if (full := f"{path}.{alias.name}") in known else path)
-    return found & known.keys()
+                full = f"{prefix}.{alias.name}".strip(".")
+                found.add(full if full in MODULES else prefix)
+    return found & MODULES.keys()
 
 
 def is_for_types(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
 
 
-def circle(graph: dict[str, set[str]]) -> list[str]:
-    """Modules that are left when those that import nothing of the rest are taken away, again and again."""
-    left = dict(graph)
-    while free := [name for name, wanted in left.items() if not wanted & left.keys()]:
-        for name in free:
-            del left[name]
-    return sorted(left)
+def reachable(names: set[str], graph: dict[str, set[str]]) -> set[str]:
+    found: set[str] = set()
+    while names:
+        found |= names
+        names = {other for name in names for other in graph[name]} - found
+    return found
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
-    known = modules()
-    graph = {name: edges(name, known) for name in known}
-    assert len(graph) > 50 and "mixtral_triton.ops" in graph["mixtral_triton.model"]
-    assert "mixtral_triton.kernels.registry" in graph["mixtral_triton.kernels.record"]
-    assert not circle(graph)
-    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}, "e": set()}) == ["a", "b", "c", "d"]
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """What is left after removing, again and again, the nodes that import nothing of the rest."""
+    rest = dict(graph)
+    while leaves := [name for name, imports in rest.items() if not imports & rest.keys()]:
+        for name in leaves:
+            del rest[name]
+    return sorted(rest)
+
+
+GRAPH = {name: imported(name) for name in MODULES}
+
+
+def test_no_cycle_of_files() -> None:
+    assert len(GRAPH) > 50 and "ops" in GRAPH["model"] and "kernels.registry" in GRAPH["kernels.record"]
+    assert not cycle(GRAPH)
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}, "e": set()}) == ["a", "b", "c", "d"]
+
+
+def test_no_cycle_of_folders() -> None:
+    graph: dict[str, set[str]] = {}
+    for name, imports in GRAPH.items():
+        graph.setdefault(top(name), set()).update({top(other) for other in imports} - {top(name)})
+    assert not cycle(graph)
+
+
+def top(name: str) -> str:
+    """The top folder, or the file, that a module belongs to."""
+    return name.partition(".")[0]
+
+
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_imports_go_one_way(name: str) -> None:
+    start = {module for module in MODULES if module == name or module.startswith(f"{name}.")}
+    found = reachable(start, GRAPH)
+    assert not [other for other in sorted(found) if top(other) in FORBIDDEN[name]]
+
+
+def test_reference_imports_torch_alone() -> None:
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / "kernels" / "reference.py").read_text())):
+        names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+        names |= {str(node.module)} if isinstance(node, ast.ImportFrom) else set()
+    assert names == {"__future__", "itertools", "math", "typing", "torch", "torch.nn.functional"}
+
+
+@pytest.mark.parametrize("name", ["model", "cache", "generate", "config", "weights"])
+def test_model_knows_no_kernel(name: str) -> None:
+    assert not [other for other in GRAPH[name] if top(other) == "kernels" and other != "kernels.quantized"]
+
+
+def test_importing_the_model_loads_no_tools() -> None:
+    code = "import sys; from mixtral_triton import Mixtral; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = done.stdout.split()
+    assert "mixtral_triton.model" in loaded
+    assert not [name for name in loaded if name.startswith(("rich", "mixtral_triton.tools", "mixtral_triton.verif"))]
+
+
+def test_top_level_has_at_most_14_files() -> None:
+    assert len([path for path in (ROOT / "mixtral_triton").iterdir() if path.is_file()]) <= 14
 
 
 @pytest.mark.parametrize("name", sorted(mixtral_triton.__all__))
-def test_no_submodule_takes_the_place_of_a_public_name(name: str) -> None:
+def test_no_submodule_hides_a_public_name(name: str) -> None:
     assert not (ROOT / "mixtral_triton" / f"{name}.py").exists()
     assert callable(getattr(mixtral_triton, name))

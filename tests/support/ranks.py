@@ -317,7 +317,7 @@ def another_rank_s_heads(model: Mixtral) -> None:
 def counted_wrong(model: Mixtral) -> None:
     """Its experts are another rank's: the routes of nobody's are lost."""
     ranks: Any = model.ranks
-    ranks.own = lambda ids, experts: ids - (ranks.shard.ep_rank - 1) * experts
+    ranks.local_ids = lambda ids, experts: ids - (ranks.shard.ep_rank - 1) * experts
 
 
 def halved(model: Mixtral) -> None:
