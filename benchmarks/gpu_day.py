@@ -5,7 +5,7 @@
 
 Each part has a share of the budget. One that exceeds it is killed, and its output so far is kept. Each operation has a
 process: one that leaves the GPU in an error is followed by another that continues after the failed case. The same
-command again runs what is not done. OUT/gpu_day.json and OUT/gpu_day.md hold the results so far. No network is needed.
+command again runs what is not done. OUT/gpu_day.json and OUT/gpu_day.md hold the results. No network is needed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -46,8 +45,7 @@ from mixtral_triton.tools.bench.peers import PEERS  # noqa: E402
 from mixtral_triton.tools.terminal import toolchain_fault  # noqa: E402
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """Arguments for Python. `resumes`: a new process continues after the case that ended one."""
 
     name: str
@@ -55,8 +53,7 @@ class Command:
     resumes: bool = False
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Commands that share `budget_s` seconds of the default whole, `at_once` of them side by side."""
 
     name: str
@@ -76,9 +73,15 @@ def parts(dry: bool = False, breaks: str = "") -> tuple[Part, ...]:
     step = ("--at", "B=1", "--at", "S=1024", "--at", "H=4096")
     no_compile = ("--without", "torch.compile")
     slow, quick = (*no_compile, "--without", "HF static cache"), ("--quick", *no_compile)
-    ahead = Command("all", ("-m", "benchmarks.compile_ahead", *(("--most", "4") if dry else ())))
-    rounds = ("1", "--small") if dry else ("100",)
-    applied = Command("drop_in", ("benchmarks/drop_in.py", "--json", "--device", "cuda", "--rounds", *rounds))
+    compile_ahead = ("-m", "benchmarks.compile_ahead", *(("--most", "4") if dry else ()))
+    drop_in = (
+        "benchmarks/drop_in.py",
+        "--json",
+        "--device",
+        "cuda",
+        "--rounds",
+        *(("1", "--small") if dry else ("100",)),
+    )
 
     def bench(names: Sequence[str], *options: str) -> tuple[Command, ...]:
         args = {name: ("-m", "mixtral_triton", "bench", name, "--json") for name in names}
@@ -86,14 +89,14 @@ def parts(dry: bool = False, breaks: str = "") -> tuple[Part, ...]:
 
     found = (
         # Afterwards no part waits for a compiler, and nothing is timed while another core compiles.
-        Part("compile", 90, (ahead,)),
+        Part("compile", 90, (Command("all", compile_ahead),)),
         Part("tests", 110, _tests(dry), max(1, min(8, (os.cpu_count() or 2) // 2))),
         Part("experts", 90, bench(experts, *quick)),
         Part("attention", 70, bench(cache, *quick)),
         # torch.compile may leave a GPU in a state that disturbs timing: ours and eager transformers run before it.
         Part("decode", 60, bench(["decode_step"], *step, *slow)),
         Part("decode batches", 30, bench(["decode_step"], "--quick", "--at", "L=4", *slow)),
-        Part("applied", 40, (applied,)),
+        Part("applied", 40, (Command("drop_in", drop_in),)),
         Part("decode compiled", 40, bench(["decode_step"], *step, *no_compile)),
         Part("one token", 30, bench(rest, "--quick", "--at", "T=1")),
         Part("many tokens", 30, bench(rest, "--quick", "--at", "T=4096")),
@@ -113,9 +116,9 @@ def _smallest(name: str) -> tuple[str, ...]:
 def _on_stub(part: Part, breaks: str) -> Part:
     """Return the part on a simulated GPU, where kernels compute only if results are checked, since that takes long."""
     stub = ("-m", "tests.support.stub", *(("--breaks", breaks) if breaks else ()))
-    checked = [("--executes",) if {"bench", "pytest"} & {*one.args} else () for one in part.commands]
-    pairs = zip(part.commands, checked, strict=True)
-    return replace(part, commands=tuple(replace(one, args=(*stub, *options, *one.args)) for one, options in pairs))
+    executes = {one: ("--executes",) if {"bench", "pytest"} & {*one.args} else () for one in part.commands}
+    commands = (one._replace(args=(*stub, *executes[one], *one.args)) for one in part.commands)
+    return part._replace(commands=tuple(commands))
 
 
 def _tests(dry: bool) -> tuple[Command, ...]:
@@ -138,23 +141,18 @@ def pytest_addoption(parser: Any) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    def operation(item: Any) -> str | None:
-        return getattr(getattr(item, "callspec", None) and item.callspec.params.get("op"), "name", None)
-
-    name = config.getoption("--operation")
-    items[:] = [item for item in items if name in (None, operation(item))][: config.getoption("--most")]
+    if name := config.getoption("--operation"):
+        items[:] = [item for item in items if hasattr(item, "callspec") and item.callspec.params.get("op") is OPS[name]]
+    items[:] = items[: config.getoption("--most")]
 
 
 def read_events(file: Path) -> list[dict[str, Any]]:
     """Return the JSON objects in a command's output; a killed process's last line may be incomplete."""
     events = []
     for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        events += [event] if isinstance(event, dict) else []
-    return events
+        with suppress(json.JSONDecodeError):
+            events.append(json.loads(line))
+    return [event for event in events if isinstance(event, dict)]
 
 
 def unfinished(events: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -189,11 +187,11 @@ def run_command(command: Command, file: Path, deadline: float, processes: list[A
     A process that died in a case is followed by one that continues after it, as long as that begins further cases.
     """
     first, died = next_case(read_events(file), retry=True), False
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
     while True:
         args = [sys.executable, *command.args, *(("--first", str(first)) if command.resumes else ())]
         with file.open("ab") as out, file.with_suffix(".err").open("ab") as err:
-            process = subprocess.Popen(args, stdout=out, stderr=err, cwd=ROOT, env=environment, start_new_session=True)
+            process = subprocess.Popen(args, stdout=out, stderr=err, cwd=ROOT, env=variables, start_new_session=True)
         processes.append(process)
         try:
             code = process.wait(max(0.0, deadline - time.monotonic()))
@@ -272,7 +270,7 @@ def day(selected: Sequence[Part], out: Path, budget_s: float, whole_s: float) ->
 
 def results(state: dict[str, Any], out: Path) -> dict[str, Any]:
     """Return everything that is known so far."""
-    found: dict[str, Any] = {**state, "tests": {"counts": {}, "failed": []}, "rates": [], "died": [], "applied": []}
+    found: dict[str, Any] = {**state, "tests": {"counts": {}, "failed": []}, "gpu": None, "died": [], "applied": []}
     rows: dict[str, Any] = {}
     for name, part in state["parts"].items():
         files = sorted(out.glob(output_file(out, name, "*").name)) if part["status"] != "not started" else []
@@ -285,8 +283,7 @@ def results(state: dict[str, Any], out: Path) -> dict[str, Any]:
             found["died"] += [{"op": one["op"], "sizes": one["sizes"]} for one in unfinished(events).values() if ended]
             for event in events:
                 if event.get("kind") == "gpu":
-                    keys = ("name", "source", "bandwidth", "matmul")
-                    found["rates"] = [{key: one[key] for key in keys} for one in (event, event["data_sheet"]) if one]
+                    found["gpu"] = event
                 elif event.get("kind") == "row":
                     rows.setdefault(f"{event['op']} {event['sizes']}", event)
                 elif "kernels_a_layer" in event:
@@ -345,19 +342,11 @@ def _section(title: str, rows: Sequence[dict[str, Any]]) -> str:
 
 def _operation(row: dict[str, Any]) -> dict[str, Any]:
     predicted = row.get("predicted") or {"time_us": None, "limit": None}
-    outcomes = {"ours": row, **row["peers"]}
+    notes = [f"{name}: {one['note']}" for name, one in {"ours": row, **row["peers"]}.items() if one["note"]]
     ratios = [f"{name} {one['ratio']:.2f}" for name, one in row["peers"].items() if one["ratio"] is not None]
-    return {
-        "operation": row["op"],
-        "sizes": row["sizes"],
-        "time, us": row["time_us"],
-        "predicted, us": predicted["time_us"],
-        "limit": predicted["limit"],
-        "floor, us": row["floor_us"],
-        "floor / time": row["of_floor"],
-        "peers / ours": ", ".join(ratios),
-        "notes": "; ".join(f"{name}: {one['note']}" for name, one in outcomes.items() if one["note"]),
-    }
+    times = {"time, us": row["time_us"], "predicted, us": predicted["time_us"], "limit": predicted["limit"]}
+    cells = {"operation": row["op"], "sizes": row["sizes"], **times, "floor, us": row["floor_us"]}
+    return {**cells, "floor / time": row["of_floor"], "peers / ours": ", ".join(ratios), "notes": "; ".join(notes)}
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -367,7 +356,7 @@ def markdown(found: dict[str, Any]) -> str:
     keys = ("status", "seconds", "limit_s")
     sections: dict[str, list[dict[str, Any]]] = {
         "GPU": [{"": key, "before": value, "after": after.get(key)} for key, value in (before["gpu"] or {}).items()],
-        "Rates, bytes/s and bf16 FLOP/s": found["rates"],
+        "Rates": [{key: found["gpu"][key] for key in ("name", "bandwidth", "matmul")}] if found["gpu"] else [],
         "Software": [{"package": name, "version": version} for name, version in versions.items()],
         "Parts": [{"part": name, **{key: part[key] for key in keys}} for name, part in found["parts"].items()],
         "Compiled tests": [{"outcome": outcome, "tests": count} for outcome, count in tests["counts"].items()],
@@ -396,16 +385,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     every = parts(args.dry, args.breaks)
     names = [part.name for part in every]
     wanted = names if args.parts is None else args.parts.split(",")
-    if not 0 < args.budget_s < float("inf"):
-        parser.error(f"--budget-s is {args.budget_s}, needs a number of seconds above 0")
-    if args.breaks and not args.dry:
-        parser.error("--breaks goes with --dry alone")
-    if unknown := [name for name in wanted if name not in names]:
-        parser.error(f"--parts has {unknown[0]!r}, needs some of {', '.join(names)}")
-    if not args.dry and not torch.cuda.is_available():
-        parser.error("there is no GPU: nothing was measured. `mixtral-triton bench` shows what is known without one")
-    if not args.dry and (fault := toolchain_fault()):
-        parser.error(fault)
+    unknown, gpu = [name for name in wanted if name not in names], torch.cuda.is_available()
+    for fault, message in (
+        (not 0 < args.budget_s < float("inf"), f"--budget-s is {args.budget_s}, needs a number of seconds above 0"),
+        (args.breaks and not args.dry, "--breaks goes with --dry alone"),
+        (unknown, f"--parts has {', '.join(unknown)}, needs some of {', '.join(names)}"),
+        (not args.dry and not gpu, "there is no GPU: nothing was measured; `mixtral-triton bench` needs none"),
+        (not args.dry and toolchain_fault(), toolchain_fault()),
+    ):
+        if fault:
+            parser.error(str(message))
     selected = [part for part in every if part.name in wanted]
     name = "dry" if args.dry else str((environment()["gpu"] or {}).get("name", "gpu")).lower().replace(" ", "-")
     out = args.out or ROOT / "benchmarks" / "results" / name

@@ -28,7 +28,6 @@ from .parallel import UNSHARDED, Shard
 Layout = Literal["per_expert", "fused"]
 Shape = tuple[int, ...]
 Runs = tuple[slice, ...]
-Index = tuple[slice, ...]
 Folder = str | os.PathLike[str]
 Progress = Callable[[int], object] | None
 # Quantizes rows into a weight of the same rows, and of the columns that the slice keeps.
@@ -124,9 +123,8 @@ def table(config: MixtralConfig, layout: Layout, shard: Shard = UNSHARDED) -> di
 
     def put(name: str, parameter: str, shape: Shape, *index: int | slice, **kept: Runs) -> None:
         """`kept`: the runs of the dimension "first", or of the last two, "rows" and "columns"."""
-        runs: list[Runs] = [(slice(0, size),) for size in shape]
-        for dimension, run in kept.items():
-            runs[{"first": 0, "rows": -2, "columns": -1}[dimension]] = run
+        names = ("first", "rows", "columns")[-len(shape) :] if len(shape) > 1 else ("",)
+        runs = (kept.get(dimension, (slice(0, size),)) for dimension, size in zip(names, shape, strict=True))
         targets[name] = Target(parameter, index, shape, tuple(runs))
 
     put(EMBEDDING, "embed_tokens", (vocabulary, hidden))
@@ -316,7 +314,7 @@ def check_tied_head(headers: Headers, progress: Progress, rows: slice) -> None:
                 progress(part.nbytes)
 
 
-def chunks(stored: Stored, kept: tuple[Runs, ...] | None = None) -> Iterator[tuple[Index, Index]]:
+def chunks(stored: Stored, kept: tuple[Runs, ...] | None = None) -> Iterator[tuple[Runs, Runs]]:
     """Yield indices that cut what is kept of a tensor (None: all) into rows of at most CHUNK_BYTES, at least one row.
 
     Of each pair the first indexes the stored tensor, the second one that holds only what is kept.
@@ -372,8 +370,8 @@ def _read_shards(index: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, St
 
 def compare(holder: str, source: str, need: Mapping[str, Shape | None], got: Mapping[str, Shape | None]) -> None:
     """Raise ValueError unless `got` has the names and the shapes of `need`; None stands for any shape."""
-    names = {"missing": sorted(need.keys() - got.keys()), "unknown": sorted(got.keys() - need.keys())}
-    wrong = [f"{len(named)} {what} ({some(named)})" for what, named in names.items() if named]
+    names = {"missing": need.keys() - got.keys(), "unknown": got.keys() - need.keys()}
+    wrong = [f"{len(named)} {what} ({some(sorted(named))})" for what, named in names.items() if named]
     if not wrong:
         wrong = [f"{name} has shape {got[name]}, not {shape}" for name, shape in need.items() if shape != got[name]]
     if wrong:
@@ -381,7 +379,7 @@ def compare(holder: str, source: str, need: Mapping[str, Shape | None], got: Map
 
 
 def some(names: list[str]) -> str:
-    """Return the first names and the count of the rest."""
+    """Return the first names and the count of the others."""
     text = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
     return text.encode("ascii", "backslashreplace").decode()  # a broken file's names may not be printable
 
@@ -394,10 +392,10 @@ def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Sto
     with opened_file(file) as opened:
         for place, name in enumerate(opened.offset_keys()):
             part = opened.get_slice(name)
-            if part.get_dtype() not in dtypes:
-                stored = f"{name!r} is stored as {part.get_dtype()!r}"
-                raise ValueError(f"{file}: {stored}; one of {', '.join(dtypes)} is needed")
-            found[name] = Stored(file, part.get_dtype(), tuple(part.get_shape()), place)
+            dtype = part.get_dtype()
+            if dtype not in dtypes:
+                raise ValueError(f"{file}: {name!r} is stored as {dtype!r}; one of {', '.join(dtypes)} is needed")
+            found[name] = Stored(file, dtype, tuple(part.get_shape()), place)
     with file.open("rb") as raw:
         # The library takes the last of two tensors of one name.
         parse_json_object(raw.read(int.from_bytes(raw.read(8), "little")), f"{file} (header)")

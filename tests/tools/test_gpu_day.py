@@ -81,9 +81,9 @@ def test_results_and_report(tmp_path: Path) -> None:
     found, page = read(tmp_path)
     assert found["tests"]["counts"] == {"passed": 1, "failed": 1, "skipped": 1, "died": 1}
     assert found["tests"]["failed"] == ["t.py::b[x y]", "t.py::d"]
-    assert found["rates"][0]["name"] == "GPU X" and found["rows"] == ROWS and found["before"]["versions"]["torch"]
+    assert found["gpu"]["name"] == "GPU X" and found["rows"] == ROWS and found["before"]["versions"]["torch"]
     for text in (
-        "| GPU X | measured |",
+        "| GPU X |",
         "| passed | 1 |",
         "| t.py::d |",
         "| tests | failed |",
@@ -175,7 +175,7 @@ def test_report_shows_predictions_beside_measurements() -> None:
     steps = [case for case in cases(["decode_step"]) if case.sizes["B"] == 1 and case.sizes["S"] == 1024]
     timed = [replace(untimed_row(case, GPUS["h100"]), ours=Outcome(1e-3, right=True)).as_dict() for case in steps]
     unknown = {"gpu": None, "versions": {}, "commit": None}
-    found = {"before": unknown, "after": unknown, "rates": [], "parts": {}, "died": [], "applied": []}
+    found = {"before": unknown, "after": unknown, "gpu": None, "parts": {}, "died": [], "applied": []}
     found |= {"tests": {"counts": {}, "failed": []}}
     page = markdown({**found, "rows": timed, "whole_models": whole_models(timed)})
     assert "are no measurements" in page and "| memory |" in page and "| predicted |" in page
