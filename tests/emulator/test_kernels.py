@@ -13,7 +13,7 @@ from mixtral_triton.kernels.op import Op, Shape
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.tolerance import measure
 from tests.compile.test_jit import on_fake_gpu
-from tests.compile.test_quantized_offline import FORMATS, OTHERS, named
+from tests.compile.test_quantized_offline import FORMATS, OTHER_GROUPS, format_name
 from tests.ops.test_deterministic import CASES, check
 
 from .report import share
@@ -135,7 +135,7 @@ def test_production_tiles(name: str, arch: str, ptx_emulator: Any, covers: Any) 
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("format", [*FORMATS, *OTHERS], ids=named)
+@pytest.mark.parametrize("format", [*FORMATS, *OTHER_GROUPS], ids=format_name)
 def test_every_quantized_format(format: Any, arch: str, ptx_emulator: Any, covers: Any) -> None:
     name, group, _ = format
     weight = f"{name}:{group}" if group else name

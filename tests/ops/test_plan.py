@@ -177,7 +177,7 @@ def test_arch_and_multiprocessors_are_traits(gpu: Any) -> None:
     gpu.driver.executes, args = False, arguments(ATTENTION, SIZES["attention"] | {"T": 1, "S": 4000})
     plan.run(ATTENTION, args)
     for arch, sms in (("sm_90", 2), ("sm_90", None)):
-        with launch.using_arch(arch, sms):
+        with launch.launch_context(arch=arch, sms=sms):
             assert launches(gpu, by_plan(ATTENTION), args) == launches(gpu, ATTENTION.run, args)
     assert known() == 3
 
