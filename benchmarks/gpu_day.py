@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -33,8 +32,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,memory.total"
 PACKAGES = ("mixtral-triton", "torch", "triton", "transformers", "liger-kernel", "flash-attn", "vllm")
+HEAD = """# A GPU day
+
+A ratio above 1 means that ours is faster. Predictions follow from the GPU's data sheet and are no measurements.
+Whole models are scaled: what one more layer adds, times the model's layers.
+"""
 FULL_LAYERS = {4096: 32, 6144: 56}  # of Mixtral 8x7B and 8x22B, by hidden size
-OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR)?\s*(?:\(.*|\[.*)?$")
+OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR)?[^\S\n]*(?:\(.*|\[.*)?$", re.MULTILINE)
 sys.path.insert(0, str(ROOT))  # a script's own path holds only its folder
 
 from mixtral_triton.cli import Parser  # noqa: E402
@@ -84,12 +88,11 @@ def parts(dry: bool = False, breaks: str = "") -> tuple[Part, ...]:
     )
 
     def bench(names: Sequence[str], *options: str) -> tuple[Command, ...]:
-        args = {name: ("-m", "mixtral_triton", "bench", name, "--json") for name in names}
-        return tuple(Command(name, args[name] + (_smallest(name) if dry else options), True) for name in names)
+        args = ("-m", "mixtral_triton", "bench", "--json")
+        return tuple(Command(name, (*args, name, *(_smallest(name) if dry else options)), True) for name in names)
 
     found = (
-        # Afterwards no part waits for a compiler, and nothing is timed while another core compiles.
-        Part("compile", 90, (Command("all", compile_ahead),)),
+        Part("compile", 90, (Command("all", compile_ahead),)),  # nothing is timed while another core compiles
         Part("tests", 110, _tests(dry), max(1, min(8, (os.cpu_count() or 2) // 2))),
         Part("experts", 90, bench(experts, *quick)),
         Part("attention", 70, bench(cache, *quick)),
@@ -107,8 +110,8 @@ def parts(dry: bool = False, breaks: str = "") -> tuple[Part, ...]:
 def _smallest(name: str) -> tuple[str, ...]:
     """Return options for the smallest sizes that the tests run, with plain torch as the only peer."""
     op = BENCHED[name]
-    sizes = min(op.test_shapes, key=lambda sizes: op.cost(sizes, op.dtypes[0]).bytes)
-    text = ",".join(f"{letter}={size}" for letter, size in Shape(sizes).as_dict().items())
+    shape = Shape(min(op.test_shapes, key=lambda sizes: op.cost(sizes, op.dtypes[0]).bytes))
+    text = ",".join(f"{letter}={size}" for letter, size in shape.as_dict().items())
     without = [word for name in {peer.name for peer in PEERS} - {"torch"} for word in ("--without", name)]
     return ("--sizes", text, *without)
 
@@ -224,7 +227,7 @@ def run_commands(part: Part, out: Path, limit_s: float, done: dict[str, int]) ->
             list(pool.map(run, [command for command in part.commands if command.name not in exits]))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
+            for process in (process for process in processes if process.poll() is None):
                 kill(process)
     status = "over budget" if len(exits) < len(part.commands) else "failed" if any(exits.values()) else "done"
     return {"status": status, "exit": exits, "seconds": time.monotonic() - start, "limit_s": limit_s}
@@ -236,8 +239,7 @@ def environment() -> dict[str, Any]:
     gpu = None if failed else dict(zip(QUERY.split(","), text.splitlines()[0].split(", "), strict=True))
     installed = {dist.metadata["Name"].lower(): dist.version for dist in metadata.distributions()}
     versions = {name: installed[name] for name in PACKAGES if name in installed} | {"python": sys.version.split()[0]}
-    commit = subprocess.getoutput(f"git -C {shlex.quote(str(ROOT))} rev-parse HEAD")
-    return {"gpu": gpu, "versions": versions, "commit": commit}
+    return {"gpu": gpu, "versions": versions, "commit": subprocess.getoutput(f"git -C '{ROOT}' rev-parse HEAD")}
 
 
 def day(selected: Sequence[Part], out: Path, budget_s: float, whole_s: float) -> dict[str, Any]:
@@ -273,7 +275,7 @@ def results(state: dict[str, Any], out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {**state, "tests": {"counts": {}, "failed": []}, "gpu": None, "died": [], "applied": []}
     rows: dict[str, Any] = {}
     for name, part in state["parts"].items():
-        files = sorted(out.glob(output_file(out, name, "*").name)) if part["status"] != "not started" else []
+        files = sorted(out.glob(output_file(out, name, "*").name))
         if name == "tests":
             found["tests"] = _test_outcomes(files)
             continue
@@ -293,19 +295,16 @@ def results(state: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def _test_outcomes(files: Sequence[Path]) -> dict[str, Any]:
     """Return counts of outcomes, and the names of the tests that failed or ended their process."""
-    outcomes: dict[str, str] = {}
-    for match in (OUTCOME.match(line) for file in files for line in file.read_text(errors="replace").splitlines()):
-        if match:
-            outcomes[match[1]] = (match[2] or "died").lower()
+    text = "\n".join(file.read_text(errors="replace") for file in files)
+    outcomes = {match[1]: (match[2] or "died").lower() for match in OUTCOME.finditer(text)}
     failed = [test for test, outcome in outcomes.items() if outcome not in ("passed", "skipped")]
     return {"counts": dict(Counter(outcomes.values())), "failed": failed}
 
 
 def whole_models(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return decode steps of whole models, from two depths of the same step: what a layer adds, times the layers."""
-    found = []
-    steps = sorted((row for row in rows if row["op"] == "decode_step"), key=lambda row: row["sizes"]["L"])
-    for shallow, deep in combinations(steps, 2):
+    found, steps = [], [row for row in rows if row["op"] == "decode_step"]
+    for shallow, deep in combinations(sorted(steps, key=lambda row: row["sizes"]["L"]), 2):
         first, sizes = shallow["sizes"], deep["sizes"]
         if {**first, "L": 0} != {**sizes, "L": 0} or first["L"] == sizes["L"]:
             continue
@@ -351,12 +350,10 @@ def _operation(row: dict[str, Any]) -> dict[str, Any]:
 
 def markdown(found: dict[str, Any]) -> str:
     """Return the page: GPU and versions, then parts, tests, operations, whole models."""
-    before, after, tests = found["before"], found["after"]["gpu"] or {}, found["tests"]
-    versions = {**before["versions"], "commit": before["commit"]}
-    keys = ("status", "seconds", "limit_s")
+    before, after, keys = found["before"], found["after"]["gpu"] or {}, ("status", "seconds", "limit_s")
+    versions, tests = {**before["versions"], "commit": before["commit"]}, found["tests"]
     sections: dict[str, list[dict[str, Any]]] = {
         "GPU": [{"": key, "before": value, "after": after.get(key)} for key, value in (before["gpu"] or {}).items()],
-        "Rates": [{key: found["gpu"][key] for key in ("name", "bandwidth", "matmul")}] if found["gpu"] else [],
         "Software": [{"package": name, "version": version} for name, version in versions.items()],
         "Parts": [{"part": name, **{key: part[key] for key in keys}} for name, part in found["parts"].items()],
         "Compiled tests": [{"outcome": outcome, "tests": count} for outcome, count in tests["counts"].items()],
@@ -366,11 +363,7 @@ def markdown(found: dict[str, Any]) -> str:
         "Operations": list(map(_operation, found["rows"])),
         "Whole models": found["whole_models"],
     }
-    return (
-        "# A GPU day\n\nWritten by `python benchmarks/gpu_day.py`; a ratio above 1 means that ours is faster.\n"
-        "Predictions follow from the launches and the GPU's data sheet, and are no measurements. Whole models are\n"
-        "scaled: what one more layer adds, times the model's layers.\n"
-    ) + "".join(_section(title, rows) for title, rows in sections.items())
+    return HEAD + "".join(_section(title, rows) for title, rows in sections.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -396,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if fault:
             parser.error(str(message))
     selected = [part for part in every if part.name in wanted]
-    name = "dry" if args.dry else str((environment()["gpu"] or {}).get("name", "gpu")).lower().replace(" ", "-")
+    name = "dry" if args.dry else torch.cuda.get_device_name().lower().replace(" ", "-")
     out = args.out or ROOT / "benchmarks" / "results" / name
     state = day(selected, out, args.budget_s, sum(part.budget_s for part in every))
     print(f"results: {out / 'gpu_day.md'}")

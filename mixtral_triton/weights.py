@@ -30,8 +30,7 @@ Shape = tuple[int, ...]
 Runs = tuple[slice, ...]
 Folder = str | os.PathLike[str]
 Progress = Callable[[int], object] | None
-# Quantizes rows into a weight of the same rows, and of the columns that the slice keeps.
-Quantizer = Callable[[Any, Tensor, Any], None]
+Quantizer = Callable[[Any, Tensor, Any], None]  # weight, rows, and the slice of columns that the weight keeps
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -324,9 +323,8 @@ def chunks(stored: Stored, kept: tuple[Runs, ...] | None = None) -> Iterator[tup
     leading, columns = kept[:rows], [run for (run,) in kept[rows + 1 :]]
     row_bytes = math.prod(map(_length, columns)) * stored.itemsize
     step = max(1, CHUNK_BYTES // row_bytes)
-    for outer in itertools.product(
-        *(enumerate(i for run in runs for i in range(run.start, run.stop)) for runs in leading)
-    ):
+    places = ([i for run in runs for i in range(run.start, run.stop)] for runs in leading)
+    for outer in itertools.product(*map(enumerate, places)):
         before = tuple(slice(i, i + 1) for _, i in outer), tuple(slice(i, i + 1) for i, _ in outer)
         place = 0
         for run in kept[rows]:

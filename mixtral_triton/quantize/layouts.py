@@ -1,7 +1,7 @@
-"""The layouts of one quantized linear on disk: which tensors it is made of, and its rows as codes, scales and zeros.
+"""Layouts of a quantized linear on disk: its tensors, and how its rows decode to codes, scales and zeros.
 
-N rows, K columns: the depth of the sum; G groups of columns that share a scale. int32 elements hold eight codes of 4
-bits, or four of 8, the first in the lowest bits.
+N rows, K columns, G groups of columns that share a scale. int32 elements hold eight codes of 4 bits, or four of 8, the
+first in the lowest bits.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from ..kernels.quantized import GROUPS, ZERO_INT4
 from .spec import QuantSpec
 
 Shape = tuple[int, ...]
-Read = Callable[..., Tensor]  # read(part, *index): so much of that tensor of the linear
+Read = Callable[..., Tensor]  # read(part, *index): a slice of that tensor of the linear
 Rows = tuple[Tensor, Tensor, Tensor | None]  # codes uint8 [n,K], scales [n,G], zeros uint8 [n,G]
 
 FLOATS = ("F32", "BF16", "F16")
-AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where in an int32 the codes of eight neighbouring columns stand
+AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # positions in an int32 of the codes of eight neighbouring columns
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of a linear: safetensors' names of the dtypes, and the shapes, that it may have."""
+    """A tensor of a linear, with the dtypes (safetensors' names) and shapes that it may have."""
 
     dtypes: tuple[str, ...]
     shapes: tuple[Shape, ...]
@@ -33,23 +33,23 @@ class Part:
 
 
 def unpacked(x: Tensor, bits: int) -> Tensor:
-    """int32 [..., n] -> uint8 [..., n * 32 / bits]."""
+    """Unpack int32 [..., n] to uint8 [..., n * 32 / bits]."""
     data = x.contiguous().view(torch.uint8)
     return data if bits == 8 else torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
 
 
 def columns(group: int | None, K: int) -> int:
-    """Columns of a group, K where a row has one scale (None); ValueError where our weights have no such groups."""
+    """Return the columns of a group, K for one scale per row (None); ValueError for unsupported groups."""
     size = K if group in (None, K) else group
     if size != K and size not in GROUPS:
-        raise ValueError(f"group size is {group}, needs 32, 64, 128 or a scale a row")
+        raise ValueError(f"group size is {group}, needs 32, 64, 128 or one scale per row")
     if K % size:
         raise ValueError(f"groups of {group} do not divide {K} columns")
     return size
 
 
 class Layout:
-    """How one linear [N,K] is stored. `marker`: the part without which it is not quantized."""
+    """How one linear [N,K] is stored. Only a quantized linear has the part `marker`."""
 
     marker = "qweight"
     scale = "scales"
@@ -65,18 +65,18 @@ class Layout:
         raise NotImplementedError
 
     def check(self, read: Read, N: int, K: int, parts: Collection[str]) -> None:
-        """ValueError for what a look at single values shows, of the parts that are there."""
+        """Raise ValueError for unsupported values in the stored parts."""
 
     def rows(self, read: Read, N: int, K: int, start: int, stop: int) -> Rows:
-        """Rows start..stop; start is a multiple of 128."""
+        """Return the rows start..stop; start is a multiple of 128."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class EightBits(Layout):
-    """A byte a code, "fp8" (e4m3) or "int8" (two's complement): `weight` [N,K], and one scale a tensor, row or block.
+    """A byte per code, "fp8" (e4m3) or "int8" (two's complement): `weight` [N,K], and a scale per tensor, row or block.
 
-    block  rows and columns of a block; None: the scale's shape says whether it is the tensor's or a row's
+    block  rows and columns of a block; None: the scale's shape decides between tensor and rows
     """
 
     format: str
@@ -119,7 +119,7 @@ class Packed(Layout):
     bits: int
     group: int | None
     symmetric: bool
-    reordered: bool = False  # by the config: then there has to be a `weight_g_idx`, which says how
+    reordered: bool = False  # by the config, which then requires `weight_g_idx`
 
     marker = "weight_packed"
     scale = "weight_scale"
@@ -158,12 +158,12 @@ class Packed(Layout):
 
 @dataclass(frozen=True)
 class Columns(Layout):
-    """GPTQ and AWQ: x goes from the left, so `scales` [G,N], and `qzeros` [G,N/8] packed along N.
+    """GPTQ and AWQ, transposed: `scales` [G,N], and `qzeros` [G,N/8] packed along N.
 
-    kind       "gptq": `qweight` [K/8,N] packed along K. "awq": [K,N/8] along N, as the zeros in an order of its own
-    off        what was taken from a zero before it was stored: 1 in GPTQ's first version
+    kind       "gptq": `qweight` [K/8,N] packed along K. "awq": [K,N/8] along N, in AWQ_ORDER as the zeros
+    off        subtracted from a zero before it was stored: 1 in GPTQ's first version
     symmetric  all zeros are 8
-    reordered  by the config: then there has to be a `g_idx`, which says how
+    reordered  by the config, which then requires `g_idx`
     """
 
     kind: str
@@ -210,12 +210,12 @@ class Columns(Layout):
 
 
 def awq_order(x: Tensor) -> Tensor:
-    """[..., N], as eights were packed -> the columns in order."""
+    """Reorder [..., N], as AWQ packs eight columns, to the order of the columns."""
     return x.unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2)
 
 
 def in_order(g_idx: Tensor, group: int) -> None:
-    """ValueError unless each column's group is that of its place: act-order has none that lie together."""
+    """Raise ValueError unless the columns of each group are contiguous, which act-order changes."""
     K = len(g_idx)
     if not torch.equal(g_idx.long(), torch.arange(K, device=g_idx.device) // group):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a checkpoint folder says of its quantization: a Scheme, or by name why it is not read."""
+"""Read how a checkpoint folder is quantized: a Scheme, or a ValueError that names what is not supported."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from .layouts import Columns, EightBits, Layout, Packed
 
 Folder = str | os.PathLike[str]
 MODELOPT_FILE = "hf_quant_config.json"
-INSTEAD = 'quantize the original in bf16 while it is read: weights="int4"'
-READ = "compressed-tensors, fp8, modelopt, gptq and awq"
+ALTERNATIVE = 'quantize the original in bf16 while it is read: weights="int4"'
 REFUSED = {
     "bitsandbytes": "its nf4 and int8 have tables and outliers that no kernel here reads",
     "hqq": "its scales and zeros are quantized themselves",
@@ -29,9 +28,9 @@ REFUSED = {
 class Scheme:
     """How a checkpoint is quantized.
 
-    name     of the format, for messages
-    layout   of each linear that is quantized; which ones are, the tensors say
-    ignored  whether the config says of a linear, by its name on disk, that it is not
+    name     the format, for messages
+    layout   the layout of each quantized linear; the tensors show which ones are
+    ignored  whether the config excludes a linear, by its name on disk
     """
 
     name: str
@@ -40,7 +39,7 @@ class Scheme:
 
 
 def read_scheme(folder: Path) -> Scheme | None:
-    """None: not quantized. ValueError that names the file, the format and what would do where it is not read."""
+    """Return None where nothing is quantized; ValueError names the file, an unsupported format and an alternative."""
     path = folder / "config.json"
     values = parse_json_object(path.read_bytes(), str(path)) if path.is_file() else {}
     config = values.get("quantization_config", values.get("compression_config"))
@@ -57,39 +56,32 @@ def read_scheme(folder: Path) -> Scheme | None:
 
 
 def scheme(config: Any) -> Scheme:
-    """Of a `quantization_config`; ValueError for what is not read."""
+    """Return the scheme of a `quantization_config`; ValueError for what is not supported."""
     if not isinstance(config, Mapping):
         raise ValueError(f"is a {type(config).__name__}, a JSON object is needed")
     method = config.get("quant_method")
-    readers = {
-        "compressed-tensors": _compressed_tensors,
-        "fp8": _fp8,
-        "modelopt": _modelopt,
-        "gptq": _gptq,
-        "awq": _awq,
-    }
-    if not isinstance(method, str) or method not in readers:
-        why = REFUSED.get(str(method), f"read are {READ}")
-        raise ValueError(f"quant_method {method!r} is not read: {why}; {INSTEAD}")
-    return readers[method](config)
+    if not isinstance(method, str) or method not in READERS:
+        why = REFUSED.get(str(method), f"read are {', '.join(READERS)}")
+        raise ValueError(f"quant_method {method!r} is not read: {why}; {ALTERNATIVE}")
+    return READERS[method](config)
 
 
 def _refuse(name: str, value: Any, needs: str) -> ValueError:
-    return ValueError(f"{name} {value!r:.80} is not read: needs {needs}; or {INSTEAD}")
+    return ValueError(f"{name} {value!r:.80} is not read: needs {needs}; or {ALTERNATIVE}")
 
 
 def _group(config: Mapping[str, Any], name: str = "group_size") -> int | None:
-    """Columns of a group; None: one scale a row."""
+    """Return the columns of a group; None: one scale per row."""
     size = config.get(name)
     if size is None or (type(size) is int and size == -1):
         return None
     if type(size) is not int or size < 1:
-        raise _refuse(name, size, "an integer, or -1 for a scale a row")
+        raise _refuse(name, size, "an integer, or -1 for one scale per row")
     return size
 
 
 def _names(config: Mapping[str, Any], *keys: str) -> list[str]:
-    """The list under the first of these keys that is there."""
+    """Return the list under the first of these keys that has one."""
     value: Any = next((config[key] for key in keys if config.get(key) is not None), [])
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise ValueError(f"{keys[0]} is {value!r:.80}, a list of names is needed")
@@ -104,7 +96,7 @@ def _flag(config: Mapping[str, Any], name: str) -> bool:
 
 
 def _named_or_matched(patterns: list[str]) -> Callable[[str], bool]:
-    """compressed-tensors' rule: a whole name, or a regular expression after "re:"."""
+    """Return compressed-tensors' test of a name: equal to a pattern, or matching a regular expression after "re:"."""
 
     def ignored(name: str) -> bool:
         return any(re.match(one[3:], name) if one.startswith("re:") else one == name for one in patterns)
@@ -167,7 +159,7 @@ def _block(config: Mapping[str, Any], name: str) -> tuple[int, int]:
 
 
 def _fp8(config: Mapping[str, Any]) -> Scheme:
-    """AutoFP8, with a scale a tensor, and the blocks that DeepSeek's checkpoints and transformers have."""
+    """Read AutoFP8, with a scale per tensor, and the blocks of DeepSeek's checkpoints and transformers."""
     names = _names(config, "ignored_layers", "modules_to_not_convert")
     if config.get("weight_block_size") is None:
         return Scheme("fp8", EightBits("fp8"), names.__contains__)
@@ -206,3 +198,6 @@ def _awq(config: Mapping[str, Any]) -> Scheme:
     group = _group(config, "group_size" if "group_size" in config else "q_group_size")
     names = _names(config, "modules_to_not_convert")
     return Scheme("awq", Columns("awq", group), lambda name: any(one in name for one in names))
+
+
+READERS = {"compressed-tensors": _compressed_tensors, "fp8": _fp8, "modelopt": _modelopt, "gptq": _gptq, "awq": _awq}

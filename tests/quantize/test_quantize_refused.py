@@ -40,7 +40,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"'bitsandbytes' is not read: .*nf4.*weights="),
     "hqq": ({"quant_method": "hqq"}, "'hqq' is not read: its scales .*weights="),
     "mxfp4": ({"quant_method": "mxfp4"}, "'mxfp4' is not read: .*powers of two"),
-    "other": ({"quant_method": "aqlm"}, "'aqlm' is not read: read are compressed-tensors, fp8, modelopt, gptq and awq"),
+    "other": ({"quant_method": "aqlm"}, "'aqlm' is not read: read are compressed-tensors, fp8, modelopt, gptq, awq"),
     "none": ({"bits": 4}, "quant_method None is not read"),
     "no object": ("int4", "quantization_config: is a str"),
     "gemv": (hub.awq_config(version="gemv"), "version 'gemv' is not read: needs gemm"),
