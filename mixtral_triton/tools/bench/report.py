@@ -153,7 +153,10 @@ def _draw_panel(axes: Any, axis: str, found: Sequence[Sequence[Row]]) -> None:
     common = common_sizes(rows)
     for index, series in enumerate(found):
         label = _fixed_sizes(series[0], axis, list(common)) if len(found) > 1 else ""
-        times = {"floor": [row.floor_s for row in series], "ours": [row.ours.seconds for row in series]}
+        times: dict[str, list[float | None]] = {
+            "floor": [row.floor_s for row in series],
+            "ours": [row.ours.seconds for row in series],
+        }
         for name in dict.fromkeys(name for row in series for name in row.peers):
             times[name] = [row.peers.get(name, Outcome()).seconds for row in series]
         for at, (name, seconds) in enumerate(times.items()):
