@@ -7,9 +7,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -28,57 +27,38 @@ def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1e308
 
 
-def _to_float(value: Any) -> Any:
-    return float(value) if _is_positive(value) else value
-
-
-def _drop(value: Any, *unset: int) -> Any:
-    """Return None for the integers that mean "none"."""
-    return None if type(value) is int and value in unset else value
-
-
 def _is_id(value: Any) -> bool:
     return all(_is_int(one, 0) for one in value) and value != () if isinstance(value, tuple) else _is_int(value, 0)
 
 
-class Field(NamedTuple):
-    """The check of a normalized value, what the error says is needed, and whether the value may be null."""
+def _normalize(name: str, value: Any) -> Any:
+    """Return a float for numbers, None for integers that mean none, a tuple for a list, a dtype without "torch."."""
+    if name in ("rms_norm_eps", "rope_theta") and _is_positive(value):
+        return float(value)
+    if type(value) is int and (value == -1 or (value == 0 and name == "sliding_window")):
+        return None if name in NULLABLE else value
+    if name == "dtype" and isinstance(value, str):
+        return value.removeprefix("torch.")
+    return tuple(value) if isinstance(value, list) else value
 
-    check: Callable[[Any], bool]
-    need: str
-    normalize: Callable[[Any], Any] = lambda value: value
-    nullable: bool = False
 
-
-_SIZE = Field(_is_int, f"an integer from 1 to {LARGEST_SIZE}")
-_NUMBER = Field(_is_positive, "a finite number above 0", _to_float)
-_ID = Field(_is_id, "a token id (an integer, 0 or above) or null", lambda value: _drop(value, -1), nullable=True)
-FIELDS = dict.fromkeys(SIZES, _SIZE) | {
-    "max_position_embeddings": Field(partial(_is_int, most=MOST_POSITIONS), f"an integer from 1 to {MOST_POSITIONS}"),
-    "head_dim": Field(
-        lambda n: _is_int(n) and n % 2 == 0, "an even integer above 0: rotary embedding pairs its halves"
-    ),
+_NUMBER = (_is_positive, "a finite number above 0")
+_ID = (_is_id, "a token id (an integer, 0 or above) or null")
+# The check of each field's normalized value, and what the error says is needed.
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(SIZES, (_is_int, f"an integer from 1 to {LARGEST_SIZE}")),
+    "max_position_embeddings": (lambda n: _is_int(n, 1, MOST_POSITIONS), f"an integer from 1 to {MOST_POSITIONS}"),
+    "head_dim": (lambda n: _is_int(n) and n % 2 == 0, "an even integer above 0: rotary embedding pairs its halves"),
     "rms_norm_eps": _NUMBER,
     "rope_theta": _NUMBER,
-    "sliding_window": Field(
-        _is_int, "an integer above 0; null, 0, -1: no window", lambda value: _drop(value, 0, -1), nullable=True
-    ),
-    "tie_word_embeddings": Field(lambda value: type(value) is bool, "true or false"),
+    "sliding_window": (_is_int, "an integer above 0; null, 0, -1: no window"),
+    "tie_word_embeddings": (lambda value: type(value) is bool, "true or false"),
     "bos_token_id": _ID,
     "pad_token_id": _ID,
-    "eos_token_id": Field(
-        _is_id,
-        "a token id, a list of at least one, or null",
-        lambda value: tuple(value) if isinstance(value, list) else _drop(value, -1),
-        nullable=True,
-    ),
-    "dtype": Field(
-        DTYPES.__contains__,
-        f"one of {', '.join(DTYPES)}, or null",
-        lambda value: value.removeprefix("torch.") if isinstance(value, str) else value,
-        nullable=True,
-    ),
+    "eos_token_id": (_is_id, "a token id, a list of at least one, or null"),
+    "dtype": (DTYPES.__contains__, f"one of {', '.join(DTYPES)}, or null"),
 }
+NULLABLE = {"sliding_window", "bos_token_id", "pad_token_id", "eos_token_id", "dtype"}
 # The only values that a config.json may have for what Mixtral has no code for, and the reason.
 FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "model_type": (("mixtral",), "other families have other layers"),
@@ -124,14 +104,14 @@ class MixtralConfig:
 
     def __post_init__(self) -> None:
         heads = self.num_attention_heads
-        for name, field in FIELDS.items():
+        for name, (check, need) in FIELDS.items():
             value = getattr(self, name)
             if name == "head_dim" and value is None:
-                need = f"a multiple of num_attention_heads = {heads} where head_dim is not given"
-                _check("hidden_size", self.hidden_size, need, self.hidden_size % heads == 0)
+                multiple = f"a multiple of num_attention_heads = {heads} where head_dim is not given"
+                _check("hidden_size", self.hidden_size, multiple, self.hidden_size % heads == 0)
                 value = self.hidden_size // heads
-            value = field.normalize(value)
-            _check(name, value, field.need, (field.nullable and value is None) or field.check(value))
+            value = _normalize(name, value)
+            _check(name, value, need, (name in NULLABLE and value is None) or check(value))
             object.__setattr__(self, name, value)  # the only assignment that a frozen dataclass allows
         experts, kv_heads = self.num_experts_per_tok, self.num_key_value_heads
         need = f"at most num_local_experts = {self.num_local_experts}"
@@ -195,9 +175,9 @@ def _read_theta(values: Mapping[str, Any]) -> float:
         if unknown := sorted(str(key) for key in rope if key not in ROPE_KEYS and rope[key] is not None):
             raise ValueError(f"{name} has {', '.join(unknown)}; only {', '.join(sorted(ROPE_KEYS))} are supported")
         found[f"{name}.rope_theta"] = rope.get("rope_theta")
-    thetas = {name: _to_float(theta) for name, theta in found.items() if theta is not None}
+    thetas = {name: _normalize("rope_theta", theta) for name, theta in found.items() if theta is not None}
     for name, theta in thetas.items():
-        _check(name, theta, _NUMBER.need, _is_positive(theta))
+        _check(name, theta, _NUMBER[1], _is_positive(theta))
     if not thetas:
         raise ValueError("rope_theta is missing, in rope_parameters too, and has no safe default")
     if len(set(thetas.values())) > 1:
