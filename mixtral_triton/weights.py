@@ -250,8 +250,7 @@ def load(
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     compare("parameters", "the config", parameter_shapes(config, shard), shapes)
     fill(headers.tensors, found, parameters, progress, quantizer)
-    if HEAD in headers.tensors and HEAD not in found and parameters["embed_tokens"].device.type != "meta":
-        check_tied_head(headers, progress, shard.vocabulary(config))
+    check_tied_head(headers, config, parameters, progress, shard)
 
 
 def fill(
@@ -303,9 +302,13 @@ def _not_finite(name: str, stored: Stored, at: tuple[slice, ...], source: Tensor
     return ValueError(f"{stored.file}: {name} holds {source[tuple(local)].item()} at {first}: {why}")
 
 
-def check_tied_head(headers: Headers, progress: Progress, rows: slice) -> None:
-    """Raise ValueError unless these rows of the head and the embedding are equal."""
-    head, embedding = headers.tensors[HEAD], headers.tensors[EMBEDDING]
+def check_tied_head(
+    headers: Headers, config: MixtralConfig, parameters: Mapping[str, Any], progress: Progress, shard: Shard
+) -> None:
+    """Raise ValueError where a stored head differs from the embedding that the model uses in its place."""
+    head, embedding, rows = headers.tensors.get(HEAD), headers.tensors[EMBEDDING], shard.vocabulary(config)
+    if head is None or not config.tie_word_embeddings or parameters["embed_tokens"].device.type == "meta":
+        return
     with torch.device("cpu"), opened_file(head.file) as head_file, opened_file(embedding.file) as embedding_file:
         for at, _ in chunks(head, ((rows,), (slice(0, head.shape[1]),))):
             if not torch.equal(part := head_file.get_slice(HEAD)[at], embedding_file.get_slice(EMBEDDING)[at]):
