@@ -157,7 +157,7 @@ def load(
     with torch.no_grad(), torch.device("cpu"), _opened(plan.linears) as files:
         for linear in plan.linears:
             parameter = parameters[linear.target.parameter]
-            if linear.target.here and parameter.device.type != "meta":
+            if linear.target.is_kept and parameter.device.type != "meta":
                 _fill(parameter[linear.target.index], plan.layout, linear, files)
                 if progress:
                     progress(linear.nbytes)

@@ -219,12 +219,12 @@ def test_groups_that_do_not_divide_raise_value_error(tmp_path: Path, monkeypatch
 
 def test_gguf_raises_value_error(tmp_path: Path) -> None:
     (tmp_path / "mixtral.Q4_0.gguf").write_bytes(b"GGUF")
-    assert_refused(tmp_path, r"'mixtral.Q4_0.gguf' is GGUF, which is not read; safetensors are needed")
+    assert_refused(tmp_path, r"'mixtral.Q4_0.gguf' is GGUF, needs safetensors")
 
 
 def test_codes_without_a_config_raise_value_error(tmp_path: Path) -> None:
     hub.write(tmp_path, hub.compressed(), None)
-    assert_refused(tmp_path, r"is stored as 'I(32|64)'; one of F32, BF16, F16 is needed")
+    assert_refused(tmp_path, r"is stored as 'I(32|64)', needs one of F32, BF16, F16")
 
 
 DROPPED = object()
