@@ -1,6 +1,6 @@
 """The command line: `mixtral-triton` and `python -m mixtral_triton`.
 
-Exit 0: done and right. 1: a mismatch, or nothing fits. 2: bad input, one line on stderr. 130: Ctrl-C. 141: a closed pipe.
+Exit 0: done and right. 1: a mismatch, or nothing fits. 2: bad input, one line on stderr. 130: Ctrl-C. 141: closed pipe.
 """
 
 from __future__ import annotations
