@@ -298,7 +298,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
     config, reporter = session.config, session.config.pluginmanager.get_plugin("terminalreporter")
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("keyword")
-    if whole and reporter and config.getoption("markexpr") == "gpu" and too_little(written_down(reporter)):
+    if whole and reporter and config.getoption("markexpr") == "emulator" and too_little(written_down(reporter)):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -26,7 +26,7 @@ from .memory import Fault
 from .mutate import sites
 from .text import Unmodelled, read
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.emulator
 
 GPU_DEVICE, BF16 = torch.device("cuda", 0), torch.bfloat16
 SMALL = Path(__file__).parents[2] / "mixtral_triton" / "small"

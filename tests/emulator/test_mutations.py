@@ -19,7 +19,7 @@ from .machine import SCHEDULES, Code
 from .mutate import Site, Trial, neighbours, sites
 from .redundant import REDUNDANT
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.emulator
 
 BF16 = torch.bfloat16
 
