@@ -9,10 +9,10 @@ import pytest
 
 from mixtral_triton.kernels.launch import INTERPRETED
 
-from .machine import SCHEDULES
-from .memory import SHARED_BASE, Fault
 from .copies import Descriptor
 from .harness import run, samples
+from .machine import SCHEDULES
+from .memory import SHARED_BASE, Fault
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a PTX emulator: run once, without the interpreter")
 

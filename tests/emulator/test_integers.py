@@ -9,8 +9,8 @@ import pytest
 
 from mixtral_triton.kernels.launch import INTERPRETED
 
-from .parser import Unmodelled
 from .harness import run, samples
+from .parser import Unmodelled
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a PTX emulator: run once, without the interpreter")
 

@@ -7,10 +7,10 @@ import pytest
 
 from mixtral_triton.kernels.launch import INTERPRETED
 
+from .harness import run, samples
 from .machine import SCHEDULES
 from .memory import SHARED_BASE, Fault
 from .parser import Unmodelled
-from .harness import run, samples
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a PTX emulator: run once, without the interpreter")
 

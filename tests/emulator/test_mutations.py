@@ -16,7 +16,7 @@ from tests.compile.test_jit import on_fake_gpu
 
 from .launch import Executor, compiled
 from .machine import SCHEDULES, Code
-from .mutate import Mutation, Trial, neighbours, mutations
+from .mutate import Mutation, Trial, mutations, neighbours
 from .redundant import REDUNDANT
 
 pytestmark = pytest.mark.emulator

@@ -8,9 +8,9 @@ import torch
 
 from mixtral_triton.kernels.launch import INTERPRETED
 
+from .harness import run, samples
 from .machine import SCHEDULES
 from .memory import SHARED_BASE, Fault
-from .harness import run, samples
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a PTX emulator: run once, without the interpreter")
 
