@@ -57,7 +57,7 @@ FIELDS = dict.fromkeys(SIZES, _SIZE) | {
     "dtype": Field(DTYPES.__contains__, f"one of {', '.join(DTYPES)}, or null", (None,)),
 }
 # The only values that a config.json may have for what Mixtral has no code for, and the reason.
-Fixed = Mapping[str, tuple[tuple[Any, ...], str]]
+Fixed = dict[str, tuple[tuple[Any, ...], str]]
 FIXED: Fixed = {
     "model_type": (("mixtral",), "other families have other layers"),
     "hidden_act": (("silu",), "Mixtral's experts are SwiGLU"),
@@ -169,7 +169,7 @@ def _check_fixed(prefix: str, values: Mapping[str, Any], table: Fixed) -> None:
 
 def _read_theta(values: Mapping[str, Any]) -> float:
     """Return theta, from `rope_theta` in old configs and `rope_parameters` in new ones; reject other ropes."""
-    thetas = {"rope_theta": values.get("rope_theta")}
+    thetas: dict[str, Any] = {"rope_theta": values.get("rope_theta")}
     for name in ("rope_parameters", "rope_scaling"):
         rope = values.get(name) or {}
         _check(name, rope, "an object or null", isinstance(rope, Mapping))

@@ -75,8 +75,8 @@ def plan(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> P
     unused = {name for name in headers.tensors if name.rpartition(".")[2] in UNUSED}
     by_linear: dict[str, dict[str, Stored]] = defaultdict(dict)
     for name in headers.tensors.keys() - unused:
-        linear, _, part = name.rpartition(".")
-        by_linear[linear][part] = headers.tensors[name]
+        prefix, _, part = name.rpartition(".")
+        by_linear[prefix][part] = headers.tensors[name]
     linears: list[Linear] = []
     dense: dict[str, Target] = {}
     need: dict[str, Any] = {}

@@ -42,11 +42,12 @@ GROUP = Rule(lambda size: size == -1 or _is_size(size), "a positive integer, or 
 BLOCK = Rule(lambda sizes: isinstance(sizes, list) and len(sizes) == 2 and all(map(_is_size, sizes)), "[rows, columns]")
 NAMES = Rule(lambda names: isinstance(names, list) and all(isinstance(x, str) for x in names), "a list of names")
 # A Rule, or the values that a key may have. None: the key may be missing.
-Rules = Mapping[str, Rule | tuple[Any, ...]]
+Rules = dict[str, Rule | tuple[Any, ...]]
 COMMON: Rules = {"dynamic": (None, False), "group_size": GROUP, "block_structure": BLOCK}
-EIGHT_BITS = {"num_bits": (8,), "type": (None, "int", "float"), "symmetric": (None, True), **COMMON}
+EIGHT_BITS: Rules = {"num_bits": (8,), "type": (None, "int", "float"), "symmetric": (None, True), **COMMON}
 EIGHT_BITS |= {"strategy": ("channel", "tensor", "block")}
-PACKED = {"num_bits": (4, 8), "type": (None, "int"), "symmetric": FLAG, "strategy": ("group", "channel"), **COMMON}
+PACKED: Rules = {"num_bits": (4, 8), "type": (None, "int"), "symmetric": FLAG, **COMMON}
+PACKED |= {"strategy": ("group", "channel")}
 FORMATS: Mapping[str, Rules] = {
     "pack-quantized": PACKED,
     "float-quantized": EIGHT_BITS,
@@ -126,22 +127,23 @@ def _compressed_tensors(config: Config) -> Scheme:
     if not isinstance(groups, Mapping) or not groups or not all(isinstance(each, Mapping) for each in groups.values()):
         raise _error("config_groups", groups, "an object of groups")
     first = next(iter(groups.values()))
-    weights, format = first.get("weights"), first.get("format") or config.get("format")
+    weights, format = first.get("weights"), str(first.get("format") or config.get("format"))
     if not isinstance(weights, Mapping) or any(each.get("weights") != weights for each in groups.values()):
         raise _error("config_groups", groups, "groups with the same weights")
     _check({**config, "format": format}, {"format": tuple(FORMATS), "ignore": NAMES})
     _check(weights, FORMATS[format])
-    bits, symmetric, group, block = (weights.get(x) for x in ("num_bits", "symmetric", "group_size", "block_structure"))
+    bits, symmetric, strategy = weights["num_bits"], weights.get("symmetric"), weights["strategy"]
+    group, block = weights.get("group_size"), weights.get("block_structure")
     if format == "pack-quantized":
         if bits == 8 and symmetric is False:
             raise _error("symmetric", symmetric, "true for 8 bits")
         reordered = weights.get("actorder") in ("group", "dynamic", True)
-        group = group if weights["strategy"] == "group" else None
+        group = group if strategy == "group" else None
         layout = layouts.packed(bits, group, symmetric is not False, reordered)
-    elif weights["strategy"] == "block" and block is None:
+    elif strategy == "block" and block is None:
         raise _error("block_structure", block, BLOCK.need)
     else:
-        block = block if weights["strategy"] == "block" else None
+        block = block if strategy == "block" else None
         layout = layouts.eight_bits("fp8" if weights.get("type") == "float" else "int8", block=block)
     dense = config.get("ignore") or ()
     for pattern in dense:
