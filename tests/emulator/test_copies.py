@@ -179,7 +179,11 @@ COPY = """mov.u32 %t, %tid.x; setp.eq.u32 %q, %t, 0; mov.b64 %m, map0; mov.u32 %
         ("1; bar.sync 0;", "1;", "race|no mbarrier at this address"),
         (TRY, "", "without a wait|no wait|unwritten|has no wait"),
         ("@!%p bra waitLoop;", "", "without a wait|no wait|unwritten|has no wait wrote|a phase is incomplete"),
-        ("bar.sync 0; @%q mbarrier.inval", "@%q mbarrier.inval", "race|no mbarrier at this address|the mbarrier of a copy is invalid"),
+        (
+            "bar.sync 0; @%q mbarrier.inval",
+            "@%q mbarrier.inval",
+            "race|no mbarrier at this address|the mbarrier of a copy is invalid",
+        ),
         ("ld.shared.b32 %f, [%s];", "st.shared.b64 [%b], %m;", "writes over an mbarrier"),
         ("@%q cp.async.bulk", "@%q st.shared.b32 [%s], %t; @%q cp.async.bulk", "no fence.proxy.async"),
         ("@%q mbarrier.inval.shared::cta.b64 [%b];", "@%q mbarrier.init.shared::cta.b64 [%b], 1;", "exists already"),
