@@ -1,44 +1,50 @@
-"""QuantizedWeight: its layout, its checks, and that no conversion touches its numbers."""
+"""QuantizedWeight: its layout, its checks, and its use in operations; and the PTX that unpacks it.
+
+An evaluator computes the PTX strings that are compiled, for every pair of 16-bit halves, without a GPU.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mixtral_triton import ops
+from mixtral_triton.kernels import unpack as ptx_unpack
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.quantized import BITS, QuantizedWeight, pack, sample_quantized, unit_columns, unpack
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.kernels.registry import OPS
+from tests.support.calls import Args, as_tuple, inputs, tensors
 
 CASES = [("int4", 256, 128), ("int4", 256, 64), ("int4", 128, 32), ("int4", 96, 32), ("int4", 80, 80)]
 CASES += [("int8", 80, 80), ("fp8", 300, 300), ("fp8", 256, 128)]
 
 
-def codes_of(format: str, *shape: int) -> torch.Tensor:
+def random_codes(format: str, *shape: int) -> torch.Tensor:
     codes = torch.randint(0, 1 << BITS[format], shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return codes.where((codes & 127) != 127, 0) if format == "fp8" else codes  # those are NaN
 
 
-def weight_of(format: str, K: int, group: int, zeros: torch.Tensor | None = None) -> QuantizedWeight:
-    codes = codes_of(format, 3, 5, K)
+def random_weight(format: str, K: int, group: int, zeros: torch.Tensor | None = None) -> QuantizedWeight:
     scales = torch.rand(3, 5, K // group, generator=torch.Generator().manual_seed(1)).half()
-    return QuantizedWeight(format, pack(codes, format, group), scales, zeros, (3, 5, K), group)
+    data = pack(random_codes(format, 3, 5, K), format, group)
+    return QuantizedWeight(format, data, scales, zeros, (3, 5, K), group)
 
 
 @pytest.mark.parametrize(("format", "K", "group"), CASES)
-def test_each_code_comes_back(format: str, K: int, group: int) -> None:
-    codes = codes_of(format, 3, 5, K)
+def test_unpack_inverts_pack(format: str, K: int, group: int) -> None:
+    codes = random_codes(format, 3, 5, K)
     data = pack(codes, format, group)
     assert data.dtype == torch.int16 and torch.equal(unpack(data, format, K, group), codes)
 
 
 @pytest.mark.parametrize(("format", "K", "group"), CASES)
-def test_a_field_is_a_tile_of_neighbouring_columns(format: str, K: int, group: int) -> None:
-    codes, bits = codes_of(format, K), BITS[format]
+def test_field_is_a_tile_of_neighbouring_columns(format: str, K: int, group: int) -> None:
+    codes, bits = random_codes(format, K), BITS[format]
     data, unit = pack(codes, format, group), unit_columns(format, K, group)
     J = unit * bits // 16
     for k in (0, 1, K // 2, K - 1):
@@ -48,41 +54,36 @@ def test_a_field_is_a_tile_of_neighbouring_columns(format: str, K: int, group: i
 
 def test_dequantize_is_code_minus_zero_times_scale() -> None:
     zeros = torch.randint(0, 16, (3, 5, 2)) + 128.0
-    weight = weight_of("int4", 256, 128, zeros.bfloat16())
-    codes, values = codes_of("int4", 3, 5, 256), weight.dequantize()
+    weight = random_weight("int4", 256, 128, zeros.bfloat16())
+    codes, values = random_codes("int4", 3, 5, 256), weight.dequantize()
     for e, n, k in ((0, 0, 0), (1, 4, 127), (2, 3, 128), (2, 4, 255)):
         want = (int(codes[e, n, k]) - (zeros[e, n, k // 128] - 128)) * weight.scales[e, n, k // 128].float()
         assert values[e, n, k] == want
-    assert weight_of("int8", 80, 80).dequantize().min() < 0 < weight_of("int4", 96, 32).dequantize().max()
+    assert random_weight("int8", 80, 80).dequantize().min() < 0 < random_weight("int4", 96, 32).dequantize().max()
 
 
 @pytest.mark.parametrize("rows", [1, 5, 200])
 @pytest.mark.parametrize("K", [80, 128, 300])
-def test_a_product_of_codes_errs_no_more_than_one_of_dequantized_numbers(K: int, rows: int) -> None:
-    weight = weight_of("int8", K, K)[1]
+def test_product_of_codes_is_as_exact_as_that_of_dequantized_values(K: int, rows: int) -> None:
+    weight = random_weight("int8", K, K)[1]
     x = torch.randn(rows, K, generator=torch.Generator().manual_seed(2)).bfloat16()
     exact = x.double() @ weight.dequantize().double().T
-    plain = torch.nn.functional.linear(x, weight.dequantize().bfloat16())
-    got = weight.product(x.view(1, rows, K))[0]
-    error, limit = ((y.double() - exact).abs().max() for y in (got, plain))
+    dequantized = torch.nn.functional.linear(x, weight.dequantize().bfloat16())
+    error, limit = ((y.double() - exact).abs().max() for y in (weight.product(x.view(1, rows, K))[0], dequantized))
     assert error <= max(2 * limit, 2.0**-8 * exact.abs().max())
     assert torch.equal(weight.product(x.float()), x.float() @ weight.dequantize().T)
 
 
-def test_a_part_is_the_same_weight() -> None:
-    weight = weight_of("int4", 96, 32)
-    assert torch.equal(weight[1].dequantize(), weight.dequantize()[1]) and len(weight[1:]) == 2
-
-
-def test_no_conversion_rounds_it() -> None:
-    weight = weight_of("int4", 96, 32)
+def test_slices_and_conversions_keep_the_values() -> None:
+    weight = random_weight("int4", 96, 32)
     before = weight.dequantize()
+    assert torch.equal(weight[1].dequantize(), before[1]) and len(weight[1:]) == 2
     assert torch.equal(torch.nn.Sequential(weight).to(torch.bfloat16)[0].dequantize(), before)
     assert weight.to("meta").data.is_meta
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"format": "int3"}, "format is 'int3'"),
         ({"group": 48}, "do not divide"),
@@ -93,72 +94,175 @@ def test_no_conversion_rounds_it() -> None:
         ({"zeros": torch.zeros(3, 5, 4)}, "bfloat16"),
     ],
 )
-def test_a_wrong_part_is_named(changes: dict[str, object], says: str) -> None:
+def test_wrong_part_raises_value_error(changes: dict[str, object], message: str) -> None:
     args = {"format": "int4", "data": torch.zeros(3, 5, 32, dtype=torch.int16), "scales": torch.zeros(3, 5, 4)}
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         QuantizedWeight(**args | {"zeros": None, "shape": (3, 5, 128), "group": 32} | changes)  # type: ignore[arg-type]
 
 
-# as an argument of operations
+# As an argument of operations
+
+EXPERTS = Shape(T=5, H=128, I=96, E=4, K=2, gate_up="int4:32", down="int8")
+SIZES = {
+    "linear": Shape(T=3, H=128, N=40, weight="int4:64"),
+    "expert_swiglu": EXPERTS,
+    "experts_add_rms_norm": EXPERTS,
+}
 
 
-def call(name: str, device: str = "cpu") -> dict[str, Any]:
-    sizes = {"linear": Shape(T=3, H=128, N=40, weight="int4:64")}
-    experts = Shape(T=5, H=128, I=96, E=4, K=2, gate_up="int4:32", down="int8")
-    return OPS[name].inputs(sizes.get(name, experts), torch.float32, device, torch.Generator().manual_seed(0))
-
-
-NAMES = ("linear", "expert_swiglu", "experts_add_rms_norm")
+def arguments(name: str, device: str = "cpu") -> Args:
+    return inputs(name, SIZES[name], device, torch.float32)
 
 
 def first(out: Any) -> torch.Tensor:
-    return out[0] if isinstance(out, tuple) else out
+    return as_tuple(out)[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_operation_takes_it_as_it_takes_the_dense_one(name: str) -> None:
-    args = call(name)
+@pytest.mark.parametrize("name", SIZES)
+def test_operation_of_a_quantized_weight_equals_that_of_its_values(name: str) -> None:
+    args = arguments(name)
     dense = {key: x.dequantize() if isinstance(x, QuantizedWeight) else x for key, x in args.items()}
-    got, want = (first(getattr(ops, name)(**given)) for given in (args, dense))
+    got, want = (first(getattr(ops, name)(**one)) for one in (args, dense))
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
-    direct = first(getattr(ops.unchecked, name)(**args))
-    assert torch.equal(got, direct)
+    assert torch.equal(got, first(getattr(ops.unchecked, name)(**args)))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="what a graph holds are the operators, whatever runs in them")
-@pytest.mark.parametrize("name", NAMES)
-def test_the_compiler_sees_one_operator(name: str) -> None:
-    args = call(name)
-    tensors = {key: x for key, x in args.items() if isinstance(x, torch.Tensor)}
-    rest = {key: x for key, x in args.items() if key not in tensors}
-    compiled = torch.compile(
-        lambda given: first(getattr(ops, name)(**given, **rest)) * 2, fullgraph=True, backend="aot_eager"
-    )
-    assert torch.equal(compiled(tensors), first(getattr(ops, name)(**args)) * 2)
+@pytest.mark.skipif(INTERPRETED, reason="graphs hold the operators: run once, without the interpreter")
+@pytest.mark.parametrize("name", SIZES)
+def test_compiled_operation_of_a_quantized_weight(name: str) -> None:
+    args, call = arguments(name), getattr(ops, name)
+    parts = {key: x for key, x in args.items() if key not in tensors(args)}
+    compiled = torch.compile(lambda args: first(call(**args, **parts)) * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(tensors(args)), first(call(**args)) * 2)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_its_launches_are_recorded(name: str) -> None:
+@pytest.mark.parametrize("name", SIZES)
+def test_launches_of_quantized_weights_are_recorded(name: str) -> None:
     with record_launches() as launches:
-        getattr(ops, name)(**call(name, "meta"))
+        getattr(ops, name)(**arguments(name, "meta"))
     formats = {launch.constexprs["LAYOUT"][0] for launch in launches if "LAYOUT" in launch.constexprs}
     assert formats == ({"int4"} if name == "linear" else {"int4", "int8"})
 
 
-def test_a_wrong_one_is_named() -> None:
+def test_wrong_quantized_weight_raises_value_error() -> None:
     x = torch.ones(3, 128)
-    with pytest.raises(
-        ValueError, match=r"linear: argument 'weight' is of shape \[40, 96\], needs \[N H\] with H = 128"
-    ):
-        ops.linear(x, sample_quantized("int8", 40, 96, device="cpu"))
+    ops.linear(**arguments("linear"))  # a cached check must not let another layout pass
+    for weights, columns in (("int8", 96), ("int4:64", 64)):
+        message = rf"linear: argument 'weight' is of shape \[40, {columns}\], needs \[N H\] with H = 128"
+        with pytest.raises(ValueError, match=message):
+            ops.linear(x, sample_quantized(weights, 40, columns, device="cpu"))
     with pytest.raises(ValueError, match="linear: argument 'weight' is on meta"):
         ops.linear(x, sample_quantized("int8", 40, 128, device="meta"))
     with pytest.raises(ValueError, match="route: argument 'logits' is a QuantizedWeight"):
         ops.route(sample_quantized("int8", 3, 8, device="cpu"), 2)  # type: ignore[arg-type]
 
 
-def test_a_check_that_passed_does_not_let_another_layout_pass() -> None:
-    args = call("linear")
-    ops.linear(**args)
-    with pytest.raises(ValueError, match="'weight'"):
-        ops.linear(args["x"], sample_quantized("int4:64", 40, 64, device="cpu"))
+# The PTX that unpacks the weights
+
+HALVES = np.arange(1 << 16, dtype=np.uint32)
+FLOATS = {"BF16": torch.bfloat16, "FP16": torch.float16}
+BIAS = {"BF16": 128, "FP16": 1024}  # of int4
+
+
+def lop3(a: Any, b: Any, c: Any, table: int) -> Any:
+    """Bit 4a + 2b + c of the table, for each bit of the words."""
+    out = np.zeros_like(a | b | c)
+    for row in range(8):
+        if table >> row & 1:
+            x, y, z = (word if row >> place & 1 else ~word for word, place in ((a, 2), (b, 1), (c, 0)))
+            out |= x & y & z
+    return out
+
+
+def to_halves(words: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The low and high halves of words as floats, in fp64."""
+    parts = [((words >> shift) & 0xFFFF).astype(np.uint16).view(np.int16) for shift in (0, 16)]
+    return [torch.from_numpy(part.copy()).view(dtype).double() for part in parts]
+
+
+def to_words(halves: list[torch.Tensor], dtype: torch.dtype) -> Any:
+    low, high = (half.to(dtype).view(torch.int16).numpy().view(np.uint16).astype(np.uint32) for half in halves)
+    return low | high << 16
+
+
+def fma(a: Any, b: Any, c: Any, dtype: torch.dtype) -> Any:
+    """Round once: in fp64 the product of two halves is exact, and so are the sums here."""
+    parts = zip(*(to_halves(word, dtype) for word in (a, b, c)), strict=True)
+    return to_words([x * y + z for x, y, z in parts], dtype)
+
+
+OPCODES = {
+    "mov.b32": lambda a: a,
+    "shl.b32": lambda a, b: a << b,
+    "shr.b32": lambda a, b: a >> b,
+    "and.b32": lambda a, b: a & b,
+    "fma.rn.bf16x2": lambda a, b, c: fma(a, b, c, torch.bfloat16),
+    "fma.rn.f16x2": lambda a, b, c: fma(a, b, c, torch.float16),
+}
+
+
+def evaluate(ptx: str, *words: Any) -> Any:
+    """$0 of a piece of PTX for arrays $1, $2, ... of 32-bit words."""
+    registers: dict[str, Any] = {f"${number}": word for number, word in enumerate(words, 1)}
+    size = max(np.size(word) for word in words)
+
+    def operand(text: str) -> Any:
+        value = registers[text] if text in registers else np.uint32(int(text, 0))
+        return np.broadcast_to(value, (size,)).astype(np.uint32)
+
+    body = re.fullmatch(r"\{ \.reg \.b32 [a-z, ]+; (.*) \}", ptx)
+    assert body, ptx
+    for line in filter(None, map(str.strip, body[1].split(";"))):
+        opcode, rest = line.split(" ", 1)
+        target, *names = (name.strip() for name in rest.split(","))
+        if opcode == "lop3.b32":
+            registers[target] = lop3(*map(operand, names[:3]), int(names[3], 0))
+        else:
+            registers[target] = OPCODES[opcode](*map(operand, names))
+    return registers["$0"]
+
+
+def expected_field(format: str, number: int) -> torch.Tensor:
+    """The value of field `number` of each half, as torch reads it; of int4 the code."""
+    if format == "INT4":
+        return torch.from_numpy(HALVES >> (4 * number) & 15).double()
+    codes = torch.from_numpy((HALVES >> (8 * number) & 255).astype(np.uint8))
+    return codes.view(torch.int8).double() if format == "INT8" else codes.view(torch.float8_e4m3fn).double()
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("format", ["INT4", "INT8", "FP8"])
+def test_ptx_unpacks_every_half(format: str, name: str) -> None:
+    """Each of the 65,536 values is the low half and the high half beside another value: no bit leaks."""
+    ptx = getattr(ptx_unpack, f"{format}_{name}").value
+    neighbours = np.random.default_rng(0).permutation(HALVES)
+    for number in range(4 if format == "INT4" else 2):
+        shift = np.uint32(8 - 8 * number if format == "FP8" else (4 if format == "INT4" else 8) * number)
+        want = expected_field(format, number) + (BIAS[name] if format == "INT4" else 0)
+        finite = want.isfinite()  # codes 0x7F and 0xFF of fp8 are NaN, and rejected where weights are made
+        for place, words in enumerate((HALVES | neighbours << 16, neighbours | HALVES << 16)):
+            got = to_halves(evaluate(ptx, words, shift), FLOATS[name])[place]
+            assert torch.equal(got[finite], want[finite])
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_ptx_subtracts_zeros_and_multiplies_by_scales(name: str) -> None:
+    """The difference is exact, the product rounded once."""
+    dtype, bias = FLOATS[name], BIAS[name]
+    codes, zeros = (x.flatten() for x in torch.meshgrid(*[torch.arange(16.0).double()] * 2, indexing="ij"))
+    words = to_words([codes + bias, codes.flip(0) + bias], dtype), to_words([zeros + bias, zeros.flip(0) + bias], dtype)
+    minus = evaluate(getattr(ptx_unpack, f"MINUS_{name}").value, *words)
+    assert torch.equal(to_halves(minus, dtype)[0], codes - zeros)
+    scales = torch.rand(256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    times = evaluate(getattr(ptx_unpack, f"TIMES_{name}").value, minus, to_words([scales, scales], dtype))
+    assert torch.equal(to_halves(times, dtype)[0].to(dtype), ((codes - zeros) * scales.double()).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"), [("0x43004300", "0x43004380"), ("0xEA", "0xE8"), ("0x000F000F", "0x000F001F")]
+)
+def test_wrong_constant_in_the_ptx_is_caught(right: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert right in ptx_unpack.INT4_BF16.value
+    monkeypatch.setattr(ptx_unpack.INT4_BF16, "value", ptx_unpack.INT4_BF16.value.replace(right, wrong))
+    with pytest.raises(AssertionError):
+        test_ptx_unpacks_every_half("INT4", "BF16")
