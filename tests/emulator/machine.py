@@ -80,6 +80,7 @@ class Code:
         return self.program.labels[name]
 
 
+Grid = tuple[int, int, int]
 Queue = dict[int, Any]  # by the start of a basic block, a mask of lanes; None: all
 
 
@@ -217,7 +218,7 @@ class Machine:
     memory: Global
     params: Params
     shared_size: int
-    grid: tuple[int, int, int]
+    grid: Grid
     blocks: Array  # [blocks, 3]
     warps: int
     fenced_copies: bool = True
@@ -279,13 +280,7 @@ class Machine:
 
 
 def execute(
-    code: Code,
-    schedule: Schedule,
-    grid: tuple[int, int, int],
-    memory: Global,
-    params: Params,
-    shared_size: int,
-    fenced_copies: bool = True,
+    code: Code, schedule: Schedule, grid: Grid, memory: Global, params: Params, shared: int, fenced_copies: bool = True
 ) -> None:
     """Execute all blocks of a launch, in batches."""
     warps, rest = divmod(code.program.threads, 32)
@@ -294,7 +289,7 @@ def execute(
     z, y, x = np.meshgrid(*(np.arange(n) for n in reversed(grid)), indexing="ij")
     blocks = np.stack((x, y, z), -1).reshape(-1, 3)
     blocks = blocks[::-1] if schedule.backwards else blocks
-    most = max(1, min(MAX_LANES // (32 * warps), MAX_SHARED // max(shared_size, 1)))
+    most = max(1, min(MAX_LANES // (32 * warps), MAX_SHARED // max(shared, 1)))
     for begin in range(0, len(blocks), most):
         batch = blocks[begin : begin + most]
-        Machine(code, schedule, memory, params, shared_size, grid, batch, warps, fenced_copies).run()
+        Machine(code, schedule, memory, params, shared, grid, batch, warps, fenced_copies).run()

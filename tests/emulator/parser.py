@@ -30,12 +30,9 @@ class Imm:
 
 @dataclass(frozen=True)
 class Symbol:
-    """A parameter, shared memory, a label, or a special register."""
-
-    name: str
+    name: str  # of a parameter, shared memory, a label, or a special register
 
 
-@dataclass(frozen=True)
 class Sink:
     """The operand `_`."""
 
@@ -47,9 +44,7 @@ class Vector:
 
 @dataclass(frozen=True)
 class Pair:
-    """The operand `d|p`."""
-
-    items: tuple[Any, ...]
+    items: tuple[Any, ...]  # of the operand `d|p`
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,7 @@ _BY_REASON: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "another barrier precedes the loop and ends it": (("barrier", "cp.async.wait_group", "ldmatrix.sync"),),
     "it permutes ids that are counted together": (("swizzle", "gather_by_expert_kernel"),),
-    "no register of this product was written since the last fence": (
-        ("fence", "wgmma.commit_group", "wgmma.mma_async"),
-    ),
+    "no register of the product has changed since a fence": (("fence", "wgmma.commit_group", "wgmma.mma_async"),),
     "the same wait follows": (("wait", "commit", "cp.async.wait_group"),),
     "the reader of the sum waits for all products": (("wait", "wgmma.commit_group", "fence.proxy.async"),),
     "the loop that follows waits before it overwrites the operands or reads the sum": (

@@ -89,9 +89,8 @@ def test_results_equal_those_of_unlimited_integers(opcode: str) -> None:
 
 def test_shifts_by_constants_clamp() -> None:
     x = samples(32, 32)
-    got = run(
-        "shl.b32 %a, %x, 40; shr.s32 %b, %x, 40; shr.u32 %c, %x, 7;", {"%x": x}, dict.fromkeys(("%a", "%b", "%c"), 32)
-    )
+    body = "shl.b32 %a, %x, 40; shr.s32 %b, %x, 40; shr.u32 %c, %x, 7;"
+    got = run(body, {"%x": x}, {"%a": 32, "%b": 32, "%c": 32})
     assert (got["%a"] == 0).all() and (got["%b"] == np.where(x >> 31, 2**32 - 1, 0)).all()
     assert (got["%c"] == x // 128).all()
 

@@ -93,19 +93,11 @@ def small(sizes: Mapping[str, Any]) -> Shape:
     reduced = {key: min(most.get(key, size), size) for key, size in full.items() if isinstance(size, int)}
     reduced |= {key: value for key, value in full.items() if not isinstance(value, int)}
     if "T" in reduced:
-        reduced["T"] = min(
-            reduced["T"], 300 if "B" in reduced else TOKENS if "I" in reduced else 600 if "H" in reduced else 2048
-        )
-    if "B" in reduced:
-        reduced["B"] = min(reduced["B"], 2)
-    for key in ("S", "C"):
-        if key in reduced:
-            reduced[key] = min(reduced[key], 300 if reduced["T"] > 1 else 600)
-    if "window" in reduced:
-        reduced["window"] = min(reduced["window"], 200)
-    if "past" in reduced:
-        reduced["past"] = min(reduced["past"], reduced.get("C", 300) - 1)
-    return Shape(reduced)
+        tokens = 300 if "B" in reduced else TOKENS if "I" in reduced else 600 if "H" in reduced else 2048
+        reduced["T"] = min(reduced["T"], tokens)
+    keys = 300 if reduced.get("T", 1) > 1 else 600
+    bounds = {"B": 2, "S": keys, "C": keys, "window": 200, "past": min(keys, full.get("C", 300)) - 1}
+    return Shape(reduced | {key: min(reduced[key], most) for key, most in bounds.items() if key in reduced})
 
 
 def of_8x7b(op: Op) -> list[Shape]:

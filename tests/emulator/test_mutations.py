@@ -61,10 +61,7 @@ TRIALS = [
     Case("attention", {**ATTENTION, "window": 600}),
     Case("attention", {**ATTENTION, "T": 1, "Hq": 16}),
     Case("rms_norm_gate_route", {"T": 16, "H": 600, "E": 16, "K": 2}),
-    Case(
-        "rope_append_attention",
-        {"B": 1, "T": 1, "Hq": 16, "Hkv": 1, "D": 64, "C": 700, "window": 0, "past": 690},
-    ),
+    Case("rope_append_attention", {"B": 1, "T": 1, "Hq": 16, "Hkv": 1, "D": 64, "C": 700, "window": 0, "past": 690}),
 ]
 
 
