@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -90,15 +89,14 @@ def test_warps_may_store_equal_values() -> None:
 
 
 def box_of(tensor: np.ndarray, corner: tuple[int, ...], box: tuple[int, ...], span: int) -> np.ndarray:
-    """Return the swizzled box as bytes, element by element; dimensions and coordinates innermost first."""
+    """Return the swizzled box as bytes; dimensions and coordinates innermost first."""
     out = np.full(4096, 0xFF, np.uint8).view(np.uint16)
-    sizes = tensor.shape[::-1]
-    for number, index in enumerate(itertools.product(*(range(n) for n in reversed(box)))):
-        at = tuple(c + i for c, i in zip(corner, reversed(index), strict=True))
-        inside = all(0 <= a < n for a, n in zip(at, sizes, strict=True))
-        address = SHARED_BASE + 2 * number
-        address ^= (address >> 7 & span // 16 - 1) << 4 if span else 0
-        out[(address - SHARED_BASE) // 2] = tensor[tuple(reversed(at))] if inside else 0
+    margin = 100  # of zeros around the tensor
+    ranges = (slice(margin + c, margin + c + n) for c, n in zip(corner[::-1], box[::-1], strict=True))
+    values = np.pad(tensor, margin)[tuple(ranges)].reshape(-1)
+    address = SHARED_BASE + 2 * np.arange(values.size)
+    address ^= (address >> 7 & span // 16 - 1) << 4 if span else 0
+    out[(address - SHARED_BASE) // 2] = values
     return out.view(np.uint8)
 
 

@@ -24,14 +24,9 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 def rounded(x: Fraction, kind: str) -> float:
     """Round to the nearest number of the format, ties to even."""
     precision, least, most = FORMATS[kind]
-    if x == 0:
-        return 0.0
-    exponent = max(least, math.frexp(abs(float(x)))[1] - 1 if abs(x) > Fraction(1, 2**1000) else least)
-    while abs(x) >= Fraction(2) ** (exponent + 1):
-        exponent += 1
-    while exponent > least and abs(x) < Fraction(2) ** exponent:
-        exponent -= 1
-    unit = Fraction(2) ** (exponent - precision + 1)
+    exponent = abs(x.numerator).bit_length() - x.denominator.bit_length()
+    exponent -= abs(x) < Fraction(2) ** exponent
+    unit = Fraction(2) ** (max(least, exponent) - precision + 1)
     out = round(x / unit) * unit
     return float(out) if abs(out) < Fraction(2) ** (most + 1) else math.copysign(math.inf, out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import numpy as np
@@ -33,6 +34,10 @@ def add_halves(a: int, b: int) -> int:
     return (a + b) % 2**16 + ((a >> 16) + (b >> 16)) % 2**16 * 2**16
 
 
+BINARY: dict[str, Callable[..., int]] = {
+    "add": operator.add, "sub": operator.sub, "mul.lo": operator.mul, "min": min, "max": max, "div": toward_zero,
+    "rem": lambda a, b: a - (b or 3) * toward_zero(a, b),
+}  # fmt: skip
 # opcode: the types of its operands, the type of the result, a formula
 CASES: dict[str, tuple[list[str], str, Callable[..., int]]] = {
     "max.relu.s32": (["s32"] * 2, "s32", lambda a, b: max(a, b, 0)),
@@ -41,18 +46,7 @@ CASES: dict[str, tuple[list[str], str, Callable[..., int]]] = {
     "popc.b64": (["u64"], "u32", lambda a: a.bit_count()),
 }
 for _kind in TYPES:
-    CASES |= {
-        f"{name}.{_kind}": ([_kind] * 2, _kind, formula)
-        for name, formula in {
-            "add": lambda a, b: a + b,
-            "sub": lambda a, b: a - b,
-            "mul.lo": lambda a, b: a * b,
-            "min": min,
-            "max": max,
-            "div": toward_zero,
-            "rem": lambda a, b: a - (b or 3) * toward_zero(a, b),
-        }.items()
-    }
+    CASES |= {f"{name}.{_kind}": ([_kind] * 2, _kind, formula) for name, formula in BINARY.items()}
 for _kind in NARROW:
     _bits, _wide = int(_kind[1:]), f"{_kind[0]}{2 * int(_kind[1:])}"
     CASES[f"mul.wide.{_kind}"] = [_kind] * 2, _wide, lambda a, b: a * b
@@ -61,9 +55,8 @@ for _kind in NARROW:
     CASES[f"mad.lo.{_kind}"] = [_kind] * 3, _kind, lambda a, b, c: a * b + c
 for _bits in (16, 32, 64):
     _u, _s = f"u{_bits}", f"s{_bits}"
-    CASES[f"and.b{_bits}"] = [_u] * 2, _u, lambda a, b: a & b
-    CASES[f"or.b{_bits}"] = [_u] * 2, _u, lambda a, b: a | b
-    CASES[f"xor.b{_bits}"] = [_u] * 2, _u, lambda a, b: a ^ b
+    for _name, _formula in (("and", operator.and_), ("or", operator.or_), ("xor", operator.xor)):
+        CASES[f"{_name}.b{_bits}"] = [_u] * 2, _u, _formula
     CASES[f"not.b{_bits}"] = [_u], _u, lambda a: ~a
     CASES[f"neg.{_s}"] = [_s], _u, lambda a: -a
     CASES[f"abs.{_s}"] = [_s], _u, abs

@@ -104,17 +104,13 @@ def write_tile(matrix: np.ndarray, kind: str, start: int, span: int, transposed:
     K contiguous: rows of `span` bytes, of which 32 belong to the tile, in groups of eight. Transposed: for each k,
     `span` bytes of rows.
     """
-    packed, table = halves(matrix, kind), memory.view(np.uint16)
-    for r in range(len(matrix)):
-        for k in range(16):
-            if transposed:
-                per = span // 2
-                offset = r // per * 16 * span + 2 * (r % per) + k // 8 * 8 * span + k % 8 * span
-            else:
-                offset = r // 8 * 8 * span + r % 8 * span + 2 * k
-            address = start + offset
-            address ^= (address >> 7 & span // 16 - 1) << 4
-            table[(address - SHARED_BASE) // 2] = packed[r, k]
+    (r, k), per = np.indices(matrix.shape), span // 2
+    if transposed:
+        address = start + r // per * 16 * span + 2 * (r % per) + k // 8 * 8 * span + k % 8 * span
+    else:
+        address = start + r // 8 * 8 * span + r % 8 * span + 2 * k
+    address ^= (address >> 7 & span // 16 - 1) << 4
+    memory.view(np.uint16)[(address - SHARED_BASE) // 2] = halves(matrix, kind)
     return descriptor(start, 16 * span if transposed else 16, 8 * span, span)
 
 
