@@ -183,12 +183,12 @@ class Frame:
         if rest.any():
             join(self.at_mbarrier, block.begin, rest)
 
-    def count_arrived(self) -> Array:
-        """[blocks]: how many lanes wait at a barrier or are done."""
-        arrived = self.done.copy()
+    def barred(self) -> Array:
+        """Return the lanes that wait at the block's barrier."""
+        lanes = np.zeros(self.n, bool)
         for mask in self.at_barrier.values():
-            arrived |= True if mask is None else mask
-        return arrived.reshape(-1, self.per_block).sum(1)
+            lanes |= True if mask is None else mask
+        return lanes
 
     def release(self, blocks: Array) -> None:
         """Release the lanes of these blocks from the barrier."""
@@ -250,12 +250,12 @@ class Machine:
         self.barriers.check_end()
 
     def _release(self) -> bool:
-        complete = sum(frame.count_arrived() for frame in self.frames) == self.warps * 32
-        waits = np.zeros(len(self.blocks), bool)
+        barred, arrived = np.zeros(len(self.blocks), int), np.zeros(len(self.blocks), int)
         for frame in self.frames:
-            for mask in frame.at_barrier.values():
-                waits |= True if mask is None else mask.reshape(-1, frame.per_block).any(1)
-        released = complete & waits
+            lanes = frame.barred()
+            barred += lanes.reshape(-1, frame.per_block).sum(1)
+            arrived += (lanes | frame.done).reshape(-1, frame.per_block).sum(1)
+        released = (barred > 0) & (arrived == self.warps * 32)
         if not released.any():
             return False
         self.log.barrier(released)

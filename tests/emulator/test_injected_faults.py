@@ -57,7 +57,7 @@ EXPERTS = Shape(T=70, H=64, I=48, E=2, K=2)
 
 @pytest.mark.parametrize("schedule", [None, *SCHEDULES], ids=lambda schedule: schedule.name if schedule else "all")
 def test_wrong_tma_swizzle_is_detected(schedule: Any, ptx_emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with ptx_emulator(schedules=[schedule] if schedule else None):
+    with ptx_emulator(schedules=[schedule] if schedule else SCHEDULES):
         run("expert_swiglu", EXPERTS)
         monkeypatch.setattr(launch, "SWIZZLE_SPANS", (None, 64, 128, 64))
         with pytest.raises((AssertionError, Fault)):
