@@ -11,7 +11,7 @@ import torch
 from mixtral_triton import KVCache, Mixtral, apply, ops
 from tests.support.models import random_model
 from tests.support.stub.driver import LaunchError
-from tests.support.stub.tensors import Looks
+from tests.support.stub.tensors import HostSync
 
 OTHER = torch.device("cuda", 1)  # the current one is cuda:0
 IDS = torch.tensor([[3, 5, 7, 1], [2, 9, 11, 4]])
@@ -68,11 +68,11 @@ def test_forward_does_not_synchronize(gpu: Any) -> None:
     model, ids = build("cuda:0"), IDS.to("cuda:0")
     cache = KVCache(model.config, batch=2, device="cuda:0", dtype=torch.float32)
     lengths = torch.tensor([4, 2]).to("cuda:0")
-    with gpu.no_looks():
+    with gpu.no_syncs():
         model(ids)
         model(ids, cache=cache, lengths=lengths)
         model(ids[:, :1], cache=cache)
-        with pytest.raises(Looks, match="__int__"):
+        with pytest.raises(HostSync, match="__int__"):
             int(lengths.max())
 
 
@@ -89,13 +89,13 @@ def test_generate_reads_back_once_a_prompt_and_once_a_token(gpu: Any) -> None:
     gpu.driver.executes = False
     model = build("cuda:0")
     prompts = [row.to("cuda:0") for row in IDS]
-    gpu.looks.clear()
+    gpu.syncs.clear()
     model.generate(prompts, max_new_tokens=6)
-    free = len([look for look in gpu.looks if look != "synchronize"])
-    gpu.looks.clear()
+    free = len([sync for sync in gpu.syncs if sync != "synchronize"])
+    gpu.syncs.clear()
     model.generate(prompts, max_new_tokens=6, eos_token_id=23)
     assert free == 2, "the prompt, and the text at the end"
-    assert len([look for look in gpu.looks if look != "synchronize"]) <= free + 6
+    assert len([sync for sync in gpu.syncs if sync != "synchronize"]) <= free + 6
 
 
 def test_an_applied_model_over_two_gpus(gpu: Any, make_hf: Any) -> None:

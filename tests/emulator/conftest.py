@@ -29,43 +29,35 @@ A100 = {
 PROPERTIES: dict[str, dict[str, Any]] = {"sm_90": {}, "sm_80": A100}
 
 
-@contextmanager
-def emulated(arch: str, schedules: Sequence[Any] | None) -> Iterator[Any]:
-    """Simulate a GPU whose driver loads PTX, with a kernel cache of its own."""
+@pytest.fixture
+def ptx_emulator(covers: Any) -> Callable[..., AbstractContextManager[Any]]:
+    """ptx_emulator(arch="sm_90", schedules=None): within the block, a simulated GPU; its coverage is reported."""
+    if INTERPRETED or torch.cuda.is_available():
+        pytest.skip("simulates a GPU in a compiling process on a machine without one")
     import triton
     from triton.backends.nvidia.compiler import CUDABackend
 
     from ..support.stub.gpu import gpu
     from .launch import Executor
     from .machine import SCHEDULES
+    from .report import coverage
 
     def make_cubin(self: Any, ptx: str, *rest: Any) -> bytes:
         return ptx.encode()
 
-    cache = os.path.join(triton.knobs.cache.dir, "ptx")
-    with (
-        mock.patch.object(CUDABackend, "make_cubin", make_cubin),
-        mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache),
-        gpu(1, **PROPERTIES[arch]) as device,
-    ):
-        # PTX's memory model requires a fence between cp.async and wgmma: Triton 3.9 emits it, 3.6 does not.
-        fenced = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
-        device.driver.execute = Executor(schedules or SCHEDULES, fenced_copies=fenced)
-        yield device
-
-
-@pytest.fixture
-def ptx_emulator(covers: Any) -> Callable[..., AbstractContextManager[Any]]:
-    """ptx_emulator(arch="sm_90", schedules=None): within the block, a simulated GPU; its coverage is reported."""
-    if INTERPRETED or torch.cuda.is_available():
-        pytest.skip("simulates a GPU in a compiling process on a machine without one")
-    from .report import coverage
-
     @contextmanager
-    def run_emulated(arch: str = "sm_90", schedules: Sequence[Any] | None = None) -> Iterator[Any]:
-        with emulated(arch, schedules) as gpu:
-            yield gpu
-            for kind, line in coverage(gpu.driver.execute):
+    def emulated(arch: str = "sm_90", schedules: Sequence[Any] = SCHEDULES) -> Iterator[Any]:
+        cache = os.path.join(triton.knobs.cache.dir, "ptx")  # the driver loads PTX in place of a cubin
+        with (
+            mock.patch.object(CUDABackend, "make_cubin", make_cubin),
+            mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache),
+            gpu(1, **PROPERTIES[arch]) as machine,
+        ):
+            # PTX's memory model requires a fence between cp.async and wgmma: Triton 3.9 emits it, 3.6 does not.
+            fenced = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
+            machine.driver.execute = Executor(schedules, fenced_copies=fenced)
+            yield machine
+            for kind, line in coverage(machine.driver.execute):
                 covers(kind, line)
 
-    return run_emulated
+    return emulated

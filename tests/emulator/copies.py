@@ -1,4 +1,4 @@
-"""Asynchronous copies to shared memory: cp.async and its groups, mbarriers, TMA (PTX ISA 9.7.9.25-27, 9.7.13)."""
+"""Asynchronous copies to shared memory: cp.async and its groups, mbarriers, TMA (PTX ISA, sections 9.7.9, 9.7.13)."""
 
 from __future__ import annotations
 

@@ -50,13 +50,13 @@ def fma32(a: Any, b: Any, c: Any) -> Array:
     return out
 
 
-def widen(bits: Any, kind: str) -> Array:
+def to_fp32(bits: Any, kind: str) -> Array:
     """Convert the bits of a 16-bit float to fp32."""
     bits = np.asarray(bits)
     return (bits.astype(U32) << U32(16)).view(F32) if kind == "bf16" else bits.view(np.float16).astype(F32)
 
 
-def narrow(x: Any, kind: str) -> Array:
+def from_fp32(x: Any, kind: str) -> Array:
     """Convert fp32, of fp16 also fp64, to the bits of a 16-bit float: to nearest, ties to even."""
     x = np.asarray(x)
     if kind == "f16":
@@ -69,12 +69,12 @@ def narrow(x: Any, kind: str) -> Array:
 
 def fma16(a: Any, b: Any, c: Any, kind: str) -> Array:
     """Bits of bf16 or fp16, rounded once."""
-    x, y, z = (widen(bits, kind).astype(F64) for bits in (a, b, c))
+    x, y, z = (to_fp32(bits, kind).astype(F64) for bits in (a, b, c))
     exact = round_to_odd(*two_sum(x * y, z))
     if kind == "bf16":
         single = exact.astype(F32)
         exact = round_to_odd(single, (exact - single).astype(F32))
-    return narrow(exact, kind)
+    return from_fp32(exact, kind)
 
 
 def _extreme(pick: Callable[[Any, Any], Any], zeros: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Array]:
@@ -140,7 +140,7 @@ def _halves(function: Callable[..., Array], *pairs: Array) -> Array:
 
 
 def _in_fp32(function: Callable[[Any, Any], Any]) -> Callable[..., Array]:
-    return lambda a, b, kind: narrow(function(widen(a, kind), widen(b, kind)), kind)
+    return lambda a, b, kind: from_fp32(function(to_fp32(a, kind), to_fp32(b, kind)), kind)
 
 
 SIXTEEN_BITS: dict[str, tuple[int, Callable[..., Array]]] = {
@@ -154,7 +154,7 @@ SIXTEEN_BITS |= {
 
 
 def _cvt_pair(high: Array, low: Array, kind: str) -> Array:
-    return narrow(high, kind).astype(U32) << U32(16) | narrow(low, kind)
+    return from_fp32(high, kind).astype(U32) << U32(16) | from_fp32(low, kind)
 
 
 def _cvt_to_integer(a: Array, kind: str) -> Array:
@@ -171,10 +171,10 @@ for _kind in HALVES:
         elementwise(f"{_name}.{_kind}x2", partial(_halves, _single), *["b32"] * _arity)
     for _name, _compare in COMPARE.items():
         elementwise(
-            f"{_name}.{_kind}", lambda a, b, c=_compare, kind=_kind: c(widen(a, kind), widen(b, kind)), "b16", "b16"
+            f"{_name}.{_kind}", lambda a, b, c=_compare, kind=_kind: c(to_fp32(a, kind), to_fp32(b, kind)), "b16", "b16"
         )
-    elementwise(f"cvt.f32.{_kind}", partial(widen, kind=_kind), "b16")
-    elementwise(f"cvt.rn.{_kind}.f32", partial(narrow, kind=_kind), "f32")
+    elementwise(f"cvt.f32.{_kind}", partial(to_fp32, kind=_kind), "b16")
+    elementwise(f"cvt.rn.{_kind}.f32", partial(from_fp32, kind=_kind), "f32")
     elementwise(f"cvt.rn.{_kind}x2.f32", partial(_cvt_pair, kind=_kind), "f32", "f32")
 by_type({"cvt.rn.f32": lambda a: a.astype(F32)}, 1, "s32", "u32", "s64", "u64", "s16", "u16")
 for _kind in ("s32", "u32"):

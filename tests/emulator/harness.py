@@ -19,21 +19,13 @@ compiled_only = pytest.mark.skipif(INTERPRETED, reason="tests the emulator, whic
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.name)
 
 
-def source(body: str, registers: Mapping[str, int], threads: int = 32, params: str = "") -> str:
-    """Return the PTX of a kernel with registers of these widths."""
-    declared = "\n".join(f".reg .{'pred' if bits == 1 else f'b{bits}'} {name};" for name, bits in registers.items())
-    return f"""
-.version 8.8
+SOURCE = """.version 8.8
 .target sm_90a
 .address_size 64
 .extern .shared .align 16 .b8 global_smem[];
-.visible .entry unit({params})
+.visible .entry unit({maps})
 .reqntid {threads}
-{{
-{declared}
-{body}
-ret;
-}}
+{{ {registers} {body} ret; }}
 """
 
 
@@ -57,7 +49,8 @@ def run(
     widths = {name: 1 if value.dtype == bool else 8 * value.itemsize for name, value in inputs.items()}
     widths |= {name: bits for name, bits in (outputs or {}).items() if name not in widths}
     maps = ", ".join(f".param .align 64 .b8 map{i}[128]" for i in range(len(descriptors)))
-    program = parse(source(body, widths, threads, maps))
+    registers = " ".join(f".reg .{'pred' if bits == 1 else f'b{bits}'} {name};" for name, bits in widths.items())
+    program = parse(SOURCE.format(maps=maps, threads=threads, registers=registers, body=body))
     params = Params(program.params, [bytes(128)] * len(descriptors))
     params.descriptors = {f"map{i}": descriptor for i, descriptor in enumerate(descriptors)}
     memory = Global([Span(f"array {i}", x.ctypes.data, x.nbytes) for i, x in enumerate(arrays)])

@@ -61,6 +61,10 @@ def prmt(a: Array, b: Array, selectors: Array) -> Array:
     return np.asarray(out).astype(np.uint32)
 
 
+def mul_high(multiply: Callable[[Any, Any], Any], bits: int, a: Array, b: Array) -> Array:
+    return (multiply(a, b) >> bits).astype(UNSIGNED[bits])
+
+
 def shift(operation: Callable[[Any, Any], Any], signed: bool, a: Array, by: Array) -> Array:
     """Shift; by the width or more the result is zero, or of a signed number its sign."""
     width = a.dtype.itemsize * 8
@@ -91,12 +95,7 @@ for _kind in NARROW:
     _multiply = partial(np.multiply, dtype=TYPES[_wide])
     elementwise(f"mul.wide.{_kind}", _multiply, _kind, _kind)
     elementwise(f"mad.wide.{_kind}", lambda a, b, c, mul=_multiply: mul(a, b) + c, _kind, _kind, _wide)
-    elementwise(
-        f"mul.hi.{_kind}",
-        lambda a, b, mul=_multiply, bits=_bits: (mul(a, b) >> bits).astype(UNSIGNED[bits]),
-        _kind,
-        _kind,
-    )
+    elementwise(f"mul.hi.{_kind}", partial(mul_high, _multiply, _bits), _kind, _kind)
 for _kind in BITS:
     elementwise(f"shl.{_kind}", partial(shift, np.left_shift, False), _kind, "u32")
 for _kind in (*BITS, *INTS):

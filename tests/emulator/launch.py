@@ -40,18 +40,13 @@ def span_of(name: str, tensor: torch.Tensor) -> Span:
 
 
 def tensor_map(descriptor: TensorDescriptor, meta: Mapping[str, Any]) -> Descriptor:
-    size, strides = descriptor.base.element_size(), list(descriptor.strides)
+    size = descriptor.base.element_size()
     tf32 = getattr(descriptor, "round_f32_to_tf32", False)
     if descriptor.padding != "zero" or meta.get("is_im2col") or meta["fp4_padded"] or tf32:
         raise Unmodelled(f"tensor map of {meta}")
-    return Descriptor(
-        descriptor.base.data_ptr(),
-        size,
-        tuple(reversed(descriptor.shape)),
-        tuple(stride * size for stride in reversed(strides[:-1])),
-        tuple(reversed(meta["block_size"])),
-        SWIZZLE_SPANS[meta["swizzle"]] or 0,
-    )
+    sizes, box = tuple(descriptor.shape[::-1]), tuple(meta["block_size"][::-1])
+    strides = tuple(stride * size for stride in descriptor.strides[-2::-1])
+    return Descriptor(descriptor.base.data_ptr(), size, sizes, strides, box, SWIZZLE_SPANS[meta["swizzle"]] or 0)
 
 
 @dataclass

@@ -80,6 +80,7 @@ class Code:
         return self.program.labels[name]
 
 
+Grid = tuple[int, int, int]
 Queue = dict[int, Any]  # by the start of a basic block, a mask of lanes; None: all
 
 
@@ -182,12 +183,12 @@ class Frame:
         if rest.any():
             join(self.at_mbarrier, block.begin, rest)
 
-    def count_arrived(self) -> Array:
-        """[blocks]: how many lanes wait at a barrier or are done."""
-        arrived = self.done.copy()
+    def barred(self) -> Array:
+        """Return the lanes that wait at the block's barrier."""
+        lanes = np.zeros(self.n, bool)
         for mask in self.at_barrier.values():
-            arrived |= True if mask is None else mask
-        return arrived.reshape(-1, self.per_block).sum(1)
+            lanes |= True if mask is None else mask
+        return lanes
 
     def release(self, blocks: Array) -> None:
         """Release the lanes of these blocks from the barrier."""
@@ -217,7 +218,7 @@ class Machine:
     memory: Global
     params: Params
     shared_size: int
-    grid: tuple[int, int, int]
+    grid: Grid
     blocks: Array  # [blocks, 3]
     warps: int
     fenced_copies: bool = True
@@ -249,12 +250,12 @@ class Machine:
         self.barriers.check_end()
 
     def _release(self) -> bool:
-        complete = sum(frame.count_arrived() for frame in self.frames) == self.warps * 32
-        waits = np.zeros(len(self.blocks), bool)
+        barred, arrived = np.zeros(len(self.blocks), int), np.zeros(len(self.blocks), int)
         for frame in self.frames:
-            for mask in frame.at_barrier.values():
-                waits |= True if mask is None else mask.reshape(-1, frame.per_block).any(1)
-        released = complete & waits
+            lanes = frame.barred()
+            barred += lanes.reshape(-1, frame.per_block).sum(1)
+            arrived += (lanes | frame.done).reshape(-1, frame.per_block).sum(1)
+        released = (barred > 0) & (arrived == self.warps * 32)
         if not released.any():
             return False
         self.log.barrier(released)
@@ -279,13 +280,7 @@ class Machine:
 
 
 def execute(
-    code: Code,
-    schedule: Schedule,
-    grid: tuple[int, int, int],
-    memory: Global,
-    params: Params,
-    shared_size: int,
-    fenced_copies: bool = True,
+    code: Code, schedule: Schedule, grid: Grid, memory: Global, params: Params, shared: int, fenced_copies: bool = True
 ) -> None:
     """Execute all blocks of a launch, in batches."""
     warps, rest = divmod(code.program.threads, 32)
@@ -294,7 +289,7 @@ def execute(
     z, y, x = np.meshgrid(*(np.arange(n) for n in reversed(grid)), indexing="ij")
     blocks = np.stack((x, y, z), -1).reshape(-1, 3)
     blocks = blocks[::-1] if schedule.backwards else blocks
-    most = max(1, min(MAX_LANES // (32 * warps), MAX_SHARED // max(shared_size, 1)))
+    most = max(1, min(MAX_LANES // (32 * warps), MAX_SHARED // max(shared, 1)))
     for begin in range(0, len(blocks), most):
         batch = blocks[begin : begin + most]
-        Machine(code, schedule, memory, params, shared_size, grid, batch, warps, fenced_copies).run()
+        Machine(code, schedule, memory, params, shared, grid, batch, warps, fenced_copies).run()

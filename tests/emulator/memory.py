@@ -246,6 +246,8 @@ def load_param(inst: Instruction, program: Program) -> Step:
     if not isinstance(address.base, Symbol) or not isinstance(to, Reg):
         raise Unmodelled(f"parameter at a computed address: {inst.text}")
     kind, name, offset = TYPES[suffix(inst)], address.base.name, address.offset
-    return lambda frame, mask: assign(
-        frame, to, np.frombuffer(frame.machine.params.values[name], kind, 1, offset)[0], mask
-    )
+
+    def step(frame: Any, mask: Any) -> None:
+        assign(frame, to, np.frombuffer(frame.machine.params.values[name], kind, 1, offset)[0], mask)
+
+    return step

@@ -177,6 +177,6 @@ class Trial:
     def without_swizzles(self) -> Iterator[tuple[int, dict[int, Descriptor]]]:
         """Yield tensor maps in which one map that the kernel uses has no swizzle."""
         for at, descriptor in self.packed.maps.items():
-            rest = {other: one for other, one in self.packed.maps.items() if other != at}
+            rest = {k: other for k, other in self.packed.maps.items() if k != at}
             if descriptor.span and "no descriptor" in self.detect(self.code.program, rest):
                 yield at, {**self.packed.maps, at: replace(descriptor, span=0)}

@@ -6,6 +6,7 @@ Grammar: PTX ISA 8.x, sections 4 and 5. Any other statement raises Unmodelled wi
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -30,12 +31,9 @@ class Imm:
 
 @dataclass(frozen=True)
 class Symbol:
-    """A parameter, shared memory, a label, or a special register."""
-
-    name: str
+    name: str  # of a parameter, shared memory, a label, or a special register
 
 
-@dataclass(frozen=True)
 class Sink:
     """The operand `_`."""
 
@@ -47,9 +45,7 @@ class Vector:
 
 @dataclass(frozen=True)
 class Pair:
-    """The operand `d|p`."""
-
-    items: tuple[Any, ...]
+    items: tuple[Any, ...]  # of the operand `d|p`
 
 
 @dataclass(frozen=True)
@@ -99,18 +95,15 @@ class Program:
 
 _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 _NUMBER = re.compile(r"[+-]?(0[xX][0-9a-fA-F]+|\d+)U?$")
-_LABEL = re.compile(r"([A-Za-z_$%][\w$]*)\s*:(?!:)")
-
-
-Scope = dict[str, Any]  # the registers and labels of one pair of braces
+_TOKEN = re.compile(r"\s*(?:([{}])|([A-Za-z_$%][\w$]*)\s*:(?!:)|([^;]*);)")
 
 
 class _Parser:
     def __init__(self) -> None:
         self.widths: list[int] = []
-        self.scopes: list[Scope] = [Scope()]
+        self.scope = ChainMap[str, Any]()  # the registers and labels of the open braces
         self.labels: dict[str, int] = {}
-        self.raw: list[tuple[str, tuple[Scope, ...]]] = []
+        self.raw: list[tuple[str, ChainMap[str, Any]]] = []
         self.local: set[str] = set()
 
     def statement(self, text: str) -> None:
@@ -123,11 +116,11 @@ class _Parser:
         elif text.startswith("."):
             raise Unmodelled(f"directive: {text}")
         else:
-            self.raw.append((text, tuple(self.scopes)))
+            self.raw.append((text, self.scope))
 
     def label(self, name: str) -> None:
         unique = f"{name}#{len(self.labels)}"
-        self.scopes[-1][name] = Symbol(unique)
+        self.scope[name] = Symbol(unique)
         self.labels[unique] = len(self.raw)
 
     def _registers(self, text: str) -> None:
@@ -138,49 +131,46 @@ class _Parser:
         for name in found[2].split(","):
             array = re.fullmatch(r"\s*([\w%$]+)<(\d+)>\s*", name)
             for register in [f"{array[1]}{i}" for i in range(int(array[2]))] if array else [name.strip()]:
-                self.scopes[-1][register] = Reg(len(self.widths), width)
+                self.scope[register] = Reg(len(self.widths), width)
                 self.widths.append(width)
 
-    def instruction(self, text: str, scopes: tuple[Scope, ...]) -> Instruction:
+    def instruction(self, text: str, scope: ChainMap[str, Any]) -> Instruction:
         guard, negated, rest = None, False, text
         if found := re.match(r"@(!?)([\w%$]+)\s+", text):
-            guard, negated, rest = self._name(found[2], scopes), bool(found[1]), text[found.end() :]
+            guard, negated, rest = self._name(found[2], scope), bool(found[1]), text[found.end() :]
         opcode, _, operands = rest.partition(" ")
-        parts = tuple(self._operand(part, scopes) for part in split(operands))
+        parts = tuple(self._operand(part, scope) for part in split(operands))
         return Instruction(opcode, parts, guard, negated, text)
 
-    def _name(self, name: str, scopes: tuple[Scope, ...]) -> Any:
-        for scope in reversed(scopes):
-            if name in scope:
-                return scope[name]
-        if name in self.local:
+    def _name(self, name: str, scope: ChainMap[str, Any]) -> Any:
+        if name in self.local and name not in scope:
             raise Unmodelled(f"local memory: {name}")
-        return Symbol(name)
+        return scope.get(name, Symbol(name))
 
-    def _operand(self, text: str, scopes: tuple[Scope, ...]) -> Any:
+    def _operand(self, text: str, scope: ChainMap[str, Any]) -> Any:
         if text == "_":
             return Sink()
         if text.startswith("{"):
-            return Vector(tuple(self._operand(part, scopes) for part in split(text[1:-1])))
+            return Vector(tuple(self._operand(part, scope) for part in split(text[1:-1])))
         if text.startswith("["):
-            return self._address(text[1:-1].strip(), scopes)
+            return self._address(text[1:-1].strip(), scope)
         if _NUMBER.match(text):
             return Imm(int(text.rstrip("U"), 0))
         if re.fullmatch(r"0[fd][0-9a-fA-F]+", text):
             return Imm(int(text[2:], 16))
         if "|" in text:
-            return Pair(tuple(self._operand(part.strip(), scopes) for part in text.split("|")))
+            return Pair(tuple(self._operand(part.strip(), scope) for part in text.split("|")))
         if re.fullmatch(r"[\w%$.]+", text):
-            return self._name(text, scopes)
+            return self._name(text, scope)
         raise Unmodelled(f"operand: {text}")
 
-    def _address(self, text: str, scopes: tuple[Scope, ...]) -> Address:
+    def _address(self, text: str, scope: ChainMap[str, Any]) -> Address:
         first, *rest = split(text)
-        coordinates = self._operand(rest[0], scopes).items if rest else ()
+        coordinates = self._operand(rest[0], scope).items if rest else ()
         found = re.fullmatch(r"([\w%$]+)\s*(?:\+\s*(-?\w+))?", first)
         if found is None or len(rest) > 1:
             raise Unmodelled(f"address: [{text}]")
-        return Address(self._name(found[1], scopes), int(found[2] or "0", 0), coordinates)
+        return Address(self._name(found[1], scope), int(found[2] or "0", 0), coordinates)
 
 
 def split(text: str) -> list[str]:
@@ -212,7 +202,7 @@ def parse(ptx: str) -> Program:
     name, params, directives = entries[0].groups()
     parser = _Parser()
     _body(text[entries[0].end() :], parser)
-    instructions = tuple(parser.instruction(raw, scopes) for raw, scopes in parser.raw)
+    instructions = tuple(parser.instruction(raw, scope) for raw, scope in parser.raw)
     threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)(?:\s*,\s*1)*\s*$", directives.strip())
     if threads is None:
         raise Unmodelled(f"threads of a block: {directives.strip()}")
@@ -225,25 +215,21 @@ def parse(ptx: str) -> Program:
 
 def _body(text: str, parser: _Parser) -> None:
     """Parse statements up to the brace that ends the kernel. A brace at the start of a statement opens a scope."""
-    at, depth = 0, 0
-    while True:
-        while text[at].isspace():
-            at += 1
-        if text[at] == "{":
-            parser.scopes.append(Scope())
-            depth, at = depth + 1, at + 1
-        elif text[at] == "}":
-            if depth == 0:
-                return
-            parser.scopes.pop()
-            depth, at = depth - 1, at + 1
-        elif label := _LABEL.match(text, at):
-            parser.label(label[1])
-            at = label.end()
+    at = 0
+    while token := _TOKEN.match(text, at):
+        at = token.end()
+        brace, label, statement = token.groups()
+        if brace == "{":
+            parser.scope = parser.scope.new_child()
+        elif brace and len(parser.scope.maps) == 1:
+            return
+        elif brace:
+            parser.scope = parser.scope.parents
+        elif label:
+            parser.label(label)
         else:
-            end = text.index(";", at)
-            parser.statement(" ".join(text[at:end].split()))
-            at = end + 1
+            parser.statement(" ".join(statement.split()))
+    raise Unmodelled("a kernel without an end")
 
 
 def _params(text: str) -> tuple[Param, ...]:

@@ -14,10 +14,9 @@ BOUND = 0.90  # of all instructions of all variants
 def coverage(executor: Any) -> Iterator[tuple[str, str]]:
     """Yield (kind, line) records of what an executor ran."""
     for kernel, codes in executor.codes.items():
-        for code in codes:
-            if code.key:  # a variant as the compiler made it
-                ran = np.packbits(code.ran).tobytes().hex()
-                yield "GPU code", f"{kernel} {code.program.target} {code.key} {len(code.ran)} {ran}"
+        for code in (code for code in codes if code.key):  # without mutated ones
+            ran = np.packbits(code.ran).tobytes().hex()
+            yield "GPU code", f"{kernel} {code.program.target} {code.key} {len(code.ran)} {ran}"
     for kernel, times in executor.launches.items():
         yield "GPU launch", f"{kernel} {times} {id(executor)}"
 
@@ -60,21 +59,14 @@ def summary(records: Mapping[str, set[str]]) -> Iterator[str]:
         yield f"{name}: worst error {error}, at most {limit}"
 
 
-def mutations(sites: Iterable[str]) -> Iterator[str]:
+def mutations(lines: Iterable[str]) -> Iterator[str]:
     """Yield by kind how many mutations were caught, and each one that was not."""
-    by_kind: dict[str, Counter[str]] = {}
-    for line in sites:
-        kind, verdict, _ = line.split(" ", 2)
-        by_kind.setdefault(kind, Counter())[verdict] += 1
-    for kind, counts in sorted(by_kind.items()):
-        rest = "".join(
-            f", {counts[verdict]} {verdict}" for verdict in ("idle", "redundant", "missed") if counts[verdict]
-        )
+    records = sorted(line.split(" ", 2) for line in lines)
+    for kind in sorted({kind for kind, *_ in records}):
+        counts = Counter(verdict for other, verdict, _ in records if other == kind)
+        rest = "".join(f", {counts[word]} {word}" for word in ("idle", "redundant", "missed") if counts[word])
         yield f"{kind} removed: {counts['caught'] / counts.total():.0%} of {counts.total()} caught{rest}"
-    for line in sorted(sites):
-        kind, verdict, rest = line.split(" ", 2)
-        if verdict != "caught":
-            yield f"  {kind} {verdict}: {rest}"
+    yield from (f"  {kind} {verdict}: {line}" for kind, verdict, line in records if verdict != "caught")
 
 
 def below_bound(records: Mapping[str, set[str]]) -> bool:

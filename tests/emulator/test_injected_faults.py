@@ -1,4 +1,4 @@
-"""Faults of a person, planted into compiled kernels: the PTX emulator does not let them pass. And a whole model."""
+"""The PTX emulator detects faults that are injected into compiled kernels, and runs a complete model."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ SMALL = Path(__file__).parents[2] / "mixtral_triton" / "small"
 
 
 def run(name: str, sizes: Any) -> None:
-    """An operation, which errs at most twice as much as plain torch."""
+    """Run an operation, whose error may be at most twice that of the torch backend."""
     args = OPS[name].inputs(sizes, BF16, "cpu", torch.Generator().manual_seed(0))
     error, limit = measure(name, on_fake_gpu(args))
     assert error <= limit, f"{name}: {error} of {limit}"
 
 
 def without(kind: str, opcode: str) -> Callable[[str], Code]:
-    """PTX -> a program without any such thing; of predicates, without the first of each."""
+    """Return a function that builds PTX with all mutations of this kind and opcode."""
 
     def build(ptx: str) -> Code:
         program = parse(ptx)
-        for site in mutations(program):
-            if site.kind == kind and program.instructions[site.at].opcode.startswith(opcode):
-                program = site.apply(program)
+        for mutation in mutations(program):
+            if mutation.kind == kind and program.instructions[mutation.at].opcode.startswith(opcode):
+                program = mutation.apply(program)
         return Code(program)
 
     return build
@@ -55,10 +55,9 @@ def without(kind: str, opcode: str) -> Callable[[str], Code]:
 EXPERTS = Shape(T=70, H=64, I=48, E=2, K=2)
 
 
-@pytest.mark.parametrize("schedule", [None, *SCHEDULES], ids=lambda one: one.name if one else "all")
-def test_a_wrong_swizzle_is_seen(schedule: Any, ptx_emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what TMA brings: the numbers are wrong in each schedule."""
-    with ptx_emulator(schedules=[schedule] if schedule else None):
+@pytest.mark.parametrize("schedule", [None, *SCHEDULES], ids=lambda schedule: schedule.name if schedule else "all")
+def test_wrong_tma_swizzle_is_detected(schedule: Any, ptx_emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ptx_emulator(schedules=[schedule] if schedule else SCHEDULES):
         run("expert_swiglu", EXPERTS)
         monkeypatch.setattr(launch, "SWIZZLE_SPANS", (None, 64, 128, 64))
         with pytest.raises((AssertionError, Fault)):
@@ -80,7 +79,7 @@ def test_a_wrong_swizzle_is_seen(schedule: Any, ptx_emulator: Any, monkeypatch: 
         ("attention", {"B": 1, "T": 40, "S": 40, "Hq": 1, "Hkv": 1, "D": 64, "window": 0}, "predicate", "cp.async"),
     ],
 )
-def test_what_somebody_left_out_is_seen(name: str, sizes: Any, kind: str, opcode: str, ptx_emulator: Any) -> None:
+def test_removed_instruction_is_detected(name: str, sizes: Any, kind: str, opcode: str, ptx_emulator: Any) -> None:
     with ptx_emulator() as gpu:
         run(name, sizes)
         gpu.driver.execute.build = without(kind, opcode)
@@ -102,7 +101,7 @@ def count_kernel(y_ptr, BLOCK: tl.constexpr):
     tl.atomic_add(y_ptr + tl.arange(0, BLOCK), 1)
 
 
-def test_an_unmasked_edge_is_seen_and_an_atomic_is_refused(ptx_emulator: Any) -> None:
+def test_unmasked_access_is_a_fault_and_an_atomic_is_refused(ptx_emulator: Any) -> None:
     with ptx_emulator():
         x, y = (torch.arange(n).float().to(GPU_DEVICE) for n in (100, 100))
         double_kernel[(2,)](x, y, 100, BLOCK=64, MASKED=True)
@@ -114,7 +113,7 @@ def test_an_unmasked_edge_is_seen_and_an_atomic_is_refused(ptx_emulator: Any) ->
 
 
 @triton.jit
-def early_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, WAITS: tl.constexpr):
+def pdl_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, WAITS: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     if WAITS == "first":
         gdc_wait()
@@ -127,55 +126,55 @@ def early_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, WAITS: tl.constexpr):
 
 
 @pytest.mark.parametrize(
-    ("early", "reads", "waits", "said"),
+    ("pdl", "reads", "waits", "message"),
     [
         (True, "written", "first", ""),
         (True, "written", "before it stores", r"before the wait for the launch that writes there: ld\.global"),
         (True, "written", "at last", "before the wait"),
         (True, "written", "never", "before the wait"),
         (False, "written", "never", ""),
-        (True, "kept", "before it stores", ""),
-        (True, "kept", "at last", r"before the wait .* st\.global"),
-        (True, "kept", "never", r"before the wait .* st\.global"),
+        (True, "constant", "before it stores", ""),
+        (True, "constant", "at last", r"before the wait .* st\.global"),
+        (True, "constant", "never", r"before the wait .* st\.global"),
     ],
 )
-def test_a_launch_that_begins_early_waits(early: bool, reads: str, waits: str, said: str, ptx_emulator: Any) -> None:
-    """To read what the launch in front of it has `written`, and to store anything."""
+def test_pdl_launch_must_wait(pdl: bool, reads: str, waits: str, message: str, ptx_emulator: Any) -> None:
+    """It must wait before it reads what the launch before it has `written`, and before it stores anything."""
     with ptx_emulator():
-        kept, written, out = (torch.ones(64).to(GPU_DEVICE) for _ in range(3))
-        double_kernel[(1,)](kept, written, 64, BLOCK=64, MASKED=True)
-        x, want = (kept, 2.0) if reads == "kept" else (written, 4.0)
-        with pytest.raises(Fault, match=said) if said else nullcontext():
-            early_kernel[(1,)](x, out, BLOCK=64, WAITS=waits, launch_pdl=early)
+        constant, written, out = (torch.ones(64).to(GPU_DEVICE) for _ in range(3))
+        double_kernel[(1,)](constant, written, 64, BLOCK=64, MASKED=True)
+        x, want = (constant, 2.0) if reads == "constant" else (written, 4.0)
+        with pytest.raises(Fault, match=message) if message else nullcontext():
+            pdl_kernel[(1,)](x, out, BLOCK=64, WAITS=waits, launch_pdl=pdl)
             assert out.cpu().equal(torch.full((64,), want))
 
 
-def unwaiting(ptx: str) -> Code:
-    """A program that does not wait for earlier launches."""
+def without_pdl_waits(ptx: str) -> Code:
     return Code(parse("\n".join(line for line in ptx.splitlines() if "griddepcontrol.wait" not in line)))
 
 
-def test_a_model_whose_kernels_do_not_wait_for_each_other_is_seen(ptx_emulator: Any) -> None:
+def test_missing_dependency_waits_of_a_model_are_detected(ptx_emulator: Any) -> None:
     with ptx_emulator(schedules=SCHEDULES[:1]) as gpu:
         model, ids = random_model(GPU_DEVICE, num_hidden_layers=1), torch.zeros(1, 1, dtype=torch.int64).to(GPU_DEVICE)
         cache = KVCache(model.config, 1, max_len=9, device=GPU_DEVICE, dtype=torch.float32)
         model(ids, cache=cache)
-        gpu.driver.execute.build = unwaiting
+        gpu.driver.execute.build = without_pdl_waits
         with pytest.raises(Fault, match="before the wait for the launch that writes there"):
             model(ids, cache=cache)
 
 
-def test_the_small_checkpoint_writes_the_same_text(ptx_emulator: Any) -> None:
-    """Prefill of 70 tokens, more than its window, and eight of decode, as a captured graph: plain torch's text."""
+def test_small_checkpoint_generates_the_same_text(ptx_emulator: Any) -> None:
+    """A prefill of 70 tokens, more than the window, and a captured decode of eight equal the torch backend."""
     ids = torch.randint(3, 2000, (1, 70), generator=torch.Generator().manual_seed(0))
     with ptx_emulator() as gpu:
-        plain, model = (Mixtral.from_pretrained(SMALL, where) for where in ("cpu", GPU_DEVICE))
-        want = plain.generate(ids, max_new_tokens=8)
+        reference, model = (Mixtral.from_pretrained(SMALL, device) for device in ("cpu", GPU_DEVICE))
+        want = reference.generate(ids, max_new_tokens=8)
         assert model.generate(ids.to(GPU_DEVICE), max_new_tokens=8).cpu().equal(want)
         assert any(launched.launcher.metadata.launch_pdl for launched in gpu.driver.launches)
         assert gpu.replays > 0 and len(gpu.driver.execute.codes) >= 8
-        opcodes = {one.opcode for codes in gpu.driver.execute.codes.values() for one in codes[0].program.instructions}
+        codes = gpu.driver.execute.codes.values()
+        opcodes = {inst.opcode for variants in codes for inst in variants[0].program.instructions}
         assert any(name.startswith("wgmma") for name in opcodes) and any("bulk.tensor" in name for name in opcodes)
         cache = KVCache(model.config, 1, device=GPU_DEVICE, dtype=model.dtype)
-        got, logits = model(ids.to(GPU_DEVICE), cache=cache).cpu(), plain(ids)
+        got, logits = model(ids.to(GPU_DEVICE), cache=cache).cpu(), reference(ids)
         assert (got - logits).abs().max() <= 0.05 * logits.abs().max()

@@ -1,4 +1,4 @@
-"""Every kernel, compiled by Triton's JIT for sm_90 and sm_80, executed from its PTX on the PTX emulator."""
+"""The PTX emulator executes every kernel, compiled by Triton's JIT for sm_90 and sm_80, with the expected results."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ ARCHS = ("sm_90", "sm_80")
 BOUND = 0.97  # of the instructions of one variant with the tiles of 8x7B, for each kernel
 
 
-def go(op: Op, sizes: Mapping[str, Any], dtype: torch.dtype, covers: Any, case: str) -> None:
-    """`op` errs at most twice as much as plain torch, on the GPU; its worst error goes into the summary."""
+def check_error(op: Op, sizes: Mapping[str, Any], dtype: torch.dtype, covers: Any, case: str) -> None:
+    """Check that the error is at most twice that of the torch backend, and report it."""
     args = op.inputs(sizes, dtype, "cpu", torch.Generator().manual_seed(0))
     if op.name == "cached_attention" and int(args["new"].min()) < sizes["T"]:
-        args["new"] = args["new"] * 0 + sizes["T"]  # rows past `new` mean nothing
+        args["new"] = args["new"] * 0 + sizes["T"]  # rows past `new` are undefined
     error, limit = measure(op.name, on_fake_gpu(args))
     assert error <= limit, case
     covers("GPU error", f"{op.name} {str(dtype)[6:]} {float(error):.1e} {float(limit):.1e}")
 
 
-def kept(op: Op, dtype: torch.dtype) -> torch.dtype:
-    """`dtype`, if the operation takes it."""
+def supported(op: Op, dtype: torch.dtype) -> torch.dtype:
+    """Return `dtype` if the operation supports it, else one that it supports."""
     return dtype if dtype in op.dtypes else op.dtypes[0]
 
 
@@ -49,7 +49,7 @@ def test_every_operation_at_its_test_shapes(
     op = OPS[name]
     with ptx_emulator(arch):
         for sizes in op.test_shapes:
-            go(op, sizes, kept(op, dtype), covers, f"{name} {dict(sizes)}")
+            check_error(op, sizes, supported(op, dtype), covers, f"{name} {dict(sizes)}")
 
 
 LONG = [
@@ -60,7 +60,7 @@ LONG = [
 
 
 def with_keys(sizes: Shape) -> Shape:
-    """With so many keys that every query of a tile sees some tiles of them."""
+    """Return sizes with so many keys that every query of a tile attends to several tiles of them."""
     window = 200 if sizes["window"] else 0
     more = {"C": window or 400, "past": 300} if "C" in sizes else {"S": 300}
     return sizes | more | {"window": window}
@@ -68,44 +68,36 @@ def with_keys(sizes: Shape) -> Shape:
 
 @pytest.mark.parametrize("dtype", OPS["attention"].dtypes, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_attention_that_reaches_its_unmasked_loop(
-    arch: str, dtype: torch.dtype, ptx_emulator: Any, covers: Any
-) -> None:
-    """The kernels of the test shapes, too: with their launch choices, more keys."""
+def test_attention_with_a_maskless_loop(arch: str, dtype: torch.dtype, ptx_emulator: Any, covers: Any) -> None:
+    """The configs of the test shapes with more keys, and long prompts."""
     with ptx_emulator(arch):
         for name in ("attention", "cached_attention"):
-            for sizes in (Shape(one) for one in OPS[name].test_shapes if one["T"] > 1):
+            for sizes in (Shape(shape) for shape in OPS[name].test_shapes if shape["T"] > 1):
                 with override_configs(OPS[name].configs(sizes, dtype, arch)):
-                    go(OPS[name], with_keys(sizes), dtype, covers, f"{name} {sizes.as_dict()} with keys")
+                    check_error(OPS[name], with_keys(sizes), dtype, covers, f"{name} {sizes.as_dict()} with keys")
         for sizes in LONG if dtype == BF16 else LONG[:1]:
-            go(OPS["attention"], sizes, dtype, covers, f"{sizes}")
+            check_error(OPS["attention"], sizes, dtype, covers, f"{sizes}")
 
 
-# Sizes with which a kernel's production tiles are filled, and its loops turn.
+# Sizes that fill a kernel's production tiles and repeat its loops.
 SMALL = {"H": 1024, "I": 512, "N": 320, "V": 100, "P": 512, "E": 2}
-MANY_ROWS = {"H": 512, "I": 512, "N": 320, "E": 3}  # of experts and products; whole units of a quantized weight
-TOKENS = 384  # of which K = 2 of 3 experts have 192 + 64 rows on average: some a short last tile, some a longer one
+MANY_ROWS = {"H": 512, "I": 512, "N": 320, "E": 3}  # of experts and linears; complete units of a quantized weight
+TOKENS = 384  # of experts: on average 256 rows for each of 3, with short and long last tiles
 HEADS = {"Hq": 8, "Hkv": 2}  # of attention
 
 
 def small(sizes: Mapping[str, Any]) -> Shape:
-    """`sizes` of 8x7B, smaller: of one kind with them, so that the same kernels run."""
-    told = Shape(sizes).as_dict()
-    most = SMALL | (HEADS if "window" in told else MANY_ROWS if told.get("T", 0) > 64 and "I" in told else {})
-    made = {key: min(most.get(key, size), size) for key, size in told.items() if isinstance(size, int)}
-    made |= {key: value for key, value in told.items() if not isinstance(value, int)}
-    if "T" in made:
-        made["T"] = min(made["T"], 300 if "B" in made else TOKENS if "I" in made else 600 if "H" in made else 2048)
-    if "B" in made:
-        made["B"] = min(made["B"], 2)
-    for key in ("S", "C"):
-        if key in made:
-            made[key] = min(made[key], 300 if made["T"] > 1 else 600)
-    if "window" in made:
-        made["window"] = min(made["window"], 200)
-    if "past" in made:
-        made["past"] = min(made["past"], made.get("C", 300) - 1)
-    return Shape(made)
+    """Reduce sizes of 8x7B so that the same kernels run."""
+    full = Shape(sizes).as_dict()
+    most = SMALL | (HEADS if "window" in full else MANY_ROWS if full.get("T", 0) > 64 and "I" in full else {})
+    reduced = {key: min(most.get(key, size), size) for key, size in full.items() if isinstance(size, int)}
+    reduced |= {key: value for key, value in full.items() if not isinstance(value, int)}
+    if "T" in reduced:
+        tokens = 300 if "B" in reduced else TOKENS if "I" in reduced else 600 if "H" in reduced else 2048
+        reduced["T"] = min(reduced["T"], tokens)
+    keys = 300 if reduced.get("T", 1) > 1 else 600
+    bounds = {"B": 2, "S": keys, "C": keys, "window": 200, "past": min(keys, full.get("C", 300)) - 1}
+    return Shape(reduced | {key: min(reduced[key], most) for key, most in bounds.items() if key in reduced})
 
 
 def of_8x7b(op: Op) -> list[Shape]:
@@ -115,20 +107,20 @@ def of_8x7b(op: Op) -> list[Shape]:
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", OPS)
 def test_production_tiles(name: str, arch: str, ptx_emulator: Any, covers: Any) -> None:
-    """The launch choices of 8x7B on small sizes: each kernel has a variant of which nearly all runs."""
-    op, seen, kernels = OPS[name], set(), set()
-    dtype = kept(op, BF16)
+    """The configs of 8x7B on small sizes: nearly all instructions of one variant of each kernel run."""
+    op, tested, kernels = OPS[name], set(), set()
+    dtype = supported(op, BF16)
     with ptx_emulator(arch) as gpu:
         for sizes in of_8x7b(op):
-            chosen, own = op.configs(sizes, dtype, arch), small(sizes)
-            if (key := (str(chosen), str(own.as_dict()))) in seen:
+            configs, reduced = op.configs(sizes, dtype, arch), small(sizes)
+            if (key := (str(configs), str(reduced.as_dict()))) in tested:
                 continue
-            seen.add(key)
-            kernels |= chosen.keys()
-            with override_configs(chosen):
-                go(op, own, dtype, covers, f"{name} {own.as_dict()} as {sizes.as_dict()}")
+            tested.add(key)
+            kernels |= configs.keys()
+            with override_configs(configs):
+                check_error(op, reduced, dtype, covers, f"{name} {reduced.as_dict()} as {sizes.as_dict()}")
         codes_of = gpu.driver.execute.codes
-        for kernel in kernels & codes_of.keys():  # others, as the sort before the experts, have their own operation
+        for kernel in kernels & codes_of.keys():  # without the sort, which has an operation of its own
             codes = codes_of[kernel]
             best = max(share([code.ran]) for code in codes)
             assert best >= BOUND, f"{kernel}: {best:.1%} of its instructions run"
@@ -142,12 +134,12 @@ def test_every_quantized_format(format: Any, arch: str, ptx_emulator: Any, cover
     with ptx_emulator(arch):
         for T in (1, 7, 40):
             sizes = Shape(T=T, H=256, N=80, weight=weight)
-            go(OPS["linear"], sizes, BF16, covers, f"linear {sizes.as_dict()}")
+            check_error(OPS["linear"], sizes, BF16, covers, f"linear {sizes.as_dict()}")
             sizes = Shape(T=T, H=256, I=128, E=4, K=2, gate_up=weight, down=weight)
-            go(OPS["expert_swiglu"], sizes, BF16, covers, f"experts {sizes.as_dict()}")
+            check_error(OPS["expert_swiglu"], sizes, BF16, covers, f"experts {sizes.as_dict()}")
 
 
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CASES)])
-def test_deterministic_bits_on_compiled_code(name: str, sizes: Any, ptx_emulator: Any) -> None:
+def test_compiled_kernels_are_deterministic(name: str, sizes: Any, ptx_emulator: Any) -> None:
     with ptx_emulator("sm_90"):
-        check(name, sizes, 8, kept(OPS[name], BF16), GPU_DEVICE)
+        check(name, sizes, 8, supported(OPS[name], BF16), GPU_DEVICE)

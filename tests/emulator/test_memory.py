@@ -1,65 +1,53 @@
-"""Loads, stores, shuffles and control flow of the PTX emulator, against loops; and each fault of an address."""
+"""Loads, stores, warp instructions and control flow, compared with loops; and the faults of invalid addresses."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mixtral_triton.kernels.launch import INTERPRETED
-
-from .harness import run, samples
-from .machine import SCHEDULES
-from .memory import SHARED_BASE, Fault
+from .harness import check_fault, compiled_only, every_schedule, run, samples, shared_addresses
+from .memory import SHARED_BASE
 from .parser import Unmodelled
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a PTX emulator: run once, without the interpreter")
-
-every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda one: one.name)
+pytestmark = compiled_only
 
 
 @pytest.mark.parametrize("space", ["global", "shared"])
 @pytest.mark.parametrize(("count", "width"), [(1, 16), (1, 32), (1, 64), (2, 16), (2, 32), (2, 64), (4, 16), (4, 32)])
-def test_what_is_stored_is_loaded(space: str, count: int, width: int) -> None:
-    """Each lane its own vector, from behind; the lanes of every third one stay out."""
-    size = count * width // 8
+def test_loads_return_what_stores_wrote(space: str, count: int, width: int) -> None:
+    """Each lane accesses its own vector, in reverse order; every third lane is masked in the load."""
+    size, lanes = count * width // 8, np.arange(64)
     memory = np.zeros(64 * size, np.uint8)
-    lanes = np.arange(64)
     base = memory.ctypes.data if space == "global" else SHARED_BASE
     address = (base + (63 - lanes) * size).astype(np.uint64 if space == "global" else np.uint32)
     values = {f"%v{i}": samples(width, 64, i) for i in range(count)}
-    got_names = [f"%w{i}" for i in range(count)]
-    vector = f"{{{', '.join(values)}}}" if count > 1 else "%v0"
-    into = f"{{{', '.join(got_names)}}}" if count > 1 else "%w0"
-    kind = ("v2." if count == 2 else "v4." if count == 4 else "") + f"b{width}"
-    body = f"@%p st.{space}.{kind} [%a], {vector}; @!%p st.{space}.{kind} [%a+0], {vector};"
-    body += f"@%p ld.{space}.{kind} {into}, [%a];"
-    given = {"%a": address, "%p": lanes % 3 != 0, **values}
-    got = run(body, given, dict.fromkeys(got_names, width), threads=64, arrays=[memory], shared=64 * size)
-    for name, want in zip(got_names, values.values(), strict=True):
-        unwritten = 2**width - 1
-        assert [int(x) for x in got[name]] == [int(x) if i % 3 else unwritten for i, x in enumerate(want)]
+    names = [f"%w{i}" for i in range(count)]
+    source, target = (f"{{{', '.join(vector)}}}" if count > 1 else vector[0] for vector in (list(values), names))
+    kind = f"{space}.{'' if count == 1 else f'v{count}.'}b{width}"
+    body = f"@%p st.{kind} [%a], {source}; @!%p st.{kind} [%a+0], {source}; @%p ld.{kind} {target}, [%a];"
+    inputs = {"%a": address, "%p": lanes % 3 != 0, **values}
+    got = run(body, inputs, dict.fromkeys(names, width), threads=64, arrays=[memory], shared=64 * size)
+    for name, want in zip(names, values.values(), strict=True):
+        assert (got[name] == np.where(lanes % 3, want, np.array(2**width - 1, want.dtype))).all()
     if space == "global":
-        stored = memory.reshape(64, count, width // 8)
-        for lane in range(64):
-            for i, value in enumerate(values.values()):
-                assert int.from_bytes(stored[63 - lane, i].tobytes(), "little") == int(value[lane])
+        assert (memory.reshape(64, -1)[::-1] == np.stack(list(values.values()), 1).view(np.uint8)).all()
 
 
-def test_narrow_loads_widen() -> None:
+def test_narrow_loads_extend() -> None:
     memory = samples(32, 32)
     address = memory.ctypes.data + 4 * np.arange(32, dtype=np.uint64)
     body = """ld.global.s32 %s, [%a]; ld.global.b8 %b, [%a+3]; st.shared.v2.b8 [%i], {%b, %b}; ld.shared.b16 %h, [%i];
         ld.shared.b8 %c, [%i+1];"""
-    given = {"%a": address, "%i": (SHARED_BASE + 2 * np.arange(32)).astype(np.uint32)}
-    got = run(body, given, {"%s": 64, "%b": 16, "%h": 16, "%c": 16}, arrays=[memory], shared=64)
-    for lane in range(32):
-        word = int(memory[lane])
-        assert int(got["%s"][lane]) == (word | 0xFFFFFFFF00000000 if word >> 31 else word)
-        assert int(got["%b"][lane]) == int(got["%c"][lane]) == word >> 24
-        assert int(got["%h"][lane]) == (word >> 24) * 257
+    outputs = {"%s": 64, "%b": 16, "%h": 16, "%c": 16}
+    got = run(body, {"%a": address, "%i": shared_addresses(32, 2)}, outputs, arrays=[memory], shared=64)
+    assert (got["%s"].view(np.int64) == memory.view(np.int32)).all()
+    assert (got["%b"] == memory >> 24).all() and (got["%c"] == memory >> 24).all()
+    assert (got["%h"] == (memory >> 24) * 257).all()
 
 
-def test_several_arrays_in_one_load() -> None:
+def test_one_load_reads_several_arrays() -> None:
     first, second = np.arange(32, dtype=np.uint32), np.arange(100, 132, dtype=np.uint32)
     lanes = np.arange(32)
     address = (np.where(lanes % 2 == 0, first.ctypes.data, second.ctypes.data) + 4 * lanes).astype(np.uint64)
@@ -68,7 +56,7 @@ def test_several_arrays_in_one_load() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "offset", "said"),
+    ("body", "offset", "message"),
     [
         ("ld.global.b32 %d, [%a];", 4, "illegal address 0x"),
         ("ld.global.b32 %d, [%a];", -4, "illegal address 0x"),
@@ -79,34 +67,26 @@ def test_several_arrays_in_one_load() -> None:
         ("cp.async.ca.shared.global [%s], [%a], 4;", -128, "illegal address"),
     ],
 )
-def test_an_address_of_nothing(body: str, offset: int, said: str) -> None:
+def test_invalid_global_addresses_are_faults(body: str, offset: int, message: str) -> None:
     memory = np.zeros(32, np.uint32)
     address = (memory.ctypes.data + 4 * np.arange(32) + offset).astype(np.uint64)
-    given = {"%a": address, "%s": (SHARED_BASE + 4 * np.arange(32)).astype(np.uint32)}
-    with pytest.raises(Fault, match=said):
-        run(body, given, {"%d": 32}, arrays=[memory], shared=128)
+    check_fault(message, body, {"%a": address, "%s": shared_addresses(32, 4)}, {"%d": 32}, arrays=[memory], shared=128)
 
 
-@pytest.mark.parametrize(("address", "said"), [(SHARED_BASE - 4, "illegal"), (SHARED_BASE + 64, "illegal"),
-                                               (SHARED_BASE + 2, "misaligned"), (SHARED_BASE + 60, "")])  # fmt: skip
-def test_shared_memory_has_an_end(address: int, said: str) -> None:
-    given = {"%a": np.full(32, address, np.uint32), "%v": np.zeros(32, np.uint32)}
-    if said:
-        with pytest.raises(Fault, match=f"{said} shared address"):
-            run("st.shared.b32 [%a], %v;", given, shared=64)
-    else:
-        run("st.shared.b32 [%a], %v;", given, shared=64)
+@pytest.mark.parametrize(("offset", "message"), [(-4, "illegal"), (64, "illegal"), (2, "misaligned"), (60, "")])
+def test_invalid_shared_addresses_are_faults(offset: int, message: str) -> None:
+    inputs = {"%a": np.full(32, SHARED_BASE + offset, np.uint32), "%v": np.zeros(32, np.uint32)}
+    check_fault(message and f"{message} shared address", "st.shared.b32 [%a], %v;", inputs, shared=64)
 
 
 @pytest.mark.parametrize("c", [31, 31 | 16 << 8, 31 | 24 << 8])
-def test_shuffles_lane_by_lane(c: int) -> None:
+def test_shuffles(c: int) -> None:
     x = samples(32, 32)
     by = np.arange(32, dtype=np.uint32) * 7 % 5
     segment, clamp = c >> 8, c & 31
     for name in ("up", "down", "bfly", "idx"):
         bound = segment << 8 if name == "up" else c
-        body = f"shfl.sync.{name}.b32 %d|%p, %x, %b, {bound}, -1;"
-        got = run(body, {"%x": x, "%b": by}, {"%d": 32, "%p": 1})
+        got = run(f"shfl.sync.{name}.b32 %d|%p, %x, %b, {bound}, -1;", {"%x": x, "%b": by}, {"%d": 32, "%p": 1})
         for lane in range(32):
             b, first = int(by[lane]), lane & segment
             last = first | (clamp & ~segment)
@@ -120,36 +100,33 @@ def test_reductions_and_elections() -> None:
     x = samples(32, 64)
     body = """redux.sync.add.s32 %s, %x, -1; redux.sync.min.s32 %m, %x, -1; redux.sync.max.s32 %n, %x, %all;
         redux.sync.max.u32 %u, %x, -1; elect.sync %l|%p, -1; bar.warp.sync -1;"""
-    wanted = {"%s": 32, "%m": 32, "%n": 32, "%u": 32, "%l": 32, "%p": 1}
-    got = run(body, {"%x": x, "%all": np.full(64, 2**32 - 1, np.uint32)}, wanted, threads=64)
-    for warp in range(2):
-        own = [int(v) for v in x[32 * warp : 32 * warp + 32]]
-        signed = [v - 2**32 if v >> 31 else v for v in own]
-        want = {"%s": sum(own), "%m": min(signed), "%n": max(signed), "%u": max(own)}
-        for name, value in want.items():
-            assert (got[name][32 * warp : 32 * warp + 32] == value % 2**32).all()
+    outputs = {"%s": 32, "%m": 32, "%n": 32, "%u": 32, "%l": 32, "%p": 1}
+    got = run(body, {"%x": x, "%all": np.full(64, 2**32 - 1, np.uint32)}, outputs, threads=64)
+    unsigned, signed = x.reshape(2, 32), x.view(np.int32).reshape(2, 32)
+    want = {"%s": unsigned.sum(1, dtype=np.uint32), "%m": signed.min(1), "%n": signed.max(1), "%u": unsigned.max(1)}
+    for name, values in want.items():
+        assert (got[name] == np.repeat(values, 32).view(np.uint32)).all(), name
     assert (got["%p"] == (np.arange(64) % 32 == 0)).all() and (got["%l"] == 0).all()
 
 
-def test_a_part_of_a_warp_is_refused() -> None:
+def test_partial_warps_are_refused() -> None:
     with pytest.raises(Unmodelled, match="part of a warp"):
         run("redux.sync.add.s32 %d, %x, 255;", {"%x": samples(32, 32)}, {"%d": 32})
     body = "setp.lt.u32 %p, %x, 7; @%p bra there; redux.sync.add.s32 %d, %x, -1; there:"
-    with pytest.raises(Fault, match="part of the warp"):
-        run(body, {"%x": np.arange(32, dtype=np.uint32)}, {"%d": 32, "%p": 1})
+    check_fault("part of the warp", body, {"%x": np.arange(32, dtype=np.uint32)}, {"%d": 32, "%p": 1})
 
 
 @every_schedule
-def test_lanes_go_their_own_way_and_come_together(schedule: object) -> None:
-    """Collatz: every lane leaves the loop at another turn; one value each is exchanged after it."""
+def test_divergent_lanes_reconverge(schedule: Any) -> None:
+    """Collatz: lanes leave the loop in different iterations; a shuffle follows it."""
     start = np.arange(1, 129, dtype=np.uint32)
     body = """mov.u32 %n, 0; setp.eq.u32 %p, %x, 1; @%p bra out;
         again: and.b32 %o, %x, 1; setp.ne.u32 %q, %o, 0; @%q bra odd; shr.u32 %x, %x, 1; bra.uni next;
         odd: mad.lo.u32 %x, %x, 3, 1;
         next: add.u32 %n, %n, 1; setp.ne.u32 %p, %x, 1; @%p bra again;
         out: shfl.sync.bfly.b32 %m, %n, 1, 31, -1;"""
-    wanted = {"%n": 32, "%o": 32, "%m": 32, "%p": 1, "%q": 1}
-    got = run(body, {"%x": start}, wanted, threads=64, blocks=2, schedule=schedule)  # type: ignore[arg-type]
+    outputs = {"%n": 32, "%o": 32, "%m": 32, "%p": 1, "%q": 1}
+    got = run(body, {"%x": start}, outputs, threads=64, blocks=2, schedule=schedule)
     for lane, x in enumerate(start.tolist()):
         steps = 0
         while x != 1:
@@ -158,29 +135,29 @@ def test_lanes_go_their_own_way_and_come_together(schedule: object) -> None:
 
 
 @every_schedule
-def test_barriers_in_loops_of_different_length(schedule: object) -> None:
-    """Blocks that turn more or less often; each turn a value goes to the next warp, by two barriers."""
-    turns = np.repeat(np.arange(1, 6, dtype=np.uint32), 96)
-    lanes = np.tile(np.arange(96), 5)
-    given = {
-        "%k": turns, "%x": samples(32, 480), "%a": (SHARED_BASE + 4 * lanes).astype(np.uint32),
-        "%b": (SHARED_BASE + 4 * ((lanes + 32) % 96)).astype(np.uint32),
-    }  # fmt: skip
+def test_barriers_in_loops_of_different_length(schedule: Any) -> None:
+    """Each iteration passes a value to the next warp by way of two barriers; blocks differ in their iterations."""
+    lanes, turns = np.tile(np.arange(96), 5), np.repeat(np.arange(1, 6, dtype=np.uint32), 96)
+    addresses = shared_addresses(96, 4)
+    x = samples(32, 480)
+    inputs = {"%k": turns, "%x": x, "%a": addresses[lanes], "%b": addresses[(lanes + 32) % 96]}
     body = """again: st.shared.b32 [%a], %x; bar.sync 0; ld.shared.b32 %x, [%b]; bar.sync 0;
         sub.u32 %k, %k, 1; setp.ne.u32 %p, %k, 0; @%p bra again;"""
-    got = run(body, given, {"%p": 1}, threads=96, blocks=5, shared=384, schedule=schedule)["%x"]  # type: ignore[arg-type]
-    for block in range(5):
-        want = np.roll(given["%x"][96 * block : 96 * block + 96], -32 * (block + 1))
-        assert (got[96 * block : 96 * block + 96] == want).all()
+    got = run(body, inputs, {"%p": 1}, threads=96, blocks=5, shared=384, schedule=schedule)["%x"]
+    want = [np.roll(values, -32 * (block + 1)) for block, values in enumerate(x.reshape(5, 96))]
+    assert (got == np.concatenate(want)).all()
 
 
-def test_a_barrier_that_some_never_reach() -> None:
+def test_lanes_that_are_done_do_not_block_a_barrier() -> None:
     body = "mov.u32 %t, %tid.x; setp.lt.u32 %p, %t, 32; @%p bra end; bra.uni wait; wait: bar.sync 0; bar.sync 0; end:"
-    run(body, {}, {"%t": 32, "%p": 1}, threads=64)  # those that are done are not waited for
-    stuck = """mov.u32 %t, %tid.x; setp.lt.u32 %p, %t, 32; mov.u32 %m, 1024; mov.u32 %z, 0; setp.eq.u32 %q, %t, 0;
+    run(body, {}, {"%t": 32, "%p": 1}, threads=64)
+
+
+@every_schedule
+def test_a_deadlock_is_a_fault(schedule: Any) -> None:
+    body = """mov.u32 %t, %tid.x; setp.lt.u32 %p, %t, 32; mov.u32 %m, 1024; mov.u32 %z, 0; setp.eq.u32 %q, %t, 0;
         @%q mbarrier.init.shared::cta.b64 [%m], 1; bar.sync 0; @%p bra there;
         wait: mbarrier.try_wait.parity.shared::cta.b64 %d, [%m], %z; @!%d bra wait; there: bar.sync 0;"""
-    for schedule in SCHEDULES:
-        with pytest.raises(Fault, match=r"deadlock: .*thread 32 of unit: mbarrier\.try_wait"):
-            wanted = {"%t": 32, "%p": 1, "%m": 32, "%z": 32, "%q": 1, "%d": 1}
-            run(stuck, {}, wanted, threads=64, shared=8, schedule=schedule)
+    outputs = {"%t": 32, "%p": 1, "%m": 32, "%z": 32, "%q": 1, "%d": 1}
+    message = r"deadlock: .*thread 32 of unit: mbarrier\.try_wait"
+    check_fault(message, body, {}, outputs, threads=64, shared=8, schedule=schedule)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .floats import HALVES, widen
+from .floats import HALVES, to_fp32
 from .memory import Fault, effective, store_shared, where
 from .parser import Instruction, Pair, Program, Reg, Unmodelled, Vector
 from .values import Array, Step, assign, destinations, models, per_lane, per_warp, reader, suffix
@@ -162,14 +162,14 @@ def registers(frame: Any, vector: Vector) -> Array:
 
 def rows_of_a(words: Array, kind: str) -> Array:
     """[warps, 4, 32] pairs of 16 bits -> fp64 [warps, 16, 16]: lane 4g + t holds row g, columns 2t and 2t + 1."""
-    parts = widen(words.view(np.uint16), kind).astype(np.float64)
+    parts = to_fp32(words.view(np.uint16), kind).astype(np.float64)
     parts = parts.reshape(-1, 2, 2, 8, 8)  # column half, row half, row, column
     return parts.transpose(0, 2, 3, 1, 4).reshape(-1, 16, 16)
 
 
 def columns_of_b(words: Array, kind: str) -> Array:
     """[warps, 2, 32] -> fp64 [warps, 16, 8]: lane 4g + t holds column g, rows 2t and 2t + 1."""
-    parts = widen(words.view(np.uint16), kind).astype(np.float64)
+    parts = to_fp32(words.view(np.uint16), kind).astype(np.float64)
     return parts.reshape(-1, 2, 8, 8).transpose(0, 1, 3, 2).reshape(-1, 16, 8)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .copies import AsyncGroups, swizzle
-from .floats import HALVES, widen
+from .floats import HALVES, to_fp32
 from .memory import SHARED_BASE, Fault, where
 from .parser import Imm, Instruction, Program, Unmodelled, Vector
 from .races import bits_of
@@ -170,7 +170,7 @@ class WgmmaStep:
         frame.machine.log.read_async(frame.block[lanes], bits, offsets, 16, self.inst)
         chunks = frame.machine.shared.views[16][offsets // 16]
         product.tiles.append((lanes, offsets, chunks))
-        values = widen(chunks.view(np.uint16), self.kind).astype(np.float64)
+        values = to_fp32(chunks.view(np.uint16), self.kind).astype(np.float64)
         return values.reshape(-1, 16, rows).swapaxes(1, 2) if transposed else values.reshape(-1, rows, 16)
 
     def _load_c(self, frame: Any, warps: Array, pending: PendingResult | None) -> Array:

@@ -1,7 +1,7 @@
-"""Which arguments a kernel for NVIDIA touches before it waits for earlier launches, and which after: read in its PTX.
+"""Which arguments a kernel accesses before and after its wait for earlier launches, according to its PTX.
 
-The order is that of the text, which for what stands before a loop is that of the instructions. An address belongs to
-the pointers among the kernel's parameters that it was reckoned from; a number that was loaded belongs to none.
+Instructions are taken in the order of the text. An address belongs to the pointer parameters that it is computed from;
+a loaded value belongs to none.
 """
 
 from __future__ import annotations
@@ -20,11 +20,7 @@ _PREDICATE = re.compile(r"^@!?%\w+\s+")
 
 @dataclass(frozen=True)
 class Order:
-    """Names of tensors that a kernel loads or stores: before it waits for earlier launches, and from there on.
-
-    waits   how many instructions wait
-    stores  those of `before` that are stored
-    """
+    """Names of tensors accessed `before` and `after` the first of `waits` waits; `stores`: those stored before it."""
 
     waits: int
     before: frozenset[str]
@@ -33,25 +29,25 @@ class Order:
 
 
 def order(compiled: Compiled) -> Order:
-    """Of a kernel whose tensors come by pointers."""
+    """Return the accesses of a kernel whose tensors are pointer arguments."""
     runtime = [(name, kind) for name, kind in compiled.signature.items() if kind != "constexpr"]
     names = {at: name.removesuffix("_ptr") for at, (name, kind) in enumerate(runtime) if kind.startswith("*")}
-    of: dict[str, frozenset[str]] = {}
+    pointers: dict[str, frozenset[str]] = {}  # by register
     touched: list[set[str]] = [set(), set()]
     stores: set[str] = set()
     waits = 0
     for line in compiled.asm["ptx"].splitlines():
         text = _PREDICATE.sub("", line.strip().split("//")[0])
         if found := _PARAMETER.search(text):
-            of[found[1]] = frozenset({names[int(found[2])]} if int(found[2]) in names else ())
+            pointers[found[1]] = frozenset({names[int(found[2])]} if int(found[2]) in names else ())
         elif text.startswith("griddepcontrol.wait"):
             waits += 1
         elif found := _GLOBAL.search(text):
-            pointers = of.get(_ADDRESSES.findall(text)[-1 if found[2] else 0], frozenset())
-            touched[waits > 0] |= pointers
-            stores |= pointers if found[1] not in (None, "ld") and not waits else set()
-            # What a load fills stands in front of its address.
-            of |= {register: frozenset() for register in _REGISTER.findall(text.partition("[")[0])}
+            accessed = pointers.get(_ADDRESSES.findall(text)[-1 if found[2] else 0], frozenset())
+            touched[waits > 0] |= accessed
+            stores |= accessed if found[1] not in (None, "ld") and not waits else set()
+            # The destinations of a load precede its address.
+            pointers |= {register: frozenset() for register in _REGISTER.findall(text.partition("[")[0])}
         elif registers := _REGISTER.findall(text):
-            of[registers[0]] = frozenset().union(*(of.get(source, frozenset()) for source in registers[1:]))
+            pointers[registers[0]] = frozenset().union(*(pointers.get(source, ()) for source in registers[1:]))
     return Order(waits, frozenset(touched[0]), frozenset(touched[1]), frozenset(stores))

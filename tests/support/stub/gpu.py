@@ -1,10 +1,11 @@
-"""A GPU that is not there: `torch.cuda` as the package uses it, beside tensors.py and driver.py.
+"""Simulated GPUs: the part of `torch.cuda` that the package uses, with the tensors and the driver of this package.
 
 python -m tests.support.stub -m mixtral_triton generate --prompt "def"
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,17 +32,15 @@ H100 = {
     "shared_memory_per_block_optin": 232448,
     "warp_size": 32,
 }
+_handles = itertools.count(1)
 
 
 class Stream:
-    """A queue of work: here all of it is done at once, so it is but a number."""
-
-    made = 0
+    """A stream, on which all work completes at once."""
 
     def __init__(self, device: Any = None, priority: int = 0, number: int | None = None) -> None:
-        Stream.made += 1
         self.device = indexed("cuda" if device is None else device)
-        self.cuda_stream = Stream.made if number is None else number
+        self.cuda_stream = next(_handles) if number is None else number
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stream) and (self.device, self.cuda_stream) == (other.device, other.cuda_stream)
@@ -50,10 +49,10 @@ class Stream:
         return hash((self.device, self.cuda_stream))
 
     def synchronize(self) -> None:
-        stage.look("Stream.synchronize")
+        stage.sync("Stream.synchronize")
 
     def wait_stream(self, other: Stream) -> None:
-        """All earlier work is done."""
+        """Do nothing, because earlier work is complete."""
 
 
 class Event:
@@ -64,33 +63,33 @@ class Event:
         self.at = time.perf_counter()
 
     def synchronize(self) -> None:
-        stage.look("Event.synchronize")
+        stage.sync("Event.synchronize")
 
     def query(self) -> bool:
         return True
 
     def elapsed_time(self, end: Event) -> float:
-        """Milliseconds."""
+        """Return milliseconds."""
         return 1e3 * (end.at - self.at)
 
 
 class Generator(torch.Generator):
-    """A GPU's generator. A capture that did not end leaves it waiting for the end."""
+    """A GPU's random generator, which a capture that did not end leaves in capture mode."""
 
     def __new__(cls, device: Any = "cpu") -> Any:
-        own = super().__new__(cls, "cpu")
-        own.where = indexed(device) if torch.device(device).type == "cuda" else torch.device("cpu")
-        own.captured_by = None
-        return own
+        generator = super().__new__(cls, "cpu")
+        generator.fake_device = indexed(device) if torch.device(device).type == "cuda" else torch.device("cpu")
+        generator.captured_by = None
+        return generator
 
     def __init__(self, device: Any = "cpu") -> None:
-        """All was done in __new__."""
+        """Do nothing: __new__ initializes."""
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return self.where
+        return self.fake_device
 
-    def draws(self, capture: Any) -> None:
+    def check_draw(self, capture: Any) -> None:
         if self.captured_by is not None and capture is None:
             raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
         if capture is not None and self.captured_by is not capture:
@@ -98,39 +97,36 @@ class Generator(torch.Generator):
 
 
 class Graph:
-    """A CUDA graph: what is captured does not run, a replay runs it on the same memory.
+    """A CUDA graph: captured work does not run; a replay runs it on the same memory.
 
-    A capture that something invalidated cannot end: the end raises, and leaves its generators and its pool captured.
+    The end of an invalidated capture raises and leaves its generators and its memory pool in capture mode.
     """
 
     def __init__(self, keep_graph: bool = False) -> None:
         self.calls: list[Callable[[], Any]] = []
         self.generators: list[Generator] = []
-        self.valid, self.ended, self.stream, self.own_pool = True, False, None, (0, 0)
+        self.valid, self.ended, self.stream, self.memory_pool = True, False, None, (0, 0)
 
     def register_generator_state(self, generator: Generator) -> None:
         self.generators.append(generator)
 
     def capture_begin(self, pool: Any = (0, 0), capture_error_mode: str = "global", **kwargs: Any) -> None:
-        gpu = active()
-        self.stream, self.mode, self.own_pool = torch.cuda.current_stream(), capture_error_mode, pool
+        machine = _active[-1]
+        self.stream, self.mode, self.memory_pool = torch.cuda.current_stream(), capture_error_mode, pool
         if self.stream.cuda_stream == 0:
             raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
-        self.device = gpu.current
-        gpu.captures.append(self)
-        gpu.pools.add(pool)
+        self.device = machine.current
+        machine.captures.append(self)
+        machine.pools.add(pool)
         for generator in self.generators:
             generator.captured_by = self
         stage.capture = self
 
     def record(self, call: Callable[[], Any]) -> None:
-        if active().current != self.device:
-            self.invalidate()
+        if _active[-1].current != self.device:
+            self.valid = False
             raise RuntimeError("CUDA error: work of another device in a capture")
         self.calls.append(call)
-
-    def invalidate(self) -> None:
-        self.valid = False
 
     def capture_end(self) -> None:
         stage.capture = None
@@ -138,7 +134,7 @@ class Graph:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
         if torch.cuda.current_stream() != self.stream:
             raise RuntimeError("Capture must end on the same stream it began on.")
-        active().pools.discard(self.own_pool)
+        _active[-1].pools.discard(self.memory_pool)
         for generator in self.generators:
             generator.captured_by = None
         self.ended = True
@@ -146,7 +142,7 @@ class Graph:
     def replay(self) -> None:
         if not self.ended:
             raise RuntimeError("Called CUDAGraph::replay without a preceding successful capture.")
-        active().replays += 1
+        _active[-1].replays += 1
         for operation in self.calls:
             operation()
 
@@ -157,12 +153,8 @@ class Graph:
 _active: list[GPU] = []
 
 
-def active() -> GPU:
-    return _active[-1]
-
-
 class GPU:
-    """One machine's GPUs. `driver` has the launches; `captures` and `replays` what became of graphs."""
+    """The GPUs of one machine. `driver` records launches, `captures` and `replays` graphs."""
 
     def __init__(self, count: int = 1, **properties: Any) -> None:
         self.count, self.current = count, 0
@@ -170,52 +162,47 @@ class GPU:
         self.streams = [Stream(torch.device("cuda", i), number=0) for i in range(count)]
         self.captures: list[Graph] = []
         self.pools: set[Any] = set()
-        self.replays = 0
+        self.replays, self.syncs = 0, stage.syncs
         self.driver = Driver(self)
 
-    @property
-    def looks(self) -> list[str]:
-        return stage.looks
-
-    @contextmanager
-    def no_looks(self) -> Iterator[None]:
-        """Within the block the host may read nothing."""
-        stage.forbidden = True
-        try:
-            yield
-        finally:
-            stage.forbidden = False
+    def no_syncs(self) -> Any:
+        """Raise HostSync if the host reads a value within the block."""
+        return mock.patch.object(stage, "forbidden", True)
 
     def exchange(self, index: int) -> int:
         before = self.current
-        if index >= 0:
-            self._check(index)
-            self.current = index
+        self.current = self._index(index) if index >= 0 else before
         return before
-
-    def _check(self, index: int) -> None:
-        if index >= self.count:
-            raise RuntimeError("CUDA error: invalid device ordinal")
 
     def _index(self, device: Any = None) -> int:
         index = self.current if device is None else device if isinstance(device, int) else indexed(device).index
-        self._check(index)
+        if index >= self.count:
+            raise RuntimeError("CUDA error: invalid device ordinal")
         return index
 
-    def set_stream(self, stream: Stream) -> None:
+    def _stream(self, device: Any = None) -> Stream:
+        return self.streams[self._index(device)]
+
+    def _set_stream(self, stream: Stream) -> None:
         self.current = stream.device.index
         self.streams[self.current] = stream
 
+    def _synchronize(self, device: Any = None) -> None:
+        stage.sync("synchronize")
+        self.driver.check_alive()
+
+    def _empty_cache(self) -> None:
+        if self.pools:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED: an earlier capture did not end")
+
+    def end_pool(self, device: int, pool: Any) -> None:
+        if pool not in self.pools:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.pools.remove(pool)
+
     def functions(self) -> dict[str, Any]:
-        """What stands in the place of `torch.cuda`'s functions."""
-
-        def wait(device: Any = None) -> None:
-            stage.look("synchronize")
-            self.driver.check_alive()
-
-        def forbid_looks(mode: Any) -> None:
-            stage.forbidden = mode in (2, "error")
-
+        """Return the replacements of `torch.cuda`'s functions."""
+        properties = self.properties
         return {
             "is_available": lambda: True,
             "is_initialized": lambda: True,
@@ -225,64 +212,50 @@ class GPU:
             "set_device": lambda device: self.exchange(self._index(device)) and None,
             "_exchange_device": self.exchange,
             "_maybe_exchange_device": self.exchange,
-            "get_device_properties": lambda device=None: self._index(device) * 0 or self.properties,
-            "get_device_name": lambda device=None: self.properties.name,
-            "get_device_capability": lambda device=None: (self.properties.major, self.properties.minor),
-            "synchronize": wait,
-            "set_sync_debug_mode": forbid_looks,
-            "empty_cache": self.empty_cache,
-            "mem_get_info": lambda device=None: (self.properties.total_memory, self.properties.total_memory),
+            "get_device_properties": lambda device=None: self._index(device) * 0 or properties,
+            "get_device_name": lambda device=None: properties.name,
+            "get_device_capability": lambda device=None: (properties.major, properties.minor),
+            "synchronize": self._synchronize,
+            "set_sync_debug_mode": lambda mode: setattr(stage, "forbidden", mode in (2, "error")),
+            "empty_cache": self._empty_cache,
+            "mem_get_info": lambda device=None: (properties.total_memory, properties.total_memory),
             "memory_allocated": lambda device=None: 0,
             "max_memory_allocated": lambda device=None: 0,
             "reset_peak_memory_stats": lambda device=None: None,
-            "current_stream": lambda device=None: self.streams[self._index(device)],
+            "current_stream": self._stream,
             "default_stream": lambda device=None: Stream(torch.device("cuda", self._index(device)), number=0),
-            "set_stream": self.set_stream,
+            "set_stream": self._set_stream,
             "is_current_stream_capturing": lambda: stage.capture is not None,
-            "graph_pool_handle": self.pool,
+            "graph_pool_handle": lambda: (0, next(_handles)),
             "Stream": Stream,
             "Event": Event,
             "CUDAGraph": Graph,
         }
 
-    def pool(self) -> tuple[int, int]:
-        Stream.made += 1
-        return (0, Stream.made)
-
-    def empty_cache(self) -> None:
-        if self.pools:
-            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED: an earlier capture did not end")
-
-    def end_pool(self, device: int, pool: Any) -> None:
-        if pool not in self.pools:
-            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
-        self.pools.remove(pool)
-
 
 @contextmanager
 def gpu(count: int = 1, **properties: Any) -> Iterator[GPU]:
-    """Within the block, this machine has `count` GPUs, an H100 each unless `properties` say otherwise."""
-    made = GPU(count, **properties)
+    """Simulate `count` GPUs within the block: H100s with these changes of their properties."""
+    machine = GPU(count, **properties)
+    patches = [(torch.cuda, name, function) for name, function in machine.functions().items()]
+    patches += [(torch.cuda.graphs.graph, "default_capture_stream", None), (torch, "Generator", Generator)]
+    patches += [(module, "PLAIN_TYPES", (*module.PLAIN_TYPES, FakeGPUTensor)) for module in (call, ops)]
+    allocator = {"_host_emptyCache": lambda: None, "_cuda_releasePool": lambda *_: None}
+    allocator["_cuda_endAllocateToPool"] = machine.end_pool
     with ExitStack() as stack:
-        for name, function in made.functions().items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, function))
-        stack.enter_context(mock.patch.object(torch.cuda.graphs.graph, "default_capture_stream", None))
-        stack.enter_context(mock.patch.object(torch, "Generator", Generator))
-        for name, function in {"_host_emptyCache": lambda: None, "_cuda_releasePool": lambda *_: None}.items():
+        for module, name, value in patches:
+            stack.enter_context(mock.patch.object(module, name, value))
+        for name, function in allocator.items():
             stack.enter_context(mock.patch.object(torch._C, name, function, create=True))
-        stack.enter_context(mock.patch.object(torch._C, "_cuda_endAllocateToPool", made.end_pool, create=True))
-        for module in (call, ops):
-            types = (*module.PLAIN_TYPES, FakeGPUTensor)
-            stack.enter_context(mock.patch.object(module, "PLAIN_TYPES", types))
-        # A module's parameters are new ones once it has moved: ours cannot take another tensor's place.
+        # Module.to must create new parameters, because a simulated GPU's tensor cannot replace another tensor's data.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)
         before = triton.runtime.driver._active
-        triton.runtime.driver.set_active(made.driver)
-        _active.append(made)
+        triton.runtime.driver.set_active(machine.driver)
+        _active.append(machine)
         stack.callback(_active.pop)
         stack.callback(setattr, triton.runtime.driver, "_active", before)
-        stack.callback(made.driver.forget)
-        stage.looks.clear()
+        stack.callback(machine.driver.forget)
+        stage.syncs.clear()
         stack.enter_context(Factories())
-        yield made
+        yield machine
