@@ -294,11 +294,11 @@ def written_down(terminalreporter: Any) -> dict[str, set[str]]:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """The whole of `-m emulator` fails where it ran too few of the instructions."""
-    from tests.emulator.report import too_little
+    from tests.emulator.report import below_bound
 
     config, reporter = session.config, session.config.pluginmanager.get_plugin("terminalreporter")
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("keyword")
-    if whole and reporter and config.getoption("markexpr") == "gpu" and too_little(written_down(reporter)):
+    if whole and reporter and config.getoption("markexpr") == "emulator" and below_bound(written_down(reporter)):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -107,14 +107,3 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
         "attention_decode_kernel": _decode_config(sizes, dtype, arch),
         "attention_combine_kernel": LaunchConfig({"BLOCK_D": power_of_2(sizes["D"], low=16)}, num_warps=2),
     }
-
-
-def extra_tune_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, tuple[LaunchConfig, ...]]:
-    """Return, by kernel, one large tile an SM and two small ones."""
-    if not _allows_small_tiles(sizes, dtype, arch):
-        return {}
-    found = []
-    for block_m, block_n, warps, stages in (TWO_PER_SM, _tile_for_head(128, dtype, arch)):
-        tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": 128}
-        found.append(LaunchConfig(tiles, num_warps=warps, num_stages=stages))
-    return {"attention_prefill_kernel": tuple(found)}

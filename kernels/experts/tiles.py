@@ -30,16 +30,11 @@ _PREFILL["sm_100"] = _PREFILL["sm_90"]
 _SINGLE = (32, 0, 16, 32, 32, 4, 2)  # fp32, without tensor cores at this precision: registers bound the tile
 
 
-def _table(sizes: Sizes, arch: str) -> dict[int, tuple[int, int, int, int, int, int, int]]:
-    # With pointers the larger tiles of later GPUs spill.
-    return _PREFILL["sm_80" if switches(sizes).by_pointers and not amd(arch) else family(arch)]
-
-
-def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str, at: int | None = None) -> dict[str, LaunchConfig]:
-    """`at`: the key of the table to use instead of the rows of a group."""
+def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     rows = 0 if switches(sizes).deterministic else sizes["T"] * sizes["K"] // sizes["E"]
-    table = _table(sizes, arch)
-    tile = _SINGLE if dtype == torch.float32 else table[max(key for key in table if key <= rows) if at is None else at]
+    # With pointers the larger tiles of later GPUs spill.
+    table = _PREFILL["sm_80" if switches(sizes).by_pointers and not amd(arch) else family(arch)]
+    tile = _SINGLE if dtype == torch.float32 else table[max(key for key in table if key <= rows)]
     block_m, short_m, up_n, down_n, block_k, warps, stages = tile
     dense = not (switches(sizes).gate_up or switches(sizes).down)
     # TMA reads x where it was gathered in sorted order.
@@ -107,14 +102,3 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     if sizes["T"] > DECODE_TOKENS or switches(sizes).deterministic:
         return kernels | _prefill(sizes, dtype, arch)
     return kernels | _decode(sizes, dtype, arch)
-
-
-def extra_tune_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, tuple[LaunchConfig, ...]]:
-    """Return, by kernel, the tiles of other rows of a group."""
-    formats = switches(sizes).gate_up or switches(sizes).down
-    if sizes["T"] <= DECODE_TOKENS or switches(sizes).deterministic or formats or dtype == torch.float32:
-        return {}
-    configs = [_prefill(sizes, dtype, arch, key) for key in _table(sizes, arch)]
-    return {
-        kernel: tuple(config[kernel] for config in configs) for kernel in ("experts_up_kernel", "experts_down_kernel")
-    }

@@ -22,7 +22,7 @@ from ..tools.tolerance import Fp64Reference, measure, to_fp64
 from .hf import TransformersTarget
 from .layers import LayerProbe, Target, check_layers, split_text
 from .mesh import MeshTarget, worst_of_ranks
-from .report import END_RATIO, TORCH, Report, Row, end_row
+from .report import END_RATIO, TORCH, Report, Row
 from .weights import check_loaded, held_out, perplexity, quantization_cost, quantized_formats
 
 __all__ = ["Report", "Row", "held_out", "perplexity", "verify"]
@@ -114,10 +114,11 @@ def _verify(target: Any, input_ids: Tensor | None, progress: Progress, folder: A
     rows.append(Row(None, "rms_norm", "final", *measure("rms_norm", args)))
     reference = Fp64Reference.from_baseline(target.head(to_fp64)(exact), target.head()(expected.x), END_RATIO)
     routes = LayerProbe(expected.layers)
-    rows.append(end_row(target.output, "end to end", target.end_to_end(ids, routes), reference))
+    tokens, output = torch.arange(ids.shape[1]), target.end_to_end(ids, routes)
+    rows.append(Row(None, target.output, "end to end", *reference.measure(output, tokens)))
     if peer is not None:
-        eager = TransformersTarget.eager(folder, target.model)
-        rows.append(end_row("logits", peer, eager.end_to_end(ids, LayerProbe(expected.layers)), reference))
+        logits = TransformersTarget.eager(folder, target.model).end_to_end(ids, LayerProbe(expected.layers))
+        rows.append(Row(None, "logits", peer, *reference.measure(logits, tokens)))
     if isinstance(target, MeshTarget):
         rows = worst_of_ranks(target.ranks, rows)
     cost = quantization_cost(target, folder, ids, step) if quantized else None

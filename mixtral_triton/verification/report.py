@@ -7,14 +7,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
-from ..tools.tolerance import Fp64Reference, share_of_limit
+from ..tools.tolerance import share_of_limit
 
 if TYPE_CHECKING:
     from .weights import QuantizationCost
@@ -132,8 +130,3 @@ class Report:
         console = Console(file=io.StringIO(), width=110, color_system=None)
         console.print(self)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
-
-
-def end_row(name: str, case: str, got: Tensor, reference: Fp64Reference) -> Row:
-    """The row of what comes after the layers, got [B,T,...]."""
-    return Row(None, name, case, *reference.measure(got, torch.arange(got.shape[1])))

@@ -1,6 +1,6 @@
-"""A launch on the PTX emulator: arguments as Triton's launcher packs them, three schedules that have to agree.
+"""A launch in the PTX emulator: arguments packed as by Triton's launcher, and three schedules that must agree.
 
-The tensors are this process's memory. What a schedule leaves there has to be, bit for bit, what the others leave.
+The tensors are this process's memory. Every schedule must leave the same bits there.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..support.stub.driver import SWIZZLE_SPANS
-from .early import Written, changed
+from .copies import Descriptor
 from .machine import SCHEDULES, Code, Schedule, execute
 from .memory import Fault, Global, Params, Span
-from .text import Param, Unmodelled, read
-from .tma import Descriptor
+from .parser import Param, Unmodelled, parse
+from .pdl import Writes, changed_bytes
 
 FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I"}
 FORMATS |= {"u64": "Q", "fp32": "f", "f32": "f"}
@@ -30,11 +30,11 @@ FORMATS |= {"u64": "Q", "fp32": "f", "f32": "f"}
 
 @lru_cache(maxsize=512)
 def compiled(ptx: str) -> Code:
-    return Code(read(ptx), hashlib.sha256(ptx.encode()).hexdigest()[:12])
+    return Code(parse(ptx), hashlib.sha256(ptx.encode()).hexdigest()[:12])
 
 
-def span(name: str, tensor: torch.Tensor) -> Span:
-    """From its first element to its last."""
+def span_of(name: str, tensor: torch.Tensor) -> Span:
+    """Return the memory from the tensor's first element to its last."""
     extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return Span(name, tensor.data_ptr(), extent * tensor.element_size() if tensor.numel() else 0)
 
@@ -43,7 +43,7 @@ def tensor_map(descriptor: TensorDescriptor, meta: Mapping[str, Any]) -> Descrip
     size, strides = descriptor.base.element_size(), list(descriptor.strides)
     tf32 = getattr(descriptor, "round_f32_to_tf32", False)
     if descriptor.padding != "zero" or meta.get("is_im2col") or meta["fp4_padded"] or tf32:
-        raise Unmodelled(f"a tensor map of {meta}")
+        raise Unmodelled(f"tensor map of {meta}")
     return Descriptor(
         descriptor.base.data_ptr(),
         size,
@@ -55,8 +55,8 @@ def tensor_map(descriptor: TensorDescriptor, meta: Mapping[str, Any]) -> Descrip
 
 
 @dataclass
-class Packed:
-    """Arguments: the bytes of each parameter, the memory they lead to, and tensor maps by parameter."""
+class PackedArgs:
+    """The bytes of each parameter, the memory that they point to, and tensor maps by parameter."""
 
     values: list[bytes] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
@@ -64,25 +64,35 @@ class Packed:
 
     def add(self, name: str, kind: str, value: Any, metas: Iterator[Mapping[str, Any]] | None) -> None:
         if isinstance(value, TensorDescriptor):
-            self.spans.append(span(name, value.base))
+            self.spans.append(span_of(name, value.base))
             if metas is None:
-                raise Unmodelled(f"a descriptor without TMA: {name}")
+                raise Unmodelled(f"descriptor without TMA: {name}")
             self.maps[len(self.values)] = tensor_map(value, next(metas))
             self.values.append(bytes(128))
             self.values += [struct.pack("<i", n) for n in value.shape]
             self.values += [struct.pack("<q", n) for n in value.strides]
         elif kind.startswith("*"):
-            self.spans.append(span(name, value))
+            self.spans.append(span_of(name, value))
             self.values.append(struct.pack("<Q", value.data_ptr()))
         elif kind in FORMATS:
             self.values.append(struct.pack("<" + FORMATS[kind], value))
         else:
-            raise Unmodelled(f"an argument of type {kind}: {name}")
+            raise Unmodelled(f"argument of type {kind}: {name}")
+
+    def params(self, declared: Sequence[Param], maps: Mapping[int, Descriptor] | None = None) -> Params:
+        """Return the parameters, whose sizes must be the declared ones. `maps`: in place of `self.maps`."""
+        sizes, expected = [len(value) for value in self.values], [param.size for param in declared]
+        if sizes != expected:
+            raise Unmodelled(f"parameters of {expected} bytes, packed {sizes}")
+        params = Params(declared, self.values)
+        maps = self.maps if maps is None else maps
+        params.descriptors = {declared[at].name: descriptor for at, descriptor in maps.items()}
+        return params
 
 
-def pack(launcher: Any, args: Mapping[str, Any]) -> Packed:
-    """As Triton's launcher does: constants are absent, at the end stand two addresses of scratch memory."""
-    metadata, packed = launcher.metadata, Packed()
+def pack(launcher: Any, args: Mapping[str, Any]) -> PackedArgs:
+    """Pack arguments as Triton's launcher does: without constants, with two addresses of scratch memory at the end."""
+    metadata, packed = launcher.metadata, PackedArgs()
     found = getattr(metadata, "tensordesc_meta", None)
     metas = iter(found) if found else None
     for (name, value), kind in zip(args.items(), launcher.signature, strict=True):
@@ -95,17 +105,11 @@ def pack(launcher: Any, args: Mapping[str, Any]) -> Packed:
     return packed
 
 
-def check_params(params: Sequence[Param], packed: Packed) -> None:
-    sizes = [(param.size, len(value)) for param, value in zip(params, packed.values, strict=False)]
-    if len(params) != len(packed.values) or any(want != got for want, got in sizes):
-        raise Unmodelled(f"parameters of {[one.size for one in params]} bytes, packed {list(map(len, packed.values))}")
-
-
 @dataclass
 class Executor:
-    """Runs launches. `codes`: by kernel, what it ran, with the instructions that ran; `launches`: how often.
+    """Executes launches. `codes`: by kernel, the code of its variants; `launches`: how often each kernel ran.
 
-    `build`: PTX -> what is executed. `fenced_copies`: what cp.async brought needs a fence before wgmma reads it.
+    `build`: a function from PTX to code. `fenced_copies`: wgmma needs a fence before it reads what cp.async wrote.
     """
 
     schedules: Sequence[Schedule] = SCHEDULES
@@ -113,42 +117,36 @@ class Executor:
     launches: Counter[str] = field(default_factory=Counter)
     build: Callable[[str], Code] = compiled
     fenced_copies: bool = True
-    unsettled: Written = field(default_factory=list)  # by launches that the next one may overlap
+    pending: Writes = field(default_factory=list)  # by launches that the next one may overlap
 
     def __call__(self, launched: Any, args: Mapping[str, Any]) -> None:
         code = self.build(launched.ptx)
-        known = self.codes.setdefault(launched.kernel, [])
-        if not any(code is one for one in known):
-            known.append(code)
+        variants = self.codes.setdefault(launched.kernel, [])
+        if not any(code is variant for variant in variants):
+            variants.append(code)
         self.launches[launched.kernel] += 1
-        self.run(code, launched, args)
-
-    def run(self, code: Code, launched: Any, args: Mapping[str, Any]) -> None:
         packed = pack(launched.launcher, args)
-        check_params(code.program.params, packed)
-        params = Params(code.program.params, packed.values)
-        params.descriptors = {code.program.params[at].name: one for at, one in packed.maps.items()}
-        memory = Global(packed.spans)
+        params, memory = packed.params(code.program.params), Global(packed.spans)
         if launched.launcher.metadata.launch_pdl:
-            memory.unsettled = self.unsettled
+            memory.pending = self.pending
         else:
-            self.unsettled = []
-        before, first = memory.save(), None
+            self.pending = []
+        before, expected = memory.save(), None
         for schedule in self.schedules:
-            if first is not None:
+            if expected is not None:
                 memory.restore(before)
             try:
                 execute(code, schedule, launched.grid, memory, params, launched.shared, self.fenced_copies)
             except Fault as fault:
                 raise Fault(f"{launched.kernel} ({schedule.name}): {fault}") from None
-            if len(self.schedules) > 1:
-                first = self._compare(launched.kernel, schedule, memory, first)
-        self.unsettled += changed(memory.regions, before)
+            if expected is not None:
+                self._compare(f"{launched.kernel} ({schedule.name})", memory, expected)
+            elif len(self.schedules) > 1:
+                expected = memory.save()
+        self.pending += changed_bytes(memory.regions, before)
 
-    def _compare(self, kernel: str, schedule: Schedule, memory: Global, first: Any) -> Any:
-        now = memory.save()
-        for region, old, new in zip(memory.regions, first or now, now, strict=True):
-            if not np.array_equal(old, new):
-                at = int(np.flatnonzero(old != new)[0])
-                raise Fault(f"{kernel}: {region.name}, byte {at}: {schedule.name}: not the first schedule's bits")
-        return first or now
+    def _compare(self, name: str, memory: Global, expected: Sequence[np.ndarray]) -> None:
+        for region, old in zip(memory.regions, expected, strict=True):
+            if not np.array_equal(old, region.bytes):
+                at = int(np.flatnonzero(old != region.bytes)[0])
+                raise Fault(f"{name}: {region.name}, byte {at} differs from the first schedule")

@@ -1,6 +1,6 @@
-"""Global memory where the launch's tensors lie, shared memory of each block, parameters; loads and stores of all three.
+"""Global memory (the launch's tensors), shared memory of each block, parameters, and the loads and stores of all three.
 
-A load or store has to lie in one region, at a multiple of its size; an address of anything else is a fault.
+A load or store must lie in one region, at a multiple of its size; any other address is a fault.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from .text import Address, Instruction, Param, Program, Reg, Symbol, Unmodelled, Vector
-from .values import TYPES, Array, Step, assign, effect, reader, writers
+from .parser import Address, Instruction, Param, Program, Reg, Symbol, Unmodelled
+from .values import TYPES, Array, Step, assign, destinations, lane_indices, models, per_lane, reader, suffix
 
-# One element of each size that is moved at once; a complex number is 16 bytes that nobody computes with.
+# The dtype in which elements of each size are copied; 16 bytes are a complex number that nothing computes with.
 CHUNKS = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8"), 16: np.dtype("c16")}
-SHARED_BASE = 1024  # a GPU keeps the first KiB; swizzles are functions of the address
-UNWRITTEN = 0xFF  # NaN as a float, an address of nothing
+SHARED_BASE = 1024  # a GPU reserves the first KiB; swizzles are functions of the address
+UNWRITTEN = 0xFF  # NaN as a float, an invalid address
 
 
 class Fault(RuntimeError):
-    """What a GPU would answer with an error, or with numbers that mean nothing."""
+    """An error that a GPU would report, or a race whose result it would leave undefined."""
 
 
 def where(frame: Any, lane: int) -> str:
-    """Of a frame's lane: its block and thread."""
+    """Return the block and thread of a frame's lane."""
     return f"block ({frame.x[lane]}, {frame.y[lane]}, {frame.z[lane]}), thread {frame.tid[lane]}"
 
 
@@ -39,7 +39,7 @@ class Span:
 
 
 class Region:
-    """Bytes of this process's memory."""
+    """A range of this process's memory."""
 
     def __init__(self, span: Span) -> None:
         self.name, self.start, self.end = span.name, span.start, span.start + span.size
@@ -47,26 +47,26 @@ class Region:
         self._views: dict[int, tuple[int, Array]] = {}
 
     def view(self, size: int) -> tuple[int, Array]:
-        """-> the address of the first element, and elements of `size` bytes."""
+        """Return the address of the first element and the elements of `size` bytes."""
         if size not in self._views:
             first = self.start // size * size
             length = -(-(self.end - first) // size) * size
-            held = np.frombuffer((ctypes.c_ubyte * length).from_address(first), CHUNKS[size])
-            self._views[size] = first, held
+            elements = np.frombuffer((ctypes.c_ubyte * length).from_address(first), CHUNKS[size])
+            self._views[size] = first, elements
         return self._views[size]
 
 
 class Global:
-    """The regions of a launch, sorted; those that overlap are one.
+    """The regions of a launch, sorted; overlapping ones are merged.
 
-    `unsettled`: what launches write that this one may overlap; None: it overlaps none. See early.py.
+    `pending`: the bytes that launches write which this one may overlap; None: it overlaps none. See pdl.py.
     """
 
-    unsettled: Sequence[tuple[int, Array]] | None = None
+    pending: Sequence[tuple[int, Array]] | None = None
 
     def __init__(self, spans: Iterable[Span]) -> None:
         merged: list[Span] = []
-        for span in sorted((one for one in spans if one.size), key=lambda one: one.start):
+        for span in sorted((span for span in spans if span.size), key=lambda span: span.start):
             if merged and span.start < merged[-1].start + merged[-1].size:
                 last = merged.pop()
                 end = max(last.start + last.size, span.start + span.size)
@@ -76,41 +76,40 @@ class Global:
         self.starts = [region.start for region in self.regions]
         self._sorted = np.array(self.starts, np.uint64)
 
-    def places(self, addresses: Array, size: int, who: Any) -> Iterator[tuple[Any, Array, Array]]:
-        """-> which of the addresses (a slice or a mask), the elements of their region, and their indices there."""
+    def locate(self, addresses: Array, size: int, describe: Any) -> Iterator[tuple[Any, Array, Array]]:
+        """Yield for each region a selection (slice or mask) of the addresses, its elements, and the indices there."""
         low, high = int(addresses.min()), int(addresses.max())
-        if size > 1 and (addresses & np.uint64(size - 1)).any():
-            at = int(np.flatnonzero(addresses & np.uint64(size - 1))[0])
-            raise Fault(f"misaligned address {int(addresses[at]):#x} of {size} bytes{who(at)}")
+        if size > 1 and (misaligned := addresses & np.uint64(size - 1)).any():
+            at = int(np.flatnonzero(misaligned)[0])
+            raise Fault(f"misaligned address {int(addresses[at]):#x} of {size} bytes{describe(at)}")
         at = bisect_right(self.starts, low) - 1
         if at >= 0 and high + size <= self.regions[at].end:
             yield slice(None), *self._elements(at, addresses, size)
             return
-        which = np.searchsorted(self._sorted, addresses, side="right").astype(np.int64) - 1
-        for at in np.unique(which).tolist():
-            chosen = which == at
+        regions = np.searchsorted(self._sorted, addresses, side="right").astype(np.int64) - 1
+        for at in np.unique(regions).tolist():
+            selected = regions == at
             end = self.regions[at].end if at >= 0 else 0
-            outside = chosen & (addresses + np.uint64(size) > np.uint64(end))
+            outside = selected & (addresses + np.uint64(size) > np.uint64(end))
             if outside.any():
                 first = int(np.flatnonzero(outside)[0])
                 near = f"; {self.regions[at].name} ends at {end:#x}" if at >= 0 else ""
-                raise Fault(f"illegal address {int(addresses[first]):#x}{who(first)}{near}")
-            yield chosen, *self._elements(at, addresses[chosen], size)
+                raise Fault(f"illegal address {int(addresses[first]):#x}{describe(first)}{near}")
+            yield selected, *self._elements(at, addresses[selected], size)
 
     def _elements(self, at: int, addresses: Array, size: int) -> tuple[Array, Array]:
-        first, held = self.regions[at].view(size)
-        return held, (addresses - np.uint64(first)).astype(np.int64) >> (size.bit_length() - 1)
+        first, elements = self.regions[at].view(size)
+        return elements, (addresses - np.uint64(first)).astype(np.int64) >> (size.bit_length() - 1)
 
-    def load(self, addresses: Array, size: int, who: Any) -> Array:
-        """-> one element of `size` bytes for each address."""
+    def load(self, addresses: Array, size: int, describe: Any) -> Array:
         out = np.empty(len(addresses), CHUNKS[size])
-        for chosen, held, index in self.places(addresses, size, who):
-            out[chosen] = held[index]
+        for selected, elements, index in self.locate(addresses, size, describe):
+            out[selected] = elements[index]
         return out
 
-    def store(self, addresses: Array, values: Array, size: int, who: Any) -> None:
-        for chosen, held, index in self.places(addresses, size, who):
-            held[index] = values[chosen]
+    def store(self, addresses: Array, values: Array, size: int, describe: Any) -> None:
+        for selected, elements, index in self.locate(addresses, size, describe):
+            elements[index] = values[selected]
 
     def save(self) -> list[Array]:
         return [region.bytes.copy() for region in self.regions]
@@ -121,7 +120,7 @@ class Global:
 
 
 class Shared:
-    """Shared memory of a batch of blocks, one behind the other."""
+    """Shared memory of a batch of blocks, one after the other."""
 
     base = SHARED_BASE
 
@@ -132,7 +131,7 @@ class Shared:
         self.views = {size: self.bytes.view(dtype) for size, dtype in CHUNKS.items()}
 
     def offsets(self, frame: Any, addresses: Array, size: int, mask: Any) -> Array:
-        """-> places in `bytes`; what `mask` leaves out may be anywhere."""
+        """Return offsets into `bytes`; addresses of lanes outside the mask are not checked."""
         local = addresses.astype(np.int64) - SHARED_BASE
         wrong = (local < 0) | (local + size > self.size) | (local & (size - 1) != 0)
         if mask is not None:
@@ -141,14 +140,13 @@ class Shared:
         if wrong.any():
             lane = int(np.flatnonzero(wrong)[0])
             what = "misaligned" if 0 <= local[lane] <= self.size - size else "illegal"
-            raise Fault(
-                f"{what} shared address {int(local[lane])} of {size} bytes, of {self.size}: {where(frame, lane)}"
-            )
+            access = f"{int(local[lane])} of {size} bytes, of {self.size}"
+            raise Fault(f"{what} shared address {access}: {where(frame, lane)}")
         return frame.begins + local
 
 
 class Params:
-    """Kernel parameters: bytes of each, and the address that a kernel may take of them."""
+    """Kernel parameters: the bytes of each, and the address that a kernel may take of it."""
 
     window = 0x7F00_0000  # fits the 32 bits in which Triton moves such an address
 
@@ -165,7 +163,7 @@ class Params:
 
 
 def effective(address: Address, kind: str) -> Any:
-    """-> function of a frame: the addresses of all lanes."""
+    """Return a function of a frame that computes the addresses of all lanes."""
     dtype = TYPES[kind].type
     if isinstance(address.base, Symbol):
         return lambda frame: np.full(frame.n, dtype(frame.machine.shared.base + address.offset))
@@ -176,140 +174,78 @@ def effective(address: Address, kind: str) -> Any:
     return lambda frame: base(frame) + offset
 
 
-def chosen(values: Array, mask: Any) -> Array:
-    return values if mask is None else values[mask]
+def describe_lane(frame: Any, mask: Any, text: str) -> Any:
+    """Return a function of an index among the masked lanes, which describes the lane in an error."""
+    return lambda at: f": {where(frame, int(lane_indices(frame, mask)[at]))}: {text}"
 
 
-def culprit(frame: Any, mask: Any, text: str) -> Any:
-    """-> who(place among the lanes of `mask`), for an error."""
-
-    def who(at: int) -> str:
-        return f": {where(frame, at if mask is None else int(np.flatnonzero(mask)[at]))}: {text}"
-
-    return who
-
-
-WIDTHS = [("", 1), ("v2.", 2), ("v4.", 4)]
-_KINDS = [*(f"b{bits}" for bits in (8, 16, 32, 64)), "s8", "u8", "s16", "u16", "s32", "u32", "f32", "s64", "u64"]
-_VECTORS = [(width, count, kind) for width, count in WIDTHS for kind in _KINDS
-            if TYPES[kind].itemsize * count <= 16]  # fmt: skip
-
-
-def _split(chunks: Array, kind: str, count: int) -> list[Array]:
-    """Elements of all registers of a vector -> the values of each."""
-    parts = chunks.view(TYPES[kind]).reshape(-1, count)
-    return [np.ascontiguousarray(parts[:, i]) for i in range(count)]
-
-
-def _joined(values: Sequence[Any], frame: Any, kind: str) -> Array:
-    """The values of each register of a vector -> elements of all."""
-    size = TYPES[kind].itemsize * len(values)
-    parts = [np.broadcast_to(value(frame), frame.n) for value in values]
-    return np.stack(parts, 1).view(CHUNKS[size])[:, 0]
-
-
-def _vector(operand: Any, count: int, text: str) -> list[Any]:
-    items = list(operand.items) if isinstance(operand, Vector) else [operand]
-    if len(items) != count:
-        raise Unmodelled(f"{len(items)} registers: {text}")
-    return items
-
-
-def _load_global(one: Instruction, kind: str, count: int) -> Step:
-    destinations = _vector(one.operands[0], count, one.text)
-    address, size = effective(one.operands[1], "u64"), TYPES[kind].itemsize * count
-
-    def go(frame: Any, mask: Any) -> None:
-        got = frame.machine.memory.load(chosen(address(frame), mask), size, culprit(frame, mask, one.text))
-        for reg, part in zip(destinations, _split(got, kind, count), strict=True):
-            assign(frame, reg, spread(part, mask), mask)
-
-    return go
-
-
-def spread(values: Array, mask: Any) -> Array:
-    """Of the lanes of `mask` -> of all; the others' are nothing."""
-    if mask is None:
-        return values
-    out = np.zeros(len(mask), values.dtype)
-    out[mask] = values
-    return out
-
-
-def _store_global(one: Instruction, kind: str, count: int) -> Step:
-    values = [reader(item, kind) for item in _vector(one.operands[1], count, one.text)]
-    address, size = effective(one.operands[0], "u64"), TYPES[kind].itemsize * count
-
-    def go(frame: Any, mask: Any) -> None:
-        new = chosen(_joined(values, frame, kind), mask)
-        frame.machine.memory.store(chosen(address(frame), mask), new, size, culprit(frame, mask, one.text))
-
-    return go
-
-
-def _load_shared(one: Instruction, kind: str, count: int) -> Step:
-    destinations = _vector(one.operands[0], count, one.text)
-    address, size = effective(one.operands[1], "u32"), TYPES[kind].itemsize * count
-
-    def go(frame: Any, mask: Any) -> None:
-        machine = frame.machine
-        at = machine.shared.offsets(frame, address(frame), size, mask)
-        machine.log.read(frame, slice(None) if mask is None else mask, at, size, one)
-        got = machine.shared.views[size][at // size]
-        for reg, part in zip(destinations, _split(got, kind, count), strict=True):
-            assign(frame, reg, part, mask)
-
-    return go
-
-
-def _store_shared(one: Instruction, kind: str, count: int) -> Step:
-    values = [reader(item, kind) for item in _vector(one.operands[1], count, one.text)]
-    address, size = effective(one.operands[0], "u32"), TYPES[kind].itemsize * count
-
-    def go(frame: Any, mask: Any) -> None:
-        at = frame.machine.shared.offsets(frame, address(frame), size, mask)
-        put(frame, at, _joined(values, frame, kind), size, mask, one)
-
-    return go
-
-
-def put(frame: Any, at: Array, values: Array, size: int, mask: Any, one: Instruction) -> None:
-    """Store elements of `size` bytes at places of shared memory, and have it logged."""
+def store_shared(frame: Any, offsets: Array, values: Array, size: int, mask: Any, inst: Instruction) -> None:
+    """Store elements of `size` bytes to shared memory by way of the race detector."""
     lanes = slice(None) if mask is None else np.flatnonzero(mask)
-    frame.machine.log.write(frame, lanes, at[lanes], values[lanes], size, one)
+    frame.machine.log.write(frame, lanes, offsets[lanes], values[lanes], size, inst)
 
 
-for _width, _count, _kind in _VECTORS:
-
-    @effect(f"ld.global.{_width}{_kind}")
-    def _lg(one: Instruction, program: Program, kind: str = _kind, count: int = _count) -> Step:
-        return _load_global(one, kind, count)
-
-    @effect(f"st.global.{_width}{_kind}")
-    def _sg(one: Instruction, program: Program, kind: str = _kind, count: int = _count) -> Step:
-        return _store_global(one, kind, count)
-
-    for _space in ("shared", "shared::cta"):
-
-        @effect(f"ld.{_space}.{_width}{_kind}")
-        def _ls(one: Instruction, program: Program, kind: str = _kind, count: int = _count) -> Step:
-            return _load_shared(one, kind, count)
-
-        @effect(f"st.{_space}.{_width}{_kind}")
-        def _ss(one: Instruction, program: Program, kind: str = _kind, count: int = _count) -> Step:
-            return _store_shared(one, kind, count)
+_KINDS = [*(f"b{bits}" for bits in (8, 16, 32, 64)), "s8", "u8", "s16", "u16", "s32", "u32", "f32", "s64", "u64"]
+_SPACES = ("global", "shared", "shared::cta")
+VECTORS = {"": 1, "v2.": 2, "v4.": 4}
+_FORMS = [f"{space}.{vector}{kind}" for space in _SPACES for vector, count in VECTORS.items() for kind in _KINDS
+          if TYPES[kind].itemsize * count <= 16]  # fmt: skip
 
 
-@effect(*(f"ld.param.{kind}" for kind in _KINDS))
-def _load_param(one: Instruction, program: Program) -> Step:
-    kind = TYPES[one.opcode.rpartition(".")[2]]
-    (to,), address = writers(one.operands[0]), one.operands[1]
+def access(inst: Instruction, registers: Any, address: Any) -> tuple[bool, list[Any], Any, str, int]:
+    """Return whether a load or store is global, its registers, address function, type, and size in bytes."""
+    parts = inst.opcode.split(".")
+    is_global, kind, items = parts[1] == "global", parts[-1], destinations(registers)
+    if len(items) != (int(parts[2][1]) if len(parts) == 4 else 1):
+        raise Unmodelled(f"{len(items)} registers: {inst.text}")
+    addresses = effective(address, "u64" if is_global else "u32")
+    return is_global, items, addresses, kind, TYPES[kind].itemsize * len(items)
+
+
+@models(*(f"ld.{form}" for form in _FORMS))
+def load(inst: Instruction, program: Program) -> Step:
+    is_global, targets, addresses, kind, size = access(inst, *inst.operands)
+
+    def step(frame: Any, mask: Any) -> None:
+        machine, at = frame.machine, addresses(frame)
+        if is_global:
+            active = slice(None) if mask is None else mask
+            chunks = np.zeros(frame.n, CHUNKS[size])
+            chunks[active] = machine.memory.load(at[active], size, describe_lane(frame, mask, inst.text))
+        else:
+            offsets = machine.shared.offsets(frame, at, size, mask)
+            machine.log.read(frame, slice(None) if mask is None else mask, offsets, size, inst)
+            chunks = machine.shared.views[size][offsets // size]
+        parts = chunks.view(TYPES[kind]).reshape(frame.n, -1)
+        for i, reg in enumerate(targets):
+            assign(frame, reg, np.ascontiguousarray(parts[:, i]), mask)
+
+    return step
+
+
+@models(*(f"st.{form}" for form in _FORMS))
+def store(inst: Instruction, program: Program) -> Step:
+    is_global, sources, addresses, kind, size = access(inst, inst.operands[1], inst.operands[0])
+    values = [reader(source, kind) for source in sources]
+
+    def step(frame: Any, mask: Any) -> None:
+        machine, at = frame.machine, addresses(frame)
+        chunks = np.stack([per_lane(frame, value(frame)) for value in values], 1).view(CHUNKS[size])[:, 0]
+        if is_global:
+            active = slice(None) if mask is None else mask
+            machine.memory.store(at[active], chunks[active], size, describe_lane(frame, mask, inst.text))
+        else:
+            store_shared(frame, machine.shared.offsets(frame, at, size, mask), chunks, size, mask, inst)
+
+    return step
+
+
+@models(*(f"ld.param.{kind}" for kind in _KINDS))
+def load_param(inst: Instruction, program: Program) -> Step:
+    (to,), address = destinations(inst.operands[0]), inst.operands[1]
     if not isinstance(address.base, Symbol) or not isinstance(to, Reg):
-        raise Unmodelled(f"a parameter at an address: {one.text}")
-    name, offset = address.base.name, address.offset
-
-    def go(frame: Any, mask: Any) -> None:
-        value = np.frombuffer(frame.machine.params.values[name], kind, 1, offset)[0]
-        assign(frame, to, value, mask)
-
-    return go
+        raise Unmodelled(f"parameter at a computed address: {inst.text}")
+    kind, name, offset = TYPES[suffix(inst)], address.base.name, address.offset
+    return lambda frame, mask: assign(
+        frame, to, np.frombuffer(frame.machine.params.values[name], kind, 1, offset)[0], mask
+    )

@@ -1,116 +1,104 @@
-"""Programs with one thing taken out: a barrier, a wait, a fence, a predicate, what a person would forget."""
+"""Mutations of a compiled program: one barrier, wait, fence, predicate, swizzle or transposition removed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from .copies import Descriptor
 from .launch import pack
 from .machine import SCHEDULES, Code, execute
-from .memory import Fault, Global, Params
-from .text import Imm, Instruction, Program, Reg, Unmodelled
-from .tma import Descriptor
-from .values import Array, Step, effect
+from .memory import Fault, Global
+from .parser import Imm, Instruction, Program, Reg, Unmodelled
+from .values import Array, Step, models
 
-WAITS = ("cp.async.wait_group", "wgmma.wait_group.sync.aligned", "mbarrier.try_wait")
-FENCES = ("fence.proxy.async", "wgmma.fence")
-# What orders memory, or reaches shared memory: the neighbours that tell what a barrier is for.
-ORDERS = ("bar.", "mbarrier.", "cp.async", "wgmma.", "fence.", "ld.shared", "st.shared", "ldmatrix", "stmatrix")
+# The instructions that a mutation removes, by the mutation's kind.
+REMOVED = {
+    "barrier": ("bar.sync",),
+    "wait": ("cp.async.wait_group", "wgmma.wait_group.sync.aligned", "mbarrier.try_wait"),
+    "fence": ("fence.proxy.async", "wgmma.fence"),
+}
+# Instructions that order memory or access shared memory: as neighbours they identify a barrier's purpose.
+ORDERING = ("bar.", "mbarrier.", "cp.async", "wgmma.", "fence.", "ld.shared", "st.shared", "ldmatrix", "stmatrix")
 
 
-@effect("removed")
-def removed(one: Instruction, program: Program) -> Step:
+@models("removed")
+def removed(inst: Instruction, program: Program) -> Step:
     return lambda frame, mask: None
 
 
-@effect("idle")
-def idle(one: Instruction, program: Program) -> Step:
-    """In the place of a wait or a fence: a fault if it had anything to do."""
-    (name, *operands) = one.operands
+@models("idle")
+def idle(inst: Instruction, program: Program) -> Step:
+    """Replace a wait or a fence by a check that it has nothing to wait for or to order."""
+    (name, *operands) = inst.operands
 
-    def go(frame: Any, mask: Any) -> None:
+    def step(frame: Any, mask: Any) -> None:
         if name.startswith("fence"):
-            busy = frame.machine.log.unfenced(frame, mask)
+            busy = frame.machine.log.stores_unfenced(frame, mask)
         else:
-            flights = frame.copies if name.startswith("cp.async") else frame.tensor.flights
-            busy = flights.waits(operands[0].value, mask)
+            groups = frame.copies if name.startswith("cp.async") else frame.tensor.groups
+            busy = groups.would_wait(operands[0].value, mask)
         if busy:
-            raise Fault(f"{one.text} had something to do")
+            raise Fault(f"not idle: {inst.text}")
 
-    return go
+    return step
 
 
-@effect("always")
-def always(one: Instruction, program: Program) -> Step:
-    """In the place of what a predicate guards: a fault if it keeps a lane out. The instruction itself is not done."""
-    flag, wanted = one.operands
+@models("always")
+def always(inst: Instruction, program: Program) -> Step:
+    """Replace a predicated instruction by a check that its predicate excludes no lane."""
+    flag, required = inst.operands
 
-    def go(frame: Any, mask: Any) -> None:
+    def step(frame: Any, mask: Any) -> None:
         value = frame.R[flag.slot]
-        keeps = (value == wanted) if flag.width == 1 else value != wanted.value
-        if (keeps if mask is None else keeps & mask).any():
-            raise Fault(f"not always: {one.text}")
+        excluded = (value == required) if flag.width == 1 else value != required.value
+        if (excluded if mask is None else excluded & mask).any():
+            raise Fault(f"not always: {inst.text}")
 
-    return go
+    return step
 
 
 @dataclass(frozen=True)
-class Site:
-    """`kind`: what is taken out; `at`: of which instruction; `new`: what stands there instead."""
+class Mutation:
+    """The replacement of instruction `at` by `new`; `kind`: what that removes."""
 
     kind: str
     at: int
     new: Instruction
 
     def apply(self, program: Program) -> Program:
-        own = program.instructions
-        return replace(program, instructions=(*own[: self.at], self.new, *own[self.at + 1 :]))
+        before, after = program.instructions[: self.at], program.instructions[self.at + 1 :]
+        return replace(program, instructions=(*before, self.new, *after))
 
 
-def if_idle(program: Program, site: Site) -> Program | None:
-    """The program with a check in a wait's or a fence's place that it has nothing to do; None: of others."""
-    one = program.instructions[site.at]
-    if not one.opcode.startswith(("cp.async.wait", "wgmma.wait", "fence.proxy")):
-        return None
-    return replace(site, new=Instruction("idle", (one.opcode, *one.operands), text=one.text)).apply(program)
-
-
-def _gone(one: Instruction) -> Instruction:
-    return Instruction("removed", (), text=f"removed: {one.text}")
-
-
-def sites(program: Program) -> Iterator[Site]:
-    """All, but of instructions of one name behind one predicate the first."""
+def mutations(program: Program) -> Iterator[Mutation]:
+    """Yield all mutations; of instructions with one opcode and predicate only the first loses its predicate."""
     guarded: set[tuple[str, Any]] = set()
-    for at, one in enumerate(program.instructions):
-        name, operands = one.opcode, one.operands
-        if name == "bar.sync":
-            yield Site("barrier", at, _gone(one))
-        elif name.startswith(WAITS):
-            yield Site("wait", at, _gone(one))
-        elif name.startswith(FENCES):
-            yield Site("fence", at, _gone(one))
-        elif ".expect_tx." in name:
-            yield Site("expect_tx", at, replace(one, operands=(*operands[:2], Imm(0))))
+    for at, inst in enumerate(program.instructions):
+        name, operands = inst.opcode, inst.operands
+        for kind, prefixes in REMOVED.items():
+            if name.startswith(prefixes):
+                yield Mutation(kind, at, Instruction("removed", (), text=f"removed: {inst.text}"))
+        if ".expect_tx." in name:
+            yield Mutation("expect_tx", at, replace(inst, operands=(*operands[:2], Imm(0))))
         elif name == "xor.b32":
-            yield Site("swizzle", at, replace(one, opcode="mov.b32", operands=operands[:2]))
+            yield Mutation("swizzle", at, replace(inst, opcode="mov.b32", operands=operands[:2]))
         elif ".trans." in name:
-            yield Site("trans", at, replace(one, opcode=name.replace(".trans.", ".")))
+            yield Mutation("trans", at, replace(inst, opcode=name.replace(".trans.", ".")))
         elif name.startswith("wgmma.mma_async") and operands[-1] == Imm(1):
-            yield Site("trans", at, replace(one, operands=(*operands[:-1], Imm(0))))
-        copies = name.startswith(("cp.async.ca", "cp.async.cg")) and isinstance(operands[-1], Reg)
-        behind = (name, operands[-1] if copies else one.guard)
-        if behind in guarded or behind[1] is None:
+            yield Mutation("trans", at, replace(inst, operands=(*operands[:-1], Imm(0))))
+        is_copy = name.startswith(("cp.async.ca", "cp.async.cg")) and isinstance(operands[-1], Reg)
+        predicate = operands[-1] if is_copy else inst.guard
+        if predicate is None or (name, predicate) in guarded or not (is_copy or name.startswith(("ld.", "st."))):
             continue
-        if copies:
-            guarded.add(behind)
-            yield Site("predicate", at, replace(one, operands=(*operands[:-1], operands[2])))
-        elif name.startswith(("ld.", "st.")):
-            guarded.add(behind)
-            yield Site("predicate", at, replace(one, guard=None, negated=False))
+        guarded.add((name, predicate))
+        if is_copy:
+            yield Mutation("predicate", at, replace(inst, operands=(*operands[:-1], operands[2])))
+        else:
+            yield Mutation("predicate", at, replace(inst, guard=None, negated=False))
 
 
 def _short(opcode: str) -> str:
@@ -119,24 +107,20 @@ def _short(opcode: str) -> str:
     if opcode.startswith("cp.async.bulk"):
         return "bulk copy"
     parts = opcode.split(".")
-    return ".".join(parts[:3]) if parts[0] in ("cp", "fence") else ".".join(parts[:2])
+    return ".".join(parts[: 3 if parts[0] in ("cp", "fence") else 2])
 
 
 def neighbours(program: Program, at: int) -> tuple[str, str]:
-    """What stands before and after a barrier, of all that orders memory or reaches shared memory."""
+    """Return the ordering instructions before and after an instruction."""
 
-    def first(places: Sequence[int]) -> str:
-        for place in places:
-            name = program.instructions[place].opcode
-            if name.startswith(ORDERS):
-                return _short(name)
-        return "-"
+    def first(instructions: tuple[Instruction, ...]) -> str:
+        return next((_short(inst.opcode) for inst in instructions if inst.opcode.startswith(ORDERING)), "-")
 
-    return first(range(at - 1, -1, -1)), first(range(at + 1, len(program.instructions)))
+    return first(program.instructions[:at][::-1]), first(program.instructions[at + 1 :])
 
 
 class Trial:
-    """A launch that can be made again and again on the same memory."""
+    """A launch that runs repeatedly on the same memory."""
 
     def __init__(self, code: Code, launched: Any, args: Mapping[str, Any]) -> None:
         self.code, self.launched, self.packed = code, launched, pack(launched.launcher, args)
@@ -145,9 +129,7 @@ class Trial:
         self.after = self.run(code, SCHEDULES[0])
 
     def run(self, code: Code, schedule: Any, maps: Mapping[int, Descriptor] | None = None) -> list[Array]:
-        params = Params(code.program.params, self.packed.values)
-        found = self.packed.maps if maps is None else maps
-        params.descriptors = {code.program.params[at].name: one for at, one in found.items()}
+        params = self.packed.params(code.program.params, maps)
         self.memory.restore(self.before)
         try:
             execute(code, schedule, self.launched.grid, self.memory, params, self.launched.shared)
@@ -155,45 +137,46 @@ class Trial:
         finally:
             self.memory.restore(self.before)
 
-    def seen(self, program: Program, maps: Mapping[int, Descriptor] | None = None) -> str:
-        """By which schedule, and how, a change is seen; "": by none."""
+    def detect(self, program: Program, maps: Mapping[int, Descriptor] | None = None) -> str:
+        """Return the schedule that detects a mutated program and how; "" if none does."""
         code = Code(program)
         for schedule in SCHEDULES[::-1]:
             try:
-                got = self.run(code, schedule, maps)
+                results = self.run(code, schedule, maps)
             except (Fault, Unmodelled) as fault:
                 return f"{schedule.name}: {fault}"
-            if not all(np.array_equal(a, b) for a, b in zip(got, self.after, strict=True)):
+            if not all(np.array_equal(a, b) for a, b in zip(results, self.after, strict=True)):
                 return f"{schedule.name}: other results"
         return ""
 
-    def idle(self, site: Site) -> bool:
-        """Whether a wait or a fence never had anything to do, or a barrier no other warp to wait for."""
-        if site.kind == "barrier":
+    def is_idle(self, mutation: Mutation) -> bool:
+        """Return whether a wait or fence never has an effect, or a barrier no other warp to wait for."""
+        if mutation.kind == "barrier":
             return self.code.program.threads == 32
-        checked = if_idle(self.code.program, site)
-        if checked is None:
+        inst = self.code.program.instructions[mutation.at]
+        if not inst.opcode.startswith(("cp.async.wait", "wgmma.wait", "fence.proxy")):
             return False
-        try:
-            self.run(Code(checked), SCHEDULES[-1])
-        except Fault:
-            return False
-        return True
+        check = Instruction("idle", (inst.opcode, *inst.operands), text=inst.text)
+        return self._runs(replace(mutation, new=check), SCHEDULES[-1], "")
 
-    def always(self, site: Site) -> bool:
-        """Whether a predicate was true of every lane each time."""
-        one = self.code.program.instructions[site.at]
-        flag = Reg(one.operands[-1].slot, 32) if one.guard is None else one.guard
-        new = Instruction("always", (flag, one.operands[2] if one.guard is None else one.negated), text=one.text)
+    def is_always_true(self, mutation: Mutation) -> bool:
+        """Return whether a predicate is true of every lane."""
+        inst = self.code.program.instructions[mutation.at]
+        flag = Reg(inst.operands[-1].slot, 32) if inst.guard is None else inst.guard
+        check = Instruction("always", (flag, inst.operands[2] if inst.guard is None else inst.negated), text=inst.text)
+        return self._runs(replace(mutation, new=check), SCHEDULES[0], "not always")
+
+    def _runs(self, mutation: Mutation, schedule: Any, message: str) -> bool:
+        """Return whether a mutated program runs without a fault that has this message."""
         try:
-            self.run(Code(replace(site, new=new).apply(self.code.program)), SCHEDULES[0])
+            self.run(Code(mutation.apply(self.code.program)), schedule)
         except Fault as fault:
-            return "not always" not in str(fault)
+            return message not in str(fault)
         return True
 
     def without_swizzles(self) -> Iterator[tuple[int, dict[int, Descriptor]]]:
-        """Tensor maps, one of those that are used at a time without its swizzle."""
-        for at, one in self.packed.maps.items():
-            others = {place: other for place, other in self.packed.maps.items() if place != at}
-            if one.span and "no descriptor" in self.seen(self.code.program, others):
-                yield at, {**self.packed.maps, at: replace(one, span=0)}
+        """Yield tensor maps in which one map that the kernel uses has no swizzle."""
+        for at, descriptor in self.packed.maps.items():
+            rest = {other: one for other, one in self.packed.maps.items() if other != at}
+            if descriptor.span and "no descriptor" in self.detect(self.code.program, rest):
+                yield at, {**self.packed.maps, at: replace(descriptor, span=0)}

@@ -9,10 +9,10 @@ import pytest
 
 from mixtral_triton.kernels.launch import INTERPRETED
 
+from .copies import Descriptor
+from .harness import run, samples
 from .machine import SCHEDULES
 from .memory import SHARED_BASE, Fault
-from .tma import Descriptor
-from .unit import run, samples
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a PTX emulator: run once, without the interpreter")
 
@@ -56,7 +56,7 @@ def test_a_copy_comes_no_sooner_than_somebody_waits() -> None:
     with pytest.raises(Fault, match="reads where a copy is in flight"):
         run(body, given, {"%a": 32, "%b": 32}, arrays=[memory], shared=256, schedule=LOGGED)
     body = body.replace("cp.async.wait_group 0;", "")
-    with pytest.raises(Fault, match=r"nobody waited for: cp\.async"):
+    with pytest.raises(Fault, match=r"no wait for: cp\.async"):
         run(body, given, {"%a": 32, "%b": 32}, arrays=[memory], shared=256, schedule=SCHEDULES[0])
 
 
@@ -71,7 +71,7 @@ STORE, LOAD, SYNC = "st.shared.b32 [%s], %v;", "ld.shared.b32 %w, [%o];", "bar.s
         (STORE + LOAD, "race: reads what another warp writes: ld.shared"),
         (STORE + SYNC + LOAD + STORE, "race: writes what another warp reads: st.shared"),
         (STORE + SYNC + LOAD + SYNC + STORE, ""),
-        (LOAD, "reads shared memory that nobody wrote"),
+        (LOAD, "reads unwritten shared memory"),
         (STORE + "st.shared.b32 [%o], %v;", "race: warps write different values"),
         (STORE + SYNC + "st.shared.b32 [%o], %v;", ""),
         ("mov.b32 %v, 5;" + STORE + "st.shared.b32 [%o], %v;", ""),
@@ -173,17 +173,21 @@ COPY = """mov.u32 %t, %tid.x; setp.eq.u32 %q, %t, 0; mov.b64 %m, map0; mov.u32 %
     ("old", "new", "said"),
     [
         ("", "", ""),
-        ("[%b], 256;", "[%b], 128;", "waits for -128 bytes|waits for ever|a phase is under way"),
-        ("[%b], 256;", "[%b], 512;", "waits for ever"),
-        ("@%q mbarrier.init.shared::cta.b64 [%b], 1;", "", "no mbarrier there"),
-        ("1; bar.sync 0;", "1;", "race|no mbarrier there"),
-        (TRY, "", "did not wait|nobody"),
-        ("@!%p bra waitLoop;", "", "did not wait|nobody wrote|a phase is under way"),
-        ("bar.sync 0; @%q mbarrier.inval", "@%q mbarrier.inval", "race|no mbarrier there|its mbarrier is gone"),
+        ("[%b], 256;", "[%b], 128;", "waits for -128 bytes|deadlock|a phase is incomplete"),
+        ("[%b], 256;", "[%b], 512;", "deadlock"),
+        ("@%q mbarrier.init.shared::cta.b64 [%b], 1;", "", "no mbarrier at this address"),
+        ("1; bar.sync 0;", "1;", "race|no mbarrier at this address"),
+        (TRY, "", "without a wait|no wait|unwritten|has no wait"),
+        ("@!%p bra waitLoop;", "", "without a wait|no wait|unwritten|has no wait wrote|a phase is incomplete"),
+        (
+            "bar.sync 0; @%q mbarrier.inval",
+            "@%q mbarrier.inval",
+            "race|no mbarrier at this address|the mbarrier of a copy is invalid",
+        ),
         ("ld.shared.b32 %f, [%s];", "st.shared.b64 [%b], %m;", "writes over an mbarrier"),
         ("@%q cp.async.bulk", "@%q st.shared.b32 [%s], %t; @%q cp.async.bulk", "no fence.proxy.async"),
-        ("@%q mbarrier.inval.shared::cta.b64 [%b];", "@%q mbarrier.init.shared::cta.b64 [%b], 1;", "is there already"),
-        ("map0;", "4096;", "no descriptor there"),
+        ("@%q mbarrier.inval.shared::cta.b64 [%b];", "@%q mbarrier.init.shared::cta.b64 [%b], 1;", "exists already"),
+        ("map0;", "4096;", "no descriptor at this address"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_with_a_copy_is_seen(old: str, new: str, said: str) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from mixtral_triton.kernels.launch import INTERPRETED
 
-from .unit import bits, run, samples
+from .harness import bits, run, samples
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a PTX emulator: run once, without the interpreter")
 

@@ -23,10 +23,10 @@ from tests.support.models import random_model
 from . import launch
 from .machine import SCHEDULES, Code
 from .memory import Fault
-from .mutate import sites
-from .text import Unmodelled, read
+from .mutate import mutations
+from .parser import Unmodelled, parse
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.emulator
 
 GPU_DEVICE, BF16 = torch.device("cuda", 0), torch.bfloat16
 SMALL = Path(__file__).parents[2] / "mixtral_triton" / "small"
@@ -43,8 +43,8 @@ def without(kind: str, opcode: str) -> Callable[[str], Code]:
     """PTX -> a program without any such thing; of predicates, without the first of each."""
 
     def build(ptx: str) -> Code:
-        program = read(ptx)
-        for site in sites(program):
+        program = parse(ptx)
+        for site in mutations(program):
             if site.kind == kind and program.instructions[site.at].opcode.startswith(opcode):
                 program = site.apply(program)
         return Code(program)
@@ -58,7 +58,7 @@ EXPERTS = Shape(T=70, H=64, I=48, E=2, K=2)
 @pytest.mark.parametrize("schedule", [None, *SCHEDULES], ids=lambda one: one.name if one else "all")
 def test_a_wrong_swizzle_is_seen(schedule: Any, ptx_emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what TMA brings: the numbers are wrong in each schedule."""
-    with ptx_emulator(schedules=[schedule] if schedule else SCHEDULES):
+    with ptx_emulator(schedules=[schedule] if schedule else None):
         run("expert_swiglu", EXPERTS)
         monkeypatch.setattr(launch, "SWIZZLE_SPANS", (None, 64, 128, 64))
         with pytest.raises((AssertionError, Fault)):
@@ -130,13 +130,13 @@ def early_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, WAITS: tl.constexpr):
     ("early", "reads", "waits", "said"),
     [
         (True, "written", "first", ""),
-        (True, "written", "before it stores", r"before it waits for the launch that writes there: ld\.global"),
-        (True, "written", "at last", "before it waits"),
-        (True, "written", "never", "before it waits"),
+        (True, "written", "before it stores", r"before the wait for the launch that writes there: ld\.global"),
+        (True, "written", "at last", "before the wait"),
+        (True, "written", "never", "before the wait"),
         (False, "written", "never", ""),
         (True, "kept", "before it stores", ""),
-        (True, "kept", "at last", r"before it waits .* st\.global"),
-        (True, "kept", "never", r"before it waits .* st\.global"),
+        (True, "kept", "at last", r"before the wait .* st\.global"),
+        (True, "kept", "never", r"before the wait .* st\.global"),
     ],
 )
 def test_a_launch_that_begins_early_waits(early: bool, reads: str, waits: str, said: str, ptx_emulator: Any) -> None:
@@ -152,7 +152,7 @@ def test_a_launch_that_begins_early_waits(early: bool, reads: str, waits: str, s
 
 def unwaiting(ptx: str) -> Code:
     """A program that does not wait for earlier launches."""
-    return Code(read("\n".join(line for line in ptx.splitlines() if "griddepcontrol.wait" not in line)))
+    return Code(parse("\n".join(line for line in ptx.splitlines() if "griddepcontrol.wait" not in line)))
 
 
 def test_a_model_whose_kernels_do_not_wait_for_each_other_is_seen(ptx_emulator: Any) -> None:
@@ -161,7 +161,7 @@ def test_a_model_whose_kernels_do_not_wait_for_each_other_is_seen(ptx_emulator: 
         cache = KVCache(model.config, 1, max_len=9, device=GPU_DEVICE, dtype=torch.float32)
         model(ids, cache=cache)
         gpu.driver.execute.build = unwaiting
-        with pytest.raises(Fault, match="before it waits for the launch that writes there"):
+        with pytest.raises(Fault, match="before the wait for the launch that writes there"):
             model(ids, cache=cache)
 
 

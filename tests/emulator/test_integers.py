@@ -9,8 +9,8 @@ import pytest
 
 from mixtral_triton.kernels.launch import INTERPRETED
 
-from .text import Unmodelled
-from .unit import run, samples
+from .harness import run, samples
+from .parser import Unmodelled
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a PTX emulator: run once, without the interpreter")
 
@@ -214,11 +214,11 @@ def test_where_a_lane_is() -> None:
         ("atom.global.add.u32 %d, [%x], 1;", "not modelled: atom.global.add.u32"),
         ("ld.local.b32 %d, [%x];", "not modelled: ld.local.b32"),
         ("cvt.satfinite.s32.f32 %d, %x;", "not modelled: cvt.satfinite.s32.f32"),
-        ("bfe.u32 %d, %x, 30, 5;", "a field over the edge"),
-        ("bfe.u32 %d, %x, %x, 5;", "a field at a place that a register tells"),
+        ("bfe.u32 %d, %x, 30, 5;", "bit field beyond the register"),
+        ("bfe.u32 %d, %x, %x, 5;", "bit field whose position is in a register"),
         ("mov.u32 %d, %clock;", "mov of %clock"),
         ("add.s64 %d, %x, %x;", "Reg.* as s64"),
-        ("bar.sync 1, 64;", "a barrier of a part of the block"),
+        ("bar.sync 1, 64;", "barrier of a part of the block"),
         (".local .b8 depot[8];", "directive: .local"),
         (".local .align 4 .b8 depot[8]; mov.u32 %d, depot;", "local memory: depot"),
         ("bra nowhere;", "branch to no label"),

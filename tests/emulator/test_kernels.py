@@ -18,7 +18,7 @@ from tests.ops.test_deterministic import CASES, check
 
 from .report import share
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.emulator
 
 GPU_DEVICE, BF16 = torch.device("cuda", 0), torch.bfloat16
 ARCHS = ("sm_90", "sm_80")

@@ -7,10 +7,10 @@ import pytest
 
 from mixtral_triton.kernels.launch import INTERPRETED
 
+from .harness import run, samples
 from .machine import SCHEDULES
 from .memory import SHARED_BASE, Fault
-from .text import Unmodelled
-from .unit import run, samples
+from .parser import Unmodelled
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a PTX emulator: run once, without the interpreter")
 
@@ -132,10 +132,10 @@ def test_reductions_and_elections() -> None:
 
 
 def test_a_part_of_a_warp_is_refused() -> None:
-    with pytest.raises(Unmodelled, match="a part of a warp"):
+    with pytest.raises(Unmodelled, match="part of a warp"):
         run("redux.sync.add.s32 %d, %x, 255;", {"%x": samples(32, 32)}, {"%d": 32})
     body = "setp.lt.u32 %p, %x, 7; @%p bra there; redux.sync.add.s32 %d, %x, -1; there:"
-    with pytest.raises(Fault, match="a part of the warp"):
+    with pytest.raises(Fault, match="part of the warp"):
         run(body, {"%x": np.arange(32, dtype=np.uint32)}, {"%d": 32, "%p": 1})
 
 
@@ -181,6 +181,6 @@ def test_a_barrier_that_some_never_reach() -> None:
         @%q mbarrier.init.shared::cta.b64 [%m], 1; bar.sync 0; @%p bra there;
         wait: mbarrier.try_wait.parity.shared::cta.b64 %d, [%m], %z; @!%d bra wait; there: bar.sync 0;"""
     for schedule in SCHEDULES:
-        with pytest.raises(Fault, match=r"waits for ever: .*thread 32 of unit: mbarrier\.try_wait"):
+        with pytest.raises(Fault, match=r"deadlock: .*thread 32 of unit: mbarrier\.try_wait"):
             wanted = {"%t": 32, "%p": 1, "%m": 32, "%z": 32, "%q": 1, "%d": 1}
             run(stuck, {}, wanted, threads=64, shared=8, schedule=schedule)

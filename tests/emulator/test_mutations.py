@@ -16,10 +16,10 @@ from tests.compile.test_jit import on_fake_gpu
 
 from .launch import Executor, compiled
 from .machine import SCHEDULES, Code
-from .mutate import Site, Trial, neighbours, sites
+from .mutate import Mutation, Trial, mutations, neighbours
 from .redundant import REDUNDANT
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.emulator
 
 BF16 = torch.bfloat16
 
@@ -84,15 +84,15 @@ class Recorder(Executor):
         super().__call__(launched, args)
 
 
-def verdict(trial: Trial, site: Site) -> tuple[str, str]:
-    """-> "seen", "idle" (it has nothing to do: no copy in flight, nothing stored, no lane kept out), "redundant" or
+def verdict(trial: Trial, site: Mutation) -> tuple[str, str]:
+    """-> "caught", "idle" (it has nothing to do: no copy in flight, nothing stored, no lane kept out), "redundant" or
     "missed"; and why."""
-    how = trial.seen(site.apply(trial.code.program))
+    how = trial.detect(site.apply(trial.code.program))
     if how:
-        return "seen", how
+        return "caught", how
     if site.kind == "predicate":
-        return ("idle", "true of every lane") if trial.always(site) else ("missed", "")
-    if trial.idle(site):
+        return ("idle", "true of every lane") if trial.is_always_true(site) else ("missed", "")
+    if trial.is_idle(site):
         return "idle", "nothing was in flight, or stored"
     around = site.kind, *neighbours(trial.code.program, site.at)
     for key in (around, (site.kind, trial.launched.kernel)):
@@ -116,8 +116,8 @@ def test_what_is_taken_out_is_missed(case: Case, arch: str, ptx_emulator: Any, c
         for trial in recorder.trials.values():
             program, kernel = trial.code.program, trial.launched.kernel
             for at, maps in trial.without_swizzles():
-                assert trial.seen(program, maps), f"{kernel}: a tensor map, {at}, without its swizzle"
-            for site in sites(program):
+                assert trial.detect(program, maps), f"{kernel}: a tensor map, {at}, without its swizzle"
+            for site in mutations(program):
                 if trial.code.ran[site.at]:
                     what, why = verdict(trial, site)
                     text = program.instructions[site.at].text

@@ -8,9 +8,9 @@ import torch
 
 from mixtral_triton.kernels.launch import INTERPRETED
 
+from .harness import run, samples
 from .machine import SCHEDULES
 from .memory import SHARED_BASE, Fault
-from .unit import run, samples
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about a PTX emulator: run once, without the interpreter")
 
@@ -176,8 +176,8 @@ COMMIT, WAIT = "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligne
     [
         (BEGIN + PRODUCT + COMMIT + WAIT, ""),
         (BEGIN.replace("wgmma.fence.sync.aligned;", "") + PRODUCT + COMMIT + WAIT, "no wgmma.fence before"),
-        (BEGIN + PRODUCT + COMMIT, "nobody waited for: wgmma"),
-        (BEGIN + PRODUCT + WAIT, "nobody waited for: wgmma"),
+        (BEGIN + PRODUCT + COMMIT, "no wait for: wgmma"),
+        (BEGIN + PRODUCT + WAIT, "no wait for: wgmma"),
         (BEGIN + PRODUCT + COMMIT + "mov.b32 %a, 7;" + WAIT, "a register changed under"),
         (BEGIN + PRODUCT + COMMIT + "mov.b32 %d0, 7;" + WAIT, "the result's register was written under"),
         (BEGIN + PRODUCT + COMMIT + OVERWRITE + WAIT, "shared memory changed"),

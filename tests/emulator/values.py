@@ -1,17 +1,17 @@
-"""Registers as arrays over lanes, operands as functions that read them, and the table of opcodes that are modelled.
+"""Registers as numpy arrays over lanes, operands as functions that read them, and the table of modelled opcodes.
 
-A register of 16, 32 or 64 bits is an array of unsigned integers, a predicate one of booleans; nobody changes an array
-that a register holds. The types are the opcodes': an operand is read as one of them.
+A register of 16, 32 or 64 bits is an array of unsigned integers, a predicate one of booleans. Steps replace these
+arrays and never write into them. Types belong to opcodes: an operand is read as the type that its opcode names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from .text import Imm, Instruction, Pair, Program, Reg, Sink, Symbol, Unmodelled, Vector
+from .parser import Imm, Instruction, Pair, Program, Reg, Sink, Symbol, Unmodelled, Vector
 
 Array = np.ndarray
 UNSIGNED = {1: np.dtype(bool), 8: np.dtype("u1"), 16: np.dtype("u2"), 32: np.dtype("u4"), 64: np.dtype("u8")}
@@ -19,23 +19,24 @@ TYPES = {f"{kind}{bits}": UNSIGNED[bits] for kind in "bu" for bits in (8, 16, 32
 TYPES |= {f"s{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)}
 TYPES |= {"f16": np.dtype("f2"), "f32": np.dtype("f4"), "f64": np.dtype("f8"), "pred": np.dtype(bool)}
 TYPES |= {name: UNSIGNED[bits] for name, bits in (("bf16", 16), ("bf16x2", 32), ("f16x2", 32))}  # as bits
+SPECIALS = {"%tid.x": "tid", "%ctaid.x": "x", "%ctaid.y": "y", "%ctaid.z": "z", "%laneid": "lane"}  # arrays of a frame
+# Control instructions, which machine.py executes.
+CONTROL = {"bra", "bra.uni", "ret", "exit", "bar.sync"} | {
+    f"mbarrier.try_wait.parity.{space}.b64" for space in ("shared::cta", "shared")
+}
 
-Read = Callable[[Any], Any]  # of a frame -> an array, or one number for all lanes
-Step = Callable[[Any, Any], None]  # of a frame and the lanes that take part; None: all
+Read = Callable[[Any], Any]  # of a frame -> an array over its lanes, or one value for all of them
+Step = Callable[[Any, Any], None]  # of a frame and a mask of active lanes; None: all
 MODELLED: dict[str, Callable[[Instruction, Program], Step]] = {}
 
 
-def bits_of(kind: str) -> int:
-    return 1 if kind == "pred" else TYPES[kind].itemsize * 8
-
-
 def reader(operand: Any, kind: str) -> Read:
-    """`operand` as values of type `kind`: a register at least as wide, of which the low bits count."""
-    dtype, bits = TYPES[kind], bits_of(kind)
+    """Return a function that reads `operand` as values of type `kind`: the low bits of a register at least as wide."""
+    dtype, bits = TYPES[kind], 1 if kind == "pred" else TYPES[kind].itemsize * 8
     if isinstance(operand, Imm):
-        if kind == "pred":
-            return _always(np.bool_(operand.value != 0))
-        return _always(np.array(operand.value & (1 << bits) - 1, UNSIGNED[bits]).view(dtype)[()])
+        value = operand.value != 0 if kind == "pred" else operand.value & (1 << bits) - 1
+        constant = np.array(value, UNSIGNED[bits]).view(dtype)
+        return lambda frame: constant
     if not isinstance(operand, Reg) or operand.width < bits or (operand.width == 1) != (bits == 1):
         raise Unmodelled(f"{operand} as {kind}")
     slot, low = operand.slot, UNSIGNED[bits]
@@ -46,131 +47,97 @@ def reader(operand: Any, kind: str) -> Read:
     return lambda frame: frame.R[slot].view(dtype)
 
 
-def _always(value: Any) -> Read:
-    return lambda frame: value
-
-
-def writers(operand: Any) -> list[Reg | Sink]:
-    """The registers that an instruction's first operand names."""
+def destinations(operand: Any) -> list[Reg | Sink]:
+    """Return the registers that an instruction's first operand names."""
     return list(operand.items) if isinstance(operand, (Vector, Pair)) else [operand]
 
 
-def as_register(value: Any, width: int, n: int) -> Array:
-    """`value` as a register of `width` bits keeps it: sign or zeros before a narrower one, by its dtype."""
-    value = np.asarray(value)
-    if value.dtype.itemsize * 8 < width and width > 1:
-        value = value.astype(f"{'i' if value.dtype.kind == 'i' else 'u'}{width // 8}")
-    if value.ndim == 0:
-        value = np.full(n, value)
-    return value.view(UNSIGNED[width])
-
-
 def assign(frame: Any, reg: Reg | Sink, value: Any, mask: Any) -> None:
+    """Write `value`, one for all lanes or one a lane, to the masked lanes; its dtype decides about sign extension."""
     if isinstance(reg, Sink):
         return
-    new = as_register(value, reg.width, frame.n)
-    frame.R[reg.slot] = new if mask is None else np.where(mask, new, frame.R[reg.slot])
+    dtype = UNSIGNED[reg.width]
+    if value.dtype != dtype or value.ndim == 0:
+        if value.dtype.itemsize < dtype.itemsize:
+            value = value.astype(f"{'i' if value.dtype.kind == 'i' else 'u'}{dtype.itemsize}")
+        value = np.full(frame.n, value).view(dtype) if value.ndim == 0 else value.view(dtype)
+    frame.R[reg.slot] = value if mask is None else np.where(mask, value, frame.R[reg.slot])
 
 
-def guarded(one: Instruction, step: Step, at: int) -> Step:
-    """`step` on the lanes that `@p` lets through; notes in the frame that it ran."""
-    if one.guard is None:
+def guarded(inst: Instruction, step: Step, at: int) -> Step:
+    """Restrict `step` to the lanes whose guard predicate holds, and record in the frame that some ran it."""
+    if inst.guard is None:
         return step
-    slot, negated = one.guard.slot, one.negated
+    slot, negated = inst.guard.slot, inst.negated
 
-    def go(frame: Any, mask: Any) -> None:
-        taken = ~frame.R[slot] if negated else frame.R[slot]
+    def guarded_step(frame: Any, mask: Any) -> None:
+        active = ~frame.R[slot] if negated else frame.R[slot]
         if mask is not None:
-            taken = taken & mask
-        if taken.all():
-            taken = None
-        elif not taken.any():
+            active = active & mask
+        if active.all():
+            active = None
+        elif not active.any():
             return
         frame.ran[at] = True
-        step(frame, taken)
+        step(frame, active)
 
-    return go
+    return guarded_step
 
 
-def pure(*opcodes: str) -> Callable[[Any], Any]:
-    """Decorates build(one) -> function of a frame -> the value of the first operand."""
+def models(*opcodes: str) -> Callable[[Any], Any]:
+    """Register a function of an instruction and its program, which returns the step, for these opcodes."""
 
-    def declare(build: Any) -> Any:
-        for opcode in opcodes:
-            MODELLED[opcode] = _pure_step(build)
+    def register(build: Any) -> Any:
+        MODELLED.update(dict.fromkeys(opcodes, build))
         return build
 
-    return declare
+    return register
 
 
-def _pure_step(build: Any) -> Callable[[Instruction, Program], Step]:
-    def make(one: Instruction, program: Program) -> Step:
-        value = build(one)
-        destinations = writers(one.operands[0])
-        if len(destinations) > 1:
+def elementwise(opcode: str, function: Callable[..., Any], *types: str) -> None:
+    """Model an opcode by a numpy function of its source operands, which have these types."""
 
-            def several(frame: Any, mask: Any) -> None:
-                for reg, new in zip(destinations, value(frame), strict=True):
-                    assign(frame, reg, new, mask)
-
-            return several
-        (reg,) = destinations
-        if isinstance(reg, Sink):
-            return lambda frame, mask: None
-        if not isinstance(reg, Reg):
-            raise Unmodelled(f"result of: {one.text}")
-        slot, width, dtype = reg.slot, reg.width, UNSIGNED[reg.width]
-
-        def single(frame: Any, mask: Any) -> None:
-            new = value(frame)
-            if new.dtype != dtype or new.ndim == 0:
-                new = as_register(new, width, frame.n)
-            frame.R[slot] = new if mask is None else np.where(mask, new, frame.R[slot])
-
-        return single
-
-    return make
+    @models(opcode)
+    def build(inst: Instruction, program: Program) -> Step:
+        target, *sources = inst.operands
+        if not isinstance(target, (Reg, Sink)):
+            raise Unmodelled(f"result of: {inst.text}")
+        reads = [reader(source, kind) for source, kind in zip(sources, types, strict=True)]
+        return lambda frame, mask: assign(frame, target, function(*(read(frame) for read in reads)), mask)
 
 
-def effect(*opcodes: str) -> Callable[[Any], Any]:
-    """Decorates build(one, program) -> step."""
-
-    def declare(build: Any) -> Any:
-        for opcode in opcodes:
-            MODELLED[opcode] = build
-        return build
-
-    return declare
+def by_type(table: dict[str, Callable[..., Any]], arity: int, *types: str) -> None:
+    """Model each name of the table for each type, which all operands have: add -> add.s32, add.u32, ..."""
+    for name, function in table.items():
+        for kind in types:
+            elementwise(f"{name}.{kind}", function, *[kind] * arity)
 
 
-def kinds(stem: str, *types: str) -> tuple[str, ...]:
-    return tuple(f"{stem}.{kind}" for kind in types)
-
-
-def last(one: Instruction) -> str:
-    """The type that ends the opcode."""
-    return one.opcode.rpartition(".")[2]
-
-
-def operands(one: Instruction, kind: str | None = None, begin: int = 1) -> list[Read]:
-    """All operands after the first, as the opcode's last type."""
-    return [reader(operand, kind or last(one)) for operand in one.operands[begin:]]
+def suffix(inst: Instruction) -> str:
+    """Return the type that ends the opcode."""
+    return inst.opcode.rpartition(".")[2]
 
 
 def check_modelled(program: Program) -> None:
-    """Every opcode is known, whole; else an error names all that are not."""
-    unknown = sorted({one.opcode for one in program.instructions} - MODELLED.keys() - CONTROL)
+    """Raise Unmodelled with every opcode of the program that is not modelled, modifiers included."""
+    unknown = sorted({inst.opcode for inst in program.instructions} - MODELLED.keys() - CONTROL)
     if unknown:
         raise Unmodelled(f"{program.name}: not modelled: {', '.join(unknown)}")
 
 
-CONTROL = {"bra", "bra.uni", "ret", "exit", "bar.sync"} | {
-    f"mbarrier.try_wait.parity.{space}.b64" for space in ("shared::cta", "shared")
-}
-
-
-SPECIALS = {"%tid.x": "tid", "%ctaid.x": "x", "%ctaid.y": "y", "%ctaid.z": "z", "%laneid": "lane"}  # arrays of a frame
-
-
 def symbol(operand: Any) -> str | None:
     return operand.name if isinstance(operand, Symbol) else None
+
+
+def per_lane(frame: Any, value: Any) -> Array:
+    return np.broadcast_to(value, frame.n)
+
+
+def lane_indices(frame: Any, mask: Any) -> Array:
+    return np.arange(frame.n) if mask is None else np.flatnonzero(mask)
+
+
+def per_warp(frame: Any, reads: list[Read]) -> Iterator[Array]:
+    """Yield operands as arrays [warps, 32]."""
+    for read in reads:
+        yield np.broadcast_to(read(frame), frame.n).reshape(-1, 32)

@@ -1,4 +1,4 @@
-"""What the lanes of a warp do together: shuffles, reductions, elections, and synchronizing (PTX ISA, 9.7.9, 9.7.13)."""
+"""Instructions of a whole warp: shuffles, reductions, elections, ldmatrix, stmatrix and mma (PTX ISA, section 9.7)."""
 
 from __future__ import annotations
 
@@ -7,91 +7,197 @@ from typing import Any
 
 import numpy as np
 
-from .memory import Fault, where
-from .text import Instruction, Pair, Program, Reg, Unmodelled
-from .values import Array, Step, assign, effect, kinds, last, reader, writers
+from .floats import HALVES, widen
+from .memory import Fault, effective, store_shared, where
+from .parser import Instruction, Pair, Program, Reg, Unmodelled, Vector
+from .values import Array, Step, assign, destinations, models, per_lane, per_warp, reader, suffix
 
 ALL = np.uint32(0xFFFF_FFFF)
 
 
-def check_together(frame: Any, mask: Any, one: Instruction, members: Any = ALL) -> None:
-    """All 32 lanes of a warp are there: the others would be waited for, and what they give is nothing."""
+def check_full_warps(frame: Any, mask: Any, inst: Instruction, members: Any = ALL) -> None:
+    """Raise unless all 32 lanes of each active warp run the instruction, and it names all of them as members."""
     if np.any(np.asarray(members) != ALL):
-        raise Unmodelled(f"a part of a warp: {one.text}")
+        raise Unmodelled(f"part of a warp: {inst.text}")
     if mask is not None:
         warps = mask.reshape(-1, 32)
-        torn = warps.any(1) & ~warps.all(1)
-        if torn.any():
-            lane = 32 * int(np.flatnonzero(torn)[0])
-            raise Fault(f"a part of the warp of {where(frame, lane)} runs {one.text}")
+        partial = warps.any(1) & ~warps.all(1)
+        if partial.any():
+            lane = 32 * int(np.flatnonzero(partial)[0])
+            raise Fault(f"part of the warp of {where(frame, lane)} runs {inst.text}")
 
 
-def shuffle(name: str, source: Callable[[Array, Array, Array, Array], Array]) -> None:
-    """`source(lane, b, segment's first lane, clamp)` -> the lane whose value is taken, and whether it is in range."""
-
-    @effect(f"shfl.sync.{name}.b32")
-    def build(one: Instruction, program: Program) -> Step:
-        to, *_ = writers(one.operands[0])
-        flag = one.operands[0].items[1] if isinstance(one.operands[0], Pair) else None
-        a, b, c, members = (reader(operand, "b32") for operand in one.operands[1:])
-        lane = np.arange(32)[None]
-
-        def go(frame: Any, mask: Any) -> None:
-            check_together(frame, mask, one, members(frame))
-            by, bound = (np.broadcast_to(x(frame), frame.n).reshape(-1, 32).astype(np.int64) for x in (b, c))
-            segment, clamp = bound >> 8 & 31, bound & 31
-            first = lane & segment
-            limit = first | clamp & ~segment
-            got = source(lane, by & 31, first, segment)
-            inside = got >= limit if name == "up" else got <= limit
-            got = np.where(inside, got, lane)
-            values = np.broadcast_to(a(frame), frame.n).reshape(-1, 32)
-            assign(frame, to, np.take_along_axis(values, got, 1).reshape(-1), mask)
-            if isinstance(flag, Reg):
-                assign(frame, flag, np.ascontiguousarray(inside).reshape(-1), mask)
-
-        return go
+# lane, b, the segment's first lane, the segment mask -> the lane whose value is read
+SHUFFLES: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
+    "up": lambda lane, by, first, segment: lane - by,
+    "down": lambda lane, by, first, segment: lane + by,
+    "bfly": lambda lane, by, first, segment: lane ^ by,
+    "idx": lambda lane, by, first, segment: first | by & ~segment,
+}
 
 
-shuffle("up", lambda lane, by, first, segment: lane - by)
-shuffle("down", lambda lane, by, first, segment: lane + by)
-shuffle("bfly", lambda lane, by, first, segment: lane ^ by)
-shuffle("idx", lambda lane, by, first, segment: first | by & ~segment)
+@models(*(f"shfl.sync.{name}.b32" for name in SHUFFLES))
+def shuffle(inst: Instruction, program: Program) -> Step:
+    name = inst.opcode.split(".")[2]
+    to, *_ = destinations(inst.operands[0])
+    flag = inst.operands[0].items[1] if isinstance(inst.operands[0], Pair) else None
+    *reads, members = (reader(operand, "b32") for operand in inst.operands[1:])
+    lane = np.arange(32)[None]
 
-REDUCED: dict[str, Any] = {
-    "add": np.add, "min": np.minimum, "max": np.maximum,
-    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-}  # fmt: skip
-_INTEGERS = [f"{name}.{kind}" for name in ("add", "min", "max") for kind in ("s32", "u32")]
+    def step(frame: Any, mask: Any) -> None:
+        check_full_warps(frame, mask, inst, members(frame))
+        values, by, bound = per_warp(frame, reads)
+        by, bound = by.astype(np.int64), bound.astype(np.int64)
+        segment, clamp = bound >> 8 & 31, bound & 31
+        first = lane & segment
+        limit = first | clamp & ~segment
+        source = SHUFFLES[name](lane, by & 31, first, segment)
+        inside = source >= limit if name == "up" else source <= limit
+        source = np.where(inside, source, lane)
+        assign(frame, to, np.take_along_axis(values, source, 1).reshape(-1), mask)
+        if isinstance(flag, Reg):
+            assign(frame, flag, np.ascontiguousarray(inside).reshape(-1), mask)
+
+    return step
 
 
-@effect(*kinds("redux.sync", *_INTEGERS, "and.b32", "or.b32", "xor.b32"))
-def redux(one: Instruction, program: Program) -> Step:
-    (to,), function = writers(one.operands[0]), REDUCED[one.opcode.split(".")[2]]
-    a, members = reader(one.operands[1], last(one)), reader(one.operands[2], "b32")
+REDUCTIONS: dict[str, Any] = {f"{name}.{kind}": function for kind in ("s32", "u32") for name, function in
+                              (("add", np.add), ("min", np.minimum), ("max", np.maximum))}  # fmt: skip
+REDUCTIONS |= {"and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor}
 
-    def go(frame: Any, mask: Any) -> None:
-        check_together(frame, mask, one, members(frame))
-        values = np.broadcast_to(a(frame), frame.n).reshape(-1, 32)
+
+@models(*(f"redux.sync.{name}" for name in REDUCTIONS))
+def redux(inst: Instruction, program: Program) -> Step:
+    (to,), function = destinations(inst.operands[0]), REDUCTIONS[inst.opcode.removeprefix("redux.sync.")]
+    a, members = reader(inst.operands[1], suffix(inst)), reader(inst.operands[2], "b32")
+
+    def step(frame: Any, mask: Any) -> None:
+        check_full_warps(frame, mask, inst, members(frame))
+        (values,) = per_warp(frame, [a])
         assign(frame, to, np.repeat(function.reduce(values, axis=1, dtype=values.dtype), 32), mask)
 
-    return go
+    return step
 
 
-@effect("elect.sync")
-def elect(one: Instruction, program: Program) -> Step:
-    to, flag = one.operands[0].items
-    members = reader(one.operands[1], "b32")
+@models("elect.sync")
+def elect(inst: Instruction, program: Program) -> Step:
+    to, flag = inst.operands[0].items
+    members = reader(inst.operands[1], "b32")
 
-    def go(frame: Any, mask: Any) -> None:
-        check_together(frame, mask, one, members(frame))
+    def step(frame: Any, mask: Any) -> None:
+        check_full_warps(frame, mask, inst, members(frame))
         assign(frame, to, np.uint32(0), mask)
         assign(frame, flag, frame.lane == 0, mask)
 
-    return go
+    return step
 
 
-@effect("bar.warp.sync")
-def bar_warp(one: Instruction, program: Program) -> Step:
-    members = reader(one.operands[0], "b32")
-    return lambda frame, mask: check_together(frame, mask, one, members(frame))
+@models("bar.warp.sync")
+def bar_warp(inst: Instruction, program: Program) -> Step:
+    members = reader(inst.operands[0], "b32")
+    return lambda frame, mask: check_full_warps(frame, mask, inst, members(frame))
+
+
+def _row_offsets(inst: Instruction, operand: Any, count: int) -> Any:
+    """Return a function of frame and mask: the lanes that hold row addresses, and the offsets of these rows."""
+    addresses = effective(operand, "u32")
+
+    def offsets(frame: Any, mask: Any) -> tuple[Array, Array]:
+        check_full_warps(frame, mask, inst)
+        lanes = frame.lane < 8 * count
+        if mask is not None:
+            lanes = lanes & mask
+        return lanes, frame.machine.shared.offsets(frame, addresses(frame), 16, lanes)
+
+    return offsets
+
+
+_FORMS = [f"sync.aligned.m8n8.x{count}{trans}.shared.b16" for count in (1, 2, 4) for trans in ("", ".trans")]
+
+
+def _tiles(inst: Instruction, halves: Array) -> Array:
+    """Split 16-bit elements into tiles [warps, count, 8, 8], transposed if the opcode says so."""
+    tiles = halves.reshape(-1, int(inst.opcode.split(".")[4][1]), 8, 8)
+    return np.ascontiguousarray(tiles.swapaxes(2, 3)) if ".trans." in inst.opcode else tiles
+
+
+@models(*(f"ldmatrix.{form}" for form in _FORMS))
+def ldmatrix(inst: Instruction, program: Program) -> Step:
+    targets = inst.operands[0].items
+    count = len(targets)
+    rows = _row_offsets(inst, inst.operands[1], count)
+
+    def step(frame: Any, mask: Any) -> None:
+        lanes, offsets = rows(frame, mask)
+        frame.machine.log.read(frame, lanes, offsets, 16, inst)
+        chunks = np.zeros(frame.n, np.complex128)
+        chunks[lanes] = frame.machine.shared.views[16][offsets[lanes] // 16]
+        tiles = _tiles(inst, chunks.reshape(-1, 32)[:, : 8 * count].copy().view(np.uint16))
+        for reg, words in zip(targets, tiles.view(np.uint32).reshape(-1, count, 32).swapaxes(0, 1), strict=True):
+            assign(frame, reg, words.reshape(-1), mask)
+
+    return step
+
+
+@models(*(f"stmatrix.{form}" for form in _FORMS))
+def stmatrix(inst: Instruction, program: Program) -> Step:
+    sources = inst.operands[1]
+    count = len(sources.items)
+    rows = _row_offsets(inst, inst.operands[0], count)
+
+    def step(frame: Any, mask: Any) -> None:
+        lanes, offsets = rows(frame, mask)
+        tiles = _tiles(inst, registers(frame, sources).view(np.uint16))
+        chunks = np.zeros((frame.n // 32, 32), np.complex128)
+        chunks[:, : 8 * count] = tiles.view(np.complex128).reshape(-1, 8 * count)
+        store_shared(frame, offsets, chunks.reshape(-1), 16, lanes, inst)
+
+    return step
+
+
+def registers(frame: Any, vector: Vector) -> Array:
+    """Return the values of a vector's registers as [warps, registers, 32]."""
+    return np.stack([per_lane(frame, reader(item, "b32")(frame)).reshape(-1, 32) for item in vector.items], 1)
+
+
+def rows_of_a(words: Array, kind: str) -> Array:
+    """[warps, 4, 32] pairs of 16 bits -> fp64 [warps, 16, 16]: lane 4g + t holds row g, columns 2t and 2t + 1."""
+    parts = widen(words.view(np.uint16), kind).astype(np.float64)
+    parts = parts.reshape(-1, 2, 2, 8, 8)  # column half, row half, row, column
+    return parts.transpose(0, 2, 3, 1, 4).reshape(-1, 16, 16)
+
+
+def columns_of_b(words: Array, kind: str) -> Array:
+    """[warps, 2, 32] -> fp64 [warps, 16, 8]: lane 4g + t holds column g, rows 2t and 2t + 1."""
+    parts = widen(words.view(np.uint16), kind).astype(np.float64)
+    return parts.reshape(-1, 2, 8, 8).transpose(0, 1, 3, 2).reshape(-1, 16, 8)
+
+
+def rows_of_c(words: Array) -> Array:
+    """[warps, 4 n, 32] fp32 -> [warps, 16, 8 n]: of each four, registers 0 and 1 are row g, 2 and 3 row g + 8."""
+    tiles = words.shape[1] // 4
+    parts = words.view(np.float32).reshape(-1, tiles, 2, 2, 8, 4)  # tile, row half, low or high, row, column pair
+    return parts.transpose(0, 2, 4, 1, 5, 3).reshape(-1, 16, 8 * tiles)
+
+
+def registers_of_c(rows: Array) -> Array:
+    """Invert rows_of_c: fp32 [warps, 16, 8 n] -> [warps, 4 n, 32]."""
+    tiles = rows.shape[2] // 8
+    parts = rows.reshape(-1, 2, 8, tiles, 4, 2).transpose(0, 3, 1, 5, 2, 4)
+    return np.ascontiguousarray(parts).reshape(-1, 4 * tiles, 32)
+
+
+@models(*(f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32" for kind in HALVES))
+def mma(inst: Instruction, program: Program) -> Step:
+    """Products and sums in fp64, rounded once: independent of the order, but not a GPU's last bit."""
+    to, a, b, c = inst.operands
+    kind = inst.opcode.split(".")[7]
+
+    def step(frame: Any, mask: Any) -> None:
+        check_full_warps(frame, mask, inst)
+        total = rows_of_a(registers(frame, a), kind) @ columns_of_b(registers(frame, b), kind)
+        new = registers_of_c((total + rows_of_c(registers(frame, c))).astype(np.float32))
+        for i, reg in enumerate(to.items):
+            assign(frame, reg, new[:, i].reshape(-1), mask)
+
+    return step

@@ -81,7 +81,7 @@ def test_our_kernel_is_a_peer_of_a_library() -> None:
 )
 def test_extra_configs_compile_and_are_not_neighbours(name: str, sizes: Any, kernel: str, tiles: set[int]) -> None:
     case = Case(OPS[name], sizes, torch.bfloat16)
-    extra = tune.EXTRA_CONFIGS[kernel](sizes, torch.bfloat16, "sm_90")[kernel]
+    extra = tune.extra_configs(case, kernel, "sm_90", tune.full_dim_tiles(case.op, kernel))
     _, current = tune.kernel_configs(case, "sm_90")[kernel]
     assert current in extra and {config.constexprs["BLOCK_M"] for config in extra} == tiles
     steps = tune.neighbours(current, tune.full_dim_tiles(case.op, kernel))
@@ -134,7 +134,7 @@ def test_an_overridden_config_reaches_the_launch(name: str) -> None:
 
 
 @compiled_only
-def test_spills_shared_memory_and_compile_errors_are_noted() -> None:
+def test_spills_shared_memory_and_compile_errors_have_notes() -> None:
     case = next(case for case in cases(["expert_swiglu"]) if case.sizes["T"] == 4096)
     kernel = "experts_up_kernel"
     config = tune.kernel_configs(case, "sm_90")[kernel][1]

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from ...config import MixtralConfig
 from ...kernels.experts.tiles import DECODE_TOKENS
-from ...kernels.launch import INTERPRETED, using_arch
+from ...kernels.launch import INTERPRETED, launch_context
 from ...kernels.op import Op, Shape, Sizes
 from ...kernels.registry import OPS
 from ...parallel import Ranks
@@ -293,7 +293,7 @@ def _print_mesh(as_json: bool, rows: Sequence[tuple[Case, Step | None, float | N
 
 
 if __name__ == "__main__":
-    with using_arch(sys.argv[1]):
+    with launch_context(arch=sys.argv[1]):
         for line in count_cases(
             [Case(BENCHED[name], sizes, getattr(torch, dtype)) for name, sizes, dtype in json.loads(sys.argv[2])]
         ):

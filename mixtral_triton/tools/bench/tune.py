@@ -1,6 +1,6 @@
 """The tuner: it varies a kernel's launch configuration, drops what does not compile or fit, and times the rest.
 
-It tries the configurations of EXTRA_CONFIGS, then climbs over neighbours of the fastest so far. A configuration is
+It tries the configurations of EXTRA_TOKENS, then climbs over neighbours of the fastest so far. A configuration is
 overridden where an operation selects its own, so that grids, partial sums and tile descriptors follow it.
 """
 
@@ -17,10 +17,8 @@ import torch
 from rich.console import Group
 from rich.text import Text
 
-from ...kernels.attention import tiles as attention_tiles
-from ...kernels.experts import tiles as experts_tiles
 from ...kernels.launch import override_configs, target_arch
-from ...kernels.op import Launch, LaunchConfig, Op
+from ...kernels.op import Launch, LaunchConfig, Op, Shape
 from ...kernels.record import record_launches
 from ...kernels.registry import OPS
 from ..offline import Compiled, compile_launch
@@ -45,12 +43,8 @@ FULL_DIM_TILES = {
     "rms_norm_kernel": {"BLOCK_H"},
     "route_kernel": {"BLOCK_K"},
 }
-# Configurations that single steps from the current one would not reach.
-EXTRA_CONFIGS = {
-    "attention_prefill_kernel": attention_tiles.extra_tune_configs,
-    "experts_down_kernel": experts_tiles.extra_tune_configs,
-    "experts_up_kernel": experts_tiles.extra_tune_configs,
-}
+# The configurations for these numbers of tokens are tried, too: single steps from the current one may not reach them.
+EXTRA_TOKENS = (65, 256, 448, 8192)
 # Kernels that an operation launches only where `override_configs` names them, because it selects a library there.
 ALTERNATIVE_KERNELS = {"linear": {"linear_decode_kernel"}}
 WARPS, STAGES = (1, 16), (1, 8)
@@ -142,6 +136,20 @@ def kernel_configs(
     return found
 
 
+def extra_configs(case: Case, kernel: str, arch: str, full_dims: set[str]) -> list[LaunchConfig]:
+    """Return the configurations that the operation selects for EXTRA_TOKENS, with the same full-dimension tiles."""
+
+    def select(sizes: Shape) -> LaunchConfig | None:
+        return case.op.configs(sizes, case.dtype, arch).get(kernel)
+
+    def tiles(config: LaunchConfig | None) -> list[Any]:
+        return [config and config.constexprs.get(name) for name in sorted(full_dims)]
+
+    sizes = Shape(case.sizes)
+    found = [select(sizes | {"T": T}) for T in EXTRA_TOKENS if "T" in sizes]
+    return [one for at, one in enumerate(found) if one and one not in found[:at] and tiles(one) == tiles(select(sizes))]
+
+
 def _selected_configs(case: Case, arch: str, config: dict[str, LaunchConfig]) -> dict[str, tuple[Launch, LaunchConfig]]:
     shapes = case.inputs(torch.device("meta"))
     with override_configs(config) as used, record_launches(arch) as launches:
@@ -189,10 +197,11 @@ def tune(case: Case, kernel: str, arch: str, timer: Timer | None = None, device:
     library_s = time_call().seconds if library and oracle is not None else None
     visit(current)
     best = found[0]
-    extra = EXTRA_CONFIGS[kernel](case.sizes, case.dtype, arch) if kernel in EXTRA_CONFIGS else {}
+    full = full_dim_tiles(case.op, kernel, launch)
+    extra = extra_configs(case, kernel, arch, full)
     for _ in range(ROUNDS):
         start = best
-        for config in (*extra.get(kernel, ()), *neighbours(start.config, full_dim_tiles(case.op, kernel, launch))):
+        for config in (*extra, *neighbours(start.config, full)):
             if config not in [one.config for one in found]:
                 visit(config)
         for one in found:

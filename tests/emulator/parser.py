@@ -1,6 +1,6 @@
-"""PTX, as Triton emits it, read into a program: instructions with whole opcodes, registers by number, labels by place.
+"""The parser of Triton's PTX: instructions with whole opcodes, numbered registers, labels as instruction indices.
 
-Grammar: PTX ISA 8.x, sections 4 and 5. What is not read here is an error that gives the statement.
+Grammar: PTX ISA 8.x, sections 4 and 5. Any other statement raises Unmodelled with its text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Unmodelled(RuntimeError):
-    """PTX that this executor does not know, named."""
+    """PTX that the emulator does not model."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Reg:
 
 @dataclass(frozen=True)
 class Imm:
-    """The bits of a number: of an integer, or of a float written as 0f or 0d and its bits."""
+    """The bits of an integer, or of a float written as 0f or 0d and its bits."""
 
     value: int
 
@@ -37,7 +37,7 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Sink:
-    """`_`"""
+    """The operand `_`."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Vector:
 
 @dataclass(frozen=True)
 class Pair:
-    """`d|p`"""
+    """The operand `d|p`."""
 
     items: tuple[Any, ...]
 
@@ -81,26 +81,20 @@ class Program:
     target: str
     threads: int
     params: tuple[Param, ...]
-    shared: tuple[str, ...]  # names of shared memory
+    shared: tuple[str, ...]  # names
     widths: tuple[int, ...]  # bits of each register
     instructions: tuple[Instruction, ...]
     labels: dict[str, int] = field(repr=False)
 
     @cached_property
     def starts(self) -> list[int]:
-        """Where straight pieces begin: at labels, and after what may send lanes elsewhere or make them wait."""
-        places = {0, *self.labels.values()}
-        places |= {at + 1 for at, one in enumerate(self.instructions) if ends_piece(one.opcode)}
-        places |= {at for at, one in enumerate(self.instructions) if waits(one.opcode)}  # it may run again
-        return sorted(place for place in places if place < len(self.instructions))
-
-
-def ends_piece(opcode: str) -> bool:
-    return opcode in ("bra", "bra.uni", "ret", "exit", "bar.sync") or waits(opcode)
-
-
-def waits(opcode: str) -> bool:
-    return opcode.startswith("mbarrier.try_wait")
+        """Return where basic blocks begin: at labels, after control instructions, and at waits, which may run again."""
+        starts = {0, *self.labels.values()}
+        for at, inst in enumerate(self.instructions):
+            waits = inst.opcode.startswith("mbarrier.try_wait")
+            if waits or inst.opcode in ("bra", "bra.uni", "ret", "exit", "bar.sync"):
+                starts |= {at, at + 1} if waits else {at + 1}
+        return sorted(start for start in starts if start < len(self.instructions))
 
 
 _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
@@ -108,16 +102,15 @@ _NUMBER = re.compile(r"[+-]?(0[xX][0-9a-fA-F]+|\d+)U?$")
 _LABEL = re.compile(r"([A-Za-z_$%][\w$]*)\s*:(?!:)")
 
 
-class _Scope(dict[str, Any]):
-    """Names of one pair of braces: registers and labels."""
+Scope = dict[str, Any]  # the registers and labels of one pair of braces
 
 
-class _Reader:
+class _Parser:
     def __init__(self) -> None:
         self.widths: list[int] = []
-        self.scopes: list[_Scope] = [_Scope()]
+        self.scopes: list[Scope] = [Scope()]
         self.labels: dict[str, int] = {}
-        self.raw: list[tuple[str, tuple[_Scope, ...]]] = []
+        self.raw: list[tuple[str, tuple[Scope, ...]]] = []
         self.local: set[str] = set()
 
     def statement(self, text: str) -> None:
@@ -143,13 +136,12 @@ class _Reader:
             raise Unmodelled(f"registers: {text}")
         width = 1 if found[1] == "pred" else int(found[1][1:])
         for name in found[2].split(","):
-            many = re.fullmatch(r"\s*([\w%$]+)<(\d+)>\s*", name)
-            names = [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name.strip()]
-            for one in names:
-                self.scopes[-1][one] = Reg(len(self.widths), width)
+            array = re.fullmatch(r"\s*([\w%$]+)<(\d+)>\s*", name)
+            for register in [f"{array[1]}{i}" for i in range(int(array[2]))] if array else [name.strip()]:
+                self.scopes[-1][register] = Reg(len(self.widths), width)
                 self.widths.append(width)
 
-    def instruction(self, text: str, scopes: tuple[_Scope, ...]) -> Instruction:
+    def instruction(self, text: str, scopes: tuple[Scope, ...]) -> Instruction:
         guard, negated, rest = None, False, text
         if found := re.match(r"@(!?)([\w%$]+)\s+", text):
             guard, negated, rest = self._name(found[2], scopes), bool(found[1]), text[found.end() :]
@@ -157,7 +149,7 @@ class _Reader:
         parts = tuple(self._operand(part, scopes) for part in split(operands))
         return Instruction(opcode, parts, guard, negated, text)
 
-    def _name(self, name: str, scopes: tuple[_Scope, ...]) -> Any:
+    def _name(self, name: str, scopes: tuple[Scope, ...]) -> Any:
         for scope in reversed(scopes):
             if name in scope:
                 return scope[name]
@@ -165,7 +157,7 @@ class _Reader:
             raise Unmodelled(f"local memory: {name}")
         return Symbol(name)
 
-    def _operand(self, text: str, scopes: tuple[_Scope, ...]) -> Any:
+    def _operand(self, text: str, scopes: tuple[Scope, ...]) -> Any:
         if text == "_":
             return Sink()
         if text.startswith("{"):
@@ -182,7 +174,7 @@ class _Reader:
             return self._name(text, scopes)
         raise Unmodelled(f"operand: {text}")
 
-    def _address(self, text: str, scopes: tuple[_Scope, ...]) -> Address:
+    def _address(self, text: str, scopes: tuple[Scope, ...]) -> Address:
         first, *rest = split(text)
         coordinates = self._operand(rest[0], scopes).items if rest else ()
         found = re.fullmatch(r"([\w%$]+)\s*(?:\+\s*(-?\w+))?", first)
@@ -192,79 +184,78 @@ class _Reader:
 
 
 def split(text: str) -> list[str]:
-    """At the commas that stand in no bracket."""
+    """Split at the commas outside brackets."""
     parts, depth, begin = [], 0, 0
-    for at, letter in enumerate(text):
-        depth += (letter in "{[") - (letter in "}]")
-        if letter == "," and depth == 0:
+    for at, character in enumerate(text):
+        depth += (character in "{[") - (character in "}]")
+        if character == "," and depth == 0:
             parts.append(text[begin:at].strip())
             begin = at + 1
     parts.append(text[begin:].strip())
     return [part for part in parts if part]
 
 
-def without_remarks(ptx: str) -> str:
-    """Without comments, `.loc` lines and the debugger's sections."""
+def strip_comments(ptx: str) -> str:
+    """Remove comments, `.loc` lines and debug sections."""
     text = re.sub(r"//[^\n]*", "", ptx)
     text = re.sub(r"^\s*\.(loc|file)\b[^\n]*", "", text, flags=re.M)
     return re.split(r"^\s*\.section", text, maxsplit=1, flags=re.M)[0]
 
 
-def read(ptx: str) -> Program:
-    """The one kernel of `ptx`."""
-    text = without_remarks(ptx)
+def parse(ptx: str) -> Program:
+    """Parse the one kernel of `ptx`."""
+    text = strip_comments(ptx)
     entries = list(re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)\s*((?:\.\w+\s+[\d, ]+\s*)*)\{", text, re.S))
     target = re.search(r"\.target\s+(\w+)", text)
     if len(entries) != 1 or target is None or re.search(r"\.func\b", text):
         raise Unmodelled(f"{len(entries)} kernels, or functions beside them")
     name, params, directives = entries[0].groups()
-    reader = _Reader()
-    _body(text[entries[0].end() :], reader)
-    instructions = tuple(reader.instruction(raw, scopes) for raw, scopes in reader.raw)
+    parser = _Parser()
+    _body(text[entries[0].end() :], parser)
+    instructions = tuple(parser.instruction(raw, scopes) for raw, scopes in parser.raw)
     threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)(?:\s*,\s*1)*\s*$", directives.strip())
     if threads is None:
         raise Unmodelled(f"threads of a block: {directives.strip()}")
     shared = tuple(re.findall(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[\]\s*;", text))
     if len(re.findall(r"\.shared\b[^;]*\[\d*\]\s*;", text)) != len(shared):
         raise Unmodelled("shared memory of a fixed size")
-    return Program(
-        name, target[1], int(threads[1]), _params(params), shared, tuple(reader.widths), instructions, reader.labels
-    )
+    widths = tuple(parser.widths)
+    return Program(name, target[1], int(threads[1]), _params(params), shared, widths, instructions, parser.labels)
 
 
-def _body(text: str, reader: _Reader) -> None:
-    """Statements up to the brace that ends the kernel. A brace where a statement begins opens a scope."""
+def _body(text: str, parser: _Parser) -> None:
+    """Parse statements up to the brace that ends the kernel. A brace at the start of a statement opens a scope."""
     at, depth = 0, 0
     while True:
         while text[at].isspace():
             at += 1
         if text[at] == "{":
-            reader.scopes.append(_Scope())
+            parser.scopes.append(Scope())
             depth, at = depth + 1, at + 1
         elif text[at] == "}":
             if depth == 0:
                 return
-            reader.scopes.pop()
+            parser.scopes.pop()
             depth, at = depth - 1, at + 1
         elif label := _LABEL.match(text, at):
-            reader.label(label[1])
+            parser.label(label[1])
             at = label.end()
         else:
             end = text.index(";", at)
-            reader.statement(" ".join(text[at:end].split()))
+            parser.statement(" ".join(text[at:end].split()))
             at = end + 1
 
 
 def _params(text: str) -> tuple[Param, ...]:
     params = []
-    for one in split(text):
+    for param in split(text):
         found = re.fullmatch(
             r"\.param\s+(?:\.align\s+(\d+)\s+)?\.[busf](8|16|32|64)\s+(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?"
             r"(\w+)(?:\[(\d+)\])?",
-            one,
+            param,
         )
         if found is None:
-            raise Unmodelled(f"parameter: {one}")
+            raise Unmodelled(f"parameter: {param}")
         size = _SIZES[found[2]] * int(found[4] or 1)
         params.append(Param(found[3], size, int(found[1] or size)))
     return tuple(params)

@@ -1,0 +1,226 @@
+"""The race detector of shared memory: who wrote and who read each byte since the last barrier, in a lockstep run.
+
+Faults: a read of unwritten bytes; accesses of two warps, one of them a write, without a barrier between; a read of a
+copy that has not completed, or that the reader has not waited for; an asynchronous read of stored bytes without a proxy
+fence between. Warps that store equal values to one place are no fault, because replicated layouts do so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .memory import VECTORS, Fault
+from .parser import Instruction, Program
+from .values import Array
+
+NEVER, IN_FLIGHT = -1, 1 << 30
+OVERWRITES = "race: writes over another warp's value"
+NO_FENCE = "no fence.proxy.async after the store"
+
+
+class NoRaceDetector:
+    """Stands in for the detector in schedules that run one warp after the other."""
+
+    def __init__(self, machine: Any) -> None:
+        self.views = machine.shared.views
+
+    def write(self, frame: Any, lanes: Any, offsets: Array, values: Array, size: int, inst: Instruction) -> None:
+        """Store elements of `size` bytes; the last lane's value stays where several lanes write."""
+        self.views[size][offsets // size] = values
+
+    def ignore(self, *args: Any, **kwargs: Any) -> None:
+        """Record nothing."""
+
+    read = begin_copy = complete_copy = bulk_copy = acquire = barrier = fence = read_async = set_barrier = ignore
+    stores_unfenced = ignore
+
+
+def granularity(program: Program) -> int:
+    """Return the size in bytes of the smallest access of shared memory, at most 4."""
+    sizes = [4]
+    for inst in program.instructions:
+        parts = inst.opcode.split(".")
+        if parts[0] in ("ld", "st") and parts[1].startswith("shared"):
+            sizes.append(int(parts[-1][1:]) // 8 * VECTORS.get(f"{parts[2]}.", 1))
+    return min(sizes)
+
+
+def bits_of(warps: Array) -> Array:
+    return np.left_shift(np.uint32(1), warps.astype(np.uint32))
+
+
+class RaceDetector:
+    def __init__(self, machine: Any) -> None:
+        self.machine, self.unit = machine, granularity(machine.code.program)
+        n, shape = len(machine.shared.bytes) // self.unit, (len(machine.blocks), machine.warps)
+        self.values = machine.shared.views[self.unit]
+        self.time = np.full(n, NEVER, np.int32)  # the epoch of the last write
+        self.writer = np.zeros(n, np.int64)  # its warp
+        self.read_time = np.full(n, NEVER, np.int32)
+        self.readers = np.zeros(n, np.uint32)  # bits of warps, in that epoch
+        self.stored = np.zeros(n, np.int32)  # the tick of the generic proxy's last write; 0: none
+        self.unacquired = np.zeros(n, np.uint32)  # bits of warps that have not waited for the copy that wrote it
+        self.in_barrier = np.zeros(n, bool)
+        self.epoch = np.zeros(len(machine.blocks), np.int32)
+        self.tick = 1
+        self.fenced = np.zeros(shape, np.int32)
+        self.all_warps = np.uint32((1 << machine.warps) - 1)
+        self.fresh: list[tuple[int, slice]] = []  # blocks and ranges of copies that some warp has not acquired
+
+    def _units(self, offsets: Array, size: int) -> Array:
+        return (offsets // self.unit)[:, None] + np.arange(size // self.unit)
+
+    def _range(self, start: int, size: int) -> slice:
+        return slice(start // self.unit, (start + size) // self.unit)
+
+    def _raise_if(self, wrong: Array, block: Array, bits: Array, inst: Instruction, message: str) -> None:
+        if wrong.any():
+            row = int(np.flatnonzero(wrong.reshape(len(wrong), -1).any(1))[0])
+            x, y, z = self.machine.blocks[block[row]]
+            name = self.machine.code.program.name
+            raise Fault(f"{message}: {inst.text}: block ({x}, {y}, {z}), warps {int(bits[row]):#b} of {name}")
+
+    def barrier(self, blocks: Array) -> None:
+        """Begin a new epoch; a copy that one warp has acquired is visible to all after the barrier."""
+        self.epoch[blocks] += 1
+        rest = []
+        for block, units in self.fresh:
+            if blocks[block] and (self.unacquired[units] != self.all_warps).any():
+                self.unacquired[units] = 0
+            else:
+                rest.append((block, units))
+        self.fresh = rest
+
+    def read(self, frame: Any, lanes: Any, offsets: Array, size: int, inst: Instruction) -> None:
+        self._read(frame.block[lanes], bits_of(frame.warp[lanes]), self._units(offsets[lanes], size), inst)
+
+    def read_async(self, block: Array, bits: Array, offsets: Array, size: int, inst: Instruction) -> None:
+        """Record a read by wgmma: a block, bits of warps and a row of offsets each."""
+        units = self._units(offsets.reshape(-1), size).reshape(len(block), -1)
+        self._read(block, bits, units, inst)
+        reader_fence = np.empty(len(block), np.int32)
+        for warp_bits in np.unique(bits).tolist():
+            warps, rows = [w for w in range(self.machine.warps) if warp_bits >> w & 1], bits == warp_bits
+            reader_fence[rows] = self.fenced[block[rows]][:, warps].min(1)
+        fenced = np.maximum(self.fenced[block[:, None], self.writer[units]], reader_fence[:, None])
+        missing = (self.stored[units] > 0) & (self.stored[units] >= fenced)
+        self._raise_if(missing, block, bits, inst, NO_FENCE)
+
+    def _read(self, block: Array, bits: Array, units: Array, inst: Instruction) -> None:
+        epoch, warps = self.epoch[block][:, None], bits[:, None]
+        time = self.time[units]
+        self._raise_if(time == NEVER, block, bits, inst, "reads unwritten shared memory")
+        self._raise_if(time == IN_FLIGHT, block, bits, inst, "reads where a copy is in flight")
+        foreign = (warps & ~bits_of(self.writer[units])) != 0
+        self._raise_if((time == epoch) & foreign, block, bits, inst, "race: reads what another warp writes")
+        self._raise_if((self.unacquired[units] & warps) != 0, block, bits, inst, "reads a copy without a wait for it")
+        self.readers[units[self.read_time[units] != epoch]] = 0
+        self.read_time[units] = epoch
+        for warp_bits in np.unique(bits):
+            self.readers[units[bits == warp_bits]] |= warp_bits
+
+    def _check_overwrite(self, block: Array, warp: Array, units: Array, inst: Instruction) -> None:
+        bits = bits_of(warp)
+        self._raise_if(self.in_barrier[units], block, bits, inst, "writes over an mbarrier")
+        foreign = (self.readers[units] & ~bits[:, None]) != 0
+        current = self.read_time[units] == self.epoch[block][:, None]
+        self._raise_if(current & foreign, block, bits, inst, "race: writes what another warp reads")
+        self._raise_if(self.time[units] == IN_FLIGHT, block, bits, inst, "writes where a copy is in flight")
+
+    def _foreign(self, block: Array, warp: Array, units: Array) -> Array:
+        """Return where another warp has written since the last barrier."""
+        return (self.time[units] == self.epoch[block][:, None]) & (self.writer[units] != warp[:, None])
+
+    def _check_replace(self, block: Array, warp: Array, units: Array, inst: Instruction) -> None:
+        """Check a write whose value no other warp may write as well."""
+        self._check_overwrite(block, warp, units, inst)
+        self._raise_if(self._foreign(block, warp, units), block, bits_of(warp), inst, OVERWRITES)
+
+    def write(self, frame: Any, lanes: Any, offsets: Array, values: Array, size: int, inst: Instruction) -> None:
+        block, warp, units = frame.block[lanes], frame.warp[lanes], self._units(offsets, size)
+        bits = bits_of(warp)
+        new = values.view(self.values.dtype).reshape(units.shape)
+        self._check_overwrite(block, warp, units, inst)
+        self._raise_if((self.unacquired[units] & bits[:, None]) != 0, block, bits, inst, "writes over a copy in flight")
+        old, foreign = self.values[units], self._foreign(block, warp, units)
+        self.values[units] = new
+        self._set_writer(block, warp, units)
+        if foreign.any() or (self.writer[units] != warp[:, None]).any():
+            self.values[units] = old
+            self._write_by_warp(block, warp, units, new, foreign, inst)
+
+    def _write_by_warp(
+        self, block: Array, warp: Array, units: Array, new: Array, foreign: Array, inst: Instruction
+    ) -> None:
+        """Write one warp after the other; what a warp leaves must equal what another warp left there."""
+        written = np.zeros(len(self.values), bool)
+        written[units[foreign]] = True
+        for w in np.unique(warp).tolist():
+            rows = warp == w
+            targets = units[rows]
+            before = self.values[targets]
+            self.values[targets] = new[rows]
+            differs = written[targets] & (before != self.values[targets])
+            bits = np.full(len(targets), 1 << w)
+            self._raise_if(differs, block[rows], bits, inst, "race: warps write different values")
+            written[targets] = True
+
+    def _set_writer(self, block: Array, warp: Array, units: Array) -> None:
+        self.tick += 1
+        self.time[units] = self.epoch[block][:, None]
+        self.writer[units] = warp[:, None]
+        self.stored[units] = self.tick
+
+    def begin_copy(self, frame: Any, lanes: Any, offsets: Array, size: int, inst: Instruction) -> None:
+        units = self._units(offsets, size)
+        self._check_replace(frame.block[lanes], frame.warp[lanes], units, inst)
+        self.time[units] = IN_FLIGHT
+
+    def complete_copy(self, frame: Any, lanes: Any, offsets: Array, size: int) -> None:
+        units = self._units(offsets, size)
+        self._set_writer(frame.block[lanes], frame.warp[lanes], units)
+        if not self.machine.fenced_copies:
+            self.stored[units] = 0
+
+    def bulk_copy(self, block: int, warp: int, start: int, size: int, inst: Instruction) -> None:
+        """Record a copy of the asynchronous proxy, for which every warp must wait."""
+        target = self._range(start, size)
+        units = np.arange(target.start, target.stop)[None]
+        self._check_replace(np.array([block]), np.array([warp]), units, inst)
+        fenced = np.maximum(self.fenced[block, self.writer[units]], self.fenced[block, warp])
+        missing = (self.stored[units] > 0) & (self.stored[units] >= fenced)
+        self._raise_if(missing, np.array([block]), np.array([1 << warp]), inst, NO_FENCE)
+        self.time[target], self.stored[target] = self.epoch[block] - 1, 0
+        self.unacquired[target] = self.all_warps
+        self.fresh.append((block, target))
+
+    def acquire(self, start: int, size: int, warp: int) -> None:
+        """Record that a warp has waited for a copy."""
+        self.unacquired[self._range(start, size)] &= ~np.uint32(1 << warp)
+
+    def fence(self, frame: Any, mask: Any) -> None:
+        self.tick += 1
+        lanes = slice(None) if mask is None else mask
+        self.fenced[frame.block[lanes], frame.warp[lanes]] = self.tick
+
+    def stores_unfenced(self, frame: Any, mask: Any) -> bool:
+        """Return whether one of these warps has stored anything since its last fence."""
+        lanes = slice(None) if mask is None else mask
+        units = self.machine.shared.stride // self.unit
+        for block, warp in {*zip(frame.block[lanes].tolist(), frame.warp[lanes].tolist(), strict=True)}:
+            in_block = slice(block * units, (block + 1) * units)
+            stored = self.stored[in_block][self.writer[in_block] == warp]
+            if (stored > self.fenced[block, warp]).any():
+                return True
+        return False
+
+    def set_barrier(self, frame: Any, lanes: Any, offsets: Array, inst: Instruction, exists: bool) -> None:
+        """Record that an mbarrier is initialized or invalidated at these offsets."""
+        block, warp, units = frame.block[lanes], frame.warp[lanes], self._units(offsets, 8)
+        self.in_barrier[units] = False
+        self._check_replace(block, warp, units, inst)
+        self._set_writer(block, warp, units)
+        self.stored[units] = 0
+        self.in_barrier[units] = exists
