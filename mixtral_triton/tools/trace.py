@@ -1,4 +1,4 @@
-"""trace: which experts each token took, layer by layer (Jiang et al. 2024, section 5 and figure 8).
+"""The command `trace`: which experts each token took, layer by layer (Jiang et al. 2024, section 5 and figure 8).
 
 L layers, T tokens, E experts, K experts per token
 """
@@ -10,7 +10,7 @@ import colorsys
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from textwrap import shorten
@@ -49,11 +49,16 @@ class RouteRecorder(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Trace:
-    """tokens: the text of each, T of them; experts int [L,T,K], a token's first choice first; of num_experts."""
+    """The routes of a text. On a terminal it prints the text of `layers`, coloured and numbered by first choice, and a
+    table of all layers.
+
+    tokens: the text of each, T of them; experts int [L,T,K], a token's first choice first; of num_experts.
+    """
 
     tokens: tuple[str, ...]
     experts: torch.Tensor
     num_experts: int
+    layers: Sequence[int] = ()
 
     def share(self) -> torch.Tensor:
         """[L,E]: each expert's part of a layer's choices."""
@@ -61,14 +66,14 @@ class Trace:
         return counts / self.experts[0].numel()
 
     def repeated(self) -> tuple[list[float], list[float]]:
-        """By layer, the part of consecutive tokens with the same first choice, and with any expert in common."""
+        """Return by layer the part of consecutive tokens with the same first choice, and with any expert in common."""
         now, then = self.experts[:, 1:], self.experts[:, :-1]
         first = (now[..., 0] == then[..., 0]).double().mean(1)
         either = (now[..., None] == then[..., None, :]).flatten(2).any(2).double().mean(1)
         return first.tolist(), either.tolist()
 
     def chance(self) -> tuple[float, float]:
-        """What `repeated` is where every token takes experts at random."""
+        """Return `repeated` of tokens that take experts at random."""
         E, K = self.num_experts, self.experts.shape[2]
         return 1 / E, 1 - math.comb(E - K, K) / math.comb(E, K)
 
@@ -78,7 +83,7 @@ class Trace:
         return tensors | {name: {"first": first, "either": either} for name, (first, either) in parts.items()}
 
     def annotate(self, layer: int, ascii_only: bool) -> Text:
-        """The text, each token with its first choice."""
+        """Return the text, each token with its first choice."""
         text = Text()
         for token, expert in zip(self.tokens, self.experts[layer, :, 0].tolist(), strict=True):
             word = token.rstrip("\n")
@@ -88,7 +93,7 @@ class Trace:
         return text
 
     def table(self) -> Table:
-        """A row for each layer: the experts' shares, and how many consecutive tokens keep theirs."""
+        """Return a row for each layer: the experts' shares, and how many consecutive tokens keep theirs."""
         title = "% of a layer's choices by expert, and % of consecutive tokens that keep their first, or any"
         table = Table(title, list(map(Column, ("layer", *map(str, range(self.num_experts)), "first", "any"))))
         for layer, (shares, *repeated) in enumerate(zip(self.share().tolist(), *self.repeated(), strict=True)):
@@ -101,6 +106,20 @@ class Trace:
     def style(self, expert: int) -> Style:
         red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(expert / self.num_experts, 0.45, 1.0))
         return Style(color="black", bgcolor=f"rgb({red},{green},{blue})")
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        legend = Text("first choice: ")
+        for expert in range(self.num_experts):
+            legend.append(f" {expert} ", self.style(expert)).append(" ")
+        yield legend
+        for layer in self.layers:
+            yield Text(f"\nlayer {layer}", style="bold")
+            yield self.annotate(layer, options.ascii_only)
+        if left_out := sorted(set(range(len(self.experts))) - set(self.layers)):
+            layers = ", ".join(map(str, left_out))
+            yield Text(f"\nleft out: the text of layers {layers}; see --layers", style="dim")
+        yield ""
+        yield self.table()
 
     def plot(self, file: Path, title: str) -> None:
         """Left: shares, layers x experts. Right, layer by layer: consecutive tokens that keep an expert."""
@@ -132,29 +151,6 @@ class Trace:
         save_plot(figure, file)
 
 
-@dataclass(frozen=True)
-class TraceView:
-    """For a terminal: the text once for each of `layers`, coloured and numbered by first choice, and the table."""
-
-    trace: Trace
-    layers: Sequence[int]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        trace = self.trace
-        legend = Text("first choice: ")
-        for expert in range(trace.num_experts):
-            legend.append(f" {expert} ", trace.style(expert)).append(" ")
-        yield legend
-        for layer in self.layers:
-            yield Text(f"\nlayer {layer}", style="bold")
-            yield trace.annotate(layer, options.ascii_only)
-        if left_out := sorted(set(range(len(trace.experts))) - set(self.layers)):
-            layers = ", ".join(map(str, left_out))
-            yield Text(f"\nleft out: the text of layers {layers}; see --layers", style="dim")
-        yield ""
-        yield trace.table()
-
-
 def trace(
     model: Mixtral, ids: torch.Tensor, tokens: Sequence[str], progress: Callable[[int], None] = lambda layers: None
 ) -> Trace:
@@ -165,7 +161,7 @@ def trace(
 
 
 def token_texts(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
-    """Each token's part of `text`; before those, the name of a special token (<s>)."""
+    """Return each token's part of `text`; before those, the name of a special token (<s>)."""
     offsets = tokenizer.encode(text, add_special_tokens=False).offsets
     special = [tokenizer.id_to_token(token) or str(token) for token in ids[: len(ids) - len(offsets)]]
     reached = [0, *accumulate((end for _, end in offsets), max)]  # a character of several tokens belongs to the first
@@ -177,7 +173,7 @@ def run(
     load: Callable[[], tuple[Mixtral, Any, torch.Tensor]],
     bar: Callable[[str, int], Any],
 ) -> int:
-    """The command. `load` gives the model, its tokenizer and the prompt's tokens [T]; `bar` shows progress."""
+    """Run the command. `load` gives the model, its tokenizer and the prompt's tokens [T]; `bar` shows progress."""
     if args.plot is not None:
         check_plot(args.plot)
     model, tokenizer, ids = load()
@@ -190,13 +186,14 @@ def run(
     if len(ids) > (limit := model.config.max_position_embeddings):
         raise ValueError(f"--prompt is {len(ids)} tokens, needs at most max_position_embeddings, {limit}")
     check_vocabulary(ids, model.config.vocab_size)  # the tokenizer may be another model's
+    tokens = token_texts(tokenizer, args.prompt, ids.tolist())
     with bar("tracing", L) as progress:
-        found = trace(model, ids, token_texts(tokenizer, args.prompt, ids.tolist()), lambda n: progress.update(n, L))
+        found = replace(trace(model, ids, tokens, lambda n: progress.update(n, L)), layers=layers)
     out = Console(stderr=args.json, highlight=False)
     if args.json:
         print(json.dumps({"folder": str(args.folder), "prompt": args.prompt, **found.as_dict()}))
     else:
-        out.print(TraceView(found, layers))
+        out.print(found)
     if args.plot is not None:
         counts = f"{len(ids)} tokens, {found.experts.shape[2]} of {found.num_experts} experts each"
         found.plot(args.plot, f"{shorten(args.prompt, 60)}: {counts}")

@@ -31,12 +31,7 @@ def test_verify_the_shipped_checkpoint() -> None:
     assert "Triton, interpreted" in done.stdout and "RIGHT" in done.stdout
     note, *progress = done.stderr.splitlines()
     assert "run interpreted" in note and all(line.startswith("verifying: ") for line in progress)
-
-
-def test_verify_json() -> None:
-    done = run("verify", "--json", "--device", "cpu", "--prompt", "The for statement")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    report = json.loads(run("verify", "--json", "--device", "cpu", "--prompt", "The for statement").stdout)
     assert report["ok"] and report["backend"] == "Triton, interpreted" and report["rows"]
 
 
@@ -87,6 +82,10 @@ def test_bad_input_of_a_process() -> None:
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
+DROPPED = "model.layers.1.self_attn.q_proj.weight"
+POISONED = "model.layers.3.block_sparse_moe.experts.7.w2.weight"
+
+
 def tensors(change: Callable[[dict[str, Any]], object]) -> Corrupt:
     def corrupt(folder: Path) -> None:
         values = load_file(folder / MODEL)
@@ -114,35 +113,31 @@ def config(**changes: Any) -> Corrupt:
     return corrupt
 
 
-DROPPED = "model.layers.1.self_attn.q_proj.weight"
-POISONED = "model.layers.3.block_sparse_moe.experts.7.w2.weight"
+def rewrite(change: Callable[[Path], object]) -> Corrupt:
+    return lambda folder: change(folder / MODEL)
 
 
-@pytest.mark.parametrize(
-    ("corrupt", "named"),
-    [
-        pytest.param(tensors(lambda values: values.pop(DROPPED)), DROPPED, id="missing"),
-        pytest.param(tensors(lambda values: values.update(extra=values["model.norm.weight"] + 0)), "extra", id="extra"),
-        pytest.param(tensors(lambda values: values[POISONED][5].fill_(float("nan"))), "experts.7.w2.weight", id="nan"),
-        pytest.param(lambda folder: (folder / MODEL).write_bytes(b"x" * 10**6), MODEL, id="not safetensors"),
-        pytest.param(
-            lambda folder: (folder / MODEL).write_bytes((folder / MODEL).read_bytes()[: 10**6]), MODEL, id="truncated"
-        ),
-        pytest.param(
-            lambda folder: (folder / MODEL).rename(folder / "pytorch_model.bin"), "pytorch_model.bin", id="pickle"
-        ),
-        pytest.param(index("gone.safetensors"), "gone.safetensors", id="no shard"),
-        pytest.param(index("../model.safetensors"), "../model.safetensors", id="outside"),
-        pytest.param(config(hidden_size=64), "model.embed_tokens.weight", id="misshapen"),
-        pytest.param(lambda folder: (folder / CONFIG).write_text("{"), CONFIG, id="not json"),
-        pytest.param(config(model_type="llama"), "model_type", id="other model"),
-        pytest.param(config(rope_parameters=..., rope_theta=...), "rope_theta", id="no theta"),
-        pytest.param(config(num_experts_per_tok=9), "num_experts_per_tok", id="top-k"),
-        pytest.param(config(num_key_value_heads=3), "num_key_value_heads", id="heads"),
-        pytest.param(config(hidden_act="gelu"), "hidden_act", id="activation"),
-        pytest.param(config(attention_dropout=0.1), "attention_dropout", id="dropout"),
-    ],
-)
+CORRUPT: dict[str, tuple[Corrupt, str]] = {
+    "missing": (tensors(lambda values: values.pop(DROPPED)), DROPPED),
+    "extra": (tensors(lambda values: values.update(extra=values["model.norm.weight"] + 0)), "extra"),
+    "nan": (tensors(lambda values: values[POISONED][5].fill_(float("nan"))), "experts.7.w2.weight"),
+    "not safetensors": (rewrite(lambda file: file.write_bytes(b"x" * 10**6)), MODEL),
+    "truncated": (rewrite(lambda file: file.write_bytes(file.read_bytes()[: 10**6])), MODEL),
+    "pickle": (rewrite(lambda file: file.rename(file.with_name("pytorch_model.bin"))), "pytorch_model.bin"),
+    "no shard": (index("gone.safetensors"), "gone.safetensors"),
+    "outside": (index("../model.safetensors"), "../model.safetensors"),
+    "misshapen": (config(hidden_size=64), "model.embed_tokens.weight"),
+    "not json": (lambda folder: (folder / CONFIG).write_text("{"), CONFIG),
+    "other model": (config(model_type="llama"), "model_type"),
+    "no theta": (config(rope_parameters=..., rope_theta=...), "rope_theta"),
+    "top-k": (config(num_experts_per_tok=9), "num_experts_per_tok"),
+    "heads": (config(num_key_value_heads=3), "num_key_value_heads"),
+    "activation": (config(hidden_act="gelu"), "hidden_act"),
+    "dropout": (config(attention_dropout=0.1), "attention_dropout"),
+}
+
+
+@pytest.mark.parametrize(("corrupt", "named"), CORRUPT.values(), ids=CORRUPT)
 def test_a_corrupt_checkpoint_is_one_line(
     corrupt: Corrupt, named: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

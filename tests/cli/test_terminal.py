@@ -49,9 +49,6 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # this process has imported its kernels
 
 
-# Backends
-
-
 def test_without_a_gpu_generate_reports_the_torch_backend() -> None:
     done = run(*GENERATE)
     lines = done.stderr.decode().splitlines()
@@ -135,9 +132,6 @@ def test_long_work_reports_progress_on_a_pipe(
     assert line in capsys.readouterr().err
 
 
-# The help and the version
-
-
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(["--version"])
@@ -163,9 +157,6 @@ def test_the_help_prints_every_default(name: str) -> None:
         assert ("(required)" if action.required and action.option_strings else "default: ") in text, action.dest
         if action.default not in (None, [], True, False) and action.option_strings:
             assert f"(default: {action.default})" in text
-
-
-# Pipes, full disks, Ctrl-C
 
 
 @pytest.mark.parametrize("args", [GENERATE, TRACE, ("generate", "--help")], ids=lambda args: args[0])
@@ -200,9 +191,6 @@ def test_ctrl_c_ends_the_line() -> None:
     assert out.endswith(b"\n") and b"tokens/s" not in out
 
 
-# Errors
-
-
 def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail(args: Any) -> int:
         raise error
@@ -217,21 +205,18 @@ def test_ctrl_c_on_a_terminal_writes_over_its_echo(capsys: Any, monkeypatch: pyt
     assert capsys.readouterr().err == "\rmixtral-triton generate: interrupted\n"
 
 
-def test_missing_headers_are_one_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without Python.h the compiler fails, as any process does."""
-    fail_with(monkeypatch, subprocess.CalledProcessError(1, ["gcc", "main.c"]))
-    monkeypatch.setenv("CC", "gcc")
-    monkeypatch.setattr(terminal.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    assert main([*GENERATE]) == 2 and "python3-dev" in capsys.readouterr().err
-    (tmp_path / "Python.h").touch()
-    with pytest.raises(subprocess.CalledProcessError):  # something else is wrong with that build
-        main([*GENERATE])
-
-
-def test_a_missing_compiler_is_one_line(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's own complaint, by Triton's own function."""
+def test_missing_headers_or_compiler_are_one_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Python.h the compiler fails, as any process does. Without a compiler Triton's own function complains."""
     from triton.runtime.build import compile_module_from_src
 
+    with monkeypatch.context() as patch:
+        fail_with(patch, subprocess.CalledProcessError(1, ["gcc", "main.c"]))
+        patch.setenv("CC", "gcc")
+        patch.setattr(terminal.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+        assert main([*GENERATE]) == 2 and "python3-dev" in capsys.readouterr().err
+        (tmp_path / "Python.h").touch()
+        with pytest.raises(subprocess.CalledProcessError):  # something else is wrong with that build
+            main([*GENERATE])
     source = f"int x{time.time_ns()};"
     monkeypatch.setattr(cli, "_generate", lambda args: compile_module_from_src(source, "nothing") and 0)
     monkeypatch.delenv("CC", raising=False)
@@ -271,9 +256,6 @@ def test_a_wrong_argument_of_verify_is_the_only_line(args: tuple[str, ...]) -> N
     done = subprocess.run(**process, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
     assert done.stderr.startswith("mixtral-triton verify: ")
-
-
-# Encodings
 
 
 @pytest.mark.parametrize(

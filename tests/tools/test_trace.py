@@ -14,7 +14,7 @@ from rich.console import Console
 from mixtral_triton import cli
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.tools.trace import Trace, TraceView
+from mixtral_triton.tools.trace import Trace
 
 PROMPT = "The for statement\n  is used to iterate: naïve."
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about figures and text: run once, without the interpreter")
@@ -68,7 +68,7 @@ def test_chance_is_that_of_the_paper() -> None:
 def test_text_on_a_terminal(color: Any) -> None:
     experts = torch.tensor([[[0, 1], [1, 0], [11, 0]]])
     out = Console(file=io.StringIO(), force_terminal=color is not None, color_system=color, width=100)
-    out.print(TraceView(Trace(("<s>", "def\n", "\n"), experts, 12), [0]))
+    out.print(Trace(("<s>", "def\n", "\n"), experts, 12, [0]))
     text = out.file.getvalue()  # type: ignore[attr-defined]
     if color is None:
         assert "<s>⁰def¹\n⏎¹¹\n" in text and "\x1b" not in text
@@ -81,9 +81,9 @@ def test_text_on_a_terminal(color: Any) -> None:
 @pytest.mark.parametrize("experts", [8, 16, 64])
 def test_the_table_fits_every_terminal(experts: int, width: int) -> None:
     """More tables where one is too wide: every layer and every expert in them, and no cell cut."""
-    found = Trace(("a",) * 40, torch.rand(33, 40, experts).argsort(-1)[..., :2], experts)
+    found = Trace(("a",) * 40, torch.rand(33, 40, experts).argsort(-1)[..., :2], experts, [0, 2])
     out = Console(file=io.StringIO(), width=width)
-    out.print(TraceView(found, [0, 2]))
+    out.print(found)
     lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
     heads = [line.split() for line in lines if line.split()[:1] == ["layer"] and len(line.split()) > 2]
@@ -98,7 +98,7 @@ def test_the_table_fits_every_terminal(experts: int, width: int) -> None:
 )
 def test_omitted_layers_are_named(layers: Any, said: str | None) -> None:
     out = Console(file=io.StringIO(), width=100)
-    out.print(TraceView(Trace(("a", "b"), torch.zeros(6, 2, 1, dtype=torch.long), 2), layers))
+    out.print(Trace(("a", "b"), torch.zeros(6, 2, 1, dtype=torch.long), 2, layers))
     text = out.file.getvalue()  # type: ignore[attr-defined]
     assert text.count("\nlayer ") == len(layers)
     assert f"left out: the text of {said}; see --layers" in text if said else "left out" not in text
@@ -141,27 +141,17 @@ def test_missing_glyphs_do_not_warn(
     assert not capsys.readouterr().err and not [str(one.message) for one in recwarn.list if "lyph" in str(one.message)]
 
 
-def folder(path: Path) -> None:
-    path.mkdir()
-
-
-def file(path: Path) -> None:
-    path.parent.rmdir()
-    path.parent.touch()
-
-
-@pytest.mark.parametrize("plant", [folder, file], ids=["a folder of this name", "a file in the folder's place"])
+@pytest.mark.parametrize("name", ["plots/x.png", "file/x.png"], ids=["a folder of this name", "in a file"])
 def test_an_unwritable_plot_is_an_error_before_the_work(
-    plant: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "plots").mkdir()
-    path = tmp_path / "plots" / "x.png"
-    plant(path)
+    (tmp_path / "plots" / "x.png").mkdir(parents=True)
+    (tmp_path / "file").touch()
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr("mixtral_triton.cli._load", lambda args: pytest.fail("it began to work"))
-    assert main(["trace", "--device", "cpu", "--prompt", PROMPT, "--plot", str(path)]) == 2
+    assert main(["trace", "--device", "cpu", "--prompt", PROMPT, "--plot", str(tmp_path / name)]) == 2
     error = capsys.readouterr().err
-    assert str(path) in error and error.count("\n") == 1
+    assert str(tmp_path / name) in error and error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -199,7 +189,7 @@ def test_bad_input_is_one_line(args: tuple[str, ...], named: str, capsys: pytest
 def test_tokens_outside_the_model_s_limits(
     ids: list[int], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Refused before it is told which way the work goes."""
+    """The error comes before the note about the backend."""
     monkeypatch.setattr(cli, "select_backend", lambda *_, **__: "plain torch, on the CPU")
     monkeypatch.setattr(cli, "_encode", lambda *_: torch.tensor(ids))
     assert main(["trace", "--device", "cpu", "--prompt", "x"]) == 2
