@@ -113,22 +113,22 @@ def table(config: MixtralConfig, layout: Layout, shard: Shard = UNSHARDED) -> di
 
     put(EMBEDDING, "embed_tokens", (config.vocab_size, hidden))
     for layer in range(config.num_hidden_layers):
-        stored, own = f"model.layers.{layer}", f"layers.{layer}"
-        put(f"{stored}.input_layernorm.weight", f"{own}.input_layernorm", (hidden,))
+        stored, ours = f"model.layers.{layer}", f"layers.{layer}"
+        put(f"{stored}.input_layernorm.weight", f"{ours}.input_layernorm", (hidden,))
         for name, run in qkv_rows(config).items():
             projection, shape = f"{stored}.self_attn.{name}_proj.weight", (_length(run), hidden)
-            put(projection, f"{own}.qkv_proj", shape, rows[name], rows=(kept_rows[name],))
+            put(projection, f"{ours}.qkv_proj", shape, rows[name], rows=(kept_rows[name],))
         shape = (hidden, _length(qkv_rows(config)["q"]))
-        put(f"{stored}.self_attn.o_proj.weight", f"{own}.o_proj", shape, columns=(kept_rows["q"],))
-        put(f"{stored}.post_attention_layernorm.weight", f"{own}.post_attention_layernorm", (hidden,))
-        gate_up, down = f"{own}.gate_up_proj", f"{own}.down_proj"
+        put(f"{stored}.self_attn.o_proj.weight", f"{ours}.o_proj", shape, columns=(kept_rows["q"],))
+        put(f"{stored}.post_attention_layernorm.weight", f"{ours}.post_attention_layernorm", (hidden,))
+        gate_up, down = f"{ours}.gate_up_proj", f"{ours}.down_proj"
         if layout == "fused":
-            put(f"{stored}.mlp.gate.weight", f"{own}.gate", (E, hidden))
+            put(f"{stored}.mlp.gate.weight", f"{ours}.gate", (E, hidden))
             kept = {"experts": (experts,), "rows": (inner, slice(I + inner.start, I + inner.stop))}
             put(f"{stored}.mlp.experts.gate_up_proj", gate_up, (E, 2 * I, hidden), **kept)
             put(f"{stored}.mlp.experts.down_proj", down, (E, hidden, I), experts=(experts,), columns=(inner,))
             continue
-        put(f"{stored}.block_sparse_moe.gate.weight", f"{own}.gate", (E, hidden))
+        put(f"{stored}.block_sparse_moe.gate.weight", f"{ours}.gate", (E, hidden))
         for expert in range(E):
             name, index = f"{stored}.block_sparse_moe.experts.{expert}", expert - experts.start
             runs = (inner,) if experts.start <= expert < experts.stop else ()

@@ -187,8 +187,8 @@ def gpu() -> Iterator[Any]:
         pytest.skip("stands in for a GPU in a compiling process that has none")
     from tests.support.stub.gpu import gpu
 
-    with gpu(2) as made:
-        yield made
+    with gpu(2) as simulated:
+        yield simulated
 
 
 @pytest.fixture
@@ -242,15 +242,15 @@ def make_hf() -> Any:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The operations that have run."""
-    seen: set[str] = set()
+    checked: set[str] = set()
     go = call.call_checked
 
-    def noted(op: Any, args: Any) -> Any:
-        seen.add(op.name)
+    def record(op: Any, args: Any) -> Any:
+        checked.add(op.name)
         return go(op, args)
 
-    monkeypatch.setattr(call, "call_checked", noted)
-    return seen
+    monkeypatch.setattr(call, "call_checked", record)
+    return checked
 
 
 @pytest.fixture(params=DEVICES)

@@ -103,20 +103,20 @@ def check_eos(model: Mixtral, ids: Tensor, stops: set[int], **options: Any) -> N
         assert short == row[:end]
 
 
-GIVEN = ("int", "list", "tuple", "config", "config's list", "over the config's")
+EOS = ("int", "list", "tuple", "config", "config's list", "over the config's")
 
 
 @loop
 @pytest.mark.parametrize("step", (0, 1, NEW - 1))
-@pytest.mark.parametrize("given", GIVEN)
-def test_eos(given: str, step: int, make: Make, device: torch.device) -> None:
+@pytest.mark.parametrize("source", EOS)
+def test_eos(source: str, step: int, make: Make, device: torch.device) -> None:
     """A token that greedy decoding comes to at `step` is made the EOS; the prompt holds it too, which ends nothing."""
     plain, ids = make(), tokens(2, 6, device=device)
     eos = int(argmax_loop(plain, ids, NEW)[0, 6 + step])
     ids[1, 2] = eos
-    config: Any = {"config": eos, "config's list": [eos, V - 1], "over the config's": (eos + 1) % V}.get(given)
-    option: Any = {"int": eos, "list": [eos], "tuple": (eos,), "over the config's": eos}.get(given)
-    stops = {eos, V - 1} if given == "config's list" else {eos}
+    config: Any = {"config": eos, "config's list": [eos, V - 1], "over the config's": (eos + 1) % V}.get(source)
+    option: Any = {"int": eos, "list": [eos], "tuple": (eos,), "over the config's": eos}.get(source)
+    stops = {eos, V - 1} if source == "config's list" else {eos}
     check_eos(make(eos_token_id=config), ids, stops, **{} if option is None else {"eos_token_id": option})
 
 

@@ -201,11 +201,11 @@ def test_forward_in_a_cuda_graph(T: int) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         logits = model(ids, cache=held)
-    own, chunk = cache_of(model, 2), ids.clone()
+    cache, chunk = cache_of(model, 2), ids.clone()
     for step in range(4):
         ids.copy_((chunk + step) % V)
         graph.replay()
-        assert torch.equal(logits, model(ids, cache=own))
+        assert torch.equal(logits, model(ids, cache=cache))
     ids[1, 0] = V
     graph.replay()
     assert logits[1].isnan().all() and logits[0].isfinite().all()

@@ -62,12 +62,12 @@ Make = Callable[[str], tuple[Path, Any]]
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """The name of a configuration -> a checkpoint folder, and transformers' model of it in fp32 on the CPU."""
-    made: dict[str, tuple[Path, Any]] = {}
+    built: dict[str, tuple[Path, Any]] = {}
 
     def make_once(name: str) -> tuple[Path, Any]:
-        if name not in made:
-            made[name] = build(tmp_path_factory.mktemp("checkpoint"), BASE | CONFIGS[name], seed=len(name))
-        return made[name]
+        if name not in built:
+            built[name] = build(tmp_path_factory.mktemp("checkpoint"), BASE | CONFIGS[name], seed=len(name))
+        return built[name]
 
     return make_once
 

@@ -82,19 +82,19 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """By the name of a config: a folder that transformers wrote, per expert or fused, in several shards."""
-    made: dict[tuple[str, bool], Path] = {}
+    built: dict[tuple[str, bool], Path] = {}
 
     def make(name: str = "window", per_expert: bool = True) -> Path:
-        if (name, per_expert) not in made:
+        if (name, per_expert) not in built:
             torch.manual_seed(0)
             config = transformers.MixtralConfig(**BASE | CONFIGS[name] | {"dtype": "float32"})
             theirs = transformers.MixtralForCausalLM(config)
             for key, weight in theirs.named_parameters():
                 scale = 1.0 if "embed" in key else 2.0 * weight.shape[-1] ** -0.5
                 weight.data.normal_(0, scale) if weight.dim() > 1 else weight.data.uniform_(0.7, 1.3)
-            made[name, per_expert] = folder = tmp_path_factory.mktemp("checkpoint")
+            built[name, per_expert] = folder = tmp_path_factory.mktemp("checkpoint")
             theirs.save_pretrained(folder, save_original_format=per_expert, max_shard_size="60KB")
-        return made[name, per_expert]
+        return built[name, per_expert]
 
     return make
 
@@ -136,8 +136,8 @@ def test_a_mesh_is_one_rank_and_transformers(
         sums = {"all_reduce": 2 * model.config.num_hidden_layers}
         assert rank["calls"] == (sums if tied else sums | {"all_gather": 1})
         kept = sum(rank["bytes"].values())
-        own = sum(size for key, size in rank["bytes"].items() if key.endswith(("gate_up_proj", "down_proj")))
-        assert own <= 1.02 / n * experts and rank["read"] <= 1.05 * kept
+        expert_bytes = sum(size for key, size in rank["bytes"].items() if key.endswith(("gate_up_proj", "down_proj")))
+        assert expert_bytes <= 1.02 / n * experts and rank["read"] <= 1.05 * kept
         assert rank["cache"] == found[0]["cache"]
     assert sum(rank["read"] for rank in found[:n]) >= whole_bytes(model, "")  # between them they read all
 
@@ -151,10 +151,10 @@ def test_quantized_while_it_is_read(mesh: str, weights: Any, ranks: Ranks, check
     alike(found, model)
     experts = whole_bytes(model, "gate_up_proj", "down_proj")
     for rank in found:
-        own = sum(size for name, size in rank["bytes"].items() if name.endswith(("gate_up_proj", "down_proj")))
+        expert_bytes = sum(size for name, size in rank["bytes"].items() if name.endswith(("gate_up_proj", "down_proj")))
         # Each part of a row that is split keeps its scale.
         split = mesh == "tp 2" and weights in ("int8", "fp8")
-        assert own <= (1.05 if split else 1.02) / 2 * experts
+        assert expert_bytes <= (1.05 if split else 1.02) / 2 * experts
 
 
 @pytest.mark.parametrize("format", ["int4", "int8", "fp8"])
@@ -266,8 +266,8 @@ def test_what_is_bad_for_one_rank_ends_all(
 
 
 def test_a_rank_that_does_not_come(ranks: Ranks, checkpoint: Checkpoint) -> None:
-    *others, _ = ranks(silent, checkpoint(), IDS, tp=4)
-    for rank, said in enumerate(others):
+    *refusals, _ = ranks(silent, checkpoint(), IDS, tp=4)
+    for rank, said in enumerate(refusals):
         assert said.startswith(f"rank {rank} of 4: another rank does not answer: ")
 
 
@@ -286,10 +286,10 @@ def test_verify(mesh: str, name: str, weights: Any, ranks: Ranks, checkpoint: Ch
     """On every rank the same report: all operations, all layers, the loaded tensors beside the files, and what
     quantizing them cost."""
     folder = checkpoint(name)
-    first, *others = ranks(verified, folder, IDS, weights=weights, **MESHES[mesh])
+    first, *rest = ranks(verified, folder, IDS, weights=weights, **MESHES[mesh])
     assert not first.wrong, str(first)
     assert all(
-        report.rows == first.rows for report in others[: MESHES[mesh].get("tp", 1) * MESHES[mesh].get("ep", 1) - 1]
+        report.rows == first.rows for report in rest[: MESHES[mesh].get("tp", 1) * MESHES[mesh].get("ep", 1) - 1]
     )
     for layer in range(BASE["num_hidden_layers"]):
         assert {row.op for row in first.rows if row.layer == layer} >= {*OPS, "layer", "weights"}
@@ -303,7 +303,7 @@ def test_verify(mesh: str, name: str, weights: Any, ranks: Ranks, checkpoint: Ch
 
 
 @pytest.mark.parametrize(
-    ("fault", "mesh", "seen"),
+    ("fault", "mesh", "detected"),
     [
         (halves_swapped, "tp 2", {("weights", 1)}),
         (halves_swapped, "ep 2", {("weights", 1)}),
@@ -313,10 +313,10 @@ def test_verify(mesh: str, name: str, weights: Any, ranks: Ranks, checkpoint: Ch
     ],
 )
 def test_verify_sees_what_one_rank_has_wrong(
-    fault: Any, mesh: str, seen: set[Any], ranks: Ranks, checkpoint: Checkpoint
+    fault: Any, mesh: str, detected: set[Any], ranks: Ranks, checkpoint: Checkpoint
 ) -> None:
     for report in ranks(verified, checkpoint(), IDS, fault=fault, **MESHES[mesh])[-MESHES[mesh].get("tp", 2) :]:
-        assert {(row.op, row.layer) for row in report.wrong} >= seen and not report.ok
+        assert {(row.op, row.layer) for row in report.wrong} >= detected and not report.ok
 
 
 @pytest.mark.parametrize(("mesh", "deterministic"), [("tp 2", False), ("ep 2 x tp 2", True)])

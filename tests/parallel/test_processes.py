@@ -99,7 +99,7 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-ASKED = [
+INVALID = [
     (("--tp", "2"), {}, "--tp 2 times --ep 1 needs 2 processes, and torchrun started 1: torchrun --nproc-per-node 2"),
     (("--tp", "2"), {"WORLD_SIZE": "3", "RANK": "1"}, "rank 1 of 3: --tp 2 times --ep 1 needs 2 processes"),
     ((), {"WORLD_SIZE": "2", "RANK": "0"}, "rank 0 of 2: --tp 1 times --ep 1 needs 1 processes"),
@@ -108,7 +108,7 @@ ASKED = [
 ]
 
 
-@pytest.mark.parametrize(("options", "environment", "message"), ASKED, ids=[message for _, _, message in ASKED])
+@pytest.mark.parametrize(("options", "environment", "message"), INVALID, ids=[message for _, _, message in INVALID])
 def test_processes_that_do_not_fit(
     options: tuple[str, ...],
     environment: dict[str, str],
@@ -142,5 +142,5 @@ def test_fit_prints_the_traffic(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "mixtral-8x7b", "--memory", "80", "--gpus", "4", "--context", "4096"]) == 0
     assert "a GPU sends 24.6 kB a layer, and 48.0 kB of logits." in capsys.readouterr().out
     assert main(["fit", "mixtral-8x7b", "--memory", "80", "--gpus", "4", "--context", "4096", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["sends_a_token"] == {"layer": 24576, "head": 48000}
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["sends_a_token"] == {"layer": 24576, "head": 48000}

@@ -137,12 +137,12 @@ class _Counting:
         return _Counting(self.inner.get_slice(name), self.read)
 
     def get_tensor(self, name: str) -> Any:
-        return self._noted(self.inner.get_tensor(name))
+        return self._record(self.inner.get_tensor(name))
 
     def __getitem__(self, index: Any) -> Any:
-        return self._noted(self.inner[index])
+        return self._record(self.inner[index])
 
-    def _noted(self, tensor: Any) -> Any:
+    def _record(self, tensor: Any) -> Any:
         self.read.append(tensor.nbytes)
         return tensor
 
@@ -194,8 +194,8 @@ def unflatten_args(mesh: Any, folder: Path, **options: Any) -> dict[str, tuple[t
     assert model.ranks is not None
     whole = MeshTarget(model, model.ranks)
     quantized = {name: part for name, part in model.places().items() if isinstance(part, QuantizedWeight)}
-    made = {name: whole.gather(name, part) for name, part in quantized.items()}
-    return {name: (weight.dequantize(), weight.scales) for name, weight in made.items()}
+    gathered = {name: whole.gather(name, part) for name, part in quantized.items()}
+    return {name: (weight.dequantize(), weight.scales) for name, weight in gathered.items()}
 
 
 def read_and_kept(mesh: Any, folder: Path) -> tuple[int, int]:
@@ -251,9 +251,9 @@ def replayed(mesh: Any, folder: Path, ids: torch.Tensor, **options: Any) -> tupl
     from tests.support.stub.gpu import gpu
 
     model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options)
-    with gpu() as made, counted_calls() as calls, on_memory():
+    with gpu() as simulated, counted_calls() as calls, on_memory():
         text = model.to("cuda").generate(ids.to("cuda"), max_new_tokens=8)
-        return text.cpu(), made.replays, calls
+        return text.cpu(), simulated.replays, calls
 
 
 @contextmanager
@@ -337,8 +337,8 @@ def timed(mesh: Any, sizes: dict[str, int]) -> tuple[float, int]:
         ["decode_step"], False, [], [",".join(f"{name}={size}" for name, size in sizes.items())], None, None
     )
     ranks = parallel.Ranks(mesh)
-    with gpu() as made, on_memory():
-        return measure_on_mesh(case, ranks), made.replays
+    with gpu() as simulated, on_memory():
+        return measure_on_mesh(case, ranks), simulated.replays
 
 
 def watched(mesh: Any, folder: Path, ids: torch.Tensor) -> list[str]:
