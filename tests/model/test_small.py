@@ -82,7 +82,10 @@ def test_the_log_says_how_it_was_made() -> None:
 def test_its_tokenizer_has_a_beginning_an_end_and_padding() -> None:
     """For transformers' AutoTokenizer; the texts and tokens are those of the tokenizer itself."""
     transformers = pytest.importorskip("transformers")
-    found, tokenizer = transformers.AutoTokenizer.from_pretrained(SMALL), Tokenizer.from_file(str(SMALL / "tokenizer.json"))
+    found, tokenizer = (
+        transformers.AutoTokenizer.from_pretrained(SMALL),
+        Tokenizer.from_file(str(SMALL / "tokenizer.json")),
+    )
     config = json.loads((SMALL / "config.json").read_text())
     assert (found.bos_token_id, found.eos_token_id) == (config["bos_token_id"], config["eos_token_id"])
     assert found.pad_token_id == found.eos_token_id and found.model_max_length == config["max_position_embeddings"]
