@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
-from .graph import CaptureLost, captured
+from .graph import CaptureLost, capture
 from .inputs import check_ids, check_vocabulary
 from .ops import readable, untraced
 
@@ -141,7 +141,7 @@ def can_capture(model: Mixtral) -> bool:
 def capture_or_warn(step: Step) -> Callable[[], None]:
     """Return the replay of `step` as a CUDA graph; where it cannot be captured, warn and return `step`."""
     try:
-        return captured(step, step.sampling[2], step.model.device)
+        return capture(step, step.sampling[2], step.model.device)
     except CaptureLost:
         raise
     except RuntimeError as error:

@@ -12,7 +12,7 @@ class CaptureLost(RuntimeError):
     """A capture failed, and its side effects could not be reverted."""
 
 
-def captured(step: Callable[[], object], generator: torch.Generator | None, device: torch.device) -> Callable[[], None]:
+def capture(step: Callable[[], object], generator: torch.Generator | None, device: torch.device) -> Callable[[], None]:
     """Capture the launches of `step` on `device` and return the replay. Nothing runs; `step` must have run before.
 
     `generator`: the one that the step draws from, if any. Raises RuntimeError where the step cannot be captured (it

@@ -151,7 +151,7 @@ class Mixtral(nn.Module):
 
     deterministic  a sequence's bits do not depend on the rest of the batch. The price: one tile for any number of
                    tokens in every matrix product, sorted experts even for one token, and a fixed split of the keys
-    ranks          the model is one rank's part of a mesh: `config` has the rank's heads, `whole_config` all of them
+    ranks          the model is one rank's part of a mesh: `config` has the rank's heads, `full_config` all of them
     """
 
     embed_tokens: Tensor  # [V, H]
@@ -173,7 +173,7 @@ class Mixtral(nn.Module):
         super().__init__()
         self.deterministic, self.ranks = deterministic, ranks
         shapes = weights.parameter_shapes(config, UNSHARDED if ranks is None else ranks.shard)
-        self.whole_config = config
+        self.full_config = config
         self.config = config = config if ranks is None else ranks.shard.config(config)
         specs = specs or {}
         layers: list[dict[str, Any]] = [{} for _ in range(config.num_hidden_layers)]
@@ -273,7 +273,7 @@ class Mixtral(nn.Module):
             logits = self.ranks.all_gather(logits, self.config.vocab_size)
         return logits.float()
 
-    def places(self) -> dict[str, Any]:
+    def named_weights(self) -> dict[str, Any]:
         """Return every Parameter and QuantizedWeight by the names of `weights.parameter_shapes`."""
         quantized = {name: module for name, module in self.named_modules() if isinstance(module, QuantizedWeight)}
         return dict(self.named_parameters()) | quantized
@@ -374,5 +374,5 @@ def load(
     needed = tables + weight_bytes(own_shapes, specs, dtype)
     check_memory(place, needed, bytes_of if headers.scheme is None else None)
     model = cls(config, place, dtype, deterministic, specs, ranks)
-    fill(config, model.places(), progress, shard)
+    fill(config, model.named_weights(), progress, shard)
     return model

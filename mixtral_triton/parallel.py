@@ -173,7 +173,7 @@ class Ranks:
         in_order: sum rank by rank. An all-reduce picks its order by size, so by the batch.
         """
         if in_order:
-            return reduce(torch.add, self.gathered(part))
+            return reduce(torch.add, self.gather(part))
         with self._name_errors():
             dist.all_reduce(part, group=self._group)
         return part
@@ -182,7 +182,7 @@ class Ranks:
         """Join the ranks' parts [..., n] of a last dimension of `size`, split by `even` -> [..., size]."""
         spans = [even(size, rank, self.shard.ranks) for rank in range(self.shard.ranks)]
         widths = [span.stop - span.start for span in spans]
-        parts = self.gathered(F.pad(part, (0, max(widths) - part.shape[-1])))
+        parts = self.gather(F.pad(part, (0, max(widths) - part.shape[-1])))
         return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
 
     def broadcast(self, x: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class Ranks:
                 f"{self.name}: {_describe_missing(missing)}: its part of an all-reduce did not arrive"
             )
 
-    def gathered(self, part: Tensor) -> list[Tensor]:
+    def gather(self, part: Tensor) -> list[Tensor]:
         """Return every rank's part; all have one shape."""
         parts = [torch.empty_like(part) for _ in self._global]
         with self._name_errors():

@@ -131,7 +131,7 @@ class Target:
     padding = PADDING
 
     def __init__(self, model: Any) -> None:
-        self.model, self.config, self.layers = model, model.whole_config, model.layers
+        self.model, self.config, self.layers = model, model.full_config, model.layers
         self.embed_tokens, self.norm, self.lm_head = model.embed_tokens, model.norm, model.lm_head
         self.tables, self.model_head = {"cos": model.cos, "sin": model.sin}, model.head
 

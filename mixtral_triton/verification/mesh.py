@@ -75,7 +75,7 @@ class MeshTarget(Target):
         if local.is_floating_point():
             whole.fill_(float("nan"))  # where no rank has a part
         rows = -(-self.config.vocab_size // len(self.shards)) if name == "lm_head" else local.shape[-2]
-        parts = self.ranks.gathered(F.pad(local, (0, 0, 0, rows - local.shape[-2])))
+        parts = self.ranks.gather(F.pad(local, (0, 0, 0, rows - local.shape[-2])))
         for shard, part in zip(self.shards, parts, strict=True):
             for source, destination in _runs(name, self.config, shard, group):
                 whole[destination] = part[source]

@@ -212,7 +212,7 @@ class QuantizationCost:
 def quantized_formats(model: Any) -> dict[str, str]:
     """The formats of a model's quantized parts, by their names in PARTS."""
     found: dict[str, set[str]] = {}
-    for name, weight in model.places().items():
+    for name, weight in model.named_weights().items():
         if isinstance(weight, QuantizedWeight):
             part = next(part for part, names in PARTS.items() if name.rpartition(".")[2] in names)
             found.setdefault(part, set()).add(weight.format)

@@ -1,4 +1,4 @@
-"""Architectures: whose choices each GPU runs on, and what a GPU that nobody knows is told."""
+"""Architectures: the configurations that each GPU gets, and the error for an unknown GPU."""
 
 from __future__ import annotations
 

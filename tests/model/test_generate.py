@@ -187,7 +187,7 @@ def test_top_k(top_k: int, top_p: float, device: torch.device) -> None:
     """The tokens that transformers' filters leave, in their order, each as often as it should be; ties all stay."""
     warpers = pytest.importorskip("transformers.generation.logits_process")
     logits, draws, temperature = torch.randn(V, generator=torch.Generator().manual_seed(1)), 20000, 1.5
-    logits[[2, 5, 11]] = logits.topk(3).values[-1]  # planted: who comes third is a tie
+    logits[[2, 5, 11]] = logits.topk(3).values[-1]  # a tie for third place
     left = warpers.TopKLogitsWarper(top_k)(torch.zeros(1, 1), logits[None] / temperature)
     if top_p < 1.0:
         left = warpers.TopPLogitsWarper(top_p)(torch.zeros(1, 1), left)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mixtral_triton import KVCache, Mixtral, generate
-from mixtral_triton.graph import CaptureLost, captured
+from mixtral_triton.graph import CaptureLost, capture
 from mixtral_triton.kernels.launch import INTERPRETED
 from tests.support.models import random_model
 
@@ -104,7 +104,7 @@ def test_a_capture_that_fails_inside_leaves_everything_usable(
     model, drawn = build(5, GPU_DEVICE), torch.Generator(GPU_DEVICE)
     settings = {"max_new_tokens": NEW, "temperature": 1e-6, "generator": drawn}  # draws, and always the likeliest
     want = texts(build(5, "cpu"), max_new_tokens=NEW)
-    monkeypatch.setattr(generate, "captured", lambda step, *rest: captured(lambda: fault(step), *rest))
+    monkeypatch.setattr(generate, "capture", lambda step, *rest: capture(lambda: fault(step), *rest))
     with pytest.warns(RuntimeWarning, match=f"without a CUDA graph.*({said})"):
         assert texts(model, **settings) == want
     assert gpu.replays == 0 and len(gpu.captures) in (1, 2)  # an empty one puts things right where CUDA gave up
@@ -129,7 +129,7 @@ def test_torch_s_own_capture_would_not_have_been_left(gpu: Any) -> None:
 
 
 def test_a_capture_that_cannot_be_put_right_says_what_is_lost(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "captured", lambda step, *rest: captured(lambda: looks(step), *rest))
+    monkeypatch.setattr(generate, "capture", lambda step, *rest: capture(lambda: looks(step), *rest))
     monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool")
     with pytest.raises(CaptureLost, match=r"cuda:1 is still in it: memory .* is lost.*Restart the process"):
         texts(build(None, GPU_DEVICE), max_new_tokens=NEW)
@@ -141,8 +141,8 @@ def test_cuda_s_own_graph(temperature: float, monkeypatch: pytest.MonkeyPatch) -
     device = torch.device("cuda")
     model = build(5, device)
     found = []
-    for capture in (True, False):
-        monkeypatch.setattr(generate, "can_capture", lambda model, capture=capture: capture)
+    for enabled in (True, False):
+        monkeypatch.setattr(generate, "can_capture", lambda model, enabled=enabled: enabled)
         drawn = torch.Generator(device).manual_seed(0)
         found.append(texts(model, max_new_tokens=20, temperature=temperature, generator=drawn))
     assert [len(text) for text in found[0]] == [len(text) for text in found[1]]
@@ -155,7 +155,7 @@ def test_cuda_s_own_graph(temperature: float, monkeypatch: pytest.MonkeyPatch) -
 def test_cuda_s_own_capture_that_fails(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(5, torch.device("cuda"))
     want = texts(model, max_new_tokens=NEW)
-    monkeypatch.setattr(generate, "captured", lambda step, *rest: captured(lambda: fault(step), *rest))
+    monkeypatch.setattr(generate, "capture", lambda step, *rest: capture(lambda: fault(step), *rest))
     with pytest.warns(RuntimeWarning, match="without a CUDA graph"):
         assert texts(model, max_new_tokens=NEW) == want
     monkeypatch.undo()

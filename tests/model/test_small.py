@@ -16,7 +16,7 @@ from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.verification import held_out, perplexity
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about the weights: run once, on the plain way")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="concerns the weights: one run is enough")
 LOG = json.loads((SMALL / "training.json").read_text())
 
 

@@ -104,7 +104,7 @@ def close(got: torch.Tensor, want: torch.Tensor, limit: float = 1e-5) -> None:
 
 
 def whole_bytes(model: Mixtral, *parts: str) -> int:
-    return sum(place.nbytes for name, place in model.places().items() if name.endswith(parts))
+    return sum(place.nbytes for name, place in model.named_weights().items() if name.endswith(parts))
 
 
 def alike(found: list[dict[str, Any]], model: Mixtral, limit: float = 1e-5) -> None:
@@ -167,7 +167,7 @@ def test_the_parts_are_of_what_one_process_quantizes(
 ) -> None:
     """Bit for bit, also of a row that is split and has one scale: that is of the whole row."""
     folder, weights = checkpoint(name, per_expert), {"experts": format, "linear": format}
-    places = Mixtral.from_pretrained(folder, "cpu", weights=weights).places()
+    places = Mixtral.from_pretrained(folder, "cpu", weights=weights).named_weights()
     for found in ranks(unflatten_args, folder, weights=weights, **MESHES[mesh]):
         assert {part.rpartition(".")[2] for part in found} == {*itertools.chain(*PARTS.values())}
         for part, (values, scales) in found.items():

@@ -144,7 +144,7 @@ def test_loading_quantizes_the_requested_parameters(weights: Any) -> None:
     formats = dict.fromkeys(("gate_up_proj", "down_proj"), wanted.get("experts"))
     formats |= dict.fromkeys(("qkv_proj", "o_proj", "lm_head"), wanted.get("linear"))
     for name, stored in plain.named_parameters():
-        place, format = model.places()[name], formats.get(name.rpartition(".")[2])
+        place, format = model.named_weights()[name], formats.get(name.rpartition(".")[2])
         if format is None:
             assert isinstance(place, nn.Parameter) and torch.equal(place, stored)
         else:
@@ -157,7 +157,7 @@ def test_logits_and_tokens_equal_the_dequantized_model(weights: Any) -> None:
     model = load(weights, dtype=torch.float32)
     dequantized_copy = Mixtral(model.config, "cpu", torch.float32)
     for name, parameter in dequantized_copy.named_parameters():
-        place = model.places()[name]
+        place = model.named_weights()[name]
         parameter.data.copy_(place.dequantize() if isinstance(place, QuantizedWeight) else place)
     ids = torch.tensor([[0, 72, 105, 110], [0, 5, 6, 7]])
     assert torch.equal(model(ids), dequantized_copy(ids)) and torch.equal(
@@ -189,8 +189,8 @@ def test_fused_layout_in_small_chunks_and_progress(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("mixtral_triton.weights.CHUNK_BYTES", 3000)
     got = load("int8", folder, progress=read.append)
     assert sum(read) == total_bytes(read_headers(folder))
-    for name, place in wanted.places().items():
-        other = got.places()[name]
+    for name, place in wanted.named_weights().items():
+        other = got.named_weights()[name]
         same = place.data if isinstance(place, QuantizedWeight) else place
         assert torch.equal(same, other.data)
 
@@ -244,7 +244,7 @@ def test_nan_raises_value_error(tmp_path: Path) -> None:
 IMPORTS = "from mixtral_triton.model import Mixtral"
 LOADED = """
 model = Mixtral.from_pretrained(sys.argv[1], device="cpu", weights=sys.argv[2])
-size = sum(at.nbytes for at in model.places().values())
+size = sum(at.nbytes for at in model.named_weights().values())
 """
 
 

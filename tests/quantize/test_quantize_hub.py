@@ -33,7 +33,7 @@ def load(folder: Path, **settings: Any) -> Mixtral:
 
 def values(model: Mixtral) -> dict[str, Tensor]:
     """Return every weight in fp32."""
-    places = model.places().items()
+    places = model.named_weights().items()
     return {name: at.dequantize() if isinstance(at, QuantizedWeight) else at.data.float() for name, at in places}
 
 
@@ -139,7 +139,7 @@ def test_command_line_prints_the_warning_in_a_line(tmp_path: Path, capsys: pytes
 def test_meta_reads_headers_only(tmp_path: Path) -> None:
     hub.write(tmp_path, *hub.LAYOUTS["ct int4 128 True"], **{f"{W1}.weight_shape": torch.zeros(2, dtype=torch.int64)})
     model = Mixtral.from_pretrained(tmp_path, device="meta")
-    assert all(at.device.type == "meta" for at in model.places().values())
+    assert all(at.device.type == "meta" for at in model.named_weights().values())
     assert model.layers[0].down_proj.shape == (2, 128, 256)
 
 

@@ -144,7 +144,7 @@ def test_quantized_folder_raises_value_error(tmp_path: Path) -> None:
 WRITTEN = "write(sys.argv[1], sys.argv[2], 'int4', 'cpu'); size = 0"
 LOADED = """
 model = Mixtral.from_pretrained(sys.argv[1], device="cpu")
-size = sum(at.nbytes for at in model.places().values())
+size = sum(at.nbytes for at in model.named_weights().values())
 """
 
 

@@ -45,8 +45,8 @@ def random_model(
     model = Mixtral(config, device, dtype, deterministic, select_specs(weights, parameter_shapes(config)))
     generator = torch.Generator().manual_seed(seed)
     # In the order of the module: seeds that tests rely on were tried in it.
-    for name in model.places() if model.device.type != "meta" else ():
-        weight = model.places()[name]
+    for name in model.named_weights() if model.device.type != "meta" else ():
+        weight = model.named_weights()[name]
         values = torch.randn(weight.shape, generator=generator)
         scale = 1.0 if name == "embed_tokens" else gain * weight.shape[-1] ** -0.5
         values = 1 + 0.3 * values if len(weight.shape) == 1 else values * scale

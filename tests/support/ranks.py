@@ -184,7 +184,7 @@ def everything(mesh: Any, folder: Path, ids: torch.Tensor, **options: Any) -> di
 def kept_bytes(model: Mixtral) -> dict[str, int]:
     return {
         name: place.nbytes if isinstance(place, QuantizedWeight) else place.untyped_storage().nbytes()
-        for name, place in model.places().items()
+        for name, place in model.named_weights().items()
     }
 
 
@@ -193,7 +193,7 @@ def unflatten_args(mesh: Any, folder: Path, **options: Any) -> dict[str, tuple[t
     model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options)
     assert model.ranks is not None
     whole = MeshTarget(model, model.ranks)
-    quantized = {name: part for name, part in model.places().items() if isinstance(part, QuantizedWeight)}
+    quantized = {name: part for name, part in model.named_weights().items() if isinstance(part, QuantizedWeight)}
     gathered = {name: whole.gather(name, part) for name, part in quantized.items()}
     return {name: (weight.dequantize(), weight.scales) for name, weight in gathered.items()}
 
@@ -294,7 +294,7 @@ def stuck(mesh: Any, folder: Path) -> str:
 
 
 def verified(mesh: Any, folder: Path, ids: torch.Tensor, fault: Any = None, **options: Any) -> Report:
-    """What verify finds; `fault(model)` spoils the last process's part before."""
+    """Return what `verify` finds after `fault(model)` has changed the weights of the last process."""
     model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options)
     if fault is not None and dist.get_rank() == dist.get_world_size() - 1:
         fault(model)

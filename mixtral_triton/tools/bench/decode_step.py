@@ -17,7 +17,7 @@ from torch import Tensor
 from ...cache import KVCache
 from ...config import MixtralConfig
 from ...generate import can_capture
-from ...graph import captured
+from ...graph import capture
 from ...kernels import reference
 from ...kernels.op import Cost, Op, Sizes
 from ...kernels.registry import OPS
@@ -78,7 +78,7 @@ def replayed_step(args: Args) -> Callable[..., Tensor]:
         return lambda **_: once()
     once()  # every kernel is compiled before the capture
     logits: list[Tensor] = []
-    replay = captured(lambda: logits.append(once()), None, args["model"].device)
+    replay = capture(lambda: logits.append(once()), None, args["model"].device)
 
     def run(**_: Any) -> Tensor:
         replay()
