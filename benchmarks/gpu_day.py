@@ -5,7 +5,7 @@
 
 Each part has a share of the budget. One that exceeds it is killed, and its output so far is kept. Each operation has a
 process: one that leaves the GPU in an error is followed by another that continues after the failed case. The same
-command again runs what is not done. OUT/gpu_day.json and OUT/gpu_day.md hold the results so far. No network is needed.
+command again runs what is not done. OUT/gpu_day.json and OUT/gpu_day.md hold the results. No network is needed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -22,11 +21,10 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -34,8 +32,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,memory.total"
 PACKAGES = ("mixtral-triton", "torch", "triton", "transformers", "liger-kernel", "flash-attn", "vllm")
+HEAD = """# A GPU day
+
+A ratio above 1 means that ours is faster. Predictions follow from the GPU's data sheet and are no measurements.
+Whole models are scaled: what one more layer adds, times the model's layers.
+"""
 FULL_LAYERS = {4096: 32, 6144: 56}  # of Mixtral 8x7B and 8x22B, by hidden size
-OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR)?\s*(?:\(.*|\[.*)?$")
+OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR)?[^\S\n]*(?:\(.*|\[.*)?$", re.MULTILINE)
 sys.path.insert(0, str(ROOT))  # a script's own path holds only its folder
 
 from mixtral_triton.cli import Parser  # noqa: E402
@@ -46,8 +49,7 @@ from mixtral_triton.tools.bench.peers import PEERS  # noqa: E402
 from mixtral_triton.tools.terminal import toolchain_fault  # noqa: E402
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """Arguments for Python. `resumes`: a new process continues after the case that ended one."""
 
     name: str
@@ -55,8 +57,7 @@ class Command:
     resumes: bool = False
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Commands that share `budget_s` seconds of the default whole, `at_once` of them side by side."""
 
     name: str
@@ -76,24 +77,29 @@ def parts(dry: bool = False, breaks: str = "") -> tuple[Part, ...]:
     step = ("--at", "B=1", "--at", "S=1024", "--at", "H=4096")
     no_compile = ("--without", "torch.compile")
     slow, quick = (*no_compile, "--without", "HF static cache"), ("--quick", *no_compile)
-    ahead = Command("all", ("-m", "benchmarks.compile_ahead", *(("--most", "4") if dry else ())))
-    rounds = ("1", "--small") if dry else ("100",)
-    applied = Command("drop_in", ("benchmarks/drop_in.py", "--json", "--device", "cuda", "--rounds", *rounds))
+    compile_ahead = ("-m", "benchmarks.compile_ahead", *(("--most", "4") if dry else ()))
+    drop_in = (
+        "benchmarks/drop_in.py",
+        "--json",
+        "--device",
+        "cuda",
+        "--rounds",
+        *(("1", "--small") if dry else ("100",)),
+    )
 
     def bench(names: Sequence[str], *options: str) -> tuple[Command, ...]:
-        args = {name: ("-m", "mixtral_triton", "bench", name, "--json") for name in names}
-        return tuple(Command(name, args[name] + (_smallest(name) if dry else options), True) for name in names)
+        args = ("-m", "mixtral_triton", "bench", "--json")
+        return tuple(Command(name, (*args, name, *(_smallest(name) if dry else options)), True) for name in names)
 
     found = (
-        # Afterwards no part waits for a compiler, and nothing is timed while another core compiles.
-        Part("compile", 90, (ahead,)),
+        Part("compile", 90, (Command("all", compile_ahead),)),  # nothing is timed while another core compiles
         Part("tests", 110, _tests(dry), max(1, min(8, (os.cpu_count() or 2) // 2))),
         Part("experts", 90, bench(experts, *quick)),
         Part("attention", 70, bench(cache, *quick)),
         # torch.compile may leave a GPU in a state that disturbs timing: ours and eager transformers run before it.
         Part("decode", 60, bench(["decode_step"], *step, *slow)),
         Part("decode batches", 30, bench(["decode_step"], "--quick", "--at", "L=4", *slow)),
-        Part("applied", 40, (applied,)),
+        Part("applied", 40, (Command("drop_in", drop_in),)),
         Part("decode compiled", 40, bench(["decode_step"], *step, *no_compile)),
         Part("one token", 30, bench(rest, "--quick", "--at", "T=1")),
         Part("many tokens", 30, bench(rest, "--quick", "--at", "T=4096")),
@@ -104,8 +110,8 @@ def parts(dry: bool = False, breaks: str = "") -> tuple[Part, ...]:
 def _smallest(name: str) -> tuple[str, ...]:
     """Return options for the smallest sizes that the tests run, with plain torch as the only peer."""
     op = BENCHED[name]
-    sizes = min(op.test_shapes, key=lambda sizes: op.cost(sizes, op.dtypes[0]).bytes)
-    text = ",".join(f"{letter}={size}" for letter, size in Shape(sizes).as_dict().items())
+    shape = Shape(min(op.test_shapes, key=lambda sizes: op.cost(sizes, op.dtypes[0]).bytes))
+    text = ",".join(f"{letter}={size}" for letter, size in shape.as_dict().items())
     without = [word for name in {peer.name for peer in PEERS} - {"torch"} for word in ("--without", name)]
     return ("--sizes", text, *without)
 
@@ -113,9 +119,9 @@ def _smallest(name: str) -> tuple[str, ...]:
 def _on_stub(part: Part, breaks: str) -> Part:
     """Return the part on a simulated GPU, where kernels compute only if results are checked, since that takes long."""
     stub = ("-m", "tests.support.stub", *(("--breaks", breaks) if breaks else ()))
-    checked = [("--executes",) if {"bench", "pytest"} & {*one.args} else () for one in part.commands]
-    pairs = zip(part.commands, checked, strict=True)
-    return replace(part, commands=tuple(replace(one, args=(*stub, *options, *one.args)) for one, options in pairs))
+    executes = {one: ("--executes",) if {"bench", "pytest"} & {*one.args} else () for one in part.commands}
+    commands = (one._replace(args=(*stub, *executes[one], *one.args)) for one in part.commands)
+    return part._replace(commands=tuple(commands))
 
 
 def _tests(dry: bool) -> tuple[Command, ...]:
@@ -138,23 +144,18 @@ def pytest_addoption(parser: Any) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    def operation(item: Any) -> str | None:
-        return getattr(getattr(item, "callspec", None) and item.callspec.params.get("op"), "name", None)
-
-    name = config.getoption("--operation")
-    items[:] = [item for item in items if name in (None, operation(item))][: config.getoption("--most")]
+    if name := config.getoption("--operation"):
+        items[:] = [item for item in items if hasattr(item, "callspec") and item.callspec.params.get("op") is OPS[name]]
+    items[:] = items[: config.getoption("--most")]
 
 
 def read_events(file: Path) -> list[dict[str, Any]]:
     """Return the JSON objects in a command's output; a killed process's last line may be incomplete."""
     events = []
     for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        events += [event] if isinstance(event, dict) else []
-    return events
+        with suppress(json.JSONDecodeError):
+            events.append(json.loads(line))
+    return [event for event in events if isinstance(event, dict)]
 
 
 def unfinished(events: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -189,11 +190,11 @@ def run_command(command: Command, file: Path, deadline: float, processes: list[A
     A process that died in a case is followed by one that continues after it, as long as that begins further cases.
     """
     first, died = next_case(read_events(file), retry=True), False
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
     while True:
         args = [sys.executable, *command.args, *(("--first", str(first)) if command.resumes else ())]
         with file.open("ab") as out, file.with_suffix(".err").open("ab") as err:
-            process = subprocess.Popen(args, stdout=out, stderr=err, cwd=ROOT, env=environment, start_new_session=True)
+            process = subprocess.Popen(args, stdout=out, stderr=err, cwd=ROOT, env=variables, start_new_session=True)
         processes.append(process)
         try:
             code = process.wait(max(0.0, deadline - time.monotonic()))
@@ -226,7 +227,7 @@ def run_commands(part: Part, out: Path, limit_s: float, done: dict[str, int]) ->
             list(pool.map(run, [command for command in part.commands if command.name not in exits]))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
+            for process in (process for process in processes if process.poll() is None):
                 kill(process)
     status = "over budget" if len(exits) < len(part.commands) else "failed" if any(exits.values()) else "done"
     return {"status": status, "exit": exits, "seconds": time.monotonic() - start, "limit_s": limit_s}
@@ -238,8 +239,7 @@ def environment() -> dict[str, Any]:
     gpu = None if failed else dict(zip(QUERY.split(","), text.splitlines()[0].split(", "), strict=True))
     installed = {dist.metadata["Name"].lower(): dist.version for dist in metadata.distributions()}
     versions = {name: installed[name] for name in PACKAGES if name in installed} | {"python": sys.version.split()[0]}
-    commit = subprocess.getoutput(f"git -C {shlex.quote(str(ROOT))} rev-parse HEAD")
-    return {"gpu": gpu, "versions": versions, "commit": commit}
+    return {"gpu": gpu, "versions": versions, "commit": subprocess.getoutput(f"git -C '{ROOT}' rev-parse HEAD")}
 
 
 def day(selected: Sequence[Part], out: Path, budget_s: float, whole_s: float) -> dict[str, Any]:
@@ -272,10 +272,10 @@ def day(selected: Sequence[Part], out: Path, budget_s: float, whole_s: float) ->
 
 def results(state: dict[str, Any], out: Path) -> dict[str, Any]:
     """Return everything that is known so far."""
-    found: dict[str, Any] = {**state, "tests": {"counts": {}, "failed": []}, "rates": [], "died": [], "applied": []}
+    found: dict[str, Any] = {**state, "tests": {"counts": {}, "failed": []}, "gpu": None, "died": [], "applied": []}
     rows: dict[str, Any] = {}
     for name, part in state["parts"].items():
-        files = sorted(out.glob(output_file(out, name, "*").name)) if part["status"] != "not started" else []
+        files = sorted(out.glob(output_file(out, name, "*").name))
         if name == "tests":
             found["tests"] = _test_outcomes(files)
             continue
@@ -285,8 +285,7 @@ def results(state: dict[str, Any], out: Path) -> dict[str, Any]:
             found["died"] += [{"op": one["op"], "sizes": one["sizes"]} for one in unfinished(events).values() if ended]
             for event in events:
                 if event.get("kind") == "gpu":
-                    keys = ("name", "source", "bandwidth", "matmul")
-                    found["rates"] = [{key: one[key] for key in keys} for one in (event, event["data_sheet"]) if one]
+                    found["gpu"] = event
                 elif event.get("kind") == "row":
                     rows.setdefault(f"{event['op']} {event['sizes']}", event)
                 elif "kernels_a_layer" in event:
@@ -296,19 +295,16 @@ def results(state: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def _test_outcomes(files: Sequence[Path]) -> dict[str, Any]:
     """Return counts of outcomes, and the names of the tests that failed or ended their process."""
-    outcomes: dict[str, str] = {}
-    for match in (OUTCOME.match(line) for file in files for line in file.read_text(errors="replace").splitlines()):
-        if match:
-            outcomes[match[1]] = (match[2] or "died").lower()
+    text = "\n".join(file.read_text(errors="replace") for file in files)
+    outcomes = {match[1]: (match[2] or "died").lower() for match in OUTCOME.finditer(text)}
     failed = [test for test, outcome in outcomes.items() if outcome not in ("passed", "skipped")]
     return {"counts": dict(Counter(outcomes.values())), "failed": failed}
 
 
 def whole_models(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return decode steps of whole models, from two depths of the same step: what a layer adds, times the layers."""
-    found = []
-    steps = sorted((row for row in rows if row["op"] == "decode_step"), key=lambda row: row["sizes"]["L"])
-    for shallow, deep in combinations(steps, 2):
+    found, steps = [], [row for row in rows if row["op"] == "decode_step"]
+    for shallow, deep in combinations(sorted(steps, key=lambda row: row["sizes"]["L"]), 2):
         first, sizes = shallow["sizes"], deep["sizes"]
         if {**first, "L": 0} != {**sizes, "L": 0} or first["L"] == sizes["L"]:
             continue
@@ -345,29 +341,19 @@ def _section(title: str, rows: Sequence[dict[str, Any]]) -> str:
 
 def _operation(row: dict[str, Any]) -> dict[str, Any]:
     predicted = row.get("predicted") or {"time_us": None, "limit": None}
-    outcomes = {"ours": row, **row["peers"]}
+    notes = [f"{name}: {one['note']}" for name, one in {"ours": row, **row["peers"]}.items() if one["note"]]
     ratios = [f"{name} {one['ratio']:.2f}" for name, one in row["peers"].items() if one["ratio"] is not None]
-    return {
-        "operation": row["op"],
-        "sizes": row["sizes"],
-        "time, us": row["time_us"],
-        "predicted, us": predicted["time_us"],
-        "limit": predicted["limit"],
-        "floor, us": row["floor_us"],
-        "floor / time": row["of_floor"],
-        "peers / ours": ", ".join(ratios),
-        "notes": "; ".join(f"{name}: {one['note']}" for name, one in outcomes.items() if one["note"]),
-    }
+    times = {"time, us": row["time_us"], "predicted, us": predicted["time_us"], "limit": predicted["limit"]}
+    cells = {"operation": row["op"], "sizes": row["sizes"], **times, "floor, us": row["floor_us"]}
+    return {**cells, "floor / time": row["of_floor"], "peers / ours": ", ".join(ratios), "notes": "; ".join(notes)}
 
 
 def markdown(found: dict[str, Any]) -> str:
     """Return the page: GPU and versions, then parts, tests, operations, whole models."""
-    before, after, tests = found["before"], found["after"]["gpu"] or {}, found["tests"]
-    versions = {**before["versions"], "commit": before["commit"]}
-    keys = ("status", "seconds", "limit_s")
+    before, after, keys = found["before"], found["after"]["gpu"] or {}, ("status", "seconds", "limit_s")
+    versions, tests = {**before["versions"], "commit": before["commit"]}, found["tests"]
     sections: dict[str, list[dict[str, Any]]] = {
         "GPU": [{"": key, "before": value, "after": after.get(key)} for key, value in (before["gpu"] or {}).items()],
-        "Rates, bytes/s and bf16 FLOP/s": found["rates"],
         "Software": [{"package": name, "version": version} for name, version in versions.items()],
         "Parts": [{"part": name, **{key: part[key] for key in keys}} for name, part in found["parts"].items()],
         "Compiled tests": [{"outcome": outcome, "tests": count} for outcome, count in tests["counts"].items()],
@@ -377,11 +363,7 @@ def markdown(found: dict[str, Any]) -> str:
         "Operations": list(map(_operation, found["rows"])),
         "Whole models": found["whole_models"],
     }
-    return (
-        "# A GPU day\n\nWritten by `python benchmarks/gpu_day.py`; a ratio above 1 means that ours is faster.\n"
-        "Predictions follow from the launches and the GPU's data sheet, and are no measurements. Whole models are\n"
-        "scaled: what one more layer adds, times the model's layers.\n"
-    ) + "".join(_section(title, rows) for title, rows in sections.items())
+    return HEAD + "".join(_section(title, rows) for title, rows in sections.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -396,18 +378,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     every = parts(args.dry, args.breaks)
     names = [part.name for part in every]
     wanted = names if args.parts is None else args.parts.split(",")
-    if not 0 < args.budget_s < float("inf"):
-        parser.error(f"--budget-s is {args.budget_s}, needs a number of seconds above 0")
-    if args.breaks and not args.dry:
-        parser.error("--breaks goes with --dry alone")
-    if unknown := [name for name in wanted if name not in names]:
-        parser.error(f"--parts has {unknown[0]!r}, needs some of {', '.join(names)}")
-    if not args.dry and not torch.cuda.is_available():
-        parser.error("there is no GPU: nothing was measured. `mixtral-triton bench` shows what is known without one")
-    if not args.dry and (fault := toolchain_fault()):
-        parser.error(fault)
+    unknown, gpu = [name for name in wanted if name not in names], torch.cuda.is_available()
+    for fault, message in (
+        (not 0 < args.budget_s < float("inf"), f"--budget-s is {args.budget_s}, needs a number of seconds above 0"),
+        (args.breaks and not args.dry, "--breaks goes with --dry alone"),
+        (unknown, f"--parts has {', '.join(unknown)}, needs some of {', '.join(names)}"),
+        (not args.dry and not gpu, "there is no GPU: nothing was measured; `mixtral-triton bench` needs none"),
+        (not args.dry and toolchain_fault(), toolchain_fault()),
+    ):
+        if fault:
+            parser.error(str(message))
     selected = [part for part in every if part.name in wanted]
-    name = "dry" if args.dry else str((environment()["gpu"] or {}).get("name", "gpu")).lower().replace(" ", "-")
+    name = "dry" if args.dry else torch.cuda.get_device_name().lower().replace(" ", "-")
     out = args.out or ROOT / "benchmarks" / "results" / name
     state = day(selected, out, args.budget_s, sum(part.budget_s for part in every))
     print(f"results: {out / 'gpu_day.md'}")

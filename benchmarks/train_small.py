@@ -71,7 +71,7 @@ def hold_out(kind: list[str], seed: int) -> tuple[list[str], list[str]]:
 
 
 def split(seed: int) -> tuple[list[str], list[str]]:
-    """Hold out documents of each kind; a paragraph that also stands in one of them is cut from the others."""
+    """Hold out documents of each kind; their paragraphs are removed from the others."""
     train, held_out = [], []
     for kind in documents():
         kept, out = hold_out(kind, seed)

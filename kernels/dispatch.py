@@ -148,9 +148,9 @@ def gather_by_expert(x: Tensor, ids: Tensor, experts: int, config: LaunchConfig)
     return gathered, order, offsets
 
 
-def expected_distinct_experts(choices: int, share: float, experts: int) -> float:
-    """Return the expected number of experts that `choices` draws hit, each expert with probability `share`."""
-    return experts * (1 - (1 - share) ** choices)
+def expected_distinct_experts(draws: int, share: float, experts: int) -> float:
+    """Return the expected number of experts that any of `draws` hits, each expert with probability `share`."""
+    return experts * (1 - (1 - share) ** draws)
 
 
 def sample_ids(sizes: Sizes, device: Any, generator: Any = None) -> Tensor:

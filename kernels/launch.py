@@ -59,7 +59,7 @@ _context: ContextVar[LaunchContext] = ContextVar("launch_context", default=Launc
 
 @contextmanager
 def launch_context(**changes: Any) -> Iterator[None]:
-    """Replace fields of the current LaunchContext within the block."""
+    """Replace fields of the current LaunchContext within the block, such as the architecture: `arch="sm_80"`."""
     token = _context.set(replace(_context.get(), **changes))
     try:
         yield
@@ -87,16 +87,6 @@ def is_overridden(kernel: str) -> bool:
     """Return whether `override_configs` names the kernel: it then runs where it can, even if a library would not."""
     overrides = _context.get().overrides
     return overrides is not None and kernel in overrides
-
-
-@contextmanager
-def using_arch(arch: str, sms: int | None = None) -> Iterator[None]:
-    """Select launch configurations for `arch` ("sm_80", "gfx942", ...) with `sms` multiprocessors within the block.
-
-    sms None: those of the architecture's largest GPU.
-    """
-    with launch_context(arch=arch, sms=sms):
-        yield
 
 
 @contextmanager

@@ -230,10 +230,10 @@ class Op(Generic[P, R]):
         return self.reference(**self.reference_args({**dict(zip(self.names, args, strict=False)), **kwargs}))
 
 
-def shapes(letters: str, table: str, **switches: Any) -> tuple[Shape, ...]:
+def shapes(names: str, table: str, **switches: Any) -> tuple[Shape, ...]:
     """Return a Shape for each row of a table: `shapes("T H", "1 128, 17 80", deterministic=True)`."""
     rows = [map(int, row.split()) for row in table.split(",")]
-    return tuple(Shape(dict(zip(letters.split(), row, strict=True)), **switches) for row in rows)
+    return tuple(Shape(dict(zip(names.split(), row, strict=True)), **switches) for row in rows)
 
 
 def sampler(dtype: torch.dtype, device: Any, generator: torch.Generator | None) -> Callable[..., torch.Tensor]:

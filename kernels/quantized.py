@@ -130,30 +130,25 @@ class QuantizedWeight(nn.Module):
         return cls(format, data, group_scales, group_zeros, shape, group)
 
     def _check(self) -> None:
+        *lead, K = self.shape
         if self.format not in BITS:
             raise ValueError(f"QuantizedWeight: format is {self.format!r}, needs one of {', '.join(BITS)}")
-        *lead, K = self.shape
-        if self.group < 1 or K % self.group:
-            raise ValueError(
-                f"QuantizedWeight: groups of {self.group} do not divide the {K} columns of {list(self.shape)}"
-            )
-        if self.group != K and self.group not in GROUPS:
-            raise ValueError(f"QuantizedWeight: group is {self.group}, needs 32, 64, 128 or all {K} columns")
-        width = row_elements(self.format, K, self.group)
-        wanted = {"data": (*lead, width), "scales": (*lead, K // self.group), "zeros": (*lead, K // self.group)}
-        for name, shape in wanted.items():
+        if self.group < 1 or K % self.group or (self.group != K and self.group not in GROUPS):
+            raise ValueError(f"QuantizedWeight: group is {self.group}, needs 32, 64 or 128 that divide {K}, or {K}")
+        groups = (*lead, K // self.group)
+        shapes = {"data": (*lead, row_elements(self.format, K, self.group)), "scales": groups, "zeros": groups}
+        for name, shape in shapes.items():
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"QuantizedWeight: {name} has shape {list(tensor.shape)}, needs {list(shape)}")
         if self.data.dtype != torch.int16 or not self.scales.is_floating_point():
-            raise ValueError(
-                f"QuantizedWeight: data and scales are {self.data.dtype} and {self.scales.dtype}, need int16 and floats"
-            )
+            dtypes = f"{self.data.dtype} and {self.scales.dtype}"
+            raise ValueError(f"QuantizedWeight: data and scales are {dtypes}, need int16 and floats")
         if self.zeros is not None and (self.format != "int4" or self.zeros.dtype != torch.bfloat16):
-            raise ValueError("QuantizedWeight: zeros go with int4 alone, and are bfloat16 (128 + zero)")
+            raise ValueError(f"QuantizedWeight: zeros of {self.format} are {self.zeros.dtype}, need int4 and bfloat16")
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedWeight:
-        """Moves, never converts: a rounded scale would be another weight."""
+        """Move and never convert: a rounded scale would change the weight."""
         for name, tensor in self._buffers.items():
             if tensor is not None:
                 moved = fn(tensor)

@@ -1,7 +1,6 @@
 """The command line: `mixtral-triton` and `python -m mixtral_triton`.
 
-Exit 0: done and right. 1: ran, and found a mismatch, or that nothing fits. 2: bad input, one line on stderr.
-130: Ctrl-C. 141: nobody reads the output any more.
+Exit 0: done and right. 1: a mismatch, or nothing fits. 2: bad input, one line on stderr. 130: Ctrl-C. 141: closed pipe.
 """
 
 from __future__ import annotations
@@ -106,21 +105,21 @@ def parser() -> argparse.ArgumentParser:
     def at(option: Any) -> None:
         option("--at", action="append", default=[], metavar="T=N", help="only the cases of this size; repeatable")
 
+    def prompt(option: Any) -> None:
+        option("--prompt", required=True, help="text to run")
+
     option = command("verify", "compare tensors with files, and operations and layers with plain torch", model, mesh)
     option("--peer", choices=("transformers",), help="compare the logits with this library's on the same files, too")
     option("--prompt", help="text to run; none: fixed pseudo-random tokens")
 
-    option = command("generate", "stream the continuation of a prompt", model, interpret, mesh)
-    option("--prompt", required=True, help="text to continue")
+    option = command("generate", "stream the continuation of a prompt", model, interpret, mesh, prompt)
     option("--max-new-tokens", type=int, default=64, metavar="N", help="fewer where the text ends")
     option("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy")
     option("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens; none: all")
-    text = "of those, the fewest with this probability together"
-    option("--top-p", type=float, default=1.0, metavar="P", help=text)
+    option("--top-p", type=float, default=1.0, metavar="P", help="of those, the fewest with this total probability")
     option("--seed", type=int, default=0, metavar="N", help="of the sampling")
 
-    option = command("trace", "which experts each token of a prompt took, layer by layer", model, interpret, plot)
-    option("--prompt", required=True, help="text to run")
+    option = command("trace", "which experts each token of a prompt took, by layer", model, interpret, plot, prompt)
     option("--layers", type=int, nargs="+", metavar="N", help="to print; none: first, middle and last")
 
     option = command("quantize", "write a checkpoint whose experts are quantized, as compressed-tensors has it")
@@ -135,8 +134,8 @@ def parser() -> argparse.ArgumentParser:
     option("--sizes", action="append", default=[], metavar="T=N,...", help=text)
     option("--model", type=Path, metavar="FOLDER", help="take the sizes from a checkpoint's config.json")
     option("--dtype", choices=("bfloat16", "float16", "float32"), help="none: bfloat16")
-    text = "your own function beside the one OP, called with its arguments in its order, by position; it is checked "
-    text += "before it is timed, and exit 1 if wrong; repeatable"
+    text = "your function beside the one OP, called with its arguments by position; checked before it is timed, and "
+    text += "exit 1 if wrong; repeatable"
     option("--peer", action="append", default=[], metavar="MODULE:FUNCTION", help=text)
     option("--first", type=int, default=0, metavar="N", help="leave the N cases before this one out")
     option("--without", action="append", default=[], metavar="PEER", help="leave a peer out; repeatable")
@@ -266,9 +265,8 @@ def _generate(args: argparse.Namespace) -> int:
             deque(steps, maxlen=0)
             return 0
         say(note)
-        start = time.perf_counter()
+        start, tokens = time.perf_counter(), []
         if args.json:
-            tokens = []
             with _count_bar("generating", args.max_new_tokens) as progress:
                 for step in steps:
                     tokens.append(int(step[0]))

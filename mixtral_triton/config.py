@@ -20,67 +20,45 @@ MOST_POSITIONS = 1 << 22  # the rotary tables hold a row for each: 2 GiB of them
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _is_int(value: Any, least: int = 1, most: int = LARGEST_SIZE) -> bool:
-    return type(value) is int and least <= value <= most
+def _is_int(value: Any, least: int = 1, most: int = LARGEST_SIZE, multiple_of: int = 1) -> bool:
+    return type(value) is int and least <= value <= most and value % multiple_of == 0
 
 
 def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1e308
 
 
-def _to_float(value: Any) -> Any:
-    return float(value) if _is_positive(value) else value
-
-
-def _drop(value: Any, *unset: int) -> Any:
-    """Return None for the integers that mean "none"."""
-    return None if type(value) is int and value in unset else value
-
-
-def _is_id(value: Any) -> bool:
-    return all(_is_int(one, 0) for one in value) and value != () if isinstance(value, tuple) else _is_int(value, 0)
-
-
 class Field(NamedTuple):
-    """The check of a normalized value, what the error says is needed, and whether the value may be null."""
+    """The check of a value, what the error says is needed, and the values that mean null; none: it is required."""
 
     check: Callable[[Any], bool]
     need: str
-    normalize: Callable[[Any], Any] = lambda value: value
-    nullable: bool = False
+    null: tuple[int | None, ...] = ()
 
 
 _SIZE = Field(_is_int, f"an integer from 1 to {LARGEST_SIZE}")
-_NUMBER = Field(_is_positive, "a finite number above 0", _to_float)
-_ID = Field(_is_id, "a token id (an integer, 0 or above) or null", lambda value: _drop(value, -1), nullable=True)
+_NUMBER = Field(_is_positive, "a finite number above 0")
+_is_id = partial(_is_int, least=0)
+_ID = Field(_is_id, "a token id (an integer, 0 or above) or null", (None, -1))
 FIELDS = dict.fromkeys(SIZES, _SIZE) | {
     "max_position_embeddings": Field(partial(_is_int, most=MOST_POSITIONS), f"an integer from 1 to {MOST_POSITIONS}"),
-    "head_dim": Field(
-        lambda n: _is_int(n) and n % 2 == 0, "an even integer above 0: rotary embedding pairs its halves"
-    ),
+    "head_dim": Field(partial(_is_int, multiple_of=2), "an even integer above 0: rotary embedding pairs its halves"),
     "rms_norm_eps": _NUMBER,
     "rope_theta": _NUMBER,
-    "sliding_window": Field(
-        _is_int, "an integer above 0; null, 0, -1: no window", lambda value: _drop(value, 0, -1), nullable=True
-    ),
+    "sliding_window": Field(_is_int, "an integer above 0; null, 0, -1: no window", (None, 0, -1)),
     "tie_word_embeddings": Field(lambda value: type(value) is bool, "true or false"),
     "bos_token_id": _ID,
     "pad_token_id": _ID,
     "eos_token_id": Field(
-        _is_id,
+        lambda value: value != () and all(map(_is_id, value)) if isinstance(value, tuple) else _is_id(value),
         "a token id, a list of at least one, or null",
-        lambda value: tuple(value) if isinstance(value, list) else _drop(value, -1),
-        nullable=True,
+        (None, -1),
     ),
-    "dtype": Field(
-        DTYPES.__contains__,
-        f"one of {', '.join(DTYPES)}, or null",
-        lambda value: value.removeprefix("torch.") if isinstance(value, str) else value,
-        nullable=True,
-    ),
+    "dtype": Field(DTYPES.__contains__, f"one of {', '.join(DTYPES)}, or null", (None,)),
 }
 # The only values that a config.json may have for what Mixtral has no code for, and the reason.
-FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
+Fixed = dict[str, tuple[tuple[Any, ...], str]]
+FIXED: Fixed = {
     "model_type": (("mixtral",), "other families have other layers"),
     "hidden_act": (("silu",), "Mixtral's experts are SwiGLU"),
     "attention_dropout": ((0, None), "dropout belongs to training, this runtime is for inference"),
@@ -88,19 +66,19 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "mlp_bias": ((False, None), "Mixtral's experts have no bias"),
     "partial_rotary_factor": ((1, None), "Mixtral rotates full heads"),
 }
-ROPE_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+FIXED_ROPE: Fixed = dict.fromkeys(("rope_type", "type"), (("default",), "scaled rotary embeddings are not supported"))
+FIXED_ROPE |= {"partial_rotary_factor": FIXED["partial_rotary_factor"]}
+ROPE_KEYS = {"rope_theta", *FIXED_ROPE}
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtralConfig:
     """The sizes and constants of a Mixtral model, under the names that checkpoints use (transformers' MixtralConfig).
 
-    Defaults are Mixtral 8x7B's; only `rope_theta` has none. The constructor, `from_dict` and `from_pretrained` run the
-    same checks and raise ValueError naming the field.
-
+    Defaults are Mixtral 8x7B's; only `rope_theta` has none. A wrong field raises a ValueError that names it.
     `head_dim` None becomes hidden_size // num_attention_heads. `sliding_window` None, 0 or -1 means no window and is
     kept as None; W means that query i sees keys i - W < j <= i. `eos_token_id` may be one id or several.
-    `dtype` is what the file says ("bfloat16", ...); the stored tensors decide.
+    `dtype` is the file's ("bfloat16", ...); the stored tensors decide.
     """
 
     vocab_size: int = 32000
@@ -123,20 +101,27 @@ class MixtralConfig:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        heads = self.num_attention_heads
+        heads, experts = self.num_attention_heads, self.num_local_experts
         for name, field in FIELDS.items():
             value = getattr(self, name)
             if name == "head_dim" and value is None:
-                need = f"a multiple of num_attention_heads = {heads} where head_dim is not given"
+                need = f"a multiple of num_attention_heads = {heads} where head_dim is missing"
                 _check("hidden_size", self.hidden_size, need, self.hidden_size % heads == 0)
                 value = self.hidden_size // heads
-            value = field.normalize(value)
-            _check(name, value, field.need, (field.nullable and value is None) or field.check(value))
+            if isinstance(value, list):
+                value = tuple(value)
+            elif isinstance(value, str):
+                value = value.removeprefix("torch.")
+            if any(type(value) is type(null) and value == null for null in field.null):
+                value = None
+            else:
+                _check(name, value, field.need, field.check(value))
+                value = float(value) if field is _NUMBER else value
             object.__setattr__(self, name, value)  # the only assignment that a frozen dataclass allows
-        experts, kv_heads = self.num_experts_per_tok, self.num_key_value_heads
-        need = f"at most num_local_experts = {self.num_local_experts}"
-        _check("num_experts_per_tok", experts, need, experts <= self.num_local_experts)
-        _check("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}", heads % kv_heads == 0)
+        need = f"at most num_local_experts = {experts}"
+        _check("num_experts_per_tok", self.num_experts_per_tok, need, self.num_experts_per_tok <= experts)
+        need = f"a divisor of num_attention_heads = {heads}"
+        _check("num_key_value_heads", self.num_key_value_heads, need, heads % self.num_key_value_heads == 0)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> MixtralConfig:
@@ -160,11 +145,10 @@ class MixtralConfig:
         """
         try:
             if not isinstance(values, Mapping):
-                raise ValueError(f"is {type(values).__name__}, a JSON object is needed")
+                raise ValueError(f"the value is a {type(values).__name__}, needs a JSON object")
             if missing := [name for name in ("model_type", *SIZES) if name not in values]:
                 raise ValueError(f"{', '.join(missing)} is missing and has no safe default")
-            for name in FIXED:
-                _check_fixed(name, name, values)
+            _check_fixed("", values, FIXED)
             fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
             fields.setdefault("dtype", values.get("torch_dtype"))  # transformers < 5 wrote it under this name
             return cls(**fields | {"rope_theta": _read_theta(values)})
@@ -174,28 +158,26 @@ class MixtralConfig:
 
 def _check(name: str, value: object, need: str, right: bool) -> None:
     if not right:
-        raise ValueError(f"{name} is {value!r:.80}; it must be {need}")  # cut: a broken file may hold anything
+        raise ValueError(f"{name} is {value!r:.80}, needs {need}")  # cut: a broken file may hold anything
 
 
-def _check_fixed(name: str, key: str, values: Mapping[str, Any]) -> None:
-    allowed, reason = FIXED[key]
-    _check(name, values.get(key), f"{allowed[0]!r}: {reason}", key not in values or values[key] in allowed)
+def _check_fixed(prefix: str, values: Mapping[str, Any], table: Fixed) -> None:
+    for key, (allowed, reason) in table.items():
+        right = key not in values or values[key] in allowed
+        _check(f"{prefix}{key}", values.get(key), f"{allowed[0]!r}: {reason}", right)
 
 
 def _read_theta(values: Mapping[str, Any]) -> float:
-    """Return theta, from `rope_theta` in old configs and `rope_parameters` in new ones; refuse other ropes."""
-    found = {"rope_theta": values.get("rope_theta")}
+    """Return theta, from `rope_theta` in old configs and `rope_parameters` in new ones; reject other ropes."""
+    thetas: dict[str, Any] = {"rope_theta": values.get("rope_theta")}
     for name in ("rope_parameters", "rope_scaling"):
         rope = values.get(name) or {}
         _check(name, rope, "an object or null", isinstance(rope, Mapping))
-        for key in ("rope_type", "type"):
-            kind = rope.get(key, "default")
-            _check(f"{name}.{key}", kind, "'default': scaled rotary embeddings are not supported", kind == "default")
-        _check_fixed(f"{name}.partial_rotary_factor", "partial_rotary_factor", rope)
+        _check_fixed(f"{name}.", rope, FIXED_ROPE)
         if unknown := sorted(str(key) for key in rope if key not in ROPE_KEYS and rope[key] is not None):
-            raise ValueError(f"{name} has {', '.join(unknown)}; only {', '.join(sorted(ROPE_KEYS))} are supported")
-        found[f"{name}.rope_theta"] = rope.get("rope_theta")
-    thetas = {name: _to_float(theta) for name, theta in found.items() if theta is not None}
+            raise ValueError(f"{name} has {', '.join(unknown)}, needs no key but {', '.join(sorted(ROPE_KEYS))}")
+        thetas[f"{name}.rope_theta"] = rope.get("rope_theta")
+    thetas = {name: theta for name, theta in thetas.items() if theta is not None}
     for name, theta in thetas.items():
         _check(name, theta, _NUMBER.need, _is_positive(theta))
     if not thetas:
@@ -207,33 +189,31 @@ def _read_theta(values: Mapping[str, Any]) -> float:
 
 def checkpoint_folder(folder: str | os.PathLike[str]) -> Path:
     """Return `folder` as a Path; FileNotFoundError if there is none, NotADirectoryError if it is a file."""
-    try:
-        path = Path(folder)
-    except TypeError:
-        raise ValueError(f"folder is {folder!r}; the path of a checkpoint folder is needed") from None
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise NotADirectoryError(f"{path}: is a file; the folder that holds config.json is needed")
-    raise FileNotFoundError(f"{path}: no such folder; a local checkpoint folder is needed (`hf download` fetches one)")
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ValueError(f"folder is {folder!r}, needs the path of a checkpoint folder")
+    path = Path(folder)
+    if path.is_file():
+        raise NotADirectoryError(f"{path}: is a file, needs the folder that holds config.json")
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder, needs a local checkpoint (`hf download` fetches one)")
+    return path
 
 
 def refuse_gguf(folder: Path) -> None:
     """Raise ValueError for a folder that holds only llama.cpp's files."""
     if not any(folder.glob("*.safetensors")) and (files := sorted(file.name for file in folder.glob("*.gguf"))):
-        raise ValueError(f"{folder}: {files[0]!r:.80} is GGUF, which is not read; safetensors are needed")
+        raise ValueError(f"{folder}: {files[0]!r:.80} is GGUF, needs safetensors")
 
 
 def parse_json_object(data: bytes, source: str) -> dict[str, Any]:
     """Return the JSON object in `data` (UTF-8); ValueError naming `source` for anything else and for repeated keys."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_distinct)
-    except RecursionError:
-        raise ValueError(f"{source}: not readable as JSON: nested too deeply") from None
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise ValueError(f"{source}: not readable as JSON: {error}") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{source}: not readable as JSON: {reason}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{source}: holds a JSON {type(value).__name__}; an object is needed")
+        raise ValueError(f"{source}: holds a JSON {type(value).__name__}, needs an object")
     return value
 
 

@@ -28,7 +28,6 @@ from .parallel import UNSHARDED, Shard
 Layout = Literal["per_expert", "fused"]
 Shape = tuple[int, ...]
 Runs = tuple[slice, ...]
-Index = tuple[slice, ...]
 Folder = str | os.PathLike[str]
 Progress = Callable[[int], object] | None
 # Quantizes rows into a weight of the same rows, and of the columns that the slice keeps.
@@ -57,32 +56,27 @@ class Target:
     kept: tuple[Runs, ...]
 
     @property
-    def here(self) -> bool:
-        """Whether this rank keeps a part of it."""
+    def is_kept(self) -> bool:
+        """Whether this rank keeps a part of the tensor."""
         return all(self.kept)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor on disk: its file, safetensors' name of its dtype, its shape, its position in the file."""
+    """A tensor on disk: its file, safetensors' name of its dtype, its shape."""
 
     file: Path
     dtype: str
     shape: Shape
-    place: int
-
-    @property
-    def itemsize(self) -> int:
-        return (DTYPES | CODES)[self.dtype].itemsize
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.itemsize
+        return math.prod(self.shape) * (DTYPES | CODES)[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
 class Headers:
-    """The checked headers of all tensors in a checkpoint folder, by name.
+    """The checked headers of all tensors in a checkpoint folder, by name, in the order of the files.
 
     scheme  how it is quantized (quantize.schemes); None where it is not
     """
@@ -94,66 +88,56 @@ class Headers:
 
 def parameter_shapes(config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Shape]:
     """Return name and shape of each parameter of the model, or of a rank's part. A tied head has no `lm_head`."""
-    hidden, inner, experts = config.hidden_size, _length(shard.inner(config)), _length(shard.experts(config))
-    rows = qkv_rows(shard.config(config))
-    layer_shapes: dict[str, Shape] = {
-        "input_layernorm": (hidden,),
-        "qkv_proj": (rows["v"].stop, hidden),
-        "o_proj": (hidden, rows["q"].stop),
-        "post_attention_layernorm": (hidden,),
-        "gate": (config.num_local_experts, hidden),
-        "gate_up_proj": (experts, 2 * inner, hidden),
-        "down_proj": (experts, hidden, inner),
-    }
-    shapes: dict[str, Shape] = {"embed_tokens": (config.vocab_size, hidden)}
-    for layer in range(config.num_hidden_layers):
-        shapes |= {f"layers.{layer}.{name}": shape for name, shape in layer_shapes.items()}
-    shapes["norm"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head"] = (_length(shard.vocabulary(config)), hidden)
+    shapes: dict[str, Shape] = {}
+    for target in table(config, "fused", shard).values():
+        rows, *rest = (sum(map(_length, runs)) for runs in target.kept)
+        if target.parameter in shapes:  # the second or third projection of qkv_proj
+            rows += shapes[target.parameter][0]
+        shapes[target.parameter] = (rows, *rest)
     return shapes
 
 
 def table(config: MixtralConfig, layout: Layout, shard: Shard = UNSHARDED) -> dict[str, Target]:
     """Return each tensor of a checkpoint of this layout by its name on disk, and where it goes."""
-    hidden, vocabulary, E, I = config.hidden_size, config.vocab_size, config.num_local_experts, config.intermediate_size
+    hidden, E, I = config.hidden_size, config.num_local_experts, config.intermediate_size
     experts, inner = shard.experts(config), shard.inner(config)
     kept_rows, rows = shard.qkv_rows(config), qkv_rows(shard.config(config))
-    gate, up = slice(0, _length(inner)), slice(_length(inner), 2 * _length(inner))
+    halves = {"w1": slice(0, _length(inner)), "w3": slice(_length(inner), 2 * _length(inner))}
     targets: dict[str, Target] = {}
 
     def put(name: str, parameter: str, shape: Shape, *index: int | slice, **kept: Runs) -> None:
-        """`kept`: the runs of the dimension "first", or of the last two, "rows" and "columns"."""
-        runs: list[Runs] = [(slice(0, size),) for size in shape]
-        for dimension, run in kept.items():
-            runs[{"first": 0, "rows": -2, "columns": -1}[dimension]] = run
+        """`kept`: the runs of the dimension "experts", or of the last two, "rows" and "columns"."""
+        names = ("experts", "rows", "columns")[-len(shape) :] if len(shape) > 1 else ("",)
+        runs = (kept.get(dimension, (slice(0, size),)) for dimension, size in zip(names, shape, strict=True))
         targets[name] = Target(parameter, index, shape, tuple(runs))
 
-    put(EMBEDDING, "embed_tokens", (vocabulary, hidden))
+    put(EMBEDDING, "embed_tokens", (config.vocab_size, hidden))
+    for layer in range(config.num_hidden_layers):
+        stored, own = f"model.layers.{layer}", f"layers.{layer}"
+        put(f"{stored}.input_layernorm.weight", f"{own}.input_layernorm", (hidden,))
+        for name, run in qkv_rows(config).items():
+            projection, shape = f"{stored}.self_attn.{name}_proj.weight", (_length(run), hidden)
+            put(projection, f"{own}.qkv_proj", shape, rows[name], rows=(kept_rows[name],))
+        shape = (hidden, _length(qkv_rows(config)["q"]))
+        put(f"{stored}.self_attn.o_proj.weight", f"{own}.o_proj", shape, columns=(kept_rows["q"],))
+        put(f"{stored}.post_attention_layernorm.weight", f"{own}.post_attention_layernorm", (hidden,))
+        gate_up, down = f"{own}.gate_up_proj", f"{own}.down_proj"
+        if layout == "fused":
+            put(f"{stored}.mlp.gate.weight", f"{own}.gate", (E, hidden))
+            kept = {"experts": (experts,), "rows": (inner, slice(I + inner.start, I + inner.stop))}
+            put(f"{stored}.mlp.experts.gate_up_proj", gate_up, (E, 2 * I, hidden), **kept)
+            put(f"{stored}.mlp.experts.down_proj", down, (E, hidden, I), experts=(experts,), columns=(inner,))
+            continue
+        put(f"{stored}.block_sparse_moe.gate.weight", f"{own}.gate", (E, hidden))
+        for expert in range(E):
+            name, index = f"{stored}.block_sparse_moe.experts.{expert}", expert - experts.start
+            runs = (inner,) if experts.start <= expert < experts.stop else ()
+            for half, place in halves.items():
+                put(f"{name}.{half}.weight", gate_up, (I, hidden), index, place, rows=runs)
+            put(f"{name}.w2.weight", down, (hidden, I), index, columns=runs)
     put("model.norm.weight", "norm", (hidden,))
     if not config.tie_word_embeddings:
-        put(HEAD, "lm_head", (vocabulary, hidden), rows=(shard.vocabulary(config),))
-    for layer in range(config.num_hidden_layers):
-        disk, here = f"model.layers.{layer}", f"layers.{layer}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            put(f"{disk}.{norm}.weight", f"{here}.{norm}", (hidden,))
-        for projection, stored in qkv_rows(config).items():
-            shape, run = (_length(stored), hidden), kept_rows[projection]
-            put(f"{disk}.self_attn.{projection}_proj.weight", f"{here}.qkv_proj", shape, rows[projection], rows=(run,))
-        shape = (hidden, _length(qkv_rows(config)["q"]))
-        put(f"{disk}.self_attn.o_proj.weight", f"{here}.o_proj", shape, columns=(kept_rows["q"],))
-        moe = f"{disk}.mlp" if layout == "fused" else f"{disk}.block_sparse_moe"
-        put(f"{moe}.gate.weight", f"{here}.gate", (E, hidden))
-        if layout == "fused":
-            runs = (inner, slice(I + inner.start, I + inner.stop))
-            put(f"{moe}.experts.gate_up_proj", f"{here}.gate_up_proj", (E, 2 * I, hidden), first=(experts,), rows=runs)
-            put(f"{moe}.experts.down_proj", f"{here}.down_proj", (E, hidden, I), first=(experts,), columns=(inner,))
-            continue
-        for expert in range(E):
-            at, kept = expert - experts.start, (inner,) if experts.start <= expert < experts.stop else ()
-            put(f"{moe}.experts.{expert}.w1.weight", f"{here}.gate_up_proj", (I, hidden), at, gate, rows=kept)
-            put(f"{moe}.experts.{expert}.w3.weight", f"{here}.gate_up_proj", (I, hidden), at, up, rows=kept)
-            put(f"{moe}.experts.{expert}.w2.weight", f"{here}.down_proj", (hidden, I), at, columns=kept)
+        put(HEAD, "lm_head", (config.vocab_size, hidden), rows=(shard.vocabulary(config),))
     return targets
 
 
@@ -176,15 +160,20 @@ def read_headers(folder: Folder, scheme: Any = None) -> Headers:
     """
     path = checkpoint_folder(folder)
     refuse_gguf(path)
-    dtypes = DTYPES if scheme is None else DTYPES | CODES
-    if os.path.lexists(path / SINGLE_FILE):  # preferred over an index, as in transformers
-        tensors = _read_header(path / SINGLE_FILE, dtypes)
-    elif os.path.lexists(path / INDEX_FILE):
-        tensors = _read_shards(path / INDEX_FILE, dtypes)
-    elif pickled := sorted(file.name for pattern in PICKLED for file in path.glob(pattern)):
-        raise ValueError(f"{path}: {some(pickled)}: pickle can run any code and is never read; safetensors is needed")
-    else:
-        raise FileNotFoundError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    names: dict[str, list[str]] = {SINGLE_FILE: []}
+    if not os.path.lexists(path / SINGLE_FILE):  # preferred over an index, as in transformers
+        if os.path.lexists(path / INDEX_FILE):
+            names = _read_index(path / INDEX_FILE)
+        elif pickled := sorted(file.name for pattern in PICKLED for file in path.glob(pattern)):
+            raise ValueError(f"{path}: {some(pickled)}: pickle can run any code and is never read, needs safetensors")
+        else:
+            raise FileNotFoundError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    tensors: dict[str, Stored] = {}
+    for file, expected in names.items():
+        found = _read_header(path / file, DTYPES if scheme is None else DTYPES | CODES)
+        if expected:
+            compare(str(path / file), INDEX_FILE, dict.fromkeys(expected), dict.fromkeys(found))
+        tensors |= found
     if not tensors:
         raise ValueError(f"{path}: the checkpoint holds no tensor")
     if scheme is None:
@@ -195,8 +184,7 @@ def read_headers(folder: Folder, scheme: Any = None) -> Headers:
 def one_dtype(path: Path, tensors: Mapping[str, Stored]) -> None:
     """Raise ValueError unless all tensors are stored in the same dtype."""
     usual = Counter(stored.dtype for stored in tensors.values()).most_common(1)[0][0]
-    odd = [f"{name} is {stored.dtype}" for name, stored in tensors.items() if stored.dtype != usual]
-    if odd:
+    if odd := [f"{name} is {stored.dtype}" for name, stored in tensors.items() if stored.dtype != usual]:
         raise ValueError(f"{path}: tensors of one dtype are needed; most are {usual}, but {some(odd)}")
 
 
@@ -252,8 +240,7 @@ def load(
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     compare("parameters", "the config", parameter_shapes(config, shard), shapes)
     fill(headers.tensors, found, parameters, progress, quantizer)
-    if HEAD in headers.tensors and HEAD not in found and parameters["embed_tokens"].device.type != "meta":
-        check_tied_head(headers, progress, shard.vocabulary(config))
+    check_tied_head(headers, config, parameters, progress, shard)
 
 
 def fill(
@@ -263,23 +250,22 @@ def fill(
     progress: Progress,
     quantizer: Quantizer | None = None,
 ) -> None:
-    """Read each tensor that has a target into its parameter, in the order of files."""
-    order = sorted(tensors.items(), key=lambda item: (item[1].file, item[1].place))
+    """Read each tensor that has a target into its parameter, file by file."""
     # Inside a caller's `with torch.device("meta")`, safetensors would return meta tensors: hence the second context.
     with torch.no_grad(), torch.device("cpu"):
-        for file, items in itertools.groupby(order, key=lambda item: item[1].file):
+        for file, items in itertools.groupby(tensors.items(), key=lambda item: item[1].file):
             with opened_file(file) as opened:
                 for name, stored in items:
                     target = targets.get(name)
-                    if target and target.here and parameters[target.parameter].device.type != "meta":
+                    if target and target.is_kept and parameters[target.parameter].device.type != "meta":
                         destination = parameters[target.parameter][target.index]
-                        for count in _fill(opened.get_slice(name), name, stored, target, destination, quantizer):
-                            if progress:
-                                progress(count)
+                        _fill(opened.get_slice(name), name, stored, target, destination, progress, quantizer)
 
 
-def _fill(part: Any, name: str, stored: Stored, target: Target, destination: Any, quantizer: Any) -> Iterator[int]:
-    """Read one tensor in chunks, and yield the bytes of each."""
+def _fill(
+    part: Any, name: str, stored: Stored, target: Target, destination: Any, progress: Progress, quantizer: Any
+) -> None:
+    """Read one tensor in chunks."""
     kept, columns, K = target.kept, None, stored.shape[-1]
     if isinstance(destination, QuantizedWeight) and (destination.format != "int4" or K in GROUPS):
         kept, (columns,) = (*kept[:-1], (slice(0, K),)), kept[-1]  # a row has one scale, for all of its columns
@@ -294,7 +280,8 @@ def _fill(part: Any, name: str, stored: Stored, target: Target, destination: Any
         # A sum may overflow by itself: then each value is checked.
         if not torch.isfinite(copied.sum()) and not torch.isfinite(copied).all():
             raise _not_finite(name, stored, at, source, copied)
-        yield source.nbytes
+        if progress:
+            progress(source.nbytes)
 
 
 def _not_finite(name: str, stored: Stored, at: tuple[slice, ...], source: Tensor, copied: Tensor) -> ValueError:
@@ -305,37 +292,42 @@ def _not_finite(name: str, stored: Stored, at: tuple[slice, ...], source: Tensor
     return ValueError(f"{stored.file}: {name} holds {source[tuple(local)].item()} at {first}: {why}")
 
 
-def check_tied_head(headers: Headers, progress: Progress, rows: slice) -> None:
-    """Raise ValueError unless these rows of the head and the embedding are equal."""
-    head, embedding = headers.tensors[HEAD], headers.tensors[EMBEDDING]
+def check_tied_head(
+    headers: Headers, config: MixtralConfig, parameters: Mapping[str, Any], progress: Progress, shard: Shard
+) -> None:
+    """Raise ValueError where a stored head differs from the embedding that the model uses in its place."""
+    head, embedding, rows = headers.tensors.get(HEAD), headers.tensors[EMBEDDING], shard.vocabulary(config)
+    if head is None or not config.tie_word_embeddings or parameters["embed_tokens"].device.type == "meta":
+        return
     with torch.device("cpu"), opened_file(head.file) as head_file, opened_file(embedding.file) as embedding_file:
-        for at, _ in chunks(head, ((rows,), (slice(0, head.shape[1]),))):
-            if not torch.equal(part := head_file.get_slice(HEAD)[at], embedding_file.get_slice(EMBEDDING)[at]):
-                raise ValueError(f"{head.file}: {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true")
-            if progress:
-                progress(part.nbytes)
+        stored = head_file.get_slice(HEAD)[rows]
+        if not torch.equal(stored, embedding_file.get_slice(EMBEDDING)[rows]):
+            raise ValueError(f"{head.file}: {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true")
+        if progress:
+            progress(stored.nbytes)
 
 
-def chunks(stored: Stored, kept: tuple[Runs, ...] | None = None) -> Iterator[tuple[Index, Index]]:
-    """Yield indices that cut what is kept of a tensor (None: all) into rows of at most CHUNK_BYTES, at least one row.
+def chunks(stored: Stored, kept: tuple[Runs, ...]) -> Iterator[tuple[Runs, Runs]]:
+    """Yield indices that cut what is kept of a tensor into rows of at most CHUNK_BYTES, at least one row.
 
     Of each pair the first indexes the stored tensor, the second one that holds only what is kept.
     """
-    kept = kept or tuple((slice(0, size),) for size in stored.shape)
-    rows = max(0, len(kept) - 2)
-    leading, columns = kept[:rows], [run for (run,) in kept[rows + 1 :]]
-    row_bytes = math.prod(map(_length, columns)) * stored.itemsize
-    step = max(1, CHUNK_BYTES // row_bytes)
-    for outer in itertools.product(
-        *(enumerate(i for run in runs for i in range(run.start, run.stop)) for runs in leading)
-    ):
-        before = tuple(slice(i, i + 1) for _, i in outer), tuple(slice(i, i + 1) for i, _ in outer)
-        place = 0
-        for run in kept[rows]:
-            for start in range(run.start, run.stop, step):
-                count = min(step, run.stop - start)
-                yield (*before[0], slice(start, start + count), *columns), (*before[1], slice(place, place + count))
-                place += count
+    last = max(1, len(kept) - 1)  # the dimension of the columns; a vector has none
+    columns = [run for (run,) in kept[last:]]
+    row_bytes = math.prod(map(_length, columns)) * DTYPES[stored.dtype].itemsize
+    steps = [*[1] * (last - 1), max(1, CHUNK_BYTES // row_bytes)]
+    for pieces in itertools.product(*map(_cut, kept[:last], steps)):
+        yield (*(source for source, _ in pieces), *columns), tuple(destination for _, destination in pieces)
+
+
+def _cut(runs: Runs, step: int) -> Iterator[tuple[slice, slice]]:
+    """Yield pieces of the runs, and where each is among all of them."""
+    place = 0
+    for run in runs:
+        for start in range(run.start, run.stop, step):
+            stop = min(start + step, run.stop)
+            yield slice(start, stop), slice(place, place + stop - start)
+            place += stop - start
 
 
 @contextmanager
@@ -349,39 +341,33 @@ def opened_file(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file}: cut off, damaged or not safetensors ({size} bytes): {error}") from error
 
 
-def _read_shards(index: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Stored]:
-    """Return the tensors of all files of `weight_map` (tensor name -> plain name of a file beside the index)."""
+def _read_index(index: Path) -> dict[str, list[str]]:
+    """Return the names of the tensors in each file of `weight_map` (tensor name -> plain name of a file here)."""
     weight_map = parse_json_object(index.read_bytes(), str(index)).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise ValueError(f"{index}: weight_map is missing; an object of tensor name to file name is needed")
-    shards: dict[str, list[str]] = {}
+        raise ValueError(f"{index}: weight_map is missing, needs an object of tensor name to file name")
+    names: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         # Checks the name, not a link's target: the hub's cache links to ../../blobs. Windows' rules are stricter.
-        if not isinstance(file, str) or PureWindowsPath(file).name != file or file == "..":
-            raise ValueError(f"{index}: {name!r} is in {file!r}; a plain file name inside the folder is needed")
-        if not file.endswith(".safetensors"):
-            raise ValueError(f"{index}: {name!r} is in {file!r}; only .safetensors is read, pickled files never are")
-        shards.setdefault(file, []).append(name)
-    tensors: dict[str, Stored] = {}
-    for file, names in shards.items():
-        shard = _read_header(index.parent / file, dtypes)
-        compare(str(index.parent / file), index.name, dict.fromkeys(names), dict.fromkeys(shard))
-        tensors |= shard
-    return tensors
+        if not isinstance(file, str) or PureWindowsPath(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index}: {name!r} is in {file!r}, needs the plain name of a .safetensors file")
+        names.setdefault(file, []).append(name)
+    return names
 
 
 def compare(holder: str, source: str, need: Mapping[str, Shape | None], got: Mapping[str, Shape | None]) -> None:
-    """Raise ValueError unless `got` has the names and the shapes of `need`; None stands for any shape."""
-    names = {"missing": sorted(need.keys() - got.keys()), "unknown": sorted(got.keys() - need.keys())}
-    wrong = [f"{len(named)} {what} ({some(named)})" for what, named in names.items() if named]
-    if not wrong:
-        wrong = [f"{name} has shape {got[name]}, not {shape}" for name, shape in need.items() if shape != got[name]]
+    """Raise ValueError unless `got` has the names and shapes of `need`."""
+    names = {"missing": need.keys() - got.keys(), "unknown": got.keys() - need.keys()}
+    wrong = [f"{len(named)} {what} ({some(sorted(named))})" for what, named in names.items() if named]
+    wrong = wrong or [
+        f"{name} has shape {got[name]}, not {shape}" for name, shape in need.items() if shape != got[name]
+    ]
     if wrong:
         raise ValueError(f"{holder}: not the tensors that {source} asks for: {some(wrong)}")
 
 
 def some(names: list[str]) -> str:
-    """Return the first names and the count of the rest."""
+    """Return the first names and the count of the others."""
     text = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
     return text.encode("ascii", "backslashreplace").decode()  # a broken file's names may not be printable
 
@@ -392,12 +378,11 @@ def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Sto
         raise FileNotFoundError(f"{file}: no such file, though the checkpoint needs it")
     found = {}
     with opened_file(file) as opened:
-        for place, name in enumerate(opened.offset_keys()):
+        for name in opened.offset_keys():
             part = opened.get_slice(name)
-            if part.get_dtype() not in dtypes:
-                stored = f"{name!r} is stored as {part.get_dtype()!r}"
-                raise ValueError(f"{file}: {stored}; one of {', '.join(dtypes)} is needed")
-            found[name] = Stored(file, part.get_dtype(), tuple(part.get_shape()), place)
+            if (dtype := part.get_dtype()) not in dtypes:
+                raise ValueError(f"{file}: {name!r} is stored as {dtype!r}, needs one of {', '.join(dtypes)}")
+            found[name] = Stored(file, dtype, tuple(part.get_shape()))
     with file.open("rb") as raw:
         # The library takes the last of two tensors of one name.
         parse_json_object(raw.read(int.from_bytes(raw.read(8), "little")), f"{file} (header)")

@@ -1,13 +1,14 @@
-"""The layouts of one quantized linear on disk: which tensors it is made of, and its rows as codes, scales and zeros.
+"""How a quantized linear is stored: which tensors it has on disk, and its rows as codes, scales and zeros.
 
-N rows, K columns: the depth of the sum; G groups of columns that share a scale. int32 elements hold eight codes of 4
-bits, or four of 8, the first in the lowest bits.
+N rows, K columns (the depth of the sum), G groups of columns that share a scale, C = K or G. An int32 element holds
+eight values of 4 bits or four of 8 bits, the first in the lowest bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,208 +17,192 @@ from ..kernels.quantized import GROUPS, ZERO_INT4
 from .spec import QuantSpec
 
 Shape = tuple[int, ...]
-Read = Callable[..., Tensor]  # read(part, *index): so much of that tensor of the linear
+Read = Callable[..., Tensor]  # read(part, *index) returns a part of the linear, or a slice of it
 Rows = tuple[Tensor, Tensor, Tensor | None]  # codes uint8 [n,K], scales [n,G], zeros uint8 [n,G]
 
-FLOATS = ("F32", "BF16", "F16")
-AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where in an int32 the codes of eight neighbouring columns stand
+FLOATS, INTEGERS = ("F32", "BF16", "F16"), ("I32", "I64")
+AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # field of an int32 that holds each of eight neighbouring columns
 
 
-@dataclass(frozen=True)
-class Part:
-    """A tensor of a linear: safetensors' names of the dtypes, and the shapes, that it may have."""
+class Part(NamedTuple):
+    """A tensor of a linear: the dtypes (safetensors' names) and the shapes that it may have."""
 
     dtypes: tuple[str, ...]
     shapes: tuple[Shape, ...]
-    needed: bool = True
+    required: bool = True
 
 
-def unpacked(x: Tensor, bits: int) -> Tensor:
-    """int32 [..., n] -> uint8 [..., n * 32 / bits]."""
-    data = x.contiguous().view(torch.uint8)
-    return data if bits == 8 else torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
-
-
-def columns(group: int | None, K: int) -> int:
-    """Columns of a group, K where a row has one scale (None); ValueError where our weights have no such groups."""
-    size = K if group in (None, K) else group
-    if size != K and size not in GROUPS:
-        raise ValueError(f"group size is {group}, needs 32, 64, 128 or a scale a row")
-    if K % size:
-        raise ValueError(f"groups of {group} do not divide {K} columns")
-    return size
-
-
-class Layout:
-    """How one linear [N,K] is stored. `marker`: the part without which it is not quantized."""
-
-    marker = "qweight"
-    scale = "scales"
-
-    def has(self, dtypes: Mapping[str, str]) -> bool:
-        """Whether a linear whose parts have these dtypes is quantized."""
-        return self.marker in dtypes
-
-    def parts(self, N: int, K: int) -> dict[str, Part]:
-        raise NotImplementedError
-
-    def spec(self, K: int, scales: torch.dtype) -> QuantSpec:
-        raise NotImplementedError
-
-    def check(self, read: Read, N: int, K: int, parts: Collection[str]) -> None:
-        """ValueError for what a look at single values shows, of the parts that are there."""
-
-    def rows(self, read: Read, N: int, K: int, start: int, stop: int) -> Rows:
-        """Rows start..stop; start is a multiple of 128."""
-        raise NotImplementedError
+# Parts that hold no codes, scales or zeros: their dtypes, and their shape in a linear [N,K].
+EXTRAS: Mapping[str, tuple[tuple[str, ...], Callable[[int, int], Shape]]] = {
+    "weight_shape": (INTEGERS, lambda N, K: (2,)),
+    "weight_g_idx": (INTEGERS, lambda N, K: (K,)),
+    "g_idx": (INTEGERS, lambda N, K: (K,)),
+    "bias": (FLOATS, lambda N, K: (N,)),
+}
 
 
 @dataclass(frozen=True)
-class EightBits(Layout):
-    """A byte a code, "fp8" (e4m3) or "int8" (two's complement): `weight` [N,K], and one scale a tensor, row or block.
+class Plane:
+    """A tensor that stores a matrix [N,C] of codes, scales or zeros.
 
-    block  rows and columns of a block; None: the scale's shape says whether it is the tensor's or a row's
+    rows, columns  size of the block of values in one element: packed in an int32, or equal to a float
+    transposed     the tensor is [C,N]
+    ordered        the values in an int32 are in AWQ's order
+    any_shape      a scale per row [N,1] or [N], or one scale for all rows, [] or [1]
+    """
+
+    name: str
+    dtypes: tuple[str, ...]
+    rows: int = 1
+    columns: int = 1
+    transposed: bool = False
+    ordered: bool = False
+    any_shape: bool = False
+
+    def part(self, N: int, C: int) -> Part:
+        shape = -(-N // self.rows), -(-C // self.columns)
+        alternatives = ((), (1,), (N,)) if self.any_shape else ()
+        return Part(self.dtypes, (shape[::-1] if self.transposed else shape, *alternatives))
+
+    def read(self, read: Read, rows: slice, columns: slice) -> Tensor:
+        """Return these rows and columns of the matrix."""
+        if self.any_shape:
+            x = read(self.name).reshape(-1, 1)
+            return x[rows] if len(x) > 1 else x.expand(rows.stop - rows.start, 1)
+        index = divided(rows, self.rows), divided(columns, self.columns)
+        x = read(self.name, *(index[::-1] if self.transposed else index))
+        x = x.t() if self.transposed else x
+        if x.dtype != torch.int32:
+            x = x.repeat_interleave(self.rows, 0) if self.rows > 1 else x
+        elif self.rows > 1:
+            x = unpacked(x.t(), self.rows, self.ordered).t()
+        else:
+            x = unpacked(x, self.columns, self.ordered)
+        first, left = rows.start % self.rows, columns.start % self.columns
+        return x[first : first + rows.stop - rows.start, left : left + columns.stop - columns.start]
+
+
+def divided(run: slice, size: int) -> slice:
+    """Return the blocks of `size` that hold the run."""
+    return slice(run.start // size, -(-run.stop // size))
+
+
+def unpacked(x: Tensor, values: int, ordered: bool = False) -> Tensor:
+    """Unpack int32 [..., n], `values` (4 or 8) in each -> uint8 [..., n * values]."""
+    data = x.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # a stride of 1, also of a single element
+    if values == 8:
+        data = torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
+    return data.unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2) if ordered else data
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How each quantized linear [N,K] is stored.
+
+    format       the QuantizedWeight's
+    group        columns that share a scale; None or -1: a scale per row
+    zeros        None: not stored, the format's
+    symmetric    every zero is ZERO_INT4
+    zero_offset  what is subtracted from a zero before it is stored: 1 in GPTQ's first version
+    extras       other parts by name, and whether each is required
     """
 
     format: str
-    scale: str = "weight_scale"
-    block: tuple[int, int] | None = None
+    codes: Plane
+    scales: Plane
+    zeros: Plane | None = None
+    group: int | None = None
+    symmetric: bool = True
+    zero_offset: int = 0
+    extras: Mapping[str, bool] | None = None
 
-    marker = "weight"
+    def group_columns(self, K: int) -> int:
+        """Return the columns of a group, K where a row has one scale; ValueError where no QuantizedWeight has them."""
+        size = K if self.group in (None, -1, K) else self.group
+        if size != K and size not in GROUPS:
+            raise ValueError(f"the group size is {size}, needs 32, 64, 128 or a scale per row")
+        if K % size:
+            raise ValueError(f"groups of {size} do not divide {K} columns")
+        return size
 
-    @property
-    def dtype(self) -> str:
-        return "F8_E4M3" if self.format == "fp8" else "I8"
-
-    def has(self, dtypes: Mapping[str, str]) -> bool:
-        return dtypes.get("weight") == self.dtype
-
-    def parts(self, N: int, K: int) -> dict[str, Part]:
-        shapes: tuple[Shape, ...] = ((), (1,), (N, 1), (N,))
-        if self.block is not None:
-            shapes = ((-(-N // self.block[0]), -(-K // self.block[1])),)
-        return {"weight": Part((self.dtype,), ((N, K),)), self.scale: Part(FLOATS, shapes)}
-
-    def spec(self, K: int, scales: torch.dtype) -> QuantSpec:
-        return QuantSpec(self.format, columns(self.block and self.block[1], K), scales)
-
-    def rows(self, read: Read, N: int, K: int, start: int, stop: int) -> Rows:
-        codes = read("weight", slice(start, stop)).view(torch.uint8)
-        if self.block is not None:
-            tall = self.block[0]
-            blocks = read(self.scale, slice(start // tall, -(-stop // tall)))
-            first = start // tall * tall
-            return codes, blocks.repeat_interleave(tall, 0)[start - first : stop - first], None
-        scales = read(self.scale).reshape(-1)
-        return codes, (scales[start:stop] if len(scales) == N else scales.expand(stop - start))[:, None], None
-
-
-@dataclass(frozen=True)
-class Packed(Layout):
-    """compressed-tensors' pack-quantized: codes along K, each with 2^(bits - 1) added; zeros along N, likewise."""
-
-    bits: int
-    group: int | None
-    symmetric: bool
-    reordered: bool = False  # by the config: then there has to be a `weight_g_idx`, which says how
-
-    marker = "weight_packed"
-    scale = "weight_scale"
+    def is_quantized(self, dtypes: Mapping[str, str]) -> bool:
+        """Return whether a linear whose parts have these dtypes is quantized."""
+        return dtypes.get(self.codes.name, FLOATS[0]) not in FLOATS
 
     def parts(self, N: int, K: int) -> dict[str, Part]:
-        G = K // columns(self.group, K)
-        found = {
-            "weight_packed": Part(("I32",), ((N, -(-K * self.bits // 32)),)),
-            "weight_scale": Part(FLOATS, ((N, G),)),
-            "weight_shape": Part(("I64", "I32"), ((2,),)),
-            "weight_g_idx": Part(("I32", "I64"), ((K,),), self.reordered),
-        }
-        if not self.symmetric:
-            found["weight_zero_point"] = Part(("I32",), ((-(-N // 8), G),))
-        return found
+        """Return the tensors of a linear by the last part of their names."""
+        G = K // self.group_columns(K)
+        planes = (self.codes, K), (self.scales, G), (self.zeros, G)
+        parts = {plane.name: plane.part(N, C) for plane, C in planes if plane is not None}
+        for name, required in (self.extras or {}).items():
+            dtypes, shape = EXTRAS[name]
+            parts[name] = Part(dtypes, (shape(N, K),), required)
+        return parts
 
     def spec(self, K: int, scales: torch.dtype) -> QuantSpec:
-        return QuantSpec("int4" if self.bits == 4 else "int8", columns(self.group, K), scales, not self.symmetric)
+        return QuantSpec(self.format, self.group_columns(K), scales, not self.symmetric)
 
     def check(self, read: Read, N: int, K: int, parts: Collection[str]) -> None:
-        if (shape := read("weight_shape").tolist()) != [N, K]:
-            raise ValueError(f"weight_shape says {shape}, the config {[N, K]}")
-        if "weight_g_idx" in parts:
-            in_order(read("weight_g_idx"), columns(self.group, K))
+        """Raise ValueError where one of the `extras` among the linear's parts makes its values others than `rows`."""
+        extras = {name: read(name) for name in self.extras or () if name in parts}
+        if "weight_shape" in extras and (shape := extras["weight_shape"].tolist()) != [N, K]:
+            raise ValueError(f"weight_shape is {shape}, needs the config's {[N, K]}")
+        if "bias" in extras and extras["bias"].any():
+            raise ValueError("the bias is not 0, and Mixtral has none")
+        indices = extras.get("g_idx", extras.get("weight_g_idx"))
+        in_order = torch.arange(K) // self.group_columns(K)
+        if indices is not None and not torch.equal(indices.long().cpu(), in_order):
+            raise ValueError(
+                "the weight is in act-order (g_idx scatters the groups), needs quantization without it (desc_act false)"
+            )
 
-    def rows(self, read: Read, N: int, K: int, start: int, stop: int) -> Rows:
-        codes = unpacked(read("weight_packed", slice(start, stop)), self.bits)[:, :K]
-        if self.bits == 8:
+    def rows(self, read: Read, rows: slice, columns: slice, K: int) -> Rows:
+        """Return rows of these columns, which no group exceeds."""
+        groups = divided(columns, self.group_columns(K))
+        codes, scales = self.codes.read(read, rows, columns).view(torch.uint8), self.scales.read(read, rows, groups)
+        if self.format == "int8" and self.codes.columns > 1:  # int32 elements hold code + 128
             codes = codes ^ 128
-        zeros = None
+        if self.zeros is None:
+            return codes, scales, None
+        zeros = self.zeros.read(read, rows, groups)
+        if self.zero_offset and (zeros == 15).any():
+            raise ValueError("a stored zero is 15: some readers of gptq take it as 16, others as 0; needs gptq_v2")
+        zeros = zeros + self.zero_offset
         if not self.symmetric:
-            packed = read("weight_zero_point", slice(start // 8, -(-stop // 8)))
-            zeros = unpacked(packed.t(), 4)[:, : stop - start].t()
-        return codes, read("weight_scale", slice(start, stop)), zeros
+            return codes, scales, zeros
+        if (zeros != ZERO_INT4).any():
+            raise ValueError(f"a zero is not {ZERO_INT4}, but the config says that the weight is symmetric")
+        return codes, scales, None
 
 
-@dataclass(frozen=True)
-class Columns(Layout):
-    """GPTQ and AWQ: x goes from the left, so `scales` [G,N], and `qzeros` [G,N/8] packed along N.
-
-    kind       "gptq": `qweight` [K/8,N] packed along K. "awq": [K,N/8] along N, as the zeros in an order of its own
-    off        what was taken from a zero before it was stored: 1 in GPTQ's first version
-    symmetric  all zeros are 8
-    reordered  by the config: then there has to be a `g_idx`, which says how
-    """
-
-    kind: str
-    group: int | None
-    off: int = 0
-    symmetric: bool = False
-    reordered: bool = False
-
-    def parts(self, N: int, K: int) -> dict[str, Part]:
-        if N % 8 or K % 8:
-            raise ValueError(f"{[N, K]} cannot be packed by eights: needs multiples of 8")
-        G = K // columns(self.group, K)
-        found = {
-            "qweight": Part(("I32",), ((K // 8, N) if self.kind == "gptq" else (K, N // 8),)),
-            "qzeros": Part(("I32",), ((G, N // 8),)),
-            "scales": Part(FLOATS, ((G, N),)),
-            "bias": Part(FLOATS, ((N,),), needed=False),
-        }
-        return found | ({"g_idx": Part(("I32", "I64"), ((K,),), self.reordered)} if self.kind == "gptq" else {})
-
-    def spec(self, K: int, scales: torch.dtype) -> QuantSpec:
-        return QuantSpec("int4", columns(self.group, K), scales, not self.symmetric)
-
-    def check(self, read: Read, N: int, K: int, parts: Collection[str]) -> None:
-        if "g_idx" in parts:
-            in_order(read("g_idx"), columns(self.group, K))
-        if "bias" in parts and read("bias").any():
-            raise ValueError("has a bias that is not 0, and Mixtral has none")
-
-    def rows(self, read: Read, N: int, K: int, start: int, stop: int) -> Rows:
-        part, eights = slice(start, stop), slice(start // 8, stop // 8)
-        zeros = unpacked(read("qzeros", slice(None), eights), 4)
-        if self.kind == "gptq":
-            codes = unpacked(read("qweight", slice(None), part).t(), 4)
-        else:
-            codes, zeros = (awq_order(x) for x in (unpacked(read("qweight", slice(None), eights), 4), zeros))
-            codes = codes.t()
-        if self.off and (zeros == 15).any():
-            raise ValueError("stores a zero of 15: 16 to some readers of this format and 0 to others; gptq_v2 is clear")
-        zeros = zeros.t() + self.off
-        if self.symmetric and (zeros != ZERO_INT4).any():
-            raise ValueError(f"is symmetric by its config, and has a zero other than {ZERO_INT4}")
-        return codes, read("scales", slice(None), part).t(), None if self.symmetric else zeros
+I32 = ("I32",)
+COLUMN_SCALES = Plane("scales", FLOATS, transposed=True)
 
 
-def awq_order(x: Tensor) -> Tensor:
-    """[..., N], as eights were packed -> the columns in order."""
-    return x.unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2)
+def eight_bits(format: str, scale: str = "weight_scale", block: tuple[int, int] | None = None) -> Layout:
+    """Return the layout of fp8 (e4m3) or int8 codes [N,K] with a scale per tensor, row or block [rows, columns]."""
+    codes = Plane("weight", ("F8_E4M3",) if format == "fp8" else ("I8",))
+    if block is None:
+        return Layout(format, codes, Plane(scale, FLOATS, any_shape=True))
+    return Layout(format, codes, Plane(scale, FLOATS, rows=block[0]), group=block[1])
 
 
-def in_order(g_idx: Tensor, group: int) -> None:
-    """ValueError unless each column's group is that of its place: act-order has none that lie together."""
-    K = len(g_idx)
-    if not torch.equal(g_idx.long(), torch.arange(K, device=g_idx.device) // group):
-        raise ValueError(
-            "is in act-order (g_idx scatters the groups): quantize without it (desc_act false), or from bf16"
-        )
+def packed(bits: int, group: int | None, symmetric: bool, reordered: bool) -> Layout:
+    """Return the layout of compressed-tensors' pack-quantized: int32 along K, zeros along N."""
+    codes, scales = Plane("weight_packed", I32, columns=32 // bits), Plane("weight_scale", FLOATS)
+    zeros = None if symmetric else Plane("weight_zero_point", I32, rows=8)
+    extras = {"weight_shape": True, "weight_g_idx": reordered}
+    return Layout("int4" if bits == 4 else "int8", codes, scales, zeros, group, symmetric, extras=extras)
+
+
+def gptq(group: int | None, zero_offset: int, symmetric: bool, reordered: bool) -> Layout:
+    """Return GPTQ's layout: int32 codes [K/8,N] and zeros [G,N/8], scales [G,N]."""
+    codes, zeros = Plane("qweight", I32, columns=8, transposed=True), Plane("qzeros", I32, rows=8, transposed=True)
+    extras = {"g_idx": reordered, "bias": False}
+    return Layout("int4", codes, COLUMN_SCALES, zeros, group, symmetric, zero_offset, extras)
+
+
+def awq(group: int | None) -> Layout:
+    """Return AWQ's layout: int32 codes [K,N/8] and zeros [G,N/8], scales [G,N]."""
+    codes, zeros = (Plane(name, I32, rows=8, transposed=True, ordered=True) for name in ("qweight", "qzeros"))
+    return Layout("int4", codes, COLUMN_SCALES, zeros, group, symmetric=False, extras={"bias": False})

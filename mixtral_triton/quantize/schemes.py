@@ -1,28 +1,65 @@
-"""What a checkpoint folder says of its quantization: a Scheme, or by name why it is not read."""
+"""Read how a checkpoint folder is quantized: a Scheme, or a ValueError that names what is not supported."""
 
 from __future__ import annotations
 
+import operator
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config import parse_json_object
-from .layouts import Columns, EightBits, Layout, Packed
+from . import layouts
 
 Folder = str | os.PathLike[str]
+Config = Mapping[str, Any]
 MODELOPT_FILE = "hf_quant_config.json"
-INSTEAD = 'quantize the original in bf16 while it is read: weights="int4"'
-READ = "compressed-tensors, fp8, modelopt, gptq and awq"
-REFUSED = {
-    "bitsandbytes": "its nf4 and int8 have tables and outliers that no kernel here reads",
-    "hqq": "its scales and zeros are quantized themselves",
-    "mxfp4": "its scales are powers of two for 32 columns, its codes fp4",
-    "gguf": "its blocks are llama.cpp's",
+ALTERNATIVE = 'or load the original bf16 checkpoint with weights="int4"'
+UNSUPPORTED = {
+    "bitsandbytes": "no kernel reads the tables and outliers of nf4 and int8",
+    "hqq": "no kernel reads scales and zeros that are quantized themselves",
+    "mxfp4": "no kernel reads fp4 codes with a power of two per 32 columns",
+    "gguf": "no kernel reads llama.cpp's blocks",
 }
+
+
+class Rule(NamedTuple):
+    """A check of a key's value that is not null, and what an error says is needed."""
+
+    check: Callable[[Any], bool]
+    need: str
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+FLAG = (None, True, False)
+GROUP = Rule(lambda size: size == -1 or _is_size(size), "a positive integer, or -1 for a scale per row")
+BLOCK = Rule(lambda sizes: isinstance(sizes, list) and len(sizes) == 2 and all(map(_is_size, sizes)), "[rows, columns]")
+NAMES = Rule(lambda names: isinstance(names, list) and all(isinstance(x, str) for x in names), "a list of names")
+# A Rule, or the values that a key may have. None: the key may be missing.
+Rules = dict[str, Rule | tuple[Any, ...]]
+COMMON: Rules = {"dynamic": (None, False), "group_size": GROUP, "block_structure": BLOCK}
+EIGHT_BITS: Rules = {"num_bits": (8,), "type": (None, "int", "float"), "symmetric": (None, True), **COMMON}
+EIGHT_BITS |= {"strategy": ("channel", "tensor", "block")}
+PACKED: Rules = {"num_bits": (4, 8), "type": (None, "int"), "symmetric": FLAG, **COMMON}
+PACKED |= {"strategy": ("group", "channel")}
+FORMATS: Mapping[str, Rules] = {
+    "pack-quantized": PACKED,
+    "float-quantized": EIGHT_BITS,
+    "int-quantized": EIGHT_BITS,
+    "naive-quantized": EIGHT_BITS,
+}
+FP8: Rules = {"weight_block_size": BLOCK, "ignored_layers": NAMES, "modules_to_not_convert": NAMES}
+MODELOPT: Rules = {"quant_algo": ("FP8",), "exclude_modules": NAMES, "ignore": NAMES}
+GPTQ: Rules = {"is_marlin_format": (None, False), "checkpoint_format": ("gptq", "gptq_v2"), "bits": (4,)}
+GPTQ |= {"sym": FLAG, "group_size": GROUP}
+AWQ: Rules = {"version": (None, "gemm", "GEMM"), "bits": (4,), "zero_point": (None, True), "group_size": GROUP}
+AWQ |= {"modules_to_not_convert": NAMES}
 
 
 @dataclass(frozen=True)
@@ -30,17 +67,22 @@ class Scheme:
     """How a checkpoint is quantized.
 
     name     of the format, for messages
-    layout   of each linear that is quantized; which ones are, the tensors say
-    ignored  whether the config says of a linear, by its name on disk, that it is not
+    layout   of each quantized linear; the tensors show which ones are
+    dense    patterns of the linears that the config declares dense, and `matches(name, pattern)` for them
     """
 
     name: str
-    layout: Layout
-    ignored: Callable[[str], bool]
+    layout: layouts.Layout
+    dense: Sequence[str] = ()
+    matches: Callable[[str, str], bool] = operator.eq
+
+    def is_dense(self, name: str) -> bool:
+        """Return whether the config declares the linear of this name on disk dense."""
+        return any(self.matches(name, pattern) for pattern in self.dense)
 
 
 def read_scheme(folder: Path) -> Scheme | None:
-    """None: not quantized. ValueError that names the file, the format and what would do where it is not read."""
+    """Return the folder's scheme, None for a dense checkpoint; ValueError names the file, the key and the value."""
     path = folder / "config.json"
     values = parse_json_object(path.read_bytes(), str(path)) if path.is_file() else {}
     config = values.get("quantization_config", values.get("compression_config"))
@@ -51,158 +93,106 @@ def read_scheme(folder: Path) -> Scheme | None:
     if config is None:
         return None
     try:
-        return scheme(config)
+        if not isinstance(config, Mapping):
+            raise _error("the value", config, "a JSON object")
+        method = str(config.get("quant_method"))
+        if method not in READERS:
+            reason = f" ({UNSUPPORTED[method]})" if method in UNSUPPORTED else ""
+            raise _error("quant_method", method, f"one of {', '.join(READERS)}{reason}")
+        return READERS[method](config)
     except ValueError as error:
-        raise ValueError(f"{path}: quantization_config: {error}") from None
+        raise ValueError(f"{path}: quantization_config: {error}; {ALTERNATIVE}") from None
 
 
-def scheme(config: Any) -> Scheme:
-    """Of a `quantization_config`; ValueError for what is not read."""
-    if not isinstance(config, Mapping):
-        raise ValueError(f"is a {type(config).__name__}, a JSON object is needed")
-    method = config.get("quant_method")
-    readers = {
-        "compressed-tensors": _compressed_tensors,
-        "fp8": _fp8,
-        "modelopt": _modelopt,
-        "gptq": _gptq,
-        "awq": _awq,
-    }
-    if not isinstance(method, str) or method not in readers:
-        why = REFUSED.get(str(method), f"read are {READ}")
-        raise ValueError(f"quant_method {method!r} is not read: {why}; {INSTEAD}")
-    return readers[method](config)
+def _error(name: str, value: Any, need: str) -> ValueError:
+    return ValueError(f"{name} is {value!r:.80}, needs {need}")
 
 
-def _refuse(name: str, value: Any, needs: str) -> ValueError:
-    return ValueError(f"{name} {value!r:.80} is not read: needs {needs}; or {INSTEAD}")
+def _check(config: Config, rules: Rules) -> None:
+    for key, rule in rules.items():
+        value = config.get(key)
+        if isinstance(rule, Rule):
+            if value is not None and not rule.check(value):
+                raise _error(key, value, rule.need)
+        elif not any(type(value) is type(allowed) and value == allowed for allowed in rule):
+            raise _error(key, value, " or ".join(str(allowed) for allowed in rule if allowed is not None))
 
 
-def _group(config: Mapping[str, Any], name: str = "group_size") -> int | None:
-    """Columns of a group; None: one scale a row."""
-    size = config.get(name)
-    if size is None or (type(size) is int and size == -1):
-        return None
-    if type(size) is not int or size < 1:
-        raise _refuse(name, size, "an integer, or -1 for a scale a row")
-    return size
-
-
-def _names(config: Mapping[str, Any], *keys: str) -> list[str]:
-    """The list under the first of these keys that is there."""
-    value: Any = next((config[key] for key in keys if config.get(key) is not None), [])
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise ValueError(f"{keys[0]} is {value!r:.80}, a list of names is needed")
-    return value
-
-
-def _flag(config: Mapping[str, Any], name: str) -> bool:
-    value = config.get(name, True)
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r:.80}, needs true or false")
-    return value
-
-
-def _named_or_matched(patterns: list[str]) -> Callable[[str], bool]:
-    """compressed-tensors' rule: a whole name, or a regular expression after "re:"."""
-
-    def ignored(name: str) -> bool:
-        return any(re.match(one[3:], name) if one.startswith("re:") else one == name for one in patterns)
-
-    try:
-        ignored("")
-    except re.error as error:
-        raise ValueError(f"ignore has a pattern that is no regular expression: {error}") from None
-    return ignored
-
-
-def _compressed_tensors(config: Mapping[str, Any]) -> Scheme:
+def _compressed_tensors(config: Config) -> Scheme:
     for name, key in (("transform_config", "config_groups"), ("sparsity_config", "format")):
         other = config.get(name)
         if isinstance(other, Mapping) and other.get(key) not in (None, {}, "dense"):
-            raise _refuse(name, other, f"no {name}")
+            raise _error(name, other, "to be absent")
     groups = config.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups or not all(isinstance(one, Mapping) for one in groups.values()):
-        raise ValueError(f"config_groups is {groups!r:.80}, an object of groups is needed")
+    if not isinstance(groups, Mapping) or not groups or not all(isinstance(each, Mapping) for each in groups.values()):
+        raise _error("config_groups", groups, "an object of groups")
     first = next(iter(groups.values()))
-    if any(one.get("weights") != first.get("weights") for one in groups.values()):
-        raise _refuse("config_groups", list(groups), "one kind of weights")
-    weights = first.get("weights")
-    if not isinstance(weights, Mapping):
-        raise ValueError(f"the weights of config_groups are {weights!r:.80}, an object is needed")
-    format = first.get("format") or config.get("format")
-    layout = _compressed_layout(format, weights)
-    return Scheme(f"compressed-tensors, {format}", layout, _named_or_matched(_names(config, "ignore")))
-
-
-def _compressed_layout(format: Any, weights: Mapping[str, Any]) -> Layout:
-    bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
-    symmetric = _flag(weights, "symmetric")
-    if weights.get("dynamic"):
-        raise _refuse("dynamic", weights["dynamic"], "weights whose scales are stored")
+    weights, format = first.get("weights"), str(first.get("format") or config.get("format"))
+    if not isinstance(weights, Mapping) or any(each.get("weights") != weights for each in groups.values()):
+        raise _error("config_groups", groups, "groups with the same weights")
+    _check({**config, "format": format}, {"format": tuple(FORMATS), "ignore": NAMES})
+    _check(weights, FORMATS[format])
+    bits, symmetric, strategy = weights["num_bits"], weights.get("symmetric"), weights["strategy"]
+    group, block = weights.get("group_size"), weights.get("block_structure")
     if format == "pack-quantized":
-        if kind != "int" or bits not in (4, 8) or (bits == 8 and not symmetric):
-            raise _refuse("num_bits", bits, "int of 4 bits, or of 8 if symmetric")
-        if strategy not in ("group", "channel"):
-            raise _refuse("strategy", strategy, "group or channel")
+        if bits == 8 and symmetric is False:
+            raise _error("symmetric", symmetric, "true for 8 bits")
         reordered = weights.get("actorder") in ("group", "dynamic", True)
-        return Packed(bits, _group(weights) if strategy == "group" else None, symmetric, reordered)
-    if format not in ("float-quantized", "int-quantized", "naive-quantized"):
-        raise _refuse("format", format, "pack-quantized, float-quantized or int-quantized")
-    if bits != 8 or kind not in ("int", "float") or not symmetric:
-        raise _refuse("num_bits", bits, "symmetric weights of 8 bits")
-    if strategy not in ("channel", "tensor", "block"):
-        raise _refuse("strategy", strategy, "channel, tensor or block")
-    block = _block(weights, "block_structure") if strategy == "block" else None
-    return EightBits("fp8" if kind == "float" else "int8", block=block)
+        group = group if strategy == "group" else None
+        layout = layouts.packed(bits, group, symmetric is not False, reordered)
+    elif strategy == "block" and block is None:
+        raise _error("block_structure", block, BLOCK.need)
+    else:
+        block = block if strategy == "block" else None
+        layout = layouts.eight_bits("fp8" if weights.get("type") == "float" else "int8", block=block)
+    dense = config.get("ignore") or ()
+    for pattern in dense:
+        _matches_regex("", pattern)  # raises ValueError
+    return Scheme(f"compressed-tensors, {format}", layout, dense, _matches_regex)
 
 
-def _block(config: Mapping[str, Any], name: str) -> tuple[int, int]:
-    block = config.get(name)
-    if not isinstance(block, list) or len(block) != 2 or any(type(size) is not int or size < 1 for size in block):
-        raise ValueError(f"{name} is {block!r:.80}, needs [rows, columns]")
-    if 128 % block[0]:
-        raise _refuse(name, block, "rows that divide 128")
-    return block[0], block[1]
+def _matches_regex(name: str, pattern: str) -> bool:
+    """Match as compressed-tensors does: a full name, or a regular expression after "re:"."""
+    try:
+        return bool(re.match(pattern[3:], name)) if pattern.startswith("re:") else name == pattern
+    except re.error as error:
+        raise ValueError(f"ignore has the pattern {pattern!r:.80}, needs a regular expression: {error}") from None
 
 
-def _fp8(config: Mapping[str, Any]) -> Scheme:
-    """AutoFP8, with a scale a tensor, and the blocks that DeepSeek's checkpoints and transformers have."""
-    names = _names(config, "ignored_layers", "modules_to_not_convert")
-    if config.get("weight_block_size") is None:
-        return Scheme("fp8", EightBits("fp8"), names.__contains__)
-    block = _block(config, "weight_block_size")
-    return Scheme("fp8 in blocks", EightBits("fp8", "weight_scale_inv", block), names.__contains__)
+def _fp8(config: Config) -> Scheme:
+    """AutoFP8 has a scale per tensor; DeepSeek's and transformers' checkpoints have one per block."""
+    _check(config, FP8)
+    dense, block = config.get("ignored_layers") or config.get("modules_to_not_convert"), config.get("weight_block_size")
+    name, scale = ("fp8", "weight_scale") if block is None else ("fp8 in blocks", "weight_scale_inv")
+    return Scheme(name, layouts.eight_bits("fp8", scale, block), dense or ())
 
 
-def _modelopt(config: Mapping[str, Any]) -> Scheme:
-    algorithm = config.get("quant_algo")
-    if algorithm != "FP8":
-        raise _refuse("quant_algo", algorithm, "FP8")
-    names = _names(config, "exclude_modules", "ignore")
-    return Scheme("modelopt FP8", EightBits("fp8"), lambda name: any(fnmatchcase(name, one) for one in names))
+def _modelopt(config: Config) -> Scheme:
+    _check(config, MODELOPT)
+    dense = config.get("exclude_modules") or config.get("ignore") or ()
+    return Scheme("modelopt FP8", layouts.eight_bits("fp8"), dense, fnmatchcase)
 
 
-def _gptq(config: Mapping[str, Any]) -> Scheme:
-    version = config.get("checkpoint_format", config.get("format", "gptq"))
-    if config.get("is_marlin_format"):
-        version = "marlin"
-    if version not in ("gptq", "gptq_v2"):
-        raise _refuse("checkpoint_format", version, "gptq or gptq_v2")
-    if config.get("bits") != 4:
-        raise _refuse("bits", config.get("bits"), "4")
-    group, reordered = _group(config), config.get("desc_act") is True
-    layout = Columns("gptq", group, int(version == "gptq"), _flag(config, "sym"), reordered and group is not None)
-    return Scheme(version, layout, lambda name: False)
+def _gptq(config: Config) -> Scheme:
+    config = {"checkpoint_format": config.get("format", "gptq"), **config}
+    _check(config, GPTQ)
+    group, version, symmetric = config.get("group_size"), config["checkpoint_format"], config.get("sym") is not False
+    reordered = config.get("desc_act") is True and group not in (None, -1)
+    return Scheme(version, layouts.gptq(group, int(version == "gptq"), symmetric, reordered))
 
 
-def _awq(config: Mapping[str, Any]) -> Scheme:
-    version = config.get("version", "gemm")
-    if not isinstance(version, str) or version.lower() != "gemm":
-        raise _refuse("version", version, "gemm")
-    bits = config.get("bits", config.get("w_bit"))
-    if bits != 4 or config.get("zero_point") is False:
-        raise _refuse("bits, zero_point", [bits, config.get("zero_point")], "4 and true")
-    group = _group(config, "group_size" if "group_size" in config else "q_group_size")
-    names = _names(config, "modules_to_not_convert")
-    return Scheme("awq", Columns("awq", group), lambda name: any(one in name for one in names))
+def _awq(config: Config) -> Scheme:
+    config = {"bits": config.get("w_bit"), "group_size": config.get("q_group_size"), **config}
+    _check(config, AWQ)
+    return Scheme(
+        "awq", layouts.awq(config["group_size"]), config.get("modules_to_not_convert") or (), operator.contains
+    )
+
+
+READERS: Mapping[str, Callable[[Config], Scheme]] = {
+    "compressed-tensors": _compressed_tensors,
+    "fp8": _fp8,
+    "modelopt": _modelopt,
+    "gptq": _gptq,
+    "awq": _awq,
+}

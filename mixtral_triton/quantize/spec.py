@@ -32,7 +32,7 @@ class QuantSpec:
             raise ValueError(f"quantize: format is {format!r}, needs one of {', '.join(FORMATS)}")
         if format != "int4":
             if group not in (None, K):
-                raise ValueError(f"quantize: group is {group!r}, and {format} has a scale a row: needs None")
+                raise ValueError(f"quantize: group is {group!r}, and {format} has one scale per row: needs None")
             return cls(format, K, SCALES[format])
         if group is not None and group not in GROUPS:
             raise ValueError(f"quantize: group is {group!r}, needs None or one of {', '.join(map(str, GROUPS))}")

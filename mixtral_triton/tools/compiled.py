@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import triton
-from triton.tools.disasm import get_sass
+from triton.compiler.compiler import AsmDict
 
 from ..kernels.arch import family
 from .sass import Loop, main_loops
@@ -19,37 +16,6 @@ from .terminal import Column, Table
 
 # Bytes of spills that a kernel may have outside its main loops: harmless, a few instructions a program. AMD: none.
 _HARMLESS = {"sm_80": 64, "sm_90": 16, "sm_100": 64}
-
-
-class Assembly(Mapping[str, Any]):
-    """A kernel's stages by kind, read from Triton's cache on access; "sass" is disassembled from the cubin."""
-
-    def __init__(self, files: Iterable[str]) -> None:
-        self.paths = {Path(file).suffix[1:]: Path(file) for file in files}
-
-    def __getitem__(self, kind: str) -> Any:
-        if kind == "sass" and "cubin" in self.paths:
-            return get_sass(self["cubin"])
-        path = self.paths[kind]
-        return path.read_bytes() if kind in ("cubin", "hsaco") else path.read_text()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def usage(self) -> tuple[int, int]:
-        """Registers and bytes of spills, see `Compiled`."""
-        if "cubin" in self.paths:
-            command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(self.paths["cubin"])]
-            text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-        else:
-            text = self["amdgcn"]
-        found = {name: int(number) for name, number in re.findall(r"(\w+): *(\d+)", text)}
-        if "cubin" in self.paths:
-            return found["REG"], found["STACK"] + found["LOCAL"]
-        return found["vgpr_count"], 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
 
 
 @dataclass(frozen=True)
@@ -63,7 +29,7 @@ class Compiled:
     spills        bytes a thread keeps in memory for want of registers. NVIDIA: its stack frame, for which a Triton
                   kernel has no other use; AMD: 4 for each spilled vector register, and for each scalar one
     shared_bytes  of a block; limit_bytes: what a block can have on `arch`
-    asm           "ptx", "cubin" and "sass", or "amdgcn" and "hsaco"; Triton's own stages beside them
+    stages        files in Triton's cache by kind: "ptx" and "cubin", or "amdgcn" and "hsaco", and Triton's own
     error         why it does not compile; its figures are 0 then
     """
 
@@ -80,23 +46,30 @@ class Compiled:
     spills: int
     shared_bytes: int
     limit_bytes: int
-    asm: Assembly = field(repr=False, compare=False)
+    stages: Mapping[str, Path] = field(repr=False, compare=False)
     error: str | None = None
+
+    @property
+    def asm(self) -> Mapping[str, Any]:
+        """What `stages` hold; "sass" is disassembled from the cubin on access."""
+        binary = ("cubin", "hsaco")
+        files = self.stages.items()
+        return AsmDict({kind: file.read_bytes() if kind in binary else file.read_text() for kind, file in files})
 
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
         """The main loops; none for AMD, whose code is not counted."""
-        return main_loops([self.asm.paths["cubin"]], self.arch)[0] if "cubin" in self.asm else ()
+        return main_loops([self.stages["cubin"]], self.arch)[0] if "cubin" in self.stages else ()
 
     @cached_property
     def uses_tensor_cores(self) -> bool:
-        """NVIDIA's."""
-        return "mma" in self.asm.get("ptx", "")
+        """Whether it uses NVIDIA's tensor cores."""
+        return "ptx" in self.stages and "mma" in self.stages["ptx"].read_text()
 
     @property
     def needs_loops(self) -> bool:
         """Whether anything below depends on the main loops."""
-        return "cubin" in self.asm and (self.spills > 0 or self.uses_tensor_cores)
+        return "cubin" in self.stages and (self.spills > 0 or self.uses_tensor_cores)
 
     @property
     def loop_spills(self) -> int:
@@ -122,9 +95,9 @@ class Compiled:
 
 
 def as_json(compiled: Compiled) -> dict[str, Any]:
-    """What `compile --json` prints of one kernel: all but its assembly. `arguments`: types of what is not `constexprs`,
-    "constexpr" where the JIT makes it constant (a size of 1, a tensor that is not there)."""
-    hidden = ("signature", "asm", "error")
+    """Return what `compile --json` prints of one kernel. `arguments`: types of what is not in `constexprs`, "constexpr"
+    where the JIT makes it constant (a size of 1, a tensor that is not there)."""
+    hidden = ("signature", "stages", "error")
     known = {f.name: getattr(compiled, f.name) for f in fields(compiled) if f.name not in hidden}
     known["arguments"] = {name: kind for name, kind in compiled.signature.items() if name not in compiled.constexprs}
     return known | {name: getattr(compiled, name) for name in ("loop_flop_per_instruction", "loop_spills", "fault")}
@@ -135,7 +108,7 @@ FIGURES = ("registers", "spills", "shared_bytes", "loop_flop_per_instruction", "
 
 
 def _settings(row: Row) -> dict[str, str]:
-    """How kernels of one tile and dtype may differ: constants, sizes of 1, and which tensors there are."""
+    """Return what may differ between kernels of one tile and dtype: constants, sizes of 1, and which tensors exist."""
     found = {name: str(int(value)) for name, value in row["constexprs"].items() if isinstance(value, int)}
     for name, kind in row["arguments"].items():
         if name.endswith("_ptr"):
@@ -145,31 +118,26 @@ def _settings(row: Row) -> dict[str, str]:
     return found
 
 
-def _differences(rows: Sequence[Row], peers: Sequence[Row]) -> str:
-    """The settings of `rows` that not all of `peers` have."""
-    settings, every = ([_settings(row) for row in some] for some in (rows, peers))
-    words = []
-    for name in settings[0]:
-        values = list(dict.fromkeys(one[name] for one in settings if name in one))
-        if {one.get(name) for one in every} - set(values):
-            words.append(f"{name}={'|'.join(values)}")
-    return " ".join(words)
-
-
 def fold_rows(rows: Sequence[Row]) -> list[tuple[Row, str, str]]:
-    """A line for each kernel, tile and set of figures: one of its rows, the dtypes, and its settings among peers."""
-
-    def key(row: Row) -> tuple[Any, ...]:
-        return row["kernel"], _tile(row), row["num_warps"], row["num_stages"]
-
-    lines: dict[tuple[Any, ...], list[Row]] = {}
-    for one in rows:
-        peers = [row for row in rows if key(row) == key(one) and row["dtype"] == one["dtype"]]
-        same = [row for row in peers if all(row[name] == one[name] for name in FIGURES)]
-        lines.setdefault((key(one), *(one[name] for name in FIGURES), _differences(same, peers)), []).append(one)
-    places = {place: at for at, place in reversed([*enumerate(map(key, rows))])}
-    ordered = sorted(lines.items(), key=lambda item: places[item[0][0]])
-    return [(line[0], " ".join(sorted({row["dtype"] for row in line})), words[-1]) for words, line in ordered]
+    """Return a line for each kernel, tile and set of figures: one of its rows, its dtypes, and the settings that not
+    all kernels of this tile and dtype have."""
+    folded: dict[Any, dict[Any, list[Row]]] = {}
+    tiles = [(row["kernel"], _tile(row), row["num_warps"], row["num_stages"]) for row in rows]
+    figures = [tuple(row[name] for name in FIGURES) for row in rows]
+    for at, row in enumerate(rows):
+        peers = [i for i, peer in enumerate(rows) if tiles[i] == tiles[at] and peer["dtype"] == row["dtype"]]
+        every, same = (
+            [_settings(rows[i]) for i in peers],
+            [_settings(rows[i]) for i in peers if figures[i] == figures[at]],
+        )
+        words = []
+        for name in same[0]:
+            values = dict.fromkeys(one[name] for one in same if name in one)
+            if {one.get(name) for one in every} - values.keys():
+                words.append(f"{name}={'|'.join(values)}")
+        folded.setdefault(tiles[at], {}).setdefault((figures[at], " ".join(words)), []).append(row)
+    lines = (item for group in folded.values() for item in group.items())
+    return [(line[0], " ".join(sorted({row["dtype"] for row in line})), words) for (_, words), line in lines]
 
 
 def _tile(row: Row) -> str:

@@ -23,7 +23,7 @@ from rich.text import Text
 from ..config import MixtralConfig
 from ..generate import PREFILL_CHUNK
 from ..inputs import WEIGHT_FORMATS, weight_bytes
-from ..parallel import UNSHARDED, Shard, traffic
+from ..parallel import UNSHARDED, Shard, Traffic, traffic
 from ..quantize import hub
 from ..quantize.schemes import read_scheme
 from ..quantize.spec import PARTS, QuantSpec, select_specs
@@ -153,7 +153,7 @@ class Need:
 
     @property
     def total(self) -> int:
-        return self.weights + self.tables + self.cache + self.workspace + self.logits + self.overhead
+        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -171,10 +171,12 @@ class Plan:
     needs: int | None
 
     @property
+    def fits(self) -> bool:
+        return self.need.total <= self.memory
+
+    @property
     def verdict(self) -> str:
-        if self.need.total > self.memory:
-            return "no"
-        return "fits" if self.need.total <= comfortable(self.memory) else "tight"
+        return "no" if not self.fits else "fits" if self.need.total <= comfortable(self.memory) else "tight"
 
 
 def comfortable(memory: int) -> int:
@@ -202,26 +204,25 @@ class Request:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Request:
-        """ValueError for what is wrong with the options."""
+        """Read the model's config. ValueError for a wrong option."""
         name = str(args.model)
         known = KNOWN.get(name.lower())
         config = known or MixtralConfig.from_pretrained(name)
-        if config.num_hidden_layers > LAYERS_MAX:
-            raise ValueError(f"{name}: num_hidden_layers is {config.num_hidden_layers}, needs at most {LAYERS_MAX}")
-        scheme = None if known else read_scheme(Path(name))
-        if scheme is None:
-            specs, stored = format_specs(config), SHORT[stored_dtype(config)]
-        else:  # the files alone say which of their tensors are quantized
-            specs, stored = {STORED: hub.plan(hub.read_headers(name), config).specs}, scheme.name
         limit = config.max_position_embeddings
         context = limit if args.context is None else args.context
+        if config.num_hidden_layers > LAYERS_MAX:
+            raise ValueError(f"{name}: num_hidden_layers is {config.num_hidden_layers}, needs at most {LAYERS_MAX}")
         if args.batch < 1:
             raise ValueError(f"--batch is {args.batch}, needs at least 1")
         if not 1 <= context <= limit:
             raise ValueError(f"--context is {context}, needs 1 to {limit}, the model's positions")
         if args.gpus is not None and not 1 <= args.gpus <= GPUS_MAX:
             raise ValueError(f"--gpus is {args.gpus}, needs 1 to {GPUS_MAX}")
-        return cls(name, config, specs, stored, args.batch, context)
+        scheme = None if known else read_scheme(Path(name))
+        if scheme is None:
+            return cls(name, config, format_specs(config), SHORT[stored_dtype(config)], args.batch, context)
+        specs = hub.plan(hub.read_headers(name), config).specs  # the files alone say which tensors are quantized
+        return cls(name, config, {STORED: specs}, scheme.name, args.batch, context)
 
     def plans(self, gpu: GPU, gpus: int = 1) -> dict[str, Plan]:
         sizes = (gpu.bytes, self.batch, self.context, gpus)
@@ -230,6 +231,10 @@ class Request:
     def label(self, format: str) -> str:
         return self.stored if format == STORED else format
 
+    @property
+    def size(self) -> str:
+        return f"{self.batch} {'sequence' if self.batch == 1 else 'sequences'} of {self.context:,} tokens"
+
     def as_dict(self) -> dict[str, Any]:
         total, active = parameters(self.config)
         counts = {"parameters": total, "active_parameters": active}
@@ -237,31 +242,29 @@ class Request:
 
     def sentence(self) -> str:
         total, active = (f"{count / 1e6:,.0f} M" for count in parameters(self.config))
-        size = f"{self.batch} {'sequence' if self.batch == 1 else 'sequences'} of {self.context:,} tokens"
-        return f"{self.name}: {total} parameters, {active} active a token; {size}."
+        return f"{self.name}: {total} parameters, {active} active a token; {self.size}."
 
 
 def run(args: argparse.Namespace) -> int:
-    """-> exit status: 1 where no format fits."""
-    request, gpu = Request.of(args), select_gpu(args)
+    """Run the command -> exit status: 1 where no format fits."""
+    request, gpu, gpus = Request.of(args), select_gpu(args), args.gpus or 1
     if gpu is None and args.gpus is not None:
         raise ValueError("--gpus is given and there is no GPU here, needs --gpu, too")
     if gpu is None:
         return _run_all_gpus(request, args.json)
-    gpus = args.gpus or 1
     plans = request.plans(gpu, gpus)
+    sent = traffic(request.config, gpus, itemsize=stored_dtype(request.config).itemsize)
     if args.json:
         formats = []
         for name, one in plans.items():
             need = {**asdict(one.need), "total": one.need.total}
             answers = {"verdict": one.verdict, "longest_context": one.longest, "gpus_needed": one.needs}
             formats.append({"format": name, "weights": WEIGHT_FORMATS[name], "bytes": need, **answers})
-        sent = asdict(traffic(request.config, gpus, itemsize=stored_dtype(request.config).itemsize))
         sizes = {"name": gpu.name, "bytes": gpu.bytes, "gpus": gpus}
-        print(json.dumps({**request.as_dict(), "gpu": sizes, "sends_a_token": sent, "formats": formats}))
+        print(json.dumps({**request.as_dict(), "gpu": sizes, "sends_a_token": asdict(sent), "formats": formats}))
     else:
-        _print(request, gpu, gpus, plans)
-    return 0 if any(one.verdict != "no" for one in plans.values()) else 1
+        _print(request, gpu, gpus, plans, sent)
+    return 0 if any(one.fits for one in plans.values()) else 1
 
 
 def select_gpu(args: argparse.Namespace) -> GPU | None:
@@ -280,16 +283,15 @@ def select_gpu(args: argparse.Namespace) -> GPU | None:
     return GPU("", properties.name, properties.total_memory // MIB)
 
 
-def _print(request: Request, gpu: GPU, gpus: int, plans: dict[str, Plan]) -> None:
+def _print(request: Request, gpu: GPU, gpus: int, plans: dict[str, Plan], sent: Traffic) -> None:
     out, need = console(), plans[STORED].need
-    parts = {"tables": need.tables, "cache": need.cache, "workspace": need.workspace, "logits": need.logits}
+    parts = (f"{name} {decimal(getattr(need, name))}" for name in ("tables", "cache", "workspace", "logits"))
     out.print(Text(request.sentence()))
     out.print(
-        f"Beside the weights: {', '.join(f'{name} {decimal(size)}' for name, size in parts.items())}, and by estimate "
-        f"{decimal(need.overhead)} for the driver, a CUDA context and a graph."
+        f"Beside the weights: {', '.join(parts)}, and by estimate {decimal(need.overhead)} for the driver, "
+        "a CUDA context and a graph."
     )
     if gpus > 1:
-        sent = traffic(request.config, gpus, itemsize=stored_dtype(request.config).itemsize)
         out.print(f"For each token a GPU sends {decimal(sent.layer)} a layer, and {decimal(sent.head)} of logits.")
     columns = [Column("format", number=False), *map(Column, ("weights", "in all", "used", "longest", "gpus", ""))]
     caption = "longest: tokens a sequence, and gpus: how many, with 2 % of the memory to spare; tight: less to spare. "
@@ -299,25 +301,23 @@ def _print(request: Request, gpu: GPU, gpus: int, plans: dict[str, Plan]) -> Non
         longest = f"{one.longest:,}" if one.longest else "-"
         table.add(request.label(name), *sizes, longest, _count(one.needs), one.verdict, style=COLOURS[one.verdict])
     out.print(table)
-    fitting = {name: one.verdict for name, one in plans.items() if one.verdict != "no"}
+    fitting = [request.label(name) + " (tight)" * (one.verdict == "tight") for name, one in plans.items() if one.fits]
     if fitting:
-        names = (request.label(name) + " (tight)" * (word == "tight") for name, word in fitting.items())
-        out.print(Text("FITS: " + "; ".join(names), style="bold green"))
+        out.print(Text("FITS: " + "; ".join(fitting), style="bold green"))
     else:
         out.print(Text(_alternatives(request, gpu, plans), style="bold red"))
 
 
 def _alternatives(request: Request, gpu: GPU, plans: dict[str, Plan]) -> str:
-    """The format that takes the least, and what holds it."""
+    """Name the format that takes the least, and what holds it."""
     name, least = min(plans.items(), key=lambda item: item[1].need.total)
     need = Need.of(request.config, request.specs[name], request.batch, request.context).total
     alone = next((other for other in GPUS.values() if need <= comfortable(other.bytes)), None)  # least memory first
     options = [f"{least.needs} x {gpu.name}"] if least.needs else []
     options += [f"one {alone.name}"] if alone else []
     options += [f"a text of {least.longest:,} tokens"] if least.longest else []
-    text = ", or ".join(options) or "no listed GPU"
-    total = decimal(least.need.total)
-    return f"NO FORMAT FITS: {request.label(name)} takes the least, {total}. What would do: {text}"
+    start = f"NO FORMAT FITS: {request.label(name)} takes the least, {decimal(least.need.total)}. What would do: "
+    return start + (", or ".join(options) or "no listed GPU")
 
 
 def _run_all_gpus(request: Request, as_json: bool) -> int:

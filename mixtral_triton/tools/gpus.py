@@ -1,4 +1,4 @@
-"""The one table of GPUs: memory, rates by data sheet, links, and the estimates of the cost model. It needs no torch."""
+"""The table of GPUs: memory, rates by data sheet, links, and the estimates of the cost model. It needs no torch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ _SM_90 = Chip(7.0e12, 67e12, 1.2e-6, 0.6e-6)
 _SM_100 = Chip(8.3e12, 75e12, 1.2e-6, 0.6e-6)
 _GFX942 = Chip(17.2e12, 163.4e12, 3e-6)
 # NVLink's and Infinity Fabric's totals count both directions; each of a node's GPUs has a 200 or 400 Gb/s adapter.
-_HOPPER = Link(450e9, 50e9)
+_AMPERE, _HOPPER = Link(300e9, 25e9), Link(450e9, 50e9)
+_H100_NAMES = ("H100-80", "H100 80GB HBM3", "H100 SXM", "H100 PCIe")
+_A100_NAMES = ("A100-80", "A100-SXM4-80GB", "A100 80GB PCIe")
 
 
 @dataclass(frozen=True)
@@ -83,63 +85,47 @@ class GPU:
 
 # Memory: the totals of nvidia-smi since driver 510 (earlier ones leave out what the driver keeps), with ECC as shipped;
 # MI300X by rocm-smi, "VRAM Total Memory (B): 206141652992".
-GPUS = {
-    gpu.key: gpu
-    for gpu in (
-        GPU("a10", "A10", 23028, "sm_86", 0.6e12, 125e12, r"\bA10$"),
-        GPU("a10g", "A10G", 23028, "sm_86"),
-        GPU("l4", "L4", 23034, "sm_89"),
-        GPU("rtx4090", "RTX 4090", 24564, "sm_89", aliases=("4090",)),
-        GPU("a30", "A30", 24576, "sm_80"),
-        GPU("rtx3090", "RTX 3090", 24576, "sm_86", aliases=("3090",)),
-        GPU("rtx5090", "RTX 5090", 32607, "sm_120", 1.792e12, 209.5e12, r"RTX 5090$", ("5090",)),
-        GPU("a100-40", "A100 40GB", 40960, "sm_80", aliases=("A100-SXM4-40GB", "A100-PCIE-40GB")),
-        GPU("a40", "A40", 46068, "sm_86"),
-        GPU("l40s", "L40S", 46068, "sm_89", 0.864e12, 362.05e12, r"\bL40S$"),
-        GPU("a6000", "A6000", 49140, "sm_86", aliases=("RTX A6000",)),
-        GPU("rtx6000ada", "RTX 6000 Ada", 49140, "sm_89", aliases=("6000 Ada", "RTX 6000 Ada Generation")),
-        GPU(
-            *("h100", "H100 80GB", 81559, "sm_90", 3.35e12, 989e12, r"H100 80GB HBM3"),
-            aliases=("H100-80", "H100 80GB HBM3", "H100 SXM", "H100 PCIe"),
-            chip=_SM_90,
-            link=_HOPPER,
-        ),
-        GPU(
-            *("a100", "A100 80GB", 81920, "sm_80", 2.039e12, 312e12, r"A100-SXM4?-80GB"),
-            aliases=("A100-80", "A100-SXM4-80GB", "A100 80GB PCIe"),
-            chip=_SM_80,
-            link=Link(300e9, 25e9),
-        ),
-        GPU("h100nvl", "H100 NVL", 95830, "sm_90"),
-        GPU("gh200", "GH200", 97871, "sm_90", aliases=("GH200 480GB",)),
-        GPU("rtxpro6000", "RTX PRO 6000", 97887, "sm_120", aliases=("PRO 6000", "RTX PRO 6000 Blackwell")),
-        GPU("h200", "H200", 143771, "sm_90", 4.8e12, 989e12, r"H200$", ("H200 NVL",), _SM_90, _HOPPER),
-        GPU("b200", "B200", 183359, "sm_100", 8.0e12, 2250e12, r"\bB200$", (), _SM_100, Link(900e9, 50e9)),
-        GPU("mi300x", "MI300X", 196592, "gfx942", 5.3e12, 1307e12, r"MI300X", (), _GFX942, Link(448e9, 50e9)),
-        GPU("b300", "B300", 275040, "sm_103", 8.0e12, 2250e12, r"\bB300 SXM", ("B300 SXM6 AC",)),
-    )
-}
+_TABLE = (
+    GPU("a10", "A10", 23028, "sm_86", 0.6e12, 125e12, r"\bA10$"),
+    GPU("a10g", "A10G", 23028, "sm_86"),
+    GPU("l4", "L4", 23034, "sm_89"),
+    GPU("rtx4090", "RTX 4090", 24564, "sm_89", aliases=("4090",)),
+    GPU("a30", "A30", 24576, "sm_80"),
+    GPU("rtx3090", "RTX 3090", 24576, "sm_86", aliases=("3090",)),
+    GPU("rtx5090", "RTX 5090", 32607, "sm_120", 1.792e12, 209.5e12, r"RTX 5090$", ("5090",)),
+    GPU("a100-40", "A100 40GB", 40960, "sm_80", aliases=("A100-SXM4-40GB", "A100-PCIE-40GB")),
+    GPU("a40", "A40", 46068, "sm_86"),
+    GPU("l40s", "L40S", 46068, "sm_89", 0.864e12, 362.05e12, r"\bL40S$"),
+    GPU("a6000", "A6000", 49140, "sm_86", aliases=("RTX A6000",)),
+    GPU("rtx6000ada", "RTX 6000 Ada", 49140, "sm_89", aliases=("6000 Ada", "RTX 6000 Ada Generation")),
+    GPU("h100", "H100 80GB", 81559, "sm_90", 3.35e12, 989e12, r"H100 80GB HBM3", _H100_NAMES, _SM_90, _HOPPER),
+    GPU("a100", "A100 80GB", 81920, "sm_80", 2.039e12, 312e12, r"A100-SXM4?-80GB", _A100_NAMES, _SM_80, _AMPERE),
+    GPU("h100nvl", "H100 NVL", 95830, "sm_90"),
+    GPU("gh200", "GH200", 97871, "sm_90", aliases=("GH200 480GB",)),
+    GPU("rtxpro6000", "RTX PRO 6000", 97887, "sm_120", aliases=("PRO 6000", "RTX PRO 6000 Blackwell")),
+    GPU("h200", "H200", 143771, "sm_90", 4.8e12, 989e12, r"H200$", ("H200 NVL",), _SM_90, _HOPPER),
+    GPU("b200", "B200", 183359, "sm_100", 8.0e12, 2250e12, r"\bB200$", (), _SM_100, Link(900e9, 50e9)),
+    GPU("mi300x", "MI300X", 196592, "gfx942", 5.3e12, 1307e12, r"MI300X", (), _GFX942, Link(448e9, 50e9)),
+    GPU("b300", "B300", 275040, "sm_103", 8.0e12, 2250e12, r"\bB300 SXM", ("B300 SXM6 AC",)),
+)
+GPUS = {gpu.key: gpu for gpu in _TABLE}
 RATED = {key: gpu for key, gpu in GPUS.items() if gpu.bandwidth}  # those of which a floor is known
 
 
 def find_gpu(name: str) -> GPU:
-    """The GPU of this name, whatever its case and spaces; ValueError that lists all of them for another name."""
-    wanted = _normalize(name)
+    """Return the GPU of this name, in any case and spacing; ValueError that lists all of them for another name."""
     for gpu in GPUS.values():
-        if wanted in gpu.names:
+        if _normalize(name) in gpu.names:
             return gpu
     names = ", ".join(gpu.name for gpu in GPUS.values())
     raise ValueError(f"--gpu is {name!r}, needs one of sm_80 or later: {names}")
 
 
 def data_sheet(device_name: str) -> GPU | None:
-    """The GPU of RATED that the driver calls `device_name`; None for another model, whose memory or clocks differ."""
+    """Return the GPU of RATED that the driver calls `device_name`; None where memory or clocks differ."""
     return next((gpu for gpu in RATED.values() if re.search(gpu.driver, device_name)), None)
 
 
 def _normalize(name: str) -> str:
-    """`name` in lower case without spaces, hyphens and the makers' words."""
-    text = "".join(character for character in name.lower() if character.isalnum())
-    for word in ("nvidia", "geforce", "amd", "instinct"):
-        text = text.removeprefix(word)
-    return text
+    """Return `name` in lower case without spaces, hyphens and the makers' words."""
+    return re.sub(r"^(nvidia)?(geforce)?(amd)?(instinct)?", "", re.sub(r"[\W_]", "", name.lower()))

@@ -1,4 +1,4 @@
-"""The command `compile`: what operations launch, compiled for a GPU that is not there."""
+"""The command `compile`: compile what operations launch for a GPU that need not be there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -28,19 +27,18 @@ import torch
 import triton
 from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.cache import get_cache_key, get_cache_manager
 from triton.runtime.jit import create_function_from_signature
 
-from ..kernels.arch import ARCHS
+from ..kernels.arch import ARCHS, amd
 from ..kernels.checks import FLOATS
 from ..kernels.launch import INTERPRETED
 from ..kernels.op import Launch, Op
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
 from . import sass
-from .compiled import Assembly, Compiled, as_json, resources_table
+from .compiled import Compiled, as_json, resources_table
 from .predict import family_note
 from .terminal import console, write_file
 
@@ -49,6 +47,7 @@ _KERNELS_PER_WORKER = 16  # fewer do not pay for one more process
 
 Dtypes = Sequence[torch.dtype] | None
 PathLike = str | os.PathLike[str]
+Progress = Callable[[int, int], object]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -58,21 +57,7 @@ def _target(arch: str) -> GPUTarget:
         raise ValueError("compile: this process interprets its kernels, needs one with TRITON_INTERPRET unset")
     if arch not in ARCHS:
         raise ValueError(f"compile: argument 'arch' is {arch!r}, needs one of {', '.join(ARCHS)}")
-    if arch.startswith("gfx"):
-        return GPUTarget("hip", arch, 64)
-    number = int(arch.removeprefix("sm_"))
-    if not _ptxas_knows(number):
-        raise ValueError(f"compile: argument 'arch' is {arch!r}, needs a later Triton than this {triton.__version__}")
-    return GPUTarget("cuda", number, 32)
-
-
-@functools.cache
-def _ptxas_knows(number: int) -> bool:
-    name = f"sm_{number}a" if number >= 90 else f"sm_{number}"
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "empty.ptx").write_text(f".version 8.0\n.target {name}\n.address_size 64\n")
-        command = [get_ptxas(number).path, f"--gpu-name={name}", "empty.ptx"]
-        return subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
+    return GPUTarget("hip", arch, 64) if amd(arch) else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
 
 @functools.cache
@@ -81,25 +66,37 @@ def _binder(fn: Any, arch: str) -> Any:
 
 
 def _source(launch: Launch, arch: str) -> ASTSource:
-    """What Triton's JIT derives from the arguments, by its own functions: a launch finds the kernel in the cache.
+    """Return what Triton's JIT derives from the arguments, so that a launch finds the kernel in the cache.
 
     None and 1 are constants, multiples of 16 are known as such.
     """
     fn = launch.fn
     bound, specialized, options = _binder(fn, arch)(**launch.args, **launch.constexprs)
-    _, signature, constants, attrs = fn._pack_args(
-        make_backend(_target(arch)), {"enable_fp_fusion": True}, bound, specialized, options
-    )
-    return ASTSource(fn, signature, constants, attrs)
+    backend = make_backend(_target(arch))
+    _, *types = fn._pack_args(backend, {"enable_fp_fusion": True}, bound, specialized, options)
+    return ASTSource(fn, *types)
 
 
 def _key(launch: Launch, source: ASTSource, widths: bool = True) -> str:
-    """Tells kernels apart, the same way in every process. Which integers are multiples of 16 does not count; without
-    `widths`, neither do the sizes of a model that are constants in the code."""
+    """Return a name for the kernel that is the same in every process. Which integers are multiples of 16 does not
+    count; without `widths`, neither do the sizes of a model that are constants in the code."""
     names, constants = launch.fn.arg_names, sorted(source.constants.items())
     counted = [(path, value) for path, value in constants if widths or names[path[0]] not in _WIDTHS]
     parts = (launch.kernel, source.signature, counted, launch.num_warps, launch.num_stages)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def _usage(stages: Mapping[str, Path]) -> tuple[int, int]:
+    """Return registers and bytes of spills, see `Compiled`."""
+    if "cubin" in stages:
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(stages["cubin"])]
+        text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    else:
+        text = stages["amdgcn"].read_text()
+    found = {name: int(number) for name, number in re.findall(r"(\w+): *(\d+)", text)}
+    if "cubin" in stages:
+        return found["REG"], found["STACK"] + found["LOCAL"]
+    return found["vgpr_count"], 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ class _Job:
     attrs: Mapping[Any, Any]
 
     @classmethod
-    def of(cls, launch: Launch, arch: str, op: str, out: PathLike | None) -> _Job:
+    def of(cls, launch: Launch, arch: str, op: str = "", out: PathLike | None = None) -> _Job:
         _target(arch)  # ValueError where nothing can be compiled
         source, bare = _source(launch, arch), replace(launch, fn=None, args={})
         types = source.signature, source.constants, source.attrs
@@ -136,7 +133,7 @@ class _Job:
 
     @property
     def tile(self) -> int:
-        """What takes longest to compile has the largest tile."""
+        """The elements of its tile: the largest takes the longest to compile."""
         return math.prod(size for name, size in self.launch.constexprs.items() if name.startswith("BLOCK_"))
 
     def result(self, **figures: Any) -> Compiled:
@@ -152,11 +149,8 @@ class _Job:
             signature=self.signature,
             dtype=min(pointers, key=lambda kind: (kind[0] in "iu", int(re.sub(r"\D+(\d+).*", r"\1", kind)))),
             limit_bytes=ARCHS[self.arch].shared_bytes,
-            **figures,
+            **{"file": None, "registers": 0, "spills": 0, "shared_bytes": 0, "stages": {}, **figures},
         )
-
-    def failed(self, error: str) -> Compiled:
-        return self.result(file=None, registers=0, spills=0, shared_bytes=0, asm=Assembly(()), error=error)
 
     def is_cached(self) -> bool:
         backend, source = make_backend(_target(self.arch)), self.source()
@@ -168,24 +162,19 @@ class _Job:
         triton.knobs.cache.dir = self.cache
         with redirect_stdout(io.StringIO()):  # where ptxas fails, Triton prints all its input
             kernel = triton.compile(self.source(fn), target=_target(self.arch), options=self.options)
-        assembly = Assembly(kernel.metadata_group.values())
-        registers, spills = assembly.usage()
-        kinds, file = ("amdgcn", "hsaco") if "amdgcn" in assembly else ("ptx", "sass", "cubin"), None
+        stages = {Path(file).suffix[1:]: Path(file) for file in kernel.metadata_group.values()}
+        registers, spills = _usage(stages)
+        kinds, file = ("amdgcn", "hsaco") if amd(self.arch) else ("ptx", "sass", "cubin"), None
         for kind in kinds if self.out is not None else ():
-            stem, content = f"{self.launch.kernel}.{self.arch}.{self.key}", assembly[kind]
-            file = Path(self.out or "").absolute() / f"{stem}.{kind}"
-            write_file(file, content if isinstance(content, bytes) else content.encode())
-        return self.result(
-            file=None if file is None else str(file),
-            registers=registers,
-            spills=spills,
-            shared_bytes=kernel.metadata.shared,
-            asm=assembly,
-        )
+            content = kernel.asm[kind]
+            file = str(Path(self.out or "").absolute() / f"{self.launch.kernel}.{self.arch}.{self.key}.{kind}")
+            write_file(Path(file), content if isinstance(content, bytes) else content.encode())
+        usage = {"registers": registers, "spills": spills, "shared_bytes": kernel.metadata.shared}
+        return self.result(file=file, stages=stages, **usage)
 
 
 def _kernels(ops: Iterable[Op], arch: str, dtypes: Dtypes, widths: bool = True) -> dict[str, tuple[str, Launch]]:
-    """The kernels of the operations over their bench shapes, by `_key`: an operation, and its first launch of each."""
+    """Return the kernels of the operations over their bench shapes, by `_key`: an operation, and its first launch."""
     found: dict[str, tuple[str, Launch]] = {}
     for op in ops:
         selected = [dtype for dtype in op.dtypes if not dtypes or dtype in dtypes or dtype not in FLOATS]
@@ -200,16 +189,16 @@ def _kernels(ops: Iterable[Op], arch: str, dtypes: Dtypes, widths: bool = True) 
 
 
 def collect(op: Op, arch: str, dtypes: Dtypes = None) -> list[Launch]:
-    """The kernels `op` launches on `arch` over its bench shapes and dtypes (of the floats: `dtypes`), each once."""
+    """Return the kernels that `op` launches on `arch` over its bench shapes and dtypes (of the floats: `dtypes`)."""
     return [launch for _, launch in _kernels([op], arch, dtypes).values()]
 
 
-def compile_launch(launch: Launch, arch: str, op: str = "", out: PathLike | None = None) -> Compiled:
-    """Compile the kernel of one recorded launch for `arch`; its files go into the folder `out`, which must exist.
+def compile_launch(launch: Launch, arch: str, op: str = "") -> Compiled:
+    """Compile the kernel of one recorded launch for `arch`.
 
     ValueError: an unknown `arch`, or this process interprets. The compiler raises whatever its passes do.
     """
-    return _Job.of(launch, arch, op, out).compile(launch.fn)
+    return _Job.of(launch, arch, op).compile(launch.fn)
 
 
 def _attempt(job: _Job) -> Compiled:
@@ -221,20 +210,12 @@ def _attempt(job: _Job) -> Compiled:
     except Exception as error:  # the compiler raises whatever its passes do
         line = (str(error).strip().splitlines() or [""])[0]
         crash = re.search(r"ptxas.* error code -(\d+)", line)
-        return job.failed(f"ptxas crashed with {signal.Signals(int(crash[1])).name}" if crash else line[:200])
-
-
-def compile_launches(launches: Iterable[Launch], arch: str) -> Iterator[Compiled]:
-    """The kernels of recorded launches into Triton's cache, each once, by all cores: a launch finds them there."""
-    jobs = [_Job.of(launch, arch, "", None) for launch in launches]
-    # What is known of its integers makes another kernel of it, too.
-    distinct = {(job.key, repr(job.attrs)): job for job in jobs}
-    return (compiled for _, compiled in _compile_all(list(distinct.values())))
+        return job.result(error=f"ptxas crashed with {signal.Signals(int(crash[1])).name}" if crash else line[:200])
 
 
 @contextmanager
 def _process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool whose processes end with the block, whatever they are at."""
+    """Open a pool whose processes end with the block, even in the middle of their work."""
     # Forked from a server without threads that has imported everything once: a fork copies locks that are held.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -252,7 +233,7 @@ def _process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 def map_in_processes(
     work: Callable[[Item], Result], items: Sequence[Item], workers: int
 ) -> Iterator[tuple[int, Result | BrokenProcessPool]]:
-    """Index and result of each item as it is done; BrokenProcessPool for an item whose process crashes.
+    """Yield index and result of each item as it is done; BrokenProcessPool for an item whose process crashes.
 
     A crash breaks the whole pool: the items that it leaves undone run again, each in a process of its own.
     """
@@ -272,83 +253,80 @@ def map_in_processes(
 
 
 def _compile_all(jobs: Sequence[_Job]) -> Iterator[tuple[int, Compiled]]:
-    """Index and kernel as they are done: first what Triton's cache has, then the heaviest first."""
+    """Yield index and kernel as they are done: first those in Triton's cache, then those with the largest tiles."""
     cached = [index for index, job in enumerate(jobs) if job.is_cached()]
-    yield from ((index, _attempt(jobs[index])) for index in cached)
     left = sorted(set(range(len(jobs))) - set(cached), key=lambda index: -jobs[index].tile)
     workers = min(len(left) // _KERNELS_PER_WORKER, len(os.sched_getaffinity(0)))
-    if workers <= 1:
-        yield from ((index, _attempt(jobs[index])) for index in left)
-        return
-    for place, result in map_in_processes(_attempt, [jobs[index] for index in left], workers):
-        job = jobs[left[place]]
-        yield left[place], job.failed("Triton crashed") if isinstance(result, BrokenProcessPool) else result
+    here, elsewhere = (cached, left) if workers > 1 else (cached + left, [])
+    yield from ((index, _attempt(jobs[index])) for index in here)
+    for place, result in map_in_processes(_attempt, [jobs[index] for index in elsewhere], workers) if elsewhere else ():
+        index = elsewhere[place]
+        yield index, jobs[index].result(error="Triton crashed") if isinstance(result, BrokenProcessPool) else result
+
+
+def compile_launches(launches: Iterable[Launch], arch: str) -> Iterator[Compiled]:
+    """Compile the kernels of recorded launches into Triton's cache, each once, on all cores."""
+    jobs = [_Job.of(launch, arch) for launch in launches]
+    # What is known of its integers makes another kernel of it, too.
+    distinct = {(job.key, repr(job.attrs)): job for job in jobs}
+    return (compiled for _, compiled in _compile_all(list(distinct.values())))
 
 
 def compile_ops(
-    names: Sequence[str],
+    ops: Sequence[Op | str],
     arch: str,
     out: PathLike | None = None,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
     dtypes: Dtypes = None,
 ) -> Iterator[Compiled]:
-    """`compile_shapes` of the registry's operations `names`; none: all. ValueError for an unknown name."""
+    """Compile the kernels of operations over their bench shapes, and yield them in that order; names stand for
+    operations of the registry, in its order.
+
+    A kernel that does not compile is among them, with its error. Each is compiled once, also where a second model's
+    widths (H and I, constants in the code) change nothing else. `out`: a folder, created if missing, for .ptx, .sass
+    and .cubin (.amdgcn and .hsaco) files. `progress` is called with the numbers of finished and of all kernels. Large
+    jobs are shared with other processes, so a script that calls this needs its `if __name__ == "__main__"`.
+    ValueError for an unknown name or `arch`.
+    """
+    names, selected = [op for op in ops if isinstance(op, str)], [op for op in ops if isinstance(op, Op)]
     if unknown := [name for name in names if name not in OPS]:
         raise ValueError(f"compile: argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
-    selected = [op for name, op in OPS.items() if name in names or not names]
-    return compile_shapes(selected, arch, out, progress, dtypes)
-
-
-def compile_shapes(
-    ops: Iterable[Op],
-    arch: str,
-    out: PathLike | None = None,
-    progress: Callable[[int, int], object] = lambda done, total: None,
-    dtypes: Dtypes = None,
-) -> Iterator[Compiled]:
-    """The kernels of the operations over their bench shapes, in that order. A kernel that does not compile is among
-    them, with its error.
-
-    Each is compiled once, also where a second model's widths (H and I, constants in the code) change nothing else.
-    `out`: a folder, created if missing, for .ptx, .sass and .cubin (.amdgcn and .hsaco) files. `progress` is called
-    with how many kernels are done, and of how many. Large jobs are shared with other processes, so a script that calls
-    this needs its `if __name__ == "__main__"`. Triton's cache keeps the kernels and the counts of their loops.
-    """
-    jobs = [_Job.of(launch, arch, name, out) for name, launch in _kernels(ops, arch, dtypes, widths=False).values()]
+    selected += [op for name, op in OPS.items() if name in names]
+    found = _kernels(selected, arch, dtypes, widths=False)
+    jobs = [_Job.of(launch, arch, name, out) for name, launch in found.values()]
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
 
     def ordered() -> Iterator[Compiled]:
-        found: dict[int, Compiled] = {}
+        kernels: dict[int, Compiled] = {}
         for done, (index, compiled) in enumerate(_compile_all(jobs), 1):
-            found[index] = compiled
+            kernels[index] = compiled
             progress(done, len(jobs))
         # Together: the disassembler takes long to start.
-        sass.main_loops([one.asm.paths["cubin"] for one in found.values() if one.needs_loops], arch)
-        yield from (found[index] for index in range(len(jobs)))
+        sass.main_loops([one.stages["cubin"] for one in kernels.values() if one.needs_loops], arch)
+        yield from (kernels[index] for index in range(len(jobs)))
 
     return ordered()
 
 
 def run(args: argparse.Namespace, bar: Callable[[str, None], Any]) -> int:
-    """The command `compile` -> exit status: 1 where a kernel must not run."""
+    """Run the command `compile` -> exit status: 1 where a kernel must not run."""
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {str(args.out)!r} is a file, needs a folder")
     with bar(f"compiling for {args.arch}", None) as progress:
-        kernels = list(compile_ops(args.ops, args.arch, args.out, progress.update))
-    rows = [as_json(kernel) for kernel in kernels]
+        rows = list(map(as_json, compile_ops(args.ops or list(OPS), args.arch, args.out, progress.update)))
     faults = [row for row in rows if row["fault"]]
     if args.json:
         print("\n".join(map(json.dumps, rows)))
-    else:
-        out = console()
-        if note := family_note(args.arch):
-            out.print(note)
-        out.print(resources_table(args.arch, rows))
-        for row in faults:
-            out.print(f"{row['op']}, {row['kernel']}, {row['dtype']}: {row['fault']}", style="red", markup=False)
-        limit = ARCHS[args.arch].shared_bytes
-        verdict = f"{len(faults)} of them must not run" if faults else "none spills in its main loop, all fit"
-        style = "bold red" if faults else "bold green"
-        out.print(f"{len(rows)} kernels; shared memory of a block: {limit:,} bytes at most. [{style}]{verdict}[/]")
+        return 1 if faults else 0
+    out = console()
+    if note := family_note(args.arch):
+        out.print(note)
+    out.print(resources_table(args.arch, rows))
+    for row in faults:
+        out.print(f"{row['op']}, {row['kernel']}, {row['dtype']}: {row['fault']}", style="red", markup=False)
+    limit = ARCHS[args.arch].shared_bytes
+    verdict = f"{len(faults)} of them must not run" if faults else "none spills in its main loop, all fit"
+    style = "bold red" if faults else "bold green"
+    out.print(f"{len(rows)} kernels; shared memory of a block: {limit:,} bytes at most. [{style}]{verdict}[/]")
     return 1 if faults else 0

@@ -1,10 +1,9 @@
 """Floors and predicted times of calls on a GPU that is not at hand.
 
-A floor is a call's compulsory work (`Op.cost`) at full rates. A predicted time comes from the recorded launches; no
-measurement stands behind it. A launch takes as long as the slowest of three: its bytes across device memory, the bytes
-of its tiles from L2 to the SMs, and its products. The last two are counted in whole waves of programs. A gap lies
-between launches, a shorter one before a programmatic dependent launch. Latency is not counted, so that a kernel of few
-bytes takes longer than predicted.
+A floor is a call's compulsory work (`Op.cost`) at full rates. A predicted time comes from the recorded launches, not
+from a measurement. A launch takes as long as the slowest of three: its bytes across device memory, the bytes of its
+tiles from L2 to the SMs, and its products. The last two are counted in whole waves of programs. A gap follows each
+launch, a shorter one before a programmatic dependent launch. Latency is not counted, so short kernels take longer.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ Timer = Callable[[Callable[[], Any]], float]
 
 
 def floor(cost: Cost, gpu: GPU) -> float:
-    """Seconds below which no kernel can be on `gpu`: its bytes at full bandwidth, or its FLOPs at the matmul rate."""
+    """Return the least seconds on `gpu`: the bytes at full bandwidth, or the FLOP at the matmul rate."""
     return max(cost.bytes / gpu.bandwidth, cost.flops / gpu.matmul)
 
 
 def bound(cost: Cost, gpu: GPU) -> str:
-    """What sets the floor: "memory" or "matmul"."""
+    """Return what sets the floor: "memory" or "matmul"."""
     return "matmul" if cost.flops / gpu.matmul > cost.bytes / gpu.bandwidth else "memory"
 
 
 def measure_gpu(name: str, arch: str, device: Any, timer: Timer, memory: int = 1 << 30, n: int = 8192) -> GPU:
-    """The rates of the current GPU, by torch's own kernels: the better of a copy and a read of `memory` bytes, and a
+    """Measure the rates of the current GPU by torch's kernels: the better of a copy and a read of `memory` bytes, and a
     bf16 matrix product of n x n."""
     source = torch.ones(memory // 4, device=device)
     copy = torch.empty_like(source)
@@ -52,11 +51,10 @@ def measure_gpu(name: str, arch: str, device: Any, timer: Timer, memory: int = 1
 
 
 def family_note(arch: str) -> str | None:
-    """A sentence where `arch` runs on the launch choices of another architecture; None where it has its own."""
+    """Return a sentence where `arch` uses the launch configurations of another architecture; else None."""
     used = family(arch)
-    if used == arch:
-        return None
-    return f"{arch} has no table of launch choices of its own: the analytic rule takes those of {used}"
+    text = f"{arch} has no table of launch configurations: the analytic rule takes those of {used}"
+    return None if used == arch else text
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Prediction:
 
 
 def predict(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
-    """The time of a call with these launches and the compulsory work `cost`; never below its floor.
+    """Predict the time of a call with these launches and the compulsory work `cost`; never below its floor.
 
     ValueError for a GPU of which no more than its rates are known, and for a kernel without a formula.
     """
@@ -96,40 +94,37 @@ def predict(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
         raise ValueError(f"predict: GPU is {gpu.name}, needs one whose L2 bandwidth is known")
     launches = tuple(launches)
     parts = tuple(_part(launch, gpu, chip) for launch in launches)
-    by_limit = {"launches": sum(_gap(launch, chip) for launch in launches)}
+    gaps = (chip.pdl_gap if launch.dependent and chip.pdl_gap is not None else chip.launch_gap for launch in launches)
+    by_limit = {"launches": sum(gaps)}
     for part in parts:
         by_limit[part.limit] = by_limit.get(part.limit, 0.0) + part.seconds
     least = floor(cost, gpu)
-    return Prediction(max(sum(by_limit.values()), least), max(by_limit, key=lambda name: by_limit[name]), parts, least)
-
-
-def _gap(launch: Launch, chip: Chip) -> float:
-    return chip.pdl_gap if launch.dependent and chip.pdl_gap is not None else chip.launch_gap
+    return Prediction(max(sum(by_limit.values()), least), max(by_limit, key=by_limit.__getitem__), parts, least)
 
 
 def _part(launch: Launch, gpu: GPU, chip: Chip) -> Part:
     work, sms = count_work(launch), multiprocessors(gpu.arch)
     resident = _resident_programs(work, launch.num_warps or 4, sms, gpu.arch)
     rounds = max(math.ceil(work.programs / (sms * resident)) * resident, work.longest)
-    rate = chip.vector if work.single else gpu.matmul * MATMUL_REACHED
-    products, vector = work.flops / rate, work.vector / chip.vector
+    products = work.flops / (chip.vector if work.single else gpu.matmul * MATMUL_REACHED)
+    vector = work.vector / chip.vector
     seconds = {
         "memory": work.memory / (gpu.bandwidth * MEMORY_REACHED),
         "L2": rounds * work.loaded * sms / chip.l2,
         # One program computes while another multiplies.
         "tensor cores": rounds * (max(products, vector) if resident > 1 else products + vector) * sms,
     }
-    limit = max(seconds, key=lambda name: seconds[name])
+    limit = max(seconds, key=seconds.__getitem__)
     return Part(launch.kernel, seconds[limit], limit)
 
 
 def sm_shared_bytes(arch: str) -> int:
-    """Shared memory of an SM: what one block may use and, on NVIDIA, the 1 KiB that CUDA reserves for each block."""
+    """Return the shared memory of an SM: a block's most and, on NVIDIA, the 1 KiB that CUDA reserves for each block."""
     return ARCHS[arch].shared_bytes + (0 if amd(arch) else 1024)
 
 
 def _resident_programs(work: Work, warps: int, sms: int, arch: str) -> int:
-    """How many programs an SM holds at once; the busiest SM runs whole waves of them.
+    """Return how many programs an SM holds at once; the busiest SM runs whole waves of them.
 
     An SM shares its bandwidth and its tensor cores among its programs: more of them are no quicker together.
     """

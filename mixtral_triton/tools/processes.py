@@ -19,20 +19,27 @@ def select_backend(args: argparse.Namespace, interpret: bool) -> str:
 
     `interpret`: without a GPU this command interprets the kernels rather than run the torch backend.
     """
-    requested = getattr(args, "interpret", False)
-    if requested and not (args.device or "cpu").startswith("cpu"):
-        raise ValueError(f"--interpret runs on the CPU, and --device is {args.device!r}: needs one of the two")
-    if interpret or requested or SWITCH in os.environ:
+    requested, device, switch = getattr(args, "interpret", False), args.device or "cpu", os.environ.get(SWITCH)
+    if requested and not device.startswith("cpu"):
+        raise ValueError(f"--interpret runs on the CPU, and --device is {device!r}: needs one of the two")
+    if interpret or requested or switch is not None:
         # Interpreted tiles are small products, for which the threads of numpy's OpenBLAS wait for each other.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if requested:
-        args.device = args.device or "cpu"
-    if SWITCH in os.environ:
-        if requested:
-            _check_switch()
-        return ""
-    reason = "--interpret" if requested else _no_gpu(args.device)
-    if reason is None:
+        args.device, reason = device, "--interpret"
+        if switch is not None:
+            from ..kernels.launch import INTERPRETED
+
+            if not INTERPRETED:
+                text = f"the environment has {SWITCH}={switch}"
+                raise ValueError(f"--interpret is given, and {text}: needs one of the two")
+    elif args.device is not None and device.startswith("cpu"):
+        reason = "--device cpu"
+    else:
+        import torch  # after OPENBLAS_NUM_THREADS
+
+        reason = "" if torch.cuda.is_available() else "No GPU found"
+    if switch is not None or not reason:
         return ""
     if not (interpret or requested):
         return f"{reason}: plain torch, on the CPU. --interpret runs the Triton kernels, interpreted: far slower."
@@ -40,26 +47,9 @@ def select_backend(args: argparse.Namespace, interpret: bool) -> str:
     return f"{reason}: the Triton kernels run interpreted, on the CPU. Right, and slow."
 
 
-def _no_gpu(device: str | None) -> str | None:
-    """Why no GPU is used; None: one is."""
-    import torch
-
-    if device is not None and device.startswith("cpu"):
-        return "--device cpu"
-    return None if torch.cuda.is_available() else "No GPU found"
-
-
-def _check_switch() -> None:
-    from ..kernels.launch import INTERPRETED
-
-    if not INTERPRETED:
-        value = f"{SWITCH}={os.environ[SWITCH]}"
-        raise ValueError(f"--interpret is given, and the environment has {value}: needs one of the two")
-
-
 @contextmanager
 def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
-    """A DeviceMesh [ep, tp] of the processes that torchrun started, a GPU each; None where this is the only process.
+    """Open a DeviceMesh [ep, tp] of the processes that torchrun started; None where this is the only process.
 
     ValueError unless torchrun started tp * ep of them, with a GPU or a part of the CPU for each.
     """
@@ -67,7 +57,7 @@ def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}, needs at least 1")
     needed, started = args.tp * args.ep, int(os.environ.get("WORLD_SIZE", 1))
-    rank = f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')}: " if "RANK" in os.environ else ""
+    rank = f"rank {os.environ['RANK']} of {started}: " if "RANK" in os.environ else ""
     if needed != started:
         raise ValueError(
             f"{rank}--tp {args.tp} times --ep {args.ep} needs {needed} processes, and torchrun started {started}: "

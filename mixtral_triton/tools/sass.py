@@ -1,4 +1,4 @@
-"""What the main loops of a kernel for NVIDIA are made of, counted in its machine code (SASS).
+"""Count the instructions of the main loops of a kernel for NVIDIA in its machine code (SASS).
 
 The figure is FLOP per instruction: FLOP that a warp's tensor-core instructions do in one turn of the loop, by the other
 instructions the warp issues in that turn. A warpgroup's instruction (HGMMA 64xNxK) is issued by each of its four warps,
@@ -17,8 +17,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.runtime.cache import get_cache_manager
@@ -30,8 +31,7 @@ _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 _JUMP = re.compile(r"^(@\S+\s+)?(?:BRA|(CALL)\.REL)\S*\s+(!?U?P\w+,\s*)?(0x[0-9a-f]+)")
 _END = re.compile(r"^(?:EXIT|RET)\b")
 _TENSOR = re.compile(r"^(?:@\S+\s+)?(?:UTC)?\w{1,2}G?MMA\.?")
-_WARPGROUP = re.compile(r"GMMA\.64x(\d+)x(\d+)")
-_WARP = re.compile(r"MMA\.168(\d+)")
+_SHAPE = re.compile(r"GMMA\.64x(\d+)x(\d+)|MMA\.168(\d+)")
 _VERSION = Path(__file__).read_bytes() + triton.__version__.encode()
 _SPILL = re.compile(r"^(?:@\S+\s+)?(?:STL|LDL)\b")
 
@@ -54,18 +54,8 @@ class Loop:
         return self.flops / self.other if self.flops else None
 
     def instructions_a_byte(self, warps: int, size: int) -> float:
-        """Thread instructions of a turn in which `warps` warps take in `size` bytes, by these: what a loop whose pace
-        memory should set costs."""
+        """Return the thread instructions a byte of a turn in which `warps` warps load `size` bytes."""
         return 32 * warps * (self.tensor + self.other) / size
-
-
-def _flops(instruction: str) -> float | None:
-    """FLOP of one warp."""
-    if found := _WARPGROUP.search(instruction):
-        return 2 * 64 * int(found[1]) * int(found[2]) / 4
-    if found := _WARP.search(instruction):
-        return 2 * 16 * 8 * int(found[1])
-    return None
 
 
 def _sections(cubin: bytes) -> list[bytes]:
@@ -148,29 +138,28 @@ def _natural_loops(before: list[set[int]]) -> list[set[int]]:
 
 
 def main_loops(cubins: Sequence[Path], arch: str) -> list[tuple[Loop, ...]]:
-    """Of each kernel the innermost loops that use the tensor cores; where none does, the innermost loops.
+    """Return each kernel's innermost loops that use the tensor cores; where none does, its innermost loops.
 
     Triton's cache keeps the counts, by the machine code and this file. The rest is disassembled in one go.
     """
     code = [cubin.read_bytes() for cubin in cubins]
-    keys = [hashlib.sha256(b"\0".join((_VERSION, each))).hexdigest() for each in code]
-    found = {index: loops for index, key in enumerate(keys) if (loops := _cached(key)) is not None}
-    missing = [index for index in range(len(code)) if index not in found]
-    sections = {index: _sections(code[index]) for index in missing}
-    every = [section for each in sections.values() for section in each]
+    caches = [get_cache_manager(hashlib.sha256(b"\0".join((_VERSION, each))).hexdigest()) for each in code]
+    found = list(map(_cached, caches))
+    sections = [_sections(each) if loops is None else [] for each, loops in zip(code, found, strict=True)]
+    every = list(chain.from_iterable(sections))
     disassembled = iter(_disassemble(every, arch) if every else ())
-    for index, each in sections.items():
-        found[index] = tuple(loop for _ in each for loop in _loops(next(disassembled)))
-        with suppress(OSError):  # a full disk: they are counted again next time
-            get_cache_manager(keys[index]).put(
-                json.dumps([astuple(loop) for loop in found[index]]), "loops.json", False
-            )
-    return [found[index] for index in range(len(code))]
+    for index, cache in enumerate(caches):
+        if found[index] is None:
+            loops = tuple(loop for _ in sections[index] for loop in _loops(next(disassembled)))
+            found[index] = loops
+            with suppress(OSError):  # a full disk: they are counted again next time
+                cache.put(json.dumps([astuple(loop) for loop in loops]), "loops.json", False)
+    return [loops or () for loops in found]
 
 
-def _cached(key: str) -> tuple[Loop, ...] | None:
+def _cached(cache: Any) -> tuple[Loop, ...] | None:
     with suppress(OSError, ValueError, TypeError):  # a damaged file counts as none
-        if file := get_cache_manager(key).get_file("loops.json"):
+        if file := cache.get_file("loops.json"):
             return tuple(Loop(*loop) for loop in json.loads(Path(file).read_text()))
     return None
 
@@ -188,6 +177,11 @@ def _loops(code: Code) -> list[Loop]:
 
 
 def _count(body: list[str]) -> Loop:
-    work = [_flops(text) for text in body if _TENSOR.match(text)]
-    flops = None if None in work else sum(map(float, work))  # type: ignore[arg-type]
-    return Loop(len(work), len(body) - len(work), sum(bool(_SPILL.match(text)) for text in body), flops)
+    """Count a loop; the FLOP of a warp are those of 64xNxK by four warps, or of 16x8xK by one."""
+    tensor = [text for text in body if _TENSOR.match(text)]
+    flops: float | None = 0.0
+    for text in tensor:
+        shape = _SHAPE.search(text)
+        size = 0 if not shape else 64 / 4 * int(shape[1]) * int(shape[2]) if shape[1] else 16 * 8 * int(shape[3])
+        flops = flops + 2 * size if size and flops is not None else None
+    return Loop(len(tensor), len(body) - len(tensor), sum(bool(_SPILL.match(text)) for text in body), flops)

@@ -85,7 +85,7 @@ class Split:
 
 
 def find_link(gpu: GPU) -> Link:
-    """ValueError for a GPU whose rates or links are not in the table."""
+    """Return its links. ValueError for a GPU whose rates or links are not in the table."""
     if gpu.link is None or gpu.chip is None:
         names = ", ".join(key for key, other in GPUS.items() if other.link is not None)
         raise ValueError(f"--scaling has the rates of {names}: needs --gpu with one of them")
@@ -95,7 +95,7 @@ def find_link(gpu: GPU) -> Link:
 def splits(
     config: MixtralConfig, specs: fit.QuantSpecs, gpu: GPU, batch: int, context: int, counts: Sequence[int] = COUNTS
 ) -> Iterator[Split]:
-    """The splits over so many GPUs that divide the model's sizes and the groups of its specs, most "tp" first."""
+    """Yield the splits over so many GPUs that divide the model's sizes and the groups of its specs, most "tp" first."""
     chunk = min(context, PREFILL_CHUNK)
     for n in counts:
         need = fit.Need.of(config, specs, batch, context, n)
@@ -111,37 +111,33 @@ def splits(
 
 
 def step(config: MixtralConfig, specs: fit.QuantSpecs, shard: Shard, gpu: GPU, B: int, T: int, S: int) -> Step:
-    """T tokens for each of B sequences, after S - T others, through the slowest rank of `shard`.
+    """Predict T tokens for each of B sequences, after S - T others, through the slowest rank of `shard`.
 
     Routes are uniform and independent. A rank of "ep" computes what the busiest one has, on average over texts.
     """
     shares = busiest(B * T, config.num_experts_per_tok, config.num_local_experts, shard.ep)
-    specs = fit.shard_specs(config, specs, shard)
-    layers = (replace(config, num_hidden_layers=L) for L in (1, 2))
-    one, two = (_computing(each, specs, shard, gpu, (B, T, S), shares) for each in layers)
-    return Step(one + (config.num_hidden_layers - 1) * (two - one), _sending(config, shard, find_link(gpu), B, T))
-
-
-def _computing(
-    config: MixtralConfig, specs: fit.QuantSpecs, shard: Shard, gpu: GPU, sizes: Sequence[int], shares: Sequence[float]
-) -> float:
-    """Seconds of a rank's kernels, of which the experts' take `shares`: those of a model with the rank's sizes and all
-    experts, B sequences, T new tokens, S positions."""
-    (B, T, S), dtype = sizes, fit.stored_dtype(config)
+    specs, dtype, L = fit.shard_specs(config, specs, shard), fit.stored_dtype(config), config.num_hidden_layers
     vocabulary, inner = -(-config.vocab_size // shard.ranks), config.intermediate_size // shard.tp
-    model = Mixtral(
-        replace(shard.config(config), vocab_size=vocabulary, intermediate_size=inner), "meta", dtype, specs=specs
-    )
-    cache = KVCache(model.config, B, S, "meta", dtype)
-    with record_launches(gpu.arch) as launches, torch.no_grad():
-        model.head(model.hidden(torch.empty(B, T, dtype=torch.int64, device="meta"), cache)[:, -1])
-    found = predict(launches, gpu, Cost(0, 0))
-    return found.seconds - sum((1 - _share(part, *shares)) * part.seconds for part in found.parts)
+    rank = replace(shard.config(config), vocab_size=vocabulary, intermediate_size=inner)  # with all experts
+
+    def computing(layers: int) -> float:
+        model = Mixtral(replace(rank, num_hidden_layers=layers), "meta", dtype, specs=specs)
+        cache = KVCache(model.config, B, S, "meta", dtype)
+        with record_launches(gpu.arch) as launches, torch.no_grad():
+            model.head(model.hidden(torch.empty(B, T, dtype=torch.int64, device="meta"), cache)[:, -1])
+        found = predict(launches, gpu, Cost(0, 0))
+        return found.seconds - sum((1 - _share(part, *shares)) * part.seconds for part in found.parts)
+
+    sent, link = traffic(config, shard.tp, shard.ep, dtype.itemsize), find_link(gpu)
+    all_reduce = _collective(sent.layer // 2 * B * T, shard.ranks, link)
+    logits = _collective(sent.head * B, shard.ranks, link) if sent.head else 0.0  # of each sequence's last token
+    one, two = computing(1), computing(2)
+    return Step(one + (L - 1) * (two - one), 2 * L * all_reduce + logits)
 
 
 def _share(part: Part, experts: float, routes: float) -> float:
-    """The busiest rank's part of a launch over all experts: of a launch that streams weights its part of the distinct
-    experts, of one that multiplies many rows its part of the routes."""
+    """Return the busiest rank's part of a launch over all experts: of a launch that streams weights its part of the
+    distinct experts, of one that multiplies many rows its part of the routes."""
     if not part.kernel.startswith(("experts_up", "experts_down")):
         return 1.0
     return experts if part.limit == "memory" or "decode" in part.kernel else routes
@@ -149,8 +145,8 @@ def _share(part: Part, experts: float, routes: float) -> float:
 
 @lru_cache(maxsize=256)
 def busiest(tokens: int, K: int, E: int, ep: int) -> tuple[float, float]:
-    """The largest part that a rank has of the distinct experts of `tokens` and of their routes, on average over TEXTS
-    texts of random routes; E experts, K a token, E / ep a rank."""
+    """Return the largest part that a rank has of the distinct experts of `tokens` and of their routes, on average
+    over TEXTS texts of random routes; E experts, K a token, E / ep a rank."""
     if ep == 1:
         return 1.0, 1.0
     tokens = min(tokens, TOKENS_MAX)
@@ -165,16 +161,8 @@ def busiest(tokens: int, K: int, E: int, ep: int) -> tuple[float, float]:
     return experts, routes
 
 
-def _sending(config: MixtralConfig, shard: Shard, link: Link, B: int, T: int) -> float:
-    """Seconds: two sums a layer, and the logits of each sequence's last token."""
-    sent = traffic(config, shard.tp, shard.ep, fit.stored_dtype(config).itemsize)
-    all_reduce = _collective(sent.layer // 2 * B * T, shard.ranks, link)
-    logits = _collective(sent.head * B, shard.ranks, link) if sent.head else 0.0
-    return 2 * config.num_hidden_layers * all_reduce + logits
-
-
 def _collective(sent: int, n: int, link: Link) -> float:
-    """Seconds until n ranks, each of which sends so many bytes, are through.
+    """Return the seconds of a collective of n ranks, each of which sends so many bytes.
 
     Between nodes each GPU's network adapter carries a part of it, as many as a node has GPUs.
     """
@@ -187,7 +175,7 @@ def _collective(sent: int, n: int, link: Link) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command `fit --scaling` -> exit status: 1 where no number of GPUs holds the model."""
+    """Run the command `fit --scaling` -> exit status: 1 where no number of GPUs holds the model."""
     request, gpu, format = fit.Request.of(args), fit.select_gpu(args), args.scaling or fit.STORED
     if gpu is None:
         raise ValueError("--scaling is given and there is no GPU here, needs --gpu, too")
@@ -199,20 +187,19 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         rows = []
         for split, holds in zip(found, fits, strict=True):
-            sizes = {"gpus": split.gpus, "tp": split.tp, "ep": split.ep, "batch": split.batch, "chunk": split.chunk}
+            sizes = {name: getattr(split, name) for name in ("gpus", "tp", "ep", "batch", "chunk")}
             rates = dict(zip(("tokens_per_second", "prefill_tokens_per_second"), split.rates, strict=True))
             steps = {"decode": split.decode.as_dict(), "prefill": split.prefill.as_dict()}
             rows.append({**sizes, "bytes": split.need.total, **steps, **rates, "fits": holds})
         print(json.dumps({**request.as_dict(), "format": format, "gpu": gpu.name, "splits": rows, "predicted": True}))
-    else:
-        size = f"{request.batch} {'sequence' if request.batch == 1 else 'sequences'} of {request.context:,} tokens"
-        title = f"{request.name}, {request.label(format)}, on {gpu.name}, predicted: {size}"
-        names = ("gpus", "tp", "ep", "decode, ms", "sent", "tokens/s", "prefill, ms", "sent", "tokens/s", "fits")
-        table = Table(title, list(map(Column, names)), CAPTION, keys=3)
-        for split, holds in zip(found, fits, strict=True):
-            cells = [str(split.gpus), str(split.tp), str(split.ep)]
-            for one, rate in zip((split.decode, split.prefill), split.rates, strict=True):
-                cells += [f"{one.seconds * 1e3:,.2f}", f"{100 * one.sending / one.seconds:.0f} %", f"{rate:,.0f}"]
-            table.add(*cells, "yes" if holds else "no", style="" if holds else "dim")
-        console().print(table)
+        return 0 if any(fits) else 1
+    title = f"{request.name}, {request.label(format)}, on {gpu.name}, predicted: {request.size}"
+    names = ("gpus", "tp", "ep", "decode, ms", "sent", "tokens/s", "prefill, ms", "sent", "tokens/s", "fits")
+    table = Table(title, list(map(Column, names)), CAPTION, keys=3)
+    for split, holds in zip(found, fits, strict=True):
+        cells = [str(split.gpus), str(split.tp), str(split.ep)]
+        for one, rate in zip((split.decode, split.prefill), split.rates, strict=True):
+            cells += [f"{one.seconds * 1e3:,.2f}", f"{100 * one.sending / one.seconds:.0f} %", f"{rate:,.0f}"]
+        table.add(*cells, "yes" if holds else "no", style="" if holds else "dim")
+    console().print(table)
     return 0 if any(fits) else 1

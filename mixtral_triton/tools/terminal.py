@@ -17,12 +17,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import rich.table
 from rich import box
-from rich.console import Console, ConsoleOptions, RenderableType
-from rich.measure import Measurement
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -50,53 +49,50 @@ class Column:
     heading: str
     number: bool = True
 
+    @property
+    def lines(self) -> str:
+        """The heading in lines."""
+        wrap = textwrap.TextWrapper(HEADING_WIDTH, break_long_words=False, break_on_hyphens=False)
+        return wrap.fill(self.heading) if self.number else self.heading
+
 
 class Table:
-    """rich's table with a title and a caption. Where it is too wide, columns go on in further tables, each behind the
-    first `keys` columns: no cell is cut. Empty columns are left out."""
+    """rich's table with a title and a caption. Where it is too wide, columns continue in further tables, each behind
+    the first `keys` columns: no cell is cut. Empty columns are left out."""
 
     def __init__(self, title: str, columns: Sequence[Column], caption: str = "", keys: int = 1) -> None:
         self.title, self.columns, self.caption, self.keys = title, list(columns), caption, keys
-        self.rows: list[tuple[Sequence[str | Text], str]] = []
+        self.rows: list[tuple[list[Text], str]] = []
 
     def add(self, *cells: str | Text, style: str = "") -> None:
-        self.rows.append((cells, style))
+        self.rows.append(([cell if isinstance(cell, Text) else Text(cell) for cell in cells], style))
 
-    def _part(self, columns: Sequence[int], most: int) -> rich.table.Table:
-        table = rich.table.Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="")
-        for place in columns:
-            heading, number = self.columns[place].heading, self.columns[place].number
-            if number:
-                heading = textwrap.fill(heading, HEADING_WIDTH, break_long_words=False, break_on_hyphens=False)
-            longest = max(map(len, [*heading.split("\n"), *(cells[place] for cells, _ in self.rows)]), default=0)
-            width = min(longest, most if number else min(most, TEXT_WIDTH))
-            table.add_column(Text(heading), min_width=width, justify="right" if number else "left", overflow="fold")
-        for cells, style in self.rows:
-            row = (cells[place] for place in columns)
-            table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row), style=style)
-        return table
+    def _width(self, place: int, most: int) -> int:
+        column = self.columns[place]
+        longest = max([*map(len, column.lines.split("\n")), *(len(cells[place]) for cells, _ in self.rows)])
+        return max(1, min(longest, most if column.number else min(most, TEXT_WIDTH)))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        if self.title:
-            yield Text(self.title, style="bold")
-        filled = [place for place in range(len(self.columns)) if any(cells[place] for cells, _ in self.rows)]
-        keys, rest = list(range(self.keys)), [place for place in filled if place >= self.keys]
-        unbound, most = options.update(max_width=1 << 16), max(1, (options.max_width - 2) // (self.keys + 1) - 2)
-        while True:
-            count = 1
-            while count < len(rest):
-                part = self._part([*keys, *rest[: count + 1]], most)
-                if Measurement.get(console, unbound, part).minimum > options.max_width:
-                    break
-                count += 1
-            yield self._part([*keys, *rest[:count]], most)
-            rest = rest[count:]
-            if not rest:
-                break
-            yield ""
-        if self.caption:
-            yield Text(self.caption, style="dim")
-        yield ""
+        yield Text(self.title, style="bold")
+        most = max(1, (options.max_width - 2) // (self.keys + 1) - 2)
+        keys = list(range(self.keys))
+        filled = [n for n in range(len(self.columns)) if n in keys or any(cells[n] for cells, _ in self.rows)]
+        widths = {place: self._width(place, most) for place in filled}
+        parts = [keys]
+        for place in filled[self.keys :]:
+            if parts[-1] != keys and sum(widths[n] + 2 for n in (*parts[-1], place)) - 1 > options.max_width:
+                parts.append(keys)
+            parts[-1] = [*parts[-1], place]
+        for part in parts:
+            table = rich.table.Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="")
+            for place in part:
+                justify: Any = "right" if self.columns[place].number else "left"
+                heading = Text(self.columns[place].lines)
+                table.add_column(heading, min_width=widths[place], justify=justify, overflow="fold")
+            for cells, style in self.rows:
+                table.add_row(*(cells[n] for n in part), style=style)
+            yield table if part is parts[-1] else Group(table, "")
+        yield Text(self.caption + "\n" * bool(self.caption), style="dim")
 
 
 def say(line: str) -> None:
@@ -120,22 +116,21 @@ class Bar:
 
 @contextmanager
 def bar(label: str, total: int | None, *columns: ProgressColumn, silent: bool = False) -> Iterator[Bar]:
-    """Progress on stderr: rich's bar on a terminal, else a line every INTERVAL seconds. `total` None: not known yet."""
-    console, done = Console(stderr=True), threading.Event()
+    """Show progress on stderr: rich's bar on a terminal, else a line every INTERVAL seconds. `total` None: unknown."""
+    console, done, start = Console(stderr=True), threading.Event(), time.monotonic()
     shown = (TextColumn(label), BarColumn(), *columns, TimeRemainingColumn())
     with Progress(*shown, console=console, transient=True, disable=silent or not console.is_terminal) as progress:
         task = progress.add_task(label, total=total)
 
-        def report(start: float) -> None:
+        def report() -> None:
             while not done.wait(INTERVAL):
-                state, words = progress.tasks[task], ["starting"]
-                if state.total is not None:
-                    words = [str(column(state)).strip() for column in columns]
+                state = progress.tasks[task]
+                words = ["starting"] if state.total is None else [str(column(state)).strip() for column in columns]
                 if state.completed and state.remaining is not None:
                     words.append(f"{(time.monotonic() - start) * state.remaining / state.completed:.0f} s left")
                 say(f"{label}: {', '.join(words)}")
 
-        thread = threading.Thread(target=report, args=(time.monotonic(),), daemon=True)
+        thread = threading.Thread(target=report, daemon=True)
         if not (silent or console.is_terminal):
             thread.start()
         try:
@@ -178,11 +173,9 @@ def exit_status(error: BaseException, command: str | None) -> int:
 
 
 def _error_message(error: Exception) -> str:
-    """One line. An error of the system names its file, or else the output that could not be written."""
+    """Return one line. An error of the system names its file, or else the output that could not be written."""
     if isinstance(error, OSError) and error.strerror:
-        where = error.filename
-        if where is None and not _takes_a_line(sys.stdout):
-            where = "standard output"
+        where = error.filename or (None if _takes_a_line(sys.stdout) else "standard output")
         if where is not None:
             return f"{where}: {error.strerror}"
     return " ".join(str(error).split())
@@ -206,7 +199,7 @@ def _redirect_to_null(*streams: TextIO) -> None:
 
 
 def toolchain_fault() -> str | None:
-    """What Triton is missing for its first launch on a GPU, when it builds a C module against Python's headers."""
+    """Return what is missing for Triton's first launch on a GPU, which builds a C module against Python's headers."""
     if "CC" not in os.environ and not (shutil.which("gcc") or shutil.which("clang")):
         return "Triton needs a C compiler when it runs on a GPU, and there is no gcc or clang: install one, or set CC"
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
@@ -216,7 +209,7 @@ def toolchain_fault() -> str | None:
 
 
 def _compiler_message(error: BaseException) -> str | None:
-    """What is missing, if `error` is Triton's for an absent or failing C compiler."""
+    """Return what is missing, if `error` is Triton's for an absent or failing C compiler."""
     if isinstance(error, RuntimeError) and "C compiler" in str(error):
         return toolchain_fault() or str(error)
     return toolchain_fault() if isinstance(error, subprocess.CalledProcessError) else None
@@ -224,29 +217,23 @@ def _compiler_message(error: BaseException) -> str | None:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write the whole file, or leave none of it. OSError names the file."""
-    file = open(path, "wb")  # noqa: SIM115 - what open raises names the file, and leaves none
     try:
-        with file:
-            file.write(content)
+        path.write_bytes(content)
     except OSError as error:
-        if path.is_file():  # and no device
+        if error.filename is None and path.is_file():  # part of it is written, and not to a device
             path.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def check_plot(file: Path) -> None:
-    """ValueError or OSError where `--plot FILE` could not be written: before the work whose result would be lost."""
+    """Raise ValueError where `--plot FILE` cannot be written: before the work whose result would be lost."""
+    folder = file.absolute().parent
     if file.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--plot {str(file)!r} needs a name that ends in .png, .svg or .pdf")
-    if not file.absolute().parent.is_dir():
-        raise ValueError(f"--plot {str(file)!r} needs a folder that is there: {file.absolute().parent} is not")
+    if not folder.is_dir() or file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        raise ValueError(f"--plot {str(file)!r} needs a file that can be written, in a folder that exists")
     if find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'mixtral-triton[plot]'")
-    new = not file.exists()
-    with open(file, "ab"):  # OSError where it cannot be written
-        pass
-    if new:
-        file.unlink()
 
 
 def save_plot(figure: Figure, file: Path) -> None:

@@ -5,6 +5,7 @@ B batch, T tokens, H hidden, E experts, K experts per token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -55,8 +56,7 @@ def measure(name: str, args: Args) -> tuple[float, float]:
 
 def share_of_limit(error: float, limit: float) -> float:
     """error / limit; infinite for a NaN."""
-    share = error / max(limit, 1e-30)
-    return share if share == share else float("inf")
+    return float("inf") if math.isnan(error) else error / max(limit, 1e-30)
 
 
 def worst(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
@@ -108,7 +108,7 @@ def _error(got: Tensor, exact: Tensor) -> float:
         return 0.0 if torch.equal(got, exact) else float("inf")
     exact = exact.double()
     error = largest(got.double() - exact) / max(largest(exact), 1e-30)
-    return error if error == error else float("inf")
+    return float("inf") if math.isnan(error) else error
 
 
 def fp64_block(layer: Any, config: Any, tables: Args, x: Tensor, ids: Tensor | None = None) -> reference.Values:

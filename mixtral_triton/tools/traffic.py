@@ -1,4 +1,4 @@
-"""What interpreted kernels load, store and multiply: the counted side of "bytes touched / compulsory bytes".
+"""Count what interpreted kernels load, store and multiply, for "bytes touched / compulsory bytes".
 
 Counted as a GPU's memory would see it without a cache: masked lanes move nothing, an address that several lanes of one
 load name moves once, and what two programs load counts twice. Descriptors (TMA) count as pointers do.
@@ -6,7 +6,7 @@ load name moves once, and what two programs load counts twice. Descriptors (TMA)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,11 +69,10 @@ class Kernel:
             return
         for argument in self.arguments.values():
             if (size := argument.touch(addresses)) is not None:
-                if stores:
-                    argument.stored += size
-                else:
-                    argument.loaded += size
-                    argument.crossed += int(np.count_nonzero(mask.data)) * argument.buffer.element_size()
+                argument.stored += size * stores
+                argument.loaded += size * (not stores)
+                lanes = 0 if stores else int(np.count_nonzero(mask.data))
+                argument.crossed += lanes * argument.buffer.element_size()
                 return
         raise ValueError(f"{self.name}: a load or store reaches outside its tensor")
 
@@ -85,7 +84,7 @@ class Traffic:
     kernels: list[Kernel] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Kernel:
-        """The only launch of that kernel."""
+        """Return the only launch of that kernel."""
         (found,) = (kernel for kernel in self.kernels if kernel.name == name)
         return found
 
@@ -94,38 +93,39 @@ class Traffic:
         return sum(kernel.flops for kernel in self.kernels)
 
     def moved(self, *names: str) -> int:
-        """Bytes loaded and stored of the arguments `names` (none: of all) in all launches."""
+        """Return bytes loaded and stored of the arguments `names` (none: of all) in all launches."""
         arguments = (item for kernel in self.kernels for item in kernel.arguments.items())
         return sum(found.loaded + found.stored for name, found in arguments if name in names or not names)
 
 
 def _interpret(counted: Kernel, kernel: Any, args: dict[str, Any]) -> None:
-    """`launch.interpret`, counted. Tensors get memory of their own, since views may overlap."""
+    """Run `launch.interpret` and count. Tensors get memory of their own, since views may overlap."""
     call, tensors = dict(args), launching.tensors(args)
+    short = {name: name.removesuffix("_ptr").removesuffix("_desc") for name in tensors}
     for name, tensor in tensors.items():
-        short = name.removesuffix("_ptr").removesuffix("_desc")
-        if short not in counted.arguments:
+        if short[name] not in counted.arguments:
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             buffer = tensor.as_strided((last + 1 if tensor.numel() else 0,), (1,)).clone()
-            counted.arguments[short] = Argument(buffer, np.full(len(buffer), -1, np.int32))
-        copy = counted.arguments[short].buffer.as_strided(tensor.shape, tensor.stride())
+            counted.arguments[short[name]] = Argument(buffer, np.full(len(buffer), -1, np.int32))
+        copy = counted.arguments[short[name]].buffer.as_strided(tensor.shape, tensor.stride())
         call[name] = launching.replace_base(args[name], copy)
     with interpreting() as builder:
         load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
 
-        def counting(function: Callable[..., Any], stores: bool) -> Callable[..., Any]:
-            def wrapper(pointers: Any, *rest: Any, **kwargs: Any) -> Any:
-                counted.touch(pointers, rest[stores], stores)  # (pointers, mask, ...) or (pointers, value, mask, ...)
-                return function(pointers, *rest, **kwargs)
+        def counting_load(pointers: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:
+            counted.touch(pointers, mask, stores=False)
+            return load(pointers, mask, *rest, **kwargs)
 
-            return wrapper
+        def counting_store(pointers: Any, value: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:
+            counted.touch(pointers, mask, stores=True)
+            return store(pointers, value, mask, *rest, **kwargs)
 
         def counting_dot(a: Any, b: Any, *rest: Any) -> Any:
             counted.flops += 2 * a.data.size * b.data.shape[-1]
             return dot(a, b, *rest)
 
         # A descriptor's loads and stores end in the same functions.
-        builder.create_masked_load, builder.create_masked_store = counting(load, False), counting(store, True)
+        builder.create_masked_load, builder.create_masked_store = counting_load, counting_store
         builder.create_dot = counting_dot
         try:
             kernel[counted.grid](**call)
@@ -133,14 +133,14 @@ def _interpret(counted: Kernel, kernel: Any, args: dict[str, Any]) -> None:
             del builder.create_masked_load, builder.create_masked_store
             builder.create_dot = dot
     for name, tensor in tensors.items():
-        argument = counted.arguments[name.removesuffix("_ptr").removesuffix("_desc")]
+        argument = counted.arguments[short[name]]
         if argument.stored:
             tensor.copy_(argument.buffer.as_strided(tensor.shape, tensor.stride()))
 
 
 @contextmanager
 def count_traffic() -> Iterator[Traffic]:
-    """Within the block, interpreted launches are counted, and run without the tests' guard."""
+    """Count interpreted launches within the block, which run without the tests' guard."""
     traffic, before = Traffic(), launching.interpret
 
     def interpret(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:

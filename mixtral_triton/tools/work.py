@@ -1,17 +1,17 @@
-"""What one launch asks of a GPU, by its tiles: bytes and FLOP with their padding, of every kernel of the registry.
+"""Count the work of one launch from its tiles: bytes and FLOP, padding included, for every kernel of the registry.
 
 T tokens, K experts a token, N = T * K slots, E experts, H hidden, I intermediate; attention's letters as there
 
-`Op.cost` is the compulsory work of a whole call. A prediction needs that of each launch, with its padding, partial sums
-and what its programs load again from L2: this file counts those. A test holds the sum over a call's launches against
-`Op.cost`. Tensors on the meta device hold no values: routing is uniform, caches are full, no sequence is ragged.
+`Op.cost` is the compulsory work of a whole call. A prediction needs the work of each launch, with padding, partial sums
+and repeated loads from L2. A test compares the sum over a call's launches with `Op.cost`. Tensors on the meta device
+hold no values: routing is assumed to be uniform, caches full and sequences of one length.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -32,13 +32,13 @@ Operands = Mapping[str, Tensor]  # by name; a variable of this type is t
 @dataclass(frozen=True)
 class Work:
     """memory   bytes that cross device memory
-    programs with work, each of them on average:
+    programs with work; each of them on average has:
     loaded   bytes from L2, those of padding rows included
     flops    of matrix products, as issued; `single`: fp32's, without tensor cores
     vector   fp32 FLOP beside the products that these wait for
     shared   bytes of shared memory
     values   of 32 bits that stay in registers: sums, scores
-    longest  the longest program by the average
+    longest  work of the longest program divided by the average
     """
 
     memory: float
@@ -53,7 +53,7 @@ class Work:
 
 
 def count_work(launch: Launch) -> Work:
-    """The work of a recorded launch. A Triton kernel without a formula streams its tensors, each once.
+    """Return the work of a recorded launch. A Triton kernel without a formula streams each of its tensors once.
 
     ValueError for another library's kernel without a formula.
     """
@@ -65,99 +65,46 @@ def count_work(launch: Launch) -> Work:
 
 
 def _operands(launch: Launch) -> Operands:
-    """Tensors by name without _ptr; a descriptor's tensor is that of a pointer, too."""
+    """Return tensors by name without _ptr; a descriptor's tensor is that of a pointer, too."""
     found = tensors(dict(launch.args))
     return {name.removesuffix("_ptr"): one for name, one in found.items() if not name.endswith("_desc")}
 
 
-def _programs(launch: Launch) -> int:
-    return math.prod(launch.grid or ())
-
-
-def _nbytes(t: Operands, *without: str) -> int:
-    """Of all tensors but `without`, each once."""
-    return sum(one.nbytes for name, one in t.items() if name not in without)
+def _nbytes(t: Operands, *names: str) -> int:
+    """Return the bytes of the tensors `names`; without names those of all tensors."""
+    return sum(one.nbytes for name, one in t.items() if name in names or not names)
 
 
 # Bytes across memory of kernels that do not move each tensor once; n programs.
 MEMORY: dict[str, Callable[[Operands, int], float]] = {
-    "embed_rms_norm_kernel": lambda t, n: _nbytes(t, "table") + t["x"].nbytes,  # the rows that become x
-    "append_kernel": lambda t, n: 2 * (t["k"].nbytes + t["v"].nbytes),  # the caches are longer
+    "embed_rms_norm_kernel": lambda t, n: _nbytes(t) - t["table"].nbytes + t["x"].nbytes,  # the rows that become x
+    "append_kernel": lambda t, n: 2 * _nbytes(t, "k", "v"),  # the caches are longer
     # q and k in and out; cos and sin of each token.
-    "rope_kernel": lambda t, n: 2 * (t["q"].nbytes + t["k"].nbytes) + 2 * n * t["cos"][0].nbytes,
+    "rope_kernel": lambda t, n: 2 * _nbytes(t, "q", "k") + 2 * n * t["cos"][0].nbytes,
 }
 # Bytes that a program loads, where that is no equal part of the former.
 LOADED: dict[str, Callable[[Operands, int], float]] = {
     "sort_by_expert_kernel": lambda t, n: 2 * t["ids"].nbytes,  # an expert's program reads all ids twice
     "gather_by_expert_kernel": lambda t, n: t["ids"].nbytes + t["sorted"].nbytes / n,  # all ids, and its rows
     "gate_route_kernel": lambda t, n: (  # a token's program reads all of the gate
-        sum(t[name].nbytes for name in ("gate", "norm") if name in t)
-        + sum(t[name][0].nbytes for name in ("x", "residual") if name in t)
+        _nbytes(t, "gate", "norm") + sum(t[name][0].nbytes for name in ("x", "residual") if name in t)
     ),
 }
 
 
 def _stream(launch: Launch) -> Work:
-    t, programs = _operands(launch), _programs(launch)
+    t, programs = _operands(launch), math.prod(launch.grid or ())
     memory = MEMORY[launch.kernel](t, programs) if launch.kernel in MEMORY else _nbytes(t)
     loaded = LOADED[launch.kernel](t, programs) if launch.kernel in LOADED else memory / programs
     return Work(memory, programs, loaded, vector=2.0 * t["gate"].numel() if "gate" in t else 0.0)
 
 
-def _product(
-    launch: Launch,
-    memory: float,
-    programs: float,
-    x: Tensor,
-    weight: Tensor,
-    shape: tuple[float, int, float],
-    live: float | None = None,
-    stored: float | None = None,
-) -> Work:
-    """Programs that multiply `shape` = (rows of x, rows of the weight, depth).
-
-    live    rows of x that are loaded; None: all. Masked padding is multiplied and not loaded
-    stored  bytes of a weight's row along the depth; None: one element a column. A tile for many rows loads a quantized
-            weight's element again for each of its codes, which comes to as many bytes
-    """
-    rows, weight_rows, depth = shape
-    size, block_k = x.element_size(), launch.constexprs["BLOCK_K"]
-    stored = depth * weight.element_size() if stored is None else stored
-    stage = block_k * (rows * size + weight_rows * weight.element_size())
-    return Work(
-        memory,
-        programs,
-        (rows if live is None else min(live, rows)) * depth * size + weight_rows * stored,
-        flops=2 * rows * weight_rows * depth,
-        shared=int((launch.num_stages or 1) * stage),
-        values=rows * weight_rows,
-        single=size == 4,
-    )
-
-
-def _row_bytes(t: Operands, name: str) -> int:
-    """Bytes of a weight's row and of its scales, which a tile for few rows loads once."""
-    parts = (t[each] for each in (name, "scales", "zeros") if each in t)
-    return sum(one.shape[-1] * one.element_size() for one in parts)
-
-
-def _linear(launch: Launch) -> Work:
-    t, c = _operands(launch), launch.constexprs
-    skinny, x, weight, memory = "BLOCK_T" in c, t["x"], t["weight"], _nbytes(t)
-    shape = c["BLOCK_T" if skinny else "BLOCK_M"], c["BLOCK_N"], c["H"]
-    if not skinny:
-        return _product(launch, memory, _programs(launch), x, weight, shape)
-    work = _product(launch, memory, _programs(launch), x, weight, shape, len(x), _row_bytes(t, "weight"))
-    # As compiled: a first tile that a warpgroup multiplies before the loop has a buffer of its own.
-    extra = work.shared // (launch.num_stages or 1) if c["PDL"] and c["BLOCK_N"] > 32 else 0
-    return replace(work, shared=work.shared + extra)
-
-
 @lru_cache(maxsize=1024)
 def row_tiles(slots: int, share: float, experts: int, rows: int, heights: tuple[int, ...] = ()) -> tuple[float, float]:
-    """Row tiles of `rows` that the groups of all experts fill, and the rows of all tiles: the expected numbers.
+    """Return the expected number of row tiles that the groups of all experts fill, and the rows of all tiles.
 
-    heights  that the last tile of a group may have instead
+    share    probability that a slot belongs to an expert
+    heights  rows that the last tile of a group may have instead of `rows`
     """
     n = torch.arange(slots + 1, dtype=torch.float64)
     if share >= 1:
@@ -173,122 +120,121 @@ def row_tiles(slots: int, share: float, experts: int, rows: int, heights: tuple[
     return experts * float((likely * torch.ceil(n / rows)).sum()), experts * float((likely * issued).sum())
 
 
-def _expert_operands(launch: Launch) -> tuple[str, str, int, str]:
-    """Names of the input and the weight, halves of the weight, and the letter of the depth."""
-    return ("x", "gate_up", 2, "H") if "_up_" in launch.kernel else ("h", "down", 1, "I")
+# By the start of a kernel's name: input, weight, the parts of the weight's rows that one program takes, depth.
+PRODUCTS = {
+    "linear": ("x", "weight", 1, "H"),
+    "experts_up": ("x", "gate_up", 2, "H"),
+    "experts_down": ("h", "down", 1, "I"),
+}
 
 
-def _expert_bytes(t: Operands, weight: str, experts: float) -> float:
-    """All tensors once, of the weight and its scales those of so many experts."""
-    weights = {weight, "scales", "zeros"}
-    return _nbytes(t, *weights) + experts * sum(t[name].nbytes / len(t[name]) for name in weights if name in t)
+def _product(launch: Launch) -> Work:
+    """Count a product with one weight, or with those of E experts, in tiles for few rows (BLOCK_T) or many (BLOCK_M).
 
-
-def _experts(launch: Launch) -> Work:
-    """Prefill. Programs without a group leave at once. Rows of x are tokens, or slots where TMA reads them; `down` sees
-    slots alone, as if each of them took an expert by itself."""
-    t, c, E = _operands(launch), launch.constexprs, launch.args["E"]
-    x, weight, halves, depth = _expert_operands(launch)
-    slots, share = len(t[x]), 1 / E
-    if halves == 2:
-        K = launch.args["TOP_K"]
-        slots, share = slots if launch.args["x_desc"] is None else slots // K, K / E
-    rows = c["BLOCK_M"]
-    heights = (c["SHORT_M"], main_rows(rows, c["SHORT_M"])) if c["SHORT_M"] else ()
-    tiles, issued = row_tiles(slots, share, E, rows, heights)
-    memory = _expert_bytes(t, weight, expected_distinct_experts(slots, share, E))
-    programs = tiles * math.ceil(c["I" if halves == 2 else "H"] / c["BLOCK_N"])
-    full, mean = (
-        _product(launch, memory, programs, t[x], t[weight], (high, halves * c["BLOCK_N"], c[depth]))
-        for high in (rows, issued / tiles)
+    Programs for few rows multiply masked padding and do not load it, and load a quantized row and its scales once. A
+    tile for many rows loads an element of a quantized weight again for each of its codes, as many bytes as if there was
+    one element a column. Its programs without a group end at once. Rows of x are tokens, or slots where TMA reads them;
+    `down` has slots alone, as if each of them took an expert by itself.
+    """
+    t, c, args = _operands(launch), launch.constexprs, launch.args
+    x, weight, halves, letter = next(item for name, item in PRODUCTS.items() if launch.kernel.startswith(name))
+    if "ids" in t:
+        tokens, K = t["ids"].shape
+    else:
+        K = args.get("TOP_K", 1)
+        tokens = len(t[x]) // (1 if args.get("x_desc") is None else K)
+    E, splits, size = args.get("E", 1), c.get("SPLIT_K", 1), t[x].element_size()
+    distinct = expected_distinct_experts(tokens, K / E, E)
+    columns, depth = halves * c["BLOCK_N"], c[letter] / splits
+    parts = [t[name] for name in (weight, "scales", "zeros") if name in t]
+    stages = launch.num_stages or 1
+    if "BLOCK_T" in c:
+        rows = mean = c["BLOCK_T"]
+        programs = (launch.grid or (0,))[0] * distinct * splits
+        loaded_rows = min(rows, tokens * K / distinct)
+        row_bytes = sum(part.shape[-1] * part.element_size() for part in parts) / splits
+        # As compiled: a first tile that a warpgroup multiplies before the loop has a buffer of its own.
+        stages += int(E == 1 and c["PDL"] and columns > 32)
+    else:
+        rows, short = c["BLOCK_M"], c.get("SHORT_M", 0)
+        heights = (short, main_rows(rows, short)) if short else ()
+        tiles, issued = row_tiles(tokens, K / E, E, rows, heights)
+        mean = loaded_rows = issued / tiles
+        programs = tiles * math.ceil(t[weight].shape[-2] / columns)
+        row_bytes = depth * t[weight].element_size()
+    return Work(
+        _nbytes(t) - (1 - distinct / E) * sum(part.nbytes for part in parts),
+        programs,
+        loaded_rows * depth * size + columns * row_bytes,
+        flops=2 * mean * columns * depth,
+        shared=stages * c["BLOCK_K"] * (rows * size + columns * t[weight].element_size()),
+        values=mean * columns,
+        single=size == 4,
+        longest=rows / mean,
     )
-    return replace(mean, shared=full.shared, longest=rows * tiles / issued)
 
 
-def _experts_decode(launch: Launch) -> Work:
-    t, c, E = _operands(launch), launch.constexprs, launch.args["E"]
-    x, weight, halves, depth = _expert_operands(launch)
-    splits = 1 if halves == 2 else c["SPLIT_K"]
-    T, K = t["ids"].shape
-    experts = expected_distinct_experts(T, K / E, E)
-    programs = (launch.grid or (0,))[0] * experts * splits
-    shape = c["BLOCK_T"], halves * c["BLOCK_N"], c[depth] / splits
-    memory, stored = _expert_bytes(t, weight, experts), _row_bytes(t, weight) / splits
-    return _product(launch, memory, programs, t[x], t[weight], shape, T * K / experts, stored)
+def _attention(launch: Launch) -> Work:
+    """Count programs of BLOCK_M queries, each with its keys in whole tiles.
 
-
-def _attention(launch: Launch, rows: int, keys: float, memory: float) -> Work:
-    """Programs of `rows` queries and, on average, `keys` keys."""
-    c, size = launch.constexprs, _operands(launch)["q"].element_size()
-    stages, width = launch.num_stages or 1, c["BLOCK_D"]
+    Decode divides the keys among SPLITS programs. A tile of prefill sees keys from the window's edge to the diagonal.
+    """
+    t, c, args = _operands(launch), launch.constexprs, launch.args
+    size, rows, width, stages = t["q"].element_size(), c["BLOCK_M"], c["BLOCK_D"], launch.num_stages or 1
+    T, slots, window = args["T"], args["S"], args["window"] if c["WINDOWED"] else 0
+    spans = []
+    if launch.kernel == "attention_decode_kernel":
+        keys = min(slots, window) if window else slots
+        share = keys / max(1, slots)
+        spans.append(math.ceil(keys / (launch.grid or (1,))[0]))
+    else:
+        past = args["C"] if c["CACHED"] else slots - T
+        end, causal = past + T, c["CAUSAL"]
+        share = min(1.0, (window + T) / end) if window and causal else 1.0
+        before, after = (window, 0) if causal else (window // 2 + 1, window // 2)
+        for first in range(past, end, rows):
+            last = min(first + rows, end) - 1
+            high = min(end, last + after + 1) if causal or window else end
+            spans.append(high - (max(0, first - before + 1) if window else 0))
+    spans = [max(0, math.ceil(span / c["BLOCK_N"])) * c["BLOCK_N"] for span in spans]
+    mean = sum(spans) / len(spans)
+    memory = _nbytes(t) - (1 - share) * _nbytes(t, "k", "v", "k_cache", "v_cache")
+    if "cos" in t:  # a row of each table a sequence, and the newest key into the cache
+        memory += 2 * len(t["q"]) * t["cos"][0].nbytes - _nbytes(t, "cos", "sin") + _nbytes(t, "new_k", "new_v")
     return Work(
         memory,
-        _programs(launch),
-        (rows + 2 * keys) * width * size,
-        flops=4 * rows * keys * width,
-        vector=SOFTMAX * rows * keys,
+        math.prod(launch.grid or ()),
+        (rows + 2 * mean) * width * size,
+        flops=4 * rows * mean * width,
+        vector=SOFTMAX * rows * mean,
         shared=(rows + 2 * stages * c["BLOCK_N"]) * width * size,
         values=rows * (width + c["BLOCK_N"] * (1 + size / 4)),
         single=size == 4,
+        longest=max(spans) / mean if mean else 1.0,
     )
 
 
-def _attention_prefill(launch: Launch) -> Work:
-    """Tiles of queries see keys from the window's edge to the diagonal, in whole tiles of keys."""
-    t, c, args = _operands(launch), launch.constexprs, launch.args
-    T, past = args["T"], args["C"] if c["CACHED"] else args["S"] - args["T"]
-    end, window, rows = past + T, args["window"] if c["WINDOWED"] else 0, c["BLOCK_M"]
-    before, after = (window, 0) if c["CAUSAL"] else (window // 2 + 1, window // 2)
-    keys = []
-    for first in range(past, end, rows):
-        last = min(first + rows, end) - 1
-        low = max(0, first - before + 1) if window else 0
-        high = min(end, last + after + 1) if c["CAUSAL"] or window else end
-        keys.append(max(0, math.ceil((high - low) / c["BLOCK_N"])) * c["BLOCK_N"])
-    mean = sum(keys) / len(keys)
-    share = min(1.0, (window + T) / end) if window and c["CAUSAL"] else 1.0
-    key_bytes = sum(t[name].nbytes for name in ("k", "v", "k_cache", "v_cache") if name in t)
-    work = _attention(launch, rows, mean, 2 * t["q"].nbytes + share * key_bytes)
-    return replace(work, longest=max(keys) / mean if mean else 1.0)
-
-
-def _attention_decode(launch: Launch) -> Work:
-    t, c = _operands(launch), launch.constexprs
-    slots, window, splits = launch.args["S"], launch.args["window"], (launch.grid or (1,))[0]
-    keys = min(slots, window) if c["WINDOWED"] else slots
-    span = math.ceil(math.ceil(keys / splits) / c["BLOCK_N"]) * c["BLOCK_N"]
-    memory = _nbytes(t, "k", "v", "cos", "sin") + (t["k"].nbytes + t["v"].nbytes) * keys / max(1, slots)
-    if "cos" in t:  # a row of each table a sequence, and the newest key into the cache
-        memory += 2 * len(t["q"]) * t["cos"][0].nbytes + 2 * t["new_k"].nbytes
-    return _attention(launch, c["BLOCK_M"], span, memory)
-
-
-def _library_product(launch: Launch) -> Work:
-    """torch.mm: its depth is split wherever there are too few tiles for the GPU."""
-    x, weight = launch.args["in_0"], launch.args["in_1"]
-    (T, depth), N, size = x.shape, weight.shape[1], x.element_size()
+def _library(launch: Launch) -> Work:
+    """Count an operation of torch: a pointwise one or a copy in programs of 16 KiB, an arbitrary number; torch.mm in
+    LIBRARY's tiles, its depth split as if there were too few tiles for the GPU."""
+    args = launch.args
+    if launch.kernel != "aten::mm":
+        out = args["out"].nbytes
+        moved = out + sum(min(one.nbytes, out) for name, one in args.items() if name != "out")
+        programs = max(1, math.ceil(moved / 16384))
+        return Work(moved, programs, moved / programs)
+    (T, depth), N, size = args["in_0"].shape, args["in_1"].shape[1], args["in_0"].element_size()
     rows, columns, step = min(LIBRARY[0], max(16, T)), LIBRARY[1], LIBRARY[2]
     programs = math.ceil(T / rows) * math.ceil(N / columns) * math.ceil(depth / step)
     loaded, flops = (rows + columns) * step * size, 2 * rows * columns * step
     return Work(_nbytes(_operands(launch)), programs, loaded, flops, single=size == 4)
 
 
-def _library_stream(launch: Launch) -> Work:
-    """torch's pointwise operations and copies: 16 KiB a program, an arbitrary number."""
-    out = launch.args["out"].nbytes
-    moved = out + sum(min(one.nbytes, out) for name, one in launch.args.items() if name != "out")
-    programs = max(1, math.ceil(moved / 16384))
-    return Work(moved, programs, moved / programs)
-
-
-# torch's own; "arange" and "clamp_" compute positions.
-POINTWISE = ("add", "add_", "mul", "copy_", "clone", "_to_copy", "fill_", "full", "zeros", "zero_", "arange", "clamp_")
+# Operations of torch; "arange" and "clamp_" compute positions.
+LIBRARY_OPS = "mm add add_ mul copy_ clone _to_copy fill_ full zeros zero_ arange clamp_"
+TILED = "linear linear_decode experts_up experts_down experts_up_decode experts_down_decode"
 WORK: dict[str, Callable[[Launch], Work]] = {
-    **dict.fromkeys(("linear_kernel", "linear_decode_kernel"), _linear),
-    **dict.fromkeys(("experts_up_kernel", "experts_down_kernel"), _experts),
-    **dict.fromkeys(("experts_up_decode_kernel", "experts_down_decode_kernel"), _experts_decode),
-    "attention_prefill_kernel": _attention_prefill,
-    "attention_decode_kernel": _attention_decode,
-    "aten::mm": _library_product,
-    **{f"aten::{name}": _library_stream for name in POINTWISE},
+    **{f"{name}_kernel": _product for name in TILED.split()},
+    **{f"attention_{name}_kernel": _attention for name in ("prefill", "decode")},
+    **{f"aten::{name}": _library for name in LIBRARY_OPS.split()},
 }

@@ -53,23 +53,36 @@ def test_no_spill_and_fits_shared_memory(name: str, arch: str, dtype: torch.dtyp
     assert compiled and not [(kernel.fault, kernel) for kernel in compiled if kernel.fault]
 
 
-def faults(name: str, sizes: Any, arch: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, str | None]:
-    """By kernel, of an operation at other sizes than its bench shapes."""
-    launches = collect(replace(OPS[name], bench_shapes=(Shape(sizes),)), arch, [dtype])
-    return {launch.kernel: compile_launch(launch, arch).fault for launch in launches}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("D", [64, 256])
-def test_other_head_sizes(D: int, dtype: torch.dtype) -> None:
-    """Mixtral's is 128, and so it is in the bench shapes; the tiles differ by head size."""
-    shapes = [Shape(sizes) | {"D": D} for sizes in OPS["attention"].bench_shapes if sizes["S"] == 4096]
-    kernels = faults("attention", shapes[0], "sm_90", dtype) | faults("attention", shapes[-1], "sm_90", dtype)
-    assert kernels == dict.fromkeys(("attention_prefill_kernel", "attention_decode_kernel", "attention_combine_kernel"))
-
-
 PROMPT = {"B": 1, "T": 500, "S": 500, "Hq": 32, "Hkv": 8, "D": 128, "window": 0}
 RING = {"C": 4096, "past": 3000, "fresh": True}
+STEP = {"B": 2, "T": 1, "Hq": 8, "Hkv": 2, "C": 4096, "window": 4096, "past": 4095}
+LONG = [sizes for sizes in OPS["attention"].bench_shapes if sizes["S"] == 4096]
+# D and T. Narrower than their tile: an assembler of CUDA 12 crashes where 64 rows or 64 columns meet 128 keys.
+HEADS = [(48, 20), (48, 65), (48, 150), (72, 37), (80, 33), (112, 37), (192, 65)]
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+# Operation, sizes, architecture, dtype.
+Variant = tuple[str, dict[str, Any], str, torch.dtype]
+HEAD_SIZES: list[Variant] = [  # Mixtral's is 128, and so it is in the bench shapes; the tiles differ by head size
+    ("attention", {**sizes, "D": D}, "sm_90", dtype)
+    for D in (64, 256)
+    for dtype in (FP32, BF16)
+    for sizes in (LONG[0], LONG[-1])
+]
+for arch in ("sm_90", "sm_80"):  # keys alone, or with a ring before them; fp16 where it compiles to bf16's code
+    for D, T in HEADS:
+        heads = PROMPT | {"T": T, "S": 4096, "Hq": 4, "Hkv": 2, "D": D}
+        HEAD_SIZES += [
+            ("attention", heads, arch, BF16),
+            ("cached_attention", heads | RING | {"past": 5000}, arch, FP16),
+        ]
+for arch in ("sm_90", "sm_80", "gfx942"):
+    HEAD_SIZES += [("rope_append_attention", STEP | {"D": D}, arch, BF16) for D in (48, 72, 80, 192)]
+
+
+@pytest.mark.parametrize(("name", "sizes", "arch", "dtype"), HEAD_SIZES)
+def test_other_head_sizes(name: str, sizes: Any, arch: str, dtype: torch.dtype) -> None:
+    launches = collect(replace(OPS[name], bench_shapes=(Shape(sizes),)), arch, [dtype])
+    assert launches and not [(launch, fault) for launch in launches if (fault := compile_launch(launch, arch).fault)]
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
@@ -86,28 +99,6 @@ def test_attention_with_no_more_tiles_than_sms(name: str, sizes: Any, rows: int,
     op = replace(OPS[name], bench_shapes=(Shape(PROMPT | sizes),))
     (launch,) = collect(op, arch, [torch.bfloat16])
     assert launch.constexprs["BLOCK_M"] == rows and compile_launch(launch, arch).fault is None
-
-
-# D and T. Narrower than their tile: an assembler of CUDA 12 crashes where 64 rows or 64 columns meet 128 keys.
-HEADS = [(48, 20), (48, 65), (48, 150), (72, 37), (80, 33), (112, 37), (192, 65)]
-
-
-@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
-@pytest.mark.parametrize(("D", "T"), HEADS)
-def test_heads_narrower_than_their_tile(D: int, T: int, arch: str) -> None:
-    """Keys alone or with a ring before them; bf16, and fp16 where both compile to the same tiles' code."""
-    sizes = PROMPT | {"T": T, "S": 4096, "Hq": 4, "Hkv": 2, "D": D}
-    found = faults("attention", sizes, arch)
-    found |= faults("cached_attention", sizes | RING | {"past": 5000}, arch, torch.float16)
-    assert found == {"attention_prefill_kernel": None}
-
-
-@pytest.mark.parametrize("arch", ["sm_90", "sm_80", "gfx942"])
-@pytest.mark.parametrize("D", [48, 72, 80, 192])
-def test_decode_step_of_narrow_heads(D: int, arch: str) -> None:
-    sizes = {"B": 2, "T": 1, "Hq": 8, "Hkv": 2, "D": D, "C": 4096, "window": 4096, "past": 4095}
-    found = faults("rope_append_attention", sizes, arch)
-    assert found and not any(found.values())
 
 
 def prefill(kernel: str, arch: str = "sm_90") -> Launch:
@@ -210,7 +201,7 @@ def test_the_cache_key_is_that_of_triton_s_jit(name: str, arch: str) -> None:
         options, *packed = launch.fn._pack_args(backend, call, *bind(**call))
         again = backend.parse_options(dict(options.__dict__))
         key = offline.get_cache_key(offline.ASTSource(launch.fn, *packed), backend, again, {})
-        job = offline._Job.of(launch, arch, name, None)
+        job = offline._Job.of(launch, arch)
         assert offline.get_cache_key(job.source(), backend, backend.parse_options(job.options), {}) == key
 
 
@@ -234,15 +225,21 @@ def test_each_kernel_once_in_a_fixed_order(own_cache: Path, monkeypatch: pytest.
     assert [row["kernel"] for row in rows] == order
 
 
-def test_the_heaviest_first(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[Launch] = []
+@pytest.fixture
+def started(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """The launches that would be compiled, in order, all in this process; none is."""
+    launches: list[Launch] = []
 
     def note(job: Any) -> Any:
-        started.append(job.launch)
-        return job.failed("not tried")
+        launches.append(job.launch)
+        return job.result(error="not tried")
 
     monkeypatch.setattr(offline, "_attempt", note)
     monkeypatch.setattr(offline, "_KERNELS_PER_WORKER", 1 << 20)
+    return launches
+
+
+def test_the_largest_tiles_are_compiled_first(started: list[Launch]) -> None:
     rows = list(compile_ops(["linear", "attention"], "sm_90", dtypes=[torch.bfloat16]))
     tiles = [math.prod(n for name, n in one.constexprs.items() if name.startswith("BLOCK_")) for one in started]
     assert tiles == sorted(tiles, reverse=True) and tiles[0] > tiles[-1]
@@ -250,13 +247,11 @@ def test_the_heaviest_first(own_cache: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(started) == len(rows) and rows[0].kernel == "linear_decode_kernel"
 
 
-def test_a_kernel_of_two_operations_is_compiled_once(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offline, "_attempt", lambda job: job.failed("not tried"))
-    monkeypatch.setattr(offline, "_KERNELS_PER_WORKER", 1 << 20)
+def test_a_kernel_of_two_operations_is_compiled_once(started: list[Launch]) -> None:
     ops, dtypes = ("sort_by_expert", "expert_swiglu"), [torch.bfloat16]
     alone = [set(offline._kernels([OPS[name]], "sm_90", dtypes, widths=False)) for name in ops]
     both = list(compile_ops(ops, "sm_90", dtypes=dtypes))
-    assert alone[0] & alone[1] and len(both) == len(alone[0] | alone[1])
+    assert alone[0] & alone[1] and len(both) == len(started) == len(alone[0] | alone[1])
 
 
 def test_a_model_of_other_widths_adds_only_other_tiles() -> None:
@@ -284,7 +279,6 @@ def test_a_crash_of_ptxas_is_a_fault_in_its_row(own_cache: Path, monkeypatch: py
     crash.chmod(0o755)
     for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
         monkeypatch.setenv(name, str(crash))
-    monkeypatch.setattr(offline, "_ptxas_knows", lambda number: True)
     faults = {compiled.fault for compiled in compile_ops(["append"], "sm_90")}
     assert faults == {"does not compile: ptxas crashed with SIGSEGV"}
 
@@ -315,7 +309,7 @@ def test_loop_counts_are_cached_while_they_hold(own_cache: Path, monkeypatch: py
 def test_loops_counted_together_are_those_counted_alone(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels disassembled in one go: the jumps of each stay in it."""
     kernels = [compile_launch(prefill(kernel), "sm_90") for kernel in FLOP_PER_INSTRUCTION]
-    together = sass.main_loops([kernel.asm.paths["cubin"] for kernel in kernels], "sm_90")
+    together = sass.main_loops([kernel.stages["cubin"] for kernel in kernels], "sm_90")
     monkeypatch.setattr(sass, "_VERSION", b"another version")
     assert together == [kernel.loops for kernel in kernels]
 
@@ -341,7 +335,7 @@ def test_files_and_json(tmp_path: Path, arch: str, suffixes: set[str]) -> None:
 
 def test_unknown_architecture_or_operation_raises_value_error() -> None:
     with pytest.raises(ValueError, match=r"compile: .*'sm_70'.*sm_90"):
-        compile_ops([], "sm_70")
+        compile_ops(["route"], "sm_70")
     with pytest.raises(ValueError, match=r"compile: .*'sm_70'.*gfx942"):
         collect(OPS["route"], "sm_70")
     with pytest.raises(ValueError, match=r"compile: .*'rout'.*route"):

@@ -95,7 +95,7 @@ def top(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)
-def test_imports_go_one_way(name: str) -> None:
+def test_import_direction(name: str) -> None:
     start = {module for module in MODULES if module == name or module.startswith(f"{name}.")}
     found = reachable(start, GRAPH)
     assert not [other for other in sorted(found) if top(other) in FORBIDDEN[name]]

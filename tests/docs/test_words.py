@@ -16,8 +16,8 @@ FILES = sorted(
 # Forbidden as a whole identifier, with or without leading underscores.
 NAMES = """
     agreed asked asked_for await_earlier begun by_place chain chained choices choosing chosen door few FEW follows Form
-    given go instead joined letters made noted of_first offers one_by_one others own own_way planted put_together rivals
-    run_part seen settled shell SOME spoil spoilt stranger summed surroundings taken_apart told tried trim Truth twin
+    given instead joined letters made noted of_first offers one_by_one others own own_way planted put_together rivals
+    seen settled shell SOME spoil spoilt stranger summed surroundings taken_apart told tried trim Truth twin
     Watch way ways WHOLE whole_text widen with_moved Yardstick
 """
 # Forbidden as a part of an identifier or of a file name.

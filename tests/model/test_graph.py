@@ -1,5 +1,5 @@
-"""The decode loop as a graph. Without a GPU a stand-in (tests/support/stub) captures: what it captured does not run, and a
-replay runs the very operations and launches on the very memory."""
+"""The decode loop as a graph. Without a GPU, tests/support/stub captures: what it captured does not run, and a replay runs
+the same operations and launches on the same memory."""
 
 from __future__ import annotations
 

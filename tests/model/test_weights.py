@@ -242,7 +242,7 @@ def test_overflowing_cast_raises_value_error(tmp_path, stored, wanted, value):
 def test_other_and_mixed_dtypes_raise_value_error(tmp_path, dtype):
     tensors = tensors_of(CONFIG)
     tensors[Q_PROJ] = tensors[Q_PROJ].to(dtype)
-    message = rf"'{Q_PROJ}' is stored as '[FI]\w+'; one of F32, BF16, F16 is|most are BF16, but {Q_PROJ} is F32$"
+    message = rf"'{Q_PROJ}' is stored as '[FI]\w+', needs one of F32, BF16, F16|most are BF16, but {Q_PROJ} is F32$"
     assert_refused(save(tmp_path, tensors, shards=2), message)
 
 
@@ -328,7 +328,7 @@ def test_index_of_other_files_raises_value_error(tmp_path, file):
     file = f"{file}.safetensors" if str(file).endswith("x") else file
     save_file({Q_PROJ: torch.ones(1)}, tmp_path.parent / "x.safetensors")
     weight_map = json.loads((save(tmp_path, tensors_of(CONFIG), shards=2) / INDEX).read_text())["weight_map"]
-    assert_refused(save_index(tmp_path, weight_map | {Q_PROJ: file}), rf"index\.json: '{Q_PROJ}' is in .*(plain|only)")
+    assert_refused(save_index(tmp_path, weight_map | {Q_PROJ: file}), rf"index\.json: '{Q_PROJ}' is in .*plain")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'])
@@ -357,7 +357,7 @@ def test_index_of_a_missing_file_raises_file_not_found_error(tmp_path):
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-1-of-2.bin", "model.pth", "consolidated.00.pt"])
 def test_pickled_weights_raise_value_error(tmp_path, name):
     torch.save(tensors_of(CONFIG), tmp_path / name)
-    assert_refused(tmp_path, rf"{name}: pickle .* safetensors is needed")
+    assert_refused(tmp_path, rf"{name}: pickle .* safetensors")
 
 
 def test_missing_weights_raise_file_not_found_error(tmp_path):

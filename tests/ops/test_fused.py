@@ -1,4 +1,4 @@
-"""Fused operations beside the ones that they are made of."""
+"""Fused operations are compared with the operations that they are made of."""
 
 from __future__ import annotations
 
@@ -8,39 +8,37 @@ import torch
 from mixtral_triton import ops
 from mixtral_triton.kernels.linear import SKINNY_M
 from mixtral_triton.kernels.op import Shape
-from mixtral_triton.kernels.registry import OPS
+from tests.support.calls import copies, inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("T", "deterministic"), [(0, False), (5, False), (5, True), (70, False)])
-def test_experts_with_the_norm_that_follows(
-    T: int, deterministic: bool, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_experts_with_the_next_norm(T: int, deterministic: bool, dtype: torch.dtype, device: torch.device) -> None:
     sizes = {"T": T, "H": 48, "I": 40, "E": 4, "K": 2}
-    args = OPS["experts_add_rms_norm"].inputs(sizes, dtype, device, torch.Generator().manual_seed(0))
+    args = inputs("experts_add_rms_norm", sizes, device, dtype)
     norm = {name: args[name] for name in ("residual", "norm_weight", "eps")}
     layer = {name: value for name, value in args.items() if name not in norm}
     experts = ops.expert_swiglu(**layer, deterministic=deterministic)
     want = ops.rms_norm(experts, norm["norm_weight"], norm["eps"], residual=norm["residual"])
     got = ops.experts_add_rms_norm(**args, deterministic=deterministic)
     assert got[1].equal(want[1])  # the sum is the same operation, element by element
-    # The norm's own sum may be split over a GPU's threads in another way.
+    # A GPU's threads may split the sum of the norm differently.
     assert torch.allclose(got[0], want[0], rtol=2 * torch.finfo(dtype).eps) if T else got[0].shape == (0, 48)
 
 
 @pytest.mark.parametrize("T", [0, 1, 19])
-def test_the_gate_s_route_is_that_of_its_logits(T: int, device: torch.device) -> None:
+def test_gate_route_routes_by_its_logits(T: int, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     x, gate = (torch.randn(n, 64, generator=generator).bfloat16().to(device) for n in (T, 8))
     logits, weights, ids = ops.gate_route(x, gate, 2)
     assert torch.allclose(logits.float(), x.float() @ gate.float().T, rtol=2**-8, atol=1e-3)
-    again = ops.route(logits, 2)
-    assert ids.equal(again[1]) and torch.allclose(weights, again[0], rtol=1e-6)
+    want_weights, want_ids = ops.route(logits, 2)
+    assert ids.equal(want_ids) and torch.allclose(weights, want_weights, rtol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [(), (SKINNY_M,), (SKINNY_M + 1,), (2, 3, 4), (0,)])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_linear_keeps_the_leading_dimensions(rows: tuple[int, ...], deterministic: bool, device: torch.device) -> None:
+def test_linear_keeps_leading_dimensions(rows: tuple[int, ...], deterministic: bool, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(*n, 48, generator=generator).to(device) for n in (rows, (33,)))
     got = ops.linear(x, weight, deterministic)
@@ -58,21 +56,20 @@ def test_linear_keeps_the_leading_dimensions(rows: tuple[int, ...], deterministi
         (64, 5, [0, 4, 5, 63], [0, 1, 1, 1]),
     ],
 )
-def test_a_decode_step_s_attention_is_its_parts(
+def test_attention_of_a_decode_step_equals_its_parts(
     C: int, window: int, past: list[int], new: list[int], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Rotation, append and attention one after the other; a row without a new token is padding, and finite."""
+    """The parts are rotation, append and attention. A row without a new token is padding, and finite."""
     sizes = Shape(B=4, T=1, Hq=4, Hkv=2, D=32, C=C, window=window, past=0)
-    args = OPS["rope_append_attention"].inputs(sizes, dtype, device, torch.Generator().manual_seed(0))
+    args = inputs("rope_append_attention", sizes, device, dtype)
     args |= {"past": torch.tensor(past, device=device), "new": torch.tensor(new, device=device)}
-    apart = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in args.items()}
+    parts = copies(args)
     got = ops.rope_append_attention(**args)
-    q, k = ops.rope(*(apart[name] for name in ("q", "k", "cos", "sin")), apart["past"][:, None])
-    where = [apart[name] for name in ("k_cache", "v_cache", "past", "new")]
-    ops.append(k, apart["v"], *where)
-    want = ops.cached_attention(q, None, None, *where, window)
+    q, k = ops.rope(*(parts[name] for name in ("q", "k", "cos", "sin")), parts["past"][:, None])
+    cache = [parts[name] for name in ("k_cache", "v_cache", "past", "new")]
+    ops.append(k, parts["v"], *cache)
+    want = ops.cached_attention(q, None, None, *cache, window)
     assert got.isfinite().all()
-    close = {"rtol": 0.0, "atol": 2 * torch.finfo(dtype).eps * float(want.abs().max()) + 2e-6}
-    assert torch.allclose(got, want, **close)
-    for name in ("k_cache", "v_cache"):
-        assert torch.allclose(args[name], apart[name], **close)
+    atol = 2 * torch.finfo(dtype).eps * float(want.abs().max()) + 2e-6
+    for a, b in ((got, want), *((args[name], parts[name]) for name in ("k_cache", "v_cache"))):
+        assert torch.allclose(a, b, rtol=0.0, atol=atol)

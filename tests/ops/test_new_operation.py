@@ -1,7 +1,10 @@
-"""A toy operation, added as CONTRIBUTING says, passes what iterates over the registry, and breaks nothing else."""
+"""A toy operation, added to a copy of the repository as CONTRIBUTING.md describes, passes what iterates over the
+registry, and breaks nothing else."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +14,7 @@ import pytest
 from mixtral_triton.kernels.launch import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
-TOY = '''"""swiglu: silu(a) * b. T rows, N columns."""
+TOY = '''"""gated_silu: silu(a) * b. T rows, N columns."""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, sampler
 
 
 @triton.jit
-def swiglu_kernel(
+def gated_silu_kernel(
     a_ptr,  # [T, N]
     b_ptr,  # [T, N]
     y_ptr,  # [T, N] out
@@ -48,16 +51,16 @@ def reference(a: Tensor, b: Tensor) -> Tensor:
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    return {"swiglu_kernel": LaunchConfig({"BLOCK_N": 64}, num_warps=1)}
+    return {"gated_silu_kernel": LaunchConfig({"BLOCK_N": 64}, num_warps=1)}
 
 
-def swiglu(a: Annotated[Tensor, "T N"], b: Annotated[Tensor, "T N"]) -> Annotated[Tensor, "T N"]:
+def gated_silu(a: Annotated[Tensor, "T N"], b: Annotated[Tensor, "T N"]) -> Annotated[Tensor, "T N"]:
     """silu(a) * b."""
     a, b = dense_rows(a), dense_rows(b)
     (T, N), y = a.shape, torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    config = select_configs(configs, {"T": T, "N": N}, a.dtype, a.device)["swiglu_kernel"]
+    config = select_configs(configs, {"T": T, "N": N}, a.dtype, a.device)["gated_silu_kernel"]
     args = {"a_ptr": a, "b_ptr": b, "y_ptr": y, "N": N, "stride_at": a.stride(0), "stride_bt": b.stride(0)}
-    launch(swiglu_kernel, (T, triton.cdiv(N, 64)), args, config)
+    launch(gated_silu_kernel, (T, triton.cdiv(N, 64)), args, config)
     return y
 
 
@@ -71,7 +74,7 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
 
 
 OP = Op(
-    run=swiglu,
+    run=gated_silu,
     reference=reference,
     inputs=inputs,
     configs=configs,
@@ -80,47 +83,53 @@ OP = Op(
     bench_shapes=({"T": 64, "N": 14336},),
 )
 '''
-# Registers the toy operation, as its line in the registry would, before anything iterates over it.
-PLUGIN = """import importlib.util, sys
-import mixtral_triton.kernels.registry as registry
-spec = importlib.util.spec_from_file_location("mixtral_triton.kernels.toy", {file!r})
-toy = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = toy
-spec.loader.exec_module(toy)
-registry.OPS["swiglu"] = toy.OP
+GATES = ("ops/test_registry.py", "ops/test_operators.py", "ops/test_strides.py")
+COMPILED = ("ops/test_plan.py", "compile/test_offline.py", "compile/test_jit.py")
+# Tests of all operations together.
+TOGETHER = ("ops/test_out_of_range.py::test_every_operation_with_a_range_is_listed_here",)
+CODE = """
+import torch
+from mixtral_triton import Mixtral, ops, verify
+from mixtral_triton.cli import SMALL, main
+a, b = torch.randn(2, 3, 5)
+assert torch.equal(ops.gated_silu(a, b), torch.nn.functional.silu(a) * b)
+assert verify(Mixtral.from_pretrained(SMALL)).rows
+assert main(["compile", "gated_silu", "--arch", "sm_90"]) == 0
+assert main(["bench", "gated_silu", "--gpu", "h100", "--sizes", "T=64,N=128"]) == 0
 """
-TESTS = ("ops/test_registry.py", "ops/test_operators.py", "ops/test_strides.py")
-ONCE = ("compile/test_offline.py", "verify/test_verify.py", "compile/test_jit.py")
 
 
-def test_toy_operation_passes_the_gates_of_the_registry(tmp_path: Path) -> None:
-    (tmp_path / "toy.py").write_text(TOY)
-    (tmp_path / "toy_plugin.py").write_text(PLUGIN.format(file=str(tmp_path / "toy.py")))
-    paths = [f"tests/{name}" for name in (TESTS if INTERPRETED else (*TESTS, *ONCE))]
-    # The gates of the toy, and every test that demands something of all operations together.
-    select = "swiglu- or swiglu] or [swiglu or every_operation or right_model or registry"
-    options = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-p", "toy_plugin", "-k", select]
-    code = (
-        f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; import pytest; sys.exit(pytest.main({[*paths, *options]!r}))"
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the repository with the toy operation."""
+    for name in ("kernels", "mixtral_triton", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "kernels" / "gated_silu.py").write_text(TOY)
+    registry = tmp_path / "kernels" / "registry.py"
+    text = registry.read_text().replace(
+        "        attention.STEP_OP,\n", "        attention.STEP_OP,\n        gated_silu.OP,\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    passed = int(done.stdout.rpartition(" passed")[0].rpartition("\n")[2].rpartition(" ")[2] or 0)
-    assert passed >= (5 if INTERPRETED else 10)
+    registry.write_text(text.replace("from . import ", "from . import gated_silu, "))
+    return tmp_path
 
 
-@pytest.mark.skipif(INTERPRETED, reason="runs no kernel: once, without the interpreter")
-def test_verify_and_the_command_line_skip_or_accept_it(tmp_path: Path) -> None:
-    (tmp_path / "toy.py").write_text(TOY)
-    code = PLUGIN.format(file=str(tmp_path / "toy.py")) + (
-        "import torch\n"
-        "from mixtral_triton import Mixtral, ops, verify\n"
-        "from mixtral_triton.cli import SMALL, main\n"
-        "a, b = torch.randn(2, 3, 5)\n"
-        "assert torch.equal(ops.swiglu(a, b), torch.nn.functional.silu(a) * b)\n"
-        "assert verify(Mixtral.from_pretrained(SMALL)).rows\n"
-        "assert main(['compile', 'swiglu', '--arch', 'sm_90']) == 0\n"
-        "assert main(['bench', 'swiglu', '--gpu', 'h100']) == 0\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+def run(folder: Path, *command: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(folder), "TRITON_CACHE_DIR": str(folder / "cache")}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_toy_operation_passes_the_tests_of_every_operation(copy: Path) -> None:
+    options = ("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider")
+    files = [f"tests/{name}" for name in (GATES if INTERPRETED else (*GATES, *COMPILED))]
+    out = run(copy, *options, "-k", "gated_silu", *files)
+    passed = int(out.rpartition(" passed")[0].split()[-1])
+    assert passed >= (10 if INTERPRETED else 20), out
+    run(copy, *options, *[f"tests/{name}" for name in TOGETHER])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles: run once, without the interpreter")
+def test_toy_operation_in_verify_and_the_command_line(copy: Path) -> None:
+    run(copy, "-c", CODE)

@@ -1,9 +1,8 @@
-"""Every operation as a custom operator: compiled, exported, with fake tensors; what a bad call and a gradient get."""
+"""Every operation as a custom operator: compiled, exported, with fake tensors; wrong calls raise ValueError."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from inspect import signature
 from typing import Any
 
@@ -16,9 +15,10 @@ from mixtral_triton import ops
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
+from tests.support.calls import as_tuple, copies, inputs, public, tensors
 
 META = torch.device("meta")
-SIZES: dict[str, Any] = {  # of others, their first test shape
+SIZES: dict[str, Any] = {  # any other operation: its first test shape
     "rms_norm": {"T": 3, "H": 8},
     "add_rms_norm": {"T": 3, "H": 8},
     "embed_rms_norm": {"B": 2, "T": 3, "V": 11, "H": 8, "past": 4},
@@ -35,58 +35,45 @@ SIZES: dict[str, Any] = {  # of others, their first test shape
     "cached_attention": Shape(B=2, T=3, Hq=4, Hkv=2, D=8, C=5, past=4, window=5, fresh=True),
 }
 SIZES |= {name: Shape(op.test_shapes[0]) for name, op in OPS.items() if name not in SIZES}
-traced = pytest.mark.skipif(INTERPRETED, reason="what a graph holds are the operators, whatever runs in them")
+traced = pytest.mark.skipif(INTERPRETED, reason="graphs hold the operators: run once, without the interpreter")
 
 
-def inputs(name: str, device: Any = "cpu", sizes: dict[str, int] | None = None) -> dict[str, Any]:
-    """Of the operator; `ops.rms_norm` takes both "rms_norm" and "add_rms_norm"."""
-    return OPS[name].inputs(sizes or SIZES[name], OPS[name].dtypes[0], device, torch.Generator().manual_seed(0))
-
-
-def public(name: str) -> Callable[..., Any]:
-    return getattr(ops, name.removeprefix("add_"))
-
-
-def results(out: Any) -> tuple[Tensor, ...]:
-    return out if isinstance(out, tuple) else () if out is None else (out,)
-
-
-def copies(args: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in args.items()}
+def make_inputs(name: str, device: Any = "cpu", sizes: Any = None) -> dict[str, Any]:
+    return inputs(name, sizes or SIZES[name], device)
 
 
 def run(function: Callable[..., Any], args: dict[str, Any]) -> tuple[Tensor, ...]:
     """The results of a call on copies, and the copies themselves."""
-    own = copies(args)
-    return results(function(**own)) + tuple(value for value in own.values() if isinstance(value, Tensor))
+    args = copies(args)
+    return as_tuple(function(**args)) + tuple(tensors(args).values())
 
 
-def same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
+def same(got: Iterable[Tensor], want: Iterable[Tensor]) -> bool:
     pairs = zip(got, want, strict=True)
     return all(a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_registered(name: str, device: torch.device) -> None:
-    args, operator = inputs(name, device), getattr(torch.ops.mixtral_triton, name).default
+    args, operator = make_inputs(name, device), getattr(torch.ops.mixtral_triton, name).default
     changed = {a.name for a in operator._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
     assert changed == set(OPS[name].mutates)
     assert same(run(operator, args), run(public(name), args))
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_arguments_by_place_or_by_name(name: str, device: torch.device) -> None:
+def test_positional_and_keyword_arguments_agree(name: str, device: torch.device) -> None:
     args = {key: parameter.default for key, parameter in signature(public(name)).parameters.items()}
-    args |= inputs(name, device)
-    own = copies(args)
-    by_place = results(public(name)(*own.values())) + tuple(x for x in own.values() if isinstance(x, Tensor))
-    assert same(by_place, run(public(name), args))
+    args |= make_inputs(name, device)
+    positional = copies(args)
+    got = as_tuple(public(name)(*positional.values())) + tuple(tensors(positional).values())
+    assert same(got, run(public(name), args))
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.mixtral_triton, name).default, (), inputs(name))
+    torch.library.opcheck(getattr(torch.ops.mixtral_triton, name).default, (), make_inputs(name))
 
 
 def transposed(value: Any) -> Any:
@@ -94,51 +81,45 @@ def transposed(value: Any) -> Any:
     return value.transpose(0, -1).contiguous().transpose(0, -1) if strided else value
 
 
-def steps(x: Tensor) -> list[int]:
-    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+def layout(x: Tensor) -> Any:
+    return x.shape, x.dtype, [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
 
 UNMASKED = ("attention", Shape(B=2, T=3, S=7, Hq=4, Hkv=2, D=8, window=0, causal=False))
 
 
-@pytest.mark.parametrize("layout", (lambda x: x, transposed), ids=("dense", "transposed"))
+@pytest.mark.parametrize("change", (lambda x: x, transposed), ids=("dense", "transposed"))
 @pytest.mark.parametrize(("name", "sizes"), [*SIZES.items(), UNMASKED])
-def test_fake_results_are_laid_out_as_real_ones(
-    name: str, sizes: dict[str, int], layout: Any, device: torch.device
-) -> None:
-    """Compiled code relies on the strides too: a later `.view` is decided by them."""
-    args = inputs(name, device, sizes)
-    args = {key: value if key.endswith("cache") else layout(value) for key, value in args.items()}
-    real = results(public(name)(**args))
+def test_fake_results_have_the_layout_of_real_ones(name: str, sizes: Any, change: Any, device: torch.device) -> None:
+    """Compiled code relies on the strides too, for example in a later `.view`."""
+    args = make_inputs(name, device, sizes)
+    args = {key: value if key.endswith("cache") else change(value) for key, value in args.items()}
+    want = [layout(x) for x in as_tuple(public(name)(**args))]
     with FakeTensorMode() as mode:
-        fake = {key: mode.from_tensor(value) if isinstance(value, Tensor) else value for key, value in args.items()}
-        described = results(public(name)(**fake))
-    on_meta = {key: value.to(META) if isinstance(value, Tensor) else value for key, value in args.items()}
-    for got in (described, results(public(name)(**on_meta))):
-        for a, b in zip(got, real, strict=True):
-            assert (a.shape, a.dtype, steps(a)) == (b.shape, b.dtype, steps(b))
+        fake = public(name)(**args | {key: mode.from_tensor(x) for key, x in tensors(args).items()})
+    meta = public(name)(**args | {key: x.to(META) for key, x in tensors(args).items()})
+    assert [layout(x) for x in as_tuple(fake)] == [layout(x) for x in as_tuple(meta)] == want
 
 
-# compile and export, with sizes of a trace and with free ones
+# torch.compile and torch.export, with static and dynamic sizes
 
 
 class Call(torch.nn.Module):
-    """`ops.<name>` between two other operations, as a part of a graph."""
+    """`ops.<name>` between two other operations of a graph."""
 
-    def __init__(self, name: str, rest: dict[str, Any]) -> None:
+    def __init__(self, name: str, numbers: dict[str, Any]) -> None:
         super().__init__()
-        self.name, self.rest = name, rest
+        self.name, self.numbers = name, numbers
 
-    def forward(self, tensors: dict[str, Tensor]) -> list[Tensor]:
-        tensors = {key: value + 0 for key, value in tensors.items()}
-        out = public(self.name)(**tensors, **self.rest)
-        return [x * 2 for x in (*results(out), *(tensors[key] for key in OPS[self.name].mutates))]
+    def forward(self, args: dict[str, Tensor]) -> list[Tensor]:
+        args = {key: value + 0 for key, value in args.items()}
+        out = public(self.name)(**args, **self.numbers)
+        return [x * 2 for x in (*as_tuple(out), *(args[key] for key in OPS[self.name].mutates))]
 
 
 def graph_call(name: str, device: Any = "cpu") -> tuple[Call, dict[str, Tensor]]:
-    args = inputs(name, device)
-    tensors = {key: value for key, value in args.items() if isinstance(value, Tensor)}
-    return Call(name, {key: value for key, value in args.items() if key not in tensors}), tensors
+    args = make_inputs(name, device)
+    return Call(name, {key: value for key, value in args.items() if not isinstance(value, Tensor)}), tensors(args)
 
 
 @traced
@@ -146,9 +127,9 @@ def graph_call(name: str, device: Any = "cpu") -> tuple[Call, dict[str, Tensor]]
 @pytest.mark.parametrize("name", OPS)
 def test_compile(name: str, dynamic: bool, device: torch.device) -> None:
     torch._dynamo.reset()
-    call, tensors = graph_call(name, device)
+    call, args = graph_call(name, device)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    assert same(tuple(compiled(tensors)), tuple(call(tensors)))
+    assert same(compiled(args), call(args))
 
 
 NUMBERS = [("route", "top_k"), ("gate_route", "top_k"), ("sort_by_expert", "num_experts"), ("attention", "window")]
@@ -156,24 +137,24 @@ NUMBERS = [("route", "top_k"), ("gate_route", "top_k"), ("sort_by_expert", "num_
 
 @traced
 @pytest.mark.parametrize(("name", "argument"), NUMBERS, ids=[case[0] for case in NUMBERS])
-def test_compile_with_a_free_number(name: str, argument: str) -> None:
+def test_compile_with_a_dynamic_number(name: str, argument: str) -> None:
     """The compiler passes a symbol where an argument was another number before."""
-    args = inputs(name)
+    args = make_inputs(name)
     call = torch.compile(lambda number: public(name)(**args | {argument: number}), fullgraph=True, backend="aot_eager")
     for number in (4, 5, 6):
-        assert same(results(call(number)), results(public(name)(**args | {argument: number})))
+        assert same(as_tuple(call(number)), as_tuple(public(name)(**args | {argument: number})))
 
 
 @traced
 @pytest.mark.parametrize("name", OPS)
 def test_export(name: str, device: torch.device) -> None:
-    call, tensors = graph_call(name, device)
-    program = torch.export.export(call, (tensors,))
-    assert same(tuple(program.module()(tensors)), tuple(call(tensors)))
+    call, args = graph_call(name, device)
+    program = torch.export.export(call, (args,))
+    assert same(program.module()(args), call(args))
     assert f"mixtral_triton.{name}" in str(program.graph)
 
 
-FREE = [  # operation, the dimension that is free by argument, other sizes to run with
+DYNAMIC = [  # operation, the dynamic dimension by argument, other sizes to run with
     ("rms_norm", {"x": 0}, {"T": 9}),
     ("add_rms_norm", {"x": 0, "residual": 0}, {"T": 9}),
     ("route", {"logits": 0}, {"T": 11}),
@@ -184,18 +165,17 @@ FREE = [  # operation, the dimension that is free by argument, other sizes to ru
 
 
 @traced
-@pytest.mark.parametrize(("name", "free", "other"), FREE, ids=[case[0] for case in FREE])
-def test_export_with_a_free_size(name: str, free: dict[str, int], other: dict[str, int]) -> None:
-    call, tensors = graph_call(name)
+@pytest.mark.parametrize(("name", "dynamic", "other"), DYNAMIC, ids=[case[0] for case in DYNAMIC])
+def test_export_with_a_dynamic_size(name: str, dynamic: dict[str, int], other: dict[str, int]) -> None:
+    call, args = graph_call(name)
     size = torch.export.Dim("size", min=2, max=100)
-    shapes = {key: {free[key]: size} if key in free else None for key in tensors}
-    program = torch.export.export(call, (tensors,), dynamic_shapes=(shapes,))
-    op = OPS[name]
-    more = {key: x for key, x in op.inputs(SIZES[name] | other, op.dtypes[0], "cpu").items() if key in tensors}
-    assert same(tuple(program.module()(more)), tuple(call(more)))
+    shapes = {key: {dynamic[key]: size} if key in dynamic else None for key in args}
+    program = torch.export.export(call, (args,), dynamic_shapes=(shapes,))
+    more = tensors(OPS[name].inputs(SIZES[name] | other, OPS[name].dtypes[0], "cpu"))
+    assert same(program.module()(more), call(more))
 
 
-# bad calls: (operation, argument, what it is instead, what the message says of it)
+# Wrong calls: operation, argument, its value, what the message says
 
 ones, zeros = torch.ones, torch.zeros
 WRONG: list[tuple[str, str, Any, str]] = [
@@ -251,83 +231,78 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("attention", "lengths", ones(2, dtype=torch.int16), "int16"),
     ("attention", "lengths", [7, 7], "list"),
 ]
-VALUES = [  # read on the CPU only
+VALUES = [  # checked on the CPU only
     ("sort_by_expert", "ids", zeros(7, 2, dtype=torch.int32) + 4, "4"),
     ("expert_swiglu", "ids", zeros(5, 2, dtype=torch.int64) - 1, "-1"),
     ("rope", "positions", zeros(2, 3, dtype=torch.int64) + 9, "9"),
     ("rope", "positions", zeros(2, 3, dtype=torch.int32) - 1, "-1"),
 ]
-TENSORS = [(name, key) for name in OPS for key, value in inputs(name, META).items() if isinstance(value, Tensor)]
+TENSORS = [(name, key) for name in OPS for key in tensors(make_inputs(name, META))]
 
 
-def refused(name: str, args: dict[str, Any], argument: str, got: str) -> None:
+def check_rejected(name: str, args: dict[str, Any], argument: str, got: str) -> None:
     with pytest.raises(ValueError, match=rf"(?s)^{name.removeprefix('add_')}: .*'{argument}'.*({got})"):
         public(name)(**args)
 
 
-@pytest.mark.parametrize("times", (1, 2), ids=("fresh", "after a good call"))
+@pytest.mark.parametrize("cached", (False, True), ids=("first call", "after a right call"))
 @pytest.mark.parametrize(("name", "argument", "value", "got"), WRONG)
-def test_wrong_argument(name: str, argument: str, value: Any, got: str, times: int, device: torch.device) -> None:
-    args = inputs(name, device)
-    if times == 2:  # a check that is remembered must not let the next call pass
+def test_wrong_argument_raises_value_error(
+    name: str, argument: str, value: Any, got: str, cached: bool, device: torch.device
+) -> None:
+    args = make_inputs(name, device)
+    if cached:  # a cached check must not let the next call pass
         public(name)(**args)
-    refused(name, args | {argument: value.to(device) if isinstance(value, Tensor) else value}, argument, got)
+    args[argument] = value.to(device) if isinstance(value, Tensor) else value
+    check_rejected(name, args, argument, got)
 
 
 @pytest.mark.parametrize(("name", "argument", "value", "got"), VALUES)
-def test_value_out_of_range(name: str, argument: str, value: Tensor, got: str) -> None:
+def test_value_out_of_range_raises_value_error(name: str, argument: str, value: Tensor, got: str) -> None:
     for _ in range(2):
-        public(name)(**inputs(name))
-        refused(name, inputs(name) | {argument: value}, argument, got)
+        public(name)(**make_inputs(name))
+        check_rejected(name, make_inputs(name) | {argument: value}, argument, got)
 
 
-def optional(name: str) -> set[str]:
-    arguments = getattr(torch.ops.mixtral_triton, name).default._schema.arguments
-    return {argument.name for argument in arguments if isinstance(argument.type, torch.OptionalType)}
-
-
-@pytest.mark.parametrize("instead", (None, [1.0], 3, "text"), ids=str)
+@pytest.mark.parametrize("value", (None, [1.0], 3, "text"), ids=str)
 @pytest.mark.parametrize(("name", "argument"), TENSORS)
-def test_no_tensor(name: str, argument: str, instead: Any, device: torch.device) -> None:
-    if instead is None and (argument == "residual" or argument in optional(name)):
+def test_argument_that_is_no_tensor_raises_value_error(
+    name: str, argument: str, value: Any, device: torch.device
+) -> None:
+    schema = {one.name: one.type for one in getattr(torch.ops.mixtral_triton, name).default._schema.arguments}
+    if value is None and (argument == "residual" or isinstance(schema[argument], torch.OptionalType)):
         pytest.skip("may be None")
-    refused(name, inputs(name, device) | {argument: instead}, argument, type(instead).__name__)
+    check_rejected(name, make_inputs(name, device) | {argument: value}, argument, type(value).__name__)
 
 
 @pytest.mark.parametrize(("name", "argument"), [case for case in TENSORS if case[0] not in ("route", "sort_by_expert")])
-def test_another_device(name: str, argument: str, device: torch.device) -> None:
-    """One argument on meta: it is named, or the next one is, which is not where the first is."""
-    args = inputs(name, device)
+def test_argument_on_another_device_raises_value_error(name: str, argument: str, device: torch.device) -> None:
+    """The message names the argument on meta, or the next one, which is not where the first is."""
+    args = make_inputs(name, device)
     with pytest.raises(ValueError, match=rf"(?s)^{name.removeprefix('add_')}: argument '.*meta"):
         public(name)(**args | {argument: args[argument].to(META)})
 
 
-# gradients
-
-
 @pytest.mark.parametrize(("name", "argument"), TENSORS)
-def test_backward_is_refused(name: str, argument: str, device: torch.device) -> None:
-    """The forward is what it is without gradients; only the backward is refused."""
-    args = inputs(name, device)
+def test_backward_raises_value_error(name: str, argument: str, device: torch.device) -> None:
+    """The forward of arguments with gradients equals that without; only the backward is rejected."""
+    args = make_inputs(name, device)
     if not args[argument].is_floating_point():
         return
-    own = copies(args) | {argument: args[argument].clone().requires_grad_()}
+    with_gradient = copies(args) | {argument: args[argument].clone().requires_grad_()}
     if OPS[name].mutates:
         with pytest.raises(ValueError, match=f"{name}.*inference only"):
-            public(name)(**own)
+            public(name)(**with_gradient)
         return
-    out = [x for x in results(public(name)(**own)) if x.is_floating_point()]
-    assert same(tuple(x.detach() for x in out), tuple(x for x in run(public(name), args)[: len(out)]))
+    out = [x for x in as_tuple(public(name)(**with_gradient)) if x.is_floating_point()]
+    assert same([x.detach() for x in out], run(public(name), args)[: len(out)])
     with pytest.raises(ValueError, match=f"{name}.*inference only"):
         sum(x.sum() for x in out).backward()
 
 
-DETERMINISTIC = [name for name in SIZES if "deterministic" in inspect.signature(OPS[name].run).parameters]
-
-
-@pytest.mark.parametrize("name", DETERMINISTIC)
-def test_deterministic_is_found_by_name(name: str) -> None:
-    """Also past the checks, where a model calls: on the plain way it is an argument that no reference has."""
-    args = inputs(name) | {"deterministic": True}
-    got, want = (results(function(**copies(args))) for function in (getattr(ops.unchecked, name), public(name)))
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.deterministic_place is not None])
+def test_deterministic_is_also_an_argument_of_unchecked_calls(name: str) -> None:
+    """A model calls operations unchecked; on the torch backend no reference has the argument."""
+    args = make_inputs(name) | {"deterministic": True}
+    got, want = (as_tuple(function(**copies(args))) for function in (getattr(ops.unchecked, name), public(name)))
     assert all(a.equal(b) for a, b in zip(got, want, strict=True))

@@ -1,6 +1,7 @@
-"""Remembered launches: a call alike in all traits launches what the first one did, any other call its own.
+"""The launch cache: a call that differs from an earlier one only in addresses and values is launched from its plan.
 
-On a simulated GPU (tests/support/stub): a plan's launches are held against those of the operation itself."""
+On a simulated GPU (tests/support/stub), a plan's launches are compared with those of the operation.
+"""
 
 from __future__ import annotations
 
@@ -25,23 +26,23 @@ from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from tests.support.stub.driver import LaunchError
-from tests.verify.test_injected_faults import rewritten
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiled kernels: needs a process without TRITON_INTERPRET")
 
-GPU_DEVICE = torch.device("cuda", 0)
 NORM, LINEAR, ATTENTION = OPS["rms_norm"], OPS["linear"], OPS["attention"]
+CALL_KEY = plan.call_key
+GPU_0, GPU_1 = torch.device("cuda", 0), torch.device("cuda", 1)
 
 
-def on_fake_gpu(x: Any, device: torch.device = GPU_DEVICE) -> Any:
+def to_gpu(x: Any, device: torch.device = GPU_0) -> Any:
     return x.to(device) if isinstance(x, (Tensor, QuantizedWeight)) else x
 
 
 def arguments(op: Op[..., Any], sizes: Any, seed: int = 0, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
-    """All of a call, by place, on the GPU."""
+    """All arguments of a call in the order of `run`, on the GPU."""
     dtype = dtype or (torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0])
-    made = op.inputs(sizes, dtype, "cpu", torch.Generator().manual_seed(seed))
-    return tuple(map(on_fake_gpu, op.bind(**made)))
+    args = op.bind(**op.inputs(sizes, dtype, "cpu", torch.Generator().manual_seed(seed)))
+    return tuple(map(to_gpu, args))
 
 
 def tensors(args: tuple[Any, ...]) -> list[Tensor]:
@@ -50,14 +51,14 @@ def tensors(args: tuple[Any, ...]) -> list[Tensor]:
 
 
 def launches(gpu: Any, call: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
-    """What `call(*args)` launched: kernel, grid, and each argument, of a tensor which argument of the call it is, or
-    which of the memory that the call was given."""
-    begin, known = len(gpu.driver.launches), [x.data_ptr() for x in tensors(args)]
+    """Kernel, device, stream, grid, warps and arguments of each launch of `call(*args)`. A tensor is represented by its
+    place among the tensors of the call, or among those that the call allocated."""
+    start, known = len(gpu.driver.launches), [x.data_ptr() for x in tensors(args)]
     fresh: list[int] = []
 
-    def told(x: Any) -> Any:
+    def describe(x: Any) -> Any:
         if isinstance(x, TensorDescriptor):
-            return "descriptor", told(x.base), tuple(x.shape), tuple(x.strides), tuple(x.block_shape), x.padding
+            return "descriptor", describe(x.base), tuple(x.shape), tuple(x.strides), tuple(x.block_shape), x.padding
         if not isinstance(x, Tensor):
             return x
         address = x.data_ptr()
@@ -66,64 +67,61 @@ def launches(gpu: Any, call: Callable[..., Any], args: tuple[Any, ...]) -> list[
         fresh.extend([address] * (address not in fresh))
         return "fresh", fresh.index(address), x.dtype
 
-    kept = call(*args)
+    results = call(*args)  # kept alive, so that no address occurs twice
     found = [
-        (one.kernel, one.device, one.stream, one.grid, one.num_warps, {name: told(x) for name, x in one.args.items()})
-        for one in gpu.driver.launches[begin:]
+        (x.kernel, x.device, x.stream, x.grid, x.num_warps, {name: describe(value) for name, value in x.args.items()})
+        for x in gpu.driver.launches[start:]
     ]
-    del kept
+    del results
     return found
 
 
-def by_plan(op: Op[..., Any]) -> Callable[..., Any]:
+def planned(op: Op[..., Any]) -> Callable[..., Any]:
     return lambda *args: plan.run(op, args)
 
 
-def known() -> int:
-    return sum(one is not None for one in plan._plans.values())
+def count_plans() -> int:
+    return sum(cached is not None for cached in plan._plans.values())
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_a_second_call_launches_what_the_operation_would(name: str, gpu: Any) -> None:
-    """Every operation at all its test shapes, with other tensors: only addresses differ, and they are the new ones."""
+def test_second_call_launches_what_the_operation_would(name: str, gpu: Any) -> None:
+    """The test passes other tensors at all test shapes: only addresses differ, and they are the new ones."""
     gpu.driver.executes, op = False, OPS[name]
     for sizes in op.test_shapes:
         plan.run(op, arguments(op, sizes))
         args = arguments(op, sizes, seed=1)
-        wanted = launches(gpu, op.run, args)
-        with mock.patch.object(plan, "_watched", side_effect=AssertionError("no plan was found")):
-            assert launches(gpu, by_plan(op), args) == wanted, sizes
-    assert 0 < known() == len(plan._plans), "a call that is run each time"
+        want = launches(gpu, op.run, args)
+        with mock.patch.object(plan, "_run_and_record", side_effect=AssertionError("no plan was found")):
+            assert launches(gpu, planned(op), args) == want, sizes
+    assert 0 < count_plans() == len(plan._plans), "a call is not cached"
 
 
 @pytest.mark.parametrize(
     "name", ["rms_norm", "gate_route", "expert_swiglu", "rope_append_attention", "cached_attention"]
 )
-def test_a_second_call_computes_what_the_operation_would(name: str, gpu: Any) -> None:
-    """Kernels executed, results and what is written into caches held bit for bit."""
+def test_second_call_computes_what_the_operation_would(name: str, gpu: Any) -> None:
+    """Results and caches are equal bit for bit."""
     op = OPS[name]
     sizes = op.test_shapes[0]
     plan.run(op, arguments(op, sizes))
     first, second = (arguments(op, sizes, seed=1) for _ in range(2))
-    outs = op.run(*first), plan.run(op, second)
-    assert known() == 1
-    for wanted, got in zip(*(out if isinstance(out, tuple) else (out,) for out in outs), strict=True):
-        assert torch.equal(wanted.held, got.held)
-    for wanted, got in zip(tensors(first), tensors(second), strict=True):
-        assert torch.equal(wanted.held, got.held)
+    outs = [out if isinstance(out, tuple) else (out,) for out in (op.run(*first), plan.run(op, second))]
+    assert count_plans() == 1
+    for want, got in zip((*outs[0], *tensors(first)), (*outs[1], *tensors(second)), strict=True):
+        assert torch.equal(want.held, got.held)
 
 
-def strided(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same rows, farther apart."""
+def with_wider_rows(args: tuple[Any, ...]) -> tuple[Any, ...]:
     x = args[0]
-    return (on_fake_gpu(torch.cat((x.held, x.held), -1))[..., : x.shape[-1]], *args[1:])
+    return (to_gpu(torch.cat((x.held, x.held), -1))[..., : x.shape[-1]], *args[1:])
 
 
-def moved(args: tuple[Any, ...], bytes_on: int = 8) -> tuple[Any, ...]:
-    """The second tensor at an address that is no multiple of 16."""
-    x, gap = args[1].held, bytes_on // args[1].element_size()
+def with_misaligned_tensor(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The second tensor starts 8 bytes behind a multiple of 16."""
+    x, gap = args[1].held, 8 // args[1].element_size()
     memory = torch.zeros(x.numel() + gap, dtype=x.dtype)
-    return (args[0], on_fake_gpu(memory)[gap:].view(x.shape), *args[2:])
+    return (args[0], to_gpu(memory)[gap:].view(x.shape), *args[2:])
 
 
 SIZES: dict[str, Any] = {
@@ -131,129 +129,125 @@ SIZES: dict[str, Any] = {
     "linear": {"T": 4, "H": 64, "N": 64},
     "attention": {"B": 2, "T": 40, "S": 40, "Hq": 4, "Hkv": 2, "D": 64, "window": 0},
 }
+# The first five are in the order of a tensor's elements in the key.
 CHANGES: dict[str, Callable[[Op[..., Any], tuple[Any, ...]], tuple[Any, ...]]] = {
-    "a stride": lambda op, args: strided(args),
-    "an alignment": lambda op, args: moved(args),
-    "a dtype": lambda op, args: arguments(op, SIZES[op.name], dtype=torch.float32),
-    "a device": lambda op, args: tuple(on_fake_gpu(x, torch.device("cuda", 1)) for x in args),
-    "a shape": lambda op, args: (args[0][:, :2] if op is ATTENTION else args[0][:3], *args[1:]),
-    "a number": lambda op, args: (*args[:3], 7, *args[4:]) if op is ATTENTION else (*args[:2], op is LINEAR or 0.5),
-}
-TRAITS = {  # what of a tensor, or of a call, a person would forget
-    "a stride": "x.stride(), ",
-    "an alignment": "x.data_ptr() % _ALIGNMENT",
-    "a dtype": "x.dtype, ",
-    "a device": "x.device, ",
-    "a shape": "x.shape, ",
-    "a number": "(type(x), x)",
+    "shape": lambda op, args: (args[0][:, :2] if op is ATTENTION else args[0][:3], *args[1:]),
+    "stride": lambda op, args: with_wider_rows(args),
+    "dtype": lambda op, args: arguments(op, SIZES[op.name], dtype=torch.float32),
+    "device": lambda op, args: tuple(to_gpu(x, GPU_1) for x in args),
+    "alignment": lambda op, args: with_misaligned_tensor(args),
+    "number": lambda op, args: (*args[:3], 7, *args[4:]) if op is ATTENTION else (*args[:2], op is LINEAR or 0.5),
 }
 
 
-def differs(gpu: Any, op: Op[..., Any], change: str) -> None:
+def check_change(gpu: Any, op: Op[..., Any], change: str) -> None:
     """A call with `change` after the usual one launches what the operation would."""
-    gpu.driver.executes = False
-    args = arguments(op, SIZES[op.name])
+    gpu.driver.executes, args = False, arguments(op, SIZES[op.name])
     plan.run(op, args)
-    others = CHANGES[change](op, args)
-    assert launches(gpu, by_plan(op), others) == launches(gpu, op.run, others)
+    changed = CHANGES[change](op, args)
+    assert launches(gpu, planned(op), changed) == launches(gpu, op.run, changed)
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", SIZES)
-def test_another_trait_is_another_plan(name: str, change: str, gpu: Any) -> None:
-    differs(gpu, OPS[name], change)
+def test_changed_call_has_another_plan(name: str, change: str, gpu: Any) -> None:
+    check_change(gpu, OPS[name], change)
 
 
-@pytest.mark.parametrize("forgotten", TRAITS)
-def test_a_forgotten_trait_is_caught(forgotten: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = TRAITS[forgotten]
-    monkeypatch.setattr(plan, "call_key", rewritten(plan.call_key, old, "()" if old == TRAITS["a number"] else ""))
+@pytest.mark.parametrize("missing", CHANGES)
+def test_incomplete_key_is_caught(missing: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def incomplete(args: Any) -> tuple[Any, ...]:
+        key: list[Any] = []
+        for x in args:
+            parts = list(CALL_KEY((x,)))
+            if isinstance(x, Tensor) and missing != "number":
+                del parts[[*CHANGES].index(missing)]
+            key += parts if isinstance(x, Tensor) or missing != "number" else ()
+        return tuple(key)
+
+    monkeypatch.setattr(plan, "call_key", incomplete)
     with pytest.raises((AssertionError, LaunchError)):
         for name in SIZES:
-            differs(gpu, OPS[name], forgotten)
+            check_change(gpu, OPS[name], missing)
 
 
-def test_arch_and_multiprocessors_are_traits(gpu: Any) -> None:
+def test_arch_and_multiprocessors_are_in_the_key(gpu: Any) -> None:
     gpu.driver.executes, args = False, arguments(ATTENTION, SIZES["attention"] | {"T": 1, "S": 4000})
     plan.run(ATTENTION, args)
     for arch, sms in (("sm_90", 2), ("sm_90", None)):
-        with launch.using_arch(arch, sms):
-            assert launches(gpu, by_plan(ATTENTION), args) == launches(gpu, ATTENTION.run, args)
-    assert known() == 3
+        with launch.launch_context(arch=arch, sms=sms):
+            assert launches(gpu, planned(ATTENTION), args) == launches(gpu, ATTENTION.run, args)
+    assert count_plans() == 3
 
 
-def test_launches_that_are_chosen_or_recorded_are_their_own(gpu: Any) -> None:
+def test_overridden_or_recorded_launches_use_no_plan(gpu: Any) -> None:
     gpu.driver.executes, args = False, arguments(NORM, SIZES["rms_norm"])
     plan.run(NORM, args)
-    chosen = LaunchConfig({"BLOCK_M": 1, "BLOCK_H": 64}, num_warps=2)
-    with launch.override_configs({"rms_norm_kernel": chosen}):
-        assert [one[4] for one in launches(gpu, by_plan(NORM), args)] == [2]
+    override = LaunchConfig({"BLOCK_M": 1, "BLOCK_H": 64}, num_warps=2)
+    with launch.override_configs({"rms_norm_kernel": override}):
+        assert [x[4] for x in launches(gpu, planned(NORM), args)] == [2]
     with record_launches() as records:
         plan.run(NORM, arguments(NORM, SIZES["rms_norm"]))
-    assert [one.kernel for one in records if one.grid] == ["rms_norm_kernel"]
+    assert [x.kernel for x in records if x.grid] == ["rms_norm_kernel"]
 
 
-def test_a_storage_beyond_amd_buffers_is_a_trait_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_beyond_amd_buffers_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(8)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     small = plan.call_key((x,))
-    monkeypatch.setattr(plan, "_SMALL_MOST", 16)
+    monkeypatch.setattr(plan, "_BUFFER_MAX", 16)
     assert plan.call_key((x,)) != small
 
 
 def test_plans_hold_no_memory_and_are_bounded(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu.driver.executes = False
-    monkeypatch.setattr(plan, "PLANS_MOST", 5)
+    monkeypatch.setattr(plan, "PLANS_MAX", 5)
     for T in range(1, 12):
         args = arguments(ATTENTION, SIZES["attention"] | {"T": T, "S": 40 + T})
-        watched = [weakref.ref(x.held) for x in (*tensors(args), plan.run(ATTENTION, args))]
+        references = [weakref.ref(x.held) for x in (*tensors(args), plan.run(ATTENTION, args))]
         assert 1 <= len(plan._plans) <= 5
         gpu.driver.launches.clear()
         del args
         gc.collect()
-        assert not [x for x in watched if x() is not None]
+        assert not [x for x in references if x() is not None]
 
 
-def test_one_tensor_given_twice_is_not_two(gpu: Any) -> None:
-    """Which argument a launch's address is cannot be told then, so that nothing is remembered."""
+def test_tensor_that_is_two_arguments_is_not_cached(gpu: Any) -> None:
+    """Its address does not identify an argument."""
     op, gpu.driver.executes = OPS["add_rms_norm"], False
     args = arguments(op, SIZES["rms_norm"])
     plan.run(op, (args[0], args[0], *args[2:]))
     assert not plan._plans
-    assert launches(gpu, by_plan(op), args) == launches(gpu, op.run, args)
-
-
-def run_each_time(gpu: Any, function: Callable[..., Any]) -> None:
-    op, args = replace(NORM, run=function), arguments(NORM, SIZES["rms_norm"])
-    gpu.driver.executes = False
-    for _ in range(2):
-        assert launches(gpu, by_plan(op), args) == launches(gpu, op.run, args)
-    assert not known()
+    assert launches(gpu, planned(op), args) == launches(gpu, op.run, args)
 
 
 def copies(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return norm.rms_norm(x, weight + 1, eps)
 
 
-def looks_further(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def reads_from_the_second_row(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return norm.rms_norm(x[1:], weight, eps)
 
 
-def gives_its_argument(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def returns_its_argument(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     norm.rms_norm(x, weight, eps)
     return x
 
 
-def zeros_first(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def fills_with_zeros(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return norm.rms_norm(x, torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device), eps)
 
 
-@pytest.mark.parametrize("function", [copies, looks_further, gives_its_argument, zeros_first])
-def test_what_a_plan_cannot_tell_is_run_each_time(function: Any, gpu: Any) -> None:
-    run_each_time(gpu, function)
+@pytest.mark.parametrize("function", [copies, reads_from_the_second_row, returns_its_argument, fills_with_zeros])
+def test_call_that_no_plan_can_repeat_is_not_cached(function: Any, gpu: Any) -> None:
+    op, args = replace(NORM, run=function), arguments(NORM, SIZES["rms_norm"])
+    gpu.driver.executes = False
+    for _ in range(2):
+        assert launches(gpu, planned(op), args) == launches(gpu, op.run, args)
+    assert not count_plans()
 
 
-def test_a_launch_that_is_refused_is_refused_again(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejected_launch_is_rejected_again(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.driver.utils.properties, "shared_memory_per_block_optin", 8)
     gpu.driver.forget()
     for _ in range(2):
@@ -261,36 +255,36 @@ def test_a_launch_that_is_refused_is_refused_again(gpu: Any, monkeypatch: pytest
             plan.run(NORM, arguments(NORM, SIZES["rms_norm"]))
 
 
-def test_a_profiler_sees_remembered_launches(gpu: Any) -> None:
-    gpu.driver.executes, args, seen = False, arguments(NORM, SIZES["rms_norm"]), []
+def test_profiler_sees_planned_launches(gpu: Any) -> None:
+    gpu.driver.executes, args, entered = False, arguments(NORM, SIZES["rms_norm"]), []
     plan.run(NORM, args)
     launcher = type(gpu.driver.launches[0].launcher)
     with (
-        mock.patch.object(knobs.runtime, "launch_enter_hook", seen.append),
-        mock.patch.object(launcher, "__call__", lambda self, *told: told[7](told[6])),
+        mock.patch.object(knobs.runtime, "launch_enter_hook", entered.append),
+        mock.patch.object(launcher, "__call__", lambda self, *args: args[7](args[6])),
     ):
         plan.run(NORM, args)
-    assert [one.get()["name"] for one in seen] == ["rms_norm_kernel"]
+    assert [x.get()["name"] for x in entered] == ["rms_norm_kernel"]
 
 
-def test_a_launch_goes_to_the_gpu_of_its_tensors(gpu: Any) -> None:
+def test_launch_goes_to_the_gpu_of_its_tensors(gpu: Any) -> None:
     gpu.driver.executes = False
-    args = tuple(on_fake_gpu(x, torch.device("cuda", 1)) for x in arguments(NORM, SIZES["rms_norm"]))
+    args = tuple(to_gpu(x, GPU_1) for x in arguments(NORM, SIZES["rms_norm"]))
     for _ in range(2):
-        assert [one[1] for one in launches(gpu, by_plan(NORM), args)] == [1]
-    assert torch.cuda.current_device() == 0 and known() == 1
+        assert [x[1] for x in launches(gpu, planned(NORM), args)] == [1]
+    assert torch.cuda.current_device() == 0 and count_plans() == 1
 
 
-def test_a_stream_of_the_moment_is_launched_on(gpu: Any) -> None:
+def test_launch_goes_to_the_current_stream(gpu: Any) -> None:
     gpu.driver.executes, args = False, arguments(NORM, SIZES["rms_norm"])
     plan.run(NORM, args)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        assert [one[2] for one in launches(gpu, by_plan(NORM), args)] == [stream.cuda_stream]
+        assert [x[2] for x in launches(gpu, planned(NORM), args)] == [stream.cuda_stream]
 
 
-def test_the_public_way_goes_by_plans(gpu: Any) -> None:
+def test_ops_use_plans(gpu: Any) -> None:
     gpu.driver.executes, args = False, arguments(NORM, SIZES["rms_norm"])
     for call in (ops.rms_norm, ops.unchecked.rms_norm):
         call(*args)
-    assert known() == 1
+    assert count_plans() == 1

@@ -1,7 +1,6 @@
-"""No operation minds how its arguments lie in memory: every tensor of every one, in views, against the reference.
+"""Every operation accepts tensors of any layout in memory: views of every argument, compared with the reference.
 
-Each way that an operation goes (the kernels it launches, the tensors it is given) is tried at its smallest test shape,
-made smaller yet.
+Test shapes that launch the same kernels on the same arguments are represented by the smallest one.
 """
 
 from __future__ import annotations
@@ -18,46 +17,48 @@ from mixtral_triton.kernels import launch
 from mixtral_triton.kernels.op import Op, Shape, Sizes
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.tma import tma_can_read
+from tests.support.calls import as_tuple, inputs, public, tensors
 
-Args = dict[str, Any]
-INTERPRET = launch.interpret
-LIMIT = 4e-6  # of the largest value, in fp32
-MOST = {"H": 24, "I": 20, "N": 24, "E": 6, "V": 20, "Hq": 4, "Hkv": 2, "D": 16, "C": 80, "S": 60, "past": 70}
+UNGUARDED = launch.interpret
+TOLERANCE = 4e-6  # of the largest value, in fp32
+LARGEST = {"H": 24, "I": 20, "N": 24, "E": 6, "V": 20, "Hq": 4, "Hkv": 2, "D": 16, "C": 80, "S": 60, "past": 70}
+QUANTIZED = ("weight", "gate_up", "down")
+Layout = Callable[..., Tensor]
 
 
-def tensors(args: Args) -> dict[str, Tensor]:
-    return {name: value for name, value in args.items() if isinstance(value, Tensor)}
-
-
-def ways(op: Op) -> Iterator[Sizes]:
-    """Of the test shapes that launch the same kernels on the same arguments: that with the fewest dimensions of one,
-    which have no stride to get wrong, and the smallest of those."""
+def representative_sizes(op: Op) -> Iterator[Sizes]:
+    """Of each set of kernels and arguments, the sizes with the fewest dimensions of 1, which have no stride."""
     found: dict[Any, list[tuple[int, int, Sizes]]] = {}
     for shape in op.test_shapes:
         sizes = Shape(shape)
-        if len(sizes.as_dict().keys() & {"weight", "gate_up", "down"}) == 0:  # whose groups want their columns
-            sizes |= {letter: min(size, MOST.get(letter, size)) for letter, size in shape.items()}
+        if sizes.as_dict().keys().isdisjoint(QUANTIZED):  # groups of a quantized weight need their columns
+            sizes |= {letter: min(size, LARGEST.get(letter, size)) for letter, size in shape.items()}
         args = op.inputs(sizes, op.dtypes[0], "meta")
         with record_launches() as launches:
             op.run(**args)
-        way = frozenset(one.kernel for one in launches), frozenset(tensors(args))
+        key = frozenset(x.kernel for x in launches), frozenset(tensors(args))
         shapes = [x.shape for x in tensors(args).values()]
         ones, elements = sum(1 in shape for shape in shapes), sum(shape.numel() for shape in shapes)
-        found.setdefault(way, []).append((ones, elements, sizes))
+        found.setdefault(key, []).append((ones, elements, sizes))
     yield from (min(shapes, key=lambda shape: shape[:2])[2] for shapes in found.values())
 
 
-CASES = [(name, sizes) for name, op in OPS.items() for sizes in ways(op)]
+CASES = [
+    pytest.param(name, sizes, id=f"{name}-{number}")
+    for name, op in OPS.items()
+    for number, sizes in enumerate(representative_sizes(op))
+]
 INTEGERS = [
     pytest.param(name, sizes, argument, id=f"{name}-{argument}-{number}")
-    for number, (name, sizes) in enumerate(CASES)
-    for argument, value in tensors(OPS[name].inputs(sizes, OPS[name].dtypes[0], "meta")).items()
+    for number, (name, sizes) in enumerate(case.values for case in CASES)
+    for argument, value in tensors(inputs(name, sizes, "meta")).items()
     if not value.is_floating_point()
 ]
 
 
 def sliced(x: Tensor, last: int = 2) -> Tensor:
-    """Every second element of every dimension; whoever reads the others sees NaN, or a number out of every range."""
+    """Every second element of every dimension; the elements between are NaN, or far out of range."""
     big = torch.full([2 * n + 1 for n in x.shape], float("nan") if x.is_floating_point() else 10**6, device=x.device)
     places = [slice(1, 1 + 2 * n, 2) for n in x.shape[:-1]]
     return big.to(x.dtype)[(*places, slice(1, 1 + last * x.shape[-1], last))].copy_(x)
@@ -71,9 +72,9 @@ def expanded(x: Tensor) -> Tensor:
     return x[:1].expand(x.shape)
 
 
-def laid_out(layout: Callable[..., Tensor], name: str, x: Tensor, written: bool) -> Tensor:
-    """A cache's last dimension stays dense, and one that is written into has no element twice. A gate repeats columns:
-    of experts that are the same a rounding would choose."""
+def change_layout(layout: Layout, name: str, x: Tensor, written: bool) -> Tensor:
+    """A cache keeps a dense last dimension, and no element of a written one is there twice. A gate repeats columns: of
+    equal experts, rounding would select one."""
     if name == "gate" and layout is expanded:
         return x[:, :1].expand(x.shape)
     if not name.endswith("cache"):
@@ -83,27 +84,22 @@ def laid_out(layout: Callable[..., Tensor], name: str, x: Tensor, written: bool)
     return layout(x, 1)
 
 
-def results(function: Callable[..., Any], args: Args, mutates: tuple[str, ...]) -> list[Tensor]:
-    out = function(**args)
-    return [*(out if isinstance(out, tuple) else () if out is None else (out,)), *(args[name] for name in mutates)]
-
-
 def check(name: str, sizes: Sizes, device: Any, change: Callable[[str, Tensor], Tensor]) -> None:
-    """The operation on arguments as `change` lays them out, beside its reference on dense copies of them."""
-    op = OPS[name]
-    args = op.inputs(sizes, op.dtypes[0], device, torch.Generator().manual_seed(0))
+    """Compare the operation on changed arguments with its reference on dense copies of them."""
+    op, args = OPS[name], inputs(name, sizes, device)
     if name == "cached_attention":
-        args["new"] = torch.full_like(args["new"], sizes["T"])  # what stands on padding means nothing
+        args["new"] = torch.full_like(args["new"], sizes["T"])  # results of padding are undefined
     args |= {key: change(key, value) for key, value in tensors(args).items()}
-    dense = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors(args).items()}
-    kept = {key: value.clone() for key, value in dense.items() if key not in op.mutates}
-    wanted = results(op.call_reference, args | dense, op.mutates)
-    for got, want in zip(results(getattr(ops, name.removeprefix("add_")), args, op.mutates), wanted, strict=True):
-        if want.is_floating_point():
-            assert (got - want).abs().max() <= LIMIT * want.abs().max()
+    dense = {key: x.clone(memory_format=torch.contiguous_format) for key, x in tensors(args).items()}
+    before = {key: x.clone() for key, x in dense.items() if key not in op.mutates}
+    want = [*as_tuple(op.call_reference(**args | dense)), *(dense[key] for key in op.mutates)]
+    got = [*as_tuple(public(name)(**args)), *(args[key] for key in op.mutates)]
+    for a, b in zip(got, want, strict=True):
+        if b.is_floating_point():
+            assert (a - b).abs().max() <= TOLERANCE * b.abs().max()
         else:
-            assert torch.equal(got, want)
-    assert all(torch.equal(args[key], value) for key, value in kept.items())
+            assert torch.equal(a, b)
+    assert all(torch.equal(args[key], value) for key, value in before.items())
 
 
 @pytest.mark.parametrize(
@@ -112,32 +108,59 @@ def check(name: str, sizes: Sizes, device: Any, change: Callable[[str, Tensor], 
     ids=("int32 sliced", "int32 expanded", "int64 sliced", "int64 transposed"),
 )
 @pytest.mark.parametrize(("name", "sizes", "argument"), INTEGERS)
-def test_integers(
-    name: str,
-    sizes: Sizes,
-    argument: str,
-    dtype: torch.dtype,
-    layout: Callable[..., Tensor],
-    device: torch.device,
+def test_layout_of_one_integer_argument(
+    name: str, sizes: Sizes, argument: str, dtype: torch.dtype, layout: Layout, device: torch.device
 ) -> None:
-    """One argument at a time."""
     check(name, sizes, device, lambda key, x: layout(x.to(dtype)) if key == argument else x)
 
 
 @pytest.mark.parametrize("layout", (sliced, transposed, expanded))
-@pytest.mark.parametrize(("name", "sizes"), CASES, ids=[f"{name}-{number}" for number, (name, _) in enumerate(CASES)])
-def test_all_at_once(name: str, sizes: Sizes, layout: Callable[..., Tensor], device: torch.device) -> None:
-    check(name, sizes, device, lambda key, x: laid_out(layout, key, x, key in OPS[name].mutates))
+@pytest.mark.parametrize(("name", "sizes"), CASES)
+def test_layout_of_all_arguments(name: str, sizes: Sizes, layout: Layout, device: torch.device) -> None:
+    check(name, sizes, device, lambda key, x: change_layout(layout, key, x, key in OPS[name].mutates))
 
 
-@pytest.mark.parametrize(("name", "sizes"), CASES, ids=[f"{name}-{number}" for number, (name, _) in enumerate(CASES)])
-def test_a_sign_yet_to_be_applied(
-    name: str, sizes: Sizes, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As in the imaginary part of a conjugate, whose memory holds the opposite."""
-    monkeypatch.setattr(launch, "interpret", INTERPRET)  # a guard's copy would have the sign
+@pytest.mark.parametrize(("name", "sizes"), CASES)
+def test_lazy_negation(name: str, sizes: Sizes, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of such a tensor (the imaginary part of a conjugate) holds the opposite of its values."""
+    monkeypatch.setattr(launch, "interpret", UNGUARDED)  # a guard's copy would hold the values
 
     def change(key: str, x: Tensor) -> Tensor:
         return torch._neg_view(-x) if x.is_floating_point() and not key.endswith("cache") else x
 
     check(name, sizes, device, change)
+
+
+def misaligned(x: Tensor) -> Tensor:
+    """The same values one element behind an address that TMA can read, among NaN."""
+    return x.new_full((x.numel() + 8,), float("nan"))[1 : 1 + x.numel()].view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize("names", ["", "q", "k", "v", "kv"])
+def test_attention_of_tensors_that_tma_cannot_read(names: str, device: torch.device) -> None:
+    """There are enough keys for the loop without a mask, and NaN before and behind those that count."""
+    generator = torch.Generator().manual_seed(0)
+    args = {name: torch.randn(1, 300, 1, 16, generator=generator).half().to(device) for name in "qkv"}
+    for name in "kv":
+        args[name][:, :3] = args[name][:, 290:] = float("nan")
+    bounds = {name: torch.tensor([n], device=device) for name, n in (("starts", 3), ("lengths", 290))}
+    want = ops.attention(**args, **bounds)
+    got = ops.attention(**{name: misaligned(x) if name in names else x for name, x in args.items()}, **bounds)
+    assert got.isfinite().all() and got.equal(want)
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_experts_of_weights_that_tma_cannot_read(name: str, device: torch.device) -> None:
+    """There are enough tokens for sorted groups."""
+    args = inputs("expert_swiglu", {"T": 70, "H": 64, "I": 48, "E": 4, "K": 2}, device, torch.float16)
+    want = ops.expert_swiglu(**args)
+    got = ops.expert_swiglu(**args | {name: misaligned(args[name])})
+    assert torch.allclose(got, want, atol=float(want.abs().max()) * 2**-9)
+
+
+def test_tma_can_read() -> None:
+    x = torch.empty(4, 64, dtype=torch.bfloat16)
+    assert tma_can_read(x, "sm_90") and tma_can_read(x[:, 8:40], "sm_100")
+    assert not any(tma_can_read(x, arch) for arch in ("sm_80", "sm_120", "gfx942"))
+    for unreadable in (x.float(), x[:, 1:], x.t(), x[:, :0], x[:1].expand(4, 64), x.new_empty(8, 4)):
+        assert not tma_can_read(unreadable, "sm_90")

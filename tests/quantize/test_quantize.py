@@ -98,7 +98,7 @@ def test_rows_in_pieces_give_the_same_weight(format: str, monkeypatch: pytest.Mo
         ),
         ((normal(4, 96), "int4", 64), "int4 in groups of 64 does not divide 96 columns"),
         ((normal(4, 96), "int4", 48), "group is 48, needs None or one of 128, 64, 32"),
-        ((normal(4, 96), "int8", 32), "group is 32, and int8 has a scale a row: needs None"),
+        ((normal(4, 96), "int8", 32), "group is 32, and int8 has one scale per row: needs None"),
         ((normal(4, 96), "int3"), "format is 'int3', needs one of int4, int8, fp8"),
         ((normal(96), "int8"), r"'tensor' is torch\.float32 \[96\], needs floats \[N, K\]"),
         ((torch.ones(4, 96, dtype=torch.int8), "int8"), r"'tensor' is torch\.int8"),

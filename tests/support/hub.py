@@ -98,17 +98,19 @@ def scales_of(random: Any, *shape: int, dtype: torch.dtype = torch.bfloat16) -> 
     return torch.from_numpy(random.uniform(0.005, 0.02, shape)).to(dtype)
 
 
-def fp8(scale: str = "channel", name: str = "weight_scale", dtype: torch.dtype = torch.bfloat16) -> Packer:
-    """Pack fp8 with a scale per tensor, channel, or block of 128 x 128."""
+def fp8(
+    scale: str = "channel", name: str = "weight_scale", dtype: torch.dtype = torch.bfloat16, rows: int = 128
+) -> Packer:
+    """Pack fp8 with a scale per tensor, channel, or block of rows x 128."""
 
     def pack(N: int, K: int, random: Any) -> tuple[dict[str, Tensor], Tensor]:
         values = torch.from_numpy(random.uniform(-400, 400, (N, K))).to(torch.float8_e4m3fn)
-        shape = {"scalar": (), "tensor": (1,), "channel": (N, 1), "block": (-(-N // 128), K // 128)}[scale]
+        shape = {"scalar": (), "tensor": (1,), "channel": (N, 1), "block": (-(-N // rows), K // 128)}[scale]
         scales = scales_of(random, *shape, dtype=dtype) / 16
         exact = torch.empty(N, K)
         for n in range(N):
             for at in range(0, K, 128):
-                one = {"block": (n // 128, at // 128), "channel": (n, 0)}.get(scale, ())
+                one = {"block": (n // rows, at // 128), "channel": (n, 0)}.get(scale, ())
                 exact[n, at : at + 128] = values[n, at : at + 128].float() * scales[one].float()
         return {"weight": values, name: scales}, exact
 
@@ -215,6 +217,10 @@ LAYOUTS: dict[str, tuple[Packer, dict[str, Any]]] = {
         {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
     ),
 }
+LAYOUTS["fp8 blocks of 48 rows"] = (
+    fp8("block", "weight_scale_inv", torch.float32, rows=48),
+    {"quant_method": "fp8", "weight_block_size": [48, 128]},
+)
 for _group in (128, 64, 32, -1):
     for _zeros in (False, True):
         LAYOUTS[f"ct int4 {_group} {_zeros}"] = (compressed(4, _group, _zeros), pack_config(4, _group, _zeros))

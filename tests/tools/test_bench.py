@@ -46,8 +46,9 @@ def small(name: str, dtype: torch.dtype | None = None) -> Case:
 
 def use_bench(monkeypatch: pytest.MonkeyPatch, device: torch.device = CPU, timer: Any = quick_timer) -> None:
     """Let the command measure on a stand-in for a GPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    if device is CPU:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(Bench, "of", classmethod(lambda cls, current: Bench(device, H100, None, timer, timer)))
 
 

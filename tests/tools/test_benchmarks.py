@@ -1,4 +1,4 @@
-"""`pytest benchmarks/` finds its cases, runs them in plain torch where there is no GPU, and says that it did."""
+"""`pytest benchmarks/` collects its cases, and without a GPU runs them with the torch backend and says so."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ pytestmark = [
 ]
 
 
-def run(*args: str, beside: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """pytest as a user starts it, from the root, and not as another one's worker. `beside`: a folder of plugins."""
+def run(*args: str, plugins: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run pytest as a user does, from the root and not as a worker of another pytest."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(beside), str(ROOT)])
+    environment["PYTHONPATH"] = os.pathsep.join([str(plugins), str(ROOT)])
     command = [sys.executable, "-m", "pytest", "benchmarks/", "-p", "no:cacheprovider", "-p", "no:xdist", *args]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
 
 
-def test_a_few_cases_of_every_kind_run_and_say_where(tmp_path: Path) -> None:
+def test_cases_of_every_kind_run_and_name_the_device(tmp_path: Path) -> None:
     file = tmp_path / "times.json"
     done = run("-q", "-k", "T1-H128 or B1-S64-L1 or rope_append_attention", f"--benchmark-json={file}")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -45,7 +45,7 @@ def test_a_few_cases_of_every_kind_run_and_say_where(tmp_path: Path) -> None:
         assert one["extra_info"]["bytes"] > 0 and one["stats"]["median"] > 0 and one["stats"]["rounds"] == 20
 
 
-def test_every_case_of_the_small_checkpoint_is_collected_and_nothing_else() -> None:
+def test_cases_of_the_small_checkpoint_are_collected() -> None:
     done = run("-q", "--collect-only")
     assert done.returncode == 0, done.stdout + done.stderr
     names = [line.partition("[")[2] for line in done.stdout.splitlines() if line.startswith("benchmarks/bench_ops.py")]
@@ -55,12 +55,12 @@ def test_every_case_of_the_small_checkpoint_is_collected_and_nothing_else() -> N
 
 OFF = """
 from mixtral_triton.tools.bench import measure as bench
-own = bench.our_call
-bench.our_call = lambda case, args: lambda **given: own(case, args)(**given) * 1.1
+correct = bench.our_call
+bench.our_call = lambda case, args: lambda **kwargs: correct(case, args)(**kwargs) * 1.1
 """
 
 
-def test_a_wrong_operation_fails(tmp_path: Path) -> None:
+def test_wrong_operation_fails(tmp_path: Path) -> None:
     (tmp_path / "off_for_benchmarks.py").write_text(OFF)
-    done = run("-q", "-p", "off_for_benchmarks", "-k", "test_op and rms_norm-T1-H128", beside=tmp_path)
+    done = run("-q", "-p", "off_for_benchmarks", "-k", "test_op and rms_norm-T1-H128", plugins=tmp_path)
     assert done.returncode == 1 and "wrong: an error of" in done.stdout, done.stdout

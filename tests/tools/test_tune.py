@@ -134,7 +134,7 @@ def test_an_overridden_config_reaches_the_launch(name: str) -> None:
 
 
 @compiled_only
-def test_spills_shared_memory_and_compile_errors_are_noted() -> None:
+def test_spills_shared_memory_and_compile_errors_have_notes() -> None:
     case = next(case for case in cases(["expert_swiglu"]) if case.sizes["T"] == 4096)
     kernel = "experts_up_kernel"
     config = tune.kernel_configs(case, "sm_90")[kernel][1]

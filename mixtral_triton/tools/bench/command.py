@@ -25,13 +25,13 @@ from rich.console import Console
 
 from ...config import MixtralConfig
 from ...kernels.experts.tiles import DECODE_TOKENS
-from ...kernels.launch import INTERPRETED, using_arch
+from ...kernels.launch import INTERPRETED, launch_context
 from ...kernels.op import Op, Shape, Sizes
 from ...kernels.registry import OPS
 from ...parallel import Ranks
 from ..compiled import as_json, resources_table
 from ..gpus import GPU, RATED, data_sheet
-from ..offline import compile_shapes
+from ..offline import compile_ops
 from ..predict import family_note
 from ..processes import is_first
 from ..scaling import Step, step
@@ -150,7 +150,7 @@ def _print_compiled(as_lines: bool, selected: Sequence[Case], gpu: GPU, out: Con
             out.print("No compiled resources: this process interprets its kernels (TRITON_INTERPRET is set).")
         else:
             with bar(f"compiling for {gpu.arch}", None) as progress:
-                compiled = compile_shapes(_as_ops(launching), gpu.arch, progress=progress.update)
+                compiled = compile_ops(_as_ops(launching), gpu.arch, progress=progress.update)
                 kernels = [{"kind": "kernel", **as_json(kernel)} for kernel in compiled]
         printed, complaint = process.communicate()
     traffic = [json.loads(line) for line in printed.splitlines()]
@@ -293,7 +293,7 @@ def _print_mesh(as_json: bool, rows: Sequence[tuple[Case, Step | None, float | N
 
 
 if __name__ == "__main__":
-    with using_arch(sys.argv[1]):
+    with launch_context(arch=sys.argv[1]):
         for line in count_cases(
             [Case(BENCHED[name], sizes, getattr(torch, dtype)) for name, sizes, dtype in json.loads(sys.argv[2])]
         ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ PREDICTED = (
     "limit: what takes most of what is predicted."
 )
 AXES = {"T": "tokens", "S": "keys", "C": "slots of the cache", "B": "sequences", "H": "width", "N": "columns"}
-MARKERS = {"memory": "o", "matmul": "s"}  # by what sets a floor
+MARKERS = ".os^vDPX*"  # of the floor, ours and each peer
 PANELS_ACROSS = 3
 
 
@@ -125,109 +126,71 @@ def traffic_table(arch: str, lines: Sequence[dict[str, Any]]) -> Table:
 
 def series_of(rows: Sequence[Row]) -> tuple[str, list[list[Row]]]:
     """Return the size over which one operation's rows form the fewest series, and these, each in its order."""
-
-    def series_over(axis: str) -> list[list[Row]]:
-        found: dict[tuple[Any, ...], list[Row]] = {}
+    found = {}
+    for axis in [name for name in AXES if name in rows[0].case.sizes] or list(rows[0].case.sizes)[:1]:
+        series: dict[str, list[Row]] = {}
         for row in sorted(rows, key=lambda row: row.case.sizes[axis]):
-            found.setdefault(tuple(_fixed_sizes(row, axis).items()), []).append(row)
-        return list(found.values())
-
-    axes = [name for name in AXES if name in rows[0].case.sizes] or list(rows[0].case.sizes)[:1]
-    axis = min(axes, key=lambda name: len(series_over(name)))
-    return axis, series_over(axis)
+            series.setdefault(_fixed_sizes(row, axis), []).append(row)
+        found[axis] = list(series.values())
+    axis = min(found, key=lambda axis: len(found[axis]))
+    return axis, found[axis]
 
 
-def _fixed_sizes(row: Row, axis: str) -> dict[str, Any]:
-    """Return the sizes besides `axis`; a prompt's T and S are one size."""
+def _fixed_sizes(row: Row, axis: str, common: Sequence[str] = ()) -> str:
+    """Return the text of the sizes besides `axis` and the `common` ones; a prompt's T and S are one size."""
     sizes = row.case.as_dict()
     varied = {"T", "S"} if axis in "TS" and sizes.get("T") == sizes.get("S") else {axis}
-    return {name: size for name, size in sizes.items() if name not in varied}
+    return sizes_text({name: size for name, size in sizes.items() if name not in {*varied, *common}})
 
 
 def _is_timed(rows: Sequence[Row]) -> bool:
     return any(row.ours.seconds or any(one.seconds for one in row.peers.values()) for row in rows)
 
 
-def _draw_times(axes: Any, x: Sequence[int], rows: Sequence[Row]) -> None:
-    """Draw ours and every peer of these rows; the label of one without a time says why."""
-    for index, name in enumerate(["ours", *dict.fromkeys(name for row in rows for name in row.peers)]):
-        found = [row.ours if name == "ours" else row.peers.get(name, Outcome()) for row in rows]
-        points = [(size, one.seconds * 1e6) for size, one in zip(x, found, strict=True) if one.seconds]
-        verdict = next((one.verdict for one in found if one.verdict not in ("-", "right")), "not timed")
-        label = name if points else f"{name}: {verdict}"
-        axes.plot(*(zip(*points, strict=True) if points else ([], [])), "^-", ms=4, color=f"C{index % 10}", label=label)
-
-
-def _draw_panel(axes: Any, title: str, axis: str, series: Sequence[Sequence[Row]]) -> None:
-    """Draw the floors of one operation's series and, of a single one, its times."""
-    bounds: dict[str, None] = {}
-    common = common_sizes([row for rows in series for row in rows])
-    for index, rows in enumerate(series):
-        x, y = [row.case.sizes[axis] for row in rows], [row.floor_s * 1e6 for row in rows]
-        color = "black" if len(series) == 1 else f"C{index % 10}"
-        differing = {name: size for name, size in _fixed_sizes(rows[0], axis).items() if name not in common}
-        label = f"floor, {sizes_text(differing)}" if len(series) > 1 else "floor"
-        axes.plot(x, y, ("-", "--", ":")[index // 10 % 3], color=color, lw=1, label=label)
-        for row, *point in zip(rows, x, y, strict=True):
-            axes.plot(*point, MARKERS[row.bound], color=color, ms=4)
-            bounds[row.bound] = None
-        if len(series) == 1 and _is_timed(rows):
-            _draw_times(axes, x, rows)
-    for bound in bounds:
-        word = {"memory": "memory", "matmul": "compute"}[bound]
-        axes.plot([], [], MARKERS[bound], color="grey", ms=4, label=f"floor set by {word}")
-    _label(axes, title, f"{axis}, {AXES.get(axis, 'size')}", "time, us")
-
-
-def _draw_roofline(axes: Any, rows: Sequence[Row], gpu: GPU) -> None:
-    """Draw the FLOP/s that were reached over arithmetic intensity."""
-    knee = gpu.matmul / gpu.bandwidth
-    intensity = [row.flops / row.bytes for row in rows]
-    ends = min(*intensity, knee) / 2, knee, max(*intensity, knee) * 4
-    axes.plot(ends, [min(x * gpu.bandwidth, gpu.matmul) for x in ends], color="black", label="floor")
-    for index, name in enumerate(dict.fromkeys(row.case.op.name for row in rows)):
-        points = [
-            (row.flops / row.bytes, row.flops / (row.ours.seconds or 1.0)) for row in rows if row.case.op.name == name
-        ]
-        axes.plot(*zip(*points, strict=True), "os^v"[index // 10 % 4], ms=4, label=name)
-    _label(axes, "roofline: ours", "FLOP / compulsory byte", "FLOP/s")
-
-
-def _label(axes: Any, title: str, x: str, y: str) -> None:
-    """Label both axes, with the legend below them, where it covers nothing."""
+def _draw_panel(axes: Any, axis: str, found: Sequence[Sequence[Row]]) -> None:
+    """Draw the floors of one operation's series and, where timed, ours and the peers."""
+    rows = [row for series in found for row in series]
+    common = common_sizes(rows)
+    for index, series in enumerate(found):
+        label = _fixed_sizes(series[0], axis, list(common)) if len(found) > 1 else ""
+        times: dict[str, list[float | None]] = {
+            "floor": [row.floor_s for row in series],
+            "ours": [row.ours.seconds for row in series],
+        }
+        for name in dict.fromkeys(name for row in series for name in row.peers):
+            times[name] = [row.peers.get(name, Outcome()).seconds for row in series]
+        for at, (name, seconds) in enumerate(times.items()):
+            points = [(row.case.sizes[axis], one * 1e6) for row, one in zip(series, seconds, strict=True) if one]
+            if points:
+                x, y = ([point[place] for point in points] for place in (0, 1))
+                text = f"{name}, {label}".rstrip(", ")
+                axes.plot(x, y, MARKERS[at % len(MARKERS)] + "-", label=text, color=f"C{(index + at) % 10}", ms=4, lw=1)
     axes.set(xscale="log", yscale="log")
-    axes.set_xlabel(x, fontsize=7)
-    axes.set_ylabel(y, fontsize=7)
+    axes.set_xlabel(f"{axis}, {AXES.get(axis, 'size')}", fontsize=7)
+    axes.set_ylabel("time, us", fontsize=7)
     axes.tick_params(labelsize=7, which="both")
+    title = f"{rows[0].case.op.name}, {sizes_text(common)}".rstrip(", ")
     axes.set_title("\n".join(textwrap.wrap(title, 48)), fontsize=8)
     axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(0.0, -0.16), ncols=2, frameon=False)
     axes.grid(alpha=0.2)
 
 
 def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
-    """Return a figure with a panel per operation (per series where timed), after a roofline if anything was timed."""
+    """Return a figure with a panel per operation or, where timed, per series."""
     from matplotlib.figure import Figure
 
-    panels: list[tuple[str, str, list[list[Row]]]] = []
+    panels: list[tuple[str, list[list[Row]]]] = []
     for name in dict.fromkeys(row.case.op.name for row in rows):
         axis, found = series_of([row for row in rows if row.case.op.name == name])
-        timed = any(map(_is_timed, found))
-        for series in [[one] for one in found] if timed else [found]:
-            fixed = [_fixed_sizes(one[0], axis) for one in series]
-            common = dict(item for item in fixed[0].items() if all(item in one.items() for one in fixed))
-            panels.append((f"{name}, {sizes_text(common)}".rstrip(", "), axis, series))
-    reached = [row for row in rows if row.ours.seconds and row.flops]
-    count = max(1, len(panels) + bool(reached))
-    across = min(PANELS_ACROSS, count)
-    down = -(-count // across)
+        panels += [(axis, [series]) for series in found] if _is_timed(rows) else [(axis, found)]
+    across = max(1, min(PANELS_ACROSS, len(panels)))
+    down = -(-max(1, len(panels)) // across)
     figure = Figure(figsize=(4.8 * across, 4.0 * down), layout="constrained")
-    places = iter(figure.subplots(down, across, squeeze=False).flat)
-    if reached:
-        _draw_roofline(next(places), reached, gpu)
-    for panel in panels:
-        _draw_panel(next(places), *panel)
-    for unused in places:
-        unused.set_axis_off()
+    for axes, panel in zip_longest(figure.subplots(down, across, squeeze=False).flat, panels):
+        if panel is None:
+            axes.set_axis_off()
+        else:
+            _draw_panel(axes, *panel)
     note = "" if _is_timed(rows) else "; no time was measured, these are floors"
     figure.suptitle("\n".join(textwrap.wrap(f"{gpu.name}, {gpu.source}{note}", 60 * across)), fontsize=9)
     return figure

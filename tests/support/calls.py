@@ -1,0 +1,43 @@
+"""Calls of operations in tests: their arguments, copies of these, and their results as one list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixtral_triton import ops
+from mixtral_triton.kernels.op import Sizes
+from mixtral_triton.kernels.registry import OPS
+
+Args = dict[str, Any]
+
+
+def inputs(name: str, sizes: Sizes, device: Any = "cpu", dtype: torch.dtype | None = None) -> Args:
+    op = OPS[name]
+    return op.inputs(sizes, dtype or op.dtypes[0], device, torch.Generator().manual_seed(0))
+
+
+def public(name: str) -> Callable[..., Any]:
+    """The function of an operation: `ops.rms_norm` runs both rms_norm and add_rms_norm."""
+    return getattr(ops, name.removeprefix("add_"))
+
+
+def tensors(args: Args) -> dict[str, Tensor]:
+    return {name: value for name, value in args.items() if isinstance(value, Tensor)}
+
+
+def copies(args: Args) -> Args:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in args.items()}
+
+
+def as_tuple(out: Any) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else () if out is None else (out,)
+
+
+def outputs(name: str, function: Callable[..., Any], args: Args) -> list[Tensor]:
+    """Call `function` on copies of `args`; return its results and the caches that the operation writes into."""
+    args = copies(args)
+    return [*as_tuple(function(**args)), *(args[cache] for cache in OPS[name].mutates)]

@@ -1,0 +1,272 @@
+"""The work of launches: compared with costs and interpreted kernels; and the tiles that it makes the fastest."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from mixtral_triton.kernels import linear, reference
+from mixtral_triton.kernels.dispatch import expected_distinct_experts
+from mixtral_triton.kernels.experts import tiles as expert_tiles
+from mixtral_triton.kernels.launch import INTERPRETED, override_configs, tensors
+from mixtral_triton.kernels.op import Launch, LaunchConfig, Shape, Sizes
+from mixtral_triton.kernels.record import record_launches
+from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.tools.bench.cases import cases
+from mixtral_triton.tools.offline import compile_launch
+from mixtral_triton.tools.predict import sm_shared_bytes
+from mixtral_triton.tools.traffic import Traffic, count_traffic
+from mixtral_triton.tools.work import WORK, count_work, row_tiles
+from tests.tools.test_predict import BF16, LARGE, LAYER, Tile, microseconds, recorded, tiles
+
+once = pytest.mark.skipif(INTERPRETED, reason="runs no kernel: once, without TRITON_INTERPRET")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter: needs TRITON_INTERPRET=1")
+
+
+@once
+def test_bytes_of_launches_sum_to_the_operation_s_cost() -> None:
+    """Beyond them lie the partial sums of splits, and x in sorted order."""
+    for case in cases():
+        args = case.inputs(torch.device("meta"))
+        with record_launches() as launches, torch.no_grad():
+            case.op.run(**args)
+        bytes = sum(count_work(launch).memory for launch in launches)
+        assert 0.9999 <= bytes / case.cost().bytes < 1.07, (case.op.name, case.as_dict())
+
+
+@once
+def test_every_launch_of_the_registry_has_work() -> None:
+    for op in OPS.values():
+        for sizes in (*op.test_shapes, *op.bench_shapes):
+            for dtype in op.dtypes:
+                args = op.inputs(sizes, dtype, torch.device("meta"))
+                with record_launches() as launches:
+                    op.run(**args)
+                for launch in launches:
+                    work = count_work(launch)
+                    assert work.memory > 0 and work.programs > 0 and work.loaded > 0
+                    # What multiplies tiles has a formula of its own: it does not stream its tensors.
+                    source = "" if launch.fn is None else launch.fn.src
+                    assert launch.kernel in WORK or ("tl.dot" not in source and "add_products" not in source)
+
+
+@once
+def test_unknown_kernel_raises_value_error() -> None:
+    with pytest.raises(ValueError, match=r"^count_work: kernel is 'new_kernel', needs one .*: .*linear_kernel"):
+        count_work(Launch("new_kernel", (1,)))
+
+
+@once
+@pytest.mark.parametrize(("T", "rows"), [(7, 4), (64, 16), (300, 128)])
+def test_row_tiles_are_those_of_random_routing(T: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.rand(2000, T, 8, generator=generator).argsort(-1)[..., :2].flatten(1)
+    counts = torch.stack([(groups == expert).sum(1) for expert in range(8)])
+    whole = -(-counts // rows)
+    expected = float(whole.sum(0).double().mean())
+    assert row_tiles(T, 2 / 8, 8, rows) == pytest.approx((expected, rows * expected), rel=0.01)
+    tiles = math.ceil(T / rows)
+    assert row_tiles(T, 1.0, 2, rows) == (2 * tiles, 2 * tiles * rows)
+    half = rows // 2
+    issued = whole * rows - half * ((counts % rows > 0) & (counts % rows <= half))
+    heights = (half, rows)
+    assert row_tiles(T, 2 / 8, 8, rows, heights)[1] == pytest.approx(float(issued.sum(0).double().mean()), rel=0.01)
+
+
+COUNTED = [
+    ("linear", Shape(T=128, H=256, N=128, deterministic=True), ("x", "weight"), 1.0),
+    ("linear", Shape(T=16, H=512, N=64), ("x", "weight"), 1.0),
+    ("linear", Shape(T=16, H=512, N=64, weight="int4:128"), ("x", "weight", "scales"), 1.0),
+    ("linear", Shape(T=128, H=512, N=64, weight="int8"), ("x", "weight"), 1.0),
+    ("gate_route", Shape(T=32, H=512, E=16, K=2), ("x", "gate"), 1.0),
+    ("attention", Shape(B=1, T=512, S=512, Hq=2, Hkv=1, D=64, window=0), ("q", "k", "v"), 1.1),
+    ("attention", Shape(B=1, T=512, S=512, Hq=2, Hkv=1, D=64, window=100), ("q", "k", "v"), 1.4),
+    ("attention", Shape(B=2, T=1, S=1024, Hq=16, Hkv=1, D=64, window=0), ("q", "k", "v"), 1.0),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("name", "sizes", "tensors", "most"), COUNTED)
+def test_formulas_match_interpreted_kernels(name: str, sizes: Shape, tensors: tuple[str, ...], most: float) -> None:
+    """Exactly where tiles are full; of attention keys outside the mask are in the formula and not in the count."""
+    args = OPS[name].inputs(sizes, BF16, "cpu", torch.Generator().manual_seed(0))
+    with count_traffic() as traffic, record_launches() as launches:
+        OPS[name].run(**args)
+    work, kernel = count_work(launches[0]), traffic.kernels[0]
+    loaded = sum(argument.loaded for key, argument in kernel.arguments.items() if key in tensors)
+    assert 1.0 <= work.programs * work.loaded / loaded <= most
+    assert kernel.flops <= work.programs * work.flops <= most * kernel.flops
+
+
+def run_experts(ids: torch.Tensor, E: int, **sizes: int) -> tuple[dict[str, Any], Any, Traffic, list[Launch]]:
+    """Interpret the expert layer with these routes -> its arguments, result, traffic and launches."""
+    shape = Shape(sizes, T=len(ids), E=E, K=ids.shape[1])
+    args = OPS["expert_swiglu"].inputs(shape, BF16, "cpu", torch.Generator().manual_seed(1)) | {"ids": ids}
+    with count_traffic() as traffic, record_launches() as launches:
+        out = OPS["expert_swiglu"].run(**args)
+    return args, out, traffic, [launch for launch in launches if launch.grid]
+
+
+@interpreted
+@pytest.mark.parametrize("T", [64, 960])
+def test_expert_formulas_match_interpreted_kernels(T: int) -> None:
+    """Even routes, as the formulas expect of random ones."""
+    *_, traffic, launches = run_experts(torch.arange(2 * T, dtype=torch.int32).view(T, 2) % 8, 8, H=256, I=256)
+    checked = 0
+    for launch, kernel in zip(launches, traffic.kernels, strict=True):
+        if launch.kernel.startswith(("experts_up", "experts_down")):
+            names, work = {"x", "h", "short", "gate_up", "down"}, count_work(launch)
+            loaded = sum(one.loaded for name, one in kernel.arguments.items() if name in names)
+            assert work.programs * work.loaded == pytest.approx(loaded, rel=0.1)
+            assert work.programs * work.flops == pytest.approx(kernel.flops, rel=0.1)
+            checked += 1
+    assert checked == 2
+
+
+GROUPS = (0, 1, 64, 65, 128, 129, 192, 193, 257, 330, 384)  # rows of an expert: short, upper part, whole, and more
+
+
+@interpreted
+@pytest.mark.parametrize("block_m", [128, 192])
+def test_last_tiles_of_every_height(block_m: int) -> None:
+    """A group's last tile rounds up to 64 rows, or to 128 where they fit a tile's upper part; results are right."""
+    ids = torch.repeat_interleave(torch.arange(len(GROUPS)), torch.tensor(GROUPS)).int()
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))][:, None]
+    with override_configs(tiles((block_m, 32, 64, 8, 4), 64)):
+        args, got, traffic, _ = run_experts(ids, len(GROUPS), H=64, I=48)
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in args.items()}
+    exact, plain = reference.expert_swiglu(**wide), reference.expert_swiglu(**args)
+    error, allowed = ((x.double() - exact).abs().max() for x in (got, plain))
+    assert error <= 2 * allowed
+    rows = sum(-(-group // 64) * 64 for group in GROUPS)  # for tiles of 128 and 192 alike
+    assert traffic.flops == rows * 2 * (64 * 96 + 64 * 64)  # H x 2I, and I in a depth of 64 x H
+
+
+@once
+@pytest.mark.parametrize(
+    ("name", "sizes", "kernel", "waste"),
+    [
+        ("linear", Shape(T=4, H=4096, N=4096), "linear_decode_kernel", {"BLOCK_N": 128}),
+        ("linear", Shape(T=4096, H=4096, N=4096, deterministic=True), "linear_kernel", {"BLOCK_N": 32}),
+        ("expert_swiglu", LAYER | {"T": 2048}, "experts_down_kernel", {"BLOCK_M": 32, "SHORT_M": 0}),
+        ("attention", Shape(B=1, T=4096, S=4096, Hq=32, Hkv=8, D=128, window=64), "attention_prefill_kernel",
+         {"BLOCK_M": 256}),
+    ],
+)  # fmt: skip
+def test_more_padding_or_a_smaller_tile_takes_longer(
+    name: str, sizes: Sizes, kernel: str, waste: dict[str, int]
+) -> None:
+    selected = next(launch for launch in recorded(name, sizes) if launch.kernel == kernel)
+    tile = {key: size for key, size in selected.constexprs.items() if key.startswith(("BLOCK", "SHORT", "GROUP_M"))}
+    config = LaunchConfig({**tile, **waste}, selected.num_warps or 4, selected.num_stages or 1)
+    assert microseconds(name, sizes, **{kernel: config}) > 1.05 * microseconds(name, sizes)
+
+
+@once
+@pytest.mark.parametrize("format", ["int4:128", None])
+def test_padding_of_few_rows_is_multiplied_and_not_loaded(format: str | None) -> None:
+    one, many = (count_work(recorded("linear", Shape(T=T, H=512, N=64, weight=format))[0]) for T in (1, 4))
+    assert many.loaded - one.loaded == 3 * 512 * 2 and many.flops == one.flops
+
+
+@once
+@pytest.mark.parametrize(
+    ("B", "T", "rows"), [(1, 128, 64), (1, 500, 64), (1, 1024, 128), (8, 512, 128), (1, 8192, 128)]
+)
+def test_attention_uses_the_faster_of_two_tiles(B: int, T: int, rows: int) -> None:
+    """Two small programs an SM hide each other's softmax, and read the keys twice as often."""
+    sizes = Shape(B=B, T=T, S=T, Hq=32, Hkv=8, D=128, window=0)
+    (launch,) = recorded("attention", sizes)
+    configs = {m: LaunchConfig({"BLOCK_M": m, "BLOCK_N": 128, "BLOCK_D": 128}, m // 16, m // 64) for m in (64, 128)}
+    times = {m: microseconds("attention", sizes, attention_prefill_kernel=config) for m, config in configs.items()}
+    assert launch.constexprs["BLOCK_M"] == rows == min(times, key=lambda m: times[m])
+
+
+TALL: Tile = (192, 256, 64, 8, 4)
+
+
+@once
+@pytest.mark.parametrize("T", [128, 256, 384, 512, 1024, 1536, 4096])
+@pytest.mark.parametrize("width", [(4096, 14336), (6144, 16384)])
+def test_prefill_uses_the_best_of_three_tiles(T: int, width: tuple[int, int]) -> None:
+    sizes = LAYER | {"T": T, "H": width[0], "I": width[1]}
+    times = [microseconds("expert_swiglu", sizes, **tiles((64, 128, 64, 4, 4)))]
+    times += [microseconds("expert_swiglu", sizes, **tiles(tile, 64)) for tile in (LARGE, TALL)]
+    assert microseconds("expert_swiglu", sizes) <= 1.005 * min(times)
+
+
+@once
+def test_a_whole_last_tile_takes_longer() -> None:
+    """A group of 160 rows on average: 128 and 64, or twice 128."""
+    sizes = LAYER | {"T": 640}
+    short, whole = (microseconds("expert_swiglu", sizes, **tiles(LARGE, rows)) for rows in (64, 0))
+    assert whole > 1.05 * short
+
+
+@once
+def test_x_is_gathered_where_tma_reads_it() -> None:
+    """Elsewhere a sort without x: by pointers, of quantized weights, on GPUs without TMA, and in fp32."""
+    layer = LAYER | {"T": 512}
+    for arch, sizes, dtype, gathered in (
+        ("sm_90", layer, BF16, True),
+        ("sm_100", layer, BF16, True),
+        ("sm_90", layer | {"by_pointers": True}, BF16, False),
+        ("sm_90", layer | {"gate_up": "int8", "down": "int8"}, BF16, False),
+        ("sm_80", layer, BF16, False),
+        ("gfx942", layer, BF16, False),
+        ("sm_90", layer, torch.float32, False),
+    ):
+        assert ("gather_by_expert_kernel" in expert_tiles.configs(sizes, dtype, arch)) == gathered, (arch, sizes, dtype)
+
+
+# By how few rows: bytes from L2 for each byte of a weight.
+A_WEIGHT_BYTE = {1: 1.3, 4: 1.3, 9: 1.3, 16: 1.3, 17: 1.5, 32: 1.5, 64: 1.5}
+
+
+@once
+@pytest.mark.parametrize("T", A_WEIGHT_BYTE)
+@pytest.mark.parametrize(("H", "I", "N"), [(4096, 14336, 6144), (6144, 16384, 8192)])
+def test_decode_loads_little_more_than_its_weights_from_l2(
+    T: int, H: int, I: int, N: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where routing is uniform; the gate's by the program, each of which reads it whole."""
+    monkeypatch.setattr(linear, "use_skinny_kernel", lambda *sizes: True)
+    layer = Shape(T=T, H=H, I=I, N=N, E=8, K=2)
+    for name in ("linear", "expert_swiglu", "gate_route", "rms_norm_gate_route"):
+        for launch in recorded(name, layer):
+            operands = {key.removesuffix("_ptr"): one for key, one in tensors(dict(launch.args)).items()}
+            weight = next((operands[key] for key in ("gate", "weight", "gate_up", "down") if key in operands), None)
+            if weight is None:  # the experts' combine
+                continue
+            share = expected_distinct_experts(T, 2 / 8, 8) / 8 if name == "expert_swiglu" else 1.0
+            programs = 1 if "gate" in operands else count_work(launch).programs
+            weight_bytes = weight.nbytes + operands["norm"].nbytes if "norm" in operands else weight.nbytes
+            assert programs * count_work(launch).loaded / (weight_bytes * share) <= A_WEIGHT_BYTE[T], (launch.kernel, T)
+
+
+@once
+def test_two_programs_of_32_tokens_fit_an_sm() -> None:
+    for launch in recorded("expert_swiglu", LAYER | {"T": 32})[:2]:
+        assert 2 * count_work(launch).shared < sm_shared_bytes("sm_90")
+
+
+# Thread instructions that a byte of a dense weight may cost, of which an H200 has 6.0 to spare and a B200 4.4.
+A_BYTE = 2.5
+
+
+@once
+@pytest.mark.parametrize("T", [1, 9, 16, 32, 64])
+def test_masks_cost_few_instructions(T: int, monkeypatch: pytest.MonkeyPatch, covers: Any) -> None:
+    monkeypatch.setattr(linear, "use_skinny_kernel", lambda *sizes: True)
+    for name in ("linear", "expert_swiglu"):
+        for launch in recorded(name, LAYER | {"T": T, "N": 6144}):
+            if "decode" not in launch.kernel:
+                continue
+            rows = launch.constexprs["BLOCK_N"] * (2 if "_up_" in launch.kernel else 1)
+            (loop,) = compile_launch(launch, "sm_90").loops
+            figure = loop.instructions_a_byte(launch.num_warps or 0, rows * launch.constexprs["BLOCK_K"] * 2)
+            assert figure <= A_BYTE and not loop.spills, (launch.kernel, figure)
+            covers("main loops", f"{launch.kernel}, T {T}: {figure:.2f} thread instructions a byte (bound {A_BYTE})")
