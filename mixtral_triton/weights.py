@@ -253,13 +253,17 @@ def fill(
     """Read each tensor that has a target into its parameter, file by file."""
     # Inside a caller's `with torch.device("meta")`, safetensors would return meta tensors: hence the second context.
     with torch.no_grad(), torch.device("cpu"):
-        for file, items in itertools.groupby(tensors.items(), key=lambda item: item[1].file):
+        for file, items in itertools.groupby(sorted(tensors.items(), key=_file), _file):
             with opened_file(file) as opened:
                 for name, stored in items:
                     target = targets.get(name)
                     if target and target.is_kept and parameters[target.parameter].device.type != "meta":
                         destination = parameters[target.parameter][target.index]
                         _fill(opened.get_slice(name), name, stored, target, destination, progress, quantizer)
+
+
+def _file(item: tuple[str, Stored]) -> Path:
+    return item[1].file
 
 
 def _fill(

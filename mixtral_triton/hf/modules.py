@@ -25,7 +25,6 @@ from .mask import CACHE, NAME, PAGED, causal_mask
 
 PARTS = "_mixtral_triton"  # attribute of each module of these classes: the instance's Parts
 SILU = nn.SiLU, type(ACT2FN["silu"])
-LAYOUT = 2  # of an applied model's pickle
 ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds", "use_cache")  # MixtralModel's
 
 
@@ -53,16 +52,11 @@ class Applied:
         return cls.theirs(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return rebuild, (LAYOUT, self.theirs), *super().__reduce_ex__(protocol)[2:]
+        return rebuild, (self.theirs,), *super().__reduce_ex__(protocol)[2:]
 
 
-def rebuild(layout: int, kind: Any) -> Any:
+def rebuild(kind: Any) -> Any:
     """For pickle: an instance of what `kind` of transformers' becomes, without a state."""
-    if layout != LAYOUT:
-        raise ValueError(
-            "mixtral_triton: this model was applied and pickled by another version of the package: load its folder "
-            "with from_pretrained and apply again, or unpickle it with that version and call revert(model) first"
-        )
     return Applied.__new__(applied_class(kind))
 
 

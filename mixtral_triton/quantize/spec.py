@@ -30,17 +30,18 @@ class QuantSpec:
         """Return what `quantize` produces: int4 in groups with bf16 scales; int8 and fp8 with an fp32 scale per row."""
         if format not in BITS:
             raise ValueError(f"quantize: format is {format!r}, needs one of {', '.join(FORMATS)}")
-        if format != "int4":
-            if group not in (None, K):
-                raise ValueError(f"quantize: group is {group!r}, and {format} has one scale per row: needs None")
-            return cls(format, K, SCALES[format])
-        if group is not None and group not in GROUPS:
-            raise ValueError(f"quantize: group is {group!r}, needs None or one of {', '.join(map(str, GROUPS))}")
-        fits = next((one for one in ((group,) if group else GROUPS) if K % one == 0), None)
-        if fits is None:
-            groups = f"groups of {group}" if group else "groups of 128, 64 or 32"
-            raise ValueError(f"quantize: int4 in {groups} does not divide {K} columns; int8 and fp8 take any number")
-        return cls(format, fits, SCALES[format])
+        groups = GROUPS if format == "int4" else (K,)
+        if group is not None and group not in groups:
+            needs = ", ".join(map(str, groups))
+            raise ValueError(f"quantize: group is {group!r}, needs None or one of {needs} for {format}")
+        groups = groups if group is None else (group,)
+        size = next((size for size in groups if K % size == 0), None)
+        if size is None:
+            needs = " or ".join(map(str, groups))
+            raise ValueError(
+                f"quantize: int4 needs groups of {needs} that divide {K} columns; int8 and fp8 take any number"
+            )
+        return cls(format, size, SCALES[format])
 
     def empty(self, shape: tuple[int, ...], device: Any) -> QuantizedWeight:
         """Return a weight of `shape` with unset values."""
@@ -63,11 +64,8 @@ def select_specs(weights: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     if weights is None:
         return {}
     wanted = {"experts": weights} if isinstance(weights, str) else weights
-    if (
-        not isinstance(wanted, Mapping)
-        or not wanted
-        or not all(part in PARTS and isinstance(format, str) and format in FORMATS for part, format in wanted.items())
-    ):
+    known = isinstance(wanted, Mapping) and all(PARTS.get(part) and wanted[part] in FORMATS for part in wanted)
+    if not wanted or not known:
         raise ValueError(f"Mixtral.from_pretrained: weights is {weights!r}, needs {ALLOWED}")
     formats = {name: format for part, format in wanted.items() for name in PARTS[part]}
     specs: dict[str, QuantSpec] = {}

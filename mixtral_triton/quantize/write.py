@@ -6,13 +6,15 @@ int4 and int8: pack-quantized. fp8: float-quantized, for engines that also quant
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from .. import weights
 from ..config import MixtralConfig, parse_json_object
 from ..inputs import usable_device
-from ..weights import Stored
+from ..weights import Target
 from . import hub
 from .quantizers import encode, pieces
 from .spec import FORMATS, QuantSpec, select_specs
@@ -56,17 +58,20 @@ def write(
     group = min(spec.group for spec in specs.values())
     if format == "int4":  # compressed-tensors has one group size for all
         specs = {name: replace(spec, group=group) for name, spec in specs.items()}
-    shards: dict[Path, dict[str, Stored]] = {}
-    for name, stored in headers.tensors.items():
-        shards.setdefault(stored.file, {})[name] = stored
     total, files = 0, dict[str, str]()
     with torch.no_grad(), torch.device("cpu"), _new_folder(Path(out)) as to:
-        for source, names in shards.items():
+        for source, items in itertools.groupby(headers.tensors.items(), key=lambda item: item[1].file):
             tensors: dict[str, Tensor] = {}
             with weights.opened_file(source) as opened:
-                for name, stored in names.items():
-                    spec = specs.get(targets[name].parameter) if name in targets else None
-                    tensors |= _convert(opened, name, stored, spec, config.intermediate_size, place, progress)
+                for name, _ in items:
+                    read = partial(_read, opened.get_slice(name), f"{source}: {name}", progress)
+                    target = targets.get(name)  # None: a tied head
+                    if target is not None and target.parameter in specs:
+                        for linear, index in _linears(name, target, config).items():
+                            parts = _quantize(read, index, target.shape[-1], specs[target.parameter], place)
+                            tensors |= {f"{linear}.{part}": tensor for part, tensor in parts.items()}
+                    else:
+                        tensors[name.replace(".mlp.gate.", ".block_sparse_moe.gate.")] = read(slice(None))
             with _error_names(to / source.name):
                 save_file(tensors, to / source.name, metadata={"format": "pt"})
             total += sum(tensor.nbytes for tensor in tensors.values())
@@ -107,60 +112,44 @@ def _error_names(path: Path) -> Iterator[None]:
         raise
 
 
-def _convert(
-    opened: Any,
-    name: str,
-    stored: Stored,
-    spec: QuantSpec | None,
-    inner: int,
-    device: torch.device,
-    progress: weights.Progress,
-) -> dict[str, Tensor]:
-    """Return the tensors that replace a stored one: itself, or codes, scales and shape of each linear in it."""
-    if spec is None:
-        tensor = _finite(opened.get_tensor(name), name, stored, progress)
-        return {name.replace(".mlp.gate.", ".block_sparse_moe.gate."): tensor}
-    found: dict[str, Tensor] = {}
-    for linear, index, rows in _linears(name, stored, inner):
-        N, K = rows.stop - rows.start, stored.shape[-1]
-        parts = []
-        for piece in pieces(N, K, device):
-            at = slice(rows.start + piece.start, rows.start + piece.stop)
-            part = opened.get_slice(name)[index + (at,)]  # noqa: RUF005 (Python 3.10)
-            x = _finite(part.view(-1, K), name, stored, progress)
-            codes, scales = (part.cpu() for part in encode(x.to(device), spec.format, spec.group))
-            parts.append((_pack(codes, spec.format), scales.to(spec.scales)))
-        codes, scales = map(torch.cat, zip(*parts, strict=True))
-        found[f"{linear}.weight_scale"] = scales
-        if spec.format == "fp8":
-            found[f"{linear}.weight"] = codes.view(torch.float8_e4m3fn)
-        else:
-            found[f"{linear}.weight_packed"] = codes.view(torch.int32)
-            found[f"{linear}.weight_shape"] = torch.tensor([N, K])
-    return found
-
-
-def _linears(name: str, stored: Stored, inner: int) -> Iterator[tuple[str, tuple[slice, ...], slice]]:
-    """Yield the linears in a tensor of experts: the name, the expert's index, and the rows of each."""
-    if len(stored.shape) == 2:
-        yield name.removesuffix(".weight"), (), slice(0, stored.shape[0])
-        return
-    experts = f"{name.partition('.mlp.')[0]}.block_sparse_moe.experts"
-    for expert in range(stored.shape[0]):
-        index = (slice(expert, expert + 1),)
-        if name.endswith("down_proj"):
-            yield f"{experts}.{expert}.w2", index, slice(0, stored.shape[1])
-        else:
-            yield f"{experts}.{expert}.w1", index, slice(0, inner)
-            yield f"{experts}.{expert}.w3", index, slice(inner, 2 * inner)
-
-
-def _finite(x: Tensor, name: str, stored: Stored, progress: weights.Progress) -> Tensor:
+def _read(part: Any, name: str, progress: weights.Progress, index: Any) -> Tensor:
+    """Read a part of a stored tensor; ValueError unless it is finite."""
+    x = part[index]
     if not torch.isfinite(x).all():
-        raise ValueError(f"{stored.file}: {name} is not finite everywhere: this file is damaged")
+        raise ValueError(f"{name} is not finite everywhere: this file is damaged")
     if progress:
         progress(x.nbytes)
     return x
+
+
+def _linears(name: str, target: Target, config: MixtralConfig) -> dict[str, tuple[slice, ...]]:
+    """Return the names of the linears in a stored tensor of experts, and the index of each: its expert and its rows."""
+    if len(target.shape) == 2:
+        return {name.removesuffix(".weight"): (slice(0, target.shape[0]),)}
+    found = {}
+    for linear, source in weights.table(config, "per_expert").items():
+        if source.parameter == target.parameter:
+            expert, *rows = source.index
+            index = slice(expert, expert + 1), *(rows or (slice(0, source.shape[0]),))  # type: ignore[operator]
+            found[linear.removesuffix(".weight")] = index
+    return found
+
+
+def _quantize(
+    read: Callable[[Any], Tensor], index: tuple[slice, ...], K: int, spec: QuantSpec, device: torch.device
+) -> dict[str, Tensor]:
+    """Return codes, scales and shape of the linear at `index` of a stored tensor, quantized some rows at a time."""
+    *expert, rows = index
+    planes = []
+    for piece in pieces(rows.stop - rows.start, K, device):
+        x = read((*expert, slice(rows.start + piece.start, rows.start + piece.stop))).view(-1, K)
+        codes, scales = (plane.cpu() for plane in encode(x.to(device), spec.format, spec.group))
+        planes.append((_pack(codes, spec.format), scales.to(spec.scales)))
+    codes, scales = map(torch.cat, zip(*planes, strict=True))
+    if spec.format == "fp8":
+        return {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scales}
+    shape = torch.tensor([rows.stop - rows.start, K])
+    return {"weight_packed": codes.view(torch.int32), "weight_scale": scales, "weight_shape": shape}
 
 
 def _pack(codes: Tensor, format: str) -> Tensor:

@@ -116,11 +116,11 @@ def fp64_block(layer: Any, config: Any, tables: Args, x: Tensor, ids: Tensor | N
     attend = reference.uncached_attention(config.sliding_window, to_fp64(tables["cos"]), to_fp64(tables["sin"]))
 
     def attend_each(*qkv: Tensor) -> Tensor:
-        return torch.cat([attend(*one) for one in zip(*(x.split(1) for x in qkv), strict=True)])
+        return torch.cat([attend(*each) for each in zip(*(x.split(1) for x in qkv), strict=True)])
 
-    def experts(h: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, weights: Tensor) -> Tensor:
-        args = {"x": h, "gate_up_proj": gate_up_proj, "down_proj": down_proj, "ids": ids, "weights": weights}
-        return fp64_results("expert_swiglu", args)[0]
+    def experts(*args: Any) -> Tensor:
+        names = "x", "gate_up_proj", "down_proj", "ids", "weights"
+        return fp64_results("expert_swiglu", dict(zip(names, args, strict=True)))[0]
 
     return reference.block(layer, config, x, attend_each, ids, to_fp64, experts)
 
@@ -173,18 +173,6 @@ class LayerReference:
     output: Fp64Reference
     logits: Tensor
     logits_limit: float
-
-    @classmethod
-    def from_values(cls, values: reference.Values, normed: Tensor, logits: Tensor, output: Tensor) -> LayerReference:
-        """`values` are in the weights' dtype; the rest is fp64 [2B,...], of an input `with_perturbed_input`."""
-        B, T, _ = values.x.shape
-        logits, perturbed = logits.chunk(2)
-        error = max(largest(x.view_as(logits) - logits) for x in (values.logits, perturbed))
-        limit = RATIO * error + TOKEN_FLOOR[values.x.dtype] * largest(logits)
-        ids, weights = values.ids.view(B, T, -1), values.weights.view(B, T, -1)
-        normed_reference = Fp64Reference.from_baseline(normed, values.normed)
-        output_reference = Fp64Reference.from_baseline(output, values.output)
-        return cls(values.x, values.normed, ids, weights, normed_reference, output_reference, logits, limit)
 
     def route_error(self, ids: Tensor, tokens: Tensor) -> tuple[float, float]:
         """How far the logit of an expert in `ids` [B,n,K] is below one that was left out, and the limit.

@@ -26,7 +26,7 @@ from ..kernels import reference as kernel_reference
 from ..kernels.experts.tiles import DECODE_TOKENS
 from ..kernels.linear import SKINNY_M
 from ..tools import tolerance
-from ..tools.tolerance import Args, LayerReference, Tolerance, to_fp64, with_perturbed_input
+from ..tools.tolerance import Args, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
 from .report import TORCH, Row
 
 UNCACHED, CHUNKS, TOKENS = "whole text", "in chunks", "token by token"
@@ -195,10 +195,18 @@ class TextReference:
 
     def advance(self, check: LayerCheck, logits: Tensor, output: Tensor) -> None:
         """Append the layer of `check`, with its gate logits and output in fp64 [2B,T,...]."""
-        norm, eps = to_fp64(check.layer.input_layernorm), check.config.rms_norm_eps
-        normed = reference.rms_norm(self.exact.to(check.values.x.device), norm, eps)
-        self.layers.append(LayerReference.from_values(check.values, normed, logits, output))
-        self.x, self.exact = check.values.output, output
+        values, norm = check.values, to_fp64(check.layer.input_layernorm)
+        normed = reference.rms_norm(self.exact.to(values.x.device), norm, check.config.rms_norm_eps)
+        references = (
+            tolerance.Fp64Reference.from_baseline(normed, values.normed),
+            tolerance.Fp64Reference.from_baseline(output, values.output),
+        )
+        logits, perturbed = logits.chunk(2)
+        error = max(largest(x.view_as(logits) - logits) for x in (values.logits, perturbed))
+        limit = tolerance.RATIO * error + tolerance.TOKEN_FLOOR[values.x.dtype] * largest(logits)
+        ids, weights = (x.view(*logits.shape[:2], -1) for x in (values.ids, values.weights))
+        self.layers.append(LayerReference(values.x, values.normed, ids, weights, *references, logits, limit))
+        self.x, self.exact = values.output, output
 
 
 def check_layers(

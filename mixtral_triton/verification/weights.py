@@ -48,8 +48,9 @@ def check_loaded(folder: Any, model: Any) -> list[Row]:
     outside = {id(weight): weight for weight in (model.embed_tokens, model.norm, model.lm_head)}
     parameters = [outside.values(), *(chain(layer.parameters(False), layer.children()) for layer in model.layers)]
     unfilled = [sum(weight.shape.numel() for weight in group) for group in parameters]
-    differences = [0.0 for _ in unfilled]
-    rounded: list[list[tuple[float, float]]] = [[] for _ in unfilled]
+    pairs: dict[tuple[int, str], list[tuple[float, float]]] = {
+        (at, case): [] for at in range(len(unfilled)) for case in ("as stored", "quantized")
+    }
     for name, stored in _stored_tensors(folder, model.config):
         at, place = _place(model, name)
         shape = list(stored.shape if isinstance(stored, QuantizedWeight) else stored.get_shape())
@@ -57,18 +58,16 @@ def check_loaded(folder: Any, model: Any) -> list[Row]:
             raise ValueError(f"verify: {folder} is another model's: {name} has shape {shape} there")
         tied = name == "lm_head.weight" and model.lm_head is model.embed_tokens  # stored twice
         unfilled[at] -= 0 if tied else place.shape.numel()
-        for ours, theirs in _pieces(place, stored):
+        experts = range(len(place)) if len(place.shape) == 3 else ()  # one at a time, to save memory
+        pieces = [(place[i], stored[i : i + 1][0]) for i in experts] or [(place, stored[:])]
+        for ours, theirs in pieces:
             if isinstance(ours, QuantizedWeight) and isinstance(theirs, Tensor):
-                rounded[at].append((_rounding_error(ours, theirs), ROUNDING[ours.format]))
+                pairs[at, "quantized"].append((_rounding_error(ours, theirs), ROUNDING[ours.format]))
             else:
-                differences[at] = max(differences[at], _difference(ours, theirs))
-    rows = []
-    for at, difference in enumerate(differences):
-        layer = at - 1 if at else None
-        rows.append(Row(layer, "weights", "as stored", math.inf if unfilled[at] else difference, 0.0))
-        if rounded[at]:
-            rows.append(Row(layer, "weights", "quantized", *worst(rounded[at])))
-    return rows
+                pairs[at, "as stored"].append((_difference(ours, theirs), 0.0))
+    for at, count in enumerate(unfilled):
+        pairs[at, "as stored"].append((math.inf if count else 0.0, 0.0))
+    return [Row(at - 1 if at else None, "weights", case, *worst(each)) for (at, case), each in pairs.items() if each]
 
 
 def _stored_tensors(folder: Any, config: Any) -> Iterator[tuple[str, Any]]:
@@ -109,14 +108,6 @@ def _place(model: Any, name: str) -> tuple[int, Any]:
         return index + 1, layer.qkv_proj[rows[parameter[0]]]
     except (AttributeError, LookupError, RuntimeError) as error:
         raise ValueError(f"verify: the files hold {name}, and this model has no place for it") from error
-
-
-def _pieces(place: Any, stored: Any) -> Iterator[tuple[Any, Any]]:
-    """(loaded, stored), one expert at a time where a tensor holds all of them."""
-    if len(place.shape) < 3:
-        yield place, stored[:]
-    else:
-        yield from ((place[expert], stored[expert : expert + 1][0]) for expert in range(len(place)))
 
 
 def _difference(ours: Any, theirs: Any) -> float:

@@ -365,18 +365,6 @@ def test_pickled_reverted_model_needs_no_package(picklable: None, make_hf: Any, 
     parity("pickle: a reverted model without this package", "holds")
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_pickle_of_another_layout_raises_value_error(
-    part: str, picklable: None, make_hf: Any, monkeypatch: Any
-) -> None:
-    from mixtral_triton.hf import modules
-
-    pickled = pickle.dumps(apply_only(part, make_hf()))
-    monkeypatch.setattr(modules, "LAYOUT", modules.LAYOUT + 1)
-    with pytest.raises(ValueError, match="another version of the package"):
-        pickle.loads(pickled)
-
-
 def test_copies_are_independent(picklable: None, make_hf: Any, calls: set[str]) -> None:
     """Every protocol of pickle, copies, torch's replicas, and a copy of one layer."""
     model = apply(make_hf())

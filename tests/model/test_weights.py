@@ -125,9 +125,11 @@ def test_values_are_cast_to_the_parameters_dtype(tmp_path, stored, wanted):
     assert stored_dtype(read_headers(tmp_path)) == stored
 
 
-def test_overflowing_sum_of_finite_values_loads(tmp_path):
+def test_overflowing_sum_of_finite_values_loads_and_opposite_infinities_do_not(tmp_path):
     tensors = {name: torch.full_like(tensor, 60000) for name, tensor in tensors_of(CONFIG, dtype=torch.float16).items()}
     assert_loads(save(tmp_path, tensors), tensors, dtype=torch.float16)
+    tensors[NORM][:2] = torch.tensor([torch.inf, -torch.inf])
+    assert_refused(save(tmp_path, tensors), rf"{NORM} holds inf at \[0\]")
 
 
 def test_loading_keeps_gradients_and_default_device(tmp_path):
@@ -172,12 +174,9 @@ def test_stored_tied_head_must_equal_the_embedding(tmp_path, monkeypatch):
     head = tensors["model.embed_tokens.weight"].clone()
     assert_loads(save(tmp_path, tensors | {"lm_head.weight": head}, shards=2), tensors, TIED)
     head[-1, -1] += 1
-    assert_refused(
-        save(tmp_path, tensors | {"lm_head.weight": head}), r"lm_head\.weight differs .* tie_word_embeddings", TIED
-    )
-    assert_refused(
-        save(tmp_path, tensors | {"lm_head.weight": head[1:].clone()}), r"lm_head\.weight has shape \(47", TIED
-    )
+    assert_refused(save(tmp_path, tensors | {"lm_head.weight": head}), r"lm_head\.weight differs .*tie_word", TIED)
+    short = tensors | {"lm_head.weight": head[1:].clone()}
+    assert_refused(save(tmp_path, short), r"lm_head\.weight has shape \(47", TIED)
 
 
 @pytest.mark.parametrize(("layout", "name"), EVERY_TENSOR)
@@ -221,12 +220,6 @@ def test_other_parameters_raise_value_error(tmp_path):
         load(tmp_path, CONFIG, allocate(TIED))
     with pytest.raises(ValueError, match=r"parameters: .*embed_tokens has shape \(48, 8\)"):
         load(tmp_path, CONFIG, allocate(CONFIG) | {"embed_tokens": torch.empty(48, 8)})
-
-
-def test_opposite_infinities_raise_value_error(tmp_path):
-    tensors = tensors_of(CONFIG)
-    tensors[NORM][:2] = torch.tensor([torch.inf, -torch.inf])
-    assert_refused(save(tmp_path, tensors), rf"{NORM} holds inf at \[0\]")
 
 
 @pytest.mark.parametrize(("stored", "wanted", "value"), [("bfloat16", "float16", 1e6), ("float32", "bfloat16", 3.4e38)])
@@ -275,52 +268,30 @@ def swap(old, new):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data[:-1], r"\({short} bytes\): .* not fully covered"),
-        (lambda data: data + b"\0", r"\({long} bytes\): .* not fully covered"),
-        (lambda data: data[: len(data) // 2], r"\({half} bytes\): .* not fully covered"),
-        (lambda data: data[:50], r"\(50 bytes\): .* header length"),
-        (lambda data: data[:5], r"\(5 bytes\): .* header too small"),
+        (lambda data: data[:-1], "cut off, damaged or not safetensors .* not fully covered"),
+        (lambda data: data + b"\0", "not fully covered"),
+        (lambda data: data[: len(data) // 2], "not fully covered"),
+        (lambda data: data[:50], r"cut off, damaged or not safetensors \(50 bytes\): .* header length"),
         (lambda data: b"", r"\(0 bytes\): .* header too small"),
         (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "not safetensors"),
         (lambda data: (2**63).to_bytes(8, "little") + data[8:], "header too large"),
-        (header(lambda old: b"[]"), "invalid JSON"),
         (header(lambda old: b"{}"), "not fully covered"),
         (header(lambda old: b"\xff" + old), "invalid UTF-8"),
-        (header(lambda old: old[:-9]), "invalid JSON"),
         (header(lambda old: b"[" * 50_000), "invalid JSON"),
         (swap(b'"model.norm.weight"', b'"lm_head.weight"'), "invalid offset"),
         (header(repeat), "'model.norm.weight' occurs 2 times"),
-        (swap(b'"format":"pt"', b'"format":1'), "invalid JSON"),
         (swap(b'"model.norm.weight"', b'"model.norm.\\ud800"'), "invalid JSON"),
         (norm(dtype="F32"), "invalid shape, data type"),
         (norm(shape=[17]), "invalid shape"),
         (norm(shape=[-16]), "invalid JSON"),
-        (norm(shape=[True]), "invalid JSON"),
-        (norm(shape="16"), "invalid JSON"),
-        (norm(data_offsets=[0]), "invalid JSON"),
-        (norm(data_offsets=None), "invalid JSON"),
-        (norm(data_offsets=[0, 32]), "invalid offset for tensor"),
         (norm(data_offsets=[2**40, 2**40 + 32]), "invalid offset for tensor `model.norm.weight`"),
-        (norm(dtype=["BF16"]), "invalid JSON"),
-        (norm(dtype="F8_E4M3"), "invalid shape, data type"),
         (norm(dtype="F8_E4M3", shape=[32]), "'model.norm.weight' is stored as 'F8_E4M3'"),
     ],
 )
 def test_damaged_file_raises_value_error(tmp_path, damage, message):
     path = save(tmp_path, tensors_of(CONFIG)) / "model.safetensors"
-    data = path.read_bytes()
-    path.write_bytes(damage(data))
-    sizes = {"size": len(data), "short": len(data) - 1, "long": len(data) + 1, "half": len(data) // 2}
-    for key, size in sizes.items():
-        message = message.replace("{" + key + "}", str(size))
-    assert_refused(tmp_path, message)
-
-
-def test_damaged_shard_is_named(tmp_path):
-    path = save(tmp_path, tensors_of(CONFIG), shards=3) / "model-1.safetensors"
-    size = path.stat().st_size
-    path.write_bytes(path.read_bytes()[:-1])
-    assert_refused(tmp_path, rf"model-1\.safetensors: cut off, damaged or not safetensors \({size - 1} bytes\)")
+    path.write_bytes(damage(path.read_bytes()))
+    assert_refused(tmp_path, rf"model\.safetensors.*{message}")
 
 
 @pytest.mark.parametrize("file", ["../x", "/x", "a/x", "..", ".", "", "a\\x", None, 3, ["x"], "model.bin", "x.pt"])

@@ -92,13 +92,10 @@ def test_rows_in_pieces_give_the_same_weight(format: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (
-            (normal(4, 100), "int4"),
-            "int4 in groups of 128, 64 or 32 does not divide 100 columns; int8 and",
-        ),
-        ((normal(4, 96), "int4", 64), "int4 in groups of 64 does not divide 96 columns"),
+        ((normal(4, 100), "int4"), "int4 needs groups of 128 or 64 or 32 that divide 100 columns; int8 and"),
+        ((normal(4, 96), "int4", 64), "int4 needs groups of 64 that divide 96 columns"),
         ((normal(4, 96), "int4", 48), "group is 48, needs None or one of 128, 64, 32"),
-        ((normal(4, 96), "int8", 32), "group is 32, and int8 has one scale per row: needs None"),
+        ((normal(4, 96), "int8", 32), "group is 32, needs None or one of 96 for int8"),
         ((normal(4, 96), "int3"), "format is 'int3', needs one of int4, int8, fp8"),
         ((normal(96), "int8"), r"'tensor' is torch\.float32 \[96\], needs floats \[N, K\]"),
         ((torch.ones(4, 96, dtype=torch.int8), "int8"), r"'tensor' is torch\.int8"),
@@ -154,22 +151,42 @@ def test_loading_quantizes_the_requested_parameters(weights: Any) -> None:
 
 @pytest.mark.parametrize("weights", ["int4", {"experts": "int8", "linear": "fp8"}], ids=str)
 def test_logits_and_tokens_equal_the_dequantized_model(weights: Any) -> None:
-    model = load(weights, dtype=torch.float32)
+    assert_equals_dequantized_copy(load(weights, dtype=torch.float32))
+
+
+def assert_equals_dequantized_copy(model: Mixtral) -> None:
+    """Assert that logits, the reference's logits and tokens are those of a model with dequantized weights."""
     dequantized_copy = Mixtral(model.config, "cpu", torch.float32)
     for name, parameter in dequantized_copy.named_parameters():
         place = model.named_weights()[name]
         parameter.data.copy_(place.dequantize() if isinstance(place, QuantizedWeight) else place)
-    ids = torch.tensor([[0, 72, 105, 110], [0, 5, 6, 7]])
-    assert torch.equal(model(ids), dequantized_copy(ids)) and torch.equal(
-        reference.forward(model, ids), dequantized_copy(ids)
-    )
-    assert torch.equal(model.generate(ids, max_new_tokens=6), dequantized_copy.generate(ids, max_new_tokens=6))
+    ids = torch.arange(10).view(2, 5)
+    want = dequantized_copy(ids)
+    assert torch.equal(model(ids), want) and torch.equal(reference.forward(model, ids), want)
+    assert torch.equal(model.generate(ids, max_new_tokens=4), dequantized_copy.generate(ids, max_new_tokens=4))
+
+
+def checkpoint(folder: Path, tensors: dict[str, Tensor], **changes: Any) -> Path:
+    """Write a checkpoint with the small one's config and these changes of it."""
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(json.loads((SMALL / "config.json").read_text()) | changes))
+    return folder
+
+
+def small_tensors() -> dict[str, Tensor]:
+    return load_file(SMALL / "model.safetensors")
+
+
+def ones(dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint of these sizes."""
+    config = MixtralConfig.from_dict(json.loads((SMALL / "config.json").read_text()) | sizes)
+    return {name: torch.ones(target.shape, dtype=dtype) for name, target in table(config, "per_expert").items()}
 
 
 def fused(folder: Path) -> Path:
     """Write the small checkpoint with all experts of a layer in one tensor, as transformers holds them in memory."""
-    folder.mkdir(exist_ok=True)
-    stored, tensors = load_file(SMALL / "model.safetensors"), {}
+    stored, tensors = small_tensors(), {}
     config = MixtralConfig.from_pretrained(SMALL)
     for name, target in table(config, "fused").items():
         if ".mlp." not in name:
@@ -179,9 +196,7 @@ def fused(folder: Path) -> Path:
         for part, source in table(config, "per_expert").items():
             if source.parameter == target.parameter:
                 place[source.index] = stored[part]
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_bytes((SMALL / "config.json").read_bytes())
-    return folder
+    return checkpoint(folder, tensors)
 
 
 def test_fused_layout_in_small_chunks_and_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,12 +211,9 @@ def test_fused_layout_in_small_chunks_and_progress(tmp_path: Path, monkeypatch: 
 
 
 def test_a_tied_head_stays_dense(tmp_path: Path) -> None:
-    tensors = load_file(SMALL / "model.safetensors")
+    tensors = small_tensors()
     del tensors["lm_head.weight"]
-    save_file(tensors, tmp_path / "model.safetensors")
-    config = json.loads((SMALL / "config.json").read_text()) | {"tie_word_embeddings": True}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    model = load({"linear": "int8"}, tmp_path)
+    model = load({"linear": "int8"}, checkpoint(tmp_path, tensors, tie_word_embeddings=True))
     assert model.lm_head is model.embed_tokens and isinstance(model.layers[0].o_proj, QuantizedWeight)
 
 
@@ -221,33 +233,26 @@ def test_wrong_weights_raise_value_error(weights: Any) -> None:
 
 
 def test_groups_that_do_not_divide_raise_value_error(tmp_path: Path) -> None:
-    config = json.loads((SMALL / "config.json").read_text()) | {"intermediate_size": 100, "num_hidden_layers": 1}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    targets = table(MixtralConfig.from_pretrained(tmp_path), "per_expert")
-    save_file({name: torch.ones(target.shape) for name, target in targets.items()}, tmp_path / "model.safetensors")
-    message = r"weights is 'int4', layers\.0\.down_proj: .* does not divide 100 columns; int8 and fp8 take any number"
+    sizes = {"intermediate_size": 100, "num_hidden_layers": 1}
+    checkpoint(tmp_path, ones(**sizes), **sizes)
+    message = r"weights is 'int4', layers\.0\.down_proj: .* divide 100 columns; int8 and fp8 take any number"
     with pytest.raises(ValueError, match=message):
         load("int4", tmp_path)
     assert load("int8", tmp_path).layers[0].down_proj.group == 100
 
 
 def test_nan_raises_value_error(tmp_path: Path) -> None:
-    tensors = load_file(SMALL / "model.safetensors")
-    name = "model.layers.2.block_sparse_moe.experts.3.w3.weight"
+    tensors, name = small_tensors(), "model.layers.2.block_sparse_moe.experts.3.w3.weight"
     tensors[name][5, 7] = torch.nan
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_bytes((SMALL / "config.json").read_bytes())
     with pytest.raises(ValueError, match=rf"{name} holds nan at \[5, 7\]: .* damaged"):
-        load("fp8", tmp_path)
+        load("fp8", checkpoint(tmp_path, tensors))
 
 
 IMPORTS = "from mixtral_triton.model import Mixtral"
 LOADED = """
-model = Mixtral.from_pretrained(sys.argv[1], device="cpu", weights=sys.argv[2])
+model = Mixtral.from_pretrained(sys.argv[1], device="cpu", weights=sys.argv[2] if sys.argv[2:] else None)
 size = sum(at.nbytes for at in model.named_weights().values())
 """
-
-
 EXPERT = 3 * 1024 * 2048 * 2  # bytes of one in `large`
 
 
@@ -255,12 +260,9 @@ def large(folder: Path) -> int:
     """Write a checkpoint of ones that is mostly experts, and return its bytes."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2, "num_local_experts": 4}
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 500, "head_dim": 128}
-    config = json.loads((SMALL / "config.json").read_text()) | sizes
-    (folder / "config.json").write_text(json.dumps(config))
-    targets = table(MixtralConfig.from_pretrained(folder), "per_expert")
-    ones = {name: torch.ones(target.shape, dtype=torch.bfloat16) for name, target in targets.items()}
-    save_file(ones, folder / "model.safetensors")
-    return sum(tensor.nbytes for tensor in ones.values())
+    tensors = ones(torch.bfloat16, **sizes)
+    checkpoint(folder, tensors, **sizes)
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 @needs_proc

@@ -20,6 +20,7 @@ from mixtral_triton.quantize.hub import read_headers
 from mixtral_triton.verification.weights import check_loaded
 from mixtral_triton.weights import total_bytes
 from tests.model.test_weights import expected
+from tests.quantize.test_quantize import assert_equals_dequantized_copy
 from tests.support import hub
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter")
@@ -31,16 +32,12 @@ def load(folder: Path, **settings: Any) -> Mixtral:
     return Mixtral.from_pretrained(folder, device="cpu", **settings)
 
 
-def values(model: Mixtral) -> dict[str, Tensor]:
-    """Return every weight in fp32."""
-    places = model.named_weights().items()
-    return {name: at.dequantize() if isinstance(at, QuantizedWeight) else at.data.float() for name, at in places}
-
-
 def differs(folder: Path, meaning: dict[str, Tensor]) -> list[str]:
     """Return the names of weights that are not, bit for bit, what the files mean."""
     model = load(folder)
-    wanted, got = expected(model.config, meaning, "per_expert"), values(model)
+    places = model.named_weights().items()
+    got = {name: at.dequantize() if isinstance(at, QuantizedWeight) else at.data.float() for name, at in places}
+    wanted = expected(model.config, meaning, "per_expert")
     assert wanted.keys() == got.keys()
     return [name for name in wanted if not torch.equal(wanted[name], got[name])]
 
@@ -80,13 +77,7 @@ def test_layouts_load_in_small_pieces(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("layout", ["ct fp8 channel", "ct int4 128 True", "gptq 128 1", "awq 128"])
 def test_logits_and_tokens_equal_the_dequantized_model(tmp_path: Path, layout: str) -> None:
     hub.write(tmp_path, *hub.LAYOUTS[layout])
-    model = load(tmp_path, dtype=torch.float32)
-    dequantized_copy = Mixtral(model.config, "cpu", torch.float32)
-    for name, parameter in dequantized_copy.named_parameters():
-        parameter.data.copy_(values(model)[name])
-    ids = torch.arange(10).view(2, 5)
-    assert torch.equal(model(ids), dequantized_copy(ids))
-    assert torch.equal(model.generate(ids, max_new_tokens=4), dequantized_copy.generate(ids, max_new_tokens=4))
+    assert_equals_dequantized_copy(load(tmp_path, dtype=torch.float32))
 
 
 def test_only_experts_or_only_attention_quantized(tmp_path: Path) -> None:

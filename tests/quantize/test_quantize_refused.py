@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,116 +93,92 @@ def test_unsupported_config_raises_value_error(tmp_path: Path, case: str) -> Non
     assert_refused(tmp_path, message)
 
 
-def shuffled() -> Tensor:
-    return torch.tensor([k % 2 for k in range(128)], dtype=torch.int32)
-
-
-def nan(shape: tuple[int, ...], dtype: torch.dtype, at: tuple[int, ...] = (0, 0), value: float = np.nan) -> Tensor:
+def ones(*shape: int, dtype: torch.dtype = torch.float32, at: tuple[int, ...] = (), value: float = 1) -> Tensor:
     tensor = torch.ones(shape, dtype=dtype)
     tensor[at] = value
     return tensor
 
 
-def codes_of_nan(bits: int) -> Tensor:
-    codes = torch.zeros(256, 128, dtype=torch.uint8)
-    codes[255, 127] = bits
-    return codes.view(torch.float8_e4m3fn)
+def nan_codes(code: int) -> Tensor:
+    return ones(256, 128, dtype=torch.uint8, at=(255, 127), value=code).view(torch.float8_e4m3fn)
 
 
-TENSORS: dict[str, tuple[str, dict[str, Callable[[], Tensor] | None], str]] = {
-    "act-order": (
-        "gptq 64 1",
-        {f"{W1}.g_idx": shuffled},
-        f"{W1}: the weight is in act-order .*without it .desc_act false",
-    ),
-    "act-order ct": ("ct int4 64 False", {f"{W1}.weight_g_idx": shuffled}, f"{W1}: the weight is in act-order"),
-    "zero of 16": (
-        "gptq 128 1",
-        {f"{W1}.qzeros": lambda: torch.full((1, 32), -1, dtype=torch.int32)},
-        f"{W1}: a stored zero is 15: some readers",
-    ),
-    "not symmetric": (
-        "gptq symmetric",
-        {f"{W1}.qzeros": lambda: torch.zeros(1, 32, dtype=torch.int32)},
-        f"{W1}: a zero is not 8, but the config says",
-    ),
-    "bias": ("awq 128", {f"{W1}.bias": lambda: torch.ones(256)}, f"{W1}: the bias is not 0"),
-    "NaN": ("ct fp8 channel", {f"{W1}.weight": lambda: codes_of_nan(0x7F)}, f"{W1}: a weight is NaN .*damaged"),
-    "-NaN": ("autofp8", {f"{W1}.weight": lambda: codes_of_nan(0xFF)}, f"{W1}: a weight is NaN .*damaged"),
+def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+SHUFFLED, BF16, FP8_DTYPE = torch.arange(128, dtype=torch.int32) % 2, torch.bfloat16, torch.float8_e4m3fn
+GATE, NORM = "model.layers.0.block_sparse_moe.gate.weight", "model.norm.weight"
+# A layout, a tensor of W1 (or by its full name) that is replaced (None: removed), and the error.
+TENSORS: dict[str, tuple[str, str, Tensor | None, str]] = {
+    "act-order": ("gptq 64 1", "g_idx", SHUFFLED, f"{W1}: the weight is in act-order .*without it .desc_act false"),
+    "act-order ct": ("ct int4 64 False", "weight_g_idx", SHUFFLED, f"{W1}: the weight is in act-order"),
+    "zero of 16": ("gptq 128 1", "qzeros", zeros(1, 32) - 1, f"{W1}: a stored zero is 15: some readers"),
+    "not symmetric": ("gptq symmetric", "qzeros", zeros(1, 32), f"{W1}: a zero is not 8, but the config says"),
+    "bias": ("awq 128", "bias", ones(256), f"{W1}: the bias is not 0"),
+    "NaN": ("ct fp8 channel", "weight", nan_codes(0x7F), f"{W1}: a weight is NaN .*damaged"),
+    "-NaN": ("autofp8", "weight", nan_codes(0xFF), f"{W1}: a weight is NaN .*damaged"),
     "NaN scale": (
-        "ct fp8 channel",
-        {f"{W1}.weight_scale": lambda: nan((256, 1), torch.bfloat16)},
+        *("ct fp8 channel", "weight_scale", ones(256, 1, dtype=BF16, value=np.nan)),
         f"{W1}: a scale is NaN or infinite.*damaged",
     ),
     "infinite scale": (
-        "awq 64",
-        {f"{W1}.scales": lambda: nan((2, 256), torch.float16, (1, 7), np.inf)},
+        *("awq 64", "scales", ones(2, 256, dtype=torch.float16, at=(1, 7), value=np.inf)),
         f"{W1}: a scale is NaN or infinite.*damaged",
     ),
     "packed shape": (
         "ct int4 128 False",
-        {f"{W1}.weight_packed": lambda: torch.zeros(256, 15, dtype=torch.int32)},
-        r"w1\.weight_packed has shape \(256, 15\), not \(256, 16\)",
+        "weight_packed",
+        zeros(256, 15),
+        r"w1\.weight_packed has shape \(256, 15\), not",
     ),
     "weight_shape": (
         "ct int4 128 False",
-        {f"{W1}.weight_shape": lambda: torch.tensor([128, 256])},
-        r"weight_shape is \[128, 256\], needs the config's \[256, 128\]",
+        "weight_shape",
+        torch.tensor([128, 256]),
+        r"weight_shape is \[128, 256\], needs",
     ),
     "packed dtype": (
         "ct int4 128 False",
-        {f"{W1}.weight_packed": lambda: torch.zeros(256, 16, dtype=torch.int64)},
-        r"w1: weight_packed is stored as I64, needs I32",
+        "weight_packed",
+        zeros(256, 16, dtype=torch.int64),
+        "stored as I64, needs I32",
     ),
-    "act-order without indices": (
-        "ct act-order",
-        {f"{W1}.weight_g_idx": None},
-        r"10 missing \(model.*weight_g_idx",
-    ),
-    "gptq act-order without indices": (
-        "gptq act-order",
-        {f"{W1}.g_idx": None},
-        rf"1 missing \({W1}\.g_idx",
-    ),
+    "act-order without indices": ("ct act-order", "weight_g_idx", None, r"10 missing \(model.*weight_g_idx"),
+    "gptq act-order without indices": ("gptq act-order", "g_idx", None, rf"1 missing \({W1}\.g_idx"),
     "dense NaN": (
         "awq 128",
-        {"model.norm.weight": lambda: nan((128,), torch.bfloat16, (5,))},
-        r"model\.norm\.weight holds nan at \[5\]: .* damaged",
+        NORM,
+        ones(128, dtype=BF16, at=(5,), value=np.nan),
+        rf"{NORM} holds nan at \[5\]: .* damaged",
     ),
-    "missing scale": ("ct fp8 channel", {f"{W1}.weight_scale": None}, rf"1 missing \({W1}\.weight_scale\)"),
-    "unknown part": (
-        "autofp8",
-        {f"{W1}.pre_quant_scale": lambda: torch.ones(128)},
-        rf"1 unknown \({W1}\.pre_quant_scale\)",
-    ),
+    "missing scale": ("ct fp8 channel", "weight_scale", None, rf"1 missing \({W1}\.weight_scale\)"),
+    "unknown part": ("autofp8", "pre_quant_scale", ones(128), rf"1 unknown \({W1}\.pre_quant_scale\)"),
     "q alone dense": (
-        "autofp8",
-        {f"{Q}.weight": lambda: torch.ones(128, 128, dtype=torch.bfloat16), f"{Q}.weight_scale": None},
+        *("autofp8", f"{Q}.weight", ones(128, 128, dtype=BF16)),
         r"layers\.0\.qkv_proj needs one format, .*k_proj is quantized, .*q_proj\.weight dense",
     ),
     "scales of two dtypes": (
-        "ct fp8 channel",
-        {f"{W1}.weight_scale": lambda: torch.ones(256, 1)},
+        *("ct fp8 channel", "weight_scale", ones(256, 1)),
         r"layers\.0\.gate_up_proj needs scales of one dtype, .* has torch\.\w+, others torch",
     ),
     "dense of two dtypes": (
         "awq 128",
-        {"model.norm.weight": lambda: torch.ones(128)},
+        NORM,
+        ones(128),
         r"tensors of one dtype are needed; .* model\.norm\.weight is F32",
     ),
-    "dense gate quantized": (
-        "autofp8",
-        {"model.layers.0.block_sparse_moe.gate.weight": lambda: torch.zeros(2, 128).to(torch.float8_e4m3fn)},
-        r"tensors of one dtype are needed; .*gate\.weight is F8_E4M3",
-    ),
+    "quantized gate": ("autofp8", GATE, zeros(2, 128, dtype=FP8_DTYPE), r"of one dtype are .*gate\.weight is F8_E4M3"),
 }
 
 
 @pytest.mark.parametrize("case", TENSORS)
 def test_unsupported_tensors_raise_value_error(tmp_path: Path, case: str) -> None:
-    layout, changes, message = TENSORS[case]
-    tensors = {name: None if change is None else change() for name, change in changes.items()}
-    hub.write(tmp_path, *hub.LAYOUTS[layout], **tensors)
+    layout, name, tensor, message = TENSORS[case]
+    changes = {name if name.startswith("model.") else f"{W1}.{name}": tensor}
+    if name == f"{Q}.weight":
+        changes[f"{Q}.weight_scale"] = None
+    hub.write(tmp_path, *hub.LAYOUTS[layout], **changes)
     with pytest.raises(ValueError, match=message) as caught:
         Mixtral.from_pretrained(tmp_path, device="cpu")
     assert str(tmp_path) in str(caught.value) and str(caught.value).isprintable()

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,16 +24,12 @@ from mixtral_triton.quantize.hub import read_headers
 from mixtral_triton.quantize.write import write
 from mixtral_triton.verification import verify
 from mixtral_triton.weights import total_bytes
-from tests.quantize.test_quantize import EXPERT, fused, large
+from tests.quantize.test_quantize import EXPERT, FORMATS, IMPORTS, LOADED, checkpoint, fused, large, small_tensors
+from tests.quantize.test_quantize_hub import load
 from tests.support.memory import anonymous_peak, needs_proc
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter")
-FORMATS = ("int4", "int8", "fp8")
 W1 = "model.layers.1.block_sparse_moe.experts.2.w1"
-
-
-def load(folder: Path, **settings: Any) -> Mixtral:
-    return Mixtral.from_pretrained(folder, device="cpu", **settings)
 
 
 def same(a: Mixtral, b: Mixtral) -> bool:
@@ -46,7 +41,7 @@ def same(a: Mixtral, b: Mixtral) -> bool:
 def sharded(folder: Path) -> Path:
     """Write the small checkpoint in three files."""
     folder.mkdir()
-    tensors = load_file(SMALL / "model.safetensors")
+    tensors = small_tensors()
     files = {name: f"model-{number % 3}.safetensors" for number, name in enumerate(tensors)}
     for file in set(files.values()):
         save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file)
@@ -80,7 +75,7 @@ def test_written_checkpoint_loads_as_quantized_on_load(
 def test_tensors_follow_compressed_tensors(tmp_path: Path, format: str) -> None:
     """Decode single values from safetensors' own reader."""
     write(SMALL, tmp_path / "out", format, "cpu")
-    dense = load_file(SMALL / "model.safetensors")
+    dense = small_tensors()
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
     assert {name for name in dense if "experts" not in name} <= set(stored)
@@ -113,21 +108,17 @@ def test_library_of_compressed_tensors_reads_it(tmp_path: Path, format: str) -> 
     linear["weight_scale"] = linear["weight_scale"].float()  # it computes in the scale's dtype
     scheme = config.config_groups["group_0"]
     theirs = BaseCompressor.get_value_from_registry(config.format).decompress(linear, scheme)["weight"]
-    wanted = quantize(load_file(SMALL / "model.safetensors")[f"{W1}.weight"], format).dequantize()
+    wanted = quantize(small_tensors()[f"{W1}.weight"], format).dequantize()
     assert torch.equal(theirs.float(), wanted)
 
 
 def test_one_group_size_for_all_experts(tmp_path: Path) -> None:
     """128 columns into the experts, 192 out of them: groups of 64 in both."""
-    config = json.loads((SMALL / "config.json").read_text()) | {"intermediate_size": 192}
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
-    tensors = load_file(SMALL / "model.safetensors")
+    tensors = small_tensors()
     for name, tensor in tensors.items():
         if "experts" in name:
             tensors[name] = (tensor[:, :192] if ".w2." in name else tensor[:192]).contiguous()
-    save_file(tensors, tmp_path / "in" / "model.safetensors")
-    write(tmp_path / "in", tmp_path / "out", "int4", "cpu")
+    write(checkpoint(tmp_path / "in", tensors, intermediate_size=192), tmp_path / "out", "int4", "cpu")
     layer = load(tmp_path / "out").layers[0]
     assert layer.gate_up_proj.group == layer.down_proj.group == 64
 
@@ -142,10 +133,6 @@ def test_quantized_folder_raises_value_error(tmp_path: Path) -> None:
 
 
 WRITTEN = "write(sys.argv[1], sys.argv[2], 'int4', 'cpu'); size = 0"
-LOADED = """
-model = Mixtral.from_pretrained(sys.argv[1], device="cpu")
-size = sum(at.nbytes for at in model.named_weights().values())
-"""
 
 
 @needs_proc
@@ -155,10 +142,9 @@ def test_peak_memory_is_one_shard(tmp_path: Path) -> None:
     peak, _ = anonymous_peak("from mixtral_triton.quantize.write import write", WRITTEN, str(tmp_path), out)
     shard = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert peak < shard + EXPERT, f"{(peak - shard) / 1e6:.1f} MB beside the one shard"
-    peak, size = anonymous_peak("from mixtral_triton.model import Mixtral", LOADED, out)
-    assert peak < size + 3 * EXPERT, (
-        f"{(peak - size) / 1e6:.1f} MB beside the weights"
-    )  # a piece of the hub's, unpacked
+    peak, size = anonymous_peak(IMPORTS, LOADED, out)
+    # A piece of the hub's, unpacked.
+    assert peak < size + 3 * EXPERT, f"{(peak - size) / 1e6:.1f} MB beside the weights"
 
 
 @pytest.mark.parametrize("what", ["full", "file"])
