@@ -1,4 +1,4 @@
-"""Each gate catches a planted fault of its kind. (A spilling configuration: test_offline.py.)"""
+"""Each gate of interpreted launches (conftest.py) catches an injected fault. Spills: test_offline.py."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run_double(rows: int, n: int, load: bool = True, store: bool = True) -> torc
     return y
 
 
-def test_a_right_kernel_passes() -> None:
+def test_right_kernel_passes() -> None:
     assert run_double(2, 11).tolist() == [9.0] * 8 + [4.0] * 3
 
 
@@ -66,7 +66,7 @@ def test_read_outside_is_caught() -> None:
         run_double(2, 11, load=False)
 
 
-def test_read_outside_of_what_nobody_uses_is_caught() -> None:
+def test_unused_read_outside_is_caught() -> None:
     args = {"x_ptr": torch.ones(11), "y_ptr": torch.empty(11), "N": 11}
     with pytest.raises(triton.runtime.errors.InterpreterError, match="first_kernel loads from outside its tensors"):
         launch(first_kernel, (1,), args, ONE, BLOCK=16)
@@ -90,7 +90,7 @@ def test_race_is_caught() -> None:
         launch(race_kernel, (2,), {"y_ptr": torch.empty(1)}, ONE)
 
 
-def test_output_left_unwritten_is_nan() -> None:
+def test_unwritten_output_is_nan() -> None:
     assert run_double(1, 11).isnan().tolist() == [False] * 8 + [True] * 3
 
 
@@ -108,7 +108,7 @@ def bf16_kernel(a_ptr, b_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + tile, product.to(tl.bfloat16))
 
 
-def test_bf16_dot_and_cast_are_those_of_the_hardware() -> None:
+def test_bf16_dot_and_cast_round_as_hardware_does() -> None:
     a, b = (torch.randn(16, 16, generator=torch.Generator().manual_seed(s)).bfloat16() for s in (0, 1))
     y = torch.empty(16, 16, dtype=torch.bfloat16)
     launch(bf16_kernel, (1,), {"a_ptr": a, "b_ptr": b, "y_ptr": y}, ONE, BLOCK=16)

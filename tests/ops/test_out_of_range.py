@@ -153,7 +153,7 @@ def test_sequence_beyond_the_limit_raises_value_error_on_a_cpu(name: str) -> Non
 @pytest.mark.parametrize("missing", ("past", "new", "limit"))
 def test_past_without_new_or_limit_raises_value_error(missing: str) -> None:
     args = inputs("embed_rms_norm", SIZES["embed_rms_norm"])
-    with pytest.raises(ValueError, match=r"embed_rms_norm: argument '(new|limit)' is .* where past is"):
+    with pytest.raises(ValueError, match=r"embed_rms_norm: argument '(new|limit)' is .* where past has one"):
         ops.embed_rms_norm(**args | {missing: None})
 
 

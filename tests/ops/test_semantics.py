@@ -1,4 +1,4 @@
-"""The contract's sentences about `mixtral_triton.ops`, each against a small oracle of this file, in fp64 loops."""
+"""The semantics of `mixtral_triton.ops` that the contract states, compared with short fp64 loops."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def choices(T: int, E: int, K: int, seed: int = 0) -> Tensor:
+def random_ids(T: int, E: int, K: int, seed: int = 0) -> Tensor:
     return torch.rand((T, E), generator=torch.Generator().manual_seed(seed)).argsort(-1)[:, :K].int()
 
 
-def close(got: Tensor, want: Tensor, rtol: float = 2e-6) -> None:
-    """Every difference at most rtol of the largest value."""
+def check_close(got: Tensor, want: Tensor, rtol: float = 2e-6) -> None:
+    """Compare up to rtol of the largest value."""
     assert got.shape == want.shape
     if want.numel():
         got, want = got.double().cpu(), want.double().cpu()
@@ -39,10 +39,10 @@ def close(got: Tensor, want: Tensor, rtol: float = 2e-6) -> None:
 # route
 
 
-def route_oracle(row: list[float], top_k: int) -> tuple[list[float], list[int]]:
+def expected_route(row: list[float], top_k: int) -> tuple[list[float], list[int]]:
     values = [-INF if math.isnan(value) else value for value in row]
     ids = sorted(range(len(values)), key=lambda e: (-values[e], e))[:top_k]
-    top = values[ids[0]]  # what the softmax over all divides by cancels
+    top = values[ids[0]]  # the denominator of the softmax over all cancels
     shares = [float(values[e] == top) if math.isinf(top) else math.exp(values[e] - top) for e in ids]
     return [share / sum(shares) for share in shares], ids
 
@@ -51,9 +51,9 @@ def check_route(logits: Tensor, top_k: int) -> None:
     weights, ids = ops.route(logits, top_k)
     assert weights.dtype == torch.float32 and ids.dtype == torch.int32
     assert weights.shape == ids.shape == (len(logits), top_k)
-    for row, own_weights, own_ids in zip(logits.double().tolist(), weights.tolist(), ids.tolist(), strict=True):
-        want, want_ids = route_oracle(row, top_k)
-        assert own_ids == want_ids and own_weights == pytest.approx(want, abs=2e-6)
+    for row, got_weights, got_ids in zip(logits.double().tolist(), weights.tolist(), ids.tolist(), strict=True):
+        want_weights, want_ids = expected_route(row, top_k)
+        assert got_ids == want_ids and got_weights == pytest.approx(want_weights, abs=2e-6)
 
 
 FIXED = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
@@ -91,7 +91,7 @@ def test_route_of_special_rows(top_k: int, dtype: torch.dtype, device: torch.dev
 
 @pytest.mark.parametrize("top_k", (-1, 0, 7))
 @pytest.mark.parametrize("route", (ops.route, reference.route), ids=("ops", "reference"))
-def test_route_of_no_expert_or_more_than_there_are(route: Any, top_k: int, device: torch.device) -> None:
+def test_wrong_top_k_raises_value_error(route: Any, top_k: int, device: torch.device) -> None:
     with pytest.raises(ValueError, match=rf"route: argument 'top_k' is {top_k}, .* 1\.\.6"):
         route(randn(2, 6).to(device), top_k)
 
@@ -104,7 +104,7 @@ def test_route_sizes(T: int, E: int, top_k: int, device: torch.device) -> None:
 # attention
 
 
-def attention_oracle(
+def expected_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -131,16 +131,16 @@ def attention_oracle(
 
 
 def check_attention(shape: tuple[int, ...], device: Any, dtype: torch.dtype = torch.int32, **options: Any) -> None:
-    """shape (B, T, S, Hq, Hkv, D); whatever lies outside [starts, lengths) is NaN."""
+    """shape (B, T, S, Hq, Hkv, D). Keys and values outside [starts, lengths) are NaN."""
     B, T, S, Hq, Hkv, D = shape
     q, k, v = randn(B, T, Hq, D), randn(B, S, Hkv, D, seed=1), randn(B, S, Hkv, D, seed=2)
     bounds = {key: torch.tensor(options[key], dtype=dtype) for key in ("starts", "lengths") if key in options}
     for b, (start, end) in enumerate(zip(options.get("starts", [0] * B), options.get("lengths", [S] * B), strict=True)):
         for x in (k, v):
             x[b, :start], x[b, end:] = NAN, NAN
-    want = attention_oracle(q, k, v, **options | bounds)
+    want = expected_attention(q, k, v, **options | bounds)
     on_device = {key: value.to(device) for key, value in bounds.items()}
-    close(ops.attention(q.to(device), k.to(device), v.to(device), **options | on_device), want, 4e-6)
+    check_close(ops.attention(q.to(device), k.to(device), v.to(device), **options | on_device), want, 4e-6)
 
 
 @pytest.mark.parametrize("D", (64, 80, 96, 128))
@@ -164,14 +164,14 @@ OPTIONS: list[dict[str, Any]] = [{}, {"window": 3}, {"causal": False}, {"causal"
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("T", (1, 3, 21))
 def test_attention_bounds(T: int, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
-    """Empty, full, starts == lengths, starts > lengths, T > lengths."""
+    """Sequences are empty or full, with starts at and beyond lengths, and with T > lengths."""
     bounds = {"starts": [0, 0, 4, 6, 9, 19, 0], "lengths": [0, 20, 4, 17, 7, 20, 2]}
     check_attention((7, T, 20, 2, 1, 16), device, dtype, **options, **bounds)
     check_attention((2, T, 20, 2, 1, 16), device, dtype, **options, starts=[0, 7])
     check_attention((2, T, 20, 2, 1, 16), device, dtype, **options, lengths=[0, 7])
 
 
-MORE = [  # B, T, S, Hq, Hkv, D: first few queries and many keys
+MORE = [  # B, T, S, Hq, Hkv, D
     ((1, 1, 700, 4, 1, 16), {}),
     ((2, 1, 700, 4, 1, 16), {"starts": [0, 650], "lengths": [700, 700]}),
     ((3, 1, 600, 2, 2, 80), {"starts": [0, 1, 0], "lengths": [0, 2, 513]}),
@@ -180,7 +180,7 @@ MORE = [  # B, T, S, Hq, Hkv, D: first few queries and many keys
     ((1, 1, 40, 20, 1, 16), {"window": 7}),
     ((1, 5, 300, 8, 2, 16), {"lengths": [290]}),
     ((1, 20, 300, 2, 1, 16), {"window": 33}),
-    ((1, 35, 200, 2, 1, 16), {"window": 100}),  # tiles that all, some and none of the rows see
+    ((1, 35, 200, 2, 1, 16), {"window": 100}),  # tiles visible to all, some and none of the rows
     ((1, 1, 20, 2, 1, 64), {"scale": 0.07}),
     ((1, 20, 20, 2, 1, 64), {"scale": 3}),
 ]
@@ -192,19 +192,16 @@ def test_attention_more(shape: tuple[int, ...], options: dict[str, Any], device:
 
 
 @pytest.mark.parametrize("causal", (True, False))
-@pytest.mark.parametrize(("T", "S"), [(0, 5), (3, 0), (30, 0), (0, 0)])
-def test_attention_without_queries_or_keys(T: int, S: int, causal: bool, device: torch.device) -> None:
-    check_attention((2, T, S, 4, 2, 16), device, causal=causal)
-
-
-@pytest.mark.parametrize("T", (1, 3))
-def test_attention_without_sequences(T: int, device: torch.device) -> None:
-    check_attention((0, T, 5, 4, 2, 16), device)
+@pytest.mark.parametrize(("B", "T", "S"), [(2, 0, 5), (2, 3, 0), (2, 30, 0), (2, 0, 0), (0, 1, 5), (0, 3, 5)])
+def test_attention_without_sequences_queries_or_keys(
+    B: int, T: int, S: int, causal: bool, device: torch.device
+) -> None:
+    check_attention((B, T, S, 4, 2, 16), device, causal=causal)
 
 
 @pytest.mark.parametrize(("T", "S", "window"), [(3, 9, None), (3, 9, 2), (40, 9, None)])
 def test_lengths_beyond_the_keys(T: int, S: int, window: int | None, device: torch.device) -> None:
-    """Refused, or what the formula says: the queries stand at lengths - T + t, and only S keys are there."""
+    """A CPU raises ValueError; otherwise queries are at lengths - T + t, with S keys."""
     try:
         check_attention((1, T, S, 2, 1, 16), device, window=window, lengths=[12])
     except ValueError as error:
@@ -216,13 +213,13 @@ def test_lengths_beyond_the_keys(T: int, S: int, window: int | None, device: tor
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("new", (1, 11, 13))
-def test_padding_of_a_chunk_stays_with_itself(new: int, dtype: torch.dtype, device: torch.device) -> None:
-    """15 keys: a CPU's product in bf16 reads one element beyond a row of that length, which was a NaN of padding."""
+def test_padding_of_a_chunk_does_not_reach_other_rows(new: int, dtype: torch.dtype, device: torch.device) -> None:
+    """With 15 keys a CPU's product in bf16 reads one element beyond a row, which was a NaN of padding."""
     q, k, v = (randn(2, 14, heads, 32, seed=heads).to(device, dtype) for heads in (2, 1, 3))
     ring = torch.zeros(2, 2, 1, 1, 32, device=device, dtype=dtype)
     bounds = (torch.full((2,), n, dtype=torch.int32, device=device) for n in (13, new))
     got = ops.cached_attention(q, k, v[:, :, :1], *ring, *bounds, window=1)[:, :new]
-    close(got, v[:, :new, :1].expand_as(got), rtol=2**-8)  # each token sees its own value alone
+    check_close(got, v[:, :new, :1].expand_as(got), rtol=2**-8)  # with a window of 1 a token attends to itself
 
 
 @pytest.mark.parametrize("positions", (torch.int32, torch.int64))
@@ -244,18 +241,18 @@ def test_rope(D: int, Hq: int, Hkv: int, dtype: torch.dtype, positions: torch.dt
         assert ((got.double().cpu() - want).abs() <= limit).all()
 
 
-def normed_oracle(x: Tensor, eps: float) -> Tensor:
+def expected_norm(x: Tensor, eps: float) -> Tensor:
     return x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(4000,), (3, 700), (2, 3, 33), (1, 1), (0, 8), (2, 0, 8)], ids=str)
-def test_rms_norm_casts_then_weighs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def test_rms_norm_casts_before_the_weight(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     x, weight, eps = randn(*shape).to(dtype), randn(shape[-1], seed=1).to(dtype), 0.25
     got = ops.rms_norm(x.to(device), weight.to(device), eps)
     assert got.dtype == dtype and got.shape == x.shape
-    want = normed_oracle(x, eps).to(dtype) * weight
-    close(got, want, 2 * torch.finfo(dtype).eps)
+    want = expected_norm(x, eps).to(dtype) * weight
+    check_close(got, want, 2 * torch.finfo(dtype).eps)
     if dtype != torch.float32:  # fp32 and fp64 rarely round to different sides; the other order does for 1 in 4
         assert (got.cpu() != want).sum() <= 0.01 * want.numel() + 1
 
@@ -266,14 +263,14 @@ def test_rms_norm_with_residual(shape: tuple[int, ...], dtype: torch.dtype, devi
     x, residual, weight = (randn(*s, seed=i).to(device, dtype) for i, s in enumerate((shape, shape, shape[-1:])))
     y, total = ops.rms_norm(x, weight, 1e-5, residual=residual)
     assert total.dtype == dtype and torch.equal(total, x + residual)
-    assert torch.equal(y, ops.rms_norm(total, weight, 1e-5))  # it is the rounded sum that is normed
+    assert torch.equal(y, ops.rms_norm(total, weight, 1e-5))  # the norm is that of the rounded sum
 
 
 # expert_swiglu, sort_by_expert
 
 
-def swiglu_oracle(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Gate rows first."""
+def expected_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The gate's rows are in front of up's."""
     x, gate_up, down, weights = (a.double().cpu() for a in (x, gate_up, down, weights))
     out, I = torch.zeros_like(x), down.shape[2]
     for t, row in enumerate(ids.tolist()):
@@ -285,7 +282,7 @@ def swiglu_oracle(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights
 
 def expert_inputs(T: int, E: int, K: int, H: int = 24, I: int = 20, seed: int = 0) -> list[Tensor]:
     x, gate_up, down = randn(T, H, seed=seed), randn(E, 2 * I, H, seed=1), randn(E, H, I, seed=2)
-    return [x, gate_up * H**-0.5, down * I**-0.5, choices(T, E, K), randn(T, K, seed=3).softmax(-1)]
+    return [x, gate_up * H**-0.5, down * I**-0.5, random_ids(T, E, K), randn(T, K, seed=3).softmax(-1)]
 
 
 PATHS = ((0, 4, 2), (1, 4, 2), (1, 8, 8), (3, 300, 2), (63, 3, 3), (64, 4, 1), (65, 4, 2), (66, 3, 3), (130, 8, 1))
@@ -297,30 +294,30 @@ EXPERTS = [(*path, 24, 20) for path in PATHS] + [(T, 4, 2, H, I) for T in (1, 40
 def test_expert_swiglu(T: int, E: int, K: int, H: int, I: int, dtype: torch.dtype, device: torch.device) -> None:
     args = expert_inputs(T, E, K, H, I)
     args[3] = args[3].to(dtype)
-    close(ops.expert_swiglu(*(a.to(device) for a in args)), swiglu_oracle(*args), 4e-6)
+    check_close(ops.expert_swiglu(*(a.to(device) for a in args)), expected_swiglu(*args), 4e-6)
 
 
 @pytest.mark.parametrize("T", (1, 40, 64, 65, 90))
 @pytest.mark.parametrize("row", [[3, 3], [2, 0], [1, 1]], ids=str)
-def test_nan_of_an_expert_nobody_chose(T: int, row: list[int], device: torch.device) -> None:
-    """All tokens to the experts of `row`, an id twice too; the others hold NaN and inf."""
+def test_unused_experts_may_hold_nan(T: int, row: list[int], device: torch.device) -> None:
+    """All tokens use the experts of `row`, which may repeat one; the rest hold NaN and inf."""
     x, gate_up, down, _, weights = expert_inputs(T, 5, 2)
     ids = torch.tensor([row] * T)
     for expert in set(range(5)) - set(row):
         gate_up[expert], down[expert] = NAN, (NAN, INF)[expert % 2]
-    want = swiglu_oracle(x, gate_up, down, ids, weights)
-    close(ops.expert_swiglu(*(a.to(device) for a in (x, gate_up, down, ids, weights))), want, 4e-6)
+    want = expected_swiglu(x, gate_up, down, ids, weights)
+    check_close(ops.expert_swiglu(*(a.to(device) for a in (x, gate_up, down, ids, weights))), want, 4e-6)
 
 
 @pytest.mark.parametrize("T", (9, 70))
-def test_nan_of_one_token_stays_with_it(T: int, device: torch.device) -> None:
+def test_nan_of_a_token_does_not_reach_other_tokens(T: int, device: torch.device) -> None:
     args = [a.to(device) for a in expert_inputs(T, 3, 2)]
     want = ops.expert_swiglu(*args)
     args[0][4] = NAN
     got = ops.expert_swiglu(*args)
     assert got[4].isnan().all()
     rest = torch.arange(T, device=device) != 4
-    close(got[rest], want[rest])
+    check_close(got[rest], want[rest])
 
 
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
@@ -334,10 +331,10 @@ def test_sort_by_expert_is_stable(T: int, K: int, E: int, dtype: torch.dtype, de
     assert offsets.tolist() == [sum(i < e for i in flat) for e in range(E + 1)]
 
 
-# 16 bits, each operation beside what transformers computes in the same dtype
+# 16 bits, compared with what transformers computes in the same dtype
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     (T, Hq, D), (S, Hkv) = q.shape[1:], k.shape[1:3]
     q, k, v = q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(Hq // Hkv, 1) for x in (k, v))
     later = torch.ones(T, S, dtype=torch.bool).tril(S - T).logical_not()
@@ -345,7 +342,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores.float().softmax(-1).to(q.dtype) @ v).transpose(1, 2)
 
 
-def plain_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def torch_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     out = torch.zeros_like(x)
     for k in range(ids.shape[1]):
         for t, expert in enumerate(ids[:, k].tolist()):
@@ -354,21 +351,21 @@ def plain_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights:
     return out
 
 
-PRECISION = {  # our function, plain torch, the oracle, inputs (the first three in the dtype under test)
-    "decode": (ops.attention, plain_attention, attention_oracle, [randn(1, n, 4, 64, seed=n) for n in (1, 200, 201)]),
-    "prefill": (ops.attention, plain_attention, attention_oracle, [randn(1, 50, 4, 64, seed=n) for n in range(3)]),
-    "few tokens": (ops.expert_swiglu, plain_swiglu, swiglu_oracle, expert_inputs(9, 4, 2, 96, 80)),
-    "many tokens": (ops.expert_swiglu, plain_swiglu, swiglu_oracle, expert_inputs(66, 4, 2, 96, 80)),
+PRECISION = {  # the operation, plain torch, fp64, inputs (the first three in the dtype under test)
+    "decode": (ops.attention, torch_attention, expected_attention, [randn(1, n, 4, 64, seed=n) for n in (1, 200, 201)]),
+    "prefill": (ops.attention, torch_attention, expected_attention, [randn(1, 50, 4, 64, seed=n) for n in range(3)]),
+    "few tokens": (ops.expert_swiglu, torch_swiglu, expected_swiglu, expert_inputs(9, 4, 2, 96, 80)),
+    "many tokens": (ops.expert_swiglu, torch_swiglu, expected_swiglu, expert_inputs(66, 4, 2, 96, 80)),
 }
 
 
 @pytest.mark.parametrize("dtype", FLOATS[1:])
 @pytest.mark.parametrize("case", PRECISION)
 def test_error_is_at_most_twice_that_of_plain_torch(case: str, dtype: torch.dtype, device: torch.device) -> None:
-    ours, plain, oracle, args = PRECISION[case]
+    function, torch_function, expected, args = PRECISION[case]
     args = [x.to(dtype) if place < 3 else x for place, x in enumerate(args)]
     if case == "decode":
         args[2] = args[2][:, :200]
-    got, want = ours(*(x.to(device) for x in args)), oracle(*args)
+    got, want = function(*(x.to(device) for x in args)), expected(*args)
     assert got.dtype == dtype
-    assert (got.double().cpu() - want).abs().max() <= 2 * (plain(*args).double() - want).abs().max()
+    assert (got.double().cpu() - want).abs().max() <= 2 * (torch_function(*args).double() - want).abs().max()
