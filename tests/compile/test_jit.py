@@ -196,7 +196,7 @@ def test_tensor_map_requirements(change: dict[str, Any], said: str) -> None:
 
 def test_configuration_beyond_shared_memory_raises_value_error(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton finds it after it has compiled; here by its own JIT, not by a stand-in for it."""
-    monkeypatch.setattr(gpu.driver.utils.properties, "shared_memory_per_block_optin", 8)
+    monkeypatch.setattr(gpu.properties, "shared_memory_per_block_optin", 8)
     gpu.driver.forget()
     with pytest.raises(ValueError, match=r"rms_norm_kernel: the launch configuration .* takes \d+ of shared memory"):
         norm_launch(4, gpu)

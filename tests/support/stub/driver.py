@@ -136,17 +136,14 @@ class Driver(GPUDriver):
 
     def __init__(self, gpu: Any) -> None:
         self.gpu = gpu
-        device_properties = {
-            "max_shared_mem": gpu.properties.shared_memory_per_block_optin,
-            "multiprocessor_count": gpu.properties.multi_processor_count,
-            "max_num_regs": 65536,
-            "warpSize": 32,
-            "sm_clock_rate": 1_980_000,
-            "mem_clock_rate": 2_619_000,
-            "mem_bus_width": 5120,
-        }
+        fixed = {"max_num_regs": 65536, "warpSize": 32, "sm_clock_rate": 1_980_000, "mem_clock_rate": 2_619_000}
         self.utils = SimpleNamespace(
-            get_device_properties=lambda device: device_properties,
+            get_device_properties=lambda device: {
+                "max_shared_mem": gpu.properties.shared_memory_per_block_optin,
+                "multiprocessor_count": gpu.properties.multi_processor_count,
+                "mem_bus_width": 5120,
+                **fixed,
+            },
             # module, function (the binary itself), registers, spills and the maximum of threads
             load_binary=lambda name, kernel, shared, device: (object(), kernel, 0, 0, THREADS_MOST),
             unload_module=lambda module: None,
