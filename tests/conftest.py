@@ -133,6 +133,16 @@ def guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def restore_backend() -> Iterator[None]:
+    """Undo a command's choice of the interpreter, which would reach the processes of later tests."""
+    before = os.environ.get("TRITON_INTERPRET")
+    yield
+    os.environ.pop("TRITON_INTERPRET", None)
+    if before is not None:
+        os.environ["TRITON_INTERPRET"] = before
+
+
+@pytest.fixture(autouse=True)
 def gates(monkeypatch: pytest.MonkeyPatch, record_property: Any) -> Iterator[None]:
     """Every test runs with guarded launches, and with NaN in memory that nobody wrote."""
     monkeypatch.setattr(launch, "interpret", guarded)

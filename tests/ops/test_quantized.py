@@ -86,8 +86,8 @@ def test_slices_and_conversions_keep_the_values() -> None:
     ("changes", "message"),
     [
         ({"format": "int3"}, "format is 'int3'"),
-        ({"group": 48}, "do not divide"),
-        ({"group": 16}, "32, 64, 128"),
+        ({"group": 48}, "32, 64 or 128 that divide 128"),
+        ({"group": 16}, "group is 16"),
         ({"data": torch.zeros(3, 5, 7, dtype=torch.int16)}, "data has shape"),
         ({"data": torch.zeros(3, 5, 32, dtype=torch.int32)}, "int16"),
         ({"scales": torch.zeros(3, 5, 3)}, "scales has shape"),

@@ -198,13 +198,13 @@ def test_wrong_decode_step_is_detected() -> None:
 def test_decode_step_is_captured_after_its_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
-    def captured(once: Any, generator: Any, device: Any) -> Any:
+    def capture(once: Any, generator: Any, device: Any) -> Any:
         calls.append("capture")
         assert once() is None
         return lambda: calls.append("replay")
 
     monkeypatch.setattr(decode_step, "can_capture", lambda model: True)
-    monkeypatch.setattr(decode_step, "captured", captured)
+    monkeypatch.setattr(decode_step, "capture", capture)
     monkeypatch.setattr(decode_step, "decode_step", lambda **args: calls.append("step") or torch.tensor(len(calls)))
     args = {"model": argparse.Namespace(device=CPU), "cache": None, "token": None}
     replay = our_call(small("decode_step"), args)
