@@ -132,14 +132,11 @@ def guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
     _covered.add(("interpreted", kernel.__name__))
 
 
-@pytest.fixture(autouse=True)
-def restore_backend() -> Iterator[None]:
-    """Undo a command's choice of the interpreter, which would reach the processes of later tests."""
-    before = os.environ.get("TRITON_INTERPRET")
-    yield
-    os.environ.pop("TRITON_INTERPRET", None)
-    if before is not None:
-        os.environ["TRITON_INTERPRET"] = before
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a call of the command line in this process, which has imported its kernels: it selects no backend. If it did,
+    the processes of later tests would inherit its TRITON_INTERPRET."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
 @pytest.fixture(autouse=True)

@@ -67,8 +67,7 @@ PROMPT = ("generate", "--prompt", "x")
         (("compile", "nonsense", "--arch", "sm_90"), "nonsense"),
     ],
 )
-def test_bad_input_is_one_line_on_stderr(args: tuple[str, ...], named: str, capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")  # this process has imported its kernels
+def test_bad_input_is_one_line_on_stderr(args: tuple[str, ...], named: str, capsys: Any, in_process: None) -> None:
     try:
         status: Any = main(args)
     except SystemExit as left:  # argparse
@@ -139,9 +138,8 @@ CORRUPT: dict[str, tuple[Corrupt, str]] = {
 
 @pytest.mark.parametrize(("corrupt", "named"), CORRUPT.values(), ids=CORRUPT)
 def test_a_corrupt_checkpoint_is_one_line(
-    corrupt: Corrupt, named: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    corrupt: Corrupt, named: str, tmp_path: Path, capsys: Any, in_process: None
 ) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")  # this process has imported its kernels
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     for name in (CONFIG, MODEL, "tokenizer.json"):

@@ -44,11 +44,6 @@ def run(*args: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(**command(*args, **environment), capture_output=True, timeout=240)
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")  # this process has imported its kernels
-
-
 def test_without_a_gpu_generate_reports_the_torch_backend() -> None:
     done = run(*GENERATE)
     lines = done.stderr.decode().splitlines()

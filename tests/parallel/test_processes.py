@@ -123,7 +123,7 @@ def test_processes_that_do_not_fit(
     assert message in line
 
 
-def test_a_mesh_has_no_peer(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mesh_has_no_peer(in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
     """Refused before anything is loaded."""
     assert main(["verify", "--tp", "2", "--peer", "transformers"]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -17,12 +17,10 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.tools.trace import Trace
 
 PROMPT = "The for statement\n  is used to iterate: naïve."
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about figures and text: run once, without the interpreter")
-
-
-@pytest.fixture(autouse=True)
-def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")  # in this process, which has made its choice
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="about figures and text: run once, without the interpreter"),
+    pytest.mark.usefixtures("in_process"),
+]
 
 
 def traced(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:

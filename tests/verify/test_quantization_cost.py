@@ -184,8 +184,7 @@ def test_wrong_scales_of_the_quantizer(format: str, tiny: Path, monkeypatch: pyt
     assert [row.ok for row in check_loaded(tiny, load(tiny, weights=format))] == [True, True, False]
 
 
-def test_weights_option(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")  # this process has decided already
+def test_weights_option(tiny: Path, capsys: pytest.CaptureFixture[str], in_process: None) -> None:
     assert parse_weights("int4") == "int4" and parse_weights("experts=int4,linear=int8") == BOTH
     assert main(["verify", str(tiny), "--device", "cpu", "--weights", "experts=int4,linear=int8", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)

@@ -175,26 +175,25 @@ def compile_candidate(case: Case, kernel: str, config: LaunchConfig, arch: str, 
 def tune(case: Case, kernel: str, arch: str, timer: Timer | None = None, device: torch.device | None = None) -> Tuned:
     """Climb from the current configuration. Without a timer, compile it and its neighbours only."""
     args = case.inputs(device) if timer is not None and device is not None else {}
-    oracle = Oracle(case.op, args) if args else None
+    timing = (Oracle(case.op, args), timer) if args and timer is not None else None
     found: list[Candidate] = []
 
-    def time_call() -> measure.Outcome:
-        assert oracle is not None and timer is not None
+    def time_call(oracle: Oracle, timer: Timer) -> measure.Outcome:
         return measure.attempt(lambda: measure.our_call(case, args), args, oracle, timer)
 
     def visit(config: LaunchConfig) -> None:
-        one = compile_candidate(case, kernel, config, arch, on_gpu=oracle is not None)
+        one = compile_candidate(case, kernel, config, arch, on_gpu=timing is not None)
         if one.note is None and one.code is not None and one.code in [other.code for other in found]:
             one = replace(one, note="the same code as one before")
-        if one.note is None and oracle is not None:
+        if one.note is None and timing is not None:
             with override_configs({kernel: config}), torch.no_grad():
-                outcome = time_call()
+                outcome = time_call(*timing)
             one = replace(one, note=outcome.note, seconds=outcome.seconds)
         found.append(one)
 
     launch, current = kernel_configs(case, arch)[kernel]
     library = kernel not in _selected_configs(case, arch, {})
-    library_s = time_call().seconds if library and oracle is not None else None
+    library_s = time_call(*timing).seconds if library and timing is not None else None
     visit(current)
     best = found[0]
     full = full_dim_tiles(case.op, kernel, launch)
