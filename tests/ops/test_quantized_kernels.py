@@ -211,7 +211,7 @@ def ptx(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     layout = Weight.layout
     monkeypatch.setattr(unpack, "_moved", moved)
     monkeypatch.setattr(unpack, "_paired", paired)
-    monkeypatch.setattr(Weight, "layout", lambda self, arch: (*layout(self, arch)[:2], self.name is not None))
+    monkeypatch.setattr(Weight, "layout", lambda self, arch: layout(self, arch)._replace(ptx=self.name is not None))
     return ran
 
 
