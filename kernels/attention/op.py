@@ -36,6 +36,15 @@ def check_heads(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> N
         raise fail(op, "q", f"of head size {sizes['D']}", "a head size of at most 256")
 
 
+def _check_attention(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    check_heads(op, args, sizes)
+    T, S = sizes["T"], sizes["S"]
+    # A [B, heads, T, D] tensor of torch's attention reads as `heads` tokens. Symbolic sizes are checked when they run.
+    if args["causal"] and args["lengths"] is None and type(T) is type(S) is int and T > S:
+        needs = f"at most the {S} tokens of k: the layout is [B, T, heads, D]; pass lengths if queries precede all keys"
+        raise fail(op, "q", f"of {T} tokens", needs)
+
+
 def _check_cached(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
     v = args["v"]
     if (args["k"] is None) != (v is None):
@@ -66,7 +75,7 @@ def _truncate_chunk(args: dict[str, Any]) -> dict[str, Any]:
     return {**args, **{name: args[name] if args[name] is None else args[name][:, :end] for name in "qkv"}}
 
 
-@constrain(rule=check_heads, truncate_sequence=_truncate_keys)
+@constrain(rule=_check_attention, truncate_sequence=_truncate_keys)
 def attention(
     q: Queries,
     k: Keys,
@@ -294,10 +303,12 @@ OP = Op(
     configs=configs,
     cost=cost,
     test_shapes=(
+        *shapes(_LETTERS, "1 40 40 4 4 64 0, 1 150 150 2 1 32 33, 1 40 90 2 2 128 24, 1 1 90 4 4 80 30"),
         *shapes(
-            _LETTERS, "1 40 40 4 4 64 0, 1 150 150 2 1 32 33, 1 40 90 2 2 128 24, 1 20 9 2 1 64 0, 1 1 90 4 4 80 30"
+            _LETTERS,
+            "1 20 9 2 1 64 0, 2 70 70 4 2 80 16, 3 33 50 4 1 96 0, 2 1 700 8 2 128 0, 2 3 600 4 1 96 300",
+            ragged=True,
         ),
-        *shapes(_LETTERS, "2 70 70 4 2 80 16, 3 33 50 4 1 96 0, 2 1 700 8 2 128 0, 2 3 600 4 1 96 300", ragged=True),
         *shapes(_LETTERS, "2 50 50 4 2 64 20", causal=False),
         *shapes(_LETTERS, "1 37 37 2 2 80 0", causal=False, ragged=True),
     ),

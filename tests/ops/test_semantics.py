@@ -154,7 +154,17 @@ def test_attention_heads(D: int, Hq: int, Hkv: int, T: int, S: int, device: torc
 @pytest.mark.parametrize("window", (None, 0, -1, 1, 2, 3, 8, 40, 2**31 - 1))
 @pytest.mark.parametrize(("T", "S"), [(37, 37), (1, 37), (5, 37), (37, 9), (7, 2)])
 def test_attention_windows(T: int, S: int, window: int | None, causal: bool, device: torch.device) -> None:
-    check_attention((1, T, S, 2, 1, 16), device, window=window, causal=causal)
+    bounds = {"lengths": [S]} if T > S else {}
+    check_attention((1, T, S, 2, 1, 16), device, window=window, causal=causal, **bounds)
+
+
+def test_attention_raises_value_error_for_the_layout_of_sdpa(device: torch.device) -> None:
+    """[B, heads, T, D]: the eight heads of q read as tokens, more than the two heads of k."""
+    q, k = torch.zeros(1, 8, 5, 16, device=device), torch.zeros(1, 2, 5, 16, device=device)
+    with pytest.raises(ValueError, match=r"attention: argument 'q' is of 8 tokens, .* k: .* \[B, T, heads, D\]"):
+        ops.attention(q, k, k)
+    with pytest.raises(ValueError, match="lengths"):
+        torch.ops.mixtral_triton.attention(q.to("meta"), k.to("meta"), k.to("meta"))
 
 
 OPTIONS: list[dict[str, Any]] = [{}, {"window": 3}, {"causal": False}, {"causal": False, "window": 5}]
@@ -167,7 +177,8 @@ def test_attention_bounds(T: int, options: dict[str, Any], dtype: torch.dtype, d
     """Sequences are empty or full, with starts at and beyond lengths, and with T > lengths."""
     bounds = {"starts": [0, 0, 4, 6, 9, 19, 0], "lengths": [0, 20, 4, 17, 7, 20, 2]}
     check_attention((7, T, 20, 2, 1, 16), device, dtype, **options, **bounds)
-    check_attention((2, T, 20, 2, 1, 16), device, dtype, **options, starts=[0, 7])
+    starts = {"starts": [0, 7]} | ({"lengths": [20, 20]} if T > 20 else {})
+    check_attention((2, T, 20, 2, 1, 16), device, dtype, **options, **starts)
     check_attention((2, T, 20, 2, 1, 16), device, dtype, **options, lengths=[0, 7])
 
 
@@ -196,7 +207,7 @@ def test_attention_more(shape: tuple[int, ...], options: dict[str, Any], device:
 def test_attention_without_sequences_queries_or_keys(
     B: int, T: int, S: int, causal: bool, device: torch.device
 ) -> None:
-    check_attention((B, T, S, 4, 2, 16), device, causal=causal)
+    check_attention((B, T, S, 4, 2, 16), device, causal=causal, **({"lengths": [S] * B} if T > S else {}))
 
 
 @pytest.mark.parametrize(("T", "S", "window"), [(3, 9, None), (3, 9, 2), (40, 9, None)])
