@@ -17,17 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
-from rich.progress import DownloadColumn, MofNCompleteColumn
+from rich.progress import DownloadColumn
 
 from . import __version__
 from .kernels.arch import ARCHS
 from .tools.gpus import RATED
 from .tools.processes import is_first, open_mesh, select_backend
-from .tools.terminal import Bar, bar, exit_status, say, set_output_encoding
+from .tools.terminal import bar, check_plot, exit_status, say, set_output_encoding
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     import torch
 
     from .model import Mixtral
@@ -37,18 +35,12 @@ SMALL = Path(__file__).parent / "small"  # the checkpoint that ships with the pa
 
 
 class Help(argparse.HelpFormatter):
-    """Help that prints every default. "none: ..." in an option's text says what no value means."""
+    """Help that prints the default of each option whose own text does not say it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text, default = action.help or "", action.default
-        if "none: " in text:
-            return text.replace("none: ", "default: ")
-        if not action.option_strings or action.dest in ("help", "version"):
-            return text
-        if isinstance(default, bool):
-            default = "on" if default else "off"
-        value = "none" if default in (None, []) else str(default).replace("%", "%%")
-        return f"{text} (required)" if action.required else f"{text} (default: {value})"
+        text = action.help or ""
+        silent = not action.option_strings or action.nargs == 0 or action.default in (None, [])
+        return text if silent or "default: " in text else f"{text} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -87,75 +79,69 @@ def parser() -> argparse.ArgumentParser:
         option("--ep", type=int, default=1, metavar="N", help="GPUs that share the experts; with torchrun")
 
     def model(option: Any) -> None:
-        option("folder", nargs="?", default=SMALL, help="checkpoint folder; none: the small one of the package")
-        option("--device", help="cpu, cuda, cuda:1, ...; none: the GPU if there is one")
-        option("--dtype", choices=("float32", "bfloat16", "float16"), help="none: as stored")
+        option("folder", nargs="?", default=SMALL, help="checkpoint folder; default: the small one of the package")
+        option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
+        option("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
         text = "int4, int8 or fp8: quantize the experts' while loading; experts=int4,linear=int8: those of attention "
-        option("--weights", type=parse_weights, metavar="FORMAT", help=f"{text}and the head, too; none: as stored")
-
-    def interpret(option: Any) -> None:
-        option("--interpret", action="store_true", help="the Triton kernels, interpreted on the CPU")
+        option("--weights", type=parse_weights, metavar="FORMAT", help=f"{text}and the head, too; default: as stored")
 
     def plot(option: Any) -> None:
         option("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg, .pdf)")
 
     def ops(option: Any) -> None:
-        option("ops", nargs="*", metavar="OP", help="none: all")
+        option("ops", nargs="*", metavar="OP", help="default: all")
 
     def at(option: Any) -> None:
         option("--at", action="append", default=[], metavar="T=N", help="only the cases of this size; repeatable")
 
     def prompt(option: Any) -> None:
         option("--prompt", required=True, help="text to run")
+        option("--interpret", action="store_true", help="the Triton kernels, interpreted on the CPU")
 
     option = command("verify", "compare tensors with files, and operations and layers with plain torch", model, mesh)
     option("--peer", choices=("transformers",), help="compare the logits with this library's on the same files, too")
-    option("--prompt", help="text to run; none: fixed pseudo-random tokens")
+    option("--prompt", help="text to run; default: fixed pseudo-random tokens")
 
-    option = command("generate", "stream the continuation of a prompt", model, interpret, mesh, prompt)
+    option = command("generate", "stream the continuation of a prompt", model, mesh, prompt)
     option("--max-new-tokens", type=int, default=64, metavar="N", help="fewer where the text ends")
     option("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy")
-    option("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens; none: all")
+    option("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens; default: all")
     option("--top-p", type=float, default=1.0, metavar="P", help="of those, the fewest with this total probability")
     option("--seed", type=int, default=0, metavar="N", help="of the sampling")
 
-    option = command("trace", "which experts each token of a prompt took, by layer", model, interpret, plot, prompt)
-    option("--layers", type=int, nargs="+", metavar="N", help="to print; none: first, middle and last")
+    option = command("trace", "which experts each token of a prompt took, by layer", model, plot, prompt)
+    option("--layers", type=int, nargs="+", metavar="N", help="to print; default: first, middle and last")
 
     option = command("quantize", "write a checkpoint whose experts are quantized, as compressed-tensors has it")
     option("folder", help="checkpoint folder, not quantized")
     option("out", type=Path, help="folder to write, new or empty")
     option("--weights", choices=FORMATS, required=True, help="int4: in groups of 128 columns, or fewer")
-    option("--device", help="where to compute: cpu, cuda, ...; none: the GPU if there is one")
+    option("--device", help="where to compute: cpu, cuda, ...; default: the GPU if there is one")
 
     option = command("bench", "each operation, and a decode step, beside its peers and its floor", ops, at, plot, mesh)
     option("--quick", action="store_true", help="a few cases an operation, of 8x7B")
-    text = "a case of these sizes instead; repeatable"
-    option("--sizes", action="append", default=[], metavar="T=N,...", help=text)
+    option("--sizes", action="append", default=[], metavar="T=N,...", help="a case of these sizes instead; repeatable")
     option("--model", type=Path, metavar="FOLDER", help="take the sizes from a checkpoint's config.json")
-    option("--dtype", choices=("bfloat16", "float16", "float32"), help="none: bfloat16")
-    text = "your function beside the one OP, called with its arguments by position; checked before it is timed, and "
-    text += "exit 1 if wrong; repeatable"
+    option("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16")
+    text = "your function beside the one OP, called by position, checked before it is timed; repeatable"
     option("--peer", action="append", default=[], metavar="MODULE:FUNCTION", help=text)
     option("--first", type=int, default=0, metavar="N", help="leave the N cases before this one out")
     option("--without", action="append", default=[], metavar="PEER", help="leave a peer out; repeatable")
-    text = f"measure nothing: floors and predicted times by a data sheet ({', '.join(RATED)})"
-    option("--gpu", metavar="NAME", help=text)
+    option("--gpu", metavar="NAME", help=f"measure nothing, predict by a data sheet: {', '.join(RATED)}")
 
     option = command("tune", "launch configurations around the present ones: which compile, fit, are fastest", ops, at)
-    option("--arch", help="time nothing, compile for this one; none: the GPU there is, else sm_90")
+    option("--arch", help="time nothing, compile for this one; default: the GPU there is, else sm_90")
     option("--dry-run", action="store_true", help="time nothing")
 
     option = command("fit", "what fits a GPU's memory: weights by format, cache, workspace, the longest text")
-    text = "a folder with a config.json, mixtral-8x22b, ...; none: mixtral-8x7b"
+    text = "a folder, or mixtral-8x22b; default: mixtral-8x7b"
     option("model", nargs="?", default="mixtral-8x7b", metavar="MODEL", help=text)
-    option("--gpu", metavar="NAME", help="h100, rtx4090, ...; none: the GPU there is, else all that are known")
-    option("--memory", type=float, metavar="GIB", help="a GPU of so many GiB; none: see --gpu")
-    option("--gpus", type=int, metavar="N", help="so many GPUs; none: 1")
-    text = "predicted times on 1 to 16 GPUs, by tp and ep"
-    option("--scaling", nargs="?", const="", metavar="FORMAT", help=text)
+    option("--gpu", metavar="NAME", help="h100, rtx4090, ...; default: the GPU there is, else all that are known")
+    option("--memory", type=float, metavar="GIB", help="a GPU of so many GiB; default: see --gpu")
+    option("--gpus", type=int, metavar="N", help="so many GPUs; default: 1")
+    option("--scaling", nargs="?", const="", metavar="FORMAT", help="predicted times on 1 to 16 GPUs, by tp and ep")
     option("--batch", type=int, default=1, metavar="B", help="sequences at a time")
-    option("--context", type=int, metavar="S", help="tokens a sequence; none: all the model's positions")
+    option("--context", type=int, metavar="S", help="tokens a sequence; default: all the model's positions")
 
     option = command("compile", "compile every kernel for a GPU that need not be there", ops)
     option("--arch", required=True, help=", ".join(ARCHS))
@@ -175,10 +161,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # here, where a closed pipe or a full disk can still be reported
     except BaseException as error:
         return exit_status(error, args.command)
-
-
-def _count_bar(label: str, total: int | None, silent: bool = False) -> AbstractContextManager[Bar]:
-    return bar(label, total, MofNCompleteColumn(), silent=silent)
 
 
 def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
@@ -238,7 +220,7 @@ def _verify(args: argparse.Namespace) -> int:
         ids = default_text(prompt, model.config, model.device)
         if is_first():
             say(note)
-        with _count_bar("verifying", None, silent=not is_first()) as progress:
+        with bar("verifying", None, silent=not is_first()) as progress:
             report = verify(model, ids, progress.update, folder=args.folder, peer=args.peer)
         if is_first() and args.json:
             print(json.dumps({"folder": str(args.folder), **report.as_dict()}))
@@ -267,7 +249,7 @@ def _generate(args: argparse.Namespace) -> int:
         say(note)
         start, tokens = time.perf_counter(), []
         if args.json:
-            with _count_bar("generating", args.max_new_tokens) as progress:
+            with bar("generating", args.max_new_tokens) as progress:
                 for step in steps:
                     tokens.append(int(step[0]))
                     progress.advance(1)
@@ -285,7 +267,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _print_stream(steps: Iterator[torch.Tensor], tokenizer: Any, prompt: str, length: int) -> list[int]:
     """Print the text as it comes -> its tokens. Its line ends even where an error or Ctrl-C ends the work."""
-    with _count_bar("reading the prompt", length):
+    with bar("reading the prompt", length):
         first = list(islice(steps, 1))
     tokens: list[int] = []
     printed = ""
@@ -306,15 +288,10 @@ def _trace(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=False)
     from .tools.trace import run
 
-    def load() -> tuple[Mixtral, Any, torch.Tensor]:
-        model, tokenizer = _load(args), _tokenizer(args.folder)
-        return model, tokenizer, _encode(tokenizer, args.prompt, model)
-
-    def progress(label: str, total: int) -> AbstractContextManager[Bar]:
-        say(note)  # only now: the arguments are right
-        return _count_bar(label, total)
-
-    return run(args, load, progress)
+    if args.plot is not None:
+        check_plot(args.plot)
+    model, tokenizer = _load(args), _tokenizer(args.folder)
+    return run(args, model, tokenizer, _encode(tokenizer, args.prompt, model), note)
 
 
 def _quantize(args: argparse.Namespace) -> int:
@@ -339,7 +316,7 @@ def _bench(args: argparse.Namespace) -> int:
     with open_mesh(args) as ranks:
         if ranks is not None:
             return command.run_on_mesh(args, ranks)
-    return command.run(args, _count_bar)
+    return command.run(args, bar)
 
 
 def _tune(args: argparse.Namespace) -> int:
@@ -347,7 +324,7 @@ def _tune(args: argparse.Namespace) -> int:
         raise ValueError(f"--arch is {args.arch!r}, needs one of {', '.join(ARCHS)}")
     from .tools.bench.tune import run
 
-    return run(args, _count_bar)
+    return run(args, bar)
 
 
 def _fit(args: argparse.Namespace) -> int:
@@ -359,4 +336,4 @@ def _fit(args: argparse.Namespace) -> int:
 def _compile(args: argparse.Namespace) -> int:
     from .tools.offline import run
 
-    return run(args, _count_bar)
+    return run(args)

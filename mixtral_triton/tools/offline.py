@@ -40,7 +40,7 @@ from ..kernels.registry import OPS
 from . import sass
 from .compiled import Compiled, as_json, resources_table
 from .predict import family_note
-from .terminal import console, write_file
+from .terminal import bar, console, write_file
 
 _WIDTHS = ("H", "I")  # of a model: they change no tile
 _KERNELS_PER_WORKER = 16  # fewer do not pay for one more process
@@ -309,7 +309,7 @@ def compile_ops(
     return ordered()
 
 
-def run(args: argparse.Namespace, bar: Callable[[str, None], Any]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run the command `compile` -> exit status: 1 where a kernel must not run."""
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {str(args.out)!r} is a file, needs a folder")

@@ -10,7 +10,6 @@ import sys
 import sysconfig
 import textwrap
 import threading
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import rich.table
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TaskID, TimeRemainingColumn
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -115,20 +114,22 @@ class Bar:
 
 
 @contextmanager
-def bar(label: str, total: int | None, *columns: ProgressColumn, silent: bool = False) -> Iterator[Bar]:
-    """Show progress on stderr: rich's bar on a terminal, else a line every INTERVAL seconds. `total` None: unknown."""
-    console, done, start = Console(stderr=True), threading.Event(), time.monotonic()
-    shown = (TextColumn(label), BarColumn(), *columns, TimeRemainingColumn())
-    with Progress(*shown, console=console, transient=True, disable=silent or not console.is_terminal) as progress:
+def bar(label: str, total: int | None, count: ProgressColumn | None = None, silent: bool = False) -> Iterator[Bar]:
+    """Show progress on stderr: rich's bar on a terminal, else a line every INTERVAL seconds.
+
+    `total` None: unknown. `count` shows how much is done; None: as a number.
+    """
+    console, done = Console(stderr=True), threading.Event()
+    columns = (count or MofNCompleteColumn(), TimeRemainingColumn())
+    shown = Progress("{task.description}", BarColumn(), *columns, console=console, transient=True)
+    shown.disable, shown.speed_estimate_period = silent or not console.is_terminal, 600
+    with shown as progress:
         task = progress.add_task(label, total=total)
 
         def report() -> None:
             while not done.wait(INTERVAL):
-                state = progress.tasks[task]
-                words = ["starting"] if state.total is None else [str(column(state)).strip() for column in columns]
-                if state.completed and state.remaining is not None:
-                    words.append(f"{(time.monotonic() - start) * state.remaining / state.completed:.0f} s left")
-                say(f"{label}: {', '.join(words)}")
+                state, left = (str(column(progress.tasks[task])).strip() for column in columns)
+                say(f"{label}: {state}" + f", {left} left" * bool(left))
 
         thread = threading.Thread(target=report, daemon=True)
         if not (silent or console.is_terminal):

@@ -23,7 +23,7 @@ from rich.text import Text
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..inputs import check_vocabulary
-from .terminal import Column, Table, check_plot, save_plot
+from .terminal import Column, Table, bar, save_plot, say
 
 if TYPE_CHECKING:
     from ..model import Mixtral
@@ -168,15 +168,8 @@ def token_texts(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
     return special + [text[max(begin, past) : end] for (begin, end), past in zip(offsets, reached, strict=False)]
 
 
-def run(
-    args: argparse.Namespace,
-    load: Callable[[], tuple[Mixtral, Any, torch.Tensor]],
-    bar: Callable[[str, int], Any],
-) -> int:
-    """Run the command. `load` gives the model, its tokenizer and the prompt's tokens [T]; `bar` shows progress."""
-    if args.plot is not None:
-        check_plot(args.plot)
-    model, tokenizer, ids = load()
+def run(args: argparse.Namespace, model: Mixtral, tokenizer: Any, ids: torch.Tensor, note: str) -> int:
+    """Run the command on the prompt's tokens, ids int64 [T] -> exit status. `note` precedes the work."""
     L = model.config.num_hidden_layers
     layers = sorted({0, L // 2, L - 1}) if args.layers is None else args.layers
     if not all(0 <= layer < L for layer in layers):
@@ -187,6 +180,7 @@ def run(
         raise ValueError(f"--prompt is {len(ids)} tokens, needs at most max_position_embeddings, {limit}")
     check_vocabulary(ids, model.config.vocab_size)  # the tokenizer may be another model's
     tokens = token_texts(tokenizer, args.prompt, ids.tolist())
+    say(note)
     with bar("tracing", L) as progress:
         found = replace(trace(model, ids, tokens, lambda n: progress.update(n, L)), layers=layers)
     out = Console(stderr=args.json, highlight=False)
