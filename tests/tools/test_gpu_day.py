@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +15,38 @@ import pytest
 import torch
 
 from benchmarks import gpu_day
-from benchmarks.gpu_day import Command, Part, day, markdown, parts, whole_models
+from benchmarks.gpu_day import day, parts, whole_models
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools import terminal
 from mixtral_triton.tools.bench.cases import BENCHED, Case, cases
-from mixtral_triton.tools.bench.measure import Outcome, Row, untimed_row
-from mixtral_triton.tools.gpus import GPUS
+from mixtral_triton.tools.bench.measure import Outcome, Row
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernel: once, without TRITON_INTERPRET")
 
 
-def python(name: str, *codes: str, resumes: bool = False) -> Part:
-    commands = [Command(f"c{number}", ("-c", code), resumes) for number, code in enumerate(codes)]
-    return Part(name, 9, tuple(commands), at_once=9)
+def python(*codes: str) -> gpu_day.Part:
+    return 9, {f"c{number}": f"-c {shlex.quote(code)} bench " for number, code in enumerate(codes)}
 
 
 def row(time_us: float, **sizes: int) -> dict[str, Any]:
     case = Case(BENCHED["decode_step"], {**BENCHED["decode_step"].bench_shapes[0], **sizes})
     peers = {"HF eager": Outcome(4e-6 * time_us), "HF static cache": Outcome(note="fails: RuntimeError: no")}
     line = Row(case, 10, 20, time_us * 5e-7, "memory", ("k",), Outcome(time_us * 1e-6), peers).as_dict()
-    return {"kind": "row", **line}
+    return {"kind": "row", **line, "part": "decode"}
 
 
-def prints(*lines: dict[str, Any]) -> str:
-    return f"import json\nfor line in {list(lines)!r}: print(json.dumps(line), flush=True)\n"
-
-
-GPU = {"kind": "gpu", "name": "GPU X", "source": "measured", "bandwidth": 3.0e12, "matmul": 7e14, "data_sheet": None}
 ROWS = [row(400.0, L=1), row(1000.0, L=4)]
-BENCH = prints(GPU, *ROWS, {"kind": "end"})
 APPLIED = {"rows": [{"model": "2 layers", "applied_ms": 1.0, "eager_ms": 3.0, "ratio": 3.0}], "kernels_a_layer": {}}
 TESTS = """print('''t.py::a PASSED [ 25%]
 t.py::b[x y] FAILED [ 50%]
 t.py::c SKIPPED (needs more) [ 75%]
 t.py::d ''', end="", flush=True)
 import os; os.abort()"""
-# Begins the cases of ROWS from --first; `{dies}` is what it does in the second one.
+# Begins the cases of `rows` from --first; `{dies}` is what it does in the second one.
 CASES = """
-import json, os, sys, time
+import json, os, subprocess, sys, time
 first = int(sys.argv[sys.argv.index("--first") + 1])
 for number, line in enumerate({rows!r}):
     if number >= first:
@@ -71,25 +63,19 @@ def read(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def test_results_and_report(tmp_path: Path) -> None:
-    selected = [
-        python("tests", TESTS, "pass"),
-        python("decode", BENCH, resumes=True),
-        python("applied", prints(APPLIED)),
-    ]
-    state = day(selected, tmp_path, budget_s=60, whole_s=27)
-    assert [part["status"] for part in state["parts"].values()] == ["failed", "done", "done"]
+    codes = {
+        "tests": TESTS,
+        "decode": CASES.format(rows=ROWS, dies="pass"),
+        "applied": f"print({json.dumps(APPLIED)!r})",
+    }
+    state = day({name: python(code) for name, code in codes.items()}, tmp_path, budget_s=600)
+    assert [part["status"] for part in state.values()] == ["failed", "done", "done"]
     found, page = read(tmp_path)
-    assert found["tests"]["counts"] == {"passed": 1, "failed": 1, "skipped": 1, "died": 1}
-    assert found["tests"]["failed"] == ["t.py::b[x y]", "t.py::d"]
-    assert found["gpu"]["name"] == "GPU X" and found["rows"] == ROWS and found["before"]["versions"]["torch"]
-    for text in (
-        "| passed | 1 |",
-        "| t.py::d |",
-        "| tests | failed |",
-        "| 2 layers | 1 | 3 | 3 |",
-    ):
+    outcomes = {"t.py::a": "passed", "t.py::b[x y]": "failed", "t.py::c": "skipped", "t.py::d": "died"}
+    assert found["tests"] == outcomes and found["rows"] == ROWS and f"torch {torch.__version__}" in found["setup"][0]
+    for text in ("| t.py::d | died |", "| tests | failed |", "| 2 layers | 1 | 3 | 3 |", "## Whole models"):
         assert text in page
-    assert "| 1,000 | - | - | 500 | 0.5 | HF eager 4.00 | HF static cache: fails: RuntimeError: no |" in page
+    assert "| 1,000 | 500 | 0.5 | - | HF eager 4.00 | HF static cache: fails: RuntimeError: no |" in page
     lines = page.splitlines()
     for at, line in enumerate(lines):  # a row has as many cells as the head
         if line.startswith("| ---"):
@@ -98,36 +84,13 @@ def test_results_and_report(tmp_path: Path) -> None:
 
 def test_a_process_that_dies_is_followed_by_one_behind_its_case(tmp_path: Path) -> None:
     rows = [row(100.0 * n, L=n) for n in (1, 2, 3)]
-    selected = [python("decode", CASES.format(rows=rows, dies="os.abort()"), BENCH, resumes=True)]
-    state = day(selected, tmp_path, 60, 18)
-    assert (state["parts"]["decode"]["status"], state["parts"]["decode"]["exit"]) == ("failed", {"c0": 1, "c1": 0})
+    selected = {"decode": python(CASES.format(rows=rows, dies="os.abort()"), CASES.format(rows=ROWS, dies="pass"))}
+    assert day(selected, tmp_path, 600)["decode"]["exit"] == {"c0": 1, "c1": 0}
     found, page = read(tmp_path)
-    assert found["died"] == [{"op": "decode_step", "sizes": rows[1]["sizes"]}]
-    assert sorted(each["sizes"]["L"] for each in found["rows"]) == [1, 3, 4]
-    assert "## Cases that ended a process" in page and "| decode_step | B1 S1024 L2" in page
-    written = (tmp_path / "decode-c0.out").read_text()
-    day(selected, tmp_path, 60, 18)
-    assert (tmp_path / "decode-c0.out").read_text() == written, "a second run does not repeat it"
-
-
-def test_a_command_that_dies_before_its_first_case_is_not_repeated(tmp_path: Path) -> None:
-    state = day([python("decode", "raise SystemExit(7)", resumes=True)], tmp_path, 60, 9)
-    assert state["parts"]["decode"]["status"] == "failed" and state["parts"]["decode"]["exit"] == {"c0": 7}
-
-
-def test_a_second_run_retries_the_case_that_was_cut_off(tmp_path: Path) -> None:
-    flag, log = tmp_path / "flag", tmp_path / "log"
-    wait = f"open({str(log)!r}, 'a').write(str(first)); os.path.exists({str(flag)!r}) or time.sleep(60)"
-    selected = [
-        python("steady", f"open({str(log)!r}, 'a').write('s')"),
-        python("decode", CASES.format(rows=ROWS, dies=wait), resumes=True),
-    ]
-    assert day(selected, tmp_path, 8, 18)["parts"]["decode"]["status"] == "over budget"
-    flag.touch()
-    state = day(selected, tmp_path, 60, 18)
-    assert {part["status"] for part in state["parts"].values()} == {"done"}
-    assert log.read_text() == "s01", "what was done is not repeated"
-    assert read(tmp_path)[0]["rows"] == ROWS and not read(tmp_path)[0]["died"]
+    assert found["unfinished"] == [{"op": "decode_step", "sizes": rows[1]["sizes"]}]
+    assert sorted(each["sizes"]["L"] for each in found["rows"]) == [1, 1, 3, 4]
+    assert "## Cases without a result" in page and "| decode_step | B1 S1024 L2" in page
+    assert day({"early": python("raise SystemExit(7)")}, tmp_path, 600)["early"]["exit"] == {"c0": 7}
 
 
 def is_alive(pid: int) -> bool:
@@ -138,106 +101,87 @@ def is_alive(pid: int) -> bool:
     return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
 
 
-def test_a_part_over_budget_is_killed_with_its_children_and_keeps_its_rows(tmp_path: Path) -> None:
-    child = "import subprocess, sys, time\n" + BENCH
-    child += "\np = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    child += f"\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid))"
-    child += '\nprint(\'{"kind": "ro\', flush=True)\ntime.sleep(60)'
+def test_a_part_over_budget_is_killed_with_its_children_and_a_second_run_continues(tmp_path: Path) -> None:
+    pid, log = tmp_path / "pid", tmp_path / "log"
+    child = "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+    child += f"open({str(pid)!r}, 'w').write(str(p.pid)); print('{{\"kind\": \"ro', flush=True); time.sleep(60)"
+    selected = {
+        "decode": python(CASES.format(rows=ROWS, dies=child)),
+        "next": python(f"open({str(log)!r}, 'a').write('n')"),
+    }
     start = time.monotonic()
-    state = day([python("decode", child), python("next", "print(1)")], tmp_path, budget_s=8, whole_s=18)
-    assert time.monotonic() - start < 30
-    assert [part["status"] for part in state["parts"].values()] == ["over budget", "done"]
+    state = day(selected, tmp_path, budget_s=300)
+    assert time.monotonic() - start < 30 and [part["status"] for part in state.values()] == ["over budget", "done"]
     deadline = time.monotonic() + 5
-    while is_alive(int((tmp_path / "pid").read_text())) and time.monotonic() < deadline:
+    while is_alive(int(pid.read_text())) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not is_alive(int((tmp_path / "pid").read_text()))
+    assert not is_alive(int(pid.read_text()))
     found, page = read(tmp_path)
-    assert len(found["rows"]) == 2 and "over budget" in page
+    assert found["rows"] == ROWS[:1] and len(found["unfinished"]) == 1 and "over budget" in page
+    assert {part["status"] for part in day(selected, tmp_path, budget_s=600).values()} == {"done"}
+    assert log.read_text() == "n", "what was done is not repeated"
 
 
 def test_no_part_starts_without_budget(tmp_path: Path) -> None:
-    state = day([python("slow", "import time; time.sleep(60)"), python("late", "print(1)")], tmp_path, 1.5, 1.5)
-    assert [part["status"] for part in state["parts"].values()] == ["over budget", "not started"]
-    assert "not started" in read(tmp_path)[1]
+    state = day({"slow": (570, python("import time; time.sleep(60)")[1]), "late": python("print(1)")}, tmp_path, 1.5)
+    assert [part["status"] for part in state.values()] == ["over budget", "not started"]
 
 
 def test_whole_models_are_scaled_by_the_time_of_a_layer() -> None:
     other = row(900.0, L=4, S=4096)  # another context: no second depth
     found = {each["backend"]: each for each in whole_models([row(400.0, L=1), row(1000.0, L=4), other])}
-    assert set(found) == {"ours", "floor", "HF eager"}
-    assert (found["ours"]["layer_us"], found["ours"]["step_us"]) == (200.0, 400.0 + 31 * 200.0)
-    assert found["ours"]["tokens_per_second"] == pytest.approx(1e6 / 6600.0)
-    assert [found[name]["step_us"] for name in ("HF eager", "floor")] == pytest.approx([4 * 6600.0, 3300.0])
-
-
-def test_report_shows_predictions_beside_measurements() -> None:
-    steps = [case for case in cases(["decode_step"]) if case.sizes["B"] == 1 and case.sizes["S"] == 1024]
-    timed = [replace(untimed_row(case, GPUS["h100"]), ours=Outcome(1e-3, right=True)).as_dict() for case in steps]
-    unknown = {"gpu": None, "versions": {}, "commit": None}
-    found = {"before": unknown, "after": unknown, "gpu": None, "parts": {}, "died": [], "applied": []}
-    found |= {"tests": {"counts": {}, "failed": []}}
-    page = markdown({**found, "rows": timed, "whole_models": whole_models(timed)})
-    assert "and are no measurements" in page and "| memory |" in page and "| predicted |" in page
+    assert set(found) == {"ours", "HF eager"}
+    assert (found["ours"]["layer, us"], found["ours"]["step, us"]) == (200.0, 400.0 + 31 * 200.0)
+    assert found["ours"]["tokens/s"] == pytest.approx(1e6 / 6600.0)
+    assert found["HF eager"]["step, us"] == pytest.approx(4 * 6600.0)
 
 
 def test_parts_cover_every_operation_within_ten_minutes() -> None:
     every = parts()
-    assert sum(part.budget_s for part in every) < 600
-    commands = [command for part in every for command in part.commands]
-    assert {name for name in BENCHED if any("bench" in one.args and name in one.args for one in commands)} == set(
-        BENCHED
-    )
-    assert all(len({command.name for command in part.commands}) == len(part.commands) for part in every)
-    tests = [command.args for command in commands if "pytest" in command.args]
-    assert {args[args.index("--operation") + 1] for args in tests if "--operation" in args} == set(OPS)
-    assert any(args[-1].endswith("test_model.py") for args in tests)
-    assert all(Path(args[-1]).is_file() for args in tests)
-    decode = next(part for part in every if part.name == "decode").commands[0].args
+    assert sum(seconds for seconds, _ in every.values()) < 600
+    commands = [shlex.split(command) for _, commands in every.values() for command in commands.values()]
+    assert set(BENCHED) == {args[4] for args in commands if "bench" in args}
+    tests = [args for args in commands if "pytest" in args]
+    assert {f"-k=-{name}-" for name in OPS} == {args[-1] for args in tests if args[-1].startswith("-k")}
+    files = {args[-1] for args in tests if not args[-1].startswith("-k")}
+    assert "tests/model/test_model.py" in files and all((ROOT / file).is_file() for file in files)
+    decode = shlex.split(every["decode"][1]["decode_step"])
     at = [decode[place + 1] for place, word in enumerate(decode) if word == "--at"]
     assert {case.sizes["L"] for case in cases(["decode_step"], at=at)} == {1, 4}, "two depths, to scale by"
-
-
-def test_ours_and_eager_are_timed_before_torch_compile_runs() -> None:
-    order = [part.name for part in parts()]
-    for part in parts()[: order.index("decode compiled")]:
-        for args in (command.args for command in part.commands if "bench" in command.args):
-            assert "torch.compile" in args and ("decode_step" not in args or "HF static cache" in args)
+    # Ours and eager transformers are timed before torch.compile runs.
+    order = list(every)
+    for part in order[: order.index("decode compiled")]:
+        for command in (command for command in every[part][1].values() if " bench " in command):
+            assert "torch.compile" in command and ("decode_step" not in command or "HF static cache" in command)
     assert order[0] == "compile" and order.index("applied") < order.index("decode compiled")
 
 
 def test_a_kernel_that_breaks_the_simulated_gpu_ends_only_its_operation(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/gpu_day.py", "--dry", "--breaks", "append_kernel", "--out", str(tmp_path)]
-    command += ["--parts", "compile,attention,decode", "--budget-s", "2000"]
+    command = [sys.executable, "benchmarks/gpu_day.py", "--dry", "append_kernel", "--out", str(tmp_path)]
+    command += ["--parts", "compile", "attention", "decode", "--budget-s", "2000"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert run.returncode == 1, run.stderr
     found, _ = read(tmp_path)
-    codes = {
-        f"{name}: {command}": code for name, part in found["parts"].items() for command, code in part["exit"].items()
-    }
-    assert {name for name, code in codes.items() if code} == {"attention: append"}
+    codes = {(name, command): code for name, part in found["parts"].items() for command, code in part["exit"].items()}
+    assert {name for name, code in codes.items() if code} == {("attention", "append")}
     notes = {each["op"]: each["note"] for each in found["rows"]}
     assert "illegal memory access" in notes.pop("append")
     assert notes == dict.fromkeys(("attention", "cached_attention", "rope_append_attention", "decode_step"))
 
 
 def test_tests_run_on_the_simulated_gpu() -> None:
-    (tests,) = (part for part in parts(dry=True, breaks="append_kernel") if part.name == "tests")
-    outcomes = {}
-    for command in tests.commands:
-        if command.name in ("append", "route"):
-            run = subprocess.run([sys.executable, *command.args], cwd=ROOT, capture_output=True, text=True, timeout=600)
-            matches = gpu_day.OUTCOME.finditer(run.stdout)
-            outcomes[command.name] = {match[2] for match in matches if f"-{command.name}-" in match[1]}
-    assert outcomes == {"append": {"FAILED"}, "route": {"PASSED"}}
+    commands, outcomes = parts(dry=True, breaks="append_kernel")["tests"][1], {}
+    for name in ("append", "route"):
+        args = [sys.executable, *shlex.split(commands[name])]
+        run = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        outcomes[name] = [match[2] for match in gpu_day.OUTCOME.finditer(run.stdout) if f"-{name}-" in match[1]]
+    assert outcomes == {"append": ["FAILED"], "route": ["PASSED"]}
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--parts", "tests,lunch"], "lunch"),
-        (["--budget-s", "-1"], "--budget-s"),
-        (["--budget-s", "nan"], "--budget-s"),
-        (["--breaks", "rope_kernel"], "--dry"),
+        (["--parts", "tests", "lunch"], "lunch"),
         ([], "there is no GPU: nothing was measured"),
         (["no compiler"], "no gcc or clang"),
         (["no header"], "Python.h is not there: install python3-dev"),
