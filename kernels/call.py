@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import plan
 from .checks import Argument, Matrix, check_values
-from .launch import INTERPRETED
+from .launch import INTERPRETED, in_pdl_region, launch_context
 from .op import Op
 from .plan import call_key
 from .quantized import QuantizedWeight
@@ -30,7 +30,14 @@ _CHECKED_MAX = 4096
 
 
 def call_checked(op: Op[..., Any], args: tuple[Any, ...]) -> Any:
-    """Check the positional arguments, run the operation, and return contiguous results, as the fake kernel says."""
+    """Check the positional arguments, run the operation, and return contiguous results, as the fake kernel says.
+
+    All launches are ordinary ones: within a model's layers the caller is a hook, which may just have written the weight
+    that a dependent launch would read early.
+    """
+    if in_pdl_region():
+        with launch_context(pdl=False):
+            return call_checked(op, args)
     key = call_key(args)
     _check(op, args, key)
     out = call_unchecked(op, args, key)

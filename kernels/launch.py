@@ -100,6 +100,10 @@ def pdl_region() -> Iterator[None]:
         yield
 
 
+def in_pdl_region() -> bool:
+    return _context.get().pdl
+
+
 def target_arch(device: torch.device | None = None) -> str:
     """Return the architecture to select configurations for: the context's, else the device's, else sm_90."""
     arch = _context.get().arch

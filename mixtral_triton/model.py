@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops, weights
 from .cache import KVCache
@@ -103,6 +104,12 @@ class Layer(nn.Module):
             part = unchecked.expert_swiglu(h, *proj, ids, routing_weights, deterministic)
             return unchecked.rms_norm(state.all_reduce(part), next_norm, eps, residual=x)
         return unchecked.experts_add_rms_norm(h, *proj, ids, routing_weights, x, next_norm, eps, deterministic)
+
+
+def _hooked(layers: Sequence[nn.Module]) -> bool:
+    """Return whether a caller's code runs around any of the modules: hooks, or a forward that accelerate replaced."""
+    each = (layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__ for layer in layers)
+    return _has_any_global_hook() or any(each)
 
 
 class State:
@@ -257,8 +264,9 @@ class Mixtral(nn.Module):
         h, x = unchecked.embed_rms_norm(input_ids, self.embed_tokens, self.layers[0].input_layernorm, eps, *bounds)
         following = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
         rings = [None] * len(following) if cache is None else zip(cache.keys, cache.values, strict=True)
-        # No PDL with several ranks (collectives run on other streams) or while tracing.
-        pdl = self.ranks is None and not torch.compiler.is_compiling()
+        # No PDL with several ranks (collectives run on other streams), while tracing, or with hooks: they may write
+        # weights.
+        pdl = self.ranks is None and not torch.compiler.is_compiling() and not _hooked(self.layers)
         with ops.pdl_region() if pdl else nullcontext():
             for layer, next_norm, ring in zip(self.layers, following, rings, strict=True):
                 h, x = layer(h, x, next_norm, ring, state)

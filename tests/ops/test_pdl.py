@@ -146,6 +146,48 @@ def test_compiled_launches_use_pdl(gpu: Any) -> None:
         assert got == want and any(got)
 
 
+@pytest.mark.parametrize("call", [ops.linear, torch.ops.mixtral_triton.linear])
+def test_public_operations_launch_ordinarily_between_layers(call: Any, gpu: Any) -> None:
+    """Code that a layer calls may just have computed the weight, which a dependent launch reads before its wait."""
+    gpu.driver.executes = False
+    x = torch.zeros(1, 64).to("cuda:0")
+    with pdl_region():
+        for _ in range(2):  # run, and launched from a plan
+            call(x, torch.zeros(32, 64).to("cuda:0"))
+        ops.unchecked.linear(x, torch.zeros(32, 64).to("cuda:0"))
+    assert [bool(x.launcher.metadata.launch_pdl) for x in gpu.driver.launches] == [False, False, True]
+
+
+@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook", "everywhere", "forward"])
+def test_hooked_layer_launches_without_pdl(register: str, gpu: Any) -> None:
+    """A hook writes a weight of the next layer, whose first launch would read it early."""
+    gpu.driver.executes = False
+    model = random_model("cuda:0", num_hidden_layers=2)
+    layer, called = model.layers[0], []
+
+    def hook(module: Any, *args: Any) -> None:
+        called.append(ops.linear(torch.zeros(2, 16).to("cuda:0"), model.layers[1].qkv_proj.mul_(2.0)))
+
+    if register == "everywhere":
+        handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
+    elif register == "forward":  # as accelerate does
+        layer.forward = lambda *args, forward=layer.forward: (hook(layer), forward(*args))[1]
+    else:
+        handle = getattr(layer, register)(hook)
+    cache = KVCache(model.config, batch=2, max_len=9, device="cuda:0", dtype=torch.float32)
+    step = torch.zeros(2, 1, dtype=torch.int64).to("cuda:0")
+    try:
+        model(step, cache=cache)
+    finally:
+        if register != "forward":
+            handle.remove()
+    launched = gpu.driver.launches
+    assert called and launched and not any(x.launcher.metadata.launch_pdl for x in launched)
+    if register != "forward":
+        model(step, cache=cache)
+        assert any(x.launcher.metadata.launch_pdl for x in launched)
+
+
 def test_compiled_model_launches_without_pdl(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled code may launch its kernels between these."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
