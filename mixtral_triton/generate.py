@@ -79,6 +79,10 @@ def stream(
             f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones go beyond "
             f"max_position_embeddings, {limit}"
         )
+    if generator is None and temperature > 0.0 and model.device.type == "cuda":
+        # Not torch's own, in which another thread cannot draw during a capture: seeded by it, as a data loader is.
+        seed = int(torch.randint(1 << 62, (), device="cpu"))
+        generator = torch.Generator(model.device).manual_seed(seed)
     return _stream(model, ids, lengths, max_new_tokens, eos, (temperature, top_p, generator, top_k))
 
 

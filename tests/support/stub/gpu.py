@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 import triton
 
-from mixtral_triton import ops
+from mixtral_triton import graph, ops
 from mixtral_triton.kernels import call
 
 from .driver import Driver
@@ -32,6 +32,7 @@ H100 = {
     "shared_memory_per_block_optin": 232448,
     "warp_size": 32,
 }
+POOL = 32  # streams of a device, which torch hands out in turn
 _handles = itertools.count(1)
 
 
@@ -40,7 +41,7 @@ class Stream:
 
     def __init__(self, device: Any = None, priority: int = 0, number: int | None = None) -> None:
         self.device = indexed("cuda" if device is None else device)
-        self.cuda_stream = next(_handles) if number is None else number
+        self.cuda_stream = 1 + next(_handles) % POOL if number is None else number
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stream) and (self.device, self.cuda_stream) == (other.device, other.cuda_stream)
@@ -112,12 +113,14 @@ class Graph:
 
     def capture_begin(self, pool: Any = (0, 0), capture_error_mode: str = "global", **kwargs: Any) -> None:
         machine = _active[-1]
-        self.stream, self.mode, self.memory_pool = torch.cuda.current_stream(), capture_error_mode, pool
+        self.stream, self.mode = torch.cuda.current_stream(), capture_error_mode
         if self.stream.cuda_stream == 0:
             raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
         self.device = machine.current
         machine.captures.append(self)
+        pool = self.memory_pool = (0, next(_handles)) if pool == (0, 0) else pool
         machine.pools.add(pool)
+        machine.host_pools.add(pool)
         for generator in self.generators:
             generator.captured_by = self
         stage.capture = self
@@ -135,6 +138,7 @@ class Graph:
         if torch.cuda.current_stream() != self.stream:
             raise RuntimeError("Capture must end on the same stream it began on.")
         _active[-1].pools.discard(self.memory_pool)
+        _active[-1].host_pools.discard(self.memory_pool)
         for generator in self.generators:
             generator.captured_by = None
         self.ended = True
@@ -161,7 +165,8 @@ class GPU:
         self.properties = SimpleNamespace(**H100 | properties)
         self.streams = [Stream(torch.device("cuda", i), number=0) for i in range(count)]
         self.captures: list[Graph] = []
-        self.pools: set[Any] = set()
+        self.pools: set[Any] = set()  # of the device's memory, and of the host's, that a capture allocates from
+        self.host_pools: set[Any] = set()
         self.replays, self.syncs = 0, stage.syncs
         self.driver = Driver(self)
 
@@ -195,10 +200,16 @@ class GPU:
         if self.pools:
             raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED: an earlier capture did not end")
 
-    def end_pool(self, device: int, pool: Any) -> None:
-        if pool not in self.pools:
-            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
-        self.pools.remove(pool)
+    def call_runtime(self, function: str, *args: Any) -> None:
+        """Call the CUDA runtime on the stream of the newest capture."""
+        capture = self.captures[-1]
+        if function == "StreamIsCapturing":
+            args[1]._obj.value = 1 if capture.valid else 2
+        elif function == "StreamEndCapture":
+            stage.capture = None
+        elif function == "StreamBeginCapture":
+            capture.calls.clear()
+            capture.valid, stage.capture = True, capture
 
     def functions(self) -> dict[str, Any]:
         """Return the replacements of `torch.cuda`'s functions."""
@@ -240,13 +251,11 @@ def gpu(count: int = 1, **properties: Any) -> Iterator[GPU]:
     patches = [(torch.cuda, name, function) for name, function in machine.functions().items()]
     patches += [(torch.cuda.graphs.graph, "default_capture_stream", None), (torch, "Generator", Generator)]
     patches += [(module, "PLAIN_TYPES", (*module.PLAIN_TYPES, FakeGPUTensor)) for module in (call, ops)]
-    allocator = {"_host_emptyCache": lambda: None, "_cuda_releasePool": lambda *_: None}
-    allocator["_cuda_endAllocateToPool"] = machine.end_pool
+    patches += [(graph, "_call_runtime", machine.call_runtime), (graph, "_streams", {})]
     with ExitStack() as stack:
         for module, name, value in patches:
             stack.enter_context(mock.patch.object(module, name, value))
-        for name, function in allocator.items():
-            stack.enter_context(mock.patch.object(torch._C, name, function, create=True))
+        stack.enter_context(mock.patch.object(torch._C, "_host_emptyCache", lambda: None, create=True))
         # Module.to must create new parameters, because a simulated GPU's tensor cannot replace another tensor's data.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)
