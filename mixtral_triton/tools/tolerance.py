@@ -151,9 +151,9 @@ class Fp64Reference:
         distance = max(largest(token_distance(x, exact)) for x in (baseline, perturbed))
         return cls(exact, max(ratio * distance, TOKEN_FLOOR[baseline.dtype]))
 
-    def measure(self, got: Tensor, tokens: Tensor) -> tuple[float, float]:
-        """The largest error of the `tokens` [n] of each sequence, got [B,n,H], and its limit."""
-        return largest(token_distance(got, self.exact[:, tokens])), self.limit
+    def measure(self, got: Tensor, where: Any = ...) -> tuple[float, float]:
+        """The largest error of the tokens got [...,H] whose exact values are at the index `where`, and its limit."""
+        return largest(token_distance(got, self.exact[where])), self.limit
 
 
 @dataclass(frozen=True)
@@ -174,14 +174,15 @@ class LayerReference:
     logits: Tensor
     logits_limit: float
 
-    def route_error(self, ids: Tensor, tokens: Tensor) -> tuple[float, float]:
-        """How far the logit of an expert in `ids` [B,n,K] is below one that was left out, and the limit.
+    def route_error(self, ids: Tensor, where: Any = ...) -> tuple[float, float]:
+        """How far the logit of an expert in `ids` [...,K], of tokens at the index `where`, is below one that was left
+        out, and the limit.
 
         Both are relative to the largest logit. The error is infinite where ids are not K distinct experts.
         """
         # The limit allows two wrong logits, one too large and one too small.
         scale = max(largest(self.logits), 1e-30)
-        limit, logits = 2 * self.logits_limit / scale, self.logits[:, tokens]
+        limit, logits = 2 * self.logits_limit / scale, self.logits[where]
         ordered = ids.long().sort(-1).values
         out_of_range = ordered[..., 0].min() < 0 or ordered[..., -1].max() >= logits.shape[-1]
         if out_of_range or (ordered[..., 1:] == ordered[..., :-1]).any():

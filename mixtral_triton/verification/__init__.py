@@ -114,11 +114,10 @@ def _verify(target: Any, input_ids: Tensor | None, progress: Progress, folder: A
     rows.append(Row(None, "rms_norm", "final", *measure("rms_norm", args)))
     reference = Fp64Reference.from_baseline(target.head(to_fp64)(exact), target.head()(expected.x), END_RATIO)
     routes = LayerProbe(expected.layers)
-    tokens, output = torch.arange(ids.shape[1]), target.end_to_end(ids, routes)
-    rows.append(Row(None, target.output, "end to end", *reference.measure(output, tokens)))
+    rows.append(Row(None, target.output, "end to end", *reference.measure(target.end_to_end(ids, routes))))
     if peer is not None:
         logits = TransformersTarget.eager(folder, target.model).end_to_end(ids, LayerProbe(expected.layers))
-        rows.append(Row(None, "logits", peer, *reference.measure(logits, tokens)))
+        rows.append(Row(None, "logits", peer, *reference.measure(logits)))
     if isinstance(target, MeshTarget):
         rows = worst_of_ranks(target.ranks, rows)
     cost = quantization_cost(target, folder, ids, step) if quantized else None

@@ -151,18 +151,18 @@ class Target:
         """The layers' own forwards on ids [B,T], without a cache and over one."""
         B, T = ids.shape
         with self.forward(config, probe, probe_layers=True) as forward:
-            probe.start(UNCACHED, torch.arange(T), T)
+            probe.start(UNCACHED, torch.arange(T))
             forward(ids)
             cache = self.make_cache(config, B, T + PADDING)
             for case, first, valid, padding in split_text(T, self.padding):
                 tokens = torch.cat((torch.arange(first, first + valid), torch.zeros(padding, dtype=torch.int64)))
-                probe.start(case, tokens, valid)
+                probe.start(case, tokens, torch.arange(len(tokens)) < valid)
                 lengths = torch.full((B,), valid, dtype=torch.int32, device=ids.device) if padding else None
                 forward(ids[:, tokens], cache, lengths)
 
     def end_to_end(self, ids: Tensor, probe: LayerProbe) -> Tensor:
         """The model's own forward with torch's routes -> [B,T,V], or without a head [B,T,H]."""
-        probe.start("end to end", torch.arange(ids.shape[1]), ids.shape[1])
+        probe.start("end to end", torch.arange(ids.shape[1]))
         with self.forward(self.model.config, probe) as forward:
             return self.model_head(forward(ids))
 
@@ -243,46 +243,52 @@ class LayerProbe:
         self.layers, self.step, self.flips = layers, step, 0
         self.errors: dict[tuple[int, str], list[tuple[float, float]]] = {}
 
-    def start(self, case: str, tokens: Tensor, valid: int) -> None:
-        """Begin a forward of `tokens` [n] of each sequence, padding after the first `valid`. They are on the CPU, as
-        the layers may be on several GPUs."""
-        self.case, self.tokens, self.valid, self.layer = case, tokens, valid, 0
+    def start(self, case: str, tokens: Tensor, valid: Tensor | None = None, rows: Tensor | None = None) -> None:
+        """Begin a forward of `tokens` [n] or [R,n] of the text's sequences `rows` [R]; None: of each sequence.
+
+        valid bool [n] or [R,n]: False for padding. All are on the CPU, as the layers may be on several GPUs.
+        """
+        rows = torch.arange(len(self.layers[0].x)) if rows is None else rows
+        self.where = torch.broadcast_tensors(rows[:, None], tokens)
+        self.valid = (torch.tensor(True) if valid is None else valid).expand_as(self.where[1])
+        self.where_valid = tuple(index[self.valid] for index in self.where)
+        self.case, self.layer = case, 0
 
     def replace_routes(self, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """weights, ids [BT,K] of the gate -> torch's for tokens that torch routes to other experts, else unchanged."""
         index, expected = self.layer, self.layers[self.layer]
         self.layer += 1
-        shape = len(expected.x), len(self.tokens), -1
-        got, want = ids.view(shape), expected.ids[:, self.tokens].to(ids.dtype)
-        pair = expected.route_error(got[:, : self.valid], self.tokens[: self.valid])
+        shape = *self.valid.shape, -1
+        got, want = ids.view(shape), expected.ids[self.where].to(ids.dtype)
+        pair = expected.route_error(got[self.valid], self.where_valid)
         self.errors.setdefault((index, "routes"), []).append(pair)
         flipped = (got.sort(-1).values != want.sort(-1).values).any(-1, keepdim=True)
-        self.flips += int(flipped[:, : self.valid].sum())
-        weights = weights.view(shape).where(~flipped, expected.weights[:, self.tokens].to(weights.dtype))
+        self.flips += int(flipped[self.valid].sum())
+        weights = weights.view(shape).where(~flipped, expected.weights[self.where].to(weights.dtype))
         return weights.flatten(0, 1), torch.where(flipped, want, got).view_as(ids)
 
     def record(self, index: int, name: str, got: Tensor) -> None:
         """The error of `name` of a LayerReference. x must equal the reference's, as the probe put it there."""
-        expected, tokens = getattr(self.layers[index], name), self.tokens[: self.valid]
+        expected = getattr(self.layers[index], name)
         expected = tolerance.Fp64Reference(expected.double(), 0.0) if name == "x" else expected
-        self.errors.setdefault((index, self.case), []).append(expected.measure(got[:, : self.valid], tokens))
+        self.errors.setdefault((index, self.case), []).append(expected.measure(got[self.valid], self.where_valid))
 
     def enter(self, index: int, x: Tensor) -> Tensor:
         """Record the input of a layer -> the reference's input."""
         self.record(index, "x", x)
-        return self.layers[index].x[:, self.tokens]
+        return self.layers[index].x[self.where]
 
     def leave(self, index: int, x: Tensor) -> Tensor:
         """Record the output of a layer -> the reference's input of the next layer."""
         self.record(index, "output", x)
         self.step()
-        return self.layers[index + 1].x[:, self.tokens] if index + 1 < len(self.layers) else x
+        return self.layers[index + 1].x[self.where] if index + 1 < len(self.layers) else x
 
     def forward(self, index: int, forward: Callable[..., Any], h: Tensor, x: Tensor, *args: Any) -> Any:
         """`model.Layer.forward` on the reference's input, in the place of what the model passes."""
         x = self.enter(index, x)
         self.record(index, "normed", h)
-        h, x = forward(self.layers[index].h[:, self.tokens], x, *args)
+        h, x = forward(self.layers[index].h[self.where], x, *args)
         return h, self.leave(index, x)
 
     def rows(self) -> list[Row]:
