@@ -1,20 +1,17 @@
-"""The gates: guarded tensors around every interpreted launch, and what the run covered, in its summary.
+"""Shared fixtures: guarded tensors around every interpreted launch, and the summary of what the run covered.
 
-A guarded launch runs twice on copies of its tensors, each in the middle of a larger buffer filled with a canary:
-- a canary that changed is a store outside the tensor (or into the gaps between its rows);
-- the second run has another canary and takes the programs in reverse order: a result that differs, bit for bit, comes
-  from a read outside a tensor or from a race;
-- a load of an address outside every tensor is an error, whatever becomes of the value;
-- what nobody wrote is NaN, since `torch.empty` is filled with NaN before;
-- integer arithmetic that overflows its type is an error.
+A guarded launch runs twice on copies of its tensors, each in the middle of a larger buffer filled with a canary. The
+second run has another canary and takes the programs in reverse order. Faults: a store outside a tensor (or into the
+gaps between its rows), a load outside every tensor, results that differ between the runs, integer overflow. Memory that
+nobody wrote is NaN.
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,16 +26,13 @@ MARGIN = 64  # elements on either side
 FLOAT_CANARIES = (float("nan"), 1.0e4)
 INT_CANARIES = (0, 1)  # small: a kernel that used one as an index must not reach foreign memory
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-# What tests measured against a bound and wrote down by `covers(kind, line)`, and the heading it is printed under.
-FIGURES = {
-    "traffic": "bytes and FLOP, counted in interpreted kernels",
-    "launches": "device kernels a layer, recorded on meta tensors",
-    "host": "what the host does in a layer, and how many kernels prompts compile",
-    "jit": "launches by Triton's own JIT, compiled for sm_90 and checked as CUDA would check them",
-    "main loops": "main loops, counted in compiled kernels",
-    "quantized": "the small checkpoint's held-out text with its experts quantized, beside fp32",
-    "parity": "transformers' Mixtral with mixtral_triton.apply beside eager",
+# The kinds of `covers(kind, line)` of which the summary has the number of lines only.
+COUNTED = {
+    "interpreted": "kernels interpreted under guard",
+    "case": "shapes and dtypes of operations within their limits",
+    "compiled": "kernel variants compiled",
+    "target": "targets",
+    "jit case": "launches by Triton's JIT, checked against CUDA's rules",
 }
 _covered: set[tuple[str, str]] = set()
 
@@ -62,7 +56,7 @@ class Fence:
         return self.buffer[MARGIN + self.places]
 
     def holds(self, low: int, high: int) -> bool:
-        """Whether these addresses lie between its first element and its last."""
+        """Return whether these addresses lie between the first element and the last."""
         start, size = self.guarded.data_ptr(), self.guarded.element_size()
         return start <= low and high <= start + int(self.places.max()) * size
 
@@ -83,48 +77,36 @@ def bits(x: Tensor) -> Tensor:
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]) if x.is_floating_point() else x
 
 
-def _reverse_programs(builder: Any) -> None:
-    def set_grid_idx(x: int, y: int, z: int) -> None:
-        builder.grid_idx = tuple(n - 1 - i for n, i in zip(builder.grid_dim, (x, y, z), strict=True))
+def run_fenced(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], turn: int) -> dict[str, Fence]:
+    """Run a kernel on copies amid canaries, in turn 1 with the programs in reverse order; return the copies."""
+    fences = {name: Fence(tensor, turn) for name, tensor in launch.tensors(args).items()}
+    fenced = {name: launch.replace_base(args[name], fence.guarded) for name, fence in fences.items()}
+    with interpreting(check_overflow=True) as builder:
+        load = builder.create_masked_load
 
-    builder.set_grid_idx = set_grid_idx
+        def checked_load(pointers: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:
+            addresses = active_addresses(pointers, mask)
+            if addresses.size:
+                low, high = int(addresses.min()), int(addresses.max())
+                if not any(fence.holds(low, high) for fence in fences.values() if fence.tensor.numel()):
+                    raise AssertionError(f"{kernel.__name__} loads from outside its tensors")
+            return load(pointers, mask, *rest, **kwargs)
 
+        def set_grid_idx(*index: int) -> None:
+            reverse = (n - 1 - i for n, i in zip(builder.grid_dim, index, strict=True))
+            builder.grid_idx = tuple(reverse) if turn else index
 
-def _checked_load(load: Any, name: str, fences: list[Fence]) -> Any:
-    """The interpreter's load, which refuses addresses that are in no tensor of the launch."""
-
-    def checked(pointers: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
-        addresses = active_addresses(pointers, mask)
-        if addresses.size:
-            low, high = int(addresses.min()), int(addresses.max())
-            if not any(fence.holds(low, high) for fence in fences if fence.tensor.numel()):
-                raise AssertionError(f"{name} loads from outside its tensors")
-        return load(pointers, mask, *args, **kwargs)
-
-    return checked
+        with mock.patch.multiple(builder, create_masked_load=checked_load, set_grid_idx=set_grid_idx):
+            kernel[grid](**args | fenced)
+    return fences
 
 
 def guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
-    """`launch.interpret` under guard."""
-    runs = []
-    for turn in (0, 1):
-        fences = {name: Fence(tensor, turn) for name, tensor in launch.tensors(args).items()}
-        fenced = {name: launch.replace_base(args[name], fence.guarded) for name, fence in fences.items()}
-        with interpreting(check_overflow=True) as builder:
-            builder.create_masked_load = _checked_load(
-                builder.create_masked_load, kernel.__name__, list(fences.values())
-            )
-            if turn == 1:
-                _reverse_programs(builder)
-            try:
-                kernel[grid](**args | fenced)
-            finally:
-                builder.__dict__.pop("set_grid_idx", None)
-                del builder.create_masked_load
-        for name, fence in fences.items():
-            if not fence.intact():
-                raise AssertionError(f"{kernel.__name__} stored outside {name}")
-        runs.append(fences)
+    """Stand in for `launch.interpret` with guarded tensors."""
+    runs = [run_fenced(kernel, grid, args, turn) for turn in (0, 1)]
+    for name, fence in (item for fences in runs for item in fences.items()):
+        if not fence.intact():
+            raise AssertionError(f"{kernel.__name__} stored outside {name}")
     for name, fence in runs[0].items():
         if not bits(fence.values()).equal(bits(runs[1][name].values())):
             raise AssertionError(f"{kernel.__name__}: {name} depends on program order or on what lies outside a tensor")
@@ -134,8 +116,7 @@ def guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a call of the command line in this process, which has imported its kernels: it selects no backend. If it did,
-    the processes of later tests would inherit its TRITON_INTERPRET."""
+    """Keep the command line, called in this process, from selecting a backend, which later processes would inherit."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
@@ -161,7 +142,7 @@ def in_order(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def ordered(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Interpreted products sum in one order wherever a row stands in its tile, as numpy's do not -> that product."""
+    """Make interpreted products sum in one order wherever a row stands in its tile; return that product."""
     monkeypatch.setattr(interpret, "product", in_order)
     return in_order
 
@@ -189,9 +170,9 @@ def inject_fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 @pytest.fixture
 def gpu() -> Iterator[Any]:
-    """A machine of two GPUs that are not there (tests/support/stub), whose launches Triton's own JIT prepares."""
+    """Two simulated GPUs (tests/support/stub), whose launches Triton's JIT prepares."""
     if INTERPRETED or torch.cuda.is_available():
-        pytest.skip("stands in for a GPU in a compiling process that has none")
+        pytest.skip("simulates a GPU in a compiling process that has none")
     from tests.support.stub.gpu import gpu
 
     with gpu(2) as simulated:
@@ -200,7 +181,7 @@ def gpu() -> Iterator[Any]:
 
 @pytest.fixture
 def covers() -> Any:
-    """covers(kind, what): count something in the summary of the run."""
+    """covers(kind, line): count or print something in the summary of the run."""
     return lambda kind, what: _covered.add((kind, what))
 
 
@@ -210,24 +191,12 @@ def parity(covers: Any) -> Any:
     return lambda feature, result: covers("parity", f"{feature:50} {result}")
 
 
-HF_SIZES: dict[str, Any] = {
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1 if INTERPRETED else 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 96,
-    "sliding_window": 6,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-    "attn_implementation": "eager",
-    "experts_implementation": "eager",
-}
+HF_SIZES: dict[str, Any] = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 24, "sliding_window": 6}
+HF_SIZES |= {"num_hidden_layers": 1 if INTERPRETED else 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+HF_SIZES |= {"num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 96}
+HF_SIZES |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+HF_SIZES |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+HF_SIZES |= {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 
 @pytest.fixture
@@ -260,71 +229,34 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return checked
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Worker processes have the cores among them: threads of each one's libraries would only wait for another's."""
+    """Give each worker process one thread, because the workers share the cores."""
     if config.getoption("numprocesses", default=None):
         for library in ("OMP", "OPENBLAS", "MKL"):
             os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = "needs a GPU" if not INTERPRETED else "interpreted process: GPU tests run compiled"
-    if torch.cuda.is_available() and not INTERPRETED:
-        return
-    for item in items:
+    for item in items if INTERPRETED or not torch.cuda.is_available() else ():
         if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def jit_lines(cases: set[str]) -> list[str]:
-    """Of "kernel, how often, the case": how many launches each kernel had."""
-    launches: Counter[str] = Counter()
-    for kernel, times, *_ in map(str.split, cases):
-        launches[kernel] += int(times)
-    total = [f"in all: {launches.total()} launches of {len(launches)} kernels"] if launches else []
-    return [f"{kernel}: {times} launches" for kernel, times in sorted(launches.items())] + total
-
-
-def written_down(terminalreporter: Any) -> dict[str, set[str]]:
-    """What tests covered, by kind."""
-    found: dict[str, set[str]] = {}
-    for report in terminalreporter.stats.get("", []):  # teardowns: where the gates write it down
-        for kind, what in report.user_properties:
-            found.setdefault(kind, set()).add(str(what))
-    return found
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """The whole of `-m emulator` fails where it ran too few of the instructions."""
-    from tests.emulator.report import below_bound
-
-    config, reporter = session.config, session.config.pluginmanager.get_plugin("terminalreporter")
-    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("keyword")
-    if whole and reporter and config.getoption("markexpr") == "emulator" and below_bound(written_down(reporter)):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            item.add_marker(pytest.mark.skip(reason="needs a GPU and a compiling process"))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    found = written_down(terminalreporter)
-    count = {kind: len(names) for kind, names in found.items()}.get
-    say = terminalreporter.write_line
+    found: dict[str, set[str]] = {kind: set() for kind in COUNTED}
+    for report in terminalreporter.stats.get("", []):  # the teardowns, in which `gates` records properties
+        for kind, line in report.user_properties:
+            found.setdefault(kind, set()).add(str(line))
     terminalreporter.section("what was covered")
-    say(f"{count('interpreted', 0)} kernels interpreted under guard")
-    say(f"{count('case', 0)} shapes and dtypes of operations within their limits")
-    say(f"{count('compiled', 0)} kernel variants compiled for {count('target', 0)} targets")
-    if "GPU code" in found:
-        from tests.emulator.report import summary
-
-        terminalreporter.section("PTX executed on a PTX emulator, under three schedules that agree bit for bit")
-        for line in summary(found):
-            say(line)
-    for kind, title in FIGURES.items():
-        if lines := jit_lines(found.get("jit case", set())) if kind == "jit" else sorted(found.get(kind, ())):
-            terminalreporter.section(title)
-            for line in lines:
-                say(line)
+    for kind, title in COUNTED.items():
+        if lines := found.pop(kind):
+            terminalreporter.write_line(f"{len(lines)} {title}")
+    for kind, lines in sorted(found.items()):
+        terminalreporter.section(kind)
+        for line in sorted(lines):
+            terminalreporter.write_line(line)

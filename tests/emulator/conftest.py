@@ -15,49 +15,37 @@ from unittest import mock
 
 import pytest
 import torch
+import triton
+from triton.backends.nvidia.compiler import CUDABackend
 
 from mixtral_triton.kernels.launch import INTERPRETED
 
-A100 = {
-    "name": "NVIDIA A100-SXM4-80GB (stub)",
-    "major": 8,
-    "minor": 0,
-    "multi_processor_count": 108,
-    "L2_cache_size": 40 << 20,
-    "shared_memory_per_block_optin": 166912,
-}
+from ..support.stub.gpu import gpu
+from .launch import Executor
+from .machine import SCHEDULES, Schedule
+
+A100 = {"name": "NVIDIA A100-SXM4-80GB (stub)", "major": 8, "minor": 0, "multi_processor_count": 108}
+A100 |= {"L2_cache_size": 40 << 20, "shared_memory_per_block_optin": 166912}
 PROPERTIES: dict[str, dict[str, Any]] = {"sm_90": {}, "sm_80": A100}
 
 
+@contextmanager
+def emulate(arch: str = "sm_90", schedules: Sequence[Schedule] = SCHEDULES) -> Iterator[Any]:
+    """Within the block, a simulated GPU executes kernels under each of the schedules."""
+    cache = os.path.join(triton.knobs.cache.dir, "ptx")  # the driver loads PTX in place of a cubin
+    with (
+        mock.patch.object(CUDABackend, "make_cubin", lambda self, ptx, *rest: ptx.encode()),
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache),
+        gpu(1, **PROPERTIES[arch]) as machine,
+    ):
+        # PTX's memory model requires a fence between cp.async and wgmma: Triton 3.9 emits it, 3.6 does not.
+        fenced = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
+        machine.driver.execute = Executor(schedules, fenced_copies=fenced)
+        yield machine
+
+
 @pytest.fixture
-def ptx_emulator(covers: Any) -> Callable[..., AbstractContextManager[Any]]:
-    """ptx_emulator(arch="sm_90", schedules=None): within the block, a simulated GPU; its coverage is reported."""
+def ptx_emulator() -> Callable[..., AbstractContextManager[Any]]:
     if INTERPRETED or torch.cuda.is_available():
         pytest.skip("simulates a GPU in a compiling process on a machine without one")
-    import triton
-    from triton.backends.nvidia.compiler import CUDABackend
-
-    from ..support.stub.gpu import gpu
-    from .launch import Executor
-    from .machine import SCHEDULES
-    from .report import coverage
-
-    def make_cubin(self: Any, ptx: str, *rest: Any) -> bytes:
-        return ptx.encode()
-
-    @contextmanager
-    def emulated(arch: str = "sm_90", schedules: Sequence[Any] = SCHEDULES) -> Iterator[Any]:
-        cache = os.path.join(triton.knobs.cache.dir, "ptx")  # the driver loads PTX in place of a cubin
-        with (
-            mock.patch.object(CUDABackend, "make_cubin", make_cubin),
-            mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache),
-            gpu(1, **PROPERTIES[arch]) as machine,
-        ):
-            # PTX's memory model requires a fence between cp.async and wgmma: Triton 3.9 emits it, 3.6 does not.
-            fenced = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
-            machine.driver.execute = Executor(schedules, fenced_copies=fenced)
-            yield machine
-            for kind, line in coverage(machine.driver.execute):
-                covers(kind, line)
-
-    return emulated
+    return emulate

@@ -74,14 +74,13 @@ class PackedArgs:
         else:
             raise Unmodelled(f"argument of type {kind}: {name}")
 
-    def params(self, declared: Sequence[Param], maps: Mapping[int, Descriptor] | None = None) -> Params:
-        """Return the parameters, whose sizes must be the declared ones. `maps`: in place of `self.maps`."""
+    def params(self, declared: Sequence[Param]) -> Params:
+        """Return the parameters, whose sizes must be the declared ones."""
         sizes, expected = [len(value) for value in self.values], [param.size for param in declared]
         if sizes != expected:
             raise Unmodelled(f"parameters of {expected} bytes, packed {sizes}")
         params = Params(declared, self.values)
-        maps = self.maps if maps is None else maps
-        params.descriptors = {declared[at].name: descriptor for at, descriptor in maps.items()}
+        params.descriptors = {declared[at].name: descriptor for at, descriptor in self.maps.items()}
         return params
 
 

@@ -47,20 +47,6 @@ def idle(inst: Instruction, program: Program) -> Step:
     return step
 
 
-@models("always")
-def always(inst: Instruction, program: Program) -> Step:
-    """Replace a predicated instruction by a check that its predicate excludes no lane."""
-    flag, required = inst.operands
-
-    def step(frame: Any, mask: Any) -> None:
-        value = frame.R[flag.slot]
-        excluded = (value == required) if flag.width == 1 else value != required.value
-        if (excluded if mask is None else excluded & mask).any():
-            raise Fault(f"not always: {inst.text}")
-
-    return step
-
-
 @dataclass(frozen=True)
 class Mutation:
     """The replacement of instruction `at` by `new`; `kind`: what that removes."""
@@ -110,13 +96,11 @@ def _short(opcode: str) -> str:
     return ".".join(parts[: 3 if parts[0] in ("cp", "fence") else 2])
 
 
-def neighbours(program: Program, at: int) -> tuple[str, str]:
+def neighbours(program: Program, at: int) -> str:
     """Return the ordering instructions before and after an instruction."""
-
-    def first(instructions: tuple[Instruction, ...]) -> str:
-        return next((_short(inst.opcode) for inst in instructions if inst.opcode.startswith(ORDERING)), "-")
-
-    return first(program.instructions[:at][::-1]), first(program.instructions[at + 1 :])
+    sides = program.instructions[:at][::-1], program.instructions[at + 1 :]
+    ordering = ([_short(inst.opcode) for inst in side if inst.opcode.startswith(ORDERING)] for side in sides)
+    return " ... ".join((*opcodes, "-")[0] for opcodes in ordering)
 
 
 class Trial:
@@ -126,27 +110,30 @@ class Trial:
         self.code, self.launched, self.packed = code, launched, pack(launched.launcher, args)
         self.memory = Global(self.packed.spans)
         self.before = self.memory.save()
+        self.descriptors = self.packed.params(code.program.params).descriptors
         self.after = self.run(code, SCHEDULES[0])
 
-    def run(self, code: Code, schedule: Any, maps: Mapping[int, Descriptor] | None = None) -> list[Array]:
-        params = self.packed.params(code.program.params, maps)
+    def run(self, code: Code, schedule: Any, descriptors: Mapping[str, Any] | None = None) -> list[Array]:
+        """Return the memory after a run that starts with the memory before the launch."""
         self.memory.restore(self.before)
+        params = self.packed.params(code.program.params)
+        params.descriptors = dict(self.descriptors if descriptors is None else descriptors)
         try:
             execute(code, schedule, self.launched.grid, self.memory, params, self.launched.shared)
             return self.memory.save()
         finally:
             self.memory.restore(self.before)
 
-    def detect(self, program: Program, maps: Mapping[int, Descriptor] | None = None) -> str:
-        """Return the schedule that detects a mutated program and how; "" if none does."""
+    def detect(self, program: Program, descriptors: Mapping[str, Any] | None = None) -> str:
+        """Return how a schedule detects a mutated program; "" if none does."""
         code = Code(program)
         for schedule in SCHEDULES[::-1]:
             try:
-                results = self.run(code, schedule, maps)
+                results = self.run(code, schedule, descriptors)
             except (Fault, Unmodelled) as fault:
-                return f"{schedule.name}: {fault}"
-            if not all(np.array_equal(a, b) for a, b in zip(results, self.after, strict=True)):
-                return f"{schedule.name}: other results"
+                return str(fault)
+            if not all(map(np.array_equal, results, self.after)):
+                return "other results"
         return ""
 
     def is_idle(self, mutation: Mutation) -> bool:
@@ -157,26 +144,15 @@ class Trial:
         if not inst.opcode.startswith(("cp.async.wait", "wgmma.wait", "fence.proxy")):
             return False
         check = Instruction("idle", (inst.opcode, *inst.operands), text=inst.text)
-        return self._runs(replace(mutation, new=check), SCHEDULES[-1], "")
-
-    def is_always_true(self, mutation: Mutation) -> bool:
-        """Return whether a predicate is true of every lane."""
-        inst = self.code.program.instructions[mutation.at]
-        flag = Reg(inst.operands[-1].slot, 32) if inst.guard is None else inst.guard
-        check = Instruction("always", (flag, inst.operands[2] if inst.guard is None else inst.negated), text=inst.text)
-        return self._runs(replace(mutation, new=check), SCHEDULES[0], "not always")
-
-    def _runs(self, mutation: Mutation, schedule: Any, message: str) -> bool:
-        """Return whether a mutated program runs without a fault that has this message."""
         try:
-            self.run(Code(mutation.apply(self.code.program)), schedule)
-        except Fault as fault:
-            return message not in str(fault)
+            self.run(Code(replace(mutation, new=check).apply(self.code.program)), SCHEDULES[-1])
+        except Fault:
+            return False
         return True
 
-    def without_swizzles(self) -> Iterator[tuple[int, dict[int, Descriptor]]]:
+    def without_swizzles(self) -> Iterator[tuple[str, dict[str, Descriptor]]]:
         """Yield tensor maps in which one map that the kernel uses has no swizzle."""
-        for at, descriptor in self.packed.maps.items():
-            rest = {k: other for k, other in self.packed.maps.items() if k != at}
+        for name, descriptor in self.descriptors.items():
+            rest = {other: self.descriptors[other] for other in self.descriptors if other != name}
             if descriptor.span and "no descriptor" in self.detect(self.code.program, rest):
-                yield at, {**self.packed.maps, at: replace(descriptor, span=0)}
+                yield name, self.descriptors | {name: replace(descriptor, span=0)}
