@@ -32,6 +32,7 @@ class Values:
     """A block's intermediate values for B sequences of T tokens, N = B T rows.
 
     x, normed, attended, output  [B,T,H]: the residual stream, its norm, attention's output, the stream after the block
+    y                            [B,T,H]: the experts' output
     q, k, v, heads               [B,T,heads,D], not rotated, and [B,T,Hq D]
     h, logits, weights, ids      [N,H] input of the experts; [N,E] logits; [N,K] routing weights and expert ids
     """
@@ -47,6 +48,7 @@ class Values:
     logits: Tensor
     weights: Tensor
     ids: Tensor
+    y: Tensor
     output: Tensor
 
 
@@ -77,7 +79,7 @@ def block(
     else:
         weights = logits.gather(1, ids.long()).softmax(-1)
     y = experts(h, layer.gate_up_proj, layer.down_proj, ids, weights).view_as(x)
-    return Values(x, normed, q, k, v, heads, attended, h, logits, weights, ids, x + attended + y)
+    return Values(x, normed, q, k, v, heads, attended, h, logits, weights, ids, y, x + attended + y)
 
 
 def uncached_attention(window: int | None, cos: Tensor, sin: Tensor) -> Attend:

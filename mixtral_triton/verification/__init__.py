@@ -14,20 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..generate import PREFILL_CHUNK
 from ..inputs import check_ids, check_vocabulary
 from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED
 from ..model import Mixtral
 from ..tools.tolerance import Fp64Reference, measure, to_fp64
+from .calls import SizedCalls, text_calls
 from .hf import TransformersTarget
-from .layers import LayerProbe, Target, check_layers, split_text
+from .layers import LayerProbe, Target, check_in_fp32, check_layers, split_text
 from .mesh import MeshTarget, worst_of_ranks
 from .report import END_RATIO, TORCH, Report, Row
-from .weights import check_loaded, held_out, perplexity, quantization_cost, quantized_formats
+from .weights import check_finite, check_loaded, held_out, perplexity, quantization_cost, quantized_formats
 
 __all__ = ["Report", "Row", "held_out", "perplexity", "verify"]
 
-TEXT_TOKENS = 96  # of the default text: more than the experts' decode path and the small checkpoint's window take
+# Of the default text, two sequences: more than the experts' decode path takes, each more than the small checkpoint's
+# window.
+TEXT_TOKENS = 144
 
 Progress = Callable[[int, int], None] | None
 
@@ -39,6 +43,8 @@ def verify(
     *,
     folder: str | os.PathLike[str] | None = None,
     peer: str | None = None,
+    quick: bool = False,
+    tokens: int | None = None,
 ) -> Report:
     """Compare `target` with torch, or a transformers Mixtral with transformers' own modules -> Report.
 
@@ -46,6 +52,8 @@ def verify(
     input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (steps done, steps).
     folder: the checkpoint of a Mixtral, to compare its tensors with, and to report the cost of quantizing them.
     peer "transformers": the logits are also compared with transformers' model of the same folder.
+    quick: layers of 16-bit weights are not also compared in fp32, which shows what 16 bits hide.
+    tokens: of the pseudo-random text, and of the longest call of an operation.
     On a mesh every rank calls `verify` and returns the same report, with the worst row of each comparison.
     """
     check_peer(peer, isinstance(target, Mixtral) and target.ranks is not None)
@@ -53,7 +61,7 @@ def verify(
         if folder is not None or peer is not None:
             raise ValueError("verify: target is a transformers model, which takes neither folder nor peer: needs None")
         with torch.no_grad():
-            return _verify(TransformersTarget(target), input_ids, progress, None, None)
+            return _verify(TransformersTarget(target), input_ids, progress, None, None, quick, tokens)
     if not isinstance(target, (Mixtral, str, os.PathLike)):
         got = type(target).__name__
         raise ValueError(f"verify: target is a {got}, needs a Mixtral, a checkpoint folder or transformers' Mixtral")
@@ -65,9 +73,9 @@ def verify(
         raise ValueError(f"verify: peer is {peer!r}, which computes with other weights than quantized ones: needs None")
     if model.ranks is None:
         with torch.no_grad():
-            return _verify(Target(model), input_ids, progress, folder, peer)
+            return _verify(Target(model), input_ids, progress, folder, peer, quick, tokens)
     with torch.no_grad(), model.ranks.raise_on_any_rank():
-        return _verify(MeshTarget(model, model.ranks), input_ids, progress, folder, peer)
+        return _verify(MeshTarget(model, model.ranks), input_ids, progress, folder, peer, quick, tokens)
 
 
 def check_peer(peer: str | None, on_mesh: bool) -> None:
@@ -80,36 +88,51 @@ def check_peer(peer: str | None, on_mesh: bool) -> None:
         raise ValueError("verify: peer 'transformers' is not installed: pip install 'mixtral-triton[hf]'")
 
 
-def default_text(ids: Tensor | None, config: Any, device: torch.device) -> Tensor:
-    """`ids` int64 [B,T], checked; None: a fixed pseudo-random text."""
+def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: int | None = None) -> Tensor:
+    """`ids` int64 [B,T], checked; None: two sequences of a fixed pseudo-random text of `tokens` tokens."""
     if device.type == "meta":
         raise ValueError("verify: the model is on the meta device, which holds no numbers, needs a CPU or a GPU")
+    limit = config.max_position_embeddings
     if ids is None:
-        length, generator = min(TEXT_TOKENS, config.max_position_embeddings), torch.Generator().manual_seed(0)
-        return torch.randint(config.vocab_size, (1, length), generator=generator).to(device)
+        if tokens is not None and not 2 <= tokens <= 2 * limit:
+            raise ValueError(
+                f"verify: tokens is {tokens}, needs 2 to {2 * limit}, in two sequences of {limit} positions"
+            )
+        length, generator = min((tokens or TEXT_TOKENS) // 2, limit), torch.Generator().manual_seed(0)
+        return torch.randint(config.vocab_size, (2, length), generator=generator).to(device)
     check_ids(ids, config.vocab_size, device)
     check_vocabulary(ids, config.vocab_size)
-    if ids.shape[1] > config.max_position_embeddings:
-        raise ValueError(f"verify: input_ids has {ids.shape[1]} tokens, more than max_position_embeddings")
+    if ids.shape[1] > limit:
+        raise ValueError(f"verify: input_ids has {ids.shape[1]} tokens, needs at most {limit}, the model's positions")
     return ids
 
 
-def _verify(target: Any, input_ids: Tensor | None, progress: Progress, folder: Any, peer: str | None) -> Report:
+def _verify(
+    target: Any, input_ids: Tensor | None, progress: Progress, folder: Any, peer: str | None, quick: bool, tokens: Any
+) -> Report:
     config, embedding = target.config, target.embed_tokens
-    ids = default_text(input_ids, config, embedding.device)
+    ids, device = default_text(input_ids, config, embedding.device, tokens), embedding.device
     quantized = folder is not None and bool(quantized_formats(target.model))
-    total, done = config.num_hidden_layers * (2 + len(split_text(ids.shape[1])) + quantized), count(1)
+    steps = 2 + len(split_text(ids.shape[1])) + quantized
+    fp32 = not quick and embedding.dtype != torch.float32
+    total, done = config.num_hidden_layers * (steps + fp32), count(1)
 
     def step() -> None:
         if progress is not None:
             progress(next(done), total)
 
-    rows = [] if folder is None else check_loaded(folder, target)
+    kernels = INTERPRETED or device.type == "cuda"
+    sized = SizedCalls(config, device, tokens or (PREFILL_CHUNK if device.type == "cuda" else TEXT_TOKENS))
+    rows = check_finite(target) + ([] if folder is None else check_loaded(folder, target))
     probe_config = target.probe_config(ids.shape[1])
-    found, expected, probe_expected, exact = check_layers(target, ids, probe_config, step)
+    calls = sized if kernels else text_calls
+    found, expected, probe_expected, exact = check_layers(target, ids, probe_config, step, calls)
     probe = LayerProbe(probe_expected.layers, step)
     target.probe(probe_config, ids, probe)
-    rows += sorted(found + probe.rows(), key=lambda row: -1 if row.layer is None else row.layer)
+    found += probe.as_rows()
+    if fp32:
+        found += check_in_fp32(target, expected, step)
+    rows += sorted(found, key=lambda row: -1 if row.layer is None else row.layer)
     args = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
     rows.append(Row(None, "rms_norm", "final", *measure("rms_norm", args)))
     reference = Fp64Reference.from_baseline(target.head(to_fp64)(exact), target.head()(expected.x), END_RATIO)
@@ -124,5 +147,10 @@ def _verify(target: Any, input_ids: Tensor | None, progress: Progress, folder: A
     backend = TORCH if embedding.device.type == "cpu" and not INTERPRETED else "Triton, interpreted"
     if embedding.device.type == "cuda":
         backend = f"Triton on {torch.cuda.get_device_name(embedding.device)}"
+    not_run = sized.not_run if kernels else []
+    if not fp32 and embedding.dtype != torch.float32:
+        not_run.append("layers in fp32, which shows what 16 bits hide (without --quick)")
+    elif fp32 and not target.widens:
+        not_run.append("layers in fp32: only those of a Mixtral on one device can be taken out")
     routed, dtype = config.num_hidden_layers * ids.numel(), dtype_name(embedding.dtype)
-    return Report(tuple(rows), routes.flips, routed, backend, dtype, target.peer, cost)
+    return Report(tuple(rows), routes.flips, routed, backend, dtype, target.peer, cost, tuple(not_run))

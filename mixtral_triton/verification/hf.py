@@ -23,11 +23,15 @@ from .layers import LayerCheck, LayerProbe, Target
 class TransformersTarget(Target):
     """A transformers Mixtral, applied or not, which is left as it was. `apply`: its own forward is that of `apply`."""
 
-    peer, padding = "transformers' own modules", 0
+    peer, uneven, widens = "transformers' own modules", False, False
 
     def __init__(self, model: Any, apply: bool = True) -> None:
         self.apply, self.theirs = apply, hf.import_modules("verify", model).theirs
         self.backbone = next(module for module in model.modules() if isinstance(module, self.theirs.MixtralModel))
+        if model.training:
+            raise ValueError(
+                "verify: the model is in training mode, and only inference is compared: needs model.eval()"
+            )
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError("verify: some weights are not in memory (offloaded); load the model without offloading")
         self.model, self.layers = model, self.backbone.layers
@@ -64,7 +68,7 @@ class TransformersTarget(Target):
         loop_over_experts = inspect.unwrap(theirs.MixtralExperts.forward)  # without the dispatch to implementations
         y = loop_over_experts(moe.experts, h, ids, weights).view_as(x)
         output = x + attended + y
-        values = reference.Values(x, normed, q, k, v, heads, attended, h, logits, weights, ids.int(), output)
+        values = reference.Values(x, normed, q, k, v, heads, attended, h, logits, weights, ids.int(), y, output)
         layer = SimpleNamespace(
             input_layernorm=block.input_layernorm.weight,
             qkv_proj=torch.cat([project.weight for project in projections]),

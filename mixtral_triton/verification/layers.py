@@ -9,6 +9,7 @@ B batch, T tokens, H hidden, E experts, K experts per token, V vocabulary
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,16 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops, reference
+from .. import reference
 from ..cache import KVCache
-from ..kernels import reference as kernel_reference
-from ..kernels.experts.tiles import DECODE_TOKENS
-from ..kernels.linear import SKINNY_M
+from ..model import Layer
 from ..tools import tolerance
-from ..tools.tolerance import Args, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
-from .report import TORCH, Row
+from ..tools.tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
+from .calls import Call, LayerCheck, text_calls
+from .report import FP32, TORCH, Row
 
 UNCACHED, CHUNKS, TOKENS = "whole text", "in chunks", "token by token"
+ROUTES, PARTS = "routes", {"attended": "attention", "y": "experts"}  # rows of what a layer computes inside
+ERROR_LENGTH = 200  # characters of a raised error in a row
 SINGLE_TOKENS = 3  # tokens that are read one at a time, after the chunks
 PADDING = 3  # tokens of right padding behind one of the chunks
 WINDOW_FRACTION = 4  # a window as long as the text is reduced by this factor, so that the ring wraps around
@@ -37,98 +39,13 @@ WINDOW_FRACTION = 4  # a window as long as the text is reduced by this factor, s
 Step = Callable[[], None]  # called after each layer of each forward
 
 
-class LayerCheck:
-    """The calls of operations in a layer, on what torch computes in it.
-
-    layer, tables  weights by the names of `model.Layer`; cos and sin fp32
-    operation      the runtime's function for (operation, arguments)
-    local_ids      routes [N,K] -> routes as this layer numbers its experts
-    """
-
-    operation: Callable[[str, Args], Callable[..., Any]] = staticmethod(ops.dispatched)
-    local_ids: Callable[[Tensor], Tensor] = staticmethod(lambda ids: ids)
-
-    def __init__(self, values: reference.Values, layer: Any, config: Any, tables: dict[str, Tensor]) -> None:
-        self.values, self.layer, self.config, self.tables = values, layer, config, tables
-        B, T, _ = values.x.shape
-        self.positions = torch.arange(T, device=values.x.device).expand(B, T)
-        self.rq, self.rk = reference.rope(values.q, values.k, **tables, positions=self.positions)
-
-    def calls(self) -> Iterator[tuple[str, str, Args]]:
-        """(operation, case, arguments). An operation of the registry that no call here names is not verified."""
-        window, layer, values = self.config.sliding_window, self.layer, self.values
-        eps = {"eps": self.config.rms_norm_eps}
-        yield "rms_norm", "input", {"x": values.x, "weight": layer.input_layernorm, **eps}
-        norm = {"x": values.attended, "weight": layer.post_attention_layernorm, **eps}
-        yield "add_rms_norm", "with residual", norm | {"residual": values.x}
-        gate = {"gate": layer.gate, "top_k": values.ids.shape[1]}
-        rows = {"x": values.attended.flatten(0, 1), "residual": values.x.flatten(0, 1)}
-        yield "rms_norm_gate_route", "all tokens", norm | rows | gate
-        table = values.x.flatten(0, 1)  # the layer's input in the place of the embedding
-        ids = torch.arange(len(table), device=table.device).view(self.positions.shape)
-        rows = {"input_ids": ids, "table": table, "weight": layer.input_layernorm, **eps}
-        yield "embed_rms_norm", "rows of the input", rows
-        yield "rope", "all tokens", {"q": values.q, "k": values.k, **self.tables, "positions": self.positions}
-        keys = {"k": self.rk, "v": values.v, "window": window}
-        yield "attention", "prefill", {"q": self.rq, **keys}
-        yield "attention", "decode", {"q": self.rq[:, -1:], **keys}
-        yield from self._cached_calls()
-        yield "linear", "o, few tokens", {"x": values.heads[0, :SKINNY_M], "weight": layer.o_proj}
-        yield "linear", "o, deterministic", {"x": values.heads, "weight": layer.o_proj, "deterministic": True}
-        yield "route", "all tokens", {"logits": values.logits, "top_k": values.ids.shape[1]}
-        yield "gate_route", "all tokens", {"x": values.h, **gate}
-        yield "sort_by_expert", "all tokens", {"ids": values.ids, "num_experts": len(layer.gate)}
-        yield from self._expert_calls()
-
-    def _cached_calls(self) -> Iterator[tuple[str, str, Args]]:
-        """A ring cache that holds the first half of the text: a chunk after it, and one token after it."""
-        values, (B, T) = self.values, self.positions.shape
-        past = torch.full((B,), T // 2, dtype=torch.int32, device=values.x.device)
-        cache = KVCache(self.config, B, T, values.x.device, values.x.dtype)
-        ring = {"k_cache": cache.keys[0], "v_cache": cache.values[0]}
-        half, rest, one = slice(0, T // 2), slice(T // 2, T), slice(T // 2, T // 2 + 1)
-        first = {"k": self.rk[:, half], "v": values.v[:, half], **ring, "past": past * 0, "new": past}
-        yield "append", "first half", first
-        kernel_reference.append(**first)
-        where = {**ring, "past": past, "window": self.config.sliding_window}
-        chunk = {"q": self.rq[:, rest], "k": self.rk[:, rest], "v": values.v[:, rest]}
-        yield "cached_attention", "chunk", {**chunk, **where, "new": T - past}
-        where["new"] = new = torch.ones_like(past)
-        token = {"q": values.q[:, one], "k": values.k[:, one], "v": values.v[:, one]}
-        yield "rope_append_attention", "one token", {**token, **self.tables, **where}
-        kernel_reference.append(self.rk[:, one], values.v[:, one], **ring, past=past, new=new)
-        yield "cached_attention", "one token", {"q": self.rq[:, one], "k": None, "v": None, **where}
-
-    def _expert_calls(self) -> Iterator[tuple[str, str, Args]]:
-        """The routes of the text, and routes that take every expert: few tokens (decode), and more (prefill)."""
-        values, E = self.values, len(self.layer.gate)
-        (N, K), device = values.ids.shape, values.h.device
-        proj = {"gate_up_proj": self.layer.gate_up_proj, "down_proj": self.layer.down_proj}
-        routed = {"x": values.h, **proj, "ids": self.local_ids(values.ids), "weights": values.weights}
-        yield "expert_swiglu", "as routed", routed
-        norm = {"norm_weight": self.layer.post_attention_layernorm, "eps": self.config.rms_norm_eps}
-        residual = (values.x + values.attended).view_as(values.h)
-        yield "experts_add_rms_norm", "as routed", routed | norm | {"residual": residual}
-        needed = -(-E // K)
-        sizes = {"decode": min(DECODE_TOKENS, max(16, needed)), "prefill": max(DECODE_TOKENS + 1, needed)}
-        for case, size in sizes.items():
-            rows = torch.arange(size, device=device)
-            ids = self.local_ids(((rows[:, None] * K + torch.arange(K, device=device)) % E).int())
-            args = {"x": values.h[rows % N], **proj, "ids": ids, "weights": values.weights[rows % N]}
-            yield "expert_swiglu", f"every expert, {case}", args
-
-    def fp64(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The gate's logits and the layer's output on x fp64 [nB,T,H], in fp64 with torch's routes."""
-        ids = self.values.ids.repeat(len(x) // len(self.values.x), 1)
-        exact = tolerance.fp64_block(self.layer, self.config, self.tables, x, ids)
-        return exact.logits.view(*x.shape[:2], -1), exact.output
-
-
 class Target:
     """A Mixtral as `verify` uses it: the weights for torch's computation, and the model's own forward."""
 
     output, peer = "logits", TORCH  # what `end_to_end` gives; what the model is compared with
-    padding = PADDING
+    uneven = True  # whether the forward takes chunks of unequal length
+    catches_faults = True  # whether an error that an operation or a forward raises is a wrong row
+    widens = True  # whether a layer can be taken out and compared in fp32
 
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.layers = model, model.full_config, model.layers
@@ -152,19 +69,38 @@ class Target:
         B, T = ids.shape
         with self.forward(config, probe, probe_layers=True) as forward:
             probe.start(UNCACHED, torch.arange(T))
-            forward(ids)
+            with self.wrong_if_raised(probe):
+                forward(ids)
             cache = self.make_cache(config, B, T + PADDING)
-            for case, first, valid, padding in split_text(T, self.padding):
-                tokens = torch.cat((torch.arange(first, first + valid), torch.zeros(padding, dtype=torch.int64)))
-                probe.start(case, tokens, torch.arange(len(tokens)) < valid)
-                lengths = torch.full((B,), valid, dtype=torch.int32, device=ids.device) if padding else None
-                forward(ids[:, tokens], cache, lengths)
+            for case, first, counts in split_text(T, B if self.uneven else 1):
+                # One chunk is padded even where all sequences are equally long.
+                padding = PADDING if self.uneven and first[0] and case == CHUNKS else 0
+                columns, lengths = torch.arange(max(counts) + padding), torch.tensor(counts, dtype=torch.int32)
+                valid = columns < lengths[:, None]
+                tokens = torch.where(valid, torch.tensor(first)[:, None] + columns, 0)
+                probe.start(case, tokens, valid)
+                with self.wrong_if_raised(probe):
+                    forward(ids[probe.where], cache, None if valid.all() else lengths.to(ids.device))
+
+    @contextmanager
+    def wrong_if_raised(self, probe: LayerProbe) -> Iterator[None]:
+        """Record an error that a forward raises as a fault of the layer where it stands."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if not self.catches_faults:
+                raise
+            probe.fail(error)
 
     def end_to_end(self, ids: Tensor, probe: LayerProbe) -> Tensor:
         """The model's own forward with torch's routes -> [B,T,V], or without a head [B,T,H]."""
         probe.start("end to end", torch.arange(ids.shape[1]))
-        with self.forward(self.model.config, probe) as forward:
-            return self.model_head(forward(ids))
+        out = torch.empty(0)
+        with self.wrong_if_raised(probe), self.forward(self.model.config, probe) as forward:
+            out = self.model_head(forward(ids))
+        return out
 
     def make_cache(self, config: Any, batch: int, slots: int) -> Any:
         return KVCache(config, batch, slots, self.model.device, self.model.dtype)
@@ -185,6 +121,21 @@ class Target:
         return logits
 
 
+def single_layer_model(model: Any, index: int, x: Tensor) -> Any:
+    """`model` with only the layer `index`, its weights in fp32, and the rows of x [B,T,H] as the embedding."""
+    config = replace(model.config, num_hidden_layers=1, vocab_size=x[..., 0].numel())
+    weights = {
+        name.rpartition(".")[2]: weight for name, weight in model.named_weights().items() if f"s.{index}." in name
+    }
+    single = copy.copy(model)
+    single._parameters, single._modules, single.config, single.full_config = {}, {}, config, config
+    frozen = partial(nn.Parameter, requires_grad=False)
+    layer = Layer(config, {name: frozen(to_fp64(weight).float()) for name, weight in weights.items()})
+    single.layers, single.norm = nn.ModuleList([layer]), frozen(model.norm.float())
+    single.embed_tokens = single.lm_head = frozen(x.float().flatten(0, 1))
+    return single
+
+
 class TextReference:
     """References of `layers`, torch's residual stream x [B,T,H] after them, and the last layer's output on its input
     `with_perturbed_input`, exact fp64 [2B,T,H]."""
@@ -193,54 +144,87 @@ class TextReference:
         self.x, self.exact = x, x.double().repeat(2, 1, 1)
         self.layers: list[LayerReference] = []
 
-    def advance(self, check: LayerCheck, logits: Tensor, output: Tensor) -> None:
-        """Append the layer of `check`, with its gate logits and output in fp64 [2B,T,...]."""
+    def advance(self, check: LayerCheck, exact: reference.Values) -> None:
+        """Append the layer of `check`, with what it computes in fp64 on its input `with_perturbed_input`."""
         values, norm = check.values, to_fp64(check.layer.input_layernorm)
         normed = reference.rms_norm(self.exact.to(values.x.device), norm, check.config.rms_norm_eps)
-        references = (
-            tolerance.Fp64Reference.from_baseline(normed, values.normed),
-            tolerance.Fp64Reference.from_baseline(output, values.output),
-        )
-        logits, perturbed = logits.chunk(2)
+        references = {"normed": Fp64Reference.from_baseline(normed, values.normed)}
+        for name in ("attended", "y", "output"):
+            references[name] = Fp64Reference.from_baseline(getattr(exact, name), getattr(values, name))
+        logits, perturbed = exact.logits.view(2, *values.x.shape[:2], -1)
         error = max(largest(x.view_as(logits) - logits) for x in (values.logits, perturbed))
         limit = tolerance.RATIO * error + tolerance.TOKEN_FLOOR[values.x.dtype] * largest(logits)
         ids, weights = (x.view(*logits.shape[:2], -1) for x in (values.ids, values.weights))
-        self.layers.append(LayerReference(values.x, values.normed, ids, weights, *references, logits, limit))
-        self.x, self.exact = values.output, output
+        self.layers.append(LayerReference(values.x, values.normed, ids, weights, logits, limit, references))
+        self.x, self.exact = values.output, exact.output
 
 
 def check_layers(
-    target: Target, ids: Tensor, probe_config: Any, step: Step
+    target: Target, ids: Tensor, probe_config: Any, step: Step, calls: Callable[[LayerCheck, int], Iterator[Call]]
 ) -> tuple[list[Row], TextReference, TextReference, Tensor]:
-    """Measure every call of every layer on ids [B,T] -> rows, references with the model's config and `probe_config`,
+    """Measure the `calls` of every layer on ids [B,T] -> rows, references with the model's config and `probe_config`,
     and the last layer's output [2B,T,H] in fp64 from the text `with_perturbed_input` on, with torch's routes."""
     x, rows = F.embedding(ids, target.embed_tokens), []
     expected, exact = TextReference(x), with_perturbed_input(x)
     probe_expected = expected if probe_config == target.config else TextReference(x)
     for index, layer in enumerate(target.layers):
         check = target.check(layer, expected.x, target.config)
-        for op, case, args in check.calls():
-            rows.append(Row(index, op, case, *Tolerance(op, args).measure(check.operation(op, args))))
+        rows += [measure_call(target, check, index, *call) for call in calls(check, index)]
         # One pass over the layer's weights in fp64, for torch's input of the layer and for fp64's.
         inputs, size = with_perturbed_input(check.values.x), 2 * len(x)
-        logits, output = check.fp64(torch.cat((inputs, exact.to(inputs.device))))
-        expected.advance(check, logits[:size], output[:size])
-        exact = output[size:]
+        both = check.fp64(torch.cat((inputs, exact.to(inputs.device))))
+        values = {name: part[: len(part) // 2] for name, part in vars(both).items()}
+        expected.advance(check, replace(both, **values))
+        exact = both.output[size:].clone()  # a view would keep the rest alive
         if probe_expected is not expected:
             check = target.check(layer, probe_expected.x, probe_config)
-            probe_expected.advance(check, *check.fp64(with_perturbed_input(check.values.x)))
+            probe_expected.advance(check, check.fp64(with_perturbed_input(check.values.x)))
         step()
     return rows, expected, probe_expected, exact
+
+
+def check_in_fp32(target: Target, expected: TextReference, step: Step) -> list[Row]:
+    """The rows of each layer alone with its weights widened to fp32, on torch's input of that layer."""
+    rows = []
+    for index, layer in enumerate(expected.layers if target.widens else ()):
+        single = Target(single_layer_model(target.model, index, layer.x))
+        (B, T, _), nothing = layer.x.shape, lambda: None
+        ids, config = torch.arange(B * T, device=layer.x.device).view(B, T), single.probe_config(T)
+        found, _, probe_expected, _ = check_layers(single, ids, config, nothing, text_calls)
+        probe = LayerProbe(probe_expected.layers)
+        single.probe(config, ids, probe)
+        rows += [replace(row, layer=index, case=row.case + FP32) for row in found + probe.as_rows()]
+        step()
+    return rows
+
+
+def measure_call(target: Target, check: LayerCheck, index: int | None, op: str, case: str, args: tolerance.Args) -> Row:
+    """The row of one call of an operation; infinitely wrong where the operation raises."""
+    expected = Tolerance(op, args)
+    try:
+        return Row(index, op, case, *expected.measure(check.operation(op, args)))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if not target.catches_faults:
+            raise
+        return Row(index, op, case, math.inf, 0.0, one_line(error))
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:ERROR_LENGTH]
 
 
 class LayerProbe:
     """Compares what enters and leaves each layer of a forward with the references, and replaces what enters it.
 
-    The gate's routes are compared with torch's and replaced, too. `flips` counts those that differ.
+    What attention and the experts add to the residual stream is compared before, since a large residual hides it. The
+    gate's routes are compared with torch's and replaced, too. `flips` counts those that differ.
     """
 
     def __init__(self, layers: list[LayerReference], step: Step = lambda: None) -> None:
         self.layers, self.step, self.flips = layers, step, 0
+        self.notes: dict[tuple[int, str], str] = {}
         self.errors: dict[tuple[int, str], list[tuple[float, float]]] = {}
 
     def start(self, case: str, tokens: Tensor, valid: Tensor | None = None, rows: Tensor | None = None) -> None:
@@ -254,24 +238,36 @@ class LayerProbe:
         self.where_valid = tuple(index[self.valid] for index in self.where)
         self.case, self.layer = case, 0
 
+    def fail(self, error: Exception) -> None:
+        """Record that the forward raised, in the layer that it had reached."""
+        index = min(self.layer, len(self.layers) - 1)
+        self.errors.setdefault((index, self.case), []).append((math.inf, 0.0))
+        self.notes[index, self.case] = one_line(error)
+
     def replace_routes(self, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """weights, ids [BT,K] of the gate -> torch's for tokens that torch routes to other experts, else unchanged."""
         index, expected = self.layer, self.layers[self.layer]
         self.layer += 1
-        shape = *self.valid.shape, -1
-        got, want = ids.view(shape), expected.ids[self.where].to(ids.dtype)
-        pair = expected.route_error(got[self.valid], self.where_valid)
-        self.errors.setdefault((index, "routes"), []).append(pair)
+        got, want = ids.view(*self.valid.shape, -1), expected.ids[self.where].to(ids.dtype)
+        pair = expected.route_error(got[self.valid], self.where_valid, weights.view_as(got)[self.valid])
+        self.errors.setdefault((index, ROUTES), []).append(pair)
+        if got.shape != want.shape:
+            return expected.weights[self.where].to(weights.dtype).flatten(0, 1), want.flatten(0, 1)
         flipped = (got.sort(-1).values != want.sort(-1).values).any(-1, keepdim=True)
         self.flips += int(flipped[self.valid].sum())
-        weights = weights.view(shape).where(~flipped, expected.weights[self.where].to(weights.dtype))
+        weights = weights.view_as(got).where(~flipped, expected.weights[self.where].to(weights.dtype))
         return weights.flatten(0, 1), torch.where(flipped, want, got).view_as(ids)
 
     def record(self, index: int, name: str, got: Tensor) -> None:
         """The error of `name` of a LayerReference. x must equal the reference's, as the probe put it there."""
-        expected = getattr(self.layers[index], name)
-        expected = tolerance.Fp64Reference(expected.double(), 0.0) if name == "x" else expected
-        self.errors.setdefault((index, self.case), []).append(expected.measure(got[self.valid], self.where_valid))
+        layer = self.layers[index]
+        expected = Fp64Reference(layer.x.double(), 0.0) if name == "x" else layer.references[name]
+        got = got.view(*self.valid.shape, -1) if got.dim() == 2 else got
+        part = PARTS.get(name)
+        case = self.case if part is None else f"{part}, {self.case}"
+        fits = got.shape[:2] == self.valid.shape
+        pair = expected.measure(got[self.valid], self.where_valid) if fits else (math.inf, expected.limit)
+        self.errors.setdefault((index, case), []).append(pair)
 
     def enter(self, index: int, x: Tensor) -> Tensor:
         """Record the input of a layer -> the reference's input."""
@@ -291,10 +287,31 @@ class LayerProbe:
         h, x = forward(self.layers[index].h[self.where], x, *args)
         return h, self.leave(index, x)
 
-    def rows(self) -> list[Row]:
-        """A row for each layer and case, then the routes of each layer."""
-        items = sorted(self.errors.items(), key=lambda item: item[0][1] == "routes")
-        return [Row(index, "layer", case, *tolerance.worst(pairs)) for (index, case), pairs in items]
+    def attention(self, index: int, forward: Callable[..., Tensor], *args: Any) -> Tensor:
+        """`model.Layer.attention`, its output recorded."""
+        attended = forward(*args)
+        self.record(index, "attended", attended)
+        return attended
+
+    def experts(self, index: int, forward: Callable[..., Any], h: Tensor, x: Tensor, *args: Any) -> Any:
+        """`model.Layer.experts`, which is also run without a residual stream, its output recorded."""
+        self.record(index, "y", forward(h, torch.zeros_like(x), *args)[1])
+        return forward(h, x, *args)
+
+    def as_rows(self) -> list[Row]:
+        """A row for each layer and case: attention, the routes, the experts, then the whole layer."""
+        kinds = [PARTS["attended"], ROUTES, PARTS["y"]]
+
+        def order(item: Any) -> int:
+            kind = item[0][1].partition(",")[0]
+            return kinds.index(kind) if kind in kinds else len(kinds)
+
+        items = sorted(self.errors.items(), key=order)
+        notes = (self.notes.get(key, "") for key, _ in items)
+        return [
+            Row(key[0], "layer", key[1], *tolerance.worst(pairs), note)
+            for (key, pairs), note in zip(items, notes, strict=True)
+        ]
 
 
 def shallow_copy(model: Any, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Any:
@@ -309,16 +326,24 @@ def shallow_copy(model: Any, config: Any, probe: LayerProbe, probe_layers: bool 
     layers = [copy.copy(layer) for layer in model.layers]
     for index, layer in enumerate(layers):
         layer.config, layer.route = config, partial(route, layer.route)
-        if probe_layers:
-            layer.forward = partial(probe.forward, index, layer.forward)
+        for name in ("forward", "attention", "experts") if probe_layers else ():
+            setattr(layer, name, partial(getattr(probe, name), index, getattr(layer, name)))
     model.layers = nn.ModuleList(layers)
     return model
 
 
-def split_text(tokens: int, padding: int = 0) -> list[tuple[str, int, int, int]]:
-    """The calls that read a text over a cache: (case, first token, number of tokens, tokens of padding)."""
+def split_text(tokens: int, batch: int = 1) -> list[tuple[str, list[int], list[int]]]:
+    """The calls that read a text over a cache: (case, first token, number of tokens), both for each sequence.
+
+    Each sequence has read one token less than the one before it, so that no two stand at the same place.
+    """
     single = min(SINGLE_TOKENS, tokens - 1) or 1
     rest = tokens - single
     bounds = sorted({0, -(-2 * rest // 5), -(-3 * rest // 4), rest})
-    chunks = [(CHUNKS, a, b - a, padding if at == 1 else 0) for at, (a, b) in enumerate(pairwise(bounds))]
-    return chunks + [(TOKENS, at, 1, 0) for at in range(rest, tokens)]
+    places = [[max(0, bound - b) for b in range(batch)] for bound in bounds]
+    chunks = [
+        (CHUNKS, begin, [b - a for a, b in zip(begin, end, strict=True)])
+        for begin, end in pairwise(places)
+        if end != begin
+    ]
+    return chunks + [(TOKENS, [place + at for place in places[-1]], [1] * batch) for at in range(single)]

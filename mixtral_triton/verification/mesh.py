@@ -28,6 +28,8 @@ ALL = slice(None)
 class MeshTarget(Target):
     """A `Mixtral` on a mesh, gathered. Every rank must make the same calls."""
 
+    catches_faults, widens = False, False
+
     def __init__(self, model: Mixtral, ranks: Ranks) -> None:
         super().__init__(model)
         self.ranks = ranks
@@ -45,7 +47,8 @@ class MeshTarget(Target):
         qkv = {"q": values.q[:, :, queries], "k": values.k[:, :, keys], "v": values.v[:, :, keys]}
         local = LayerCheck(replace(values, heads=heads, **qkv), layer.local, shard.config(config), check.tables)
         local.local_ids = partial(self.ranks.local_ids, experts=len(layer.local.down_proj))
-        check.calls = local.calls  # type: ignore[method-assign]
+        for name in ("calls", "sized_calls", "to_meta"):
+            setattr(check, name, getattr(local, name))
         # Checks on a CPU would reject another rank's experts.
         check.operation = lambda name, args: lambda **kwargs: call_unchecked(OPS[name], OPS[name].bind(**kwargs))
         return check

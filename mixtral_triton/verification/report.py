@@ -17,7 +17,9 @@ from ..tools.tolerance import share_of_limit
 if TYPE_CHECKING:
     from .weights import QuantizationCost
 
+FP32 = ", fp32"  # the end of a case whose weights were widened from 16 bits
 TORCH = "plain torch"  # the backend without kernels
+PEER = "transformers"  # the case of a row that compares with another implementation
 END_RATIO = 4.0  # in the place of RATIO for a whole model, where rounding errors have grown from layer to layer
 
 
@@ -30,6 +32,7 @@ class Row:
     error  of an operation relative to its largest result; of a layer and of logits that of the worst token relative to
            its norm; of loaded tensors the largest difference
     limit  the largest right error: mostly twice that of torch in the weights' dtype
+    note   the error that the runtime raised, which is wrong
     """
 
     layer: int | None
@@ -37,11 +40,17 @@ class Row:
     case: str
     error: float
     limit: float
+    note: str = ""
 
     @property
     def ok(self) -> bool:
         """NaN in a result is an infinite error, which is wrong even where torch has NaN, too."""
         return math.isfinite(self.error) and self.error <= self.limit
+
+    @property
+    def overflows(self) -> bool:
+        """Whether torch itself has no finite result, so that nothing can be said of the runtime's."""
+        return not math.isfinite(self.limit)
 
     @property
     def where(self) -> str:
@@ -59,7 +68,8 @@ class Report:
 
     flips         of `routed` routes (a token in a layer), those that differ end to end: near ties of a 16-bit type
     quantization  the cost of quantizing while loading; the rows compare with the dequantized weights
-    Neither is part of the verdict.
+    not_run       what this report says nothing about
+    None of the three is part of the verdict.
     """
 
     rows: tuple[Row, ...]
@@ -69,32 +79,38 @@ class Report:
     dtype: str
     peer: str = TORCH
     quantization: QuantizationCost | None = None
+    not_run: tuple[str, ...] = ()
 
     @property
     def compared(self) -> bool:
         """False where torch was compared with itself, which is always right."""
-        return (self.backend, self.peer) != (TORCH, TORCH)
+        return (self.backend, self.peer) != (TORCH, TORCH) or any(row.case == PEER for row in self.rows)
 
     @property
     def wrong(self) -> list[Row]:
-        return [row for row in self.rows if not row.ok]
+        return [row for row in self.rows if not (row.ok or row.overflows)]
 
     @property
     def ok(self) -> bool:
         """Whether something was compared and every comparison is within its limit."""
-        return self.compared and not self.wrong
+        return self.compared and all(row.ok and not row.overflows for row in self.rows)
 
     @property
     def verdict(self) -> str:
         if self.wrong:
             first, count = self.wrong[0], f"{len(self.wrong)} of {len(self.rows)} comparisons fail"
             return f"WRONG: {count}, the first is {first.where} ({first.case})"
+        overflow = next((row for row in self.rows if row.overflows), None)
+        if overflow is not None:
+            return (
+                f"OVERFLOW: plain torch overflows in {self.dtype} in {overflow.where} ({overflow.case}): use bfloat16"
+            )
         if not self.compared:
             return "NOTHING WAS COMPARED: no kernel ran, so plain torch was compared with itself"
         return f"RIGHT: all {len(self.rows)} comparisons are within their limits"
 
     def as_dict(self) -> dict[str, Any]:
-        keys = ("ok", "compared", "backend", "peer", "dtype", "flips", "routed", "verdict")
+        keys = ("ok", "compared", "backend", "peer", "dtype", "flips", "routed", "not_run", "verdict")
         rows = [{**asdict(row), "ok": row.ok} for row in self.rows]
         quantization = None if self.quantization is None else asdict(self.quantization)
         return {**{key: getattr(self, key) for key in keys}, "quantization": quantization, "rows": rows}
@@ -107,7 +123,10 @@ class Report:
         if self.quantization is not None:
             yield Text(str(self.quantization))
         for row in self.wrong:
-            yield Text(f"{row.where} ({row.case}): error {row.error:.2e}, limit {row.limit:.2e}", style="red")
+            error = row.note or f"error {row.error:.2e}, limit {row.limit:.2e}"
+            yield Text(f"{row.where} ({row.case}): {error}", style="red")
+        for line in self.not_run:
+            yield Text(f"not run: {line}")
         if self.backend == TORCH:
             yield Text("No kernel ran: set TRITON_INTERPRET=1 before the import, or use a GPU.", style="yellow")
         yield Text(self.verdict, style="bold green" if self.ok else "bold red" if self.wrong else "bold yellow")
@@ -115,7 +134,7 @@ class Report:
     def _table(self) -> Table:
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
-            groups.setdefault((row.op, row.case), []).append(row)
+            groups.setdefault((row.op, row.case.removesuffix(FP32)), []).append(row)
         table = Table(box=box.SIMPLE_HEAD, padding=0)
         for name in ("operation", "case", "error", "limit", "layer", "right"):
             table.add_column(name, justify="left" if name in ("operation", "case") else "right", no_wrap=True)

@@ -70,6 +70,26 @@ def check_loaded(folder: Any, model: Any) -> list[Row]:
     return [Row(at - 1 if at else None, "weights", case, *worst(each)) for (at, case), each in pairs.items() if each]
 
 
+def check_finite(model: Any) -> list[Row]:
+    """A row for the embedding, final norm and head, and one per layer: infinite where a weight is not finite, which a
+    text may not show: of a token or an expert that it does not have."""
+
+    def finite(weight: Any) -> bool:
+        if not isinstance(weight, QuantizedWeight):
+            return bool(weight.isfinite().all())
+        parts = [weight[at] for at in range(len(weight))] if len(weight.shape) == 3 else [weight]
+        return all(bool(part.dequantize().isfinite().all()) for part in parts)
+
+    outside = (model.embed_tokens, model.norm, *([] if model.lm_head is None else [model.lm_head]))
+    groups = [outside, *(_weights_of(layer) for layer in model.layers)]
+    errors = (0.0 if all(map(finite, group)) else math.inf for group in groups)
+    return [Row(at - 1 if at else None, "weights", "finite", error, 0.0) for at, error in enumerate(errors)]
+
+
+def _weights_of(layer: Any) -> Iterator[Any]:
+    return chain(layer.parameters(), (weight for weight in layer.modules() if isinstance(weight, QuantizedWeight)))
+
+
 def _stored_tensors(folder: Any, config: Any) -> Iterator[tuple[str, Any]]:
     """Every tensor of the checkpoint by name, as a slice to read; quantized linears as QuantizedWeights."""
     headers = hub.read_headers(folder)

@@ -20,7 +20,7 @@ from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import Layer, State
 from mixtral_triton.ops import unchecked
-from mixtral_triton.verification.layers import CHUNKS, TOKENS, UNCACHED
+from mixtral_triton.verification.layers import CHUNKS, ROUTES, TOKENS, UNCACHED
 from tests.support import models
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -67,12 +67,20 @@ class ReorderedTokens(Layer):
 
 
 @all_dtypes
-@pytest.mark.parametrize("fault", [SwappedNorms, SwappedQueriesAndKeys, NoResidual, UnnormalizedRoutes])
-def test_fault_in_one_layer(fault: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("fault", "case"),
+    [
+        (SwappedNorms, ROUTES),
+        (SwappedQueriesAndKeys, f"attention, {UNCACHED}"),
+        (NoResidual, ROUTES),
+        (UnnormalizedRoutes, ROUTES),
+    ],
+)
+def test_fault_in_one_layer(fault: Any, case: str, dtype: torch.dtype) -> None:
     model = small_model(dtype)
     model.layers[LAYER].__class__ = fault
     first = verify(model, IDS).wrong[0]
-    assert (first.layer, first.op, first.case) == (LAYER, "layer", UNCACHED)
+    assert (first.layer, first.op, first.case) == (LAYER, "layer", case)
 
 
 def test_routes_that_are_no_near_tie_are_wrong() -> None:
@@ -115,8 +123,8 @@ def test_fault_in_all_layers(fault: str, dtype: torch.dtype, monkeypatch: pytest
     inject(monkeypatch)
     report = verify(small_model(dtype), IDS)
     first = report.wrong[0]
-    assert (first.layer, first.op, first.case) == (0, "layer", case)
-    assert {row.layer for row in report.wrong if row.case == case} == {0, 1, 2}
+    assert (first.layer, first.op, first.case) == (0, "layer", f"attention, {case}")
+    assert {row.layer for row in report.wrong if row.case == first.case} == {0, 1, 2}
 
 
 @all_dtypes
@@ -192,7 +200,7 @@ def test_checkpoint_with_fused_experts_and_tied_head(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     report = verify(tmp_path, IDS)
     assert not report.wrong, str(report)
-    assert [row.layer for row in report.rows if row.op == "weights"] == [None, 0, 1, 2]
+    assert [row.layer for row in report.rows if row.case == "as stored"] == [None, 0, 1, 2]
 
 
 @all_dtypes

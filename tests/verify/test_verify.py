@@ -50,7 +50,7 @@ def test_right_model(dtype: torch.dtype, window: int | None) -> None:
     report = verify(tiny_model(dtype, window), IDS[:, :10] if INTERPRETED else IDS)
     assert not report.wrong, str(report)
     check_complete(report, 2)
-    assert [row.op for row in report.rows if row.layer is None] == ["rms_norm", "logits"]
+    assert [row.op for row in report.rows if row.layer is None] == ["weights", "rms_norm", "logits"]
     assert report.flips == 0 or dtype != torch.float32
 
 
@@ -129,7 +129,7 @@ def test_small_checkpoint_compared_with_itself_exits_1(in_process: None, capsys:
     found = json.loads(capsys.readouterr().out)
     assert not found["ok"] and not found["compared"] and all(row["ok"] for row in found["rows"])
     assert found["verdict"].startswith("NOTHING WAS COMPARED")
-    assert set(found["rows"][0]) == {"layer", "op", "case", "error", "limit", "ok"}
+    assert set(found["rows"][0]) == {"layer", "op", "case", "error", "limit", "note", "ok"}
     assert {(row["layer"], row["op"]) for row in found["rows"]} >= {(at, op) for at in range(4) for op in OPERATIONS}
 
 
@@ -223,7 +223,7 @@ def test_nan_in_an_expert_that_the_text_does_not_take(make_hf: Any) -> None:
     ("target", "ids", "message"),
     [
         (lambda make_hf: 3, None, "needs a Mixtral, a checkpoint folder or transformers"),
-        (lambda make_hf: tiny_model(), torch.zeros((1, 65), dtype=torch.int64), "max_position_embeddings"),
+        (lambda make_hf: tiny_model(), torch.zeros((1, 65), dtype=torch.int64), "needs at most 64"),
         (lambda make_hf: tiny_model(), torch.full((1, 4), 50), "token 50"),
         (lambda make_hf: tiny_model(), torch.zeros(4), "int64 tensor"),
         (lambda make_hf: tiny_model().to("meta"), None, r"verify: .*meta"),
