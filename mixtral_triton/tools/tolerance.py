@@ -62,7 +62,7 @@ class Tolerance:
         if self.sensitivity_is_known:
             return
         self.sensitivity_is_known = True
-        args = {key: _perturbed(x) if key in ACTIVATIONS else x for key, x in self.args.items()}
+        args = {key: _perturbed(x) if key in ACTIVATIONS and x is not None else x for key, x in self.args.items()}
         perturbed = fp64_results(self.name, args, self.mutates)
         for at in range(self.independent):
             if self.exact[at].dtype.is_floating_point:
@@ -153,9 +153,7 @@ def with_perturbed_input(x: Tensor) -> Tensor:
     return torch.cat((x.double(), _perturbed(x)))
 
 
-def _perturbed(x: Tensor | None) -> Tensor | None:
-    if x is None:
-        return None
+def _perturbed(x: Tensor) -> Tensor:
     signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(0), device="cpu").mul_(2).sub_(1)
     return x.double() * (1 + TOKEN_FLOOR[x.dtype] * signs.to(x.device))
 

@@ -200,13 +200,13 @@ class SizedCalls:
 
     def __init__(self, config: Any, device: torch.device, limit: int) -> None:
         self.config, self.limit, self.launched = config, limit, set[Hashable]()
-        self.gpu = {"arch": target_arch(device), "sms": multiprocessors(device)}
+        self.gpu = target_arch(device), multiprocessors(device)
         self.not_run: list[str] = []
 
     def __call__(self, check: LayerCheck, index: int) -> Iterator[Call]:
         for call in check.calls():
             if index == 0:
-                self.launched |= launches(call, **self.gpu)
+                self.launched |= launches(call, *self.gpu)
             yield call
         if index == 0:
             yield from self._calls_of_generate(check)
@@ -218,7 +218,7 @@ class SizedCalls:
                 continue
             needed: set[tuple[str, str]] = set()
             for call in on_meta.sized_calls(B, T):
-                new = launches(call, **self.gpu) - self.launched
+                new = launches(call, *self.gpu) - self.launched
                 if new and self.limit < B * T:
                     self._leave_out(call, B * T, new)
                 elif new:
@@ -252,8 +252,8 @@ def _to_meta(values: Mapping[str, Any]) -> dict[str, Any]:
 
     def convert(x: Any) -> Any:
         if isinstance(x, QuantizedWeight):
-            parts = (None if part is None else part.to("meta") for part in (x.data, x.scales, x.zeros))
-            return QuantizedWeight(x.format, *parts, x.shape, x.group)
+            zeros = None if x.zeros is None else x.zeros.to("meta")
+            return QuantizedWeight(x.format, x.data.to("meta"), x.scales.to("meta"), zeros, x.shape, x.group)
         return x.to("meta") if isinstance(x, Tensor) else x
 
     return {name: convert(x) for name, x in values.items()}

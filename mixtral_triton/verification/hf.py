@@ -29,9 +29,7 @@ class TransformersTarget(Target):
         self.apply, self.theirs = apply, hf.import_modules("verify", model).theirs
         self.backbone = next(module for module in model.modules() if isinstance(module, self.theirs.MixtralModel))
         if model.training:
-            raise ValueError(
-                "verify: the model is in training mode, and only inference is compared: needs model.eval()"
-            )
+            raise ValueError("verify: the model is in training mode, needs inference: model.eval()")
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError("verify: some weights are not in memory (offloaded); load the model without offloading")
         self.model, self.layers = model, self.backbone.layers
