@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -103,56 +104,23 @@ def as_json(compiled: Compiled) -> dict[str, Any]:
     return known | {name: getattr(compiled, name) for name in ("loop_flop_per_instruction", "loop_spills", "fault")}
 
 
-Row = Mapping[str, Any]  # of `as_json`
-FIGURES = ("registers", "spills", "shared_bytes", "loop_flop_per_instruction", "fault")
+FIGURES = ("registers", "spills", "shared_bytes", "loop_flop_per_instruction")
 
 
-def _settings(row: Row) -> dict[str, str]:
-    """Return what may differ between kernels of one tile and dtype: constants, sizes of 1, and which tensors exist."""
-    found = {name: str(int(value)) for name, value in row["constexprs"].items() if isinstance(value, int)}
-    for name, kind in row["arguments"].items():
-        if name.endswith("_ptr"):
-            found[name.removesuffix("_ptr")] = "none" if kind == "constexpr" else kind.lstrip("*")
-        else:
-            found[name] = "1" if kind == "constexpr" else ">1"
-    return found
-
-
-def fold_rows(rows: Sequence[Row]) -> list[tuple[Row, str, str]]:
-    """Return a line for each kernel, tile and set of figures: one of its rows, its dtypes, and the settings that not
-    all kernels of this tile and dtype have."""
-    folded: dict[Any, dict[Any, list[Row]]] = {}
-    tiles = [(row["kernel"], _tile(row), row["num_warps"], row["num_stages"]) for row in rows]
-    figures = [tuple(row[name] for name in FIGURES) for row in rows]
-    for at, row in enumerate(rows):
-        peers = [i for i, peer in enumerate(rows) if tiles[i] == tiles[at] and peer["dtype"] == row["dtype"]]
-        every, same = (
-            [_settings(rows[i]) for i in peers],
-            [_settings(rows[i]) for i in peers if figures[i] == figures[at]],
-        )
-        words = []
-        for name in same[0]:
-            values = dict.fromkeys(one[name] for one in same if name in one)
-            if {one.get(name) for one in every} - values.keys():
-                words.append(f"{name}={'|'.join(values)}")
-        folded.setdefault(tiles[at], {}).setdefault((figures[at], " ".join(words)), []).append(row)
-    lines = (item for group in folded.values() for item in group.items())
-    return [(line[0], " ".join(sorted({row["dtype"] for row in line})), words) for (_, words), line in lines]
-
-
-def _tile(row: Row) -> str:
-    return "x".join(str(size) for name, size in row["constexprs"].items() if name.startswith("BLOCK_"))
-
-
-def resources_table(arch: str, rows: Sequence[Row]) -> Table:
-    names = ("w/s", "regs", "spills", "shared", "FLOP/i")
+def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Tabulate rows of `as_json`: a line for all kernels of the same name, dtype, tile and figures."""
+    names = ("w/s", "regs", "spills", "shared", "FLOP/i", "kernels")
     columns = [*(Column(name, number=False) for name in ("kernel", "dtype", "tile")), *map(Column, names)]
     caption = "w/s: warps and stages; regs: registers of a thread; FLOP/i: of the tensor cores, for each other "
-    caption += "instruction of the main loop; settings: what differs between kernels of one tile"
-    table = Table(f"Compiled for {arch}", [*columns, Column("settings", number=False)], caption, keys=3)
-    for row, dtypes, words in fold_rows(rows):
-        figures = ("" if row[name] is None else f"{row[name]:,.0f}" for name in FIGURES[:-1])
+    caption += "instruction of the main loop; kernels: how many have these figures"
+    table, lines = Table(f"Compiled for {arch}", columns, caption, keys=3), Counter[tuple[str, ...]]()
+    for row in rows:
+        tile = "x".join(str(size) for name, size in row["constexprs"].items() if name.startswith("BLOCK_"))
+        figures = ("" if row[name] is None else f"{row[name]:,.0f}" for name in FIGURES)
         launch = f"{row['num_warps']}/{row['num_stages']}"
-        name, style = row["kernel"].removesuffix("_kernel"), "bold red" if row["fault"] else ""
-        table.add(name, dtypes, _tile(row), launch, *figures, words, style=style)
+        style, name = "bold red" if row["fault"] else "", row["kernel"].removesuffix("_kernel")
+        line = (style, name, row["dtype"], tile, launch, *figures)
+        lines[line] += 1
+    for (style, *cells), count in lines.items():
+        table.add(*cells, str(count), style=style)
     return table

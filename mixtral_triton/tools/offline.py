@@ -278,9 +278,9 @@ def compile_ops(
     out: PathLike | None = None,
     progress: Progress = lambda done, total: None,
     dtypes: Dtypes = None,
-) -> Iterator[Compiled]:
-    """Compile the kernels of operations over their bench shapes, and yield them in that order; names stand for
-    operations of the registry, in its order.
+) -> list[Compiled]:
+    """Compile the kernels of operations over their bench shapes, in that order; names stand for operations of the
+    registry, in its order.
 
     A kernel that does not compile is among them, with its error. Each is compiled once, also where a second model's
     widths (H and I, constants in the code) change nothing else. `out`: a folder, created if missing, for .ptx, .sass
@@ -296,17 +296,13 @@ def compile_ops(
     jobs = [_Job.of(launch, arch, name, out) for name, launch in found.values()]
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-
-    def ordered() -> Iterator[Compiled]:
-        kernels: dict[int, Compiled] = {}
-        for done, (index, compiled) in enumerate(_compile_all(jobs), 1):
-            kernels[index] = compiled
-            progress(done, len(jobs))
-        # Together: the disassembler takes long to start.
-        sass.main_loops([one.stages["cubin"] for one in kernels.values() if one.needs_loops], arch)
-        yield from (kernels[index] for index in range(len(jobs)))
-
-    return ordered()
+    kernels: dict[int, Compiled] = {}
+    for done, (index, compiled) in enumerate(_compile_all(jobs), 1):
+        kernels[index] = compiled
+        progress(done, len(jobs))
+    # Together: the disassembler takes long to start.
+    sass.main_loops([one.stages["cubin"] for one in kernels.values() if one.needs_loops], arch)
+    return [kernels[index] for index in range(len(jobs))]
 
 
 def run(args: argparse.Namespace) -> int:

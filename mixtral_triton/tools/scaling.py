@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -55,60 +55,6 @@ class Step:
     def seconds(self) -> float:
         return self.computing + self.sending
 
-    def as_dict(self) -> dict[str, float]:
-        return {"time_us": self.seconds * 1e6, "sending_us": self.sending * 1e6}
-
-
-@dataclass(frozen=True)
-class Split:
-    """tp x ep GPUs: one decode step of B sequences, and one chunk of a prompt of each.
-
-    chunk  tokens a sequence of the chunk, the last one of S
-    """
-
-    tp: int
-    ep: int
-    batch: int
-    chunk: int
-    need: fit.Need
-    decode: Step
-    prefill: Step
-
-    @property
-    def gpus(self) -> int:
-        return self.tp * self.ep
-
-    @property
-    def rates(self) -> tuple[float, float]:
-        """Tokens per second of decode and of prefill."""
-        return self.batch / self.decode.seconds, self.batch * self.chunk / self.prefill.seconds
-
-
-def find_link(gpu: GPU) -> Link:
-    """Return its links. ValueError for a GPU whose rates or links are not in the table."""
-    if gpu.link is None or gpu.chip is None:
-        names = ", ".join(key for key, other in GPUS.items() if other.link is not None)
-        raise ValueError(f"--scaling has the rates of {names}: needs --gpu with one of them")
-    return gpu.link
-
-
-def splits(
-    config: MixtralConfig, specs: fit.QuantSpecs, gpu: GPU, batch: int, context: int, counts: Sequence[int] = COUNTS
-) -> Iterator[Split]:
-    """Yield the splits over so many GPUs that divide the model's sizes and the groups of its specs, most "tp" first."""
-    chunk = min(context, PREFILL_CHUNK)
-    for n in counts:
-        need = fit.Need.of(config, specs, batch, context, n)
-        for tp in (n >> power for power in range(n.bit_length())):
-            shard = Shard(tp=tp, ep=n // tp)
-            try:
-                shard.check(config)
-                fit.shard_specs(config, specs, shard)
-            except ValueError:
-                continue
-            decode, prefill = (step(config, specs, shard, gpu, batch, T, context) for T in (1, chunk))
-            yield Split(tp, shard.ep, batch, chunk, need, decode, prefill)
-
 
 def step(config: MixtralConfig, specs: fit.QuantSpecs, shard: Shard, gpu: GPU, B: int, T: int, S: int) -> Step:
     """Predict T tokens for each of B sequences, after S - T others, through the slowest rank of `shard`.
@@ -128,7 +74,8 @@ def step(config: MixtralConfig, specs: fit.QuantSpecs, shard: Shard, gpu: GPU, B
         found = predict(launches, gpu, Cost(0, 0))
         return found.seconds - sum((1 - _share(part, *shares)) * part.seconds for part in found.parts)
 
-    sent, link = traffic(config, shard.tp, shard.ep, dtype.itemsize), find_link(gpu)
+    sent, link = traffic(config, shard.tp, shard.ep, dtype.itemsize), gpu.link
+    assert link is not None
     all_reduce = _collective(sent.layer // 2 * B * T, shard.ranks, link)
     logits = _collective(sent.head * B, shard.ranks, link) if sent.head else 0.0  # of each sequence's last token
     one, two = computing(1), computing(2)
@@ -181,25 +128,37 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--scaling is given and there is no GPU here, needs --gpu, too")
     if format not in request.specs:
         raise ValueError(f"--scaling is {format!r}, needs one of {', '.join(request.specs)}")
-    find_link(gpu)
-    found = list(splits(request.config, request.specs[format], gpu, request.batch, request.context))
-    fits = [split.need.total <= gpu.bytes for split in found]
-    if args.json:
-        rows = []
-        for split, holds in zip(found, fits, strict=True):
-            sizes = {name: getattr(split, name) for name in ("gpus", "tp", "ep", "batch", "chunk")}
-            rates = dict(zip(("tokens_per_second", "prefill_tokens_per_second"), split.rates, strict=True))
-            steps = {"decode": split.decode.as_dict(), "prefill": split.prefill.as_dict()}
-            rows.append({**sizes, "bytes": split.need.total, **steps, **rates, "fits": holds})
-        print(json.dumps({**request.as_dict(), "format": format, "gpu": gpu.name, "splits": rows, "predicted": True}))
-        return 0 if any(fits) else 1
+    if gpu.link is None or gpu.chip is None:
+        names = ", ".join(key for key, other in GPUS.items() if other.link is not None)
+        raise ValueError(f"--scaling has the rates of {names}: needs --gpu with one of them")
+    config, specs, B, S = request.config, request.specs[format], request.batch, request.context
+    headings = ("gpus", "tp", "ep", "decode, ms", "sent", "tokens/s", "prefill, ms", "sent", "tokens/s", "fits")
     title = f"{request.name}, {request.label(format)}, on {gpu.name}, predicted: {request.size}"
-    names = ("gpus", "tp", "ep", "decode, ms", "sent", "tokens/s", "prefill, ms", "sent", "tokens/s", "fits")
-    table = Table(title, list(map(Column, names)), CAPTION, keys=3)
-    for split, holds in zip(found, fits, strict=True):
-        cells = [str(split.gpus), str(split.tp), str(split.ep)]
-        for one, rate in zip((split.decode, split.prefill), split.rates, strict=True):
-            cells += [f"{one.seconds * 1e3:,.2f}", f"{100 * one.sending / one.seconds:.0f} %", f"{rate:,.0f}"]
-        table.add(*cells, "yes" if holds else "no", style="" if holds else "dim")
-    console().print(table)
-    return 0 if any(fits) else 1
+    table, rows = Table(title, list(map(Column, headings)), CAPTION, keys=3), []
+    for shard in (Shard(tp=n >> power, ep=1 << power) for n in COUNTS for power in range(n.bit_length())):
+        try:
+            shard.check(config)
+            fit.shard_specs(config, specs, shard)
+        except ValueError:  # the ranks do not divide a size of the model, or would cut a group of columns
+            continue
+        need = fit.Need.of(config, specs, B, S, shard.ranks).total
+        row: dict[str, Any] = {
+            "gpus": shard.ranks,
+            "tp": shard.tp,
+            "ep": shard.ep,
+            "bytes": need,
+            "fits": need <= gpu.bytes,
+        }
+        cells = [str(shard.ranks), str(shard.tp), str(shard.ep)]
+        for name, T in ("decode", 1), ("prefill", min(S, PREFILL_CHUNK)):
+            one = step(config, specs, shard, gpu, B, T, S)
+            row[name] = {"time_us": one.seconds * 1e6, "sending_us": one.sending * 1e6, "tokens": B * T}
+            cells += [f"{one.seconds * 1e3:,.2f}", f"{100 * one.sending / one.seconds:.0f} %"]
+            cells.append(f"{B * T / one.seconds:,.0f}")
+        table.add(*cells, "yes" if row["fits"] else "no", style="" if row["fits"] else "dim")
+        rows.append(row)
+    if args.json:
+        print(json.dumps({**request.as_dict(), "format": format, "gpu": gpu.name, "splits": rows, "predicted": True}))
+    else:
+        console().print(table)
+    return 0 if any(row["fits"] for row in rows) else 1
