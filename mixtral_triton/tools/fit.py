@@ -23,7 +23,7 @@ from rich.text import Text
 from ..config import MixtralConfig
 from ..generate import PREFILL_CHUNK
 from ..inputs import WEIGHT_FORMATS, weight_bytes
-from ..parallel import UNSHARDED, Shard, Traffic, traffic
+from ..parallel import Shard, Traffic, traffic
 from ..quantize import hub
 from ..quantize.schemes import read_scheme
 from ..quantize.spec import PARTS, QuantSpec, select_specs
@@ -31,20 +31,11 @@ from ..weights import parameter_shapes
 from .gpus import GPU, GPUS, MIB, find_gpu
 from .terminal import Column, Table, console
 
-KNOWN = {
-    # mistralai/Mixtral-8x7B-v0.1 and mistralai/Mixtral-8x22B-Instruct-v0.1, by their config.json
-    "mixtral-8x7b": MixtralConfig(rope_theta=1e6, dtype="bfloat16"),
-    "mixtral-8x22b": MixtralConfig(
-        vocab_size=32768,
-        hidden_size=6144,
-        intermediate_size=16384,
-        num_hidden_layers=56,
-        num_attention_heads=48,
-        max_position_embeddings=65536,
-        rope_theta=1e6,
-        dtype="bfloat16",
-    ),
-}
+# mistralai/Mixtral-8x7B-v0.1 and mistralai/Mixtral-8x22B-Instruct-v0.1, by their config.json
+SAME: dict[str, Any] = {"rope_theta": 1e6, "dtype": "bfloat16"}
+LARGER: dict[str, Any] = {"vocab_size": 32768, "hidden_size": 6144, "intermediate_size": 16384, **SAME}
+LARGER |= {"num_hidden_layers": 56, "num_attention_heads": 48, "max_position_embeddings": 65536}
+KNOWN = {"mixtral-8x7b": MixtralConfig(**SAME), "mixtral-8x22b": MixtralConfig(**LARGER)}
 # An estimate, not a count: what the driver keeps of the total that its tool prints, a CUDA context with the kernels of
 # torch and Triton, a library's workspace for matrix products, the graph of a decode step and that step's own buffers.
 OVERHEAD = 5 * 2**28
@@ -83,11 +74,9 @@ def stored_dtype(config: MixtralConfig) -> torch.dtype:
     return getattr(torch, config.dtype or "bfloat16")
 
 
-def model_bytes(
-    config: MixtralConfig, specs: QuantSpecs, dtype: torch.dtype | None = None, shard: Shard = UNSHARDED
-) -> int:
-    """Bytes of all parameters of a rank; `dtype`: of those that are not quantized, None: as stored."""
-    return weight_bytes(parameter_shapes(config, shard), specs, dtype or stored_dtype(config))
+def model_bytes(config: MixtralConfig, specs: QuantSpecs, dtype: torch.dtype | None = None) -> int:
+    """Bytes of all parameters; `dtype`: of those that are not quantized, None: as stored."""
+    return weight_bytes(parameter_shapes(config), specs, dtype or stored_dtype(config))
 
 
 def table_bytes(config: MixtralConfig) -> int:
@@ -167,28 +156,19 @@ class Plan:
 
     need: Need
     memory: int
+    verdict: str
     longest: int
     needs: int | None
-
-    @property
-    def fits(self) -> bool:
-        return self.need.total <= self.memory
-
-    @property
-    def verdict(self) -> str:
-        return "no" if not self.fits else "fits" if self.need.total <= comfortable(self.memory) else "tight"
-
-
-def comfortable(memory: int) -> int:
-    return memory - math.ceil(memory * TIGHT)
 
 
 def plan(config: MixtralConfig, specs: QuantSpecs, memory: int, batch: int, context: int, gpus: int = 1) -> Plan:
     """On `gpus` GPUs of `memory` bytes each, `batch` sequences of `context` tokens."""
-    limit, lengths, counts = comfortable(memory), range(config.max_position_embeddings + 1), range(1, GPUS_MAX + 1)
+    need, limit = Need.of(config, specs, batch, context, gpus), memory - math.ceil(memory * TIGHT)
+    verdict = "fits" if need.total <= limit else "tight" if need.total <= memory else "no"
+    lengths, counts = range(config.max_position_embeddings + 1), range(1, GPUS_MAX + 1)
     longest = bisect_right(lengths, limit, key=lambda S: Need.of(config, specs, batch, S, gpus).total) - 1
     needs = next((n for n in counts if Need.of(config, specs, batch, context, n).total <= limit), None)
-    return Plan(Need.of(config, specs, batch, context, gpus), memory, max(0, longest), needs)
+    return Plan(need, memory, verdict, max(0, longest), needs)
 
 
 @dataclass(frozen=True)
@@ -241,8 +221,8 @@ class Request:
         return {"model": self.name, **counts, "batch": self.batch, "context": self.context}
 
     def sentence(self) -> str:
-        total, active = (f"{count / 1e6:,.0f} M" for count in parameters(self.config))
-        return f"{self.name}: {total} parameters, {active} active a token; {self.size}."
+        total, active = parameters(self.config)
+        return f"{self.name}: {total:,} parameters, {active:,} active a token; {self.size}."
 
 
 def run(args: argparse.Namespace) -> int:
@@ -264,7 +244,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({**request.as_dict(), "gpu": sizes, "sends_a_token": asdict(sent), "formats": formats}))
     else:
         _print(request, gpu, gpus, plans, sent)
-    return 0 if any(one.fits for one in plans.values()) else 1
+    return 0 if any(one.verdict != "no" for one in plans.values()) else 1
 
 
 def select_gpu(args: argparse.Namespace) -> GPU | None:
@@ -287,10 +267,7 @@ def _print(request: Request, gpu: GPU, gpus: int, plans: dict[str, Plan], sent: 
     out, need = console(), plans[STORED].need
     parts = (f"{name} {decimal(getattr(need, name))}" for name in ("tables", "cache", "workspace", "logits"))
     out.print(Text(request.sentence()))
-    out.print(
-        f"Beside the weights: {', '.join(parts)}, and by estimate {decimal(need.overhead)} for the driver, "
-        "a CUDA context and a graph."
-    )
+    out.print(f"Beside the weights: {', '.join(parts)}, and by estimate {decimal(need.overhead)} for driver and graph.")
     if gpus > 1:
         out.print(f"For each token a GPU sends {decimal(sent.layer)} a layer, and {decimal(sent.head)} of logits.")
     columns = [Column("format", number=False), *map(Column, ("weights", "in all", "used", "longest", "gpus", ""))]
@@ -299,25 +276,11 @@ def _print(request: Request, gpu: GPU, gpus: int, plans: dict[str, Plan], sent: 
     for name, one in plans.items():
         sizes = (decimal(one.need.weights), decimal(one.need.total), f"{100 * one.need.total / one.memory:.0f} %")
         longest = f"{one.longest:,}" if one.longest else "-"
-        table.add(request.label(name), *sizes, longest, _count(one.needs), one.verdict, style=COLOURS[one.verdict])
+        table.add(request.label(name), *sizes, longest, str(one.needs or "-"), one.verdict, style=COLOURS[one.verdict])
     out.print(table)
-    fitting = [request.label(name) + " (tight)" * (one.verdict == "tight") for name, one in plans.items() if one.fits]
-    if fitting:
-        out.print(Text("FITS: " + "; ".join(fitting), style="bold green"))
-    else:
-        out.print(Text(_alternatives(request, gpu, plans), style="bold red"))
-
-
-def _alternatives(request: Request, gpu: GPU, plans: dict[str, Plan]) -> str:
-    """Name the format that takes the least, and what holds it."""
-    name, least = min(plans.items(), key=lambda item: item[1].need.total)
-    need = Need.of(request.config, request.specs[name], request.batch, request.context).total
-    alone = next((other for other in GPUS.values() if need <= comfortable(other.bytes)), None)  # least memory first
-    options = [f"{least.needs} x {gpu.name}"] if least.needs else []
-    options += [f"one {alone.name}"] if alone else []
-    options += [f"a text of {least.longest:,} tokens"] if least.longest else []
-    start = f"NO FORMAT FITS: {request.label(name)} takes the least, {decimal(least.need.total)}. What would do: "
-    return start + (", or ".join(options) or "no listed GPU")
+    fitting = [request.label(name) for name, one in plans.items() if one.verdict != "no"]
+    verdict = "FITS: " + "; ".join(fitting) if fitting else "NO FORMAT FITS"
+    out.print(Text(verdict, style="bold green" if fitting else "bold red"))
 
 
 def _run_all_gpus(request: Request, as_json: bool) -> int:
@@ -333,10 +296,6 @@ def _run_all_gpus(request: Request, as_json: bool) -> int:
     caption = f"-: more than {GPUS_MAX}. MiB: by its driver, of which 2 % stay free. {FORMAT_NOTE} {SEVERAL}"
     table = Table("How many GPUs hold it, by the format of its weights", columns, caption)
     for gpu, needs in rows:
-        table.add(gpu.name, f"{gpu.mib:,}", *map(_count, needs.values()))
+        table.add(gpu.name, f"{gpu.mib:,}", *(str(n or "-") for n in needs.values()))
     out.print(table)
     return 0
-
-
-def _count(gpus: int | None) -> str:
-    return "-" if gpus is None else str(gpus)
