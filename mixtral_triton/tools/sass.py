@@ -7,22 +7,19 @@ which do a quarter of its FLOP each. More is better: the tensor cores wait less 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import struct
 import subprocess
 import tempfile
 from bisect import bisect_left
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate, chain, pairwise
+from operator import and_
 from pathlib import Path
-from typing import Any
 
 import triton
-from triton.runtime.cache import get_cache_manager
 
 Code = list[tuple[int, str]]  # address and text of each instruction
 
@@ -32,7 +29,6 @@ _JUMP = re.compile(r"^(@\S+\s+)?(?:BRA|(CALL)\.REL)\S*\s+(!?U?P\w+,\s*)?(0x[0-9a
 _END = re.compile(r"^(?:EXIT|RET)\b")
 _TENSOR = re.compile(r"^(?:@\S+\s+)?(?:UTC)?\w{1,2}G?MMA\.?")
 _SHAPE = re.compile(r"GMMA\.64x(\d+)x(\d+)|MMA\.168(\d+)")
-_VERSION = Path(__file__).read_bytes() + triton.__version__.encode()
 _SPILL = re.compile(r"^(?:@\S+\s+)?(?:STL|LDL)\b")
 
 
@@ -83,45 +79,30 @@ def _disassemble(sections: Sequence[bytes], arch: str) -> list[Code]:
     return [lines[begin:end] for begin, end in pairwise(ends)]
 
 
-def _blocks(code: Code) -> tuple[list[list[str]], list[set[int]]]:
-    """Straight pieces of code, and which pieces may come before each."""
-    jumps = {at: (int(found[4], 16), any(found.groups()[:3])) for at, text in code if (found := _JUMP.match(text))}
-    ends = {at for at, text in code if _END.match(text)}
-    step = code[1][0] - code[0][0]
-    starts = {code[0][0], *(to for to, _ in jumps.values()), *(at + step for at in (*jumps, *ends))}
-    blocks: list[list[str]] = []
-    number: dict[int, int] = {}
-    last: list[int] = []
-    for at, text in code:
-        if at in starts:
-            number[at] = len(blocks)
-            blocks.append([])
-            last.append(at)
-        blocks[-1].append(text)
-        last[-1] = at
-    before: list[set[int]] = [set() for _ in blocks]
-    for index, at in enumerate(last):
-        to, falls_through = jumps.get(at, (None, at not in ends))
-        if to in number:
-            before[number[to]].add(index)
-        if falls_through and index + 1 < len(blocks):
-            before[index + 1].add(index)
-    return blocks, before
+def _predecessors(code: Code) -> list[list[int]]:
+    """Which instructions may come before each, by number."""
+    number = {at: index for index, (at, _) in enumerate(code)}
+    before: list[list[int]] = [[] for _ in code]
+    for index, (_, text) in enumerate(code):
+        jump = _JUMP.match(text)
+        if jump and int(jump[4], 16) in number:
+            before[number[int(jump[4], 16)]].append(index)
+        falls_through = any(jump.groups()[:3]) if jump else not _END.match(text)
+        if falls_through and index + 1 < len(code):
+            before[index + 1].append(index)
+    return before
 
 
-def _natural_loops(before: list[set[int]]) -> list[set[int]]:
-    """The blocks of each loop: from a block that jumps back to one it cannot be reached without, up to that one."""
-    unreached = (1 << len(before) + 1) - 1  # one bit more than there are blocks: stays where no way leads
-    dominators = [1] + [unreached] * (len(before) - 1)  # bit b: every way to the block leads through block b
+def _natural_loops(before: list[list[int]]) -> list[set[int]]:
+    """The instructions of each loop: from a jump back to one that it cannot be reached without, up to that one."""
+    unreached = (1 << len(before) + 1) - 1  # one bit more than there are instructions: stays where no way leads
+    dominators = [1] + [unreached] * (len(before) - 1)  # bit i: every way to the instruction leads through number i
     changed = True
     while changed:
         changed = False
-        for index in range(1, len(before)):
-            met = unreached
-            for other in before[index]:
-                met &= dominators[other]
-            if dominators[index] != (met | 1 << index):
-                dominators[index], changed = met | 1 << index, True
+        for index, earlier in enumerate(before[1:], 1):
+            met = reduce(and_, (dominators[other] for other in earlier), unreached) | 1 << index
+            changed, dominators[index] = changed or met != dominators[index], met
     loops = []
     for head, earlier in enumerate(before):
         ahead = [index for index in earlier if dominators[index] != unreached and dominators[index] >> head & 1]
@@ -138,42 +119,18 @@ def _natural_loops(before: list[set[int]]) -> list[set[int]]:
 
 
 def main_loops(cubins: Sequence[Path], arch: str) -> list[tuple[Loop, ...]]:
-    """Return each kernel's innermost loops that use the tensor cores; where none does, its innermost loops.
-
-    Triton's cache keeps the counts, by the machine code and this file. The rest is disassembled in one go.
-    """
-    code = [cubin.read_bytes() for cubin in cubins]
-    caches = [get_cache_manager(hashlib.sha256(b"\0".join((_VERSION, each))).hexdigest()) for each in code]
-    found = list(map(_cached, caches))
-    sections = [_sections(each) if loops is None else [] for each, loops in zip(code, found, strict=True)]
-    every = list(chain.from_iterable(sections))
-    disassembled = iter(_disassemble(every, arch) if every else ())
-    for index, cache in enumerate(caches):
-        if found[index] is None:
-            loops = tuple(loop for _ in sections[index] for loop in _loops(next(disassembled)))
-            found[index] = loops
-            with suppress(OSError):  # a full disk: they are counted again next time
-                cache.put(json.dumps([astuple(loop) for loop in loops]), "loops.json", False)
-    return [loops or () for loops in found]
-
-
-def _cached(cache: Any) -> tuple[Loop, ...] | None:
-    with suppress(OSError, ValueError, TypeError):  # a damaged file counts as none
-        if file := cache.get_file("loops.json"):
-            return tuple(Loop(*loop) for loop in json.loads(Path(file).read_text()))
-    return None
+    """Return each kernel's innermost loops that use the tensor cores; where none does, its innermost loops."""
+    sections = [_sections(cubin.read_bytes()) for cubin in cubins]
+    code = iter(_disassemble(list(chain.from_iterable(sections)), arch) if sections else ())
+    return [tuple(loop for _ in each for loop in _loops(next(code))) for each in sections]
 
 
 def _loops(code: Code) -> list[Loop]:
-    blocks, before = _blocks(code)
-    tensor = {index for index, block in enumerate(blocks) if any(map(_TENSOR.match, block))}
-    every = _natural_loops(before)
+    tensor = {index for index, (_, text) in enumerate(code) if _TENSOR.match(text)}
+    every = _natural_loops(_predecessors(code))
     working = [loop for loop in every if loop & tensor] or every
-    return [
-        _count([text for index in sorted(loop) for text in blocks[index]])
-        for loop in working
-        if not any(other < loop for other in working)
-    ]
+    innermost = [loop for loop in working if not any(other < loop for other in working)]
+    return [_count([code[index][1] for index in sorted(loop)]) for loop in innermost]
 
 
 def _count(body: list[str]) -> Loop:
