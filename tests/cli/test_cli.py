@@ -39,6 +39,7 @@ def test_generate_streams_and_repeats_itself() -> None:
     args = ("generate", "--device", "cpu", "--prompt", "The return statement", "--max-new-tokens", "6")
     done = run(*args)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("--device cpu: plain torch") and done.stderr.count("\n") == 1
     assert "The return statement" in done.stdout and "tokens/s" in done.stdout
     as_json = json.loads(run(*args, "--json").stdout)
     assert len(as_json["tokens"]) == 6 and as_json["prompt"] + as_json["text"] in done.stdout
@@ -58,7 +59,8 @@ PROMPT = ("generate", "--prompt", "x")
         ((*PROMPT, "--max-new-tokens", "5000"), "max_position_embeddings"),
         ((*PROMPT, "--max-new-tokens", "-1"), "max_new_tokens"),
         ((*PROMPT, "--seed", str(1 << 64)), "--seed"),
-        ((*PROMPT, "--temperature", "-1"), "temperature"),
+        ((*PROMPT, "--temperature", "-1"), "mixtral-triton generate: temperature is -1.0, needs"),
+        ((*PROMPT, "--interpret", "--device", "cuda"), "mixtral-triton generate: --interpret runs"),
         ((*PROMPT, "--top-p", "0"), "top_p"),
         (("verify", "--device", "toaster"), "toaster"),
         (("verify", "--device", "cuda:99"), "cuda:99"),
@@ -74,11 +76,6 @@ def test_bad_input_is_one_line_on_stderr(args: tuple[str, ...], named: str, caps
         status = left.code
     error = capsys.readouterr().err
     assert status == 2 and named in error and len(error.strip().splitlines()) == 1, error
-
-
-def test_bad_input_of_a_process() -> None:
-    done = run("verify", "no/such/folder")
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 DROPPED = "model.layers.1.self_attn.q_proj.weight"
