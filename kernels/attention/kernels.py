@@ -26,7 +26,7 @@ QueryTile = namedtuple("QueryTile", "q offs_i window scale")
 Keys = namedtuple("Keys", "k_ptr v_ptr stride_ks stride_vs k_desc v_desc b hkv first")
 # Positions low..high that some query of the tile sees, and inner_low..inner_high that all of them see.
 Span = namedtuple("Span", "low high inner_low inner_high")
-Kind = namedtuple("Kind", "D RING CAUSAL WINDOWED")  # what selects code
+Kind = namedtuple("Kind", "D RING CAUSAL WINDOWED HEADS_FIRST")  # what selects code
 
 
 @triton.jit
@@ -64,8 +64,12 @@ def _accumulate(
             k = tl.load(k_ptrs, mask=(offs_j < limit)[None, :] & (offs_d < D)[:, None], other=0.0)
             v = tl.load(v_ptrs, mask=(offs_j < limit)[:, None] & (offs_d < D)[None, :], other=0.0)
         elif keys.k_desc is not None:
-            k = keys.k_desc.load([keys.b, start - first, keys.hkv, 0]).reshape(BLOCK_N, BLOCK_D).T
-            v = keys.v_desc.load([keys.b, start - first, keys.hkv, 0]).reshape(BLOCK_N, BLOCK_D)
+            if KIND.HEADS_FIRST:
+                k = keys.k_desc.load([keys.b, keys.hkv, start - first, 0]).reshape(BLOCK_N, BLOCK_D).T
+                v = keys.v_desc.load([keys.b, keys.hkv, start - first, 0]).reshape(BLOCK_N, BLOCK_D)
+            else:
+                k = keys.k_desc.load([keys.b, start - first, keys.hkv, 0]).reshape(BLOCK_N, BLOCK_D).T
+                v = keys.v_desc.load([keys.b, start - first, keys.hkv, 0]).reshape(BLOCK_N, BLOCK_D)
         elif D == BLOCK_D:
             k, v = tl.load(k_ptrs), tl.load(v_ptrs)
         else:
@@ -109,7 +113,7 @@ def attention_prefill_kernel(
     q_ptr,  # [B, T, Hq, D]
     k_ptr,  # [B, S, Hkv, D] keys beside the queries
     v_ptr,
-    k_desc,  # the same in tiles [1, BLOCK_N, 1, BLOCK_D] for TMA, or None
+    k_desc,  # the same in tiles [1, BLOCK_N, 1, BLOCK_D] for TMA, with HEADS_FIRST as [B, Hkv, S, D]; or None
     v_desc,
     k_cache_ptr,  # [B, Hkv, C, D] keys before them, or None
     v_cache_ptr,
@@ -140,6 +144,7 @@ def attention_prefill_kernel(
     CACHED: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    HEADS_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -188,12 +193,12 @@ def attention_prefill_kernel(
         cache = b * stride_cb + hkv * stride_ch
         keys = Keys(k_cache_ptr + cache, v_cache_ptr + cache, stride_cs, stride_cs, None, None, 0, 0, C)
         span = Span(tl.maximum(low, first - C), tl.minimum(high, first), inner_low, inner_high)
-        state = _sweep(state, queries, keys, span, Kind(D, True, CAUSAL, WINDOWED), BLOCK_N)
+        state = _sweep(state, queries, keys, span, Kind(D, True, CAUSAL, WINDOWED, HEADS_FIRST), BLOCK_N)
         low = tl.maximum(low, first)
     k, v = k_ptr + b * stride_kb + hkv * stride_kh, v_ptr + b * stride_vb + hkv * stride_vh
     fresh = Keys(k, v, stride_kt, stride_vt, k_desc, v_desc, b.to(tl.int32), hkv.to(tl.int32), first)
     span = Span(low, high, inner_low, inner_high)
-    acc, largest, total = _sweep(state, queries, fresh, span, Kind(D, False, CAUSAL, WINDOWED), BLOCK_N)
+    acc, largest, total = _sweep(state, queries, fresh, span, Kind(D, False, CAUSAL, WINDOWED, HEADS_FIRST), BLOCK_N)
     if CACHED:
         total = tl.where(new < 0, float("nan"), total)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -317,7 +322,7 @@ def attention_decode_kernel(
         q = tl.load(q_rows + offs_d[None, :], mask=mask, other=0.0)
     keys = Keys(k, v, stride_kt, stride_vt, None, None, 0, 0, S if RING else 0)
     queries = QueryTile(q, query + t.to(tl.int32), window, scale)
-    KIND: tl.constexpr = Kind(D, RING, True, WINDOWED)
+    KIND: tl.constexpr = Kind(D, RING, True, WINDOWED, False)
     acc, largest, total = _accumulate(state, queries, keys, low, high, high, KIND, True, BLOCK_N)
     if RING:
         total = tl.where(new < 0, float("nan"), total)

@@ -204,10 +204,12 @@ def _prefill(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     arch = target_arch(q.device)
     config = select_configs(configs, sizes, q.dtype, q.device)["attention_prefill_kernel"]
-    block = (1, config.constexprs["BLOCK_N"], 1, config.constexprs["BLOCK_D"])
-    k_desc, v_desc = (describe(x, block, arch) for x in (k, v))
+    n, d = config.constexprs["BLOCK_N"], config.constexprs["BLOCK_D"]
+    k_desc, v_desc = (describe(x, (1, n, 1, d), arch) for x in (k, v))
+    if heads_first := k_desc is None:  # transformers' cache
+        k_desc, v_desc = (describe(x.transpose(1, 2), (1, 1, n, d), arch) for x in (k, v))
     if k_desc is None or v_desc is None:  # both or neither: one loop reads both
-        k_desc = v_desc = None
+        k_desc, v_desc, heads_first = None, None, False
     k_cache, v_cache = cache or (None, None)
     slots = k if k_cache is None else k_cache
     args = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "k_desc": k_desc, "v_desc": v_desc, "out_ptr": out, **bounds}
@@ -215,6 +217,7 @@ def _prefill(
     args |= _common_args(q, k, v, sizes, scale)
     grid = (B * Hq, triton.cdiv(T, config.constexprs["BLOCK_M"]))
     flags = {"D": D, "CACHED": cache is not None, "CAUSAL": causal, "WINDOWED": sizes["window"] > 0}
+    flags["HEADS_FIRST"] = heads_first
     launch(attention_prefill_kernel, grid, args, config, **flags)
     return out
 

@@ -102,15 +102,14 @@ def cache_bytes(config: MixtralConfig, batch: int, context: int) -> int:
 def workspace_bytes(config: MixtralConfig, batch: int, context: int) -> int:
     """The most that `generate` holds at one time while it reads prompts, in chunks of PREFILL_CHUNK tokens.
 
-    A layer's experts hold their input and its norm, attention's result, the sum and its norm, and the next sum; for
-    each slot its row in sorted order, the experts' inner values and result (a cached launch plan holds all of these at
-    one time), then the output in their place. Attention holds its input and its norm, queries, keys and values, those
+    A layer's experts hold their input and its norm, attention's result, the sum and its norm, the next sum and its
+    norm; for each slot its row in sorted order, the experts' inner values and result: a cached launch plan allocates
+    all of these before its first launch. Attention holds its input and its norm, queries, keys and values, those
     rotated, and the heads' result.
     """
     hidden, inner, slots = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    experts = max(6 * hidden + slots * (2 * hidden + inner), 7 * hidden + slots * hidden)
-    row = max(experts, 2 * hidden + 3 * heads) + config.num_local_experts
+    row = max(7 * hidden + slots * (2 * hidden + inner), 2 * hidden + 3 * heads) + config.num_local_experts
     row += hidden if context > PREFILL_CHUNK else 0  # the chunk before it is still there
     counters = 16 + 12 * slots  # positions; routes, their weights and order
     rows = batch * min(context, PREFILL_CHUNK)

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from mixtral_triton import ops
 from mixtral_triton.kernels import launch
+from mixtral_triton.kernels import reference as kernel_reference
+from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Op, Shape, Sizes
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.kernels.tma import tma_can_read
+from mixtral_triton.kernels.tma import describe, tma_can_read
 from tests.support.calls import as_tuple, inputs, public, tensors
 
 UNGUARDED = launch.interpret
@@ -164,3 +166,22 @@ def test_tma_can_read() -> None:
     assert not any(tma_can_read(x, arch) for arch in ("sm_80", "sm_120", "gfx942"))
     for unreadable in (x.float(), x[:, 1:], x.t(), x[:, :0], x[:1].expand(4, 64), x.new_empty(8, 4)):
         assert not tma_can_read(unreadable, "sm_90")
+    cache = torch.empty(2, 3, 5, 64, dtype=torch.bfloat16)
+    assert tma_can_read(cache, "sm_90") and not tma_can_read(cache.transpose(1, 2), "sm_90")
+    one = cache.as_strided((2, 1, 5, 64), (960, 7, 64, 1))  # the stride of one head can be anything
+    assert describe(one, (1, 1, 4, 64), "sm_90").strides == [960, 960, 64, 1]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a simulated GPU compiles")
+@pytest.mark.parametrize(("heads", "heads_first"), [((4, 4), True), ((1, 1), False), ((4, 1), None)])
+def test_attention_of_transformers_layout_reads_by_tma(heads: Any, heads_first: bool | None, gpu: Any) -> None:
+    """[B, Hkv, S, D] in memory: described with the heads first, as each stride is a multiple of the next."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 300, 64, generator=draw).bfloat16() for n in (4, *heads))
+    want = kernel_reference.attention(*(x.transpose(1, 2) for x in (q, k, v.expand_as(k))))
+    q, k, v = (x.to("cuda:0").transpose(1, 2) for x in (q, k, v))
+    got = ops.attention(q, k, v.expand_as(k))
+    assert torch.allclose(got.held.float(), want.float(), atol=2e-2)
+    args = gpu.driver.launches[0].args
+    found = args["HEADS_FIRST"] if args["k_desc"] is not None else None
+    assert found is heads_first and (args["v_desc"] is None) == (found is None)

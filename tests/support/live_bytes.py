@@ -14,19 +14,28 @@ from mixtral_triton.kernels.registry import OPS
 
 
 class LiveBytes(TorchDispatchMode):
-    """`now` and `peak` count the memory that operations allocate within the block and have not freed."""
+    """`now` and `peak` count the memory that operations allocate within the block and have not freed.
+
+    One of ours holds all that it allocates until it returns, as a cached launch plan does.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self.alive: dict[int, int] = {}
+        self.of_call: list[Any] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "mixtral_triton":  # run the launcher, whose buffers count
             op = OPS[func._opname]
+            self.of_call = []
             with self:
-                return op.run(*unflatten_args(op.arguments, args))
+                out = op.run(*unflatten_args(op.arguments, args))
+            self.of_call = None
+            return out
         out = func(*args, **(kwargs or {}))
+        if self.of_call is not None:
+            self.of_call.append(out)
         known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.is_meta:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -70,11 +71,13 @@ def check_descriptor(name: str, descriptor: TensorDescriptor, meta: Mapping[str,
     inner, span = box[-1] * size, SWIZZLE_SPANS[meta["swizzle"]]
     outer_strides = [stride * size for stride in descriptor.strides[:-1]]
     bad_strides = any(not 0 < n < 2**40 or n % 16 for n in outer_strides) or descriptor.strides[-1] != 1
+    descends = all(stride % following == 0 for stride, following in pairwise(outer_strides) if following)
     faults = {
         f"rank {rank}, needs 1..{RANK_MOST}": not 1 <= rank <= RANK_MOST,
         f"base {base:#x}, needs a multiple of 16 bytes": base % 16 != 0,
         f"sizes {list(descriptor.shape)}, needs 1..2^32 each": any(not 1 <= n <= 2**32 for n in descriptor.shape),
         f"strides {[*descriptor.strides]}, needs multiples of 16 bytes below 2^40, the last one element": bad_strides,
+        f"strides {[*descriptor.strides]}, needs each a multiple of the next": not descends,
         f"box {list(box)}, needs 1..{BOX_MOST} each": any(not 1 <= n <= BOX_MOST for n in box),
         f"box {list(box)} of {rank} dimensions, needs as many as the tensor": len(box) != rank,
         f"inner box of {inner} bytes, needs a multiple of 16": inner % 16 != 0,
