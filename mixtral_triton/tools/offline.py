@@ -159,8 +159,9 @@ class _Job:
         return manager.get_group(f"{source.name[:150]}.json") is not None
 
     def compile(self, fn: Any = None) -> Compiled:
-        triton.knobs.cache.dir = self.cache
-        with redirect_stdout(io.StringIO()):  # where ptxas fails, Triton prints all its input
+        # Where ptxas fails, Triton prints all its input.
+        with triton.knobs.cache.scope(), redirect_stdout(io.StringIO()):
+            triton.knobs.cache.dir = self.cache
             kernel = triton.compile(self.source(fn), target=_target(self.arch), options=self.options)
         stages = {Path(file).suffix[1:]: Path(file) for file in kernel.metadata_group.values()}
         registers, spills = _usage(stages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 
 from mixtral_triton.kernels.launch import override_configs
 from mixtral_triton.kernels.op import Op, Shape
+from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.tools.offline import compile_launch
 from mixtral_triton.tools.tolerance import measure
 from tests.compile.test_jit import on_fake_gpu
 from tests.compile.test_quantized_offline import FORMATS, OTHER_GROUPS, format_name
@@ -128,6 +131,25 @@ def test_every_quantized_format(format: Any, arch: str, ptx_emulator: Any) -> No
             check_error(OPS["linear"], sizes, BF16)
             sizes = Shape(T=T, H=256, I=128, E=4, K=2, gate_up=weight, down=weight)
             check_error(OPS["expert_swiglu"], sizes, BF16)
+
+
+@pytest.mark.parametrize("order", ["compile emulate", "emulate compile emulate"])
+def test_emulator_and_compiler_keep_their_caches_apart(
+    order: str, ptx_emulator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The emulator's cubins are PTX: in the compiler's cache a GPU would load them, and it would read machine code."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    op, sizes = OPS["rms_norm"], OPS["rms_norm"].test_shapes[0]
+    with record_launches() as launches:
+        op.run(**op.inputs(sizes, BF16, "meta"))
+    for step in order.split():
+        if step == "compile":
+            compiled = compile_launch(launches[0], "sm_90")
+            assert compiled.stages["cubin"].parent.parent == tmp_path
+        else:
+            with ptx_emulator("sm_90"):
+                check_error(op, sizes, BF16)
+    assert all(file.read_bytes()[:4] == b"\x7fELF" for file in tmp_path.glob("[!p]*/*.cubin"))
 
 
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CASES)])
