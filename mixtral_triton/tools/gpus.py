@@ -10,24 +10,19 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Chip:
-    """What a predicted time needs beside a GPU's rates (predict.py).
+    """What a predicted time needs beside a GPU's rates (predict.py, scaling.py).
 
-    l2          bytes/s from L2 to all SMs together, as programs reach it
-    vector      FLOP/s of fp32 without tensor cores
-    launch_gap  seconds between two launches of a graph
-    pdl_gap     the same where the second launch is a programmatic dependent one; None: the GPU has none
+    l2             bytes/s from L2 to all SMs together, as programs reach it
+    vector         FLOP/s of fp32 without tensor cores
+    launch_gap     seconds between two launches of a graph
+    pdl_gap        the same where the second launch is a programmatic dependent one; None: the GPU has none
+    node, network  bytes/s that a GPU sends, by data sheets: inside a node, and by its share of the network
     """
 
     l2: float
     vector: float
     launch_gap: float
-    pdl_gap: float | None = None
-
-
-@dataclass(frozen=True)
-class Link:
-    """bytes/s that a GPU sends, by data sheets: inside a node, and by its share of the network between nodes."""
-
+    pdl_gap: float | None
     node: float
     network: float
 
@@ -38,12 +33,11 @@ class Link:
 # vector: data sheets (B200: an eighth of HGX B200's). launch_gap: estimates. pdl_gap: an estimate, half a gap;
 # published is what it saved in all: 332 to 376 tokens/s of a 20 B mixture of experts (ggml-org/llama.cpp, pull request
 # 22522), 0.35 ms of some hundreds of launches.
-_SM_80 = Chip(5.6e12, 19.5e12, 1.2e-6)
-_SM_90 = Chip(7.0e12, 67e12, 1.2e-6, 0.6e-6)
-_SM_100 = Chip(8.3e12, 75e12, 1.2e-6, 0.6e-6)
-_GFX942 = Chip(17.2e12, 163.4e12, 3e-6)
-# NVLink's and Infinity Fabric's totals count both directions; each of a node's GPUs has a 200 or 400 Gb/s adapter.
-_AMPERE, _HOPPER = Link(300e9, 25e9), Link(450e9, 50e9)
+# node: NVLink's and Infinity Fabric's totals count both directions; network: an adapter of 200 or 400 Gb/s a GPU.
+_SM_80 = Chip(5.6e12, 19.5e12, 1.2e-6, None, 300e9, 25e9)
+_SM_90 = Chip(7.0e12, 67e12, 1.2e-6, 0.6e-6, 450e9, 50e9)
+_SM_100 = Chip(8.3e12, 75e12, 1.2e-6, 0.6e-6, 900e9, 50e9)
+_GFX942 = Chip(17.2e12, 163.4e12, 3e-6, None, 448e9, 50e9)
 _H100_NAMES = ("H100-80", "H100 80GB HBM3", "H100 SXM", "H100 PCIe")
 _A100_NAMES = ("A100-80", "A100-SXM4-80GB", "A100 80GB PCIe")
 
@@ -58,7 +52,7 @@ class GPU:
     matmul     FLOP/s of dense bf16 matrix products
     driver     matches the driver's name of the GPU that has exactly these rates
     aliases    other names that people write; the rates are those of the SXM model
-    chip, link what a prediction needs; None: unknown
+    chip       what a prediction needs; None: unknown
     source     where the two rates are from: "data sheet", or "measured"
     """
 
@@ -71,7 +65,6 @@ class GPU:
     driver: str = ""
     aliases: tuple[str, ...] = ()
     chip: Chip | None = None
-    link: Link | None = None
     source: str = "data sheet"
 
     @property
@@ -98,14 +91,14 @@ _TABLE = (
     GPU("l40s", "L40S", 46068, "sm_89", 0.864e12, 362.05e12, r"\bL40S$"),
     GPU("a6000", "A6000", 49140, "sm_86", aliases=("RTX A6000",)),
     GPU("rtx6000ada", "RTX 6000 Ada", 49140, "sm_89", aliases=("6000 Ada", "RTX 6000 Ada Generation")),
-    GPU("h100", "H100 80GB", 81559, "sm_90", 3.35e12, 989e12, r"H100 80GB HBM3", _H100_NAMES, _SM_90, _HOPPER),
-    GPU("a100", "A100 80GB", 81920, "sm_80", 2.039e12, 312e12, r"A100-SXM4?-80GB", _A100_NAMES, _SM_80, _AMPERE),
+    GPU("h100", "H100 80GB", 81559, "sm_90", 3.35e12, 989e12, r"H100 80GB HBM3", _H100_NAMES, _SM_90),
+    GPU("a100", "A100 80GB", 81920, "sm_80", 2.039e12, 312e12, r"A100-SXM4?-80GB", _A100_NAMES, _SM_80),
     GPU("h100nvl", "H100 NVL", 95830, "sm_90"),
     GPU("gh200", "GH200", 97871, "sm_90", aliases=("GH200 480GB",)),
     GPU("rtxpro6000", "RTX PRO 6000", 97887, "sm_120", aliases=("PRO 6000", "RTX PRO 6000 Blackwell")),
-    GPU("h200", "H200", 143771, "sm_90", 4.8e12, 989e12, r"H200$", ("H200 NVL",), _SM_90, _HOPPER),
-    GPU("b200", "B200", 183359, "sm_100", 8.0e12, 2250e12, r"\bB200$", (), _SM_100, Link(900e9, 50e9)),
-    GPU("mi300x", "MI300X", 196592, "gfx942", 5.3e12, 1307e12, r"MI300X", (), _GFX942, Link(448e9, 50e9)),
+    GPU("h200", "H200", 143771, "sm_90", 4.8e12, 989e12, r"H200$", ("H200 NVL",), _SM_90),
+    GPU("b200", "B200", 183359, "sm_100", 8.0e12, 2250e12, r"\bB200$", (), _SM_100),
+    GPU("mi300x", "MI300X", 196592, "gfx942", 5.3e12, 1307e12, r"MI300X", (), _GFX942),
     GPU("b300", "B300", 275040, "sm_103", 8.0e12, 2250e12, r"\bB300 SXM", ("B300 SXM6 AC",)),
 )
 GPUS = {gpu.key: gpu for gpu in _TABLE}

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import io
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -131,11 +130,6 @@ class _Job:
         options = {"num_warps": self.launch.num_warps, "num_stages": self.launch.num_stages, "enable_fp_fusion": True}
         return options | ({"launch_pdl": True} if self.launch.dependent else {})
 
-    @property
-    def tile(self) -> int:
-        """The elements of its tile: the largest takes the longest to compile."""
-        return math.prod(size for name, size in self.launch.constexprs.items() if name.startswith("BLOCK_"))
-
     def result(self, **figures: Any) -> Compiled:
         pointers = [kind.lstrip("*") for kind in self.signature.values() if kind.startswith("*")]
         launch, fixed = self.launch, [name for name, kind in self.signature.items() if kind == "constexpr"]
@@ -254,9 +248,9 @@ def map_in_processes(
 
 
 def _compile_all(jobs: Sequence[_Job]) -> Iterator[tuple[int, Compiled]]:
-    """Yield index and kernel as they are done: first those in Triton's cache, then those with the largest tiles."""
+    """Yield index and kernel as they are done, first those in Triton's cache."""
     cached = [index for index, job in enumerate(jobs) if job.is_cached()]
-    left = sorted(set(range(len(jobs))) - set(cached), key=lambda index: -jobs[index].tile)
+    left = sorted(set(range(len(jobs))) - set(cached))
     workers = min(len(left) // _KERNELS_PER_WORKER, len(os.sched_getaffinity(0)))
     here, elsewhere = (cached, left) if workers > 1 else (cached + left, [])
     yield from ((index, _attempt(jobs[index])) for index in here)

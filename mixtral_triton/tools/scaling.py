@@ -25,7 +25,7 @@ from ..kernels.record import record_launches
 from ..model import Mixtral
 from ..parallel import Shard, traffic
 from . import fit
-from .gpus import GPU, GPUS, Link
+from .gpus import GPU, GPUS, Chip
 from .predict import Part, predict
 from .terminal import Column, Table, console
 
@@ -74,10 +74,10 @@ def step(config: MixtralConfig, specs: fit.QuantSpecs, shard: Shard, gpu: GPU, B
         found = predict(launches, gpu, Cost(0, 0))
         return found.seconds - sum((1 - _share(part, *shares)) * part.seconds for part in found.parts)
 
-    sent, link = traffic(config, shard.tp, shard.ep, dtype.itemsize), gpu.link
-    assert link is not None
-    all_reduce = _collective(sent.layer // 2 * B * T, shard.ranks, link)
-    logits = _collective(sent.head * B, shard.ranks, link) if sent.head else 0.0  # of each sequence's last token
+    sent, chip = traffic(config, shard.tp, shard.ep, dtype.itemsize), gpu.chip
+    assert chip is not None
+    all_reduce = _collective(sent.layer // 2 * B * T, shard.ranks, chip)
+    logits = _collective(sent.head * B, shard.ranks, chip) if sent.head else 0.0  # of each sequence's last token
     one, two = computing(1), computing(2)
     return Step(one + (L - 1) * (two - one), 2 * L * all_reduce + logits)
 
@@ -108,7 +108,7 @@ def busiest(tokens: int, K: int, E: int, ep: int) -> tuple[float, float]:
     return experts, routes
 
 
-def _collective(sent: int, n: int, link: Link) -> float:
+def _collective(sent: int, n: int, chip: Chip) -> float:
     """Return the seconds of a collective of n ranks, each of which sends so many bytes.
 
     Between nodes each GPU's network adapter carries a part of it, as many as a node has GPUs.
@@ -117,8 +117,8 @@ def _collective(sent: int, n: int, link: Link) -> float:
         return 0.0
     gpus, nodes = min(n, NODE), math.ceil(n / NODE)
     begin = BEGIN + 2 * ((gpus - 1) * NODE_HOP + math.log2(nodes) * NETWORK_HOP)
-    carried = sent / (link.node * NODE_REACHED)
-    return begin + (max(carried, sent / gpus / (link.network * NETWORK_REACHED)) if nodes > 1 else carried)
+    carried = sent / (chip.node * NODE_REACHED)
+    return begin + (max(carried, sent / gpus / (chip.network * NETWORK_REACHED)) if nodes > 1 else carried)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -128,8 +128,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--scaling is given and there is no GPU here, needs --gpu, too")
     if format not in request.specs:
         raise ValueError(f"--scaling is {format!r}, needs one of {', '.join(request.specs)}")
-    if gpu.link is None or gpu.chip is None:
-        names = ", ".join(key for key, other in GPUS.items() if other.link is not None)
+    if gpu.chip is None:
+        names = ", ".join(key for key, other in GPUS.items() if other.chip is not None)
         raise ValueError(f"--scaling has the rates of {names}: needs --gpu with one of them")
     config, specs, B, S = request.config, request.specs[format], request.batch, request.context
     headings = ("gpus", "tp", "ep", "decode, ms", "sent", "tokens/s", "prefill, ms", "sent", "tokens/s", "fits")
@@ -142,14 +142,8 @@ def run(args: argparse.Namespace) -> int:
         except ValueError:  # the ranks do not divide a size of the model, or would cut a group of columns
             continue
         need = fit.Need.of(config, specs, B, S, shard.ranks).total
-        row: dict[str, Any] = {
-            "gpus": shard.ranks,
-            "tp": shard.tp,
-            "ep": shard.ep,
-            "bytes": need,
-            "fits": need <= gpu.bytes,
-        }
-        cells = [str(shard.ranks), str(shard.tp), str(shard.ep)]
+        row: dict[str, Any] = {"gpus": shard.ranks, "tp": shard.tp, "ep": shard.ep, "bytes": need}
+        cells, row["fits"] = [str(size) for size in (shard.ranks, shard.tp, shard.ep)], need <= gpu.bytes
         for name, T in ("decode", 1), ("prefill", min(S, PREFILL_CHUNK)):
             one = step(config, specs, shard, gpu, B, T, S)
             row[name] = {"time_us": one.seconds * 1e6, "sending_us": one.sending * 1e6, "tokens": B * T}

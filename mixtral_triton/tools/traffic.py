@@ -24,19 +24,14 @@ class Argument:
 
     crossed  bytes from L2: loaded, and once more for each further lane that names an address. This holds for tiles,
              which are copied to shared memory by the lane; for numbers that all lanes load it is too many
-    lane     by element, in memory order, the lane of a load or store that last touched it; -1: none did
+    touched  which elements were loaded or stored, in memory order
     """
 
     buffer: torch.Tensor = field(repr=False)
-    lane: np.ndarray = field(repr=False)
+    touched: np.ndarray = field(repr=False)
     loaded: int = 0
     crossed: int = 0
     stored: int = 0
-
-    @property
-    def touched(self) -> np.ndarray:
-        """Which elements were loaded or stored, in memory order."""
-        return self.lane >= 0
 
     @property
     def distinct(self) -> int:
@@ -46,11 +41,10 @@ class Argument:
     def touch(self, addresses: np.ndarray) -> int | None:
         """Bytes at these addresses, each once; None where one of them is not of this tensor."""
         index = (addresses - np.uint64(self.buffer.data_ptr())).view(np.int64) // self.buffer.element_size()
-        if index.min() < 0 or index.max() >= len(self.lane):
+        if index.min() < 0 or index.max() >= len(self.touched):
             return None
-        lanes = np.arange(len(index), dtype=np.int32)
-        self.lane[index] = lanes
-        return int((self.lane[index] == lanes).sum()) * self.buffer.element_size()
+        self.touched[index] = True
+        return len(np.unique(index)) * self.buffer.element_size()
 
 
 @dataclass
@@ -106,7 +100,7 @@ def _interpret(counted: Kernel, kernel: Any, args: dict[str, Any]) -> None:
         if short[name] not in counted.arguments:
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             buffer = tensor.as_strided((last + 1 if tensor.numel() else 0,), (1,)).clone()
-            counted.arguments[short[name]] = Argument(buffer, np.full(len(buffer), -1, np.int32))
+            counted.arguments[short[name]] = Argument(buffer, np.zeros(len(buffer), bool))
         copy = counted.arguments[short[name]].buffer.as_strided(tensor.shape, tensor.stride())
         call[name] = launching.replace_base(args[name], copy)
     with interpreting() as builder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -62,42 +61,25 @@ def test_chance_is_that_of_the_paper() -> None:
     assert trace.repeated()[1][0] == pytest.approx(either, abs=0.02)
 
 
-@pytest.mark.parametrize("color", ["truecolor", None])
-def test_text_on_a_terminal(color: Any) -> None:
+def shown(trace: Trace, color: Any = None) -> str:
+    out = Console(force_terminal=color is not None, color_system=color, width=100)
+    with out.capture() as captured:
+        out.print(trace)
+    return captured.get()
+
+
+def test_text_on_a_terminal() -> None:
     experts = torch.tensor([[[0, 1], [1, 0], [11, 0]]])
-    out = Console(file=io.StringIO(), force_terminal=color is not None, color_system=color, width=100)
-    out.print(Trace(("<s>", "def\n", "\n"), experts, 12, [0]))
-    text = out.file.getvalue()  # type: ignore[attr-defined]
-    if color is None:
-        assert "<s>⁰def¹\n⏎¹¹\n" in text and "\x1b" not in text
-    else:
-        backgrounds = {part.split("m")[0] for part in text.split("48;2;")[1:]}
-        assert len(backgrounds) == 12
-
-
-@pytest.mark.parametrize("width", [80, 100, 120])
-@pytest.mark.parametrize("experts", [8, 16, 64])
-def test_the_table_fits_every_terminal(experts: int, width: int) -> None:
-    """More tables where one is too wide: every layer and every expert in them, and no cell cut."""
-    found = Trace(("a",) * 40, torch.rand(33, 40, experts).argsort(-1)[..., :2], experts, [0, 2])
-    out = Console(file=io.StringIO(), width=width)
-    out.print(found)
-    lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
-    heads = [line.split() for line in lines if line.split()[:1] == ["layer"] and len(line.split()) > 2]
-    assert [name for head in heads for name in head[1:]] == [*map(str, range(experts)), "first", "any"]
-    rows = [line.split() for line in lines if line[:8].strip().isdigit() and len(line.split()) > 2]
-    assert len(rows) == 33 * len(heads)
-    assert all(len(row) == len(heads[place // 33]) for place, row in enumerate(rows))
+    trace = Trace(("<s>", "def\n", "\n"), experts, 12, [0])
+    assert "<s>⁰def¹\n⏎¹¹\n" in shown(trace) and "\x1b" not in shown(trace)
+    assert len({part.split("m")[0] for part in shown(trace, "truecolor").split("48;2;")[1:]}) == 12  # backgrounds
 
 
 @pytest.mark.parametrize(
     ("layers", "said"), [([0, 2, 5], "layers 1, 3, 4"), ([0, 1, 2, 3, 4], "layers 5"), (range(6), None)]
 )
 def test_omitted_layers_are_named(layers: Any, said: str | None) -> None:
-    out = Console(file=io.StringIO(), width=100)
-    out.print(Trace(("a", "b"), torch.zeros(6, 2, 1, dtype=torch.long), 2, layers))
-    text = out.file.getvalue()  # type: ignore[attr-defined]
+    text = shown(Trace(("a", "b"), torch.zeros(6, 2, 1, dtype=torch.long), 2, layers))
     assert text.count("\nlayer ") == len(layers)
     assert f"left out: the text of {said}; see --layers" in text if said else "left out" not in text
 
@@ -111,24 +93,6 @@ def test_the_plot_is_a_picture(suffix: str, tmp_path: Path, capsys: pytest.Captu
     assert "layer 1" in shown and "layer 3" in shown and "layer 0" not in shown and str(file) in shown
     content = file.read_bytes()
     assert content.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]) and len(content) > 5000
-
-
-@pytest.mark.parametrize("experts", [2, 8, 32])
-@pytest.mark.parametrize("layers", [1, 4, 32])
-def test_the_plot_s_parts_do_not_overlap(
-    layers: int, experts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The colour bar and its label lie below the left panel, away from the right one; a "$" is a character."""
-    pytest.importorskip("matplotlib")
-    drawn: list[Any] = []
-    monkeypatch.setattr("mixtral_triton.tools.trace.save_plot", lambda figure, file: drawn.append(figure))
-    routes = torch.rand((layers, 30, experts), generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :2]
-    Trace(("x",) * 30, routes, experts).plot(tmp_path / "x.png", "$a_{: 30 tokens $")
-    (figure,) = drawn
-    figure.draw_without_rendering()
-    left, right, bar = (axes.get_tightbbox() for axes in figure.axes)
-    assert max(left.x1, bar.x1) + 3 < right.x0 and bar.y1 <= left.y0
-    assert min(bar.x0, left.x0, bar.y0, right.y0) >= 0 and left.y1 <= figure.bbox.y1 and right.x1 <= figure.bbox.x1
 
 
 def test_missing_glyphs_do_not_warn(

@@ -234,7 +234,7 @@ def run_on_mesh(args: argparse.Namespace, mesh: Any) -> int:
         raise ValueError(f"bench: on a mesh it times decode_step, and got {' '.join(args.ops)}")
     if unused := [name for name in NOT_ON_A_MESH if getattr(args, name)]:
         raise ValueError(f"--{unused[0]} is given, and a mesh has no use for it")
-    linked = [key for key, gpu in RATED.items() if gpu.link is not None]
+    linked = [key for key, gpu in RATED.items() if gpu.chip is not None]
     if args.gpu is not None and args.gpu not in linked:
         raise ValueError(f"--gpu is {args.gpu!r}, needs one of {', '.join(linked)}: of others no links are known")
     ranks, measuring = Ranks(mesh), mesh.device_type == "cuda" and args.gpu is None
@@ -247,11 +247,11 @@ def run_on_mesh(args: argparse.Namespace, mesh: Any) -> int:
         with ranks.raise_on_any_rank():
             ranks.shard.check(config)
         expected = None
-        if gpu is not None and gpu.link is not None:
+        if gpu is not None and gpu.chip is not None:
             expected = step(config, {}, ranks.shard, gpu, case.sizes["B"], 1, case.sizes["S"])
         rows.append((case, expected, measure_on_mesh(case, ranks) if measuring else None))
     if is_first():
-        _print_mesh(args.json, rows, ranks, gpu.name if gpu and gpu.link else "a GPU without known links")
+        _print_mesh(args.json, rows, ranks, gpu.name if gpu and gpu.chip else "a GPU without known links")
     return 0
 
 
