@@ -16,6 +16,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.distributions import Binomial
 
 from ..kernels.dispatch import expected_distinct_experts
 from ..kernels.experts.prefill import main_rows
@@ -107,17 +108,15 @@ def row_tiles(slots: int, share: float, experts: int, rows: int, heights: tuple[
     heights  rows that the last tile of a group may have instead of `rows`
     """
     n = torch.arange(slots + 1, dtype=torch.float64)
-    if share >= 1:
-        likely = (n == slots).double()
-    else:
-        log_count = torch.lgamma(n[-1] + 1) - torch.lgamma(n + 1) - torch.lgamma(n[-1] - n + 1)
-        likely = torch.exp(log_count + n * math.log(share) + (n[-1] - n) * math.log1p(-share))
+    likely = Binomial(slots, torch.tensor(share, dtype=torch.float64)).log_prob(n).exp()
     last = torch.full_like(n, rows)
     for height in sorted(heights, reverse=True):
         last[n % rows <= height] = height
     last[n % rows == 0] = 0
     issued = n // rows * rows + last
-    return experts * float((likely * torch.ceil(n / rows)).sum()), experts * float((likely * issued).sum())
+    expected = (experts * float((likely * x).sum()) for x in (torch.ceil(n / rows), issued))
+    tiles, rows_issued = (round(x, 6) for x in expected)  # a whole wave of programs stays one
+    return tiles, rows_issued
 
 
 # By the start of a kernel's name: input, weight, the parts of the weight's rows that one program takes, depth.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -64,29 +65,19 @@ def reachable(names: set[str], graph: dict[str, set[str]]) -> set[str]:
     return found
 
 
-def cycle(graph: dict[str, set[str]]) -> list[str]:
-    """What is left after removing, again and again, the nodes that import nothing of the rest."""
-    rest = dict(graph)
-    while leaves := [name for name, imports in rest.items() if not imports & rest.keys()]:
-        for name in leaves:
-            del rest[name]
-    return sorted(rest)
-
-
 GRAPH = {name: imported(name) for name in MODULES}
 
 
 def test_no_cycle_of_files() -> None:
     assert len(GRAPH) > 50 and "ops" in GRAPH["model"] and "kernels.registry" in GRAPH["kernels.record"]
-    assert not cycle(GRAPH)
-    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}, "e": set()}) == ["a", "b", "c", "d"]
+    TopologicalSorter(GRAPH).prepare()  # CycleError names a cycle
 
 
 def test_no_cycle_of_folders() -> None:
     graph: dict[str, set[str]] = {}
     for name, imports in GRAPH.items():
         graph.setdefault(top(name), set()).update({top(other) for other in imports} - {top(name)})
-    assert not cycle(graph)
+    TopologicalSorter(graph).prepare()
 
 
 def top(name: str) -> str:

@@ -69,20 +69,6 @@ def test_the_published_sizes(config: MixtralConfig, stored: float, eight: float,
     assert sizes == [stored, eight, eight, four]
 
 
-def test_bytes_of_8x7b_by_hand() -> None:
-    """Rows, columns: q, k, v 6144 x 4096, o 4096 x 4096; experts 28672 x 4096 and 4096 x 14336; head 32000 x 4096."""
-    experts, rows = 32 * 8 * (28672 * 4096 + 4096 * 14336), 32 * 8 * (28672 + 4096)
-    linear, linear_rows = 32 * (6144 + 4096) * 4096 + 32000 * 4096, 32 * (6144 + 4096) + 32000
-    rest = 32000 * 4096 + 65 * 4096 + 32 * 8 * 4096
-    assert size(SMALLER, None) == 2 * (experts + linear + rest)
-    assert size(SMALLER, "int8") == experts + 4 * rows + 2 * (linear + rest)
-    int4 = experts // 2 + 2 * experts // 128
-    assert size(SMALLER, "int4") == int4 + 2 * (linear + rest)
-    both = {"experts": "int4", "linear": "int8"}
-    assert size(SMALLER, both) == int4 + linear + 4 * linear_rows + 2 * rest
-    assert size(SMALLER, None, torch.float32) == 4 * (experts + linear + rest)
-
-
 def test_a_tied_head_is_not_quantized() -> None:
     """It is the embedding, whose rows are read one at a time."""
     tied = replace(SMALLER, tie_word_embeddings=True)
@@ -232,18 +218,6 @@ def test_nothing_fits_a_4090(capsys: pytest.CaptureFixture[str], monkeypatch: py
     status, text = fit(capsys, "mixtral-8x7b", "--gpu", "rtx4090")
     assert status == 1 and {row(text, label)[-1] for label in ("bf16", "fp8", "int8", "int4")} == {"no"}
     assert row(text, "int4, linear int8")[-2:] == ["2", "no"] and text.endswith("NO FORMAT FITS\n")
-
-
-@pytest.mark.parametrize("args", [(), ("--gpu", "mi300x"), ("--memory", "1")])
-def test_every_row_is_printed_at_60_columns(
-    args: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "60")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    _, text = fit(capsys, *args)
-    assert "…" not in text and max(map(len, text.splitlines())) <= 60
-    labels = [gpu.name for gpu in GPUS.values()] if not args else ["bf16", *list(FORMATS)[1:]]
-    assert all(row(text, label) for label in labels)
 
 
 def test_json_is_exact(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from mixtral_triton.kernels import linear, reference
 from mixtral_triton.kernels.dispatch import expected_distinct_experts
 from mixtral_triton.kernels.experts import tiles as expert_tiles
 from mixtral_triton.kernels.launch import INTERPRETED, override_configs, tensors
-from mixtral_triton.kernels.op import Launch, LaunchConfig, Shape, Sizes
+from mixtral_triton.kernels.op import Launch, LaunchConfig, Shape
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench.cases import cases
@@ -69,7 +69,7 @@ def test_row_tiles_are_those_of_random_routing(T: int, rows: int) -> None:
     expected = float(whole.sum(0).double().mean())
     assert row_tiles(T, 2 / 8, 8, rows) == pytest.approx((expected, rows * expected), rel=0.01)
     tiles = math.ceil(T / rows)
-    assert row_tiles(T, 1.0, 2, rows) == (2 * tiles, 2 * tiles * rows)
+    assert row_tiles(T, 1.0, 2, rows) == pytest.approx((2 * tiles, 2 * tiles * rows))
     half = rows // 2
     issued = whole * rows - half * ((counts % rows > 0) & (counts % rows <= half))
     heights = (half, rows)
@@ -143,26 +143,6 @@ def test_last_tiles_of_every_height(block_m: int) -> None:
     assert error <= 2 * allowed
     rows = sum(-(-group // 64) * 64 for group in GROUPS)  # for tiles of 128 and 192 alike
     assert traffic.flops == rows * 2 * (64 * 96 + 64 * 64)  # H x 2I, and I in a depth of 64 x H
-
-
-@once
-@pytest.mark.parametrize(
-    ("name", "sizes", "kernel", "waste"),
-    [
-        ("linear", Shape(T=4, H=4096, N=4096), "linear_decode_kernel", {"BLOCK_N": 128}),
-        ("linear", Shape(T=4096, H=4096, N=4096, deterministic=True), "linear_kernel", {"BLOCK_N": 32}),
-        ("expert_swiglu", LAYER | {"T": 2048}, "experts_down_kernel", {"BLOCK_M": 32, "SHORT_M": 0}),
-        ("attention", Shape(B=1, T=4096, S=4096, Hq=32, Hkv=8, D=128, window=64), "attention_prefill_kernel",
-         {"BLOCK_M": 256}),
-    ],
-)  # fmt: skip
-def test_more_padding_or_a_smaller_tile_takes_longer(
-    name: str, sizes: Sizes, kernel: str, waste: dict[str, int]
-) -> None:
-    selected = next(launch for launch in recorded(name, sizes) if launch.kernel == kernel)
-    tile = {key: size for key, size in selected.constexprs.items() if key.startswith(("BLOCK", "SHORT", "GROUP_M"))}
-    config = LaunchConfig({**tile, **waste}, selected.num_warps or 4, selected.num_stages or 1)
-    assert microseconds(name, sizes, **{kernel: config}) > 1.05 * microseconds(name, sizes)
 
 
 @once
