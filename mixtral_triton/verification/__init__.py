@@ -25,7 +25,7 @@ from .hf import TransformersTarget
 from .layers import LayerProbe, Target, check_in_fp32, check_layers, split_text
 from .mesh import MeshTarget, worst_of_ranks
 from .report import END_RATIO, TORCH, Report, Row
-from .weights import check_finite, check_loaded, held_out, perplexity, quantization_cost, quantized_formats
+from .weights import check_finite, compare_with_files, held_out, perplexity, quantized_formats
 
 __all__ = ["Report", "Row", "held_out", "perplexity", "verify"]
 
@@ -112,8 +112,7 @@ def _verify(
 ) -> Report:
     config, embedding = target.config, target.embed_tokens
     ids, device = default_text(input_ids, config, embedding.device, tokens), embedding.device
-    quantized = folder is not None and bool(quantized_formats(target.model))
-    steps = 2 + len(split_text(ids.shape[1])) + quantized
+    steps = 2 + len(split_text(ids.shape[1])) + (folder is not None)
     fp32 = not quick and embedding.dtype != torch.float32
     total, done = config.num_hidden_layers * (steps + fp32), count(1)
 
@@ -123,7 +122,8 @@ def _verify(
 
     kernels = INTERPRETED or device.type == "cuda"
     sized = SizedCalls(config, device, tokens or (PREFILL_CHUNK if device.type == "cuda" else TEXT_TOKENS))
-    rows = check_finite(target) + ([] if folder is None else check_loaded(folder, target))
+    of_files, cost = ([], None) if folder is None else compare_with_files(target, folder, ids, step)
+    rows = check_finite(target) + of_files
     probe_config = target.probe_config(ids.shape[1])
     calls = sized if kernels else text_calls
     found, expected, probe_expected, exact = check_layers(target, ids, probe_config, step, calls)
@@ -143,7 +143,6 @@ def _verify(
         rows.append(Row(None, "logits", peer, *reference.measure(logits)))
     if isinstance(target, MeshTarget):
         rows = worst_of_ranks(target.ranks, rows)
-    cost = quantization_cost(target, folder, ids, step) if quantized else None
     backend = TORCH if embedding.device.type == "cpu" and not INTERPRETED else "Triton, interpreted"
     if embedding.device.type == "cuda":
         backend = f"Triton on {torch.cuda.get_device_name(embedding.device)}"

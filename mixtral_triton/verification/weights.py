@@ -1,6 +1,7 @@
 """The loaded weights against the files, and the cost of quantizing them: logits, routes and perplexity without it.
 
-`check_loaded` shares no table of names or places with the loader, so that a tensor in another's place is found.
+`check_loaded` shares no table of names or places with the loader, so that a tensor in another's place is found, and
+no reader of a layout (source.py).
 
 N tokens of a text, B batch, T tokens of a window, H hidden, K experts per token, V vocabulary
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,19 +19,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .. import weights
 from ..config import parse_json_object
 from ..inputs import check_ids, check_vocabulary
-from ..quantize import QuantizedWeight, hub
+from ..quantize import QuantizedWeight
 from ..quantize.spec import PARTS, QuantSpec
 from ..tools.tolerance import fp64_block, largest, to_fp64, worst
 from .layers import Step, Target
 from .report import Row
+from .source import LAYER, OUTSIDE, Source, config_rows
 
-LAYER = re.compile(r"model\.layers\.(\d+)\.")
 EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
 # Half a step of a format relative to the largest value, where the scale clips nothing; 2 % for the scale's rounding.
 ROUNDING = {"int4": 1.02 / 14, "int8": 1.02 / 254, "fp8": 1.02 / 16}
@@ -45,87 +44,120 @@ def check_loaded(folder: Any, model: Any) -> list[Row]:
     A part of a parameter that no tensor or more than one fills is an infinite difference. Weights that were quantized
     while loading have a row of their own, with the error of `_rounding_error`. ValueError for another model's folder.
     """
-    outside = {id(weight): weight for weight in (model.embed_tokens, model.norm, model.lm_head)}
-    parameters = [outside.values(), *(chain(layer.parameters(False), layer.children()) for layer in model.layers)]
-    unfilled = [sum(weight.shape.numel() for weight in group) for group in parameters]
-    pairs: dict[tuple[int, str], list[tuple[float, float]]] = {
-        (at, case): [] for at in range(len(unfilled)) for case in ("as stored", "quantized")
+    source = Source(folder)
+    return [row for at in _layers(source, model) for row in _check_layer(source, model, at)]
+
+
+def compare_with_files(
+    target: Target, folder: Any, ids: Tensor, step: Step
+) -> tuple[list[Row], QuantizationCost | None]:
+    """The rows of `config_rows` and `check_loaded`, and the cost of quantization on ids [B,T] and the folder's held-out
+    text: None where no weight is quantized, or where the files' are.
+
+    Each tensor of the files is read once, and one layer of them is in memory at a time. On a mesh every rank computes
+    all of it.
+    """
+    source = Source(folder)
+    formats = None if source.quantization is not None else quantized_formats(target.model)
+    cost, rows = _LayerByLayer(target, folder, ids) if formats else None, config_rows(source, target)
+    for at in _layers(source, target):
+        stored = None if cost is None else _empty_like(target, at)
+        rows += _check_layer(source, target, at, stored)
+        if cost is not None:
+            cost.add(at, stored)
+        if at != OUTSIDE:
+            step()
+    return rows, None if cost is None or not formats else cost.result(formats)
+
+
+def _layers(source: Source, model: Any) -> list[int]:
+    return sorted({OUTSIDE, *range(len(model.layers)), *source.layers})
+
+
+def _weights(model: Any, at: int) -> dict[str, Any]:
+    """The weights of a layer, or OUTSIDE, by name. A tied head is left out."""
+    if at == OUTSIDE:
+        found = {name: getattr(model, name) for name in ("embed_tokens", "norm", "lm_head")}
+        if found["lm_head"] is None or found["lm_head"] is found["embed_tokens"]:
+            del found["lm_head"]
+        return found
+    layer = model.layers[at]
+    quantized = {name: module for name, module in layer.named_modules() if isinstance(module, QuantizedWeight)}
+    return dict(layer.named_parameters()) | quantized
+
+
+def _empty_like(target: Target, at: int) -> Any:
+    """Unset tensors for what the files hold for a layer, or OUTSIDE, as `_place` finds them."""
+    model = target.model
+    places = {
+        name: torch.empty(weight.shape, dtype=model.dtype, device=model.device)
+        for name, weight in _weights(target, at).items()
     }
-    for name, stored in _stored_tensors(folder, model.config):
-        at, place = _place(model, name)
-        shape = list(stored.shape if isinstance(stored, QuantizedWeight) else stored.get_shape())
-        if list(place.shape) != shape:
-            raise ValueError(f"verify: {folder} is another model's: {name} has shape {shape} there")
-        tied = name == "lm_head.weight" and model.lm_head is model.embed_tokens  # stored twice
-        unfilled[at] -= 0 if tied else place.shape.numel()
-        experts = range(len(place)) if len(place.shape) == 3 else ()  # one at a time, to save memory
-        pieces = [(place[i], stored[i : i + 1][0]) for i in experts] or [(place, stored[:])]
-        for ours, theirs in pieces:
-            if isinstance(ours, QuantizedWeight) and isinstance(theirs, Tensor):
-                pairs[at, "quantized"].append((_rounding_error(ours, theirs), ROUNDING[ours.format]))
+    outside, layers = (places, {}) if at == OUTSIDE else ({}, {at: SimpleNamespace(**places)})
+    return SimpleNamespace(config=target.config, layers=layers, **outside)
+
+
+def _check_layer(source: Source, model: Any, at: int, stored: Any = None) -> list[Row]:
+    """The rows of one layer, or OUTSIDE. The files' tensors are put into `stored`, too."""
+    layer = None if at == OUTSIDE else at
+    if layer is not None and layer >= len(model.layers):
+        raise ValueError(f"verify: {source.folder} is another model's: it has a layer {layer}")
+    pairs: dict[str, list[tuple[float, float]]] = {"as stored": [], "quantized": []}
+    unfilled = sum(weight.shape.numel() for weight in _weights(model, at).values())
+    for name, files in source.layers[at].items():
+        place, tied = _place(model, name), name == "lm_head.weight" and model.lm_head is model.embed_tokens
+        copy = None if stored is None or tied else _place(stored, name)
+        unfilled -= 0 if tied else place.shape.numel()  # the file may hold a tied head twice
+        for expert in range(len(place)) if len(place.shape) == 3 else (...,):  # one at a time, to save memory
+            ours, theirs = place[expert], source.read(files, place.device, expert)
+            shape = list(theirs.shape) if expert is ... else files[name].get_slice(name).get_shape()
+            if list(place.shape) != shape:
+                raise ValueError(f"verify: {source.folder} is another model's: {name} has shape {shape} there")
+            if copy is not None:
+                copy[expert] = theirs
+            if isinstance(ours, QuantizedWeight) and len(files) == 1:
+                pairs["quantized"].append((_rounding_error(ours, theirs), ROUNDING[ours.format]))
             else:
-                pairs[at, "as stored"].append((_difference(ours, theirs), 0.0))
-    for at, count in enumerate(unfilled):
-        pairs[at, "as stored"].append((math.inf if count else 0.0, 0.0))
-    return [Row(at - 1 if at else None, "weights", case, *worst(each)) for (at, case), each in pairs.items() if each]
+                pairs["as stored"].append((_difference(ours, theirs), 0.0))
+    pairs["as stored"].append((math.inf if unfilled else 0.0, 0.0))
+    return [Row(layer, "weights", case, *worst(each)) for case, each in pairs.items() if each]
 
 
 def check_finite(model: Any) -> list[Row]:
     """A row for the embedding, final norm and head, and one per layer: infinite where a weight is not finite, which a
     text may not show: of a token or an expert that it does not have."""
 
-    def finite(weight: Any) -> bool:
+    def is_finite(weight: Any) -> bool:
         if not isinstance(weight, QuantizedWeight):
             return bool(weight.isfinite().all())
         parts = [weight[at] for at in range(len(weight))] if len(weight.shape) == 3 else [weight]
         return all(bool(part.dequantize().isfinite().all()) for part in parts)
 
-    outside = (model.embed_tokens, model.norm, *([] if model.lm_head is None else [model.lm_head]))
-    groups = [outside, *(_weights_of(layer) for layer in model.layers)]
-    errors = (0.0 if all(map(finite, group)) else math.inf for group in groups)
-    return [Row(at - 1 if at else None, "weights", "finite", error, 0.0) for at, error in enumerate(errors)]
+    rows = []
+    for at in range(OUTSIDE, len(model.layers)):
+        error = 0.0 if all(map(is_finite, _weights(model, at).values())) else math.inf
+        rows.append(Row(None if at == OUTSIDE else at, "weights", "finite", error, 0.0))
+    return rows
 
 
-def _weights_of(layer: Any) -> Iterator[Any]:
-    return chain(layer.parameters(), (weight for weight in layer.modules() if isinstance(weight, QuantizedWeight)))
-
-
-def _stored_tensors(folder: Any, config: Any) -> Iterator[tuple[str, Any]]:
-    """Every tensor of the checkpoint by name, as a slice to read; quantized linears as QuantizedWeights."""
-    headers = hub.read_headers(folder)
-    plan = None if headers.scheme is None else hub.plan(headers, config)
-    for file in sorted({stored.file for stored in headers.tensors.values()}):
-        try:
-            opened = safe_open(file, framework="pt", device="cpu")
-        except SafetensorError as error:
-            raise ValueError(f"{file}: cannot be read again: {error}") from error
-        with opened:
-            for name in opened.keys():  # noqa: SIM118 (it is no dictionary)
-                if plan is None or name in plan.dense:
-                    yield name, opened.get_slice(name)
-    if plan is not None:
-        yield from ((f"{linear.name}.weight", hub.read(plan, linear)) for linear in plan.linears)
-
-
-def _place(model: Any, name: str) -> tuple[int, Any]:
-    """Where the tensor of this name belongs: 0 or a layer's number + 1, and a part of a weight there."""
+def _place(model: Any, name: str) -> Any:
+    """Where the tensor of this name belongs: a weight or a part of one."""
     found, parameter = LAYER.match(name), name.removesuffix(".weight").rpartition(".")[2]
     try:
         if found is None:
-            return 0, getattr(model, parameter)
-        index = int(found[1])
-        layer, config = model.layers[index], model.config
+            return getattr(model, parameter)
+        layer, config = model.layers[int(found[1])], model.config
         if expert := EXPERT.search(name):
             number, I = int(expert[1]), config.intermediate_size
             if expert[2] == "2":
-                return index + 1, layer.down_proj[number]
+                return layer.down_proj[number]
             gate_up = layer.gate_up_proj[number]
-            return index + 1, gate_up[:I] if expert[2] == "1" else gate_up[I:]
+            return gate_up[:I] if expert[2] == "1" else gate_up[I:]
         if parameter not in ("q_proj", "k_proj", "v_proj"):
-            return index + 1, getattr(layer, parameter)
+            return getattr(layer, parameter)
         queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         rows = {"q": slice(0, queries), "k": slice(queries, queries + keys), "v": slice(queries + keys, None)}
-        return index + 1, layer.qkv_proj[rows[parameter[0]]]
+        return layer.qkv_proj[rows[parameter[0]]]
     except (AttributeError, LookupError, RuntimeError) as error:
         raise ValueError(f"verify: the files hold {name}, and this model has no place for it") from error
 
@@ -230,47 +262,38 @@ def quantized_formats(model: Any) -> dict[str, str]:
     return {part: " and ".join(sorted(kinds)) for part, kinds in found.items()}
 
 
-def quantization_cost(target: Target, folder: Any, ids: Tensor, step: Step) -> QuantizationCost | None:
-    """On ids [B,T] and the folder's held-out text; None where no weight is quantized, or where the files' are.
+class _LayerByLayer:
+    """The computation of a QuantizationCost, which gets the files' weights one layer after another."""
 
-    One layer of the files is in memory at a time. On a mesh every rank computes all of it.
-    """
-    model, config = target.model, target.config
-    formats, headers = quantized_formats(model), hub.read_headers(folder)
-    if not formats or headers.scheme is not None:
-        return None
-    text, context = held_out(folder, config), min(config.max_position_embeddings, CONTEXT)
-    windows = [] if text is None else [*text[:-1].to(model.device).split(context)]
-    batches = [ids, *(torch.stack(same) for same in (windows[:-1], windows[-1:]) if same)]
-    texts, flips = [[F.embedding(batch, target.embed_tokens).double() for batch in batches]] * 2, 0
-    for index, layer in enumerate(target.layers):
-        stored, routes = _stored(model, config, headers, f"layers.{index}."), []
-        for side, weights_of_side in enumerate((layer, stored)):
-            values = [fp64_block(weights_of_side, config, target.tables, x) for x in texts[side]]
-            texts[side] = [each.output for each in values]
+    def __init__(self, target: Target, folder: Any, ids: Tensor) -> None:
+        self.target, self.flips, device = target, 0, target.model.device
+        self.text, self.context = held_out(folder, target.config), min(target.config.max_position_embeddings, CONTEXT)
+        windows = [] if self.text is None else [*self.text[:-1].to(device).split(self.context)]
+        batches = [ids, *(torch.stack(same) for same in (windows[:-1], windows[-1:]) if same)]
+        self.routed = target.config.num_hidden_layers * ids.numel()
+        self.texts = [[F.embedding(batch, target.embed_tokens).double() for batch in batches]] * 2
+
+    def add(self, at: int, stored: Any) -> None:
+        """One layer, or OUTSIDE, as the files have it."""
+        if at == OUTSIDE:
+            quantized = isinstance(self.target.lm_head, QuantizedWeight)
+            self.stored_head = stored.lm_head if quantized else self.target.lm_head
+            return
+        routes = []
+        for side, layer in enumerate((self.target.layers[at], stored.layers[at])):
+            values = [fp64_block(layer, self.target.config, self.target.tables, x) for x in self.texts[side]]
+            self.texts[side] = [each.output for each in values]
             routes.append(values[0].ids.sort(-1).values)
-        flips += int((routes[0] != routes[1]).any(-1).sum())
-        step()
-    stored_head = target.lm_head
-    if isinstance(stored_head, QuantizedWeight):
-        stored_head = _stored(model, config, headers, "lm_head").lm_head
-    heads = target.head(to_fp64), target.head(to_fp64, stored_head)
-    logits, stored_logits = (head(x[0]) for head, x in zip(heads, texts, strict=True))
-    cosines = F.cosine_similarity(logits, stored_logits, dim=-1)
-    scores = []
-    if text is not None:
-        targets = text[1:].to(model.device).split(context)
-        for head, x in zip(heads, texts, strict=True):
-            pairs = zip(chain.from_iterable(x[1:]), targets, strict=True)
-            scores.append(perplexity_of((loss(hidden, head, ids) for hidden, ids in pairs), len(text)))
-    routed = config.num_hidden_layers * ids.numel()
-    return QuantizationCost(formats, float(cosines.mean()), float(cosines.min()), flips, routed, *scores)
+        self.flips += int((routes[0] != routes[1]).any(-1).sum())
 
-
-def _stored(model: Any, config: Any, headers: weights.Headers, prefix: str) -> Any:
-    """The files' parameters with this prefix, by the last part of their names."""
-    shapes = {name: shape for name, shape in weights.parameter_shapes(config).items() if name.startswith(prefix)}
-    places = {name: torch.empty(shape, dtype=model.dtype, device=model.device) for name, shape in shapes.items()}
-    targets = {name: place for name, place in weights.check(headers, config).items() if place.parameter in places}
-    weights.fill({name: headers.tensors[name] for name in targets}, targets, places, None)
-    return SimpleNamespace(**{name.rpartition(".")[2]: weight for name, weight in places.items()})
+    def result(self, formats: dict[str, str]) -> QuantizationCost:
+        heads = self.target.head(to_fp64), self.target.head(to_fp64, self.stored_head)
+        logits, stored_logits = (head(x[0]) for head, x in zip(heads, self.texts, strict=True))
+        cosines = F.cosine_similarity(logits, stored_logits, dim=-1)
+        scores = []
+        if self.text is not None:
+            targets = self.text[1:].to(cosines.device).split(self.context)
+            for head, x in zip(heads, self.texts, strict=True):
+                pairs = zip(chain.from_iterable(x[1:]), targets, strict=True)
+                scores.append(perplexity_of((loss(hidden, head, ids) for hidden, ids in pairs), len(self.text)))
+        return QuantizationCost(formats, float(cosines.mean()), float(cosines.min()), self.flips, self.routed, *scores)

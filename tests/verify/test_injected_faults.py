@@ -155,7 +155,7 @@ def wrong_weights(model: Mixtral) -> list[tuple[int | None, str]]:
 def test_head_tied_by_the_loader(dtype: torch.dtype) -> None:
     model = Mixtral.from_pretrained(SMALL, dtype=dtype)
     model.lm_head = model.embed_tokens
-    assert wrong_weights(model)[0] == (None, "weights")
+    assert wrong_weights(model)[:2] == [(None, "config"), (None, "weights")]
 
 
 @all_dtypes
@@ -205,13 +205,13 @@ def test_checkpoint_with_fused_experts_and_tied_head(tmp_path: Path) -> None:
 
 @all_dtypes
 def test_peer_shows_wrong_rotary_tables(dtype: torch.dtype) -> None:
-    """Model and reference share the tables, so only transformers' model of the same files shows the fault."""
+    """Model and reference share the tables, so only config.json and transformers' model show the fault."""
     pytest.importorskip("transformers")
     model = Mixtral.from_pretrained(SMALL, dtype=dtype)
     assert not verify(model, IDS[:1], folder=SMALL, peer="transformers").wrong
     model.cos, model.sin = model.cos.roll(-1, 1), model.sin.roll(-1, 1)
     report = verify(model, IDS[:1], folder=SMALL, peer="transformers")
-    assert [(row.layer, row.op, row.case) for row in report.wrong] == [(None, "logits", "transformers")]
+    assert [(row.op, row.case) for row in report.wrong] == [("config", "rotary tables"), ("logits", "transformers")]
 
 
 def test_wrong_folder_or_peer_raises_value_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,211 @@
+"""A second reader of a checkpoint folder: config.json and every layout of the hub, written from the formats.
+
+It shares no code with the config, the loader and `quantize`, so that `verify` finds their faults.
+
+N rows, K columns (the depth of the sum), G groups of columns that share a scale, P positions, D head size
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..cache import KVCache
+from ..kernels.registry import OPS
+from ..model import State
+from ..tools.tolerance import largest, worst
+from .report import Row
+
+OUTSIDE = -1  # in the place of a layer's number: embedding, final norm and head
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each 4 bits of a word, lowest first (AutoAWQ's GEMM)
+UNUSED = ("_scale", "_zero_point")  # ends of names of what quantizes activations and caches
+POSITIONS = (0, 1, 257, 4095)  # bf16 holds neither 257 nor 4095
+# Arguments of operations that a config.json declares.
+CONSTANTS = {"eps": "rms_norm_eps", "top_k": "num_experts_per_tok", "window": "sliding_window"}
+
+
+class Source:
+    """The tensors of a folder, by layer (OUTSIDE: the others) and name: each one's opened files by stored name, of
+    which a quantized linear has several. `config` is config.json as it is."""
+
+    def __init__(self, folder: Any) -> None:
+        self.folder = folder = Path(folder)
+        self.config = _read_json(folder / "config.json")
+        self.quantization = self.config.get("quantization_config", self.config.get("compression_config"))
+        if self.quantization is None and (folder / "hf_quant_config.json").is_file():
+            self.quantization = _read_json(folder / "hf_quant_config.json")["quantization"]
+        names = {"model.safetensors"}
+        if not (folder / "model.safetensors").exists():
+            names = set(_read_json(folder / "model.safetensors.index.json")["weight_map"].values())
+        modules: dict[str, dict[str, Any]] = defaultdict(dict)
+        for name in sorted(names):
+            try:
+                file = safe_open(folder / name, framework="pt", device="cpu")
+            except SafetensorError as error:
+                raise ValueError(f"{folder / name}: cannot be read again: {error}") from error
+            for stored in file.keys():  # noqa: SIM118 (it is no dictionary)
+                modules[stored.rpartition(".")[0]][stored] = file
+        self.layers: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
+        for module, files in modules.items():
+            layer, weight = LAYER.match(f"{module}."), f"{module}.weight"
+            tensors = self.layers[int(layer[1]) if layer else OUTSIDE]
+            codes = {f"{module}.qweight", f"{module}.weight_packed"} & files.keys()
+            if codes or (weight in files and files[weight].get_slice(weight).get_dtype() in ("F8_E4M3", "I8")):
+                tensors[weight] = files
+            else:
+                tensors |= {name: {name: file} for name, file in files.items() if not name.endswith(UNUSED)}
+
+    def read(self, files: dict[str, Any], device: Any, expert: Any = ...) -> Tensor:
+        """A tensor on the device, or one expert of [E,N,K]; a quantized linear is decoded there, fp32 [N,K]."""
+        if expert is not ...:
+            ((name, file),) = files.items()
+            return file.get_slice(name)[expert].to(device)
+        parts = {name.rpartition(".")[2]: file.get_tensor(name).to(device) for name, file in files.items()}
+        return decode(parts, self.quantization) if len(parts) > 1 else next(iter(parts.values()))
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def decode(parts: dict[str, Tensor], quantization: Any) -> Tensor:
+    """(code - zero) * scale in fp32 [N,K], of the tensors of a linear and the folder's `quantization_config`."""
+    groups = quantization.get("config_groups", {})  # compressed-tensors
+    rules: dict[str, Any] = next((group["weights"] for group in groups.values()), {})
+    block = quantization.get("weight_block_size") or (rules.get("strategy") == "block" and rules["block_structure"])
+    order, zeros = parts.get("g_idx", parts.get("weight_g_idx")), torch.zeros(())
+    if "qweight" in parts and quantization["quant_method"] == "awq":
+        codes, zeros = (unpack(parts[name], 4, AWQ_COLUMNS).t() for name in ("qweight", "qzeros"))
+        scales = parts["scales"].t()
+    elif "qweight" in parts:
+        codes, zeros = unpack(parts["qweight"].t(), 4), unpack(parts["qzeros"], 4).t()
+        if quantization.get("checkpoint_format", quantization.get("format", "gptq")) == "gptq":
+            zeros = zeros + 1  # the first version stores zero - 1
+        scales = parts["scales"].t()
+    elif "weight_packed" in parts:
+        (rows, columns), bits = parts["weight_shape"].tolist(), rules["num_bits"]
+        codes, zeros = unpack(parts["weight_packed"], bits)[:, :columns], zeros + (1 << (bits - 1))
+        if "weight_zero_point" in parts:
+            zeros = unpack(parts["weight_zero_point"].t(), bits).t()[:rows]
+        scales = parts["weight_scale"]
+    else:
+        codes, scales = parts["weight"], parts["weight_scale" if "weight_scale" in parts else "weight_scale_inv"]
+        scales = scales.repeat_interleave(block[0], 0)[: len(codes)] if block else scales.reshape(-1, 1)
+    (N, K), G = codes.shape, scales.shape[1]
+    if order is None:
+        order = torch.arange(K, device=codes.device) // (block[1] if block else K // G)
+    scales, zeros = (x.to(codes.device).float().expand(N, G)[:, order.long()] for x in (scales, zeros))
+    return (codes.float() - zeros) * scales
+
+
+def unpack(words: Tensor, bits: int, columns: Sequence[int] = ()) -> Tensor:
+    """int32 [R,n], 32 / bits values in each word, lowest bits first -> int32 [R, n * 32 / bits]. `columns`: where each
+    value of a word belongs."""
+    fields = [columns.index(at) if columns else at for at in range(32 // bits)]
+    return torch.stack([words >> bits * field & (1 << bits) - 1 for field in fields], -1).flatten(-2)
+
+
+def declared(raw: Any, config: Any) -> dict[str, Any]:
+    """What a config.json declares of the fields of `config`. Theta is a set: it may stand in three places."""
+    ropes = (raw, raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {})
+    defaults = {"rms_norm_eps": 1e-5, "sliding_window": None, "tie_word_embeddings": False}
+    found = defaults | {name: value for name, value in raw.items() if hasattr(config, name)}
+    found |= {name: None for name, value in found.items() if value == -1}
+    found["rope_theta"] = {rope["rope_theta"] for rope in ropes if rope.get("rope_theta") is not None}
+    found["sliding_window"] = found["sliding_window"] or None
+    found["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+    found["dtype"] = str(raw.get("dtype", raw.get("torch_dtype"))).removeprefix("torch.")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def config_rows(source: Source, target: Any) -> list[Row]:
+    """Rows of what the model uses against config.json: its config, its operations' constants, positions and tables."""
+    raw, model = declared(source.config, target.config), target.model
+    used = {name: [getattr(target.config, name)] for name in raw}
+    used |= {"rope_theta": [{target.config.rope_theta}], "dtype": [str(target.config.dtype)]}
+    used["tie_word_embeddings"].append(model.lm_head is model.embed_tokens)
+    recorded = recorded_constants(model) if model.ranks is None else {}  # a mesh refuses dispatch modes
+    rows = []
+    for case, values in ("values", used), ("operations", recorded):
+        wrong = next((name for name in values if any(value != raw[name] for value in values[name])), None)
+        rows.append(Row(None, "config", wrong or case, math.inf if wrong else 0.0, 0.0))
+    return [*rows, *_rotary_rows(model, raw)]
+
+
+class _Recorder(TorchDispatchMode):
+    """Records the constants and head sizes that operations get, by the config's names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: dict[str, list[Any]] = defaultdict(list)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "mixtral_triton":
+            op = OPS[func._opname]
+            values = op.bind_by_name(*args[: len(op.names)])  # torch drops defaults; parts of quantized weights follow
+            for name in CONSTANTS.keys() & values.keys():
+                self.used[CONSTANTS[name]].append(values[name])
+            if "q" in values:
+                self.used["num_attention_heads"].append(values["q"].shape[2])
+                self.used["num_key_value_heads"].append(values["k"].shape[2])
+                self.used["head_dim"].append(values["q"].shape[3])
+        return func(*args, **(kwargs or {}))
+
+
+def recorded_constants(model: Any) -> dict[str, list[Any]]:
+    """What the operations of the model's forward get without a cache, in a chunk and in a decode step, on the meta
+    device, where nothing is computed."""
+    model, ids = _on_meta(model), torch.zeros((1, 2), dtype=torch.int64, device="meta")
+    cache = KVCache(model.config, 1, 3, "meta", model.dtype)
+    with _Recorder() as recorder:
+        model.hidden(ids)
+        model.hidden(ids, cache)
+        model.hidden(ids[:, :1], cache)
+    return recorder.used
+
+
+def _on_meta(module: Any) -> Any:
+    """A copy of a module whose tensors are on the meta device."""
+
+    def move(x: Any) -> Any:
+        return _on_meta(x) if isinstance(x, nn.Module) else x if x is None else x.detach().to("meta")
+
+    module = copy.copy(module)
+    for group in ("_parameters", "_buffers", "_modules"):
+        setattr(module, group, {name: move(x) for name, x in getattr(module, group).items()})
+    return module
+
+
+def _rotary_rows(model: Any, raw: dict[str, Any]) -> list[Row]:
+    """Positions in a forward, and cos and sin there against fp64, at POSITIONS and the last one.
+
+    The limit allows angles in fp32, whose frequencies have the error of theta's logarithm.
+    """
+    P, D, theta = raw["max_position_embeddings"], raw["head_dim"], max(raw["rope_theta"], default=math.nan)
+    first = torch.tensor([*(at for at in POSITIONS if at < P - 1), P - 1], dtype=torch.int32, device=model.device)
+    cache: Any = SimpleNamespace(lengths=first)
+    whole, cached = State(model, 1, P, None, None), State(model, len(first), 2, cache, None)
+    expected = torch.stack((first, (first + 1).clamp(max=P - 1)), 1)
+    got = torch.cat((whole.positions[:1, first.long()].t(), cached.positions), 1).double()
+    rows = [Row(None, "config", "positions", largest(got - torch.cat((first[:, None], expected), 1)), 0.0)]
+    tables = torch.stack((whole.cos, whole.sin))
+    if tuple(tables.shape) != (2, P, D // 2):
+        return [*rows, Row(None, "config", "rotary tables", math.inf, 0.0)]
+    angles = first.double()[:, None] * theta ** -(torch.arange(0, D, 2, device=model.device) / D).double()
+    errors = (tables[:, first.long()].double() - torch.stack((angles.cos(), angles.sin()))).abs().amax(0)
+    limits = angles * (4 + abs(math.log(theta))) * 2.0**-24 + 2.0**-22
+    pairs = zip(errors.flatten().tolist(), limits.flatten().tolist(), strict=True)
+    return [*rows, Row(None, "config", "rotary tables", *worst(pairs))]

@@ -1,0 +1,193 @@
+"""What verify takes from the files by its own reader: config.json and every layout, with injected faults."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mixtral_triton import Mixtral, MixtralConfig, model, verify
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.model import Layer, State
+from mixtral_triton.quantize import layouts
+from mixtral_triton.quantize.layouts import Layout, Plane
+from mixtral_triton.verification.source import decode
+from tests.support import hub
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter")
+IDS = torch.arange(12)[None]
+Patch = pytest.MonkeyPatch
+all_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+
+
+def load(folder: Path, **options: Any) -> Mixtral:
+    return Mixtral.from_pretrained(folder, "cpu", **options)
+
+
+@pytest.fixture
+def dense(tmp_path: Path, monkeypatch: Patch) -> Path:
+    """A checkpoint that is not quantized, with a window, a theta of 1e6 and positions that bf16 cannot hold."""
+    sizes = {"rope_theta": None, "rope_parameters": {"rope_theta": 1e6}, "sliding_window": 6}
+    monkeypatch.setattr(hub, "SIZES", hub.SIZES | sizes | {"max_position_embeddings": 4200, "rms_norm_eps": 1e-5})
+    hub.write(tmp_path, hub.awq(), None, only="none of them")
+    return tmp_path
+
+
+def read_config(patch: Patch, **changes: Any) -> None:
+    """The config's reader gives other values."""
+    read = MixtralConfig.from_pretrained
+    patch.setattr(MixtralConfig, "from_pretrained", lambda folder: replace(read(folder), **changes))
+
+
+def use_config(patch: Patch, **changes: Any) -> None:
+    """The layers' routers use other values than the config has."""
+    route = Layer.route
+
+    def faulty(layer: Layer, *args: Any) -> Any:
+        layer = copy.copy(layer)
+        layer.config = replace(layer.config, **changes)
+        return route(layer, *args)
+
+    patch.setattr(Layer, "route", faulty)
+
+
+def change_state(patch: Patch, change: Callable[[State], None]) -> None:
+    init = State.__init__
+    patch.setattr(State, "__init__", lambda state, *args: (init(state, *args), change(state))[0])
+
+
+def round_positions(state: State) -> None:
+    if not state.decodes:
+        state.positions = state.positions.bfloat16().long()
+
+
+def change_tables(patch: Patch, positions: torch.dtype = torch.float32, theta: float | None = None) -> None:
+    def tables(config: MixtralConfig, device: Any) -> tuple[Tensor, Tensor]:
+        D, base = config.head_dim, theta or config.rope_theta
+        angles = torch.arange(config.max_position_embeddings).to(positions).float()[:, None]
+        angles = angles * (1.0 / base ** (torch.arange(0, D, 2).float() / D))
+        return angles.cos().to(device), angles.sin().to(device)
+
+    patch.setattr(model, "rope_tables", tables)
+
+
+# Written down before any was tried: what is injected, and the case of the first wrong row.
+CONFIG_FAULTS: dict[str, tuple[Callable[[Patch], None], str]] = {
+    "theta 1e4": (partial(read_config, rope_theta=1e4), "rope_theta"),
+    "eps x 100": (partial(read_config, rms_norm_eps=1e-3), "rms_norm_eps"),
+    "window off": (partial(read_config, sliding_window=None), "sliding_window"),
+    "window + 1": (partial(read_config, sliding_window=7), "sliding_window"),
+    "top_k 1": (partial(read_config, num_experts_per_tok=1), "num_experts_per_tok"),
+    "heads of half the size": (
+        partial(read_config, num_attention_heads=8, num_key_value_heads=4, head_dim=16),
+        "num_attention_heads",
+    ),
+    "another dtype": (partial(read_config, dtype="float16"), "dtype"),
+    "theta 1e4 in the tables": (partial(change_tables, theta=1e4), "rotary tables"),
+    "positions in bf16 in the tables": (partial(change_tables, positions=torch.bfloat16), "rotary tables"),
+    "positions in bf16": (partial(change_state, change=round_positions), "positions"),
+    "eps x 100 in the router": (partial(use_config, rms_norm_eps=1e-3), "rms_norm_eps"),
+    "window off in attention": (
+        partial(change_state, change=lambda state: setattr(state, "window", None)),
+        "sliding_window",
+    ),
+}
+
+
+@all_dtypes
+@pytest.mark.parametrize("fault", [None, *CONFIG_FAULTS])
+def test_fault_of_the_config(fault: str | None, dense: Path, dtype: torch.dtype, monkeypatch: Patch) -> None:
+    if fault is None:
+        assert not verify(load(dense, dtype=dtype), IDS, folder=dense).wrong
+        return
+    inject, case = CONFIG_FAULTS[fault]
+    inject(monkeypatch)
+    first = verify(load(dense, dtype=dtype), IDS, folder=dense).wrong[0]
+    assert (first.layer, first.op, first.case) == (None, "config", case)
+
+
+def test_head_that_is_tied_against_the_config(dense: Path) -> None:
+    tied = load(dense)
+    tied.lm_head = tied.embed_tokens
+    first = verify(tied, IDS, folder=dense).wrong[0]
+    assert (first.op, first.case) == ("config", "tie_word_embeddings")
+
+
+def change_rows(patch: Patch, change: Callable[..., Any]) -> None:
+    """The reader of all layouts gives other (codes, scales, zeros)."""
+    rows = Layout.rows
+    patch.setattr(Layout, "rows", lambda *args: change(*rows(*args)))
+
+
+def change_scales(patch: Patch, change: Callable[[Tensor], Tensor]) -> None:
+    read = Plane.read
+
+    def faulty(plane: Plane, *args: Any) -> Tensor:
+        return change(read(plane, *args)) if "scale" in plane.name else read(plane, *args)
+
+    patch.setattr(Plane, "read", faulty)
+
+
+def change_zero_offset(patch: Patch, offset: int) -> None:
+    gptq = layouts.gptq
+    patch.setattr(layouts, "gptq", lambda group, _, *rest: gptq(group, offset, *rest))
+
+
+def flip_sign(codes: Tensor, scales: Tensor, zeros: Any) -> Any:
+    return codes ^ 128, scales, zeros
+
+
+# Written down before any was tried: the layout, and what is injected into its reader.
+LAYOUT_FAULTS: dict[str, tuple[str, Callable[[Patch], None]]] = {
+    "awq in the order of gptq": ("awq 128", lambda patch: patch.setattr(layouts, "AWQ_ORDER", list(range(8)))),
+    "awq in the inverse order": ("awq 64", lambda patch: patch.setattr(layouts, "AWQ_ORDER", list(hub.AWQ_COLUMNS))),
+    "gptq v1 read as v2": ("gptq 128 1", partial(change_zero_offset, offset=0)),
+    "gptq v2 read as v1": ("gptq 64 0", lambda patch: change_rows(patch, lambda c, s, zeros: (c, s, zeros + 1))),
+    "sign of int8": ("ct int8", partial(change_rows, change=flip_sign)),
+    "sign of packed int8": ("ct pack int8", partial(change_rows, change=flip_sign)),
+    "rows of blocks rolled": ("fp8 blocks of 48 rows", partial(change_scales, change=lambda x: x.roll(48, 0))),
+    "columns of blocks rolled": ("fp8 blocks", partial(change_scales, change=lambda x: x.roll(1, 1))),
+    "groups rolled": ("ct int4 32 True", partial(change_scales, change=lambda x: x.roll(1, 1))),
+    "one scale for all rows": ("ct fp8 channel", partial(change_scales, change=lambda x: x[:1].expand_as(x))),
+    "scales in bf16": ("gptq 32 0", partial(change_scales, change=lambda x: x.bfloat16().to(x.dtype))),
+    "zeros with a sign": ("ct int4 64 True", lambda patch: change_rows(patch, lambda c, s, zeros: (c, s, zeros ^ 8))),
+    "fp8 without its last bit": ("autofp8", lambda patch: change_rows(patch, lambda c, s, zeros: (c & 254, s, zeros))),
+}
+
+
+@pytest.mark.parametrize("fault", LAYOUT_FAULTS)
+def test_fault_of_a_layout_s_reader(fault: str, tmp_path: Path, monkeypatch: Patch) -> None:
+    """Also while verify reads: its decoder shares nothing with the one that loads."""
+    layout, inject = LAYOUT_FAULTS[fault]
+    hub.write(tmp_path, *hub.LAYOUTS[layout])
+    inject(monkeypatch)
+    assert {(row.layer, row.op) for row in verify(load(tmp_path), IDS, folder=tmp_path).wrong} == {(0, "weights")}
+
+
+@pytest.mark.parametrize("layout", [name for name in hub.LAYOUTS if name != "ct act-order"])
+def test_right_layout(layout: str, tmp_path: Path) -> None:
+    hub.write(tmp_path, *hub.LAYOUTS[layout])
+    report = verify(load(tmp_path), IDS[:, :2], folder=tmp_path)
+    assert not report.wrong, str(report)
+
+
+@pytest.mark.parametrize("off", [0, 1])
+def test_act_order_is_decoded(off: int) -> None:
+    """The loader rejects it; the decoder follows the format."""
+    random, (N, K, G) = np.random.default_rng(0), (16, 64, 2)
+    codes, zeros = random.integers(0, 16, (N, K)), random.integers(off, 16, (N, G))
+    scales, groups = hub.scales_of(random, N, G, dtype=torch.float16), random.integers(0, G, K)
+    parts = {"qweight": hub.packed_words(codes, 4).t(), "qzeros": hub.packed_words(zeros.T - off, 4)}
+    parts |= {"scales": scales.t(), "g_idx": torch.from_numpy(groups).int()}
+    got = decode(parts, hub.gptq_config(32, off))
+    for k in range(K):
+        code, at = torch.from_numpy(codes[:, k] - zeros[:, groups[k]]), groups[k]
+        assert torch.equal(got[:, k], code.float() * scales[:, at].float())
