@@ -101,6 +101,10 @@ def parser() -> argparse.ArgumentParser:
     option = command("verify", "compare tensors with files, and operations and layers with plain torch", model, mesh)
     option("--peer", choices=("transformers",), help="compare the logits with this library's on the same files, too")
     option("--prompt", help="text to run; default: fixed pseudo-random tokens")
+    option("--tokens", type=int, metavar="N", help="of the text and of the longest call; default: 144, on a GPU 2048")
+    option("--deterministic", action="store_true", help="the mode in which a row's bits do not depend on the batch")
+    text = "leave out layers in fp32; default for the small checkpoint without a GPU"
+    option("--quick", action=argparse.BooleanOptionalAction, help=text)
 
     option = command("generate", "stream the continuation of a prompt", model, mesh, prompt)
     option("--max-new-tokens", type=int, default=64, metavar="N", help="fewer where the text ends")
@@ -178,7 +182,8 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     total = None if mesh is not None else total_bytes(read_headers(args.folder))
     loading = bar("loading", total, DownloadColumn(), silent=not is_first())
     with warnings.catch_warnings(record=True) as caught, loading as progress:
-        model = Mixtral.from_pretrained(args.folder, device, dtype, args.weights, mesh, progress=progress.advance)
+        fixed = getattr(args, "deterministic", False)
+        model = Mixtral.from_pretrained(args.folder, device, dtype, args.weights, mesh, fixed, progress.advance)
     for warning in caught if is_first() else ():
         say(f"mixtral-triton {args.command}: {warning.message}")
     return model
@@ -217,11 +222,15 @@ def _verify(args: argparse.Namespace) -> int:
     with open_mesh(args) as mesh:
         model = _load(args, mesh)
         prompt = None if args.prompt is None else _encode(_tokenizer(args.folder), args.prompt, model)[None]
-        ids = default_text(prompt, model.config, model.device)
+        if prompt is not None and args.tokens is not None and prompt.shape[1] < args.tokens:
+            raise ValueError(f"--prompt has {prompt.shape[1]} tokens, fewer than --tokens {args.tokens}")
+        ids = default_text(prompt, model.config, model.device, args.tokens)
+        quick = args.folder == SMALL and model.device.type == "cpu" if args.quick is None else args.quick
         if is_first():
             say(note)
         with bar("verifying", None, silent=not is_first()) as progress:
-            report = verify(model, ids, progress.update, folder=args.folder, peer=args.peer)
+            options = {"folder": args.folder, "peer": args.peer, "quick": quick, "tokens": args.tokens}
+            report = verify(model, ids[:, : args.tokens], progress.update, **options)
         if is_first() and args.json:
             print(json.dumps({"folder": str(args.folder), **report.as_dict()}))
         elif is_first():

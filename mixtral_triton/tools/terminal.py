@@ -31,6 +31,7 @@ PIPED = 120  # columns without a terminal and without COLUMNS
 TEXT_WIDTH, HEADING_WIDTH = 24, 16  # a column of text is as wide as this, if need be; a number's heading wraps at this
 INTERVAL = 10.0  # seconds between two lines of progress where stderr is no terminal
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 and the signal's number: SIGINT, SIGPIPE
+CRASHED = 3
 
 
 def console(stderr: bool = False) -> Console:
@@ -154,7 +155,9 @@ def set_output_encoding() -> None:
 
 
 def exit_status(error: BaseException, command: str | None) -> int:
-    """Report what ended a command in one line on stderr -> its exit status. An unexpected error is raised again."""
+    """Report what ended a command in one line on stderr -> its exit status.
+
+    An error that no input explains is a crash; in Python's development mode (`python -X dev`) it is raised again."""
     if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
         error = error.__context__  # rich turns the one into the other
     name = "mixtral-triton" if command is None else f"mixtral-triton {command}"
@@ -167,8 +170,12 @@ def exit_status(error: BaseException, command: str | None) -> int:
     message = _compiler_message(error)
     if message is None and isinstance(error, (ValueError, OSError)):
         message = _error_message(error)
-    if message is None:
+    if message is None and (sys.flags.dev_mode or not isinstance(error, Exception)):
         raise error
+    if message is None:
+        text = " ".join(str(error).split())
+        say(f"{name}: crashed: {type(error).__name__}: {text} (python -X dev -m mixtral_triton shows where)")
+        return CRASHED
     say(f"{name}: {message.removeprefix(f'{command}: ')}")
     return 2
 

@@ -21,8 +21,9 @@ from ..kernels.launch import INTERPRETED
 from ..model import Mixtral
 from ..tools.tolerance import Fp64Reference, measure, to_fp64
 from .calls import SizedCalls, text_calls
+from .generation import check_generate
 from .hf import TransformersTarget
-from .layers import LayerProbe, Target, check_in_fp32, check_layers, split_text
+from .layers import LayerProbe, Target, check_in_fp32, check_layers, rows_or_fault, split_text
 from .mesh import MeshTarget, worst_of_ranks
 from .report import END_RATIO, TORCH, Report, Row
 from .weights import check_finite, compare_with_files, held_out, perplexity, quantized_formats
@@ -135,12 +136,15 @@ def _verify(
     rows += sorted(found, key=lambda row: -1 if row.layer is None else row.layer)
     args = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
     rows.append(Row(None, "rms_norm", "final", *measure("rms_norm", args)))
-    reference = Fp64Reference.from_baseline(target.head(to_fp64)(exact), target.head()(expected.x), END_RATIO)
+    logits = target.head(to_fp64)(exact), target.head()(expected.x)
+    reference = Fp64Reference.from_baseline(*logits, END_RATIO)
     routes = LayerProbe(expected.layers)
     rows.append(Row(None, target.output, "end to end", *reference.measure(target.end_to_end(ids, routes))))
     if peer is not None:
-        logits = TransformersTarget.eager(folder, target.model).end_to_end(ids, LayerProbe(expected.layers))
-        rows.append(Row(None, "logits", peer, *reference.measure(logits)))
+        theirs = TransformersTarget.eager(folder, target.model).end_to_end(ids, LayerProbe(expected.layers))
+        rows.append(Row(None, "logits", peer, *reference.measure(theirs)))
+    if target.generates:
+        rows += rows_or_fault(target, "generate", check_generate, target, ids, *logits)
     if isinstance(target, MeshTarget):
         rows = worst_of_ranks(target.ranks, rows)
     backend = TORCH if embedding.device.type == "cpu" and not INTERPRETED else "Triton, interpreted"

@@ -209,9 +209,9 @@ class SizedCalls:
                 self.launched |= launches(call, *self.gpu)
             yield call
         if index == 0:
-            yield from self._calls_of_generate(check)
+            yield from self.calls_of_generate(check)
 
-    def _calls_of_generate(self, check: LayerCheck) -> Iterator[Call]:
+    def calls_of_generate(self, check: LayerCheck) -> Iterator[Call]:
         on_meta = check.to_meta()
         for B, T in STEPS + CHUNKS:
             if self.config.max_position_embeddings < T:

@@ -23,7 +23,7 @@ from .layers import LayerCheck, LayerProbe, Target
 class TransformersTarget(Target):
     """A transformers Mixtral, applied or not, which is left as it was. `apply`: its own forward is that of `apply`."""
 
-    peer, uneven, widens = "transformers' own modules", False, False
+    peer, uneven, widens, generates = "transformers' own modules", False, False, False
 
     def __init__(self, model: Any, apply: bool = True) -> None:
         self.apply, self.theirs = apply, hf.import_modules("verify", model).theirs

@@ -46,6 +46,7 @@ class Target:
     uneven = True  # whether the forward takes chunks of unequal length
     catches_faults = True  # whether an error that an operation or a forward raises is a wrong row
     widens = True  # whether a layer can be taken out and compared in fp32
+    generates = True  # whether the model has a `generate` of ours
 
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.layers = model, model.full_config, model.layers
@@ -199,16 +200,27 @@ def check_in_fp32(target: Target, expected: TextReference, step: Step) -> list[R
 
 
 def measure_call(target: Target, check: LayerCheck, index: int | None, op: str, case: str, args: tolerance.Args) -> Row:
-    """The row of one call of an operation; infinitely wrong where the operation raises."""
+    """The row of one call of an operation."""
     expected = Tolerance(op, args)
+
+    def measure() -> list[Row]:
+        return [Row(index, op, case, *expected.measure(check.operation(op, args)))]
+
+    return rows_or_fault(target, op, measure, layer=index, case=case)[0]
+
+
+def rows_or_fault(
+    target: Target, op: str, function: Callable[..., list[Row]], *args: Any, layer: int | None = None, case: str = ""
+) -> list[Row]:
+    """`function(*args)`, or one row that is infinitely wrong where it raises. Without memory nothing can be said."""
     try:
-        return Row(index, op, case, *expected.measure(check.operation(op, args)))
+        return function(*args)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         if not target.catches_faults:
             raise
-        return Row(index, op, case, math.inf, 0.0, one_line(error))
+        return [Row(layer, op, case, math.inf, 0.0, one_line(error))]
 
 
 def one_line(error: Exception) -> str:
@@ -261,7 +273,9 @@ class LayerProbe:
     def record(self, index: int, name: str, got: Tensor) -> None:
         """The error of `name` of a LayerReference. x must equal the reference's, as the probe put it there."""
         layer = self.layers[index]
-        expected = Fp64Reference(layer.x.double(), 0.0) if name == "x" else layer.references[name]
+        # Where torch itself overflows, nothing can be said.
+        limit = 0.0 if layer.x.isfinite().all() else math.inf
+        expected = Fp64Reference(layer.x.double(), limit) if name == "x" else layer.references[name]
         got = got.view(*self.valid.shape, -1) if got.dim() == 2 else got
         part = PARTS.get(name)
         case = self.case if part is None else f"{part}, {self.case}"
@@ -335,12 +349,13 @@ def shallow_copy(model: Any, config: Any, probe: LayerProbe, probe_layers: bool 
 def split_text(tokens: int, batch: int = 1) -> list[tuple[str, list[int], list[int]]]:
     """The calls that read a text over a cache: (case, first token, number of tokens), both for each sequence.
 
-    Each sequence has read one token less than the one before it, so that no two stand at the same place.
+    After every other call a sequence has read one token less than the one before it: no two stand at the same place,
+    and of no two chunks are the counts those of the first.
     """
     single = min(SINGLE_TOKENS, tokens - 1) or 1
     rest = tokens - single
     bounds = sorted({0, -(-2 * rest // 5), -(-3 * rest // 4), rest})
-    places = [[max(0, bound - b) for b in range(batch)] for bound in bounds]
+    places = [[max(0, bound - b * (at % 2)) for b in range(batch)] for at, bound in enumerate(bounds)]
     chunks = [
         (CHUNKS, begin, [b - a for a, b in zip(begin, end, strict=True)])
         for begin, end in pairwise(places)
