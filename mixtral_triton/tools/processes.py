@@ -19,28 +19,26 @@ def select_backend(args: argparse.Namespace, interpret: bool) -> str:
 
     `interpret`: without a GPU this command interprets the kernels rather than run the torch backend.
     """
-    requested, device, switch = getattr(args, "interpret", False), args.device or "cpu", os.environ.get(SWITCH)
-    if requested and not device.startswith("cpu"):
-        raise ValueError(f"--interpret runs on the CPU, and --device is {device!r}: needs one of the two")
+    requested, switch = getattr(args, "interpret", False), os.environ.get(SWITCH)
+    on_cpu = args.device is not None and args.device.startswith("cpu")
+    if requested and args.device is not None and not on_cpu:
+        raise ValueError(f"--interpret runs on the CPU, and --device is {args.device!r}: needs one of the two")
     if interpret or requested or switch is not None:
         # Interpreted tiles are small products, for which the threads of numpy's OpenBLAS wait for each other.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if requested:
-        args.device, reason = device, "--interpret"
-        if switch is not None:
-            from ..kernels.launch import INTERPRETED
+        args.device = args.device or "cpu"
+    if switch is not None:
+        from ..kernels.launch import INTERPRETED
 
-            if not INTERPRETED:
-                text = f"the environment has {SWITCH}={switch}"
-                raise ValueError(f"--interpret is given, and {text}: needs one of the two")
-    elif args.device is not None and device.startswith("cpu"):
-        reason = "--device cpu"
-    else:
-        import torch  # after OPENBLAS_NUM_THREADS
-
-        reason = "" if torch.cuda.is_available() else "No GPU found"
-    if switch is not None or not reason:
+        if requested and not INTERPRETED:
+            raise ValueError(f"--interpret is given, and {SWITCH}={switch} is set: needs one of the two")
         return ""
+    import torch  # after OPENBLAS_NUM_THREADS
+
+    if not requested and not on_cpu and torch.cuda.is_available():
+        return ""
+    reason = "--interpret" if requested else "--device cpu" if on_cpu else "No GPU found"
     if not (interpret or requested):
         return f"{reason}: plain torch, on the CPU. --interpret runs the Triton kernels, interpreted: far slower."
     os.environ[SWITCH] = "1"

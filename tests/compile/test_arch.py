@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton.cli import main
 from mixtral_triton.kernels import arch as arch_module
 from mixtral_triton.kernels.arch import ARCHS, family, multiprocessors, tma
 from mixtral_triton.kernels.launch import target_arch
@@ -19,7 +17,7 @@ from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.tma import tma_can_read
-from mixtral_triton.tools.gpus import GPUS, RATED
+from mixtral_triton.tools.gpus import GPUS
 from mixtral_triton.tools.predict import family_note
 
 SIBLINGS = [arch for arch, known in ARCHS.items() if arch != known.family]
@@ -82,11 +80,5 @@ def test_family_by_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     assert family(target_arch(torch.device("cuda", 0))) == "sm_100"
 
 
-def test_help_lists_architectures_and_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpus_of_the_table_have_a_known_architecture() -> None:
     assert {gpu.arch for gpu in GPUS.values()} <= set(ARCHS)
-    with pytest.raises(SystemExit):
-        main(["compile", "--help"])
-    assert set(ARCHS) <= set(capsys.readouterr().out.replace(",", " ").split())
-    with pytest.raises(SystemExit):
-        main(["bench", "--help"])
-    assert set(RATED) <= set(re.findall(r"\w+", capsys.readouterr().out))
