@@ -33,10 +33,10 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     prompts = [ids[0, : max(1, T // 2)], ids[-1, : max(1, T // 3)]]
     most = NEW_TOKENS + (GRAPH_MIN_TOKENS if can_capture(model) else 0)
     new = min(most, target.config.max_position_embeddings - len(prompts[0]))
-    if new < 1:
-        return []
     logits, perturbed = exact.chunk(2)
     least = 2 * END_RATIO * max(largest(x.double() - logits) for x in (baseline, perturbed))
+    if new < 1 or not math.isfinite(least):  # where torch overflows, the row of the logits says so
+        return []
     scale = max(largest(logits), 1e-30)
     greedy = model.generate(prompts, new, eos_token_id=[])
     following = [_following(target, row, new) for row in greedy]
