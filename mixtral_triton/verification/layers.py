@@ -156,7 +156,7 @@ class TextReference:
         error = max(largest(x.view_as(logits) - logits) for x in (values.logits, perturbed))
         limit = tolerance.RATIO * error + tolerance.TOKEN_FLOOR[values.x.dtype] * largest(logits)
         ids, weights = (x.view(*logits.shape[:2], -1) for x in (values.ids, values.weights))
-        self.layers.append(LayerReference(values.x, values.normed, ids, weights, logits, limit, references))
+        self.layers.append(LayerReference(values.x, values.normed, ids, weights, logits.clone(), limit, references))
         self.x, self.exact = values.output, exact.output
 
 
@@ -168,7 +168,8 @@ def check_layers(
     x, rows = F.embedding(ids, target.embed_tokens), []
     expected, exact = TextReference(x), with_perturbed_input(x)
     probe_expected = expected if probe_config == target.config else TextReference(x)
-    for index, layer in enumerate(target.layers):
+    for index in range(len(target.layers)):
+        layer = target.layers[index]
         check = target.check(layer, expected.x, target.config)
         rows += [measure_call(target, check, index, *call) for call in calls(check, index)]
         # One pass over the layer's weights in fp64, for torch's input of the layer and for fp64's.
@@ -180,6 +181,7 @@ def check_layers(
         if probe_expected is not expected:
             check = target.check(layer, probe_expected.x, probe_config)
             probe_expected.advance(check, check.fp64(with_perturbed_input(check.values.x)))
+        del layer, check  # on a mesh, a layer that was gathered goes before the next one is
         step()
     return rows, expected, probe_expected, exact
 

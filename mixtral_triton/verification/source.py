@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..cache import KVCache
@@ -168,25 +168,14 @@ class _Recorder(TorchDispatchMode):
 def recorded_constants(model: Any) -> dict[str, list[Any]]:
     """What the operations of the model's forward get without a cache, in a chunk and in a decode step, on the meta
     device, where nothing is computed."""
-    model, ids = _on_meta(model), torch.zeros((1, 2), dtype=torch.int64, device="meta")
+    on_meta = {id(x): x.detach().to("meta") for x in (*model.parameters(), *model.buffers())}
+    model, ids = copy.deepcopy(model, on_meta), torch.zeros((1, 2), dtype=torch.int64, device="meta")
     cache = KVCache(model.config, 1, 3, "meta", model.dtype)
     with _Recorder() as recorder:
         model.hidden(ids)
         model.hidden(ids, cache)
         model.hidden(ids[:, :1], cache)
     return recorder.used
-
-
-def _on_meta(module: Any) -> Any:
-    """A copy of a module whose tensors are on the meta device."""
-
-    def move(x: Any) -> Any:
-        return _on_meta(x) if isinstance(x, nn.Module) else x if x is None else x.detach().to("meta")
-
-    module = copy.copy(module)
-    for group in ("_parameters", "_buffers", "_modules"):
-        setattr(module, group, {name: move(x) for name, x in getattr(module, group).items()})
-    return module
 
 
 def _rotary_rows(model: Any, raw: dict[str, Any]) -> list[Row]:

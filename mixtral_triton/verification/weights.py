@@ -99,15 +99,12 @@ def _empty_like(target: Target, at: int) -> Any:
 
 def _check_layer(source: Source, model: Any, at: int, stored: Any = None) -> list[Row]:
     """The rows of one layer, or OUTSIDE. The files' tensors are put into `stored`, too."""
-    layer = None if at == OUTSIDE else at
-    if layer is not None and layer >= len(model.layers):
-        raise ValueError(f"verify: {source.folder} is another model's: it has a layer {layer}")
     pairs: dict[str, list[tuple[float, float]]] = {"as stored": [], "quantized": []}
-    unfilled = sum(weight.shape.numel() for weight in _weights(model, at).values())
+    filled = 0
     for name, files in source.layers[at].items():
         place, tied = _place(model, name), name == "lm_head.weight" and model.lm_head is model.embed_tokens
         copy = None if stored is None or tied else _place(stored, name)
-        unfilled -= 0 if tied else place.shape.numel()  # the file may hold a tied head twice
+        filled += 0 if tied else place.shape.numel()  # a tied head may be stored, too
         for expert in range(len(place)) if len(place.shape) == 3 else (...,):  # one at a time, to save memory
             ours, theirs = place[expert], source.read(files, place.device, expert)
             shape = list(theirs.shape) if expert is ... else files[name].get_slice(name).get_shape()
@@ -119,7 +116,9 @@ def _check_layer(source: Source, model: Any, at: int, stored: Any = None) -> lis
                 pairs["quantized"].append((_rounding_error(ours, theirs), ROUNDING[ours.format]))
             else:
                 pairs["as stored"].append((_difference(ours, theirs), 0.0))
-    pairs["as stored"].append((math.inf if unfilled else 0.0, 0.0))
+    is_filled = filled == sum(weight.shape.numel() for weight in _weights(model, at).values())
+    pairs["as stored"].append((0.0 if is_filled else math.inf, 0.0))
+    layer = None if at == OUTSIDE else at
     return [Row(layer, "weights", case, *worst(each)) for case, each in pairs.items() if each]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,13 +16,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import Mixtral, MixtralConfig, model, verify
+from mixtral_triton import Mixtral, MixtralConfig, model, verification, verify, weights
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import Layer, State
 from mixtral_triton.quantize import layouts
 from mixtral_triton.quantize.layouts import Layout, Plane
-from mixtral_triton.verification.source import decode
+from mixtral_triton.verification import mesh, source
+from mixtral_triton.verification.calls import text_calls
+from mixtral_triton.verification.layers import Target, check_layers
+from mixtral_triton.verification.source import Source, decode
+from mixtral_triton.verification.weights import check_loaded
 from tests.support import hub
+from tests.support.models import random_model
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter")
 IDS = torch.arange(12)[None]
@@ -191,3 +198,59 @@ def test_act_order_is_decoded(off: int) -> None:
     for k in range(K):
         code, at = torch.from_numpy(codes[:, k] - zeros[:, groups[k]]), groups[k]
         assert torch.equal(got[:, k], code.float() * scales[:, at].float())
+
+
+def test_one_gathered_layer_at_a_time(dense: Path, monkeypatch: Patch) -> None:
+    """On a mesh each layer is gathered when it is read: none is alive when the next one is."""
+    target, alive, most = Target(random_model(num_hidden_layers=3, max_position_embeddings=4200)), [], []
+
+    class Gathered(Layer):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            alive.append(weakref.ref(self))
+
+    class Ranks:
+        model, config = target.model, target.config
+
+        def gather(self, name: str, weight: Any) -> Any:
+            most.append(sum(layer() is not None for layer in alive))
+            return weight.detach().clone()
+
+    monkeypatch.setattr(mesh, "Layer", Gathered)
+    target.layers = mesh._GatheredLayers(Ranks())
+    with torch.no_grad():
+        report = verification._verify(target, IDS[:, :4], None, None, None, True, None)
+    assert not report.wrong and len(alive) >= 6 and max(most) == 0
+
+
+def test_references_keep_no_more_than_they_hold() -> None:
+    target = Target(random_model(num_hidden_layers=2))
+    with torch.no_grad():
+        _, *found, _ = check_layers(target, IDS, target.probe_config(12), int, text_calls)
+    for layer in found[0].layers:
+        tensors = [x for x in vars(layer).values() if isinstance(x, Tensor)]
+        tensors += [each.exact for each in layer.references.values()]
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in tensors) and len(tensors) == 9
+
+
+def test_each_tensor_is_read_once(dense: Path, monkeypatch: Patch) -> None:
+    """Rows and the cost of quantization share what is read; the loader reads before."""
+    model, reads = load(dense, weights={"experts": "int4", "linear": "int8"}), Counter[str]()
+    read = Source.read
+
+    def count(source: Source, files: Any, *args: Any) -> Tensor:
+        reads.update(list(files))
+        return read(source, files, *args)
+
+    monkeypatch.setattr(Source, "read", count)
+    monkeypatch.setattr(weights, "fill", None)
+    report = verify(model, IDS, folder=dense)
+    assert report.quantization is not None and set(reads.values()) == {1} and len(reads) == 16
+
+
+def test_layouts_are_decoded_on_the_model_s_device(tmp_path: Path, gpu: Any, monkeypatch: Patch) -> None:
+    hub.write(tmp_path, *hub.LAYOUTS["awq 64"])
+    model, devices = Mixtral.from_pretrained(tmp_path, "cuda"), set()
+    unpack = source.unpack
+    monkeypatch.setattr(source, "unpack", lambda x, *args: (devices.add(x.device.type), unpack(x, *args))[1])
+    assert not [row for row in check_loaded(tmp_path, model) if not row.ok] and devices == {"cuda"}
