@@ -20,7 +20,7 @@ import torch
 import mixtral_triton
 from mixtral_triton.config import MixtralConfig
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.tools.bench.cases import Case, cases, oracle_of
+from mixtral_triton.tools.bench.cases import Case, cases, check_of
 from mixtral_triton.tools.bench.measure import attempt, our_call
 from mixtral_triton.tools.bench.peers import Peer, peers_of
 from mixtral_triton.tools.bench.report import sizes_text
@@ -58,6 +58,6 @@ def test_op(case: Case, peer: Peer, benchmark: Any) -> None:
         benchmark.pedantic(synchronized, warmup_rounds=3, rounds=20)
         return 0.0
 
-    outcome = attempt(lambda: peer.build(case.op, args), args, oracle_of(case.op, args), timer)
+    outcome = attempt(lambda: peer.build(case.op, args), args, check_of(case.op, args), timer)
     if outcome.note:
         (pytest.fail if peer.name == "ours" else pytest.skip)(outcome.note)

@@ -325,7 +325,7 @@ def _bench(args: argparse.Namespace) -> int:
     with open_mesh(args) as ranks:
         if ranks is not None:
             return command.run_on_mesh(args, ranks)
-    return command.run(args, bar)
+    return command.run(args)
 
 
 def _tune(args: argparse.Namespace) -> int:
@@ -333,7 +333,7 @@ def _tune(args: argparse.Namespace) -> int:
         raise ValueError(f"--arch is {args.arch!r}, needs one of {', '.join(ARCHS)}")
     from .tools.bench.tune import run
 
-    return run(args, bar)
+    return run(args)
 
 
 def _fit(args: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ from mixtral_triton.tools.bench.cases import BENCHED, Case, Oracle, cases, model
 from mixtral_triton.tools.bench.measure import checked_row, compare, timed_row
 from mixtral_triton.tools.bench.peers import PEERS, arguments, import_peer, user_peer
 from mixtral_triton.tools.gpus import GPUS
-from tests.tools.test_bench import run, use_bench
+from tests.tools.test_bench import use_bench
 
 ROOT = Path(__file__).parents[2]
 CPU, H100 = torch.device("cpu"), GPUS["h100"]
@@ -113,10 +113,10 @@ def test_only_right_peers_are_timed(
     calls: list[Any] = []
     use_bench(monkeypatch, timer=lambda call: (calls.append(call()), 1e-3)[1])
     without = [word for name in ("torch.compile", "HF grouped_mm", "Liger", "vLLM") for word in ("--without", name)]
-    args = ["expert_swiglu", "--sizes", TEXT, *without, "--peer", EXAMPLE]
-    assert run(*args, "--json") == 0 and len(calls) == 3, "ours, torch, and the example"
+    args = ["bench", "expert_swiglu", "--sizes", TEXT, *without, "--peer", EXAMPLE]
+    assert main([*args, "--json"]) == 0 and len(calls) == 3, "ours, torch, and the example"
     assert read_row(capsys)["peers"][EXAMPLE] == {"time_us": 1e3, "note": None, "right": True, "ratio": 1.0}
-    assert run(*args, *peer_options("off", "writes")) == 1 and len(calls) == 6
+    assert main([*args, *peer_options("off", "writes")]) == 1 and len(calls) == 6
     assert capsys.readouterr().out.count("wrong: ") == 2
 
 
@@ -217,10 +217,9 @@ def test_dtype_applies_to_every_operation_that_has_it() -> None:
 def test_dtype_and_model_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "rms_norm", "--model", str(SMALL), "--dtype", "float16", "--quick", "--json"]) == 0
     lines = list(map(json.loads, capsys.readouterr().out.splitlines()))
-    rows, kernels, traffic = ([line for line in lines if line["kind"] == kind] for kind in ("row", "kernel", "traffic"))
+    rows, kernels = ([line for line in lines if line["kind"] == kind] for kind in ("row", "kernel"))
     assert {(line["sizes"]["H"], line["dtype"]) for line in rows} == {(128, "float16")}
     assert {(line["constexprs"]["BLOCK_H"], line["dtype"]) for line in kernels} == {(128, "fp16")}
-    assert {line["sizes"]["H"] for line in traffic} == {128}
 
 
 def test_modules_are_imported_from_the_current_folder_first(folder: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from mixtral_triton.tools.bench.cases import TOKENS, cases
 from mixtral_triton.tools.bench.measure import Outcome, Row, untimed_row
-from mixtral_triton.tools.bench.report import figure_of, plot, series_of
+from mixtral_triton.tools.bench.report import figure_of, series_of
 from mixtral_triton.tools.gpus import GPUS
+from mixtral_triton.tools.terminal import save_plot
 
 pytest.importorskip("matplotlib")
 H100 = GPUS["h100"]
@@ -69,7 +70,7 @@ def test_a_series_varies_one_size_and_no_row_is_lost(name: str) -> None:
 def test_no_label_of_the_plot_overlaps_another(timed: bool, tmp_path: Path) -> None:
     rows = floors("expert_swiglu", "attention", "linear")
     figure = figure_of(list(map(with_times, rows)) if timed else rows, H100)
-    plot([], H100, tmp_path / "empty.pdf")
+    save_plot(figure_of([], H100), tmp_path / "empty.pdf")
     figure.savefig(tmp_path / "a.png")  # computes the layout
     panels = [axes for axes in figure.axes if axes.axison]
     texts = [label for axes in panels for label in (axes.title, axes.xaxis.label, *axes.get_legend().get_texts())]

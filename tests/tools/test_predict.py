@@ -18,7 +18,7 @@ from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench import decode_step
 from mixtral_triton.tools.bench.cases import Case, cases
-from mixtral_triton.tools.bench.measure import DeviceTimer, Outcome, Row, StepTimer, untimed_row
+from mixtral_triton.tools.bench.measure import DeviceTimer, Outcome, Row, step_timer, untimed_row
 from mixtral_triton.tools.bench.report import op_table
 from mixtral_triton.tools.gpus import GPU, GPUS, data_sheet
 from mixtral_triton.tools.predict import Prediction, bound, floor, measure_gpu, predict
@@ -267,4 +267,4 @@ def test_device_timers_time_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
     assert 0.01 <= timer(call) < 0.02
     assert len(calls) >= 5 + 3
-    assert 0.01 <= StepTimer(CPU, budget=0.05)(call) < 0.02
+    assert 0.01 <= step_timer(call, budget=0.05) < 0.02

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,13 +15,12 @@ from ...kernels.checks import dtype_name
 from ...kernels.op import Cost, Op, Shape, Sizes, switches
 from ...kernels.quantized import BITS
 from ...kernels.registry import OPS
+from ..fit import KNOWN
 from ..tolerance import Tolerance
 from . import decode_step
 
-MODELS: dict[str, dict[str, int]] = {
-    "8x7B": {"H": 4096, "I": 14336, "E": 8, "K": 2, "Hq": 32, "Hkv": 8, "D": 128},
-    "8x22B": {"H": 6144, "I": 16384, "E": 8, "K": 2, "Hq": 48, "Hkv": 8, "D": 128},
-}
+Check = Callable[[Callable[..., Any]], "str | None"]  # of a function: what is wrong with its results
+
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 QUICK = 6  # cases per operation with --quick
 BENCHED: dict[str, Op] = {**OPS, decode_step.STEP.name: decode_step.STEP}
@@ -66,7 +65,9 @@ class Case:
 
     def too_large_for_cpu(self) -> str | None:
         """Return why a check on a CPU would take too long, or None for a case that is small enough."""
-        flops, values = self.cost().flops, sum(map(_count_values, self.inputs(torch.device("meta")).values()))
+        flops, args = self.cost().flops, self.inputs(torch.device("meta")).values()
+        tensors = [x for arg in args for x in (arg.parameters() if isinstance(arg, torch.nn.Module) else [arg])]
+        values = sum(x.numel() for x in tensors if isinstance(x, torch.Tensor))
         if flops <= CPU_FLOPS and values <= CPU_VALUES:
             return None
         return f"too large for a CPU ({values / 1e6:,.0f} million values, {flops / 1e9:,.0f} GFLOP)"
@@ -79,12 +80,6 @@ class Case:
         elif args is not None and self.op is decode_step.STEP:
             routed["chosen"] = decode_step.expected_distinct_experts(args)
         return self.op.cost(Shape(self.sizes) | routed, self.dtype)
-
-
-def _count_values(argument: Any) -> int:
-    if isinstance(argument, torch.nn.Module):
-        return sum(parameter.numel() for parameter in argument.parameters())
-    return argument.numel() if isinstance(argument, torch.Tensor) else 0
 
 
 def cases(
@@ -115,16 +110,15 @@ def cases(
         if not names or quick or at:
             raise ValueError("--sizes goes with the operations it is for, and without --quick and --at")
         defaults = {**DEFAULTS, **({} if model is None else model_sizes(model))}
-        return [
-            _parse_case(BENCHED[name], text, _dtype(BENCHED[name], dtype), defaults) for name in names for text in sizes
-        ]
+        pairs = ((BENCHED[name], text) for name in names for text in sizes)
+        return [_parse_case(op, text, _dtype(op, dtype), defaults) for op, text in pairs]
     wanted = dict(_parse_size("--at", text) for text in at)
     found = [
         Case(op, shape, _dtype(op, dtype))
         for name, op in BENCHED.items()
         if name in names or not names
         for shape in _table_shapes(op, quick, model)
-        if wanted.items() <= Shape(shape).as_dict().items()
+        if wanted.items() <= shape.as_dict().items()
     ]
     if not found:
         raise ValueError(f"--at {' '.join(at)}: no case of the benchmark has these sizes")
@@ -136,44 +130,26 @@ def _dtype(op: Op, wanted: torch.dtype | None) -> torch.dtype:
     return next((dtype for dtype in (wanted, torch.bfloat16) if dtype in op.dtypes), op.dtypes[0])  # type: ignore[return-value]
 
 
-def spread(items: Sequence[Any], most: int) -> list[Any]:
-    """Return at most `most` of the items, evenly spread, with the first and the last."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(at * (len(items) - 1) / (most - 1))] for at in range(most)]
-
-
 def select_quick(found: Sequence[Case]) -> list[Case]:
-    """Return at most QUICK cases per operation, evenly spread by their bytes."""
-    by_name: dict[str, list[Case]] = {}
-    for case in sorted(found, key=lambda case: case.cost().bytes):
-        by_name.setdefault(case.op.name, []).append(case)
-    return [case for name in dict.fromkeys(case.op.name for case in found) for case in spread(by_name[name], QUICK)]
+    """Return at most QUICK cases per operation, evenly spread by their bytes, with the first and the last."""
+    selected = []
+    for op in dict.fromkeys(case.op.name for case in found):
+        ordered = sorted((case for case in found if case.op.name == op), key=lambda case: case.cost().bytes)
+        step = max(1.0, (len(ordered) - 1) / (QUICK - 1))
+        selected += [ordered[round(at * step)] for at in range(min(QUICK, len(ordered)))]
+    return selected
 
 
-def _table_shapes(op: Op, quick: bool, model: MixtralConfig | None) -> list[Sizes]:
+def _table_shapes(op: Op, quick: bool, model: MixtralConfig | None) -> list[Shape]:
     """Return the distinct sizes of Mixtral 8x7B and, unless `quick`, of 8x22B; or those of `model`."""
-    shapes: list[Sizes] = list(_mixtral_shapes(op, MODELS["8x7B"]))
-    if model is not None:
-        shapes = [one for sizes in shapes if (one := resize(sizes, model)) is not None]
-    elif not quick:
-        shapes += _mixtral_shapes(op, MODELS["8x22B"])
-    return list({tuple(Shape(sizes).as_dict().items()): sizes for sizes in shapes}.values())
-
-
-def _mixtral_shapes(op: Op, model: Mapping[str, int]) -> Iterator[Sizes]:
-    """Yield the bench shapes with the model's sizes; where only tokens vary, for each of TOKENS.
-
-    An operation that lists sizes of both models keeps them as they are listed.
-    """
-    first = MODELS["8x7B"]
-    listed = {name for sizes in op.bench_shapes for name in sizes if sizes[name] != first.get(name, sizes[name])}
+    shapes: list[Shape] = []
     for sizes in op.bench_shapes:
-        if model is first and any(sizes[name] != first[name] for name in listed):
-            continue
-        shape = Shape(sizes) if listed else Shape(sizes) | {name: model[name] for name in sizes if name in model}
-        sweep = TOKENS if "T" in shape and not {"S", "C"} & set(shape) else (shape.get("T"),)
-        yield from (shape if T is None else shape | {"T": T} for T in sweep)
+        if sizes.get("H") != KNOWN["mixtral-8x22b"].hidden_size:
+            swept = "T" in sizes and not {"S", "C"} & set(sizes)  # only tokens vary
+            shapes += [Shape(sizes) | {"T": T} for T in TOKENS] if swept else [Shape(sizes)]
+    other = model or (None if quick else KNOWN["mixtral-8x22b"])
+    resized = [] if other is None else [one for sizes in shapes if (one := resize(sizes, other)) is not None]
+    return list({str(sizes.as_dict()): sizes for sizes in ([] if model else shapes) + resized}.values())
 
 
 def model_sizes(model: MixtralConfig) -> dict[str, int]:
@@ -224,10 +200,9 @@ def _parse_case(op: Op, sizes: str | Sizes, dtype: torch.dtype, defaults: Sizes)
     case = Case(op, Shape({name: values[name] for name in known if name in {*wanted, *needed}}), dtype)
     if empty := [name for name in ("B", "T", "H", "I", "E", "V", "N") if case.sizes.get(name) == 0]:
         raise ValueError(f"--sizes has {empty[0]}=0, needs at least 1: there is nothing to time")
-    if case.sizes.get("K", 0) > case.sizes.get("E", case.sizes.get("K", 0)):
-        raise ValueError(
-            f"--sizes has K={case.sizes['K']}, needs at most E={case.sizes['E']}: a token's experts differ"
-        )
+    K, E = case.sizes.get("K", 0), case.sizes.get("E")
+    if E is not None and K > E:
+        raise ValueError(f"--sizes has K={K}, needs at most E={E}: a token's experts differ")
     op.check(**case.inputs(torch.device("meta")))
     return case
 
@@ -244,7 +219,7 @@ def _parse_size(option: str, text: str) -> tuple[str, Any]:
     if name in QUANTIZED:
         if not re.fullmatch(rf"({'|'.join(BITS)})(:\d+)?", size):
             raise ValueError(
-                f"{option} is {text!r}, needs one of {', '.join(BITS)}, optionally a group: {name}=int4:128"
+                f"{option} is {text!r}, needs one of {', '.join(BITS)}, and maybe a group: {name}=int4:128"
             )
         return name, size
     if not name or not size.isdecimal():
@@ -275,15 +250,9 @@ class Oracle:
         return None
 
 
-class StepOracle:
-    """The torch backend's logits of a decode step, which changes its cache."""
-
-    def __init__(self, args: dict[str, Any]) -> None:
-        self.fault = partial(decode_step.fault, args=args)
-
-
-def oracle_of(op: Op, args: dict[str, Any]) -> Oracle | StepOracle:
-    return StepOracle(args) if op is decode_step.STEP else Oracle(op, args)
+def check_of(op: Op, args: dict[str, Any]) -> Check:
+    """Return the check of a function's results for these arguments."""
+    return partial(decode_step.fault, args=args) if op is decode_step.STEP else Oracle(op, args).fault
 
 
 def _blocks(args: dict[str, Any]) -> list[tuple[dict[str, Any], slice | None]]:
@@ -292,12 +261,10 @@ def _blocks(args: dict[str, Any]) -> list[tuple[dict[str, Any], slice | None]]:
     whole = args["k"].shape[1] != T or not args.get("causal", True) or args.get("lengths") is not None
     if T <= UNBLOCKED_MOST or whole:
         return [({}, None)]
-    ranges = [(start, start + BLOCK) for start in (0, (T - BLOCK) // 2, T - BLOCK)]
+    blocks = [slice(start, start + BLOCK) for start in (0, (T - BLOCK) // 2, T - BLOCK)]
     # Queries align with the end of the keys: those of a block see no key beyond it.
-    return [
-        ({"q": args["q"][:, start:end], "k": args["k"][:, :end], "v": args["v"][:, :end]}, slice(start, end))
-        for start, end in ranges
-    ]
+    keys = [{name: args[name][:, : rows.stop] for name in "kv"} for rows in blocks]
+    return [({"q": args["q"][:, rows], **kv}, rows) for rows, kv in zip(blocks, keys, strict=True)]
 
 
 def _check_call(function: Callable[..., Any], tolerance: Tolerance, /, **args: Any) -> Any:
@@ -305,23 +272,20 @@ def _check_call(function: Callable[..., Any], tolerance: Tolerance, /, **args: A
 
     An argument that it writes into is restored.
     """
-    before = {
-        name: x.clone() for name, x in args.items() if isinstance(x, torch.Tensor) and name not in tolerance.mutates
-    }
+    tensors = {name: x for name, x in args.items() if isinstance(x, torch.Tensor) and name not in tolerance.mutates}
+    before = {name: x.clone() for name, x in tensors.items()}
     out = function(**args)
-    written = [name for name, x in before.items() if not _equal(x, args[name])]
-    for name in written:
-        args[name].copy_(before[name])
-    if written:
+    if written := [name for name, x in before.items() if not _equal(x, args[name])]:
+        for name in written:
+            args[name].copy_(before[name])
         raise WrongResult(f"it writes into {', '.join(written)}")
     results = () if out is None else tuple(out) if isinstance(out, (tuple, list)) else (out,)
     wanted = tolerance.exact[: len(tolerance.exact) - len(tolerance.mutates)]
     if foreign := [type(result).__name__ for result in results if not isinstance(result, torch.Tensor)]:
         raise WrongResult(f"a result is a {foreign[0]}, needs a tensor")
-    got, needed = ([list(x.shape) for x in tensors] for tensors in (results, wanted))
+    got, needed = (" and ".join(str(list(x.shape)) for x in tensors) or "none" for tensors in (results, wanted))
     if got != needed:
-        text, right = (" and ".join(map(str, shapes)) or "none" for shapes in (got, needed))
-        raise WrongResult(f"results of shape {text}, where {right} would be right")
+        raise WrongResult(f"results of shape {got}, where {needed} would be right")
     pairs = zip(results, wanted, strict=True)
     return tuple(result if want.dtype.is_floating_point else result.to(want.dtype) for result, want in pairs)
 

@@ -1,32 +1,20 @@
-"""The command `bench`: measured on the current GPU, or what is known without one; a decode step on a mesh.
-
-As a process of its own, since Triton either interprets or compiles, it counts the traffic of cases, as JSON lines:
-
-    TRITON_INTERPRET=1 python -m mixtral_triton.tools.bench.command sm_90 '[["route", {"T": 64, "E": 8, "K": 2}, "bfloat16"]]'
-"""  # noqa: E501
+"""The command `bench`: measured on the current GPU, or what is known without one; a decode step on a mesh."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from ...config import MixtralConfig
-from ...kernels.experts.tiles import DECODE_TOKENS
-from ...kernels.launch import INTERPRETED, launch_context
-from ...kernels.op import Op, Shape, Sizes
+from ...kernels.launch import INTERPRETED
 from ...kernels.registry import OPS
 from ...parallel import Ranks
 from ..compiled import as_json, resources_table
@@ -34,22 +22,19 @@ from ..gpus import GPU, RATED, data_sheet
 from ..offline import compile_ops
 from ..predict import family_note
 from ..processes import is_first
-from ..scaling import Step, step
-from ..terminal import Column, Table, check_plot, console
-from ..traffic import count_traffic
+from ..scaling import step
+from ..terminal import Column, Table, bar, check_plot, console, save_plot
 from . import decode_step
-from .cases import BENCHED, Case, cases, select_quick
-from .measure import DEFAULT_GPU, NO_GPU, Bench, DeviceLost, Row, StepTimer, checked_row
+from .cases import Case, cases
+from .measure import DEFAULT_GPU, NO_GPU, Bench, DeviceLost, Row, checked_row, step_timer
 from .peers import PEERS, import_peer
-from .report import PREDICTED, gpu_line, micro, op_table, plot, sizes_text, traffic_table
+from .report import PREDICTED, figure_of, gpu_line, number, op_table, sizes_text
 
-# The largest sizes at which traffic is counted.
-REDUCED = {"H": 512, "I": 512, "N": 1024, "T": 128, "B": 2, "S": 1024, "C": 1024, "Hkv": 2}
-MESH_ROUNDS, MESH_RUNS = 3, 20  # the same on every rank, since each step synchronizes them
+MESH_RUNS = 20  # the same on every rank, since each step synchronizes them
 NOT_ON_A_MESH = ("peer", "plot", "model", "quick", "first", "without")
 
 
-def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit status: 1 where an operation or a user's peer is wrong or fails.
 
     A case too large for the GPU and an installed peer's failure are not errors. A case that leaves the GPU in an error
@@ -57,7 +42,9 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
     """
     if args.first < 0:
         raise ValueError(f"--first is {args.first}, needs the number of a case")
-    selected = _select_cases(args)[args.first :]
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    model = MixtralConfig.from_pretrained(args.model) if args.model is not None else None
+    selected = cases(args.ops, args.quick, args.at, args.sizes, dtype, model)[args.first :]
     if args.peer and len(args.ops) != 1:
         raise ValueError("--peer goes with the one operation that it does: bench expert_swiglu --peer MODULE:FUNCTION")
     user_peers = [import_peer(text) for text in dict.fromkeys(args.peer)]
@@ -78,7 +65,7 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
 
     if measuring:
         bench = Bench.of(torch.device("cuda"))
-        gpu, sheet = bench.gpu, bench.sheet
+        gpu, sheet = bench.gpu, data_sheet(bench.gpu.name)
         source = bench.rows(selected, args.without, announce, user_peers)
     else:
         gpu, sheet = RATED[args.gpu or DEFAULT_GPU], None
@@ -93,35 +80,27 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
         versions = {"torch": torch.__version__, "arch": gpu.arch}
         print(json.dumps({"kind": "gpu", **_rates(gpu), **versions, "data_sheet": sheet and _rates(sheet)}), flush=True)
     try:
-        rows = list(_print_rows(source, len(selected), args.json, out, bar))
+        rows = list(_print_rows(source, len(selected), args.json, out))
     except DeviceLost as error:
         print(f"mixtral-triton bench: {error}", file=sys.stderr)
         return 1
     if args.json and measuring:
         print(json.dumps({"kind": "end"}), flush=True)
     if not measuring:
-        _print_compiled(args.json, selected, gpu, out, bar)
+        _print_compiled(args.json, selected, gpu, out)
     if args.plot is not None:
-        plot(rows, gpu, args.plot)
+        save_plot(figure_of(rows, gpu), args.plot)
         out.print(f"plot: {args.plot}")
     names = {peer.name for peer in user_peers}
     outcomes = [one for row in rows for one in (row.ours, *(row.peers[name] for name in names & row.peers.keys()))]
     return 1 if any(one.right is False for one in outcomes) else 0
 
 
-def _select_cases(args: argparse.Namespace) -> list[Case]:
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    model = MixtralConfig.from_pretrained(args.model) if args.model is not None else None
-    return cases(args.ops, args.quick, args.at, args.sizes, dtype, model)
-
-
 def _rates(gpu: GPU) -> dict[str, Any]:
     return {name: getattr(gpu, name) for name in ("name", "source", "bandwidth", "matmul")}
 
 
-def _print_rows(
-    source: Iterator[Row], total: int, as_lines: bool, out: Console, bar: Callable[..., Any]
-) -> Iterator[Row]:
+def _print_rows(source: Iterator[Row], total: int, as_lines: bool, out: Console) -> Iterator[Row]:
     """Print the rows as they come: a line of JSON each, or a table per operation."""
     with bar("benchmarking", total) as progress:
 
@@ -139,93 +118,21 @@ def _print_rows(
             yield from rows
 
 
-def _print_compiled(as_lines: bool, selected: Sequence[Case], gpu: GPU, out: Console, bar: Callable[..., Any]) -> None:
-    """Print the compiled resources of the kernels that these cases launch, and the traffic of a few cases."""
-    launching = [case for case in selected if case.op.name in OPS]
-    if not launching:
+def _print_compiled(as_lines: bool, selected: Sequence[Case], gpu: GPU, out: Console) -> None:
+    """Print the compiled resources of the kernels that these cases launch."""
+    if INTERPRETED:
+        out.print("No compiled resources: this process interprets its kernels (TRITON_INTERPRET is set).")
         return
-    with _traffic_process(launching, gpu.arch) as process:
-        kernels: list[dict[str, Any]] = []
-        if INTERPRETED:
-            out.print("No compiled resources: this process interprets its kernels (TRITON_INTERPRET is set).")
-        else:
-            with bar(f"compiling for {gpu.arch}", None) as progress:
-                compiled = compile_ops(_as_ops(launching), gpu.arch, progress=progress.update)
-                kernels = [{"kind": "kernel", **as_json(kernel)} for kernel in compiled]
-        printed, complaint = process.communicate()
-    traffic = [json.loads(line) for line in printed.splitlines()]
+    ops = []
+    for name in dict.fromkeys(case.op.name for case in selected if case.op.name in OPS):
+        sizes, dtypes = zip(*((case.sizes, case.dtype) for case in selected if case.op.name == name), strict=True)
+        ops.append(replace(OPS[name], bench_shapes=sizes, dtypes=tuple(dict.fromkeys(dtypes))))
+    with bar(f"compiling for {gpu.arch}", None) as progress:
+        kernels = [{"kind": "kernel", **as_json(each)} for each in compile_ops(ops, gpu.arch, progress=progress.update)]
     if as_lines:
-        for line in (*kernels, *traffic):
-            print(json.dumps(line), flush=True)
-    else:
-        if kernels:
-            out.print(resources_table(gpu.arch, kernels))
-        out.print(traffic_table(gpu.arch, traffic))
-    if process.returncode:
-        raise ValueError(f"the traffic could not be counted: {(complaint.strip().splitlines() or ['no reason'])[-1]}")
-
-
-def _as_ops(selected: Sequence[Case]) -> list[Op]:
-    """Return the operations of the cases, with these sizes and dtypes in place of the registry's."""
-    by_op: dict[str, list[Case]] = {}
-    for case in selected:
-        by_op.setdefault(case.op.name, []).append(case)
-    return [
-        replace(
-            group[0].op,
-            bench_shapes=tuple(case.sizes for case in group),
-            dtypes=tuple(dict.fromkeys(case.dtype for case in group)),
-        )
-        for group in by_op.values()
-    ]
-
-
-@contextmanager
-def _traffic_process(selected: Sequence[Case], arch: str) -> Iterator[subprocess.Popen[str]]:
-    """Count the traffic of a few of the cases in another process, while this one compiles."""
-    package = str(Path(__file__).parents[3])
-    environment = {"OPENBLAS_NUM_THREADS": "1", **os.environ, "TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    text = json.dumps([[case.op.name, case.as_dict(), case.dtype_name] for case in select_quick(selected)])
-    command, pipe = [sys.executable, "-m", __spec__.name, arch, text], subprocess.PIPE
-    with subprocess.Popen(command, env=environment, text=True, stdout=pipe, stderr=pipe) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def reduce_sizes(sizes: Sizes) -> Shape:
-    """Return small sizes with the same query heads per group, share of a window, and fill of the ring."""
-    small = Shape(sizes) | {name: min(size, REDUCED.get(name, size)) for name, size in sizes.items()}
-    if sizes["T"] > DECODE_TOKENS:  # only the deep tiles of the sort-free experts need more
-        small |= {name: min(small[name], 256) for name in ("H", "I") if name in small}
-    if "Hq" in sizes:
-        small["Hq"] = small["Hkv"] * sizes["Hq"] // sizes["Hkv"]
-    if sizes.get("S") == sizes["T"]:
-        small["S"] = small["T"] = min(sizes["T"], 512)
-    keys = "C" if "C" in sizes else "S"
-    if sizes.get("window"):
-        small["window"] = max(1, sizes["window"] * small[keys] // sizes[keys])
-    if "C" in sizes and "past" in sizes:
-        small["past"] = small["C"] - 1
-    return small
-
-
-def count_cases(selected: Sequence[Case]) -> Iterator[dict[str, Any]]:
-    """Yield bytes and FLOP of interpreted calls relative to the compulsory ones; `issued` None: nothing uses tl.dot."""
-    small = [Case(case.op, reduce_sizes(case.sizes), case.dtype) for case in selected]
-    for case in {(case.op.name, *case.as_dict().items()): case for case in small}.values():
-        args = case.inputs(torch.device("cpu"))
-        with count_traffic() as traffic:
-            case.op.run(**args)
-        if not traffic.kernels:  # a library does the work
-            continue
-        cost = case.cost(args)
-        touched = sum(argument.distinct for kernel in traffic.kernels for argument in kernel.arguments.values())
-        ratios = {"touched": touched / cost.bytes, "moved": traffic.moved() / cost.bytes}
-        issued = traffic.flops / cost.flops if traffic.flops else None
-        yield {"kind": "traffic", "op": case.op.name, "sizes": case.as_dict(), **ratios, "issued": issued}
+        print(*map(json.dumps, kernels), sep="\n", end="\n" * bool(kernels), flush=True)
+    elif kernels:
+        out.print(resources_table(gpu.arch, kernels))
 
 
 def run_on_mesh(args: argparse.Namespace, mesh: Any) -> int:
@@ -241,60 +148,45 @@ def run_on_mesh(args: argparse.Namespace, mesh: Any) -> int:
     gpu: GPU | None = RATED[args.gpu or DEFAULT_GPU]
     if measuring:
         gpu = data_sheet(torch.cuda.get_device_properties(torch.cuda.current_device()).name)
-    rows: list[tuple[Case, Step | None, float | None]] = []
+    lines: list[dict[str, Any]] = []
     for case in cases(["decode_step"], at=args.at, sizes=args.sizes, dtype=getattr(torch, args.dtype or "", None)):
         config = replace(decode_step.config(case.sizes), dtype=case.dtype_name)
         with ranks.raise_on_any_rank():
             ranks.shard.check(config)
-        expected = None
+        line: dict[str, Any] = {"kind": "row", "op": "decode_step", "sizes": case.as_dict()}
+        line |= {"time_us": measure_on_mesh(case, ranks) * 1e6 if measuring else None, "predicted": None}
         if gpu is not None and gpu.chip is not None:
             expected = step(config, {}, ranks.shard, gpu, case.sizes["B"], 1, case.sizes["S"])
-        rows.append((case, expected, measure_on_mesh(case, ranks) if measuring else None))
+            line["predicted"] = {"time_us": expected.seconds * 1e6, "sending_us": expected.sending * 1e6}
+        lines.append(line)
     if is_first():
-        _print_mesh(args.json, rows, ranks, gpu.name if gpu and gpu.chip else "a GPU without known links")
+        _print_mesh(args.json, lines, ranks, gpu.name if gpu and gpu.chip else "a GPU without known links")
     return 0
 
 
 def measure_on_mesh(case: Case, ranks: Ranks) -> float:
-    """Return the mean seconds of a step in a row of steps: the median of MESH_ROUNDS, on the slowest rank."""
+    """Return the mean seconds of a step in a row of MESH_RUNS steps, on the slowest rank."""
     device = torch.device("cuda", torch.cuda.current_device())
     generator = torch.Generator(device).manual_seed(0)  # the same gate on all ranks
     with torch.no_grad(), device:
         args = decode_step.inputs(case.sizes, case.dtype, device, generator, ranks)
-        once, timer = decode_step.replayed_step(args), StepTimer(device)
-        timer.mean_of(once, MESH_ROUNDS)
-        seconds = statistics.median(timer.mean_of(once, MESH_RUNS) for _ in range(MESH_ROUNDS))
+        seconds = step_timer(decode_step.replayed_step(args), MESH_RUNS)
     return max(ranks.all_gather_object(seconds))
 
 
-def _print_mesh(as_json: bool, rows: Sequence[tuple[Case, Step | None, float | None]], ranks: Ranks, gpu: str) -> None:
+def _print_mesh(as_json: bool, lines: Sequence[dict[str, Any]], ranks: Ranks, gpu: str) -> None:
     shard, out = ranks.shard, console()
+    if as_json:
+        lines = [{"kind": "mesh", "tp": shard.tp, "ep": shard.ep, "gpu": gpu}, *lines]
+        print(*map(json.dumps, lines), sep="\n")
+        return
     columns = [Column("sizes", number=False), Column("predicted, us"), Column("sent"), Column("us"), Column("tokens/s")]
     table = Table(f"decode_step, tp {shard.tp} x ep {shard.ep}, on {gpu}", columns, PREDICTED)
-    lines: list[dict[str, Any]] = [{"kind": "mesh", "tp": shard.tp, "ep": shard.ep, "gpu": gpu}]
-    for case, expected, seconds in rows:
-        predicted = expected and {"time_us": expected.seconds * 1e6, "sending_us": expected.sending * 1e6}
-        line = {"kind": "row", "op": "decode_step", "sizes": case.as_dict()}
-        lines.append({**line, "time_us": seconds and seconds * 1e6, "predicted": predicted})
-        cells = (
-            ["-", "-"]
-            if expected is None
-            else [micro(expected.seconds), f"{100 * expected.sending / expected.seconds:.0f} %"]
-        )
-        rate = "-" if seconds is None else f"{case.sizes['B'] / seconds:,.0f}"
-        table.add(sizes_text(case.as_dict()), *cells, micro(seconds), rate)
-    if as_json:
-        for line in lines:
-            print(json.dumps(line))
-        return
-    if all(seconds is None for _, _, seconds in rows):
+    for line in lines:
+        predicted, time = line["predicted"], line["time_us"]
+        sent = f"{100 * predicted['sending_us'] / predicted['time_us']:.0f} %" if predicted else "-"
+        rate = f"{1e6 * line['sizes']['B'] / time:,.0f}" if time else "-"
+        table.add(sizes_text(line["sizes"]), number(predicted and predicted["time_us"]), sent, number(time), rate)
+    if all(line["time_us"] is None for line in lines):
         out.print("No time was measured: needs a GPU a process, and no --gpu.")
     out.print(table)
-
-
-if __name__ == "__main__":
-    with launch_context(arch=sys.argv[1]):
-        for line in count_cases(
-            [Case(BENCHED[name], sizes, getattr(torch, dtype)) for name, sizes, dtype in json.loads(sys.argv[2])]
-        ):
-            print(json.dumps(line), flush=True)

@@ -21,7 +21,7 @@ from ...ops import dispatched
 from ..gpus import GPU, RATED, data_sheet
 from ..predict import Prediction, bound, floor, measure_gpu, predict
 from . import decode_step
-from .cases import Case, Oracle, StepOracle, cases, oracle_of
+from .cases import Case, Check, cases, check_of
 from .peers import Function, Peer, Unsupported, peers_of, user_peer
 
 Call = Callable[[], Any]
@@ -35,10 +35,6 @@ SWEEP_BYTES = 256 << 20  # read at least, and four times the size of L2, to evic
 
 class DeviceLost(RuntimeError):
     """Every further call on the device fails with the error of an earlier one."""
-
-
-class Untimed(Exception):
-    """No time is taken; the message says why."""
 
 
 def _runs(estimate: float, budget: float) -> int:
@@ -55,12 +51,6 @@ def wall_seconds(
     call()
     synchronize()
     return clock() - start
-
-
-def host_timer(call: Call, budget: float = 0.2) -> float:
-    """Return the median wall-clock seconds of `call` on the CPU, spending about `budget` seconds."""
-    call()
-    return statistics.median(wall_seconds(call) for _ in range(_runs(wall_seconds(call), budget)))
 
 
 def paired(ours: Call, theirs: Call, clock: Callable[[Call], float], rounds: Iterable[Any]) -> tuple[float, ...]:
@@ -103,19 +93,15 @@ class DeviceTimer:
         return statistics.median(self._elapsed(call, sweeps) for _ in range(runs))
 
 
-class StepTimer:
-    """Mean seconds of a call in a row of calls, host time included, as a decode loop runs it."""
+def step_timer(call: Call, runs: int | None = None, budget: float = 0.5) -> float:
+    """Return the mean seconds of a call in a row of `runs`, host time included, as a decode loop runs it."""
 
-    def __init__(self, device: torch.device, budget: float = 0.5) -> None:
-        self.device, self.budget = device, budget
+    def mean_of(runs: int) -> float:
+        return wall_seconds(lambda: [call() for _ in range(runs)], torch.device("cuda")) / runs
 
-    def mean_of(self, call: Call, runs: int) -> float:
-        return wall_seconds(lambda: [call() for _ in range(runs)], torch.device("cuda", self.device.index)) / runs
-
-    def __call__(self, call: Call) -> float:
-        self.mean_of(call, 3)
-        runs = _runs(self.mean_of(call, 3), self.budget / 3)
-        return statistics.median(self.mean_of(call, runs) for _ in range(3))
+    mean_of(3)
+    runs = runs or _runs(mean_of(3), budget / 3)
+    return statistics.median(mean_of(runs) for _ in range(3))
 
 
 @dataclass(frozen=True)
@@ -197,21 +183,25 @@ def untimed_row(case: Case, gpu: GPU, args: dict[str, Any] | None = None) -> Row
     return Row(case, cost.flops, cost.bytes, floor(cost, gpu), bound(cost, gpu), names, predicted=prediction)
 
 
-def attempt(build: Callable[[], Function], args: dict[str, Any], oracle: Oracle | StepOracle, timer: Timer) -> Outcome:
-    """Build a function, check it once on the actual inputs, then time it. Any failure becomes the outcome's note."""
+def attempt(build: Callable[[], Function], args: dict[str, Any], check: Check, timer: Timer | str) -> Outcome:
+    """Build a function, check it once on the actual inputs, then time it. Any failure becomes the outcome's note.
+
+    `timer`: a reason in its place, and no time is taken.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of compilers and other libraries
             function = build()
-            wrong = oracle.fault(function)
-            return Outcome(note=wrong, right=False) if wrong else Outcome(timer(partial(function, **args)), right=True)
+            if wrong := check(function):
+                return Outcome(note=wrong, right=False)
+            if isinstance(timer, str):
+                return Outcome(note=f"right, not timed: {timer}", right=True)
+            return Outcome(timer(partial(function, **args)), right=True)
     except Exception as error:  # another library may raise anything
         return _failure(error)
 
 
 def _failure(error: Exception) -> Outcome:
-    if isinstance(error, Untimed):
-        return Outcome(note=f"right, not timed: {error}", right=True)
     if isinstance(error, Unsupported):
         return Outcome(note=str(error))
     if isinstance(error, torch.OutOfMemoryError):
@@ -224,36 +214,33 @@ def _summary(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:160]}"
 
 
+@torch.no_grad()
 def timed_row(case: Case, gpu: GPU, device: torch.device, timer: Timer, peers: Sequence[Peer]) -> Row:
     """Return the row with the times of `case` and of its peers on `device`."""
-    with torch.no_grad():
-        args = case.inputs(device)
-        row, oracle = untimed_row(case, gpu, args), oracle_of(case.op, args)
-        ours = attempt(lambda: our_call(case, args), args, oracle, timer)
-        return replace(row, ours=ours, peers=_attempt_peers(case, args, oracle, timer, peers))
+    args = case.inputs(device)
+    row, check = untimed_row(case, gpu, args), check_of(case.op, args)
+    ours = attempt(lambda: our_call(case, args), args, check, timer)
+    return replace(row, ours=ours, peers=_attempt_peers(case, args, check, timer, peers))
 
 
-def _attempt_peers(case: Case, args: Any, oracle: Oracle | StepOracle, timer: Timer, peers: Sequence[Peer]) -> Any:
+def _attempt_peers(case: Case, args: Any, check: Check, timer: Timer | str, peers: Sequence[Peer]) -> Any:
     found: dict[str, Outcome] = {}
     for peer in peers:
-        found[peer.name] = attempt(partial(peer.build, case.op, args), args, oracle, timer)
+        found[peer.name] = attempt(partial(peer.build, case.op, args), args, check, timer)
         _free_memory()
     return found
 
 
-def checked_row(case: Case, gpu: GPU, peers: Sequence[Peer], untimed: str) -> Row:
-    """Return the row without times, with the user's `peers` checked on the CPU. `untimed`: why no time is taken."""
+@torch.no_grad()
+def checked_row(case: Case, gpu: GPU, peers: Sequence[Peer], reason: str) -> Row:
+    """Return the row without times, for a `reason`, with the user's `peers` checked on the CPU."""
     row = untimed_row(case, gpu)
-    if peers and (large := case.too_large_for_cpu()):
+    if not peers:
+        return row
+    if large := case.too_large_for_cpu():
         return replace(row, peers={peer.name: Outcome(note=f"{NOT_CHECKED}: {large}") for peer in peers})
-
-    def timer(call: Call) -> float:
-        raise Untimed(untimed)
-
-    with torch.no_grad():
-        args = case.inputs(torch.device("cpu")) if peers else {}
-        found = _attempt_peers(case, args, oracle_of(case.op, args), timer, peers) if peers else {}
-    return replace(row, peers=found)
+    args = case.inputs(torch.device("cpu"))
+    return replace(row, peers=_attempt_peers(case, args, check_of(case.op, args), reason, peers))
 
 
 def compare(
@@ -285,23 +272,17 @@ def _free_memory() -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """The current device: its timers, its measured rates, and its data sheet."""
+    """A device, its measured rates, and the timer of its operations."""
 
     device: torch.device
     gpu: GPU
-    sheet: GPU | None
     timer: Timer
-    step_timer: Timer
 
     @classmethod
-    def of(cls, device: torch.device, **small: int) -> Bench:
-        """Measure the rates of `device`. `small`: sizes for `measure_gpu` in place of its own."""
-        if device.type != "cuda":
-            gpu = measure_gpu("CPU", target_arch(), device, host_timer, **small)
-            return cls(device, gpu, None, host_timer, host_timer)
-        name, timer = torch.cuda.get_device_name(device), DeviceTimer(device)
-        gpu = measure_gpu(name, target_arch(device), device, timer, **small)
-        return cls(device, gpu, data_sheet(name), timer, StepTimer(device))
+    def of(cls, device: torch.device) -> Bench:
+        timer = DeviceTimer(device)
+        gpu = measure_gpu(torch.cuda.get_device_name(device), target_arch(device), device, timer)
+        return cls(device, gpu, timer)
 
     def rows(
         self,
@@ -317,7 +298,7 @@ class Bench:
         for number, case in enumerate(cases):
             on_start(number)
             peers = [*(peer for peer in peers_of(case.op.name) if peer.name not in without), *extra_peers]
-            timer = self.step_timer if case.op is decode_step.STEP else self.timer
+            timer = step_timer if case.op is decode_step.STEP else self.timer
             try:
                 yield timed_row(case, self.gpu, self.device, timer, peers)
             except Exception as error:  # before anything was timed: the next case may work

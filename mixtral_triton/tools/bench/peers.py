@@ -9,26 +9,24 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import pkgutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels import linear
-from ...kernels.launch import INTERPRETED, override_configs, target_arch
+from ...kernels import reference
 from ...kernels.op import Op
 from ...kernels.quantized import QuantizedWeight
 from . import decode_step
 
 Args = dict[str, Any]
 Function = Callable[..., Any]
-NEEDS = "needs MODULE:FUNCTION, as in my_module:my_function"
 
 
 class Unsupported(Exception):
@@ -60,16 +58,16 @@ def _require_dense(args: Args) -> None:
         raise Unsupported("its weights are dense")
 
 
-def _liger(name: str) -> Callable[[Op, Args], Function]:
-    def build(op: Op, args: Args) -> Function:
-        from liger_kernel.transformers import functional
+def _positional(function: Function, *names: str) -> Function:
+    return lambda **kwargs: function(*(kwargs[name] for name in names))
 
-        function = getattr(functional, name)
-        if "residual" in args:
-            return lambda x, residual, weight, eps: function(x, residual, weight, eps)
-        return lambda x, weight, eps: function(x, weight, eps)
 
-    return build
+def _liger_norm(op: Op, args: Args) -> Function:
+    from liger_kernel.transformers import functional
+
+    if "residual" in args:
+        return _positional(functional.liger_fused_add_rms_norm, "x", "residual", "weight", "eps")
+    return _positional(functional.liger_rms_norm, "x", "weight", "eps")
 
 
 def _liger_rope(op: Op, args: Args) -> Function:
@@ -101,16 +99,14 @@ def _liger_experts(op: Op, args: Args) -> Function:
     _require_dense(args)
     from liger_kernel.ops import LigerFusedMoEFunction
 
-    names = ("x", "gate_up_proj", "down_proj", "ids", "weights")
-    return lambda **kwargs: LigerFusedMoEFunction.apply(*(kwargs[name] for name in names))
+    return _positional(LigerFusedMoEFunction.apply, "x", "gate_up_proj", "down_proj", "ids", "weights")
 
 
 def _vllm_experts(op: Op, args: Args) -> Function:
     _require_dense(args)
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
-    names = ("x", "gate_up_proj", "down_proj", "weights", "ids")
-    return lambda **kwargs: fused_experts(*(kwargs[name] for name in names))
+    return _positional(fused_experts, "x", "gate_up_proj", "down_proj", "weights", "ids")
 
 
 def _window(args: Args) -> int:
@@ -122,26 +118,19 @@ def _require_unpadded(args: Args) -> None:
         raise Unsupported("ragged keys")
 
 
-def visible(args: Args) -> Callable[[Any, Any], Any]:
-    """Return the mask of `attention` as a function of query and key indices; queries align with the end of the keys."""
-    window, shift = _window(args), args["k"].shape[1] - args["q"].shape[1]
-
-    def is_visible(t: Any, j: Any) -> Any:
-        i = t + shift
-        if args.get("causal", True):
-            return (j <= i) & (j > i - window) if window else j <= i
-        return (i - j).abs() <= window // 2 if window else i == i
-
-    return is_visible
+def _visible(args: Args, t: Any, j: Any) -> Any:
+    """Return the mask of `attention` for query and key indices; queries align with the end of the keys."""
+    shift = args["k"].shape[1] - args["q"].shape[1]
+    return reference._visible(t + shift, j, args.get("window"), args.get("causal", True))
 
 
 def _sdpa(op: Op, args: Args) -> Function:
     _require_unpadded(args)
     T, S, causal = args["q"].shape[1], args["k"].shape[1], args.get("causal", True)
-    mask, unwindowed = None, causal and not 0 < _window(args) < S
-    if not (unwindowed and T in (1, S)):
-        at = {"device": args["q"].device}
-        mask = visible(args)(torch.arange(T, **at)[:, None], torch.arange(S, **at))
+    mask = None
+    if not (causal and T in (1, S) and not 0 < _window(args) < S):
+        t, j = (torch.arange(n, device=args["q"].device) for n in (T, S))
+        mask = _visible(args, t[:, None], j)
 
     def run(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -156,8 +145,8 @@ def _flex(op: Op, args: Args) -> Function:
 
     _require_unpadded(args)
     torch.compiler.reset()
-    mask, T, S = visible(args), args["q"].shape[1], args["k"].shape[1]
-    block = create_block_mask(lambda b, h, t, j: mask(t, j), None, None, T, S, args["q"].device)
+    T, S = args["q"].shape[1], args["k"].shape[1]
+    block = create_block_mask(lambda b, h, t, j: _visible(args, t, j), None, None, T, S, args["q"].device)
     flex: Any = torch.compile(flex_attention, dynamic=False)
 
     def run(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
@@ -209,35 +198,14 @@ def _flash_cached(op: Op, args: Args) -> Function:
     return run
 
 
-def _skinny_linear(op: Op, args: Args) -> Function:
-    """Our kernel for few rows, for sizes at which the operation calls a library."""
-    x, weight = args["x"], args["weight"]
-    if x.device.type == "cpu" and not INTERPRETED:
-        raise Unsupported("no kernel runs on a CPU that does not interpret")
-    sizes, arch = {"T": x.shape[0], "H": x.shape[1], "N": len(weight)}, target_arch(x.device)
-    quantized = isinstance(weight, QuantizedWeight)
-    if args["deterministic"] or quantized or linear.use_skinny_kernel(sizes, x.dtype, arch):
-        raise Unsupported("the operation already selects it")
-    if sizes["T"] > linear.SKINNY_M_MAX:
-        raise Unsupported("too many rows")
-    configs = {"linear_decode_kernel": op.configs(sizes, x.dtype, arch)["linear_decode_kernel"]}
-
-    def run(**kwargs: Any) -> Tensor:
-        with override_configs(configs):
-            return op.run(**kwargs)
-
-    return run
-
-
 PEERS = (
     Peer("torch", None, "", lambda op, args: op.call_reference),
     Peer("torch.compile", None, "", _compile),
-    Peer("linear_decode_kernel", "linear", "", _skinny_linear),
     Peer(
         "F.rms_norm", "rms_norm", "", lambda op, args: lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
     ),
-    Peer("Liger", "rms_norm", "liger_kernel", _liger("liger_rms_norm")),
-    Peer("Liger", "add_rms_norm", "liger_kernel", _liger("liger_fused_add_rms_norm")),
+    Peer("Liger", "rms_norm", "liger_kernel", _liger_norm),
+    Peer("Liger", "add_rms_norm", "liger_kernel", _liger_norm),
     Peer("Liger", "rope", "liger_kernel", _liger_rope),
     Peer("HF grouped_mm", "expert_swiglu", "transformers", _grouped_mm),
     Peer("Liger", "expert_swiglu", "liger_kernel", _liger_experts),
@@ -283,34 +251,13 @@ def _call_by_position(function: Function, op: Op, args: Args) -> Function:
 
 
 def import_peer(text: str) -> Peer:
-    """Return the peer that `--peer` names, from a module that is installed or in the current folder.
+    """Return the peer that `--peer` names, from a module in the current folder, as `python -m` finds it, or installed.
 
     ValueError for a module that does not exist or import, a name that it lacks, or something that is no function.
     """
-    module, _, name = text.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
-        raise ValueError(f"--peer is {text!r}, {NEEDS}")
+    sys.path.insert(0, os.getcwd())
     try:
-        function = attrgetter(name)(_import_module(module))
-    except AttributeError as error:
-        raise ValueError(f"--peer is {text!r}: {error}; {NEEDS}") from error
-    if not callable(function):
-        raise ValueError(f"--peer is {text!r}, which is a {type(function).__name__}, needs a function")
-    return user_peer(text, function)
-
-
-def _import_module(name: str) -> Any:
-    """Import from the current folder first, as `python -m` does; later imports of the module find it there, too."""
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
-    try:
-        return importlib.import_module(name)
+        return user_peer(text, pkgutil.resolve_name(text if ":" in text else f"{text}:"))
     except Exception as error:  # the module's own code may raise anything
         cause = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"--peer needs a module {name!r} that imports, in this folder or installed: {cause}"
-        ) from error
-    finally:
-        sys.path.remove(folder)
-        if folder not in sys.path:
-            sys.path.append(folder)
+        raise ValueError(f"--peer is {text!r}, needs MODULE:FUNCTION, in this folder or installed: {cause}") from error

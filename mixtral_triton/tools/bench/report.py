@@ -5,14 +5,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group
 from rich.text import Text
 
 from ..gpus import GPU
-from ..terminal import Column, Table, save_plot
+from ..terminal import Column, Table
 from .measure import Outcome, Row
 
 PREDICTED = (
@@ -25,11 +24,11 @@ PANELS_ACROSS = 3
 
 
 def gpu_line(gpu: GPU, sheet: GPU | None = None) -> str:
-    line = f"{gpu.name} ({gpu.arch}), {gpu.source}: {gpu.bandwidth / 1e12:.2f} TB/s"
-    line += f", {gpu.matmul / 1e12:.0f} TFLOP/s of bf16 matrix products"
-    if sheet is not None:
-        line += f"; data sheet: {sheet.bandwidth / 1e12:.2f} TB/s, {sheet.matmul / 1e12:.0f} TFLOP/s"
-    return line
+    line = f"{gpu.name} ({gpu.arch}), {gpu.source}: {gpu.bandwidth / 1e12:.2f} TB/s, {gpu.matmul / 1e12:.0f} TFLOP/s"
+    line += " of bf16 matrix products"
+    if sheet is None:
+        return line
+    return f"{line}; data sheet: {sheet.bandwidth / 1e12:.2f} TB/s, {sheet.matmul / 1e12:.0f} TFLOP/s"
 
 
 def sizes_text(sizes: Mapping[str, Any]) -> str:
@@ -57,25 +56,26 @@ def common_sizes(rows: Sequence[Row]) -> dict[str, Any]:
     return {name: size for name, size in first.items() if rest and all(one.get(name) == size for one in rest)}
 
 
-def _launches(row: Row) -> str:
-    """Format the number of device kernels of a call, and how many of them are torch's."""
-    by_torch = sum(not name.endswith("_kernel") for name in row.launches)
-    return f"{len(row.launches)}" + (f" ({by_torch} torch)" if by_torch else "")
-
-
-def _cells(row: Row, peers: Sequence[str], timed: bool, predicted: bool) -> list[str]:
-    cells = []
+def _cells(row: Row, peers: Sequence[str], timed: bool, predicted: bool) -> dict[str, str]:
+    """Return the cells of a row by their headings."""
+    cells = {}
     if timed:
-        cells += [row.ours.verdict if row.ours.seconds is None else micro(row.ours.seconds), _percent(row.share)]
+        cells["time, us"] = row.ours.verdict if row.ours.seconds is None else micro(row.ours.seconds)
+        cells["of floor"] = _percent(row.share)
     if predicted:
         one = row.predicted
-        time, share, limit = ("-", "-", "-") if one is None else (micro(one.seconds), _percent(one.share), one.limit)
-        cells += [time, limit] if timed else [time, share, limit]
-    cells += [micro(row.floor_s), row.bound]
+        cells["predicted, us"] = micro(one.seconds if one else None)
+        if not timed:
+            cells["of floor"] = _percent(one.share if one else None)
+        cells["limit"] = one.limit if one else "-"
+    cells |= {"floor, us": micro(row.floor_s), "bound": row.bound}
     for name in peers:
         ratio = row.ratio(name) if name in row.peers else None
-        cells.append(row.peers.get(name, Outcome()).verdict if ratio is None else f"{ratio:.2f}")
-    return [*cells, number(row.bytes / 1e6), number(row.flops / 1e9), _launches(row)]
+        text = row.peers.get(name, Outcome()).verdict if ratio is None else f"{ratio:.2f}"
+        cells[f"{name} / ours" if timed else name] = text
+    by_torch = sum(not name.endswith("_kernel") for name in row.launches)
+    launches = f"{len(row.launches)}" + (f" ({by_torch} torch)" if by_torch else "")
+    return {**cells, "MB": number(row.bytes / 1e6), "GFLOP": number(row.flops / 1e9), "launches": launches}
 
 
 def op_table(rows: Sequence[Row]) -> Group:
@@ -83,21 +83,17 @@ def op_table(rows: Sequence[Row]) -> Group:
     timed = any(row.ours.seconds is not None or row.ours.note for row in rows)
     predicted = any(row.predicted is not None for row in rows)
     peers = list(dict.fromkeys(name for row in rows for name in row.peers))
-    columns = [Column("sizes", number=False), *([Column("time, us"), Column("of floor")] if timed else [])]
-    if predicted:
-        columns += [Column("predicted, us"), *([] if timed else [Column("of floor")])]
-        columns += [Column("limit", number=False)]
-    columns += [Column("floor, us"), Column("bound", number=False)]
-    columns += [Column(f"{name} / ours" if timed else name) for name in peers]
-    columns += [Column(name) for name in ("MB", "GFLOP", "launches")]
     case, common = rows[0].case, common_sizes(rows)
     title = ", ".join(filter(None, (case.op.name, case.dtype_name, sizes_text(common))))
+    headings = ("sizes", *_cells(rows[0], peers, timed, predicted))
+    columns = [Column(heading, number=heading not in ("sizes", "limit", "bound")) for heading in headings]
     table = Table(title, columns, PREDICTED if predicted else "")
     notes: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         sizes = row.case.as_dict()
         shape = sizes_text({name: size for name, size in sizes.items() if name not in common} or sizes)
-        table.add(shape, *_cells(row, peers, timed, predicted), style="bold red" if row.ours.right is False else "")
+        style = "bold red" if row.ours.right is False else ""
+        table.add(shape, *_cells(row, peers, timed, predicted).values(), style=style)
         for name, outcome in (("ours", row.ours), *row.peers.items()):
             if outcome.note:
                 notes.setdefault((name, outcome.note), []).append(shape)
@@ -107,21 +103,6 @@ def op_table(rows: Sequence[Row]) -> Group:
 def _note(name: str, note: str, shapes: Sequence[str], rows: int) -> Text:
     where = f", {'; '.join(shapes)}" if len(shapes) < rows or rows == 1 else ""
     return Text(f"{name}{where}: {note}", style="red" if name == "ours" else "yellow")
-
-
-def traffic_table(arch: str, lines: Sequence[dict[str, Any]]) -> Table:
-    """Return the table of the lines that `command.count_cases` yields."""
-    ratios = {"touched": "bytes touched", "moved": "bytes moved", "issued": "FLOP issued"}
-    table = Table(
-        f"Counted in the interpreter, at reduced sizes with the tiles of {arch}; 1 is what is compulsory",
-        [Column("operation", number=False), Column("sizes", number=False), *map(Column, ratios.values())],
-        "moved: all loads and stores, as if there were no cache; "
-        "FLOP issued: a tensor core's tile has 16 rows, however few the tokens",
-    )
-    for line in lines:
-        cells = ("-" if line[name] is None else f"{line[name]:.2f}" for name in ratios)
-        table.add(line["op"], sizes_text(line["sizes"]), *cells)
-    return table
 
 
 def series_of(rows: Sequence[Row]) -> tuple[str, list[list[Row]]]:
@@ -143,8 +124,8 @@ def _fixed_sizes(row: Row, axis: str, common: Sequence[str] = ()) -> str:
     return sizes_text({name: size for name, size in sizes.items() if name not in {*varied, *common}})
 
 
-def _is_timed(rows: Sequence[Row]) -> bool:
-    return any(row.ours.seconds or any(one.seconds for one in row.peers.values()) for row in rows)
+def _outcome(row: Row, name: str) -> Outcome:
+    return {"floor": Outcome(row.floor_s), "ours": row.ours, **row.peers}.get(name, Outcome())
 
 
 def _draw_panel(axes: Any, axis: str, found: Sequence[Sequence[Row]]) -> None:
@@ -153,18 +134,13 @@ def _draw_panel(axes: Any, axis: str, found: Sequence[Sequence[Row]]) -> None:
     common = common_sizes(rows)
     for index, series in enumerate(found):
         label = _fixed_sizes(series[0], axis, list(common)) if len(found) > 1 else ""
-        times: dict[str, list[float | None]] = {
-            "floor": [row.floor_s for row in series],
-            "ours": [row.ours.seconds for row in series],
-        }
-        for name in dict.fromkeys(name for row in series for name in row.peers):
-            times[name] = [row.peers.get(name, Outcome()).seconds for row in series]
-        for at, (name, seconds) in enumerate(times.items()):
-            points = [(row.case.sizes[axis], one * 1e6) for row, one in zip(series, seconds, strict=True) if one]
+        peers = dict.fromkeys(name for row in series for name in row.peers)
+        for at, name in enumerate(("floor", "ours", *peers)):
+            seconds = {row.case.sizes[axis]: _outcome(row, name).seconds for row in series}
+            points = {size: 1e6 * time for size, time in seconds.items() if time}
             if points:
-                x, y = ([point[place] for point in points] for place in (0, 1))
-                text = f"{name}, {label}".rstrip(", ")
-                axes.plot(x, y, MARKERS[at % len(MARKERS)] + "-", label=text, color=f"C{(index + at) % 10}", ms=4, lw=1)
+                style = {"marker": MARKERS[at % len(MARKERS)], "color": f"C{(index + at) % 10}", "ms": 4, "lw": 1}
+                axes.plot(list(points), list(points.values()), label=f"{name}, {label}".rstrip(", "), **style)
     axes.set(xscale="log", yscale="log")
     axes.set_xlabel(f"{axis}, {AXES.get(axis, 'size')}", fontsize=7)
     axes.set_ylabel("time, us", fontsize=7)
@@ -179,10 +155,11 @@ def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
     """Return a figure with a panel per operation or, where timed, per series."""
     from matplotlib.figure import Figure
 
+    timed = any(one.seconds for row in rows for one in (row.ours, *row.peers.values()))
     panels: list[tuple[str, list[list[Row]]]] = []
     for name in dict.fromkeys(row.case.op.name for row in rows):
         axis, found = series_of([row for row in rows if row.case.op.name == name])
-        panels += [(axis, [series]) for series in found] if _is_timed(rows) else [(axis, found)]
+        panels += [(axis, [series]) for series in found] if timed else [(axis, found)]
     across = max(1, min(PANELS_ACROSS, len(panels)))
     down = -(-max(1, len(panels)) // across)
     figure = Figure(figsize=(4.8 * across, 4.0 * down), layout="constrained")
@@ -191,10 +168,6 @@ def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
             axes.set_axis_off()
         else:
             _draw_panel(axes, *panel)
-    note = "" if _is_timed(rows) else "; no time was measured, these are floors"
+    note = "" if timed else "; no time was measured, these are floors"
     figure.suptitle("\n".join(textwrap.wrap(f"{gpu.name}, {gpu.source}{note}", 60 * across)), fontsize=9)
     return figure
-
-
-def plot(rows: Sequence[Row], gpu: GPU, file: Path) -> None:
-    save_plot(figure_of(rows, gpu), file)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,25 +23,21 @@ from ...kernels.record import record_launches
 from ...kernels.registry import OPS
 from ..offline import Compiled, compile_launch
 from ..predict import family_note
-from ..terminal import Column, Table, console
+from ..terminal import Column, Table, bar, console
 from . import measure
-from .cases import Case, Oracle, cases
+from .cases import Case, cases, check_of
 from .measure import DeviceTimer, Timer
-from .report import micro, sizes_text
+from .report import micro, number, sizes_text
 
 # What may vary: tiles, how many tiles share a stretch of L2, and a decode's splits. SPLIT_K decides a result's bits.
 VARIED = ("BLOCK_", "GROUP_", "SPLITS")
 # Tiles that must cover a full dimension, in every kernel or in one: a smaller one is wrong, a larger one idle.
 FULL_DIM_TILES_OF_ALL = {"BLOCK_D", "BLOCK_E", "BLOCK_S", "BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF"}
 FULL_DIM_TILES = {
-    "attention_decode_kernel": {"BLOCK_M"},
-    "embed_rms_norm_kernel": {"BLOCK_H"},
-    "experts_down_decode_kernel": {"BLOCK_T"},
-    "experts_up_decode_kernel": {"BLOCK_T"},
-    "gate_route_kernel": {"BLOCK_K"},
-    "linear_decode_kernel": {"BLOCK_T"},
-    "rms_norm_kernel": {"BLOCK_H"},
-    "route_kernel": {"BLOCK_K"},
+    **{"attention_decode_kernel": {"BLOCK_M"}, "linear_decode_kernel": {"BLOCK_T"}},
+    **{"experts_down_decode_kernel": {"BLOCK_T"}, "experts_up_decode_kernel": {"BLOCK_T"}},
+    **{"gate_route_kernel": {"BLOCK_K"}, "route_kernel": {"BLOCK_K"}},
+    **{"rms_norm_kernel": {"BLOCK_H"}, "embed_rms_norm_kernel": {"BLOCK_H"}},
 }
 # The configurations for these numbers of tokens are tried, too: single steps from the current one may not reach them.
 EXTRA_TOKENS = (65, 256, 448, 8192)
@@ -68,10 +64,10 @@ class Candidate:
 
     def as_dict(self) -> dict[str, Any]:
         names = ("registers", "shared_bytes", "loop_flop_per_instruction")
-        compiled = {name: None if self.compiled is None else getattr(self.compiled, name) for name in names}
+        compiled = {name: self.compiled and getattr(self.compiled, name) for name in names}
         settings = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
-        time = None if self.seconds is None else self.seconds * 1e6
-        return {"constexprs": dict(self.config.constexprs), **settings, **compiled, "time_us": time, "note": self.note}
+        time = {"time_us": self.seconds and self.seconds * 1e6, "note": self.note}
+        return {"constexprs": dict(self.config.constexprs), **settings, **compiled, **time}
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ class Tuned:
             "arch": self.arch,
             "kernel": self.kernel,
             "literal": literal(self.case.op, self.kernel, self.best),
-            "library_us": None if self.library_s is None else self.library_s * 1e6,
+            "library_us": self.library_s and self.library_s * 1e6,
             "tried": [one.as_dict() for one in self.candidates],
         }
 
@@ -114,11 +110,9 @@ def full_dim_tiles(op: Op, kernel: str, launch: Launch | None = None) -> set[str
 
 def neighbours(config: LaunchConfig, fixed: set[str]) -> list[LaunchConfig]:
     """Return the configurations one step away: a tile or the warps doubled or halved, one stage more or less."""
-    found = []
-    for name, size in config.constexprs.items():
-        if name.startswith(VARIED) and name not in fixed:
-            sizes = [size // 2, size * 2] if size > 1 else [size * 2]
-            found += [replace(config, constexprs={**config.constexprs, name: other}) for other in sizes]
+    tiles = [name for name in config.constexprs if name.startswith(VARIED) and name not in fixed]
+    steps = [(name, size) for name in tiles for size in (config.constexprs[name] // 2, config.constexprs[name] * 2)]
+    found = [replace(config, constexprs={**config.constexprs, name: size}) for name, size in steps if size]
     warps = [n for n in (config.num_warps // 2, config.num_warps * 2) if WARPS[0] <= n <= WARPS[1]]
     stages = [n for n in (config.num_stages - 1, config.num_stages + 1) if STAGES[0] <= n <= STAGES[1]]
     found += [replace(config, num_warps=n) for n in warps]
@@ -174,26 +168,24 @@ def compile_candidate(case: Case, kernel: str, config: LaunchConfig, arch: str, 
 
 def tune(case: Case, kernel: str, arch: str, timer: Timer | None = None, device: torch.device | None = None) -> Tuned:
     """Climb from the current configuration. Without a timer, compile it and its neighbours only."""
-    args = case.inputs(device) if timer is not None and device is not None else {}
-    timing = (Oracle(case.op, args), timer) if args and timer is not None else None
-    found: list[Candidate] = []
-
-    def time_call(oracle: Oracle, timer: Timer) -> measure.Outcome:
-        return measure.attempt(lambda: measure.our_call(case, args), args, oracle, timer)
+    time_call, found = None, list[Candidate]()
+    if timer is not None and device is not None:
+        args = case.inputs(device)
+        time_call = partial(measure.attempt, lambda: measure.our_call(case, args), args, check_of(case.op, args), timer)
 
     def visit(config: LaunchConfig) -> None:
-        one = compile_candidate(case, kernel, config, arch, on_gpu=timing is not None)
+        one = compile_candidate(case, kernel, config, arch, on_gpu=time_call is not None)
         if one.note is None and one.code is not None and one.code in [other.code for other in found]:
             one = replace(one, note="the same code as one before")
-        if one.note is None and timing is not None:
+        if one.note is None and time_call is not None:
             with override_configs({kernel: config}), torch.no_grad():
-                outcome = time_call(*timing)
+                outcome = time_call()
             one = replace(one, note=outcome.note, seconds=outcome.seconds)
         found.append(one)
 
     launch, current = kernel_configs(case, arch)[kernel]
     library = kernel not in _selected_configs(case, arch, {})
-    library_s = time_call(*timing).seconds if library and timing is not None else None
+    library_s = time_call().seconds if library and time_call is not None else None
     visit(current)
     best = found[0]
     full = full_dim_tiles(case.op, kernel, launch)
@@ -227,18 +219,18 @@ def _table(tuned: Tuned) -> Table:
     varied = [name for name in first if len({one.config.constexprs[name] for one in tuned.candidates}) > 1]
     same = "".join(f", {name}={first[name]}" for name in first if name not in varied)
     case = f"{tuned.case.op.name}, {sizes_text(tuned.case.as_dict())}, {tuned.case.dtype_name}, {tuned.arch}"
-    columns = [Column("", number=False), *map(Column, (*varied, "warps", "stages", "time, us"))]
-    columns += [*map(Column, ("registers", "shared", "FLOP/i")), Column("note", number=False)]
+    headings = ("", *varied, "warps", "stages", "time, us", "registers", "shared", "FLOP/i", "note")
+    columns = [Column(heading, number=heading not in ("", "note")) for heading in headings]
     table = Table(f"{tuned.kernel}: {case}{same}", columns)
     for at, one in enumerate(tuned.candidates):
-        compiled, config, resources = one.compiled, one.config, ["-", "-", "-"]
+        config, compiled, resources = one.config, one.compiled, ["-", "-", "-"]
         if compiled is not None:
             loop = compiled.loop_flop_per_instruction
-            resources = [str(compiled.registers), f"{compiled.shared_bytes:,}", "-" if loop is None else f"{loop:,.0f}"]
+            resources = [str(compiled.registers), f"{compiled.shared_bytes:,}", number(loop)]
         mark = "now" if at == 0 else "best" if one.seconds is not None and config == tuned.best else ""
-        sizes = [str(config.constexprs[name]) for name in varied]
-        cells = (mark, *sizes, str(config.num_warps), str(config.num_stages), micro(one.seconds), *resources)
-        table.add(*cells, one.note or "", style="dim" if one.note else "")
+        settings = (*(config.constexprs[name] for name in varied), config.num_warps, config.num_stages)
+        cells = (mark, *map(str, settings), micro(one.seconds), *resources, one.note or "")
+        table.add(*cells, style="dim" if one.note else "")
     return table
 
 
@@ -257,9 +249,11 @@ def tune_report(tuned: Tuned, width: int) -> Group:
     return Group(_table(tuned), Text(verdict), *map(Text, lines), Text())
 
 
-def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run the command `tune` and return its exit status."""
-    selected = _select_cases(args.ops, args.at)
+    if unknown := [name for name in args.ops if name not in OPS]:
+        raise ValueError(f"argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
+    selected = cases(args.ops or tuple(OPS), quick=not args.at, at=args.at)  # a few of each, or those of these sizes
     out = console(stderr=args.json)
     device, timer, reason = None, None, "there is no GPU"
     if args.dry_run or args.arch:
@@ -284,10 +278,3 @@ def run(args: argparse.Namespace, bar: Callable[..., Any]) -> int:
             else:
                 out.print(tune_report(tuned, out.width))
     return 0
-
-
-def _select_cases(names: Sequence[str], at: Sequence[str]) -> list[Case]:
-    """Return a few cases of each operation, or all with the sizes that `at` names."""
-    if unknown := [name for name in names if name not in OPS]:
-        raise ValueError(f"argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
-    return cases(names or tuple(OPS), quick=not at, at=at)
