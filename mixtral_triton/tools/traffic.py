@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -119,13 +120,9 @@ def _interpret(counted: Kernel, kernel: Any, args: dict[str, Any]) -> None:
             return dot(a, b, *rest)
 
         # A descriptor's loads and stores end in the same functions.
-        builder.create_masked_load, builder.create_masked_store = counting_load, counting_store
-        builder.create_dot = counting_dot
-        try:
+        counting: dict[str, Any] = {"create_masked_load": counting_load, "create_masked_store": counting_store}
+        with patch.multiple(builder, create_dot=counting_dot, **counting):
             kernel[counted.grid](**call)
-        finally:
-            del builder.create_masked_load, builder.create_masked_store
-            builder.create_dot = dot
     for name, tensor in tensors.items():
         argument = counted.arguments[short[name]]
         if argument.stored:
