@@ -20,8 +20,8 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.linear import linear
 from mixtral_triton.kernels.quantized import BITS, QuantizedWeight, pack
 from mixtral_triton.kernels.weight import Weight
-from mixtral_triton.tools.traffic import count_traffic
 from tests.ops.test_quantized import evaluate, random_codes
+from tests.support.traffic import count_traffic
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="interprets kernels: needs TRITON_INTERPRET=1")
 

@@ -21,9 +21,9 @@ from mixtral_triton.kernels.launch import INTERPRETED, launch
 from mixtral_triton.kernels.op import LaunchConfig, Shape, Sizes
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.tma import describe
-from mixtral_triton.tools.traffic import Traffic, count_traffic
 from tests.support.calls import inputs
 from tests.support.inject_fault import module_with_fault
+from tests.support.traffic import Traffic, count_traffic
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter: needs TRITON_INTERPRET=1")
 

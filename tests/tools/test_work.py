@@ -18,8 +18,8 @@ from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench.cases import cases
 from mixtral_triton.tools.offline import compile_launch
 from mixtral_triton.tools.predict import sm_shared_bytes
-from mixtral_triton.tools.traffic import Traffic, count_traffic
 from mixtral_triton.tools.work import WORK, count_work, row_tiles
+from tests.support.traffic import Traffic, count_traffic
 from tests.tools.test_predict import BF16, LARGE, LAYER, Tile, microseconds, recorded, tiles
 
 once = pytest.mark.skipif(INTERPRETED, reason="runs no kernel: once, without TRITON_INTERPRET")

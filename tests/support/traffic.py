@@ -15,8 +15,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from ..kernels import launch as launching
-from ..kernels.interpret import active_addresses, interpreting
+from mixtral_triton.kernels import launch as launching
+from mixtral_triton.kernels.interpret import active_addresses, interpreting
 
 
 @dataclass
