@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,11 +31,11 @@ def hf_model(**sizes: Any) -> Any:
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**TINY | fixed | EAGER | sizes)).eval()
 
 
-def our_model(hf: Any, device: torch.device | str = "cpu") -> Mixtral:
-    """Return our model with the weights of transformers' one."""
+def our_model(hf: Any) -> Mixtral:
+    """Return our model with the weights of transformers' one, on its device."""
     with tempfile.TemporaryDirectory() as folder:
         hf.save_pretrained(folder)
-        return Mixtral.from_pretrained(folder, device=device)
+        return Mixtral.from_pretrained(folder, device=hf.device)
 
 
 def hf_step(model: Any, ids: torch.Tensor) -> Call:
@@ -56,19 +57,30 @@ def options(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     return parser
 
 
-def rounds(count: int, quiet: bool, label: str = "timing") -> Iterable[int]:
-    return range(count) if quiet else track(range(count), label, console=Console(stderr=True), transient=True)
+def alternate(
+    calls: dict[str, Call], clock: Callable[[Call], float], rounds: int, quiet: bool
+) -> dict[str, list[float]]:
+    """Return each call's times by `clock`. All run in each round, so a change of the machine's speed hits all."""
+    for call in calls.values():
+        for _ in range(min(20, rounds)):  # compiles, and fills caches
+            call()
+    shown = range(rounds) if quiet else track(range(rounds), "timing", console=Console(stderr=True), transient=True)
+    times = [{name: clock(call) for name, call in calls.items()} for _ in shown]
+    return {name: [one[name] for one in times] for name in calls}
 
 
-def report(as_json: bool, about: dict[str, Any], columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> None:
-    """Print the rows as JSON, or as a table of `columns`: headings by key, below what they are about."""
+def ratio(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(first, second, strict=True))
+
+
+def report(as_json: bool, about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Print the rows as JSON, or as a table below what they are about."""
     about |= {"torch": torch.__version__, "transformers": transformers.__version__}
     if as_json:
         print(json.dumps({**about, "rows": rows}))
         return
-    table = Table(title=", ".join(f"{name} {value}" for name, value in about.items()), title_justify="left")
-    for index, heading in enumerate(columns.values()):
-        table.add_column(heading, justify="right" if index else "left")
+    table = Table(*rows[0], title=", ".join(f"{name} {value}" for name, value in about.items()), title_justify="left")
     for row in rows:
-        table.add_row(*(f"{row[key]:.2f}" if isinstance(row[key], float) else str(row[key]) for key in columns))
+        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console().print(table)

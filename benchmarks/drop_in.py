@@ -1,15 +1,16 @@
-"""Time a decode step of transformers' Mixtral with `apply` beside eager, and count device kernels a layer.
+"""Time a decode step of our model, and of transformers' Mixtral with `apply`, beside eager; count kernels a layer.
 
     python benchmarks/drop_in.py [--device cuda] [--rounds 200] [--json]
 
 On the CPU it is CPU time with the torch backend and one thread, on models so small that most of it is host time between
-the operations. On a GPU it is what a decode loop waits for, also for two layers of 8x7B. The two alternate; a figure is
-the median over the rounds, a ratio the median of the rounds' ratios. Our kernels are counted on meta tensors (the
-launches of a GPU), eager's as torch's computing operations.
+the operations. On a GPU it is what a decode loop waits for, also for two layers of 8x7B. All alternate; a figure is the
+median over the rounds, a ratio the median of the rounds' ratios. Our kernels are counted on meta tensors (the launches
+of a GPU), eager's as torch's computing operations.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -22,11 +23,11 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
-from benchmarks.common import EAGER, hf_model, hf_step, options, report, rounds
+from benchmarks.common import EAGER, alternate, hf_model, hf_step, options, our_model, our_step, ratio, report
 from mixtral_triton import apply
 from mixtral_triton.inputs import usable_device
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.tools.bench.measure import paired, wall_seconds
+from mixtral_triton.tools.bench.measure import wall_seconds
 
 PROMPT, SMALL = 64, Path(__file__).parents[1] / "mixtral_triton" / "small"
 SIZES_OF_8X7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336}
@@ -46,16 +47,17 @@ def models(device: torch.device, large: bool) -> Iterator[tuple[str, Any]]:
         yield "2 layers of 8x7B, bf16", model
 
 
-def time_pair(label: str, eager: Any, count: int, quiet: bool) -> dict[str, Any]:
+def time_steps(label: str, eager: Any, rounds: int, quiet: bool) -> dict[str, Any]:
     prompt = torch.zeros((1, PROMPT), dtype=torch.long, device=eager.device)
-    steps = hf_step(apply(deepcopy(eager)), prompt), hf_step(eager, prompt)
-    for _ in range(min(20, count)):
-        for step in steps:
-            step()
+    steps = {"applied": hf_step(apply(deepcopy(eager)), prompt), "eager": hf_step(eager, prompt)}
+    if eager.num_parameters() < 1e8:  # weights go through files; `bench decode_step` times larger ones
+        steps["ours"] = our_step(our_model(eager), prompt)
     gpu = eager.device.type == "cuda"
     clock = partial(wall_seconds, device=eager.device, clock=time.perf_counter if gpu else time.process_time)
-    applied, plain, ratio = paired(*steps, clock, rounds(count, quiet, label))
-    return {"model": label, "applied_ms": applied * 1e3, "eager_ms": plain * 1e3, "ratio": ratio}
+    times = alternate(steps, clock, rounds, quiet)
+    row = {"model": label, **{f"{name}_ms": 1e3 * statistics.median(times[name]) for name in ("eager", "applied")}}
+    row |= {"eager / applied": ratio(times["eager"], times["applied"])}
+    return row | {"eager / ours": ratio(times["eager"], times["ours"]) if "ours" in times else None}
 
 
 def count_kernels(layers: int, ours: bool) -> int:
@@ -68,6 +70,7 @@ def count_kernels(layers: int, ours: bool) -> int:
     return len(launches)
 
 
+@torch.no_grad()
 def main() -> None:
     parser = options(__doc__, rounds=200)
     parser.add_argument("--device", type=usable_device, default="cpu", help="cpu (the default), cuda, cuda:1, ...")
@@ -75,16 +78,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     gpu = args.device.type == "cuda"
-    with torch.no_grad():
-        named = models(args.device, gpu and not args.small)
-        rows = [time_pair(label, model, args.rounds, args.json) for label, model in named]
-        kernels = {
-            name: count_kernels(2, ours) - count_kernels(1, ours)
-            for name, ours in (("applied", True), ("eager", False))
-        }
-    columns = {"model": "model", "applied_ms": "applied, ms", "eager_ms": "eager, ms", "ratio": "eager / applied"}
+    rows = [time_steps(*one, args.rounds, args.json) for one in models(args.device, gpu and not args.small)]
+    counts = {"applied": True, "eager": False}
+    kernels = {name: count_kernels(2, ours) - count_kernels(1, ours) for name, ours in counts.items()}
     about = {"device": str(args.device), "clock": "wall" if gpu else "CPU", "kernels_a_layer": kernels}
-    report(args.json, about, columns, rows)
+    report(args.json, about, rows)
 
 
 if __name__ == "__main__":

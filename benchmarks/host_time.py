@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
-from benchmarks.common import TINY, Call, hf_model, hf_step, options, our_model, our_step, report, rounds
+from benchmarks.common import TINY, Call, alternate, hf_model, hf_step, options, our_model, our_step, ratio, report
 from mixtral_triton import apply
 from mixtral_triton.tools.bench.measure import wall_seconds
 from tests.support.stub.driver import Driver
@@ -53,14 +53,10 @@ def copy_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=offs < n, other=0.0), mask=offs < n)
 
 
-def plain_launches() -> Call:
+def launch_plain() -> None:
     x, y = torch.zeros(128), torch.zeros(128)
-
-    def launches() -> None:
-        for _ in range(LAUNCHES):
-            copy_kernel[(1,)](x, y, 128, BLOCK=128)
-
-    return launches
+    for _ in range(LAUNCHES):
+        copy_kernel[(1,)](x, y, 128, BLOCK=128)
 
 
 def steps() -> dict[str, Call]:
@@ -70,35 +66,22 @@ def steps() -> dict[str, Call]:
     return {"ours": ours, "applied": hf_step(apply(deepcopy(eager)), ids), "eager": hf_step(eager, ids)}
 
 
-def measure(count: int, quiet: bool) -> dict[str, list[float]]:
-    """Return by name, for each round, the seconds of a plain launch and of a layer."""
-    # CPU tensors take the path of a GPU's: only the memory differs.
-    triton.runtime.driver.set_active(SilentDriver(GPU()))
-    with torch.no_grad(), mock.patch("mixtral_triton.kernels.call.INTERPRETED", True):
-        calls = {"plain": plain_launches(), **steps()}
-        for call in calls.values():
-            for _ in range(5):  # compiles, and builds the plans
-                call()
-        times = [{name: wall_seconds(call) for name, call in calls.items()} for _ in rounds(count, quiet)]
-    return {name: [one[name] / (LAUNCHES if name == "plain" else LAYERS) for one in times] for name in calls}
-
-
+@torch.no_grad()
 def main() -> None:
     args = options(__doc__, rounds=40).parse_args()
     torch.set_num_threads(1)
-    times = measure(args.rounds, args.json)
-
-    def ratio(name: str, other: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
-
+    # CPU tensors take the path of a GPU's: only the memory differs.
+    triton.runtime.driver.set_active(SilentDriver(GPU()))
+    with mock.patch("mixtral_triton.kernels.call.INTERPRETED", True):
+        times = alternate({"plain": launch_plain, **steps()}, wall_seconds, args.rounds, args.json)
+    plain = [seconds / LAUNCHES for seconds in times.pop("plain")]
     rows = []
-    for name in ("ours", "applied", "eager"):
-        row = {"layer": name, "us": 1e6 * statistics.median(times[name])}
-        row |= {"plain_launches": ratio(name, "plain"), "of_eager": ratio(name, "eager")}
+    for name, seconds in times.items():
+        layer = [one / LAYERS for one in seconds]
+        row = {"layer": name, "us": 1e6 * statistics.median(layer), "plain launches": ratio(layer, plain)}
+        row |= {"of eager": ratio(seconds, times["eager"])}
         rows.append(row | {"limits": "at most {}, at most {}".format(*LIMITS[name]) if name in LIMITS else ""})
-    about = {"triton": triton.__version__, "plain_launch_us": 1e6 * statistics.median(times["plain"])}
-    columns = {"layer": "layer", "us": "us", "plain_launches": "plain launches", "of_eager": "of eager"}
-    report(args.json, about, columns | {"limits": "limits"}, rows)
+    report(args.json, {"triton": triton.__version__, "plain_launch_us": 1e6 * statistics.median(plain)}, rows)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -51,13 +51,6 @@ def wall_seconds(
     call()
     synchronize()
     return clock() - start
-
-
-def paired(ours: Call, theirs: Call, clock: Callable[[Call], float], rounds: Iterable[Any]) -> tuple[float, ...]:
-    """Return the medians of ours, of theirs and of their ratio. The two alternate, so a change of speed hits both."""
-    times = [(clock(ours), clock(theirs)) for _ in rounds]
-    first, second = map(statistics.median, zip(*times, strict=True))
-    return first, second, statistics.median(b / a for a, b in times)
 
 
 class DeviceTimer:
