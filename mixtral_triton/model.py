@@ -6,6 +6,7 @@ B batch, T tokens, H hidden, Hq query heads, Hkv key/value heads, D head size, V
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -167,6 +168,7 @@ class Mixtral(nn.Module):
     cos: Tensor  # [P, D/2] fp32
     sin: Tensor
     layers: Sequence[Layer]
+    requantized: frozenset[str] = frozenset()  # tensors on disk that were dequantized, and perhaps quantized anew
 
     def __init__(
         self,
@@ -216,7 +218,8 @@ class Mixtral(nn.Module):
         dtype          None: as stored
         weights        None: as stored, quantized or not. "int4", "int8" or "fp8": quantize the experts while loading.
                        {"experts": "int4", "linear": "int8"}: attention's projections and the head, too; a tied head
-                       stays dense, like the gate and the norms
+                       stays dense, like the gate and the norms. A checkpoint that is quantized already is quantized
+                       anew there, with a warning
         mesh           a torch DeviceMesh with dimensions "tp" or "ep", or both. Every rank calls this, reads its part
                        (parallel.py), and calls the model with the same tokens. A failure on one rank raises on all
         deterministic  see the class
@@ -353,17 +356,20 @@ def load(
     shard.check(config)
     # Before the parameters are allocated: a broken config could ask for any size.
     fill: Callable[..., None]
+    requantized: frozenset[str] = frozenset()
     if headers.scheme is None:
         fill = partial(weights.load, headers, weights.check(headers, config, shard), quantizer=quantizers.fill)
         specs: Mapping[str, QuantSpec] = select_specs(quantized, weights.parameter_shapes(config))
-    elif quantized is not None:
-        raise ValueError(
-            f"Mixtral.from_pretrained: weights is {quantized!r}, and {folder} is quantized already "
-            f"({headers.scheme.name}): needs None"
-        )
     else:
-        plan = hub.plan(headers, config, shard)
+        asked = None if quantized is None else select_specs(quantized, weights.parameter_shapes(config))
+        plan = hub.plan(headers, config, shard, asked)
         fill, specs = partial(hub.load, headers, plan), plan.specs
+        requantized = frozenset(
+            f"{each.name}.weight" for each in plan.linears if each.target.parameter in plan.requantized
+        )
+        if requantized:
+            text = f"{headers.scheme.name} is dequantized and quantized anew (weights={quantized!r})"
+            warnings.warn(f"{folder}: {text}; `verify` tells what that costs", stacklevel=3)
     if dtype is not None:
         check_dtype("Mixtral.from_pretrained", dtype)
     dtype = dtype or weights.stored_dtype(headers)
@@ -382,5 +388,6 @@ def load(
     needed = tables + weight_bytes(own_shapes, specs, dtype)
     check_memory(place, needed, bytes_of if headers.scheme is None else None)
     model = cls(config, place, dtype, deterministic, specs, ranks)
+    model.requantized = requantized
     fill(config, model.named_weights(), progress, shard)
     return model

@@ -271,8 +271,8 @@ def _fill(
 ) -> None:
     """Read one tensor in chunks."""
     kept, columns, K = target.kept, None, stored.shape[-1]
-    if isinstance(destination, QuantizedWeight) and (destination.format != "int4" or K in GROUPS):
-        kept, (columns,) = (*kept[:-1], (slice(0, K),)), kept[-1]  # a row has one scale, for all of its columns
+    if isinstance(destination, QuantizedWeight) and one_scale_a_row(destination, K):
+        kept, (columns,) = (*kept[:-1], (slice(0, K),)), kept[-1]
     for at, place in chunks(stored, kept):
         copied = source = part[at]
         if isinstance(destination, Tensor):
@@ -286,6 +286,11 @@ def _fill(
             raise _not_finite(name, stored, at, source, copied)
         if progress:
             progress(source.nbytes)
+
+
+def one_scale_a_row(weight: QuantizedWeight, K: int) -> bool:
+    """Whether quantizing gives a full row of K columns one scale, of which `weight` may hold a part."""
+    return weight.format != "int4" or K in GROUPS
 
 
 def _not_finite(name: str, stored: Stored, at: tuple[slice, ...], source: Tensor, copied: Tensor) -> ValueError:

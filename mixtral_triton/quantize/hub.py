@@ -1,4 +1,5 @@
-"""Read quantized checkpoints of the hub exactly: each linear's codes, scales and zeros into its QuantizedWeight.
+"""Read quantized checkpoints of the hub: each linear's codes, scales and zeros exactly into its QuantizedWeight, or,
+where a caller asks for other formats, its values.
 
 As in `weights.py`, names and shapes on disk are checked in full before data are read.
 """
@@ -21,6 +22,7 @@ from ..config import MixtralConfig, checkpoint_folder
 from ..kernels.quantized import QuantizedWeight
 from ..parallel import UNSHARDED, Shard
 from ..weights import Headers, Stored, Target
+from . import quantizers
 from .layouts import Layout
 from .schemes import read_scheme
 from .spec import PARTS, QuantSpec, put
@@ -38,6 +40,7 @@ class Linear:
     name: str
     target: Target
     parts: Mapping[str, Stored]
+    layout: Layout
 
     @property
     def nbytes(self) -> int:
@@ -51,17 +54,17 @@ class Linear:
 class Plan:
     """Where the tensors of a quantized checkpoint go.
 
-    layout   the layout of each quantized linear
-    specs    the quantization of the parameters that these fill
-    dense    the other tensors by name
-    unused   names of tensors that are not needed
+    specs        the quantization of the model's parameters
+    dense        the tensors that are not quantized by name
+    unused       names of tensors that are not needed
+    requantized  names of parameters whose linears are dequantized, and quantized anew where they have a spec
     """
 
-    layout: Layout
     linears: list[Linear]
     specs: dict[str, QuantSpec]
     dense: dict[str, Target]
     unused: set[str]
+    requantized: frozenset[str]
 
 
 def read_headers(folder: weights.Folder) -> Headers:
@@ -69,9 +72,18 @@ def read_headers(folder: weights.Folder) -> Headers:
     return weights.read_headers(folder, read_scheme(checkpoint_folder(folder)))
 
 
-def plan(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> Plan:
-    """Return the plan of a quantized folder; ValueError unless names, dtypes and shapes are those of its layout."""
-    scheme, folder, layout = headers.scheme, headers.folder, headers.scheme.layout
+def plan(
+    headers: Headers,
+    config: MixtralConfig,
+    shard: Shard = UNSHARDED,
+    anew: Mapping[str, QuantSpec] | None = None,
+) -> Plan:
+    """Return the plan of a quantized folder; ValueError unless names, dtypes and shapes are those of its layouts.
+
+    anew  None: every parameter is read exactly, or refused. Else the specs of parameters that are quantized anew; of
+          the others, those that no QuantizedWeight holds exactly become dense
+    """
+    scheme, folder = headers.scheme, headers.folder
     unused = {name for name in headers.tensors if name.rpartition(".")[2] in UNUSED}
     by_linear: dict[str, dict[str, Stored]] = defaultdict(dict)
     for name in headers.tensors.keys() - unused:
@@ -81,7 +93,8 @@ def plan(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> P
     dense: dict[str, Target] = {}
     need: dict[str, Any] = {}
     for name, target in weights.targets(headers, config, shard).items():
-        linear = Linear(name.removesuffix(".weight"), target, by_linear[name.removesuffix(".weight")])
+        prefix = name.removesuffix(".weight")
+        linear = Linear(prefix, target, by_linear[prefix], layout := scheme.layout(prefix))
         quantizable = target.parameter.rpartition(".")[2] in QUANTIZABLE
         if not quantizable or not layout.is_quantized({part: stored.dtype for part, stored in linear.parts.items()}):
             dense[name], need[name] = target, target.shape
@@ -89,20 +102,35 @@ def plan(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> P
         if scheme.is_dense(linear.name):
             raise ValueError(f"{folder}: {linear.name} is quantized, but the config declares it dense")
         linears.append(linear)
-        need |= _needed(folder, linear, layout)
+        need |= _needed(folder, linear)
     if config.tie_word_embeddings and weights.HEAD in headers.tensors:
         need[weights.HEAD] = need[weights.EMBEDDING]
     shapes = {name: stored.shape for name, stored in headers.tensors.items() if name not in unused}
     weights.compare(str(folder), f"the config ({scheme.name})", need, shapes)
     weights.one_dtype(folder, {name: headers.tensors[name] for name in dense})
-    return Plan(layout, linears, _specs(folder, layout, linears, dense), dense, unused)
+    by_parameter: dict[str, list[Linear]] = defaultdict(list)
+    for linear in linears:
+        by_parameter[linear.target.parameter].append(linear)
+    specs = dict(anew or {})
+    requantized = by_parameter.keys() & specs.keys()
+    for name, same in by_parameter.items():
+        if anew is not None and name not in specs and any(linear.layout.reordered for linear in same):
+            requantized.add(name)
+        elif name not in specs:
+            try:
+                specs[name] = _spec(folder, same, dense)
+            except ValueError:
+                if anew is None:
+                    raise
+                requantized.add(name)
+    return Plan(linears, specs, dense, unused, frozenset(requantized))
 
 
-def _needed(folder: Path, linear: Linear, layout: Layout) -> dict[str, tuple[int, ...]]:
+def _needed(folder: Path, linear: Linear) -> dict[str, tuple[int, ...]]:
     """Return the tensors that a linear needs by name, with the stored shape where it is allowed."""
     need = {}
     with _error_prefix(f"{folder}: {linear.name}"):
-        for name, part in layout.parts(*linear.target.shape).items():
+        for name, part in linear.layout.parts(*linear.target.shape).items():
             stored = linear.parts.get(name)
             if stored is not None and stored.dtype not in part.dtypes:
                 raise ValueError(f"{name} is stored as {stored.dtype}, needs {' or '.join(part.dtypes)}")
@@ -113,21 +141,23 @@ def _needed(folder: Path, linear: Linear, layout: Layout) -> dict[str, tuple[int
     return need
 
 
-def _specs(folder: Path, layout: Layout, linears: list[Linear], dense: Mapping[str, Target]) -> dict[str, QuantSpec]:
-    """Return the spec of each quantized parameter; ValueError unless all linears in it agree."""
-    specs: dict[str, QuantSpec] = {}
-    dense_names = {target.parameter: name for name, target in dense.items()}
+def _spec(folder: Path, linears: list[Linear], dense: Mapping[str, Target]) -> QuantSpec:
+    """Return the spec of the parameter that the linears fill; ValueError unless they agree."""
+    first, name = linears[0], linears[0].target.parameter
+    other = next((tensor for tensor, target in dense.items() if target.parameter == name), None)
+    if other is not None:
+        raise ValueError(f"{folder}: {name} needs one format, {first.name} is quantized, {other} dense")
+    specs = []
     for linear in linears:
-        name = linear.target.parameter
-        if name in dense_names:
-            raise ValueError(
-                f"{folder}: {name} needs one format, {linear.name} is quantized, {dense_names[name]} dense"
-            )
-        spec = layout.spec(linear.target.shape[-1], weights.DTYPES[linear.parts[layout.scales.name].dtype])
-        if specs.setdefault(name, spec) != spec:
-            scales = f"{linear.name} has {spec.scales}, others {specs[name].scales}"
-            raise ValueError(f"{folder}: {name} needs scales of one dtype, {scales}")
-    return specs
+        with _error_prefix(f"{folder}: {linear.name}"):
+            dtype = weights.DTYPES[linear.parts[linear.layout.scales.name].dtype]
+            specs.append(linear.layout.spec(linear.target.shape[-1], dtype))
+    for linear, spec in zip(linears, specs, strict=True):
+        if spec != specs[0]:
+            what = "scales of one dtype" if spec.scales != specs[0].scales else "one format"
+            got, others = (x.scales if what.startswith("scales") else f"{x.format}:{x.group}" for x in (spec, specs[0]))
+            raise ValueError(f"{folder}: {name} needs {what}, {linear.name} has {got}, others {others}")
+    return specs[0]
 
 
 def load(
@@ -141,7 +171,7 @@ def load(
     """Fill the parameters of a model that has the specs of `plan`.
 
     Only what the shard keeps is read. Raises as `weights.load` does, and ValueError for a NaN or infinite scale or fp8
-    code, and for values that a layout rejects (act-order). One warning names unused tensors.
+    code, and for values that a layout rejects (act-order, unless it is dequantized). One warning names unused tensors.
     """
     if plan.unused:
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in plan.unused}))
@@ -152,23 +182,16 @@ def load(
         )
         if progress:
             progress(sum(headers.tensors[name].nbytes for name in plan.unused))
-    weights.fill(headers.tensors, plan.dense, parameters, progress)
+    weights.fill(headers.tensors, plan.dense, parameters, progress, quantizers.fill)
     weights.check_tied_head(headers, config, parameters, progress, shard)
     with torch.no_grad(), torch.device("cpu"), _opened(plan.linears) as files:
         for linear in plan.linears:
             parameter = parameters[linear.target.parameter]
             if linear.target.is_kept and parameter.device.type != "meta":
-                _fill(parameter[linear.target.index], plan.layout, linear, files)
+                exact = linear.target.parameter not in plan.requantized
+                _fill(parameter[linear.target.index], linear, files, exact)
                 if progress:
                     progress(linear.nbytes)
-
-
-def read(plan: Plan, linear: Linear) -> QuantizedWeight:
-    """Return one linear [N,K], on the CPU."""
-    weight = plan.specs[linear.target.parameter].empty(linear.target.shape, "cpu")
-    with _opened([linear]) as files:
-        _fill(weight, plan.layout, linear, files)
-    return weight
 
 
 @contextmanager
@@ -188,24 +211,37 @@ def _error_prefix(prefix: str) -> Iterator[None]:
         raise ValueError(f"{prefix}: {error}") from None
 
 
-def _fill(weight: QuantizedWeight, layout: Layout, linear: Linear, files: Mapping[Path, Any]) -> None:
-    """Read what this rank keeps of a linear into `weight` [N,K], some rows at a time, unpacked on its device."""
-    (N, K), ((rows,), (columns,)) = linear.target.shape, linear.target.kept
-    width, step = columns.stop - columns.start, max(1, PIECE // (columns.stop - columns.start))
+def _fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -> None:
+    """Read what this rank keeps of a linear into `weight` [N,K], some rows at a time, unpacked on its device.
+
+    exact: codes, scales and zeros; else values, which are quantized anew unless `weight` is a tensor.
+    """
+    layout, (N, K), ((rows,), (columns,)) = linear.layout, linear.target.shape, linear.target.kept
+    width, step = columns.stop - columns.start, max(1, PIECE // K)
 
     def read(part: str, *index: slice) -> Tensor:
         name, file = f"{linear.name}.{part}", files[linear.parts[part].file]
         return (file.get_slice(name)[index] if index else file.get_tensor(name)).to(weight.device)
 
     with _error_prefix(f"{linear.parts[layout.codes.name].file}: {linear.name}"):
-        if layout.group not in (None, -1) and (columns.start % layout.group or columns.stop % layout.group):
+        if exact and layout.group not in (None, -1) and (columns.start % layout.group or columns.stop % layout.group):
             raise ValueError(f"a mesh leaves a rank {width} of its {K} columns: groups of {layout.group} cannot be cut")
-        layout.check(read, N, K, linear.parts)
+        groups = layout.check(read, N, K, linear.parts, exact)
         for start in range(rows.start, rows.stop, step):
             piece = slice(start, min(start + step, rows.stop))
-            codes, scales, zeros = layout.rows(read, piece, columns, K)
+            codes, scales, zeros = layout.rows(read, piece, columns if exact else slice(0, K), K)
             if not torch.isfinite(scales).all():
                 raise ValueError("a scale is NaN or infinite: this file is damaged")
-            if weight.format == "fp8" and ((codes & 127) == 127).any():
+            if layout.format == "fp8" and ((codes & 127) == 127).any():
                 raise ValueError("a weight is NaN (0x7F or 0xFF in fp8): this file is damaged")
-            put(weight[piece.start - rows.start : piece.stop - rows.start], codes, scales, zeros)
+            destination = weight[piece.start - rows.start : piece.stop - rows.start]
+            if exact:
+                put(destination, codes, scales, zeros)
+                continue
+            values = layout.values((codes, scales, zeros), groups)
+            if isinstance(weight, QuantizedWeight) and weights.one_scale_a_row(weight, K):
+                quantizers.fill(destination, values, columns)
+            elif isinstance(weight, QuantizedWeight):
+                quantizers.fill(destination, values[:, columns])
+            elif not torch.isfinite(destination.copy_(values[:, columns])).all():
+                raise ValueError(f"{destination.dtype} cannot hold a value")

@@ -1,7 +1,7 @@
 """How a quantized linear is stored: which tensors it has on disk, and its rows as codes, scales and zeros.
 
-N rows, K columns (the depth of the sum), G groups of columns that share a scale, C = K or G. An int32 element holds
-eight values of 4 bits or four of 8 bits, the first in the lowest bits.
+N rows, K columns (the depth of the sum), G groups of columns that share a scale, C = K or G. int32 elements hold
+a stream of values of 3, 4 or 8 bits, the first in the lowest bits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.quantized import GROUPS, ZERO_INT4
+from ..kernels.quantized import BITS, GROUPS
 from .spec import QuantSpec
 
 Shape = tuple[int, ...]
@@ -46,6 +46,7 @@ class Plane:
     """A tensor that stores a matrix [N,C] of codes, scales or zeros.
 
     rows, columns  size of the block of values in one element: packed in an int32, or equal to a float
+    elements       int32 elements that hold a block, where it takes more than one
     transposed     the tensor is [C,N]
     ordered        the values in an int32 are in AWQ's order
     any_shape      a scale per row [N,1] or [N], or one scale for all rows, [] or [1]
@@ -55,29 +56,36 @@ class Plane:
     dtypes: tuple[str, ...]
     rows: int = 1
     columns: int = 1
+    elements: int = 1
     transposed: bool = False
     ordered: bool = False
     any_shape: bool = False
 
     def part(self, N: int, C: int) -> Part:
-        shape = -(-N // self.rows), -(-C // self.columns)
+        shape = self._blocks(slice(0, N), self.rows).stop, self._blocks(slice(0, C), self.columns).stop
         alternatives = ((), (1,), (N,)) if self.any_shape else ()
         return Part(self.dtypes, (shape[::-1] if self.transposed else shape, *alternatives))
+
+    def _blocks(self, run: slice, size: int) -> slice:
+        """Return the elements that hold the run, in blocks of `size`."""
+        elements, blocks = self.elements if size > 1 else 1, divided(run, size)
+        return slice(blocks.start * elements, blocks.stop * elements)
 
     def read(self, read: Read, rows: slice, columns: slice) -> Tensor:
         """Return these rows and columns of the matrix."""
         if self.any_shape:
             x = read(self.name).reshape(-1, 1)
             return x[rows] if len(x) > 1 else x.expand(rows.stop - rows.start, 1)
-        index = divided(rows, self.rows), divided(columns, self.columns)
+        index = self._blocks(rows, self.rows), self._blocks(columns, self.columns)
+        bits = 32 * self.elements // (self.rows * self.columns)
         x = read(self.name, *(index[::-1] if self.transposed else index))
         x = x.t() if self.transposed else x
         if x.dtype != torch.int32:
             x = x.repeat_interleave(self.rows, 0) if self.rows > 1 else x
         elif self.rows > 1:
-            x = unpacked(x.t(), self.rows, self.ordered).t()
+            x = unpacked(x.t(), bits, self.ordered).t()
         else:
-            x = unpacked(x, self.columns, self.ordered)
+            x = unpacked(x, bits, self.ordered)
         first, left = rows.start % self.rows, columns.start % self.columns
         return x[first : first + rows.stop - rows.start, left : left + columns.stop - columns.start]
 
@@ -87,10 +95,14 @@ def divided(run: slice, size: int) -> slice:
     return slice(run.start // size, -(-run.stop // size))
 
 
-def unpacked(x: Tensor, values: int, ordered: bool = False) -> Tensor:
-    """Unpack int32 [..., n], `values` (4 or 8) in each -> uint8 [..., n * values]."""
+def unpacked(x: Tensor, bits: int, ordered: bool = False) -> Tensor:
+    """Unpack int32 [..., n] -> uint8 [..., n * 32 / bits]."""
     data = x.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # a stride of 1, also of a single element
-    if values == 8:
+    if bits == 3:
+        places = torch.arange(8, dtype=torch.uint8, device=x.device)
+        stream = (data[..., None] >> places & 1).flatten(-2).unflatten(-1, (-1, bits))
+        data = (stream << places[:bits]).sum(-1, dtype=torch.uint8)
+    elif bits == 4:
         data = torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
     return data.unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2) if ordered else data
 
@@ -99,10 +111,11 @@ def unpacked(x: Tensor, values: int, ordered: bool = False) -> Tensor:
 class Layout:
     """How each quantized linear [N,K] is stored.
 
-    format       the QuantizedWeight's
+    format       the QuantizedWeight's; "uint3", "uint8": none, but `values` reads it
     group        columns that share a scale; None or -1: a scale per row
     zeros        None: not stored, the format's
-    symmetric    every zero is ZERO_INT4
+    bits         of a code that has a zero
+    symmetric    every zero is 2 ** (bits - 1)
     zero_offset  what is subtracted from a zero before it is stored: 1 in GPTQ's first version
     extras       other parts by name, and whether each is required
     """
@@ -115,15 +128,20 @@ class Layout:
     symmetric: bool = True
     zero_offset: int = 0
     extras: Mapping[str, bool] | None = None
+    bits: int = 4
 
     def group_columns(self, K: int) -> int:
-        """Return the columns of a group, K where a row has one scale; ValueError where no QuantizedWeight has them."""
-        size = K if self.group in (None, -1, K) else self.group
-        if size != K and size not in GROUPS:
-            raise ValueError(f"the group size is {size}, needs 32, 64, 128 or a scale per row")
+        """Return the columns of a group, K where a row has one scale."""
+        size = K if self.group is None or self.group == -1 else self.group
         if K % size:
             raise ValueError(f"groups of {size} do not divide {K} columns")
         return size
+
+    @property
+    def reordered(self) -> bool:
+        """Whether the config says that the groups are scattered over the columns."""
+        extras = self.extras or {}
+        return extras.get("g_idx", extras.get("weight_g_idx", False))
 
     def is_quantized(self, dtypes: Mapping[str, str]) -> bool:
         """Return whether a linear whose parts have these dtypes is quantized."""
@@ -140,21 +158,32 @@ class Layout:
         return parts
 
     def spec(self, K: int, scales: torch.dtype) -> QuantSpec:
-        return QuantSpec(self.format, self.group_columns(K), scales, not self.symmetric)
+        """Return the QuantizedWeight's spec; ValueError where none has these bits or groups."""
+        group = self.group_columns(K)
+        if self.format not in BITS:
+            raise ValueError(f"bits is {self.bits}, needs 4; {ANEW}")
+        if group != K and group not in GROUPS:
+            raise ValueError(f"the group size is {group}, needs 32, 64, 128 or a scale per row; {ANEW}")
+        return QuantSpec(self.format, group, scales, not self.symmetric)
 
-    def check(self, read: Read, N: int, K: int, parts: Collection[str]) -> None:
-        """Raise ValueError where one of the `extras` among the linear's parts makes its values others than `rows`."""
+    def check(self, read: Read, N: int, K: int, parts: Collection[str], exact: bool = True) -> Tensor:
+        """Return the group of each column. ValueError where one of the `extras` among the linear's parts changes its
+        values, or, if `exact`, the groups of its columns.
+        """
         extras = {name: read(name) for name in self.extras or () if name in parts}
         if "weight_shape" in extras and (shape := extras["weight_shape"].tolist()) != [N, K]:
             raise ValueError(f"weight_shape is {shape}, needs the config's {[N, K]}")
         if "bias" in extras and extras["bias"].any():
             raise ValueError("the bias is not 0, and Mixtral has none")
         indices = extras.get("g_idx", extras.get("weight_g_idx"))
-        in_order = torch.arange(K) // self.group_columns(K)
-        if indices is not None and not torch.equal(indices.long().cpu(), in_order):
-            raise ValueError(
-                "the weight is in act-order (g_idx scatters the groups), needs quantization without it (desc_act false)"
-            )
+        groups = torch.arange(K) // self.group_columns(K)
+        if indices is None or torch.equal(indices := indices.long().cpu(), groups):
+            return groups
+        if exact:
+            raise ValueError(f"the weight is in act-order (g_idx scatters the groups), needs desc_act false; {ANEW}")
+        if indices.min() < 0 or indices.max() > groups[-1]:
+            raise ValueError(f"g_idx is from {indices.min()} to {indices.max()}, needs groups in 0..{groups[-1]}")
+        return indices
 
     def rows(self, read: Read, rows: slice, columns: slice, K: int) -> Rows:
         """Return rows of these columns, which no group exceeds."""
@@ -165,16 +194,28 @@ class Layout:
         if self.zeros is None:
             return codes, scales, None
         zeros = self.zeros.read(read, rows, groups)
-        if self.zero_offset and (zeros == 15).any():
-            raise ValueError("a stored zero is 15: some readers of gptq take it as 16, others as 0; needs gptq_v2")
+        if self.zero_offset and (zeros == (most := (1 << self.bits) - 1)).any():
+            readers = f"some readers of gptq take it as {most + 1}, others as 0"
+            raise ValueError(f"a stored zero is {most}: {readers}; needs gptq_v2")
         zeros = zeros + self.zero_offset
         if not self.symmetric:
             return codes, scales, zeros
-        if (zeros != ZERO_INT4).any():
-            raise ValueError(f"a zero is not {ZERO_INT4}, but the config says that the weight is symmetric")
+        if (zeros != (zero := 1 << (self.bits - 1))).any():
+            raise ValueError(f"a zero is not {zero}, but the config says that the weight is symmetric")
         return codes, scales, None
 
+    def values(self, rows: Rows, groups: Tensor) -> Tensor:
+        """Return `rows` of all K columns as values, fp32 [n,K], given the group of each column."""
+        codes, scales, zeros = rows
+        groups = groups.to(codes.device)
+        if self.format in ("int8", "fp8"):
+            values = codes.view(torch.int8 if self.format == "int8" else torch.float8_e4m3fn).float()
+        else:
+            values = codes.float() - (1 << (self.bits - 1) if zeros is None else zeros.float()[:, groups])
+        return values * scales.float()[:, groups]
 
+
+ANEW = 'or quantize it anew with weights="int8"'
 I32 = ("I32",)
 COLUMN_SCALES = Plane("scales", FLOATS, transposed=True)
 
@@ -195,11 +236,13 @@ def packed(bits: int, group: int | None, symmetric: bool, reordered: bool) -> La
     return Layout("int4" if bits == 4 else "int8", codes, scales, zeros, group, symmetric, extras=extras)
 
 
-def gptq(group: int | None, zero_offset: int, symmetric: bool, reordered: bool) -> Layout:
-    """Return GPTQ's layout: int32 codes [K/8,N] and zeros [G,N/8], scales [G,N]."""
-    codes, zeros = Plane("qweight", I32, columns=8, transposed=True), Plane("qzeros", I32, rows=8, transposed=True)
-    extras = {"g_idx": reordered, "bias": False}
-    return Layout("int4", codes, COLUMN_SCALES, zeros, group, symmetric, zero_offset, extras)
+def gptq(group: int | None, zero_offset: int, symmetric: bool, reordered: bool, bits: int) -> Layout:
+    """Return GPTQ's layout: int32 codes [K/8,N] and zeros [G,N/8] for 4 bits, scales [G,N]."""
+    block, elements = (32, 3) if bits == 3 else (32 // bits, 1)
+    codes = Plane("qweight", I32, columns=block, elements=elements, transposed=True)
+    zeros = Plane("qzeros", I32, rows=block, elements=elements, transposed=True)
+    extras, format = {"g_idx": reordered, "bias": False}, "int4" if bits == 4 else f"uint{bits}"
+    return Layout(format, codes, COLUMN_SCALES, zeros, group, symmetric, zero_offset, extras, bits)
 
 
 def awq(group: int | None) -> Layout:

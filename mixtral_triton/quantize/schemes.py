@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import os
 import re
@@ -16,7 +17,8 @@ from . import layouts
 
 Folder = str | os.PathLike[str]
 Config = Mapping[str, Any]
-MODELOPT_FILE = "hf_quant_config.json"
+# Files that describe the quantization where config.json does not: the method, and the key that holds its config.
+METHOD_FILES = {"hf_quant_config.json": ("modelopt", "quantization"), "quantize_config.json": ("gptq", None)}
 ALTERNATIVE = 'or load the original bf16 checkpoint with weights="int4"'
 UNSUPPORTED = {
     "bitsandbytes": "no kernel reads the tables and outliers of nf4 and int8",
@@ -56,7 +58,7 @@ FORMATS: Mapping[str, Rules] = {
 }
 FP8: Rules = {"weight_block_size": BLOCK, "ignored_layers": NAMES, "modules_to_not_convert": NAMES}
 MODELOPT: Rules = {"quant_algo": ("FP8",), "exclude_modules": NAMES, "ignore": NAMES}
-GPTQ: Rules = {"is_marlin_format": (None, False), "checkpoint_format": ("gptq", "gptq_v2"), "bits": (4,)}
+GPTQ: Rules = {"is_marlin_format": (None, False), "checkpoint_format": ("gptq", "gptq_v2"), "bits": (3, 4, 8)}
 GPTQ |= {"sym": FLAG, "group_size": GROUP}
 AWQ: Rules = {"version": (None, "gemm", "GEMM"), "bits": (4,), "zero_point": (None, True), "group_size": GROUP}
 AWQ |= {"modules_to_not_convert": NAMES}
@@ -67,12 +69,13 @@ class Scheme:
     """How a checkpoint is quantized.
 
     name     of the format, for messages
-    layout   of each quantized linear; the tensors show which ones are
+    groups   layouts of the quantized linears, by patterns of their names; the first is also that of all others. The
+             tensors show which linears are quantized
     dense    patterns of the linears that the config declares dense, and `matches(name, pattern)` for them
     """
 
     name: str
-    layout: layouts.Layout
+    groups: Sequence[tuple[Sequence[str], layouts.Layout]]
     dense: Sequence[str] = ()
     matches: Callable[[str, str], bool] = operator.eq
 
@@ -80,16 +83,23 @@ class Scheme:
         """Return whether the config declares the linear of this name on disk dense."""
         return any(self.matches(name, pattern) for pattern in self.dense)
 
+    def layout(self, name: str) -> layouts.Layout:
+        """Return the layout of the linear of this name on disk."""
+        found = (layout for patterns, layout in self.groups if any(self.matches(name, each) for each in patterns))
+        return next(found, self.groups[0][1])
+
 
 def read_scheme(folder: Path) -> Scheme | None:
     """Return the folder's scheme, None for a dense checkpoint; ValueError names the file, the key and the value."""
     path = folder / "config.json"
     values = parse_json_object(path.read_bytes(), str(path)) if path.is_file() else {}
     config = values.get("quantization_config", values.get("compression_config"))
-    if config is None and (folder / MODELOPT_FILE).is_file():
-        path = folder / MODELOPT_FILE
-        config = parse_json_object(path.read_bytes(), str(path)).get("quantization", {})
-        config = {"quant_method": "modelopt", **config} if isinstance(config, Mapping) else config
+    for file, (method, key) in METHOD_FILES.items():
+        if config is None and (folder / file).is_file():
+            path = folder / file
+            config = parse_json_object(path.read_bytes(), str(path))
+            config = config if key is None else config.get(key, {})
+            config = {"quant_method": method, **config} if isinstance(config, Mapping) else config
     if config is None:
         return None
     try:
@@ -126,12 +136,25 @@ def _compressed_tensors(config: Config) -> Scheme:
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups or not all(isinstance(each, Mapping) for each in groups.values()):
         raise _error("config_groups", groups, "an object of groups")
-    first = next(iter(groups.values()))
-    weights, format = first.get("weights"), str(first.get("format") or config.get("format"))
-    if not isinstance(weights, Mapping) or any(each.get("weights") != weights for each in groups.values()):
-        raise _error("config_groups", groups, "groups with the same weights")
-    _check({**config, "format": format}, {"format": tuple(FORMATS), "ignore": NAMES})
-    _check(weights, FORMATS[format])
+    found, formats = [], dict[str, None]()
+    for each in groups.values():
+        weights, format = each.get("weights"), str(each.get("format") or config.get("format"))
+        if not isinstance(weights, Mapping):
+            raise _error("config_groups", groups, "groups with weights")
+        _check({**config, **each, "format": format}, {"format": tuple(FORMATS), "ignore": NAMES, "targets": NAMES})
+        _check(weights, FORMATS[format])
+        found.append((each.get("targets") or (), _group_layout(format, weights)))
+        formats[format] = None
+    # A class of modules is the last choice, for linears that no name matches.
+    found.sort(key=lambda item: "Linear" not in item[0])
+    dense = config.get("ignore") or ()
+    for pattern in itertools.chain(dense, *(targets for targets, _ in found)):
+        _matches_regex("", pattern)  # raises ValueError
+    return Scheme(f"compressed-tensors, {' and '.join(formats)}", found, dense, _matches_regex)
+
+
+def _group_layout(format: str, weights: Config) -> layouts.Layout:
+    """Return the layout of a group of compressed-tensors with these arguments of its weights."""
     bits, symmetric, strategy = weights["num_bits"], weights.get("symmetric"), weights["strategy"]
     group, block = weights.get("group_size"), weights.get("block_structure")
     if format == "pack-quantized":
@@ -139,16 +162,11 @@ def _compressed_tensors(config: Config) -> Scheme:
             raise _error("symmetric", symmetric, "true for 8 bits")
         reordered = weights.get("actorder") in ("group", "dynamic", True)
         group = group if strategy == "group" else None
-        layout = layouts.packed(bits, group, symmetric is not False, reordered)
-    elif strategy == "block" and block is None:
+        return layouts.packed(bits, group, symmetric is not False, reordered)
+    if strategy == "block" and block is None:
         raise _error("block_structure", block, BLOCK.need)
-    else:
-        block = block if strategy == "block" else None
-        layout = layouts.eight_bits("fp8" if weights.get("type") == "float" else "int8", block=block)
-    dense = config.get("ignore") or ()
-    for pattern in dense:
-        _matches_regex("", pattern)  # raises ValueError
-    return Scheme(f"compressed-tensors, {format}", layout, dense, _matches_regex)
+    block = block if strategy == "block" else None
+    return layouts.eight_bits("fp8" if weights.get("type") == "float" else "int8", block=block)
 
 
 def _matches_regex(name: str, pattern: str) -> bool:
@@ -156,7 +174,9 @@ def _matches_regex(name: str, pattern: str) -> bool:
     try:
         return bool(re.match(pattern[3:], name)) if pattern.startswith("re:") else name == pattern
     except re.error as error:
-        raise ValueError(f"ignore has the pattern {pattern!r:.80}, needs a regular expression: {error}") from None
+        raise ValueError(
+            f"ignore or targets has the pattern {pattern!r:.80}, needs a regular expression: {error}"
+        ) from None
 
 
 def _fp8(config: Config) -> Scheme:
@@ -164,13 +184,13 @@ def _fp8(config: Config) -> Scheme:
     _check(config, FP8)
     dense, block = config.get("ignored_layers") or config.get("modules_to_not_convert"), config.get("weight_block_size")
     name, scale = ("fp8", "weight_scale") if block is None else ("fp8 in blocks", "weight_scale_inv")
-    return Scheme(name, layouts.eight_bits("fp8", scale, block), dense or ())
+    return Scheme(name, [((), layouts.eight_bits("fp8", scale, block))], dense or ())
 
 
 def _modelopt(config: Config) -> Scheme:
     _check(config, MODELOPT)
     dense = config.get("exclude_modules") or config.get("ignore") or ()
-    return Scheme("modelopt FP8", layouts.eight_bits("fp8"), dense, fnmatchcase)
+    return Scheme("modelopt FP8", [((), layouts.eight_bits("fp8"))], dense, fnmatchcase)
 
 
 def _gptq(config: Config) -> Scheme:
@@ -178,15 +198,15 @@ def _gptq(config: Config) -> Scheme:
     _check(config, GPTQ)
     group, version, symmetric = config.get("group_size"), config["checkpoint_format"], config.get("sym") is not False
     reordered = config.get("desc_act") is True and group not in (None, -1)
-    return Scheme(version, layouts.gptq(group, int(version == "gptq"), symmetric, reordered))
+    layout = layouts.gptq(group, int(version == "gptq"), symmetric, reordered, config["bits"])
+    return Scheme(f"{version}, {config['bits']} bits", [((), layout)])
 
 
 def _awq(config: Config) -> Scheme:
     config = {"bits": config.get("w_bit"), "group_size": config.get("q_group_size"), **config}
     _check(config, AWQ)
-    return Scheme(
-        "awq", layouts.awq(config["group_size"]), config.get("modules_to_not_convert") or (), operator.contains
-    )
+    dense = config.get("modules_to_not_convert") or ()
+    return Scheme("awq", [((), layouts.awq(config["group_size"]))], dense, operator.contains)
 
 
 READERS: Mapping[str, Callable[[Config], Scheme]] = {

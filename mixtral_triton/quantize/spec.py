@@ -56,7 +56,9 @@ def put(weight: QuantizedWeight, codes: Tensor, scales: Tensor, zeros: Tensor | 
         weight.zeros.copy_(zeros.float() + 128)
 
 
-def select_specs(weights: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, QuantSpec]:
+def select_specs(
+    weights: Any, shapes: Mapping[str, tuple[int, ...]], caller: str = "Mixtral.from_pretrained"
+) -> dict[str, QuantSpec]:
     """Return the specs by name of the parameters that `weights` quantizes: None, a format, or a dict; see ALLOWED.
 
     ValueError for anything else, and where int4's groups do not fit a parameter. A tied head stays dense.
@@ -66,7 +68,7 @@ def select_specs(weights: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     wanted = {"experts": weights} if isinstance(weights, str) else weights
     known = isinstance(wanted, Mapping) and all(PARTS.get(part) and wanted[part] in FORMATS for part in wanted)
     if not wanted or not known:
-        raise ValueError(f"Mixtral.from_pretrained: weights is {weights!r}, needs {ALLOWED}")
+        raise ValueError(f"{caller}: weights is {weights!r}, needs {ALLOWED}")
     formats = {name: format for part, format in wanted.items() for name in PARTS[part]}
     specs: dict[str, QuantSpec] = {}
     for name, shape in shapes.items():
@@ -74,5 +76,5 @@ def select_specs(weights: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
             try:
                 specs[name] = QuantSpec.default_for(format, shape[-1])
             except ValueError as error:
-                raise ValueError(f"Mixtral.from_pretrained: weights is {weights!r}, {name}: {error}") from None
+                raise ValueError(f"{caller}: weights is {weights!r}, {name}: {error}") from None
     return specs

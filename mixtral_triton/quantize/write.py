@@ -1,4 +1,4 @@
-"""Write a checkpoint whose experts are quantized, in compressed-tensors' layouts, with one shard in memory at a time.
+"""Write a quantized checkpoint, in compressed-tensors' layouts, with one shard in memory at a time.
 
 int4 and int8: pack-quantized. fp8: float-quantized, for engines that also quantize activations, token by token.
 """
@@ -13,7 +13,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,21 +28,24 @@ from ..inputs import usable_device
 from ..weights import Target
 from . import hub
 from .quantizers import encode, pieces
-from .spec import FORMATS, QuantSpec, select_specs
+from .spec import PARTS, QuantSpec, select_specs
 
 NOT_COPIED = ("*.safetensors", "*.gguf", "config.json", weights.INDEX_FILE, *weights.PICKLED, ".*")
-DENSE_LINEARS = (".q_proj", ".k_proj", ".v_proj", ".o_proj", ".gate", "lm_head")
+LINEARS = (".q_proj", ".k_proj", ".v_proj", ".o_proj", ".gate", "lm_head")
+# Patterns of the linears of each of PARTS, where their formats differ.
+TARGETS = {"experts": [r"re:.*\.experts\..*"], "linear": [r"re:.*\.self_attn\..*_proj", "lm_head"]}
 
 
 def write(
     folder: weights.Folder,
     out: weights.Folder,
-    format: str,
+    quantization: str | Mapping[str, str],
     device: torch.device | str | None = None,
     progress: weights.Progress = None,
 ) -> int:
-    """Write the checkpoint in `folder` with its experts in `format` into `out`, new or empty; return bytes of tensors.
+    """Write the checkpoint in `folder` into `out`, new or empty, quantized; return bytes of tensors.
 
+    quantization: as `weights` of `Mixtral.from_pretrained`, "int4" or {"experts": "int4", "linear": "int8"}.
     Files other than tensors and config.json are copied. `device` is where weights are quantized, None: the GPU if there
     is one. Raises as loading does; ValueError for a folder that is quantized already and an `out` that is not empty;
     OSError names the file that could not be written. Unfinished files are removed after an error.
@@ -52,12 +54,16 @@ def write(
     if headers.scheme is not None:
         raise ValueError(f"quantize: {headers.folder} is quantized already ({headers.scheme.name})")
     targets = weights.check(headers, config)
-    if format not in FORMATS:
-        raise ValueError(f"quantize: format is {format!r}, needs one of {', '.join(FORMATS)}")
-    specs = select_specs(format, weights.parameter_shapes(config))
-    group = min(spec.group for spec in specs.values())
-    if format == "int4":  # compressed-tensors has one group size for all
-        specs = {name: replace(spec, group=group) for name, spec in specs.items()}
+    specs = select_specs(quantization, weights.parameter_shapes(config), "quantize")
+    by_part = {part: [specs[name] for name in specs if name.endswith(names)] for part, names in PARTS.items()}
+    if not by_part["experts"]:
+        raise ValueError(f"quantize: weights is {quantization!r}, needs a format of the experts")
+    # compressed-tensors has one group size for all linears of a part.
+    part_specs = {part: min(found, key=lambda spec: spec.group) for part, found in by_part.items() if found}
+    for name, spec in specs.items():
+        if spec.format == "int4":
+            part = next(part for part, names in PARTS.items() if name.endswith(names))
+            specs[name] = part_specs[part]
     total, files = 0, dict[str, str]()
     with torch.no_grad(), torch.device("cpu"), _new_folder(Path(out)) as to:
         for source, items in itertools.groupby(headers.tensors.items(), key=lambda item: item[1].file):
@@ -76,7 +82,7 @@ def write(
                 save_file(tensors, to / source.name, metadata={"format": "pt"})
             total += sum(tensor.nbytes for tensor in tensors.values())
             files |= dict.fromkeys(tensors, source.name)
-        _write_rest(headers.folder, to, files, total, next(iter(specs.values())))
+        _write_rest(headers.folder, to, files, total, part_specs)
     return total
 
 
@@ -123,7 +129,7 @@ def _read(part: Any, name: str, progress: weights.Progress, index: Any) -> Tenso
 
 
 def _linears(name: str, target: Target, config: MixtralConfig) -> dict[str, tuple[slice, ...]]:
-    """Return the names of the linears in a stored tensor of experts, and the index of each: its expert and its rows."""
+    """Return the names of the linears in a stored tensor, and the index of each: its expert and its rows."""
     if len(target.shape) == 2:
         return {name.removesuffix(".weight"): (slice(0, target.shape[0]),)}
     found = {}
@@ -162,7 +168,7 @@ def _pack(codes: Tensor, format: str) -> Tensor:
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
-def _write_rest(folder: Path, out: Path, files: Mapping[str, str], total: int, spec: QuantSpec) -> None:
+def _write_rest(folder: Path, out: Path, files: Mapping[str, str], total: int, specs: Mapping[str, QuantSpec]) -> None:
     """Copy the other files, write the index if there was one, and last config.json, which makes the rest readable."""
     texts = {}
     if set(files.values()) != {weights.SINGLE_FILE}:
@@ -172,25 +178,39 @@ def _write_rest(folder: Path, out: Path, files: Mapping[str, str], total: int, s
             with _error_names(out / file.name):
                 shutil.copyfile(file, out / file.name)
     config = parse_json_object((folder / "config.json").read_bytes(), str(folder / "config.json"))
-    dense = sorted(name for name in (name.removesuffix(".weight") for name in files) if name.endswith(DENSE_LINEARS))
-    texts["config.json"] = config | {"quantization_config": _quantization_config(spec, dense)}
+    quantized = {name.rpartition(".")[0] for name in files if name.endswith(".weight_scale")}
+    linears = {name.removesuffix(".weight") for name in files if name.endswith(".weight")}
+    dense = sorted(name for name in linears - quantized if name.endswith(LINEARS))
+    texts["config.json"] = config | {"quantization_config": _quantization_config(specs, dense)}
     for name, value in texts.items():
         with _error_names(out / name):
             (out / name).write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
-def _quantization_config(spec: QuantSpec, ignore: list[str]) -> dict[str, Any]:
-    """Return compressed-tensors' `quantization_config`."""
-    kind = {"num_bits": 4 if spec.format == "int4" else 8, "type": "float" if spec.format == "fp8" else "int"}
-    grouped = spec.format == "int4"
-    scales = {"strategy": "group" if grouped else "channel", "group_size": spec.group if grouped else None}
-    tokens = {**kind, "symmetric": True, "dynamic": True, "strategy": "token"} if spec.format == "fp8" else None
-    group = {"targets": ["Linear"], "weights": {**kind, "symmetric": True, "dynamic": False, **scales}}
+def _quantization_config(specs: Mapping[str, QuantSpec], ignore: list[str]) -> dict[str, Any]:
+    """Return compressed-tensors' `quantization_config`, with a group for each of the parts that `specs` has."""
+    groups, formats = {}, {part: _format(spec) for part, spec in specs.items()}
+    for number, (part, spec) in enumerate(specs.items()):
+        kind = {"num_bits": 4 if spec.format == "int4" else 8, "type": "float" if spec.format == "fp8" else "int"}
+        grouped = spec.format == "int4"
+        scales = {"strategy": "group" if grouped else "channel", "group_size": spec.group if grouped else None}
+        tokens = {**kind, "symmetric": True, "dynamic": True, "strategy": "token"} if spec.format == "fp8" else None
+        groups[f"group_{number}"] = {
+            "targets": ["Linear"] if len(specs) == 1 else TARGETS[part],
+            "weights": {**kind, "symmetric": True, "dynamic": False, **scales},
+            "input_activations": tokens,
+            "output_activations": None,
+            "format": formats[part],
+        }
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
-        "format": "float-quantized" if spec.format == "fp8" else "pack-quantized",
-        "config_groups": {"group_0": {**group, "input_activations": tokens, "output_activations": None}},
+        "format": "mixed-precision" if len(set(formats.values())) > 1 else formats["experts"],
+        "config_groups": groups,
         "ignore": ignore,
         "kv_cache_scheme": None,
     }
+
+
+def _format(spec: QuantSpec) -> str:
+    return "float-quantized" if spec.format == "fp8" else "pack-quantized"

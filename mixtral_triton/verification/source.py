@@ -47,6 +47,8 @@ class Source:
         self.quantization = self.config.get("quantization_config", self.config.get("compression_config"))
         if self.quantization is None and (folder / "hf_quant_config.json").is_file():
             self.quantization = _read_json(folder / "hf_quant_config.json")["quantization"]
+        if self.quantization is None and (folder / "quantize_config.json").is_file():
+            self.quantization = {"quant_method": "gptq", **_read_json(folder / "quantize_config.json")}
         names = {"model.safetensors"}
         if not (folder / "model.safetensors").exists():
             names = set(_read_json(folder / "model.safetensors.index.json")["weight_map"].values())
@@ -74,24 +76,28 @@ class Source:
             ((name, file),) = files.items()
             return file.get_slice(name)[expert].to(device)
         parts = {name.rpartition(".")[2]: file.get_tensor(name).to(device) for name, file in files.items()}
-        return decode(parts, self.quantization) if len(parts) > 1 else next(iter(parts.values()))
+        if len(parts) == 1:
+            return next(iter(parts.values()))
+        return decode(parts, self.quantization, next(iter(files)).rpartition(".")[0])
 
 
 def _read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def decode(parts: dict[str, Tensor], quantization: Any) -> Tensor:
+def decode(parts: dict[str, Tensor], quantization: Any, module: str = "") -> Tensor:
     """(code - zero) * scale in fp32 [N,K], of the tensors of a linear and the folder's `quantization_config`."""
-    groups = quantization.get("config_groups", {})  # compressed-tensors
-    rules: dict[str, Any] = next((group["weights"] for group in groups.values()), {})
+    groups = list(quantization.get("config_groups", {}).values())  # compressed-tensors
+    patterns = [[target.removeprefix("re:") for target in group.get("targets", ())] for group in groups]
+    named = [group for group, each in zip(groups, patterns, strict=True) if any(re.match(one, module) for one in each)]
+    rules: dict[str, Any] = next((group["weights"] for group in named or groups), {})
     block = quantization.get("weight_block_size") or (rules.get("strategy") == "block" and rules["block_structure"])
     order, zeros = parts.get("g_idx", parts.get("weight_g_idx")), torch.zeros(())
     if "qweight" in parts and quantization["quant_method"] == "awq":
         codes, zeros = (unpack(parts[name], 4, AWQ_COLUMNS).t() for name in ("qweight", "qzeros"))
         scales = parts["scales"].t()
     elif "qweight" in parts:
-        codes, zeros = unpack(parts["qweight"].t(), 4), unpack(parts["qzeros"], 4).t()
+        codes, zeros = unpack(parts["qweight"].t(), bits := quantization["bits"]), unpack(parts["qzeros"], bits).t()
         if quantization.get("checkpoint_format", quantization.get("format", "gptq")) == "gptq":
             zeros = zeros + 1  # the first version stores zero - 1
         scales = parts["scales"].t()
@@ -112,8 +118,11 @@ def decode(parts: dict[str, Tensor], quantization: Any) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int, columns: Sequence[int] = ()) -> Tensor:
-    """int32 [R,n], 32 / bits values in each word, lowest bits first -> int32 [R, n * 32 / bits]. `columns`: where each
-    value of a word belongs."""
+    """int32 [R,n], 32 / bits values in each word (3 bits: 32 in three words), lowest bits first -> int32
+    [R, n * 32 / bits]. `columns`: where each value of a word belongs."""
+    if bits == 3:
+        stream = torch.stack([words >> place & 1 for place in range(32)], -1).flatten(-2).unflatten(-1, (-1, 3))
+        return stream[..., 0] + 2 * stream[..., 1] + 4 * stream[..., 2]
     fields = [columns.index(at) if columns else at for at in range(32 // bits)]
     return torch.stack([words >> bits * field & (1 << bits) - 1 for field in fields], -1).flatten(-2)
 

@@ -52,16 +52,19 @@ def compare_with_files(
     target: Target, folder: Any, ids: Tensor, step: Step
 ) -> tuple[list[Row], QuantizationCost | None]:
     """The rows of `config_rows` and `check_loaded`, and the cost of quantization on ids [B,T] and the folder's held-out
-    text: None where no weight is quantized, or where the files' are.
+    text: None where no weight is quantized, or as the files have it.
 
     Each tensor of the files is read once, and one layer of them is in memory at a time. On a mesh every rank computes
     all of it.
     """
     source = Source(folder)
-    formats = None if source.quantization is not None else quantized_formats(target.model)
+    anew = source.quantization is None or target.model.requantized
+    formats = quantized_formats(target.model) if anew else None
     cost, rows = _LayerByLayer(target, folder, ids) if formats else None, config_rows(source, target)
     for at in _layers(source, target):
-        stored = None if cost is None else _empty_like(target, at)
+        # fp32 holds what a quantized file means.
+        dtype = target.model.dtype if source.quantization is None else torch.float32
+        stored = None if cost is None else _empty_like(target, at, dtype)
         rows += _check_layer(source, target, at, stored)
         if cost is not None:
             cost.add(at, stored)
@@ -86,12 +89,11 @@ def _weights(model: Any, at: int) -> dict[str, Any]:
     return dict(layer.named_parameters()) | quantized
 
 
-def _empty_like(target: Target, at: int) -> Any:
+def _empty_like(target: Target, at: int, dtype: torch.dtype) -> Any:
     """Unset tensors for what the files hold for a layer, or OUTSIDE, as `_place` finds them."""
-    model = target.model
+    device = target.model.device
     places = {
-        name: torch.empty(weight.shape, dtype=model.dtype, device=model.device)
-        for name, weight in _weights(target, at).items()
+        name: torch.empty(weight.shape, dtype=dtype, device=device) for name, weight in _weights(target, at).items()
     }
     outside, layers = (places, {}) if at == OUTSIDE else ({}, {at: SimpleNamespace(**places)})
     return SimpleNamespace(config=target.config, layers=layers, **outside)
@@ -101,6 +103,7 @@ def _check_layer(source: Source, model: Any, at: int, stored: Any = None) -> lis
     """The rows of one layer, or OUTSIDE. The files' tensors are put into `stored`, too."""
     pairs: dict[str, list[tuple[float, float]]] = {"as stored": [], "quantized": []}
     filled = 0
+    requantized = getattr(model, "model", model).requantized
     for name, files in source.layers[at].items():
         place, tied = _place(model, name), name == "lm_head.weight" and model.lm_head is model.embed_tokens
         copy = None if stored is None or tied else _place(stored, name)
@@ -112,7 +115,7 @@ def _check_layer(source: Source, model: Any, at: int, stored: Any = None) -> lis
                 raise ValueError(f"verify: {source.folder} is another model's: {name} has shape {shape} there")
             if copy is not None:
                 copy[expert] = theirs
-            if isinstance(ours, QuantizedWeight) and len(files) == 1:
+            if isinstance(ours, QuantizedWeight) and (len(files) == 1 or name in requantized):
                 pairs["quantized"].append((_rounding_error(ours, theirs), ROUNDING[ours.format]))
             else:
                 pairs["as stored"].append((_difference(ours, theirs), 0.0))

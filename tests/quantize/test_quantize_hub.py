@@ -171,12 +171,6 @@ def test_swapped_scales_of_w1_and_w3_are_detected(tmp_path: Path) -> None:
     assert differs(tmp_path, meaning) == ["layers.0.gate_up_proj"]
 
 
-def test_weights_argument_on_a_quantized_folder_raises_value_error(tmp_path: Path) -> None:
-    hub.write(tmp_path, *hub.LAYOUTS["awq 128"])
-    with pytest.raises(ValueError, match=r"weights is 'int4', and .* is quantized already \(awq\): needs None"):
-        load(tmp_path, weights="int4")
-
-
 def test_a_linear_in_several_files_loads(tmp_path: Path) -> None:
     meaning = hub.write(tmp_path, *hub.LAYOUTS["ct int4 64 True"])
     tensors = load_file(tmp_path / "model.safetensors")

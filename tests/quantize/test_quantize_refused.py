@@ -48,13 +48,12 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "gemv": (hub.awq_config(version="gemv"), "version is 'gemv', needs gemm"),
     "awq no zeros": (hub.awq_config(zero_point=False), "zero_point is False, needs True"),
     "awq names": (hub.awq_config(modules_to_not_convert="gate"), "modules_to_not_convert is 'gate', needs a list"),
-    "3 bits": (hub.gptq_config(bits=3), "bits is 3, needs 4"),
-    "8 bits": (hub.gptq_config(bits=8), "bits is 8, needs 4"),
+    "2 bits": (hub.gptq_config(bits=2), "bits is 2, needs 3 or 4 or 8"),
     "marlin": (hub.gptq_config(checkpoint_format="marlin"), "checkpoint_format is 'marlin', needs gptq or gptq_v2"),
     "is marlin": (hub.gptq_config(is_marlin_format=True), "is_marlin_format is True, needs False"),
     "gptq sym": (hub.gptq_config(sym=3), "sym is 3, needs True or False"),
     "group": (hub.gptq_config(group_size="all"), "group_size is 'all', needs a positive integer"),
-    "group 48": (hub.pack_config(group=48), "group size is 48, needs 32, 64, 128"),
+    "group 48": (hub.pack_config(group=48), "groups of 48 do not divide 128 columns"),
     "group 0": (hub.pack_config(group=0), "group_size is 0, needs"),
     "nvfp4": (PACKED | {"format": "nvfp4-pack-quantized"}, "format is 'nvfp4-pack-quantized', needs pack-quantized or"),
     "mxfp4 ct": (PACKED | {"format": "mxfp4-pack-quantized"}, "format is 'mxfp4-pack-quantized', needs"),
@@ -70,12 +69,15 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "ct rotated": (PACKED | {"transform_config": {"config_groups": {"u": {}}}}, "transform_config is .*, needs"),
     "ct sparse": (PACKED | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config is .*, needs"),
     "ct no groups": (PACKED | {"config_groups": {}}, "config_groups is {}, needs an object"),
-    "ct no weights": (PACKED | {"config_groups": {"a": {}}}, "config_groups is .*, needs groups with the same weights"),
-    "ct two kinds": (
-        PACKED | {"config_groups": {"a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}}},
-        r"config_groups is .*, needs groups with the same weights",
+    "ct no weights": (PACKED | {"config_groups": {"a": {}}}, "config_groups is .*, needs groups with weights"),
+    "ct targets": (
+        PACKED | {"config_groups": {"a": group(PACKED)["config_groups"]["group_0"] | {"targets": "x"}}},
+        "targets is 'x'",
     ),
-    "ct pattern": (PACKED | {"ignore": ["re:("]}, r"ignore has the pattern 're:\(', needs a regular expression"),
+    "ct pattern": (
+        PACKED | {"ignore": ["re:("]},
+        r"ignore or targets has the pattern 're:\(', needs a regular expression",
+    ),
     "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo is 'NVFP4', needs FP8"),
     "block size": ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size is 128, needs"),
     "contradiction": (PACKED | {"ignore": [W1]}, f"{W1} is quantized, but the config declares it dense"),
@@ -111,7 +113,12 @@ SHUFFLED, BF16, FP8_DTYPE = torch.arange(128, dtype=torch.int32) % 2, torch.bflo
 GATE, NORM = "model.layers.0.block_sparse_moe.gate.weight", "model.norm.weight"
 # A layout, a tensor of W1 (or by its full name) that is replaced (None: removed), and the error.
 TENSORS: dict[str, tuple[str, str, Tensor | None, str]] = {
-    "act-order": ("gptq 64 1", "g_idx", SHUFFLED, f"{W1}: the weight is in act-order .*without it .desc_act false"),
+    "act-order": (
+        "gptq 64 1",
+        "g_idx",
+        SHUFFLED,
+        f"{W1}: the weight is in act-order .* desc_act false; or quantize it anew",
+    ),
     "act-order ct": ("ct int4 64 False", "weight_g_idx", SHUFFLED, f"{W1}: the weight is in act-order"),
     "zero of 16": ("gptq 128 1", "qzeros", zeros(1, 32) - 1, f"{W1}: a stored zero is 15: some readers"),
     "not symmetric": ("gptq symmetric", "qzeros", zeros(1, 32), f"{W1}: a zero is not 8, but the config says"),

@@ -76,19 +76,21 @@ def write(folder: Path, packer: Packer, config: Any, only: str = "", **changes: 
 def packed_words(values: np.ndarray, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
     """[R, n] -> int32 [R, n * bits / 32]; `order`: which value of a word stands in each of its fields."""
     many = 32 // bits
-    words = np.zeros((values.shape[0], -(-values.shape[1] // many)), np.uint32)
+    words = np.zeros((values.shape[0], -(-values.shape[1] * bits // 32)), np.uint32)
     for column in range(values.shape[1]):
-        field = column % many if order is None else order.index(column % many)
-        words[:, column // many] |= values[:, column].astype(np.uint32) << np.uint32(bits * field)
+        at = column if order is None else column // many * many + order.index(column % many)
+        for bit in range(bits):
+            word, place = divmod(at * bits + bit, 32)
+            words[:, word] |= (values[:, column].astype(np.uint32) >> np.uint32(bit) & 1) << np.uint32(place)
     return torch.from_numpy(words.view(np.int32))
 
 
-def dequantize(codes: np.ndarray, zeros: Any, scales: Tensor) -> Tensor:
-    """(code - zero) * scale in fp32, column by column: codes [N,K], zeros [N,G], scales [N,G]."""
+def dequantize(codes: np.ndarray, zeros: Any, scales: Tensor, groups: Any = None) -> Tensor:
+    """(code - zero) * scale in fp32, column by column: codes [N,K], zeros [N,G], scales [N,G]; the group of each."""
     K, G = codes.shape[1], scales.shape[1]
     columns = []
     for k in range(K):
-        at = k * G // K
+        at = k * G // K if groups is None else int(groups[k])
         zero = zeros if isinstance(zeros, int) else zeros[:, at].astype(np.float32)
         columns.append(torch.from_numpy(codes[:, k].astype(np.float32) - zero) * scales[:, at].float())
     return torch.stack(columns, dim=1)
@@ -144,18 +146,22 @@ def compressed(bits: int = 4, group: int = 128, zeros: bool = False) -> Packer:
     return pack
 
 
-def gptq(group: int = 128, off: int = 1, symmetric: bool = False) -> Packer:
+def gptq(group: int = 128, off: int = 1, symmetric: bool = False, bits: int = 4, reorder: bool = False) -> Packer:
+    """Pack GPTQ; reorder: the groups are scattered over the columns."""
+
     def pack(N: int, K: int, random: Any) -> tuple[dict[str, Tensor], Tensor]:
-        G = 1 if group == -1 else K // group
-        codes, scales = random.integers(0, 16, (N, K)), scales_of(random, N, G, dtype=torch.float16)
-        zeros = np.full((N, G), 8) if symmetric else random.integers(off, 16, (N, G))
+        G, most = 1 if group == -1 else K // group, 1 << bits
+        codes, scales = random.integers(0, most, (N, K)), scales_of(random, N, G, dtype=torch.float16)
+        zeros = np.full((N, G), most // 2) if symmetric else random.integers(off, most, (N, G))
+        groups = np.arange(K) * G // K
+        groups = random.permutation(groups) if reorder else groups
         parts = {
-            "qweight": packed_words(codes, 4).t(),
-            "qzeros": packed_words(zeros.T - off, 4),
+            "qweight": packed_words(codes, bits).t(),
+            "qzeros": packed_words(zeros.T - off, bits),
             "scales": scales.t(),
-            "g_idx": torch.tensor([0 if group == -1 else k // group for k in range(K)], dtype=torch.int32),
+            "g_idx": torch.from_numpy(groups.astype(np.int32)),
         }
-        return parts, dequantize(codes, zeros, scales)
+        return parts, dequantize(codes, zeros, scales, groups)
 
     return pack
 
