@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -44,11 +45,10 @@ def run(*args: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(**command(*args, **environment), capture_output=True, timeout=240)
 
 
-@pytest.mark.parametrize("gpus", [False, True], ids=["no GPU", "a GPU"])
 @pytest.mark.parametrize("name", ["generate", "trace"])
-def test_interpret_runs_the_kernels_on_the_cpu(name: str, gpus: bool) -> None:
+def test_interpret_runs_the_kernels_on_the_cpu(name: str) -> None:
     """A GPU at hand is not used."""
-    fake = "import torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1\n" if gpus else ""
+    fake = "import torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1\n"
     report = "import atexit\natexit.register(lambda: print(__import__('mixtral_triton').kernels.launch.INTERPRETED))"
     more = ("--max-new-tokens", "1") if name == "generate" else ("--layers", "0")
     process = command(name, "--interpret", "--prompt", "A b", *more, code=fake + report)
@@ -58,13 +58,11 @@ def test_interpret_runs_the_kernels_on_the_cpu(name: str, gpus: bool) -> None:
 
 
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh() -> Iterator[None]:
     """`select_backend` as in a new process; what it sets is undone."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    before = dict(os.environ)
-    yield
-    for key in set(os.environ) - set(before):
-        del os.environ[key]
+    with patch.dict(os.environ):
+        os.environ.pop("TRITON_INTERPRET", None)
+        yield
 
 
 TORCH, INTERPRETER = "plain torch", "the Triton kernels run interpreted"
