@@ -106,8 +106,7 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
 
 
 def sort_by_expert(
-    ids: Annotated[Tensor, "T K", INTS, Within(0, "E - 1")],
-    num_experts: Annotated[int, "E", Within(1, 1 << 16)],
+    ids: Annotated[Tensor, "T K", INTS, Within(0, "E - 1")], num_experts: Annotated[int, "E", Within(1, 1 << 16)]
 ) -> tuple[Annotated[Tensor, "T*K", INT32], Annotated[Tensor, "E+1", INT32]]:
     """Sort slots t*K + k stably by expert -> order [T*K], offsets [E+1] (`reference.sort_by_expert`).
 

@@ -148,9 +148,7 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
 
 
 def linear(
-    x: Annotated[Tensor, "... H"],
-    weight: Annotated[Matrix, "N H"],
-    deterministic: bool = False,
+    x: Annotated[Tensor, "... H"], weight: Annotated[Matrix, "N H"], deterministic: bool = False
 ) -> Annotated[Tensor, "... N"]:
     """x @ weight.T. `deterministic`: a row's bits do not depend on the other rows (one tile for any T)."""
     rows, w = dense_rows(x.reshape(-1, x.shape[-1])), Weight.of(weight)

@@ -81,9 +81,7 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
 
 
 def rms_norm(
-    x: Annotated[Tensor, "... H"],
-    weight: Annotated[Tensor, "H"],
-    eps: Annotated[float, Above(0.0)],
+    x: Annotated[Tensor, "... H"], weight: Annotated[Tensor, "H"], eps: Annotated[float, Above(0.0)]
 ) -> Annotated[Tensor, "... H"]:
     """Root mean square norm (`reference.rms_norm`)."""
     return _launch(x, None, weight, eps)[0]

@@ -103,13 +103,7 @@ class QuantizedWeight(nn.Module):
     zeros: Tensor | None
 
     def __init__(
-        self,
-        format: str,
-        data: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None,
-        shape: tuple[int, ...],
-        group: int,
+        self, format: str, data: Tensor, scales: Tensor, zeros: Tensor | None, shape: tuple[int, ...], group: int
     ) -> None:
         super().__init__()
         self.format, self.shape, self.group = format, torch.Size(shape), group

@@ -42,13 +42,7 @@ def skinny_config(
 
 
 def wide_config(
-    weights: str,
-    columns: int,
-    depth: int,
-    rows: tuple[int, int] | None,
-    dtype: torch.dtype,
-    arch: str,
-    halves: int = 1,
+    weights: str, columns: int, depth: int, rows: tuple[int, int] | None, dtype: torch.dtype, arch: str, halves: int = 1
 ) -> LaunchConfig:
     """Configure a kernel for many rows of x. `rows`: average rows that share a weight, and all rows; None: one tile."""
     shared, total = rows or (0, 0)

@@ -105,11 +105,7 @@ Table = Annotated[Tensor, "P D//2", SINGLE]
 
 @constrain(rule=check_head_size)
 def rope(
-    q: Queries,
-    k: Heads,
-    cos: Table,
-    sin: Table,
-    positions: Annotated[Tensor, "B T", INTS, Within(0, "P - 1")],
+    q: Queries, k: Heads, cos: Table, sin: Table, positions: Annotated[Tensor, "B T", INTS, Within(0, "P - 1")]
 ) -> tuple[Queries, Heads]:
     """Rotate the halves of q and k against each other -> q, k (`reference.rope`)."""
     q, k = dense_rows(q), dense_rows(k)

@@ -90,8 +90,7 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
 
 
 def route(
-    logits: Annotated[Tensor, "T E"],
-    top_k: Annotated[int, "K", Within(1, "E")],
+    logits: Annotated[Tensor, "T E"], top_k: Annotated[int, "K", Within(1, "E")]
 ) -> tuple[Annotated[Tensor, "T K", SINGLE], Annotated[Tensor, "T K", INT32]]:
     """Select each token's experts from the logits -> weights, ids (`reference.route`)."""
     T, E = logits.shape

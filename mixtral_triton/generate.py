@@ -87,12 +87,7 @@ def stream(
 
 
 def _stream(
-    model: Mixtral,
-    ids: Tensor,
-    lengths: Tensor,
-    max_new_tokens: int,
-    eos: frozenset[int],
-    sampling: Sampling,
+    model: Mixtral, ids: Tensor, lengths: Tensor, max_new_tokens: int, eos: frozenset[int], sampling: Sampling
 ) -> Iterator[Tensor]:
     if max_new_tokens == 0:
         return
@@ -168,11 +163,7 @@ def prefill(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> Ten
 
 
 def sample(
-    logits: Tensor,
-    temperature: float,
-    top_p: float,
-    generator: torch.Generator | None = None,
-    top_k: int | None = None,
+    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None, top_k: int | None = None
 ) -> Tensor:
     """Sample token ids [B] from logits fp32 [B,V]; greedy at temperature 0."""
     if temperature == 0.0:

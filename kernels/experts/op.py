@@ -37,12 +37,7 @@ Scores = Annotated[Tensor, "T K", SINGLE]
 
 
 def expert_swiglu(
-    x: Tokens,
-    gate_up_proj: GateUp,
-    down_proj: Down,
-    ids: Ids,
-    weights: Scores,
-    deterministic: bool = False,
+    x: Tokens, gate_up_proj: GateUp, down_proj: Down, ids: Ids, weights: Scores, deterministic: bool = False
 ) -> Tokens:
     """Sum each token's experts with its routing weights (`reference.expert_swiglu`).
 

@@ -77,14 +77,7 @@ def _products(x_ptrs, x_desc, row, w, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 
 @triton.jit
 def _products_of_both_parts(
-    x,
-    row,
-    w,
-    MAIN_M: tl.constexpr,
-    SHORT_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    K: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    x, row, w, MAIN_M: tl.constexpr, SHORT_M: tl.constexpr, BLOCK_K: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr
 ):
     """`_products` of a full tile with two parts: each tile of the weight multiplies both."""
     acc, below = tl.zeros((MAIN_M, w.rows.shape[0]), tl.float32), tl.zeros((SHORT_M, w.rows.shape[0]), tl.float32)
