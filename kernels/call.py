@@ -199,12 +199,7 @@ def entry_points(op: Op[..., Any]) -> tuple[Callable[..., Any], Callable[..., An
     Both skip torch's dispatcher, which would cost more host time than a decode step's kernels take, unless a trace, a
     dispatch mode or (checked) a gradient needs to see the operator.
     """
-    operator, signature = register(op), op.signature
-
-    def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return bound.args
+    operator = register(op)
 
     def dispatch(args: tuple[Any, ...]) -> Any:
         quantized = any(isinstance(x, QuantizedWeight) for x in args)
@@ -212,14 +207,14 @@ def entry_points(op: Op[..., Any]) -> tuple[Callable[..., Any], Callable[..., An
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         if kwargs:
-            args = bind(args, kwargs)
+            args = op.bind(*args, **kwargs)
         if op.mutates and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             raise ValueError(f"mixtral_triton.ops.{op.name} is for inference only: it writes into a cache")
         return call_checked(op, args) if needs_no_dispatch(args) else dispatch(args)
 
     def unchecked(*args: Any, **kwargs: Any) -> Any:
         if kwargs:
-            args = bind(args, kwargs)
+            args = op.bind(*args, **kwargs)
         return call_unchecked(op, args) if untraced() else dispatch(args)
 
     return checked, unchecked

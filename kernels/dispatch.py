@@ -52,16 +52,10 @@ def gather_by_expert_kernel(
     sorted_ptr,  # [N, H] out: a row of x for each slot, in the order of the experts
     order_ptr,  # [N] out, int32
     offsets_ptr,  # [E + 1] out, int32
-    N,
-    E,
-    TOP_K,
+    N, E, TOP_K,
     stride_xt,
-    H: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     # A program has BLOCK_S slots: it counts those before each of them, places its own, and copies their rows. No scan:
     # where several lanes hold a row, Triton 3.6 sums the wrong ones.
     first = tl.program_id(0) * BLOCK_S
@@ -135,14 +129,8 @@ def gather_by_expert(x: Tensor, ids: Tensor, experts: int, config: LaunchConfig)
     gathered = torch.empty((T * K, H), dtype=x.dtype, device=x.device)
     order = torch.empty(T * K, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
-    args: dict[str, Any] = {
-        "ids_ptr": ids,
-        "x_ptr": x,
-        "sorted_ptr": gathered,
-        "order_ptr": order,
-        "offsets_ptr": offsets,
-    }
-    args |= {"N": T * K, "E": experts, "TOP_K": K, "stride_xt": x.stride(0)}
+    args: dict[str, Any] = {"ids_ptr": ids, "x_ptr": x, "sorted_ptr": gathered, "order_ptr": order}
+    args |= {"offsets_ptr": offsets, "N": T * K, "E": experts, "TOP_K": K, "stride_xt": x.stride(0)}
     launch(gather_by_expert_kernel, (triton.cdiv(T * K, config.constexprs["BLOCK_S"]),), args, config, H=H)
     return gathered, order, offsets
 

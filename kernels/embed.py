@@ -33,17 +33,12 @@ def embed_rms_norm_kernel(
     new_ptr,  # [B] how many of the T tokens are new, or None
     y_ptr,  # [B, T, H] out: the norm of x
     x_ptr,  # [B, T, H] out: rows of the table
-    T,
-    V,
-    H,
+    T, V, H,
     limit,  # number of positions
-    stride_ib,
-    stride_it,
-    stride_tv,
+    stride_ib, stride_it, stride_tv,
     eps,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = ids_ptr + b * stride_ib
     # One id out of range makes its whole sequence NaN, so each token's program reads all ids.
@@ -104,14 +99,18 @@ def embed_rms_norm(
     y, x = (torch.empty((B, T, H), dtype=table.dtype, device=table.device) for _ in range(2))
     table = dense_rows(table)
     past_ptr, new_ptr = (None if bound is None else bound.contiguous() for bound in (past, new))
-    args: dict[str, Any] = {
-        "ids_ptr": input_ids,
-        "table_ptr": table,
-        "weight_ptr": weight.contiguous(),
+    args: dict[str, Any] = {"ids_ptr": input_ids, "table_ptr": table, "weight_ptr": weight.contiguous()}
+    args |= {
         "y_ptr": y,
         "x_ptr": x,
+        "past_ptr": past_ptr,
+        "new_ptr": new_ptr,
+        "T": T,
+        "V": V,
+        "H": H,
+        "limit": limit or 0,
+        "eps": eps,
     }
-    args |= {"past_ptr": past_ptr, "new_ptr": new_ptr, "T": T, "V": V, "H": H, "limit": limit or 0, "eps": eps}
     args |= {**strides("i", input_ids), "stride_tv": table.stride(0)}
     selected = select_configs(configs, {"T": T, "H": H}, table.dtype, table.device)
     launch(embed_rms_norm_kernel, (T, B), args, selected["embed_rms_norm_kernel"])

@@ -85,19 +85,12 @@ def gate_route_kernel(
     logits_ptr,  # [T, E] out
     weights_ptr,  # [T, K] out, fp32
     ids_ptr,  # [T, K] out, int32
-    T,
-    E,
-    stride_xt,
-    stride_rt,
-    stride_ge,
+    T, E,
+    stride_xt, stride_rt, stride_ge,
     eps,
-    H: tl.constexpr,
-    TOP_K: tl.constexpr,
-    PDL: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    H: tl.constexpr, TOP_K: tl.constexpr, PDL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     gate = _load_gate(gate_ptr, stride_ge, 0, E, H, BLOCK_E, BLOCK_H)
     weight = None if norm_ptr is None else _load_columns(norm_ptr, 0, H, BLOCK_H)

@@ -41,17 +41,11 @@ def linear_decode_kernel(
     scales_ptr,  # [N, G], or None
     zeros_ptr,  # the same, or None
     y_ptr,  # [T, N] out
-    T,
-    N,
-    stride_xt,
-    stride_wn,
-    H: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    PDL: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    T, N,
+    stride_xt, stride_wn,
+    H: tl.constexpr, LAYOUT: tl.constexpr, PDL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+):  # fmt: skip
     # Swapped operands: weight rows, each read by one program, fill the tensor core's M, the few x rows its N.
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_t, offs_k = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
@@ -73,17 +67,11 @@ def linear_kernel(
     scales_ptr,  # [N, G], or None
     zeros_ptr,  # the same, or None
     y_ptr,  # [T, N] out
-    T,
-    N,
-    stride_xt,
-    stride_wn,
-    H: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    T, N,
+    stride_xt, stride_wn,
+    H: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-):
+):  # fmt: skip
     pid_m, pid_n = program_tile(tl.program_id(0), tl.cdiv(T, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     offs_t = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)

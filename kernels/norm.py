@@ -16,18 +16,16 @@ from torch import Tensor
 from . import reference
 from .checks import Above, constrain
 from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sampler
+from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sampler, shapes
 
 
 @triton.jit
 def normed_rows(
     values,  # [BLOCK_M, BLOCK_H] fp32, zero beyond H
     weight_ptr,  # [H]
-    H,
-    eps,
-    dtype: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    H, eps,
+    dtype: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """Normalize rows, rounding to `dtype` before and after the weight, as the reference does."""
     offs_h = tl.arange(0, BLOCK_H)
     scale = tl.rsqrt(tl.sum(values * values, axis=1) / H + eps)
@@ -47,15 +45,11 @@ def rms_norm_kernel(
     weight_ptr,  # [H]
     y_ptr,  # [T, H] out
     total_ptr,  # [T, H] out: x + residual, or None
-    T,
-    H,
-    stride_xt,
-    stride_rt,
+    T, H,
+    stride_xt, stride_rt,
     eps,
-    BLOCK_M: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    ADD: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
     offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_h = tl.arange(0, BLOCK_H)
     mask = (offs_m < T)[:, None] & (offs_h < H)[None, :]
@@ -111,14 +105,13 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     rows = _flatten(x)
     T, H = rows.shape
     config = select_configs(configs, {"T": T, "H": H}, x.dtype, x.device)["rms_norm_kernel"]
-    args: dict[str, Any] = {
-        "x_ptr": rows,
-        "residual_ptr": residual,
-        "weight_ptr": weight.contiguous(),
+    args: dict[str, Any] = {"x_ptr": rows, "residual_ptr": residual, "weight_ptr": weight.contiguous()}
+    args |= {
         "y_ptr": y,
         "total_ptr": total,
+        "stride_xt": rows.stride(0),
+        "stride_rt": 0 if residual is None else residual.stride(0),
     }
-    args |= {"stride_xt": rows.stride(0), "stride_rt": 0 if residual is None else residual.stride(0)}
     args |= {"T": T, "H": H, "eps": eps}
     launch(rms_norm_kernel, (triton.cdiv(T, config.constexprs["BLOCK_M"]),), args, config, ADD=residual is not None)
     return y, total
@@ -139,17 +132,14 @@ def _cost(tensors: int, sizes: Sizes, dtype: torch.dtype) -> Cost:
     return Cost(flops=4 * T * H, bytes=(tensors * T * H + H) * dtype.itemsize)
 
 
-_TEST_SHAPES = tuple({"T": T, "H": H} for T, H in ((1, 128), (17, 128), (5, 80), (3, 1000), (2, 4096), (33, 1)))
-_BENCH_SHAPES = tuple({"T": T, "H": H} for H in (4096, 6144) for T in (1, 64, 4096))
-
 OP = Op(
     run=rms_norm,
     reference=reference.rms_norm,
     inputs=inputs,
     configs=configs,
     cost=partial(_cost, 2),
-    test_shapes=_TEST_SHAPES,
-    bench_shapes=_BENCH_SHAPES,
+    test_shapes=shapes("T H", "1 128, 17 128, 5 80, 3 1000, 2 4096, 33 1"),
+    bench_shapes=shapes("T H", "1 4096, 64 4096, 4096 4096, 1 6144, 64 6144, 4096 6144"),
 )
 
 ADD_OP = Op(
@@ -158,6 +148,6 @@ ADD_OP = Op(
     inputs=inputs_add,
     configs=configs,
     cost=partial(_cost, 4),
-    test_shapes=_TEST_SHAPES,
-    bench_shapes=_BENCH_SHAPES,
+    test_shapes=OP.test_shapes,
+    bench_shapes=OP.bench_shapes,
 )

@@ -52,22 +52,10 @@ def append_kernel(
     new_ptr,  # [B] how many of the T tokens to append
     k_cache_ptr,  # [B, Hkv, C, D]
     v_cache_ptr,  # [B, Hkv, C, D]
-    T,
-    C,
-    Hkv,
-    D,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_cb,
-    stride_ch,
-    stride_cs,
-    BLOCK_HKV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    T, C, Hkv, D,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_cb, stride_ch, stride_cs,
+    BLOCK_HKV: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     past, new = sequence_position(past_ptr, new_ptr, b, T)

@@ -34,15 +34,13 @@ def angles(cos_ptr, sin_ptr, position, P, columns, half):
 def _rotate(
     x_ptr,  # [heads, D] of one token
     y_ptr,  # [heads, D] out
-    stride_xh,
-    stride_yh,
+    stride_xh, stride_yh,
     cos,  # [1, BLOCK_D] fp32
     sin,  # [1, BLOCK_D] fp32
     heads,
     half,  # D / 2
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     offs_h = tl.arange(0, BLOCK_H).to(tl.int64)[:, None]
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     mask = (offs_h < heads) & (offs_d < half)
@@ -64,23 +62,10 @@ def rope_kernel(
     positions_ptr,  # [B, T]
     q_out_ptr,  # [B, T, Hq, D] out
     k_out_ptr,  # [B, T, Hkv, D] out
-    T,
-    P,
-    Hq,
-    Hkv,
-    D,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_pb,
-    stride_pt,
-    BLOCK_HQ: tl.constexpr,
-    BLOCK_HKV: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-):
+    T, P, Hq, Hkv, D,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_pb, stride_pt,
+    BLOCK_HQ: tl.constexpr, BLOCK_HKV: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
     t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     position = tl.load(positions_ptr + b * stride_pb + t * stride_pt).to(tl.int64)
     cos, sin = angles(cos_ptr, sin_ptr, position, P, tl.arange(0, BLOCK_HALF), D // 2)

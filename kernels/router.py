@@ -22,11 +22,8 @@ from .op import Cost, LaunchConfig, Op, Sizes, power_of_2, sampler, shapes
 def select_top_k(
     logits,  # [BLOCK_T, BLOCK_E] fp32
     E,
-    TOP_K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """The TOP_K largest of each row -> weights, ids [BLOCK_T, BLOCK_K]."""
     offs_e = tl.arange(0, BLOCK_E)
     offs_k = tl.arange(0, BLOCK_K)
@@ -64,15 +61,10 @@ def route_kernel(
     logits_ptr,  # [T, E]
     weights_ptr,  # [T, K] out, fp32
     ids_ptr,  # [T, K] out, int32
-    T,
-    E,
-    stride_lt,
-    stride_le,
-    TOP_K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    T, E,
+    stride_lt, stride_le,
+    TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     offs_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     offs_e = tl.arange(0, BLOCK_E)
     ptrs = logits_ptr + offs_t[:, None] * stride_lt + offs_e[None, :] * stride_le

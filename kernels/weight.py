@@ -101,13 +101,10 @@ def weight_tile(
     w,  # WeightPtrs of column 0
     rows,  # row indices of the scales and zeros
     k,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    dtype: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, dtype: tl.constexpr, LAYOUT: tl.constexpr,
     desc=None,  # reads in place of the pointers, at coordinates `place` and k
     place=None,
-):
+):  # fmt: skip
     """Load columns k.. of a weight as a tile [rows, BLOCK_K] of dtype, its scales applied; finite beyond K."""
     FORMAT: tl.constexpr = LAYOUT.format
     GROUP: tl.constexpr = LAYOUT.group
@@ -137,10 +134,9 @@ def add_products(
     begin,
     SPAN: tl.constexpr,
     EVEN: tl.constexpr,  # no column lies beyond K; otherwise those read as 0
-    K: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    K: tl.constexpr, LAYOUT: tl.constexpr,
     PDL: tl.constexpr = False,  # an earlier launch writes x
-):
+):  # fmt: skip
     """acc + SPAN columns of a weight, from `begin` on, times those of x.
 
     Each byte of the weight is read once. A group's scale multiplies after the products, so it is never rounded. With

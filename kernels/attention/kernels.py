@@ -45,9 +45,8 @@ def _accumulate(
     high,
     limit,  # keys at or after this position do not exist
     KIND: tl.constexpr,  # Kind
-    MASKED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     acc, largest, total = state
     q, offs_i, window, scale = queries
     first = keys.first
@@ -121,34 +120,13 @@ def attention_prefill_kernel(
     starts_ptr,  # [B] first valid key, or None: 0
     lengths_ptr,  # [B] end of the valid keys, or None: S; with the cache: how many of the T tokens are new
     past_ptr,  # [B] with the cache: position of query 0
-    T,
-    S,
-    C,
-    Hq,
-    G,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_cb,
-    stride_ch,
-    stride_cs,
-    window,
-    scale,
-    D: tl.constexpr,
-    CACHED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    HEADS_FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    T, S, C, Hq, G,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_cb,
+    stride_ch, stride_cs,
+    window, scale,
+    D: tl.constexpr, CACHED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     # Heads of a group run next to each other and share K and V in L2; the tiles with the most keys go first.
     b, hq = (tl.program_id(0) // Hq).to(tl.int64), (tl.program_id(0) % Hq).to(tl.int64)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -249,35 +227,16 @@ def attention_decode_kernel(
     new_v_ptr,
     cos_ptr,  # [P, D / 2] fp32, with a newest key
     sin_ptr,
-    P,
-    T,
+    P, T,
     S,  # key positions, or slots of the ring
-    Hq,
-    G,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_nkb,
-    stride_nkh,
-    stride_nvb,
-    stride_nvh,
-    window,
-    scale,
+    Hq, G,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_nkb,
+    stride_nkh, stride_nvb, stride_nvh,
+    window, scale,
     SPLITS,  # programs that share the keys; as a constexpr it would compile a kernel for each value
-    D: tl.constexpr,
-    RING: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    D: tl.constexpr, RING: tl.constexpr, WINDOWED: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     pdl_wait(PDL)
     # All query heads of a group, of all T tokens, are rows of one tile: its keys and values are read once.
     split, hkv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -338,11 +297,8 @@ def attention_combine_kernel(
     part_ptr,  # [rows, SPLITS, D] fp32
     lse_ptr,  # [rows, SPLITS] fp32
     out_ptr,  # [rows, D] out
-    D: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     pdl_wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     offs_s, offs_d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)

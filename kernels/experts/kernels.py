@@ -63,22 +63,11 @@ def experts_up_decode_kernel(
     zeros_ptr,  # the same, or None
     ids_ptr,  # [N]
     h_ptr,  # [N, I] out, by slot
-    N,
-    E,
-    TOP_K,
-    stride_xt,
-    stride_we,
-    stride_wn,
-    H: tl.constexpr,
-    I: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    PDL: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BY_SLOT: tl.constexpr,
-):
+    N, E, TOP_K,
+    stride_xt, stride_we, stride_wn,
+    H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, PDL: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BY_SLOT: tl.constexpr,
+):  # fmt: skip
     # Swapped operands: weight rows fill the tensor core's M, the few tokens its N.
     pdl_wait(PDL)  # the route selects the weights
     pid_n = tl.program_id(0)
@@ -111,21 +100,11 @@ def experts_down_decode_kernel(
     zeros_ptr,  # the same, or None
     ids_ptr,  # [N]
     y_ptr,  # [SPLIT_K, N, H] out, fp32: one partial sum a split
-    N,
-    E,
-    stride_we,
-    stride_wn,
-    H: tl.constexpr,
-    I: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    PDL: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BY_SLOT: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-):
+    N, E,
+    stride_we, stride_wn,
+    H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, PDL: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BY_SLOT: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
     pdl_wait(PDL)
     pid_n, split = tl.program_id(0), tl.program_id(2)
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
@@ -158,16 +137,11 @@ def experts_combine_kernel(
     residual_ptr,  # [T, H], or None
     norm_ptr,  # [H] weight of the norm that follows, or None
     total_ptr,  # [T, H] out: the experts' output + residual, or None
-    N,
-    E,
-    H,
+    N, E, H,
     stride_rt,
     eps,
-    TOP_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    PDL: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    TOP_K: tl.constexpr, SPLIT_K: tl.constexpr, PDL: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     pdl_wait(PDL)
     # An ordered fp32 sum over splits, then experts: no atomics, so the bits repeat.
     t = tl.program_id(0).to(tl.int64)

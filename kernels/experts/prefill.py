@@ -35,12 +35,8 @@ def main_rows(BLOCK_M, SHORT_M):
 def _group_tile(
     offsets_ptr,
     E,
-    COLUMNS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
     """This program's expert (E or more: none), first sorted row, end of the group, and column tile.
 
     The tiles of an expert are consecutive programs.
@@ -92,19 +88,14 @@ def _products_of_both_parts(
 @triton.jit
 def _multiply_parts(
     x,  # RowSource
-    row,
-    end,
+    row, end,
     w,  # ExpertWeight
     store: tl.constexpr,  # _store_swiglu or _store_slots
     out,  # the first arguments of `store` after the products
     pid_n,
-    COLUMNS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SHORT_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    K: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, SHORT_M: tl.constexpr, BLOCK_K: tl.constexpr, K: tl.constexpr,
     LAYOUT: tl.constexpr,
-):
+):  # fmt: skip
     """Multiply and store the row tile at `row`, as tall as the rows before `end` need."""
     MAIN_M: tl.constexpr = main_rows(BLOCK_M, SHORT_M)
     left = tl.minimum(end - row, BLOCK_M)
@@ -143,21 +134,11 @@ def experts_up_kernel(
     h_ptr,  # [N, I] out, in sorted order
     order_ptr,  # [N] sorted slots
     offsets_ptr,  # [E + 1] groups in `order`
-    E,
-    TOP_K,
-    stride_xt,
-    stride_we,
-    stride_wn,
-    H: tl.constexpr,
-    I: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SHORT_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    E, TOP_K,
+    stride_xt, stride_we, stride_wn,
+    H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, SHORT_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
     expert, row, end, pid_n = _group_tile(offsets_ptr, E, I, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
     if expert < E:
         offs_k, w_rows = tl.arange(0, BLOCK_K), pair_rows(pid_n, I, BLOCK_N)
@@ -202,18 +183,10 @@ def experts_down_kernel(
     order_ptr,  # [N] sorted slots
     offsets_ptr,  # [E + 1] groups in `order`
     E,
-    stride_we,
-    stride_wn,
-    H: tl.constexpr,
-    I: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SHORT_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    stride_we, stride_wn,
+    H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, SHORT_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
     expert, row, end, pid_n = _group_tile(offsets_ptr, E, H, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
     if expert < E:
         offs_k, w_rows = tl.arange(0, BLOCK_K), tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), H - 1).to(tl.int64)
