@@ -75,8 +75,10 @@ def _race_error(logits: Tensor, chosen: Tensor, generator: Any, top_p: float = 1
         p = p.where(logits >= logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], 0.0)
     p = p / p.sum(-1, keepdim=True)
     # What is more likely than a token must have less than top_p; fp32 sums may differ at the edge.
-    before = (p[:, None, :] * (p[:, None, :] > p[:, :, None])).sum(-1) if top_p < 1 else torch.zeros_like(p)
-    race = p.where(before < top_p, 0.0) / clock
+    ascending = p.sort(-1).values
+    sums = F.pad(ascending.cumsum(-1), (1, 0))  # no [N,V,V], which a real vocabulary makes a terabyte
+    before = sums[:, -1:] - sums.gather(-1, torch.searchsorted(ascending, p, right=True))
+    race = (p if top_p == 1 else p.where(before < top_p, 0.0)) / clock
     return largest(1 - race.gather(-1, chosen[:, None])[:, 0] / race.amax(-1))
 
 

@@ -231,6 +231,12 @@ def test_fault_in_sample(old: Any, new: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert not generation._check_sample(logits, [torch.Generator(), torch.Generator()]).ok
 
 
+def test_sample_on_a_real_vocabulary() -> None:
+    """Of 64 tokens, every pair of two entries would take 500 GB."""
+    logits = torch.randn(64, 32000, generator=torch.Generator().manual_seed(0))
+    assert generation._check_sample(logits, [torch.Generator(), torch.Generator()]).ok
+
+
 @once
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_not_finite_is_wrong(value: float) -> None:
