@@ -88,7 +88,9 @@ def test_peers_are_for_known_operations_and_installed_modules() -> None:
 @compiled_only
 @pytest.mark.parametrize("name", BENCHED)
 def test_every_peer_is_right_or_says_why_not(name: str) -> None:
-    peers = [peer for peer in peers_of(name) if peer.name not in SLOW]
+    peers = [
+        peer for peer in peers_of(name) if peer.name not in SLOW or (peer.name, name) == ("torch.compile", "rms_norm")
+    ]
     row = timed_row(small(name), H100, CPU, wall_seconds, peers)
     assert row.ours.seconds and row.ours.note is None, row.ours
     for peer in peers:
@@ -98,12 +100,6 @@ def test_every_peer_is_right_or_says_why_not(name: str) -> None:
         assert row.ratio(peer.name) == (outcome.seconds and outcome.seconds / row.ours.seconds)
     assert row.share == row.floor_s / row.ours.seconds
     assert json.loads(json.dumps(row.as_dict()))["peers"].keys() == row.peers.keys()
-
-
-@compiled_only
-def test_torch_compile_is_a_peer() -> None:
-    peers = [peer for peer in peers_of("rms_norm") if peer.name == "torch.compile"]
-    assert timed_row(small("rms_norm"), H100, CPU, wall_seconds, peers).peers["torch.compile"].seconds
 
 
 RING = {"B": 2, "T": 1, "Hq": 4, "Hkv": 2, "D": 16, "C": 32, "window": 0, "fresh": False}
@@ -286,6 +282,8 @@ def test_a_lost_gpu_ends_the_process_after_the_row_of_its_case(
         ("route --at T=3", "T=3"),
         ("route --first -1", "--first"),
         ("--sizes T=3", "--sizes"),
+        ("--peer a:b", "goes with the one operation"),
+        ("route rope --peer a:b", "goes with the one operation"),
         ("route --at T=1 --sizes T=3,E=8,K=2", "--at"),
         ("route --sizes T=3", "lacks E, K: route needs T, E, K"),
         ("route --sizes T=3,E=8,K=2,H=4", "has H, and route has T, E, K"),

@@ -11,10 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral_triton.cli import SMALL
-from mixtral_triton.config import MixtralConfig
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.tools.bench.cases import BENCHED, cases
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("pytest_benchmark")
@@ -36,21 +33,12 @@ def test_cases_of_every_kind_run_and_name_the_device(tmp_path: Path) -> None:
     file = tmp_path / "times.json"
     done = run("-q", "-k", "T1-H128 or B1-S64-L1 or rope_append_attention", f"--benchmark-json={file}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "benchmark 'rms_norm (CPU, plain torch)'" in done.stdout and "Median" in done.stdout
     found = json.loads(file.read_text())["benchmarks"]
     ran = {one["group"].split()[0] for one in found}
     assert {"rms_norm", "expert_swiglu", "linear", "rope_append_attention", "decode_step"} <= ran, ran
     for one in found:
         assert one["group"].endswith("(CPU, plain torch)") and one["extra_info"]["device"] == "CPU, plain torch"
         assert one["extra_info"]["bytes"] > 0 and one["stats"]["median"] > 0 and one["stats"]["rounds"] == 20
-
-
-def test_cases_of_the_small_checkpoint_are_collected() -> None:
-    done = run("-q", "--collect-only")
-    assert done.returncode == 0, done.stdout + done.stderr
-    names = [line.partition("[")[2] for line in done.stdout.splitlines() if line.startswith("benchmarks/bench_ops.py")]
-    wanted = cases(quick=True, model=MixtralConfig.from_pretrained(SMALL))
-    assert len(names) == len(wanted) and {name.split("-")[0] for name in names} == set(BENCHED)
 
 
 OFF = """
