@@ -31,10 +31,6 @@ def test_neighbours_are_one_step_away_and_keep_full_tiles() -> None:
     assert tiles[:4] == [(64, 64), (256, 64), (128, 32), (128, 128)] and PREFILL not in found
     assert [(one.num_warps, one.num_stages) for one in found[4:]] == [(4, 1), (16, 1), (8, 2)]
     assert all((one.constexprs["BLOCK_D"], one.constexprs["SPLIT_K"]) == (128, 4) for one in found)
-    decode = LaunchConfig({"BLOCK_M": 16, "BLOCK_N": 64, "SPLITS": 1}, num_warps=1, num_stages=1)
-    found = tune.neighbours(decode, tune.full_dim_tiles(OPS["attention"], "attention_decode_kernel"))
-    assert {one.constexprs["BLOCK_M"] for one in found} == {16}
-    assert {one.constexprs["SPLITS"] for one in found} == {1, 2} and {one.num_warps for one in found} == {1, 2}
 
 
 @compiled_only
@@ -53,7 +49,6 @@ def test_a_kernel_is_tuned_where_the_operation_selects_a_library() -> None:
     assert list(tune.kernel_configs(case, "sm_90")) == [SKINNY]
     tuned = tune.tune(case, SKINNY, "sm_90")
     assert tuned.library and tuned.library_s is None and len(tuned.candidates) > 5 and tuned.candidates[0].note is None
-    assert not tune.tune(replace(case, sizes=Shape(T=16, H=4096, N=4096)), SKINNY, "sm_90").library
     assert tune.kernel_configs(replace(case, sizes=Shape(T=65, H=4096, N=4096)), "sm_90") == {}
 
 
@@ -204,10 +199,7 @@ def test_command_without_timing(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("nonsense", "nonsense"),
         ("decode_step", "route"),
-        ("route --at many", "T=4096"),
-        ("route --at T=3", "T=3"),
         ("linear --at T=2048 --at N=32000", "nothing to tune"),
         ("route --at T=64 --arch sm_12", "sm_12"),
         pytest.param(

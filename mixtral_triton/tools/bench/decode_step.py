@@ -32,8 +32,8 @@ LOGITS_ERROR = 0.05  # of the norm of a row of logits: the limit of its distance
 
 
 def config(sizes: Sizes) -> MixtralConfig:
-    names = {"vocab_size": "V", "hidden_size": "H", "intermediate_size": "I", "num_hidden_layers": "L"}
-    names |= {"num_attention_heads": "Hq", "num_key_value_heads": "Hkv", "head_dim": "D"}
+    names = {"vocab_size": "V", "hidden_size": "H", "intermediate_size": "I", "num_hidden_layers": "L", "head_dim": "D"}
+    names |= {"num_attention_heads": "Hq", "num_key_value_heads": "Hkv"}
     names |= {"num_local_experts": "E", "num_experts_per_tok": "K"}
     fields: dict[str, Any] = {field: sizes[letter] for field, letter in names.items()}
     return MixtralConfig(**fields, rope_theta=1e6, max_position_embeddings=sizes["S"] + STEPS_MOST)
@@ -101,61 +101,46 @@ def plain_step(model: Mixtral, cache: KVCache, token: Tensor) -> Tensor:
 
 def fault(function: Callable[..., Any], args: Args) -> str | None:
     """Return what is wrong with the logits of `function`'s first step compared with the torch backend's, or None."""
-    cache = args["cache"]
-    rewind(cache)
-    want = plain_step(**args)
-    rewind(cache)
-    got = function(**args)
-    rewind(cache)
+    results = []
+    for step in (plain_step, function):
+        rewind(args["cache"])
+        results.append(step(**args))
+    rewind(args["cache"])
+    want, got = results
     if got.shape != want.shape:
         return f"wrong: logits of shape {list(got.shape)}, where {list(want.shape)} would be right"
     error = ((got - want).norm(dim=-1) / want.norm(dim=-1)).nan_to_num(nan=float("inf"))
-    wrong = int((error > LOGITS_ERROR).sum())
-    where = f"{wrong} of {len(error)} rows of logits"
-    return f"wrong: {where} are farther than {LOGITS_ERROR} of their norm from plain torch" if wrong else None
+    if not (wrong := int((error > LOGITS_ERROR).sum())):
+        return None
+    return (
+        f"wrong: {wrong} of {len(error)} rows of logits are farther than {LOGITS_ERROR} of their norm from plain torch"
+    )
 
 
-def hf_model(model: Mixtral) -> Any:
-    """Return transformers' model on the weights of ours."""
-    from transformers import MixtralConfig, MixtralForCausalLM
+def hf_step(op: Op, args: Args, compiled: bool) -> Callable[..., Any]:
+    """Return a step of transformers' model on our weights and a copy of our cache, with transformers' default experts.
+
+    `compiled`: with a static cache, in CUDA graphs; else eager, with a growing cache.
+    """
+    from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, StaticCache
     from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
+    from ...hf.mask import CACHE
+
+    model, cache = args["model"], args["cache"]
     fields = asdict(model.config)
     rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
     settings = MixtralConfig(**fields, rope_parameters=rope)
     with torch.device("meta"):
-        hf = MixtralForCausalLM(settings)
-    parameters = dict(model.named_parameters())
-    targets = table(model.config, "fused")
+        hf = MixtralForCausalLM(settings).eval()
+    parameters, targets = dict(model.named_parameters()), table(model.config, "fused")
     hf.load_state_dict({name: parameters[one.parameter][one.index] for name, one in targets.items()}, assign=True)
     hf.model.rotary_emb = MixtralRotaryEmbedding(settings).to(model.device)
-    return hf.eval()
-
-
-def _hf(args: Args, new_cache: Callable[[Any], Any], compile: bool) -> Callable[..., Any]:
-    """Return a step of transformers' model on a copy of our cache. Experts use transformers' default implementation."""
-    from ...hf.mask import CACHE
-
-    cache, hf = args["cache"], hf_model(args["model"])
-    copy = new_cache(hf.config)
+    copy = StaticCache(settings, cache.slots + STEPS_MOST) if compiled else DynamicCache()
     for index, layer in enumerate(zip(cache.keys, cache.values, strict=True)):
         copy.update(*(x[:, :, : cache.slots - 1].clone() for x in layer), index)
-    forward = torch.compile(hf.forward, mode="reduce-overhead") if compile else hf.forward
+    forward = torch.compile(hf.forward, mode="reduce-overhead") if compiled else hf.forward
     return lambda token, **_: forward(token, use_cache=True, **{CACHE: copy}).logits[:, -1].float()
-
-
-def hf_eager(op: Op, args: Args) -> Callable[..., Any]:
-    """Eager transformers with a growing cache."""
-    from transformers import DynamicCache
-
-    return _hf(args, lambda config: DynamicCache(), compile=False)
-
-
-def hf_static(op: Op, args: Args) -> Callable[..., Any]:
-    """Compiled transformers with a static cache, in CUDA graphs."""
-    from transformers import StaticCache
-
-    return _hf(args, lambda config: StaticCache(config, args["cache"].slots + STEPS_MOST), compile=True)
 
 
 def expected_distinct_experts(args: Args) -> float:

@@ -144,20 +144,12 @@ class Row:
         return None if theirs is None or self.ours.seconds is None else theirs / self.ours.seconds
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "op": self.case.op.name,
-            "sizes": self.case.as_dict(),
-            "dtype": self.case.dtype_name,
-            "flops": self.flops,
-            "bytes": self.bytes,
-            "bound": self.bound,
-            "floor_us": self.floor_s * 1e6,
-            "of_floor": self.share,
-            **self.ours.as_dict(),
-            "predicted": None if self.predicted is None else self.predicted.as_dict(),
-            "launches": list(self.launches),
-            "peers": {name: {**outcome.as_dict(), "ratio": self.ratio(name)} for name, outcome in self.peers.items()},
-        }
+        case = {"op": self.case.op.name, "sizes": self.case.as_dict(), "dtype": self.case.dtype_name}
+        work = {"flops": self.flops, "bytes": self.bytes, "bound": self.bound, "launches": list(self.launches)}
+        times = {"floor_us": self.floor_s * 1e6, "of_floor": self.share, **self.ours.as_dict()}
+        times["predicted"] = self.predicted and self.predicted.as_dict()
+        peers = {name: {**outcome.as_dict(), "ratio": self.ratio(name)} for name, outcome in self.peers.items()}
+        return {**case, **work, **times, "peers": peers}
 
 
 def our_call(case: Case, args: dict[str, Any]) -> Function:

@@ -124,20 +124,20 @@ def _visible(args: Args, t: Any, j: Any) -> Any:
     return reference._visible(t + shift, j, args.get("window"), args.get("causal", True))
 
 
+def _sdpa_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+    """Return attention of q [B,T,Hq,D] over k and v [B,Hkv,S,D]."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=causal, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
 def _sdpa(op: Op, args: Args) -> Function:
     _require_unpadded(args)
-    T, S, causal = args["q"].shape[1], args["k"].shape[1], args.get("causal", True)
-    mask = None
-    if not (causal and T in (1, S) and not 0 < _window(args) < S):
+    T, S, mask = args["q"].shape[1], args["k"].shape[1], None
+    if not (args.get("causal", True) and T in (1, S) and not 0 < _window(args) < S):
         t, j = (torch.arange(n, device=args["q"].device) for n in (T, S))
         mask = _visible(args, t[:, None], j)
-
-    def run(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        causal = mask is None and T == S
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True).transpose(1, 2)
-
-    return run
+    causal = mask is None and T == S
+    return lambda q, k, v, **_: _sdpa_call(q, k.transpose(1, 2), v.transpose(1, 2), mask, causal)
 
 
 def _flex(op: Op, args: Args) -> Function:
@@ -178,12 +178,7 @@ def _sdpa_cached(op: Op, args: Args) -> Function:
     lengths, slots = _cached_slots(args), args["k_cache"].shape[2]
     written = torch.arange(slots, device=lengths.device) < lengths[:, None]
     mask = None if bool(written.all()) else written[:, None, None]
-
-    def run(q: Tensor, k_cache: Tensor, v_cache: Tensor, **_: Any) -> Tensor:
-        heads = q.transpose(1, 2)
-        return F.scaled_dot_product_attention(heads, k_cache, v_cache, mask, enable_gqa=True).transpose(1, 2)
-
-    return run
+    return lambda q, k_cache, v_cache, **_: _sdpa_call(q, k_cache, v_cache, mask)
 
 
 def _flash_cached(op: Op, args: Args) -> Function:
@@ -215,8 +210,8 @@ PEERS = (
     Peer("flash-attention", "attention", "flash_attn", _flash),
     Peer("SDPA", "cached_attention", "", _sdpa_cached),
     Peer("flash-attention", "cached_attention", "flash_attn", _flash_cached),
-    Peer("HF eager", "decode_step", "transformers", decode_step.hf_eager),
-    Peer("HF static cache", "decode_step", "transformers", decode_step.hf_static),
+    Peer("HF eager", "decode_step", "transformers", partial(decode_step.hf_step, compiled=False)),
+    Peer("HF static cache", "decode_step", "transformers", partial(decode_step.hf_step, compiled=True)),
 )
 
 

@@ -43,7 +43,7 @@ def number(value: float | None) -> str:
 
 
 def micro(seconds: float | None) -> str:
-    return number(None if seconds is None else seconds * 1e6)
+    return number(seconds and seconds * 1e6)
 
 
 def _percent(share: float | None) -> str:

@@ -88,15 +88,10 @@ class Tuned:
     library_s: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "op": self.case.op.name,
-            "sizes": self.case.as_dict(),
-            "arch": self.arch,
-            "kernel": self.kernel,
-            "literal": literal(self.case.op, self.kernel, self.best),
-            "library_us": self.library_s and self.library_s * 1e6,
-            "tried": [one.as_dict() for one in self.candidates],
-        }
+        case = {"op": self.case.op.name, "sizes": self.case.as_dict(), "arch": self.arch, "kernel": self.kernel}
+        case["literal"] = literal(self.case.op, self.kernel, self.best)
+        library_us = self.library_s and self.library_s * 1e6
+        return {**case, "library_us": library_us, "tried": [one.as_dict() for one in self.candidates]}
 
 
 def full_dim_tiles(op: Op, kernel: str, launch: Launch | None = None) -> set[str]:
