@@ -62,16 +62,6 @@ class Compiled:
         """The main loops; none for AMD, whose code is not counted."""
         return main_loops([self.stages["cubin"]], self.arch)[0] if "cubin" in self.stages else ()
 
-    @cached_property
-    def uses_tensor_cores(self) -> bool:
-        """Whether it uses NVIDIA's tensor cores."""
-        return "ptx" in self.stages and "mma" in self.stages["ptx"].read_text()
-
-    @property
-    def needs_loops(self) -> bool:
-        """Whether anything below depends on the main loops."""
-        return "cubin" in self.stages and (self.spills > 0 or self.uses_tensor_cores)
-
     @property
     def loop_spills(self) -> int:
         """Instructions in main loops that store or load a spill."""
@@ -80,8 +70,7 @@ class Compiled:
     @property
     def loop_flop_per_instruction(self) -> float | None:
         """Of the best main loop (attention: the one without a mask); None without tensor cores whose FLOP are known."""
-        loops = self.loops if self.uses_tensor_cores else ()
-        return max((loop.flop_per_instruction for loop in loops if loop.flop_per_instruction), default=None)
+        return max((loop.flop_per_instruction for loop in self.loops if loop.flop_per_instruction), default=None)
 
     @property
     def fault(self) -> str | None:
@@ -96,11 +85,9 @@ class Compiled:
 
 
 def as_json(compiled: Compiled) -> dict[str, Any]:
-    """Return what `compile --json` prints of one kernel. `arguments`: types of what is not in `constexprs`, "constexpr"
-    where the JIT makes it constant (a size of 1, a tensor that is not there)."""
+    """Return what `compile --json` prints of one kernel."""
     hidden = ("signature", "stages", "error")
     known = {f.name: getattr(compiled, f.name) for f in fields(compiled) if f.name not in hidden}
-    known["arguments"] = {name: kind for name, kind in compiled.signature.items() if name not in compiled.constexprs}
     return known | {name: getattr(compiled, name) for name in ("loop_flop_per_instruction", "loop_spills", "fault")}
 
 

@@ -296,7 +296,7 @@ def compile_ops(
         kernels[index] = compiled
         progress(done, len(jobs))
     # Together: the disassembler takes long to start.
-    counted = [one for one in kernels.values() if one.needs_loops]
+    counted = [one for one in kernels.values() if "cubin" in one.stages]
     for one, loops in zip(counted, sass.main_loops([one.stages["cubin"] for one in counted], arch), strict=True):
         vars(one)["loops"] = loops  # where the cached property looks
     return [kernels[index] for index in range(len(jobs))]

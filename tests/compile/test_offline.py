@@ -25,7 +25,6 @@ FAMILIES = tuple(dict.fromkeys(known.family for known in ARCHS.values()))
 EVERY_DTYPE = "sm_90"
 MEASURED = {"registers", "spills", "shared_bytes", "limit_bytes", "loop_spills", "loop_flop_per_instruction"}
 JSON_KEYS = MEASURED | {"fault", "op", "kernel", "arch", "file", "dtype", "num_warps", "num_stages", "constexprs"}
-JSON_KEYS |= {"arguments"}
 
 
 def cases() -> Iterator[Any]:
