@@ -15,14 +15,14 @@ class Chip:
     l2             bytes/s from L2 to all SMs together, as programs reach it
     vector         FLOP/s of fp32 without tensor cores
     launch_gap     seconds between two launches of a graph
-    pdl_gap        the same where the second launch is a programmatic dependent one; None: the GPU has none
+    pdl_gap        the same where the second launch is a programmatic dependent one, if the GPU has these
     node, network  bytes/s that a GPU sends, by data sheets: inside a node, and by its share of the network
     """
 
     l2: float
     vector: float
     launch_gap: float
-    pdl_gap: float | None
+    pdl_gap: float
     node: float
     network: float
 
@@ -34,10 +34,10 @@ class Chip:
 # published is what it saved in all: 332 to 376 tokens/s of a 20 B mixture of experts (ggml-org/llama.cpp, pull request
 # 22522), 0.35 ms of some hundreds of launches.
 # node: NVLink's and Infinity Fabric's totals count both directions; network: an adapter of 200 or 400 Gb/s a GPU.
-_SM_80 = Chip(5.6e12, 19.5e12, 1.2e-6, None, 300e9, 25e9)
+_SM_80 = Chip(5.6e12, 19.5e12, 1.2e-6, 1.2e-6, 300e9, 25e9)
 _SM_90 = Chip(7.0e12, 67e12, 1.2e-6, 0.6e-6, 450e9, 50e9)
 _SM_100 = Chip(8.3e12, 75e12, 1.2e-6, 0.6e-6, 900e9, 50e9)
-_GFX942 = Chip(17.2e12, 163.4e12, 3e-6, None, 448e9, 50e9)
+_GFX942 = Chip(17.2e12, 163.4e12, 3e-6, 3e-6, 448e9, 50e9)
 _H100_NAMES = ("H100-80", "H100 80GB HBM3", "H100 SXM", "H100 PCIe")
 _A100_NAMES = ("A100-80", "A100-SXM4-80GB", "A100 80GB PCIe")
 

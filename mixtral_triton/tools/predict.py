@@ -94,7 +94,7 @@ def predict(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
         raise ValueError(f"predict: GPU is {gpu.name}, needs one whose L2 bandwidth is known")
     launches = tuple(launches)
     parts = tuple(_part(launch, gpu, chip) for launch in launches)
-    gaps = (chip.pdl_gap if launch.dependent and chip.pdl_gap is not None else chip.launch_gap for launch in launches)
+    gaps = (chip.pdl_gap if launch.dependent else chip.launch_gap for launch in launches)
     by_limit = {"launches": sum(gaps)}
     for part in parts:
         by_limit[part.limit] = by_limit.get(part.limit, 0.0) + part.seconds

@@ -12,6 +12,7 @@ import textwrap
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -132,15 +133,13 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None, sile
                 state, left = (str(column(progress.tasks[task])).strip() for column in columns)
                 say(f"{label}: {state}" + f", {left} left" * bool(left))
 
-        thread = threading.Thread(target=report, daemon=True)
-        if not (silent or console.is_terminal):
-            thread.start()
-        try:
-            yield Bar(progress, task)
-        finally:
-            done.set()
-            if thread.ident:
-                thread.join()
+        with ThreadPoolExecutor(1) as thread:
+            if not (silent or console.is_terminal):
+                thread.submit(report)
+            try:
+                yield Bar(progress, task)
+            finally:
+                done.set()
 
 
 def set_output_encoding() -> None:
