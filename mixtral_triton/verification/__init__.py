@@ -23,7 +23,7 @@ from ..tools.tolerance import Fp64Reference, measure, to_fp64
 from .calls import SizedCalls, text_calls
 from .generation import check_generate
 from .hf import TransformersTarget
-from .layers import LayerProbe, Target, check_in_fp32, check_layers, rows_or_fault, split_text
+from .layers import LayerProbe, Target, check_in_fp32, check_layers, rows_or_fault
 from .mesh import MeshTarget, worst_of_ranks
 from .report import END_RATIO, TORCH, Report, Row
 from .weights import check_finite, compare_with_files, held_out, perplexity, quantized_formats
@@ -113,7 +113,7 @@ def _verify(
 ) -> Report:
     config, embedding = target.config, target.embed_tokens
     ids, device = default_text(input_ids, config, embedding.device, tokens), embedding.device
-    steps = 2 + len(split_text(ids.shape[1])) + (folder is not None)
+    steps = 1 + target.forwards(*ids.shape) + (folder is not None)
     fp32 = not quick and embedding.dtype != torch.float32
     total, done = config.num_hidden_layers * (steps + fp32), count(1)
 

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from .. import hf, reference
 from ..config import SIZES, MixtralConfig
-from .layers import LayerCheck, LayerProbe, Target
+from .layers import PADDING, LayerCheck, LayerProbe, Target
+
+MIN_TOKENS = 24  # of a text whose rounding errors set a limit for attention and experts alone
 
 
 class TransformersTarget(Target):
@@ -96,6 +99,42 @@ class TransformersTarget(Target):
 
         return DynamicCache(config=self.backbone.config)
 
+    def forwards(self, batch: int, tokens: int) -> int:
+        return super().forwards(batch, tokens) + 2 + 3 * len(parts(tokens))
+
+    def probe(self, config: MixtralConfig, ids: Tensor, probe: LayerProbe) -> None:
+        """Also a left-padded batch, static caches and packed sequences. Their rows are prefixes of the text, whose
+        references hold for them."""
+        from transformers import StaticCache
+
+        super().probe(config, ids, probe)
+        (B, T), numbers = ids.shape, torch.arange(max(len(ids), 2))
+        at, rows, row = torch.arange(T), numbers % B, numbers[:, None]
+        padded, packed = at - row % 3 * T // 4, at % (T // 2 + 1 + row % 3)  # positions [R,T], negative for padding
+
+        def static() -> Any:
+            return StaticCache(config=self.backbone.config, max_cache_len=T + PADDING)
+
+        cases: list[tuple[str, Tensor, Callable[[], Any] | None]] = [
+            ("left-padded", padded, None),
+            ("left-padded, cached", padded, partial(self.make_cache, config, B, T)),
+            ("static cache", at.expand_as(padded), static),
+            ("left-padded, static cache", padded, static),
+            ("packed sequences", packed, None),
+        ]
+        with self.forward(config, probe, probe_layers=True) as forward:
+            for case, positions, make_cache in cases:
+                cache, real = None if make_cache is None else make_cache(), positions >= 0
+                for begin, end in [(0, T)] if cache is None else parts(T):
+                    part = positions[:, begin:end]
+                    tokens = part % T  # padding holds the last tokens of the text
+                    probe.start(case, tokens, real[:, begin:end], rows)
+                    kwargs = {"position_ids": part.clamp(min=0).to(ids.device)}
+                    if not real.all():
+                        kwargs["attention_mask"] = real[:, :end].long().to(ids.device)
+                    with self.wrong_if_raised(probe):
+                        forward(ids[rows[:, None], tokens], cache, **kwargs)
+
     @contextmanager
     def forward(self, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Iterator[Callable[..., Tensor]]:
         """The backbone's forward."""
@@ -107,11 +146,14 @@ class TransformersTarget(Target):
         def leave(index: int, layer: Any, args: Any, out: Tensor) -> Tensor:
             return probe.leave(index, out)
 
+        def record(index: int, name: str, module: Any, args: Any, out: Any) -> None:
+            probe.record(index, name, out[0] if isinstance(out, tuple) else out)
+
         def route(gate: Any, args: Any, out: Any) -> Any:
             return out[0], *probe.replace_routes(out[1], out[2])
 
-        def forward(ids: Tensor, cache: Any = None, lengths: None = None) -> Tensor:
-            return self.backbone(ids, use_cache=cache is not None, **{CACHE: cache}).last_hidden_state
+        def forward(ids: Tensor, cache: Any = None, lengths: None = None, **kwargs: Any) -> Tensor:
+            return self.backbone(ids, use_cache=cache is not None, **{CACHE: cache}, **kwargs).last_hidden_state
 
         with ExitStack() as stack:
             if self.apply and not hf.applied(self.model):
@@ -123,4 +165,12 @@ class TransformersTarget(Target):
             for index, layer in enumerate(self.layers if probe_layers else ()):
                 stack.enter_context(layer.register_forward_pre_hook(partial(enter, index), with_kwargs=True))
                 stack.enter_context(layer.register_forward_hook(partial(leave, index)))
+                enough = probe.layers[index].x[..., 0].numel() >= MIN_TOKENS
+                for name, module in (("attended", layer.self_attn), ("y", layer.mlp)) if enough else ():
+                    stack.enter_context(module.register_forward_hook(partial(record, index, name)))
             yield forward
+
+
+def parts(tokens: int) -> list[tuple[int, int]]:
+    """How a text is read over a cache: a prefill, a chunk and one token."""
+    return list(pairwise(sorted({0, tokens // 2, tokens - 1, tokens})))

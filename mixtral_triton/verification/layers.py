@@ -65,6 +65,10 @@ class Target:
             return self.config
         return replace(self.config, sliding_window=max(1, tokens // WINDOW_FRACTION))
 
+    def forwards(self, batch: int, tokens: int) -> int:
+        """The number of forwards in `probe`."""
+        return 1 + len(split_text(tokens, batch if self.uneven else 1))
+
     def probe(self, config: Any, ids: Tensor, probe: LayerProbe) -> None:
         """The layers' own forwards on ids [B,T], without a cache and over one."""
         B, T = ids.shape

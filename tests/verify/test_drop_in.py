@@ -1,0 +1,128 @@
+"""verify of a transformers model finds faults of the drop-in in padded, packed and cached forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixtral_triton import verify
+from mixtral_triton.kernels.launch import INTERPRETED
+
+pytest.importorskip("transformers")
+from mixtral_triton.hf import mask, modules
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+IDS = torch.randint(1, 48, (2, 15), generator=torch.Generator().manual_seed(0))
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about masks and modules, whatever the backend: run once")
+Inject = Callable[[pytest.MonkeyPatch], None]
+Change = Callable[..., Any]
+
+
+def result(place: Any, name: str, change: Change) -> Inject:
+    """change(result, *arguments) in the place of the result of `place.name`."""
+    function = getattr(place, name)
+    return lambda patch: patch.setattr(place, name, lambda *args: change(function(*args), *args))
+
+
+def mask_by(change: Change) -> Inject:
+    """The mask of other keyword arguments."""
+    made = lambda **kwargs: mask.interval_mask(**kwargs | change(kwargs))  # noqa: E731
+    return lambda patch: patch.setitem(mask.AttentionMaskInterface._global_mapping, mask.NAME, made)
+
+
+def static_by(change: Change) -> Inject:
+    return mask_by(lambda kwargs: change(kwargs) if isinstance(kwargs["q_offset"], Tensor) else {})
+
+
+def mask_without(place: int) -> Inject:
+    """The mask without one of the arguments of the backbone's forward."""
+    make = modules.causal_mask
+    return lambda patch: patch.setattr(
+        modules, "causal_mask", lambda *args: make(*args[:place], None, *args[place + 1 :])
+    )
+
+
+def attend(kind: str, change: Change) -> Inject:
+    """change(q, k, v, mask, window): other arguments of attention, for one kind of mask."""
+    function = modules.attention
+
+    def faulty(module: Any, q: Tensor, k: Tensor, v: Tensor, made: Any, sliding_window: Any, **kwargs: Any) -> Any:
+        kinds = {torch.int64: "packed", torch.int32: "interval" if made is not None and made.shape[-1] else "causal"}
+        args = q, k, v, made, sliding_window
+        q, k, v, made, window = change(*args) if made is not None and kinds[made.dtype] == kind else args
+        return function(module, q, k, v, made, sliding_window=window, **kwargs)
+
+    return lambda patch: patch.setattr(modules, "attention", faulty)
+
+
+def several(*injects: Inject) -> Inject:
+    return lambda patch: [inject(patch) for inject in injects] and None
+
+
+def late_bounds(found: Any, function: Any, batch: int, tokens: int, *_: Any) -> Any:
+    return found[0], found[1] + (found[1] % tokens != 0)
+
+
+def first_bounds(found: Any, function: Any, batch: int, tokens: int, *_: Any) -> Any:
+    first = found[1][found[1] < tokens]
+    return found[0], torch.cat([*(first + row * tokens for row in range(batch)), found[1][-1:]])
+
+
+rotary = modules.TritonRotaryEmbedding.forward
+rotary_from_zero = lambda module, x, position_ids: rotary(module, x, position_ids - position_ids[:, :1])  # noqa: E731
+no_window = lambda q, k, v, made, window: (q, k, v, made, None)  # noqa: E731
+first_row = lambda q, k, v, made, window: (q, k, v, 0 * made + made[:1], window)  # noqa: E731
+first_query = lambda q, k, v, made, window: (q, k, v, 0 * made + made[:, :, :1], window)  # noqa: E731
+first_keys = lambda q, k, v, *rest: (q, k[:, :, : q.shape[2]], v[:, :, : q.shape[2]], *rest)  # noqa: E731
+new_keys = lambda q, k, v, *rest: (q, k[:, :, -q.shape[2] :], v[:, :, -q.shape[2] :], *rest)  # noqa: E731
+cached = lambda k: {"attention_mask": None} if k["kv_length"] > k["q_length"] else {}  # noqa: E731
+last_slot = lambda k: {"q_offset": k["q_offset"] * 0 + k["kv_length"] - k["q_length"]}  # noqa: E731
+# The case of the first wrong row, which is attention's, and the faults, written before any was tried. The model of a
+# fault with "window" in its name has one.
+FAULTS: dict[str, dict[str, Inject]] = {
+    "left-padded": {
+        "padding ignored": result(mask, "first_key", lambda *_: (True, None)),
+        "one token of padding seen": result(mask, "first_key", lambda out, _: (True, (out[1] - 1).relu())),
+        "first row's padding for all": attend("interval", first_row),
+        "first query's interval for all": attend("interval", first_query),
+        "no window beside padding": several(mask_by(lambda _: {"local_size": None}), attend("interval", no_window)),
+    },
+    "left-padded, cached": {
+        "mask forgotten": mask_without(2),  # without a cache, the positions alone separate the padding
+        "padding of a cache ignored": mask_by(cached),
+    },
+    "left-padded, static cache": {"padding ignored": static_by(lambda _: {"attention_mask": None})},
+    "static cache": {
+        "unwritten slots seen": static_by(last_slot),
+        "offset - 1": static_by(lambda k: {"q_offset": k["q_offset"] - 1}),
+        "offset 0": static_by(lambda k: {"q_offset": k["q_offset"] * 0}),
+    },
+    "packed sequences": {
+        "boundaries ignored": result(mask, "sequence_bounds", lambda *_: (True, None)),
+        "boundaries one token late": result(mask, "sequence_bounds", late_bounds),
+        "first row's boundaries for all": result(mask, "sequence_bounds", first_bounds),
+        "positions forgotten": mask_without(3),
+        "no window": attend("packed", no_window),
+        # Rows in which padding shifts all positions are right.
+        "first row's positions for all": result(modules, "rope_tables", lambda x, *_: (*x[:2], 0 * x[2] + x[2][:1])),
+    },
+    "in chunks": {
+        "at a cache's first keys": attend("causal", first_keys),
+        "new keys only": attend("causal", new_keys),
+        "offset of a window's keys ignored": mask_by(lambda _: {"kv_offset": 0}),
+        "positions from 0": lambda patch: patch.setattr(modules.TritonRotaryEmbedding, "forward", rotary_from_zero),
+    },
+}
+
+
+@pytest.mark.parametrize(("case", "fault"), [(case, fault) for case in FAULTS for fault in FAULTS[case]])
+def test_fault_in_the_drop_in(case: str, fault: str, make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    FAULTS[case][fault](monkeypatch)
+    for dtype in DTYPES:
+        model = make_hf(sliding_window=4 if "window" in fault else None).to(dtype)
+        first = next(iter(verify(model, IDS).wrong), None)
+        assert first is not None and (first.layer, first.case) == (0, f"attention, {case}"), (dtype, first)
