@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from rich.console import Console
 
 from mixtral_triton.cli import main
 from mixtral_triton.kernels.launch import INTERPRETED
@@ -19,9 +18,8 @@ from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench import command, decode_step, measure
 from mixtral_triton.tools.bench.cases import BENCHED, QUICK, TOKENS, Case, Oracle, cases, check_of
-from mixtral_triton.tools.bench.measure import Bench, Outcome, Row, our_call, timed_row, untimed_row, wall_seconds
+from mixtral_triton.tools.bench.measure import Bench, our_call, timed_row, wall_seconds
 from mixtral_triton.tools.bench.peers import PEERS, Peer, peers_of
-from mixtral_triton.tools.bench.report import gpu_line, op_table
 from mixtral_triton.tools.gpus import GPUS
 
 CPU, H100 = torch.device("cpu"), GPUS["h100"]
@@ -41,13 +39,6 @@ def use_bench(monkeypatch: pytest.MonkeyPatch, device: torch.device = CPU, timer
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(Bench, "of", classmethod(lambda cls, current: Bench(device, H100, timer)))
-
-
-def text(table: Any) -> str:
-    console = Console(width=200, color_system=None)
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get()
 
 
 def test_cases_cover_both_models_all_token_counts_and_contexts_to_32k() -> None:
@@ -130,10 +121,8 @@ def test_sdpa_equals_the_reference(sizes: dict[str, Any]) -> None:
     ],
 )
 def test_a_peer_that_cannot_be_built_has_a_note(error: Exception, note: str) -> None:
-    def build(op: Any, args: Any) -> Any:
-        raise error
-
-    row = timed_row(small("add_rms_norm", torch.float32), H100, CPU, wall_seconds, [Peer("mine", None, "", build)])
+    peer = Peer("mine", None, "", Mock(side_effect=error))
+    row = timed_row(small("add_rms_norm", torch.float32), H100, CPU, wall_seconds, [peer])
     assert row.peers["mine"].note == note and row.peers["mine"].seconds is None
 
 
@@ -184,17 +173,6 @@ def test_decode_step_is_captured_after_its_kernels_are_compiled(monkeypatch: pyt
     assert replay(**args) == torch.tensor(3) and calls[3:] == ["replay"]
 
 
-def test_tables_show_notes_in_place_of_times() -> None:
-    row = untimed_row(small("route"), H100)
-    assert row.launches == ("route_kernel",) and row.ours.seconds is None and row.share is None
-    assert "time" not in text(op_table([row]))
-    peers = {"slow": Outcome(4e-6), "mad": Outcome(note="wrong: an error of 1.0e+00")}
-    fast = Row(row.case, 10, 20, 1e-6, "memory", row.launches, Outcome(2e-6, right=True), peers)
-    table = text(op_table([fast]))
-    assert "50 %" in table and "2.00" in table and "mad, T1 E8 K2: wrong: an error of 1.0e+00" in table
-    assert "data sheet: 3.35 TB/s" in gpu_line(replace(H100, source="measured"), H100)
-
-
 @compiled_only
 @pytest.mark.skipif(torch.cuda.is_available(), reason="prints what is known without a GPU")
 def test_command_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -225,22 +203,14 @@ def test_wrong_result_on_a_device_exits_1(monkeypatch: pytest.MonkeyPatch, capsy
     assert "wrong" in json.loads(capsys.readouterr().out.splitlines()[2])["note"]
 
 
-@pytest.mark.parametrize(
-    ("error", "note", "status"),
-    [
-        (torch.OutOfMemoryError("CUDA"), "out of memory", 0),
-        (ValueError("no such tile"), "fails: ValueError: no such tile", 1),
-    ],
-)
+@pytest.mark.parametrize(("error", "status"), [(torch.OutOfMemoryError(), 0), (ValueError("no such tile"), 1)])
 def test_a_case_that_cannot_start_has_a_row_with_the_error(
-    error: Exception, note: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def raises(op: Any, args: Any) -> Any:
-        raise error
-
-    monkeypatch.setattr(measure, "check_of", raises)
+    monkeypatch.setattr(measure, "check_of", Mock(side_effect=error))
     use_bench(monkeypatch)
-    assert main(["bench", "route", "--quick", "--at", "T=1"]) == status and note in capsys.readouterr().out
+    assert main(["bench", "route", "--quick", "--at", "T=1"]) == status
+    assert ("fails: ValueError: no such tile" if status else "out of memory") in capsys.readouterr().out
 
 
 @compiled_only

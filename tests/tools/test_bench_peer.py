@@ -138,8 +138,6 @@ def test_an_argument_that_a_peer_writes_into_is_restored() -> None:
     case = Case(OPS["rms_norm"], {"T": 3, "H": 8}, torch.float32)
     args = case.inputs(CPU)
     before = args["x"].clone()
-    row = timed_row(case, H100, CPU, lambda call: 1.0, [user_peer("mine", lambda x, weight, eps: x.zero_())])
-    assert row.peers["mine"].note == "wrong: it writes into x" and row.ours.right
     assert "writes into x" in str(Oracle(case.op, args).fault(lambda x, weight, eps: x.zero_()))
     assert args["x"].equal(before)
 
@@ -184,13 +182,10 @@ def test_cases_have_the_sizes_of_a_checkpoint(small: bool) -> None:
     sizes, found = model_sizes(model), cases(model=model)
     assert {case.op.name for case in found} == set(BENCHED)
     for case in found:
-        assert all(
-            sizes[letter] == case.sizes.get(letter, sizes[letter])
-            for letter in (*"HIEKDVP", "Hq", "Hkv")
-            if case.op.name != "linear" or letter != "H"
-        )
+        fixed = {"I", "E", "K", "D", "V", "P", "Hq", "Hkv"} | ({"H"} if case.op.name != "linear" else set())
+        assert all(case.sizes[letter] == sizes[letter] for letter in fixed & set(case.sizes))
         assert case.sizes.get("T", 1) <= sizes["P"] and case.sizes.get("C", 0) <= (sizes["window"] or sizes["P"])
-        assert case.sizes.get("window", sizes["window"]) == sizes["window"] or not small
+        assert case.sizes.get("window", sizes["window"]) == sizes["window"]
         if case.op.name in OPS:
             case.op.check(**case.inputs(torch.device("meta")))
     products = {(case.sizes["H"], case.sizes["N"]) for case in found if case.op.name == "linear"}

@@ -53,19 +53,12 @@ def test_a_kernel_is_tuned_where_the_operation_selects_a_library() -> None:
 
 
 @compiled_only
-@pytest.mark.parametrize(
-    ("name", "sizes", "kernel", "tiles"),
-    [
-        ("expert_swiglu", {"T": 512, "H": 4096, "I": 14336, "E": 8, "K": 2}, "experts_up_kernel", {64, 128, 192}),
-        ("attention", Shape(B=1, T=1024, S=1024, Hq=32, Hkv=8, D=128, window=0), "attention_prefill_kernel", {64, 128}),
-    ],
-)
-def test_extra_configs_compile_and_are_not_neighbours(name: str, sizes: Any, kernel: str, tiles: set[int]) -> None:
-    case = Case(OPS[name], sizes, torch.bfloat16)
-    extra = tune.extra_configs(case, kernel, "sm_90", tune.full_dim_tiles(case.op, kernel))
-    _, current = tune.kernel_configs(case, "sm_90")[kernel]
-    assert current in extra and {config.constexprs["BLOCK_M"] for config in extra} == tiles
-    steps = tune.neighbours(current, tune.full_dim_tiles(case.op, kernel))
+def test_extra_configs_compile_and_are_not_neighbours() -> None:
+    case = Case(OPS["expert_swiglu"], {"T": 512, "H": 4096, "I": 14336, "E": 8, "K": 2}, torch.bfloat16)
+    kernel, full = "experts_up_kernel", tune.full_dim_tiles(OPS["expert_swiglu"], "experts_up_kernel")
+    extra, (_, current) = tune.extra_configs(case, kernel, "sm_90", full), tune.kernel_configs(case, "sm_90")[kernel]
+    assert current in extra and {config.constexprs["BLOCK_M"] for config in extra} == {64, 128, 192}
+    steps = tune.neighbours(current, full)
     assert any(config not in steps for config in extra if config != current)
     assert all(tune.compile_candidate(case, kernel, config, "sm_90").note is None for config in extra)
 
