@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import metadata
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +41,11 @@ from mixtral_triton.tools.terminal import toolchain_fault
 ROOT, BUDGET_S = Path(__file__).resolve().parents[1], 570.0
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,memory.total"
 PACKAGES = {"mixtral-triton", "torch", "triton", "transformers", "liger_kernel", "flash_attn", "vllm"}
-FULL_LAYERS = {4096: 32, 6144: 56}  # of Mixtral 8x7B and 8x22B, by hidden size
 OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR)?[^\S\n]*(?:\(.*|\[.*)?$", re.MULTILINE)
 HEAD = """# A GPU day
 
 A ratio above 1 means that ours is faster. Predictions follow from the GPU's data sheet and are no measurements.
-Whole models are scaled: what one more layer adds, times the model's layers.
+Two depths of one decode step give the time of a layer.
 """
 Part = tuple[float, dict[str, str]]  # seconds of BUDGET_S, and commands for Python by name, which share them
 
@@ -212,34 +210,16 @@ def results(done: dict[str, Any], out: Path) -> dict[str, Any]:
             if part == "tests":
                 matches = OUTCOME.finditer(file.read_text(errors="replace"))
                 tests |= {match[1]: (match[2] or "died").lower() for match in matches}
-            begun: list[dict[str, Any]] = []
+            unfinished: list[dict[str, Any]] = []
             for event in read_events(file):
                 if event.get("kind") == "begin":
-                    begun.append({name: event[name] for name in ("op", "sizes")})
+                    unfinished.append({name: event[name] for name in ("op", "sizes")})
                 elif event.get("kind") == "row":
-                    found["rows"].append({**event, "part": part})
-                    del begun[-1:]
+                    found["rows"].append(event)
+                    del unfinished[-1:]
                 elif "kernels_a_layer" in event:
                     found["applied"] = event["rows"]
-            found["unfinished"] += begun
-    return found
-
-
-def whole_models(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return decode steps of whole models, from two depths of the same step: what a layer adds, times the layers."""
-    found = []
-    for shallow, deep in permutations((row for row in rows if row["op"] == "decode_step"), 2):
-        first, sizes = shallow["sizes"], deep["sizes"]
-        if first["L"] >= sizes["L"] or {**first, "L": sizes["L"]} != sizes or shallow["part"] != deep["part"]:
-            continue
-        layers = FULL_LAYERS.get(sizes["H"], sizes["L"])
-        before, after = ({"ours": row, **row["peers"]} for row in (shallow, deep))
-        for name in before.keys() & after.keys():
-            if before[name]["time_us"] and after[name]["time_us"]:
-                layer = (after[name]["time_us"] - before[name]["time_us"]) / (sizes["L"] - first["L"])
-                step = after[name]["time_us"] + layer * (layers - sizes["L"])
-                line = {"backend": name, "sizes": {**sizes, "L": layers}, "layer, us": layer, "step, us": step}
-                found.append({**line, "tokens/s": sizes["B"] * 1e6 / step})
+            found["unfinished"] += unfinished
     return found
 
 
@@ -264,7 +244,7 @@ def _operation(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Return the page: GPU and versions, then parts, tests, operations, whole models."""
+    """Return the page: GPU and versions, then parts, tests, operations."""
     tests = found["tests"]
     sections: dict[str, list[dict[str, Any]]] = {
         "Parts, and exit status by command": [{"part": name, **part} for name, part in found["parts"].items()],
@@ -273,7 +253,6 @@ def markdown(found: dict[str, Any]) -> str:
         "Cases without a result": found["unfinished"],
         "transformers' model with `apply`": found["applied"],
         "Operations": list(map(_operation, found["rows"])),
-        "Whole models": whole_models(found["rows"]),
     }
     page = HEAD + "\n".join(["", *found["setup"], f"({QUERY}: before and after)", ""])
     return page + "".join(_section(title, rows) for title, rows in sections.items())

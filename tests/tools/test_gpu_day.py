@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_day
-from benchmarks.gpu_day import day, parts, whole_models
+from benchmarks.gpu_day import day, parts
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools import terminal
@@ -34,7 +34,7 @@ def row(time_us: float, **sizes: int) -> dict[str, Any]:
     case = Case(BENCHED["decode_step"], {**BENCHED["decode_step"].bench_shapes[0], **sizes})
     peers = {"HF eager": Outcome(4e-6 * time_us), "HF static cache": Outcome(note="fails: RuntimeError: no")}
     line = Row(case, 10, 20, time_us * 5e-7, "memory", ("k",), Outcome(time_us * 1e-6), peers).as_dict()
-    return {"kind": "row", **line, "part": "decode"}
+    return {"kind": "row", **line}
 
 
 ROWS = [row(400.0, L=1), row(1000.0, L=4)]
@@ -73,7 +73,7 @@ def test_results_and_report(tmp_path: Path) -> None:
     found, page = read(tmp_path)
     outcomes = {"t.py::a": "passed", "t.py::b[x y]": "failed", "t.py::c": "skipped", "t.py::d": "died"}
     assert found["tests"] == outcomes and found["rows"] == ROWS and f"torch {torch.__version__}" in found["setup"][0]
-    for text in ("| t.py::d | died |", "| tests | failed |", "| 2 layers | 1 | 3 | 3 |", "## Whole models"):
+    for text in ("| t.py::d | died |", "| tests | failed |", "| 2 layers | 1 | 3 | 3 |"):
         assert text in page
     assert "| 1,000 | 500 | 0.5 | - | HF eager 4.00 | HF static cache: fails: RuntimeError: no |" in page
     lines = page.splitlines()
@@ -127,15 +127,6 @@ def test_no_part_starts_without_budget(tmp_path: Path) -> None:
     assert [part["status"] for part in state.values()] == ["over budget", "not started"]
 
 
-def test_whole_models_are_scaled_by_the_time_of_a_layer() -> None:
-    other = row(900.0, L=4, S=4096)  # another context: no second depth
-    found = {each["backend"]: each for each in whole_models([row(400.0, L=1), row(1000.0, L=4), other])}
-    assert set(found) == {"ours", "HF eager"}
-    assert (found["ours"]["layer, us"], found["ours"]["step, us"]) == (200.0, 400.0 + 31 * 200.0)
-    assert found["ours"]["tokens/s"] == pytest.approx(1e6 / 6600.0)
-    assert found["HF eager"]["step, us"] == pytest.approx(4 * 6600.0)
-
-
 def test_parts_cover_every_operation_within_ten_minutes() -> None:
     every = parts()
     assert sum(seconds for seconds, _ in every.values()) < 600
@@ -147,7 +138,7 @@ def test_parts_cover_every_operation_within_ten_minutes() -> None:
     assert "tests/model/test_model.py" in files and all((ROOT / file).is_file() for file in files)
     decode = shlex.split(every["decode"][1]["decode_step"])
     at = [decode[place + 1] for place, word in enumerate(decode) if word == "--at"]
-    assert {case.sizes["L"] for case in cases(["decode_step"], at=at)} == {1, 4}, "two depths, to scale by"
+    assert {case.sizes["L"] for case in cases(["decode_step"], at=at)} == {1, 4}, "two depths give the time of a layer"
     # Ours and eager transformers are timed before torch.compile runs.
     order = list(every)
     for part in order[: order.index("decode compiled")]:

@@ -23,12 +23,12 @@ from ..offline import compile_ops
 from ..predict import family_note
 from ..processes import is_first
 from ..scaling import step
-from ..terminal import Column, Table, bar, check_plot, console, save_plot
+from ..terminal import bar, check_plot, console, save_plot
 from . import decode_step
 from .cases import Case, cases
 from .measure import DEFAULT_GPU, NO_GPU, Bench, DeviceLost, Row, checked_row, step_timer
 from .peers import PEERS, import_peer
-from .report import PREDICTED, figure_of, gpu_line, number, op_table, sizes_text
+from .report import figure_of, gpu_line, number, op_table, sizes_text
 
 MESH_RUNS = 20  # the same on every rank, since each step synchronizes them
 NOT_ON_A_MESH = ("peer", "plot", "model", "quick", "first", "without")
@@ -180,13 +180,11 @@ def _print_mesh(as_json: bool, lines: Sequence[dict[str, Any]], ranks: Ranks, gp
         lines = [{"kind": "mesh", "tp": shard.tp, "ep": shard.ep, "gpu": gpu}, *lines]
         print(*map(json.dumps, lines), sep="\n")
         return
-    columns = [Column("sizes", number=False), Column("predicted, us"), Column("sent"), Column("us"), Column("tokens/s")]
-    table = Table(f"decode_step, tp {shard.tp} x ep {shard.ep}, on {gpu}", columns, PREDICTED)
+    out.print(f"decode_step, tp {shard.tp} x ep {shard.ep}, on {gpu}; predicted times are not measured")
     for line in lines:
-        predicted, time = line["predicted"], line["time_us"]
-        sent = f"{100 * predicted['sending_us'] / predicted['time_us']:.0f} %" if predicted else "-"
-        rate = f"{1e6 * line['sizes']['B'] / time:,.0f}" if time else "-"
-        table.add(sizes_text(line["sizes"]), number(predicted and predicted["time_us"]), sent, number(time), rate)
-    if all(line["time_us"] is None for line in lines):
-        out.print("No time was measured: needs a GPU a process, and no --gpu.")
-    out.print(table)
+        words, time = [sizes_text(line["sizes"])], line["time_us"]
+        if predicted := line["predicted"]:
+            share = predicted["sending_us"] / predicted["time_us"]
+            words.append(f"predicted {number(predicted['time_us'])} us, {100 * share:.0f} % of them sending")
+        measured = f"{number(time)} us, {1e6 * line['sizes']['B'] / time:,.0f} tokens/s" if time else "needs GPUs"
+        out.print("; ".join([*words, f"measured: {measured}"]))
