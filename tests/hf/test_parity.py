@@ -76,14 +76,11 @@ def generate(**settings: Any) -> Callable[[Any], Results]:
     return lambda model: generated(model, **settings)
 
 
-def dense(mask: Tensor, window: int | None) -> Tensor:
-    """bool [B,1,T,T]: causal, in the window, where the key is valid."""
-    i, j = torch.arange(T)[:, None], torch.arange(T)
-    return (j <= i) & (j > i - (window or T)) & mask[:, None, None].bool()
-
-
-def user_bool(model: Any) -> Results:
-    return logits(model, dense(torch.ones_like(IDS), model.config.sliding_window))
+def causal(model: Any, mask: Tensor | None = None) -> Tensor:
+    """bool [B,1,T,T]: what is not later, in the model's window, and valid."""
+    i, j, window = torch.arange(T)[:, None], torch.arange(T), model.config.sliding_window
+    valid = torch.ones_like(IDS) if mask is None else mask
+    return (j <= i) & (j > i - (window or T)) & valid[:, None, None].bool()
 
 
 def added(visible: Tensor) -> Tensor:
@@ -91,7 +88,7 @@ def added(visible: Tensor) -> Tensor:
 
 
 def user_float(model: Any) -> Results:
-    visible = dense(torch.ones_like(IDS), None)
+    visible = causal(model)
     visible[0, 0, 7:, 2] = False
     return logits(model, added(visible))
 
@@ -182,13 +179,8 @@ def recorded_outputs(model: Any) -> Results:
 
 def processed(model: Any) -> Results:
     """Processors and criteria of generate; a sequence that has ended is padded."""
-    settings = {
-        "repetition_penalty": 1.3,
-        "no_repeat_ngram_size": 2,
-        "min_new_tokens": 2,
-        "bad_words_ids": [[5], [7, 9]],
-    }
-    return generated(model, mask=LEFT, eos_token_id=list(range(10, 24)), **settings)
+    settings = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 2}
+    return generated(model, mask=LEFT, bad_words_ids=[[5], [7, 9]], eos_token_id=[*range(10, 24)], **settings)
 
 
 def resized(model: Any) -> Results:
@@ -237,10 +229,6 @@ def attended(model: Any, mask: Tensor | None = None, **kwargs: Any) -> Results:
     return {"logits": out.logits[real], **weights}
 
 
-def attended_user(model: Any) -> Results:
-    return attended(model, added(dense(HOLES, model.config.sliding_window)))
-
-
 def attended_steps(model: Any, make_cache: Callable[[Any], Any]) -> Results:
     """Weights over the keys of a cache, a tensor for each chunk."""
     found, begin, cache = {}, 0, make_cache(model)
@@ -258,6 +246,7 @@ def rope(kind: str) -> dict[str, Any]:
     return {"head_dim": 8, "rope_parameters": {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}}
 
 
+CLASSIFIER = {"kind": "MixtralForSequenceClassification", "num_labels": 3}
 NO_WINDOW = {"sliding_window": None}
 CHUNKS = [T - 6, 1, 3, 1, 1]
 # The feature -> changes of the model's sizes, and what to compare.
@@ -279,10 +268,7 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "forward: inputs_embeds, and generate": ({}, embedded),
     "forward: a padded row equals its text alone": ({}, alone),
     "forward: resized embeddings": ({}, resized),
-    "forward: sequence classification": (
-        {"kind": "MixtralForSequenceClassification", "num_labels": 3},
-        lambda m: {"logits": m(IDS, LEFT)[0]},
-    ),
+    "forward: classification": (CLASSIFIER, lambda m: {"logits": m(IDS, LEFT)[0]}),
     "forward: MixtralModel": ({"kind": "MixtralModel"}, lambda m: {"hidden": m(IDS)[0]}),
     "rope: linear": (rope("linear"), logits),
     "rope: yarn": (rope("yarn"), logits),
@@ -295,7 +281,9 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "mask: holes": ({}, partial(logits, mask=HOLES)),
     "mask: one sequence of padding only": (NO_WINDOW, lambda m: logits(m, LEFT * torch.tensor([[1], [0]]))),
     "mask: user's 4-D, added": (NO_WINDOW, user_float),
-    "mask: user's 4-D, bool (beside sdpa)": ({"attn_implementation": "sdpa"}, user_bool),
+    "mask: user's 4-D, bool (beside sdpa)": ({"attn_implementation": "sdpa"}, lambda m: logits(m, causal(m))),
+    "mask: not causal": ({}, lambda m: logits(m, LEFT, is_causal=False)),
+    "mask: not causal, no window": (NO_WINDOW, lambda m: logits(m, is_causal=False)),
     "mask: packed sequences by position_ids": ({}, packed),
     "mask: packed sequences, no window": (NO_WINDOW, packed),
     "mask: packed sequences, window of one": ({"sliding_window": 1}, packed),
@@ -315,10 +303,7 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "generate: left padding": ({}, generate(mask=LEFT)),
     "generate: without a cache": ({}, generate(mask=LEFT, use_cache=False)),
     "generate: beams": ({}, generate(mask=LEFT, num_beams=3)),
-    "generate: beams, several returned": (
-        NO_WINDOW,
-        generate(mask=LEFT, num_beams=3, num_return_sequences=2, length_penalty=0.7),
-    ),
+    "generate: several beams": (NO_WINDOW, generate(num_beams=3, num_return_sequences=2, length_penalty=0.7)),
     "generate: sampling": ({}, generate(mask=LEFT, do_sample=True, top_p=0.9, top_k=20)),
     "generate: beams, sampled": ({}, generate(mask=LEFT, do_sample=True, num_beams=2)),
     "generate: static cache": (NO_WINDOW, generate(mask=LEFT, cache_implementation="static")),
@@ -340,7 +325,7 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "attention weights: one key/value head": ({"num_key_value_heads": 1}, attended),
     "attention weights: holes": ({}, partial(attended, mask=HOLES)),
     "attention weights: packed sequences": ({}, lambda m: attended(m, position_ids=RESTARTED, use_cache=False)),
-    "attention weights: user's 4-D, added": ({}, attended_user),
+    "attention weights: user's 4-D, added": ({}, lambda m: attended(m, added(causal(m, HOLES)))),
     "attention weights: dynamic cache": (NO_WINDOW, partial(attended_steps, make_cache=dynamic)),
     "attention weights: sliding window, cached": ({}, partial(attended_steps, make_cache=dynamic)),
     "attention weights: static cache": (NO_WINDOW, partial(attended_steps, make_cache=static)),

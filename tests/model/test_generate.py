@@ -12,7 +12,7 @@ from torch import Tensor
 from mixtral_triton import Mixtral, reference
 from mixtral_triton.generate import sample
 from mixtral_triton.kernels.launch import INTERPRETED
-from tests.support.models import random_model
+from tests.support.models import random_model, tokens
 
 V, P = 23, 30
 NEW = 3 if INTERPRETED else 12
@@ -37,10 +37,6 @@ def model(make: Make) -> Mixtral:
     return make()
 
 
-def tokens(*shape: int, seed: int = 0, device: Any = "cpu") -> Tensor:
-    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed)).to(device)
-
-
 def logits_of(model: Mixtral, ids: Tensor) -> Tensor:
     """Of the whole text, without a cache; interpreted, that would take minutes."""
     return reference.forward(model, ids) if INTERPRETED else model(ids)
@@ -52,14 +48,15 @@ def argmax_loop(model: Mixtral, ids: Tensor, n: int) -> Tensor:
     return ids
 
 
-@pytest.mark.parametrize("T", (1, 4, 5, 12))
+@pytest.mark.parametrize(("T", "new"), [*((T, NEW) for T in (1, 4, 5, 12)), (P - 2, 2)])
 @pytest.mark.parametrize("window", (5, None, 1))
-def test_greedy(T: int, window: int | None, make: Make, device: torch.device) -> None:
+def test_greedy(T: int, new: int, window: int | None, make: Make, device: torch.device) -> None:
+    """Up to the last position, too."""
     model, ids = make(sliding_window=window), tokens(2, T, device=device)
     before = ids.clone()
-    got = model.generate(ids, max_new_tokens=NEW)
+    got = model.generate(ids, max_new_tokens=new)
     assert got.dtype == torch.int64 and got.device == ids.device and torch.equal(ids, before)
-    assert torch.equal(got, argmax_loop(model, ids, NEW))
+    assert torch.equal(got, argmax_loop(model, ids, new))
 
 
 @pytest.mark.parametrize("window", (5, None))
@@ -75,17 +72,12 @@ def test_ragged_prompts_are_as_each_alone(window: int | None, make: Make, device
 @loop
 @pytest.mark.parametrize("chunk", (1, 4, 7, 12))
 @pytest.mark.parametrize("window", (5, None))
-def test_prompt_in_several_chunks(
-    window: int | None, chunk: int, make: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompt_in_several_chunks(window: int | None, chunk: int, make: Make, device: Any, monkeypatch: Any) -> None:
     """Chunks of the prompts' own length too: then a sequence has no token in the last ones."""
     model, prompts = make(sliding_window=window), [tokens(T, seed=T, device=device) for T in (12, 1, 8)]
     want = model.generate(prompts, max_new_tokens=2)
     monkeypatch.setattr("mixtral_triton.generate.PREFILL_CHUNK", chunk)
     assert all(torch.equal(*pair) for pair in zip(model.generate(prompts, max_new_tokens=2), want, strict=True))
-
-
-# EOS
 
 
 def first(row: list[int], stops: set[int]) -> int:
@@ -118,13 +110,9 @@ def test_eos(source: str, step: int, make: Make, device: torch.device) -> None:
     option: Any = {"int": eos, "list": [eos], "tuple": (eos,), "over the config's": eos}.get(source)
     stops = {eos, V - 1} if source == "config's list" else {eos}
     check_eos(make(eos_token_id=config), ids, stops, **{} if option is None else {"eos_token_id": option})
-
-
-@loop
-def test_several_eos(model: Mixtral, device: torch.device) -> None:
     ids = tokens(3, 4, device=device)
-    stops = {int(row[4 + 1 + place % 2]) for place, row in enumerate(argmax_loop(model, ids, NEW))}
-    check_eos(model, ids, stops, eos_token_id=sorted(stops))
+    stops = {int(row[4 + step]) for row in argmax_loop(plain, ids, NEW)}  # several, one for each sequence
+    check_eos(plain, ids, stops, eos_token_id=sorted(stops))
 
 
 @loop
@@ -136,62 +124,30 @@ def test_it_stops_when_all_have_ended(model: Mixtral, device: torch.device, monk
     assert len(calls) == 1
 
 
-# sampling
-
-
 def seeded(device: torch.device, seed: int = 0) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-@loop
-def test_same_generator_same_text(model: Mixtral, device: torch.device) -> None:
-    ids = tokens(2, 4, device=device)
-
-    def text(seed: int) -> list[list[int]]:
-        options = {"temperature": 1.5, "top_p": 0.95, "generator": seeded(device, seed)}
-        return model.generate(ids, max_new_tokens=NEW, **options).tolist()
-
-    assert text(0) == text(0)
-    assert text(0) != text(1)
-
-
-def nucleus(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Probabilities of the fewest most likely tokens that reach top_p, in fp64; 0 for the others."""
-    p = (logits.double().cpu() / temperature).softmax(-1)
-    order, total, kept = p.argsort(descending=True).tolist(), 0.0, torch.zeros_like(p)
-    for token in order:
-        kept[token] = p[token]
-        total += float(p[token])
-        if total >= top_p:
-            break
-    return kept / kept.sum()
-
-
-@loop
-@pytest.mark.parametrize("temperature", (0.3, 1.0, 4.0))
-@pytest.mark.parametrize("top_p", (0.01, 0.5, 0.9, 1.0))
-def test_nucleus(temperature: float, top_p: float, model: Mixtral, device: torch.device) -> None:
-    """Never a token outside, and inside each as often as it should be."""
-    logits, draws = logits_of(model, tokens(1, 3, device=device))[0, -1], 20000
-    want = nucleus(logits, temperature, top_p)
-    got = sample(logits.expand(draws, -1), temperature, top_p, seeded(device)).cpu()
-    often = torch.bincount(got, minlength=V) / draws
-    assert not often[want == 0].any()
-    assert (often - want).abs().sum() < 0.05
-
-
-@loop
-@pytest.mark.parametrize("top_p", (0.5, 0.9, 1.0))
-@pytest.mark.parametrize("top_k", (1, 3, V - 1, V, 10 * V))
-def test_top_k(top_k: int, top_p: float, device: torch.device) -> None:
-    """The tokens that transformers' filters leave, in their order, each as often as it should be; ties all stay."""
+def probabilities(logits: Tensor, temperature: float, top_p: float, top_k: int | None = None) -> Tensor:
+    """Those of the tokens that transformers' filters leave, in their order; 0 of the others. Ties all stay."""
     warpers = pytest.importorskip("transformers.generation.logits_process")
-    logits, draws, temperature = torch.randn(V, generator=torch.Generator().manual_seed(1)), 20000, 1.5
-    logits[[2, 5, 11]] = logits.topk(3).values[-1]  # a tie for third place
-    left = warpers.TopKLogitsWarper(top_k)(torch.zeros(1, 1), logits[None] / temperature)
+    left, no_ids = logits[None].cpu() / temperature, torch.zeros(1, 1)
+    if top_k is not None:
+        left = warpers.TopKLogitsWarper(top_k)(no_ids, left)
     if top_p < 1.0:
-        left = warpers.TopPLogitsWarper(top_p)(torch.zeros(1, 1), left)
-    want = left.softmax(-1)[0]
+        left = warpers.TopPLogitsWarper(top_p)(no_ids, left)
+    return left.softmax(-1)[0]
+
+
+@loop
+@pytest.mark.parametrize("temperature", (0.3, 1.5, 4.0))
+@pytest.mark.parametrize("top_p", (0.01, 0.5, 0.9, 1.0))
+@pytest.mark.parametrize("top_k", (None, 1, 3, V - 1, V, 10 * V))
+def test_sample(top_k: int | None, top_p: float, temperature: float, device: torch.device) -> None:
+    """Never a token that the filters exclude, and each other one as often as it should be."""
+    logits, draws = torch.randn(V, generator=torch.Generator().manual_seed(1)), 20000
+    logits[[2, 5, 11]] = logits.topk(3).values[-1]  # a tie for third place
+    want = probabilities(logits, temperature, top_p, top_k)
     batch = logits.to(device).expand(draws, -1)
     often = torch.bincount(sample(batch, temperature, top_p, seeded(device), top_k).cpu(), minlength=V) / draws
     assert not often[want == 0].any()
@@ -199,35 +155,32 @@ def test_top_k(top_k: int, top_p: float, device: torch.device) -> None:
 
 
 @loop
-def test_generate_takes_top_k(model: Mixtral, device: torch.device) -> None:
-    """By name alone: the positions of the arguments before it are what they were."""
-    ids, settings = tokens(2, 4, device=device), {"max_new_tokens": NEW, "temperature": 50.0}
-    greedy = model.generate(ids, max_new_tokens=NEW)
-    assert torch.equal(model.generate(ids, **settings, top_k=1, generator=seeded(device)), greedy)
-    assert not torch.equal(model.generate(ids, **settings, generator=seeded(device)), greedy)
-    with pytest.raises(TypeError):
-        model.generate(ids, NEW, 1.0, 1.0, None, None, 1)
-
-
-@loop
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 0.5), (2.0, 0.3)])
 def test_generate_stays_in_the_nucleus(temperature: float, top_p: float, model: Mixtral, device: torch.device) -> None:
-    options = {"temperature": temperature, "top_p": top_p, "generator": seeded(device)}
-    out = model.generate(tokens(3, 3, device=device), max_new_tokens=NEW, **options)
+    """The same generator gives the same text, and another one another."""
+    options = {"max_new_tokens": NEW, "temperature": temperature, "top_p": top_p}
+    ids = tokens(3, 3, device=device)
+    out, again, other = (model.generate(ids, generator=seeded(device, seed), **options) for seed in (0, 0, 1))
+    assert torch.equal(out, again) and not torch.equal(out, other)
     logits = logits_of(model, out)
     for row, scores in zip(out.tolist(), logits, strict=True):
-        assert all(nucleus(scores[t - 1], temperature, top_p)[row[t]] > 0 for t in range(3, len(row)))
+        assert all(probabilities(scores[t - 1], temperature, top_p)[row[t]] > 0 for t in range(3, len(row)))
+
+
+LIMITS = [(1.0, 1e-9, V), (5.0, 1e-3, V), (1e-4, 1.0, V), (1e-39, 1.0, V), (5e-324, 0.5, V), (50.0, 1.0, 1)]
 
 
 @loop
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1e-9), (5.0, 1e-3), (1e-4, 1.0), (1e-39, 1.0), (5e-324, 0.5)])
-def test_greedy_at_the_limits(temperature: float, top_p: float, model: Mixtral, device: torch.device) -> None:
-    ids = tokens(2, 4, device=device)
-    got = model.generate(ids, max_new_tokens=3, temperature=temperature, top_p=top_p, generator=seeded(device))
-    assert torch.equal(got, model.generate(ids, max_new_tokens=3))
-
-
-# what runs nothing
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), LIMITS)
+def test_greedy_at_the_limits(temperature: float, top_p: float, top_k: Any, model: Mixtral, device: Any) -> None:
+    """`top_k` is an argument by name alone: the positions of those before it are what they were."""
+    ids, settings = tokens(2, 4, device=device), {"temperature": temperature, "generator": seeded(device)}
+    greedy = model.generate(ids, max_new_tokens=NEW)
+    assert torch.equal(model.generate(ids, max_new_tokens=NEW, top_p=top_p, top_k=top_k, **settings), greedy)
+    if top_k == 1:
+        assert not torch.equal(model.generate(ids, max_new_tokens=NEW, **settings), greedy)
+        with pytest.raises(TypeError):
+            model.generate(ids, NEW, 1.0, 1.0, None, None, 1)
 
 
 @pytest.fixture
@@ -242,11 +195,13 @@ def idle(make: Make, monkeypatch: pytest.MonkeyPatch) -> Make:
     return make
 
 
-def test_no_new_tokens(idle: Make, device: torch.device) -> None:
+def test_no_new_tokens_and_a_model_without_values(idle: Make, device: torch.device) -> None:
     ids = tokens(2, 4, device=device)
     assert torch.equal(idle().generate(ids, max_new_tokens=0), ids)
     got = idle().generate([ids[0], ids[1, :2]], max_new_tokens=0)
     assert [row.tolist() for row in got] == [ids[0].tolist(), ids[1, :2].tolist()]
+    with pytest.raises(ValueError, match=r"meta.*needs a CPU or a GPU"):
+        idle().to("meta").generate(ids.to("meta"))
 
 
 IDS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
@@ -267,36 +222,16 @@ IDS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "text": (lambda x: "hello", "prompt|input_ids"),
     "on meta": (lambda x: x.to("meta"), "meta"),
 }
-OPTIONS: list[dict[str, Any]] = [
-    {"max_new_tokens": -1},
-    {"max_new_tokens": 1.5},
-    {"max_new_tokens": None},
-    {"max_new_tokens": True},
-    {"temperature": -0.1},
-    {"temperature": float("nan")},
-    {"temperature": float("inf")},
-    {"temperature": "hot"},
-    {"temperature": None},
-    {"top_p": 0.0},
-    {"top_p": -0.5},
-    {"top_p": 1.01},
-    {"top_p": float("nan")},
-    {"top_p": "a"},
-    {"top_k": 0},
-    {"top_k": -1},
-    {"top_k": 2.0},
-    {"top_k": True},
-    {"top_k": "5"},
-    {"eos_token_id": "2"},
-    {"eos_token_id": 1.5},
-    {"eos_token_id": [1, "2"]},
-    {"generator": 7, "temperature": 1.0},
-]
-
-
-def test_a_model_without_numbers(idle: Make) -> None:
-    with pytest.raises(ValueError, match=r"meta.*needs a CPU or a GPU"):
-        idle().to("meta").generate(tokens(2, 4, device=torch.device("meta")))
+NAN, INF = float("nan"), float("inf")
+WRONG: dict[str, tuple[Any, ...]] = {
+    "max_new_tokens": (-1, 1.5, None, True),
+    "temperature": (-0.1, NAN, INF, "hot", None),
+    "top_p": (0.0, -0.5, 1.01, NAN, "a"),
+    "top_k": (0, -1, 2.0, True, "5"),
+    "eos_token_id": ("2", 1.5, [1, "2"]),
+}
+OPTIONS: list[dict[str, Any]] = [{name: value} for name, values in WRONG.items() for value in values]
+OPTIONS.append({"generator": 7, "temperature": 1.0})
 
 
 @pytest.mark.parametrize("case", IDS)
@@ -314,16 +249,7 @@ def test_bad_options(options: dict[str, Any], idle: Make, device: torch.device) 
 
 @pytest.mark.parametrize("window", (None, 5))
 @pytest.mark.parametrize(("lengths", "new"), [((4,), P - 3), ((P,), 1), ((P + 1,), 0), ((2, P - 1), 2)])
-def test_beyond_the_last_position(
-    lengths: tuple[int, ...], new: int, window: int | None, idle: Make, device: torch.device
-) -> None:
+def test_beyond_the_last_position(lengths: Any, new: int, window: int | None, idle: Make, device: Any) -> None:
     prompts = [tokens(T, device=device) for T in lengths]
     with pytest.raises(ValueError, match=f"(?s){lengths[-1]}.*{P}"):
         idle(sliding_window=window).generate(prompts, max_new_tokens=new)
-
-
-@loop
-@pytest.mark.parametrize("window", (None, 5))
-def test_up_to_the_last_position(window: int | None, make: Make, device: torch.device) -> None:
-    model, ids = make(sliding_window=window), tokens(1, P - 2, device=device)
-    assert torch.equal(model.generate(ids, max_new_tokens=2), argmax_loop(model, ids, 2))

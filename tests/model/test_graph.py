@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton import KVCache, Mixtral, generate
+from mixtral_triton import Mixtral, generate
 from mixtral_triton.graph import CaptureLost, capture
 from mixtral_triton.kernels.launch import INTERPRETED
-from tests.support.models import random_model
+from tests.support.models import cache_of, random_model, tokens
 
 V = 23
 NEW = 8
@@ -31,27 +31,21 @@ def texts(model: Mixtral, **settings: Any) -> list[list[int]]:
     return [text.tolist() for text in model.generate(prompts(model.device), **settings)]
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_replays_give_the_plain_loop_s_text(window: int | None, gpu: Any) -> None:
-    """The ring turns round, positions grow and routes change, in the replays alone."""
-    got = texts(build(window, GPU_DEVICE), max_new_tokens=NEW)
+QUANTIZED = {"weights": {"experts": "int4", "linear": "int8"}, "hidden_size": 32, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    "more", [{"sliding_window": None}, {"sliding_window": 5}, QUANTIZED], ids=["", "window", "int4"]
+)
+def test_replays_give_the_text_of_the_plain_loop(more: dict[str, Any], gpu: Any) -> None:
+    """The ring wraps, positions grow and routes change, in the replays alone. The capture is on the model's GPU."""
+    got = texts(random_model(GPU_DEVICE, **more), max_new_tokens=NEW)
     assert gpu.replays == NEW - 2
-    want = texts(build(window, "cpu"), max_new_tokens=NEW)
-    assert got == want
-    assert len({token for text in want for token in text[-NEW:]}) > 4  # else any frozen number would do
-
-
-def test_quantized_weights_are_captured_as_dense_ones_are(gpu: Any) -> None:
-    more = {"weights": {"experts": "int4", "linear": "int8"}, "hidden_size": 32, "intermediate_size": 32}
-    got = texts(build(None, GPU_DEVICE, **more), max_new_tokens=NEW)
-    assert gpu.replays == NEW - 2 and got == texts(build(None, "cpu", **more), max_new_tokens=NEW)
-
-
-def test_the_capture_is_on_the_model_s_own_gpu(gpu: Any) -> None:
-    texts(build(None, GPU_DEVICE), max_new_tokens=NEW)
     (graph,) = gpu.captures
     assert graph.stream.device == GPU_DEVICE and graph.mode == "thread_local" and graph.calls
     assert gpu.current == 0 and [stream.cuda_stream for stream in gpu.streams] == [0, 0]
+    assert got == texts(random_model("cpu", **more), max_new_tokens=NEW)
+    assert len({token for text in got for token in text[-NEW:]}) > 4  # else any frozen number would do
 
 
 def test_replays_end_with_the_last_sequence(gpu: Any) -> None:
@@ -65,23 +59,15 @@ def test_replays_end_with_the_last_sequence(gpu: Any) -> None:
     assert gpu.replays == max(max(ends) - 1, 0)
 
 
-def test_replays_draw_anew(gpu: Any) -> None:
-    model = build(None, GPU_DEVICE)
-    drawn = torch.Generator(GPU_DEVICE).manual_seed(0)
-    prompt = [prompts(GPU_DEVICE)[0]]
-    text = model.generate(prompt, max_new_tokens=16, temperature=50.0, generator=drawn)[0].tolist()
+def test_replays_draw_new_tokens_and_take_the_top_k(gpu: Any) -> None:
+    """The filter reads no value from the host."""
+    model, drawn = build(None, GPU_DEVICE), torch.Generator(GPU_DEVICE).manual_seed(0)
+    prompt, settings = [prompts(GPU_DEVICE)[0]], {"temperature": 50.0, "generator": drawn}
+    text = model.generate(prompt, max_new_tokens=16, **settings)[0].tolist()
     assert gpu.replays == 14 and len(set(text[-14:])) > 6
-
-
-def test_replays_take_the_top_k_alone(gpu: Any) -> None:
-    """Replayed like the rest of the draw: the filter looks at no value from the host."""
     want = texts(build(None, "cpu"), max_new_tokens=NEW)
-    drawn = torch.Generator(GPU_DEVICE).manual_seed(0)
-    assert (
-        texts(build(None, GPU_DEVICE), max_new_tokens=NEW, temperature=50.0, top_k=1, top_p=0.9, generator=drawn)
-        == want
-    )
-    assert gpu.replays == NEW - 2
+    assert texts(model, max_new_tokens=NEW, top_k=1, top_p=0.9, **settings) == want
+    assert gpu.replays == 14 + NEW - 2
 
 
 def looks(step: Any) -> None:
@@ -103,11 +89,12 @@ def synchronizes(step: Any) -> None:
         torch.cuda.synchronize()
 
 
+FAILURES = [(looks, "not permitted"), (raises, "registers"), (synchronizes, "in another thread")]
+
+
 @pytest.mark.parametrize("callers_stream", [False, True])
-@pytest.mark.parametrize(
-    ("fault", "said"), [(looks, "not permitted"), (raises, "registers"), (synchronizes, "in another thread")]
-)
-def test_a_capture_that_fails_inside_leaves_everything_usable(
+@pytest.mark.parametrize(("fault", "said"), FAILURES)
+def test_failed_capture_leaves_everything_usable(
     fault: Any, said: str, callers_stream: bool, gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if callers_stream:  # torch hands out a stream again
@@ -128,20 +115,6 @@ def test_a_capture_that_fails_inside_leaves_everything_usable(
     monkeypatch.undo()
     assert texts(model, **settings) == want
     assert gpu.replays == NEW - 2
-
-
-def test_torch_s_own_capture_would_not_have_been_left(gpu: Any) -> None:
-    """What the stand-in keeps of CUDA, without which the test above would prove nothing."""
-    drawn, x = torch.Generator("cuda").manual_seed(0), torch.zeros(3, device="cuda")
-    graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(drawn)
-    with pytest.raises(RuntimeError, match="previous error"), torch.cuda.graph(graph):
-        int(x[0])
-    assert torch.cuda.current_stream().cuda_stream != 0
-    with pytest.raises(RuntimeError, match="outside graph capture"):
-        x.exponential_(generator=drawn)
-    with pytest.raises(RuntimeError, match="did not end"):
-        torch.cuda.empty_cache()
 
 
 def test_captures_take_turns_on_one_stream_a_device(gpu: Any) -> None:
@@ -182,40 +155,21 @@ def test_a_capture_that_cannot_be_put_right_says_what_is_lost(gpu: Any, monkeypa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_cuda_s_own_graph(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cuda")
-    model = build(5, device)
-    found = []
-    for enabled in (True, False):
-        monkeypatch.setattr(generate, "can_capture", lambda model, enabled=enabled: enabled)
-        drawn = torch.Generator(device).manual_seed(0)
-        found.append(texts(model, max_new_tokens=20, temperature=temperature, generator=drawn))
-    assert [len(text) for text in found[0]] == [len(text) for text in found[1]]
-    if temperature == 0.0:
-        assert found[0] == found[1]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("fault", [looks, raises])
-def test_cuda_s_own_capture_that_fails(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(5, torch.device("cuda"))
-    want = texts(model, max_new_tokens=NEW)
-    monkeypatch.setattr(generate, "capture", lambda step, *rest: capture(lambda: fault(step), *rest))
-    with pytest.warns(RuntimeWarning, match="without a CUDA graph"):
-        assert texts(model, max_new_tokens=NEW) == want
-    monkeypatch.undo()
-    torch.cuda.empty_cache()
+@pytest.mark.parametrize("fault", [None, looks, raises])
+def test_graph_of_cuda(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its text is that of the plain loop, also after a capture that failed."""
+    model, settings = build(5, "cuda"), {"max_new_tokens": 20}
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "can_capture", lambda model: False)
+        want = texts(model, **settings)
+    if fault is not None:
+        with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="without a CUDA graph"):
+            patch.setattr(generate, "capture", lambda step, *rest: capture(lambda: fault(step), *rest))
+            assert texts(model, **settings) == want
+        torch.cuda.empty_cache()
+    assert texts(model, **settings) == want
     drawn = torch.Generator("cuda").manual_seed(0)
-    assert len(texts(model, max_new_tokens=NEW, temperature=1.0, generator=drawn)) == 3
-
-
-def cache_of(model: Mixtral, batch: int) -> KVCache:
-    return KVCache(model.config, batch, 12, model.device, model.dtype)
-
-
-def tokens(*shape: int) -> torch.Tensor:
-    return torch.randint(V, shape, generator=torch.Generator().manual_seed(0))
+    assert len(texts(model, temperature=0.8, generator=drawn, **settings)) == 3
 
 
 @pytest.mark.skipif(INTERPRETED, reason="what a graph holds are the operators, whatever runs in them")

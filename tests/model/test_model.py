@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -17,26 +18,16 @@ from mixtral_triton.kernels.experts.tiles import DECODE_TOKENS
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.linear import SKINNY_M
 from mixtral_triton.kernels.record import record_launches
+from tests.conftest import HF_SIZES
+from tests.support.models import cache_of as make_cache
+from tests.support.models import tokens as random_tokens
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 W, V, P = 6, 48, 96  # the window, the vocabulary, the positions that most configurations have
 SHORT = 20  # the positions that those have which the tests fill to the end
-LAYERS, NEW = (1, 3) if INTERPRETED else (2, 8)  # an interpreted launch takes tens of milliseconds
-BASE = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": P,
-    "sliding_window": W,
-    "eos_token_id": None,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-}
+LAYERS, NEW = HF_SIZES["num_hidden_layers"], 3 if INTERPRETED else 8
+BASE = {"pad_token_id": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 CONFIGS: dict[str, dict[str, Any]] = {
     "window": {},
     "no window": {"sliding_window": None},
@@ -59,28 +50,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
 Make = Callable[[str], tuple[Path, Any]]
 
 
-@pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+BUILT: dict[str, tuple[Path, Any]] = {}
+
+
+@pytest.fixture
+def make(make_hf: Any, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """The name of a configuration -> a checkpoint folder, and transformers' model of it in fp32 on the CPU."""
-    built: dict[str, tuple[Path, Any]] = {}
 
     def make_once(name: str) -> tuple[Path, Any]:
-        if name not in built:
-            built[name] = build(tmp_path_factory.mktemp("checkpoint"), BASE | CONFIGS[name], seed=len(name))
-        return built[name]
+        if name not in BUILT:
+            folder, hf = tmp_path_factory.mktemp("checkpoint"), make_hf(seed=len(name), **BASE | CONFIGS[name])
+            hf.save_pretrained(folder)
+            BUILT[name] = folder, hf
+        return BUILT[name]
 
     return make_once
-
-
-def build(folder: Path, sizes: dict[str, Any], seed: int) -> tuple[Path, Any]:
-    config = transformers.MixtralConfig(**sizes, attn_implementation="eager", experts_implementation="eager")
-    hf = transformers.MixtralForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in hf.parameters():  # large enough that neither a route nor a greedy token is a close call
-        values = torch.randn(parameter.shape, generator=generator)
-        parameter.data = 1 + 0.3 * values if values.dim() == 1 else values * 2 * values.shape[-1] ** -0.5
-    hf.save_pretrained(folder)
-    return folder, hf
 
 
 @pytest.fixture
@@ -93,12 +77,11 @@ def model(load: Callable[..., Mixtral]) -> Mixtral:
     return load("window")
 
 
-def tokens(*shape: int, seed: int = 0, device: Any = "cpu") -> Tensor:
-    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed)).to(device)
+tokens = partial(random_tokens, vocabulary=V)
 
 
 def cache_of(model: Mixtral, batch: int, max_len: int = P) -> KVCache:
-    return KVCache(model.config, batch=batch, max_len=max_len, device=model.device, dtype=model.dtype)
+    return make_cache(model, batch, max_len)
 
 
 def close(got: Tensor, want: Tensor, rtol: float) -> None:
@@ -120,9 +103,7 @@ def test_equals_transformers(name: str, make: Make, load: Callable[..., Mixtral]
 
 
 @pytest.mark.parametrize("start", (1000, 30000))
-def test_equals_transformers_at_far_positions(
-    start: int, make: Make, load: Callable[..., Mixtral], device: torch.device
-) -> None:
+def test_equals_transformers_at_far_positions(start: int, make: Make, load: Any, device: Any) -> None:
     """One layer: only the first W tokens see what the cache held (zeros) before `start`."""
     model, ids = load("far"), tokens(1, 40, device=device)
     with torch.no_grad():
@@ -173,29 +154,22 @@ def ragged(model: Mixtral, ids: Tensor, plan: list[list[int]], pad: int, cache: 
 PLAN = [[3, 0, 2], [1, 0, 1], [0, 8, 1], [0, 1, 0], [13, 2, 3], [1, 1, 0], [1, 1, 1]]
 
 
-@pytest.mark.parametrize("pad", (0, 2))
-@pytest.mark.parametrize("name", ("window", "no window"))
-def test_ragged_chunks(name: str, pad: int, load: Callable[..., Mixtral], device: torch.device) -> None:
-    """Each sequence at its own position, some without a token in some chunks."""
-    model = load(name)
-    ragged(model, tokens(3, 19, device=device), PLAN, pad, cache_of(model, 3))
-
-
+# Plans up to the last position: a sequence near (or at) its end does not keep the others from going on, nor does a
+# chunk's padding count.
 ENDS = [([[SHORT - 4, 3], [4, 9]], 0), ([[SHORT - 4, 3], [4, 2]], 9), ([[SHORT, 3], [0, 1]], 0)]
+RAGGED = [(name, PLAN, pad, 19) for name in ("window", "no window") for pad in (0, 2)]
+RAGGED += [(name, plan, pad, SHORT) for name in ("short", "short, no window") for plan, pad in ENDS]
 
 
-@pytest.mark.parametrize(("plan", "pad"), ENDS)
-@pytest.mark.parametrize("name", ("short", "short, no window"))
-def test_ragged_chunks_up_to_the_last_position(
-    name: str, plan: list[list[int]], pad: int, load: Callable[..., Mixtral], device: torch.device
-) -> None:
-    """A sequence near (or at) its end does not keep the others from going on, nor does a chunk's padding count."""
-    model = load(name)
-    ragged(model, tokens(2, SHORT, device=device), plan, pad, cache_of(model, 2))
+@pytest.mark.parametrize(("name", "plan", "pad", "T"), RAGGED)
+def test_ragged_chunks(name: str, plan: list[list[int]], pad: int, T: int, load: Any, device: Any) -> None:
+    """Each sequence at its own position, some without a token in some chunks."""
+    model, B = load(name), len(plan[0])
+    ragged(model, tokens(B, T, device=device), plan, pad, cache_of(model, B))
 
 
 @pytest.mark.parametrize("name", ("window", "no window"))
-def test_cache_again_from_the_start(name: str, load: Callable[..., Mixtral], device: torch.device) -> None:
+def test_cache_again_and_in_inference_mode(name: str, load: Callable[..., Mixtral], device: torch.device) -> None:
     model, ids = load(name), tokens(2, 14, device=device)
     cache = cache_of(model, 2, max_len=20)
     model(tokens(2, 19, seed=1, device=device), cache=cache)
@@ -203,14 +177,10 @@ def test_cache_again_from_the_start(name: str, load: Callable[..., Mixtral], dev
     close(in_chunks(model, ids, cache, (5, 1, 1)), model(ids), 1e-5)
     cache.lengths.zero_()
     in_chunks(model, tokens(2, 20, device=device), cache, (20,))  # all of it fits once more
-
-
-def test_inference_mode(model: Mixtral, device: torch.device) -> None:
-    ids = tokens(1, 9, device=device)
     want = model.generate(ids, max_new_tokens=3)
     with torch.inference_mode():
         assert torch.equal(model.generate(ids, max_new_tokens=3), want)
-        close(in_chunks(model, ids, cache_of(model, 1), (4, 1)), model(ids), 1e-5)
+        close(in_chunks(model, ids, cache_of(model, 2), (4, 1)), model(ids), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
@@ -221,18 +191,7 @@ def test_16_bits(dtype: torch.dtype, load: Callable[..., Mixtral], device: torch
     assert (logits - want).abs().mean() <= 0.1 * want.abs().mean()
     cached = in_chunks(model, ids, cache_of(model, 1), (5, 1))
     assert (cached - logits).abs().mean() <= 0.1 * want.abs().mean()
-
-
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_converted_is_loaded_in_that_dtype(
-    dtype: torch.dtype, load: Callable[..., Mixtral], device: torch.device
-) -> None:
-    """Rotary tables in 16 bits would turn by other angles."""
-    ids = tokens(1, 12, device=device)
-    assert torch.equal(load("window").to(dtype)(ids), load("window", dtype=dtype)(ids))
-
-
-# what is refused
+    assert torch.equal(load("window").to(dtype)(ids), logits)  # rotary tables in 16 bits would turn by other angles
 
 
 def other_config(model: Mixtral) -> KVCache:
@@ -293,9 +252,7 @@ ROOM = [("short, no window", 12, 12), ("short, no window", 500, SHORT), ("short"
 
 @pytest.mark.parametrize(("name", "max_len", "most"), ROOM)
 @pytest.mark.parametrize("chunk", (1, 5))
-def test_the_end_of_the_cache(
-    name: str, max_len: int, most: int, chunk: int, load: Callable[..., Mixtral], device: torch.device
-) -> None:
+def test_the_end_of_the_cache(name: str, max_len: int, most: int, chunk: int, load: Any, device: Any) -> None:
     """Without a window its slots, with one (a ring) the positions; nothing is overwritten or counted beyond."""
     model = load(name)
     cache, keep = cache_of(model, 2, max_len), torch.tensor([most - chunk, 3], device=device)
@@ -353,12 +310,9 @@ def test_gradients_and_training_are_refused(model: Mixtral, device: torch.device
     assert not model(ids).requires_grad
 
 
-# without a GPU, without memory
-
-
-@pytest.fixture(scope="module")
-def meta(make: Make) -> Mixtral:
-    return Mixtral.from_pretrained(make("window")[0], device="meta")
+@pytest.fixture
+def meta(load: Callable[..., Mixtral]) -> Mixtral:
+    return load("window", device="meta")
 
 
 def test_meta_model_has_the_same_shapes(meta: Mixtral, load: Callable[..., Mixtral]) -> None:

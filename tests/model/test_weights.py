@@ -108,9 +108,8 @@ def test_every_value_reaches_its_parameter(tmp_path, monkeypatch, layout, shards
 @pytest.mark.parametrize("shard_size", ["1GB", "10KB"])
 def test_checkpoint_of_transformers_loads(tmp_path, original, tied, shard_size):
     transformers = pytest.importorskip("transformers")
-    hf = transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**vars(CONFIG) | {"tie_word_embeddings": tied, "dtype": "float32"})
-    )
+    fields = vars(CONFIG) | {"tie_word_embeddings": tied, "dtype": "float32"}
+    hf = transformers.MixtralForCausalLM(transformers.MixtralConfig(**fields))
     hf.save_pretrained(tmp_path, save_original_format=original, max_shard_size=shard_size)
     assert (tmp_path / INDEX).exists() == (shard_size == "10KB")
     config = MixtralConfig.from_pretrained(tmp_path)
@@ -125,35 +124,20 @@ def test_values_are_cast_to_the_parameters_dtype(tmp_path, stored, wanted):
     assert stored_dtype(read_headers(tmp_path)) == stored
 
 
-def test_overflowing_sum_of_finite_values_loads_and_opposite_infinities_do_not(tmp_path):
-    tensors = {name: torch.full_like(tensor, 60000) for name, tensor in tensors_of(CONFIG, dtype=torch.float16).items()}
-    assert_loads(save(tmp_path, tensors), tensors, dtype=torch.float16)
-    tensors[NORM][:2] = torch.tensor([torch.inf, -torch.inf])
-    assert_refused(save(tmp_path, tensors), rf"{NORM} holds inf at \[0\]")
-
-
-def test_loading_keeps_gradients_and_default_device(tmp_path):
+def test_loading_keeps_gradients_and_devices(tmp_path):
+    """On the meta device only headers are read."""
     tensors = tensors_of(CONFIG)
     parameters = {name: torch.nn.Parameter(tensor) for name, tensor in allocate(CONFIG).items()}
     with torch.device("meta"):
         load(save(tmp_path, tensors), CONFIG, parameters)
     assert torch.equal(parameters["norm"], tensors["model.norm.weight"]) and parameters["norm"].requires_grad
-
-
-def test_meta_device_reads_headers_only(tmp_path):
-    tensors = tensors_of(CONFIG)
     tensors[Q_PROJ][0, 0] = torch.nan
     parameters, loaded = allocate(CONFIG, device="meta"), []
-    load(save(tmp_path, tensors, shards=2), CONFIG, parameters, loaded.append)
+    load(save(tmp_path, tensors), CONFIG, parameters, loaded.append)
     assert not loaded and all(parameter.is_meta for parameter in parameters.values())
+    del tensors[Q_PROJ]
     with pytest.raises(ValueError, match="q_proj"):
-        load(save(tmp_path, {name: tensors[name] for name in tensors if name != Q_PROJ}), CONFIG, parameters)
-
-
-def test_single_file_is_preferred_over_an_index(tmp_path):
-    tensors = tensors_of(CONFIG)
-    save_index(save(tmp_path, tensors), {"anything": "gone.safetensors"})
-    assert_loads(tmp_path, tensors)
+        load(save(tmp_path, tensors), CONFIG, parameters)
 
 
 def test_cache_of_links_loads(tmp_path):
@@ -164,6 +148,8 @@ def test_cache_of_links_loads(tmp_path):
         file.rename(blobs / str(number))
         (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
     assert_loads(snapshot, tensors)
+    save_index(save(tmp_path, tensors), {"anything": "gone.safetensors"})
+    assert_loads(tmp_path, tensors)  # a single file is preferred over an index
     (blobs / "0").unlink()
     assert_refused(snapshot, r"model-0\.safetensors: no such file", error=FileNotFoundError)
 
@@ -194,28 +180,23 @@ def test_missing_misshapen_or_non_finite_tensor_raises_value_error(tmp_path, mon
         assert_refused(save(tmp_path, tensors | {name: tensor}), message, dtype=getattr(torch, wanted))
 
 
-def test_unknown_tensors_raise_value_error(tmp_path):
-    one = torch.ones(1, dtype=torch.bfloat16)
+def test_unknown_tensors_and_mixed_layouts_raise_value_error(tmp_path):
+    tensors, one = tensors_of(CONFIG), torch.ones(1, dtype=torch.bfloat16)
     for name in ("model.layers.0.self_attn.q_proj.bias", "model.layers.2.input_layernorm.weight", "x"):
-        assert_refused(save(tmp_path, tensors_of(CONFIG) | {name: one}), rf"1 unknown \({name}\)$")
+        assert_refused(save(tmp_path, tensors | {name: one}), rf"1 unknown \({name}\)$")
     many = {f"extra.{number}": one.clone() for number in range(9)}
-    assert_refused(save(tmp_path, tensors_of(CONFIG) | many), r"9 unknown \(extra\.0, .*extra\.3 and 5 more\)$")
-
-
-def test_mixed_layouts_raise_value_error(tmp_path):
+    assert_refused(save(tmp_path, tensors | many), r"9 unknown \(extra\.0, .*extra\.3 and 5 more\)$")
     fused = {name: tensor for name, tensor in tensors_of(CONFIG, "fused").items() if ".layers.1." in name}
-    first = {name: tensor for name, tensor in tensors_of(CONFIG).items() if ".layers.1." not in name}
+    first = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
     assert_refused(save(tmp_path, first | fused), r"3 missing .*mlp\..* 10 unknown .*block_sparse_moe")
 
 
-@pytest.mark.parametrize("changes", [{"num_hidden_layers": 10**9}, {"num_local_experts": 10**9}, {"vocab_size": 10**9}])
-def test_config_beyond_the_checkpoint_raises_value_error_fast(tmp_path, changes):
-    with pytest.raises(ValueError, match="config asks for"):
-        check(read_headers(save(tmp_path, tensors_of(CONFIG))), replace(CONFIG, **changes))
-
-
-def test_other_parameters_raise_value_error(tmp_path):
-    save(tmp_path, tensors_of(CONFIG))
+def test_other_config_or_parameters_raise_value_error(tmp_path):
+    """Fast, however large the config's sizes are."""
+    headers = read_headers(save(tmp_path, tensors_of(CONFIG)))
+    for name in ("num_hidden_layers", "num_local_experts", "vocab_size"):
+        with pytest.raises(ValueError, match="config asks for"):
+            check(headers, replace(CONFIG, **{name: 10**9}))
     with pytest.raises(ValueError, match=r"parameters: .*lm_head"):
         load(tmp_path, CONFIG, allocate(TIED))
     with pytest.raises(ValueError, match=r"parameters: .*embed_tokens has shape \(48, 8\)"):
@@ -229,6 +210,10 @@ def test_overflowing_cast_raises_value_error(tmp_path, stored, wanted, value):
     message = rf"{Q_PROJ} holds .* at \[3, 5\]: torch\.{wanted} cannot hold it"
     assert_refused(save(tmp_path, tensors), message, dtype=getattr(torch, wanted))
     assert_loads(tmp_path, tensors, dtype=getattr(torch, stored))
+    tensors = {name: torch.full_like(tensor, 60000) for name, tensor in tensors_of(CONFIG, dtype=torch.float16).items()}
+    assert_loads(save(tmp_path, tensors), tensors, dtype=torch.float16)  # a sum of finite values overflows
+    tensors[NORM][:2] = torch.tensor([torch.inf, -torch.inf])
+    assert_refused(save(tmp_path, tensors), rf"{NORM} holds inf at \[0\]")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int64, torch.float64, torch.float32])
@@ -265,44 +250,39 @@ def swap(old, new):
     return header(lambda data: data.replace(old, new, 1))
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda data: data[:-1], "cut off, damaged or not safetensors .* not fully covered"),
-        (lambda data: data + b"\0", "not fully covered"),
-        (lambda data: data[: len(data) // 2], "not fully covered"),
-        (lambda data: data[:50], r"cut off, damaged or not safetensors \(50 bytes\): .* header length"),
-        (lambda data: data[:5], r"\(5 bytes\): .* header too small"),
-        (lambda data: b"", r"\(0 bytes\): .* header too small"),
-        (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "not safetensors"),
-        (lambda data: (2**63).to_bytes(8, "little") + data[8:], "header too large"),
-        (header(lambda old: b"{}"), "not fully covered"),
-        (header(lambda old: b"\xff" + old), "invalid UTF-8"),
-        (header(lambda old: b"[]"), "invalid JSON"),
-        (header(lambda old: old[:-9]), "invalid JSON"),
-        (swap(b'"format":"pt"', b'"format":1'), "invalid JSON"),
-        (norm(shape=[True]), "invalid JSON"),
-        (norm(shape="16"), "invalid JSON"),
-        (norm(data_offsets=[0]), "invalid JSON"),
-        (norm(data_offsets=None), "invalid JSON"),
-        (norm(data_offsets=[0, 32]), "invalid offset for tensor"),
-        (norm(dtype=["BF16"]), "invalid JSON"),
-        (norm(dtype="F8_E4M3"), "invalid shape, data type"),
-        (header(lambda old: b"[" * 50_000), "invalid JSON"),
-        (swap(b'"model.norm.weight"', b'"lm_head.weight"'), "invalid offset"),
-        (header(repeat), "'model.norm.weight' occurs 2 times"),
-        (swap(b'"model.norm.weight"', b'"model.norm.\\ud800"'), "invalid JSON"),
-        (norm(dtype="F32"), "invalid shape, data type"),
-        (norm(shape=[17]), "invalid shape"),
-        (norm(shape=[-16]), "invalid JSON"),
-        (norm(data_offsets=[2**40, 2**40 + 32]), "invalid offset for tensor `model.norm.weight`"),
-        (norm(dtype="F8_E4M3", shape=[32]), "'model.norm.weight' is stored as 'F8_E4M3'"),
+NO_JSON = [{"shape": [True]}, {"shape": "16"}, {"shape": [-16]}, {"data_offsets": [0]}, {"data_offsets": None}]
+DAMAGES = {  # by what the message says
+    "cut off, damaged or not safetensors .* not fully covered": [lambda data: data[:-1]],
+    "not fully covered": [lambda data: data + b"\0", lambda data: data[: len(data) // 2], header(lambda old: b"{}")],
+    r"cut off, damaged or not safetensors \(50 bytes\): .* header length": [lambda data: data[:50]],
+    r"\(5 bytes\): .* header too small": [lambda data: data[:5]],
+    r"\(0 bytes\): .* header too small": [lambda data: b""],
+    "not safetensors": [lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00"],
+    "header too large": [lambda data: (2**63).to_bytes(8, "little") + data[8:]],
+    "invalid UTF-8": [header(lambda old: b"\xff" + old)],
+    "invalid JSON": [
+        *(norm(**fields) for fields in [*NO_JSON, {"dtype": ["BF16"]}]),
+        *(header(change) for change in (lambda old: b"[]", lambda old: old[:-9], lambda old: b"[" * 50_000)),
+        swap(b'"format":"pt"', b'"format":1'),
+        swap(b'"model.norm.weight"', b'"model.norm.\\ud800"'),
     ],
-)
-def test_damaged_file_raises_value_error(tmp_path, damage, message):
+    "invalid offset for tensor": [norm(data_offsets=[0, 32])],
+    "invalid offset for tensor `model.norm.weight`": [norm(data_offsets=[2**40, 2**40 + 32])],
+    "invalid offset": [swap(b'"model.norm.weight"', b'"lm_head.weight"')],
+    "invalid shape, data type": [norm(dtype="F8_E4M3"), norm(dtype="F32")],
+    "invalid shape": [norm(shape=[17])],
+    "'model.norm.weight' occurs 2 times": [header(repeat)],
+    "'model.norm.weight' is stored as 'F8_E4M3'": [norm(dtype="F8_E4M3", shape=[32])],
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_damaged_file_raises_value_error(tmp_path, message):
     path = save(tmp_path, tensors_of(CONFIG)) / "model.safetensors"
-    path.write_bytes(damage(path.read_bytes()))
-    assert_refused(tmp_path, rf"model\.safetensors.*{message}")
+    data = path.read_bytes()
+    for damage in DAMAGES[message]:
+        path.write_bytes(damage(data))
+        assert_refused(tmp_path, rf"model\.safetensors.*{message}")
 
 
 @pytest.mark.parametrize("file", ["../x", "/x", "a/x", "..", ".", "", "a\\x", None, 3, ["x"], "model.bin", "x.pt"])
@@ -313,38 +293,29 @@ def test_index_of_other_files_raises_value_error(tmp_path, file):
     assert_refused(save_index(tmp_path, weight_map | {Q_PROJ: file}), rf"index\.json: '{Q_PROJ}' is in .*plain")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'])
-def test_index_without_a_map_raises_value_error(tmp_path, content):
-    (tmp_path / INDEX).write_text(content)
-    assert_refused(tmp_path, "not readable as JSON|JSON list|weight_map is missing|no tensor")
-
-
-def test_index_that_disagrees_with_its_shards_raises_value_error(tmp_path):
+def test_index_that_disagrees_with_its_files_is_rejected(tmp_path):
+    for content in ("", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'):
+        (tmp_path / INDEX).write_text(content)
+        assert_refused(tmp_path, "not readable as JSON|JSON list|weight_map is missing|no tensor")
     weight_map = json.loads((save(tmp_path, tensors_of(CONFIG), shards=2) / INDEX).read_text())["weight_map"]
     here, there = sorted(set(weight_map.values()), key=lambda file: file != weight_map[Q_PROJ])
     assert_refused(save_index(tmp_path, weight_map | {Q_PROJ: there}), rf"{INDEX} asks for.*{Q_PROJ}")
     assert_refused(save_index(tmp_path, weight_map | {"x": there}), rf"{there}: .*1 missing \(x\)")
+    (tmp_path / there).unlink()
+    assert_refused(tmp_path, rf"{there}: no such file", error=FileNotFoundError)
+    (tmp_path / there).mkdir()
+    assert_refused(tmp_path, rf"{there}: no such file", error=FileNotFoundError)
     del weight_map[Q_PROJ]
     assert_refused(save_index(tmp_path, weight_map), rf"{here}: .*1 unknown \({Q_PROJ}\)")
 
 
-def test_index_of_a_missing_file_raises_file_not_found_error(tmp_path):
-    save(tmp_path, tensors_of(CONFIG), shards=2)
-    (tmp_path / "model-1.safetensors").unlink()
-    assert_refused(tmp_path, r"model-1\.safetensors: no such file", error=FileNotFoundError)
-    (tmp_path / "model-1.safetensors").mkdir()
-    assert_refused(tmp_path, r"model-1\.safetensors: no such file", error=FileNotFoundError)
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-1-of-2.bin", "model.pth", "consolidated.00.pt"])
-def test_pickled_weights_raise_value_error(tmp_path, name):
-    torch.save(tensors_of(CONFIG), tmp_path / name)
-    assert_refused(tmp_path, rf"{name}: pickle .* safetensors")
-
-
-def test_missing_weights_raise_file_not_found_error(tmp_path):
-    assert_refused(tmp_path, r"neither model\.safetensors nor", error=FileNotFoundError)
+def test_pickled_or_missing_weights_are_rejected(tmp_path):
     assert_refused(tmp_path / "nowhere", "nowhere: no such folder", error=FileNotFoundError)
+    assert_refused(tmp_path, r"neither model\.safetensors nor", error=FileNotFoundError)
+    for name in ("pytorch_model.bin", "pytorch_model-1-of-2.bin", "model.pth", "consolidated.00.pt"):
+        torch.save({}, tmp_path / name)
+        assert_refused(tmp_path, rf"{name}: pickle .* safetensors")
+        (tmp_path / name).unlink()
 
 
 IMPORTS = "from mixtral_triton.weights import MixtralConfig, check, load, parameter_shapes, read_headers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,8 @@ def overflow_kernel(y_ptr, N):
     tl.store(y_ptr, N * N)
 
 
-def run_double(rows: int, n: int, load: bool = True, store: bool = True) -> torch.Tensor:
-    x, y = torch.ones(n), torch.empty(n)
+def run_double(rows: int, n: int, x: Any = None, y: Any = None, load: bool = True, store: bool = True) -> torch.Tensor:
+    x, y = torch.ones(n) if x is None else x, torch.empty(n) if y is None else y
     launch(double_kernel, (rows,), {"x_ptr": x, "y_ptr": y, "N": n}, ONE, BLOCK=8, MASK_LOAD=load, MASK_STORE=store)
     return y
 
@@ -56,48 +57,31 @@ def test_right_kernel_passes() -> None:
     assert run_double(2, 11).tolist() == [9.0] * 8 + [4.0] * 3
 
 
-def test_store_outside_is_caught() -> None:
-    with pytest.raises(AssertionError, match="double_kernel stored outside y_ptr"):
-        run_double(2, 11, store=False)
+def between_rows() -> torch.Tensor:
+    return torch.zeros(4, 8)[:, :5]
 
 
-def test_read_outside_is_caught() -> None:
-    with pytest.raises(triton.runtime.errors.InterpreterError, match="double_kernel loads from outside its tensors"):
-        run_double(2, 11, load=False)
+X = {"x_ptr": torch.ones(11), "y_ptr": torch.empty(11), "N": 11}
+Y = {"y_ptr": torch.zeros(1, dtype=torch.int32), "N": 1 << 17}
+FAULTS: list[tuple[str, Callable[[], Any]]] = [
+    ("double_kernel stored outside y_ptr", lambda: run_double(2, 11, store=False)),
+    ("double_kernel stored outside y_ptr", lambda: run_double(1, 8, y=between_rows())),
+    ("double_kernel loads from outside its tensors", lambda: run_double(2, 11, load=False)),
+    ("first_kernel loads from outside its tensors", lambda: launch(first_kernel, (1,), X, ONE, BLOCK=16)),
+    ("depends on program order or on what lies outside", lambda: run_double(1, 8, x=between_rows())),
+    ("race_kernel: y_ptr depends on program order", lambda: launch(race_kernel, (2,), {"y_ptr": torch.empty(1)}, ONE)),
+    ("overflow", lambda: launch(overflow_kernel, (1,), Y, ONE)),
+]
 
 
-def test_unused_read_outside_is_caught() -> None:
-    args = {"x_ptr": torch.ones(11), "y_ptr": torch.empty(11), "N": 11}
-    with pytest.raises(triton.runtime.errors.InterpreterError, match="first_kernel loads from outside its tensors"):
-        launch(first_kernel, (1,), args, ONE, BLOCK=16)
-
-
-def test_read_between_the_rows_of_a_view_is_caught() -> None:
-    args = {"x_ptr": torch.zeros(4, 8)[:, :5], "y_ptr": torch.empty(8), "N": 8}
-    with pytest.raises(AssertionError, match="depends on program order or on what lies outside"):
-        launch(double_kernel, (1,), args, ONE, BLOCK=8, MASK_LOAD=True, MASK_STORE=True)
-
-
-def test_store_between_the_rows_of_a_view_is_caught() -> None:
-    view = torch.zeros(4, 8)[:, :5]
-    args = {"x_ptr": torch.ones(8), "y_ptr": view, "N": 8}
-    with pytest.raises(AssertionError, match="stored outside y_ptr"):
-        launch(double_kernel, (1,), args, ONE, BLOCK=8, MASK_LOAD=True, MASK_STORE=True)
-
-
-def test_race_is_caught() -> None:
-    with pytest.raises(AssertionError, match="race_kernel: y_ptr depends on program order"):
-        launch(race_kernel, (2,), {"y_ptr": torch.empty(1)}, ONE)
+@pytest.mark.parametrize(("message", "run"), FAULTS)
+def test_fault_is_caught(message: str, run: Callable[[], Any]) -> None:
+    with pytest.raises((AssertionError, triton.runtime.errors.InterpreterError), match=message):
+        run()
 
 
 def test_unwritten_output_is_nan() -> None:
     assert run_double(1, 11).isnan().tolist() == [False] * 8 + [True] * 3
-
-
-def test_integer_overflow_is_caught() -> None:
-    args: dict[str, Any] = {"y_ptr": torch.zeros(1, dtype=torch.int32), "N": 1 << 17}
-    with pytest.raises(triton.runtime.errors.InterpreterError, match="overflow"):
-        launch(overflow_kernel, (1,), args, ONE)
 
 
 @triton.jit

@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from mixtral_triton import KVCache, ops
+from mixtral_triton import ops
 from mixtral_triton.kernels import gate, linear
 from mixtral_triton.kernels.launch import INTERPRETED, pdl_region
 from mixtral_triton.kernels.op import Launch
@@ -24,7 +25,7 @@ from mixtral_triton.tools.offline import collect, compile_launch
 from mixtral_triton.tools.predict import predict
 from tests.support.calls import inputs
 from tests.support.inject_fault import module_with_fault
-from tests.support.models import random_model
+from tests.support.models import cache_of, random_model
 from tests.support.ptx import Order, order
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: run once, without TRITON_INTERPRET")
@@ -62,33 +63,28 @@ def test_kernels_prefetch_only_weights_before_the_wait(arch: str) -> None:
     assert kernels >= {"experts_up_decode_kernel", "experts_down_decode_kernel"}
 
 
-LINEAR, ROUTE = {"T": 1, "H": 4096, "N": 4096}, {"T": 1, "E": 8, "K": 2}
+LINEAR, GATE, ROUTE = {"T": 1, "H": 4096, "N": 4096}, {"T": 1, "H": 4096, "E": 8, "K": 2}, {"T": 1, "E": 8, "K": 2}
 NO_WAIT, WAIT = ("    pdl_wait(PDL)\n", ""), "    pdl_wait(PDL)\n"
 LINEAR_WAIT = ("0, H, EVEN, H, LAYOUT, PDL)", "0, H, EVEN, H, LAYOUT)")
-FAULTS = {  # the message, and changes of the source
-    (linear, "linear"): [
-        (
-            r"\['weight'\] after the wait",
-            ("from .launch import", "from .pdl import pdl_wait\nfrom .launch import"),
-            ("    acc = add_products(", f"{WAIT}    acc = add_products("),
-            LINEAR_WAIT,
-        ),
-        ("0 waits", LINEAR_WAIT),
-    ],
-    (gate, "rms_norm_gate_route"): [
-        (r"\['residual', 'x'\] before the wait", NO_WAIT, ("BLOCK_H), 1.0\n", f"BLOCK_H), 1.0\n{WAIT}")),
-        ("'total'.* before the wait", NO_WAIT, ("    acc = _products(", f"{WAIT}    acc = _products(")),
-    ],
-}
-SIZES = {"linear": LINEAR, "rms_norm_gate_route": {"T": 1, "H": 4096, "E": 8, "K": 2}}
+IMPORT = ("from .launch import", "from .pdl import pdl_wait\nfrom .launch import")
+NORM_GATE = (gate, "rms_norm_gate_route", GATE)
+FAULTS = [  # the operation, the message, and changes of the source
+    ((linear, "linear", LINEAR), "0 waits", LINEAR_WAIT),
+    (
+        *((linear, "linear", LINEAR), r"\['weight'\] after the wait", IMPORT, LINEAR_WAIT),
+        ("    acc = add_products(", f"{WAIT}    acc = add_products("),
+    ),
+    (NORM_GATE, r"\['residual', 'x'\] before the wait", NO_WAIT, ("BLOCK_H), 1.0\n", f"BLOCK_H), 1.0\n{WAIT}")),
+    (NORM_GATE, "'total'.* before the wait", NO_WAIT, ("    acc = _products(", f"{WAIT}    acc = _products(")),
+]
 
 
-@pytest.mark.parametrize(("case", "fault"), [(case, fault) for case, faults in FAULTS.items() for fault in faults])
-def test_misplaced_wait_is_caught(case: Any, fault: Any, tmp_path: Path) -> None:
-    (module, name), (message, *changes) = case, fault
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault[1] for fault in FAULTS])
+def test_misplaced_wait_is_caught(fault: Any, tmp_path: Path) -> None:
+    (module, name, sizes), message, *changes = fault
     faulty = module_with_fault(module, tmp_path, *changes)
     with record_launches() as launches:
-        getattr(faulty, name)(**inputs(name, SIZES[name], "meta", BF16))
+        getattr(faulty, name)(**inputs(name, sizes, "meta", BF16))
     (launch,) = launches
     assert re.search(message, find_fault(launch, order(compile_launch(launch, "sm_90"))) or "")
 
@@ -107,7 +103,7 @@ def record_step(arch: str, ranks: Any = None) -> list[Launch]:
     """The launches of one decode step."""
     model = random_model("meta", num_hidden_layers=2)
     model.ranks = ranks
-    cache = KVCache(model.config, batch=2, max_len=9, device="meta", dtype=torch.float32)
+    cache = cache_of(model, 2)
     with record_launches(arch) as launches:
         model(torch.empty(2, 1, dtype=torch.int64, device="meta"), cache=cache)
     return launches
@@ -127,17 +123,10 @@ def test_layers_of_a_model_use_pdl(arch: str) -> None:
     assert not any(launch.dependent for launch in launches if not has_wait(launch))
 
 
-def test_single_operation_uses_no_pdl() -> None:
-    """Its weight may just have been written."""
-    with record_launches() as launches:
-        ops.linear(**inputs("linear", LINEAR, "meta", BF16))
-    assert has_wait(launches[0]) and not launches[0].dependent
-
-
 def test_compiled_launches_use_pdl(gpu: Any) -> None:
     gpu.driver.executes = False
     model = random_model("cuda:0", num_hidden_layers=2)
-    cache = KVCache(model.config, batch=2, max_len=9, device="cuda:0", dtype=torch.float32)
+    cache = cache_of(model, 2)
     want = [launch.dependent for launch in record_step("sm_90") if launch.fn is not None]
     for _ in range(3):  # run, and launched from plans
         gpu.driver.launches.clear()
@@ -174,7 +163,7 @@ def test_hooked_layer_launches_without_pdl(register: str, gpu: Any) -> None:
         layer.forward = lambda *args, forward=layer.forward: (hook(layer), forward(*args))[1]
     else:
         handle = getattr(layer, register)(hook)
-    cache = KVCache(model.config, batch=2, max_len=9, device="cuda:0", dtype=torch.float32)
+    cache = cache_of(model, 2)
     step = torch.zeros(2, 1, dtype=torch.int64).to("cuda:0")
     try:
         model(step, cache=cache)
@@ -188,26 +177,18 @@ def test_hooked_layer_launches_without_pdl(register: str, gpu: Any) -> None:
         assert any(x.launcher.metadata.launch_pdl for x in launched)
 
 
-def test_compiled_model_launches_without_pdl(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled code may launch its kernels between these."""
+def test_launches_without_pdl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weight of a single operation may just have been written; other streams run the collectives of a mesh; and
+    compiled code may launch its kernels between these."""
+
+    def same(part: Any, *args: Any, **kwargs: Any) -> Any:
+        return part
+
+    with record_launches() as launches:
+        ops.linear(**inputs("linear", LINEAR, "meta", BF16))
+    launches += record_step("sm_90", SimpleNamespace(all_reduce=same, local_ids=same, all_gather=same))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not any(launch.dependent for launch in record_step("sm_90"))
-
-
-def test_mesh_launches_without_pdl() -> None:
-    """Other streams run the collectives."""
-
-    class Ranks:
-        def all_reduce(self, part: Any, in_order: bool) -> Any:
-            return part
-
-        def local_ids(self, ids: Any, experts: int) -> Any:
-            return ids
-
-        def all_gather(self, part: Any, size: int) -> Any:
-            return part
-
-    launches = record_step("sm_90", Ranks())
+    launches += record_step("sm_90")
     assert not any(launch.dependent for launch in launches) and any(map(has_wait, launches))
 
 

@@ -36,23 +36,18 @@ def random_weight(format: str, K: int, group: int, zeros: torch.Tensor | None = 
 
 
 @pytest.mark.parametrize(("format", "K", "group"), CASES)
-def test_unpack_inverts_pack(format: str, K: int, group: int) -> None:
-    codes = random_codes(format, 3, 5, K)
-    data = pack(codes, format, group)
-    assert data.dtype == torch.int16 and torch.equal(unpack(data, format, K, group), codes)
-
-
-@pytest.mark.parametrize(("format", "K", "group"), CASES)
-def test_field_is_a_tile_of_neighbouring_columns(format: str, K: int, group: int) -> None:
-    codes, bits = random_codes(format, K), BITS[format]
+def test_unpack_inverts_pack_and_a_field_is_a_tile_of_neighbouring_columns(format: str, K: int, group: int) -> None:
+    codes, bits = random_codes(format, 3, 5, K), BITS[format]
     data, unit = pack(codes, format, group), unit_columns(format, K, group)
+    assert data.dtype == torch.int16 and torch.equal(unpack(data, format, K, group), codes)
     J = unit * bits // 16
     for k in (0, 1, K // 2, K - 1):
-        element = int(data[k // unit * J + k % unit % J]) & 0xFFFF
-        assert element >> (bits * (k % unit // J)) & ((1 << bits) - 1) == int(codes[k])
+        element = int(data[2, 4, k // unit * J + k % unit % J]) & 0xFFFF
+        assert element >> (bits * (k % unit // J)) & ((1 << bits) - 1) == int(codes[2, 4, k])
 
 
 def test_dequantize_is_code_minus_zero_times_scale() -> None:
+    """Slices and conversions keep the values."""
     zeros = torch.randint(0, 16, (3, 5, 2)) + 128.0
     weight = random_weight("int4", 256, 128, zeros.bfloat16())
     codes, values = random_codes("int4", 3, 5, 256), weight.dequantize()
@@ -60,6 +55,9 @@ def test_dequantize_is_code_minus_zero_times_scale() -> None:
         want = (int(codes[e, n, k]) - (zeros[e, n, k // 128] - 128)) * weight.scales[e, n, k // 128].float()
         assert values[e, n, k] == want
     assert random_weight("int8", 80, 80).dequantize().min() < 0 < random_weight("int4", 96, 32).dequantize().max()
+    assert torch.equal(weight[1].dequantize(), values[1]) and len(weight[1:]) == 2
+    assert torch.equal(torch.nn.Sequential(weight).to(torch.bfloat16)[0].dequantize(), values)
+    assert weight.to("meta").data.is_meta
 
 
 @pytest.mark.parametrize("rows", [1, 5, 200])
@@ -74,40 +72,27 @@ def test_product_of_codes_is_as_exact_as_that_of_dequantized_values(K: int, rows
     assert torch.equal(weight.product(x.float()), x.float() @ weight.dequantize().T)
 
 
-def test_slices_and_conversions_keep_the_values() -> None:
-    weight = random_weight("int4", 96, 32)
-    before = weight.dequantize()
-    assert torch.equal(weight[1].dequantize(), before[1]) and len(weight[1:]) == 2
-    assert torch.equal(torch.nn.Sequential(weight).to(torch.bfloat16)[0].dequantize(), before)
-    assert weight.to("meta").data.is_meta
+WRONG: dict[str, dict[str, object]] = {
+    "format is 'int3'": {"format": "int3"},
+    "32, 64 or 128 that divide 128": {"group": 48},
+    "group is 16": {"group": 16},
+    "data has shape": {"data": torch.zeros(3, 5, 7, dtype=torch.int16)},
+    "int16": {"data": torch.zeros(3, 5, 32, dtype=torch.int32)},
+    "scales has shape": {"scales": torch.zeros(3, 5, 3)},
+    "bfloat16": {"zeros": torch.zeros(3, 5, 4)},
+}
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"format": "int3"}, "format is 'int3'"),
-        ({"group": 48}, "32, 64 or 128 that divide 128"),
-        ({"group": 16}, "group is 16"),
-        ({"data": torch.zeros(3, 5, 7, dtype=torch.int16)}, "data has shape"),
-        ({"data": torch.zeros(3, 5, 32, dtype=torch.int32)}, "int16"),
-        ({"scales": torch.zeros(3, 5, 3)}, "scales has shape"),
-        ({"zeros": torch.zeros(3, 5, 4)}, "bfloat16"),
-    ],
-)
-def test_wrong_part_raises_value_error(changes: dict[str, object], message: str) -> None:
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_part_raises_value_error(message: str) -> None:
     args = {"format": "int4", "data": torch.zeros(3, 5, 32, dtype=torch.int16), "scales": torch.zeros(3, 5, 4)}
     with pytest.raises(ValueError, match=message):
-        QuantizedWeight(**args | {"zeros": None, "shape": (3, 5, 128), "group": 32} | changes)  # type: ignore[arg-type]
+        QuantizedWeight(**args | {"zeros": None, "shape": (3, 5, 128), "group": 32} | WRONG[message])
 
-
-# As an argument of operations
 
 EXPERTS = Shape(T=5, H=128, I=96, E=4, K=2, gate_up="int4:32", down="int8")
-SIZES = {
-    "linear": Shape(T=3, H=128, N=40, weight="int4:64"),
-    "expert_swiglu": EXPERTS,
-    "experts_add_rms_norm": EXPERTS,
-}
+LINEAR = Shape(T=3, H=128, N=40, weight="int4:64")
+SIZES = {"linear": LINEAR, "expert_swiglu": EXPERTS, "experts_add_rms_norm": EXPERTS}
 
 
 def arguments(name: str, device: str = "cpu") -> Args:
@@ -156,8 +141,6 @@ def test_wrong_quantized_weight_raises_value_error() -> None:
     with pytest.raises(ValueError, match="route: argument 'logits' is a QuantizedWeight"):
         ops.route(sample_quantized("int8", 3, 8, device="cpu"), 2)  # type: ignore[arg-type]
 
-
-# The PTX that unpacks the weights
 
 HALVES = np.arange(1 << 16, dtype=np.uint32)
 FLOATS = {"BF16": torch.bfloat16, "FP16": torch.float16}

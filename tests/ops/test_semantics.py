@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from mixtral_triton import ops, reference
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.linear import SKINNY_M
+from mixtral_triton.kernels.op import Shape
+from tests.support.calls import copies, inputs
 
 NAN, INF = math.nan, math.inf
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,9 +37,6 @@ def check_close(got: Tensor, want: Tensor, rtol: float = 2e-6) -> None:
         got, want = got.double().cpu(), want.double().cpu()
         assert torch.isfinite(got).all()
         assert (got - want).abs().max() <= rtol * want.abs().max().clamp(min=1e-30)
-
-
-# route
 
 
 def expected_route(row: list[float], top_k: int) -> tuple[list[float], list[int]]:
@@ -84,36 +84,20 @@ ROWS = {
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("top_k", range(1, 7))
-def test_route_of_special_rows(top_k: int, dtype: torch.dtype, device: torch.device) -> None:
-    check_route(torch.tensor(list(ROWS.values())).to(device, dtype), top_k)
+def test_route_of_special_rows_and_sizes(dtype: torch.dtype, device: torch.device) -> None:
+    for top_k in range(1, 7):
+        check_route(torch.tensor(list(ROWS.values())).to(device, dtype), top_k)
+    for T, E, top_k in ((0, 8, 2), (1, 1, 1), (300, 8, 2), (70, 5, 5), (3, 257, 7)):
+        check_route(randn(T, E, scale=3).to(device, dtype), top_k)
 
 
 @pytest.mark.parametrize("top_k", (-1, 0, 7))
-@pytest.mark.parametrize("route", (ops.route, reference.route), ids=("ops", "reference"))
-def test_wrong_top_k_raises_value_error(route: Any, top_k: int, device: torch.device) -> None:
+def test_wrong_top_k_of_the_reference_raises_value_error(top_k: int) -> None:
     with pytest.raises(ValueError, match=rf"route: argument 'top_k' is {top_k}, .* 1\.\.6"):
-        route(randn(2, 6).to(device), top_k)
+        reference.route(randn(2, 6), top_k)
 
 
-@pytest.mark.parametrize(("T", "E", "top_k"), [(0, 8, 2), (1, 1, 1), (300, 8, 2), (70, 5, 5), (3, 257, 7)])
-def test_route_sizes(T: int, E: int, top_k: int, device: torch.device) -> None:
-    check_route(randn(T, E, scale=3).to(device), top_k)
-
-
-# attention
-
-
-def expected_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-    starts: Tensor | None = None,
-    lengths: Tensor | None = None,
-) -> Tensor:
+def expected_attention(q, k, v, window=None, causal=True, scale=None, starts=None, lengths=None):
     q, k, v = (x.double().cpu() for x in (q, k, v))
     (B, T, Hq, D), (S, Hkv) = q.shape, k.shape[1:3]
     out, limited = torch.zeros_like(q), window is not None and window > 0
@@ -143,46 +127,15 @@ def check_attention(shape: tuple[int, ...], device: Any, dtype: torch.dtype = to
     check_close(ops.attention(q.to(device), k.to(device), v.to(device), **options | on_device), want, 4e-6)
 
 
-@pytest.mark.parametrize("D", (64, 80, 96, 128))
-@pytest.mark.parametrize(("Hq", "Hkv"), [(4, 1), (4, 2), (3, 3)], ids=("mqa", "gqa", "mha"))
-@pytest.mark.parametrize(("T", "S"), [(20, 20), (1, 50)])
-def test_attention_heads(D: int, Hq: int, Hkv: int, T: int, S: int, device: torch.device) -> None:
-    check_attention((1, T, S, Hq, Hkv, D), device, window=9)
-
-
-@pytest.mark.parametrize("causal", (True, False), ids=("causal", "both sides"))
-@pytest.mark.parametrize("window", (None, 0, -1, 1, 2, 3, 8, 40, 2**31 - 1))
-@pytest.mark.parametrize(("T", "S"), [(37, 37), (1, 37), (5, 37), (37, 9), (7, 2)])
-def test_attention_windows(T: int, S: int, window: int | None, causal: bool, device: torch.device) -> None:
-    bounds = {"lengths": [S]} if T > S else {}
-    check_attention((1, T, S, 2, 1, 16), device, window=window, causal=causal, **bounds)
-
-
-def test_attention_raises_value_error_for_the_layout_of_sdpa(device: torch.device) -> None:
-    """[B, heads, T, D]: the eight heads of q read as tokens, more than the two heads of k."""
-    q, k = torch.zeros(1, 8, 5, 16, device=device), torch.zeros(1, 2, 5, 16, device=device)
-    with pytest.raises(ValueError, match=r"attention: argument 'q' is of 8 tokens, .* k: .* \[B, T, heads, D\]"):
-        ops.attention(q, k, k)
-    with pytest.raises(ValueError, match="lengths"):
-        torch.ops.mixtral_triton.attention(q.to("meta"), k.to("meta"), k.to("meta"))
-
-
-OPTIONS: list[dict[str, Any]] = [{}, {"window": 3}, {"causal": False}, {"causal": False, "window": 5}]
-
-
-@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("T", (1, 3, 21))
-def test_attention_bounds(T: int, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
-    """Sequences are empty or full, with starts at and beyond lengths, and with T > lengths."""
-    bounds = {"starts": [0, 0, 4, 6, 9, 19, 0], "lengths": [0, 20, 4, 17, 7, 20, 2]}
-    check_attention((7, T, 20, 2, 1, 16), device, dtype, **options, **bounds)
-    starts = {"starts": [0, 7]} | ({"lengths": [20, 20]} if T > 20 else {})
-    check_attention((2, T, 20, 2, 1, 16), device, dtype, **options, **starts)
-    check_attention((2, T, 20, 2, 1, 16), device, dtype, **options, lengths=[0, 7])
-
-
-MORE = [  # B, T, S, Hq, Hkv, D
+HEADS = ((4, 1), (4, 2), (3, 3))  # MQA, GQA, MHA
+DIMS = (64, 80, 96, 128)
+SIZES = ((37, 37), (1, 37), (5, 37), (37, 9), (7, 2))  # T, S
+WINDOWS = [{"window": n, "causal": c} for n in (None, 0, -1, 1, 2, 3, 8, 40, 2**31 - 1) for c in (True, False)]
+EMPTY = ((2, 0, 5), (2, 3, 0), (2, 30, 0), (2, 0, 0), (0, 1, 5), (0, 3, 5))  # B, T, S
+ATTENTION: list[tuple[tuple[int, ...], dict[str, Any]]] = [  # B, T, S, Hq, Hkv, D
+    *(((1, T, S, *heads, D), {"window": 9}) for (T, S), heads, D in product(((20, 20), (1, 50)), HEADS, DIMS)),
+    *(((1, *sizes, 2, 1, 16), options) for sizes in SIZES for options in WINDOWS),
+    *(((*sizes, 4, 2, 16), {"causal": causal}) for sizes in EMPTY for causal in (True, False)),
     ((1, 1, 700, 4, 1, 16), {}),
     ((2, 1, 700, 4, 1, 16), {"starts": [0, 650], "lengths": [700, 700]}),
     ((3, 1, 600, 2, 2, 80), {"starts": [0, 1, 0], "lengths": [0, 2, 513]}),
@@ -197,17 +150,31 @@ MORE = [  # B, T, S, Hq, Hkv, D
 ]
 
 
-@pytest.mark.parametrize(("shape", "options"), MORE, ids=str)
-def test_attention_more(shape: tuple[int, ...], options: dict[str, Any], device: torch.device) -> None:
-    check_attention(shape, device, **options)
+@pytest.mark.parametrize(("shape", "options"), ATTENTION, ids=str)
+def test_attention(shape: tuple[int, ...], options: dict[str, Any], device: torch.device) -> None:
+    B, T, S = shape[:3]  # a causal call with more queries than keys needs lengths
+    check_attention(shape, device, **({"lengths": [S] * B} if T > S else {}) | options)
 
 
-@pytest.mark.parametrize("causal", (True, False))
-@pytest.mark.parametrize(("B", "T", "S"), [(2, 0, 5), (2, 3, 0), (2, 30, 0), (2, 0, 0), (0, 1, 5), (0, 3, 5)])
-def test_attention_without_sequences_queries_or_keys(
-    B: int, T: int, S: int, causal: bool, device: torch.device
-) -> None:
-    check_attention((B, T, S, 4, 2, 16), device, causal=causal, **({"lengths": [S] * B} if T > S else {}))
+def test_attention_raises_value_error_for_the_layout_of_sdpa(device: torch.device) -> None:
+    """[B, heads, T, D]: the eight heads of q read as tokens, more than the two heads of k."""
+    q, k = torch.zeros(1, 8, 5, 16, device=device), torch.zeros(1, 2, 5, 16, device=device)
+    with pytest.raises(ValueError, match=r"attention: argument 'q' is of 8 tokens, .* k: .* \[B, T, heads, D\]"):
+        ops.attention(q, k, k)
+    with pytest.raises(ValueError, match="lengths"):
+        torch.ops.mixtral_triton.attention(q.to("meta"), k.to("meta"), k.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"causal": False}, {"causal": False, "window": 5}], ids=str)
+@pytest.mark.parametrize("T", (1, 3, 21))
+def test_attention_bounds(T: int, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    """Sequences are empty or full, with starts at and beyond lengths, and with T > lengths."""
+    bounds = {"starts": [0, 0, 4, 6, 9, 19, 0], "lengths": [0, 20, 4, 17, 7, 20, 2]}
+    check_attention((7, T, 20, 2, 1, 16), device, dtype, **options, **bounds)
+    starts = {"starts": [0, 7]} | ({"lengths": [20, 20]} if T > 20 else {})
+    check_attention((2, T, 20, 2, 1, 16), device, dtype, **options, **starts)
+    check_attention((2, T, 20, 2, 1, 16), device, dtype, **options, lengths=[0, 7])
 
 
 @pytest.mark.parametrize(("T", "S", "window"), [(3, 9, None), (3, 9, 2), (40, 9, None)])
@@ -217,9 +184,6 @@ def test_lengths_beyond_the_keys(T: int, S: int, window: int | None, device: tor
         check_attention((1, T, S, 2, 1, 16), device, window=window, lengths=[12])
     except ValueError as error:
         assert "lengths" in str(error)
-
-
-# rope, rms_norm
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -275,9 +239,6 @@ def test_rms_norm_with_residual(shape: tuple[int, ...], dtype: torch.dtype, devi
     y, total = ops.rms_norm(x, weight, 1e-5, residual=residual)
     assert total.dtype == dtype and torch.equal(total, x + residual)
     assert torch.equal(y, ops.rms_norm(total, weight, 1e-5))  # the norm is that of the rounded sum
-
-
-# expert_swiglu, sort_by_expert
 
 
 def expected_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -342,41 +303,54 @@ def test_sort_by_expert_is_stable(T: int, K: int, E: int, dtype: torch.dtype, de
     assert offsets.tolist() == [sum(i < e for i in flat) for e in range(E + 1)]
 
 
-# 16 bits, compared with what transformers computes in the same dtype
+@pytest.mark.parametrize("rows", [(), (SKINNY_M,), (SKINNY_M + 1,), (2, 3, 4), (0,)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_linear_keeps_leading_dimensions(rows: tuple[int, ...], deterministic: bool, device: torch.device) -> None:
+    x, weight = randn(*rows, 48).to(device), randn(33, 48, seed=1).to(device)
+    got = ops.linear(x, weight, deterministic)
+    assert got.shape == (*rows, 33)
+    assert torch.allclose(got, x @ weight.T, atol=1e-5)
 
 
-def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    (T, Hq, D), (S, Hkv) = q.shape[1:], k.shape[1:3]
-    q, k, v = q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(Hq // Hkv, 1) for x in (k, v))
-    later = torch.ones(T, S, dtype=torch.bool).tril(S - T).logical_not()
-    scores = (q @ k.transpose(2, 3) * D**-0.5).masked_fill(later, torch.finfo(q.dtype).min)
-    return (scores.float().softmax(-1).to(q.dtype) @ v).transpose(1, 2)
-
-
-def torch_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    out = torch.zeros_like(x)
-    for k in range(ids.shape[1]):
-        for t, expert in enumerate(ids[:, k].tolist()):
-            gate, up = F.linear(x[t], gate_up[expert]).chunk(2)
-            out[t] += F.linear(F.silu(gate) * up, down[expert]) * weights[t, k].to(x.dtype)
-    return out
-
-
-PRECISION = {  # the operation, plain torch, fp64, inputs (the first three in the dtype under test)
-    "decode": (ops.attention, torch_attention, expected_attention, [randn(1, n, 4, 64, seed=n) for n in (1, 200, 201)]),
-    "prefill": (ops.attention, torch_attention, expected_attention, [randn(1, 50, 4, 64, seed=n) for n in range(3)]),
-    "few tokens": (ops.expert_swiglu, torch_swiglu, expected_swiglu, expert_inputs(9, 4, 2, 96, 80)),
-    "many tokens": (ops.expert_swiglu, torch_swiglu, expected_swiglu, expert_inputs(66, 4, 2, 96, 80)),
-}
+PRECISION = [
+    (ops.attention, expected_attention, [randn(1, n, 4, 64, seed=n) for n in (1, 200, 200)]),
+    (ops.attention, expected_attention, [randn(1, 50, 4, 64, seed=n) for n in range(3)]),
+    (ops.expert_swiglu, expected_swiglu, expert_inputs(9, 4, 2, 96, 80)),
+    (ops.expert_swiglu, expected_swiglu, expert_inputs(66, 4, 2, 96, 80)),
+]
 
 
 @pytest.mark.parametrize("dtype", FLOATS[1:])
-@pytest.mark.parametrize("case", PRECISION)
-def test_error_is_at_most_twice_that_of_plain_torch(case: str, dtype: torch.dtype, device: torch.device) -> None:
-    function, torch_function, expected, args = PRECISION[case]
+@pytest.mark.parametrize(("function", "expected", "args"), PRECISION, ids=("decode", "prefill", "few", "many"))
+def test_16_bits(function: Any, expected: Any, args: list[Tensor], dtype: torch.dtype, device: torch.device) -> None:
     args = [x.to(dtype) if place < 3 else x for place, x in enumerate(args)]
-    if case == "decode":
-        args[2] = args[2][:, :200]
-    got, want = function(*(x.to(device) for x in args)), expected(*args)
-    assert got.dtype == dtype
-    assert (got.double().cpu() - want).abs().max() <= 2 * (torch_function(*args).double() - want).abs().max()
+    check_close(function(*(x.to(device) for x in args)), expected(*args), 1.25 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("C", "window", "past", "new"),
+    [
+        (600, 0, [0, 1, 300, 598], [1, 1, 1, 1]),  # several splits, the first of them with no key but the new one
+        (600, 600, [599, 600, 5000, 7], [1, 1, 1, 0]),
+        (16, 16, [3, 16, 40, 15], [1, 0, 1, 1]),
+        (64, 5, [0, 4, 5, 63], [0, 1, 1, 1]),
+    ],
+)
+def test_attention_of_a_decode_step_equals_its_parts(
+    C: int, window: int, past: list[int], new: list[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """The parts are rotation, append and attention. A row without a new token is padding, and finite."""
+    sizes = Shape(B=4, T=1, Hq=4, Hkv=2, D=32, C=C, window=window, past=0)
+    args = inputs("rope_append_attention", sizes, device, dtype)
+    args |= {"past": torch.tensor(past, device=device), "new": torch.tensor(new, device=device)}
+    parts = copies(args)
+    got = ops.rope_append_attention(**args)
+    q, k = ops.rope(*(parts[name] for name in ("q", "k", "cos", "sin")), parts["past"][:, None])
+    cache = [parts[name] for name in ("k_cache", "v_cache", "past", "new")]
+    ops.append(k, parts["v"], *cache)
+    want = ops.cached_attention(q, None, None, *cache, window)
+    assert got.isfinite().all()
+    atol = 2 * torch.finfo(dtype).eps * float(want.abs().max()) + 2e-6
+    for a, b in ((got, want), *((args[name], parts[name]) for name in ("k_cache", "v_cache"))):
+        assert torch.allclose(a, b, rtol=0.0, atol=atol)

@@ -56,15 +56,12 @@ def without_short_cuts() -> Any:
 
 
 def test_operations_of_a_decode_layer(covers: Any) -> None:
-    """One token takes no sort but the route's, no mask and no positions."""
+    """One token takes no sort but the route's, no mask and no positions. The first chunk of several has no mask."""
+    assert not MASKS - {"where"} & set(count_layer(70, past=0))  # the sort by expert places ids out of range
     found = count_layer(1, past=30)
     covers("host", f"a decode layer on the torch backend: {found.total()} operations of torch")
     assert found.total() <= OPERATIONS_MAX, found
     assert found["sort"] == 1 and not found["arange"] and not MASKS & set(found), found
-
-
-def test_first_chunk_has_no_mask() -> None:
-    assert not MASKS - {"where"} & set(count_layer(70, past=0))  # the sort by expert places ids out of range
 
 
 def test_missing_short_cut_is_caught() -> None:

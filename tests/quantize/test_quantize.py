@@ -73,15 +73,11 @@ def error(part: Tensor, scale: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_zeros_tiny_and_huge_values(format: str) -> None:
+def test_zeros_tiny_and_huge_values_and_rows_in_pieces(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.stack([torch.zeros(128), torch.full((128,), 1e-38), torch.full((128,), -3e38), normal(128)])
     back = quantize(x, format).dequantize()
     assert torch.isfinite(back).all() and (back[0] == 0).all()
     assert torch.allclose(back[2:3], x[2:3], rtol=0.02)
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_rows_in_pieces_give_the_same_weight(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = normal(2, 9, 128)
     whole = quantize(x, format)
     monkeypatch.setattr(quantizers, "PIECE", 300)
@@ -108,23 +104,6 @@ def test_rows_in_pieces_give_the_same_weight(format: str, monkeypatch: pytest.Mo
 def test_wrong_argument_raises_value_error(args: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         quantize(*args)
-
-
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_reference_equals_the_dequantized_weight(format: str, dtype: torch.dtype) -> None:
-    gate_up, down, x = quantize(normal(4, 64, 128), format), quantize(normal(4, 128, 32), format), normal(9, 128)
-    ids, weights = torch.arange(18).view(9, 2).remainder(4).int(), torch.rand(9, 2)
-    dense = [weight.dequantize().to(dtype) for weight in (gate_up, down)]
-    pairs = (
-        (reference.expert_swiglu(x.to(dtype), *experts, ids, weights) for experts in ((gate_up, down), dense)),
-        (reference.linear(x.to(dtype), weight[1]) for weight in (gate_up, dense[0])),
-    )
-    for got, want in pairs:
-        if format == "int8" and dtype == torch.bfloat16:  # torch multiplies by the codes
-            assert (got - want).abs().max() <= 0.02 * want.abs().max()
-        else:
-            assert torch.equal(got, want)
 
 
 def load(weights: Any = None, folder: Any = SMALL, **settings: Any) -> Mixtral:
@@ -187,15 +166,12 @@ def ones(dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Tensor]:
 def fused(folder: Path) -> Path:
     """Write the small checkpoint with all experts of a layer in one tensor, as transformers holds them in memory."""
     stored, tensors = small_tensors(), {}
-    config = MixtralConfig.from_pretrained(SMALL)
-    for name, target in table(config, "fused").items():
-        if ".mlp." not in name:
-            tensors[name] = stored[name]
-            continue
-        place = tensors.setdefault(name, torch.empty(target.shape, dtype=torch.bfloat16))
-        for part, source in table(config, "per_expert").items():
-            if source.parameter == target.parameter:
-                place[source.index] = stored[part]
+    whole, parts = (table(MixtralConfig.from_pretrained(SMALL), layout) for layout in ("fused", "per_expert"))
+    for name, target in whole.items():
+        tensors[name] = stored[name] if name in stored else torch.empty(target.shape, dtype=torch.bfloat16)
+        for part, source in parts.items():
+            if name not in stored and source.parameter == target.parameter:
+                tensors[name][source.index] = stored[part]
     return checkpoint(folder, tensors)
 
 
@@ -205,19 +181,14 @@ def test_fused_layout_in_small_chunks_and_progress(tmp_path: Path, monkeypatch: 
     got = load("int8", folder, progress=read.append)
     assert sum(read) == total_bytes(read_headers(folder))
     for name, place in wanted.named_weights().items():
-        other = got.named_weights()[name]
-        same = place.data if isinstance(place, QuantizedWeight) else place
-        assert torch.equal(same, other.data)
+        assert torch.equal(place.data, got.named_weights()[name].data)
 
 
-def test_a_tied_head_stays_dense(tmp_path: Path) -> None:
+def test_tied_head_stays_dense_and_casts_keep_the_values(tmp_path: Path) -> None:
     tensors = small_tensors()
     del tensors["lm_head.weight"]
     model = load({"linear": "int8"}, checkpoint(tmp_path, tensors, tie_word_embeddings=True))
     assert model.lm_head is model.embed_tokens and isinstance(model.layers[0].o_proj, QuantizedWeight)
-
-
-def test_meta_device_and_cast() -> None:
     model = Mixtral.from_pretrained(SMALL, device="meta", weights="int4")
     assert model.layers[0].gate_up_proj.device.type == "meta" and model.layers[0].gate_up_proj.shape == (8, 512, 128)
     model = load("int4")
@@ -232,20 +203,16 @@ def test_wrong_weights_raise_value_error(weights: Any) -> None:
         load(weights)
 
 
-def test_groups_that_do_not_divide_raise_value_error(tmp_path: Path) -> None:
-    sizes = {"intermediate_size": 100, "num_hidden_layers": 1}
-    checkpoint(tmp_path, ones(**sizes), **sizes)
-    message = r"weights is 'int4', layers\.0\.down_proj: .* divide 100 columns; int8 and fp8 take any number"
-    with pytest.raises(ValueError, match=message):
-        load("int4", tmp_path)
-    assert load("int8", tmp_path).layers[0].down_proj.group == 100
-
-
-def test_nan_raises_value_error(tmp_path: Path) -> None:
+def test_nan_and_groups_that_do_not_divide_raise_value_error(tmp_path: Path) -> None:
     tensors, name = small_tensors(), "model.layers.2.block_sparse_moe.experts.3.w3.weight"
     tensors[name][5, 7] = torch.nan
     with pytest.raises(ValueError, match=rf"{name} holds nan at \[5, 7\]: .* damaged"):
         load("fp8", checkpoint(tmp_path, tensors))
+    sizes = {"intermediate_size": 100, "num_hidden_layers": 1}
+    checkpoint(tmp_path, ones(**sizes), **sizes)
+    with pytest.raises(ValueError, match=r"'int4', layers\.0\.down_proj: .* divide 100 columns; int8 and fp8"):
+        load("int4", tmp_path)
+    assert load("int8", tmp_path).layers[0].down_proj.group == 100
 
 
 IMPORTS = "from mixtral_triton.model import Mixtral"
@@ -277,45 +244,29 @@ def test_loading_peaks_below_the_weights_and_an_expert(tmp_path: Path, weights: 
 BOUNDS = {("int8", None): 0.1, ("fp8", None): 0.3, ("int4", 128): 2.0, ("int4", 32): 1.2}  # per cent of perplexity
 
 
-@pytest.fixture(scope="module")
-def ids() -> Tensor:
+def test_perplexity_of_the_small_checkpoint(covers: Any) -> None:
     ids = held_out(SMALL, MixtralConfig.from_pretrained(SMALL))
-    assert ids is not None
-    return ids
-
-
-@pytest.fixture(scope="module")
-def before(ids: Tensor) -> float:
-    return perplexity(load(dtype=torch.float32), ids)
-
-
-@pytest.mark.parametrize(("format", "group"), BOUNDS, ids=str)
-def test_perplexity_of_the_small_checkpoint(
-    format: str, group: int | None, ids: Tensor, before: float, covers: Any
-) -> None:
-    model = load(dtype=torch.float32)
-    for layer in model.layers:
-        for name in ("gate_up_proj", "down_proj"):
+    before = perplexity(load(dtype=torch.float32), ids)
+    for (format, group), bound in BOUNDS.items():
+        model = load(dtype=torch.float32)
+        for layer, name in itertools.product(model.layers, ("gate_up_proj", "down_proj")):
             weight = quantize(getattr(layer, name), format, group)
             delattr(layer, name)
             setattr(layer, name, weight)
-    more = 100 * (perplexity(model, ids) / before - 1)
-    covers("quantized", f"{format}, {group or 'a scale a row'}: perplexity {more:+.2f} % on {ids.numel()} tokens")
-    assert more <= BOUNDS[format, group]
+        more = 100 * (perplexity(model, ids) / before - 1)
+        covers("quantized", f"{format}, {group or 'a scale a row'}: perplexity {more:+.2f} % on {ids.numel()} tokens")
+        assert more <= bound, (format, group)
 
 
 @pytest.mark.parametrize("weights", ["int4", {"experts": "fp8", "linear": "int8"}], ids=str)
-def test_verify_finds_a_changed_tensor(weights: Any) -> None:
+def test_verify_finds_a_changed_tensor_and_takes_no_peer(weights: Any) -> None:
     model = load(weights)
     with torch.no_grad():
         assert all(row.ok for row in check_loaded(SMALL, model))
         model.layers[2].down_proj.data[3] = model.layers[2].down_proj.data[5]
         assert [row.layer for row in check_loaded(SMALL, model) if not row.ok] == [2]
-
-
-def test_verify_refuses_a_peer_of_quantized_weights() -> None:
     with pytest.raises(ValueError, match="peer is 'transformers', which computes with other weights than quantized"):
-        verify(load("int8"), folder=SMALL, peer="transformers")
+        verify(model, folder=SMALL, peer="transformers")
 
 
 def test_loading_checks_memory_before_it_allocates(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mixtral_triton import Mixtral, MixtralConfig
+from mixtral_triton import KVCache, Mixtral, MixtralConfig
 from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.quantize.quantizers import fill
 from mixtral_triton.quantize.spec import select_specs
@@ -55,3 +56,11 @@ def random_model(
         else:
             weight.data.copy_(values)
     return model
+
+
+def cache_of(model: Mixtral, batch: int, max_len: int = 12) -> KVCache:
+    return KVCache(model.config, batch, max_len, model.device, model.dtype)
+
+
+def tokens(*shape: int, seed: int = 0, device: Any = "cpu", vocabulary: int = SIZES["vocab_size"]) -> Tensor:
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed)).to(device)
