@@ -6,8 +6,6 @@ gaps between its rows), a load outside every tensor, results that differ between
 nobody wrote is NaN.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -56,7 +54,6 @@ class Fence:
         return self.buffer[MARGIN + self.places]
 
     def holds(self, low: int, high: int) -> bool:
-        """Return whether these addresses lie between the first element and the last."""
         start, size = self.guarded.data_ptr(), self.guarded.element_size()
         return start <= low and high <= start + int(self.places.max()) * size
 
@@ -217,7 +214,6 @@ def make_hf() -> Any:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The operations that have run."""
     checked: set[str] = set()
     go = call.call_checked
 

@@ -5,8 +5,6 @@ the last bits of approximate instructions and of a tensor core's sum, and reads 
 extent.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -31,7 +29,6 @@ PROPERTIES: dict[str, dict[str, Any]] = {"sm_90": {}, "sm_80": A100}
 
 @contextmanager
 def emulate(arch: str = "sm_90", schedules: Sequence[Schedule] = SCHEDULES) -> Iterator[Any]:
-    """Within the block, a simulated GPU executes kernels under each of the schedules."""
     cache = os.path.join(triton.knobs.cache.dir, "ptx")  # the driver loads PTX in place of a cubin
     with (
         mock.patch.object(CUDABackend, "make_cubin", lambda self, ptx, *rest: ptx.encode()),

@@ -1,7 +1,6 @@
 """Asynchronous copies to shared memory: cp.async and its groups, mbarriers, TMA (PTX ISA, sections 9.7.9, 9.7.13)."""
 
-from __future__ import annotations
-
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,20 +8,14 @@ from typing import Any
 import numpy as np
 
 from .memory import CHUNKS, SHARED_BASE, Fault, describe_lane, effective, where
-from .parser import Address, Imm, Instruction, Program, Unmodelled
-from .values import Array, Step, lane_indices, models, per_lane, reader
+from .parser import Address, Imm, Instruction, Unmodelled
+from .values import Array, executes, lane_indices, per_lane, read
 
 SPACES = ("shared::cta", "shared")
 
 
-@dataclass
-class AsyncOperation:
-    """An asynchronous instruction and the lanes that have not yet waited for it."""
-
-    inst: Instruction
-    lanes: Array
-    group: Array
-    data: Any
+# An asynchronous instruction, the lanes that have not yet waited for it, and each lane's group
+AsyncOperation = namedtuple("AsyncOperation", "inst lanes group data")
 
 
 class AsyncGroups:
@@ -52,60 +45,50 @@ class AsyncGroups:
             if mask is not None:
                 completed &= mask
             if completed.any():
-                op.lanes &= ~completed
+                np.logical_and(op.lanes, ~completed, out=op.lanes)
                 yield op, completed
             if op.lanes.any():
                 rest.append(op)
         self.pending = rest
 
 
-@models("cp.async.ca.shared.global", "cp.async.cg.shared.global")
-def copy(inst: Instruction, program: Program) -> Step:
+@executes("cp.async.ca.shared.global", "cp.async.cg.shared.global")
+def copy(inst: Instruction, frame: Any, mask: Any) -> None:
     """The optional fourth operand is the number of bytes to read, here all or none; the rest is filled with zeros."""
-    to, source, size_operand, *rest = inst.operands
-    if not isinstance(size_operand, Imm) or len(rest) > 1:
+    to, source, size_operand, *counts = inst.operands
+    if not isinstance(size_operand, Imm) or len(counts) > 1:
         raise Unmodelled(inst.text)
-    size, count = size_operand.value, reader(rest[0] if rest else size_operand, "u32")
-    target, address = effective(to, "u32"), effective(source, "u64")
+    machine, size = frame.machine, size_operand.value
+    offsets = machine.shared.offsets(frame, effective(frame, to, "u32"), size, mask)
+    bytes_read = per_lane(frame, read(frame, (*counts, size_operand)[0], "u32"))
+    reads = (bytes_read != 0) if mask is None else (bytes_read != 0) & mask
+    if (reads & (bytes_read != size)).any():
+        raise Unmodelled(f"copy of a part of {size} bytes: {inst.text}")
+    values = np.zeros(frame.n, CHUNKS[size])
+    if reads.any():
+        addresses = effective(frame, source, "u64")[reads]
+        values[reads] = machine.memory.load(addresses, size, describe_lane(frame, reads, inst.text))
+    lanes = slice(None) if mask is None else np.flatnonzero(mask)
+    machine.log.begin_copy(frame, lanes, offsets[lanes], size, inst)
+    frame.copies.begin(inst, mask, (offsets, values, size))
+    if not machine.schedule.late:
+        machine.shared.views[size][offsets[lanes] // size] = values[lanes]
 
-    def step(frame: Any, mask: Any) -> None:
-        machine = frame.machine
-        offsets = machine.shared.offsets(frame, target(frame), size, mask)
-        bytes_read = per_lane(frame, count(frame))
-        reads = (bytes_read != 0) if mask is None else (bytes_read != 0) & mask
-        if (reads & (bytes_read != size)).any():
-            raise Unmodelled(f"copy of a part of {size} bytes: {inst.text}")
-        values = np.zeros(frame.n, CHUNKS[size])
-        if reads.any():
-            values[reads] = machine.memory.load(address(frame)[reads], size, describe_lane(frame, reads, inst.text))
-        lanes = slice(None) if mask is None else np.flatnonzero(mask)
-        machine.log.begin_copy(frame, lanes, offsets[lanes], size, inst)
-        frame.copies.begin(inst, mask, (offsets, values, size))
-        if not machine.schedule.late:
+
+@executes("cp.async.commit_group")
+def commit(inst: Instruction, frame: Any, mask: Any) -> None:
+    frame.copies.commit(mask)
+
+
+@executes("cp.async.wait_group")
+def wait(inst: Instruction, frame: Any, mask: Any) -> None:
+    machine = frame.machine
+    for op, completed in frame.copies.complete(inst.operands[0].value, mask):
+        offsets, values, size = op.data
+        lanes = np.flatnonzero(completed)
+        if machine.schedule.late:
             machine.shared.views[size][offsets[lanes] // size] = values[lanes]
-
-    return step
-
-
-@models("cp.async.commit_group")
-def commit(inst: Instruction, program: Program) -> Step:
-    return lambda frame, mask: frame.copies.commit(mask)
-
-
-@models("cp.async.wait_group")
-def wait(inst: Instruction, program: Program) -> Step:
-    youngest = inst.operands[0].value
-
-    def step(frame: Any, mask: Any) -> None:
-        machine = frame.machine
-        for op, completed in frame.copies.complete(youngest, mask):
-            offsets, values, size = op.data
-            lanes = np.flatnonzero(completed)
-            if machine.schedule.late:
-                machine.shared.views[size][offsets[lanes] // size] = values[lanes]
-            machine.log.complete_copy(frame, lanes, offsets[lanes], size)
-
-    return step
+        machine.log.complete_copy(frame, lanes, offsets[lanes], size)
 
 
 @dataclass
@@ -148,8 +131,8 @@ class Barriers:
     def completed(self, frame: Any, inst: Instruction, lanes: Array, acquire: bool = True) -> Array:
         """Return which lanes wait for a completed phase; with `acquire` they see what was copied in it."""
         log = self.machine.log
-        offsets = self.machine.shared.offsets(frame, effective(inst.operands[1], "u32")(frame), 8, lanes)
-        parity = per_lane(frame, reader(inst.operands[2], "u32")(frame))
+        offsets = self.machine.shared.offsets(frame, effective(frame, inst.operands[1], "u32"), 8, lanes)
+        parity = per_lane(frame, read(frame, inst.operands[2], "u32"))
         waiting = np.flatnonzero(lanes)
         if acquire:
             log.read(frame, waiting, offsets, 8, inst)
@@ -180,49 +163,39 @@ class Barriers:
                 raise Fault(f"an mbarrier at {at} waits for {barrier.bytes} bytes at the end")
 
 
-def each_lane(*opcodes: str, address: int) -> Callable[[Any], Any]:
-    """Model mbarrier opcodes by a function of inst, frame, lane and the mbarrier's offset (operand `address`)."""
-
-    def register(function: Callable[[Instruction, Any, int, int], None]) -> Any:
-        @models(*(opcode.format(space) for opcode in opcodes for space in SPACES))
-        def build(inst: Instruction, program: Program) -> Step:
-            addresses = effective(inst.operands[address], "u32")
-
-            def step(frame: Any, mask: Any) -> None:
-                offsets = frame.machine.shared.offsets(frame, addresses(frame), 8, mask)
-                for lane in lane_indices(frame, mask).tolist():
-                    function(inst, frame, lane, int(offsets[lane]))
-
-            return step
-
-        return function
-
-    return register
+def lane_offsets(frame: Any, mask: Any, address: Address) -> Iterator[tuple[int, int]]:
+    """Yield each lane and the offset of the mbarrier at its address."""
+    offsets = frame.machine.shared.offsets(frame, effective(frame, address, "u32"), 8, mask)
+    for lane in lane_indices(frame, mask).tolist():
+        yield lane, int(offsets[lane])
 
 
-@each_lane("mbarrier.init.{}.b64", address=0)
-def init(inst: Instruction, frame: Any, lane: int, at: int) -> None:
+@executes(*(f"mbarrier.init.{space}.b64" for space in SPACES))
+def init(inst: Instruction, frame: Any, mask: Any) -> None:
     objects = frame.machine.barriers.objects
-    if at in objects:
-        raise Fault(f"an mbarrier exists already: {inst.text}: {where(frame, lane)}")
-    frame.machine.log.set_barrier(frame, [lane], np.array([at]), inst, True)
-    objects[at] = Barrier(inst.operands[1].value, inst.operands[1].value)
+    for lane, at in lane_offsets(frame, mask, inst.operands[0]):
+        if at in objects:
+            raise Fault(f"an mbarrier exists already: {inst.text}: {where(frame, lane)}")
+        frame.machine.log.set_barrier(frame, [lane], np.array([at]), inst, True)
+        objects[at] = Barrier(inst.operands[1].value, inst.operands[1].value)
 
 
-@each_lane("mbarrier.inval.{}.b64", address=0)
-def inval(inst: Instruction, frame: Any, lane: int, at: int) -> None:
+@executes(*(f"mbarrier.inval.{space}.b64" for space in SPACES))
+def inval(inst: Instruction, frame: Any, mask: Any) -> None:
     barriers = frame.machine.barriers
-    if barriers.find(at, inst, frame, lane).in_phase:
-        raise Fault(f"a phase is incomplete: {inst.text}: {where(frame, lane)}")
-    frame.machine.log.set_barrier(frame, [lane], np.array([at]), inst, False)
-    del barriers.objects[at]
+    for lane, at in lane_offsets(frame, mask, inst.operands[0]):
+        if barriers.find(at, inst, frame, lane).in_phase:
+            raise Fault(f"a phase is incomplete: {inst.text}: {where(frame, lane)}")
+        frame.machine.log.set_barrier(frame, [lane], np.array([at]), inst, False)
+        del barriers.objects[at]
 
 
-@each_lane("mbarrier.arrive.expect_tx.{}.b64", address=1)
-def arrive(inst: Instruction, frame: Any, lane: int, at: int) -> None:
-    frame.machine.log.read(frame, [lane], per_lane(frame, at), 8, inst)
-    announced = per_lane(frame, reader(inst.operands[2], "u32")(frame))[lane]
-    frame.machine.barriers.find(at, inst, frame, lane).update(1, int(announced))
+@executes(*(f"mbarrier.arrive.expect_tx.{space}.b64" for space in SPACES))
+def arrive(inst: Instruction, frame: Any, mask: Any) -> None:
+    announced = per_lane(frame, read(frame, inst.operands[2], "u32"))
+    for lane, at in lane_offsets(frame, mask, inst.operands[1]):
+        frame.machine.log.read(frame, [lane], per_lane(frame, at), 8, inst)
+        frame.machine.barriers.find(at, inst, frame, lane).update(1, int(announced[lane]))
 
 
 @dataclass(frozen=True)
@@ -266,34 +239,27 @@ def swizzle(addresses: Array, span: int) -> Array:
     return addresses if span == 0 else addresses ^ ((addresses >> 7) & (span // 16 - 1)) << 4
 
 
-@models(*(f"cp.async.bulk.tensor.{rank}d.{space}.global.mbarrier::complete_tx::bytes"
-          for rank in range(1, 6) for space in (*SPACES, "shared::cluster")))  # fmt: skip
-def bulk_copy(inst: Instruction, program: Program) -> Step:
-    to, source, barrier = inst.operands
-    target, mbarrier = effective(to, "u32"), effective(barrier, "u32")
-    descriptor = effective(Address(source.base), "u64")
-    coordinates = [reader(item, "s32") for item in source.coordinates]
-
-    def step(frame: Any, mask: Any) -> None:
-        machine = frame.machine
-        starts, maps, objects = target(frame), descriptor(frame), mbarrier(frame)
-        corners = [per_lane(frame, read(frame)) for read in coordinates]
-        for lane in lane_indices(frame, mask).tolist():
-            name = machine.params.at.get(int(maps[lane]))
-            if name not in machine.params.descriptors:
-                raise Fault(f"no descriptor at this address: {inst.text}: {where(frame, lane)}")
-            tensor, start = machine.params.descriptors[name], int(starts[lane])
-            fits = 0 <= start - SHARED_BASE <= machine.shared.size - tensor.bytes
-            if len(corners) != len(tensor.box) or start % 128 or not fits:
-                place = f"{start - SHARED_BASE} for the box {tensor.box}"
-                raise Fault(f"invalid shared address {place}: {inst.text}: {where(frame, lane)}")
-            corner = [int(read[lane]) for read in corners]
-            chunks = tensor.load(machine.memory, corner, f": {where(frame, lane)}: {inst.text}".format)
-            base = int(frame.begins[lane]) - SHARED_BASE
-            offsets = swizzle(start + 16 * np.arange(len(chunks)), tensor.span) + base
-            _issue(frame, lane, inst, int(objects[lane]) + base, offsets, chunks)
-
-    return step
+@executes(*(f"cp.async.bulk.tensor.{rank}d.{space}.global.mbarrier::complete_tx::bytes"
+            for rank in range(1, 6) for space in (*SPACES, "shared::cluster")))  # fmt: skip
+def bulk_copy(inst: Instruction, frame: Any, mask: Any) -> None:
+    machine, (to, source, barrier) = frame.machine, inst.operands
+    starts, objects = (effective(frame, address, "u32") for address in (to, barrier))
+    maps = effective(frame, Address(source.base), "u64")
+    corners = [per_lane(frame, read(frame, item, "s32")) for item in source.coordinates]
+    for lane in lane_indices(frame, mask).tolist():
+        name = machine.params.at.get(int(maps[lane]))
+        if name not in machine.params.descriptors:
+            raise Fault(f"no descriptor at this address: {inst.text}: {where(frame, lane)}")
+        tensor, start = machine.params.descriptors[name], int(starts[lane])
+        fits = 0 <= start - SHARED_BASE <= machine.shared.size - tensor.bytes
+        if len(corners) != len(tensor.box) or start % 128 or not fits:
+            place = f"{start - SHARED_BASE} for the box {tensor.box}"
+            raise Fault(f"invalid shared address {place}: {inst.text}: {where(frame, lane)}")
+        corner = [int(values[lane]) for values in corners]
+        chunks = tensor.load(machine.memory, corner, f": {where(frame, lane)}: {inst.text}".format)
+        base = int(frame.begins[lane]) - SHARED_BASE
+        offsets = swizzle(start + 16 * np.arange(len(chunks)), tensor.span) + base
+        _issue(frame, lane, inst, int(objects[lane]) + base, offsets, chunks)
 
 
 def _issue(frame: Any, lane: int, inst: Instruction, at: int, offsets: Array, chunks: Array) -> None:
@@ -317,6 +283,6 @@ def _issue(frame: Any, lane: int, inst: Instruction, at: int, offsets: Array, ch
         complete()
 
 
-@models("fence.proxy.async.shared::cta", "fence.proxy.async.shared", "fence.proxy.async")
-def fence(inst: Instruction, program: Program) -> Step:
-    return lambda frame, mask: frame.machine.log.fence(frame, mask)
+@executes("fence.proxy.async.shared::cta", "fence.proxy.async.shared", "fence.proxy.async")
+def fence(inst: Instruction, frame: Any, mask: Any) -> None:
+    frame.machine.log.fence(frame, mask)

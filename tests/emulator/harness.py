@@ -1,12 +1,12 @@
 """Runs a few instructions: registers in, registers out."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mixtral_triton.kernels.launch import INTERPRETED
 
@@ -18,7 +18,7 @@ from .values import UNSIGNED, Array
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="tests the emulator, which no kernel of this process uses")
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.name)
 
-
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 SOURCE = """.version 8.8
 .target sm_90a
 .address_size 64
@@ -30,17 +30,10 @@ SOURCE = """.version 8.8
 
 
 def run(
-    body: str,
-    inputs: Mapping[str, Array],
-    outputs: Mapping[str, int] | None = None,
-    *,
-    threads: int = 32,
-    blocks: int = 1,
-    arrays: Sequence[Array] = (),
-    shared: int = 0,
-    schedule: Schedule = SCHEDULES[2],
-    descriptors: Sequence[Any] = (),
-) -> dict[str, Array]:
+    body: str, inputs: Mapping[str, Array], outputs: Mapping[str, int] | None = None, *,
+    threads: int = 32, blocks: int = 1, arrays: Sequence[Array] = (), shared: int = 0,
+    schedule: Schedule = SCHEDULES[2], descriptors: Sequence[Any] = (),
+) -> dict[str, Array]:  # fmt: skip
     """Run `body` and return the final values of all registers by name.
 
     inputs: initial values by name, one a lane; outputs: widths of further registers; arrays: accessible memory;
@@ -55,8 +48,8 @@ def run(
     params.descriptors = {f"map{i}": descriptor for i, descriptor in enumerate(descriptors)}
     memory = Global([Span(f"array {i}", x.ctypes.data, x.nbytes) for i, x in enumerate(arrays)])
     order = np.arange(blocks)[:, None] * np.array([[1, 0, 0]])
-    order = order[::-1] if schedule.backwards else order
-    machine = Machine(Code(program), schedule, memory, params, shared, (blocks, 1, 1), order, threads // 32)
+    order = order[::-1] if schedule.late else order
+    machine = Machine(Code(program), schedule, memory, params, shared, (blocks, 1, 1), order)
     for frame in machine.frames:
         at = frame.x.astype(int) * threads + frame.tid
         for slot, (name, bits) in enumerate(widths.items()):
@@ -73,17 +66,17 @@ def run(
 
 def check_fault(message: str, body: str, inputs: Mapping[str, Array], outputs: Any = None, **options: Any) -> None:
     """Check that `body` raises a fault with this message; "": that it runs."""
-    if message:
-        with pytest.raises(Fault, match=message):
-            run(body, inputs, outputs, **options)
-    else:
+    with pytest.raises(Fault, match=message) if message else nullcontext():
         run(body, inputs, outputs, **options)
 
 
-def bits(x: Any, dtype: str) -> Array:
-    """Return the bits of `x` as `dtype`."""
-    array = np.asarray(x, dtype)
-    return array.view(f"u{array.itemsize}")
+def as_bits(x: Array, kind: str) -> Array:
+    rounded = torch.from_numpy(x).to(DTYPES[kind])
+    return rounded.view(torch.int32 if kind == "f32" else torch.int16).numpy().view(f"u{rounded.itemsize}")
+
+
+def as_floats(bits: Array, kind: str) -> Array:
+    return torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(DTYPES[kind]).float().numpy()
 
 
 def samples(width: int, n: int, seed: int = 0) -> Array:
@@ -98,5 +91,4 @@ def samples(width: int, n: int, seed: int = 0) -> Array:
 
 
 def shared_addresses(n: int, size: int) -> Array:
-    """Return the shared address of each of `n` lanes' elements of `size` bytes."""
     return (SHARED_BASE + size * np.arange(n)).astype(np.uint32)

@@ -3,12 +3,8 @@
 The tensors are this process's memory. Every schedule must leave the same bits there.
 """
 
-from __future__ import annotations
-
-import hashlib
 import struct
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -22,7 +18,7 @@ from .copies import Descriptor
 from .machine import SCHEDULES, Code, Schedule, execute
 from .memory import Fault, Global, Params, Span
 from .parser import Param, Unmodelled, parse
-from .pdl import Writes, changed_bytes
+from .races import Writes, changed_bytes
 
 FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I"}
 FORMATS |= {"u64": "Q", "fp32": "f", "f32": "f"}
@@ -30,7 +26,7 @@ FORMATS |= {"u64": "Q", "fp32": "f", "f32": "f"}
 
 @lru_cache(maxsize=512)
 def compiled(ptx: str) -> Code:
-    return Code(parse(ptx), hashlib.sha256(ptx.encode()).hexdigest()[:12])
+    return Code(parse(ptx))
 
 
 def span_of(name: str, tensor: torch.Tensor) -> Span:
@@ -39,40 +35,45 @@ def span_of(name: str, tensor: torch.Tensor) -> Span:
     return Span(name, tensor.data_ptr(), extent * tensor.element_size() if tensor.numel() else 0)
 
 
-def tensor_map(descriptor: TensorDescriptor, meta: Mapping[str, Any]) -> Descriptor:
+def tensor_map(descriptor: TensorDescriptor, meta: Mapping[str, Any] | None) -> Descriptor:
     size = descriptor.base.element_size()
     tf32 = getattr(descriptor, "round_f32_to_tf32", False)
-    if descriptor.padding != "zero" or meta.get("is_im2col") or meta["fp4_padded"] or tf32:
+    if meta is None or descriptor.padding != "zero" or meta.get("is_im2col") or meta["fp4_padded"] or tf32:
         raise Unmodelled(f"tensor map of {meta}")
     sizes, box = tuple(descriptor.shape[::-1]), tuple(meta["block_size"][::-1])
     strides = tuple(stride * size for stride in descriptor.strides[-2::-1])
     return Descriptor(descriptor.base.data_ptr(), size, sizes, strides, box, SWIZZLE_SPANS[meta["swizzle"]] or 0)
 
 
-@dataclass
 class PackedArgs:
-    """The bytes of each parameter, the memory that they point to, and tensor maps by parameter."""
+    """The bytes of each parameter, the memory that they point to, and tensor maps by the number of a parameter.
 
-    values: list[bytes] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
-    maps: dict[int, Descriptor] = field(default_factory=dict)
+    Triton's launcher omits constants and appends two addresses of scratch memory.
+    """
 
-    def add(self, name: str, kind: str, value: Any, metas: Iterator[Mapping[str, Any]] | None) -> None:
-        if isinstance(value, TensorDescriptor):
-            self.spans.append(span_of(name, value.base))
-            if metas is None:
-                raise Unmodelled(f"descriptor without TMA: {name}")
-            self.maps[len(self.values)] = tensor_map(value, next(metas))
-            self.values.append(bytes(128))
-            self.values += [struct.pack("<i", n) for n in value.shape]
-            self.values += [struct.pack("<q", n) for n in value.strides]
-        elif kind.startswith("*"):
-            self.spans.append(span_of(name, value))
-            self.values.append(struct.pack("<Q", value.data_ptr()))
-        elif kind in FORMATS:
-            self.values.append(struct.pack("<" + FORMATS[kind], value))
-        else:
-            raise Unmodelled(f"argument of type {kind}: {name}")
+    def __init__(self, launcher: Any, args: Mapping[str, Any]) -> None:
+        self.values: list[bytes] = []
+        self.spans: list[Span] = []
+        self.maps: dict[int, Descriptor] = {}
+        metadata = launcher.metadata
+        metas = iter(getattr(metadata, "tensordesc_meta", None) or ())
+        for (name, value), kind in zip(args.items(), launcher.signature, strict=True):
+            if isinstance(value, TensorDescriptor):
+                self.spans.append(span_of(name, value.base))
+                self.maps[len(self.values)] = tensor_map(value, next(metas, None))
+                self.values.append(bytes(128))
+                self.values += [struct.pack("<i", n) for n in value.shape]
+                self.values += [struct.pack("<q", n) for n in value.strides]
+            elif kind.startswith("*"):
+                self.spans.append(span_of(name, value))
+                self.values.append(struct.pack("<Q", value.data_ptr()))
+            elif kind in FORMATS:
+                self.values.append(struct.pack("<" + FORMATS[kind], value))
+            elif kind != "constexpr":
+                raise Unmodelled(f"argument of type {kind}: {name}")
+        if metadata.global_scratch_size or metadata.profile_scratch_size:
+            raise Unmodelled("scratch memory")
+        self.values += [bytes(8), bytes(8)]
 
     def params(self, declared: Sequence[Param]) -> Params:
         """Return the parameters, whose sizes must be the declared ones."""
@@ -84,31 +85,15 @@ class PackedArgs:
         return params
 
 
-def pack(launcher: Any, args: Mapping[str, Any]) -> PackedArgs:
-    """Pack arguments as Triton's launcher does: without constants, with two addresses of scratch memory at the end."""
-    metadata, packed = launcher.metadata, PackedArgs()
-    found = getattr(metadata, "tensordesc_meta", None)
-    metas = iter(found) if found else None
-    for (name, value), kind in zip(args.items(), launcher.signature, strict=True):
-        if kind != "constexpr":
-            packed.add(name, kind, value, metas)
-    for kind in ("global_scratch_size", "profile_scratch_size"):
-        if getattr(metadata, kind):
-            raise Unmodelled(f"{kind} of {getattr(metadata, kind)} bytes")
-        packed.values.append(bytes(8))
-    return packed
-
-
 @dataclass
 class Executor:
-    """Executes launches. `codes`: by kernel, the code of its variants; `launches`: how often each kernel ran.
+    """Executes launches. `codes`: by kernel, the code of its variants; `build`: a function from PTX to code.
 
-    `build`: a function from PTX to code. `fenced_copies`: wgmma needs a fence before it reads what cp.async wrote.
+    `fenced_copies`: wgmma needs a fence before it reads what cp.async wrote.
     """
 
     schedules: Sequence[Schedule] = SCHEDULES
     codes: dict[str, list[Code]] = field(default_factory=dict)
-    launches: Counter[str] = field(default_factory=Counter)
     build: Callable[[str], Code] = compiled
     fenced_copies: bool = True
     pending: Writes = field(default_factory=list)  # by launches that the next one may overlap
@@ -118,29 +103,23 @@ class Executor:
         variants = self.codes.setdefault(launched.kernel, [])
         if not any(code is variant for variant in variants):
             variants.append(code)
-        self.launches[launched.kernel] += 1
-        packed = pack(launched.launcher, args)
+        packed = PackedArgs(launched.launcher, args)
         params, memory = packed.params(code.program.params), Global(packed.spans)
         if launched.launcher.metadata.launch_pdl:
             memory.pending = self.pending
         else:
             self.pending = []
-        before, expected = memory.save(), None
+        before, results = memory.save(), []
         for schedule in self.schedules:
-            if expected is not None:
-                memory.restore(before)
+            memory.restore(before)
             try:
                 execute(code, schedule, launched.grid, memory, params, launched.shared, self.fenced_copies)
             except Fault as fault:
                 raise Fault(f"{launched.kernel} ({schedule.name}): {fault}") from None
-            if expected is not None:
-                self._compare(f"{launched.kernel} ({schedule.name})", memory, expected)
-            elif len(self.schedules) > 1:
-                expected = memory.save()
+            results.append(memory.save())
+            for region, old in zip(memory.regions, results[0], strict=True):
+                if not np.array_equal(old, region.bytes):
+                    at = int(np.flatnonzero(old != region.bytes)[0])
+                    message = f"{region.name}, byte {at} differs from the first schedule"
+                    raise Fault(f"{launched.kernel} ({schedule.name}): {message}")
         self.pending += changed_bytes(memory.regions, before)
-
-    def _compare(self, name: str, memory: Global, expected: Sequence[np.ndarray]) -> None:
-        for region, old in zip(memory.regions, expected, strict=True):
-            if not np.array_equal(old, region.bytes):
-                at = int(np.flatnonzero(old != region.bytes)[0])
-                raise Fault(f"{name}: {region.name}, byte {at} differs from the first schedule")

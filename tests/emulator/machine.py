@@ -7,60 +7,43 @@ The first basic block that has ready lanes runs next, on these lanes; lanes that
 from __future__ import annotations
 
 import itertools
+from collections import namedtuple
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from . import floats, integers  # noqa: F401  they register the opcodes that they model
+from . import arithmetic  # noqa: F401  it registers the opcodes that it models
 from .copies import AsyncGroups, Barriers
 from .memory import Fault, Global, Params, Shared, where
 from .parser import Imm, Instruction, Program, Unmodelled
-from .pdl import checked
-from .races import NoRaceDetector, RaceDetector
-from .values import MODELLED, UNSIGNED, Array, Step, check_modelled, guarded, symbol
+from .races import NoRaceDetector, RaceDetector, checked
+from .values import CONTROL, MODELLED, UNSIGNED, Array, guarded
 from .wgmma import TensorCore
 
 MAX_LANES = 1 << 14  # of a batch
 MAX_SHARED = 1 << 26  # bytes of a batch
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """late: copies complete, and results of wgmma are written, only at a wait; logged: with the race detector."""
-
-    name: str
-    lockstep: bool = False
-    backwards: bool = False
-    late: bool = False
-    logged: bool = False
-
-
+# late: warps run backwards, and copies complete only at a wait; lockstep: all warps together, with the race detector
+Schedule = namedtuple("Schedule", "name late lockstep")
 SCHEDULES = (
-    Schedule("warps forwards, copies at once"),
-    Schedule("warps backwards, copies late", backwards=True, late=True),
-    Schedule("lockstep, logged", lockstep=True, logged=True),
+    Schedule("warps forwards, copies at once", late=False, lockstep=False),
+    Schedule("warps backwards, copies late", late=True, lockstep=False),
+    Schedule("lockstep, logged", late=False, lockstep=True),
 )
-
-
-@dataclass
-class BasicBlock:
-    """Instructions begin..end - 1: steps without a branch, then `control`, a branch or wait, if there is one."""
-
-    begin: int
-    end: int
-    steps: list[Step]
-    control: Instruction | None
-    unguarded: Array
+# Instructions begin..end - 1: steps without a branch, then `control`, a branch or wait, if there is one.
+BasicBlock = namedtuple("BasicBlock", "begin end steps control unguarded")
 
 
 class Code:
-    """A program compiled to steps. `ran`: which instructions at least one lane has run; `key`: of a variant."""
+    """A program compiled to steps. `ran`: which instructions at least one lane has run."""
 
-    def __init__(self, program: Program, key: str = "") -> None:
-        check_modelled(program)
-        self.program, self.key = program, key
+    def __init__(self, program: Program) -> None:
+        unknown = sorted({inst.opcode for inst in program.instructions} - MODELLED.keys() - CONTROL)
+        if unknown:
+            raise Unmodelled(f"{program.name}: not modelled: {', '.join(unknown)}")
+        self.program = program
         self.ran = np.zeros(len(program.instructions), bool)
         self.blocks: dict[int, BasicBlock] = {}
         for begin, end in itertools.pairwise([*program.starts, len(program.instructions)]):
@@ -73,30 +56,20 @@ class Code:
             unguarded = np.array([at for at, inst in enumerate(block, begin) if inst.guard is None], int)
             self.blocks[begin] = BasicBlock(begin, end, steps, control, unguarded)
 
-    def target(self, inst: Instruction) -> int:
-        name = symbol(inst.operands[0])
-        if name is None or name not in self.program.labels:
-            raise Unmodelled(f"branch to no label: {inst.text}")
-        return self.program.labels[name]
+
+Queue = dict[int, Array]  # by the start of a basic block, a mask of lanes
 
 
-Grid = tuple[int, int, int]
-Queue = dict[int, Any]  # by the start of a basic block, a mask of lanes; None: all
-
-
-def join(queue: Queue, at: int, mask: Any) -> None:
-    """Add lanes to a queue."""
-    if at in queue:
-        mask = None if mask is None else queue[at] | mask
-    queue[at] = None if mask is None or mask.all() else mask
+def join(queue: Queue, at: int, lanes: Array) -> None:
+    queue[at] = queue[at] | lanes if at in queue else lanes
 
 
 def leave(queue: Queue, at: int, lanes: Array) -> Array:
     """Remove lanes from a queue; return which of them were in it."""
-    mask = queue.pop(at)
-    if (rest := ~lanes if mask is None else mask & ~lanes).any():
+    waiting = queue.pop(at)
+    if (rest := waiting & ~lanes).any():
         queue[at] = rest
-    return lanes if mask is None else mask & lanes
+    return waiting & lanes
 
 
 class Frame:
@@ -118,7 +91,7 @@ class Frame:
         # Unwritten registers are NaN and invalid addresses.
         unwritten = {width: ~np.zeros(self.n, UNSIGNED[width]) for width in (1, 16, 32, 64)}
         self.R = [unwritten[width] for width in program.widths]
-        self.ready: Queue = {0: None}
+        self.ready: Queue = {0: np.ones(self.n, bool)}
         self.at_barrier: Queue = {}
         self.at_mbarrier: Queue = {}
         self.try_failed = np.zeros(self.n, bool)
@@ -128,10 +101,10 @@ class Frame:
         self.tensor = TensorCore(self.n)
 
     def run(self) -> None:
-        """Run until every lane waits or is done."""
         while self.ready:
             at = min(self.ready)
-            mask = self.ready.pop(at)
+            lanes = self.ready.pop(at)
+            mask = None if lanes.all() else lanes
             if at not in self.machine.code.blocks:
                 raise Fault(f"{self.machine.code.program.name} runs past its end")
             block = self.machine.code.blocks[at]
@@ -139,24 +112,25 @@ class Frame:
             for step in block.steps:
                 step(self, mask)
             if block.control is None:
-                join(self.ready, block.end, mask)
+                join(self.ready, block.end, lanes)
             else:
-                self._control(block, block.control, mask)
+                self._control(block, block.control, lanes)
 
-    def _control(self, block: BasicBlock, inst: Instruction, mask: Any) -> None:
-        taken = np.ones(self.n, bool) if mask is None else mask
+    def _control(self, block: BasicBlock, inst: Instruction, taken: Array) -> None:
         if inst.guard is not None:
-            flag = self.R[inst.guard.slot]
-            taken = taken & (~flag if inst.negated else flag)
-            fall_through = ~taken if mask is None else mask & ~taken
-            if fall_through.any():
+            flag = ~self.R[inst.guard.slot] if inst.negated else self.R[inst.guard.slot]
+            if (fall_through := taken & ~flag).any():
                 join(self.ready, block.end, fall_through)
+            taken = taken & flag
             if not taken.any():
                 return
             self.ran[block.end - 1] = True
         match inst.opcode.split(".")[0]:
             case "bra":
-                join(self.ready, self.machine.code.target(inst), taken)
+                target = self.machine.code.program.labels.get(getattr(inst.operands[0], "name", ""))
+                if target is None:
+                    raise Unmodelled(f"branch to no label: {inst.text}")
+                join(self.ready, target, taken)
             case "ret" | "exit":
                 self.done |= taken
             case "bar":
@@ -184,14 +158,9 @@ class Frame:
             join(self.at_mbarrier, block.begin, rest)
 
     def barred(self) -> Array:
-        """Return the lanes that wait at the block's barrier."""
-        lanes = np.zeros(self.n, bool)
-        for mask in self.at_barrier.values():
-            lanes |= True if mask is None else mask
-        return lanes
+        return np.logical_or.reduce([np.zeros(self.n, bool), *self.at_barrier.values()])
 
     def release(self, blocks: Array) -> None:
-        """Release the lanes of these blocks from the barrier."""
         lanes = np.repeat(blocks, self.per_block)
         for at in list(self.at_barrier):
             if (released := leave(self.at_barrier, at, lanes)).any():
@@ -200,8 +169,8 @@ class Frame:
     def wake(self) -> bool:
         """Release the lanes whose mbarrier's phase has completed; return whether there were any."""
         woken = False
-        for at, mask in list(self.at_mbarrier.items()):
-            inst, waiting = self.machine.code.blocks[at].control, np.ones(self.n, bool) if mask is None else mask
+        for at, waiting in list(self.at_mbarrier.items()):
+            inst = self.machine.code.blocks[at].control
             completed = self.machine.barriers.completed(self, inst, waiting, acquire=False)
             if completed.any():
                 join(self.ready, at, leave(self.at_mbarrier, at, completed))
@@ -209,30 +178,19 @@ class Frame:
         return woken
 
 
-@dataclass
 class Machine:
-    """Executes a batch of blocks."""
-
-    code: Code
-    schedule: Schedule
-    memory: Global
-    params: Params
-    shared_size: int
-    grid: Grid
-    blocks: Array  # [blocks, 3]
-    warps: int
-    fenced_copies: bool = True
-    shared: Shared = field(init=False)
-    barriers: Barriers = field(init=False)
-    log: Any = field(init=False)
-    frames: list[Frame] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.shared = Shared(len(self.blocks), self.shared_size)
-        self.barriers = Barriers(self)
-        self.log = RaceDetector(self) if self.schedule.logged else NoRaceDetector(self)
-        groups = [list(range(self.warps))] if self.schedule.lockstep else [[w] for w in range(self.warps)]
-        self.frames = [Frame(self, warps) for warps in (groups[::-1] if self.schedule.backwards else groups)]
+    def __init__(
+        self, code: Code, schedule: Schedule, memory: Global, params: Params, shared: int, grid: Any, blocks: Array,
+        fenced_copies: bool = True,
+    ) -> None:  # fmt: skip
+        """blocks: the indices [n, 3] of a batch of the grid's blocks, which have `shared` bytes of memory each."""
+        self.code, self.schedule, self.memory, self.params = code, schedule, memory, params
+        self.grid, self.blocks, self.fenced_copies = grid, blocks, fenced_copies
+        self.warps = code.program.threads // 32
+        self.shared, self.barriers = Shared(len(blocks), shared), Barriers(self)
+        self.log = RaceDetector(self) if schedule.lockstep else NoRaceDetector(self)
+        groups = [list(range(self.warps))] if schedule.lockstep else [[w] for w in range(self.warps)]
+        self.frames = [Frame(self, warps) for warps in (groups[::-1] if schedule.late else groups)]
 
     def run(self) -> None:
         with np.errstate(all="ignore"):
@@ -244,9 +202,8 @@ class Machine:
                 if not (self._release() or self._wake() or (self.barriers.complete_late_copies() and self._wake())):
                     raise Fault(f"deadlock: {self._waiting()}")
         for frame in self.frames:
-            for groups in (frame.copies, frame.tensor.groups):
-                if groups.pending:
-                    raise Fault(f"no wait for: {groups.pending[0].inst.text}")
+            for operation in (*frame.copies.pending, *frame.tensor.groups.pending):
+                raise Fault(f"no wait for: {operation.inst.text}")
         self.barriers.check_end()
 
     def _release(self) -> bool:
@@ -268,28 +225,23 @@ class Machine:
         return any(woken)
 
     def _waiting(self) -> str:
-        """Describe a waiting lane, of those at an mbarrier if there are any."""
-        program, waits = self.code.program, []
+        name = self.code.program.name
         for frame in self.frames:
-            for kind, queue in enumerate((frame.at_mbarrier, frame.at_barrier)):
-                for at, mask in queue.items():
-                    lane = 0 if mask is None else int(np.flatnonzero(mask)[0])
-                    inst = None if kind else self.code.blocks[at].control
-                    waits.append((kind, f"{where(frame, lane)} of {program.name}: {inst.text if inst else 'bar.sync'}"))
-        return min(waits)[1] if waits else program.name
+            for at, lanes in frame.at_mbarrier.items():
+                return f"{where(frame, int(np.argmax(lanes)))} of {name}: {self.code.blocks[at].control.text}"
+        return f"bar.sync of {name}"
 
 
 def execute(
-    code: Code, schedule: Schedule, grid: Grid, memory: Global, params: Params, shared: int, fenced_copies: bool = True
+    code: Code, schedule: Schedule, grid: Any, memory: Global, params: Params, shared: int, fenced_copies: bool = True
 ) -> None:
-    """Execute all blocks of a launch, in batches."""
-    warps, rest = divmod(code.program.threads, 32)
-    if rest:
+    warps = code.program.threads // 32
+    if code.program.threads % 32:
         raise Unmodelled(f"{code.program.threads} threads a block")
     z, y, x = np.meshgrid(*(np.arange(n) for n in reversed(grid)), indexing="ij")
     blocks = np.stack((x, y, z), -1).reshape(-1, 3)
-    blocks = blocks[::-1] if schedule.backwards else blocks
+    blocks = blocks[::-1] if schedule.late else blocks
     most = max(1, min(MAX_LANES // (32 * warps), MAX_SHARED // max(shared, 1)))
     for begin in range(0, len(blocks), most):
         batch = blocks[begin : begin + most]
-        Machine(code, schedule, memory, params, shared, grid, batch, warps, fenced_copies).run()
+        Machine(code, schedule, memory, params, shared, grid, batch, fenced_copies).run()

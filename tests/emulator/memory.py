@@ -3,18 +3,16 @@
 A load or store must lie in one region, at a multiple of its size; any other address is a fault.
 """
 
-from __future__ import annotations
-
 import ctypes
 from bisect import bisect_right
+from collections import namedtuple
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .parser import Address, Instruction, Param, Program, Reg, Symbol, Unmodelled
-from .values import TYPES, Array, Step, assign, destinations, lane_indices, models, per_lane, reader, suffix
+from .parser import Address, Instruction, Param, Reg, Symbol, Unmodelled
+from .values import TYPES, Array, assign, destinations, executes, lane_indices, per_lane, read, suffix
 
 # The dtype in which elements of each size are copied; 16 bytes are a complex number that nothing computes with.
 CHUNKS = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8"), 16: np.dtype("c16")}
@@ -27,20 +25,13 @@ class Fault(RuntimeError):
 
 
 def where(frame: Any, lane: int) -> str:
-    """Return the block and thread of a frame's lane."""
     return f"block ({frame.x[lane]}, {frame.y[lane]}, {frame.z[lane]}), thread {frame.tid[lane]}"
 
 
-@dataclass(frozen=True)
-class Span:
-    name: str
-    start: int
-    size: int
+Span = namedtuple("Span", "name start size")
 
 
 class Region:
-    """A range of this process's memory."""
-
     def __init__(self, span: Span) -> None:
         self.name, self.start, self.end = span.name, span.start, span.start + span.size
         self.bytes = np.frombuffer((ctypes.c_ubyte * span.size).from_address(span.start), np.uint8)
@@ -59,7 +50,7 @@ class Region:
 class Global:
     """The regions of a launch, sorted; overlapping ones are merged.
 
-    `pending`: the bytes that launches write which this one may overlap; None: it overlaps none. See pdl.py.
+    `pending`: the bytes that launches write which this one may overlap; None: it overlaps none. See races.py.
     """
 
     pending: Sequence[tuple[int, Array]] | None = None
@@ -162,16 +153,13 @@ class Params:
             end += param.size
 
 
-def effective(address: Address, kind: str) -> Any:
-    """Return a function of a frame that computes the addresses of all lanes."""
-    dtype = TYPES[kind].type
+def effective(frame: Any, address: Address, kind: str) -> Array:
+    """Return the addresses of all lanes."""
+    dtype = TYPES[kind]
     if isinstance(address.base, Symbol):
-        return lambda frame: np.full(frame.n, dtype(frame.machine.shared.base + address.offset))
-    base = reader(address.base, kind)
-    if address.offset == 0:
-        return base
-    offset = dtype(address.offset % 2 ** (8 * np.dtype(dtype).itemsize))
-    return lambda frame: base(frame) + offset
+        return np.full(frame.n, dtype.type(frame.machine.shared.base + address.offset))
+    base = read(frame, address.base, kind)
+    return base + dtype.type(address.offset % 2 ** (8 * dtype.itemsize)) if address.offset else base
 
 
 def describe_lane(frame: Any, mask: Any, text: str) -> Any:
@@ -180,7 +168,6 @@ def describe_lane(frame: Any, mask: Any, text: str) -> Any:
 
 
 def store_shared(frame: Any, offsets: Array, values: Array, size: int, mask: Any, inst: Instruction) -> None:
-    """Store elements of `size` bytes to shared memory by way of the race detector."""
     lanes = slice(None) if mask is None else np.flatnonzero(mask)
     frame.machine.log.write(frame, lanes, offsets[lanes], values[lanes], size, inst)
 
@@ -192,62 +179,49 @@ _FORMS = [f"{space}.{vector}{kind}" for space in _SPACES for vector, count in VE
           if TYPES[kind].itemsize * count <= 16]  # fmt: skip
 
 
-def access(inst: Instruction, registers: Any, address: Any) -> tuple[bool, list[Any], Any, str, int]:
-    """Return whether a load or store is global, its registers, address function, type, and size in bytes."""
+def access(inst: Instruction, frame: Any, registers: Any, address: Any) -> tuple[bool, list[Any], Array, str, int]:
+    """Return whether a load or store is global, its registers, addresses, type, and size in bytes."""
     parts = inst.opcode.split(".")
     is_global, kind, items = parts[1] == "global", parts[-1], destinations(registers)
     if len(items) != (int(parts[2][1]) if len(parts) == 4 else 1):
         raise Unmodelled(f"{len(items)} registers: {inst.text}")
-    addresses = effective(address, "u64" if is_global else "u32")
+    addresses = effective(frame, address, "u64" if is_global else "u32")
     return is_global, items, addresses, kind, TYPES[kind].itemsize * len(items)
 
 
-@models(*(f"ld.{form}" for form in _FORMS))
-def load(inst: Instruction, program: Program) -> Step:
-    is_global, targets, addresses, kind, size = access(inst, *inst.operands)
-
-    def step(frame: Any, mask: Any) -> None:
-        machine, at = frame.machine, addresses(frame)
-        if is_global:
-            active = slice(None) if mask is None else mask
-            chunks = np.zeros(frame.n, CHUNKS[size])
-            chunks[active] = machine.memory.load(at[active], size, describe_lane(frame, mask, inst.text))
-        else:
-            offsets = machine.shared.offsets(frame, at, size, mask)
-            machine.log.read(frame, slice(None) if mask is None else mask, offsets, size, inst)
-            chunks = machine.shared.views[size][offsets // size]
-        parts = chunks.view(TYPES[kind]).reshape(frame.n, -1)
-        for i, reg in enumerate(targets):
-            assign(frame, reg, np.ascontiguousarray(parts[:, i]), mask)
-
-    return step
+@executes(*(f"ld.{form}" for form in _FORMS))
+def load(inst: Instruction, frame: Any, mask: Any) -> None:
+    is_global, targets, at, kind, size = access(inst, frame, *inst.operands)
+    machine, active = frame.machine, slice(None) if mask is None else mask
+    if is_global:
+        chunks = np.zeros(frame.n, CHUNKS[size])
+        chunks[active] = machine.memory.load(at[active], size, describe_lane(frame, mask, inst.text))
+    else:
+        offsets = machine.shared.offsets(frame, at, size, mask)
+        machine.log.read(frame, active, offsets, size, inst)
+        chunks = machine.shared.views[size][offsets // size]
+    parts = chunks.view(TYPES[kind]).reshape(frame.n, -1)
+    for i, reg in enumerate(targets):
+        assign(frame, reg, np.ascontiguousarray(parts[:, i]), mask)
 
 
-@models(*(f"st.{form}" for form in _FORMS))
-def store(inst: Instruction, program: Program) -> Step:
-    is_global, sources, addresses, kind, size = access(inst, inst.operands[1], inst.operands[0])
-    values = [reader(source, kind) for source in sources]
-
-    def step(frame: Any, mask: Any) -> None:
-        machine, at = frame.machine, addresses(frame)
-        chunks = np.stack([per_lane(frame, value(frame)) for value in values], 1).view(CHUNKS[size])[:, 0]
-        if is_global:
-            active = slice(None) if mask is None else mask
-            machine.memory.store(at[active], chunks[active], size, describe_lane(frame, mask, inst.text))
-        else:
-            store_shared(frame, machine.shared.offsets(frame, at, size, mask), chunks, size, mask, inst)
-
-    return step
+@executes(*(f"st.{form}" for form in _FORMS))
+def store(inst: Instruction, frame: Any, mask: Any) -> None:
+    is_global, sources, at, kind, size = access(inst, frame, *inst.operands[::-1])
+    machine, active = frame.machine, slice(None) if mask is None else mask
+    values = [per_lane(frame, read(frame, source, kind)) for source in sources]
+    chunks = np.stack(values, 1).view(CHUNKS[size])[:, 0]
+    if is_global:
+        machine.memory.store(at[active], chunks[active], size, describe_lane(frame, mask, inst.text))
+    else:
+        store_shared(frame, machine.shared.offsets(frame, at, size, mask), chunks, size, mask, inst)
 
 
-@models(*(f"ld.param.{kind}" for kind in _KINDS))
-def load_param(inst: Instruction, program: Program) -> Step:
-    (to,), address = destinations(inst.operands[0]), inst.operands[1]
-    if not isinstance(address.base, Symbol) or not isinstance(to, Reg):
+@executes(*(f"ld.param.{kind}" for kind in _KINDS))
+def load_param(inst: Instruction, frame: Any, mask: Any) -> None:
+    to, address = inst.operands
+    (reg,) = destinations(to)
+    if not isinstance(address.base, Symbol) or not isinstance(reg, Reg):
         raise Unmodelled(f"parameter at a computed address: {inst.text}")
-    kind, name, offset = TYPES[suffix(inst)], address.base.name, address.offset
-
-    def step(frame: Any, mask: Any) -> None:
-        assign(frame, to, np.frombuffer(frame.machine.params.values[name], kind, 1, offset)[0], mask)
-
-    return step
+    value = frame.machine.params.values[address.base.name]
+    assign(frame, reg, np.frombuffer(value, TYPES[suffix(inst)], 1, address.offset)[0], mask)

@@ -3,10 +3,9 @@
 Grammar: PTX ISA 8.x, sections 4 and 5. Any other statement raises Unmodelled with its text.
 """
 
-from __future__ import annotations
-
 import re
-from collections import ChainMap
+from collections import ChainMap, namedtuple
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,65 +15,21 @@ class Unmodelled(RuntimeError):
     """PTX that the emulator does not model."""
 
 
-@dataclass(frozen=True)
-class Reg:
-    slot: int
-    width: int  # bits; 1: a predicate
-
-
-@dataclass(frozen=True)
-class Imm:
-    """The bits of an integer, or of a float written as 0f or 0d and its bits."""
-
-    value: int
-
-
-@dataclass(frozen=True)
-class Symbol:
-    name: str  # of a parameter, shared memory, a label, or a special register
-
-
-class Sink:
-    """The operand `_`."""
-
-
-@dataclass(frozen=True)
-class Vector:
-    items: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Pair:
-    items: tuple[Any, ...]  # of the operand `d|p`
-
-
-@dataclass(frozen=True)
-class Address:
-    base: Any
-    offset: int = 0
-    coordinates: tuple[Any, ...] = ()
-
-
-@dataclass(frozen=True)
-class Instruction:
-    opcode: str
-    operands: tuple[Any, ...]
-    guard: Reg | None = None
-    negated: bool = False
-    text: str = ""
-
-
-@dataclass(frozen=True)
-class Param:
-    name: str
-    size: int
-    align: int
+# Operands
+Reg = namedtuple("Reg", "slot width")  # bits; 1: a predicate
+Imm = namedtuple("Imm", "value")  # the bits of an integer, or of a float written as 0f or 0d and its bits
+Symbol = namedtuple("Symbol", "name")  # of a parameter, shared memory, a label, or a special register
+Sink = namedtuple("Sink", "")  # `_`
+Vector = namedtuple("Vector", "items")
+Pair = namedtuple("Pair", "items")  # `d|p`
+Address = namedtuple("Address", "base offset coordinates", defaults=(0, ()))
+Param = namedtuple("Param", "name size align")
+Instruction = namedtuple("Instruction", "opcode operands guard negated text", defaults=(None, False, ""))
 
 
 @dataclass(frozen=True)
 class Program:
     name: str
-    target: str
     threads: int
     params: tuple[Param, ...]
     shared: tuple[str, ...]  # names
@@ -87,13 +42,13 @@ class Program:
         """Return where basic blocks begin: at labels, after control instructions, and at waits, which may run again."""
         starts = {0, *self.labels.values()}
         for at, inst in enumerate(self.instructions):
-            waits = inst.opcode.startswith("mbarrier.try_wait")
-            if waits or inst.opcode in ("bra", "bra.uni", "ret", "exit", "bar.sync"):
-                starts |= {at, at + 1} if waits else {at + 1}
+            if inst.opcode.startswith("mbarrier.try_wait"):
+                starts |= {at, at + 1}
+            elif inst.opcode in ("bra", "bra.uni", "ret", "exit", "bar.sync"):
+                starts.add(at + 1)
         return sorted(start for start in starts if start < len(self.instructions))
 
 
-_SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 _NUMBER = re.compile(r"[+-]?(0[xX][0-9a-fA-F]+|\d+)U?$")
 _TOKEN = re.compile(r"\s*(?:([{}])|([A-Za-z_$%][\w$]*)\s*:(?!:)|([^;]*);)")
 
@@ -106,22 +61,35 @@ class _Parser:
         self.raw: list[tuple[str, ChainMap[str, Any]]] = []
         self.local: set[str] = set()
 
-    def statement(self, text: str) -> None:
+    def body(self, text: str) -> None:
+        """Parse up to the brace that ends the kernel. A brace at the start of a statement opens a scope."""
+        at = 0
+        while token := _TOKEN.match(text, at):
+            at = token.end()
+            brace, label, statement = token.groups()
+            if brace == "{":
+                self.scope = self.scope.new_child()
+            elif brace and len(self.scope.maps) == 1:
+                return
+            elif brace:
+                self.scope = self.scope.parents
+            elif label:
+                unique = f"{label}#{len(self.labels)}"
+                self.scope[label] = Symbol(unique)
+                self.labels[unique] = len(self.raw)
+            else:
+                self._statement(" ".join(statement.split()))
+        raise Unmodelled("a kernel without an end")
+
+    def _statement(self, text: str) -> None:
         if text.startswith(".reg"):
             self._registers(text)
-        elif text.startswith(".pragma "):
-            return
         elif found := re.fullmatch(r"\.local \.align \d+ \.b8 (\w+)\[\d+\]", text):
             self.local.add(found[1])  # Triton 3.6 declares some that nothing uses
-        elif text.startswith("."):
+        elif text.startswith(".") and not text.startswith(".pragma "):
             raise Unmodelled(f"directive: {text}")
-        else:
+        elif not text.startswith("."):
             self.raw.append((text, self.scope))
-
-    def label(self, name: str) -> None:
-        unique = f"{name}#{len(self.labels)}"
-        self.scope[name] = Symbol(unique)
-        self.labels[unique] = len(self.raw)
 
     def _registers(self, text: str) -> None:
         found = re.fullmatch(r"\.reg\s+\.(pred|[bsuf](?:16|32|64))\s+(.*)", text, re.S)
@@ -174,7 +142,6 @@ class _Parser:
 
 
 def split(text: str) -> list[str]:
-    """Split at the commas outside brackets."""
     parts, depth, begin = [], 0, 0
     for at, character in enumerate(text):
         depth += (character in "{[") - (character in "}]")
@@ -185,23 +152,17 @@ def split(text: str) -> list[str]:
     return [part for part in parts if part]
 
 
-def strip_comments(ptx: str) -> str:
-    """Remove comments, `.loc` lines and debug sections."""
+def parse(ptx: str) -> Program:
+    """Parse the one kernel of `ptx`, without comments, `.loc` lines and debug sections."""
     text = re.sub(r"//[^\n]*", "", ptx)
     text = re.sub(r"^\s*\.(loc|file)\b[^\n]*", "", text, flags=re.M)
-    return re.split(r"^\s*\.section", text, maxsplit=1, flags=re.M)[0]
-
-
-def parse(ptx: str) -> Program:
-    """Parse the one kernel of `ptx`."""
-    text = strip_comments(ptx)
+    text = re.split(r"^\s*\.section", text, maxsplit=1, flags=re.M)[0]
     entries = list(re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)\s*((?:\.\w+\s+[\d, ]+\s*)*)\{", text, re.S))
-    target = re.search(r"\.target\s+(\w+)", text)
-    if len(entries) != 1 or target is None or re.search(r"\.func\b", text):
+    if len(entries) != 1 or re.search(r"\.func\b", text):
         raise Unmodelled(f"{len(entries)} kernels, or functions beside them")
     name, params, directives = entries[0].groups()
     parser = _Parser()
-    _body(text[entries[0].end() :], parser)
+    parser.body(text[entries[0].end() :])
     instructions = tuple(parser.instruction(raw, scope) for raw, scope in parser.raw)
     threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)(?:\s*,\s*1)*\s*$", directives.strip())
     if threads is None:
@@ -209,39 +170,20 @@ def parse(ptx: str) -> Program:
     shared = tuple(re.findall(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[\]\s*;", text))
     if len(re.findall(r"\.shared\b[^;]*\[\d*\]\s*;", text)) != len(shared):
         raise Unmodelled("shared memory of a fixed size")
-    widths = tuple(parser.widths)
-    return Program(name, target[1], int(threads[1]), _params(params), shared, widths, instructions, parser.labels)
+    widths, params = tuple(parser.widths), tuple(_params(params))
+    return Program(name, int(threads[1]), params, shared, widths, instructions, parser.labels)
 
 
-def _body(text: str, parser: _Parser) -> None:
-    """Parse statements up to the brace that ends the kernel. A brace at the start of a statement opens a scope."""
-    at = 0
-    while token := _TOKEN.match(text, at):
-        at = token.end()
-        brace, label, statement = token.groups()
-        if brace == "{":
-            parser.scope = parser.scope.new_child()
-        elif brace and len(parser.scope.maps) == 1:
-            return
-        elif brace:
-            parser.scope = parser.scope.parents
-        elif label:
-            parser.label(label)
-        else:
-            parser.statement(" ".join(statement.split()))
-    raise Unmodelled("a kernel without an end")
+_PARAM = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.[busf](8|16|32|64)\s+(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?"
+    r"(\w+)(?:\[(\d+)\])?"
+)
 
 
-def _params(text: str) -> tuple[Param, ...]:
-    params = []
+def _params(text: str) -> Iterator[Param]:
     for param in split(text):
-        found = re.fullmatch(
-            r"\.param\s+(?:\.align\s+(\d+)\s+)?\.[busf](8|16|32|64)\s+(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?"
-            r"(\w+)(?:\[(\d+)\])?",
-            param,
-        )
+        found = _PARAM.fullmatch(param)
         if found is None:
             raise Unmodelled(f"parameter: {param}")
-        size = _SIZES[found[2]] * int(found[4] or 1)
-        params.append(Param(found[3], size, int(found[1] or size)))
-    return tuple(params)
+        size = int(found[2]) // 8 * int(found[4] or 1)
+        yield Param(found[3], size, int(found[1] or size))

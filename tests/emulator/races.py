@@ -1,19 +1,23 @@
-"""The race detector of shared memory: who wrote and who read each byte since the last barrier, in a lockstep run.
+"""Race detectors: for shared memory, and for programmatic dependent launches.
 
-Faults: a read of unwritten bytes; accesses of two warps, one of them a write, without a barrier between; a read of a
-copy that has not completed, or that the reader has not waited for; an asynchronous read of stored bytes without a proxy
-fence between. Warps that store equal values to one place are no fault, because replicated layouts do so.
+In a lockstep run the first one records who wrote and who read each byte since the last barrier. Faults: a read of
+unwritten bytes; accesses of two warps, one of them a write, without a barrier between; a read of a copy that has not
+completed, or that the reader has not waited for; an asynchronous read of stored bytes without a proxy fence between.
+Warps that store equal values to one place are no fault, because replicated layouts do so.
+
+A programmatic dependent launch overlaps the ones before it (PTX ISA, section 9.7.13). The emulator runs launches one
+after the other; before its griddepcontrol.wait, a lane may store nothing and read nothing that a launch writes which
+may still run. These are all launches from the last ordinary one on, because each may start the next before it waits.
 """
 
-from __future__ import annotations
-
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from .memory import VECTORS, Fault
-from .parser import Instruction, Program
-from .values import Array
+from .memory import VECTORS, Fault, Region, effective, where
+from .parser import Instruction, Program, Unmodelled
+from .values import TYPES, Array, Step, destinations, executes, per_lane, read, suffix
 
 NEVER, IN_FLIGHT = -1, 1 << 30
 OVERWRITES = "race: writes over another warp's value"
@@ -195,7 +199,6 @@ class RaceDetector:
         self.fresh.append((block, target))
 
     def acquire(self, start: int, size: int, warp: int) -> None:
-        """Record that a warp has waited for a copy."""
         self.unacquired[self._range(start, size)] &= ~np.uint32(1 << warp)
 
     def fence(self, frame: Any, mask: Any) -> None:
@@ -215,10 +218,60 @@ class RaceDetector:
         return False
 
     def set_barrier(self, frame: Any, lanes: Any, offsets: Array, inst: Instruction, exists: bool) -> None:
-        """Record that an mbarrier is initialized or invalidated at these offsets."""
         block, warp, units = frame.block[lanes], frame.warp[lanes], self._units(offsets, 8)
         self.in_barrier[units] = False
         self._check_replace(block, warp, units, inst)
         self._set_writer(block, warp, units)
         self.stored[units] = 0
         self.in_barrier[units] = exists
+
+
+Writes = list[tuple[int, Array]]  # addresses, and which of the bytes from there on were written
+
+
+def changed_bytes(regions: Iterable[Region], before: Iterable[Array]) -> Writes:
+    both = ((region, region.bytes != old) for region, old in zip(regions, before, strict=True))
+    return [(region.start, differs) for region, differs in both if differs.any()]
+
+
+@executes("griddepcontrol.launch_dependents")
+def launch_dependents(inst: Instruction, frame: Any, mask: Any) -> None:
+    """Do nothing, because launches run one after the other."""
+
+
+@executes("griddepcontrol.wait")
+def wait(inst: Instruction, frame: Any, mask: Any) -> None:
+    frame.before_wait &= False if mask is None else ~mask
+
+
+def checked(inst: Instruction, step: Step) -> Step:
+    """Add to a step that accesses global memory a check of the lanes that have not waited yet."""
+    if ".global" not in inst.opcode:
+        return step
+
+    def checked_step(frame: Any, mask: Any) -> None:
+        lanes = frame.before_wait if mask is None else frame.before_wait & mask
+        if lanes.any() and (found := _races(inst, frame, lanes)).any():
+            lane = int(np.argmax(found))
+            raise Fault(f"before the wait for the launch that writes there: {inst.text}: {where(frame, lane)}")
+        step(frame, mask)
+
+    return checked_step
+
+
+def _races(inst: Instruction, frame: Any, lanes: Array) -> Array:
+    """Return which of the lanes store, or read bytes that pending launches write."""
+    if inst.opcode.startswith("st."):
+        return lanes
+    if "bulk" in inst.opcode:
+        raise Unmodelled(f"TMA before the wait of a programmatic dependent launch: {inst.text}")
+    to, address, *rest = inst.operands
+    is_load = inst.opcode.startswith("ld.")
+    size = TYPES[suffix(inst)].itemsize * len(destinations(to)) if is_load else rest[0].value
+    at = per_lane(frame, effective(frame, address, "u64")).astype(np.int64)[:, None] + np.arange(size)
+    found = np.zeros(frame.n, bool)
+    for start, written in frame.machine.memory.pending:
+        inside = (at >= start) & (at < start + len(written))
+        found |= (inside & written[np.where(inside, at - start, 0)]).any(1)
+    # A copy of no bytes ignores its address.
+    return found & lanes & (read(frame, rest[1], "u32") > 0) if rest[1:] else found & lanes

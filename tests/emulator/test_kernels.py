@@ -1,15 +1,21 @@
-"""The PTX emulator executes every kernel, compiled by Triton's JIT for sm_90 and sm_80, with the expected results."""
+"""The PTX emulator executes every kernel, compiled by Triton's JIT for sm_90 and sm_80, and a complete model.
 
-from __future__ import annotations
+Their results are as expected, and faults that are injected into compiled kernels are detected.
+"""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
+from mixtral_triton import KVCache, Mixtral
 from mixtral_triton.kernels.launch import override_configs
 from mixtral_triton.kernels.op import Op, Shape
 from mixtral_triton.kernels.record import record_launches
@@ -19,15 +25,23 @@ from mixtral_triton.tools.tolerance import measure
 from tests.compile.test_jit import on_fake_gpu
 from tests.compile.test_quantized_offline import FORMATS, OTHER_GROUPS, format_name
 from tests.ops.test_deterministic import CASES, check
+from tests.support.models import random_model
+
+from . import launch
+from .machine import SCHEDULES, Code
+from .memory import Fault
+from .parser import Unmodelled, parse
+from .test_mutations import mutations
 
 pytestmark = pytest.mark.emulator
 
 GPU_DEVICE, BF16 = torch.device("cuda", 0), torch.bfloat16
+SMALL_CHECKPOINT = Path(__file__).parents[2] / "mixtral_triton" / "small"
 ARCHS = ("sm_90", "sm_80")
 BOUND = 0.97  # of the instructions of one variant with the tiles of 8x7B, for each kernel
 
 
-def check_error(op: Op, sizes: Mapping[str, Any], dtype: torch.dtype) -> float:
+def check_error(op: Op, sizes: Mapping[str, Any], dtype: torch.dtype = BF16) -> float:
     """Check that the error is at most twice that of the torch backend; return its share of this limit."""
     args = op.inputs(sizes, dtype, "cpu", torch.Generator().manual_seed(0))
     if op.name == "cached_attention" and int(args["new"].min()) < sizes["T"]:
@@ -38,16 +52,13 @@ def check_error(op: Op, sizes: Mapping[str, Any], dtype: torch.dtype) -> float:
 
 
 def supported(op: Op, dtype: torch.dtype) -> torch.dtype:
-    """Return `dtype` if the operation supports it, else one that it supports."""
     return dtype if dtype in op.dtypes else op.dtypes[0]
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32, torch.float16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", OPS)
-def test_every_operation_at_its_test_shapes(
-    name: str, arch: str, dtype: torch.dtype, ptx_emulator: Any, covers: Any
-) -> None:
+def test_every_operation(name: str, arch: str, dtype: torch.dtype, ptx_emulator: Any, covers: Any) -> None:
     op = OPS[name]
     with ptx_emulator(arch):
         worst = max(check_error(op, sizes, supported(op, dtype)) for sizes in op.test_shapes)
@@ -86,7 +97,6 @@ HEADS = {"Hq": 8, "Hkv": 2}  # of attention
 
 
 def small(sizes: Mapping[str, Any]) -> Shape:
-    """Reduce sizes of 8x7B so that the same kernels run."""
     full = Shape(sizes).as_dict()
     most = SMALL | (HEADS if "window" in full else MANY_ROWS if full.get("T", 0) > 64 and "I" in full else {})
     reduced = {key: min(most.get(key, size), size) for key, size in full.items() if isinstance(size, int)}
@@ -128,15 +138,13 @@ def test_every_quantized_format(format: Any, arch: str, ptx_emulator: Any) -> No
     with ptx_emulator(arch):
         for T in (1, 7, 40):
             sizes = Shape(T=T, H=256, N=80, weight=weight)
-            check_error(OPS["linear"], sizes, BF16)
+            check_error(OPS["linear"], sizes)
             sizes = Shape(T=T, H=256, I=128, E=4, K=2, gate_up=weight, down=weight)
-            check_error(OPS["expert_swiglu"], sizes, BF16)
+            check_error(OPS["expert_swiglu"], sizes)
 
 
 @pytest.mark.parametrize("order", ["compile emulate", "emulate compile emulate"])
-def test_emulator_and_compiler_keep_their_caches_apart(
-    order: str, ptx_emulator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_caches_are_apart(order: str, ptx_emulator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The emulator's cubins are PTX: in the compiler's cache a GPU would load them, and it would read machine code."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     op, sizes = OPS["rms_norm"], OPS["rms_norm"].test_shapes[0]
@@ -148,7 +156,7 @@ def test_emulator_and_compiler_keep_their_caches_apart(
             assert compiled.stages["cubin"].parent.parent == tmp_path
         else:
             with ptx_emulator("sm_90"):
-                check_error(op, sizes, BF16)
+                check_error(op, sizes)
     assert all(file.read_bytes()[:4] == b"\x7fELF" for file in tmp_path.glob("[!p]*/*.cubin"))
 
 
@@ -156,3 +164,144 @@ def test_emulator_and_compiler_keep_their_caches_apart(
 def test_compiled_kernels_are_deterministic(name: str, sizes: Any, ptx_emulator: Any) -> None:
     with ptx_emulator("sm_90"):
         check(name, sizes, 8, supported(OPS[name], BF16), GPU_DEVICE)
+
+
+def without(kind: str, opcode: str) -> Callable[[str], Code]:
+    """Return a function that builds PTX with all mutations of this kind and opcode."""
+
+    def build(ptx: str) -> Code:
+        program = parse(ptx)
+        for mutation in mutations(program):
+            if mutation.kind == kind and program.instructions[mutation.at].opcode.startswith(opcode):
+                program = mutation.apply(program)
+        return Code(program)
+
+    return build
+
+
+EXPERTS = Shape(T=70, H=64, I=48, E=2, K=2)
+
+
+@pytest.mark.parametrize("schedule", [None, *SCHEDULES], ids=lambda schedule: schedule.name if schedule else "all")
+def test_wrong_tma_swizzle_is_detected(schedule: Any, ptx_emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ptx_emulator(schedules=[schedule] if schedule else SCHEDULES):
+        check_error(OPS["expert_swiglu"], EXPERTS)
+        monkeypatch.setattr(launch, "SWIZZLE_SPANS", (None, 64, 128, 64))
+        with pytest.raises((AssertionError, Fault)):
+            check_error(OPS["expert_swiglu"], EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "kind", "opcode"),
+    [
+        ("linear", Shape(T=2, H=1536, N=32), "wait", "cp.async.wait_group"),
+        ("expert_swiglu", EXPERTS, "wait", "wgmma.wait_group"),
+        ("expert_swiglu", EXPERTS, "wait", "mbarrier.try_wait"),
+        ("linear", Shape(T=16, H=3072, N=32), "fence", "fence.proxy.async"),
+        ("expert_swiglu", EXPERTS, "fence", "wgmma.fence"),
+        ("expert_swiglu", EXPERTS, "expect_tx", "mbarrier.arrive"),
+        ("rms_norm", {"T": 2, "H": 1000}, "barrier", "bar.sync"),
+        ("rms_norm", {"T": 1, "H": 1000}, "predicate", "st.global"),
+        ("rms_norm", {"T": 1, "H": 1000}, "predicate", "ld.global"),
+        ("attention", {"B": 1, "T": 40, "S": 40, "Hq": 1, "Hkv": 1, "D": 64, "window": 0}, "predicate", "cp.async"),
+    ],
+)
+def test_removed_instruction_is_detected(name: str, sizes: Any, kind: str, opcode: str, ptx_emulator: Any) -> None:
+    with ptx_emulator() as gpu:
+        check_error(OPS[name], sizes)
+        gpu.driver.execute.build = without(kind, opcode)
+        with pytest.raises((AssertionError, Fault)):
+            check_error(OPS[name], sizes)
+
+
+@triton.jit
+def double_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if MASKED:
+        tl.store(y_ptr + offs, 2 * tl.load(x_ptr + offs, mask=offs < N, other=0.0), mask=offs < N)
+    else:
+        tl.store(y_ptr + offs, 2 * tl.load(x_ptr + offs))
+
+
+@triton.jit
+def count_kernel(y_ptr, BLOCK: tl.constexpr):
+    tl.atomic_add(y_ptr + tl.arange(0, BLOCK), 1)
+
+
+def test_unmasked_access_is_a_fault_and_an_atomic_is_refused(ptx_emulator: Any) -> None:
+    with ptx_emulator():
+        x, y = (torch.arange(n).float().to(GPU_DEVICE) for n in (100, 100))
+        double_kernel[(2,)](x, y, 100, BLOCK=64, MASKED=True)
+        assert y.cpu().equal(2 * torch.arange(100).float())
+        with pytest.raises(Fault, match=r"double_kernel .*illegal address.* block \(1, 0, 0\), thread"):
+            double_kernel[(2,)](x, y, 100, BLOCK=64, MASKED=False)
+        with pytest.raises(Unmodelled, match=r"count_kernel: not modelled: atom\.global"):
+            count_kernel[(1,)](torch.zeros(64, dtype=torch.int32).to(GPU_DEVICE), BLOCK=64)
+
+
+@triton.jit
+def pdl_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, WAITS: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    if WAITS == "first":
+        gdc_wait()
+    x = tl.load(x_ptr + offs)
+    if WAITS == "before it stores":
+        gdc_wait()
+    tl.store(y_ptr + offs, 2 * x)
+    if WAITS == "at last":
+        gdc_wait()
+
+
+@pytest.mark.parametrize(
+    ("pdl", "reads", "waits", "message"),
+    [
+        (True, "written", "first", ""),
+        (True, "written", "before it stores", r"before the wait for the launch that writes there: ld\.global"),
+        (True, "written", "at last", "before the wait"),
+        (True, "written", "never", "before the wait"),
+        (False, "written", "never", ""),
+        (True, "constant", "before it stores", ""),
+        (True, "constant", "at last", r"before the wait .* st\.global"),
+        (True, "constant", "never", r"before the wait .* st\.global"),
+    ],
+)
+def test_pdl_launch_must_wait(pdl: bool, reads: str, waits: str, message: str, ptx_emulator: Any) -> None:
+    """It must wait before it reads what the launch before it has `written`, and before it stores anything."""
+    with ptx_emulator():
+        constant, written, out = (torch.ones(64).to(GPU_DEVICE) for _ in range(3))
+        double_kernel[(1,)](constant, written, 64, BLOCK=64, MASKED=True)
+        x, want = (constant, 2.0) if reads == "constant" else (written, 4.0)
+        with pytest.raises(Fault, match=message) if message else nullcontext():
+            pdl_kernel[(1,)](x, out, BLOCK=64, WAITS=waits, launch_pdl=pdl)
+            assert out.cpu().equal(torch.full((64,), want))
+
+
+def without_pdl_waits(ptx: str) -> Code:
+    return Code(parse("\n".join(line for line in ptx.splitlines() if "griddepcontrol.wait" not in line)))
+
+
+def test_missing_dependency_waits_of_a_model_are_detected(ptx_emulator: Any) -> None:
+    with ptx_emulator(schedules=SCHEDULES[:1]) as gpu:
+        model, ids = random_model(GPU_DEVICE, num_hidden_layers=1), torch.zeros(1, 1, dtype=torch.int64).to(GPU_DEVICE)
+        cache = KVCache(model.config, 1, max_len=9, device=GPU_DEVICE, dtype=torch.float32)
+        model(ids, cache=cache)
+        gpu.driver.execute.build = without_pdl_waits
+        with pytest.raises(Fault, match="before the wait for the launch that writes there"):
+            model(ids, cache=cache)
+
+
+def test_small_checkpoint_generates_the_same_text(ptx_emulator: Any) -> None:
+    """A prefill of 70 tokens, more than the window, and a captured decode of eight equal the torch backend."""
+    ids = torch.randint(3, 2000, (1, 70), generator=torch.Generator().manual_seed(0))
+    with ptx_emulator() as gpu:
+        reference, model = (Mixtral.from_pretrained(SMALL_CHECKPOINT, device) for device in ("cpu", GPU_DEVICE))
+        want = reference.generate(ids, max_new_tokens=8)
+        assert model.generate(ids.to(GPU_DEVICE), max_new_tokens=8).cpu().equal(want)
+        assert any(launched.launcher.metadata.launch_pdl for launched in gpu.driver.launches)
+        assert gpu.replays > 0 and len(gpu.driver.execute.codes) >= 8
+        codes = gpu.driver.execute.codes.values()
+        opcodes = {inst.opcode for variants in codes for inst in variants[0].program.instructions}
+        assert any(name.startswith("wgmma") for name in opcodes) and any("bulk.tensor" in name for name in opcodes)
+        cache = KVCache(model.config, 1, device=GPU_DEVICE, dtype=model.dtype)
+        got, logits = model(ids.to(GPU_DEVICE), cache=cache).cpu(), reference(ids)
+        assert (got - logits).abs().max() <= 0.05 * logits.abs().max()

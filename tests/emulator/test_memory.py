@@ -1,17 +1,19 @@
-"""Loads, stores, warp instructions and control flow, compared with loops; and the faults of invalid addresses."""
-
-from __future__ import annotations
+"""Loads, stores, copies, warp instructions, wgmma and control flow are compared with loops; faults are detected."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 
-from .harness import check_fault, compiled_only, every_schedule, run, samples, shared_addresses
-from .memory import SHARED_BASE
+from .copies import Descriptor
+from .harness import as_bits, as_floats, check_fault, compiled_only, every_schedule, run, samples, shared_addresses
+from .machine import SCHEDULES
+from .memory import SHARED_BASE, Fault
 from .parser import Unmodelled
 
 pytestmark = compiled_only
+
+_, LATE, LOGGED = SCHEDULES
 
 
 @pytest.mark.parametrize("space", ["global", "shared"])
@@ -161,3 +163,205 @@ def test_a_deadlock_is_a_fault(schedule: Any) -> None:
     outputs = {"%t": 32, "%p": 1, "%m": 32, "%z": 32, "%q": 1, "%d": 1}
     message = r"deadlock: .*thread 32 of unit: mbarrier\.try_wait"
     check_fault(message, body, {}, outputs, threads=64, shared=8, schedule=schedule)
+
+
+def test_late_copies_complete_at_their_wait() -> None:
+    memory = samples(32, 32)
+    body = """cp.async.ca.shared.global [%s], [%g], 4; cp.async.commit_group;
+        cp.async.ca.shared.global [%s+128], [%g], 4; cp.async.commit_group;
+        cp.async.wait_group 1; ld.shared.b32 %a, [%s]; ld.shared.b32 %b, [%s+128]; cp.async.wait_group 0;"""
+    source = (memory.ctypes.data + 4 * np.arange(32)).astype(np.uint64)
+    inputs, outputs = {"%s": shared_addresses(32, 4), "%g": source}, {"%a": 32, "%b": 32}
+    got = run(body, inputs, outputs, arrays=[memory], shared=256, schedule=LATE)
+    assert (got["%a"] == memory).all() and (got["%b"] == 2**32 - 1).all()
+
+
+ISSUE, WAIT_FOR_COPY = "cp.async.ca.shared.global [%s], [%g], 4; cp.async.commit_group;", "cp.async.wait_group 0;"
+FETCH = ISSUE + WAIT_FOR_COPY
+STORE, STORE_FOREIGN = "st.shared.b32 [%s], %v;", "st.shared.b32 [%o], %v;"
+LOAD, SYNC = "ld.shared.b32 %w, [%o];", "bar.sync 0;"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (STORE + SYNC + LOAD, ""),
+        (STORE + LOAD, "race: reads what another warp writes: ld.shared"),
+        (STORE + SYNC + LOAD + STORE, "race: writes what another warp reads: st.shared"),
+        (STORE + SYNC + LOAD + SYNC + STORE, ""),
+        (LOAD, "reads unwritten shared memory"),
+        (STORE + STORE_FOREIGN, "race: warps write different values"),
+        (STORE + SYNC + STORE_FOREIGN, ""),
+        ("mov.b32 %v, 5;" + STORE + STORE_FOREIGN, ""),
+        (FETCH + LOAD, "race: reads"),
+        (ISSUE + LOAD + WAIT_FOR_COPY, "reads where a copy is in flight"),
+        (ISSUE, r"no wait for: cp\.async"),
+        (STORE + SYNC + LOAD + FETCH, "race: writes what another warp reads: cp.async"),
+    ],
+)
+def test_races_are_detected(body: str, message: str) -> None:
+    """Lane i stores its own word and loads that of another warp's lane."""
+    memory, addresses = samples(32, 64), shared_addresses(64, 4)
+    source = (memory.ctypes.data + 4 * np.arange(64)).astype(np.uint64)
+    inputs = {"%s": addresses, "%o": np.roll(addresses, 32), "%v": samples(32, 64), "%g": source}
+    check_fault(message, body, inputs, {"%w": 32}, threads=64, arrays=[memory], shared=256, schedule=LOGGED)
+
+
+def test_warps_may_store_equal_values() -> None:
+    """Of one warp's different values at one address the last lane's stays; it must equal what other warps leave."""
+    inputs = {"%s": np.full(64, SHARED_BASE, np.uint32), "%v": np.tile(np.arange(32, dtype=np.uint32), 2)}
+    got = run(STORE + SYNC + "ld.shared.b32 %w, [%s];", inputs, {"%w": 32}, threads=64, shared=4)
+    assert (got["%w"] == 31).all()
+    inputs["%v"] = np.arange(64, dtype=np.uint32)
+    check_fault("race: warps write different values", STORE, inputs, threads=64, shared=4)
+
+
+TRY = "waitLoop: mbarrier.try_wait.parity.shared::cta.b64 %p, [%b], %z; @!%p bra waitLoop;"
+COPY = f"""mov.u32 %t, %tid.x; setp.eq.u32 %q, %t, 0; mov.b64 %m, map0; mov.u32 %z, 0;
+    @%q mbarrier.init.shared::cta.b64 [%b], 1; bar.sync 0;
+    @%q mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], 256;
+    @%q cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%s], [%m, {{%z, %z}}], [%b];
+    {TRY}
+    ld.shared.b32 %f, [%s]; bar.sync 0; @%q mbarrier.inval.shared::cta.b64 [%b];"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "messages"),
+    [
+        ("", "", ""),
+        ("[%b], 256;", "[%b], 128;", "waits for -128 bytes|deadlock|a phase is incomplete"),
+        ("[%b], 256;", "[%b], 512;", "deadlock"),
+        ("@%q mbarrier.init.shared::cta.b64 [%b], 1;", "", "no mbarrier at this address"),
+        ("1; bar.sync 0;", "1;", "race|no mbarrier at this address"),
+        (TRY, "", "without a wait|has no wait"),
+        ("@!%p bra waitLoop;", "", "without a wait|unwritten|a phase is incomplete"),
+        ("bar.sync 0; @%q mbarrier.inval", "@%q mbarrier.inval", "race|no mbarrier at|the mbarrier of a copy"),
+        ("ld.shared.b32 %f, [%s];", "st.shared.b64 [%b], %m;", "writes over an mbarrier"),
+        ("@%q cp.async.bulk", "@%q st.shared.b32 [%s], %t; @%q cp.async.bulk", "no fence.proxy.async"),
+        ("@%q mbarrier.inval.shared::cta.b64 [%b];", "@%q mbarrier.init.shared::cta.b64 [%b], 1;", "exists already"),
+        ("map0;", "4096;", "no descriptor at this address"),
+    ],
+)  # fmt: skip
+def test_some_schedule_detects_a_faulty_tma_copy(old: str, new: str, messages: str) -> None:
+    tensor = samples(16, 128).reshape(8, 16)
+    descriptor = Descriptor(tensor.ctypes.data, 2, (16, 8), (32,), (16, 8), 32)
+    inputs = {"%b": np.full(64, SHARED_BASE + 256, np.uint32), "%s": np.full(64, SHARED_BASE, np.uint32)}
+    outputs = {"%t": 32, "%z": 32, "%q": 1, "%p": 1, "%m": 64, "%f": 32}
+    assert not old or COPY.count(old) == 1
+    body, faults = COPY.replace(old, new) if old else COPY, []
+    options = {"threads": 64, "arrays": [tensor], "shared": 264, "descriptors": [descriptor]}
+    for schedule in SCHEDULES:
+        try:
+            run(body, inputs, outputs, schedule=schedule, **options)
+        except Fault as fault:
+            faults.append(str(fault))
+    assert bool(faults) == bool(messages)
+    assert not messages or any(message in "\n".join(faults) for message in messages.split("|")), faults
+
+
+HALVES = ("bf16", "f16")
+LANES = np.arange(128)
+
+
+def pairs(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Pack two 16-bit values into each register."""
+    return low.astype(np.uint32) | high.astype(np.uint32) << 16
+
+
+def vector(name: str, count: int) -> str:
+    return f"{{{', '.join(f'%{name}{i}' for i in range(count))}}}"
+
+
+def descriptor(start: int, leading: int, stride: int, span: int) -> int:
+    code = {128: 1, 64: 2, 32: 3}[span]
+    return start >> 4 | (leading >> 4) << 16 | (stride >> 4) << 32 | code << 62
+
+
+def write_tile(matrix: np.ndarray, kind: str, start: int, span: int, transposed: bool, memory: np.ndarray) -> int:
+    """Write [rows, 16] to shared memory as TMA would and return its descriptor.
+
+    K contiguous: rows of `span` bytes, of which 32 belong to the tile, in groups of eight. Transposed: for each k,
+    `span` bytes of rows.
+    """
+    (r, k), per = np.indices(matrix.shape), span // 2
+    if transposed:
+        address = start + r // per * 16 * span + 2 * (r % per) + k // 8 * 8 * span + k % 8 * span
+    else:
+        address = start + r // 8 * 8 * span + r % 8 * span + 2 * k
+    address ^= (address >> 7 & span // 16 - 1) << 4
+    memory.view(np.uint16)[(address - SHARED_BASE) // 2] = as_bits(matrix, kind)
+    return descriptor(start, 16 * span if transposed else 16, 8 * span, span)
+
+
+@every_schedule
+@pytest.mark.parametrize("kind", HALVES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("span", [32, 64, 128])
+def test_wgmma(span: int, transposed: bool, kind: str, schedule: Any) -> None:
+    """Two products with one accumulator, A from a descriptor and from registers; the first ignores the accumulator."""
+    columns = 64
+    values = np.random.default_rng(0).standard_normal((64 + columns, 16)).astype(np.float32)
+    a, b = np.split(as_floats(as_bits(values, kind), kind), [64])
+    memory = np.zeros(32768, np.uint8)
+    tile_a = write_tile(a, kind, SHARED_BASE, span, transposed, memory)
+    tile_b = write_tile(b, kind, SHARED_BASE + 16384, span, transposed, memory)
+    results = [f"%d{i}" for i in range(columns // 2)]
+    wgmma = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {vector('d', columns // 2)}"
+    trans = int(transposed)
+    body = """mov.u32 %k, 0; fill: ld.global.b32 %v, [%g]; st.shared.b32 [%i], %v; add.u64 %g, %g, 512;
+        add.u32 %i, %i, 512; add.u32 %k, %k, 1; setp.lt.u32 %p, %k, 64; @%p bra fill;
+        fence.proxy.async.shared::cta; bar.sync 0; wgmma.fence.sync.aligned;"""
+    body += f"{wgmma}, %x, %y, 0, 1, 1, {trans}, {trans}; {wgmma}, {vector('a', 4)}, %y, 1, 1, 1, {trans};"
+    body += COMMIT + WAIT
+    inputs = {"%g": (memory.ctypes.data + 4 * LANES).astype(np.uint64), "%i": shared_addresses(128, 4)}
+    inputs |= {"%x": np.full(128, tile_a, np.uint64), "%y": np.full(128, tile_b, np.uint64)}
+    packed = as_bits(a, kind)
+    group, member = 16 * (LANES // 32) + LANES % 32 // 4, LANES % 4
+    for r in range(4):
+        row, column = group + 8 * (r % 2), 2 * member + 8 * (r // 2)
+        inputs[f"%a{r}"] = pairs(packed[row, column], packed[row, column + 1])
+    outputs = {"%k": 32, "%v": 32, "%p": 1} | dict.fromkeys(results, 32)
+    got = run(body, inputs, outputs, threads=128, arrays=[memory], shared=32768, schedule=schedule)
+    want = 2 * (a.astype(float) @ b.astype(float).T)
+    for r, name in enumerate(results):
+        expected = want[group + 8 * (r // 2 % 2), 8 * (r // 4) + 2 * member + r % 2]
+        assert np.allclose(got[name].view(np.float32), expected, rtol=1e-6, atol=1e-6)
+
+
+PRODUCT = f"""wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {vector("d", 8)},
+    {{%a,%a,%a,%a}}, %y, 0, 1, 1, 0;"""
+BEGIN = "st.shared.v4.b32 [%i], {%v, %v, %v, %v}; fence.proxy.async.shared::cta; bar.sync 0; wgmma.fence.sync.aligned;"
+OVERWRITE = "bar.sync 0; mov.b32 %w, 9; st.shared.b32 [%i], %w;"
+COMMIT, WAIT = "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"
+INPUTS = {
+    "%i": shared_addresses(128, 16), "%v": samples(32, 128), "%a": samples(32, 128, 1),
+    "%y": np.full(128, descriptor(SHARED_BASE, 16, 1024, 128), np.uint64),
+}  # fmt: skip
+OUTPUTS = {"%w": 32} | {f"%d{i}": 32 for i in range(8)}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (BEGIN + PRODUCT + COMMIT + WAIT, ""),
+        (BEGIN.replace("wgmma.fence.sync.aligned;", "") + PRODUCT + COMMIT + WAIT, "no wgmma.fence before"),
+        (BEGIN + PRODUCT + COMMIT, "no wait for: wgmma"),
+        (BEGIN + PRODUCT + WAIT, "no wait for: wgmma"),
+        (BEGIN + PRODUCT + COMMIT + "mov.b32 %a, 7;" + WAIT, "a register changed under"),
+        (BEGIN + PRODUCT + COMMIT + "mov.b32 %d0, 7;" + WAIT, "the result's register was written under"),
+        (BEGIN + PRODUCT + COMMIT + OVERWRITE + WAIT, "shared memory changed"),
+        (BEGIN + "mov.b32 %a, 7;" + PRODUCT + COMMIT + WAIT, "no wgmma.fence after a register was written"),
+        (BEGIN + PRODUCT + COMMIT + WAIT + PRODUCT + COMMIT + WAIT, "no wgmma.fence before"),
+        (BEGIN.replace("fence.proxy.async.shared::cta;", "") + PRODUCT + COMMIT + WAIT, "no fence.proxy.async"),
+        (BEGIN.replace("bar.sync 0;", "") + PRODUCT + COMMIT + WAIT, "race: reads what another warp writes"),
+    ],
+)
+def test_pending_products_restrict_their_operands(body: str, message: str) -> None:
+    check_fault(message, body, INPUTS, OUTPUTS, threads=128, shared=2048)
+
+
+def test_results_are_undefined_until_a_wait() -> None:
+    body = BEGIN + PRODUCT + COMMIT + "mov.b32 %w, %d0;" + WAIT
+    inputs = {**INPUTS, "%v": np.zeros(128, np.uint32), "%a": samples(32, 128)}
+    got = run(body, inputs, OUTPUTS, threads=128, shared=2048, schedule=SCHEDULES[1])
+    assert (got["%w"] == 2**32 - 1).all() and (got["%d0"] != 2**32 - 1).all()

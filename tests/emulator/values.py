@@ -4,14 +4,13 @@ A register of 16, 32 or 64 bits is an array of unsigned integers, a predicate on
 arrays and never write into them. Types belong to opcodes: an operand is read as the type that its opcode names.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from .parser import Imm, Instruction, Pair, Program, Reg, Sink, Symbol, Unmodelled, Vector
+from .parser import Imm, Instruction, Pair, Program, Reg, Sink, Unmodelled, Vector
 
 Array = np.ndarray
 UNSIGNED = {1: np.dtype(bool), 8: np.dtype("u1"), 16: np.dtype("u2"), 32: np.dtype("u4"), 64: np.dtype("u8")}
@@ -48,7 +47,6 @@ def reader(operand: Any, kind: str) -> Read:
 
 
 def destinations(operand: Any) -> list[Reg | Sink]:
-    """Return the registers that an instruction's first operand names."""
     return list(operand.items) if isinstance(operand, (Vector, Pair)) else [operand]
 
 
@@ -94,6 +92,16 @@ def models(*opcodes: str) -> Callable[[Any], Any]:
     return register
 
 
+def executes(*opcodes: str) -> Callable[[Any], Any]:
+    """Register a function of an instruction, a frame and a mask, which executes these opcodes."""
+
+    def register(function: Any) -> Any:
+        models(*opcodes)(lambda inst, program: partial(function, inst))
+        return function
+
+    return register
+
+
 def elementwise(opcode: str, function: Callable[..., Any], *types: str) -> None:
     """Model an opcode by a numpy function of its source operands, which have these types."""
 
@@ -114,19 +122,11 @@ def by_type(table: dict[str, Callable[..., Any]], arity: int, *types: str) -> No
 
 
 def suffix(inst: Instruction) -> str:
-    """Return the type that ends the opcode."""
     return inst.opcode.rpartition(".")[2]
 
 
-def check_modelled(program: Program) -> None:
-    """Raise Unmodelled with every opcode of the program that is not modelled, modifiers included."""
-    unknown = sorted({inst.opcode for inst in program.instructions} - MODELLED.keys() - CONTROL)
-    if unknown:
-        raise Unmodelled(f"{program.name}: not modelled: {', '.join(unknown)}")
-
-
-def symbol(operand: Any) -> str | None:
-    return operand.name if isinstance(operand, Symbol) else None
+def read(frame: Any, operand: Any, kind: str) -> Array:
+    return reader(operand, kind)(frame)
 
 
 def per_lane(frame: Any, value: Any) -> Array:
@@ -137,7 +137,6 @@ def lane_indices(frame: Any, mask: Any) -> Array:
     return np.arange(frame.n) if mask is None else np.flatnonzero(mask)
 
 
-def per_warp(frame: Any, reads: list[Read]) -> Iterator[Array]:
-    """Yield operands as arrays [warps, 32]."""
-    for read in reads:
-        yield np.broadcast_to(read(frame), frame.n).reshape(-1, 32)
+def per_warp(frame: Any, operand: Any, kind: str = "b32") -> Array:
+    """Return an operand as [warps, 32]."""
+    return per_lane(frame, read(frame, operand, kind)).reshape(-1, 32)

@@ -1,16 +1,14 @@
 """Instructions of a whole warp: shuffles, reductions, elections, ldmatrix, stmatrix and mma (PTX ISA, section 9.7)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from .floats import HALVES, to_fp32
+from .arithmetic import HALVES, to_fp32
 from .memory import Fault, effective, store_shared, where
-from .parser import Instruction, Pair, Program, Reg, Unmodelled, Vector
-from .values import Array, Step, assign, destinations, models, per_lane, per_warp, reader, suffix
+from .parser import Instruction, Unmodelled, Vector
+from .values import Array, assign, destinations, executes, per_warp, read, suffix
 
 ALL = np.uint32(0xFFFF_FFFF)
 
@@ -36,29 +34,22 @@ SHUFFLES: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
 }
 
 
-@models(*(f"shfl.sync.{name}.b32" for name in SHUFFLES))
-def shuffle(inst: Instruction, program: Program) -> Step:
-    name = inst.opcode.split(".")[2]
-    to, *_ = destinations(inst.operands[0])
-    flag = inst.operands[0].items[1] if isinstance(inst.operands[0], Pair) else None
-    *reads, members = (reader(operand, "b32") for operand in inst.operands[1:])
-    lane = np.arange(32)[None]
-
-    def step(frame: Any, mask: Any) -> None:
-        check_full_warps(frame, mask, inst, members(frame))
-        values, by, bound = per_warp(frame, reads)
-        by, bound = by.astype(np.int64), bound.astype(np.int64)
-        segment, clamp = bound >> 8 & 31, bound & 31
-        first = lane & segment
-        limit = first | clamp & ~segment
-        source = SHUFFLES[name](lane, by & 31, first, segment)
-        inside = source >= limit if name == "up" else source <= limit
-        source = np.where(inside, source, lane)
-        assign(frame, to, np.take_along_axis(values, source, 1).reshape(-1), mask)
-        if isinstance(flag, Reg):
-            assign(frame, flag, np.ascontiguousarray(inside).reshape(-1), mask)
-
-    return step
+@executes(*(f"shfl.sync.{name}.b32" for name in SHUFFLES))
+def shuffle(inst: Instruction, frame: Any, mask: Any) -> None:
+    name, (to, *sources, members) = inst.opcode.split(".")[2], inst.operands
+    check_full_warps(frame, mask, inst, read(frame, members, "b32"))
+    values, by, bound = (per_warp(frame, operand) for operand in sources)
+    lane, by, bound = np.arange(32)[None], by.astype(np.int64), bound.astype(np.int64)
+    segment, clamp = bound >> 8 & 31, bound & 31
+    first = lane & segment
+    limit = first | clamp & ~segment
+    source = SHUFFLES[name](lane, by & 31, first, segment)
+    inside = source >= limit if name == "up" else source <= limit
+    source = np.where(inside, source, lane)
+    target, *flags = destinations(to)
+    assign(frame, target, np.take_along_axis(values, source, 1).reshape(-1), mask)
+    for flag in flags:
+        assign(frame, flag, np.ascontiguousarray(inside).reshape(-1), mask)
 
 
 REDUCTIONS: dict[str, Any] = {f"{name}.{kind}": function for kind in ("s32", "u32") for name, function in
@@ -66,50 +57,35 @@ REDUCTIONS: dict[str, Any] = {f"{name}.{kind}": function for kind in ("s32", "u3
 REDUCTIONS |= {"and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor}
 
 
-@models(*(f"redux.sync.{name}" for name in REDUCTIONS))
-def redux(inst: Instruction, program: Program) -> Step:
-    (to,), function = destinations(inst.operands[0]), REDUCTIONS[inst.opcode.removeprefix("redux.sync.")]
-    a, members = reader(inst.operands[1], suffix(inst)), reader(inst.operands[2], "b32")
-
-    def step(frame: Any, mask: Any) -> None:
-        check_full_warps(frame, mask, inst, members(frame))
-        (values,) = per_warp(frame, [a])
-        assign(frame, to, np.repeat(function.reduce(values, axis=1, dtype=values.dtype), 32), mask)
-
-    return step
+@executes(*(f"redux.sync.{name}" for name in REDUCTIONS))
+def redux(inst: Instruction, frame: Any, mask: Any) -> None:
+    to, source, members = inst.operands
+    check_full_warps(frame, mask, inst, read(frame, members, "b32"))
+    values = per_warp(frame, source, suffix(inst))
+    reduce = REDUCTIONS[inst.opcode.removeprefix("redux.sync.")].reduce
+    assign(frame, to, np.repeat(reduce(values, axis=1, dtype=values.dtype), 32), mask)
 
 
-@models("elect.sync")
-def elect(inst: Instruction, program: Program) -> Step:
-    to, flag = inst.operands[0].items
-    members = reader(inst.operands[1], "b32")
-
-    def step(frame: Any, mask: Any) -> None:
-        check_full_warps(frame, mask, inst, members(frame))
-        assign(frame, to, np.uint32(0), mask)
-        assign(frame, flag, frame.lane == 0, mask)
-
-    return step
+@executes("elect.sync")
+def elect(inst: Instruction, frame: Any, mask: Any) -> None:
+    (to, flag), members = inst.operands[0].items, inst.operands[1]
+    check_full_warps(frame, mask, inst, read(frame, members, "b32"))
+    assign(frame, to, np.uint32(0), mask)
+    assign(frame, flag, frame.lane == 0, mask)
 
 
-@models("bar.warp.sync")
-def bar_warp(inst: Instruction, program: Program) -> Step:
-    members = reader(inst.operands[0], "b32")
-    return lambda frame, mask: check_full_warps(frame, mask, inst, members(frame))
+@executes("bar.warp.sync")
+def bar_warp(inst: Instruction, frame: Any, mask: Any) -> None:
+    check_full_warps(frame, mask, inst, read(frame, inst.operands[0], "b32"))
 
 
-def _row_offsets(inst: Instruction, operand: Any, count: int) -> Any:
-    """Return a function of frame and mask: the lanes that hold row addresses, and the offsets of these rows."""
-    addresses = effective(operand, "u32")
-
-    def offsets(frame: Any, mask: Any) -> tuple[Array, Array]:
-        check_full_warps(frame, mask, inst)
-        lanes = frame.lane < 8 * count
-        if mask is not None:
-            lanes = lanes & mask
-        return lanes, frame.machine.shared.offsets(frame, addresses(frame), 16, lanes)
-
-    return offsets
+def _rows(inst: Instruction, frame: Any, mask: Any, address: Any, count: int) -> tuple[Array, Array]:
+    """Return the lanes that hold row addresses of `count` tiles, and the offsets of these rows."""
+    check_full_warps(frame, mask, inst)
+    lanes = frame.lane < 8 * count
+    if mask is not None:
+        lanes = lanes & mask
+    return lanes, frame.machine.shared.offsets(frame, effective(frame, address, "u32"), 16, lanes)
 
 
 _FORMS = [f"sync.aligned.m8n8.x{count}{trans}.shared.b16" for count in (1, 2, 4) for trans in ("", ".trans")]
@@ -121,43 +97,32 @@ def _tiles(inst: Instruction, halves: Array) -> Array:
     return np.ascontiguousarray(tiles.swapaxes(2, 3)) if ".trans." in inst.opcode else tiles
 
 
-@models(*(f"ldmatrix.{form}" for form in _FORMS))
-def ldmatrix(inst: Instruction, program: Program) -> Step:
-    targets = inst.operands[0].items
-    count = len(targets)
-    rows = _row_offsets(inst, inst.operands[1], count)
-
-    def step(frame: Any, mask: Any) -> None:
-        lanes, offsets = rows(frame, mask)
-        frame.machine.log.read(frame, lanes, offsets, 16, inst)
-        chunks = np.zeros(frame.n, np.complex128)
-        chunks[lanes] = frame.machine.shared.views[16][offsets[lanes] // 16]
-        tiles = _tiles(inst, chunks.reshape(-1, 32)[:, : 8 * count].copy().view(np.uint16))
-        for reg, words in zip(targets, tiles.view(np.uint32).reshape(-1, count, 32).swapaxes(0, 1), strict=True):
-            assign(frame, reg, words.reshape(-1), mask)
-
-    return step
+@executes(*(f"ldmatrix.{form}" for form in _FORMS))
+def ldmatrix(inst: Instruction, frame: Any, mask: Any) -> None:
+    targets, count = inst.operands[0].items, len(inst.operands[0].items)
+    lanes, offsets = _rows(inst, frame, mask, inst.operands[1], count)
+    frame.machine.log.read(frame, lanes, offsets, 16, inst)
+    chunks = np.zeros(frame.n, np.complex128)
+    chunks[lanes] = frame.machine.shared.views[16][offsets[lanes] // 16]
+    tiles = _tiles(inst, chunks.reshape(-1, 32)[:, : 8 * count].copy().view(np.uint16))
+    for reg, words in zip(targets, tiles.view(np.uint32).reshape(-1, count, 32).swapaxes(0, 1), strict=True):
+        assign(frame, reg, words.reshape(-1), mask)
 
 
-@models(*(f"stmatrix.{form}" for form in _FORMS))
-def stmatrix(inst: Instruction, program: Program) -> Step:
-    sources = inst.operands[1]
+@executes(*(f"stmatrix.{form}" for form in _FORMS))
+def stmatrix(inst: Instruction, frame: Any, mask: Any) -> None:
+    address, sources = inst.operands
     count = len(sources.items)
-    rows = _row_offsets(inst, inst.operands[0], count)
-
-    def step(frame: Any, mask: Any) -> None:
-        lanes, offsets = rows(frame, mask)
-        tiles = _tiles(inst, registers(frame, sources).view(np.uint16))
-        chunks = np.zeros((frame.n // 32, 32), np.complex128)
-        chunks[:, : 8 * count] = tiles.view(np.complex128).reshape(-1, 8 * count)
-        store_shared(frame, offsets, chunks.reshape(-1), 16, lanes, inst)
-
-    return step
+    lanes, offsets = _rows(inst, frame, mask, address, count)
+    tiles = _tiles(inst, registers(frame, sources).view(np.uint16))
+    chunks = np.zeros((frame.n // 32, 32), np.complex128)
+    chunks[:, : 8 * count] = tiles.view(np.complex128).reshape(-1, 8 * count)
+    store_shared(frame, offsets, chunks.reshape(-1), 16, lanes, inst)
 
 
 def registers(frame: Any, vector: Vector) -> Array:
     """Return the values of a vector's registers as [warps, registers, 32]."""
-    return np.stack([per_lane(frame, reader(item, "b32")(frame)).reshape(-1, 32) for item in vector.items], 1)
+    return np.stack([per_warp(frame, item) for item in vector.items], 1)
 
 
 def rows_of_a(words: Array, kind: str) -> Array:
@@ -187,17 +152,12 @@ def registers_of_c(rows: Array) -> Array:
     return np.ascontiguousarray(parts).reshape(-1, 4 * tiles, 32)
 
 
-@models(*(f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32" for kind in HALVES))
-def mma(inst: Instruction, program: Program) -> Step:
+@executes(*(f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32" for kind in HALVES))
+def mma(inst: Instruction, frame: Any, mask: Any) -> None:
     """Products and sums in fp64, rounded once: independent of the order, but not a GPU's last bit."""
-    to, a, b, c = inst.operands
-    kind = inst.opcode.split(".")[7]
-
-    def step(frame: Any, mask: Any) -> None:
-        check_full_warps(frame, mask, inst)
-        total = rows_of_a(registers(frame, a), kind) @ columns_of_b(registers(frame, b), kind)
-        new = registers_of_c((total + rows_of_c(registers(frame, c))).astype(np.float32))
-        for i, reg in enumerate(to.items):
-            assign(frame, reg, new[:, i].reshape(-1), mask)
-
-    return step
+    check_full_warps(frame, mask, inst)
+    kind, (to, *sources) = inst.opcode.split(".")[7], inst.operands
+    a, b, c = (registers(frame, vector) for vector in sources)
+    new = registers_of_c((rows_of_a(a, kind) @ columns_of_b(b, kind) + rows_of_c(c)).astype(np.float32))
+    for i, reg in enumerate(to.items):
+        assign(frame, reg, new[:, i].reshape(-1), mask)

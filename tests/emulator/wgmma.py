@@ -4,20 +4,19 @@ Each warp of a group of four computes 16 rows by itself. Until a wait, no lane m
 operands; operands in registers must be written before a `wgmma.fence`.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from collections import namedtuple
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from .arithmetic import HALVES, to_fp32
 from .copies import AsyncGroups, swizzle
-from .floats import HALVES, to_fp32
 from .memory import SHARED_BASE, Fault, where
 from .parser import Imm, Instruction, Program, Unmodelled, Vector
 from .races import bits_of
-from .values import Array, Step, models, per_lane, reader
+from .values import Array, executes, models, per_lane, reader
 from .warp import check_full_warps, registers, registers_of_c, rows_of_a, rows_of_c
 
 SPANS = {1: 128, 2: 64, 3: 32}
@@ -45,14 +44,9 @@ class TensorCore:
         self.count = 0
 
 
-@dataclass
-class Product:
-    """A pending product: its result's registers and all that it read."""
-
-    number: int
-    slots: tuple[int, ...]
-    tiles: list[tuple[Array, Array, Array]] = field(default_factory=list)  # a lane, offsets and chunks for each row
-    sources: dict[int, Array] = field(default_factory=dict)  # by register
+# A pending product: its number, its result's registers, tiles that it read (a lane, offsets and chunks for each row),
+# and registers that it read
+Product = namedtuple("Product", "number slots tiles sources")
 
 
 @lru_cache(maxsize=256)
@@ -88,7 +82,6 @@ def tile_offsets(frame: Any, descriptors: Array, warps: Array, rows: int, first:
 
 
 def _uniform(frame: Any, values: Any, warps: Array, inst: Instruction) -> Array:
-    """Return one value a warp."""
     by_warp = per_lane(frame, values).reshape(-1, 32)[warps]
     if (by_warp != by_warp[:, :1]).any():
         raise Fault(f"lanes of a warp differ in an operand: {inst.text}")
@@ -120,7 +113,7 @@ class WgmmaStep:
         self._check_fence(frame, lanes, accumulates)
         warps = np.flatnonzero(lanes.reshape(-1, 32)[:, 0])
         tensor.count += 1
-        product = Product(tensor.count, self.slots)
+        product = Product(tensor.count, self.slots, [], {})
         a, b = self._load_a(frame, warps, product), self._load_b(frame, warps, product)
         total = (a.reshape(len(b), -1, 16) @ b.swapaxes(1, 2)).reshape(len(warps), 16, -1)
         adds = _uniform(frame, self.adds(frame), warps, self.inst)
@@ -144,7 +137,7 @@ class WgmmaStep:
     def _load_a(self, frame: Any, warps: Array, product: Product) -> Array:
         """Return A as fp64 [warps, 16, 16]."""
         if self.a_registers:
-            product.sources = {reg.slot: frame.R[reg.slot] for reg in self.a_registers.items}
+            product.sources.update({reg.slot: frame.R[reg.slot] for reg in self.a_registers.items})
             return rows_of_a(registers(frame, self.a_registers)[warps], self.kind)
         lanes = 32 * warps
         descriptors = _uniform(frame, self.a(frame), warps, self.inst)
@@ -202,38 +195,29 @@ models(*(f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind}"
          for n in range(8, 257, 8) for kind in HALVES))(WgmmaStep)  # fmt: skip
 
 
-@models("wgmma.fence.sync.aligned")
-def fence(inst: Instruction, program: Program) -> Step:
-    def step(frame: Any, mask: Any) -> None:
-        check_full_warps(frame, mask, inst)
-        tensor = frame.tensor
-        tensor.unfenced &= False if mask is None else ~mask
-        if mask is None or not tensor.fenced:
-            tensor.fenced = list(frame.R)
-        else:
-            pairs = zip(frame.R, tensor.fenced, strict=True)
-            tensor.fenced = [new if new is old else np.where(mask, new, old) for new, old in pairs]
-
-    return step
+@executes("wgmma.fence.sync.aligned")
+def fence(inst: Instruction, frame: Any, mask: Any) -> None:
+    check_full_warps(frame, mask, inst)
+    tensor = frame.tensor
+    tensor.unfenced &= False if mask is None else ~mask
+    if mask is None or not tensor.fenced:
+        tensor.fenced = list(frame.R)
+    else:
+        pairs = zip(frame.R, tensor.fenced, strict=True)
+        tensor.fenced = [new if new is old else np.where(mask, new, old) for new, old in pairs]
 
 
-@models("wgmma.commit_group.sync.aligned")
-def commit(inst: Instruction, program: Program) -> Step:
-    return lambda frame, mask: frame.tensor.groups.commit(mask)
+@executes("wgmma.commit_group.sync.aligned")
+def commit(inst: Instruction, frame: Any, mask: Any) -> None:
+    frame.tensor.groups.commit(mask)
 
 
-@models("wgmma.wait_group.sync.aligned")
-def wait(inst: Instruction, program: Program) -> Step:
-    youngest = inst.operands[0].value
-
-    def step(frame: Any, mask: Any) -> None:
-        check_full_warps(frame, mask, inst)
-        tensor = frame.tensor
-        tensor.unfenced |= True if mask is None else mask
-        for op, completed in tensor.groups.complete(youngest, mask):
-            _complete(frame, op.inst, op.data, completed)
-
-    return step
+@executes("wgmma.wait_group.sync.aligned")
+def wait(inst: Instruction, frame: Any, mask: Any) -> None:
+    check_full_warps(frame, mask, inst)
+    frame.tensor.unfenced |= True if mask is None else mask
+    for op, completed in frame.tensor.groups.complete(inst.operands[0].value, mask):
+        _complete(frame, op.inst, op.data, completed)
 
 
 def _complete(frame: Any, inst: Instruction, product: Product, completed: Array) -> None:

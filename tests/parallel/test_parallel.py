@@ -1,8 +1,7 @@
-"""A model on a mesh of processes beside the same on one, and beside transformers: gloo, on this CPU."""
-
-from __future__ import annotations
+"""A model on a mesh of processes is compared with the same on one process and with transformers, over gloo."""
 
 import itertools
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -21,46 +20,19 @@ from mixtral_triton.tools.bench.command import MESH_RUNS
 from mixtral_triton.verification.layers import Target
 from mixtral_triton.verification.weights import compare_with_files
 from tests.support import hub
-from tests.support.ranks import (
-    Ranks,
-    another_rank_s_heads,
-    counted_wrong,
-    everything,
-    halved,
-    halves_swapped,
-    logits,
-    read_and_kept,
-    refusal,
-    renamed,
-    replayed,
-    silent,
-    stuck,
-    timed,
-    unflatten_args,
-    verified,
-    watched,
-)
+from tests.support import ranks as work
+from tests.support.ranks import Ranks
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(
     INTERPRETED or sys.platform == "win32", reason="about what ranks keep and send: run once, without the interpreter"
 )
 
-BASE: dict[str, Any] = {
-    "vocab_size": 50,  # no multiple of four
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,  # fewer than four ranks
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 32,
-    "sliding_window": 6,
-    "bos_token_id": 0,
-    "eos_token_id": None,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-}
+# The vocabulary is no multiple of four, and there are fewer key-value heads than four ranks.
+BASE: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+BASE |= {"num_attention_heads": 8, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+BASE |= {"max_position_embeddings": 32, "sliding_window": 6, "bos_token_id": 0, "eos_token_id": None}
+BASE |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 CONFIGS: dict[str, dict[str, Any]] = {
     "window": {},
     "no window, tied": {"sliding_window": None, "tie_word_embeddings": True},
@@ -81,7 +53,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """By the name of a config: a folder that transformers wrote, per expert or fused, in several shards."""
+    """Return a folder that transformers wrote, per expert or fused, in several shards, by the name of a config."""
     built: dict[tuple[str, bool], Path] = {}
 
     def make(name: str = "window", per_expert: bool = True) -> Path:
@@ -103,8 +75,8 @@ def close(got: torch.Tensor, want: torch.Tensor, limit: float = 1e-5) -> None:
     assert got.shape == want.shape and (got - want).abs().max() <= limit * want.abs().max()
 
 
-def whole_bytes(model: Mixtral, *parts: str) -> int:
-    return sum(place.nbytes for name, place in model.named_weights().items() if name.endswith(parts))
+def expert_bytes(sizes: dict[str, int]) -> int:
+    return sum(size for name, size in sizes.items() if name.endswith(("gate_up_proj", "down_proj")))
 
 
 def alike(found: list[dict[str, Any]], model: Mixtral, limit: float = 1e-5) -> None:
@@ -120,41 +92,36 @@ def alike(found: list[dict[str, Any]], model: Mixtral, limit: float = 1e-5) -> N
 
 @pytest.mark.parametrize(("name", "per_expert"), [("window", True), ("no window, tied", False)])
 @pytest.mark.parametrize("mesh", MESHES)
-def test_a_mesh_is_one_rank_and_transformers(
-    mesh: str, name: str, per_expert: bool, ranks: Ranks, checkpoint: Checkpoint
-) -> None:
+def test_mesh_equals_one_rank(mesh: str, name: str, per_expert: bool, ranks: Ranks, checkpoint: Checkpoint) -> None:
     folder = checkpoint(name, per_expert)
-    found, model = ranks(everything, folder, IDS, **MESHES[mesh]), Mixtral.from_pretrained(folder, "cpu")
+    found, model = ranks(work.everything, folder, IDS, **MESHES[mesh]), Mixtral.from_pretrained(folder, "cpu")
     alike(found, model)
     theirs = transformers.MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         close(found[-1]["logits"], theirs(IDS).logits)
-    n, tied = MESHES[mesh].get("tp", 1) * MESHES[mesh].get("ep", 1), model.config.tie_word_embeddings
-    experts = whole_bytes(model, "gate_up_proj", "down_proj")
+    n, tied = math.prod(MESHES[mesh].values()), model.config.tie_word_embeddings
+    whole = {name: weight.nbytes for name, weight in model.named_weights().items()}
     for rank in found:
         # Two a layer, and the logits; nothing else.
         sums = {"all_reduce": 2 * model.config.num_hidden_layers}
         assert rank["calls"] == (sums if tied else sums | {"all_gather": 1})
         kept = sum(rank["bytes"].values())
-        expert_bytes = sum(size for key, size in rank["bytes"].items() if key.endswith(("gate_up_proj", "down_proj")))
-        assert expert_bytes <= 1.02 / n * experts and rank["read"] <= 1.05 * kept
+        assert expert_bytes(rank["bytes"]) <= 1.02 / n * expert_bytes(whole) and rank["read"] <= 1.05 * kept
         assert rank["cache"] == found[0]["cache"]
-    assert sum(rank["read"] for rank in found[:n]) >= whole_bytes(model, "")  # between them they read all
+    assert sum(rank["read"] for rank in found[:n]) >= sum(whole.values())  # between them they read all
 
 
 @pytest.mark.parametrize("weights", ["int4", "int8", "fp8", {"experts": "int4", "linear": "int4"}], ids=str)
 @pytest.mark.parametrize("mesh", ["tp 2", "ep 2"])
 def test_quantized_while_it_is_read(mesh: str, weights: Any, ranks: Ranks, checkpoint: Checkpoint) -> None:
     folder = checkpoint("wide")
-    found = ranks(everything, folder, IDS, weights=weights, **MESHES[mesh])
+    found = ranks(work.everything, folder, IDS, weights=weights, **MESHES[mesh])
     model = Mixtral.from_pretrained(folder, "cpu", weights=weights)
     alike(found, model)
-    experts = whole_bytes(model, "gate_up_proj", "down_proj")
-    for rank in found:
-        expert_bytes = sum(size for name, size in rank["bytes"].items() if name.endswith(("gate_up_proj", "down_proj")))
-        # Each part of a row that is split keeps its scale.
-        split = mesh == "tp 2" and weights in ("int8", "fp8")
-        assert expert_bytes <= (1.05 if split else 1.02) / 2 * experts
+    experts = expert_bytes({name: weight.nbytes for name, weight in model.named_weights().items()})
+    # Each part of a row that is split keeps its scale.
+    most = 1.05 if mesh == "tp 2" and weights in ("int8", "fp8") else 1.02
+    assert all(expert_bytes(rank["bytes"]) <= most / 2 * experts for rank in found)
 
 
 @pytest.mark.parametrize("format", ["int4", "int8", "fp8"])
@@ -168,7 +135,7 @@ def test_the_parts_are_of_what_one_process_quantizes(
     """Bit for bit, also of a row that is split and has one scale: that is of the whole row."""
     folder, weights = checkpoint(name, per_expert), {"experts": format, "linear": format}
     places = Mixtral.from_pretrained(folder, "cpu", weights=weights).named_weights()
-    for found in ranks(unflatten_args, folder, weights=weights, **MESHES[mesh]):
+    for found in ranks(work.gathered_weights, folder, weights=weights, **MESHES[mesh]):
         assert {part.rpartition(".")[2] for part in found} == {*itertools.chain(*PARTS.values())}
         for part, (values, scales) in found.items():
             assert torch.equal(values, places[part].dequantize()) and (scales == places[part].scales).all(), part
@@ -186,15 +153,16 @@ def test_checkpoints_of_the_hub(layout: str, ranks: Ranks, tmp_path: Path) -> No
     ids = IDS % hub.SIZES["vocab_size"]
     want = Mixtral.from_pretrained(tmp_path, "cpu", torch.float32)(ids)
     for mesh in ({"tp": 2}, {"ep": 2}):
-        for (got,) in ranks(logits, tmp_path, [ids], dtype=torch.float32, **mesh):
+        for (got,) in ranks(work.logits, tmp_path, [ids], dtype=torch.float32, **mesh):
             close(got, want)
-        assert all(read <= 1.05 * kept for read, kept in ranks(read_and_kept, tmp_path, **mesh))
+        assert all(read <= 1.05 * kept for read, kept in ranks(work.read_and_kept, tmp_path, **mesh))
 
 
 def test_a_group_is_never_cut(ranks: Ranks, checkpoint: Checkpoint, tmp_path: Path) -> None:
     hub.write(tmp_path, *hub.LAYOUTS["awq 128"])
-    assert all("leaves a rank 64 of its 128 columns: groups of 128" in said for said in ranks(refusal, tmp_path, tp=2))
-    said = ranks(refusal, checkpoint("wide"), weights="int4", tp=4)  # 256 columns in groups of 128
+    for said in ranks(work.refusal, tmp_path, tp=2):
+        assert "leaves a rank 64 of its 128 columns: groups of 128" in said
+    said = ranks(work.refusal, checkpoint("wide"), weights="int4", tp=4)  # 256 columns in groups of 128
     assert set(said) == {f"Mixtral.from_pretrained: {CUT}"}
 
 
@@ -203,17 +171,13 @@ def test_deterministic(mesh: str, ranks: Ranks, checkpoint: Checkpoint) -> None:
     """With four ranks the order of an all-reduce would depend on the size of the batch."""
     texts = [IDS, IDS[:1], IDS[1:]]
     want = Mixtral.from_pretrained(checkpoint(), "cpu")(IDS)
-    for whole, *alone in ranks(logits, checkpoint(), texts, deterministic=True, **MESHES[mesh]):
+    for whole, *alone in ranks(work.logits, checkpoint(), texts, deterministic=True, **MESHES[mesh]):
         close(whole, want)
         assert torch.equal(torch.cat(alone), whole)
 
 
 SIZES = [
-    (
-        {"num_attention_heads": 6, "num_key_value_heads": 2},
-        {"tp": 4},
-        "num_attention_heads is 6, needs a multiple of 4",
-    ),
+    ({"num_attention_heads": 6, "num_key_value_heads": 2}, {"tp": 4}, "num_attention_heads is 6, needs a multiple of"),
     ({"num_attention_heads": 12, "num_key_value_heads": 6}, {"tp": 4}, "num_key_value_heads is 6, needs a multiple or"),
     ({"num_local_experts": 6}, {"ep": 4}, "num_local_experts is 6, needs a multiple of 4"),
     ({"intermediate_size": 23}, {"tp": 2}, "intermediate_size is 23, needs a multiple of 2"),
@@ -229,44 +193,33 @@ def test_sizes_that_the_ranks_do_not_divide(sizes: dict[str, int], mesh: dict[st
 
 def test_what_is_refused(ranks: Ranks, checkpoint: Checkpoint) -> None:
     folder = checkpoint()
-    for said in ranks(refusal, folder, given="tp", tp=2):
+    for said in ranks(work.refusal, folder, given="tp", tp=2):
         assert "mesh is 'tp', needs a torch.distributed.device_mesh.DeviceMesh whose dimensions are named" in said
-    assert all("mesh has dimensions named ('replica', 'tp')" in said for said in ranks(renamed, folder, tp=2))
-    assert all("device" in said and "cuda" in said for said in ranks(refusal, folder, device="cuda", tp=2))
-    for peer, mode in ranks(watched, folder, IDS, tp=2):
+    assert all(
+        "mesh has dimensions named ('replica', 'tp')" in said for said in ranks(work.refusal, folder, root=True, tp=2)
+    )
+    assert all("device" in said and "cuda" in said for said in ranks(work.refusal, folder, device="cuda", tp=2))
+    for peer, mode in ranks(work.watched, folder, IDS, tp=2):
         assert "no rank of a mesh has all weights" in peer and "dispatch mode" in mode
 
 
-def missing(folder: Path) -> str:
-    next(folder.glob("*00002*.safetensors")).unlink()
-    return "no such file"
-
-
-def cut_off(folder: Path) -> str:
-    shard = next(folder.glob("*00002*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-4])
-    return "cut off"
-
-
-def another_config(folder: Path) -> str:
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"num_attention_heads": 8', '"num_attention_heads": 9'))
-    return "num_attention_heads"
-
-
-@pytest.mark.parametrize("damage", [missing, cut_off, another_config])
-def test_what_is_bad_for_one_rank_ends_all(
-    damage: Callable[[Path], str], ranks: Ranks, checkpoint: Checkpoint, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("reason", ["no such file", "cut off", "num_attention_heads"])
+def test_what_is_bad_for_one_rank_ends_all(reason: str, ranks: Ranks, checkpoint: Checkpoint, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     shutil.copytree(checkpoint(), bad)
-    why = damage(bad)
-    for said in ranks(refusal, checkpoint(), bad={2: bad}, tp=4):
-        assert said.startswith("rank 2 of 4: ") and why in said and "\n" not in said
+    shard, config = next(bad.glob("*00002*.safetensors")), bad / "config.json"
+    if reason == "no such file":
+        shard.unlink()
+    elif reason == "cut off":
+        shard.write_bytes(shard.read_bytes()[:-4])
+    else:
+        config.write_text(config.read_text().replace('"num_attention_heads": 8', '"num_attention_heads": 9'))
+    for said in ranks(work.refusal, checkpoint(), bad={2: bad}, tp=4):
+        assert said.startswith("rank 2 of 4: ") and reason in said and "\n" not in said
 
 
 def test_a_rank_that_does_not_come(ranks: Ranks, checkpoint: Checkpoint) -> None:
-    *refusals, _ = ranks(silent, checkpoint(), IDS, tp=4)
+    *refusals, _ = ranks(work.silent, checkpoint(), IDS, tp=4)
     for rank, said in enumerate(refusals):
         assert said.startswith(f"rank {rank} of 4: another rank does not answer: ")
 
@@ -283,14 +236,11 @@ def test_a_rank_that_does_not_come(ranks: Ranks, checkpoint: Checkpoint) -> None
     ids=str,
 )
 def test_verify(mesh: str, name: str, weights: Any, ranks: Ranks, checkpoint: Checkpoint) -> None:
-    """On every rank the same report: all operations, all layers, the loaded tensors beside the files, and what
-    quantizing them cost."""
+    """Every rank has the same report of all operations and layers, the loaded tensors, and the cost of quantization."""
     folder = checkpoint(name)
-    first, *rest = ranks(verified, folder, IDS, weights=weights, **MESHES[mesh])
+    first, *rest = ranks(work.verified, folder, IDS, weights=weights, **MESHES[mesh])
     assert not first.wrong, str(first)
-    assert all(
-        report.rows == first.rows for report in rest[: MESHES[mesh].get("tp", 1) * MESHES[mesh].get("ep", 1) - 1]
-    )
+    assert all(report.rows == first.rows for report in rest[: math.prod(MESHES[mesh].values()) - 1])
     for layer in range(BASE["num_hidden_layers"]):
         assert {row.op for row in first.rows if row.layer == layer} >= {*OPS, "layer", "weights"}
     assert first.flips == 0 and first.rows[-1].op == "logits"
@@ -305,28 +255,24 @@ def test_verify(mesh: str, name: str, weights: Any, ranks: Ranks, checkpoint: Ch
 @pytest.mark.parametrize(
     ("fault", "mesh", "detected"),
     [
-        (halves_swapped, "tp 2", {("weights", 1)}),
-        (halves_swapped, "ep 2", {("weights", 1)}),
-        (another_rank_s_heads, "tp 4", {("weights", 0)}),
-        (counted_wrong, "ep 2", {("layer", 0), ("layer", 1)}),
-        (halved, "tp 2", {("layer", 0), ("layer", 1)}),
+        (work.swap_gate_and_up, "tp 2", {("weights", 1)}),
+        (work.swap_gate_and_up, "ep 2", {("weights", 1)}),
+        (work.shift_heads, "tp 4", {("weights", 0)}),
+        (work.shift_experts, "ep 2", {("layer", 0), ("layer", 1)}),
+        (work.halve_sums, "tp 2", {("layer", 0), ("layer", 1)}),
     ],
 )
-def test_verify_sees_what_one_rank_has_wrong(
-    fault: Any, mesh: str, detected: set[Any], ranks: Ranks, checkpoint: Checkpoint
-) -> None:
-    for report in ranks(verified, checkpoint(), IDS, fault=fault, **MESHES[mesh])[-MESHES[mesh].get("tp", 2) :]:
+def test_verify_detects_a_fault(fault: Any, mesh: str, detected: Any, ranks: Ranks, checkpoint: Checkpoint) -> None:
+    for report in ranks(work.verified, checkpoint(), IDS, fault=fault, **MESHES[mesh])[-MESHES[mesh].get("tp", 2) :]:
         assert {(row.op, row.layer) for row in report.wrong} >= detected and not report.ok
 
 
 @pytest.mark.parametrize(("mesh", "deterministic"), [("tp 2", False), ("ep 2 x tp 2", True)])
-def test_a_decode_step_is_a_graph_here_too(
-    mesh: str, deterministic: bool, ranks: Ranks, checkpoint: Checkpoint
-) -> None:
+def test_decode_step_is_a_graph(mesh: str, deterministic: bool, ranks: Ranks, checkpoint: Checkpoint) -> None:
     """What the ranks send is in it, and goes when it is replayed."""
     folder = checkpoint()
     want = Mixtral.from_pretrained(folder, "cpu").generate(IDS[:, :4], max_new_tokens=8)
-    for text, replays, calls in ranks(replayed, folder, IDS[:, :4], deterministic=deterministic, **MESHES[mesh]):
+    for text, replays, calls in ranks(work.replayed, folder, IDS[:, :4], deterministic=deterministic, **MESHES[mesh]):
         assert torch.equal(text, want) and replays == 6
         sums = "all_gather" if deterministic else "all_reduce"
         layers = BASE["num_hidden_layers"]
@@ -336,12 +282,12 @@ def test_a_decode_step_is_a_graph_here_too(
 
 def test_bench_times_the_slowest_rank(ranks: Ranks) -> None:
     sizes = {"B": 2, "S": 8, "L": 1, "H": 64, "I": 128, "E": 4, "K": 2, "Hq": 4, "Hkv": 2, "D": 16, "V": 64}
-    found = ranks(timed, sizes, tp=2)
+    found = ranks(work.timed, sizes, tp=2)
     times = [seconds for seconds, _ in found]
     assert times[0] == times[1] > 0 and times[2] == times[3] > 0  # the two of a mesh say the same
     assert {replays for _, replays in found} == {3 + 3 * MESH_RUNS}
 
 
 def test_a_wait_for_a_gpu_that_is_never_done_ends(ranks: Ranks, checkpoint: Checkpoint) -> None:
-    for rank, said in enumerate(ranks(stuck, checkpoint(), tp=4)):
+    for rank, said in enumerate(ranks(work.stuck, checkpoint(), tp=4)):
         assert said == f"rank {rank} of 4: another rank does not answer: its part of an all-reduce did not arrive"

@@ -1,18 +1,15 @@
-"""Several processes on the command line, as torchrun starts them: the same text, one report, and nobody who waits in
-vain."""
-
-from __future__ import annotations
+"""Several processes on the command line, as torchrun starts them: the same text, one report, and no endless wait."""
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from typing import Any
 
 import pytest
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from mixtral_triton import MixtralConfig
 from mixtral_triton.cli import SMALL, main
@@ -74,7 +71,7 @@ def one_thread(**more: str) -> dict[str, str]:
 
 def test_a_killed_rank_ends_the_others() -> None:
     command = (sys.executable, "-m", "mixtral_triton", "generate", str(SMALL), *PROMPT[:-1], "--tp", "2")
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     first, second = (
         subprocess.Popen((*command, "--max-new-tokens", "1000"), env=one_thread(RANK=str(rank), **common), **pipes)
@@ -93,12 +90,6 @@ def test_a_killed_rank_ends_the_others() -> None:
             one.communicate()
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 INVALID = [
     (("--tp", "2"), {}, "--tp 2 times --ep 1 needs 2 processes, and torchrun started 1: torchrun --nproc-per-node 2"),
     (("--tp", "2"), {"WORLD_SIZE": "3", "RANK": "1"}, "rank 1 of 3: --tp 2 times --ep 1 needs 2 processes"),
@@ -109,13 +100,7 @@ INVALID = [
 
 
 @pytest.mark.parametrize(("options", "environment", "message"), INVALID, ids=[message for _, _, message in INVALID])
-def test_processes_that_do_not_fit(
-    options: tuple[str, ...],
-    environment: dict[str, str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_invalid_processes(options: Any, environment: Any, message: str, monkeypatch: Any, capsys: Any) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert main(["generate", "--prompt", "x", *options]) == 2

@@ -1,7 +1,5 @@
 """Calls of operations in tests: their arguments, copies of these, and their results as one list."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

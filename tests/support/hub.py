@@ -1,7 +1,5 @@
 """Quantized checkpoints in the hub's layouts, packed by loops that share no code with the reader, and their values."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,21 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-SIZES: dict[str, Any] = {
-    "model_type": "mixtral",
-    "vocab_size": 40,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_local_experts": 2,
-    "num_experts_per_tok": 2,
-    "rope_theta": 1e4,
-    "max_position_embeddings": 64,
-    "eos_token_id": None,
-}
+SIZES: dict[str, Any] = {"model_type": "mixtral", "vocab_size": 40, "hidden_size": 128, "intermediate_size": 256}
+SIZES |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+SIZES |= {"num_local_experts": 2, "num_experts_per_tok": 2, "max_position_embeddings": 64}
+SIZES |= {"rope_theta": 1e4, "eos_token_id": None}
 ATTENTION = {"q": (128, 128), "k": (64, 128), "v": (64, 128), "o": (128, 128)}
 EXPERT = {"w1": (256, 128), "w3": (256, 128), "w2": (128, 256)}
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each 4 bits, lowest first
@@ -35,7 +22,6 @@ Packer = Callable[[int, int, Any], tuple[dict[str, Tensor], Tensor]]  # N, K, ra
 
 
 def linears() -> dict[str, tuple[int, int]]:
-    """Return the shapes of the one layer's linears by their names on disk."""
     layer = "model.layers.0"
     found = {f"{layer}.self_attn.{name}_proj": shape for name, shape in ATTENTION.items()}
     for expert in range(SIZES["num_local_experts"]):
@@ -44,7 +30,6 @@ def linears() -> dict[str, tuple[int, int]]:
 
 
 def dense(dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """Return the tensors that no layout quantizes."""
     generator = torch.Generator().manual_seed(5)
     shapes = {"model.embed_tokens": (40, 128), "lm_head": (40, 128), "model.layers.0.block_sparse_moe.gate": (2, 128)}
     found = {f"{name}.weight": torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
@@ -120,7 +105,6 @@ def fp8(
 
 
 def int8(N: int, K: int, random: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """Pack compressed-tensors' int-quantized."""
     values, scales = random.integers(-128, 128, (N, K)), scales_of(random, N, 1)
     return {"weight": torch.from_numpy(values.astype(np.int8)), "weight_scale": scales}, dequantize(values, 0, scales)
 
@@ -132,15 +116,11 @@ def compressed(bits: int = 4, group: int = 128, zeros: bool = False) -> Packer:
         G = 1 if group == -1 else K // group
         half = 1 << (bits - 1)
         values, scales = random.integers(-half, half, (N, K)), scales_of(random, N, G)
-        parts = {
-            "weight_packed": packed_words(values + half, bits),
-            "weight_scale": scales,
-            "weight_shape": torch.tensor([N, K]),
-        }
-        if not zeros:
-            return parts, dequantize(values, 0, scales)
-        points = random.integers(-half, half, (N, G))
-        parts["weight_zero_point"] = packed_words(points.T + half, bits).t()
+        parts = {"weight_packed": packed_words(values + half, bits), "weight_scale": scales}
+        parts["weight_shape"] = torch.tensor([N, K])
+        points = random.integers(-half, half, (N, G)) if zeros else 0
+        if zeros:
+            parts["weight_zero_point"] = packed_words(points.T + half, bits).t()
         return parts, dequantize(values, points, scales)
 
     return pack
@@ -155,12 +135,8 @@ def gptq(group: int = 128, off: int = 1, symmetric: bool = False, bits: int = 4,
         zeros = np.full((N, G), most // 2) if symmetric else random.integers(off, most, (N, G))
         groups = np.arange(K) * G // K
         groups = random.permutation(groups) if reorder else groups
-        parts = {
-            "qweight": packed_words(codes, bits).t(),
-            "qzeros": packed_words(zeros.T - off, bits),
-            "scales": scales.t(),
-            "g_idx": torch.from_numpy(groups.astype(np.int32)),
-        }
+        parts = {"qweight": packed_words(codes, bits).t(), "qzeros": packed_words(zeros.T - off, bits)}
+        parts |= {"scales": scales.t(), "g_idx": torch.from_numpy(groups.astype(np.int32))}
         return parts, dequantize(codes, zeros, scales, groups)
 
     return pack
@@ -170,11 +146,8 @@ def awq(group: int = 128) -> Packer:
     def pack(N: int, K: int, random: Any) -> tuple[dict[str, Tensor], Tensor]:
         codes, zeros = random.integers(0, 16, (N, K)), random.integers(0, 16, (N, K // group))
         scales = scales_of(random, N, K // group, dtype=torch.float16)
-        parts = {
-            "qweight": packed_words(codes.T, 4, AWQ_COLUMNS),
-            "qzeros": packed_words(zeros.T, 4, AWQ_COLUMNS),
-            "scales": scales.t(),
-        }
+        parts = {name: packed_words(x.T, 4, AWQ_COLUMNS) for name, x in (("qweight", codes), ("qzeros", zeros))}
+        parts["scales"] = scales.t()
         return parts, dequantize(codes, zeros, scales)
 
     return pack
@@ -183,12 +156,8 @@ def awq(group: int = 128) -> Packer:
 def compressed_config(format: str, ignore: Any = ("lm_head",), **weights: Any) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": {"type": "int", "symmetric": True, "dynamic": False} | weights}
     group |= {"input_activations": None, "output_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": format,
-        "ignore": list(ignore),
-        "config_groups": {"group_0": group},
-    }
+    config = {"quant_method": "compressed-tensors", "format": format, "ignore": list(ignore)}
+    return config | {"config_groups": {"group_0": group}}
 
 
 def pack_config(bits: int = 4, group: int = 128, zeros: bool = False) -> dict[str, Any]:
@@ -207,26 +176,21 @@ def awq_config(group: int = 128, **more: Any) -> dict[str, Any]:
     return config | {"modules_to_not_convert": ["gate"]} | more
 
 
-FLOAT = {"type": "float", "num_bits": 8}
+def fp8_config(strategy: str, **weights: Any) -> dict[str, Any]:
+    return compressed_config("float-quantized", strategy=strategy, type="float", num_bits=8, **weights)
+
+
 LAYOUTS: dict[str, tuple[Packer, dict[str, Any]]] = {
-    "ct fp8 channel": (fp8(), compressed_config("float-quantized", strategy="channel", **FLOAT)),
-    "ct fp8 tensor": (fp8("tensor"), compressed_config("float-quantized", strategy="tensor", **FLOAT)),
-    "ct fp8 block": (
-        fp8("block"),
-        compressed_config("float-quantized", strategy="block", block_structure=[128, 128], **FLOAT),
-    ),
+    "ct fp8 channel": (fp8(), fp8_config("channel")),
+    "ct fp8 tensor": (fp8("tensor"), fp8_config("tensor")),
+    "ct fp8 block": (fp8("block"), fp8_config("block", block_structure=[128, 128])),
     "ct int8": (int8, compressed_config("int-quantized", strategy="channel", num_bits=8)),
     "autofp8": (fp8("scalar", dtype=torch.float32), {"quant_method": "fp8", "ignored_layers": ["lm_head"]}),
     "modelopt": (fp8("scalar", dtype=torch.float32), {"quant_method": "modelopt", "quant_algo": "FP8"}),
-    "fp8 blocks": (
-        fp8("block", "weight_scale_inv", torch.float32),
-        {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
-    ),
 }
-LAYOUTS["fp8 blocks of 48 rows"] = (
-    fp8("block", "weight_scale_inv", torch.float32, rows=48),
-    {"quant_method": "fp8", "weight_block_size": [48, 128]},
-)
+for _name, _rows in (("fp8 blocks", 128), ("fp8 blocks of 48 rows", 48)):
+    _config = {"quant_method": "fp8", "weight_block_size": [_rows, 128], "activation_scheme": "dynamic"}
+    LAYOUTS[_name] = (fp8("block", "weight_scale_inv", torch.float32, _rows), _config)
 for _group in (128, 64, 32, -1):
     for _zeros in (False, True):
         LAYOUTS[f"ct int4 {_group} {_zeros}"] = (compressed(4, _group, _zeros), pack_config(4, _group, _zeros))

@@ -1,7 +1,5 @@
 """A copy of a kernel's module with a fault in its source, for faults that no patch of a function can inject."""
 
-from __future__ import annotations
-
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path

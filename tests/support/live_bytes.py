@@ -1,7 +1,5 @@
 """Counts the bytes of meta tensors that are alive at one time: the memory that the same calls take on a GPU."""
 
-from __future__ import annotations
-
 import weakref
 from typing import Any
 

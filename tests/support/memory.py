@@ -1,7 +1,5 @@
 """How much anonymous memory a piece of work takes at most: in a process of its own, watched by a thread."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

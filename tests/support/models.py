@@ -1,7 +1,5 @@
 """Random models, small and of awkward sizes, for every test that needs one."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -13,30 +11,15 @@ from mixtral_triton.quantize.quantizers import fill
 from mixtral_triton.quantize.spec import select_specs
 from mixtral_triton.weights import parameter_shapes
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 23,
-    "hidden_size": 16,
-    "intermediate_size": 12,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "rope_theta": 1e4,
-    "max_position_embeddings": 64,
-    "eos_token_id": None,
-}
+SIZES: dict[str, Any] = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
+SIZES |= {"rope_theta": 1e4, "max_position_embeddings": 64, "eos_token_id": None}
 
 
 def random_model(
-    device: Any = "cpu",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    gain: float = 2.0,
-    deterministic: bool = False,
-    weights: Any = None,
-    **sizes: Any,
-) -> Mixtral:
+    device: Any = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0, gain: float = 2.0,
+    deterministic: bool = False, weights: Any = None, **sizes: Any,
+) -> Mixtral:  # fmt: skip
     """A model of SIZES, changed by `sizes`; on the meta device its shapes alone.
 
     Its matrices make a vector `gain` times as long: at 2 neither a route nor a greedy token is a close call.

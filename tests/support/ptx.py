@@ -4,8 +4,6 @@ Instructions are taken in the order of the text. An address belongs to the point
 a loaded value belongs to none.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

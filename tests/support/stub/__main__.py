@@ -4,8 +4,6 @@ Triton's JIT compiles kernels, and the driver checks launches as CUDA would. Ker
 with `--executes`; without it results are undefined.
 """
 
-from __future__ import annotations
-
 import argparse
 import runpy
 import sys

@@ -41,8 +41,6 @@ class LaunchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Launched:
-    """A launch by the JIT."""
-
     kernel: str
     device: int
     stream: int
@@ -206,7 +204,6 @@ class Driver(GPUDriver):
 
 
 def with_memory(arg: Any) -> Any:
-    """Replace a simulated GPU's tensor by its memory."""
     if isinstance(arg, TensorDescriptor):
         return TensorDescriptor(with_memory(arg.base), arg.shape, arg.strides, arg.block_shape)
     return getattr(arg, "held", arg)

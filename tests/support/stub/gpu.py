@@ -22,16 +22,8 @@ from mixtral_triton.kernels import call
 from .driver import Driver
 from .tensors import Factories, FakeGPUTensor, indexed, stage
 
-H100 = {
-    "name": "NVIDIA H100 80GB HBM3 (stub)",
-    "major": 9,
-    "minor": 0,
-    "multi_processor_count": 132,
-    "total_memory": 80 << 30,
-    "L2_cache_size": 50 << 20,
-    "shared_memory_per_block_optin": 232448,
-    "warp_size": 32,
-}
+H100 = {"name": "NVIDIA H100 80GB HBM3 (stub)", "major": 9, "minor": 0, "multi_processor_count": 132, "warp_size": 32}
+H100 |= {"total_memory": 80 << 30, "L2_cache_size": 50 << 20, "shared_memory_per_block_optin": 232448}
 POOL = 32  # streams of a device, which torch hands out in turn
 _handles = itertools.count(1)
 
@@ -70,7 +62,6 @@ class Event:
         return True
 
     def elapsed_time(self, end: Event) -> float:
-        """Return milliseconds."""
         return 1e3 * (end.at - self.at)
 
 
@@ -212,17 +203,16 @@ class GPU:
             capture.valid, stage.capture = True, capture
 
     def functions(self) -> dict[str, Any]:
-        """Return the replacements of `torch.cuda`'s functions."""
         properties = self.properties
         return {
-            "is_available": lambda: True,
-            "is_initialized": lambda: True,
+            **dict.fromkeys(("is_available", "is_initialized"), lambda: True),
+            **dict.fromkeys(("_exchange_device", "_maybe_exchange_device"), self.exchange),
+            **dict.fromkeys(("memory_allocated", "max_memory_allocated"), lambda device=None: 0),
+            **{"Stream": Stream, "Event": Event, "CUDAGraph": Graph},
             "_lazy_init": lambda: None,
             "device_count": lambda: self.count,
             "current_device": lambda: self.current,
             "set_device": lambda device: self.exchange(self._index(device)) and None,
-            "_exchange_device": self.exchange,
-            "_maybe_exchange_device": self.exchange,
             "get_device_properties": lambda device=None: self._index(device) * 0 or properties,
             "get_device_name": lambda device=None: properties.name,
             "get_device_capability": lambda device=None: (properties.major, properties.minor),
@@ -230,17 +220,12 @@ class GPU:
             "set_sync_debug_mode": lambda mode: setattr(stage, "forbidden", mode in (2, "error")),
             "empty_cache": self._empty_cache,
             "mem_get_info": lambda device=None: (properties.total_memory, properties.total_memory),
-            "memory_allocated": lambda device=None: 0,
-            "max_memory_allocated": lambda device=None: 0,
             "reset_peak_memory_stats": lambda device=None: None,
             "current_stream": self._stream,
             "default_stream": lambda device=None: Stream(torch.device("cuda", self._index(device)), number=0),
             "set_stream": self._set_stream,
             "is_current_stream_capturing": lambda: stage.capture is not None,
             "graph_pool_handle": lambda: (0, next(_handles)),
-            "Stream": Stream,
-            "Event": Event,
-            "CUDAGraph": Graph,
         }
 
 
@@ -252,18 +237,15 @@ def gpu(count: int = 1, **properties: Any) -> Iterator[GPU]:
     patches += [(torch.cuda.graphs.graph, "default_capture_stream", None), (torch, "Generator", Generator)]
     patches += [(module, "PLAIN_TYPES", (*module.PLAIN_TYPES, FakeGPUTensor)) for module in (call, ops)]
     patches += [(graph, "_call_runtime", machine.call_runtime), (graph, "_streams", {})]
+    patches += [(torch._C, "_host_emptyCache", lambda: None), (triton.runtime.driver, "_active", machine.driver)]
     with ExitStack() as stack:
         for module, name, value in patches:
-            stack.enter_context(mock.patch.object(module, name, value))
-        stack.enter_context(mock.patch.object(torch._C, "_host_emptyCache", lambda: None, create=True))
+            stack.enter_context(mock.patch.object(module, name, value, create=module is torch._C))
         # Module.to must create new parameters, because a simulated GPU's tensor cannot replace another tensor's data.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)
-        before = triton.runtime.driver._active
-        triton.runtime.driver.set_active(machine.driver)
         _active.append(machine)
         stack.callback(_active.pop)
-        stack.callback(setattr, triton.runtime.driver, "_active", before)
         stack.callback(machine.driver.forget)
         stage.syncs.clear()
         stack.enter_context(Factories())

@@ -148,7 +148,6 @@ def is_mask(x: Any) -> bool:
 
 
 def overwrite(old: Any, new: Any) -> None:
-    """Write a replay's results to the memory of the capture's."""
     for before, after in zip(tree_flatten(old)[0], tree_flatten(new)[0], strict=True):
         if isinstance(before, Tensor) and before.data_ptr() != after.data_ptr():
             before.copy_(after)

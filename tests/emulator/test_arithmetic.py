@@ -1,0 +1,336 @@
+"""Arithmetic, bit and move instructions, compared with rationals, unlimited integers or torch's conversions."""
+
+import math
+import operator
+from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .harness import as_bits, as_floats, compiled_only, run, samples
+from .parser import Unmodelled
+
+pytestmark = compiled_only
+
+N = 256
+# Bits of precision, the exponent of the smallest normal number, and that of the largest.
+FORMATS = {"f32": (24, -126, 127), "bf16": (8, -126, 127), "f16": (11, -14, 15)}
+HALVES = ("bf16", "f16")
+ARITHMETIC: dict[str, Any] = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b}
+ARITHMETIC["fma.rn"] = lambda a, b, c: a * b + c
+
+
+def rounded(x: Fraction, kind: str) -> float:
+    """Round to the nearest number of the format, ties to even."""
+    precision, least, most = FORMATS[kind]
+    exponent = abs(x.numerator).bit_length() - x.denominator.bit_length()
+    exponent -= abs(x) < Fraction(2) ** exponent
+    unit = Fraction(2) ** (max(least, exponent) - precision + 1)
+    out = round(x / unit) * unit
+    return float(out) if abs(out) < Fraction(2) ** (most + 1) else math.copysign(math.inf, out)
+
+
+def numbers(kind: str, seed: int, n: int = N) -> np.ndarray:
+    """Return finite numbers of the format as fp32, of similar magnitude, so that sums cancel."""
+    rng = np.random.default_rng(seed)
+    return as_floats(as_bits(rng.standard_normal(n).astype(np.float32) * 2.0 ** rng.integers(-6, 6, n), kind), kind)
+
+
+def check(name: str, kind: str, values: list[np.ndarray]) -> None:
+    """Compare each lane's result with the exact one, rounded once."""
+    inputs = {f"%a{i}": as_bits(x, kind) for i, x in enumerate(values)}
+    width, n = 32 if kind == "f32" else 16, len(values[0])
+    got = as_floats(run(f"{name}.{kind} %d, {', '.join(inputs)};", inputs, {"%d": width}, threads=n)["%d"], kind)
+    for lane in range(n):
+        args = [Fraction(float(x[lane])) for x in values]
+        assert got[lane] == rounded(ARITHMETIC[name](*args), kind), list(map(float, args))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_arithmetic_is_rounded_once(name: str, kind: str) -> None:
+    values = [numbers(kind, seed) for seed in range(3 if name == "fma.rn" else 2)]
+    values[0][: N // 8], values[-1][: N // 16] = 0.0, 0.0
+    check(name, kind, values)
+
+
+def test_fp32_fma_near_ties_of_fp64() -> None:
+    """The exact sums lie so near a tie between two fp32 numbers that fp64 rounds them to the tie."""
+    tiny = 2.0**-60
+    cases = [(2**-24 + 2**-47, 1, 1), (2.0**-24, 1, 1), (tiny, tiny, 1), (1 + 2**-23, 2**-24, 1), (tiny, tiny, -1)]
+    cases += [(-(2.0**-25) * (1 + 2**-23), 1 - 2**-24, 1), (1 + 2**-12, 1 + 2**-12, 2.0**30)]
+    check("fma.rn", "f32", list(np.array((cases * 32)[:32], np.float32).T.copy()))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("kind", "y", "z"), [("bf16", 2.0**126, 2.0**-114), ("f16", 1.0, 2.0**-14)])
+def test_16_bit_fma_whose_sum_exceeds_fp64(kind: str, y: float, z: float, sign: int) -> None:
+    x = 1 + 2.0 ** (1 - FORMATS[kind][0])
+    check("fma.rn", kind, [np.full(32, value, np.float32) for value in (x, y, sign * z)])
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_pairs_equal_two_halves(kind: str) -> None:
+    inputs = {f"%{name}": as_bits(numbers(kind, 10 + i, 2 * N), kind).view(np.uint32) for i, name in enumerate("abc")}
+    body = "fma.rn.{0} %f, %a, %b, %c; add.{0} %s, %a, %b; mul.{0} %m, %a, %b; neg.{0} %n, %a;"
+    names = ("%f", "%s", "%m", "%n")
+    got = run(body.format(f"{kind}x2"), inputs, dict.fromkeys(names, 32), threads=N)
+    for part in (0, 1):
+        half = {name: x.view(np.uint16)[part::2].copy() for name, x in inputs.items()}
+        want = run(body.format(kind), half, dict.fromkeys(names, 16), threads=N)
+        assert all((got[name].view(np.uint16)[part::2] == want[name]).all() for name in names)
+
+
+def test_division_and_functions() -> None:
+    a, b = numbers("f32", 0), np.abs(numbers("f32", 1)) + np.float32(0.01)
+    body = """div.full.f32 %q, %a, %b; div.rn.f32 %r, %a, %b; rsqrt.approx.ftz.f32 %s, %b; ex2.approx.ftz.f32 %e, %a;
+        ex2.approx.f32 %x, %a;"""
+    inputs, outputs = (
+        {"%a": as_bits(a, "f32"), "%b": as_bits(b, "f32")},
+        dict.fromkeys(("%q", "%r", "%s", "%e", "%x"), 32),
+    )
+    got = {name: as_floats(values, "f32") for name, values in run(body, inputs, outputs, threads=N).items()}
+    for lane in range(N):
+        exact = Fraction(float(a[lane])) / Fraction(float(b[lane]))
+        assert got["%q"][lane] == got["%r"][lane] == rounded(exact, "f32")
+    assert np.allclose(got["%s"], b.astype(float) ** -0.5, rtol=2**-23, atol=0)
+    for name in ("%e", "%x"):
+        assert np.allclose(got[name], 2.0 ** a.astype(float), rtol=2**-22, atol=0)
+
+
+def test_ftz_flushes_subnormals() -> None:
+    values = {"%x": -130.0, "%t": 2.0**-130, "%one": 1.0, "%z": 0.0}
+    inputs = {name: as_bits(np.full(32, value, np.float32), "f32") for name, value in values.items()}
+    body = """ex2.approx.ftz.f32 %e, %x; ex2.approx.f32 %f, %x; ex2.approx.ftz.f32 %g, %t;
+        fma.rn.ftz.f32 %h, %t, %one, %z; fma.rn.f32 %i, %t, %one, %z; mul.f32 %j, %t, %one;"""
+    want = {"%e": 0.0, "%f": 2.0**-130, "%g": 1.0, "%h": 0.0, "%i": 2.0**-130, "%j": 2.0**-130}
+    got = run(body, inputs, dict.fromkeys(want, 32))
+    assert {name: float(as_floats(got[name], "f32")[0]) for name in want} == want
+
+
+SPECIAL = np.array([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 2.5], np.float32)
+A, B = (grid.reshape(-1) for grid in np.meshgrid(SPECIAL, SPECIAL))
+UNORDERED = np.isnan(A) | np.isnan(B)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_comparisons_with_nan(kind: str) -> None:
+    ordered: dict[str, Any] = {"eq": A == B, "lt": A < B, "le": A <= B, "gt": A > B, "ge": A >= B}
+    ordered["ne"] = (A < B) | (A > B)
+    table = ordered | {f"{name}u": want | UNORDERED for name, want in ordered.items()}
+    table |= {"num": ~UNORDERED, "nan": UNORDERED}
+    body = " ".join(f"setp.{name}.{kind} %{name}, %a, %b;" for name in table)
+    got = run(body, {"%a": as_bits(A, kind), "%b": as_bits(B, kind)}, {f"%{name}": 1 for name in table}, threads=64)
+    for name, want in table.items():
+        assert (got[f"%{name}"] == want).all(), name
+
+
+def test_extremes_prefer_numbers_and_order_zeros() -> None:
+    """NaN is the result of two NaN, and with .NaN of one."""
+    body = "min.f32 %l, %a, %b; max.f32 %h, %a, %b; min.NaN.f32 %m, %a, %b; max.NaN.f32 %n, %a, %b;"
+    outputs = dict.fromkeys(("%l", "%h", "%m", "%n"), 32)
+    got = run(body, {"%a": as_bits(A, "f32"), "%b": as_bits(B, "f32")}, outputs, threads=64)
+    for lane in range(64):
+        known = [x for x in (float(A[lane]), float(B[lane])) if not math.isnan(x)]
+        known.sort(key=lambda x: (x, math.copysign(1, x)))
+        want = [(known or [math.nan])[i] for i in (0, -1)] + [
+            known[i] if len(known) == 2 else math.nan for i in (0, -1)
+        ]
+        found = [float(as_floats(got[name], "f32")[lane]) for name in outputs]
+        assert list(map(repr, found)) == list(map(repr, want))
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_conversions_of_floats(kind: str) -> None:
+    """All 16-bit numbers, and fp32 numbers among them ties, subnormals and overflows."""
+    every = np.arange(2**16, dtype=np.uint16)
+    wide = as_floats(every, kind)
+    got = run(f"cvt.f32.{kind} %d, %x;", {"%x": every}, {"%d": 32}, threads=1024, blocks=64)["%d"].view("f4")
+    assert np.array_equal(got, wide, equal_nan=True)
+    x = samples(32, 4096).view("f4").copy()
+    with np.errstate(invalid="ignore"):
+        x[:1024] = wide[::64] + np.append(np.diff(wide), np.float32(0))[::64] / 2  # halfway to the next
+    x[1024:2048] = numbers("f32", 3, 1024) * np.float32(2.0**-14)
+    inputs = {"%a": as_bits(x, "f32"), "%b": as_bits(x[::-1].copy(), "f32")}
+    body = f"cvt.rn.{kind}.f32 %d, %a; cvt.rn.{kind}x2.f32 %p, %a, %b;"
+    got = run(body, inputs, {"%d": 16, "%p": 32}, threads=1024, blocks=4)
+    assert (got["%d"] == np.where(np.isnan(x), 0x7FFF, as_bits(x, kind))).all()
+    assert (got["%p"] >> 16 == got["%d"]).all() and (got["%p"] & 0xFFFF == got["%d"][::-1]).all()
+
+
+def test_conversions_between_floats_and_integers() -> None:
+    x = samples(32, 256)
+    edges = [math.nan, math.inf, -math.inf, 3e9, -3e9, 5e9, -0.5, 0.5] * 2
+    y = np.concatenate([numbers("f32", 0, 240) * 1e3, edges]).astype(np.float32)
+    body = "cvt.rn.f32.s32 %s, %x; cvt.rn.f32.u32 %u, %x; cvt.rzi.s32.f32 %i, %y; cvt.rzi.u32.f32 %j, %y;"
+    got = run(body, {"%x": x, "%y": as_bits(y, "f32")}, dict.fromkeys(("%s", "%u", "%i", "%j"), 32), threads=256)
+    for lane in range(256):
+        for name, integer in (("%s", int(x.view(np.int32)[lane])), ("%u", int(x[lane]))):
+            assert got[name].view("f4")[lane] == rounded(Fraction(integer), "f32")
+        for name, least, most in (("%i", -(2**31), 2**31 - 1), ("%j", 0, 2**32 - 1)):
+            number = 0.0 if math.isnan(y[lane]) else max(least, min(most, float(y[lane])))
+            assert int(got[name][lane]) == math.trunc(number) % 2**32
+
+
+NARROW = ("s16", "u16", "s32", "u32")
+TYPES = (*NARROW, "s64", "u64")
+
+
+def value(x: int, kind: str) -> int:
+    width = int(kind[1:])
+    x &= 2**width - 1
+    return x - 2**width if kind[0] == "s" and x >> (width - 1) else x
+
+
+def toward_zero(a: int, b: int) -> int:
+    b = b or 3  # the test replaces divisors of 0
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
+def add_halves(a: int, b: int) -> int:
+    return (a + b) % 2**16 + ((a >> 16) + (b >> 16)) % 2**16 * 2**16
+
+
+def lop3(a: int, b: int, c: int, table: int) -> int:
+    rows = [table >> (4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1 for i in range(32)]
+    return sum(bit << i for i, bit in enumerate(rows))
+
+
+def prmt(a: int, b: int, selector: int) -> int:
+    """Only sixteen bits of the selector count."""
+    pool = a.to_bytes(4, "little") + b.to_bytes(4, "little")
+    nibbles = [selector >> 4 * i & 15 for i in range(4)]
+    selected = [(0xFF if pool[n & 7] > 127 else 0) if n & 8 else pool[n & 7] for n in nibbles]
+    return int.from_bytes(bytes(selected), "little")
+
+
+BINARY: dict[str, Callable[..., int]] = {
+    "add": operator.add, "sub": operator.sub, "mul.lo": operator.mul, "min": min, "max": max, "div": toward_zero,
+    "rem": lambda a, b: a - (b or 3) * toward_zero(a, b),
+}  # fmt: skip
+BITWISE = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+# The opcode and its constants: the types of the other operands, the type of the result, a formula.
+CASES: dict[str, tuple[list[str], str, Callable[..., int]]] = {
+    "max.relu.s32": (["s32"] * 2, "s32", lambda a, b: max(a, b, 0)),
+    "add.s16x2": (["u32"] * 2, "u32", add_halves),
+    "popc.b32": (["u32"], "u32", lambda a: a.bit_count()),
+    "popc.b64": (["u64"], "u32", lambda a: a.bit_count()),
+    "prmt.b32": (["u32"] * 3, "u32", prmt),
+    "neg.f32": (["u32"], "u32", lambda a: a ^ 2**31),
+    "abs.f32": (["u32"], "u32", lambda a: a % 2**31),
+    "not.pred": (["u1"], "u1", operator.invert),
+    "selp.b32": (["u32", "u32", "u1"], "u32", lambda a, b, p: a if p else b),
+    "selp.f32": (["u32", "u32", "u1"], "u32", lambda a, b, p: a if p else b),
+    "shl.b32 40": (["u32"], "u32", lambda a: 0),
+    "shr.s32 40": (["s32"], "u32", lambda a: a >> 40),
+    "shr.u32 7": (["u32"], "u32", lambda a: a >> 7),
+}
+CASES |= {f"{name}.pred": (["u1"] * 2, "u1", formula) for name, formula in BITWISE.items()}
+for _kind in TYPES:
+    CASES |= {f"{name}.{_kind}": ([_kind] * 2, _kind, formula) for name, formula in BINARY.items()}
+    CASES |= {f"setp.{name}.{_kind}": ([_kind] * 2, "u1", getattr(operator, name)) for name in COMPARISONS}
+for _kind in NARROW:
+    _bits, _wide = int(_kind[1:]), f"{_kind[0]}{2 * int(_kind[1:])}"
+    CASES[f"mul.wide.{_kind}"] = [_kind] * 2, _wide, operator.mul
+    CASES[f"mad.wide.{_kind}"] = [_kind, _kind, _wide], _wide, lambda a, b, c: a * b + c
+    CASES[f"mul.hi.{_kind}"] = [_kind] * 2, _kind, lambda a, b, bits=_bits: a * b >> bits
+    CASES[f"mad.lo.{_kind}"] = [_kind] * 3, _kind, lambda a, b, c: a * b + c
+for _bits in (16, 32, 64):
+    _u, _s = f"u{_bits}", f"s{_bits}"
+    CASES |= {f"{name}.b{_bits}": ([_u] * 2, _u, formula) for name, formula in BITWISE.items()}
+    CASES[f"not.b{_bits}"] = [_u], _u, operator.invert
+    CASES[f"neg.{_s}"] = [_s], _u, operator.neg
+    CASES[f"abs.{_s}"] = [_s], _u, abs
+    CASES[f"shl.b{_bits}"] = [_u, "u32"], _u, lambda a, by, most=_bits: a << min(by, most)
+    for _type, _kind in (("u", _u), ("b", _u), ("s", _s)):
+        CASES[f"shr.{_type}{_bits}"] = [_kind, "u32"], _u, lambda a, by, most=_bits: a >> min(by, most)
+for _pair in ("u64.u32", "s64.s32", "u32.u64", "u16.u32", "u32.u16", "s32.s16", "s32.s8", "u32.u8", "s16.s8", "u16.u8",
+              "s64.u32"):  # fmt: skip
+    CASES[f"cvt.{_pair}"] = [_pair.split(".")[1]], _pair.split(".")[0], operator.pos
+for _begin, _length in ((0, 32), (4, 3), (31, 1), (15, 5), (0, 1)):
+    for _type in "su":
+        _kind = f"{_type}{_length}"
+        CASES[f"bfe.{_type}32 {_begin}, {_length}"] = ["u32"], "u32", lambda a, k=_kind, by=_begin: value(a >> by, k)
+for _table in (0xEA, 0x96, 0xE8, 0x01, 0xCA, 0x78):
+    CASES[f"lop3.b32 {_table:#x}"] = ["u32"] * 3, "u32", partial(lop3, table=_table)
+for _selector in (0x7701, 0x3210, 0x7654, 0x8F19, 0x0123):
+    CASES[f"prmt.b32 {_selector:#x}U"] = ["u32"] * 2, "u32", partial(prmt, selector=_selector)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_results_equal_those_of_unlimited_integers(case: str) -> None:
+    (opcode, _, constants), (kinds, to, formula) = case.partition(" "), CASES[case]
+    inputs = {f"%a{i}": samples(max(16, int(kind[1:])), N, i) for i, kind in enumerate(kinds)}
+    inputs |= {f"%a{i}": inputs[f"%a{i}"] % 2 == 1 for i, kind in enumerate(kinds) if kind == "u1"}
+    if opcode.startswith("setp"):
+        inputs["%a1"] = np.where(np.arange(N) % 3 == 0, inputs["%a0"], inputs["%a1"])
+    if opcode.startswith(("div", "rem")):
+        inputs["%a1"] = np.where(inputs["%a1"] == 0, inputs["%a1"].dtype.type(3), inputs["%a1"])
+    operands = ", ".join([*inputs, *filter(None, [constants])])
+    got = run(f"{opcode} %d, {operands};", inputs, {"%d": int(to[1:])}, threads=N)["%d"]
+    for lane in range(N):
+        args = [value(int(inputs[f"%a{i}"][lane]), kind) for i, kind in enumerate(kinds)]
+        assert int(got[lane]) == value(formula(*args), "u" + to[1:]), args
+
+
+def test_moves_split_and_join_registers() -> None:
+    x, y = samples(32, 32), samples(64, 32)
+    body = """mov.b32 {%l, %h}, %x; mov.b32 %j, {%h, %l}; mov.b64 {_, %u}, %y; mov.b64 {%v, _}, %y;
+        mov.b64 %w, {%u, %v}; mov.b16 %k, -3; mov.u32 %c, 0x1F; mov.b64 %z, 0; mov.pred %t, -1; mov.pred %f, 0;"""
+    outputs = {
+        "%l": 16,
+        "%h": 16,
+        "%j": 32,
+        "%u": 32,
+        "%v": 32,
+        "%w": 64,
+        "%k": 16,
+        "%c": 32,
+        "%z": 64,
+        "%t": 1,
+        "%f": 1,
+    }
+    got = run(body, {"%x": x, "%y": y}, outputs)
+    assert (got["%j"] == (x << 16 | x >> 16)).all() and (got["%w"] == (y << 32 | y >> 32)).all()
+    for name, constant in {"%k": 65533, "%c": 31, "%z": 0, "%t": True, "%f": False}.items():
+        assert (got[name] == constant).all(), name
+
+
+def test_special_registers() -> None:
+    body = "mov.u32 %t, %tid.x; mov.u32 %c, %ctaid.x; mov.u32 %n, %nctaid.x; mov.u32 %y, %ctaid.y; mov.u32 %l, %laneid;"
+    got = run(body, {}, dict.fromkeys(("%t", "%c", "%n", "%y", "%l"), 32), threads=64, blocks=3)
+    lanes = np.arange(192)
+    want = {"%t": lanes % 64, "%c": lanes // 64, "%n": 3, "%y": 0, "%l": lanes % 32}
+    assert all((got[name] == values).all() for name, values in want.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("add.sat.s32 %d, %x, %x;", "not modelled: add.sat.s32"),
+        ("add.cc.u32 %d, %x, %x;", "not modelled: add.cc.u32"),
+        ("mul24.lo.s32 %d, %x, %x;", "not modelled: mul24.lo.s32"),
+        ("atom.global.add.u32 %d, [%x], 1;", "not modelled: atom.global.add.u32"),
+        ("ld.local.b32 %d, [%x];", "not modelled: ld.local.b32"),
+        ("cvt.satfinite.s32.f32 %d, %x;", "not modelled: cvt.satfinite.s32.f32"),
+        ("bfe.u32 %d, %x, 30, 5;", "bit field beyond the register"),
+        ("bfe.u32 %d, %x, %x, 5;", "bit field whose position is in a register"),
+        ("mov.u32 %d, %clock;", "mov of %clock"),
+        ("add.s64 %d, %x, %x;", "Reg.* as s64"),
+        ("bar.sync 1, 64;", "barrier of a part of the block"),
+        (".local .b8 depot[8];", "directive: .local"),
+        (".local .align 4 .b8 depot[8]; mov.u32 %d, depot;", "local memory: depot"),
+        ("bra nowhere;", "branch to no label"),
+    ],
+)
+def test_unmodelled_instructions_are_refused_by_name(text: str, message: str) -> None:
+    with pytest.raises(Unmodelled, match=message):
+        run(text, {"%x": samples(32, 64)}, {"%d": 32}, threads=64)
+
+
+def test_unused_local_memory_is_accepted() -> None:
+    assert (run(".local .align 1 .b8 depot[1]; mov.u32 %d, 3;", {}, {"%d": 32})["%d"] == 3).all()
