@@ -121,17 +121,17 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None, sile
 
     `total` None: unknown. `count` shows how much is done; None: as a number.
     """
-    console, done = Console(stderr=True), threading.Event()
-    columns = (count or MofNCompleteColumn(), TimeRemainingColumn())
-    shown = Progress("{task.description}", BarColumn(), *columns, console=console, transient=True)
-    shown.disable, shown.speed_estimate_period = silent or not console.is_terminal, 600
-    with shown as progress:
+    console, done, count = Console(stderr=True), threading.Event(), count or MofNCompleteColumn()
+    columns, quiet = (BarColumn(), count, TimeRemainingColumn()), silent or not console.is_terminal
+    with Progress("{task.description}", *columns, console=console, transient=True, disable=quiet) as progress:
         task = progress.add_task(label, total=total)
 
         def report() -> None:
             while not done.wait(INTERVAL):
-                state, left = (str(column(progress.tasks[task])).strip() for column in columns)
-                say(f"{label}: {state}" + f", {left} left" * bool(left))
+                state, left = progress.tasks[task], ""
+                if state.completed and state.remaining is not None and state.elapsed:
+                    left = f", {state.elapsed * state.remaining / state.completed:.0f} s left"
+                say(f"{label}: {str(count(state)).strip()}{left}")
 
         with ThreadPoolExecutor(1) as thread:
             if not (silent or console.is_terminal):

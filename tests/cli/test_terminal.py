@@ -195,8 +195,8 @@ def test_missing_headers_or_compiler_are_one_line(tmp_path: Path, capsys: Any, m
         patch.setattr(terminal.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
         assert main([*GENERATE]) == 2 and "python3-dev" in capsys.readouterr().err
         (tmp_path / "Python.h").touch()
-        with pytest.raises(subprocess.CalledProcessError):  # something else is wrong with that build
-            main([*GENERATE])
+        assert main([*GENERATE]) == terminal.CRASHED  # something else is wrong with that build
+        assert "crashed: CalledProcessError" in capsys.readouterr().err
     source = f"int x{time.time_ns()};"
     monkeypatch.setattr(cli, "_generate", lambda args: compile_module_from_src(source, "nothing") and 0)
     monkeypatch.delenv("CC", raising=False)
@@ -206,10 +206,13 @@ def test_missing_headers_or_compiler_are_one_line(tmp_path: Path, capsys: Any, m
     assert "needs a C compiler" in error and error.count("\n") == 1
 
 
-def test_an_unexpected_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    fail_with(monkeypatch, RuntimeError("a fault of ours"))
-    with pytest.raises(RuntimeError, match="ours"):
-        main([*GENERATE])
+def test_an_unexpected_error_is_a_crash_of_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    fail_with(monkeypatch, RuntimeError("a fault\nof ours"))
+    assert main([*GENERATE]) == terminal.CRASHED == 3
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("mixtral-triton generate: crashed: RuntimeError: a fault of ours") and error.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -230,7 +233,8 @@ def test_a_wrong_argument_of_verify_is_the_only_line(args: tuple[str, ...]) -> N
 def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show(name: str, encoding: str | None) -> None:
     where = {"LC_ALL": "C"} if encoding is None else {"PYTHONIOENCODING": encoding}
     done = run(name, "--device", "cpu", "--prompt", "The café → 日本\nfor statement", TRITON_INTERPRET="0", **where)
-    assert done.returncode == 0 and done.stderr == b"", done.stderr
+    progress = (b"tracing: ", b"reading the prompt: ")  # of a slow machine
+    assert done.returncode == 0 and all(line.startswith(progress) for line in done.stderr.splitlines()), done.stderr
     assert "é" in done.stdout.decode("latin-1") if encoding == "latin-1" else done.stdout.isascii()
     assert (b"<s>[5]The[4] ca[" if name == "trace" else b"The caf") in done.stdout
 

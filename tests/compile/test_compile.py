@@ -103,12 +103,10 @@ def test_progress_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(terminal, "INTERVAL", 0.2)
     with terminal.bar("working", None) as bar:
         time.sleep(0.3)
-        bar.update(20, 200)
-        time.sleep(0.1)
         bar.update(40, 200)
         time.sleep(0.5)
     first, *_, last = lines(capsys.readouterr().err)
-    assert first == "working: 0/?" and re.fullmatch(r"working: 40/200, 0:00:\d\d left", last)
+    assert first == "working: 0/?" and re.fullmatch(r"working: 40/200, \d+ s left", last)
     with terminal.bar("working", 3_000_000, DownloadColumn()) as bar:
         bar.advance(1_000_000)
         time.sleep(0.3)
