@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
         option("--interpret", action="store_true", help="the Triton kernels, interpreted on the CPU")
 
     option = command("verify", "compare tensors with files, and operations and layers with plain torch", model, mesh)
-    option("--peer", choices=("transformers",), help="compare the logits with this library's on the same files, too")
+    option("--peer", choices=("transformers",), help="compare with its model of the files, layer by layer, too")
     option("--prompt", help="text to run; default: fixed pseudo-random tokens")
     option("--tokens", type=int, metavar="N", help="of the text and of the longest call; default: 144, on a GPU 2048")
     option("--deterministic", action="store_true", help="the mode in which a row's bits do not depend on the batch")

@@ -22,11 +22,11 @@ from ..model import Mixtral
 from ..tools.tolerance import Fp64Reference, measure, to_fp64
 from .calls import SizedCalls, text_calls
 from .generation import check_generate
-from .hf import TransformersTarget
+from .hf import TransformersTarget, compare_with_transformers
 from .layers import LayerProbe, Target, check_in_fp32, check_layers, rows_or_fault
 from .mesh import MeshTarget, worst_of_ranks
 from .report import END_RATIO, TORCH, Report, Row
-from .weights import check_finite, compare_with_files, held_out, perplexity, quantized_formats
+from .weights import check_finite, compare_with_files, held_out, perplexity
 
 __all__ = ["Report", "Row", "held_out", "perplexity", "verify"]
 
@@ -52,7 +52,8 @@ def verify(
     target: a Mixtral, a checkpoint folder, or a transformers model, which is left as it is: applied or not.
     input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (steps done, steps).
     folder: the checkpoint of a Mixtral, to compare its tensors with, and to report the cost of quantizing them.
-    peer "transformers": the logits are also compared with transformers' model of the same folder.
+    peer "transformers": layers and logits are also compared with transformers' model of the same folder, in fp32 and
+    one of its layers at a time. What the model quantized is dequantized for it.
     quick: layers of 16-bit weights are not also compared in fp32, which shows what 16 bits hide.
     tokens: of the pseudo-random text, and of the longest call of an operation.
     On a mesh every rank calls `verify` and returns the same report, with the worst row of each comparison.
@@ -70,8 +71,6 @@ def verify(
     folder = folder if isinstance(target, Mixtral) else target
     if peer is not None and folder is None:
         raise ValueError(f"verify: peer is {peer!r}, and it is loaded from the model's folder: needs folder")
-    if peer is not None and quantized_formats(model):
-        raise ValueError(f"verify: peer is {peer!r}, which computes with other weights than quantized ones: needs None")
     if model.ranks is None:
         with torch.no_grad():
             return _verify(Target(model), input_ids, progress, folder, peer, quick, tokens)
@@ -113,7 +112,7 @@ def _verify(
 ) -> Report:
     config, embedding = target.config, target.embed_tokens
     ids, device = default_text(input_ids, config, embedding.device, tokens), embedding.device
-    steps = 1 + target.forwards(*ids.shape) + (folder is not None)
+    steps = 1 + target.forwards(*ids.shape) + (folder is not None) + (peer is not None)
     fp32 = not quick and embedding.dtype != torch.float32
     total, done = config.num_hidden_layers * (steps + fp32), count(1)
 
@@ -141,8 +140,7 @@ def _verify(
     routes = LayerProbe(expected.layers)
     rows.append(Row(None, target.output, "end to end", *reference.measure(target.end_to_end(ids, routes))))
     if peer is not None:
-        theirs = TransformersTarget.eager(folder, target.model).end_to_end(ids, LayerProbe(expected.layers))
-        rows.append(Row(None, "logits", peer, *reference.measure(theirs)))
+        rows += compare_with_transformers(folder, target.model, ids, expected.layers, reference, step)
     if target.generates:
         rows += rows_or_fault(target, "generate", check_generate, target, ids, *logits)
     if isinstance(target, MeshTarget):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -18,7 +19,13 @@ from torch import Tensor
 
 from .. import hf, reference
 from ..config import SIZES, MixtralConfig
-from .layers import PADDING, LayerCheck, LayerProbe, Target
+from ..model import Mixtral
+from ..quantize import QuantizedWeight
+from ..tools.tolerance import FLOOR, Fp64Reference, LayerReference
+from .layers import PADDING, LayerCheck, LayerProbe, Step, Target
+from .report import PEER, Row
+from .source import OUTSIDE, Source
+from .weights import _place
 
 MIN_TOKENS = 24  # of a text whose rounding errors set a limit for attention and experts alone
 
@@ -84,15 +91,6 @@ class TransformersTarget(Target):
 
     def probe_config(self, tokens: int) -> MixtralConfig:
         return self.config
-
-    @classmethod
-    def eager(cls, folder: Any, model: Any) -> TransformersTarget:
-        """transformers' eager model of a folder, on the device and in the dtype of `model`."""
-        from transformers import MixtralForCausalLM
-
-        settings: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
-        loaded = MixtralForCausalLM.from_pretrained(folder, dtype=model.dtype, **settings)
-        return cls(loaded.eval().to(model.device), apply=False)
 
     def make_cache(self, config: MixtralConfig, batch: int, slots: int) -> Any:
         from transformers import DynamicCache
@@ -174,3 +172,72 @@ class TransformersTarget(Target):
 def parts(tokens: int) -> list[tuple[int, int]]:
     """How a text is read over a cache: a prefill, a chunk and one token."""
     return list(pairwise(sorted({0, tokens // 2, tokens - 1, tokens})))
+
+
+def compare_with_transformers(
+    folder: Any, model: Mixtral, ids: Tensor, layers: list[LayerReference], logits: Fp64Reference, step: Step
+) -> list[Row]:
+    """The rows of transformers' own model of the folder: each layer on torch's input, and its logits on ids [B,T].
+
+    One of its layers is in memory at a time, in fp32, so that it shows what 16 bits hide.
+    """
+    source, rows, x = Source(folder), [], None
+    for index, layer in enumerate(layers):
+        found, x, head = _compare_layer(_load_layer(source, model, index), layer, ids, x)
+        rows += [replace(row, layer=index) for row in found]
+        if index + 1 == len(layers):
+            rows.append(Row(None, "logits", PEER, *logits.measure(head(x))))
+        del head  # of this layer's model
+        step()
+    return rows
+
+
+def _compare_layer(model: Any, layer: LayerReference, ids: Tensor, x: Tensor | None) -> tuple[list[Row], Tensor, Any]:
+    """The rows of transformers' model of one layer, its output on x fp32 [B,T,H], and its final norm and head."""
+    target = TransformersTarget(model, apply=False)
+    norm, target.backbone.norm = target.backbone.norm, torch.nn.Identity()
+    x, out = target.backbone.embed_tokens(ids) if x is None else x, torch.empty(0)
+    probe, routes = LayerProbe([_in_fp32(layer)]), LayerProbe([_in_fp32(layer)])
+    for each, inputs in ((probe, layer.x.float()), (routes, x)):
+        each.start(PEER, torch.arange(ids.shape[1]))
+        with target.wrong_if_raised(each), target.forward(None, each, each is probe) as forward:
+            out = forward(None, inputs_embeds=inputs)
+    rows = [row if PEER in row.case else replace(row, case=f"{row.case}, {PEER}") for row in probe.as_rows()]
+    return rows, out, lambda x: target.model_head(norm(x))
+
+
+def _load_layer(source: Source, model: Mixtral, index: int) -> Any:
+    """transformers' eager model of one layer of the folder. What `model` quantized is dequantized."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers.utils import logging
+
+    config = MixtralConfig.from_pretrained(source.folder)
+    config.num_hidden_layers, tensors = 1, {}
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    for name, files in (source.layers[OUTSIDE] | source.layers[index]).items():
+        ours = _place(model, name)
+        tensor = source.read(files, "cpu")
+        if not isinstance(ours, QuantizedWeight):
+            tensor = tensor.to(model.dtype)  # which may be another one than the files'
+        elif len(files) == 1 or name in model.requantized:
+            tensor = ours.dequantize()
+        tensors[name.replace(f"layers.{index}.", "layers.0.")] = tensor.float()
+    settings: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    settings |= {"config": config, "state_dict": tensors, "dtype": torch.float32}
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # one for each layer
+    try:
+        return MixtralForCausalLM.from_pretrained(None, **settings).eval().to(model.device)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _in_fp32(layer: LayerReference) -> LayerReference:
+    """The limits of fp32 in the place of those of the weights' dtype, and the exact weights of torch's routes."""
+    scale = FLOOR[torch.float32] / FLOOR[layer.x.dtype]
+    references = {name: replace(each, limit=each.limit * scale) for name, each in layer.references.items()}
+    changed: dict[str, Any] = {"x": layer.x.float(), "h": layer.h.float(), "references": references}
+    weights = layer.logits.gather(-1, layer.ids.long()).softmax(-1)
+    return replace(layer, weights=weights, logits_limit=layer.logits_limit * scale, **changed)

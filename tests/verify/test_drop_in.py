@@ -30,8 +30,8 @@ def result(place: Any, name: str, change: Change) -> Inject:
 
 def mask_by(change: Change) -> Inject:
     """The mask of other keyword arguments."""
-    made = lambda **kwargs: mask.interval_mask(**kwargs | change(kwargs))  # noqa: E731
-    return lambda patch: patch.setitem(mask.AttentionMaskInterface._global_mapping, mask.NAME, made)
+    make = lambda **kwargs: mask.interval_mask(**kwargs | change(kwargs))  # noqa: E731
+    return lambda patch: patch.setitem(mask.AttentionMaskInterface._global_mapping, mask.NAME, make)
 
 
 def static_by(change: Change) -> Inject:
@@ -50,11 +50,14 @@ def attend(kind: str, change: Change) -> Inject:
     """change(q, k, v, mask, window): other arguments of attention, for one kind of mask."""
     function = modules.attention
 
-    def faulty(module: Any, q: Tensor, k: Tensor, v: Tensor, made: Any, sliding_window: Any, **kwargs: Any) -> Any:
-        kinds = {torch.int64: "packed", torch.int32: "interval" if made is not None and made.shape[-1] else "causal"}
-        args = q, k, v, made, sliding_window
-        q, k, v, made, window = change(*args) if made is not None and kinds[made.dtype] == kind else args
-        return function(module, q, k, v, made, sliding_window=window, **kwargs)
+    def faulty(module: Any, q: Tensor, k: Tensor, v: Tensor, key_mask: Any, sliding_window: Any, **kwargs: Any) -> Any:
+        kinds = {
+            torch.int64: "packed",
+            torch.int32: "interval" if key_mask is not None and key_mask.shape[-1] else "causal",
+        }
+        args = q, k, v, key_mask, sliding_window
+        q, k, v, key_mask, window = change(*args) if key_mask is not None and kinds[key_mask.dtype] == kind else args
+        return function(module, q, k, v, key_mask, sliding_window=window, **kwargs)
 
     return lambda patch: patch.setattr(modules, "attention", faulty)
 
@@ -74,9 +77,9 @@ def first_bounds(found: Any, function: Any, batch: int, tokens: int, *_: Any) ->
 
 rotary = modules.TritonRotaryEmbedding.forward
 rotary_from_zero = lambda module, x, position_ids: rotary(module, x, position_ids - position_ids[:, :1])  # noqa: E731
-no_window = lambda q, k, v, made, window: (q, k, v, made, None)  # noqa: E731
-first_row = lambda q, k, v, made, window: (q, k, v, 0 * made + made[:1], window)  # noqa: E731
-first_query = lambda q, k, v, made, window: (q, k, v, 0 * made + made[:, :, :1], window)  # noqa: E731
+no_window = lambda q, k, v, key_mask, window: (q, k, v, key_mask, None)  # noqa: E731
+first_row = lambda q, k, v, key_mask, window: (q, k, v, 0 * key_mask + key_mask[:1], window)  # noqa: E731
+first_query = lambda q, k, v, key_mask, window: (q, k, v, 0 * key_mask + key_mask[:, :, :1], window)  # noqa: E731
 first_keys = lambda q, k, v, *rest: (q, k[:, :, : q.shape[2]], v[:, :, : q.shape[2]], *rest)  # noqa: E731
 new_keys = lambda q, k, v, *rest: (q, k[:, :, -q.shape[2] :], v[:, :, -q.shape[2] :], *rest)  # noqa: E731
 cached = lambda k: {"attention_mask": None} if k["kv_length"] > k["q_length"] else {}  # noqa: E731

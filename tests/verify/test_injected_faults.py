@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import re
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import Layer, State
 from mixtral_triton.ops import unchecked
 from mixtral_triton.verification.layers import CHUNKS, ROUTES, TOKENS, UNCACHED
-from tests.support import models
+from tests.support import hub, models
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = torch.randint(50, (2, 22), generator=torch.Generator().manual_seed(0))
@@ -203,15 +205,56 @@ def test_checkpoint_with_fused_experts_and_tied_head(tmp_path: Path) -> None:
     assert [row.layer for row in report.rows if row.case == "as stored"] == [None, 0, 1, 2]
 
 
-@all_dtypes
-def test_peer_shows_wrong_rotary_tables(dtype: torch.dtype) -> None:
-    """Model and reference share the tables, so only config.json and transformers' model show the fault."""
-    pytest.importorskip("transformers")
-    model = Mixtral.from_pretrained(SMALL, dtype=dtype)
-    assert not verify(model, IDS[:1], folder=SMALL, peer="transformers").wrong
+def change_config(model: Mixtral, **changes: Any) -> None:
+    model.config = model.full_config = replace(model.config, **changes)
+    for layer in model.layers:
+        layer.config = model.config  # type: ignore[assignment]
+
+
+def roll_tables(model: Mixtral) -> None:
     model.cos, model.sin = model.cos.roll(-1, 1), model.sin.roll(-1, 1)
-    report = verify(model, IDS[:1], folder=SMALL, peer="transformers")
-    assert [(row.op, row.case) for row in report.wrong] == [("config", "rotary tables"), ("logits", "transformers")]
+
+
+# Model and reference share these. The first wrong row of transformers' own layers, in every dtype.
+PEER_FAULTS: dict[str, tuple[Callable[[Mixtral], None], str]] = {
+    "rotary tables": (roll_tables, "attention, transformers"),
+    "eps x 100": (partial(change_config, rms_norm_eps=1e-3), "attention, transformers"),
+    "window": (partial(change_config, sliding_window=7), "attention, transformers"),
+    "top 1": (partial(change_config, num_experts_per_tok=1), "routes, transformers"),
+}
+
+
+@all_dtypes
+@pytest.mark.parametrize("fault", PEER_FAULTS)
+def test_fault_that_transformers_layers_show(fault: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("transformers")
+    model, (inject, case) = Mixtral.from_pretrained(SMALL, dtype=dtype), PEER_FAULTS[fault]
+    inject(model)
+    wrong = verify(model, IDS, folder=SMALL, peer="transformers", quick=True).wrong
+    first = next(row for row in wrong if "transformers" in row.case)
+    assert (first.layer, first.op, first.case) == (0, "layer", case), wrong
+
+
+@pytest.mark.parametrize("weights", [None, {"experts": "int4", "linear": "int8"}, "awq"])
+def test_transformers_has_one_layer_at_a_time(weights: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quantized model is compared with its dequantized weights."""
+    pytest.importorskip("transformers")
+    load_layer, loaded = verification.hf._load_layer, []
+
+    def load(*args: Any) -> Any:
+        assert not any(reference() for reference in loaded)
+        model = load_layer(*args)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(verification.hf, "_load_layer", load)
+    folder = tmp_path if weights == "awq" else SMALL
+    if weights == "awq":
+        hub.write(tmp_path, *hub.LAYOUTS["awq 64"])
+    model = Mixtral.from_pretrained(folder, weights=None if weights == "awq" else weights)
+    report = verify(model, IDS % 40, folder=folder, peer="transformers", quick=True)
+    assert report.ok and len(loaded) == len(model.layers), str(report)
+    assert {row.layer for row in report.rows if row.case == "transformers"} == {None, *range(len(loaded))}
 
 
 def test_wrong_folder_or_peer_raises_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
