@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,8 +20,9 @@ from rich.progress import DownloadColumn
 
 from . import __version__
 from .kernels.arch import ARCHS
+from .prompt import ChatTemplate, encode, load_tokenizer, read_prompts
 from .tools.gpus import RATED
-from .tools.processes import is_first, open_mesh, select_backend
+from .tools.processes import TimedSteps, is_first, open_mesh, select_backend
 from .tools.terminal import bar, check_plot, exit_status, say, set_output_encoding
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from .model import Mixtral
 
-FORMATS = ("int4", "int8", "fp8")  # of quantize/spec.py, which imports torch
 SMALL = Path(__file__).parent / "small"  # the checkpoint that ships with the package
 
 
@@ -61,6 +60,15 @@ def parse_weights(text: str) -> str | dict[str, str]:
     return formats
 
 
+def parse_memory(text: str) -> float:
+    """`--memory` in GiB: a number of them, or with a unit."""
+    found = re.fullmatch(r"([\d.]+) ?(GiB|GB)?", text, re.IGNORECASE)
+    try:
+        return float(found[1]) * (1e9 / 2**30 if (found[2] or "").lower() == "gb" else 1.0)  # type: ignore[index]
+    except (ValueError, TypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} needs GiB, like 24, 24GiB or 24GB") from None
+
+
 def parser() -> argparse.ArgumentParser:
     parser = Parser(prog="mixtral-triton", description=(__doc__ or "").split("\n")[0], formatter_class=Help)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -68,7 +76,8 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, help: str, *groups: Callable[[Any], None]) -> Callable[..., Any]:
         sub = commands.add_parser(name, help=help, description=help, formatter_class=Help)
-        sub.add_argument("--json", action="store_true", help="print JSON for a program to read")
+        form = "JSON lines" if name in ("bench", "tune", "compile") else "one JSON document"
+        sub.add_argument("--json", action="store_true", help=f"print {form} for a program to read")
         for add_group in groups:
             add_group(sub.add_argument)
         sub.set_defaults(run=globals()[f"_{name}"])
@@ -95,7 +104,11 @@ def parser() -> argparse.ArgumentParser:
         option("--at", action="append", default=[], metavar="T=N", help="only the cases of this size; repeatable")
 
     def prompt(option: Any) -> None:
-        option("--prompt", required=True, help="text to run")
+        text = "text to run, or - to read standard input; turns of a chat where repeated"
+        option("--prompt", action="append", default=[], metavar="TEXT", help=text)
+        option(
+            "--prompt-file", dest="prompt", action="append", type=Path, metavar="FILE", help="text to run, of a file"
+        )
         option("--interpret", action="store_true", help="the Triton kernels, interpreted on the CPU")
 
     option = command("verify", "compare tensors with files, and operations and layers with plain torch", model, mesh)
@@ -107,6 +120,9 @@ def parser() -> argparse.ArgumentParser:
     option("--quick", action=argparse.BooleanOptionalAction, help=text)
 
     option = command("generate", "stream the continuation of a prompt", model, mesh, prompt)
+    text = "put --prompt into the checkpoint's chat template, and answer each of several in turn"
+    option("--chat", action="store_true", help=text)
+    option("--system", metavar="TEXT", help="the system message of the chat; default: none")
     option("--max-new-tokens", type=int, default=64, metavar="N", help="fewer where the text ends")
     option("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy")
     option("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens; default: all")
@@ -119,7 +135,8 @@ def parser() -> argparse.ArgumentParser:
     option = command("quantize", "write a checkpoint whose experts are quantized, as compressed-tensors has it")
     option("folder", help="checkpoint folder, not quantized")
     option("out", type=Path, help="folder to write, new or empty")
-    option("--weights", choices=FORMATS, required=True, help="int4: in groups of 128 columns, or fewer")
+    text = "int4 (in groups of 128 columns, or fewer), int8, fp8, or experts=int4,linear=int8"
+    option("--weights", type=parse_weights, required=True, metavar="FORMAT", help=text)
     option("--device", help="where to compute: cpu, cuda, ...; default: the GPU if there is one")
 
     option = command("bench", "each operation, and a decode step, beside its peers and its floor", ops, at, plot, mesh)
@@ -141,7 +158,9 @@ def parser() -> argparse.ArgumentParser:
     text = "a folder, or mixtral-8x22b; default: mixtral-8x7b"
     option("model", nargs="?", default="mixtral-8x7b", metavar="MODEL", help=text)
     option("--gpu", metavar="NAME", help="h100, rtx4090, ...; default: the GPU there is, else all that are known")
-    option("--memory", type=float, metavar="GIB", help="a GPU of so many GiB; default: see --gpu")
+    option(
+        "--memory", type=parse_memory, metavar="GIB", help="a GPU of so many GiB (24, 24GiB, 24GB); default: see --gpu"
+    )
     option("--gpus", type=int, metavar="N", help="so many GPUs; default: 1")
     option("--scaling", nargs="?", const="", metavar="FORMAT", help="predicted times on 1 to 16 GPUs, by tp and ep")
     option("--batch", type=int, default=1, metavar="B", help="sequences at a time")
@@ -189,39 +208,26 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     return model
 
 
-def _tokenizer(folder: str | Path) -> Any:
-    from tokenizers import Tokenizer
-
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: a prompt needs the checkpoint's tokenizer.json")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception on a bad file
-        raise ValueError(f"{path} is not a tokenizer that the tokenizers library can read: {error}") from error
-
-
-def _encode(tokenizer: Any, text: str, model: Mixtral) -> torch.Tensor:
-    """The prompt's tokens [T], after the beginning-of-sequence token where the model has one."""
+def _tokens(args: argparse.Namespace, ids: Sequence[int], warning: str, model: Mixtral) -> torch.Tensor:
+    """The prompt's tokens [T] on the model's device, after the warning about them."""
     import torch
 
-    if not text:
-        raise ValueError("--prompt is empty: give at least one character")
-    if any("\ud800" <= character <= "\udfff" for character in text):  # Python's stand-ins for bytes that are no UTF-8
-        raise ValueError("--prompt holds bytes that are no text in UTF-8")
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    bos = model.config.bos_token_id
-    return torch.tensor(([] if bos is None else [bos]) + ids, device=model.device)
+    if warning and is_first():
+        say(f"mixtral-triton {args.command}: {warning}")
+    return torch.tensor(ids, device=model.device)
 
 
 def _verify(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=True)
     from .verification import check_peer, default_text, verify
 
+    text = None if args.prompt is None else read_prompts([args.prompt])[0]
     check_peer(args.peer, args.tp * args.ep > 1)
     with open_mesh(args) as mesh:
         model = _load(args, mesh)
-        prompt = None if args.prompt is None else _encode(_tokenizer(args.folder), args.prompt, model)[None]
+        prompt = None
+        if text is not None:
+            prompt = _tokens(args, *encode(load_tokenizer(args.folder), text, model.config.bos_token_id), model)[None]
         if prompt is not None and args.tokens is not None and prompt.shape[1] < args.tokens:
             raise ValueError(f"--prompt has {prompt.shape[1]} tokens, fewer than --tokens {args.tokens}")
         ids = default_text(prompt, model.config, model.device, args.tokens)
@@ -239,58 +245,78 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    note = select_backend(args, interpret=False)
+    note, texts = select_backend(args, interpret=False), read_prompts(args.prompt)
+    if not args.chat and (len(texts) > 1 or args.system is not None):
+        raise ValueError("--system and more than one --prompt, the turns of a chat, need --chat")
+    if not -(1 << 63) <= args.seed < 1 << 64:
+        raise ValueError(f"--seed is {args.seed}, needs an integer of 64 bits")
+    template = ChatTemplate(args.folder) if args.chat else None
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    if template is not None:  # before the weights are read
+        template.render([*messages, {"role": "user", "content": texts[0]}])
     with open_mesh(args) as mesh:
         import torch
 
         from .generate import eos_ids, stream
 
-        model, tokenizer = _load(args, mesh), _tokenizer(args.folder)
-        prompt = _encode(tokenizer, args.prompt, model)
-        if not -(1 << 63) <= args.seed < 1 << 64:
-            raise ValueError(f"--seed is {args.seed}, needs an integer of 64 bits")
+        model, tokenizer = _load(args, mesh), load_tokenizer(args.folder)
         generator = torch.Generator(model.device).manual_seed(args.seed)
-        limits = args.max_new_tokens, args.temperature, args.top_p
-        steps = stream(model, [prompt], *limits, eos_ids(None, model.config), generator, args.top_k)
-        if not is_first():
-            deque(steps, maxlen=0)
-            return 0
-        say(note)
-        start, tokens = time.perf_counter(), []
-        if args.json:
-            with bar("generating", args.max_new_tokens) as progress:
-                for step in steps:
-                    tokens.append(int(step[0]))
-                    progress.advance(1)
-        else:
-            tokens = _print_stream(steps, tokenizer, args.prompt, len(prompt))
-        seconds = time.perf_counter() - start
-        rate = len(tokens) / seconds
-        if args.json:
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
-            print(json.dumps({"prompt": args.prompt, "text": text, "tokens": tokens, "tokens_per_second": rate}))
-        else:
-            print(f"{len(tokens)} tokens in {seconds:.1f} s, {rate:.1f} tokens/s (prompt of {len(prompt)} included)")
+        sampling = args.max_new_tokens, args.temperature, args.top_p, eos_ids(None, model.config), generator, args.top_k
+        for number, text in enumerate(texts):
+            messages.append({"role": "user", "content": text})
+            ids, warning = encode(tokenizer, text, model.config.bos_token_id)
+            if template is not None:  # it begins with the beginning-of-sequence token itself
+                ids = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
+            prompt = _tokens(args, ids, warning, model)
+            steps = TimedSteps(stream(model, [prompt], *sampling), len(ids), model.device)
+            if is_first() and number == 0:
+                say(note)
+            # A continuation follows the prompt on its line, an answer stands alone.
+            shown: str | None = text if template is None else f"> {text}\n" if len(texts) > 1 else ""
+            after = ids[-1:] if template is None else []
+            shown = shown if is_first() and not args.json else None
+            tokens, answer = _print_stream(steps, tokenizer, shown, after, args.max_new_tokens)
+            messages.append({"role": "assistant", "content": answer})
+            if is_first() and not args.json:
+                say(str(steps))
+        if is_first() and args.json:
+            prompt_text = text if template is None else template.render(messages[:-1])
+            chat = {} if template is None else {"messages": messages}
+            print(json.dumps({"prompt": prompt_text, "text": answer, "tokens": tokens, **steps.as_dict(), **chat}))
         return 0
 
 
-def _print_stream(steps: Iterator[torch.Tensor], tokenizer: Any, prompt: str, length: int) -> list[int]:
-    """Print the text as it comes -> its tokens. Its line ends even where an error or Ctrl-C ends the work."""
-    with bar("reading the prompt", length):
-        first = list(islice(steps, 1))
-    tokens: list[int] = []
+def _print_stream(
+    steps: TimedSteps, tokenizer: Any, shown: str | None, after: list[int], total: int
+) -> tuple[list[int], str]:
+    """Return the tokens and their text, which is printed as it comes, after `shown`; None: it is not.
+
+    after: the tokens that the text follows, without which a decoder drops a space before the first token.
+    The text's line ends even where an error or Ctrl-C ends the work.
+    """
+    tokens = []
+    progress_bar = bar("generating", total, silent=not is_first()) if shown is None else bar("reading the prompt", None)
+    with progress_bar as progress:
+        for token in islice(steps, None if shown is None else 1):
+            tokens.append(token)
+            progress.advance(1)
+    start = len(tokenizer.decode(after, skip_special_tokens=True))
+
+    def decode() -> str:
+        return tokenizer.decode([*after, *tokens], skip_special_tokens=True)[start:]
+
     printed = ""
     try:
-        print(prompt, end="", flush=True)
-        for step in chain(first, steps):
-            tokens.append(int(step[0]))
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
+        print(shown or "", end="", flush=True)
+        for new in chain([[]], ([token] for token in steps)):
+            tokens += new
+            text = decode() if shown is not None else ""
             if not text.endswith("\ufffd"):  # half a character: wait for the rest
                 print(text[len(printed) :], end="", flush=True)
                 printed = text
     finally:
-        print(flush=True)
-    return tokens
+        print(end="" if shown is None else "\n", flush=True)
+    return tokens, decode()
 
 
 def _trace(args: argparse.Namespace) -> int:
@@ -299,8 +325,13 @@ def _trace(args: argparse.Namespace) -> int:
 
     if args.plot is not None:
         check_plot(args.plot)
-    model, tokenizer = _load(args), _tokenizer(args.folder)
-    return run(args, model, tokenizer, _encode(tokenizer, args.prompt, model), note)
+    texts = read_prompts(args.prompt)
+    if len(texts) > 1:
+        raise ValueError("--prompt is given more than once: trace takes one text")
+    model, tokenizer, args.prompt = _load(args), load_tokenizer(args.folder), texts[0]
+    return run(
+        args, model, tokenizer, _tokens(args, *encode(tokenizer, texts[0], model.config.bos_token_id), model), note
+    )
 
 
 def _quantize(args: argparse.Namespace) -> int:

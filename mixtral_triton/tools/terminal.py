@@ -127,11 +127,14 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None, sile
         task = progress.add_task(label, total=total)
 
         def report() -> None:
+            before = ""
             while not done.wait(INTERVAL):
                 state, left = progress.tasks[task], ""
                 if state.completed and state.remaining is not None and state.elapsed:
                     left = f", {state.elapsed * state.remaining / state.completed:.0f} s left"
-                say(f"{label}: {str(count(state)).strip()}{left}")
+                if (done_so_far := str(count(state)).strip()) != before:  # a line says something new
+                    say(f"{label}: {done_so_far}{left}")
+                before = done_so_far
 
         with ThreadPoolExecutor(1) as thread:
             if not (silent or console.is_terminal):

@@ -149,7 +149,7 @@ def test_tokens_outside_the_model_s_limits(
 ) -> None:
     """The error comes before the note about the backend."""
     monkeypatch.setattr(cli, "select_backend", lambda *_, **__: "plain torch, on the CPU")
-    monkeypatch.setattr(cli, "_encode", lambda *_: torch.tensor(ids))
+    monkeypatch.setattr(cli, "_tokens", lambda *_: torch.tensor(ids))
     assert main(["trace", "--device", "cpu", "--prompt", "x"]) == 2
     error = capsys.readouterr().err
     assert named in error and len(error.strip().splitlines()) == 1, error
