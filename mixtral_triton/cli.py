@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.progress import DownloadColumn
 
 from . import __version__
+from .config import checkpoint_folder
 from .kernels.arch import ARCHS
-from .prompt import ChatTemplate, encode, load_tokenizer, read_prompts
 from .tools.gpus import RATED
 from .tools.processes import TimedSteps, is_first, open_mesh, select_backend
+from .tools.prompt import ChatTemplate, encode, load_tokenizer, read_prompts
 from .tools.terminal import bar, check_plot, exit_status, say, set_output_encoding
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from .model import Mixtral
 
+FOLDER = "checkpoint folder, or a name on the hub with or without @revision"
 SMALL = Path(__file__).parent / "small"  # the checkpoint that ships with the package
 
 
@@ -62,7 +64,7 @@ def parse_weights(text: str) -> str | dict[str, str]:
 
 def parse_memory(text: str) -> float:
     """`--memory` in GiB: a number of them, or with a unit."""
-    found = re.fullmatch(r"([\d.]+) ?(GiB|GB)?", text, re.IGNORECASE)
+    found = re.fullmatch(r"(.*?) ?(GiB|GB)?", text, re.IGNORECASE)
     try:
         return float(found[1]) * (1e9 / 2**30 if (found[2] or "").lower() == "gb" else 1.0)  # type: ignore[index]
     except (ValueError, TypeError):
@@ -88,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
         option("--ep", type=int, default=1, metavar="N", help="GPUs that share the experts; with torchrun")
 
     def model(option: Any) -> None:
-        option("folder", nargs="?", default=SMALL, help="checkpoint folder; default: the small one of the package")
+        option("folder", nargs="?", default=SMALL, help=f"{FOLDER}; default: the small one of the package")
         option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
         option("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
         text = "int4, int8 or fp8: quantize the experts' while loading; experts=int4,linear=int8: those of attention "
@@ -133,7 +135,7 @@ def parser() -> argparse.ArgumentParser:
     option("--layers", type=int, nargs="+", metavar="N", help="to print; default: first, middle and last")
 
     option = command("quantize", "write a checkpoint whose experts are quantized, as compressed-tensors has it")
-    option("folder", help="checkpoint folder, not quantized")
+    option("folder", help=f"{FOLDER}, not quantized")
     option("out", type=Path, help="folder to write, new or empty")
     text = "int4 (in groups of 128 columns, or fewer), int8, fp8, or experts=int4,linear=int8"
     option("--weights", type=parse_weights, required=True, metavar="FORMAT", help=text)
@@ -142,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     option = command("bench", "each operation, and a decode step, beside its peers and its floor", ops, at, plot, mesh)
     option("--quick", action="store_true", help="a few cases an operation, of 8x7B")
     option("--sizes", action="append", default=[], metavar="T=N,...", help="a case of these sizes instead; repeatable")
-    option("--model", type=Path, metavar="FOLDER", help="take the sizes from a checkpoint's config.json")
+    option("--model", metavar="FOLDER", help="take the sizes from a checkpoint's config.json")
     option("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16")
     text = "your function beside the one OP, called by position, checked before it is timed; repeatable"
     option("--peer", action="append", default=[], metavar="MODULE:FUNCTION", help=text)
@@ -155,7 +157,7 @@ def parser() -> argparse.ArgumentParser:
     option("--dry-run", action="store_true", help="time nothing")
 
     option = command("fit", "what fits a GPU's memory: weights by format, cache, workspace, the longest text")
-    text = "a folder, or mixtral-8x22b; default: mixtral-8x7b"
+    text = "a folder, a name on the hub, or mixtral-8x22b; default: mixtral-8x7b"
     option("model", nargs="?", default="mixtral-8x7b", metavar="MODEL", help=text)
     option("--gpu", metavar="NAME", help="h100, rtx4090, ...; default: the GPU there is, else all that are known")
     option(
@@ -221,6 +223,7 @@ def _verify(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=True)
     from .verification import check_peer, default_text, verify
 
+    args.folder = checkpoint_folder(args.folder)
     text = None if args.prompt is None else read_prompts([args.prompt])[0]
     check_peer(args.peer, args.tp * args.ep > 1)
     with open_mesh(args) as mesh:
@@ -250,6 +253,7 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError("--system and more than one --prompt, the turns of a chat, need --chat")
     if not -(1 << 63) <= args.seed < 1 << 64:
         raise ValueError(f"--seed is {args.seed}, needs an integer of 64 bits")
+    args.folder = checkpoint_folder(args.folder)
     template = ChatTemplate(args.folder) if args.chat else None
     messages = [{"role": "system", "content": args.system}] if args.system else []
     if template is not None:  # before the weights are read
@@ -328,6 +332,7 @@ def _trace(args: argparse.Namespace) -> int:
     texts = read_prompts(args.prompt)
     if len(texts) > 1:
         raise ValueError("--prompt is given more than once: trace takes one text")
+    args.folder = checkpoint_folder(args.folder)
     model, tokenizer, args.prompt = _load(args), load_tokenizer(args.folder), texts[0]
     return run(
         args, model, tokenizer, _tokens(args, *encode(tokenizer, texts[0], model.config.bos_token_id), model), note
@@ -339,6 +344,7 @@ def _quantize(args: argparse.Namespace) -> int:
     from .quantize.write import write
     from .weights import total_bytes
 
+    args.folder = checkpoint_folder(args.folder)
     before = total_bytes(read_headers(args.folder))
     with bar("quantizing", before, DownloadColumn()) as progress:
         after = write(args.folder, args.out, args.weights, args.device, progress.advance)

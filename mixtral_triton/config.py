@@ -1,9 +1,10 @@
-"""MixtralConfig: a checkpoint's config.json, read, checked and frozen."""
+"""A checkpoint's folder, local or on the hub, and MixtralConfig: its config.json, read, checked and frozen."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# `mistralai/Mixtral-8x7B-v0.1`, and perhaps a branch, tag or commit after an @.
+NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+CONFIG_FILES = ["config.json", "quantize_config.json", "hf_quant_config.json", "adapter_config.json", "params.json"]
+TEXT_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", INDEX_FILE]
+# What other layouts than transformers' hold, and what a user of them needs.
+_MISTRAL = "is of Mistral's own layout, needs transformers' layout: the hub has it, as in mistralai/Mixtral-8x7B-v0.1"
+OTHER_LAYOUTS = {
+    "adapter_config.json": "is of a LoRA adapter, needs the whole model: peft's merge_and_unload and save_pretrained "
+    "write it",
+    "params.json": _MISTRAL,
+    "consolidated*": _MISTRAL,
+    "*.gguf": "is GGUF, needs safetensors",
+}
+LFS_POINTER = b"version https://git-lfs"
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "num_local_experts", "num_experts_per_tok", "max_position_embeddings"),
@@ -130,8 +147,7 @@ class MixtralConfig:
         Raises FileNotFoundError for a missing folder or file, ValueError for anything else; the message names the file,
         the field, what it got and what is needed.
         """
-        path = checkpoint_folder(folder) / "config.json"
-        refuse_gguf(path.parent)
+        path = checkpoint_folder(folder, tensors=False) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; a checkpoint folder needs its config.json")
         return cls.from_dict(parse_json_object(path.read_bytes(), str(path)), source=str(path))
@@ -187,22 +203,76 @@ def _read_theta(values: Mapping[str, Any]) -> float:
     return next(iter(thetas.values()))
 
 
-def checkpoint_folder(folder: str | os.PathLike[str]) -> Path:
-    """Return `folder` as a Path; FileNotFoundError if there is none, NotADirectoryError if it is a file."""
+def checkpoint_folder(folder: str | os.PathLike[str], tensors: bool = True) -> Path:
+    """Return a local folder as a Path, or that of the cached snapshot of a name on the hub.
+
+    Only files that are read are downloaded; tensors False: without those of weights and text.
+    Raises FileNotFoundError if there is none, NotADirectoryError for a file, ValueError for a folder of another layout.
+    """
     if not isinstance(folder, (str, os.PathLike)):
-        raise ValueError(f"folder is {folder!r}, needs the path of a checkpoint folder")
+        raise ValueError(f"folder is {folder!r}, needs the path of a checkpoint folder, or a name on the hub")
     path = Path(folder)
     if path.is_file():
         raise NotADirectoryError(f"{path}: is a file, needs the folder that holds config.json")
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder, needs a local checkpoint (`hf download` fetches one)")
+        if not isinstance(folder, str) or NAME.fullmatch(folder) is None:
+            needs = "a local checkpoint, or a name on the hub like mistralai/Mixtral-8x7B-v0.1"
+            raise FileNotFoundError(f"{path}: no such folder, needs {needs}")
+        path = _snapshot(folder, tensors)
+    if not any(os.path.lexists(path / name) for name in (SINGLE_FILE, INDEX_FILE)):
+        for pattern, problem in OTHER_LAYOUTS.items():
+            if files := sorted(file.name for file in path.glob(pattern)):
+                raise ValueError(f"{path}: {files[0]!r:.80} {problem}")
     return path
 
 
-def refuse_gguf(folder: Path) -> None:
-    """Raise ValueError for a folder that holds only llama.cpp's files."""
-    if not any(folder.glob("*.safetensors")) and (files := sorted(file.name for file in folder.glob("*.gguf"))):
-        raise ValueError(f"{folder}: {files[0]!r:.80} is GGUF, needs safetensors")
+def _snapshot(name: str, tensors: bool) -> Path:
+    """Return the folder in huggingface_hub's cache, after it downloaded what is missing, with its own progress."""
+    import huggingface_hub
+
+    repository, _, revision = name.partition("@")
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    try:
+        files = CONFIG_FILES + (TEXT_FILES if tensors else [])
+        path = Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=files))
+        needed = _weight_files(path) if tensors else []
+        if needed:  # of the same commit, whatever is pushed meanwhile
+            path = Path(huggingface_hub.snapshot_download(repository, revision=path.name, allow_patterns=needed))
+    except Exception as error:  # its network library's errors are neither OSErrors nor ValueErrors
+        found = {kind.__name__ for kind in type(error).__mro__}
+        if "GatedRepoError" in found:
+            what = f"asks for its terms to be accepted at https://huggingface.co/{repository}, and for a token"
+        elif "RepositoryNotFoundError" in found or "HFValidationError" in found:
+            what = "is no folder here, and no public repository of the hub; a private one needs a token"
+        elif "RevisionNotFoundError" in found:
+            what = f"the repository has no revision {revision!r}"
+        elif "LocalEntryNotFoundError" in found or "OfflineModeIsEnabled" in found:
+            reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+            what = f"is no folder here, nor complete in the hub's cache, and {reason}"
+        else:
+            what = f"the hub answers {' '.join(str(error).split()):.200}"
+        hint = " (hf auth login, or HF_TOKEN)" if what.endswith("token") else ""
+        raise FileNotFoundError(f"{name}: {what}{hint}") from error
+    if missing := [file for file in needed[:1] if offline and not (path / file).is_file()]:
+        raise FileNotFoundError(f"{name}: {missing[0]} is not in the hub's cache, and HF_HUB_OFFLINE is set")
+    return path
+
+
+def _weight_files(path: Path) -> list[str]:
+    """Return the names of the files of tensors in a folder that may have none of them yet."""
+    if not (path / INDEX_FILE).is_file():
+        return [SINGLE_FILE]
+    try:
+        return sorted({str(file) for file in json.loads((path / INDEX_FILE).read_bytes())["weight_map"].values()})
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return []  # the loader says what is wrong with the index
+
+
+def refuse_lfs_pointer(file: Path) -> None:
+    """Raise ValueError for what a clone without Git LFS has in a file's place."""
+    with file.open("rb") as opened:
+        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{file}: is a pointer of Git LFS, not the file: run `git lfs pull` in its folder")
 
 
 def parse_json_object(data: bytes, source: str) -> dict[str, Any]:

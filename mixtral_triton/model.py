@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops, weights
 from .cache import KVCache
-from .config import MixtralConfig
+from .config import MixtralConfig, checkpoint_folder
 from .generate import generate
 from .inputs import check_dtype, check_ids, check_lengths, check_memory, usable_device, weight_bytes
 from .ops import unchecked
@@ -212,8 +212,9 @@ class Mixtral(nn.Module):
         deterministic: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> Mixtral:
-        """Load a Hugging Face checkpoint folder (config.json and safetensors; weights.py says what is rejected).
+        """Load a Hugging Face checkpoint (config.json and safetensors; weights.py says what is rejected).
 
+        folder         a local one, or a name on the hub, `mistralai/Mixtral-8x7B-v0.1`, perhaps with `@revision`
         device         None: the GPU if there is one, else the CPU; "meta": headers only
         dtype          None: as stored
         weights        None: as stored, quantized or not. "int4", "int8" or "fp8": quantize the experts while loading.
@@ -351,6 +352,7 @@ def load(
     progress: Callable[[int], None] | None,
     ranks: Ranks | None,
 ) -> Mixtral:
+    folder = checkpoint_folder(folder)
     config = MixtralConfig.from_pretrained(folder)
     headers, shard = hub.read_headers(folder), UNSHARDED if ranks is None else ranks.shard
     shard.check(config)

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import MixtralConfig, checkpoint_folder, parse_json_object, refuse_gguf
+from .config import INDEX_FILE, SINGLE_FILE, MixtralConfig, checkpoint_folder, parse_json_object, refuse_lfs_pointer
 from .kernels.quantized import GROUPS, QuantizedWeight
 from .parallel import UNSHARDED, Shard
 
@@ -33,11 +33,10 @@ Progress = Callable[[int], object] | None
 # Quantizes rows into a weight of the same rows, and of the columns that the slice keeps.
 Quantizer = Callable[[Any, Tensor, Any], None]
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 PICKLED = ("pytorch_model*.bin*", "*.pt", "*.pth")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CODES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}  # if quantized
+CONVERT = "transformers' from_pretrained and save_pretrained write them, where you trust the file"
 CHUNK_BYTES = 16 * 2**20
 NAMED = 4  # tensors that an error lists before it only counts
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -159,13 +158,14 @@ def read_headers(folder: Folder, scheme: Any = None) -> Headers:
     or points out of the folder, a truncated or padded file, a dtype other than F32, BF16 or F16, mixed dtypes.
     """
     path = checkpoint_folder(folder)
-    refuse_gguf(path)
     names: dict[str, list[str]] = {SINGLE_FILE: []}
     if not os.path.lexists(path / SINGLE_FILE):  # preferred over an index, as in transformers
         if os.path.lexists(path / INDEX_FILE):
             names = _read_index(path / INDEX_FILE)
         elif pickled := sorted(file.name for pattern in PICKLED for file in path.glob(pattern)):
-            raise ValueError(f"{path}: {some(pickled)}: pickle can run any code and is never read, needs safetensors")
+            raise ValueError(
+                f"{path}: {some(pickled)}: pickle can run any code and is never read, needs safetensors: {CONVERT}"
+            )
         else:
             raise FileNotFoundError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
     tensors: dict[str, Stored] = {}
@@ -385,6 +385,7 @@ def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Sto
     """Return the tensors of a safetensors file; the library checks that they fill it exactly."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, though the checkpoint needs it")
+    refuse_lfs_pointer(file)
     found = {}
     with opened_file(file) as opened:
         for name in opened.offset_keys():

@@ -75,9 +75,11 @@ def import_modules(function: str, model: Any) -> Any:
     base = ours.theirs.MixtralPreTrainedModel
     if isinstance(model, base):
         return ours
-    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    holder = model if isinstance(model, nn.Module) else getattr(model, "model", None)  # a pipeline has it
+    modules = holder.named_modules() if isinstance(holder, nn.Module) else ()
     inner = next((name for name, module in modules if isinstance(module, base)), None)
-    hint = f"; give it the model inside, .{inner}" if inner is not None else ""
+    path = ".".join(filter(None, ("model" if holder is not model else "", inner)))
+    hint = f"; give it the model inside, .{path}" if inner is not None else ""
     raise ValueError(
         f"{function}: model is a {type(model).__name__}, needs transformers' MixtralForCausalLM or MixtralModel{hint}"
     )
@@ -104,9 +106,13 @@ def _check_weights(model: Any) -> None:
     """Parameters need a dtype of the operations, and must be whole on one device each."""
     quantization = getattr(model, "hf_quantizer", None), getattr(model.config, "quantization_config", None)
     if getattr(model, "is_quantized", False) or quantization != (None, None):
+        config = quantization[1] if isinstance(quantization[1], dict) else vars(quantization[1] or object)
+        ours, reads = "mixtral_triton.Mixtral.from_pretrained", ", which reads the quantized weights exactly"
+        if "bitsandbytes" in str(config.get("quant_method")).lower():
+            ours, reads = f'{ours}(folder, weights="int4")', " on the folder in bf16"
         raise ValueError(
             "apply: model is quantized; load it without quantization_config (bf16, fp16 or fp32), or the folder with "
-            "mixtral_triton.Mixtral.from_pretrained, which reads the quantized weights exactly"
+            f"{ours}{reads}"
         )
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise ValueError("apply: model has a tensor-parallel plan; load it without tp_plan, or with a device_map")

@@ -69,7 +69,8 @@ class Plan:
 
 def read_headers(folder: weights.Folder) -> Headers:
     """Read the headers of a folder, quantized or not, and its scheme."""
-    return weights.read_headers(folder, read_scheme(checkpoint_folder(folder)))
+    path = checkpoint_folder(folder)
+    return weights.read_headers(path, read_scheme(path))
 
 
 def plan(

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import weights
-from ..config import MixtralConfig, parse_json_object
+from ..config import MixtralConfig, checkpoint_folder, parse_json_object
 from ..inputs import usable_device
 from ..weights import Target
 from . import hub
@@ -50,6 +50,7 @@ def write(
     is one. Raises as loading does; ValueError for a folder that is quantized already and an `out` that is not empty;
     OSError names the file that could not be written. Unfinished files are removed after an error.
     """
+    folder = checkpoint_folder(folder)
     config, headers, place = MixtralConfig.from_pretrained(folder), hub.read_headers(folder), usable_device(device)
     if headers.scheme is not None:
         raise ValueError(f"quantize: {headers.folder} is quantized already ({headers.scheme.name})")

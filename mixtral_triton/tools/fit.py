@@ -20,7 +20,7 @@ import torch
 from rich.filesize import decimal
 from rich.text import Text
 
-from ..config import MixtralConfig
+from ..config import MixtralConfig, checkpoint_folder
 from ..generate import PREFILL_CHUNK
 from ..inputs import WEIGHT_FORMATS, weight_bytes
 from ..parallel import Shard, Traffic, traffic
@@ -186,6 +186,8 @@ class Request:
         """Read the model's config. ValueError for a wrong option."""
         name = str(args.model)
         known = KNOWN.get(name.lower())
+        if known is None and "/" not in name and not Path(name).exists():
+            raise FileNotFoundError(f"{name}: no such folder, needs one, a name on the hub, or {' or '.join(KNOWN)}")
         config = known or MixtralConfig.from_pretrained(name)
         limit = config.max_position_embeddings
         context = limit if args.context is None else args.context
@@ -197,7 +199,7 @@ class Request:
             raise ValueError(f"--context is {context}, needs 1 to {limit}, the model's positions")
         if args.gpus is not None and not 1 <= args.gpus <= GPUS_MAX:
             raise ValueError(f"--gpus is {args.gpus}, needs 1 to {GPUS_MAX}")
-        scheme = None if known else read_scheme(Path(name))
+        scheme = None if known else read_scheme(checkpoint_folder(name, tensors=False))
         if scheme is None:
             return cls(name, config, format_specs(config), SHORT[stored_dtype(config)], args.batch, context)
         specs = hub.plan(hub.read_headers(name), config).specs  # the files alone say which tensors are quantized

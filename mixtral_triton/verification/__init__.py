@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import checkpoint_folder
 from ..generate import PREFILL_CHUNK
 from ..inputs import check_ids, check_vocabulary
 from ..kernels.checks import dtype_name
@@ -67,6 +68,8 @@ def verify(
     if not isinstance(target, (Mixtral, str, os.PathLike)):
         got = type(target).__name__
         raise ValueError(f"verify: target is a {got}, needs a Mixtral, a checkpoint folder or transformers' Mixtral")
+    target = target if isinstance(target, Mixtral) else checkpoint_folder(target)
+    folder = None if folder is None else checkpoint_folder(folder)
     model = target if isinstance(target, Mixtral) else Mixtral.from_pretrained(target)
     folder = folder if isinstance(target, Mixtral) else target
     if peer is not None and folder is None:

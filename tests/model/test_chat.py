@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from mixtral_triton import Mixtral
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.prompt import ChatTemplate, encode, load_tokenizer, read_prompts
+from mixtral_triton.tools.prompt import ChatTemplate, encode, load_tokenizer, read_prompts
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="about text: run once, without the interpreter"),

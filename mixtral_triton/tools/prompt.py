@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import parse_json_object
+from ..config import parse_json_object, refuse_lfs_pointer
 
 Message = dict[str, str]  # role and content
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
@@ -46,6 +46,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: a prompt needs the checkpoint's tokenizer.json")
+    refuse_lfs_pointer(path)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a bare Exception on a bad file
