@@ -1,13 +1,15 @@
 """Floors and predicted times of calls on a GPU that is not at hand.
 
 A floor is a call's compulsory work (`Op.cost`) at full rates. A predicted time comes from the recorded launches, not
-from a measurement. A launch takes as long as the slowest of three: its bytes across device memory, the bytes of its
-tiles from L2 to the SMs, and its products. The last two are counted in whole waves of programs. A gap follows each
-launch, a shorter one before a programmatic dependent launch. Latency is not counted, so short kernels take longer.
+from a measurement, and is a range: OPTIMISTIC to CAUTIOUS. A launch takes as long as its bytes across device memory or
+its programs, whichever is slower. Each program starts on the SM that is free first, and takes as long as the bytes of
+its tiles from L2 or its products, whichever is slower. A gap follows each launch, a shorter one before a programmatic
+dependent launch.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,12 +22,33 @@ from ..kernels.op import Cost, Launch
 from .gpus import GPU, Chip
 from .work import Work, count_work
 
-MEMORY_REACHED = 0.92  # of a data sheet's bandwidth, by long copies: an estimate from published ones on an H100
-MATMUL_REACHED = 0.75  # of a data sheet's tensor-core peak, by libraries at the clocks of a busy GPU: an estimate
 WARPS, THREADS = 64, 32  # the most warps of an SM, and the threads of each
 REGISTERS, OTHER_REGISTERS = 65536, 64  # of an SM (AMD: more), and of a thread beside its part of the tiles
 
 Timer = Callable[[Callable[[], Any]], float]
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Estimates of what a busy GPU reaches.
+
+    memory, matmul, l2  of a data sheet's bandwidth and tensor-core peak, and of `Chip.l2`
+    tile                seconds of the first loads and last stores of a tile of TILE sums, which another program on the
+                        SM hides; a third of them are those of any tile
+    kernel              seconds that no kernel goes below, however little it does
+    """
+
+    memory: float
+    matmul: float
+    l2: float
+    tile: float
+    kernel: float
+
+
+TILE = 192 * 256
+# memory: long copies, as published of an H100. matmul: libraries at the clocks of a busy GPU.
+OPTIMISTIC = Reached(memory=0.92, matmul=0.75, l2=1.0, tile=3e-6, kernel=2e-6)
+CAUTIOUS = Reached(memory=0.86, matmul=0.63, l2=0.82, tile=4e-6, kernel=3e-6)
 
 
 def floor(cost: Cost, gpu: GPU) -> float:
@@ -68,9 +91,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Prediction:
-    """`limit`: what takes most of the seconds: "memory", "L2", "tensor cores", or "launches" (the gaps)."""
+    """seconds, cautious: the range. `limit`: what takes most of the seconds: "memory", "L2", "tensor cores", or
+    "launches" (the gaps, and kernels that do little)."""
 
     seconds: float
+    cautious: float
     limit: str
     parts: tuple[Part, ...]
     floor_s: float
@@ -81,7 +106,8 @@ class Prediction:
         return self.floor_s / self.seconds if self.seconds else 1.0
 
     def as_dict(self) -> dict[str, Any]:
-        return {"time_us": self.seconds * 1e6, "limit": self.limit, "of_floor": self.share}
+        times = {"time_us": self.seconds * 1e6, "cautious_us": self.cautious * 1e6}
+        return {**times, "limit": self.limit, "of_floor": self.share}
 
 
 def predict(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
@@ -92,30 +118,56 @@ def predict(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
     chip = gpu.chip
     if chip is None:
         raise ValueError(f"predict: GPU is {gpu.name}, needs one whose L2 bandwidth is known")
-    launches = tuple(launches)
-    parts = tuple(_part(launch, gpu, chip) for launch in launches)
-    gaps = (chip.pdl_gap if launch.dependent else chip.launch_gap for launch in launches)
-    by_limit = {"launches": sum(gaps)}
+    launches, least = tuple(launches), floor(cost, gpu)
+    gaps = sum(chip.pdl_gap if launch.dependent else chip.launch_gap for launch in launches)
+    parts, cautious = (tuple(_part(one, gpu, chip, reached) for one in launches) for reached in (OPTIMISTIC, CAUTIOUS))
+    by_limit = {"launches": gaps}
     for part in parts:
         by_limit[part.limit] = by_limit.get(part.limit, 0.0) + part.seconds
-    least = floor(cost, gpu)
-    return Prediction(max(sum(by_limit.values()), least), max(by_limit, key=by_limit.__getitem__), parts, least)
+    seconds, most = (max(gaps + sum(part.seconds for part in each), least) for each in (parts, cautious))
+    return Prediction(seconds, most, max(by_limit, key=by_limit.__getitem__), parts, least)
 
 
-def _part(launch: Launch, gpu: GPU, chip: Chip) -> Part:
+def _part(launch: Launch, gpu: GPU, chip: Chip, reached: Reached) -> Part:
     work, sms = count_work(launch), multiprocessors(gpu.arch)
     resident = _resident_programs(work, launch.num_warps or 4, sms, gpu.arch)
-    rounds = max(math.ceil(work.programs / (sms * resident)) * resident, work.longest)
-    products = work.flops / (chip.vector if work.single else gpu.matmul * MATMUL_REACHED)
-    vector = work.vector / chip.vector
-    seconds = {
-        "memory": work.memory / (gpu.bandwidth * MEMORY_REACHED),
-        "L2": rounds * work.loaded * sms / chip.l2,
+    products = work.flops * sms / (chip.vector if work.single else gpu.matmul * reached.matmul)
+    vector = work.vector * sms / chip.vector
+    program = {
+        "L2": work.loaded * sms / (chip.l2 * reached.l2),
         # One program computes while another multiplies.
-        "tensor cores": rounds * (max(products, vector) if resident > 1 else products + vector) * sms,
+        "tensor cores": max(products, vector) if resident > 1 else products + vector,
+    }
+    slowest = max(program, key=program.__getitem__)
+    tile = reached.tile * (1 + 2 * work.stored / TILE) / 3 if resident == 1 and work.flops else 0.0
+    lengths = work.lengths or ((work.programs, 1.0, 1.0),)
+    runs = [(n, max(program["L2"] * loads, program["tensor cores"] * flops) + tile) for n, loads, flops in lengths]
+    seconds = {
+        "launches": reached.kernel,
+        "memory": work.memory / (gpu.bandwidth * reached.memory),
+        slowest: list_schedule(runs, sms),
     }
     limit = max(seconds, key=seconds.__getitem__)
     return Part(launch.kernel, seconds[limit], limit)
+
+
+def list_schedule(runs: Iterable[tuple[float, float]], places: int) -> float:
+    """Return when the last program ends. Each starts, in this order, in the place that is free first.
+
+    runs: numbers of programs, and the seconds that each of them takes; fractions of a program count to the next run.
+    """
+    free, left = [0.0] * places, 0.0
+    runs = [run for run in runs if run[0] > 0]
+    for at, (count, seconds) in enumerate(runs):
+        left += count
+        programs = math.ceil(left - 1e-6) if at == len(runs) - 1 else int(left)
+        left -= programs
+        if free[0] == max(free):  # whole waves of equal programs
+            waves = programs // places
+            free, programs = [free[0] + waves * seconds] * places, programs - waves * places
+        for _ in range(programs):
+            heapq.heapreplace(free, free[0] + seconds)
+    return max(free)
 
 
 def sm_shared_bytes(arch: str) -> int:

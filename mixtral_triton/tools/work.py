@@ -39,7 +39,9 @@ class Work:
     vector   fp32 FLOP beside the products that these wait for
     shared   bytes of shared memory
     values   of 32 bits that stay in registers: sums, scores
-    longest  work of the longest program divided by the average
+    stored   of them at the end
+    lengths  programs in the order in which they start: how many, and `loaded` and `flops` of each divided by the
+             average; none: all are equal
     """
 
     memory: float
@@ -50,7 +52,8 @@ class Work:
     shared: int = 0
     values: float = 0.0
     single: bool = False
-    longest: float = 1.0
+    stored: float = 0.0
+    lengths: tuple[tuple[float, float, float], ...] = ()
 
 
 def count_work(launch: Launch) -> Work:
@@ -101,8 +104,8 @@ def _stream(launch: Launch) -> Work:
 
 
 @lru_cache(maxsize=1024)
-def row_tiles(slots: int, share: float, experts: int, rows: int, heights: tuple[int, ...] = ()) -> tuple[float, float]:
-    """Return the expected number of row tiles that the groups of all experts fill, and the rows of all tiles.
+def row_tiles(slots: int, share: float, experts: int, rows: int, heights: tuple[int, ...] = ()) -> dict[int, float]:
+    """Return the expected number of row tiles of each height that the groups of all experts fill.
 
     share    probability that a slot belongs to an expert
     heights  rows that the last tile of a group may have instead of `rows`
@@ -113,10 +116,10 @@ def row_tiles(slots: int, share: float, experts: int, rows: int, heights: tuple[
     for height in sorted(heights, reverse=True):
         last[n % rows <= height] = height
     last[n % rows == 0] = 0
-    issued = n // rows * rows + last
-    expected = (experts * float((likely * x).sum()) for x in (torch.ceil(n / rows), issued))
-    tiles, rows_issued = (round(x, 6) for x in expected)  # a whole wave of programs stays one
-    return tiles, rows_issued
+    counts = {height: (last == height).double() for height in (rows, *heights)}
+    counts[rows] += n // rows
+    # Rounded: a whole wave of programs stays one.
+    return {height: round(experts * float((likely * count).sum()), 6) for height, count in counts.items()}
 
 
 # By the start of a kernel's name: input, weight, the parts of the weight's rows that one program takes, depth.
@@ -146,7 +149,7 @@ def _product(launch: Launch) -> Work:
     distinct = expected_distinct_experts(tokens, K / E, E)
     columns, depth = halves * c["BLOCK_N"], c[letter] / splits
     parts = [t[name] for name in (weight, "scales", "zeros") if name in t]
-    stages = launch.num_stages or 1
+    stages, lengths = launch.num_stages or 1, ()
     if "BLOCK_T" in c:
         rows = mean = c["BLOCK_T"]
         programs = (launch.grid or (0,))[0] * distinct * splits
@@ -157,10 +160,14 @@ def _product(launch: Launch) -> Work:
     else:
         rows, short = c["BLOCK_M"], c.get("SHORT_M", 0)
         heights = (short, main_rows(rows, short)) if short else ()
-        tiles, issued = row_tiles(tokens, K / E, E, rows, heights)
-        mean = loaded_rows = issued / tiles
-        programs = tiles * math.ceil(t[weight].shape[-2] / columns)
+        tiles = row_tiles(tokens, K / E, E, rows, heights)
+        mean = loaded_rows = sum(height * count for height, count in tiles.items()) / sum(tiles.values())
+        across = math.ceil(t[weight].shape[-2] / columns)
+        programs = sum(tiles.values()) * across
         row_bytes = depth * t[weight].element_size()
+        bytes_of = {height: height * depth * size + columns * row_bytes for height in (*tiles, mean)}
+        each = [(count, bytes_of[height] / bytes_of[mean], height / mean) for height, count in tiles.items()]
+        lengths = [(count * across / E, *ratios) for count, *ratios in each] * E
     return Work(
         _nbytes(t) - (1 - distinct / E) * sum(part.nbytes for part in parts),
         programs,
@@ -169,7 +176,8 @@ def _product(launch: Launch) -> Work:
         shared=stages * c["BLOCK_K"] * (rows * size + columns * t[weight].element_size()),
         values=mean * columns,
         single=size == 4,
-        longest=rows / mean,
+        stored=mean * columns,
+        lengths=tuple(lengths),
     )
 
 
@@ -196,7 +204,8 @@ def _attention(launch: Launch) -> Work:
             high = min(end, last + after + 1) if causal or window else end
             spans.append(high - (max(0, first - before + 1) if window else 0))
     spans = [max(0, math.ceil(span / c["BLOCK_N"])) * c["BLOCK_N"] for span in spans]
-    mean = sum(spans) / len(spans)
+    mean, heads = sum(spans) / len(spans), math.prod(launch.grid or ()) / len(spans)
+    lengths = ((heads, (rows + 2 * span) / (rows + 2 * mean), span / (mean or 1)) for span in reversed(spans))
     memory = _nbytes(t) - (1 - share) * _nbytes(t, "k", "v", "k_cache", "v_cache")
     if "cos" in t:  # a row of each table a sequence, and the newest key into the cache
         memory += 2 * len(t["q"]) * t["cos"][0].nbytes - _nbytes(t, "cos", "sin") + _nbytes(t, "new_k", "new_v")
@@ -209,7 +218,8 @@ def _attention(launch: Launch) -> Work:
         shared=(rows + 2 * stages * c["BLOCK_N"]) * width * size,
         values=rows * (width + c["BLOCK_N"] * (1 + size / 4)),
         single=size == 4,
-        longest=max(spans) / mean if mean else 1.0,
+        stored=rows * width,
+        lengths=tuple(lengths),
     )
 
 

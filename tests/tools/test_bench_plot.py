@@ -38,16 +38,23 @@ def labels(axes: Any) -> list[str]:
     return [label.get_text() for label in axes.get_legend().get_texts()]
 
 
-def test_plot_of_floors_and_of_times() -> None:
+def test_plot_of_floors_predicted_times_and_times() -> None:
     rows = dense("expert_swiglu", "rms_norm")
     figure = figure_of(rows, H100)
     norm, experts = (axes for axes in figure.axes if axes.axison)
-    assert "no time was measured" in figure.get_suptitle() and labels(experts) == labels(norm) == ["floor"]
+    assert "these are floors and predicted times" in " ".join(figure.get_suptitle().split())
+    assert labels(experts) == labels(norm) == ["floor", "predicted"]
     assert experts.get_title() == "expert_swiglu, H4096 I14336 E8 K2" and experts.get_xlabel() == "T, tokens"
     assert list(experts.lines[0].get_xdata()) == list(TOKENS)
+    ((_, _, (bars,)),) = experts.containers
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    said = [row.predicted for row in rows if row.case.op.name == "expert_swiglu"]
+    assert ends == [pytest.approx([1e6 * one.seconds, 1e6 * one.cautious]) for one in said if one]
     _, panel = (axes for axes in figure_of(list(map(with_times, rows)), H100).axes if axes.axison)
-    assert labels(panel) == ["floor", "ours", "torch", "examples.my_experts:swiglu"]
+    assert labels(panel) == ["floor", "ours", "torch", "examples.my_experts:swiglu", "predicted"]
     assert panel.lines[1].get_ydata() == pytest.approx([2 * time for time in panel.lines[0].get_ydata()])
+    figure = figure_of([replace(row, predicted=None) for row in rows], GPUS["a10"])
+    assert "these are floors" in figure.get_suptitle() and labels(figure.axes[0]) == ["floor"]
 
 
 @pytest.mark.parametrize("name", ["expert_swiglu", "attention", "cached_attention", "decode_step", "linear"])

@@ -15,8 +15,8 @@ from ..terminal import Column, Table
 from .measure import Outcome, Row
 
 PREDICTED = (
-    "Predicted from the launches, the GPU's data sheet and estimates of it, not measured; "
-    "limit: what takes most of what is predicted."
+    "Predicted from the launches, the GPU's data sheet and estimates of it, not measured: optimistic-cautious; "
+    "limit: what takes most of the former."
 )
 AXES = {"T": "tokens", "S": "keys", "C": "slots of the cache", "B": "sequences", "H": "width", "N": "columns"}
 MARKERS = ".os^vDPX*"  # of the floor, ours and each peer
@@ -64,7 +64,7 @@ def _cells(row: Row, peers: Sequence[str], timed: bool, predicted: bool) -> dict
         cells["of floor"] = _percent(row.share)
     if predicted:
         one = row.predicted
-        cells["predicted, us"] = micro(one.seconds if one else None)
+        cells["predicted, us"] = f"{micro(one.seconds)}-{micro(one.cautious)}" if one else "-"
         if not timed:
             cells["of floor"] = _percent(one.share if one else None)
         cells["limit"] = one.limit if one else "-"
@@ -129,7 +129,7 @@ def _outcome(row: Row, name: str) -> Outcome:
 
 
 def _draw_panel(axes: Any, axis: str, found: Sequence[Sequence[Row]]) -> None:
-    """Draw the floors of one operation's series and, where timed, ours and the peers."""
+    """Draw floors and ranges of predicted times of one operation's series and, where timed, ours and the peers."""
     rows = [row for series in found for row in series]
     common = common_sizes(rows)
     for index, series in enumerate(found):
@@ -141,6 +141,12 @@ def _draw_panel(axes: Any, axis: str, found: Sequence[Sequence[Row]]) -> None:
             if points:
                 style = {"marker": MARKERS[at % len(MARKERS)], "color": f"C{(index + at) % 10}", "ms": 4, "lw": 1}
                 axes.plot(list(points), list(points.values()), label=f"{name}, {label}".rstrip(", "), **style)
+        ranges = {row.case.sizes[axis]: row.predicted for row in series if row.predicted is not None}
+        if ranges:
+            low, high = ([1e6 * getattr(one, name) for one in ranges.values()] for name in ("seconds", "cautious"))
+            bars = [[0.0] * len(low), [above - below for below, above in zip(low, high, strict=True)]]
+            style = {"ecolor": f"C{index % 10}", "capsize": 3, "label": "" if index else "predicted"}
+            axes.errorbar(list(ranges), low, bars, fmt="none", **style)
     axes.set(xscale="log", yscale="log")
     axes.set_xlabel(f"{axis}, {AXES.get(axis, 'size')}", fontsize=7)
     axes.set_ylabel("time, us", fontsize=7)
@@ -168,6 +174,7 @@ def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
             axes.set_axis_off()
         else:
             _draw_panel(axes, *panel)
-    note = "" if timed else "; no time was measured, these are floors"
+    known = "floors" if gpu.chip is None else "floors and predicted times"
+    note = "" if timed else f"; no time was measured, these are {known}"
     figure.suptitle("\n".join(textwrap.wrap(f"{gpu.name}, {gpu.source}{note}", 60 * across)), fontsize=9)
     return figure
