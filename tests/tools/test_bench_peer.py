@@ -47,6 +47,23 @@ def broken(*args): raise RuntimeError("no such thing")
 def nan(*args): return swiglu(*args) * float("nan")
 NUMBER = 3
 """
+TRITON = """
+import torch, triton, triton.language as tl
+
+@triton.jit
+def norm_kernel(x_ptr, weight_ptr, y_ptr, eps, times, H: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + tl.program_id(0) * H + offs, mask=offs < H, other=0.0).to(tl.float32)
+    y = x * tl.rsqrt(tl.sum(x * x, axis=0) / H + eps) * tl.load(weight_ptr + offs, mask=offs < H).to(tl.float32)
+    tl.store(y_ptr + tl.program_id(0) * H + offs, y * times, mask=offs < H)
+
+def norm(x, weight, eps, times=1.0):
+    y = torch.empty_like(x)
+    norm_kernel[(len(x),)](x, weight, y, eps, times, H=x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]))
+    return y
+
+def double(x, weight, eps): return norm(x, weight, eps, 2.0)
+"""
 
 
 @pytest.fixture
@@ -91,6 +108,28 @@ def test_wrong_peers_have_notes_and_exit_1(folder: Path, capsys: pytest.CaptureF
     assert peers["swiglu"]["right"] and peers["swiglu"]["note"].startswith("right, not timed")
     for name, note in WRONG.items():
         assert peers[name]["right"] is False and peers[name]["time_us"] is None and note in peers[name]["note"]
+
+
+@compiled_only
+@without_gpu
+def test_triton_peers_are_checked_in_the_interpreter(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that compiles has no driver to launch by."""
+    (folder / "kernel_for_bench.py").write_text(TRITON)
+    args = ["bench", "rms_norm", "--sizes", "T=3,H=80", "--json", "--peer"]
+    assert main([*args, "kernel_for_bench:norm"]) == 0
+    (found,) = read_row(capsys)["peers"].values()
+    note = "right, not timed: there is no GPU (in Triton's interpreter, float32)"
+    assert found == {"time_us": None, "note": note, "right": True, "ratio": None}
+    assert main([*args, "kernel_for_bench:double"]) == 1
+    (found,) = read_row(capsys)["peers"].values()
+    assert found["right"] is False and found["note"].startswith("wrong: an error of")
+    monkeypatch.setattr("mixtral_triton.tools.bench.measure.INTERPRETER_S", 0.1)
+    norm = sys.modules["kernel_for_bench"].norm
+    (row,) = compare("rms_norm", "T=3,H=80", peers={"norm": norm, "here": lambda *args: norm(*args)})
+    assert str(row.peers["norm"].note).startswith("not checked: Triton's interpreter takes more than")
+    assert "active drivers" in str(row.peers["here"].note), "no other process can import it"
 
 
 @compiled_only

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...config import MixtralConfig
+from ...kernels.checks import dtype_name
 from ...kernels.launch import target_arch
 from ...kernels.op import Sizes
 from ...kernels.record import record_launches
@@ -28,6 +34,8 @@ Call = Callable[[], Any]
 Timer = Callable[[Call], float]
 
 NOT_CHECKED, NO_GPU = "not checked", "there is no GPU"
+NO_DRIVER = "0 active drivers"  # in Triton's error of a launch on a machine without a GPU
+INTERPRETER_S = 120
 DEFAULT_GPU = "h100"  # of the floors, where there is no GPU
 RUNS_LEAST, RUNS_MOST = 5, 100
 SWEEP_BYTES = 256 << 20  # read at least, and four times the size of L2, to evict it
@@ -225,7 +233,31 @@ def checked_row(case: Case, gpu: GPU, peers: Sequence[Peer], reason: str) -> Row
     if large := case.too_large_for_cpu():
         return replace(row, peers={peer.name: Outcome(note=f"{NOT_CHECKED}: {large}") for peer in peers})
     args = case.inputs(torch.device("cpu"))
-    return replace(row, peers=_attempt_peers(case, args, check_of(case.op, args), reason, peers))
+    found = _attempt_peers(case, args, check_of(case.op, args), reason, peers)
+    without_driver = [peer for peer in peers if NO_DRIVER in str(found[peer.name].note) and peer.source]
+    return replace(row, peers=found | {peer.name: _interpreted(case, peer) for peer in without_driver})
+
+
+def _interpreted(case: Case, peer: Peer) -> Outcome:
+    """Check a Triton peer in a process of its own: `triton.jit` decides when it decorates whether to interpret."""
+    sizes = ",".join(f"{name}={size}" for name, size in case.as_dict().items())
+    command = [sys.executable, "-m", "mixtral_triton", "bench", case.op.name, "--sizes", sizes, "--json"]
+    # In fp32 where it can be: the interpreter computes on the bits of bf16.
+    dtype = torch.float32 if torch.float32 in case.op.dtypes else case.dtype
+    command += ["--peer", peer.source, "--dtype", dtype_name(dtype)]
+    paths = filter(None, (str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH")))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=INTERPRETER_S)
+    except subprocess.TimeoutExpired:
+        return Outcome(note=f"{NOT_CHECKED}: Triton's interpreter takes more than {INTERPRETER_S} s")
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    for line in lines:
+        if line["kind"] == "row":
+            one = line["peers"][peer.source]
+            return Outcome(note=f"{one['note']} (in Triton's interpreter, {dtype_name(dtype)})", right=one["right"])
+    last = (run.stderr.strip().splitlines() or ["no output"])[-1]
+    return Outcome(note=f"fails: {last} (in Triton's interpreter)", right=False)
 
 
 def compare(

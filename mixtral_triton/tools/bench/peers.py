@@ -35,12 +35,16 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """`op` None: any operation. `needs`: the module that must be installed, "" for torch alone."""
+    """`op` None: any operation. `needs`: the module that must be installed, "" for torch alone.
+
+    source  MODULE:FUNCTION of a user's function that another process can import
+    """
 
     name: str
     op: str | None
     needs: str
     build: Callable[[Op, Args], Function]
+    source: str = ""
 
     @property
     def installed(self) -> bool:
@@ -224,7 +228,9 @@ def user_peer(name: str, function: Function) -> Peer:
     """Return a peer that calls `function` with the operation's arguments, by position and in the operation's order."""
     if not callable(function):
         raise ValueError(f"peer {name!r} is a {type(function).__name__}, needs a function")
-    return Peer(name, None, "", partial(_call_by_position, function))
+    source = f"{getattr(function, '__module__', '__main__')}:{getattr(function, '__qualname__', '<')}"
+    known = not source.startswith("__main__") and "<" not in source
+    return Peer(name, None, "", partial(_call_by_position, function), source if known else "")
 
 
 def arguments(op: Op, args: Args) -> dict[str, Any]:
