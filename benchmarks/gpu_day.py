@@ -1,4 +1,4 @@
-"""Measure everything that needs a GPU in under ten minutes: tests, operations and their peers, applied models, decode.
+"""Measure everything that needs a GPU in under ten minutes: tests, operations and their peers, rates, models, decode.
 
     python benchmarks/gpu_day.py [--out benchmarks/results/NAME] [--parts tests experts ...] [--budget-s 570]
     python benchmarks/gpu_day.py --dry     # all parts on a simulated GPU, at small sizes
@@ -30,6 +30,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
+from benchmarks.gpu_checks import CHECKS
 from mixtral_triton.cli import Parser
 from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
@@ -68,19 +69,26 @@ def parts(dry: bool = False, breaks: str = "") -> dict[str, Part]:
         command = f"{computes}-m mixtral_triton bench --json"
         return {name: f"{command} {name} {_smallest(name) if dry else options}" for name in names}
 
+    layer = "".join(f" --sizes T={T},H=4096,I=14336,E=8,K=2" for T in (1, 8, 64, 512, 1024, 1536, 2048, 4096))
+    checks = {name: f"{computes}-m benchmarks.gpu_checks {name} {'--small' if dry else ''}" for name in CHECKS}
+
     return {
         # Nothing is timed while another core compiles.
-        "compile": (90, {"all": f"{prefix}-m benchmarks.compile_ahead {'--most 4' if dry else ''}"}),
-        "tests": (110, _tests(f"{computes}-m pytest {'--most 1' if dry else ''}")),
-        "experts": (90, bench(experts, f"--quick {no_compile}")),
-        "attention": (70, bench(cache, f"--quick {no_compile}")),
+        "compile": (80, {"all": f"{prefix}-m benchmarks.compile_ahead {'--most 4' if dry else ''}"}),
+        "experts in bf16": (40, bench(["expert_swiglu"], f"{layer} {no_compile}")),
+        "rates": (15, {"rates": checks.pop("rates")}),
+        "tests": (90, _tests(f"{computes}-m pytest {'--most 1' if dry else ''}")),
+        "experts": (45, bench(experts, f"--quick {no_compile}")),
+        "attention": (55, bench(cache, f"--quick {no_compile}")),
         # torch.compile may leave a GPU in a state that disturbs timing: ours and eager transformers run before it.
-        "decode": (60, bench(["decode_step"], f"{two_depths} {eager}")),
-        "decode batches": (30, bench(["decode_step"], f"--quick --at L=4 {eager}")),
-        "applied": (40, {"drop_in": prefix + drop_in}),
-        "decode compiled": (40, bench(["decode_step"], f"{two_depths} {no_compile}")),
-        "one token": (30, bench(rest, "--quick --at T=1")),
-        "many tokens": (30, bench(rest, "--quick --at T=4096")),
+        "decode": (50, bench(["decode_step"], f"{two_depths} {eager}")),
+        "decode batches": (25, bench(["decode_step"], f"--quick --at L=4 {eager}")),
+        "applied": (35, {"drop_in": prefix + drop_in}),
+        "decode compiled": (35, bench(["decode_step"], f"{two_depths} {no_compile}")),
+        "one token": (25, bench(rest, "--quick --at T=1")),
+        "many tokens": (25, bench(rest, "--quick --at T=4096")),
+        "host": (15, {"host_time": f"benchmarks/host_time.py --json --rounds {1 if dry else 40}"}),
+        "checks": (30, checks),
     }
 
 
@@ -186,6 +194,7 @@ def day(selected: dict[str, Part], out: Path, budget_s: float) -> dict[str, Any]
     out.mkdir(parents=True, exist_ok=True)
     file, start, setup = out / "gpu_day.json", time.monotonic(), environment()
     done: dict[str, Any] = json.loads(file.read_text())["parts"] if file.is_file() else {}
+    print(f"parts: {', '.join(selected)}", flush=True)
     for part, (share_s, commands) in selected.items():
         entry = done.get(part, {"status": "not started", "seconds": 0.0, "limit_s": 0.0, "exit": {}})
         left = budget_s - (time.monotonic() - start)
@@ -204,7 +213,7 @@ def day(selected: dict[str, Part], out: Path, budget_s: float) -> dict[str, Any]
 def results(done: dict[str, Any], out: Path) -> dict[str, Any]:
     """Return tests by outcome, rows of the benchmarks, and cases that began and have no row."""
     tests: dict[str, str] = {}
-    found: dict[str, Any] = {"tests": tests, "rows": [], "unfinished": [], "applied": []}
+    found: dict[str, Any] = {"tests": tests, "rows": [], "unfinished": [], "applied": [], "host": [], "checks": []}
     for part in done:
         for file in sorted(out.glob(f"{part}-*.out".replace(" ", "_"))):
             if part == "tests":
@@ -219,6 +228,11 @@ def results(done: dict[str, Any], out: Path) -> dict[str, Any]:
                     del unfinished[-1:]
                 elif "kernels_a_layer" in event:
                     found["applied"] = event["rows"]
+                elif "plain_launch_us" in event:
+                    found["host"] = event["rows"]
+                elif event.get("kind") == "check":
+                    figures = [(name, value) for name, value in event.items() if name not in ("kind", "check")]
+                    found["checks"] += [{"check": event["check"], "": name, "value": value} for name, value in figures]
             found["unfinished"] += unfinished
     return found
 
@@ -251,7 +265,9 @@ def markdown(found: dict[str, Any]) -> str:
         "Compiled tests": [dict(Counter(tests.values()))] if tests else [],
         "Failed tests": [{"test": test, "": end} for test, end in tests.items() if end not in ("passed", "skipped")],
         "Cases without a result": found["unfinished"],
+        "Checks, and what the cost model estimates": found["checks"],
         "transformers' model with `apply`": found["applied"],
+        "The host's part of a decode layer": found["host"],
         "Operations": list(map(_operation, found["rows"])),
     }
     page = HEAD + "\n".join(["", *found["setup"], f"({QUERY}: before and after)", ""])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_day
+from benchmarks.gpu_checks import CHECKS
 from benchmarks.gpu_day import day, parts
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
@@ -144,6 +146,9 @@ def test_parts_cover_every_operation_within_ten_minutes() -> None:
     for part in order[: order.index("decode compiled")]:
         for command in (command for command in every[part][1].values() if " bench " in command):
             assert "torch.compile" in command and ("decode_step" not in command or "HF static cache" in command)
+    (layer,) = every["experts in bf16"][1].values()
+    sizes = {int(text) for text in re.findall(r"T=(\d+),", layer)}
+    assert order[1] == "experts in bf16" and sizes == {1, 8, 64, 512, 1024, 1536, 2048, 4096}
     assert order[0] == "compile" and order.index("applied") < order.index("decode compiled")
 
 
@@ -158,6 +163,17 @@ def test_a_kernel_that_breaks_the_simulated_gpu_ends_only_its_operation(tmp_path
     notes = {each["op"]: each["note"] for each in found["rows"]}
     assert "illegal memory access" in notes.pop("append")
     assert notes == dict.fromkeys(("attention", "cached_attention", "rope_append_attention", "decode_step"))
+
+
+def test_rates_checks_and_host_time_run_on_the_simulated_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/gpu_day.py", "--dry", "--out", str(tmp_path), "--budget-s", "20000"]
+    selected = ["rates", "host", "checks"]
+    run = subprocess.run([*command, "--parts", *selected], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0 and "parts: rates, host, checks" in run.stdout, run.stderr
+    found, page = read(tmp_path)
+    assert {each["check"] for each in found["checks"]} == set(CHECKS) and len(found["host"]) == 3
+    figures = {each[""]: each["value"] for each in found["checks"] if each["check"] == "rates"}
+    assert figures.keys() >= {"l2", "launch_gap", "pdl_gap", "tile", "clocks under load"} and "| rates | l2 |" in page
 
 
 def test_tests_run_on_the_simulated_gpu() -> None:

@@ -1,0 +1,123 @@
+"""Measure on a GPU what the cost model estimates, and run what needs a tool or a second GPU: a line of JSON each.
+
+python -m benchmarks.gpu_checks CHECK [--small]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+
+from mixtral_triton import ops
+from mixtral_triton.graph import capture
+from mixtral_triton.kernels.launch import override_configs
+from mixtral_triton.kernels.op import LaunchConfig, Shape
+from mixtral_triton.kernels.pdl import pdl_wait
+from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.tools import predict
+from mixtral_triton.tools.bench.cases import Case
+from mixtral_triton.tools.bench.measure import DeviceTimer, untimed_row
+from mixtral_triton.tools.gpus import GPUS, data_sheet
+
+Figures = dict[str, Any]
+CLOCKS = "nvidia-smi --query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv,noheader"
+
+
+@triton.jit
+def read_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n, BLOCK):
+        total += tl.load(x_ptr + start + tl.arange(0, BLOCK))
+    tl.store(out_ptr + tl.program_id(0), tl.sum(total, axis=0))
+
+
+@triton.jit
+def wait_kernel(x_ptr, PDL: tl.constexpr):
+    pdl_wait(PDL)
+    tl.store(x_ptr, 1.0)
+
+
+def rates(small: bool) -> Figures:
+    """What the cost model estimates, measured, and an expert layer predicted by it."""
+    device, properties = torch.device("cuda"), torch.cuda.get_device_properties("cuda")
+    timer, sms, n = DeviceTimer(device), 2 if small else properties.multi_processor_count, 1 << (12 if small else 22)
+    x, out = torch.zeros(n, device=device), torch.zeros(4 * sms, device=device)
+    l2 = 4 * sms * x.nbytes / timer(lambda: read_kernel[(4 * sms,)](x, out, n, BLOCK=2048))
+
+    def gap(dependent: bool) -> float:
+        def launches(times: int) -> None:
+            for _ in range(times):
+                wait_kernel[(1,)](x, PDL=dependent, launch_pdl=dependent)
+
+        launches(1)
+        one, two = (timer(capture(partial(launches, times), None, x.device)) for times in (100, 200))
+        return (two - one) / 100
+
+    def product(H: int) -> float:
+        a, b = (torch.zeros(rows, H, device=device, dtype=torch.bfloat16) for rows in (128, 256 * sms))
+        return timer(lambda: ops.linear(a, b, True))
+
+    tiles = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8}
+    with override_configs({"linear_kernel": LaunchConfig(tiles, 8, 3)}):  # a program an SM: twice the depth, one end
+        ends = 2 * product(128 if small else 2048) - product(256 if small else 4096)
+    figures: Figures = {"l2": l2, "launch_gap": gap(False), "pdl_gap": gap(True) if properties.major >= 9 else None}
+    tile = max(0.0, 3 * ends / (1 + 2 * 128 * 256 / predict.TILE))
+    gpu = data_sheet(torch.cuda.get_device_name()) or GPUS["h100"]
+    assert gpu.chip is not None
+    measured = replace(gpu, chip=replace(gpu.chip, **{name: value for name, value in figures.items() if value}))
+    for T in (512, 1024, 1536, 4096):
+        case = Case(OPS["expert_swiglu"], Shape(T=T, H=4096, I=14336, E=8, K=2))
+        with mock.patch.object(predict, "OPTIMISTIC", replace(predict.OPTIMISTIC, l2=1.0, tile=tile)):
+            predicted = untimed_row(case, measured).predicted
+        figures[f"expert_swiglu T{T}, predicted, us"] = predicted and predicted.seconds * 1e6
+    a = torch.ones(16 if small else 8192, 16 if small else 8192, device=device)
+    with subprocess.Popen(["sh", "-c", f"sleep 1; {CLOCKS}"], stdout=-1, stderr=-1, text=True) as run:
+        while run.poll() is None:
+            torch.mm(a, a)
+            torch.cuda.synchronize()
+        figures["clocks under load"] = run.communicate()[0].strip()
+    return {"ok": True, "tile": tile, **figures}
+
+
+def sanitizer(small: bool) -> Figures:
+    """compute-sanitizer over the registry's tests, where it is installed."""
+    if shutil.which("compute-sanitizer") is None:
+        return {"ok": True, "note": "compute-sanitizer is not installed"}
+    tests = f"{sys.executable} -m pytest -q -m gpu tests/ops/test_registry.py"
+    run = partial(subprocess.run, shell=True, stdout=sys.stderr)
+    command = "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --tool"
+    return {"ok": not any(run(f"{command} {tool} {tests}").returncode for tool in ("memcheck", "initcheck"))}
+
+
+def two_gpus(small: bool) -> Figures:
+    """The captured all-reduce: a model on two GPUs is right, and its decode step is timed."""
+    if small or torch.cuda.device_count() < 2:
+        return {"ok": True, "note": "needs two GPUs"}
+    launcher = f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 -m mixtral_triton"
+    commands = f"{launcher} verify --tp 2", f"{launcher} bench decode_step --tp 2 --at B=1 --at H=4096"
+    return {"ok": not any(subprocess.run(command, shell=True, stdout=sys.stderr).returncode for command in commands)}
+
+
+CHECKS: dict[str, Callable[[bool], Figures]] = {"rates": rates, "sanitizer": sanitizer, "two_gpus": two_gpus}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("check", choices=CHECKS)
+    parser.add_argument("--small", action="store_true", help="small sizes, for a simulated GPU")
+    args = parser.parse_args()
+    with torch.no_grad():
+        found = CHECKS[args.check](args.small)
+    print(json.dumps({"kind": "check", "check": args.check, **found}), flush=True)
+    sys.exit(not found["ok"])

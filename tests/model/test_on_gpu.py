@@ -1,0 +1,97 @@
+"""What a simulated GPU cannot show of launches and captures; `gpu_day.py --dry` runs the first test on one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from mixtral_triton import graph, ops
+from mixtral_triton.kernels import plan
+from mixtral_triton.tools.bench.decode_step import STEP, decode_step, inputs, replayed_step, rewind
+
+pytestmark = pytest.mark.gpu
+Repeat = Callable[[Callable[[], Any], int], torch.Tensor]
+
+
+@pytest.fixture
+def decode() -> tuple[dict[str, Any], Repeat]:
+    """The arguments of a decode step in bf16; and a function that repeats a step from the same cache and returns all
+    logits [steps,B,V]."""
+    with torch.no_grad(), torch.device("cuda"):
+        args = inputs(STEP.test_shapes[0], torch.bfloat16, "cuda", torch.Generator("cuda").manual_seed(0))
+        buffers = [*args["cache"].keys, *args["cache"].values]
+        kept = [buffer.clone() for buffer in buffers]
+
+    @torch.no_grad()
+    def repeat(step: Callable[[], Any], steps: int) -> torch.Tensor:
+        rewind(args["cache"])
+        for buffer, before in zip(buffers, kept, strict=True):
+            buffer.copy_(before)
+        return torch.stack([step().clone() for _ in range(steps)])
+
+    return args, repeat
+
+
+def test_dependent_launches_give_the_bits_of_ordinary_ones(decode: tuple[dict[str, Any], Repeat]) -> None:
+    args, repeat = decode
+    replays = 3 if "stub" in torch.cuda.get_device_name() else 1000
+    dependent = repeat(replayed_step(args), replays)
+    with mock.patch.object(ops, "pdl_region", nullcontext):
+        assert torch.equal(dependent, repeat(replayed_step(args), replays))
+
+
+def test_plans_give_the_bits_of_operations(decode: tuple[dict[str, Any], Repeat]) -> None:
+    args, repeat = decode
+    planned = repeat(partial(decode_step, **args), 3)
+    with mock.patch.object(plan, "run", lambda op, args, key=None: op.run(*args)):
+        assert torch.equal(planned, repeat(partial(decode_step, **args), 3))
+
+
+def test_a_captured_step_is_one_chain(decode: tuple[dict[str, Any], Repeat], tmp_path: Path) -> None:
+    """Nothing runs beside something else, or before what it reads."""
+    args, repeat = decode
+    repeat(partial(decode_step, **args), 1)
+    with torch.no_grad(), mock.patch.object(torch.cuda, "CUDAGraph", partial(torch.cuda.CUDAGraph, keep_graph=True)):
+        replay: Any = graph.capture(partial(decode_step, **args), None, args["model"].device)
+    replay.__self__.debug_dump(str(tmp_path / "step.dot"))
+    text = (tmp_path / "step.dot").read_text()
+    nodes = set(re.findall(r'"(graph_\d+_node_\d+)"', text))
+    assert text.count("->") == len(nodes) - 1 > 0
+
+
+def test_two_threads_generate_what_each_generates_alone(decode: tuple[dict[str, Any], Repeat]) -> None:
+    """Each on a stream of its own; one of them samples while the other captures."""
+    args, _ = decode
+
+    def text(temperature: float) -> list[int]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            drawn = torch.Generator("cuda").manual_seed(0)
+            return args["model"].generate(args["token"], 64, temperature, generator=drawn).tolist()
+
+    torch.cuda.synchronize()
+    alone = [text(0.0), text(1.0)]
+    with ThreadPoolExecutor(2) as pool:
+        assert all(list(pool.map(text, (0.0, 1.0))) == alone for _ in range(10))
+
+
+def test_a_capture_that_fails_on_the_caller_s_stream_leaves_torch_usable() -> None:
+    x, drawn = torch.zeros(1, device="cuda"), torch.Generator("cuda").manual_seed(0)
+    graph.capture(x.zero_, drawn, x.device)
+    with torch.cuda.stream(graph._streams[torch.cuda.current_device()]):
+        with pytest.raises(RuntimeError) as error:
+            graph.capture(lambda: int(x.zero_()), drawn, x.device)
+        assert not isinstance(error.value, graph.CaptureLost)
+        x.exponential_(generator=drawn)
+        torch.zeros(8).pin_memory()
+        torch.cuda.empty_cache()
+        graph.capture(x.zero_, drawn, x.device)()
+        assert float(x) == 0.0
