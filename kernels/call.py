@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import plan
 from .checks import Argument, Matrix, check_values
 from .launch import INTERPRETED, in_pdl_region, launch_context
+from .offload import OFFLOADED, OffloadedWeight
 from .op import Op
 from .plan import call_key
 from .quantized import QuantizedWeight
@@ -188,8 +189,9 @@ def unflatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[
     for place, argument in enumerate(arguments):
         if argument.kind == Matrix:
             scales, zeros, layout = (next(parts, None) for _ in _PARTS)
-            if scales is not None and layout is not None:
-                values[place] = QuantizedWeight.of(values[place], scales, zeros, layout)
+            if layout is not None:
+                weight_of = OffloadedWeight.of if layout.startswith(OFFLOADED) else QuantizedWeight.of
+                values[place] = weight_of(values[place], scales, zeros, layout)
     return tuple(values)
 
 

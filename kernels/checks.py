@@ -174,8 +174,9 @@ class Binder:
 
     def bind_tensor(self, argument: Argument, value: Any) -> None:
         name, spec = argument.name, argument.shape_spec
-        quantized = argument.kind == Matrix and isinstance(value, QuantizedWeight)
-        if not isinstance(value, Tensor) and not quantized:
+        is_weight = argument.kind == Matrix and isinstance(value, QuantizedWeight)
+        quantized = is_weight and value.format != "dense"  # dense: offload.py
+        if not isinstance(value, Tensor) and not is_weight:
             raise fail(self.op, name, f"a {type(value).__name__}", f"a tensor [{spec}]")
         dtypes = argument.dtypes or (FLOATS if self.dtype is None else (self.dtype,))
         if not quantized and value.dtype not in dtypes:

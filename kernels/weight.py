@@ -20,14 +20,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arch import amd
 from .launch import INTERPRETED
+from .offload import ALIGNMENT, OffloadedWeight
 from .op import dense_rows
 from .pdl import pdl_wait
 from .quantized import QuantizedWeight
 from .tma import describe, tma_can_read
 from .unpack import fields_of, scaled, unpacked
 
-# How a weight is stored: its format ("dense" or quantized), columns that share a scale, whether PTX unpacks it.
-Layout = namedtuple("Layout", "format group ptx")
+# How a weight is stored: its format ("dense" or quantized), columns that share a scale, whether PTX unpacks it, whether
+# its pointer is a table of the experts' addresses.
+Layout = namedtuple("Layout", "format group ptx table")
 # Pointers of a kernel's weight tile [rows, BLOCK_K], of the scales and of the zeros.
 WeightPtrs = namedtuple("WeightPtrs", "tile scales zeros")
 
@@ -39,6 +41,7 @@ class Weight:
     data    values or int16 elements, rows contiguous
     scales  [(E,) N, G] and zeros the same or None, contiguous; a dense weight has neither
     name    `QuantizedWeight.name`, which `configs` reads; None: dense
+    memory  where the rows of experts lie whose addresses are `data`; None: `data` has the rows
     """
 
     data: Tensor
@@ -47,11 +50,15 @@ class Weight:
     name: str | None = None
     format: str = "dense"
     group: int = 0
+    memory: OffloadedWeight | None = None
 
     @classmethod
     def of(cls, weight: Tensor | QuantizedWeight) -> Weight:
         if isinstance(weight, Tensor):
             return cls(dense_rows(weight))
+        if isinstance(weight, OffloadedWeight):
+            parts = weight.data, weight.scales, weight.zeros
+            return cls(*parts, weight.name, weight.format, weight.group, weight)
         zeros = None if weight.zeros is None else weight.zeros.contiguous()
         scales = weight.scales.contiguous()
         return cls(dense_rows(weight.data), scales, zeros, weight.name, weight.format, weight.group)
@@ -59,22 +66,41 @@ class Weight:
     @property
     def args(self) -> dict[str, Any]:
         """The kernel arguments: strides between rows and experts, scales and zeros."""
-        strides = dict(zip(("stride_wn", "stride_we"), self.data.stride()[-2::-1], strict=False))
+        rows = self.data if self.memory is None else self.memory.host
+        strides = dict(zip(("stride_wn", "stride_we"), rows.stride()[-2::-1], strict=False))
         return {**strides, "scales_ptr": self.scales, "zeros_ptr": self.zeros}
 
     def layout(self, arch: str) -> Layout:
-        return Layout(self.format, self.group, self.format != "dense" and not (INTERPRETED or amd(arch)))
+        ptx = self.format != "dense" and not (INTERPRETED or amd(arch))
+        return Layout(self.format, self.group, ptx, self.memory is not None)
+
+    def staged(self) -> Tensor:
+        """`data`, or a table of addresses that all lie on the device."""
+        return self.data if self.memory is None else self.memory.staged()
 
     def takes_tma(self, arch: str) -> bool:
-        return self.scales is None and tma_can_read(self.data, arch)
+        return self.scales is None and self.memory is None and tma_can_read(self.data, arch)
 
     def descriptor(self, parts: int, block_n: int, block_k: int, arch: str) -> TensorDescriptor | None:
         """Describe [E, N, K], or with 2 parts [E, 2, N / 2, K]: loads have block_n rows a part. None: pointers."""
-        if self.scales is not None:
+        if self.scales is not None or self.memory is not None:
             return None
         if parts == 1:
             return describe(self.data, (1, block_n, block_k), arch)
         return describe(self.data.unflatten(1, (parts, -1)), (1, parts, block_n, block_k), arch)
+
+
+_ALIGNMENT = tl.constexpr(ALIGNMENT)
+
+
+@triton.jit
+def expert_rows(ptr, expert, stride_we, dtype: tl.constexpr, LAYOUT: tl.constexpr):
+    """Pointer to the rows of an expert, int64: in a stacked weight, or where a table of addresses says."""
+    if LAYOUT.table:
+        element: tl.constexpr = dtype if LAYOUT.format == "dense" else tl.int16
+        return tl.multiple_of(tl.load(ptr + expert), _ALIGNMENT).to(tl.pointer_type(element))
+    else:
+        return ptr + expert * stride_we
 
 
 @triton.jit

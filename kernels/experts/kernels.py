@@ -14,7 +14,7 @@ import triton.language as tl
 from ..norm import normed_rows
 from ..pdl import pdl_wait
 from ..unpack import fields_of
-from ..weight import WeightPtrs, add_products, times_row_scales
+from ..weight import WeightPtrs, add_products, expert_rows, times_row_scales
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def experts_up_decode_kernel(
     UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT.format)
     for first in range(0, count, BLOCK_T):
         offs_k = tl.arange(0, BLOCK_K)
-        w_ptrs = gate_up_ptr + expert * stride_we + offs_k[None, :]
+        w_ptrs = expert_rows(gate_up_ptr, expert, stride_we, x_ptr.dtype.element_ty, LAYOUT) + offs_k[None, :]
         w_ptrs += pair_rows(pid_n, I, BLOCK_N)[:, None] * stride_wn
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         ranks = first + tl.arange(0, BLOCK_T)
@@ -114,7 +114,8 @@ def experts_down_decode_kernel(
     for first in range(0, count, BLOCK_T):
         begin, offs_k = split * SPAN, tl.arange(0, BLOCK_K)
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        w_ptrs = down_ptr + expert * stride_we + (split * (SPAN // UNIT * BLOCK_K) + offs_k)[None, :]
+        w_ptrs = expert_rows(down_ptr, expert, stride_we, h_ptr.dtype.element_ty, LAYOUT)
+        w_ptrs += (split * (SPAN // UNIT * BLOCK_K) + offs_k)[None, :]
         w_ptrs += tl.minimum(offs_n, H - 1).to(tl.int64)[:, None] * stride_wn
         ranks = first + tl.arange(0, BLOCK_T)
         slot = _compact(slots, match, rank, ranks).to(tl.int64)

@@ -135,13 +135,13 @@ def _prefill(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes
 
     config = selected["experts_up_kernel"]
     _, n, k = _tile(config)
-    up_args = {"x_ptr": x, "gate_up_ptr": gate_up.data, "h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0)}
+    up_args = {"x_ptr": x, "gate_up_ptr": gate_up.staged(), "h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0)}
     up_args["x_desc"], up_args["short_desc"] = _row_tiles(x, config, arch) if gather else (None, None)
     up_args["gate_up_desc"] = gate_up.descriptor(2, n, k, arch)
     run(experts_up_kernel, I, gate_up, **up_args)
     config = selected["experts_down_kernel"]
     _, n, k = _tile(config)
-    down_args = {"h_ptr": h, "down_ptr": down.data, "y_ptr": y, "down_desc": down.descriptor(1, n, k, arch)}
+    down_args = {"h_ptr": h, "down_ptr": down.staged(), "y_ptr": y, "down_desc": down.descriptor(1, n, k, arch)}
     down_args["h_desc"], down_args["short_desc"] = _row_tiles(h, config, arch)
     run(experts_down_kernel, H, down, **down_args)
     return y

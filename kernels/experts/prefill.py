@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import depth_tile, program_tile
-from ..weight import WeightPtrs, times_row_scales, weight_tile
+from ..weight import WeightPtrs, expert_rows, times_row_scales, weight_tile
 from .kernels import pair_rows, swiglu
 
 # The weight rows of a tile: WeightPtrs of column 0, the indices of the rows among all experts' (for scales and zeros),
@@ -142,7 +142,8 @@ def experts_up_kernel(
     expert, row, end, pid_n = _group_tile(offsets_ptr, E, I, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
     if expert < E:
         offs_k, w_rows = tl.arange(0, BLOCK_K), pair_rows(pid_n, I, BLOCK_N)
-        w_ptrs = gate_up_ptr + expert.to(tl.int64) * stride_we + w_rows[:, None] * stride_wn + offs_k[None, :]
+        w_ptrs = expert_rows(gate_up_ptr, expert.to(tl.int64), stride_we, h_ptr.dtype.element_ty, LAYOUT)
+        w_ptrs += w_rows[:, None] * stride_wn + offs_k[None, :]
         place = expert, 0, pid_n * BLOCK_N
         w_rows = expert.to(tl.int64) * 2 * I + w_rows
         w = ExpertWeight(WeightPtrs(w_ptrs, scales_ptr, zeros_ptr), w_rows, gate_up_desc, place)
@@ -190,7 +191,8 @@ def experts_down_kernel(
     expert, row, end, pid_n = _group_tile(offsets_ptr, E, H, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
     if expert < E:
         offs_k, w_rows = tl.arange(0, BLOCK_K), tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), H - 1).to(tl.int64)
-        w_ptrs = down_ptr + expert.to(tl.int64) * stride_we + w_rows[:, None] * stride_wn + offs_k[None, :]
+        w_ptrs = expert_rows(down_ptr, expert.to(tl.int64), stride_we, y_ptr.dtype.element_ty, LAYOUT)
+        w_ptrs += w_rows[:, None] * stride_wn + offs_k[None, :]
         place, w_rows = (expert, pid_n * BLOCK_N), expert.to(tl.int64) * H + w_rows
         w = ExpertWeight(WeightPtrs(w_ptrs, scales_ptr, zeros_ptr), w_rows, down_desc, place)
         if SHORT_M == 0:

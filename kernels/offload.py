@@ -1,0 +1,187 @@
+"""OffloadedWeight: the experts of a projection, some of them in host memory, which kernels read in place.
+
+E experts, n of them in host memory, N rows, K columns: the depth of the sum
+
+Pinned host memory is part of a GPU's address space. A kernel loads the address of an expert's rows from a table and
+reads them there, across the link where they lie in host memory: each byte once in decode. For many tokens a tile of the
+weight is read once for each row tile, so the host's experts are first copied into a buffer on the device.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .quantized import QuantizedWeight
+
+ALIGNMENT = 16  # bytes: what a kernel assumes of an address in a table
+OFFLOADED = "offloaded "  # how `layout` starts
+_weights: weakref.WeakValueDictionary[int, OffloadedWeight] = weakref.WeakValueDictionary()  # by id
+_staging: dict[tuple[Any, ...], Tensor] = {}  # one buffer for each shape of host experts on a device
+
+
+class OffloadedWeight(QuantizedWeight):
+    """A weight [E, N, K], dense or quantized, of which some experts lie in host memory.
+
+    data      int64 [E]: the address of each expert's rows; whoever holds it must hold this object
+    resident  the rows of the other experts on the device, [E - n, N, K'], and `host`, [n, N, K'] in pinned host memory
+    on_host   the experts in host memory, ascending
+    scales, zeros  as in QuantizedWeight, on the device; None where the weight is dense (format "dense")
+
+    It cannot be moved, converted, copied or pickled: its addresses would be another's.
+    """
+
+    scales: Any
+    resident: Tensor
+    host: Tensor
+
+    def __init__(self, like: QuantizedWeight | Tensor, on_host: Sequence[int], device: Any) -> None:
+        """Unset, with the shape, dtypes, format and group of `like`, a weight on the meta device."""
+        torch.nn.Module.__init__(self)
+        self.shape, self.on_host = torch.Size(like.shape), tuple(on_host)
+        quantized, stored = isinstance(like, QuantizedWeight), like.data
+        self.format, self.group = (like.format, like.group) if isinstance(like, QuantizedWeight) else ("dense", 0)
+        E, *rest = stored.shape
+        kept = [expert for expert in range(E) if expert not in self.on_host]
+        self._place = {expert: (0, at) for at, expert in enumerate(kept)}
+        self._place |= {expert: (1, at) for at, expert in enumerate(self.on_host)}
+        self.resident = torch.empty((len(kept), *rest), dtype=stored.dtype, device=device)
+        self.host = _pinned((len(self.on_host), *rest), stored.dtype, self.resident.device)
+        self.register_buffer("data", self._table(self.host))
+        for name in ("scales", "zeros"):
+            part = getattr(like, name) if quantized else None
+            self.register_buffer(name, None if part is None else torch.empty_like(part, device=device))
+        _weights[id(self)] = self
+
+    def _table(self, host: Tensor) -> Tensor:
+        memories = self.resident, host
+        places = [self._place[expert] for expert in range(len(self._place))]
+        on_meta = self.resident.is_meta
+        addresses = [0 if on_meta else memories[memory][at].data_ptr() for memory, at in places]
+        if any(address % ALIGNMENT for address in addresses):
+            raise ValueError(f"offload: a row of experts of shape {list(self.shape)} is not a multiple of 16 bytes")
+        return torch.tensor(addresses, dtype=torch.int64).to(self.resident.device)
+
+    @property
+    def name(self) -> str | None:  # type: ignore[override]
+        return None if self.format == "dense" else super().name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the values where the weight is dense."""
+        return self.resident.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.resident.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return self.resident.nbytes + sum(tensor.nbytes for tensor in self.buffers())
+
+    @property
+    def layout(self) -> str:
+        """For torch's operators: which weight this is, since a table does not show what it points at."""
+        return f"{OFFLOADED}{id(self)}"
+
+    @classmethod
+    def of(cls, data: Tensor, scales: Any, zeros: Any, layout: str) -> OffloadedWeight:
+        return _weights[int(layout.removeprefix(OFFLOADED))]
+
+    def __getitem__(self, index: Any) -> Any:
+        """An expert by number, to read, on the device; by a tuple or a slice of one expert, the memory to write to."""
+        if index == ():
+            return self
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        expert = first.start if isinstance(first, slice) else int(first)
+        memory, at = self._place[expert % len(self._place)]
+        rows = (self.resident, self.host)[memory]
+        data = rows[(slice(at, at + 1) if isinstance(first, slice) else at, *rest)]
+        data = data.to(self.device) if isinstance(index, int) else data
+        if self.format == "dense":
+            return data
+        zeros = None if self.zeros is None else self.zeros[index]
+        shape = (*data.shape[:-1], self.shape[-1])
+        return QuantizedWeight(self.format, data, self.scales[index], zeros, shape, self.group)
+
+    def dequantize(self) -> Tensor:
+        return torch.stack([part if isinstance(part, Tensor) else part.dequantize() for part in self]).float()
+
+    def __iter__(self) -> Any:
+        return (self[expert] for expert in range(len(self)))
+
+    def staged(self) -> Tensor:
+        """A table of addresses on the device: the host's experts are copied there, each byte once, in the order of the
+        current stream, for which the host does not wait. On a CPU, the table itself."""
+        if self.device.type != "cuda":
+            return self.data
+        key = (self.device, self.host.dtype, tuple(self.host.shape))
+        if key not in _staging:
+            _staging[key] = torch.empty_like(self.host, device=self.device)
+        _staging[key].copy_(self.host, non_blocking=True)
+        tables: dict[int, Tensor] = self.__dict__.setdefault("_staged_tables", {})
+        address = _staging[key].data_ptr()
+        if address not in tables:
+            tables[address] = self._table(_staging[key])
+        return tables[address]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OffloadedWeight:
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if probe.device != self.device or (self.format == "dense" and probe.dtype != self.dtype):
+            raise ValueError("Mixtral: offloaded experts cannot be moved or converted: load them with device=, dtype=")
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedWeight:
+        twin = memo.get(id(self.data))
+        if twin is None or not twin.is_meta:
+            raise ValueError("Mixtral: offloaded experts cannot be copied: load the checkpoint again")
+        return to_meta(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ValueError("Mixtral: offloaded experts cannot be pickled: save the checkpoint that they came from")
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, experts {list(self.on_host)} in host memory"
+
+
+def to_meta(weight: OffloadedWeight) -> OffloadedWeight:
+    """The weight on the meta device: shapes alone."""
+    stored = torch.empty((len(weight), *weight.host.shape[1:]), dtype=weight.dtype, device="meta")
+    if weight.format == "dense":
+        return OffloadedWeight(stored, weight.on_host, "meta")
+    scales, zeros = (None if part is None else part.to("meta") for part in (weight.scales, weight.zeros))
+    like = QuantizedWeight(weight.format, stored, scales, zeros, weight.shape, weight.group)  # type: ignore[arg-type]
+    return OffloadedWeight(like, weight.on_host, "meta")
+
+
+def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Unset host memory of exactly this size, which a CUDA device can read; on the meta device nothing.
+
+    torch's own allocator of pinned memory rounds up to powers of two.
+    """
+    if device.type == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    count = torch.Size(shape).numel()
+    pages = mmap.mmap(-1, max(1, count * dtype.itemsize))
+    host = torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
+    if device.type == "cuda":
+        runtime = torch.cuda.cudart()
+        status = runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)
+        if int(status):
+            raise ValueError(
+                f"offload: {host.nbytes / 1e9:.1f} GB of host memory cannot be pinned (CUDA error {int(status)}): "
+                "needs more free memory or fewer offloaded experts"
+            )
+        weakref.finalize(host, _unpin, runtime, host.data_ptr(), pages)
+    return host
+
+
+def _unpin(runtime: Any, address: int, pages: mmap.mmap) -> None:
+    """Return what was pinned. `pages` is an argument to live until then."""
+    runtime.cudaHostUnregister(address)
