@@ -190,7 +190,7 @@ def unflatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[
         if argument.kind == Matrix:
             scales, zeros, layout = (next(parts, None) for _ in _PARTS)
             if layout is not None:
-                weight_of = OffloadedWeight.of if layout.startswith(OFFLOADED) else QuantizedWeight.of
+                weight_of: Any = OffloadedWeight.of if layout.startswith(OFFLOADED) else QuantizedWeight.of
                 values[place] = weight_of(values[place], scales, zeros, layout)
     return tuple(values)
 

@@ -102,7 +102,8 @@ class OffloadedWeight(QuantizedWeight):
         expert = first.start if isinstance(first, slice) else int(first)
         memory, at = self._place[expert % len(self._place)]
         rows = (self.resident, self.host)[memory]
-        data = rows[(slice(at, at + 1) if isinstance(first, slice) else at, *rest)]
+        where = (slice(at, at + 1) if isinstance(first, slice) else at, *rest)
+        data = rows[where]
         data = data.to(self.device) if isinstance(index, int) else data
         if self.format == "dense":
             return data

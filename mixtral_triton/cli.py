@@ -204,7 +204,9 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     loading = bar("loading", total, DownloadColumn(), silent=not is_first())
     with warnings.catch_warnings(record=True) as caught, loading as progress:
         fixed = getattr(args, "deterministic", False)
-        model = Mixtral.from_pretrained(args.folder, device, dtype, args.weights, mesh, fixed, progress.advance)
+        model = Mixtral.from_pretrained(
+            args.folder, device, dtype, args.weights, mesh, fixed, progress=progress.advance
+        )
     for warning in caught if is_first() else ():
         say(f"mixtral-triton {args.command}: {warning.message}")
     return model

@@ -59,8 +59,17 @@ def _row_bytes(spec: QuantSpec, columns: int) -> int:
     return spec.empty((1, columns), "meta").nbytes
 
 
-def _decimal(size: int) -> str:
+def in_decimal(size: int) -> str:
+    """A number of bytes to read."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a CUDA device has free, those that torch keeps of freed memory included; None for another device."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def check_memory(
@@ -69,14 +78,10 @@ def check_memory(
     """ValueError where `needed` bytes of weights are more than a CUDA `device` has free, before they are allocated.
 
     bytes_of: the bytes that another value of `weights` takes; None: the files are quantized, and there is no choice.
-    free: bytes; None: what the driver has, and what torch keeps of freed memory.
+    free: bytes; None: `free_memory`.
     """
-    if device.type != "cuda":
-        return
-    if free is None:
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + cached
-    if needed <= free:
+    free = free_memory(device) if free is None else free
+    if device.type != "cuda" or free is None or needed <= free:
         return
     sizes = {}
     for weights in WEIGHT_FORMATS.values() if bytes_of is not None else ():
@@ -84,12 +89,12 @@ def check_memory(
             sizes[repr(weights)] = bytes_of(weights)  # type: ignore[misc]
         except ValueError:  # int4, whose groups have to divide the columns
             continue
-    fitting = [f"weights={weights} takes {_decimal(size)}" for weights, size in sizes.items() if size <= free]
+    fitting = [f"weights={weights} takes {in_decimal(size)}" for weights, size in sizes.items() if size <= free]
     if not fitting:
         least = min(sizes, key=sizes.__getitem__, default=repr(None))
-        size = _decimal(sizes.get(least, needed))
+        size = in_decimal(sizes.get(least, needed))
         fitting = [f"no format fits, the least is {size} with weights={least}", "needs more memory, or a mesh"]
-    found = f"the weights take {_decimal(needed)}, and {device} has {_decimal(free)} free"
+    found = f"the weights take {in_decimal(needed)}, and {device} has {in_decimal(free)} free"
     raise ValueError(f"Mixtral.from_pretrained: {found}: {'; '.join(fitting)}")
 
 

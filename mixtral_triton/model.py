@@ -6,10 +6,8 @@ B batch, T tokens, H hidden, Hq query heads, Hkv key/value heads, D head size, V
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,22 +16,28 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops, weights
 from .cache import KVCache
-from .config import MixtralConfig, checkpoint_folder
+from .config import MixtralConfig
 from .generate import generate
-from .inputs import check_dtype, check_ids, check_lengths, check_memory, usable_device, weight_bytes
+from .inputs import check_dtype, check_ids, check_lengths
+from .kernels.offload import OffloadedWeight
+from .load import load
 from .ops import unchecked
 from .parallel import UNSHARDED, Ranks
-from .quantize import QuantizedWeight, hub, quantizers
-from .quantize.spec import QuantSpec, select_specs
+from .quantize import QuantizedWeight
+from .quantize.spec import PARTS, QuantSpec
 
 Ring = tuple[Tensor, Tensor]  # a layer's cached keys and values, [B, Hkv, C, D] each (KVCache)
 
 
-def _empty_weight(shape: tuple[int, ...], device: Any, dtype: torch.dtype, spec: QuantSpec | None) -> Any:
-    """Return an unset Parameter, or a QuantizedWeight where there is a spec."""
-    if spec is not None:
-        return spec.empty(shape, device)
-    return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+def _empty_weight(
+    shape: tuple[int, ...], device: Any, dtype: torch.dtype, spec: QuantSpec | None, on_host: Sequence[int] = ()
+) -> Any:
+    """Return an unset Parameter, a QuantizedWeight where there is a spec, or an OffloadedWeight of either kind."""
+    place = "meta" if on_host else device
+    weight = torch.empty(shape, device=place, dtype=dtype) if spec is None else spec.empty(shape, place)
+    if on_host:
+        return OffloadedWeight(weight, on_host, device)
+    return nn.Parameter(weight, requires_grad=False) if isinstance(weight, Tensor) else weight
 
 
 def rope_tables(config: MixtralConfig, device: Any) -> tuple[Tensor, Tensor]:
@@ -160,6 +164,7 @@ class Mixtral(nn.Module):
     deterministic  a sequence's bits do not depend on the rest of the batch. The price: one tile for any number of
                    tokens in every matrix product, sorted experts even for one token, and a fixed split of the keys
     ranks          the model is one rank's part of a mesh: `config` has the rank's heads, `full_config` all of them
+    on_host        experts of each layer that lie in pinned host memory and are read in place (OffloadedWeight)
     """
 
     embed_tokens: Tensor  # [V, H]
@@ -178,6 +183,7 @@ class Mixtral(nn.Module):
         deterministic: bool = False,
         specs: Mapping[str, QuantSpec] | None = None,
         ranks: Ranks | None = None,
+        on_host: Sequence[Sequence[int]] = (),
     ) -> None:
         super().__init__()
         self.deterministic, self.ranks = deterministic, ranks
@@ -187,12 +193,13 @@ class Mixtral(nn.Module):
         specs = specs or {}
         layers: list[dict[str, Any]] = [{} for _ in range(config.num_hidden_layers)]
         for name, shape in shapes.items():
-            weight = _empty_weight(shape, device, dtype, specs.get(name))
+            spec = specs.get(name)
             if name.startswith("layers."):
                 _, index, short = name.split(".")
-                layers[int(index)][short] = weight
+                offloaded = on_host[int(index)] if on_host and short in PARTS["experts"] else ()
+                layers[int(index)][short] = _empty_weight(shape, device, dtype, spec, offloaded)
             else:
-                setattr(self, name, weight)
+                setattr(self, name, _empty_weight(shape, device, dtype, spec))
         if config.tie_word_embeddings:
             self.lm_head = self.embed_tokens
         self.layers = nn.ModuleList(Layer(config, parameters) for parameters in layers)  # type: ignore[assignment]
@@ -210,6 +217,8 @@ class Mixtral(nn.Module):
         weights: str | Mapping[str, str] | None = None,
         mesh: Any = None,
         deterministic: bool = False,
+        offload: int | str = 0,
+        offload_by: str | os.PathLike[str] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Mixtral:
         """Load a Hugging Face checkpoint (config.json and safetensors; weights.py says what is rejected).
@@ -224,15 +233,18 @@ class Mixtral(nn.Module):
         mesh           a torch DeviceMesh with dimensions "tp" or "ep", or both. Every rank calls this, reads its part
                        (parallel.py), and calls the model with the same tokens. A failure on one rank raises on all
         deterministic  see the class
+        offload        so many experts of each layer stay in pinned host memory, where kernels read them in place;
+                       "auto": as many as have to. The last ones, or those used least by the file `offload_by`, which
+                       `trace --counts FILE` writes
         progress       is called with the number of bytes just read
         """
         if not isinstance(deterministic, bool):
             raise ValueError(f"Mixtral.from_pretrained: deterministic is {deterministic!r}, needs True or False")
         if mesh is None:
-            return load(cls, folder, device, dtype, weights, deterministic, progress, None)
+            return load(cls, folder, device, dtype, weights, deterministic, offload, offload_by, progress, None)
         ranks = Ranks(mesh)
         with ranks.raise_on_any_rank():
-            return load(cls, folder, device, dtype, weights, deterministic, progress, ranks)
+            return load(cls, folder, device, dtype, weights, deterministic, offload, offload_by, progress, ranks)
 
     @property
     def device(self) -> torch.device:
@@ -340,56 +352,3 @@ class Mixtral(nn.Module):
         if requires_grad:
             raise ValueError("Mixtral is for inference only: its parameters cannot require gradients")
         return super().requires_grad_(False)
-
-
-def load(
-    cls: type[Mixtral],
-    folder: str | os.PathLike[str],
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    quantized: str | Mapping[str, str] | None,
-    deterministic: bool,
-    progress: Callable[[int], None] | None,
-    ranks: Ranks | None,
-) -> Mixtral:
-    folder = checkpoint_folder(folder)
-    config = MixtralConfig.from_pretrained(folder)
-    headers, shard = hub.read_headers(folder), UNSHARDED if ranks is None else ranks.shard
-    shard.check(config)
-    # Before the parameters are allocated: a broken config could ask for any size.
-    fill: Callable[..., None]
-    requantized: frozenset[str] = frozenset()
-    if headers.scheme is None:
-        fill = partial(weights.load, headers, weights.check(headers, config, shard), quantizer=quantizers.fill)
-        specs: Mapping[str, QuantSpec] = select_specs(quantized, weights.parameter_shapes(config))
-    else:
-        asked = None if quantized is None else select_specs(quantized, weights.parameter_shapes(config))
-        plan = hub.plan(headers, config, shard, asked)
-        fill, specs = partial(hub.load, headers, plan), plan.specs
-        requantized = frozenset(
-            f"{each.name}.weight" for each in plan.linears if each.target.parameter in plan.requantized
-        )
-        if requantized:
-            text = f"{headers.scheme.name} is dequantized and quantized anew (weights={quantized!r})"
-            warnings.warn(f"{folder}: {text}; `verify` tells what that costs", stacklevel=3)
-    if dtype is not None:
-        check_dtype("Mixtral.from_pretrained", dtype)
-    dtype = dtype or weights.stored_dtype(headers)
-    place = usable_device(ranks.device_type if device is None and ranks is not None else device)
-    if ranks is not None:
-        ranks.check_device(place)
-    shapes, own_shapes = weights.parameter_shapes(config), weights.parameter_shapes(config, shard)
-    tables = 4 * config.max_position_embeddings * config.head_dim  # the rotary tables, fp32
-
-    def bytes_of(quantized: Any) -> int:
-        return tables + weight_bytes(
-            own_shapes, shard.specs(select_specs(quantized, shapes), shapes, own_shapes), dtype
-        )
-
-    specs = shard.specs(specs, shapes, own_shapes)
-    needed = tables + weight_bytes(own_shapes, specs, dtype)
-    check_memory(place, needed, bytes_of if headers.scheme is None else None)
-    model = cls(config, place, dtype, deterministic, specs, ranks)
-    model.requantized = requantized
-    fill(config, model.named_weights(), progress, shard)
-    return model

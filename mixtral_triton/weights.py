@@ -271,15 +271,16 @@ def _fill(
 ) -> None:
     """Read one tensor in chunks."""
     kept, columns, K = target.kept, None, stored.shape[-1]
-    if isinstance(destination, QuantizedWeight) and one_scale_a_row(destination, K):
+    quantized = isinstance(destination, QuantizedWeight) and destination.format != "dense"  # dense: offload.py
+    if quantized and one_scale_a_row(destination, K):
         kept, (columns,) = (*kept[:-1], (slice(0, K),)), kept[-1]
     for at, place in chunks(stored, kept):
         copied = source = part[at]
-        if isinstance(destination, Tensor):
+        if quantized:
+            quantizer(destination[place], source, columns)
+        else:
             copied = destination[place]
             copied.copy_(source)
-        else:
-            quantizer(destination[place], source, columns)
         # A sum of NaN or infinity is never finite: a finite one proves the chunk in one pass, without temporaries.
         # A sum may overflow by itself: then each value is checked.
         if not torch.isfinite(copied.sum()) and not torch.isfinite(copied).all():
