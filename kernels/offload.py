@@ -59,13 +59,20 @@ class OffloadedWeight(QuantizedWeight):
         _weights[id(self)] = self
 
     def _table(self, host: Tensor) -> Tensor:
-        memories = self.resident, host
-        places = [self._place[expert] for expert in range(len(self._place))]
+        """The address of each expert, those in host memory at `host`."""
+        places = (self._place[expert] for expert in range(len(self._place)))
         on_meta = self.resident.is_meta
-        addresses = [0 if on_meta else memories[memory][at].data_ptr() for memory, at in places]
-        if any(address % ALIGNMENT for address in addresses):
-            raise ValueError(f"offload: a row of experts of shape {list(self.shape)} is not a multiple of 16 bytes")
+        addresses = [0 if on_meta else (self.resident, host)[memory][at].data_ptr() for memory, at in places]
         return torch.tensor(addresses, dtype=torch.int64).to(self.resident.device)
+
+    def rows(self, expert: int) -> Tensor:
+        """The memory of an expert's rows [N, K'], where it lies."""
+        memory, at = self._place[expert]
+        return (self.resident, self.host)[memory][at]
+
+    def is_intact(self) -> bool:
+        """Whether each address is that of its expert."""
+        return torch.equal(self.data, self._table(self.host))
 
     @property
     def name(self) -> str | None:  # type: ignore[override]
@@ -100,10 +107,8 @@ class OffloadedWeight(QuantizedWeight):
             return self
         first, *rest = index if isinstance(index, tuple) else (index,)
         expert = first.start if isinstance(first, slice) else int(first)
-        memory, at = self._place[expert % len(self._place)]
-        rows = (self.resident, self.host)[memory]
-        where = (slice(at, at + 1) if isinstance(first, slice) else at, *rest)
-        data = rows[where]
+        rows = self.rows(expert)
+        data = rows[None][(slice(None), *rest)] if isinstance(first, slice) else rows[tuple(rest)]
         data = data.to(self.device) if isinstance(index, int) else data
         if self.format == "dense":
             return data

@@ -71,6 +71,13 @@ def parse_memory(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} needs GiB, like 24, 24GiB or 24GB") from None
 
 
+def parse_offload(text: str) -> int | str:
+    """--offload: a number of experts, or "auto"."""
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} needs a number of experts, or auto")
+    return text if text == "auto" else int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     parser = Parser(prog="mixtral-triton", description=(__doc__ or "").split("\n")[0], formatter_class=Help)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -96,6 +103,11 @@ def parser() -> argparse.ArgumentParser:
         text = "int4, int8 or fp8: quantize the experts' while loading; experts=int4,linear=int8: those of attention "
         option("--weights", type=parse_weights, metavar="FORMAT", help=f"{text}and the head, too; default: as stored")
 
+    def memory(option: Any) -> None:
+        text = "experts of each layer that stay in pinned host memory, read in place; auto: as many as have to"
+        option("--offload", type=parse_offload, default=0, metavar="N|auto", help=text)
+        option("--offload-by", type=Path, metavar="FILE", help="of `trace --counts`: offload those used least")
+
     def plot(option: Any) -> None:
         option("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg, .pdf)")
 
@@ -113,7 +125,8 @@ def parser() -> argparse.ArgumentParser:
         )
         option("--interpret", action="store_true", help="the Triton kernels, interpreted on the CPU")
 
-    option = command("verify", "compare tensors with files, and operations and layers with plain torch", model, mesh)
+    text = "compare tensors with files, and operations and layers with plain torch"
+    option = command("verify", text, model, mesh, memory)
     option("--peer", choices=("transformers",), help="compare with its model of the files, layer by layer, too")
     option("--prompt", help="text to run; default: fixed pseudo-random tokens")
     option("--tokens", type=int, metavar="N", help="of the text and of the longest call; default: 144, on a GPU 2048")
@@ -121,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     text = "leave out layers in fp32; default for the small checkpoint without a GPU"
     option("--quick", action=argparse.BooleanOptionalAction, help=text)
 
-    option = command("generate", "stream the continuation of a prompt", model, mesh, prompt)
+    option = command("generate", "stream the continuation of a prompt", model, mesh, memory, prompt)
     text = "put --prompt into the checkpoint's chat template, and answer each of several in turn"
     option("--chat", action="store_true", help=text)
     option("--system", metavar="TEXT", help="the system message of the chat; default: none")
@@ -131,7 +144,8 @@ def parser() -> argparse.ArgumentParser:
     option("--top-p", type=float, default=1.0, metavar="P", help="of those, the fewest with this total probability")
     option("--seed", type=int, default=0, metavar="N", help="of the sampling")
 
-    option = command("trace", "which experts each token of a prompt took, by layer", model, plot, prompt)
+    option = command("trace", "which experts each token of a prompt took, by layer", model, memory, plot, prompt)
+    option("--counts", type=Path, metavar="FILE", help="write how often each expert was taken, for --offload-by")
     option("--layers", type=int, nargs="+", metavar="N", help="to print; default: first, middle and last")
 
     option = command("quantize", "write a checkpoint whose experts are quantized, as compressed-tensors has it")
@@ -203,10 +217,9 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     total = None if mesh is not None else total_bytes(read_headers(args.folder))
     loading = bar("loading", total, DownloadColumn(), silent=not is_first())
     with warnings.catch_warnings(record=True) as caught, loading as progress:
-        fixed = getattr(args, "deterministic", False)
-        model = Mixtral.from_pretrained(
-            args.folder, device, dtype, args.weights, mesh, fixed, progress=progress.advance
-        )
+        options: dict[str, Any] = {"deterministic": getattr(args, "deterministic", False), "progress": progress.advance}
+        options |= {"offload": args.offload, "offload_by": args.offload_by}
+        model = Mixtral.from_pretrained(args.folder, device, dtype, args.weights, mesh, **options)
     for warning in caught if is_first() else ():
         say(f"mixtral-triton {args.command}: {warning.message}")
     return model

@@ -60,10 +60,13 @@ class Trace:
     num_experts: int
     layers: Sequence[int] = ()
 
+    def counts(self) -> torch.Tensor:
+        """[L,E]: how often each expert was chosen."""
+        return torch.stack([layer.flatten().long().bincount(minlength=self.num_experts) for layer in self.experts])
+
     def share(self) -> torch.Tensor:
         """[L,E]: each expert's part of a layer's choices."""
-        counts = torch.stack([layer.flatten().long().bincount(minlength=self.num_experts) for layer in self.experts])
-        return counts / self.experts[0].numel()
+        return self.counts() / self.experts[0].numel()
 
     def repeated(self) -> tuple[list[float], list[float]]:
         """Return by layer the part of consecutive tokens with the same first choice, and with any expert in common."""
@@ -183,6 +186,8 @@ def run(args: argparse.Namespace, model: Mixtral, tokenizer: Any, ids: torch.Ten
     say(note)
     with bar("tracing", L) as progress:
         found = replace(trace(model, ids, tokens, lambda n: progress.update(n, L)), layers=layers)
+    if args.counts is not None:
+        args.counts.write_text(json.dumps({"counts": found.counts().tolist()}))
     out = Console(stderr=args.json, highlight=False)
     if args.json:
         print(json.dumps({"folder": str(args.folder), "prompt": args.prompt, **found.as_dict()}))

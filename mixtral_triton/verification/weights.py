@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..config import parse_json_object
 from ..inputs import check_ids, check_vocabulary
+from ..kernels.offload import OffloadedWeight
 from ..quantize import QuantizedWeight
 from ..quantize.spec import PARTS, QuantSpec
 from ..tools.tolerance import fp64_block, largest, to_fp64, worst
@@ -133,12 +134,16 @@ def check_finite(model: Any) -> list[Row]:
         if not isinstance(weight, QuantizedWeight):
             return bool(weight.isfinite().all())
         parts = [weight[at] for at in range(len(weight))] if len(weight.shape) == 3 else [weight]
-        return all(bool(part.dequantize().isfinite().all()) for part in parts)
+        values = (part if isinstance(part, Tensor) else part.dequantize() for part in parts)
+        return all(bool(part.isfinite().all()) for part in values)
 
     rows = []
     for at in range(OUTSIDE, len(model.layers)):
-        error = 0.0 if all(map(is_finite, _weights(model, at).values())) else math.inf
-        rows.append(Row(None if at == OUTSIDE else at, "weights", "finite", error, 0.0))
+        found, layer = list(_weights(model, at).values()), None if at == OUTSIDE else at
+        rows.append(Row(layer, "weights", "finite", 0.0 if all(map(is_finite, found)) else math.inf, 0.0))
+        if tables := [weight for weight in found if isinstance(weight, OffloadedWeight)]:
+            wrong = not all(weight.is_intact() for weight in tables)
+            rows.append(Row(layer, "weights", "addresses of experts", math.inf if wrong else 0.0, 0.0))
     return rows
 
 
@@ -258,7 +263,7 @@ def quantized_formats(model: Any) -> dict[str, str]:
     """The formats of a model's quantized parts, by their names in PARTS."""
     found: dict[str, set[str]] = {}
     for name, weight in model.named_weights().items():
-        if isinstance(weight, QuantizedWeight):
+        if isinstance(weight, QuantizedWeight) and weight.format != "dense":
             part = next(part for part, names in PARTS.items() if name.rpartition(".")[2] in names)
             found.setdefault(part, set()).add(weight.format)
     return {part: " and ".join(sorted(kinds)) for part, kinds in found.items()}

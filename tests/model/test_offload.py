@@ -1,0 +1,133 @@
+"""Models with experts in host memory: the same logits and tokens, and what is rejected before any allocation."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixtral_triton import KVCache, Mixtral, load, verify
+from mixtral_triton.cli import SMALL, main
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.record import record_launches
+
+IDS = torch.arange(3, 20)[None]
+once = pytest.mark.skipif(INTERPRETED, reason="about the model, whatever the backend: run once")
+
+
+@pytest.mark.parametrize("weights", [None] if INTERPRETED else [None, "int4", "int8", "fp8"])
+def test_same_logits_and_text(weights: str | None, ordered: Any) -> None:
+    ids = IDS[:, :5] if INTERPRETED else IDS
+    resident = Mixtral.from_pretrained(SMALL, "cpu", weights=weights)
+    model = Mixtral.from_pretrained(SMALL, "cpu", weights=weights, offload=2)
+    assert torch.equal(model(ids), resident(ids))
+    tokens = 2 if INTERPRETED else 8
+    assert torch.equal(model.generate(ids, tokens), resident.generate(ids, tokens))
+
+
+@once
+def test_verify_sees_a_wrong_address() -> None:
+    model = Mixtral.from_pretrained(SMALL, "cpu", offload=2)
+    report = verify(model, IDS, folder=SMALL)
+    assert not report.wrong and {row.layer for row in report.rows if row.case == "addresses of experts"} == set(
+        range(4)
+    )
+    model.layers[1].down_proj.data[7] = model.layers[1].down_proj.data[6]
+    assert [(row.layer, row.case) for row in verify(model, IDS).wrong] == [(1, "addresses of experts")]
+
+
+@once
+def test_decode_step_launches_no_more_than_a_resident_model() -> None:
+    launched = []
+    for offload in (0, 2):
+        model = Mixtral.from_pretrained(SMALL, "meta", offload=offload)
+        cache = KVCache(model.config, 1, 64, "meta", torch.bfloat16)
+        with record_launches() as launches:
+            model(torch.zeros(1, 1, dtype=torch.int64, device="meta"), cache=cache)
+        launched.append([each.kernel for each in launches])
+    assert launched[0] == launched[1]
+
+
+@once
+def test_least_used_experts(tmp_path: Path, in_process: None, capsys: Any) -> None:
+    counts = tmp_path / "counts.json"
+    assert (
+        main(["trace", "--device", "cpu", "--prompt", "The return statement", "--counts", str(counts), "--json"]) == 0
+    )
+    used = json.loads(counts.read_text())["counts"]
+    model = Mixtral.from_pretrained(SMALL, "cpu", offload=3, offload_by=counts)
+    for layer, numbers in zip(model.layers, used, strict=True):
+        on_host = layer.down_proj.on_host
+        assert max(numbers[e] for e in on_host) <= min(numbers[e] for e in range(8) if e not in on_host)
+    assert torch.equal(model(IDS), Mixtral.from_pretrained(SMALL, "cpu")(IDS))
+    counts.write_text('{"counts": [[1, 2]]}')
+    with pytest.raises(ValueError, match="counts needs 4 lists of 8 integers"):
+        Mixtral.from_pretrained(SMALL, "cpu", offload=3, offload_by=counts)
+
+
+@once
+@pytest.mark.parametrize("offload", [-1, 8, True, 1.0, "all", None])
+def test_bad_count(offload: Any) -> None:
+    with pytest.raises(ValueError, match="needs 0 to 7 experts of each layer, or 'auto'"):
+        Mixtral.from_pretrained(SMALL, "cpu", offload=offload)
+
+
+@once
+def test_host_memory_is_checked_before_allocating(monkeypatch: pytest.MonkeyPatch) -> None:
+    per_expert = 4 * 3 * 128 * 256 * 2
+    monkeypatch.setattr(load, "host_memory", lambda: 2 * per_expert)
+    with pytest.raises(ValueError, match=r"3 experts of each layer take .* available: offload=2 would do"):
+        Mixtral.from_pretrained(SMALL, "cpu", offload=3)
+    assert Mixtral.from_pretrained(SMALL, "cpu", offload=2).layers[0].down_proj.on_host == (6, 7)
+
+
+@once
+def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(UserWarning, match="none is offloaded"):
+        assert isinstance(Mixtral.from_pretrained(SMALL, "cpu", offload="auto").layers[0].down_proj, torch.nn.Parameter)
+    model = Mixtral.from_pretrained(SMALL, "cpu")
+    needed, per_expert = 10_000_000, 1_000_000
+    for free, count in ((10_000_000, 0), (9_999_999, 1), (7_500_000, 3), (1, 7)):
+        monkeypatch.setattr(load, "free_memory", lambda device, free=free: free)
+        args = ("auto", model.config, None, torch.device("cpu"), needed, per_expert)
+        if count == 0:
+            with pytest.warns(UserWarning):
+                assert load.check_offload(*args) == 0
+        else:
+            assert load.check_offload(*args) == count
+
+
+@once
+def test_offloaded_model_cannot_be_moved_or_copied() -> None:
+    model = Mixtral.from_pretrained(SMALL, "cpu", offload=2)
+    for fault in (
+        lambda: model.to("meta"),
+        lambda: model.half(),
+        lambda: copy.deepcopy(model),
+        lambda: pickle.dumps(model),
+    ):
+        with pytest.raises(ValueError, match="offloaded experts cannot be"):
+            fault()
+    assert torch.equal(model(IDS), Mixtral.from_pretrained(SMALL, "cpu")(IDS))
+
+
+@once
+def test_command_line(in_process: None, capsys: Any) -> None:
+    texts = []
+    for offload in ("0", "2"):
+        options = ["--device", "cpu", "--prompt", "The return", "--max-new-tokens", "8", "--offload", offload]
+        assert main(["generate", *options, "--json"]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1]
+    for options, message in ((["--offload", "9"], "needs 0 to 7"), (["--offload", "x"], "number of experts, or auto")):
+        try:
+            status: Any = main(["generate", "--device", "cpu", "--prompt", "x", *options])
+        except SystemExit as exit:  # of argparse
+            status = exit.code
+        error = capsys.readouterr().err.strip()
+        assert status == 2 and message in error and len(error.splitlines()) == 1

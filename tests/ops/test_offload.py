@@ -1,0 +1,100 @@
+"""Experts in host memory: the same bits as a stacked weight, each byte read where it lies, and wrong addresses seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixtral_triton import ops
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.offload import OffloadedWeight
+from mixtral_triton.quantize import quantize
+from mixtral_triton.quantize.spec import QuantSpec
+
+E, K, H, I = 5, 2, 64, 64
+ON_HOST = (1, 4)
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="about kernels: with the interpreter")
+
+
+def offloaded(weight: Any, on_host: tuple[int, ...] = ON_HOST) -> OffloadedWeight:
+    """A copy of a stacked weight."""
+    if isinstance(weight, Tensor):
+        like: Any = torch.empty_like(weight, device="meta")
+    else:
+        like = QuantSpec(weight.format, weight.group, weight.scales.dtype, weight.zeros is not None)
+        like = like.empty(tuple(weight.shape), "meta")
+    copy = OffloadedWeight(like, on_host, "cpu")
+    for expert in range(len(copy)):
+        copy.rows(expert).copy_(weight[expert] if isinstance(weight, Tensor) else weight.data[expert])
+    for name in ("scales", "zeros"):
+        if getattr(copy, name) is not None:
+            getattr(copy, name).copy_(getattr(weight, name))
+    return copy
+
+
+def arguments(format: str | None, T: int, dtype: torch.dtype) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(T)
+    weights = [torch.randn(shape, generator=generator).to(dtype) * H**-0.5 for shape in ((E, 2 * I, H), (E, H, I))]
+    stacked = [weight if format is None else quantize(weight, format) for weight in weights]
+    ids = torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(T)]).int()
+    routes = {"ids": ids, "weights": torch.rand(T, K, generator=generator)}
+    x = torch.randn(T, H, generator=generator).to(dtype)
+    return {"x": x, "gate_up_proj": stacked[0], "down_proj": stacked[1], **routes}
+
+
+def with_offload(args: dict[str, Any], *on_host: int) -> dict[str, Any]:
+    return args | {name: offloaded(args[name], on_host or ON_HOST) for name in ("gate_up_proj", "down_proj")}
+
+
+@pytest.mark.parametrize("format", [None, "int4", "int8", "fp8"])
+@pytest.mark.parametrize(("T", "deterministic"), [(1, False), (4, False), (70, False), (3, True)])
+def test_same_bits_as_stacked(format: str | None, T: int, deterministic: bool, ordered: Any) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        args = arguments(format, T, dtype) | {"deterministic": deterministic}
+        expected = ops.expert_swiglu(**args)
+        assert torch.equal(ops.expert_swiglu(**with_offload(args)), expected)
+        flattened = ops.dispatched("expert_swiglu", with_offload(args))
+        assert torch.equal(flattened(**with_offload(args, 0)), expected)
+
+
+def test_unselected_experts_are_not_read() -> None:
+    """NaN in every expert that no token selects, wherever it lies."""
+    args = arguments(None, 3, torch.float32)
+    args["ids"] = torch.tensor([[1, 2]] * 3).int()
+    expected = ops.expert_swiglu(**args)
+    args = with_offload(args)
+    for name in ("gate_up_proj", "down_proj"):
+        for expert in (0, 3, 4):
+            args[name].rows(expert).fill_(float("nan"))
+    assert torch.equal(ops.expert_swiglu(**args), expected)
+
+
+@interpreted
+@pytest.mark.parametrize("fault", ["one element off", "freed memory", "null"])
+def test_address_outside_an_expert_is_seen(fault: str) -> None:
+    args = with_offload(arguments(None, 3, torch.float32))
+    table = args["down_proj"].data
+    table[1] = {"one element off": table[1] + 16, "freed memory": torch.empty(1 << 16).data_ptr(), "null": 0}[fault]
+    args["ids"] = torch.tensor([[1, 2]] * 3).int()
+    assert not args["down_proj"].is_intact()
+    with pytest.raises(Exception, match="loads from outside its tensors"):
+        ops.expert_swiglu(**args)
+
+
+def test_address_of_another_expert_is_seen() -> None:
+    args = arguments(None, 3, torch.float32)
+    wrong = with_offload(args)
+    wrong["down_proj"].data[1] = wrong["down_proj"].data[2]
+    assert not wrong["down_proj"].is_intact()
+    if INTERPRETED:
+        wrong["ids"] = args["ids"] = torch.tensor([[1, 2]] * 3).int()
+        assert not torch.equal(ops.expert_swiglu(**wrong), ops.expert_swiglu(**args))
+
+
+def test_wrong_dtype_is_rejected() -> None:
+    args = with_offload(arguments(None, 3, torch.float32))
+    with pytest.raises(ValueError, match="argument 'down_proj' is float32, needs bfloat16"):
+        ops.expert_swiglu(**args | {"x": args["x"].bfloat16()})
