@@ -108,7 +108,9 @@ class OffloadedWeight(QuantizedWeight):
         first, *rest = index if isinstance(index, tuple) else (index,)
         expert = first.start if isinstance(first, slice) else int(first)
         rows = self.rows(expert)
-        data = rows[None][(slice(None), *rest)] if isinstance(first, slice) else rows[tuple(rest)]
+        if isinstance(first, slice):
+            rows, rest = rows[None], [slice(None), *rest]
+        data = rows[tuple(rest)]
         data = data.to(self.device) if isinstance(index, int) else data
         if self.format == "dense":
             return data
@@ -144,8 +146,8 @@ class OffloadedWeight(QuantizedWeight):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedWeight:
-        twin = memo.get(id(self.data))
-        if twin is None or not twin.is_meta:
+        copy = memo.get(id(self.data))
+        if copy is None or not copy.is_meta:
             raise ValueError("Mixtral: offloaded experts cannot be copied: load the checkpoint again")
         return to_meta(self)
 

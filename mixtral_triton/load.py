@@ -46,8 +46,8 @@ def load(
         fill = partial(weights.load, headers, weights.check(headers, config, shard), quantizer=quantizers.fill)
         specs: Mapping[str, QuantSpec] = select_specs(quantized, weights.parameter_shapes(config))
     else:
-        asked = None if quantized is None else select_specs(quantized, weights.parameter_shapes(config))
-        plan = hub.plan(headers, config, shard, asked)
+        wanted_specs = None if quantized is None else select_specs(quantized, weights.parameter_shapes(config))
+        plan = hub.plan(headers, config, shard, wanted_specs)
         fill, specs = partial(hub.load, headers, plan), plan.specs
         requantized = frozenset(
             f"{each.name}.weight" for each in plan.linears if each.target.parameter in plan.requantized

@@ -156,8 +156,10 @@ def _spec(folder: Path, linears: list[Linear], dense: Mapping[str, Target]) -> Q
     for linear, spec in zip(linears, specs, strict=True):
         if spec != specs[0]:
             what = "scales of one dtype" if spec.scales != specs[0].scales else "one format"
-            got, others = (x.scales if what.startswith("scales") else f"{x.format}:{x.group}" for x in (spec, specs[0]))
-            raise ValueError(f"{folder}: {name} needs {what}, {linear.name} has {got}, others {others}")
+            got, expected = (
+                x.scales if what.startswith("scales") else f"{x.format}:{x.group}" for x in (spec, specs[0])
+            )
+            raise ValueError(f"{folder}: {name} needs {what}, {linear.name} has {got}, expected {expected}")
     return specs[0]
 
 

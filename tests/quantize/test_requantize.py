@@ -60,7 +60,7 @@ PARTS = dict.fromkeys(EXPERTS, "int4") | dict.fromkeys(("qkv_proj", "o_proj", "l
 
 @pytest.mark.filterwarnings("ignore:.*quantized anew")
 @pytest.mark.parametrize("case", UNSUPPORTED)
-def test_unsupported_layouts_are_quantized_anew_where_asked(
+def test_unsupported_layouts_are_quantized_anew_with_weights(
     tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout, message = UNSUPPORTED[case]
@@ -106,11 +106,12 @@ def test_a_rank_quantizes_what_one_process_does(tmp_path: Path) -> None:
     config, headers, parts = whole.config, read_headers(tmp_path), []
     for rank in range(2):
         shard = Shard(tp=2, tp_rank=rank, rank=rank)
-        shapes, own = parameter_shapes(config), parameter_shapes(config, shard)
+        shapes, local = parameter_shapes(config), parameter_shapes(config, shard)
         found = plan(headers, config, shard, select_specs("int8", shapes))
-        specs = shard.specs(found.specs, shapes, own)
+        specs = shard.specs(found.specs, shapes, local)
         weights = {
-            name: torch.empty(own[name]) if name not in specs else specs[name].empty(own[name], "cpu") for name in own
+            name: torch.empty(local[name]) if name not in specs else specs[name].empty(local[name], "cpu")
+            for name in local
         }
         fill(headers, found, config, weights, shard=shard)
         parts.append(weights["layers.0.down_proj"].dequantize())

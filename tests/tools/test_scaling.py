@@ -85,11 +85,11 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--gpu", "a100", "--scaling", "int4", "--context", "2048", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["predicted"] is True and found["format"] == "int4" and found["gpu"] == "A100 80GB"
-    first, *others = found["splits"]
+    first, *rest = found["splits"]
     assert first["gpus"] == 1 and first["fits"] and first["decode"]["sending_us"] == 0
-    assert all(split["decode"]["sending_us"] > 0 for split in others)
+    assert all(split["decode"]["sending_us"] > 0 for split in rest)
     # Those that divide the model: it has eight experts.
-    assert [(one["tp"], one["ep"]) for one in others if one["gpus"] == 16] == [(16, 1), (8, 2), (4, 4), (2, 8)]
+    assert [(one["tp"], one["ep"]) for one in rest if one["gpus"] == 16] == [(16, 1), (8, 2), (4, 4), (2, 8)]
 
 
 @pytest.mark.parametrize(
