@@ -19,11 +19,10 @@ from .cache import KVCache
 from .config import MixtralConfig
 from .generate import generate
 from .inputs import check_dtype, check_ids, check_lengths
-from .kernels.offload import OffloadedWeight
 from .load import load
 from .ops import unchecked
 from .parallel import UNSHARDED, Ranks
-from .quantize import QuantizedWeight
+from .quantize import OffloadedWeight, QuantizedWeight
 from .quantize.spec import PARTS, QuantSpec
 
 Ring = tuple[Tensor, Tensor]  # a layer's cached keys and values, [B, Hkv, C, D] each (KVCache)

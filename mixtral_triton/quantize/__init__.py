@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from ..kernels.offload import OffloadedWeight
 from ..kernels.quantized import QuantizedWeight
 from .quantizers import quantize
 
-__all__ = ["QuantizedWeight", "quantize"]
+__all__ = ["OffloadedWeight", "QuantizedWeight", "quantize"]

@@ -130,6 +130,13 @@ def check_finite(model: Any) -> list[Row]:
     """A row for the embedding, final norm and head, and one per layer: infinite where a weight is not finite, which a
     text may not show: of a token or an expert that it does not have."""
 
+    def layer_rows(at: int) -> list[Row]:  # a function, so that a gathered layer goes before the next one comes
+        found, layer = list(_weights(model, at).values()), None if at == OUTSIDE else at
+        errors = {"finite": 0.0 if all(map(is_finite, found)) else math.inf}
+        if tables := [weight for weight in found if isinstance(weight, OffloadedWeight)]:
+            errors["addresses of experts"] = 0.0 if all(weight.is_intact() for weight in tables) else math.inf
+        return [Row(layer, "weights", case, error, 0.0) for case, error in errors.items()]
+
     def is_finite(weight: Any) -> bool:
         if not isinstance(weight, QuantizedWeight):
             return bool(weight.isfinite().all())
@@ -137,14 +144,7 @@ def check_finite(model: Any) -> list[Row]:
         values = (part if isinstance(part, Tensor) else part.dequantize() for part in parts)
         return all(bool(part.isfinite().all()) for part in values)
 
-    rows = []
-    for at in range(OUTSIDE, len(model.layers)):
-        found, layer = list(_weights(model, at).values()), None if at == OUTSIDE else at
-        rows.append(Row(layer, "weights", "finite", 0.0 if all(map(is_finite, found)) else math.inf, 0.0))
-        if tables := [weight for weight in found if isinstance(weight, OffloadedWeight)]:
-            wrong = not all(weight.is_intact() for weight in tables)
-            rows.append(Row(layer, "weights", "addresses of experts", math.inf if wrong else 0.0, 0.0))
-    return rows
+    return [row for at in range(OUTSIDE, len(model.layers)) for row in layer_rows(at)]
 
 
 def _place(model: Any, name: str) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mixtral_triton import Mixtral, generate
-from mixtral_triton.graph import CaptureLost, capture
+from mixtral_triton.generate import CaptureLost, capture
 from mixtral_triton.kernels.launch import INTERPRETED
 from tests.support.models import cache_of, random_model, tokens
 
@@ -149,7 +149,7 @@ def test_sampling_without_a_generator_leaves_torch_s_own_to_other_threads(
 
 def test_a_capture_that_cannot_be_put_right_says_what_is_lost(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "capture", lambda step, *rest: capture(lambda: looks(step), *rest))
-    monkeypatch.setattr("mixtral_triton.graph._call_runtime", lambda *args: None)  # no empty capture in its place
+    monkeypatch.setattr("mixtral_triton.generate._call_runtime", lambda *args: None)  # no empty capture in its place
     with pytest.raises(CaptureLost, match=r"cuda:1 is still in it: memory .* is lost.*Restart the process"):
         texts(build(None, GPU_DEVICE), max_new_tokens=NEW)
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ...cache import KVCache
 from ...config import MixtralConfig
-from ...generate import can_capture
-from ...graph import capture
+from ...generate import can_capture, capture
 from ...kernels import reference
 from ...kernels.op import Cost, Op, Sizes
 from ...kernels.registry import OPS

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 import triton
 
-from mixtral_triton import graph, ops
+from mixtral_triton import generate, ops
 from mixtral_triton.kernels import call
 
 from .driver import Driver
@@ -236,7 +236,7 @@ def gpu(count: int = 1, **properties: Any) -> Iterator[GPU]:
     patches = [(torch.cuda, name, function) for name, function in machine.functions().items()]
     patches += [(torch.cuda.graphs.graph, "default_capture_stream", None), (torch, "Generator", Generator)]
     patches += [(module, "PLAIN_TYPES", (*module.PLAIN_TYPES, FakeGPUTensor)) for module in (call, ops)]
-    patches += [(graph, "_call_runtime", machine.call_runtime), (graph, "_streams", {})]
+    patches += [(generate, "_call_runtime", machine.call_runtime), (generate, "_streams", {})]
     patches += [(torch._C, "_host_emptyCache", lambda: None), (triton.runtime.driver, "_active", machine.driver)]
     with ExitStack() as stack:
         for module, name, value in patches:
