@@ -20,6 +20,7 @@ from .report import END_RATIO, Row
 
 NEW_TOKENS = 3  # and on a GPU as many as make `generate` capture its step
 TEMPERATURE, TOP_P, TOP_K = 0.8, 0.9, 50
+EDGE = 1e-5  # how much fp32 sums of probabilities may differ
 RACE_LIMIT = 1e-3  # how much less than the winner's the race of a sampled token may be, for fp32 arithmetic
 
 
@@ -74,12 +75,17 @@ def _race_error(logits: Tensor, chosen: Tensor, generator: Any, top_p: float = 1
     if top_k is not None:
         p = p.where(logits >= logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], 0.0)
     p = p / p.sum(-1, keepdim=True)
-    # What is more likely than a token must have less than top_p; fp32 sums may differ at the edge.
+    # What is before a token in the order of p must have less than top_p. Ties have any order, and fp32 sums may differ
+    # at the edge: a token there may take part, and need not.
     ascending = p.sort(-1).values
-    sums = F.pad(ascending.cumsum(-1), (1, 0))  # no [N,V,V], which a real vocabulary makes a terabyte
-    before = sums[:, -1:] - sums.gather(-1, torch.searchsorted(ascending, p, right=True))
-    race = (p if top_p == 1 else p.where(before < top_p, 0.0)) / clock
-    return largest(1 - race.gather(-1, chosen[:, None])[:, 0] / race.amax(-1))
+    sums = F.pad(ascending.cumsum(-1), (1, 0))
+    least, most = (
+        sums[:, -1:] - sums.gather(-1, torch.searchsorted(ascending, p, right=right)) for right in (True, False)
+    )
+    race = p / clock
+    allowed = race.where((least < top_p + EDGE) | (top_p == 1), 0.0).gather(-1, chosen[:, None])[:, 0]
+    certain = race.where((most - p < top_p - EDGE) | (top_p == 1), 0.0).amax(-1)
+    return largest((1 - allowed / certain.clamp(min=1e-30)).clamp(min=0.0))
 
 
 def _following(target: Any, row: Tensor, new: int) -> Tensor:
