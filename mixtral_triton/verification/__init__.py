@@ -27,9 +27,9 @@ from .hf import TransformersTarget, compare_with_transformers
 from .layers import LayerProbe, Target, check_in_fp32, check_layers, rows_or_fault
 from .mesh import MeshTarget, worst_of_ranks
 from .report import END_RATIO, TORCH, Report, Row
-from .weights import check_finite, compare_with_files, held_out, perplexity
+from .weights import check_finite, compare_with_files, estimate, held_out, perplexity
 
-__all__ = ["Report", "Row", "held_out", "perplexity", "verify"]
+__all__ = ["Report", "Row", "estimate", "held_out", "perplexity", "verify"]
 
 # Of the default text, two sequences: more than the experts' decode path takes, each more than the small checkpoint's
 # window.

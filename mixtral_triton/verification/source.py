@@ -49,17 +49,18 @@ class Source:
             self.quantization = _read_json(folder / "hf_quant_config.json")["quantization"]
         if self.quantization is None and (folder / "quantize_config.json").is_file():
             self.quantization = {"quant_method": "gptq", **_read_json(folder / "quantize_config.json")}
-        names = {"model.safetensors"}
-        if not (folder / "model.safetensors").exists():
-            names = set(_read_json(folder / "model.safetensors.index.json")["weight_map"].values())
+        self.files = [folder / "model.safetensors"]
+        if not self.files[0].exists():
+            index = _read_json(folder / "model.safetensors.index.json")
+            self.files = [folder / name for name in sorted(set(index["weight_map"].values()))]
         modules: dict[str, dict[str, Any]] = defaultdict(dict)
-        for name in sorted(names):
+        for file in self.files:
             try:
-                file = safe_open(folder / name, framework="pt", device="cpu")
+                opened = safe_open(file, framework="pt", device="cpu")
             except SafetensorError as error:
-                raise ValueError(f"{folder / name}: cannot be read again: {error}") from error
-            for stored in file.keys():  # noqa: SIM118 (it is no dictionary)
-                modules[stored.rpartition(".")[0]][stored] = file
+                raise ValueError(f"{file}: cannot be read again: {error}") from error
+            for name in opened.keys():  # noqa: SIM118 (it is no dictionary)
+                modules[name.rpartition(".")[0]][name] = opened
         self.layers: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
         for module, files in modules.items():
             layer, weight = LAYER.match(f"{module}."), f"{module}.weight"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
@@ -23,10 +24,12 @@ from torch import Tensor
 
 from ..config import parse_json_object
 from ..inputs import check_ids, check_vocabulary
+from ..kernels.launch import INTERPRETED
 from ..kernels.offload import OffloadedWeight
 from ..quantize import QuantizedWeight
 from ..quantize.spec import PARTS, QuantSpec
 from ..tools.tolerance import fp64_block, largest, to_fp64, worst
+from ..weights import parameter_shapes
 from .layers import Step, Target
 from .report import Row
 from .source import LAYER, OUTSIDE, Source, config_rows
@@ -37,6 +40,7 @@ ROUNDING = {"int4": 1.02 / 14, "int8": 1.02 / 254, "fp8": 1.02 / 16}
 HELD_OUT = "heldout.json"  # in a checkpoint's folder: {"ids": tokens of a text that it was not trained on}
 CONTEXT = 2048  # the most tokens of a window
 LOGIT_ROWS = 256  # tokens whose logits are in memory at once
+PASSES, LOGITS = 10, 16  # how often a layer's weights are converted to fp64; tensors of a text's logits at once
 
 
 def check_loaded(folder: Any, model: Any) -> list[Row]:
@@ -124,6 +128,29 @@ def _check_layer(source: Source, model: Any, at: int, stored: Any = None) -> lis
     pairs["as stored"].append((0.0 if is_filled else math.inf, 0.0))
     layer = None if at == OUTSIDE else at
     return [Row(layer, "weights", case, *worst(each)) for case, each in pairs.items() if each]
+
+
+def estimate(model: Any, ids: Tensor, folder: Any = None, quick: bool = False) -> str:
+    """What `verify` on ids [B,T] will take: bytes of the files, memory beside the model, and seconds of torch's
+    computation in fp64, which a product with one expert is timed for."""
+    config, N, down = model.full_config, ids.numel(), model.layers[0].down_proj[0]
+    x = torch.ones((2 * N, down.shape[-1]), dtype=torch.float64, device=model.device)
+    for _ in range(2):  # the first one warms up
+        start = time.perf_counter()
+        largest(x @ to_fp64(down).T)
+        seconds = time.perf_counter() - start
+    sizes = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
+    layer = sum(size for name, size in sizes.items() if name.startswith("layers.0."))
+    fp32, quantized = not quick and model.dtype != torch.float32, folder is not None and quantized_formats(model)
+    seconds *= config.num_hidden_layers * layer / down.shape.numel() * (PASSES * (1 + fp32) + 2 * bool(quantized))
+    # Every layer's references stay. Beside them are a layer in fp32 or as stored and an expert, or the head and logits.
+    references = config.num_hidden_layers * N * config.hidden_size * (8 * 8 + 3 * model.dtype.itemsize)
+    inside = 4 * layer * bool(fp32 or quantized) + 24 * config.intermediate_size * config.hidden_size
+    peak = references + max(inside, 8 * config.vocab_size * (config.hidden_size + LOGITS * N))
+    stored = 0 if folder is None else sum(file.stat().st_size for file in Source(folder).files)
+    memory = f"{peak / 1e6:,.0f} MB beside the model"
+    without = ", without the interpreter" if INTERPRETED else ""
+    return f"verifying: reads {stored / 1e6:,.1f} MB once, torch takes about {memory} and {seconds:.0f} s{without}"
 
 
 def check_finite(model: Any) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from mixtral_triton.verification import mesh, source
 from mixtral_triton.verification.calls import text_calls
 from mixtral_triton.verification.layers import Target, check_layers
 from mixtral_triton.verification.source import Source, decode
-from mixtral_triton.verification.weights import check_loaded
+from mixtral_triton.verification.weights import check_loaded, estimate
 from tests.support import hub
 from tests.support.models import random_model
 
@@ -254,3 +255,11 @@ def test_layouts_are_decoded_on_the_model_s_device(tmp_path: Path, gpu: Any, mon
     unpack = source.unpack
     monkeypatch.setattr(source, "unpack", lambda x, *args: (devices.add(x.device.type), unpack(x, *args))[1])
     assert not [row for row in check_loaded(tmp_path, model) if not row.ok] and devices == {"cuda"}
+
+
+def test_the_cost_is_told_before(dense: Path, tmp_path: Path) -> None:
+    small, large = (estimate(load(dense), IDS.repeat(1, n), dense) for n in (1, 100))
+    size = (tmp_path / "model.safetensors").stat().st_size / 1e6
+    assert small.startswith(f"verifying: reads {size:.1f} MB once") and re.search(r"and \d+ s$", small)
+    memory = [int(re.search(r"about (\d+) MB", text)[1]) for text in (small, large)]  # type: ignore[index]
+    assert 0 < memory[0] < memory[1]
