@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import plan
 from .checks import Argument, Matrix, check_values
@@ -195,6 +196,16 @@ def unflatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[
     return tuple(values)
 
 
+def _reject_transforms(op: Op[..., Any], args: tuple[Any, ...]) -> None:
+    """ValueError where torch.func (vmap, jvp, grad) or a forward derivative would see a tensor: no operation has a rule
+    for them, and the kernels would not see them."""
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    wrapped = any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+    if wrapped or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if forward_ad._current_level >= 0):
+        name = f"mixtral_triton.ops.{op.name}"
+        raise ValueError(f"{name} is for inference only: vmap, jvp, grad and forward derivatives have no rule for it")
+
+
 def entry_points(op: Op[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return the operation as two functions: checked, and unchecked.
 
@@ -210,6 +221,8 @@ def entry_points(op: Op[..., Any]) -> tuple[Callable[..., Any], Callable[..., An
     def checked(*args: Any, **kwargs: Any) -> Any:
         if kwargs:
             args = op.bind(*args, **kwargs)
+        if untraced() and (forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None):
+            _reject_transforms(op, args)
         if op.mutates and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             raise ValueError(f"mixtral_triton.ops.{op.name} is for inference only: it writes into a cache")
         return call_checked(op, args) if needs_no_dispatch(args) else dispatch(args)

@@ -31,6 +31,14 @@ INTS = (torch.int32, torch.int64)
 INT32 = (torch.int32,)
 MAY_BE_EMPTY = {"B", "T", "S", "P"}  # a call without tokens is a call; a model without experts is none
 
+# What docstrings add to arguments of these names.
+MEANINGS = {
+    "window": "; None, 0 and -1: no window",
+    "deterministic": "; True: the bits of a row, or of a sequence, do not depend on the rest of the batch",
+    "starts": "; None: 0",
+    "lengths": "; None: all of k",
+    "scale": "; None: D ** -0.5",
+}
 Matrix = Tensor | QuantizedWeight
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -82,6 +90,29 @@ class Argument:
         dtypes = next((note for note in notes if isinstance(note, tuple)), None)
         rule = next((note for note in notes if isinstance(note, (Within, Above))), None)
         return cls(name, kind, optional, spec, dtypes, rule)
+
+    def describe(self) -> str:
+        """Return shape, dtype and range in words: "int32 or int64 [T, K], 0..E - 1"."""
+        names = " or ".join(map(dtype_name, self.dtypes or ()))
+        text = getattr(self.kind, "__name__", "Tensor")
+        if self.shape_spec and self.kind in (Tensor, Matrix):
+            text = (
+                f"{text if self.kind is Tensor else 'Tensor or QuantizedWeight'} [{', '.join(self.shape_spec.split())}]"
+            )
+            text += f", {names or 'float32, bfloat16 or float16'}"
+        if isinstance(self.rule, Within):
+            text += f", {self.rule.low}..{self.rule.high}"
+        elif isinstance(self.rule, Above):
+            text += f" above {self.rule.low:g}"
+        text += " or None" if self.optional else ""
+        return text + MEANINGS.get(self.name, "")
+
+    def example(self, sizes: Mapping[str, Any]) -> str:
+        """Return an example's value: a call of torch for a tensor, else a number."""
+        if not self.tensor:
+            return "2" if self.kind is int else "1e-5"
+        shape = ", ".join(map(str, shape_of(self.shape_spec, sizes)))
+        return f"zeros({shape}, dtype=torch.{dtype_name(self.dtypes[0])})" if self.dtypes else f"randn({shape})"
 
 
 def _strip_none(kind: Any) -> tuple[Any, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -44,6 +45,26 @@ class Switches:
     sms: int = 0
 
 
+_NONE = inspect.Parameter.empty
+# Sizes of the examples in docstrings.
+EXAMPLE = {"B": 1, "T": 1, "S": 8, "H": 64, "I": 32, "E": 8, "K": 2, "Hq": 4, "Hkv": 2, "D": 32, "C": 16, "P": 64}
+EXAMPLE |= {"N": 48, "V": 100, "...": (2,)}  # type: ignore[dict-item]
+SIZE_NAMES = {
+    "B": "sequences",
+    "T": "tokens",
+    "S": "keys",
+    "H": "hidden size",
+    "I": "intermediate size",
+    "E": "experts",
+}
+SIZE_NAMES |= {
+    "K": "experts a token",
+    "Hq": "query heads",
+    "Hkv": "key/value heads",
+    "D": "head size",
+    "V": "vocabulary",
+}
+SIZE_NAMES |= {"C": "slots of a cache", "P": "positions of the tables", "N": "rows of the weight"}
 _DEFAULTS = {switch.name: switch.default for switch in fields(Switches)}
 
 
@@ -109,6 +130,10 @@ class Launch:
     fn: Any = field(default=None, repr=False, compare=False)
     args: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     dependent: bool = False
+
+
+class SignatureError(ValueError, TypeError):
+    """A call that does not fit the signature: Python's TypeError, and a ValueError like an operation's other errors."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +207,10 @@ class Op(Generic[P, R]):
 
     def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return the arguments of a call in the order of `run`, defaults filled in."""
-        bound = self.signature.bind(*args, **kwargs)
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise SignatureError(f"{self.error_name}: {error}") from None
         bound.apply_defaults()
         return bound.args
 
@@ -216,6 +244,43 @@ class Op(Generic[P, R]):
             for result in self.results
         )
         return results if len(results) > 1 else results[0] if results else None
+
+    def plain_signature(self) -> inspect.Signature:
+        """The signature with Tensor, int, ... in the place of the annotations that checks read."""
+        parameters = []
+        for argument, parameter in zip(self.arguments, self.signature.parameters.values(), strict=True):
+            parameters.append(
+                parameter.replace(annotation=argument.kind | None if argument.optional else argument.kind)
+            )
+        return self.signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
+
+    def help(self) -> str:
+        """Return a docstring that stands by itself: what is computed, arguments, results, errors and an example."""
+        what, reference = (
+            re.sub(r"\s\(`reference\.\w+`\)", "", inspect.getdoc(function) or "")
+            for function in (self.run, self.reference)
+        )
+        sizes = set(re.findall(r"\w+", " ".join(each.shape_spec for each in (*self.arguments, *self.results))))
+        required = [
+            argument for argument in self.arguments if self.signature.parameters[argument.name].default is _NONE
+        ]
+        values = [f"torch.{argument.example(EXAMPLE)}" for argument in required if argument.tensor]
+        names = ", ".join(argument.name for argument in required if argument.tensor)
+        numbers = [argument.name if argument.tensor else argument.example(EXAMPLE) for argument in required]
+        return "\n".join(
+            (
+                *(what, "", reference, "", "Arguments:"),
+                *(f"    {argument.name}: {argument.describe()}" for argument in self.arguments),
+                f"Returns: {', '.join(result.describe() for result in self.results) or 'nothing'}",
+                f"Sizes: {', '.join(f'{size} {SIZE_NAMES[size]}' for size in SIZE_NAMES if size in sizes)}",
+                "Tensors of float32, bfloat16 or float16 share one of these.",
+                "Raises ValueError that names the argument for a wrong shape, dtype, device or number, on a CPU also",
+                "for a value out of its range; for gradients, vmap, jvp and grad; and for a call of another signature.",
+                "Example:",
+                f"    >>> {names} = {', '.join(values)}",
+                f"    >>> ops.{self.name}({', '.join(numbers)})",
+            )
+        )
 
     @cached_property
     def _reference_names(self) -> frozenset[str]:

@@ -41,6 +41,8 @@ def _checked(op: Op[P, R]) -> Callable[P, R]:
     """Return the operation as a public function, and register it with torch."""
     checked, unchecked = call.entry_points(op)
     _CHECKED[op.name], _UNCHECKED[op.name] = wraps(op.run)(checked), wraps(op.run)(unchecked)
+    _CHECKED[op.name].__doc__ = op.help()
+    _CHECKED[op.name].__signature__ = op.plain_signature()  # type: ignore[attr-defined]
     return _CHECKED[op.name]
 
 
@@ -66,7 +68,19 @@ rope_append_attention = _checked(_attention.STEP_OP)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
-    """x [..., H], weight [H] -> y, or (y, x + residual). See `reference.rms_norm`."""
+    """Root mean square norm (Zhang & Sennrich 2019): y = x * rsqrt(mean(x ** 2) + eps) * weight, in fp32, rounded once.
+
+    Arguments:
+        x: Tensor [..., H], float32, bfloat16 or float16
+        weight: Tensor [H] of the same dtype
+        eps: float above 0
+        residual: Tensor [..., H] or None; it is added to x first, and the sum comes back, too
+    Returns: y [..., H], or (y, x + residual)
+    Raises ValueError that names the argument for a wrong shape, dtype, device or number, and for gradients.
+    Example:
+        >>> x, weight = torch.randn(2, 64), torch.randn(64)
+        >>> ops.rms_norm(x, weight, 1e-5)
+    """
     return _rms_norm(x, weight, eps) if residual is None else _add_rms_norm(x, residual, weight, eps)
 
 
