@@ -62,20 +62,21 @@ def compare_with_files(
     Each tensor of the files is read once, and one layer of them is in memory at a time. On a mesh every rank computes
     all of it.
     """
-    source = Source(folder)
-    anew = source.quantization is None or target.model.requantized
-    formats = quantized_formats(target.model) if anew else None
-    cost, rows = _LayerByLayer(target, folder, ids) if formats else None, config_rows(source, target)
+    source, cost = Source(folder), None
+    # fp32 holds what a quantized file means.
+    dtype = target.model.dtype if source.quantization is None else torch.float32
+    if quantized_formats(target.model) and (source.quantization is None or target.model.requantized):
+        cost = _LayerByLayer(target, folder, ids)
+    rows = config_rows(source, target)
     for at in _layers(source, target):
-        # fp32 holds what a quantized file means.
-        dtype = target.model.dtype if source.quantization is None else torch.float32
         stored = None if cost is None else _empty_like(target, at, dtype)
         rows += _check_layer(source, target, at, stored)
         if cost is not None:
             cost.add(at, stored)
+        del stored  # before the next layer is allocated
         if at != OUTSIDE:
             step()
-    return rows, None if cost is None or not formats else cost.result(formats)
+    return rows, None if cost is None else cost.result()
 
 
 def _layers(source: Source, model: Any) -> list[int]:
@@ -320,7 +321,7 @@ class _LayerByLayer:
             routes.append(values[0].ids.sort(-1).values)
         self.flips += int((routes[0] != routes[1]).any(-1).sum())
 
-    def result(self, formats: dict[str, str]) -> QuantizationCost:
+    def result(self) -> QuantizationCost:
         heads = self.target.head(to_fp64), self.target.head(to_fp64, self.stored_head)
         logits, stored_logits = (head(x[0]) for head, x in zip(heads, self.texts, strict=True))
         cosines = F.cosine_similarity(logits, stored_logits, dim=-1)
@@ -330,4 +331,5 @@ class _LayerByLayer:
             for head, x in zip(heads, self.texts, strict=True):
                 pairs = zip(chain.from_iterable(x[1:]), targets, strict=True)
                 scores.append(perplexity_of((loss(hidden, head, ids) for hidden, ids in pairs), len(self.text)))
-        return QuantizationCost(formats, float(cosines.mean()), float(cosines.min()), self.flips, self.routed, *scores)
+        formats, (mean, least) = quantized_formats(self.target.model), (float(cosines.mean()), float(cosines.min()))
+        return QuantizationCost(formats, mean, least, self.flips, self.routed, *scores)

@@ -189,16 +189,8 @@ def test_right_layout(layout: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("off", [0, 1])
 def test_act_order_is_decoded(off: int) -> None:
-    """The loader rejects it; the decoder follows the format."""
-    random, (N, K, G) = np.random.default_rng(0), (16, 64, 2)
-    codes, zeros = random.integers(0, 16, (N, K)), random.integers(off, 16, (N, G))
-    scales, groups = hub.scales_of(random, N, G, dtype=torch.float16), random.integers(0, G, K)
-    parts = {"qweight": hub.packed_words(codes, 4).t(), "qzeros": hub.packed_words(zeros.T - off, 4)}
-    parts |= {"scales": scales.t(), "g_idx": torch.from_numpy(groups).int()}
-    got = decode(parts, hub.gptq_config(32, off))
-    for k in range(K):
-        code, at = torch.from_numpy(codes[:, k] - zeros[:, groups[k]]), groups[k]
-        assert torch.equal(got[:, k], code.float() * scales[:, at].float())
+    parts, meaning = hub.gptq(32, off, reorder=True)(16, 64, np.random.default_rng(0))
+    assert torch.equal(decode(parts, hub.gptq_config(32, off)), meaning)
 
 
 def test_one_gathered_layer_at_a_time(dense: Path, monkeypatch: Patch) -> None:
