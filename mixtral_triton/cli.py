@@ -44,6 +44,20 @@ class Help(argparse.HelpFormatter):
         return text if silent or "default: " in text else f"{text} (default: %(default)s)"
 
 
+class OpHelp(argparse.Action):
+    """Print the help, then what each OP before it is called with."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *args: Any) -> NoReturn:
+        from .tools.bench.command import describe
+
+        try:
+            text = "\n".join(map(describe, namespace.ops or ()))
+        except ValueError as error:
+            parser.error(str(error))
+        print(f"{parser.format_help()}\n{text}".rstrip())
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser that reports an error in one line."""
 
@@ -84,7 +98,8 @@ def parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str, *groups: Callable[[Any], None]) -> Callable[..., Any]:
-        sub = commands.add_parser(name, help=help, description=help, formatter_class=Help)
+        settings: dict[str, Any] = {"formatter_class": Help, "conflict_handler": "resolve"}
+        sub = commands.add_parser(name, help=help, description=help, **settings)
         form = "JSON lines" if name in ("bench", "tune", "compile") else "one JSON document"
         sub.add_argument("--json", action="store_true", help=f"print {form} for a program to read")
         for add_group in groups:
@@ -156,6 +171,7 @@ def parser() -> argparse.ArgumentParser:
     option("--device", help="where to compute: cpu, cuda, ...; default: the GPU if there is one")
 
     option = command("bench", "each operation, and a decode step, beside its peers and its floor", ops, at, plot, mesh)
+    option("-h", "--help", nargs=0, action=OpHelp, help="this text; after an OP its arguments and sizes, too")
     option("--quick", action="store_true", help="a few cases an operation, of 8x7B")
     option("--sizes", action="append", default=[], metavar="T=N,...", help="a case of these sizes instead; repeatable")
     option("--model", metavar="FOLDER", help="take the sizes from a checkpoint's config.json")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import mixtral_triton.tools.bench as bench
 from examples.my_experts import swiglu
@@ -144,6 +146,59 @@ def test_only_right_peers_are_timed(
     assert read_row(capsys)["peers"][EXAMPLE] == {"time_us": 1e3, "note": None, "right": True, "ratio": 1.0}
     assert main([*args, *peer_options("off", "writes")]) == 1 and len(calls) == 6
     assert capsys.readouterr().out.count("wrong: ") == 2
+
+
+def unrooted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """eps outside of the root."""
+    y = x.float() / (x.float().square().mean(-1, keepdim=True).sqrt() + eps)
+    return (y * weight.float()).to(x.dtype)
+
+
+def higher_first(logits: Tensor, top_k: int) -> Any:
+    """Ties to the higher index."""
+    weights, ids = reference.route(logits.flip(-1), top_k)
+    return weights, logits.shape[-1] - 1 - ids
+
+
+def half_only(x: Tensor, *args: Any) -> Tensor:
+    if x.dtype == torch.float32:
+        raise TypeError("needs 16 bits")
+    return reference.rms_norm(x, *args)
+
+
+def flat_attention(q: Tensor, k: Tensor, v: Tensor, window: Any = None, causal: bool = True, *_: Any) -> Tensor:
+    """A scale 1 % too small."""
+    return reference.attention(q * 0.99, k, v, window=window, causal=causal)
+
+
+# What bf16 on a few random values hides: the operation and a peer, what its note ends with, whether it is right.
+HIDDEN: dict[str, tuple[str, Any, str, bool]] = {
+    "a norm 0.5 % off": ("rms_norm", lambda *args: reference.rms_norm(*args) * 1.005, "(in float32)", False),
+    "eps outside of the root": ("rms_norm", unrooted, "(in float32)", False),
+    "attention's scale": ("attention", flat_attention, "(in float32)", False),
+    "ties to the higher index": ("route", higher_first, "(with ties)", False),
+    "right": ("rms_norm", reference.rms_norm, "there is no GPU", True),
+    "right in 16 bits only": ("rms_norm", half_only, "not checked in float32: TypeError: needs 16 bits", True),
+}
+
+
+@without_gpu
+@pytest.mark.parametrize("fault", HIDDEN)
+def test_a_peer_must_be_right_in_fp32_and_with_ties(fault: str) -> None:
+    name, function, note, right = HIDDEN[fault]
+    peer, case = user_peer("mine", function), Case(OPS[name], {"T": 17, "H": 128, "E": 8, "K": 2})
+    case = replace(case, sizes=OPS[name].test_shapes[1]) if name == "attention" else case
+    assert Oracle(case.op, args := case.inputs(CPU)).fault(peer.build(case.op, args)) is None
+    outcome = checked_row(case, H100, [peer], "there is no GPU").peers["mine"]
+    assert outcome.right is right and str(outcome.note).endswith(note), outcome
+
+
+def test_help_after_an_operation_lists_arguments_and_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["bench", "rms_norm", "attention", "--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0 and "--sizes T=1,H=4096" in text and "called with: x [... H], weight [H], eps\n" in text
+    assert "as far as they are set: window" in text
 
 
 @pytest.mark.parametrize("name", OPS)

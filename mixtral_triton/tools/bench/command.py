@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from inspect import Parameter
 from itertools import groupby
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from ...config import MixtralConfig
 from ...kernels.launch import INTERPRETED
+from ...kernels.op import Shape
 from ...kernels.registry import OPS
 from ...parallel import Ranks
 from ..compiled import as_json, resources_table
@@ -25,7 +27,7 @@ from ..processes import is_first
 from ..scaling import step
 from ..terminal import bar, check_plot, console, save_plot
 from . import decode_step
-from .cases import Case, cases
+from .cases import Case, cases, sizes_of
 from .measure import DEFAULT_GPU, NO_GPU, Bench, DeviceLost, Row, checked_row, step_timer
 from .peers import PEERS, import_peer
 from .report import figure_of, gpu_line, number, op_table, sizes_text
@@ -96,6 +98,24 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(one.right is False for one in outcomes) else 0
 
 
+def describe(name: str) -> str:
+    """Return the sizes of the operation `name` and its arguments; ValueError for an unknown name."""
+    op = cases([name])[0].op
+    known, needed = sizes_of(op)
+    optional = [each for each in known if each not in needed]
+    example = ",".join(f"{key}={value}" for key, value in Shape(op.bench_shapes[0]).as_dict().items())
+    lines = [f"{name}: --sizes {example}"]
+    if optional:
+        lines.append(f"  sizes that may be left out: {', '.join(optional)}")
+    if name in OPS:
+        shapes = {each.name: f"{each.name} [{each.shape_spec}]" if each.tensor else each.name for each in op.arguments}
+        required = [text for key, text in shapes.items() if op.signature.parameters[key].default is Parameter.empty]
+        lines.append(f"  a peer is called with: {', '.join(required)}")
+        if more := [text for text in shapes.values() if text not in required]:
+            lines.append(f"  and as far as they are set: {', '.join(more)}")
+    return "\n".join(lines)
+
+
 def _rates(gpu: GPU) -> dict[str, Any]:
     return {name: getattr(gpu, name) for name in ("name", "source", "bandwidth", "matmul")}
 
@@ -140,7 +160,7 @@ def run_on_mesh(args: argparse.Namespace, mesh: Any) -> int:
     if args.ops not in ([], ["decode_step"]):
         raise ValueError(f"bench: on a mesh it times decode_step, and got {' '.join(args.ops)}")
     if unused := [name for name in NOT_ON_A_MESH if getattr(args, name)]:
-        raise ValueError(f"--{unused[0]} is given, and a mesh has no use for it")
+        raise ValueError(f"--{unused[0]} is required, and a mesh has no use for it")
     linked = [key for key, gpu in RATED.items() if gpu.chip is not None]
     if args.gpu is not None and args.gpu not in linked:
         raise ValueError(f"--gpu is {args.gpu!r}, needs one of {', '.join(linked)}: of others no links are known")

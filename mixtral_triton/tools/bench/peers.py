@@ -38,6 +38,7 @@ class Peer:
     """`op` None: any operation. `needs`: the module that must be installed, "" for torch alone.
 
     source  MODULE:FUNCTION of a user's function that another process can import
+    strict  it must also be right on `Case.stricter_inputs`, if it takes them
     """
 
     name: str
@@ -45,6 +46,7 @@ class Peer:
     needs: str
     build: Callable[[Op, Args], Function]
     source: str = ""
+    strict: bool = False
 
     @property
     def installed(self) -> bool:
@@ -230,7 +232,7 @@ def user_peer(name: str, function: Function) -> Peer:
         raise ValueError(f"peer {name!r} is a {type(function).__name__}, needs a function")
     source = f"{getattr(function, '__module__', '__main__')}:{getattr(function, '__qualname__', '<')}"
     known = not source.startswith("__main__") and "<" not in source
-    return Peer(name, None, "", partial(_call_by_position, function), source if known else "")
+    return Peer(name, None, "", partial(_call_by_position, function), source if known else "", strict=True)
 
 
 def arguments(op: Op, args: Args) -> dict[str, Any]:
