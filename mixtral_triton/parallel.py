@@ -11,8 +11,9 @@ attention and the experts (Megatron-LM, Shoeybi et al. 2019, section 3).
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import reduce
@@ -32,6 +33,7 @@ DIMENSIONS = ("tp", "ep")
 TIMEOUT = timedelta(seconds=30)  # of collectives while the model runs
 LOADING_TIMEOUT = timedelta(minutes=10)  # while loading: disks differ; a dead rank is detected at once
 POLL_INTERVAL = 1.0  # seconds between checks for dead ranks
+_meshes: Counter[tuple[int, ...]] = Counter()  # how many were made of these ranks: each has keys of its own
 CLOSE_DELAY = 0.2  # seconds until the connections of a dead rank are closed
 
 Shape = tuple[int, ...]
@@ -149,6 +151,7 @@ class Ranks:
         self.name = f"rank {self.shard.rank} of {self.shard.ranks}"
         self.device_type: str = mesh.device_type
         self._global = ranks
+        self._await_ranks()
         try:
             # Separate groups: with our timeouts, over both dimensions, and on CPUs for host objects. The CPU group is
             # first, since ranks may arrive at very different times.
@@ -157,6 +160,25 @@ class Ranks:
             )
             self._group: Any = dist.new_group(ranks, timeout=TIMEOUT, use_local_synchronization=True)
         except RuntimeError as error:
+            raise ConnectionError(f"{self.name}: the ranks cannot connect: {_line(error)}") from error
+
+    def _await_ranks(self) -> None:
+        """Wait until every rank is here; ConnectionError that names those that are not after LOADING_TIMEOUT.
+
+        Making a group waits as long as the process group's default, 30 minutes where the caller has set nothing.
+        """
+        ranks = tuple(self._global)
+        _meshes[ranks] += 1
+        store = dist.distributed_c10d._get_default_store()
+        keys = [f"mixtral_triton/{ranks}/{_meshes[ranks]}/{rank}" for rank in ranks]
+        try:
+            store.set(keys[self.shard.rank], "here")
+            store.wait(keys, LOADING_TIMEOUT)
+        except RuntimeError as error:
+            with suppress(RuntimeError):  # the process that has the store may be gone
+                missing = " and ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
+                text = f"rank {missing} did not come to load within {LOADING_TIMEOUT} (parallel.LOADING_TIMEOUT)"
+                raise ConnectionError(f"{self.name}: {text}") from error
             raise ConnectionError(f"{self.name}: the ranks cannot connect: {_line(error)}") from error
 
     def check_device(self, device: torch.device) -> None:

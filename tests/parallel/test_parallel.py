@@ -218,6 +218,16 @@ def test_what_is_bad_for_one_rank_ends_all(reason: str, ranks: Ranks, checkpoint
         assert said.startswith("rank 2 of 4: ") and reason in said and "\n" not in said
 
 
+def test_a_rank_that_does_not_come_to_load(ranks: Ranks, checkpoint: Checkpoint) -> None:
+    """The process group's own timeout, 30 minutes here as where the caller sets none, does not end the wait."""
+    for _ in range(2):
+        *refusals, _ = ranks(work.absent, checkpoint(), tp=4)
+        for rank, said in enumerate(refusals):
+            assert said.startswith(f"rank {rank} of 4: rank 3 did not come to load within 0:00:02 (parallel.LOADING"), (
+                said
+            )
+
+
 def test_a_rank_that_does_not_come(ranks: Ranks, checkpoint: Checkpoint) -> None:
     *refusals, _ = ranks(work.silent, checkpoint(), IDS, tp=4)
     for rank, said in enumerate(refusals):
