@@ -50,11 +50,9 @@ class OpHelp(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *args: Any) -> NoReturn:
         from .tools.bench.command import describe
 
-        try:
-            text = "\n".join(map(describe, namespace.ops or ()))
-        except ValueError as error:
-            parser.error(str(error))
-        print(f"{parser.format_help()}\n{text}".rstrip())
+        parser.print_help()
+        for name in namespace.ops or ():
+            print(f"\n{describe(name)}")
         parser.exit()
 
 

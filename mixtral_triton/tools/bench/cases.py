@@ -66,14 +66,6 @@ class Case:
             args["new"] = torch.full_like(args["new"], self.sizes["T"])  # no sequence is padded
         return args
 
-    def stricter_inputs(self, device: torch.device) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield a name and arguments that show what `inputs` hide: fp32 the rounding of 16 bits, ties of a sort."""
-        if self.op.name == "route":
-            args = self.inputs(device)
-            yield "with ties", args | {"logits": args["logits"].clamp(-1, 1).round()}
-        if self.dtype != torch.float32 and self.op.name in OPS and torch.float32 in self.op.dtypes:
-            yield "in float32", replace(self, dtype=torch.float32).inputs(device)
-
     def too_large_for_cpu(self) -> str | None:
         """Return why a check on a CPU would take too long, or None for a case that is small enough."""
         flops, args = self.cost().flops, self.inputs(torch.device("meta")).values()
@@ -266,6 +258,16 @@ class Oracle:
             if not error <= limit:
                 return f"wrong: an error of {error:.1e}, where {limit:.1e} would be right"
         return None
+
+
+def stricter_oracles(case: Case, args: dict[str, Any]) -> Iterator[tuple[str, Oracle]]:
+    """Yield the oracles of what random values in 16 bits hide: ties of `route`, and rounding, which fp32 shows."""
+    if case.op.name == "route":
+        yield "with ties", Oracle(case.op, args | {"logits": args["logits"].clamp(-1, 1).round()})
+    if case.dtype != torch.float32 and case.op.name in OPS and torch.float32 in case.op.dtypes:
+        device = next(x.device for x in args.values() if isinstance(x, torch.Tensor))
+        wide = replace(case, dtype=torch.float32).inputs(device)
+        yield "in float32", Oracle(case.op, wide, 0.0 if case.op.name in NO_PRODUCT else TF32)
 
 
 def check_of(op: Op, args: dict[str, Any]) -> Check:

@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from inspect import Parameter
 from itertools import groupby
 from typing import Any
 
@@ -102,18 +101,9 @@ def describe(name: str) -> str:
     """Return the sizes of the operation `name` and its arguments; ValueError for an unknown name."""
     op = cases([name])[0].op
     known, needed = sizes_of(op)
-    optional = [each for each in known if each not in needed]
     example = ",".join(f"{key}={value}" for key, value in Shape(op.bench_shapes[0]).as_dict().items())
-    lines = [f"{name}: --sizes {example}"]
-    if optional:
-        lines.append(f"  sizes that may be left out: {', '.join(optional)}")
-    if name in OPS:
-        shapes = {each.name: f"{each.name} [{each.shape_spec}]" if each.tensor else each.name for each in op.arguments}
-        required = [text for key, text in shapes.items() if op.signature.parameters[key].default is Parameter.empty]
-        lines.append(f"  a peer is called with: {', '.join(required)}")
-        if more := [text for text in shapes.values() if text not in required]:
-            lines.append(f"  and as far as they are set: {', '.join(more)}")
-    return "\n".join(lines)
+    sizes = f"{name} --sizes {example}\nSizes that may be left out: {', '.join(set(known) - set(needed)) or 'none'}"
+    return f"{sizes}\n{op.help()}" if name in OPS else sizes
 
 
 def _rates(gpu: GPU) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ...ops import dispatched
 from ..gpus import GPU, RATED, data_sheet
 from ..predict import Prediction, bound, floor, measure_gpu, predict
 from . import decode_step
-from .cases import NO_PRODUCT, TF32, Case, Check, Oracle, cases, check_of
+from .cases import Case, Check, cases, check_of, stricter_oracles
 from .peers import Function, Peer, Unsupported, peers_of, user_peer
 
 Call = Callable[[], Any]
@@ -213,39 +213,32 @@ def timed_row(case: Case, gpu: GPU, device: torch.device, timer: Timer, peers: S
     args = case.inputs(device)
     row, check = untimed_row(case, gpu, args), check_of(case.op, args)
     ours = attempt(lambda: our_call(case, args), args, check, timer)
-    return replace(row, ours=ours, peers=_attempt_peers(case, args, check, timer, peers, device))
+    return replace(row, ours=ours, peers=_attempt_peers(case, args, check, timer, peers))
 
 
-def _attempt_peers(
-    case: Case, args: Any, check: Check, timer: Timer | str, peers: Sequence[Peer], device: torch.device
-) -> Any:
+def _attempt_peers(case: Case, args: Any, check: Check, timer: Timer | str, peers: Sequence[Peer]) -> Any:
     found: dict[str, Outcome] = {}
     for peer in peers:
-        unchecked: list[str] = []
-
-        def check_all(function: Function, peer: Peer = peer, unchecked: list[str] = unchecked) -> str | None:
-            return check(function) or (_stricter_fault(case, peer, device, unchecked) if peer.strict else None)
-
-        outcome = attempt(partial(peer.build, case.op, args), args, check_all, timer)
-        if outcome.right and unchecked:
-            outcome = replace(outcome, note="; ".join([outcome.note or "right", *unchecked]))
+        notes: list[str] = []
+        checks = partial(_check_more, case, args, check, peer, notes) if peer.strict else check
+        outcome = attempt(partial(peer.build, case.op, args), args, checks, timer)
+        if outcome.right and notes:
+            outcome = replace(outcome, note="; ".join([outcome.note or "right", *notes]))
         found[peer.name] = outcome
         _free_memory()
     return found
 
 
-def _stricter_fault(case: Case, peer: Peer, device: torch.device, unchecked: list[str]) -> str | None:
-    """Return what is wrong on `Case.stricter_inputs`; `unchecked` gets a line for those that the peer rejects."""
-    for name, args in case.stricter_inputs(device):
-        least = 0.0 if case.op.name in NO_PRODUCT else TF32
+def _check_more(case: Case, args: Any, check: Check, peer: Peer, notes: list[str], function: Function) -> str | None:
+    """`check`, then those of `stricter_oracles`; `notes` gets a line for each that the peer does not take."""
+    wrong = check(function)
+    for name, oracle in stricter_oracles(case, args) if wrong is None else ():
         try:
-            wrong = Oracle(case.op, args, least).fault(peer.build(case.op, args))
+            if fault := oracle.fault(peer.build(case.op, oracle.args)):
+                return f"{fault} ({name})"
         except Exception as error:  # many kernels take 16 bits only
-            unchecked.append(f"{NOT_CHECKED} {name}: {_summary(error)}")
-            continue
-        if wrong is not None:
-            return f"{wrong} ({name})"
-    return None
+            notes.append(f"{NOT_CHECKED} {name}: {_summary(error)}")
+    return wrong
 
 
 @torch.no_grad()
@@ -257,7 +250,7 @@ def checked_row(case: Case, gpu: GPU, peers: Sequence[Peer], reason: str) -> Row
     if large := case.too_large_for_cpu():
         return replace(row, peers={peer.name: Outcome(note=f"{NOT_CHECKED}: {large}") for peer in peers})
     args = case.inputs(torch.device("cpu"))
-    found = _attempt_peers(case, args, check_of(case.op, args), reason, peers, torch.device("cpu"))
+    found = _attempt_peers(case, args, check_of(case.op, args), reason, peers)
     without_driver = [peer for peer in peers if NO_DRIVER in str(found[peer.name].note) and peer.source]
     return replace(row, peers=found | {peer.name: _interpreted(case, peer) for peer in without_driver})
 

@@ -38,7 +38,7 @@ class Peer:
     """`op` None: any operation. `needs`: the module that must be installed, "" for torch alone.
 
     source  MODULE:FUNCTION of a user's function that another process can import
-    strict  it must also be right on `Case.stricter_inputs`, if it takes them
+    strict  it must also be right by `stricter_oracles`, if it takes their inputs
     """
 
     name: str
