@@ -180,6 +180,9 @@ def recorded_constants(model: Any) -> dict[str, list[Any]]:
     device, where nothing is computed."""
     on_meta = {id(x): x.detach().to("meta") for x in (*model.parameters(), *model.buffers())}
     model, ids = copy.deepcopy(model, on_meta), torch.zeros((1, 2), dtype=torch.int64, device="meta")
+    for module in model.modules():  # a caller's hooks may read values
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
     cache = KVCache(model.config, 1, 3, "meta", model.dtype)
     with _Recorder() as recorder:
         model.hidden(ids)

@@ -21,7 +21,6 @@ from mixtral_triton import Mixtral, MixtralConfig, model, verification, verify, 
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import Layer, State
 from mixtral_triton.quantize import layouts
-from mixtral_triton.quantize.layouts import Layout, Plane
 from mixtral_triton.verification import mesh, source
 from mixtral_triton.verification.calls import text_calls
 from mixtral_triton.verification.layers import Target, check_layers
@@ -33,6 +32,7 @@ from tests.support.models import random_model
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter")
 IDS = torch.arange(12)[None]
 Patch = pytest.MonkeyPatch
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
 all_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
 
@@ -67,14 +67,15 @@ def use_config(patch: Patch, **changes: Any) -> None:
     patch.setattr(Layer, "route", faulty)
 
 
-def change_state(patch: Patch, change: Callable[[State], None]) -> None:
+def change_state(patch: Patch, name: str, change: Callable[[Any], Any]) -> None:
     init = State.__init__
-    patch.setattr(State, "__init__", lambda state, *args: (init(state, *args), change(state))[0])
 
+    def faulty(state: State, *args: Any) -> None:
+        init(state, *args)
+        if hasattr(state, name):
+            setattr(state, name, change(getattr(state, name)))
 
-def round_positions(state: State) -> None:
-    if not state.decodes:
-        state.positions = state.positions.bfloat16().long()
+    patch.setattr(State, "__init__", faulty)
 
 
 def change_tables(patch: Patch, positions: torch.dtype = torch.float32, theta: float | None = None) -> None:
@@ -94,19 +95,14 @@ CONFIG_FAULTS: dict[str, tuple[Callable[[Patch], None], str]] = {
     "window off": (partial(read_config, sliding_window=None), "sliding_window"),
     "window + 1": (partial(read_config, sliding_window=7), "sliding_window"),
     "top_k 1": (partial(read_config, num_experts_per_tok=1), "num_experts_per_tok"),
-    "heads of half the size": (
-        partial(read_config, num_attention_heads=8, num_key_value_heads=4, head_dim=16),
-        "num_attention_heads",
-    ),
+    "8 heads for 4": (partial(read_config, **HEADS), "num_attention_heads"),
     "another dtype": (partial(read_config, dtype="float16"), "dtype"),
     "theta 1e4 in the tables": (partial(change_tables, theta=1e4), "rotary tables"),
     "positions in bf16 in the tables": (partial(change_tables, positions=torch.bfloat16), "rotary tables"),
-    "positions in bf16": (partial(change_state, change=round_positions), "positions"),
+    "positions in bf16": (partial(change_state, name="positions", change=lambda x: x.bfloat16().long()), "positions"),
     "eps x 100 in the router": (partial(use_config, rms_norm_eps=1e-3), "rms_norm_eps"),
-    "window off in attention": (
-        partial(change_state, change=lambda state: setattr(state, "window", None)),
-        "sliding_window",
-    ),
+    "top_k 1 in the router": (partial(use_config, num_experts_per_tok=1), "num_experts_per_tok"),
+    "window off in attention": (partial(change_state, name="window", change=lambda window: None), "sliding_window"),
 }
 
 
@@ -129,54 +125,34 @@ def test_head_that_is_tied_against_the_config(dense: Path) -> None:
     assert (first.op, first.case) == ("config", "tie_word_embeddings")
 
 
-def change_rows(patch: Patch, change: Callable[..., Any]) -> None:
-    """The reader of all layouts gives other (codes, scales, zeros)."""
-    rows = Layout.rows
-    patch.setattr(Layout, "rows", lambda *args: change(*rows(*args)))
-
-
-def change_scales(patch: Patch, change: Callable[[Tensor], Tensor]) -> None:
-    read = Plane.read
-
-    def faulty(plane: Plane, *args: Any) -> Tensor:
-        return change(read(plane, *args)) if "scale" in plane.name else read(plane, *args)
-
-    patch.setattr(Plane, "read", faulty)
-
-
-def change_zero_offset(patch: Patch, offset: int) -> None:
-    gptq = layouts.gptq
-    patch.setattr(layouts, "gptq", lambda group, _, *rest: gptq(group, offset, *rest))
-
-
-def flip_sign(codes: Tensor, scales: Tensor, zeros: Any) -> Any:
-    return codes ^ 128, scales, zeros
-
-
-# Written down before any was tried: the layout, and what is injected into its reader.
-LAYOUT_FAULTS: dict[str, tuple[str, Callable[[Patch], None]]] = {
-    "awq in the order of gptq": ("awq 128", lambda patch: patch.setattr(layouts, "AWQ_ORDER", list(range(8)))),
-    "awq in the inverse order": ("awq 64", lambda patch: patch.setattr(layouts, "AWQ_ORDER", list(hub.AWQ_COLUMNS))),
-    "gptq v1 read as v2": ("gptq 128 1", partial(change_zero_offset, offset=0)),
-    "gptq v2 read as v1": ("gptq 64 0", lambda patch: change_rows(patch, lambda c, s, zeros: (c, s, zeros + 1))),
-    "sign of int8": ("ct int8", partial(change_rows, change=flip_sign)),
-    "sign of packed int8": ("ct pack int8", partial(change_rows, change=flip_sign)),
-    "rows of blocks rolled": ("fp8 blocks of 48 rows", partial(change_scales, change=lambda x: x.roll(48, 0))),
-    "columns of blocks rolled": ("fp8 blocks", partial(change_scales, change=lambda x: x.roll(1, 1))),
-    "groups rolled": ("ct int4 32 True", partial(change_scales, change=lambda x: x.roll(1, 1))),
-    "one scale for all rows": ("ct fp8 channel", partial(change_scales, change=lambda x: x[:1].expand_as(x))),
-    "scales in bf16": ("gptq 32 0", partial(change_scales, change=lambda x: x.bfloat16().to(x.dtype))),
-    "zeros with a sign": ("ct int4 64 True", lambda patch: change_rows(patch, lambda c, s, zeros: (c, s, zeros ^ 8))),
-    "fp8 without its last bit": ("autofp8", lambda patch: change_rows(patch, lambda c, s, zeros: (c & 254, s, zeros))),
+# Written down before any was tried: the layout, and what its reader makes of (codes, scales, zeros), or AWQ's order.
+LAYOUT_FAULTS: dict[str, tuple[str, Any]] = {
+    "awq in the order of gptq": ("awq 128", list(range(8))),
+    "awq in the inverse order": ("awq 64", list(hub.AWQ_COLUMNS)),
+    "gptq v1 read as v2": ("gptq 128 1", lambda c, s, z: (c, s, z - 1)),
+    "gptq v2 read as v1": ("gptq 64 0", lambda c, s, z: (c, s, z + 1)),
+    "sign of int8": ("ct int8", lambda c, s, z: (c ^ 128, s, z)),
+    "sign of packed int8": ("ct pack int8", lambda c, s, z: (c ^ 128, s, z)),
+    "rows of blocks rolled": ("fp8 blocks of 48 rows", lambda c, s, z: (c, s.roll(48, 0), z)),
+    "columns of blocks rolled": ("fp8 blocks", lambda c, s, z: (c, s.roll(1, 1), z)),
+    "groups rolled": ("ct int4 32 True", lambda c, s, z: (c, s.roll(1, 1), z)),
+    "one scale for all rows": ("ct fp8 channel", lambda c, s, z: (c, s[:1].expand_as(s), z)),
+    "scales in bf16": ("gptq 32 0", lambda c, s, z: (c, s.bfloat16().to(s.dtype), z)),
+    "zeros with a sign": ("ct int4 64 True", lambda c, s, z: (c, s, z ^ 8)),
+    "fp8 without its last bit": ("autofp8", lambda c, s, z: (c & 254, s, z)),
 }
 
 
 @pytest.mark.parametrize("fault", LAYOUT_FAULTS)
 def test_fault_of_a_layout_s_reader(fault: str, tmp_path: Path, monkeypatch: Patch) -> None:
     """Also while verify reads: its decoder shares nothing with the one that loads."""
-    layout, inject = LAYOUT_FAULTS[fault]
+    layout, change = LAYOUT_FAULTS[fault]
     hub.write(tmp_path, *hub.LAYOUTS[layout])
-    inject(monkeypatch)
+    rows = layouts.Layout.rows
+    if isinstance(change, list):
+        monkeypatch.setattr(layouts, "AWQ_ORDER", change)
+    else:
+        monkeypatch.setattr(layouts.Layout, "rows", lambda *args: change(*rows(*args)))
     assert {(row.layer, row.op) for row in verify(load(tmp_path), IDS, folder=tmp_path).wrong} == {(0, "weights")}
 
 
