@@ -167,11 +167,12 @@ def test_a_kernel_that_breaks_the_simulated_gpu_ends_only_its_operation(tmp_path
 
 def test_rates_checks_and_host_time_run_on_the_simulated_gpu(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/gpu_day.py", "--dry", "--out", str(tmp_path), "--budget-s", "20000"]
-    selected = ["rates", "host", "checks"]
+    selected = ["experts in bf16", "rates", "host", "checks"]
     run = subprocess.run([*command, "--parts", *selected], cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0 and "parts: rates, host, checks" in run.stdout, run.stderr
+    assert run.returncode == 0 and "parts: experts in bf16, rates, host, checks" in run.stdout, run.stderr
     found, page = read(tmp_path)
     assert {each["check"] for each in found["checks"]} == set(CHECKS) and len(found["host"]) == 3
+    assert [(each["op"], each["right"]) for each in found["rows"]] == [("expert_swiglu", True)]
     figures = {each[""]: each["value"] for each in found["checks"] if each["check"] == "rates"}
     assert figures.keys() >= {"l2", "launch_gap", "pdl_gap", "tile", "clocks under load"} and "| rates | l2 |" in page
 
