@@ -146,7 +146,8 @@ def test_next_norm_of_another_kind(dtype: torch.dtype, monkeypatch: pytest.Monke
 @all_dtypes
 def test_head_tied_in_the_model(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Mixtral, "head", lambda model, h: unchecked.linear(h, model.embed_tokens))
-    assert [(row.layer, row.op) for row in verify(small_model(dtype), IDS).wrong] == [(None, "logits")]
+    wrong = [row.op for row in verify(small_model(dtype), IDS).wrong]
+    assert wrong[0] == "logits" and set(wrong[1:]) <= {"generate"}
 
 
 def wrong_weights(model: Mixtral) -> list[tuple[int | None, str]]:
