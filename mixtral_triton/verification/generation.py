@@ -52,8 +52,8 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     following = [_following(target, row, new) for row in sampled]
     error = 0.0
     for at in range(new):
-        step, chosen = (torch.stack([x[at - new] for x in each]) for each in (following, sampled))
-        error = max(error, _race_error(step, chosen, draws[1]))
+        step, sampled_ids = (torch.stack([x[at - new] for x in each]) for each in (following, sampled))
+        error = max(error, _race_error(step, sampled_ids, draws[1]))
     # A logit's error e changes a probability by a factor of at most exp(2 e).
     rows.append(Row(None, "generate", "sampled", error, 1 - math.exp(-least / TEMPERATURE) + RACE_LIMIT))
     return [*rows, _check_sample(baseline.flatten(0, 1).float(), draws)]
@@ -63,12 +63,14 @@ def _check_sample(logits: Tensor, draws: list[torch.Generator]) -> Row:
     """The row of `sample` with all its limits on logits [N,V]."""
     for generator in draws:
         generator.manual_seed(2)
-    chosen = sample(logits, TEMPERATURE, TOP_P, draws[0], TOP_K)
-    return Row(None, "generate", "sample", _race_error(logits, chosen, draws[1], TOP_P, TOP_K), RACE_LIMIT)
+    sampled_ids = sample(logits, TEMPERATURE, TOP_P, draws[0], TOP_K)
+    return Row(None, "generate", "sample", _race_error(logits, sampled_ids, draws[1], TOP_P, TOP_K), RACE_LIMIT)
 
 
-def _race_error(logits: Tensor, chosen: Tensor, generator: Any, top_p: float = 1.0, top_k: int | None = None) -> float:
-    """How far the tokens `chosen` [N] are from winning the exponential race of logits [N,V]: 0 for the winner, 1 for a
+def _race_error(
+    logits: Tensor, sampled_ids: Tensor, generator: Any, top_p: float = 1.0, top_k: int | None = None
+) -> float:
+    """How far the tokens `sampled_ids` [N] are from winning the exponential race of logits [N,V]: 0 for the winner, 1 for a
     token that does not take part (Holtzman et al. 2020)."""
     clock = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator).double()
     p = (logits.double() / TEMPERATURE).softmax(-1)
@@ -83,7 +85,7 @@ def _race_error(logits: Tensor, chosen: Tensor, generator: Any, top_p: float = 1
         sums[:, -1:] - sums.gather(-1, torch.searchsorted(ascending, p, right=right)) for right in (True, False)
     )
     race = p / clock
-    allowed = race.where((least < top_p + EDGE) | (top_p == 1), 0.0).gather(-1, chosen[:, None])[:, 0]
+    allowed = race.where((least < top_p + EDGE) | (top_p == 1), 0.0).gather(-1, sampled_ids[:, None])[:, 0]
     certain = race.where((most - p < top_p - EDGE) | (top_p == 1), 0.0).amax(-1)
     return largest((1 - allowed / certain.clamp(min=1e-30)).clamp(min=0.0))
 
