@@ -70,8 +70,8 @@ def _check_sample(logits: Tensor, draws: list[torch.Generator]) -> Row:
 def _race_error(
     logits: Tensor, sampled_ids: Tensor, generator: Any, top_p: float = 1.0, top_k: int | None = None
 ) -> float:
-    """How far the tokens `sampled_ids` [N] are from winning the exponential race of logits [N,V]: 0 for the winner, 1 for a
-    token that does not take part (Holtzman et al. 2020)."""
+    """How far the tokens `sampled_ids` [N] are from winning the exponential race of logits [N,V]: 0 for a winner, 1 for
+    a token that does not take part (Holtzman et al. 2020)."""
     clock = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator).double()
     p = (logits.double() / TEMPERATURE).softmax(-1)
     if top_k is not None:

@@ -225,7 +225,7 @@ def test_layouts_are_decoded_on_the_model_s_device(tmp_path: Path, gpu: Any, mon
     assert not [row for row in check_loaded(tmp_path, model) if not row.ok] and devices == {"cuda"}
 
 
-def test_the_cost_is_told_before(dense: Path, tmp_path: Path) -> None:
+def test_the_cost_is_said_before(dense: Path, tmp_path: Path) -> None:
     small, large = (estimate(load(dense), IDS.repeat(1, n), dense) for n in (1, 100))
     size = (tmp_path / "model.safetensors").stat().st_size / 1e6
     assert small.startswith(f"verifying: reads {size:.1f} MB once") and re.search(r"and \d+ s$", small)
