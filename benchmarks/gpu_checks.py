@@ -19,9 +19,9 @@ from unittest import mock
 import torch
 import triton
 import triton.language as tl
-from mixtral_triton.graph import capture
 
 from mixtral_triton import ops
+from mixtral_triton.generate import capture
 from mixtral_triton.kernels.launch import override_configs
 from mixtral_triton.kernels.op import LaunchConfig, Shape
 from mixtral_triton.kernels.pdl import pdl_wait

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
-from mixtral_triton import graph, ops
+from mixtral_triton import generate, ops
 from mixtral_triton.kernels import plan
 from mixtral_triton.tools.bench.decode_step import STEP, decode_step, inputs, replayed_step, rewind
 
@@ -61,7 +61,7 @@ def test_a_captured_step_is_one_chain(decode: tuple[dict[str, Any], Repeat], tmp
     args, repeat = decode
     repeat(partial(decode_step, **args), 1)
     with torch.no_grad(), mock.patch.object(torch.cuda, "CUDAGraph", partial(torch.cuda.CUDAGraph, keep_graph=True)):
-        replay: Any = graph.capture(partial(decode_step, **args), None, args["model"].device)
+        replay: Any = generate.capture(partial(decode_step, **args), None, args["model"].device)
     replay.__self__.debug_dump(str(tmp_path / "step.dot"))
     text = (tmp_path / "step.dot").read_text()
     nodes = set(re.findall(r'"(graph_\d+_node_\d+)"', text))
@@ -85,13 +85,13 @@ def test_two_threads_generate_what_each_generates_alone(decode: tuple[dict[str, 
 
 def test_a_capture_that_fails_on_the_caller_s_stream_leaves_torch_usable() -> None:
     x, drawn = torch.zeros(1, device="cuda"), torch.Generator("cuda").manual_seed(0)
-    graph.capture(x.zero_, drawn, x.device)
-    with torch.cuda.stream(graph._streams[torch.cuda.current_device()]):
+    generate.capture(x.zero_, drawn, x.device)
+    with torch.cuda.stream(generate._streams[torch.cuda.current_device()]):
         with pytest.raises(RuntimeError) as error:
-            graph.capture(lambda: int(x.zero_()), drawn, x.device)
-        assert not isinstance(error.value, graph.CaptureLost)
+            generate.capture(lambda: int(x.zero_()), drawn, x.device)
+        assert not isinstance(error.value, generate.CaptureLost)
         x.exponential_(generator=drawn)
         torch.zeros(8).pin_memory()
         torch.cuda.empty_cache()
-        graph.capture(x.zero_, drawn, x.device)()
+        generate.capture(x.zero_, drawn, x.device)()
         assert float(x) == 0.0

@@ -183,6 +183,8 @@ class Factories(TorchFunctionMode):
             return func(args[0].held, *args[1:], **kwargs)
         if name == "copy_" and any(isinstance(x, FakeGPUTensor) for x in args):
             return torch.ops.aten.copy_.default(*args, **kwargs)
+        if name == "pin_memory":
+            return args[0]
         if name == "cuda" and isinstance(args[0], Tensor):
             return self._move(args[0], args[1] if len(args) > 1 else kwargs.get("device", "cuda"), {})
         if name == "to" and isinstance(args[0], Tensor):
