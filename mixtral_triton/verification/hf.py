@@ -115,10 +115,10 @@ class TransformersTarget(Target):
 
         cases: list[tuple[str, Tensor, Callable[[], Any] | None]] = [
             ("left-padded", padded, None),
-            ("left-padded, cached", padded, partial(self.make_cache, config, B, T)),
+            ("padded, cached", padded, partial(self.make_cache, config, B, T)),
             ("static cache", at.expand_as(padded), static),
-            ("left-padded, static cache", padded, static),
-            ("packed sequences", packed, None),
+            ("padded, static", padded, static),
+            ("packed", packed, None),
         ]
         with self.forward(config, probe, probe_layers=True) as forward:
             for case, positions, make_cache in cases:
@@ -196,14 +196,15 @@ def _compare_layer(model: Any, layer: LayerReference, ids: Tensor, x: Tensor | N
     """The rows of transformers' model of one layer, its output on x fp32 [B,T,H], and its final norm and head."""
     target = TransformersTarget(model, apply=False)
     norm, target.backbone.norm = target.backbone.norm, torch.nn.Identity()
-    x, out = target.backbone.embed_tokens(ids) if x is None else x, torch.empty(0)
+    x = target.backbone.embed_tokens(ids) if x is None else x
     probe, routes = LayerProbe([_in_fp32(layer)]), LayerProbe([_in_fp32(layer)])
     for each, inputs in ((probe, layer.x.float()), (routes, x)):
         each.start(PEER, torch.arange(ids.shape[1]))
+        out = torch.empty(0)
         with target.wrong_if_raised(each), target.forward(None, each, each is probe) as forward:
             out = forward(None, inputs_embeds=inputs)
     rows = [row if PEER in row.case else replace(row, case=f"{row.case}, {PEER}") for row in probe.as_rows()]
-    return rows, out, lambda x: target.model_head(norm(x))
+    return rows, out, lambda x: target.model_head(norm(x)) if x.numel() else x
 
 
 def _load_layer(source: Source, model: Mixtral, index: int) -> Any:

@@ -41,9 +41,14 @@ def static_by(change: Change) -> Inject:
 def mask_without(place: int) -> Inject:
     """The mask without one of the arguments of the backbone's forward."""
     make = modules.causal_mask
-    return lambda patch: patch.setattr(
-        modules, "causal_mask", lambda *args: make(*args[:place], None, *args[place + 1 :])
-    )
+    faulty = lambda *args: make(*args[:place], None, *args[place + 1 :])  # noqa: E731
+    return lambda patch: patch.setattr(modules, "causal_mask", faulty)
+
+
+def kind_of(key_mask: Tensor | None) -> str:
+    if key_mask is None:
+        return "none"
+    return "packed" if key_mask.dtype == torch.int64 else "interval" if key_mask.shape[-1] else "causal"
 
 
 def attend(kind: str, change: Change) -> Inject:
@@ -51,12 +56,8 @@ def attend(kind: str, change: Change) -> Inject:
     function = modules.attention
 
     def faulty(module: Any, q: Tensor, k: Tensor, v: Tensor, key_mask: Any, sliding_window: Any, **kwargs: Any) -> Any:
-        kinds = {
-            torch.int64: "packed",
-            torch.int32: "interval" if key_mask is not None and key_mask.shape[-1] else "causal",
-        }
         args = q, k, v, key_mask, sliding_window
-        q, k, v, key_mask, window = change(*args) if key_mask is not None and kinds[key_mask.dtype] == kind else args
+        q, k, v, key_mask, window = change(*args) if kind_of(key_mask) == kind else args
         return function(module, q, k, v, key_mask, sliding_window=window, **kwargs)
 
     return lambda patch: patch.setattr(modules, "attention", faulty)
@@ -94,17 +95,17 @@ FAULTS: dict[str, dict[str, Inject]] = {
         "first query's interval for all": attend("interval", first_query),
         "no window beside padding": several(mask_by(lambda _: {"local_size": None}), attend("interval", no_window)),
     },
-    "left-padded, cached": {
+    "padded, cached": {
         "mask forgotten": mask_without(2),  # without a cache, the positions alone separate the padding
         "padding of a cache ignored": mask_by(cached),
     },
-    "left-padded, static cache": {"padding ignored": static_by(lambda _: {"attention_mask": None})},
+    "padded, static": {"padding ignored": static_by(lambda _: {"attention_mask": None})},
     "static cache": {
         "unwritten slots seen": static_by(last_slot),
         "offset - 1": static_by(lambda k: {"q_offset": k["q_offset"] - 1}),
         "offset 0": static_by(lambda k: {"q_offset": k["q_offset"] * 0}),
     },
-    "packed sequences": {
+    "packed": {
         "boundaries ignored": result(mask, "sequence_bounds", lambda *_: (True, None)),
         "boundaries one token late": result(mask, "sequence_bounds", late_bounds),
         "first row's boundaries for all": result(mask, "sequence_bounds", first_bounds),
