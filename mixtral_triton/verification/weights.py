@@ -40,6 +40,7 @@ ROUNDING = {"int4": 1.02 / 14, "int8": 1.02 / 254, "fp8": 1.02 / 16}
 HELD_OUT = "heldout.json"  # in a checkpoint's folder: {"ids": tokens of a text that it was not trained on}
 CONTEXT = 2048  # the most tokens of a window
 LOGIT_ROWS = 256  # tokens whose logits are in memory at once
+CALLS_S = 0.3  # seconds that Python takes for a layer's calls
 PASSES, LOGITS = 10, 16  # how often a layer's weights are converted to fp64; tensors of a text's logits at once
 
 
@@ -136,14 +137,16 @@ def estimate(model: Any, ids: Tensor, folder: Any = None, quick: bool = False) -
     computation in fp64, which a product with one expert is timed for."""
     config, N, down = model.full_config, ids.numel(), model.layers[0].down_proj[0]
     x = torch.ones((2 * N, down.shape[-1]), dtype=torch.float64, device=model.device)
-    for _ in range(2):  # the first one warms up
+    seconds = math.inf
+    for _ in range(3):  # the first one warms up
         start = time.perf_counter()
         largest(x @ to_fp64(down).T)
-        seconds = time.perf_counter() - start
+        seconds = min(seconds, time.perf_counter() - start)
     sizes = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
     layer = sum(size for name, size in sizes.items() if name.startswith("layers.0."))
     fp32, quantized = not quick and model.dtype != torch.float32, folder is not None and quantized_formats(model)
-    seconds *= config.num_hidden_layers * layer / down.shape.numel() * (PASSES * (1 + fp32) + 2 * bool(quantized))
+    products = layer / down.shape.numel() * (PASSES * (1 + fp32) + 2 * bool(quantized))
+    seconds = config.num_hidden_layers * (seconds * products + CALLS_S)
     # Every layer's references stay. Beside them are a layer in fp32 or as stored and an expert, or the head and logits.
     references = config.num_hidden_layers * N * config.hidden_size * (8 * 8 + 3 * model.dtype.itemsize)
     inside = 4 * layer * bool(fp32 or quantized) + 24 * config.intermediate_size * config.hidden_size
