@@ -135,7 +135,9 @@ def single_layer_model(model: Any, index: int, x: Tensor) -> Any:
     single = copy.copy(model)
     single._parameters, single._modules, single.config, single.full_config = {}, {}, config, config
     frozen = partial(nn.Parameter, requires_grad=False)
-    layer = Layer(config, {name: frozen(to_fp64(weight).float()) for name, weight in weights.items()})
+    # By way of fp64, all experts of a layer would take twice the memory.
+    fp32 = (x.float() if isinstance(x, Tensor) else x.dequantize() for x in weights.values())
+    layer = Layer(config, dict(zip(weights, map(frozen, fp32), strict=True)))
     single.layers, single.norm = nn.ModuleList([layer]), frozen(model.norm.float())
     single.embed_tokens = single.lm_head = frozen(x.float().flatten(0, 1))
     return single
