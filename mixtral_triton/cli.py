@@ -11,7 +11,6 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,8 +21,8 @@ from . import __version__
 from .config import checkpoint_folder
 from .kernels.arch import ARCHS
 from .tools.gpus import RATED
-from .tools.processes import TimedSteps, is_first, open_mesh, select_backend
-from .tools.prompt import ChatTemplate, encode, load_tokenizer, read_prompts
+from .tools.processes import is_first, open_mesh, select_backend
+from .tools.prompt import ChatTemplate, TimedSteps, encode, load_tokenizer, print_stream, read_prompts
 from .tools.terminal import bar, check_plot, exit_status, say, set_output_encoding
 
 if TYPE_CHECKING:
@@ -209,6 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             parser().parse_args(argv, args)
+            if getattr(args, "folder", None) is not None:
+                args.folder = checkpoint_folder(args.folder)
             return args.run(args)
         finally:
             sys.stdout.flush()  # here, where a closed pipe or a full disk can still be reported
@@ -252,7 +253,6 @@ def _verify(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=True)
     from .verification import check_peer, default_text, estimate, verify
 
-    args.folder = checkpoint_folder(args.folder)
     text = None if args.prompt is None else read_prompts([args.prompt])[0]
     check_peer(args.peer, args.tp * args.ep > 1)
     with open_mesh(args) as mesh:
@@ -283,7 +283,6 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError("--system and more than one --prompt, the turns of a chat, need --chat")
     if not -(1 << 63) <= args.seed < 1 << 64:
         raise ValueError(f"--seed is {args.seed}, needs an integer of 64 bits")
-    args.folder = checkpoint_folder(args.folder)
     template = ChatTemplate(args.folder) if args.chat else None
     messages = [{"role": "system", "content": args.system}] if args.system else []
     if template is not None:  # before the weights are read
@@ -309,7 +308,7 @@ def _generate(args: argparse.Namespace) -> int:
             shown: str | None = text if template is None else f"> {text}\n" if len(texts) > 1 else ""
             after = ids[-1:] if template is None else []
             shown = shown if is_first() and not args.json else None
-            tokens, answer = _print_stream(steps, tokenizer, shown, after, args.max_new_tokens)
+            tokens, answer = print_stream(steps, tokenizer, shown, after, args.max_new_tokens)
             messages.append({"role": "assistant", "content": answer})
             if is_first() and not args.json:
                 say(str(steps))
@@ -318,39 +317,6 @@ def _generate(args: argparse.Namespace) -> int:
             chat = {} if template is None else {"messages": messages}
             print(json.dumps({"prompt": prompt_text, "text": answer, "tokens": tokens, **steps.as_dict(), **chat}))
         return 0
-
-
-def _print_stream(
-    steps: TimedSteps, tokenizer: Any, shown: str | None, after: list[int], total: int
-) -> tuple[list[int], str]:
-    """Return the tokens and their text, which is printed as it comes, after `shown`; None: it is not.
-
-    after: the tokens that the text follows, without which a decoder drops a space before the first token.
-    The text's line ends even where an error or Ctrl-C ends the work.
-    """
-    tokens = []
-    progress_bar = bar("generating", total, silent=not is_first()) if shown is None else bar("reading the prompt", None)
-    with progress_bar as progress:
-        for token in islice(steps, None if shown is None else 1):
-            tokens.append(token)
-            progress.advance(1)
-    start = len(tokenizer.decode(after, skip_special_tokens=True))
-
-    def decode() -> str:
-        return tokenizer.decode([*after, *tokens], skip_special_tokens=True)[start:]
-
-    printed = ""
-    try:
-        print(shown or "", end="", flush=True)
-        for new in chain([[]], ([token] for token in steps)):
-            tokens += new
-            text = decode() if shown is not None else ""
-            if not text.endswith("\ufffd"):  # half a character: wait for the rest
-                print(text[len(printed) :], end="", flush=True)
-                printed = text
-    finally:
-        print(end="" if shown is None else "\n", flush=True)
-    return tokens, decode()
 
 
 def _trace(args: argparse.Namespace) -> int:
@@ -362,11 +328,9 @@ def _trace(args: argparse.Namespace) -> int:
     texts = read_prompts(args.prompt)
     if len(texts) > 1:
         raise ValueError("--prompt is given more than once: trace takes one text")
-    args.folder = checkpoint_folder(args.folder)
     model, tokenizer, args.prompt = _load(args), load_tokenizer(args.folder), texts[0]
-    return run(
-        args, model, tokenizer, _tokens(args, *encode(tokenizer, texts[0], model.config.bos_token_id), model), note
-    )
+    ids = _tokens(args, *encode(tokenizer, args.prompt, model.config.bos_token_id), model)
+    return run(args, model, tokenizer, ids, note)
 
 
 def _quantize(args: argparse.Namespace) -> int:
@@ -374,7 +338,6 @@ def _quantize(args: argparse.Namespace) -> int:
     from .quantize.write import write
     from .weights import total_bytes
 
-    args.folder = checkpoint_folder(args.folder)
     before = total_bytes(read_headers(args.folder))
     with bar("quantizing", before, DownloadColumn()) as progress:
         after = write(args.folder, args.out, args.weights, args.device, progress.advance)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -92,61 +90,6 @@ def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
             raise
         raise ValueError(f"{rank}{error}") from error
     dist.destroy_process_group()  # not after an error: it could wait for a rank that is gone
-
-
-class TimedSteps:
-    """The tokens of one sequence of `generate.stream`: how fast they came, and the peak of memory."""
-
-    def __init__(self, steps: Iterator[Any], prompt_tokens: int, device: Any) -> None:
-        self.prompt_tokens, self.device, self.tokens = prompt_tokens, device, 0
-        self.prefill = self.decode = 0.0  # seconds to the first token, and from there to the last
-        self._iterator = self._measure(steps)
-
-    def __iter__(self) -> Iterator[int]:
-        return self._iterator
-
-    def _measure(self, steps: Iterator[Any]) -> Iterator[int]:
-        start = time.perf_counter()
-        for step in steps:
-            token = int(step[0])  # waits for the GPU
-            self.tokens += 1
-            seconds = time.perf_counter() - start
-            self.prefill = self.prefill or seconds
-            self.decode = seconds - self.prefill
-            yield token
-
-    def peak_bytes(self) -> int:
-        """What torch allocated on the GPU, or what a process on the CPU had resident; 0: unknown."""
-        if self.device.type == "cuda":
-            import torch
-
-            return torch.cuda.max_memory_allocated(self.device)
-        try:
-            import resource
-        except ImportError:  # not a Unix
-            return 0
-        unit = 1 if sys.platform == "darwin" else 1024
-        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    def as_dict(self) -> dict[str, Any]:
-        """Rates in tokens per second; None where there is no token to count."""
-        count, whole = self.tokens, self.prefill + self.decode
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "tokens_per_second": count / whole if count else None,
-            "prefill_tokens_per_second": self.prompt_tokens / self.prefill if count else None,
-            "decode_tokens_per_second": (count - 1) / self.decode if count > 1 else None,
-            "peak_bytes": self.peak_bytes(),
-        }
-
-    def __str__(self) -> str:
-        rates = self.as_dict()
-        parts = {"prefill": (self.prompt_tokens, self.prefill), "decode": (max(0, self.tokens - 1), self.decode)}
-        text = (
-            f"{name}: {count} tokens in {seconds:.2f} s, {rates[f'{name}_tokens_per_second'] or 0:.1f} tokens/s"
-            for name, (count, seconds) in parts.items()
-        )
-        return f"{'; '.join(text)}; peak of memory: {rates['peak_bytes'] / 1e9:.2f} GB"
 
 
 def is_first() -> bool:

@@ -1,4 +1,5 @@
-"""Prompts of the command line: their text, a checkpoint's tokenizer and its chat template. It imports no torch."""
+"""Text of the command line: prompts, a checkpoint's tokenizer and chat template, and what is generated. It imports no
+torch."""
 
 from __future__ import annotations
 
@@ -6,11 +7,15 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from ..config import parse_json_object, refuse_lfs_pointer
+from .processes import is_first
+from .terminal import bar
 
 Message = dict[str, str]  # role and content
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
@@ -122,3 +127,89 @@ def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 
 def _raise(message: str) -> None:
     raise ValueError(message)
+
+
+class TimedSteps:
+    """The tokens of one sequence of `generate.stream`: how fast they came, and the peak of memory."""
+
+    def __init__(self, steps: Iterator[Any], prompt_tokens: int, device: Any) -> None:
+        self.prompt_tokens, self.device, self.tokens = prompt_tokens, device, 0
+        self.prefill = self.decode = 0.0  # seconds to the first token, and from there to the last
+        self._iterator = self._measure(steps)
+
+    def __iter__(self) -> Iterator[int]:
+        return self._iterator
+
+    def _measure(self, steps: Iterator[Any]) -> Iterator[int]:
+        start = time.perf_counter()
+        for step in steps:
+            token = int(step[0])  # waits for the GPU
+            self.tokens += 1
+            seconds = time.perf_counter() - start
+            self.prefill = self.prefill or seconds
+            self.decode = seconds - self.prefill
+            yield token
+
+    def peak_bytes(self) -> int:
+        """What torch allocated on the GPU, or what the process had resident; 0: unknown."""
+        if self.device.type == "cuda":
+            import torch
+
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            import resource
+        except ImportError:  # not a Unix
+            return 0
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Rates in tokens per second; None where there is no token to count."""
+        count, whole = self.tokens, self.prefill + self.decode
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "tokens_per_second": count / whole if count else None,
+            "prefill_tokens_per_second": self.prompt_tokens / self.prefill if count else None,
+            "decode_tokens_per_second": (count - 1) / self.decode if count > 1 else None,
+            "peak_bytes": self.peak_bytes(),
+        }
+
+    def __str__(self) -> str:
+        _, _, prefill, decode, peak = self.as_dict().values()
+        after, rate = max(0, self.tokens - 1), "{:.1f} tokens/s"
+        return (
+            f"prefill: {self.prompt_tokens} tokens, {rate.format(prefill or 0)}; "
+            f"decode: {after} tokens, {rate.format(decode or 0)}; peak of memory: {peak / 1e9:.2f} GB"
+        )
+
+
+def print_stream(
+    steps: TimedSteps, tokenizer: Any, shown: str | None, after: list[int], total: int
+) -> tuple[list[int], str]:
+    """Return the tokens and their text, which is printed as it comes, after `shown`; None: it is not.
+
+    after: the tokens that the text follows, without which a decoder drops a space before the first token.
+    The text's line ends even where an error or Ctrl-C ends the work.
+    """
+    tokens = []
+    progress_bar = bar("generating", total, silent=not is_first()) if shown is None else bar("reading the prompt", None)
+    with progress_bar as progress:
+        for token in islice(steps, None if shown is None else 1):
+            tokens.append(token)
+            progress.advance(1)
+    start = len(tokenizer.decode(after, skip_special_tokens=True))
+
+    def decode() -> str:
+        return tokenizer.decode([*after, *tokens], skip_special_tokens=True)[start:]
+
+    printed = ""
+    try:
+        print(shown or "", end="", flush=True)
+        for new in chain([[]], ([token] for token in steps)):
+            tokens += new
+            text = decode() if shown is not None else ""
+            if not text.endswith("\ufffd"):  # half a character: wait for the rest
+                print(text[len(printed) :], end="", flush=True)
+                printed = text
+    finally:
+        print(end="" if shown is None else "\n", flush=True)
+    return tokens, decode()
