@@ -149,7 +149,7 @@ def estimate(model: Any, ids: Tensor, folder: Any = None, quick: bool = False) -
     seconds = config.num_hidden_layers * (seconds * products + CALLS_S)
     # Every layer's references stay. Beside them are a layer in fp32 or as stored and an expert, or the head and logits.
     references = config.num_hidden_layers * N * config.hidden_size * (8 * 8 + 3 * model.dtype.itemsize)
-    inside = 4 * layer * bool(fp32 or quantized) + 24 * config.intermediate_size * config.hidden_size
+    inside = layer * max(6 * fp32, 4 * bool(quantized)) + 24 * config.intermediate_size * config.hidden_size
     peak = references + max(inside, 8 * config.vocab_size * (config.hidden_size + LOGITS * N))
     stored = 0 if folder is None else sum(file.stat().st_size for file in Source(folder).files)
     memory = f"{peak / 1e6:,.0f} MB beside the model"

@@ -21,7 +21,7 @@ from mixtral_triton import Mixtral, MixtralConfig, model, verification, verify, 
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import Layer, State
 from mixtral_triton.quantize import layouts
-from mixtral_triton.verification import mesh, source
+from mixtral_triton.verification import layers, mesh, source
 from mixtral_triton.verification.calls import text_calls
 from mixtral_triton.verification.layers import Target, check_layers
 from mixtral_triton.verification.source import Source, decode
@@ -190,6 +190,20 @@ def test_one_gathered_layer_at_a_time(dense: Path, monkeypatch: Patch) -> None:
     with torch.no_grad():
         report = verification._verify(target, IDS[:, :4], None, None, None, True, None)
     assert not report.wrong and len(alive) >= 6 and max(most) == 0
+
+
+def test_one_layer_in_fp32_at_a_time(monkeypatch: Patch) -> None:
+    make, alive, most = layers.single_layer_model, list[Any](), []
+
+    def count(*args: Any) -> Mixtral:
+        most.append(sum(weight() is not None for weight in alive))
+        single = make(*args)
+        alive.append(weakref.ref(single.layers[0].gate_up_proj))
+        return single
+
+    monkeypatch.setattr(layers, "single_layer_model", count)
+    verify(random_model(dtype=torch.bfloat16, num_hidden_layers=3), IDS[:, :4])
+    assert most == [0, 0, 0]
 
 
 def test_references_keep_no_more_than_they_hold() -> None:
