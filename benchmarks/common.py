@@ -7,6 +7,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def hf_model(**sizes: Any) -> Any:
 def our_model(hf: Any) -> Mixtral:
     """Return our model with the weights of transformers' one, on its device."""
     with tempfile.TemporaryDirectory() as folder:
-        hf.save_pretrained(folder)
+        deepcopy(hf).cpu().save_pretrained(folder)
         return Mixtral.from_pretrained(folder, device=hf.device)
 
 

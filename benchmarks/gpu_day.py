@@ -42,6 +42,7 @@ from mixtral_triton.tools.terminal import toolchain_fault
 ROOT, BUDGET_S = Path(__file__).resolve().parents[1], 570.0
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,memory.total"
 PACKAGES = {"mixtral-triton", "torch", "triton", "transformers", "liger_kernel", "flash_attn", "vllm"}
+GPU_TESTS = re.compile(r"mark\.gpu|def test_[^)]*device: torch\.device")  # in files with tests for a GPU
 OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR)?[^\S\n]*(?:\(.*|\[.*)?$", re.MULTILINE)
 HEAD = """# A GPU day
 
@@ -107,7 +108,9 @@ def _tests(command: str) -> dict[str, str]:
     command += " -v -m gpu -p no:cacheprovider -p benchmarks.gpu_day --maxfail 3"
     found = {name: f"{command} tests/ops/test_registry.py -k=-{name}-" for name in OPS}
     for file in sorted((ROOT / "tests").rglob("test_*.py")):
-        if file.stem != "test_registry" and re.search(r"mark\.gpu|device: torch\.device", file.read_text()):
+        if file.stem != "test_registry" and re.search(
+            r"mark\.gpu|def test_[^)]*device: torch\.device", file.read_text()
+        ):
             found[file.stem] = f"{command} {file.relative_to(ROOT)}"
     return found
 
