@@ -108,7 +108,8 @@ def _check_weights(model: Any) -> None:
     if getattr(model, "is_quantized", False) or quantization != (None, None):
         config = quantization[1] if isinstance(quantization[1], dict) else vars(quantization[1] or object)
         ours, reads = "mixtral_triton.Mixtral.from_pretrained", ", which reads the quantized weights exactly"
-        if "bitsandbytes" in str(config.get("quant_method")).lower():
+        method = config.get("quant_method")
+        if getattr(method, "value", method) == "bitsandbytes":
             ours, reads = f'{ours}(folder, weights="int4")', " on the folder in bf16"
         raise ValueError(
             "apply: model is quantized; load it without quantization_config (bf16, fp16 or fp32), or the folder with "

@@ -175,6 +175,8 @@ def test_apply_names_the_model_of_a_pipeline_and_weights_for_bitsandbytes(make_h
     hf = make_hf()
     with pytest.raises(ValueError, match=r"apply: model is a SimpleNamespace, .*; give it the model inside, \.model$"):
         apply(SimpleNamespace(model=hf))  # type: ignore[type-var]
-    hf.config.quantization_config = {"quant_method": "bitsandbytes"}
-    with pytest.raises(ValueError, match=r'from_pretrained\(folder, weights="int4"\) on the folder in bf16'):
-        apply(hf)
+    transformers = pytest.importorskip("transformers")
+    for config in ({"quant_method": "bitsandbytes"}, transformers.BitsAndBytesConfig(load_in_8bit=True)):
+        hf.config.quantization_config = config
+        with pytest.raises(ValueError, match=r'from_pretrained\(folder, weights="int4"\) on the folder in bf16'):
+            apply(hf)
