@@ -210,6 +210,8 @@ class Factories(TorchFunctionMode):
         named = [x.device for x in like] + [x for x in options if isinstance(x, (str, torch.device))]
         named += [torch.device("cuda", x) for x in args[1:] if isinstance(x, int) and not isinstance(x, bool)]
         device = named[0] if named else None
+        if device is not None and torch.device(device).type == "meta":
+            return func(getattr(args[0], "held", args[0]), *args[1:], **kwargs)
         if not is_fake_gpu(device):
             return func(*args, **kwargs)
         dtypes = [x for x in options if isinstance(x, torch.dtype)] + [x.dtype for x in like]
