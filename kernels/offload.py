@@ -9,6 +9,7 @@ weight is read once for each row tile, so the host's experts are first copied in
 
 from __future__ import annotations
 
+import copy
 import mmap
 import weakref
 from collections.abc import Callable, Sequence
@@ -57,6 +58,19 @@ class OffloadedWeight(QuantizedWeight):
             part = getattr(like, name) if quantized else None
             self.register_buffer(name, None if part is None else torch.empty_like(part, device=device))
         _weights[id(self)] = self
+
+    @classmethod
+    def copy_of(cls, weight: QuantizedWeight | Tensor, on_host: Sequence[int]) -> OffloadedWeight:
+        """A copy of a stacked weight on its device."""
+        meta = weight.to("meta") if isinstance(weight, Tensor) else copy.deepcopy(weight).to("meta")
+        offloaded = cls(meta, on_host, weight.device)
+        stored = weight if isinstance(weight, Tensor) else weight.data
+        for expert in range(0 if stored.is_meta else len(stored)):
+            offloaded.rows(expert).copy_(stored[expert])
+        for name in ("scales", "zeros") if isinstance(weight, QuantizedWeight) else ():
+            if getattr(weight, name) is not None:
+                getattr(offloaded, name).copy_(getattr(weight, name))
+        return offloaded
 
     def _table(self, host: Tensor) -> Tensor:
         """The address of each expert, those in host memory at `host`."""
@@ -146,8 +160,8 @@ class OffloadedWeight(QuantizedWeight):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedWeight:
-        copy = memo.get(id(self.data))
-        if copy is None or not copy.is_meta:
+        table = memo.get(id(self.data))
+        if table is None or not table.is_meta:
             raise ValueError("Mixtral: offloaded experts cannot be copied: load the checkpoint again")
         return to_meta(self)
 

@@ -98,7 +98,7 @@ def expert_rows(ptr, expert, stride_we, dtype: tl.constexpr, LAYOUT: tl.constexp
     """Pointer to the rows of an expert, int64: in a stacked weight, or where a table of addresses says."""
     if LAYOUT.table:
         element: tl.constexpr = dtype if LAYOUT.format == "dense" else tl.int16
-        return tl.multiple_of(tl.load(ptr + expert), _ALIGNMENT).to(tl.pointer_type(element))
+        return tl.multiple_of(tl.load(ptr + expert).to(tl.pointer_type(element)), _ALIGNMENT)
     else:
         return ptr + expert * stride_we
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from mixtral_triton.kernels.experts.op import expert_swiglu
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.linear import linear
+from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.op import Launch
 from mixtral_triton.kernels.quantized import BITS, SCALES, QuantizedWeight, unit_columns
 from mixtral_triton.kernels.record import record_launches
@@ -37,15 +38,19 @@ def format_name(format: Format) -> str:
 by_format = pytest.mark.parametrize("format", FORMATS, ids=format_name)
 
 
-def launches(format: Format, T: int, arch: str, dtype: torch.dtype = BF16) -> list[Launch]:
-    """Of the expert layer and of the attention's input projection: those that read weights."""
+def launches(format: Format, T: int, arch: str, dtype: torch.dtype = BF16, offload: bool = False) -> list[Launch]:
+    """Of the expert layer and of the attention's input projection: those that read weights. Format "dense": in bf16."""
     name, group, zeros = format
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def weight(*shape: int) -> QuantizedWeight:
-        return QuantizedWeight.empty(name, shape, group or shape[-1], SCALES[name], zeros, "meta")
+    def weight(*shape: int) -> Any:
+        if name == "dense":
+            stacked: Any = tensor(*shape)
+        else:
+            stacked = QuantizedWeight.empty(name, shape, group or shape[-1], SCALES[name], zeros, "meta")
+        return OffloadedWeight.copy_of(stacked, [0, 1]) if offload and len(shape) == 3 else stacked
 
     with record_launches(arch) as found:
         routing = tensor(T, 2, dtype=torch.int32), tensor(T, 2, dtype=torch.float32)
@@ -65,6 +70,21 @@ def test_no_spill_and_fits(format: Format, arch: str, T: int, dtype: torch.dtype
     found = launches(format, T, arch, dtype)
     kernels = [replace(compile_launch(launch, arch), limit_bytes=least_shared(arch)) for launch in found]
     assert len(kernels) == 3 and not [(kernel.fault, kernel) for kernel in kernels if kernel.fault]
+
+
+@pytest.mark.parametrize("format", [("dense", 0, False), *FORMATS[1:3]], ids=format_name)
+@pytest.mark.parametrize(("arch", "T"), [("sm_90", 1), ("sm_80", 1), ("sm_90", 64), ("sm_90", 4096), ("gfx942", 1)])
+def test_table_of_addresses(format: Format, arch: str, T: int) -> None:
+    """No spill, and in decode nearly the instructions of a stacked weight: the compiler knows the alignment."""
+    stacked, offloaded = (
+        [compile_launch(launch, arch) for launch in launches(format, T, arch, offload=offload)]
+        for offload in (False, True)
+    )
+    assert len(stacked) == len(offloaded) and not [kernel.fault for kernel in offloaded if kernel.fault]
+    for one, other in zip(stacked, offloaded, strict=True) if T <= 64 else ():
+        counts = one.loop_flop_per_instruction, other.loop_flop_per_instruction  # None: not counted for this target
+        assert counts == (None, None) or counts[0] == pytest.approx(counts[1], rel=0.06)
+        assert other.constexprs["LAYOUT"].table or one.kernel.startswith("linear")
 
 
 # Thread instructions a byte of codes; what full bandwidth affords is 8.6 on an H100, 9.6 on an A100.

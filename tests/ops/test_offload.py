@@ -6,33 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from mixtral_triton import ops
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.quantize import quantize
-from mixtral_triton.quantize.spec import QuantSpec
 
 E, K, H, I = 5, 2, 64, 64
 ON_HOST = (1, 4)
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="about kernels: with the interpreter")
-
-
-def offloaded(weight: Any, on_host: tuple[int, ...] = ON_HOST) -> OffloadedWeight:
-    """A copy of a stacked weight."""
-    if isinstance(weight, Tensor):
-        like: Any = torch.empty_like(weight, device="meta")
-    else:
-        like = QuantSpec(weight.format, weight.group, weight.scales.dtype, weight.zeros is not None)
-        like = like.empty(tuple(weight.shape), "meta")
-    copy = OffloadedWeight(like, on_host, "cpu")
-    for expert in range(len(copy)):
-        copy.rows(expert).copy_(weight[expert] if isinstance(weight, Tensor) else weight.data[expert])
-    for name in ("scales", "zeros"):
-        if getattr(copy, name) is not None:
-            getattr(copy, name).copy_(getattr(weight, name))
-    return copy
 
 
 def arguments(format: str | None, T: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -46,7 +28,8 @@ def arguments(format: str | None, T: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def with_offload(args: dict[str, Any], *on_host: int) -> dict[str, Any]:
-    return args | {name: offloaded(args[name], on_host or ON_HOST) for name in ("gate_up_proj", "down_proj")}
+    names, on_host = ("gate_up_proj", "down_proj"), on_host or ON_HOST
+    return args | {name: OffloadedWeight.copy_of(args[name], on_host) for name in names}
 
 
 @pytest.mark.parametrize("format", [None, "int4", "int8", "fp8"])
