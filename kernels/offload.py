@@ -172,6 +172,11 @@ class OffloadedWeight(QuantizedWeight):
         return f"{super().extra_repr()}, experts {list(self.on_host)} in host memory"
 
 
+def find_weight(table: Tensor) -> OffloadedWeight | None:
+    """Return the weight that this table of addresses belongs to; None for another tensor."""
+    return next((weight for weight in _weights.values() if weight.data is table), None)
+
+
 def to_meta(weight: OffloadedWeight) -> OffloadedWeight:
     """The weight on the meta device: shapes alone."""
     stored = torch.empty((len(weight), *weight.host.shape[1:]), dtype=weight.dtype, device="meta")

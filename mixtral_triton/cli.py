@@ -132,9 +132,7 @@ def parser() -> argparse.ArgumentParser:
     def prompt(option: Any) -> None:
         text = "text to run, or - to read standard input; turns of a chat where repeated"
         option("--prompt", action="append", default=[], metavar="TEXT", help=text)
-        option(
-            "--prompt-file", dest="prompt", action="append", type=Path, metavar="FILE", help="text to run, of a file"
-        )
+        option("--prompt-file", dest="prompt", action="append", type=Path, metavar="FILE", help="text to run")
         option("--interpret", action="store_true", help="the Triton kernels, interpreted on the CPU")
 
     text = "compare tensors with files, and operations and layers with plain torch"
@@ -187,9 +185,10 @@ def parser() -> argparse.ArgumentParser:
     text = "a folder, a name on the hub, or mixtral-8x22b; default: mixtral-8x7b"
     option("model", nargs="?", default="mixtral-8x7b", metavar="MODEL", help=text)
     option("--gpu", metavar="NAME", help="h100, rtx4090, ...; default: the GPU there is, else all that are known")
-    option(
-        "--memory", type=parse_memory, metavar="GIB", help="a GPU of so many GiB (24, 24GiB, 24GB); default: see --gpu"
-    )
+    option("--memory", type=parse_memory, metavar="GIB", help="a GPU of so many GiB (24, 24GB); default: see --gpu")
+    text = "for experts that the GPU does not hold, read across --link; default: as much as they need"
+    option("--host-memory", type=parse_memory, metavar="GIB", help=text)
+    option("--link", metavar="NAME", help="to host memory: pcie4x16, pcie3x8, ...; default: the GPU's")
     option("--gpus", type=int, metavar="N", help="so many GPUs; default: 1")
     option("--scaling", nargs="?", const="", metavar="FORMAT", help="predicted times on 1 to 16 GPUs, by tp and ep")
     option("--batch", type=int, default=1, metavar="B", help="sequences at a time")

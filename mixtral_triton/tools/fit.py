@@ -12,7 +12,7 @@ import json
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ from rich.text import Text
 from ..config import MixtralConfig, checkpoint_folder
 from ..generate import PREFILL_CHUNK
 from ..inputs import WEIGHT_FORMATS, weight_bytes
+from ..load import offloaded_bytes
 from ..parallel import Shard, Traffic, traffic
 from ..quantize import hub
 from ..quantize.schemes import read_scheme
 from ..quantize.spec import PARTS, QuantSpec, select_specs
 from ..weights import parameter_shapes
-from .gpus import GPU, GPUS, MIB, find_gpu
+from .gpus import GPU, GPUS, LINKS, MIB, data_sheet, find_gpu
+from .predict import predict_forward
 from .terminal import Column, Table, console
 
 # mistralai/Mixtral-8x7B-v0.1 and mistralai/Mixtral-8x22B-Instruct-v0.1, by their config.json
@@ -49,6 +51,8 @@ QuantSpecs = Mapping[str, QuantSpec]  # of the parameters that are quantized, by
 STORED = "as stored"
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FORMAT_NOTE = "fp8, int8, int4: of the experts' weights; linear: of attention and the head, too."
+OFFLOADED = "Experts of each layer in host memory: tokens/s, by an optimistic prediction, not measured. "
+OFFLOADED += "?: no rates are known. -: the GPU holds all experts, or not even one."
 SEVERAL = "Several GPUs: weights and cache in even parts, the rest on each, by estimate; see docs/scaling.md."
 COLOURS = {"no": "red", "tight": "yellow", "fits": "green"}
 
@@ -171,6 +175,29 @@ def plan(config: MixtralConfig, specs: QuantSpecs, memory: int, batch: int, cont
 
 
 @dataclass(frozen=True)
+class Offload:
+    """The fewest experts of each layer in host memory with which one GPU holds a format without being tight.
+
+    tokens_per_second  cautious and optimistic: a prediction; () for a GPU whose rates are unknown
+    """
+
+    experts: int
+    of: int
+    host_bytes: int
+    link: str
+    tokens_per_second: tuple[float, ...]
+    command: str
+
+    @property
+    def speed(self) -> str:
+        return "-".join(dict.fromkeys(f"{each:,.{int(each < 10)}f}" for each in self.tokens_per_second))
+
+    def __str__(self) -> str:
+        speed = f"{self.speed} tokens/s predicted" if self.speed else "no prediction, the GPU's rates are unknown"
+        return f"{self.experts} of {self.of} offloaded: {speed} ({decimal(self.host_bytes)} across {self.link})"
+
+
+@dataclass(frozen=True)
 class Request:
     """A model, the specs of each of WEIGHT_FORMATS, and what STORED means for it."""
 
@@ -180,6 +207,7 @@ class Request:
     stored: str
     batch: int
     context: int
+    host_memory: float  # bytes
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Request:
@@ -199,15 +227,51 @@ class Request:
             raise ValueError(f"--context is {context}, needs 1 to {limit}, the model's positions")
         if args.gpus is not None and not 1 <= args.gpus <= GPUS_MAX:
             raise ValueError(f"--gpus is {args.gpus}, needs 1 to {GPUS_MAX}")
+        host = math.inf if args.host_memory is None else args.host_memory * 2**30
+        if args.host_memory is not None and not 0 <= host < math.inf:
+            raise ValueError(f"--host-memory is {args.host_memory:g}, needs GiB, at least 0")
+        if args.link not in (None, *LINKS):
+            raise ValueError(f"--link is {args.link!r}, needs one of {', '.join(LINKS)}")
+        if (args.gpus or 1) > 1 and (args.host_memory is not None or args.link):
+            raise ValueError(f"--gpus is {args.gpus}, and a mesh takes no experts from host memory: needs 1")
         scheme = None if known else read_scheme(checkpoint_folder(name, tensors=False))
         if scheme is None:
-            return cls(name, config, format_specs(config), SHORT[stored_dtype(config)], args.batch, context)
+            return cls(name, config, format_specs(config), SHORT[stored_dtype(config)], args.batch, context, host)
         specs = hub.plan(hub.read_headers(name), config).specs  # the files alone say which tensors are quantized
-        return cls(name, config, {STORED: specs}, scheme.name, args.batch, context)
+        return cls(name, config, {STORED: specs}, scheme.name, args.batch, context, host)
 
     def plans(self, gpu: GPU, gpus: int = 1) -> dict[str, Plan]:
         sizes = (gpu.bytes, self.batch, self.context, gpus)
         return {name: plan(self.config, specs, *sizes) for name, specs in self.specs.items()}
+
+    def offloads(self, gpu: GPU, plans: Mapping[str, Plan]) -> dict[str, Offload]:
+        """Of the formats that `gpu` does not hold, by name, those that it holds with experts in host memory."""
+        config, dtype, found = self.config, stored_dtype(self.config), {}
+        E, limit = config.num_local_experts, gpu.bytes - math.ceil(gpu.bytes * TIGHT)
+        for name in (name for name, one in plans.items() if one.verdict == "no"):
+            specs = self.specs[name]
+            each = offloaded_bytes(parameter_shapes(config), specs, dtype)
+            # Prefill copies those of a layer into a buffer on the GPU.
+            experts = -(-(plans[name].need.total - limit) // max(1, each - each // config.num_hidden_layers))
+            if experts < E and experts * each <= self.host_memory:
+                speed = self.speed(gpu, specs, experts) if gpu.chip else ()
+                found[name] = Offload(experts, E, experts * each, gpu.link, speed, self.command(name, experts))
+        return found
+
+    def speed(self, gpu: GPU, specs: QuantSpecs, offload: int) -> tuple[float, float]:
+        """Predict tokens/s, cautious and optimistic, by the times of one layer and of two."""
+        sizes = (specs, gpu, self.batch, 1, self.context, offload)
+        one, two = (predict_forward(replace(self.config, num_hidden_layers=L), *sizes) for L in (1, 2))
+        more = self.config.num_hidden_layers - 1
+        ends = (one.cautious, two.cautious), (one.seconds, two.seconds)
+        cautious, optimistic = (self.batch / (time + more * (longer - time)) for time, longer in ends)
+        return cautious, optimistic
+
+    def command(self, format: str, offload: int) -> str:
+        formats = WEIGHT_FORMATS[format]
+        weights = ",".join(f"{part}={each}" for part, each in formats.items()) if isinstance(formats, dict) else formats
+        folder = "FOLDER" if self.name.lower() in KNOWN else self.name
+        return f"mixtral-triton generate {folder}{f' --weights {weights}' if weights else ''} --offload {offload}"
 
     def label(self, format: str) -> str:
         return self.stored if format == STORED else format
@@ -232,39 +296,51 @@ def run(args: argparse.Namespace) -> int:
     if gpu is None and args.gpus is not None:
         raise ValueError("--gpus is given and there is no GPU here, needs --gpu, too")
     if gpu is None:
-        return _run_all_gpus(request, args.json)
+        return _run_all_gpus(request, args)
     plans = request.plans(gpu, gpus)
+    offloads = request.offloads(gpu, plans) if gpus == 1 else {}
+    fits = any(one.verdict != "no" for one in plans.values())
+    if not fits and not offloads and (more := replace(request, host_memory=math.inf).offloads(gpu, plans)):
+        name, least = min(more.items(), key=lambda item: item[1].host_bytes)
+        needed = f"{name} with {least.experts} of {least.of} experts offloaded needs {decimal(least.host_bytes)}"
+        raise ValueError(f"--host-memory is {decimal(int(request.host_memory))}, and {needed}")
     sent = traffic(request.config, gpus, itemsize=stored_dtype(request.config).itemsize)
     if args.json:
         formats = []
         for name, one in plans.items():
             need = {**asdict(one.need), "total": one.need.total}
-            answers = {"verdict": one.verdict, "longest_context": one.longest, "gpus_needed": one.needs}
+            answers: dict[str, Any] = {"verdict": one.verdict, "longest_context": one.longest, "gpus_needed": one.needs}
+            answers |= {"offload": offloads.get(name)}
             formats.append({"format": name, "weights": WEIGHT_FORMATS[name], "bytes": need, **answers})
         sizes = {"name": gpu.name, "bytes": gpu.bytes, "gpus": gpus}
-        print(json.dumps({**request.as_dict(), "gpu": sizes, "sends_a_token": asdict(sent), "formats": formats}))
+        found = {**request.as_dict(), "gpu": sizes, "sends_a_token": asdict(sent), "formats": formats}
+        print(json.dumps(found, default=asdict))
     else:
-        _print(request, gpu, gpus, plans, sent)
-    return 0 if any(one.verdict != "no" for one in plans.values()) else 1
+        _print(request, gpu, gpus, plans, sent, offloads)
+    return 0 if fits else 1
 
 
 def select_gpu(args: argparse.Namespace) -> GPU | None:
     """The one of the options, else the one at hand, by its driver; None where there is none."""
+    link = {"link": args.link} if args.link else {}
     if args.memory is not None:
         if args.gpu is not None:
             raise ValueError("--gpu is given, and --memory, too: needs one of the two")
         if not 1 <= args.memory < float("inf"):
             raise ValueError(f"--memory is {args.memory}, needs GiB, at least 1")
-        return GPU("", f"{args.memory:g} GiB", int(args.memory * 1024))
+        return GPU("", f"{args.memory:g} GiB", int(args.memory * 1024), **link)
     if args.gpu is not None:
-        return find_gpu(args.gpu)
+        return replace(find_gpu(args.gpu), **link)
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
-    return GPU("", properties.name, properties.total_memory // MIB)
+    gpu = data_sheet(properties.name) or GPU("", "")
+    return replace(gpu, name=properties.name, mib=properties.total_memory // MIB, **link)
 
 
-def _print(request: Request, gpu: GPU, gpus: int, plans: dict[str, Plan], sent: Traffic) -> None:
+def _print(
+    request: Request, gpu: GPU, gpus: int, plans: dict[str, Plan], sent: Traffic, offloads: dict[str, Offload]
+) -> None:
     out, need = console(), plans[STORED].need
     parts = (f"{name} {decimal(getattr(need, name))}" for name in ("tables", "cache", "workspace", "logits"))
     out.print(Text(request.sentence()))
@@ -280,23 +356,38 @@ def _print(request: Request, gpu: GPU, gpus: int, plans: dict[str, Plan], sent: 
         table.add(request.label(name), *sizes, longest, str(one.needs or "-"), one.verdict, style=COLOURS[one.verdict])
     out.print(table)
     fitting = [request.label(name) for name, one in plans.items() if one.verdict != "no"]
+    for name, offload in offloads.items():
+        out.print(Text(f"{request.label(name)}, {offload}"))
     verdict = "FITS: " + "; ".join(fitting) if fitting else "NO FORMAT FITS"
     out.print(Text(verdict, style="bold green" if fitting else "bold red"))
+    if offloads and not fitting:
+        best = max(offloads.values(), key=lambda one: (one.tokens_per_second, -one.host_bytes))
+        out.print(Text(f"With experts in host memory: {best.command}"), soft_wrap=True)
 
 
-def _run_all_gpus(request: Request, as_json: bool) -> int:
-    """How many of each listed GPU hold each format."""
-    rows = [(gpu, {name: one.needs for name, one in request.plans(gpu).items()}) for gpu in GPUS.values()]
-    if as_json:
-        gpus = [{"name": gpu.name, "bytes": gpu.bytes, "gpus_needed": needs} for gpu, needs in rows]
-        print(json.dumps({**request.as_dict(), "gpus": gpus}))
+def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
+    """How many of each listed GPU hold each format, and what one of them holds with experts in host memory."""
+    rows = []
+    for gpu in GPUS.values():
+        gpu, plans = replace(gpu, link=args.link or gpu.link), request.plans(gpu)
+        rows.append((gpu, {name: one.needs for name, one in plans.items()}, request.offloads(gpu, plans)))
+    if args.json:
+        gpus = [{"name": g.name, "bytes": g.bytes, "gpus_needed": needs, "offload": one} for g, needs, one in rows]
+        print(json.dumps({**request.as_dict(), "gpus": gpus}, default=asdict))
         return 0
     out = console()
     out.print(Text(request.sentence()))
     columns = [Column("gpu", number=False), Column("MiB"), *(Column(request.label(name)) for name in request.specs)]
     caption = f"-: more than {GPUS_MAX}. MiB: by its driver, of which 2 % stay free. {FORMAT_NOTE} {SEVERAL}"
     table = Table("How many GPUs hold it, by the format of its weights", columns, caption)
-    for gpu, needs in rows:
+    columns[1] = Column("link", number=False)
+    offloaded = Table("What one GPU holds with experts in host memory", columns, OFFLOADED)
+    for gpu, needs, offloads in rows:
         table.add(gpu.name, f"{gpu.mib:,}", *(str(n or "-") for n in needs.values()))
+        cells = [offloads.get(name) for name in needs]
+        shown = (f"{one.experts}: {one.speed.split('-')[-1] or '?'}" if one else "-" for one in cells)
+        if any(cells):
+            offloaded.add(gpu.name, gpu.link, *shown)
     out.print(table)
+    out.print(offloaded)
     return 0

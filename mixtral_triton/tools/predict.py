@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..cache import KVCache
+from ..config import MixtralConfig
 from ..kernels.arch import ARCHS, amd, family, multiprocessors
 from ..kernels.op import Cost, Launch
-from .gpus import GPU, Chip
+from ..kernels.record import record_launches
+from ..model import Mixtral
+from ..quantize.spec import QuantSpec
+from .gpus import GPU, LINKS, Chip
 from .work import Work, count_work
 
 WARPS, THREADS = 64, 32  # the most warps of an SM, and the threads of each
@@ -33,6 +38,7 @@ class Reached:
     """Estimates of what a busy GPU reaches.
 
     memory, matmul, l2  of a data sheet's bandwidth and tensor-core peak, and of `Chip.l2`
+    link                of the rate of the link to host memory
     tile                seconds of the first loads and last stores of a tile of TILE sums, which another program on the
                         SM hides; a third of them are those of any tile
     kernel              seconds that no kernel goes below, however little it does
@@ -43,12 +49,15 @@ class Reached:
     l2: float
     tile: float
     kernel: float
+    link: float
 
 
 TILE = 192 * 256
+# link: copies reach 56.3 of 63 GB/s (tinygrad/open-gpu-kernel-modules, issue 29), and NCCL assumes 24 of 31.5
+# (NVIDIA/nccl-tests, issue 307). No figure is of kernels that read.
 # memory: long copies, as published of an H100. matmul: libraries at the clocks of a busy GPU.
-OPTIMISTIC = Reached(memory=0.92, matmul=0.75, l2=1.0, tile=3e-6, kernel=2e-6)
-CAUTIOUS = Reached(memory=0.86, matmul=0.63, l2=0.82, tile=4e-6, kernel=3e-6)
+OPTIMISTIC = Reached(memory=0.92, matmul=0.75, l2=1.0, tile=3e-6, kernel=2e-6, link=0.85)
+CAUTIOUS = Reached(memory=0.86, matmul=0.63, l2=0.82, tile=4e-6, kernel=3e-6, link=0.76)
 
 
 def floor(cost: Cost, gpu: GPU) -> float:
@@ -82,7 +91,8 @@ def family_note(arch: str) -> str | None:
 
 @dataclass(frozen=True)
 class Part:
-    """One launch: its seconds without the gap, and what takes them: "memory", "L2" or "tensor cores"."""
+    """One launch: its seconds without the gap, and what takes them: "memory", "link" (to host memory), "L2" or "tensor
+    cores"."""
 
     kernel: str
     seconds: float
@@ -128,8 +138,21 @@ def predict(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
     return Prediction(seconds, most, max(by_limit, key=by_limit.__getitem__), parts, least)
 
 
+def predict_forward(
+    config: MixtralConfig, specs: Mapping[str, QuantSpec], gpu: GPU, B: int, T: int, S: int, offload: int = 0
+) -> Prediction:
+    """Predict T tokens for each of B sequences, after S - T others; `offload` experts of each layer in host memory."""
+    dtype, E = getattr(torch, config.dtype or "bfloat16"), config.num_local_experts
+    on_host = [range(E - offload, E)] * config.num_hidden_layers if offload else ()
+    model = Mixtral(config, "meta", dtype, specs=specs, on_host=on_host)
+    cache = KVCache(model.config, B, S, "meta", dtype)
+    with record_launches(gpu.arch) as launches, torch.no_grad():
+        model.head(model.hidden(torch.empty(B, T, dtype=torch.int64, device="meta"), cache)[:, -1])
+    return predict(launches, gpu, Cost(0, 0))
+
+
 def _part(launch: Launch, gpu: GPU, chip: Chip, reached: Reached) -> Part:
-    work, sms = count_work(launch), multiprocessors(gpu.arch)
+    work, sms = count_work(launch), chip.sms or multiprocessors(gpu.arch)
     resident = _resident_programs(work, launch.num_warps or 4, sms, gpu.arch)
     products = work.flops * sms / (chip.vector if work.single else gpu.matmul * reached.matmul)
     vector = work.vector * sms / chip.vector
@@ -148,7 +171,9 @@ def _part(launch: Launch, gpu: GPU, chip: Chip, reached: Reached) -> Part:
         slowest: list_schedule(runs, sms),
     }
     limit = max(seconds, key=seconds.__getitem__)
-    return Part(launch.kernel, seconds[limit], limit)
+    most, link = seconds[limit], work.host / (LINKS[gpu.link] * reached.link)
+    expected = work.apart * most + max(link, (1 - work.apart) * most)
+    return Part(launch.kernel, expected, "link" if link > most else limit)
 
 
 def list_schedule(runs: Iterable[tuple[float, float]], places: int) -> float:

@@ -17,16 +17,12 @@ from typing import Any
 
 import torch
 
-from ..cache import KVCache
 from ..config import MixtralConfig
 from ..generate import PREFILL_CHUNK
-from ..kernels.op import Cost
-from ..kernels.record import record_launches
-from ..model import Mixtral
 from ..parallel import Shard, traffic
 from . import fit
-from .gpus import GPU, GPUS, Chip
-from .predict import Part, predict
+from .gpus import GPU, MESHED, Chip
+from .predict import Part, predict_forward
 from .terminal import Column, Table, console
 
 NODE = 8  # GPUs that reach each other without the network
@@ -67,11 +63,7 @@ def step(config: MixtralConfig, specs: fit.QuantSpecs, shard: Shard, gpu: GPU, B
     rank = replace(shard.config(config), vocab_size=vocabulary, intermediate_size=inner)  # with all experts
 
     def computing(layers: int) -> float:
-        model = Mixtral(replace(rank, num_hidden_layers=layers), "meta", dtype, specs=specs)
-        cache = KVCache(model.config, B, S, "meta", dtype)
-        with record_launches(gpu.arch) as launches, torch.no_grad():
-            model.head(model.hidden(torch.empty(B, T, dtype=torch.int64, device="meta"), cache)[:, -1])
-        found = predict(launches, gpu, Cost(0, 0))
+        found = predict_forward(replace(rank, num_hidden_layers=layers), specs, gpu, B, T, S)
         return found.seconds - sum((1 - _share(part, *shares)) * part.seconds for part in found.parts)
 
     sent, chip = traffic(config, shard.tp, shard.ep, dtype.itemsize), gpu.chip
@@ -128,9 +120,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--scaling is given and there is no GPU here, needs --gpu, too")
     if format not in request.specs:
         raise ValueError(f"--scaling is {format!r}, needs one of {', '.join(request.specs)}")
-    if gpu.chip is None:
-        names = ", ".join(key for key, other in GPUS.items() if other.chip is not None)
-        raise ValueError(f"--scaling has the rates of {names}: needs --gpu with one of them")
+    if gpu.key not in MESHED:
+        raise ValueError(f"--scaling has the rates of {', '.join(MESHED)}: needs --gpu with one of them")
     config, specs, B, S = request.config, request.specs[format], request.batch, request.context
     headings = ("gpus", "tp", "ep", "decode, ms", "sent", "tokens/s", "prefill, ms", "sent", "tokens/s", "fits")
     title = f"{request.name}, {request.label(format)}, on {gpu.name}, predicted: {request.size}"

@@ -21,6 +21,7 @@ from torch.distributions import Binomial
 from ..kernels.dispatch import expected_distinct_experts
 from ..kernels.experts.prefill import main_rows
 from ..kernels.launch import tensors
+from ..kernels.offload import find_weight
 from ..kernels.op import Launch
 
 # fp32 FLOP for a score of attention beside its products, two an instruction: 366 of the 501 instructions that the loop
@@ -33,6 +34,9 @@ Operands = Mapping[str, Tensor]  # by name; a variable of this type is t
 @dataclass(frozen=True)
 class Work:
     """memory   bytes that cross device memory
+    host     of the experts in host memory: expected bytes that cross the link to it
+    apart    the share of the launch that does not wait for these: the probability that no token chooses one of them;
+             1 in prefill, which copies them to the device before the launch
     programs with work; each of them on average has:
     loaded   bytes from L2, those of padding rows included
     flops    of matrix products, as issued; `single`: fp32's, without tensor cores
@@ -54,6 +58,8 @@ class Work:
     single: bool = False
     stored: float = 0.0
     lengths: tuple[tuple[float, float, float], ...] = ()
+    host: float = 0.0
+    apart: float = 0.0
 
 
 def count_work(launch: Launch) -> Work:
@@ -138,8 +144,11 @@ def _product(launch: Launch) -> Work:
     one element a column. Its programs without a group end at once. Rows of x are tokens, or slots where TMA reads them;
     `down` has slots alone, as if each of them took an expert by itself.
     """
-    t, c, args = _operands(launch), launch.constexprs, launch.args
+    t, c, args = dict(_operands(launch)), launch.constexprs, launch.args
     x, weight, halves, letter = next(item for name, item in PRODUCTS.items() if launch.kernel.startswith(name))
+    offloaded = find_weight(t[weight])
+    if offloaded is not None:
+        t[weight] = torch.empty((len(offloaded), *offloaded.host.shape[1:]), dtype=offloaded.dtype, device="meta")
     if "ids" in t:
         tokens, K = t["ids"].shape
     else:
@@ -168,8 +177,14 @@ def _product(launch: Launch) -> Work:
         bytes_of = {height: height * depth * size + columns * row_bytes for height in (*tiles, mean)}
         each = [(count, bytes_of[height] / bytes_of[mean], height / mean) for height, count in tiles.items()]
         lengths = [(count * across / E, *ratios) for count, *ratios in each] * E
+    memory, host, apart = _nbytes(t) - (1 - distinct / E) * sum(part.nbytes for part in parts), 0.0, 0.0
+    if offloaded is not None:
+        n, in_place = len(offloaded.on_host), "BLOCK_T" in c
+        host = n / E * t[weight].nbytes * (distinct / E if in_place else 1.0)
+        memory -= host if in_place else -host
+        apart = (math.comb(E - n, K) / math.comb(E, K)) ** tokens if in_place else 1.0
     return Work(
-        _nbytes(t) - (1 - distinct / E) * sum(part.nbytes for part in parts),
+        memory,
         programs,
         loaded_rows * depth * size + columns * row_bytes,
         flops=2 * mean * columns * depth,
@@ -178,6 +193,8 @@ def _product(launch: Launch) -> Work:
         single=size == 4,
         stored=mean * columns,
         lengths=tuple(lengths),
+        host=host,
+        apart=apart,
     )
 
 

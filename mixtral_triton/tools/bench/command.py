@@ -19,7 +19,7 @@ from ...kernels.op import Shape
 from ...kernels.registry import OPS
 from ...parallel import Ranks
 from ..compiled import as_json, resources_table
-from ..gpus import GPU, RATED, data_sheet
+from ..gpus import GPU, MESHED, RATED, data_sheet
 from ..offline import compile_ops
 from ..predict import family_note
 from ..processes import is_first
@@ -151,9 +151,8 @@ def run_on_mesh(args: argparse.Namespace, mesh: Any) -> int:
         raise ValueError(f"bench: on a mesh it times decode_step, and got {' '.join(args.ops)}")
     if unused := [name for name in NOT_ON_A_MESH if getattr(args, name)]:
         raise ValueError(f"--{unused[0]} is required, and a mesh has no use for it")
-    linked = [key for key, gpu in RATED.items() if gpu.chip is not None]
-    if args.gpu is not None and args.gpu not in linked:
-        raise ValueError(f"--gpu is {args.gpu!r}, needs one of {', '.join(linked)}: of others no links are known")
+    if args.gpu is not None and args.gpu not in MESHED:
+        raise ValueError(f"--gpu is {args.gpu!r}, needs one of {', '.join(MESHED)}: of others no links are known")
     ranks, measuring = Ranks(mesh), mesh.device_type == "cuda" and args.gpu is None
     gpu: GPU | None = RATED[args.gpu or DEFAULT_GPU]
     if measuring:
@@ -165,12 +164,12 @@ def run_on_mesh(args: argparse.Namespace, mesh: Any) -> int:
             ranks.shard.check(config)
         line: dict[str, Any] = {"kind": "row", "op": "decode_step", "sizes": case.as_dict()}
         line |= {"time_us": measure_on_mesh(case, ranks) * 1e6 if measuring else None, "predicted": None}
-        if gpu is not None and gpu.chip is not None:
+        if gpu is not None and gpu.key in MESHED:
             expected = step(config, {}, ranks.shard, gpu, case.sizes["B"], 1, case.sizes["S"])
             line["predicted"] = {"time_us": expected.seconds * 1e6, "sending_us": expected.sending * 1e6}
         lines.append(line)
     if is_first():
-        _print_mesh(args.json, lines, ranks, gpu.name if gpu and gpu.chip else "a GPU without known links")
+        _print_mesh(args.json, lines, ranks, gpu.name if gpu and gpu.key in MESHED else "a GPU without known links")
     return 0
 
 
