@@ -62,7 +62,7 @@ class Ranks:
             pipe.send((function, args, tp, ep, options))
         results = []
         for pipe in self.pipes:
-            if not pipe.poll(60):
+            if not pipe.poll(240):
                 self.end()
                 raise AssertionError("a rank does not answer")
             results.append(pipe.recv())
