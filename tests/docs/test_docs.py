@@ -67,12 +67,6 @@ def run_python_block(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     exec(compile(python_block(text), "README.md", "exec"), {})
 
 
-def test_python_block_of_readme_ends_in_a_verdict() -> None:
-    command = [sys.executable, "-c", python_block("Mixtral.from_pretrained")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0 and "RIGHT: all" in done.stdout.splitlines()[-1], done.stderr
-
-
 def test_commands_of_readme_are_those_of_the_command_line() -> None:
     lines = re.findall(r"^mixtral-triton (.*)$", README, re.MULTILINE)
     assert len(lines) == 5
