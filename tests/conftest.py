@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core: more threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
