@@ -9,7 +9,6 @@ weight is read once for each row tile, so the host's experts are first copied in
 
 from __future__ import annotations
 
-import copy
 import mmap
 import weakref
 from collections.abc import Callable, Sequence
@@ -62,8 +61,8 @@ class OffloadedWeight(QuantizedWeight):
     @classmethod
     def copy_of(cls, weight: QuantizedWeight | Tensor, on_host: Sequence[int]) -> OffloadedWeight:
         """A copy of a stacked weight on its device."""
-        meta = weight.to("meta") if isinstance(weight, Tensor) else copy.deepcopy(weight).to("meta")
-        offloaded = cls(meta, on_host, weight.device)
+        like = weight.to("meta") if isinstance(weight, Tensor) else weight.on_meta()
+        offloaded = cls(like, on_host, weight.device)
         stored = weight if isinstance(weight, Tensor) else weight.data
         for expert in range(0 if stored.is_meta else len(stored)):
             offloaded.rows(expert).copy_(stored[expert])
@@ -115,6 +114,14 @@ class OffloadedWeight(QuantizedWeight):
     def of(cls, data: Tensor, scales: Any, zeros: Any, layout: str) -> OffloadedWeight:
         return _weights[int(layout.removeprefix(OFFLOADED))]
 
+    def on_meta(self) -> OffloadedWeight:
+        stored = torch.empty((len(self), *self.host.shape[1:]), dtype=self.dtype, device="meta")
+        if self.format == "dense":
+            return OffloadedWeight(stored, self.on_host, "meta")
+        scales, zeros = (None if part is None else part.to("meta") for part in (self.scales, self.zeros))
+        like = QuantizedWeight(self.format, stored, scales, zeros, self.shape, self.group)  # type: ignore[arg-type]
+        return OffloadedWeight(like, self.on_host, "meta")
+
     def __getitem__(self, index: Any) -> Any:
         """An expert by number, to read, on the device; by a tuple or a slice of one expert, the memory to write to."""
         if index == ():
@@ -163,7 +170,7 @@ class OffloadedWeight(QuantizedWeight):
         table = memo.get(id(self.data))
         if table is None or not table.is_meta:
             raise ValueError("Mixtral: offloaded experts cannot be copied: load the checkpoint again")
-        return to_meta(self)
+        return self.on_meta()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ValueError("Mixtral: offloaded experts cannot be pickled: save the checkpoint that they came from")
@@ -175,16 +182,6 @@ class OffloadedWeight(QuantizedWeight):
 def find_weight(table: Tensor) -> OffloadedWeight | None:
     """Return the weight that this table of addresses belongs to; None for another tensor."""
     return next((weight for weight in _weights.values() if weight.data is table), None)
-
-
-def to_meta(weight: OffloadedWeight) -> OffloadedWeight:
-    """The weight on the meta device: shapes alone."""
-    stored = torch.empty((len(weight), *weight.host.shape[1:]), dtype=weight.dtype, device="meta")
-    if weight.format == "dense":
-        return OffloadedWeight(stored, weight.on_host, "meta")
-    scales, zeros = (None if part is None else part.to("meta") for part in (weight.scales, weight.zeros))
-    like = QuantizedWeight(weight.format, stored, scales, zeros, weight.shape, weight.group)  # type: ignore[arg-type]
-    return OffloadedWeight(like, weight.on_host, "meta")
 
 
 def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -174,6 +174,11 @@ class QuantizedWeight(nn.Module):
         group, *shape = map(int, numbers)
         return cls(format, data, scales, zeros, tuple(shape), group)
 
+    def on_meta(self) -> QuantizedWeight:
+        """Return the weight on the meta device: shapes alone."""
+        zeros = None if self.zeros is None else self.zeros.to("meta")
+        return QuantizedWeight(self.format, self.data.to("meta"), self.scales.to("meta"), zeros, self.shape, self.group)
+
     def __len__(self) -> int:
         return self.shape[0]
 

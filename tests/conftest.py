@@ -19,10 +19,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton.kernels import call, interpret, launch, offload
+from mixtral_triton.kernels import call, interpret, launch
 from mixtral_triton.kernels.interpret import active_addresses, interpreting
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.offload import OffloadedWeight
+from mixtral_triton.kernels.offload import OffloadedWeight, find_weight
 
 MARGIN = 64  # elements on either side
 FLOAT_CANARIES = (float("nan"), 1.0e4)
@@ -80,8 +80,7 @@ def bits(x: Tensor) -> Tensor:
 
 def offloaded_weights(args: dict[str, Any]) -> dict[str, OffloadedWeight]:
     """Return the weights whose tables of addresses are among the arguments."""
-    weights = {weight.data.data_ptr(): weight for weight in offload._weights.values() if not weight.data.is_meta}
-    found = ((name, weights.get(tensor.data_ptr())) for name, tensor in launch.tensors(args).items())
+    found = ((name, find_weight(tensor)) for name, tensor in launch.tensors(args).items())
     return {name: weight for name, weight in found if weight is not None}
 
 

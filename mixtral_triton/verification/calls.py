@@ -15,12 +15,10 @@ from torch import Tensor
 from .. import ops, reference
 from ..cache import KVCache
 from ..generate import PREFILL_CHUNK
-from ..kernels import offload
 from ..kernels import reference as kernel_reference
 from ..kernels.experts.tiles import DECODE_TOKENS
 from ..kernels.launch import multiprocessors, target_arch
 from ..kernels.linear import SKINNY_M
-from ..kernels.offload import OffloadedWeight
 from ..kernels.quantized import QuantizedWeight
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
@@ -254,11 +252,8 @@ def _to_meta(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with its tensors on the meta device."""
 
     def convert(x: Any) -> Any:
-        if isinstance(x, OffloadedWeight):
-            return offload.to_meta(x)
         if isinstance(x, QuantizedWeight):
-            zeros = None if x.zeros is None else x.zeros.to("meta")
-            return QuantizedWeight(x.format, x.data.to("meta"), x.scales.to("meta"), zeros, x.shape, x.group)
+            return x.on_meta()
         return x.to("meta") if isinstance(x, Tensor) else x
 
     return {name: convert(x) for name, x in values.items()}

@@ -130,7 +130,7 @@ class TransformersTarget(Target):
                     kwargs = {"position_ids": part.clamp(min=0).to(ids.device)}
                     if not real.all():
                         kwargs["attention_mask"] = real[:, :end].long().to(ids.device)
-                    with self.wrong_if_raised(probe):
+                    with self.catch_faults(probe.fail):
                         forward(ids[rows[:, None], tokens], cache, **kwargs)
 
     @contextmanager
@@ -201,7 +201,7 @@ def _compare_layer(model: Any, layer: LayerReference, ids: Tensor, x: Tensor | N
     for each, inputs in ((probe, layer.x.float()), (routes, x)):
         each.start(PEER, torch.arange(ids.shape[1]))
         out = torch.empty(0)
-        with target.wrong_if_raised(each), target.forward(None, each, each is probe) as forward:
+        with target.catch_faults(each.fail), target.forward(None, each, each is probe) as forward:
             out = forward(None, inputs_embeds=inputs)
     rows = [row if PEER in row.case else replace(row, case=f"{row.case}, {PEER}") for row in probe.as_rows()]
     return rows, out, lambda x: target.model_head(norm(x)) if x.numel() else x

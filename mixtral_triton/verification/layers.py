@@ -75,7 +75,7 @@ class Target:
         B, T = ids.shape
         with self.forward(config, probe, probe_layers=True) as forward:
             probe.start(UNCACHED, torch.arange(T))
-            with self.wrong_if_raised(probe):
+            with self.catch_faults(probe.fail):
                 forward(ids)
             cache = self.make_cache(config, B, T + PADDING)
             for case, first, counts in split_text(T, B if self.uneven else 1):
@@ -85,12 +85,12 @@ class Target:
                 valid = columns < lengths[:, None]
                 tokens = torch.where(valid, torch.tensor(first)[:, None] + columns, 0)
                 probe.start(case, tokens, valid)
-                with self.wrong_if_raised(probe):
+                with self.catch_faults(probe.fail):
                     forward(ids[probe.where], cache, None if valid.all() else lengths.to(ids.device))
 
     @contextmanager
-    def wrong_if_raised(self, probe: LayerProbe) -> Iterator[None]:
-        """Record an error that a forward raises as a fault of the layer where it stands."""
+    def catch_faults(self, record: Callable[[Exception], None]) -> Iterator[None]:
+        """Pass an error that the runtime raises to `record`, as a fault. Without memory nothing can be said."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -98,13 +98,13 @@ class Target:
         except Exception as error:
             if not self.catches_faults:
                 raise
-            probe.fail(error)
+            record(error)
 
     def end_to_end(self, ids: Tensor, probe: LayerProbe) -> Tensor:
         """The model's own forward with torch's routes -> [B,T,V], or without a head [B,T,H]."""
         probe.start("end to end", torch.arange(ids.shape[1]))
         out = torch.empty(0)
-        with self.wrong_if_raised(probe), self.forward(self.model.config, probe) as forward:
+        with self.catch_faults(probe.fail), self.forward(self.model.config, probe) as forward:
             out = self.model_head(forward(ids))
         return out
 
@@ -222,15 +222,11 @@ def measure_call(target: Target, check: LayerCheck, index: int | None, op: str, 
 def rows_or_fault(
     target: Target, op: str, function: Callable[..., list[Row]], *args: Any, layer: int | None = None, case: str = ""
 ) -> list[Row]:
-    """`function(*args)`, or one row that is infinitely wrong where it raises. Without memory nothing can be said."""
-    try:
-        return function(*args)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        if not target.catches_faults:
-            raise
-        return [Row(layer, op, case, math.inf, 0.0, one_line(error))]
+    """`function(*args)`, or one row that is infinitely wrong where it raises."""
+    rows: list[Row] = []
+    with target.catch_faults(lambda error: rows.append(Row(layer, op, case, math.inf, 0.0, one_line(error)))):
+        rows += function(*args)
+    return rows
 
 
 def one_line(error: Exception) -> str:
@@ -283,9 +279,10 @@ class LayerProbe:
     def record(self, index: int, name: str, got: Tensor) -> None:
         """The error of `name` of a LayerReference. x must equal the reference's, as the probe put it there."""
         layer = self.layers[index]
-        # Where torch itself overflows, nothing can be said.
-        limit = 0.0 if layer.x.isfinite().all() else math.inf
-        expected = Fp64Reference(layer.x.double(), limit) if name == "x" else layer.references[name]
+        if name == "x":  # where torch itself overflows, nothing can be said
+            expected = Fp64Reference(layer.x.double(), 0.0 if layer.x.isfinite().all() else math.inf)
+        else:
+            expected = layer.references[name]
         got = got.view(*self.valid.shape, -1) if got.dim() == 2 else got
         part = PARTS.get(name)
         case = self.case if part is None else f"{part}, {self.case}"
