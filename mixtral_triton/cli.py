@@ -190,7 +190,6 @@ def parser() -> argparse.ArgumentParser:
     option("--host-memory", type=parse_memory, metavar="GIB", help=text)
     option("--link", metavar="NAME", help="to host memory: pcie4x16, pcie3x8, ...; default: the GPU's")
     option("--gpus", type=int, metavar="N", help="so many GPUs; default: 1")
-    option("--scaling", nargs="?", const="", metavar="FORMAT", help="predicted times on 1 to 16 GPUs, by tp and ep")
     option("--batch", type=int, default=1, metavar="B", help="sequences at a time")
     option("--context", type=int, metavar="S", help="tokens a sequence; default: all the model's positions")
 
@@ -366,9 +365,9 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from .tools import fit, scaling
+    from .tools.fit import run
 
-    return fit.run(args) if args.scaling is None else scaling.run(args)
+    return run(args)
 
 
 def _compile(args: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ from ..config import MixtralConfig, checkpoint_folder
 from ..generate import PREFILL_CHUNK
 from ..inputs import WEIGHT_FORMATS, weight_bytes
 from ..load import offloaded_bytes
-from ..parallel import Shard, Traffic, traffic
+from ..parallel import Traffic, traffic
 from ..quantize import hub
 from ..quantize.schemes import read_scheme
 from ..quantize.spec import PARTS, QuantSpec, select_specs
@@ -67,11 +67,6 @@ def format_specs(config: MixtralConfig) -> dict[str, QuantSpecs]:
         except ValueError:  # int4, whose groups have to divide the columns
             continue
     return specs
-
-
-def shard_specs(config: MixtralConfig, specs: QuantSpecs, shard: Shard) -> QuantSpecs:
-    """The specs of a rank's parts; ValueError where a group of columns would be cut."""
-    return shard.specs(specs, parameter_shapes(config), parameter_shapes(config, shard))
 
 
 def stored_dtype(config: MixtralConfig) -> torch.dtype:

@@ -10,13 +10,12 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Chip:
-    """What a predicted time needs beside a GPU's rates (predict.py, scaling.py).
+    """What a predicted time needs beside a GPU's rates (predict.py).
 
     l2             bytes/s from L2 to all SMs together, as programs reach it
     vector         FLOP/s of fp32 without tensor cores
     launch_gap     seconds between two launches of a graph
     pdl_gap        the same where the second launch is a programmatic dependent one, if the GPU has these
-    node, network  bytes/s that a GPU sends, by data sheets: inside a node, and by its share of the network; 0: unknown
     sms            multiprocessors; 0: those of the largest GPU of its architecture
     """
 
@@ -24,8 +23,6 @@ class Chip:
     vector: float
     launch_gap: float
     pdl_gap: float
-    node: float = 0.0
-    network: float = 0.0
     sms: int = 0
 
 
@@ -35,11 +32,10 @@ class Chip:
 # vector: data sheets (B200: an eighth of HGX B200's). launch_gap: estimates. pdl_gap: an estimate, half a gap;
 # published is what it saved in all: 332 to 376 tokens/s of a 20 B mixture of experts (ggml-org/llama.cpp, pull request
 # 22522), 0.35 ms of some hundreds of launches.
-# node: NVLink's and Infinity Fabric's totals count both directions; network: an adapter of 200 or 400 Gb/s a GPU.
-_SM_80 = Chip(5.6e12, 19.5e12, 1.2e-6, 1.2e-6, 300e9, 25e9)
-_SM_90 = Chip(7.0e12, 67e12, 1.2e-6, 0.6e-6, 450e9, 50e9)
-_SM_100 = Chip(8.3e12, 75e12, 1.2e-6, 0.6e-6, 900e9, 50e9)
-_GFX942 = Chip(17.2e12, 163.4e12, 3e-6, 3e-6, 448e9, 50e9)
+_SM_80 = Chip(5.6e12, 19.5e12, 1.2e-6, 1.2e-6)
+_SM_90 = Chip(7.0e12, 67e12, 1.2e-6, 0.6e-6)
+_SM_100 = Chip(8.3e12, 75e12, 1.2e-6, 0.6e-6)
+_GFX942 = Chip(17.2e12, 163.4e12, 3e-6, 3e-6)
 _RTX3090 = Chip(2.2e12, 35.6e12, 1.2e-6, 1.2e-6, sms=82)
 _RTX4080 = Chip(3.0e12, 48.7e12, 1.2e-6, 1.2e-6, sms=76)
 _RTX4090 = Chip(5.2e12, 82.6e12, 1.2e-6, 1.2e-6, sms=128)
@@ -117,7 +113,6 @@ _TABLE = (
 )
 GPUS = {gpu.key: gpu for gpu in _TABLE}
 RATED = {key: gpu for key, gpu in GPUS.items() if gpu.bandwidth}  # those of which a floor is known
-MESHED = {key: gpu for key, gpu in RATED.items() if gpu.chip and gpu.chip.node}  # whose links to each other are known
 
 
 def find_gpu(name: str) -> GPU:

@@ -14,10 +14,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from mixtral_triton import MixtralConfig
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.parallel import Shard, traffic
-from mixtral_triton.tools.fit import KNOWN
-from mixtral_triton.tools.gpus import GPUS
-from mixtral_triton.tools.scaling import step
+from mixtral_triton.parallel import traffic
 
 pytestmark = pytest.mark.skipif(
     INTERPRETED or sys.platform == "win32", reason="processes of their own: run once, without the interpreter"
@@ -52,14 +49,12 @@ def test_torchrun_verifies_each_rank_s_part() -> None:
 
 
 def test_torchrun_benches_the_decode_step() -> None:
-    """Where there is no GPU what the cost model predicts of the split, marked so."""
+    """Without a GPU it has no time."""
     sizes = "B=1,S=1024,L=32,H=4096,I=14336,E=8,K=2,Hq=32,Hkv=8,D=128,V=32000"
     run = torchrun("bench", "decode_step", "--tp", "2", "--sizes", sizes, "--json")
     assert run.returncode == 0, run.stderr
     mesh, row = map(json.loads, run.stdout.splitlines())
-    assert (mesh["tp"], mesh["ep"], mesh["gpu"]) == (2, 1, "H100 80GB") and row["time_us"] is None
-    want = step(KNOWN["mixtral-8x7b"], {}, Shard(tp=2), GPUS["h100"], 1, 1, 1024)
-    assert row["predicted"]["time_us"] == pytest.approx(want.seconds * 1e6)
+    assert (mesh["tp"], mesh["ep"], row["time_us"]) == (2, 1, None)
     run = torchrun("bench", "rope", "--tp", "2")
     assert run.returncode != 0 and "on a mesh it times decode_step, and got rope" in run.stderr
 

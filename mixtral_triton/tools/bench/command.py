@@ -19,11 +19,10 @@ from ...kernels.op import Shape
 from ...kernels.registry import OPS
 from ...parallel import Ranks
 from ..compiled import as_json, resources_table
-from ..gpus import GPU, MESHED, RATED, data_sheet
+from ..gpus import GPU, RATED, data_sheet
 from ..offline import compile_ops
 from ..predict import family_note
 from ..processes import is_first
-from ..scaling import step
 from ..terminal import bar, check_plot, console, save_plot
 from . import decode_step
 from .cases import Case, cases, sizes_of
@@ -32,7 +31,7 @@ from .peers import PEERS, import_peer
 from .report import figure_of, gpu_line, number, op_table, sizes_text
 
 MESH_RUNS = 20  # the same on every rank, since each step synchronizes them
-NOT_ON_A_MESH = ("peer", "plot", "model", "quick", "first", "without")
+NOT_ON_A_MESH = ("peer", "plot", "gpu", "model", "quick", "first", "without")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -146,30 +145,22 @@ def _print_compiled(as_lines: bool, selected: Sequence[Case], gpu: GPU, out: Con
 
 
 def run_on_mesh(args: argparse.Namespace, mesh: Any) -> int:
-    """Run `bench decode_step` on every rank: predicted by the cost model, measured where there are GPUs."""
+    """Run `bench decode_step` on every rank, measured where there are GPUs."""
     if args.ops not in ([], ["decode_step"]):
         raise ValueError(f"bench: on a mesh it times decode_step, and got {' '.join(args.ops)}")
     if unused := [name for name in NOT_ON_A_MESH if getattr(args, name)]:
         raise ValueError(f"--{unused[0]} is required, and a mesh has no use for it")
-    if args.gpu is not None and args.gpu not in MESHED:
-        raise ValueError(f"--gpu is {args.gpu!r}, needs one of {', '.join(MESHED)}: of others no links are known")
-    ranks, measuring = Ranks(mesh), mesh.device_type == "cuda" and args.gpu is None
-    gpu: GPU | None = RATED[args.gpu or DEFAULT_GPU]
-    if measuring:
-        gpu = data_sheet(torch.cuda.get_device_properties(torch.cuda.current_device()).name)
+    ranks, measuring = Ranks(mesh), mesh.device_type == "cuda"
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device()).name if measuring else ""
     lines: list[dict[str, Any]] = []
     for case in cases(["decode_step"], at=args.at, sizes=args.sizes, dtype=getattr(torch, args.dtype or "", None)):
-        config = replace(decode_step.config(case.sizes), dtype=case.dtype_name)
         with ranks.raise_on_any_rank():
-            ranks.shard.check(config)
-        line: dict[str, Any] = {"kind": "row", "op": "decode_step", "sizes": case.as_dict()}
-        line |= {"time_us": measure_on_mesh(case, ranks) * 1e6 if measuring else None, "predicted": None}
-        if gpu is not None and gpu.key in MESHED:
-            expected = step(config, {}, ranks.shard, gpu, case.sizes["B"], 1, case.sizes["S"])
-            line["predicted"] = {"time_us": expected.seconds * 1e6, "sending_us": expected.sending * 1e6}
+            ranks.shard.check(decode_step.config(case.sizes))
+        seconds = measure_on_mesh(case, ranks) if measuring else None
+        line = {"kind": "row", "op": "decode_step", "sizes": case.as_dict(), "time_us": seconds and seconds * 1e6}
         lines.append(line)
     if is_first():
-        _print_mesh(args.json, lines, ranks, gpu.name if gpu and gpu.key in MESHED else "a GPU without known links")
+        _print_mesh(args.json, lines, ranks, gpu or "a CPU")
     return 0
 
 
@@ -189,11 +180,8 @@ def _print_mesh(as_json: bool, lines: Sequence[dict[str, Any]], ranks: Ranks, gp
         lines = [{"kind": "mesh", "tp": shard.tp, "ep": shard.ep, "gpu": gpu}, *lines]
         print(*map(json.dumps, lines), sep="\n")
         return
-    out.print(f"decode_step, tp {shard.tp} x ep {shard.ep}, on {gpu}; predicted times are not measured")
+    out.print(f"decode_step, tp {shard.tp} x ep {shard.ep}, on {gpu}")
     for line in lines:
-        words, time = [sizes_text(line["sizes"])], line["time_us"]
-        if predicted := line["predicted"]:
-            share = predicted["sending_us"] / predicted["time_us"]
-            words.append(f"predicted {number(predicted['time_us'])} us, {100 * share:.0f} % of them sending")
+        time = line["time_us"]
         measured = f"{number(time)} us, {1e6 * line['sizes']['B'] / time:,.0f} tokens/s" if time else "needs GPUs"
-        out.print("; ".join([*words, f"measured: {measured}"]))
+        out.print(f"{sizes_text(line['sizes'])}; measured: {measured}")
