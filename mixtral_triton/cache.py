@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from .config import MixtralConfig
-from .inputs import check_dtype, usable_device
+from .inputs import check_dtype, is_int, usable_device
 from .ops import readable
 
 
 def _version(x: torch.Tensor) -> int | None:
     """Return torch's count of writes into `x`; None for a tensor made in inference mode, which has none."""
     return None if x.is_inference() else x._version
-
-
-def _capturing(x: torch.Tensor) -> bool:
-    """Return whether writes into `x` are being captured in a CUDA graph."""
-    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _is_count(value: Any) -> bool:
-    """Return whether `value` is an integer, or a compiler's symbolic one, of at least 1."""
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and bool(value >= 1)
 
 
 class KVCache:
@@ -48,9 +36,9 @@ class KVCache:
         """
         if not isinstance(config, MixtralConfig):
             raise ValueError(f"KVCache: config is a {type(config).__name__}, needs a MixtralConfig: model.config")
-        if not _is_count(batch):
+        if not is_int(batch, 1):
             raise ValueError(f"KVCache: batch is {batch!r}, needs an integer of at least 1")
-        if config.sliding_window is None and not _is_count(max_len):
+        if config.sliding_window is None and not is_int(max_len, 1):
             need = "an integer of at least 1: this model has no sliding window"
             raise ValueError(f"KVCache: max_len is {max_len!r}, needs {need}")
         device = usable_device(device)
@@ -103,7 +91,8 @@ class KVCache:
             return
         known = self._min_length() + common
         self.lengths += new
-        self._replayed = self._replayed or _capturing(self.lengths)
+        if self.lengths.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._replayed = True
         self._known, self._version = known, _version(self.lengths)
 
     def _min_length(self) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
-from .inputs import check_ids, check_vocabulary
+from .inputs import check_ids, check_vocabulary, is_int
 from .ops import readable, untraced
 
 if TYPE_CHECKING:
@@ -51,11 +51,10 @@ def generate(
     smallest set with probability top_p is sampled from (Fan et al. 2018, Holtzman et al. 2020). eos_token_id None: the
     config's. A sequence ends with its EOS included; in a [B,T+n] result it is padded with it.
     """
-    ragged = not isinstance(input_ids, Tensor)
-    if isinstance(input_ids, Tensor) and input_ids.dim() == 0:
-        raise ValueError("generate: input_ids is one number, needs a tensor [B, T] or a list of tensors [T]")
-    if ragged and not isinstance(input_ids, (list, tuple)):
-        raise ValueError(f"generate: input_ids is a {type(input_ids).__name__}, needs a tensor or a list of tensors")
+    ragged = isinstance(input_ids, (list, tuple))
+    if not ragged and not (isinstance(input_ids, Tensor) and input_ids.dim()):
+        got = "one number" if isinstance(input_ids, Tensor) else f"a {type(input_ids).__name__}"
+        raise ValueError(f"generate: input_ids is {got}, needs a tensor [B, T] or a list of tensors [T]")
     rows = list(input_ids)
     eos = eos_ids(eos_token_id, model.config)
     steps = stream(model, rows, max_new_tokens, temperature, top_p, eos, generator, top_k)
@@ -214,14 +213,15 @@ def _is_number(value: Any) -> bool:
 def _check_sampling(
     max_new_tokens: Any, temperature: Any, top_p: Any, top_k: Any, generator: Any, device: torch.device
 ) -> None:
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-        raise ValueError(f"generate: max_new_tokens is {max_new_tokens!r}, needs an integer of at least 0")
-    if not _is_number(temperature) or not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"generate: temperature is {temperature!r}, needs a finite number of at least 0")
-    if not _is_number(top_p) or not 0.0 < top_p <= 1.0:
-        raise ValueError(f"generate: top_p is {top_p!r}, needs a number above 0, at most 1")
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"generate: top_k is {top_k!r}, needs an integer of at least 1, or None")
+    finite = _is_number(temperature) and 0.0 <= temperature < float("inf")
+    for name, value, valid, need in (
+        ("max_new_tokens", max_new_tokens, is_int(max_new_tokens, 0), "an integer of at least 0"),
+        ("temperature", temperature, finite, "a finite number of at least 0"),
+        ("top_p", top_p, _is_number(top_p) and 0.0 < top_p <= 1.0, "a number above 0, at most 1"),
+        ("top_k", top_k, top_k is None or is_int(top_k, 1), "an integer of at least 1, or None"),
+    ):
+        if not valid:
+            raise ValueError(f"generate: {name} is {value!r}, needs {need}")
     if device.type == "meta":
         raise ValueError("generate: the model is on the meta device, which holds no numbers, needs a CPU or a GPU")
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -232,11 +232,11 @@ def _check_sampling(
 
 def eos_ids(eos_token_id: int | Sequence[int] | None, config: Any) -> frozenset[int]:
     """Return the ids that end a sequence, by default the config's; raise ValueError for anything but ids."""
-    value = config.eos_token_id if eos_token_id is None else eos_token_id
+    value: Any = config.eos_token_id if eos_token_id is None else eos_token_id
     if value is None:
         return frozenset()
-    ids = [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else [None]
-    if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
+    ids = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not all(is_int(token, 0) for token in ids):
         raise ValueError(f"generate: eos_token_id is {eos_token_id!r}, needs a token id or a list of them")
     return frozenset(ids)
 
@@ -248,10 +248,8 @@ def _pad(new: Tensor, columns: int) -> Tensor:
 
 def _cut(tail: Tensor, eos: frozenset[int]) -> Tensor:
     """Cut after the first EOS."""
-    for place, token in enumerate(tail.tolist()):
-        if token in eos:
-            return tail[: place + 1]
-    return tail
+    ends = (place + 1 for place, token in enumerate(tail.tolist()) if token in eos)
+    return tail[: next(ends, len(tail))]
 
 
 class CaptureLost(RuntimeError):

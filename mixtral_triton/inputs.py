@@ -26,6 +26,11 @@ WEIGHT_FORMATS: dict[str, str | dict[str, str] | None] = {
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes that operations compute in
 
 
+def is_int(value: Any, least: int) -> bool:
+    """Return whether `value` is an integer, or a compiler's symbolic one, of at least `least`."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and bool(value >= least)
+
+
 def usable_device(device: torch.device | str | None) -> torch.device:
     """Return the device; None means the GPU if there is one, else the CPU. Raise ValueError if it does not exist."""
     try:

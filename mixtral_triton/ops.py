@@ -46,10 +46,6 @@ def _checked(op: Op[P, R]) -> Callable[P, R]:
     return _CHECKED[op.name]
 
 
-def _unchecked(op: Op[P, R]) -> Callable[P, R]:
-    return staticmethod(_UNCHECKED[op.name])  # type: ignore[return-value]
-
-
 _rms_norm = _checked(norm.OP)
 _add_rms_norm = _checked(norm.ADD_OP)
 embed_rms_norm = _checked(embed.OP)
@@ -84,32 +80,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     return _rms_norm(x, weight, eps) if residual is None else _add_rms_norm(x, residual, weight, eps)
 
 
-class unchecked:
-    """The operations for a caller that knows its shapes: a model, whose weights the loader checked."""
-
-    embed_rms_norm = _unchecked(embed.OP)
-    linear = _unchecked(_linear.OP)
-    route = _unchecked(router.OP)
-    gate_route = _unchecked(gate.OP)
-    rms_norm_gate_route = _unchecked(gate.NORM_OP)
-    sort_by_expert = _unchecked(dispatch.OP)
-    expert_swiglu = _unchecked(_experts.OP)
-    experts_add_rms_norm = _unchecked(_experts.NORM_OP)
-    rope = _unchecked(_rope.OP)
-    append = _unchecked(_ring.OP)
-    attention = _unchecked(_attention.OP)
-    cached_attention = _unchecked(_attention.CACHED_OP)
-    rope_append_attention = _unchecked(_attention.STEP_OP)
-
-    @staticmethod
-    def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
-        if residual is None:
-            return _UNCHECKED["rms_norm"](x, weight, eps)
-        return _UNCHECKED["add_rms_norm"](x, residual, weight, eps)
+def _unchecked_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
+    if residual is None:
+        return _UNCHECKED["rms_norm"](x, weight, eps)
+    return _UNCHECKED["add_rms_norm"](x, residual, weight, eps)
 
 
 for _name in OPS.keys() - _CHECKED.keys():
     _checked(OPS[_name])
+# The operations for a caller that knows its shapes: a model, whose weights the loader checked.
+_FUNCTIONS = {name: staticmethod(function) for name, function in _UNCHECKED.items()}
+unchecked: Any = type("unchecked", (), _FUNCTIONS | {"rms_norm": staticmethod(_unchecked_rms_norm)})
 
 
 def __getattr__(name: str) -> Any:

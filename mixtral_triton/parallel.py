@@ -29,14 +29,13 @@ from .config import MixtralConfig
 if TYPE_CHECKING:
     from .quantize.spec import QuantSpec
 
+Shape = tuple[int, ...]
 DIMENSIONS = ("tp", "ep")
 TIMEOUT = timedelta(seconds=30)  # of collectives while the model runs
 LOADING_TIMEOUT = timedelta(minutes=10)  # while loading: disks differ; a dead rank is detected at once
 POLL_INTERVAL = 1.0  # seconds between checks for dead ranks
-_meshes: Counter[tuple[int, ...]] = Counter()  # how many were made of these ranks: each has keys of its own
+_meshes: Counter[Shape] = Counter()  # how many were made of these ranks: each has keys of its own
 CLOSE_DELAY = 0.2  # seconds until the connections of a dead rank are closed
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -60,21 +59,18 @@ class Shard:
 
     def check(self, config: MixtralConfig) -> None:
         """Raise ValueError where the ranks do not divide a size of the model."""
-        n, queries, keys = self.ranks, config.num_attention_heads, config.num_key_value_heads
+        n, keys = self.ranks, config.num_key_value_heads
         needs = {
-            f"num_attention_heads is {queries}, needs a multiple of {n}": queries % n,
-            f"num_key_value_heads is {keys}, needs a multiple or a divisor of {n}": keys % n and n % keys,
-            f"num_local_experts is {config.num_local_experts}, needs a multiple of {self.ep}": (
-                config.num_local_experts % self.ep
-            ),
-            f"intermediate_size is {config.intermediate_size}, needs a multiple of {self.tp}": (
-                config.intermediate_size % self.tp
-            ),
-            f"vocab_size is {config.vocab_size}, needs at least {n}": config.vocab_size < n,
+            "num_attention_heads": (config.num_attention_heads % n, f"a multiple of {n}"),
+            "num_key_value_heads": (keys % n and n % keys, f"a multiple or a divisor of {n}"),
+            "num_local_experts": (config.num_local_experts % self.ep, f"a multiple of {self.ep}"),
+            "intermediate_size": (config.intermediate_size % self.tp, f"a multiple of {self.tp}"),
+            "vocab_size": (config.vocab_size < n, f"at least {n}"),
         }
-        for need, unmet in needs.items():
+        for name, (unmet, need) in needs.items():
             if unmet:
-                raise ValueError(f"Mixtral.from_pretrained: mesh has tp {self.tp} x ep {self.ep} = {n} ranks: {need}")
+                mesh, got = f"mesh has tp {self.tp} x ep {self.ep} = {n} ranks", getattr(config, name)
+                raise ValueError(f"Mixtral.from_pretrained: {mesh}: {name} is {got}, needs {need}")
 
     def config(self, config: MixtralConfig) -> MixtralConfig:
         """Return the model's config with this rank's heads."""
@@ -151,8 +147,8 @@ class Ranks:
         self.name = f"rank {self.shard.rank} of {self.shard.ranks}"
         self.device_type: str = mesh.device_type
         self._global = ranks
-        self._await_ranks()
         try:
+            self._await_ranks()
             # Separate groups: with our timeouts, over both dimensions, and on CPUs for host objects. The CPU group is
             # first, since ranks may arrive at very different times.
             self._hosts: Any = dist.new_group(
@@ -179,7 +175,7 @@ class Ranks:
                 missing = " and ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
                 text = f"rank {missing} did not come to load within {LOADING_TIMEOUT} (parallel.LOADING_TIMEOUT)"
                 raise ConnectionError(f"{self.name}: {text}") from error
-            raise ConnectionError(f"{self.name}: the ranks cannot connect: {_line(error)}") from error
+            raise
 
     def check_device(self, device: torch.device) -> None:
         if device.type not in (self.device_type, "meta"):
@@ -196,8 +192,7 @@ class Ranks:
         """
         if in_order:
             return reduce(torch.add, self.gather(part))
-        with self._name_errors():
-            dist.all_reduce(part, group=self._group)
+        self._collect(dist.all_reduce, part)
         return part
 
     def all_gather(self, part: Tensor, size: int) -> Tensor:
@@ -209,8 +204,7 @@ class Ranks:
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Return the first rank's x on all ranks."""
-        with self._name_errors():
-            dist.broadcast(x, self._global[0], group=self._group)
+        self._collect(dist.broadcast, x, self._global[0])
         return x
 
     def synchronize(self, device: torch.device) -> None:
@@ -230,27 +224,21 @@ class Ranks:
             now = time.monotonic()
             late = now - start > TIMEOUT.total_seconds()
             if late or now - checked > POLL_INTERVAL:
-                self._raise_if_missing(late)
-                checked = time.monotonic()
-
-    def _raise_if_missing(self, late: bool) -> None:
-        if (missing := self._closed_ranks()) or late:
-            raise ConnectionError(
-                f"{self.name}: {_describe_missing(missing)}: its part of an all-reduce did not arrive"
-            )
+                missing, checked = self._closed_ranks(), time.monotonic()
+                if missing or late:
+                    what = "its part of an all-reduce did not arrive"
+                    raise ConnectionError(f"{self.name}: {_describe_missing(missing)}: {what}")
 
     def gather(self, part: Tensor) -> list[Tensor]:
         """Return every rank's part; all have one shape."""
         parts = [torch.empty_like(part) for _ in self._global]
-        with self._name_errors():
-            dist.all_gather(parts, part, group=self._group)
+        self._collect(dist.all_gather, parts, part)
         return parts
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Return the host objects of all ranks."""
         values: list[Any] = [None] * self.shard.ranks
-        with self._name_errors():
-            dist.all_gather_object(values, value, group=self._hosts)
+        self._collect(dist.all_gather_object, values, value, group=self._hosts)
         return values
 
     @contextmanager
@@ -270,11 +258,10 @@ class Ranks:
         if failed:
             raise ValueError("; ".join(failed)) from error
 
-    @contextmanager
-    def _name_errors(self) -> Iterator[None]:
-        """Turn a failed collective into a ConnectionError that names this rank and the missing ranks."""
+    def _collect(self, collective: Callable[..., Any], *args: Any, group: Any = None) -> None:
+        """Call one of torch's collectives; a failure is a ConnectionError that names this and the missing ranks."""
         try:
-            yield
+            collective(*args, group=group or self._group)
         except RuntimeError as error:
             time.sleep(CLOSE_DELAY)
             reason = _line(error).partition(". ")[0]  # gloo appends advice
@@ -282,15 +269,14 @@ class Ranks:
 
     def _closed_ranks(self) -> list[int]:
         """Return the other ranks whose connections are closed."""
-        ranks = enumerate(self._global)
-        return [rank for rank, world in ranks if rank != self.shard.rank and self._is_closed(world)]
-
-    def _is_closed(self, world_rank: int) -> bool:
-        try:
-            dist.isend(torch.zeros(1, device="cpu"), world_rank, group=self._hosts)
-        except RuntimeError:
-            return True
-        return False
+        closed = []
+        for rank, world_rank in enumerate(self._global):
+            try:
+                if rank != self.shard.rank:
+                    dist.isend(torch.zeros(1, device="cpu"), world_rank, group=self._hosts)
+            except RuntimeError:
+                closed.append(rank)
+        return closed
 
 
 def _describe_missing(ranks: list[int]) -> str:
@@ -311,9 +297,8 @@ def _check(mesh: Any) -> None:
     if not names or not set(names) <= set(DIMENSIONS):
         raise ValueError(f"Mixtral.from_pretrained: mesh has dimensions named {names}, {need}")
     if mesh.get_coordinate() is None:
-        raise ValueError(
-            f"Mixtral.from_pretrained: mesh is of ranks {mesh.mesh.tolist()}, needs {dist.get_rank()}, too"
-        )
+        got = f"mesh is of ranks {mesh.mesh.tolist()}"
+        raise ValueError(f"Mixtral.from_pretrained: {got}, needs {dist.get_rank()}, too")
 
 
 @dataclass(frozen=True)

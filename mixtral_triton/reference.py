@@ -9,20 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels.reference import attention, expert_swiglu, linear, rms_norm, rope, route, sort_by_expert
-
-__all__ = [
-    "attention",
-    "block",
-    "expert_swiglu",
-    "forward",
-    "linear",
-    "rms_norm",
-    "rope",
-    "route",
-    "sort_by_expert",
-    "uncached_attention",
-]
+from .kernels.reference import attention, expert_swiglu, linear, rms_norm, rope, route
+from .kernels.reference import sort_by_expert as sort_by_expert
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v, not rotated -> [B,T,Hq,D]
 

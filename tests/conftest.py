@@ -1,4 +1,4 @@
-"""Shared fixtures: guarded tensors around every interpreted launch, and the summary of what the run covered.
+"""Shared fixtures: guarded tensors around every interpreted launch, and the summary of what tests measured.
 
 A guarded launch runs twice on copies of its tensors, each in the middle of a larger buffer filled with a canary. The
 second run has another canary and takes the programs in reverse order. Faults: a store outside a tensor (or into the
@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core: more threads would wait for each other
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: more threads would wait for each other
+    for library in ("OMP", "OPENBLAS", "MKL"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -27,16 +28,6 @@ from mixtral_triton.kernels.offload import OffloadedWeight, find_weight
 MARGIN = 64  # elements on either side
 FLOAT_CANARIES = (float("nan"), 1.0e4)
 INT_CANARIES = (0, 1)  # small: a kernel that used one as an index must not reach foreign memory
-
-# The kinds of `covers(kind, line)` of which the summary has the number of lines only.
-COUNTED = {
-    "interpreted": "kernels interpreted under guard",
-    "case": "shapes and dtypes of operations within their limits",
-    "compiled": "kernel variants compiled",
-    "target": "targets",
-    "jit case": "launches by Triton's JIT, checked against CUDA's rules",
-}
-_covered: set[tuple[str, str]] = set()
 
 
 class Fence:
@@ -134,7 +125,6 @@ def guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
             raise AssertionError(f"{kernel.__name__}: {name} depends on program order or on what lies outside a tensor")
         if name in args:  # an expert's rows are only read
             fence.write_back()
-    _covered.add(("interpreted", kernel.__name__))
 
 
 @pytest.fixture
@@ -144,15 +134,12 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def gates(monkeypatch: pytest.MonkeyPatch, record_property: Any) -> Iterator[None]:
+def gates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every test runs with guarded launches, and with NaN in memory that nobody wrote."""
     monkeypatch.setattr(launch, "interpret", guarded)
-    _covered.clear()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-    for kind, what in sorted(_covered):
-        record_property(kind, what)
 
 
 def in_order(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -203,9 +190,9 @@ def gpu() -> Iterator[Any]:
 
 
 @pytest.fixture
-def covers() -> Any:
-    """covers(kind, line): count or print something in the summary of the run."""
-    return lambda kind, what: _covered.add((kind, what))
+def covers(record_property: Any) -> Any:
+    """covers(kind, line): a line in that section of the summary of the run."""
+    return record_property
 
 
 @pytest.fixture
@@ -256,13 +243,6 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Give each worker process one thread, because the workers share the cores."""
-    if config.getoption("numprocesses", default=None):
-        for library in ("OMP", "OPENBLAS", "MKL"):
-            os.environ.setdefault(f"{library}_NUM_THREADS", "1")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items if INTERPRETED or not torch.cuda.is_available() else ():
         if "gpu" in item.keywords:
@@ -270,14 +250,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    found: dict[str, set[str]] = {kind: set() for kind in COUNTED}
-    for report in terminalreporter.stats.get("", []):  # the teardowns, in which `gates` records properties
+    found: dict[str, set[str]] = {}
+    for report in terminalreporter.stats.get("", []):  # the teardowns, which have all properties
         for kind, line in report.user_properties:
-            found.setdefault(kind, set()).add(str(line))
-    terminalreporter.section("what was covered")
-    for kind, title in COUNTED.items():
-        if lines := found.pop(kind):
-            terminalreporter.write_line(f"{len(lines)} {title}")
+            found.setdefault(kind, set()).add(line)
     for kind, lines in sorted(found.items()):
         terminalreporter.section(kind)
         for line in sorted(lines):

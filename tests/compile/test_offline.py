@@ -44,12 +44,9 @@ def least_shared(arch: str) -> int:
 
 
 @pytest.mark.parametrize(("name", "arch", "dtype"), list(cases()))
-def test_no_spill_and_fits_shared_memory(name: str, arch: str, dtype: torch.dtype, covers: Any) -> None:
+def test_no_spill_and_fits_shared_memory(name: str, arch: str, dtype: torch.dtype) -> None:
     compiled = [compile_launch(launch, arch) for launch in collect(OPS[name], arch, [dtype])]
     compiled = [replace(kernel, limit_bytes=least_shared(arch)) for kernel in compiled]
-    covers("target", arch)
-    for kernel in compiled:
-        covers("compiled", str(kernel))
     faults = [(kernel.fault, kernel) for kernel in compiled if kernel.fault and not spills_outside_loops(kernel)]
     assert compiled and not faults
 
@@ -184,12 +181,10 @@ def test_the_gate_uses_each_gpu_s_shared_memory() -> None:
 
 
 @pytest.mark.parametrize("arch", [arch for arch, known in ARCHS.items() if arch != known.family])
-def test_gpus_that_run_on_another_family_s_tiles(arch: str, covers: Any) -> None:
+def test_gpus_that_run_on_another_family_s_tiles(arch: str) -> None:
     """The kernels with the largest tiles: the rest are those of the family, compiled above."""
-    covers("target", arch)
     for kernel in ("experts_up_kernel", "experts_down_kernel", "attention_prefill_kernel"):
         compiled = compile_launch(prefill(kernel, arch), arch)
-        covers("compiled", str(compiled))
         assert compiled.fault is None, compiled
 
 
