@@ -4,14 +4,18 @@ E experts, n of them in host memory, N rows, K columns: the depth of the sum
 
 Pinned host memory is part of a GPU's address space. A kernel loads the address of an expert's rows from a table and
 reads them there, across the link where they lie in host memory: each byte once in decode. For many tokens a tile of the
-weight is read once for each row tile, so the host's experts are first copied into a buffer on the device.
+weight is read once for each row tile, so the host's experts are first copied into a buffer on the device, while the
+layer before computes.
 """
 
 from __future__ import annotations
 
 import mmap
+import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +26,47 @@ from .quantized import QuantizedWeight
 ALIGNMENT = 16  # bytes: what a kernel assumes of an address in a table
 OFFLOADED = "offloaded "  # how `layout` starts
 _weights: weakref.WeakValueDictionary[int, OffloadedWeight] = weakref.WeakValueDictionary()  # by id
-_staging: dict[tuple[Any, ...], Tensor] = {}  # one buffer for each shape of host experts on a device
+_copy_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+@dataclass(eq=False)
+class _Buffer:
+    """Memory on the device for a weight's host experts: `contents` says whose, and `filled` when they have arrived."""
+
+    rows: Tensor
+    filled: torch.cuda.Event
+    contents: Any = None
+
+
+class _Staging(threading.local):
+    """Two buffers for weights of one shape that are used in turn: kernels read one while the other is filled.
+
+    Each thread has two for each of its streams, so no other thread can refill one before the kernel is launched.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[int, list[_Buffer]] = {}  # by stream; the one that was used last is the last
+
+    def begin(self, weight: OffloadedWeight, stream: torch.cuda.Stream) -> _Buffer:
+        """Return a buffer with the weight's host experts; the copy begins now, unless it has begun already."""
+        if stream.cuda_stream not in self.buffers:
+            empty = (torch.empty_like(weight.host, device=weight.device) for _ in range(2))
+            self.buffers[stream.cuda_stream] = [_Buffer(rows, torch.cuda.Event()) for rows in empty]
+        buffers = self.buffers[stream.cuda_stream]
+        contents = weakref.ref(weight), weight.host._version  # the version counts writes to the host's rows
+        buffer = next((each for each in buffers if each.contents == contents), buffers[0])
+        buffers.sort(key=lambda each: each is buffer)
+        if buffer.contents != contents:
+            if weight.device not in _copy_streams:
+                _copy_streams[weight.device] = torch.cuda.Stream(weight.device)
+            copies = _copy_streams[weight.device]
+            copies.wait_stream(stream)  # for the kernels that read the buffer
+            with torch.cuda.stream(copies):
+                buffer.rows.copy_(weight.host, non_blocking=True)
+            buffer.rows.record_stream(copies)
+            buffer.filled.record(copies)
+            buffer.contents = contents
+        return buffer
 
 
 class OffloadedWeight(QuantizedWeight):
@@ -52,7 +96,10 @@ class OffloadedWeight(QuantizedWeight):
         self._place |= {expert: (1, at) for at, expert in enumerate(self.on_host)}
         self.resident = torch.empty((len(kept), *rest), dtype=stored.dtype, device=device)
         self.host = _pinned((len(self.on_host), *rest), stored.dtype, self.resident.device)
-        self.register_buffer("data", self._table(self.host))
+        self.register_buffer("data", self._table())
+        self._on_host = torch.tensor([each in self.on_host for each in range(E)]).long().to(device)
+        self._staging = _Staging()
+        self._following: Callable[[], OffloadedWeight | None] = lambda: None
         for name in ("scales", "zeros"):
             part = getattr(like, name) if quantized else None
             self.register_buffer(name, None if part is None else torch.empty_like(part, device=device))
@@ -71,11 +118,10 @@ class OffloadedWeight(QuantizedWeight):
                 getattr(offloaded, name).copy_(getattr(weight, name))
         return offloaded
 
-    def _table(self, host: Tensor) -> Tensor:
-        """The address of each expert, those in host memory at `host`."""
-        places = (self._place[expert] for expert in range(len(self._place)))
+    def _table(self) -> Tensor:
+        """The address of each expert's rows."""
         on_meta = self.resident.is_meta
-        addresses = [0 if on_meta else (self.resident, host)[memory][at].data_ptr() for memory, at in places]
+        addresses = [0 if on_meta else self.rows(expert).data_ptr() for expert in range(len(self._place))]
         return torch.tensor(addresses, dtype=torch.int64).to(self.resident.device)
 
     def rows(self, expert: int) -> Tensor:
@@ -85,7 +131,7 @@ class OffloadedWeight(QuantizedWeight):
 
     def is_intact(self) -> bool:
         """Whether each address is that of its expert."""
-        return torch.equal(self.data, self._table(self.host))
+        return torch.equal(self.data, self._table())
 
     @property
     def name(self) -> str | None:  # type: ignore[override]
@@ -146,19 +192,31 @@ class OffloadedWeight(QuantizedWeight):
         return (self[expert] for expert in range(len(self)))
 
     def staged(self) -> Tensor:
-        """A table of addresses on the device: the host's experts are copied there, each byte once, in the order of the
-        current stream, for which the host does not wait. On a CPU, the table itself."""
+        """A table of addresses on the device, where the host's experts are copied: each byte once, on another stream,
+        which begins with the next layer's, too. The host does not wait. On a CPU, the table itself."""
         if self.device.type != "cuda":
             return self.data
-        key = (self.device, self.host.dtype, tuple(self.host.shape))
-        if key not in _staging:
-            _staging[key] = torch.empty_like(self.host, device=self.device)
-        _staging[key].copy_(self.host, non_blocking=True)
-        tables: dict[int, Tensor] = self.__dict__.setdefault("_staged_tables", {})
-        address = _staging[key].data_ptr()
-        if address not in tables:
-            tables[address] = self._table(_staging[key])
-        return tables[address]
+        stream = torch.cuda.current_stream(self.device)
+        if torch.cuda.is_current_stream_capturing():  # a replay may run beside another: the memory is the graph's own
+            rows = torch.empty_like(self.host, device=self.device).copy_(self.host, non_blocking=True)
+        else:
+            buffer = self._staging.begin(self, stream)
+            stream.wait_event(buffer.filled)
+            rows, buffer.contents = buffer.rows, None  # the next chunk copies again
+            if (following := self._following()) is not None:
+                self._staging.begin(following, stream)
+        table = self.data.add(self._on_host, alpha=rows.data_ptr() - self.host.data_ptr())
+        table.rows = rows  # type: ignore[attr-defined]  # which live until the kernel is launched
+        return table
+
+    @staticmethod
+    def stage_in_turn(weights: Sequence[OffloadedWeight]) -> None:
+        """Share two buffers among a projection's weights of all layers: `staged` of one begins to copy the next."""
+        staging = _Staging()
+        for weight in weights:
+            weight._staging = staging
+        for weight, following in pairwise(weights):
+            weight._following = weakref.ref(following)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OffloadedWeight:
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
@@ -202,10 +260,11 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
                 f"offload: {host.nbytes / 1e9:.1f} GB of host memory cannot be pinned (CUDA error {int(status)}): "
                 "needs more free memory or fewer offloaded experts"
             )
-        weakref.finalize(host, _unpin, runtime, host.data_ptr(), pages)
+        weakref.finalize(host, _unpin, runtime, host.data_ptr(), device, pages).atexit = False
     return host
 
 
-def _unpin(runtime: Any, address: int, pages: mmap.mmap) -> None:
-    """Return what was pinned. `pages` is an argument to live until then."""
+def _unpin(runtime: Any, address: int, device: torch.device, pages: mmap.mmap) -> None:
+    """Return what was pinned, once no kernel reads it. `pages` is an argument to live until then."""
+    torch.cuda.synchronize(device)
     runtime.cudaHostUnregister(address)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ import torch
 
 from . import weights
 from .config import MixtralConfig, checkpoint_folder, parse_json_object
+from .generate import PREFILL_CHUNK
 from .inputs import check_dtype, check_memory, free_memory, in_decimal, usable_device, weight_bytes
 from .kernels.offload import ALIGNMENT
 from .parallel import UNSHARDED, Ranks
@@ -21,6 +23,14 @@ from .quantize.spec import PARTS, QuantSpec, select_specs
 
 if TYPE_CHECKING:
     from .model import Mixtral
+
+# An estimate, not a count: what the driver keeps of the total that its tool prints, a CUDA context with the kernels of
+# torch and Triton, a library's workspace for matrix products, the graph of a decode step and that step's own buffers.
+OVERHEAD = 5 * 2**28
+TIGHT = 0.02  # of the memory: the error of the estimate
+# Of each logit: in the model's dtype, in fp32, and what a draw by temperature and top_p makes of it, its sort included.
+LOGIT_BYTES = 64
+AUTO_CONTEXT = 4096  # tokens of one sequence, which offload="auto" leaves memory for
 
 
 def load(
@@ -62,7 +72,7 @@ def load(
     if ranks is not None:
         ranks.check_device(place)
     shapes, own_shapes = weights.parameter_shapes(config), weights.parameter_shapes(config, shard)
-    tables = 4 * config.max_position_embeddings * config.head_dim  # the rotary tables, fp32
+    tables = table_bytes(config)
 
     def bytes_of(quantized: Any) -> int:
         return tables + weight_bytes(
@@ -73,12 +83,46 @@ def load(
     needed = tables + weight_bytes(own_shapes, specs, dtype)
     per_expert = offloaded_bytes(own_shapes, specs, dtype)
     count = check_offload(offload, config, ranks, place, needed, per_expert)
-    check_memory(place, needed - count * per_expert, bytes_of if headers.scheme is None and not count else None)
+    needed -= count * (per_expert - staging_bytes(config, per_expert))
+    check_memory(place, needed, bytes_of if headers.scheme is None and not count else None)
     on_host = select_experts(config, count, offload_by)
     model = cls(config, place, dtype, deterministic, specs, ranks, on_host)
     model.requantized = requantized
     fill(config, model.named_weights(), progress, shard)
     return model
+
+
+def stored_dtype(config: MixtralConfig) -> torch.dtype:
+    return getattr(torch, config.dtype or "bfloat16")
+
+
+def table_bytes(config: MixtralConfig) -> int:
+    """Bytes of the rotary tables, fp32."""
+    return 4 * config.max_position_embeddings * config.head_dim
+
+
+def cache_bytes(config: MixtralConfig, batch: int, context: int) -> int:
+    """Bytes of a KVCache: a ring of the window where there is one."""
+    slots = config.sliding_window or context
+    heads = config.num_key_value_heads * config.head_dim
+    return 2 * config.num_hidden_layers * batch * heads * slots * stored_dtype(config).itemsize
+
+
+def workspace_bytes(config: MixtralConfig, batch: int, context: int) -> int:
+    """The most that `generate` holds at one time while it reads prompts, in chunks of PREFILL_CHUNK tokens.
+
+    A layer's experts hold their input and its norm, attention's result, the sum and its norm, the next sum and its
+    norm; for each slot its row in sorted order, the experts' inner values and result: a cached launch plan allocates
+    all of these before its first launch. Attention holds its input and its norm, queries, keys and values, those
+    rotated, and the heads' result.
+    """
+    hidden, inner, slots = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
+    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    row = max(7 * hidden + slots * (2 * hidden + inner), 2 * hidden + 3 * heads) + config.num_local_experts
+    row += hidden if context > PREFILL_CHUNK else 0  # the chunk before it is still there
+    counters = 16 + 12 * slots  # positions; routes, their weights and order
+    rows = batch * min(context, PREFILL_CHUNK)
+    return rows * (row * stored_dtype(config).itemsize + counters) + 8 * batch * context
 
 
 def offloaded_bytes(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, QuantSpec], dtype: torch.dtype) -> int:
@@ -91,6 +135,26 @@ def offloaded_bytes(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, Q
     return total
 
 
+def staging_bytes(config: MixtralConfig, per_expert: int) -> int:
+    """Bytes of prefill's two buffers for one offloaded expert of each layer, of `per_expert` bytes in all."""
+    return 2 * per_expert // config.num_hidden_layers
+
+
+def experts_to_offload(config: MixtralConfig, needed: int, room: int, per_expert: int) -> int:
+    """Return the fewest experts of each layer with which `room` bytes suffice where `needed` are; may be too many."""
+    gained = per_expert - staging_bytes(config, per_expert)
+    return max(0, -(-(needed - room) // max(1, gained)))
+
+
+def room_for_model(device: torch.device) -> int | None:
+    """Bytes that `fit` counts on for a model on a CUDA device, at most those that are free; None for another device."""
+    free = free_memory(device)
+    if free is None:
+        return None
+    total = torch.cuda.get_device_properties(device).total_memory
+    return min(free, total - math.ceil(total * TIGHT) - OVERHEAD)
+
+
 def check_offload(
     offload: int | str, config: MixtralConfig, ranks: Ranks | None, device: torch.device, needed: int, per_expert: int
 ) -> int:
@@ -100,10 +164,11 @@ def check_offload(
         raise ValueError(f"{caller}, needs 0 to {most} experts of each layer, or 'auto'")
     if offload and ranks is not None:
         raise ValueError(f"{caller}, and a mesh splits the experts over GPUs: needs 0, or no mesh")
-    free = free_memory(device)
     if offload == "auto":
-        over = 0 if free is None else max(0, needed - free)
-        count = min(most, -(-over // per_expert))
+        context, room = min(AUTO_CONTEXT, config.max_position_embeddings), room_for_model(device)
+        needed += cache_bytes(config, 1, context) + workspace_bytes(config, 1, context)
+        needed += LOGIT_BYTES * config.vocab_size
+        count = 0 if room is None else min(most, experts_to_offload(config, needed, room, per_expert))
         if count == 0:
             warnings.warn("offload='auto': all experts fit the device, so none is offloaded", stacklevel=4)
     else:

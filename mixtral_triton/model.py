@@ -202,6 +202,8 @@ class Mixtral(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head = self.embed_tokens
         self.layers = nn.ModuleList(Layer(config, parameters) for parameters in layers)  # type: ignore[assignment]
+        for short in PARTS["experts"] if any(on_host) else ():
+            OffloadedWeight.stage_in_turn([getattr(layer, short) for layer in self.layers])
         cos, sin = rope_tables(config, device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -233,8 +235,8 @@ class Mixtral(nn.Module):
                        (parallel.py), and calls the model with the same tokens. A failure on one rank raises on all
         deterministic  see the class
         offload        so many experts of each layer stay in pinned host memory, where kernels read them in place;
-                       "auto": as many as have to. The last ones, or those used least by the file `offload_by`, which
-                       `trace --counts FILE` writes
+                       "auto": as many as have to, with one sequence of 4,096 tokens. The last ones, or those used
+                       least by the file `offload_by`, which `trace --counts FILE` writes
         progress       is called with the number of bytes just read
         """
         if not isinstance(deterministic, bool):

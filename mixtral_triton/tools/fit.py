@@ -21,9 +21,18 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from ..config import MixtralConfig, checkpoint_folder
-from ..generate import PREFILL_CHUNK
 from ..inputs import WEIGHT_FORMATS, weight_bytes
-from ..load import offloaded_bytes
+from ..load import (
+    LOGIT_BYTES,
+    OVERHEAD,
+    TIGHT,
+    cache_bytes,
+    experts_to_offload,
+    offloaded_bytes,
+    stored_dtype,
+    table_bytes,
+    workspace_bytes,
+)
 from ..parallel import Traffic, traffic
 from ..quantize import hub
 from ..quantize.schemes import read_scheme
@@ -38,15 +47,8 @@ SAME: dict[str, Any] = {"rope_theta": 1e6, "dtype": "bfloat16"}
 LARGER: dict[str, Any] = {"vocab_size": 32768, "hidden_size": 6144, "intermediate_size": 16384, **SAME}
 LARGER |= {"num_hidden_layers": 56, "num_attention_heads": 48, "max_position_embeddings": 65536}
 KNOWN = {"mixtral-8x7b": MixtralConfig(**SAME), "mixtral-8x22b": MixtralConfig(**LARGER)}
-# An estimate, not a count: what the driver keeps of the total that its tool prints, a CUDA context with the kernels of
-# torch and Triton, a library's workspace for matrix products, the graph of a decode step and that step's own buffers.
-OVERHEAD = 5 * 2**28
 LAYERS_MAX = 10_000  # a config with more is broken, and its parameters take too long to list
-TIGHT = 0.02  # of the memory: the error of the estimate
 GPUS_MAX = 16
-# Of each logit: in the model's dtype, in fp32, and what a draw by temperature and top_p makes of it, its sort included.
-LOGIT_BYTES = 64
-
 QuantSpecs = Mapping[str, QuantSpec]  # of the parameters that are quantized, by name
 STORED = "as stored"
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -69,18 +71,9 @@ def format_specs(config: MixtralConfig) -> dict[str, QuantSpecs]:
     return specs
 
 
-def stored_dtype(config: MixtralConfig) -> torch.dtype:
-    return getattr(torch, config.dtype or "bfloat16")
-
-
 def model_bytes(config: MixtralConfig, specs: QuantSpecs, dtype: torch.dtype | None = None) -> int:
     """Bytes of all parameters; `dtype`: of those that are not quantized, None: as stored."""
     return weight_bytes(parameter_shapes(config), specs, dtype or stored_dtype(config))
-
-
-def table_bytes(config: MixtralConfig) -> int:
-    """Bytes of the rotary tables, fp32."""
-    return 4 * config.max_position_embeddings * config.head_dim
 
 
 def parameters(config: MixtralConfig) -> tuple[int, int]:
@@ -89,30 +82,6 @@ def parameters(config: MixtralConfig) -> tuple[int, int]:
     experts = sum(count for name, count in counts.items() if name.endswith(PARTS["experts"]))
     total = sum(counts.values())
     return total, total - experts + experts * config.num_experts_per_tok // config.num_local_experts
-
-
-def cache_bytes(config: MixtralConfig, batch: int, context: int) -> int:
-    """Bytes of a KVCache: a ring of the window where there is one."""
-    slots = config.sliding_window or context
-    heads = config.num_key_value_heads * config.head_dim
-    return 2 * config.num_hidden_layers * batch * heads * slots * stored_dtype(config).itemsize
-
-
-def workspace_bytes(config: MixtralConfig, batch: int, context: int) -> int:
-    """The most that `generate` holds at one time while it reads prompts, in chunks of PREFILL_CHUNK tokens.
-
-    A layer's experts hold their input and its norm, attention's result, the sum and its norm, the next sum and its
-    norm; for each slot its row in sorted order, the experts' inner values and result: a cached launch plan allocates
-    all of these before its first launch. Attention holds its input and its norm, queries, keys and values, those
-    rotated, and the heads' result.
-    """
-    hidden, inner, slots = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
-    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    row = max(7 * hidden + slots * (2 * hidden + inner), 2 * hidden + 3 * heads) + config.num_local_experts
-    row += hidden if context > PREFILL_CHUNK else 0  # the chunk before it is still there
-    counters = 16 + 12 * slots  # positions; routes, their weights and order
-    rows = batch * min(context, PREFILL_CHUNK)
-    return rows * (row * stored_dtype(config).itemsize + counters) + 8 * batch * context
 
 
 @dataclass(frozen=True)
@@ -246,8 +215,7 @@ class Request:
         for name in (name for name, one in plans.items() if one.verdict == "no"):
             specs = self.specs[name]
             each = offloaded_bytes(parameter_shapes(config), specs, dtype)
-            # Prefill copies those of a layer into a buffer on the GPU.
-            experts = -(-(plans[name].need.total - limit) // max(1, each - each // config.num_hidden_layers))
+            experts = experts_to_offload(config, plans[name].need.total, limit, each)
             if experts < E and experts * each <= self.host_memory:
                 speed = self.speed(gpu, specs, experts) if gpu.chip else ()
                 found[name] = Offload(experts, E, experts * each, gpu.link, speed, self.command(name, experts))

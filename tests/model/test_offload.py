@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from mixtral_triton import KVCache, Mixtral, load, verify
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
+from mixtral_triton.tools import fit
+from mixtral_triton.tools.gpus import find_gpu
+from mixtral_triton.weights import parameter_shapes
 
 IDS = torch.arange(3, 20)[None]
 once = pytest.mark.skipif(INTERPRETED, reason="about the model, whatever the backend: run once")
@@ -91,15 +95,31 @@ def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="none is offloaded"):
         assert isinstance(Mixtral.from_pretrained(SMALL, "cpu", offload="auto").layers[0].down_proj, torch.nn.Parameter)
     model = Mixtral.from_pretrained(SMALL, "cpu")
-    needed, per_expert = 10_000_000, 1_000_000
-    for free, count in ((10_000_000, 0), (9_999_999, 1), (7_500_000, 3), (1, 7)):
-        monkeypatch.setattr(load, "free_memory", lambda device, free=free: free)
+    needed, per_expert = 10_000_000, 1_000_000  # of which two of four layers are staged: each frees half
+    context = load.cache_bytes(model.config, 1, 1024) + load.workspace_bytes(model.config, 1, 1024)
+    context += load.LOGIT_BYTES * model.config.vocab_size
+    for room, count in ((10_000_000, 0), (9_999_999, 1), (8_600_000, 3), (1, 7)):
+        monkeypatch.setattr(load, "room_for_model", lambda device, room=room: room + context)
         args = ("auto", model.config, None, torch.device("cpu"), needed, per_expert)
         if count == 0:
             with pytest.warns(UserWarning):
                 assert load.check_offload(*args) == 0
         else:
             assert load.check_offload(*args) == count
+
+
+@once
+@pytest.mark.parametrize(("gib", "format"), [(16, "int4"), (24, "int4"), (80, "as stored")])
+def test_auto_takes_what_fit_says(gib: int, format: str, gpu: Any) -> None:
+    """On a GPU with nothing else in its memory, for one sequence of 4,096 tokens."""
+    gpu.properties.total_memory, config = gib << 30, fit.KNOWN["mixtral-8x7b"]
+    specs, shapes = fit.format_specs(config)[format], parameter_shapes(config)
+    gpu_of_fit = replace(find_gpu("h100"), mib=gib << 10)
+    request = fit.Request("", config, {format: specs}, "", 1, 4096, float("inf"))
+    experts = request.offloads(gpu_of_fit, request.plans(gpu_of_fit))[format].experts
+    needed = fit.model_bytes(config, specs) + load.table_bytes(config)
+    per_expert = load.offloaded_bytes(shapes, specs, torch.bfloat16)
+    assert load.check_offload("auto", config, None, torch.device("cuda"), needed, per_expert) == experts
 
 
 @once

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig
+from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.quantize.quantizers import fill
 from mixtral_triton.quantize.spec import select_specs
@@ -18,26 +19,32 @@ SIZES |= {"rope_theta": 1e4, "max_position_embeddings": 64, "eos_token_id": None
 
 def random_model(
     device: Any = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0, gain: float = 2.0,
-    deterministic: bool = False, weights: Any = None, **sizes: Any,
+    deterministic: bool = False, weights: Any = None, on_host: Any = (), **sizes: Any,
 ) -> Mixtral:  # fmt: skip
     """A model of SIZES, changed by `sizes`; on the meta device its shapes alone.
 
     Its matrices make a vector `gain` times as long: at 2 neither a route nor a greedy token is a close call.
-    `weights` quantizes as `Mixtral.from_pretrained` does.
+    `weights` quantizes as `Mixtral.from_pretrained` does; `on_host` are the offloaded experts of each layer.
     """
     config = MixtralConfig(**SIZES | sizes)
-    model = Mixtral(config, device, dtype, deterministic, select_specs(weights, parameter_shapes(config)))
+    specs, on_host = select_specs(weights, parameter_shapes(config)), [on_host] * config.num_hidden_layers
+    model = Mixtral(config, device, dtype, deterministic, specs, on_host=on_host)
     generator = torch.Generator().manual_seed(seed)
-    # In the order of the module: seeds that tests rely on were tried in it.
-    for name in model.named_weights() if model.device.type != "meta" else ():
+    # In the order of a model without offload: seeds that tests rely on were tried in it.
+    order = Mixtral(config, "meta", specs=specs) if any(on_host) else model
+    for name in order.named_weights() if model.device.type != "meta" else ():
         weight = model.named_weights()[name]
         values = torch.randn(weight.shape, generator=generator)
         scale = 1.0 if name == "embed_tokens" else gain * weight.shape[-1] ** -0.5
         values = 1 + 0.3 * values if len(weight.shape) == 1 else values * scale
-        if isinstance(weight, QuantizedWeight):
-            fill(weight, values)
-        else:
-            weight.data.copy_(values)
+        parts = [(weight, values)]
+        if isinstance(weight, OffloadedWeight):
+            parts = [(weight[each : each + 1], values[each : each + 1]) for each in range(len(weight))]
+        for part, of_part in parts:
+            if isinstance(part, QuantizedWeight):
+                fill(part, of_part)
+            else:
+                part.data.copy_(of_part)
     return model
 
 

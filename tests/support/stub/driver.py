@@ -197,6 +197,7 @@ class Driver(GPUDriver):
             self.broken = True
             self.check_alive()
         self.launches.append(launched)
+        stage.log(launched, launched.stream)
         if self.executes:
             args = {name: with_memory(arg) for name, arg in launched.args.items()}
             with _disable_current_modes():  # a GPU's work is no operation of torch

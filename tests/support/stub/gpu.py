@@ -29,7 +29,7 @@ _handles = itertools.count(1)
 
 
 class Stream:
-    """A stream, on which all work completes at once."""
+    """A stream, on which all work completes at once; `stage` knows which order it would have to wait for."""
 
     def __init__(self, device: Any = None, priority: int = 0, number: int | None = None) -> None:
         self.device = indexed("cuda" if device is None else device)
@@ -45,15 +45,19 @@ class Stream:
         stage.sync("Stream.synchronize")
 
     def wait_stream(self, other: Stream) -> None:
-        """Do nothing, because earlier work is complete."""
+        stage.wait(self.cuda_stream, stage.clocks[other.cuda_stream])
+
+    def wait_event(self, event: Event) -> None:
+        stage.wait(self.cuda_stream, event.clock)
 
 
 class Event:
     def __init__(self, enable_timing: bool = False, **kwargs: Any) -> None:
-        self.at = 0.0
+        self.at, self.clock = 0.0, dict[int, int]()
 
     def record(self, stream: Any = None) -> None:
         self.at = time.perf_counter()
+        self.clock = dict(stage.clocks[(stream or torch.cuda.current_stream()).cuda_stream])
 
     def synchronize(self) -> None:
         stage.sync("Event.synchronize")
@@ -158,7 +162,8 @@ class GPU:
         self.captures: list[Graph] = []
         self.pools: set[Any] = set()  # of the device's memory, and of the host's, that a capture allocates from
         self.host_pools: set[Any] = set()
-        self.replays, self.syncs = 0, stage.syncs
+        self.pinned: dict[int, int] = {}  # bytes of host memory, by address
+        self.replays, self.syncs, self.work = 0, stage.syncs, stage.work
         self.driver = Driver(self)
 
     def no_syncs(self) -> Any:
@@ -226,6 +231,10 @@ class GPU:
             "set_stream": self._set_stream,
             "is_current_stream_capturing": lambda: stage.capture is not None,
             "graph_pool_handle": lambda: (0, next(_handles)),
+            "cudart": lambda: SimpleNamespace(
+                cudaHostRegister=lambda address, size, flags: self.pinned.update({address: size}) or 0,
+                cudaHostUnregister=lambda address: self.pinned.pop(address) and 0,
+            ),
         }
 
 
@@ -247,6 +256,7 @@ def gpu(count: int = 1, **properties: Any) -> Iterator[GPU]:
         _active.append(machine)
         stack.callback(_active.pop)
         stack.callback(machine.driver.forget)
-        stage.syncs.clear()
+        for record in (stage.syncs, stage.work, stage.clocks):
+            record.clear()
         stack.enter_context(Factories())
         yield machine

@@ -6,7 +6,9 @@ it reads a value. A capture runs nothing that writes; a replay runs everything o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,6 +45,9 @@ class FakeGPUTensor(Tensor):
     def data_ptr(self) -> int:
         return self.held.data_ptr()
 
+    def record_stream(self, stream: Any) -> None:
+        """Do nothing, because no memory is used again while a test holds it."""
+
     def __deepcopy__(self, memo: Any) -> Tensor:
         clone: Tensor = FakeGPUTensor(self.held.clone(), self.device)
         memo[id(self)] = clone = nn.Parameter(clone, self.requires_grad) if isinstance(self, nn.Parameter) else clone
@@ -63,11 +68,28 @@ class HostSync(RuntimeError):
     """The host read a value where synchronization is forbidden."""
 
 
+@dataclass(frozen=True)
+class Work:
+    """A copy (addresses it writes and reads, bytes) or a launch: its stream, and the work of each stream that is
+    complete when it ends."""
+
+    what: Any
+    stream: int
+    clock: Mapping[int, int]
+
+    def precedes(self, other: Work) -> bool:
+        """Return whether streams and events order this work before the other."""
+        return self.clock[self.stream] <= other.clock.get(self.stream, 0)
+
+
 class Stage:
-    """The state of execution: host synchronizations so far, and the graph that is being captured, if any."""
+    """The state of execution: host synchronizations so far, the graph that is being captured, if any, and the order
+    that streams and events impose."""
 
     def __init__(self) -> None:
         self.syncs: list[str] = []
+        self.work: list[Work] = []
+        self.clocks: dict[int, Counter[int]] = defaultdict(Counter)  # by stream: the work that precedes its next
         self.forbidden = False
         self.capture: Any = None
 
@@ -77,6 +99,14 @@ class Stage:
             work()
         else:
             self.capture.record(work)
+
+    def log(self, what: Any, stream: int) -> None:
+        self.clocks[stream][stream] += 1
+        self.work.append(Work(what, stream, dict(self.clocks[stream])))
+
+    def wait(self, stream: int, clock: Mapping[int, int]) -> None:
+        """Order the next work of a stream behind all that `clock` counts."""
+        self.clocks[stream] |= Counter(clock)
 
     def sync(self, operation: str) -> None:
         """Record that the host waits for a value."""
@@ -128,6 +158,9 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         stage.sync(name)
     memory = [torch.device("cpu") if isinstance(x, torch.device) else getattr(x, "held", x) for x in leaves]
     call_args, call_kwargs = tree_unflatten(memory, spec)
+    if name == "copy_":
+        to, source = call_args[:2]
+        stage.log((to.data_ptr(), source.data_ptr(), to.nbytes), torch.cuda.current_stream(device).cuda_stream)
 
     def call() -> Any:
         return func(*call_args, **call_kwargs)

@@ -1,0 +1,175 @@
+"""Models with experts in host memory on a simulated GPU: remembered launches, graphs, and the order of copies.
+
+The simulated GPU completes all work at once; `gpu.work` knows which order streams and events impose.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from mixtral_triton import KVCache, Mixtral
+from mixtral_triton.cli import SMALL
+from mixtral_triton.kernels import offload, plan
+from tests.support.models import random_model, tokens
+from tests.support.stub.gpu import Stream
+from tests.support.stub.tensors import Factories
+
+GPU_DEVICE = torch.device("cuda", 0)
+LAYERS, CHUNK = 4, 80  # tokens: more than decode takes
+INT4: dict[str, Any] = {"weights": "int4", "hidden_size": 32, "intermediate_size": 32}
+
+
+def prefill(gpu: Any, chunks: int = 1) -> Mixtral:
+    gpu.driver.executes = False
+    model = random_model(GPU_DEVICE, num_hidden_layers=LAYERS, on_host=(1, 3), max_position_embeddings=512)
+    cache = KVCache(model.config, 1, chunks * CHUNK, GPU_DEVICE, model.dtype)
+    gpu.work.clear()
+    with gpu.no_syncs():
+        for _ in range(chunks):
+            model(tokens(1, CHUNK, device=GPU_DEVICE), cache=cache)
+    return model
+
+
+def hosts(model: Mixtral) -> dict[int, int]:
+    """The layer of each buffer in host memory, by its address."""
+    weights = [(layer.gate_up_proj, layer.down_proj) for layer in model.layers]
+    return {weight.host.data_ptr(): index for index, pair in enumerate(weights) for weight in pair}
+
+
+def check_order(gpu: Any, model: Mixtral) -> None:
+    """Each kernel reads its own layer's rows, after they have arrived and before their buffer is filled again."""
+    layers, written, read = hosts(model), {}, dict[int, list[Any]]()
+    readers = dict.fromkeys(("experts_up_kernel", "experts_down_kernel"), 0)
+    for work in gpu.work:
+        if isinstance(work.what, tuple):
+            target, source, size = work.what
+            if source in layers:
+                assert all(reader.precedes(work) for reader in read.pop(target, [])), "overwritten while it is read"
+                written[target] = work, layers[source], size
+        elif work.what.kernel in readers:
+            name = "gate_up_ptr" if work.what.kernel == "experts_up_kernel" else "down_ptr"
+            table = work.what.args[name].held.tolist()
+            copy, layer, size = written[table[1]]
+            assert table[3] == table[1] + size // 2, "not where the second expert was copied to"
+            assert copy.precedes(work), "read before it has arrived"
+            assert layer == readers[work.what.kernel] % LAYERS, "another layer's rows"
+            readers[work.what.kernel] += 1
+            read.setdefault(table[1], []).append(work)
+    assert len(set(readers.values())) == 1 and readers["experts_up_kernel"] % LAYERS == 0
+
+
+def copies(gpu: Any, model: Mixtral) -> list[Any]:
+    known = hosts(model)
+    return [work for work in gpu.work if isinstance(work.what, tuple) and work.what[1] in known]
+
+
+def test_prefill_copies_each_expert_once_a_chunk_in_order(gpu: Any) -> None:
+    """On a stream that is not the kernels', into two buffers for each projection, without a synchronization."""
+    model = prefill(gpu, chunks=2)
+    check_order(gpu, model)
+    found = copies(gpu, model)
+    assert sorted(work.what[1] for work in found) == sorted(2 * [*hosts(model)])
+    assert len({work.what[0] for work in found}) == 4
+    kernels = {launch.stream for launch in gpu.driver.launches}
+    assert len(kernels) == 1 and not kernels & {work.stream for work in found}
+
+
+def test_next_layer_is_copied_while_a_layer_computes(gpu: Any) -> None:
+    model = prefill(gpu)
+    up = [work for work in gpu.work if getattr(work.what, "kernel", "") == "experts_up_kernel"]
+    gate_up = {layer.gate_up_proj.host.data_ptr(): index for index, layer in enumerate(model.layers)}
+    for work in copies(gpu, model):
+        if layer := gate_up.get(work.what[1], 0):
+            assert not up[layer - 1].precedes(work), "the copy waits for the kernel that could hide it"
+            assert layer < 2 or up[layer - 2].precedes(work)
+
+
+@pytest.mark.parametrize("fault", ["wait_event", "wait_stream"])
+def test_injected_fault_no_wait(fault: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stream, fault, lambda *args: None)
+    model = prefill(gpu, chunks=2)
+    with pytest.raises(AssertionError, match="read before" if fault == "wait_event" else "overwritten"):
+        check_order(gpu, model)
+
+
+def test_injected_fault_one_buffer(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next layer's rows arrive where this layer's kernel reads."""
+    begin = offload._Staging.begin
+
+    def in_one(staging: Any, weight: Any, stream: Any) -> Any:
+        buffer = begin(staging, weight, stream)
+        del staging.buffers[stream.cuda_stream][:-1]
+        return buffer
+
+    monkeypatch.setattr(offload._Staging, "begin", in_one)
+    model = prefill(gpu)
+    with pytest.raises((AssertionError, KeyError)):
+        check_order(gpu, model)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"deterministic": True}, INT4], ids=["dense", "deterministic", "int4"])
+def test_same_tokens_in_graph_replays(sizes: dict[str, Any], gpu: Any, ordered: Any) -> None:
+    """Prompts beyond decode's tokens, then a captured step: routes change in the replays, and so do the rows read."""
+    texts = []
+    for on_host in ((), (0, 2)):
+        sizes |= {"num_hidden_layers": 2, "max_position_embeddings": 128, "on_host": on_host}
+        model = random_model(GPU_DEVICE, **sizes)
+        gpu.replays = 0
+        texts.append(model.generate(tokens(1, 70, device=GPU_DEVICE), 8).tolist())
+        assert gpu.replays == 6
+    assert texts[0] == texts[1]
+
+
+def test_decode_copies_nothing_and_waits_for_nothing(gpu: Any) -> None:
+    gpu.driver.executes = False
+    for count in (0, 2):
+        model = Mixtral.from_pretrained(SMALL, GPU_DEVICE, offload=count)
+        cache, ids = KVCache(model.config, 1, 64, GPU_DEVICE, model.dtype), tokens(1, 1, device=GPU_DEVICE)
+        model(ids, cache=cache)
+        gpu.work.clear()
+        with gpu.no_syncs(), mock.patch.object(plan, "_run_and_record", side_effect=AssertionError("no plan")):
+            model(ids, cache=cache)
+        launched = [work.what.kernel for work in gpu.work if not isinstance(work.what, tuple)]
+        assert len(launched) == len(gpu.work) <= 8 * 4 + 3
+
+
+def test_host_memory_is_pinned_at_its_size_and_returned(gpu: Any) -> None:
+    model = Mixtral.from_pretrained(SMALL, GPU_DEVICE, offload=3)
+    weights = [each for layer in model.layers for each in (layer.gate_up_proj, layer.down_proj)]
+    assert gpu.pinned == {each.host.data_ptr(): each.host.nbytes for each in weights}
+    assert sum(gpu.pinned.values()) == 3 * 4 * 3 * 128 * 256 * 2
+    del model, weights
+    gc.collect()
+    assert not gpu.pinned
+
+
+def test_capture_of_a_large_batch_has_memory_of_its_own(gpu: Any, ordered: Any) -> None:
+    """More sequences than decode takes: a replay copies the experts again, into the graph's memory."""
+    texts, prompts = [], list(tokens(65, 1, device=GPU_DEVICE))
+    for on_host in ((), (0, 2)):
+        model = random_model(GPU_DEVICE, on_host=on_host)
+        texts.append([text.tolist() for text in model.generate(prompts, 6)])
+    assert texts[0] == texts[1] and gpu.replays == 8
+
+
+def test_threads_and_streams_share_no_buffer(gpu: Any) -> None:
+    gpu.driver.executes = False
+    weight = random_model(GPU_DEVICE, on_host=(1,)).layers[0].down_proj
+    found: list[Any] = [weight.staged().rows]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        found.append(weight.staged().rows)
+
+    def stage() -> None:
+        with Factories():  # a mode is a thread's own
+            found.append(weight.staged().rows)
+
+    thread = threading.Thread(target=stage)
+    thread.start()
+    thread.join()
+    assert len({rows.data_ptr() for rows in found}) == 3
