@@ -84,58 +84,54 @@ def parameters(config: MixtralConfig) -> tuple[int, int]:
     return total, total - experts + experts * config.num_experts_per_tok // config.num_local_experts
 
 
-@dataclass(frozen=True)
-class Need:
-    """Bytes of a model on one GPU, or on each of several."""
+def memory_need(config: MixtralConfig, specs: QuantSpecs, batch: int, context: int, gpus: int = 1) -> dict[str, int]:
+    """Bytes of a model on one GPU, or on each of several, by what they hold, and "total".
 
-    weights: int
-    tables: int
-    cache: int
-    workspace: int
-    logits: int
-    overhead: int = OVERHEAD
-
-    @classmethod
-    def of(cls, config: MixtralConfig, specs: QuantSpecs, batch: int, context: int, gpus: int = 1) -> Need:
-        """Several GPUs: weights and cache in even parts, as if those divided them; embedding and the rest on each."""
-        embedding = config.vocab_size * config.hidden_size * stored_dtype(config).itemsize
-        return cls(
-            embedding - (embedding - model_bytes(config, specs)) // gpus,
-            table_bytes(config),
-            -(-cache_bytes(config, batch, context) // gpus),
-            workspace_bytes(config, batch, context),
-            LOGIT_BYTES * batch * config.vocab_size,
-        )
-
-    @property
-    def total(self) -> int:
-        return sum(vars(self).values())
+    Several GPUs: weights and cache in even parts, as if those divided them; embedding and the rest on each.
+    """
+    embedding = config.vocab_size * config.hidden_size * stored_dtype(config).itemsize
+    need = {
+        "weights": embedding - (embedding - model_bytes(config, specs)) // gpus,
+        "tables": table_bytes(config),
+        "cache": -(-cache_bytes(config, batch, context) // gpus),
+        "workspace": workspace_bytes(config, batch, context),
+        "logits": LOGIT_BYTES * batch * config.vocab_size,
+        "overhead": OVERHEAD,
+    }
+    return need | {"total": sum(need.values())}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One set of specs on GPUs of `memory` bytes.
+    """One set of specs on GPUs.
 
+    need     see `memory_need`
     verdict  "fits"; "tight": by less than TIGHT of the memory; "no"
     longest  tokens a sequence that it holds without being tight, at most the model's positions; 0: not one
     needs    the least number of such GPUs that hold it without being tight, at most GPUS_MAX; None: more
     """
 
-    need: Need
-    memory: int
+    need: dict[str, int]
     verdict: str
     longest: int
     needs: int | None
 
 
+def usable_bytes(memory: int) -> int:
+    return memory - math.ceil(memory * TIGHT)
+
+
 def plan(config: MixtralConfig, specs: QuantSpecs, memory: int, batch: int, context: int, gpus: int = 1) -> Plan:
     """On `gpus` GPUs of `memory` bytes each, `batch` sequences of `context` tokens."""
-    need, limit = Need.of(config, specs, batch, context, gpus), memory - math.ceil(memory * TIGHT)
-    verdict = "fits" if need.total <= limit else "tight" if need.total <= memory else "no"
-    lengths, counts = range(config.max_position_embeddings + 1), range(1, GPUS_MAX + 1)
-    longest = bisect_right(lengths, limit, key=lambda S: Need.of(config, specs, batch, S, gpus).total) - 1
-    needs = next((n for n in counts if Need.of(config, specs, batch, context, n).total <= limit), None)
-    return Plan(need, memory, verdict, max(0, longest), needs)
+
+    def total(S: int, n: int) -> int:
+        return memory_need(config, specs, batch, S, n)["total"]
+
+    need, limit = memory_need(config, specs, batch, context, gpus), usable_bytes(memory)
+    verdict = "fits" if need["total"] <= limit else "tight" if need["total"] <= memory else "no"
+    longest = bisect_right(range(config.max_position_embeddings + 1), limit, key=lambda S: total(S, gpus)) - 1
+    needs = next((n for n in range(1, GPUS_MAX + 1) if total(context, n) <= limit), None)
+    return Plan(need, verdict, max(0, longest), needs)
 
 
 @dataclass(frozen=True)
@@ -153,11 +149,12 @@ class Offload:
     command: str
 
     @property
-    def speed(self) -> str:
-        return "-".join(dict.fromkeys(f"{each:,.{int(each < 10)}f}" for each in self.tokens_per_second))
+    def rates(self) -> list[str]:
+        return [f"{each:,.{int(each < 10)}f}" for each in self.tokens_per_second]
 
     def __str__(self) -> str:
-        speed = f"{self.speed} tokens/s predicted" if self.speed else "no prediction, the GPU's rates are unknown"
+        speed = "-".join(dict.fromkeys(self.rates))
+        speed = f"{speed} tokens/s predicted" if speed else "no prediction, the GPU's rates are unknown"
         return f"{self.experts} of {self.of} offloaded: {speed} ({decimal(self.host_bytes)} across {self.link})"
 
 
@@ -181,23 +178,24 @@ class Request:
         if known is None and "/" not in name and not Path(name).exists():
             raise FileNotFoundError(f"{name}: no such folder, needs one, a name on the hub, or {' or '.join(KNOWN)}")
         config = known or MixtralConfig.from_pretrained(name)
-        limit = config.max_position_embeddings
+        limit, layers, gpus = config.max_position_embeddings, config.num_hidden_layers, args.gpus or 1
         context = limit if args.context is None else args.context
-        if config.num_hidden_layers > LAYERS_MAX:
-            raise ValueError(f"{name}: num_hidden_layers is {config.num_hidden_layers}, needs at most {LAYERS_MAX}")
-        if args.batch < 1:
-            raise ValueError(f"--batch is {args.batch}, needs at least 1")
-        if not 1 <= context <= limit:
-            raise ValueError(f"--context is {context}, needs 1 to {limit}, the model's positions")
-        if args.gpus is not None and not 1 <= args.gpus <= GPUS_MAX:
-            raise ValueError(f"--gpus is {args.gpus}, needs 1 to {GPUS_MAX}")
         host = math.inf if args.host_memory is None else args.host_memory * 2**30
-        if args.host_memory is not None and not 0 <= host < math.inf:
-            raise ValueError(f"--host-memory is {args.host_memory:g}, needs GiB, at least 0")
-        if args.link not in (None, *LINKS):
-            raise ValueError(f"--link is {args.link!r}, needs one of {', '.join(LINKS)}")
-        if (args.gpus or 1) > 1 and (args.host_memory is not None or args.link):
-            raise ValueError(f"--gpus is {args.gpus}, and a mesh takes no experts from host memory: needs 1")
+        no_mesh = gpus == 1 or (args.host_memory is None and not args.link)
+        for right, error in (
+            (layers <= LAYERS_MAX, f"{name}: num_hidden_layers is {layers}, needs at most {LAYERS_MAX}"),
+            (args.batch >= 1, f"--batch is {args.batch}, needs at least 1"),
+            (1 <= context <= limit, f"--context is {context}, needs 1 to {limit}, the model's positions"),
+            (args.gpus is None or 1 <= args.gpus <= GPUS_MAX, f"--gpus is {args.gpus}, needs 1 to {GPUS_MAX}"),
+            (
+                args.host_memory is None or 0 <= host < math.inf,
+                f"--host-memory is {host / 2**30:g}, needs GiB, at least 0",
+            ),
+            (args.link in (None, *LINKS), f"--link is {args.link!r}, needs one of {', '.join(LINKS)}"),
+            (no_mesh, f"--gpus is {gpus}, and a mesh takes no experts from host memory: needs 1"),
+        ):
+            if not right:
+                raise ValueError(error)
         scheme = None if known else read_scheme(checkpoint_folder(name, tensors=False))
         if scheme is None:
             return cls(name, config, format_specs(config), SHORT[stored_dtype(config)], args.batch, context, host)
@@ -210,15 +208,19 @@ class Request:
 
     def offloads(self, gpu: GPU, plans: Mapping[str, Plan]) -> dict[str, Offload]:
         """Of the formats that `gpu` does not hold, by name, those that it holds with experts in host memory."""
-        config, dtype, found = self.config, stored_dtype(self.config), {}
-        E, limit = config.num_local_experts, gpu.bytes - math.ceil(gpu.bytes * TIGHT)
+        config, found, E = self.config, {}, self.config.num_local_experts
+        folder = "FOLDER" if self.name.lower() in KNOWN else self.name
         for name in (name for name, one in plans.items() if one.verdict == "no"):
-            specs = self.specs[name]
-            each = offloaded_bytes(parameter_shapes(config), specs, dtype)
-            experts = experts_to_offload(config, plans[name].need.total, limit, each)
+            each = offloaded_bytes(parameter_shapes(config), self.specs[name], stored_dtype(config))
+            experts = experts_to_offload(config, plans[name].need["total"], usable_bytes(gpu.bytes), each)
             if experts < E and experts * each <= self.host_memory:
-                speed = self.speed(gpu, specs, experts) if gpu.chip else ()
-                found[name] = Offload(experts, E, experts * each, gpu.link, speed, self.command(name, experts))
+                speed = self.speed(gpu, self.specs[name], experts) if gpu.chip else ()
+                formats = WEIGHT_FORMATS[name] or ""
+                if isinstance(formats, dict):
+                    formats = ",".join(f"{part}={format}" for part, format in formats.items())
+                option = f" --weights {formats}" if formats else ""
+                command = f"mixtral-triton generate {folder}{option} --offload {experts}"
+                found[name] = Offload(experts, E, experts * each, gpu.link, speed, command)
         return found
 
     def speed(self, gpu: GPU, specs: QuantSpecs, offload: int) -> tuple[float, float]:
@@ -230,27 +232,18 @@ class Request:
         cautious, optimistic = (self.batch / (time + more * (longer - time)) for time, longer in ends)
         return cautious, optimistic
 
-    def command(self, format: str, offload: int) -> str:
-        formats = WEIGHT_FORMATS[format]
-        weights = ",".join(f"{part}={each}" for part, each in formats.items()) if isinstance(formats, dict) else formats
-        folder = "FOLDER" if self.name.lower() in KNOWN else self.name
-        return f"mixtral-triton generate {folder}{f' --weights {weights}' if weights else ''} --offload {offload}"
-
     def label(self, format: str) -> str:
         return self.stored if format == STORED else format
-
-    @property
-    def size(self) -> str:
-        return f"{self.batch} {'sequence' if self.batch == 1 else 'sequences'} of {self.context:,} tokens"
 
     def as_dict(self) -> dict[str, Any]:
         total, active = parameters(self.config)
         counts = {"parameters": total, "active_parameters": active}
         return {"model": self.name, **counts, "batch": self.batch, "context": self.context}
 
-    def sentence(self) -> str:
+    def __str__(self) -> str:
         total, active = parameters(self.config)
-        return f"{self.name}: {total:,} parameters, {active:,} active a token; {self.size}."
+        size = f"{self.batch} {'sequence' if self.batch == 1 else 'sequences'} of {self.context:,} tokens"
+        return f"{self.name}: {total:,} parameters, {active:,} active a token; {size}."
 
 
 def run(args: argparse.Namespace) -> int:
@@ -271,12 +264,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         formats = []
         for name, one in plans.items():
-            need = {**asdict(one.need), "total": one.need.total}
-            answers: dict[str, Any] = {"verdict": one.verdict, "longest_context": one.longest, "gpus_needed": one.needs}
-            answers |= {"offload": offloads.get(name)}
-            formats.append({"format": name, "weights": WEIGHT_FORMATS[name], "bytes": need, **answers})
+            answers = {"verdict": one.verdict, "longest_context": one.longest, "gpus_needed": one.needs}
+            format = {"format": name, "weights": WEIGHT_FORMATS[name], "bytes": one.need}
+            formats.append({**format, **answers, "offload": offloads.get(name)})
         sizes = {"name": gpu.name, "bytes": gpu.bytes, "gpus": gpus}
-        found = {**request.as_dict(), "gpu": sizes, "sends_a_token": asdict(sent), "formats": formats}
+        found = {**request.as_dict(), "gpu": sizes, "sends_a_token": sent, "formats": formats}
         print(json.dumps(found, default=asdict))
     else:
         _print(request, gpu, gpus, plans, sent, offloads)
@@ -305,22 +297,23 @@ def _print(
     request: Request, gpu: GPU, gpus: int, plans: dict[str, Plan], sent: Traffic, offloads: dict[str, Offload]
 ) -> None:
     out, need = console(), plans[STORED].need
-    parts = (f"{name} {decimal(getattr(need, name))}" for name in ("tables", "cache", "workspace", "logits"))
-    out.print(Text(request.sentence()))
-    out.print(f"Beside the weights: {', '.join(parts)}, and by estimate {decimal(need.overhead)} for driver and graph.")
+    parts = (f"{name} {decimal(need[name])}" for name in ("tables", "cache", "workspace", "logits"))
+    out.print(Text(str(request)))
+    out.print(f"Beside the weights: {', '.join(parts)}, and by estimate {decimal(OVERHEAD)} for driver and graph.")
     if gpus > 1:
         out.print(f"For each token a GPU sends {decimal(sent.layer)} a layer, and {decimal(sent.head)} of logits.")
     columns = [Column("format", number=False), *map(Column, ("weights", "in all", "used", "longest", "gpus", ""))]
     caption = "longest: tokens a sequence, and gpus: how many, with 2 % of the memory to spare; tight: less to spare. "
     table = Table(f"{gpus} x {gpu.name}: {gpu.mib:,} MiB", columns, f"{caption}{FORMAT_NOTE} {SEVERAL}")
     for name, one in plans.items():
-        sizes = (decimal(one.need.weights), decimal(one.need.total), f"{100 * one.need.total / one.memory:.0f} %")
+        total = one.need["total"]
+        sizes = (decimal(one.need["weights"]), decimal(total), f"{100 * total / gpu.bytes:.0f} %")
         longest = f"{one.longest:,}" if one.longest else "-"
         table.add(request.label(name), *sizes, longest, str(one.needs or "-"), one.verdict, style=COLOURS[one.verdict])
     out.print(table)
-    fitting = [request.label(name) for name, one in plans.items() if one.verdict != "no"]
     for name, offload in offloads.items():
         out.print(Text(f"{request.label(name)}, {offload}"))
+    fitting = [request.label(name) for name, one in plans.items() if one.verdict != "no"]
     verdict = "FITS: " + "; ".join(fitting) if fitting else "NO FORMAT FITS"
     out.print(Text(verdict, style="bold green" if fitting else "bold red"))
     if offloads and not fitting:
@@ -338,19 +331,16 @@ def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
         gpus = [{"name": g.name, "bytes": g.bytes, "gpus_needed": needs, "offload": one} for g, needs, one in rows]
         print(json.dumps({**request.as_dict(), "gpus": gpus}, default=asdict))
         return 0
-    out = console()
-    out.print(Text(request.sentence()))
-    columns = [Column("gpu", number=False), Column("MiB"), *(Column(request.label(name)) for name in request.specs)]
+    formats = [Column(request.label(name)) for name in request.specs]
     caption = f"-: more than {GPUS_MAX}. MiB: by its driver, of which 2 % stay free. {FORMAT_NOTE} {SEVERAL}"
-    table = Table("How many GPUs hold it, by the format of its weights", columns, caption)
-    columns[1] = Column("link", number=False)
-    offloaded = Table("What one GPU holds with experts in host memory", columns, OFFLOADED)
+    first, title = Column("gpu", number=False), "How many GPUs hold it, by the format of its weights"
+    table = Table(title, [first, Column("MiB"), *formats], caption)
+    title = "What one GPU holds with experts in host memory"
+    offloaded = Table(title, [first, Column("link", number=False), *formats], OFFLOADED)
     for gpu, needs, offloads in rows:
         table.add(gpu.name, f"{gpu.mib:,}", *(str(n or "-") for n in needs.values()))
-        cells = [offloads.get(name) for name in needs]
-        shown = (f"{one.experts}: {one.speed.split('-')[-1] or '?'}" if one else "-" for one in cells)
-        if any(cells):
-            offloaded.add(gpu.name, gpu.link, *shown)
-    out.print(table)
-    out.print(offloaded)
+        cells = (f"{one.experts}: {(one.rates or '?')[-1]}" if one else "-" for one in map(offloads.get, needs))
+        if offloads:
+            offloaded.add(gpu.name, gpu.link, *cells)
+    console().print(Text(str(request)), table, offloaded, sep="\n")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copyreg
 import functools
 import hashlib
 import io
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -24,11 +25,9 @@ from typing import Any, TypeVar
 
 import torch
 import triton
-from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
-from triton.runtime.cache import get_cache_key, get_cache_manager
-from triton.runtime.jit import create_function_from_signature
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from ..kernels.arch import ARCHS, amd
 from ..kernels.checks import FLOATS
@@ -36,7 +35,6 @@ from ..kernels.launch import INTERPRETED
 from ..kernels.op import Launch, Op
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
-from . import sass
 from .compiled import Compiled, as_json, resources_table
 from .predict import family_note
 from .terminal import bar, console, write_file
@@ -98,41 +96,34 @@ def _usage(stages: Mapping[str, Path]) -> tuple[int, int]:
     return found["vgpr_count"], 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
 
 
+def _options(launch: Launch) -> dict[str, Any]:
+    """As `launch` gives them. FP fusion is explicit because its default differs between releases of Triton."""
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    return options | ({"launch_pdl": True} if launch.dependent else {})
+
+
+def _load_kernel(module: str, name: str) -> Any:
+    return getattr(import_module(module), name)
+
+
+# So that a launch can be sent to another process.
+copyreg.pickle(JITFunction, lambda fn: (_load_kernel, (fn.__module__, fn.__name__)))
+
+
 @dataclass(frozen=True)
 class _Job:
-    """A kernel to compile. Unlike a jitted function and meta tensors it can be sent to another process."""
+    """A kernel to compile, in this process or another."""
 
-    op: str
-    arch: str
-    out: PathLike | None
-    cache: str
-    key: str
-    module: str
     launch: Launch
-    signature: Mapping[str, str]
-    constants: Mapping[Any, Any]
-    attrs: Mapping[Any, Any]
-
-    @classmethod
-    def of(cls, launch: Launch, arch: str, op: str = "", out: PathLike | None = None) -> _Job:
-        _target(arch)  # ValueError where nothing can be compiled
-        source, bare = _source(launch, arch), replace(launch, fn=None, args={})
-        types = source.signature, source.constants, source.attrs
-        return cls(op, arch, out, triton.knobs.cache.dir, _key(launch, source), launch.fn.__module__, bare, *types)
-
-    def source(self, fn: Any = None) -> ASTSource:
-        fn = fn or getattr(import_module(self.module), self.launch.kernel)
-        return ASTSource(fn, self.signature, self.constants, self.attrs)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """As `launch` gives them. FP fusion is explicit because its default differs between releases of Triton."""
-        options = {"num_warps": self.launch.num_warps, "num_stages": self.launch.num_stages, "enable_fp_fusion": True}
-        return options | ({"launch_pdl": True} if self.launch.dependent else {})
+    arch: str
+    op: str = ""
+    out: PathLike | None = None
+    cache: str = field(default_factory=lambda: triton.knobs.cache.dir)
 
     def result(self, **figures: Any) -> Compiled:
-        pointers = [kind.lstrip("*") for kind in self.signature.values() if kind.startswith("*")]
-        launch, fixed = self.launch, [name for name, kind in self.signature.items() if kind == "constexpr"]
+        launch, signature = self.launch, _source(self.launch, self.arch).signature
+        pointers = [kind.lstrip("*") for kind in signature.values() if kind.startswith("*")]
+        fixed = [name for name, kind in signature.items() if kind == "constexpr"]
         return Compiled(
             op=self.op,
             kernel=launch.kernel,
@@ -140,29 +131,24 @@ class _Job:
             num_warps=launch.num_warps or 0,
             num_stages=launch.num_stages or 0,
             constexprs={name: launch.constexprs[name] for name in fixed if name in launch.constexprs},
-            signature=self.signature,
+            signature=signature,
             dtype=min(pointers, key=lambda kind: (kind[0] in "iu", int(re.sub(r"\D+(\d+).*", r"\1", kind)))),
             limit_bytes=ARCHS[self.arch].shared_bytes,
             **{"file": None, "registers": 0, "spills": 0, "shared_bytes": 0, "stages": {}, **figures},
         )
 
-    def is_cached(self) -> bool:
-        backend, source = make_backend(_target(self.arch)), self.source()
-        key = get_cache_key(source, backend, backend.parse_options(self.options), get_cache_invalidating_env_vars())
-        manager = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
-        return manager.get_group(f"{source.name[:150]}.json") is not None
-
-    def compile(self, fn: Any = None) -> Compiled:
+    def compile(self) -> Compiled:
+        source = _source(self.launch, self.arch)
         # Where ptxas fails, Triton prints all its input.
         with triton.knobs.cache.scope(), redirect_stdout(io.StringIO()):
             triton.knobs.cache.dir = self.cache
-            kernel = triton.compile(self.source(fn), target=_target(self.arch), options=self.options)
+            kernel = triton.compile(source, target=_target(self.arch), options=_options(self.launch))
         stages = {Path(file).suffix[1:]: Path(file) for file in kernel.metadata_group.values()}
         registers, spills = _usage(stages)
         kinds, file = ("amdgcn", "hsaco") if amd(self.arch) else ("ptx", "sass", "cubin"), None
         for kind in kinds if self.out is not None else ():
-            content = kernel.asm[kind]
-            file = str(Path(self.out or "").absolute() / f"{self.launch.kernel}.{self.arch}.{self.key}.{kind}")
+            content, name = kernel.asm[kind], f"{self.launch.kernel}.{self.arch}.{_key(self.launch, source)}.{kind}"
+            file = str(Path(self.out or "").absolute() / name)
             write_file(Path(file), content if isinstance(content, bytes) else content.encode())
         usage = {"registers": registers, "spills": spills, "shared_bytes": kernel.metadata.shared}
         return self.result(file=file, stages=stages, **usage)
@@ -193,12 +179,14 @@ def compile_launch(launch: Launch, arch: str, op: str = "") -> Compiled:
 
     ValueError: an unknown `arch`, or this process interprets. The compiler raises whatever its passes do.
     """
-    return _Job.of(launch, arch, op).compile(launch.fn)
+    return _Job(launch, arch, op).compile()
 
 
 def _attempt(job: _Job) -> Compiled:
     try:
-        return job.compile()
+        compiled = job.compile()
+        _ = compiled.loops  # here, since the disassembler takes long to start
+        return compiled
     except OSError as error:  # a full disk, say, is no fault of the kernel
         unnamed = error.errno is not None and error.filename is None  # Triton writes to its cache
         raise OSError(error.errno, error.strerror, job.cache) if unnamed else error from None
@@ -248,23 +236,21 @@ def map_in_processes(
 
 
 def _compile_all(jobs: Sequence[_Job]) -> Iterator[tuple[int, Compiled]]:
-    """Yield index and kernel as they are done, first those in Triton's cache."""
-    cached = [index for index, job in enumerate(jobs) if job.is_cached()]
-    left = sorted(set(range(len(jobs))) - set(cached))
-    workers = min(len(left) // _KERNELS_PER_WORKER, len(os.sched_getaffinity(0)))
-    here, elsewhere = (cached, left) if workers > 1 else (cached + left, [])
-    yield from ((index, _attempt(jobs[index])) for index in here)
-    for place, result in map_in_processes(_attempt, [jobs[index] for index in elsewhere], workers) if elsewhere else ():
-        index = elsewhere[place]
+    """Yield index and kernel as they are done; many are shared with other processes."""
+    workers = min(len(jobs) // _KERNELS_PER_WORKER, len(os.sched_getaffinity(0)))
+    if workers <= 1:
+        yield from enumerate(map(_attempt, jobs))
+        return
+    for index, result in map_in_processes(_attempt, jobs, workers):
         yield index, jobs[index].result(error="Triton crashed") if isinstance(result, BrokenProcessPool) else result
 
 
 def compile_launches(launches: Iterable[Launch], arch: str) -> Iterator[Compiled]:
     """Compile the kernels of recorded launches into Triton's cache, each once, on all cores."""
-    jobs = [_Job.of(launch, arch) for launch in launches]
+    sources = [(launch, _source(launch, arch)) for launch in launches]
     # What is known of its integers makes another kernel of it, too.
-    distinct = {(job.key, repr(job.attrs)): job for job in jobs}
-    return (compiled for _, compiled in _compile_all(list(distinct.values())))
+    distinct = {(_key(launch, source), repr(source.attrs)): launch for launch, source in sources}
+    return (compiled for _, compiled in _compile_all([_Job(launch, arch) for launch in distinct.values()]))
 
 
 def compile_ops(
@@ -288,17 +274,13 @@ def compile_ops(
         raise ValueError(f"compile: argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
     selected += [op for name, op in OPS.items() if name in names]
     found = _kernels(selected, arch, dtypes, widths=False)
-    jobs = [_Job.of(launch, arch, name, out) for name, launch in found.values()]
+    jobs = [_Job(launch, arch, name, out) for name, launch in found.values()]
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
     kernels: dict[int, Compiled] = {}
     for done, (index, compiled) in enumerate(_compile_all(jobs), 1):
         kernels[index] = compiled
         progress(done, len(jobs))
-    # Together: the disassembler takes long to start.
-    counted = [one for one in kernels.values() if "cubin" in one.stages]
-    for one, loops in zip(counted, sass.main_loops([one.stages["cubin"] for one in counted], arch), strict=True):
-        vars(one)["loops"] = loops  # where the cached property looks
     return [kernels[index] for index in range(len(jobs))]
 
 

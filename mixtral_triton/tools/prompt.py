@@ -81,8 +81,8 @@ class ChatTemplate:
         config = parse_json_object(self.file.read_bytes(), str(self.file)) if self.file.is_file() else {}
         template = config.get("chat_template")
         if isinstance(template, list):  # several with names
-            named = [each for each in template if isinstance(each, dict) and each.get("name") == "default"]
-            template = named[0].get("template") if named else None
+            named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+            template = named.get("default")
         if file.is_file():
             self.file, template = file, file.read_text("utf-8")
         if not isinstance(template, str):
@@ -90,14 +90,16 @@ class ChatTemplate:
                 f"{folder}: --chat needs a template, and neither {TEMPLATE_FILE} nor a chat_template in {CONFIG_FILE} "
                 "is there: an instruction-tuned checkpoint has one"
             )
-        self.tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        self.tokens = {
-            name: token.get("content") if isinstance(token, dict) else token for name, token in self.tokens.items()
-        }
+        special = ((name, config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token"))
+        tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in special}
+        self.tokens = {name: token for name, token in tokens.items() if token is not None}
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
-        environment.filters["tojson"] = _to_json  # jinja's own escapes HTML
+        # jinja's own escapes HTML
+        environment.filters["tojson"] = lambda x, ensure_ascii=False, **more: json.dumps(
+            x, ensure_ascii=ensure_ascii, **more
+        )
         environment.globals |= {"raise_exception": _raise, "strftime_now": datetime.datetime.now().strftime}
         try:
             self.template = environment.from_string(template)
@@ -107,22 +109,17 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message]) -> str:
         """Return the text that continues with the assistant's next message; ValueError where the template fails, and
         where it leaves a system message out."""
-        tokens = {name: token for name, token in self.tokens.items() if token is not None}
         arguments = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True}
         system = messages[0]["content"] if messages[0]["role"] == "system" else ""
         hint = ": it may have no system message; leave --system out" if system else ""
         try:
-            text = self.template.render(**arguments, **tokens)
+            text = self.template.render(**arguments, **self.tokens)
         except Exception as error:  # a template is a program
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{self.file}: the chat template fails with {reason}{hint}") from None
         if system.strip() not in text:
             raise ValueError(f"{self.file}: the chat template leaves the system message out{hint}")
         return text
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _raise(message: str) -> None:
@@ -133,21 +130,14 @@ class TimedSteps:
     """The tokens of one sequence of `generate.stream`: how fast they came, and the peak of memory."""
 
     def __init__(self, steps: Iterator[Any], prompt_tokens: int, device: Any) -> None:
-        self.prompt_tokens, self.device, self.tokens = prompt_tokens, device, 0
-        self.prefill = self.decode = 0.0  # seconds to the first token, and from there to the last
-        self._iterator = self._measure(steps)
+        self.steps, self.prompt_tokens, self.device = steps, prompt_tokens, device
+        self.times: list[float] = []  # of the start, and of each token
 
     def __iter__(self) -> Iterator[int]:
-        return self._iterator
-
-    def _measure(self, steps: Iterator[Any]) -> Iterator[int]:
-        start = time.perf_counter()
-        for step in steps:
+        self.times = self.times or [time.perf_counter()]
+        for step in self.steps:
             token = int(step[0])  # waits for the GPU
-            self.tokens += 1
-            seconds = time.perf_counter() - start
-            self.prefill = self.prefill or seconds
-            self.decode = seconds - self.prefill
+            self.times.append(time.perf_counter())
             yield token
 
     def peak_bytes(self) -> int:
@@ -164,21 +154,21 @@ class TimedSteps:
 
     def as_dict(self) -> dict[str, Any]:
         """Rates in tokens per second; None where there is no token to count."""
-        count, whole = self.tokens, self.prefill + self.decode
+        times, count = self.times, len(self.times) - 1
         return {
             "prompt_tokens": self.prompt_tokens,
-            "tokens_per_second": count / whole if count else None,
-            "prefill_tokens_per_second": self.prompt_tokens / self.prefill if count else None,
-            "decode_tokens_per_second": (count - 1) / self.decode if count > 1 else None,
+            "tokens_per_second": count / (times[-1] - times[0]) if count > 0 else None,
+            "prefill_tokens_per_second": self.prompt_tokens / (times[1] - times[0]) if count > 0 else None,
+            "decode_tokens_per_second": (count - 1) / (times[-1] - times[1]) if count > 1 else None,
             "peak_bytes": self.peak_bytes(),
         }
 
     def __str__(self) -> str:
         _, _, prefill, decode, peak = self.as_dict().values()
-        after, rate = max(0, self.tokens - 1), "{:.1f} tokens/s"
         return (
-            f"prefill: {self.prompt_tokens} tokens, {rate.format(prefill or 0)}; "
-            f"decode: {after} tokens, {rate.format(decode or 0)}; peak of memory: {peak / 1e9:.2f} GB"
+            f"prefill: {self.prompt_tokens} tokens, {prefill or 0:.1f} tokens/s; "
+            f"decode: {max(0, len(self.times) - 2)} tokens, {decode or 0:.1f} tokens/s; "
+            f"peak of memory: {peak / 1e9:.2f} GB"
         )
 
 

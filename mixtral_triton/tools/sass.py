@@ -8,15 +8,8 @@ which do a quarter of its FLOP each. More is better: the tensor cores wait less 
 from __future__ import annotations
 
 import re
-import struct
 import subprocess
-import tempfile
-from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
-from itertools import accumulate, chain, pairwise
-from operator import and_
 from pathlib import Path
 
 import triton
@@ -54,80 +47,58 @@ class Loop:
         return 32 * warps * (self.tensor + self.other) / size
 
 
-def _sections(cubin: bytes) -> list[bytes]:
-    """The machine code of an ELF file, a section a function."""
-    (start,) = struct.unpack_from("<Q", cubin, 0x28)
-    size, count, of_names = struct.unpack_from("<HHH", cubin, 0x3A)
-    headers = [struct.unpack_from("<IIQQQQ", cubin, start + size * index) for index in range(count)]
-    names = headers[of_names][4]
-    texts = (header for header in headers if cubin.startswith(b".text.", names + header[0]))
-    return [cubin[offset : offset + length] for *_, offset, length in texts]
+def _disassemble(cubin: Path) -> list[Code]:
+    """The instructions of each function."""
+    command = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(cubin)]
+    text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    functions = text.split("Function :")[1:]
+    return [[(int(address, 16), instruction) for address, instruction in _LINE.findall(each)] for each in functions]
 
 
-def _disassemble(sections: Sequence[bytes], arch: str) -> list[Code]:
-    """The instructions of each section. All in one go: the disassembler takes most of a second to start."""
-    number = int(arch.removeprefix("sm_"))
-    # Those of one generation since sm_100 have the same encodings, and an older disassembler knows the first alone.
-    target = f"SM{number // 10 * 10}a" if number >= 90 else f"SM{number}"
-    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
-        file.write(b"".join(sections))
-        file.flush()
-        command = [triton.knobs.nvidia.nvdisasm.path, "--no-dataflow", "--binary", target, file.name]
-        text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    lines = [(int(address, 16), instruction) for address, instruction in _LINE.findall(text)]
-    ends = [bisect_left(lines, (address,)) for address in accumulate(map(len, sections), initial=0)]
-    return [lines[begin:end] for begin, end in pairwise(ends)]
-
-
-def _predecessors(code: Code) -> list[list[int]]:
-    """Which instructions may come before each, by number."""
+def _successors(code: Code) -> list[list[int]]:
+    """Which instructions may come after each, by number."""
     number = {at: index for index, (at, _) in enumerate(code)}
-    before: list[list[int]] = [[] for _ in code]
+    after: list[list[int]] = []
     for index, (_, text) in enumerate(code):
         jump = _JUMP.match(text)
-        if jump and int(jump[4], 16) in number:
-            before[number[int(jump[4], 16)]].append(index)
         falls_through = any(jump.groups()[:3]) if jump else not _END.match(text)
-        if falls_through and index + 1 < len(code):
-            before[index + 1].append(index)
-    return before
+        places = (index + 1 if falls_through else None, number.get(int(jump[4], 16)) if jump else None)
+        after.append([place for place in places if place is not None and place < len(code)])
+    return after
 
 
-def _natural_loops(before: list[list[int]]) -> list[set[int]]:
+def _reachable(graph: list[list[int]], places: list[int], without: int) -> set[int]:
+    """The instructions that `places` lead to, these included, on ways that do not pass `without`."""
+    found, left = {without}, list(places)
+    while left:
+        if (index := left.pop()) not in found:
+            found.add(index)
+            left.extend(graph[index])
+    return found - {without}
+
+
+def _natural_loops(after: list[list[int]]) -> list[set[int]]:
     """The instructions of each loop: from a jump back to one that it cannot be reached without, up to that one."""
-    unreached = (1 << len(before) + 1) - 1  # one bit more than there are instructions: stays where no way leads
-    dominators = [1] + [unreached] * (len(before) - 1)  # bit i: every way to the instruction leads through number i
-    changed = True
-    while changed:
-        changed = False
-        for index, earlier in enumerate(before[1:], 1):
-            met = reduce(and_, (dominators[other] for other in earlier), unreached) | 1 << index
-            changed, dominators[index] = changed or met != dominators[index], met
-    loops = []
-    for head, earlier in enumerate(before):
-        ahead = [index for index in earlier if dominators[index] != unreached and dominators[index] >> head & 1]
-        if not ahead:
-            continue
-        body = {head}
-        while ahead:
-            index = ahead.pop()
-            if index not in body:
-                body.add(index)
-                ahead.extend(before[index])
-        loops.append(body)
+    before: list[list[int]] = [[] for _ in after]
+    for index, places in enumerate(after):
+        for place in places:
+            before[place].append(index)
+    loops, every = [], _reachable(after, [0], -1)
+    for head in sorted({place for index, places in enumerate(after) for place in places if place <= index}):
+        ends = [index for index in before[head] if index in every - _reachable(after, [0], head)]
+        if ends:
+            loops.append(_reachable(before, ends, head) | {head})
     return loops
 
 
-def main_loops(cubins: Sequence[Path], arch: str) -> list[tuple[Loop, ...]]:
-    """Return each kernel's innermost loops that use the tensor cores; where none does, its innermost loops."""
-    sections = [_sections(cubin.read_bytes()) for cubin in cubins]
-    code = iter(_disassemble(list(chain.from_iterable(sections)), arch) if sections else ())
-    return [tuple(loop for _ in each for loop in _loops(next(code))) for each in sections]
+def main_loops(cubin: Path) -> tuple[Loop, ...]:
+    """Return a kernel's innermost loops that use the tensor cores; where none does, its innermost loops."""
+    return tuple(loop for code in _disassemble(cubin) for loop in _loops(code))
 
 
 def _loops(code: Code) -> list[Loop]:
     tensor = {index for index, (_, text) in enumerate(code) if _TENSOR.match(text)}
-    every = _natural_loops(_predecessors(code))
+    every = _natural_loops(_successors(code))
     working = [loop for loop in every if loop & tensor] or every
     innermost = [loop for loop in working if not any(other < loop for other in working)]
     return [_count([code[index][1] for index in sorted(loop)]) for loop in innermost]

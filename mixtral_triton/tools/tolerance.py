@@ -9,6 +9,8 @@ import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -39,7 +41,6 @@ class Tolerance:
         derived = [] if op.derived_outputs is None else op.derived_outputs(args, self.exact)
         self.independent = len(self.exact) - len(derived)
         self.limits: list[float] = []
-        self.sensitivity_is_known = False
         for got, exact in zip(_results(op.call_reference, args, op.mutates), self.exact, strict=True):
             error = _error(got, exact) if len(self.limits) < self.independent else 0.0
             self.limits.append(max(RATIO * error, FLOOR.get(got.dtype, 0.0)))
@@ -53,20 +54,16 @@ class Tolerance:
             exact = [*exact[: self.independent], *self.derived_outputs(self.args, got)]
         errors = list(map(_error, got, exact))
         if any(map(operator.gt, errors, self.limits)):
-            self._allow_for_sensitivity()
+            self.limits = self._raised_limits
         return worst(zip(errors, self.limits, strict=True))
 
-    def _allow_for_sensitivity(self) -> None:
-        """Raise the limits to what half a rounding of each activation changes: torch's error of few values may be small
-        by chance."""
-        if self.sensitivity_is_known:
-            return
-        self.sensitivity_is_known = True
+    @cached_property
+    def _raised_limits(self) -> list[float]:
+        """At least what half a rounding of each activation changes: torch's own error may be small by chance."""
         args = {key: _perturbed(x) if key in ACTIVATIONS and x is not None else x for key, x in self.args.items()}
-        perturbed = fp64_results(self.name, args, self.mutates)
-        for at in range(self.independent):
-            if self.exact[at].dtype.is_floating_point:
-                self.limits[at] = max(self.limits[at], RATIO * _error(perturbed[at], self.exact[at]))
+        pairs = zip(fp64_results(self.name, args, self.mutates), self.exact, strict=True)
+        changes = [_error(*pair) if pair[0].dtype.is_floating_point else 0.0 for pair in pairs][: self.independent]
+        return [max(limit, RATIO * change) for limit, change in zip_longest(self.limits, changes, fillvalue=0.0)]
 
 
 def measure(name: str, args: Args) -> tuple[float, float]:

@@ -29,7 +29,6 @@ compiles = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process wit
 
 @compiles
 def test_a_fault_is_printed_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(offline._Job, "is_cached", lambda job: False)
     monkeypatch.setattr(offline, "_attempt", lambda job: job.result(error="ptxas crashed with SIGSEGV"))
     assert main(["compile", "append", "--arch", "sm_89"]) == 1
     out = " ".join(capsys.readouterr().out.split())
