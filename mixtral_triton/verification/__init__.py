@@ -20,19 +20,17 @@ from ..inputs import check_ids, check_vocabulary
 from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED
 from ..model import Mixtral
-from ..tools.tolerance import Fp64Reference, measure, to_fp64
+from ..tools.tolerance import Fp64Reference, to_fp64
 from .calls import SizedCalls, text_calls
 from .generation import check_generate
 from .hf import TransformersTarget, compare_with_transformers
-from .layers import LayerProbe, Target, check_in_fp32, check_layers, rows_or_fault
-from .mesh import MeshTarget, worst_of_ranks
-from .report import END_RATIO, TORCH, Report, Row
-from .weights import check_finite, compare_with_files, estimate, held_out, perplexity
+from .layers import LayerProbe, Target, compare_in_fp32, compare_layers
+from .mesh import MeshTarget
+from .report import END_RATIO, TORCH, Report, Row, worst_rows
+from .weights import check_weights, held_out, perplexity
 
-__all__ = ["Report", "Row", "estimate", "held_out", "perplexity", "verify"]
+__all__ = ["Report", "Row", "held_out", "perplexity", "verify"]
 
-# Of the default text, two sequences: more than the experts' decode path takes, each more than the small checkpoint's
-# window.
 TEXT_TOKENS = 144
 
 Progress = Callable[[int, int], None] | None
@@ -113,11 +111,11 @@ def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: 
 def _verify(
     target: Any, input_ids: Tensor | None, progress: Progress, folder: Any, peer: str | None, quick: bool, tokens: Any
 ) -> Report:
-    config, embedding = target.config, target.embed_tokens
-    ids, device = default_text(input_ids, config, embedding.device, tokens), embedding.device
-    steps = 1 + target.forwards(*ids.shape) + (folder is not None) + (peer is not None)
-    fp32 = not quick and embedding.dtype != torch.float32
-    total, done = config.num_hidden_layers * (steps + fp32), count(1)
+    config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
+    ids = default_text(input_ids, config, device, tokens)
+    fp32 = not quick and dtype != torch.float32
+    steps = 1 + len(list(target.readings(config, *ids.shape))) + (folder is not None) + (peer is not None) + fp32
+    total, done = config.num_hidden_layers * steps, count(1)
 
     def step() -> None:
         if progress is not None:
@@ -125,19 +123,13 @@ def _verify(
 
     kernels = INTERPRETED or device.type == "cuda"
     sized = SizedCalls(config, device, tokens or (PREFILL_CHUNK if device.type == "cuda" else TEXT_TOKENS))
-    of_files, cost = ([], None) if folder is None else compare_with_files(target, folder, ids, step)
-    rows = check_finite(target) + of_files
-    probe_config = target.probe_config(ids.shape[1])
-    calls = sized if kernels else text_calls
-    found, expected, probe_expected, exact = check_layers(target, ids, probe_config, step, calls)
-    probe = LayerProbe(probe_expected.layers, step)
-    target.probe(probe_config, ids, probe)
-    found += probe.as_rows()
+    rows, cost = check_weights(target, folder, ids, step)
+    found, expected, exact = compare_layers(target, ids, sized if kernels else text_calls, step)
     if fp32:
-        found += check_in_fp32(target, expected, step)
+        found += compare_in_fp32(target, expected, step)
     rows += sorted(found, key=lambda row: -1 if row.layer is None else row.layer)
-    args = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
-    rows.append(Row(None, "rms_norm", "final", *measure("rms_norm", args)))
+    norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
+    rows += target.measure(None, "rms_norm", "final", norm)
     logits = target.head(to_fp64)(exact), target.head()(expected.x)
     reference = Fp64Reference.from_baseline(*logits, END_RATIO)
     routes = LayerProbe(expected.layers)
@@ -145,16 +137,16 @@ def _verify(
     if peer is not None:
         rows += compare_with_transformers(folder, target.model, ids, expected.layers, reference, step)
     if target.generates:
-        rows += rows_or_fault(target, "generate", check_generate, target, ids, *logits)
+        rows += target.rows_or_fault(Row(None, "generate", "", 0.0, 0.0), check_generate, target, ids, *logits)
     if isinstance(target, MeshTarget):
-        rows = worst_of_ranks(target.ranks, rows)
-    backend = TORCH if embedding.device.type == "cpu" and not INTERPRETED else "Triton, interpreted"
-    if embedding.device.type == "cuda":
-        backend = f"Triton on {torch.cuda.get_device_name(embedding.device)}"
+        rows = worst_rows(row for same in target.ranks.all_gather_object(rows) for row in same)
+    backend = "Triton, interpreted" if kernels else TORCH
+    if device.type == "cuda":
+        backend = f"Triton on {torch.cuda.get_device_name(device)}"
     not_run = sized.not_run if kernels else []
-    if not fp32 and embedding.dtype != torch.float32:
+    if quick and dtype != torch.float32:
         not_run.append("layers in fp32, which shows what 16 bits hide (without --quick)")
     elif fp32 and not target.widens:
         not_run.append("layers in fp32: only those of a Mixtral on one device can be taken out")
-    routed, dtype = config.num_hidden_layers * ids.numel(), dtype_name(embedding.dtype)
-    return Report(tuple(rows), routes.flips, routed, backend, dtype, target.peer, cost, tuple(not_run))
+    routed = config.num_hidden_layers * ids.numel()
+    return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, cost, tuple(not_run))

@@ -22,7 +22,7 @@ from ..config import SIZES, MixtralConfig
 from ..model import Mixtral
 from ..quantize import QuantizedWeight
 from ..tools.tolerance import FLOOR, Fp64Reference, LayerReference
-from .layers import PADDING, LayerCheck, LayerProbe, Step, Target
+from .layers import PADDING, LayerCheck, LayerProbe, Reading, Step, Target
 from .report import PEER, Row
 from .source import OUTSIDE, Source
 from .weights import _place
@@ -86,8 +86,8 @@ class TransformersTarget(Target):
             gate_up_proj=moe.experts.gate_up_proj,
             down_proj=moe.experts.down_proj,
         )
-        tables = (part[0, :, : attn.head_dim // 2].contiguous() for part in rotary(x.float()))
-        return LayerCheck(values, layer, config, dict(zip(("cos", "sin"), tables, strict=True)))
+        cos, sin = (part[0, :, : attn.head_dim // 2].contiguous() for part in rotary(x.float()))
+        return LayerCheck(values, layer, config, {"cos": cos, "sin": sin})
 
     def probe_config(self, tokens: int) -> MixtralConfig:
         return self.config
@@ -97,41 +97,32 @@ class TransformersTarget(Target):
 
         return DynamicCache(config=self.backbone.config)
 
-    def forwards(self, batch: int, tokens: int) -> int:
-        return super().forwards(batch, tokens) + 2 + 3 * len(parts(tokens))
-
-    def probe(self, config: MixtralConfig, ids: Tensor, probe: LayerProbe) -> None:
+    def readings(self, config: MixtralConfig, B: int, T: int) -> Iterator[Reading]:
         """Also a left-padded batch, static caches and packed sequences. Their rows are prefixes of the text, whose
         references hold for them."""
         from transformers import StaticCache
 
-        super().probe(config, ids, probe)
-        (B, T), numbers = ids.shape, torch.arange(max(len(ids), 2))
-        at, rows, row = torch.arange(T), numbers % B, numbers[:, None]
+        yield from super().readings(config, B, T)
+        at, row = torch.arange(T), torch.arange(max(B, 2))[:, None]
         padded, packed = at - row % 3 * T // 4, at % (T // 2 + 1 + row % 3)  # positions [R,T], negative for padding
-
-        def static() -> Any:
-            return StaticCache(config=self.backbone.config, max_cache_len=T + PADDING)
-
+        dynamic = partial(self.make_cache, config, B, T)
+        static = partial(StaticCache, config=self.backbone.config, max_cache_len=T + PADDING)
         cases: list[tuple[str, Tensor, Callable[[], Any] | None]] = [
             ("left-padded", padded, None),
-            ("padded, cached", padded, partial(self.make_cache, config, B, T)),
+            ("padded, cached", padded, dynamic),
             ("static cache", at.expand_as(padded), static),
             ("padded, static", padded, static),
             ("packed", packed, None),
         ]
-        with self.forward(config, probe, probe_layers=True) as forward:
-            for case, positions, make_cache in cases:
-                cache, real = None if make_cache is None else make_cache(), positions >= 0
-                for begin, end in [(0, T)] if cache is None else parts(T):
-                    part = positions[:, begin:end]
-                    tokens = part % T  # padding holds the last tokens of the text
-                    probe.start(case, tokens, real[:, begin:end], rows)
-                    kwargs = {"position_ids": part.clamp(min=0).to(ids.device)}
-                    if not real.all():
-                        kwargs["attention_mask"] = real[:, :end].long().to(ids.device)
-                    with self.catch_faults(probe.fail):
-                        forward(ids[rows[:, None], tokens], cache, **kwargs)
+        for case, positions, make_cache in cases:
+            cache, real = None if make_cache is None else make_cache(), positions >= 0
+            # Over a cache a prefill, a chunk and one token.
+            for begin, end in pairwise([0, T] if cache is None else sorted({0, T // 2, T - 1, T})):
+                part = positions[:, begin:end]
+                kwargs = {"position_ids": part.clamp(min=0)}
+                if not real.all():
+                    kwargs["attention_mask"] = real[:, :end].long()
+                yield case, part % T, real[:, begin:end], cache, kwargs  # padding holds the last tokens of the text
 
     @contextmanager
     def forward(self, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Iterator[Callable[..., Tensor]]:
@@ -150,28 +141,23 @@ class TransformersTarget(Target):
         def route(gate: Any, args: Any, out: Any) -> Any:
             return out[0], *probe.replace_routes(out[1], out[2])
 
-        def forward(ids: Tensor, cache: Any = None, lengths: None = None, **kwargs: Any) -> Tensor:
+        def forward(ids: Tensor, cache: Any = None, **kwargs: Any) -> Tensor:
             return self.backbone(ids, use_cache=cache is not None, **{CACHE: cache}, **kwargs).last_hidden_state
 
         with ExitStack() as stack:
             if self.apply and not hf.applied(self.model):
                 hf.apply(self.model)
                 stack.callback(hf.revert, self.model)
-            for gate in self.backbone.modules():
-                if isinstance(gate, self.theirs.MixtralTopKRouter):
-                    stack.enter_context(gate.register_forward_hook(route))
-            for index, layer in enumerate(self.layers if probe_layers else ()):
+            for index, layer in enumerate(self.layers):
+                stack.enter_context(layer.mlp.gate.register_forward_hook(route))
+                if not probe_layers:
+                    continue
                 stack.enter_context(layer.register_forward_pre_hook(partial(enter, index), with_kwargs=True))
                 stack.enter_context(layer.register_forward_hook(partial(leave, index)))
                 enough = probe.layers[index].x[..., 0].numel() >= MIN_TOKENS
                 for name, module in (("attended", layer.self_attn), ("y", layer.mlp)) if enough else ():
                     stack.enter_context(module.register_forward_hook(partial(record, index, name)))
             yield forward
-
-
-def parts(tokens: int) -> list[tuple[int, int]]:
-    """How a text is read over a cache: a prefill, a chunk and one token."""
-    return list(pairwise(sorted({0, tokens // 2, tokens - 1, tokens})))
 
 
 def compare_with_transformers(
@@ -181,30 +167,27 @@ def compare_with_transformers(
 
     One of its layers is in memory at a time, in fp32, so that it shows what 16 bits hide.
     """
-    source, rows, x = Source(folder), [], None
+    source, rows, x = Source(folder), list[Row](), None
     for index, layer in enumerate(layers):
-        found, x, head = _compare_layer(_load_layer(source, model, index), layer, ids, x)
+        found, x, out = _compare_layer(_load_layer(source, model, index), _in_fp32(layer), ids, x)
         rows += [replace(row, layer=index) for row in found]
-        if index + 1 == len(layers):
-            rows.append(Row(None, "logits", PEER, *logits.measure(head(x))))
-        del head  # of this layer's model
         step()
-    return rows
+    return [*rows, Row(None, "logits", PEER, *logits.measure(out))]
 
 
-def _compare_layer(model: Any, layer: LayerReference, ids: Tensor, x: Tensor | None) -> tuple[list[Row], Tensor, Any]:
-    """The rows of transformers' model of one layer, its output on x fp32 [B,T,H], and its final norm and head."""
+def _compare_layer(model: Any, layer: LayerReference, ids: Tensor, x: Tensor | None) -> tuple[list[Row], Any, Tensor]:
+    """The rows of transformers' model of one layer, its output on x fp32 [B,T,H], and the logits of that."""
     target = TransformersTarget(model, apply=False)
     norm, target.backbone.norm = target.backbone.norm, torch.nn.Identity()
     x = target.backbone.embed_tokens(ids) if x is None else x
-    probe, routes = LayerProbe([_in_fp32(layer)]), LayerProbe([_in_fp32(layer)])
-    for each, inputs in ((probe, layer.x.float()), (routes, x)):
-        each.start(PEER, torch.arange(ids.shape[1]))
+    probe, routes = LayerProbe([layer]), LayerProbe([layer])
+    for each, inputs in ((probe, layer.x), (routes, x)):
+        each.start(PEER)
         out = torch.empty(0)
         with target.catch_faults(each.fail), target.forward(None, each, each is probe) as forward:
             out = forward(None, inputs_embeds=inputs)
     rows = [row if PEER in row.case else replace(row, case=f"{row.case}, {PEER}") for row in probe.as_rows()]
-    return rows, out, lambda x: target.model_head(norm(x)) if x.numel() else x
+    return rows, out, target.model_head(norm(out)) if out.numel() else out
 
 
 def _load_layer(source: Source, model: Mixtral, index: int) -> Any:

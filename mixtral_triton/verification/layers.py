@@ -21,23 +21,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import reference
+from .. import ops, reference
 from ..cache import KVCache
 from ..model import Layer
 from ..tools import tolerance
 from ..tools.tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
 from .calls import Call, LayerCheck, text_calls
-from .report import FP32, TORCH, Row
+from .report import FP32, TORCH, Row, worst_rows
 
 UNCACHED, CHUNKS, TOKENS = "whole text", "in chunks", "token by token"
 ROUTES, PARTS = "routes", {"attended": "attention", "y": "experts"}  # rows of what a layer computes inside
 PART_RATIO = 3.0  # of PARTS in the place of RATIO: without the residual stream few values decide
 ERROR_LENGTH = 200  # characters of a raised error in a row
 SINGLE_TOKENS = 3  # tokens that are read one at a time, after the chunks
-PADDING = 3  # tokens of right padding behind one of the chunks
+PADDING = 3  # tokens of right padding behind all chunks but the first
 WINDOW_FRACTION = 4  # a window as long as the text is reduced by this factor, so that the ring wraps around
 
 Step = Callable[[], None]  # called after each layer of each forward
+# A call of a forward: its case, the tokens of the text [R,n], False for padding [R,n], the cache, other arguments.
+Reading = tuple[str, Tensor, Tensor, Any, dict[str, Tensor]]
 
 
 class Target:
@@ -66,27 +68,35 @@ class Target:
             return self.config
         return replace(self.config, sliding_window=max(1, tokens // WINDOW_FRACTION))
 
-    def forwards(self, batch: int, tokens: int) -> int:
-        """The number of forwards in `probe`."""
-        return 1 + len(split_text(tokens, batch if self.uneven else 1))
+    def readings(self, config: Any, B: int, T: int) -> Iterator[Reading]:
+        """The calls that read a text of B sequences of T tokens, without a cache and over one.
+
+        After every other call a sequence has read one token less than the one before it: no two stand at the same
+        place, and of no two chunks are the counts those of the first.
+        """
+        yield UNCACHED, (whole := torch.arange(T).expand(B, T)), whole >= 0, None, {}
+        single, behind = min(SINGLE_TOKENS, T - 1) or 1, torch.arange(B) * self.uneven
+        rest = T - single
+        bounds = sorted({0, -(-2 * rest // 5), -(-3 * rest // 4), rest})
+        ends = [(bound - behind * (at % 2)).clamp(min=0) for at, bound in enumerate(bounds)]
+        chunks, cache = len(ends) - 1, self.make_cache(config, B, T + PADDING)
+        for at, (begin, end) in enumerate(pairwise(ends + [ends[-1] + at for at in range(1, single + 1)])):
+            counts = end - begin
+            padding = PADDING if self.uneven and begin[0] and at < chunks else 0
+            columns = torch.arange(int(counts.max()) + padding)
+            valid = columns < counts[:, None]
+            tokens = torch.where(valid, begin[:, None] + columns, 0)
+            if counts.any():
+                lengths = {} if valid.all() else {"lengths": counts.int()}
+                yield CHUNKS if at < chunks else TOKENS, tokens, valid, cache, lengths
 
     def probe(self, config: Any, ids: Tensor, probe: LayerProbe) -> None:
-        """The layers' own forwards on ids [B,T], without a cache and over one."""
-        B, T = ids.shape
+        """The layers' own forwards on ids [B,T]."""
         with self.forward(config, probe, probe_layers=True) as forward:
-            probe.start(UNCACHED, torch.arange(T))
-            with self.catch_faults(probe.fail):
-                forward(ids)
-            cache = self.make_cache(config, B, T + PADDING)
-            for case, first, counts in split_text(T, B if self.uneven else 1):
-                # One chunk is padded even where all sequences are equally long.
-                padding = PADDING if self.uneven and first[0] and case == CHUNKS else 0
-                columns, lengths = torch.arange(max(counts) + padding), torch.tensor(counts, dtype=torch.int32)
-                valid = columns < lengths[:, None]
-                tokens = torch.where(valid, torch.tensor(first)[:, None] + columns, 0)
+            for case, tokens, valid, cache, kwargs in self.readings(config, *ids.shape):
                 probe.start(case, tokens, valid)
                 with self.catch_faults(probe.fail):
-                    forward(ids[probe.where], cache, None if valid.all() else lengths.to(ids.device))
+                    forward(ids[probe.where], cache, **{name: x.to(ids.device) for name, x in kwargs.items()})
 
     @contextmanager
     def catch_faults(self, record: Callable[[Exception], None]) -> Iterator[None]:
@@ -100,9 +110,23 @@ class Target:
                 raise
             record(error)
 
+    def rows_or_fault(self, row: Row, function: Callable[..., list[Row]], *args: Any) -> list[Row]:
+        """`function(*args)`, or the `row` as an infinitely wrong one where it raises."""
+        rows: list[Row] = []
+        with self.catch_faults(lambda error: rows.append(replace(row, error=math.inf, note=one_line(error)))):
+            rows += function(*args)
+        return rows
+
+    def measure(
+        self, layer: int | None, op: str, case: str, args: tolerance.Args, operation: Any = ops.dispatched
+    ) -> list[Row]:
+        """The row of one call of an operation."""
+        row, expected = Row(layer, op, case, 0.0, 0.0), Tolerance(op, args)
+        return self.rows_or_fault(row, lambda: [Row(layer, op, case, *expected.measure(operation(op, args)))])
+
     def end_to_end(self, ids: Tensor, probe: LayerProbe) -> Tensor:
         """The model's own forward with torch's routes -> [B,T,V], or without a head [B,T,H]."""
-        probe.start("end to end", torch.arange(ids.shape[1]))
+        probe.start("end to end")
         out = torch.empty(0)
         with self.catch_faults(probe.fail), self.forward(self.model.config, probe) as forward:
             out = self.model_head(forward(ids))
@@ -127,20 +151,22 @@ class Target:
         return logits
 
 
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:ERROR_LENGTH]
+
+
 def single_layer_model(model: Any, index: int, x: Tensor) -> Any:
     """`model` with only the layer `index`, its weights in fp32, and the rows of x [B,T,H] as the embedding."""
     config = replace(model.config, num_hidden_layers=1, vocab_size=x[..., 0].numel())
-    weights = {
-        name.rpartition(".")[2]: weight for name, weight in model.named_weights().items() if f"s.{index}." in name
-    }
+    frozen, layer = partial(nn.Parameter, requires_grad=False), model.layers[index]
+    weights = dict(layer.named_parameters(recurse=False)) | dict(layer.named_children())
     single = copy.copy(model)
     single._parameters, single._modules, single.config, single.full_config = {}, {}, config, config
-    frozen = partial(nn.Parameter, requires_grad=False)
     # By way of fp64, all experts of a layer would take twice the memory.
-    fp32 = (x.float() if isinstance(x, Tensor) else x.dequantize() for x in weights.values())
-    layer = Layer(config, dict(zip(weights, map(frozen, fp32), strict=True)))
-    single.layers, single.norm = nn.ModuleList([layer]), frozen(model.norm.float())
-    single.embed_tokens = single.lm_head = frozen(x.float().flatten(0, 1))
+    fp32 = (frozen(x.float() if isinstance(x, Tensor) else x.dequantize()) for x in weights.values())
+    single.layers = nn.ModuleList([Layer(config, dict(zip(weights, fp32, strict=True)))])
+    single.norm, single.embed_tokens = frozen(model.norm.float()), frozen(x.float().flatten(0, 1))
+    single.lm_head = single.embed_tokens
     return single
 
 
@@ -167,18 +193,20 @@ class TextReference:
         self.x, self.exact = values.output, exact.output
 
 
-def check_layers(
-    target: Target, ids: Tensor, probe_config: Any, step: Step, calls: Callable[[LayerCheck, int], Iterator[Call]]
-) -> tuple[list[Row], TextReference, TextReference, Tensor]:
-    """Measure the `calls` of every layer on ids [B,T] -> rows, references with the model's config and `probe_config`,
-    and the last layer's output [2B,T,H] in fp64 from the text `with_perturbed_input` on, with torch's routes."""
-    x, rows = F.embedding(ids, target.embed_tokens), []
+def compare_layers(
+    target: Target, ids: Tensor, calls: Callable[[LayerCheck, int], Iterator[Call]], step: Step = lambda: None
+) -> tuple[list[Row], TextReference, Tensor]:
+    """Measure the `calls` of every layer, and the layers' own forwards with `probe_config`, on ids [B,T] -> rows,
+    references with the model's config, and the last layer's output [2B,T,H] in fp64 from the text
+    `with_perturbed_input` on, with torch's routes."""
+    x, probe_config, rows = F.embedding(ids, target.embed_tokens), target.probe_config(ids.shape[1]), list[Row]()
     expected, exact = TextReference(x), with_perturbed_input(x)
     probe_expected = expected if probe_config == target.config else TextReference(x)
     for index in range(len(target.layers)):
         layer = target.layers[index]
         check = target.check(layer, expected.x, target.config)
-        rows += [measure_call(target, check, index, *call) for call in calls(check, index)]
+        for call in calls(check, index):
+            rows += target.measure(index, *call, check.operation)
         # One pass over the layer's weights in fp64, for torch's input of the layer and for fp64's.
         inputs, size = with_perturbed_input(check.values.x), 2 * len(x)
         both = check.fp64(torch.cat((inputs, exact.to(inputs.device))))
@@ -190,47 +218,22 @@ def check_layers(
             probe_expected.advance(check, check.fp64(with_perturbed_input(check.values.x)))
         del layer, check  # on a mesh, a layer that was gathered goes before the next one is
         step()
-    return rows, expected, probe_expected, exact
+    probe = LayerProbe(probe_expected.layers, step)
+    target.probe(probe_config, ids, probe)
+    return rows + probe.as_rows(), expected, exact
 
 
-def check_in_fp32(target: Target, expected: TextReference, step: Step) -> list[Row]:
+def compare_in_fp32(target: Target, expected: TextReference, step: Step) -> list[Row]:
     """The rows of each layer alone with its weights widened to fp32, on torch's input of that layer."""
     rows = []
     for index, layer in enumerate(expected.layers if target.widens else ()):
         single = Target(single_layer_model(target.model, index, layer.x))
-        (B, T, _), nothing = layer.x.shape, lambda: None
-        ids, config = torch.arange(B * T, device=layer.x.device).view(B, T), single.probe_config(T)
-        found, _, probe_expected, _ = check_layers(single, ids, config, nothing, text_calls)
-        probe = LayerProbe(probe_expected.layers)
-        single.probe(config, ids, probe)
-        rows += [replace(row, layer=index, case=row.case + FP32) for row in found + probe.as_rows()]
+        B, T, _ = layer.x.shape
+        found = compare_layers(single, torch.arange(B * T, device=layer.x.device).view(B, T), text_calls)[0]
+        rows += [replace(row, layer=index, case=row.case + FP32) for row in found]
         single.layers[0]._parameters.clear()  # the probe's copies are cycles of references, and would keep it
         step()
     return rows
-
-
-def measure_call(target: Target, check: LayerCheck, index: int | None, op: str, case: str, args: tolerance.Args) -> Row:
-    """The row of one call of an operation."""
-    expected = Tolerance(op, args)
-
-    def measure() -> list[Row]:
-        return [Row(index, op, case, *expected.measure(check.operation(op, args)))]
-
-    return rows_or_fault(target, op, measure, layer=index, case=case)[0]
-
-
-def rows_or_fault(
-    target: Target, op: str, function: Callable[..., list[Row]], *args: Any, layer: int | None = None, case: str = ""
-) -> list[Row]:
-    """`function(*args)`, or one row that is infinitely wrong where it raises."""
-    rows: list[Row] = []
-    with target.catch_faults(lambda error: rows.append(Row(layer, op, case, math.inf, 0.0, one_line(error)))):
-        rows += function(*args)
-    return rows
-
-
-def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:ERROR_LENGTH]
 
 
 class LayerProbe:
@@ -242,33 +245,34 @@ class LayerProbe:
 
     def __init__(self, layers: list[LayerReference], step: Step = lambda: None) -> None:
         self.layers, self.step, self.flips = layers, step, 0
-        self.notes: dict[tuple[int, str], str] = {}
-        self.errors: dict[tuple[int, str], list[tuple[float, float]]] = {}
+        self.rows: list[Row] = []
 
-    def start(self, case: str, tokens: Tensor, valid: Tensor | None = None, rows: Tensor | None = None) -> None:
-        """Begin a forward of `tokens` [n] or [R,n] of the text's sequences `rows` [R]; None: of each sequence.
+    def start(self, case: str, tokens: Tensor | None = None, valid: Tensor | None = None) -> None:
+        """Begin a forward of `tokens` [R,n] of the text's B sequences, row r of sequence r mod B; None: the text.
 
-        valid bool [n] or [R,n]: False for padding. All are on the CPU, as the layers may be on several GPUs.
+        valid bool [R,n]: False for padding. Both are on the CPU, as the layers may be on several GPUs.
         """
-        rows = torch.arange(len(self.layers[0].x)) if rows is None else rows
-        self.where = torch.broadcast_tensors(rows[:, None], tokens)
-        self.valid = (torch.tensor(True) if valid is None else valid).expand_as(self.where[1])
+        B, T, _ = self.layers[0].x.shape
+        tokens = torch.arange(T).expand(B, T) if tokens is None else tokens
+        self.where = (torch.arange(len(tokens)) % B)[:, None].expand_as(tokens), tokens
+        self.valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
         self.where_valid = tuple(index[self.valid] for index in self.where)
         self.case, self.layer = case, 0
 
+    def add(self, index: int, case: str, error: float, limit: float, note: str = "") -> None:
+        self.rows.append(Row(index, "layer", case, error, limit, note))
+
     def fail(self, error: Exception) -> None:
         """Record that the forward raised, in the layer that it had reached."""
-        index = min(self.layer, len(self.layers) - 1)
-        self.errors.setdefault((index, self.case), []).append((math.inf, 0.0))
-        self.notes[index, self.case] = one_line(error)
+        self.add(min(self.layer, len(self.layers) - 1), self.case, math.inf, 0.0, one_line(error))
 
     def replace_routes(self, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """weights, ids [BT,K] of the gate -> torch's for tokens that torch routes to other experts, else unchanged."""
-        index, expected = self.layer, self.layers[self.layer]
-        self.layer += 1
-        got, want = ids.view(*self.valid.shape, -1), expected.ids[self.where].to(ids.dtype)
+        expected, shape = self.layers[self.layer], self.valid.shape
+        got, want = ids.view(*shape, -1), expected.ids[self.where].to(ids.dtype)
         pair = expected.route_error(got[self.valid], self.where_valid, weights.view_as(got)[self.valid])
-        self.errors.setdefault((index, ROUTES), []).append(pair)
+        self.add(self.layer, ROUTES, *pair)
+        self.layer += 1
         if got.shape != want.shape:
             return expected.weights[self.where].to(weights.dtype).flatten(0, 1), want.flatten(0, 1)
         flipped = (got.sort(-1).values != want.sort(-1).values).any(-1, keepdim=True)
@@ -284,11 +288,9 @@ class LayerProbe:
         else:
             expected = layer.references[name]
         got = got.view(*self.valid.shape, -1) if got.dim() == 2 else got
-        part = PARTS.get(name)
-        case = self.case if part is None else f"{part}, {self.case}"
         fits = got.shape[:2] == self.valid.shape
         pair = expected.measure(got[self.valid], self.where_valid) if fits else (math.inf, expected.limit)
-        self.errors.setdefault((index, case), []).append(pair)
+        self.add(index, f"{PARTS[name]}, {self.case}" if name in PARTS else self.case, *pair)
 
     def enter(self, index: int, x: Tensor) -> Tensor:
         """Record the input of a layer -> the reference's input."""
@@ -322,17 +324,8 @@ class LayerProbe:
     def as_rows(self) -> list[Row]:
         """A row for each layer and case: attention, the routes, the experts, then the whole layer."""
         kinds = [PARTS["attended"], ROUTES, PARTS["y"]]
-
-        def order(item: Any) -> int:
-            kind = item[0][1].partition(",")[0]
-            return kinds.index(kind) if kind in kinds else len(kinds)
-
-        items = sorted(self.errors.items(), key=order)
-        notes = (self.notes.get(key, "") for key, _ in items)
-        return [
-            Row(key[0], "layer", key[1], *tolerance.worst(pairs), note)
-            for (key, pairs), note in zip(items, notes, strict=True)
-        ]
+        order = {kind: at for at, kind in enumerate(kinds)}
+        return sorted(worst_rows(self.rows), key=lambda row: order.get(row.case.partition(",")[0], len(kinds)))
 
 
 def shallow_copy(model: Any, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Any:
@@ -351,21 +344,3 @@ def shallow_copy(model: Any, config: Any, probe: LayerProbe, probe_layers: bool 
             setattr(layer, name, partial(getattr(probe, name), index, getattr(layer, name)))
     model.layers = nn.ModuleList(layers)
     return model
-
-
-def split_text(tokens: int, batch: int = 1) -> list[tuple[str, list[int], list[int]]]:
-    """The calls that read a text over a cache: (case, first token, number of tokens), both for each sequence.
-
-    After every other call a sequence has read one token less than the one before it: no two stand at the same place,
-    and of no two chunks are the counts those of the first.
-    """
-    single = min(SINGLE_TOKENS, tokens - 1) or 1
-    rest = tokens - single
-    bounds = sorted({0, -(-2 * rest // 5), -(-3 * rest // 4), rest})
-    places = [[max(0, bound - b * (at % 2)) for b in range(batch)] for at, bound in enumerate(bounds)]
-    chunks = [
-        (CHUNKS, begin, [b - a for a, b in zip(begin, end, strict=True)])
-        for begin, end in pairwise(places)
-        if end != begin
-    ]
-    return chunks + [(TOKENS, [place + at for place in places[-1]], [1] * batch) for at in range(single)]

@@ -20,7 +20,6 @@ from ..parallel import Ranks, Shard
 from ..quantize.spec import put
 from ..weights import parameter_shapes, qkv_rows
 from .layers import LayerCheck, LayerProbe, Target
-from .report import Row
 
 ALL = slice(None)
 
@@ -47,7 +46,7 @@ class MeshTarget(Target):
         qkv = {"q": values.q[:, :, queries], "k": values.k[:, :, keys], "v": values.v[:, :, keys]}
         local = LayerCheck(replace(values, heads=heads, **qkv), layer.local, shard.config(config), check.tables)
         local.local_ids = partial(self.ranks.local_ids, experts=len(layer.local.down_proj))
-        for name in ("calls", "sized_calls", "to_meta"):
+        for name in ("calls", "sized_calls"):
             setattr(check, name, getattr(local, name))
         # Checks on a CPU would reject another rank's experts.
         check.operation = lambda name, args: lambda **kwargs: call_unchecked(OPS[name], OPS[name].bind(**kwargs))
@@ -62,19 +61,17 @@ class MeshTarget(Target):
         if tuple(weight.shape) == shape:
             return weight
         if isinstance(weight, Tensor):
-            return self._gather_plane(name, weight, shape, 1)
+            return self._gather_plane(name, weight, 1)
         size = weight.format, shape, weight.group, weight.scales.dtype, weight.zeros is not None, weight.device
-        whole, groups = _GatheredWeight.empty(*size), (*shape[:-1], shape[-1] // weight.group)
-        codes = unpack(weight.data, weight.format, weight.shape[-1], weight.group)
-        codes = self._gather_plane(name, codes, shape, 1)
-        scales = self._gather_plane(name, weight.scales, groups, weight.group)
-        zeros = None if weight.zeros is None else self._gather_plane(name, weight.zeros, groups, weight.group) - 128
-        put(whole, codes, scales, zeros)
+        whole, codes = _GatheredWeight.empty(*size), unpack(weight.data, weight.format, weight.shape[-1], weight.group)
+        zeros = None if weight.zeros is None else self._gather_plane(name, weight.zeros, weight.group) - 128
+        put(whole, self._gather_plane(name, codes, 1), self._gather_plane(name, weight.scales, weight.group), zeros)
         return whole
 
-    def _gather_plane(self, name: str, local: Tensor, shape: tuple[int, ...], group: int) -> Tensor:
+    def _gather_plane(self, name: str, local: Tensor, group: int) -> Tensor:
         """One tensor of a parameter, with a value for each of its columns or for each `group` of them."""
-        whole = torch.empty(shape, dtype=local.dtype, device=local.device)
+        *lead, columns = self.shapes[name]
+        whole = torch.empty(*lead, columns // group, dtype=local.dtype, device=local.device)
         if local.is_floating_point():
             whole.fill_(float("nan"))  # where no rank has a part
         rows = -(-self.config.vocab_size // len(self.shards)) if name == "lm_head" else local.shape[-2]
@@ -119,24 +116,17 @@ def _runs(name: str, config: MixtralConfig, shard: Shard, group: int) -> Iterato
     """Indices of a rank's part of a parameter: (in the part, in the whole)."""
     short, I = name.rpartition(".")[2], config.intermediate_size
     rows, inner, experts = shard.qkv_rows(config), shard.inner(config), shard.experts(config)
-    columns = {"o_proj": rows["q"], "down_proj": inner}
     if short == "qkv_proj":
         for projection, source in qkv_rows(shard.config(config)).items():
             start, run = qkv_rows(config)[projection].start, rows[projection]
             yield source, slice(start + run.start, start + run.stop)
-    elif short in columns:
-        run = slice(columns[short].start // group, columns[short].stop // group)
-        yield ..., (..., run) if short == "o_proj" else (experts, ALL, run)
     elif short == "gate_up_proj":
-        size = inner.stop - inner.start
-        for half in (0, 1):
-            destination = slice(half * I + inner.start, half * I + inner.stop)
-            yield (ALL, slice(half * size, (half + 1) * size)), (experts, destination)
-    else:  # lm_head
+        for half, part in enumerate((slice(0, inner.stop - inner.start), slice(inner.stop - inner.start, None))):
+            yield (ALL, part), (experts, slice(half * I + inner.start, half * I + inner.stop))
+    elif short == "lm_head":
         run = shard.vocabulary(config)
         yield slice(0, run.stop - run.start), run
-
-
-def worst_of_ranks(ranks: Ranks, rows: list[Row]) -> list[Row]:
-    """Of each comparison that all ranks made, the row that is nearest to its limit, or farthest beyond it."""
-    return [max(same, key=lambda row: row.share) for same in zip(*ranks.all_gather_object(rows), strict=True)]
+    else:
+        run = rows["q"] if short == "o_proj" else inner
+        columns = slice(run.start // group, run.stop // group)
+        yield ALL, (ALL, columns) if short == "o_proj" else (experts, ALL, columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,14 @@ class Row:
         return share_of_limit(self.error, self.limit)
 
 
+def worst_rows(rows: Iterable[Row]) -> list[Row]:
+    """Of the rows with the same layer, op and case, the one that is nearest to its limit, or farthest beyond it."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.layer, row.op, row.case), []).append(row)
+    return [max(same, key=lambda row: (row.share, row.note)) for same in groups.values()]
+
+
 @dataclass(frozen=True)
 class Report:
     """All rows of a `verify`.
@@ -110,10 +119,8 @@ class Report:
         return f"RIGHT: all {len(self.rows)} comparisons are within their limits"
 
     def as_dict(self) -> dict[str, Any]:
-        keys = ("ok", "compared", "backend", "peer", "dtype", "flips", "routed", "not_run", "verdict")
-        rows = [{**asdict(row), "ok": row.ok} for row in self.rows]
-        quantization = None if self.quantization is None else asdict(self.quantization)
-        return {**{key: getattr(self, key) for key in keys}, "quantization": quantization, "rows": rows}
+        verdict = {key: getattr(self, key) for key in ("ok", "compared", "verdict")}
+        return {**verdict, **asdict(self), "rows": [{**asdict(row), "ok": row.ok} for row in self.rows]}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """One line per operation and case, with its worst layer, then every failing row."""

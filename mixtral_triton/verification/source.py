@@ -151,8 +151,12 @@ def config_rows(source: Source, target: Any) -> list[Row]:
     rows = []
     for case, values in ("values", used), ("operations", recorded):
         wrong = next((name for name in values if any(value != raw[name] for value in values[name])), None)
-        rows.append(Row(None, "config", wrong or case, math.inf if wrong else 0.0, 0.0))
+        rows.append(_row(wrong or case, math.inf if wrong else 0.0))
     return [*rows, *_rotary_rows(model, raw)]
+
+
+def _row(case: str, error: float, limit: float = 0.0) -> Row:
+    return Row(None, "config", case, error, limit)
 
 
 class _Recorder(TorchDispatchMode):

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,14 +22,12 @@ from torch import Tensor
 
 from ..config import parse_json_object
 from ..inputs import check_ids, check_vocabulary
-from ..kernels.launch import INTERPRETED
 from ..kernels.offload import OffloadedWeight
 from ..quantize import QuantizedWeight
 from ..quantize.spec import PARTS, QuantSpec
-from ..tools.tolerance import fp64_block, largest, to_fp64, worst
-from ..weights import parameter_shapes
+from ..tools.tolerance import fp64_block, largest, to_fp64
 from .layers import Step, Target
-from .report import Row
+from .report import Row, worst_rows
 from .source import LAYER, OUTSIDE, Source, config_rows
 
 EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
@@ -40,38 +36,32 @@ ROUNDING = {"int4": 1.02 / 14, "int8": 1.02 / 254, "fp8": 1.02 / 16}
 HELD_OUT = "heldout.json"  # in a checkpoint's folder: {"ids": tokens of a text that it was not trained on}
 CONTEXT = 2048  # the most tokens of a window
 LOGIT_ROWS = 256  # tokens whose logits are in memory at once
-CALLS_S = 0.3  # seconds that Python takes for a layer's calls
-PASSES, LOGITS = 10, 16  # how often a layer's weights are converted to fp64; tensors of a text's logits at once
 
 
 def check_loaded(folder: Any, model: Any) -> list[Row]:
-    """A row for the embedding, final norm and head, and one per layer: the largest difference from the files.
-
-    A part of a parameter that no tensor or more than one fills is an infinite difference. Weights that were quantized
-    while loading have a row of their own, with the error of `_rounding_error`. ValueError for another model's folder.
-    """
-    source = Source(folder)
-    return [row for at in _layers(source, model) for row in _check_layer(source, model, at)]
+    """The rows of a model's tensors against the files of the folder."""
+    source, target = Source(folder), Target(model)
+    return [row for at in _layers(target, source) for row in _compare_layer(source, target, at)]
 
 
-def compare_with_files(
-    target: Target, folder: Any, ids: Tensor, step: Step
-) -> tuple[list[Row], QuantizationCost | None]:
-    """The rows of `config_rows` and `check_loaded`, and the cost of quantization on ids [B,T] and the folder's held-out
-    text: None where no weight is quantized, or as the files have it.
+def check_weights(target: Target, folder: Any, ids: Tensor, step: Step) -> tuple[list[Row], QuantizationCost | None]:
+    """The rows of all weights, and the cost of quantization on ids [B,T] and the folder's held-out text: None where no
+    weight is quantized, or as the files have it. Without a folder, weights must be finite, and nothing else is checked.
 
     Each tensor of the files is read once, and one layer of them is in memory at a time. On a mesh every rank computes
     all of it.
     """
+    if folder is None:
+        return [row for at in _layers(target) for row in _check_layer(target, at)], None
     source, cost = Source(folder), None
     # fp32 holds what a quantized file means.
     dtype = target.model.dtype if source.quantization is None else torch.float32
     if quantized_formats(target.model) and (source.quantization is None or target.model.requantized):
         cost = _LayerByLayer(target, folder, ids)
     rows = config_rows(source, target)
-    for at in _layers(source, target):
+    for at in _layers(target, source):
         stored = None if cost is None else _empty_like(target, at, dtype)
-        rows += _check_layer(source, target, at, stored)
+        rows += _check_layer(target, at) + _compare_layer(source, target, at, stored)
         if cost is not None:
             cost.add(at, stored)
         del stored  # before the next layer is allocated
@@ -80,18 +70,18 @@ def compare_with_files(
     return rows, None if cost is None else cost.result()
 
 
-def _layers(source: Source, model: Any) -> list[int]:
-    return sorted({OUTSIDE, *range(len(model.layers)), *source.layers})
+def _layers(target: Target, source: Source | None = None) -> list[int]:
+    return sorted({OUTSIDE, *range(len(target.layers)), *(() if source is None else source.layers)})
 
 
-def _weights(model: Any, at: int) -> dict[str, Any]:
+def _weights(target: Target, at: int) -> dict[str, Any]:
     """The weights of a layer, or OUTSIDE, by name. A tied head is left out."""
     if at == OUTSIDE:
-        found = {name: getattr(model, name) for name in ("embed_tokens", "norm", "lm_head")}
+        found = {name: getattr(target, name) for name in ("embed_tokens", "norm", "lm_head")}
         if found["lm_head"] is None or found["lm_head"] is found["embed_tokens"]:
             del found["lm_head"]
         return found
-    layer = model.layers[at]
+    layer = target.layers[at]
     quantized = {name: module for name, module in layer.named_modules() if isinstance(module, QuantizedWeight)}
     return dict(layer.named_parameters()) | quantized
 
@@ -106,15 +96,35 @@ def _empty_like(target: Target, at: int, dtype: torch.dtype) -> Any:
     return SimpleNamespace(config=target.config, layers=layers, **outside)
 
 
-def _check_layer(source: Source, model: Any, at: int, stored: Any = None) -> list[Row]:
-    """The rows of one layer, or OUTSIDE. The files' tensors are put into `stored`, too."""
-    pairs: dict[str, list[tuple[float, float]]] = {"as stored": [], "quantized": []}
-    filled = 0
-    requantized = getattr(model, "model", model).requantized
+def _check_layer(target: Target, at: int) -> list[Row]:
+    """Rows of one layer, or OUTSIDE: infinite where a weight is not finite, which a text may not show: of a token or an
+    expert that it does not have."""
+    weights = _weights(target, at).values()
+    passed = {"finite": all(map(_is_finite, weights))}
+    if tables := [weight for weight in weights if isinstance(weight, OffloadedWeight)]:
+        passed["addresses of experts"] = all(weight.is_intact() for weight in tables)
+    layer = None if at == OUTSIDE else at
+    return [Row(layer, "weights", case, 0.0 if right else math.inf, 0.0) for case, right in passed.items()]
+
+
+def _is_finite(weight: Any) -> bool:
+    parts = (weight[at] for at in range(len(weight))) if len(weight.shape) == 3 else [weight]
+    values = (part if isinstance(part, Tensor) else part.dequantize() for part in parts)
+    return all(bool(part.isfinite().all()) for part in values)
+
+
+def _compare_layer(source: Source, target: Target, at: int, stored: Any = None) -> list[Row]:
+    """The rows of one layer, or OUTSIDE, with the largest difference from the files, and one for weights that were
+    quantized while loading, with the error of `_rounding_error`. The files' tensors are put into `stored`, too.
+
+    A part of a parameter that no tensor or more than one fills is an infinite difference. ValueError for another
+    model's folder.
+    """
+    layer, sizes, rows = None if at == OUTSIDE else at, 0, list[Row]()
     for name, files in source.layers[at].items():
-        place, tied = _place(model, name), name == "lm_head.weight" and model.lm_head is model.embed_tokens
+        place, tied = _place(target, name), name == "lm_head.weight" and target.lm_head is target.embed_tokens
         copy = None if stored is None or tied else _place(stored, name)
-        filled += 0 if tied else place.shape.numel()  # a tied head may be stored, too
+        sizes += 0 if tied else place.shape.numel()  # a tied head may be stored, too
         for expert in range(len(place)) if len(place.shape) == 3 else (...,):  # one at a time, to save memory
             ours, theirs = place[expert], source.read(files, place.device, expert)
             shape = list(theirs.shape) if expert is ... else files[name].get_slice(name).get_shape()
@@ -122,60 +132,12 @@ def _check_layer(source: Source, model: Any, at: int, stored: Any = None) -> lis
                 raise ValueError(f"verify: {source.folder} is another model's: {name} has shape {shape} there")
             if copy is not None:
                 copy[expert] = theirs
-            if isinstance(ours, QuantizedWeight) and (len(files) == 1 or name in requantized):
-                pairs["quantized"].append((_rounding_error(ours, theirs), ROUNDING[ours.format]))
+            if isinstance(ours, QuantizedWeight) and (len(files) == 1 or name in target.model.requantized):
+                rows.append(Row(layer, "weights", "quantized", _rounding_error(ours, theirs), ROUNDING[ours.format]))
             else:
-                pairs["as stored"].append((_difference(ours, theirs), 0.0))
-    is_filled = filled == sum(weight.shape.numel() for weight in _weights(model, at).values())
-    pairs["as stored"].append((0.0 if is_filled else math.inf, 0.0))
-    layer = None if at == OUTSIDE else at
-    return [Row(layer, "weights", case, *worst(each)) for case, each in pairs.items() if each]
-
-
-def estimate(model: Any, ids: Tensor, folder: Any = None, quick: bool = False) -> str:
-    """What `verify` on ids [B,T] will take: bytes of the files, memory beside the model, and seconds of torch's
-    computation in fp64, which a product with one expert is timed for."""
-    config, N, down = model.full_config, ids.numel(), model.layers[0].down_proj[0]
-    x = torch.ones((2 * N, down.shape[-1]), dtype=torch.float64, device=model.device)
-    seconds = math.inf
-    for _ in range(3):  # the first one warms up
-        start = time.perf_counter()
-        largest(x @ to_fp64(down).T)
-        seconds = min(seconds, time.perf_counter() - start)
-    sizes = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
-    layer = sum(size for name, size in sizes.items() if name.startswith("layers.0."))
-    fp32, quantized = not quick and model.dtype != torch.float32, folder is not None and quantized_formats(model)
-    products = layer / down.shape.numel() * (PASSES * (1 + fp32) + 2 * bool(quantized))
-    seconds = config.num_hidden_layers * (seconds * products + CALLS_S)
-    # Every layer's references stay. Beside them are a layer in fp32 or as stored and an expert, or the head and logits.
-    references = config.num_hidden_layers * N * config.hidden_size * (8 * 8 + 3 * model.dtype.itemsize)
-    inside = layer * max(6 * fp32, 4 * bool(quantized)) + 24 * config.intermediate_size * config.hidden_size
-    peak = references + max(inside, 8 * config.vocab_size * (config.hidden_size + LOGITS * N))
-    stored = 0 if folder is None else sum(file.stat().st_size for file in Source(folder).files)
-    memory = f"{peak / 1e6:,.0f} MB beside the model"
-    without = ", without the interpreter" if INTERPRETED else ""
-    return f"verifying: reads {stored / 1e6:,.1f} MB once, torch takes about {memory} and {seconds:.0f} s{without}"
-
-
-def check_finite(model: Any) -> list[Row]:
-    """A row for the embedding, final norm and head, and one per layer: infinite where a weight is not finite, which a
-    text may not show: of a token or an expert that it does not have."""
-
-    def layer_rows(at: int) -> list[Row]:  # a function, so that a gathered layer goes before the next one comes
-        found, layer = list(_weights(model, at).values()), None if at == OUTSIDE else at
-        errors = {"finite": 0.0 if all(map(is_finite, found)) else math.inf}
-        if tables := [weight for weight in found if isinstance(weight, OffloadedWeight)]:
-            errors["addresses of experts"] = 0.0 if all(weight.is_intact() for weight in tables) else math.inf
-        return [Row(layer, "weights", case, error, 0.0) for case, error in errors.items()]
-
-    def is_finite(weight: Any) -> bool:
-        if not isinstance(weight, QuantizedWeight):
-            return bool(weight.isfinite().all())
-        parts = [weight[at] for at in range(len(weight))] if len(weight.shape) == 3 else [weight]
-        values = (part if isinstance(part, Tensor) else part.dequantize() for part in parts)
-        return all(bool(part.isfinite().all()) for part in values)
-
-    return [row for at in range(OUTSIDE, len(model.layers)) for row in layer_rows(at)]
+                rows.append(Row(layer, "weights", "as stored", _difference(ours, theirs), 0.0))
+    filled = sizes == sum(weight.shape.numel() for weight in _weights(target, at).values())
+    return worst_rows([Row(layer, "weights", "as stored", 0.0 if filled else math.inf, 0.0), *rows])
 
 
 def _place(model: Any, name: str) -> Any:
@@ -230,21 +192,24 @@ def perplexity(model: Any, ids: Tensor, context: int | None = None) -> float:
     if context is not None and not 1 <= context <= limit:
         raise ValueError(f"perplexity: context is {context}, needs 1 to {limit}, the model's positions")
     context = context or min(limit, CONTEXT)
-    pairs = zip(ids[:-1].split(context), ids[1:].split(context), strict=True)
     with torch.no_grad():
-        losses = [loss(model.hidden(inputs[None])[0], model.head, targets) for inputs, targets in pairs]
-    return perplexity_of(losses, len(ids))
+        windows = ((model.hidden(x[None])[0], y) for x, y in _windows(ids, context))
+        return _perplexity(windows, model.head)
 
 
-def loss(h: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor) -> float:
-    """The summed loss of `targets` [T], predicted from hidden states h [T,H]; `head` gives logits [..., V]."""
-    pieces = zip(h.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
-    return math.fsum(float(F.cross_entropy(head(rows).double(), ids, reduction="sum")) for rows, ids in pieces)
+def _windows(ids: Tensor, context: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """The inputs and targets [T] of a text [N], each target predicted from at most `context` tokens."""
+    return zip(ids[:-1].split(context), ids[1:].split(context), strict=True)
 
 
-def perplexity_of(losses: Iterable[float], tokens: int) -> float:
-    """The perplexity of a text of so many tokens, the first of which is not predicted."""
-    mean = math.fsum(losses) / (tokens - 1)
+def _perplexity(windows: Iterable[tuple[Tensor, Tensor]], head: Callable[[Tensor], Tensor]) -> float:
+    """exp of the mean loss of targets [T], predicted from hidden states [T,H]; `head` gives logits [...,V]."""
+    losses, count = [], 0
+    for hidden, targets in windows:
+        count += len(targets)
+        for h, ids in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
+            losses.append(float(F.cross_entropy(head(h).double(), ids, reduction="sum")))
+    mean = math.fsum(losses) / count
     return math.exp(mean) if mean < 700 else math.inf
 
 
@@ -304,18 +269,16 @@ class _LayerByLayer:
     """The computation of a QuantizationCost, which gets the files' weights one layer after another."""
 
     def __init__(self, target: Target, folder: Any, ids: Tensor) -> None:
-        self.target, self.flips, device = target, 0, target.model.device
-        self.text, self.context = held_out(folder, target.config), min(target.config.max_position_embeddings, CONTEXT)
-        windows = [] if self.text is None else [*self.text[:-1].to(device).split(self.context)]
-        batches = [ids, *(torch.stack(same) for same in (windows[:-1], windows[-1:]) if same)]
-        self.routed = target.config.num_hidden_layers * ids.numel()
-        self.texts = [[F.embedding(batch, target.embed_tokens).double() for batch in batches]] * 2
+        self.target, self.ids, self.flips, config = target, ids, 0, target.config
+        text, context = held_out(folder, config), min(config.max_position_embeddings, CONTEXT)
+        self.windows = [] if text is None else list(_windows(text.to(ids.device), context))
+        inputs = [ids, *(window[None] for window, _ in self.windows)]
+        self.texts = [[F.embedding(each, target.embed_tokens).double() for each in inputs]] * 2
 
     def add(self, at: int, stored: Any) -> None:
         """One layer, or OUTSIDE, as the files have it."""
         if at == OUTSIDE:
-            quantized = isinstance(self.target.lm_head, QuantizedWeight)
-            self.stored_head = stored.lm_head if quantized else self.target.lm_head
+            self.stored_head = stored.lm_head if isinstance(self.target.lm_head, QuantizedWeight) else None
             return
         routes = []
         for side, layer in enumerate((self.target.layers[at], stored.layers[at])):
@@ -325,14 +288,13 @@ class _LayerByLayer:
         self.flips += int((routes[0] != routes[1]).any(-1).sum())
 
     def result(self) -> QuantizationCost:
-        heads = self.target.head(to_fp64), self.target.head(to_fp64, self.stored_head)
-        logits, stored_logits = (head(x[0]) for head, x in zip(heads, self.texts, strict=True))
-        cosines = F.cosine_similarity(logits, stored_logits, dim=-1)
-        scores = []
-        if self.text is not None:
-            targets = self.text[1:].to(cosines.device).split(self.context)
-            for head, x in zip(heads, self.texts, strict=True):
-                pairs = zip(chain.from_iterable(x[1:]), targets, strict=True)
-                scores.append(perplexity_of((loss(hidden, head, ids) for hidden, ids in pairs), len(self.text)))
-        formats, (mean, least) = quantized_formats(self.target.model), (float(cosines.mean()), float(cosines.min()))
-        return QuantizationCost(formats, mean, least, self.flips, self.routed, *scores)
+        logits, scores = [], []
+        for lm_head, (x, *texts) in zip((None, self.stored_head), self.texts, strict=True):
+            head = self.target.head(to_fp64, lm_head)
+            logits.append(head(x))
+            if texts:
+                targets = (targets for _, targets in self.windows)
+                scores.append(_perplexity(zip((text[0] for text in texts), targets, strict=True), head))
+        cosines, routed = F.cosine_similarity(*logits, -1), self.target.config.num_hidden_layers * self.ids.numel()
+        found = quantized_formats(self.target.model), float(cosines.mean()), float(cosines.min())
+        return QuantizationCost(*found, self.flips, routed, *scores)

@@ -18,7 +18,7 @@ from mixtral_triton.parallel import Shard
 from mixtral_triton.quantize.spec import PARTS
 from mixtral_triton.tools.bench.command import MESH_RUNS
 from mixtral_triton.verification.layers import Target
-from mixtral_triton.verification.weights import compare_with_files
+from mixtral_triton.verification.weights import check_weights
 from tests.support import hub
 from tests.support import ranks as work
 from tests.support.ranks import Ranks
@@ -255,7 +255,7 @@ def test_verify(mesh: str, name: str, weights: Any, ranks: Ranks, checkpoint: Ch
         assert {row.op for row in first.rows if row.layer == layer} >= {*OPS, "layer", "weights"}
     assert first.flips == 0 and {"config", "logits", "generate"} <= {row.op for row in first.rows}
     model = Mixtral.from_pretrained(folder, "cpu", weights=weights)
-    got, want = first.quantization, compare_with_files(Target(model), folder, IDS, int)[1]
+    got, want = first.quantization, check_weights(Target(model), folder, IDS, int)[1]
     assert (got is None) == (want is None) == (weights is None)
     if want is not None:
         assert (got.formats, got.flips, got.routed) == (want.formats, want.flips, want.routed)
