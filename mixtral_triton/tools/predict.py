@@ -154,21 +154,17 @@ def predict_forward(
 def _part(launch: Launch, gpu: GPU, chip: Chip, reached: Reached) -> Part:
     work, sms = count_work(launch), chip.sms or multiprocessors(gpu.arch)
     resident = _resident_programs(work, launch.num_warps or 4, sms, gpu.arch)
-    products = work.flops * sms / (chip.vector if work.single else gpu.matmul * reached.matmul)
+    loading = sms / (chip.l2 * reached.l2)  # seconds a byte, and of products seconds a FLOP
+    multiplying = sms / (chip.vector if work.single else gpu.matmul * reached.matmul)
     vector = work.vector * sms / chip.vector
-    program = {
-        "L2": work.loaded * sms / (chip.l2 * reached.l2),
-        # One program computes while another multiplies.
-        "tensor cores": max(products, vector) if resident > 1 else products + vector,
-    }
-    slowest = max(program, key=program.__getitem__)
-    tile = reached.tile * (1 + 2 * work.stored / TILE) / 3 if resident == 1 and work.flops else 0.0
-    lengths = work.lengths or ((work.programs, 1.0, 1.0),)
-    runs = [(n, max(program["L2"] * loads, program["tensor cores"] * flops) + tile) for n, loads, flops in lengths]
+    # One program computes while another multiplies.
+    multiplying = max(multiplying, vector) if resident > 1 else multiplying + vector
+    ends = reached.tile * (1 + 2 * work.stored / TILE) / 3 if resident == 1 and work.flops else 0.0
+    runs = [(count, max(loading * loaded, multiplying * flops) + ends) for count, loaded, flops in work.tiles]
     seconds = {
         "launches": reached.kernel,
         "memory": work.memory / (gpu.bandwidth * reached.memory),
-        slowest: list_schedule(runs, sms),
+        "L2" if loading * work.loaded >= multiplying * work.flops else "tensor cores": list_schedule(runs, sms),
     }
     limit = max(seconds, key=seconds.__getitem__)
     most, link = seconds[limit], work.host / (LINKS[gpu.link] * reached.link)

@@ -33,33 +33,41 @@ Operands = Mapping[str, Tensor]  # by name; a variable of this type is t
 
 @dataclass(frozen=True)
 class Work:
-    """memory   bytes that cross device memory
-    host     of the experts in host memory: expected bytes that cross the link to it
-    apart    the share of the launch that does not wait for these: the probability that no token chooses one of them;
-             1 in prefill, which copies them to the device before the launch
-    programs with work; each of them on average has:
-    loaded   bytes from L2, those of padding rows included
-    flops    of matrix products, as issued; `single`: fp32's, without tensor cores
-    vector   fp32 FLOP beside the products that these wait for
-    shared   bytes of shared memory
-    values   of 32 bits that stay in registers: sums, scores
-    stored   of them at the end
-    lengths  programs in the order in which they start: how many, and `loaded` and `flops` of each divided by the
-             average; none: all are equal
+    """memory  bytes that cross device memory
+    tiles   programs with work, in the order in which they start: how many, the bytes that each loads from L2, those of
+            padding rows included, and the FLOP of its matrix products as issued
+    vector  fp32 FLOP beside each of these, for which the products wait
+    shared  bytes of shared memory of a program
+    values  of 32 bits that stay in its registers: sums, scores; `stored` of them at the end
+    single  products of fp32, without tensor cores
+    host    of the experts in host memory: expected bytes that cross the link to it
+    apart   the share of the launch that does not wait for these: the probability that no token chooses one of them;
+            1 in prefill, which copies them to the device before the launch
     """
 
     memory: float
-    programs: float
-    loaded: float
-    flops: float = 0.0
+    tiles: tuple[tuple[float, float, float], ...]
     vector: float = 0.0
     shared: int = 0
     values: float = 0.0
-    single: bool = False
     stored: float = 0.0
-    lengths: tuple[tuple[float, float, float], ...] = ()
+    single: bool = False
     host: float = 0.0
     apart: float = 0.0
+
+    @property
+    def programs(self) -> float:
+        return sum(count for count, _, _ in self.tiles)
+
+    @property
+    def loaded(self) -> float:
+        """Bytes from L2 of all programs."""
+        return sum(count * loaded for count, loaded, _ in self.tiles)
+
+    @property
+    def flops(self) -> float:
+        """FLOP of the matrix products of all programs."""
+        return sum(count * flops for count, _, flops in self.tiles)
 
 
 def count_work(launch: Launch) -> Work:
@@ -92,21 +100,12 @@ MEMORY: dict[str, Callable[[Operands, int], float]] = {
     # q and k in and out; cos and sin of each token.
     "rope_kernel": lambda t, n: 2 * _nbytes(t, "q", "k") + 2 * n * t["cos"][0].nbytes,
 }
-# Bytes that a program loads, where that is no equal part of the former.
-LOADED: dict[str, Callable[[Operands, int], float]] = {
-    "sort_by_expert_kernel": lambda t, n: 2 * t["ids"].nbytes,  # an expert's program reads all ids twice
-    "gather_by_expert_kernel": lambda t, n: t["ids"].nbytes + t["sorted"].nbytes / n,  # all ids, and its rows
-    "gate_route_kernel": lambda t, n: (  # a token's program reads all of the gate
-        _nbytes(t, "gate", "norm") + sum(t[name][0].nbytes for name in ("x", "residual") if name in t)
-    ),
-}
 
 
 def _stream(launch: Launch) -> Work:
     t, programs = _operands(launch), math.prod(launch.grid or ())
     memory = MEMORY[launch.kernel](t, programs) if launch.kernel in MEMORY else _nbytes(t)
-    loaded = LOADED[launch.kernel](t, programs) if launch.kernel in LOADED else memory / programs
-    return Work(memory, programs, loaded, vector=2.0 * t["gate"].numel() if "gate" in t else 0.0)
+    return Work(memory, ((programs, memory / programs, 0.0),))
 
 
 @lru_cache(maxsize=1024)
@@ -155,44 +154,39 @@ def _product(launch: Launch) -> Work:
         K = args.get("TOP_K", 1)
         tokens = len(t[x]) // (1 if args.get("x_desc") is None else K)
     E, splits, size = args.get("E", 1), c.get("SPLIT_K", 1), t[x].element_size()
-    distinct = expected_distinct_experts(tokens, K / E, E)
+    distinct, in_place = expected_distinct_experts(tokens, K / E, E), "BLOCK_T" in c
     columns, depth = halves * c["BLOCK_N"], c[letter] / splits
     parts = [t[name] for name in (weight, "scales", "zeros") if name in t]
-    stages, lengths = launch.num_stages or 1, ()
-    if "BLOCK_T" in c:
+    stages = launch.num_stages or 1
+    if in_place:
         rows = mean = c["BLOCK_T"]
-        programs = (launch.grid or (0,))[0] * distinct * splits
-        loaded_rows = min(rows, tokens * K / distinct)
-        row_bytes = sum(part.shape[-1] * part.element_size() for part in parts) / splits
+        bytes_of_weight = columns * sum(part.shape[-1] * part.element_size() for part in parts) / splits
+        loaded = min(rows, tokens * K / distinct) * depth * size + bytes_of_weight
+        tiles = [((launch.grid or (0,))[0] * distinct * splits, loaded, 2 * rows * columns * depth)]
         # As compiled: a first tile that a warpgroup multiplies before the loop has a buffer of its own.
         stages += int(E == 1 and c["PDL"] and columns > 32)
     else:
         rows, short = c["BLOCK_M"], c.get("SHORT_M", 0)
-        heights = (short, main_rows(rows, short)) if short else ()
-        tiles = row_tiles(tokens, K / E, E, rows, heights)
-        mean = loaded_rows = sum(height * count for height, count in tiles.items()) / sum(tiles.values())
-        across = math.ceil(t[weight].shape[-2] / columns)
-        programs = sum(tiles.values()) * across
-        row_bytes = depth * t[weight].element_size()
-        bytes_of = {height: height * depth * size + columns * row_bytes for height in (*tiles, mean)}
-        each = [(count, bytes_of[height] / bytes_of[mean], height / mean) for height, count in tiles.items()]
-        lengths = [(count * across / E, *ratios) for count, *ratios in each] * E
+        heights = row_tiles(tokens, K / E, E, rows, (short, main_rows(rows, short)) if short else ())
+        mean = sum(height * count for height, count in heights.items()) / sum(heights.values())
+        across, bytes_of_weight = math.ceil(t[weight].shape[-2] / columns), columns * depth * t[weight].element_size()
+        tiles = [
+            (count * across / E, height * depth * size + bytes_of_weight, 2 * height * columns * depth)
+            for height, count in heights.items()
+        ] * E
     memory, host, apart = _nbytes(t) - (1 - distinct / E) * sum(part.nbytes for part in parts), 0.0, 0.0
     if offloaded is not None:
-        n, in_place = len(offloaded.on_host), "BLOCK_T" in c
+        n = len(offloaded.on_host)
         host = n / E * t[weight].nbytes * (distinct / E if in_place else 1.0)
         memory -= host if in_place else -host
         apart = (math.comb(E - n, K) / math.comb(E, K)) ** tokens if in_place else 1.0
     return Work(
         memory,
-        programs,
-        loaded_rows * depth * size + columns * row_bytes,
-        flops=2 * mean * columns * depth,
+        tuple(tiles),
         shared=stages * c["BLOCK_K"] * (rows * size + columns * t[weight].element_size()),
         values=mean * columns,
-        single=size == 4,
         stored=mean * columns,
-        lengths=tuple(lengths),
+        single=size == 4,
         host=host,
         apart=apart,
     )
@@ -221,22 +215,19 @@ def _attention(launch: Launch) -> Work:
             high = min(end, last + after + 1) if causal or window else end
             spans.append(high - (max(0, first - before + 1) if window else 0))
     spans = [max(0, math.ceil(span / c["BLOCK_N"])) * c["BLOCK_N"] for span in spans]
-    mean, heads = sum(spans) / len(spans), math.prod(launch.grid or ()) / len(spans)
-    lengths = ((heads, (rows + 2 * span) / (rows + 2 * mean), span / (mean or 1)) for span in reversed(spans))
+    heads = math.prod(launch.grid or ()) / len(spans)
+    tiles = ((heads, (rows + 2 * span) * width * size, 4 * rows * span * width) for span in reversed(spans))
     memory = _nbytes(t) - (1 - share) * _nbytes(t, "k", "v", "k_cache", "v_cache")
     if "cos" in t:  # a row of each table a sequence, and the newest key into the cache
         memory += 2 * len(t["q"]) * t["cos"][0].nbytes - _nbytes(t, "cos", "sin") + _nbytes(t, "new_k", "new_v")
     return Work(
         memory,
-        math.prod(launch.grid or ()),
-        (rows + 2 * mean) * width * size,
-        flops=4 * rows * mean * width,
-        vector=SOFTMAX * rows * mean,
+        tuple(tiles),
+        vector=SOFTMAX / (4 * width),
         shared=(rows + 2 * stages * c["BLOCK_N"]) * width * size,
         values=rows * (width + c["BLOCK_N"] * (1 + size / 4)),
-        single=size == 4,
         stored=rows * width,
-        lengths=tuple(lengths),
+        single=size == 4,
     )
 
 
@@ -248,12 +239,12 @@ def _library(launch: Launch) -> Work:
         out = args["out"].nbytes
         moved = out + sum(min(one.nbytes, out) for name, one in args.items() if name != "out")
         programs = max(1, math.ceil(moved / 16384))
-        return Work(moved, programs, moved / programs)
+        return Work(moved, ((programs, moved / programs, 0.0),))
     (T, depth), N, size = args["in_0"].shape, args["in_1"].shape[1], args["in_0"].element_size()
     rows, columns, step = min(LIBRARY[0], max(16, T)), LIBRARY[1], LIBRARY[2]
     programs = math.ceil(T / rows) * math.ceil(N / columns) * math.ceil(depth / step)
-    loaded, flops = (rows + columns) * step * size, 2 * rows * columns * step
-    return Work(_nbytes(_operands(launch)), programs, loaded, flops, single=size == 4)
+    tile = programs, (rows + columns) * step * size, 2 * rows * columns * step
+    return Work(_nbytes(_operands(launch)), (tile,), single=size == 4)
 
 
 # Operations of torch; "arange" and "clamp_" compute positions.
