@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import product
@@ -220,13 +220,14 @@ def map_in_processes(
 
     A crash breaks the whole pool: the items that it leaves undone run again, each in a process of its own.
     """
-    undone = []
+    futures, undone = {}, set(range(len(items)))
     with _process_pool(workers) as pool:
-        futures = {pool.submit(work, item): index for index, item in enumerate(items)}
+        with suppress(BrokenProcessPool):  # a crash may come before the last item is submitted
+            for index, item in enumerate(items):
+                futures[pool.submit(work, item)] = index
         for future in as_completed(futures):
-            if isinstance(future.exception(), BrokenProcessPool):
-                undone.append(futures[future])
-            else:
+            if not isinstance(future.exception(), BrokenProcessPool):
+                undone.remove(futures[future])
                 yield futures[future], future.result()
     for index in sorted(undone):
         with _process_pool(1) as pool:

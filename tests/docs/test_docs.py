@@ -28,15 +28,11 @@ OUTPUT = {  # of the examples
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_to_files(path: Path) -> None:
-    for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
-        assert (path.parent / link).exists(), link
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_named_files_exist(path: Path) -> None:
-    for name in re.findall(r"\b((?:benchmarks|tests|kernels|mixtral_triton)/[\w/]+\.py)\b", path.read_text()):
-        assert (ROOT / name).is_file(), name
+def test_links_and_named_files_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    links = [path.parent / link for link in re.findall(r"\]\(([^)#:]+)\)", text)]
+    names = re.findall(r"\b((?:benchmarks|tests|kernels|mixtral_triton)/[\w/]+\.py)\b", text)
+    assert not [each for each in (*links, *(ROOT / name for name in names)) if not each.exists()]
 
 
 def test_named_kernels_exist() -> None:

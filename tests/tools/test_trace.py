@@ -124,22 +124,6 @@ def test_a_full_disk_under_the_plot_is_one_line(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("args", "named"),
-    [
-        (("--prompt", ""), "--prompt is empty"),
-        (("--prompt", "x", "--layers", "4"), "--layers is 4, needs layers of 0..3"),
-        (("--prompt", "x", "--plot", "trace.txt"), "ends in .png, .svg or .pdf"),
-        (("--prompt", "x", "--plot", "no/such/trace.png"), "no/such"),
-        (("no/such/folder", "--prompt", "x"), "no/such/folder"),
-    ],
-)
-def test_bad_input_is_one_line(args: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["trace", "--device", "cpu", *args]) == 2
-    error = capsys.readouterr().err
-    assert named in error and len(error.strip().splitlines()) == 1
-
-
-@pytest.mark.parametrize(
     ("ids", "named"),
     [([1, 5000], "holds token 5000"), ([1] * 2000, "2000 tokens, needs at most max_position_embeddings, 1024")],
     ids=("another model's tokenizer", "too long"),
