@@ -73,9 +73,10 @@ def experts_up_decode_kernel(
     pid_n = tl.program_id(0)
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
     UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT.format)
+    rows = expert_rows(gate_up_ptr, expert, stride_we, x_ptr.dtype.element_ty, LAYOUT, count > 0)
     for first in range(0, count, BLOCK_T):
         offs_k = tl.arange(0, BLOCK_K)
-        w_ptrs = expert_rows(gate_up_ptr, expert, stride_we, x_ptr.dtype.element_ty, LAYOUT) + offs_k[None, :]
+        w_ptrs = rows + offs_k[None, :]
         w_ptrs += pair_rows(pid_n, I, BLOCK_N)[:, None] * stride_wn
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         ranks = first + tl.arange(0, BLOCK_T)
@@ -111,11 +112,11 @@ def experts_down_decode_kernel(
     UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT.format)
     SPAN: tl.constexpr = (I + SPLIT_K * UNIT - 1) // (SPLIT_K * UNIT) * UNIT
     EVEN: tl.constexpr = I % (SPLIT_K * UNIT) == 0
+    rows = expert_rows(down_ptr, expert, stride_we, h_ptr.dtype.element_ty, LAYOUT, count > 0)
     for first in range(0, count, BLOCK_T):
         begin, offs_k = split * SPAN, tl.arange(0, BLOCK_K)
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        w_ptrs = expert_rows(down_ptr, expert, stride_we, h_ptr.dtype.element_ty, LAYOUT)
-        w_ptrs += (split * (SPAN // UNIT * BLOCK_K) + offs_k)[None, :]
+        w_ptrs = rows + (split * (SPAN // UNIT * BLOCK_K) + offs_k)[None, :]
         w_ptrs += tl.minimum(offs_n, H - 1).to(tl.int64)[:, None] * stride_wn
         ranks = first + tl.arange(0, BLOCK_T)
         slot = _compact(slots, match, rank, ranks).to(tl.int64)

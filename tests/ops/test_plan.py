@@ -192,6 +192,7 @@ def test_plans_hold_no_memory_and_are_bounded(gpu: Any, monkeypatch: pytest.Monk
         references = [weakref.ref(x.held) for x in (*tensors(args), plan.run(ATTENTION, args))]
         assert 1 <= len(plan._plans) <= 5
         gpu.driver.launches.clear()
+        gpu.work.clear()
         del args
         gc.collect()
         assert not [x for x in references if x() is not None]
