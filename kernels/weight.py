@@ -95,8 +95,8 @@ _ALIGNMENT = tl.constexpr(ALIGNMENT)
 
 @triton.jit
 def expert_rows(ptr, expert, stride_we, dtype: tl.constexpr, LAYOUT: tl.constexpr, exists=True):
-    """Pointer to the rows of an expert, int64: in a stacked weight, or where a table of addresses says; not `exists`: to
-    rows that nobody reads. Outside a loop the address is loaded once, and the loop is that of a stacked weight."""
+    """Pointer to the rows of an expert, int64: in a stacked weight, or where a table of addresses says. An expert that
+    does not `exist` gives rows that nobody reads."""
     if LAYOUT.table:
         element: tl.constexpr = dtype if LAYOUT.format == "dense" else tl.int16
         return tl.multiple_of(tl.load(ptr + tl.where(exists, expert, 0)).to(tl.pointer_type(element)), _ALIGNMENT)

@@ -73,6 +73,7 @@ def experts_up_decode_kernel(
     pid_n = tl.program_id(0)
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
     UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT.format)
+    # Outside the loop: the loop then has the same instructions, whether an address is loaded or not.
     rows = expert_rows(gate_up_ptr, expert, stride_we, x_ptr.dtype.element_ty, LAYOUT, count > 0)
     for first in range(0, count, BLOCK_T):
         offs_k = tl.arange(0, BLOCK_K)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import KVCache, Mixtral, cache, ops
+from mixtral_triton import KVCache, Mixtral, ops
 from mixtral_triton import generate as generate_module
 from mixtral_triton import model as model_module
 from mixtral_triton.generate import sample
@@ -221,14 +221,16 @@ def test_uniform_chunks_beyond_the_last_slot_raise_value_error(gpu_rules: None) 
     model(ids, cache=held)
 
 
-def test_host_does_not_count_ragged_or_captured_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_does_not_count_ragged_or_captured_chunks(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A capture runs nothing, and the host does not see a replay."""
-    model, held, ids = meta_model()
+    gpu.driver.executes = False
+    model, ids = build(None, "cuda"), torch.zeros(2, 5, dtype=torch.int64, device="cuda")
+    held = cache_of(model, 2)
     for _ in range(4):
-        model(ids, cache=held, lengths=torch.empty(2, dtype=torch.int32, device="meta"))
+        model(ids, cache=held, lengths=torch.ones(2, dtype=torch.int32, device="cuda"))
     held = cache_of(model, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_capturing", lambda x: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         model(ids, cache=held)
     for _ in range(4):
         model(ids, cache=held)
