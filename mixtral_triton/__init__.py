@@ -16,14 +16,8 @@ __version__ = "0.1.0"  # pyproject.toml reads it here
 
 __all__ = ["KVCache", "Mixtral", "MixtralConfig", "apply", "revert", "verify"]
 
-_HOME = {
-    "KVCache": "cache",
-    "Mixtral": "model",
-    "MixtralConfig": "config",
-    "apply": "hf",
-    "revert": "hf",
-    "verify": "verification",
-}
+_HOME = {"KVCache": "cache", "Mixtral": "model", "MixtralConfig": "config"}
+_HOME |= {"apply": "hf", "revert": "hf", "verify": "verification"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,13 +16,8 @@ if TYPE_CHECKING:
     from .quantize.spec import QuantSpec
 
 # Values of `weights`, by the names that `fit` prints.
-WEIGHT_FORMATS: dict[str, str | dict[str, str] | None] = {
-    "as stored": None,
-    "fp8": "fp8",
-    "int8": "int8",
-    "int4": "int4",
-    "int4, linear int8": {"experts": "int4", "linear": "int8"},
-}
+WEIGHT_FORMATS: dict[str, Any] = {"as stored": None, "fp8": "fp8", "int8": "int8", "int4": "int4"}
+WEIGHT_FORMATS |= {"int4, linear int8": {"experts": "int4", "linear": "int8"}}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes that operations compute in
 
 

@@ -17,12 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionMaskInterface
-from transformers.masking_utils import (
-    causal_mask_function,
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-    sdpa_mask,
-)
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
 PAGED = (
@@ -58,32 +53,21 @@ def causal_mask(config: Any, tokens: Tensor, mask: Any, position_ids: Any, cache
     return create(config=MaskConfig(config, **settings), inputs_embeds=embeds, **kwargs)
 
 
-def interval_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **kwargs: Any,
-) -> Tensor:
+def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -> Tensor:
     """What `AttentionMaskInterface` calls, once a forward. Queries are at q_offset + t, keys at kv_offset + j.
 
     The host reads `attention_mask` bool [B, N] and packed positions, as it does for transformers' own masks: one
     synchronization per forward, and none without them.
     """
+    q_offset, kv_offset, device = call.get("q_offset", 0), call.get("kv_offset", 0), call["device"]
+    attention_mask, local_size = call.get("attention_mask"), call.get("local_size")
     # transformers forbids the skip for packed sequences, which it looks for where there is neither padding mask nor
     # cache, and for static caches, which are causal all the same.
-    packed = not allow_is_causal_skip and attention_mask is None and kv_length == q_length and q_length != 1
-    plain = not (use_vmap or kwargs.get("allow_is_bidirectional_skip"))
+    packed = not call.get("allow_is_causal_skip", True) and attention_mask is None and kv_length == q_length != 1
+    plain = not (call.get("use_vmap") or call.get("allow_is_bidirectional_skip"))
     first: Tensor | None = None
     if packed and plain:
-        plain, bounds = sequence_bounds(mask_function, batch_size, q_length, device)
+        plain, bounds = sequence_bounds(call["mask_function"], batch_size, q_length, device)
         if bounds is not None:
             return bounds[None, None, None]
     if attention_mask is not None:
@@ -100,18 +84,8 @@ def interval_mask(
             end = kv_offset + kv_length if isinstance(q_offset, Tensor) else q_offset + q_length
             plain, first = first_key(attention_mask[:, kv_offset:end])
     if not plain:
-        return sdpa_mask(  # type: ignore[return-value]
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,  # type: ignore[arg-type]  # a tensor, for a static cache
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=False,
-            use_vmap=use_vmap,
-            device=device,
-        )
+        call |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return sdpa_mask(batch_size, q_length, kv_length, **call)  # type: ignore[return-value]
     if first is None and not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length:
         return torch.empty((batch_size, 1, q_length, 0), dtype=torch.int32, device=device)
     hi = torch.arange(1, q_length + 1, device=device) + (q_offset - kv_offset)

@@ -6,6 +6,7 @@ As in `weights.py`, names and shapes on disk are checked in full before data are
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -41,13 +42,6 @@ class Linear:
     target: Target
     parts: Mapping[str, Stored]
     layout: Layout
-
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes of what this rank keeps."""
-        (rows,), (columns,) = self.target.kept
-        kept, (N, K) = (rows.stop - rows.start) * (columns.stop - columns.start), self.target.shape
-        return sum(stored.nbytes for stored in self.parts.values()) * kept // (N * K)
 
 
 @dataclass(frozen=True)
@@ -155,11 +149,8 @@ def _spec(folder: Path, linears: list[Linear], dense: Mapping[str, Target]) -> Q
             specs.append(linear.layout.spec(linear.target.shape[-1], dtype))
     for linear, spec in zip(linears, specs, strict=True):
         if spec != specs[0]:
-            what = "scales of one dtype" if spec.scales != specs[0].scales else "one format"
-            got, expected = (
-                x.scales if what.startswith("scales") else f"{x.format}:{x.group}" for x in (spec, specs[0])
-            )
-            raise ValueError(f"{folder}: {name} needs {what}, {linear.name} has {got}, expected {expected}")
+            got, need = (f"{x.format}:{x.group} with scales in {x.scales}" for x in (spec, specs[0]))
+            raise ValueError(f"{folder}: {name} needs one format, {linear.name} has {got}, {first.name} {need}")
     return specs[0]
 
 
@@ -187,22 +178,17 @@ def load(
             progress(sum(headers.tensors[name].nbytes for name in plan.unused))
     weights.fill(headers.tensors, plan.dense, parameters, progress, quantizers.fill)
     weights.check_tied_head(headers, config, parameters, progress, shard)
-    with torch.no_grad(), torch.device("cpu"), _opened(plan.linears) as files:
+    with torch.no_grad(), torch.device("cpu"), ExitStack() as stack:
+        paths = {stored.file for linear in plan.linears for stored in linear.parts.values()}
+        files = {path: stack.enter_context(weights.opened_file(path)) for path in paths}
         for linear in plan.linears:
-            parameter = parameters[linear.target.parameter]
-            if linear.target.is_kept and parameter.device.type != "meta":
-                exact = linear.target.parameter not in plan.requantized
-                _fill(parameter[linear.target.index], linear, files, exact)
+            target, parameter = linear.target, parameters[linear.target.parameter]
+            if target.is_kept and parameter.device.type != "meta":
+                _fill(parameter[target.index], linear, files, target.parameter not in plan.requantized)
                 if progress:
-                    progress(linear.nbytes)
-
-
-@contextmanager
-def _opened(linears: list[Linear]) -> Iterator[dict[Path, Any]]:
-    """Open the files that hold the linears."""
-    with ExitStack() as stack:
-        files = {stored.file for linear in linears for stored in linear.parts.values()}
-        yield {file: stack.enter_context(weights.opened_file(file)) for file in files}
+                    size = sum(stored.nbytes for stored in linear.parts.values())
+                    kept = math.prod(runs[0].stop - runs[0].start for runs in target.kept)
+                    progress(size * kept // math.prod(target.shape))
 
 
 @contextmanager

@@ -32,13 +32,7 @@ class Part(NamedTuple):
     required: bool = True
 
 
-# Parts that hold no codes, scales or zeros: their dtypes, and their shape in a linear [N,K].
-EXTRAS: Mapping[str, tuple[tuple[str, ...], Callable[[int, int], Shape]]] = {
-    "weight_shape": (INTEGERS, lambda N, K: (2,)),
-    "weight_g_idx": (INTEGERS, lambda N, K: (K,)),
-    "g_idx": (INTEGERS, lambda N, K: (K,)),
-    "bias": (FLOATS, lambda N, K: (N,)),
-}
+GROUP_INDICES = ("g_idx", "weight_g_idx")
 
 
 @dataclass(frozen=True)
@@ -117,7 +111,8 @@ class Layout:
     bits         of a code that has a zero
     symmetric    every zero is 2 ** (bits - 1)
     zero_offset  what is subtracted from a zero before it is stored: 1 in GPTQ's first version
-    extras       other parts by name, and whether each is required
+    reordered    the config says that the groups are scattered over the columns
+    extras       names of other parts
     """
 
     format: str
@@ -127,7 +122,8 @@ class Layout:
     group: int | None = None
     symmetric: bool = True
     zero_offset: int = 0
-    extras: Mapping[str, bool] | None = None
+    reordered: bool = False
+    extras: tuple[str, ...] = ()
     bits: int = 4
 
     def group_columns(self, K: int) -> int:
@@ -136,12 +132,6 @@ class Layout:
         if K % size:
             raise ValueError(f"groups of {size} do not divide {K} columns")
         return size
-
-    @property
-    def reordered(self) -> bool:
-        """Whether the config says that the groups are scattered over the columns."""
-        extras = self.extras or {}
-        return extras.get("g_idx", extras.get("weight_g_idx", False))
 
     def is_quantized(self, dtypes: Mapping[str, str]) -> bool:
         """Return whether a linear whose parts have these dtypes is quantized."""
@@ -152,10 +142,9 @@ class Layout:
         G = K // self.group_columns(K)
         planes = (self.codes, K), (self.scales, G), (self.zeros, G)
         parts = {plane.name: plane.part(N, C) for plane, C in planes if plane is not None}
-        for name, required in (self.extras or {}).items():
-            dtypes, shape = EXTRAS[name]
-            parts[name] = Part(dtypes, (shape(N, K),), required)
-        return parts
+        extras = dict.fromkeys(GROUP_INDICES, Part(INTEGERS, ((K,),), self.reordered))
+        extras |= {"weight_shape": Part(INTEGERS, ((2,),)), "bias": Part(FLOATS, ((N,),), required=False)}
+        return parts | {name: extras[name] for name in self.extras}
 
     def spec(self, K: int, scales: torch.dtype) -> QuantSpec:
         """Return the QuantizedWeight's spec; ValueError where none has these bits or groups."""
@@ -170,7 +159,7 @@ class Layout:
         """Return the group of each column. ValueError where one of the `extras` among the linear's parts changes its
         values, or, if `exact`, the groups of its columns.
         """
-        extras = {name: read(name) for name in self.extras or () if name in parts}
+        extras = {name: read(name) for name in self.extras if name in parts}
         if "weight_shape" in extras and (shape := extras["weight_shape"].tolist()) != [N, K]:
             raise ValueError(f"weight_shape is {shape}, needs the config's {[N, K]}")
         if "bias" in extras and extras["bias"].any():
@@ -232,8 +221,8 @@ def packed(bits: int, group: int | None, symmetric: bool, reordered: bool) -> La
     """Return the layout of compressed-tensors' pack-quantized: int32 along K, zeros along N."""
     codes, scales = Plane("weight_packed", I32, columns=32 // bits), Plane("weight_scale", FLOATS)
     zeros = None if symmetric else Plane("weight_zero_point", I32, rows=8)
-    extras = {"weight_shape": True, "weight_g_idx": reordered}
-    return Layout("int4" if bits == 4 else "int8", codes, scales, zeros, group, symmetric, extras=extras)
+    format, extras = "int4" if bits == 4 else "int8", ("weight_shape", "weight_g_idx")
+    return Layout(format, codes, scales, zeros, group, symmetric, reordered=reordered, extras=extras)
 
 
 def gptq(group: int | None, zero_offset: int, symmetric: bool, reordered: bool, bits: int) -> Layout:
@@ -241,11 +230,11 @@ def gptq(group: int | None, zero_offset: int, symmetric: bool, reordered: bool, 
     block, elements = (32, 3) if bits == 3 else (32 // bits, 1)
     codes = Plane("qweight", I32, columns=block, elements=elements, transposed=True)
     zeros = Plane("qzeros", I32, rows=block, elements=elements, transposed=True)
-    extras, format = {"g_idx": reordered, "bias": False}, "int4" if bits == 4 else f"uint{bits}"
-    return Layout(format, codes, COLUMN_SCALES, zeros, group, symmetric, zero_offset, extras, bits)
+    format, extras = "int4" if bits == 4 else f"uint{bits}", ("g_idx", "bias")
+    return Layout(format, codes, COLUMN_SCALES, zeros, group, symmetric, zero_offset, reordered, extras, bits)
 
 
 def awq(group: int | None) -> Layout:
     """Return AWQ's layout: int32 codes [K,N/8] and zeros [G,N/8], scales [G,N]."""
     codes, zeros = (Plane(name, I32, rows=8, transposed=True, ordered=True) for name in ("qweight", "qzeros"))
-    return Layout("int4", codes, COLUMN_SCALES, zeros, group, symmetric=False, extras={"bias": False})
+    return Layout("int4", codes, COLUMN_SCALES, zeros, group, symmetric=False, extras=("bias",))

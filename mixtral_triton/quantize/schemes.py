@@ -50,12 +50,8 @@ EIGHT_BITS: Rules = {"num_bits": (8,), "type": (None, "int", "float"), "symmetri
 EIGHT_BITS |= {"strategy": ("channel", "tensor", "block")}
 PACKED: Rules = {"num_bits": (4, 8), "type": (None, "int"), "symmetric": FLAG, **COMMON}
 PACKED |= {"strategy": ("group", "channel")}
-FORMATS: Mapping[str, Rules] = {
-    "pack-quantized": PACKED,
-    "float-quantized": EIGHT_BITS,
-    "int-quantized": EIGHT_BITS,
-    "naive-quantized": EIGHT_BITS,
-}
+FORMATS = {"pack-quantized": PACKED}
+FORMATS |= dict.fromkeys(("float-quantized", "int-quantized", "naive-quantized"), EIGHT_BITS)
 FP8: Rules = {"weight_block_size": BLOCK, "ignored_layers": NAMES, "modules_to_not_convert": NAMES}
 MODELOPT: Rules = {"quant_algo": ("FP8",), "exclude_modules": NAMES, "ignore": NAMES}
 GPTQ: Rules = {"is_marlin_format": (None, False), "checkpoint_format": ("gptq", "gptq_v2"), "bits": (3, 4, 8)}
@@ -174,9 +170,8 @@ def _matches_regex(name: str, pattern: str) -> bool:
     try:
         return bool(re.match(pattern[3:], name)) if pattern.startswith("re:") else name == pattern
     except re.error as error:
-        raise ValueError(
-            f"ignore or targets has the pattern {pattern!r:.80}, needs a regular expression: {error}"
-        ) from None
+        got = f"ignore or targets has the pattern {pattern!r:.80}"
+        raise ValueError(f"{got}, needs a regular expression: {error}") from None
 
 
 def _fp8(config: Config) -> Scheme:
@@ -209,10 +204,4 @@ def _awq(config: Config) -> Scheme:
     return Scheme("awq", [((), layouts.awq(config["group_size"]))], dense, operator.contains)
 
 
-READERS: Mapping[str, Callable[[Config], Scheme]] = {
-    "compressed-tensors": _compressed_tensors,
-    "fp8": _fp8,
-    "modelopt": _modelopt,
-    "gptq": _gptq,
-    "awq": _awq,
-}
+READERS = {"compressed-tensors": _compressed_tensors, "fp8": _fp8, "modelopt": _modelopt, "gptq": _gptq, "awq": _awq}

@@ -56,15 +56,14 @@ def write(
         raise ValueError(f"quantize: {headers.folder} is quantized already ({headers.scheme.name})")
     targets = weights.check(headers, config)
     specs = select_specs(quantization, weights.parameter_shapes(config), "quantize")
-    by_part = {part: [specs[name] for name in specs if name.endswith(names)] for part, names in PARTS.items()}
-    if not by_part["experts"]:
+    part_specs: dict[str, QuantSpec] = {}
+    for part, names in PARTS.items():
+        if found := {name: spec for name, spec in specs.items() if name.endswith(names)}:
+            part_specs[part] = min(found.values(), key=lambda spec: spec.group)
+            if part_specs[part].format == "int4":  # compressed-tensors has one group size for all linears of a part
+                specs |= dict.fromkeys(found, part_specs[part])
+    if "experts" not in part_specs:
         raise ValueError(f"quantize: weights is {quantization!r}, needs a format of the experts")
-    # compressed-tensors has one group size for all linears of a part.
-    part_specs = {part: min(found, key=lambda spec: spec.group) for part, found in by_part.items() if found}
-    for name, spec in specs.items():
-        if spec.format == "int4":
-            part = next(part for part, names in PARTS.items() if name.endswith(names))
-            specs[name] = part_specs[part]
     total, files = 0, dict[str, str]()
     with torch.no_grad(), torch.device("cpu"), _new_folder(Path(out)) as to:
         for source, items in itertools.groupby(headers.tensors.items(), key=lambda item: item[1].file):
@@ -193,12 +192,12 @@ def _quantization_config(specs: Mapping[str, QuantSpec], ignore: list[str]) -> d
     groups, formats = {}, {part: _format(spec) for part, spec in specs.items()}
     for number, (part, spec) in enumerate(specs.items()):
         kind = {"num_bits": 4 if spec.format == "int4" else 8, "type": "float" if spec.format == "fp8" else "int"}
-        grouped = spec.format == "int4"
-        scales = {"strategy": "group" if grouped else "channel", "group_size": spec.group if grouped else None}
-        tokens = {**kind, "symmetric": True, "dynamic": True, "strategy": "token"} if spec.format == "fp8" else None
+        kind |= {"symmetric": True}
+        scales = {"strategy": "group", "group_size": spec.group} if spec.format == "int4" else {"strategy": "channel"}
+        tokens = {**kind, "dynamic": True, "strategy": "token"} if spec.format == "fp8" else None
         groups[f"group_{number}"] = {
             "targets": ["Linear"] if len(specs) == 1 else TARGETS[part],
-            "weights": {**kind, "symmetric": True, "dynamic": False, **scales},
+            "weights": {**kind, "dynamic": False, "group_size": None, **scales},
             "input_activations": tokens,
             "output_activations": None,
             "format": formats[part],

@@ -1,8 +1,8 @@
 """Arithmetic, predicate, bit, move and conversion instructions (PTX ISA, sections 9.7.1 to 9.7.5, 9.7.8 and 9.7.9).
 
-Floats are correctly rounded; `.ftz` flushes subnormals. Approximate instructions are rounded correctly as well, so
-their last bits differ from a GPU's. The payload of a NaN is not modelled: a GPU produces 0x7fffffff, and no kernel
-reads it.
+Floats are correctly rounded; `.ftz` flushes subnormals. Last bits differ from a GPU's in approximate instructions, as
+they are correctly rounded as well, and in an fma whose sum fp64 rounds to a tie, which is rare. The payload of a NaN is
+not modelled: a GPU produces 0x7fffffff, and no kernel reads it.
 """
 
 import re
@@ -15,7 +15,7 @@ import numpy as np
 from .parser import Imm, Instruction, Reg, Symbol, Unmodelled, Vector
 from .values import SPECIALS, TYPES, UNSIGNED, Array, assign, by_type, elementwise, executes, per_lane, read, suffix
 
-F32, F64, U16, U32, U64 = np.float32, np.float64, np.uint16, np.uint32, np.uint64
+F32, F64, U16, U32 = np.float32, np.float64, np.uint16, np.uint32
 TINY = F32(2.0**-126)
 HALVES = ("bf16", "f16")
 
@@ -25,30 +25,8 @@ def flush(x: Array) -> Array:
     return np.where(np.abs(x) < TINY, np.copysign(F32(0), x), x)
 
 
-def round_to_odd(total: Array, error: Array) -> Array:
-    """Round the exact sum total + error to odd, so that a second rounding to fewer bits is correct."""
-    even = (total.view(f"u{total.itemsize}") & 1) == 0
-    inexact = even & (error != 0) & np.isfinite(total)
-    return np.where(inexact, np.nextafter(total, np.copysign(np.inf, error, dtype=total.dtype)), total)
-
-
-def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """Return a + b and its rounding error (Knuth)."""
-    total = a + b
-    part = total - a
-    return total, (a - (total - part)) + (b - part)
-
-
 def fma32(a: Any, b: Any, c: Any) -> Array:
-    """fp32 fma: the product is exact in fp64; the twice rounded sum is wrong only at a tie, which is rounded to odd."""
-    product = np.multiply(a, b, dtype=F64)
-    total = product + c
-    out = total.astype(F32)
-    tie = (total.view(U64) & U64(0x1FFFFFFF)) == U64(0x10000000)
-    if tie.any():
-        exact = round_to_odd(*two_sum(product, np.broadcast_to(c, product.shape).astype(F64)))
-        out = np.where(tie, exact.astype(F32), out)
-    return out
+    return (np.multiply(a, b, dtype=F64) + c).astype(F32)
 
 
 def to_fp32(bits: Any, kind: str) -> Array:
@@ -69,11 +47,7 @@ def from_fp32(x: Any, kind: str) -> Array:
 
 def fma16(a: Any, b: Any, c: Any, kind: str) -> Array:
     x, y, z = (to_fp32(bits, kind).astype(F64) for bits in (a, b, c))
-    exact = round_to_odd(*two_sum(x * y, z))
-    if kind == "bf16":
-        single = exact.astype(F32)
-        exact = round_to_odd(single, (exact - single).astype(F32))
-    return from_fp32(exact, kind)
+    return from_fp32((x * y + z).astype(F32) if kind == "bf16" else x * y + z, kind)
 
 
 def _extreme(pick: Callable[[Any, Any], Any], zeros: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Array]:
