@@ -63,31 +63,19 @@ def _extreme(pick: Callable[[Any, Any], Any], zeros: Callable[[Any, Any], Any]) 
     return extreme
 
 
-def _propagate_nan(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    return lambda a, b: np.where(np.isnan(a) | np.isnan(b), F32(np.nan), function(a, b))
-
-
 def _exp2(a: Array) -> Array:
     return np.exp2(a.astype(F64)).astype(F32)
 
 
-def _rsqrt(a: Array) -> Array:
-    return (1 / np.sqrt(a.astype(F64))).astype(F32)
-
-
 ARITHMETIC = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-ARITHMETIC |= {f"{name}.rn": function for name, function in ARITHMETIC.items()}
 EXTREMES = {"min": _extreme(np.fmin, np.bitwise_or), "max": _extreme(np.fmax, np.bitwise_and)}
-DIVIDE = dict.fromkeys(("div.rn", "div.full", "div.approx"), np.divide)
-EXTREMES_NAN = {f"{name}.NaN": _propagate_nan(function) for name, function in EXTREMES.items()}
+DIVIDE = dict.fromkeys(("div.full", "div.approx"), np.divide)
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "neg": np.negative,
     "abs": np.abs,
     "ex2.approx": _exp2,
     "ex2.approx.ftz": lambda a: flush(_exp2(flush(a))),
-    "rsqrt.approx": _rsqrt,
-    "rsqrt.approx.ftz": lambda a: flush(_rsqrt(flush(a))),
-    "sqrt.rn": np.sqrt,
+    "rsqrt.approx.ftz": lambda a: flush((1 / np.sqrt(flush(a).astype(F64))).astype(F32)),
 }
 COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "eq": np.equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
@@ -101,7 +89,7 @@ COMPARE |= {
 }
 COMPARE = {f"setp.{name}": compare for name, compare in COMPARE.items()}
 
-by_type(ARITHMETIC | DIVIDE | EXTREMES | EXTREMES_NAN | COMPARE, 2, "f32")
+by_type(ARITHMETIC | DIVIDE | EXTREMES | COMPARE, 2, "f32")
 by_type(FUNCTIONS, 1, "f32")
 by_type({"fma.rn": fma32, "fma.rn.ftz": lambda *args: flush(fma32(*map(flush, args)))}, 3, "f32")
 
@@ -112,17 +100,14 @@ def _halves(function: Callable[..., Array], *pairs: Array) -> Array:
     return function(*(pair.view(U16) for pair in pairs)).view(U32)
 
 
-def _in_fp32(function: Callable[[Any, Any], Any]) -> Callable[..., Array]:
-    return lambda a, b, kind: from_fp32(function(to_fp32(a, kind), to_fp32(b, kind)), kind)
+def _in_fp32(function: Callable[[Any, Any], Any], a: Array, b: Array, kind: str) -> Array:
+    return function(to_fp32(a, kind), to_fp32(b, kind))
 
 
 SIXTEEN_BITS: dict[str, tuple[int, Callable[..., Array]]] = {
-    name: (2, _in_fp32(function)) for name, function in (ARITHMETIC | EXTREMES).items()
-}
-SIXTEEN_BITS |= {
+    "add": (2, lambda a, b, kind: from_fp32(_in_fp32(np.add, a, b, kind), kind)),
+    "mul": (2, lambda a, b, kind: from_fp32(_in_fp32(np.multiply, a, b, kind), kind)),
     "fma.rn": (3, fma16),
-    "neg": (1, lambda a, kind: a ^ U16(0x8000)),
-    "abs": (1, lambda a, kind: a & U16(0x7FFF)),
 }
 
 
@@ -130,29 +115,17 @@ def _cvt_pair(high: Array, low: Array, kind: str) -> Array:
     return from_fp32(high, kind).astype(U32) << U32(16) | from_fp32(low, kind)
 
 
-def _cvt_to_integer(a: Array, kind: str) -> Array:
-    """Round toward zero and clamp; NaN becomes 0."""
-    limits = np.iinfo(TYPES[kind])
-    x = np.trunc(np.nan_to_num(a.astype(F64), nan=0.0, posinf=np.inf, neginf=-np.inf))
-    return np.clip(x, limits.min, limits.max).astype(limits.dtype)
-
-
 for _kind in HALVES:
     for _name, (_arity, _function) in SIXTEEN_BITS.items():
         _single = partial(_function, kind=_kind)
         elementwise(f"{_name}.{_kind}", _single, *["b16"] * _arity)
         elementwise(f"{_name}.{_kind}x2", partial(_halves, _single), *["b32"] * _arity)
-    for _name, _compare in COMPARE.items():
-        elementwise(
-            f"{_name}.{_kind}", lambda a, b, c=_compare, kind=_kind: c(to_fp32(a, kind), to_fp32(b, kind)), "b16", "b16"
-        )
+    for _name in ("num", "nan"):
+        elementwise(f"setp.{_name}.{_kind}", partial(_in_fp32, COMPARE[f"setp.{_name}"], kind=_kind), "b16", "b16")
     elementwise(f"cvt.f32.{_kind}", partial(to_fp32, kind=_kind), "b16")
     elementwise(f"cvt.rn.{_kind}.f32", partial(from_fp32, kind=_kind), "f32")
     elementwise(f"cvt.rn.{_kind}x2.f32", partial(_cvt_pair, kind=_kind), "f32", "f32")
 by_type({"cvt.rn.f32": lambda a: a.astype(F32)}, 1, "s32", "u32", "s64", "u64", "s16", "u16")
-for _kind in ("s32", "u32"):
-    elementwise(f"cvt.rzi.{_kind}.f32", partial(_cvt_to_integer, kind=_kind), "f32")
-
 
 NARROW = ("s16", "u16", "s32", "u32")
 INTS = (*NARROW, "s64", "u64")

@@ -32,11 +32,6 @@ class AsyncGroups:
     def commit(self, mask: Any) -> None:
         self.committed += 1 if mask is None else mask.astype(np.int32)
 
-    def would_wait(self, youngest: int, mask: Any) -> bool:
-        """Return whether a wait for all but the `youngest` groups would complete anything."""
-        lanes = True if mask is None else mask
-        return any((op.lanes & (op.group < self.committed - youngest) & lanes).any() for op in self.pending)
-
     def complete(self, youngest: int, mask: Any) -> Iterator[tuple[AsyncOperation, Array]]:
         """Complete all but the `youngest` committed groups; yield each operation and its completed lanes."""
         rest = []

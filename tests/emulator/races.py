@@ -206,17 +206,6 @@ class RaceDetector:
         lanes = slice(None) if mask is None else mask
         self.fenced[frame.block[lanes], frame.warp[lanes]] = self.tick
 
-    def stores_unfenced(self, frame: Any, mask: Any) -> bool:
-        """Return whether one of these warps has stored anything since its last fence."""
-        lanes = slice(None) if mask is None else mask
-        units = self.machine.shared.stride // self.unit
-        for block, warp in {*zip(frame.block[lanes].tolist(), frame.warp[lanes].tolist(), strict=True)}:
-            in_block = slice(block * units, (block + 1) * units)
-            stored = self.stored[in_block][self.writer[in_block] == warp]
-            if (stored > self.fenced[block, warp]).any():
-                return True
-        return False
-
     def set_barrier(self, frame: Any, lanes: Any, offsets: Array, inst: Instruction, exists: bool) -> None:
         block, warp, units = frame.block[lanes], frame.warp[lanes], self._units(offsets, 8)
         self.in_barrier[units] = False
