@@ -2,37 +2,32 @@
 
     pytest benchmarks/
 
-With a GPU: Mixtral's sizes, each with every installed peer. Without one: the sizes of the package's checkpoint, with
-the torch backend on the CPU, as every group and `extra_info` says. Each result is checked once before it is timed: a
-wrong one fails; a peer that is wrong or cannot do the case is skipped with the reason. The extra columns of a benchmark
-(`--benchmark-json`) hold the compulsory bytes and FLOPs. Times include the host's launches.
+With a GPU: Mixtral's sizes, each with every installed peer. Without: small sizes in plain torch on the CPU, as every
+group and `extra_info` says. Each result is checked once before it is timed: a wrong one fails; a peer that is wrong or
+cannot do the case is skipped with the reason. The extra columns of a benchmark (`--benchmark-json`) hold the compulsory
+bytes and FLOPs. Times include the host's launches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import mixtral_triton
-from mixtral_triton.config import MixtralConfig
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.tools.bench.cases import Case, cases, check_of
+from mixtral_triton.tools.bench.cases import BENCHED, Case, cases, check_of
 from mixtral_triton.tools.bench.measure import attempt, our_call
 from mixtral_triton.tools.bench.peers import Peer, peers_of
-from mixtral_triton.tools.bench.report import sizes_text
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DEVICE_NAME = torch.cuda.get_device_name() if GPU else "CPU, plain torch"
-SMALL = Path(mixtral_triton.__file__).parent / "small"
 
 
 def _params() -> Iterator[Any]:
-    for case in cases() if GPU else cases(quick=True, model=MixtralConfig.from_pretrained(SMALL)):
+    for case in cases() if GPU else [Case(op, op.test_shapes[0], op.dtypes[0]) for op in BENCHED.values()]:
         shape = "-".join(f"{key}{value}" for key, value in case.as_dict().items())
         ours = Peer("ours", case.op.name, "", lambda op, args, case=case: our_call(case, args))
         for peer in (ours, *(peers_of(case.op.name) if GPU else ())):
@@ -45,8 +40,7 @@ def _params() -> Iterator[Any]:
 def test_op(case: Case, peer: Peer, benchmark: Any) -> None:
     args = case.inputs(DEVICE)
     cost = case.cost(args)
-    sizes = f" {sizes_text(case.as_dict())}" if GPU else ""  # with peers, a table per case
-    benchmark.group = f"{case.op.name}{sizes} ({DEVICE_NAME})"
+    benchmark.group = f"{case.op.name} {case.as_dict()} ({DEVICE_NAME})"
     benchmark.extra_info.update(bytes=cost.bytes, flops=cost.flops, device=DEVICE_NAME, dtype=case.dtype_name)
 
     def timer(call: Any) -> float:

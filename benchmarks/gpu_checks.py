@@ -1,4 +1,5 @@
-"""Measure on a GPU what the cost model estimates, and run what needs a tool or a second GPU: a line of JSON each.
+"""Parts of the GPU day, a line of JSON each: compile ahead, measure what the cost model estimates, run what needs a
+tool or a second GPU.
 
 python -m benchmarks.gpu_checks CHECK [--small]
 """
@@ -7,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,16 +21,19 @@ import torch
 import triton
 import triton.language as tl
 
-from mixtral_triton import ops
+from benchmarks import gpu_day
+from mixtral_triton import cli, ops
 from mixtral_triton.generate import capture
-from mixtral_triton.kernels.launch import override_configs
-from mixtral_triton.kernels.op import LaunchConfig, Shape
+from mixtral_triton.kernels.launch import multiprocessors, override_configs, target_arch
+from mixtral_triton.kernels.op import Launch, LaunchConfig, Shape
 from mixtral_triton.kernels.pdl import pdl_wait
+from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools import predict
-from mixtral_triton.tools.bench.cases import Case
+from mixtral_triton.tools.bench.cases import Case, cases
 from mixtral_triton.tools.bench.measure import DeviceTimer, untimed_row
 from mixtral_triton.tools.gpus import GPUS, data_sheet
+from mixtral_triton.tools.offline import compile_launches
 
 Figures = dict[str, Any]
 CLOCKS = "nvidia-smi --query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv,noheader"
@@ -91,14 +95,30 @@ def rates(small: bool) -> Figures:
     return {"ok": True, "tile": tile, **figures}
 
 
+def compile_ahead(small: bool) -> Figures:
+    """Compile the kernels that the GPU day's benchmarks and registry tests launch into Triton's cache, on all cores."""
+    arch, sms = target_arch(torch.device("cuda")), multiprocessors(torch.device("cuda"))
+    found = [Case(op, sizes, dtype) for op in OPS.values() for sizes in op.test_shapes for dtype in op.dtypes]
+    for command in (command for _, commands in gpu_day.parts().values() for command in commands.values()):
+        if " bench " in command:
+            options = cli.parser().parse_args(shlex.split(command)[2:])
+            found += cases(options.ops, options.quick, options.at, options.sizes)
+    launches: list[Launch] = []
+    for case in found[: 2 if small else None]:
+        with record_launches(arch, sms) as recorded:
+            case.op.run(**case.inputs(torch.device("meta")))
+        launches += [launch for launch in recorded if launch.fn is not None]
+    faults = [f"{one.kernel}: {one.error}" for one in compile_launches(launches, arch) if one.error]
+    return {"ok": not faults, "launches": len(launches), "faults": "; ".join(faults)}
+
+
 def sanitizer(small: bool) -> Figures:
     """compute-sanitizer over the registry's tests, where it is installed."""
     if shutil.which("compute-sanitizer") is None:
         return {"ok": True, "note": "compute-sanitizer is not installed"}
+    tool = "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --tool"
     tests = f"{sys.executable} -m pytest -q -m gpu tests/ops/test_registry.py"
-    run = partial(subprocess.run, shell=True, stdout=sys.stderr)
-    command = "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --tool"
-    return {"ok": not any(run(f"{command} {tool} {tests}").returncode for tool in ("memcheck", "initcheck"))}
+    return _all_succeed(f"{tool} memcheck {tests}", f"{tool} initcheck {tests}")
 
 
 def two_gpus(small: bool) -> Figures:
@@ -106,11 +126,14 @@ def two_gpus(small: bool) -> Figures:
     if small or torch.cuda.device_count() < 2:
         return {"ok": True, "note": "needs two GPUs"}
     launcher = f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 -m mixtral_triton"
-    commands = f"{launcher} verify --tp 2", f"{launcher} bench decode_step --tp 2 --at B=1 --at H=4096"
+    return _all_succeed(f"{launcher} verify --tp 2", f"{launcher} bench decode_step --tp 2 --at B=1 --at H=4096")
+
+
+def _all_succeed(*commands: str) -> Figures:
     return {"ok": not any(subprocess.run(command, shell=True, stdout=sys.stderr).returncode for command in commands)}
 
 
-CHECKS: dict[str, Callable[[bool], Figures]] = {"rates": rates, "sanitizer": sanitizer, "two_gpus": two_gpus}
+CHECKS = {"compile": compile_ahead, "rates": rates, "sanitizer": sanitizer, "two_gpus": two_gpus}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])

@@ -26,11 +26,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
-from benchmarks.gpu_checks import CHECKS
 from mixtral_triton.cli import Parser
 from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
@@ -62,7 +60,6 @@ def parts(dry: bool = False, breaks: str = "") -> dict[str, Part]:
     rest = [name for name in OPS if name not in (*experts, *cache)]
     two_depths, no_compile = "--at B=1 --at S=1024 --at H=4096", "--without torch.compile"
     eager = f"{no_compile} --without 'HF static cache'"
-    drop_in = f"benchmarks/drop_in.py --json --device cuda --rounds {'1 --small' if dry else '100'}"
     prefix = f"-m tests.support.stub {breaks and f'--breaks {breaks}'} " if dry else ""
     computes = f"{prefix}--executes " if dry else ""  # results are checked; kernels take long on a simulated GPU
 
@@ -70,26 +67,30 @@ def parts(dry: bool = False, breaks: str = "") -> dict[str, Part]:
         command = f"{computes}-m mixtral_triton bench --json"
         return {name: f"{command} {name} {_smallest(name) if dry else options}" for name in names}
 
-    layer = "".join(f" --sizes T={T},H=4096,I=14336,E=8,K=2" for T in (1, 8, 64, 512, 1024, 1536, 2048, 4096))
-    checks = {name: f"{computes}-m benchmarks.gpu_checks {name} {'--small' if dry else ''}" for name in CHECKS}
+    def check(*names: str, prefix: str = computes) -> dict[str, str]:
+        return {name: f"{prefix}-m benchmarks.gpu_checks {name} {'--small' if dry else ''}" for name in names}
 
+    layer = "".join(f" --sizes T={T},H=4096,I=14336,E=8,K=2" for T in (1, 8, 64, 512, 1024, 1536, 2048, 4096))
+    offloaded = "B=1,S=1024,L=4,H=4096,I=14336,E=8,K=2,Hq=32,Hkv=8,D=128,V=32000,offload=2"
+    drop_in = f"{prefix}benchmarks/drop_in.py --json --device cuda --rounds {'1 --small' if dry else '100'}"
     return {
         # Nothing is timed while another core compiles.
-        "compile": (80, {"all": f"{prefix}-m benchmarks.compile_ahead {'--most 4' if dry else ''}"}),
+        "compile": (80, check("compile", prefix=prefix)),
         "experts in bf16": (40, bench(["expert_swiglu"], f"{layer} {no_compile}")),
-        "rates": (15, {"rates": checks.pop("rates")}),
-        "tests": (90, _tests(f"{computes}-m pytest {'--most 1' if dry else ''}")),
+        "rates": (15, check("rates")),
+        "tests": (90, _tests(dry, prefix, computes)),
         "experts": (45, bench(experts, f"--quick {no_compile}")),
         "attention": (55, bench(cache, f"--quick {no_compile}")),
         # torch.compile may leave a GPU in a state that disturbs timing: ours and eager transformers run before it.
         "decode": (50, bench(["decode_step"], f"{two_depths} {eager}")),
         "decode batches": (25, bench(["decode_step"], f"--quick --at L=4 {eager}")),
-        "applied": (35, {"drop_in": prefix + drop_in}),
+        "decode offloaded": (15, bench(["decode_step"], f"--sizes {offloaded} {eager}")),
+        "applied": (35, {"drop_in": drop_in}),
         "decode compiled": (35, bench(["decode_step"], f"{two_depths} {no_compile}")),
-        "one token": (25, bench(rest, "--quick --at T=1")),
-        "many tokens": (25, bench(rest, "--quick --at T=4096")),
+        "one token": (20, bench(rest, "--quick --at T=1")),
+        "many tokens": (20, bench(rest, "--quick --at T=4096")),
         "host": (15, {"host_time": f"benchmarks/host_time.py --json --rounds {1 if dry else 40}"}),
-        "checks": (30, checks),
+        "checks": (25, check("sanitizer", "two_gpus")),
     }
 
 
@@ -98,30 +99,23 @@ def _smallest(name: str) -> str:
     the PTX that unpacks others does not run on a simulated GPU."""
     op = BENCHED[name]
     dense = [shape for shape in op.test_shapes if not QUANTIZED & Shape(shape).as_dict().keys()]
-    sizes = Shape(min(dense, key=lambda sizes: op.cost(sizes, op.dtypes[0]).bytes)).as_dict()
+    sizes = Shape(min(dense, key=lambda sizes: op.cost(sizes, op.dtypes[0]).flops)).as_dict()
     without = [f"--without '{name}'" for name in {peer.name for peer in PEERS} - {"torch"}]
     return " ".join(["--sizes", ",".join(f"{letter}={size}" for letter, size in sizes.items()), *without])
 
 
-def _tests(command: str) -> dict[str, str]:
-    """Return a command per operation of the registry's tests, and one per other file with tests for a GPU."""
-    command += " -v -m gpu -p no:cacheprovider -p benchmarks.gpu_day --maxfail 3"
-    found = {name: f"{command} tests/ops/test_registry.py -k=-{name}-" for name in OPS}
+def _tests(dry: bool, prefix: str, computes: str) -> dict[str, str]:
+    """Return a command per operation of the registry's tests, and one per other file with tests for a GPU. On a
+    simulated GPU all are collected, and two operations are tested."""
+    command, registry = f"{computes}-m pytest -v -m gpu -p no:cacheprovider --maxfail 3", "tests/ops/test_registry.py"
+    if dry:
+        selected = {name: f"{command} {registry} -k='-{name}- and float32'" for name in ("append", "route")}
+        return {"collected": f"{prefix}-m pytest -qq -m gpu -p no:cacheprovider --collect-only tests", **selected}
+    found = {name: f"{command} {registry} -k=-{name}-" for name in OPS}
     for file in sorted((ROOT / "tests").rglob("test_*.py")):
-        if file.stem != "test_registry" and re.search(
-            r"mark\.gpu|def test_[^)]*device: torch\.device", file.read_text()
-        ):
+        if file.stem != "test_registry" and GPU_TESTS.search(file.read_text()):
             found[file.stem] = f"{command} {file.relative_to(ROOT)}"
     return found
-
-
-def pytest_addoption(parser: Any) -> None:
-    parser.addoption("--most", type=int, metavar="N", help="at most so many tests")
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    items[:] = items[: config.getoption("--most")]
 
 
 def read_events(file: Path, *kinds: str) -> list[dict[str, Any]]:

@@ -98,10 +98,12 @@ def switches(sizes: Sizes) -> Switches:
 
 @dataclass(frozen=True)
 class Cost:
-    """Compulsory work: floating-point operations, and bytes that must cross device memory at least once."""
+    """Compulsory work: floating-point operations, and bytes that must cross device memory, or the link to host memory,
+    at least once."""
 
     flops: int
     bytes: int
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -169,10 +169,11 @@ def parser() -> argparse.ArgumentParser:
     option("-h", "--help", nargs=0, action=OpHelp, help="this text; after an OP its arguments and sizes, too")
     option("--quick", action="store_true", help="a few cases an operation, of 8x7B")
     option("--sizes", action="append", default=[], metavar="T=N,...", help="a case of these sizes instead; repeatable")
-    option("--model", metavar="FOLDER", help="take the sizes from a checkpoint's config.json")
     option("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16")
     text = "your function beside the one OP, called by position, checked before it is timed; repeatable"
     option("--peer", action="append", default=[], metavar="MODULE:FUNCTION", help=text)
+    text = "decode_step with so many experts of each layer in host memory; auto: as many as the GPU needs"
+    option("--offload", type=parse_offload, default=0, metavar="N|auto", help=text)
     option("--first", type=int, default=0, metavar="N", help="leave the N cases before this one out")
     option("--without", action="append", default=[], metavar="PEER", help="leave a peer out; repeatable")
     option("--gpu", metavar="NAME", help=f"measure nothing, predict by a data sheet: {', '.join(RATED)}")

@@ -60,14 +60,21 @@ OPTIMISTIC = Reached(memory=0.92, matmul=0.75, l2=1.0, tile=3e-6, kernel=2e-6, l
 CAUTIOUS = Reached(memory=0.86, matmul=0.63, l2=0.82, tile=4e-6, kernel=3e-6, link=0.76)
 
 
+def _limits(cost: Cost, gpu: GPU) -> dict[str, float]:
+    """Return the least seconds of each part of the work at full rates."""
+    link = cost.host_bytes / LINKS[gpu.link]
+    return {"memory": cost.bytes / gpu.bandwidth, "matmul": cost.flops / gpu.matmul, "link": link}
+
+
 def floor(cost: Cost, gpu: GPU) -> float:
     """Return the least seconds on `gpu`: the bytes at full bandwidth, or the FLOP at the matmul rate."""
-    return max(cost.bytes / gpu.bandwidth, cost.flops / gpu.matmul)
+    return max(_limits(cost, gpu).values())
 
 
 def bound(cost: Cost, gpu: GPU) -> str:
-    """Return what sets the floor: "memory" or "matmul"."""
-    return "matmul" if cost.flops / gpu.matmul > cost.bytes / gpu.bandwidth else "memory"
+    """Return what sets the floor: "memory", "matmul", or "link" (to host memory)."""
+    limits = _limits(cost, gpu)
+    return max(limits, key=limits.__getitem__)
 
 
 def measure_gpu(name: str, arch: str, device: Any, timer: Timer, memory: int = 1 << 30, n: int = 8192) -> GPU:

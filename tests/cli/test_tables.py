@@ -14,7 +14,7 @@ from mixtral_triton.kernels.op import LaunchConfig
 from mixtral_triton.tools.bench.cases import BENCHED, cases
 from mixtral_triton.tools.bench.measure import Outcome, Row, untimed_row
 from mixtral_triton.tools.bench.report import op_table
-from mixtral_triton.tools.bench.tune import Candidate, Tuned, kernel_configs, tune_report
+from mixtral_triton.tools.bench.tune import kernel_configs, tune_table
 from mixtral_triton.tools.compiled import resources_table
 from mixtral_triton.tools.gpus import GPUS
 from mixtral_triton.tools.terminal import PIPED, Column, Table, console
@@ -71,7 +71,7 @@ def timed(row: Row) -> Row:
     peers["SDPA"] = Outcome(note="ragged keys")
     peers["flash-attention"] = Outcome(note="fails: OSError: x", right=False)
     ours = Outcome(row.floor_s, right=True)
-    return Row(row.case, row.flops, row.bytes, row.floor_s, row.bound, row.launches, ours, peers)
+    return Row(row.case, row.cost, row.floor_s, row.bound, row.launches, ours, peers)
 
 
 @at_widths
@@ -86,17 +86,15 @@ def test_bench_table(name: str, width: int) -> None:
 
 
 @at_widths
-def test_tune_table_and_its_literal(width: int) -> None:
+def test_tune_table(width: int) -> None:
     case = next(case for case in cases(["expert_swiglu"]) if case.sizes["T"] == 64)
     kernel = "experts_down_decode_kernel"
     config = kernel_configs(case, "sm_90")[kernel][1]
     wide = LaunchConfig({**config.constexprs, "BLOCK_N": 123}, 16, 7)
     fault = "does not compile: CompilationError: " + "a reason of many words " * 4
-    candidates = Candidate(config, None, 1e-3), Candidate(wide, None, None, fault.strip())
-    text = printed(tune_report(Tuned(case, kernel, "sm_90", candidates, config), width), width)
-    assert holds(text, fault, "123", "16", "7", "1,000", f"SPLIT_K={config.constexprs['SPLIT_K']}")
-    pasted = text[text.index('"experts_down_decode_kernel"') :]
-    assert eval(f"{{{pasted}}}", {"LaunchConfig": LaunchConfig}) == {kernel: config}
+    candidates = (config, Outcome(1e-3)), (wide, Outcome(note=fault.strip()))
+    text = printed(tune_table(f"{kernel}: {case.op.name}", candidates, 0), width)
+    assert holds(text, fault, "123", "16", "7", "1,000", f"{kernel}:", "SPLIT_K")
 
 
 def compiled(**changes: Any) -> dict[str, Any]:

@@ -18,13 +18,14 @@ from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench import command, decode_step, measure
 from mixtral_triton.tools.bench.cases import BENCHED, QUICK, TOKENS, Case, Oracle, cases, check_of
-from mixtral_triton.tools.bench.measure import Bench, our_call, timed_row, wall_seconds
+from mixtral_triton.tools.bench.measure import our_call, timed_row, untimed_row, wall_seconds
 from mixtral_triton.tools.bench.peers import PEERS, Peer, peers_of
-from mixtral_triton.tools.gpus import GPUS
+from mixtral_triton.tools.gpus import GPUS, LINKS
 
 CPU, H100 = torch.device("cpu"), GPUS["h100"]
 SLOW = ("torch.compile", "FlexAttention", "HF static cache")  # minutes of compilation on a CPU
 WITHOUT_PEERS = [word for name in {peer.name for peer in PEERS} - {"torch"} for word in ("--without", name)]
+STEP_OF_8X7B = "B=1,S=1024,L=32,H=4096,I=14336,E=8,K=2,Hq=32,Hkv=8,D=128,V=32000"
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="times and compiles: once, without TRITON_INTERPRET")
 
 
@@ -38,7 +39,7 @@ def use_bench(monkeypatch: pytest.MonkeyPatch, device: torch.device = CPU, timer
     if device is CPU:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(Bench, "of", classmethod(lambda cls, current: Bench(device, H100, timer)))
+    monkeypatch.setattr(command, "current_gpu", lambda: (device, H100, timer))
 
 
 def test_cases_cover_both_models_all_token_counts_and_contexts_to_32k() -> None:
@@ -49,9 +50,6 @@ def test_cases_cover_both_models_all_token_counts_and_contexts_to_32k() -> None:
         assert tuple(sizes["T"] for sizes in layer if sizes["H"] == H) == TOKENS
     for name, letter in (("attention", "S"), ("cached_attention", "C"), ("decode_step", "S")):
         assert max(case.sizes[letter] for case in found if case.op.name == name) == 32768
-        assert {case.sizes["Hq"] for case in found if case.op.name == name} == {32, 48}
-    products = {(case.sizes["H"], case.sizes["N"]) for case in found if case.op.name == "linear"}
-    assert products >= {(sizes["H"], sizes["N"]) for sizes in OPS["linear"].bench_shapes}
     assert len({(case.op.name, *sorted(case.as_dict().items())) for case in found}) == len(found)
     quick = cases(quick=True)
     assert {case.op.name for case in quick} == set(BENCHED)
@@ -64,9 +62,16 @@ def test_floor_follows_the_actual_routing() -> None:
     case = Case(OPS["expert_swiglu"], {"T": 6, "H": 32, "I": 16, "E": 8, "K": 2})
     args = case.inputs(CPU) | {"ids": torch.tensor([[3, 5]] * 6, dtype=torch.int32)}
     assert case.cost(args).bytes == case.op.cost({**case.sizes, "chosen": 2}, case.dtype).bytes < case.cost().bytes
-    sizes = decode_step.STEP.test_shapes[0]
-    step = decode_step.inputs({**sizes, "B": 1}, torch.float32, CPU, torch.Generator().manual_seed(0))
-    assert decode_step.expected_distinct_experts(step) == sizes["K"]
+    for offload in (0, 3):
+        sizes = {**decode_step.SMALL, "B": 1, "offload": offload}
+        step = decode_step.inputs(sizes, torch.float32, CPU, torch.Generator().manual_seed(0))
+        routed, experts = decode_step.routed(step), sizes["E"]
+        assert routed["chosen"] == sizes["K"] and routed["chosen_on_host"] in ((0,) if not offload else (1, 1.5, 2))
+        cost, all_on_gpu = (decode_step.cost({**sizes, **more}, torch.float32) for more in (routed, {"offload": 0}))
+        each = sizes["L"] * 3 * sizes["H"] * sizes["I"] * 4
+        assert cost.host_bytes == routed["chosen_on_host"] * each
+        assert cost.bytes + cost.host_bytes == all_on_gpu.bytes and cost.flops == all_on_gpu.flops
+        assert decode_step.cost(sizes, torch.float32).host_bytes == 2 * offload / experts * each
 
 
 def test_peers_are_for_known_operations_and_installed_modules() -> None:
@@ -178,21 +183,46 @@ def test_decode_step_is_captured_after_its_kernels_are_compiled(monkeypatch: pyt
 def test_command_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["bench", "route", "rope", "--quick", "--plot", str(tmp_path / "a.svg")]) == 0
     out = capsys.readouterr().out
-    assert "No time was measured: there is no GPU." in out and "H100 80GB" in out
-    assert "regs" in out and "128x8x2" in out and (tmp_path / "a.svg").stat().st_size
+    assert (
+        "No time was measured: there is no GPU." in out and "H100 80GB" in out and (tmp_path / "a.svg").stat().st_size
+    )
     assert main(["bench", "route", "--quick", "--json", "--gpu", "a100"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["kind"] for line in lines[:2]] == ["gpu", "row"]
-    assert {line["kind"] for line in lines} == {"gpu", "row", "kernel"}
+    assert {line["kind"] for line in lines} == {"gpu", "row"}
     assert lines[0]["name"] == "A100 80GB" and lines[0]["source"] == "data sheet"
     assert all(line["time_us"] is None and line["floor_us"] > 0 for line in lines if line["kind"] == "row")
-    assert {line["arch"] for line in lines if line["kind"] == "kernel"} == {"sm_80"}
+
+
+def test_decode_step_with_experts_in_host_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its floor counts the link. `auto` is what `fit` says: two for an H100, none for an H200."""
+    for offload, gpu, host in (("3", "h200", 0.75), ("auto", "h100", 0.5), ("auto", "h200", 0)):
+        args = ["bench", "decode_step", "--sizes", STEP_OF_8X7B, "--offload", offload, "--gpu", gpu, "--json"]
+        assert main(args) == 0
+        row = json.loads(capsys.readouterr().out.splitlines()[1])
+        assert row["host_bytes"] == host * 32 * 3 * 4096 * 14336 * 2 and row["sizes"]["offload"] == 4 * host
+        assert row["bound"] == row["predicted"]["limit"] == ("link" if host else "memory")
+        if host:
+            assert row["floor_us"] == pytest.approx(1e6 * row["host_bytes"] / LINKS[GPUS[gpu].link])
+        assert 0.5 < row["predicted"]["of_floor"] <= 1
+    assert main([*args[:-2], "h100"]) == 0 and "MB of host" in capsys.readouterr().out
+
+
+def test_offloaded_decode_step_is_checked_and_has_no_peer_of_transformers() -> None:
+    case = Case(decode_step.STEP, decode_step.STEP.test_shapes[1], torch.float32)
+    args = case.inputs(CPU)
+    assert args["model"].layers[1].down_proj.on_host == (3,) and untimed_row(case, H100).cost.host_bytes > 0
+    peers = [peer for peer in peers_of("decode_step") if peer.name in ("torch", "HF eager")]
+    row = timed_row(case, H100, CPU, lambda call: (call(), 1.0)[1], peers)
+    assert row.ours.right and row.peers["torch"].right and row.peers["HF eager"].note == "its weights are dense"
+    step = decode_step.decode_step
+    assert "wrong: 3 of 3 rows" in str(check_of(case.op, args)(lambda **args: step(**args) * 1.2))
 
 
 @compiled_only
 def test_wrong_result_on_a_device_exits_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     use_bench(monkeypatch)
-    monkeypatch.setattr(command, "cases", lambda *args, **more: [small("rms_norm")])
+    monkeypatch.setattr(command, "cases", lambda *args: [small("rms_norm")])
     args = ["bench", "rms_norm", "--quick", "--json", *WITHOUT_PEERS]
     assert main(args) == 0
     _, begin, row, end = map(json.loads, capsys.readouterr().out.splitlines())
@@ -252,7 +282,9 @@ def test_a_lost_gpu_ends_the_process_after_the_row_of_its_case(
         ("route --sizes T=3,T=4", "each letter once"),
         ("rms_norm --sizes T=0,H=8", "T=0"),
         ("sort_by_expert --dtype float16", "sort_by_expert has int32, int64"),
-        ("--model no/such/folder", "no/such/folder"),
+        ("decode_step rope --offload 2", "--offload is 2, and goes with decode_step"),
+        (f"decode_step --sizes {STEP_OF_8X7B},offload=9", "offload is 9, needs 0 to 7 experts"),
+        ("decode_step --offload 8", "offload is 8, needs 0 to 7 experts of each layer"),
         ("--plot roofline.txt", ".png"),
         ("--plot no/such/folder/a.png", "no/such/folder"),
     ],

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from benchmarks import gpu_day
-from benchmarks.gpu_checks import CHECKS
 from benchmarks.gpu_day import day, parts
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.op import Cost
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools import terminal
 from mixtral_triton.tools.bench.cases import BENCHED, Case, cases
@@ -35,7 +35,7 @@ def python(*codes: str) -> gpu_day.Part:
 def row(time_us: float, **sizes: int) -> dict[str, Any]:
     case = Case(BENCHED["decode_step"], {**BENCHED["decode_step"].bench_shapes[0], **sizes})
     peers = {"HF eager": Outcome(4e-6 * time_us), "HF static cache": Outcome(note="fails: RuntimeError: no")}
-    line = Row(case, 10, 20, time_us * 5e-7, "memory", ("k",), Outcome(time_us * 1e-6), peers).as_dict()
+    line = Row(case, Cost(10, 20), time_us * 5e-7, "memory", ("k",), Outcome(time_us * 1e-6), peers).as_dict()
     return {"kind": "row", **line}
 
 
@@ -141,6 +141,8 @@ def test_parts_cover_every_operation_within_ten_minutes() -> None:
     decode = shlex.split(every["decode"][1]["decode_step"])
     at = [decode[place + 1] for place, word in enumerate(decode) if word == "--at"]
     assert {case.sizes["L"] for case in cases(["decode_step"], at=at)} == {1, 4}, "two depths give the time of a layer"
+    (offloaded,) = every["decode offloaded"][1].values()
+    assert "offload=2" in offloaded
     # Ours and eager transformers are timed before torch.compile runs.
     order = list(every)
     for part in order[: order.index("decode compiled")]:
@@ -171,7 +173,7 @@ def test_rates_checks_and_host_time_run_on_the_simulated_gpu(tmp_path: Path) -> 
     run = subprocess.run([*command, "--parts", *selected], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0 and "parts: experts in bf16, rates, host, checks" in run.stdout, run.stderr
     found, page = read(tmp_path)
-    assert {each["check"] for each in found["checks"]} == set(CHECKS) and len(found["host"]) == 3
+    assert {each["check"] for each in found["checks"]} == {"rates", "sanitizer", "two_gpus"} and len(found["host"]) == 3
     assert [(each["op"], each["right"]) for each in found["rows"]] == [("expert_swiglu", True)]
     figures = {each[""]: each["value"] for each in found["checks"] if each["check"] == "rates"}
     assert figures.keys() >= {"l2", "launch_gap", "pdl_gap", "tile", "clocks under load"} and "| rates | l2 |" in page

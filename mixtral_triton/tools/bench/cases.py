@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from ...config import MixtralConfig
 from ...kernels.checks import dtype_name
-from ...kernels.op import Cost, Op, Shape, Sizes, switches
+from ...kernels.op import Cost, Op, Shape, Sizes
 from ...kernels.quantized import BITS
 from ...kernels.registry import OPS
 from ..fit import KNOWN
@@ -24,8 +23,7 @@ Check = Callable[[Callable[..., Any]], "str | None"]  # of a function: what is w
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 QUICK = 6  # cases per operation with --quick
 BENCHED: dict[str, Op] = {**OPS, decode_step.STEP.name: decode_step.STEP}
-# What a CPU checks in seconds, in fp64 and with the torch backend.
-CPU_FLOPS, CPU_VALUES = 2e10, 1 << 27
+CPU_FLOPS, CPU_BYTES = 2e10, 1 << 28  # what a CPU checks in seconds, in fp64 and with the torch backend
 QUANTIZED = {"weight", "gate_up", "down"}  # switches that hold the format of a quantized weight
 DEFAULTS = {"window": 0, "past": 0}  # of sizes that `--sizes` may leave out: no window, an empty cache
 # Peers round at other points than the reference: they may err this many times as much as our own limit.
@@ -68,12 +66,10 @@ class Case:
 
     def too_large_for_cpu(self) -> str | None:
         """Return why a check on a CPU would take too long, or None for a case that is small enough."""
-        flops, args = self.cost().flops, self.inputs(torch.device("meta")).values()
-        tensors = [x for arg in args for x in (arg.parameters() if isinstance(arg, torch.nn.Module) else [arg])]
-        values = sum(x.numel() for x in tensors if isinstance(x, torch.Tensor))
-        if flops <= CPU_FLOPS and values <= CPU_VALUES:
+        cost = self.cost()
+        if cost.flops <= CPU_FLOPS and cost.bytes + cost.host_bytes <= CPU_BYTES:
             return None
-        return f"too large for a CPU ({values / 1e6:,.0f} million values, {flops / 1e9:,.0f} GFLOP)"
+        return f"too large for a CPU ({cost.bytes / 1e6:,.0f} MB, {cost.flops / 1e9:,.0f} GFLOP)"
 
     def cost(self, args: dict[str, Any] | None = None) -> Cost:
         """Return the compulsory work, for the experts that `args` select, or those expected of uniform routing."""
@@ -81,7 +77,7 @@ class Case:
         if args is not None and "ids" in args:
             routed["chosen"] = len(args["ids"].unique())
         elif args is not None and self.op is decode_step.STEP:
-            routed["chosen"] = decode_step.expected_distinct_experts(args)
+            routed = decode_step.routed(args)
         return self.op.cost(Shape(self.sizes) | routed, self.dtype)
 
 
@@ -89,17 +85,15 @@ def cases(
     names: Sequence[str] = (),
     quick: bool = False,
     at: Sequence[str] = (),
-    sizes: Sequence[str | Sizes] = (),
+    sizes: Sequence[str] = (),
     dtype: torch.dtype | None = None,
-    model: MixtralConfig | None = None,
 ) -> list[Case]:
-    """Return the distinct cases of the operations `names` (empty: all).
+    """Return the distinct cases of the operations `names` (empty: all): Mixtral's sizes.
 
-    quick  at most QUICK cases per operation, of Mixtral 8x7B
+    quick  at most QUICK cases per operation, of 8x7B
     at     only the cases of these sizes ("T=4096")
-    sizes  these sizes in place of the table's ("T=32,H=1024,I=512,E=8,K=2", or a dictionary)
+    sizes  these sizes in place of the table's ("T=32,H=1024,I=512,E=8,K=2")
     dtype  None: bf16
-    model  its sizes in place of Mixtral's, also for what `sizes` leave out
 
     ValueError for an unknown name, sizes that no case has, that an operation lacks or needs, or a dtype it lacks.
     """
@@ -112,20 +106,18 @@ def cases(
     if sizes:
         if not names or quick or at:
             raise ValueError("--sizes goes with the operations it is for, and without --quick and --at")
-        defaults = {**DEFAULTS, **({} if model is None else model_sizes(model))}
-        pairs = ((BENCHED[name], text) for name in names for text in sizes)
-        return [_parse_case(op, text, _dtype(op, dtype), defaults) for op, text in pairs]
-    wanted = dict(_parse_size("--at", text) for text in at)
-    found = [
-        Case(op, shape, _dtype(op, dtype))
-        for name, op in BENCHED.items()
-        if name in names or not names
-        for shape in _table_shapes(op, quick, model)
-        if wanted.items() <= shape.as_dict().items()
-    ]
+        return [_parse_case(BENCHED[name], text, dtype) for name in names for text in sizes]
+    wanted, found = _parse_sizes("--at", at), list[Case]()
+    for op in (op for name, op in BENCHED.items() if name in names or not names):
+        shapes = [shape for shape in _table_shapes(op, quick) if wanted.items() <= shape.as_dict().items()]
+        if quick:  # evenly spread by their bytes, with the first and the last
+            shapes.sort(key=lambda shape: op.cost(shape, _dtype(op, dtype)).bytes)
+            step = max(1.0, (len(shapes) - 1) / (QUICK - 1))
+            shapes = [shapes[round(at * step)] for at in range(min(QUICK, len(shapes)))]
+        found += [Case(op, shape, _dtype(op, dtype)) for shape in shapes]
     if not found:
         raise ValueError(f"--at {' '.join(at)}: no case of the benchmark has these sizes")
-    return select_quick(found) if quick else found
+    return found
 
 
 def _dtype(op: Op, wanted: torch.dtype | None) -> torch.dtype:
@@ -133,60 +125,15 @@ def _dtype(op: Op, wanted: torch.dtype | None) -> torch.dtype:
     return next((dtype for dtype in (wanted, torch.bfloat16) if dtype in op.dtypes), op.dtypes[0])  # type: ignore[return-value]
 
 
-def select_quick(found: Sequence[Case]) -> list[Case]:
-    """Return at most QUICK cases per operation, evenly spread by their bytes, with the first and the last."""
-    selected = []
-    for op in dict.fromkeys(case.op.name for case in found):
-        ordered = sorted((case for case in found if case.op.name == op), key=lambda case: case.cost().bytes)
-        step = max(1.0, (len(ordered) - 1) / (QUICK - 1))
-        selected += [ordered[round(at * step)] for at in range(min(QUICK, len(ordered)))]
-    return selected
-
-
-def _table_shapes(op: Op, quick: bool, model: MixtralConfig | None) -> list[Shape]:
-    """Return the distinct sizes of Mixtral 8x7B and, unless `quick`, of 8x22B; or those of `model`."""
-    shapes: list[Shape] = []
-    for sizes in op.bench_shapes:
-        if sizes.get("H") != KNOWN["mixtral-8x22b"].hidden_size:
-            swept = "T" in sizes and not {"S", "C"} & set(sizes)  # only tokens vary
-            shapes += [Shape(sizes) | {"T": T} for T in TOKENS] if swept else [Shape(sizes)]
-    other = model or (None if quick else KNOWN["mixtral-8x22b"])
-    resized = [] if other is None else [one for sizes in shapes if (one := resize(sizes, other)) is not None]
-    return list({str(sizes.as_dict()): sizes for sizes in ([] if model else shapes) + resized}.values())
-
-
-def model_sizes(model: MixtralConfig) -> dict[str, int]:
-    """Return the sizes of a checkpoint's config by the letters of the operations; window 0: none."""
-    return {
-        **{"H": model.hidden_size, "I": model.intermediate_size, "V": model.vocab_size, "L": model.num_hidden_layers},
-        **{"E": model.num_local_experts, "K": model.num_experts_per_tok, "P": model.max_position_embeddings},
-        **{"Hq": model.num_attention_heads, "Hkv": model.num_key_value_heads, "D": model.head_dim},
-        "window": model.sliding_window or 0,
-    }
-
-
-def resize(sizes: Sizes, model: MixtralConfig) -> Shape | None:
-    """Return the sizes of a case of Mixtral 8x7B as `model` has them; None where it has no such case."""
-    target = model_sizes(model)
-    positions, slots = target["P"], target["window"] or target["P"]
-    if not switches(sizes).causal:
-        return None
-    if not {"S", "C"} & set(sizes) and sizes["T"] + sizes.get("past", 0) > positions:
-        return None
-    shape = Shape(sizes) | {name: target[name] for name in sizes if name in target}
-    if "N" in sizes:  # one of three products: to q, k and v, from the heads, or to the vocabulary
-        heads, keys = target["Hq"] * target["D"], 2 * target["Hkv"] * target["D"]
-        products = {4096: {"H": heads, "N": target["H"]}, 6144: {"N": heads + keys}}
-        shape |= products.get(sizes["N"], {"N": target["V"]})
-    if "L" in sizes:  # a decode step
-        shape |= {"L": min(sizes["L"], target["L"]), "S": min(sizes["S"], slots)}
-    elif "S" in sizes:
-        shape["S"] = min(sizes["S"], positions)
-        shape["T"] = shape["S"] if sizes["T"] == sizes["S"] else min(sizes["T"], shape["S"])
-    if "C" in sizes:
-        shape["C"] = min(sizes["C"], slots)
-        shape |= {"T": min(sizes["T"], shape["C"]), "past": min(sizes["past"], shape["C"] - 1)}
-    return shape
+def _table_shapes(op: Op, quick: bool) -> list[Shape]:
+    """Return the distinct sizes of the table, if `quick` of 8x7B alone; at TOKENS where only tokens vary."""
+    found = {}
+    for shape in map(Shape, op.bench_shapes):
+        swept = "T" in shape and not {"S", "C"} & set(shape)
+        for each in [shape | {"T": T} for T in TOKENS] if swept else [shape]:
+            if not (quick and shape.get("H") == KNOWN["mixtral-8x22b"].hidden_size):
+                found[str(each.as_dict())] = each
+    return list(found.values())
 
 
 def sizes_of(op: Op) -> tuple[list[str], list[str]]:
@@ -196,43 +143,40 @@ def sizes_of(op: Op) -> tuple[list[str], list[str]]:
     return known, [name for name in known if all(name in sizes for sizes in shapes)]
 
 
-def _parse_case(op: Op, sizes: str | Sizes, dtype: torch.dtype, defaults: Sizes) -> Case:
-    """Return the case of `op` at the sizes that a user wrote, the missing ones from `defaults`."""
-    wanted = _parse_sizes(sizes) if isinstance(sizes, str) else Shape(sizes).as_dict()
+def _parse_case(op: Op, text: str, dtype: torch.dtype | None) -> Case:
+    """Return the case of `op` at the sizes that a user wrote; those of DEFAULTS may be left out."""
+    sizes = _parse_sizes("--sizes", text.split(","))
     known, needed = sizes_of(op)
-    if foreign := [name for name in wanted if name not in known]:
+    if foreign := [name for name in sizes if name not in known]:
         raise ValueError(f"--sizes has {foreign[0]}, and {op.name} has {', '.join(known)}")
-    values = {**defaults, **wanted}
-    if missing := [name for name in needed if name not in values]:
+    sizes = {name: size for name, size in DEFAULTS.items() if name in needed} | sizes
+    if missing := [name for name in needed if name not in sizes]:
         raise ValueError(f"--sizes lacks {', '.join(missing)}: {op.name} needs {', '.join(needed)}")
-    case = Case(op, Shape({name: values[name] for name in known if name in {*wanted, *needed}}), dtype)
+    case = Case(op, Shape(sizes), _dtype(op, dtype))
     if empty := [name for name in ("B", "T", "H", "I", "E", "V", "N") if case.sizes.get(name) == 0]:
         raise ValueError(f"--sizes has {empty[0]}=0, needs at least 1: there is nothing to time")
     K, E = case.sizes.get("K", 0), case.sizes.get("E")
     if E is not None and K > E:
         raise ValueError(f"--sizes has K={K}, needs at most E={E}: a token's experts differ")
+    if "offload" in sizes:
+        decode_step.resolve_offload(case.sizes, case.dtype, sizes["offload"])
     op.check(**case.inputs(torch.device("meta")))
     return case
 
 
-def _parse_sizes(text: str) -> dict[str, Any]:
-    pairs = [_parse_size("--sizes", part) for part in text.split(",")]
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"--sizes is {text!r}, needs each letter once")
-    return dict(pairs)
-
-
-def _parse_size(option: str, text: str) -> tuple[str, Any]:
-    name, _, size = text.partition("=")
-    if name in QUANTIZED:
-        if not re.fullmatch(rf"({'|'.join(BITS)})(:\d+)?", size):
-            raise ValueError(
-                f"{option} is {text!r}, needs one of {', '.join(BITS)}, and maybe a group: {name}=int4:128"
-            )
-        return name, size
-    if not name or not size.isdecimal():
-        raise ValueError(f"{option} is {text!r}, needs a size letter and a number: T=4096")
-    return name, int(size)
+def _parse_sizes(option: str, texts: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, _, size = text.partition("=")
+        if name in QUANTIZED and not re.fullmatch(rf"({'|'.join(BITS)})(:\d+)?", size):
+            known = ", ".join(BITS)
+            raise ValueError(f"{option} is {text!r}, needs one of {known}, and maybe a group: {name}=int4:128")
+        if name not in QUANTIZED and not (name and size.isdecimal()):
+            raise ValueError(f"{option} is {text!r}, needs a size letter and a number: T=4096")
+        if name in found:
+            raise ValueError(f"{option} is {','.join(texts)!r}, needs each letter once")
+        found[name] = size if name in QUANTIZED else int(size)
+    return found
 
 
 class Oracle:

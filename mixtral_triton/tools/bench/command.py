@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -13,25 +12,22 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ...config import MixtralConfig
-from ...kernels.launch import INTERPRETED
 from ...kernels.op import Shape
 from ...kernels.registry import OPS
 from ...parallel import Ranks
-from ..compiled import as_json, resources_table
 from ..gpus import GPU, RATED, data_sheet
-from ..offline import compile_ops
 from ..predict import family_note
 from ..processes import is_first
 from ..terminal import bar, check_plot, console, save_plot
 from . import decode_step
 from .cases import Case, cases, sizes_of
-from .measure import DEFAULT_GPU, NO_GPU, Bench, DeviceLost, Row, checked_row, step_timer
-from .peers import PEERS, import_peer
-from .report import figure_of, gpu_line, number, op_table, sizes_text
+from .measure import Row, checked_row, current_gpu, step_timer, timed_rows
+from .peers import PEERS, import_peer, peers_of
+from .report import figure_of, gpu_line, micro, op_table, sizes_text
 
+DEFAULT_GPU, NO_GPU = "h100", "there is no GPU"  # whose floors are printed then
 MESH_RUNS = 20  # the same on every rank, since each step synchronizes them
-NOT_ON_A_MESH = ("peer", "plot", "gpu", "model", "quick", "first", "without")
+NOT_ON_A_MESH = ("peer", "plot", "gpu", "quick", "first", "without", "offload")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,10 +39,11 @@ def run(args: argparse.Namespace) -> int:
     if args.first < 0:
         raise ValueError(f"--first is {args.first}, needs the number of a case")
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    model = MixtralConfig.from_pretrained(args.model) if args.model is not None else None
-    selected = cases(args.ops, args.quick, args.at, args.sizes, dtype, model)[args.first :]
+    selected = cases(args.ops, args.quick, args.at, args.sizes, dtype)[args.first :]
     if args.peer and len(args.ops) != 1:
         raise ValueError("--peer goes with the one operation that it does: bench expert_swiglu --peer MODULE:FUNCTION")
+    if args.offload and args.ops != ["decode_step"]:
+        raise ValueError(f"--offload is {args.offload}, and goes with decode_step: bench decode_step --offload N")
     user_peers = [import_peer(text) for text in dict.fromkeys(args.peer)]
     if args.gpu is not None and args.gpu not in RATED:
         raise ValueError(f"--gpu is {args.gpu!r}, needs one of {', '.join(RATED)}")
@@ -56,6 +53,12 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     out = console(stderr=args.json)
     measuring = args.gpu is None and torch.cuda.is_available()
+    gpu, sheet = RATED[args.gpu or DEFAULT_GPU], None
+    if measuring:
+        device, gpu, timer = current_gpu()
+        sheet = data_sheet(gpu.name)
+    if args.offload:
+        selected = [_offloaded(case, args.offload, gpu) for case in selected]
 
     def announce(number: int) -> None:
         """Print a line before a case, for whoever started this process and must know what ended it."""
@@ -63,12 +66,12 @@ def run(args: argparse.Namespace) -> int:
             case = {"op": selected[number].op.name, "sizes": selected[number].as_dict()}
             print(json.dumps({"kind": "begin", "number": args.first + number, **case}), flush=True)
 
+    def peers(case: Case) -> list[Any]:
+        return [*(peer for peer in peers_of(case.op.name) if peer.name not in args.without), *user_peers]
+
     if measuring:
-        bench = Bench.of(torch.device("cuda"))
-        gpu, sheet = bench.gpu, data_sheet(bench.gpu.name)
-        source = bench.rows(selected, args.without, announce, user_peers)
+        source = timed_rows(selected, peers, device, gpu, timer, announce)
     else:
-        gpu, sheet = RATED[args.gpu or DEFAULT_GPU], None
         reason = "--gpu asks for a data sheet" if args.gpu else NO_GPU
         source = (checked_row(case, gpu, user_peers, reason) for case in selected)
         known = "Floors" if gpu.chip is None else "Predicted times and floors"
@@ -79,21 +82,22 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         versions = {"torch": torch.__version__, "arch": gpu.arch}
         print(json.dumps({"kind": "gpu", **_rates(gpu), **versions, "data_sheet": sheet and _rates(sheet)}), flush=True)
-    try:
-        rows = list(_print_rows(source, len(selected), args.json, out))
-    except DeviceLost as error:
-        print(f"mixtral-triton bench: {error}", file=sys.stderr)
+    rows = list(_print_rows(source, len(selected), args.json, out))
+    if len(rows) < len(selected):
         return 1
     if args.json and measuring:
         print(json.dumps({"kind": "end"}), flush=True)
-    if not measuring:
-        _print_compiled(args.json, selected, gpu, out)
     if args.plot is not None:
         save_plot(figure_of(rows, gpu), args.plot)
         out.print(f"plot: {args.plot}")
     names = {peer.name for peer in user_peers}
     outcomes = [one for row in rows for one in (row.ours, *(row.peers[name] for name in names & row.peers.keys()))]
     return 1 if any(one.right is False for one in outcomes) else 0
+
+
+def _offloaded(case: Case, offload: int | str, gpu: GPU) -> Case:
+    experts = decode_step.resolve_offload(case.sizes, case.dtype, offload, gpu)
+    return replace(case, sizes=Shape(case.sizes) | {"offload": experts})
 
 
 def describe(name: str) -> str:
@@ -127,40 +131,29 @@ def _print_rows(source: Iterator[Row], total: int, as_lines: bool, out: Console)
             yield from rows
 
 
-def _print_compiled(as_lines: bool, selected: Sequence[Case], gpu: GPU, out: Console) -> None:
-    """Print the compiled resources of the kernels that these cases launch."""
-    if INTERPRETED:
-        out.print("No compiled resources: this process interprets its kernels (TRITON_INTERPRET is set).")
-        return
-    ops = []
-    for name in dict.fromkeys(case.op.name for case in selected if case.op.name in OPS):
-        sizes, dtypes = zip(*((case.sizes, case.dtype) for case in selected if case.op.name == name), strict=True)
-        ops.append(replace(OPS[name], bench_shapes=sizes, dtypes=tuple(dict.fromkeys(dtypes))))
-    with bar(f"compiling for {gpu.arch}", None) as progress:
-        kernels = [{"kind": "kernel", **as_json(each)} for each in compile_ops(ops, gpu.arch, progress=progress.update)]
-    if as_lines:
-        print(*map(json.dumps, kernels), sep="\n", end="\n" * bool(kernels), flush=True)
-    elif kernels:
-        out.print(resources_table(gpu.arch, kernels))
-
-
 def run_on_mesh(args: argparse.Namespace, mesh: Any) -> int:
     """Run `bench decode_step` on every rank, measured where there are GPUs."""
     if args.ops not in ([], ["decode_step"]):
         raise ValueError(f"bench: on a mesh it times decode_step, and got {' '.join(args.ops)}")
     if unused := [name for name in NOT_ON_A_MESH if getattr(args, name)]:
-        raise ValueError(f"--{unused[0]} is required, and a mesh has no use for it")
+        raise ValueError(
+            f"--{unused[0]} is given, and a mesh has no use for it: needs one process, or no --{unused[0]}"
+        )
     ranks, measuring = Ranks(mesh), mesh.device_type == "cuda"
-    gpu = torch.cuda.get_device_properties(torch.cuda.current_device()).name if measuring else ""
-    lines: list[dict[str, Any]] = []
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device()).name if measuring else "a CPU"
+    about = {"tp": ranks.shard.tp, "ep": ranks.shard.ep, "gpu": gpu}
+    if is_first():
+        print(json.dumps({"kind": "mesh", **about}) if args.json else f"decode_step, {sizes_text(about)}")
     for case in cases(["decode_step"], at=args.at, sizes=args.sizes, dtype=getattr(torch, args.dtype or "", None)):
         with ranks.raise_on_any_rank():
             ranks.shard.check(decode_step.config(case.sizes))
         seconds = measure_on_mesh(case, ranks) if measuring else None
-        line = {"kind": "row", "op": "decode_step", "sizes": case.as_dict(), "time_us": seconds and seconds * 1e6}
-        lines.append(line)
-    if is_first():
-        _print_mesh(args.json, lines, ranks, gpu or "a CPU")
+        row = {"op": "decode_step", "sizes": case.as_dict(), "time_us": seconds and seconds * 1e6}
+        rate = f"{micro(seconds)} us, {case.sizes['B'] / seconds:,.0f} tokens/s" if seconds else "needs GPUs"
+        if is_first():
+            print(
+                json.dumps({"kind": "row", **row}) if args.json else f"{sizes_text(case.as_dict())}: {rate}", flush=True
+            )
     return 0
 
 
@@ -172,16 +165,3 @@ def measure_on_mesh(case: Case, ranks: Ranks) -> float:
         args = decode_step.inputs(case.sizes, case.dtype, device, generator, ranks)
         seconds = step_timer(decode_step.replayed_step(args), MESH_RUNS)
     return max(ranks.all_gather_object(seconds))
-
-
-def _print_mesh(as_json: bool, lines: Sequence[dict[str, Any]], ranks: Ranks, gpu: str) -> None:
-    shard, out = ranks.shard, console()
-    if as_json:
-        lines = [{"kind": "mesh", "tp": shard.tp, "ep": shard.ep, "gpu": gpu}, *lines]
-        print(*map(json.dumps, lines), sep="\n")
-        return
-    out.print(f"decode_step, tp {shard.tp} x ep {shard.ep}, on {gpu}")
-    for line in lines:
-        time = line["time_us"]
-        measured = f"{number(time)} us, {1e6 * line['sizes']['B'] / time:,.0f} tokens/s" if time else "needs GPUs"
-        out.print(f"{sizes_text(line['sizes'])}; measured: {measured}")

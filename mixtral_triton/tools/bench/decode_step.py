@@ -1,12 +1,12 @@
 """The whole decode step as an operation of the benchmark: one new token for each of B sequences of S positions.
 
-The model has L layers and a head of V rows with random weights. Peers run the same weights on copies of the same cache.
+The model has L layers and a head of V rows with random weights, and `offload` experts of each layer in host memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,12 +18,19 @@ from ...cache import KVCache
 from ...config import MixtralConfig
 from ...generate import can_capture, capture
 from ...kernels import reference
+from ...kernels.checks import dtype_name
+from ...kernels.dispatch import expected_distinct_experts
+from ...kernels.offload import OffloadedWeight
 from ...kernels.op import Cost, Op, Sizes
 from ...kernels.registry import OPS
+from ...load import check_offload, experts_to_offload, offloaded_bytes, select_experts
 from ...model import Mixtral
 from ...parallel import Ranks
 from ...reference import block
-from ...weights import table
+from ...weights import parameter_shapes
+from ..fit import memory_need, usable_bytes
+from ..gpus import GPU
+from ..trace import RouteRecorder
 
 Args = dict[str, Any]
 STEPS_MOST = 4096  # positions beyond S that repeated steps may reach
@@ -44,14 +51,18 @@ def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None,
     All experts of a layer hold the same values in separate memory, so that a near tie in a 16-bit router, which may
     select another expert, changes no logits.
     """
-    model = Mixtral(config(sizes), device, dtype, ranks=ranks)
-    for name, weight in model.named_parameters():
-        if weight.dim() == 1:
-            weight.fill_(1.0)
+    settings = config(sizes)
+    on_host = select_experts(settings, sizes.get("offload", 0), None)
+    model = Mixtral(settings, device, dtype, ranks=ranks, on_host=on_host)
+    for name, weight in model.named_weights().items():
+        experts = map(weight.rows, range(len(weight))) if isinstance(weight, OffloadedWeight) else weight
+        first, *copies = experts if len(weight.shape) == 3 else [weight]
+        if len(weight.shape) == 1:
+            first.fill_(1.0)
         else:
-            weight.normal_(std=1.0 if name == "embed_tokens" else weight.shape[-1] ** -0.5, generator=generator)
-        if weight.dim() == 3:
-            weight[1:] = weight[:1]
+            first.normal_(std=1.0 if name == "embed_tokens" else weight.shape[-1] ** -0.5, generator=generator)
+        for copy in copies:
+            copy.copy_(first)
     cache = KVCache(model.config, sizes["B"], sizes["S"], device, dtype)
     cache.max_len = model.config.max_position_embeddings  # repeated steps wrap around the ring
     for buffer in (*cache.keys, *cache.values):
@@ -116,66 +127,61 @@ def fault(function: Callable[..., Any], args: Args) -> str | None:
     )
 
 
-def hf_step(op: Op, args: Args, compiled: bool) -> Callable[..., Any]:
-    """Return a step of transformers' model on our weights and a copy of our cache, with transformers' default experts.
-
-    `compiled`: with a static cache, in CUDA graphs; else eager, with a growing cache.
-    """
-    from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, StaticCache
-    from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
-
-    from ...hf.mask import CACHE
-
-    model, cache = args["model"], args["cache"]
-    fields = asdict(model.config)
-    rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
-    settings = MixtralConfig(**fields, rope_parameters=rope)
-    with torch.device("meta"):
-        hf = MixtralForCausalLM(settings).eval()
-    parameters, targets = dict(model.named_parameters()), table(model.config, "fused")
-    hf.load_state_dict({name: parameters[one.parameter][one.index] for name, one in targets.items()}, assign=True)
-    hf.model.rotary_emb = MixtralRotaryEmbedding(settings).to(model.device)
-    copy = StaticCache(settings, cache.slots + STEPS_MOST) if compiled else DynamicCache()
-    for index, layer in enumerate(zip(cache.keys, cache.values, strict=True)):
-        copy.update(*(x[:, :, : cache.slots - 1].clone() for x in layer), index)
-    forward = torch.compile(hf.forward, mode="reduce-overhead") if compiled else hf.forward
-    return lambda token, **_: forward(token, use_cache=True, **{CACHE: copy}).logits[:, -1].float()
-
-
-def expected_distinct_experts(args: Args) -> float:
-    """Return the mean number of distinct experts per layer that the next step's tokens select."""
-    from ..trace import RouteRecorder
-
+def routed(args: Args) -> dict[str, float]:
+    """Return the means per layer of the distinct experts that the next step's tokens select, in host memory and all."""
     rewind(args["cache"])
     with RouteRecorder() as routes:
         decode_step(**args)
     rewind(args["cache"])
-    return sum(len(ids.unique()) for ids in routes.ids) / len(routes.ids)
+    selected = [set(ids.unique().tolist()) for ids in routes.ids]
+    on_host = set(getattr(args["model"].layers[0].down_proj, "on_host", ()))
+    return {
+        name: sum(map(len, sets)) / len(selected)
+        for name, sets in {"chosen": selected, "chosen_on_host": [ids & on_host for ids in selected]}.items()
+    }
+
+
+def resolve_offload(sizes: Sizes, dtype: torch.dtype, offload: int | str, gpu: GPU | None = None) -> int:
+    """Return how many experts of each layer stay in host memory; "auto": as many as `fit` says that `gpu` needs.
+
+    ValueError for a number that the model cannot offload.
+    """
+    settings = replace(config(sizes), dtype=dtype_name(dtype))
+    per_expert = offloaded_bytes(parameter_shapes(settings), {}, dtype)
+    if offload == "auto" and gpu is not None:
+        needed = memory_need(settings, {}, sizes["B"], sizes["S"])["total"]
+        offload = experts_to_offload(settings, needed, usable_bytes(gpu.bytes), per_expert)
+    return check_offload(offload, settings, None, torch.device("meta"), 0, per_expert)
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    """Count each needed weight once, and per layer the cache and the selected experts.
+    """Count each needed weight once, and per layer the cache and the selected experts: their expected number under
+    uniform routing where `chosen` and `chosen_on_host` do not name it.
 
     Activations between operations do not count: further fusion would keep them on the chip.
     """
-    B, H, E, D, L, V = (sizes[letter] for letter in "BHEDLV")
+    B, H, I, E, K, D, L, V = (sizes[letter] for letter in "BHIEKDLV")
     heads = sizes["Hq"], sizes["Hkv"]
     rows = 2 * (heads[0] + heads[1]) * D + E  # of q, k, v, o and the gate, each H long
     attention = OPS["cached_attention"].cost({**sizes, "T": 1, "past": sizes["S"] - 1, "window": 0}, dtype)
     experts = OPS["expert_swiglu"].cost({**sizes, "T": B}, dtype)
     layer = (rows * H + 2 * H) * dtype.itemsize + attention.bytes + experts.bytes
     head = (V * H + H + B * H) * dtype.itemsize + 4 * B * V
+    distinct = sizes.get("chosen", expected_distinct_experts(B, K / E, E))
+    on_host = sizes.get("chosen_on_host", distinct * sizes.get("offload", 0) / E)
+    host = int(L * on_host * 3 * H * I * dtype.itemsize)
     flops = L * (2 * B * rows * H + attention.flops + experts.flops) + 2 * B * V * H
-    return Cost(flops=flops, bytes=L * layer + head)
+    return Cost(flops, L * layer + head - host, host)
 
 
+SMALL = {"B": 3, "S": 12, "L": 2, "H": 64, "I": 96, "E": 4, "K": 2, "Hq": 4, "Hkv": 2, "D": 16, "V": 100}
 STEP = Op(
     run=decode_step,
     reference=plain_step,
     inputs=inputs,
     configs=lambda sizes, dtype, arch: {},
     cost=cost,
-    test_shapes=({"B": 3, "S": 12, "L": 2, "H": 64, "I": 96, "E": 4, "K": 2, "Hq": 4, "Hkv": 2, "D": 16, "V": 100},),
+    test_shapes=(SMALL, {**SMALL, "offload": 1}),
     bench_shapes=tuple(
         {"B": B, "S": S, "L": L, "H": 4096, "I": 14336, "E": 8, "K": 2, "Hq": 32, "Hkv": 8, "D": 128, "V": 32000}
         # Two depths of one step give the time of a layer.

@@ -13,36 +13,30 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...config import MixtralConfig
 from ...kernels.checks import dtype_name
 from ...kernels.launch import target_arch
-from ...kernels.op import Sizes
+from ...kernels.op import Cost
 from ...kernels.record import record_launches
 from ...ops import dispatched
-from ..gpus import GPU, RATED, data_sheet
+from ..gpus import GPU, MIB, data_sheet
 from ..predict import Prediction, bound, floor, measure_gpu, predict
+from ..terminal import say
 from . import decode_step
-from .cases import Case, Check, cases, check_of, stricter_oracles
-from .peers import Function, Peer, Unsupported, peers_of, user_peer
+from .cases import Case, Check, check_of, stricter_oracles
+from .peers import Function, Peer, Unsupported
 
 Call = Callable[[], Any]
 Timer = Callable[[Call], float]
 
-NOT_CHECKED, NO_GPU = "not checked", "there is no GPU"
+NOT_CHECKED = "not checked"
 NO_DRIVER = "0 active drivers"  # in Triton's error of a launch on a machine without a GPU
 INTERPRETER_S = 120
-DEFAULT_GPU = "h100"  # of the floors, where there is no GPU
 RUNS_LEAST, RUNS_MOST = 5, 100
 SWEEP_BYTES = 256 << 20  # read at least, and four times the size of L2, to evict it
-
-
-class DeviceLost(RuntimeError):
-    """Every further call on the device fails with the error of an earlier one."""
 
 
 def _runs(estimate: float, budget: float) -> int:
@@ -132,8 +126,7 @@ class Row:
     """
 
     case: Case
-    flops: int
-    bytes: int
+    cost: Cost
     floor_s: float
     bound: str
     launches: tuple[str, ...]
@@ -153,7 +146,7 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         case = {"op": self.case.op.name, "sizes": self.case.as_dict(), "dtype": self.case.dtype_name}
-        work = {"flops": self.flops, "bytes": self.bytes, "bound": self.bound, "launches": list(self.launches)}
+        work = {**vars(self.cost), "bound": self.bound, "launches": list(self.launches)}
         times = {"floor_us": self.floor_s * 1e6, "of_floor": self.share, **self.ours.as_dict()}
         times["predicted"] = self.predicted and self.predicted.as_dict()
         peers = {name: {**outcome.as_dict(), "ratio": self.ratio(name)} for name, outcome in self.peers.items()}
@@ -173,7 +166,7 @@ def untimed_row(case: Case, gpu: GPU, args: dict[str, Any] | None = None) -> Row
     names = tuple(launch.kernel for launch in launches)
     known = gpu if gpu.chip is not None else data_sheet(gpu.name)
     prediction = None if known is None or known.chip is None else predict(launches, known, cost)
-    return Row(case, cost.flops, cost.bytes, floor(cost, gpu), bound(cost, gpu), names, predicted=prediction)
+    return Row(case, cost, floor(cost, gpu), bound(cost, gpu), names, predicted=prediction)
 
 
 def attempt(build: Callable[[], Function], args: dict[str, Any], check: Check, timer: Timer | str) -> Outcome:
@@ -199,12 +192,31 @@ def _failure(error: Exception) -> Outcome:
         return Outcome(note=str(error))
     if isinstance(error, torch.OutOfMemoryError):
         return Outcome(note="out of memory")
-    return Outcome(note=f"fails: {_summary(error)}", right=False)
+    return Outcome(note=f"fails: {summary(error)}", right=False)
 
 
-def _summary(error: Exception) -> str:
+def summary(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:160]}"
+
+
+def _attempt_peer(case: Case, args: dict[str, Any], timer: Timer | str, check: Check, peer: Peer) -> Outcome:
+    """`attempt` a peer. A `strict` one must also pass `stricter_oracles`; a note names those that it does not take."""
+    notes: list[str] = []
+
+    def check_all(function: Function) -> str | None:
+        wrong = check(function)
+        for name, oracle in stricter_oracles(case, args) if peer.strict and wrong is None else ():
+            try:
+                if fault := oracle.fault(peer.build(case.op, oracle.args)):
+                    return f"{fault} ({name})"
+            except Exception as error:  # many kernels take 16 bits only
+                notes.append(f"{NOT_CHECKED} {name}: {summary(error)}")
+        return wrong
+
+    outcome = attempt(partial(peer.build, case.op, args), args, check_all, timer)
+    _free_memory()
+    return replace(outcome, note="; ".join([outcome.note or "right", *notes])) if outcome.right and notes else outcome
 
 
 @torch.no_grad()
@@ -213,88 +225,40 @@ def timed_row(case: Case, gpu: GPU, device: torch.device, timer: Timer, peers: S
     args = case.inputs(device)
     row, check = untimed_row(case, gpu, args), check_of(case.op, args)
     ours = attempt(lambda: our_call(case, args), args, check, timer)
-    return replace(row, ours=ours, peers=_attempt_peers(case, args, check, timer, peers))
-
-
-def _attempt_peers(case: Case, args: Any, check: Check, timer: Timer | str, peers: Sequence[Peer]) -> Any:
-    found: dict[str, Outcome] = {}
-    for peer in peers:
-        notes: list[str] = []
-        checks = partial(_check_more, case, args, check, peer, notes) if peer.strict else check
-        outcome = attempt(partial(peer.build, case.op, args), args, checks, timer)
-        if outcome.right and notes:
-            outcome = replace(outcome, note="; ".join([outcome.note or "right", *notes]))
-        found[peer.name] = outcome
-        _free_memory()
-    return found
-
-
-def _check_more(case: Case, args: Any, check: Check, peer: Peer, notes: list[str], function: Function) -> str | None:
-    """`check`, then those of `stricter_oracles`; `notes` gets a line for each that the peer does not take."""
-    wrong = check(function)
-    for name, oracle in stricter_oracles(case, args) if wrong is None else ():
-        try:
-            if fault := oracle.fault(peer.build(case.op, oracle.args)):
-                return f"{fault} ({name})"
-        except Exception as error:  # many kernels take 16 bits only
-            notes.append(f"{NOT_CHECKED} {name}: {_summary(error)}")
-    return wrong
+    return replace(row, ours=ours, peers={peer.name: _attempt_peer(case, args, timer, check, peer) for peer in peers})
 
 
 @torch.no_grad()
 def checked_row(case: Case, gpu: GPU, peers: Sequence[Peer], reason: str) -> Row:
     """Return the row without times, for a `reason`, with the user's `peers` checked on the CPU."""
-    row = untimed_row(case, gpu)
-    if not peers:
-        return row
-    if large := case.too_large_for_cpu():
+    row, large = untimed_row(case, gpu), case.too_large_for_cpu() if peers else None
+    if not peers or large:
         return replace(row, peers={peer.name: Outcome(note=f"{NOT_CHECKED}: {large}") for peer in peers})
     args = case.inputs(torch.device("cpu"))
-    found = _attempt_peers(case, args, check_of(case.op, args), reason, peers)
-    without_driver = [peer for peer in peers if NO_DRIVER in str(found[peer.name].note) and peer.source]
-    return replace(row, peers=found | {peer.name: _interpreted(case, peer) for peer in without_driver})
+    check = check_of(case.op, args)
+    found = {peer.name: _attempt_peer(case, args, reason, check, peer) for peer in peers}
+    without_driver = [name for name, outcome in found.items() if NO_DRIVER in str(outcome.note)]
+    return replace(row, peers=found | {name: _interpreted(case, name) for name in without_driver})
 
 
-def _interpreted(case: Case, peer: Peer) -> Outcome:
+def _interpreted(case: Case, peer: str) -> Outcome:
     """Check a Triton peer in a process of its own: `triton.jit` decides when it decorates whether to interpret."""
     sizes = ",".join(f"{name}={size}" for name, size in case.as_dict().items())
-    command = [sys.executable, "-m", "mixtral_triton", "bench", case.op.name, "--sizes", sizes, "--json"]
     # In fp32 where it can be: the interpreter computes on the bits of bf16.
-    dtype = torch.float32 if torch.float32 in case.op.dtypes else case.dtype
-    command += ["--peer", peer.source, "--dtype", dtype_name(dtype)]
-    paths = filter(None, (str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH")))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    dtype = dtype_name(torch.float32 if torch.float32 in case.op.dtypes else case.dtype)
+    options = ["--json", "--sizes", sizes, "--peer", peer, "--dtype", dtype]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command: list[str] = [sys.executable, "-m", "mixtral_triton", "bench", case.op.name, *options]
     try:
         run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=INTERPRETER_S)
     except subprocess.TimeoutExpired:
         return Outcome(note=f"{NOT_CHECKED}: Triton's interpreter takes more than {INTERPRETER_S} s")
-    lines = [json.loads(line) for line in run.stdout.splitlines()]
-    for line in lines:
+    for line in map(json.loads, run.stdout.splitlines()):
         if line["kind"] == "row":
-            one = line["peers"][peer.source]
-            return Outcome(note=f"{one['note']} (in Triton's interpreter, {dtype_name(dtype)})", right=one["right"])
+            one = line["peers"][peer]
+            return Outcome(note=f"{one['note']} (in Triton's interpreter, {dtype})", right=one["right"])
     last = (run.stderr.strip().splitlines() or ["no output"])[-1]
     return Outcome(note=f"fails: {last} (in Triton's interpreter)", right=False)
-
-
-def compare(
-    op: str,
-    *sizes: str | Sizes,
-    peers: Mapping[str, Callable[..., Any]] | None = None,
-    dtype: torch.dtype | None = None,
-    model: MixtralConfig | None = None,
-) -> list[Row]:
-    """Compare the operation `op` with your functions by name: a row for each of `sizes` (none: the table's sizes).
-
-    On a GPU all are timed, installed peers too. Elsewhere floors are an H100's, and your functions are checked on the
-    CPU. `model`: a checkpoint's sizes, as `cases` takes them.
-    ValueError for an unknown operation, sizes or a dtype that it lacks, a peer that is no function.
-    """
-    functions = [user_peer(name, function) for name, function in (peers or {}).items()]
-    found = cases([op], sizes=sizes, dtype=dtype, model=model)
-    if torch.cuda.is_available():
-        return list(Bench.of(torch.device("cuda")).rows(found, extra_peers=functions))
-    return [checked_row(case, RATED[DEFAULT_GPU], functions, NO_GPU) for case in found]
 
 
 def _free_memory() -> None:
@@ -304,42 +268,36 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-@dataclass(frozen=True)
-class Bench:
-    """A device, its measured rates, and the timer of its operations."""
+def current_gpu() -> tuple[torch.device, GPU, Timer]:
+    """Return the current GPU, its measured rates, and the timer of its operations."""
+    device, properties = torch.device("cuda"), torch.cuda.get_device_properties("cuda")
+    timer, sheet = DeviceTimer(device), data_sheet(properties.name)
+    gpu = measure_gpu(properties.name, target_arch(device), device, timer)
+    return device, replace(gpu, mib=properties.total_memory // MIB, link=(sheet or gpu).link), timer
 
-    device: torch.device
-    gpu: GPU
-    timer: Timer
 
-    @classmethod
-    def of(cls, device: torch.device) -> Bench:
-        timer = DeviceTimer(device)
-        gpu = measure_gpu(torch.cuda.get_device_name(device), target_arch(device), device, timer)
-        return cls(device, gpu, timer)
+def timed_rows(
+    cases: Sequence[Case],
+    peers: Callable[[Case], Sequence[Peer]],
+    device: torch.device,
+    gpu: GPU,
+    timer: Timer,
+    on_start: Callable[[int], None],
+) -> Iterator[Row]:
+    """Yield a row per case with its `peers`, calling `on_start` with its number first.
 
-    def rows(
-        self,
-        cases: Sequence[Case],
-        without: Sequence[str] = (),
-        on_start: Callable[[int], None] = lambda number: None,
-        extra_peers: Sequence[Peer] = (),
-    ) -> Iterator[Row]:
-        """Yield a row per case, calling `on_start` with its number first.
-
-        DeviceLost after the row of a case that leaves the device in an error.
-        """
-        for number, case in enumerate(cases):
-            on_start(number)
-            peers = [*(peer for peer in peers_of(case.op.name) if peer.name not in without), *extra_peers]
-            timer = step_timer if case.op is decode_step.STEP else self.timer
+    The last row is that of a case that leaves the device in an error: all later calls would fail.
+    """
+    for number, case in enumerate(cases):
+        on_start(number)
+        try:
+            yield timed_row(case, gpu, device, step_timer if case.op is decode_step.STEP else timer, peers(case))
+        except Exception as error:  # before anything was timed: the next case may work
+            yield replace(untimed_row(case, gpu), ours=_failure(error))
+        if device.type == "cuda":
             try:
-                yield timed_row(case, self.gpu, self.device, timer, peers)
-            except Exception as error:  # before anything was timed: the next case may work
-                yield replace(untimed_row(case, self.gpu), ours=_failure(error))
-            if self.device.type == "cuda":  # an illegal access in any kernel makes every later call fail
-                try:
-                    torch.cuda.synchronize(self.device)
-                except RuntimeError as error:
-                    raise DeviceLost(f"{self.device} is lost to this process: {_summary(error)}") from error
-            _free_memory()
+                torch.cuda.synchronize(device)
+            except RuntimeError as error:
+                say(f"mixtral-triton bench: {device} is lost to this process: {summary(error)}")
+                return
+        _free_memory()

@@ -12,7 +12,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -23,10 +23,12 @@ from torch import Tensor
 from ...kernels import reference
 from ...kernels.op import Op
 from ...kernels.quantized import QuantizedWeight
-from . import decode_step
+from ...weights import table
+from .decode_step import STEPS_MOST
 
 Args = dict[str, Any]
 Function = Callable[..., Any]
+Build = Callable[[Op, dict[str, Any]], Function]
 
 
 class Unsupported(Exception):
@@ -37,15 +39,13 @@ class Unsupported(Exception):
 class Peer:
     """`op` None: any operation. `needs`: the module that must be installed, "" for torch alone.
 
-    source  MODULE:FUNCTION of a user's function that another process can import
     strict  it must also be right by `stricter_oracles`, if it takes their inputs
     """
 
     name: str
     op: str | None
     needs: str
-    build: Callable[[Op, Args], Function]
-    source: str = ""
+    build: Build
     strict: bool = False
 
     @property
@@ -64,25 +64,15 @@ def _require_dense(args: Args) -> None:
         raise Unsupported("its weights are dense")
 
 
-def _positional(function: Function, *names: str) -> Function:
-    return lambda **kwargs: function(*(kwargs[name] for name in names))
+def _call(target: str, names: str) -> Build:
+    """Return the build of a peer that calls another library's function, by position with the arguments `names`."""
 
+    def build(op: Op, args: Args) -> Function:
+        _require_dense(args)
+        function = pkgutil.resolve_name(target)
+        return lambda **kwargs: function(*(kwargs[name] for name in names.split()))
 
-def _liger_norm(op: Op, args: Args) -> Function:
-    from liger_kernel.transformers import functional
-
-    if "residual" in args:
-        return _positional(functional.liger_fused_add_rms_norm, "x", "residual", "weight", "eps")
-    return _positional(functional.liger_rms_norm, "x", "weight", "eps")
-
-
-def _liger_rope(op: Op, args: Args) -> Function:
-    """Liger rotates in place: it gets copies, and only the first call's result is meaningful."""
-    from liger_kernel.transformers.functional import liger_rope
-
-    q, k = (args[name].transpose(1, 2).clone() for name in "qk")
-    cos, sin = (torch.cat(2 * [args[name][args["positions"]]], -1).to(q.dtype) for name in ("cos", "sin"))
-    return lambda **_: tuple(x.transpose(1, 2) for x in liger_rope(q, k, cos, sin))
+    return build
 
 
 def _grouped_mm(op: Op, args: Args) -> Function:
@@ -99,20 +89,6 @@ def _grouped_mm(op: Op, args: Args) -> Function:
         setattr(module, name, torch.nn.Parameter(args[name], requires_grad=False))
     ids = args["ids"].long()
     return lambda x, weights, **_: module(x, ids, weights)
-
-
-def _liger_experts(op: Op, args: Args) -> Function:
-    _require_dense(args)
-    from liger_kernel.ops import LigerFusedMoEFunction
-
-    return _positional(LigerFusedMoEFunction.apply, "x", "gate_up_proj", "down_proj", "ids", "weights")
-
-
-def _vllm_experts(op: Op, args: Args) -> Function:
-    _require_dense(args)
-    from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
-
-    return _positional(fused_experts, "x", "gate_up_proj", "down_proj", "weights", "ids")
 
 
 def _window(args: Args) -> int:
@@ -199,25 +175,53 @@ def _flash_cached(op: Op, args: Args) -> Function:
     return run
 
 
+def _hf_step(op: Op, args: Args, compiled: bool) -> Function:
+    """Return a step of transformers' model on our weights and a copy of our cache, with transformers' default experts.
+
+    `compiled`: with a static cache, in CUDA graphs; else eager, with a growing cache.
+    """
+    from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, StaticCache
+    from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
+
+    from ...hf.mask import CACHE
+
+    model, cache = args["model"], args["cache"]
+    _require_dense(model.named_weights())
+    fields = asdict(model.config)
+    rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
+    settings = MixtralConfig(**fields, rope_parameters=rope)
+    with torch.device("meta"):
+        hf = MixtralForCausalLM(settings).eval()
+    parameters, targets = dict(model.named_parameters()), table(model.config, "fused")
+    hf.load_state_dict({name: parameters[one.parameter][one.index] for name, one in targets.items()}, assign=True)
+    hf.model.rotary_emb = MixtralRotaryEmbedding(settings).to(model.device)
+    copy = StaticCache(settings, cache.slots + STEPS_MOST) if compiled else DynamicCache()
+    for index, layer in enumerate(zip(cache.keys, cache.values, strict=True)):
+        copy.update(*(x[:, :, : cache.slots - 1].clone() for x in layer), index)
+    forward = torch.compile(hf.forward, mode="reduce-overhead") if compiled else hf.forward
+    return lambda token, **_: forward(token, use_cache=True, **{CACHE: copy}).logits[:, -1].float()
+
+
+EXPERTS = "x gate_up_proj down_proj"
+CALLS = (
+    ("Liger", "rms_norm", "liger_kernel.transformers.functional:liger_rms_norm", "x weight eps"),
+    ("Liger", "add_rms_norm", "liger_kernel.transformers.functional:liger_fused_add_rms_norm", "x residual weight eps"),
+    ("Liger", "expert_swiglu", "liger_kernel.ops:LigerFusedMoEFunction.apply", f"{EXPERTS} ids weights"),
+    ("vLLM", "expert_swiglu", "vllm.model_executor.layers.fused_moe.fused_moe:fused_experts", f"{EXPERTS} weights ids"),
+)
 PEERS = (
     Peer("torch", None, "", lambda op, args: op.call_reference),
     Peer("torch.compile", None, "", _compile),
-    Peer(
-        "F.rms_norm", "rms_norm", "", lambda op, args: lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
-    ),
-    Peer("Liger", "rms_norm", "liger_kernel", _liger_norm),
-    Peer("Liger", "add_rms_norm", "liger_kernel", _liger_norm),
-    Peer("Liger", "rope", "liger_kernel", _liger_rope),
+    Peer("F.rms_norm", "rms_norm", "", lambda *_: lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)),
+    *(Peer(name, op, target.split(".")[0], _call(target, names)) for name, op, target, names in CALLS),
     Peer("HF grouped_mm", "expert_swiglu", "transformers", _grouped_mm),
-    Peer("Liger", "expert_swiglu", "liger_kernel", _liger_experts),
-    Peer("vLLM", "expert_swiglu", "vllm", _vllm_experts),
     Peer("SDPA", "attention", "", _sdpa),
     Peer("FlexAttention", "attention", "", _flex),
     Peer("flash-attention", "attention", "flash_attn", _flash),
     Peer("SDPA", "cached_attention", "", _sdpa_cached),
     Peer("flash-attention", "cached_attention", "flash_attn", _flash_cached),
-    Peer("HF eager", "decode_step", "transformers", partial(decode_step.hf_step, compiled=False)),
-    Peer("HF static cache", "decode_step", "transformers", partial(decode_step.hf_step, compiled=True)),
+    Peer("HF eager", "decode_step", "transformers", partial(_hf_step, compiled=False)),
+    Peer("HF static cache", "decode_step", "transformers", partial(_hf_step, compiled=True)),
 )
 
 
@@ -227,30 +231,22 @@ def peers_of(op: str) -> tuple[Peer, ...]:
 
 
 def user_peer(name: str, function: Function) -> Peer:
-    """Return a peer that calls `function` with the operation's arguments, by position and in the operation's order."""
+    """Return a peer that calls `function` by position with the operation's arguments, in its order and with defaults,
+    up to the last one that the case sets."""
     if not callable(function):
         raise ValueError(f"peer {name!r} is a {type(function).__name__}, needs a function")
-    source = f"{getattr(function, '__module__', '__main__')}:{getattr(function, '__qualname__', '<')}"
-    known = not source.startswith("__main__") and "<" not in source
-    return Peer(name, None, "", partial(_call_by_position, function), source if known else "", strict=True)
 
+    def build(op: Op, args: Args) -> Function:
+        count = 1 + max(map(op.names.index, args))
+        try:
+            inspect.signature(function).bind(*op.names[:count])
+        except TypeError as error:
+            raise TypeError(f"{error}; it is called with ({', '.join(op.names[:count])})") from error
+        except ValueError:  # a C function without a signature
+            pass
+        return lambda **kwargs: function(*op.bind(**kwargs)[:count])
 
-def arguments(op: Op, args: Args) -> dict[str, Any]:
-    """Return the parameters of `op` in its order, with defaults, up to the last one that `args` sets."""
-    defaults = {name: parameter.default for name, parameter in op.signature.parameters.items()}
-    last = max(list(defaults).index(name) for name in args)
-    return dict(list(defaults.items())[: last + 1])
-
-
-def _call_by_position(function: Function, op: Op, args: Args) -> Function:
-    defaults = arguments(op, args)
-    try:
-        inspect.signature(function).bind(*defaults)
-    except TypeError as error:
-        raise TypeError(f"{error}; it is called with ({', '.join(defaults)})") from error
-    except ValueError:  # a C function without a signature
-        pass
-    return lambda **kwargs: function(*({**defaults, **kwargs}[name] for name in defaults))
+    return Peer(name, None, "", build, strict=True)
 
 
 def import_peer(text: str) -> Peer:
