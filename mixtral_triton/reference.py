@@ -46,13 +46,11 @@ def block(
     x: Tensor,
     attend: Attend,
     ids: Tensor | None = None,
-    convert: Callable[[Tensor], Tensor] = lambda weight: weight,
-    experts: Callable[..., Tensor] = expert_swiglu,
+    convert: Callable[[Any], Any] = lambda weight: weight,
 ) -> Values:
     """Compute one block on x [B,T,H] (Jiang et al. 2024): attention, then experts, each after a norm and added to x.
 
-    ids [N,K] replaces the router's choice. `convert` applies to each weight except the experts', which `experts`
-    handles: for arithmetic in another dtype than the weights'.
+    ids [N,K] replaces the router's choice. `convert` applies to each weight: for arithmetic in another dtype.
     """
     B, T, H = x.shape
     Hq, Hkv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -66,7 +64,7 @@ def block(
         weights, ids = route(logits, config.num_experts_per_tok)
     else:
         weights = logits.gather(1, ids.long()).softmax(-1)
-    y = experts(h, layer.gate_up_proj, layer.down_proj, ids, weights).view_as(x)
+    y = expert_swiglu(h, convert(layer.gate_up_proj), convert(layer.down_proj), ids, weights).view_as(x)
     return Values(x, normed, q, k, v, heads, attended, h, logits, weights, ids, y, x + attended + y)
 
 

@@ -93,22 +93,24 @@ def to_fp64(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.dtype.is_floating_point else value
 
 
+class Fp64Experts:
+    """The experts of a projection, each converted to fp64 where it is used, to save memory."""
+
+    def __init__(self, weight: Any) -> None:
+        self.weight = weight
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def __getitem__(self, expert: int) -> Tensor:
+        return to_fp64(self.weight[expert])
+
+
 def fp64_results(name: str, args: Args, mutates: tuple[str, ...] = ()) -> list[Tensor]:
-    """The results of the operation's reference in fp64. Experts are converted one at a time, to save memory."""
-    if name == "experts_add_rms_norm":
-        args = dict(args)
-        residual, weight, eps = (args.pop(key) for key in ("residual", "norm_weight", "eps"))
-        (out,) = fp64_results("expert_swiglu", args)
-        return list(reference.rms_norm(out, to_fp64(weight), eps, to_fp64(residual)))
-    if name != "expert_swiglu":
-        return _results(OPS[name].call_reference, {key: to_fp64(value) for key, value in args.items()}, mutates)
-    x, weights = to_fp64(args["x"]), to_fp64(args["weights"])
-    out = torch.zeros_like(x)
-    for expert in set(args["ids"].unique().tolist()) & set(range(len(args["down_proj"]))):
-        share = weights.masked_fill(args["ids"] != expert, 0.0).sum(-1, keepdim=True)
-        gate_up, down = (to_fp64(args[key][expert : expert + 1]) for key in ("gate_up_proj", "down_proj"))
-        out += reference.expert_swiglu(x, gate_up, down, torch.zeros_like(args["ids"][:, :1]), share)
-    return [out]
+    """The results of the operation's reference in fp64."""
+    convert = dict.fromkeys(("gate_up_proj", "down_proj"), Fp64Experts)
+    args = {key: convert.get(key, to_fp64)(value) for key, value in args.items()}
+    return _results(OPS[name].call_reference, args, mutates)
 
 
 def _results(function: Callable[..., Any], args: Args, mutates: tuple[str, ...]) -> list[Tensor]:
@@ -138,11 +140,10 @@ def fp64_block(layer: Any, config: Any, tables: Args, x: Tensor, ids: Tensor | N
     def attend_each(*qkv: Tensor) -> Tensor:
         return torch.cat([attend(*each) for each in zip(*(x.split(1) for x in qkv), strict=True)])
 
-    def experts(*args: Any) -> Tensor:
-        names = "x", "gate_up_proj", "down_proj", "ids", "weights"
-        return fp64_results("expert_swiglu", dict(zip(names, args, strict=True)))[0]
+    def convert(weight: Any) -> Any:
+        return Fp64Experts(weight) if len(weight.shape) == 3 else to_fp64(weight)
 
-    return reference.block(layer, config, x, attend_each, ids, to_fp64, experts)
+    return reference.block(layer, config, x, attend_each, ids, convert)
 
 
 def with_perturbed_input(x: Tensor) -> Tensor:
