@@ -206,7 +206,7 @@ class OffloadedWeight(QuantizedWeight):
             if (following := self._following()) is not None:
                 self._staging.begin(following, stream)
         table = self.data.add(self._on_host, alpha=rows.data_ptr() - self.host.data_ptr())
-        table.rows = rows  # type: ignore[attr-defined]  # which live until the kernel is launched
+        table.memories = self.resident, rows  # type: ignore[attr-defined]  # which live until the launch
         return table
 
     @staticmethod
@@ -260,11 +260,12 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
                 f"offload: {host.nbytes / 1e9:.1f} GB of host memory cannot be pinned (CUDA error {int(status)}): "
                 "needs more free memory or fewer offloaded experts"
             )
-        weakref.finalize(host, _unpin, runtime, host.data_ptr(), device, pages).atexit = False
+        unpin = runtime.cudaHostUnregister, host.data_ptr(), torch.cuda.synchronize, device, pages
+        weakref.finalize(host, _unpin, *unpin).atexit = False
     return host
 
 
-def _unpin(runtime: Any, address: int, device: torch.device, pages: mmap.mmap) -> None:
+def _unpin(unregister: Any, address: int, synchronize: Any, device: torch.device, pages: mmap.mmap) -> None:
     """Return what was pinned, once no kernel reads it. `pages` is an argument to live until then."""
-    torch.cuda.synchronize(device)
-    runtime.cudaHostUnregister(address)
+    synchronize(device)
+    unregister(address)

@@ -4,6 +4,7 @@ The tensors are this process's memory. Every schedule must leave the same bits t
 """
 
 import struct
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -13,7 +14,9 @@ import numpy as np
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..support.stub.driver import SWIZZLE_SPANS
+from mixtral_triton.kernels.offload import find_weight
+
+from ..support.stub.driver import SWIZZLE_SPANS, with_memory
 from .copies import Descriptor
 from .machine import SCHEDULES, Code, Schedule, execute
 from .memory import Fault, Global, Params, Span
@@ -45,13 +48,19 @@ def tensor_map(descriptor: TensorDescriptor, meta: Mapping[str, Any] | None) -> 
     return Descriptor(descriptor.base.data_ptr(), size, sizes, strides, box, SWIZZLE_SPANS[meta["swizzle"]] or 0)
 
 
+def memories_of(table: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return where the experts lie whose addresses a table holds: those on the device, and in host memory or a copy."""
+    weight = find_weight(table)
+    return getattr(table, "memories", ()) if weight is None else (weight.resident, weight.host)
+
+
 class PackedArgs:
     """The bytes of each parameter, the memory that they point to, and tensor maps by the number of a parameter.
 
     Triton's launcher omits constants and appends two addresses of scratch memory.
     """
 
-    def __init__(self, launcher: Any, args: Mapping[str, Any]) -> None:
+    def __init__(self, launcher: Any, args: Mapping[str, Any], on_gpu: Mapping[str, Any]) -> None:
         self.values: list[bytes] = []
         self.spans: list[Span] = []
         self.maps: dict[int, Descriptor] = {}
@@ -66,6 +75,8 @@ class PackedArgs:
                 self.values += [struct.pack("<q", n) for n in value.strides]
             elif kind.startswith("*"):
                 self.spans.append(span_of(name, value))
+                memories = zip(("resident", "host"), memories_of(on_gpu[name]), strict=False)
+                self.spans += [span_of(f"{name} {memory}", with_memory(tensor)) for memory, tensor in memories]
                 self.values.append(struct.pack("<Q", value.data_ptr()))
             elif kind in FORMATS:
                 self.values.append(struct.pack("<" + FORMATS[kind], value))
@@ -96,6 +107,7 @@ class Executor:
     codes: dict[str, list[Code]] = field(default_factory=dict)
     build: Callable[[str], Code] = compiled
     fenced_copies: bool = True
+    loaded: Counter[str] = field(default_factory=Counter)  # bytes by argument, of all launches
     pending: Writes = field(default_factory=list)  # by launches that the next one may overlap
 
     def __call__(self, launched: Any, args: Mapping[str, Any]) -> None:
@@ -103,7 +115,7 @@ class Executor:
         variants = self.codes.setdefault(launched.kernel, [])
         if not any(code is variant for variant in variants):
             variants.append(code)
-        packed = PackedArgs(launched.launcher, args)
+        packed = PackedArgs(launched.launcher, args, launched.args)
         params, memory = packed.params(code.program.params), Global(packed.spans)
         if launched.launcher.metadata.launch_pdl:
             memory.pending = self.pending
@@ -122,4 +134,5 @@ class Executor:
                     at = int(np.flatnonzero(old != region.bytes)[0])
                     message = f"{region.name}, byte {at} differs from the first schedule"
                     raise Fault(f"{launched.kernel} ({schedule.name}): {message}")
+        self.loaded.update({region.name: region.loaded for region in memory.regions})
         self.pending += changed_bytes(memory.regions, before)

@@ -34,6 +34,7 @@ Span = namedtuple("Span", "name start size")
 class Region:
     def __init__(self, span: Span) -> None:
         self.name, self.start, self.end = span.name, span.start, span.start + span.size
+        self.loaded = 0  # bytes, by all lanes
         self.bytes = np.frombuffer((ctypes.c_ubyte * span.size).from_address(span.start), np.uint8)
         self._views: dict[int, tuple[int, Array]] = {}
 
@@ -96,6 +97,7 @@ class Global:
         out = np.empty(len(addresses), CHUNKS[size])
         for selected, elements, index in self.locate(addresses, size, describe):
             out[selected] = elements[index]
+            self.regions[bisect_right(self.starts, int(addresses[selected][0])) - 1].loaded += index.size * size
         return out
 
     def store(self, addresses: Array, values: Array, size: int, describe: Any) -> None:
@@ -107,7 +109,7 @@ class Global:
 
     def restore(self, saved: Sequence[Array]) -> None:
         for region, old in zip(self.regions, saved, strict=True):
-            region.bytes[:] = old
+            region.bytes[:], region.loaded = old, 0
 
 
 class Shared:

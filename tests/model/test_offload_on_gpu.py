@@ -161,13 +161,13 @@ def test_capture_of_a_large_batch_has_memory_of_its_own(gpu: Any, ordered: Any) 
 def test_threads_and_streams_share_no_buffer(gpu: Any) -> None:
     gpu.driver.executes = False
     weight = random_model(GPU_DEVICE, on_host=(1,)).layers[0].down_proj
-    found: list[Any] = [weight.staged().rows]
+    found: list[Any] = [weight.staged().memories[1]]
     with torch.cuda.stream(torch.cuda.Stream()):
-        found.append(weight.staged().rows)
+        found.append(weight.staged().memories[1])
 
     def stage() -> None:
         with Factories():  # a mode is a thread's own
-            found.append(weight.staged().rows)
+            found.append(weight.staged().memories[1])
 
     thread = threading.Thread(target=stage)
     thread.start()

@@ -11,6 +11,7 @@ from mixtral_triton import ops
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.quantize import quantize
+from tests.support.traffic import count_traffic
 
 E, K, H, I = 5, 2, 64, 64
 ON_HOST = (1, 4)
@@ -75,6 +76,22 @@ def test_address_of_another_expert_is_seen() -> None:
     if INTERPRETED:
         wrong["ids"] = args["ids"] = torch.tensor([[1, 2]] * 3).int()
         assert not torch.equal(ops.expert_swiglu(**wrong), ops.expert_swiglu(**args))
+
+
+@interpreted
+@pytest.mark.parametrize("format", [None, "int4"])
+@pytest.mark.parametrize("T", [1, 4, 16, 64])
+def test_each_selected_byte_crosses_the_link_once(format: str | None, T: int, covers: Any) -> None:
+    args = arguments(format, T, torch.bfloat16)
+    offloaded = with_offload(args)
+    for ids in (args["ids"], *(torch.tensor([pair] * T).int() for pair in ([0, 2], ON_HOST))):
+        with count_traffic() as traffic:
+            ops.expert_swiglu(**offloaded | {"ids": ids})
+        crossed, selected = traffic.moved("gate_up host", "down host"), set(ids.unique().tolist())
+        of_expert = sum(offloaded[name].host[0].nbytes for name in ("gate_up_proj", "down_proj"))
+        assert crossed == len(selected & set(ON_HOST)) * of_expert
+        assert traffic.moved("gate_up resident", "down resident") == len(selected - set(ON_HOST)) * of_expert
+    covers("traffic", f"link, {format or 'bf16'}, T {T}: 1.00 of the selected offloaded experts' bytes (bound 1.00)")
 
 
 def test_wrong_dtype_is_rejected() -> None:

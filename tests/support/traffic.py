@@ -17,6 +17,7 @@ import torch
 
 from mixtral_triton.kernels import launch as launching
 from mixtral_triton.kernels.interpret import active_addresses, interpreting
+from mixtral_triton.kernels.offload import find_weight
 
 
 @dataclass
@@ -50,7 +51,8 @@ class Argument:
 
 @dataclass
 class Kernel:
-    """One launch. `arguments`: its tensors by name, without _ptr or _desc; `flops` of its tl.dot tiles as issued."""
+    """One launch. `arguments`: its tensors by name, without _ptr or _desc, of an offloaded weight also its memories, as
+    "down resident" and "down host"; `flops` of its tl.dot tiles as issued."""
 
     name: str
     grid: tuple[int, ...]
@@ -104,6 +106,9 @@ def _interpret(counted: Kernel, kernel: Any, args: dict[str, Any]) -> None:
             counted.arguments[short[name]] = Argument(buffer, np.zeros(len(buffer), bool))
         copy = counted.arguments[short[name]].buffer.as_strided(tensor.shape, tensor.stride())
         call[name] = launching.replace_base(args[name], copy)
+        if (weight := find_weight(tensor)) is not None:
+            for memory, rows in (("resident", weight.resident.flatten()), ("host", weight.host.flatten())):
+                counted.arguments[f"{short[name]} {memory}"] = Argument(rows, np.zeros(len(rows), bool))
     with interpreting() as builder:
         load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
 
@@ -123,7 +128,7 @@ def _interpret(counted: Kernel, kernel: Any, args: dict[str, Any]) -> None:
         counting: dict[str, Any] = {"create_masked_load": counting_load, "create_masked_store": counting_store}
         with patch.multiple(builder, create_dot=counting_dot, **counting):
             kernel[counted.grid](**call)
-    for name, tensor in tensors.items():
+    for name, tensor in tensors.items():  # not an offloaded weight's rows: kernels only read these
         argument = counted.arguments[short[name]]
         if argument.stored:
             tensor.copy_(argument.buffer.as_strided(tensor.shape, tensor.stride()))
