@@ -295,6 +295,9 @@ class _LayerByLayer:
             if texts:
                 targets = (targets for _, targets in self.windows)
                 scores.append(_perplexity(zip((text[0] for text in texts), targets, strict=True), head))
-        cosines, routed = F.cosine_similarity(*logits, dim=-1), self.target.config.num_hidden_layers * self.ids.numel()
+        cosines, routed = (
+            F.cosine_similarity(logits[0], logits[1], dim=-1),
+            self.target.config.num_hidden_layers * self.ids.numel(),
+        )
         found = quantized_formats(self.target.model), float(cosines.mean()), float(cosines.min())
         return QuantizationCost(*found, self.flips, routed, *scores)
