@@ -5,8 +5,10 @@ Errors are measured against fp64, and the error of torch in the weights' dtype s
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from itertools import count
 from typing import Any
@@ -18,7 +20,7 @@ from ..config import checkpoint_folder
 from ..generate import PREFILL_CHUNK
 from ..inputs import check_ids, check_vocabulary
 from ..kernels.checks import dtype_name
-from ..kernels.launch import INTERPRETED
+from ..kernels.launch import INTERPRETED, multiprocessors, target_arch
 from ..model import Mixtral
 from ..tools.tolerance import Fp64Reference, to_fp64
 from .calls import SizedCalls, text_calls
@@ -58,25 +60,22 @@ def verify(
     On a mesh every rank calls `verify` and returns the same report, with the worst row of each comparison.
     """
     check_peer(peer, isinstance(target, Mixtral) and target.ranks is not None)
-    if isinstance(target, nn.Module) and not isinstance(target, Mixtral):
-        if folder is not None or peer is not None:
-            raise ValueError("verify: target is a transformers model, which takes neither folder nor peer: needs None")
-        with torch.no_grad():
-            return _verify(TransformersTarget(target), input_ids, progress, None, None, quick, tokens)
-    if not isinstance(target, (Mixtral, str, os.PathLike)):
+    is_theirs = isinstance(target, nn.Module) and not isinstance(target, Mixtral)
+    if is_theirs and (folder is not None or peer is not None):
+        raise ValueError("verify: target is a transformers model, which takes neither folder nor peer: needs None")
+    if isinstance(target, (str, os.PathLike)):
+        folder = checkpoint_folder(target)
+        target = Mixtral.from_pretrained(folder)
+    if not isinstance(target, nn.Module):
         got = type(target).__name__
         raise ValueError(f"verify: target is a {got}, needs a Mixtral, a checkpoint folder or transformers' Mixtral")
-    target = target if isinstance(target, Mixtral) else checkpoint_folder(target)
-    folder = None if folder is None else checkpoint_folder(folder)
-    model = target if isinstance(target, Mixtral) else Mixtral.from_pretrained(target)
-    folder = folder if isinstance(target, Mixtral) else target
     if peer is not None and folder is None:
         raise ValueError(f"verify: peer is {peer!r}, and it is loaded from the model's folder: needs folder")
-    if model.ranks is None:
-        with torch.no_grad():
-            return _verify(Target(model), input_ids, progress, folder, peer, quick, tokens)
-    with torch.no_grad(), model.ranks.raise_on_any_rank():
-        return _verify(MeshTarget(model, model.ranks), input_ids, progress, folder, peer, quick, tokens)
+    folder = None if folder is None else checkpoint_folder(folder)
+    ranks = getattr(target, "ranks", None)
+    kind: Any = TransformersTarget if is_theirs else Target if ranks is None else MeshTarget
+    with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
+        return _verify(kind(target), input_ids, progress, folder, peer, quick, tokens)
 
 
 def check_peer(peer: str | None, on_mesh: bool) -> None:
@@ -114,30 +113,37 @@ def _verify(
     config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
     ids = default_text(input_ids, config, device, tokens)
     fp32 = not quick and dtype != torch.float32
-    steps = 1 + len(list(target.readings(config, *ids.shape))) + (folder is not None) + (peer is not None) + fp32
-    total, done = config.num_hidden_layers * steps, count(1)
+    readings = len(list(target.readings(config, *ids.shape)))
+    total = config.num_hidden_layers * (1 + readings + (folder is not None) + (peer is not None) + fp32)
+    done = count(1)
 
     def step() -> None:
         if progress is not None:
             progress(next(done), total)
 
     kernels = INTERPRETED or device.type == "cuda"
-    sized = SizedCalls(config, device, tokens or (PREFILL_CHUNK if device.type == "cuda" else TEXT_TOKENS))
+    longest = tokens or (PREFILL_CHUNK if device.type == "cuda" else TEXT_TOKENS)
+    sized = SizedCalls(longest, (target_arch(device), multiprocessors(device)))
     rows, cost = check_weights(target, folder, ids, step)
     found, expected, exact = compare_layers(target, ids, sized if kernels else text_calls, step)
     if fp32:
         found += compare_in_fp32(target, expected, step)
     rows += sorted(found, key=lambda row: -1 if row.layer is None else row.layer)
-    norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
-    rows += target.measure(None, "rms_norm", "final", norm)
-    logits = target.head(to_fp64)(exact), target.head()(expected.x)
-    reference = Fp64Reference.from_baseline(*logits, END_RATIO)
-    routes = LayerProbe(expected.layers)
-    rows.append(Row(None, target.output, "end to end", *reference.measure(target.end_to_end(ids, routes))))
+    rows += target.measure(
+        None, "rms_norm", "final", {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
+    )
+    logits = target.head(exact, to_fp64), target.head(expected.x)
+    reference, routes = Fp64Reference.from_baseline(*logits, END_RATIO), LayerProbe(expected.layers)
+    routes.start("end to end")
+    out = torch.empty(0)
+    with target.catch_faults(routes.fail), target.forward(target.model.config, routes) as forward:
+        out = target.model_head(forward(ids))
+    rows.append(Row(None, target.output, "end to end", *reference.measure(out)))
     if peer is not None:
         rows += compare_with_transformers(folder, target.model, ids, expected.layers, reference, step)
     if target.generates:
-        rows += target.rows_or_fault(Row(None, "generate", "", 0.0, 0.0), check_generate, target, ids, *logits)
+        with target.catch_faults(lambda note: rows.append(Row(None, "generate", "", math.inf, 0.0, note))):
+            rows += check_generate(target, ids, *logits)
     if isinstance(target, MeshTarget):
         rows = worst_rows(row for same in target.ranks.all_gather_object(rows) for row in same)
     backend = "Triton, interpreted" if kernels else TORCH

@@ -16,7 +16,6 @@ from ..cache import KVCache
 from ..generate import PREFILL_CHUNK
 from ..kernels import reference as kernel_reference
 from ..kernels.experts.tiles import DECODE_TOKENS
-from ..kernels.launch import multiprocessors, target_arch
 from ..kernels.linear import SKINNY_M
 from ..kernels.quantized import QuantizedWeight
 from ..kernels.record import record_launches
@@ -170,13 +169,11 @@ class SizedCalls:
     """The calls on the text in every layer, and in the first one calls that launch what else `generate` launches.
 
     All layers have the same sizes, and so the same launches. A call of more than `limit` tokens is not made: `not_run`
-    says so where no other call launches the same.
+    says so where no other call launches the same. gpu: its architecture and number of multiprocessors.
     """
 
-    def __init__(self, config: Any, device: torch.device, limit: int) -> None:
-        self.config, self.limit, self.launched = config, limit, set[Any]()
-        self.gpu = target_arch(device), multiprocessors(device)
-        self.not_run: list[str] = []
+    def __init__(self, limit: int, gpu: tuple[str, int | None]) -> None:
+        self.limit, self.gpu, self.launched, self.not_run = limit, gpu, set[Any](), list[str]()
 
     def __call__(self, check: LayerCheck, index: int) -> Iterator[Call]:
         for call in check.calls(index):
@@ -188,7 +185,7 @@ class SizedCalls:
 
     def calls_of_generate(self, check: LayerCheck) -> Iterator[Call]:
         for B, T in STEPS + CHUNKS:
-            for call in check.sized_calls(B, T) if self.config.max_position_embeddings >= T else ():
+            for call in check.sized_calls(B, T) if check.config.max_position_embeddings >= T else ():
                 new = launches(call, *self.gpu) - self.launched
                 self.launched |= new
                 if new and self.limit < B * T:

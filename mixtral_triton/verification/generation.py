@@ -96,7 +96,7 @@ def _following(target: Any, row: Tensor, new: int) -> Tensor:
     attend = reference.uncached_attention(target.config.sliding_window, **target.tables)
     for index in range(len(target.layers)):  # a mesh gathers a layer when it is read: keep none
         x = reference.block(target.layers[index], target.config, x, attend).output
-    return target.head()(x[0, -new:]).float()
+    return target.head(x[0, -new:]).float()
 
 
 def _without_graph(model: Any, prompts: list[Tensor], new: int) -> Tensor:

@@ -129,8 +129,8 @@ class TransformersTarget(Target):
         """The backbone's forward."""
         from ..hf.mask import CACHE
 
-        def enter(index: int, layer: Any, args: Any, kwargs: Any) -> Any:
-            return (probe.enter(index, args[0]), *args[1:]), kwargs
+        def enter(index: int, layer: Any, args: Any) -> Any:
+            return probe.enter(index, args[0]), *args[1:]
 
         def leave(index: int, layer: Any, args: Any, out: Tensor) -> Tensor:
             return probe.leave(index, out)
@@ -139,7 +139,7 @@ class TransformersTarget(Target):
             probe.record(index, name, out[0] if isinstance(out, tuple) else out)
 
         def route(gate: Any, args: Any, out: Any) -> Any:
-            return out[0], *probe.replace_routes(out[1], out[2])
+            return out[0], *probe.replace_routes(*out[1:])
 
         def forward(ids: Tensor, cache: Any = None, **kwargs: Any) -> Tensor:
             return self.backbone(ids, use_cache=cache is not None, **{CACHE: cache}, **kwargs).last_hidden_state
@@ -152,7 +152,7 @@ class TransformersTarget(Target):
                 stack.enter_context(layer.mlp.gate.register_forward_hook(route))
                 if not probe_layers:
                     continue
-                stack.enter_context(layer.register_forward_pre_hook(partial(enter, index), with_kwargs=True))
+                stack.enter_context(layer.register_forward_pre_hook(partial(enter, index)))
                 stack.enter_context(layer.register_forward_hook(partial(leave, index)))
                 enough = probe.layers[index].x[..., 0].numel() >= MIN_TOKENS
                 for name, module in (("attended", layer.self_attn), ("y", layer.mlp)) if enough else ():

@@ -45,11 +45,12 @@ Reading = tuple[str, Tensor, Tensor, Any, dict[str, Tensor]]
 class Target:
     """A Mixtral as `verify` uses it: the weights for torch's computation, and the model's own forward."""
 
-    output, peer = "logits", TORCH  # what `end_to_end` gives; what the model is compared with
+    output, peer = "logits", TORCH  # what the model's head gives; what the model is compared with
     uneven = True  # whether the forward takes chunks of unequal length
     catches_faults = True  # whether an error that an operation or a forward raises is a wrong row
     widens = True  # whether a layer can be taken out and compared in fp32
     generates = True  # whether the model has a `generate` of ours
+    local_config: Callable[[Any], Any] = staticmethod(lambda config: config)  # that of the model's own layers
 
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.layers = model, model.full_config, model.layers
@@ -69,29 +70,29 @@ class Target:
         return replace(self.config, sliding_window=max(1, tokens // WINDOW_FRACTION))
 
     def readings(self, config: Any, B: int, T: int) -> Iterator[Reading]:
-        """The calls that read a text of B sequences of T tokens, without a cache and over one.
+        """The calls that read a text [B,T], without a cache and over one.
 
         After every other call a sequence has read one token less than the one before it: no two stand at the same
         place, and of no two chunks are the counts those of the first.
         """
-        yield UNCACHED, (whole := torch.arange(T).expand(B, T)), whole >= 0, None, {}
-        single, behind = min(SINGLE_TOKENS, T - 1) or 1, torch.arange(B) * self.uneven
-        rest = T - single
-        bounds = sorted({0, -(-2 * rest // 5), -(-3 * rest // 4), rest})
-        ends = [(bound - behind * (at % 2)).clamp(min=0) for at, bound in enumerate(bounds)]
-        chunks, cache = len(ends) - 1, self.make_cache(config, B, T + PADDING)
-        for at, (begin, end) in enumerate(pairwise(ends + [ends[-1] + at for at in range(1, single + 1)])):
-            counts = end - begin
-            padding = PADDING if self.uneven and begin[0] and at < chunks else 0
+        yield UNCACHED, (text := torch.arange(T).expand(B, T)), text >= 0, None, {}
+        cache, single, behind = self.make_cache(config, B, T + PADDING), min(SINGLE_TOKENS, T - 1) or 1, torch.arange(B)
+        bounds = sorted({0, -(-2 * (T - single) // 5), -(-3 * (T - single) // 4), T - single})
+        ends = [(bound - behind * (at % 2) * self.uneven).clamp(min=0) for at, bound in enumerate(bounds)]
+        ends += [ends[-1] + at for at in range(1, single + 1)]
+        for at, (begin, end) in enumerate(pairwise(ends)):
+            is_chunk, counts = at + single < len(ends) - 1, end - begin
+            padding = PADDING if self.uneven and begin[0] and is_chunk else 0
             columns = torch.arange(int(counts.max()) + padding)
             valid = columns < counts[:, None]
             tokens = torch.where(valid, begin[:, None] + columns, 0)
             if counts.any():
                 lengths = {} if valid.all() else {"lengths": counts.int()}
-                yield CHUNKS if at < chunks else TOKENS, tokens, valid, cache, lengths
+                yield CHUNKS if is_chunk else TOKENS, tokens, valid, cache, lengths
 
     def probe(self, config: Any, ids: Tensor, probe: LayerProbe) -> None:
         """The layers' own forwards on ids [B,T]."""
+        config = self.local_config(config)
         with self.forward(config, probe, probe_layers=True) as forward:
             for case, tokens, valid, cache, kwargs in self.readings(config, *ids.shape):
                 probe.start(case, tokens, valid)
@@ -99,8 +100,8 @@ class Target:
                     forward(ids[probe.where], cache, **{name: x.to(ids.device) for name, x in kwargs.items()})
 
     @contextmanager
-    def catch_faults(self, record: Callable[[Exception], None]) -> Iterator[None]:
-        """Pass an error that the runtime raises to `record`, as a fault. Without memory nothing can be said."""
+    def catch_faults(self, record: Callable[[str], None]) -> Iterator[None]:
+        """Pass the message of an error that the runtime raises to `record`. Without memory nothing can be said."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -108,29 +109,16 @@ class Target:
         except Exception as error:
             if not self.catches_faults:
                 raise
-            record(error)
-
-    def rows_or_fault(self, row: Row, function: Callable[..., list[Row]], *args: Any) -> list[Row]:
-        """`function(*args)`, or the `row` as an infinitely wrong one where it raises."""
-        rows: list[Row] = []
-        with self.catch_faults(lambda error: rows.append(replace(row, error=math.inf, note=one_line(error)))):
-            rows += function(*args)
-        return rows
+            record(f"{type(error).__name__}: {' '.join(str(error).split())}"[:ERROR_LENGTH])
 
     def measure(
         self, layer: int | None, op: str, case: str, args: tolerance.Args, operation: Any = ops.dispatched
     ) -> list[Row]:
         """The row of one call of an operation."""
-        row, expected = Row(layer, op, case, 0.0, 0.0), Tolerance(op, args)
-        return self.rows_or_fault(row, lambda: [Row(layer, op, case, *expected.measure(operation(op, args)))])
-
-    def end_to_end(self, ids: Tensor, probe: LayerProbe) -> Tensor:
-        """The model's own forward with torch's routes -> [B,T,V], or without a head [B,T,H]."""
-        probe.start("end to end")
-        out = torch.empty(0)
-        with self.catch_faults(probe.fail), self.forward(self.model.config, probe) as forward:
-            out = self.model_head(forward(ids))
-        return out
+        expected, rows = Tolerance(op, args), list[Row]()
+        with self.catch_faults(lambda note: rows.append(Row(layer, op, case, math.inf, 0.0, note))):
+            rows.append(Row(layer, op, case, *expected.measure(operation(op, args))))
+        return rows
 
     def make_cache(self, config: Any, batch: int, slots: int) -> Any:
         return KVCache(config, batch, slots, self.model.device, self.model.dtype)
@@ -140,33 +128,23 @@ class Target:
         """The model's forward without the head, of (ids, cache, lengths), with routes and layers' inputs replaced."""
         yield shallow_copy(self.model, config, probe, probe_layers).hidden
 
-    def head(self, convert: Callable[[Any], Any] = lambda weight: weight, lm_head: Any = None) -> Any:
-        """The final norm and the head in torch, a function of x [...,H]; `convert` is applied to the weights."""
-        norm, lm_head = convert(self.norm), convert(self.lm_head if lm_head is None else lm_head)
-
-        def logits(x: Tensor) -> Tensor:
-            h = reference.rms_norm(x, norm, self.config.rms_norm_eps)
-            return h if lm_head is None else reference.linear(h, lm_head)
-
-        return logits
+    def head(self, x: Tensor, convert: Callable[[Any], Any] = lambda weight: weight, lm_head: Any = None) -> Tensor:
+        """The final norm and the head in torch on x [...,H]; `convert` is applied to the weights."""
+        h = reference.rms_norm(x, convert(self.norm), self.config.rms_norm_eps)
+        lm_head = self.lm_head if lm_head is None else lm_head
+        return h if lm_head is None else reference.linear(h, convert(lm_head))
 
 
-def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:ERROR_LENGTH]
-
-
-def single_layer_model(model: Any, index: int, x: Tensor) -> Any:
-    """`model` with only the layer `index`, its weights in fp32, and the rows of x [B,T,H] as the embedding."""
+def single_layer_model(model: Any, layer: Any, x: Tensor) -> Any:
+    """`model` with only this layer, its weights in fp32, and the rows of x [B,T,H] as the embedding."""
     config = replace(model.config, num_hidden_layers=1, vocab_size=x[..., 0].numel())
-    frozen, layer = partial(nn.Parameter, requires_grad=False), model.layers[index]
-    weights = dict(layer.named_parameters(recurse=False)) | dict(layer.named_children())
-    single = copy.copy(model)
+    single, frozen = copy.copy(model), partial(nn.Parameter, requires_grad=False)
     single._parameters, single._modules, single.config, single.full_config = {}, {}, config, config
     # By way of fp64, all experts of a layer would take twice the memory.
-    fp32 = (frozen(x.float() if isinstance(x, Tensor) else x.dequantize()) for x in weights.values())
-    single.layers = nn.ModuleList([Layer(config, dict(zip(weights, fp32, strict=True)))])
-    single.norm, single.embed_tokens = frozen(model.norm.float()), frozen(x.float().flatten(0, 1))
-    single.lm_head = single.embed_tokens
+    fp32 = {name: frozen(weight.float()) for name, weight in layer.named_parameters(recurse=False)}
+    fp32 |= {name: frozen(weight.dequantize()) for name, weight in layer.named_children()}
+    single.layers, single.norm = nn.ModuleList([Layer(config, fp32)]), frozen(model.norm.float())
+    single.embed_tokens = single.lm_head = frozen(x.float().flatten(0, 1))
     return single
 
 
@@ -227,7 +205,7 @@ def compare_in_fp32(target: Target, expected: TextReference, step: Step) -> list
     """The rows of each layer alone with its weights widened to fp32, on torch's input of that layer."""
     rows = []
     for index, layer in enumerate(expected.layers if target.widens else ()):
-        single = Target(single_layer_model(target.model, index, layer.x))
+        single = Target(single_layer_model(target.model, target.layers[index], layer.x))
         B, T, _ = layer.x.shape
         found = compare_layers(single, torch.arange(B * T, device=layer.x.device).view(B, T), text_calls)[0]
         rows += [replace(row, layer=index, case=row.case + FP32) for row in found]
@@ -262,9 +240,9 @@ class LayerProbe:
     def add(self, index: int, case: str, error: float, limit: float, note: str = "") -> None:
         self.rows.append(Row(index, "layer", case, error, limit, note))
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, note: str) -> None:
         """Record that the forward raised, in the layer that it had reached."""
-        self.add(min(self.layer, len(self.layers) - 1), self.case, math.inf, 0.0, one_line(error))
+        self.add(min(self.layer, len(self.layers) - 1), self.case, math.inf, 0.0, note)
 
     def replace_routes(self, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """weights, ids [BT,K] of the gate -> torch's for tokens that torch routes to other experts, else unchanged."""
@@ -280,22 +258,21 @@ class LayerProbe:
         weights = weights.view_as(got).where(~flipped, expected.weights[self.where].to(weights.dtype))
         return weights.flatten(0, 1), torch.where(flipped, want, got).view_as(ids)
 
-    def record(self, index: int, name: str, got: Tensor) -> None:
-        """The error of `name` of a LayerReference. x must equal the reference's, as the probe put it there."""
-        layer = self.layers[index]
-        if name == "x":  # where torch itself overflows, nothing can be said
-            expected = Fp64Reference(layer.x.double(), 0.0 if layer.x.isfinite().all() else math.inf)
-        else:
-            expected = layer.references[name]
-        got = got.view(*self.valid.shape, -1) if got.dim() == 2 else got
-        fits = got.shape[:2] == self.valid.shape
-        pair = expected.measure(got[self.valid], self.where_valid) if fits else (math.inf, expected.limit)
+    def record(self, index: int, name: str, got: Tensor) -> Tensor:
+        """The error of `name` of a LayerReference -> `got`."""
+        expected, shape = self.layers[index].references[name], self.valid.shape
+        values = got.view(*shape, -1) if got.dim() == 2 else got
+        fits = values.shape[:2] == shape
+        pair = expected.measure(values[self.valid], self.where_valid) if fits else (math.inf, expected.limit)
         self.add(index, f"{PARTS[name]}, {self.case}" if name in PARTS else self.case, *pair)
+        return got
 
     def enter(self, index: int, x: Tensor) -> Tensor:
-        """Record the input of a layer -> the reference's input."""
-        self.record(index, "x", x)
-        return self.layers[index].x[self.where]
+        """Record the input of a layer, which must equal the reference's, as the probe put it there -> the latter."""
+        expected = self.layers[index].x[self.where]
+        same = x.shape == expected.shape and torch.allclose(x[self.valid], expected[self.valid], 0.0, 0.0, True)
+        self.add(index, self.case, 0.0 if same else math.inf, 0.0)
+        return expected
 
     def leave(self, index: int, x: Tensor) -> Tensor:
         """Record the output of a layer -> the reference's input of the next layer."""
@@ -312,9 +289,7 @@ class LayerProbe:
 
     def attention(self, index: int, forward: Callable[..., Tensor], *args: Any) -> Tensor:
         """`model.Layer.attention`, its output recorded."""
-        attended = forward(*args)
-        self.record(index, "attended", attended)
-        return attended
+        return self.record(index, "attended", forward(*args))
 
     def experts(self, index: int, forward: Callable[..., Any], h: Tensor, x: Tensor, *args: Any) -> Any:
         """`model.Layer.experts`, which is also run without a residual stream, its output recorded."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,11 +14,11 @@ from ..config import MixtralConfig
 from ..kernels.call import call_unchecked
 from ..kernels.quantized import QuantizedWeight, unpack
 from ..kernels.registry import OPS
-from ..model import Layer, Mixtral
-from ..parallel import Ranks, Shard
+from ..model import Layer
+from ..parallel import Shard
 from ..quantize.spec import put
 from ..weights import parameter_shapes, qkv_rows
-from .layers import LayerCheck, LayerProbe, Target
+from .layers import LayerCheck, Target
 
 ALL = slice(None)
 
@@ -29,11 +28,11 @@ class MeshTarget(Target):
 
     catches_faults, widens = False, False
 
-    def __init__(self, model: Mixtral, ranks: Ranks) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self.ranks = ranks
+        ranks = self.ranks = model.ranks
         self.shards: list[Shard] = ranks.all_gather_object(ranks.shard)
-        self.shapes = parameter_shapes(self.config)
+        self.shapes, self.local_config = parameter_shapes(self.config), ranks.shard.config
         self.layers = _GatheredLayers(self)
         tied = self.config.tie_word_embeddings
         self.lm_head = self.embed_tokens if tied else self.gather("lm_head", model.lm_head)
@@ -51,9 +50,6 @@ class MeshTarget(Target):
         # Checks on a CPU would reject another rank's experts.
         check.operation = lambda name, args: lambda **kwargs: call_unchecked(OPS[name], OPS[name].bind(**kwargs))
         return check
-
-    def probe(self, config: MixtralConfig, ids: Tensor, probe: LayerProbe) -> None:
-        super().probe(self.ranks.shard.config(config), ids, probe)
 
     def gather(self, name: str, weight: Any) -> Any:
         """The whole parameter `name` (see `weights.parameter_shapes`), of which this rank has `weight`."""
@@ -77,8 +73,8 @@ class MeshTarget(Target):
         rows = -(-self.config.vocab_size // len(self.shards)) if name == "lm_head" else local.shape[-2]
         parts = self.ranks.gather(F.pad(local, (0, 0, 0, rows - local.shape[-2])))
         for shard, part in zip(self.shards, parts, strict=True):
-            for source, destination in _runs(name, self.config, shard, group):
-                whole[destination] = part[source]
+            index = _indices(name, self.config, shard, group)
+            whole[index] = part[: index.stop - index.start] if name == "lm_head" else part
         return whole
 
 
@@ -112,21 +108,16 @@ class _GatheredLayers:
         return self.last[1]
 
 
-def _runs(name: str, config: MixtralConfig, shard: Shard, group: int) -> Iterator[tuple[Any, Any]]:
-    """Indices of a rank's part of a parameter: (in the part, in the whole)."""
-    short, I = name.rpartition(".")[2], config.intermediate_size
-    rows, inner, experts = shard.qkv_rows(config), shard.inner(config), shard.experts(config)
+def _indices(name: str, config: MixtralConfig, shard: Shard, group: int) -> Any:
+    """Where a rank's part of a parameter is in the whole."""
+    short, inner, experts = name.rpartition(".")[2], shard.inner(config), shard.experts(config)
+    if short == "lm_head":
+        return shard.vocabulary(config)
     if short == "qkv_proj":
-        for projection, source in qkv_rows(shard.config(config)).items():
-            start, run = qkv_rows(config)[projection].start, rows[projection]
-            yield source, slice(start + run.start, start + run.stop)
-    elif short == "gate_up_proj":
-        for half, part in enumerate((slice(0, inner.stop - inner.start), slice(inner.stop - inner.start, None))):
-            yield (ALL, part), (experts, slice(half * I + inner.start, half * I + inner.stop))
-    elif short == "lm_head":
-        run = shard.vocabulary(config)
-        yield slice(0, run.stop - run.start), run
-    else:
-        run = rows["q"] if short == "o_proj" else inner
-        columns = slice(run.start // group, run.stop // group)
-        yield ALL, (ALL, columns) if short == "o_proj" else (experts, ALL, columns)
+        runs = zip(qkv_rows(config).values(), shard.qkv_rows(config).values(), strict=True)
+        return torch.cat([torch.arange(run.start, run.stop) + rows.start for rows, run in runs])
+    if short == "gate_up_proj":
+        return experts, torch.cat([torch.arange(inner.start, inner.stop) + at for at in (0, config.intermediate_size)])
+    run = shard.qkv_rows(config)["q"] if short == "o_proj" else inner
+    columns = slice(run.start // group, run.stop // group)
+    return (ALL, columns) if short == "o_proj" else (experts, ALL, columns)

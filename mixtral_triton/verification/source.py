@@ -25,14 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..cache import KVCache
 from ..kernels.registry import OPS
 from ..model import State
-from ..tools.tolerance import largest, worst
+from ..tools.tolerance import largest
 from .report import Row
 
 OUTSIDE = -1  # in the place of a layer's number: embedding, final norm and head
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each 4 bits of a word, lowest first (AutoAWQ's GEMM)
 UNUSED = ("_scale", "_zero_point")  # ends of names of what quantizes activations and caches
-POSITIONS = (0, 1, 257, 4095)  # bf16 holds neither 257 nor 4095
 # Arguments of operations that a config.json declares.
 CONSTANTS = {"eps": "rms_norm_eps", "top_k": "num_experts_per_tok", "window": "sliding_window"}
 
@@ -151,12 +150,8 @@ def config_rows(source: Source, target: Any) -> list[Row]:
     rows = []
     for case, values in ("values", used), ("operations", recorded):
         wrong = next((name for name in values if any(value != raw[name] for value in values[name])), None)
-        rows.append(_row(wrong or case, math.inf if wrong else 0.0))
+        rows.append(Row(None, "config", wrong or case, math.inf if wrong else 0.0, 0.0))
     return [*rows, *_rotary_rows(model, raw)]
-
-
-def _row(case: str, error: float, limit: float = 0.0) -> Row:
-    return Row(None, "config", case, error, limit)
 
 
 class _Recorder(TorchDispatchMode):
@@ -196,22 +191,22 @@ def recorded_constants(model: Any) -> dict[str, list[Any]]:
 
 
 def _rotary_rows(model: Any, raw: dict[str, Any]) -> list[Row]:
-    """Positions in a forward, and cos and sin there against fp64, at POSITIONS and the last one.
+    """Positions in a forward, and cos and sin there against fp64.
 
     The limit allows angles in fp32, whose frequencies have the error of theta's logarithm.
     """
     P, D, theta = raw["max_position_embeddings"], raw["head_dim"], max(raw["rope_theta"], default=math.nan)
-    first = torch.tensor([*(at for at in POSITIONS if at < P - 1), P - 1], dtype=torch.int32, device=model.device)
-    cache: Any = SimpleNamespace(lengths=first)
-    whole, cached = State(model, 1, P, None, None), State(model, len(first), 2, cache, None)
-    expected = torch.stack((first, (first + 1).clamp(max=P - 1)), 1)
-    got = torch.cat((whole.positions[:1, first.long()].t(), cached.positions), 1).double()
-    rows = [Row(None, "config", "positions", largest(got - torch.cat((first[:, None], expected), 1)), 0.0)]
+    at = torch.arange(P, device=model.device)
+    cache: Any = SimpleNamespace(lengths=at.int())
+    whole, cached = State(model, 1, P, None, None), State(model, P, 2, cache, None)
+    got = torch.stack((whole.positions[0], *cached.positions.t()))
+    error = largest((got - torch.stack((at, at, (at + 1).clamp(max=P - 1)))).double())
+    rows = [Row(None, "config", "positions", error, 0.0)]
     tables = torch.stack((whole.cos, whole.sin))
     if tuple(tables.shape) != (2, P, D // 2):
         return [*rows, Row(None, "config", "rotary tables", math.inf, 0.0)]
-    angles = first.double()[:, None] * theta ** -(torch.arange(0, D, 2, device=model.device) / D).double()
-    errors = (tables[:, first.long()].double() - torch.stack((angles.cos(), angles.sin()))).abs().amax(0)
+    angles = at.double()[:, None] * theta ** -(torch.arange(0, D, 2, device=model.device) / D).double()
+    errors = (tables.double() - torch.stack((angles.cos(), angles.sin()))).abs().amax(0)
     limits = angles * (4 + abs(math.log(theta))) * 2.0**-24 + 2.0**-22
-    pairs = zip(errors.flatten().tolist(), limits.flatten().tolist(), strict=True)
-    return [*rows, Row(None, "config", "rotary tables", *worst(pairs))]
+    worst = (errors / limits).argmax()  # a NaN, if there is one
+    return [*rows, Row(None, "config", "rotary tables", float(errors.flatten()[worst]), float(limits.flatten()[worst]))]

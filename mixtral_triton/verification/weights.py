@@ -1,6 +1,6 @@
 """The loaded weights against the files, and the cost of quantizing them: logits, routes and perplexity without it.
 
-`check_loaded` shares no table of names or places with the loader, so that a tensor in another's place is found, and
+`check_weights` shares no table of names or places with the loader, so that a tensor in another's place is found, and
 no reader of a layout (source.py).
 
 N tokens of a text, B batch, T tokens of a window, H hidden, K experts per token, V vocabulary
@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,18 +31,12 @@ from .layers import Step, Target
 from .report import Row, worst_rows
 from .source import LAYER, OUTSIDE, Source, config_rows
 
-EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
+EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.w[123]\.weight")
 # Half a step of a format relative to the largest value, where the scale clips nothing; 2 % for the scale's rounding.
 ROUNDING = {"int4": 1.02 / 14, "int8": 1.02 / 254, "fp8": 1.02 / 16}
 HELD_OUT = "heldout.json"  # in a checkpoint's folder: {"ids": tokens of a text that it was not trained on}
 CONTEXT = 2048  # the most tokens of a window
 LOGIT_ROWS = 256  # tokens whose logits are in memory at once
-
-
-def check_loaded(folder: Any, model: Any) -> list[Row]:
-    """The rows of a model's tensors against the files of the folder."""
-    source, target = Source(folder), Target(model)
-    return [row for at in _layers(target, source) for row in _compare_layer(source, target, at)]
 
 
 def check_weights(target: Target, folder: Any, ids: Tensor, step: Step) -> tuple[list[Row], QuantizationCost | None]:
@@ -51,27 +46,23 @@ def check_weights(target: Target, folder: Any, ids: Tensor, step: Step) -> tuple
     Each tensor of the files is read once, and one layer of them is in memory at a time. On a mesh every rank computes
     all of it.
     """
-    if folder is None:
-        return [row for at in _layers(target) for row in _check_layer(target, at)], None
-    source, cost = Source(folder), None
-    # fp32 holds what a quantized file means.
-    dtype = target.model.dtype if source.quantization is None else torch.float32
-    if quantized_formats(target.model) and (source.quantization is None or target.model.requantized):
-        cost = _LayerByLayer(target, folder, ids)
-    rows = config_rows(source, target)
-    for at in _layers(target, source):
-        stored = None if cost is None else _empty_like(target, at, dtype)
-        rows += _check_layer(target, at) + _compare_layer(source, target, at, stored)
+    source, cost, stored = None if folder is None else Source(folder), None, None
+    rows = [] if source is None else config_rows(source, target)
+    quantizes = source is not None and (source.quantization is None or target.model.requantized)
+    if source is not None and quantizes and quantized_formats(target.model):
+        cost = _LayerByLayer(target, source, ids)
+    for at in sorted({OUTSIDE, *range(len(target.layers)), *(() if source is None else source.layers)}):
+        rows += _check_layer(target, at)
+        if source is None:
+            continue
+        stored = None if cost is None else cost.empty(at)
+        rows += _compare_layer(source, target, at, stored)
         if cost is not None:
             cost.add(at, stored)
-        del stored  # before the next layer is allocated
+        stored = None  # before the next layer is allocated
         if at != OUTSIDE:
             step()
     return rows, None if cost is None else cost.result()
-
-
-def _layers(target: Target, source: Source | None = None) -> list[int]:
-    return sorted({OUTSIDE, *range(len(target.layers)), *(() if source is None else source.layers)})
 
 
 def _weights(target: Target, at: int) -> dict[str, Any]:
@@ -84,16 +75,6 @@ def _weights(target: Target, at: int) -> dict[str, Any]:
     layer = target.layers[at]
     quantized = {name: module for name, module in layer.named_modules() if isinstance(module, QuantizedWeight)}
     return dict(layer.named_parameters()) | quantized
-
-
-def _empty_like(target: Target, at: int, dtype: torch.dtype) -> Any:
-    """Unset tensors for what the files hold for a layer, or OUTSIDE, as `_place` finds them."""
-    device = target.model.device
-    places = {
-        name: torch.empty(weight.shape, dtype=dtype, device=device) for name, weight in _weights(target, at).items()
-    }
-    outside, layers = (places, {}) if at == OUTSIDE else ({}, {at: SimpleNamespace(**places)})
-    return SimpleNamespace(config=target.config, layers=layers, **outside)
 
 
 def _check_layer(target: Target, at: int) -> list[Row]:
@@ -147,17 +128,14 @@ def _place(model: Any, name: str) -> Any:
         if found is None:
             return getattr(model, parameter)
         layer, config = model.layers[int(found[1])], model.config
+        I, D = config.intermediate_size, config.head_dim
+        queries, keys = config.num_attention_heads * D, config.num_key_value_heads * D
+        rows = {"w1": slice(0, I), "w3": slice(I, None), "q_proj": slice(0, queries)}
+        rows |= {"k_proj": slice(queries, queries + keys), "v_proj": slice(queries + keys, None)}
         if expert := EXPERT.search(name):
-            number, I = int(expert[1]), config.intermediate_size
-            if expert[2] == "2":
-                return layer.down_proj[number]
-            gate_up = layer.gate_up_proj[number]
-            return gate_up[:I] if expert[2] == "1" else gate_up[I:]
-        if parameter not in ("q_proj", "k_proj", "v_proj"):
-            return getattr(layer, parameter)
-        queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        rows = {"q": slice(0, queries), "k": slice(queries, queries + keys), "v": slice(queries + keys, None)}
-        return layer.qkv_proj[rows[parameter[0]]]
+            number = int(expert[1])
+            return layer.down_proj[number] if parameter == "w2" else layer.gate_up_proj[number][rows[parameter]]
+        return layer.qkv_proj[rows[parameter]] if parameter in rows else getattr(layer, parameter)
     except (AttributeError, LookupError, RuntimeError) as error:
         raise ValueError(f"verify: the files hold {name}, and this model has no place for it") from error
 
@@ -268,12 +246,21 @@ def quantized_formats(model: Any) -> dict[str, str]:
 class _LayerByLayer:
     """The computation of a QuantizationCost, which gets the files' weights one layer after another."""
 
-    def __init__(self, target: Target, folder: Any, ids: Tensor) -> None:
+    def __init__(self, target: Target, source: Source, ids: Tensor) -> None:
         self.target, self.ids, self.flips, config = target, ids, 0, target.config
-        text, context = held_out(folder, config), min(config.max_position_embeddings, CONTEXT)
+        # fp32 holds what a quantized file means.
+        self.dtype = target.model.dtype if source.quantization is None else torch.float32
+        text, context = held_out(source.folder, config), min(config.max_position_embeddings, CONTEXT)
         self.windows = [] if text is None else list(_windows(text.to(ids.device), context))
         inputs = [ids, *(window[None] for window, _ in self.windows)]
         self.texts = [[F.embedding(each, target.embed_tokens).double() for each in inputs]] * 2
+
+    def empty(self, at: int) -> Any:
+        """Unset tensors for what the files hold for a layer, or OUTSIDE, as `_place` finds them."""
+        unset = partial(torch.empty, dtype=self.dtype, device=self.target.model.device)
+        weights = {name: unset(weight.shape) for name, weight in _weights(self.target, at).items()}
+        places = weights if at == OUTSIDE else {"layers": {at: SimpleNamespace(**weights)}}
+        return SimpleNamespace(config=self.target.config, **places)
 
     def add(self, at: int, stored: Any) -> None:
         """One layer, or OUTSIDE, as the files have it."""
@@ -290,14 +277,12 @@ class _LayerByLayer:
     def result(self) -> QuantizationCost:
         logits, scores = [], []
         for lm_head, (x, *texts) in zip((None, self.stored_head), self.texts, strict=True):
-            head = self.target.head(to_fp64, lm_head)
+            head = partial(self.target.head, convert=to_fp64, lm_head=lm_head)
             logits.append(head(x))
             if texts:
                 targets = (targets for _, targets in self.windows)
                 scores.append(_perplexity(zip((text[0] for text in texts), targets, strict=True), head))
-        cosines, routed = (
-            F.cosine_similarity(logits[0], logits[1], dim=-1),
-            self.target.config.num_hidden_layers * self.ids.numel(),
-        )
+        cosines = F.cosine_similarity(logits[0], logits[1], dim=-1)
+        routed = self.target.config.num_hidden_layers * self.ids.numel()
         found = quantized_formats(self.target.model), float(cosines.mean()), float(cosines.min())
         return QuantizationCost(*found, self.flips, routed, *scores)

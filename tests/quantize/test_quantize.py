@@ -20,9 +20,9 @@ from mixtral_triton.quantize import QuantizedWeight, quantize, quantizers
 from mixtral_triton.quantize.spec import select_specs
 from mixtral_triton.tools.fit import model_bytes, table_bytes
 from mixtral_triton.verification import held_out, perplexity
-from mixtral_triton.verification.weights import check_loaded
 from mixtral_triton.weights import parameter_shapes, read_headers, table, total_bytes
 from tests.support.memory import anonymous_peak, needs_proc
+from tests.support.models import check_loaded
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="uses the torch backend: run once")
 FORMATS = ("int4", "int8", "fp8")

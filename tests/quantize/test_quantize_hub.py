@@ -18,11 +18,11 @@ from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize import QuantizedWeight, layouts
 from mixtral_triton.quantize.hub import read_headers
-from mixtral_triton.verification.weights import check_loaded
 from mixtral_triton.weights import total_bytes
 from tests.model.test_weights import expected, save
 from tests.quantize.test_quantize import assert_equals_dequantized_copy
 from tests.support import hub
+from tests.support.models import check_loaded
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter")
 W1, W2, W3 = (f"model.layers.0.block_sparse_moe.experts.1.{name}" for name in ("w1", "w2", "w3"))

@@ -1,5 +1,6 @@
 """Random models, small and of awkward sizes, for every test that needs one."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.quantize.quantizers import fill
 from mixtral_triton.quantize.spec import select_specs
+from mixtral_triton.verification.layers import Target
+from mixtral_triton.verification.report import Row
+from mixtral_triton.verification.weights import check_weights
 from mixtral_triton.weights import parameter_shapes
 
 SIZES: dict[str, Any] = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1}
@@ -54,3 +58,9 @@ def cache_of(model: Mixtral, batch: int, max_len: int = 12) -> KVCache:
 
 def tokens(*shape: int, seed: int = 0, device: Any = "cpu", vocabulary: int = SIZES["vocab_size"]) -> Tensor:
     return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def check_loaded(folder: Path, model: Mixtral) -> list[Row]:
+    """verify's rows of the loaded tensors against the files of the folder."""
+    rows, _ = check_weights(Target(model), folder, torch.zeros((1, 1), dtype=torch.int64), lambda: None)
+    return [row for row in rows if row.case in ("as stored", "quantized")]

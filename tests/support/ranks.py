@@ -176,7 +176,7 @@ def gathered_weights(mesh: Any, folder: Path, **options: Any) -> dict[str, tuple
     """Return the values and the scales of each quantized weight, gathered from all ranks."""
     model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options)
     assert model.ranks is not None
-    target = MeshTarget(model, model.ranks)
+    target = MeshTarget(model)
     quantized = {name: part for name, part in model.named_weights().items() if isinstance(part, QuantizedWeight)}
     gathered = {name: target.gather(name, part) for name, part in quantized.items()}
     return {name: (weight.dequantize(), weight.scales) for name, weight in gathered.items()}

@@ -20,9 +20,9 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize import QuantizedWeight, quantizers
 from mixtral_triton.verification import held_out, perplexity, weights
 from mixtral_triton.verification.layers import Target
-from mixtral_triton.verification.weights import check_loaded, check_weights
+from mixtral_triton.verification.weights import check_weights
 from tests.support import hub
-from tests.support.models import random_model
+from tests.support.models import check_loaded, random_model
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="on the torch backend: run once, without the interpreter")
 TEXT = torch.randint(23, (31,), generator=torch.Generator().manual_seed(0))

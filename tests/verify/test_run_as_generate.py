@@ -58,8 +58,7 @@ def launched_by(block: Callable[[], Any], arch: str) -> set[Any]:
 def left_out(arch: str, limit: int = 4096) -> tuple[set[Any], list[str]]:
     """What a forward of 8x7B launches and the calls of verify do not, and what the report says it left out."""
     model = model_8x7b()
-    sized = SizedCalls(model.config, torch.device("cpu"), limit)
-    sized.gpu = arch, None
+    sized = SizedCalls(limit, (arch, None))
     planned: set[Any] = set()
     for call in sized.calls_of_generate(meta_check(model)):
         planned |= calls.launches(call, *sized.gpu)

@@ -24,9 +24,8 @@ from mixtral_triton.verification import layers, mesh, source
 from mixtral_triton.verification.calls import text_calls
 from mixtral_triton.verification.layers import Target, compare_layers
 from mixtral_triton.verification.source import Source, decode
-from mixtral_triton.verification.weights import check_loaded
 from tests.support import hub
-from tests.support.models import random_model
+from tests.support.models import check_loaded, random_model
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter")
 IDS = torch.arange(12)[None]
