@@ -10,15 +10,14 @@ import io
 import json
 import multiprocessing
 import os
+import pkgutil
 import re
 import signal
-import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +36,7 @@ from ..kernels.record import record_launches
 from ..kernels.registry import OPS
 from .compiled import Compiled, as_json, resources_table
 from .predict import family_note
+from .sass import cuobjdump
 from .terminal import bar, console, write_file
 
 _WIDTHS = ("H", "I")  # of a model: they change no tile
@@ -85,11 +85,7 @@ def _key(launch: Launch, source: ASTSource, widths: bool = True) -> str:
 
 def _usage(stages: Mapping[str, Path]) -> tuple[int, int]:
     """Return registers and bytes of spills, see `Compiled`."""
-    if "cubin" in stages:
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(stages["cubin"])]
-        text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    else:
-        text = stages["amdgcn"].read_text()
+    text = cuobjdump("--dump-resource-usage", stages["cubin"]) if "cubin" in stages else stages["amdgcn"].read_text()
     found = {name: int(number) for name, number in re.findall(r"(\w+): *(\d+)", text)}
     if "cubin" in stages:
         return found["REG"], found["STACK"] + found["LOCAL"]
@@ -102,12 +98,8 @@ def _options(launch: Launch) -> dict[str, Any]:
     return options | ({"launch_pdl": True} if launch.dependent else {})
 
 
-def _load_kernel(module: str, name: str) -> Any:
-    return getattr(import_module(module), name)
-
-
 # So that a launch can be sent to another process.
-copyreg.pickle(JITFunction, lambda fn: (_load_kernel, (fn.__module__, fn.__name__)))
+copyreg.pickle(JITFunction, lambda fn: (pkgutil.resolve_name, (f"{fn.__module__}:{fn.__name__}",)))
 
 
 @dataclass(frozen=True)

@@ -47,11 +47,14 @@ class Loop:
         return 32 * warps * (self.tensor + self.other) / size
 
 
+def cuobjdump(option: str, cubin: Path) -> str:
+    command = [triton.knobs.nvidia.cuobjdump.path, option, str(cubin)]
+    return subprocess.run(command, capture_output=True, check=True, text=True).stdout
+
+
 def _disassemble(cubin: Path) -> list[Code]:
     """The instructions of each function."""
-    command = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(cubin)]
-    text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    functions = text.split("Function :")[1:]
+    functions = cuobjdump("-sass", cubin).split("Function :")[1:]
     return [[(int(address, 16), instruction) for address, instruction in _LINE.findall(each)] for each in functions]
 
 

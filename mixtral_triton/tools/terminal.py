@@ -14,10 +14,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import rich.table
 from rich import box
@@ -43,18 +42,12 @@ def console(stderr: bool = False) -> Console:
     return out
 
 
-@dataclass(frozen=True)
 class Column:
-    """`number`: right-aligned and never wrapped; other cells wrap at spaces."""
+    """`number`: right-aligned and never wrapped; other cells wrap at spaces. A number's heading wraps, too."""
 
-    heading: str
-    number: bool = True
-
-    @property
-    def lines(self) -> str:
-        """The heading in lines."""
-        wrap = textwrap.TextWrapper(HEADING_WIDTH, break_long_words=False, break_on_hyphens=False)
-        return wrap.fill(self.heading) if self.number else self.heading
+    def __init__(self, heading: str, number: bool = True) -> None:
+        wrapper = textwrap.TextWrapper(HEADING_WIDTH, break_long_words=False, break_on_hyphens=False)
+        self.heading, self.number = wrapper.fill(heading) if number else heading, number
 
 
 class Table:
@@ -68,19 +61,18 @@ class Table:
     def add(self, *cells: str | Text, style: str = "") -> None:
         self.rows.append(([cell if isinstance(cell, Text) else Text(cell) for cell in cells], style))
 
-    def _width(self, place: int, most: int) -> int:
-        column = self.columns[place]
-        longest = max([*map(len, column.lines.split("\n")), *(len(cells[place]) for cells, _ in self.rows)])
-        return max(1, min(longest, most if column.number else min(most, TEXT_WIDTH)))
-
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         yield Text(self.title, style="bold")
         most = max(1, (options.max_width - 2) // (self.keys + 1) - 2)
         keys = list(range(self.keys))
-        filled = [n for n in range(len(self.columns)) if n in keys or any(cells[n] for cells, _ in self.rows)]
-        widths = {place: self._width(place, most) for place in filled}
+        widths = {}
+        for place, column in enumerate(self.columns):
+            cells = [cells[place] for cells, _ in self.rows]
+            if place in keys or any(cells):
+                longest = max(map(len, (*column.heading.split("\n"), *cells)))
+                widths[place] = max(1, min(longest, most, longest if column.number else TEXT_WIDTH))
         parts = [keys]
-        for place in filled[self.keys :]:
+        for place in list(widths)[self.keys :]:
             if parts[-1] != keys and sum(widths[n] + 2 for n in (*parts[-1], place)) - 1 > options.max_width:
                 parts.append(keys)
             parts[-1] = [*parts[-1], place]
@@ -88,7 +80,7 @@ class Table:
             table = rich.table.Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="")
             for place in part:
                 justify: Any = "right" if self.columns[place].number else "left"
-                heading = Text(self.columns[place].lines)
+                heading = Text(self.columns[place].heading)
                 table.add_column(heading, min_width=widths[place], justify=justify, overflow="fold")
             for cells, style in self.rows:
                 table.add_row(*(cells[n] for n in part), style=style)
@@ -102,11 +94,11 @@ def say(line: str) -> None:
         print(line, end="\n" if line else "", file=sys.stderr, flush=True)
 
 
-class Bar:
+class Bar(NamedTuple):
     """The progress of one task."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self.progress, self.task = progress, task
+    progress: Progress
+    task: TaskID
 
     def advance(self, done: int) -> None:
         self.progress.update(self.task, advance=done)
@@ -169,36 +161,28 @@ def exit_status(error: BaseException, command: str | None) -> int:
     if isinstance(error, KeyboardInterrupt):
         say("\r" * sys.stderr.isatty() + f"{name}: interrupted")  # over the terminal's ^C
         return INTERRUPTED
-    message = _compiler_message(error)
+    message, text = _compiler_message(error), " ".join(str(error).split())
     if message is None and isinstance(error, (ValueError, OSError)):
-        message = _error_message(error)
+        message = text
+        if isinstance(error, OSError) and error.strerror and (where := error.filename or _unwritable_output()):
+            message = f"{where}: {error.strerror}"
     if message is None and (sys.flags.dev_mode or not isinstance(error, Exception)):
         raise error
     if message is None:
-        text = " ".join(str(error).split())
         say(f"{name}: crashed: {type(error).__name__}: {text} (python -X dev -m mixtral_triton shows where)")
         return CRASHED
     say(f"{name}: {message.removeprefix(f'{command}: ')}")
     return 2
 
 
-def _error_message(error: Exception) -> str:
-    """Return one line. An error of the system names its file, or else the output that could not be written."""
-    if isinstance(error, OSError) and error.strerror:
-        where = error.filename or (None if _takes_a_line(sys.stdout) else "standard output")
-        if where is not None:
-            return f"{where}: {error.strerror}"
-    return " ".join(str(error).split())
-
-
-def _takes_a_line(stream: TextIO) -> bool:
-    """Whether an empty line can be written: an unbuffered stream has forgotten what it could not write."""
+def _unwritable_output() -> str | None:
+    """Try an empty line, since an unbuffered stream has forgotten what it could not write -> its name if that fails."""
     try:
-        print(file=stream, flush=True)
+        print(flush=True)
     except OSError:
-        _redirect_to_null(stream)
-        return False
-    return True
+        _redirect_to_null(sys.stdout)
+        return "standard output"
+    return None
 
 
 def _redirect_to_null(*streams: TextIO) -> None:

@@ -17,6 +17,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.style import Style
 from rich.text import Text
@@ -32,9 +33,9 @@ SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 class RouteRecorder(TorchDispatchMode):
-    """Collects the expert ids [T,K] of every layer's gate; calls `progress` with the number of layers so far."""
+    """Collects the expert ids [T,K] of every layer's gate; calls `progress` after each."""
 
-    def __init__(self, progress: Callable[[int], None] = lambda layers: None) -> None:
+    def __init__(self, progress: Callable[[int], object] = lambda done: None) -> None:
         super().__init__()
         self.ids: list[torch.Tensor] = []
         self.progress = progress
@@ -43,7 +44,7 @@ class RouteRecorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.mixtral_triton.rms_norm_gate_route.default:
             self.ids.append(out[-1])
-            self.progress(len(self.ids))
+            self.progress(1)
         return out
 
 
@@ -62,7 +63,7 @@ class Trace:
 
     def counts(self) -> torch.Tensor:
         """[L,E]: how often each expert was chosen."""
-        return torch.stack([layer.flatten().long().bincount(minlength=self.num_experts) for layer in self.experts])
+        return F.one_hot(self.experts.long(), self.num_experts).sum((1, 2))
 
     def share(self) -> torch.Tensor:
         """[L,E]: each expert's part of a layer's choices."""
@@ -102,8 +103,8 @@ class Trace:
         for layer, (shares, *repeated) in enumerate(zip(self.share().tolist(), *self.repeated(), strict=True)):
             cells = [Text(f"{100 * share:.0f}", style="bold" * (share == max(shares))) for share in shares]
             table.add(str(layer), *cells, *(f"{100 * part:.0f}" for part in repeated))
-        even = [f"{100 / self.num_experts:.3g}"] * self.num_experts
-        table.add("chance", *even, *(f"{100 * part:.3g}" for part in self.chance()), style="dim")
+        even = [1 / self.num_experts] * self.num_experts
+        table.add("chance", *(f"{100 * part:.3g}" for part in (*even, *self.chance())), style="dim")
         return table
 
     def style(self, expert: int) -> Style:
@@ -111,16 +112,13 @@ class Trace:
         return Style(color="black", bgcolor=f"rgb({red},{green},{blue})")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        legend = Text("first choice: ")
-        for expert in range(self.num_experts):
-            legend.append(f" {expert} ", self.style(expert)).append(" ")
-        yield legend
+        experts = ((f" {expert} ", self.style(expert)) for expert in range(self.num_experts))
+        yield Text.assemble("first choice: ", *(part for expert in experts for part in (expert, " ")))
         for layer in self.layers:
             yield Text(f"\nlayer {layer}", style="bold")
             yield self.annotate(layer, options.ascii_only)
-        if left_out := sorted(set(range(len(self.experts))) - set(self.layers)):
-            layers = ", ".join(map(str, left_out))
-            yield Text(f"\nleft out: the text of layers {layers}; see --layers", style="dim")
+        if left_out := ", ".join(str(n) for n in range(len(self.experts)) if n not in self.layers):
+            yield Text(f"\nleft out: the text of layers {left_out}; see --layers", style="dim")
         yield ""
         yield self.table()
 
@@ -155,7 +153,7 @@ class Trace:
 
 
 def trace(
-    model: Mixtral, ids: torch.Tensor, tokens: Sequence[str], progress: Callable[[int], None] = lambda layers: None
+    model: Mixtral, ids: torch.Tensor, tokens: Sequence[str], progress: Callable[[int], object] = lambda done: None
 ) -> Trace:
     """Run the text, ids int64 [T] with the text of each, and record every layer's routes."""
     with torch.no_grad(), RouteRecorder(progress) as routes:
@@ -185,7 +183,7 @@ def run(args: argparse.Namespace, model: Mixtral, tokenizer: Any, ids: torch.Ten
     tokens = token_texts(tokenizer, args.prompt, ids.tolist())
     say(note)
     with bar("tracing", L) as progress:
-        found = replace(trace(model, ids, tokens, lambda n: progress.update(n, L)), layers=layers)
+        found = replace(trace(model, ids, tokens, progress.advance), layers=layers)
     if args.counts is not None:
         args.counts.write_text(json.dumps({"counts": found.counts().tolist()}))
     out = Console(stderr=args.json, highlight=False)

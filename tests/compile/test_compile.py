@@ -23,10 +23,9 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.tools import offline, terminal
 from mixtral_triton.tools.offline import map_in_processes
 
-compiles = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
 
 
-@compiles
 def test_a_fault_is_printed_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(offline, "_attempt", lambda job: job.result(error="ptxas crashed with SIGSEGV"))
     assert main(["compile", "append", "--arch", "sm_89"]) == 1
@@ -38,7 +37,6 @@ def test_a_fault_is_printed_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert len(rows) == 3 and all(row["fault"] and row["file"] is None for row in rows)
 
 
-@compiles
 def test_out_that_is_a_file_is_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out"
     path.write_text("mine")
@@ -49,7 +47,6 @@ def test_out_that_is_a_file_is_exit_2(tmp_path: Path, capsys: pytest.CaptureFixt
     assert path.read_text() == "mine"
 
 
-@compiles
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 def test_a_full_disk_under_out_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is no fault of the kernel, wherever that was compiled."""
@@ -64,7 +61,6 @@ def test_a_full_disk_under_out_names_the_file(tmp_path: Path, capsys: pytest.Cap
     assert ".ptx: No space left on device" in error and error.count("\n") == 1
 
 
-@compiles
 def test_a_full_disk_under_triton_s_cache_names_the_cache(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +128,6 @@ def test_results_and_exceptions_come_as_they_are_done() -> None:
     assert [index for index, _ in map_in_processes(time.sleep, [0.6, 0.0, 0.0, 0.0], 2)][-1] == 0
 
 
-@compiles
 def test_interrupt_leaves_no_process(tmp_path: Path) -> None:
     environment: dict[str, Any] = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "mixtral_triton", "compile", "--arch", "sm_90", "expert_swiglu"]
