@@ -17,7 +17,8 @@ from torch import Tensor
 from mixtral_triton import Mixtral, MixtralConfig
 from mixtral_triton.kernels import gate, norm
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.op import Op
+from mixtral_triton.kernels.offload import OffloadedWeight
+from mixtral_triton.kernels.op import Op, Shape
 from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
@@ -59,6 +60,25 @@ def test_every_operation_at_its_test_shapes(name: str, gpu: Any) -> None:
     for dtype in op.dtypes:
         for sizes in op.test_shapes if dtype == first else op.test_shapes[:1]:
             launch_as_recorded(op, sizes, dtype, gpu)
+
+
+@pytest.mark.parametrize("format", [None, "int4", "int8", "fp8"])
+def test_experts_in_host_memory(format: str | None, gpu: Any) -> None:
+    """Their kernels are compiled for a table of addresses, from which no fact about an expert's memory is taken."""
+    gpu.driver.executes, op = False, OPS["expert_swiglu"]
+    for T in (1, 40, 70):
+        sizes = Shape(T=T, H=128, I=64, E=4, K=2, gate_up=format, down=format)
+        args = on_fake_gpu(op.inputs(sizes, torch.bfloat16, "cpu", torch.Generator().manual_seed(0)))
+        begin, kernels = len(gpu.driver.launches), []
+        for on_host in ((), (1, 3), (2,)):
+            names = ("gate_up_proj", "down_proj") if on_host else ()
+            op.run(**args | {name: OffloadedWeight.copy_of(args[name], on_host) for name in names})
+            launched = [each for each in gpu.driver.launches[begin:] if "LAYOUT" in each.args]
+            kernels.append([(each.kernel, each.args["LAYOUT"].table, each.launcher) for each in launched])
+            begin = len(gpu.driver.launches)
+        assert kernels[1] == kernels[2], "compiled again for other experts"
+        names, tables = ([[each[at] for each in one] for one in kernels[:2]] for at in (0, 1))
+        assert names[0] == names[1] and tables == [[False, False], [True, True]]
 
 
 @pytest.mark.parametrize(("D", "window"), [*((D, 0) for D in HEAD_SIZES), *((D, 40) for D in (48, 80, 112))])
