@@ -91,6 +91,8 @@ class OffloadedWeight(QuantizedWeight):
         quantized, stored = isinstance(like, QuantizedWeight), like.data
         self.format, self.group = (like.format, like.group) if isinstance(like, QuantizedWeight) else ("dense", 0)
         E, *rest = stored.shape
+        if E and (size := stored[0].nbytes) % ALIGNMENT:
+            raise ValueError(f"OffloadedWeight: an expert's rows take {size} bytes, needs a multiple of {ALIGNMENT}")
         kept = [expert for expert in range(E) if expert not in self.on_host]
         self._place = {expert: (0, at) for at, expert in enumerate(kept)}
         self._place |= {expert: (1, at) for at, expert in enumerate(self.on_host)}

@@ -98,3 +98,8 @@ def test_wrong_dtype_is_rejected() -> None:
     args = with_offload(arguments(None, 3, torch.float32))
     with pytest.raises(ValueError, match="argument 'down_proj' is float32, needs bfloat16"):
         ops.expert_swiglu(**args | {"x": args["x"].bfloat16()})
+
+
+def test_misaligned_rows_are_rejected() -> None:
+    with pytest.raises(ValueError, match="OffloadedWeight: an expert's rows take 18 bytes, needs a multiple of 16"):
+        OffloadedWeight.copy_of(torch.zeros(4, 3, 3, dtype=torch.bfloat16), (1,))
