@@ -260,7 +260,7 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
         if int(status):
             raise ValueError(
                 f"offload: {host.nbytes / 1e9:.1f} GB of host memory cannot be pinned (CUDA error {int(status)}): "
-                "needs more free memory or fewer offloaded experts"
+                "needs fewer offloaded experts, more free memory, or a higher lock limit (ulimit -l)"
             )
         unpin = runtime.cudaHostUnregister, host.data_ptr(), torch.cuda.synchronize, device, pages
         weakref.finalize(host, _unpin, *unpin).atexit = False

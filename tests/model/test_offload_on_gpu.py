@@ -144,6 +144,11 @@ def test_host_memory_is_pinned_at_its_size_and_returned(gpu: Any) -> None:
     weights = [each for layer in model.layers for each in (layer.gate_up_proj, layer.down_proj)]
     assert gpu.pinned == {each.host.data_ptr(): each.host.nbytes for each in weights}
     assert sum(gpu.pinned.values()) == 3 * 4 * 3 * 128 * 256 * 2
+    gpu.pinned_most = 1.5 * sum(gpu.pinned.values())
+    with pytest.raises(ValueError, match=r"cannot be pinned \(CUDA error 2\): needs fewer offloaded experts"):
+        Mixtral.from_pretrained(SMALL, GPU_DEVICE, offload=3)
+    gc.collect()
+    assert len(gpu.pinned) == len(weights)
     del model, weights
     gc.collect()
     assert not gpu.pinned

@@ -163,6 +163,7 @@ class GPU:
         self.pools: set[Any] = set()  # of the device's memory, and of the host's, that a capture allocates from
         self.host_pools: set[Any] = set()
         self.pinned: dict[int, int] = {}  # bytes of host memory, by address
+        self.pinned_most = 1 << 40
         self.replays, self.syncs, self.work = 0, stage.syncs, stage.work
         self.driver = Driver(self)
 
@@ -191,6 +192,13 @@ class GPU:
     def _synchronize(self, device: Any = None) -> None:
         stage.sync("synchronize")
         self.driver.check_alive()
+
+    def _pin(self, address: int, size: int, flags: int) -> int:
+        """Return 0, or cudaErrorMemoryAllocation."""
+        if sum(self.pinned.values()) + size > self.pinned_most:
+            return 2
+        self.pinned[address] = size
+        return 0
 
     def _empty_cache(self) -> None:
         if self.pools:
@@ -231,10 +239,7 @@ class GPU:
             "set_stream": self._set_stream,
             "is_current_stream_capturing": lambda: stage.capture is not None,
             "graph_pool_handle": lambda: (0, next(_handles)),
-            "cudart": lambda: SimpleNamespace(
-                cudaHostRegister=lambda address, size, flags: self.pinned.update({address: size}) or 0,
-                cudaHostUnregister=lambda address: self.pinned.pop(address) and 0,
-            ),
+            "cudart": lambda: SimpleNamespace(cudaHostRegister=self._pin, cudaHostUnregister=self.pinned.pop),
         }
 
 
