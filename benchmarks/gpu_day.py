@@ -4,8 +4,8 @@
     python benchmarks/gpu_day.py --dry     # all parts on a simulated GPU, at small sizes
 
 Each part has a share of the budget. One that exceeds it is killed, and its output so far is kept. Each operation has a
-process: one that leaves the GPU in an error is followed by another that continues after the failed case. The same
-command again runs what is not done. OUT/gpu_day.json and OUT/gpu_day.md hold the results. No network is needed.
+process: one that leaves the GPU in an error ends no other. The same command again runs what is not done.
+OUT/gpu_day.json and OUT/gpu_day.md hold the results. No network is needed.
 """
 
 from __future__ import annotations
@@ -63,15 +63,14 @@ def parts(dry: bool = False, breaks: str = "") -> dict[str, Part]:
     prefix = f"-m tests.support.stub {breaks and f'--breaks {breaks}'} " if dry else ""
     computes = f"{prefix}--executes " if dry else ""  # results are checked; kernels take long on a simulated GPU
 
-    def bench(names: Sequence[str], options: str) -> dict[str, str]:
+    def bench(names: Sequence[str], options: str, more: str = "") -> dict[str, str]:
         command = f"{computes}-m mixtral_triton bench --json"
-        return {name: f"{command} {name} {_smallest(name) if dry else options}" for name in names}
+        return {name: f"{command} {name} {_smallest(name) if dry else options} {more}" for name in names}
 
     def check(*names: str, prefix: str = computes) -> dict[str, str]:
         return {name: f"{prefix}-m benchmarks.gpu_checks {name} {'--small' if dry else ''}" for name in names}
 
     layer = "".join(f" --sizes T={T},H=4096,I=14336,E=8,K=2" for T in (1, 8, 64, 512, 1024, 1536, 2048, 4096))
-    offloaded = "B=1,S=1024,L=4,H=4096,I=14336,E=8,K=2,Hq=32,Hkv=8,D=128,V=32000,offload=2"
     drop_in = f"{prefix}benchmarks/drop_in.py --json --device cuda --rounds {'1 --small' if dry else '100'}"
     return {
         # Nothing is timed while another core compiles.
@@ -84,7 +83,7 @@ def parts(dry: bool = False, breaks: str = "") -> dict[str, Part]:
         # torch.compile may leave a GPU in a state that disturbs timing: ours and eager transformers run before it.
         "decode": (50, bench(["decode_step"], f"{two_depths} {eager}")),
         "decode batches": (25, bench(["decode_step"], f"--quick --at L=4 {eager}")),
-        "decode offloaded": (15, bench(["decode_step"], f"--sizes {offloaded} {eager}")),
+        "decode offloaded": (15, bench(["decode_step"], f"{two_depths} {eager}", "--offload 2")),
         "applied": (35, {"drop_in": drop_in}),
         "decode compiled": (35, bench(["decode_step"], f"{two_depths} {no_compile}")),
         "one token": (20, bench(rest, "--quick --at T=1")),
@@ -118,13 +117,13 @@ def _tests(dry: bool, prefix: str, computes: str) -> dict[str, str]:
     return found
 
 
-def read_events(file: Path, *kinds: str) -> list[dict[str, Any]]:
-    """Return the JSON objects in a command's output, of some or all kinds; the last line may be incomplete."""
+def read_events(file: Path) -> list[dict[str, Any]]:
+    """Return the JSON objects in a command's output; the last line may be incomplete."""
     events = []
-    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
+    for line in file.read_text(errors="replace").splitlines():
         with suppress(json.JSONDecodeError):
             events.append(json.loads(line))
-    return [event for event in events if isinstance(event, dict) and (not kinds or event.get("kind") in kinds)]
+    return [event for event in events if isinstance(event, dict)]
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
@@ -135,27 +134,18 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def run_command(command: str, file: Path, deadline: float, processes: list[Any]) -> int | None:
-    """Run until the command ends and return its exit status, or None where its time was up; append output to `file`.
-
-    A benchmark that died in a case is followed by one that continues after it, as long as that begins further cases.
-    """
+    """Run until the command ends and return its exit status, or None where its time was up; its output is in `file`."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
-    died = False
-    while True:
-        first = len(read_events(file, "begin"))
-        args = [sys.executable, *shlex.split(command), *(("--first", str(first)) if " bench " in command else ())]
-        with file.open("ab") as out, file.with_suffix(".err").open("ab") as err:
-            process = subprocess.Popen(args, stdout=out, stderr=err, cwd=ROOT, env=variables, start_new_session=True)
-        processes.append(process)
-        try:
-            code = process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            kill(process)
-        if read_events(file, "end") or len(read_events(file, "begin")) == first:
-            return code or int(died)
-        died = True
+    args = [sys.executable, *shlex.split(command)]
+    with file.open("wb") as out, file.with_suffix(".err").open("wb") as err:
+        process = subprocess.Popen(args, stdout=out, stderr=err, cwd=ROOT, env=variables, start_new_session=True)
+    processes.append(process)
+    try:
+        return process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        kill(process)
 
 
 def run_part(part: str, commands: dict[str, str], out: Path, limit_s: float, done: dict[str, int]) -> dict[str, Any]:
@@ -210,29 +200,21 @@ def day(selected: dict[str, Part], out: Path, budget_s: float) -> dict[str, Any]
 
 
 def results(done: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Return tests by outcome, rows of the benchmarks, and cases that began and have no row."""
-    tests: dict[str, str] = {}
-    found: dict[str, Any] = {"tests": tests, "rows": [], "unfinished": [], "applied": [], "host": [], "checks": []}
+    """Return tests by outcome, rows of the benchmarks, and what the scripts and checks print."""
+    found: dict[str, Any] = {"tests": {}, "rows": [], "applied": [], "host": [], "checks": []}
     for part in done:
         for file in sorted(out.glob(f"{part}-*.out".replace(" ", "_"))):
             if part == "tests":
                 matches = OUTCOME.finditer(file.read_text(errors="replace"))
-                tests |= {match[1]: (match[2] or "died").lower() for match in matches}
-            unfinished: list[dict[str, Any]] = []
+                found["tests"] |= {match[1]: (match[2] or "died").lower() for match in matches}
             for event in read_events(file):
-                if event.get("kind") == "begin":
-                    unfinished.append({name: event[name] for name in ("op", "sizes")})
-                elif event.get("kind") == "row":
+                if event.get("kind") == "row":
                     found["rows"].append(event)
-                    del unfinished[-1:]
-                elif "kernels_a_layer" in event:
-                    found["applied"] = event["rows"]
-                elif "plain_launch_us" in event:
-                    found["host"] = event["rows"]
                 elif event.get("kind") == "check":
                     figures = [(name, value) for name, value in event.items() if name not in ("kind", "check")]
                     found["checks"] += [{"check": event["check"], "": name, "value": value} for name, value in figures]
-            found["unfinished"] += unfinished
+                elif "rows" in event:
+                    found["applied" if "kernels_a_layer" in event else "host"] = event["rows"]
     return found
 
 
@@ -263,7 +245,6 @@ def markdown(found: dict[str, Any]) -> str:
         "Parts, and exit status by command": [{"part": name, **part} for name, part in found["parts"].items()],
         "Compiled tests": [dict(Counter(tests.values()))] if tests else [],
         "Failed tests": [{"test": test, "": end} for test, end in tests.items() if end not in ("passed", "skipped")],
-        "Cases without a result": found["unfinished"],
         "Checks, and what the cost model estimates": found["checks"],
         "transformers' model with `apply`": found["applied"],
         "The host's part of a decode layer": found["host"],

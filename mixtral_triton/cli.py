@@ -174,7 +174,6 @@ def parser() -> argparse.ArgumentParser:
     option("--peer", action="append", default=[], metavar="MODULE:FUNCTION", help=text)
     text = "decode_step with so many experts of each layer in host memory; auto: as many as the GPU needs"
     option("--offload", type=parse_offload, default=0, metavar="N|auto", help=text)
-    option("--first", type=int, default=0, metavar="N", help="leave the N cases before this one out")
     option("--without", action="append", default=[], metavar="PEER", help="leave a peer out; repeatable")
     option("--gpu", metavar="NAME", help=f"measure nothing, predict by a data sheet: {', '.join(RATED)}")
 

@@ -27,19 +27,17 @@ from .report import figure_of, gpu_line, micro, op_table, sizes_text
 
 DEFAULT_GPU, NO_GPU = "h100", "there is no GPU"  # whose floors are printed then
 MESH_RUNS = 20  # the same on every rank, since each step synchronizes them
-NOT_ON_A_MESH = ("peer", "plot", "gpu", "quick", "first", "without", "offload")
+NOT_ON_A_MESH = ("peer", "plot", "gpu", "quick", "without", "offload")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit status: 1 where an operation or a user's peer is wrong or fails.
 
-    A case too large for the GPU and an installed peer's failure are not errors. A case that leaves the GPU in an error
-    ends the process; another one continues after it with --first.
+    A case too large for the GPU and an installed peer's failure are not errors. One that leaves the GPU in an error is
+    the last.
     """
-    if args.first < 0:
-        raise ValueError(f"--first is {args.first}, needs the number of a case")
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    selected = cases(args.ops, args.quick, args.at, args.sizes, dtype)[args.first :]
+    selected = cases(args.ops, args.quick, args.at, args.sizes, dtype)
     if args.peer and len(args.ops) != 1:
         raise ValueError("--peer goes with the one operation that it does: bench expert_swiglu --peer MODULE:FUNCTION")
     if args.offload and args.ops != ["decode_step"]:
@@ -60,17 +58,11 @@ def run(args: argparse.Namespace) -> int:
     if args.offload:
         selected = [_offloaded(case, args.offload, gpu) for case in selected]
 
-    def announce(number: int) -> None:
-        """Print a line before a case, for whoever started this process and must know what ended it."""
-        if args.json:
-            case = {"op": selected[number].op.name, "sizes": selected[number].as_dict()}
-            print(json.dumps({"kind": "begin", "number": args.first + number, **case}), flush=True)
-
     def peers(case: Case) -> list[Any]:
         return [*(peer for peer in peers_of(case.op.name) if peer.name not in args.without), *user_peers]
 
     if measuring:
-        source = timed_rows(selected, peers, device, gpu, timer, announce)
+        source = timed_rows(selected, peers, device, gpu, timer)
     else:
         reason = "--gpu asks for a data sheet" if args.gpu else NO_GPU
         source = (checked_row(case, gpu, user_peers, reason) for case in selected)
@@ -83,16 +75,12 @@ def run(args: argparse.Namespace) -> int:
         versions = {"torch": torch.__version__, "arch": gpu.arch}
         print(json.dumps({"kind": "gpu", **_rates(gpu), **versions, "data_sheet": sheet and _rates(sheet)}), flush=True)
     rows = list(_print_rows(source, len(selected), args.json, out))
-    if len(rows) < len(selected):
-        return 1
-    if args.json and measuring:
-        print(json.dumps({"kind": "end"}), flush=True)
     if args.plot is not None:
         save_plot(figure_of(rows, gpu), args.plot)
         out.print(f"plot: {args.plot}")
     names = {peer.name for peer in user_peers}
     outcomes = [one for row in rows for one in (row.ours, *(row.peers[name] for name in names & row.peers.keys()))]
-    return 1 if any(one.right is False for one in outcomes) else 0
+    return 1 if len(rows) < len(selected) or any(one.right is False for one in outcomes) else 0
 
 
 def _offloaded(case: Case, offload: int | str, gpu: GPU) -> Case:

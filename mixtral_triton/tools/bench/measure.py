@@ -277,27 +277,19 @@ def current_gpu() -> tuple[torch.device, GPU, Timer]:
 
 
 def timed_rows(
-    cases: Sequence[Case],
-    peers: Callable[[Case], Sequence[Peer]],
-    device: torch.device,
-    gpu: GPU,
-    timer: Timer,
-    on_start: Callable[[int], None],
+    cases: Sequence[Case], peers: Callable[[Case], Sequence[Peer]], device: torch.device, gpu: GPU, timer: Timer
 ) -> Iterator[Row]:
-    """Yield a row per case with its `peers`, calling `on_start` with its number first.
-
-    The last row is that of a case that leaves the device in an error: all later calls would fail.
-    """
-    for number, case in enumerate(cases):
-        on_start(number)
+    """Yield a row per case with its `peers`. The last is that of a case that leaves the device in an error: all later
+    calls would fail."""
+    for case in cases:
         try:
             yield timed_row(case, gpu, device, step_timer if case.op is decode_step.STEP else timer, peers(case))
         except Exception as error:  # before anything was timed: the next case may work
             yield replace(untimed_row(case, gpu), ours=_failure(error))
-        if device.type == "cuda":
-            try:
+        try:
+            if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            except RuntimeError as error:
-                say(f"mixtral-triton bench: {device} is lost to this process: {summary(error)}")
-                return
+        except RuntimeError as error:
+            say(f"mixtral-triton bench: {device} is lost to this process: {summary(error)}")
+            return
         _free_memory()

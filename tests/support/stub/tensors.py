@@ -59,8 +59,9 @@ class FakeGPUTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "mixtral_triton":
+            op = OPS[func._opname]
             with Factories():  # torch has disabled the mode
-                return call.call_checked(OPS[func._opname], OPS[func._opname].bind(*args, **(kwargs or {})))
+                return call.call_checked(op, op.bind(*call.unflatten_args(op.arguments, args), **(kwargs or {})))
         return dispatch(func, args, kwargs or {})
 
 
