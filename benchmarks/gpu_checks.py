@@ -102,9 +102,8 @@ def compile_ahead(small: bool) -> Figures:
     for command in (command for _, commands in gpu_day.parts().values() for command in commands.values()):
         if " bench " in command:
             options = cli.parser().parse_args(shlex.split(command)[2:])
-            offload = {"offload": options.offload} if options.offload else {}
             selected = cases(options.ops, options.quick, options.at, options.sizes)
-            found += [Case(case.op, Shape(case.sizes) | offload, case.dtype) for case in selected]
+            found += [case.offloaded(options.offload) if options.offload else case for case in selected]
     launches: list[Launch] = []
     for case in found[: 2 if small else None]:
         with record_launches(arch, sms) as recorded:

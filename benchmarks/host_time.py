@@ -23,13 +23,13 @@ import triton
 import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
-from benchmarks.common import TINY, Call, alternate, hf_model, hf_step, options, our_model, our_step, ratio, report
+from benchmarks import drop_in
 from mixtral_triton import apply
 from mixtral_triton.tools.bench.measure import wall_seconds
 from tests.support.stub.driver import Driver
 from tests.support.stub.gpu import GPU
 
-LAYERS, PROMPT, LAUNCHES = TINY["num_hidden_layers"], 64, 32
+LAYERS, LAUNCHES = drop_in.TINY["num_hidden_layers"], 32
 # The most that each may take: plain launches, and a share of transformers' eager layer.
 LIMITS = {"ours": (30, 0.5), "applied": (60, 0.8)}
 
@@ -59,29 +59,29 @@ def launch_plain() -> None:
         copy_kernel[(1,)](x, y, 128, BLOCK=128)
 
 
-def steps() -> dict[str, Call]:
+def steps() -> dict[str, drop_in.Call]:
     """Return the steps on the same random weights, in fp32, the dtype that a CPU multiplies fastest."""
-    eager, ids = hf_model(), torch.randint(TINY["vocab_size"], (1, PROMPT))
-    ours = our_step(our_model(eager), ids)
-    return {"ours": ours, "applied": hf_step(apply(deepcopy(eager)), ids), "eager": hf_step(eager, ids)}
+    eager, ids = drop_in.hf_model(), torch.randint(drop_in.TINY["vocab_size"], (1, drop_in.PROMPT))
+    ours = drop_in.our_step(drop_in.our_model(eager), ids)
+    return {"ours": ours, "applied": drop_in.hf_step(apply(deepcopy(eager)), ids), "eager": drop_in.hf_step(eager, ids)}
 
 
 @torch.no_grad()
 def main() -> None:
-    args = options(__doc__, rounds=40).parse_args()
+    args = drop_in.options(__doc__, rounds=40).parse_args()
     torch.set_num_threads(1)
     # CPU tensors take the path of a GPU's: only the memory differs.
     triton.runtime.driver.set_active(SilentDriver(GPU()))
     with mock.patch("mixtral_triton.kernels.call.INTERPRETED", True):
-        times = alternate({"plain": launch_plain, **steps()}, wall_seconds, args.rounds, args.json)
+        times = drop_in.alternate({"plain": launch_plain, **steps()}, wall_seconds, args.rounds, args.json)
     plain = [seconds / LAUNCHES for seconds in times.pop("plain")]
     rows = []
     for name, seconds in times.items():
         layer = [one / LAYERS for one in seconds]
-        row = {"layer": name, "us": 1e6 * statistics.median(layer), "plain launches": ratio(layer, plain)}
-        row |= {"of eager": ratio(seconds, times["eager"])}
+        row = {"layer": name, "us": 1e6 * statistics.median(layer), "plain launches": drop_in.ratio(layer, plain)}
+        row |= {"of eager": drop_in.ratio(seconds, times["eager"])}
         rows.append(row | {"limits": "at most {}, at most {}".format(*LIMITS[name]) if name in LIMITS else ""})
-    report(args.json, {"triton": triton.__version__, "plain_launch_us": 1e6 * statistics.median(plain)}, rows)
+    drop_in.report(args.json, {"triton": triton.__version__, "plain_launch_us": 1e6 * statistics.median(plain)}, rows)
 
 
 if __name__ == "__main__":

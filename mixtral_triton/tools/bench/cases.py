@@ -55,6 +55,10 @@ class Case:
         """Return the sizes and switches, as `--sizes` takes them."""
         return Shape(self.sizes).as_dict()
 
+    def offloaded(self, experts: int) -> Case:
+        """Return this decode step with so many experts of each layer in host memory."""
+        return replace(self, sizes=Shape(self.sizes) | {"offload": experts})
+
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """Return the arguments by name. Random values are drawn on the device, where a layer's weights take no time."""
         generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)

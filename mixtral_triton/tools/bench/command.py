@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -56,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
         device, gpu, timer = current_gpu()
         sheet = data_sheet(gpu.name)
     if args.offload:
-        selected = [_offloaded(case, args.offload, gpu) for case in selected]
+        resolved = [decode_step.resolve_offload(case.sizes, case.dtype, args.offload, gpu) for case in selected]
+        selected = [case.offloaded(experts) for case, experts in zip(selected, resolved, strict=True)]
 
     def peers(case: Case) -> list[Any]:
         return [*(peer for peer in peers_of(case.op.name) if peer.name not in args.without), *user_peers]
@@ -81,11 +81,6 @@ def run(args: argparse.Namespace) -> int:
     names = {peer.name for peer in user_peers}
     outcomes = [one for row in rows for one in (row.ours, *(row.peers[name] for name in names & row.peers.keys()))]
     return 1 if len(rows) < len(selected) or any(one.right is False for one in outcomes) else 0
-
-
-def _offloaded(case: Case, offload: int | str, gpu: GPU) -> Case:
-    experts = decode_step.resolve_offload(case.sizes, case.dtype, offload, gpu)
-    return replace(case, sizes=Shape(case.sizes) | {"offload": experts})
 
 
 def describe(name: str) -> str:
@@ -124,9 +119,7 @@ def run_on_mesh(args: argparse.Namespace, mesh: Any) -> int:
     if args.ops not in ([], ["decode_step"]):
         raise ValueError(f"bench: on a mesh it times decode_step, and got {' '.join(args.ops)}")
     if unused := [name for name in NOT_ON_A_MESH if getattr(args, name)]:
-        raise ValueError(
-            f"--{unused[0]} is given, and a mesh has no use for it: needs one process, or no --{unused[0]}"
-        )
+        raise ValueError(f"--{unused[0]} is given, and a mesh takes none: needs one process, or no --{unused[0]}")
     ranks, measuring = Ranks(mesh), mesh.device_type == "cuda"
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device()).name if measuring else "a CPU"
     about = {"tp": ranks.shard.tp, "ep": ranks.shard.ep, "gpu": gpu}
@@ -135,13 +128,11 @@ def run_on_mesh(args: argparse.Namespace, mesh: Any) -> int:
     for case in cases(["decode_step"], at=args.at, sizes=args.sizes, dtype=getattr(torch, args.dtype or "", None)):
         with ranks.raise_on_any_rank():
             ranks.shard.check(decode_step.config(case.sizes))
-        seconds = measure_on_mesh(case, ranks) if measuring else None
-        row = {"op": "decode_step", "sizes": case.as_dict(), "time_us": seconds and seconds * 1e6}
-        rate = f"{micro(seconds)} us, {case.sizes['B'] / seconds:,.0f} tokens/s" if seconds else "needs GPUs"
+        seconds, sizes = measure_on_mesh(case, ranks) if measuring else None, case.as_dict()
+        line = json.dumps({"kind": "row", "op": "decode_step", "sizes": sizes, "time_us": seconds and seconds * 1e6})
+        rate = f"{micro(seconds)} us, {sizes['B'] / seconds:,.0f} tokens/s" if seconds else "needs GPUs"
         if is_first():
-            print(
-                json.dumps({"kind": "row", **row}) if args.json else f"{sizes_text(case.as_dict())}: {rate}", flush=True
-            )
+            print(line if args.json else f"{sizes_text(sizes)}: {rate}", flush=True)
     return 0
 
 

@@ -52,6 +52,10 @@ def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None,
     select another expert, changes no logits.
     """
     settings = config(sizes)
+    if ranks is not None and sizes.get("offload"):
+        raise ValueError(
+            f"decode_step: offload is {sizes['offload']}, and a mesh splits the experts over GPUs: needs 0"
+        )
     on_host = select_experts(settings, sizes.get("offload", 0), None)
     model = Mixtral(settings, device, dtype, ranks=ranks, on_host=on_host)
     for name, weight in model.named_weights().items():
