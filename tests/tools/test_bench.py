@@ -208,6 +208,14 @@ def test_decode_step_with_experts_in_host_memory(capsys: pytest.CaptureFixture[s
     assert main([*args[:-2], "h100"]) == 0 and "MB of host" in capsys.readouterr().out
 
 
+def test_a_mesh_takes_no_experts_from_host_memory() -> None:
+    none = dict.fromkeys(command.NOT_ON_A_MESH)
+    with pytest.raises(ValueError, match="--offload is given, and a mesh takes none"):
+        command.run_on_mesh(argparse.Namespace(ops=["decode_step"], **none | {"offload": 1}), None)
+    with pytest.raises(ValueError, match="offload is 1, and a mesh"):
+        decode_step.inputs(decode_step.STEP.test_shapes[1], torch.float32, CPU, ranks=Mock())
+
+
 def test_offloaded_decode_step_is_checked_and_has_no_peer_of_transformers() -> None:
     case = Case(decode_step.STEP, decode_step.STEP.test_shapes[1], torch.float32)
     args = case.inputs(CPU)
