@@ -11,14 +11,13 @@ from torch import Tensor
 
 from mixtral_triton import verify
 from mixtral_triton.kernels.launch import INTERPRETED
+from tests.support.faults import DTYPES, Inject
 
 pytest.importorskip("transformers")
 from mixtral_triton.hf import mask, modules
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = torch.randint(1, 48, (2, 15), generator=torch.Generator().manual_seed(0))
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about masks and modules, whatever the backend: run once")
-Inject = Callable[[pytest.MonkeyPatch], None]
 Change = Callable[..., Any]
 
 

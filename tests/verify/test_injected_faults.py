@@ -7,7 +7,7 @@ import json
 import re
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,13 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import Layer, State
 from mixtral_triton.ops import unchecked
 from mixtral_triton.verification.layers import CHUNKS, ROUTES, TOKENS, UNCACHED
-from tests.support import hub, models
+from tests.support import faults, hub
+from tests.support.faults import Inject, all_dtypes, change_state, replace_by
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = torch.randint(50, (2, 22), generator=torch.Generator().manual_seed(0))
 LAYER = 1  # of 3, where a fault of one layer is injected
-SIZES: dict[str, Any] = models.SIZES | {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48}
-SIZES |= {"num_hidden_layers": 3, "num_key_value_heads": 2, "sliding_window": 7}
-all_dtypes = pytest.mark.parametrize("dtype", DTYPES)
+small_model = partial(faults.small_model, num_hidden_layers=3)
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about the model, whatever the backend: run once")
-
-
-def small_model(dtype: torch.dtype) -> Mixtral:
-    return models.random_model(dtype=dtype, gain=1.0, **SIZES)
 
 
 class SwappedNorms(Layer):
@@ -91,11 +85,6 @@ def test_routes_that_are_no_near_tie_are_wrong() -> None:
     assert (LAYER, "routes") in {(row.layer, row.case) for row in verify(model, IDS).wrong}
 
 
-def change_state(change: Callable[[State], None], patch: pytest.MonkeyPatch) -> None:
-    init = State.__init__
-    patch.setattr(State, "__init__", lambda state, *args: (init(state, *args), change(state))[0])
-
-
 def change_window(change: int, state: State) -> None:
     state.window += change  # type: ignore[operator]
 
@@ -105,16 +94,15 @@ def shift_decode_position(state: State) -> None:
         state.cos, state.sin = state.cos[1:], state.sin[1:]
 
 
-def shift_ring(patch: pytest.MonkeyPatch) -> None:
-    append = unchecked.append
-    patch.setattr(unchecked, "append", lambda k, v, keys, values, past, new: append(k, v, keys, values, past + 1, new))
+def shift_ring(append: Any) -> Any:
+    return lambda k, v, keys, values, past, new: append(k, v, keys, values, past + 1, new)
 
 
-FAULTS_IN_ALL_LAYERS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
-    "window + 1": (partial(change_state, partial(change_window, 1)), UNCACHED),
-    "window - 1": (partial(change_state, partial(change_window, -1)), UNCACHED),
-    "position + 1 in decode": (partial(change_state, shift_decode_position), TOKENS),
-    "ring off by one slot": (shift_ring, CHUNKS),
+FAULTS_IN_ALL_LAYERS: dict[str, tuple[Inject, str]] = {
+    "window + 1": (change_state(partial(change_window, 1)), UNCACHED),
+    "window - 1": (change_state(partial(change_window, -1)), UNCACHED),
+    "position + 1 in decode": (change_state(shift_decode_position), TOKENS),
+    "ring off by one slot": (replace_by(unchecked, "append", shift_ring), CHUNKS),
 }
 
 
@@ -199,7 +187,7 @@ def test_checkpoint_with_fused_experts_and_tied_head(tmp_path: Path) -> None:
         for name, rows in zip("qkv", layer.qkv_proj.chunk(3), strict=True):
             stored[f"model.layers.{index}.self_attn.{name}_proj.weight"] = rows
     save_file({name: x.detach().contiguous() for name, x in stored.items()}, tmp_path / "model.safetensors")
-    config = {**SIZES, "model_type": "mixtral", "tie_word_embeddings": True, "rms_norm_eps": 1e-5}
+    config = asdict(model.config) | {"model_type": "mixtral", "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     report = verify(tmp_path, IDS)
     assert not report.wrong, str(report)

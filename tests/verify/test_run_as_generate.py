@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig, generate, reference, verify
 from mixtral_triton.cli import SMALL, main
@@ -24,28 +24,25 @@ from mixtral_triton.verification import calls, generation
 from mixtral_triton.verification.calls import LayerCheck, SizedCalls
 from mixtral_triton.verification.layers import Target, compare_layers
 from mixtral_triton.verification.report import Row
-from tests.support.models import random_model
+from tests.support.faults import Inject, in_router, replace_by, small_model
 
 IDS = torch.randint(1, 48, (2, 20), generator=torch.Generator().manual_seed(0))
 NAN, INF = math.nan, math.inf
 once = pytest.mark.skipif(INTERPRETED, reason="about the comparison: run once, without the interpreter")
 
 
-def model_8x7b(layers: int = 1) -> Mixtral:
-    return Mixtral(MixtralConfig(num_hidden_layers=layers, rope_theta=1e6), device="meta")
+def model_8x7b() -> Mixtral:
+    return Mixtral(MixtralConfig(num_hidden_layers=1, rope_theta=1e6), device="meta")
 
 
 def meta_check(model: Mixtral) -> LayerCheck:
-    """The calls of a layer of 8x7B on meta tensors: what torch computes has shapes alone."""
-    config, N = model.config, 144
-    Hq, Hkv, D, K = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.num_experts_per_tok
-    empty = partial(torch.empty, dtype=torch.bfloat16, device="meta")
-    H, E = config.hidden_size, config.num_local_experts
-    text, heads = (2, N // 2, H), (2, N // 2, Hkv, D)
-    values: dict[str, Any] = {name: empty(text) for name in ("x", "normed", "heads", "attended", "y", "output")}
-    values |= {"q": empty(2, N // 2, Hq, D), "k": empty(heads), "v": empty(heads), "h": empty(N, H)}
-    values |= {"logits": empty(N, E), "weights": empty(N, K).float(), "ids": empty(N, K).int()}
-    return LayerCheck(reference.Values(**values), model.layers[0], config, {"cos": model.cos, "sin": model.sin})
+    """The calls of a layer of 8x7B on meta tensors."""
+    layer, tables = model.layers[0], {"cos": model.cos, "sin": model.sin}
+    x = torch.empty(2, 72, model.config.hidden_size, dtype=torch.bfloat16, device="meta")
+    attend = reference.uncached_attention(None, **tables)
+    with mock.patch.object(reference, "expert_swiglu", lambda h, *_: h):
+        values = reference.block(layer, model.config, x, attend)
+    return LayerCheck(values, layer, model.config, tables)
 
 
 def launched_by(block: Callable[[], Any], arch: str) -> set[Any]:
@@ -102,76 +99,49 @@ def test_a_tile_that_no_size_reaches_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     assert {kernel for kernel, *_ in left_out("sm_90")[0]} == {"experts_up_kernel"}
 
 
-def tiny_model(dtype: torch.dtype = torch.bfloat16, **sizes: Any) -> Mixtral:
-    options: dict[str, Any] = {"gain": 1.0, "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48}
-    options |= {"num_hidden_layers": 2, "num_key_value_heads": 2, "sliding_window": 7}
-    return random_model(dtype=dtype, **options | sizes)
+def first_row_for_all(argument: int, patch: pytest.MonkeyPatch) -> None:
+    """The first sequence's `past` (0) or `new` (1), its positions or lengths, are taken for all."""
+
+    def faulty(at: int, function: Any) -> Any:
+        return lambda *args: function(*args[:at], args[at][:1].expand_as(args[at]).contiguous(), *args[at + 1 :])
+
+    for name, place in {"rope_append_attention": 7, "cached_attention": 5, "append": 4}.items():
+        replace_by(unchecked, name, partial(faulty, place + argument))(patch)
 
 
-def first_row_for_all(patch: pytest.MonkeyPatch, *names: str) -> None:
-    """The first sequence's positions or lengths, or both, are taken for all."""
-    for name in ("rope_append_attention", "cached_attention", "append"):
-        function = getattr(unchecked, name)
-        places = {"rope_append_attention": (7, 8), "cached_attention": (5, 6), "append": (4, 5)}[name]
-
-        def faulty(*args: Any, function: Any = function, places: Any = places) -> Any:
-            values = list(args)
-            for place, which in zip(places, ("past", "new"), strict=True):
-                if which in names:
-                    values[place] = values[place][:1].expand_as(values[place]).contiguous()
-            return function(*values)
-
-        patch.setattr(unchecked, name, staticmethod(faulty))
+def scale_attention(factor: float) -> Inject:
+    return replace_by(Layer, "attention", lambda attention: lambda layer, *args: attention(layer, *args) * factor)
 
 
-def change_generate(name: str, change: Callable[[Any], Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    return lambda patch: patch.setattr(generate, name, change(getattr(generate, name)))
+def scale_experts(factor: float) -> Inject:
+    def faulty(experts: Any) -> Any:
+        return lambda layer, h, x, weights, *args: experts(layer, h, x, weights * factor, *args)
+
+    return replace_by(Layer, "experts", faulty)
 
 
-def scale_of(name: str, factor: float) -> Callable[[pytest.MonkeyPatch], None]:
-    """What attention or the experts add is wrong by a factor."""
-
-    def inject(patch: pytest.MonkeyPatch) -> None:
-        method = getattr(Layer, name)
-        if name == "attention":
-            patch.setattr(Layer, name, lambda layer, *args: method(layer, *args) * factor)
-            return
-
-        def experts(layer: Layer, h: Tensor, x: Tensor, weights: Tensor, *args: Any) -> Any:
-            return method(layer, h, x, weights * factor, *args)
-
-        patch.setattr(Layer, name, experts)
-
-    return inject
-
-
-def other_eps(patch: pytest.MonkeyPatch) -> None:
-    route = Layer.route
-
-    def faulty(layer: Layer, *args: Any) -> Any:
-        config = layer.config
-        layer.config = dataclasses.replace(config, rms_norm_eps=100 * config.rms_norm_eps)
-        try:
-            return route(layer, *args)
-        finally:
-            layer.config = config
-
-    patch.setattr(Layer, "route", faulty)
-
-
-def one_expert_more(patch: pytest.MonkeyPatch) -> None:
-    route = Layer.route
-
+def one_expert_more(route: Any) -> Any:
     def faulty(layer: Layer, *args: Any) -> Any:
         h, x, weights, ids = route(layer, *args)
         return h, x, torch.cat((weights, weights[:, :1]), 1), torch.cat((ids, ids[:, :1]), 1)
 
-    patch.setattr(Layer, "route", faulty)
+    return faulty
 
 
-def one_token_less(patch: pytest.MonkeyPatch) -> None:
-    attention = Layer.attention
-    patch.setattr(Layer, "attention", lambda layer, *args: attention(layer, *args)[:, 1:])
+def one_token_less(attention: Any) -> Any:
+    return lambda layer, *args: attention(layer, *args)[:, 1:]
+
+
+def last_of_the_longest(prefill: Any) -> Any:
+    return lambda model, cache, ids, lengths: prefill(model, cache, ids, torch.full_like(lengths, ids.shape[1]))
+
+
+def second_best(sample: Any) -> Any:
+    return lambda x, *args: sample(x.masked_fill(x == x.amax(-1, True), -INF), *args)
+
+
+def no_temperature(sample: Any) -> Any:
+    return lambda x, t, *args: sample(x, t and 1e3, *args)
 
 
 def with_draw(sample: Any) -> Any:
@@ -179,40 +149,31 @@ def with_draw(sample: Any) -> Any:
 
 
 # Written down before any was tried: what is injected -> the operation and the case of the first wrong row.
-FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, str]]] = {
-    "first sequence's positions": (lambda patch: first_row_for_all(patch, "past"), ("layer", "attention, in chunks")),
-    "first sequence's lengths": (lambda patch: first_row_for_all(patch, "new"), ("layer", "attention, in chunks")),
-    "attention 10 % too large": (scale_of("attention", 1.1), ("layer", "attention, whole text")),
-    "attention 1 % too large": (scale_of("attention", 1.01), ("layer", "attention, whole text, fp32")),
-    "experts 10 % too large": (scale_of("experts", 1.1), ("layer", "experts, whole text")),
-    "experts 1 % too large": (scale_of("experts", 1.01), ("layer", "experts, whole text, fp32")),
-    "eps x 100": (other_eps, ("layer", "routes, fp32")),
-    "top_k + 1": (one_expert_more, ("layer", "routes")),
-    "a token less": (one_token_less, ("layer", "attention, whole text")),
-    "last token of the longest prompt": (
-        change_generate("prefill", lambda f: lambda m, c, i, n: f(m, c, i, torch.full_like(n, i.shape[1]))),
-        ("generate", "greedy"),
-    ),
-    "greedy takes the second": (
-        change_generate("sample", lambda f: lambda x, *args: f(x.masked_fill(x == x.amax(-1, True), -INF), *args)),
-        ("generate", "greedy"),
-    ),
-    "no temperature": (
-        change_generate("sample", lambda f: lambda x, t, *args: f(x, t and 1e3, *args)),
-        ("generate", "sampled"),
-    ),
-    "a draw too many": (change_generate("sample", with_draw), ("generate", "sampled")),
+FAULTS: dict[str, tuple[Inject, str, str]] = {
+    "first sequence's positions": (partial(first_row_for_all, 0), "layer", "attention, in chunks"),
+    "first sequence's lengths": (partial(first_row_for_all, 1), "layer", "attention, in chunks"),
+    "attention 10 % too large": (scale_attention(1.1), "layer", "attention, whole text"),
+    "attention 1 % too large": (scale_attention(1.01), "layer", "attention, whole text, fp32"),
+    "experts 10 % too large": (scale_experts(1.1), "layer", "experts, whole text"),
+    "experts 1 % too large": (scale_experts(1.01), "layer", "experts, whole text, fp32"),
+    "eps x 100": (in_router(rms_norm_eps=1e-3), "layer", "routes, fp32"),
+    "top_k + 1": (replace_by(Layer, "route", one_expert_more), "layer", "routes"),
+    "a token less": (replace_by(Layer, "attention", one_token_less), "layer", "attention, whole text"),
+    "last token of the longest prompt": (replace_by(generate, "prefill", last_of_the_longest), "generate", "greedy"),
+    "greedy takes the second": (replace_by(generate, "sample", second_best), "generate", "greedy"),
+    "no temperature": (replace_by(generate, "sample", no_temperature), "generate", "sampled"),
+    "a draw too many": (replace_by(generate, "sample", with_draw), "generate", "sampled"),
 }
 
 
 @once
 @pytest.mark.parametrize("name", FAULTS)
 def test_injected_fault(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    inject, place = FAULTS[name]
-    model = tiny_model()
+    inject, *place = FAULTS[name]
+    model = small_model(torch.bfloat16)
     inject(monkeypatch)
     first = verify(model, IDS).wrong[0]
-    assert (first.op, first.case) == place
+    assert [first.op, first.case] == place
 
 
 @once
@@ -248,7 +209,7 @@ def test_not_finite_is_wrong(value: float) -> None:
     assert not Row(0, "layer", "", *Fp64Reference(x.double(), 1.0).measure(torch.full_like(x, value))).ok
     assert not Row(0, "", "", *worst([(0.0, 1.0), (value, value), (0.5, 1.0)])).ok
     assert not Row(0, "", "", *worst([(value, INF), (0.5, 1.0)])).ok
-    model = tiny_model(torch.float32)
+    model = small_model(torch.float32)
     _, expected, _ = compare_layers(Target(model), IDS, calls.text_calls)
     weights = expected.layers[0].weights.clone()
     weights[0, 0, 0] = value
@@ -261,14 +222,14 @@ def test_not_finite_is_wrong(value: float) -> None:
 
 @once
 def test_overflow_of_fp16_is_named() -> None:
-    model = tiny_model(torch.float16)
+    model = small_model(torch.float16)
     with torch.no_grad():
         model.layers[0].down_proj *= 3e4
     report = verify(model, IDS)
     assert (
         not report.ok and not report.wrong and report.verdict.startswith("OVERFLOW: plain torch overflows in float16")
     )
-    assert not verify(tiny_model(torch.bfloat16), IDS).wrong
+    assert not verify(small_model(torch.bfloat16), IDS).wrong
 
 
 @once

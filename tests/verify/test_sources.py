@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,13 +23,12 @@ from mixtral_triton.verification.calls import text_calls
 from mixtral_triton.verification.layers import Target, compare_layers
 from mixtral_triton.verification.source import Source, decode
 from tests.support import hub
+from tests.support.faults import Inject, Patch, all_dtypes, change_state, in_router
 from tests.support.models import check_loaded, random_model
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter")
 IDS = torch.arange(12)[None]
-Patch = pytest.MonkeyPatch
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
-all_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
 
 def load(folder: Path, **options: Any) -> Mixtral:
@@ -53,29 +50,6 @@ def read_config(patch: Patch, **changes: Any) -> None:
     patch.setattr(MixtralConfig, "from_pretrained", lambda folder: replace(read(folder), **changes))
 
 
-def use_config(patch: Patch, **changes: Any) -> None:
-    """The layers' routers use other values than the config has."""
-    route = Layer.route
-
-    def faulty(layer: Layer, *args: Any) -> Any:
-        layer = copy.copy(layer)
-        layer.config = replace(layer.config, **changes)
-        return route(layer, *args)
-
-    patch.setattr(Layer, "route", faulty)
-
-
-def change_state(patch: Patch, name: str, change: Callable[[Any], Any]) -> None:
-    init = State.__init__
-
-    def faulty(state: State, *args: Any) -> None:
-        init(state, *args)
-        if hasattr(state, name):
-            setattr(state, name, change(getattr(state, name)))
-
-    patch.setattr(State, "__init__", faulty)
-
-
 def change_tables(patch: Patch, positions: torch.dtype = torch.float32, theta: float | None = None) -> None:
     def tables(config: MixtralConfig, device: Any) -> tuple[Tensor, Tensor]:
         D, base = config.head_dim, theta or config.rope_theta
@@ -86,8 +60,13 @@ def change_tables(patch: Patch, positions: torch.dtype = torch.float32, theta: f
     patch.setattr(model, "rope_tables", tables)
 
 
+def round_positions(state: State) -> None:
+    if not state.decodes:
+        state.positions = state.positions.bfloat16().long()
+
+
 # Written down before any was tried: what is injected, and the case of the first wrong row.
-CONFIG_FAULTS: dict[str, tuple[Callable[[Patch], None], str]] = {
+CONFIG_FAULTS: dict[str, tuple[Inject, str]] = {
     "theta 1e4": (partial(read_config, rope_theta=1e4), "rope_theta"),
     "eps x 100": (partial(read_config, rms_norm_eps=1e-3), "rms_norm_eps"),
     "window off": (partial(read_config, sliding_window=None), "sliding_window"),
@@ -97,10 +76,10 @@ CONFIG_FAULTS: dict[str, tuple[Callable[[Patch], None], str]] = {
     "another dtype": (partial(read_config, dtype="float16"), "dtype"),
     "theta 1e4 in the tables": (partial(change_tables, theta=1e4), "rotary tables"),
     "positions in bf16 in the tables": (partial(change_tables, positions=torch.bfloat16), "rotary tables"),
-    "positions in bf16": (partial(change_state, name="positions", change=lambda x: x.bfloat16().long()), "positions"),
-    "eps x 100 in the router": (partial(use_config, rms_norm_eps=1e-3), "rms_norm_eps"),
-    "top_k 1 in the router": (partial(use_config, num_experts_per_tok=1), "num_experts_per_tok"),
-    "window off in attention": (partial(change_state, name="window", change=lambda window: None), "sliding_window"),
+    "positions in bf16": (change_state(round_positions), "positions"),
+    "eps x 100 in the router": (in_router(rms_norm_eps=1e-3), "rms_norm_eps"),
+    "top_k 1 in the router": (in_router(num_experts_per_tok=1), "num_experts_per_tok"),
+    "window off in attention": (change_state(lambda state: setattr(state, "window", None)), "sliding_window"),
 }
 
 

@@ -19,6 +19,7 @@ from mixtral_triton.cli import main
 from mixtral_triton.kernels import registry
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.verification.report import Report, Row
+from tests.support.faults import DTYPES, small_model
 from tests.support.hub import LAYOUTS, awq, write
 from tests.support.models import random_model
 
@@ -29,14 +30,8 @@ OPERATIONS = {
     *("sort_by_expert", "expert_swiglu", "experts_add_rms_norm", "rope", "append", "attention", "cached_attention"),
     "rope_append_attention",
 }
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 once = pytest.mark.skipif(INTERPRETED, reason="about the comparison: run once, without the interpreter")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="about kernels: with the interpreter")
-
-
-def tiny_model(dtype: torch.dtype = torch.float32, window: int | None = 8) -> Mixtral:
-    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    return random_model(dtype=dtype, sliding_window=window, **sizes)
 
 
 def check_complete(report: Report, layers: int) -> None:
@@ -47,7 +42,7 @@ def check_complete(report: Report, layers: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [8] if INTERPRETED else [8, 100, None])
 def test_right_model(dtype: torch.dtype, window: int | None) -> None:
-    report = verify(tiny_model(dtype, window), IDS[:, :10] if INTERPRETED else IDS)
+    report = verify(small_model(dtype, sliding_window=window), IDS[:, :10] if INTERPRETED else IDS)
     assert not report.wrong, str(report)
     check_complete(report, 2)
     assert [row.op for row in report.rows if row.layer is None] == ["weights", "rms_norm", "logits", *["generate"] * 3]
@@ -66,7 +61,7 @@ def test_right_transformers_model(dtype: torch.dtype, window: int | None, make_h
 
 
 def test_one_token(device: torch.device) -> None:
-    assert not verify(tiny_model().to(device), IDS[:1, :1].to(device)).wrong
+    assert not verify(small_model().to(device), IDS[:1, :1].to(device)).wrong
 
 
 @interpreted
@@ -152,7 +147,7 @@ def test_applied_model_stays_as_it_is(make_hf: Any) -> None:
 @once
 def test_unknown_operation_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.OPS, "toy", registry.OPS["rms_norm"])
-    report = verify(tiny_model(), IDS[:1, :4])
+    report = verify(small_model(), IDS[:1, :4])
     assert not report.wrong and all(row.op != "toy" for row in report.rows)
 
 
@@ -179,7 +174,7 @@ def test_nan_is_wrong() -> None:
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
 def test_fault_in_an_operation(name: str, inject_fault: Callable[[str], None]) -> None:
     inject_fault(name)
-    report = verify(tiny_model(), IDS[:1])
+    report = verify(small_model(), IDS[:1])
     assert not report.ok and report.verdict.startswith("WRONG")
     assert {row.op for row in report.wrong} == {name}
 
@@ -207,7 +202,7 @@ def test_attention_without_window_in_an_applied_model(make_hf: Any, monkeypatch:
 
 
 def test_nan_in_an_expert_that_the_text_does_not_take(make_hf: Any) -> None:
-    model = tiny_model()
+    model = small_model()
     with torch.no_grad():
         model.layers[1].gate_up_proj[3, 0, 0] = float("nan")
         model.layers[1].gate[3] = 0.0
@@ -223,10 +218,10 @@ def test_nan_in_an_expert_that_the_text_does_not_take(make_hf: Any) -> None:
     ("target", "ids", "message"),
     [
         (lambda make_hf: 3, None, "needs a Mixtral, a checkpoint folder or transformers"),
-        (lambda make_hf: tiny_model(), torch.zeros((1, 65), dtype=torch.int64), "needs at most 64"),
-        (lambda make_hf: tiny_model(), torch.full((1, 4), 50), "token 50"),
-        (lambda make_hf: tiny_model(), torch.zeros(4), "int64 tensor"),
-        (lambda make_hf: tiny_model().to("meta"), None, r"verify: .*meta"),
+        (lambda make_hf: small_model(), torch.zeros((1, 65), dtype=torch.int64), "needs at most 64"),
+        (lambda make_hf: small_model(), torch.full((1, 4), 50), "token 50"),
+        (lambda make_hf: small_model(), torch.zeros(4), "int64 tensor"),
+        (lambda make_hf: small_model().to("meta"), None, r"verify: .*meta"),
         (lambda make_hf: torch.nn.Linear(2, 2), None, "verify: model is a Linear, needs transformers'"),
         (lambda make_hf: make_hf(), torch.full((1, 3), 48), "token 48"),
         (lambda make_hf: make_hf().to("meta"), None, "offloading"),

@@ -1,0 +1,50 @@
+"""The model that tests of verify inject faults into, and faults that several of them inject."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from mixtral_triton import Mixtral
+from mixtral_triton.model import Layer, State
+from tests.support.models import random_model
+
+Patch = pytest.MonkeyPatch
+Inject = Callable[[Patch], None]
+SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES |= {"num_key_value_heads": 2, "sliding_window": 7}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def small_model(dtype: torch.dtype = torch.float32, **sizes: Any) -> Mixtral:
+    return random_model(dtype=dtype, gain=1.0, **SIZES | sizes)
+
+
+def replace_by(place: Any, name: str, change: Callable[[Any], Any]) -> Inject:
+    """change(function) in the place of the function `place.name`."""
+    return lambda patch: patch.setattr(place, name, change(getattr(place, name)))
+
+
+def change_state(change: Callable[[State], Any]) -> Inject:
+    """`change` a new State, which all layers of a forward share."""
+    return replace_by(State, "__init__", lambda init: lambda state, *args: (init(state, *args), change(state))[0])
+
+
+def in_router(**changes: Any) -> Inject:
+    """The layers' routers use other values than the config has."""
+
+    def faulty(route: Any) -> Any:
+        def changed(layer: Layer, *args: Any) -> Any:
+            layer = copy.copy(layer)
+            layer.config = replace(layer.config, **changes)
+            return route(layer, *args)
+
+        return changed
+
+    return replace_by(Layer, "route", faulty)
