@@ -110,9 +110,7 @@ def test_command_answers_each_turn_of_a_chat(tmp_path: Path, capsys: Any, monkey
         messages.append({"role": "assistant", "content": tokenizer.decode(tokens, skip_special_tokens=True)})
     assert found["tokens"] == tokens.tolist() and found["messages"] == messages
     assert found["prompt"] == tokenizer.decode(ids[0]) and found["prompt_tokens"] == ids.shape[1]
-    assert (
-        found["prefill_tokens_per_second"] > 0 and found["decode_tokens_per_second"] > 0 and found["peak_bytes"] > 1e7
-    )
+    assert found["prefill_tokens_per_second"] > 0 < found["decode_tokens_per_second"] and found["peak_bytes"] > 1e7
     options = ["--device", "cpu", "--max-new-tokens", "5", "--system", "Be short.", "--prompt", "x"]
     assert main(["generate", str(folder), "--chat", *options]) == 0
     out, error = capsys.readouterr()

@@ -44,12 +44,8 @@ def test_config_is_frozen_and_hashable():
 
 @pytest.mark.parametrize("window", [None, 9])
 def test_reads_what_transformers_writes(tmp_path, window):
-    hf = pytest.importorskip("transformers").MixtralConfig(
-        **without("model_type", "architectures", "rope_theta"),
-        rope_parameters=ROPE,
-        sliding_window=window,
-        eos_token_id=[2, 7],
-    )
+    fields = without("model_type", "architectures", "rope_theta") | {"rope_parameters": ROPE, "eos_token_id": [2, 7]}
+    hf = pytest.importorskip("transformers").MixtralConfig(**fields, sliding_window=window)
     hf.save_pretrained(tmp_path)
     for config in (MixtralConfig.from_pretrained(tmp_path), MixtralConfig.from_dict(hf.to_dict())):
         assert (config.rope_theta, config.sliding_window, config.eos_token_id) == (5e5, window, (2, 7))

@@ -51,9 +51,8 @@ def test_a_name_on_the_hub_stands_for_its_folder(hub: Any, capsys: Any) -> None:
     model = Mixtral.from_pretrained(f"{NAME}@v1.0", "cpu")
     assert hub.downloads[-2][:2] == (NAME, "v1.0")
     assert hub.downloads[-1] == (NAME, COMMIT, [f"model-{number}.safetensors" for number in range(3)])
-    assert {file.name for file in hub.cache.iterdir()} == {file.name for file in hub.remote.iterdir()} - {
-        "pytorch_model.bin"
-    }
+    cached, remote = ({file.name for file in folder.iterdir()} for folder in (hub.cache, hub.remote))
+    assert cached == remote - {"pytorch_model.bin"}
     ids = torch.arange(9)[None]
     assert torch.equal(model(ids), Mixtral.from_pretrained(SMALL, "cpu")(ids))
     write(NAME, "out", "int8", "cpu")
@@ -117,24 +116,12 @@ def test_offline_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 OTHERS: dict[str, tuple[dict[str, str], str]] = {
-    "mistral": (
-        {"params.json": "{}", "consolidated.safetensors": ""},
-        "Mistral's own layout, needs transformers' .*hub",
-    ),
-    "consolidated": (
-        {"config.json": "", "consolidated.00.pth": ""},
-        "'consolidated.00.pth' is of Mistral's own layout",
-    ),
+    "mistral": ({"params.json": "{}", "consolidated.safetensors": ""}, "Mistral's own layout, needs transformers'"),
+    "consolidated": ({"config.json": "", "consolidated.00.pth": ""}, "'consolidated.00.pth' is of Mistral's own"),
     "lora": ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "LoRA adapter, .* merge_and_unload"),
     "gguf": ({"a.Q4_0.gguf": ""}, "'a.Q4_0.gguf' is GGUF, needs safetensors"),
-    "lfs": (
-        {"config.json": "", "model.safetensors": LFS},
-        r"model\.safetensors: is a pointer of Git LFS, .* `git lfs pull`",
-    ),
-    "bin": (
-        {"config.json": "", "pytorch_model.bin": ""},
-        "never read, needs safetensors: .*save_pretrained write them",
-    ),
+    "lfs": ({"config.json": "", "model.safetensors": LFS}, r"model\.safetensors: is a pointer of Git LFS, .* `git lfs"),
+    "bin": ({"config.json": "", "pytorch_model.bin": ""}, "never read, needs safetensors: .*save_pretrained write"),
 }
 
 

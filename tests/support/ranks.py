@@ -172,14 +172,15 @@ def kept_bytes(model: Mixtral) -> dict[str, int]:
     }
 
 
-def gathered_weights(mesh: Any, folder: Path, **options: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return the values and the scales of each quantized weight, gathered from all ranks."""
+def gathered_weights(mesh: Any, folder: Path, ids: torch.Tensor, **options: Any) -> tuple[Any, ...]:
+    """Return values and scales of each quantized weight, gathered from all ranks; the bytes here; the logits."""
     model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options)
     assert model.ranks is not None
     target = MeshTarget(model)
     quantized = {name: part for name, part in model.named_weights().items() if isinstance(part, QuantizedWeight)}
     gathered = {name: target.gather(name, part) for name, part in quantized.items()}
-    return {name: (weight.dequantize(), weight.scales) for name, weight in gathered.items()}
+    values = {name: (weight.dequantize(), weight.scales) for name, weight in gathered.items()}
+    return values, kept_bytes(model), model(ids)
 
 
 def read_and_kept(mesh: Any, folder: Path) -> tuple[int, int]:
