@@ -80,9 +80,8 @@ class KVCache:
             what, advice = "cache's slots", "a larger max_len or fewer tokens"
             if self.max_len == limit:
                 what, advice = "max_position_embeddings", "fewer tokens"
-            raise ValueError(
-                f"KVCache: a sequence would reach {reached} tokens, beyond the {what}, {self.max_len}: needs {advice}"
-            )
+            got = f"a sequence would reach {reached} tokens, beyond the {what}, {self.max_len}"
+            raise ValueError(f"KVCache: {got}: needs {advice}")
 
     def advance(self, new: torch.Tensor, common: int) -> None:
         """Count the `new` [B] tokens that every layer appended; `common`: the least number of any sequence."""

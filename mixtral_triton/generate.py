@@ -80,10 +80,8 @@ def stream(
     longest = ids.shape[1]
     limit = model.config.max_position_embeddings
     if longest + max_new_tokens > limit:
-        raise ValueError(
-            f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones go beyond "
-            f"max_position_embeddings, {limit}"
-        )
+        got = f"a prompt of {longest} tokens and {max_new_tokens} new ones"
+        raise ValueError(f"generate: {got} go beyond max_position_embeddings, {limit}")
     if generator is None and temperature > 0.0 and model.device.type == "cuda":
         # Not torch's own, in which another thread cannot draw during a capture: seeded by it, as a data loader is.
         seed = int(torch.randint(1 << 62, (), device="cpu"))

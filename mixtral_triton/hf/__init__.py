@@ -17,7 +17,6 @@ from .. import ops
 from ..inputs import DTYPES
 
 Model = TypeVar("Model", bound=nn.Module)
-MIN_RELEASE = (5, 7)
 
 
 def apply(
@@ -80,23 +79,19 @@ def import_modules(function: str, model: Any) -> Any:
     inner = next((name for name, module in modules if isinstance(module, base)), None)
     path = ".".join(filter(None, ("model" if holder is not model else "", inner)))
     hint = f"; give it the model inside, .{path}" if inner is not None else ""
-    raise ValueError(
-        f"{function}: model is a {type(model).__name__}, needs transformers' MixtralForCausalLM or MixtralModel{hint}"
-    )
+    need = f"transformers' MixtralForCausalLM or MixtralModel{hint}"
+    raise ValueError(f"{function}: model is a {type(model).__name__}, needs {need}")
 
 
 def _import_modules() -> Any:
     """Import hf.modules; ImportError that says what to install."""
-    need = ".".join(map(str, MIN_RELEASE))
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(f"mixtral_triton.apply needs transformers: pip install 'transformers>={need}'") from error
+        raise ImportError("mixtral_triton.apply needs transformers: pip install 'transformers>=5.7'") from error
     found = transformers.__version__
-    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < MIN_RELEASE:
-        raise ImportError(
-            f"mixtral_triton.apply: transformers is {found}, needs >= {need}: pip install -U transformers"
-        )
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < (5, 7):
+        raise ImportError(f"mixtral_triton.apply: transformers is {found}, needs >= 5.7: pip install -U transformers")
     from . import modules
 
     return modules
@@ -111,10 +106,8 @@ def _check_weights(model: Any) -> None:
         method = config.get("quant_method")
         if getattr(method, "value", method) == "bitsandbytes":
             ours, reads = f'{ours}(folder, weights="int4")', " on the folder in bf16"
-        raise ValueError(
-            "apply: model is quantized; load it without quantization_config (bf16, fp16 or fp32), or the folder with "
-            f"{ours}{reads}"
-        )
+        plain = "load it without quantization_config (bf16, fp16 or fp32)"
+        raise ValueError(f"apply: model is quantized; {plain}, or the folder with {ours}{reads}")
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise ValueError("apply: model has a tensor-parallel plan; load it without tp_plan, or with a device_map")
     for name, parameter in model.named_parameters():
@@ -134,10 +127,8 @@ def _check_devices(model: Any) -> None:
             target = getattr(each, "execution_device", None)
             device = torch.device("cuda", target) if isinstance(target, int) else torch.device(target or "cpu")
             if device.type == "cuda" and (device.index or 0) >= gpus:
-                raise ValueError(
-                    f"apply: {name or 'the model'} is to run on {device}, and this machine has {gpus} CUDA devices; "
-                    "load the model with a device_map of devices that exist"
-                )
+                got = f"{name or 'the model'} is to run on {device}, and this machine has {gpus} CUDA devices"
+                raise ValueError(f"apply: {got}; load the model with a device_map of devices that exist")
 
 
 def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], ours: Any) -> None:
@@ -161,9 +152,8 @@ def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], ours: Any) -
                 raise ValueError(f"apply: {name} has activation {module.act_fn}, needs silu; use experts=False")
             ours.check_unhooked(module.act_fn, f"apply: {name}.act_fn")
             if getattr(module, "_is_expert_parallel", False):
-                raise ValueError(
-                    f"apply: {name} is split over ranks (expert parallel); load it whole, or experts=False"
-                )
+                got = f"{name} is split over ranks (expert parallel)"
+                raise ValueError(f"apply: {got}; load it whole, or experts=False")
 
 
 def _is_own_forward(module: nn.Module, name: str) -> bool:

@@ -70,8 +70,6 @@ def _check_dense(mask: Any, query: Tensor, key: Tensor) -> Tensor:
     fits = fits and all(size in (1, full) for size, full in zip(mask.shape, need, strict=True))
     if not fits or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
         got = f"{mask.dtype} of shape {list(mask.shape)}" if tensor else f"a {type(mask).__name__}"
-        raise ValueError(
-            f"mixtral_triton: attention_mask is {got}, needs bool (True: visible) or float (added to the scores) that "
-            f"broadcasts to {list(need)}, or one value a token [{B}, tokens]"
-        )
+        dense = f"bool (True: visible) or float (added to the scores) that broadcasts to {list(need)}"
+        raise ValueError(f"mixtral_triton: attention_mask is {got}, needs {dense}, or one value a token [{B}, tokens]")
     return mask if mask.dtype == torch.bool else mask.to(query.dtype)

@@ -75,10 +75,8 @@ def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -
         if not isinstance(q_offset, Tensor):
             need, past = q_offset + q_length, f" ({q_offset} past, {q_length} new)"
         if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < need:
-            raise ValueError(
-                f"mixtral_triton: attention_mask is of shape {list(attention_mask.shape)}, needs [{batch_size}, {need}]"
-                f"{past}, one value a token, or a 4-D mask"
-            )
+            needs = f"needs [{batch_size}, {need}]{past}, one value a token, or a 4-D mask"
+            raise ValueError(f"mixtral_triton: attention_mask is of shape {list(attention_mask.shape)}, {needs}")
         plain = plain and not is_tracing(attention_mask) and not attention_mask.is_meta
         if plain:
             end = kv_offset + kv_length if isinstance(q_offset, Tensor) else q_offset + q_length

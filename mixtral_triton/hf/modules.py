@@ -234,8 +234,8 @@ def with_mask(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     return args, kwargs | {"attention_mask": mask}
 
 
-CLASSES: tuple[Any, ...] = (TritonRMSNorm, TritonRouter, TritonExperts, TritonRotaryEmbedding, TritonAttention)
-BLOCKS = {each.theirs: each for each in CLASSES}
+BLOCKS = (TritonRMSNorm, TritonRouter, TritonExperts, TritonRotaryEmbedding, TritonAttention)
+BLOCK_OF: dict[Any, Any] = {each.theirs: each for each in BLOCKS}
 
 
 @functools.cache
@@ -244,8 +244,8 @@ def applied_class(kind: Any) -> Any:
 
     A model's class keeps its name and module, as transformers looks classes up by them.
     """
-    if kind in BLOCKS:
-        return BLOCKS[kind]
+    if kind in BLOCK_OF:
+        return BLOCK_OF[kind]
     bases = (Backbone, theirs.MixtralModel), (Generating, GenerationMixin)
     mixins = [mixin for mixin, base in bases if issubclass(kind, base)] or [Selecting]
     return type(kind.__name__, (*mixins, kind), {name: getattr(kind, name) for name in ("__module__", "__qualname__")})

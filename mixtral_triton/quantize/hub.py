@@ -169,11 +169,8 @@ def load(
     """
     if plan.unused:
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in plan.unused}))
-        warnings.warn(
-            f"{headers.folder}: {len(plan.unused)} scales of activations or caches ({kinds}) are not used: both "
-            "stay in 16 bits here",
-            stacklevel=4,
-        )
+        text = f"{len(plan.unused)} scales of activations or caches ({kinds}) are not used: both stay in 16 bits here"
+        warnings.warn(f"{headers.folder}: {text}", stacklevel=4)
         if progress:
             progress(sum(headers.tensors[name].nbytes for name in plan.unused))
     weights.fill(headers.tensors, plan.dense, parameters, progress, quantizers.fill)

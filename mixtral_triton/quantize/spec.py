@@ -35,13 +35,10 @@ class QuantSpec:
             needs = ", ".join(map(str, groups))
             raise ValueError(f"quantize: group is {group!r}, needs None or one of {needs} for {format}")
         groups = groups if group is None else (group,)
-        size = next((size for size in groups if K % size == 0), None)
-        if size is None:
-            needs = " or ".join(map(str, groups))
-            raise ValueError(
-                f"quantize: int4 needs groups of {needs} that divide {K} columns; int8 and fp8 take any number"
-            )
-        return cls(format, size, SCALES[format])
+        if not (sizes := [size for size in groups if K % size == 0]):
+            needs = f"groups of {' or '.join(map(str, groups))} that divide {K} columns"
+            raise ValueError(f"quantize: int4 needs {needs}; int8 and fp8 take any number")
+        return cls(format, sizes[0], SCALES[format])
 
     def empty(self, shape: tuple[int, ...], device: Any) -> QuantizedWeight:
         """Return a weight of `shape` with unset values."""
