@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 FOLDER = "checkpoint folder, or a name on the hub with or without @revision"
 SMALL = Path(__file__).parent / "small"  # the checkpoint that ships with the package
+TOOLS = {"tune": "bench.tune", "fit": "fit", "compile": "offline"}  # modules whose `run` is the command
 
 
 class Help(argparse.HelpFormatter):
@@ -101,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help=f"print {form} for a program to read")
         for add_group in groups:
             add_group(sub.add_argument)
-        sub.set_defaults(run=globals()[f"_{name}"])
+        sub.set_defaults(run=_run_tool if name in TOOLS else globals()[f"_{name}"])
         return sub.add_argument
 
     def mesh(option: Any) -> None:
@@ -291,14 +293,15 @@ def _generate(args: argparse.Namespace) -> int:
 
         model, tokenizer = _load(args, mesh), load_tokenizer(args.folder)
         generator = torch.Generator(model.device).manual_seed(args.seed)
-        sampling = args.max_new_tokens, args.temperature, args.top_p, eos_ids(None, model.config), generator, args.top_k
+        sampling = args.temperature, args.top_p, generator, args.top_k
+        options = args.max_new_tokens, eos_ids(None, model.config), sampling
         for number, text in enumerate(texts):
             messages.append({"role": "user", "content": text})
             ids, warning = encode(tokenizer, text, model.config.bos_token_id)
             if template is not None:  # it begins with the beginning-of-sequence token itself
                 ids = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
             prompt = _tokens(args, ids, warning, model)
-            steps = TimedSteps(stream(model, [prompt], *sampling), len(ids), model.device)
+            steps = TimedSteps(stream(model, [prompt], *options), len(ids), model.device)
             if is_first() and number == 0:
                 say(note)
             # A continuation follows the prompt on its line, an answer stands alone.
@@ -355,21 +358,8 @@ def _bench(args: argparse.Namespace) -> int:
     return command.run(args)
 
 
-def _tune(args: argparse.Namespace) -> int:
-    if args.arch is not None and args.arch not in ARCHS:
-        raise ValueError(f"--arch is {args.arch!r}, needs one of {', '.join(ARCHS)}")
-    from .tools.bench.tune import run
-
-    return run(args)
-
-
-def _fit(args: argparse.Namespace) -> int:
-    from .tools.fit import run
-
-    return run(args)
-
-
-def _compile(args: argparse.Namespace) -> int:
-    from .tools.offline import run
-
-    return run(args)
+def _run_tool(args: argparse.Namespace) -> int:
+    arch = getattr(args, "arch", None)
+    if arch is not None and arch not in ARCHS:
+        raise ValueError(f"--arch is {arch!r}, needs one of {', '.join(ARCHS)}")
+    return import_module(f".tools.{TOOLS[args.command]}", __package__).run(args)

@@ -57,7 +57,7 @@ def generate(
         raise ValueError(f"generate: input_ids is {got}, needs a tensor [B, T] or a list of tensors [T]")
     rows = list(input_ids)
     eos = eos_ids(eos_token_id, model.config)
-    steps = stream(model, rows, max_new_tokens, temperature, top_p, eos, generator, top_k)
+    steps = stream(model, rows, max_new_tokens, eos, (temperature, top_p, generator, top_k))
     new = torch.stack(list(steps), dim=1).cpu() if max_new_tokens else torch.empty((len(rows), 0), dtype=torch.int64)
     if not ragged:
         return torch.cat((torch.stack(rows), _pad(new, max_new_tokens).to(rows[0].device)), dim=1)
@@ -65,17 +65,11 @@ def generate(
 
 
 def stream(
-    model: Mixtral,
-    prompts: Sequence[Tensor],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    eos: frozenset[int] = frozenset(),
-    generator: torch.Generator | None = None,
-    top_k: int | None = None,
+    model: Mixtral, prompts: Sequence[Tensor], max_new_tokens: int, eos: frozenset[int], sampling: Sampling
 ) -> Iterator[Tensor]:
     """Check the arguments, then return an iterator over the next tokens [B]; it stops once every sequence has ended."""
-    _check_sampling(max_new_tokens, temperature, top_p, top_k, generator, model.device)
+    _check_sampling(max_new_tokens, *sampling, model.device)
+    temperature, top_p, generator, top_k = sampling
     ids, lengths = _pad_prompts(model, prompts)
     longest = ids.shape[1]
     limit = model.config.max_position_embeddings
@@ -208,9 +202,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_sampling(
-    max_new_tokens: Any, temperature: Any, top_p: Any, top_k: Any, generator: Any, device: torch.device
-) -> None:
+def _check_sampling(max_new_tokens: Any, temperature: Any, top_p: Any, generator: Any, top_k: Any, device: Any) -> None:
     finite = _is_number(temperature) and 0.0 <= temperature < float("inf")
     for name, value, valid, need in (
         ("max_new_tokens", max_new_tokens, is_int(max_new_tokens, 0), "an integer of at least 0"),

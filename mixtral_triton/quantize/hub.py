@@ -68,10 +68,7 @@ def read_headers(folder: weights.Folder) -> Headers:
 
 
 def plan(
-    headers: Headers,
-    config: MixtralConfig,
-    shard: Shard = UNSHARDED,
-    anew: Mapping[str, QuantSpec] | None = None,
+    headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED, anew: Mapping[str, QuantSpec] | None = None
 ) -> Plan:
     """Return the plan of a quantized folder; ValueError unless names, dtypes and shapes are those of its layouts.
 
