@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from triton.compiler.compiler import AsmDict
-
 from ..kernels.arch import family
 from .sass import Loop, main_loops
 from .terminal import Column, Table
@@ -49,13 +47,6 @@ class Compiled:
     limit_bytes: int
     stages: Mapping[str, Path] = field(repr=False, compare=False)
     error: str | None = None
-
-    @property
-    def asm(self) -> Mapping[str, Any]:
-        """What `stages` hold; "sass" is disassembled from the cubin on access."""
-        binary = ("cubin", "hsaco")
-        files = self.stages.items()
-        return AsmDict({kind: file.read_bytes() if kind in binary else file.read_text() for kind, file in files})
 
     @cached_property
     def loops(self) -> tuple[Loop, ...]:

@@ -12,11 +12,10 @@ MIB = 2**20
 class Chip:
     """What a predicted time needs beside a GPU's rates (predict.py).
 
-    l2             bytes/s from L2 to all SMs together, as programs reach it
-    vector         FLOP/s of fp32 without tensor cores
-    launch_gap     seconds between two launches of a graph
-    pdl_gap        the same where the second launch is a programmatic dependent one, if the GPU has these
-    sms            multiprocessors; 0: those of the largest GPU of its architecture
+    l2          bytes/s from L2 to all SMs together, as programs reach it
+    vector      FLOP/s of fp32 without tensor cores
+    launch_gap  seconds between two launches of a graph; pdl_gap: the second is a programmatic dependent one
+    sms         multiprocessors; 0: those of the largest GPU of its architecture
     """
 
     l2: float

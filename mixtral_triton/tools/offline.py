@@ -146,7 +146,7 @@ class _Job:
         return self.result(file=file, stages=stages, **usage)
 
 
-def _kernels(ops: Iterable[Op], arch: str, dtypes: Dtypes, widths: bool = True) -> dict[str, tuple[str, Launch]]:
+def _kernels(ops: Iterable[Op], arch: str, dtypes: Dtypes = None, widths: bool = True) -> dict[str, tuple[str, Launch]]:
     """Return the kernels of the operations over their bench shapes, by `_key`: an operation, and its first launch."""
     found: dict[str, tuple[str, Launch]] = {}
     for op in ops:
@@ -247,14 +247,9 @@ def compile_launches(launches: Iterable[Launch], arch: str) -> Iterator[Compiled
 
 
 def compile_ops(
-    ops: Sequence[Op | str],
-    arch: str,
-    out: PathLike | None = None,
-    progress: Progress = lambda done, total: None,
-    dtypes: Dtypes = None,
+    ops: Sequence[str], arch: str, out: PathLike | None = None, progress: Progress = lambda done, total: None
 ) -> list[Compiled]:
-    """Compile the kernels of operations over their bench shapes, in that order; names stand for operations of the
-    registry, in its order.
+    """Compile the kernels of operations, by name, over their bench shapes, in the order of the registry.
 
     A kernel that does not compile is among them, with its error. Each is compiled once, also where a second model's
     widths (H and I, constants in the code) change nothing else. `out`: a folder, created if missing, for .ptx, .sass
@@ -262,18 +257,16 @@ def compile_ops(
     jobs are shared with other processes, so a script that calls this needs its `if __name__ == "__main__"`.
     ValueError for an unknown name or `arch`.
     """
-    names, selected = [op for op in ops if isinstance(op, str)], [op for op in ops if isinstance(op, Op)]
-    if unknown := [name for name in names if name not in OPS]:
+    if unknown := [name for name in ops if name not in OPS]:
         raise ValueError(f"compile: argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
-    selected += [op for name, op in OPS.items() if name in names]
-    found = _kernels(selected, arch, dtypes, widths=False)
+    found = _kernels([op for name, op in OPS.items() if name in ops], arch, widths=False)
     jobs = [_Job(launch, arch, name, out) for name, launch in found.values()]
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
     kernels: dict[int, Compiled] = {}
-    for done, (index, compiled) in enumerate(_compile_all(jobs), 1):
+    for index, compiled in _compile_all(jobs):
         kernels[index] = compiled
-        progress(done, len(jobs))
+        progress(len(kernels), len(jobs))
     return [kernels[index] for index in range(len(jobs))]
 
 

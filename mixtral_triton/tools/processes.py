@@ -57,10 +57,8 @@ def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
     needed, started = args.tp * args.ep, int(os.environ.get("WORLD_SIZE", 1))
     rank = f"rank {os.environ['RANK']} of {started}: " if "RANK" in os.environ else ""
     if needed != started:
-        raise ValueError(
-            f"{rank}--tp {args.tp} times --ep {args.ep} needs {needed} processes, and torchrun started {started}: "
-            f"torchrun --nproc-per-node {needed} -m mixtral_triton {args.command} ..."
-        )
+        sizes = f"{rank}--tp {args.tp} times --ep {args.ep} needs {needed} processes, and torchrun started {started}"
+        raise ValueError(f"{sizes}: torchrun --nproc-per-node {needed} -m mixtral_triton {args.command} ...")
     if started == 1:
         yield None
         return
@@ -74,9 +72,9 @@ def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"{rank}--device is {kind!r}, needs cpu or cuda: each of several processes has its own GPU")
     if kind == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"{rank}this machine has {torch.cuda.device_count()} GPUs, needs one a process")
+        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= count:
+            raise ValueError(f"{rank}this machine has {count} GPUs, needs one a process")
         torch.cuda.set_device(local)
     try:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)

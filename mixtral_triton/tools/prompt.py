@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -93,13 +94,9 @@ class ChatTemplate:
         special = ((name, config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token"))
         tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in special}
         self.tokens = {name: token for name, token in tokens.items() if token is not None}
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        # jinja's own escapes HTML
-        environment.filters["tojson"] = lambda x, ensure_ascii=False, **more: json.dumps(
-            x, ensure_ascii=ensure_ascii, **more
-        )
+        options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(**options, extensions=["jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes HTML
         environment.globals |= {"raise_exception": _raise, "strftime_now": datetime.datetime.now().strftime}
         try:
             self.template = environment.from_string(template)

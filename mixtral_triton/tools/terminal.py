@@ -69,7 +69,7 @@ class Table:
         for place, column in enumerate(self.columns):
             cells = [cells[place] for cells, _ in self.rows]
             if place in keys or any(cells):
-                longest = max(map(len, (*column.heading.split("\n"), *cells)))
+                longest = max([*map(len, column.heading.split("\n")), *map(len, cells)])
                 widths[place] = max(1, min(longest, most, longest if column.number else TEXT_WIDTH))
         parts = [keys]
         for place in list(widths)[self.keys :]:

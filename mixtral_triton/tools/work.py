@@ -75,11 +75,11 @@ def count_work(launch: Launch) -> Work:
 
     ValueError for another library's kernel without a formula.
     """
-    formula = WORK.get(launch.kernel, None if launch.fn is None else _stream)
-    if formula is None:
-        known = ", ".join(sorted(WORK))
-        raise ValueError(f"count_work: kernel is {launch.kernel!r}, needs one with a formula: {known}")
-    return formula(launch)
+    if launch.fn is None and launch.kernel not in WORK:
+        raise ValueError(
+            f"count_work: kernel is {launch.kernel!r}, needs one with a formula: {', '.join(sorted(WORK))}"
+        )
+    return WORK.get(launch.kernel, _stream)(launch)
 
 
 def _operands(launch: Launch) -> Operands:

@@ -34,7 +34,7 @@ def order(compiled: Compiled) -> Order:
     touched: list[set[str]] = [set(), set()]
     stores: set[str] = set()
     waits = 0
-    for line in compiled.asm["ptx"].splitlines():
+    for line in compiled.stages["ptx"].read_text().splitlines():
         text = _PREDICATE.sub("", line.strip().split("//")[0])
         if found := _PARAMETER.search(text):
             pointers[found[1]] = frozenset({names[int(found[2])]} if int(found[2]) in names else ())
