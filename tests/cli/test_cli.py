@@ -1,54 +1,297 @@
-"""The command line in processes of its own: exit codes, stdout and stderr, JSON; and its errors, each one line."""
+"""The command line: what it prints where, on terminals and pipes of every kind, how it ends, and errors of one line."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from mixtral_triton.cli import SMALL, main
+import mixtral_triton
+from mixtral_triton import Mixtral, cli
+from mixtral_triton.cli import SMALL, main, parser
 from mixtral_triton.kernels.launch import INTERPRETED
-from tests.cli.test_terminal import command
+from mixtral_triton.tools import processes, terminal
 
+ROOT = Path(__file__).parents[2]
+# Each test decides for itself whether to interpret, so once is enough.
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="selects the backend itself: run once, without")
+GENERATE = ("generate", "--device", "cpu", "--prompt", "The café", "--max-new-tokens", "3")
+TRACE = ("trace", *GENERATE[1:5])
+FULL = Path("/dev/full")
 MODEL, CONFIG = "model.safetensors", "config.json"
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
+def command(*args: str, code: str = "", **environment: str) -> dict[str, Any]:
+    """What `subprocess` takes to run the command line, after `code`, in an environment without encodings or Triton."""
+    free = ("TRITON_INTERPRET", "LC_ALL", "LC_CTYPE", "LANG", "COLUMNS")
+    kept = {key: value for key, value in os.environ.items() if key not in free and not key.startswith("PYTHON")}
+    kept |= {key: os.environ[key] for key in ("PYTHONPATH",) if key in os.environ}
+    program = ["-c", f"{code}\nimport sys\nfrom mixtral_triton.cli import main\nsys.exit(main(sys.argv[1:]))"]
+    entry = program if code else ["-m", "mixtral_triton"]
+    return {"args": [sys.executable, *entry, *args], "cwd": ROOT, "env": kept | environment}
+
+
+def run(*args: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(**command(*args, **environment), capture_output=True, timeout=240)
+
+
+def run_text(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(**command(*args), capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize("name", ["generate", "trace"])
+def test_interpret_runs_the_kernels_on_the_cpu(name: str) -> None:
+    """A GPU at hand is not used."""
+    fake = "import torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1\n"
+    report = "import atexit\natexit.register(lambda: print(__import__('mixtral_triton').kernels.launch.INTERPRETED))"
+    more = ("--max-new-tokens", "1") if name == "generate" else ("--layers", "0")
+    process = command(name, "--interpret", "--prompt", "A b", *more, code=fake + report)
+    done = subprocess.run(**process, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "True", done.stderr
+    assert "--interpret: the Triton kernels run interpreted" in done.stderr
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """`select_backend` as in a new process; what it sets is undone."""
+    with patch.dict(os.environ):
+        os.environ.pop("TRITON_INTERPRET", None)
+        yield
+
+
+TORCH, INTERPRETER = "plain torch", "the Triton kernels run interpreted"
+
+
+@pytest.mark.parametrize(
+    ("values", "interpret", "gpu", "note", "switch"),
+    [
+        ({}, False, False, f"No GPU found: {TORCH}", None),
+        ({}, False, True, "", None),
+        ({}, True, False, f"No GPU found: {INTERPRETER}", "1"),
+        ({}, True, True, "", None),
+        ({"device": "cpu"}, False, True, f"--device cpu: {TORCH}", None),
+        ({"device": "cpu"}, True, True, f"--device cpu: {INTERPRETER}", "1"),
+        ({"interpret": True}, False, True, f"--interpret: {INTERPRETER}", "1"),
+        ({"interpret": True}, False, False, f"--interpret: {INTERPRETER}", "1"),
+    ],
+)
+def test_select_backend(
+    values: Any, interpret: bool, gpu: bool, note: str, switch: str | None, fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    args = argparse.Namespace(**{"device": None, "interpret": False} | values)
+    found = processes.select_backend(args, interpret)
+    assert found.startswith(note) and bool(found) == bool(note)
+    assert os.environ.get("TRITON_INTERPRET") == switch
+    assert args.device == ("cpu" if values else None)
+
+
+def test_a_switch_of_the_user_stays(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    args = argparse.Namespace(device=None, interpret=False)
+    assert processes.select_backend(args, interpret=True) == "" and os.environ["TRITON_INTERPRET"] == "0"
+    args.interpret = True
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=0"):
+        processes.select_backend(args, interpret=False)
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [((*GENERATE, "--json"), "generating: "), (GENERATE, "reading the prompt: 0/"), (TRACE, "tracing: ")],
+    ids=["generate --json", "generate", "trace"],
+)
+def test_long_work_reports_progress_on_a_pipe(
+    args: tuple[str, ...], line: str, in_process: None, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = Mixtral.hidden
+    monkeypatch.setattr(Mixtral, "hidden", lambda *args: time.sleep(0.2) or hidden(*args))
+    monkeypatch.setattr(terminal, "INTERVAL", 0.05)
+    assert main([*args]) == 0
+    assert line in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"mixtral-triton {mixtral_triton.__version__}\n"
+    assert version("mixtral-triton") == mixtral_triton.__version__
+
+
+def subcommands() -> dict[str, argparse.ArgumentParser]:
+    (actions,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(actions.choices)
+
+
+@pytest.mark.parametrize("name", sorted(subcommands()))
+def test_the_help_prints_every_default(name: str) -> None:
+    sub = subcommands()[name]
+    assert sub.format_help()
+    for action in sub._actions[1:]:
+        text = sub._get_formatter()._expand_help(action)
+        if action.nargs != 0 and action.default not in (None, []):
+            assert ("default: " if not action.option_strings else f"(default: {action.default})") in text
+
+
+@pytest.mark.parametrize("args", [GENERATE, TRACE, ("generate", "--help")], ids=lambda args: args[0])
+def test_a_closed_pipe_is_exit_141_without_a_message(args: tuple[str, ...]) -> None:
+    with subprocess.Popen(**command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        error = process.stderr.read().decode()
+    assert process.returncode == terminal.CLOSED_PIPE == 128 + signal.SIGPIPE
+    assert ("plain torch" in error or not error) and "rror" not in error and "Exception" not in error
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("environment", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("args", [GENERATE, (*GENERATE, "--json"), TRACE], ids=["generate", "generate --json", "trace"])
+def test_a_full_disk_under_stdout_is_one_line(args: tuple[str, ...], environment: dict[str, str]) -> None:
+    process = command(*args, TRITON_INTERPRET="0", **environment)
+    with FULL.open("wb") as disk:
+        done = subprocess.run(**process, stdout=disk, stderr=subprocess.PIPE, timeout=240)
+    assert done.returncode == 2
+    assert done.stderr.decode() == f"mixtral-triton {args[0]}: standard output: No space left on device\n"
+
+
+def test_ctrl_c_ends_the_line() -> None:
+    process = command(*GENERATE[:4], "The return", "--max-new-tokens", "900", TRITON_INTERPRET="0")
+    with subprocess.Popen(**process, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.read(12)  # the prompt, and a bit of what follows
+        running.send_signal(signal.SIGINT)
+        out, error = running.stdout.read(), running.stderr.read()
+    assert running.returncode == 130 and error == b"mixtral-triton generate: interrupted\n"
+    assert out.endswith(b"\n") and b"tokens/s" not in out
+
+
+def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail(args: Any) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "_generate", fail)
+
+
+def test_ctrl_c_on_a_terminal_writes_over_its_echo(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(monkeypatch, KeyboardInterrupt())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main([*GENERATE]) == 130
+    assert capsys.readouterr().err == "\rmixtral-triton generate: interrupted\n"
+
+
+def test_missing_headers_or_compiler_are_one_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Python.h the compiler fails, as any process does. Without a compiler Triton's own function complains."""
+    from triton.runtime.build import compile_module_from_src
+
+    with monkeypatch.context() as patch:
+        fail_with(patch, subprocess.CalledProcessError(1, ["gcc", "main.c"]))
+        patch.setenv("CC", "gcc")
+        patch.setattr(terminal.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+        assert main([*GENERATE]) == 2 and "python3-dev" in capsys.readouterr().err
+        (tmp_path / "Python.h").touch()
+        assert main([*GENERATE]) == terminal.CRASHED  # something else is wrong with that build
+        assert "crashed: CalledProcessError" in capsys.readouterr().err
+    source = f"int x{time.time_ns()};"
+    monkeypatch.setattr(cli, "_generate", lambda args: compile_module_from_src(source, "nothing") and 0)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert main([*GENERATE]) == 2
+    error = capsys.readouterr().err
+    assert "needs a C compiler" in error and error.count("\n") == 1
+
+
+def test_an_unexpected_error_is_a_crash_of_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    fail_with(monkeypatch, RuntimeError("a fault\nof ours"))
+    assert main([*GENERATE]) == terminal.CRASHED == 3
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("mixtral-triton generate: crashed: RuntimeError: a fault of ours") and error.count("\n") == 1
+    )
+
+
+@pytest.mark.parametrize(
+    "args", [("--peer", "transformers"), ("--prompt", "many words " * 600)], ids=["peer not installed", "too long"]
+)
+def test_a_wrong_argument_of_verify_is_the_only_line(args: tuple[str, ...]) -> None:
+    """On a machine without a GPU and without transformers."""
+    hide = "import importlib.util as u\nfind = u.find_spec\n"
+    hide += "u.find_spec = lambda name, *rest: None if name == 'transformers' else find(name, *rest)"
+    process = command("verify", "--device", "cpu", *args, code=hide)
+    done = subprocess.run(**process, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
+    assert done.stderr.startswith("mixtral-triton verify: ")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", None], ids=["ascii", "latin-1", "the C locale"])
+@pytest.mark.parametrize("name", ["generate", "trace"])
+def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show(name: str, encoding: str | None) -> None:
+    where = {"LC_ALL": "C"} if encoding is None else {"PYTHONIOENCODING": encoding}
+    done = run(name, "--device", "cpu", "--prompt", "The café → 日本\nfor statement", TRITON_INTERPRET="0", **where)
+    progress = (b"tracing: ", b"reading the prompt: ", b"prefill: ")  # the first two: of a slow machine
+    assert done.returncode == 0 and all(line.startswith(progress) for line in done.stderr.splitlines()), done.stderr
+    assert "é" in done.stdout.decode("latin-1") if encoding == "latin-1" else done.stdout.isascii()
+    assert (b"<s>[5]The[4] ca[" if name == "trace" else b"The caf") in done.stdout
+
+
+@pytest.mark.parametrize(
+    "args", [("compile", "append", "--arch", "sm_90"), ("tune", "route", "--at", "T=64", "--dry-run")]
+)
+def test_tables_are_drawn_in_ascii(args: tuple[str, ...]) -> None:
+    done = run(*args, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and b"----" in done.stdout and b"?" not in done.stdout + done.stderr
+
+
+def test_json_is_the_same_in_every_encoding() -> None:
+    found = [run(*GENERATE, "--json", **where) for where in ({}, {"LC_ALL": "C"}, {"PYTHONIOENCODING": "utf-16"})]
+    first, second = (json.loads(done.stdout)["text"] for done in found[:2])
+    assert first == second and found[2].returncode == 0
+
+
+@pytest.mark.parametrize("name", ["generate", "trace", "verify"])
+def test_a_prompt_that_is_not_utf_8_is_one_line(name: str) -> None:
+    process = command(name, "--device", "cpu", "--prompt", "x", TRITON_INTERPRET="0")
+    process["args"][-1] = b"\xff\xfe"
+    done = subprocess.run(**process, capture_output=True, timeout=240)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"--prompt" in done.stderr
 
 
 def test_verify_the_shipped_checkpoint() -> None:
     """A short text: CI runs the README's command with the default one."""
-    done = run("verify", "--device", "cpu", "--tokens", "12")
+    done = run_text("verify", "--device", "cpu", "--tokens", "12")
     assert done.returncode == 0, done.stderr
     assert "Triton, interpreted" in done.stdout and "RIGHT" in done.stdout
     note, *progress = done.stderr.splitlines()
     assert "run interpreted" in note and all(line.startswith("verifying: ") for line in progress)
-    report = json.loads(run("verify", "--json", "--device", "cpu", "--prompt", "The for statement").stdout)
+    report = json.loads(run_text("verify", "--json", "--device", "cpu", "--prompt", "The for statement").stdout)
     assert report["ok"] and report["backend"] == "Triton, interpreted" and report["rows"]
 
 
 def test_generate_streams_and_repeats_itself() -> None:
     args = ("generate", "--device", "cpu", "--prompt", "The return statement", "--max-new-tokens", "6")
-    done = run(*args)
+    done = run_text(*args)
     assert done.returncode == 0, done.stderr
     note, rates = done.stderr.splitlines()
     assert note.startswith("--device cpu: plain torch") and rates.startswith("prefill: ") and "tokens/s" in rates
     assert done.stdout.startswith("The return statement")
-    as_json = json.loads(run(*args, "--json").stdout)
+    as_json = json.loads(run_text(*args, "--json").stdout)
     assert len(as_json["tokens"]) == 6 and as_json["prompt"] + as_json["text"] in done.stdout
 
 
-PROMPT = ("generate", "--prompt", "x")
-TRACE = ("trace", "--device", "cpu", "--prompt")
+PROMPT, TRACE_PROMPT = ("generate", "--prompt", "x"), ("trace", "--device", "cpu", "--prompt")
 H100, RTX4090 = ("fit", "--gpu", "h100"), ("fit", "--gpu", "rtx4090")
 
 
@@ -71,10 +314,10 @@ H100, RTX4090 = ("fit", "--gpu", "h100"), ("fit", "--gpu", "rtx4090")
         *(((name, "--device", "meta", "--prompt", "x"), "meta") for name in ("verify", "generate", "trace")),
         (("compile", "--arch", "sm_12"), "sm_12"),
         (("compile", "nonsense", "--arch", "sm_90"), "nonsense"),
-        ((*TRACE, ""), "--prompt is empty"),
-        ((*TRACE, "x", "--layers", "4"), "--layers is 4, needs layers of 0..3"),
-        ((*TRACE, "x", "--plot", "trace.txt"), "ends in .png, .svg or .pdf"),
-        ((*TRACE, "x", "--plot", "no/such/trace.png"), "no/such"),
+        ((*TRACE_PROMPT, ""), "--prompt is empty"),
+        ((*TRACE_PROMPT, "x", "--layers", "4"), "--layers is 4, needs layers of 0..3"),
+        ((*TRACE_PROMPT, "x", "--plot", "trace.txt"), "ends in .png, .svg or .pdf"),
+        ((*TRACE_PROMPT, "x", "--plot", "no/such/trace.png"), "no/such"),
         (("trace", "no/such/folder", "--prompt", "x"), "no/such/folder"),
         (("fit", "--gpu", "abacus"), "abacus.*H100 80GB.*MI300X"),
         (("fit", "--gpu", "v100"), "v100.*sm_80 or later"),
