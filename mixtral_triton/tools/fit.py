@@ -20,8 +20,11 @@ import torch
 from rich.filesize import decimal
 from rich.text import Text
 
+from ..cache import KVCache
 from ..config import MixtralConfig, checkpoint_folder
 from ..inputs import WEIGHT_FORMATS, weight_bytes
+from ..kernels.op import Cost
+from ..kernels.record import record_launches
 from ..load import (
     LOGIT_BYTES,
     OVERHEAD,
@@ -33,13 +36,14 @@ from ..load import (
     table_bytes,
     workspace_bytes,
 )
+from ..model import Mixtral
 from ..parallel import Traffic, traffic
 from ..quantize import hub
 from ..quantize.schemes import read_scheme
 from ..quantize.spec import PARTS, QuantSpec, select_specs
 from ..weights import parameter_shapes
 from .gpus import GPU, GPUS, LINKS, MIB, data_sheet, find_gpu
-from .predict import predict_forward
+from .predict import predict
 from .terminal import Column, Table, console
 
 # mistralai/Mixtral-8x7B-v0.1 and mistralai/Mixtral-8x22B-Instruct-v0.1, by their config.json
@@ -224,12 +228,19 @@ class Request:
         return found
 
     def speed(self, gpu: GPU, specs: QuantSpecs, offload: int) -> tuple[float, float]:
-        """Predict tokens/s, cautious and optimistic, by the times of one layer and of two."""
-        sizes = (specs, gpu, self.batch, 1, self.context, offload)
-        one, two = (predict_forward(replace(self.config, num_hidden_layers=L), *sizes) for L in (1, 2))
+        """Predict tokens/s, cautious and optimistic, by the times of a decode step of one layer and of two."""
+        dtype, E, times = stored_dtype(self.config), self.config.num_local_experts, []
+        token = torch.empty(self.batch, 1, dtype=torch.int64, device="meta")
+        for L in (1, 2):
+            config = replace(self.config, num_hidden_layers=L)
+            model = Mixtral(config, "meta", dtype, specs=specs, on_host=[range(E - offload, E)] * L)
+            cache = KVCache(config, self.batch, self.context, "meta", dtype)
+            with record_launches(gpu.arch) as launches, torch.no_grad():
+                model.head(model.hidden(token, cache)[:, -1])
+            found = predict(launches, gpu, Cost(0, 0))
+            times.append((found.cautious, found.seconds))
         more = self.config.num_hidden_layers - 1
-        ends = (one.cautious, two.cautious), (one.seconds, two.seconds)
-        cautious, optimistic = (self.batch / (time + more * (longer - time)) for time, longer in ends)
+        cautious, optimistic = (self.batch / (one + more * (two - one)) for one, two in zip(*times, strict=True))
         return cautious, optimistic
 
     def label(self, format: str) -> str:

@@ -11,19 +11,14 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..cache import KVCache
-from ..config import MixtralConfig
 from ..kernels.arch import ARCHS, amd, family, multiprocessors
 from ..kernels.op import Cost, Launch
-from ..kernels.record import record_launches
-from ..model import Mixtral
-from ..quantize.spec import QuantSpec
 from .gpus import GPU, LINKS, Chip
 from .work import Work, count_work
 
@@ -143,19 +138,6 @@ def predict(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
         by_limit[part.limit] = by_limit.get(part.limit, 0.0) + part.seconds
     seconds, most = (max(gaps + sum(part.seconds for part in each), least) for each in (parts, cautious))
     return Prediction(seconds, most, max(by_limit, key=by_limit.__getitem__), parts, least)
-
-
-def predict_forward(
-    config: MixtralConfig, specs: Mapping[str, QuantSpec], gpu: GPU, B: int, T: int, S: int, offload: int = 0
-) -> Prediction:
-    """Predict T tokens for each of B sequences, after S - T others; `offload` experts of each layer in host memory."""
-    dtype, E = getattr(torch, config.dtype or "bfloat16"), config.num_local_experts
-    on_host = [range(E - offload, E)] * config.num_hidden_layers if offload else ()
-    model = Mixtral(config, "meta", dtype, specs=specs, on_host=on_host)
-    cache = KVCache(model.config, B, S, "meta", dtype)
-    with record_launches(gpu.arch) as launches, torch.no_grad():
-        model.head(model.hidden(torch.empty(B, T, dtype=torch.int64, device="meta"), cache)[:, -1])
-    return predict(launches, gpu, Cost(0, 0))
 
 
 def _part(launch: Launch, gpu: GPU, chip: Chip, reached: Reached) -> Part:

@@ -46,23 +46,11 @@ def test_quoted_code_is_in_the_reference() -> None:
     assert len(quoted) > 7 and set(quoted) <= reference
 
 
-def test_readme_is_short_and_starts_with_the_two_commands() -> None:
+def test_readme_is_short_and_its_commands_are_those_of_the_command_line() -> None:
     first, second = re.findall(r"```bash\n(.*?)```", README, re.S)[:2]
     assert len(README.splitlines()) <= 120
     assert "mixtral-triton verify\n" in first
     assert "pytest" in second and "TRITON_INTERPRET=1" in second
-
-
-def python_block(text: str) -> str:
-    return next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if text in code)
-
-
-def run_python_block(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    exec(compile(python_block(text), "README.md", "exec"), {})
-
-
-def test_commands_of_readme_are_those_of_the_command_line() -> None:
     lines = re.findall(r"^mixtral-triton (.*)$", README, re.MULTILINE)
     assert len(lines) == 5
     for line in lines:
@@ -73,7 +61,9 @@ def test_drop_in_block_of_readme_prints_the_same_text_twice(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers")
-    run_python_block("apply(", monkeypatch)
+    monkeypatch.chdir(ROOT)
+    block = next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "apply(" in code)
+    exec(compile(block, "README.md", "exec"), {})
     before, after = capsys.readouterr().out.split("<s>")[1:]
     assert before == after[: len(before)] and before.startswith("The return statement")
     assert "RIGHT" in after[len(before) :]
@@ -89,10 +79,7 @@ def test_example_runs(name: str, capsys: pytest.CaptureFixture[str], monkeypatch
         assert not done.code
     out = capsys.readouterr().out
     assert all(text in out for text in OUTPUT[name]) and "False" not in out
-
-
-def test_every_example_runs_in_a_test() -> None:
-    """The tests of `bench --peer` run `my_experts.py`."""
+    # The tests of `bench --peer` run `my_experts.py`.
     assert {*OUTPUT, "my_experts.py", "__init__.py"} == {path.name for path in (ROOT / "examples").glob("*.py")}
 
 

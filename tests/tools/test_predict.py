@@ -47,12 +47,9 @@ LARGE: Tile = (128, 256, 64, 8, 4)
 def tiles(tile: Tile, short: int = 0) -> dict[str, LaunchConfig]:
     """For both expert kernels of prefill; those of up are half gate, half up. `short`: SHORT_M."""
     m, n, k, warps, stages = tile
+    fixed = {"BLOCK_M": m, "SHORT_M": short, "BLOCK_K": k, "GROUP_M": 8}
     columns = {"experts_up_kernel": n // 2, "experts_down_kernel": n}
-    rows = {"BLOCK_M": m, "SHORT_M": short}
-    return {
-        kernel: LaunchConfig({**rows, "BLOCK_N": block, "BLOCK_K": k, "GROUP_M": 8}, warps, stages)
-        for kernel, block in columns.items()
-    }
+    return {kernel: LaunchConfig({**fixed, "BLOCK_N": block}, warps, stages) for kernel, block in columns.items()}
 
 
 def recorded(name: str, sizes: Sizes, arch: str = "sm_90", **configs: LaunchConfig) -> list[Launch]:
@@ -188,11 +185,6 @@ def test_no_prediction_is_below_the_floor(name: str) -> None:
         assert 0 < said.share <= 1 and min(parts) >= OPTIMISTIC.kernel
 
 
-def test_gpu_without_l2_bandwidth_raises_value_error() -> None:
-    with pytest.raises(ValueError, match=r"predict: GPU is A10, needs one whose L2 bandwidth"):
-        foreseen("linear", Shape(T=1, H=64, N=64), GPUS["a10"])
-
-
 # What a decode step of 8x7B on an H200 reaches of its floor, at the least: one sequence, 1024 positions.
 STEP = 0.82
 
@@ -260,18 +252,17 @@ def test_bench_prints_the_prediction_of_the_data_sheet() -> None:
     timed = replace(untimed_row(case, measured), ours=Outcome(15e-6, right=True))
     assert timed.predicted == row.predicted and timed.floor_s > row.floor_s
     for text in (shown(row), shown(timed)):
-        assert (
-            "predicted, us" in text
-            and f"{said['time_us']:,.0f}-{said['cautious_us']:,.0f}" in text
-            and "not measured" in text
-        )
+        seconds = f"{said['time_us']:,.0f}-{said['cautious_us']:,.0f}"
+        assert all(words in text for words in ("predicted, us", seconds, "not measured"))
     assert " memory " in shown(row) and f"{100 * said['of_floor']:.0f} %" in shown(row)
 
 
-@pytest.mark.parametrize("name", ["a10", "b300"])
-def test_no_prediction_for_a_gpu_without_cost_model_figures(name: str) -> None:
-    row = untimed_row(Case(OPS["route"], Shape(T=1, E=8, K=2)), GPUS[name])
-    assert row.predicted is None and row.as_dict()["predicted"] is None and "redicted" not in shown(row)
+def test_no_prediction_for_a_gpu_without_cost_model_figures() -> None:
+    for name in ("a10", "b300"):
+        row = untimed_row(Case(OPS["route"], Shape(T=1, E=8, K=2)), GPUS[name])
+        assert row.predicted is None and row.as_dict()["predicted"] is None and "redicted" not in shown(row)
+    with pytest.raises(ValueError, match=r"predict: GPU is A10, needs one whose L2 bandwidth"):
+        foreseen("linear", Shape(T=1, H=64, N=64), GPUS["a10"])
 
 
 class FakeEvent:

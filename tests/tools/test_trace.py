@@ -22,14 +22,10 @@ pytestmark = [
 ]
 
 
-def traced(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
-    assert main(["trace", "--device", "cpu", "--prompt", PROMPT, "--json", *args]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
 def test_the_routes_are_those_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
     transformers = pytest.importorskip("transformers")
-    found = traced(capsys, "--dtype", "float32")
+    assert main(["trace", "--device", "cpu", "--prompt", PROMPT, "--json", "--dtype", "float32"]) == 0
+    found = json.loads(capsys.readouterr().out)
     assert found["tokens"][0] == "<s>" and "".join(found["tokens"][1:]) == PROMPT
     model = transformers.AutoModelForCausalLM.from_pretrained(
         SMALL, dtype=torch.float32, experts_implementation="eager"
@@ -49,10 +45,7 @@ def test_figures_of_a_text_counted_by_hand() -> None:
     first, either = trace.repeated()
     assert first == pytest.approx([1 / 3, 1]) and either == pytest.approx([2 / 3, 1])
     assert trace.chance() == pytest.approx((1 / 4, 1 - 1 / 6))
-
-
-def test_chance_is_that_of_the_paper() -> None:
-    """Table 5: 12.5 % for the first choice, around 46 % for the first or the second. And what a lottery gives."""
+    # The paper's table 5: 12.5 % for the first choice, around 46 % for the first or the second; and a lottery.
     experts = torch.rand((1, 20001, 8), generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :2]
     trace = Trace(("x",) * 20001, experts, 8)
     first, either = trace.chance()
