@@ -38,22 +38,16 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     least = 2 * END_RATIO * max(largest(x.double() - logits) for x in (baseline, perturbed))
     if new < 1 or not math.isfinite(least):  # where torch overflows, the row of the logits says so
         return []
-    scale = max(largest(logits), 1e-30)
-    greedy = model.generate(prompts, new, eos_token_id=[])
-    following = [_following(target, row, new) for row in greedy]
-    tokens = [row[-new:] for row in greedy]
-    below = max(largest(x.amax(-1) - x.gather(-1, t[:, None])[:, 0]) for x, t in zip(following, tokens, strict=True))
+    scale, draws = max(largest(logits), 1e-30), [torch.Generator(model.device).manual_seed(1) for _ in range(2)]
+    following, tokens = _following(target, model.generate(prompts, new, eos_token_id=[]), new)
+    below = largest(following.amax(-1) - following.gather(-1, tokens[..., None])[..., 0])
     rows = [Row(None, "generate", "greedy", below / scale, least / scale)]
     if can_capture(model):
-        same = torch.equal(torch.stack(tokens), _without_graph(model, prompts, new))
+        same = torch.equal(tokens, _without_graph(model, prompts, new))
         rows.append(Row(None, "generate", "captured step", 0.0 if same else math.inf, 0.0))
-    draws = [torch.Generator(model.device).manual_seed(1) for _ in range(2)]
     sampled = model.generate(prompts, new, TEMPERATURE, generator=draws[0], eos_token_id=[])
-    following = [_following(target, row, new) for row in sampled]
-    error = 0.0
-    for at in range(new):
-        step, sampled_ids = (torch.stack([x[at - new] for x in each]) for each in (following, sampled))
-        error = max(error, _race_error(step, sampled_ids, draws[1]))
+    following, tokens = _following(target, sampled, new)
+    error = max(_race_error(following[:, at], tokens[:, at], draws[1]) for at in range(new))
     # A logit's error e changes a probability by a factor of at most exp(2 e).
     rows.append(Row(None, "generate", "sampled", error, 1 - math.exp(-least / TEMPERATURE) + RACE_LIMIT))
     return [*rows, _check_sample(baseline.flatten(0, 1).float(), draws)]
@@ -90,13 +84,15 @@ def _race_error(
     return largest((1 - allowed / certain.clamp(min=1e-30)).clamp(min=0.0))
 
 
-def _following(target: Any, row: Tensor, new: int) -> Tensor:
-    """torch's logits [n,V] of the last `new` tokens of a text row [T], each from those before it."""
-    x = F.embedding(row[None, :-1], target.embed_tokens)
-    attend = reference.uncached_attention(target.config.sliding_window, **target.tables)
-    for index in range(len(target.layers)):  # a mesh gathers a layer when it is read: keep none
-        x = reference.block(target.layers[index], target.config, x, attend).output
-    return target.head(x[0, -new:]).float()
+def _following(target: Any, texts: list[Tensor], new: int) -> tuple[Tensor, Tensor]:
+    """torch's logits [B,n,V] of the last `new` tokens of texts [T], each from those before it, and the tokens [B,n]."""
+    logits, attend = [], reference.uncached_attention(target.config.sliding_window, **target.tables)
+    for text in texts:
+        x = F.embedding(text[None, :-1], target.embed_tokens)
+        for index in range(len(target.layers)):  # a mesh gathers a layer when it is read: keep none
+            x = reference.block(target.layers[index], target.config, x, attend).output
+        logits.append(target.head(x[0, -new:]).float())
+    return torch.stack(logits), torch.stack([text[-new:] for text in texts])
 
 
 def _without_graph(model: Any, prompts: list[Tensor], new: int) -> Tensor:

@@ -125,8 +125,20 @@ class Target:
 
     @contextmanager
     def forward(self, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Iterator[Callable[..., Tensor]]:
-        """The model's forward without the head, of (ids, cache, lengths), with routes and layers' inputs replaced."""
-        yield shallow_copy(self.model, config, probe, probe_layers).hidden
+        """The model's forward without the head, of (ids, cache, lengths): a copy of the model, with this config and on
+        the same weights, whose routes `probe` replaces, and the layers' inputs, too, if `probe_layers`."""
+
+        def route(forward: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+            h, x, weights, ids = forward(*args)
+            return h, x, *probe.replace_routes(weights, ids)
+
+        model, layers = copy.copy(self.model), [copy.copy(layer) for layer in self.model.layers]
+        for index, layer in enumerate(layers):
+            layer.config, layer.route = config, partial(route, layer.route)
+            for name in ("forward", "attention", "experts") if probe_layers else ():
+                setattr(layer, name, partial(getattr(probe, name), index, getattr(layer, name)))
+        model._modules, model.config = {**model._modules, "layers": nn.ModuleList(layers)}, config
+        yield model.hidden
 
     def head(self, x: Tensor, convert: Callable[[Any], Any] = lambda weight: weight, lm_head: Any = None) -> Tensor:
         """The final norm and the head in torch on x [...,H]; `convert` is applied to the weights."""
@@ -301,21 +313,3 @@ class LayerProbe:
         kinds = [PARTS["attended"], ROUTES, PARTS["y"]]
         order = {kind: at for at, kind in enumerate(kinds)}
         return sorted(worst_rows(self.rows), key=lambda row: order.get(row.case.partition(",")[0], len(kinds)))
-
-
-def shallow_copy(model: Any, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Any:
-    """`model` with another config, on the same weights; `probe` replaces its routes, and the layers' inputs."""
-
-    def route(forward: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
-        h, x, weights, ids = forward(*args)
-        return h, x, *probe.replace_routes(weights, ids)
-
-    model = copy.copy(model)
-    model._modules, model.config = dict(model._modules), config
-    layers = [copy.copy(layer) for layer in model.layers]
-    for index, layer in enumerate(layers):
-        layer.config, layer.route = config, partial(route, layer.route)
-        for name in ("forward", "attention", "experts") if probe_layers else ():
-            setattr(layer, name, partial(getattr(probe, name), index, getattr(layer, name)))
-    model.layers = nn.ModuleList(layers)
-    return model

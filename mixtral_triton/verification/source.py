@@ -41,23 +41,25 @@ class Source:
     which a quantized linear has several. `config` is config.json as it is."""
 
     def __init__(self, folder: Any) -> None:
-        self.folder = folder = Path(folder)
-        self.config = _read_json(folder / "config.json")
+        def read_json(name: str) -> Any:
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
+        self.folder = Path(folder)
+        self.config = read_json("config.json")
         self.quantization = self.config.get("quantization_config", self.config.get("compression_config"))
-        if self.quantization is None and (folder / "hf_quant_config.json").is_file():
-            self.quantization = _read_json(folder / "hf_quant_config.json")["quantization"]
-        if self.quantization is None and (folder / "quantize_config.json").is_file():
-            self.quantization = {"quant_method": "gptq", **_read_json(folder / "quantize_config.json")}
-        self.files = [folder / "model.safetensors"]
-        if not self.files[0].exists():
-            index = _read_json(folder / "model.safetensors.index.json")
-            self.files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+        if self.quantization is None and (self.folder / "hf_quant_config.json").is_file():
+            self.quantization = read_json("hf_quant_config.json")["quantization"]
+        if self.quantization is None and (self.folder / "quantize_config.json").is_file():
+            self.quantization = {"quant_method": "gptq", **read_json("quantize_config.json")}
+        names = {"model.safetensors"}
+        if not (self.folder / "model.safetensors").exists():
+            names = set(read_json("model.safetensors.index.json")["weight_map"].values())
         modules: dict[str, dict[str, Any]] = defaultdict(dict)
-        for file in self.files:
+        for file in sorted(names):
             try:
-                opened = safe_open(file, framework="pt", device="cpu")
+                opened = safe_open(self.folder / file, framework="pt", device="cpu")
             except SafetensorError as error:
-                raise ValueError(f"{file}: cannot be read again: {error}") from error
+                raise ValueError(f"{self.folder / file}: cannot be read again: {error}") from error
             for name in opened.keys():  # noqa: SIM118 (it is no dictionary)
                 modules[name.rpartition(".")[0]][name] = opened
         self.layers: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
@@ -81,16 +83,12 @@ class Source:
         return decode(parts, self.quantization, next(iter(files)).rpartition(".")[0])
 
 
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 def decode(parts: dict[str, Tensor], quantization: Any, module: str = "") -> Tensor:
     """(code - zero) * scale in fp32 [N,K], of the tensors of a linear and the folder's `quantization_config`."""
     groups = list(quantization.get("config_groups", {}).values())  # compressed-tensors
-    patterns = [[target.removeprefix("re:") for target in group.get("targets", ())] for group in groups]
-    named = [group for group, each in zip(groups, patterns, strict=True) if any(re.match(one, module) for one in each)]
-    rules: dict[str, Any] = next((group["weights"] for group in named or groups), {})
+    targets = ((group, target.removeprefix("re:")) for group in groups for target in group.get("targets", ()))
+    named = [group for group, target in targets if re.match(target, module)] or groups
+    rules: dict[str, Any] = named[0]["weights"] if named else {}
     block = quantization.get("weight_block_size") or (rules.get("strategy") == "block" and rules["block_structure"])
     order, zeros = parts.get("g_idx", parts.get("weight_g_idx")), torch.zeros(())
     if "qweight" in parts and quantization["quant_method"] == "awq":
