@@ -71,7 +71,6 @@ def parts(dry: bool = False, breaks: str = "") -> dict[str, Part]:
         return {name: f"{prefix}-m benchmarks.gpu_checks {name} {'--small' if dry else ''}" for name in names}
 
     layer = "".join(f" --sizes T={T},H=4096,I=14336,E=8,K=2" for T in (1, 8, 64, 512, 1024, 1536, 2048, 4096))
-    drop_in = f"{prefix}benchmarks/drop_in.py --json --device cuda --rounds {'1 --small' if dry else '100'}"
     return {
         # Nothing is timed while another core compiles.
         "compile": (80, check("compile", prefix=prefix)),
@@ -81,10 +80,9 @@ def parts(dry: bool = False, breaks: str = "") -> dict[str, Part]:
         "experts": (45, bench(experts, f"--quick {no_compile}")),
         "attention": (55, bench(cache, f"--quick {no_compile}")),
         # torch.compile may leave a GPU in a state that disturbs timing: ours and eager transformers run before it.
-        "decode": (50, bench(["decode_step"], f"{two_depths} {eager}")),
-        "decode batches": (25, bench(["decode_step"], f"--quick --at L=4 {eager}")),
+        "decode": (70, bench(["decode_step"], f"{two_depths} {eager}")),
+        "decode batches": (40, bench(["decode_step"], f"--quick --at L=4 {eager}")),
         "decode offloaded": (15, bench(["decode_step"], f"{two_depths} {eager}", "--offload 2")),
-        "applied": (35, {"drop_in": drop_in}),
         "decode compiled": (35, bench(["decode_step"], f"{two_depths} {no_compile}")),
         "one token": (20, bench(rest, "--quick --at T=1")),
         "many tokens": (20, bench(rest[: 1 if dry else None], "--quick --at T=4096")),
@@ -201,7 +199,7 @@ def day(selected: dict[str, Part], out: Path, budget_s: float) -> dict[str, Any]
 
 def results(done: dict[str, Any], out: Path) -> dict[str, Any]:
     """Return tests by outcome, rows of the benchmarks, and what the scripts and checks print."""
-    found: dict[str, Any] = {"tests": {}, "rows": [], "applied": [], "host": [], "checks": []}
+    found: dict[str, Any] = {"tests": {}, "rows": [], "host": [], "checks": []}
     for part in done:
         for file in sorted(out.glob(f"{part}-*.out".replace(" ", "_"))):
             if part == "tests":
@@ -213,8 +211,8 @@ def results(done: dict[str, Any], out: Path) -> dict[str, Any]:
                 elif event.get("kind") == "check":
                     figures = [(name, value) for name, value in event.items() if name not in ("kind", "check")]
                     found["checks"] += [{"check": event["check"], "": name, "value": value} for name, value in figures]
-                elif "rows" in event:
-                    found["applied" if "kernels_a_layer" in event else "host"] = event["rows"]
+                elif "plain_launch_us" in event:
+                    found["host"] = event["rows"]
     return found
 
 
@@ -246,7 +244,6 @@ def markdown(found: dict[str, Any]) -> str:
         "Compiled tests": [dict(Counter(tests.values()))] if tests else [],
         "Failed tests": [{"test": test, "": end} for test, end in tests.items() if end not in ("passed", "skipped")],
         "Checks, and what the cost model estimates": found["checks"],
-        "transformers' model with `apply`": found["applied"],
         "The host's part of a decode layer": found["host"],
         "Operations": list(map(_operation, found["rows"])),
     }

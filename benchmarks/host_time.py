@@ -11,27 +11,72 @@ all; a figure is the median over the rounds, a ratio the median of the rounds' r
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import transformers
 import triton
 import triton.language as tl
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
-from benchmarks import drop_in
-from mixtral_triton import apply
+from mixtral_triton import KVCache, Mixtral, apply
+from mixtral_triton.hf.mask import CACHE
 from mixtral_triton.tools.bench.measure import wall_seconds
 from tests.support.stub.driver import Driver
 from tests.support.stub.gpu import GPU
 
-LAYERS, LAUNCHES = drop_in.TINY["num_hidden_layers"], 32
+Call = Callable[[], object]
+LAYERS, PROMPT, LAUNCHES = 8, 64, 32
+# So small that a decode step is nearly all host time.
+SIZES: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": LAYERS}
+SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096, "sliding_window": None}
+SIZES |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 # The most that each may take: plain launches, and a share of transformers' eager layer.
 LIMITS = {"ours": (30, 0.5), "applied": (60, 0.8)}
+
+
+def hf_step(model: Any, ids: torch.Tensor) -> Call:
+    """Return a step of one token on a cache that holds `ids` and grows."""
+    cache = model(ids, use_cache=True)[1]
+    return lambda: model(ids[:, :1], use_cache=True, **{CACHE: cache})
+
+
+def our_step(hf: Any, ids: torch.Tensor) -> Call:
+    """Return the same step of our model with the weights of transformers' one."""
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save_pretrained(folder)
+        model = Mixtral.from_pretrained(folder, "cpu")
+    cache = KVCache(model.config, 1, model.config.max_position_embeddings, device="cpu", dtype=model.dtype)
+    model(ids, cache=cache)
+    return lambda: model(ids[:, :1], cache=cache)
+
+
+def alternate(calls: dict[str, Call], rounds: int, quiet: bool) -> dict[str, list[float]]:
+    """Return each call's wall times. All run in each round, so a change of the machine's speed hits all."""
+    for call in calls.values():
+        for _ in range(min(20, rounds)):  # compiles, and fills caches
+            call()
+    shown = range(rounds) if quiet else track(range(rounds), "timing", console=Console(stderr=True), transient=True)
+    times = [{name: wall_seconds(call) for name, call in calls.items()} for _ in shown]
+    return {name: [one[name] for one in times] for name in calls}
+
+
+def ratio(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(first, second, strict=True))
 
 
 class SilentLauncher:
@@ -59,29 +104,41 @@ def launch_plain() -> None:
         copy_kernel[(1,)](x, y, 128, BLOCK=128)
 
 
-def steps() -> dict[str, drop_in.Call]:
+def steps() -> dict[str, Call]:
     """Return the steps on the same random weights, in fp32, the dtype that a CPU multiplies fastest."""
-    eager, ids = drop_in.hf_model(), torch.randint(drop_in.TINY["vocab_size"], (1, drop_in.PROMPT))
-    ours = drop_in.our_step(drop_in.our_model(eager), ids)
-    return {"ours": ours, "applied": drop_in.hf_step(apply(deepcopy(eager)), ids), "eager": drop_in.hf_step(eager, ids)}
+    eager = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, **EAGER)).eval()
+    ids = torch.randint(SIZES["vocab_size"], (1, PROMPT))
+    applied = hf_step(apply(deepcopy(eager)), ids)
+    return {"ours": our_step(eager, ids), "applied": applied, "eager": hf_step(eager, ids)}
 
 
 @torch.no_grad()
 def main() -> None:
-    args = drop_in.options(__doc__, rounds=40).parse_args()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     # CPU tensors take the path of a GPU's: only the memory differs.
     triton.runtime.driver.set_active(SilentDriver(GPU()))
     with mock.patch("mixtral_triton.kernels.call.INTERPRETED", True):
-        times = drop_in.alternate({"plain": launch_plain, **steps()}, wall_seconds, args.rounds, args.json)
+        times = alternate({"plain": launch_plain, **steps()}, args.rounds, args.json)
     plain = [seconds / LAUNCHES for seconds in times.pop("plain")]
     rows = []
     for name, seconds in times.items():
         layer = [one / LAYERS for one in seconds]
-        row = {"layer": name, "us": 1e6 * statistics.median(layer), "plain launches": drop_in.ratio(layer, plain)}
-        row |= {"of eager": drop_in.ratio(seconds, times["eager"])}
+        row = {"layer": name, "us": 1e6 * statistics.median(layer), "plain launches": ratio(layer, plain)}
+        row |= {"of eager": ratio(seconds, times["eager"])}
         rows.append(row | {"limits": "at most {}, at most {}".format(*LIMITS[name]) if name in LIMITS else ""})
-    drop_in.report(args.json, {"triton": triton.__version__, "plain_launch_us": 1e6 * statistics.median(plain)}, rows)
+    about = {"triton": triton.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    about["plain_launch_us"] = 1e6 * statistics.median(plain)
+    if args.json:
+        print(json.dumps({**about, "rows": rows}))
+        return
+    table = Table(*rows[0], title=", ".join(f"{name} {value}" for name, value in about.items()), title_justify="left")
+    for row in rows:
+        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else value for value in row.values()))
+    Console().print(table)
 
 
 if __name__ == "__main__":

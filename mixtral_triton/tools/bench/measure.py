@@ -43,16 +43,14 @@ def _runs(estimate: float, budget: float) -> int:
     return max(RUNS_LEAST, min(RUNS_MOST, int(budget / max(estimate, 1e-9))))
 
 
-def wall_seconds(
-    call: Call, device: torch.device | None = None, clock: Callable[[], float] = time.perf_counter
-) -> float:
-    """Return the seconds of one call by `clock`; with a CUDA device, until it has finished its work."""
+def wall_seconds(call: Call, device: torch.device | None = None) -> float:
+    """Return the seconds of one call; with a CUDA device, until it has finished its work."""
     synchronize = partial(torch.cuda.synchronize, device) if device is not None and device.type == "cuda" else int
     synchronize()
-    start = clock()
+    start = time.perf_counter()
     call()
     synchronize()
-    return clock() - start
+    return time.perf_counter() - start
 
 
 class DeviceTimer:

@@ -175,14 +175,15 @@ def _flash_cached(op: Op, args: Args) -> Function:
     return run
 
 
-def _hf_step(op: Op, args: Args, compiled: bool) -> Function:
+def _hf_step(op: Op, args: Args, kind: str) -> Function:
     """Return a step of transformers' model on our weights and a copy of our cache, with transformers' default experts.
 
-    `compiled`: with a static cache, in CUDA graphs; else eager, with a growing cache.
+    kind  "eager", or "applied" by `apply`: with a growing cache; "static cache": compiled, in CUDA graphs
     """
     from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, StaticCache
     from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
+    from ...hf import apply
     from ...hf.mask import CACHE
 
     model, cache = args["model"], args["cache"]
@@ -195,6 +196,8 @@ def _hf_step(op: Op, args: Args, compiled: bool) -> Function:
     parameters, targets = dict(model.named_parameters()), table(model.config, "fused")
     hf.load_state_dict({name: parameters[one.parameter][one.index] for name, one in targets.items()}, assign=True)
     hf.model.rotary_emb = MixtralRotaryEmbedding(settings).to(model.device)
+    hf = apply(hf) if kind == "applied" else hf
+    compiled = kind == "static cache"
     copy = StaticCache(settings, cache.slots + STEPS_MOST) if compiled else DynamicCache()
     for index, layer in enumerate(zip(cache.keys, cache.values, strict=True)):
         copy.update(*(x[:, :, : cache.slots - 1].clone() for x in layer), index)
@@ -220,8 +223,10 @@ PEERS = (
     Peer("flash-attention", "attention", "flash_attn", _flash),
     Peer("SDPA", "cached_attention", "", _sdpa_cached),
     Peer("flash-attention", "cached_attention", "flash_attn", _flash_cached),
-    Peer("HF eager", "decode_step", "transformers", partial(_hf_step, compiled=False)),
-    Peer("HF static cache", "decode_step", "transformers", partial(_hf_step, compiled=True)),
+    *(
+        Peer(f"HF {kind}", "decode_step", "transformers", partial(_hf_step, kind=kind))
+        for kind in ("eager", "applied", "static cache")
+    ),
 )
 
 
