@@ -302,7 +302,7 @@ def timed(mesh: Any, sizes: dict[str, int]) -> tuple[float, int]:
     from tests.support.stub.gpu import gpu
 
     text = ",".join(f"{name}={size}" for name, size in sizes.items())
-    (case,) = cases(["decode_step"], False, [], [text], None, None)
+    (case,) = cases(["decode_step"], sizes=[text])
     ranks = parallel.Ranks(mesh)
     with gpu() as simulated, on_memory():
         return measure_on_mesh(case, ranks), simulated.replays

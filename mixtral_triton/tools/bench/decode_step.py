@@ -139,10 +139,8 @@ def routed(args: Args) -> dict[str, float]:
     rewind(args["cache"])
     selected = [set(ids.unique().tolist()) for ids in routes.ids]
     on_host = set(getattr(args["model"].layers[0].down_proj, "on_host", ()))
-    return {
-        name: sum(map(len, sets)) / len(selected)
-        for name, sets in {"chosen": selected, "chosen_on_host": [ids & on_host for ids in selected]}.items()
-    }
+    counts = {"chosen": map(len, selected), "chosen_on_host": (len(experts & on_host) for experts in selected)}
+    return {name: sum(each) / len(selected) for name, each in counts.items()}
 
 
 def resolve_offload(sizes: Sizes, dtype: torch.dtype, offload: int | str, gpu: GPU | None = None) -> int:
