@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixtral_triton import Mixtral
 from mixtral_triton.cli import SMALL, main
@@ -67,14 +67,18 @@ def test_written_checkpoint_loads_exactly(tmp_path: Path, format: Any, source: s
         assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (SMALL / "tokenizer.json").read_bytes()
 
 
+def written_config(library: Any, out: Path, format: Any) -> Any:
+    write(SMALL, out, format, "cpu")
+    written = json.loads((out / "config.json").read_text())["quantization_config"]
+    return library.QuantizationConfig.model_validate(written)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_library_of_compressed_tensors_reads_it(tmp_path: Path, format: str) -> None:
     library = pytest.importorskip("compressed_tensors.quantization")
     from compressed_tensors.compressors import BaseCompressor
 
-    write(SMALL, tmp_path / "out", format, "cpu")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    config = library.QuantizationConfig.model_validate(config)
+    config = written_config(library, tmp_path / "out", format)
     assert set(config.ignore) >= {"lm_head", "model.layers.0.block_sparse_moe.gate", "model.layers.3.self_attn.q_proj"}
     assert not [name for name in config.ignore if "experts" in name]
     parts, dense = load_file(tmp_path / "out" / "model.safetensors"), small_tensors()
@@ -91,9 +95,7 @@ def test_library_of_compressed_tensors_finds_the_formats(tmp_path: Path, linear:
     library = pytest.importorskip("compressed_tensors.quantization")
     from compressed_tensors.utils import is_match
 
-    write(SMALL, tmp_path / "out", {"experts": "int4", "linear": linear}, "cpu")
-    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    config, module = library.QuantizationConfig.model_validate(written), torch.nn.Linear(1, 1)
+    config, module = written_config(library, tmp_path / "out", {"experts": "int4", "linear": linear}), nn.Linear(1, 1)
     assert config.format == ("pack-quantized" if linear == "int8" else "mixed-precision")
     for name, bits in {W1: 4, "model.layers.3.self_attn.q_proj": 8, "lm_head": 8}.items():
         groups = [each for each in config.config_groups.values() if is_match(name, module, each.targets)]
@@ -111,13 +113,19 @@ def test_one_group_size_for_all_experts(tmp_path: Path) -> None:
     assert layer.gate_up_proj.group == layer.down_proj.group == 64
 
 
-def test_quantized_folder_raises_value_error(tmp_path: Path) -> None:
+def test_quantized_folder_and_existing_out_raise_value_error(tmp_path: Path) -> None:
     write(SMALL, tmp_path / "out", "int8", "cpu")
     with pytest.raises(ValueError, match=r"is quantized already \(compressed-tensors, pack-quantized\)"):
         write(tmp_path / "out", tmp_path / "again", "int4", "cpu")
     with pytest.raises(ValueError, match=r"weights is \{'linear': 'int8'\}, needs a format of the experts"):
         write(SMALL, tmp_path / "again", {"linear": "int8"}, "cpu")
     assert not (tmp_path / "again").exists()
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ValueError, match="is there already and not an empty folder"):
+            write(SMALL, out, "int4", "cpu")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "out"}
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 WRITTEN = "write(sys.argv[1], sys.argv[2], 'int4', 'cpu'); size = 0"
@@ -133,14 +141,6 @@ def test_peak_memory_is_one_shard(tmp_path: Path) -> None:
     peak, size = anonymous_peak(IMPORTS, LOADED, out)
     # A piece of the hub's, unpacked.
     assert peak < size + 3 * EXPERT, f"{(peak - size) / 1e6:.1f} MB beside the weights"
-
-
-def test_existing_out_raises_value_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    for out in (tmp_path, tmp_path / "file"):
-        with pytest.raises(ValueError, match="is there already and not an empty folder"):
-            write(SMALL, out, "int4", "cpu")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "mine")]
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -103,10 +103,8 @@ def test_a_rank_quantizes_what_one_process_does(tmp_path: Path) -> None:
         shapes, local = parameter_shapes(config), parameter_shapes(config, shard)
         found = plan(headers, config, shard, select_specs("int8", shapes))
         specs = shard.specs(found.specs, shapes, local)
-        weights = {
-            name: torch.empty(local[name]) if name not in specs else specs[name].empty(local[name], "cpu")
-            for name in local
-        }
+        weights: dict[str, Any] = {name: torch.empty(shape) for name, shape in local.items()}
+        weights |= {name: spec.empty(local[name], "cpu") for name, spec in specs.items()}
         fill(headers, found, config, weights, shard=shard)
         parts.append(weights["layers.0.down_proj"].dequantize())
     assert torch.equal(torch.cat(parts, dim=-1), whole.layers[0].down_proj.dequantize())
