@@ -156,10 +156,7 @@ def register(op: Op[..., Any]) -> Any:
 
 
 def _schema(op: Op[..., Any]) -> str:
-    parameters = []
-    for argument, parameter in zip(op.arguments, op.signature.parameters.values(), strict=True):
-        kind = Tensor if argument.kind == Matrix else argument.kind
-        parameters.append(parameter.replace(annotation=kind | None if argument.optional else kind))
+    parameters = [*op.plain_signature(Tensor).parameters.values()]
     for argument in op.arguments:
         for part, kind in _PARTS if argument.kind == Matrix else ():
             more = inspect.Parameter(f"{argument.name}_{part}", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)

@@ -6,7 +6,7 @@ The annotations of an operation's `run` say what each argument must be:
     w: Annotated[Tensor, "E 2*I H"]           a size may be an expression of others
     ids: Annotated[Tensor, "T K", INTS, Within(0, "E - 1")]   of these dtypes; each element within the bounds
     top_k: Annotated[int, "K", Within(1, "E")]                a number that is a size
-    eps: Annotated[float, Above(0.0)]
+    eps: float                                                finite and above 0
 """
 
 from __future__ import annotations
@@ -56,13 +56,6 @@ class Within:
 
 
 @dataclass(frozen=True)
-class Above:
-    """A finite number greater than `low`."""
-
-    low: float
-
-
-@dataclass(frozen=True)
 class Argument:
     """One argument of an operation, read from its annotation."""
 
@@ -71,7 +64,7 @@ class Argument:
     optional: bool
     shape_spec: str  # letters and expressions; empty: not checked
     dtypes: Sequence[torch.dtype] | None  # None: the dtype of the first float tensor
-    rule: Within | Above | None
+    rule: Within | None
 
     @property
     def tensor(self) -> bool:
@@ -88,22 +81,19 @@ class Argument:
             optional = optional or inner
         spec = next((note for note in notes if isinstance(note, str)), "")
         dtypes = next((note for note in notes if isinstance(note, tuple)), None)
-        rule = next((note for note in notes if isinstance(note, (Within, Above))), None)
+        rule = next((note for note in notes if isinstance(note, Within)), None)
         return cls(name, kind, optional, spec, dtypes, rule)
 
     def describe(self) -> str:
         """Return shape, dtype and range in words: "int32 or int64 [T, K], 0..E - 1"."""
-        names = " or ".join(map(dtype_name, self.dtypes or ()))
-        text = getattr(self.kind, "__name__", "Tensor")
-        if self.shape_spec and self.kind in (Tensor, Matrix):
-            text = (
-                f"{text if self.kind is Tensor else 'Tensor or QuantizedWeight'} [{', '.join(self.shape_spec.split())}]"
-            )
-            text += f", {names or 'float32, bfloat16 or float16'}"
-        if isinstance(self.rule, Within):
+        text = "Tensor or QuantizedWeight" if self.kind == Matrix else getattr(self.kind, "__name__", "Tensor")
+        if self.tensor:
+            names = " or ".join(map(dtype_name, self.dtypes or ())) or "float32, bfloat16 or float16"
+            text += f" [{', '.join(self.shape_spec.split())}], {names}"
+        if self.rule is not None:
             text += f", {self.rule.low}..{self.rule.high}"
-        elif isinstance(self.rule, Above):
-            text += f" above {self.rule.low:g}"
+        elif self.kind is float:
+            text += " above 0"
         text += " or None" if self.optional else ""
         return text + MEANINGS.get(self.name, "")
 
@@ -241,28 +231,21 @@ class Binder:
         return f" with {text}" if text else ""
 
     def bind_number(self, argument: Argument, value: Any, values: Mapping[str, Any]) -> None:
-        name, rule = argument.name, argument.rule
         if argument.kind is bool:
-            if not isinstance(value, bool):
-                raise fail(self.op, name, repr(value), "True or False")
+            fits, needs = isinstance(value, bool), "True or False"
         elif argument.kind is float:
-            check_number(self.op, name, value, above=rule.low if isinstance(rule, Above) else -math.inf)
-        elif isinstance(rule, Within):
-            check_integer(self.op, name, value, rule.low, evaluate(rule.high, {**values, **self.sizes}))
-            if argument.shape_spec:
-                self.sizes[argument.shape_spec] = value
-
-
-def check_number(op: str, name: str, value: Any, *, above: float = -math.inf) -> None:
-    """Raise ValueError unless `value` is a finite number greater than `above`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= above:
-        raise fail(op, name, repr(value), "a finite number" + ("" if above == -math.inf else f" above {above:g}"))
-
-
-def check_integer(op: str, name: str, value: Any, low: int, high: int) -> None:
-    """Raise ValueError unless `value` is an integer, or a compiler's symbolic one, in low..high."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or not low <= value <= high:
-        raise fail(op, name, repr(value), f"an integer in {low}..{high}")
+            fits, needs = isinstance(value, (int, float)) and 0 < value < math.inf, "a finite number above 0"
+            fits = fits and not isinstance(value, bool)
+        elif argument.rule is not None:
+            low, high = argument.rule.low, evaluate(argument.rule.high, {**values, **self.sizes})
+            fits = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and low <= value <= high
+            needs = f"an integer in {low}..{high}"
+        else:
+            return
+        if not fits:
+            raise fail(self.op, argument.name, repr(value), needs)
+        if argument.shape_spec:
+            self.sizes[argument.shape_spec] = value
 
 
 def readable(x: Tensor) -> bool:

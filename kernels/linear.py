@@ -19,8 +19,8 @@ from . import reference
 from .arch import amd, family, multiprocessors
 from .checks import Matrix
 from .launch import is_overridden, launch, select_configs, target_arch
-from .op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sampler, shapes, switches
-from .quantized import QUANT_NAMES, QuantizedWeight, sample_quantized, weight_bytes
+from .op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sampler, shape_grid, shapes, switch
+from .quantized import QUANT_NAMES, sample_quantized, weight_bytes
 from .quantized_tiles import skinny_config, wide_config
 from .tiles import depth_tile, program_tile
 from .unpack import fields_of
@@ -96,7 +96,7 @@ def use_skinny_kernel(sizes: Sizes, dtype: torch.dtype, arch: str) -> bool:
     T, N = sizes["T"], sizes["N"]
     if T <= SKINNY_M or T > SKINNY_M_MAX or dtype == torch.float32:
         return T <= SKINNY_M
-    if switches(sizes).weight:
+    if switch(sizes, "weight"):
         return True
     return family(arch) in ("sm_80", "sm_90") and _decode_tile(T)[0] * multiprocessors(arch) <= N
 
@@ -119,20 +119,17 @@ def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    if weights := switches(sizes).weight:
-        T, N, H = sizes["T"], sizes["N"], sizes["H"]
-        rows = None if switches(sizes).deterministic else (T, T)
-        return {
-            "linear_decode_kernel": skinny_config(weights, N, H, _decode_rows(T, arch), dtype, arch),
-            "linear_kernel": wide_config(weights, N, H, rows, dtype, arch),
-        }
-    single = dtype == torch.float32
-    many = {"BLOCK_M": 32 if single else 64, "BLOCK_N": 32 if single else 64, "GROUP_M": 8}
-    many["BLOCK_K"] = power_of_2(sizes["H"], low=16, high=32 if single else 64)
-    return {
-        "linear_decode_kernel": _decode_config(sizes, dtype, arch),
-        "linear_kernel": LaunchConfig(many, num_warps=4, num_stages=2 if single or amd(arch) else 4),
-    }
+    T, N, H, single = sizes["T"], sizes["N"], sizes["H"], dtype == torch.float32
+    if weights := switch(sizes, "weight"):
+        rows = None if switch(sizes, "deterministic") else (T, T)
+        skinny = skinny_config(weights, N, H, _decode_rows(T, arch), dtype, arch)
+        wide = wide_config(weights, N, H, rows, dtype, arch)
+    else:
+        block = 32 if single else 64
+        tiles = {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_K": power_of_2(H, low=16, high=block), "GROUP_M": 8}
+        skinny = _decode_config(sizes, dtype, arch)
+        wide = LaunchConfig(tiles, num_warps=4, num_stages=2 if single or amd(arch) else 4)
+    return {"linear_decode_kernel": skinny, "linear_kernel": wide}
 
 
 def linear(
@@ -159,18 +156,14 @@ def linear(
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
     draw = sampler(dtype, device, generator)
-    N, H, format = sizes["N"], sizes["H"], switches(sizes).weight
-    weight: Tensor | QuantizedWeight
-    if format is None:
-        weight = draw(N, H, scale=H**-0.5)
-    else:
-        weight = sample_quantized(format, N, H, device=device, generator=generator)
-    return {"x": draw(sizes["T"], H), "weight": weight, "deterministic": switches(sizes).deterministic}
+    N, H, format, source = sizes["N"], sizes["H"], switch(sizes, "weight"), {"device": device, "generator": generator}
+    weight: Any = sample_quantized(format, N, H, **source) if format else draw(N, H, scale=H**-0.5)
+    return {"x": draw(sizes["T"], H), "weight": weight, "deterministic": bool(switch(sizes, "deterministic"))}
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     T, H, N = (sizes[letter] for letter in ("T", "H", "N"))
-    weight = weight_bytes(switches(sizes).weight, N, H, dtype.itemsize)
+    weight = weight_bytes(switch(sizes, "weight"), N, H, dtype.itemsize)
     return Cost(flops=2 * T * H * N, bytes=weight + (T * H + T * N) * dtype.itemsize)
 
 
@@ -188,11 +181,10 @@ OP = Op(
         Shape(T=5, H=96, N=33, weight="fp8", deterministic=True),
     ),
     bench_shapes=(
-        *({"T": T, "H": H, "N": N} for H, N in ((4096, 6144), (4096, 4096), (6144, 8192)) for T in (1, 4, 16)),
-        {"T": 1, "H": 4096, "N": 32000},
-        *({"T": T, "H": 4096, "N": N} for T in (32, 64) for N in (4096, 32000)),
-        Shape(T=1, H=4096, N=6144, deterministic=True),
-        *(Shape(T=T, H=4096, N=6144, weight=format) for format in QUANT_NAMES for T in (1, 4096)),
-        Shape(T=4096, H=4096, N=6144, deterministic=True),
+        *(Shape(T=T, H=H, N=N) for H, N in ((4096, 6144), (4096, 4096), (6144, 8192)) for T in (1, 4, 16)),
+        *shapes("T H N", "1 4096 32000, 32 4096 4096, 32 4096 32000, 64 4096 4096, 64 4096 32000"),
+        *shapes("T H N", "1 4096 6144", deterministic=True),
+        *shape_grid(weight=QUANT_NAMES, T=(1, 4096), H=4096, N=6144),
+        *shapes("T H N", "4096 4096 6144", deterministic=True),
     ),
 )

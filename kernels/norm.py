@@ -1,10 +1,12 @@
-"""rms_norm, and add_rms_norm with the residual add fused: root mean square norm (Zhang & Sennrich 2019).
+"""rms_norm, add_rms_norm with the residual add fused, and embed_rms_norm with the look-up of the embedding's rows: root
+mean square norm (Zhang & Sennrich 2019).
 
-T rows, H hidden
+B sequences, T tokens or rows, V rows of the embedding, H hidden
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Annotated, Any
 
@@ -14,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .checks import Above, constrain
+from .checks import INTS, Range, Within, constrain, fail, readable
 from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sampler, shapes
+from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sampler, shape_grid, shapes
+from .ring import POSITIONS_MAX, strides
 
 
 @triton.jit
@@ -74,46 +77,32 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     return {"rms_norm_kernel": LaunchConfig({"BLOCK_M": rows, "BLOCK_H": block_h}, num_warps=warps)}
 
 
-def rms_norm(
-    x: Annotated[Tensor, "... H"], weight: Annotated[Tensor, "H"], eps: Annotated[float, Above(0.0)]
-) -> Annotated[Tensor, "... H"]:
+Rows = Annotated[Tensor, "... H"]
+NormWeight = Annotated[Tensor, "H"]
+
+
+def rms_norm(x: Rows, weight: NormWeight, eps: float) -> Rows:
     """Root mean square norm (`reference.rms_norm`)."""
     return _launch(x, None, weight, eps)[0]
 
 
 @constrain(error_name="rms_norm")
-def add_rms_norm(
-    x: Annotated[Tensor, "... H"],
-    residual: Annotated[Tensor, "... H"],
-    weight: Annotated[Tensor, "H"],
-    eps: Annotated[float, Above(0.0)],
-) -> tuple[Annotated[Tensor, "... H"], Annotated[Tensor, "... H"]]:
+def add_rms_norm(x: Rows, residual: Rows, weight: NormWeight, eps: float) -> tuple[Rows, Rows]:
     """Norm y of x + residual -> y, x + residual (`reference.rms_norm`)."""
-    y, total = _launch(x, residual, weight, eps)
-    return y, total
-
-
-def _flatten(x: Tensor) -> Tensor:
-    """[..., H] -> [T, H] with contiguous rows, without a copy where strides allow it."""
-    return dense_rows(x.reshape(-1, x.shape[-1]))
+    return _launch(x, residual, weight, eps)
 
 
 def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Any]:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if residual is None else torch.empty_like(y)
-    residual = None if residual is None else _flatten(residual)
-    rows = _flatten(x)
+    rows = dense_rows(x.reshape(-1, x.shape[-1]))
+    added = None if residual is None else dense_rows(residual.reshape(rows.shape))
     T, H = rows.shape
     config = select_configs(configs, {"T": T, "H": H}, x.dtype, x.device)["rms_norm_kernel"]
-    args: dict[str, Any] = {"x_ptr": rows, "residual_ptr": residual, "weight_ptr": weight.contiguous()}
-    args |= {
-        "y_ptr": y,
-        "total_ptr": total,
-        "stride_xt": rows.stride(0),
-        "stride_rt": 0 if residual is None else residual.stride(0),
-    }
-    args |= {"T": T, "H": H, "eps": eps}
-    launch(rms_norm_kernel, (triton.cdiv(T, config.constexprs["BLOCK_M"]),), args, config, ADD=residual is not None)
+    args: dict[str, Any] = {"x_ptr": rows, "residual_ptr": added, "weight_ptr": weight.contiguous()}
+    args |= {"y_ptr": y, "total_ptr": total, "T": T, "H": H, "eps": eps}
+    args |= {"stride_xt": rows.stride(0), "stride_rt": 0 if added is None else added.stride(0)}
+    launch(rms_norm_kernel, (triton.cdiv(T, config.constexprs["BLOCK_M"]),), args, config, ADD=added is not None)
     return y, total
 
 
@@ -142,12 +131,120 @@ OP = Op(
     bench_shapes=shapes("T H", "1 4096, 64 4096, 4096 4096, 1 6144, 64 6144, 4096 6144"),
 )
 
-ADD_OP = Op(
-    run=add_rms_norm,
-    reference=reference.rms_norm,
-    inputs=inputs_add,
-    configs=configs,
-    cost=partial(_cost, 4),
-    test_shapes=OP.test_shapes,
-    bench_shapes=OP.bench_shapes,
+ADD_OP = OP.variant(add_rms_norm, inputs=inputs_add, cost=partial(_cost, 4))
+
+
+@triton.jit(do_not_specialize=["T", "limit", "stride_ib"])
+def embed_rms_norm_kernel(
+    ids_ptr,  # [B, T]
+    table_ptr,  # [V, H]
+    weight_ptr,  # [H]
+    past_ptr,  # [B] the position of token 0, or None
+    new_ptr,  # [B] how many of the T tokens are new, or None
+    y_ptr,  # [B, T, H] out: the norm of x
+    x_ptr,  # [B, T, H] out: rows of the table
+    T, V, H,
+    limit,  # number of positions
+    stride_ib, stride_it, stride_tv,
+    eps,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = ids_ptr + b * stride_ib
+    # Users pass ids and positions, and a check on the host would stall: this kernel, a model's first, makes a sequence
+    # NaN where one is out of range. So each token's program reads all ids of its sequence.
+    invalid = tl.zeros((BLOCK_T,), tl.int32)
+    for start in range(0, T, BLOCK_T):
+        offs_t = start + tl.arange(0, BLOCK_T)
+        ids = tl.load(row + offs_t.to(tl.int64) * stride_it, mask=offs_t < T, other=0)
+        invalid |= ((ids < 0) | (ids >= V)).to(tl.int32)
+    bad = tl.max(invalid, axis=0) != 0
+    if past_ptr is not None:
+        past, new = tl.load(past_ptr + b).to(tl.int64), tl.load(new_ptr + b).to(tl.int64)
+        bad = bad | (new < 0) | (new > T) | (past < 0) | (past > limit - tl.minimum(tl.maximum(new, 0), T))
+    token = tl.where(bad, 0, tl.load(row + t * stride_it)).to(tl.int64)
+    offs_h = tl.arange(0, BLOCK_H)
+    x = tl.load(table_ptr + token * stride_tv + offs_h, mask=offs_h < tl.where(bad, 0, H), other=0.0)
+    dtype: tl.constexpr = x.dtype
+    values = tl.where(bad, float("nan"), x.to(tl.float32))
+    out = (b * T + t) * H + offs_h
+    tl.store(x_ptr + out, values.to(dtype), mask=offs_h < H)
+    y = normed_rows(values[None, :], weight_ptr, H, eps, dtype, BLOCK_H)
+    tl.store(y_ptr + out, tl.reshape(y, (BLOCK_H,)), mask=offs_h < H)
+
+
+def check_positions(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    for name in ("new", "limit"):
+        if (args[name] is None) != (args["past"] is None):
+            raise fail(op, name, repr(args[name]), "a value exactly where past has one")
+
+
+def end_ranges(args: Mapping[str, Any]) -> Iterator[Range]:
+    if args["past"] is not None and readable(args["past"]):
+        yield "new", args["past"] + args["new"], 0, args["limit"]
+
+
+def embed_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    """One token a program; ids in blocks of 1024 whatever T is, so that one kernel serves all lengths."""
+    block_h = power_of_2(sizes["H"])
+    tiles = {"BLOCK_T": 1024, "BLOCK_H": block_h}
+    return {"embed_rms_norm_kernel": LaunchConfig(tiles, num_warps=power_of_2(block_h // 512, high=8))}
+
+
+Embedded = Annotated[Tensor, "B T H"]
+
+
+@constrain(rule=check_positions, ranges=end_ranges)
+def embed_rms_norm(
+    input_ids: Annotated[Tensor, "B T", INTS, Within(0, "V - 1")],
+    table: Annotated[Tensor, "V H"],
+    weight: NormWeight,
+    eps: float,
+    past: Annotated[Tensor | None, "B", INTS, Within(0, "limit")] = None,
+    new: Annotated[Tensor | None, "B", INTS, Within(0, "T")] = None,
+    limit: Annotated[int | None, Within(1, POSITIONS_MAX.value)] = None,
+) -> tuple[Embedded, Embedded]:
+    """Look up rows x of the embedding and their norm y -> y, x (`reference.embed_rms_norm`).
+
+    With past and new, sequence b is at position past[b] and has new[b] new tokens, at most `limit` in all. A sequence
+    is NaN where an id, new or a position is out of range (a ValueError on a CPU).
+    """
+    (B, T), (V, H) = input_ids.shape, table.shape
+    y, x = (torch.empty((B, T, H), dtype=table.dtype, device=table.device) for _ in range(2))
+    table = dense_rows(table)
+    past_ptr, new_ptr = (None if bound is None else bound.contiguous() for bound in (past, new))
+    args: dict[str, Any] = {"ids_ptr": input_ids, "table_ptr": table, "weight_ptr": weight.contiguous()}
+    args |= {"y_ptr": y, "x_ptr": x, "past_ptr": past_ptr, "new_ptr": new_ptr, "T": T, "V": V, "H": H}
+    args |= {"limit": limit or 0, "eps": eps, **strides("i", input_ids), "stride_tv": table.stride(0)}
+    selected = select_configs(embed_configs, {"T": T, "H": H}, table.dtype, table.device)
+    launch(embed_rms_norm_kernel, (T, B), args, selected["embed_rms_norm_kernel"])
+    return y, x
+
+
+def embed_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+    """With "past": sequence b is at past + b and has T - b new tokens."""
+    B, T, V, H = (sizes[letter] for letter in ("B", "T", "V", "H"))
+    ids = (torch.arange(B * T, device=device) * 7 % V).view(B, T)
+    draw = sampler(dtype, device, generator)
+    args = {"input_ids": ids, "table": draw(V, H), "weight": draw(H), "eps": 1e-5}
+    if "past" in sizes:
+        b = torch.arange(B, dtype=torch.int32, device=device)
+        args |= {"past": sizes["past"] + b, "new": (T - b).clamp(min=0), "limit": sizes["past"] + T + B}
+    return args
+
+
+def embed_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+    """Count each token's id and row read once, the row and its norm written once, and the norm's weight."""
+    tokens, H = sizes["B"] * sizes["T"], sizes["H"]
+    return Cost(flops=4 * tokens * H, bytes=(3 * tokens + 1) * H * dtype.itemsize + 8 * tokens)
+
+
+EMBED_OP = Op(
+    run=embed_rms_norm,
+    reference=reference.embed_rms_norm,
+    inputs=embed_inputs,
+    configs=embed_configs,
+    cost=embed_cost,
+    test_shapes=shapes("B T V H past", "3 1 50 128 7, 2 3 30 1000 0") + shapes("B T V H", "2 5 9 80"),
+    bench_shapes=shape_grid(B=1, T=(1, 2048), V=32000, H=4096, past=100),
 )

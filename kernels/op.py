@@ -6,8 +6,9 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -17,83 +18,53 @@ from .checks import Argument, Binder, Constraints, Within
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Sizes = Mapping[str, int]
+Q = ParamSpec("Q")
+S = TypeVar("S")
+Sizes = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Switches:
-    """What selects kernels and configurations besides sizes, dtype and architecture.
+# What selects kernels and configurations besides sizes, dtype and architecture, with its default.
+SWITCHES = {
+    "deterministic": False,  # a row's bits do not depend on the batch
+    "norm": False,  # experts: the combine also adds the residual and applies the next norm
+    "by_pointers": False,  # a weight's layout does not suit TMA
+    **{"weight": None, "gate_up": None, "down": None},  # format and group of a quantized weight ("int4:128")
+    **{"causal": True, "ragged": False},  # attention: causal mask; sequences start and end at positions of their own
+    "fresh": True,  # cached_attention: the chunk's own keys are arguments beside the cache
+    "sms": 0,  # multiprocessors of the GPU; 0: of the architecture's largest
+}
+# Sizes in docstrings: their names, and their values in the examples.
+SIZE_NAMES = {"B": "sequences", "T": "tokens", "S": "keys", "H": "hidden size", "I": "intermediate size"}
+SIZE_NAMES |= {"E": "experts", "K": "experts a token", "Hq": "query heads", "Hkv": "key/value heads", "D": "head size"}
+SIZE_NAMES |= {"V": "vocabulary", "C": "slots of a cache", "P": "positions of the tables", "N": "rows of the weight"}
+EXAMPLE: dict[str, Any] = {"B": 1, "T": 1, "S": 8, "H": 64, "I": 32, "E": 8, "K": 2, "Hq": 4, "Hkv": 2, "D": 32}
+EXAMPLE |= {"C": 16, "P": 64, "N": 48, "V": 100, "...": (2,)}
 
-    deterministic            a row's bits do not depend on the batch
-    norm                     experts: the combine also adds the residual and applies the next norm
-    by_pointers              a weight's layout does not suit TMA
-    weight, gate_up, down    format and group of a quantized weight ("int4:128"); None: dense
-    causal, ragged           attention: causal mask; sequences start and end at positions of their own
-    fresh                    cached_attention: the chunk's own keys are arguments beside the cache
-    sms                      multiprocessors of the GPU; 0: of the architecture's largest
+
+class Shape(dict[str, Any]):
+    """Sizes by shape letter, and the switches that differ from their defaults: `Shape(T=1, H=64, deterministic=True)`.
+
+    `shape | {"T": 2}` is a Shape, too.
     """
 
-    deterministic: bool = False
-    norm: bool = False
-    by_pointers: bool = False
-    weight: str | None = None
-    gate_up: str | None = None
-    down: str | None = None
-    causal: bool = True
-    ragged: bool = False
-    fresh: bool = True
-    sms: int = 0
-
-
-_NONE = inspect.Parameter.empty
-# Sizes of the examples in docstrings.
-EXAMPLE = {"B": 1, "T": 1, "S": 8, "H": 64, "I": 32, "E": 8, "K": 2, "Hq": 4, "Hkv": 2, "D": 32, "C": 16, "P": 64}
-EXAMPLE |= {"N": 48, "V": 100, "...": (2,)}  # type: ignore[dict-item]
-SIZE_NAMES = {
-    "B": "sequences",
-    "T": "tokens",
-    "S": "keys",
-    "H": "hidden size",
-    "I": "intermediate size",
-    "E": "experts",
-}
-SIZE_NAMES |= {
-    "K": "experts a token",
-    "Hq": "query heads",
-    "Hkv": "key/value heads",
-    "D": "head size",
-    "V": "vocabulary",
-}
-SIZE_NAMES |= {"C": "slots of a cache", "P": "positions of the tables", "N": "rows of the weight"}
-_DEFAULTS = {switch.name: switch.default for switch in fields(Switches)}
-
-
-class Shape(dict[str, int]):
-    """Sizes by shape letter, with switches: `Shape(T=1, H=64, deterministic=True)`; `shape | {"T": 2}` keeps both."""
-
-    def __init__(self, sizes: Mapping[str, Any] | None = None, /, **more: Any) -> None:
-        values = {**(sizes.as_dict() if isinstance(sizes, Shape) else sizes or {}), **more}
-        super().__init__({name: value for name, value in values.items() if name not in _DEFAULTS})
-        # A switch parsed from text is 0 or 1.
-        switches = {name: values[name] for name in _DEFAULTS if name in values}
-        typed: dict[str, Any] = {k: bool(v) if isinstance(_DEFAULTS[k], bool) else v for k, v in switches.items()}
-        self.switches = Switches(**typed)
+    def __init__(self, sizes: Any = (), /, **more: Any) -> None:
+        values = dict(sizes, **more)
+        super().__init__({name: x for name, x in values.items() if name not in SWITCHES or x != SWITCHES[name]})
 
     def __or__(self, more: Mapping[str, Any]) -> Shape:  # type: ignore[override]
-        return Shape(self.as_dict(), **(more.as_dict() if isinstance(more, Shape) else more))
+        return Shape(self, **more)
 
     def __ror__(self, less: Mapping[str, Any]) -> Shape:  # type: ignore[override]
-        return Shape(less) | self
+        return Shape(less, **self)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the sizes and the switches that differ from their defaults; `Shape(shape.as_dict())` equals it."""
-        changed = {name: value for name, value in vars(self.switches).items() if value != _DEFAULTS[name]}
-        return {**self, **{name: int(value) if isinstance(value, bool) else value for name, value in changed.items()}}
+        """Return the sizes, and switches as numbers or text: what a command line would say."""
+        return {name: int(value) if isinstance(value, bool) else value for name, value in self.items()}
 
 
-def switches(sizes: Sizes) -> Switches:
-    """Return the switches of `sizes`; a plain dictionary has the defaults."""
-    return sizes.switches if isinstance(sizes, Shape) else Switches()
+def switch(sizes: Sizes, name: str) -> Any:
+    """Return a switch of `sizes`, or its default."""
+    return sizes.get(name, SWITCHES[name])
 
 
 @dataclass(frozen=True)
@@ -171,6 +142,10 @@ class Op(Generic[P, R]):
         """Its name in `mixtral_triton.ops` and in `torch.ops.mixtral_triton`."""
         return self.run.__name__  # type: ignore[attr-defined]
 
+    def variant(self, run: Callable[Q, S], **changes: Any) -> Op[Q, S]:
+        """Return the entry of another function, with the other fields of this one except for `changes`."""
+        return replace(self, run=run, **changes)  # type: ignore[arg-type,return-value]
+
     @cached_property
     def constraints(self) -> Constraints:
         return getattr(self.run, "constraints", Constraints())
@@ -247,14 +222,13 @@ class Op(Generic[P, R]):
         )
         return results if len(results) > 1 else results[0] if results else None
 
-    def plain_signature(self) -> inspect.Signature:
-        """The signature with Tensor, int, ... in the place of the annotations that checks read."""
+    def plain_signature(self, matrix: Any = checks.Matrix) -> inspect.Signature:
+        """The signature without what only checks read: Tensor, int, ..., and `matrix` for a Matrix."""
         parameters = []
         for argument, parameter in zip(self.arguments, self.signature.parameters.values(), strict=True):
-            parameters.append(
-                parameter.replace(annotation=argument.kind | None if argument.optional else argument.kind)
-            )
-        return self.signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
+            kind = matrix if argument.kind == checks.Matrix else argument.kind
+            parameters.append(parameter.replace(annotation=kind | None if argument.optional else kind))
+        return inspect.Signature(parameters)
 
     def help(self) -> str:
         """Return a docstring that stands by itself: what is computed, arguments, results, errors and an example."""
@@ -263,12 +237,10 @@ class Op(Generic[P, R]):
             for function in (self.run, self.reference)
         )
         sizes = set(re.findall(r"\w+", " ".join(each.shape_spec for each in (*self.arguments, *self.results))))
-        required = [
-            argument for argument in self.arguments if self.signature.parameters[argument.name].default is _NONE
-        ]
-        values = [f"torch.{argument.example(EXAMPLE)}" for argument in required if argument.tensor]
-        names = ", ".join(argument.name for argument in required if argument.tensor)
-        numbers = [argument.name if argument.tensor else argument.example(EXAMPLE) for argument in required]
+        parameters = self.signature.parameters.values()
+        required = [a for a, p in zip(self.arguments, parameters, strict=True) if p.default is p.empty]
+        values = {a.name: f"torch.{a.example(EXAMPLE)}" for a in required if a.tensor}
+        numbers = [a.name if a.tensor else a.example(EXAMPLE) for a in required]
         return "\n".join(
             (
                 *(what, "", reference, "", "Arguments:"),
@@ -279,7 +251,7 @@ class Op(Generic[P, R]):
                 "Raises ValueError that names the argument for a wrong shape, dtype, device or number, on a CPU also",
                 "for a value out of its range; for gradients, vmap, jvp and grad; and for a call of another signature.",
                 "Example:",
-                f"    >>> {names} = {', '.join(values)}",
+                f"    >>> {', '.join(values)} = {', '.join(values.values())}",
                 f"    >>> ops.{self.name}({', '.join(numbers)})",
             )
         )
@@ -301,6 +273,12 @@ def shapes(names: str, table: str, **switches: Any) -> tuple[Shape, ...]:
     """Return a Shape for each row of a table: `shapes("T H", "1 128, 17 80", deterministic=True)`."""
     rows = [map(int, row.split()) for row in table.split(",")]
     return tuple(Shape(dict(zip(names.split(), row, strict=True)), **switches) for row in rows)
+
+
+def shape_grid(**values: Any) -> tuple[Shape, ...]:
+    """Return a Shape for each combination of values, tuples or single ones: `shape_grid(T=(1, 64), H=4096)`."""
+    options = [value if isinstance(value, tuple) else (value,) for value in values.values()]
+    return tuple(Shape(zip(values, row, strict=True)) for row in product(*options))
 
 
 def sampler(dtype: torch.dtype, device: Any, generator: torch.Generator | None) -> Callable[..., torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import dispatch, embed, gate, linear, norm, ring, rope, router
+from . import dispatch, linear, norm, ring, rope, router
 from .attention import op as attention
 from .experts import op as experts
 from .op import Op
@@ -12,11 +12,11 @@ OPS: dict[str, Op] = {
     for op in (
         norm.OP,
         norm.ADD_OP,
-        embed.OP,
+        norm.EMBED_OP,
         linear.OP,
         router.OP,
-        gate.OP,
-        gate.NORM_OP,
+        router.GATE_OP,
+        router.NORM_OP,
         dispatch.OP,
         experts.OP,
         experts.NORM_OP,

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import reference
 from .checks import INTS, Within, constrain, fail
 from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sampler
+from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sampler, shapes
 
 # The greatest position: far beyond any model's, and a tile of keys past it still fits int32.
 POSITIONS_MAX = tl.constexpr(1 << 30)
@@ -31,13 +31,7 @@ def sequence_position(past_ptr, new_ptr, b, T):
 
 
 @triton.jit
-def stored_heads(t, new, C, Hkv):
-    """Heads of token t to store: all where t < new and no later token of the chunk takes its slot, else none."""
-    return tl.where((t < new) & (t >= new - C), Hkv, 0)
-
-
-@triton.jit
-def copy_heads(x_ptr, y_ptr, stride_xh, stride_yh, heads, D, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+def _copy_heads(x_ptr, y_ptr, stride_xh, stride_yh, heads, D, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
     offs_h = tl.arange(0, BLOCK_H).to(tl.int64)[:, None]
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     mask = (offs_h < heads) & (offs_d < D)
@@ -56,15 +50,15 @@ def append_kernel(
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_cb, stride_ch, stride_cs,
     BLOCK_HKV: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
-    b = tl.program_id(1).to(tl.int64)
+    t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     past, new = sequence_position(past_ptr, new_ptr, b, T)
-    stored = stored_heads(t, new, C, Hkv)
+    # None where t is no new token, or a later token of the chunk takes its slot.
+    stored = tl.where((t < new) & (t >= new - C), Hkv, 0)
     out = b * stride_cb + (past + t) % C * stride_cs
     k = k_ptr + b * stride_kb + t * stride_kt
     v = v_ptr + b * stride_vb + t * stride_vt
-    copy_heads(k, k_cache_ptr + out, stride_kh, stride_ch, stored, D, BLOCK_HKV, BLOCK_D)
-    copy_heads(v, v_cache_ptr + out, stride_vh, stride_ch, stored, D, BLOCK_HKV, BLOCK_D)
+    _copy_heads(k, k_cache_ptr + out, stride_kh, stride_ch, stored, D, BLOCK_HKV, BLOCK_D)
+    _copy_heads(v, v_cache_ptr + out, stride_vh, stride_ch, stored, D, BLOCK_HKV, BLOCK_D)
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
@@ -128,7 +122,7 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     return Cost(flops=0, bytes=2 * elements * dtype.itemsize)
 
 
-CACHES = ({"C": 16, "past": 0}, {"C": 16, "past": 13}, {"C": 64, "past": 40})
+_CACHES = shapes("B Hkv D C past", "2 2 80 16 0, 2 2 80 16 13, 2 2 80 64 40")
 
 OP = Op(
     run=append,
@@ -136,7 +130,7 @@ OP = Op(
     inputs=inputs,
     configs=configs,
     cost=cost,
-    test_shapes=tuple({"B": 2, "T": T, "Hkv": 2, "D": 80, **cache} for cache in CACHES for T in (1, 15, 40)),
-    bench_shapes=tuple({"B": 1, "T": T, "Hkv": 8, "D": 128, "C": 4096, "past": 0} for T in (2048,)),
+    test_shapes=tuple(shape | {"T": T} for shape in _CACHES for T in (1, 15, 40)),
+    bench_shapes=shapes("B T Hkv D C past", "1 2048 8 128 4096 0"),
     mutates=("k_cache", "v_cache"),
 )

@@ -1,6 +1,9 @@
-"""route: softmax over the experts, top-k, renormalize, in one pass.
+"""route; gate_route, the gate's logits and their routing; rms_norm_gate_route, the residual add and norm before them.
 
-T tokens, E experts, K experts a token
+T tokens, H hidden, E experts, K experts a token
+
+The gate's kernel has one token a program against the whole gate: a tile of several tokens would have padding and keep
+fewer SMs busy. So a token's bits never depend on the other tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +18,11 @@ from torch import Tensor
 from . import reference
 from .checks import INT32, SINGLE, Within
 from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, power_of_2, sampler, shapes
+from .norm import normed
+from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sampler, shape_grid, shapes
+from .pdl import pdl_wait
+
+TILE_ELEMENTS = 32768  # elements of the gate that a program holds at once
 
 
 @triton.jit
@@ -73,6 +80,95 @@ def route_kernel(
     store_routes(weights_ptr, ids_ptr, weights, ids, offs_t, T, TOP_K, BLOCK_K)
 
 
+@triton.jit
+def _load_gate(gate_ptr, stride_ge, h, E, H: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Load columns h.. of the gate, [BLOCK_E, BLOCK_H]."""
+    offs_e, offs_h = tl.arange(0, BLOCK_E), h + tl.arange(0, BLOCK_H)
+    ptrs = gate_ptr + offs_e.to(tl.int64)[:, None] * stride_ge + offs_h[None, :]
+    return tl.load(ptrs, mask=(offs_e < E)[:, None] & (offs_h < H)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_columns(ptr, h, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Load columns h.. of a row, [BLOCK_H]."""
+    offs_h = h + tl.arange(0, BLOCK_H)
+    return tl.load(ptr + offs_h, mask=offs_h < H, other=0.0)
+
+
+@triton.jit
+def _load_sum(x_ptr, residual_ptr, h, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Load columns h.. of a row, the residual added: fp32 holding values rounded to x's dtype."""
+    x = _load_columns(x_ptr, h, H, BLOCK_H)
+    values = x.to(tl.float32)
+    if residual_ptr is not None:
+        residual = _load_columns(residual_ptr, h, H, BLOCK_H)
+        # The next layer reads the rounded sum, so the norm must use it, too.
+        values = (values + residual.to(tl.float32)).to(x.dtype).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _store_and_square(total_ptr, values, h, H: tl.constexpr):
+    """Store columns h.. of a row and return the sum of their squares."""
+    offs_h = h + tl.arange(0, values.shape[0])
+    tl.store(total_ptr + offs_h, values.to(total_ptr.dtype.element_ty), mask=offs_h < H)
+    return tl.sum(values * values, axis=0)
+
+
+@triton.jit
+def _products(y_ptr, values, scale, gate, weight, h, H: tl.constexpr):
+    """Multiply columns h.. of a row with the gate's -> [BLOCK_E]; with a norm, normalize and store them first."""
+    if weight is not None:
+        offs_h = h + tl.arange(0, values.shape[0])
+        dtype: tl.constexpr = y_ptr.dtype.element_ty
+        y = normed(values, scale, weight, dtype)
+        tl.store(y_ptr + offs_h, y, mask=offs_h < H)
+        values = y.to(tl.float32)
+    return tl.sum(gate.to(tl.float32) * values[None, :], axis=1)
+
+
+@triton.jit(do_not_specialize=["T"])
+def gate_route_kernel(
+    x_ptr,  # [T, H]
+    residual_ptr,  # [T, H], or None: no norm
+    norm_ptr,  # [H] weight of the norm of x + residual, or None
+    gate_ptr,  # [E, H]
+    y_ptr,  # [T, H] out: that norm, or None
+    total_ptr,  # [T, H] out: x + residual, or None
+    logits_ptr,  # [T, E] out
+    weights_ptr,  # [T, K] out, fp32
+    ids_ptr,  # [T, K] out, int32
+    T, E,
+    stride_xt, stride_rt, stride_ge,
+    eps,
+    H: tl.constexpr, TOP_K: tl.constexpr, PDL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    gate = _load_gate(gate_ptr, stride_ge, 0, E, H, BLOCK_E, BLOCK_H)
+    weight = None if norm_ptr is None else _load_columns(norm_ptr, 0, H, BLOCK_H)
+    pdl_wait(PDL)
+    x, residual, y, total = x_ptr + t * stride_xt, residual_ptr, y_ptr, total_ptr
+    if residual_ptr is not None:
+        residual, y, total = residual_ptr + t * stride_rt, y_ptr + t * H, total_ptr + t * H
+    values, scale = _load_sum(x, residual, 0, H, BLOCK_H), 1.0
+    if residual_ptr is not None:
+        squares = _store_and_square(total, values, 0, H)
+        for h in range(BLOCK_H, H, BLOCK_H):
+            squares += _store_and_square(total, _load_sum(x, residual, h, H, BLOCK_H), h, H)
+        scale = tl.rsqrt(squares / H + eps)
+    acc = _products(y, values, scale, gate, weight, 0, H)
+    for h in range(BLOCK_H, H, BLOCK_H):
+        next_gate = _load_gate(gate_ptr, stride_ge, h, E, H, BLOCK_E, BLOCK_H)
+        norm_weight = None if norm_ptr is None else _load_columns(norm_ptr, h, H, BLOCK_H)
+        acc += _products(y, _load_sum(x, residual, h, H, BLOCK_H), scale, next_gate, norm_weight, h, H)
+    logits, offs_e = acc[None, :].to(logits_ptr.dtype.element_ty), tl.arange(0, BLOCK_E)
+    tl.store(logits_ptr + t * E + offs_e[None, :], logits, mask=(offs_e < E)[None, :])
+    # Route by the rounded logits, which the caller receives.
+    weights, ids = select_top_k(logits.to(tl.float32), E, TOP_K, 1, BLOCK_E, BLOCK_K)
+    store_routes(weights_ptr, ids_ptr, weights, ids, t + tl.arange(0, 1), T, TOP_K, BLOCK_K)
+
+
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """The tile does not depend on T, so a token's bits do not either."""
     block_e, block_k = power_of_2(sizes["E"]), power_of_2(sizes["K"])
@@ -81,12 +177,26 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     return {"route_kernel": LaunchConfig(tiles, num_warps=4 if block_t * block_e >= 512 else 1)}
 
 
-def route(
-    logits: Annotated[Tensor, "T E"], top_k: Annotated[int, "K", Within(1, "E")]
-) -> tuple[Annotated[Tensor, "T K", SINGLE], Annotated[Tensor, "T K", INT32]]:
+def gate_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    """A tile holds as much of the gate as registers allow: all of Mixtral 8x7B's."""
+    block_e = power_of_2(sizes["E"])
+    tiles = {"BLOCK_E": block_e, "BLOCK_H": power_of_2(sizes["H"], high=max(16, TILE_ELEMENTS // block_e))}
+    warps = power_of_2(block_e * tiles["BLOCK_H"] // 2048, high=16)
+    return {"gate_route_kernel": LaunchConfig(tiles | {"BLOCK_K": power_of_2(sizes["K"])}, num_warps=warps)}
+
+
+Logits = Annotated[Tensor, "T E"]
+Tokens = Annotated[Tensor, "T H"]
+Gate = Annotated[Tensor, "E H"]
+TopK = Annotated[int, "K", Within(1, "E")]
+Scores = Annotated[Tensor, "T K", SINGLE]
+Ids = Annotated[Tensor, "T K", INT32]
+
+
+def route(logits: Logits, top_k: TopK) -> tuple[Scores, Ids]:
     """Select each token's experts from the logits -> weights, ids (`reference.route`)."""
     T, E = logits.shape
-    weights, ids = empty_routes(T, top_k, logits.device)
+    weights, ids = _empty_routes(T, top_k, logits.device)
     config = select_configs(configs, {"T": T, "E": E, "K": top_k}, logits.dtype, logits.device)["route_kernel"]
     args = {"logits_ptr": logits, "weights_ptr": weights, "ids_ptr": ids, "T": T, "E": E}
     args |= {"stride_lt": logits.stride(0), "stride_le": logits.stride(1)}
@@ -94,9 +204,50 @@ def route(
     return weights, ids
 
 
-def empty_routes(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _empty_routes(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
     weights = torch.empty((T, K), dtype=torch.float32, device=device)
     return weights, torch.empty((T, K), dtype=torch.int32, device=device)
+
+
+def gate_route(x: Tokens, gate: Gate, top_k: TopK, deterministic: bool = False) -> tuple[Logits, Scores, Ids]:
+    """Gate product and routing -> logits, weights, ids (`reference.gate_route`).
+
+    A token's bits never depend on the other tokens.
+    """
+    return _launch_gate(x, gate, top_k)
+
+
+def rms_norm_gate_route(
+    x: Tokens,
+    residual: Tokens,
+    weight: Annotated[Tensor, "H"],
+    eps: float,
+    gate: Gate,
+    top_k: TopK,
+    deterministic: bool = False,
+) -> tuple[Tokens, Tokens, Logits, Scores, Ids]:
+    """Norm y of x + residual, and `gate_route` of y -> y, x + residual, logits, weights, ids.
+
+    A token's bits never depend on the other tokens.
+    """
+    y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    norm = {"residual_ptr": dense_rows(residual), "norm_ptr": weight.contiguous(), "y_ptr": y, "total_ptr": total}
+    return y, total, *_launch_gate(x, gate, top_k, **norm, eps=eps)
+
+
+def _launch_gate(x: Tensor, gate: Tensor, top_k: int, **norm: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (T, H), E = x.shape, len(gate)
+    logits = torch.empty((T, E), dtype=x.dtype, device=x.device)
+    weights, ids = _empty_routes(T, top_k, x.device)
+    config = select_configs(gate_configs, {"T": T, "H": H, "E": E, "K": top_k}, x.dtype, x.device)["gate_route_kernel"]
+    x, gate = dense_rows(x), dense_rows(gate)
+    norm = norm or {"residual_ptr": None, "norm_ptr": None, "y_ptr": None, "total_ptr": None, "eps": 0.0}
+    residual = norm["residual_ptr"]
+    args = {"x_ptr": x, "gate_ptr": gate, "logits_ptr": logits, "weights_ptr": weights, "ids_ptr": ids, "T": T, "E": E}
+    args |= {"stride_xt": x.stride(0), "stride_rt": 0 if residual is None else residual.stride(0)}
+    args |= {"stride_ge": gate.stride(0), **norm}
+    launch(gate_route_kernel, (T,), args, config, H=H, TOP_K=top_k)
+    return logits, weights, ids
 
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
@@ -109,6 +260,35 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     return Cost(flops=(K + 4) * T * E, bytes=T * (E * dtype.itemsize + K * 8))
 
 
+def gate_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+    T, H, E = sizes["T"], sizes["H"], sizes["E"]
+    draw = sampler(dtype, device, generator)
+    return {"x": draw(T, H), "gate": draw(E, H, scale=2.0 * H**-0.5), "top_k": sizes["K"]}
+
+
+def norm_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+    draw = sampler(dtype, device, generator)
+    norm = {"residual": draw(sizes["T"], sizes["H"]), "weight": draw(sizes["H"]), "eps": 1e-5}
+    return {**gate_inputs(sizes, dtype, device, generator), **norm}
+
+
+def gate_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+    T, H, E = sizes["T"], sizes["H"], sizes["E"]
+    rest = cost(sizes, dtype)
+    return Cost(flops=2 * T * H * E + rest.flops, bytes=(T * H + E * H) * dtype.itemsize + rest.bytes)
+
+
+def norm_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+    """Count the gate's work, the residual, the sum and the norm, and the norm's weight."""
+    gate, T, H = gate_cost(sizes, dtype), sizes["T"], sizes["H"]
+    return Cost(flops=gate.flops + 5 * T * H, bytes=gate.bytes + (3 * T + 1) * H * dtype.itemsize)
+
+
+def derived_outputs(args: Any, results: Any) -> Any:
+    """The route must be exactly that of the returned logits."""
+    return reference.route(results[-3], args["top_k"])
+
+
 OP = Op(
     run=route,
     reference=reference.route,
@@ -116,5 +296,20 @@ OP = Op(
     configs=configs,
     cost=cost,
     test_shapes=shapes("T E K", "1 8 2, 67 8 2, 5 4 1, 9 6 6, 130 16 3, 3 1 1, 4 160 6"),
-    bench_shapes=shapes("T E K", "1 8 2, 64 8 2, 4096 8 2"),
+    bench_shapes=shape_grid(T=(1, 64, 4096), E=8, K=2),
+)
+
+GATE_OP = Op(
+    run=gate_route,
+    reference=reference.gate_route,
+    inputs=gate_inputs,
+    configs=gate_configs,
+    cost=gate_cost,
+    test_shapes=shapes("T H E K", "1 128 8 2, 19 80 8 2, 33 300 16 3, 2 64 160 6, 3 64 1 1, 2 4200 8 2"),
+    bench_shapes=shape_grid(H=(4096, 6144), T=(1, 64, 4096), E=8, K=2),
+    derived_outputs=derived_outputs,
+)
+
+NORM_OP = GATE_OP.variant(
+    rms_norm_gate_route, reference=reference.rms_norm_gate_route, inputs=norm_inputs, cost=norm_cost
 )

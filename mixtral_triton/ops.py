@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .kernels import call, dispatch, embed, gate, norm, router
+from .kernels import call, dispatch, norm, router
 from .kernels import linear as _linear
 from .kernels import ring as _ring
 from .kernels import rope as _rope
@@ -48,11 +48,11 @@ def _checked(op: Op[P, R]) -> Callable[P, R]:
 
 _rms_norm = _checked(norm.OP)
 _add_rms_norm = _checked(norm.ADD_OP)
-embed_rms_norm = _checked(embed.OP)
+embed_rms_norm = _checked(norm.EMBED_OP)
 linear = _checked(_linear.OP)
 route = _checked(router.OP)
-gate_route = _checked(gate.OP)
-rms_norm_gate_route = _checked(gate.NORM_OP)
+gate_route = _checked(router.GATE_OP)
+rms_norm_gate_route = _checked(router.NORM_OP)
 sort_by_expert = _checked(dispatch.OP)
 expert_swiglu = _checked(_experts.OP)
 experts_add_rms_norm = _checked(_experts.NORM_OP)

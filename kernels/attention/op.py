@@ -15,9 +15,9 @@ import triton
 from torch import Tensor
 
 from .. import reference
-from ..checks import INTS, Above, Within, constrain, fail
+from ..checks import INTS, Within, constrain, fail
 from ..launch import launch, multiprocessors, select_configs, target_arch
-from ..op import Cost, Op, Shape, Sizes, dense_rows, sampler, shapes, switches
+from ..op import Cost, Op, Shape, Sizes, dense_rows, sampler, shape_grid, shapes, switch
 from ..ring import Heads, New, Past, Queries, Slots, cache_inputs, check_caches, strides
 from ..rope import Table, check_head_size, tables
 from ..tma import describe
@@ -82,7 +82,7 @@ def attention(
     v: Keys,
     window: Window | None = None,
     causal: bool = True,
-    scale: Annotated[float | None, Above(0.0)] = None,
+    scale: float | None = None,
     starts: Bounds | None = None,
     lengths: Bounds | None = None,
     deterministic: bool = False,
@@ -150,8 +150,7 @@ def rope_append_attention(
     sizes = _sizes(q, keys, window, deterministic)
     k, v = dense_rows(k), dense_rows(v)
     newest = {"new_k_ptr": k, "new_v_ptr": v, "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous(), "P": len(cos)}
-    newest |= {"stride_nkb": k.stride(0), "stride_nkh": k.stride(2)}
-    newest |= {"stride_nvb": v.stride(0), "stride_nvh": v.stride(2)}
+    newest |= strides("nk", k[:, 0], "bh") | strides("nv", v[:, 0], "bh")
     bounds = {"starts_ptr": None, "lengths_ptr": _contiguous(new), "past_ptr": _contiguous(past)}
     return _decode(q, keys, values, bounds, sizes, None, ring=True, newest=newest)
 
@@ -178,14 +177,8 @@ def _sizes(q: Tensor, k: Tensor, window: int | None, deterministic: bool) -> Sha
 def _common_args(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float | None) -> dict[str, Any]:
     """Return the sizes, strides, window and base-2 scale that both kernels take."""
     Hq, D = q.shape[2:]
-    args: dict[str, Any] = {
-        "T": q.shape[1],
-        "S": k.shape[1],
-        "Hq": Hq,
-        "G": Hq // k.shape[2],
-        "window": sizes["window"],
-    }
-    args |= {"scale": (D**-0.5 if scale is None else scale) * math.log2(math.e)}
+    args: dict[str, Any] = {"T": q.shape[1], "S": k.shape[1], "Hq": Hq, "G": Hq // k.shape[2]}
+    args |= {"window": sizes["window"], "scale": (D**-0.5 if scale is None else scale) * math.log2(math.e)}
     return args | strides("q", q) | strides("k", k) | strides("v", v)
 
 
@@ -260,16 +253,16 @@ def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None)
     draw = sampler(dtype, device, generator)
     q, k, v = (draw(B, tokens, sizes[heads], D) for tokens, heads in ((T, "Hq"), (S, "Hkv"), (S, "Hkv")))
     bounds: dict[str, Any] = {}
-    if switches(sizes).ragged:
+    if switch(sizes, "ragged"):
         b = torch.arange(B, dtype=torch.int32)
         bounds = {"starts": b.to(device), "lengths": (S - 2 * b).to(device)}
-    return {"q": q, "k": k, "v": v, "window": sizes["window"], "causal": switches(sizes).causal, **bounds}
+    return {"q": q, "k": k, "v": v, "window": sizes["window"], "causal": bool(switch(sizes, "causal")), **bounds}
 
 
 def cached_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
     draw = sampler(dtype, device, generator)
     q, k, v = (draw(sizes["B"], sizes["T"], sizes[heads], sizes["D"]) for heads in ("Hq", "Hkv", "Hkv"))
-    fresh = {"k": k, "v": v} if switches(sizes).fresh else {"k": None, "v": None}
+    fresh = {"k": k, "v": v} if switch(sizes, "fresh") else {"k": None, "v": None}
     return {"q": q, **fresh, **cache_inputs(sizes, dtype, device, generator), "window": sizes["window"]}
 
 
@@ -277,7 +270,7 @@ def _pairs(sizes: Sizes) -> int:
     """Count the query-key pairs of one head of one sequence."""
     S, window = sizes.get("S", sizes.get("past", 0) + sizes["T"]), sizes["window"]
     T = min(sizes["T"], S)  # queries before the first key see none
-    if not switches(sizes).causal:
+    if not switch(sizes, "causal"):
         return T * min(S, window + 1 if window else S)
     return _area(S, window) - _area(S - T, window)
 
@@ -298,6 +291,7 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
 
 
 _LETTERS = "B T S Hq Hkv D window"
+_HEADS = {"Hq": 32, "Hkv": 8, "D": 128}
 
 OP = Op(
     run=attention,
@@ -316,18 +310,15 @@ OP = Op(
         *shapes(_LETTERS, "1 37 37 2 2 80 0", causal=False, ragged=True),
     ),
     bench_shapes=(
-        *(
-            shape
-            for T in (512, 4096, 8192, 32768)
-            for shape in shapes(_LETTERS, f"1 {T} {T} 32 8 128 0, 1 {T} {T} 32 8 128 4096")
-        ),
+        *(Shape(B=1, T=T, S=T, **_HEADS, window=window) for T in (512, 4096, 8192, 32768) for window in (0, 4096)),
         *shapes(_LETTERS, "1 8192 8192 32 8 128 256"),
         *shapes(_LETTERS, "1 4096 4096 32 8 128 512", causal=False),
-        *(Shape(B=B, T=1, S=S, Hq=32, Hkv=8, D=128, window=0) for B in (1, 8, 32) for S in (1024, 4096, 32768)),
+        *shape_grid(B=(1, 8, 32), T=1, S=(1024, 4096, 32768), **_HEADS, window=0),
     ),
 )
 
 _CACHED_LETTERS = "B T Hq Hkv D C window past"
+_RINGS = shapes("C window past", "4096 4096 4095, 32768 0 32767")
 
 CACHED_OP = Op(
     run=cached_attention,
@@ -342,9 +333,7 @@ CACHED_OP = Op(
         *shapes(_CACHED_LETTERS, "2 1 8 2 128 16 16 3, 2 1 4 2 80 16 16 77, 2 1 4 2 64 600 0 500", fresh=False),
     ),
     bench_shapes=tuple(
-        Shape(B=B, Hq=32, Hkv=8, D=128, C=C, window=window, past=C - 1, T=T, fresh=T > 1)
-        for C, window in ((4096, 4096), (32768, 0))
-        for B, T in ((1, 1), (32, 1), (1, 1024))
+        Shape(B=B, T=T, **_HEADS, **ring, fresh=T > 1) for ring in _RINGS for B, T in ((1, 1), (32, 1), (1, 1024))
     ),
 )
 
@@ -357,17 +346,15 @@ def step_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = 
 def step_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     """Count attention's work, the new key and value read beside the cache and written into it, and the angles."""
     B, Hq, Hkv, D = (sizes[letter] for letter in ("B", "Hq", "Hkv", "D"))
+    flops, moved = 3 * B * (Hq + Hkv) * D, 2 * B * Hkv * D * dtype.itemsize + B * D * 4
     rest = cost(sizes, dtype)
-    return Cost(
-        flops=rest.flops + 3 * B * (Hq + Hkv) * D, bytes=rest.bytes + 2 * B * Hkv * D * dtype.itemsize + B * D * 4
-    )
+    return Cost(flops=rest.flops + flops, bytes=rest.bytes + moved)
 
 
-STEP_OP = Op(
-    run=rope_append_attention,
+STEP_OP = CACHED_OP.variant(
+    rope_append_attention,
     reference=reference.rope_append_attention,
     inputs=step_inputs,
-    configs=configs,
     cost=step_cost,
     mutates=("k_cache", "v_cache"),
     test_shapes=shapes(
@@ -375,9 +362,5 @@ STEP_OP = Op(
         "3 1 8 2 128 16 16 0, 3 1 8 2 96 16 16 13, 2 1 4 2 80 16 16 77, 2 1 4 4 64 64 0 40, 1 1 4 1 32 600 0 590, "
         "2 1 2 1 64 600 600 900",
     ),
-    bench_shapes=tuple(
-        Shape(B=B, T=1, Hq=32, Hkv=8, D=128, C=C, window=window, past=C - 1)
-        for C, window in ((4096, 4096), (32768, 0))
-        for B in (1, 32)
-    ),
+    bench_shapes=tuple(Shape(B=B, T=1, **_HEADS, **ring) for ring in _RINGS for B in (1, 32)),
 )

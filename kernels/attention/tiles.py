@@ -9,7 +9,7 @@ import torch
 import triton
 
 from ..arch import amd, family, multiprocessors, tma
-from ..op import LaunchConfig, Sizes, power_of_2, switches
+from ..op import LaunchConfig, Sizes, power_of_2, switch
 
 DETERMINISTIC_SPLITS = 8  # for any batch and any length
 PACKED_ROWS = 16  # queries x group heads that one decode tile takes
@@ -31,15 +31,11 @@ _PREFILL["sm_100"] = _PREFILL["sm_90"]
 TWO_PER_SM = (64, 128, 4, 1)  # an SM holds two of these: one computes its softmax while the other multiplies
 
 
-def _tile_for_head(D: int, dtype: torch.dtype, arch: str) -> tuple[int, int, int, int]:
-    table = _PREFILL[family(arch)][dtype == torch.float32]
-    return table[min(size for size in table if size >= D)]
-
-
 def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """Tiles by head size; a short window takes short tiles, since a tile sees window + BLOCK_M keys."""
     D, window = power_of_2(sizes["D"], low=16), sizes.get("window", 0)
-    block_m, block_n, warps, stages = _tile_for_head(D, dtype, arch)
+    table = _PREFILL[family(arch)][dtype == torch.float32]
+    block_m, block_n, warps, stages = table[min(size for size in table if size >= D)]
     # Head sizes that are no multiple of 16 need masks, which take registers.
     odd = sizes["D"] % 16 > 0 and D <= 128 and not amd(arch) and dtype != torch.float32
     if odd and tma(arch):
@@ -49,7 +45,7 @@ def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig
     elif 0 < window <= 256 and block_m > 64:
         block_m, block_n, warps = 64, min(block_n, 64 if tma(arch) else 32), 8 if family(arch) == "sm_80" else 4
     # Half the rows take half the warps; heads of 256 would spill.
-    if not switches(sizes).deterministic and sizes["T"] <= block_m // 2 and (D < 256 or not tma(arch)):
+    if not switch(sizes, "deterministic") and sizes["T"] <= block_m // 2 and (D < 256 or not tma(arch)):
         rows = 16 if sizes["T"] <= 16 else block_m // 2  # not every power of two: each compiles a kernel
         block_m, block_n, warps = rows, 32 if odd and tma(arch) else block_n, max(4, warps * rows // block_m)
         warps = 8 if odd and rows == 32 else warps
@@ -63,20 +59,17 @@ def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig
     return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
 
 
-def _allows_small_tiles(sizes: Sizes, dtype: torch.dtype, arch: str) -> bool:
-    """Return whether TWO_PER_SM suits the heads; with a window over a ring it would spill."""
-    spills = "C" in sizes and sizes.get("window", 0) > 0
-    return sizes["D"] == 128 and tma(arch) and dtype != torch.float32 and not spills
-
-
 def _one_wave(sizes: Sizes, dtype: torch.dtype, arch: str, block_m: int) -> bool:
-    """Return whether each SM gets at most one tile of block_m rows, whose softmax nothing hides.
+    """Return whether TWO_PER_SM suits: each SM gets at most one tile of block_m rows, whose softmax nothing hides.
 
-    With more tiles than SMs, tiles of half the rows would read the keys through L2 too often.
+    With more tiles than SMs, tiles of half the rows would read the keys through L2 too often. With a window over a ring
+    they would spill.
     """
-    small = _allows_small_tiles(sizes, dtype, arch) and not switches(sizes).deterministic
+    spills = "C" in sizes and sizes.get("window", 0) > 0
+    if sizes["D"] != 128 or not tma(arch) or dtype == torch.float32 or spills or switch(sizes, "deterministic"):
+        return False
     tiles = sizes["B"] * sizes["Hq"] * triton.cdiv(sizes["T"], block_m)
-    return small and sizes["T"] > block_m // 2 and tiles <= (switches(sizes).sms or multiprocessors(arch))
+    return sizes["T"] > block_m // 2 and tiles <= (switch(sizes, "sms") or multiprocessors(arch))
 
 
 def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
@@ -85,9 +78,9 @@ def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     stored = sizes["C"] if "C" in sizes else sizes["S"]
     keys = min(stored, sizes.get("window", 0) or stored)
     programs = max(1, sizes["B"] * sizes["Hkv"])
-    sms = switches(sizes).sms or multiprocessors(arch)
+    sms = switch(sizes, "sms") or multiprocessors(arch)
     splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, 256)), high=64)
-    if switches(sizes).deterministic:
+    if switch(sizes, "deterministic"):
         splits = DETERMINISTIC_SPLITS
     D, single, cdna = power_of_2(sizes["D"], low=16), dtype == torch.float32, amd(arch)
     # Head sizes that are no multiple of 16 need masks, which take registers.

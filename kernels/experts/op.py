@@ -18,10 +18,10 @@ import triton
 from torch import Tensor
 
 from .. import reference
-from ..checks import INTS, SINGLE, Above, Matrix, Within
+from ..checks import INTS, SINGLE, Matrix, Within
 from ..dispatch import expected_distinct_experts, gather_by_expert, sample_ids, sort_by_expert
 from ..launch import Configs, launch, select_configs, target_arch
-from ..op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sampler, shapes, switches
+from ..op import Cost, Op, Shape, Sizes, dense_rows, power_of_2, sampler, shape_grid, shapes, switch
 from ..quantized import QUANT_NAMES, sample_quantized, weight_bytes
 from ..tma import describe
 from ..weight import Weight
@@ -55,7 +55,7 @@ def experts_add_rms_norm(
     weights: Scores,
     residual: Tokens,
     norm_weight: Annotated[Tensor, "H"],
-    eps: Annotated[float, Above(0.0)],
+    eps: float,
     deterministic: bool = False,
 ) -> tuple[Tokens, Tokens]:
     """Norm y of residual + `expert_swiglu` -> y, the sum."""
@@ -122,54 +122,41 @@ def _prefill(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes
         order, offsets = sort_by_expert(ids, E)
     h = torch.empty((N, I), dtype=x.dtype, device=x.device)
     y = torch.empty((1, N, H), dtype=x.dtype, device=x.device)
-    groups = {"order_ptr": order, "offsets_ptr": offsets, "E": E}
 
-    def run(kernel: Any, columns: int, w: Weight, **args: Any) -> None:
-        config = selected[kernel.__name__]
+    def run(
+        kernel: Any, columns: int, rows: tuple[str, Tensor, bool], weight: tuple[str, Weight, int], **args: Any
+    ) -> None:
+        """`rows`: name, tensor, whether it is in sorted order; `weight`: name, weight, parts of its descriptor."""
+        (x_name, x, in_order), (w_name, w, parts), config = rows, weight, selected[kernel.__name__]
+        m, n, k, short_m = (config.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SHORT_M"))
+        args |= {f"{x_name}_ptr": x, f"{x_name}_desc": None, "short_desc": None}
+        if in_order:
+            args[f"{x_name}_desc"] = describe(x, (main_rows(m, short_m), k), arch)
+            args["short_desc"] = describe(x, (short_m, k), arch) if short_m else None
+        args |= {f"{w_name}_ptr": w.staged(), f"{w_name}_desc": w.descriptor(parts, n, k, arch), **w.args}
         # Each group wastes less than one row tile, so these suffice; surplus programs exit at once.
-        row_tiles = triton.cdiv(N, config.constexprs["BLOCK_M"]) + E - 1 if N else 0
-        grid = (row_tiles * triton.cdiv(columns, config.constexprs["BLOCK_N"]),)
-        launch(
-            kernel, grid, {**args, **groups, **w.args}, config, H=H, I=I, BLOCK_E=power_of_2(E), LAYOUT=w.layout(arch)
-        )
+        row_tiles = triton.cdiv(N, m) + E - 1 if N else 0
+        args |= {"order_ptr": order, "offsets_ptr": offsets, "E": E}
+        constants = {"H": H, "I": I, "BLOCK_E": power_of_2(E), "LAYOUT": w.layout(arch)}
+        launch(kernel, (row_tiles * triton.cdiv(columns, n),), args, config, **constants)
 
-    config = selected["experts_up_kernel"]
-    _, n, k = _tile(config)
-    up_args = {"x_ptr": x, "gate_up_ptr": gate_up.staged(), "h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0)}
-    up_args["x_desc"], up_args["short_desc"] = _row_tiles(x, config, arch) if gather else (None, None)
-    up_args["gate_up_desc"] = gate_up.descriptor(2, n, k, arch)
-    run(experts_up_kernel, I, gate_up, **up_args)
-    config = selected["experts_down_kernel"]
-    _, n, k = _tile(config)
-    down_args = {"h_ptr": h, "down_ptr": down.staged(), "y_ptr": y, "down_desc": down.descriptor(1, n, k, arch)}
-    down_args["h_desc"], down_args["short_desc"] = _row_tiles(h, config, arch)
-    run(experts_down_kernel, H, down, **down_args)
+    up_args = {"h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0)}
+    run(experts_up_kernel, I, ("x", x, gather is not None), ("gate_up", gate_up, 2), **up_args)
+    run(experts_down_kernel, H, ("h", h, True), ("down", down, 1), y_ptr=y)
     return y
-
-
-def _row_tiles(rows: Tensor, config: LaunchConfig, arch: str) -> tuple[Any, Any]:
-    """Describe sorted rows for the upper part of a row tile and for a short tile; None where pointers read."""
-    m, _, k = _tile(config)
-    short_m = config.constexprs["SHORT_M"]
-    short = describe(rows, (short_m, k), arch) if short_m else None
-    return describe(rows, (main_rows(m, short_m), k), arch), short
-
-
-def _tile(config: LaunchConfig) -> tuple[int, int, int]:
-    return tuple(config.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))  # type: ignore[return-value]
 
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
     T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
-    draw, formats = sampler(dtype, device, generator), switches(sizes)
+    draw = sampler(dtype, device, generator)
     x = draw(T, H)
 
-    def weight(format: str | None, *shape: int) -> Any:
-        if format is not None:
+    def weight(name: str, *shape: int) -> Any:
+        if format := switch(sizes, name):
             return sample_quantized(format, *shape, device=device, generator=generator)
         return draw(*shape, scale=shape[-1] ** -0.5)
 
-    gate_up, down = weight(formats.gate_up, E, 2 * I, H), weight(formats.down, E, H, I)
+    gate_up, down = weight("gate_up", E, 2 * I, H), weight("down", E, H, I)
     weights = sampler(torch.float32, device, generator)(T, K).softmax(-1)
     ids = sample_ids(sizes, device, generator)
     return {"x": x, "gate_up_proj": gate_up, "down_proj": down, "ids": ids, "weights": weights}
@@ -183,8 +170,8 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     """
     T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
     experts = sizes.get("chosen", expected_distinct_experts(T, K / E, E))
-    gate_up = weight_bytes(switches(sizes).gate_up, 2 * I, H, dtype.itemsize)
-    weights = experts * (gate_up + weight_bytes(switches(sizes).down, H, I, dtype.itemsize))
+    gate_up = weight_bytes(switch(sizes, "gate_up"), 2 * I, H, dtype.itemsize)
+    weights = experts * (gate_up + weight_bytes(switch(sizes, "down"), H, I, dtype.itemsize))
     elements = 2 * T * H + 2 * T * K * (H + I)
     return Cost(flops=6 * T * K * H * I, bytes=int(weights) + elements * dtype.itemsize + 8 * T * K)
 
@@ -201,6 +188,9 @@ def cost_norm(sizes: Sizes, dtype: torch.dtype) -> Cost:
     return Cost(flops=experts.flops + 5 * T * H, bytes=experts.bytes + (2 * T + 1) * H * dtype.itemsize)
 
 
+_SIZES = {"H": 4096, "I": 14336, "E": 8, "K": 2}
+_BENCHED = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096, 8192)
+
 OP = Op(
     run=expert_swiglu,
     reference=reference.expert_swiglu,
@@ -213,25 +203,18 @@ OP = Op(
         Shape(T=70, H=96, I=64, E=4, K=2, gate_up="int8", down="fp8"),
     ),
     bench_shapes=(
-        *(
-            {"T": T, "H": H, "I": I, "E": 8, "K": 2}
-            for H, I in ((4096, 14336), (6144, 16384))
-            for T in (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096, 8192)
-        ),
-        *(
-            Shape(T=T, H=4096, I=14336, E=8, K=2, gate_up=format, down=format)
-            for format in QUANT_NAMES
-            for T in (1, 4096)
-        ),
+        *shape_grid(T=_BENCHED, **_SIZES),
+        *shape_grid(T=_BENCHED, **_SIZES | {"H": 6144, "I": 16384}),
+        *(shape | {"down": shape["gate_up"]} for shape in shape_grid(gate_up=QUANT_NAMES, T=(1, 4096), **_SIZES)),
     ),
 )
 
-NORM_OP = Op(
-    run=experts_add_rms_norm,
+NORM_OP = OP.variant(
+    experts_add_rms_norm,
     reference=reference.experts_add_rms_norm,
     inputs=inputs_norm,
     configs=lambda sizes, dtype, arch: configs(Shape(sizes, norm=True), dtype, arch),
     cost=cost_norm,
     test_shapes=OP.test_shapes[:3] + OP.test_shapes[4:5],
-    bench_shapes=tuple(sizes for sizes in OP.bench_shapes if sizes["T"] in (1, 64, 4096) and not switches(sizes).down),
+    bench_shapes=tuple(sizes for sizes in OP.bench_shapes if sizes["T"] in (1, 64, 4096) and "down" not in sizes),
 )

@@ -11,7 +11,7 @@ import torch
 
 from ..arch import amd, family, tma
 from ..dispatch import gather_configs
-from ..op import LaunchConfig, Sizes, power_of_2, switches
+from ..op import LaunchConfig, Sizes, power_of_2, switch
 from ..quantized_tiles import skinny_config, wide_config
 
 # Up to here the sort-free kernels run: the bytes of the weights bound the layer, whatever the tiles.
@@ -31,40 +31,34 @@ _SINGLE = (32, 0, 16, 32, 32, 4, 2)  # fp32, without tensor cores at this precis
 
 
 def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    rows = 0 if switches(sizes).deterministic else sizes["T"] * sizes["K"] // sizes["E"]
+    deterministic, by_pointers = switch(sizes, "deterministic"), switch(sizes, "by_pointers")
+    slots, dense = sizes["T"] * sizes["K"], not (switch(sizes, "gate_up") or switch(sizes, "down"))
+    rows = 0 if deterministic else slots // sizes["E"]
     # With pointers the larger tiles of later GPUs spill.
-    table = _PREFILL["sm_80" if switches(sizes).by_pointers and not amd(arch) else family(arch)]
+    table = _PREFILL["sm_80" if by_pointers and not amd(arch) else family(arch)]
     tile = _SINGLE if dtype == torch.float32 else table[max(key for key in table if key <= rows)]
     block_m, short_m, up_n, down_n, block_k, warps, stages = tile
-    dense = not (switches(sizes).gate_up or switches(sizes).down)
     # TMA reads x where it was gathered in sorted order.
-    sorted_x = dense and tma(arch) and dtype.itemsize == 2 and not switches(sizes).by_pointers
+    sorted_x = dense and tma(arch) and dtype.itemsize == 2 and not by_pointers
     if not sorted_x:  # pointers need tiles of one part, a power of 2
         block_m, short_m = min(block_m, 128), 0
-        if not switches(sizes).deterministic:
-            block_m = power_of_2(sizes["T"] * sizes["K"], low=16, high=block_m)
-
-    total_rows = None if switches(sizes).deterministic else (rows, sizes["T"] * sizes["K"])
+        block_m = block_m if deterministic else power_of_2(slots, low=16, high=block_m)
 
     def config(columns: int, block_n: int, depth: int, weights: str | None, halves: int) -> LaunchConfig:
         if weights:
-            wide = wide_config(weights, columns, depth, total_rows, dtype, arch, halves)
+            shared = None if deterministic else (rows, slots)
+            wide = wide_config(weights, columns, depth, shared, dtype, arch, halves)
             return replace(wide, constexprs={**wide.constexprs, "SHORT_M": 0})
-        tiles = {
-            "BLOCK_M": block_m,
-            "SHORT_M": short_m,
-            "BLOCK_N": power_of_2(columns, low=16, high=block_n),
-            "BLOCK_K": power_of_2(depth, low=16, high=block_k),
-            "GROUP_M": 8,
-        }
+        tiles = {"BLOCK_M": block_m, "SHORT_M": short_m, "BLOCK_N": power_of_2(columns, low=16, high=block_n)}
+        tiles |= {"BLOCK_K": power_of_2(depth, low=16, high=block_k), "GROUP_M": 8}
         return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
 
     kernels = {
-        "experts_up_kernel": config(sizes["I"], up_n, sizes["H"], switches(sizes).gate_up, 2),
-        "experts_down_kernel": config(sizes["H"], down_n, sizes["I"], switches(sizes).down, 1),
+        "experts_up_kernel": config(sizes["I"], up_n, sizes["H"], switch(sizes, "gate_up"), 2),
+        "experts_down_kernel": config(sizes["H"], down_n, sizes["I"], switch(sizes, "down"), 1),
     }
     if sorted_x:
-        kernels["gather_by_expert_kernel"] = gather_configs(sizes["T"] * sizes["K"], sizes["E"], sizes["H"])
+        kernels["gather_by_expert_kernel"] = gather_configs(slots, sizes["E"], sizes["H"])
     return kernels
 
 
@@ -79,6 +73,7 @@ def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     span = -(-sizes["I"] // SPLIT_K)
     up = {"BLOCK_N": power_of_2(sizes["I"], low=16, high=32), "BLOCK_K": power_of_2(sizes["H"], 16, block_k)}
     down = {"BLOCK_N": power_of_2(sizes["H"], low=16, high=64), "BLOCK_K": power_of_2(span, 16, block_k)}
+    down["SPLIT_K"] = SPLIT_K
 
     def config(tile: dict[str, int], columns: int, depth: int, weights: str | None, halves: int) -> LaunchConfig:
         if not weights:
@@ -87,18 +82,16 @@ def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
         return replace(skinny, constexprs={**tiles, **tile, **skinny.constexprs})
 
     return {
-        "experts_up_decode_kernel": config(up, sizes["I"], sizes["H"], switches(sizes).gate_up, 2),
-        "experts_down_decode_kernel": config(
-            down | {"SPLIT_K": SPLIT_K}, sizes["H"], sizes["I"], switches(sizes).down, 1
-        ),
+        "experts_up_decode_kernel": config(up, sizes["I"], sizes["H"], switch(sizes, "gate_up"), 2),
+        "experts_down_decode_kernel": config(down, sizes["H"], sizes["I"], switch(sizes, "down"), 1),
     }
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     # The fused norm needs a full row.
-    norm = switches(sizes).norm
+    norm = switch(sizes, "norm")
     combine = LaunchConfig({"BLOCK_H": power_of_2(sizes["H"], high=1 << 30 if norm else 1024)}, 8 if norm else 4)
     kernels = {"experts_combine_kernel": combine}
-    if sizes["T"] > DECODE_TOKENS or switches(sizes).deterministic:
+    if sizes["T"] > DECODE_TOKENS or switch(sizes, "deterministic"):
         return kernels | _prefill(sizes, dtype, arch)
     return kernels | _decode(sizes, dtype, arch)

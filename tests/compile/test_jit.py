@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import Mixtral, MixtralConfig
-from mixtral_triton.kernels import gate, norm
+from mixtral_triton.kernels import norm, router
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.op import Op, Shape
@@ -244,7 +244,7 @@ def test_prompts_of_any_length_share_their_kernels(gpu: Any, covers: Any) -> Non
 
 
 def test_injected_fault_specialized_length(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    (rows,) = (parameter for parameter in gate.gate_route_kernel.params if parameter.name == "T")
+    (rows,) = (parameter for parameter in router.gate_route_kernel.params if parameter.name == "T")
     monkeypatch.setattr(rows, "do_not_specialize", False)
     compiled = kernels_of_prompts(gpu, [70, 80])
     assert [kernel[0] for kernel, times in compiled.items() if times > 1] == ["gate_route_kernel"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mixtral_triton import ops
-from mixtral_triton.kernels import gate, linear
+from mixtral_triton.kernels import linear, router
 from mixtral_triton.kernels.launch import INTERPRETED, pdl_region
 from mixtral_triton.kernels.op import Launch
 from mixtral_triton.kernels.record import record_launches
@@ -67,7 +67,7 @@ LINEAR, GATE, ROUTE = {"T": 1, "H": 4096, "N": 4096}, {"T": 1, "H": 4096, "E": 8
 NO_WAIT, WAIT = ("    pdl_wait(PDL)\n", ""), "    pdl_wait(PDL)\n"
 LINEAR_WAIT = ("0, H, EVEN, H, LAYOUT, PDL)", "0, H, EVEN, H, LAYOUT)")
 IMPORT = ("from .launch import", "from .pdl import pdl_wait\nfrom .launch import")
-NORM_GATE = (gate, "rms_norm_gate_route", GATE)
+NORM_GATE = (router, "rms_norm_gate_route", GATE)
 FAULTS = [  # the operation, the message, and changes of the source
     ((linear, "linear", LINEAR), "0 waits", LINEAR_WAIT),
     (

@@ -54,7 +54,7 @@ def tiles(tile: Tile, short: int = 0) -> dict[str, LaunchConfig]:
 
 def recorded(name: str, sizes: Sizes, arch: str = "sm_90", **configs: LaunchConfig) -> list[Launch]:
     args = OPS[name].inputs(sizes, BF16, torch.device("meta"))
-    if isinstance(sizes, Shape) and sizes.switches.deterministic:
+    if sizes.get("deterministic"):
         args["deterministic"] = True
     with override_configs(configs), record_launches(arch) as launches:
         OPS[name].run(**args)
