@@ -15,7 +15,7 @@ from torch import Tensor
 from . import reference
 from .checks import INT32, INTS, Within
 from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, power_of_2, shapes
+from .op import LaunchConfig, Op, Sizes, power_of_2, random_inputs, shapes, streaming_cost
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -148,21 +148,16 @@ def sample_ids(sizes: Sizes, device: Any, generator: Any = None) -> Tensor:
     return scores.argsort(dim=-1)[:, : sizes["K"]].to(device=device, dtype=torch.int32)
 
 
-def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    return {"ids": sample_ids(sizes, device, generator).to(dtype), "num_experts": sizes["E"]}
-
-
-def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    slots = sizes["T"] * sizes["K"]
-    return Cost(flops=0, bytes=slots * (dtype.itemsize + 4) + 4 * (sizes["E"] + 1))
+def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    return {"ids": sample_ids(sizes, device, generator).to(dtype)}
 
 
 OP = Op(
     run=sort_by_expert,
     reference=reference.sort_by_expert,
-    inputs=inputs,
+    inputs=random_inputs(sort_by_expert, _inputs),
     configs=configs,
-    cost=cost,
+    cost=streaming_cost(sort_by_expert, lambda sizes: 0),
     test_shapes=shapes("T E K", "1 8 2, 77 8 2, 40 4 1, 3000 8 2, 9 64 6, 5 1 1"),
     bench_shapes=shapes("T E K", "128 8 2, 1024 8 2, 8192 8 2"),
     dtypes=INTS,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -55,11 +54,6 @@ def _dot(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imp
     return type(d)(product(_values(a).astype(accumulate), _values(b).astype(accumulate)) + d.data, d.dtype.scalar)
 
 
-def active_addresses(pointers: Any, mask: Any) -> np.ndarray:
-    """Return the addresses that an interpreted load or store touches: those of unmasked lanes."""
-    return pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
-
-
 def _patch_once(patch: Any) -> Any:
     """Patch each language module once a launch. The interpreter repeats it for every device function that a program
     calls, which takes most of its time."""
@@ -76,12 +70,9 @@ def _patch_once(patch: Any) -> Any:
 
 
 @contextmanager
-def interpreting(check_overflow: bool = False) -> Iterator[Any]:
-    """Correct bfloat16 casts and dots within the block; yield the interpreter's builder.
-
-    `check_overflow`: integer arithmetic that overflows its type raises, where it otherwise wraps.
-    """
-    options = replace(interpreter.InterpreterOptions(), sanitize_overflow=check_overflow, debug=check_overflow)
+def interpreting() -> Iterator[Any]:
+    """Correct bfloat16 casts and dots within the block, let integers wrap; yield the interpreter's builder."""
+    options = interpreter.InterpreterOptions(sanitize_overflow=False)
     builder, patch = interpreter.interpreter_builder, interpreter._patch_lang
     before = builder.options
     builder.cast_impl, builder.create_dot = partial(_cast, builder), partial(_dot, builder)

@@ -8,7 +8,7 @@ kernel, with another order of the sum, for another T.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import triton
@@ -19,8 +19,20 @@ from . import reference
 from .arch import amd, family, multiprocessors
 from .checks import Matrix
 from .launch import is_overridden, launch, select_configs, target_arch
-from .op import Cost, LaunchConfig, Op, Shape, Sizes, dense_rows, power_of_2, sampler, shape_grid, shapes, switch
-from .quantized import QUANT_NAMES, sample_quantized, weight_bytes
+from .op import (
+    LaunchConfig,
+    Op,
+    Shape,
+    Sizes,
+    dense_rows,
+    power_of_2,
+    random_inputs,
+    shape_grid,
+    shapes,
+    streaming_cost,
+    switch,
+)
+from .quantized import QUANT_NAMES
 from .quantized_tiles import skinny_config, wide_config
 from .tiles import depth_tile, program_tile
 from .unpack import fields_of
@@ -154,25 +166,12 @@ def linear(
     return y
 
 
-def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    draw = sampler(dtype, device, generator)
-    N, H, format, source = sizes["N"], sizes["H"], switch(sizes, "weight"), {"device": device, "generator": generator}
-    weight: Any = sample_quantized(format, N, H, **source) if format else draw(N, H, scale=H**-0.5)
-    return {"x": draw(sizes["T"], H), "weight": weight, "deterministic": bool(switch(sizes, "deterministic"))}
-
-
-def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    T, H, N = (sizes[letter] for letter in ("T", "H", "N"))
-    weight = weight_bytes(switch(sizes, "weight"), N, H, dtype.itemsize)
-    return Cost(flops=2 * T * H * N, bytes=weight + (T * H + T * N) * dtype.itemsize)
-
-
 OP = Op(
     run=linear,
     reference=reference.linear,
-    inputs=inputs,
+    inputs=random_inputs(linear),
     configs=configs,
-    cost=cost,
+    cost=streaming_cost(linear, lambda sizes: 2 * sizes["T"] * sizes["H"] * sizes["N"]),
     test_shapes=(
         *shapes("T H N", "1 512 40, 3 100 64, 16 256 33"),
         *shapes("T H N", "1 128 70, 70 100 64", deterministic=True),

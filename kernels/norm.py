@@ -7,7 +7,6 @@ B sequences, T tokens or rows, V rows of the embedding, H hidden
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from . import reference
 from .checks import INTS, Range, Within, constrain, fail, readable
 from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sampler, shape_grid, shapes
+from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, random_inputs, shape_grid, shapes, streaming_cost
 from .ring import POSITIONS_MAX, strides
 
 
@@ -106,32 +105,21 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     return y, total
 
 
-def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    draw = sampler(dtype, device, generator)
-    return {"x": draw(sizes["T"], sizes["H"]), "weight": draw(sizes["H"]), "eps": 1e-5}
-
-
-def inputs_add(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    residual = sampler(dtype, device, generator)(sizes["T"], sizes["H"])
-    return {**inputs(sizes, dtype, device, generator), "residual": residual}
-
-
-def _cost(tensors: int, sizes: Sizes, dtype: torch.dtype) -> Cost:
-    T, H = sizes["T"], sizes["H"]
-    return Cost(flops=4 * T * H, bytes=(tensors * T * H + H) * dtype.itemsize)
+def _flops(sizes: Sizes) -> int:
+    return 4 * sizes["T"] * sizes["H"]
 
 
 OP = Op(
     run=rms_norm,
     reference=reference.rms_norm,
-    inputs=inputs,
+    inputs=random_inputs(rms_norm),
     configs=configs,
-    cost=partial(_cost, 2),
+    cost=streaming_cost(rms_norm, _flops),
     test_shapes=shapes("T H", "1 128, 17 128, 5 80, 3 1000, 2 4096, 33 1"),
     bench_shapes=shapes("T H", "1 4096, 64 4096, 4096 4096, 1 6144, 64 6144, 4096 6144"),
 )
 
-ADD_OP = OP.variant(add_rms_norm, inputs=inputs_add, cost=partial(_cost, 4))
+ADD_OP = OP.variant(add_rms_norm, inputs=random_inputs(add_rms_norm), cost=streaming_cost(add_rms_norm, _flops))
 
 
 @triton.jit(do_not_specialize=["T", "limit", "stride_ib"])
@@ -221,16 +209,12 @@ def embed_rms_norm(
     return y, x
 
 
-def embed_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+def _embed_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
     """With "past": sequence b is at past + b and has T - b new tokens."""
-    B, T, V, H = (sizes[letter] for letter in ("B", "T", "V", "H"))
-    ids = (torch.arange(B * T, device=device) * 7 % V).view(B, T)
-    draw = sampler(dtype, device, generator)
-    args = {"input_ids": ids, "table": draw(V, H), "weight": draw(H), "eps": 1e-5}
-    if "past" in sizes:
-        b = torch.arange(B, dtype=torch.int32, device=device)
-        args |= {"past": sizes["past"] + b, "new": (T - b).clamp(min=0), "limit": sizes["past"] + T + B}
-    return args
+    B, T, past = sizes["B"], sizes["T"], sizes.get("past")
+    args = {"input_ids": (torch.arange(B * T, device=device) * 7 % sizes["V"]).view(B, T)}
+    b = torch.arange(B, dtype=torch.int32, device=device)
+    return args if past is None else {**args, "past": past + b, "new": (T - b).clamp(min=0), "limit": past + T + B}
 
 
 def embed_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
@@ -242,7 +226,7 @@ def embed_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
 EMBED_OP = Op(
     run=embed_rms_norm,
     reference=reference.embed_rms_norm,
-    inputs=embed_inputs,
+    inputs=random_inputs(embed_rms_norm, _embed_inputs),
     configs=embed_configs,
     cost=embed_cost,
     test_shapes=shapes("B T V H past", "3 1 50 128 7, 2 3 30 1000 0") + shapes("B T V H", "2 5 9 80"),

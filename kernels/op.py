@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -15,6 +16,7 @@ import torch
 
 from . import checks
 from .checks import Argument, Binder, Constraints, Within
+from .quantized import sample_quantized, weight_bytes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -105,6 +107,16 @@ class Launch:
     dependent: bool = False
 
 
+@cache
+def read_annotations(run: Callable[..., Any]) -> tuple[tuple[Argument, ...], tuple[Argument, ...]]:
+    """Return the arguments and the results of an operation."""
+    hints = typing.get_type_hints(run, include_extras=True)
+    returned = hints["return"]
+    parts = typing.get_args(returned) if typing.get_origin(returned) is tuple else (returned,)
+    arguments = (Argument.parse(name, hints.get(name, Any)) for name in inspect.signature(run).parameters)
+    return tuple(arguments), tuple(Argument.parse("", part) for part in parts if part is not type(None))
+
+
 class SignatureError(ValueError, TypeError):
     """A call that does not fit the signature: Python's TypeError, and a ValueError like an operation's other errors."""
 
@@ -168,19 +180,13 @@ class Op(Generic[P, R]):
         """The place of the argument `deterministic`, or None."""
         return self.names.index("deterministic") if "deterministic" in self.names else None
 
-    @cached_property
-    def _hints(self) -> dict[str, Any]:
-        return typing.get_type_hints(self.run, include_extras=True)
-
-    @cached_property
+    @property
     def arguments(self) -> tuple[Argument, ...]:
-        return tuple(Argument.parse(name, self._hints.get(name, Any)) for name in self.names)
+        return read_annotations(self.run)[0]
 
-    @cached_property
+    @property
     def results(self) -> tuple[Argument, ...]:
-        returned = self._hints["return"]
-        parts = typing.get_args(returned) if typing.get_origin(returned) is tuple else (returned,)
-        return tuple(Argument.parse("", part) for part in parts if part is not type(None))
+        return read_annotations(self.run)[1]
 
     def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return the arguments of a call in the order of `run`, defaults filled in."""
@@ -290,6 +296,48 @@ def sampler(dtype: torch.dtype, device: Any, generator: torch.Generator | None) 
         return (torch.randn(shape, generator=generator) * scale).to(device=device, dtype=dtype)
 
     return draw
+
+
+def streaming_cost(run: Callable[..., Any], flops: Callable[[Sizes], int]) -> Callable[[Sizes, torch.dtype], Cost]:
+    """Return `Op.cost` for an operation that reads each required argument once and writes each result once."""
+
+    def tensor_bytes(argument: Argument, sizes: Sizes, dtype: torch.dtype) -> int:
+        *rows, columns = checks.shape_of(argument.shape_spec, {"...": (sizes["T"],), **sizes})
+        weights = switch(sizes, argument.name) if argument.kind == checks.Matrix else None
+        stored = dtype if argument.dtypes is None or dtype in argument.dtypes else argument.dtypes[0]
+        return weight_bytes(weights, math.prod(rows), columns, stored.itemsize)
+
+    def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+        tensors = [a for part in read_annotations(run) for a in part if a.tensor and not a.optional]
+        return Cost(flops=flops(sizes), bytes=sum(tensor_bytes(a, sizes, dtype) for a in tensors))
+
+    return cost
+
+
+def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]] | None = None) -> Any:
+    """Return `Op.inputs` for `run`: the arguments that `special` returns, and random ones by their annotations.
+
+    Tensors have normal values, divided by the root of the columns where no dimension counts sequences or tokens. A
+    Matrix is quantized where a switch says so. Numbers are sizes, switches, or 1e-5.
+    """
+
+    def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+        def value(argument: Argument) -> Any:
+            if argument.kind is bool:
+                return bool(switch(sizes, argument.name))
+            if not argument.tensor:
+                return sizes.get(argument.shape_spec or argument.name, 1e-5)
+            shape = checks.shape_of(argument.shape_spec, {"...": (sizes.get("T"),), **sizes})
+            if argument.kind == checks.Matrix and (format := switch(sizes, argument.name.removesuffix("_proj"))):
+                return sample_quantized(format, *shape, device=device, generator=generator)
+            is_weight = len(shape) > 1 and argument.shape_spec.split()[0] not in ("B", "T", "...")
+            return sampler(dtype, device, generator)(*shape, scale=shape[-1] ** -0.5 if is_weight else 1.0)
+
+        args = {} if special is None else special(sizes, dtype, device, generator)
+        arguments = [a for a in read_annotations(run)[0] if a.name in args or a.name in sizes or not a.optional]
+        return {a.name: args[a.name] if a.name in args else value(a) for a in arguments}
+
+    return inputs
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:

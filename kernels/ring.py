@@ -16,7 +16,7 @@ from torch import Tensor
 from . import reference
 from .checks import INTS, Within, constrain, fail
 from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sampler, shapes
+from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, random_inputs, shapes
 
 # The greatest position: far beyond any model's, and a tile of keys past it still fits int32.
 POSITIONS_MAX = tl.constexpr(1 << 30)
@@ -101,19 +101,10 @@ def append(k: Heads, v: Heads, k_cache: Slots, v_cache: Slots, past: Past, new: 
     launch(append_kernel, (T, B), args, selected["append_kernel"])
 
 
-def cache_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    """Random caches and positions: sequence b has past `past` + 3 b and T - b new tokens."""
-    B, T, Hkv, C, D = (sizes[letter] for letter in ("B", "T", "Hkv", "C", "D"))
-    draw = sampler(dtype, device, generator)
-    k_cache, v_cache = draw(B, Hkv, C, D), draw(B, Hkv, C, D)
-    b = torch.arange(B, dtype=torch.int32)
-    past, new = (sizes["past"] + 3 * b).to(device), (T - b).clamp(min=0).to(device)
-    return {"k_cache": k_cache, "v_cache": v_cache, "past": past, "new": new}
-
-
-def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    shape, draw = tuple(sizes[letter] for letter in ("B", "T", "Hkv", "D")), sampler(dtype, device, generator)
-    return {"k": draw(*shape), "v": draw(*shape), **cache_inputs(sizes, dtype, device, generator)}
+def cache_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    """Sequence b has past `past` + 3 b and T - b new tokens."""
+    b = torch.arange(sizes["B"], dtype=torch.int32)
+    return {"past": (sizes["past"] + 3 * b).to(device), "new": (sizes["T"] - b).clamp(min=0).to(device)}
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
@@ -127,7 +118,7 @@ _CACHES = shapes("B Hkv D C past", "2 2 80 16 0, 2 2 80 16 13, 2 2 80 64 40")
 OP = Op(
     run=append,
     reference=reference.append,
-    inputs=inputs,
+    inputs=random_inputs(append, cache_inputs),
     configs=configs,
     cost=cost,
     test_shapes=tuple(shape | {"T": T} for shape in _CACHES for T in (1, 15, 40)),

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import reference
 from .checks import INTS, SINGLE, Within, constrain, fail
 from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sampler, shapes
+from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, random_inputs, shapes
 from .ring import Heads, Queries, strides
 
 
@@ -109,13 +109,11 @@ def tables(P: int, D: int, device: Any) -> tuple[Tensor, Tensor]:
     return angles.cos().to(device), angles.sin().to(device)
 
 
-def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    B, T, D, P = sizes["B"], sizes["T"], sizes["D"], sizes["P"]
-    draw = sampler(dtype, device, generator)
-    q, k = draw(B, T, sizes["Hq"], D), draw(B, T, sizes["Hkv"], D)
-    cos, sin = tables(P, D, device)
+def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    B, T, P = sizes["B"], sizes["T"], sizes["P"]
+    cos, sin = tables(P, sizes["D"], device)
     positions = (torch.arange(T) * 7 + torch.arange(B)[:, None] * 5) % P
-    return {"q": q, "k": k, "cos": cos, "sin": sin, "positions": positions.to(device)}
+    return {"cos": cos, "sin": sin, "positions": positions.to(device)}
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
@@ -128,7 +126,7 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
 OP = Op(
     run=rope,
     reference=reference.rope,
-    inputs=inputs,
+    inputs=random_inputs(rope, _inputs),
     configs=configs,
     cost=cost,
     test_shapes=shapes("B T Hq Hkv D P", "2 1 4 4 64 96, 2 5 8 2 80 96, 2 3 4 1 96 96, 2 4 4 4 128 96, 2 2 8 2 32 96"),

@@ -19,7 +19,7 @@ from . import reference
 from .checks import INT32, SINGLE, Within
 from .launch import launch, select_configs
 from .norm import normed
-from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, sampler, shape_grid, shapes
+from .op import LaunchConfig, Op, Sizes, dense_rows, power_of_2, random_inputs, shape_grid, shapes, streaming_cost
 from .pdl import pdl_wait
 
 TILE_ELEMENTS = 32768  # elements of the gate that a program holds at once
@@ -250,38 +250,9 @@ def _launch_gate(x: Tensor, gate: Tensor, top_k: int, **norm: Any) -> tuple[Tens
     return logits, weights, ids
 
 
-def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    logits = sampler(dtype, device, generator)(sizes["T"], sizes["E"], scale=2.0)
-    return {"logits": logits, "top_k": sizes["K"]}
-
-
-def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    T, E, K = sizes["T"], sizes["E"], sizes["K"]
-    return Cost(flops=(K + 4) * T * E, bytes=T * (E * dtype.itemsize + K * 8))
-
-
-def gate_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    T, H, E = sizes["T"], sizes["H"], sizes["E"]
-    draw = sampler(dtype, device, generator)
-    return {"x": draw(T, H), "gate": draw(E, H, scale=2.0 * H**-0.5), "top_k": sizes["K"]}
-
-
-def norm_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    draw = sampler(dtype, device, generator)
-    norm = {"residual": draw(sizes["T"], sizes["H"]), "weight": draw(sizes["H"]), "eps": 1e-5}
-    return {**gate_inputs(sizes, dtype, device, generator), **norm}
-
-
-def gate_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    T, H, E = sizes["T"], sizes["H"], sizes["E"]
-    rest = cost(sizes, dtype)
-    return Cost(flops=2 * T * H * E + rest.flops, bytes=(T * H + E * H) * dtype.itemsize + rest.bytes)
-
-
-def norm_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    """Count the gate's work, the residual, the sum and the norm, and the norm's weight."""
-    gate, T, H = gate_cost(sizes, dtype), sizes["T"], sizes["H"]
-    return Cost(flops=gate.flops + 5 * T * H, bytes=gate.bytes + (3 * T + 1) * H * dtype.itemsize)
+def _flops(sizes: Sizes) -> int:
+    """Count the route's, and where there is an H the gate's."""
+    return sizes["T"] * sizes["E"] * (sizes["K"] + 4 + 2 * sizes.get("H", 0))
 
 
 def derived_outputs(args: Any, results: Any) -> Any:
@@ -292,9 +263,9 @@ def derived_outputs(args: Any, results: Any) -> Any:
 OP = Op(
     run=route,
     reference=reference.route,
-    inputs=inputs,
+    inputs=random_inputs(route),
     configs=configs,
-    cost=cost,
+    cost=streaming_cost(route, _flops),
     test_shapes=shapes("T E K", "1 8 2, 67 8 2, 5 4 1, 9 6 6, 130 16 3, 3 1 1, 4 160 6"),
     bench_shapes=shape_grid(T=(1, 64, 4096), E=8, K=2),
 )
@@ -302,14 +273,17 @@ OP = Op(
 GATE_OP = Op(
     run=gate_route,
     reference=reference.gate_route,
-    inputs=gate_inputs,
+    inputs=random_inputs(gate_route),
     configs=gate_configs,
-    cost=gate_cost,
+    cost=streaming_cost(gate_route, _flops),
     test_shapes=shapes("T H E K", "1 128 8 2, 19 80 8 2, 33 300 16 3, 2 64 160 6, 3 64 1 1, 2 4200 8 2"),
     bench_shapes=shape_grid(H=(4096, 6144), T=(1, 64, 4096), E=8, K=2),
     derived_outputs=derived_outputs,
 )
 
 NORM_OP = GATE_OP.variant(
-    rms_norm_gate_route, reference=reference.rms_norm_gate_route, inputs=norm_inputs, cost=norm_cost
+    rms_norm_gate_route,
+    reference=reference.rms_norm_gate_route,
+    inputs=random_inputs(rms_norm_gate_route),
+    cost=streaming_cost(rms_norm_gate_route, lambda sizes: _flops(sizes) + 5 * sizes["T"] * sizes["H"]),
 )

@@ -8,6 +8,7 @@ nobody wrote is NaN.
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor
 
 from mixtral_triton.kernels import call, interpret, launch
-from mixtral_triton.kernels.interpret import active_addresses, interpreting
+from mixtral_triton.kernels.interpret import interpreting
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.offload import OffloadedWeight, find_weight
+from tests.support.traffic import active_addresses
 
 MARGIN = 64  # elements on either side
 FLOAT_CANARIES = (float("nan"), 1.0e4)
@@ -93,7 +95,9 @@ def run_fenced(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], turn: i
     for name, weight in tables.items():
         fences[name].guarded.copy_(fence_experts(name, weight, fences, turn))
     fenced = {name: launch.replace_base(args[name], fences[name].guarded) for name in launch.tensors(args)}
-    with interpreting(check_overflow=True) as builder:
+    with interpreting() as builder:
+        # Integer arithmetic that overflows its type raises an error.
+        builder.options = replace(builder.options, sanitize_overflow=True, debug=True)
         load = builder.create_masked_load
 
         def checked_load(pointers: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:

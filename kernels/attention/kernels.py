@@ -63,12 +63,10 @@ def _accumulate(
             k = tl.load(k_ptrs, mask=(offs_j < limit)[None, :] & (offs_d < D)[:, None], other=0.0)
             v = tl.load(v_ptrs, mask=(offs_j < limit)[:, None] & (offs_d < D)[None, :], other=0.0)
         elif keys.k_desc is not None:
-            if KIND.HEADS_FIRST:
-                k = keys.k_desc.load([keys.b, keys.hkv, start - first, 0]).reshape(BLOCK_N, BLOCK_D).T
-                v = keys.v_desc.load([keys.b, keys.hkv, start - first, 0]).reshape(BLOCK_N, BLOCK_D)
-            else:
-                k = keys.k_desc.load([keys.b, start - first, keys.hkv, 0]).reshape(BLOCK_N, BLOCK_D).T
-                v = keys.v_desc.load([keys.b, start - first, keys.hkv, 0]).reshape(BLOCK_N, BLOCK_D)
+            at = start - first
+            place = (keys.b, keys.hkv, at, 0) if KIND.HEADS_FIRST else (keys.b, at, keys.hkv, 0)
+            k = keys.k_desc.load(place).reshape(BLOCK_N, BLOCK_D).T
+            v = keys.v_desc.load(place).reshape(BLOCK_N, BLOCK_D)
         elif D == BLOCK_D:
             k, v = tl.load(k_ptrs), tl.load(v_ptrs)
         else:

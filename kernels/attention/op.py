@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import reference
 from ..checks import INTS, Within, constrain, fail
 from ..launch import launch, multiprocessors, select_configs, target_arch
-from ..op import Cost, Op, Shape, Sizes, dense_rows, sampler, shape_grid, shapes, switch
+from ..op import Cost, Op, Shape, Sizes, dense_rows, random_inputs, sampler, shape_grid, shapes, switch
 from ..ring import Heads, New, Past, Queries, Slots, cache_inputs, check_caches, strides
 from ..rope import Table, check_head_size, tables
 from ..tma import describe
@@ -96,7 +96,7 @@ def attention(
     bounds = {"starts_ptr": _contiguous(starts), "lengths_ptr": _contiguous(lengths), "past_ptr": None}
     G = q.shape[2] // k.shape[2]
     if causal and (q.shape[1] == 1 or q.shape[1] * G <= PACKED_ROWS):
-        return _decode(q, k, v, bounds, sizes, scale, ring=False)
+        return _decode(q, k, v, bounds, sizes, scale, False, _NO_NEWEST)
     return _prefill(q, k, v, None, bounds, sizes, scale, causal)
 
 
@@ -121,7 +121,7 @@ def cached_attention(
     sizes = _sizes(q, keys, window, deterministic)
     bounds = {"starts_ptr": None, "lengths_ptr": _contiguous(new), "past_ptr": _contiguous(past)}
     if k is None or v is None:
-        return _decode(q, keys, values, bounds, sizes, None, ring=True)
+        return _decode(q, keys, values, bounds, sizes, None, True, _NO_NEWEST)
     return _prefill(q, k, v, (k_cache, v_cache), bounds, sizes | {"C": k_cache.shape[2]}, None, True)
 
 
@@ -152,10 +152,12 @@ def rope_append_attention(
     newest = {"new_k_ptr": k, "new_v_ptr": v, "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous(), "P": len(cos)}
     newest |= strides("nk", k[:, 0], "bh") | strides("nv", v[:, 0], "bh")
     bounds = {"starts_ptr": None, "lengths_ptr": _contiguous(new), "past_ptr": _contiguous(past)}
-    return _decode(q, keys, values, bounds, sizes, None, ring=True, newest=newest)
+    return _decode(q, keys, values, bounds, sizes, None, True, newest)
 
 
-_NO_NEWEST: dict[str, Any] = {
+Caches = tuple[Tensor, Tensor] | None
+KernelArgs = dict[str, Any]
+_NO_NEWEST: KernelArgs = {
     **dict.fromkeys(("new_k_ptr", "new_v_ptr", "cos_ptr", "sin_ptr")),
     **dict.fromkeys(("P", "stride_nkb", "stride_nkh", "stride_nvb", "stride_nvh"), 0),
 }
@@ -183,14 +185,7 @@ def _common_args(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float | N
 
 
 def _prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache: tuple[Tensor, Tensor] | None,
-    bounds: dict[str, Tensor | None],
-    sizes: Sizes,
-    scale: float | None,
-    causal: bool,
+    q: Tensor, k: Tensor, v: Tensor, cache: Caches, bounds: KernelArgs, sizes: Sizes, scale: float | None, causal: bool
 ) -> Tensor:
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     B, T, Hq, D = q.shape
@@ -216,14 +211,7 @@ def _prefill(
 
 
 def _decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bounds: dict[str, Tensor | None],
-    sizes: Sizes,
-    scale: float | None,
-    ring: bool,
-    newest: Mapping[str, Any] = _NO_NEWEST,
+    q: Tensor, k: Tensor, v: Tensor, bounds: KernelArgs, sizes: Sizes, scale: float | None, ring: bool, newest: Any
 ) -> Tensor:
     """`newest`: the kernel's arguments about a key that is neither rotated nor in the ring yet."""
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
@@ -247,38 +235,17 @@ def _decode(
     return out
 
 
-def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
     """With "ragged": the keys of sequence b are in [b, S - 2 b)."""
-    B, T, S, D = (sizes[letter] for letter in ("B", "T", "S", "D"))
-    draw = sampler(dtype, device, generator)
-    q, k, v = (draw(B, tokens, sizes[heads], D) for tokens, heads in ((T, "Hq"), (S, "Hkv"), (S, "Hkv")))
-    bounds: dict[str, Any] = {}
-    if switch(sizes, "ragged"):
-        b = torch.arange(B, dtype=torch.int32)
-        bounds = {"starts": b.to(device), "lengths": (S - 2 * b).to(device)}
-    return {"q": q, "k": k, "v": v, "window": sizes["window"], "causal": bool(switch(sizes, "causal")), **bounds}
+    b = torch.arange(sizes["B"], dtype=torch.int32)
+    bounds = {"starts": b.to(device), "lengths": (sizes["S"] - 2 * b).to(device)}
+    return bounds if switch(sizes, "ragged") else {}
 
 
-def cached_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    draw = sampler(dtype, device, generator)
-    q, k, v = (draw(sizes["B"], sizes["T"], sizes[heads], sizes["D"]) for heads in ("Hq", "Hkv", "Hkv"))
-    fresh = {"k": k, "v": v} if switch(sizes, "fresh") else {"k": None, "v": None}
-    return {"q": q, **fresh, **cache_inputs(sizes, dtype, device, generator), "window": sizes["window"]}
-
-
-def _pairs(sizes: Sizes) -> int:
-    """Count the query-key pairs of one head of one sequence."""
-    S, window = sizes.get("S", sizes.get("past", 0) + sizes["T"]), sizes["window"]
-    T = min(sizes["T"], S)  # queries before the first key see none
-    if not switch(sizes, "causal"):
-        return T * min(S, window + 1 if window else S)
-    return _area(S, window) - _area(S - T, window)
-
-
-def _area(n: int, window: int) -> int:
-    """Count the keys that queries 0..n-1 see together."""
-    short = min(n, window) if window else n
-    return short * (short + 1) // 2 + (n - short) * window
+def _cached_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    fresh = sampler(dtype, device, generator) if switch(sizes, "fresh") else lambda *shape: None
+    k, v = (fresh(sizes["B"], sizes["T"], sizes["Hkv"], sizes["D"]) for _ in range(2))
+    return {"k": k, "v": v, **cache_inputs(sizes, dtype, device, generator)}
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
@@ -286,8 +253,12 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     B, T, Hq, Hkv, D, window = (sizes[letter] for letter in ("B", "T", "Hq", "Hkv", "D", "window"))
     S = sizes.get("S", sizes.get("past", 0) + T)
     keys = min(S, T + window - 1) if window else S
-    elements = B * D * (2 * T * Hq + 2 * keys * Hkv)
-    return Cost(flops=4 * B * Hq * D * _pairs(sizes), bytes=elements * dtype.itemsize)
+    seeing = min(T, S)  # queries before the first key see none
+    if switch(sizes, "causal"):
+        pairs = sum(min(i, window or S) for i in range(S - seeing + 1, S + 1))
+    else:
+        pairs = seeing * min(S, window + 1 if window else S)
+    return Cost(flops=4 * B * Hq * D * pairs, bytes=B * D * (2 * T * Hq + 2 * keys * Hkv) * dtype.itemsize)
 
 
 _LETTERS = "B T S Hq Hkv D window"
@@ -296,7 +267,7 @@ _HEADS = {"Hq": 32, "Hkv": 8, "D": 128}
 OP = Op(
     run=attention,
     reference=reference.attention,
-    inputs=inputs,
+    inputs=random_inputs(attention, _inputs),
     configs=configs,
     cost=cost,
     test_shapes=(
@@ -323,7 +294,7 @@ _RINGS = shapes("C window past", "4096 4096 4095, 32768 0 32767")
 CACHED_OP = Op(
     run=cached_attention,
     reference=reference.cached_attention,
-    inputs=cached_inputs,
+    inputs=random_inputs(cached_attention, _cached_inputs),
     configs=configs,
     cost=cost,
     test_shapes=(
@@ -338,9 +309,9 @@ CACHED_OP = Op(
 )
 
 
-def step_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+def _step_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
     cos, sin = tables(8192, sizes["D"], device)
-    return {**cached_inputs(sizes, dtype, device, generator), "cos": cos, "sin": sin}
+    return {"cos": cos, "sin": sin, **cache_inputs(sizes, dtype, device, generator)}
 
 
 def step_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
@@ -354,7 +325,7 @@ def step_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
 STEP_OP = CACHED_OP.variant(
     rope_append_attention,
     reference=reference.rope_append_attention,
-    inputs=step_inputs,
+    inputs=random_inputs(rope_append_attention, _step_inputs),
     cost=step_cost,
     mutates=("k_cache", "v_cache"),
     test_shapes=shapes(

@@ -21,8 +21,8 @@ from .. import reference
 from ..checks import INTS, SINGLE, Matrix, Within
 from ..dispatch import expected_distinct_experts, gather_by_expert, sample_ids, sort_by_expert
 from ..launch import Configs, launch, select_configs, target_arch
-from ..op import Cost, Op, Shape, Sizes, dense_rows, power_of_2, sampler, shape_grid, shapes, switch
-from ..quantized import QUANT_NAMES, sample_quantized, weight_bytes
+from ..op import Cost, Op, Shape, Sizes, dense_rows, power_of_2, random_inputs, sampler, shape_grid, shapes, switch
+from ..quantized import QUANT_NAMES, weight_bytes
 from ..tma import describe
 from ..weight import Weight
 from .kernels import experts_combine_kernel, experts_down_decode_kernel, experts_up_decode_kernel
@@ -146,20 +146,9 @@ def _prefill(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes
     return y
 
 
-def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
-    draw = sampler(dtype, device, generator)
-    x = draw(T, H)
-
-    def weight(name: str, *shape: int) -> Any:
-        if format := switch(sizes, name):
-            return sample_quantized(format, *shape, device=device, generator=generator)
-        return draw(*shape, scale=shape[-1] ** -0.5)
-
-    gate_up, down = weight("gate_up", E, 2 * I, H), weight("down", E, H, I)
-    weights = sampler(torch.float32, device, generator)(T, K).softmax(-1)
-    ids = sample_ids(sizes, device, generator)
-    return {"x": x, "gate_up_proj": gate_up, "down_proj": down, "ids": ids, "weights": weights}
+def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    weights = sampler(torch.float32, device, generator)(sizes["T"], sizes["K"]).softmax(-1)
+    return {"ids": sample_ids(sizes, device, generator), "weights": weights}
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
@@ -176,12 +165,6 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     return Cost(flops=6 * T * K * H * I, bytes=int(weights) + elements * dtype.itemsize + 8 * T * K)
 
 
-def inputs_norm(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    draw = sampler(dtype, device, generator)
-    norm = {"residual": draw(sizes["T"], sizes["H"]), "norm_weight": draw(sizes["H"]), "eps": 1e-5}
-    return {**inputs(sizes, dtype, device, generator), **norm}
-
-
 def cost_norm(sizes: Sizes, dtype: torch.dtype) -> Cost:
     """Count the experts' work, the residual, the sum, and the norm's weight."""
     experts, T, H = cost(sizes, dtype), sizes["T"], sizes["H"]
@@ -194,7 +177,7 @@ _BENCHED = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096, 8192)
 OP = Op(
     run=expert_swiglu,
     reference=reference.expert_swiglu,
-    inputs=inputs,
+    inputs=random_inputs(expert_swiglu, _inputs),
     configs=configs,
     cost=cost,
     test_shapes=(
@@ -212,7 +195,7 @@ OP = Op(
 NORM_OP = OP.variant(
     experts_add_rms_norm,
     reference=reference.experts_add_rms_norm,
-    inputs=inputs_norm,
+    inputs=random_inputs(experts_add_rms_norm, _inputs),
     configs=lambda sizes, dtype, arch: configs(Shape(sizes, norm=True), dtype, arch),
     cost=cost_norm,
     test_shapes=OP.test_shapes[:3] + OP.test_shapes[4:5],

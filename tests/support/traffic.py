@@ -16,8 +16,13 @@ import numpy as np
 import torch
 
 from mixtral_triton.kernels import launch as launching
-from mixtral_triton.kernels.interpret import active_addresses, interpreting
+from mixtral_triton.kernels.interpret import interpreting
 from mixtral_triton.kernels.offload import find_weight
+
+
+def active_addresses(pointers: Any, mask: Any) -> np.ndarray:
+    """The addresses that an interpreted load or store touches: those of unmasked lanes."""
+    return pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
 
 
 @dataclass
