@@ -118,14 +118,12 @@ class Constraints:
 
     rule               rule(name, args, sizes) raises ValueError where the arguments do not fit together
     ranges             ranges(args) yields further tensors whose values must lie in a range
-    error_name         the public name that errors start with, where it differs from the function's
     truncate_sequence  truncate_sequence(args) cuts the padding of one sequence, so that the torch backend's bits do not
                        depend on the length of the others
     """
 
     rule: Callable[[str, Mapping[str, Any], Mapping[str, Any]], None] | None = None
     ranges: Callable[[Mapping[str, Any]], Iterable[Range]] | None = None
-    error_name: str = ""
     truncate_sequence: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 

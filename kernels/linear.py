@@ -22,7 +22,6 @@ from .launch import is_overridden, launch, select_configs, target_arch
 from .op import (
     LaunchConfig,
     Op,
-    Shape,
     Sizes,
     dense_rows,
     power_of_2,
@@ -32,9 +31,7 @@ from .op import (
     streaming_cost,
     switch,
 )
-from .quantized import QUANT_NAMES
-from .quantized_tiles import skinny_config, wide_config
-from .tiles import depth_tile, program_tile
+from .quantized import QUANT_NAMES, tile_columns
 from .unpack import fields_of
 from .weight import Weight, WeightPtrs, add_products, times_row_scales, weight_tile
 
@@ -44,6 +41,39 @@ SKINNY_M_MAX = 64  # beyond it never
 # (weight rows of a program, depth of its tile) by the most rows of x, for 16-bit types on NVIDIA. Each program reads
 # all rows of x: few weight rows give many programs, but x must stay at 0.3 of them up to SKINNY_M and at half beyond.
 _DECODE = {4: (16, 256), 9: (32, 128), 16: (64, 128), 32: (64, 128), 64: (128, 64)}
+# Quantized weights, (weight rows, warps, stages) by the rows of x in a tile. The layout fixes the depth of a tile: the
+# columns of one field of a unit. Not measured on a GPU: selected by instructions per byte (decode) and FLOP per
+# instruction (prefill).
+_SKINNY = {
+    "sm_80": {16: (128, 8, 4), 32: (128, 8, 3), 64: (64, 4, 3)},
+    "sm_90": {16: (64, 4, 5), 32: (64, 4, 4), 64: (64, 4, 3)},
+    "gfx942": {16: (32, 4, 1), 64: (32, 8, 1)},
+}
+# The same, (rows of x, weight rows, warps, stages) by the average rows of x that share a weight.
+_WIDE = {
+    "sm_80": {0: (64, 128, 4, 3), 128: (128, 64, 4, 3), 256: (256, 64, 8, 3)},
+    "sm_90": {0: (64, 128, 4, 4), 128: (128, 128, 4, 4), 256: (256, 128, 8, 4)},
+    "sm_100": {0: (64, 128, 4, 4), 128: (128, 256, 8, 3)},
+    "gfx942": {0: (64, 64, 4, 2), 256: (128, 128, 8, 2)},
+}
+_SKINNY["sm_100"] = _SKINNY["sm_90"]
+# fp32 has no tensor cores at this precision: registers bound the tile, in decode to 16 rows of x.
+_SKINNY_SINGLE, _WIDE_SINGLE = (16, 8, 2), (32, 32, 8, 2)
+
+
+@triton.jit
+def depth_tile(ptrs, inside, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load a tile of a reduction over DEPTH, masked only where BLOCK_K does not divide it."""
+    return tl.load(ptrs) if DEPTH % BLOCK_K == 0 else tl.load(ptrs, mask=inside, other=0.0)
+
+
+@triton.jit
+def program_tile(pid, row_tiles, column_tiles, GROUP_M: tl.constexpr):
+    """Program -> (row tile, column tile). GROUP_M row tiles sweep the columns together, so weights stay in L2."""
+    group = pid // (GROUP_M * column_tiles)
+    height = tl.maximum(1, tl.minimum(row_tiles - group * GROUP_M, GROUP_M))  # 1 for a surplus program
+    within = pid % (GROUP_M * column_tiles)
+    return group * GROUP_M + within % height, within // height
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -102,6 +132,29 @@ def linear_kernel(
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[:, None] & (offs_n < N)[None, :])
 
 
+def skinny_config(
+    weights: str, columns: int, depth: int, block_t: int, dtype: torch.dtype, arch: str, halves: int = 1
+) -> LaunchConfig:
+    """Configure a decode kernel with at most block_t rows of x a tile. `columns`: rows of each of the halves."""
+    table = {16: _SKINNY_SINGLE} if dtype == torch.float32 else _SKINNY[family(arch)]
+    height = max(key for key in table if key <= block_t)
+    rows, warps, stages = table[height]
+    tile = {"BLOCK_T": height, "BLOCK_N": power_of_2(columns, low=16, high=rows // halves)}
+    return LaunchConfig(tile | {"BLOCK_K": tile_columns(weights, depth)}, num_warps=warps, num_stages=stages)
+
+
+def wide_config(
+    weights: str, columns: int, depth: int, rows: tuple[int, int] | None, dtype: torch.dtype, arch: str, halves: int = 1
+) -> LaunchConfig:
+    """Configure a kernel for many rows of x. `rows`: average rows that share a weight, and all rows; None: one tile."""
+    shared, total = rows or (0, 0)
+    table = {0: _WIDE_SINGLE} if dtype == torch.float32 else _WIDE[family(arch)]
+    block_m, block_n, warps, stages = table[max(key for key in table if key <= shared)]
+    tile = {"BLOCK_M": power_of_2(total, low=16, high=block_m) if rows else block_m}
+    tile |= {"BLOCK_N": power_of_2(columns, low=16, high=block_n // halves), "BLOCK_K": tile_columns(weights, depth)}
+    return LaunchConfig(tile | {"GROUP_M": 8}, num_warps=warps, num_stages=stages)
+
+
 def use_skinny_kernel(sizes: Sizes, dtype: torch.dtype, arch: str) -> bool:
     """Return whether the skinny kernel runs: up to SKINNY_M rows always, up to SKINNY_M_MAX where the cost model
     predicts it no slower than a library: memory is slow relative to L2, and the weight has a program for every SM."""
@@ -150,7 +203,7 @@ def linear(
     """x @ weight.T. `deterministic`: a row's bits do not depend on the other rows (one tile for any T)."""
     rows, w = dense_rows(x.reshape(-1, x.shape[-1])), Weight.of(weight)
     (T, H), N = rows.shape, len(weight)
-    sizes = Shape(T=T, H=H, N=N, deterministic=deterministic, weight=w.name)
+    sizes = {"T": T, "H": H, "N": N, "deterministic": deterministic, "weight": w.name}
     skinny = use_skinny_kernel(sizes, x.dtype, target_arch(x.device))
     skinny = skinny or (T <= SKINNY_M_MAX and is_overridden("linear_decode_kernel"))
     if not skinny and not deterministic and w.name is None:
@@ -175,15 +228,15 @@ OP = Op(
     test_shapes=(
         *shapes("T H N", "1 512 40, 3 100 64, 16 256 33"),
         *shapes("T H N", "1 128 70, 70 100 64", deterministic=True),
-        Shape(T=3, H=128, N=40, weight="int4:64"),
-        Shape(T=20, H=100, N=33, weight="int8"),
-        Shape(T=5, H=96, N=33, weight="fp8", deterministic=True),
+        *shapes("T H N", "3 128 40", weight="int4:64"),
+        *shapes("T H N", "20 100 33", weight="int8"),
+        *shapes("T H N", "5 96 33", weight="fp8", deterministic=True),
     ),
     bench_shapes=(
-        *(Shape(T=T, H=H, N=N) for H, N in ((4096, 6144), (4096, 4096), (6144, 8192)) for T in (1, 4, 16)),
+        *shape_grid(H=4096, N=(6144, 4096), T=(1, 4, 16)),
+        *shape_grid(H=6144, N=8192, T=(1, 4, 16)),
         *shapes("T H N", "1 4096 32000, 32 4096 4096, 32 4096 32000, 64 4096 4096, 64 4096 32000"),
-        *shapes("T H N", "1 4096 6144", deterministic=True),
+        *shapes("T H N", "1 4096 6144, 4096 4096 6144", deterministic=True),
         *shape_grid(weight=QUANT_NAMES, T=(1, 4096), H=4096, N=6144),
-        *shapes("T H N", "4096 4096 6144", deterministic=True),
     ),
 )

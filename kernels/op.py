@@ -164,8 +164,8 @@ class Op(Generic[P, R]):
 
     @cached_property
     def error_name(self) -> str:
-        """The name that errors start with."""
-        return self.constraints.error_name or self.name
+        """The public name, with which errors start: `ops.rms_norm` also calls add_rms_norm."""
+        return self.name.removeprefix("add_")
 
     @cached_property
     def signature(self) -> inspect.Signature:
@@ -180,11 +180,11 @@ class Op(Generic[P, R]):
         """The place of the argument `deterministic`, or None."""
         return self.names.index("deterministic") if "deterministic" in self.names else None
 
-    @property
+    @cached_property
     def arguments(self) -> tuple[Argument, ...]:
         return read_annotations(self.run)[0]
 
-    @property
+    @cached_property
     def results(self) -> tuple[Argument, ...]:
         return read_annotations(self.run)[1]
 

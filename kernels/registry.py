@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import dispatch, linear, norm, ring, rope, router
+from . import dispatch, linear, norm, rope, router
 from .attention import op as attention
 from .experts import op as experts
 from .op import Op
@@ -21,7 +21,7 @@ OPS: dict[str, Op] = {
         experts.OP,
         experts.NORM_OP,
         rope.OP,
-        ring.OP,
+        rope.APPEND_OP,
         attention.OP,
         attention.CACHED_OP,
         attention.STEP_OP,

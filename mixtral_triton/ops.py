@@ -18,7 +18,6 @@ from torch import Tensor
 
 from .kernels import call, dispatch, norm, router
 from .kernels import linear as _linear
-from .kernels import ring as _ring
 from .kernels import rope as _rope
 from .kernels.attention import op as _attention
 from .kernels.call import PLAIN_TYPES as PLAIN_TYPES
@@ -57,7 +56,7 @@ sort_by_expert = _checked(dispatch.OP)
 expert_swiglu = _checked(_experts.OP)
 experts_add_rms_norm = _checked(_experts.NORM_OP)
 rope = _checked(_rope.OP)
-append = _checked(_ring.OP)
+append = _checked(_rope.APPEND_OP)
 attention = _checked(_attention.OP)
 cached_attention = _checked(_attention.CACHED_OP)
 rope_append_attention = _checked(_attention.STEP_OP)

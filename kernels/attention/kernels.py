@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 
 from ..pdl import pdl_wait
-from ..ring import POSITIONS_MAX, sequence_position
-from ..rope import angles
+from ..rope import POSITIONS_MAX, angles, sequence_position
 
 # The running softmax of a tile, fp32: sum of p @ v [BLOCK_M, BLOCK_D], greatest score in base 2 and sum of p [BLOCK_M].
 Softmax = namedtuple("Softmax", "acc largest total")

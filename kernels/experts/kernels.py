@@ -1,20 +1,34 @@
-"""Kernels of the sparse expert layer: up and down for few tokens, without a sort, and the combine for any number.
+"""Kernels of the sparse expert layer: up and down for few tokens (decode: no sort) and for many (prefill: a group of
+sorted rows for each expert), and the combine for any number.
 
 T tokens, K experts a token, N = T * K slots (slot t*K + k), E experts, H hidden, I intermediate
 
 A weight tile of the up kernels holds BLOCK_N rows of the gate projection and the same rows of the up projection: one
 dot computes both, and the epilogue splits the accumulator.
+
+`*_desc` are TMA descriptors, or None: then the kernel reads by pointers. Where TMA reads x, in sorted order, a row tile
+of BLOCK_M rows may have two parts, 128 + 64, which share each tile of the weight; and the last tile of a group is as
+short as its rows allow: SHORT_M, the upper part alone, or full.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 import triton
 import triton.language as tl
 
+from ..linear import depth_tile, program_tile
 from ..norm import normed_rows
 from ..pdl import pdl_wait
 from ..unpack import fields_of
-from ..weight import WeightPtrs, add_products, expert_rows, times_row_scales
+from ..weight import WeightPtrs, add_products, expert_rows, times_row_scales, weight_tile
+
+# The weight rows of a tile: WeightPtrs of column 0, the indices of the rows among all experts' (for scales and zeros),
+# and a descriptor that reads at `place`, or None.
+ExpertWeight = namedtuple("ExpertWeight", "ptrs rows desc place")
+# The rows of x of a tile: pointers [rows, BLOCK_K] of column 0, or descriptors of the upper part and of SHORT_M rows.
+RowSource = namedtuple("RowSource", "ptrs desc short_desc")
 
 
 @triton.jit
@@ -127,6 +141,187 @@ def experts_down_decode_kernel(
         acc = times_row_scales(acc, w, w_rows, I, LAYOUT, AXIS=0)
         out = y_ptr + (split.to(tl.int64) * N + slot)[None, :] * H + offs_n[:, None]
         tl.store(out, acc, mask=live & (offs_n < H)[:, None])
+
+
+@triton.constexpr_function
+def main_rows(BLOCK_M, SHORT_M):
+    """Return the rows of a row tile's upper part: all of a power of two, else those above the last SHORT_M."""
+    return BLOCK_M if BLOCK_M & (BLOCK_M - 1) == 0 else BLOCK_M - SHORT_M
+
+
+@triton.jit
+def _group_tile(
+    offsets_ptr,
+    E,
+    COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """This program's expert (E or more: none), first sorted row, end of the group, and column tile.
+
+    The tiles of an expert are consecutive programs.
+    """
+    column_tiles: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    pid, offs_e = tl.program_id(0), tl.arange(0, BLOCK_E)
+    begins = tl.load(offsets_ptr + offs_e, mask=offs_e < E, other=0)
+    ends = tl.load(offsets_ptr + offs_e + 1, mask=offs_e < E, other=0)
+    row_tiles = (ends - begins + BLOCK_M - 1) // BLOCK_M
+    programs = tl.cumsum(row_tiles, axis=0) * column_tiles
+    expert = tl.sum((programs <= pid).to(tl.int32), axis=0)
+    mine = offs_e == expert
+    pid -= tl.sum(tl.where(offs_e == expert - 1, programs, 0), axis=0)
+    pid_m, pid_n = program_tile(pid, tl.sum(tl.where(mine, row_tiles, 0), axis=0), column_tiles, GROUP_M)
+    row = tl.sum(tl.where(mine, begins, 0), axis=0) + pid_m * BLOCK_M
+    return expert, row, tl.sum(tl.where(mine, ends, 0), axis=0), pid_n
+
+
+@triton.jit
+def _products(x_ptrs, x_desc, row, w, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr):
+    """ROWS rows of x, from `row` on, times the rows of the ExpertWeight w -> [ROWS, w.rows] fp32."""
+    offs_k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((ROWS, w.rows.shape[0]), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if x_desc is None:
+            x = depth_tile(x_ptrs, offs_k[None, :] < K - k, K, BLOCK_K)
+            x_ptrs += BLOCK_K  # stepped, not computed from k: fewer instructions in the loop
+        else:
+            x = x_desc.load([row, k])
+        w_tile = weight_tile(w.ptrs, w.rows, k, K, BLOCK_K, x.dtype, LAYOUT, w.desc, w.place)
+        acc = tl.dot(x, w_tile.T, acc, "ieee")
+    return acc
+
+
+@triton.jit
+def _products_of_both_parts(
+    x, row, w, MAIN_M: tl.constexpr, SHORT_M: tl.constexpr, BLOCK_K: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """`_products` of a full tile with two parts: each tile of the weight multiplies both."""
+    acc, below = tl.zeros((MAIN_M, w.rows.shape[0]), tl.float32), tl.zeros((SHORT_M, w.rows.shape[0]), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x_main, x_below = x.desc.load([row, k]), x.short_desc.load([row + MAIN_M, k])
+        w_tile = weight_tile(w.ptrs, w.rows, k, K, BLOCK_K, x_main.dtype, LAYOUT, w.desc, w.place)
+        acc = tl.dot(x_main, w_tile.T, acc, input_precision="ieee")
+        below = tl.dot(x_below, w_tile.T, below, input_precision="ieee")
+    return acc, below
+
+
+@triton.jit
+def _multiply_parts(
+    x,  # RowSource
+    row, end,
+    w,  # ExpertWeight
+    store: tl.constexpr,  # _store_swiglu or _store_slots
+    out,  # the first arguments of `store` after the products
+    pid_n,
+    COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, SHORT_M: tl.constexpr, BLOCK_K: tl.constexpr, K: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Multiply and store the row tile at `row`, as tall as the rows before `end` need."""
+    MAIN_M: tl.constexpr = main_rows(BLOCK_M, SHORT_M)
+    left = tl.minimum(end - row, BLOCK_M)
+    if left <= SHORT_M:
+        short = _products(x.ptrs, x.short_desc, row, w, SHORT_M, BLOCK_K, K, LAYOUT)
+        store(short, *out, row, end, pid_n, COLUMNS)
+    elif left <= MAIN_M:
+        upper = _products(x.ptrs, x.desc, row, w, MAIN_M, BLOCK_K, K, LAYOUT)
+        store(upper, *out, row, end, pid_n, COLUMNS)
+    elif MAIN_M < BLOCK_M:
+        main, below = _products_of_both_parts(x, row, w, MAIN_M, SHORT_M, BLOCK_K, K, LAYOUT)
+        store(main, *out, row, end, pid_n, COLUMNS)
+        store(below, *out, row + MAIN_M, end, pid_n, COLUMNS)
+
+
+@triton.jit
+def _store_swiglu(acc, h_ptr, row, end, pid_n, I: tl.constexpr):
+    """Store SwiGLU of acc [rows, gate columns then up columns] to rows row..end of h."""
+    ROWS: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1] // 2
+    gate, up = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, BLOCK_N)), (0, 2, 1)))
+    rows, offs_n = row + tl.arange(0, ROWS), pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    out = h_ptr + rows.to(tl.int64)[:, None] * I + offs_n[None, :]
+    tl.store(out, swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs_n < I)[None, :])
+
+
+@triton.jit
+def experts_up_kernel(
+    x_ptr,  # [T, H]; unused where descriptors read
+    x_desc,  # [N, H], the same in sorted order, in tiles [BLOCK_M, or MAIN_M of it, BLOCK_K], or None
+    short_desc,  # the same in tiles [SHORT_M, BLOCK_K], or None
+    gate_up_ptr,  # [E, 2I, H]
+    gate_up_desc,  # [E, 2, I, H] in tiles [1, 2, BLOCK_N, BLOCK_K], or None
+    scales_ptr,  # [E, 2I, G], or None
+    zeros_ptr,  # the same, or None
+    h_ptr,  # [N, I] out, in sorted order
+    order_ptr,  # [N] sorted slots
+    offsets_ptr,  # [E + 1] groups in `order`
+    E, TOP_K,
+    stride_xt, stride_we, stride_wn,
+    H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, SHORT_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    expert, row, end, pid_n = _group_tile(offsets_ptr, E, I, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
+    if expert < E:
+        offs_k, w_rows = tl.arange(0, BLOCK_K), pair_rows(pid_n, I, BLOCK_N)
+        w_ptrs = expert_rows(gate_up_ptr, expert.to(tl.int64), stride_we, h_ptr.dtype.element_ty, LAYOUT)
+        w_ptrs += w_rows[:, None] * stride_wn + offs_k[None, :]
+        place = expert, 0, pid_n * BLOCK_N
+        w_rows = expert.to(tl.int64) * 2 * I + w_rows
+        w = ExpertWeight(WeightPtrs(w_ptrs, scales_ptr, zeros_ptr), w_rows, gate_up_desc, place)
+        if SHORT_M == 0:
+            x_ptrs = x_ptr
+            if x_desc is None:
+                # Rows past the group repeat one of its slots: valid memory, no mask in the loop, never stored.
+                slots = tl.load(order_ptr + tl.minimum(row + tl.arange(0, BLOCK_M), end - 1))
+                x_ptrs += (slots // TOP_K).to(tl.int64)[:, None] * stride_xt + offs_k[None, :]
+            acc = _products(x_ptrs, x_desc, row, w, BLOCK_M, BLOCK_K, H, LAYOUT)
+            acc = times_row_scales(acc, w.ptrs, w.rows, H, LAYOUT, AXIS=1)
+            _store_swiglu(acc, h_ptr, row, end, pid_n, I)
+        else:
+            x, out = RowSource(x_ptr, x_desc, short_desc), (h_ptr,)
+            _multiply_parts(x, row, end, w, _store_swiglu, out, pid_n, I, BLOCK_M, SHORT_M, BLOCK_K, H, LAYOUT)
+
+
+@triton.jit
+def _store_slots(acc, y_ptr, order_ptr, row, end, pid_n, H: tl.constexpr):
+    """Store acc [rows, columns] to the slots of y whose sorted rows are row..end."""
+    ROWS: tl.constexpr = acc.shape[0]
+    rows, offs_n = row + tl.arange(0, ROWS), pid_n * acc.shape[1] + tl.arange(0, acc.shape[1])
+    slots = tl.load(order_ptr + tl.minimum(rows, end - 1))
+    out = y_ptr + slots.to(tl.int64)[:, None] * H + offs_n[None, :]
+    tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs_n < H)[None, :])
+
+
+@triton.jit
+def experts_down_kernel(
+    h_ptr,  # [N, I] in sorted order; unused where descriptors read
+    h_desc,  # the same in tiles [BLOCK_M, or MAIN_M of it, BLOCK_K], or None
+    short_desc,  # the same in tiles [SHORT_M, BLOCK_K], or None
+    down_ptr,  # [E, H, I]
+    down_desc,  # the same in tiles [1, BLOCK_N, BLOCK_K], or None
+    scales_ptr,  # [E, H, G], or None
+    zeros_ptr,  # the same, or None
+    y_ptr,  # [N, H] out, by slot
+    order_ptr,  # [N] sorted slots
+    offsets_ptr,  # [E + 1] groups in `order`
+    E,
+    stride_we, stride_wn,
+    H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, SHORT_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    expert, row, end, pid_n = _group_tile(offsets_ptr, E, H, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
+    if expert < E:
+        offs_k, w_rows = tl.arange(0, BLOCK_K), tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), H - 1).to(tl.int64)
+        w_ptrs = expert_rows(down_ptr, expert.to(tl.int64), stride_we, y_ptr.dtype.element_ty, LAYOUT)
+        w_ptrs += w_rows[:, None] * stride_wn + offs_k[None, :]
+        place, w_rows = (expert, pid_n * BLOCK_N), expert.to(tl.int64) * H + w_rows
+        w = ExpertWeight(WeightPtrs(w_ptrs, scales_ptr, zeros_ptr), w_rows, down_desc, place)
+        if SHORT_M == 0:
+            rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
+            h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * I + offs_k[None, :]
+            acc = _products(h_ptrs, h_desc, row, w, BLOCK_M, BLOCK_K, I, LAYOUT)
+            acc = times_row_scales(acc, w.ptrs, w.rows, I, LAYOUT, AXIS=1)
+            _store_slots(acc, y_ptr, order_ptr, row, end, pid_n, H)
+        else:
+            x, out = RowSource(h_ptr, h_desc, short_desc), (y_ptr, order_ptr)
+            _multiply_parts(x, row, end, w, _store_slots, out, pid_n, H, BLOCK_M, SHORT_M, BLOCK_K, I, LAYOUT)
 
 
 @triton.jit(do_not_specialize=["N"])

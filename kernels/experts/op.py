@@ -5,8 +5,8 @@ T tokens, K experts a token, N = T * K slots (slot t*K + k), E experts, H hidden
 prefill  sort_by_expert -> up (gate and up GEMM, SwiGLU epilogue) -> down -> combine
 decode   up -> down with a split reduction -> combine; each program finds the tokens of its expert
 
-The combine of experts_add_rms_norm also adds the residual and applies the next norm. The kernels are in kernels.py and
-prefill.py, their tiles in tiles.py.
+The combine of experts_add_rms_norm also adds the residual and applies the next norm. The kernels are in kernels.py,
+their tiles in tiles.py.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from ..op import Cost, Op, Shape, Sizes, dense_rows, power_of_2, random_inputs, 
 from ..quantized import QUANT_NAMES, weight_bytes
 from ..tma import describe
 from ..weight import Weight
-from .kernels import experts_combine_kernel, experts_down_decode_kernel, experts_up_decode_kernel
-from .prefill import experts_down_kernel, experts_up_kernel, main_rows
+from . import kernels
 from .tiles import DECODE_TOKENS, configs
 
 Tokens = Annotated[Tensor, "T H"]
@@ -90,7 +89,7 @@ def _experts(
     args |= {"N": ids.numel(), "E": E, "H": H, "stride_rt": 0 if residual is None else residual.stride(0)}
     combine = selected["experts_combine_kernel"]
     grid = (T, triton.cdiv(H, combine.constexprs["BLOCK_H"]))
-    launch(experts_combine_kernel, grid, args, combine, TOP_K=sizes["K"], SPLIT_K=y.shape[0])
+    launch(kernels.experts_combine_kernel, grid, args, combine, TOP_K=sizes["K"], SPLIT_K=y.shape[0])
     return out, total
 
 
@@ -103,12 +102,12 @@ def _decode(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes,
     args |= {"stride_xt": x.stride(0), **gate_up.args}
     constexprs, arch = {"H": H, "I": I, "BY_SLOT": N < E}, target_arch(x.device)
     grid = (triton.cdiv(I, up.constexprs["BLOCK_N"]), min(N, E))
-    launch(experts_up_decode_kernel, grid, args, up, **constexprs, LAYOUT=gate_up.layout(arch))
+    launch(kernels.experts_up_decode_kernel, grid, args, up, **constexprs, LAYOUT=gate_up.layout(arch))
     splits = split.constexprs["SPLIT_K"]
     y = torch.empty((splits, N, H), dtype=torch.float32, device=x.device)
     args = {"h_ptr": h, "down_ptr": down.data, "ids_ptr": ids, "y_ptr": y, "N": N, "E": E, **down.args}
     split_grid = (triton.cdiv(H, split.constexprs["BLOCK_N"]), min(N, E), splits)
-    launch(experts_down_decode_kernel, split_grid, args, split, **constexprs, LAYOUT=down.layout(arch))
+    launch(kernels.experts_down_decode_kernel, split_grid, args, split, **constexprs, LAYOUT=down.layout(arch))
     return y
 
 
@@ -131,7 +130,7 @@ def _prefill(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes
         m, n, k, short_m = (config.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SHORT_M"))
         args |= {f"{x_name}_ptr": x, f"{x_name}_desc": None, "short_desc": None}
         if in_order:
-            args[f"{x_name}_desc"] = describe(x, (main_rows(m, short_m), k), arch)
+            args[f"{x_name}_desc"] = describe(x, (kernels.main_rows(m, short_m), k), arch)
             args["short_desc"] = describe(x, (short_m, k), arch) if short_m else None
         args |= {f"{w_name}_ptr": w.staged(), f"{w_name}_desc": w.descriptor(parts, n, k, arch), **w.args}
         # Each group wastes less than one row tile, so these suffice; surplus programs exit at once.
@@ -141,8 +140,8 @@ def _prefill(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes
         launch(kernel, (row_tiles * triton.cdiv(columns, n),), args, config, **constants)
 
     up_args = {"h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0)}
-    run(experts_up_kernel, I, ("x", x, gather is not None), ("gate_up", gate_up, 2), **up_args)
-    run(experts_down_kernel, H, ("h", h, True), ("down", down, 1), y_ptr=y)
+    run(kernels.experts_up_kernel, I, ("x", x, gather is not None), ("gate_up", gate_up, 2), **up_args)
+    run(kernels.experts_down_kernel, H, ("h", h, True), ("down", down, 1), y_ptr=y)
     return y
 
 

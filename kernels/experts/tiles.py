@@ -11,8 +11,8 @@ import torch
 
 from ..arch import amd, family, tma
 from ..dispatch import gather_configs
+from ..linear import skinny_config, wide_config
 from ..op import LaunchConfig, Sizes, power_of_2, switch
-from ..quantized_tiles import skinny_config, wide_config
 
 # Up to here the sort-free kernels run: the bytes of the weights bound the layer, whatever the tiles.
 DECODE_TOKENS = 64
@@ -20,7 +20,7 @@ DECODE_TOKENS = 64
 SPLIT_K = 4
 
 # (BLOCK_M, SHORT_M, BLOCK_N of up, BLOCK_N of down, BLOCK_K, warps, stages) for 16-bit types, by the average rows of a
-# group. prefill.py explains SHORT_M; 0: every tile is full.
+# group. kernels.py explains SHORT_M; 0: every tile is full.
 _PREFILL = {
     "sm_80": {0: (64, 0, 64, 128, 32, 4, 4), 128: (64, 0, 64, 128, 64, 8, 3)},
     "sm_90": {0: (64, 0, 64, 128, 64, 4, 4), 64: (128, 64, 128, 256, 64, 8, 4), 112: (192, 64, 128, 256, 64, 8, 4)},

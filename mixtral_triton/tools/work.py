@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import Binomial
 
 from ..kernels.dispatch import expected_distinct_experts
-from ..kernels.experts.prefill import main_rows
+from ..kernels.experts.kernels import main_rows
 from ..kernels.launch import tensors
 from ..kernels.offload import find_weight
 from ..kernels.op import Launch

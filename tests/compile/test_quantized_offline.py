@@ -16,7 +16,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.linear import linear
 from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.op import Launch
-from mixtral_triton.kernels.quantized import BITS, SCALES, QuantizedWeight, unit_columns
+from mixtral_triton.kernels.quantized import SCALES, QuantizedWeight
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.tools.offline import compile_launch
 from tests.compile.test_offline import FAMILIES, least_shared
@@ -132,24 +132,3 @@ def test_prefill_does_little_beside_its_dots(format: Format, arch: str, covers: 
         assert figure >= least, (launch.kernel, figure)
         case = f"{launch.kernel}, {format_name(format)}, {arch}"
         covers("main loops", f"{case}: {figure:,.0f} FLOP per other instruction (bound {least:,})")
-
-
-@pytest.mark.parametrize("format", [FORMATS[1], FORMATS[2]], ids=format_name)
-def test_triton_s_own_jit_launches_quantized_weights(format: Format, gpu: Any) -> None:
-    """Binder, specialization and launcher take a quantized weight's description, on a simulated GPU."""
-    name, group, zeros = format
-    weights = []
-    for E, N, K in ((2, 128, 256), (2, 256, 64)):
-        groups = (E, N, K // (group or K) or 1)
-        unit = unit_columns(name, K, group if group and K % group == 0 else K)
-        data = torch.zeros(E, N, -(-K // unit) * unit * BITS[name] // 16, dtype=torch.int16)
-        zero = torch.full(groups, 136.0, dtype=BF16) if zeros else None
-        weights.append(QuantizedWeight(name, data, torch.ones(groups), zero, (E, N, K), K // groups[-1]).to("cuda:0"))
-    gpu.driver.executes = False
-    for T, launched in ((3, 4), (70, 5)):
-        begin = len(gpu.driver.launches)
-        tensors = (torch.ones(T, 256, dtype=BF16), torch.zeros(T, 2, dtype=torch.int32), torch.ones(T, 2))
-        x, ids, routing_weights = (tensor.to("cuda:0") for tensor in tensors)
-        expert_swiglu(x, *weights, ids, routing_weights)
-        linear(x, weights[0][1])
-        assert len(gpu.driver.launches) - begin == launched

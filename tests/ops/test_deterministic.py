@@ -37,10 +37,12 @@ CASES: list[tuple[str, Sizes]] = [
     ("rms_norm", {"H": 101}),
     ("add_rms_norm", {"H": 101}),
     ("embed_rms_norm", {"T": 3, "V": 40, "H": 101, "past": 4}),
+    ("linear", Shape(H=64, N=33, weight="int8")),
     ("linear", {"H": 101, "N": 33}),
     ("route", {"E": 7, "K": 2}),
     ("gate_route", {"H": 101, "E": 7, "K": 2}),
     ("rms_norm_gate_route", {"H": 101, "E": 7, "K": 2}),
+    ("expert_swiglu", Shape(H=64, I=64, E=2, K=2, gate_up="int4:32", down="fp8")),
     ("expert_swiglu", {"H": 41, "I": 29, "E": 4, "K": 2}),
     ("experts_add_rms_norm", {"H": 41, "I": 29, "E": 4, "K": 2}),
     ("rope", {"T": 2, "Hq": 3, "Hkv": 1, "D": 10, "P": 50}),
@@ -96,7 +98,7 @@ def check(name: str, sizes: Sizes, n: int, dtype: torch.dtype, device: Any) -> N
 
     def run(rows: list[int]) -> list[Tensor]:
         selected = {key: value[rows] if key in batched else value for key, value in args.items()}
-        return outputs(name, getattr(torch.ops.mixtral_triton, name), selected)
+        return outputs(name, ops.dispatched(name, selected), selected)
 
     batch = run(list(range(n)))
     for rows in row_orders(sizes, n):

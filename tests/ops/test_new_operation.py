@@ -18,7 +18,7 @@ TOY = '''"""gated_silu: silu(a) * b. T rows, N columns."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, sampler
+from .op import LaunchConfig, Op, Sizes, dense_rows, random_inputs, streaming_cost
 
 @triton.jit
 def gated_silu_kernel(
@@ -59,19 +59,12 @@ def gated_silu(a: Annotated[Tensor, "T N"], b: Annotated[Tensor, "T N"]) -> Anno
     launch(gated_silu_kernel, (T, triton.cdiv(N, 64)), args, config)
     return y
 
-def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-    draw = sampler(dtype, device, generator)
-    return {"a": draw(sizes["T"], sizes["N"]), "b": draw(sizes["T"], sizes["N"])}
-
-def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    return Cost(flops=4 * sizes["T"] * sizes["N"], bytes=3 * sizes["T"] * sizes["N"] * dtype.itemsize)
-
 OP = Op(
     run=gated_silu,
     reference=reference,
-    inputs=inputs,
+    inputs=random_inputs(gated_silu),
     configs=configs,
-    cost=cost,
+    cost=streaming_cost(gated_silu, lambda sizes: 4 * sizes["T"] * sizes["N"]),
     test_shapes=({"T": 3, "N": 70},),
     bench_shapes=({"T": 64, "N": 14336},),
 )

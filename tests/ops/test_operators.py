@@ -138,26 +138,12 @@ def test_compile_with_a_dynamic_number(name: str, argument: str, least: int) -> 
         assert same(as_tuple(call(number)), as_tuple(public(name)(**args | {argument: number})))
 
 
-DYNAMIC = {  # the dynamic dimension by argument, other sizes to run with
-    "rms_norm": ({"x": 0}, {"T": 9}),
-    "add_rms_norm": ({"x": 0, "residual": 0}, {"T": 9}),
-    "route": ({"logits": 0}, {"T": 11}),
-    "expert_swiglu": ({"x": 0, "ids": 0, "weights": 0}, {"T": 70}),
-    "rope": ({"q": 1, "k": 1, "positions": 1}, {"T": 6}),
-    "attention": ({"k": 1, "v": 1}, {"S": 20}),
-}
-
-
 @traced
 @pytest.mark.parametrize("name", OPS)
 def test_export(name: str, device: torch.device) -> None:
     call, args = graph_call(name, device)
-    dynamic, other = DYNAMIC.get(name, ({}, {}))
-    size = torch.export.Dim("size", min=2, max=100)
-    shapes = {key: {dynamic[key]: size} if key in dynamic else None for key in args}
-    program = torch.export.export(call, (args,), dynamic_shapes=(shapes,))
-    for each in (args, tensors(make_inputs(name, device, SIZES[name] | other))):
-        assert same(program.module()(each), call(each))
+    program = torch.export.export(call, (args,))
+    assert same(program.module()(args), call(args))
     assert f"mixtral_triton.{name}" in str(program.graph)
 
 

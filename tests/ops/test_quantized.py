@@ -6,6 +6,7 @@ An evaluator computes the PTX strings that are compiled, for every pair of 16-bi
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from mixtral_triton.kernels import unpack as ptx_unpack
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.quantized import BITS, QuantizedWeight, pack, sample_quantized, unit_columns, unpack
-from mixtral_triton.kernels.record import record_launches
+from tests.emulator import arithmetic
 from tests.support.calls import Args, as_tuple, inputs, tensors
 
 CASES = [("int4", 256, 128), ("int4", 256, 64), ("int4", 128, 32), ("int4", 96, 32), ("int4", 80, 80)]
@@ -29,10 +30,18 @@ def random_codes(format: str, *shape: int) -> torch.Tensor:
     return codes.where((codes & 127) != 127, 0) if format == "fp8" else codes  # those are NaN
 
 
-def random_weight(format: str, K: int, group: int, zeros: torch.Tensor | None = None) -> QuantizedWeight:
-    scales = torch.rand(3, 5, K // group, generator=torch.Generator().manual_seed(1)).half()
-    data = pack(random_codes(format, 3, 5, K), format, group)
-    return QuantizedWeight(format, data, scales, zeros, (3, 5, K), group)
+STEP = {"int4": 0.3, "int8": 0.02, "fp8": 0.01}  # between codes, so that a row's values are about 1
+
+
+def random_weight(
+    format: str, group: int, *shape: int, zeros: bool = False, scales: torch.dtype = torch.float16, seed: int = 0
+) -> QuantizedWeight:
+    """Group 0: a scale a row."""
+    generator, K, group = torch.Generator().manual_seed(seed), shape[-1], group or shape[-1]
+    groups = (*shape[:-1], K // group)
+    scale = (torch.rand(groups, generator=generator) + 0.5).mul(STEP[format] * K**-0.5).to(scales)
+    zero = (torch.randint(0, 16, groups, generator=generator) + 128).bfloat16() if zeros else None
+    return QuantizedWeight(format, pack(random_codes(format, *shape), format, group), scale, zero, shape, group)
 
 
 @pytest.mark.parametrize(("format", "K", "group"), CASES)
@@ -48,13 +57,16 @@ def test_unpack_inverts_pack_and_a_field_is_a_tile_of_neighbouring_columns(forma
 
 def test_dequantize_is_code_minus_zero_times_scale() -> None:
     """Slices and conversions keep the values."""
-    zeros = torch.randint(0, 16, (3, 5, 2)) + 128.0
-    weight = random_weight("int4", 256, 128, zeros.bfloat16())
+    weight = random_weight("int4", 128, 3, 5, 256, zeros=True)
     codes, values = random_codes("int4", 3, 5, 256), weight.dequantize()
     for e, n, k in ((0, 0, 0), (1, 4, 127), (2, 3, 128), (2, 4, 255)):
-        want = (int(codes[e, n, k]) - (zeros[e, n, k // 128] - 128)) * weight.scales[e, n, k // 128].float()
-        assert values[e, n, k] == want
-    assert random_weight("int8", 80, 80).dequantize().min() < 0 < random_weight("int4", 96, 32).dequantize().max()
+        zero, scale = (part[e, n, k // 128].float() for part in (weight.zeros, weight.scales))
+        assert values[e, n, k] == (int(codes[e, n, k]) - (zero - 128)) * scale
+    for format, read in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+        codes, one = random_codes(format, 3, 80).view(read).float(), random_weight(format, 0, 3, 80)
+        assert torch.equal(one.dequantize(), codes * one.scales.float())
+    codes, one = random_codes("int4", 3, 96).float(), random_weight("int4", 0, 3, 96)
+    assert torch.equal(one.dequantize(), (codes - 8) * one.scales.float())
     assert torch.equal(weight[1].dequantize(), values[1]) and len(weight[1:]) == 2
     assert torch.equal(torch.nn.Sequential(weight).to(torch.bfloat16)[0].dequantize(), values)
     assert weight.to("meta").data.is_meta
@@ -63,12 +75,12 @@ def test_dequantize_is_code_minus_zero_times_scale() -> None:
 @pytest.mark.parametrize("rows", [1, 5, 200])
 @pytest.mark.parametrize("K", [80, 128, 300])
 def test_product_of_codes_is_as_exact_as_that_of_dequantized_values(K: int, rows: int) -> None:
-    weight = random_weight("int8", K, K)[1]
+    weight = random_weight("int8", 0, 3, 5, K)[1]
     x = torch.randn(rows, K, generator=torch.Generator().manual_seed(2)).bfloat16()
     exact = x.double() @ weight.dequantize().double().T
     dequantized = torch.nn.functional.linear(x, weight.dequantize().bfloat16())
     error, limit = ((y.double() - exact).abs().max() for y in (weight.product(x.view(1, rows, K))[0], dequantized))
-    assert error <= max(2 * limit, 2.0**-8 * exact.abs().max())
+    assert error <= max(2 * limit, 2.0**-7 * exact.abs().max())  # two roundings to bf16
     assert torch.equal(weight.product(x.float()), x.float() @ weight.dequantize().T)
 
 
@@ -121,14 +133,6 @@ def test_compiled_operation_of_a_quantized_weight(name: str) -> None:
     assert torch.equal(compiled(tensors(args)), first(call(**args)) * 2)
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_launches_of_quantized_weights_are_recorded(name: str) -> None:
-    with record_launches() as launches:
-        getattr(ops, name)(**arguments(name, "meta"))
-    formats = {launch.constexprs["LAYOUT"][0] for launch in launches if "LAYOUT" in launch.constexprs}
-    assert formats == ({"int4"} if name == "linear" else {"int4", "int8"})
-
-
 def test_wrong_quantized_weight_raises_value_error() -> None:
     x = torch.ones(3, 128)
     ops.linear(**arguments("linear"))  # a cached check must not let another layout pass
@@ -147,31 +151,13 @@ FLOATS = {"BF16": torch.bfloat16, "FP16": torch.float16}
 BIAS = {"BF16": 128, "FP16": 1024}  # of int4
 
 
-def lop3(a: Any, b: Any, c: Any, table: int) -> Any:
-    """Bit 4a + 2b + c of the table, for each bit of the words."""
-    out = np.zeros_like(a | b | c)
-    for row in range(8):
-        if table >> row & 1:
-            x, y, z = (word if row >> place & 1 else ~word for word, place in ((a, 2), (b, 1), (c, 0)))
-            out |= x & y & z
-    return out
+def to_halves(words: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The low and high halves of words as floats, [2, words] in fp64."""
+    return torch.from_numpy(words.view(np.int16).reshape(-1, 2).copy()).view(dtype).double().T
 
 
-def to_halves(words: Any, dtype: torch.dtype) -> list[torch.Tensor]:
-    """The low and high halves of words as floats, in fp64."""
-    parts = [((words >> shift) & 0xFFFF).astype(np.uint16).view(np.int16) for shift in (0, 16)]
-    return [torch.from_numpy(part.copy()).view(dtype).double() for part in parts]
-
-
-def to_words(halves: list[torch.Tensor], dtype: torch.dtype) -> Any:
-    low, high = (half.to(dtype).view(torch.int16).numpy().view(np.uint16).astype(np.uint32) for half in halves)
-    return low | high << 16
-
-
-def fma(a: Any, b: Any, c: Any, dtype: torch.dtype) -> Any:
-    """Round once: in fp64 the product of two halves is exact, and so are the sums here."""
-    parts = zip(*(to_halves(word, dtype) for word in (a, b, c)), strict=True)
-    return to_words([x * y + z for x, y, z in parts], dtype)
+def to_words(low: torch.Tensor, high: torch.Tensor, dtype: torch.dtype) -> Any:
+    return torch.stack((low, high), -1).to(dtype).view(torch.int16).numpy().view(np.uint32).ravel()
 
 
 OPCODES = {
@@ -179,29 +165,22 @@ OPCODES = {
     "shl.b32": lambda a, b: a << b,
     "shr.b32": lambda a, b: a >> b,
     "and.b32": lambda a, b: a & b,
-    "fma.rn.bf16x2": lambda a, b, c: fma(a, b, c, torch.bfloat16),
-    "fma.rn.f16x2": lambda a, b, c: fma(a, b, c, torch.float16),
+    "lop3.b32": arithmetic.lop3,
+    "fma.rn.bf16x2": lambda *words: arithmetic._halves(partial(arithmetic.fma16, kind="bf16"), *words),
+    "fma.rn.f16x2": lambda *words: arithmetic._halves(partial(arithmetic.fma16, kind="f16"), *words),
 }
 
 
 def evaluate(ptx: str, *words: Any) -> Any:
     """$0 of a piece of PTX for arrays $1, $2, ... of 32-bit words."""
     registers: dict[str, Any] = {f"${number}": word for number, word in enumerate(words, 1)}
-    size = max(np.size(word) for word in words)
-
-    def operand(text: str) -> Any:
-        value = registers[text] if text in registers else np.uint32(int(text, 0))
-        return np.broadcast_to(value, (size,)).astype(np.uint32)
-
     body = re.fullmatch(r"\{ \.reg \.b32 [a-z, ]+; (.*) \}", ptx)
     assert body, ptx
     for line in filter(None, map(str.strip, body[1].split(";"))):
         opcode, rest = line.split(" ", 1)
         target, *names = (name.strip() for name in rest.split(","))
-        if opcode == "lop3.b32":
-            registers[target] = lop3(*map(operand, names[:3]), int(names[3], 0))
-        else:
-            registers[target] = OPCODES[opcode](*map(operand, names))
+        operands = [registers[name] if name in registers else np.uint32(int(name, 0)) for name in names]
+        registers[target] = OPCODES[opcode](*operands)
     return registers["$0"]
 
 
@@ -233,11 +212,11 @@ def test_ptx_subtracts_zeros_and_multiplies_by_scales(name: str) -> None:
     """The difference is exact, the product rounded once."""
     dtype, bias = FLOATS[name], BIAS[name]
     codes, zeros = (x.flatten() for x in torch.meshgrid(*[torch.arange(16.0).double()] * 2, indexing="ij"))
-    words = to_words([codes + bias, codes.flip(0) + bias], dtype), to_words([zeros + bias, zeros.flip(0) + bias], dtype)
+    words = (to_words(x + bias, x.flip(0) + bias, dtype) for x in (codes, zeros))
     minus = evaluate(getattr(ptx_unpack, f"MINUS_{name}").value, *words)
     assert torch.equal(to_halves(minus, dtype)[0], codes - zeros)
     scales = torch.rand(256, generator=torch.Generator().manual_seed(0)).to(dtype)
-    times = evaluate(getattr(ptx_unpack, f"TIMES_{name}").value, minus, to_words([scales, scales], dtype))
+    times = evaluate(getattr(ptx_unpack, f"TIMES_{name}").value, minus, to_words(scales, scales, dtype))
     assert torch.equal(to_halves(times, dtype)[0].to(dtype), ((codes - zeros) * scales.double()).to(dtype))
 
 

@@ -1,38 +1,31 @@
-"""Quantized weights in interpreted matrix kernels: results, bits and bytes. Compiled: test_quantized_offline.py.
-
-The reference computes (code - zero) * scale in fp64.
-"""
+"""Quantized weights in interpreted matrix kernels: results and bytes. Compiled: test_quantized_offline.py."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import triton
-from torch import Tensor
 
-from mixtral_triton.kernels import launch, reference, unpack
-from mixtral_triton.kernels.experts.op import expert_swiglu, experts_add_rms_norm
+from mixtral_triton.kernels import unpack
+from mixtral_triton.kernels.experts.op import expert_swiglu
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.linear import linear
-from mixtral_triton.kernels.quantized import BITS, QuantizedWeight, pack
+from mixtral_triton.kernels.quantized import QuantizedWeight
+from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.weight import Weight
-from tests.ops.test_quantized import evaluate, random_codes
+from mixtral_triton.tools.tolerance import Tolerance
+from tests.ops.test_quantized import evaluate, random_weight
+from tests.support.calls import Args
 from tests.support.traffic import count_traffic
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="interprets kernels: needs TRITON_INTERPRET=1")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-STEP = {"int4": 0.3, "int8": 0.02, "fp8": 0.01}  # between codes, so that a row's values are about 1
-UNGUARDED = launch.interpret
-Pair = tuple[QuantizedWeight, Tensor]  # quantized, and in fp64
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """group 0: a scale a row."""
 
     format: str
@@ -43,6 +36,9 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.format}-{self.H}x{self.I}-g{self.group}{'-zeros' if self.zeros else ''}"
+
+    def weight(self, *shape: int, **options: Any) -> QuantizedWeight:
+        return random_weight(self.format, self.group, *shape, zeros=self.zeros, **options)
 
 
 CASES = [
@@ -59,53 +55,22 @@ CASES = [
 ]
 
 
-def random_weight(case: Case, *shape: int, seed: int = 0, scales: torch.dtype = torch.float16) -> Pair:
-    generator = torch.Generator().manual_seed(seed)
-    codes, K, group = random_codes(case.format, *shape), shape[-1], case.group or shape[-1]
-    groups = (*shape[:-1], K // group)
-    scale = (torch.rand(groups, generator=generator) + 0.5).mul(STEP[case.format] * K**-0.5).to(scales)
-    zero = torch.randint(0, 16, groups, generator=generator) if case.zeros else None
-    values = {"int4": codes, "int8": codes.view(torch.int8), "fp8": codes.view(torch.float8_e4m3fn)}[case.format]
-    minus = 0.0 if case.format != "int4" else 8.0 if zero is None else zero.double().repeat_interleave(group, -1)
-    dense = (values.double() - minus) * scale.double().repeat_interleave(group, -1)
-    stored = None if zero is None else (zero + 128).bfloat16()
-    return QuantizedWeight(case.format, pack(codes, case.format, group), scale, stored, shape, group), dense
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
 
 
-@dataclass(frozen=True)
-class Layer:
+def layer(case: Case, T: int, dtype: torch.dtype, E: int = 2) -> Args:
     """Arguments of expert_swiglu."""
-
-    gate_up: Pair
-    down: Pair
-    x: Tensor
-    ids: Tensor
-    weights: Tensor
-
-    @classmethod
-    def of(cls, case: Case, T: int, dtype: torch.dtype, E: int = 2) -> Layer:
-        generator = torch.Generator().manual_seed(3)
-        x = torch.randn(T, case.H, generator=generator).to(dtype)
-        ids = torch.rand(T, E, generator=generator).argsort(-1)[:, :2].int()
-        gate_up, down = (
-            random_weight(case, E, 2 * case.I, case.H, seed=1),
-            random_weight(case, E, case.H, case.I, seed=2),
-        )
-        return cls(gate_up, down, x, ids, torch.rand(T, 2, generator=generator).softmax(-1))
-
-    def run(self, rows: slice = slice(None), deterministic: bool = False) -> Tensor:
-        args = (self.ids[rows], self.weights[rows], deterministic)
-        return expert_swiglu(self.x[rows], self.gate_up[0], self.down[0], *args)
-
-    def reference(self, dtype: torch.dtype) -> Tensor:
-        weights = (each[1].to(dtype) for each in (self.gate_up, self.down))
-        return reference.expert_swiglu(self.x.to(dtype), *weights, self.ids, self.weights)
+    gate_up, down = case.weight(E, 2 * case.I, case.H, seed=1), case.weight(E, case.H, case.I, seed=2)
+    ids = torch.rand(T, E, generator=torch.Generator().manual_seed(3)).argsort(-1)[:, :2].int()
+    x, weights = randn(T, case.H, dtype=dtype), randn(T, 2).softmax(-1)
+    return {"x": x, "gate_up_proj": gate_up, "down_proj": down, "ids": ids, "weights": weights}
 
 
-def check(got: Tensor, torch_result: Tensor, want: Tensor) -> None:
-    """fp32 allows another order of a sum; 16 bits twice the error of plain torch, whose weights are rounded."""
-    error, limit = ((y.double() - want).abs().max() / want.abs().max() for y in (got, torch_result))
-    assert error <= (1e-5 if got.dtype == torch.float32 else max(2 * float(limit), torch.finfo(got.dtype).eps))
+def check(name: str, args: Args, **changes: Any) -> None:
+    """The error is at most twice that of plain torch, whose weights are rounded. `changes`: for the kernel alone."""
+    error, limit = Tolerance(name, args).measure(lambda **args: OPS[name].run(**args | changes))
+    assert error <= limit
 
 
 PATHS = [*((T, False, dtype) for T in (5, 70) for dtype in FLOATS), (5, True, torch.bfloat16)]
@@ -115,29 +80,20 @@ PATHS = [*((T, False, dtype) for T in (5, 70) for dtype in FLOATS), (5, True, to
 @pytest.mark.parametrize(("T", "deterministic", "dtype"), PATHS)
 @pytest.mark.parametrize("case", [CASES[number] for number in (0, 2, 4, 8)], ids=str)
 def test_experts(case: Case, T: int, deterministic: bool, dtype: torch.dtype) -> None:
-    layer = Layer.of(case, T, dtype)
-    check(layer.run(deterministic=deterministic), layer.reference(dtype), layer.reference(torch.float64))
+    check("expert_swiglu", layer(case, T, dtype) | {"deterministic": deterministic})
 
 
 @pytest.mark.parametrize("T", [5, 70])
-@pytest.mark.parametrize("dense", ["gate_up", "down"])
+@pytest.mark.parametrize("dense", ["gate_up_proj", "down_proj"])
 def test_one_dense_and_one_quantized_weight(dense: str, T: int) -> None:
-    layer = Layer.of(CASES[0], T, torch.bfloat16)
-    weights = [getattr(layer, name)[name == dense] for name in ("gate_up", "down")]
-    weights = [each.bfloat16() if isinstance(each, Tensor) else each for each in weights]
-    got = expert_swiglu(layer.x, *weights, layer.ids, layer.weights)
-    check(got, layer.reference(torch.bfloat16), layer.reference(torch.float64))
+    args = layer(CASES[0], T, torch.bfloat16)
+    check("expert_swiglu", args | {dense: args[dense].dequantize().bfloat16()})
 
 
 @pytest.mark.parametrize("T", [5, 70])
 def test_experts_with_the_next_norm(T: int) -> None:
-    layer = Layer.of(CASES[0], T, torch.float32)
-    residual, norm = torch.randn(T, 256, generator=torch.Generator().manual_seed(5)), torch.rand(256) + 0.5
-    args = (layer.x, layer.gate_up[0], layer.down[0], layer.ids, layer.weights)
-    normed, total = experts_add_rms_norm(*args, residual, norm, 1e-5)
-    want = layer.reference(torch.float64) + residual
-    check(total, total, want)
-    check(normed, normed, reference.rms_norm(want, norm.double(), 1e-5))
+    norm = {"residual": randn(T, 256), "norm_weight": torch.rand(256) + 0.5, "eps": 1e-5}
+    check("experts_add_rms_norm", layer(CASES[0], T, torch.float32) | norm)
 
 
 @pytest.mark.parametrize(("T", "deterministic"), [(0, False), (3, False), (40, False), (3, True)])
@@ -145,34 +101,15 @@ def test_experts_with_the_next_norm(T: int) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_linear(case: Case, dtype: torch.dtype, T: int, deterministic: bool) -> None:
     """37 rows are no multiple of a tile."""
-    quantized, dense = random_weight(case, 37, case.H, scales=torch.bfloat16)
-    x = torch.randn(T, case.H, generator=torch.Generator().manual_seed(0)).to(dtype)
-    got = linear(x, quantized, deterministic)
-    assert got.shape == (T, 37) and got.dtype == dtype
-    if T:
-        check(got, x @ dense.to(dtype).t(), x.double() @ dense.t())
+    args = {"x": randn(T, case.H, dtype=dtype), "weight": case.weight(37, case.H, scales=torch.bfloat16)}
+    check("linear", args | {"deterministic": deterministic})
 
 
 def test_linear_of_views() -> None:
     """One expert, and rows that are apart in memory."""
-    quantized, dense = random_weight(CASES[0], 4, 33, 256)
-    x = torch.randn(3, 256)
-    for part, want in ((quantized[2], dense[2]), (quantized[1][::2], dense[1, ::2])):
-        got = linear(x, part)
-        check(got, got, x.double() @ want.t())
-
-
-@pytest.mark.parametrize("format", BITS)
-def test_bits_of_a_token_do_not_depend_on_its_batch(
-    format: str, ordered: Any, gates: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(launch, "interpret", UNGUARDED)  # as in test_deterministic.py
-    layer = Layer.of(Case(format, 64, 64, 32 if format == "int4" else 0), 9, torch.bfloat16)
-    batch = layer.run(deterministic=True)
-    for rows in (slice(7, 8), slice(2, 9)):
-        assert batch[rows].equal(layer.run(rows, deterministic=True))
-    down = layer.down[0][0]
-    assert linear(layer.x, down, True)[7:8].equal(linear(layer.x[7:8], down, True))
+    weight = CASES[0].weight(4, 33, 256)
+    for part in (weight[2], weight[1][::2]):
+        check("linear", {"x": randn(3, 256), "weight": part})
 
 
 def to_tile(numbers: Any, dtype: Any) -> Any:
@@ -219,23 +156,23 @@ def ptx(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[5], CASES[7]], ids=str)
 def test_ptx_and_plain_arithmetic_agree(case: Case, dtype: torch.dtype, ptx: list[str], monkeypatch: Any) -> None:
     """Fields, zeros and scales are the same bit for bit."""
-    layers = [Layer.of(case, T, dtype) for T in (2, 70)]
-    got = [layer.run() for layer in layers]
+    layers = [layer(case, T, dtype) for T in (2, 70)]
+    got = [expert_swiglu(**args) for args in layers]
     grouped = case.group not in (0, case.H)
     assert len(set(ptx)) == 1 + (case.format == "int4") + grouped
     monkeypatch.undo()
-    assert all(torch.equal(a, layer.run()) for a, layer in zip(got, layers, strict=True))
+    assert all(torch.equal(a, expert_swiglu(**args)) for a, args in zip(got, layers, strict=True))
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[4], CASES[8]], ids=str)
 @pytest.mark.parametrize("T", [1, 4, 64])
 def test_decode_reads_the_packed_experts_once(case: Case, T: int, covers: Any) -> None:
     """Decode reads codes, scales and zeros of the selected experts, and nothing of the rest."""
-    case = Case(case.format, 256, 512, case.group, case.zeros)
-    layer = Layer.of(case, T, torch.bfloat16, E=8)
+    case = case._replace(H=256, I=512)
+    args = layer(case, T, torch.bfloat16, E=8)
     with count_traffic() as traffic:
-        layer.run()
-    packed = sum(pair[0][e].nbytes for pair in (layer.gate_up, layer.down) for e in layer.ids.unique().tolist())
+        expert_swiglu(**args)
+    packed = sum(args[name][e].nbytes for name in ("gate_up_proj", "down_proj") for e in args["ids"].unique().tolist())
     ratio = traffic.moved("gate_up", "down", "scales", "zeros") / packed
     assert ratio <= 1.05
     covers("traffic", f"{case} expert weights, T {T}: {ratio:.2f} of what is packed (bound 1.05)")
@@ -243,15 +180,14 @@ def test_decode_reads_the_packed_experts_once(case: Case, T: int, covers: Any) -
 
 @pytest.mark.parametrize("fault", ["zeros are 8", "fields in another order", "scale of the next group"])
 def test_wrong_unpacking_is_caught(fault: str) -> None:
-    right, dense = random_weight(CASES[0], 33, 256)
-    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
-    want, got = x.double() @ dense.t(), linear(x, right)
-    check(got, got, want)
+    right = CASES[0].weight(33, 256)
     data, scales, zeros = right.data, right.scales, right.zeros
     wrong = {
         "zeros are 8": (data, scales, None),
         "fields in another order": ((data << 4) | ((data >> 12) & 15), scales, zeros),
         "scale of the next group": (data, scales.roll(1, -1), zeros),
     }[fault]
+    args = {"x": randn(3, 256), "weight": right}
+    check("linear", args)
     with pytest.raises(AssertionError):
-        check(linear(x, QuantizedWeight("int4", *wrong, (33, 256), 128)), got, want)
+        check("linear", args, weight=QuantizedWeight("int4", *wrong, (33, 256), 128))
