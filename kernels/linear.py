@@ -233,10 +233,10 @@ OP = Op(
         *shapes("T H N", "5 96 33", weight="fp8", deterministic=True),
     ),
     bench_shapes=(
-        *shape_grid(H=4096, N=(6144, 4096), T=(1, 4, 16)),
-        *shape_grid(H=6144, N=8192, T=(1, 4, 16)),
+        *shape_grid(T=(1, 4, 16), H=4096, N=(6144, 4096)),
+        *shape_grid(T=(1, 4, 16), H=6144, N=8192),
         *shapes("T H N", "1 4096 32000, 32 4096 4096, 32 4096 32000, 64 4096 4096, 64 4096 32000"),
         *shapes("T H N", "1 4096 6144, 4096 4096 6144", deterministic=True),
-        *shape_grid(weight=QUANT_NAMES, T=(1, 4096), H=4096, N=6144),
+        *shape_grid(T=(1, 4096), H=4096, N=6144, weight=QUANT_NAMES),
     ),
 )

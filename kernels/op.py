@@ -324,7 +324,7 @@ def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]
     def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
         def value(argument: Argument) -> Any:
             if argument.kind is bool:
-                return bool(switch(sizes, argument.name))
+                return bool(sizes[argument.name])
             if not argument.tensor:
                 return sizes.get(argument.shape_spec or argument.name, 1e-5)
             shape = checks.shape_of(argument.shape_spec, {"...": (sizes.get("T"),), **sizes})
@@ -334,8 +334,10 @@ def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]
             return sampler(dtype, device, generator)(*shape, scale=shape[-1] ** -0.5 if is_weight else 1.0)
 
         args = {} if special is None else special(sizes, dtype, device, generator)
-        arguments = [a for a in read_annotations(run)[0] if a.name in args or a.name in sizes or not a.optional]
-        return {a.name: args[a.name] if a.name in args else value(a) for a in arguments}
+        required = (
+            a for a in read_annotations(run)[0] if not (a.optional or a.kind is bool) or a.name in {*args, *sizes}
+        )
+        return {a.name: args[a.name] if a.name in args else value(a) for a in required}
 
     return inputs
 

@@ -221,24 +221,15 @@ def _attend(
 
 def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor) -> None:
     """Write the first new[b] tokens of k and v [B,T,Hkv,D] into the ring caches [B,Hkv,C,D], slot = position mod C."""
-    begin, n = _common_value(past), _common_value(new)
-    if begin is not None and n is not None:
-        _store(k, v, k_cache, v_cache, begin, n)
-    else:
-        for b, (start, count) in enumerate(zip(past.tolist(), new.tolist(), strict=True)):
-            _store(k[b : b + 1], v[b : b + 1], k_cache[b : b + 1], v_cache[b : b + 1], start, count)
-
-
-def _store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, begin: int, n: int) -> None:
-    """`append` for sequences that all start at `begin` and have `n` tokens."""
     C = k_cache.shape[2]
-    t = max(0, n - C)  # later tokens overwrite earlier ones
-    while t < n:
-        slot = (begin + t) % C
-        run = min(n - t, C - slot)
-        for x, cache in ((k, k_cache), (v, v_cache)):
-            cache[:, :, slot : slot + run] = x[:, t : t + run].transpose(1, 2)
-        t += run
+    for b, (begin, n) in enumerate(zip(past.tolist(), new.tolist(), strict=True)):
+        t = max(0, n - C)  # later tokens overwrite earlier ones
+        while t < n:
+            slot = (begin + t) % C
+            run = min(n - t, C - slot)
+            for x, cache in ((k, k_cache), (v, v_cache)):
+                cache[b, :, slot : slot + run] = x[b, t : t + run].transpose(0, 1)
+            t += run
 
 
 def cached_attention(

@@ -277,7 +277,7 @@ GATE_OP = Op(
     configs=gate_configs,
     cost=streaming_cost(gate_route, _flops),
     test_shapes=shapes("T H E K", "1 128 8 2, 19 80 8 2, 33 300 16 3, 2 64 160 6, 3 64 1 1, 2 4200 8 2"),
-    bench_shapes=shape_grid(H=(4096, 6144), T=(1, 64, 4096), E=8, K=2),
+    bench_shapes=shape_grid(T=(1, 64, 4096), H=(4096, 6144), E=8, K=2),
     derived_outputs=derived_outputs,
 )
 

@@ -18,13 +18,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .arch import amd
+from .arch import amd, describe, tma_can_read
 from .launch import INTERPRETED
 from .offload import ALIGNMENT, OffloadedWeight
 from .op import dense_rows
 from .pdl import pdl_wait
 from .quantized import QuantizedWeight
-from .tma import describe, tma_can_read
 from .unpack import fields_of, scaled, unpacked
 
 # How a weight is stored: its format ("dense" or quantized), columns that share a scale, whether PTX unpacks it, whether

@@ -18,12 +18,12 @@ import triton
 from torch import Tensor
 
 from .. import reference
+from ..arch import describe
 from ..checks import INTS, SINGLE, Matrix, Within
 from ..dispatch import expected_distinct_experts, gather_by_expert, sample_ids, sort_by_expert
 from ..launch import Configs, launch, select_configs, target_arch
 from ..op import Cost, Op, Shape, Sizes, dense_rows, power_of_2, random_inputs, sampler, shape_grid, shapes, switch
 from ..quantized import QUANT_NAMES, weight_bytes
-from ..tma import describe
 from ..weight import Weight
 from . import kernels
 from .tiles import DECODE_TOKENS, configs
@@ -187,7 +187,7 @@ OP = Op(
     bench_shapes=(
         *shape_grid(T=_BENCHED, **_SIZES),
         *shape_grid(T=_BENCHED, **_SIZES | {"H": 6144, "I": 16384}),
-        *(shape | {"down": shape["gate_up"]} for shape in shape_grid(gate_up=QUANT_NAMES, T=(1, 4096), **_SIZES)),
+        *(shape | {"down": shape["gate_up"]} for shape in shape_grid(T=(1, 4096), **_SIZES, gate_up=QUANT_NAMES)),
     ),
 )
 

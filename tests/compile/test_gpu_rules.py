@@ -11,7 +11,6 @@ import torch
 from mixtral_triton import KVCache, Mixtral, apply, ops
 from tests.support.models import random_model
 from tests.support.stub.driver import LaunchError
-from tests.support.stub.tensors import HostSync
 
 OTHER = torch.device("cuda", 1)  # the current one is cuda:0
 IDS = torch.tensor([[3, 5, 7, 1], [2, 9, 11, 4]])
@@ -60,20 +59,6 @@ def test_tensors_of_two_gpus_raise_value_error(gpu: Any) -> None:
         ops.rms_norm(torch.ones(2, 16).to("cuda:0"), torch.ones(16).to(OTHER), 1e-5)
     with pytest.raises(ValueError, match="'input_ids' is on cuda:0, needs the model's device, cuda:1"):
         build(OTHER)(IDS.to("cuda:0"))
-
-
-def test_forward_does_not_synchronize(gpu: Any) -> None:
-    """Neither without a cache, nor in a ragged chunk, nor at one token: no value comes back to the host."""
-    gpu.driver.executes = False
-    model, ids = build("cuda:0"), IDS.to("cuda:0")
-    cache = KVCache(model.config, batch=2, device="cuda:0", dtype=torch.float32)
-    lengths = torch.tensor([4, 2]).to("cuda:0")
-    with gpu.no_syncs():
-        model(ids)
-        model(ids, cache=cache, lengths=lengths)
-        model(ids[:, :1], cache=cache)
-        with pytest.raises(HostSync, match="__int__"):
-            int(lengths.max())
 
 
 def test_generate_reads_back_once_a_prompt_and_once_a_token(gpu: Any) -> None:

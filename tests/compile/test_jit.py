@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import Mixtral, MixtralConfig
 from mixtral_triton.kernels import norm, router
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.offload import OffloadedWeight
@@ -23,6 +22,7 @@ from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.offline import compile_launches
+from tests.support.models import random_model
 from tests.support.stub.driver import GRID_MOST, LaunchError, check_descriptor
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
@@ -198,10 +198,8 @@ def kernels_of_prompts(gpu: Any, lengths: Sequence[int]) -> Counter[Any]:
     """What was compiled while a model wrote three tokens after a prompt of each length, by kernel, types and constants,
     whatever is known of the numbers it is called with."""
     gpu.driver.executes = False
-    widths = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = MixtralConfig(**widths, **heads, rope_theta=1e6, max_position_embeddings=512)
-    model = Mixtral(config, device="cuda", dtype=torch.bfloat16)
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    model = random_model("cuda", **sizes, num_key_value_heads=2, max_position_embeddings=512, dtype=torch.bfloat16)
     for length in lengths:
         model.generate(torch.zeros(1, length, dtype=torch.int64).to("cuda"), max_new_tokens=3)
     compiled: Counter[Any] = Counter()

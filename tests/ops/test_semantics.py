@@ -16,7 +16,8 @@ from mixtral_triton import ops, reference
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.linear import SKINNY_M
 from mixtral_triton.kernels.op import Shape
-from tests.support.calls import copies, inputs
+from mixtral_triton.kernels.registry import OPS
+from tests.support.calls import inputs, outputs
 
 NAN, INF = math.nan, math.inf
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -337,20 +338,14 @@ def test_16_bits(function: Any, expected: Any, args: list[Tensor], dtype: torch.
         (64, 5, [0, 4, 5, 63], [0, 1, 1, 1]),
     ],
 )
-def test_attention_of_a_decode_step_equals_its_parts(
+def test_attention_of_a_decode_step(
     C: int, window: int, past: list[int], new: list[int], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """The parts are rotation, append and attention. A row without a new token is padding, and finite."""
-    sizes = Shape(B=4, T=1, Hq=4, Hkv=2, D=32, C=C, window=window, past=0)
-    args = inputs("rope_append_attention", sizes, device, dtype)
+    """A row without a new token is padding, and finite."""
+    name, sizes = "rope_append_attention", Shape(B=4, T=1, Hq=4, Hkv=2, D=32, C=C, window=window, past=0)
+    args = inputs(name, sizes, device, dtype)
     args |= {"past": torch.tensor(past, device=device), "new": torch.tensor(new, device=device)}
-    parts = copies(args)
-    got = ops.rope_append_attention(**args)
-    q, k = ops.rope(*(parts[name] for name in ("q", "k", "cos", "sin")), parts["past"][:, None])
-    cache = [parts[name] for name in ("k_cache", "v_cache", "past", "new")]
-    ops.append(k, parts["v"], *cache)
-    want = ops.cached_attention(q, None, None, *cache, window)
-    assert got.isfinite().all()
-    atol = 2 * torch.finfo(dtype).eps * float(want.abs().max()) + 2e-6
-    for a, b in ((got, want), *((args[name], parts[name]) for name in ("k_cache", "v_cache"))):
-        assert torch.allclose(a, b, rtol=0.0, atol=atol)
+    got, want = (outputs(name, function, args) for function in (ops.rope_append_attention, OPS[name].call_reference))
+    for a, b in zip(got, want, strict=True):
+        limit = 2 * torch.finfo(dtype).eps * float(want[0].abs().max()) + 2e-6
+        assert a.isfinite().all() and torch.allclose(a, b, rtol=0.0, atol=limit)

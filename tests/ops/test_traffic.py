@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mixtral_triton.kernels import linear
+from mixtral_triton.kernels.arch import describe
 from mixtral_triton.kernels.experts import op as experts
 from mixtral_triton.kernels.launch import INTERPRETED, launch
 from mixtral_triton.kernels.op import LaunchConfig, Shape, Sizes
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.kernels.tma import describe
 from tests.support.calls import inputs
 from tests.support.inject_fault import module_with_fault
 from tests.support.traffic import Traffic, count_traffic
