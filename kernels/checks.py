@@ -48,8 +48,7 @@ Range = tuple[str, Tensor, int, int]
 
 @dataclass(frozen=True)
 class Within:
-    """A number, or each element of a tensor, is at least `low` and at most `high`: a number, or an expression of sizes
-    and of other arguments."""
+    """Bounds of a number, or of each element of a tensor; `high` may be an expression of sizes and other arguments."""
 
     low: int
     high: int | str
@@ -114,7 +113,7 @@ def _strip_none(kind: Any) -> tuple[Any, bool]:
 
 @dataclass(frozen=True)
 class Constraints:
-    """What the annotations of `run` cannot say; `constrain` attaches it.
+    """Decorate an operation's `run` with what its annotations cannot say.
 
     rule               rule(name, args, sizes) raises ValueError where the arguments do not fit together
     ranges             ranges(args) yields further tensors whose values must lie in a range
@@ -126,15 +125,9 @@ class Constraints:
     ranges: Callable[[Mapping[str, Any]], Iterable[Range]] | None = None
     truncate_sequence: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
-
-def constrain(**constraints: Any) -> Callable[[F], F]:
-    """Decorate an operation's `run` with Constraints."""
-
-    def decorate(run: F) -> F:
-        run.constraints = Constraints(**constraints)  # type: ignore[attr-defined]
+    def __call__(self, run: F) -> F:
+        run.constraints = self  # type: ignore[attr-defined]
         return run
-
-    return decorate
 
 
 def fail(op: str, argument: str, got: Any, needs: str) -> ValueError:

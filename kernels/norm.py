@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .checks import INTS, Range, Within, constrain, fail, readable
+from .checks import INTS, Constraints, Range, Within, fail, readable
 from .launch import launch, select_configs
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, random_inputs, shape_grid, shapes, streaming_cost
 from .rope import POSITIONS_MAX, strides
@@ -181,7 +181,7 @@ def embed_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, Laun
 Embedded = Annotated[Tensor, "B T H"]
 
 
-@constrain(rule=check_positions, ranges=end_ranges)
+@Constraints(rule=check_positions, ranges=end_ranges)
 def embed_rms_norm(
     input_ids: Annotated[Tensor, "B T", INTS, Within(0, "V - 1")],
     table: Annotated[Tensor, "V H"],

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .checks import INTS, SINGLE, Within, constrain, fail
+from .checks import INTS, SINGLE, Constraints, Within, fail
 from .launch import launch, select_configs
 from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, random_inputs, shapes
 
@@ -153,7 +153,7 @@ def check_caches(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> 
         raise fail(op, "v_cache", f"of strides {v_cache.stride()}", "those of k_cache, the last of them 1")
 
 
-@constrain(rule=check_head_size)
+@Constraints(rule=check_head_size)
 def rope(
     q: Queries, k: Heads, cos: Table, sin: Table, positions: Annotated[Tensor, "B T", INTS, Within(0, "P - 1")]
 ) -> tuple[Queries, Heads]:
@@ -169,7 +169,7 @@ def rope(
     return q_out, k_out
 
 
-@constrain(rule=check_caches)
+@Constraints(rule=check_caches)
 def append(k: Heads, v: Heads, k_cache: Slots, v_cache: Slots, past: Past, new: New) -> None:
     """Write the first new[b] tokens of k and v into the ring caches (`reference.append`).
 

@@ -81,47 +81,37 @@ def route_kernel(
 
 
 @triton.jit
-def _load_gate(gate_ptr, stride_ge, h, E, H: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Load columns h.. of the gate, [BLOCK_E, BLOCK_H]."""
-    offs_e, offs_h = tl.arange(0, BLOCK_E), h + tl.arange(0, BLOCK_H)
+def _load_gate(gate_ptr, stride_ge, offs_h, E, H: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Load columns of the gate, [BLOCK_E, columns]."""
+    offs_e = tl.arange(0, BLOCK_E)
     ptrs = gate_ptr + offs_e.to(tl.int64)[:, None] * stride_ge + offs_h[None, :]
     return tl.load(ptrs, mask=(offs_e < E)[:, None] & (offs_h < H)[None, :], other=0.0)
 
 
 @triton.jit
-def _load_columns(ptr, h, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Load columns h.. of a row, [BLOCK_H]."""
-    offs_h = h + tl.arange(0, BLOCK_H)
-    return tl.load(ptr + offs_h, mask=offs_h < H, other=0.0)
-
-
-@triton.jit
-def _load_sum(x_ptr, residual_ptr, h, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Load columns h.. of a row, the residual added: fp32 holding values rounded to x's dtype."""
-    x = _load_columns(x_ptr, h, H, BLOCK_H)
+def _load_sum(x_ptr, residual_ptr, offs_h, H: tl.constexpr):
+    """Load columns of a row, the residual added: fp32 holding values rounded to x's dtype."""
+    x = tl.load(x_ptr + offs_h, mask=offs_h < H, other=0.0)
     values = x.to(tl.float32)
     if residual_ptr is not None:
-        residual = _load_columns(residual_ptr, h, H, BLOCK_H)
+        residual = tl.load(residual_ptr + offs_h, mask=offs_h < H, other=0.0)
         # The next layer reads the rounded sum, so the norm must use it, too.
         values = (values + residual.to(tl.float32)).to(x.dtype).to(tl.float32)
     return values
 
 
 @triton.jit
-def _store_and_square(total_ptr, values, h, H: tl.constexpr):
-    """Store columns h.. of a row and return the sum of their squares."""
-    offs_h = h + tl.arange(0, values.shape[0])
+def _store_and_square(total_ptr, values, offs_h, H: tl.constexpr):
+    """Store columns of a row and return the sum of their squares."""
     tl.store(total_ptr + offs_h, values.to(total_ptr.dtype.element_ty), mask=offs_h < H)
     return tl.sum(values * values, axis=0)
 
 
 @triton.jit
-def _products(y_ptr, values, scale, gate, weight, h, H: tl.constexpr):
-    """Multiply columns h.. of a row with the gate's -> [BLOCK_E]; with a norm, normalize and store them first."""
+def _products(y_ptr, values, scale, gate, weight, offs_h, H: tl.constexpr):
+    """Multiply columns of a row with the gate's -> [BLOCK_E]; with a norm, normalize and store them first."""
     if weight is not None:
-        offs_h = h + tl.arange(0, values.shape[0])
-        dtype: tl.constexpr = y_ptr.dtype.element_ty
-        y = normed(values, scale, weight, dtype)
+        y = normed(values, scale, weight, y_ptr.dtype.element_ty)
         tl.store(y_ptr + offs_h, y, mask=offs_h < H)
         values = y.to(tl.float32)
     return tl.sum(gate.to(tl.float32) * values[None, :], axis=1)
@@ -144,24 +134,25 @@ def gate_route_kernel(
     H: tl.constexpr, TOP_K: tl.constexpr, PDL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
-    gate = _load_gate(gate_ptr, stride_ge, 0, E, H, BLOCK_E, BLOCK_H)
-    weight = None if norm_ptr is None else _load_columns(norm_ptr, 0, H, BLOCK_H)
+    t, offs_h = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_H)
+    gate = _load_gate(gate_ptr, stride_ge, offs_h, E, H, BLOCK_E)
+    weight = None if norm_ptr is None else tl.load(norm_ptr + offs_h, mask=offs_h < H, other=0.0)
     pdl_wait(PDL)
     x, residual, y, total = x_ptr + t * stride_xt, residual_ptr, y_ptr, total_ptr
     if residual_ptr is not None:
         residual, y, total = residual_ptr + t * stride_rt, y_ptr + t * H, total_ptr + t * H
-    values, scale = _load_sum(x, residual, 0, H, BLOCK_H), 1.0
+    values, scale = _load_sum(x, residual, offs_h, H), 1.0
     if residual_ptr is not None:
-        squares = _store_and_square(total, values, 0, H)
+        squares = _store_and_square(total, values, offs_h, H)
         for h in range(BLOCK_H, H, BLOCK_H):
-            squares += _store_and_square(total, _load_sum(x, residual, h, H, BLOCK_H), h, H)
+            squares += _store_and_square(total, _load_sum(x, residual, h + offs_h, H), h + offs_h, H)
         scale = tl.rsqrt(squares / H + eps)
-    acc = _products(y, values, scale, gate, weight, 0, H)
+    acc = _products(y, values, scale, gate, weight, offs_h, H)
     for h in range(BLOCK_H, H, BLOCK_H):
-        next_gate = _load_gate(gate_ptr, stride_ge, h, E, H, BLOCK_E, BLOCK_H)
-        norm_weight = None if norm_ptr is None else _load_columns(norm_ptr, h, H, BLOCK_H)
-        acc += _products(y, _load_sum(x, residual, h, H, BLOCK_H), scale, next_gate, norm_weight, h, H)
+        columns = h + offs_h
+        next_gate = _load_gate(gate_ptr, stride_ge, columns, E, H, BLOCK_E)
+        norm_weight = None if norm_ptr is None else tl.load(norm_ptr + columns, mask=columns < H, other=0.0)
+        acc += _products(y, _load_sum(x, residual, columns, H), scale, next_gate, norm_weight, columns, H)
     logits, offs_e = acc[None, :].to(logits_ptr.dtype.element_ty), tl.arange(0, BLOCK_E)
     tl.store(logits_ptr + t * E + offs_e[None, :], logits, mask=(offs_e < E)[None, :])
     # Route by the rounded logits, which the caller receives.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from ..arch import describe
-from ..checks import INTS, Within, constrain, fail
+from ..checks import INTS, Constraints, Within, fail
 from ..launch import launch, multiprocessors, select_configs, target_arch
 from ..op import Cost, Op, Shape, Sizes, dense_rows, random_inputs, sampler, shape_grid, shapes, switch
 from ..rope import Heads, New, Past, Queries, Slots, Table, cache_inputs, check_caches, check_head_size, strides, tables
@@ -74,7 +74,7 @@ def _truncate_chunk(args: dict[str, Any]) -> dict[str, Any]:
     return {**args, **{name: args[name] if args[name] is None else args[name][:, :end] for name in "qkv"}}
 
 
-@constrain(rule=_check_attention, truncate_sequence=_truncate_keys)
+@Constraints(rule=_check_attention, truncate_sequence=_truncate_keys)
 def attention(
     q: Queries,
     k: Keys,
@@ -99,7 +99,7 @@ def attention(
     return _prefill(q, k, v, None, bounds, sizes, scale, causal)
 
 
-@constrain(rule=_check_cached, truncate_sequence=_truncate_chunk)
+@Constraints(rule=_check_cached, truncate_sequence=_truncate_chunk)
 def cached_attention(
     q: Queries,
     k: Heads | None,
@@ -124,7 +124,7 @@ def cached_attention(
     return _prefill(q, k, v, (k_cache, v_cache), bounds, sizes | {"C": k_cache.shape[2]}, None, True)
 
 
-@constrain(rule=_check_step)
+@Constraints(rule=_check_step)
 def rope_append_attention(
     q: Queries,
     k: Heads,

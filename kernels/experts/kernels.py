@@ -63,11 +63,10 @@ def _matching_slots(ids_ptr, N, E, BLOCK_S: tl.constexpr, BY_SLOT: tl.constexpr)
 
 
 @triton.jit
-def _slot_tile(slots, match, rank, count, first, BLOCK_T: tl.constexpr):
-    """Slots int64 [BLOCK_T] of the matches from rank `first` on, 0 beyond the last, and which exist [1, BLOCK_T]."""
-    ranks = first + tl.arange(0, BLOCK_T)
+def _compact(slots, match, rank, ranks):
+    """The slots int64 whose rank among the matches is in `ranks` [BLOCK_T]; 0 where there is none."""
     hit = match[None, :] & (rank[None, :] == ranks[:, None])
-    return tl.sum(tl.where(hit, slots[None, :], 0), axis=1).to(tl.int64), (ranks < count)[None, :]
+    return tl.sum(tl.where(hit, slots[None, :], 0), axis=1).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -95,16 +94,18 @@ def experts_up_decode_kernel(
         w_ptrs = rows + offs_k[None, :]
         w_ptrs += pair_rows(pid_n, I, BLOCK_N)[:, None] * stride_wn
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        slot, live = _slot_tile(slots, match, rank, count, first, BLOCK_T)
+        ranks = first + tl.arange(0, BLOCK_T)
+        slot = _compact(slots, match, rank, ranks)
         x_ptrs = x_ptr + (slot // TOP_K)[None, :] * stride_xt + offs_k[:, None]
         w = WeightPtrs(w_ptrs, scales_ptr, zeros_ptr)
         w_rows = expert * 2 * I + pair_rows(pid_n, I, BLOCK_N)
         acc = tl.zeros((2 * BLOCK_N, BLOCK_T), tl.float32)
-        acc = add_products(acc, w, w_rows, x_ptrs, live, 0, H, H % UNIT == 0, H, LAYOUT)
+        acc = add_products(acc, w, w_rows, x_ptrs, (ranks < count)[None, :], 0, H, H % UNIT == 0, H, LAYOUT)
         acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=0)
         gate, up = tl.split(tl.permute(tl.reshape(acc, (2, BLOCK_N, BLOCK_T)), (1, 2, 0)))
         out = h_ptr + slot[None, :] * I + offs_n[:, None]
-        tl.store(out, swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=live & (offs_n < I)[:, None])
+        mask = (ranks < count)[None, :] & (offs_n < I)[:, None]
+        tl.store(out, swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -132,15 +133,16 @@ def experts_down_decode_kernel(
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         w_ptrs = rows + (split * (SPAN // UNIT * BLOCK_K) + offs_k)[None, :]
         w_ptrs += tl.minimum(offs_n, H - 1).to(tl.int64)[:, None] * stride_wn
-        slot, live = _slot_tile(slots, match, rank, count, first, BLOCK_T)
+        ranks = first + tl.arange(0, BLOCK_T)
+        slot = _compact(slots, match, rank, ranks)
         h_ptrs = h_ptr + slot[None, :] * I + (begin + offs_k)[:, None]
         w = WeightPtrs(w_ptrs, scales_ptr, zeros_ptr)
         w_rows = expert * H + tl.minimum(offs_n, H - 1)
         acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-        acc = add_products(acc, w, w_rows, h_ptrs, live, begin, SPAN, EVEN, I, LAYOUT)
+        acc = add_products(acc, w, w_rows, h_ptrs, (ranks < count)[None, :], begin, SPAN, EVEN, I, LAYOUT)
         acc = times_row_scales(acc, w, w_rows, I, LAYOUT, AXIS=0)
         out = y_ptr + (split.to(tl.int64) * N + slot)[None, :] * H + offs_n[:, None]
-        tl.store(out, acc, mask=live & (offs_n < H)[:, None])
+        tl.store(out, acc, mask=(ranks < count)[None, :] & (offs_n < H)[:, None])
 
 
 @triton.constexpr_function

@@ -199,7 +199,8 @@ def kernels_of_prompts(gpu: Any, lengths: Sequence[int]) -> Counter[Any]:
     whatever is known of the numbers it is called with."""
     gpu.driver.executes = False
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
-    model = random_model("cuda", **sizes, num_key_value_heads=2, max_position_embeddings=512, dtype=torch.bfloat16)
+    sizes |= {"num_key_value_heads": 2, "num_local_experts": 8, "max_position_embeddings": 512}
+    model = random_model("cuda", torch.bfloat16, **sizes)
     for length in lengths:
         model.generate(torch.zeros(1, length, dtype=torch.int64).to("cuda"), max_new_tokens=3)
     compiled: Counter[Any] = Counter()

@@ -74,7 +74,7 @@ FAULTS = [  # the operation, the message, and changes of the source
         *((linear, "linear", LINEAR), r"\['weight'\] after the wait", IMPORT, LINEAR_WAIT),
         ("    acc = add_products(", f"{WAIT}    acc = add_products("),
     ),
-    (NORM_GATE, r"\['residual', 'x'\] before the wait", NO_WAIT, ("BLOCK_H), 1.0\n", f"BLOCK_H), 1.0\n{WAIT}")),
+    (NORM_GATE, r"\['residual', 'x'\] before the wait", NO_WAIT, ("offs_h, H), 1.0\n", f"offs_h, H), 1.0\n{WAIT}")),
     (NORM_GATE, "'total'.* before the wait", NO_WAIT, ("    acc = _products(", f"{WAIT}    acc = _products(")),
 ]
 
