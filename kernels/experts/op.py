@@ -71,14 +71,9 @@ def _experts(
     E, _, I = down.shape
     x, ids, projections = dense_rows(x), ids.contiguous(), (Weight.of(gate_up), Weight.of(down))
     arch = target_arch(x.device)
-    sizes = Shape(
-        {"T": T, "H": H, "I": I, "E": E, "K": ids.shape[1]},
-        deterministic=deterministic,
-        norm=bool(norm),
-        by_pointers=not all(weight.takes_tma(arch) for weight in projections if not weight.name),
-        gate_up=projections[0].name,
-        down=projections[1].name,
-    )
+    sizes = {"T": T, "H": H, "I": I, "E": E, "K": ids.shape[1], "deterministic": deterministic, "norm": bool(norm)}
+    sizes |= {"gate_up": projections[0].name, "down": projections[1].name}
+    sizes["by_pointers"] = not all(weight.takes_tma(arch) for weight in projections if not weight.name)
     selected = select_configs(configs, sizes, x.dtype, x.device)
     decode = T <= DECODE_TOKENS and not deterministic
     y = (_decode if decode else _prefill)(x, *projections, ids, sizes, selected)

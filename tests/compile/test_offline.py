@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +68,16 @@ HEADS = [(48, 20), (48, 65), (48, 150), (72, 37), (80, 33), (112, 37), (192, 65)
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # Operation, sizes, architecture, dtype.
 Variant = tuple[str, dict[str, Any], str, torch.dtype]
-HEAD_SIZES: list[Variant] = [  # Mixtral's is 128, and so it is in the bench shapes; the tiles differ by head size
-    ("attention", {**sizes, "D": D}, "sm_90", dtype)
-    for D in (64, 256)
-    for dtype in (FP32, BF16)
-    for sizes in (LONG[0], LONG[-1])
-]
-for arch in ("sm_90", "sm_80"):  # keys alone, or with a ring before them; fp16 where it compiles to bf16's code
-    for D, T in HEADS:
-        heads = PROMPT | {"T": T, "S": 4096, "Hq": 4, "Hkv": 2, "D": D}
-        HEAD_SIZES += [
-            ("attention", heads, arch, BF16),
-            ("cached_attention", heads | RING | {"past": 5000}, arch, FP16),
-        ]
-for arch in ("sm_90", "sm_80", "gfx942"):
-    HEAD_SIZES += [("rope_append_attention", STEP | {"D": D}, arch, BF16) for D in (48, 72, 80, 192)]
+# Mixtral's is 128, and so it is in the bench shapes; the tiles differ by head size.
+HEAD_SIZES: list[Variant] = []
+for D, dtype, sizes in product((64, 256), (FP32, BF16), (LONG[0], LONG[-1])):
+    HEAD_SIZES.append(("attention", {**sizes, "D": D}, "sm_90", dtype))
+for arch, (D, T) in product(("sm_90", "sm_80"), HEADS):  # keys alone, or with a ring before them
+    sizes = PROMPT | {"T": T, "S": 4096, "Hq": 4, "Hkv": 2, "D": D}
+    HEAD_SIZES.append(("attention", sizes, arch, BF16))
+    HEAD_SIZES.append(("cached_attention", sizes | RING | {"past": 5000}, arch, FP16))  # compiles to bf16's code
+for arch, D in product(("sm_90", "sm_80", "gfx942"), (48, 72, 80, 192)):
+    HEAD_SIZES.append(("rope_append_attention", STEP | {"D": D}, arch, BF16))
 
 
 @pytest.mark.parametrize(("name", "sizes", "arch", "dtype"), HEAD_SIZES)
@@ -168,11 +164,6 @@ def test_few_spilled_bytes_outside_main_loops_are_no_fault(arch: str, most: int)
     compiled = compile_launch(prefill("experts_down_kernel", arch), arch)
     assert replace(compiled, spills=most).fault is None
     assert f"spills {most + 1} bytes, by 0 instructions" in str(replace(compiled, spills=most + 1).fault)
-
-
-def test_the_gate_catches_too_much_shared_memory() -> None:
-    launch = replace(prefill("experts_up_kernel"), num_stages=6)
-    assert "shared memory" in str(compile_launch(launch, "sm_90").fault)
 
 
 def test_the_gate_uses_each_gpu_s_shared_memory() -> None:
