@@ -132,7 +132,7 @@ class Trial:
     """A launch that runs repeatedly on the same memory."""
 
     def __init__(self, code: Code, launched: Any, args: Mapping[str, Any]) -> None:
-        self.code, self.launched, self.packed = code, launched, PackedArgs(launched.launcher, args)
+        self.code, self.launched, self.packed = code, launched, PackedArgs(launched.launcher, args, launched.args)
         self.memory = Global(self.packed.spans)
         self.before = self.memory.save()
         self.descriptors = self.packed.params(code.program.params).descriptors
