@@ -62,7 +62,7 @@ def _limits(cost: Cost, gpu: GPU) -> dict[str, float]:
 
 
 def floor(cost: Cost, gpu: GPU) -> float:
-    """Return the least seconds on `gpu`: bytes at the full rate of memory or of the link, or FLOP at that of matmuls."""
+    """Return the least seconds on `gpu`: bytes at the rate of memory or of the link, FLOP at that of products."""
     return max(_limits(cost, gpu).values())
 
 
