@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -48,3 +49,19 @@ def in_router(**changes: Any) -> Inject:
         return changed
 
     return replace_by(Layer, "route", faulty)
+
+
+def one_at_a_time(
+    patch: Patch, place: Any, name: str, part: Callable[[Any], Any] = lambda made: made
+) -> list[weakref.ref[Any]]:
+    """Fail where the function `place.name` is called while a `part` of what it made before is alive -> the parts."""
+    made, make = list[Any](), getattr(place, name)
+
+    def checked(*args: Any) -> Any:
+        assert not any(each() is not None for each in made)
+        result = make(*args)
+        made.append(weakref.ref(part(result)))
+        return result
+
+    patch.setattr(place, name, checked)
+    return made

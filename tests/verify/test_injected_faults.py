@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import weakref
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,7 +23,7 @@ from mixtral_triton.model import Layer, State
 from mixtral_triton.ops import unchecked
 from mixtral_triton.verification.layers import CHUNKS, ROUTES, TOKENS, UNCACHED
 from tests.support import faults, hub
-from tests.support.faults import Inject, all_dtypes, change_state, replace_by
+from tests.support.faults import Inject, all_dtypes, change_state, one_at_a_time, replace_by
 
 IDS = torch.randint(50, (2, 22), generator=torch.Generator().manual_seed(0))
 LAYER = 1  # of 3, where a fault of one layer is injected
@@ -228,15 +227,7 @@ def test_fault_that_transformers_layers_show(fault: str, dtype: torch.dtype) -> 
 def test_transformers_has_one_layer_at_a_time(weights: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A quantized model is compared with its dequantized weights."""
     pytest.importorskip("transformers")
-    load_layer, loaded = verification.hf._load_layer, []
-
-    def load(*args: Any) -> Any:
-        assert not any(reference() for reference in loaded)
-        model = load_layer(*args)
-        loaded.append(weakref.ref(model))
-        return model
-
-    monkeypatch.setattr(verification.hf, "_load_layer", load)
+    loaded = one_at_a_time(monkeypatch, verification.hf, "_load_layer")
     folder = tmp_path if weights == "awq" else SMALL
     if weights == "awq":
         hub.write(tmp_path, *hub.LAYOUTS["awq 64"])

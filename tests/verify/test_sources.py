@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from mixtral_triton import Mixtral, MixtralConfig, model, verification, verify, weights
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.model import Layer, State
+from mixtral_triton.model import State
 from mixtral_triton.quantize import layouts
 from mixtral_triton.verification import layers, mesh, source
 from mixtral_triton.verification.calls import text_calls
 from mixtral_triton.verification.layers import Target, compare_layers
 from mixtral_triton.verification.source import Source, decode
 from tests.support import hub
-from tests.support.faults import Inject, Patch, all_dtypes, change_state, in_router
+from tests.support.faults import Inject, Patch, all_dtypes, change_state, in_router, one_at_a_time
 from tests.support.models import check_loaded, random_model
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter")
@@ -148,39 +148,19 @@ def test_act_order_is_decoded(off: int) -> None:
 
 def test_one_gathered_layer_at_a_time(dense: Path, monkeypatch: Patch) -> None:
     """On a mesh each layer is gathered when it is read: none is alive when the next one is."""
-    target, alive, most = Target(random_model(num_hidden_layers=3, max_position_embeddings=4200)), [], []
-
-    class Gathered(Layer):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            alive.append(weakref.ref(self))
-
-    class Ranks:
-        model, config = target.model, target.config
-
-        def gather(self, name: str, weight: Any) -> Any:
-            most.append(sum(layer() is not None for layer in alive))
-            return weight.detach().clone()
-
-    monkeypatch.setattr(mesh, "Layer", Gathered)
-    target.layers = mesh._GatheredLayers(Ranks())
+    target = Target(random_model(num_hidden_layers=3, max_position_embeddings=4200))
+    gathered = one_at_a_time(monkeypatch, mesh, "Layer")
+    ranks = SimpleNamespace(model=target.model, config=target.config, gather=lambda name, weight: weight.detach() + 0)
+    target.layers = mesh._GatheredLayers(ranks)  # type: ignore[arg-type]
     with torch.no_grad():
         report = verification._verify(target, IDS[:, :4], None, None, None, True, None)
-    assert not report.wrong and len(alive) >= 6 and max(most) == 0
+    assert not report.wrong and len(gathered) >= 6
 
 
 def test_one_layer_in_fp32_at_a_time(monkeypatch: Patch) -> None:
-    make, alive, most = layers.single_layer_model, list[Any](), []
-
-    def count(*args: Any) -> Mixtral:
-        most.append(sum(weight() is not None for weight in alive))
-        single = make(*args)
-        alive.append(weakref.ref(single.layers[0].gate_up_proj))
-        return single
-
-    monkeypatch.setattr(layers, "single_layer_model", count)
+    made = one_at_a_time(monkeypatch, layers, "single_layer_model", lambda model: model.layers[0].gate_up_proj)
     verify(random_model(dtype=torch.bfloat16, num_hidden_layers=3), IDS[:, :4])
-    assert most == [0, 0, 0]
+    assert len(made) == 3
 
 
 def test_references_keep_no_more_than_they_hold() -> None:
