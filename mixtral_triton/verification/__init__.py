@@ -23,7 +23,7 @@ from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED, multiprocessors, target_arch
 from ..model import Mixtral
 from ..tools.tolerance import Fp64Reference, to_fp64
-from .calls import SizedCalls, text_calls
+from .calls import SizedCalls
 from .generation import check_generate
 from .hf import TransformersTarget, compare_with_transformers
 from .layers import LayerProbe, Target, compare_in_fp32, compare_layers
@@ -125,7 +125,7 @@ def _verify(
     longest = tokens or (PREFILL_CHUNK if device.type == "cuda" else TEXT_TOKENS)
     sized = SizedCalls(longest, (target_arch(device), multiprocessors(device)))
     rows, cost = check_weights(target, folder, ids, step)
-    found, expected, exact = compare_layers(target, ids, sized if kernels else text_calls, step)
+    found, expected, exact = compare_layers(target, ids, sized if kernels else None, step)
     if fp32:
         found += compare_in_fp32(target, expected, step)
     rows += sorted(found, key=lambda row: -1 if row.layer is None else row.layer)

@@ -161,10 +161,6 @@ class LayerCheck:
         return tolerance.fp64_block(self.layer, self.config, self.tables, x, ids)
 
 
-def text_calls(check: LayerCheck, index: int) -> Iterator[Call]:
-    return check.calls(index)
-
-
 class SizedCalls:
     """The calls on the text in every layer, and in the first one calls that launch what else `generate` launches.
 

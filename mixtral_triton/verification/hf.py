@@ -47,15 +47,10 @@ class TransformersTarget(Target):
         self.lm_head = model.lm_head.weight if hasattr(model, "lm_head") else None
         self.model_head = getattr(model, "lm_head", torch.nn.Identity())
         self.output = "hidden" if self.lm_head is None else "logits"
-        attn = self.layers[0].self_attn
-        config = attn.config
-        self.config = MixtralConfig(
-            **{name: getattr(config, name) for name in SIZES},
-            head_dim=attn.head_dim,
-            rms_norm_eps=self.backbone.norm.variance_epsilon,
-            rope_theta=config.rope_parameters["rope_theta"],
-            sliding_window=getattr(config, "sliding_window", None),
-        )
+        attn, eps = self.layers[0].self_attn, self.backbone.norm.variance_epsilon
+        config = {name: getattr(attn.config, name) for name in SIZES} | {"head_dim": attn.head_dim, "rms_norm_eps": eps}
+        config["rope_theta"] = attn.config.rope_parameters["rope_theta"]
+        self.config = MixtralConfig(**config, sliding_window=getattr(attn.config, "sliding_window", None))
 
     def check(self, block: Any, x: Tensor, config: MixtralConfig) -> LayerCheck:
         """What transformers' eager functions compute in a decoder layer on x [B,T,H]."""

@@ -26,7 +26,7 @@ from ..cache import KVCache
 from ..model import Layer
 from ..tools import tolerance
 from ..tools.tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
-from .calls import Call, LayerCheck, text_calls
+from .calls import Call, LayerCheck
 from .report import FP32, TORCH, Row, worst_rows
 
 UNCACHED, CHUNKS, TOKENS = "whole text", "in chunks", "token by token"
@@ -38,6 +38,7 @@ PADDING = 3  # tokens of right padding behind all chunks but the first
 WINDOW_FRACTION = 4  # a window as long as the text is reduced by this factor, so that the ring wraps around
 
 Step = Callable[[], None]  # called after each layer of each forward
+Calls = Callable[[LayerCheck, int], Iterator[Call]]  # of operations in the layer of this index
 # A call of a forward: its case, the tokens of the text [R,n], False for padding [R,n], the cache, other arguments.
 Reading = tuple[str, Tensor, Tensor, Any, dict[str, Tensor]]
 
@@ -184,18 +185,18 @@ class TextReference:
 
 
 def compare_layers(
-    target: Target, ids: Tensor, calls: Callable[[LayerCheck, int], Iterator[Call]], step: Step = lambda: None
+    target: Target, ids: Tensor, calls: Calls | None = None, step: Step = lambda: None
 ) -> tuple[list[Row], TextReference, Tensor]:
-    """Measure the `calls` of every layer, and the layers' own forwards with `probe_config`, on ids [B,T] -> rows,
-    references with the model's config, and the last layer's output [2B,T,H] in fp64 from the text
-    `with_perturbed_input` on, with torch's routes."""
+    """Measure the `calls` of every layer (None: those on the text), and the layers' own forwards with `probe_config`,
+    on ids [B,T] -> rows, references with the model's config, and the last layer's output [2B,T,H] in fp64 from the
+    text `with_perturbed_input` on, with torch's routes."""
     x, probe_config, rows = F.embedding(ids, target.embed_tokens), target.probe_config(ids.shape[1]), list[Row]()
     expected, exact = TextReference(x), with_perturbed_input(x)
     probe_expected = expected if probe_config == target.config else TextReference(x)
     for index in range(len(target.layers)):
         layer = target.layers[index]
         check = target.check(layer, expected.x, target.config)
-        for call in calls(check, index):
+        for call in check.calls(index) if calls is None else calls(check, index):
             rows += target.measure(index, *call, check.operation)
         # One pass over the layer's weights in fp64, for torch's input of the layer and for fp64's.
         inputs, size = with_perturbed_input(check.values.x), 2 * len(x)
@@ -219,7 +220,7 @@ def compare_in_fp32(target: Target, expected: TextReference, step: Step) -> list
     for index, layer in enumerate(expected.layers if target.widens else ()):
         single = Target(single_layer_model(target.model, target.layers[index], layer.x))
         B, T, _ = layer.x.shape
-        found = compare_layers(single, torch.arange(B * T, device=layer.x.device).view(B, T), text_calls)[0]
+        found = compare_layers(single, torch.arange(B * T, device=layer.x.device).view(B, T))[0]
         rows += [replace(row, layer=index, case=row.case + FP32) for row in found]
         single.layers[0]._parameters.clear()  # the probe's copies are cycles of references, and would keep it
         step()

@@ -19,7 +19,6 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import State
 from mixtral_triton.quantize import layouts
 from mixtral_triton.verification import layers, mesh, source
-from mixtral_triton.verification.calls import text_calls
 from mixtral_triton.verification.layers import Target, compare_layers
 from mixtral_triton.verification.source import Source, decode
 from tests.support import hub
@@ -166,7 +165,7 @@ def test_one_layer_in_fp32_at_a_time(monkeypatch: Patch) -> None:
 def test_references_keep_no_more_than_they_hold() -> None:
     target = Target(random_model(num_hidden_layers=2))
     with torch.no_grad():
-        _, expected, _ = compare_layers(target, IDS, text_calls)
+        _, expected, _ = compare_layers(target, IDS)
     for layer in expected.layers:
         tensors = [x for x in vars(layer).values() if isinstance(x, Tensor)]
         tensors += [each.exact for each in layer.references.values()]
