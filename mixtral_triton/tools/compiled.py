@@ -51,7 +51,7 @@ class Compiled:
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
         """The main loops; none for AMD, whose code is not counted."""
-        return main_loops(self.stages["cubin"]) if "cubin" in self.stages else ()
+        return main_loops([self.stages["cubin"]], self.arch)[0] if "cubin" in self.stages else ()
 
     @property
     def loop_spills(self) -> int:

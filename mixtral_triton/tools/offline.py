@@ -13,6 +13,7 @@ import os
 import pkgutil
 import re
 import signal
+import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -34,9 +35,9 @@ from ..kernels.launch import INTERPRETED
 from ..kernels.op import Launch, Op
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
+from . import sass
 from .compiled import Compiled, as_json, resources_table
 from .predict import family_note
-from .sass import cuobjdump
 from .terminal import bar, console, write_file
 
 _WIDTHS = ("H", "I")  # of a model: they change no tile
@@ -85,7 +86,11 @@ def _key(launch: Launch, source: ASTSource, widths: bool = True) -> str:
 
 def _usage(stages: Mapping[str, Path]) -> tuple[int, int]:
     """Return registers and bytes of spills, see `Compiled`."""
-    text = cuobjdump("--dump-resource-usage", stages["cubin"]) if "cubin" in stages else stages["amdgcn"].read_text()
+    if "cubin" in stages:
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(stages["cubin"])]
+        text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    else:
+        text = stages["amdgcn"].read_text()
     found = {name: int(number) for name, number in re.findall(r"(\w+): *(\d+)", text)}
     if "cubin" in stages:
         return found["REG"], found["STACK"] + found["LOCAL"]
@@ -176,9 +181,7 @@ def compile_launch(launch: Launch, arch: str, op: str = "") -> Compiled:
 
 def _attempt(job: _Job) -> Compiled:
     try:
-        compiled = job.compile()
-        _ = compiled.loops  # here, since the disassembler takes long to start
-        return compiled
+        return job.compile()
     except OSError as error:  # a full disk, say, is no fault of the kernel
         unnamed = error.errno is not None and error.filename is None  # Triton writes to its cache
         raise OSError(error.errno, error.strerror, job.cache) if unnamed else error from None
@@ -267,6 +270,10 @@ def compile_ops(
     for index, compiled in _compile_all(jobs):
         kernels[index] = compiled
         progress(len(kernels), len(jobs))
+    # Together: the disassembler takes long to start.
+    counted = [one for one in kernels.values() if "cubin" in one.stages]
+    for one, loops in zip(counted, sass.main_loops([one.stages["cubin"] for one in counted], arch), strict=True):
+        vars(one)["loops"] = loops  # where the cached property looks
     return [kernels[index] for index in range(len(jobs))]
 
 

@@ -18,7 +18,7 @@ from mixtral_triton.kernels.arch import ARCHS
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Launch, Shape
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools import offline
+from mixtral_triton.tools import offline, sass
 from mixtral_triton.tools.compiled import Compiled
 from mixtral_triton.tools.offline import as_json, collect, compile_launch, compile_ops
 
@@ -250,6 +250,13 @@ def test_a_crash_of_ptxas_is_a_fault_in_its_row(own_cache: Path, monkeypatch: py
         monkeypatch.setenv(name, str(crash))
     faults = {compiled.fault for compiled in compile_ops(["append"], "sm_90")}
     assert faults == {"does not compile: ptxas crashed with SIGSEGV"}
+
+
+def test_loops_counted_together_are_those_counted_alone() -> None:
+    """Kernels disassembled in one go: the jumps of each stay in it."""
+    kernels = [compile_launch(prefill(kernel), "sm_90") for kernel in FLOP_PER_INSTRUCTION]
+    together = sass.main_loops([kernel.stages["cubin"] for kernel in kernels], "sm_90")
+    assert together == [kernel.loops for kernel in kernels]
 
 
 @pytest.mark.parametrize(
