@@ -52,16 +52,16 @@ def in_router(**changes: Any) -> Inject:
 
 
 def one_at_a_time(
-    patch: Patch, place: Any, name: str, part: Callable[[Any], Any] = lambda made: made
+    patch: Patch, place: Any, name: str, part: Callable[[Any], Any] = lambda result: result
 ) -> list[weakref.ref[Any]]:
     """Fail where the function `place.name` is called while a `part` of what it made before is alive -> the parts."""
-    made, make = list[Any](), getattr(place, name)
+    results, make = list[Any](), getattr(place, name)
 
     def checked(*args: Any) -> Any:
-        assert not any(each() is not None for each in made)
+        assert not any(each() is not None for each in results)
         result = make(*args)
-        made.append(weakref.ref(part(result)))
+        results.append(weakref.ref(part(result)))
         return result
 
     patch.setattr(place, name, checked)
-    return made
+    return results

@@ -157,9 +157,9 @@ def test_one_gathered_layer_at_a_time(dense: Path, monkeypatch: Patch) -> None:
 
 
 def test_one_layer_in_fp32_at_a_time(monkeypatch: Patch) -> None:
-    made = one_at_a_time(monkeypatch, layers, "single_layer_model", lambda model: model.layers[0].gate_up_proj)
+    models = one_at_a_time(monkeypatch, layers, "single_layer_model", lambda model: model.layers[0].gate_up_proj)
     verify(random_model(dtype=torch.bfloat16, num_hidden_layers=3), IDS[:, :4])
-    assert len(made) == 3
+    assert len(models) == 3
 
 
 def test_references_keep_no_more_than_they_hold() -> None:
