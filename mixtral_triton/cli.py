@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 FOLDER = "checkpoint folder, or a name on the hub with or without @revision"
 SMALL = Path(__file__).parent / "small"  # the checkpoint that ships with the package
-TOOLS = {"tune": "bench.tune", "fit": "fit", "compile": "offline"}  # modules whose `run` is the command
+# Modules whose `run` is the command.
+TOOLS = {"bench": "bench.command", "tune": "bench.tune", "fit": "fit", "compile": "offline"}
 
 
 class Help(argparse.HelpFormatter):
@@ -167,7 +168,7 @@ def parser() -> argparse.ArgumentParser:
     option("--weights", type=parse_weights, required=True, metavar="FORMAT", help=text)
     option("--device", help="where to compute: cpu, cuda, ...; default: the GPU if there is one")
 
-    option = command("bench", "each operation, and a decode step, beside its peers and its floor", ops, at, plot, mesh)
+    option = command("bench", "each operation, and a decode step, beside its peers and its floor", ops, at, plot)
     option("-h", "--help", nargs=0, action=OpHelp, help="this text; after an OP its arguments and sizes, too")
     option("--quick", action="store_true", help="a few cases an operation, of 8x7B")
     option("--sizes", action="append", default=[], metavar="T=N,...", help="a case of these sizes instead; repeatable")
@@ -347,15 +348,6 @@ def _quantize(args: argparse.Namespace) -> int:
     else:
         print(f"{args.out}: {after / 1e9:,.3g} GB, of {before / 1e9:,.3g} GB in {args.folder}")
     return 0
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from .tools.bench import command
-
-    with open_mesh(args) as ranks:
-        if ranks is not None:
-            return command.run_on_mesh(args, ranks)
-    return command.run(args)
 
 
 def _run_tool(args: argparse.Namespace) -> int:

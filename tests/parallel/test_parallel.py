@@ -16,7 +16,6 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.parallel import Shard
 from mixtral_triton.quantize.spec import PARTS
-from mixtral_triton.tools.bench.command import MESH_RUNS
 from mixtral_triton.verification.layers import Target
 from mixtral_triton.verification.weights import check_weights
 from tests.support import hub
@@ -279,14 +278,6 @@ def test_decode_step_is_a_graph(mesh: str, deterministic: bool, ranks: Ranks, ch
         layers = BASE["num_hidden_layers"]
         # The prompt, the first step, and the replays: in the capture itself nothing is sent.
         assert calls["broadcast"] == 2 + replays and calls[sums] >= 2 * layers * (2 + replays)
-
-
-def test_bench_times_the_slowest_rank(ranks: Ranks) -> None:
-    sizes = {"B": 2, "S": 8, "L": 1, "H": 64, "I": 128, "E": 4, "K": 2, "Hq": 4, "Hkv": 2, "D": 16, "V": 64}
-    found = ranks(work.timed, sizes, tp=2)
-    times = [seconds for seconds, _ in found]
-    assert times[0] == times[1] > 0 and times[2] == times[3] > 0  # the two of a mesh say the same
-    assert {replays for _, replays in found} == {3 + 3 * MESH_RUNS}
 
 
 def test_a_wait_for_a_gpu_that_is_never_done_ends(ranks: Ranks, checkpoint: Checkpoint) -> None:

@@ -48,17 +48,6 @@ def test_torchrun_verifies_each_rank_s_part() -> None:
     assert {"weights", "layer", "logits"} <= {row["op"] for row in report["rows"]}
 
 
-def test_torchrun_benches_the_decode_step() -> None:
-    """Without a GPU it has no time."""
-    sizes = "B=1,S=1024,L=32,H=4096,I=14336,E=8,K=2,Hq=32,Hkv=8,D=128,V=32000"
-    run = torchrun("bench", "decode_step", "--tp", "2", "--sizes", sizes, "--json")
-    assert run.returncode == 0, run.stderr
-    mesh, row = map(json.loads, run.stdout.splitlines())
-    assert (mesh["tp"], mesh["ep"], row["time_us"]) == (2, 1, None)
-    run = torchrun("bench", "rope", "--tp", "2")
-    assert run.returncode != 0 and "on a mesh it times decode_step, and got rope" in run.stderr
-
-
 def one_thread(**more: str) -> dict[str, str]:
     paths = os.pathsep.join(filter(None, sys.path))
     return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths, **more}

@@ -295,19 +295,6 @@ def halve_sums(model: Mixtral) -> None:
     ranks.all_reduce = lambda part, in_order: all_reduce(part / 2, in_order)
 
 
-def timed(mesh: Any, sizes: dict[str, int]) -> tuple[float, int]:
-    """Return the seconds of a decode step on simulated GPUs, and how many steps were replays."""
-    from mixtral_triton.tools.bench.cases import cases
-    from mixtral_triton.tools.bench.command import measure_on_mesh
-    from tests.support.stub.gpu import gpu
-
-    text = ",".join(f"{name}={size}" for name, size in sizes.items())
-    (case,) = cases(["decode_step"], sizes=[text])
-    ranks = parallel.Ranks(mesh)
-    with gpu() as simulated, on_memory():
-        return measure_on_mesh(case, ranks), simulated.replays
-
-
 def watched(mesh: Any, folder: Path, ids: torch.Tensor) -> tuple[str, str]:
     model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh)
     peer = message(lambda: verify(model, ids, folder=folder, peer="transformers"))

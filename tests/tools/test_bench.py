@@ -38,7 +38,6 @@ def use_bench(monkeypatch: pytest.MonkeyPatch, device: torch.device = CPU, timer
     """Let the command measure on a stand-in for a GPU."""
     if device is CPU:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(command, "current_gpu", lambda: (device, H100, timer))
 
 
@@ -190,14 +189,6 @@ def test_decode_step_with_experts_in_host_memory(capsys: pytest.CaptureFixture[s
             assert row["floor_us"] == pytest.approx(1e6 * row["host_bytes"] / LINKS[GPUS[gpu].link])
         assert 0.5 < row["predicted"]["of_floor"] <= 1
     assert main([*args[:-2], "h100"]) == 0 and "MB of host" in capsys.readouterr().out
-
-
-def test_a_mesh_takes_no_experts_from_host_memory() -> None:
-    none = dict.fromkeys(command.NOT_ON_A_MESH)
-    with pytest.raises(ValueError, match="--offload is given, and a mesh takes none"):
-        command.run_on_mesh(argparse.Namespace(ops=["decode_step"], **none | {"offload": 1}), None)
-    with pytest.raises(ValueError, match="offload is 1, and a mesh"):
-        decode_step.inputs(decode_step.STEP.test_shapes[1], torch.float32, CPU, ranks=Mock())
 
 
 def test_offloaded_decode_step_is_checked_and_has_no_peer_of_transformers() -> None:

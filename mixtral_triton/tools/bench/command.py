@@ -1,4 +1,4 @@
-"""The command `bench`: measured on the current GPU, or what is known without one; a decode step on a mesh."""
+"""The command `bench`: measured on the current GPU, or what is known without one."""
 
 from __future__ import annotations
 
@@ -13,20 +13,16 @@ from rich.console import Console
 
 from ...kernels.op import Shape
 from ...kernels.registry import OPS
-from ...parallel import Ranks
 from ..gpus import GPU, RATED, data_sheet
 from ..predict import family_note
-from ..processes import is_first
 from ..terminal import bar, check_plot, console, save_plot
 from . import decode_step
 from .cases import Case, cases, sizes_of
-from .measure import Row, checked_row, current_gpu, step_timer, timed_rows
+from .measure import Row, checked_row, current_gpu, timed_rows
 from .peers import PEERS, import_peer, peers_of
-from .report import figure_of, gpu_line, micro, op_table, sizes_text
+from .report import figure_of, gpu_line, op_table
 
 DEFAULT_GPU, NO_GPU = "h100", "there is no GPU"  # whose floors are printed then
-MESH_RUNS = 20  # the same on every rank, since each step synchronizes them
-NOT_ON_A_MESH = ("peer", "plot", "gpu", "quick", "without", "offload")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -112,35 +108,3 @@ def _print_rows(source: Iterator[Row], total: int, as_lines: bool, out: Console)
             if not as_lines:
                 out.print(op_table(rows))
             yield from rows
-
-
-def run_on_mesh(args: argparse.Namespace, mesh: Any) -> int:
-    """Run `bench decode_step` on every rank, measured where there are GPUs."""
-    if args.ops not in ([], ["decode_step"]):
-        raise ValueError(f"bench: on a mesh it times decode_step, and got {' '.join(args.ops)}")
-    if unused := [name for name in NOT_ON_A_MESH if getattr(args, name)]:
-        raise ValueError(f"--{unused[0]} is given, and a mesh takes none: needs one process, or no --{unused[0]}")
-    ranks, measuring = Ranks(mesh), mesh.device_type == "cuda"
-    gpu = torch.cuda.get_device_properties(torch.cuda.current_device()).name if measuring else "a CPU"
-    about = {"tp": ranks.shard.tp, "ep": ranks.shard.ep, "gpu": gpu}
-    if is_first():
-        print(json.dumps({"kind": "mesh", **about}) if args.json else f"decode_step, {sizes_text(about)}")
-    for case in cases(["decode_step"], at=args.at, sizes=args.sizes, dtype=getattr(torch, args.dtype or "", None)):
-        with ranks.raise_on_any_rank():
-            ranks.shard.check(decode_step.config(case.sizes))
-        seconds, sizes = measure_on_mesh(case, ranks) if measuring else None, case.as_dict()
-        line = json.dumps({"kind": "row", "op": "decode_step", "sizes": sizes, "time_us": seconds and seconds * 1e6})
-        rate = f"{micro(seconds)} us, {sizes['B'] / seconds:,.0f} tokens/s" if seconds else "needs GPUs"
-        if is_first():
-            print(line if args.json else f"{sizes_text(sizes)}: {rate}", flush=True)
-    return 0
-
-
-def measure_on_mesh(case: Case, ranks: Ranks) -> float:
-    """Return the mean seconds of a step in a row of MESH_RUNS steps, on the slowest rank."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    generator = torch.Generator(device).manual_seed(0)  # the same gate on all ranks
-    with torch.no_grad(), device:
-        args = decode_step.inputs(case.sizes, case.dtype, device, generator, ranks)
-        seconds = step_timer(decode_step.replayed_step(args), MESH_RUNS)
-    return max(ranks.all_gather_object(seconds))

@@ -25,7 +25,6 @@ from ...kernels.op import Cost, Op, Sizes
 from ...kernels.registry import OPS
 from ...load import check_offload, experts_to_offload, offloaded_bytes, select_experts
 from ...model import Mixtral
-from ...parallel import Ranks
 from ...reference import block
 from ...weights import parameter_shapes
 from ..fit import memory_need, usable_bytes
@@ -45,19 +44,15 @@ def config(sizes: Sizes) -> MixtralConfig:
     return MixtralConfig(**fields, rope_theta=1e6, max_position_embeddings=sizes["S"] + STEPS_MOST)
 
 
-def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None, ranks: Ranks | None = None) -> Args:
-    """Return the model (or one rank's part), a cache that holds S - 1 positions, and the next tokens [B,1].
+def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> Args:
+    """Return the model, a cache that holds S - 1 positions, and the next tokens [B,1].
 
     All experts of a layer hold the same values in separate memory, so that a near tie in a 16-bit router, which may
     select another expert, changes no logits.
     """
     settings = config(sizes)
-    if ranks is not None and sizes.get("offload"):
-        raise ValueError(
-            f"decode_step: offload is {sizes['offload']}, and a mesh splits the experts over GPUs: needs 0"
-        )
     on_host = select_experts(settings, sizes.get("offload", 0), None)
-    model = Mixtral(settings, device, dtype, ranks=ranks, on_host=on_host)
+    model = Mixtral(settings, device, dtype, on_host=on_host)
     for name, weight in model.named_weights().items():
         experts = map(weight.rows, range(len(weight))) if isinstance(weight, OffloadedWeight) else weight
         first, *copies = experts if len(weight.shape) == 3 else [weight]

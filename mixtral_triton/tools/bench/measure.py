@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import gc
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ...kernels.checks import dtype_name
 from ...kernels.launch import target_arch
 from ...kernels.op import Cost
 from ...kernels.record import record_launches
@@ -34,7 +29,6 @@ Timer = Callable[[Call], float]
 
 NOT_CHECKED = "not checked"
 NO_DRIVER = "0 active drivers"  # in Triton's error of a launch on a machine without a GPU
-INTERPRETER_S = 120
 RUNS_LEAST, RUNS_MOST = 5, 100
 SWEEP_BYTES = 256 << 20  # read at least, and four times the size of L2, to evict it
 
@@ -86,14 +80,14 @@ class DeviceTimer:
         return statistics.median(self._elapsed(call, sweeps) for _ in range(runs))
 
 
-def step_timer(call: Call, runs: int | None = None, budget: float = 0.5) -> float:
-    """Return the mean seconds of a call in a row of `runs`, host time included, as a decode loop runs it."""
+def step_timer(call: Call, budget: float = 0.5) -> float:
+    """Return the mean seconds of a call in a row of them, host time included, as a decode loop runs it."""
 
     def mean_of(runs: int) -> float:
         return wall_seconds(lambda: [call() for _ in range(runs)], torch.device("cuda")) / runs
 
     mean_of(3)
-    runs = runs or _runs(mean_of(3), budget / 3)
+    runs = _runs(mean_of(3), budget / 3)
     return statistics.median(mean_of(runs) for _ in range(3))
 
 
@@ -190,6 +184,8 @@ def _failure(error: Exception) -> Outcome:
         return Outcome(note=str(error))
     if isinstance(error, torch.OutOfMemoryError):
         return Outcome(note="out of memory")
+    if NO_DRIVER in str(error):
+        return Outcome(note=f"{NOT_CHECKED}: its Triton kernels need a GPU, or TRITON_INTERPRET=1")
     return Outcome(note=f"fails: {summary(error)}", right=False)
 
 
@@ -234,36 +230,13 @@ def checked_row(case: Case, gpu: GPU, peers: Sequence[Peer], reason: str) -> Row
         return replace(row, peers={peer.name: Outcome(note=f"{NOT_CHECKED}: {large}") for peer in peers})
     args = case.inputs(torch.device("cpu"))
     check = check_of(case.op, args)
-    found = {peer.name: _attempt_peer(case, args, reason, check, peer) for peer in peers}
-    without_driver = [name for name, outcome in found.items() if NO_DRIVER in str(outcome.note)]
-    return replace(row, peers=found | {name: _interpreted(case, name) for name in without_driver})
-
-
-def _interpreted(case: Case, peer: str) -> Outcome:
-    """Check a Triton peer in a process of its own: `triton.jit` decides when it decorates whether to interpret."""
-    sizes = ",".join(f"{name}={size}" for name, size in case.as_dict().items())
-    # In fp32 where it can be: the interpreter computes on the bits of bf16.
-    dtype = dtype_name(torch.float32 if torch.float32 in case.op.dtypes else case.dtype)
-    options = ["--json", "--sizes", sizes, "--peer", peer, "--dtype", dtype]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command: list[str] = [sys.executable, "-m", "mixtral_triton", "bench", case.op.name, *options]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=INTERPRETER_S)
-    except subprocess.TimeoutExpired:
-        return Outcome(note=f"{NOT_CHECKED}: Triton's interpreter takes more than {INTERPRETER_S} s")
-    for line in map(json.loads, run.stdout.splitlines()):
-        if line["kind"] == "row":
-            one = line["peers"][peer]
-            return Outcome(note=f"{one['note']} (in Triton's interpreter, {dtype})", right=one["right"])
-    last = (run.stderr.strip().splitlines() or ["no output"])[-1]
-    return Outcome(note=f"fails: {last} (in Triton's interpreter)", right=False)
+    return replace(row, peers={peer.name: _attempt_peer(case, args, reason, check, peer) for peer in peers})
 
 
 def _free_memory() -> None:
     """Free what a peer held before the next one is measured: some fill a GPU."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 def current_gpu() -> tuple[torch.device, GPU, Timer]:
