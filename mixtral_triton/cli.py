@@ -252,7 +252,7 @@ def _tokens(args: argparse.Namespace, ids: Sequence[int], warning: str, model: M
 
 def _verify(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=True)
-    from .verification import check_peer, default_text, verify
+    from .verification import check_peer, default_text, estimate, verify
 
     text = None if args.prompt is None else read_prompts([args.prompt])[0]
     check_peer(args.peer, args.tp * args.ep > 1)
@@ -267,6 +267,7 @@ def _verify(args: argparse.Namespace) -> int:
         quick = args.folder == SMALL and model.device.type == "cpu" if args.quick is None else args.quick
         if is_first():
             say(note)
+            say(estimate(model, ids[:, : args.tokens], args.folder, quick))
         with bar("verifying", None, silent=not is_first()) as progress:
             options = {"folder": args.folder, "peer": args.peer, "quick": quick, "tokens": args.tokens}
             report = verify(model, ids[:, : args.tokens], progress.update, **options)

@@ -29,9 +29,9 @@ from .hf import TransformersTarget, compare_with_transformers
 from .layers import LayerProbe, Target, compare_in_fp32, compare_layers
 from .mesh import MeshTarget
 from .report import END_RATIO, TORCH, Report, Row, worst_rows
-from .weights import check_weights, held_out, perplexity
+from .weights import check_weights, estimate, held_out, perplexity
 
-__all__ = ["Report", "Row", "held_out", "perplexity", "verify"]
+__all__ = ["Report", "Row", "estimate", "held_out", "perplexity", "verify"]
 
 TEXT_TOKENS = 144
 

@@ -51,15 +51,16 @@ class Source:
             self.quantization = read_json("hf_quant_config.json")["quantization"]
         if self.quantization is None and (self.folder / "quantize_config.json").is_file():
             self.quantization = {"quant_method": "gptq", **read_json("quantize_config.json")}
-        names = {"model.safetensors"}
+        names = ["model.safetensors"]
         if not (self.folder / "model.safetensors").exists():
-            names = set(read_json("model.safetensors.index.json")["weight_map"].values())
+            names = sorted(set(read_json("model.safetensors.index.json")["weight_map"].values()))
+        self.files = [self.folder / name for name in names]
         modules: dict[str, dict[str, Any]] = defaultdict(dict)
-        for file in sorted(names):
+        for path in self.files:
             try:
-                opened = safe_open(self.folder / file, framework="pt", device="cpu")
+                opened = safe_open(path, framework="pt", device="cpu")
             except SafetensorError as error:
-                raise ValueError(f"{self.folder / file}: cannot be read again: {error}") from error
+                raise ValueError(f"{path}: cannot be read again: {error}") from error
             for name in opened.keys():  # noqa: SIM118 (it is no dictionary)
                 modules[name.rpartition(".")[0]][name] = opened
         self.layers: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)

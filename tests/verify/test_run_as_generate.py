@@ -257,4 +257,4 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: Any, in_process: 
     monkeypatch.setattr(reference, "block", crash)
     assert main(["verify", "--device", "cpu"]) == 3
     error = capsys.readouterr().err.strip()
-    assert "crashed: OutOfMemoryError: no memory" in error.splitlines()[-1] and len(error.splitlines()) == 1
+    assert "crashed: OutOfMemoryError: no memory" in error.splitlines()[-1] and len(error.splitlines()) == 2

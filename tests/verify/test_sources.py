@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from mixtral_triton.quantize import layouts
 from mixtral_triton.verification import layers, mesh, source
 from mixtral_triton.verification.layers import Target, compare_layers
 from mixtral_triton.verification.source import Source, decode
+from mixtral_triton.verification.weights import estimate
 from tests.support import hub
 from tests.support.faults import Inject, Patch, all_dtypes, change_state, in_router, one_at_a_time
 from tests.support.models import check_loaded, random_model
@@ -193,3 +195,11 @@ def test_layouts_are_decoded_on_the_model_s_device(tmp_path: Path, gpu: Any, mon
     unpack = source.unpack
     monkeypatch.setattr(source, "unpack", lambda x, *args: (devices.add(x.device.type), unpack(x, *args))[1])
     assert not [row for row in check_loaded(tmp_path, model) if not row.ok] and devices == {"cuda"}
+
+
+def test_the_cost_is_said_before(dense: Path) -> None:
+    found = [estimate(load(dense), IDS.repeat(1, n), dense) for n in (1, 100)]
+    size = (dense / "model.safetensors").stat().st_size / 1e6
+    assert all(re.search(rf": reads {size:.1f} MB once, .* and \d+ s$", text) for text in found)
+    small, large = (int(re.findall(r"about (\d+) MB", text)[0]) for text in found)
+    assert 0 < small < large
