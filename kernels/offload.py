@@ -94,8 +94,7 @@ class OffloadedWeight(QuantizedWeight):
         if E and (size := stored[0].nbytes) % ALIGNMENT:
             raise ValueError(f"OffloadedWeight: an expert's rows take {size} bytes, needs a multiple of {ALIGNMENT}")
         kept = [expert for expert in range(E) if expert not in self.on_host]
-        self._place = {expert: (0, at) for at, expert in enumerate(kept)}
-        self._place |= {expert: (1, at) for at, expert in enumerate(self.on_host)}
+        self._place = [(int(each in on_host), (on_host if each in on_host else kept).index(each)) for each in range(E)]
         self.resident = torch.empty((len(kept), *rest), dtype=stored.dtype, device=device)
         self.host = _pinned((len(self.on_host), *rest), stored.dtype, self.resident.device)
         self.register_buffer("data", self._table())
@@ -107,23 +106,10 @@ class OffloadedWeight(QuantizedWeight):
             self.register_buffer(name, None if part is None else torch.empty_like(part, device=device))
         _weights[id(self)] = self
 
-    @classmethod
-    def copy_of(cls, weight: QuantizedWeight | Tensor, on_host: Sequence[int]) -> OffloadedWeight:
-        """A copy of a stacked weight on its device."""
-        like = weight.to("meta") if isinstance(weight, Tensor) else weight.on_meta()
-        offloaded = cls(like, on_host, weight.device)
-        stored = weight if isinstance(weight, Tensor) else weight.data
-        for expert in range(0 if stored.is_meta else len(stored)):
-            offloaded.rows(expert).copy_(stored[expert])
-        for name in ("scales", "zeros") if isinstance(weight, QuantizedWeight) else ():
-            if getattr(weight, name) is not None:
-                getattr(offloaded, name).copy_(getattr(weight, name))
-        return offloaded
-
     def _table(self) -> Tensor:
         """The address of each expert's rows."""
         on_meta = self.resident.is_meta
-        addresses = [0 if on_meta else self.rows(expert).data_ptr() for expert in range(len(self._place))]
+        addresses = [0 if on_meta else self.rows(expert).data_ptr() for expert in range(len(self))]
         return torch.tensor(addresses, dtype=torch.int64).to(self.resident.device)
 
     def rows(self, expert: int) -> Tensor:
@@ -188,10 +174,12 @@ class OffloadedWeight(QuantizedWeight):
         return QuantizedWeight(self.format, data, self.scales[index], zeros, shape, self.group)
 
     def dequantize(self) -> Tensor:
-        return torch.stack([part if isinstance(part, Tensor) else part.dequantize() for part in self]).float()
-
-    def __iter__(self) -> Any:
-        return (self[expert] for expert in range(len(self)))
+        return torch.stack(
+            [
+                part if isinstance(part, Tensor) else part.dequantize()
+                for part in map(self.__getitem__, range(len(self)))
+            ]
+        ).float()
 
     def staged(self) -> Tensor:
         """A table of addresses on the device, where the host's experts are copied: each byte once, on another stream,
@@ -234,9 +222,6 @@ class OffloadedWeight(QuantizedWeight):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ValueError("Mixtral: offloaded experts cannot be pickled: save the checkpoint that they came from")
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, experts {list(self.on_host)} in host memory"
 
 
 def find_weight(table: Tensor) -> OffloadedWeight | None:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from mixtral_triton.kernels import norm, router
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.op import Op, Shape
 from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.offline import compile_launches
+from tests.support.calls import offloaded
 from tests.support.models import random_model
 from tests.support.stub.driver import GRID_MOST, LaunchError, check_descriptor
 
@@ -72,7 +72,7 @@ def test_experts_in_host_memory(format: str | None, gpu: Any) -> None:
         begin, kernels = len(gpu.driver.launches), []
         for on_host in ((), (1, 3), (2,)):
             names = ("gate_up_proj", "down_proj") if on_host else ()
-            op.run(**args | {name: OffloadedWeight.copy_of(args[name], on_host) for name in names})
+            op.run(**args | {name: offloaded(args[name], on_host) for name in names})
             launched = [each for each in gpu.driver.launches[begin:] if "LAYOUT" in each.args]
             kernels.append([(each.kernel, each.args["LAYOUT"].table, each.launcher) for each in launched])
             begin = len(gpu.driver.launches)

@@ -14,12 +14,12 @@ from torch import Tensor
 from mixtral_triton.kernels.experts.op import expert_swiglu
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.linear import linear
-from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.op import Launch
 from mixtral_triton.kernels.quantized import SCALES, QuantizedWeight
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.tools.offline import compile_launch
 from tests.compile.test_offline import FAMILIES, least_shared
+from tests.support.calls import offloaded
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
 
@@ -50,7 +50,7 @@ def launches(format: Format, T: int, arch: str, dtype: torch.dtype = BF16, offlo
             stacked: Any = tensor(*shape)
         else:
             stacked = QuantizedWeight.empty(name, shape, group or shape[-1], SCALES[name], zeros, "meta")
-        return OffloadedWeight.copy_of(stacked, [0, 1]) if offload and len(shape) == 3 else stacked
+        return offloaded(stacked, [0, 1]) if offload and len(shape) == 3 else stacked
 
     with record_launches(arch) as found:
         routing = tensor(T, 2, dtype=torch.int32), tensor(T, 2, dtype=torch.float32)

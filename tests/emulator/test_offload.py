@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
 from tests.compile.test_jit import on_fake_gpu
+from tests.support.calls import offloaded
 
 from .memory import Fault
 
@@ -25,8 +25,8 @@ def arguments(T: int, format: str | None) -> dict[str, Any]:
     return on_fake_gpu(args)
 
 
-def offloaded(args: dict[str, Any], on_host: tuple[int, ...] = ON_HOST) -> dict[str, Any]:
-    return args | {name: OffloadedWeight.copy_of(args[name], on_host) for name in PROJECTIONS}
+def with_offload(args: dict[str, Any]) -> dict[str, Any]:
+    return args | {name: offloaded(args[name], ON_HOST) for name in PROJECTIONS}
 
 
 def run(args: dict[str, Any]) -> torch.Tensor:
@@ -39,7 +39,7 @@ def test_same_bits_and_each_selected_byte_once(arch: str, format: str | None, pt
     with ptx_emulator(arch) as gpu:
         for T in (1, 16):
             args = arguments(T, format)
-            with_host = offloaded(args)
+            with_host = with_offload(args)
             loaded = gpu.driver.execute.loaded
             want = run(args)
             loaded.clear()
@@ -56,7 +56,7 @@ def test_prefill_reads_the_copy(arch: str, ptx_emulator: Any) -> None:
     for format in (None, "int4"):
         with ptx_emulator(arch):
             args = arguments(70, format)
-            want, with_host = run(args), offloaded(args)
+            want, with_host = run(args), with_offload(args)
             assert torch.equal(run(with_host), want)
             with_host["down_proj"].host.zero_()
             assert not torch.equal(run(with_host), want)
@@ -66,7 +66,7 @@ def test_prefill_reads_the_copy(arch: str, ptx_emulator: Any) -> None:
 def test_wrong_address_is_a_fault(fault: str, ptx_emulator: Any) -> None:
     """Of the last expert in its memory, so that what lies beyond is no other expert."""
     with ptx_emulator("sm_90"):
-        args = offloaded(arguments(1, None))
+        args = with_offload(arguments(1, None))
         args["ids"] = torch.tensor([[3, 0]], dtype=torch.int32).cuda()
         table = args["down_proj"].data.held
         table[3] = {

@@ -9,8 +9,8 @@ import torch
 
 from mixtral_triton import ops
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.quantize import quantize
+from tests.support.calls import offloaded
 from tests.support.traffic import count_traffic
 
 E, K, H, I = 5, 2, 64, 64
@@ -30,7 +30,7 @@ def arguments(format: str | None, T: int, dtype: torch.dtype) -> dict[str, Any]:
 
 def with_offload(args: dict[str, Any], *on_host: int) -> dict[str, Any]:
     names, on_host = ("gate_up_proj", "down_proj"), on_host or ON_HOST
-    return args | {name: OffloadedWeight.copy_of(args[name], on_host) for name in names}
+    return args | {name: offloaded(args[name], on_host) for name in names}
 
 
 @pytest.mark.parametrize("format", [None, "int4", "int8", "fp8"])
@@ -83,12 +83,12 @@ def test_address_of_another_expert_is_seen() -> None:
 @pytest.mark.parametrize("T", [1, 4, 16, 64])
 def test_each_selected_byte_crosses_the_link_once(format: str | None, T: int, covers: Any) -> None:
     args = arguments(format, T, torch.bfloat16)
-    offloaded = with_offload(args)
+    on_host = with_offload(args)
     for ids in (args["ids"], *(torch.tensor([pair] * T).int() for pair in ([0, 2], ON_HOST))):
         with count_traffic() as traffic:
-            ops.expert_swiglu(**offloaded | {"ids": ids})
+            ops.expert_swiglu(**on_host | {"ids": ids})
         crossed, selected = traffic.moved("gate_up host", "down host"), set(ids.unique().tolist())
-        of_expert = sum(offloaded[name].host[0].nbytes for name in ("gate_up_proj", "down_proj"))
+        of_expert = sum(on_host[name].host[0].nbytes for name in ("gate_up_proj", "down_proj"))
         assert crossed == len(selected & set(ON_HOST)) * of_expert
         assert traffic.moved("gate_up resident", "down resident") == len(selected - set(ON_HOST)) * of_expert
     covers("traffic", f"link, {format or 'bf16'}, T {T}: 1.00 of the selected offloaded experts' bytes (bound 1.00)")
@@ -102,4 +102,4 @@ def test_wrong_dtype_is_rejected() -> None:
 
 def test_misaligned_rows_are_rejected() -> None:
     with pytest.raises(ValueError, match="OffloadedWeight: an expert's rows take 18 bytes, needs a multiple of 16"):
-        OffloadedWeight.copy_of(torch.zeros(4, 3, 3, dtype=torch.bfloat16), (1,))
+        offloaded(torch.zeros(4, 3, 3, dtype=torch.bfloat16), (1,))

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import ops
+from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.op import Sizes
+from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.kernels.registry import OPS
 
 Args = dict[str, Any]
@@ -39,3 +41,15 @@ def outputs(name: str, function: Callable[..., Any], args: Args) -> list[Tensor]
     """Call `function` on copies of `args`; return its results and the caches that the operation writes into."""
     args = copies(args)
     return [*as_tuple(function(**args)), *(args[cache] for cache in OPS[name].mutates)]
+
+
+def offloaded(weight: Any, on_host: Any) -> OffloadedWeight:
+    """A copy of a stacked weight, on its device, with these experts in host memory."""
+    quantized = isinstance(weight, QuantizedWeight)
+    copy = OffloadedWeight(weight.on_meta() if quantized else weight.to("meta"), on_host, weight.device)
+    for expert, rows in enumerate(weight.data if weight.device.type != "meta" else ()):
+        copy.rows(expert).copy_(rows)
+    for name in ("scales", "zeros") if quantized else ():
+        if getattr(weight, name) is not None:
+            getattr(copy, name).copy_(getattr(weight, name))
+    return copy
