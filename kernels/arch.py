@@ -7,9 +7,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+if TYPE_CHECKING:
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @dataclass(frozen=True)
@@ -94,4 +97,9 @@ def tma_can_read(x: Tensor, arch: str) -> bool:
 
 def describe(x: Tensor, block: Sequence[int], arch: str) -> TensorDescriptor | None:
     """Return a descriptor that loads tiles of shape `block`, zero outside x; None where pointers must read."""
-    return TensorDescriptor(x, list(x.shape), _strides(x), list(block)) if tma_can_read(x, arch) else None
+    if not tma_can_read(x, arch):
+        return None
+    # The command line reads ARCHS before it turns the interpreter on, which Triton's own functions read on import.
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), _strides(x), list(block))
