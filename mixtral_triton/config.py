@@ -37,7 +37,7 @@ MOST_POSITIONS = 1 << 22  # the rotary tables hold a row for each: 2 GiB of them
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _is_int(value: Any, least: int = 1, most: int = LARGEST_SIZE, multiple_of: int = 1) -> bool:
+def is_size(value: Any, least: int = 1, most: int = LARGEST_SIZE, multiple_of: int = 1) -> bool:
     return type(value) is int and least <= value <= most and value % multiple_of == 0
 
 
@@ -53,16 +53,16 @@ class Field(NamedTuple):
     null: tuple[int | None, ...] = ()
 
 
-_SIZE = Field(_is_int, f"an integer from 1 to {LARGEST_SIZE}")
+_SIZE = Field(is_size, f"an integer from 1 to {LARGEST_SIZE}")
 _NUMBER = Field(_is_positive, "a finite number above 0")
-_is_id = partial(_is_int, least=0)
+_is_id = partial(is_size, least=0)
 _ID = Field(_is_id, "a token id (an integer, 0 or above) or null", (None, -1))
 FIELDS = dict.fromkeys(SIZES, _SIZE) | {
-    "max_position_embeddings": Field(partial(_is_int, most=MOST_POSITIONS), f"an integer from 1 to {MOST_POSITIONS}"),
-    "head_dim": Field(partial(_is_int, multiple_of=2), "an even integer above 0: rotary embedding pairs its halves"),
+    "max_position_embeddings": Field(partial(is_size, most=MOST_POSITIONS), f"an integer from 1 to {MOST_POSITIONS}"),
+    "head_dim": Field(partial(is_size, multiple_of=2), "an even integer above 0: rotary embedding pairs its halves"),
     "rms_norm_eps": _NUMBER,
     "rope_theta": _NUMBER,
-    "sliding_window": Field(_is_int, "an integer above 0; null, 0, -1: no window", (None, 0, -1)),
+    "sliding_window": Field(is_size, "an integer above 0; null, 0, -1: no window", (None, 0, -1)),
     "tie_word_embeddings": Field(lambda value: type(value) is bool, "true or false"),
     "bos_token_id": _ID,
     "pad_token_id": _ID,

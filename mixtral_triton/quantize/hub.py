@@ -91,7 +91,7 @@ def plan(
         if not quantizable or not layout.is_quantized({part: stored.dtype for part, stored in linear.parts.items()}):
             dense[name], need[name] = target, target.shape
             continue
-        if scheme.is_dense(linear.name):
+        if any(scheme.matches(linear.name, pattern) for pattern in scheme.dense):
             raise ValueError(f"{folder}: {linear.name} is quantized, but the config declares it dense")
         linears.append(linear)
         need |= _needed(folder, linear)
@@ -104,11 +104,11 @@ def plan(
     for linear in linears:
         by_parameter[linear.target.parameter].append(linear)
     specs = dict(anew or {})
-    requantized = by_parameter.keys() & specs.keys()
+    # Act-order's groups may be scattered, which only the data show.
+    reordered = {linear.target.parameter for linear in linears if anew is not None and linear.layout.reordered}
+    requantized = (by_parameter.keys() & specs.keys()) | reordered
     for name, same in by_parameter.items():
-        if anew is not None and name not in specs and any(linear.layout.reordered for linear in same):
-            requantized.add(name)
-        elif name not in specs:
+        if name not in requantized:
             try:
                 specs[name] = _spec(folder, same, dense)
             except ValueError:
@@ -122,14 +122,14 @@ def _needed(folder: Path, linear: Linear) -> dict[str, tuple[int, ...]]:
     """Return the tensors that a linear needs by name, with the stored shape where it is allowed."""
     need = {}
     with _error_prefix(f"{folder}: {linear.name}"):
-        for name, part in linear.layout.parts(*linear.target.shape).items():
+        for name, (dtypes, shapes, required) in linear.layout.parts(*linear.target.shape).items():
             stored = linear.parts.get(name)
-            if stored is not None and stored.dtype not in part.dtypes:
-                raise ValueError(f"{name} is stored as {stored.dtype}, needs {' or '.join(part.dtypes)}")
-            if stored is not None and stored.shape in part.shapes:
-                need[f"{linear.name}.{name}"] = stored.shape
-            elif stored is not None or part.required:
-                need[f"{linear.name}.{name}"] = part.shapes[0]
+            if stored is not None and stored.dtype not in dtypes:
+                raise ValueError(f"{name} is stored as {stored.dtype}, needs {' or '.join(dtypes)}")
+            if stored is not None or required:
+                need[f"{linear.name}.{name}"] = (
+                    stored.shape if stored is not None and stored.shape in shapes else shapes[0]
+                )
     return need
 
 
@@ -144,9 +144,8 @@ def _spec(folder: Path, linears: list[Linear], dense: Mapping[str, Target]) -> Q
         with _error_prefix(f"{folder}: {linear.name}"):
             dtype = weights.DTYPES[linear.parts[linear.layout.scales.name].dtype]
             specs.append(linear.layout.spec(linear.target.shape[-1], dtype))
-    for linear, spec in zip(linears, specs, strict=True):
-        if spec != specs[0]:
-            got, need = (f"{x.format}:{x.group} with scales in {x.scales}" for x in (spec, specs[0]))
+        if specs[-1] != specs[0]:
+            got, need = (f"{x.format}:{x.group} with scales in {x.scales}" for x in (specs[-1], specs[0]))
             raise ValueError(f"{folder}: {name} needs one format, {linear.name} has {got}, {first.name} {need}")
     return specs[0]
 

@@ -1,14 +1,13 @@
 """How a quantized linear is stored: which tensors it has on disk, and its rows as codes, scales and zeros.
 
-N rows, K columns (the depth of the sum), G groups of columns that share a scale, C = K or G. int32 elements hold
-a stream of values of 3, 4 or 8 bits, the first in the lowest bits.
+N rows, K columns (the depth of the sum), G groups of columns that share a scale, C = K or G. An int32 element holds
+eight values of 4 bits or four of 8, the first in the lowest bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,21 +17,13 @@ from .spec import QuantSpec
 
 Shape = tuple[int, ...]
 Read = Callable[..., Tensor]  # read(part, *index) returns a part of the linear, or a slice of it
+# The dtypes (safetensors' names) and the shapes that a tensor of a linear may have, and whether it is required.
+Part = tuple[tuple[str, ...], tuple[Shape, ...], bool]
 Rows = tuple[Tensor, Tensor, Tensor | None]  # codes uint8 [n,K], scales [n,G], zeros uint8 [n,G]
 
-FLOATS, INTEGERS = ("F32", "BF16", "F16"), ("I32", "I64")
+FLOATS, INTEGERS, I32 = ("F32", "BF16", "F16"), ("I32", "I64"), ("I32",)
+ANEW = 'or quantize it anew with weights="int8"'
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # field of an int32 that holds each of eight neighbouring columns
-
-
-class Part(NamedTuple):
-    """A tensor of a linear: the dtypes (safetensors' names) and the shapes that it may have."""
-
-    dtypes: tuple[str, ...]
-    shapes: tuple[Shape, ...]
-    required: bool = True
-
-
-GROUP_INDICES = ("g_idx", "weight_g_idx")
 
 
 @dataclass(frozen=True)
@@ -40,7 +31,6 @@ class Plane:
     """A tensor that stores a matrix [N,C] of codes, scales or zeros.
 
     rows, columns  size of the block of values in one element: packed in an int32, or equal to a float
-    elements       int32 elements that hold a block, where it takes more than one
     transposed     the tensor is [C,N]
     ordered        the values in an int32 are in AWQ's order
     any_shape      a scale per row [N,1] or [N], or one scale for all rows, [] or [1]
@@ -50,36 +40,29 @@ class Plane:
     dtypes: tuple[str, ...]
     rows: int = 1
     columns: int = 1
-    elements: int = 1
     transposed: bool = False
     ordered: bool = False
     any_shape: bool = False
 
     def part(self, N: int, C: int) -> Part:
-        shape = self._blocks(slice(0, N), self.rows).stop, self._blocks(slice(0, C), self.columns).stop
+        shape = -(-N // self.rows), -(-C // self.columns)
         alternatives = ((), (1,), (N,)) if self.any_shape else ()
-        return Part(self.dtypes, (shape[::-1] if self.transposed else shape, *alternatives))
-
-    def _blocks(self, run: slice, size: int) -> slice:
-        """Return the elements that hold the run, in blocks of `size`."""
-        elements, blocks = self.elements if size > 1 else 1, divided(run, size)
-        return slice(blocks.start * elements, blocks.stop * elements)
+        return self.dtypes, (shape[::-1] if self.transposed else shape, *alternatives), True
 
     def read(self, read: Read, rows: slice, columns: slice) -> Tensor:
         """Return these rows and columns of the matrix."""
         if self.any_shape:
             x = read(self.name).reshape(-1, 1)
             return x[rows] if len(x) > 1 else x.expand(rows.stop - rows.start, 1)
-        index = self._blocks(rows, self.rows), self._blocks(columns, self.columns)
-        bits = 32 * self.elements // (self.rows * self.columns)
+        index = divided(rows, self.rows), divided(columns, self.columns)
         x = read(self.name, *(index[::-1] if self.transposed else index))
         x = x.t() if self.transposed else x
         if x.dtype != torch.int32:
             x = x.repeat_interleave(self.rows, 0) if self.rows > 1 else x
         elif self.rows > 1:
-            x = unpacked(x.t(), bits, self.ordered).t()
+            x = unpacked(x.t(), 32 // self.rows, self.ordered).t()
         else:
-            x = unpacked(x, bits, self.ordered)
+            x = unpacked(x, 32 // self.columns, self.ordered)
         first, left = rows.start % self.rows, columns.start % self.columns
         return x[first : first + rows.stop - rows.start, left : left + columns.stop - columns.start]
 
@@ -92,11 +75,7 @@ def divided(run: slice, size: int) -> slice:
 def unpacked(x: Tensor, bits: int, ordered: bool = False) -> Tensor:
     """Unpack int32 [..., n] -> uint8 [..., n * 32 / bits]."""
     data = x.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # a stride of 1, also of a single element
-    if bits == 3:
-        places = torch.arange(8, dtype=torch.uint8, device=x.device)
-        stream = (data[..., None] >> places & 1).flatten(-2).unflatten(-1, (-1, bits))
-        data = (stream << places[:bits]).sum(-1, dtype=torch.uint8)
-    elif bits == 4:
+    if bits == 4:
         data = torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
     return data.unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2) if ordered else data
 
@@ -105,7 +84,7 @@ def unpacked(x: Tensor, bits: int, ordered: bool = False) -> Tensor:
 class Layout:
     """How each quantized linear [N,K] is stored.
 
-    format       the QuantizedWeight's; "uint3", "uint8": none, but `values` reads it
+    format       the QuantizedWeight's; "uint8": none, but `values` reads it
     group        columns that share a scale; None or -1: a scale per row
     zeros        None: not stored, the format's
     bits         of a code that has a zero
@@ -142,8 +121,8 @@ class Layout:
         G = K // self.group_columns(K)
         planes = (self.codes, K), (self.scales, G), (self.zeros, G)
         parts = {plane.name: plane.part(N, C) for plane, C in planes if plane is not None}
-        extras = dict.fromkeys(GROUP_INDICES, Part(INTEGERS, ((K,),), self.reordered))
-        extras |= {"weight_shape": Part(INTEGERS, ((2,),)), "bias": Part(FLOATS, ((N,),), required=False)}
+        extras: dict[str, Part] = dict.fromkeys(("g_idx", "weight_g_idx"), (INTEGERS, ((K,),), self.reordered))
+        extras |= {"weight_shape": (INTEGERS, ((2,),), True), "bias": (FLOATS, ((N,),), False)}
         return parts | {name: extras[name] for name in self.extras}
 
     def spec(self, K: int, scales: torch.dtype) -> QuantSpec:
@@ -202,39 +181,3 @@ class Layout:
         else:
             values = codes.float() - (1 << (self.bits - 1) if zeros is None else zeros.float()[:, groups])
         return values * scales.float()[:, groups]
-
-
-ANEW = 'or quantize it anew with weights="int8"'
-I32 = ("I32",)
-COLUMN_SCALES = Plane("scales", FLOATS, transposed=True)
-
-
-def eight_bits(format: str, scale: str = "weight_scale", block: tuple[int, int] | None = None) -> Layout:
-    """Return the layout of fp8 (e4m3) or int8 codes [N,K] with a scale per tensor, row or block [rows, columns]."""
-    codes = Plane("weight", ("F8_E4M3",) if format == "fp8" else ("I8",))
-    if block is None:
-        return Layout(format, codes, Plane(scale, FLOATS, any_shape=True))
-    return Layout(format, codes, Plane(scale, FLOATS, rows=block[0]), group=block[1])
-
-
-def packed(bits: int, group: int | None, symmetric: bool, reordered: bool) -> Layout:
-    """Return the layout of compressed-tensors' pack-quantized: int32 along K, zeros along N."""
-    codes, scales = Plane("weight_packed", I32, columns=32 // bits), Plane("weight_scale", FLOATS)
-    zeros = None if symmetric else Plane("weight_zero_point", I32, rows=8)
-    format, extras = "int4" if bits == 4 else "int8", ("weight_shape", "weight_g_idx")
-    return Layout(format, codes, scales, zeros, group, symmetric, reordered=reordered, extras=extras)
-
-
-def gptq(group: int | None, zero_offset: int, symmetric: bool, reordered: bool, bits: int) -> Layout:
-    """Return GPTQ's layout: int32 codes [K/8,N] and zeros [G,N/8] for 4 bits, scales [G,N]."""
-    block, elements = (32, 3) if bits == 3 else (32 // bits, 1)
-    codes = Plane("qweight", I32, columns=block, elements=elements, transposed=True)
-    zeros = Plane("qzeros", I32, rows=block, elements=elements, transposed=True)
-    format, extras = "int4" if bits == 4 else f"uint{bits}", ("g_idx", "bias")
-    return Layout(format, codes, COLUMN_SCALES, zeros, group, symmetric, zero_offset, reordered, extras, bits)
-
-
-def awq(group: int | None) -> Layout:
-    """Return AWQ's layout: int32 codes [K,N/8] and zeros [G,N/8], scales [G,N]."""
-    codes, zeros = (Plane(name, I32, rows=8, transposed=True, ordered=True) for name in ("qweight", "qzeros"))
-    return Layout("int4", codes, COLUMN_SCALES, zeros, group, symmetric=False, extras=("bias",))

@@ -88,19 +88,14 @@ def _int4(parts: Tensor, scales: Tensor) -> Tensor:
 
 def _least_squares(parts: Tensor, widest: Tensor) -> Tensor:
     """Return the best of several bf16 scales for parts [..., group]; `widest` [..., 1] clips nothing."""
-    best, least = _usable(widest.bfloat16().float()), torch.full_like(widest, float("inf"))
-
-    def attempt(scales: Tensor) -> Tensor:
-        nonlocal best, least
+    best, least = widest, torch.full_like(widest, float("inf"))
+    for step in (*STEPS, None, None):
+        if step is None:  # the least-squares scale of the best scale's codes
+            values = _int4(parts, best)
+            scales = (values * parts).sum(-1, keepdim=True) / values.square().sum(-1, keepdim=True).clamp(min=1.0)
+        else:
+            scales = widest * step
         scales = _usable(scales.bfloat16().float())
-        values = _int4(parts, scales)
-        error = (values * scales).sub_(parts).square_().sum(-1, keepdim=True)
+        error = (_int4(parts, scales) * scales).sub_(parts).square_().sum(-1, keepdim=True)
         best, least = scales.where(error < least, best), error.minimum(least)
-        return values
-
-    for step in STEPS:
-        attempt(widest * step)
-    for _ in range(2):  # the least-squares scale of the codes, and then codes for that scale
-        values = _int4(parts, best)
-        attempt((values * parts).sum(-1, keepdim=True) / values.square().sum(-1, keepdim=True).clamp(min=1.0))
     return best

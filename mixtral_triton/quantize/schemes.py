@@ -4,47 +4,27 @@ from __future__ import annotations
 
 import itertools
 import operator
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..config import parse_json_object
-from . import layouts
+from ..config import Field, is_size, parse_json_object
+from .layouts import FLOATS, I32, Layout, Plane
 
-Folder = str | os.PathLike[str]
 Config = Mapping[str, Any]
 # Files that describe the quantization where config.json does not: the method, and the key that holds its config.
 METHOD_FILES = {"hf_quant_config.json": ("modelopt", "quantization"), "quantize_config.json": ("gptq", None)}
 ALTERNATIVE = 'or load the original bf16 checkpoint with weights="int4"'
-UNSUPPORTED = {
-    "bitsandbytes": "no kernel reads the tables and outliers of nf4 and int8",
-    "hqq": "no kernel reads scales and zeros that are quantized themselves",
-    "mxfp4": "no kernel reads fp4 codes with a power of two per 32 columns",
-    "gguf": "no kernel reads llama.cpp's blocks",
-}
-
-
-class Rule(NamedTuple):
-    """A check of a key's value that is not null, and what an error says is needed."""
-
-    check: Callable[[Any], bool]
-    need: str
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and value > 0
-
 
 FLAG = (None, True, False)
-GROUP = Rule(lambda size: size == -1 or _is_size(size), "a positive integer, or -1 for a scale per row")
-BLOCK = Rule(lambda sizes: isinstance(sizes, list) and len(sizes) == 2 and all(map(_is_size, sizes)), "[rows, columns]")
-NAMES = Rule(lambda names: isinstance(names, list) and all(isinstance(x, str) for x in names), "a list of names")
-# A Rule, or the values that a key may have. None: the key may be missing.
-Rules = dict[str, Rule | tuple[Any, ...]]
+GROUP = Field(lambda size: size == -1 or is_size(size), "a positive integer, or -1 for a scale per row")
+BLOCK = Field(lambda x: isinstance(x, list) and len(x) == 2 and all(map(is_size, x)), "[rows, columns]")
+NAMES = Field(lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x), "a list of names")
+# The check of a value that is not null, or the values that a key may have. None: the key may be missing.
+Rules = dict[str, Field | tuple[Any, ...]]
 COMMON: Rules = {"dynamic": (None, False), "group_size": GROUP, "block_structure": BLOCK}
 EIGHT_BITS: Rules = {"num_bits": (8,), "type": (None, "int", "float"), "symmetric": (None, True), **COMMON}
 EIGHT_BITS |= {"strategy": ("channel", "tensor", "block")}
@@ -54,10 +34,11 @@ FORMATS = {"pack-quantized": PACKED}
 FORMATS |= dict.fromkeys(("float-quantized", "int-quantized", "naive-quantized"), EIGHT_BITS)
 FP8: Rules = {"weight_block_size": BLOCK, "ignored_layers": NAMES, "modules_to_not_convert": NAMES}
 MODELOPT: Rules = {"quant_algo": ("FP8",), "exclude_modules": NAMES, "ignore": NAMES}
-GPTQ: Rules = {"is_marlin_format": (None, False), "checkpoint_format": ("gptq", "gptq_v2"), "bits": (3, 4, 8)}
+GPTQ: Rules = {"is_marlin_format": (None, False), "checkpoint_format": ("gptq", "gptq_v2"), "bits": (4, 8)}
 GPTQ |= {"sym": FLAG, "group_size": GROUP}
 AWQ: Rules = {"version": (None, "gemm", "GEMM"), "bits": (4,), "zero_point": (None, True), "group_size": GROUP}
 AWQ |= {"modules_to_not_convert": NAMES}
+COLUMN_SCALES = Plane("scales", FLOATS, transposed=True)
 
 
 @dataclass(frozen=True)
@@ -71,15 +52,11 @@ class Scheme:
     """
 
     name: str
-    groups: Sequence[tuple[Sequence[str], layouts.Layout]]
+    groups: Sequence[tuple[Sequence[str], Layout]]
     dense: Sequence[str] = ()
     matches: Callable[[str, str], bool] = operator.eq
 
-    def is_dense(self, name: str) -> bool:
-        """Return whether the config declares the linear of this name on disk dense."""
-        return any(self.matches(name, pattern) for pattern in self.dense)
-
-    def layout(self, name: str) -> layouts.Layout:
+    def layout(self, name: str) -> Layout:
         """Return the layout of the linear of this name on disk."""
         found = (layout for patterns, layout in self.groups if any(self.matches(name, each) for each in patterns))
         return next(found, self.groups[0][1])
@@ -103,8 +80,7 @@ def read_scheme(folder: Path) -> Scheme | None:
             raise _error("the value", config, "a JSON object")
         method = str(config.get("quant_method"))
         if method not in READERS:
-            reason = f" ({UNSUPPORTED[method]})" if method in UNSUPPORTED else ""
-            raise _error("quant_method", method, f"one of {', '.join(READERS)}{reason}")
+            raise _error("quant_method", method, f"one of {', '.join(READERS)}")
         return READERS[method](config)
     except ValueError as error:
         raise ValueError(f"{path}: quantization_config: {error}; {ALTERNATIVE}") from None
@@ -117,7 +93,7 @@ def _error(name: str, value: Any, need: str) -> ValueError:
 def _check(config: Config, rules: Rules) -> None:
     for key, rule in rules.items():
         value = config.get(key)
-        if isinstance(rule, Rule):
+        if isinstance(rule, Field):
             if value is not None and not rule.check(value):
                 raise _error(key, value, rule.need)
         elif not any(type(value) is type(allowed) and value == allowed for allowed in rule):
@@ -149,20 +125,30 @@ def _compressed_tensors(config: Config) -> Scheme:
     return Scheme(f"compressed-tensors, {' and '.join(formats)}", found, dense, _matches_regex)
 
 
-def _group_layout(format: str, weights: Config) -> layouts.Layout:
+def _group_layout(format: str, weights: Config) -> Layout:
     """Return the layout of a group of compressed-tensors with these arguments of its weights."""
     bits, symmetric, strategy = weights["num_bits"], weights.get("symmetric"), weights["strategy"]
     group, block = weights.get("group_size"), weights.get("block_structure")
     if format == "pack-quantized":
         if bits == 8 and symmetric is False:
             raise _error("symmetric", symmetric, "true for 8 bits")
+        codes, scales = Plane("weight_packed", I32, columns=32 // bits), Plane("weight_scale", FLOATS)
+        zeros = Plane("weight_zero_point", I32, rows=8) if symmetric is False else None
         reordered = weights.get("actorder") in ("group", "dynamic", True)
-        group = group if strategy == "group" else None
-        return layouts.packed(bits, group, symmetric is not False, reordered)
+        form = "int4" if bits == 4 else "int8", codes, scales, zeros, group if strategy == "group" else None
+        return Layout(*form, zeros is None, reordered=reordered, extras=("weight_shape", "weight_g_idx"))
     if strategy == "block" and block is None:
         raise _error("block_structure", block, BLOCK.need)
     block = block if strategy == "block" else None
-    return layouts.eight_bits("fp8" if weights.get("type") == "float" else "int8", block=block)
+    return _eight_bits("fp8" if weights.get("type") == "float" else "int8", block=block)
+
+
+def _eight_bits(format: str, scale: str = "weight_scale", block: Sequence[int] | None = None) -> Layout:
+    """Return the layout of fp8 (e4m3) or int8 codes [N,K] with a scale per tensor, row or block [rows, columns]."""
+    codes = Plane("weight", ("F8_E4M3",) if format == "fp8" else ("I8",))
+    if block is None:
+        return Layout(format, codes, Plane(scale, FLOATS, any_shape=True))
+    return Layout(format, codes, Plane(scale, FLOATS, rows=block[0]), group=block[1])
 
 
 def _matches_regex(name: str, pattern: str) -> bool:
@@ -179,29 +165,32 @@ def _fp8(config: Config) -> Scheme:
     _check(config, FP8)
     dense, block = config.get("ignored_layers") or config.get("modules_to_not_convert"), config.get("weight_block_size")
     name, scale = ("fp8", "weight_scale") if block is None else ("fp8 in blocks", "weight_scale_inv")
-    return Scheme(name, [((), layouts.eight_bits("fp8", scale, block))], dense or ())
+    return Scheme(name, [((), _eight_bits("fp8", scale, block))], dense or ())
 
 
 def _modelopt(config: Config) -> Scheme:
     _check(config, MODELOPT)
     dense = config.get("exclude_modules") or config.get("ignore") or ()
-    return Scheme("modelopt FP8", [((), layouts.eight_bits("fp8"))], dense, fnmatchcase)
+    return Scheme("modelopt FP8", [((), _eight_bits("fp8"))], dense, fnmatchcase)
 
 
 def _gptq(config: Config) -> Scheme:
     config = {"checkpoint_format": config.get("format", "gptq"), **config}
     _check(config, GPTQ)
-    group, version, symmetric = config.get("group_size"), config["checkpoint_format"], config.get("sym") is not False
-    reordered = config.get("desc_act") is True and group not in (None, -1)
-    layout = layouts.gptq(group, int(version == "gptq"), symmetric, reordered, config["bits"])
-    return Scheme(f"{version}, {config['bits']} bits", [((), layout)])
+    group, version, bits = config.get("group_size"), config["checkpoint_format"], config["bits"]
+    codes = Plane("qweight", I32, columns=32 // bits, transposed=True)
+    zeros = Plane("qzeros", I32, rows=32 // bits, transposed=True)
+    symmetric, reordered = config.get("sym") is not False, config.get("desc_act") is True and group not in (None, -1)
+    form = "int4" if bits == 4 else "uint8", codes, COLUMN_SCALES, zeros, group, symmetric, int(version == "gptq")
+    return Scheme(f"{version}, {bits} bits", [((), Layout(*form, reordered, ("g_idx", "bias"), bits))])
 
 
 def _awq(config: Config) -> Scheme:
     config = {"bits": config.get("w_bit"), "group_size": config.get("q_group_size"), **config}
     _check(config, AWQ)
-    dense = config.get("modules_to_not_convert") or ()
-    return Scheme("awq", [((), layouts.awq(config["group_size"]))], dense, operator.contains)
+    codes, zeros = (Plane(name, I32, rows=8, transposed=True, ordered=True) for name in ("qweight", "qzeros"))
+    layout = Layout("int4", codes, COLUMN_SCALES, zeros, config["group_size"], symmetric=False, extras=("bias",))
+    return Scheme("awq", [((), layout)], config.get("modules_to_not_convert") or (), operator.contains)
 
 
 READERS = {"compressed-tensors": _compressed_tensors, "fp8": _fp8, "modelopt": _modelopt, "gptq": _gptq, "awq": _awq}

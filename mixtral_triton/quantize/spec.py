@@ -31,13 +31,9 @@ class QuantSpec:
         if format not in BITS:
             raise ValueError(f"quantize: format is {format!r}, needs one of {', '.join(FORMATS)}")
         groups = GROUPS if format == "int4" else (K,)
-        if group is not None and group not in groups:
-            needs = ", ".join(map(str, groups))
-            raise ValueError(f"quantize: group is {group!r}, needs None or one of {needs} for {format}")
-        groups = groups if group is None else (group,)
-        if not (sizes := [size for size in groups if K % size == 0]):
+        if not (sizes := [size for size in groups if K % size == 0 and group in (None, size)]):
             needs = f"groups of {' or '.join(map(str, groups))} that divide {K} columns"
-            raise ValueError(f"quantize: int4 needs {needs}; int8 and fp8 take any number")
+            raise ValueError(f"quantize: group is {group!r}, {format} needs {needs}; int8 and fp8 take whole rows")
         return cls(format, sizes[0], SCALES[format])
 
     def empty(self, shape: tuple[int, ...], device: Any) -> QuantizedWeight:

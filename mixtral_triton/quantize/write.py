@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from .spec import PARTS, QuantSpec, select_specs
 
 NOT_COPIED = ("*.safetensors", "*.gguf", "config.json", weights.INDEX_FILE, *weights.PICKLED, ".*")
 LINEARS = (".q_proj", ".k_proj", ".v_proj", ".o_proj", ".gate", "lm_head")
+# compressed-tensors' format, bits and type of each format.
+KINDS = {"int4": ("pack", 4, "int"), "int8": ("pack", 8, "int"), "fp8": ("float", 8, "float")}
 # Patterns of the linears of each of PARTS, where their formats differ.
 TARGETS = {"experts": [r"re:.*\.experts\..*"], "linear": [r"re:.*\.self_attn\..*_proj", "lm_head"]}
 
@@ -54,7 +57,7 @@ def write(
     config, headers, place = MixtralConfig.from_pretrained(folder), hub.read_headers(folder), usable_device(device)
     if headers.scheme is not None:
         raise ValueError(f"quantize: {headers.folder} is quantized already ({headers.scheme.name})")
-    targets = weights.check(headers, config)
+    targets, per_expert = weights.check(headers, config), weights.table(config, "per_expert")
     specs = select_specs(quantization, weights.parameter_shapes(config), "quantize")
     part_specs: dict[str, QuantSpec] = {}
     for part, names in PARTS.items():
@@ -73,9 +76,11 @@ def write(
                     read = partial(_read, opened.get_slice(name), f"{source}: {name}", progress)
                     target = targets.get(name)  # None: a tied head
                     if target is not None and target.parameter in specs:
-                        for linear, index in _linears(name, target, config).items():
-                            parts = _quantize(read, index, target.shape[-1], specs[target.parameter], place)
-                            tensors |= {f"{linear}.{part}": tensor for part, tensor in parts.items()}
+                        fused = {each: at for each, at in per_expert.items() if at.parameter == target.parameter}
+                        linears = {name: replace(target, index=())} if name in per_expert else fused
+                        for linear, at in linears.items():
+                            parts = _quantize(read, at, specs[target.parameter], place)
+                            tensors |= {linear.removesuffix("weight") + part: x for part, x in parts.items()}
                     else:
                         tensors[name.replace(".mlp.gate.", ".block_sparse_moe.gate.")] = read(slice(None))
             with _error_names(to / source.name):
@@ -108,14 +113,12 @@ def _error_names(path: Path) -> Iterator[None]:
     """Raise OSError with the file's name for a failed write; safetensors gives only the number in its text."""
     try:
         yield
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
+    except (SafetensorError, OSError) as error:
+        if getattr(error, "filename", None) is not None:
+            raise
+        number = re.search(r"(?:os error |Errno )(\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code), str(path)) from error
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
 
 
 def _read(part: Any, name: str, progress: weights.Progress, index: Any) -> Tensor:
@@ -128,34 +131,23 @@ def _read(part: Any, name: str, progress: weights.Progress, index: Any) -> Tenso
     return x
 
 
-def _linears(name: str, target: Target, config: MixtralConfig) -> dict[str, tuple[slice, ...]]:
-    """Return the names of the linears in a stored tensor, and the index of each: its expert and its rows."""
-    if len(target.shape) == 2:
-        return {name.removesuffix(".weight"): (slice(0, target.shape[0]),)}
-    found = {}
-    for linear, source in weights.table(config, "per_expert").items():
-        if source.parameter == target.parameter:
-            expert, *rows = source.index
-            index = slice(expert, expert + 1), *(rows or (slice(0, source.shape[0]),))  # type: ignore[operator]
-            found[linear.removesuffix(".weight")] = index
-    return found
-
-
 def _quantize(
-    read: Callable[[Any], Tensor], index: tuple[slice, ...], K: int, spec: QuantSpec, device: torch.device
+    read: Callable[[Any], Tensor], linear: Target, spec: QuantSpec, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return codes, scales and shape of the linear at `index` of a stored tensor, quantized some rows at a time."""
-    *expert, rows = index
-    planes = []
-    for piece in pieces(rows.stop - rows.start, K, device):
-        x = read((*expert, slice(rows.start + piece.start, rows.start + piece.stop))).view(-1, K)
+    """Return codes, scales and shape of a linear of a stored tensor, quantized some rows at a time.
+
+    linear: its shape [N,K], and as index its expert and first rows, where the tensor holds several linears
+    """
+    (N, K), index, planes = linear.shape, linear.index, []
+    first = next((at.start for at in index if isinstance(at, slice)), 0)
+    for piece in pieces(N, K, device):
+        x = read((*index[:1], slice(first + piece.start, first + piece.stop)))
         codes, scales = (plane.cpu() for plane in encode(x.to(device), spec.format, spec.group))
         planes.append((_pack(codes, spec.format), scales.to(spec.scales)))
     codes, scales = map(torch.cat, zip(*planes, strict=True))
     if spec.format == "fp8":
         return {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scales}
-    shape = torch.tensor([rows.stop - rows.start, K])
-    return {"weight_packed": codes.view(torch.int32), "weight_scale": scales, "weight_shape": shape}
+    return {"weight_packed": codes.view(torch.int32), "weight_scale": scales, "weight_shape": torch.tensor([N, K])}
 
 
 def _pack(codes: Tensor, format: str) -> Tensor:
@@ -189,28 +181,24 @@ def _write_rest(folder: Path, out: Path, files: Mapping[str, str], total: int, s
 
 def _quantization_config(specs: Mapping[str, QuantSpec], ignore: list[str]) -> dict[str, Any]:
     """Return compressed-tensors' `quantization_config`, with a group for each of the parts that `specs` has."""
-    groups, formats = {}, {part: _format(spec) for part, spec in specs.items()}
+    groups = {}
     for number, (part, spec) in enumerate(specs.items()):
-        kind = {"num_bits": 4 if spec.format == "int4" else 8, "type": "float" if spec.format == "fp8" else "int"}
-        kind |= {"symmetric": True}
-        scales = {"strategy": "group", "group_size": spec.group} if spec.format == "int4" else {"strategy": "channel"}
-        tokens = {**kind, "dynamic": True, "strategy": "token"} if spec.format == "fp8" else None
+        format, bits, type = KINDS[spec.format]
+        kind = {"num_bits": bits, "type": type, "symmetric": True}
+        group = spec.group if spec.format == "int4" else None
         groups[f"group_{number}"] = {
             "targets": ["Linear"] if len(specs) == 1 else TARGETS[part],
-            "weights": {**kind, "dynamic": False, "group_size": None, **scales},
-            "input_activations": tokens,
+            "weights": {**kind, "dynamic": False, "group_size": group, "strategy": "group" if group else "channel"},
+            "input_activations": {**kind, "dynamic": True, "strategy": "token"} if type == "float" else None,
             "output_activations": None,
-            "format": formats[part],
+            "format": f"{format}-quantized",
         }
+    formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
-        "format": "mixed-precision" if len(set(formats.values())) > 1 else formats["experts"],
+        "format": "mixed-precision" if len(formats) > 1 else formats.pop(),
         "config_groups": groups,
         "ignore": ignore,
         "kv_cache_scheme": None,
     }
-
-
-def _format(spec: QuantSpec) -> str:
-    return "float-quantized" if spec.format == "fp8" else "pack-quantized"

@@ -117,11 +117,10 @@ def decode(parts: dict[str, Tensor], quantization: Any, module: str = "") -> Ten
 
 
 def unpack(words: Tensor, bits: int, columns: Sequence[int] = ()) -> Tensor:
-    """int32 [R,n], 32 / bits values in each word (3 bits: 32 in three words), lowest bits first -> int32
-    [R, n * 32 / bits]. `columns`: where each value of a word belongs."""
-    if bits == 3:
-        stream = torch.stack([words >> place & 1 for place in range(32)], -1).flatten(-2).unflatten(-1, (-1, 3))
-        return stream[..., 0] + 2 * stream[..., 1] + 4 * stream[..., 2]
+    """int32 [R,n], 32 / bits values in each, lowest bits first -> int32 [R, n * 32 / bits].
+
+    columns: where each value of a word belongs
+    """
     fields = [columns.index(at) if columns else at for at in range(32 // bits)]
     return torch.stack([words >> bits * field & (1 << bits) - 1 for field in fields], -1).flatten(-2)
 

@@ -89,9 +89,9 @@ def test_zeros_tiny_and_huge_values_and_rows_in_pieces(format: str, monkeypatch:
     ("args", "message"),
     [
         ((normal(4, 100), "int4"), "int4 needs groups of 128 or 64 or 32 that divide 100 columns; int8 and"),
-        ((normal(4, 96), "int4", 64), "int4 needs groups of 64 that divide 96 columns"),
-        ((normal(4, 96), "int4", 48), "group is 48, needs None or one of 128, 64, 32"),
-        ((normal(4, 96), "int8", 32), "group is 32, needs None or one of 96 for int8"),
+        ((normal(4, 96), "int4", 64), "group is 64, int4 needs groups of 128 or 64 or 32 that divide 96 columns"),
+        ((normal(4, 96), "int4", 48), "group is 48, int4 needs groups of 128 or 64 or 32 that"),
+        ((normal(4, 96), "int8", 32), "group is 32, int8 needs groups of 96 that divide 96 columns"),
         ((normal(4, 96), "int3"), "format is 'int3', needs one of int4, int8, fp8"),
         ((normal(96), "int8"), r"'tensor' is torch\.float32 \[96\], needs floats \[N, K\]"),
         ((torch.ones(4, 96, dtype=torch.int8), "int8"), r"'tensor' is torch\.int8"),

@@ -223,16 +223,13 @@ def group(config: dict[str, Any], **weights: Any) -> dict[str, Any]:
 
 GROUP = PACKED["config_groups"]["group_0"]
 CONFIGS: dict[str, tuple[Any, str]] = {
-    "nf4": ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes', needs .*nf4.*; or .*weights="),
-    "hqq": ({"quant_method": "hqq"}, "quant_method is 'hqq', needs one of compressed-tensors, .*awq .*scales"),
-    "mxfp4": ({"quant_method": "mxfp4"}, "quant_method is 'mxfp4', needs .*power of two"),
-    "other": ({"quant_method": "aqlm"}, "quant_method is 'aqlm', needs one of .*awq; or .*weights="),
+    "nf4": ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes', needs one of .*awq; or .*weights="),
     "none": ({"bits": 4}, "quant_method is 'None', needs one of"),
     "no object": ("int4", "quantization_config: the value is 'int4', needs a JSON object"),
     "gemv": (hub.awq_config(version="gemv"), "version is 'gemv', needs gemm"),
     "awq no zeros": (hub.awq_config(zero_point=False), "zero_point is False, needs True"),
     "awq names": (hub.awq_config(modules_to_not_convert="gate"), "modules_to_not_convert is 'gate', needs a list"),
-    "2 bits": (hub.gptq_config(bits=2), "bits is 2, needs 3 or 4 or 8"),
+    "3 bits": (hub.gptq_config(bits=3), "bits is 3, needs 4 or 8"),
     "marlin": (hub.gptq_config(checkpoint_format="marlin"), "checkpoint_format is 'marlin', needs gptq or gptq_v2"),
     "is marlin": (hub.gptq_config(is_marlin_format=True), "is_marlin_format is True, needs False"),
     "gptq sym": (hub.gptq_config(sym=3), "sym is 3, needs True or False"),

@@ -34,8 +34,7 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "act-order": (ACT_ORDER, "the weight is in act-order"),
     "8 bits": (gptq(-1, bits=8), "bits is 8, needs 4"),
     "8 bits act-order": (gptq(32, bits=8, reorder=True), "bits is 8, needs 4"),
-    "3 bits": (gptq(128, bits=3), "bits is 3, needs 4"),
-    "3 bits symmetric": (gptq(128, 0, True, bits=3), "bits is 3, needs 4"),
+    "8 bits symmetric": (gptq(128, 0, True, bits=8), "bits is 8, needs 4"),
     "groups of 16": ((hub.compressed(4, 16), hub.pack_config(4, 16)), "the group size is 16, needs 32, 64, 128"),
 }
 
@@ -139,6 +138,6 @@ def test_injected_fault_changes_the_values(tmp_path: Path, monkeypatch: pytest.M
         layout = ACT_ORDER
     else:
         monkeypatch.setattr(layouts.Layout, "values", lambda self, rows, at: values(self, (*rows[:2], None), at))
-        layout = UNSUPPORTED["3 bits"][0]
+        layout = UNSUPPORTED["8 bits"][0]
     meaning = hub.write(tmp_path, *layout)
     assert different(load(tmp_path, weights="int8"), meaning, EXPERTS)
