@@ -140,11 +140,6 @@ def tensors(args: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {name: arg for name, arg in bases.items() if isinstance(arg, torch.Tensor)}
 
 
-def replace_base(arg: Any, tensor: torch.Tensor) -> Any:
-    """Return a launch argument with another tensor: a descriptor of it where `arg` is a descriptor."""
-    return replace(arg, base=tensor) if isinstance(arg, TensorDescriptor) else tensor
-
-
 def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: LaunchConfig, **constexprs: Any) -> None:
     """Run `kernel` over `grid`, or only record it where its tensors are on the meta device.
 

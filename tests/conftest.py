@@ -25,6 +25,7 @@ from mixtral_triton.kernels import call, interpret, launch
 from mixtral_triton.kernels.interpret import interpreting
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.offload import OffloadedWeight, find_weight
+from tests.support.calls import replace_base
 from tests.support.traffic import active_addresses
 
 MARGIN = 64  # elements on either side
@@ -94,7 +95,7 @@ def run_fenced(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], turn: i
     tables = offloaded_weights(args)
     for name, weight in tables.items():
         fences[name].guarded.copy_(fence_experts(name, weight, fences, turn))
-    fenced = {name: launch.replace_base(args[name], fences[name].guarded) for name in launch.tensors(args)}
+    fenced = {name: replace_base(args[name], fences[name].guarded) for name in launch.tensors(args)}
     with interpreting() as builder:
         # Integer arithmetic that overflows its type raises an error.
         builder.options = replace(builder.options, sanitize_overflow=True, debug=True)

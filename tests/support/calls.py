@@ -1,10 +1,12 @@
 """Calls of operations in tests: their arguments, copies of these, and their results as one list."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixtral_triton import ops
 from mixtral_triton.kernels.offload import OffloadedWeight
@@ -41,6 +43,11 @@ def outputs(name: str, function: Callable[..., Any], args: Args) -> list[Tensor]
     """Call `function` on copies of `args`; return its results and the caches that the operation writes into."""
     args = copies(args)
     return [*as_tuple(function(**args)), *(args[cache] for cache in OPS[name].mutates)]
+
+
+def replace_base(arg: Any, tensor: Tensor) -> Any:
+    """Return a launch argument with another tensor: a descriptor of it where `arg` is a descriptor."""
+    return replace(arg, base=tensor) if isinstance(arg, TensorDescriptor) else tensor
 
 
 def offloaded(weight: Any, on_host: Any) -> OffloadedWeight:

@@ -18,6 +18,7 @@ import torch
 from mixtral_triton.kernels import launch as launching
 from mixtral_triton.kernels.interpret import interpreting
 from mixtral_triton.kernels.offload import find_weight
+from tests.support.calls import replace_base
 
 
 def active_addresses(pointers: Any, mask: Any) -> np.ndarray:
@@ -110,7 +111,7 @@ def _interpret(counted: Kernel, kernel: Any, args: dict[str, Any]) -> None:
             buffer = tensor.as_strided((last + 1 if tensor.numel() else 0,), (1,)).clone()
             counted.arguments[short[name]] = Argument(buffer, np.zeros(len(buffer), bool))
         copy = counted.arguments[short[name]].buffer.as_strided(tensor.shape, tensor.stride())
-        call[name] = launching.replace_base(args[name], copy)
+        call[name] = replace_base(args[name], copy)
         if (weight := find_weight(tensor)) is not None:
             for memory, rows in (("resident", weight.resident.flatten()), ("host", weight.host.flatten())):
                 counted.arguments[f"{short[name]} {memory}"] = Argument(rows, np.zeros(len(rows), bool))
