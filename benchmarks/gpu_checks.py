@@ -1,5 +1,4 @@
-"""Parts of the GPU day, a line of JSON each: compile ahead, measure what the cost model estimates, run what needs a
-tool or a second GPU.
+"""Parts of the GPU day, a line of JSON each: compile ahead, and measure what the cost model estimates.
 
 python -m benchmarks.gpu_checks CHECK [--small]
 """
@@ -9,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -113,28 +111,7 @@ def compile_ahead(small: bool) -> Figures:
     return {"ok": not faults, "launches": len(launches), "faults": "; ".join(faults)}
 
 
-def sanitizer(small: bool) -> Figures:
-    """compute-sanitizer over the registry's tests, where it is installed."""
-    if shutil.which("compute-sanitizer") is None:
-        return {"ok": True, "note": "compute-sanitizer is not installed"}
-    tool = "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --tool"
-    tests = f"{sys.executable} -m pytest -q -m gpu tests/ops/test_registry.py"
-    return _all_succeed(f"{tool} memcheck {tests}", f"{tool} initcheck {tests}")
-
-
-def two_gpus(small: bool) -> Figures:
-    """The captured all-reduce: a model on two GPUs is right, and its text takes a time."""
-    if small or torch.cuda.device_count() < 2:
-        return {"ok": True, "note": "needs two GPUs"}
-    launcher = f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 -m mixtral_triton"
-    return _all_succeed(f"{launcher} verify --tp 2", f"{launcher} generate --tp 2 --prompt The")
-
-
-def _all_succeed(*commands: str) -> Figures:
-    return {"ok": not any(subprocess.run(command, shell=True, stdout=sys.stderr).returncode for command in commands)}
-
-
-CHECKS = {"compile": compile_ahead, "rates": rates, "sanitizer": sanitizer, "two_gpus": two_gpus}
+CHECKS = {"compile": compile_ahead, "rates": rates}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])

@@ -67,15 +67,15 @@ def parts(dry: bool = False, breaks: str = "") -> dict[str, Part]:
         command = f"{computes}-m mixtral_triton bench --json"
         return {name: f"{command} {name} {_smallest(name) if dry else options} {more}" for name in names}
 
-    def check(*names: str, prefix: str = computes) -> dict[str, str]:
-        return {name: f"{prefix}-m benchmarks.gpu_checks {name} {'--small' if dry else ''}" for name in names}
-
+    small = "--small" if dry else ""
+    launcher = "-m torch.distributed.run --nproc-per-node 2 -m mixtral_triton"
+    on_two = {"verify": f"{launcher} verify --tp 2", "generate": f"{launcher} generate --tp 2 --prompt The"}
     layer = "".join(f" --sizes T={T},H=4096,I=14336,E=8,K=2" for T in (1, 8, 64, 512, 1024, 1536, 2048, 4096))
     return {
         # Nothing is timed while another core compiles.
-        "compile": (80, check("compile", prefix=prefix)),
+        "compile": (80, {"compile": f"{prefix}-m benchmarks.gpu_checks compile {small}"}),
         "experts in bf16": (40, bench(["expert_swiglu"], f"{layer} {no_compile}")),
-        "rates": (15, check("rates")),
+        "rates": (15, {"rates": f"{computes}-m benchmarks.gpu_checks rates {small}"}),
         "tests": (90, _tests(dry, prefix, computes)),
         "experts": (45, bench(experts, f"--quick {no_compile}")),
         "attention": (55, bench(cache, f"--quick {no_compile}")),
@@ -87,7 +87,7 @@ def parts(dry: bool = False, breaks: str = "") -> dict[str, Part]:
         "one token": (20, bench(rest, "--quick --at T=1")),
         "many tokens": (20, bench(rest[: 1 if dry else None], "--quick --at T=4096")),
         "host": (15, {"host_time": f"benchmarks/host_time.py --json --rounds {1 if dry else 40}"}),
-        "checks": (25, check("sanitizer", "two_gpus")),
+        **({"two GPUs": (25, on_two)} if torch.cuda.device_count() > 1 and not dry else {}),
     }
 
 

@@ -5,14 +5,13 @@ python benchmarks/train_small.py --out DIR
 
 import argparse
 import ast
-import copy
 import json
 import math
 import platform
 import random
 import re
+import shutil
 import sysconfig
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -21,13 +20,15 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+from rich.progress import track
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-VOCAB_SIZE, HELD_OUT_SHARE = 2048, 0.04
+SMALL = Path(__file__).parents[1] / "mixtral_triton" / "small"  # its configurations are used again
+SEED, STEPS, VOCAB_SIZE, HELD_OUT_SHARE = 0, 3000, 2048, 0.04
 BATCH_SIZE, SEQUENCE_LENGTH = 8, 256  # four times the sliding window, so that the window is in force while training
-PEAK_LR, WARMUP_STEPS, EVAL_EVERY = 2e-3, 100, 200
+PEAK_LR, WARMUP_STEPS = 2e-3, 100
 # Folders of the standard library that hold no documentation of it: tests, examples, boilerplate, installed packages.
 SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "encodings", "turtledemo", "ensurepip"}
 
@@ -58,25 +59,22 @@ def documents() -> Iterator[list[str]]:
     yield [text for path in paths if (text := module_text(path.read_text("utf-8")))]
 
 
-def hold_out(kind: list[str], seed: int) -> tuple[list[str], list[str]]:
+def hold_out(kind: list[str]) -> tuple[list[str], list[str]]:
     """Whole documents of one kind: those to train on, and those that are held out."""
     train, held_out, shuffled = [], [], list(kind)
-    random.Random(seed).shuffle(shuffled)
-    room = HELD_OUT_SHARE * sum(map(len, kind))
+    random.Random(SEED).shuffle(shuffled)
+    left = HELD_OUT_SHARE * sum(map(len, kind))
     for document in shuffled:
-        fits = len(document) <= room
+        fits = len(document) <= left
         (held_out if fits else train).append(document)
-        room -= fits * len(document)
+        left -= fits * len(document)
     return train, held_out
 
 
-def split(seed: int) -> tuple[list[str], list[str]]:
+def split() -> tuple[list[str], list[str]]:
     """Hold out documents of each kind; their paragraphs are removed from the others."""
-    train, held_out = [], []
-    for kind in documents():
-        kept, out = hold_out(kind, seed)
-        train += kept
-        held_out += out
+    parts = list(map(hold_out, documents()))
+    train, held_out = ([text for part in parts for text in part[at]] for at in range(2))
     # The topics quote each other at length, so without this cut the held-out loss would measure memory.
     known = {" ".join(paragraph.split()) for document in held_out for paragraph in document.split("\n\n")}
     train = ["\n\n".join(p for p in document.split("\n\n") if " ".join(p.split()) not in known) for document in train]
@@ -102,19 +100,14 @@ def encoded(tokenizer: Tokenizer, documents: list[str]) -> list[int]:
     return [token for found in tokenizer.encode_batch(documents) for token in (*found.ids, eos)]
 
 
-def save_held_out(tokenizer: Tokenizer, topics: list[str], folder: Path) -> None:
-    """Save the held-out topics of `help()`, which have Python's licence alone, as tokens: texts differ by version."""
-    text = f"topics of help() held out of the training, Python {platform.python_version()} (PSF licence)"
-    held_out = {"text": text, "ids": encoded(tokenizer, topics)}
-    (folder / "heldout.json").write_text(json.dumps(held_out) + "\n")
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
-    """Save the tokenizer and its configuration for transformers' AutoTokenizer. A text is padded with its end token."""
+def save_text(tokenizer: Tokenizer, folder: Path) -> None:
+    """Save the tokenizer, and the held-out topics of `help()`, which have Python's licence alone, as tokens: texts
+    differ by version."""
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    config |= {"pad_token": "</s>", "model_max_length": longest, "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shutil.copy(SMALL / "tokenizer_config.json", folder)
+    text = f"topics of help() held out of the training, Python {platform.python_version()} (PSF licence)"
+    held_out = {"text": text, "ids": encoded(tokenizer, hold_out(next(documents()))[1])}
+    (folder / "heldout.json").write_text(json.dumps(held_out) + "\n")
 
 
 @torch.no_grad()
@@ -124,72 +117,49 @@ def evaluate(model: MixtralForCausalLM, stream: torch.Tensor) -> tuple[float, li
     for batch in windows.split(BATCH_SIZE):
         output = model(batch[:, :-1], output_router_logits=True, use_cache=False)
         loss += F.cross_entropy(output.logits.float().mT, batch[:, 1:], reduction="sum").item()
-        experts = torch.stack(output.router_logits).topk(model.config.num_experts_per_tok).indices
-        routes += F.one_hot(experts, model.config.num_local_experts).sum((1, 2))
-    shares = (routes / routes.sum(-1, keepdim=True)).tolist()
-    return loss / windows[:, 1:].numel(), [[round(share, 4) for share in layer] for layer in shares]
+        routes += F.one_hot(torch.stack(output.router_logits).topk(2).indices, 8).sum((1, 2))
+    return loss / windows[:, 1:].numel(), (routes / routes.sum(-1, keepdim=True)).tolist()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    folder = parser.parse_args().out
     torch.set_num_threads(1)  # the order of the sums, and so the result, then does not hang on the number of cores
-    torch.manual_seed(args.seed)
-    texts = split(args.seed)
+    torch.manual_seed(SEED)
+    texts = split()
     tokenizer = train_tokenizer(texts[0])
-    bos, eos = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
     train, held_out = (torch.tensor(encoded(tokenizer, documents)) for documents in texts)
-    config = MixtralConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, num_local_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.02,
-        sliding_window=64, max_position_embeddings=1024, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=bos, eos_token_id=eos,
-    )  # fmt: skip
-    model = MixtralForCausalLM(config)
+    model = MixtralForCausalLM(MixtralConfig.from_pretrained(SMALL))
     groups = [{"params": [p], "weight_decay": 0.1 * (p.ndim > 1)} for p in model.parameters()]  # matrices decay only
     optimizer, spans = torch.optim.AdamW(groups, betas=(0.9, 0.95)), train.unfold(0, SEQUENCE_LENGTH + 1, 1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(tokenizer, args.out, config.max_position_embeddings)
-    save_held_out(tokenizer, hold_out(next(documents()), args.seed)[1], args.out)
-    start, best, recent = time.monotonic(), math.inf, list[float]()
-    for step in range(1, args.steps + 1):
-        progress = (step - 1) / args.steps
+    folder.mkdir(parents=True, exist_ok=True)
+    save_text(tokenizer, folder)
+    losses: list[float] = []
+    for step in track(range(STEPS), "training"):
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * min(1, step / WARMUP_STEPS) * (1 + math.cos(math.pi * progress)) / 2
+            group["lr"] = PEAK_LR * min(1, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * (step / STEPS))) / 2
         windows = spans[torch.randint(len(spans), (BATCH_SIZE,))]
         output = model(windows[:, :-1], output_router_logits=True, use_cache=False)
         loss = F.cross_entropy(output.logits.mT, windows[:, 1:])
         # Layer by layer: transformers' own aux_loss pools the layers, which lets one layer starve an expert.
         balance = sum(load_balancing_loss_func((logits,), 8, 2) for logits in output.router_logits)
-        (loss + config.router_aux_loss_coef * balance).backward()
+        (loss + model.config.router_aux_loss_coef * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        recent.append(loss.item())
-        if step % EVAL_EVERY and step < args.steps:
-            continue
-        rounded = copy.deepcopy(model).eval()  # what is saved is what is measured
-        for parameter in rounded.parameters():  # not rounded.to(): the frequencies of the rotary embedding stay fp32
-            parameter.data = parameter.data.to(torch.bfloat16)
-        held_out_loss, shares = evaluate(rounded, held_out)
-        train_loss, recent, minutes = sum(recent) / len(recent), [], (time.monotonic() - start) / 60
-        losses = f"train loss {train_loss:.3f}, held out {held_out_loss:.3f}"
-        print(f"step {step}, {minutes:.1f} min, {losses}, smallest share {min(map(min, shares)):.3f}", flush=True)
-        if held_out_loss < best:
-            best = held_out_loss
-            rounded.save_pretrained(args.out)
-            (args.out / "generation_config.json").unlink()  # it says no more than config.json
-            record = {
-                "seed": args.seed, "schedule_steps": args.steps, "steps": step, "minutes": round(minutes, 1),
-                "tokens_seen": step * windows[:, 1:].numel(), "train_tokens": len(train), "train_loss": train_loss,
-                "held_out_tokens": len(held_out), "held_out_loss": held_out_loss, "expert_shares": shares,
-                "python": platform.python_version(), "torch": torch.__version__,
-                "transformers": transformers.__version__, "tokenizers": tokenizers.__version__,
-            }  # fmt: skip
-            (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+        losses.append(loss.item())
+    for parameter in model.eval().parameters():  # not model.to(): the frequencies of the rotary embedding stay fp32
+        parameter.data = parameter.data.to(torch.bfloat16)
+    held_out_loss, shares = evaluate(model, held_out)
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink()  # it says no more than config.json
+    versions = {library.__name__: library.__version__ for library in (torch, transformers, tokenizers)}
+    record = {"seed": SEED, "steps": STEPS, "train_tokens": len(train), "train_loss": sum(losses[-200:]) / 200}
+    record |= {"held_out_tokens": len(held_out), "held_out_loss": held_out_loss, "expert_shares": shares}
+    record |= {"python": platform.python_version(), **versions}
+    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(f"loss in training {record['train_loss']:.3f}, held out {held_out_loss:.3f}")
 
 
 if __name__ == "__main__":

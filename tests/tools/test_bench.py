@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,11 @@ import torch
 
 from mixtral_triton.cli import main
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench import command, decode_step, measure
 from mixtral_triton.tools.bench.cases import BENCHED, QUICK, TOKENS, Case, Oracle, cases, check_of
 from mixtral_triton.tools.bench.measure import our_call, timed_row, untimed_row, wall_seconds
-from mixtral_triton.tools.bench.peers import PEERS, Peer, peers_of
+from mixtral_triton.tools.bench.peers import PEERS, Peer, Unsupported, peers_of
 from mixtral_triton.tools.gpus import GPUS, LINKS
 
 CPU, H100 = torch.device("cpu"), GPUS["h100"]
@@ -96,25 +96,15 @@ def test_every_peer_is_right_or_says_why_not(name: str) -> None:
     assert json.loads(json.dumps(row.as_dict()))["peers"].keys() == row.peers.keys()
 
 
-RING = {"B": 2, "T": 1, "Hq": 4, "Hkv": 2, "D": 16, "C": 32, "window": 0, "fresh": False}
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        *({"T": 40, "S": 40, "window": window} for window in (0, 9)),
-        *({"T": 1, "S": 50, "window": window} for window in (0, 20)),
-        {"T": 30, "S": 30, "window": 8, "causal": False},
-        {"T": 9, "S": 40, "window": 12},
-        {**RING, "past": 31},
-        {**RING, "past": 9},
-    ],
-)
-def test_sdpa_equals_the_reference(sizes: dict[str, Any]) -> None:
-    op = OPS["cached_attention" if "C" in sizes else "attention"]
-    args = Case(op, Shape({"B": 2, "Hq": 4, "Hkv": 2, "D": 16, **sizes}), torch.float32).inputs(CPU)
-    sdpa = next(peer for peer in PEERS if (peer.name, peer.op) == ("SDPA", op.name))
-    assert Oracle(op, args).fault(sdpa.build(op, args)) is None
+@pytest.mark.parametrize(("name", "least"), [("attention", 5), ("cached_attention", 3)])
+def test_sdpa_equals_the_reference(name: str, least: int) -> None:
+    op, right = OPS[name], 0
+    sdpa = next(peer for peer in PEERS if (peer.name, peer.op) == ("SDPA", name))
+    for args in (Case(op, sizes, torch.float32).inputs(CPU) for sizes in op.test_shapes):
+        with suppress(Unsupported):
+            assert Oracle(op, args).fault(sdpa.build(op, args)) is None
+            right += 1
+    assert right >= least
 
 
 def test_long_attention_is_checked_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,15 +154,15 @@ def test_a_kernel_that_breaks_the_simulated_gpu_ends_only_its_commands(tmp_path:
     assert ends == {("append", "failed"), ("route", "passed")}
 
 
-def test_rates_checks_host_time_and_offloaded_experts_run_on_the_simulated_gpu(tmp_path: Path) -> None:
-    selected = ["experts in bf16", "rates", "decode offloaded", "host", "checks"]
+def test_rates_host_time_and_offloaded_experts_run_on_the_simulated_gpu(tmp_path: Path) -> None:
+    selected = ["experts in bf16", "rates", "decode offloaded", "host"]
     status, found, page = run_dry(tmp_path, "--parts", *selected)
     assert status == 0 and list(found["parts"]) == selected
-    assert {each["check"] for each in found["checks"]} == {"rates", "sanitizer", "two_gpus"} and len(found["host"]) == 3
+    assert len(found["host"]) == 3
     assert [(each["op"], each["right"]) for each in found["rows"]] == [("expert_swiglu", True), ("decode_step", True)]
     assert found["rows"][1]["sizes"]["offload"] == 2 and found["rows"][1]["host_bytes"] > 0
-    figures = {each[""]: each["value"] for each in found["checks"] if each["check"] == "rates"}
-    assert figures.keys() >= {"l2", "launch_gap", "pdl_gap", "tile", "clocks under load"} and "| rates | l2 |" in page
+    figures = {each[""] for each in found["checks"] if each["check"] == "rates"}
+    assert figures >= {"l2", "launch_gap", "pdl_gap", "tile", "clocks under load"} and "| rates | l2 |" in page
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from ...kernels.op import Cost, Op, Shape, Sizes
 from ...kernels.quantized import BITS
 from ...kernels.registry import OPS
 from ..fit import KNOWN
+from ..gpus import GPU
 from ..tolerance import Tolerance
 from . import decode_step
 
@@ -55,9 +56,10 @@ class Case:
         """Return the sizes and switches, as `--sizes` takes them."""
         return Shape(self.sizes).as_dict()
 
-    def offloaded(self, experts: int) -> Case:
-        """Return this decode step with so many experts of each layer in host memory."""
-        return replace(self, sizes=Shape(self.sizes) | {"offload": experts})
+    def offloaded(self, experts: int | str, gpu: GPU | None = None) -> Case:
+        """Return this decode step with so many experts of each layer in host memory; "auto": as many as `gpu` needs."""
+        count = decode_step.resolve_offload(self.sizes, self.dtype, experts, gpu)
+        return replace(self, sizes=Shape(self.sizes) | {"offload": count})
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """Return the arguments by name. Random values are drawn on the device, where a layer's weights take no time."""
@@ -163,7 +165,7 @@ def _parse_case(op: Op, text: str, dtype: torch.dtype | None) -> Case:
     if E is not None and K > E:
         raise ValueError(f"--sizes has K={K}, needs at most E={E}: a token's experts differ")
     if "offload" in sizes:
-        decode_step.resolve_offload(case.sizes, case.dtype, sizes["offload"])
+        case.offloaded(sizes["offload"])
     op.check(**case.inputs(torch.device("meta")))
     return case
 

@@ -16,7 +16,6 @@ from ...kernels.registry import OPS
 from ..gpus import GPU, RATED, data_sheet
 from ..predict import family_note
 from ..terminal import bar, check_plot, console, save_plot
-from . import decode_step
 from .cases import Case, cases, sizes_of
 from .measure import Row, checked_row, current_gpu, timed_rows
 from .peers import PEERS, import_peer, peers_of
@@ -51,8 +50,7 @@ def run(args: argparse.Namespace) -> int:
         device, gpu, timer = current_gpu()
         sheet = data_sheet(gpu.name)
     if args.offload:
-        resolved = [decode_step.resolve_offload(case.sizes, case.dtype, args.offload, gpu) for case in selected]
-        selected = [case.offloaded(experts) for case, experts in zip(selected, resolved, strict=True)]
+        selected = [case.offloaded(args.offload, gpu) for case in selected]
 
     def peers(case: Case) -> list[Any]:
         return [*(peer for peer in peers_of(case.op.name) if peer.name not in args.without), *user_peers]
@@ -70,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         versions = {"torch": torch.__version__, "arch": gpu.arch}
         print(json.dumps({"kind": "gpu", **_rates(gpu), **versions, "data_sheet": sheet and _rates(sheet)}), flush=True)
-    rows = list(_print_rows(source, len(selected), args.json, out))
+    rows = _print_rows(source, len(selected), args.json, out)
     if args.plot is not None:
         save_plot(figure_of(rows, gpu), args.plot)
         out.print(f"plot: {args.plot}")
@@ -92,19 +90,17 @@ def _rates(gpu: GPU) -> dict[str, Any]:
     return {name: getattr(gpu, name) for name in ("name", "source", "bandwidth", "matmul")}
 
 
-def _print_rows(source: Iterator[Row], total: int, as_lines: bool, out: Console) -> Iterator[Row]:
-    """Print the rows as they come: a line of JSON each, or a table per operation."""
+def _print_rows(source: Iterator[Row], total: int, as_lines: bool, out: Console) -> list[Row]:
+    """Print the rows as they come, a line of JSON each, or a table per operation, and return them."""
+    rows: list[Row] = []
     with bar("benchmarking", total) as progress:
-
-        def count() -> Iterator[Row]:
-            for done, row in enumerate(source, 1):
-                progress.update(done, total)
+        for _, group in groupby(source, key=lambda row: row.case.op.name):
+            start = len(rows)
+            for row in group:
+                rows.append(row)
+                progress.update(len(rows), total)
                 if as_lines:
                     print(json.dumps({"kind": "row", **row.as_dict()}), flush=True)
-                yield row
-
-        for _, group in groupby(count(), key=lambda row: row.case.op.name):
-            rows = list(group)
             if not as_lines:
-                out.print(op_table(rows))
-            yield from rows
+                out.print(op_table(rows[start:]))
+    return rows

@@ -18,14 +18,13 @@ from ...kernels.op import Cost
 from ...kernels.record import record_launches
 from ...ops import dispatched
 from ..gpus import GPU, MIB, data_sheet
-from ..predict import Prediction, bound, floor, measure_gpu, predict
+from ..predict import Prediction, Timer, bound, floor, measure_gpu, predict
 from ..terminal import say
 from . import decode_step
 from .cases import Case, Check, check_of, stricter_oracles
 from .peers import Function, Peer, Unsupported
 
 Call = Callable[[], Any]
-Timer = Callable[[Call], float]
 
 NOT_CHECKED = "not checked"
 NO_DRIVER = "0 active drivers"  # in Triton's error of a launch on a machine without a GPU
@@ -209,7 +208,8 @@ def _attempt_peer(case: Case, args: dict[str, Any], timer: Timer | str, check: C
         return wrong
 
     outcome = attempt(partial(peer.build, case.op, args), args, check_all, timer)
-    _free_memory()
+    gc.collect()  # frees what it held before the next one is measured: some fill a GPU
+    torch.cuda.empty_cache()
     return replace(outcome, note="; ".join([outcome.note or "right", *notes])) if outcome.right and notes else outcome
 
 
@@ -231,12 +231,6 @@ def checked_row(case: Case, gpu: GPU, peers: Sequence[Peer], reason: str) -> Row
     args = case.inputs(torch.device("cpu"))
     check = check_of(case.op, args)
     return replace(row, peers={peer.name: _attempt_peer(case, args, reason, check, peer) for peer in peers})
-
-
-def _free_memory() -> None:
-    """Free what a peer held before the next one is measured: some fill a GPU."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def current_gpu() -> tuple[torch.device, GPU, Timer]:
@@ -263,4 +257,3 @@ def timed_rows(
         except RuntimeError as error:
             say(f"mixtral-triton bench: {device} is lost to this process: {summary(error)}")
             return
-        _free_memory()
