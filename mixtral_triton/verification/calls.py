@@ -192,7 +192,7 @@ class SizedCalls:
 
 
 def launches(call: Call, arch: str, sms: int | None) -> set[Any]:
-    """The launch configurations of a call: (kernel, warps, stages, constants)."""
+    """The launch configurations of a call."""
 
     def on_meta(x: Any) -> Any:
         return x.on_meta() if isinstance(x, QuantizedWeight) else x.to("meta") if isinstance(x, Tensor) else x
@@ -200,8 +200,10 @@ def launches(call: Call, arch: str, sms: int | None) -> set[Any]:
     op, _, args = call
     with record_launches(arch, sms) as records:
         OPS[op].run(*OPS[op].bind(**{name: on_meta(x) for name, x in args.items()}))
-    return {
-        (each.kernel, each.num_warps, each.num_stages, tuple(sorted(each.constexprs.items())))
-        for each in records
-        if each.grid is not None
-    }
+    return configurations(records)
+
+
+def configurations(records: Any) -> set[Any]:
+    """(kernel, warps, stages, constants) of each launch of Triton's."""
+    launched = (each for each in records if each.grid is not None)
+    return {(each.kernel, each.num_warps, each.num_stages, tuple(sorted(each.constexprs.items()))) for each in launched}
