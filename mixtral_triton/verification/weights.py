@@ -180,28 +180,25 @@ def _rounding_error(ours: QuantizedWeight, theirs: Tensor) -> float:
     return largest(error / groups.abs().amax(-1).clamp(min=1e-30))
 
 
-def perplexity(model: Any, ids: Tensor, context: int | None = None) -> float:
+def perplexity(model: Any, ids: Tensor) -> float:
     """exp of the mean loss of a text, int64 [N] of at least two tokens, by the model's own forward, summed in fp64.
 
-    Each token is predicted from at most `context` tokens before it; None: the model's positions, at most CONTEXT.
+    Each token is predicted from those before it in its window of the model's positions, at most CONTEXT.
     """
     if not isinstance(ids, Tensor) or ids.dim() != 1 or len(ids) < 2:
         got = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"perplexity: argument 'ids' is {got}, needs a tensor [N] of at least two tokens")
     check_ids(ids[None], model.config.vocab_size, model.device)
     check_vocabulary(ids, model.config.vocab_size)
-    limit = model.config.max_position_embeddings
-    if context is not None and not 1 <= context <= limit:
-        raise ValueError(f"perplexity: context is {context}, needs 1 to {limit}, the model's positions")
-    context = context or min(limit, CONTEXT)
     with torch.no_grad():
-        windows = ((model.hidden(x[None])[0], y) for x, y in _windows(ids, context))
+        windows = ((model.hidden(x[None])[0], y) for x, y in _windows(ids, model.config))
         return _perplexity(windows, model.head)
 
 
-def _windows(ids: Tensor, context: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """The inputs and targets [T] of a text [N], each target predicted from at most `context` tokens."""
-    return zip(ids[:-1].split(context), ids[1:].split(context), strict=True)
+def _windows(ids: Tensor, config: Any) -> Iterable[tuple[Tensor, Tensor]]:
+    """The inputs and targets [T] of each window of a text [N]."""
+    length = min(config.max_position_embeddings, CONTEXT)
+    return zip(ids[:-1].split(length), ids[1:].split(length), strict=True)
 
 
 def _perplexity(windows: Iterable[tuple[Tensor, Tensor]], head: Callable[[Tensor], Tensor]) -> float:
@@ -274,8 +271,8 @@ class _LayerByLayer:
         self.target, self.ids, self.flips, config = target, ids, 0, target.config
         # fp32 holds what a quantized file means.
         self.dtype = target.model.dtype if source.quantization is None else torch.float32
-        text, context = held_out(source.folder, config), min(config.max_position_embeddings, CONTEXT)
-        self.windows = [] if text is None else list(_windows(text.to(ids.device), context))
+        text = held_out(source.folder, config)
+        self.windows = [] if text is None else list(_windows(text.to(ids.device), config))
         inputs = [ids, *(window[None] for window, _ in self.windows)]
         self.texts = [[F.embedding(each, target.embed_tokens).double() for each in inputs]] * 2
 

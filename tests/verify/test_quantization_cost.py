@@ -41,9 +41,13 @@ def perplexity_by_loop(model: Mixtral, ids: torch.Tensor, context: int) -> float
 
 
 @pytest.mark.parametrize(("context", "tokens"), [(8, 31), (7, 31), (1, 31), (30, 31), (64, 31), (5, 2)])
-def test_perplexity_equals_a_loop_over_tokens(context: int, tokens: int) -> None:
-    model, ids = random_model(), TEXT[:tokens]
-    assert math.isclose(perplexity(model, ids, context), perplexity_by_loop(model, ids, context), rel_tol=1e-5)
+def test_perplexity_equals_a_loop_over_tokens(context: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In windows of CONTEXT tokens, and of the model's positions where they are fewer."""
+    model, ids = random_model(max_position_embeddings=context), TEXT[:tokens]
+    expected = perplexity_by_loop(model, ids, context)
+    assert math.isclose(perplexity(model, ids), expected, rel_tol=1e-5)
+    monkeypatch.setattr(weights, "CONTEXT", context)
+    assert math.isclose(perplexity(random_model(), ids), expected, rel_tol=1e-5)
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(0.0, 23), (1e6, math.inf)], ids=["uniform", "no overflow"])
@@ -53,13 +57,7 @@ def test_perplexity_of_extreme_logits(factor: float, expected: float) -> None:
     assert perplexity(model, TEXT) == pytest.approx(expected, rel=1e-12)
 
 
-def test_context_and_rows_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default context is the positions, at most CONTEXT, and few logits are in memory at once."""
-    model = random_model(max_position_embeddings=16)
-    assert perplexity(model, TEXT) == perplexity(model, TEXT, 16) != perplexity(model, TEXT, 8)
-    with monkeypatch.context() as patch:
-        patch.setattr(weights, "CONTEXT", 8)
-        assert perplexity(model, TEXT) == perplexity(model, TEXT, 8)
+def test_few_logits_are_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sizes = random_model(max_position_embeddings=1024), []
     head = model.head
     monkeypatch.setattr(model, "head", lambda h: sizes.append(len(h)) or head(h))
@@ -68,20 +66,18 @@ def test_context_and_rows_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "context", "message"),
+    ("ids", "message"),
     [
-        (TEXT[None], None, r"ids' is \[1, 31\]"),
-        (TEXT[:1], None, "at least two"),
-        ([1, 2], None, "list"),
-        (TEXT.float(), None, "int64"),
-        (TEXT + 1, None, "holds token 23"),
-        (TEXT, 0, "context is 0"),
-        (TEXT, 65, "context is 65, needs 1 to 64"),
+        (TEXT[None], r"ids' is \[1, 31\]"),
+        (TEXT[:1], "at least two"),
+        ([1, 2], "list"),
+        (TEXT.float(), "int64"),
+        (TEXT + 1, "holds token 23"),
     ],
 )
-def test_bad_text_raises_value_error(ids: Any, context: int | None, message: str) -> None:
+def test_bad_text_raises_value_error(ids: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        perplexity(random_model(), ids, context)
+        perplexity(random_model(), ids)
 
 
 def test_held_out_text(tmp_path: Path) -> None:
