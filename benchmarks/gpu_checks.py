@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -111,7 +113,17 @@ def compile_ahead(small: bool) -> Figures:
     return {"ok": not faults, "launches": len(launches), "faults": "; ".join(faults)}
 
 
-CHECKS = {"compile": compile_ahead, "rates": rates}
+def sanitizer(small: bool) -> Figures:
+    """Run compute-sanitizer over the registry's tests, where it is installed."""
+    if small or shutil.which("compute-sanitizer") is None:
+        return {"ok": True, "note": "compute-sanitizer is not installed"}
+    tests = [sys.executable, *"-m pytest -q -m gpu tests/ops/test_registry.py".split()]
+    command = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+    run = partial(subprocess.run, stdout=sys.stderr, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    return {"ok": not any(run([*command, tool, *tests]).returncode for tool in ("memcheck", "initcheck"))}
+
+
+CHECKS = {"compile": compile_ahead, "rates": rates, "sanitizer": sanitizer}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
