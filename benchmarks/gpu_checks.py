@@ -117,7 +117,7 @@ def sanitizer(small: bool) -> Figures:
     """Run compute-sanitizer over the registry's tests, where it is installed."""
     if small or shutil.which("compute-sanitizer") is None:
         return {"ok": True, "note": "compute-sanitizer is not installed"}
-    tests = [sys.executable, *"-m pytest -q -m gpu tests/ops/test_registry.py".split()]
+    tests = [sys.executable, *["-m", "pytest", "-q", "-m", "gpu", "tests/ops/test_registry.py"]]
     command = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     run = partial(subprocess.run, stdout=sys.stderr, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     return {"ok": not any(run([*command, tool, *tests]).returncode for tool in ("memcheck", "initcheck"))}

@@ -86,7 +86,7 @@ def parts(dry: bool = False, breaks: str = "") -> dict[str, Part]:
         "decode compiled": (35, bench(["decode_step"], f"{two_depths} {no_compile}")),
         "one token": (20, bench(rest, "--quick --at T=1")),
         "many tokens": (20, bench(rest[: 1 if dry else None], "--quick --at T=4096")),
-        "sanitizer": (60, {"sanitizer": f"{prefix}-m benchmarks.gpu_checks sanitizer {small}"}),
+        "sanitizer": (30, {"sanitizer": f"{prefix}-m benchmarks.gpu_checks sanitizer {small}"}),
         "host": (15, {"host_time": f"benchmarks/host_time.py --json --rounds {1 if dry else 40}"}),
         **({"two GPUs": (25, on_two)} if torch.cuda.device_count() > 1 and not dry else {}),
     }
