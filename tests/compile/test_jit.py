@@ -12,17 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from mixtral_triton.kernels import norm, router
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Op, Shape
-from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.offline import compile_launches
-from tests.support.calls import offloaded
-from tests.support.models import random_model
+from tests.support.calls import inputs, offloaded
+from tests.support.models import WIDER_SIZES, random_model
 from tests.support.stub.driver import GRID_MOST, LaunchError, check_descriptor
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
@@ -30,10 +28,6 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process w
 GPU_DEVICE = torch.device("cuda", 0)
 HEAD_SIZES = (48, 64, 72, 80, 96, 112, 128, 192, 256)
 QUERIES = (1, 16, 20, 33, 37, 65, 150)
-
-
-def on_fake_gpu(args: dict[str, Any]) -> dict[str, Any]:
-    return {name: x.to(GPU_DEVICE) if isinstance(x, (Tensor, QuantizedWeight)) else x for name, x in args.items()}
 
 
 def shown(launches: list[Any]) -> list[tuple[str, tuple[int, ...]]]:
@@ -45,7 +39,7 @@ def launch_as_recorded(op: Op, sizes: Any, dtype: torch.dtype, gpu: Any) -> None
     """Launch `op` as a GPU's tensors would: the launches are those that are recorded on meta tensors."""
     gpu.driver.executes = False
     begin = len(gpu.driver.launches)
-    op.run(**on_fake_gpu(op.inputs(sizes, dtype, "cpu", torch.Generator().manual_seed(0))))
+    op.run(**inputs(op.name, sizes, GPU_DEVICE, dtype))
     launched = gpu.driver.launches[begin:]
     with record_launches() as recorded:
         op.run(**op.inputs(sizes, dtype, "meta"))
@@ -68,7 +62,7 @@ def test_experts_in_host_memory(format: str | None, gpu: Any) -> None:
     gpu.driver.executes, op = False, OPS["expert_swiglu"]
     for T in (1, 40, 70):
         sizes = Shape(T=T, H=128, I=64, E=4, K=2, gate_up=format, down=format)
-        args = on_fake_gpu(op.inputs(sizes, torch.bfloat16, "cpu", torch.Generator().manual_seed(0)))
+        args = inputs("expert_swiglu", sizes, GPU_DEVICE, torch.bfloat16)
         begin, kernels = len(gpu.driver.launches), []
         for on_host in ((), (1, 3), (2,)):
             names = ("gate_up_proj", "down_proj") if on_host else ()
@@ -183,14 +177,6 @@ def test_tensor_map_requirements(change: dict[str, Any], said: str) -> None:
         check_descriptor("k_desc", SimpleNamespace(**known), meta | change)
 
 
-def test_configuration_beyond_shared_memory_raises_value_error(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton finds it after it has compiled; here by its own JIT, not by a stand-in for it."""
-    monkeypatch.setattr(gpu.properties, "shared_memory_per_block_optin", 8)
-    gpu.driver.forget()
-    with pytest.raises(ValueError, match=r"rms_norm_kernel: the launch configuration .* takes \d+ of shared memory"):
-        norm_launch(4, gpu)
-
-
 KERNELS_MOST = 25  # of prompts up to 200 tokens
 
 
@@ -198,9 +184,7 @@ def kernels_of_prompts(gpu: Any, lengths: Sequence[int]) -> Counter[Any]:
     """What was compiled while a model wrote three tokens after a prompt of each length, by kernel, types and constants,
     whatever is known of the numbers it is called with."""
     gpu.driver.executes = False
-    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "num_local_experts": 8, "max_position_embeddings": 512}
-    model = random_model("cuda", torch.bfloat16, **sizes)
+    model = random_model("cuda", torch.bfloat16, **WIDER_SIZES)
     for length in lengths:
         model.generate(torch.zeros(1, length, dtype=torch.int64).to("cuda"), max_new_tokens=3)
     compiled: Counter[Any] = Counter()

@@ -35,9 +35,7 @@ def emulate(arch: str = "sm_90", schedules: Sequence[Schedule] = SCHEDULES) -> I
         mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache),
         gpu(1, **PROPERTIES[arch]) as machine,
     ):
-        # PTX's memory model requires a fence between cp.async and wgmma: Triton 3.9 emits it, 3.6 does not.
-        fenced = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
-        machine.driver.execute = Executor(schedules, fenced_copies=fenced)
+        machine.driver.execute = Executor(schedules)
         yield machine
 
 

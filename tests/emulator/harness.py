@@ -44,8 +44,7 @@ def run(
     maps = ", ".join(f".param .align 64 .b8 map{i}[128]" for i in range(len(descriptors)))
     registers = " ".join(f".reg .{'pred' if bits == 1 else f'b{bits}'} {name};" for name, bits in widths.items())
     program = parse(SOURCE.format(maps=maps, threads=threads, registers=registers, body=body))
-    params = Params(program.params, [bytes(128)] * len(descriptors))
-    params.descriptors = {f"map{i}": descriptor for i, descriptor in enumerate(descriptors)}
+    params = Params(program.params, [bytes(128)] * len(descriptors), {f"map{i}": x for i, x in enumerate(descriptors)})
     memory = Global([Span(f"array {i}", x.ctypes.data, x.nbytes) for i, x in enumerate(arrays)])
     order = np.arange(blocks)[:, None] * np.array([[1, 0, 0]])
     order = order[::-1] if schedule.late else order

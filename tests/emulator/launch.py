@@ -91,22 +91,16 @@ class PackedArgs:
         sizes, expected = [len(value) for value in self.values], [param.size for param in declared]
         if sizes != expected:
             raise Unmodelled(f"parameters of {expected} bytes, packed {sizes}")
-        params = Params(declared, self.values)
-        params.descriptors = {declared[at].name: descriptor for at, descriptor in self.maps.items()}
-        return params
+        return Params(declared, self.values, {declared[at].name: each for at, each in self.maps.items()})
 
 
 @dataclass
 class Executor:
-    """Executes launches. `codes`: by kernel, the code of its variants; `build`: a function from PTX to code.
-
-    `fenced_copies`: wgmma needs a fence before it reads what cp.async wrote.
-    """
+    """Executes launches. `codes`: by kernel, the code of its variants; `build`: a function from PTX to code."""
 
     schedules: Sequence[Schedule] = SCHEDULES
     codes: dict[str, list[Code]] = field(default_factory=dict)
     build: Callable[[str], Code] = compiled
-    fenced_copies: bool = True
     loaded: Counter[str] = field(default_factory=Counter)  # bytes by argument, of all launches
     pending: Writes = field(default_factory=list)  # by launches that the next one may overlap
 
@@ -125,7 +119,7 @@ class Executor:
         for schedule in self.schedules:
             memory.restore(before)
             try:
-                execute(code, schedule, launched.grid, memory, params, launched.shared, self.fenced_copies)
+                execute(code, schedule, launched.grid, memory, params, launched.shared)
             except Fault as fault:
                 raise Fault(f"{launched.kernel} ({schedule.name}): {fault}") from None
             results.append(memory.save())

@@ -180,12 +180,11 @@ class Frame:
 
 class Machine:
     def __init__(
-        self, code: Code, schedule: Schedule, memory: Global, params: Params, shared: int, grid: Any, blocks: Array,
-        fenced_copies: bool = True,
-    ) -> None:  # fmt: skip
+        self, code: Code, schedule: Schedule, memory: Global, params: Params, shared: int, grid: Any, blocks: Array
+    ) -> None:
         """blocks: the indices [n, 3] of a batch of the grid's blocks, which have `shared` bytes of memory each."""
         self.code, self.schedule, self.memory, self.params = code, schedule, memory, params
-        self.grid, self.blocks, self.fenced_copies = grid, blocks, fenced_copies
+        self.grid, self.blocks = grid, blocks
         self.warps = code.program.threads // 32
         self.shared, self.barriers = Shared(len(blocks), shared), Barriers(self)
         self.log = RaceDetector(self) if schedule.lockstep else NoRaceDetector(self)
@@ -232,9 +231,7 @@ class Machine:
         return f"bar.sync of {name}"
 
 
-def execute(
-    code: Code, schedule: Schedule, grid: Any, memory: Global, params: Params, shared: int, fenced_copies: bool = True
-) -> None:
+def execute(code: Code, schedule: Schedule, grid: Any, memory: Global, params: Params, shared: int) -> None:
     warps = code.program.threads // 32
     if code.program.threads % 32:
         raise Unmodelled(f"{code.program.threads} threads a block")
@@ -244,4 +241,4 @@ def execute(
     most = max(1, min(MAX_LANES // (32 * warps), MAX_SHARED // max(shared, 1)))
     for begin in range(0, len(blocks), most):
         batch = blocks[begin : begin + most]
-        Machine(code, schedule, memory, params, shared, grid, batch, fenced_copies).run()
+        Machine(code, schedule, memory, params, shared, grid, batch).run()

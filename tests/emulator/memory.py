@@ -143,11 +143,11 @@ class Params:
 
     window = 0x7F00_0000  # fits the 32 bits in which Triton moves such an address
 
-    def __init__(self, params: Sequence[Param], values: Sequence[bytes]) -> None:
+    def __init__(self, params: Sequence[Param], values: Sequence[bytes], descriptors: dict[str, Any]) -> None:
         self.values = {param.name: value for param, value in zip(params, values, strict=True)}
+        self.descriptors = descriptors
         self.addresses: dict[str, int] = {}
         self.at: dict[int, str] = {}
-        self.descriptors: dict[str, Any] = {}
         end = self.window
         for param in params:
             end = -(-end // param.align) * param.align

@@ -14,11 +14,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import triton
 
 from .memory import VECTORS, Fault, Region, effective, where
 from .parser import Instruction, Program, Unmodelled
 from .values import TYPES, Array, Step, destinations, executes, per_lane, read, suffix
 
+# PTX's memory model requires a fence between cp.async and wgmma, which Triton 3.6 does not emit.
+FENCED_COPIES = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
 NEVER, IN_FLIGHT = -1, 1 << 30
 OVERWRITES = "race: writes over another warp's value"
 NO_FENCE = "no fence.proxy.async after the store"
@@ -183,7 +186,7 @@ class RaceDetector:
     def complete_copy(self, frame: Any, lanes: Any, offsets: Array, size: int) -> None:
         units = self._units(offsets, size)
         self._set_writer(frame.block[lanes], frame.warp[lanes], units)
-        if not self.machine.fenced_copies:
+        if not FENCED_COPIES:
             self.stored[units] = 0
 
     def bulk_copy(self, block: int, warp: int, start: int, size: int, inst: Instruction) -> None:

@@ -5,6 +5,7 @@ import operator
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ pytestmark = compiled_only
 N = 256
 # Bits of precision, the exponent of the smallest normal number, and that of the largest.
 FORMATS = {"f32": (24, -126, 127), "bf16": (8, -126, 127), "f16": (11, -14, 15)}
-HALVES = ("bf16", "f16")
+HALVES, PAIRS = ("bf16", "f16"), ("bf16x2", "f16x2")
 ARITHMETIC: dict[str, Any] = {"add": lambda a, b: a + b, "mul": lambda a, b: a * b}
 ARITHMETIC |= {"fma.rn": lambda a, b, c: a * b + c, "sub": lambda a, b: a - b}
 
@@ -39,32 +40,18 @@ def numbers(kind: str, seed: int, n: int = N) -> np.ndarray:
     return as_floats(as_bits(rng.standard_normal(n).astype(np.float32) * 2.0 ** rng.integers(-6, 6, n), kind), kind)
 
 
-def check(name: str, kind: str, values: list[np.ndarray]) -> None:
-    """Compare each lane's result with the exact one, rounded once."""
-    inputs = {f"%a{i}": as_bits(x, kind) for i, x in enumerate(values)}
-    width, n = 32 if kind == "f32" else 16, len(values[0])
-    got = as_floats(run(f"{name}.{kind} %d, {', '.join(inputs)};", inputs, {"%d": width}, threads=n)["%d"], kind)
-    for lane in range(n):
-        args = [Fraction(float(x[lane])) for x in values]
-        assert got[lane] == rounded(ARITHMETIC[name](*args), kind), list(map(float, args))
-
-
-@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in ARITHMETIC for kind in FORMATS][:-2])
+@pytest.mark.parametrize(("name", "kind"), [("sub", "f32"), *product(("add", "mul", "fma.rn"), (*FORMATS, *PAIRS))])
 def test_arithmetic_is_rounded_once(name: str, kind: str) -> None:
-    values = [numbers(kind, seed) for seed in range(3 if name == "fma.rn" else 2)]
+    """Each number's result is compared with the exact one, rounded once. A register of pairs has two of them."""
+    one, bits = kind.removesuffix("x2"), np.uint16 if kind in HALVES else np.uint32
+    values = [numbers(one, seed) for seed in range(3 if name == "fma.rn" else 2)]
     values[0][: N // 8], values[-1][: N // 16] = 0.0, 0.0
-    check(name, kind, values)
-
-
-@pytest.mark.parametrize("kind", HALVES)
-def test_pairs_equal_two_halves(kind: str) -> None:
-    inputs = {f"%{name}": as_bits(numbers(kind, 10 + i, 2 * N), kind).view(np.uint32) for i, name in enumerate("abc")}
-    body, names = "fma.rn.{0} %f, %a, %b, %c; add.{0} %s, %a, %b; mul.{0} %m, %a, %b;", ("%f", "%s", "%m")
-    got = run(body.format(f"{kind}x2"), inputs, dict.fromkeys(names, 32), threads=N)
-    for part in (0, 1):
-        half = {name: x.view(np.uint16)[part::2].copy() for name, x in inputs.items()}
-        want = run(body.format(kind), half, dict.fromkeys(names, 16), threads=N)
-        assert all((got[name].view(np.uint16)[part::2] == want[name]).all() for name in names)
+    inputs = {f"%a{i}": as_bits(x, one).view(bits) for i, x in enumerate(values)}
+    body, width = f"{name}.{kind} %d, {', '.join(inputs)};", 8 * bits().itemsize
+    got = run(body, inputs, {"%d": width}, threads=len(inputs["%a0"]))["%d"]
+    for lane, result in enumerate(as_floats(got.view(np.uint16) if one in HALVES else got, one)):
+        args = [Fraction(float(x[lane])) for x in values]
+        assert result == rounded(ARITHMETIC[name](*args), one), list(map(float, args))
 
 
 def test_division_and_functions() -> None:
@@ -259,23 +246,10 @@ def test_moves_split_and_join_registers() -> None:
         assert (got[name] == constant).all(), name
 
 
-def test_special_registers() -> None:
-    body = "mov.u32 %t, %tid.x; mov.u32 %c, %ctaid.x; mov.u32 %n, %nctaid.x; mov.u32 %y, %ctaid.y; mov.u32 %l, %laneid;"
-    got = run(body, {}, dict.fromkeys(("%t", "%c", "%n", "%y", "%l"), 32), threads=64, blocks=3)
-    lanes = np.arange(192)
-    want = {"%t": lanes % 64, "%c": lanes // 64, "%n": 3, "%y": 0, "%l": lanes % 32}
-    assert all((got[name] == values).all() for name, values in want.items())
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("add.sat.s32 %d, %x, %x;", "not modelled: add.sat.s32"),
-        ("add.cc.u32 %d, %x, %x;", "not modelled: add.cc.u32"),
-        ("mul24.lo.s32 %d, %x, %x;", "not modelled: mul24.lo.s32"),
-        ("atom.global.add.u32 %d, [%x], 1;", "not modelled: atom.global.add.u32"),
-        ("ld.local.b32 %d, [%x];", "not modelled: ld.local.b32"),
-        ("cvt.satfinite.s32.f32 %d, %x;", "not modelled: cvt.satfinite.s32.f32"),
         ("bfe.u32 %d, %x, 30, 5;", "bit field beyond the register"),
         ("bfe.u32 %d, %x, %x, 5;", "bit field whose position is in a register"),
         ("mov.u32 %d, %clock;", "mov of %clock"),

@@ -12,7 +12,7 @@ import torch
 from mixtral_triton.kernels.launch import override_configs
 from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
-from tests.compile.test_jit import on_fake_gpu
+from tests.support.calls import inputs
 
 from .copies import Descriptor
 from .launch import Executor, PackedArgs, compiled
@@ -233,7 +233,7 @@ def test_each_mutation_is_detected(case: Case, arch: str, ptx_emulator: Any, cov
     configs = op.configs(case.like, dtype, arch) if case.like else {}
     with ptx_emulator(arch) as gpu, override_configs(configs):
         recorder = gpu.driver.execute = Recorder(case.kernels)
-        op.run(**on_fake_gpu(op.inputs(case.sizes, dtype, "cpu", torch.Generator().manual_seed(0))))
+        op.run(**inputs(case.op, case.sizes, "cuda:0", dtype))
         assert recorder.trials
         for trial in recorder.trials.values():
             program, kernel = trial.code.program, trial.launched.kernel

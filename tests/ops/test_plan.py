@@ -227,8 +227,8 @@ def test_call_that_no_plan_can_repeat_is_not_cached(function: str, gpu: Any) -> 
 def test_rejected_launch_is_rejected_again(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.properties, "shared_memory_per_block_optin", 8)
     gpu.driver.forget()
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"the launch configuration .* takes \d+ of shared memory"):
+    for _ in range(2):  # Triton finds it after it has compiled
+        with pytest.raises(ValueError, match=r"rms_norm_kernel: the launch configuration .* takes \d+ of shared"):
             plan.run(NORM, arguments(NORM, SIZES["rms_norm"]))
 
 

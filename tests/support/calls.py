@@ -22,6 +22,12 @@ def inputs(name: str, sizes: Sizes, device: Any = "cpu", dtype: torch.dtype | No
     return op.inputs(sizes, dtype or op.dtypes[0], device, torch.Generator().manual_seed(0))
 
 
+def inputs_without_padding(name: str, sizes: Sizes, device: Any = "cpu", dtype: torch.dtype | None = None) -> Args:
+    """`inputs` whose chunks have no padding, for which results are undefined."""
+    args = inputs(name, sizes, device, dtype)
+    return args | ({"new": args["new"] * 0 + sizes["T"]} if name == "cached_attention" else {})
+
+
 def public(name: str) -> Callable[..., Any]:
     """The function of an operation: `ops.rms_norm` runs both rms_norm and add_rms_norm."""
     return getattr(ops, name.removeprefix("add_"))

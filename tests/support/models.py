@@ -19,6 +19,9 @@ from mixtral_triton.weights import parameter_shapes
 SIZES: dict[str, Any] = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
 SIZES |= {"rope_theta": 1e4, "max_position_embeddings": 64, "eos_token_id": None}
+# With several tiles of some kernels.
+WIDER_SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_local_experts": 8}
+WIDER_SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
 
 
 def random_model(
