@@ -330,7 +330,7 @@ STEP_OP = CACHED_OP.variant(
     test_shapes=shapes(
         _CACHED_LETTERS,
         "3 1 8 2 128 16 16 0, 3 1 8 2 96 16 16 13, 2 1 4 2 80 16 16 77, 2 1 4 4 64 64 0 40, 1 1 4 1 32 600 0 590, "
-        "2 1 2 1 64 600 600 900",
+        "2 1 2 1 64 600 600 900, 2 1 4 2 32 600 0 0, 2 1 4 2 32 64 5 60",
     ),
     bench_shapes=tuple(Shape(B=B, T=1, **_HEADS, **ring) for ring in _RINGS for B in (1, 32)),
 )

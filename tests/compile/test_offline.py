@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -25,19 +24,12 @@ from mixtral_triton.tools.offline import as_json, collect, compile_launch, compi
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
 
 FAMILIES = tuple(dict.fromkeys(known.family for known in ARCHS.values()))
-EVERY_DTYPE = "sm_90"
 OUTSIDE_LOOPS = 308 if triton.__version__.startswith("3.7") else 0  # bytes
 MEASURED = {"registers", "spills", "shared_bytes", "limit_bytes", "loop_spills", "loop_flop_per_instruction"}
 JSON_KEYS = MEASURED | {"fault", "op", "kernel", "arch", "file", "dtype", "num_warps", "num_stages", "constexprs"}
 
 
-def cases() -> Iterator[Any]:
-    """Op, architecture, dtype: pieces that share out evenly. fp16 has bf16's tiles, and is compiled for sm_90 only."""
-    for name, op in OPS.items():
-        for arch in FAMILIES:
-            for dtype in op.dtypes:
-                if dtype != torch.float16 or arch == EVERY_DTYPE:
-                    yield pytest.param(name, arch, dtype, id=f"{name}-{arch}-{str(dtype).removeprefix('torch.')}")
+CASES = [(name, arch, dtype) for name, op in OPS.items() for arch, dtype in product(FAMILIES, op.dtypes)]
 
 
 def least_shared(arch: str) -> int:
@@ -45,7 +37,10 @@ def least_shared(arch: str) -> int:
     return min(known.shared_bytes for known in ARCHS.values() if known.family == arch)
 
 
-@pytest.mark.parametrize(("name", "arch", "dtype"), list(cases()))
+# fp16 has bf16's tiles, and is compiled for sm_90 only.
+@pytest.mark.parametrize(
+    ("name", "arch", "dtype"), [case for case in CASES if case[1] == "sm_90" or case[2] != torch.float16], ids=str
+)
 def test_no_spill_and_fits_shared_memory(name: str, arch: str, dtype: torch.dtype) -> None:
     compiled = [compile_launch(launch, arch) for launch in collect(OPS[name], arch, [dtype])]
     compiled = [replace(kernel, limit_bytes=least_shared(arch)) for kernel in compiled]

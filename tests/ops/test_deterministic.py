@@ -58,7 +58,6 @@ LISTED = {name for name, _ in CASES} | {"sort_by_expert"}  # the results of the 
 for name in OPS.keys() - LISTED if INTERPRETED else ():
     shape = OPS[name].test_shapes[0]
     CASES.append((name, {key: size for key, size in shape.items() if key != ("B" if "B" in shape else "T")}))
-IDS = [f"{name}-{sizes.get('T', '')}".strip("-") for name, sizes in CASES]
 
 
 def batch_letter(sizes: Sizes) -> str:
@@ -108,7 +107,7 @@ def check(name: str, sizes: Sizes, n: int, dtype: torch.dtype, device: Any) -> N
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("n", [2, 8, 65, 1001])
-@pytest.mark.parametrize(("name", "sizes"), CASES, ids=IDS)
+@pytest.mark.parametrize(("name", "sizes"), CASES, ids=str)
 def test_row_at_any_place(name: str, sizes: Sizes, n: int, dtype: torch.dtype, device: torch.device) -> None:
     """Of 1001, rows alone in fp32: for one row at a time, plain torch is slow in bfloat16."""
     sequences = batch_letter(sizes) == "B"
@@ -121,7 +120,7 @@ def test_row_at_any_place(name: str, sizes: Sizes, n: int, dtype: torch.dtype, d
 
 @pytest.mark.parametrize("arch", ("sm_90", "sm_80", "gfx942"))
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("name", "sizes"), CASES, ids=IDS)
+@pytest.mark.parametrize(("name", "sizes"), CASES, ids=str)
 def test_launch_configurations_do_not_depend_on_the_batch(name: str, sizes: Sizes, dtype: Any, arch: str) -> None:
     assert launch_configs(name, sizes, 1, dtype, arch) == launch_configs(name, sizes, 1001, dtype, arch)
 

@@ -16,11 +16,10 @@ import pytest
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mixtral_triton import KVCache
 from mixtral_triton.kernels import plan
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
-from tests.support.models import random_model
+from tests.support.models import WIDER_SIZES, cache_of, random_model
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiled kernels: needs a process without TRITON_INTERPRET")
 
@@ -67,11 +66,8 @@ def count_layer(T: int) -> Counter[tuple[str, str]]:
     """The calls of a layer of T tokens whose launches are cached: those of three layers minus those of two."""
     found = []
     for layers in (2, 3):
-        sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-        model = random_model("cuda", torch.bfloat16, **sizes, **heads, max_position_embeddings=512)
-        cache = KVCache(model.config, 1, 512, device="cuda", dtype=torch.bfloat16)
-        step = partial(model, torch.zeros(1, T, dtype=torch.int64).to("cuda"), cache=cache)
+        model = random_model("cuda", torch.bfloat16, num_hidden_layers=layers, **WIDER_SIZES)
+        step = partial(model, torch.zeros(1, T, dtype=torch.int64).to("cuda"), cache=cache_of(model, 1, 512))
         step()
         found.append(count_calls(step))
     return found[1] - found[0]

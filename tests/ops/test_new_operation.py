@@ -27,36 +27,27 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch, select_configs
-from .op import LaunchConfig, Op, Sizes, dense_rows, random_inputs, streaming_cost
+from .op import LaunchConfig, Op, Sizes, random_inputs, streaming_cost
 
 @triton.jit
-def gated_silu_kernel(
-    a_ptr,  # [T, N]
-    b_ptr,  # [T, N]
-    y_ptr,  # [T, N] out
-    N,
-    stride_at,
-    stride_bt,
-    BLOCK_N: tl.constexpr,
-):
-    t, offs_n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    a = tl.load(a_ptr + t * stride_at + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + t * stride_bt + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + t * N + offs_n, (a / (1.0 + tl.exp(-a)) * b).to(y_ptr.dtype.element_ty), mask=offs_n < N)
+def gated_silu_kernel(a_ptr, b_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    a = tl.load(a_ptr + offs, mask=offs < N, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + offs, mask=offs < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offs, (a / (1.0 + tl.exp(-a)) * b).to(y_ptr.dtype.element_ty), mask=offs < N)
 
 def reference(a: Tensor, b: Tensor) -> Tensor:
     return F.silu(a) * b
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    return {"gated_silu_kernel": LaunchConfig({"BLOCK_N": 64}, num_warps=1)}
+    return {"gated_silu_kernel": LaunchConfig({"BLOCK": 64}, num_warps=1)}
 
 def gated_silu(a: Annotated[Tensor, "T N"], b: Annotated[Tensor, "T N"]) -> Annotated[Tensor, "T N"]:
     """silu(a) * b."""
-    a, b = dense_rows(a), dense_rows(b)
-    (T, N), y = a.shape, torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    config = select_configs(configs, {"T": T, "N": N}, a.dtype, a.device)["gated_silu_kernel"]
-    args = {"a_ptr": a, "b_ptr": b, "y_ptr": y, "N": N, "stride_at": a.stride(0), "stride_bt": b.stride(0)}
-    launch(gated_silu_kernel, (T, triton.cdiv(N, 64)), args, config)
+    a, b, y = a.contiguous(), b.contiguous(), torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    config = select_configs(configs, {"T": a.shape[0], "N": a.shape[1]}, a.dtype, a.device)["gated_silu_kernel"]
+    args = {"a_ptr": a, "b_ptr": b, "y_ptr": y, "N": a.numel()}
+    launch(gated_silu_kernel, (triton.cdiv(a.numel(), 64),), args, config)
     return y
 
 OP = Op(

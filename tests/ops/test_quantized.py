@@ -1,12 +1,10 @@
 """QuantizedWeight: its layout, its checks, and its use in operations; and the PTX that unpacks it.
 
-An evaluator computes the PTX strings that are compiled, for every pair of 16-bit halves, without a GPU.
+The PTX emulator runs the strings that are compiled, for every pair of 16-bit halves.
 """
 
 from __future__ import annotations
 
-import re
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from mixtral_triton.kernels import unpack as ptx_unpack
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.quantized import BITS, QuantizedWeight, pack, sample_quantized, unit_columns, unpack
-from tests.emulator import arithmetic
+from tests.emulator.harness import run
 from tests.support.calls import Args, as_tuple, inputs, tensors
 
 CASES = [("int4", 256, 128), ("int4", 256, 64), ("int4", 128, 32), ("int4", 96, 32), ("int4", 80, 80)]
@@ -160,28 +158,11 @@ def to_words(low: torch.Tensor, high: torch.Tensor, dtype: torch.dtype) -> Any:
     return torch.stack((low, high), -1).to(dtype).view(torch.int16).numpy().view(np.uint32).ravel()
 
 
-OPCODES = {
-    "mov.b32": lambda a: a,
-    "shl.b32": lambda a, b: a << b,
-    "shr.b32": lambda a, b: a >> b,
-    "and.b32": lambda a, b: a & b,
-    "lop3.b32": arithmetic.lop3,
-    "fma.rn.bf16x2": lambda *words: arithmetic._halves(partial(arithmetic.fma16, kind="bf16"), *words),
-    "fma.rn.f16x2": lambda *words: arithmetic._halves(partial(arithmetic.fma16, kind="f16"), *words),
-}
-
-
 def evaluate(ptx: str, *words: Any) -> Any:
-    """$0 of a piece of PTX for arrays $1, $2, ... of 32-bit words."""
-    registers: dict[str, Any] = {f"${number}": word for number, word in enumerate(words, 1)}
-    body = re.fullmatch(r"\{ \.reg \.b32 [a-z, ]+; (.*) \}", ptx)
-    assert body, ptx
-    for line in filter(None, map(str.strip, body[1].split(";"))):
-        opcode, rest = line.split(" ", 1)
-        target, *names = (name.strip() for name in rest.split(","))
-        operands = [registers[name] if name in registers else np.uint32(int(name, 0)) for name in names]
-        registers[target] = OPCODES[opcode](*operands)
-    return registers["$0"]
+    """Compute $0 of a piece of PTX for arrays $1, $2, ... of 32-bit words, or one word for all, in the emulator."""
+    size = max(word.size for word in words)
+    padded = {f"%r{at}": np.resize(word, -(-size // 1024) * 1024) for at, word in enumerate(words, 1)}
+    return run(ptx.replace("$", "%r"), padded, {"%r0": 32}, threads=1024, blocks=-(-size // 1024))["%r0"][:size]
 
 
 def expected_field(format: str, number: int) -> torch.Tensor:

@@ -1,22 +1,21 @@
-"""Quantized weights in interpreted matrix kernels: results and bytes. Compiled: test_quantized_offline.py."""
+"""Quantized weights in interpreted matrix kernels: results and bytes.
+
+Compiled kernels, which unpack by PTX: tests/emulator, and test_quantized_offline.py.
+"""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
-import triton
 
-from mixtral_triton.kernels import unpack
 from mixtral_triton.kernels.experts.op import expert_swiglu
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.kernels.weight import Weight
 from mixtral_triton.tools.tolerance import Tolerance
-from tests.ops.test_quantized import evaluate, random_weight
+from tests.ops.test_quantized import random_weight
 from tests.support.calls import Args
 from tests.support.traffic import count_traffic
 
@@ -110,58 +109,6 @@ def test_linear_of_views() -> None:
     weight = CASES[0].weight(4, 33, 256)
     for part in (weight[2], weight[1][::2]):
         check("linear", {"x": randn(3, 256), "weight": part})
-
-
-def to_tile(numbers: Any, dtype: Any) -> Any:
-    """A tile of the interpreter from uint16 bits."""
-    from triton.runtime.interpreter import TensorHandle
-
-    tl = triton.language
-    bits = numbers.astype(np.uint16)
-    handle = TensorHandle(bits if dtype == tl.bfloat16 else bits.view(np.float16), dtype)
-    return tl.core.tensor(handle, tl.block_type(dtype, list(bits.shape)))
-
-
-def to_words(tile: Any, shape: Any) -> Any:
-    """One 32-bit word for each element, with another element in its high half."""
-    bits = np.broadcast_to(tile.handle.data.view(np.uint16), shape).astype(np.uint32)
-    return (bits | np.roll(bits, 1, axis=0) << 16).ravel()
-
-
-@pytest.fixture
-def ptx(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Interpreted kernels unpack as compiled ones do, by PTX that `evaluate` runs -> the PTX that ran."""
-    ran: list[str] = []
-
-    def run(asm: Any, shape: Any, dtype: Any, *words: Any) -> Any:
-        ran.append(getattr(asm, "value", asm))
-        return to_tile((evaluate(ran[-1], *words) & 0xFFFF).reshape(shape), dtype)
-
-    def moved(tile: Any, shift: Any, asm: Any, dtype: Any) -> Any:
-        bits, shape = np.uint32(int(getattr(getattr(shift, "handle", None), "data", shift))), tile.handle.data.shape
-        return run(asm, shape, dtype, to_words(tile, shape), bits)
-
-    def paired(a: Any, b: Any, asm: Any, dtype: Any) -> Any:
-        shape = np.broadcast_shapes(a.handle.data.shape, b.handle.data.shape)
-        return run(asm, shape, dtype, to_words(a, shape), to_words(b, shape))
-
-    layout = Weight.layout
-    monkeypatch.setattr(unpack, "_moved", moved)
-    monkeypatch.setattr(unpack, "_paired", paired)
-    monkeypatch.setattr(Weight, "layout", lambda self, arch: layout(self, arch)._replace(ptx=self.name is not None))
-    return ran
-
-
-@pytest.mark.parametrize("dtype", FLOATS[1:])
-@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[5], CASES[7]], ids=str)
-def test_ptx_and_plain_arithmetic_agree(case: Case, dtype: torch.dtype, ptx: list[str], monkeypatch: Any) -> None:
-    """Fields, zeros and scales are the same bit for bit."""
-    layers = [layer(case, T, dtype) for T in (2, 70)]
-    got = [expert_swiglu(**args) for args in layers]
-    grouped = case.group not in (0, case.H)
-    assert len(set(ptx)) == 1 + (case.format == "int4") + grouped
-    monkeypatch.undo()
-    assert all(torch.equal(a, expert_swiglu(**args)) for a, args in zip(got, layers, strict=True))
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[4], CASES[8]], ids=str)

@@ -15,9 +15,6 @@ from torch import Tensor
 from mixtral_triton import ops, reference
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.linear import SKINNY_M
-from mixtral_triton.kernels.op import Shape
-from mixtral_triton.kernels.registry import OPS
-from tests.support.calls import inputs, outputs
 
 NAN, INF = math.nan, math.inf
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -326,26 +323,3 @@ PRECISION = [
 def test_16_bits(function: Any, expected: Any, args: list[Tensor], dtype: torch.dtype, device: torch.device) -> None:
     args = [x.to(dtype) if place < 3 else x for place, x in enumerate(args)]
     check_close(function(*(x.to(device) for x in args)), expected(*args), 1.25 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("C", "window", "past", "new"),
-    [
-        (600, 0, [0, 1, 300, 598], [1, 1, 1, 1]),  # several splits, the first of them with no key but the new one
-        (600, 600, [599, 600, 5000, 7], [1, 1, 1, 0]),
-        (16, 16, [3, 16, 40, 15], [1, 0, 1, 1]),
-        (64, 5, [0, 4, 5, 63], [0, 1, 1, 1]),
-    ],
-)
-def test_attention_of_a_decode_step(
-    C: int, window: int, past: list[int], new: list[int], dtype: torch.dtype, device: torch.device
-) -> None:
-    """A row without a new token is padding, and finite."""
-    name, sizes = "rope_append_attention", Shape(B=4, T=1, Hq=4, Hkv=2, D=32, C=C, window=window, past=0)
-    args = inputs(name, sizes, device, dtype)
-    args |= {"past": torch.tensor(past, device=device), "new": torch.tensor(new, device=device)}
-    got, want = (outputs(name, function, args) for function in (ops.rope_append_attention, OPS[name].call_reference))
-    for a, b in zip(got, want, strict=True):
-        limit = 2 * torch.finfo(dtype).eps * float(want[0].abs().max()) + 2e-6
-        assert a.isfinite().all() and torch.allclose(a, b, rtol=0.0, atol=limit)

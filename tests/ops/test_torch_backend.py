@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixtral_triton import KVCache
 from mixtral_triton.kernels import call, reference
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import copies, inputs, outputs
-from tests.support.models import random_model
+from tests.support.models import WIDER_SIZES, cache_of, random_model
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the torch backend: a process without TRITON_INTERPRET")
 
@@ -38,10 +37,8 @@ def count_layer(T: int, past: int) -> Counter[str]:
     """torch's operations in a layer of T tokens behind `past` tokens: those of three layers minus those of two."""
     counts = []
     for layers in (2, 3):
-        sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8}
-        model = random_model(**sizes, **heads, max_position_embeddings=512)
-        cache = KVCache(model.config, 1, 512, device="cpu", dtype=torch.float32)
+        model = random_model(num_hidden_layers=layers, **WIDER_SIZES)
+        cache = cache_of(model, 1, 512)
         if past:
             model(torch.zeros(1, past, dtype=torch.int64), cache=cache)
         # The model runs as it does where nothing watches torch's operations.
