@@ -25,7 +25,7 @@ from mixtral_triton.tools.tolerance import measure
 from tests.compile.test_quantized_offline import FORMATS, OTHER_GROUPS, format_name
 from tests.ops.test_deterministic import CASES, check
 from tests.support.calls import inputs_without_padding
-from tests.support.models import random_model
+from tests.support.models import cache_of, random_model
 
 from . import launch
 from .machine import SCHEDULES, Code
@@ -275,8 +275,8 @@ def without_pdl_waits(ptx: str) -> Code:
 
 def test_missing_dependency_waits_of_a_model_are_detected(ptx_emulator: Any) -> None:
     with ptx_emulator(schedules=SCHEDULES[:1]) as gpu:
-        model, ids = random_model(GPU_DEVICE, num_hidden_layers=1), torch.zeros(1, 1, dtype=torch.int64).to(GPU_DEVICE)
-        cache = KVCache(model.config, 1, max_len=9, device=GPU_DEVICE, dtype=torch.float32)
+        model, ids = random_model(GPU_DEVICE), torch.zeros(1, 1, dtype=torch.int64).to(GPU_DEVICE)
+        cache = cache_of(model, 1)
         model(ids, cache=cache)
         gpu.driver.execute.build = without_pdl_waits
         with pytest.raises(Fault, match="before the wait for the launch that writes there"):

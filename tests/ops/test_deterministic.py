@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, ops
-from mixtral_triton.kernels import interpret, launch, linear
+from mixtral_triton.kernels import interpret, linear
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import LaunchConfig, Shape, Sizes
 from mixtral_triton.kernels.record import record_launches
@@ -23,13 +23,8 @@ from tests.support.calls import outputs, tensors
 from tests.support.models import random_model
 
 FLOATS = (torch.float32, torch.bfloat16)
-UNGUARDED = launch.interpret  # other tests run the same kernels under guard, at less than half the speed
+pytestmark = pytest.mark.usefixtures("unguarded", "ordered")  # other tests run the same kernels under guard
 SLOW = pytest.mark.skipif(INTERPRETED, reason="takes minutes, interpreted; a smaller batch shows the same there")
-
-
-@pytest.fixture(autouse=True)
-def quick(gates: None, ordered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "interpret", UNGUARDED)
 
 
 # Odd sizes: rows start at any address, on which the products of plain torch depend.

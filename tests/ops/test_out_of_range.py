@@ -19,7 +19,7 @@ from mixtral_triton import generate as generate_module
 from mixtral_triton import model as model_module
 from mixtral_triton.generate import sample
 from mixtral_triton.inputs import check_vocabulary
-from mixtral_triton.kernels import checks, launch
+from mixtral_triton.kernels import checks
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Sizes
 from mixtral_triton.kernels.record import record_launches
@@ -29,7 +29,6 @@ from tests.support.calls import inputs, outputs
 from tests.support.models import cache_of, random_model, tokens
 
 V, P, W = 23, 70, 6
-UNGUARDED = launch.interpret
 kernels = pytest.mark.skipif(not INTERPRETED, reason="what kernels do: needs TRITON_INTERPRET=1 or a GPU")
 
 
@@ -132,9 +131,8 @@ def test_sequence_beyond_the_limit_or_without_a_limit_raises_value_error_on_a_cp
 
 
 @pytest.fixture
-def unread(gpu_rules: None, ordered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def unread(gpu_rules: None, ordered: Any, unguarded: None) -> None:
     """For comparisons bit for bit: sums in one order, and no guard, under which the operations have run above."""
-    monkeypatch.setattr(launch, "interpret", UNGUARDED)
 
 
 def build(window: int | None, device: Any = "cpu", deterministic: bool = False) -> Mixtral:

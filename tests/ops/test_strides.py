@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import ops
-from mixtral_triton.kernels import launch
 from mixtral_triton.kernels import reference as kernel_reference
 from mixtral_triton.kernels.arch import describe, tma_can_read
 from mixtral_triton.kernels.launch import INTERPRETED
@@ -22,7 +21,6 @@ from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import as_tuple, inputs, inputs_without_padding, public, tensors
 
-UNGUARDED = launch.interpret
 TOLERANCE = 4e-6  # of the largest value, in fp32
 LARGEST = {"H": 24, "I": 20, "N": 24, "E": 6, "V": 20, "Hq": 4, "Hkv": 2, "D": 16, "C": 80, "S": 60, "past": 70}
 QUANTIZED = ("weight", "gate_up", "down")
@@ -116,9 +114,8 @@ def test_layout_of_all_arguments(name: str, sizes: Sizes, layout: Layout, device
 
 
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=str)
-def test_lazy_negation(name: str, sizes: Sizes, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory of such a tensor (the imaginary part of a conjugate) holds the opposite of its values."""
-    monkeypatch.setattr(launch, "interpret", UNGUARDED)  # a guard's copy would hold the values
+def test_lazy_negation(name: str, sizes: Sizes, device: torch.device, unguarded: None) -> None:
+    """The memory of the imaginary part of a conjugate holds the opposite of its values. A guard copies the values."""
 
     def change(key: str, x: Tensor) -> Tensor:
         return torch._neg_view(-x) if x.is_floating_point() and not key.endswith("cache") else x
