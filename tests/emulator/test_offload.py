@@ -13,7 +13,7 @@ from .memory import Fault
 
 pytestmark = pytest.mark.emulator
 
-ON_HOST = (1, 3)
+ON_HOST = (0, 3)
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
