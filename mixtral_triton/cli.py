@@ -21,7 +21,7 @@ from rich.progress import DownloadColumn
 from . import __version__
 from .config import checkpoint_folder
 from .kernels.arch import ARCHS
-from .tools.gpus import RATED
+from .tools.gpus import LINKS, RATED
 from .tools.processes import is_first, open_mesh, select_backend
 from .tools.prompt import ChatTemplate, TimedSteps, encode, load_tokenizer, print_stream, read_prompts
 from .tools.terminal import bar, check_plot, exit_status, say, set_output_encoding
@@ -191,8 +191,8 @@ def parser() -> argparse.ArgumentParser:
     option("--memory", type=parse_memory, metavar="GIB", help="a GPU of so many GiB (24, 24GB); default: see --gpu")
     text = "for experts that the GPU does not hold, read across --link; default: as much as they need"
     option("--host-memory", type=parse_memory, metavar="GIB", help=text)
-    option("--link", metavar="NAME", help="to host memory: pcie4x16, pcie3x8, ...; default: the GPU's")
-    option("--gpus", type=int, metavar="N", help="so many GPUs; default: 1")
+    text = "to host memory: pcie4x16, pcie3x8, ...; default: the GPU's"
+    option("--link", choices=LINKS, metavar="NAME", help=text)
     option("--batch", type=int, default=1, metavar="B", help="sequences at a time")
     option("--context", type=int, metavar="S", help="tokens a sequence; default: all the model's positions")
 

@@ -299,23 +299,3 @@ def _check(mesh: Any) -> None:
     if mesh.get_coordinate() is None:
         got = f"mesh is of ranks {mesh.mesh.tolist()}"
         raise ValueError(f"Mixtral.from_pretrained: {got}, needs {dist.get_rank()}, too")
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that a rank sends for one token of a decode step, with a ring algorithm.
-
-    layer  both all-reduces of one layer: each sends 2 (n - 1) / n of H elements
-    head   the logits: n - 1 times this rank's part of the vocabulary
-    """
-
-    layer: int
-    head: int
-
-
-def traffic(config: MixtralConfig, tp: int = 1, ep: int = 1, itemsize: int = 2) -> Traffic:
-    """Count the bytes sent; `itemsize` is the activations'. Deterministic mode sends n / 2 times as much a layer."""
-    n = tp * ep
-    part = -(-config.vocab_size // n)
-    tied = config.tie_word_embeddings
-    return Traffic(2 * 2 * (n - 1) * config.hidden_size * itemsize // n, 0 if tied else (n - 1) * part * itemsize)

@@ -37,12 +37,11 @@ from ..load import (
     workspace_bytes,
 )
 from ..model import Mixtral
-from ..parallel import Traffic, traffic
 from ..quantize import hub
 from ..quantize.schemes import read_scheme
 from ..quantize.spec import PARTS, QuantSpec, select_specs
 from ..weights import parameter_shapes
-from .gpus import GPU, GPUS, LINKS, MIB, data_sheet, find_gpu
+from .gpus import GPU, GPUS, MIB, data_sheet, find_gpu
 from .predict import predict
 from .terminal import Column, Table, console
 
@@ -52,13 +51,13 @@ LARGER: dict[str, Any] = {"vocab_size": 32768, "hidden_size": 6144, "intermediat
 LARGER |= {"num_hidden_layers": 56, "num_attention_heads": 48, "max_position_embeddings": 65536}
 KNOWN = {"mixtral-8x7b": MixtralConfig(**SAME), "mixtral-8x22b": MixtralConfig(**LARGER)}
 LAYERS_MAX = 10_000  # a config with more is broken, and its parameters take too long to list
-GPUS_MAX = 16
 QuantSpecs = Mapping[str, QuantSpec]  # of the parameters that are quantized, by name
 STORED = "as stored"
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FORMAT_NOTE = "fp8, int8, int4: of the experts' weights; linear: of attention and the head, too."
-OFFLOADED = "Experts of each layer in host memory: tokens/s, by an optimistic prediction, not measured. "
-OFFLOADED += "?: no rates are known. -: the GPU holds all experts, or not even one."
+OFFLOADED = (
+    "(7: 1.2-1.3): or one GPU, with 7 experts of each layer in host memory; tokens/s predicted, ?: no rates known."
+)
 SEVERAL = "Several GPUs: weights and cache in even parts, the rest on each, by estimate; see docs/scaling.md."
 COLOURS = {"no": "red", "tight": "yellow", "fits": "green"}
 
@@ -88,16 +87,12 @@ def parameters(config: MixtralConfig) -> tuple[int, int]:
     return total, total - experts + experts * config.num_experts_per_tok // config.num_local_experts
 
 
-def memory_need(config: MixtralConfig, specs: QuantSpecs, batch: int, context: int, gpus: int = 1) -> dict[str, int]:
-    """Bytes of a model on one GPU, or on each of several, by what they hold, and "total".
-
-    Several GPUs: weights and cache in even parts, as if those divided them; embedding and the rest on each.
-    """
-    embedding = config.vocab_size * config.hidden_size * stored_dtype(config).itemsize
+def memory_need(config: MixtralConfig, specs: QuantSpecs, batch: int, context: int) -> dict[str, int]:
+    """Bytes of a model on one GPU, by what they hold, and "total"."""
     need = {
-        "weights": embedding - (embedding - model_bytes(config, specs)) // gpus,
+        "weights": model_bytes(config, specs),
         "tables": table_bytes(config),
-        "cache": -(-cache_bytes(config, batch, context) // gpus),
+        "cache": cache_bytes(config, batch, context),
         "workspace": workspace_bytes(config, batch, context),
         "logits": LOGIT_BYTES * batch * config.vocab_size,
         "overhead": OVERHEAD,
@@ -105,37 +100,8 @@ def memory_need(config: MixtralConfig, specs: QuantSpecs, batch: int, context: i
     return need | {"total": sum(need.values())}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One set of specs on GPUs.
-
-    need     see `memory_need`
-    verdict  "fits"; "tight": by less than TIGHT of the memory; "no"
-    longest  tokens a sequence that it holds without being tight, at most the model's positions; 0: not one
-    needs    the least number of such GPUs that hold it without being tight, at most GPUS_MAX; None: more
-    """
-
-    need: dict[str, int]
-    verdict: str
-    longest: int
-    needs: int | None
-
-
 def usable_bytes(memory: int) -> int:
     return memory - math.ceil(memory * TIGHT)
-
-
-def plan(config: MixtralConfig, specs: QuantSpecs, memory: int, batch: int, context: int, gpus: int = 1) -> Plan:
-    """On `gpus` GPUs of `memory` bytes each, `batch` sequences of `context` tokens."""
-
-    def total(S: int, n: int) -> int:
-        return memory_need(config, specs, batch, S, n)["total"]
-
-    need, limit = memory_need(config, specs, batch, context, gpus), usable_bytes(memory)
-    verdict = "fits" if need["total"] <= limit else "tight" if need["total"] <= memory else "no"
-    longest = bisect_right(range(config.max_position_embeddings + 1), limit, key=lambda S: total(S, gpus)) - 1
-    needs = next((n for n in range(1, GPUS_MAX + 1) if total(context, n) <= limit), None)
-    return Plan(need, verdict, max(0, longest), needs)
 
 
 @dataclass(frozen=True)
@@ -153,13 +119,35 @@ class Offload:
     command: str
 
     @property
-    def rates(self) -> list[str]:
-        return [f"{each:,.{int(each < 10)}f}" for each in self.tokens_per_second]
+    def speed(self) -> str:
+        return "-".join(dict.fromkeys(f"{each:,.{int(each < 10)}f}" for each in self.tokens_per_second))
 
     def __str__(self) -> str:
-        speed = "-".join(dict.fromkeys(self.rates))
-        speed = f"{speed} tokens/s predicted" if speed else "no prediction, the GPU's rates are unknown"
+        no_speed = "no prediction, the GPU's rates are unknown"
+        speed = f"{self.speed} tokens/s predicted" if self.speed else no_speed
         return f"{self.experts} of {self.of} offloaded: {speed} ({decimal(self.host_bytes)} across {self.link})"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One format on one GPU.
+
+    weights          its value in WEIGHT_FORMATS
+    bytes            see `memory_need`
+    verdict          "fits"; "tight": by less than TIGHT of the memory; "no"
+    longest_context  tokens a sequence that it holds without being tight, at most the model's positions; 0: not one
+    gpus_needed      the least number of such GPUs that hold it without being tight, with weights and cache in even
+                     parts, the embedding and the rest on each; None: there is no room for these
+    offload          where the verdict is "no", if host memory holds enough experts
+    """
+
+    format: str
+    weights: Any
+    bytes: dict[str, int]
+    verdict: str
+    longest_context: int
+    gpus_needed: int | None
+    offload: Offload | None
 
 
 @dataclass(frozen=True)
@@ -172,7 +160,7 @@ class Request:
     stored: str
     batch: int
     context: int
-    host_memory: float  # bytes
+    host_memory: float = math.inf  # bytes
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Request:
@@ -182,50 +170,57 @@ class Request:
         if known is None and "/" not in name and not Path(name).exists():
             raise FileNotFoundError(f"{name}: no such folder, needs one, a name on the hub, or {' or '.join(KNOWN)}")
         config = known or MixtralConfig.from_pretrained(name)
-        limit, layers, gpus = config.max_position_embeddings, config.num_hidden_layers, args.gpus or 1
+        limit, layers = config.max_position_embeddings, config.num_hidden_layers
         context = limit if args.context is None else args.context
-        host = math.inf if args.host_memory is None else args.host_memory * 2**30
-        no_mesh = gpus == 1 or (args.host_memory is None and not args.link)
+        gib = math.inf if args.host_memory is None else args.host_memory
         for right, error in (
             (layers <= LAYERS_MAX, f"{name}: num_hidden_layers is {layers}, needs at most {LAYERS_MAX}"),
             (args.batch >= 1, f"--batch is {args.batch}, needs at least 1"),
             (1 <= context <= limit, f"--context is {context}, needs 1 to {limit}, the model's positions"),
-            (args.gpus is None or 1 <= args.gpus <= GPUS_MAX, f"--gpus is {args.gpus}, needs 1 to {GPUS_MAX}"),
-            (
-                args.host_memory is None or 0 <= host < math.inf,
-                f"--host-memory is {host / 2**30:g}, needs GiB, at least 0",
-            ),
-            (args.link in (None, *LINKS), f"--link is {args.link!r}, needs one of {', '.join(LINKS)}"),
-            (no_mesh, f"--gpus is {gpus}, and a mesh takes no experts from host memory: needs 1"),
+            (gib >= 0, f"--host-memory is {gib:g}, needs GiB, at least 0"),
         ):
             if not right:
                 raise ValueError(error)
         scheme = None if known else read_scheme(checkpoint_folder(name, tensors=False))
-        if scheme is None:
-            return cls(name, config, format_specs(config), SHORT[stored_dtype(config)], args.batch, context, host)
-        specs = hub.plan(hub.read_headers(name), config).specs  # the files alone say which tensors are quantized
-        return cls(name, config, {STORED: specs}, scheme.name, args.batch, context, host)
+        specs, stored = format_specs(config), SHORT[stored_dtype(config)]
+        if scheme is not None:  # the files alone say which tensors are quantized
+            specs, stored = {STORED: hub.plan(hub.read_headers(name), config).specs}, scheme.name
+        return cls(name, config, specs, stored, args.batch, context, gib * 2**30)
 
-    def plans(self, gpu: GPU, gpus: int = 1) -> dict[str, Plan]:
-        sizes = (gpu.bytes, self.batch, self.context, gpus)
-        return {name: plan(self.config, specs, *sizes) for name, specs in self.specs.items()}
+    def plans(self, gpu: GPU) -> list[Plan]:
+        return [self.plan(format, gpu) for format in self.specs]
 
-    def offloads(self, gpu: GPU, plans: Mapping[str, Plan]) -> dict[str, Offload]:
-        """Of the formats that `gpu` does not hold, by name, those that it holds with experts in host memory."""
-        config, found, E = self.config, {}, self.config.num_local_experts
+    def plan(self, format: str, gpu: GPU) -> Plan:
+        config, specs, limit = self.config, self.specs[format], usable_bytes(gpu.bytes)
+
+        def total(S: int) -> int:
+            return memory_need(config, specs, self.batch, S)["total"]
+
+        need, longest = memory_need(config, specs, self.batch, self.context), config.max_position_embeddings
+        longest = max(0, bisect_right(range(longest + 1), limit, key=total) - 1)
+        verdict = "fits" if need["total"] <= limit else "tight" if need["total"] <= gpu.bytes else "no"
+        embedding = config.vocab_size * config.hidden_size * stored_dtype(config).itemsize
+        shared = need["weights"] + need["cache"] - embedding
+        room = limit - (need["total"] - shared)
+        offload = self.offload(format, gpu, need["total"], limit) if verdict == "no" else None
+        needed = -(-shared // room) if room > 0 else None
+        return Plan(format, WEIGHT_FORMATS[format], need, verdict, longest, needed, offload)
+
+    def offload(self, format: str, gpu: GPU, total: int, limit: int) -> Offload | None:
+        """Plan how `limit` bytes hold a model of `total` bytes by experts in host memory; None where that cannot be."""
+        config, specs, E = self.config, self.specs[format], self.config.num_local_experts
+        each = offloaded_bytes(parameter_shapes(config), specs, stored_dtype(config))
+        experts = experts_to_offload(config, total, limit, each)
+        if experts >= E or experts * each > self.host_memory:
+            return None
+        weights = WEIGHT_FORMATS[format] or ""
+        if isinstance(weights, dict):
+            weights = ",".join(map("=".join, weights.items()))
+        option = f" --weights {weights}" if weights else ""
         folder = "FOLDER" if self.name.lower() in KNOWN else self.name
-        for name in (name for name, one in plans.items() if one.verdict == "no"):
-            each = offloaded_bytes(parameter_shapes(config), self.specs[name], stored_dtype(config))
-            experts = experts_to_offload(config, plans[name].need["total"], usable_bytes(gpu.bytes), each)
-            if experts < E and experts * each <= self.host_memory:
-                speed = self.speed(gpu, self.specs[name], experts) if gpu.chip else ()
-                formats = WEIGHT_FORMATS[name] or ""
-                if isinstance(formats, dict):
-                    formats = ",".join(f"{part}={format}" for part, format in formats.items())
-                option = f" --weights {formats}" if formats else ""
-                command = f"mixtral-triton generate {folder}{option} --offload {experts}"
-                found[name] = Offload(experts, E, experts * each, gpu.link, speed, command)
-        return found
+        command = f"mixtral-triton generate {folder}{option} --offload {experts}"
+        speed = self.speed(gpu, specs, experts) if gpu.chip else ()
+        return Offload(experts, E, experts * each, gpu.link, speed, command)
 
     def speed(self, gpu: GPU, specs: QuantSpecs, offload: int) -> tuple[float, float]:
         """Predict tokens/s, cautious and optimistic, by the times of a decode step of one layer and of two."""
@@ -252,37 +247,29 @@ class Request:
         return {"model": self.name, **counts, "batch": self.batch, "context": self.context}
 
     def __str__(self) -> str:
-        total, active = parameters(self.config)
-        size = f"{self.batch} {'sequence' if self.batch == 1 else 'sequences'} of {self.context:,} tokens"
-        return f"{self.name}: {total:,} parameters, {active:,} active a token; {size}."
+        text = "{model}: {parameters:,} parameters, {active_parameters:,} active a token; {batch} x {context:,} tokens."
+        return text.format_map(self.as_dict())
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command -> exit status: 1 where no format fits."""
-    request, gpu, gpus = Request.of(args), select_gpu(args), args.gpus or 1
-    if gpu is None and args.gpus is not None:
-        raise ValueError("--gpus is given and there is no GPU here, needs --gpu, too")
+    request, gpu = Request.of(args), select_gpu(args)
     if gpu is None:
         return _run_all_gpus(request, args)
-    plans = request.plans(gpu, gpus)
-    offloads = request.offloads(gpu, plans) if gpus == 1 else {}
-    fits = any(one.verdict != "no" for one in plans.values())
-    if not fits and not offloads and (more := replace(request, host_memory=math.inf).offloads(gpu, plans)):
-        name, least = min(more.items(), key=lambda item: item[1].host_bytes)
-        needed = f"{name} with {least.experts} of {least.of} experts offloaded needs {decimal(least.host_bytes)}"
-        raise ValueError(f"--host-memory is {decimal(int(request.host_memory))}, and {needed}")
-    sent = traffic(request.config, gpus, itemsize=stored_dtype(request.config).itemsize)
+    plans = request.plans(gpu)
+    fits = any(plan.verdict != "no" for plan in plans)
+    if not fits and not any(plan.offload for plan in plans):
+        unlimited = replace(request, host_memory=math.inf).plans(gpu)
+        more = [(plan.offload.host_bytes, plan.format, plan.offload) for plan in unlimited if plan.offload]
+        if more:
+            size, name, least = min(more)
+            needed = f"{name} with {least.experts} of {least.of} experts offloaded needs {decimal(size)}"
+            raise ValueError(f"--host-memory is {decimal(int(request.host_memory))}, and {needed}")
     if args.json:
-        formats = []
-        for name, one in plans.items():
-            answers = {"verdict": one.verdict, "longest_context": one.longest, "gpus_needed": one.needs}
-            format = {"format": name, "weights": WEIGHT_FORMATS[name], "bytes": one.need}
-            formats.append({**format, **answers, "offload": offloads.get(name)})
-        sizes = {"name": gpu.name, "bytes": gpu.bytes, "gpus": gpus}
-        found = {**request.as_dict(), "gpu": sizes, "sends_a_token": sent, "formats": formats}
-        print(json.dumps(found, default=asdict))
+        found = {"gpu": {"name": gpu.name, "bytes": gpu.bytes}, "formats": plans}
+        print(json.dumps(request.as_dict() | found, default=asdict))
     else:
-        _print(request, gpu, gpus, plans, sent, offloads)
+        _print(request, gpu, plans)
     return 0 if fits else 1
 
 
@@ -304,27 +291,25 @@ def select_gpu(args: argparse.Namespace) -> GPU | None:
     return replace(gpu, name=properties.name, mib=properties.total_memory // MIB, **link)
 
 
-def _print(
-    request: Request, gpu: GPU, gpus: int, plans: dict[str, Plan], sent: Traffic, offloads: dict[str, Offload]
-) -> None:
-    out, need = console(), plans[STORED].need
+def _print(request: Request, gpu: GPU, plans: list[Plan]) -> None:
+    out, need = console(), plans[0].bytes
     parts = (f"{name} {decimal(need[name])}" for name in ("tables", "cache", "workspace", "logits"))
     out.print(Text(str(request)))
     out.print(f"Beside the weights: {', '.join(parts)}, and by estimate {decimal(OVERHEAD)} for driver and graph.")
-    if gpus > 1:
-        out.print(f"For each token a GPU sends {decimal(sent.layer)} a layer, and {decimal(sent.head)} of logits.")
     columns = [Column("format", number=False), *map(Column, ("weights", "in all", "used", "longest", "gpus", ""))]
     caption = "longest: tokens a sequence, and gpus: how many, with 2 % of the memory to spare; tight: less to spare. "
-    table = Table(f"{gpus} x {gpu.name}: {gpu.mib:,} MiB", columns, f"{caption}{FORMAT_NOTE} {SEVERAL}")
-    for name, one in plans.items():
-        total = one.need["total"]
-        sizes = (decimal(one.need["weights"]), decimal(total), f"{100 * total / gpu.bytes:.0f} %")
-        longest = f"{one.longest:,}" if one.longest else "-"
-        table.add(request.label(name), *sizes, longest, str(one.needs or "-"), one.verdict, style=COLOURS[one.verdict])
+    table = Table(f"{gpu.name}: {gpu.mib:,} MiB", columns, f"{caption}{FORMAT_NOTE} {SEVERAL}")
+    for plan in plans:
+        total = plan.bytes["total"]
+        sizes = (decimal(plan.bytes["weights"]), decimal(total), f"{100 * total / gpu.bytes:.0f} %")
+        longest = f"{plan.longest_context:,}" if plan.longest_context else "-"
+        counts = (longest, str(plan.gpus_needed or "-"))
+        table.add(request.label(plan.format), *sizes, *counts, plan.verdict, style=COLOURS[plan.verdict])
     out.print(table)
-    for name, offload in offloads.items():
-        out.print(Text(f"{request.label(name)}, {offload}"))
-    fitting = [request.label(name) for name, one in plans.items() if one.verdict != "no"]
+    offloads = {plan.format: plan.offload for plan in plans if plan.offload}
+    for format, offload in offloads.items():
+        out.print(Text(f"{request.label(format)}, {offload}"))
+    fitting = [request.label(plan.format) for plan in plans if plan.verdict != "no"]
     verdict = "FITS: " + "; ".join(fitting) if fitting else "NO FORMAT FITS"
     out.print(Text(verdict, style="bold green" if fitting else "bold red"))
     if offloads and not fitting:
@@ -334,24 +319,25 @@ def _print(
 
 def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
     """How many of each listed GPU hold each format, and what one of them holds with experts in host memory."""
-    rows = []
-    for gpu in GPUS.values():
-        gpu, plans = replace(gpu, link=args.link or gpu.link), request.plans(gpu)
-        rows.append((gpu, {name: one.needs for name, one in plans.items()}, request.offloads(gpu, plans)))
+    gpus = [replace(gpu, link=args.link or gpu.link) for gpu in GPUS.values()]
+    rows = [(gpu, request.plans(gpu)) for gpu in gpus]
     if args.json:
-        gpus = [{"name": g.name, "bytes": g.bytes, "gpus_needed": needs, "offload": one} for g, needs, one in rows]
-        print(json.dumps({**request.as_dict(), "gpus": gpus}, default=asdict))
+        found = []
+        for gpu, plans in rows:
+            needed = {plan.format: plan.gpus_needed for plan in plans}
+            offloads = {plan.format: plan.offload for plan in plans if plan.offload}
+            found.append({"name": gpu.name, "bytes": gpu.bytes, "gpus_needed": needed, "offload": offloads})
+        print(json.dumps(request.as_dict() | {"gpus": found}, default=asdict))
         return 0
-    formats = [Column(request.label(name)) for name in request.specs]
-    caption = f"-: more than {GPUS_MAX}. MiB: by its driver, of which 2 % stay free. {FORMAT_NOTE} {SEVERAL}"
-    first, title = Column("gpu", number=False), "How many GPUs hold it, by the format of its weights"
-    table = Table(title, [first, Column("MiB"), *formats], caption)
-    title = "What one GPU holds with experts in host memory"
-    offloaded = Table(title, [first, Column("link", number=False), *formats], OFFLOADED)
-    for gpu, needs, offloads in rows:
-        table.add(gpu.name, f"{gpu.mib:,}", *(str(n or "-") for n in needs.values()))
-        cells = (f"{one.experts}: {(one.rates or '?')[-1]}" if one else "-" for one in map(offloads.get, needs))
-        if offloads:
-            offloaded.add(gpu.name, gpu.link, *cells)
-    console().print(Text(str(request)), table, offloaded, sep="\n")
+    names = [Column(name, number=False) for name in ("gpu", "link")]
+    columns = [names[0], Column("MiB"), names[1], *map(Column, map(request.label, request.specs))]
+    table = Table(
+        "How many GPUs hold it, by the format of its weights", columns, f"{OFFLOADED} {FORMAT_NOTE} {SEVERAL}"
+    )
+    for gpu, plans in rows:
+        cells = [str(plan.gpus_needed or "-") for plan in plans]
+        for at, offload in enumerate(plan.offload for plan in plans):
+            cells[at] += f" ({offload.experts}: {offload.speed or '?'})" if offload else ""
+        table.add(gpu.name, f"{gpu.mib:,}", gpu.link, *cells)
+    console().print(Text(str(request)), table, sep="\n")
     return 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -55,24 +56,16 @@ OPTIMISTIC = Reached(memory=0.92, matmul=0.75, l2=1.0, tile=3e-6, kernel=2e-6, l
 CAUTIOUS = Reached(memory=0.86, matmul=0.63, l2=0.82, tile=4e-6, kernel=3e-6, link=0.76)
 
 
-def _limits(cost: Cost, gpu: GPU) -> dict[str, float]:
-    """Return the least seconds of each part of the work at full rates."""
+def floor(cost: Cost, gpu: GPU) -> tuple[float, str]:
+    """Return the least seconds on `gpu` at full rates, and what sets them: "memory", "matmul" or "link" (to host)."""
     link = cost.host_bytes / LINKS[gpu.link]
-    return {"memory": cost.bytes / gpu.bandwidth, "matmul": cost.flops / gpu.matmul, "link": link}
+    limits = {"memory": cost.bytes / gpu.bandwidth, "matmul": cost.flops / gpu.matmul, "link": link}
+    return max((seconds, name) for name, seconds in limits.items())
 
 
-def floor(cost: Cost, gpu: GPU) -> float:
-    """Return the least seconds on `gpu`: bytes at the rate of memory or of the link, FLOP at that of products."""
-    return max(_limits(cost, gpu).values())
-
-
-def bound(cost: Cost, gpu: GPU) -> str:
-    """Return what sets the floor: "memory", "matmul", or "link" (to host memory)."""
-    limits = _limits(cost, gpu)
-    return max(limits, key=limits.__getitem__)
-
-
-def measure_gpu(name: str, arch: str, device: Any, timer: Timer, memory: int = 1 << 30, n: int = 8192) -> GPU:
+def measure_gpu(
+    name: str, arch: str, device: Any, timer: Timer, memory: int = 1 << 30, n: int = 8192
+) -> GPU:
     """Measure the rates of the current GPU by torch's kernels: the better of a copy and a read of `memory` bytes, and a
     bf16 matrix product of n x n."""
     source = torch.ones(memory // 4, device=device)
@@ -92,24 +85,14 @@ def family_note(arch: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One launch: its seconds without the gap, and what takes them: "memory", "link" (to host memory), "L2" or "tensor
-    cores"."""
-
-    kernel: str
-    seconds: float
-    limit: str
-
-
-@dataclass(frozen=True)
 class Prediction:
-    """seconds, cautious: the range. `limit`: what takes most of the seconds: "memory", "L2", "tensor cores", or
-    "launches" (the gaps, and kernels that do little)."""
+    """seconds, cautious: the range. `limit`: what takes most of the seconds: "memory", "link" (to host memory), "L2",
+    "tensor cores", or "launches" (the gaps, and kernels that do little). parts: seconds and limit of each launch."""
 
     seconds: float
     cautious: float
     limit: str
-    parts: tuple[Part, ...]
+    parts: tuple[tuple[float, str], ...]
     floor_s: float
 
     @property
@@ -130,17 +113,17 @@ def predict(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
     chip = gpu.chip
     if chip is None:
         raise ValueError(f"predict: GPU is {gpu.name}, needs one whose L2 bandwidth is known")
-    launches, least = tuple(launches), floor(cost, gpu)
+    launches, (least, _) = tuple(launches), floor(cost, gpu)
     gaps = sum(chip.pdl_gap if launch.dependent else chip.launch_gap for launch in launches)
     parts, cautious = (tuple(_part(one, gpu, chip, reached) for one in launches) for reached in (OPTIMISTIC, CAUTIOUS))
-    by_limit = {"launches": gaps}
-    for part in parts:
-        by_limit[part.limit] = by_limit.get(part.limit, 0.0) + part.seconds
-    seconds, most = (max(gaps + sum(part.seconds for part in each), least) for each in (parts, cautious))
+    by_limit = defaultdict(float, launches=gaps)
+    for seconds, limit in parts:
+        by_limit[limit] += seconds
+    seconds, most = (max(gaps + sum(seconds for seconds, _ in each), least) for each in (parts, cautious))
     return Prediction(seconds, most, max(by_limit, key=by_limit.__getitem__), parts, least)
 
 
-def _part(launch: Launch, gpu: GPU, chip: Chip, reached: Reached) -> Part:
+def _part(launch: Launch, gpu: GPU, chip: Chip, reached: Reached) -> tuple[float, str]:
     work, sms = count_work(launch), chip.sms or multiprocessors(gpu.arch)
     resident = _resident_programs(work, launch.num_warps or 4, sms, gpu.arch)
     loading = sms / (chip.l2 * reached.l2)  # seconds a byte, and of products seconds a FLOP
@@ -158,7 +141,7 @@ def _part(launch: Launch, gpu: GPU, chip: Chip, reached: Reached) -> Part:
     limit = max(seconds, key=seconds.__getitem__)
     most, link = seconds[limit], work.host / (LINKS[gpu.link] * reached.link)
     expected = work.apart * most + max(link, (1 - work.apart) * most)
-    return Part(launch.kernel, expected, "link" if link > most else limit)
+    return expected, "link" if link > most else limit
 
 
 def list_schedule(runs: Iterable[tuple[float, float]], places: int) -> float:

@@ -103,8 +103,10 @@ MEMORY: dict[str, Callable[[Operands, int], float]] = {
 
 
 def _stream(launch: Launch) -> Work:
+    """Count each tensor once. Operations of torch have programs of 16 KiB, an arbitrary number."""
     t, programs = _operands(launch), math.prod(launch.grid or ())
     memory = MEMORY[launch.kernel](t, programs) if launch.kernel in MEMORY else _nbytes(t)
+    programs = programs if launch.grid else max(1, math.ceil(memory / 16384))
     return Work(memory, ((programs, memory / programs, 0.0),))
 
 
@@ -231,27 +233,21 @@ def _attention(launch: Launch) -> Work:
     )
 
 
-def _library(launch: Launch) -> Work:
-    """Count an operation of torch: a pointwise one or a copy in programs of 16 KiB, an arbitrary number; torch.mm in
-    LIBRARY's tiles, its depth split as if there were too few tiles for the GPU."""
-    args = launch.args
-    if launch.kernel != "aten::mm":
-        out = args["out"].nbytes
-        moved = out + sum(min(one.nbytes, out) for name, one in args.items() if name != "out")
-        programs = max(1, math.ceil(moved / 16384))
-        return Work(moved, ((programs, moved / programs, 0.0),))
-    (T, depth), N, size = args["in_0"].shape, args["in_1"].shape[1], args["in_0"].element_size()
+def _mm(launch: Launch) -> Work:
+    """Count torch.mm in LIBRARY's tiles, its depth split as if there were too few tiles for the GPU."""
+    t = _operands(launch)
+    (T, depth), N, size = t["in_0"].shape, t["in_1"].shape[1], t["in_0"].element_size()
     rows, columns, step = min(LIBRARY[0], max(16, T)), LIBRARY[1], LIBRARY[2]
     programs = math.ceil(T / rows) * math.ceil(N / columns) * math.ceil(depth / step)
     tile = programs, (rows + columns) * step * size, 2 * rows * columns * step
-    return Work(_nbytes(_operands(launch)), (tile,), single=size == 4)
+    return Work(_nbytes(t), (tile,), single=size == 4)
 
 
-# Operations of torch; "arange" and "clamp_" compute positions.
-LIBRARY_OPS = "mm add add_ mul copy_ clone _to_copy fill_ full zeros zero_ arange clamp_"
-TILED = "linear linear_decode experts_up experts_down experts_up_decode experts_down_decode"
+# Operations of torch that stream; "arange" and "clamp_" compute positions.
+STREAMED = "add add_ mul copy_ clone _to_copy fill_ full zeros zero_ arange clamp_"
 WORK: dict[str, Callable[[Launch], Work]] = {
-    **{f"{name}_kernel": _product for name in TILED.split()},
+    **{f"{name}{path}_kernel": _product for name in PRODUCTS for path in ("", "_decode")},
     **{f"attention_{name}_kernel": _attention for name in ("prefill", "decode")},
-    **{f"aten::{name}": _library for name in LIBRARY_OPS.split()},
+    **{f"aten::{name}": _stream for name in STREAMED.split()},
+    "aten::mm": _mm,
 }

@@ -322,8 +322,6 @@ H100, RTX4090 = ("fit", "--gpu", "h100"), ("fit", "--gpu", "rtx4090")
         (("fit", "--gpu", "abacus"), "abacus.*H100 80GB.*MI300X"),
         (("fit", "--gpu", "v100"), "v100.*sm_80 or later"),
         ((*H100, "--memory", "5"), "--gpu is given, and --memory"),
-        ((*H100, "--gpus", "0"), "--gpus is 0"),
-        (("fit", "--gpus", "2"), "no GPU here"),
         (("fit", "--memory", "0"), "--memory is 0"),
         (("fit", "--memory", "inf"), "--memory is inf"),
         (("fit", "--batch", "0"), "--batch is 0"),
@@ -333,7 +331,6 @@ H100, RTX4090 = ("fit", "--gpu", "h100"), ("fit", "--gpu", "rtx4090")
         ((*RTX4090, "--link", "pcie9x16"), "--link.*pcie9x16.*pcie4x16"),
         ((*RTX4090, "--host-memory", "-1"), "--host-memory is -1, needs GiB, at least 0"),
         ((*RTX4090, "--host-memory", "2"), "--host-memory is 2.1 GB, and int4.* with 3 of 8.* needs 8.5 GB"),
-        ((*H100, "--gpus", "2", "--link", "pcie4x8"), "--gpus is 2.*mesh"),
     ],
 )
 def test_bad_input_is_one_line_on_stderr(

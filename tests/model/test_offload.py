@@ -115,11 +115,10 @@ def test_auto_takes_what_fit_says(gib: int, format: str, gpu: Any) -> None:
     gpu.properties.total_memory, config = gib << 30, fit.KNOWN["mixtral-8x7b"]
     specs, shapes = fit.format_specs(config)[format], parameter_shapes(config)
     gpu_of_fit = replace(find_gpu("h100"), mib=gib << 10)
-    request = fit.Request("", config, {format: specs}, "", 1, 4096, float("inf"))
-    experts = request.offloads(gpu_of_fit, request.plans(gpu_of_fit))[format].experts
+    offload = fit.Request("", config, {format: specs}, "", 1, 4096).plan(format, gpu_of_fit).offload
     needed = fit.model_bytes(config, specs) + load.table_bytes(config)
     per_expert = load.offloaded_bytes(shapes, specs, torch.bfloat16)
-    assert load.check_offload("auto", config, None, torch.device("cuda"), needed, per_expert) == experts
+    assert load.check_offload("auto", config, None, torch.device("cuda"), needed, per_expert) == offload.experts
 
 
 @once

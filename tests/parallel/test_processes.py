@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from mixtral_triton import MixtralConfig
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.parallel import traffic
 
 pytestmark = pytest.mark.skipif(
     INTERPRETED or sys.platform == "win32", reason="processes of their own: run once, without the interpreter"
@@ -97,19 +95,3 @@ def test_a_mesh_has_no_peer(in_process: None, capsys: pytest.CaptureFixture[str]
     assert main(["verify", "--tp", "2", "--peer", "transformers"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "peer is 'transformers', and no rank of a mesh has all weights for it: needs None" in line
-
-
-def test_traffic() -> None:
-    """Of 8x7B over four: a ring sends 3/4 of a sum's 4096 numbers twice, two sums a layer; 3/4 of 32000 logits."""
-    config = MixtralConfig(rope_theta=1e6)
-    assert traffic(config, tp=2, ep=2) == traffic(config, tp=4)
-    assert (traffic(config, tp=4).layer, traffic(config, tp=4).head) == (2 * 2 * 3 * 1024 * 2, 3 * 8000 * 2)
-    assert (traffic(config).layer, traffic(config).head) == (0, 0)
-
-
-def test_fit_prints_the_traffic(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", "mixtral-8x7b", "--memory", "80", "--gpus", "4", "--context", "4096"]) == 0
-    assert "a GPU sends 24.6 kB a layer, and 48.0 kB of logits." in capsys.readouterr().out
-    assert main(["fit", "mixtral-8x7b", "--memory", "80", "--gpus", "4", "--context", "4096", "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert plan["sends_a_token"] == {"layer": 24576, "head": 48000}

@@ -23,16 +23,17 @@ from mixtral_triton.tools.fit import (
     KNOWN,
     LOGIT_BYTES,
     OVERHEAD,
+    Plan,
+    Request,
     cache_bytes,
     format_specs,
     memory_need,
     model_bytes,
     parameters,
-    plan,
     table_bytes,
     workspace_bytes,
 )
-from mixtral_triton.tools.gpus import GPUS, LINKS, find_gpu
+from mixtral_triton.tools.gpus import GPU, GPUS, LINKS, MIB, find_gpu
 from mixtral_triton.tools.work import count_work
 from mixtral_triton.weights import parameter_shapes
 from tests.support import hub
@@ -53,7 +54,12 @@ def size(config: MixtralConfig, weights: Any, dtype: torch.dtype | None = None) 
     return model_bytes(config, specs(config, weights), dtype)
 
 
-INT4, FP8 = specs(SMALLER, "int4"), specs(SMALLER, "fp8")
+INT4 = specs(SMALLER, "int4")
+
+
+def plan(config: MixtralConfig, specs: Any, mib: int, batch: int, context: int) -> Plan:
+    request = Request("", config, {"as stored": specs}, "", batch, context)
+    return request.plan("as stored", GPU("", "", mib))
 
 
 def test_the_published_counts_and_sizes() -> None:
@@ -138,29 +144,26 @@ def test_a_draw_takes_no_more_than_logit_bytes(top_k: int | None) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_longest_text_fits_and_one_token_more_does_not(format: str, batch: int) -> None:
     specs = format_specs(SMALLER)[format]
-    for memory in (27 * GB, 30 * GB, 49 * GB, 51 * GB, 97 * GB):
-        found = plan(SMALLER, specs, memory, batch, 100).longest
+    for mib in (26_000, 29_000, 47_000, 49_000, 93_000):
+        found, memory = plan(SMALLER, specs, mib, batch, 100).longest_context, mib * MIB
         least, more = (memory_need(SMALLER, specs, batch, S)["total"] for S in (max(found, 1), found + 1))
         assert found == 0 or least <= 0.98 * memory
         assert found == 32768 or more > 0.98 * memory - 1
     ring = replace(SMALLER, sliding_window=4096)  # it holds any text or none
-    assert {plan(ring, specs, memory, batch, 100).longest for memory in (20 * GB, 150 * GB)} == {0, 32768}
+    assert {plan(ring, specs, mib, batch, 100).longest_context for mib in (20_000, 150_000)} == {0, 32768}
 
 
-def test_tight_is_within_two_percent() -> None:
-    total = memory_need(SMALLER, INT4, 1, 4096)["total"]
-    found = [plan(SMALLER, INT4, int(total * times), 1, 4096).verdict for times in (0.999, 1.001, 1.019, 1.03)]
-    assert found == ["no", "tight", "tight", "fits"]
-    assert plan(SMALLER, INT4, int(total * 1.01), 1, 4096).needs == 2
-
-
-def test_several_gpus_share_weights_and_cache_alone() -> None:
-    """But for the embedding, which each of them has."""
-    one, four = (memory_need(SMALLER, FP8, 2, 8192, gpus) for gpus in (1, 4))
+def test_tight_is_within_two_percent_and_counts_another_gpu() -> None:
+    """Several share weights and cache, but for the embedding."""
+    mib = memory_need(SMALLER, INT4, 1, 4096)["total"] / MIB
+    found = [plan(SMALLER, INT4, int(mib * times), 1, 4096) for times in (0.999, 1.001, 1.019, 1.03)]
+    assert [one.verdict for one in found] == ["no", "tight", "tight", "fits"]
+    assert [one.gpus_needed for one in found] == [2, 2, 2, 1]
+    need = memory_need(SMALLER, {}, 1, 100)
     embedding = 2 * SMALLER.vocab_size * SMALLER.hidden_size
-    shared = {"weights": embedding + (one["weights"] - embedding) // 4, "cache": one["cache"] // 4}
-    assert {**four, "total": 0} == {**one, **shared, "total": 0}
-    assert plan(SMALLER, {}, 8 * GB, 1, 100).needs == 16 and plan(SMALLER, INT4, 2 * GB, 1, 1).needs is None
+    shared, least = need["weights"] - embedding + need["cache"], plan(SMALLER, {}, 8000, 1, 100).gpus_needed
+    each = [need["total"] - shared + shared / n for n in (least or 0, (least or 0) - 1)]
+    assert each[0] <= 0.98 * 8000 * MIB < each[1] and plan(SMALLER, INT4, 1000, 1, 1).gpus_needed is None
 
 
 def test_find_gpu_by_name() -> None:
@@ -199,7 +202,7 @@ def test_an_h100_holds_eight_bits_and_a_4090_nothing(
 def test_json_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
     status, text = fit(capsys, "mixtral-8x22b", "--gpu", "H200", "--batch", "2", "--context", "4096", "--json")
     found = json.loads(text)
-    assert status == 0 and found["gpu"] == {"name": "H200", "bytes": 143771 * 2**20, "gpus": 1}
+    assert status == 0 and found["gpu"] == {"name": "H200", "bytes": 143771 * 2**20}
     assert (found["parameters"], found["batch"], found["context"]) == (parameters(LARGER)[0], 2, 4096)
     for one in found["formats"]:
         parts = one["bytes"]
@@ -243,9 +246,9 @@ def test_the_gpu_at_hand_gives_its_memory(capsys: pytest.CaptureFixture[str], mo
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    status, text = fit(capsys, "--json", "--gpus", "2")
+    status, text = fit(capsys, "--json")
     found = json.loads(text)
-    assert status == 0 and found["gpu"] == {"name": "A GPU", "bytes": 50_000 * 2**20, "gpus": 2}
+    assert status == 0 and found["gpu"] == {"name": "A GPU", "bytes": 50_000 * 2**20}
 
 
 def test_a_quantized_folder_has_one_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

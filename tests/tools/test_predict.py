@@ -26,7 +26,6 @@ from mixtral_triton.tools.predict import (
     OPTIMISTIC,
     TILE,
     Prediction,
-    bound,
     floor,
     list_schedule,
     measure_gpu,
@@ -80,14 +79,14 @@ EXPERT_FLOORS |= {4096: 2918, 8192: 5837}
 
 @pytest.mark.parametrize(("T", "microseconds"), EXPERT_FLOORS.items())
 def test_floors_of_the_expert_layer(T: int, microseconds: int) -> None:
-    assert floor(experts(T), H100) * 1e6 == pytest.approx(microseconds, rel=0.003)
-    assert bound(experts(T), H100) == ("matmul" if T > 1024 else "memory")
+    seconds, bound = floor(experts(T), H100)
+    assert seconds * 1e6 == pytest.approx(microseconds, rel=0.003) and bound == ("matmul" if T > 1024 else "memory")
 
 
 @pytest.mark.parametrize(("gpu", "tokens_per_second"), [("h100", 131), ("h200", 188), ("a100", 80)])
 def test_floor_of_decoding_8x7b(gpu: str, tokens_per_second: int) -> None:
     sizes = {**decode_step.STEP.bench_shapes[0], "B": 1, "S": 1, "L": 32}
-    assert 1 / floor(decode_step.cost(sizes, torch.bfloat16), GPUS[gpu]) == pytest.approx(tokens_per_second, rel=0.01)
+    assert 1 / floor(decode_step.cost(sizes, BF16), GPUS[gpu])[0] == pytest.approx(tokens_per_second, rel=0.01)
 
 
 def test_data_sheet_by_the_driver_s_name() -> None:
@@ -168,9 +167,9 @@ def test_one_program_more_than_a_wave_takes_another_wave() -> None:
     full, more = (Shape(T=64 * m, H=4096, N=64 * n, deterministic=True) for m, n in ((12, 11), (7, 19)))
     assert [launch.grid for sizes in (full, more) for launch in recorded("linear", sizes)] == [(132,), (133,)]
     one, two = (foreseen("linear", sizes).parts[0] for sizes in (full, more))
-    assert one.limit == two.limit == "L2"
+    assert one[1] == two[1] == "L2"
     ends = OPTIMISTIC.tile * (1 + 2 * 64 * 64 / TILE) / 3  # which two on an SM hide
-    assert two.seconds == pytest.approx(2 * (one.seconds - ends))
+    assert two[0] == pytest.approx(2 * (one[0] - ends))
 
 
 @pytest.mark.parametrize("name", PREDICTABLE)
@@ -180,8 +179,8 @@ def test_no_prediction_is_below_the_floor(name: str) -> None:
     for case in cases(quick=name != "h100"):
         said, cost = untimed_row(case, gpu).predicted, case.cost()
         assert said is not None and gpu.chip is not None
-        parts = [part.seconds for part in said.parts]
-        assert sum(parts) + gpu.chip.launch_gap * len(parts) >= floor(cost, gpu), (case.op.name, case.as_dict())
+        parts = [seconds for seconds, _ in said.parts]
+        assert sum(parts) + gpu.chip.launch_gap * len(parts) >= floor(cost, gpu)[0], (case.op.name, case.as_dict())
         assert 0 < said.share <= 1 and min(parts) >= OPTIMISTIC.kernel
 
 

@@ -18,7 +18,7 @@ from ...kernels.op import Cost
 from ...kernels.record import record_launches
 from ...ops import dispatched
 from ..gpus import GPU, MIB, data_sheet
-from ..predict import Prediction, Timer, bound, floor, measure_gpu, predict
+from ..predict import Prediction, Timer, floor, measure_gpu, predict
 from ..terminal import say
 from . import decode_step
 from .cases import Case, Check, check_of, stricter_oracles
@@ -157,7 +157,7 @@ def untimed_row(case: Case, gpu: GPU, args: dict[str, Any] | None = None) -> Row
     names = tuple(launch.kernel for launch in launches)
     known = gpu if gpu.chip is not None else data_sheet(gpu.name)
     prediction = None if known is None or known.chip is None else predict(launches, known, cost)
-    return Row(case, cost, floor(cost, gpu), bound(cost, gpu), names, predicted=prediction)
+    return Row(case, cost, *floor(cost, gpu), names, predicted=prediction)
 
 
 def attempt(build: Callable[[], Function], args: dict[str, Any], check: Check, timer: Timer | str) -> Outcome:
