@@ -63,9 +63,7 @@ def floor(cost: Cost, gpu: GPU) -> tuple[float, str]:
     return max((seconds, name) for name, seconds in limits.items())
 
 
-def measure_gpu(
-    name: str, arch: str, device: Any, timer: Timer, memory: int = 1 << 30, n: int = 8192
-) -> GPU:
+def measure_gpu(name: str, arch: str, device: Any, timer: Timer, memory: int = 1 << 30, n: int = 8192) -> GPU:
     """Measure the rates of the current GPU by torch's kernels: the better of a copy and a read of `memory` bytes, and a
     bf16 matrix product of n x n."""
     source = torch.ones(memory // 4, device=device)
