@@ -60,7 +60,8 @@ def generate(
     steps = stream(model, rows, max_new_tokens, eos, (temperature, top_p, generator, top_k))
     new = torch.stack(list(steps), dim=1).cpu() if max_new_tokens else torch.empty((len(rows), 0), dtype=torch.int64)
     if not ragged:
-        return torch.cat((torch.stack(rows), _pad(new, max_new_tokens).to(rows[0].device)), dim=1)
+        padding = new[:, -1:].expand(-1, max_new_tokens - new.shape[1])  # EOS, where the loop stopped early
+        return torch.cat((torch.stack(rows), torch.cat((new, padding), dim=1).to(rows[0].device)), dim=1)
     return [torch.cat((row, _cut(tail, eos).to(row.device))) for row, tail in zip(rows, new, strict=True)]
 
 
@@ -71,10 +72,9 @@ def stream(
     _check_sampling(max_new_tokens, *sampling, model.device)
     temperature, top_p, generator, top_k = sampling
     ids, lengths = _pad_prompts(model, prompts)
-    longest = ids.shape[1]
     limit = model.config.max_position_embeddings
-    if longest + max_new_tokens > limit:
-        got = f"a prompt of {longest} tokens and {max_new_tokens} new ones"
+    if ids.shape[1] + max_new_tokens > limit:
+        got = f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones"
         raise ValueError(f"generate: {got} go beyond max_position_embeddings, {limit}")
     if generator is None and temperature > 0.0 and model.device.type == "cuda":
         # Not torch's own, in which another thread cannot draw during a capture: seeded by it, as a data loader is.
@@ -88,8 +88,7 @@ def _stream(
 ) -> Iterator[Tensor]:
     if max_new_tokens == 0:
         return
-    capacity = ids.shape[1] + max_new_tokens
-    cache = KVCache(model.config, len(ids), capacity, device=model.device, dtype=model.dtype)
+    cache = KVCache(model.config, len(ids), ids.shape[1] + max_new_tokens, device=model.device, dtype=model.dtype)
     step = Step(model, cache, eos, sampling)
     step.pick(prefill(model, cache, ids, lengths))
     run: Callable[[], None] = step
@@ -102,7 +101,12 @@ def _stream(
         run()
         # The first step ran eagerly, so every kernel is compiled.
         if done == 1 and max_new_tokens - done > GRAPH_MIN_TOKENS and can_capture(model):
-            run = capture_or_warn(step)
+            try:
+                run = capture(step, sampling[2], model.device)
+            except CaptureLost:
+                raise
+            except RuntimeError as error:
+                warnings.warn(f"generate: decoding without a CUDA graph, slower: {error}", RuntimeWarning, stacklevel=2)
 
 
 class Step:
@@ -134,28 +138,15 @@ def can_capture(model: Mixtral) -> bool:
     return model.device.type == "cuda" and untraced()
 
 
-def capture_or_warn(step: Step) -> Callable[[], None]:
-    """Return the replay of `step` as a CUDA graph; where it cannot be captured, warn and return `step`."""
-    try:
-        return capture(step, step.sampling[2], step.model.device)
-    except CaptureLost:
-        raise
-    except RuntimeError as error:
-        warnings.warn(f"generate: decoding without a CUDA graph, slower: {error}", RuntimeWarning, stacklevel=2)
-        return step
-
-
 def prefill(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> Tensor:
     """Run the right-padded prompts ids [B,T] in chunks -> the hidden state of each one's last token, [B,H]."""
-    last: Tensor | None = None
+    last = torch.empty(0)
     for start in range(0, ids.shape[1], PREFILL_CHUNK):
         chunk = ids[:, start : start + PREFILL_CHUNK]
         new = (lengths - start).clamp(0, chunk.shape[1]).to(torch.int32)
         h = model.hidden(chunk, cache, new)
         end = h[torch.arange(len(h), device=h.device), (new - 1).clamp(min=0).long()]
-        last = end if last is None else torch.where((new > 0)[:, None], end, last)
-    if last is None:
-        raise ValueError("generate: the prompt is empty")
+        last = torch.where((new > 0)[:, None], end, last) if start else end
     return last
 
 
@@ -231,11 +222,6 @@ def eos_ids(eos_token_id: int | Sequence[int] | None, config: Any) -> frozenset[
     return frozenset(ids)
 
 
-def _pad(new: Tensor, columns: int) -> Tensor:
-    """Repeat the last token, an EOS where the loop stopped early, up to `columns`."""
-    return torch.cat((new, new[:, -1:].expand(-1, columns - new.shape[1])), dim=1) if columns > new.shape[1] else new
-
-
 def _cut(tail: Tensor, eos: frozenset[int]) -> Tensor:
     """Cut after the first EOS."""
     ends = (place + 1 for place, token in enumerate(tail.tolist()) if token in eos)
@@ -257,11 +243,9 @@ def capture(step: Callable[[], object], generator: torch.Generator | None, devic
     if generator is not None:
         graph.register_generator_state(generator)
     with _lock, torch.cuda.device(device):
-        current = torch.cuda.current_device()
-        if current not in _streams:
+        if (current := torch.cuda.current_device()) not in _streams:
             _streams[current] = torch.cuda.Stream()
-        stream = _streams[current]
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream := _streams[current]):
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("another capture has the stream")
             graph.capture_begin(capture_error_mode="thread_local")

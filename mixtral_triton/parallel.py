@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from .quantize.spec import QuantSpec
 
 Shape = tuple[int, ...]
-DIMENSIONS = ("tp", "ep")
 TIMEOUT = timedelta(seconds=30)  # of collectives while the model runs
 LOADING_TIMEOUT = timedelta(minutes=10)  # while loading: disks differ; a dead rank is detected at once
 POLL_INTERVAL = 1.0  # seconds between checks for dead ranks
@@ -138,7 +137,7 @@ class Ranks:
     """
 
     def __init__(self, mesh: Any) -> None:
-        """Every rank of the mesh must call this. Raises ValueError unless the mesh has DIMENSIONS and this rank."""
+        """Every rank of the mesh must call this. Raises ValueError unless the mesh has "tp" or "ep", and this rank."""
         _check(mesh)
         ranks = sorted(mesh.mesh.flatten().tolist())
         sizes = dict(zip(mesh.mesh_dim_names, mesh.mesh.shape, strict=True))
@@ -294,7 +293,7 @@ def _check(mesh: Any) -> None:
     if not isinstance(mesh, DeviceMesh):
         raise ValueError(f"Mixtral.from_pretrained: mesh is {mesh!r:.80}, {need}")
     names = mesh.mesh_dim_names
-    if not names or not set(names) <= set(DIMENSIONS):
+    if not names or not set(names) <= {"tp", "ep"}:
         raise ValueError(f"Mixtral.from_pretrained: mesh has dimensions named {names}, {need}")
     if mesh.get_coordinate() is None:
         got = f"mesh is of ranks {mesh.mesh.tolist()}"

@@ -41,7 +41,6 @@ def apply(
     blocks += (theirs.MixtralRMSNorm,) if rms_norm else ()
     blocks += (theirs.MixtralRotaryEmbedding,) if rope else ()
     _check_weights(model)
-    _check_devices(model)
     _check_modules(model, blocks, ours)
     revert(model)
     parts = ours.Parts(attention or None, experts or None, rope)
@@ -118,10 +117,13 @@ def _check_weights(model: Any) -> None:
             raise ValueError(f"apply: parameter {name} is {got}, needs a plain fp32, bf16 or fp16 parameter")
 
 
-def _check_devices(model: Any) -> None:
-    """The GPUs that accelerate's hooks send the inputs of a split model to must exist."""
-    gpus = torch.cuda.device_count()
-    for name, module in model.named_modules():
+def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], ours: Any) -> None:
+    """The modules that change must be of transformers' classes, and be called by transformers' code.
+
+    The GPUs that accelerate's hooks send the inputs of a split model to must exist.
+    """
+    backbone, gpus = ours.theirs.MixtralModel, torch.cuda.device_count()
+    for name, module in model.named_modules() if blocks else ():
         hook = module.__dict__.get("_hf_hook")
         for each in getattr(hook, "hooks", (hook,)):
             target = getattr(each, "execution_device", None)
@@ -129,12 +131,6 @@ def _check_devices(model: Any) -> None:
             if device.type == "cuda" and (device.index or 0) >= gpus:
                 got = f"{name or 'the model'} is to run on {device}, and this machine has {gpus} CUDA devices"
                 raise ValueError(f"apply: {got}; load the model with a device_map of devices that exist")
-
-
-def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], ours: Any) -> None:
-    """The modules that change must be of transformers' classes, and be called by transformers' code."""
-    backbone = ours.theirs.MixtralModel
-    for name, module in model.named_modules() if blocks else ():
         base = next((each for each in (*blocks, backbone) if isinstance(module, each)), None)
         if base is None:
             continue

@@ -234,18 +234,15 @@ def with_mask(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     return args, kwargs | {"attention_mask": mask}
 
 
-BLOCKS = (TritonRMSNorm, TritonRouter, TritonExperts, TritonRotaryEmbedding, TritonAttention)
-BLOCK_OF: dict[Any, Any] = {each.theirs: each for each in BLOCKS}
-
-
 @functools.cache
 def applied_class(kind: Any) -> Any:
     """The class that replaces `kind`, one of transformers' blocks or models.
 
     A model's class keeps its name and module, as transformers looks classes up by them.
     """
-    if kind in BLOCK_OF:
-        return BLOCK_OF[kind]
+    for block in (TritonRMSNorm, TritonRouter, TritonExperts, TritonRotaryEmbedding, TritonAttention):
+        if block.theirs is kind:
+            return block
     bases = (Backbone, theirs.MixtralModel), (Generating, GenerationMixin)
     mixins = [mixin for mixin, base in bases if issubclass(kind, base)] or [Selecting]
     return type(kind.__name__, (*mixins, kind), {name: getattr(kind, name) for name in ("__module__", "__qualname__")})
