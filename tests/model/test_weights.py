@@ -246,31 +246,14 @@ def repeat(old):
     return old.rstrip()[:-1] + b', "' + NORM.encode() + b'": ' + entry + b"}"
 
 
-def swap(old, new):
-    return header(lambda data: data.replace(old, new, 1))
-
-
-NO_JSON = [{"shape": [True]}, {"shape": "16"}, {"shape": [-16]}, {"data_offsets": [0]}, {"data_offsets": None}]
 DAMAGES = {  # by what the message says
-    "cut off, damaged or not safetensors .* not fully covered": [lambda data: data[:-1]],
-    "not fully covered": [lambda data: data + b"\0", lambda data: data[: len(data) // 2], header(lambda old: b"{}")],
-    r"cut off, damaged or not safetensors \(50 bytes\): .* header length": [lambda data: data[:50]],
-    r"\(5 bytes\): .* header too small": [lambda data: data[:5]],
+    "cut off, damaged or not safetensors .* not fully covered": [lambda data: data[:-1], lambda data: data + b"\0"],
     r"\(0 bytes\): .* header too small": [lambda data: b""],
-    "not safetensors": [lambda data: b"version 1 of something else"],
     "header too large": [lambda data: (2**63).to_bytes(8, "little") + data[8:]],
     "invalid UTF-8": [header(lambda old: b"\xff" + old)],
-    "invalid JSON": [
-        *(norm(**fields) for fields in [*NO_JSON, {"dtype": ["BF16"]}]),
-        *(header(change) for change in (lambda old: b"[]", lambda old: old[:-9], lambda old: b"[" * 50_000)),
-        swap(b'"format":"pt"', b'"format":1'),
-        swap(b'"model.norm.weight"', b'"model.norm.\\ud800"'),
-    ],
-    "invalid offset for tensor": [norm(data_offsets=[0, 32])],
+    "invalid JSON": [norm(shape=[-16]), header(lambda old: old[:-9]), header(lambda old: b"[" * 50_000)],
     "invalid offset for tensor `model.norm.weight`": [norm(data_offsets=[2**40, 2**40 + 32])],
-    "invalid offset": [swap(b'"model.norm.weight"', b'"lm_head.weight"')],
-    "invalid shape, data type": [norm(dtype="F8_E4M3"), norm(dtype="F32")],
-    "invalid shape": [norm(shape=[17])],
+    "invalid shape": [norm(shape=[17]), norm(dtype="F32")],
     "'model.norm.weight' occurs 2 times": [header(repeat)],
     "'model.norm.weight' is stored as 'F8_E4M3'": [norm(dtype="F8_E4M3", shape=[32])],
 }

@@ -21,6 +21,7 @@ from mixtral_triton.quantize.spec import select_specs
 from mixtral_triton.tools.fit import model_bytes, table_bytes
 from mixtral_triton.verification import held_out, perplexity
 from mixtral_triton.weights import parameter_shapes, read_headers, table, total_bytes
+from tests.support import hub
 from tests.support.memory import anonymous_peak, needs_proc
 from tests.support.models import check_loaded
 
@@ -128,13 +129,14 @@ def test_loading_quantizes_the_requested_parameters(weights: Any) -> None:
     assert set(model.state_dict()) >= set(dict(model.named_parameters()))
 
 
-@pytest.mark.parametrize("weights", ["int4", {"experts": "int8", "linear": "fp8"}], ids=str)
-def test_logits_and_tokens_equal_the_dequantized_model(weights: Any) -> None:
-    assert_equals_dequantized_copy(load(weights, dtype=torch.float32))
-
-
-def assert_equals_dequantized_copy(model: Mixtral) -> None:
-    """Assert that logits, the reference's logits and tokens are those of a model with dequantized weights."""
+@pytest.mark.parametrize("weights", ["int4", {"experts": "int8", "linear": "fp8"}, "awq 128"], ids=str)
+def test_logits_and_tokens_equal_the_dequantized_model(weights: Any, tmp_path: Path) -> None:
+    """Those of the reference, too. "awq 128": of the hub, with zeros."""
+    if weights == "awq 128":
+        hub.write(tmp_path, *hub.LAYOUTS[weights])
+        model = load(folder=tmp_path, dtype=torch.float32)
+    else:
+        model = load(weights, dtype=torch.float32)
     dequantized_copy = Mixtral(model.config, "cpu", torch.float32)
     for name, parameter in dequantized_copy.named_parameters():
         place = model.named_weights()[name]

@@ -135,9 +135,7 @@ def test_injected_fault_changes_the_values(tmp_path: Path, monkeypatch: pytest.M
     check, values = layouts.Layout.check, layouts.Layout.values
     if fault == "groups in order":
         monkeypatch.setattr(layouts.Layout, "check", lambda *args: check(*args).sort().values)
-        layout = ACT_ORDER
     else:
         monkeypatch.setattr(layouts.Layout, "values", lambda self, rows, at: values(self, (*rows[:2], None), at))
-        layout = UNSUPPORTED["8 bits"][0]
-    meaning = hub.write(tmp_path, *layout)
+    meaning = hub.write(tmp_path, *UNSUPPORTED["8 bits act-order"][0])
     assert different(load(tmp_path, weights="int8"), meaning, EXPERTS)
