@@ -302,8 +302,7 @@ def _print(request: Request, gpu: GPU, plans: list[Plan]) -> None:
     for plan in plans:
         total = plan.bytes["total"]
         sizes = (decimal(plan.bytes["weights"]), decimal(total), f"{100 * total / gpu.bytes:.0f} %")
-        longest = f"{plan.longest_context:,}" if plan.longest_context else "-"
-        counts = (longest, str(plan.gpus_needed or "-"))
+        counts = (f"{plan.longest_context:,}" if plan.longest_context else "-", str(plan.gpus_needed or "-"))
         table.add(request.label(plan.format), *sizes, *counts, plan.verdict, style=COLOURS[plan.verdict])
     out.print(table)
     offloads = {plan.format: plan.offload for plan in plans if plan.offload}
@@ -319,11 +318,10 @@ def _print(request: Request, gpu: GPU, plans: list[Plan]) -> None:
 
 def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
     """How many of each listed GPU hold each format, and what one of them holds with experts in host memory."""
-    gpus = [replace(gpu, link=args.link or gpu.link) for gpu in GPUS.values()]
-    rows = [(gpu, request.plans(gpu)) for gpu in gpus]
+    rows = {gpu: request.plans(gpu) for gpu in (replace(gpu, link=args.link or gpu.link) for gpu in GPUS.values())}
     if args.json:
         found = []
-        for gpu, plans in rows:
+        for gpu, plans in rows.items():
             needed = {plan.format: plan.gpus_needed for plan in plans}
             offloads = {plan.format: plan.offload for plan in plans if plan.offload}
             found.append({"name": gpu.name, "bytes": gpu.bytes, "gpus_needed": needed, "offload": offloads})
@@ -331,10 +329,8 @@ def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
         return 0
     names = [Column(name, number=False) for name in ("gpu", "link")]
     columns = [names[0], Column("MiB"), names[1], *map(Column, map(request.label, request.specs))]
-    table = Table(
-        "How many GPUs hold it, by the format of its weights", columns, f"{OFFLOADED} {FORMAT_NOTE} {SEVERAL}"
-    )
-    for gpu, plans in rows:
+    table = Table("How many GPUs hold it, by format", columns, f"{OFFLOADED} {FORMAT_NOTE} {SEVERAL}")
+    for gpu, plans in rows.items():
         cells = [str(plan.gpus_needed or "-") for plan in plans]
         for at, offload in enumerate(plan.offload for plan in plans):
             cells[at] += f" ({offload.experts}: {offload.speed or '?'})" if offload else ""
