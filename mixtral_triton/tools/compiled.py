@@ -35,17 +35,17 @@ class Compiled:
     op: str
     kernel: str
     arch: str
-    file: str | None
     num_warps: int
     num_stages: int
     constexprs: Mapping[str, Any]
     signature: Mapping[str, str]
     dtype: str
-    registers: int
-    spills: int
-    shared_bytes: int
     limit_bytes: int
-    stages: Mapping[str, Path] = field(repr=False, compare=False)
+    registers: int = 0
+    spills: int = 0
+    shared_bytes: int = 0
+    file: str | None = None
+    stages: Mapping[str, Path] = field(default_factory=dict, repr=False, compare=False)
     error: str | None = None
 
     @cached_property

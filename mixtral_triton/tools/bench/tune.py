@@ -19,7 +19,7 @@ from ...kernels.launch import INTERPRETED, override_configs, target_arch
 from ...kernels.op import Launch, LaunchConfig
 from ...kernels.record import record_launches
 from ...kernels.registry import OPS
-from ..offline import compile_launch
+from ..offline import compile_launches
 from ..predict import family_note
 from ..terminal import Column, Table, bar, console
 from . import measure
@@ -75,10 +75,8 @@ def compile_fault(case: Case, kernel: str, config: LaunchConfig, arch: str) -> s
     """Return why `kernel` should not run with `config`: it does not compile, spills or needs too much shared memory."""
     if arch not in ARCHS:  # the offline compiler has no limits of this GPU: a launch must show it
         return None
-    try:
-        return compile_launch(kernel_configs(case, arch, {kernel: config})[kernel][0], arch, case.op.name).fault
-    except Exception as error:  # the compiler raises whatever its passes do
-        return f"does not compile: {measure.summary(error)}"
+    (compiled,) = compile_launches([kernel_configs(case, arch, {kernel: config})[kernel][0]], arch)
+    return compiled.fault
 
 
 def tune(
