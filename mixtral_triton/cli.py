@@ -6,6 +6,7 @@ Exit 0: done and right. 1: a mismatch, or nothing fits. 2: bad input, one line o
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
 import sys
@@ -24,7 +25,7 @@ from .kernels.arch import ARCHS
 from .tools.gpus import LINKS, RATED
 from .tools.processes import is_first, open_mesh, select_backend
 from .tools.prompt import ChatTemplate, TimedSteps, encode, load_tokenizer, print_stream, read_prompts
-from .tools.terminal import bar, check_plot, exit_status, say, set_output_encoding
+from .tools.terminal import bar, exit_status, say
 
 if TYPE_CHECKING:
     import torch
@@ -123,9 +124,6 @@ def parser() -> argparse.ArgumentParser:
         option("--offload", type=parse_offload, default=0, metavar="N|auto", help=text)
         option("--offload-by", type=Path, metavar="FILE", help="of `trace --counts`: offload those used least")
 
-    def plot(option: Any) -> None:
-        option("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg, .pdf)")
-
     def ops(option: Any) -> None:
         option("ops", nargs="*", metavar="OP", help="default: all")
 
@@ -157,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     option("--top-p", type=float, default=1.0, metavar="P", help="of those, the fewest with this total probability")
     option("--seed", type=int, default=0, metavar="N", help="of the sampling")
 
-    option = command("trace", "which experts each token of a prompt took, by layer", model, memory, plot, prompt)
+    option = command("trace", "which experts each token of a prompt took, by layer", model, memory, prompt)
     option("--counts", type=Path, metavar="FILE", help="write how often each expert was taken, for --offload-by")
     option("--layers", type=int, nargs="+", metavar="N", help="to print; default: first, middle and last")
 
@@ -168,7 +166,8 @@ def parser() -> argparse.ArgumentParser:
     option("--weights", type=parse_weights, required=True, metavar="FORMAT", help=text)
     option("--device", help="where to compute: cpu, cuda, ...; default: the GPU if there is one")
 
-    option = command("bench", "each operation, and a decode step, beside its peers and its floor", ops, at, plot)
+    option = command("bench", "each operation, and a decode step, beside its peers and its floor", ops, at)
+    option("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg, .pdf)")
     option("-h", "--help", nargs=0, action=OpHelp, help="this text; after an OP its arguments and sizes, too")
     option("--quick", action="store_true", help="a few cases an operation, of 8x7B")
     option("--sizes", action="append", default=[], metavar="T=N,...", help="a case of these sizes instead; repeatable")
@@ -181,7 +180,12 @@ def parser() -> argparse.ArgumentParser:
     option("--gpu", metavar="NAME", help=f"measure nothing, predict by a data sheet: {', '.join(RATED)}")
 
     option = command("tune", "launch configurations around the present ones: which compile, fit, are fastest", ops, at)
-    option("--arch", help="time nothing, compile for this one; default: the GPU there is, else sm_90")
+    option(
+        "--arch",
+        choices=ARCHS,
+        metavar="ARCH",
+        help="time nothing, compile for this one; default: the GPU there is, else sm_90",
+    )
     option("--dry-run", action="store_true", help="time nothing")
 
     option = command("fit", "what fits a GPU's memory: weights by format, cache, workspace, the longest text")
@@ -197,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
     option("--context", type=int, metavar="S", help="tokens a sequence; default: all the model's positions")
 
     option = command("compile", "compile every kernel for a GPU that need not be there", ops)
-    option("--arch", required=True, help=", ".join(ARCHS))
+    option("--arch", required=True, choices=ARCHS, metavar="ARCH", help=", ".join(ARCHS))
     option("--out", type=Path, help="folder that keeps .ptx, .cubin and .sass (AMD: .amdgcn, .hsaco)")
     return parser
 
@@ -205,7 +209,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command -> exit status."""
     args = argparse.Namespace(command=None)
-    set_output_encoding()
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is "?"
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         try:
             parser().parse_args(argv, args)
@@ -325,8 +331,6 @@ def _trace(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=False)
     from .tools.trace import run
 
-    if args.plot is not None:
-        check_plot(args.plot)
     texts = read_prompts(args.prompt)
     if len(texts) > 1:
         raise ValueError("--prompt is given more than once: trace takes one text")
@@ -352,7 +356,4 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _run_tool(args: argparse.Namespace) -> int:
-    arch = getattr(args, "arch", None)
-    if arch is not None and arch not in ARCHS:
-        raise ValueError(f"--arch is {arch!r}, needs one of {', '.join(ARCHS)}")
     return import_module(f".tools.{TOOLS[args.command]}", __package__).run(args)

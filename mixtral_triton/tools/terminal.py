@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import subprocess
@@ -10,22 +9,18 @@ import sys
 import sysconfig
 import textwrap
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import rich.table
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TaskID, TimeRemainingColumn
 from rich.text import Text
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PIPED = 120  # columns without a terminal and without COLUMNS
 TEXT_WIDTH, HEADING_WIDTH = 24, 16  # a column of text is as wide as this, if need be; a number's heading wraps at this
@@ -137,17 +132,6 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None, sile
                 done.set()
 
 
-def set_output_encoding() -> None:
-    """Make stdout and stderr write what their terminal can show, and "?" for the rest."""
-    names = ("PYTHONUTF8", "PYTHONIOENCODING", "LC_ALL", "LC_CTYPE", "LANG")
-    first = next(filter(None, map(os.environ.get, names)), None)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # Python takes the C locale for UTF-8; its terminal does not.
-            encoding = "ascii" if first in ("C", "POSIX") else stream.encoding
-            stream.reconfigure(encoding=encoding, errors="replace")
-
-
 def exit_status(error: BaseException, command: str | None) -> int:
     """Report what ended a command in one line on stderr -> its exit status.
 
@@ -155,17 +139,17 @@ def exit_status(error: BaseException, command: str | None) -> int:
     if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
         error = error.__context__  # rich turns the one into the other
     name = "mixtral-triton" if command is None else f"mixtral-triton {command}"
+    if isinstance(error, OSError) and error.errno and not error.filename:  # standard output cannot be written
+        with suppress(OSError, ValueError):  # Python writes what is left as it ends, and must not fail there again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
-        _redirect_to_null(sys.stdout, sys.stderr)
         return CLOSED_PIPE
     if isinstance(error, KeyboardInterrupt):
         say("\r" * sys.stderr.isatty() + f"{name}: interrupted")  # over the terminal's ^C
         return INTERRUPTED
     message, text = _compiler_message(error), " ".join(str(error).split())
     if message is None and isinstance(error, (ValueError, OSError)):
-        message = text
-        if isinstance(error, OSError) and error.strerror and (where := error.filename or _unwritable_output()):
-            message = f"{where}: {error.strerror}"
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else text
     if message is None and (sys.flags.dev_mode or not isinstance(error, Exception)):
         raise error
     if message is None:
@@ -173,23 +157,6 @@ def exit_status(error: BaseException, command: str | None) -> int:
         return CRASHED
     say(f"{name}: {message.removeprefix(f'{command}: ')}")
     return 2
-
-
-def _unwritable_output() -> str | None:
-    """Try an empty line, since an unbuffered stream has forgotten what it could not write -> its name if that fails."""
-    try:
-        print(flush=True)
-    except OSError:
-        _redirect_to_null(sys.stdout)
-        return "standard output"
-    return None
-
-
-def _redirect_to_null(*streams: TextIO) -> None:
-    """Python writes what is left in a stream as it ends, and must not fail there again."""
-    for stream in streams:
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def toolchain_fault() -> str | None:
@@ -209,16 +176,6 @@ def _compiler_message(error: BaseException) -> str | None:
     return toolchain_fault() if isinstance(error, subprocess.CalledProcessError) else None
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write the whole file, or leave none of it. OSError names the file."""
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        if error.filename is None and path.is_file():  # part of it is written, and not to a device
-            path.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
 def check_plot(file: Path) -> None:
     """Raise ValueError where `--plot FILE` cannot be written: before the work whose result would be lost."""
     folder = file.absolute().parent
@@ -228,12 +185,3 @@ def check_plot(file: Path) -> None:
         raise ValueError(f"--plot {str(file)!r} needs a file that can be written, in a folder that exists")
     if find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'mixtral-triton[plot]'")
-
-
-def save_plot(figure: Figure, file: Path) -> None:
-    """Draw first, then write: a picture, or an error that names the file and leaves no part of one."""
-    picture = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a prompt in a script that the font does not have
-        figure.savefig(picture, format=file.suffix[1:], dpi=150)
-    write_file(file, picture.getvalue())

@@ -12,8 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +22,7 @@ from rich.text import Text
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..inputs import check_vocabulary
-from .terminal import Column, Table, bar, save_plot, say
+from .terminal import Column, Table, bar, say
 
 if TYPE_CHECKING:
     from ..model import Mixtral
@@ -122,35 +120,6 @@ class Trace:
         yield ""
         yield self.table()
 
-    def plot(self, file: Path, title: str) -> None:
-        """Left: shares, layers x experts. Right, layer by layer: consecutive tokens that keep an expert."""
-        from matplotlib.figure import Figure
-
-        L, E = len(self.experts), self.num_experts
-        figure = Figure(figsize=(5.5 + 0.4 * E, 3.0 + 0.28 * max(L, 6)), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(max(E, 6), 6))
-        figure.suptitle(title, fontsize=10, parse_math=False)
-        shares = 100 * self.share().numpy()
-        image = left.imshow(shares, aspect="auto", cmap="viridis", vmin=0)
-        bar = figure.colorbar(image, ax=left, location="bottom", aspect=30)  # at the side it reaches the right panel
-        bar.set_label(f"% of the layer's choices (even: {100 / E:.1f} %)", fontsize=8)
-        left.set(xlabel="expert", ylabel="layer", xticks=range(E), yticks=range(0, L, -(-L // 16)))
-        left.set_title("share of each expert", fontsize=10)
-        if E * L <= 300:
-            for layer, row in enumerate(shares.tolist()):
-                for expert, value in enumerate(row):
-                    color = "white" if value < 0.6 * float(shares.max()) else "black"
-                    left.text(expert, layer, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
-        names = ("same first choice", "an expert in common")
-        for name, values, chance, color in zip(names, self.repeated(), self.chance(), ("C0", "C1"), strict=True):
-            right.plot([100 * value for value in values], range(L), "o-", color=color, label=name)
-            right.axvline(100 * chance, color=color, ls="--", label=f"by chance: {100 * chance:.1f} %")
-        right.set(xlabel="% of pairs of consecutive tokens", xlim=(0, 100))
-        right.set_title("consecutive tokens that keep an expert", fontsize=10)
-        right.grid(alpha=0.3)
-        figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=8)
-        save_plot(figure, file)
-
 
 def trace(
     model: Mixtral, ids: torch.Tensor, tokens: Sequence[str], progress: Callable[[int], object] = lambda done: None
@@ -186,13 +155,8 @@ def run(args: argparse.Namespace, model: Mixtral, tokenizer: Any, ids: torch.Ten
         found = replace(trace(model, ids, tokens, progress.advance), layers=layers)
     if args.counts is not None:
         args.counts.write_text(json.dumps({"counts": found.counts().tolist()}))
-    out = Console(stderr=args.json, highlight=False)
     if args.json:
         print(json.dumps({"folder": str(args.folder), "prompt": args.prompt, **found.as_dict()}))
     else:
-        out.print(found)
-    if args.plot is not None:
-        counts = f"{len(ids)} tokens, {found.experts.shape[2]} of {found.num_experts} experts each"
-        found.plot(args.plot, f"{shorten(args.prompt, 60)}: {counts}")
-        out.print(f"plot: {args.plot}", soft_wrap=True)
+        Console(highlight=False).print(found)
     return 0

@@ -13,7 +13,6 @@ from mixtral_triton.tools.bench.cases import TOKENS, cases
 from mixtral_triton.tools.bench.measure import Outcome, Row, untimed_row
 from mixtral_triton.tools.bench.report import figure_of
 from mixtral_triton.tools.gpus import GPUS
-from mixtral_triton.tools.terminal import save_plot
 
 pytest.importorskip("matplotlib")
 H100 = GPUS["h100"]
@@ -61,7 +60,7 @@ def test_plot_of_floors_predicted_times_and_times() -> None:
 def test_no_label_of_the_plot_overlaps_another(timed: bool, tmp_path: Path) -> None:
     rows = floors("expert_swiglu", "attention", "linear")
     figure = figure_of(list(map(with_times, rows)) if timed else rows, H100)
-    save_plot(figure_of([], H100), tmp_path / "empty.pdf")
+    figure_of([], H100).savefig(tmp_path / "empty.pdf")
     figure.savefig(tmp_path / "a.png")  # computes the layout
     texts = [label for axes in figure.axes for label in (axes.title, *axes.get_legend().get_texts())]
     texts += [label for axes in figure.axes for label in axes.get_xticklabels()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,38 +76,6 @@ def test_omitted_layers_are_named(layers: Any, said: str | None) -> None:
     assert f"left out: the text of {said}; see --layers" in text if said else "left out" not in text
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-def test_the_plot_is_a_picture(
-    suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
-) -> None:
-    """Of any text: neither a glyph that the font has not nor a "$" is an error or a warning."""
-    pytest.importorskip("matplotlib")
-    file = tmp_path / f"trace.{suffix}"
-    assert main(["trace", "--device", "cpu", "--prompt", "日本 $x", "--layers", "1", "3", "--plot", str(file)]) == 0
-    shown, error = capsys.readouterr()
-    assert not error and not [one for one in recwarn.list if "lyph" in str(one.message)]
-    assert "layer 1" in shown and "layer 3" in shown and "layer 0" not in shown and str(file) in shown
-    content = file.read_bytes()
-    assert content.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]) and len(content) > 5000
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-def test_an_unwritable_plot_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A folder of this name and a path in a file: before the work. A full disk: after it."""
-    pytest.importorskip("matplotlib")
-    full, folder = tmp_path / "full.png", tmp_path / "x.png"
-    full.symlink_to("/dev/full")
-    folder.mkdir()
-    for path in (full, folder, full / "x.png"):
-        assert main(["trace", "--device", "cpu", "--prompt", PROMPT, "--plot", str(path)]) == 2
-        error = capsys.readouterr().err
-        assert str(path) in error and error.count("\n") == 1 and ("No space left" in error) == (path == full)
-        monkeypatch.setattr("mixtral_triton.cli._load", lambda args: pytest.fail("it began to work"))
-    assert sorted(tmp_path.iterdir()) == [full, folder] and Path("/dev/full").exists()
-
-
 @pytest.mark.parametrize(
     ("ids", "named"),
     [([1, 5000], "holds token 5000"), ([1] * 2000, "2000 tokens, needs at most max_position_embeddings, 1024")],
@@ -123,9 +90,3 @@ def test_tokens_outside_the_model_s_limits(
     assert main(["trace", "--device", "cpu", "--prompt", "x"]) == 2
     error = capsys.readouterr().err
     assert named in error and len(error.strip().splitlines()) == 1, error
-
-
-def test_a_plot_without_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixtral_triton.tools.terminal.find_spec", lambda name: None)
-    assert main(["trace", "--prompt", "x", "--plot", "x.png"]) == 2
-    assert "pip install 'mixtral-triton[plot]'" in capsys.readouterr().err

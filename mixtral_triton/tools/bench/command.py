@@ -15,7 +15,7 @@ from ...kernels.op import Shape
 from ...kernels.registry import OPS
 from ..gpus import GPU, RATED, data_sheet
 from ..predict import family_note
-from ..terminal import bar, check_plot, console, save_plot
+from ..terminal import bar, check_plot, console
 from .cases import Case, cases, sizes_of
 from .measure import Row, checked_row, current_gpu, timed_rows
 from .peers import PEERS, import_peer, peers_of
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"kind": "gpu", **_rates(gpu), **versions, "data_sheet": sheet and _rates(sheet)}), flush=True)
     rows = _print_rows(source, len(selected), args.json, out)
     if args.plot is not None:
-        save_plot(figure_of(rows, gpu), args.plot)
+        figure_of(rows, gpu).savefig(args.plot, dpi=150)
         out.print(f"plot: {args.plot}")
     names = {peer.name for peer in user_peers}
     outcomes = [one for row in rows for one in (row.ours, *(row.peers[name] for name in names & row.peers.keys()))]
