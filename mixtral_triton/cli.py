@@ -38,15 +38,6 @@ SMALL = Path(__file__).parent / "small"  # the checkpoint that ships with the pa
 TOOLS = {"bench": "bench.command", "tune": "bench.tune", "fit": "fit", "compile": "offline"}
 
 
-class Help(argparse.HelpFormatter):
-    """Help that prints the default of each option whose own text does not say it."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        silent = not action.option_strings or action.nargs == 0 or action.default in (None, [])
-        return text if silent or "default: " in text else f"{text} (default: %(default)s)"
-
-
 class OpHelp(argparse.Action):
     """Print the help, then what each OP before it is called with."""
 
@@ -94,13 +85,12 @@ def parse_offload(text: str) -> int | str:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="mixtral-triton", description=(__doc__ or "").split("\n")[0], formatter_class=Help)
+    parser = Parser(prog="mixtral-triton", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str, *groups: Callable[[Any], None]) -> Callable[..., Any]:
-        settings: dict[str, Any] = {"formatter_class": Help, "conflict_handler": "resolve"}
-        sub = commands.add_parser(name, help=help, description=help, **settings)
+        sub = commands.add_parser(name, help=help, description=help, conflict_handler="resolve")
         form = "JSON lines" if name in ("bench", "tune", "compile") else "one JSON document"
         sub.add_argument("--json", action="store_true", help=f"print {form} for a program to read")
         for add_group in groups:
@@ -109,8 +99,8 @@ def parser() -> argparse.ArgumentParser:
         return sub.add_argument
 
     def mesh(option: Any) -> None:
-        option("--tp", type=int, default=1, metavar="N", help="GPUs over which each expert is split; with torchrun")
-        option("--ep", type=int, default=1, metavar="N", help="GPUs that share the experts; with torchrun")
+        option("--tp", type=int, default=1, metavar="N", help="GPUs that split each expert; with torchrun; default: 1")
+        option("--ep", type=int, default=1, metavar="N", help="GPUs that share the experts; with torchrun; default: 1")
 
     def model(option: Any) -> None:
         option("folder", nargs="?", default=SMALL, help=f"{FOLDER}; default: the small one of the package")
@@ -120,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
         option("--weights", type=parse_weights, metavar="FORMAT", help=f"{text}and the head, too; default: as stored")
 
     def memory(option: Any) -> None:
-        text = "experts of each layer that stay in pinned host memory, read in place; auto: as many as have to"
+        text = "experts of each layer in pinned host memory, read in place; auto: as many as have to; default: 0"
         option("--offload", type=parse_offload, default=0, metavar="N|auto", help=text)
         option("--offload-by", type=Path, metavar="FILE", help="of `trace --counts`: offload those used least")
 
@@ -149,11 +139,11 @@ def parser() -> argparse.ArgumentParser:
     text = "put --prompt into the checkpoint's chat template, and answer each of several in turn"
     option("--chat", action="store_true", help=text)
     option("--system", metavar="TEXT", help="the system message of the chat; default: none")
-    option("--max-new-tokens", type=int, default=64, metavar="N", help="fewer where the text ends")
-    option("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy")
+    option("--max-new-tokens", type=int, default=64, metavar="N", help="fewer where the text ends; default: 64")
+    option("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy; default: 0")
     option("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens; default: all")
-    option("--top-p", type=float, default=1.0, metavar="P", help="of those, the fewest with this total probability")
-    option("--seed", type=int, default=0, metavar="N", help="of the sampling")
+    option("--top-p", type=float, default=1.0, metavar="P", help="of those, the likeliest of this total; default: 1")
+    option("--seed", type=int, default=0, metavar="N", help="of the sampling; default: 0")
 
     option = command("trace", "which experts each token of a prompt took, by layer", model, memory, prompt)
     option("--counts", type=Path, metavar="FILE", help="write how often each expert was taken, for --offload-by")
@@ -174,7 +164,7 @@ def parser() -> argparse.ArgumentParser:
     option("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16")
     text = "your function beside the one OP, called by position, checked before it is timed; repeatable"
     option("--peer", action="append", default=[], metavar="MODULE:FUNCTION", help=text)
-    text = "decode_step with so many experts of each layer in host memory; auto: as many as the GPU needs"
+    text = "decode_step with so many experts of each layer in host memory; auto: as many as the GPU needs; default: 0"
     option("--offload", type=parse_offload, default=0, metavar="N|auto", help=text)
     option("--without", action="append", default=[], metavar="PEER", help="leave a peer out; repeatable")
     option("--gpu", metavar="NAME", help=f"measure nothing, predict by a data sheet: {', '.join(RATED)}")
@@ -197,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     option("--host-memory", type=parse_memory, metavar="GIB", help=text)
     text = "to host memory: pcie4x16, pcie3x8, ...; default: the GPU's"
     option("--link", choices=LINKS, metavar="NAME", help=text)
-    option("--batch", type=int, default=1, metavar="B", help="sequences at a time")
+    option("--batch", type=int, default=1, metavar="B", help="sequences at a time; default: 1")
     option("--context", type=int, metavar="S", help="tokens a sequence; default: all the model's positions")
 
     option = command("compile", "compile every kernel for a GPU that need not be there", ops)
