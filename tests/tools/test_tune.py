@@ -163,7 +163,6 @@ def test_command_without_timing(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("decode_step", "route"),
         ("linear --at T=2048 --at N=32000", "TRITON_INTERPRET" if INTERPRETED else "nothing to tune"),
-        ("route --at T=64 --arch sm_12", "sm_12"),
     ],
 )
 def test_bad_input_is_one_line(
