@@ -1,18 +1,10 @@
-"""GPU architectures: the family whose launch configurations each uses, its limits, and what TMA reads."""
+"""GPU architectures: the family whose launch configurations each uses, and its limits; no import of torch or Triton."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING
-
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @dataclass(frozen=True)
@@ -74,32 +66,3 @@ def supports_pdl(arch: str) -> bool:
 def multiprocessors(arch: str) -> int:
     """Return the multiprocessors of the largest GPU of `arch`."""
     return ARCHS[arch if arch in ARCHS else family(arch)].sms
-
-
-def _strides(x: Tensor) -> list[int]:
-    """Return the strides of x; that of a dimension of one element, which can be anything, becomes its neighbour's."""
-    strides, sizes = list(x.stride()), x.shape[:-1]
-    known = next((stride for size, stride in zip(sizes, strides, strict=False) if size > 1), strides[0])
-    for axis, size in enumerate(sizes):
-        strides[axis] = known = strides[axis] if size > 1 else known
-    return strides
-
-
-def tma_can_read(x: Tensor, arch: str) -> bool:
-    """Return whether TMA of `arch` can read x: 16-bit, not empty, the last dimension contiguous, the base and the other
-    strides multiples of 16 bytes, each a multiple of the next, no stride 0."""
-    if not tma(arch) or x.dtype.itemsize != 2 or x.numel() == 0 or x.stride(-1) != 1 or x.data_ptr() % 16:
-        return False
-    outer = _strides(x)[:-1]
-    fits = all(stride > 0 and stride * x.dtype.itemsize % 16 == 0 for stride in outer)
-    return fits and all(stride % following == 0 for stride, following in pairwise(outer))
-
-
-def describe(x: Tensor, block: Sequence[int], arch: str) -> TensorDescriptor | None:
-    """Return a descriptor that loads tiles of shape `block`, zero outside x; None where pointers must read."""
-    if not tma_can_read(x, arch):
-        return None
-    # The command line reads ARCHS before it turns the interpreter on, which Triton's own functions read on import.
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(x, list(x.shape), _strides(x), list(block))

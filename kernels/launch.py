@@ -1,11 +1,12 @@
-"""The only entry point to a Triton launch, and the context that surrounds one."""
+"""The only entry point to a Triton launch, the context that surrounds one, and TMA's descriptors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import triton
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .arch import supports_pdl
+from .arch import supports_pdl, tma
 from .interpret import interpreting
 from .op import Launch, LaunchConfig
 
@@ -138,6 +139,30 @@ def tensors(args: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Return the tensors among a launch's arguments by name, including the bases of descriptors."""
     bases = {name: arg.base if isinstance(arg, TensorDescriptor) else arg for name, arg in args.items()}
     return {name: arg for name, arg in bases.items() if isinstance(arg, torch.Tensor)}
+
+
+def _strides(x: torch.Tensor) -> list[int]:
+    """Return the strides of x; that of a dimension of one element, which can be anything, becomes its neighbour's."""
+    strides, sizes = list(x.stride()), x.shape[:-1]
+    known = next((stride for size, stride in zip(sizes, strides, strict=False) if size > 1), strides[0])
+    for axis, size in enumerate(sizes):
+        strides[axis] = known = strides[axis] if size > 1 else known
+    return strides
+
+
+def tma_can_read(x: torch.Tensor, arch: str) -> bool:
+    """Return whether TMA of `arch` can read x: 16-bit, not empty, the last dimension contiguous, the base and the other
+    strides multiples of 16 bytes, each a multiple of the next, no stride 0."""
+    if not tma(arch) or x.dtype.itemsize != 2 or x.numel() == 0 or x.stride(-1) != 1 or x.data_ptr() % 16:
+        return False
+    outer = _strides(x)[:-1]
+    fits = all(stride > 0 and stride * x.dtype.itemsize % 16 == 0 for stride in outer)
+    return fits and all(stride % following == 0 for stride, following in pairwise(outer))
+
+
+def describe(x: torch.Tensor, block: Sequence[int], arch: str) -> TensorDescriptor | None:
+    """Return a descriptor that loads tiles of shape `block`, zero outside x; None where pointers must read."""
+    return TensorDescriptor(x, list(x.shape), _strides(x), list(block)) if tma_can_read(x, arch) else None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: LaunchConfig, **constexprs: Any) -> None:

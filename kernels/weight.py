@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .arch import amd, describe, tma_can_read
-from .launch import INTERPRETED
+from .arch import amd
+from .launch import INTERPRETED, describe, tma_can_read
 from .offload import ALIGNMENT, OffloadedWeight
 from .op import dense_rows
 from .pdl import pdl_wait

@@ -15,9 +15,8 @@ import triton
 from torch import Tensor
 
 from .. import reference
-from ..arch import describe
 from ..checks import INTS, Constraints, Within, fail
-from ..launch import launch, multiprocessors, select_configs, target_arch
+from ..launch import describe, launch, multiprocessors, select_configs, target_arch
 from ..op import Cost, Op, Shape, Sizes, dense_rows, random_inputs, sampler, shape_grid, shapes, switch
 from ..rope import Heads, New, Past, Queries, Slots, Table, cache_inputs, check_caches, check_head_size, strides, tables
 from .kernels import attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel

@@ -18,10 +18,9 @@ import triton
 from torch import Tensor
 
 from .. import reference
-from ..arch import describe
 from ..checks import INTS, SINGLE, Matrix, Within
 from ..dispatch import expected_distinct_experts, gather_by_expert, sample_ids, sort_by_expert
-from ..launch import Configs, launch, select_configs, target_arch
+from ..launch import Configs, describe, launch, select_configs, target_arch
 from ..op import Cost, Op, Shape, Sizes, dense_rows, power_of_2, random_inputs, sampler, shape_grid, shapes, switch
 from ..quantized import QUANT_NAMES, weight_bytes
 from ..weight import Weight
@@ -149,10 +148,10 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     """Count the weights of every expert in use, x and the result once; h and each slot's output, which do not fit on
     chip between launches, written once and read once.
 
-    `sizes["chosen"]`: the number of experts in use; by default the expectation under uniform routing.
+    `sizes["distinct"]`: the number of experts in use; by default the expectation under uniform routing.
     """
     T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
-    experts = sizes.get("chosen", expected_distinct_experts(T, K / E, E))
+    experts = sizes.get("distinct", expected_distinct_experts(T, K / E, E))
     gate_up = weight_bytes(switch(sizes, "gate_up"), 2 * I, H, dtype.itemsize)
     weights = experts * (gate_up + weight_bytes(switch(sizes, "down"), H, I, dtype.itemsize))
     elements = 2 * T * H + 2 * T * K * (H + I)

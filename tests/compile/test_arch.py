@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mixtral_triton.kernels import arch as arch_module
-from mixtral_triton.kernels.arch import ARCHS, family, multiprocessors, tma, tma_can_read
-from mixtral_triton.kernels.launch import target_arch
+from mixtral_triton.kernels.arch import ARCHS, family, multiprocessors, tma
+from mixtral_triton.kernels.launch import target_arch, tma_can_read
 from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS

@@ -86,7 +86,7 @@ def test_prefill_uses_cached_descriptors(gpu: Any) -> None:
     """Only what torch multiplies runs again."""
     gpu.driver.executes = False
     calls = count_layer(80)
-    assert not calls["tensor_descriptor.py", "__post_init__"] and not calls["arch.py", "describe"]
+    assert not calls["tensor_descriptor.py", "__post_init__"] and not calls["launch.py", "describe"]
     assert not [name for name in calls if name[1] == "configs"], calls
 
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from mixtral_triton import ops
 from mixtral_triton.kernels import reference as kernel_reference
-from mixtral_triton.kernels.arch import describe, tma_can_read
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.launch import INTERPRETED, describe, tma_can_read
 from mixtral_triton.kernels.op import Op, Shape, Sizes
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS

@@ -16,9 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mixtral_triton.kernels import linear
-from mixtral_triton.kernels.arch import describe
 from mixtral_triton.kernels.experts import op as experts
-from mixtral_triton.kernels.launch import INTERPRETED, launch
+from mixtral_triton.kernels.launch import INTERPRETED, describe, launch
 from mixtral_triton.kernels.op import LaunchConfig, Shape, Sizes
 from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import inputs
@@ -115,7 +114,7 @@ def test_small_experts_use_the_tiles_of_mixtral(T: int, sizes: Sizes) -> None:
 
 def weights_read(traffic: Traffic, sizes: Sizes, selected: int) -> float:
     """Weight bytes moved / those of the selected experts."""
-    with_weights, without = (OPS["expert_swiglu"].cost({**sizes, "chosen": n}, BF16).bytes for n in (selected, 0))
+    with_weights, without = (OPS["expert_swiglu"].cost({**sizes, "distinct": n}, BF16).bytes for n in (selected, 0))
     return traffic.moved("gate_up", "down") / (with_weights - without)
 
 
