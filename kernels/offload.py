@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 import threading
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -93,9 +94,7 @@ class OffloadedWeight(QuantizedWeight):
         E, *rest = stored.shape
         if E and (size := stored[0].nbytes) % ALIGNMENT:
             raise ValueError(f"OffloadedWeight: an expert's rows take {size} bytes, needs a multiple of {ALIGNMENT}")
-        kept = [expert for expert in range(E) if expert not in self.on_host]
-        self._place = [(int(each in on_host), (on_host if each in on_host else kept).index(each)) for each in range(E)]
-        self.resident = torch.empty((len(kept), *rest), dtype=stored.dtype, device=device)
+        self.resident = torch.empty((E - len(self.on_host), *rest), dtype=stored.dtype, device=device)
         self.host = _pinned((len(self.on_host), *rest), stored.dtype, self.resident.device)
         self.register_buffer("data", self._table())
         self._on_host = torch.tensor([each in self.on_host for each in range(E)]).long().to(device)
@@ -114,8 +113,8 @@ class OffloadedWeight(QuantizedWeight):
 
     def rows(self, expert: int) -> Tensor:
         """The memory of an expert's rows [N, K'], where it lies."""
-        memory, at = self._place[expert]
-        return (self.resident, self.host)[memory][at]
+        at = bisect_left(self.on_host, expert)
+        return self.host[at] if expert in self.on_host else self.resident[expert - at]
 
     def is_intact(self) -> bool:
         """Whether each address is that of its expert."""
@@ -174,12 +173,8 @@ class OffloadedWeight(QuantizedWeight):
         return QuantizedWeight(self.format, data, self.scales[index], zeros, shape, self.group)
 
     def dequantize(self) -> Tensor:
-        return torch.stack(
-            [
-                part if isinstance(part, Tensor) else part.dequantize()
-                for part in map(self.__getitem__, range(len(self)))
-            ]
-        ).float()
+        experts = (self[expert] for expert in range(len(self)))
+        return torch.stack([x.float() if self.format == "dense" else x.dequantize() for x in experts])
 
     def staged(self) -> Tensor:
         """A table of addresses on the device, where the host's experts are copied: each byte once, on another stream,
