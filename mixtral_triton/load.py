@@ -125,6 +125,20 @@ def workspace_bytes(config: MixtralConfig, batch: int, context: int) -> int:
     return rows * (row * stored_dtype(config).itemsize + counters) + 8 * batch * context
 
 
+def running_bytes(config: MixtralConfig, batch: int, context: int) -> dict[str, int]:
+    """Bytes beside the weights by what they hold, while `batch` sequences of `context` tokens are generated."""
+    return {
+        "cache": cache_bytes(config, batch, context),
+        "workspace": workspace_bytes(config, batch, context),
+        "logits": LOGIT_BYTES * batch * config.vocab_size,
+    }
+
+
+def usable_bytes(memory: int) -> int:
+    """Bytes that may be planned for, of all memory of a GPU."""
+    return memory - math.ceil(memory * TIGHT)
+
+
 def offloaded_bytes(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, QuantSpec], dtype: torch.dtype) -> int:
     """Bytes of one expert of each layer that offloading moves: its rows, without scales and zeros."""
     total = 0
@@ -151,8 +165,7 @@ def room_for_model(device: torch.device) -> int | None:
     free = free_memory(device)
     if free is None:
         return None
-    total = torch.cuda.get_device_properties(device).total_memory
-    return min(free, total - math.ceil(total * TIGHT) - OVERHEAD)
+    return min(free, usable_bytes(torch.cuda.get_device_properties(device).total_memory) - OVERHEAD)
 
 
 def check_offload(
@@ -166,8 +179,7 @@ def check_offload(
         raise ValueError(f"{caller}, and a mesh splits the experts over GPUs: needs 0, or no mesh")
     if offload == "auto":
         context, room = min(AUTO_CONTEXT, config.max_position_embeddings), room_for_model(device)
-        needed += cache_bytes(config, 1, context) + workspace_bytes(config, 1, context)
-        needed += LOGIT_BYTES * config.vocab_size
+        needed += sum(running_bytes(config, 1, context).values())
         count = 0 if room is None else min(most, experts_to_offload(config, needed, room, per_expert))
         if count == 0:
             warnings.warn("offload='auto': all experts fit the device, so none is offloaded", stacklevel=4)

@@ -25,17 +25,7 @@ from ..config import MixtralConfig, checkpoint_folder
 from ..inputs import WEIGHT_FORMATS, weight_bytes
 from ..kernels.op import Cost
 from ..kernels.record import record_launches
-from ..load import (
-    LOGIT_BYTES,
-    OVERHEAD,
-    TIGHT,
-    cache_bytes,
-    experts_to_offload,
-    offloaded_bytes,
-    stored_dtype,
-    table_bytes,
-    workspace_bytes,
-)
+from ..load import OVERHEAD, experts_to_offload, offloaded_bytes, running_bytes, stored_dtype, table_bytes, usable_bytes
 from ..model import Mixtral
 from ..quantize import hub
 from ..quantize.schemes import read_scheme
@@ -92,16 +82,10 @@ def memory_need(config: MixtralConfig, specs: QuantSpecs, batch: int, context: i
     need = {
         "weights": model_bytes(config, specs),
         "tables": table_bytes(config),
-        "cache": cache_bytes(config, batch, context),
-        "workspace": workspace_bytes(config, batch, context),
-        "logits": LOGIT_BYTES * batch * config.vocab_size,
+        **running_bytes(config, batch, context),
         "overhead": OVERHEAD,
     }
     return need | {"total": sum(need.values())}
-
-
-def usable_bytes(memory: int) -> int:
-    return memory - math.ceil(memory * TIGHT)
 
 
 @dataclass(frozen=True)

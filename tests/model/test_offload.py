@@ -96,8 +96,7 @@ def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(Mixtral.from_pretrained(SMALL, "cpu", offload="auto").layers[0].down_proj, torch.nn.Parameter)
     model = Mixtral.from_pretrained(SMALL, "cpu")
     needed, per_expert = 10_000_000, 1_000_000  # of which two of four layers are staged: each frees half
-    context = load.cache_bytes(model.config, 1, 1024) + load.workspace_bytes(model.config, 1, 1024)
-    context += load.LOGIT_BYTES * model.config.vocab_size
+    context = sum(load.running_bytes(model.config, 1, 1024).values())
     for room, count in ((10_000_000, 0), (9_999_999, 1), (8_600_000, 3), (1, 7)):
         monkeypatch.setattr(load, "room_for_model", lambda device, room=room: room + context)
         args = ("auto", model.config, None, torch.device("cpu"), needed, per_expert)

@@ -60,15 +60,15 @@ def test_cases_cover_both_models_all_token_counts_and_contexts_to_32k() -> None:
 def test_floor_follows_the_actual_routing() -> None:
     case = Case(OPS["expert_swiglu"], {"T": 6, "H": 32, "I": 16, "E": 8, "K": 2})
     args = case.inputs(CPU) | {"ids": torch.tensor([[3, 5]] * 6, dtype=torch.int32)}
-    assert case.cost(args).bytes == case.op.cost({**case.sizes, "chosen": 2}, case.dtype).bytes < case.cost().bytes
+    assert case.cost(args).bytes == case.op.cost({**case.sizes, "distinct": 2}, case.dtype).bytes < case.cost().bytes
     for offload in (0, 3):
         sizes = {**decode_step.SMALL, "B": 1, "offload": offload}
         step = decode_step.inputs(sizes, torch.float32, CPU, torch.Generator().manual_seed(0))
         routed, experts = decode_step.routed(step), sizes["E"]
-        assert routed["chosen"] == sizes["K"] and routed["chosen_on_host"] in ((0,) if not offload else (1, 1.5, 2))
+        assert routed["distinct"] == sizes["K"] and routed["distinct_on_host"] in ((0,) if not offload else (1, 1.5, 2))
         cost, all_on_gpu = (decode_step.cost({**sizes, **more}, torch.float32) for more in (routed, {"offload": 0}))
         each = sizes["L"] * 3 * sizes["H"] * sizes["I"] * 4
-        assert cost.host_bytes == routed["chosen_on_host"] * each
+        assert cost.host_bytes == routed["distinct_on_host"] * each
         assert cost.bytes + cost.host_bytes == all_on_gpu.bytes and cost.flops == all_on_gpu.flops
         assert decode_step.cost(sizes, torch.float32).host_bytes == 2 * offload / experts * each
 

@@ -81,7 +81,7 @@ class Case:
         """Return the compulsory work, for the experts that `args` select, or those expected of uniform routing."""
         routed: dict[str, Any] = {}
         if args is not None and "ids" in args:
-            routed["chosen"] = len(args["ids"].unique())
+            routed["distinct"] = len(args["ids"].unique())
         elif args is not None and self.op is decode_step.STEP:
             routed = decode_step.routed(args)
         return self.op.cost(Shape(self.sizes) | routed, self.dtype)

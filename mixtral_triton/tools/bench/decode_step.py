@@ -23,11 +23,11 @@ from ...kernels.dispatch import expected_distinct_experts
 from ...kernels.offload import OffloadedWeight
 from ...kernels.op import Cost, Op, Sizes
 from ...kernels.registry import OPS
-from ...load import check_offload, experts_to_offload, offloaded_bytes, select_experts
+from ...load import check_offload, experts_to_offload, offloaded_bytes, select_experts, usable_bytes
 from ...model import Mixtral
 from ...reference import block
 from ...weights import parameter_shapes
-from ..fit import memory_need, usable_bytes
+from ..fit import memory_need
 from ..gpus import GPU
 from ..trace import RouteRecorder
 
@@ -134,7 +134,7 @@ def routed(args: Args) -> dict[str, float]:
     rewind(args["cache"])
     selected = [set(ids.unique().tolist()) for ids in routes.ids]
     on_host = set(getattr(args["model"].layers[0].down_proj, "on_host", ()))
-    counts = {"chosen": map(len, selected), "chosen_on_host": (len(experts & on_host) for experts in selected)}
+    counts = {"distinct": map(len, selected), "distinct_on_host": (len(experts & on_host) for experts in selected)}
     return {name: sum(each) / len(selected) for name, each in counts.items()}
 
 
@@ -153,7 +153,7 @@ def resolve_offload(sizes: Sizes, dtype: torch.dtype, offload: int | str, gpu: G
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     """Count each needed weight once, and per layer the cache and the selected experts: their expected number under
-    uniform routing where `chosen` and `chosen_on_host` do not name it.
+    uniform routing where `distinct` and `distinct_on_host` do not name it.
 
     Activations between operations do not count: further fusion would keep them on the chip.
     """
@@ -164,8 +164,8 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     experts = OPS["expert_swiglu"].cost({**sizes, "T": B}, dtype)
     layer = (rows * H + 2 * H) * dtype.itemsize + attention.bytes + experts.bytes
     head = (V * H + H + B * H) * dtype.itemsize + 4 * B * V
-    distinct = sizes.get("chosen", expected_distinct_experts(B, K / E, E))
-    on_host = sizes.get("chosen_on_host", distinct * sizes.get("offload", 0) / E)
+    distinct = sizes.get("distinct", expected_distinct_experts(B, K / E, E))
+    on_host = sizes.get("distinct_on_host", distinct * sizes.get("offload", 0) / E)
     host = int(L * on_host * 3 * H * I * dtype.itemsize)
     flops = L * (2 * B * rows * H + attention.flops + experts.flops) + 2 * B * V * H
     return Cost(flops, L * layer + head - host, host)
