@@ -190,9 +190,8 @@ class QuantizedWeight(nn.Module):
 
     def dequantize(self) -> Tensor:
         """Return the exact weight in fp32, [(E,) N, K]."""
-        codes = unpack(self.data.to(self.device), self.format, self.shape[-1], self.group).unflatten(
-            -1, (-1, self.group)
-        )
+        codes = unpack(self.data.to(self.device), self.format, self.shape[-1], self.group)
+        codes = codes.unflatten(-1, (-1, self.group))
         if self.format == "fp8":
             values = codes.view(torch.float8_e4m3fn).float()
         elif self.format == "int8":

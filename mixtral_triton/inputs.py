@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .ops import readable
+from .kernels.checks import FLOATS, INTS, check_values, readable
 
 if TYPE_CHECKING:
     from .quantize.spec import QuantSpec
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 # Values of `weights`, by the names that `fit` prints.
 WEIGHT_FORMATS: dict[str, Any] = {"as stored": None, "fp8": "fp8", "int8": "int8", "int4": "int4"}
 WEIGHT_FORMATS |= {"int4, linear int8": {"experts": "int4", "linear": "int8"}}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes that operations compute in
 
 
 def is_int(value: Any, least: int) -> bool:
@@ -41,7 +40,7 @@ def usable_device(device: torch.device | str | None) -> torch.device:
 
 def check_dtype(name: str, dtype: Any) -> None:
     """Raise ValueError for a dtype that no operation computes in."""
-    if dtype not in DTYPES:
+    if dtype not in FLOATS:
         raise ValueError(f"{name}: dtype is {dtype}, needs torch.float32, bfloat16 or float16")
 
 
@@ -122,11 +121,7 @@ def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
 
 def check_lengths(lengths: Any, B: int, T: int, device: torch.device) -> None:
     """Raise ValueError unless lengths is int [B] on `device`, on a CPU with values in 0..T."""
-    valid = isinstance(lengths, Tensor) and lengths.dtype in (torch.int32, torch.int64) and lengths.shape == (B,)
+    valid = isinstance(lengths, Tensor) and lengths.dtype in INTS and lengths.shape == (B,)
     if not valid or lengths.device != device:
         raise ValueError(f"Mixtral: argument 'lengths' needs to be an int32 or int64 tensor [{B}] on {device}")
-    if not readable(lengths):
-        return
-    low, high = torch.stack(torch.aminmax(lengths)).tolist()
-    if low < 0 or high > T:
-        raise ValueError(f"Mixtral: argument 'lengths' is from {low} to {high}, needs values in 0..{T}")
+    check_values("Mixtral", "lengths", lengths, 0, T)

@@ -49,15 +49,14 @@ def load(
     config = MixtralConfig.from_pretrained(folder)
     headers, shard = hub.read_headers(folder), UNSHARDED if ranks is None else ranks.shard
     shard.check(config)
-    # Before the parameters are allocated: a broken config could ask for any size.
+    # The check and the plan come first: a broken config could ask for any number of parameters.
     fill: Callable[..., None]
     requantized: frozenset[str] = frozenset()
     if headers.scheme is None:
         fill = partial(weights.load, headers, weights.check(headers, config, shard), quantizer=quantizers.fill)
         specs: Mapping[str, QuantSpec] = select_specs(quantized, weights.parameter_shapes(config))
     else:
-        wanted_specs = None if quantized is None else select_specs(quantized, weights.parameter_shapes(config))
-        plan = hub.plan(headers, config, shard, wanted_specs)
+        plan = hub.plan(headers, config, shard, quantized)
         fill, specs = partial(hub.load, headers, plan), plan.specs
         requantized = frozenset(
             f"{each.name}.weight" for each in plan.linears if each.target.parameter in plan.requantized
@@ -72,19 +71,19 @@ def load(
     if ranks is not None:
         ranks.check_device(place)
     shapes, own_shapes = weights.parameter_shapes(config), weights.parameter_shapes(config, shard)
-    tables = table_bytes(config)
-
-    def bytes_of(quantized: Any) -> int:
-        return tables + weight_bytes(
-            own_shapes, shard.specs(select_specs(quantized, shapes), shapes, own_shapes), dtype
-        )
-
     specs = shard.specs(specs, shapes, own_shapes)
-    needed = tables + weight_bytes(own_shapes, specs, dtype)
+
+    def bytes_of(specs: Mapping[str, QuantSpec]) -> int:
+        return table_bytes(config) + weight_bytes(own_shapes, specs, dtype)
+
+    def bytes_if(quantized: Any) -> int:
+        return bytes_of(shard.specs(select_specs(quantized, shapes), shapes, own_shapes))
+
+    needed = bytes_of(specs)
     per_expert = offloaded_bytes(own_shapes, specs, dtype)
     count = check_offload(offload, config, ranks, place, needed, per_expert)
     needed -= count * (per_expert - staging_bytes(config, per_expert))
-    check_memory(place, needed, bytes_of if headers.scheme is None and not count else None)
+    check_memory(place, needed, bytes_if if headers.scheme is None and not count else None)
     on_host = select_experts(config, count, offload_by)
     model = cls(config, place, dtype, deterministic, specs, ranks, on_host)
     model.requantized = requantized

@@ -26,7 +26,7 @@ from ..weights import Headers, Stored, Target
 from . import quantizers
 from .layouts import Layout
 from .schemes import read_scheme
-from .spec import PARTS, QuantSpec, put
+from .spec import PARTS, QuantSpec, put, select_specs
 
 PIECE = 1 << 22  # codes that are unpacked at once
 QUANTIZABLE = {name for names in PARTS.values() for name in names}
@@ -68,11 +68,11 @@ def read_headers(folder: weights.Folder) -> Headers:
 
 
 def plan(
-    headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED, anew: Mapping[str, QuantSpec] | None = None
+    headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED, anew: str | Mapping[str, str] | None = None
 ) -> Plan:
     """Return the plan of a quantized folder; ValueError unless names, dtypes and shapes are those of its layouts.
 
-    anew  None: every parameter is read exactly, or refused. Else the specs of parameters that are quantized anew; of
+    anew  None: every parameter is read exactly, or refused. Else the formats of what is quantized anew (`weights`); of
           the others, those that no QuantizedWeight holds exactly become dense
     """
     scheme, folder = headers.scheme, headers.folder
@@ -103,7 +103,7 @@ def plan(
     by_parameter: dict[str, list[Linear]] = defaultdict(list)
     for linear in linears:
         by_parameter[linear.target.parameter].append(linear)
-    specs = dict(anew or {})
+    specs = select_specs(anew, weights.parameter_shapes(config))
     # Act-order's groups may be scattered, which only the data show.
     reordered = {linear.target.parameter for linear in linears if anew is not None and linear.layout.reordered}
     requantized = (by_parameter.keys() & specs.keys()) | reordered

@@ -64,11 +64,6 @@ def format_specs(config: MixtralConfig) -> dict[str, QuantSpecs]:
     return specs
 
 
-def model_bytes(config: MixtralConfig, specs: QuantSpecs, dtype: torch.dtype | None = None) -> int:
-    """Bytes of all parameters; `dtype`: of those that are not quantized, None: as stored."""
-    return weight_bytes(parameter_shapes(config), specs, dtype or stored_dtype(config))
-
-
 def parameters(config: MixtralConfig) -> tuple[int, int]:
     """How many there are, and how many a token meets: K of E experts."""
     counts = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
@@ -80,7 +75,7 @@ def parameters(config: MixtralConfig) -> tuple[int, int]:
 def memory_need(config: MixtralConfig, specs: QuantSpecs, batch: int, context: int) -> dict[str, int]:
     """Bytes of a model on one GPU, by what they hold, and "total"."""
     need = {
-        "weights": model_bytes(config, specs),
+        "weights": weight_bytes(parameter_shapes(config), specs, stored_dtype(config)),
         "tables": table_bytes(config),
         **running_bytes(config, batch, context),
         "overhead": OVERHEAD,

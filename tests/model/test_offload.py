@@ -116,9 +116,10 @@ def test_auto_takes_what_fit_says(gib: int, format: str, gpu: Any, monkeypatch: 
     specs, shapes = fit.format_specs(config)[format], parameter_shapes(config)
     gpu_of_fit = replace(find_gpu("h100"), mib=gib << 10)
     offload = fit.Request("", config, {format: specs}, "", 1, 4096).plan(format, gpu_of_fit).offload
-    needed = fit.model_bytes(config, specs) + load.table_bytes(config)
+    need = fit.memory_need(config, specs, 1, 4096)
     per_expert = load.offloaded_bytes(shapes, specs, torch.bfloat16)
-    assert load.check_offload("auto", config, None, torch.device("cuda"), needed, per_expert) == offload.experts
+    args = ("auto", config, None, torch.device("cuda"), need["weights"] + need["tables"], per_expert)
+    assert load.check_offload(*args) == offload.experts
 
 
 @once

@@ -18,7 +18,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.quantized import unpack
 from mixtral_triton.quantize import QuantizedWeight, quantize, quantizers
 from mixtral_triton.quantize.spec import select_specs
-from mixtral_triton.tools.fit import model_bytes, table_bytes
+from mixtral_triton.tools.fit import memory_need
 from mixtral_triton.verification import held_out, perplexity
 from mixtral_triton.weights import parameter_shapes, read_headers, table, total_bytes
 from tests.support import hub
@@ -272,7 +272,8 @@ def test_verify_finds_a_changed_tensor(weights: Any) -> None:
 def test_loading_checks_memory_before_it_allocates(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = MixtralConfig.from_pretrained(SMALL)
     specs = select_specs("int4", parameter_shapes(config))
-    free = model_bytes(config, specs) + table_bytes(config)
+    need = memory_need(config, specs, 1, 1)
+    free = need["weights"] + need["tables"]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)

@@ -76,6 +76,16 @@ def test_unsupported_layouts_are_quantized_anew_with_weights(tmp_path: Path, cas
     assert all(row.ok for row in report.rows if row.op == "weights") and 0.9 < report.quantization.min_cosine < 1
 
 
+@pytest.mark.parametrize("layout", [None, "awq 64"], ids=["dense", "quantized"])
+def test_a_config_far_beyond_the_files_is_refused_at_once(tmp_path: Path, layout: str | None, monkeypatch: Any) -> None:
+    hub.write(tmp_path, *hub.LAYOUTS[layout or "awq 64"], only="" if layout else "none of them")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1 << 30}))
+    monkeypatch.setattr("mixtral_triton.weights.table", lambda *args: pytest.fail("lists all tensors of that config"))
+    with pytest.raises(ValueError, match="the config asks for"):
+        load(tmp_path, weights="int8")
+
+
 def test_what_is_not_named_stays_as_stored(tmp_path: Path) -> None:
     meaning = hub.write(tmp_path, *hub.LAYOUTS["awq 64"])
     with warnings.catch_warnings(record=True) as caught:
@@ -92,7 +102,6 @@ def test_what_is_not_named_stays_as_stored(tmp_path: Path) -> None:
 def test_a_rank_quantizes_what_one_process_does(tmp_path: Path) -> None:
     from mixtral_triton.parallel import Shard
     from mixtral_triton.quantize.hub import load as fill
-    from mixtral_triton.quantize.spec import select_specs
 
     hub.write(tmp_path, *ACT_ORDER)
     whole = load(tmp_path, weights="int8")
@@ -100,7 +109,7 @@ def test_a_rank_quantizes_what_one_process_does(tmp_path: Path) -> None:
     for rank in range(2):
         shard = Shard(tp=2, tp_rank=rank, rank=rank)
         shapes, local = parameter_shapes(config), parameter_shapes(config, shard)
-        found = plan(headers, config, shard, select_specs("int8", shapes))
+        found = plan(headers, config, shard, "int8")
         specs = shard.specs(found.specs, shapes, local)
         weights: dict[str, Any] = {name: torch.empty(shape) for name, shape in local.items()}
         weights |= {name: spec.empty(local[name], "cpu") for name, spec in specs.items()}

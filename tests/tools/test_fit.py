@@ -20,7 +20,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.load import LOGIT_BYTES, OVERHEAD, cache_bytes, table_bytes, workspace_bytes
 from mixtral_triton.quantize.spec import select_specs
-from mixtral_triton.tools.fit import KNOWN, Plan, Request, format_specs, memory_need, model_bytes, parameters
+from mixtral_triton.tools.fit import KNOWN, Plan, Request, format_specs, memory_need, parameters
 from mixtral_triton.tools.gpus import GPU, GPUS, LINKS, MIB, find_gpu
 from mixtral_triton.tools.work import count_work
 from mixtral_triton.weights import parameter_shapes
@@ -38,8 +38,8 @@ def specs(config: MixtralConfig, weights: Any) -> Any:
     return select_specs(weights, parameter_shapes(config))
 
 
-def size(config: MixtralConfig, weights: Any, dtype: torch.dtype | None = None) -> int:
-    return model_bytes(config, specs(config, weights), dtype)
+def size(config: MixtralConfig, weights: Any) -> int:
+    return memory_need(config, specs(config, weights), 1, 1)["weights"]
 
 
 INT4 = specs(SMALLER, "int4")
