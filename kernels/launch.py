@@ -135,12 +135,6 @@ def select_configs(configs: Callable[..., Configs], sizes: Any, dtype: torch.dty
     return selected
 
 
-def tensors(args: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the tensors among a launch's arguments by name, including the bases of descriptors."""
-    bases = {name: arg.base if isinstance(arg, TensorDescriptor) else arg for name, arg in args.items()}
-    return {name: arg for name, arg in bases.items() if isinstance(arg, torch.Tensor)}
-
-
 def _strides(x: torch.Tensor) -> list[int]:
     """Return the strides of x; that of a dimension of one element, which can be anything, becomes its neighbour's."""
     strides, sizes = list(x.stride()), x.shape[:-1]

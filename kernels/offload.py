@@ -89,8 +89,8 @@ class OffloadedWeight(QuantizedWeight):
         """Unset, with the shape, dtypes, format and group of `like`, a weight on the meta device."""
         torch.nn.Module.__init__(self)
         self.shape, self.on_host = torch.Size(like.shape), tuple(on_host)
-        quantized, stored = isinstance(like, QuantizedWeight), like.data
-        self.format, self.group = (like.format, like.group) if isinstance(like, QuantizedWeight) else ("dense", 0)
+        self.format, self.group = getattr(like, "format", "dense"), getattr(like, "group", 0)
+        stored = like.data
         E, *rest = stored.shape
         if E and (size := stored[0].nbytes) % ALIGNMENT:
             raise ValueError(f"OffloadedWeight: an expert's rows take {size} bytes, needs a multiple of {ALIGNMENT}")
@@ -101,7 +101,7 @@ class OffloadedWeight(QuantizedWeight):
         self._staging = _Staging()
         self._following: Callable[[], OffloadedWeight | None] = lambda: None
         for name in ("scales", "zeros"):
-            part = getattr(like, name) if quantized else None
+            part = getattr(like, name, None)
             self.register_buffer(name, None if part is None else torch.empty_like(part, device=device))
         _weights[id(self)] = self
 

@@ -334,9 +334,8 @@ def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]
             return sampler(dtype, device, generator)(*shape, scale=shape[-1] ** -0.5 if is_weight else 1.0)
 
         args = {} if special is None else special(sizes, dtype, device, generator)
-        required = (
-            a for a in read_annotations(run)[0] if not (a.optional or a.kind is bool) or a.name in {*args, *sizes}
-        )
+        names = {*args, *sizes}
+        required = (a for a in read_annotations(run)[0] if a.name in names or not (a.optional or a.kind is bool))
         return {a.name: args[a.name] if a.name in args else value(a) for a in required}
 
     return inputs

@@ -25,7 +25,7 @@ from mixtral_triton.kernels import call, interpret, launch
 from mixtral_triton.kernels.interpret import interpreting
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.offload import OffloadedWeight, find_weight
-from tests.support.calls import replace_base
+from tests.support.calls import replace_base, tensors_of_launch
 from tests.support.traffic import active_addresses
 
 INTERPRET = launch.interpret
@@ -86,11 +86,12 @@ def fence_experts(name: str, weight: OffloadedWeight, fences: dict[str, Fence], 
 
 def run_fenced(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], turn: int) -> dict[str, Fence]:
     """Run a kernel on copies amid canaries, in turn 1 with the programs in reverse order; return the copies."""
-    fences = {name: Fence(tensor, turn) for name, tensor in launch.tensors(args).items()}
-    tables = {name: weight for name, x in launch.tensors(args).items() if (weight := find_weight(x)) is not None}
+    tensors = tensors_of_launch(args)
+    fences = {name: Fence(tensor, turn) for name, tensor in tensors.items()}
+    tables = {name: weight for name, x in tensors.items() if (weight := find_weight(x)) is not None}
     for name, weight in tables.items():
         fences[name].guarded.copy_(fence_experts(name, weight, fences, turn))
-    fenced = {name: replace_base(args[name], fences[name].guarded) for name in launch.tensors(args)}
+    fenced = {name: replace_base(args[name], fences[name].guarded) for name in tensors}
     with interpreting() as builder:
         # Integer arithmetic that overflows its type raises an error.
         builder.options = replace(builder.options, sanitize_overflow=True, debug=True)

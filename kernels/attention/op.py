@@ -286,7 +286,7 @@ OP = Op(
     ),
 )
 
-_CACHED_LETTERS = "B T Hq Hkv D C window past"
+_CACHED = "B T Hq Hkv D C window past"
 _RINGS = shapes("C window past", "4096 4096 4095, 32768 0 32767")
 
 CACHED_OP = Op(
@@ -296,10 +296,8 @@ CACHED_OP = Op(
     configs=configs,
     cost=cost,
     test_shapes=(
-        *shapes(
-            _CACHED_LETTERS, "2 5 4 2 64 16 16 0, 2 20 4 2 80 16 16 13, 2 40 2 2 96 16 16 100, 2 17 4 2 32 64 0 20"
-        ),
-        *shapes(_CACHED_LETTERS, "2 1 8 2 128 16 16 3, 2 1 4 2 80 16 16 77, 2 1 4 2 64 600 0 500", fresh=False),
+        *shapes(_CACHED, "2 5 4 2 64 16 16 0, 2 20 4 2 80 16 16 13, 2 40 2 2 96 16 16 100, 2 17 4 2 32 64 0 20"),
+        *shapes(_CACHED, "2 1 8 2 128 16 16 3, 2 1 4 2 80 16 16 77, 2 1 4 2 64 600 0 500", fresh=False),
     ),
     bench_shapes=tuple(
         Shape(B=B, T=T, **_HEADS, **ring, fresh=T > 1) for ring in _RINGS for B, T in ((1, 1), (32, 1), (1, 1024))
@@ -327,7 +325,7 @@ STEP_OP = CACHED_OP.variant(
     cost=step_cost,
     mutates=("k_cache", "v_cache"),
     test_shapes=shapes(
-        _CACHED_LETTERS,
+        _CACHED,
         "3 1 8 2 128 16 16 0, 3 1 8 2 96 16 16 13, 2 1 4 2 80 16 16 77, 2 1 4 4 64 64 0 40, 1 1 4 1 32 600 0 590, "
         "2 1 2 1 64 600 600 900, 2 1 4 2 32 600 0 0, 2 1 4 2 32 64 5 60",
     ),

@@ -20,7 +20,6 @@ from torch.distributions import Binomial
 
 from ..kernels.dispatch import expected_distinct_experts
 from ..kernels.experts.kernels import main_rows
-from ..kernels.launch import tensors
 from ..kernels.offload import find_weight
 from ..kernels.op import Launch
 
@@ -84,8 +83,7 @@ def count_work(launch: Launch) -> Work:
 
 def _operands(launch: Launch) -> Operands:
     """Return tensors by name without _ptr; a descriptor's tensor is that of a pointer, too."""
-    found = tensors(dict(launch.args))
-    return {name.removesuffix("_ptr"): one for name, one in found.items() if not name.endswith("_desc")}
+    return {name.removesuffix("_ptr"): x for name, x in launch.args.items() if isinstance(x, Tensor)}
 
 
 def _nbytes(t: Operands, *names: str) -> int:

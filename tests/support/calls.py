@@ -1,6 +1,6 @@
 """Calls of operations in tests: their arguments, copies of these, and their results as one list."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +49,12 @@ def outputs(name: str, function: Callable[..., Any], args: Args) -> list[Tensor]
     """Call `function` on copies of `args`; return its results and the caches that the operation writes into."""
     args = copies(args)
     return [*as_tuple(function(**args)), *(args[cache] for cache in OPS[name].mutates)]
+
+
+def tensors_of_launch(args: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors among a launch's arguments by name, including the bases of descriptors."""
+    bases = {name: arg.base if isinstance(arg, TensorDescriptor) else arg for name, arg in args.items()}
+    return tensors(bases)
 
 
 def replace_base(arg: Any, tensor: Tensor) -> Any:

@@ -18,7 +18,7 @@ import torch
 from mixtral_triton.kernels import launch as launching
 from mixtral_triton.kernels.interpret import interpreting
 from mixtral_triton.kernels.offload import find_weight
-from tests.support.calls import replace_base
+from tests.support.calls import replace_base, tensors_of_launch
 
 
 def active_addresses(pointers: Any, mask: Any) -> np.ndarray:
@@ -103,7 +103,7 @@ class Traffic:
 
 def _interpret(counted: Kernel, kernel: Any, args: dict[str, Any]) -> None:
     """Run `launch.interpret` and count. Tensors get memory of their own, since views may overlap."""
-    call, tensors = dict(args), launching.tensors(args)
+    call, tensors = dict(args), tensors_of_launch(args)
     short = {name: name.removesuffix("_ptr").removesuffix("_desc") for name in tensors}
     for name, tensor in tensors.items():
         if short[name] not in counted.arguments:

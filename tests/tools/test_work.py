@@ -11,7 +11,7 @@ import torch
 from mixtral_triton.kernels import linear, reference
 from mixtral_triton.kernels.dispatch import expected_distinct_experts
 from mixtral_triton.kernels.experts import tiles as expert_tiles
-from mixtral_triton.kernels.launch import INTERPRETED, override_configs, tensors
+from mixtral_triton.kernels.launch import INTERPRETED, override_configs
 from mixtral_triton.kernels.op import Launch, LaunchConfig, Shape
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
@@ -214,8 +214,7 @@ def test_decode_loads_little_more_than_its_weights_from_l2(
     monkeypatch.setattr(linear, "use_skinny_kernel", lambda *sizes: True)
     for name in ("linear", "expert_swiglu"):
         for launch in recorded(name, Shape(T=T, H=H, I=I, N=N, E=8, K=2)):
-            operands = tensors(dict(launch.args))
-            weights = [one for key, one in operands.items() if key in ("weight_ptr", "gate_up_ptr", "down_ptr")]
+            weights = [one for key, one in launch.args.items() if key in ("weight_ptr", "gate_up_ptr", "down_ptr")]
             share = expected_distinct_experts(T, 2 / 8, 8) / 8 if name == "expert_swiglu" else 1.0
             for weight in weights:  # the experts' combine has none
                 assert count_work(launch).loaded / (weight.nbytes * share) <= A_WEIGHT_BYTE[T], (launch.kernel, T)
