@@ -122,7 +122,7 @@ class TransformersTarget(Target):
     @contextmanager
     def forward(self, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Iterator[Callable[..., Tensor]]:
         """The backbone's forward."""
-        from ..hf.mask import CACHE
+        from ..hf.attention import CACHE
 
         def enter(index: int, layer: Any, args: Any) -> Any:
             return probe.enter(index, args[0]), *args[1:]
