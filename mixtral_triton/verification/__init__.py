@@ -25,10 +25,9 @@ from ..model import Mixtral
 from ..tools.tolerance import Fp64Reference, to_fp64
 from .calls import SizedCalls
 from .generation import check_generate
-from .hf import TransformersTarget, compare_with_transformers
 from .layers import LayerProbe, Target, compare_in_fp32, compare_layers
-from .mesh import MeshTarget
 from .report import END_RATIO, TORCH, Report, Row, worst_rows
+from .targets import MeshTarget, TransformersTarget, compare_with_transformers
 from .weights import check_weights, estimate, held_out, perplexity
 
 __all__ = ["Report", "Row", "estimate", "held_out", "perplexity", "verify"]

@@ -112,13 +112,15 @@ class Target:
                 raise
             record(f"{type(error).__name__}: {' '.join(str(error).split())}"[:ERROR_LENGTH])
 
-    def measure(
-        self, layer: int | None, op: str, case: str, args: tolerance.Args, operation: Any = ops.dispatched
-    ) -> list[Row]:
+    def operation(self, name: str, args: tolerance.Args) -> Callable[..., Any]:
+        """The runtime's function for a call of this operation."""
+        return ops.dispatched(name, args)
+
+    def measure(self, layer: int | None, op: str, case: str, args: tolerance.Args) -> list[Row]:
         """The row of one call of an operation."""
         expected, rows = Tolerance(op, args), list[Row]()
         with self.catch_faults(lambda note: rows.append(Row(layer, op, case, math.inf, 0.0, note))):
-            rows.append(Row(layer, op, case, *expected.measure(operation(op, args))))
+            rows.append(Row(layer, op, case, *expected.measure(self.operation(op, args))))
         return rows
 
     def make_cache(self, config: Any, batch: int, slots: int) -> Any:
@@ -197,7 +199,7 @@ def compare_layers(
         layer = target.layers[index]
         check = target.check(layer, expected.x, target.config)
         for call in check.calls(index) if calls is None else calls(check, index):
-            rows += target.measure(index, *call, check.operation)
+            rows += target.measure(index, *call)
         # One pass over the layer's weights in fp64, for torch's input of the layer and for fp64's.
         inputs, size = with_perturbed_input(check.values.x), 2 * len(x)
         both = check.fp64(torch.cat((inputs, exact.to(inputs.device))))

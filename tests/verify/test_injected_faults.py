@@ -227,7 +227,7 @@ def test_fault_that_transformers_layers_show(fault: str, dtype: torch.dtype) -> 
 def test_transformers_has_one_layer_at_a_time(weights: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A quantized model is compared with its dequantized weights."""
     pytest.importorskip("transformers")
-    loaded = one_at_a_time(monkeypatch, verification.hf, "_load_layer")
+    loaded = one_at_a_time(monkeypatch, verification.targets, "_load_layer")
     folder = tmp_path if weights == "awq" else SMALL
     if weights == "awq":
         hub.write(tmp_path, *hub.LAYOUTS["awq 64"])
