@@ -12,7 +12,6 @@ import math
 import re
 import timeit
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +30,7 @@ from ..quantize.spec import PARTS, QuantSpec
 from ..tools.tolerance import fp64_block, largest, to_fp64
 from ..weights import parameter_shapes
 from .layers import Step, Target
-from .report import Row, worst_rows
+from .report import QuantizationCost, Row, worst_rows
 from .source import LAYER, OUTSIDE, Source, config_rows
 
 EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.w[123]\.weight")
@@ -70,15 +69,15 @@ def check_weights(target: Target, folder: Any, ids: Tensor, step: Step) -> tuple
     Each tensor of the files is read once, and one layer of them is in memory at a time. On a mesh every rank computes
     all of it.
     """
-    source, cost, stored = None if folder is None else Source(folder), None, None
-    rows = [] if source is None else config_rows(source, target)
-    quantizes = source is not None and (source.quantization is None or target.model.requantized)
-    if source is not None and quantizes and quantized_formats(target.model):
+    layers = {OUTSIDE, *range(len(target.layers))}
+    if folder is None:
+        return [row for at in sorted(layers) for row in _check_layer(target, at)], None
+    source, cost = Source(folder), None
+    rows = config_rows(source, target)
+    if quantized_formats(target.model) and (source.quantization is None or target.model.requantized):
         cost = _LayerByLayer(target, source, ids)
-    for at in sorted({OUTSIDE, *range(len(target.layers)), *(() if source is None else source.layers)}):
+    for at in sorted(layers | source.layers.keys()):
         rows += _check_layer(target, at)
-        if source is None:
-            continue
         stored = None if cost is None else cost.empty(at)
         rows += _compare_layer(source, target, at, stored)
         if cost is not None:
@@ -118,7 +117,7 @@ def _is_finite(weight: Any) -> bool:
     return all(bool(part.isfinite().all()) for part in values)
 
 
-def _compare_layer(source: Source, target: Target, at: int, stored: Any = None) -> list[Row]:
+def _compare_layer(source: Source, target: Target, at: int, stored: Any) -> list[Row]:
     """The rows of one layer, or OUTSIDE, with the largest difference from the files, and one for weights that were
     quantized while loading, with the error of `_rounding_error`. The files' tensors are put into `stored`, too.
 
@@ -222,36 +221,6 @@ def held_out(folder: Any, config: Any) -> Tensor | None:
     if not integers or not 0 <= min(ids) <= max(ids) < config.vocab_size:  # type: ignore[type-var,arg-type]
         raise ValueError(f"{file}: ids needs to be a list of at least two token ids below {config.vocab_size}")
     return torch.tensor(ids)
-
-
-@dataclass(frozen=True)
-class QuantizationCost:
-    """Both models in fp64: on the dequantized weights, and on the weights of the files.
-
-    formats  of the quantized parts of the model, by their names in PARTS
-    cosine   between the logits of a token in both, the mean over all tokens; `min_cosine`: the smallest
-    flips    of `routed` routes (a token in a layer), those that differ
-    perplexity, stored_perplexity  of the folder's held-out text; None where it has none
-    """
-
-    formats: dict[str, str]
-    cosine: float
-    min_cosine: float
-    flips: int
-    routed: int
-    perplexity: float | None = None
-    stored_perplexity: float | None = None
-
-    def __str__(self) -> str:
-        kinds = ", ".join(f"{part} {format}" for part, format in self.formats.items())
-        text = (
-            f"Quantized: {kinds}. Cost against the weights as stored, in fp64: cosine of the logits {self.cosine:.5f}, "
-            f"of the worst token {self.min_cosine:.5f}; routes that differ: {self.flips} of {self.routed}"
-        )
-        if self.perplexity is None or self.stored_perplexity is None:
-            return f"{text}."
-        percent = 100 * (self.perplexity / self.stored_perplexity - 1)
-        return f"{text}; perplexity {self.perplexity:.3f}, as stored {self.stored_perplexity:.3f} ({percent:+.2f} %)."
 
 
 def quantized_formats(model: Any) -> dict[str, str]:
