@@ -24,7 +24,7 @@ from ..kernels.quantized import QuantizedWeight
 from ..parallel import UNSHARDED, Shard
 from ..weights import Headers, Stored, Target
 from . import quantizers
-from .layouts import Layout
+from .layouts import FLOATS, Layout
 from .schemes import read_scheme
 from .spec import PARTS, QuantSpec, put
 
@@ -88,7 +88,8 @@ def plan(
         prefix = name.removesuffix(".weight")
         linear = Linear(prefix, target, by_linear[prefix], layout := scheme.layout(prefix))
         quantizable = target.parameter.rpartition(".")[2] in QUANTIZABLE
-        if not quantizable or not layout.is_quantized({part: stored.dtype for part, stored in linear.parts.items()}):
+        codes = linear.parts.get(layout.codes.name)
+        if not quantizable or codes is None or codes.dtype in FLOATS:
             dense[name], need[name] = target, target.shape
             continue
         if any(scheme.matches(linear.name, pattern) for pattern in scheme.dense):

@@ -6,7 +6,7 @@ eight values of 4 bits or four of 8, the first in the lowest bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -111,10 +111,6 @@ class Layout:
         if K % size:
             raise ValueError(f"groups of {size} do not divide {K} columns")
         return size
-
-    def is_quantized(self, dtypes: Mapping[str, str]) -> bool:
-        """Return whether a linear whose parts have these dtypes is quantized."""
-        return dtypes.get(self.codes.name, FLOATS[0]) not in FLOATS
 
     def parts(self, N: int, K: int) -> dict[str, Part]:
         """Return the tensors of a linear by the last part of their names."""
