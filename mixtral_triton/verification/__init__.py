@@ -118,7 +118,7 @@ def _verify(
 ) -> Report:
     config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
     ids = default_text(input_ids, config, device, tokens)
-    fp32 = not quick and dtype != torch.float32
+    fp32 = target.widens and not quick and dtype != torch.float32
     readings = len(list(target.readings(config, *ids.shape)))
     total = config.num_hidden_layers * (1 + readings + (folder is not None) + (peer is not None) + fp32)
     done = count(1)
@@ -156,7 +156,7 @@ def _verify(
         backend = f"Triton on {torch.cuda.get_device_name(device)}"
     if quick and dtype != torch.float32:
         sized.not_run.append("layers in fp32, which shows what 16 bits hide (without --quick)")
-    elif fp32 and not target.widens:
+    elif not target.widens and dtype != torch.float32:
         sized.not_run.append("layers in fp32: only those of a Mixtral on one device can be taken out")
     routed, not_run = config.num_hidden_layers * ids.numel(), tuple(sized.not_run)
     return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, cost, not_run)

@@ -219,7 +219,7 @@ def compare_layers(
 def compare_in_fp32(target: Target, expected: TextReference, step: Step) -> list[Row]:
     """The rows of each layer alone with its weights widened to fp32, on torch's input of that layer."""
     rows = []
-    for index, layer in enumerate(expected.layers if target.widens else ()):
+    for index, layer in enumerate(expected.layers):
         single = Target(single_layer_model(target.model, target.layers[index], layer.x))
         B, T, _ = layer.x.shape
         found = compare_layers(single, torch.arange(B * T, device=layer.x.device).view(B, T))[0]
