@@ -32,7 +32,7 @@ from ..tools.tolerance import FLOOR, Args, Fp64Reference, LayerReference
 from ..weights import parameter_shapes, qkv_rows
 from .layers import PADDING, LayerCheck, LayerProbe, Reading, Step, Target
 from .report import PEER, Row
-from .source import OUTSIDE, Source
+from .source import Source
 from .weights import _place
 
 MIN_TOKENS = 24  # of a text whose rounding errors set a limit for attention and experts alone
@@ -202,7 +202,7 @@ def _load_layer(source: Source, model: Mixtral, index: int) -> Any:
     config.num_hidden_layers, tensors = 1, {}
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    for name, files in (source.layers[OUTSIDE] | source.layers[index]).items():
+    for name, files in (source.layers[None] | source.layers[index]).items():
         ours = _place(model, name)
         tensor = source.read(files, "cpu")
         if not isinstance(ours, QuantizedWeight):
