@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ..kernels.quantized import BITS, GROUPS, SCALES, QuantizedWeight, pack
 
-FORMATS = tuple(BITS)
 PARTS = {"experts": ("gate_up_proj", "down_proj"), "linear": ("qkv_proj", "o_proj", "lm_head")}
-ALLOWED = f"None, one of {', '.join(FORMATS)} (the experts), or a dict of these with the keys {', '.join(PARTS)}"
+ALLOWED = f"None, one of {', '.join(BITS)} (the experts), or a dict of these with the keys {', '.join(PARTS)}"
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class QuantSpec:
     def default_for(cls, format: str, K: int, group: int | None = None) -> QuantSpec:
         """Return what `quantize` produces: int4 in groups with bf16 scales; int8 and fp8 with an fp32 scale per row."""
         if format not in BITS:
-            raise ValueError(f"quantize: format is {format!r}, needs one of {', '.join(FORMATS)}")
+            raise ValueError(f"quantize: format is {format!r}, needs one of {', '.join(BITS)}")
         groups = GROUPS if format == "int4" else (K,)
         if not (sizes := [size for size in groups if K % size == 0 and group in (None, size)]):
             needs = f"groups of {' or '.join(map(str, groups))} that divide {K} columns"
@@ -59,7 +58,7 @@ def select_specs(
     if weights is None:
         return {}
     wanted = {"experts": weights} if isinstance(weights, str) else weights
-    known = isinstance(wanted, Mapping) and all(PARTS.get(part) and wanted[part] in FORMATS for part in wanted)
+    known = isinstance(wanted, Mapping) and all(PARTS.get(part) and wanted[part] in BITS for part in wanted)
     if not wanted or not known:
         raise ValueError(f"{caller}: weights is {weights!r}, needs {ALLOWED}")
     formats = {name: format for part, format in wanted.items() for name in PARTS[part]}

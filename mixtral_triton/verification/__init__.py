@@ -146,7 +146,7 @@ def _verify(
     rows.append(Row(None, target.output, "end to end", *expected_logits.measure(out)))
     if peer is not None:
         rows += compare_with_transformers(folder, target.model, ids, expected.layers, expected_logits, step)
-    if target.generates:
+    if target.ours:
         with target.catch_faults(lambda note: rows.append(Row(None, "generate", "", math.inf, 0.0, note))):
             rows += check_generate(target, ids, *logits)
     if isinstance(target, MeshTarget):
@@ -212,9 +212,8 @@ def _race_error(
     # at the edge: a token there may take part, and need not.
     ascending = p.sort(-1).values
     sums = F.pad(ascending.cumsum(-1), (1, 0))
-    least, most = (
-        sums[:, -1:] - sums.gather(-1, torch.searchsorted(ascending, p, right=right)) for right in (True, False)
-    )
+    starts = (torch.searchsorted(ascending, p, right=right) for right in (True, False))
+    least, most = (sums[:, -1:] - sums.gather(-1, start) for start in starts)
     race = p / clock
     allowed = race.where((least < top_p + EDGE) | (top_p == 1), 0.0).gather(-1, sampled_ids[:, None])[:, 0]
     certain = race.where((most - p < top_p - EDGE) | (top_p == 1), 0.0).amax(-1)

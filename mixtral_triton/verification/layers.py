@@ -47,10 +47,10 @@ class Target:
     """A Mixtral as `verify` uses it: the weights for torch's computation, and the model's own forward."""
 
     output, peer = "logits", TORCH  # what the model's head gives; what the model is compared with
-    uneven = True  # whether the forward takes chunks of unequal length
+    ours = True  # a Mixtral: its forward takes chunks of unequal length and another window, and it has `generate`
     catches_faults = True  # whether an error that an operation or a forward raises is a wrong row
     widens = True  # whether a layer can be taken out and compared in fp32
-    generates = True  # whether the model has a `generate` of ours
+    operation = staticmethod(ops.dispatched)  # the runtime's function for (operation, arguments)
     local_config: Callable[[Any], Any] = staticmethod(lambda config: config)  # that of the model's own layers
 
     def __init__(self, model: Any) -> None:
@@ -66,7 +66,7 @@ class Target:
     def probe_config(self, tokens: int) -> Any:
         """The config with a window that is shorter than the text."""
         window = self.config.sliding_window
-        if window is None or window < tokens:
+        if not self.ours or window is None or window < tokens:
             return self.config
         return replace(self.config, sliding_window=max(1, tokens // WINDOW_FRACTION))
 
@@ -79,11 +79,11 @@ class Target:
         yield UNCACHED, (text := torch.arange(T).expand(B, T)), text >= 0, None, {}
         cache, single, behind = self.make_cache(config, B, T + PADDING), min(SINGLE_TOKENS, T - 1) or 1, torch.arange(B)
         bounds = sorted({0, -(-2 * (T - single) // 5), -(-3 * (T - single) // 4), T - single})
-        ends = [(bound - behind * (at % 2) * self.uneven).clamp(min=0) for at, bound in enumerate(bounds)]
+        ends = [(bound - behind * (at % 2) * self.ours).clamp(min=0) for at, bound in enumerate(bounds)]
         ends += [ends[-1] + at for at in range(1, single + 1)]
         for at, (begin, end) in enumerate(pairwise(ends)):
             is_chunk, counts = at + single < len(ends) - 1, end - begin
-            padding = PADDING if self.uneven and begin[0] and is_chunk else 0
+            padding = PADDING if self.ours and begin[0] and is_chunk else 0
             columns = torch.arange(int(counts.max()) + padding)
             valid = columns < counts[:, None]
             tokens = torch.where(valid, begin[:, None] + columns, 0)
@@ -111,10 +111,6 @@ class Target:
             if not self.catches_faults:
                 raise
             record(f"{type(error).__name__}: {' '.join(str(error).split())}"[:ERROR_LENGTH])
-
-    def operation(self, name: str, args: tolerance.Args) -> Callable[..., Any]:
-        """The runtime's function for a call of this operation."""
-        return ops.dispatched(name, args)
 
     def measure(self, layer: int | None, op: str, case: str, args: tolerance.Args) -> list[Row]:
         """The row of one call of an operation."""

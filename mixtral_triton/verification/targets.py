@@ -8,7 +8,7 @@ B batch, T tokens, H hidden
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -28,7 +28,7 @@ from ..kernels.registry import OPS
 from ..model import Layer, Mixtral
 from ..parallel import Shard
 from ..quantize.spec import put
-from ..tools.tolerance import FLOOR, Args, Fp64Reference, LayerReference
+from ..tools.tolerance import FLOOR, Fp64Reference, LayerReference
 from ..weights import parameter_shapes, qkv_rows
 from .layers import PADDING, LayerCheck, LayerProbe, Reading, Step, Target
 from .report import PEER, Row
@@ -41,7 +41,7 @@ MIN_TOKENS = 24  # of a text whose rounding errors set a limit for attention and
 class TransformersTarget(Target):
     """A transformers Mixtral, applied or not, which is left as it was. `apply`: its own forward is that of `apply`."""
 
-    peer, uneven, widens, generates = "transformers' own modules", False, False, False
+    peer, ours, widens = "transformers' own modules", False, False
 
     def __init__(self, model: Any, apply: bool = True) -> None:
         self.apply, self.theirs = apply, hf.import_modules("verify", model).theirs
@@ -91,9 +91,6 @@ class TransformersTarget(Target):
         )
         cos, sin = (part[0, :, : attn.head_dim // 2].contiguous() for part in rotary(x.float()))
         return LayerCheck(values, layer, config, {"cos": cos, "sin": sin})
-
-    def probe_config(self, tokens: int) -> MixtralConfig:
-        return self.config
 
     def make_cache(self, config: MixtralConfig, batch: int, slots: int) -> Any:
         from transformers import DynamicCache
@@ -256,7 +253,8 @@ class MeshTarget(Target):
             setattr(check, name, getattr(local, name))
         return check
 
-    def operation(self, name: str, args: Args) -> Callable[..., Any]:
+    @staticmethod
+    def operation(name: str, args: Mapping[str, Any]) -> Callable[..., Any]:
         """The runtime's function without its checks, which would reject another rank's experts on a CPU."""
         return lambda **kwargs: call_unchecked(OPS[name], OPS[name].bind(**kwargs))
 
