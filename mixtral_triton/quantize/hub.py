@@ -199,8 +199,7 @@ def _fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -
 
     exact: codes, scales and zeros; else values, which are quantized anew unless `weight` is a tensor.
     """
-    layout, (N, K), ((rows,), (columns,)) = linear.layout, linear.target.shape, linear.target.kept
-    width, step = columns.stop - columns.start, max(1, PIECE // K)
+    layout, (N, K), (rows, (columns,)) = linear.layout, linear.target.shape, linear.target.kept
 
     def read(part: str, *index: slice) -> Tensor:
         name, file = f"{linear.name}.{part}", files[linear.parts[part].file]
@@ -208,16 +207,16 @@ def _fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -
 
     with _error_prefix(f"{linear.parts[layout.codes.name].file}: {linear.name}"):
         if exact and layout.group not in (None, -1) and (columns.start % layout.group or columns.stop % layout.group):
-            raise ValueError(f"a mesh leaves a rank {width} of its {K} columns: groups of {layout.group} cannot be cut")
+            left = columns.stop - columns.start
+            raise ValueError(f"a mesh leaves a rank {left} of its {K} columns: groups of {layout.group} cannot be cut")
         groups = layout.check(read, N, K, linear.parts, exact)
-        for start in range(rows.start, rows.stop, step):
-            piece = slice(start, min(start + step, rows.stop))
+        for piece, place in weights.cut(rows, max(1, PIECE // K)):
             codes, scales, zeros = layout.rows(read, piece, columns if exact else slice(0, K), K)
             if not torch.isfinite(scales).all():
                 raise ValueError("a scale is NaN or infinite: this file is damaged")
             if layout.format == "fp8" and ((codes & 127) == 127).any():
                 raise ValueError("a weight is NaN (0x7F or 0xFF in fp8): this file is damaged")
-            destination = weight[piece.start - rows.start : piece.stop - rows.start]
+            destination = weight[place]
             if exact:
                 put(destination, codes, scales, zeros)
                 continue
