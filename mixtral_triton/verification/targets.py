@@ -105,17 +105,16 @@ class TransformersTarget(Target):
         yield from super().readings(config, B, T)
         at, row = torch.arange(T), torch.arange(max(B, 2))[:, None]
         padded, packed = at - row % 3 * T // 4, at % (T // 2 + 1 + row % 3)  # positions [R,T], negative for padding
-        dynamic = partial(self.make_cache, config, B, T)
         static = partial(StaticCache, config=self.backbone.config, max_cache_len=T + PADDING)
-        cases: list[tuple[str, Tensor, Callable[[], Any] | None]] = [
+        cases: list[tuple[str, Tensor, Any]] = [
             ("left-padded", padded, None),
-            ("padded, cached", padded, dynamic),
-            ("static cache", at.expand_as(padded), static),
-            ("padded, static", padded, static),
+            ("padded, cached", padded, self.make_cache(config, B, T)),
+            ("static cache", at.expand_as(padded), static()),
+            ("padded, static", padded, static()),
             ("packed", packed, None),
         ]
-        for case, positions, make_cache in cases:
-            cache, real = None if make_cache is None else make_cache(), positions >= 0
+        for case, positions, cache in cases:
+            real = positions >= 0
             # Over a cache a prefill, a chunk and one token.
             for begin, end in pairwise([0, T] if cache is None else sorted({0, T // 2, T - 1, T})):
                 part = positions[:, begin:end]
@@ -197,8 +196,7 @@ def _load_layer(source: Source, model: Mixtral, index: int) -> Any:
 
     config = MixtralConfig.from_pretrained(source.folder)
     config.num_hidden_layers, tensors = 1, {}
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     for name, files in (source.layers[None] | source.layers[index]).items():
         ours = _place(model, name)
         tensor = source.read(files, "cpu")
@@ -296,14 +294,14 @@ class _GatheredLayers:
 
     def __init__(self, target: MeshTarget) -> None:
         self.target = target
-        self.last: tuple[int, Layer] | None = None
+        self.last: dict[int, Layer] = {}
 
     def __len__(self) -> int:
         return len(self.target.model.layers)
 
     def __getitem__(self, index: int) -> Layer:
-        if self.last is None or self.last[0] != index:
-            self.last = None  # frees its memory first
+        if index not in self.last:
+            self.last.clear()  # frees its memory first
             local = self.target.model.layers[index]  # IndexError ends an iteration
             weights: dict[str, Any] = {}
             for name, weight in (*local.named_parameters(recurse=False), *local.named_children()):
@@ -311,8 +309,8 @@ class _GatheredLayers:
                 weights[name] = nn.Parameter(whole, requires_grad=False) if isinstance(whole, Tensor) else whole
             layer = Layer(self.target.config, weights)
             object.__setattr__(layer, "local", local)  # not as a submodule, whose weights would be the layer's
-            self.last = index, layer
-        return self.last[1]
+            self.last[index] = layer
+        return self.last[index]
 
 
 def _indices(name: str, config: MixtralConfig, shard: Shard, group: int) -> Any:
