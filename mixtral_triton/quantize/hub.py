@@ -23,10 +23,9 @@ from ..config import MixtralConfig, checkpoint_folder
 from ..kernels.quantized import QuantizedWeight
 from ..parallel import UNSHARDED, Shard
 from ..weights import Headers, Stored, Target
-from . import quantizers
+from . import PARTS, QuantSpec, fill, put
 from .layouts import FLOATS, Layout
 from .schemes import read_scheme
-from .spec import PARTS, QuantSpec, put
 
 PIECE = 1 << 22  # codes that are unpacked at once
 QUANTIZABLE = {name for names in PARTS.values() for name in names}
@@ -170,7 +169,7 @@ def load(
         warnings.warn(f"{headers.folder}: {text}", stacklevel=4)
         if progress:
             progress(sum(headers.tensors[name].nbytes for name in plan.unused))
-    weights.fill(headers.tensors, plan.dense, parameters, progress, quantizers.fill)
+    weights.fill(headers.tensors, plan.dense, parameters, progress, fill)
     weights.check_tied_head(headers, config, parameters, progress, shard)
     with torch.no_grad(), torch.device("cpu"), ExitStack() as stack:
         paths = {stored.file for linear in plan.linears for stored in linear.parts.values()}
@@ -222,8 +221,8 @@ def _fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -
                 continue
             values = layout.values((codes, scales, zeros), groups)
             if isinstance(weight, QuantizedWeight) and weights.one_scale_a_row(weight, K):
-                quantizers.fill(destination, values, columns)
+                fill(destination, values, columns)
             elif isinstance(weight, QuantizedWeight):
-                quantizers.fill(destination, values[:, columns])
+                fill(destination, values[:, columns])
             elif not torch.isfinite(destination.copy_(values[:, columns])).all():
                 raise ValueError(f"{destination.dtype} cannot hold a value")

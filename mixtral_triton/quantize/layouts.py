@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.quantized import BITS, GROUPS
-from .spec import QuantSpec
+from . import QuantSpec
 
 Shape = tuple[int, ...]
 Read = Callable[..., Tensor]  # read(part, *index) returns a part of the linear, or a slice of it

@@ -37,9 +37,8 @@ from ..load import (
     workspace_bytes,
 )
 from ..model import Mixtral
-from ..quantize import hub
+from ..quantize import PARTS, QuantSpec, hub, select_specs
 from ..quantize.schemes import read_scheme
-from ..quantize.spec import PARTS, QuantSpec, select_specs
 from ..weights import parameter_shapes
 from .gpus import GPU, GPUS, MIB, data_sheet, find_gpu
 from .predict import predict

@@ -27,7 +27,7 @@ from ..kernels.quantized import QuantizedWeight, unpack
 from ..kernels.registry import OPS
 from ..model import Layer, Mixtral
 from ..parallel import Shard
-from ..quantize.spec import put
+from ..quantize import put
 from ..tools.tolerance import FLOOR, Fp64Reference, LayerReference
 from ..weights import parameter_shapes, qkv_rows
 from .layers import PADDING, LayerCheck, LayerProbe, Reading, Step, Target

@@ -25,8 +25,7 @@ from ..config import parse_json_object
 from ..inputs import check_ids, check_vocabulary
 from ..kernels.launch import INTERPRETED
 from ..kernels.offload import OffloadedWeight
-from ..quantize import QuantizedWeight
-from ..quantize.spec import PARTS, QuantSpec
+from ..quantize import PARTS, QuantizedWeight, QuantSpec
 from ..tools.tolerance import fp64_block, largest, to_fp64
 from ..weights import parameter_shapes
 from .layers import Step, Target
