@@ -81,6 +81,7 @@ def plan(
         prefix, _, part = name.rpartition(".")
         by_linear[prefix][part] = headers.tensors[name]
     linears: list[Linear] = []
+    by_parameter: dict[str, list[Linear]] = defaultdict(list)
     dense: dict[str, Target] = {}
     need: dict[str, Any] = {}
     for name, target in weights.targets(headers, config, shard).items():
@@ -94,15 +95,13 @@ def plan(
         if any(scheme.matches(linear.name, pattern) for pattern in scheme.dense):
             raise ValueError(f"{folder}: {linear.name} is quantized, but the config declares it dense")
         linears.append(linear)
+        by_parameter[target.parameter].append(linear)
         need |= _needed(folder, linear)
     if config.tie_word_embeddings and weights.HEAD in headers.tensors:
         need[weights.HEAD] = need[weights.EMBEDDING]
     shapes = {name: stored.shape for name, stored in headers.tensors.items() if name not in unused}
     weights.compare(str(folder), f"the config ({scheme.name})", need, shapes)
     weights.one_dtype(folder, {name: headers.tensors[name] for name in dense})
-    by_parameter: dict[str, list[Linear]] = defaultdict(list)
-    for linear in linears:
-        by_parameter[linear.target.parameter].append(linear)
     specs = dict(anew or {})
     # Act-order's groups may be scattered, which only the data show.
     reordered = {linear.target.parameter for linear in linears if anew is not None and linear.layout.reordered}
@@ -127,9 +126,8 @@ def _needed(folder: Path, linear: Linear) -> dict[str, tuple[int, ...]]:
             if stored is not None and stored.dtype not in dtypes:
                 raise ValueError(f"{name} is stored as {stored.dtype}, needs {' or '.join(dtypes)}")
             if stored is not None or required:
-                need[f"{linear.name}.{name}"] = (
-                    stored.shape if stored is not None and stored.shape in shapes else shapes[0]
-                )
+                shape = shapes[0] if stored is None or stored.shape not in shapes else stored.shape
+                need[f"{linear.name}.{name}"] = shape
     return need
 
 

@@ -15,10 +15,9 @@ from torch import Tensor
 from ..kernels.quantized import BITS, GROUPS
 from . import QuantSpec
 
-Shape = tuple[int, ...]
 Read = Callable[..., Tensor]  # read(part, *index) returns a part of the linear, or a slice of it
 # The dtypes (safetensors' names) and the shapes that a tensor of a linear may have, and whether it is required.
-Part = tuple[tuple[str, ...], tuple[Shape, ...], bool]
+Part = tuple[tuple[str, ...], tuple[tuple[int, ...], ...], bool]
 Rows = tuple[Tensor, Tensor, Tensor | None]  # codes uint8 [n,K], scales [n,G], zeros uint8 [n,G]
 
 FLOATS, INTEGERS, I32 = ("F32", "BF16", "F16"), ("I32", "I64"), ("I32",)
