@@ -309,6 +309,5 @@ class LayerProbe:
 
     def as_rows(self) -> list[Row]:
         """A row for each layer and case: attention, the routes, the experts, then the whole layer."""
-        kinds = [PARTS["attended"], ROUTES, PARTS["y"]]
-        order = {kind: at for at, kind in enumerate(kinds)}
-        return sorted(worst_rows(self.rows), key=lambda row: order.get(row.case.partition(",")[0], len(kinds)))
+        order = {PARTS["attended"]: 0, ROUTES: 1, PARTS["y"]: 2}
+        return sorted(worst_rows(self.rows), key=lambda row: order.get(row.case.partition(",")[0], 3))
