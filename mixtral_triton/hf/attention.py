@@ -98,8 +98,7 @@ class MaskConfig:
     _attn_implementation = NAME
 
     def __init__(self, config: Any, **settings: Any) -> None:
-        self.config = config
-        self.__dict__.update(settings)
+        self.__dict__.update(settings, config=config)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.config, name)

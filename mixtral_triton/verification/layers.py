@@ -105,10 +105,8 @@ class Target:
         """Pass the message of an error that the runtime raises to `record`. Without memory nothing can be said."""
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
-            if not self.catches_faults:
+            if not self.catches_faults or isinstance(error, torch.OutOfMemoryError):
                 raise
             record(f"{type(error).__name__}: {' '.join(str(error).split())}"[:ERROR_LENGTH])
 
