@@ -32,7 +32,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
 from mixtral_triton import KVCache, Mixtral, apply
-from mixtral_triton.hf.mask import CACHE
+from mixtral_triton.hf.attention import CACHE
 from mixtral_triton.tools.bench.measure import wall_seconds
 from tests.support.stub.driver import Driver
 from tests.support.stub.gpu import GPU

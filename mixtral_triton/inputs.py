@@ -13,7 +13,7 @@ from torch import Tensor
 from .kernels.checks import FLOATS, INTS, check_values, readable
 
 if TYPE_CHECKING:
-    from .quantize.spec import QuantSpec
+    from .quantize import QuantSpec
 
 # Values of `weights`, by the names that `fit` prints.
 WEIGHT_FORMATS: dict[str, Any] = {"as stored": None, "fp8": "fp8", "int8": "int8", "int4": "int4"}

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import weights
+from . import quantize, weights
 from .config import MixtralConfig, checkpoint_folder, parse_json_object
 from .generate import PREFILL_CHUNK
 from .inputs import check_dtype, check_memory, free_memory, in_decimal, usable_device, weight_bytes
 from .kernels.offload import ALIGNMENT
 from .parallel import UNSHARDED, Ranks
-from .quantize import hub, quantizers
-from .quantize.spec import PARTS, QuantSpec, select_specs
+from .quantize import PARTS, QuantSpec, hub, select_specs
 
 if TYPE_CHECKING:
     from .model import Mixtral
@@ -53,7 +52,7 @@ def load(
     fill: Callable[..., None]
     requantized: frozenset[str] = frozenset()
     if headers.scheme is None:
-        fill = partial(weights.load, headers, weights.check(headers, config, shard), quantizer=quantizers.fill)
+        fill = partial(weights.load, headers, weights.check(headers, config, shard), quantizer=quantize.fill)
         specs: Mapping[str, QuantSpec] = select_specs(quantized, weights.parameter_shapes(config))
     else:
         plan = hub.plan(headers, config, shard, quantized)

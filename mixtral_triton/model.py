@@ -22,8 +22,7 @@ from .inputs import check_dtype, check_ids, check_lengths
 from .load import load
 from .ops import unchecked
 from .parallel import UNSHARDED, Ranks
-from .quantize import OffloadedWeight, QuantizedWeight
-from .quantize.spec import PARTS, QuantSpec
+from .quantize import PARTS, OffloadedWeight, QuantizedWeight, QuantSpec
 
 Ring = tuple[Tensor, Tensor]  # a layer's cached keys and values, [B, Hkv, C, D] each (KVCache)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from .config import MixtralConfig
 
 if TYPE_CHECKING:
-    from .quantize.spec import QuantSpec
+    from .quantize import QuantSpec
 
 Shape = tuple[int, ...]
 TIMEOUT = timedelta(seconds=30)  # of collectives while the model runs

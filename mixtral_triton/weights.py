@@ -326,11 +326,11 @@ def chunks(stored: Stored, kept: tuple[Runs, ...]) -> Iterator[tuple[Runs, Runs]
     columns = [run for (run,) in kept[last:]]
     row_bytes = math.prod(map(_length, columns)) * DTYPES[stored.dtype].itemsize
     steps = [*[1] * (last - 1), max(1, CHUNK_BYTES // row_bytes)]
-    for pieces in itertools.product(*map(_cut, kept[:last], steps)):
+    for pieces in itertools.product(*map(cut, kept[:last], steps)):
         yield (*(source for source, _ in pieces), *columns), tuple(destination for _, destination in pieces)
 
 
-def _cut(runs: Runs, step: int) -> Iterator[tuple[slice, slice]]:
+def cut(runs: Runs, step: int) -> Iterator[tuple[slice, slice]]:
     """Yield pieces of the runs, and where each is among all of them."""
     place = 0
     for run in runs:

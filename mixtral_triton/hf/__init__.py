@@ -154,8 +154,7 @@ def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], ours: Any) -
 
 def _is_own_forward(module: nn.Module, name: str) -> bool:
     """Whether the instance's attribute `name` is the bound forward of its class."""
-    value: Any = module.__dict__.get(name)
-    return isinstance(value, MethodType) and value.__self__ is module and value.__func__ is type(module).forward
+    return bool(module.__dict__.get(name) == MethodType(type(module).forward, module))
 
 
 def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:

@@ -20,8 +20,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mixtral import modeling_mixtral as theirs
 
-from .attention import attention, operations
-from .mask import CACHE, NAME, PAGED, causal_mask
+from .attention import CACHE, NAME, PAGED, attention, causal_mask, operations
 
 PARTS = "_mixtral_triton"  # attribute of each module of these classes: the instance's Parts
 SILU = nn.SiLU, type(ACT2FN["silu"])

@@ -1,9 +1,164 @@
-"""Weights in 4 or 8 bits: quantization, the layouts of checkpoints on the hub, and writing one of them."""
+"""Weights in 4 or 8 bits: which parameters `weights=` quantizes, their formats, and codes and scales of a dense weight.
+
+Rows are quantized independently, so that any piece of rows can be. K columns, in G groups that share a scale
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from ..kernels.offload import OffloadedWeight
-from ..kernels.quantized import QuantizedWeight
-from .quantizers import quantize
+from ..kernels.quantized import BITS, GROUPS, SCALES, ZERO_INT4, QuantizedWeight, pack
 
 __all__ = ["OffloadedWeight", "QuantizedWeight", "quantize"]
+
+PARTS = {"experts": ("gate_up_proj", "down_proj"), "linear": ("qkv_proj", "o_proj", "lm_head")}
+ALLOWED = f"None, one of {', '.join(BITS)} (the experts), or a dict of these with the keys {', '.join(PARTS)}"
+LARGEST = {"int4": 7.0, "int8": 127.0, "fp8": 448.0}  # value of each format at scale 1
+# Elements that are quantized at once: in fp32 they fit a CPU's cache, or keep a GPU busy.
+PIECE, GPU_PIECE = 1 << 18, 1 << 23
+# Candidates for int4's scale, relative to the one that clips nothing: a smaller one clips some values and rounds the
+# others less. More candidates find little more.
+STEPS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65)
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """The layout of a QuantizedWeight: format, columns of a group (K: one scale per row), dtype of scales, zeros."""
+
+    format: str
+    group: int
+    scales: torch.dtype
+    zeros: bool = False
+
+    @classmethod
+    def default_for(cls, format: str, K: int, group: int | None = None) -> QuantSpec:
+        """Return what `quantize` produces: int4 in groups with bf16 scales; int8 and fp8 with an fp32 scale per row."""
+        if format not in BITS:
+            raise ValueError(f"quantize: format is {format!r}, needs one of {', '.join(BITS)}")
+        groups = GROUPS if format == "int4" else (K,)
+        if not (sizes := [size for size in groups if K % size == 0 and group in (None, size)]):
+            needs = f"groups of {' or '.join(map(str, groups))} that divide {K} columns"
+            raise ValueError(f"quantize: group is {group!r}, {format} needs {needs}; int8 and fp8 take whole rows")
+        return cls(format, sizes[0], SCALES[format])
+
+    def empty(self, shape: tuple[int, ...], device: Any) -> QuantizedWeight:
+        """Return a weight of `shape` with unset values."""
+        return QuantizedWeight.empty(self.format, tuple(shape), self.group, self.scales, self.zeros, device)
+
+
+def put(weight: QuantizedWeight, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
+    """Fill `weight` [..., K] from its device: codes uint8 [..., K], scales [..., G], zeros uint8 [..., G] if any."""
+    weight.data.copy_(pack(codes.contiguous(), weight.format, weight.group))
+    weight.scales.copy_(scales)
+    if weight.zeros is not None and zeros is not None:
+        weight.zeros.copy_(zeros.float() + 128)
+
+
+def select_specs(
+    weights: Any, shapes: Mapping[str, tuple[int, ...]], caller: str = "Mixtral.from_pretrained"
+) -> dict[str, QuantSpec]:
+    """Return the specs by name of the parameters that `weights` quantizes: None, a format, or a dict; see ALLOWED.
+
+    ValueError for anything else, and where int4's groups do not fit a parameter. A tied head stays dense.
+    """
+    if weights is None:
+        return {}
+    wanted = {"experts": weights} if isinstance(weights, str) else weights
+    known = isinstance(wanted, Mapping) and all(PARTS.get(part) and wanted[part] in BITS for part in wanted)
+    if not wanted or not known:
+        raise ValueError(f"{caller}: weights is {weights!r}, needs {ALLOWED}")
+    formats = {name: format for part, format in wanted.items() for name in PARTS[part]}
+    specs: dict[str, QuantSpec] = {}
+    for name, shape in shapes.items():
+        if (format := formats.get(name.rpartition(".")[2])) is not None:
+            try:
+                specs[name] = QuantSpec.default_for(format, shape[-1])
+            except ValueError as error:
+                raise ValueError(f"{caller}: weights is {weights!r}, {name}: {error}") from None
+    return specs
+
+
+def quantize(tensor: Tensor, format: str, group: int | None = None) -> QuantizedWeight:
+    """Quantize a tensor [N,K] or [E,N,K] in fp32, bf16 or fp16 to "int4", "int8" or "fp8" (e4m3).
+
+    int4: -8..7 times a bf16 scale per `group` columns, the candidate with the least squared error; group None: 128, 64
+    or 32, the largest that divides K. int8 and fp8: an fp32 scale per row, whose largest value maps to the format's.
+    ValueError for another format, a group that does not divide K, NaN and infinity.
+    """
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dim() not in (2, 3):
+        got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"quantize: argument 'tensor' is {got}, needs floats [N, K] or [E, N, K]")
+    if 0 in tensor.shape or not torch.isfinite(tensor).all():
+        what = "empty" if 0 in tensor.shape else "not finite everywhere"
+        raise ValueError(f"quantize: argument 'tensor' is {what}, needs at least one number, and none NaN or infinite")
+    weight = QuantSpec.default_for(format, tensor.shape[-1], group).empty(tuple(tensor.shape), tensor.device)
+    fill(weight, tensor)
+    return weight
+
+
+@torch.no_grad()
+def fill(weight: QuantizedWeight, x: Tensor, columns: slice | None = None) -> None:
+    """Quantize x [..., K], finite, into `weight` of the same shape, on its device, a few rows at a time.
+
+    columns: `weight` holds only these columns of x, whose rows have one scale each for all columns.
+    """
+    if x.dim() > 2:
+        for expert, rows in enumerate(x):
+            fill(weight[expert], rows, columns)
+        return
+    group, kept = (weight.group, slice(None)) if columns is None else (x.shape[-1], columns)
+    for piece in pieces(len(x), x.shape[-1], weight.device):
+        codes, scales = encode(x[piece].to(weight.device), weight.format, group)
+        put(weight[piece], codes[:, kept], scales)
+
+
+def pieces(N: int, K: int, device: torch.device) -> Iterator[slice]:
+    """Yield slices of N rows of K columns that `encode` processes efficiently."""
+    step = max(1, (PIECE if device.type == "cpu" else GPU_PIECE) // K)
+    for start in range(0, N, step):
+        yield slice(start, min(start + step, N))
+
+
+def encode(x: Tensor, format: str, group: int) -> tuple[Tensor, Tensor]:
+    """Return codes uint8 [n,K] and scales [n,G] (bf16 values for int4) of x [n,K], finite."""
+    parts = x.float().unflatten(-1, (-1, group))
+    scales = _usable(parts.abs().amax(-1, keepdim=True) / LARGEST[format])
+    if format == "int4":
+        scales = _least_squares(parts, scales)
+        codes = (_int4(parts, scales) + ZERO_INT4).to(torch.uint8)
+    elif format == "int8":
+        codes = (parts / scales).round_().clamp_(-127, 127).to(torch.int8).view(torch.uint8)
+    else:
+        codes = (parts / scales).clamp_(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    return codes.flatten(-2), scales.squeeze(-1)
+
+
+def _usable(scales: Tensor) -> Tensor:
+    """Replace scales of 0 by 1, since any scale fits zeros, and subnormal ones by the least normal number."""
+    return scales.clamp(min=torch.finfo(torch.float32).tiny).where(scales > 0, 1.0)
+
+
+def _int4(parts: Tensor, scales: Tensor) -> Tensor:
+    """Return the nearest integers in -8..7, as floats."""
+    return (parts / scales).round_().clamp_(-8, 7)
+
+
+def _least_squares(parts: Tensor, widest: Tensor) -> Tensor:
+    """Return the best of several bf16 scales for parts [..., group]; `widest` [..., 1] clips nothing."""
+    best, least = widest, torch.full_like(widest, float("inf"))
+    for step in (*STEPS, None, None):
+        if step is None:  # the least-squares scale of the best scale's codes
+            values = _int4(parts, best)
+            scales = (values * parts).sum(-1, keepdim=True) / values.square().sum(-1, keepdim=True).clamp(min=1.0)
+        else:
+            scales = widest * step
+        scales = _usable(scales.bfloat16().float())
+        error = (_int4(parts, scales) * scales).sub_(parts).square_().sum(-1, keepdim=True)
+        best, least = scales.where(error < least, best), error.minimum(least)
+    return best

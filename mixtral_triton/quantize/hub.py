@@ -23,10 +23,9 @@ from ..config import MixtralConfig, checkpoint_folder
 from ..kernels.quantized import QuantizedWeight
 from ..parallel import UNSHARDED, Shard
 from ..weights import Headers, Stored, Target
-from . import quantizers
-from .layouts import Layout
+from . import PARTS, QuantSpec, fill, put, select_specs
+from .layouts import FLOATS, Layout
 from .schemes import read_scheme
-from .spec import PARTS, QuantSpec, put, select_specs
 
 PIECE = 1 << 22  # codes that are unpacked at once
 QUANTIZABLE = {name for names in PARTS.values() for name in names}
@@ -82,27 +81,27 @@ def plan(
         prefix, _, part = name.rpartition(".")
         by_linear[prefix][part] = headers.tensors[name]
     linears: list[Linear] = []
+    by_parameter: dict[str, list[Linear]] = defaultdict(list)
     dense: dict[str, Target] = {}
     need: dict[str, Any] = {}
     for name, target in weights.targets(headers, config, shard).items():
         prefix = name.removesuffix(".weight")
         linear = Linear(prefix, target, by_linear[prefix], layout := scheme.layout(prefix))
         quantizable = target.parameter.rpartition(".")[2] in QUANTIZABLE
-        if not quantizable or not layout.is_quantized({part: stored.dtype for part, stored in linear.parts.items()}):
+        codes = linear.parts.get(layout.codes.name)
+        if not quantizable or codes is None or codes.dtype in FLOATS:
             dense[name], need[name] = target, target.shape
             continue
         if any(scheme.matches(linear.name, pattern) for pattern in scheme.dense):
             raise ValueError(f"{folder}: {linear.name} is quantized, but the config declares it dense")
         linears.append(linear)
+        by_parameter[target.parameter].append(linear)
         need |= _needed(folder, linear)
     if config.tie_word_embeddings and weights.HEAD in headers.tensors:
         need[weights.HEAD] = need[weights.EMBEDDING]
     shapes = {name: stored.shape for name, stored in headers.tensors.items() if name not in unused}
     weights.compare(str(folder), f"the config ({scheme.name})", need, shapes)
     weights.one_dtype(folder, {name: headers.tensors[name] for name in dense})
-    by_parameter: dict[str, list[Linear]] = defaultdict(list)
-    for linear in linears:
-        by_parameter[linear.target.parameter].append(linear)
     specs = select_specs(anew, weights.parameter_shapes(config))
     # Act-order's groups may be scattered, which only the data show.
     reordered = {linear.target.parameter for linear in linears if anew is not None and linear.layout.reordered}
@@ -127,9 +126,8 @@ def _needed(folder: Path, linear: Linear) -> dict[str, tuple[int, ...]]:
             if stored is not None and stored.dtype not in dtypes:
                 raise ValueError(f"{name} is stored as {stored.dtype}, needs {' or '.join(dtypes)}")
             if stored is not None or required:
-                need[f"{linear.name}.{name}"] = (
-                    stored.shape if stored is not None and stored.shape in shapes else shapes[0]
-                )
+                shape = shapes[0] if stored is None or stored.shape not in shapes else stored.shape
+                need[f"{linear.name}.{name}"] = shape
     return need
 
 
@@ -169,7 +167,7 @@ def load(
         warnings.warn(f"{headers.folder}: {text}", stacklevel=4)
         if progress:
             progress(sum(headers.tensors[name].nbytes for name in plan.unused))
-    weights.fill(headers.tensors, plan.dense, parameters, progress, quantizers.fill)
+    weights.fill(headers.tensors, plan.dense, parameters, progress, fill)
     weights.check_tied_head(headers, config, parameters, progress, shard)
     with torch.no_grad(), torch.device("cpu"), ExitStack() as stack:
         paths = {stored.file for linear in plan.linears for stored in linear.parts.values()}
@@ -198,8 +196,7 @@ def _fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -
 
     exact: codes, scales and zeros; else values, which are quantized anew unless `weight` is a tensor.
     """
-    layout, (N, K), ((rows,), (columns,)) = linear.layout, linear.target.shape, linear.target.kept
-    width, step = columns.stop - columns.start, max(1, PIECE // K)
+    layout, (N, K), (rows, (columns,)) = linear.layout, linear.target.shape, linear.target.kept
 
     def read(part: str, *index: slice) -> Tensor:
         name, file = f"{linear.name}.{part}", files[linear.parts[part].file]
@@ -207,23 +204,23 @@ def _fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -
 
     with _error_prefix(f"{linear.parts[layout.codes.name].file}: {linear.name}"):
         if exact and layout.group not in (None, -1) and (columns.start % layout.group or columns.stop % layout.group):
-            raise ValueError(f"a mesh leaves a rank {width} of its {K} columns: groups of {layout.group} cannot be cut")
+            left = columns.stop - columns.start
+            raise ValueError(f"a mesh leaves a rank {left} of its {K} columns: groups of {layout.group} cannot be cut")
         groups = layout.check(read, N, K, linear.parts, exact)
-        for start in range(rows.start, rows.stop, step):
-            piece = slice(start, min(start + step, rows.stop))
+        for piece, place in weights.cut(rows, max(1, PIECE // K)):
             codes, scales, zeros = layout.rows(read, piece, columns if exact else slice(0, K), K)
             if not torch.isfinite(scales).all():
                 raise ValueError("a scale is NaN or infinite: this file is damaged")
             if layout.format == "fp8" and ((codes & 127) == 127).any():
                 raise ValueError("a weight is NaN (0x7F or 0xFF in fp8): this file is damaged")
-            destination = weight[piece.start - rows.start : piece.stop - rows.start]
+            destination = weight[place]
             if exact:
                 put(destination, codes, scales, zeros)
                 continue
             values = layout.values((codes, scales, zeros), groups)
             if isinstance(weight, QuantizedWeight) and weights.one_scale_a_row(weight, K):
-                quantizers.fill(destination, values, columns)
+                fill(destination, values, columns)
             elif isinstance(weight, QuantizedWeight):
-                quantizers.fill(destination, values[:, columns])
+                fill(destination, values[:, columns])
             elif not torch.isfinite(destination.copy_(values[:, columns])).all():
                 raise ValueError(f"{destination.dtype} cannot hold a value")

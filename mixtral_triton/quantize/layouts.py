@@ -6,19 +6,18 @@ eight values of 4 bits or four of 8, the first in the lowest bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..kernels.quantized import BITS, GROUPS
-from .spec import QuantSpec
+from . import QuantSpec
 
-Shape = tuple[int, ...]
 Read = Callable[..., Tensor]  # read(part, *index) returns a part of the linear, or a slice of it
 # The dtypes (safetensors' names) and the shapes that a tensor of a linear may have, and whether it is required.
-Part = tuple[tuple[str, ...], tuple[Shape, ...], bool]
+Part = tuple[tuple[str, ...], tuple[tuple[int, ...], ...], bool]
 Rows = tuple[Tensor, Tensor, Tensor | None]  # codes uint8 [n,K], scales [n,G], zeros uint8 [n,G]
 
 FLOATS, INTEGERS, I32 = ("F32", "BF16", "F16"), ("I32", "I64"), ("I32",)
@@ -111,10 +110,6 @@ class Layout:
         if K % size:
             raise ValueError(f"groups of {size} do not divide {K} columns")
         return size
-
-    def is_quantized(self, dtypes: Mapping[str, str]) -> bool:
-        """Return whether a linear whose parts have these dtypes is quantized."""
-        return dtypes.get(self.codes.name, FLOATS[0]) not in FLOATS
 
     def parts(self, N: int, K: int) -> dict[str, Part]:
         """Return the tensors of a linear by the last part of their names."""

@@ -27,9 +27,7 @@ from .. import weights
 from ..config import MixtralConfig, checkpoint_folder, parse_json_object
 from ..inputs import usable_device
 from ..weights import Target
-from . import hub
-from .quantizers import encode, pieces
-from .spec import PARTS, QuantSpec, select_specs
+from . import PARTS, QuantSpec, encode, hub, pieces, select_specs
 
 NOT_COPIED = ("*.safetensors", "*.gguf", "config.json", weights.INDEX_FILE, *weights.PICKLED, ".*")
 LINEARS = (".q_proj", ".k_proj", ".v_proj", ".o_proj", ".gate", "lm_head")

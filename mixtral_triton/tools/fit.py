@@ -27,9 +27,8 @@ from ..kernels.op import Cost
 from ..kernels.record import record_launches
 from ..load import OVERHEAD, experts_to_offload, offloaded_bytes, running_bytes, stored_dtype, table_bytes, usable_bytes
 from ..model import Mixtral
-from ..quantize import hub
+from ..quantize import PARTS, QuantSpec, hub, select_specs
 from ..quantize.schemes import read_scheme
-from ..quantize.spec import PARTS, QuantSpec, select_specs
 from ..weights import parameter_shapes
 from .gpus import GPU, GPUS, MIB, data_sheet, find_gpu
 from .predict import predict

@@ -1,6 +1,8 @@
 """verify: the runtime against torch on the user's own weights: operations, layers, logits and loaded tensors.
 
 Errors are measured against fp64, and the error of torch in the weights' dtype sets their limits (tools/tolerance.py).
+
+B sequences, T tokens of a text, n new tokens, V vocabulary
 """
 
 from __future__ import annotations
@@ -14,26 +16,31 @@ from itertools import count
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import reference
+from ..cache import KVCache
 from ..config import checkpoint_folder
-from ..generate import PREFILL_CHUNK
+from ..generate import GRAPH_MIN_TOKENS, PREFILL_CHUNK, Step, can_capture, prefill, sample
 from ..inputs import check_ids, check_vocabulary
 from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED, multiprocessors, target_arch
 from ..model import Mixtral
-from ..tools.tolerance import Fp64Reference, to_fp64
+from ..tools.tolerance import Fp64Reference, largest, to_fp64
 from .calls import SizedCalls
-from .generation import check_generate
-from .hf import TransformersTarget, compare_with_transformers
 from .layers import LayerProbe, Target, compare_in_fp32, compare_layers
-from .mesh import MeshTarget
 from .report import END_RATIO, TORCH, Report, Row, worst_rows
+from .targets import MeshTarget, TransformersTarget, compare_with_transformers
 from .weights import check_weights, estimate, held_out, perplexity
 
 __all__ = ["Report", "Row", "estimate", "held_out", "perplexity", "verify"]
 
 TEXT_TOKENS = 144
+NEW_TOKENS = 3  # and on a GPU as many as make `generate` capture its step
+TEMPERATURE, TOP_P, TOP_K = 0.8, 0.9, 50
+EDGE = 1e-5  # how much fp32 sums of probabilities may differ
+RACE_LIMIT = 1e-3  # how much less than the winner's the race of a sampled token may be, for fp32 arithmetic
 
 Progress = Callable[[int, int], None] | None
 
@@ -93,18 +100,17 @@ def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: 
     if device.type == "meta":
         raise ValueError("verify: the model is on the meta device, which holds no numbers, needs a CPU or a GPU")
     limit = config.max_position_embeddings
-    if ids is None:
-        if tokens is not None and not 2 <= tokens <= 2 * limit:
-            raise ValueError(
-                f"verify: tokens is {tokens}, needs 2 to {2 * limit}, in two sequences of {limit} positions"
-            )
-        length, generator = min((tokens or TEXT_TOKENS) // 2, limit), torch.Generator().manual_seed(0)
-        return torch.randint(config.vocab_size, (2, length), generator=generator).to(device)
-    check_ids(ids, config.vocab_size, device)
-    check_vocabulary(ids, config.vocab_size)
-    if ids.shape[1] > limit:
-        raise ValueError(f"verify: input_ids has {ids.shape[1]} tokens, needs at most {limit}, the model's positions")
-    return ids
+    if ids is not None:
+        check_ids(ids, config.vocab_size, device)
+        check_vocabulary(ids, config.vocab_size)
+        if ids.shape[1] > limit:
+            got = f"input_ids has {ids.shape[1]} tokens"
+            raise ValueError(f"verify: {got}, needs at most {limit}, the model's positions")
+        return ids
+    if tokens is not None and not 2 <= tokens <= 2 * limit:
+        raise ValueError(f"verify: tokens is {tokens}, needs 2 to {2 * limit}, in two sequences of {limit} positions")
+    length, generator = min((tokens or TEXT_TOKENS) // 2, limit), torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, (2, length), generator=generator).to(device)
 
 
 def _verify(
@@ -112,7 +118,7 @@ def _verify(
 ) -> Report:
     config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
     ids = default_text(input_ids, config, device, tokens)
-    fp32 = not quick and dtype != torch.float32
+    fp32 = target.widens and not quick and dtype != torch.float32
     readings = len(list(target.readings(config, *ids.shape)))
     total = config.num_hidden_layers * (1 + readings + (folder is not None) + (peer is not None) + fp32)
     done = count(1)
@@ -129,19 +135,18 @@ def _verify(
     if fp32:
         found += compare_in_fp32(target, expected, step)
     rows += sorted(found, key=lambda row: -1 if row.layer is None else row.layer)
-    rows += target.measure(
-        None, "rms_norm", "final", {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
-    )
+    norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
+    rows += target.measure(None, "rms_norm", "final", norm)
     logits = target.head(exact, to_fp64), target.head(expected.x)
-    reference, routes = Fp64Reference.from_baseline(*logits, END_RATIO), LayerProbe(expected.layers)
+    expected_logits, routes = Fp64Reference.from_baseline(*logits, END_RATIO), LayerProbe(expected.layers)
     routes.start("end to end")
     out = torch.empty(0)
     with target.catch_faults(routes.fail), target.forward(target.model.config, routes) as forward:
         out = target.model_head(forward(ids))
-    rows.append(Row(None, target.output, "end to end", *reference.measure(out)))
+    rows.append(Row(None, target.output, "end to end", *expected_logits.measure(out)))
     if peer is not None:
-        rows += compare_with_transformers(folder, target.model, ids, expected.layers, reference, step)
-    if target.generates:
+        rows += compare_with_transformers(folder, target.model, ids, expected.layers, expected_logits, step)
+    if target.ours:
         with target.catch_faults(lambda note: rows.append(Row(None, "generate", "", math.inf, 0.0, note))):
             rows += check_generate(target, ids, *logits)
     if isinstance(target, MeshTarget):
@@ -149,10 +154,92 @@ def _verify(
     backend = "Triton, interpreted" if kernels else TORCH
     if device.type == "cuda":
         backend = f"Triton on {torch.cuda.get_device_name(device)}"
-    not_run = sized.not_run if kernels else []
     if quick and dtype != torch.float32:
-        not_run.append("layers in fp32, which shows what 16 bits hide (without --quick)")
-    elif fp32 and not target.widens:
-        not_run.append("layers in fp32: only those of a Mixtral on one device can be taken out")
-    routed = config.num_hidden_layers * ids.numel()
-    return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, cost, tuple(not_run))
+        sized.not_run.append("layers in fp32, which shows what 16 bits hide (without --quick)")
+    elif not target.widens and dtype != torch.float32:
+        sized.not_run.append("layers in fp32: only those of a Mixtral on one device can be taken out")
+    routed, not_run = config.num_hidden_layers * ids.numel(), tuple(sized.not_run)
+    return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, cost, not_run)
+
+
+def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) -> list[Row]:
+    """Rows for greedy and sampled tokens of two prompts of unequal length, cut from ids [B,T], against torch's logits.
+
+    exact fp64 [2B,T,V]: logits of ids `with_perturbed_input`; baseline [B,T,V]: torch's, in the weights' dtype. Their
+    errors set the limit: how far the logit of a right token may be below the greatest.
+    """
+    model, T = target.model, ids.shape[1]
+    prompts = [ids[0, : max(1, T // 2)], ids[-1, : max(1, T // 3)]]
+    most = NEW_TOKENS + (GRAPH_MIN_TOKENS if can_capture(model) else 0)
+    new = min(most, target.config.max_position_embeddings - len(prompts[0]))
+    logits, perturbed = exact.chunk(2)
+    least = 2 * END_RATIO * max(largest(x.double() - logits) for x in (baseline, perturbed))
+    if new < 1 or not math.isfinite(least):  # where torch overflows, the row of the logits says so
+        return []
+    scale, draws = max(largest(logits), 1e-30), [torch.Generator(model.device).manual_seed(1) for _ in range(2)]
+    following, tokens = _following(target, model.generate(prompts, new, eos_token_id=[]), new)
+    below = largest(following.amax(-1) - following.gather(-1, tokens[..., None])[..., 0])
+    rows = [Row(None, "generate", "greedy", below / scale, least / scale)]
+    if can_capture(model):
+        same = torch.equal(tokens, _without_graph(model, prompts, new))
+        rows.append(Row(None, "generate", "captured step", 0.0 if same else math.inf, 0.0))
+    sampled = model.generate(prompts, new, TEMPERATURE, generator=draws[0], eos_token_id=[])
+    following, tokens = _following(target, sampled, new)
+    error = max(_race_error(following[:, at], tokens[:, at], draws[1]) for at in range(new))
+    # A logit's error e changes a probability by a factor of at most exp(2 e).
+    rows.append(Row(None, "generate", "sampled", error, 1 - math.exp(-least / TEMPERATURE) + RACE_LIMIT))
+    return [*rows, _check_sample(baseline.flatten(0, 1).float())]
+
+
+def _check_sample(logits: Tensor) -> Row:
+    """The row of `sample` with all its limits on logits [N,V], against its formula with the same draws."""
+    draws = [torch.Generator(logits.device).manual_seed(2) for _ in range(2)]
+    sampled_ids = sample(logits, TEMPERATURE, TOP_P, draws[0], TOP_K)
+    return Row(None, "generate", "sample", _race_error(logits, sampled_ids, draws[1], TOP_P, TOP_K), RACE_LIMIT)
+
+
+def _race_error(
+    logits: Tensor, sampled_ids: Tensor, generator: Any, top_p: float = 1.0, top_k: int | None = None
+) -> float:
+    """How far the tokens `sampled_ids` [N] are from winning the exponential race of logits [N,V]: 0 for a winner, 1 for
+    a token that does not take part (Holtzman et al. 2020)."""
+    clock = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator).double()
+    p = (logits.double() / TEMPERATURE).softmax(-1)
+    if top_k is not None:
+        p = p.where(logits >= logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], 0.0)
+    p = p / p.sum(-1, keepdim=True)
+    # What is before a token in the order of p must have less than top_p. Ties have any order, and fp32 sums may differ
+    # at the edge: a token there may take part, and need not.
+    ascending = p.sort(-1).values
+    sums = F.pad(ascending.cumsum(-1), (1, 0))
+    starts = (torch.searchsorted(ascending, p, right=right) for right in (True, False))
+    least, most = (sums[:, -1:] - sums.gather(-1, start) for start in starts)
+    race = p / clock
+    allowed = race.where((least < top_p + EDGE) | (top_p == 1), 0.0).gather(-1, sampled_ids[:, None])[:, 0]
+    certain = race.where((most - p < top_p - EDGE) | (top_p == 1), 0.0).amax(-1)
+    return largest((1 - allowed / certain.clamp(min=1e-30)).clamp(min=0.0))
+
+
+def _following(target: Any, texts: list[Tensor], new: int) -> tuple[Tensor, Tensor]:
+    """torch's logits [B,n,V] of the last `new` tokens of texts [T], each from those before it, and the tokens [B,n]."""
+    logits, attend = [], reference.uncached_attention(target.config.sliding_window, **target.tables)
+    for text in texts:
+        x = F.embedding(text[None, :-1], target.embed_tokens)
+        for index in range(len(target.layers)):  # a mesh gathers a layer when it is read: keep none
+            x = reference.block(target.layers[index], target.config, x, attend).output
+        logits.append(target.head(x[0, -new:]).float())
+    return torch.stack(logits), torch.stack([text[-new:] for text in texts])
+
+
+def _without_graph(model: Any, prompts: list[Tensor], new: int) -> Tensor:
+    """Greedy tokens [B,n] of `generate` without its CUDA graph."""
+    lengths = torch.tensor([len(row) for row in prompts], device=model.device)
+    ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+    cache = KVCache(model.config, len(ids), ids.shape[1] + new, model.device, model.dtype)
+    step = Step(model, cache, frozenset(), (0.0, 1.0, None, None))
+    step.pick(prefill(model, cache, ids, lengths))
+    tokens = [step.token.clone()]
+    for _ in range(new - 1):
+        step()
+        tokens.append(step.token.clone())
+    return torch.stack(tokens, 1)

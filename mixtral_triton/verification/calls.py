@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, reference
+from .. import reference
 from ..cache import KVCache
 from ..generate import PREFILL_CHUNK
 from ..kernels import reference as kernel_reference
@@ -36,11 +36,9 @@ class LayerCheck:
     """The calls of operations in a layer, on what torch computes in it.
 
     layer, tables  weights by the names of `model.Layer`; cos and sin fp32
-    operation      the runtime's function for (operation, arguments)
     local_ids      routes [N,K] -> routes as this layer numbers its experts
     """
 
-    operation: Callable[[str, Args], Callable[..., Any]] = staticmethod(ops.dispatched)
     local_ids: Callable[[Tensor], Tensor] = staticmethod(lambda ids: ids)
 
     def __init__(self, values: reference.Values, layer: Any, config: Any, tables: dict[str, Tensor]) -> None:

@@ -47,10 +47,10 @@ class Target:
     """A Mixtral as `verify` uses it: the weights for torch's computation, and the model's own forward."""
 
     output, peer = "logits", TORCH  # what the model's head gives; what the model is compared with
-    uneven = True  # whether the forward takes chunks of unequal length
+    ours = True  # a Mixtral: its forward takes chunks of unequal length and another window, and it has `generate`
     catches_faults = True  # whether an error that an operation or a forward raises is a wrong row
     widens = True  # whether a layer can be taken out and compared in fp32
-    generates = True  # whether the model has a `generate` of ours
+    operation = staticmethod(ops.dispatched)  # the runtime's function for (operation, arguments)
     local_config: Callable[[Any], Any] = staticmethod(lambda config: config)  # that of the model's own layers
 
     def __init__(self, model: Any) -> None:
@@ -66,7 +66,7 @@ class Target:
     def probe_config(self, tokens: int) -> Any:
         """The config with a window that is shorter than the text."""
         window = self.config.sliding_window
-        if window is None or window < tokens:
+        if not self.ours or window is None or window < tokens:
             return self.config
         return replace(self.config, sliding_window=max(1, tokens // WINDOW_FRACTION))
 
@@ -79,11 +79,11 @@ class Target:
         yield UNCACHED, (text := torch.arange(T).expand(B, T)), text >= 0, None, {}
         cache, single, behind = self.make_cache(config, B, T + PADDING), min(SINGLE_TOKENS, T - 1) or 1, torch.arange(B)
         bounds = sorted({0, -(-2 * (T - single) // 5), -(-3 * (T - single) // 4), T - single})
-        ends = [(bound - behind * (at % 2) * self.uneven).clamp(min=0) for at, bound in enumerate(bounds)]
+        ends = [(bound - behind * (at % 2) * self.ours).clamp(min=0) for at, bound in enumerate(bounds)]
         ends += [ends[-1] + at for at in range(1, single + 1)]
         for at, (begin, end) in enumerate(pairwise(ends)):
             is_chunk, counts = at + single < len(ends) - 1, end - begin
-            padding = PADDING if self.uneven and begin[0] and is_chunk else 0
+            padding = PADDING if self.ours and begin[0] and is_chunk else 0
             columns = torch.arange(int(counts.max()) + padding)
             valid = columns < counts[:, None]
             tokens = torch.where(valid, begin[:, None] + columns, 0)
@@ -105,20 +105,16 @@ class Target:
         """Pass the message of an error that the runtime raises to `record`. Without memory nothing can be said."""
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
-            if not self.catches_faults:
+            if not self.catches_faults or isinstance(error, torch.OutOfMemoryError):
                 raise
             record(f"{type(error).__name__}: {' '.join(str(error).split())}"[:ERROR_LENGTH])
 
-    def measure(
-        self, layer: int | None, op: str, case: str, args: tolerance.Args, operation: Any = ops.dispatched
-    ) -> list[Row]:
+    def measure(self, layer: int | None, op: str, case: str, args: tolerance.Args) -> list[Row]:
         """The row of one call of an operation."""
         expected, rows = Tolerance(op, args), list[Row]()
         with self.catch_faults(lambda note: rows.append(Row(layer, op, case, math.inf, 0.0, note))):
-            rows.append(Row(layer, op, case, *expected.measure(operation(op, args))))
+            rows.append(Row(layer, op, case, *expected.measure(self.operation(op, args))))
         return rows
 
     def make_cache(self, config: Any, batch: int, slots: int) -> Any:
@@ -197,7 +193,7 @@ def compare_layers(
         layer = target.layers[index]
         check = target.check(layer, expected.x, target.config)
         for call in check.calls(index) if calls is None else calls(check, index):
-            rows += target.measure(index, *call, check.operation)
+            rows += target.measure(index, *call)
         # One pass over the layer's weights in fp64, for torch's input of the layer and for fp64's.
         inputs, size = with_perturbed_input(check.values.x), 2 * len(x)
         both = check.fp64(torch.cat((inputs, exact.to(inputs.device))))
@@ -217,7 +213,7 @@ def compare_layers(
 def compare_in_fp32(target: Target, expected: TextReference, step: Step) -> list[Row]:
     """The rows of each layer alone with its weights widened to fp32, on torch's input of that layer."""
     rows = []
-    for index, layer in enumerate(expected.layers if target.widens else ()):
+    for index, layer in enumerate(expected.layers):
         single = Target(single_layer_model(target.model, target.layers[index], layer.x))
         B, T, _ = layer.x.shape
         found = compare_layers(single, torch.arange(B * T, device=layer.x.device).view(B, T))[0]
@@ -311,6 +307,5 @@ class LayerProbe:
 
     def as_rows(self) -> list[Row]:
         """A row for each layer and case: attention, the routes, the experts, then the whole layer."""
-        kinds = [PARTS["attended"], ROUTES, PARTS["y"]]
-        order = {kind: at for at, kind in enumerate(kinds)}
-        return sorted(worst_rows(self.rows), key=lambda row: order.get(row.case.partition(",")[0], len(kinds)))
+        order = {PARTS["attended"]: 0, ROUTES: 1, PARTS["y"]: 2}
+        return sorted(worst_rows(self.rows), key=lambda row: order.get(row.case.partition(",")[0], 3))

@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -14,9 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from ..tools.tolerance import share_of_limit
-
-if TYPE_CHECKING:
-    from .weights import QuantizationCost
 
 FP32 = ", fp32"  # the end of a case whose weights were widened from 16 bits
 TORCH = "plain torch"  # the backend without kernels
@@ -72,6 +69,36 @@ def worst_rows(rows: Iterable[Row]) -> list[Row]:
 
 
 @dataclass(frozen=True)
+class QuantizationCost:
+    """Both models in fp64: on the dequantized weights, and on the weights of the files.
+
+    formats  of the quantized parts of the model, by their names in PARTS
+    cosine   between the logits of a token in both, the mean over all tokens; `min_cosine`: the smallest
+    flips    of `routed` routes (a token in a layer), those that differ
+    perplexity, stored_perplexity  of the folder's held-out text; None where it has none
+    """
+
+    formats: dict[str, str]
+    cosine: float
+    min_cosine: float
+    flips: int
+    routed: int
+    perplexity: float | None = None
+    stored_perplexity: float | None = None
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{part} {format}" for part, format in self.formats.items())
+        text = (
+            f"Quantized: {kinds}. Cost against the weights as stored, in fp64: cosine of the logits {self.cosine:.5f}, "
+            f"of the worst token {self.min_cosine:.5f}; routes that differ: {self.flips} of {self.routed}"
+        )
+        if self.perplexity is None or self.stored_perplexity is None:
+            return f"{text}."
+        percent = 100 * (self.perplexity / self.stored_perplexity - 1)
+        return f"{text}; perplexity {self.perplexity:.3f}, as stored {self.stored_perplexity:.3f} ({percent:+.2f} %)."
+
+
+@dataclass(frozen=True)
 class Report:
     """All rows of a `verify`.
 
@@ -111,9 +138,8 @@ class Report:
             return f"WRONG: {count}, the first is {first.where} ({first.case})"
         overflow = next((row for row in self.rows if row.overflows), None)
         if overflow is not None:
-            return (
-                f"OVERFLOW: plain torch overflows in {self.dtype} in {overflow.where} ({overflow.case}): use bfloat16"
-            )
+            where = f"{overflow.where} ({overflow.case})"
+            return f"OVERFLOW: plain torch overflows in {self.dtype} in {where}: use bfloat16"
         if not self.compared:
             return "NOTHING WAS COMPARED: no kernel ran, so plain torch was compared with itself"
         return f"RIGHT: all {len(self.rows)} comparisons are within their limits"
@@ -153,6 +179,6 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=110, color_system=None)
-        console.print(self)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        text = io.StringIO()
+        Console(file=text, width=110, color_system=None).print(self)
+        return text.getvalue().rstrip()

@@ -28,7 +28,6 @@ from ..model import State
 from ..tools.tolerance import largest
 from .report import Row
 
-OUTSIDE = -1  # in the place of a layer's number: embedding, final norm and head
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each 4 bits of a word, lowest first (AutoAWQ's GEMM)
 UNUSED = ("_scale", "_zero_point")  # ends of names of what quantizes activations and caches
@@ -37,8 +36,8 @@ CONSTANTS = {"eps": "rms_norm_eps", "top_k": "num_experts_per_tok", "window": "s
 
 
 class Source:
-    """The tensors of a folder, by layer (OUTSIDE: the others) and name: each one's opened files by stored name, of
-    which a quantized linear has several. `config` is config.json as it is."""
+    """The tensors of a folder, by layer (None: embedding, final norm and head) and name: each one's opened files by
+    stored name, of which a quantized linear has several. `config` is config.json as it is."""
 
     def __init__(self, folder: Any) -> None:
         def read_json(name: str) -> Any:
@@ -63,10 +62,10 @@ class Source:
                 raise ValueError(f"{path}: cannot be read again: {error}") from error
             for name in opened.keys():  # noqa: SIM118 (it is no dictionary)
                 modules[name.rpartition(".")[0]][name] = opened
-        self.layers: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
+        self.layers: dict[int | None, dict[str, dict[str, Any]]] = defaultdict(dict)
         for module, files in modules.items():
             layer, weight = LAYER.match(f"{module}."), f"{module}.weight"
-            tensors = self.layers[int(layer[1]) if layer else OUTSIDE]
+            tensors = self.layers[int(layer[1]) if layer else None]
             codes = {f"{module}.qweight", f"{module}.weight_packed"} & files.keys()
             if codes or (weight in files and files[weight].get_slice(weight).get_dtype() in ("F8_E4M3", "I8")):
                 tensors[weight] = files

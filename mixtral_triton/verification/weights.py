@@ -12,7 +12,6 @@ import math
 import re
 import timeit
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,13 +25,12 @@ from ..config import parse_json_object
 from ..inputs import check_ids, check_vocabulary
 from ..kernels.launch import INTERPRETED
 from ..kernels.offload import OffloadedWeight
-from ..quantize import QuantizedWeight
-from ..quantize.spec import PARTS, QuantSpec
+from ..quantize import PARTS, QuantizedWeight, QuantSpec
 from ..tools.tolerance import fp64_block, largest, to_fp64
 from ..weights import parameter_shapes
 from .layers import Step, Target
-from .report import Row, worst_rows
-from .source import LAYER, OUTSIDE, Source, config_rows
+from .report import QuantizationCost, Row, worst_rows
+from .source import LAYER, Source, config_rows
 
 EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.w[123]\.weight")
 # Half a step of a format relative to the largest value, where the scale clips nothing; 2 % for the scale's rounding.
@@ -70,28 +68,30 @@ def check_weights(target: Target, folder: Any, ids: Tensor, step: Step) -> tuple
     Each tensor of the files is read once, and one layer of them is in memory at a time. On a mesh every rank computes
     all of it.
     """
-    source, cost, stored = None if folder is None else Source(folder), None, None
-    rows = [] if source is None else config_rows(source, target)
-    quantizes = source is not None and (source.quantization is None or target.model.requantized)
-    if source is not None and quantizes and quantized_formats(target.model):
+    layers = [None, *range(len(target.layers))]
+    if folder is None:
+        return [row for at in layers for row in _check_layer(target, at)], None
+    source, cost = Source(folder), None
+    if extra := source.layers.keys() - layers:
+        raise ValueError(f"verify: {source.folder} is another model's: it has a layer {extra.pop()}")
+    rows = config_rows(source, target)
+    if quantized_formats(target.model) and (source.quantization is None or target.model.requantized):
         cost = _LayerByLayer(target, source, ids)
-    for at in sorted({OUTSIDE, *range(len(target.layers)), *(() if source is None else source.layers)}):
+    for at in layers:
         rows += _check_layer(target, at)
-        if source is None:
-            continue
         stored = None if cost is None else cost.empty(at)
         rows += _compare_layer(source, target, at, stored)
         if cost is not None:
             cost.add(at, stored)
         stored = None  # before the next layer is allocated
-        if at != OUTSIDE:
+        if at is not None:
             step()
     return rows, None if cost is None else cost.result()
 
 
-def _weights(target: Target, at: int) -> dict[str, Any]:
-    """The weights of a layer, or OUTSIDE, by name. A tied head is left out."""
-    if at == OUTSIDE:
+def _weights(target: Target, at: int | None) -> dict[str, Any]:
+    """The weights of a layer (None: outside the layers) by name. A tied head is left out."""
+    if at is None:
         found = {name: getattr(target, name) for name in ("embed_tokens", "norm", "lm_head")}
         if found["lm_head"] is None or found["lm_head"] is found["embed_tokens"]:
             del found["lm_head"]
@@ -101,15 +101,14 @@ def _weights(target: Target, at: int) -> dict[str, Any]:
     return dict(layer.named_parameters()) | quantized
 
 
-def _check_layer(target: Target, at: int) -> list[Row]:
-    """Rows of one layer, or OUTSIDE: infinite where a weight is not finite, which a text may not show: of a token or an
+def _check_layer(target: Target, at: int | None) -> list[Row]:
+    """Rows of one layer, or of None: infinite where a weight is not finite, which a text may not show: of a token or an
     expert that it does not have."""
     weights = _weights(target, at).values()
     passed = {"finite": all(map(_is_finite, weights))}
     if tables := [weight for weight in weights if isinstance(weight, OffloadedWeight)]:
         passed["addresses of experts"] = all(weight.is_intact() for weight in tables)
-    layer = None if at == OUTSIDE else at
-    return [Row(layer, "weights", case, 0.0 if right else math.inf, 0.0) for case, right in passed.items()]
+    return [Row(at, "weights", case, 0.0 if right else math.inf, 0.0) for case, right in passed.items()]
 
 
 def _is_finite(weight: Any) -> bool:
@@ -118,14 +117,14 @@ def _is_finite(weight: Any) -> bool:
     return all(bool(part.isfinite().all()) for part in values)
 
 
-def _compare_layer(source: Source, target: Target, at: int, stored: Any = None) -> list[Row]:
-    """The rows of one layer, or OUTSIDE, with the largest difference from the files, and one for weights that were
+def _compare_layer(source: Source, target: Target, at: int | None, stored: Any) -> list[Row]:
+    """The rows of one layer, or of None, with the largest difference from the files, and one for weights that were
     quantized while loading, with the error of `_rounding_error`. The files' tensors are put into `stored`, too.
 
     A part of a parameter that no tensor or more than one fills is an infinite difference. ValueError for another
     model's folder.
     """
-    layer, sizes, rows = None if at == OUTSIDE else at, 0, list[Row]()
+    sizes, rows = 0, list[Row]()
     for name, files in source.layers[at].items():
         place, tied = _place(target, name), name == "lm_head.weight" and target.lm_head is target.embed_tokens
         copy = None if stored is None or tied else _place(stored, name)
@@ -138,11 +137,11 @@ def _compare_layer(source: Source, target: Target, at: int, stored: Any = None) 
             if copy is not None:
                 copy[expert] = theirs
             if isinstance(ours, QuantizedWeight) and (len(files) == 1 or name in target.model.requantized):
-                rows.append(Row(layer, "weights", "quantized", _rounding_error(ours, theirs), ROUNDING[ours.format]))
+                rows.append(Row(at, "weights", "quantized", _rounding_error(ours, theirs), ROUNDING[ours.format]))
             else:
-                rows.append(Row(layer, "weights", "as stored", _difference(ours, theirs), 0.0))
+                rows.append(Row(at, "weights", "as stored", _difference(ours, theirs), 0.0))
     filled = sizes == sum(weight.shape.numel() for weight in _weights(target, at).values())
-    return worst_rows([Row(layer, "weights", "as stored", 0.0 if filled else math.inf, 0.0), *rows])
+    return worst_rows([Row(at, "weights", "as stored", 0.0 if filled else math.inf, 0.0), *rows])
 
 
 def _place(model: Any, name: str) -> Any:
@@ -224,36 +223,6 @@ def held_out(folder: Any, config: Any) -> Tensor | None:
     return torch.tensor(ids)
 
 
-@dataclass(frozen=True)
-class QuantizationCost:
-    """Both models in fp64: on the dequantized weights, and on the weights of the files.
-
-    formats  of the quantized parts of the model, by their names in PARTS
-    cosine   between the logits of a token in both, the mean over all tokens; `min_cosine`: the smallest
-    flips    of `routed` routes (a token in a layer), those that differ
-    perplexity, stored_perplexity  of the folder's held-out text; None where it has none
-    """
-
-    formats: dict[str, str]
-    cosine: float
-    min_cosine: float
-    flips: int
-    routed: int
-    perplexity: float | None = None
-    stored_perplexity: float | None = None
-
-    def __str__(self) -> str:
-        kinds = ", ".join(f"{part} {format}" for part, format in self.formats.items())
-        text = (
-            f"Quantized: {kinds}. Cost against the weights as stored, in fp64: cosine of the logits {self.cosine:.5f}, "
-            f"of the worst token {self.min_cosine:.5f}; routes that differ: {self.flips} of {self.routed}"
-        )
-        if self.perplexity is None or self.stored_perplexity is None:
-            return f"{text}."
-        percent = 100 * (self.perplexity / self.stored_perplexity - 1)
-        return f"{text}; perplexity {self.perplexity:.3f}, as stored {self.stored_perplexity:.3f} ({percent:+.2f} %)."
-
-
 def quantized_formats(model: Any) -> dict[str, str]:
     """The formats of a model's quantized parts, by their names in PARTS."""
     found: dict[str, set[str]] = {}
@@ -276,16 +245,16 @@ class _LayerByLayer:
         inputs = [ids, *(window[None] for window, _ in self.windows)]
         self.texts = [[F.embedding(each, target.embed_tokens).double() for each in inputs]] * 2
 
-    def empty(self, at: int) -> Any:
-        """Unset tensors for what the files hold for a layer, or OUTSIDE, as `_place` finds them."""
+    def empty(self, at: int | None) -> Any:
+        """Unset tensors for what the files hold for a layer, or None, as `_place` finds them."""
         unset = partial(torch.empty, dtype=self.dtype, device=self.target.model.device)
         weights = {name: unset(weight.shape) for name, weight in _weights(self.target, at).items()}
-        places = weights if at == OUTSIDE else {"layers": {at: SimpleNamespace(**weights)}}
+        places = weights if at is None else {"layers": {at: SimpleNamespace(**weights)}}
         return SimpleNamespace(config=self.target.config, **places)
 
-    def add(self, at: int, stored: Any) -> None:
-        """One layer, or OUTSIDE, as the files have it."""
-        if at == OUTSIDE:
+    def add(self, at: int | None, stored: Any) -> None:
+        """One layer, or None, as the files have it."""
+        if at is None:
             self.stored_head = stored.lm_head if isinstance(self.target.lm_head, QuantizedWeight) else None
             return
         routes = []

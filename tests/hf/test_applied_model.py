@@ -17,7 +17,7 @@ from mixtral_triton.kernels.record import record_launches
 transformers = pytest.importorskip("transformers")
 from transformers.models.mixtral import modeling_mixtral as theirs  # noqa: E402
 
-from mixtral_triton.hf.mask import CACHE  # noqa: E402
+from mixtral_triton.hf.attention import CACHE  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about modules, not kernels: run once, without the interpreter")
 IDS = torch.randint(1, 48, (2, 14), generator=torch.Generator().manual_seed(0))

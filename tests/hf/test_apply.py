@@ -96,12 +96,12 @@ def test_each_part_alone(part: str, make_hf: Any, calls: set[str]) -> None:
 
 def test_intervals_never_become_a_dense_mask(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding on either side, packed sequences, windows and every kind of cache call none of transformers' masks."""
-    from mixtral_triton.hf import mask as hf_mask
+    from mixtral_triton.hf import attention
 
     def refuse(**kwargs: Any) -> None:
         raise AssertionError("a dense mask was made")
 
-    monkeypatch.setattr(hf_mask, "sdpa_mask", refuse)
+    monkeypatch.setattr(attention, "sdpa_mask", refuse)
     for name in ("eager", "sdpa"):
         monkeypatch.setitem(transformers.AttentionMaskInterface._global_mapping, name, refuse)
     packed = torch.cat((torch.arange(5), torch.arange(9))).expand(2, 14)

@@ -10,7 +10,7 @@ import torch
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig, ops
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.quantize.spec import select_specs
+from mixtral_triton.quantize import select_specs
 from mixtral_triton.weights import parameter_shapes
 
 BATCHES = (1, 4, 32, 64, 200)

@@ -15,7 +15,7 @@ from mixtral_triton import Mixtral, MixtralConfig
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.parallel import Shard
-from mixtral_triton.quantize.spec import PARTS
+from mixtral_triton.quantize import PARTS
 from mixtral_triton.verification.layers import Target
 from mixtral_triton.verification.weights import check_weights
 from tests.support import hub

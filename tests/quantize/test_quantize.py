@@ -16,8 +16,7 @@ from mixtral_triton import Mixtral, MixtralConfig, reference
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.quantized import unpack
-from mixtral_triton.quantize import QuantizedWeight, quantize, quantizers
-from mixtral_triton.quantize.spec import select_specs
+from mixtral_triton.quantize import QuantizedWeight, quantize, select_specs
 from mixtral_triton.tools.fit import memory_need
 from mixtral_triton.verification import held_out, perplexity
 from mixtral_triton.weights import parameter_shapes, read_headers, table, total_bytes
@@ -81,7 +80,7 @@ def test_zeros_tiny_and_huge_values_and_rows_in_pieces(format: str, monkeypatch:
     assert torch.allclose(back[2:3], x[2:3], rtol=0.02)
     x = normal(2, 9, 128)
     whole = quantize(x, format)
-    monkeypatch.setattr(quantizers, "PIECE", 300)
+    monkeypatch.setattr("mixtral_triton.quantize.PIECE", 300)
     assert torch.equal(quantize(x, format).data, whole.data)
     assert torch.equal(quantize(x[1, 3:5], format).dequantize(), whole.dequantize()[1, 3:5])
 

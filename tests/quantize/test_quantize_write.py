@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mixtral_triton import Mixtral
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.quantize import QuantizedWeight, quantize, quantizers
+from mixtral_triton.quantize import QuantizedWeight, quantize
 from mixtral_triton.quantize import write as writer
 from mixtral_triton.quantize.hub import read_headers
 from mixtral_triton.quantize.write import write
@@ -55,7 +55,7 @@ def test_written_checkpoint_loads_exactly(tmp_path: Path, format: Any, source: s
     makers = {"shards": sharded, "fused": fused}
     folder = makers[source](tmp_path / "in") if source in makers else SMALL
     read: list[int] = []
-    monkeypatch.setattr(quantizers, "PIECE", 5000)
+    monkeypatch.setattr("mixtral_triton.quantize.PIECE", 5000)
     size = write(folder, tmp_path / "out", format, "cpu", read.append)
     assert sum(read) == total_bytes(read_headers(SMALL)) and size == total_bytes(read_headers(tmp_path / "out"))
     assert same(load(tmp_path / "out"), load(SMALL, weights=format))

@@ -9,8 +9,7 @@ from torch import Tensor
 from mixtral_triton import KVCache, Mixtral, MixtralConfig
 from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.quantized import QuantizedWeight
-from mixtral_triton.quantize.quantizers import fill
-from mixtral_triton.quantize.spec import select_specs
+from mixtral_triton.quantize import fill, select_specs
 from mixtral_triton.verification.layers import Target
 from mixtral_triton.verification.report import Row
 from mixtral_triton.verification.weights import check_weights

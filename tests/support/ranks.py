@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixtral_triton import KVCache, Mixtral, parallel, verify, weights
 from mixtral_triton.quantize import QuantizedWeight
-from mixtral_triton.verification.mesh import MeshTarget
 from mixtral_triton.verification.report import Report
+from mixtral_triton.verification.targets import MeshTarget
 
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "all_gather_object", "isend")
 SHORT_TIMEOUT = mock.patch.object(parallel, "TIMEOUT", timedelta(seconds=2))

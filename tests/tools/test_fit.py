@@ -19,7 +19,7 @@ from mixtral_triton.inputs import check_memory
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.load import LOGIT_BYTES, OVERHEAD, cache_bytes, table_bytes, workspace_bytes
-from mixtral_triton.quantize.spec import select_specs
+from mixtral_triton.quantize import select_specs
 from mixtral_triton.tools.fit import KNOWN, Plan, Request, format_specs, memory_need, parameters
 from mixtral_triton.tools.gpus import GPU, GPUS, LINKS, MIB, find_gpu
 from mixtral_triton.tools.work import count_work

@@ -14,7 +14,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from tests.support.faults import DTYPES, Inject
 
 pytest.importorskip("transformers")
-from mixtral_triton.hf import mask, modules
+from mixtral_triton.hf import attention, modules
 
 IDS = torch.randint(1, 48, (2, 15), generator=torch.Generator().manual_seed(0))
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about masks and modules, whatever the backend: run once")
@@ -29,8 +29,8 @@ def result(place: Any, name: str, change: Change) -> Inject:
 
 def mask_by(change: Change) -> Inject:
     """The mask of other keyword arguments."""
-    make = lambda **kwargs: mask.interval_mask(**kwargs | change(kwargs))  # noqa: E731
-    return lambda patch: patch.setitem(mask.AttentionMaskInterface._global_mapping, mask.NAME, make)
+    make = lambda **kwargs: attention.interval_mask(**kwargs | change(kwargs))  # noqa: E731
+    return lambda patch: patch.setitem(attention.AttentionMaskInterface._global_mapping, attention.NAME, make)
 
 
 def static_by(change: Change) -> Inject:
@@ -88,8 +88,8 @@ last_slot = lambda k: {"q_offset": k["q_offset"] * 0 + k["kv_length"] - k["q_len
 # fault with "window" in its name has one.
 FAULTS: dict[str, dict[str, Inject]] = {
     "left-padded": {
-        "padding ignored": result(mask, "first_key", lambda *_: (True, None)),
-        "one token of padding seen": result(mask, "first_key", lambda out, _: (True, (out[1] - 1).relu())),
+        "padding ignored": result(attention, "first_key", lambda *_: (True, None)),
+        "one token of padding seen": result(attention, "first_key", lambda out, _: (True, (out[1] - 1).relu())),
         "first row's padding for all": attend("interval", first_row),
         "first query's interval for all": attend("interval", first_query),
         "no window beside padding": several(mask_by(lambda _: {"local_size": None}), attend("interval", no_window)),
@@ -105,9 +105,9 @@ FAULTS: dict[str, dict[str, Inject]] = {
         "offset 0": static_by(lambda k: {"q_offset": k["q_offset"] * 0}),
     },
     "packed": {
-        "boundaries ignored": result(mask, "sequence_bounds", lambda *_: (True, None)),
-        "boundaries one token late": result(mask, "sequence_bounds", late_bounds),
-        "first row's boundaries for all": result(mask, "sequence_bounds", first_bounds),
+        "boundaries ignored": result(attention, "sequence_bounds", lambda *_: (True, None)),
+        "boundaries one token late": result(attention, "sequence_bounds", late_bounds),
+        "first row's boundaries for all": result(attention, "sequence_bounds", first_bounds),
         "positions forgotten": mask_without(3),
         "no window": attend("packed", no_window),
         # Rows in which padding shifts all positions are right.

@@ -227,7 +227,7 @@ def test_fault_that_transformers_layers_show(fault: str, dtype: torch.dtype) -> 
 def test_transformers_has_one_layer_at_a_time(weights: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A quantized model is compared with its dequantized weights."""
     pytest.importorskip("transformers")
-    loaded = one_at_a_time(monkeypatch, verification.hf, "_load_layer")
+    loaded = one_at_a_time(monkeypatch, verification.targets, "_load_layer")
     folder = tmp_path if weights == "awq" else SMALL
     if weights == "awq":
         hub.write(tmp_path, *hub.LAYOUTS["awq 64"])
@@ -239,7 +239,11 @@ def test_transformers_has_one_layer_at_a_time(weights: Any, tmp_path: Path, monk
 
 def test_wrong_folder_or_peer_raises_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"another model's: \S+ has shape"):
-        verify(small_model(torch.bfloat16), IDS, folder=SMALL)
+        verify(small_model(torch.bfloat16, num_hidden_layers=4), IDS, folder=SMALL)
+    model = Mixtral.from_pretrained(SMALL)
+    del model.layers[3]  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="another model's: it has a layer 3"):
+        verify(model, IDS, folder=SMALL)
     with pytest.raises(ValueError, match="needs 'transformers' or None"):
         verify(SMALL, peer="vllm")
     with pytest.raises(ValueError, match="needs folder"):

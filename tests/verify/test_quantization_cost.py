@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mixtral_triton import Mixtral, reference, verify
+from mixtral_triton import Mixtral, quantize, reference, verify
 from mixtral_triton.cli import SMALL, main, parse_weights
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.quantize import QuantizedWeight, quantizers
+from mixtral_triton.quantize import QuantizedWeight
 from mixtral_triton.verification import held_out, perplexity, weights
 from mixtral_triton.verification.layers import Target
 from mixtral_triton.verification.weights import check_weights
@@ -168,7 +168,7 @@ def test_fault_smaller_than_the_cost_of_int4(name: str, tiny: Path, inject_fault
 
 @pytest.mark.parametrize("format", ["int4", "int8", "fp8"])
 def test_wrong_scales_of_the_quantizer(format: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = quantizers.encode
+    encode = quantize.encode
     rows = check_loaded(tiny, load(tiny, weights=format))
     assert [(row.case, row.ok) for row in rows] == [("as stored", True), ("as stored", True), ("quantized", True)]
 
@@ -176,7 +176,7 @@ def test_wrong_scales_of_the_quantizer(format: str, tiny: Path, monkeypatch: pyt
         codes, scales = encode(*args)
         return codes, 2 * scales
 
-    monkeypatch.setattr(quantizers, "encode", double_scales)
+    monkeypatch.setattr(quantize, "encode", double_scales)
     assert [row.ok for row in check_loaded(tiny, load(tiny, weights=format))] == [True, True, False]
 
 

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
-from mixtral_triton import KVCache, Mixtral, MixtralConfig, generate, reference, verify
+from mixtral_triton import KVCache, Mixtral, MixtralConfig, generate, reference, verification, verify
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.experts import op
 from mixtral_triton.kernels.launch import INTERPRETED
@@ -19,7 +19,7 @@ from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.model import Layer
 from mixtral_triton.ops import unchecked
 from mixtral_triton.tools.tolerance import Fp64Reference, Tolerance, worst
-from mixtral_triton.verification import calls, generation
+from mixtral_triton.verification import calls
 from mixtral_triton.verification.calls import LayerCheck, SizedCalls
 from mixtral_triton.verification.layers import Target, compare_layers
 from mixtral_triton.verification.report import Row
@@ -177,19 +177,19 @@ def test_injected_fault(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["top_p off", "top_k off", "top_p larger"],
 )
 def test_fault_in_sample(old: Any, new: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "TOP_P", old[1])
-    monkeypatch.setattr(generation, "TOP_K", old[2])
-    sample = generation.sample
-    monkeypatch.setattr(generation, "sample", lambda x, t, p, g, k: sample(x, t, new[1], g, new[2]))
+    monkeypatch.setattr(verification, "TOP_P", old[1])
+    monkeypatch.setattr(verification, "TOP_K", old[2])
+    sample = verification.sample
+    monkeypatch.setattr(verification, "sample", lambda x, t, p, g, k: sample(x, t, new[1], g, new[2]))
     logits = torch.randn(400, 60, generator=torch.Generator().manual_seed(0))
-    assert not generation._check_sample(logits, [torch.Generator(), torch.Generator()]).ok
+    assert not verification._check_sample(logits).ok
 
 
 def test_sample_on_a_real_vocabulary() -> None:
     """Of 64 tokens, every pair of two entries would take 500 GB. bf16 has ties at the edge of top_p."""
     logits = torch.randn(64, 32000, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.float32, torch.bfloat16):
-        assert generation._check_sample(logits.to(dtype).float(), [torch.Generator(), torch.Generator()]).ok
+        assert verification._check_sample(logits.to(dtype).float()).ok
 
 
 @once

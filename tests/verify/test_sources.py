@@ -19,7 +19,7 @@ from mixtral_triton import Mixtral, MixtralConfig, model, verification, verify, 
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import State
 from mixtral_triton.quantize import layouts
-from mixtral_triton.verification import layers, mesh, source
+from mixtral_triton.verification import layers, source, targets
 from mixtral_triton.verification.layers import Target, compare_layers
 from mixtral_triton.verification.source import Source, decode
 from mixtral_triton.verification.weights import estimate
@@ -150,9 +150,9 @@ def test_act_order_is_decoded(off: int) -> None:
 def test_one_gathered_layer_at_a_time(dense: Path, monkeypatch: Patch) -> None:
     """On a mesh each layer is gathered when it is read: none is alive when the next one is."""
     target = Target(random_model(num_hidden_layers=3, max_position_embeddings=4200))
-    gathered = one_at_a_time(monkeypatch, mesh, "Layer")
+    gathered = one_at_a_time(monkeypatch, targets, "Layer")
     ranks = SimpleNamespace(model=target.model, config=target.config, gather=lambda name, weight: weight.detach() + 0)
-    target.layers = mesh._GatheredLayers(ranks)  # type: ignore[arg-type]
+    target.layers = targets._GatheredLayers(ranks)  # type: ignore[arg-type]
     with torch.no_grad():
         report = verification._verify(target, IDS[:, :4], None, None, None, True, None)
     assert not report.wrong and len(gathered) >= 6

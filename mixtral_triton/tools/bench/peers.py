@@ -184,7 +184,7 @@ def _hf_step(op: Op, args: Args, kind: str) -> Function:
     from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
     from ...hf import apply
-    from ...hf.mask import CACHE
+    from ...hf.attention import CACHE
 
     model, cache = args["model"], args["cache"]
     _require_dense(model.named_weights())

@@ -1,12 +1,14 @@
-"""verify for a transformers model: transformers' own modules are the reference, on the user's own weights.
+"""The other targets of verify: a transformers model, whose own modules are the reference, and a model on a mesh.
 
-B batch, T tokens, H hidden, Hq query heads, Hkv key/value heads, D head size
+On a mesh every rank gathers one layer at a time for torch, and runs operations on its own shard.
+
+B batch, T tokens, H hidden
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,16 +17,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .. import hf, reference
 from ..config import SIZES, MixtralConfig
-from ..model import Mixtral
-from ..quantize import QuantizedWeight
+from ..kernels.call import call_unchecked
+from ..kernels.quantized import QuantizedWeight, unpack
+from ..kernels.registry import OPS
+from ..model import Layer, Mixtral
+from ..parallel import Shard
+from ..quantize import put
 from ..tools.tolerance import FLOOR, Fp64Reference, LayerReference
+from ..weights import parameter_shapes, qkv_rows
 from .layers import PADDING, LayerCheck, LayerProbe, Reading, Step, Target
 from .report import PEER, Row
-from .source import OUTSIDE, Source
+from .source import Source
 from .weights import _place
 
 MIN_TOKENS = 24  # of a text whose rounding errors set a limit for attention and experts alone
@@ -33,7 +41,7 @@ MIN_TOKENS = 24  # of a text whose rounding errors set a limit for attention and
 class TransformersTarget(Target):
     """A transformers Mixtral, applied or not, which is left as it was. `apply`: its own forward is that of `apply`."""
 
-    peer, uneven, widens, generates = "transformers' own modules", False, False, False
+    peer, ours, widens = "transformers' own modules", False, False
 
     def __init__(self, model: Any, apply: bool = True) -> None:
         self.apply, self.theirs = apply, hf.import_modules("verify", model).theirs
@@ -45,7 +53,7 @@ class TransformersTarget(Target):
         self.model, self.layers = model, self.backbone.layers
         self.embed_tokens, self.norm = self.backbone.embed_tokens.weight, self.backbone.norm.weight
         self.lm_head = model.lm_head.weight if hasattr(model, "lm_head") else None
-        self.model_head = getattr(model, "lm_head", torch.nn.Identity())
+        self.model_head = getattr(model, "lm_head", nn.Identity())
         self.output = "hidden" if self.lm_head is None else "logits"
         attn, eps = self.layers[0].self_attn, self.backbone.norm.variance_epsilon
         config = {name: getattr(attn.config, name) for name in SIZES} | {"head_dim": attn.head_dim, "rms_norm_eps": eps}
@@ -84,9 +92,6 @@ class TransformersTarget(Target):
         cos, sin = (part[0, :, : attn.head_dim // 2].contiguous() for part in rotary(x.float()))
         return LayerCheck(values, layer, config, {"cos": cos, "sin": sin})
 
-    def probe_config(self, tokens: int) -> MixtralConfig:
-        return self.config
-
     def make_cache(self, config: MixtralConfig, batch: int, slots: int) -> Any:
         from transformers import DynamicCache
 
@@ -100,17 +105,16 @@ class TransformersTarget(Target):
         yield from super().readings(config, B, T)
         at, row = torch.arange(T), torch.arange(max(B, 2))[:, None]
         padded, packed = at - row % 3 * T // 4, at % (T // 2 + 1 + row % 3)  # positions [R,T], negative for padding
-        dynamic = partial(self.make_cache, config, B, T)
         static = partial(StaticCache, config=self.backbone.config, max_cache_len=T + PADDING)
-        cases: list[tuple[str, Tensor, Callable[[], Any] | None]] = [
+        cases: list[tuple[str, Tensor, Any]] = [
             ("left-padded", padded, None),
-            ("padded, cached", padded, dynamic),
-            ("static cache", at.expand_as(padded), static),
-            ("padded, static", padded, static),
+            ("padded, cached", padded, self.make_cache(config, B, T)),
+            ("static cache", at.expand_as(padded), static()),
+            ("padded, static", padded, static()),
             ("packed", packed, None),
         ]
-        for case, positions, make_cache in cases:
-            cache, real = None if make_cache is None else make_cache(), positions >= 0
+        for case, positions, cache in cases:
+            real = positions >= 0
             # Over a cache a prefill, a chunk and one token.
             for begin, end in pairwise([0, T] if cache is None else sorted({0, T // 2, T - 1, T})):
                 part = positions[:, begin:end]
@@ -122,7 +126,7 @@ class TransformersTarget(Target):
     @contextmanager
     def forward(self, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Iterator[Callable[..., Tensor]]:
         """The backbone's forward."""
-        from ..hf.mask import CACHE
+        from ..hf.attention import CACHE
 
         def enter(index: int, layer: Any, args: Any) -> Any:
             return probe.enter(index, args[0]), *args[1:]
@@ -173,7 +177,7 @@ def compare_with_transformers(
 def _compare_layer(model: Any, layer: LayerReference, ids: Tensor, x: Tensor | None) -> tuple[list[Row], Any, Tensor]:
     """The rows of transformers' model of one layer, its output on x fp32 [B,T,H], and the logits of that."""
     target = TransformersTarget(model, apply=False)
-    norm, target.backbone.norm = target.backbone.norm, torch.nn.Identity()
+    norm, target.backbone.norm = target.backbone.norm, nn.Identity()
     x = target.backbone.embed_tokens(ids) if x is None else x
     probe, routes = LayerProbe([layer]), LayerProbe([layer])
     for each, inputs in ((probe, layer.x), (routes, x)):
@@ -192,9 +196,8 @@ def _load_layer(source: Source, model: Mixtral, index: int) -> Any:
 
     config = MixtralConfig.from_pretrained(source.folder)
     config.num_hidden_layers, tensors = 1, {}
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    for name, files in (source.layers[OUTSIDE] | source.layers[index]).items():
+    vars(config).pop("quantization_config", None)
+    for name, files in (source.layers[None] | source.layers[index]).items():
         ours = _place(model, name)
         tensor = source.read(files, "cpu")
         if not isinstance(ours, QuantizedWeight):
@@ -220,3 +223,106 @@ def _in_fp32(layer: LayerReference) -> LayerReference:
     changed: dict[str, Any] = {"x": layer.x.float(), "h": layer.h.float(), "references": references}
     weights = layer.logits.gather(-1, layer.ids.long()).softmax(-1)
     return replace(layer, weights=weights, logits_limit=layer.logits_limit * scale, **changed)
+
+
+class MeshTarget(Target):
+    """A `Mixtral` on a mesh, gathered. Every rank must make the same calls."""
+
+    catches_faults, widens = False, False
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        ranks = self.ranks = model.ranks
+        self.shards: list[Shard] = ranks.all_gather_object(ranks.shard)
+        self.shapes, self.local_config = parameter_shapes(self.config), ranks.shard.config
+        self.layers = _GatheredLayers(self)
+        tied = self.config.tie_word_embeddings
+        self.lm_head = self.embed_tokens if tied else self.gather("lm_head", model.lm_head)
+
+    def check(self, layer: Any, x: Tensor, config: MixtralConfig) -> LayerCheck:
+        """The whole layer in torch; the calls of operations on this rank's shard."""
+        check, shard = super().check(layer, x, config), self.ranks.shard
+        values, queries, keys = check.values, shard.queries(config), shard.keys(config)
+        heads = values.heads[..., shard.qkv_rows(config)["q"]]
+        qkv = {"q": values.q[:, :, queries], "k": values.k[:, :, keys], "v": values.v[:, :, keys]}
+        local = LayerCheck(replace(values, heads=heads, **qkv), layer.local, shard.config(config), check.tables)
+        local.local_ids = partial(self.ranks.local_ids, experts=len(layer.local.down_proj))
+        for name in ("calls", "sized_calls"):
+            setattr(check, name, getattr(local, name))
+        return check
+
+    @staticmethod
+    def operation(name: str, args: Mapping[str, Any]) -> Callable[..., Any]:
+        """The runtime's function without its checks, which would reject another rank's experts on a CPU."""
+        return lambda **kwargs: call_unchecked(OPS[name], OPS[name].bind(**kwargs))
+
+    def gather(self, name: str, weight: Any) -> Any:
+        """The whole parameter `name` (see `weights.parameter_shapes`), of which this rank has `weight`."""
+        shape = self.shapes[name]
+        if tuple(weight.shape) == shape:
+            return weight
+        if isinstance(weight, Tensor):
+            return self._gather_plane(name, weight, 1)
+        size = weight.format, shape, weight.group, weight.scales.dtype, weight.zeros is not None, weight.device
+        whole, codes = _GatheredWeight.empty(*size), unpack(weight.data, weight.format, weight.shape[-1], weight.group)
+        zeros = None if weight.zeros is None else self._gather_plane(name, weight.zeros, weight.group) - 128
+        put(whole, self._gather_plane(name, codes, 1), self._gather_plane(name, weight.scales, weight.group), zeros)
+        return whole
+
+    def _gather_plane(self, name: str, local: Tensor, group: int) -> Tensor:
+        """One tensor of a parameter, with a value for each of its columns or for each `group` of them."""
+        *lead, columns = self.shapes[name]
+        whole = torch.empty(*lead, columns // group, dtype=local.dtype, device=local.device)
+        if local.is_floating_point():
+            whole.fill_(float("nan"))  # where no rank has a part
+        rows = -(-self.config.vocab_size // len(self.shards)) if name == "lm_head" else local.shape[-2]
+        parts = self.ranks.gather(F.pad(local, (0, 0, 0, rows - local.shape[-2])))
+        for shard, part in zip(self.shards, parts, strict=True):
+            index = _indices(name, self.config, shard, group)
+            whole[index] = part[: index.stop - index.start] if name == "lm_head" else part
+        return whole
+
+
+class _GatheredWeight(QuantizedWeight):
+    """A weight whose rows have each rank's scale for its part of their columns. No kernel reads it."""
+
+    def _check(self) -> None: ...
+
+
+class _GatheredLayers:
+    """The layers, each gathered when it is read. The last one is kept."""
+
+    def __init__(self, target: MeshTarget) -> None:
+        self.target = target
+        self.last: dict[int, Layer] = {}
+
+    def __len__(self) -> int:
+        return len(self.target.model.layers)
+
+    def __getitem__(self, index: int) -> Layer:
+        if index not in self.last:
+            self.last.clear()  # frees its memory first
+            local = self.target.model.layers[index]  # IndexError ends an iteration
+            weights: dict[str, Any] = {}
+            for name, weight in (*local.named_parameters(recurse=False), *local.named_children()):
+                whole = self.target.gather(f"layers.{index}.{name}", weight)
+                weights[name] = nn.Parameter(whole, requires_grad=False) if isinstance(whole, Tensor) else whole
+            layer = Layer(self.target.config, weights)
+            object.__setattr__(layer, "local", local)  # not as a submodule, whose weights would be the layer's
+            self.last[index] = layer
+        return self.last[index]
+
+
+def _indices(name: str, config: MixtralConfig, shard: Shard, group: int) -> Any:
+    """Where a rank's part of a parameter is in the whole."""
+    short, inner, experts = name.rpartition(".")[2], shard.inner(config), shard.experts(config)
+    if short == "lm_head":
+        return shard.vocabulary(config)
+    if short == "qkv_proj":
+        runs = zip(qkv_rows(config).values(), shard.qkv_rows(config).values(), strict=True)
+        return torch.cat([torch.arange(run.start, run.stop) + rows.start for rows, run in runs])
+    if short == "gate_up_proj":
+        return experts, torch.cat([torch.arange(inner.start, inner.stop) + at for at in (0, config.intermediate_size)])
+    run = shard.qkv_rows(config)["q"] if short == "o_proj" else inner
+    columns = slice(run.start // group, run.stop // group)
+    return (..., columns) if short == "o_proj" else (experts, ..., columns)
