@@ -170,12 +170,8 @@ def parser() -> argparse.ArgumentParser:
     option("--gpu", metavar="NAME", help=f"measure nothing, predict by a data sheet: {', '.join(RATED)}")
 
     option = command("tune", "launch configurations around the present ones: which compile, fit, are fastest", ops, at)
-    option(
-        "--arch",
-        choices=ARCHS,
-        metavar="ARCH",
-        help="time nothing, compile for this one; default: the GPU there is, else sm_90",
-    )
+    text = "time nothing, compile for this one; default: the GPU there is, else sm_90"
+    option("--arch", choices=ARCHS, metavar="ARCH", help=text)
     option("--dry-run", action="store_true", help="time nothing")
 
     option = command("fit", "what fits a GPU's memory: weights by format, cache, workspace, the longest text")

@@ -31,11 +31,11 @@ VARIED = ("BLOCK_", "GROUP_", "SPLITS")
 # Tiles that must cover a full dimension, in every kernel or in one: a smaller one is wrong, a larger one idle.
 FULL_DIM_TILES_OF_ALL = {"BLOCK_D", "BLOCK_E", "BLOCK_S", "BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF"}
 FULL_DIM_TILES = {
-    **{"attention_decode_kernel": {"BLOCK_M"}, "linear_decode_kernel": {"BLOCK_T"}},
-    **{"experts_down_decode_kernel": {"BLOCK_T"}, "experts_up_decode_kernel": {"BLOCK_T"}},
-    **{"gate_route_kernel": {"BLOCK_K"}, "route_kernel": {"BLOCK_K"}},
-    **{"rms_norm_kernel": {"BLOCK_H"}, "embed_rms_norm_kernel": {"BLOCK_H"}},
-    **{"experts_combine_kernel": {"BLOCK_H"}},  # with a norm it needs the full row
+    "BLOCK_M": ("attention_decode_kernel",),
+    "BLOCK_T": ("linear_decode_kernel", "experts_down_decode_kernel", "experts_up_decode_kernel"),
+    "BLOCK_K": ("gate_route_kernel", "route_kernel"),
+    # The combine of the experts needs the full row with a norm.
+    "BLOCK_H": ("rms_norm_kernel", "embed_rms_norm_kernel", "experts_combine_kernel"),
 }
 WARPS, STAGES = range(1, 17), range(1, 9)
 FASTER = 0.98  # of the best time so far; a smaller gain is noise
@@ -43,10 +43,11 @@ ROUNDS = 5
 Candidate = tuple[LaunchConfig, measure.Outcome]
 
 
-def fixed_tiles(kernel: str, launch: Launch) -> set[str]:
+def fixed_tiles(launch: Launch) -> set[str]:
     """Return the tiles that do not vary, of a quantized weight also its depth, which the layout fixes."""
     quantized = launch.constexprs.get("LAYOUT", ("dense",))[0] != "dense"
-    return FULL_DIM_TILES_OF_ALL | FULL_DIM_TILES.get(kernel, set()) | ({"BLOCK_K"} if quantized else set())
+    full = {tile for tile, kernels in FULL_DIM_TILES.items() if launch.kernel in kernels}
+    return FULL_DIM_TILES_OF_ALL | full | ({"BLOCK_K"} if quantized else set())
 
 
 def neighbours(config: LaunchConfig, fixed: set[str]) -> list[LaunchConfig]:
@@ -96,13 +97,11 @@ def tune(
             return config, measure.attempt(lambda: measure.our_call(case, args), args, check_of(case.op, args), timer)
 
     launch, current = kernel_configs(case, arch)[kernel]
+    fixed = fixed_tiles(launch)
     candidates, best = [visit(current)], 0
     for _ in range(ROUNDS):
-        steps, known = (
-            neighbours(candidates[best][0], fixed_tiles(kernel, launch)),
-            [config for config, _ in candidates],
-        )
-        candidates += [visit(config) for config in steps if config not in known]
+        known = [config for config, _ in candidates]
+        candidates += [visit(config) for config in neighbours(known[best], fixed) if config not in known]
         times = [outcome.seconds or float("inf") for _, outcome in candidates]
         if min(times) >= FASTER * times[best]:
             break
@@ -156,8 +155,7 @@ def run(args: argparse.Namespace) -> int:
                 print(json.dumps({**about, "tried": each}), flush=True)
                 continue
             title = f"{kernel}: {case.op.name}, {sizes_text(case.as_dict())}, {case.dtype_name}, {arch}"
-            out.print(
-                tune_table(title, candidates, best), "The fastest:" if best else "The present configuration stays:"
-            )
+            out.print(tune_table(title, candidates, best))
+            out.print("The fastest:" if best else "The present configuration stays:")
             out.print(Text(code), soft_wrap=True)
     return 0
