@@ -19,6 +19,7 @@ from mixtral_triton.tools.bench.cases import cases
 from mixtral_triton.tools.offline import compile_launch
 from mixtral_triton.tools.predict import sm_shared_bytes
 from mixtral_triton.tools.work import WORK, count_work, row_tiles
+from tests.compile.test_quantized_offline import instructions_a_byte
 from tests.support.traffic import Traffic, count_traffic
 from tests.tools.test_predict import BF16, LARGE, LAYER, Tile, microseconds, recorded, tiles
 
@@ -239,8 +240,7 @@ def test_masks_cost_few_instructions(T: int, monkeypatch: pytest.MonkeyPatch, co
         for launch in recorded(name, LAYER | {"T": T, "N": 6144}):
             if "decode" not in launch.kernel:
                 continue
-            rows = launch.constexprs["BLOCK_N"] * (2 if "_up_" in launch.kernel else 1)
             (loop,) = compile_launch(launch, "sm_90").loops
-            figure = loop.instructions_a_byte(launch.num_warps or 0, rows * launch.constexprs["BLOCK_K"] * 2)
+            figure = instructions_a_byte(launch, "sm_90")
             assert figure <= A_BYTE and not loop.spills, (launch.kernel, figure)
             covers("main loops", f"{launch.kernel}, T {T}: {figure:.2f} thread instructions a byte (bound {A_BYTE})")
