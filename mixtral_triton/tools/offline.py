@@ -18,14 +18,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from ..kernels.arch import ARCHS, amd
-from ..kernels.checks import FLOATS
 from ..kernels.launch import INTERPRETED
 from ..kernels.op import Launch, Op
 from ..kernels.record import record_launches
@@ -37,7 +35,7 @@ from .terminal import bar, console
 
 _WIDTHS = ("H", "I")  # of a model: they change no tile
 
-Dtypes = Sequence[torch.dtype] | None
+Kernel = tuple[str, Launch]  # an operation's name, and a launch of its kernel
 Progress = Callable[[int, int], object]
 
 
@@ -113,12 +111,11 @@ def _describe(launch: Launch, arch: str, op: str, **figures: Any) -> Compiled:
     )
 
 
-def _kernels(ops: Iterable[Op], arch: str, dtypes: Dtypes = None, widths: bool = True) -> dict[str, tuple[str, Launch]]:
-    """Return the kernels of the operations over their bench shapes, by `_key`: an operation, and its first launch."""
-    found: dict[str, tuple[str, Launch]] = {}
+def collect(ops: Iterable[Op], arch: str, widths: bool = True) -> dict[str, Kernel]:
+    """Return the kernels of the operations over their bench shapes and dtypes, by `_key`."""
+    found: dict[str, Kernel] = {}
     for op in ops:
-        selected = [dtype for dtype in op.dtypes if not dtypes or dtype in dtypes or dtype not in FLOATS]
-        for dtype, sizes in product(selected, op.bench_shapes):
+        for dtype, sizes in product(op.dtypes, op.bench_shapes):
             args = op.inputs(sizes, dtype, "meta")
             with record_launches(arch) as launches:
                 op.run(**args)
@@ -126,11 +123,6 @@ def _kernels(ops: Iterable[Op], arch: str, dtypes: Dtypes = None, widths: bool =
                 if launch.fn is not None:
                     found.setdefault(_key(launch, _source(launch, arch), widths), (op.name, launch))
     return found
-
-
-def collect(op: Op, arch: str, dtypes: Dtypes = None) -> list[Launch]:
-    """Return the kernels that `op` launches on `arch` over its bench shapes and dtypes (of the floats: `dtypes`)."""
-    return [launch for _, launch in _kernels([op], arch, dtypes).values()]
 
 
 def compile_launch(launch: Launch, arch: str, op: str = "", out: Path | None = None) -> Compiled:
@@ -162,13 +154,8 @@ def _attempt(launch: Launch, arch: str, op: str, out: Path | None) -> Compiled:
         return _describe(launch, arch, op, error=message)
 
 
-def _compile_all(
-    kernels: Sequence[tuple[str, Launch]],
-    arch: str,
-    out: Path | None = None,
-    progress: Progress = lambda *numbers: None,
-) -> list[Compiled]:
-    """Compile each operation's launch, on all cores: Triton's passes release the GIL, and ptxas is a process."""
+def _compile_all(kernels: Iterable[Kernel], arch: str, out: Path | None, progress: Progress) -> list[Compiled]:
+    """Compile each kernel, on all cores: Triton's passes release the GIL, and ptxas is a process."""
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     with redirect_stdout(io.StringIO()):  # where ptxas fails, Triton prints all its input
         try:
@@ -186,7 +173,7 @@ def compile_launches(launches: Iterable[Launch], arch: str) -> list[Compiled]:
     sources = [(launch, _source(launch, arch)) for launch in launches]
     # What is known of its integers makes another kernel of it, too.
     distinct = {(_key(launch, source), repr(source.attrs)): ("", launch) for launch, source in sources}
-    return _compile_all(list(distinct.values()), arch)
+    return _compile_all(distinct.values(), arch, None, lambda *numbers: None)
 
 
 def compile_ops(
@@ -201,10 +188,10 @@ def compile_ops(
     """
     if unknown := [name for name in ops if name not in OPS]:
         raise ValueError(f"compile: argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
-    found = _kernels([op for name, op in OPS.items() if name in ops], arch, widths=False)
+    found = collect([op for name, op in OPS.items() if name in ops], arch, widths=False)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    kernels = _compile_all(list(found.values()), arch, out, progress)
+    kernels = _compile_all(found.values(), arch, out, progress)
     # Together: the disassembler takes long to start.
     counted = [one for one in kernels if "cubin" in one.stages]
     for one, loops in zip(counted, sass.main_loops([one.stages["cubin"] for one in counted], arch), strict=True):
