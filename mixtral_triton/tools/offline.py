@@ -208,8 +208,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(map(json.dumps, rows)))
         return 1 if faults else 0
     out = console()
-    if note := family_note(args.arch):
-        out.print(note)
+    out.print(family_note(args.arch), end="")
     out.print(resources_table(args.arch, rows))
     for row in faults:
         out.print(f"{row['op']}, {row['kernel']}, {row['dtype']}: {row['fault']}", style="red", markup=False)

@@ -75,11 +75,11 @@ def measure_gpu(name: str, arch: str, device: Any, timer: Timer, memory: int = 1
     return GPU("", name, arch=arch, bandwidth=bandwidth, matmul=matmul, source="measured")
 
 
-def family_note(arch: str) -> str | None:
-    """Return a sentence where `arch` uses the launch configurations of another architecture; else None."""
+def family_note(arch: str) -> str:
+    """Return a line where `arch` uses the launch configurations of another architecture; else nothing."""
     used = family(arch)
-    text = f"{arch} has no table of launch configurations: the analytic rule takes those of {used}"
-    return None if used == arch else text
+    line = f"{arch} has no table of launch configurations: the analytic rule takes those of {used}\n"
+    return "" if used == arch else line
 
 
 @dataclass(frozen=True)

@@ -76,9 +76,8 @@ def count_work(launch: Launch) -> Work:
     ValueError for another library's kernel without a formula.
     """
     if launch.fn is None and launch.kernel not in WORK:
-        raise ValueError(
-            f"count_work: kernel is {launch.kernel!r}, needs one with a formula: {', '.join(sorted(WORK))}"
-        )
+        known = ", ".join(sorted(WORK))
+        raise ValueError(f"count_work: kernel is {launch.kernel!r}, needs one with a formula: {known}")
     return WORK.get(launch.kernel, _stream)(launch)
 
 

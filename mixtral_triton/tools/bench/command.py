@@ -63,8 +63,7 @@ def run(args: argparse.Namespace) -> int:
         known = "Floors" if gpu.chip is None else "Predicted times and floors"
         out.print(f"No time was measured: {reason}. {known} are those of the GPU below.")
     out.print(gpu_line(gpu, sheet))
-    if note := family_note(gpu.arch):
-        out.print(note)
+    out.print(family_note(gpu.arch), end="")
     if args.json:
         versions = {"torch": torch.__version__, "arch": gpu.arch}
         print(json.dumps({"kind": "gpu", **_rates(gpu), **versions, "data_sheet": sheet and _rates(sheet)}), flush=True)

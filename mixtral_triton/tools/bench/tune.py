@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from rich.text import Text
 
 from ...kernels.arch import ARCHS
-from ...kernels.launch import INTERPRETED, override_configs, target_arch
+from ...kernels.launch import INTERPRETED, Configs, override_configs, target_arch
 from ...kernels.op import Launch, LaunchConfig
 from ...kernels.record import record_launches
 from ...kernels.registry import OPS
@@ -62,9 +62,7 @@ def neighbours(config: LaunchConfig, fixed: set[str]) -> list[LaunchConfig]:
     ]
 
 
-def kernel_configs(
-    case: Case, arch: str, overrides: Mapping[str, LaunchConfig] | None = None
-) -> dict[str, tuple[Launch, LaunchConfig]]:
+def kernel_configs(case: Case, arch: str, overrides: Configs | None = None) -> dict[str, tuple[Launch, LaunchConfig]]:
     """Return the first launch and the configuration of each kernel that the operation configures."""
     shapes = case.inputs(torch.device("meta"))
     with override_configs(overrides or {}) as used, record_launches(arch) as launches:
@@ -136,8 +134,7 @@ def run(args: argparse.Namespace) -> int:
     out, timed = console(stderr=args.json), not (args.dry_run or args.arch) and torch.cuda.is_available()
     device = torch.device("cuda") if timed else None
     timer, arch = measure.DeviceTimer(device) if device else None, args.arch or target_arch(device)
-    if note := family_note(arch):
-        out.print(note)
+    out.print(family_note(arch), end="")
     if not timed:
         reason = "--dry-run" if args.dry_run else "--arch" if args.arch else "there is no GPU"
         out.print(f"Nothing was timed ({reason}): neighbours of the present configurations, compiled for {arch}.")
