@@ -18,8 +18,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Launch, Op, Shape
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools import offline, sass
-from mixtral_triton.tools.compiled import Compiled
-from mixtral_triton.tools.offline import as_json, collect, compile_launch, compile_ops
+from mixtral_triton.tools.offline import Compiled, as_json, collect, compile_launch, compile_ops
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
 
