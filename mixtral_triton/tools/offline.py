@@ -141,7 +141,7 @@ def _key(launch: Launch, source: ASTSource, widths: bool = True) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
-def _usage(stages: Mapping[str, Path]) -> tuple[int, int]:
+def _usage(stages: Mapping[str, Path]) -> dict[str, int]:
     """Return registers and bytes of spills, see `Compiled`."""
     if "cubin" in stages:
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(stages["cubin"])]
@@ -150,8 +150,8 @@ def _usage(stages: Mapping[str, Path]) -> tuple[int, int]:
         text = stages["amdgcn"].read_text()
     found = {name: int(number) for name, number in re.findall(r"(\w+): *(\d+)", text)}
     if "cubin" in stages:
-        return found["REG"], found["STACK"] + found["LOCAL"]
-    return found["vgpr_count"], 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
+        return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"]}
+    return {"registers": found["vgpr_count"], "spills": 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])}
 
 
 def _options(launch: Launch) -> dict[str, Any]:
@@ -205,8 +205,7 @@ def compile_launch(launch: Launch, arch: str, op: str = "", out: Path | None = N
     for kind, folder in product(kinds, () if out is None else (out.absolute(),)):
         content, file = kernel.asm[kind], str(folder / f"{launch.kernel}.{arch}.{_key(launch, source)}.{kind}")
         Path(file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    registers, spills = _usage(stages)
-    usage = {"registers": registers, "spills": spills, "shared_bytes": kernel.metadata.shared}
+    usage = {"shared_bytes": kernel.metadata.shared, **_usage(stages)}
     return _describe(launch, arch, op, file=file, stages=stages, **usage)
 
 
@@ -267,22 +266,20 @@ def compile_ops(
     return kernels
 
 
-FIGURES = ("registers", "spills", "shared_bytes", "loop_flop_per_instruction")
-
-
 def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Tabulate rows of `as_json`: a line for all kernels of the same name, dtype, tile and figures."""
-    names = ("w/s", "regs", "spills", "shared", "FLOP/i", "kernels")
-    columns = [*(Column(name, number=False) for name in ("kernel", "dtype", "tile")), *map(Column, names)]
+    figures = {"regs": "registers", "spills": "spills", "shared": "shared_bytes", "FLOP/i": "loop_flop_per_instruction"}
+    texts = [Column(name, number=False) for name in ("kernel", "dtype", "tile")]
+    columns = [*texts, *map(Column, ("w/s", *figures, "kernels"))]
     caption = "w/s: warps and stages; regs: registers of a thread; FLOP/i: of the tensor cores, for each other "
     caption += "instruction of the main loop; kernels: how many have these figures"
     table, lines = Table(f"Compiled for {arch}", columns, caption, keys=3), Counter[tuple[str, ...]]()
     for row in rows:
         tile = "x".join(str(size) for name, size in row["constexprs"].items() if name.startswith("BLOCK_"))
-        figures = ("" if row[name] is None else f"{row[name]:,.0f}" for name in FIGURES)
+        numbers = ("" if row[name] is None else f"{row[name]:,.0f}" for name in figures.values())
         launch = f"{row['num_warps']}/{row['num_stages']}"
         style, name = "bold red" if row["fault"] else "", row["kernel"].removesuffix("_kernel")
-        line = (style, name, row["dtype"], tile, launch, *figures)
+        line = (style, name, row["dtype"], tile, launch, *numbers)
         lines[line] += 1
     for (style, *cells), count in lines.items():
         table.add(*cells, str(count), style=style)
