@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FOLDER = "checkpoint folder, or a name on the hub with or without @revision"
 SMALL = Path(__file__).parent / "small"  # the checkpoint that ships with the package
-# Modules whose `run` is the command.
+# Modules whose `run` is the command; the others are functions below.
 TOOLS = {"bench": "bench.command", "tune": "bench.tune", "fit": "fit", "compile": "offline"}
 
 
@@ -95,7 +95,6 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help=f"print {form} for a program to read")
         for add_group in groups:
             add_group(sub.add_argument)
-        sub.set_defaults(run=_run_tool if name in TOOLS else globals()[f"_{name}"])
         return sub.add_argument
 
     def mesh(option: Any) -> None:
@@ -203,7 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser().parse_args(argv, args)
             if getattr(args, "folder", None) is not None:
                 args.folder = checkpoint_folder(args.folder)
-            return args.run(args)
+            if args.command in TOOLS:
+                return import_module(f".tools.{TOOLS[args.command]}", __package__).run(args)
+            return globals()[f"_{args.command}"](args)
         finally:
             sys.stdout.flush()  # here, where a closed pipe or a full disk can still be reported
     except BaseException as error:
@@ -339,7 +340,3 @@ def _quantize(args: argparse.Namespace) -> int:
     else:
         print(f"{args.out}: {after / 1e9:,.3g} GB, of {before / 1e9:,.3g} GB in {args.folder}")
     return 0
-
-
-def _run_tool(args: argparse.Namespace) -> int:
-    return import_module(f".tools.{TOOLS[args.command]}", __package__).run(args)

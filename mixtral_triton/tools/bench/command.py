@@ -21,8 +21,6 @@ from .measure import Row, checked_row, current_gpu, timed_rows
 from .peers import PEERS, import_peer, peers_of
 from .report import figure_of, gpu_line, op_table
 
-DEFAULT_GPU, NO_GPU = "h100", "there is no GPU"  # whose floors are printed then
-
 
 def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit status: 1 where an operation or a user's peer is wrong or fails.
@@ -45,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     out = console(stderr=args.json)
     measuring = args.gpu is None and torch.cuda.is_available()
-    gpu, sheet = RATED[args.gpu or DEFAULT_GPU], None
+    gpu, sheet = RATED[args.gpu or "h100"], None
     if measuring:
         device, gpu, timer = current_gpu()
         sheet = data_sheet(gpu.name)
@@ -58,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if measuring:
         source = timed_rows(selected, peers, device, gpu, timer)
     else:
-        reason = "--gpu asks for a data sheet" if args.gpu else NO_GPU
+        reason = "--gpu asks for a data sheet" if args.gpu else "there is no GPU"
         source = (checked_row(case, gpu, user_peers, reason) for case in selected)
         known = "Floors" if gpu.chip is None else "Predicted times and floors"
         out.print(f"No time was measured: {reason}. {known} are those of the GPU below.")
