@@ -18,7 +18,6 @@ from ..config import parse_json_object, refuse_lfs_pointer
 from .processes import is_first
 from .terminal import bar
 
-Message = dict[str, str]  # role and content
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 
 
@@ -103,7 +102,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ValueError(f"{self.file}: the chat template is not readable: {error}") from None
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
         """Return the text that continues with the assistant's next message; ValueError where the template fails, and
         where it leaves a system message out."""
         arguments = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True}

@@ -75,7 +75,7 @@ def test_floor_follows_the_actual_routing() -> None:
 
 def test_peers_are_for_known_operations_and_installed_modules() -> None:
     assert {peer.op for peer in PEERS} <= {None, *BENCHED}
-    assert not Peer("missing", None, "no_such_module", lambda op, args: op.reference).installed
+    assert not Peer("missing", None, "no_such_module", lambda op, args: op.reference).does("route")
     assert {"torch", "torch.compile", "SDPA", "FlexAttention"} <= {peer.name for peer in peers_of("attention")}
 
 

@@ -16,9 +16,9 @@ from ...kernels.registry import OPS
 from ..gpus import GPU, RATED, data_sheet
 from ..predict import family_note
 from ..terminal import bar, check_plot, console
-from .cases import Case, cases, sizes_of
+from .cases import cases, sizes_of
 from .measure import Row, checked_row, current_gpu, timed_rows
-from .peers import PEERS, import_peer, peers_of
+from .peers import PEERS, import_peer
 from .report import figure_of, gpu_line, op_table
 
 
@@ -49,11 +49,8 @@ def run(args: argparse.Namespace) -> int:
         sheet = data_sheet(gpu.name)
     if args.offload:
         selected = [case.offloaded(args.offload, gpu) for case in selected]
-
-    def peers(case: Case) -> list[Any]:
-        return [*(peer for peer in peers_of(case.op.name) if peer.name not in args.without), *user_peers]
-
     if measuring:
+        peers = [*(peer for peer in PEERS if peer.name not in args.without), *user_peers]
         source = timed_rows(selected, peers, device, gpu, timer)
     else:
         reason = "--gpu asks for a data sheet" if args.gpu else "there is no GPU"

@@ -48,9 +48,9 @@ class Peer:
     build: Build
     strict: bool = False
 
-    @property
-    def installed(self) -> bool:
-        return not self.needs or importlib.util.find_spec(self.needs) is not None
+    def does(self, op: str) -> bool:
+        """Whether it is installed and does the operation."""
+        return self.op in (None, op) and (not self.needs or importlib.util.find_spec(self.needs) is not None)
 
 
 def _compile(op: Op, args: Args) -> Function:
@@ -229,7 +229,7 @@ PEERS = (
 
 def peers_of(op: str) -> tuple[Peer, ...]:
     """Return the installed peers of an operation."""
-    return tuple(peer for peer in PEERS if peer.op in (None, op) and peer.installed)
+    return tuple(peer for peer in PEERS if peer.does(op))
 
 
 def user_peer(name: str, function: Function) -> Peer:
