@@ -54,12 +54,10 @@ def neighbours(config: LaunchConfig, fixed: set[str]) -> list[LaunchConfig]:
     """Return the configurations one step away: a tile or the warps doubled or halved, one stage more or less."""
     tiles = [name for name in config.constexprs if name.startswith(VARIED) and name not in fixed]
     steps = [(name, size) for name in tiles for size in (config.constexprs[name] // 2, config.constexprs[name] * 2)]
-    warps, stages = (config.num_warps // 2, config.num_warps * 2), (config.num_stages - 1, config.num_stages + 1)
-    return [
-        *(replace(config, constexprs={**config.constexprs, name: size}) for name, size in steps if size),
-        *(replace(config, num_warps=n) for n in warps if n in WARPS),
-        *(replace(config, num_stages=n) for n in stages if n in STAGES),
-    ]
+    found = [replace(config, constexprs={**config.constexprs, name: size}) for name, size in steps if size]
+    found += [replace(config, num_warps=n) for n in (config.num_warps // 2, config.num_warps * 2) if n in WARPS]
+    found += [replace(config, num_stages=n) for n in (config.num_stages - 1, config.num_stages + 1) if n in STAGES]
+    return found
 
 
 def kernel_configs(case: Case, arch: str, overrides: Configs | None = None) -> dict[str, tuple[Launch, LaunchConfig]]:
