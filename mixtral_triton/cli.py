@@ -224,8 +224,7 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
         raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     total = None if mesh is not None else total_bytes(read_headers(args.folder))
-    loading = bar("loading", total, DownloadColumn(), silent=not is_first())
-    with warnings.catch_warnings(record=True) as caught, loading as progress:
+    with warnings.catch_warnings(record=True) as caught, bar("loading", total, DownloadColumn()) as progress:
         options: dict[str, Any] = {"deterministic": getattr(args, "deterministic", False), "progress": progress.advance}
         options |= {"offload": args.offload, "offload_by": args.offload_by}
         model = Mixtral.from_pretrained(args.folder, device, dtype, args.weights, mesh, **options)
@@ -261,7 +260,7 @@ def _verify(args: argparse.Namespace) -> int:
         if is_first():
             say(note)
             say(estimate(model, ids[:, : args.tokens], args.folder, quick))
-        with bar("verifying", None, silent=not is_first()) as progress:
+        with bar("verifying", None) as progress:
             options = {"folder": args.folder, "peer": args.peer, "quick": quick, "tokens": args.tokens}
             report = verify(model, ids[:, : args.tokens], progress.update, **options)
         if is_first() and args.json:

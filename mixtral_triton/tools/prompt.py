@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ..config import parse_json_object, refuse_lfs_pointer
-from .processes import is_first
 from .terminal import bar
 
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
@@ -161,11 +160,9 @@ class TimedSteps:
 
     def __str__(self) -> str:
         _, _, prefill, decode, peak = self.as_dict().values()
-        return (
-            f"prefill: {self.prompt_tokens} tokens, {prefill or 0:.1f} tokens/s; "
-            f"decode: {max(0, len(self.times) - 2)} tokens, {decode or 0:.1f} tokens/s; "
-            f"peak of memory: {peak / 1e9:.2f} GB"
-        )
+        first = f"prefill: {self.prompt_tokens} tokens, {prefill or 0:.1f} tokens/s"
+        rest = f"decode: {max(0, len(self.times) - 2)} tokens, {decode or 0:.1f} tokens/s"
+        return f"{first}; {rest}; peak of memory: {peak / 1e9:.2f} GB"
 
 
 def print_stream(
@@ -177,7 +174,7 @@ def print_stream(
     The text's line ends even where an error or Ctrl-C ends the work.
     """
     tokens = []
-    progress_bar = bar("generating", total, silent=not is_first()) if shown is None else bar("reading the prompt", None)
+    progress_bar = bar("generating", total) if shown is None else bar("reading the prompt", None)
     with progress_bar as progress:
         for token in islice(steps, None if shown is None else 1):
             tokens.append(token)
