@@ -85,10 +85,8 @@ class ChatTemplate:
         if file.is_file():
             self.file, template = file, file.read_text("utf-8")
         if not isinstance(template, str):
-            raise ValueError(
-                f"{folder}: --chat needs a template, and neither {TEMPLATE_FILE} nor a chat_template in {CONFIG_FILE} "
-                "is there: an instruction-tuned checkpoint has one"
-            )
+            files = f"neither {TEMPLATE_FILE} nor a chat_template in {CONFIG_FILE} is there"
+            raise ValueError(f"{folder}: --chat needs a template, and {files}: an instruction-tuned checkpoint has one")
         special = ((name, config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token"))
         tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in special}
         self.tokens = {name: token for name, token in tokens.items() if token is not None}

@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         figure_of(rows, gpu).savefig(args.plot, dpi=150)
         out.print(f"plot: {args.plot}")
-    names = {peer.name for peer in user_peers}
-    outcomes = [one for row in rows for one in (row.ours, *(row.peers[name] for name in names & row.peers.keys()))]
+    outcomes = [row.ours for row in rows]
+    outcomes += [outcome for row in rows for name, outcome in row.peers.items() if name in args.peer]
     return 1 if len(rows) < len(selected) or any(one.right is False for one in outcomes) else 0
 
 
