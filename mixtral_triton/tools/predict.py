@@ -161,16 +161,12 @@ def list_schedule(runs: Iterable[tuple[float, float]], places: int) -> float:
     return max(free)
 
 
-def sm_shared_bytes(arch: str) -> int:
-    """Return the shared memory of an SM: a block's most and, on NVIDIA, the 1 KiB that CUDA reserves for each block."""
-    return ARCHS[arch].shared_bytes + (0 if amd(arch) else 1024)
-
-
 def _resident_programs(work: Work, warps: int, sms: int, arch: str) -> int:
     """Return how many programs an SM holds at once; the busiest SM runs whole waves of them.
 
     An SM shares its bandwidth and its tensor cores among its programs: more of them are no quicker together.
     """
     most = min(WARPS // warps, int(REGISTERS // (work.values + OTHER_REGISTERS * THREADS * warps)))
-    most = min(most, sm_shared_bytes(arch) // work.shared) if work.shared else most
+    if work.shared:  # an SM has a block's most and, on NVIDIA, the 1 KiB that CUDA reserves for each block
+        most = min(most, (ARCHS[arch].shared_bytes + (0 if amd(arch) else 1024)) // work.shared)
     return max(1, min(most, math.ceil(work.programs / sms)))

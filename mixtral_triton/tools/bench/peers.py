@@ -227,11 +227,6 @@ PEERS = (
 )
 
 
-def peers_of(op: str) -> tuple[Peer, ...]:
-    """Return the installed peers of an operation."""
-    return tuple(peer for peer in PEERS if peer.does(op))
-
-
 def user_peer(name: str, function: Function) -> Peer:
     """Return a peer that calls `function` by position with the operation's arguments, in its order and with defaults,
     up to the last one that the case sets."""
