@@ -99,12 +99,10 @@ class Compiled:
             return f"needs {self.shared_bytes} of {self.limit_bytes} bytes of shared memory"
         return None
 
-
-def as_json(compiled: Compiled) -> dict[str, Any]:
-    """Return what `compile --json` prints of one kernel."""
-    hidden = ("signature", "stages", "error")
-    known = {f.name: getattr(compiled, f.name) for f in fields(compiled) if f.name not in hidden}
-    return known | {name: getattr(compiled, name) for name in ("loop_flop_per_instruction", "loop_spills", "fault")}
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `compile --json` prints."""
+        names = [f.name for f in fields(self) if f.name not in ("signature", "stages", "error")]
+        return {name: getattr(self, name) for name in (*names, "loop_flop_per_instruction", "loop_spills", "fault")}
 
 
 def _target(arch: str) -> GPUTarget:
@@ -267,7 +265,7 @@ def compile_ops(
 
 
 def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Tabulate rows of `as_json`: a line for all kernels of the same name, dtype, tile and figures."""
+    """Tabulate rows of `Compiled.as_dict`: a line for all kernels of the same name, dtype, tile and figures."""
     figures = {"regs": "registers", "spills": "spills", "shared": "shared_bytes", "FLOP/i": "loop_flop_per_instruction"}
     texts = [Column(name, number=False) for name in ("kernel", "dtype", "tile")]
     columns = [*texts, *map(Column, ("w/s", *figures, "kernels"))]
@@ -289,7 +287,7 @@ def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 def run(args: argparse.Namespace) -> int:
     """Run the command `compile` -> exit status: 1 where a kernel must not run."""
     with bar(f"compiling for {args.arch}", None) as progress:
-        rows = list(map(as_json, compile_ops(args.ops or list(OPS), args.arch, args.out, progress.update)))
+        rows = [one.as_dict() for one in compile_ops(args.ops or list(OPS), args.arch, args.out, progress.update)]
     faults = [row for row in rows if row["fault"]]
     if args.json:
         print("\n".join(map(json.dumps, rows)))

@@ -75,10 +75,9 @@ class Table:
             parts[-1] = [*parts[-1], place]
         for part in parts:
             table = rich.table.Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="")
-            for place in part:
-                justify: Any = "right" if self.columns[place].number else "left"
-                heading = Text(self.columns[place].heading)
-                table.add_column(heading, min_width=widths[place], justify=justify, overflow="fold")
+            for column, width in ((self.columns[n], widths[n]) for n in part):
+                justify: Any = "right" if column.number else "left"
+                table.add_column(Text(column.heading), min_width=width, justify=justify, overflow="fold")
             for cells, style in self.rows:
                 table.add_row(*(cells[n] for n in part), style=style)
             yield table if part is parts[-1] else Group(table, "")

@@ -18,7 +18,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Launch, Op, Shape
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools import offline, sass
-from mixtral_triton.tools.offline import Compiled, as_json, collect, compile_launch, compile_ops
+from mixtral_triton.tools.offline import Compiled, collect, compile_launch, compile_ops
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
 
@@ -207,9 +207,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_each_kernel_once_in_a_fixed_order(own_cache: Path) -> None:
     """Compiled by several threads, then from the cache."""
     names, progress = ["rms_norm", "append", "route"], []
-    done = [as_json(c) for c in compile_ops(names, "sm_90", progress=lambda *at: progress.append(at))]
+    done = [c.as_dict() for c in compile_ops(names, "sm_90", progress=lambda *at: progress.append(at))]
     assert progress == [(n + 1, len(done)) for n in range(len(done))] and len(done) >= 12
-    rows = [as_json(c) for c in compile_ops(names[::-1], "sm_90")]
+    rows = [c.as_dict() for c in compile_ops(names[::-1], "sm_90")]
     assert rows == done
     order = [launch.kernel for name in OPS if name in names for launch in launches_of(OPS[name], "sm_90")]
     assert [row["kernel"] for row in rows] == order
@@ -261,7 +261,7 @@ def test_loops_counted_together_are_those_counted_alone() -> None:
     ("arch", "suffixes"), [("sm_90", {".ptx", ".sass", ".cubin"}), ("gfx942", {".amdgcn", ".hsaco"})]
 )
 def test_files_and_json(tmp_path: Path, arch: str, suffixes: set[str]) -> None:
-    rows = [as_json(compiled) for compiled in compile_ops(["route"], arch, out=tmp_path / "new")]
+    rows = [compiled.as_dict() for compiled in compile_ops(["route"], arch, out=tmp_path / "new")]
     assert json.loads(json.dumps(rows)) == rows
     files = [Path(row["file"]) for row in rows]
     assert len(set(files)) == len(rows)

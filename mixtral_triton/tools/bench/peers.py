@@ -28,7 +28,6 @@ from .decode_step import STEPS_MOST
 
 Args = dict[str, Any]
 Function = Callable[..., Any]
-Build = Callable[[Op, dict[str, Any]], Function]
 
 
 class Unsupported(Exception):
@@ -45,7 +44,7 @@ class Peer:
     name: str
     op: str | None
     needs: str
-    build: Build
+    build: Callable[[Op, Args], Function]
     strict: bool = False
 
     def does(self, op: str) -> bool:
