@@ -181,8 +181,9 @@ def _product(launch: Launch) -> Work:
         host = n / E * t[weight].nbytes * (distinct / E if in_place else 1.0)
         memory -= host if in_place else -host
         apart = (math.comb(E - n, K) / math.comb(E, K)) ** tokens if in_place else 1.0
-    shared, sums = stages * c["BLOCK_K"] * (rows * size + columns * t[weight].element_size()), mean * columns
-    return Work(memory, tuple(tiles), 0.0, shared, values=sums, stored=sums, single=size == 4, host=host, apart=apart)
+    shared = stages * c["BLOCK_K"] * (rows * size + columns * t[weight].element_size())
+    sums = mean * columns
+    return Work(memory, tuple(tiles), shared=shared, values=sums, stored=sums, single=size == 4, host=host, apart=apart)
 
 
 def _attention(launch: Launch) -> Work:
@@ -213,7 +214,8 @@ def _attention(launch: Launch) -> Work:
     memory = _nbytes(t) - (1 - share) * _nbytes(t, "k", "v", "k_cache", "v_cache")
     if "cos" in t:  # a row of each table a sequence, and the newest key into the cache
         memory += 2 * len(t["q"]) * t["cos"][0].nbytes - _nbytes(t, "cos", "sin") + _nbytes(t, "new_k", "new_v")
-    vector, shared = SOFTMAX / (4 * width), (rows + 2 * stages * c["BLOCK_N"]) * width * size
+    vector = SOFTMAX / (4 * width)
+    shared = (rows + 2 * stages * c["BLOCK_N"]) * width * size
     values = rows * (width + c["BLOCK_N"] * (1 + size / 4))
     return Work(memory, tuple(tiles), vector, shared, values, stored=rows * width, single=size == 4)
 
