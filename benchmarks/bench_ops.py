@@ -19,7 +19,7 @@ import torch
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.tools.bench.cases import BENCHED, Case, cases, check_of
 from mixtral_triton.tools.bench.measure import attempt, our_call
-from mixtral_triton.tools.bench.peers import Peer, peers_of
+from mixtral_triton.tools.bench.peers import PEERS, Peer
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -30,7 +30,7 @@ def _params() -> Iterator[Any]:
     for case in cases() if GPU else [Case(op, op.test_shapes[0], op.dtypes[0]) for op in BENCHED.values()]:
         shape = "-".join(f"{key}{value}" for key, value in case.as_dict().items())
         ours = Peer("ours", case.op.name, "", lambda op, args, case=case: our_call(case, args))
-        for peer in (ours, *(peers_of(case.op.name) if GPU else ())):
+        for peer in (ours, *(peer for peer in PEERS if GPU and peer.does(case.op.name))):
             yield pytest.param(case, peer, id=f"{case.op.name}-{shape}-{peer.name.replace(' ', '_')}")
 
 

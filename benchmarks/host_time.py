@@ -16,8 +16,9 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
+from operator import truediv
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -69,14 +70,9 @@ def alternate(calls: dict[str, Call], rounds: int, quiet: bool) -> dict[str, lis
     for call in calls.values():
         for _ in range(min(20, rounds)):  # compiles, and fills caches
             call()
-    shown = range(rounds) if quiet else track(range(rounds), "timing", console=Console(stderr=True), transient=True)
+    shown = track(range(rounds), "timing", console=Console(stderr=True), transient=True, disable=quiet)
     times = [{name: wall_seconds(call) for name, call in calls.items()} for _ in shown]
     return {name: [one[name] for one in times] for name in calls}
-
-
-def ratio(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return the median of the rounds' ratios."""
-    return statistics.median(a / b for a, b in zip(first, second, strict=True))
 
 
 class SilentLauncher:
@@ -127,8 +123,9 @@ def main() -> None:
     rows = []
     for name, seconds in times.items():
         layer = [one / LAYERS for one in seconds]
-        row = {"layer": name, "us": 1e6 * statistics.median(layer), "plain launches": ratio(layer, plain)}
-        row |= {"of eager": ratio(seconds, times["eager"])}
+        row = {"layer": name, "us": 1e6 * statistics.median(layer)}
+        row["plain launches"] = statistics.median(map(truediv, layer, plain))
+        row["of eager"] = statistics.median(map(truediv, seconds, times["eager"]))
         rows.append(row | {"limits": "at most {}, at most {}".format(*LIMITS[name]) if name in LIMITS else ""})
     about = {"triton": triton.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     about["plain_launch_us"] = 1e6 * statistics.median(plain)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FOLDER = "checkpoint folder, or a name on the hub with or without @revision"
 SMALL = Path(__file__).parent / "small"  # the checkpoint that ships with the package
-# Modules whose `run` is the command.
+# Modules whose `run` is the command; the others are functions below.
 TOOLS = {"bench": "bench.command", "tune": "bench.tune", "fit": "fit", "compile": "offline"}
 
 
@@ -95,7 +95,6 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help=f"print {form} for a program to read")
         for add_group in groups:
             add_group(sub.add_argument)
-        sub.set_defaults(run=_run_tool if name in TOOLS else globals()[f"_{name}"])
         return sub.add_argument
 
     def mesh(option: Any) -> None:
@@ -170,12 +169,8 @@ def parser() -> argparse.ArgumentParser:
     option("--gpu", metavar="NAME", help=f"measure nothing, predict by a data sheet: {', '.join(RATED)}")
 
     option = command("tune", "launch configurations around the present ones: which compile, fit, are fastest", ops, at)
-    option(
-        "--arch",
-        choices=ARCHS,
-        metavar="ARCH",
-        help="time nothing, compile for this one; default: the GPU there is, else sm_90",
-    )
+    text = "time nothing, compile for this one; default: the GPU there is, else sm_90"
+    option("--arch", choices=ARCHS, metavar="ARCH", help=text)
     option("--dry-run", action="store_true", help="time nothing")
 
     option = command("fit", "what fits a GPU's memory: weights by format, cache, workspace, the longest text")
@@ -207,7 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser().parse_args(argv, args)
             if getattr(args, "folder", None) is not None:
                 args.folder = checkpoint_folder(args.folder)
-            return args.run(args)
+            if args.command in TOOLS:
+                return import_module(f".tools.{TOOLS[args.command]}", __package__).run(args)
+            return globals()[f"_{args.command}"](args)
         finally:
             sys.stdout.flush()  # here, where a closed pipe or a full disk can still be reported
     except BaseException as error:
@@ -227,8 +224,7 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
         raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     total = None if mesh is not None else total_bytes(read_headers(args.folder))
-    loading = bar("loading", total, DownloadColumn(), silent=not is_first())
-    with warnings.catch_warnings(record=True) as caught, loading as progress:
+    with warnings.catch_warnings(record=True) as caught, bar("loading", total, DownloadColumn()) as progress:
         options: dict[str, Any] = {"deterministic": getattr(args, "deterministic", False), "progress": progress.advance}
         options |= {"offload": args.offload, "offload_by": args.offload_by}
         model = Mixtral.from_pretrained(args.folder, device, dtype, args.weights, mesh, **options)
@@ -264,7 +260,7 @@ def _verify(args: argparse.Namespace) -> int:
         if is_first():
             say(note)
             say(estimate(model, ids[:, : args.tokens], args.folder, quick))
-        with bar("verifying", None, silent=not is_first()) as progress:
+        with bar("verifying", None) as progress:
             options = {"folder": args.folder, "peer": args.peer, "quick": quick, "tokens": args.tokens}
             report = verify(model, ids[:, : args.tokens], progress.update, **options)
         if is_first() and args.json:
@@ -343,7 +339,3 @@ def _quantize(args: argparse.Namespace) -> int:
     else:
         print(f"{args.out}: {after / 1e9:,.3g} GB, of {before / 1e9:,.3g} GB in {args.folder}")
     return 0
-
-
-def _run_tool(args: argparse.Namespace) -> int:
-    return import_module(f".tools.{TOOLS[args.command]}", __package__).run(args)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import io
 import json
@@ -11,34 +10,99 @@ import os
 import re
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stdout
+from dataclasses import dataclass, field, fields
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from ..kernels.arch import ARCHS, amd
-from ..kernels.checks import FLOATS
+from ..kernels.arch import ARCHS, amd, family
 from ..kernels.launch import INTERPRETED
 from ..kernels.op import Launch, Op
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
-from . import sass
-from .compiled import Compiled, as_json, resources_table
 from .predict import family_note
-from .terminal import bar, console
+from .sass import Loop, main_loops
+from .terminal import Column, Table, bar, console
 
 _WIDTHS = ("H", "I")  # of a model: they change no tile
+# Bytes of spills that a kernel may have outside its main loops: harmless, a few instructions a program. AMD: none.
+_HARMLESS = {"sm_80": 64, "sm_90": 16, "sm_100": 64}
 
-Dtypes = Sequence[torch.dtype] | None
+Kernel = tuple[str, Launch]  # an operation's name, and a launch of its kernel
 Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as it would run on `arch`.
+
+    file          path of the .cubin or .hsaco; None where no files were asked for
+    signature     Triton's type by argument: "*bf16", "i32", "constexpr" (also what the JIT makes constant: None, 1)
+    dtype         the narrowest type behind a pointer, a floating-point one where there is one
+    registers     of a thread; on AMD the vector registers of a lane, those for accumulation included
+    spills        bytes a thread keeps in memory for want of registers. NVIDIA: its stack frame, for which a Triton
+                  kernel has no other use; AMD: 4 for each spilled vector register, and for each scalar one
+    shared_bytes  of a block; limit_bytes: what a block can have on `arch`
+    stages        files in Triton's cache by kind: "ptx" and "cubin", or "amdgcn" and "hsaco", and Triton's own
+    error         why it does not compile; its figures are 0 then
+    """
+
+    op: str
+    kernel: str
+    arch: str
+    num_warps: int
+    num_stages: int
+    constexprs: Mapping[str, Any]
+    signature: Mapping[str, str]
+    dtype: str
+    limit_bytes: int
+    registers: int = 0
+    spills: int = 0
+    shared_bytes: int = 0
+    file: str | None = None
+    stages: Mapping[str, Path] = field(default_factory=dict, repr=False, compare=False)
+    error: str | None = None
+
+    @cached_property
+    def loops(self) -> tuple[Loop, ...]:
+        """The main loops; none for AMD, whose code is not counted."""
+        return main_loops([self.stages["cubin"]], self.arch)[0] if "cubin" in self.stages else ()
+
+    @property
+    def loop_spills(self) -> int:
+        """Instructions in main loops that store or load a spill."""
+        return sum(loop.spills for loop in self.loops) if self.spills else 0
+
+    @property
+    def loop_flop_per_instruction(self) -> float | None:
+        """Of the best main loop (attention: the one without a mask); None without tensor cores whose FLOP are known."""
+        return max((loop.flop_per_instruction for loop in self.loops if loop.flop_per_instruction), default=None)
+
+    @property
+    def fault(self) -> str | None:
+        """Why this kernel should not run, or None."""
+        if self.error:
+            return f"does not compile: {self.error}"
+        if self.loop_spills or self.spills > _HARMLESS.get(family(self.arch), 0):
+            return f"spills {self.spills} bytes, by {self.loop_spills} instructions in main loops"
+        if self.shared_bytes > self.limit_bytes:
+            return f"needs {self.shared_bytes} of {self.limit_bytes} bytes of shared memory"
+        return None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `compile --json` prints."""
+        names = [f.name for f in fields(self) if f.name not in ("signature", "stages", "error")]
+        return {name: getattr(self, name) for name in (*names, "loop_flop_per_instruction", "loop_spills", "fault")}
 
 
 def _target(arch: str) -> GPUTarget:
@@ -49,7 +113,7 @@ def _target(arch: str) -> GPUTarget:
     return GPUTarget("hip", arch, 64) if amd(arch) else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
 
-@functools.cache
+@cache
 def _binder(fn: Any, arch: str) -> Any:
     return create_function_from_signature(fn.signature, fn.params, make_backend(_target(arch)))
 
@@ -75,7 +139,7 @@ def _key(launch: Launch, source: ASTSource, widths: bool = True) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
-def _usage(stages: Mapping[str, Path]) -> tuple[int, int]:
+def _usage(stages: Mapping[str, Path]) -> dict[str, int]:
     """Return registers and bytes of spills, see `Compiled`."""
     if "cubin" in stages:
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(stages["cubin"])]
@@ -84,8 +148,8 @@ def _usage(stages: Mapping[str, Path]) -> tuple[int, int]:
         text = stages["amdgcn"].read_text()
     found = {name: int(number) for name, number in re.findall(r"(\w+): *(\d+)", text)}
     if "cubin" in stages:
-        return found["REG"], found["STACK"] + found["LOCAL"]
-    return found["vgpr_count"], 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
+        return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"]}
+    return {"registers": found["vgpr_count"], "spills": 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])}
 
 
 def _options(launch: Launch) -> dict[str, Any]:
@@ -113,12 +177,11 @@ def _describe(launch: Launch, arch: str, op: str, **figures: Any) -> Compiled:
     )
 
 
-def _kernels(ops: Iterable[Op], arch: str, dtypes: Dtypes = None, widths: bool = True) -> dict[str, tuple[str, Launch]]:
-    """Return the kernels of the operations over their bench shapes, by `_key`: an operation, and its first launch."""
-    found: dict[str, tuple[str, Launch]] = {}
+def collect(ops: Iterable[Op], arch: str, widths: bool = True) -> dict[str, Kernel]:
+    """Return the kernels of the operations over their bench shapes and dtypes, by `_key`."""
+    found: dict[str, Kernel] = {}
     for op in ops:
-        selected = [dtype for dtype in op.dtypes if not dtypes or dtype in dtypes or dtype not in FLOATS]
-        for dtype, sizes in product(selected, op.bench_shapes):
+        for dtype, sizes in product(op.dtypes, op.bench_shapes):
             args = op.inputs(sizes, dtype, "meta")
             with record_launches(arch) as launches:
                 op.run(**args)
@@ -126,11 +189,6 @@ def _kernels(ops: Iterable[Op], arch: str, dtypes: Dtypes = None, widths: bool =
                 if launch.fn is not None:
                     found.setdefault(_key(launch, _source(launch, arch), widths), (op.name, launch))
     return found
-
-
-def collect(op: Op, arch: str, dtypes: Dtypes = None) -> list[Launch]:
-    """Return the kernels that `op` launches on `arch` over its bench shapes and dtypes (of the floats: `dtypes`)."""
-    return [launch for _, launch in _kernels([op], arch, dtypes).values()]
 
 
 def compile_launch(launch: Launch, arch: str, op: str = "", out: Path | None = None) -> Compiled:
@@ -145,8 +203,7 @@ def compile_launch(launch: Launch, arch: str, op: str = "", out: Path | None = N
     for kind, folder in product(kinds, () if out is None else (out.absolute(),)):
         content, file = kernel.asm[kind], str(folder / f"{launch.kernel}.{arch}.{_key(launch, source)}.{kind}")
         Path(file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    registers, spills = _usage(stages)
-    usage = {"registers": registers, "spills": spills, "shared_bytes": kernel.metadata.shared}
+    usage = {"shared_bytes": kernel.metadata.shared, **_usage(stages)}
     return _describe(launch, arch, op, file=file, stages=stages, **usage)
 
 
@@ -162,13 +219,8 @@ def _attempt(launch: Launch, arch: str, op: str, out: Path | None) -> Compiled:
         return _describe(launch, arch, op, error=message)
 
 
-def _compile_all(
-    kernels: Sequence[tuple[str, Launch]],
-    arch: str,
-    out: Path | None = None,
-    progress: Progress = lambda *numbers: None,
-) -> list[Compiled]:
-    """Compile each operation's launch, on all cores: Triton's passes release the GIL, and ptxas is a process."""
+def _compile_all(kernels: Iterable[Kernel], arch: str, out: Path | None, progress: Progress) -> list[Compiled]:
+    """Compile each kernel, on all cores: Triton's passes release the GIL, and ptxas is a process."""
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     with redirect_stdout(io.StringIO()):  # where ptxas fails, Triton prints all its input
         try:
@@ -186,7 +238,7 @@ def compile_launches(launches: Iterable[Launch], arch: str) -> list[Compiled]:
     sources = [(launch, _source(launch, arch)) for launch in launches]
     # What is known of its integers makes another kernel of it, too.
     distinct = {(_key(launch, source), repr(source.attrs)): ("", launch) for launch, source in sources}
-    return _compile_all(list(distinct.values()), arch)
+    return _compile_all(distinct.values(), arch, None, lambda *numbers: None)
 
 
 def compile_ops(
@@ -201,28 +253,47 @@ def compile_ops(
     """
     if unknown := [name for name in ops if name not in OPS]:
         raise ValueError(f"compile: argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
-    found = _kernels([op for name, op in OPS.items() if name in ops], arch, widths=False)
+    found = collect([op for name, op in OPS.items() if name in ops], arch, widths=False)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    kernels = _compile_all(list(found.values()), arch, out, progress)
+    kernels = _compile_all(found.values(), arch, out, progress)
     # Together: the disassembler takes long to start.
     counted = [one for one in kernels if "cubin" in one.stages]
-    for one, loops in zip(counted, sass.main_loops([one.stages["cubin"] for one in counted], arch), strict=True):
+    for one, loops in zip(counted, main_loops([one.stages["cubin"] for one in counted], arch), strict=True):
         vars(one)["loops"] = loops  # where the cached property looks
     return kernels
+
+
+def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Tabulate rows of `Compiled.as_dict`: a line for all kernels of the same name, dtype, tile and figures."""
+    figures = {"regs": "registers", "spills": "spills", "shared": "shared_bytes", "FLOP/i": "loop_flop_per_instruction"}
+    texts = [Column(name, number=False) for name in ("kernel", "dtype", "tile")]
+    columns = [*texts, *map(Column, ("w/s", *figures, "kernels"))]
+    caption = "w/s: warps and stages; regs: registers of a thread; FLOP/i: of the tensor cores, for each other "
+    caption += "instruction of the main loop; kernels: how many have these figures"
+    table, lines = Table(f"Compiled for {arch}", columns, caption, keys=3), Counter[tuple[str, ...]]()
+    for row in rows:
+        tile = "x".join(str(size) for name, size in row["constexprs"].items() if name.startswith("BLOCK_"))
+        numbers = ("" if row[name] is None else f"{row[name]:,.0f}" for name in figures.values())
+        launch = f"{row['num_warps']}/{row['num_stages']}"
+        style, name = "bold red" if row["fault"] else "", row["kernel"].removesuffix("_kernel")
+        line = (style, name, row["dtype"], tile, launch, *numbers)
+        lines[line] += 1
+    for (style, *cells), count in lines.items():
+        table.add(*cells, str(count), style=style)
+    return table
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command `compile` -> exit status: 1 where a kernel must not run."""
     with bar(f"compiling for {args.arch}", None) as progress:
-        rows = list(map(as_json, compile_ops(args.ops or list(OPS), args.arch, args.out, progress.update)))
+        rows = [one.as_dict() for one in compile_ops(args.ops or list(OPS), args.arch, args.out, progress.update)]
     faults = [row for row in rows if row["fault"]]
     if args.json:
         print("\n".join(map(json.dumps, rows)))
         return 1 if faults else 0
     out = console()
-    if note := family_note(args.arch):
-        out.print(note)
+    out.print(family_note(args.arch), end="")
     out.print(resources_table(args.arch, rows))
     for row in faults:
         out.print(f"{row['op']}, {row['kernel']}, {row['dtype']}: {row['fault']}", style="red", markup=False)

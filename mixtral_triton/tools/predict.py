@@ -75,11 +75,11 @@ def measure_gpu(name: str, arch: str, device: Any, timer: Timer, memory: int = 1
     return GPU("", name, arch=arch, bandwidth=bandwidth, matmul=matmul, source="measured")
 
 
-def family_note(arch: str) -> str | None:
-    """Return a sentence where `arch` uses the launch configurations of another architecture; else None."""
+def family_note(arch: str) -> str:
+    """Return a line where `arch` uses the launch configurations of another architecture; else nothing."""
     used = family(arch)
-    text = f"{arch} has no table of launch configurations: the analytic rule takes those of {used}"
-    return None if used == arch else text
+    line = f"{arch} has no table of launch configurations: the analytic rule takes those of {used}\n"
+    return "" if used == arch else line
 
 
 @dataclass(frozen=True)
@@ -161,16 +161,12 @@ def list_schedule(runs: Iterable[tuple[float, float]], places: int) -> float:
     return max(free)
 
 
-def sm_shared_bytes(arch: str) -> int:
-    """Return the shared memory of an SM: a block's most and, on NVIDIA, the 1 KiB that CUDA reserves for each block."""
-    return ARCHS[arch].shared_bytes + (0 if amd(arch) else 1024)
-
-
 def _resident_programs(work: Work, warps: int, sms: int, arch: str) -> int:
     """Return how many programs an SM holds at once; the busiest SM runs whole waves of them.
 
     An SM shares its bandwidth and its tensor cores among its programs: more of them are no quicker together.
     """
     most = min(WARPS // warps, int(REGISTERS // (work.values + OTHER_REGISTERS * THREADS * warps)))
-    most = min(most, sm_shared_bytes(arch) // work.shared) if work.shared else most
+    if work.shared:  # an SM has a block's most and, on NVIDIA, the 1 KiB that CUDA reserves for each block
+        most = min(most, (ARCHS[arch].shared_bytes + (0 if amd(arch) else 1024)) // work.shared)
     return max(1, min(most, math.ceil(work.programs / sms)))

@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import parse_json_object, refuse_lfs_pointer
-from .processes import is_first
 from .terminal import bar
 
-Message = dict[str, str]  # role and content
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 
 
@@ -87,10 +85,8 @@ class ChatTemplate:
         if file.is_file():
             self.file, template = file, file.read_text("utf-8")
         if not isinstance(template, str):
-            raise ValueError(
-                f"{folder}: --chat needs a template, and neither {TEMPLATE_FILE} nor a chat_template in {CONFIG_FILE} "
-                "is there: an instruction-tuned checkpoint has one"
-            )
+            files = f"neither {TEMPLATE_FILE} nor a chat_template in {CONFIG_FILE} is there"
+            raise ValueError(f"{folder}: --chat needs a template, and {files}: an instruction-tuned checkpoint has one")
         special = ((name, config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token"))
         tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in special}
         self.tokens = {name: token for name, token in tokens.items() if token is not None}
@@ -103,7 +99,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ValueError(f"{self.file}: the chat template is not readable: {error}") from None
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
         """Return the text that continues with the assistant's next message; ValueError where the template fails, and
         where it leaves a system message out."""
         arguments = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True}
@@ -162,11 +158,9 @@ class TimedSteps:
 
     def __str__(self) -> str:
         _, _, prefill, decode, peak = self.as_dict().values()
-        return (
-            f"prefill: {self.prompt_tokens} tokens, {prefill or 0:.1f} tokens/s; "
-            f"decode: {max(0, len(self.times) - 2)} tokens, {decode or 0:.1f} tokens/s; "
-            f"peak of memory: {peak / 1e9:.2f} GB"
-        )
+        first = f"prefill: {self.prompt_tokens} tokens, {prefill or 0:.1f} tokens/s"
+        rest = f"decode: {max(0, len(self.times) - 2)} tokens, {decode or 0:.1f} tokens/s"
+        return f"{first}; {rest}; peak of memory: {peak / 1e9:.2f} GB"
 
 
 def print_stream(
@@ -178,7 +172,7 @@ def print_stream(
     The text's line ends even where an error or Ctrl-C ends the work.
     """
     tokens = []
-    progress_bar = bar("generating", total, silent=not is_first()) if shown is None else bar("reading the prompt", None)
+    progress_bar = bar("generating", total) if shown is None else bar("reading the prompt", None)
     with progress_bar as progress:
         for token in islice(steps, None if shown is None else 1):
             tokens.append(token)

@@ -47,10 +47,6 @@ class Loop:
     def flop_per_instruction(self) -> float | None:
         return self.flops / self.other if self.flops else None
 
-    def instructions_a_byte(self, warps: int, size: int) -> float:
-        """Return the thread instructions a byte of a turn in which `warps` warps load `size` bytes."""
-        return 32 * warps * (self.tensor + self.other) / size
-
 
 def _sections(cubin: bytes) -> list[bytes]:
     """The machine code of an ELF file, a section a function."""

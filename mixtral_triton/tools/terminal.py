@@ -22,6 +22,8 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TaskID, TimeRemainingColumn
 from rich.text import Text
 
+from .processes import is_first
+
 PIPED = 120  # columns without a terminal and without COLUMNS
 TEXT_WIDTH, HEADING_WIDTH = 24, 16  # a column of text is as wide as this, if need be; a number's heading wraps at this
 INTERVAL = 10.0  # seconds between two lines of progress where stderr is no terminal
@@ -73,10 +75,9 @@ class Table:
             parts[-1] = [*parts[-1], place]
         for part in parts:
             table = rich.table.Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="")
-            for place in part:
-                justify: Any = "right" if self.columns[place].number else "left"
-                heading = Text(self.columns[place].heading)
-                table.add_column(heading, min_width=widths[place], justify=justify, overflow="fold")
+            for column, width in ((self.columns[n], widths[n]) for n in part):
+                justify: Any = "right" if column.number else "left"
+                table.add_column(Text(column.heading), min_width=width, justify=justify, overflow="fold")
             for cells, style in self.rows:
                 table.add_row(*(cells[n] for n in part), style=style)
             yield table if part is parts[-1] else Group(table, "")
@@ -103,14 +104,14 @@ class Bar(NamedTuple):
 
 
 @contextmanager
-def bar(label: str, total: int | None, count: ProgressColumn | None = None, silent: bool = False) -> Iterator[Bar]:
-    """Show progress on stderr: rich's bar on a terminal, else a line every INTERVAL seconds.
+def bar(label: str, total: int | None, count: ProgressColumn | None = None) -> Iterator[Bar]:
+    """Show the first process's progress on stderr: rich's bar on a terminal, else a line every INTERVAL seconds.
 
     `total` None: unknown. `count` shows how much is done; None: as a number.
     """
     console, done, count = Console(stderr=True), threading.Event(), count or MofNCompleteColumn()
-    columns, quiet = (BarColumn(), count, TimeRemainingColumn()), silent or not console.is_terminal
-    with Progress("{task.description}", *columns, console=console, transient=True, disable=quiet) as progress:
+    columns, drawn = (BarColumn(), count, TimeRemainingColumn()), is_first() and console.is_terminal
+    with Progress("{task.description}", *columns, console=console, transient=True, disable=not drawn) as progress:
         task = progress.add_task(label, total=total)
 
         def report() -> None:
@@ -124,7 +125,7 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None, sile
                 before = done_so_far
 
         with ThreadPoolExecutor(1) as thread:
-            if not (silent or console.is_terminal):
+            if is_first() and not drawn:
                 thread.submit(report)
             try:
                 yield Bar(progress, task)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, reference
+from .. import reference
+from ..kernels.op import Op
 from ..kernels.quantized import QuantizedWeight
 from ..kernels.registry import OPS
 
@@ -34,24 +35,23 @@ class Tolerance:
     """The fp64 results of one call of an operation, and limits of errors relative to a result's largest value."""
 
     def __init__(self, name: str, args: Args) -> None:
-        op = OPS[name]
-        self.name, self.args, self.mutates, self.derived_outputs = name, args, op.mutates, op.derived_outputs
-        self.exact = fp64_results(name, args, op.mutates)
+        self.op = op = OPS[name]
+        self.args, self.exact = args, _fp64_results(op, args)
         # Outputs that derive from the outputs before them have no error of their own.
         derived = [] if op.derived_outputs is None else op.derived_outputs(args, self.exact)
         self.independent = len(self.exact) - len(derived)
         self.limits: list[float] = []
-        for got, exact in zip(_results(op.call_reference, args, op.mutates), self.exact, strict=True):
+        for got, exact in zip(_results(op, op.call_reference, args), self.exact, strict=True):
             error = _error(got, exact) if len(self.limits) < self.independent else 0.0
             self.limits.append(max(RATIO * error, FLOOR.get(got.dtype, 0.0)))
 
     def measure(self, function: Callable[..., Any]) -> tuple[float, float]:
         """The error of `function` and its limit, of the result that is nearest to its limit or farthest beyond it."""
-        got, exact = _results(function, self.args, self.mutates), self.exact
+        got, exact = _results(self.op, function, self.args), self.exact
         if len(got) != len(exact):
             return math.inf, 0.0
-        if self.derived_outputs is not None:
-            exact = [*exact[: self.independent], *self.derived_outputs(self.args, got)]
+        if self.op.derived_outputs is not None:
+            exact = [*exact[: self.independent], *self.op.derived_outputs(self.args, got)]
         errors = list(map(_error, got, exact))
         if any(map(operator.gt, errors, self.limits)):
             self.limits = self._raised_limits
@@ -61,14 +61,9 @@ class Tolerance:
     def _raised_limits(self) -> list[float]:
         """At least what half a rounding of each activation changes: torch's own error may be small by chance."""
         args = {key: _perturbed(x) if key in ACTIVATIONS and x is not None else x for key, x in self.args.items()}
-        pairs = zip(fp64_results(self.name, args, self.mutates), self.exact, strict=True)
+        pairs = zip(_fp64_results(self.op, args), self.exact, strict=True)
         changes = [_error(*pair) if pair[0].dtype.is_floating_point else 0.0 for pair in pairs][: self.independent]
         return [max(limit, RATIO * change) for limit, change in zip_longest(self.limits, changes, fillvalue=0.0)]
-
-
-def measure(name: str, args: Args) -> tuple[float, float]:
-    """The error of the runtime's operation `name` on `args`, and its limit."""
-    return Tolerance(name, args).measure(ops.dispatched(name, args))
 
 
 def share_of_limit(error: float, limit: float) -> float:
@@ -106,19 +101,18 @@ class Fp64Experts:
         return to_fp64(self.weight[expert])
 
 
-def fp64_results(name: str, args: Args, mutates: tuple[str, ...] = ()) -> list[Tensor]:
+def _fp64_results(op: Op, args: Args) -> list[Tensor]:
     """The results of the operation's reference in fp64."""
     convert = dict.fromkeys(("gate_up_proj", "down_proj"), Fp64Experts)
-    args = {key: convert.get(key, to_fp64)(value) for key, value in args.items()}
-    return _results(OPS[name].call_reference, args, mutates)
+    return _results(op, op.call_reference, {key: convert.get(key, to_fp64)(value) for key, value in args.items()})
 
 
-def _results(function: Callable[..., Any], args: Args, mutates: tuple[str, ...]) -> list[Tensor]:
-    """What a call returns, then the arguments that it mutates, which are copied first."""
-    args = {name: value.clone() if name in mutates else value for name, value in args.items()}
+def _results(op: Op, function: Callable[..., Any], args: Args) -> list[Tensor]:
+    """What a call of `function` returns, then the arguments that the operation mutates, which are copied first."""
+    args = {name: value.clone() if name in op.mutates else value for name, value in args.items()}
     out = function(**args)
     results = [] if out is None else list(out) if isinstance(out, tuple) else [out]
-    return results + [args[name] for name in mutates]
+    return results + [args[name] for name in op.mutates]
 
 
 def _error(got: Tensor, exact: Tensor) -> float:

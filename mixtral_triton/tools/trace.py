@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,8 @@ from rich.text import Text
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..inputs import check_vocabulary
+from ..model import Mixtral
 from .terminal import Column, Table, bar, say
-
-if TYPE_CHECKING:
-    from ..model import Mixtral
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 

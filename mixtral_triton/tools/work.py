@@ -75,9 +75,8 @@ def count_work(launch: Launch) -> Work:
     ValueError for another library's kernel without a formula.
     """
     if launch.fn is None and launch.kernel not in WORK:
-        raise ValueError(
-            f"count_work: kernel is {launch.kernel!r}, needs one with a formula: {', '.join(sorted(WORK))}"
-        )
+        known = ", ".join(sorted(WORK))
+        raise ValueError(f"count_work: kernel is {launch.kernel!r}, needs one with a formula: {known}")
     return WORK.get(launch.kernel, _stream)(launch)
 
 
@@ -180,16 +179,9 @@ def _product(launch: Launch) -> Work:
         host = n / E * t[weight].nbytes * (distinct / E if in_place else 1.0)
         memory -= host if in_place else -host
         apart = (math.comb(E - n, K) / math.comb(E, K)) ** tokens if in_place else 1.0
-    return Work(
-        memory,
-        tuple(tiles),
-        shared=stages * c["BLOCK_K"] * (rows * size + columns * t[weight].element_size()),
-        values=mean * columns,
-        stored=mean * columns,
-        single=size == 4,
-        host=host,
-        apart=apart,
-    )
+    shared = stages * c["BLOCK_K"] * (rows * size + columns * t[weight].element_size())
+    sums = mean * columns
+    return Work(memory, tuple(tiles), shared=shared, values=sums, stored=sums, single=size == 4, host=host, apart=apart)
 
 
 def _attention(launch: Launch) -> Work:
@@ -220,15 +212,10 @@ def _attention(launch: Launch) -> Work:
     memory = _nbytes(t) - (1 - share) * _nbytes(t, "k", "v", "k_cache", "v_cache")
     if "cos" in t:  # a row of each table a sequence, and the newest key into the cache
         memory += 2 * len(t["q"]) * t["cos"][0].nbytes - _nbytes(t, "cos", "sin") + _nbytes(t, "new_k", "new_v")
-    return Work(
-        memory,
-        tuple(tiles),
-        vector=SOFTMAX / (4 * width),
-        shared=(rows + 2 * stages * c["BLOCK_N"]) * width * size,
-        values=rows * (width + c["BLOCK_N"] * (1 + size / 4)),
-        stored=rows * width,
-        single=size == 4,
-    )
+    vector = SOFTMAX / (4 * width)
+    shared = (rows + 2 * stages * c["BLOCK_N"]) * width * size
+    values = rows * (width + c["BLOCK_N"] * (1 + size / 4))
+    return Work(memory, tuple(tiles), vector, shared, values, stored=rows * width, single=size == 4)
 
 
 def _mm(launch: Launch) -> Work:

@@ -15,8 +15,8 @@ from mixtral_triton.tools.bench.cases import BENCHED, cases
 from mixtral_triton.tools.bench.measure import Outcome, Row, untimed_row
 from mixtral_triton.tools.bench.report import op_table
 from mixtral_triton.tools.bench.tune import kernel_configs, tune_table
-from mixtral_triton.tools.compiled import resources_table
 from mixtral_triton.tools.gpus import GPUS
+from mixtral_triton.tools.offline import resources_table
 from mixtral_triton.tools.terminal import PIPED, Column, Table, console
 
 compiles = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")

@@ -15,11 +15,10 @@ from triton.runtime.cache import get_cache_key
 
 from mixtral_triton.kernels.arch import ARCHS
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.op import Launch, Shape
+from mixtral_triton.kernels.op import Launch, Op, Shape
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools import offline, sass
-from mixtral_triton.tools.compiled import Compiled
-from mixtral_triton.tools.offline import as_json, collect, compile_launch, compile_ops
+from mixtral_triton.tools.offline import Compiled, collect, compile_launch, compile_ops
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
 
@@ -32,6 +31,12 @@ JSON_KEYS = MEASURED | {"fault", "op", "kernel", "arch", "file", "dtype", "num_w
 CASES = [(name, arch, dtype) for name, op in OPS.items() for arch, dtype in product(FAMILIES, op.dtypes)]
 
 
+def launches_of(op: Op, arch: str, dtype: torch.dtype | None = None) -> list[Launch]:
+    """Return a launch of each kernel of `op`, in one dtype or in all."""
+    op = op if dtype is None else replace(op, dtypes=(dtype,))
+    return [launch for _, launch in collect([op], arch).values()]
+
+
 def least_shared(arch: str) -> int:
     """Bytes of shared memory of the smallest architecture that runs on the launch choices of `arch`."""
     return min(known.shared_bytes for known in ARCHS.values() if known.family == arch)
@@ -42,7 +47,7 @@ def least_shared(arch: str) -> int:
     ("name", "arch", "dtype"), [case for case in CASES if case[1] == "sm_90" or case[2] != torch.float16], ids=str
 )
 def test_no_spill_and_fits_shared_memory(name: str, arch: str, dtype: torch.dtype) -> None:
-    compiled = [compile_launch(launch, arch) for launch in collect(OPS[name], arch, [dtype])]
+    compiled = [compile_launch(launch, arch) for launch in launches_of(OPS[name], arch, dtype)]
     compiled = [replace(kernel, limit_bytes=least_shared(arch)) for kernel in compiled]
     faults = [(kernel.fault, kernel) for kernel in compiled if kernel.fault and not spills_outside_loops(kernel)]
     assert compiled and not faults
@@ -77,7 +82,7 @@ for arch, D in product(("sm_90", "sm_80", "gfx942"), (48, 72, 80, 192)):
 
 @pytest.mark.parametrize(("name", "sizes", "arch", "dtype"), HEAD_SIZES)
 def test_other_head_sizes(name: str, sizes: Any, arch: str, dtype: torch.dtype) -> None:
-    launches = collect(replace(OPS[name], bench_shapes=(Shape(sizes),)), arch, [dtype])
+    launches = launches_of(replace(OPS[name], bench_shapes=(Shape(sizes),)), arch, dtype)
     assert launches and not [(launch, fault) for launch in launches if (fault := compile_launch(launch, arch).fault)]
 
 
@@ -93,7 +98,7 @@ def test_other_head_sizes(name: str, sizes: Any, arch: str, dtype: torch.dtype) 
 )
 def test_attention_with_no_more_tiles_than_sms(name: str, sizes: Any, rows: int, arch: str) -> None:
     op = replace(OPS[name], bench_shapes=(Shape(PROMPT | sizes),))
-    (launch,) = collect(op, arch, [torch.bfloat16])
+    (launch,) = launches_of(op, arch, torch.bfloat16)
     assert launch.constexprs["BLOCK_M"] == rows and compile_launch(launch, arch).fault is None
 
 
@@ -101,7 +106,7 @@ def prefill(kernel: str, arch: str = "sm_90") -> Launch:
     """A bf16 kernel as 8x7B launches it for 4096 tokens."""
     op = OPS["attention" if kernel.startswith("attention") else "expert_swiglu"]
     op = replace(op, bench_shapes=tuple(sizes for sizes in op.bench_shapes if sizes["T"] == 4096)[:1])
-    return next(found for found in collect(op, arch, [torch.bfloat16]) if found.kernel == kernel)
+    return next(found for found in launches_of(op, arch, torch.bfloat16) if found.kernel == kernel)
 
 
 # More is better; vLLM's best expert tile has 5,191, Triton's attention tutorial 2,052.
@@ -181,7 +186,7 @@ def test_the_cache_key_is_that_of_triton_s_jit(name: str, arch: str) -> None:
     """Triton's key of what is compiled here is the one that its JIT makes of the same call."""
     jit = pytest.importorskip("triton.runtime.jit")
     backend = offline.make_backend(offline._target(arch))
-    for launch in collect(OPS[name], arch):
+    for launch in launches_of(OPS[name], arch):
         program = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
         call = {**launch.args, **launch.constexprs, **program, "debug": False}
         bind = jit.create_function_from_signature(launch.fn.signature, launch.fn.params, backend)
@@ -202,26 +207,26 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_each_kernel_once_in_a_fixed_order(own_cache: Path) -> None:
     """Compiled by several threads, then from the cache."""
     names, progress = ["rms_norm", "append", "route"], []
-    done = [as_json(c) for c in compile_ops(names, "sm_90", progress=lambda *at: progress.append(at))]
+    done = [c.as_dict() for c in compile_ops(names, "sm_90", progress=lambda *at: progress.append(at))]
     assert progress == [(n + 1, len(done)) for n in range(len(done))] and len(done) >= 12
-    rows = [as_json(c) for c in compile_ops(names[::-1], "sm_90")]
+    rows = [c.as_dict() for c in compile_ops(names[::-1], "sm_90")]
     assert rows == done
-    order = [launch.kernel for name in OPS if name in names for launch in collect(OPS[name], "sm_90")]
+    order = [launch.kernel for name in OPS if name in names for launch in launches_of(OPS[name], "sm_90")]
     assert [row["kernel"] for row in rows] == order
 
 
 def test_a_kernel_of_two_operations_is_compiled_once() -> None:
-    ops, dtypes = [OPS[name] for name in ("sort_by_expert", "expert_swiglu")], [torch.bfloat16]
-    first, second = (set(offline._kernels([op], "sm_90", dtypes)) for op in ops)
-    assert first & second and set(offline._kernels(ops, "sm_90", dtypes)) == first | second
+    ops = [OPS["sort_by_expert"], replace(OPS["expert_swiglu"], dtypes=(torch.bfloat16,))]
+    first, second = (set(collect([op], "sm_90")) for op in ops)
+    assert first & second and set(collect(ops, "sm_90")) == first | second
 
 
 def test_a_model_of_other_widths_adds_only_other_tiles() -> None:
     """The gate compiles each kernel of both models, the command one of those that differ in H and I alone."""
     dense = tuple(sizes for sizes in OPS["expert_swiglu"].bench_shapes if "down" not in Shape(sizes).as_dict())
-    op, dtypes = replace(OPS["expert_swiglu"], bench_shapes=dense), [torch.bfloat16]
-    every = collect(op, "sm_90", dtypes)
-    once = [launch for _, launch in offline._kernels([op], "sm_90", dtypes, widths=False).values()]
+    op = replace(OPS["expert_swiglu"], bench_shapes=dense, dtypes=(torch.bfloat16,))
+    every = launches_of(op, "sm_90")
+    once = [launch for _, launch in collect([op], "sm_90", widths=False).values()]
 
     def shown(launch: Launch, *without: str) -> tuple[Any, ...]:
         tiles = [(name, size) for name, size in sorted(launch.constexprs.items()) if name not in without]
@@ -256,7 +261,7 @@ def test_loops_counted_together_are_those_counted_alone() -> None:
     ("arch", "suffixes"), [("sm_90", {".ptx", ".sass", ".cubin"}), ("gfx942", {".amdgcn", ".hsaco"})]
 )
 def test_files_and_json(tmp_path: Path, arch: str, suffixes: set[str]) -> None:
-    rows = [as_json(compiled) for compiled in compile_ops(["route"], arch, out=tmp_path / "new")]
+    rows = [compiled.as_dict() for compiled in compile_ops(["route"], arch, out=tmp_path / "new")]
     assert json.loads(json.dumps(rows)) == rows
     files = [Path(row["file"]) for row in rows]
     assert len(set(files)) == len(rows)
@@ -275,7 +280,7 @@ def test_unknown_architecture_or_operation_raises_value_error() -> None:
     with pytest.raises(ValueError, match=r"compile: .*'sm_70'.*sm_90"):
         compile_ops(["route"], "sm_70")
     with pytest.raises(ValueError, match=r"compile: .*'sm_70'.*gfx942"):
-        collect(OPS["route"], "sm_70")
+        collect([OPS["route"]], "sm_70")
     with pytest.raises(ValueError, match=r"compile: .*'rout'.*route"):
         compile_ops(["rope", "rout"], "sm_90")
 

@@ -95,10 +95,10 @@ SLACK = 1.0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else
 
 
 def instructions_a_byte(launch: Launch, arch: str) -> float:
-    """By the bytes of codes that one turn of a decode loop loads."""
+    """Return the thread instructions of one turn of a decode loop, by the bytes of codes that it loads."""
     rows = launch.constexprs["BLOCK_N"] * (2 if "_up_" in launch.kernel else 1)
     (loop,) = compile_launch(launch, arch).loops
-    return loop.instructions_a_byte(launch.num_warps or 0, 2 * rows * launch.constexprs["BLOCK_K"])
+    return 32 * (launch.num_warps or 0) * (loop.tensor + loop.other) / (2 * rows * launch.constexprs["BLOCK_K"])
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])

@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from mixtral_triton import KVCache, Mixtral
+from mixtral_triton import KVCache, Mixtral, ops
 from mixtral_triton.kernels.launch import override_configs
 from mixtral_triton.kernels.op import Op, Shape
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.offline import compile_launch
-from mixtral_triton.tools.tolerance import measure
+from mixtral_triton.tools.tolerance import Tolerance
 from tests.compile.test_quantized_offline import FORMATS, OTHER_GROUPS, format_name
 from tests.ops.test_deterministic import CASES, check
 from tests.support.calls import inputs_without_padding
@@ -43,7 +43,8 @@ BOUND = 0.97  # of the instructions of one variant with the tiles of 8x7B, for e
 
 def check_error(op: Op, sizes: Mapping[str, Any], dtype: torch.dtype = BF16) -> float:
     """Check that the error is at most twice that of the torch backend; return its share of this limit."""
-    error, limit = measure(op.name, inputs_without_padding(op.name, sizes, GPU_DEVICE, dtype))
+    args = inputs_without_padding(op.name, sizes, GPU_DEVICE, dtype)
+    error, limit = Tolerance(op.name, args).measure(ops.dispatched(op.name, args))
     assert error <= limit, f"{op.name} {dict(sizes)}"
     return float(error) / max(float(limit), 1e-30)
 

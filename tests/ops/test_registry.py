@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from mixtral_triton import ops
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools.tolerance import measure
+from mixtral_triton.tools.tolerance import Tolerance
 from tests.support.calls import as_tuple, inputs_without_padding
 
 CASES = [(name, sizes, dtype) for name, op in OPS.items() for sizes in op.test_shapes for dtype in op.dtypes]
@@ -21,7 +22,8 @@ CASES = [(name, sizes, dtype) for name, op in OPS.items() for sizes in op.test_s
 def test_error_is_at_most_twice_that_of_plain_torch(name: str, sizes: Any, dtype: Any, device: torch.device) -> None:
     if device.type == "cpu" and not INTERPRETED:
         pytest.skip("the torch backend is the reference itself: needs TRITON_INTERPRET=1 or a GPU")
-    error, limit = measure(name, inputs_without_padding(name, sizes, device, dtype))
+    args = inputs_without_padding(name, sizes, device, dtype)
+    error, limit = Tolerance(name, args).measure(ops.dispatched(name, args))
     assert error <= limit
 
 

@@ -7,7 +7,7 @@ a loaded value belongs to none.
 import re
 from dataclasses import dataclass
 
-from mixtral_triton.tools.compiled import Compiled
+from mixtral_triton.tools.offline import Compiled
 
 _PARAMETER = re.compile(r"ld\.param\.\w+\s+(%\w+), \[\w+_param_(\d+)\]")
 _GLOBAL = re.compile(r"(ld|st|red|atom)\.(?:\w+\.)*global|(cp\.async)\.\w+\.shared\S*\.global")

@@ -19,7 +19,7 @@ from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench import command, decode_step, measure
 from mixtral_triton.tools.bench.cases import BENCHED, QUICK, TOKENS, Case, Oracle, cases, check_of
 from mixtral_triton.tools.bench.measure import our_call, timed_row, untimed_row, wall_seconds
-from mixtral_triton.tools.bench.peers import PEERS, Peer, Unsupported, peers_of
+from mixtral_triton.tools.bench.peers import PEERS, Peer, Unsupported
 from mixtral_triton.tools.gpus import GPUS, LINKS
 
 CPU, H100 = torch.device("cpu"), GPUS["h100"]
@@ -75,16 +75,16 @@ def test_floor_follows_the_actual_routing() -> None:
 
 def test_peers_are_for_known_operations_and_installed_modules() -> None:
     assert {peer.op for peer in PEERS} <= {None, *BENCHED}
-    assert not Peer("missing", None, "no_such_module", lambda op, args: op.reference).installed
-    assert {"torch", "torch.compile", "SDPA", "FlexAttention"} <= {peer.name for peer in peers_of("attention")}
+    assert not Peer("missing", None, "no_such_module", lambda op, args: op.reference).does("route")
+    names = {peer.name for peer in PEERS if peer.does("attention")}
+    assert names >= {"torch", "torch.compile", "SDPA", "FlexAttention"}
 
 
 @compiled_only
 @pytest.mark.parametrize("name", BENCHED)
 def test_every_peer_is_right_or_says_why_not(name: str) -> None:
-    peers = [
-        peer for peer in peers_of(name) if peer.name not in SLOW or (peer.name, name) == ("torch.compile", "rms_norm")
-    ]
+    slow = set(SLOW) - ({"torch.compile"} if name == "rms_norm" else set())
+    peers = [peer for peer in PEERS if peer.does(name) and peer.name not in slow]
     row = timed_row(small(name), H100, CPU, wall_seconds, peers)
     assert row.ours.seconds and row.ours.note is None, row.ours
     for peer in peers:
@@ -185,7 +185,7 @@ def test_offloaded_decode_step_is_checked_and_has_no_peer_of_transformers() -> N
     case = Case(decode_step.STEP, decode_step.STEP.test_shapes[1], torch.float32)
     args = case.inputs(CPU)
     assert args["model"].layers[1].down_proj.on_host == (3,) and untimed_row(case, H100).cost.host_bytes > 0
-    peers = [peer for peer in peers_of("decode_step") if peer.name in ("torch", "HF eager")]
+    peers = [peer for peer in PEERS if peer.does("decode_step") and peer.name in ("torch", "HF eager")]
     row = timed_row(case, H100, CPU, lambda call: (call(), 1.0)[1], peers)
     assert row.ours.right and row.peers["torch"].right and row.peers["HF eager"].note == "its weights are dense"
     step = decode_step.decode_step

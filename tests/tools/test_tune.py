@@ -34,7 +34,7 @@ def test_neighbours_are_one_step_away() -> None:
 def test_depth_of_a_quantized_weight_s_tile_stays() -> None:
     case = Case(OPS["linear"], Shape(T=1, H=4096, N=6144, weight="int4:128"), torch.bfloat16)
     recorded, config = tune.kernel_configs(case, "sm_90")["linear_decode_kernel"]
-    found = [one.constexprs for one in tune.neighbours(config, tune.fixed_tiles(recorded.kernel, recorded))]
+    found = [one.constexprs for one in tune.neighbours(config, tune.fixed_tiles(recorded))]
     assert len({one["BLOCK_K"] for one in found}) == 1 and len({one["BLOCK_N"] for one in found}) == 3
 
 
@@ -60,7 +60,7 @@ def test_every_candidate_gives_the_right_result(name: str) -> None:
         args = case.inputs(CPU)
         oracle, candidates = Oracle(case.op, args), 0
         for kernel, (recorded, config) in tune.kernel_configs(case, target_arch()).items():
-            for other in tune.neighbours(config, tune.fixed_tiles(kernel, recorded)):
+            for other in tune.neighbours(config, tune.fixed_tiles(recorded)):
                 if other.constexprs != config.constexprs:
                     candidates += 1
                     with launch.override_configs({kernel: other}) as used:

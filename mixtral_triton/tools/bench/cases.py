@@ -191,10 +191,7 @@ class Oracle:
     def __init__(self, op: Op, args: dict[str, Any], least: float = 0.0) -> None:
         """least: an error that is right in any case."""
         self.args, self.least = args, least
-        self.parts = [
-            (Tolerance(op.name, {**args, **part}), rows)
-            for part, rows in (_blocks(args) if op.name == "attention" else [({}, None)])
-        ]
+        self.parts = [(Tolerance(op.name, {**args, **part}), rows) for part, rows in _blocks(op, args)]
 
     def fault(self, function: Callable[..., Any]) -> str | None:
         """Return what is wrong with `function` on these arguments, or None."""
@@ -225,11 +222,11 @@ def check_of(op: Op, args: dict[str, Any]) -> Check:
     return partial(decode_step.fault, args=args) if op is decode_step.STEP else Oracle(op, args).fault
 
 
-def _blocks(args: dict[str, Any]) -> list[tuple[dict[str, Any], slice | None]]:
-    """Return the parts of an attention call to check: the first, middle and last queries where it is long."""
-    T = args["q"].shape[1]
-    whole = args["k"].shape[1] != T or not args.get("causal", True) or args.get("lengths") is not None
-    if T <= UNBLOCKED_MOST or whole:
+def _blocks(op: Op, args: dict[str, Any]) -> list[tuple[dict[str, Any], slice | None]]:
+    """Return the parts of a call to check: all of it, or of a long attention the first, middle and last queries."""
+    T = args["q"].shape[1] if op.name == "attention" else 0
+    prompt = T > UNBLOCKED_MOST and args["k"].shape[1] == T and args.get("causal", True)
+    if not prompt or args.get("lengths") is not None:
         return [({}, None)]
     blocks = [slice(start, start + BLOCK) for start in (0, (T - BLOCK) // 2, T - BLOCK)]
     # Queries align with the end of the keys: those of a block see no key beyond it.
@@ -242,7 +239,7 @@ def _check_call(function: Callable[..., Any], tolerance: Tolerance, /, **args: A
 
     An argument that it writes into is restored.
     """
-    tensors = {name: x for name, x in args.items() if isinstance(x, torch.Tensor) and name not in tolerance.mutates}
+    tensors = {name: x for name, x in args.items() if isinstance(x, torch.Tensor) and name not in tolerance.op.mutates}
     before = {name: x.clone() for name, x in tensors.items()}
     out = function(**args)
     if written := [name for name, x in before.items() if not _equal(x, args[name])]:
@@ -250,7 +247,7 @@ def _check_call(function: Callable[..., Any], tolerance: Tolerance, /, **args: A
             args[name].copy_(before[name])
         raise WrongResult(f"it writes into {', '.join(written)}")
     results = () if out is None else tuple(out) if isinstance(out, (tuple, list)) else (out,)
-    wanted = tolerance.exact[: len(tolerance.exact) - len(tolerance.mutates)]
+    wanted = tolerance.exact[: len(tolerance.exact) - len(tolerance.op.mutates)]
     if foreign := [type(result).__name__ for result in results if not isinstance(result, torch.Tensor)]:
         raise WrongResult(f"a result is a {foreign[0]}, needs a tensor")
     got, needed = (" and ".join(str(list(x.shape)) for x in tensors) or "none" for tensors in (results, wanted))

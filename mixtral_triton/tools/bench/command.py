@@ -16,12 +16,10 @@ from ...kernels.registry import OPS
 from ..gpus import GPU, RATED, data_sheet
 from ..predict import family_note
 from ..terminal import bar, check_plot, console
-from .cases import Case, cases, sizes_of
+from .cases import cases, sizes_of
 from .measure import Row, checked_row, current_gpu, timed_rows
-from .peers import PEERS, import_peer, peers_of
+from .peers import PEERS, import_peer
 from .report import figure_of, gpu_line, op_table
-
-DEFAULT_GPU, NO_GPU = "h100", "there is no GPU"  # whose floors are printed then
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,26 +43,22 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     out = console(stderr=args.json)
     measuring = args.gpu is None and torch.cuda.is_available()
-    gpu, sheet = RATED[args.gpu or DEFAULT_GPU], None
+    gpu, sheet = RATED[args.gpu or "h100"], None
     if measuring:
         device, gpu, timer = current_gpu()
         sheet = data_sheet(gpu.name)
     if args.offload:
         selected = [case.offloaded(args.offload, gpu) for case in selected]
-
-    def peers(case: Case) -> list[Any]:
-        return [*(peer for peer in peers_of(case.op.name) if peer.name not in args.without), *user_peers]
-
     if measuring:
+        peers = [*(peer for peer in PEERS if peer.name not in args.without), *user_peers]
         source = timed_rows(selected, peers, device, gpu, timer)
     else:
-        reason = "--gpu asks for a data sheet" if args.gpu else NO_GPU
+        reason = "--gpu asks for a data sheet" if args.gpu else "there is no GPU"
         source = (checked_row(case, gpu, user_peers, reason) for case in selected)
         known = "Floors" if gpu.chip is None else "Predicted times and floors"
         out.print(f"No time was measured: {reason}. {known} are those of the GPU below.")
     out.print(gpu_line(gpu, sheet))
-    if note := family_note(gpu.arch):
-        out.print(note)
+    out.print(family_note(gpu.arch), end="")
     if args.json:
         versions = {"torch": torch.__version__, "arch": gpu.arch}
         print(json.dumps({"kind": "gpu", **_rates(gpu), **versions, "data_sheet": sheet and _rates(sheet)}), flush=True)
@@ -72,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         figure_of(rows, gpu).savefig(args.plot, dpi=150)
         out.print(f"plot: {args.plot}")
-    names = {peer.name for peer in user_peers}
-    outcomes = [one for row in rows for one in (row.ours, *(row.peers[name] for name in names & row.peers.keys()))]
+    outcomes = [row.ours for row in rows]
+    outcomes += [outcome for row in rows for name, outcome in row.peers.items() if name in args.peer]
     return 1 if len(rows) < len(selected) or any(one.right is False for one in outcomes) else 0
 
 

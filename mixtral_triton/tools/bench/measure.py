@@ -241,14 +241,15 @@ def current_gpu() -> tuple[torch.device, GPU, Timer]:
     return device, replace(gpu, mib=properties.total_memory // MIB, link=(sheet or gpu).link), timer
 
 
-def timed_rows(
-    cases: Sequence[Case], peers: Callable[[Case], Sequence[Peer]], device: torch.device, gpu: GPU, timer: Timer
-) -> Iterator[Row]:
-    """Yield a row per case with its `peers`. The last is that of a case that leaves the device in an error: all later
-    calls would fail."""
+def timed_rows(cases: list[Case], peers: list[Peer], device: torch.device, gpu: GPU, timer: Timer) -> Iterator[Row]:
+    """Yield a row per case with the `peers` that do its operation.
+
+    The last is that of a case that leaves the device in an error: all later calls would fail.
+    """
     for case in cases:
+        able = [peer for peer in peers if peer.does(case.op.name)]
         try:
-            yield timed_row(case, gpu, device, step_timer if case.op is decode_step.STEP else timer, peers(case))
+            yield timed_row(case, gpu, device, step_timer if case.op is decode_step.STEP else timer, able)
         except Exception as error:  # before anything was timed: the next case may work
             yield replace(untimed_row(case, gpu), ours=_failure(error))
         try:

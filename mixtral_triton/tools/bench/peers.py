@@ -28,7 +28,6 @@ from .decode_step import STEPS_MOST
 
 Args = dict[str, Any]
 Function = Callable[..., Any]
-Build = Callable[[Op, dict[str, Any]], Function]
 
 
 class Unsupported(Exception):
@@ -45,12 +44,12 @@ class Peer:
     name: str
     op: str | None
     needs: str
-    build: Build
+    build: Callable[[Op, Args], Function]
     strict: bool = False
 
-    @property
-    def installed(self) -> bool:
-        return not self.needs or importlib.util.find_spec(self.needs) is not None
+    def does(self, op: str) -> bool:
+        """Whether it is installed and does the operation."""
+        return self.op in (None, op) and (not self.needs or importlib.util.find_spec(self.needs) is not None)
 
 
 def _compile(op: Op, args: Args) -> Function:
@@ -64,15 +63,15 @@ def _require_dense(args: Args) -> None:
         raise Unsupported("its weights are dense")
 
 
-def _call(target: str, names: str) -> Build:
-    """Return the build of a peer that calls another library's function, by position with the arguments `names`."""
+def _library(name: str, op: str, target: str, names: str) -> Peer:
+    """Return a peer that calls another library's function, by position with the arguments `names`."""
 
     def build(op: Op, args: Args) -> Function:
         _require_dense(args)
         function = pkgutil.resolve_name(target)
         return lambda **kwargs: function(*(kwargs[name] for name in names.split()))
 
-    return build
+    return Peer(name, op, target.split(".")[0], build)
 
 
 def _grouped_mm(op: Op, args: Args) -> Function:
@@ -206,33 +205,25 @@ def _hf_step(op: Op, args: Args, kind: str) -> Function:
 
 
 EXPERTS = "x gate_up_proj down_proj"
-CALLS = (
-    ("Liger", "rms_norm", "liger_kernel.transformers.functional:liger_rms_norm", "x weight eps"),
-    ("Liger", "add_rms_norm", "liger_kernel.transformers.functional:liger_fused_add_rms_norm", "x residual weight eps"),
-    ("Liger", "expert_swiglu", "liger_kernel.ops:LigerFusedMoEFunction.apply", f"{EXPERTS} ids weights"),
-    ("vLLM", "expert_swiglu", "vllm.model_executor.layers.fused_moe.fused_moe:fused_experts", f"{EXPERTS} weights ids"),
-)
+LIGER, VLLM = "liger_kernel.transformers.functional", "vllm.model_executor.layers.fused_moe.fused_moe"
 PEERS = (
     Peer("torch", None, "", lambda op, args: op.call_reference),
     Peer("torch.compile", None, "", _compile),
     Peer("F.rms_norm", "rms_norm", "", lambda *_: lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)),
-    *(Peer(name, op, target.split(".")[0], _call(target, names)) for name, op, target, names in CALLS),
+    _library("Liger", "rms_norm", f"{LIGER}:liger_rms_norm", "x weight eps"),
+    _library("Liger", "add_rms_norm", f"{LIGER}:liger_fused_add_rms_norm", "x residual weight eps"),
+    _library("Liger", "expert_swiglu", "liger_kernel.ops:LigerFusedMoEFunction.apply", f"{EXPERTS} ids weights"),
+    _library("vLLM", "expert_swiglu", f"{VLLM}:fused_experts", f"{EXPERTS} weights ids"),
     Peer("HF grouped_mm", "expert_swiglu", "transformers", _grouped_mm),
     Peer("SDPA", "attention", "", _sdpa),
     Peer("FlexAttention", "attention", "", _flex),
     Peer("flash-attention", "attention", "flash_attn", _flash),
     Peer("SDPA", "cached_attention", "", _sdpa_cached),
     Peer("flash-attention", "cached_attention", "flash_attn", _flash_cached),
-    *(
-        Peer(f"HF {kind}", "decode_step", "transformers", partial(_hf_step, kind=kind))
-        for kind in ("eager", "applied", "static cache")
-    ),
+    Peer("HF eager", "decode_step", "transformers", partial(_hf_step, kind="eager")),
+    Peer("HF applied", "decode_step", "transformers", partial(_hf_step, kind="applied")),
+    Peer("HF static cache", "decode_step", "transformers", partial(_hf_step, kind="static cache")),
 )
-
-
-def peers_of(op: str) -> tuple[Peer, ...]:
-    """Return the installed peers of an operation."""
-    return tuple(peer for peer in PEERS if peer.op in (None, op) and peer.installed)
 
 
 def user_peer(name: str, function: Function) -> Peer:

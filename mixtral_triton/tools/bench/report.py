@@ -15,10 +15,8 @@ from ..gpus import GPU
 from ..terminal import Column, Table
 from .measure import Outcome, Row
 
-PREDICTED = (
-    "Predicted from the launches, the GPU's data sheet and estimates of it, not measured: optimistic-cautious; "
-    "limit: what takes most of the former."
-)
+PREDICTED = "Predicted from the launches, the GPU's data sheet and estimates of it, not measured: "
+PREDICTED += "optimistic-cautious; limit: what takes most of the former."
 MARKERS = ".os^vDPX*"  # of the floor, ours and each peer
 
 

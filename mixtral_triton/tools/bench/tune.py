@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from rich.text import Text
 
 from ...kernels.arch import ARCHS
-from ...kernels.launch import INTERPRETED, override_configs, target_arch
+from ...kernels.launch import INTERPRETED, Configs, override_configs, target_arch
 from ...kernels.op import Launch, LaunchConfig
 from ...kernels.record import record_launches
 from ...kernels.registry import OPS
@@ -31,11 +31,11 @@ VARIED = ("BLOCK_", "GROUP_", "SPLITS")
 # Tiles that must cover a full dimension, in every kernel or in one: a smaller one is wrong, a larger one idle.
 FULL_DIM_TILES_OF_ALL = {"BLOCK_D", "BLOCK_E", "BLOCK_S", "BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF"}
 FULL_DIM_TILES = {
-    **{"attention_decode_kernel": {"BLOCK_M"}, "linear_decode_kernel": {"BLOCK_T"}},
-    **{"experts_down_decode_kernel": {"BLOCK_T"}, "experts_up_decode_kernel": {"BLOCK_T"}},
-    **{"gate_route_kernel": {"BLOCK_K"}, "route_kernel": {"BLOCK_K"}},
-    **{"rms_norm_kernel": {"BLOCK_H"}, "embed_rms_norm_kernel": {"BLOCK_H"}},
-    **{"experts_combine_kernel": {"BLOCK_H"}},  # with a norm it needs the full row
+    "BLOCK_M": ("attention_decode_kernel",),
+    "BLOCK_T": ("linear_decode_kernel", "experts_down_decode_kernel", "experts_up_decode_kernel"),
+    "BLOCK_K": ("gate_route_kernel", "route_kernel"),
+    # The combine of the experts needs the full row with a norm.
+    "BLOCK_H": ("rms_norm_kernel", "embed_rms_norm_kernel", "experts_combine_kernel"),
 }
 WARPS, STAGES = range(1, 17), range(1, 9)
 FASTER = 0.98  # of the best time so far; a smaller gain is noise
@@ -43,27 +43,24 @@ ROUNDS = 5
 Candidate = tuple[LaunchConfig, measure.Outcome]
 
 
-def fixed_tiles(kernel: str, launch: Launch) -> set[str]:
+def fixed_tiles(launch: Launch) -> set[str]:
     """Return the tiles that do not vary, of a quantized weight also its depth, which the layout fixes."""
     quantized = launch.constexprs.get("LAYOUT", ("dense",))[0] != "dense"
-    return FULL_DIM_TILES_OF_ALL | FULL_DIM_TILES.get(kernel, set()) | ({"BLOCK_K"} if quantized else set())
+    full = {tile for tile, kernels in FULL_DIM_TILES.items() if launch.kernel in kernels}
+    return FULL_DIM_TILES_OF_ALL | full | ({"BLOCK_K"} if quantized else set())
 
 
 def neighbours(config: LaunchConfig, fixed: set[str]) -> list[LaunchConfig]:
     """Return the configurations one step away: a tile or the warps doubled or halved, one stage more or less."""
     tiles = [name for name in config.constexprs if name.startswith(VARIED) and name not in fixed]
     steps = [(name, size) for name in tiles for size in (config.constexprs[name] // 2, config.constexprs[name] * 2)]
-    warps, stages = (config.num_warps // 2, config.num_warps * 2), (config.num_stages - 1, config.num_stages + 1)
-    return [
-        *(replace(config, constexprs={**config.constexprs, name: size}) for name, size in steps if size),
-        *(replace(config, num_warps=n) for n in warps if n in WARPS),
-        *(replace(config, num_stages=n) for n in stages if n in STAGES),
-    ]
+    found = [replace(config, constexprs={**config.constexprs, name: size}) for name, size in steps if size]
+    found += [replace(config, num_warps=n) for n in (config.num_warps // 2, config.num_warps * 2) if n in WARPS]
+    found += [replace(config, num_stages=n) for n in (config.num_stages - 1, config.num_stages + 1) if n in STAGES]
+    return found
 
 
-def kernel_configs(
-    case: Case, arch: str, overrides: Mapping[str, LaunchConfig] | None = None
-) -> dict[str, tuple[Launch, LaunchConfig]]:
+def kernel_configs(case: Case, arch: str, overrides: Configs | None = None) -> dict[str, tuple[Launch, LaunchConfig]]:
     """Return the first launch and the configuration of each kernel that the operation configures."""
     shapes = case.inputs(torch.device("meta"))
     with override_configs(overrides or {}) as used, record_launches(arch) as launches:
@@ -96,13 +93,11 @@ def tune(
             return config, measure.attempt(lambda: measure.our_call(case, args), args, check_of(case.op, args), timer)
 
     launch, current = kernel_configs(case, arch)[kernel]
+    fixed = fixed_tiles(launch)
     candidates, best = [visit(current)], 0
     for _ in range(ROUNDS):
-        steps, known = (
-            neighbours(candidates[best][0], fixed_tiles(kernel, launch)),
-            [config for config, _ in candidates],
-        )
-        candidates += [visit(config) for config in steps if config not in known]
+        known = [config for config, _ in candidates]
+        candidates += [visit(config) for config in neighbours(known[best], fixed) if config not in known]
         times = [outcome.seconds or float("inf") for _, outcome in candidates]
         if min(times) >= FASTER * times[best]:
             break
@@ -137,8 +132,7 @@ def run(args: argparse.Namespace) -> int:
     out, timed = console(stderr=args.json), not (args.dry_run or args.arch) and torch.cuda.is_available()
     device = torch.device("cuda") if timed else None
     timer, arch = measure.DeviceTimer(device) if device else None, args.arch or target_arch(device)
-    if note := family_note(arch):
-        out.print(note)
+    out.print(family_note(arch), end="")
     if not timed:
         reason = "--dry-run" if args.dry_run else "--arch" if args.arch else "there is no GPU"
         out.print(f"Nothing was timed ({reason}): neighbours of the present configurations, compiled for {arch}.")
@@ -156,8 +150,7 @@ def run(args: argparse.Namespace) -> int:
                 print(json.dumps({**about, "tried": each}), flush=True)
                 continue
             title = f"{kernel}: {case.op.name}, {sizes_text(case.as_dict())}, {case.dtype_name}, {arch}"
-            out.print(
-                tune_table(title, candidates, best), "The fastest:" if best else "The present configuration stays:"
-            )
+            out.print(tune_table(title, candidates, best))
+            out.print("The fastest:" if best else "The present configuration stays:")
             out.print(Text(code), soft_wrap=True)
     return 0
