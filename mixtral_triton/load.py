@@ -215,11 +215,9 @@ def select_experts(config: MixtralConfig, count: int, counts: str | os.PathLike[
         return [range(E - count, E)] * L if count else ()
     path = Path(counts)
     used: Any = parse_json_object(path.read_bytes(), str(path)).get("counts")
-    right = (
-        isinstance(used, list) and len(used) == L and all(isinstance(layer, list) and len(layer) == E for layer in used)
-    )
+    layers = used if isinstance(used, list) else []
+    right = len(layers) == L and all(isinstance(layer, list) and len(layer) == E for layer in layers)
     if not right or not all(type(number) is int for layer in used for number in layer):
-        raise ValueError(
-            f"{path}: counts needs {L} lists of {E} integers: it is another model's, or `trace` did not write it"
-        )
+        needs = f"{L} lists of {E} integers"
+        raise ValueError(f"{path}: counts needs {needs}: it is another model's, or `trace` did not write it")
     return [sorted(sorted(range(E), key=layer.__getitem__)[:count]) for layer in used] if count else ()

@@ -305,7 +305,8 @@ class Mixtral(nn.Module):
     generate = generate
 
     def _check(self, input_ids: Tensor, cache: KVCache | None, lengths: Tensor | None) -> None:
-        self._reject_gradients()
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            raise ValueError("Mixtral is for inference only: its parameters cannot require gradients")
         check_dtype("Mixtral", self.dtype)  # the model may have been converted
         check_ids(input_ids, self.config.vocab_size, self.device)
         B, T = input_ids.shape
@@ -331,10 +332,6 @@ class Mixtral(nn.Module):
         ):
             if got != need:
                 raise ValueError(f"Mixtral: argument 'cache' has {what} {got}, needs {need}")
-
-    def _reject_gradients(self) -> None:
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            raise ValueError("Mixtral is for inference only: its parameters cannot require gradients")
 
     def train(self, mode: bool = True) -> Mixtral:
         if mode:

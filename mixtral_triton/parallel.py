@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -150,10 +150,9 @@ class Ranks:
             self._await_ranks()
             # Separate groups: with our timeouts, over both dimensions, and on CPUs for host objects. The CPU group is
             # first, since ranks may arrive at very different times.
-            self._hosts: Any = dist.new_group(
-                ranks, timeout=LOADING_TIMEOUT, backend="gloo", use_local_synchronization=True
-            )
-            self._group: Any = dist.new_group(ranks, timeout=TIMEOUT, use_local_synchronization=True)
+            new_group = partial(dist.new_group, ranks, use_local_synchronization=True)
+            self._hosts: Any = new_group(timeout=LOADING_TIMEOUT, backend="gloo")
+            self._group: Any = new_group(timeout=TIMEOUT)
         except RuntimeError as error:
             raise ConnectionError(f"{self.name}: the ranks cannot connect: {_line(error)}") from error
 
@@ -249,9 +248,8 @@ class Ranks:
         except Exception as caught:
             error = caught
         messages = self.all_gather_object(None if error is None else _line(error))
-        if error is not None and (
-            messages.count(messages[0]) == len(messages) or not isinstance(error, (ValueError, OSError))
-        ):
+        same = messages.count(messages[0]) == len(messages)
+        if error is not None and (same or not isinstance(error, (ValueError, OSError))):
             raise error
         failed = [f"rank {rank} of {len(messages)}: {text}" for rank, text in enumerate(messages) if text is not None]
         if failed:

@@ -121,9 +121,8 @@ def fault(function: Callable[..., Any], args: Args) -> str | None:
     error = ((got - want).norm(dim=-1) / want.norm(dim=-1)).nan_to_num(nan=float("inf"))
     if not (wrong := int((error > LOGITS_ERROR).sum())):
         return None
-    return (
-        f"wrong: {wrong} of {len(error)} rows of logits are farther than {LOGITS_ERROR} of their norm from plain torch"
-    )
+    rows = f"{wrong} of {len(error)} rows of logits"
+    return f"wrong: {rows} are farther than {LOGITS_ERROR} of their norm from plain torch"
 
 
 def routed(args: Args) -> dict[str, float]:
