@@ -167,6 +167,7 @@ def _resident_programs(work: Work, warps: int, sms: int, arch: str) -> int:
     An SM shares its bandwidth and its tensor cores among its programs: more of them are no quicker together.
     """
     most = min(WARPS // warps, int(REGISTERS // (work.values + OTHER_REGISTERS * THREADS * warps)))
-    if work.shared:  # an SM has a block's most and, on NVIDIA, the 1 KiB that CUDA reserves for each block
-        most = min(most, (ARCHS[arch].shared_bytes + (0 if amd(arch) else 1024)) // work.shared)
+    if work.shared:
+        reserved = 0 if amd(arch) else 1024  # by CUDA for each block: an SM has that much more than a block's most
+        most = min(most, (ARCHS[arch].shared_bytes + reserved) // (work.shared + reserved))
     return max(1, min(most, math.ceil(work.programs / sms)))
