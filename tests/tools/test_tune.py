@@ -152,10 +152,10 @@ def test_command_without_timing(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Nothing was timed" in out and "sm_120 has no table" in out and '"route_kernel": LaunchConfig(' in out
     assert main(["tune", "route", "--at", "T=64", "--dry-run", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["sizes"]["T"] == 64 and found["kernel"] == "route_kernel" and len(found["tried"]) > 2
-    assert all(one["time_us"] is None for one in found["tried"])
+    assert found["sizes"]["T"] == 64 and found["kernel"] == "route_kernel" and len(found["candidates"]) > 2
+    assert all(one["time_us"] is None for one in found["candidates"])
     (config,) = eval(f"{{{found['literal']}}}", {"LaunchConfig": LaunchConfig}).values()
-    assert vars(config).items() <= found["tried"][0].items(), "the literal to paste is the present configuration"
+    assert vars(config).items() <= found["candidates"][0].items(), "the literal to paste is the present configuration"
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
             if args.json:
                 about = {"op": case.op.name, "sizes": case.as_dict(), "arch": arch, "kernel": kernel, "literal": code}
                 each = [{**vars(config), **outcome.as_dict()} for config, outcome in candidates]
-                print(json.dumps({**about, "tried": each}), flush=True)
+                print(json.dumps({**about, "candidates": each}), flush=True)
                 continue
             title = f"{kernel}: {case.op.name}, {sizes_text(case.as_dict())}, {case.dtype_name}, {arch}"
             out.print(tune_table(title, candidates, best))
