@@ -171,7 +171,7 @@ def run_part(part: str, commands: dict[str, str], out: Path, limit_s: float, don
 
 def environment() -> list[str]:
     """Return versions and commit, then the GPU and its clocks."""
-    versions = sorted(f"{dist.name} {dist.version}" for dist in metadata.distributions() if dist.name in PACKAGES)
+    versions = sorted({f"{dist.name} {dist.version}" for dist in metadata.distributions() if dist.name in PACKAGES})
     commit = subprocess.getoutput(f"git -C '{ROOT}' rev-parse HEAD")
     gpu = subprocess.getoutput(f"timeout 20 nvidia-smi --query-gpu={QUERY} --format=csv,noheader")
     return [f"{', '.join(versions)}, commit {commit}", gpu]

@@ -23,8 +23,9 @@ from mixtral_triton.kernels.registry import OPS
 _CROSS_DEVICE = {"copy_", "_to_copy", "index", "index_put_", "_index_put_impl_"}
 # Operations whose result, or its size, depends on values.
 _SYNCS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2"}
-# Errors of torch functions that need a GPU themselves.
+# Errors of torch functions that need a GPU themselves, by builds of torch without CUDA and with it.
 _NO_GPU = ("Could not run 'aten::empty", "PyTorch is not linked with support for cuda")
+_NO_GPU += ("Found no NVIDIA driver", "CUDA error: CUDA driver version is insufficient")
 # Methods that return values to the host.
 _READS = {"__int__", "__float__", "__bool__", "__index__", "item", "tolist", "numpy", "__array__", "__contains__"}
 
