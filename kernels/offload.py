@@ -88,7 +88,7 @@ class OffloadedWeight(QuantizedWeight):
     def __init__(self, like: QuantizedWeight | Tensor, on_host: Sequence[int], device: Any) -> None:
         """Unset, with the shape, dtypes, format and group of `like`, a weight on the meta device."""
         torch.nn.Module.__init__(self)
-        self.shape, self.on_host = torch.Size(like.shape), tuple(on_host)
+        self.shape, self.on_host = torch.Size(like.shape), tuple(sorted(on_host))
         self.format, self.group = getattr(like, "format", "dense"), getattr(like, "group", 0)
         stored = like.data
         E, *rest = stored.shape

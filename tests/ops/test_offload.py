@@ -42,6 +42,7 @@ def test_same_bits_as_stacked(format: str | None, T: int, deterministic: bool, o
         assert torch.equal(ops.expert_swiglu(**with_offload(args)), expected)
         flattened = ops.dispatched("expert_swiglu", with_offload(args))
         assert torch.equal(flattened(**with_offload(args, 0)), expected)
+        assert torch.equal(ops.expert_swiglu(**with_offload(args, 3, 0)), expected), "experts in any order"
 
 
 def test_unselected_experts_are_not_read() -> None:
