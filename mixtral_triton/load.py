@@ -217,7 +217,7 @@ def select_experts(config: MixtralConfig, count: int, counts: str | os.PathLike[
     used: Any = parse_json_object(path.read_bytes(), str(path)).get("counts")
     layers = used if isinstance(used, list) else []
     right = len(layers) == L and all(isinstance(layer, list) and len(layer) == E for layer in layers)
-    if not right or not all(type(number) is int for layer in used for number in layer):
+    if not right or not all(type(number) is int for layer in layers for number in layer):
         needs = f"{L} lists of {E} integers"
         raise ValueError(f"{path}: counts needs {needs}: it is another model's, or `trace` did not write it")
-    return [sorted(sorted(range(E), key=layer.__getitem__)[:count]) for layer in used] if count else ()
+    return [sorted(sorted(range(E), key=layer.__getitem__)[:count]) for layer in layers] if count else ()
