@@ -24,8 +24,7 @@ import triton.language as tl
 from benchmarks import gpu_day
 from mixtral_triton import cli, ops
 from mixtral_triton.generate import capture
-from mixtral_triton.kernels.launch import multiprocessors, override_configs, target_arch
-from mixtral_triton.kernels.op import Launch, LaunchConfig, Shape
+from mixtral_triton.kernels.launch import Launch, LaunchConfig, multiprocessors, override_configs, target_arch
 from mixtral_triton.kernels.pdl import pdl_wait
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
@@ -82,7 +81,7 @@ def rates(small: bool) -> Figures:
     assert gpu.chip is not None
     measured = replace(gpu, chip=replace(gpu.chip, **{name: value for name, value in figures.items() if value}))
     for T in (512, 1024, 1536, 4096):
-        case = Case(OPS["expert_swiglu"], Shape(T=T, H=4096, I=14336, E=8, K=2))
+        case = Case(OPS["expert_swiglu"], {"T": T, "H": 4096, "I": 14336, "E": 8, "K": 2})
         with mock.patch.object(predict, "OPTIMISTIC", replace(predict.OPTIMISTIC, l2=1.0, tile=tile)):
             predicted = untimed_row(case, measured).predicted
         figures[f"expert_swiglu T{T}, predicted, us"] = predicted and predicted.seconds * 1e6

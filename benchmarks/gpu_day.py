@@ -30,7 +30,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
 from mixtral_triton.cli import Parser
-from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench.cases import BENCHED, QUANTIZED
 from mixtral_triton.tools.bench.peers import PEERS
@@ -96,8 +95,8 @@ def _smallest(name: str) -> str:
     """Return options for the smallest sizes that the tests run, with plain torch as the only peer. Weights are dense:
     the PTX that unpacks others does not run on a simulated GPU."""
     op = BENCHED[name]
-    dense = [shape for shape in op.test_shapes if not QUANTIZED & Shape(shape).as_dict().keys()]
-    sizes = Shape(min(dense, key=lambda sizes: op.cost(sizes, op.dtypes[0]).flops)).as_dict()
+    dense = [shape for shape in op.test_shapes if not QUANTIZED & dict(shape).keys()]
+    sizes = dict(min(dense, key=lambda sizes: op.cost(sizes, op.dtypes[0]).flops))
     without = [f"--without '{name}'" for name in {peer.name for peer in PEERS} - {"torch"}]
     return " ".join(["--sizes", ",".join(f"{letter}={size}" for letter, size in sizes.items()), *without])
 

@@ -8,30 +8,36 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from functools import wraps
+from operator import itemgetter
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import plan
 from .checks import Argument, Matrix, check_values
-from .launch import INTERPRETED, in_pdl_region, launch_context
+from .launch import INTERPRETED, LaunchConfig, in_pdl_region, launch_context
 from .offload import OFFLOADED, OffloadedWeight
-from .op import Op
+from .op import Cost, Op, Sizes
 from .plan import call_key
 from .quantized import QuantizedWeight
+from .samples import random_inputs, streaming_cost
+from .sequential import sequential
+
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
 
 # Tensor classes that need no dispatch: any other may watch the operations on it.
 PLAIN_TYPES: tuple[type[Tensor], ...] = (Tensor, nn.Parameter)
-# By everything that the check looks at but values: the places and bounds of integer tensors. A decode step repeats the
+# By everything that the check looks at but values: the indices and bounds of integer tensors. A decode step repeats the
 # same check thousands of times.
 _checked: dict[tuple[Any, ...], tuple[tuple[int, int, int], ...]] = {}
 _CHECKED_MAX = 4096
 
 
-def call_checked(op: Op[..., Any], args: tuple[Any, ...]) -> Any:
+def call_checked(op: Op, args: tuple[Any, ...]) -> Any:
     """Check the positional arguments, run the operation, and return contiguous results, as the fake kernel says.
 
     All launches are ordinary ones: within a model's layers the caller is a hook, which may just have written the weight
@@ -48,17 +54,17 @@ def call_checked(op: Op[..., Any], args: tuple[Any, ...]) -> Any:
     return out if out is None else out.contiguous()
 
 
-def call_unchecked(op: Op[..., Any], args: tuple[Any, ...], key: tuple[Any, ...] | None = None) -> Any:
+def call_unchecked(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = None) -> Any:
     """Run the operation on the backend that its first tensor selects. `key`: the call key of `args`, where known."""
     if INTERPRETED or args[0].device.type != "cpu":
         return plan.run(op, args, key)
-    at = op.deterministic_place
-    if at is not None and len(args) > at and args[at] is True:
+    index = op.deterministic_index
+    if index is not None and len(args) > index and args[index] is True:
         return sequential(op, args)
     return op.call_reference(*args)
 
 
-def _check(op: Op[..., Any], args: tuple[Any, ...], call: tuple[Any, ...]) -> None:
+def _check(op: Op, args: tuple[Any, ...], call: tuple[Any, ...]) -> None:
     key = (op.run, *call)
     try:
         bounds = _checked.get(key)
@@ -69,44 +75,11 @@ def _check(op: Op[..., Any], args: tuple[Any, ...], call: tuple[Any, ...]) -> No
         if len(_checked) >= _CHECKED_MAX:
             _checked.clear()
         _checked[key] = bounds
-    for place, low, high in bounds:
-        check_values(op.error_name, op.names[place], args[place], low, high)
+    for index, low, high in bounds:
+        check_values(op.public_name, op.names[index], args[index], low, high)
     if op.constraints.ranges is not None:
         for name, values, low, high in op.constraints.ranges(op.bind_by_name(*args)):
-            check_values(op.error_name, name, values, low, high)
-
-
-def sequential(op: Op[..., Any], args: tuple[Any, ...]) -> Any:
-    """Run the torch backend for one token, or one sequence, at a time: its bits then do not depend on the batch."""
-    values = op.bind_by_name(*args)
-    first, letter = values[op.names[0]], op.arguments[0].shape_spec.split()[0]
-    batched = {
-        argument.name: values[argument.name].reshape(-1, first.shape[-1]) if letter == "..." else values[argument.name]
-        for argument in op.arguments
-        if argument.shape_spec.split()[:1] == [letter] and values[argument.name] is not None
-    }
-    parts = []
-    for i in range(max(1, len(batched[op.names[0]]))):  # an empty batch runs once, for the results' shapes
-        row = {**values, **{name: value[i : i + 1] for name, value in batched.items()}}
-        if op.constraints.truncate_sequence is not None:
-            row = op.constraints.truncate_sequence(row)
-        # Copies: a library's order of a sum may depend on where in memory rows start.
-        copies = {
-            name: row[name].clone(memory_format=torch.contiguous_format) for name in batched if row[name] is not None
-        }
-        parts.append(op.call_reference(**row | copies))
-        for name in op.mutates:
-            row[name].copy_(copies[name])
-    return _concatenate(parts, first.shape[:-1])
-
-
-def _concatenate(parts: list[Any], shape: torch.Size) -> Any:
-    """Join the parts of a batch to results of `shape`, the last dimension aside; pad shorter sequences with zeros."""
-    if isinstance(parts[0], tuple):
-        return tuple(_concatenate(list(same), shape) for same in zip(*parts, strict=True))
-    if parts[0].dim() == 4:
-        parts = [F.pad(part, (0, 0, 0, 0, 0, shape[1] - part.shape[1])) for part in parts]
-    return torch.cat(parts).view(*shape, parts[0].shape[-1])
+            check_values(op.public_name, name, values, low, high)
 
 
 def untraced() -> bool:
@@ -132,10 +105,10 @@ def needs_no_dispatch(values: Iterable[Any]) -> bool:
 
 # A quantized weight is several tensors, and torch's operators take tensors: its codes take the place of the weight; its
 # scales, zeros and layout follow all other arguments.
-_PARTS = (("scales", Tensor), ("zeros", Tensor), ("layout", str))
+_WEIGHT_TENSORS = (("scales", Tensor), ("zeros", Tensor), ("layout", str))
 
 
-def register(op: Op[..., Any]) -> Any:
+def _register(op: Op) -> Any:
     """Register the operation with torch: its fake kernel, and a backward that raises."""
 
     def function(*args: Any) -> Any:
@@ -155,18 +128,17 @@ def register(op: Op[..., Any]) -> Any:
     return operator
 
 
-def _schema(op: Op[..., Any]) -> str:
-    parameters = [*op.plain_signature(Tensor).parameters.values()]
+def _schema(op: Op) -> str:
+    signature = op.plain_signature(Tensor)
+    parameters = [*signature.parameters.values()]
     for argument in op.arguments:
-        for part, kind in _PARTS if argument.kind == Matrix else ():
+        for part, kind in _WEIGHT_TENSORS if argument.kind == Matrix else ():
             more = inspect.Parameter(f"{argument.name}_{part}", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
             parameters.append(more.replace(annotation=kind | None))
-    results = len(op.results)
-    returned = {0: None, 1: Tensor}.get(results, tuple[(Tensor,) * results])  # type: ignore[misc]
 
     def prototype() -> None: ...
 
-    prototype.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
+    prototype.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return torch.library.infer_schema(prototype, mutates_args=op.mutates)
 
 
@@ -184,16 +156,16 @@ def unflatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[
     """Turn the arguments of torch's operator into those of `run`."""
     values: list[Any] = list(args[: len(arguments)])
     parts: Iterator[Any] = iter(args[len(arguments) :])
-    for place, argument in enumerate(arguments):
+    for index, argument in enumerate(arguments):
         if argument.kind == Matrix:
-            scales, zeros, layout = (next(parts, None) for _ in _PARTS)
+            scales, zeros, layout = (next(parts, None) for _ in _WEIGHT_TENSORS)
             if layout is not None:
                 weight_of: Any = OffloadedWeight.of if layout.startswith(OFFLOADED) else QuantizedWeight.of
-                values[place] = weight_of(values[place], scales, zeros, layout)
+                values[index] = weight_of(values[index], scales, zeros, layout)
     return tuple(values)
 
 
-def _reject_transforms(op: Op[..., Any], args: tuple[Any, ...]) -> None:
+def _reject_transforms(op: Op, args: tuple[Any, ...]) -> None:
     """ValueError where torch.func (vmap, jvp, grad) or a forward derivative would see a tensor: no operation has a rule
     for them, and the kernels would not see them."""
     tensors = [x for x in args if isinstance(x, Tensor)]
@@ -203,13 +175,92 @@ def _reject_transforms(op: Op[..., Any], args: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} is for inference only: vmap, jvp, grad and forward derivatives have no rule for it")
 
 
-def entry_points(op: Op[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+class Operation(Protocol[P, R]):
+    """An operation: a function that checks its arguments. `unchecked` takes the same ones, for a caller that knows them
+    to be right, as a model whose weights the loader checked. `op` is what the registry lists."""
+
+    op: Op
+    __name__: str
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    @property
+    def unchecked(self) -> Callable[P, R]: ...
+
+
+def operation(
+    *,
+    reference: Callable[..., Any],
+    configs: Callable[[Sizes, torch.dtype, str], dict[str, LaunchConfig]],
+    test_shapes: Sequence[Sizes],
+    bench_shapes: Sequence[Sizes],
+    cost: Callable[[Sizes, torch.dtype], Cost] | None = None,
+    flops: Callable[[Sizes], int] = lambda sizes: 0,
+    inputs: Callable[..., dict[str, Any]] | None = None,
+    name: str | None = None,
+    **fields: Any,
+) -> Callable[[Callable[P, R]], Operation[P, R]]:
+    """Make the function below, which launches kernels on checked arguments, an operation, and register it with torch.
+
+    cost    None: `flops`, and each required argument read once and each result written once (samples.py)
+    inputs  the arguments that `random_inputs` cannot draw from the annotations: indices, lengths, tables
+    name    None: the function's
+    fields  the other fields of an Op
+    """
+
+    def decorate(run: Callable[P, R]) -> Operation[P, R]:
+        op = Op(
+            name=name or run.__name__,
+            run=run,
+            reference=reference,
+            inputs=random_inputs(run, inputs),
+            configs=configs,
+            cost=streaming_cost(run, flops) if cost is None else cost,
+            test_shapes=test_shapes,
+            bench_shapes=bench_shapes,
+            **fields,
+        )
+        checked, unchecked = _entry_points(op)
+        for function in (checked, unchecked):
+            wraps(run)(function)
+            function.__signature__ = op.plain_signature()  # type: ignore[attr-defined]
+        checked.unchecked, checked.op = unchecked, op  # type: ignore[attr-defined]
+        return cast(Operation[P, R], checked)
+
+    return decorate
+
+
+def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]:
+    """Return a function that puts the arguments of a call in the order of `run`, defaults filled in. It remembers the
+    order of each set of names: a decode step repeats the same calls thousands of times."""
+    parameters = tuple(op.signature.parameters.values())
+    defaults = tuple(parameter.default for parameter in parameters)
+    orders: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], tuple[Any, ...]]] = {}
+
+    def order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        names = (len(args), *kwargs)
+        pick = orders.get(names)
+        if pick is None:
+            op.bind(*args, **kwargs)  # SignatureError where a name is unknown, missing or given twice
+            given = {name: len(args) + index for index, name in enumerate(kwargs)}
+            first_default = len(args) + len(kwargs)
+            places = [
+                index if index < len(args) else given.get(name, first_default + index)
+                for index, name in enumerate(op.names)
+            ]
+            pick = orders[names] = itemgetter(*places) if len(places) > 1 else lambda values: (values[places[0]],)
+        return pick((*args, *kwargs.values(), *defaults))
+
+    return order
+
+
+def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return the operation as two functions: checked, and unchecked.
 
     Both skip torch's dispatcher, which would cost more host time than a decode step's kernels take, unless a trace, a
     dispatch mode or (checked) a gradient needs to see the operator.
     """
-    operator = register(op)
+    operator, order = _register(op), _order_arguments(op)
 
     def dispatch(args: tuple[Any, ...]) -> Any:
         quantized = any(isinstance(x, QuantizedWeight) for x in args)
@@ -217,7 +268,7 @@ def entry_points(op: Op[..., Any]) -> tuple[Callable[..., Any], Callable[..., An
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         if kwargs:
-            args = op.bind(*args, **kwargs)
+            args = order(args, kwargs)
         if untraced() and (forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None):
             _reject_transforms(op, args)
         if op.mutates and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
@@ -226,7 +277,7 @@ def entry_points(op: Op[..., Any]) -> tuple[Callable[..., Any], Callable[..., An
 
     def unchecked(*args: Any, **kwargs: Any) -> Any:
         if kwargs:
-            args = op.bind(*args, **kwargs)
+            args = order(args, kwargs)
         return call_unchecked(op, args) if untraced() else dispatch(args)
 
     return checked, unchecked

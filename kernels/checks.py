@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType, UnionType
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -26,21 +26,12 @@ from torch import Tensor
 from .quantized import QuantizedWeight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SINGLE = (torch.float32,)
+FP32 = (torch.float32,)
 INTS = (torch.int32, torch.int64)
 INT32 = (torch.int32,)
 MAY_BE_EMPTY = {"B", "T", "S", "P"}  # a call without tokens is a call; a model without experts is none
 
-# What docstrings add to arguments of these names.
-MEANINGS = {
-    "window": "; None, 0 and -1: no window",
-    "deterministic": "; True: the bits of a row, or of a sequence, do not depend on the rest of the batch",
-    "starts": "; None: 0",
-    "lengths": "; None: all of k",
-    "scale": "; None: D ** -0.5",
-}
 Matrix = Tensor | QuantizedWeight
-F = TypeVar("F", bound=Callable[..., Any])
 
 # An argument's name, its values, the least and the most that they may be.
 Range = tuple[str, Tensor, int, int]
@@ -83,26 +74,6 @@ class Argument:
         rule = next((note for note in notes if isinstance(note, Within)), None)
         return cls(name, kind, optional, spec, dtypes, rule)
 
-    def describe(self) -> str:
-        """Return shape, dtype and range in words: "int32 or int64 [T, K], 0..E - 1"."""
-        text = "Tensor or QuantizedWeight" if self.kind == Matrix else getattr(self.kind, "__name__", "Tensor")
-        if self.tensor:
-            names = " or ".join(map(dtype_name, self.dtypes or ())) or "float32, bfloat16 or float16"
-            text += f" [{', '.join(self.shape_spec.split())}], {names}"
-        if self.rule is not None:
-            text += f", {self.rule.low}..{self.rule.high}"
-        elif self.kind is float:
-            text += " above 0"
-        text += " or None" if self.optional else ""
-        return text + MEANINGS.get(self.name, "")
-
-    def example(self, sizes: Mapping[str, Any]) -> str:
-        """Return an example's value: a call of torch for a tensor, else a number."""
-        if not self.tensor:
-            return "2" if self.kind is int else "1e-5"
-        shape = ", ".join(map(str, shape_of(self.shape_spec, sizes)))
-        return f"zeros({shape}, dtype=torch.{dtype_name(self.dtypes[0])})" if self.dtypes else f"randn({shape})"
-
 
 def _strip_none(kind: Any) -> tuple[Any, bool]:
     """`X | None` -> X, True."""
@@ -113,7 +84,7 @@ def _strip_none(kind: Any) -> tuple[Any, bool]:
 
 @dataclass(frozen=True)
 class Constraints:
-    """Decorate an operation's `run` with what its annotations cannot say.
+    """What the annotations of an operation cannot say.
 
     rule               rule(name, args, sizes) raises ValueError where the arguments do not fit together
     ranges             ranges(args) yields further tensors whose values must lie in a range
@@ -125,9 +96,8 @@ class Constraints:
     ranges: Callable[[Mapping[str, Any]], Iterable[Range]] | None = None
     truncate_sequence: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
-    def __call__(self, run: F) -> F:
-        run.constraints = self  # type: ignore[attr-defined]
-        return run
+
+UNCONSTRAINED = Constraints()
 
 
 def fail(op: str, argument: str, got: Any, needs: str) -> ValueError:

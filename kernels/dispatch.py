@@ -13,9 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .call import operation
 from .checks import INT32, INTS, Within
-from .launch import launch, select_configs
-from .op import LaunchConfig, Op, Sizes, power_of_2, random_inputs, shapes, streaming_cost
+from .launch import LaunchConfig, launch, power_of_2, select_configs
+from .op import Sizes
+from .samples import shapes
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -99,12 +101,41 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     return {"sort_by_expert_kernel": LaunchConfig({"BLOCK_N": block}, num_warps=power_of_2(block // 256, high=16))}
 
 
+def sample_ids(sizes: Sizes, device: Any, generator: Any = None) -> Tensor:
+    """Draw distinct experts for each token, int32 [T,K]."""
+    if torch.device(device).type == "meta":
+        return torch.empty((sizes["T"], sizes["K"]), dtype=torch.int32, device=device)
+    scores = torch.rand((sizes["T"], sizes["E"]), generator=generator)
+    return scores.argsort(dim=-1)[:, : sizes["K"]].to(device=device, dtype=torch.int32)
+
+
+def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    return {"ids": sample_ids(sizes, device, generator).to(dtype)}
+
+
+@operation(
+    reference=reference.sort_by_expert,
+    inputs=_inputs,
+    configs=configs,
+    test_shapes=shapes("T E K", "1 8 2, 77 8 2, 40 4 1, 3000 8 2, 9 64 6, 5 1 1"),
+    bench_shapes=shapes("T E K", "128 8 2, 1024 8 2, 8192 8 2"),
+    dtypes=INTS,
+)
 def sort_by_expert(
     ids: Annotated[Tensor, "T K", INTS, Within(0, "E - 1")], num_experts: Annotated[int, "E", Within(1, 1 << 16)]
 ) -> tuple[Annotated[Tensor, "T*K", INT32], Annotated[Tensor, "E+1", INT32]]:
-    """Sort slots t*K + k stably by expert -> order [T*K], offsets [E+1] (`reference.sort_by_expert`).
+    """Sort slots t*K + k by expert: a stable counting sort.
 
-    An id out of range (a ValueError on a CPU) is dropped.
+    ids          [T, K], int32 or int64, in 0..E - 1
+    num_experts  E
+
+    Returns order int32 [T*K], the slots expert by expert, and offsets int32 [E+1]: expert e's slots are
+    order[offsets[e] : offsets[e + 1]]. Raises ValueError for another shape or dtype. An id out of range is dropped; on
+    a CPU it is a ValueError.
+
+    >>> order, offsets = ops.sort_by_expert(torch.tensor([[1, 0], [2, 1]]), num_experts=3)
+    >>> order.tolist(), offsets.tolist()
+    ([1, 0, 3, 2], [0, 1, 3, 4])
     """
     T, K = ids.shape
     order = torch.empty(T * K, dtype=torch.int32, device=ids.device)
@@ -138,27 +169,3 @@ def gather_by_expert(x: Tensor, ids: Tensor, experts: int, config: LaunchConfig)
 def expected_distinct_experts(draws: int, share: float, experts: int) -> float:
     """Return the expected number of experts that any of `draws` hits, each expert with probability `share`."""
     return experts * (1 - (1 - share) ** draws)
-
-
-def sample_ids(sizes: Sizes, device: Any, generator: Any = None) -> Tensor:
-    """Draw distinct experts for each token, int32 [T,K]."""
-    if torch.device(device).type == "meta":
-        return torch.empty((sizes["T"], sizes["K"]), dtype=torch.int32, device=device)
-    scores = torch.rand((sizes["T"], sizes["E"]), generator=generator)
-    return scores.argsort(dim=-1)[:, : sizes["K"]].to(device=device, dtype=torch.int32)
-
-
-def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    return {"ids": sample_ids(sizes, device, generator).to(dtype)}
-
-
-OP = Op(
-    run=sort_by_expert,
-    reference=reference.sort_by_expert,
-    inputs=random_inputs(sort_by_expert, _inputs),
-    configs=configs,
-    cost=streaming_cost(sort_by_expert, lambda sizes: 0),
-    test_shapes=shapes("T E K", "1 8 2, 77 8 2, 40 4 1, 3000 8 2, 9 64 6, 5 1 1"),
-    bench_shapes=shapes("T E K", "128 8 2, 1024 8 2, 8192 8 2"),
-    dtypes=INTS,
-)

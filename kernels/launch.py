@@ -1,11 +1,11 @@
-"""The only entry point to a Triton launch, the context that surrounds one, and TMA's descriptors."""
+"""The only entry point to a Triton launch, its configuration and context, and TMA's descriptors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,13 +16,42 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arch import supports_pdl, tma
 from .interpret import interpreting
-from .op import Launch, LaunchConfig
 
 # `triton.jit` reads the switch when it decorates, so one process either interprets or compiles.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 DEFAULT_ARCH = "sm_90"
-Configs = Mapping[str, LaunchConfig]  # by kernel name
 GRID_MAX = 65535  # programs along the second and third axis of a grid
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one kernel is launched: tile constants, warps per program and software pipeline stages."""
+
+    constexprs: Mapping[str, Any]
+    num_warps: int
+    num_stages: int = 1
+
+
+Configs = Mapping[str, LaunchConfig]  # by kernel name
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One device kernel as `record_launches` saw it.
+
+    `grid`, `num_warps` and `num_stages` are None for torch's own kernels. `fn` and `args`, the JIT function and its
+    run-time arguments by name, are what the offline compiler needs to build the same kernel without a GPU.
+    `dependent`: a programmatic dependent launch, see pdl.py.
+    """
+
+    kernel: str
+    grid: tuple[int, ...] | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    fn: Any = field(default=None, repr=False, compare=False)
+    args: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    dependent: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,7 +180,17 @@ def tma_can_read(x: torch.Tensor, arch: str) -> bool:
         return False
     outer = _strides(x)[:-1]
     fits = all(stride > 0 and stride * x.dtype.itemsize % 16 == 0 for stride in outer)
-    return fits and all(stride % following == 0 for stride, following in pairwise(outer))
+    return fits and all(stride % inner == 0 for stride, inner in pairwise(outer))
+
+
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return `x` with a contiguous last dimension, which kernels rely on: itself, or a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def power_of_2(n: int, low: int = 1, high: int = 1 << 30) -> int:
+    """Return the least power of two that is at least n, clamped to low..high (powers of two themselves)."""
+    return max(low, min(high, 1 << max(0, n - 1).bit_length()))
 
 
 def describe(x: torch.Tensor, block: Sequence[int], arch: str) -> TensorDescriptor | None:
@@ -162,7 +201,8 @@ def describe(x: torch.Tensor, block: Sequence[int], arch: str) -> TensorDescript
 def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: LaunchConfig, **constexprs: Any) -> None:
     """Run `kernel` over `grid`, or only record it where its tensors are on the meta device.
 
-    `args` are the run-time arguments by name; `config.constexprs` and `constexprs` the compile-time ones.
+    `args` are the run-time arguments by name; `config.constexprs` and `constexprs` the compile-time ones. A kernel that
+    has a constexpr PDL receives it from here: whether the GPU supports dependent launches (pdl.py).
     """
     if 0 in grid:
         return

@@ -1,6 +1,6 @@
 """linear: x @ weight.T with our own kernels for few rows, and for any number of rows where `deterministic` is set.
 
-T rows of x, N rows of the weight, H columns of both: the depth of the sum
+T rows of x, N rows of the weight, H columns of both: the depth of the sum. PDL is set by `launch` (pdl.py).
 
 torch's library multiplies more rows (`use_skinny_kernel`), except in deterministic mode: a library picks another
 kernel, with another order of the sum, for another T.
@@ -8,7 +8,7 @@ kernel, with another order of the sum, for another T.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import triton
@@ -17,48 +17,63 @@ from torch import Tensor
 
 from . import reference
 from .arch import amd, family, multiprocessors
+from .call import operation
 from .checks import Matrix
-from .launch import is_overridden, launch, select_configs, target_arch
-from .op import (
-    LaunchConfig,
-    Op,
-    Sizes,
-    dense_rows,
-    power_of_2,
-    random_inputs,
-    shape_grid,
-    shapes,
-    streaming_cost,
-    switch,
-)
+from .launch import LaunchConfig, dense_rows, is_overridden, launch, power_of_2, select_configs, target_arch
+from .op import Sizes
 from .quantized import QUANT_NAMES, tile_columns
+from .samples import shape_grid, shapes
 from .unpack import fields_of
 from .weight import Weight, WeightPtrs, add_products, times_row_scales, weight_tile
 
 SKINNY_M = 16  # up to here always the skinny kernel: the narrowest side of a tensor core tile
 SKINNY_M_MAX = 64  # beyond it never
 
-# (weight rows of a program, depth of its tile) by the most rows of x, for 16-bit types on NVIDIA. Each program reads
-# all rows of x: few weight rows give many programs, but x must stay at 0.3 of them up to SKINNY_M and at half beyond.
-_DECODE = {4: (16, 256), 9: (32, 128), 16: (64, 128), 32: (64, 128), 64: (128, 64)}
-# Quantized weights, (weight rows, warps, stages) by the rows of x in a tile. The layout fixes the depth of a tile: the
-# columns of one field of a unit. Not measured on a GPU: selected by instructions per byte (decode) and FLOP per
-# instruction (prefill).
-_SKINNY = {
-    "sm_80": {16: (128, 8, 4), 32: (128, 8, 3), 64: (64, 4, 3)},
-    "sm_90": {16: (64, 4, 5), 32: (64, 4, 4), 64: (64, 4, 3)},
-    "gfx942": {16: (32, 4, 1), 64: (32, 8, 1)},
+
+class DecodeTile(NamedTuple):
+    BLOCK_N: int  # weight rows of a program
+    BLOCK_K: int
+
+
+class SkinnyTile(NamedTuple):
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+class WideTile(NamedTuple):
+    BLOCK_M: int  # rows of x
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+# Dense weights of 16 bits on NVIDIA, by the most rows of x. Each program reads all rows of x: few weight rows give many
+# programs, but x must stay at 0.3 of them up to SKINNY_M and at half beyond.
+_DECODE = {
+    4: DecodeTile(16, 256),
+    9: DecodeTile(32, 128),
+    16: DecodeTile(64, 128),
+    32: DecodeTile(64, 128),
+    64: DecodeTile(128, 64),
 }
-# The same, (rows of x, weight rows, warps, stages) by the average rows of x that share a weight.
+# Quantized weights, by the rows of x in a tile. The layout fixes the depth of a tile: the columns of one field of a
+# unit. Not measured on a GPU: selected by instructions per byte (decode) and FLOP per instruction (prefill).
+_SKINNY = {
+    "sm_80": {16: SkinnyTile(128, 8, 4), 32: SkinnyTile(128, 8, 3), 64: SkinnyTile(64, 4, 3)},
+    "sm_90": {16: SkinnyTile(64, 4, 5), 32: SkinnyTile(64, 4, 4), 64: SkinnyTile(64, 4, 3)},
+    "gfx942": {16: SkinnyTile(32, 4, 1), 64: SkinnyTile(32, 8, 1)},
+}
+# The same, by the average rows of x that share a weight.
 _WIDE = {
-    "sm_80": {0: (64, 128, 4, 3), 128: (128, 64, 4, 3), 256: (256, 64, 8, 3)},
-    "sm_90": {0: (64, 128, 4, 4), 128: (128, 128, 4, 4), 256: (256, 128, 8, 4)},
-    "sm_100": {0: (64, 128, 4, 4), 128: (128, 256, 8, 3)},
-    "gfx942": {0: (64, 64, 4, 2), 256: (128, 128, 8, 2)},
+    "sm_80": {0: WideTile(64, 128, 4, 3), 128: WideTile(128, 64, 4, 3), 256: WideTile(256, 64, 8, 3)},
+    "sm_90": {0: WideTile(64, 128, 4, 4), 128: WideTile(128, 128, 4, 4), 256: WideTile(256, 128, 8, 4)},
+    "sm_100": {0: WideTile(64, 128, 4, 4), 128: WideTile(128, 256, 8, 3)},
+    "gfx942": {0: WideTile(64, 64, 4, 2), 256: WideTile(128, 128, 8, 2)},
 }
 _SKINNY["sm_100"] = _SKINNY["sm_90"]
 # fp32 has no tensor cores at this precision: registers bound the tile, in decode to 16 rows of x.
-_SKINNY_SINGLE, _WIDE_SINGLE = (16, 8, 2), (32, 32, 8, 2)
+_SKINNY_FP32, _WIDE_FP32 = SkinnyTile(16, 8, 2), WideTile(32, 32, 8, 2)
 
 
 @triton.jit
@@ -136,7 +151,7 @@ def skinny_config(
     weights: str, columns: int, depth: int, block_t: int, dtype: torch.dtype, arch: str, halves: int = 1
 ) -> LaunchConfig:
     """Configure a decode kernel with at most block_t rows of x a tile. `columns`: rows of each of the halves."""
-    table = {16: _SKINNY_SINGLE} if dtype == torch.float32 else _SKINNY[family(arch)]
+    table = {16: _SKINNY_FP32} if dtype == torch.float32 else _SKINNY[family(arch)]
     height = max(key for key in table if key <= block_t)
     rows, warps, stages = table[height]
     tile = {"BLOCK_T": height, "BLOCK_N": power_of_2(columns, low=16, high=rows // halves)}
@@ -148,7 +163,7 @@ def wide_config(
 ) -> LaunchConfig:
     """Configure a kernel for many rows of x. `rows`: average rows that share a weight, and all rows; None: one tile."""
     shared, total = rows or (0, 0)
-    table = {0: _WIDE_SINGLE} if dtype == torch.float32 else _WIDE[family(arch)]
+    table = {0: _WIDE_FP32} if dtype == torch.float32 else _WIDE[family(arch)]
     block_m, block_n, warps, stages = table[max(key for key in table if key <= shared)]
     tile = {"BLOCK_M": power_of_2(total, low=16, high=block_m) if rows else block_m}
     tile |= {"BLOCK_N": power_of_2(columns, low=16, high=block_n // halves), "BLOCK_K": tile_columns(weights, depth)}
@@ -161,12 +176,12 @@ def use_skinny_kernel(sizes: Sizes, dtype: torch.dtype, arch: str) -> bool:
     T, N = sizes["T"], sizes["N"]
     if T <= SKINNY_M or T > SKINNY_M_MAX or dtype == torch.float32:
         return T <= SKINNY_M
-    if switch(sizes, "weight"):
+    if sizes.get("weight"):
         return True
-    return family(arch) in ("sm_80", "sm_90") and _decode_tile(T)[0] * multiprocessors(arch) <= N
+    return family(arch) in ("sm_80", "sm_90") and _decode_tile(T).BLOCK_N * multiprocessors(arch) <= N
 
 
-def _decode_tile(T: int) -> tuple[int, int]:
+def _decode_tile(T: int) -> DecodeTile:
     return _DECODE[min(most for most in _DECODE if most >= min(T, SKINNY_M_MAX))]
 
 
@@ -176,31 +191,60 @@ def _decode_rows(T: int, arch: str) -> int:
 
 
 def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    T, H, single, cdna = sizes["T"], sizes["H"], dtype == torch.float32, amd(arch)
-    block_n, block_k = (16, 64 if single else 128) if single or cdna else _decode_tile(T)
+    T, H, fp32, cdna = sizes["T"], sizes["H"], dtype == torch.float32, amd(arch)
+    block_n, block_k = DecodeTile(16, 64 if fp32 else 128) if fp32 or cdna else _decode_tile(T)
     tiles = {"BLOCK_T": _decode_rows(T, arch), "BLOCK_N": block_n, "BLOCK_K": power_of_2(H, 16, block_k)}
     # With more than SKINNY_M rows four stages would leave room for one program an SM.
-    return LaunchConfig(tiles, num_warps=4, num_stages=2 if single or cdna else 4 if T <= SKINNY_M else 3)
+    return LaunchConfig(tiles, num_warps=4, num_stages=2 if fp32 or cdna else 4 if T <= SKINNY_M else 3)
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    T, N, H, single = sizes["T"], sizes["N"], sizes["H"], dtype == torch.float32
-    if weights := switch(sizes, "weight"):
-        rows = None if switch(sizes, "deterministic") else (T, T)
+    T, N, H, fp32 = sizes["T"], sizes["N"], sizes["H"], dtype == torch.float32
+    if weights := sizes.get("weight"):
+        rows = None if sizes.get("deterministic") else (T, T)
         skinny = skinny_config(weights, N, H, _decode_rows(T, arch), dtype, arch)
         wide = wide_config(weights, N, H, rows, dtype, arch)
     else:
-        block = 32 if single else 64
+        block = 32 if fp32 else 64
         tiles = {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_K": power_of_2(H, low=16, high=block), "GROUP_M": 8}
         skinny = _decode_config(sizes, dtype, arch)
-        wide = LaunchConfig(tiles, num_warps=4, num_stages=2 if single or amd(arch) else 4)
+        wide = LaunchConfig(tiles, num_warps=4, num_stages=2 if fp32 or amd(arch) else 4)
     return {"linear_decode_kernel": skinny, "linear_kernel": wide}
 
 
+@operation(
+    reference=reference.linear,
+    configs=configs,
+    flops=lambda sizes: 2 * sizes["T"] * sizes["H"] * sizes["N"],
+    test_shapes=(
+        *shapes("T H N", "1 512 40, 3 100 64, 16 256 33"),
+        *shapes("T H N", "1 128 70, 70 100 64", deterministic=True),
+        *shapes("T H N", "3 128 40", weight="int4:64"),
+        *shapes("T H N", "20 100 33", weight="int8"),
+        *shapes("T H N", "5 96 33", weight="fp8", deterministic=True),
+    ),
+    bench_shapes=(
+        *shape_grid(T=(1, 4, 16), H=4096, N=(6144, 4096)),
+        *shape_grid(T=(1, 4, 16), H=6144, N=8192),
+        *shapes("T H N", "1 4096 32000, 32 4096 4096, 32 4096 32000, 64 4096 4096, 64 4096 32000"),
+        *shapes("T H N", "1 4096 6144, 4096 4096 6144", deterministic=True),
+        *shape_grid(T=(1, 4096), H=4096, N=6144, weight=QUANT_NAMES),
+    ),
+)
 def linear(
     x: Annotated[Tensor, "... H"], weight: Annotated[Matrix, "N H"], deterministic: bool = False
 ) -> Annotated[Tensor, "... N"]:
-    """x @ weight.T. `deterministic`: a row's bits do not depend on the other rows (one tile for any T)."""
+    """Multiply rows with a weight: x @ weight.T.
+
+    x              [..., H], fp32, bf16 or fp16
+    weight         [N, H] in x's dtype, or a QuantizedWeight of that shape
+    deterministic  a row's bits do not depend on the other rows: one tile for any number of rows
+
+    Returns [..., N] in x's dtype, summed in fp32. Raises ValueError for another shape, dtype or device.
+
+    >>> ops.linear(torch.randn(2, 5, 64), torch.randn(48, 64)).shape
+    torch.Size([2, 5, 48])
+    """
     rows, w = dense_rows(x.reshape(-1, x.shape[-1])), Weight.of(weight)
     (T, H), N = rows.shape, len(weight)
     sizes = {"T": T, "H": H, "N": N, "deterministic": deterministic, "weight": w.name}
@@ -217,26 +261,3 @@ def linear(
     grid = (row_tiles * triton.cdiv(N, config.constexprs["BLOCK_N"]),)
     launch(kernel, grid, args, config, H=H, LAYOUT=w.layout(target_arch(x.device)))
     return y
-
-
-OP = Op(
-    run=linear,
-    reference=reference.linear,
-    inputs=random_inputs(linear),
-    configs=configs,
-    cost=streaming_cost(linear, lambda sizes: 2 * sizes["T"] * sizes["H"] * sizes["N"]),
-    test_shapes=(
-        *shapes("T H N", "1 512 40, 3 100 64, 16 256 33"),
-        *shapes("T H N", "1 128 70, 70 100 64", deterministic=True),
-        *shapes("T H N", "3 128 40", weight="int4:64"),
-        *shapes("T H N", "20 100 33", weight="int8"),
-        *shapes("T H N", "5 96 33", weight="fp8", deterministic=True),
-    ),
-    bench_shapes=(
-        *shape_grid(T=(1, 4, 16), H=4096, N=(6144, 4096)),
-        *shape_grid(T=(1, 4, 16), H=6144, N=8192),
-        *shapes("T H N", "1 4096 32000, 32 4096 4096, 32 4096 32000, 64 4096 4096, 64 4096 32000"),
-        *shapes("T H N", "1 4096 6144, 4096 4096 6144", deterministic=True),
-        *shape_grid(T=(1, 4096), H=4096, N=6144, weight=QUANT_NAMES),
-    ),
-)

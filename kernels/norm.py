@@ -7,7 +7,7 @@ B sequences, T tokens or rows, V rows of the embedding, H hidden
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, cast, overload
 
 import torch
 import triton
@@ -15,10 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .call import operation
 from .checks import INTS, Constraints, Range, Within, fail, readable
-from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, random_inputs, shape_grid, shapes, streaming_cost
+from .launch import LaunchConfig, dense_rows, launch, power_of_2, select_configs
+from .op import Cost, Op, Sizes
 from .rope import POSITIONS_MAX, strides
+from .samples import shape_grid, shapes
 
 
 @triton.jit
@@ -80,14 +82,94 @@ Rows = Annotated[Tensor, "... H"]
 NormWeight = Annotated[Tensor, "H"]
 
 
-def rms_norm(x: Rows, weight: NormWeight, eps: float) -> Rows:
-    """Root mean square norm (`reference.rms_norm`)."""
+def fused_norm_args(
+    residual: Tensor | None = None, weight: Tensor | None = None, total: Tensor | None = None, eps: float = 0.0
+) -> dict[str, Any]:
+    """Return the arguments of a kernel that may also add a residual and normalize the sum."""
+    if residual is None or weight is None:
+        return {"residual_ptr": None, "norm_ptr": None, "total_ptr": None, "eps": eps, "stride_rt": 0}
+    rows = dense_rows(residual)
+    args = {"residual_ptr": rows, "norm_ptr": weight.contiguous(), "total_ptr": total}
+    return {**args, "eps": eps, "stride_rt": rows.stride(0)}
+
+
+TEST_SHAPES = shapes("T H", "1 128, 17 128, 5 80, 3 1000, 2 4096, 33 1")
+BENCH_SHAPES = shapes("T H", "1 4096, 64 4096, 4096 4096, 1 6144, 64 6144, 4096 6144")
+
+
+def _flops(sizes: Sizes) -> int:
+    return 4 * sizes["T"] * sizes["H"]
+
+
+@operation(
+    name="rms_norm",
+    reference=reference.rms_norm,
+    configs=configs,
+    flops=_flops,
+    test_shapes=TEST_SHAPES,
+    bench_shapes=BENCH_SHAPES,
+)
+def _norm(x: Rows, weight: NormWeight, eps: float) -> Rows:
     return _launch(x, None, weight, eps)[0]
 
 
+@operation(
+    reference=reference.rms_norm,
+    configs=configs,
+    flops=_flops,
+    test_shapes=TEST_SHAPES,
+    bench_shapes=BENCH_SHAPES,
+    error_name="rms_norm",
+)
 def add_rms_norm(x: Rows, residual: Rows, weight: NormWeight, eps: float) -> tuple[Rows, Rows]:
-    """Norm y of x + residual -> y, x + residual (`reference.rms_norm`)."""
+    """Add a residual and normalize the sum: torch's operator behind `rms_norm` with a residual, which a schema of one
+    result cannot express. Returns the norm y and x + residual, as `rms_norm` does.
+
+    >>> y, total = ops.add_rms_norm(torch.randn(2, 64), torch.randn(2, 64), torch.randn(64), 1e-5)
+    """
     return _launch(x, residual, weight, eps)
+
+
+class _Norm(Protocol):
+    @overload
+    def __call__(self, x: Tensor, weight: Tensor, eps: float, residual: None = None) -> Tensor: ...
+    @overload
+    def __call__(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class RmsNorm(_Norm, Protocol):
+    op: Op
+    unchecked: _Norm
+
+
+def _with_unchecked(function: Any) -> RmsNorm:
+    """Give `rms_norm` what an operation has."""
+
+    def unchecked(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
+        if residual is None:
+            return _norm.unchecked(x, weight, eps)
+        return add_rms_norm.unchecked(x, residual, weight, eps)
+
+    function.unchecked, function.op = unchecked, _norm.op
+    return cast(RmsNorm, function)
+
+
+@_with_unchecked
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """Root mean square norm (Zhang & Sennrich 2019): y = x * rsqrt(mean(x ** 2) + eps) * weight.
+
+    x         [..., H], fp32, bf16 or fp16. Where its rows cannot be viewed as [rows, H], as heads that were split off a
+              wider tensor, they are copied, and such a call is not remembered by the launch cache (plan.py)
+    weight    [H] in x's dtype
+    eps       above 0
+    residual  [..., H] in x's dtype, added to x first, or None
+
+    Returns y, or y and the sum x + residual. Computed in fp32 and rounded to x's dtype before and after the weight.
+    Raises ValueError for another shape, dtype or device.
+
+    >>> y, total = ops.rms_norm(torch.randn(2, 64), torch.randn(64), 1e-5, residual=torch.randn(2, 64))
+    """
+    return _norm(x, weight, eps) if residual is None else add_rms_norm(x, residual, weight, eps)
 
 
 def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Any]:
@@ -102,23 +184,6 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     args |= {"stride_xt": rows.stride(0), "stride_rt": 0 if added is None else added.stride(0)}
     launch(rms_norm_kernel, (triton.cdiv(T, config.constexprs["BLOCK_M"]),), args, config, ADD=added is not None)
     return y, total
-
-
-def _flops(sizes: Sizes) -> int:
-    return 4 * sizes["T"] * sizes["H"]
-
-
-OP = Op(
-    run=rms_norm,
-    reference=reference.rms_norm,
-    inputs=random_inputs(rms_norm),
-    configs=configs,
-    cost=streaming_cost(rms_norm, _flops),
-    test_shapes=shapes("T H", "1 128, 17 128, 5 80, 3 1000, 2 4096, 33 1"),
-    bench_shapes=shapes("T H", "1 4096, 64 4096, 4096 4096, 1 6144, 64 6144, 4096 6144"),
-)
-
-ADD_OP = OP.variant(add_rms_norm, inputs=random_inputs(add_rms_norm), cost=streaming_cost(add_rms_norm, _flops))
 
 
 @triton.jit(do_not_specialize=["T", "limit", "stride_ib"])
@@ -178,36 +243,6 @@ def embed_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, Laun
     return {"embed_rms_norm_kernel": LaunchConfig(tiles, num_warps=power_of_2(block_h // 512, high=8))}
 
 
-Embedded = Annotated[Tensor, "B T H"]
-
-
-@Constraints(rule=check_positions, ranges=end_ranges)
-def embed_rms_norm(
-    input_ids: Annotated[Tensor, "B T", INTS, Within(0, "V - 1")],
-    table: Annotated[Tensor, "V H"],
-    weight: NormWeight,
-    eps: float,
-    past: Annotated[Tensor | None, "B", INTS, Within(0, "limit")] = None,
-    new: Annotated[Tensor | None, "B", INTS, Within(0, "T")] = None,
-    limit: Annotated[int | None, Within(1, POSITIONS_MAX.value)] = None,
-) -> tuple[Embedded, Embedded]:
-    """Look up rows x of the embedding and their norm y -> y, x (`reference.embed_rms_norm`).
-
-    With past and new, sequence b is at position past[b] and has new[b] new tokens, at most `limit` in all. A sequence
-    is NaN where an id, new or a position is out of range (a ValueError on a CPU).
-    """
-    (B, T), (V, H) = input_ids.shape, table.shape
-    y, x = (torch.empty((B, T, H), dtype=table.dtype, device=table.device) for _ in range(2))
-    table = dense_rows(table)
-    past_ptr, new_ptr = (None if bound is None else bound.contiguous() for bound in (past, new))
-    args: dict[str, Any] = {"ids_ptr": input_ids, "table_ptr": table, "weight_ptr": weight.contiguous()}
-    args |= {"y_ptr": y, "x_ptr": x, "past_ptr": past_ptr, "new_ptr": new_ptr, "T": T, "V": V, "H": H}
-    args |= {"limit": limit or 0, "eps": eps, **strides("i", input_ids), "stride_tv": table.stride(0)}
-    selected = select_configs(embed_configs, {"T": T, "H": H}, table.dtype, table.device)
-    launch(embed_rms_norm_kernel, (T, B), args, selected["embed_rms_norm_kernel"])
-    return y, x
-
-
 def _embed_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
     """With "past": sequence b is at past + b and has T - b new tokens."""
     B, T, past = sizes["B"], sizes["T"], sizes.get("past")
@@ -222,12 +257,47 @@ def embed_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     return Cost(flops=4 * tokens * H, bytes=(3 * tokens + 1) * H * dtype.itemsize + 8 * tokens)
 
 
-EMBED_OP = Op(
-    run=embed_rms_norm,
+Embedded = Annotated[Tensor, "B T H"]
+
+
+@operation(
     reference=reference.embed_rms_norm,
-    inputs=random_inputs(embed_rms_norm, _embed_inputs),
+    inputs=_embed_inputs,
     configs=embed_configs,
     cost=embed_cost,
     test_shapes=shapes("B T V H past", "3 1 50 128 7, 2 3 30 1000 0") + shapes("B T V H", "2 5 9 80"),
     bench_shapes=shape_grid(B=1, T=(1, 2048), V=32000, H=4096, past=100),
+    constraints=Constraints(rule=check_positions, ranges=end_ranges),
 )
+def embed_rms_norm(
+    input_ids: Annotated[Tensor, "B T", INTS, Within(0, "V - 1")],
+    table: Annotated[Tensor, "V H"],
+    weight: NormWeight,
+    eps: float,
+    past: Annotated[Tensor | None, "B", INTS, Within(0, "limit")] = None,
+    new: Annotated[Tensor | None, "B", INTS, Within(0, "T")] = None,
+    limit: Annotated[int | None, Within(1, POSITIONS_MAX.value)] = None,
+) -> tuple[Embedded, Embedded]:
+    """Look up rows x of the embedding and their norm y (`rms_norm`), in one launch.
+
+    input_ids  [B, T], int32 or int64, in 0..V - 1
+    table      [V, H], fp32, bf16 or fp16
+    weight     [H] in the table's dtype; eps above 0
+    past, new  [B], int32 or int64: sequence b is at position past[b] and has new[b] of the T tokens, at most `limit`
+               in all; given together, or None
+
+    Returns y and x [B, T, H]. Raises ValueError for another shape, dtype or device. A sequence with an id, a position
+    or a length out of range is NaN; on a CPU it is a ValueError.
+
+    >>> y, x = ops.embed_rms_norm(torch.tensor([[0, 5, 2]]), torch.randn(9, 64), torch.randn(64), 1e-5)
+    """
+    (B, T), (V, H) = input_ids.shape, table.shape
+    y, x = (torch.empty((B, T, H), dtype=table.dtype, device=table.device) for _ in range(2))
+    table = dense_rows(table)
+    past_ptr, new_ptr = (None if bound is None else bound.contiguous() for bound in (past, new))
+    args: dict[str, Any] = {"ids_ptr": input_ids, "table_ptr": table, "weight_ptr": weight.contiguous()}
+    args |= {"y_ptr": y, "x_ptr": x, "past_ptr": past_ptr, "new_ptr": new_ptr, "T": T, "V": V, "H": H}
+    args |= {"limit": limit or 0, "eps": eps, **strides("i", input_ids), "stride_tv": table.stride(0)}
+    selected = select_configs(embed_configs, {"T": T, "H": H}, table.dtype, table.device)
+    launch(embed_rms_norm_kernel, (T, B), args, selected["embed_rms_norm_kernel"])
+    return y, x

@@ -55,7 +55,7 @@ def _parts(weight: QuantizedWeight) -> tuple[Tensor | None, ...]:
     return tuple(weight._buffers.values())  # data, scales, zeros: an attribute of a module is key more slowly
 
 
-def run(op: Op[..., Any], args: tuple[Any, ...], key: tuple[Any, ...] | None = None) -> Any:
+def run(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = None) -> Any:
     """`op.run(*args)`, from its plan where there is one. `key`: the call key of `args`, where it is known."""
     context = launch.launch_context_key()
     if context is None or args[0].is_meta:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import launch
 from .call import unflatten_args
-from .op import Launch
+from .launch import Launch
 from .plan import MEMORY
 from .registry import OPS
 

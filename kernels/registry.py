@@ -1,29 +1,38 @@
-"""The one list of operations. Tests, compile, benchmarks and verify iterate over it."""
+"""The one list of operations: tests, compile, bench and verify iterate over it, `mixtral_triton.ops` exports it."""
 
 from __future__ import annotations
 
-from . import dispatch, linear, norm, rope, router
-from .attention import op as attention
-from .experts import op as experts
-from .op import Op
+from collections.abc import Callable, Mapping
+from typing import Any
 
-OPS: dict[str, Op] = {
-    op.name: op
-    for op in (
-        norm.OP,
-        norm.ADD_OP,
-        norm.EMBED_OP,
-        linear.OP,
-        router.OP,
-        router.GATE_OP,
-        router.NORM_OP,
-        dispatch.OP,
-        experts.OP,
-        experts.NORM_OP,
-        rope.OP,
-        rope.APPEND_OP,
-        attention.OP,
-        attention.CACHED_OP,
-        attention.STEP_OP,
-    )
+import torch
+
+from .attention.op import attention as attention
+from .attention.op import cached_attention as cached_attention
+from .attention.op import rope_append_attention as rope_append_attention
+from .dispatch import sort_by_expert as sort_by_expert
+from .experts.op import expert_swiglu as expert_swiglu
+from .experts.op import experts_add_rms_norm as experts_add_rms_norm
+from .linear import linear as linear
+from .norm import add_rms_norm as add_rms_norm
+from .norm import embed_rms_norm as embed_rms_norm
+from .norm import rms_norm as rms_norm
+from .op import Op
+from .quantized import QuantizedWeight
+from .rope import append as append
+from .rope import rope as rope
+from .router import gate_route as gate_route
+from .router import rms_norm_gate_route as rms_norm_gate_route
+from .router import route as route
+
+# By name: the functions that are called, and what each declares.
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    value.op.name: value for value in tuple(globals().values()) if isinstance(getattr(value, "op", None), Op)
 }
+OPS: dict[str, Op] = {name: function.op for name, function in OPERATIONS.items()}  # type: ignore[attr-defined]
+
+
+def dispatched(name: str, args: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return the operation as torch's operator; where a weight is quantized, the function that flattens it for one."""
+    quantized = any(isinstance(value, QuantizedWeight) for value in args.values())
+    return OPERATIONS[name] if quantized else getattr(torch.ops.mixtral_triton, name)

@@ -15,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .checks import INTS, SINGLE, Constraints, Within, fail
-from .launch import launch, select_configs
-from .op import Cost, LaunchConfig, Op, Sizes, dense_rows, power_of_2, random_inputs, shapes
+from .call import operation
+from .checks import FP32, INTS, Constraints, Within, fail
+from .launch import LaunchConfig, dense_rows, launch, power_of_2, select_configs
+from .op import Cost, Sizes
+from .samples import shapes
 
 # The greatest position: far beyond any model's, and a tile of keys past it still fits int32.
 POSITIONS_MAX = tl.constexpr(1 << 30)
@@ -127,7 +129,7 @@ New = Annotated[Tensor, "B", INTS, Within(0, "T")]
 Queries = Annotated[Tensor, "B T Hq D"]
 Heads = Annotated[Tensor, "B T Hkv D"]
 Slots = Annotated[Tensor, "B Hkv C D"]
-Table = Annotated[Tensor, "P D//2", SINGLE]
+Table = Annotated[Tensor, "P D//2", FP32]
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
@@ -151,37 +153,6 @@ def check_caches(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> 
     k_cache, v_cache = args["k_cache"], args["v_cache"]
     if k_cache.stride() != v_cache.stride() or k_cache.stride(-1) != 1:
         raise fail(op, "v_cache", f"of strides {v_cache.stride()}", "those of k_cache, the last of them 1")
-
-
-@Constraints(rule=check_head_size)
-def rope(
-    q: Queries, k: Heads, cos: Table, sin: Table, positions: Annotated[Tensor, "B T", INTS, Within(0, "P - 1")]
-) -> tuple[Queries, Heads]:
-    """Rotate the halves of q and k against each other -> q, k (`reference.rope`)."""
-    q, k = dense_rows(q), dense_rows(k)
-    B, T, Hq, D = q.shape
-    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    sizes = {"D": D, "Hq": Hq, "Hkv": k.shape[2]}
-    args: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous()}
-    args |= {"positions_ptr": positions, "q_out_ptr": q_out, "k_out_ptr": k_out, "T": T, "P": len(cos), **sizes}
-    args |= strides("q", q) | strides("k", k) | strides("p", positions)
-    launch(rope_kernel, (T, B), args, select_configs(configs, sizes, q.dtype, q.device)["rope_kernel"])
-    return q_out, k_out
-
-
-@Constraints(rule=check_caches)
-def append(k: Heads, v: Heads, k_cache: Slots, v_cache: Slots, past: Past, new: New) -> None:
-    """Write the first new[b] tokens of k and v into the ring caches (`reference.append`).
-
-    A sequence whose past or new is out of range (a ValueError on a CPU) writes nothing.
-    """
-    k, v = dense_rows(k), dense_rows(v)
-    B, T, Hkv, D = k.shape
-    args: dict[str, Any] = {"k_ptr": k, "v_ptr": v, "past_ptr": past.contiguous(), "new_ptr": new.contiguous()}
-    args |= {"k_cache_ptr": k_cache, "v_cache_ptr": v_cache, "T": T, "C": k_cache.shape[2], "Hkv": Hkv, "D": D}
-    args |= strides("k", k) | strides("v", v) | strides("c", k_cache, "bhs")
-    selected = select_configs(append_configs, {"D": D, "Hkv": Hkv}, k.dtype, k.device)
-    launch(append_kernel, (T, B), args, selected["append_kernel"])
 
 
 def tables(P: int, D: int, device: Any) -> tuple[Tensor, Tensor]:
@@ -215,25 +186,76 @@ def append_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     return Cost(flops=0, bytes=2 * elements * dtype.itemsize)
 
 
-OP = Op(
-    run=rope,
+@operation(
     reference=reference.rope,
-    inputs=random_inputs(rope, _inputs),
+    inputs=_inputs,
     configs=configs,
     cost=cost,
     test_shapes=shapes("B T Hq Hkv D P", "2 1 4 4 64 96, 2 5 8 2 80 96, 2 3 4 1 96 96, 2 4 4 4 128 96, 2 2 8 2 32 96"),
     bench_shapes=shapes("B T Hq Hkv D P", "1 1 32 8 128 32768, 1 4096 32 8 128 32768"),
+    constraints=Constraints(rule=check_head_size),
 )
+def rope(
+    q: Queries, k: Heads, cos: Table, sin: Table, positions: Annotated[Tensor, "B T", INTS, Within(0, "P - 1")]
+) -> tuple[Queries, Heads]:
+    """Rotary embedding (Su et al. 2021, eq. 34): rotate the halves of each head against each other.
 
-_CACHES = shapes("B Hkv D C past", "2 2 80 16 0, 2 2 80 16 13, 2 2 80 64 40")
+    q, k       [B, T, Hq, D] and [B, T, Hkv, D], fp32, bf16 or fp16; D even
+    cos, sin   fp32 [P, D/2]: of position * theta ** (-2i / D)
+    positions  [B, T], int32 or int64, in 0..P - 1
 
-APPEND_OP = Op(
-    run=append,
+    Returns the rotated q and k, computed in fp32 and rounded once. Raises ValueError for another shape, dtype or
+    device. A position out of range gives NaN; on a CPU it is a ValueError.
+
+    >>> q, k, angles = torch.randn(1, 3, 4, 8), torch.randn(1, 3, 2, 8), torch.outer(torch.arange(16), torch.ones(4))
+    >>> q, k = ops.rope(q, k, angles.cos(), angles.sin(), positions=torch.tensor([[0, 1, 2]]))
+    """
+    q, k = dense_rows(q), dense_rows(k)
+    B, T, Hq, D = q.shape
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    sizes = {"D": D, "Hq": Hq, "Hkv": k.shape[2]}
+    args: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous()}
+    args |= {"positions_ptr": positions, "q_out_ptr": q_out, "k_out_ptr": k_out, "T": T, "P": len(cos), **sizes}
+    args |= strides("q", q) | strides("k", k) | strides("p", positions)
+    launch(rope_kernel, (T, B), args, select_configs(configs, sizes, q.dtype, q.device)["rope_kernel"])
+    return q_out, k_out
+
+
+@operation(
     reference=reference.append,
-    inputs=random_inputs(append, cache_inputs),
+    inputs=cache_inputs,
     configs=append_configs,
     cost=append_cost,
-    test_shapes=tuple(shape | {"T": T} for shape in _CACHES for T in (1, 15, 40)),
+    test_shapes=tuple(
+        {**shape, "T": T}
+        for shape in shapes("B Hkv D C past", "2 2 80 16 0, 2 2 80 16 13, 2 2 80 64 40")
+        for T in (1, 15, 40)
+    ),
     bench_shapes=shapes("B T Hkv D C past", "1 2048 8 128 4096 0"),
     mutates=("k_cache", "v_cache"),
+    constraints=Constraints(rule=check_caches),
 )
+def append(k: Heads, v: Heads, k_cache: Slots, v_cache: Slots, past: Past, new: New) -> None:
+    """Write a chunk's keys and values into the ring caches (Mistral 7B, section 2): position p into slot p mod C.
+
+    k, v              [B, T, Hkv, D], fp32, bf16 or fp16
+    k_cache, v_cache  [B, Hkv, C, D] in k's dtype, of equal strides; written in place
+    past, new         [B], int32 or int64: sequence b stands at position past[b], and its first new[b] tokens are
+                      written
+
+    Raises ValueError for another shape, dtype or device. A sequence with past or new out of range writes nothing; on a
+    CPU it is a ValueError.
+
+    >>> k_cache, v_cache = torch.zeros(1, 2, 16, 8), torch.zeros(1, 2, 16, 8)
+    >>> k, past, new = torch.ones(1, 3, 2, 8), torch.tensor([15]), torch.tensor([3])
+    >>> ops.append(k, k, k_cache, v_cache, past, new)
+    >>> k_cache[0, 0, :, 0].nonzero().flatten().tolist()
+    [0, 1, 15]
+    """
+    k, v = dense_rows(k), dense_rows(v)
+    B, T, Hkv, D = k.shape
+    args: dict[str, Any] = {"k_ptr": k, "v_ptr": v, "past_ptr": past.contiguous(), "new_ptr": new.contiguous()}
+    args |= {"k_cache_ptr": k_cache, "v_cache_ptr": v_cache, "T": T, "C": k_cache.shape[2], "Hkv": Hkv, "D": D}
+    args |= strides("k", k) | strides("v", v) | strides("c", k_cache, "bhs")
+    selected = select_configs(append_configs, {"D": D, "Hkv": Hkv}, k.dtype, k.device)
+    launch(append_kernel, (T, B), args, selected["append_kernel"])

@@ -1,6 +1,6 @@
 """route; gate_route, the gate's logits and their routing; rms_norm_gate_route, the residual add and norm before them.
 
-T tokens, H hidden, E experts, K experts a token
+T tokens, H hidden, E experts, K experts a token. PDL is set by `launch` (pdl.py).
 
 The gate's kernel has one token a program against the whole gate: a tile of several tokens would have padding and keep
 fewer SMs busy. So a token's bits never depend on the other tokens.
@@ -16,11 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .checks import INT32, SINGLE, Within
-from .launch import launch, select_configs
-from .norm import normed
-from .op import LaunchConfig, Op, Sizes, dense_rows, power_of_2, random_inputs, shape_grid, shapes, streaming_cost
+from .call import operation
+from .checks import FP32, INT32, Within
+from .launch import LaunchConfig, dense_rows, launch, power_of_2, select_configs
+from .norm import fused_norm_args, normed
+from .op import Sizes
 from .pdl import pdl_wait
+from .samples import shape_grid, shapes
 
 TILE_ELEMENTS = 32768  # elements of the gate that a program holds at once
 
@@ -180,12 +182,35 @@ Logits = Annotated[Tensor, "T E"]
 Tokens = Annotated[Tensor, "T H"]
 Gate = Annotated[Tensor, "E H"]
 TopK = Annotated[int, "K", Within(1, "E")]
-Scores = Annotated[Tensor, "T K", SINGLE]
+RoutingWeights = Annotated[Tensor, "T K", FP32]
 Ids = Annotated[Tensor, "T K", INT32]
 
 
-def route(logits: Logits, top_k: TopK) -> tuple[Scores, Ids]:
-    """Select each token's experts from the logits -> weights, ids (`reference.route`)."""
+def _flops(sizes: Sizes) -> int:
+    """Count the route's, and where there is an H the gate's."""
+    return sizes["T"] * sizes["E"] * (sizes["K"] + 4 + 2 * sizes.get("H", 0))
+
+
+@operation(
+    reference=reference.route,
+    configs=configs,
+    flops=_flops,
+    test_shapes=shapes("T E K", "1 8 2, 67 8 2, 5 4 1, 9 6 6, 130 16 3, 3 1 1, 4 160 6"),
+    bench_shapes=shape_grid(T=(1, 64, 4096), E=8, K=2),
+)
+def route(logits: Logits, top_k: TopK) -> tuple[RoutingWeights, Ids]:
+    """Select each token's experts: Softmax(TopK(logits)) (Jiang et al. 2024, section 2.1).
+
+    logits  [T, E], fp32, bf16 or fp16; NaN counts as -inf
+    top_k   K, in 1..E
+
+    Returns routing weights fp32 [T, K], which sum to 1, and expert ids int32 [T, K]: larger logits first, ties to the
+    lower id. Where the softmax is undefined, the infinite logits share equally. Raises ValueError for another shape or
+    dtype, and for a top_k out of range.
+
+    >>> ops.route(torch.tensor([[0.0, 3.0, 1.0]]), top_k=2)[1].tolist()
+    [[1, 2]]
+    """
     T, E = logits.shape
     weights, ids = _empty_routes(T, top_k, logits.device)
     config = select_configs(configs, {"T": T, "E": E, "K": top_k}, logits.dtype, logits.device)["route_kernel"]
@@ -200,14 +225,47 @@ def _empty_routes(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]
     return weights, torch.empty((T, K), dtype=torch.int32, device=device)
 
 
-def gate_route(x: Tokens, gate: Gate, top_k: TopK, deterministic: bool = False) -> tuple[Logits, Scores, Ids]:
-    """Gate product and routing -> logits, weights, ids (`reference.gate_route`).
+def derived_outputs(args: Any, results: Any) -> Any:
+    """The route must be exactly that of the returned logits."""
+    return reference.route(results[-3], args["top_k"])
 
-    A token's bits never depend on the other tokens.
+
+GATE_SHAPES: dict[str, Any] = {
+    "test_shapes": shapes("T H E K", "1 128 8 2, 19 80 8 2, 33 300 16 3, 2 64 160 6, 3 64 1 1, 2 4200 8 2"),
+    "bench_shapes": shape_grid(T=(1, 64, 4096), H=(4096, 6144), E=8, K=2),
+}
+
+
+@operation(
+    reference=reference.gate_route,
+    configs=gate_configs,
+    flops=_flops,
+    derived_outputs=derived_outputs,
+    **GATE_SHAPES,
+)
+def gate_route(x: Tokens, gate: Gate, top_k: TopK, deterministic: bool = False) -> tuple[Logits, RoutingWeights, Ids]:
+    """Multiply tokens with the gate and select their experts (`route`), in one launch.
+
+    x              [T, H], fp32, bf16 or fp16
+    gate           [E, H] in x's dtype
+    top_k          K, in 1..E
+    deterministic  read by the torch backend alone: this kernel's bits of a token never depend on the others
+
+    Returns logits [T, E] in x's dtype, routing weights fp32 [T, K] and expert ids int32 [T, K]. Raises ValueError for
+    another shape, dtype or device.
+
+    >>> logits, routing_weights, ids = ops.gate_route(torch.randn(3, 64), torch.randn(8, 64), top_k=2)
     """
-    return _launch_gate(x, gate, top_k)
+    return _launch_gate(x, gate, top_k, None, fused_norm_args())
 
 
+@operation(
+    reference=reference.rms_norm_gate_route,
+    configs=gate_configs,
+    flops=lambda sizes: _flops(sizes) + 5 * sizes["T"] * sizes["H"],
+    derived_outputs=derived_outputs,
+    **GATE_SHAPES,
+)
 def rms_norm_gate_route(
     x: Tokens,
     residual: Tokens,
@@ -216,65 +274,34 @@ def rms_norm_gate_route(
     gate: Gate,
     top_k: TopK,
     deterministic: bool = False,
-) -> tuple[Tokens, Tokens, Logits, Scores, Ids]:
-    """Norm y of x + residual, and `gate_route` of y -> y, x + residual, logits, weights, ids.
+) -> tuple[Tokens, Tokens, Logits, RoutingWeights, Ids]:
+    """Add the residual, normalize the sum (`rms_norm`), and route the norm (`gate_route`), in one launch.
 
-    A token's bits never depend on the other tokens.
+    x, residual    [T, H], fp32, bf16 or fp16
+    weight         [H] of the norm, in x's dtype; eps above 0
+    gate           [E, H] in x's dtype; top_k in 1..E
+    deterministic  as in `gate_route`
+
+    Returns the norm y and the sum [T, H], logits [T, E], routing weights fp32 [T, K] and expert ids int32 [T, K].
+    Raises ValueError for another shape, dtype or device.
+
+    >>> x, weight, gate = torch.randn(3, 64), torch.randn(64), torch.randn(8, 64)
+    >>> y, total, logits, routing_weights, ids = ops.rms_norm_gate_route(x, x, weight, 1e-5, gate, top_k=2)
     """
     y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    norm = {"residual_ptr": dense_rows(residual), "norm_ptr": weight.contiguous(), "y_ptr": y, "total_ptr": total}
-    return y, total, *_launch_gate(x, gate, top_k, **norm, eps=eps)
+    return y, total, *_launch_gate(x, gate, top_k, y, fused_norm_args(residual, weight, total, eps))
 
 
-def _launch_gate(x: Tensor, gate: Tensor, top_k: int, **norm: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_gate(
+    x: Tensor, gate: Tensor, top_k: int, y: Tensor | None, norm: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
     (T, H), E = x.shape, len(gate)
     logits = torch.empty((T, E), dtype=x.dtype, device=x.device)
     weights, ids = _empty_routes(T, top_k, x.device)
     config = select_configs(gate_configs, {"T": T, "H": H, "E": E, "K": top_k}, x.dtype, x.device)["gate_route_kernel"]
     x, gate = dense_rows(x), dense_rows(gate)
-    norm = norm or {"residual_ptr": None, "norm_ptr": None, "y_ptr": None, "total_ptr": None, "eps": 0.0}
-    residual = norm["residual_ptr"]
-    args = {"x_ptr": x, "gate_ptr": gate, "logits_ptr": logits, "weights_ptr": weights, "ids_ptr": ids, "T": T, "E": E}
-    args |= {"stride_xt": x.stride(0), "stride_rt": 0 if residual is None else residual.stride(0)}
-    args |= {"stride_ge": gate.stride(0), **norm}
+    args: dict[str, Any] = {"x_ptr": x, "gate_ptr": gate, "y_ptr": y}
+    args |= {"logits_ptr": logits, "weights_ptr": weights, "ids_ptr": ids}
+    args |= {"T": T, "E": E, "stride_xt": x.stride(0), "stride_ge": gate.stride(0), **norm}
     launch(gate_route_kernel, (T,), args, config, H=H, TOP_K=top_k)
     return logits, weights, ids
-
-
-def _flops(sizes: Sizes) -> int:
-    """Count the route's, and where there is an H the gate's."""
-    return sizes["T"] * sizes["E"] * (sizes["K"] + 4 + 2 * sizes.get("H", 0))
-
-
-def derived_outputs(args: Any, results: Any) -> Any:
-    """The route must be exactly that of the returned logits."""
-    return reference.route(results[-3], args["top_k"])
-
-
-OP = Op(
-    run=route,
-    reference=reference.route,
-    inputs=random_inputs(route),
-    configs=configs,
-    cost=streaming_cost(route, _flops),
-    test_shapes=shapes("T E K", "1 8 2, 67 8 2, 5 4 1, 9 6 6, 130 16 3, 3 1 1, 4 160 6"),
-    bench_shapes=shape_grid(T=(1, 64, 4096), E=8, K=2),
-)
-
-GATE_OP = Op(
-    run=gate_route,
-    reference=reference.gate_route,
-    inputs=random_inputs(gate_route),
-    configs=gate_configs,
-    cost=streaming_cost(gate_route, _flops),
-    test_shapes=shapes("T H E K", "1 128 8 2, 19 80 8 2, 33 300 16 3, 2 64 160 6, 3 64 1 1, 2 4200 8 2"),
-    bench_shapes=shape_grid(T=(1, 64, 4096), H=(4096, 6144), E=8, K=2),
-    derived_outputs=derived_outputs,
-)
-
-NORM_OP = GATE_OP.variant(
-    rms_norm_gate_route,
-    reference=reference.rms_norm_gate_route,
-    inputs=random_inputs(rms_norm_gate_route),
-    cost=streaming_cost(rms_norm_gate_route, lambda sizes: _flops(sizes) + 5 * sizes["T"] * sizes["H"]),
-)

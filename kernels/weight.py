@@ -19,9 +19,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arch import amd
-from .launch import INTERPRETED, describe, tma_can_read
+from .launch import INTERPRETED, dense_rows, describe, tma_can_read
 from .offload import ALIGNMENT, OffloadedWeight
-from .op import dense_rows
 from .pdl import pdl_wait
 from .quantized import QuantizedWeight
 from .unpack import fields_of, scaled, unpacked

@@ -6,7 +6,7 @@ import torch
 
 from .config import MixtralConfig
 from .inputs import check_dtype, is_int, usable_device
-from .ops import readable
+from .kernels.checks import readable
 
 
 def _version(x: torch.Tensor) -> int | None:

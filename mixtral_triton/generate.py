@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .cache import KVCache
 from .inputs import check_ids, check_vocabulary, is_int
-from .ops import readable, untraced
+from .kernels.call import untraced
+from .kernels.checks import readable
 
 if TYPE_CHECKING:
     from .model import Mixtral

@@ -19,12 +19,14 @@ from .cache import KVCache
 from .config import MixtralConfig
 from .generate import generate
 from .inputs import check_dtype, check_ids, check_lengths
+from .kernels.call import untraced
+from .kernels.launch import pdl_region
 from .load import load
-from .ops import unchecked
 from .parallel import UNSHARDED, Ranks
 from .quantize import PARTS, OffloadedWeight, QuantizedWeight, QuantSpec
 
-Ring = tuple[Tensor, Tensor]  # a layer's cached keys and values, [B, Hkv, C, D] each (KVCache)
+LayerCache = tuple[Tensor, Tensor]  # a layer's cached keys and values, [B, Hkv, C, D] each (KVCache)
+WeightTensor = Tensor | QuantizedWeight  # dense or quantized; experts may lie in host memory (OffloadedWeight)
 
 
 def _empty_weight(
@@ -54,12 +56,12 @@ class Layer(nn.Module):
     """One block: attention and the sparse experts. The norm after each also adds it to the residual stream."""
 
     input_layernorm: Tensor  # [H]
-    qkv_proj: Tensor  # [(Hq + 2 Hkv) D, H]
-    o_proj: Tensor  # [H, Hq D]
+    qkv_proj: WeightTensor  # [(Hq + 2 Hkv) D, H]
+    o_proj: WeightTensor  # [H, Hq D]
     post_attention_layernorm: Tensor  # [H]
     gate: Tensor  # [E, H]
-    gate_up_proj: Tensor  # [E, 2I, H]
-    down_proj: Tensor  # [E, H, I]
+    gate_up_proj: WeightTensor  # [E, 2I, H]
+    down_proj: WeightTensor  # [E, H, I]
 
     def __init__(self, config: MixtralConfig, weights: dict[str, Any]) -> None:
         super().__init__()
@@ -68,32 +70,37 @@ class Layer(nn.Module):
             setattr(self, name, weight)
 
     def forward(
-        self, h: Tensor, x: Tensor, next_norm: Tensor, ring: Ring | None, state: State
+        self, h: Tensor, x: Tensor, next_norm: Tensor, kv_cache: LayerCache | None, state: State
     ) -> tuple[Tensor, Tensor]:
         """h [B,T,H], the norm of the residual stream x [B,T,H] -> the same two for the next layer.
 
         next_norm  [H] weight of the next layer's norm, which the experts' combine applies
-        ring       the layer's cache
+        kv_cache   the layer's keys and values
         """
-        attended = self.attention(h, ring, state).flatten(0, 1)
-        h, x, routing_weights, ids = self.route(attended, x.flatten(0, 1), state)
+        attn_output = self.attention(h, kv_cache, state).flatten(0, 1)
+        h, x, routing_weights, ids = self.route(attn_output, x.flatten(0, 1), state)
         h, x = self.experts(h, x, routing_weights, ids, next_norm, state)
         return h.view(state.shape), x.view(state.shape)
 
-    def attention(self, h: Tensor, ring: Ring | None, state: State) -> Tensor:
+    def attention(self, h: Tensor, kv_cache: LayerCache | None, state: State) -> Tensor:
         """h [B,T,H] -> the attention block's output [B,T,H]."""
         B, T, _ = h.shape
         Hq, Hkv, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        qkv = unchecked.linear(h, self.qkv_proj, state.deterministic)
+        qkv = ops.linear.unchecked(h, self.qkv_proj, deterministic=state.deterministic)
         q, k, v = qkv.view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
-        heads = state.attend(q, k, v, ring).reshape(B, T, Hq * D)
-        return state.all_reduce(unchecked.linear(heads, self.o_proj, state.deterministic))
+        heads = state.attend(q, k, v, kv_cache).reshape(B, T, Hq * D)
+        return state.all_reduce(ops.linear.unchecked(heads, self.o_proj, deterministic=state.deterministic))
 
-    def route(self, attended: Tensor, x: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """attended and x [N,H] -> the norm h of their sum, the sum, routing weights and expert ids [N,K]."""
-        norm, top_k = (self.post_attention_layernorm, self.config.rms_norm_eps), self.config.num_experts_per_tok
-        h, x, _, routing_weights, ids = unchecked.rms_norm_gate_route(
-            attended, x, *norm, self.gate, top_k, state.deterministic
+    def route(self, attn_output: Tensor, x: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """attn_output and x [N,H] -> the norm h of their sum, the sum, routing weights and expert ids [N,K]."""
+        h, x, _, routing_weights, ids = ops.rms_norm_gate_route.unchecked(
+            attn_output,
+            residual=x,
+            weight=self.post_attention_layernorm,
+            eps=self.config.rms_norm_eps,
+            gate=self.gate,
+            top_k=self.config.num_experts_per_tok,
+            deterministic=state.deterministic,
         )
         return h, x, routing_weights, ids
 
@@ -104,9 +111,11 @@ class Layer(nn.Module):
         eps, proj, deterministic = self.config.rms_norm_eps, (self.gate_up_proj, self.down_proj), state.deterministic
         if state.ranks is not None:  # the all-reduce comes between the experts and the norm: they cannot fuse
             ids = state.ranks.local_ids(ids, len(self.down_proj))
-            part = unchecked.expert_swiglu(h, *proj, ids, routing_weights, deterministic)
-            return unchecked.rms_norm(state.all_reduce(part), next_norm, eps, residual=x)
-        return unchecked.experts_add_rms_norm(h, *proj, ids, routing_weights, x, next_norm, eps, deterministic)
+            part = ops.expert_swiglu.unchecked(h, *proj, ids, routing_weights, deterministic=deterministic)
+            return ops.rms_norm.unchecked(state.all_reduce(part), next_norm, eps, residual=x)
+        return ops.experts_add_rms_norm.unchecked(
+            h, *proj, ids, routing_weights, residual=x, norm_weight=next_norm, eps=eps, deterministic=deterministic
+        )
 
 
 def _hooked(layers: Sequence[nn.Module]) -> bool:
@@ -116,39 +125,51 @@ def _hooked(layers: Sequence[nn.Module]) -> bool:
 
 
 class State:
-    """What all layers of one forward share: positions, lengths, rotary tables, the window and the mesh."""
+    """What all layers of one forward share: positions, lengths, rotary tables, the window and the mesh.
 
-    def __init__(self, model: Mixtral, B: int, T: int, cache: KVCache | None, new: Tensor | None) -> None:
+    cache_lengths  int [B]: tokens of each sequence in the cache before this forward; zeros without a cache
+    num_new        int32 [B]: tokens of each sequence that this forward appends
+    positions      int [B,T] of the tokens; padding beyond the rotary tables is clamped, since it must be defined
+    decodes        one token a sequence takes the path of a decode step
+    """
+
+    def __init__(self, model: Mixtral, B: int, T: int, cache: KVCache | None, num_new: Tensor | None) -> None:
         self.window, self.deterministic = model.config.sliding_window, model.deterministic
         self.cos, self.sin, self.ranks = model.cos, model.sin, model.ranks
         self.shape = (B, T, model.config.hidden_size)
         # In deterministic mode a single token uses the chunk path, so its bits match those inside a longer chunk.
         self.decodes = cache is not None and T == 1 and not model.deterministic
-        if cache is not None:
-            self.past = cache.lengths
-            self.new = torch.full((B,), T, dtype=torch.int32, device=model.device) if new is None else new
-        if not self.decodes:
-            t = torch.arange(T, device=model.device)
-            # Padding may lie beyond the last position: its result is unused, but must be defined.
-            positions = t if cache is None else (cache.lengths[:, None] + t).clamp_(max=len(model.cos) - 1)
-            self.positions = positions.expand(B, T)
+        self.num_new = torch.full((B,), T, dtype=torch.int32, device=model.device) if num_new is None else num_new
+        if cache is None:
+            self.positions = torch.arange(T, device=model.device).expand(B, T)
+            self.cache_lengths = self.positions[:, 0]
+        else:
+            self.cache_lengths = cache.lengths
+            self.positions = cache.lengths[:, None]
+            if not self.decodes:
+                t = torch.arange(T, device=model.device)
+                self.positions = (self.positions + t).clamp_(max=len(model.cos) - 1)
 
     def all_reduce(self, part: Tensor) -> Tensor:
         """Sum a rank's part over the mesh."""
         return part if self.ranks is None else self.ranks.all_reduce(part, in_order=self.deterministic)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, ring: Ring | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, kv_cache: LayerCache | None) -> Tensor:
         """q [B,T,Hq,D], k and v [B,T,Hkv,D], not yet rotated -> [B,T,Hq,D]."""
-        if ring is None:
-            q, k = unchecked.rope(q, k, self.cos, self.sin, self.positions)
-            return unchecked.attention(q, k, v, self.window, True, None, None, None, self.deterministic)
+        if kv_cache is None:
+            q, k = ops.rope.unchecked(q, k, self.cos, self.sin, self.positions)
+            return ops.attention.unchecked(q, k, v, window=self.window, deterministic=self.deterministic)
+        k_cache, v_cache = kv_cache
+        lengths = self.cache_lengths, self.num_new
         if self.decodes:  # the new key takes the slot of the one that just left the window
-            return unchecked.rope_append_attention(
-                q, k, v, self.cos, self.sin, *ring, self.past, self.new, self.window, self.deterministic
+            return ops.rope_append_attention.unchecked(
+                q, k, v, self.cos, self.sin, k_cache, v_cache, *lengths, window=self.window
             )
-        q, k = unchecked.rope(q, k, self.cos, self.sin, self.positions)
-        out = unchecked.cached_attention(q, k, v, *ring, self.past, self.new, self.window, self.deterministic)
-        unchecked.append(k, v, *ring, self.past, self.new)  # last: the chunk's first queries need the old keys
+        q, k = ops.rope.unchecked(q, k, self.cos, self.sin, self.positions)
+        out = ops.cached_attention.unchecked(
+            q, k, v, k_cache, v_cache, *lengths, window=self.window, deterministic=self.deterministic
+        )
+        ops.append.unchecked(k, v, k_cache, v_cache, *lengths)  # last: the chunk's first queries need the old keys
         return out
 
 
@@ -167,7 +188,7 @@ class Mixtral(nn.Module):
 
     embed_tokens: Tensor  # [V, H]
     norm: Tensor  # [H]
-    lm_head: Tensor  # [V, H]
+    lm_head: WeightTensor  # [V, H]
     cos: Tensor  # [P, D/2] fp32
     sin: Tensor
     layers: Sequence[Layer]
@@ -270,29 +291,30 @@ class Mixtral(nn.Module):
     def hidden(self, input_ids: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None) -> Tensor:
         """`forward` without the head, on checked arguments: [B,T] -> [B,T,H], normed."""
         B, T = input_ids.shape
-        if self.ranks is not None and not ops.untraced() and self.device.type != "meta":
+        if self.ranks is not None and not untraced() and self.device.type != "meta":
             # The operators' checks do not know other ranks' experts.
             raise ValueError("Mixtral: on a mesh a model cannot be compiled, traced or observed by a dispatch mode")
         eps = self.config.rms_norm_eps
-        new = None if lengths is None else lengths.to(torch.int32).contiguous()
-        state = State(self, B, T, cache, new)
-        bounds = () if cache is None else (cache.lengths, state.new if lengths is None else lengths, cache.max_len)
-        h, x = unchecked.embed_rms_norm(input_ids, self.embed_tokens, self.layers[0].input_layernorm, eps, *bounds)
-        following = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
-        rings = [None] * len(following) if cache is None else zip(cache.keys, cache.values, strict=True)
+        num_new = None if lengths is None else lengths.to(torch.int32).contiguous()
+        state = State(self, B, T, cache, num_new)
+        bounds = () if cache is None else (cache.lengths, state.num_new if lengths is None else lengths, cache.max_len)
+        norm = self.layers[0].input_layernorm
+        h, x = ops.embed_rms_norm.unchecked(input_ids, self.embed_tokens, norm, eps, *bounds)
+        next_norms = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
+        kv_caches = [None] * len(next_norms) if cache is None else zip(cache.keys, cache.values, strict=True)
         # No PDL with several ranks (collectives run on other streams), while tracing, or with hooks: they may write
         # weights.
         pdl = self.ranks is None and not torch.compiler.is_compiling() and not _hooked(self.layers)
-        with ops.pdl_region() if pdl else nullcontext():
-            for layer, next_norm, ring in zip(self.layers, following, rings, strict=True):
-                h, x = layer(h, x, next_norm, ring, state)
+        with pdl_region() if pdl else nullcontext():
+            for layer, next_norm, kv_cache in zip(self.layers, next_norms, kv_caches, strict=True):
+                h, x = layer(h, x, next_norm, kv_cache, state)
         if cache is not None:
-            cache.advance(state.new, T if lengths is None else 0)
+            cache.advance(state.num_new, T if lengths is None else 0)
         return h
 
     def head(self, h: Tensor) -> Tensor:
         """[..., H] -> logits fp32 [..., V]."""
-        logits = unchecked.linear(h, self.lm_head, self.deterministic)
+        logits = ops.linear.unchecked(h, self.lm_head, deterministic=self.deterministic)
         if self.ranks is not None and self.lm_head is not self.embed_tokens:  # every rank has the whole embedding
             logits = self.ranks.all_gather(logits, self.config.vocab_size)
         return logits.float()

@@ -15,10 +15,12 @@ import triton
 from torch import Tensor
 
 from .. import reference
+from ..call import operation
 from ..checks import INTS, Constraints, Within, fail
-from ..launch import describe, launch, multiprocessors, select_configs, target_arch
-from ..op import Cost, Op, Shape, Sizes, dense_rows, random_inputs, sampler, shape_grid, shapes, switch
+from ..launch import dense_rows, describe, launch, multiprocessors, select_configs, target_arch
+from ..op import Cost, Sizes
 from ..rope import Heads, New, Past, Queries, Slots, Table, cache_inputs, check_caches, check_head_size, strides, tables
+from ..samples import sampler, shape_grid, shapes
 from .kernels import attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel
 from .tiles import PACKED_ROWS, configs
 
@@ -73,7 +75,72 @@ def _truncate_chunk(args: dict[str, Any]) -> dict[str, Any]:
     return {**args, **{name: args[name] if args[name] is None else args[name][:, :end] for name in "qkv"}}
 
 
-@Constraints(rule=_check_attention, truncate_sequence=_truncate_keys)
+def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    """With "ragged": the keys of sequence b are in [b, S - 2 b)."""
+    b = torch.arange(sizes["B"], dtype=torch.int32)
+    bounds = {"starts": b.to(device), "lengths": (sizes["S"] - 2 * b).to(device)}
+    return bounds if sizes.get("ragged") else {}
+
+
+def _cached_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    fresh = sampler(dtype, device, generator) if sizes.get("fresh", True) else lambda *shape: None
+    k, v = (fresh(sizes["B"], sizes["T"], sizes["Hkv"], sizes["D"]) for _ in range(2))
+    return {"k": k, "v": v, **cache_inputs(sizes, dtype, device, generator)}
+
+
+def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+    """Count q, the result, and each key and value that some query sees, once."""
+    B, T, Hq, Hkv, D, window = (sizes[letter] for letter in ("B", "T", "Hq", "Hkv", "D", "window"))
+    S = sizes.get("S", sizes.get("past", 0) + T)
+    keys = min(S, T + window - 1) if window else S
+    seeing = min(T, S)  # queries before the first key see none
+    if sizes.get("causal", True):
+        pairs = sum(min(i, window or S) for i in range(S - seeing + 1, S + 1))
+    else:
+        pairs = seeing * min(S, window + 1 if window else S)
+    return Cost(flops=4 * B * Hq * D * pairs, bytes=B * D * (2 * T * Hq + 2 * keys * Hkv) * dtype.itemsize)
+
+
+def _step_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    cos, sin = tables(8192, sizes["D"], device)
+    return {"cos": cos, "sin": sin, **cache_inputs(sizes, dtype, device, generator)}
+
+
+def step_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+    """Count attention's work, the new key and value read beside the cache and written into it, and the angles."""
+    B, Hq, Hkv, D = (sizes[letter] for letter in ("B", "Hq", "Hkv", "D"))
+    flops, moved = 3 * B * (Hq + Hkv) * D, 2 * B * Hkv * D * dtype.itemsize + B * D * 4
+    rest = cost(sizes, dtype)
+    return Cost(flops=rest.flops + flops, bytes=rest.bytes + moved)
+
+
+_LETTERS = "B T S Hq Hkv D window"
+_HEADS = {"Hq": 32, "Hkv": 8, "D": 128}
+
+
+@operation(
+    reference=reference.attention,
+    inputs=_inputs,
+    configs=configs,
+    cost=cost,
+    test_shapes=(
+        *shapes(_LETTERS, "1 40 40 4 4 64 0, 1 150 150 2 1 32 33, 1 40 90 2 2 128 24, 1 1 90 4 4 80 30"),
+        *shapes(
+            _LETTERS,
+            "1 20 9 2 1 64 0, 2 70 70 4 2 80 16, 3 33 50 4 1 96 0, 2 1 700 8 2 128 0, 2 3 600 4 1 96 300",
+            ragged=True,
+        ),
+        *shapes(_LETTERS, "2 50 50 4 2 64 20", causal=False),
+        *shapes(_LETTERS, "1 37 37 2 2 80 0", causal=False, ragged=True),
+    ),
+    bench_shapes=(
+        *({"B": 1, "T": T, "S": T, **_HEADS, "window": W} for T in (512, 4096, 8192, 32768) for W in (0, 4096)),
+        *shapes(_LETTERS, "1 8192 8192 32 8 128 256"),
+        *shapes(_LETTERS, "1 4096 4096 32 8 128 512", causal=False),
+        *shape_grid(B=(1, 8, 32), T=1, S=(1024, 4096, 32768), **_HEADS, window=0),
+    ),
+    constraints=Constraints(rule=_check_attention, truncate_sequence=_truncate_keys),
+)
 def attention(
     q: Queries,
     k: Keys,
@@ -85,20 +152,53 @@ def attention(
     lengths: Bounds | None = None,
     deterministic: bool = False,
 ) -> Queries:
-    """Sliding-window attention with grouped queries (`reference.attention`).
+    """Sliding-window attention (Mistral 7B, section 2; FlashAttention-2, Dao 2023) with grouped queries.
 
-    `deterministic`: a sequence's bits do not depend on the rest of the batch. Few causal queries (times the heads of a
-    group) use the decode kernel, others the prefill kernel.
+    q                [B, T, Hq, D], fp32, bf16 or fp16; D at most 256, Hq a multiple of Hkv
+    k, v             [B, S, Hkv, D] in q's dtype
+    window           query i sees key j iff i - window < j <= i; None, 0 and -1: no window
+    causal           False: iff |i - j| <= window // 2 (Longformer, Beltagy et al. 2020, section 3.1)
+    scale            of the scores; None: D ** -0.5
+    starts, lengths  [B], int32 or int64: keys are valid in starts[b]..lengths[b] - 1, and query t is at position
+                     lengths[b] - T + t. None: 0 and S
+    deterministic    a sequence's bits do not depend on the rest of the batch
+
+    Returns [B, T, Hq, D] in q's dtype; zeros for a query that sees no key. What lies outside the valid keys may be NaN.
+    Raises ValueError for another shape, dtype or device, and for T > S where causal and without lengths.
+
+    >>> q, k = torch.randn(1, 5, 4, 32), torch.randn(1, 9, 2, 32)
+    >>> ops.attention(q, k, k, window=4).shape
+    torch.Size([1, 5, 4, 32])
     """
     sizes = _sizes(q, k, window, deterministic)
     bounds = {"starts_ptr": _contiguous(starts), "lengths_ptr": _contiguous(lengths), "past_ptr": None}
+    # Few causal queries, times the heads of a group, fill a tile of the decode kernel.
     G = q.shape[2] // k.shape[2]
     if causal and (q.shape[1] == 1 or q.shape[1] * G <= PACKED_ROWS):
         return _decode(q, k, v, bounds, sizes, scale, False, _NO_NEWEST)
     return _prefill(q, k, v, None, bounds, sizes, scale, causal)
 
 
-@Constraints(rule=_check_cached, truncate_sequence=_truncate_chunk)
+_CACHED = "B T Hq Hkv D C window past"
+_RINGS = shapes("C window past", "4096 4096 4095, 32768 0 32767")
+
+
+@operation(
+    reference=reference.cached_attention,
+    inputs=_cached_inputs,
+    configs=configs,
+    cost=cost,
+    test_shapes=(
+        *shapes(_CACHED, "2 5 4 2 64 16 16 0, 2 20 4 2 80 16 16 13, 2 40 2 2 96 16 16 100, 2 17 4 2 32 64 0 20"),
+        *shapes(_CACHED, "2 1 8 2 128 16 16 3, 2 1 4 2 80 16 16 77, 2 1 4 2 64 600 0 500", fresh=False),
+    ),
+    bench_shapes=tuple(
+        {"B": B, "T": T, **_HEADS, **ring, **({} if T > 1 else {"fresh": False})}
+        for ring in _RINGS
+        for B, T in ((1, 1), (32, 1), (1, 1024))
+    ),
+    constraints=Constraints(rule=_check_cached, truncate_sequence=_truncate_chunk),
+)
 def cached_attention(
     q: Queries,
     k: Heads | None,
@@ -110,20 +210,44 @@ def cached_attention(
     window: Window | None = None,
     deterministic: bool = False,
 ) -> Queries:
-    """Attention over the ring caches and the chunk's k and v, or over the caches alone (`reference.cached_attention`).
+    """Causal attention of a chunk over the ring caches, and over its own keys and values (Mistral 7B, section 2).
 
-    The device reads the lengths, so a CUDA graph replays at any of them. A sequence whose past or new is out of range
-    (a ValueError on a CPU) is NaN.
+    q                 [B, T, Hq, D], fp32, bf16 or fp16; query t is at position past[b] + t
+    k, v              [B, T, Hkv, D] of the chunk, not in the caches yet. None: the caches hold the chunk, too
+    k_cache, v_cache  [B, Hkv, C, D] in q's dtype, of equal strides; position p is in slot p mod C
+    past, new         [B], int32 or int64: tokens before the chunk, and tokens of the chunk that exist. The device reads
+                      them, so a CUDA graph replays at any length
+    window            as in `attention`
+    deterministic     a sequence's bits do not depend on the rest of the batch
+
+    Returns [B, T, Hq, D]. Raises ValueError for another shape, dtype or device. A sequence with past or new out of
+    range is NaN; on a CPU it is a ValueError.
+
+    >>> q, k, cache = torch.randn(1, 3, 4, 32), torch.randn(1, 3, 2, 32), torch.randn(1, 2, 16, 32)
+    >>> out = ops.cached_attention(q, k, k, cache, cache, past=torch.tensor([7]), new=torch.tensor([3]))
     """
     keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     sizes = _sizes(q, keys, window, deterministic)
     bounds = {"starts_ptr": None, "lengths_ptr": _contiguous(new), "past_ptr": _contiguous(past)}
     if k is None or v is None:
         return _decode(q, keys, values, bounds, sizes, None, True, _NO_NEWEST)
-    return _prefill(q, k, v, (k_cache, v_cache), bounds, sizes | {"C": k_cache.shape[2]}, None, True)
+    return _prefill(q, k, v, (k_cache, v_cache), bounds, {**sizes, "C": k_cache.shape[2]}, None, True)
 
 
-@Constraints(rule=_check_step)
+@operation(
+    reference=reference.rope_append_attention,
+    inputs=_step_inputs,
+    configs=configs,
+    cost=step_cost,
+    mutates=("k_cache", "v_cache"),
+    test_shapes=shapes(
+        _CACHED,
+        "3 1 8 2 128 16 16 0, 3 1 8 2 96 16 16 13, 2 1 4 2 80 16 16 77, 2 1 4 4 64 64 0 40, 1 1 4 1 32 600 0 590, "
+        "2 1 2 1 64 600 600 900, 2 1 4 2 32 600 0 0, 2 1 4 2 32 64 5 60",
+    ),
+    bench_shapes=tuple({"B": B, "T": 1, **_HEADS, **ring} for ring in _RINGS for B in (1, 32)),
+    constraints=Constraints(rule=_check_step),
+)
 def rope_append_attention(
     q: Queries,
     k: Heads,
@@ -137,13 +261,26 @@ def rope_append_attention(
     window: Window | None = None,
     deterministic: bool = False,
 ) -> Queries:
-    """Rotate q and k at past[b], append k and v to the caches, and attend over them, for one token a sequence
-    (`reference.rope_append_attention`).
+    """Attention of a decode step: `rope` of q and k at past[b], `append` of k and v, `cached_attention`, in one launch
+    and the combine of its splits.
 
-    Every program rotates its own queries. The program of the last split also rotates the new key and stores it in
-    the ring, where no other program reads it: the slot's old key has just left the window. Where past or new is out of
-    range (a ValueError on a CPU) the result is NaN and nothing is stored; beyond the tables it is NaN, too.
+    q                 [B, 1, Hq, D], fp32, bf16 or fp16; D even and at most 256
+    k, v              [B, 1, Hkv, D] in q's dtype
+    cos, sin          fp32 [P, D/2], as in `rope`
+    k_cache, v_cache  [B, Hkv, C, D] in q's dtype, of equal strides; written in place
+    past, new         [B], int32 or int64, new 0 or 1, as in `cached_attention`
+    window            as in `attention`
+    deterministic     a sequence's bits do not depend on the rest of the batch
+
+    Returns [B, 1, Hq, D]. Raises ValueError for another shape, dtype or device. Where past or new is out of range the
+    result is NaN and nothing is stored (on a CPU a ValueError); beyond the tables it is NaN, too.
+
+    >>> q, k, cos, cache = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 2, 8), torch.ones(16, 4), torch.zeros(1, 2, 16, 8)
+    >>> past, new = torch.tensor([3]), torch.tensor([1])
+    >>> out = ops.rope_append_attention(q, k, k, cos, torch.zeros(16, 4), cache, cache.clone(), past, new)
     """
+    # Every program rotates its own queries. The program of the last split also rotates the new key and stores it in the
+    # ring, where no other program reads it: the slot's old key has just left the window.
     keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     sizes = _sizes(q, keys, window, deterministic)
     k, v = dense_rows(k), dense_rows(v)
@@ -165,13 +302,13 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _sizes(q: Tensor, k: Tensor, window: int | None, deterministic: bool) -> Shape:
+def _sizes(q: Tensor, k: Tensor, window: int | None, deterministic: bool) -> Sizes:
     B, T, Hq, D = q.shape
     window = max(0, window or 0)
     if window > 2 * (k.shape[1] + T):
         window = 0  # it reaches every key; the kernel subtracts it in int32
     sizes = {"B": B, "T": T, "S": k.shape[1], "Hq": Hq, "Hkv": k.shape[2], "D": D, "window": window}
-    return Shape(sizes, sms=multiprocessors(q.device) or 0, deterministic=deterministic)
+    return {**sizes, "sms": multiprocessors(q.device), "deterministic": deterministic}
 
 
 def _common_args(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float | None) -> dict[str, Any]:
@@ -231,103 +368,3 @@ def _decode(
         config = selected["attention_combine_kernel"]
         launch(attention_combine_kernel, (B * T * Hq,), args, config, D=D, SPLITS=splits)
     return out
-
-
-def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    """With "ragged": the keys of sequence b are in [b, S - 2 b)."""
-    b = torch.arange(sizes["B"], dtype=torch.int32)
-    bounds = {"starts": b.to(device), "lengths": (sizes["S"] - 2 * b).to(device)}
-    return bounds if switch(sizes, "ragged") else {}
-
-
-def _cached_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    fresh = sampler(dtype, device, generator) if switch(sizes, "fresh") else lambda *shape: None
-    k, v = (fresh(sizes["B"], sizes["T"], sizes["Hkv"], sizes["D"]) for _ in range(2))
-    return {"k": k, "v": v, **cache_inputs(sizes, dtype, device, generator)}
-
-
-def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    """Count q, the result, and each key and value that some query sees, once."""
-    B, T, Hq, Hkv, D, window = (sizes[letter] for letter in ("B", "T", "Hq", "Hkv", "D", "window"))
-    S = sizes.get("S", sizes.get("past", 0) + T)
-    keys = min(S, T + window - 1) if window else S
-    seeing = min(T, S)  # queries before the first key see none
-    if switch(sizes, "causal"):
-        pairs = sum(min(i, window or S) for i in range(S - seeing + 1, S + 1))
-    else:
-        pairs = seeing * min(S, window + 1 if window else S)
-    return Cost(flops=4 * B * Hq * D * pairs, bytes=B * D * (2 * T * Hq + 2 * keys * Hkv) * dtype.itemsize)
-
-
-_LETTERS = "B T S Hq Hkv D window"
-_HEADS = {"Hq": 32, "Hkv": 8, "D": 128}
-
-OP = Op(
-    run=attention,
-    reference=reference.attention,
-    inputs=random_inputs(attention, _inputs),
-    configs=configs,
-    cost=cost,
-    test_shapes=(
-        *shapes(_LETTERS, "1 40 40 4 4 64 0, 1 150 150 2 1 32 33, 1 40 90 2 2 128 24, 1 1 90 4 4 80 30"),
-        *shapes(
-            _LETTERS,
-            "1 20 9 2 1 64 0, 2 70 70 4 2 80 16, 3 33 50 4 1 96 0, 2 1 700 8 2 128 0, 2 3 600 4 1 96 300",
-            ragged=True,
-        ),
-        *shapes(_LETTERS, "2 50 50 4 2 64 20", causal=False),
-        *shapes(_LETTERS, "1 37 37 2 2 80 0", causal=False, ragged=True),
-    ),
-    bench_shapes=(
-        *(Shape(B=1, T=T, S=T, **_HEADS, window=window) for T in (512, 4096, 8192, 32768) for window in (0, 4096)),
-        *shapes(_LETTERS, "1 8192 8192 32 8 128 256"),
-        *shapes(_LETTERS, "1 4096 4096 32 8 128 512", causal=False),
-        *shape_grid(B=(1, 8, 32), T=1, S=(1024, 4096, 32768), **_HEADS, window=0),
-    ),
-)
-
-_CACHED = "B T Hq Hkv D C window past"
-_RINGS = shapes("C window past", "4096 4096 4095, 32768 0 32767")
-
-CACHED_OP = Op(
-    run=cached_attention,
-    reference=reference.cached_attention,
-    inputs=random_inputs(cached_attention, _cached_inputs),
-    configs=configs,
-    cost=cost,
-    test_shapes=(
-        *shapes(_CACHED, "2 5 4 2 64 16 16 0, 2 20 4 2 80 16 16 13, 2 40 2 2 96 16 16 100, 2 17 4 2 32 64 0 20"),
-        *shapes(_CACHED, "2 1 8 2 128 16 16 3, 2 1 4 2 80 16 16 77, 2 1 4 2 64 600 0 500", fresh=False),
-    ),
-    bench_shapes=tuple(
-        Shape(B=B, T=T, **_HEADS, **ring, fresh=T > 1) for ring in _RINGS for B, T in ((1, 1), (32, 1), (1, 1024))
-    ),
-)
-
-
-def _step_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    cos, sin = tables(8192, sizes["D"], device)
-    return {"cos": cos, "sin": sin, **cache_inputs(sizes, dtype, device, generator)}
-
-
-def step_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    """Count attention's work, the new key and value read beside the cache and written into it, and the angles."""
-    B, Hq, Hkv, D = (sizes[letter] for letter in ("B", "Hq", "Hkv", "D"))
-    flops, moved = 3 * B * (Hq + Hkv) * D, 2 * B * Hkv * D * dtype.itemsize + B * D * 4
-    rest = cost(sizes, dtype)
-    return Cost(flops=rest.flops + flops, bytes=rest.bytes + moved)
-
-
-STEP_OP = CACHED_OP.variant(
-    rope_append_attention,
-    reference=reference.rope_append_attention,
-    inputs=random_inputs(rope_append_attention, _step_inputs),
-    cost=step_cost,
-    mutates=("k_cache", "v_cache"),
-    test_shapes=shapes(
-        _CACHED,
-        "3 1 8 2 128 16 16 0, 3 1 8 2 96 16 16 13, 2 1 4 2 80 16 16 77, 2 1 4 4 64 64 0 40, 1 1 4 1 32 600 0 590, "
-        "2 1 2 1 64 600 600 900, 2 1 4 2 32 600 0 0, 2 1 4 2 32 64 5 60",
-    ),
-    bench_shapes=tuple(Shape(B=B, T=1, **_HEADS, **ring) for ring in _RINGS for B in (1, 32)),
-)

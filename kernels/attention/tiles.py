@@ -5,30 +5,44 @@ The literals compile without a spill; not measured on a GPU.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 
 from ..arch import amd, family, multiprocessors, tma
-from ..op import LaunchConfig, Sizes, power_of_2, switch
+from ..launch import LaunchConfig, power_of_2
+from ..op import Sizes
 
 DETERMINISTIC_SPLITS = 8  # for any batch and any length
 PACKED_ROWS = 16  # queries x group heads that one decode tile takes
 
-# (BLOCK_M, BLOCK_N, warps, stages) by the greatest head size, for 16-bit types and for fp32. None spills a register; on
-# AMD none spills a scalar register into a vector one.
+
+class PrefillTile(NamedTuple):
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+# By the greatest head size, for 16-bit types and for fp32. None spills a register; on AMD none spills a scalar register
+# into a vector one.
 _PREFILL = {
     "sm_80": (
-        {128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
-        {64: (32, 64, 8, 1), 128: (16, 32, 4, 1), 256: (32, 16, 8, 1)},
+        {128: PrefillTile(128, 32, 8, 3), 256: PrefillTile(64, 32, 8, 2)},
+        {64: PrefillTile(32, 64, 8, 1), 128: PrefillTile(16, 32, 4, 1), 256: PrefillTile(32, 16, 8, 1)},
     ),
     "sm_90": (
-        {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (64, 32, 8, 2)},
-        {64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 32, 8, 1)},
+        {64: PrefillTile(128, 128, 8, 3), 128: PrefillTile(128, 128, 8, 2), 256: PrefillTile(64, 32, 8, 2)},
+        {64: PrefillTile(64, 32, 8, 1), 128: PrefillTile(32, 16, 8, 1), 256: PrefillTile(16, 32, 8, 1)},
     ),
-    "gfx942": ({128: (128, 16, 4, 1), 256: (64, 16, 4, 1)}, {128: (64, 16, 8, 1), 256: (32, 16, 8, 1)}),
+    "gfx942": (
+        {128: PrefillTile(128, 16, 4, 1), 256: PrefillTile(64, 16, 4, 1)},
+        {128: PrefillTile(64, 16, 8, 1), 256: PrefillTile(32, 16, 8, 1)},
+    ),
 }
 _PREFILL["sm_100"] = _PREFILL["sm_90"]
-TWO_PER_SM = (64, 128, 4, 1)  # an SM holds two of these: one computes its softmax while the other multiplies
+TWO_PER_SM = PrefillTile(64, 128, 4, 1)  # an SM holds two of these: one computes its softmax while the other multiplies
 
 
 def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
@@ -45,7 +59,7 @@ def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig
     elif 0 < window <= 256 and block_m > 64:
         block_m, block_n, warps = 64, min(block_n, 64 if tma(arch) else 32), 8 if family(arch) == "sm_80" else 4
     # Half the rows take half the warps; heads of 256 would spill.
-    if not switch(sizes, "deterministic") and sizes["T"] <= block_m // 2 and (D < 256 or not tma(arch)):
+    if not sizes.get("deterministic") and sizes["T"] <= block_m // 2 and (D < 256 or not tma(arch)):
         rows = 16 if sizes["T"] <= 16 else block_m // 2  # not every power of two: each compiles a kernel
         block_m, block_n, warps = rows, 32 if odd and tma(arch) else block_n, max(4, warps * rows // block_m)
         warps = 8 if odd and rows == 32 else warps
@@ -66,10 +80,10 @@ def _one_wave(sizes: Sizes, dtype: torch.dtype, arch: str, block_m: int) -> bool
     they would spill.
     """
     spills = "C" in sizes and sizes.get("window", 0) > 0
-    if sizes["D"] != 128 or not tma(arch) or dtype == torch.float32 or spills or switch(sizes, "deterministic"):
+    if sizes["D"] != 128 or not tma(arch) or dtype == torch.float32 or spills or sizes.get("deterministic"):
         return False
     tiles = sizes["B"] * sizes["Hq"] * triton.cdiv(sizes["T"], block_m)
-    return sizes["T"] > block_m // 2 and tiles <= (switch(sizes, "sms") or multiprocessors(arch))
+    return sizes["T"] > block_m // 2 and tiles <= (sizes.get("sms") or multiprocessors(arch))
 
 
 def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
@@ -78,17 +92,17 @@ def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     stored = sizes["C"] if "C" in sizes else sizes["S"]
     keys = min(stored, sizes.get("window", 0) or stored)
     programs = max(1, sizes["B"] * sizes["Hkv"])
-    sms = switch(sizes, "sms") or multiprocessors(arch)
+    sms = sizes.get("sms") or multiprocessors(arch)
     splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, 256)), high=64)
-    if switch(sizes, "deterministic"):
+    if sizes.get("deterministic"):
         splits = DETERMINISTIC_SPLITS
-    D, single, cdna = power_of_2(sizes["D"], low=16), dtype == torch.float32, amd(arch)
+    D, fp32, cdna = power_of_2(sizes["D"], low=16), dtype == torch.float32, amd(arch)
     # Head sizes that are no multiple of 16 need masks, which take registers.
-    block_n = 16 if single and (D > 128 or not cdna) else 32 if cdna or D > 128 or sizes["D"] % 16 else 64
+    block_n = 16 if fp32 and (D > 128 or not cdna) else 32 if cdna or D > 128 or sizes["D"] % 16 else 64
     block_n = 16 if cdna and sizes["D"] < D else block_n
     tiles = {"SPLITS": splits, "BLOCK_M": power_of_2(rows, low=16), "BLOCK_N": block_n, "BLOCK_D": D}
-    more_warps = (single and not cdna) or (cdna and not single and sizes["D"] % 16 > 0)
-    return LaunchConfig(tiles, num_warps=8 if more_warps else 4, num_stages=2 if single or cdna else 3)
+    more_warps = (fp32 and not cdna) or (cdna and not fp32 and sizes["D"] % 16 > 0)
+    return LaunchConfig(tiles, num_warps=8 if more_warps else 4, num_stages=2 if fp32 or cdna else 3)
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:

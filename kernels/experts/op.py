@@ -1,6 +1,7 @@
 """expert_swiglu: the sparse expert layer (Jiang et al. 2024, section 2.1), equal to `reference.expert_swiglu`.
 
-T tokens, K experts a token, N = T * K slots (slot t*K + k), E experts, H hidden, I intermediate
+T tokens, K experts a token, N = T * K slots (slot t*K + k), E experts, H hidden, I intermediate. PDL is set by `launch`
+(pdl.py).
 
 prefill  sort_by_expert -> up (gate and up GEMM, SwiGLU epilogue) -> down -> combine
 decode   up -> down with a split reduction -> combine; each program finds the tokens of its expert
@@ -18,11 +19,14 @@ import triton
 from torch import Tensor
 
 from .. import reference
-from ..checks import INTS, SINGLE, Matrix, Within
+from ..call import operation
+from ..checks import FP32, INTS, Matrix, Within
 from ..dispatch import expected_distinct_experts, gather_by_expert, sample_ids, sort_by_expert
-from ..launch import Configs, describe, launch, select_configs, target_arch
-from ..op import Cost, Op, Shape, Sizes, dense_rows, power_of_2, random_inputs, sampler, shape_grid, shapes, switch
+from ..launch import Configs, LaunchConfig, dense_rows, describe, launch, power_of_2, select_configs, target_arch
+from ..norm import fused_norm_args
+from ..op import Cost, Sizes
 from ..quantized import QUANT_NAMES, weight_bytes
+from ..samples import sampler, shape_grid, shapes
 from ..weight import Weight
 from . import kernels
 from .tiles import DECODE_TOKENS, configs
@@ -31,60 +35,151 @@ Tokens = Annotated[Tensor, "T H"]
 GateUp = Annotated[Matrix, "E 2*I H"]
 Down = Annotated[Matrix, "E H I"]
 Ids = Annotated[Tensor, "T K", INTS, Within(0, "E - 1")]
-Scores = Annotated[Tensor, "T K", SINGLE]
+RoutingWeights = Annotated[Tensor, "T K", FP32]
 
 
-def expert_swiglu(
-    x: Tokens, gate_up_proj: GateUp, down_proj: Down, ids: Ids, weights: Scores, deterministic: bool = False
-) -> Tokens:
-    """Sum each token's experts with its routing weights (`reference.expert_swiglu`).
+def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    weights = sampler(torch.float32, device, generator)(sizes["T"], sizes["K"]).softmax(-1)
+    return {"ids": sample_ids(sizes, device, generator), "weights": weights}
 
-    An id out of range (a ValueError on a CPU) contributes nothing. `deterministic`: a token's bits do not depend on the
-    other tokens (the prefill kernels, one tile for any T).
+
+def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+    """Count the weights of every expert in use, x and the result once; h and each slot's output, which do not fit on
+    chip between launches, written once and read once.
+
+    `sizes["distinct"]`: the number of experts in use; by default the expectation under uniform routing.
     """
-    return _experts(x, gate_up_proj, down_proj, ids, weights, deterministic)[0]
+    T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
+    experts = sizes.get("distinct", expected_distinct_experts(T, K / E, E))
+    gate_up = weight_bytes(sizes.get("gate_up"), 2 * I, H, dtype.itemsize)
+    weights = experts * (gate_up + weight_bytes(sizes.get("down"), H, I, dtype.itemsize))
+    elements = 2 * T * H + 2 * T * K * (H + I)
+    return Cost(flops=6 * T * K * H * I, bytes=int(weights) + elements * dtype.itemsize + 8 * T * K)
 
 
+def cost_norm(sizes: Sizes, dtype: torch.dtype) -> Cost:
+    """Count the experts' work, the residual, the sum, and the norm's weight."""
+    experts, T, H = cost(sizes, dtype), sizes["T"], sizes["H"]
+    return Cost(flops=experts.flops + 5 * T * H, bytes=experts.bytes + (2 * T + 1) * H * dtype.itemsize)
+
+
+_SIZES = {"H": 4096, "I": 14336, "E": 8, "K": 2}
+_BENCHED = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096, 8192)
+_DENSE_SHAPES = (
+    *shape_grid(T=_BENCHED, **_SIZES),
+    *shape_grid(T=_BENCHED, **_SIZES | {"H": 6144, "I": 16384}),
+)
+_LETTERS = "T H I E K"
+
+
+@operation(
+    reference=reference.expert_swiglu,
+    inputs=_inputs,
+    configs=configs,
+    cost=cost,
+    test_shapes=(
+        *shapes(_LETTERS, "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 65 128 256 8 2, 130 90 70 4 2, 200 64 48 2 2"),
+        *shapes(_LETTERS, "3 128 96 4 2", gate_up="int4:128", down="int4:32"),
+        *shapes(_LETTERS, "70 96 64 4 2", gate_up="int8", down="fp8"),
+    ),
+    bench_shapes=(
+        *_DENSE_SHAPES,
+        *({**shape, "down": shape["gate_up"]} for shape in shape_grid(T=(1, 4096), **_SIZES, gate_up=QUANT_NAMES)),
+    ),
+)
+def expert_swiglu(
+    x: Tokens, gate_up_proj: GateUp, down_proj: Down, ids: Ids, weights: RoutingWeights, deterministic: bool = False
+) -> Tokens:
+    """Sum each token's experts, down(silu(gate(x)) * up(x)), with its routing weights (Shazeer 2020; Jiang et al. 2024,
+    section 2.1).
+
+    x              [T, H], fp32, bf16 or fp16
+    gate_up_proj   [E, 2I, H] in x's dtype, the I rows of the gate first; or a QuantizedWeight of that shape
+    down_proj      [E, H, I], the same
+    ids            [T, K], int32 or int64, in 0..E - 1
+    weights        fp32 [T, K], the routing weights
+    deterministic  a token's bits do not depend on the other tokens: the prefill kernels, one tile for any T
+
+    Returns [T, H] in x's dtype. Only chosen experts are read. Raises ValueError for another shape, dtype or device. An
+    id out of range contributes nothing; on a CPU it is a ValueError.
+
+    >>> x, gate_up_proj, down_proj = torch.randn(3, 64), torch.randn(8, 64, 64), torch.randn(8, 64, 32)
+    >>> weights, ids = ops.route(torch.randn(3, 8), top_k=2)
+    >>> out = ops.expert_swiglu(x, gate_up_proj, down_proj, ids, weights)
+    """
+    return _experts(x, gate_up_proj, down_proj, ids, weights, deterministic, fused_norm_args())
+
+
+@operation(
+    reference=reference.experts_add_rms_norm,
+    inputs=_inputs,
+    configs=lambda sizes, dtype, arch: configs({**sizes, "norm": True}, dtype, arch),
+    cost=cost_norm,
+    test_shapes=shapes(_LETTERS, "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 130 90 70 4 2"),
+    bench_shapes=tuple(sizes for sizes in _DENSE_SHAPES if sizes["T"] in (1, 64, 4096)),
+)
 def experts_add_rms_norm(
     x: Tokens,
     gate_up_proj: GateUp,
     down_proj: Down,
     ids: Ids,
-    weights: Scores,
+    weights: RoutingWeights,
     residual: Tokens,
     norm_weight: Annotated[Tensor, "H"],
     eps: float,
     deterministic: bool = False,
 ) -> tuple[Tokens, Tokens]:
-    """Norm y of residual + `expert_swiglu` -> y, the sum."""
+    """`expert_swiglu`, the residual added, and the next layer's `rms_norm` of the sum, in the combine's launch.
+
+    residual     [T, H] in x's dtype
+    norm_weight  [H] in x's dtype; eps above 0
+    others       as in `expert_swiglu`
+
+    Returns the norm y and the sum [T, H]. Raises ValueError for another shape, dtype or device.
+
+    >>> x, gate_up_proj, down_proj = torch.randn(3, 64), torch.randn(8, 64, 64), torch.randn(8, 64, 32)
+    >>> weights, ids = ops.route(torch.randn(3, 8), top_k=2)
+    >>> y, total = ops.experts_add_rms_norm(x, gate_up_proj, down_proj, ids, weights, x, torch.ones(64), 1e-5)
+    """
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    norm = {"residual_ptr": dense_rows(residual), "norm_ptr": norm_weight.contiguous(), "total_ptr": total, "eps": eps}
-    return _experts(x, gate_up_proj, down_proj, ids, weights, deterministic, **norm)
+    norm = fused_norm_args(residual, norm_weight, total, eps)
+    return _experts(x, gate_up_proj, down_proj, ids, weights, deterministic, norm), total
 
 
 def _experts(
-    x: Tensor, gate_up: Any, down: Any, ids: Tensor, weights: Tensor, deterministic: bool, **norm: Any
-) -> tuple[Tensor, Any]:
-    """Return the output and None, or with the arguments of a norm the norm and the sum that it normalized."""
+    x: Tensor,
+    gate_up: Matrix,
+    down: Matrix,
+    ids: Tensor,
+    weights: Tensor,
+    deterministic: bool,
+    norm: dict[str, Any],
+) -> Tensor:
     T, H = x.shape
     E, _, I = down.shape
     x, ids, projections = dense_rows(x), ids.contiguous(), (Weight.of(gate_up), Weight.of(down))
-    arch = target_arch(x.device)
-    sizes = {"T": T, "H": H, "I": I, "E": E, "K": ids.shape[1], "deterministic": deterministic, "norm": bool(norm)}
+    arch, fused = target_arch(x.device), norm["norm_ptr"] is not None
+    sizes: dict[str, Any] = {
+        "T": T,
+        "H": H,
+        "I": I,
+        "E": E,
+        "K": ids.shape[1],
+        "deterministic": deterministic,
+        "norm": fused,
+    }
     sizes |= {"gate_up": projections[0].name, "down": projections[1].name}
     sizes["by_pointers"] = not all(weight.takes_tma(arch) for weight in projections if not weight.name)
     selected = select_configs(configs, sizes, x.dtype, x.device)
     decode = T <= DECODE_TOKENS and not deterministic
     y = (_decode if decode else _prefill)(x, *projections, ids, sizes, selected)
     out = torch.empty((T, H), dtype=x.dtype, device=x.device)
-    norm = norm or {"residual_ptr": None, "norm_ptr": None, "total_ptr": None, "eps": 0.0}
-    residual, total = norm["residual_ptr"], norm["total_ptr"]
     args = {"y_ptr": y, "ids_ptr": ids, "weights_ptr": weights.contiguous(), "out_ptr": out, **norm}
-    args |= {"N": ids.numel(), "E": E, "H": H, "stride_rt": 0 if residual is None else residual.stride(0)}
+    args |= {"N": ids.numel(), "E": E, "H": H}
     combine = selected["experts_combine_kernel"]
     grid = (T, triton.cdiv(H, combine.constexprs["BLOCK_H"]))
     launch(kernels.experts_combine_kernel, grid, args, combine, TOP_K=sizes["K"], SPLIT_K=y.shape[0])
-    return out, total
+    return out
 
 
 def _decode(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes, selected: Configs) -> Tensor:
@@ -109,88 +204,44 @@ def _prefill(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes
     """Return each slot's expert output [1, N, H]."""
     H, I, E, N = sizes["H"], sizes["I"], sizes["E"], ids.numel()
     arch = target_arch(x.device)
-    if gather := selected.get("gather_by_expert_kernel"):
+    gather = selected.get("gather_by_expert_kernel")
+    if gather is not None:
         x, order, offsets = gather_by_expert(x, ids, E, gather)
     else:
-        order, offsets = sort_by_expert(ids, E)
+        order, offsets = sort_by_expert.op.run(ids, E)
+    groups = {"order_ptr": order, "offsets_ptr": offsets, "E": E}
+    constants = {"H": H, "I": I, "BLOCK_E": power_of_2(E)}
+    config = selected["experts_up_kernel"]
     h = torch.empty((N, I), dtype=x.dtype, device=x.device)
+    args = {"x_ptr": x, **_row_descriptors("x", x if gather is not None else None, config, arch)}
+    args |= {"gate_up_ptr": gate_up.staged(), "gate_up_desc": _weight_descriptor(gate_up, 2, config, arch)}
+    args |= {"h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0), **groups, **gate_up.args}
+    grid = _prefill_grid(N, E, I, config)
+    launch(kernels.experts_up_kernel, grid, args, config, **constants, LAYOUT=gate_up.layout(arch))
+    config = selected["experts_down_kernel"]
     y = torch.empty((1, N, H), dtype=x.dtype, device=x.device)
-
-    def run(
-        kernel: Any, columns: int, rows: tuple[str, Tensor, bool], weight: tuple[str, Weight, int], **args: Any
-    ) -> None:
-        """`rows`: name, tensor, whether it is in sorted order; `weight`: name, weight, parts of its descriptor."""
-        (x_name, x, in_order), (w_name, w, parts), config = rows, weight, selected[kernel.__name__]
-        m, n, k, short_m = (config.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SHORT_M"))
-        args |= {f"{x_name}_ptr": x, f"{x_name}_desc": None, "short_desc": None}
-        if in_order:
-            args[f"{x_name}_desc"] = describe(x, (kernels.main_rows(m, short_m), k), arch)
-            args["short_desc"] = describe(x, (short_m, k), arch) if short_m else None
-        args |= {f"{w_name}_ptr": w.staged(), f"{w_name}_desc": w.descriptor(parts, n, k, arch), **w.args}
-        # Each group wastes less than one row tile, so these suffice; surplus programs exit at once.
-        row_tiles = triton.cdiv(N, m) + E - 1 if N else 0
-        args |= {"order_ptr": order, "offsets_ptr": offsets, "E": E}
-        constants = {"H": H, "I": I, "BLOCK_E": power_of_2(E), "LAYOUT": w.layout(arch)}
-        launch(kernel, (row_tiles * triton.cdiv(columns, n),), args, config, **constants)
-
-    up_args = {"h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0)}
-    run(kernels.experts_up_kernel, I, ("x", x, gather is not None), ("gate_up", gate_up, 2), **up_args)
-    run(kernels.experts_down_kernel, H, ("h", h, True), ("down", down, 1), y_ptr=y)
+    args = {"h_ptr": h, **_row_descriptors("h", h, config, arch)}
+    args |= {"down_ptr": down.staged(), "down_desc": _weight_descriptor(down, 1, config, arch)}
+    args |= {"y_ptr": y, **groups, **down.args}
+    grid = _prefill_grid(N, E, H, config)
+    launch(kernels.experts_down_kernel, grid, args, config, **constants, LAYOUT=down.layout(arch))
     return y
 
 
-def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    weights = sampler(torch.float32, device, generator)(sizes["T"], sizes["K"]).softmax(-1)
-    return {"ids": sample_ids(sizes, device, generator), "weights": weights}
+def _prefill_grid(N: int, E: int, columns: int, config: LaunchConfig) -> tuple[int]:
+    """Each group wastes less than one row tile, so these suffice; surplus programs exit at once."""
+    row_tiles = triton.cdiv(N, config.constexprs["BLOCK_M"]) + E - 1 if N else 0
+    return (row_tiles * triton.cdiv(columns, config.constexprs["BLOCK_N"]),)
 
 
-def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    """Count the weights of every expert in use, x and the result once; h and each slot's output, which do not fit on
-    chip between launches, written once and read once.
-
-    `sizes["distinct"]`: the number of experts in use; by default the expectation under uniform routing.
-    """
-    T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
-    experts = sizes.get("distinct", expected_distinct_experts(T, K / E, E))
-    gate_up = weight_bytes(switch(sizes, "gate_up"), 2 * I, H, dtype.itemsize)
-    weights = experts * (gate_up + weight_bytes(switch(sizes, "down"), H, I, dtype.itemsize))
-    elements = 2 * T * H + 2 * T * K * (H + I)
-    return Cost(flops=6 * T * K * H * I, bytes=int(weights) + elements * dtype.itemsize + 8 * T * K)
+def _row_descriptors(name: str, rows: Tensor | None, config: LaunchConfig, arch: str) -> dict[str, Any]:
+    """Return descriptors of rows in sorted order, for a full and for a short row tile; None: pointers read."""
+    if rows is None:
+        return {f"{name}_desc": None, "short_desc": None}
+    m, short_m, k = (config.constexprs[constant] for constant in ("BLOCK_M", "SHORT_M", "BLOCK_K"))
+    full = describe(rows, (kernels.main_rows(m, short_m), k), arch)
+    return {f"{name}_desc": full, "short_desc": describe(rows, (short_m, k), arch) if short_m else None}
 
 
-def cost_norm(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    """Count the experts' work, the residual, the sum, and the norm's weight."""
-    experts, T, H = cost(sizes, dtype), sizes["T"], sizes["H"]
-    return Cost(flops=experts.flops + 5 * T * H, bytes=experts.bytes + (2 * T + 1) * H * dtype.itemsize)
-
-
-_SIZES = {"H": 4096, "I": 14336, "E": 8, "K": 2}
-_BENCHED = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096, 8192)
-
-OP = Op(
-    run=expert_swiglu,
-    reference=reference.expert_swiglu,
-    inputs=random_inputs(expert_swiglu, _inputs),
-    configs=configs,
-    cost=cost,
-    test_shapes=(
-        *shapes("T H I E K", "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 65 128 256 8 2, 130 90 70 4 2, 200 64 48 2 2"),
-        Shape(T=3, H=128, I=96, E=4, K=2, gate_up="int4:128", down="int4:32"),
-        Shape(T=70, H=96, I=64, E=4, K=2, gate_up="int8", down="fp8"),
-    ),
-    bench_shapes=(
-        *shape_grid(T=_BENCHED, **_SIZES),
-        *shape_grid(T=_BENCHED, **_SIZES | {"H": 6144, "I": 16384}),
-        *(shape | {"down": shape["gate_up"]} for shape in shape_grid(T=(1, 4096), **_SIZES, gate_up=QUANT_NAMES)),
-    ),
-)
-
-NORM_OP = OP.variant(
-    experts_add_rms_norm,
-    reference=reference.experts_add_rms_norm,
-    inputs=random_inputs(experts_add_rms_norm, _inputs),
-    configs=lambda sizes, dtype, arch: configs(Shape(sizes, norm=True), dtype, arch),
-    cost=cost_norm,
-    test_shapes=OP.test_shapes[:3] + OP.test_shapes[4:5],
-    bench_shapes=tuple(sizes for sizes in OP.bench_shapes if sizes["T"] in (1, 64, 4096) and "down" not in sizes),
-)
+def _weight_descriptor(weight: Weight, halves: int, config: LaunchConfig, arch: str) -> Any:
+    return weight.descriptor(halves, config.constexprs["BLOCK_N"], config.constexprs["BLOCK_K"], arch)

@@ -6,38 +6,68 @@ The literals compile without a spill and are the best by the cost model; not mea
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from ..arch import amd, family, tma
 from ..dispatch import gather_configs
+from ..launch import LaunchConfig, power_of_2
 from ..linear import skinny_config, wide_config
-from ..op import LaunchConfig, Sizes, power_of_2, switch
+from ..op import Sizes
 
 # Up to here the sort-free kernels run: the bytes of the weights bound the layer, whatever the tiles.
 DECODE_TOKENS = 64
 # A fixed split: a row's sum has the same order in any batch.
 SPLIT_K = 4
 
-# (BLOCK_M, SHORT_M, BLOCK_N of up, BLOCK_N of down, BLOCK_K, warps, stages) for 16-bit types, by the average rows of a
-# group. kernels.py explains SHORT_M; 0: every tile is full.
+
+class PrefillTile(NamedTuple):
+    """Tiles of the prefill kernels; SHORT_M: see kernels.py, 0: every tile is full."""
+
+    BLOCK_M: int
+    SHORT_M: int
+    UP_BLOCK_N: int
+    DOWN_BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+class DecodeTile(NamedTuple):
+    BLOCK_K: int
+    num_stages: int
+
+
+# For 16-bit types, by the average rows of a group.
 _PREFILL = {
-    "sm_80": {0: (64, 0, 64, 128, 32, 4, 4), 128: (64, 0, 64, 128, 64, 8, 3)},
-    "sm_90": {0: (64, 0, 64, 128, 64, 4, 4), 64: (128, 64, 128, 256, 64, 8, 4), 112: (192, 64, 128, 256, 64, 8, 4)},
-    "gfx942": {0: (64, 0, 32, 64, 64, 4, 2), 256: (128, 0, 64, 128, 32, 8, 2)},
+    "sm_80": {0: PrefillTile(64, 0, 64, 128, 32, 4, 4), 128: PrefillTile(64, 0, 64, 128, 64, 8, 3)},
+    "sm_90": {
+        0: PrefillTile(64, 0, 64, 128, 64, 4, 4),
+        64: PrefillTile(128, 64, 128, 256, 64, 8, 4),
+        112: PrefillTile(192, 64, 128, 256, 64, 8, 4),
+    },
+    "gfx942": {0: PrefillTile(64, 0, 32, 64, 64, 4, 2), 256: PrefillTile(128, 0, 64, 128, 32, 8, 2)},
 }
-_PREFILL["sm_100"] = _PREFILL["sm_90"]
-_SINGLE = (32, 0, 16, 32, 32, 4, 2)  # fp32, without tensor cores at this precision: registers bound the tile
+# The same, by the rows of x in a tile. With 32 tokens five stages would leave room for one program an SM.
+_DECODE = {
+    "sm_80": {16: DecodeTile(128, 4), 32: DecodeTile(128, 4), 64: DecodeTile(64, 4)},
+    "sm_90": {16: DecodeTile(128, 5), 32: DecodeTile(128, 4), 64: DecodeTile(64, 5)},
+    "gfx942": {16: DecodeTile(64, 2), 32: DecodeTile(64, 2), 64: DecodeTile(64, 2)},
+}
+_PREFILL["sm_100"], _DECODE["sm_100"] = _PREFILL["sm_90"], _DECODE["sm_90"]
+# fp32 has no tensor cores at this precision: registers bound the tile.
+_PREFILL_FP32, _DECODE_FP32 = PrefillTile(32, 0, 16, 32, 32, 4, 2), DecodeTile(32, 2)
 
 
 def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    deterministic, by_pointers = switch(sizes, "deterministic"), switch(sizes, "by_pointers")
-    slots, dense = sizes["T"] * sizes["K"], not (switch(sizes, "gate_up") or switch(sizes, "down"))
+    deterministic, by_pointers = sizes.get("deterministic"), sizes.get("by_pointers")
+    slots, dense = sizes["T"] * sizes["K"], not (sizes.get("gate_up") or sizes.get("down"))
     rows = 0 if deterministic else slots // sizes["E"]
     # With pointers the larger tiles of later GPUs spill.
     table = _PREFILL["sm_80" if by_pointers and not amd(arch) else family(arch)]
-    tile = _SINGLE if dtype == torch.float32 else table[max(key for key in table if key <= rows)]
-    block_m, short_m, up_n, down_n, block_k, warps, stages = tile
+    tile = _PREFILL_FP32 if dtype == torch.float32 else table[max(key for key in table if key <= rows)]
+    block_m, short_m = tile.BLOCK_M, tile.SHORT_M
     # TMA reads x where it was gathered in sorted order.
     sorted_x = dense and tma(arch) and dtype.itemsize == 2 and not by_pointers
     if not sorted_x:  # pointers need tiles of one part, a power of 2
@@ -50,12 +80,12 @@ def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchCon
             wide = wide_config(weights, columns, depth, shared, dtype, arch, halves)
             return replace(wide, constexprs={**wide.constexprs, "SHORT_M": 0})
         tiles = {"BLOCK_M": block_m, "SHORT_M": short_m, "BLOCK_N": power_of_2(columns, low=16, high=block_n)}
-        tiles |= {"BLOCK_K": power_of_2(depth, low=16, high=block_k), "GROUP_M": 8}
-        return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
+        tiles |= {"BLOCK_K": power_of_2(depth, low=16, high=tile.BLOCK_K), "GROUP_M": 8}
+        return LaunchConfig(tiles, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
     kernels = {
-        "experts_up_kernel": config(sizes["I"], up_n, sizes["H"], switch(sizes, "gate_up"), 2),
-        "experts_down_kernel": config(sizes["H"], down_n, sizes["I"], switch(sizes, "down"), 1),
+        "experts_up_kernel": config(sizes["I"], tile.UP_BLOCK_N, sizes["H"], sizes.get("gate_up"), 2),
+        "experts_down_kernel": config(sizes["H"], tile.DOWN_BLOCK_N, sizes["I"], sizes.get("down"), 1),
     }
     if sorted_x:
         kernels["gather_by_expert_kernel"] = gather_configs(slots, sizes["E"], sizes["H"])
@@ -64,11 +94,8 @@ def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchCon
 
 def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """64 weight rows a program, tiles as deep as shared memory allows."""
-    single = dtype == torch.float32
     block_t = power_of_2(sizes["T"], low=16, high=DECODE_TOKENS)
-    # With 32 tokens five stages would leave room for one program an SM.
-    stages = 2 if single or amd(arch) else 4 if family(arch) == "sm_80" or block_t == 32 else 5
-    block_k = 32 if single else 64 if amd(arch) or block_t == 64 else 128
+    block_k, stages = _DECODE_FP32 if dtype == torch.float32 else _DECODE[family(arch)][block_t]
     tiles = {"BLOCK_T": block_t, "BLOCK_S": power_of_2(block_t * sizes["K"])}
     span = -(-sizes["I"] // SPLIT_K)
     up = {"BLOCK_N": power_of_2(sizes["I"], low=16, high=32), "BLOCK_K": power_of_2(sizes["H"], 16, block_k)}
@@ -82,16 +109,16 @@ def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
         return replace(skinny, constexprs={**tiles, **tile, **skinny.constexprs})
 
     return {
-        "experts_up_decode_kernel": config(up, sizes["I"], sizes["H"], switch(sizes, "gate_up"), 2),
-        "experts_down_decode_kernel": config(down, sizes["H"], sizes["I"], switch(sizes, "down"), 1),
+        "experts_up_decode_kernel": config(up, sizes["I"], sizes["H"], sizes.get("gate_up"), 2),
+        "experts_down_decode_kernel": config(down, sizes["H"], sizes["I"], sizes.get("down"), 1),
     }
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     # The fused norm needs a full row.
-    norm = switch(sizes, "norm")
+    norm = sizes.get("norm")
     combine = LaunchConfig({"BLOCK_H": power_of_2(sizes["H"], high=1 << 30 if norm else 1024)}, 8 if norm else 4)
     kernels = {"experts_combine_kernel": combine}
-    if sizes["T"] > DECODE_TOKENS or switch(sizes, "deterministic"):
+    if sizes["T"] > DECODE_TOKENS or sizes.get("deterministic"):
         return kernels | _prefill(sizes, dtype, arch)
     return kernels | _decode(sizes, dtype, arch)

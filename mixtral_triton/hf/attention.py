@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,15 @@ from transformers.models.mixtral import modeling_mixtral as theirs
 from transformers.utils.import_utils import is_tracing
 
 from .. import ops
+from ..kernels.call import untraced
+
+F = TypeVar("F", covariant=True)
+
+
+class HasUnchecked(Protocol[F]):
+    @property
+    def unchecked(self) -> F: ...
+
 
 PAGED = (
     "continuous batching (generate_batch) keeps keys and values in pages, which fused attention does not read; "
@@ -34,9 +43,10 @@ NAME = "mixtral_triton"  # among transformers' masks
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
-def operations() -> Any:
-    """The operations; without checks where there is no tracer, gradient or autocast, so dtypes are the weights'."""
-    return ops if not ops.untraced() or torch.is_grad_enabled() or torch.is_autocast_enabled() else ops.unchecked
+def fast(operation: HasUnchecked[F]) -> F:
+    """Return the operation without checks, except under a tracer, gradients or autocast: dtypes are the weights'."""
+    checked = not untraced() or torch.is_grad_enabled() or torch.is_autocast_enabled()
+    return cast(F, operation) if checked else operation.unchecked
 
 
 def attention(
@@ -68,11 +78,15 @@ def attention(
     if mask is None or is_interval(mask):
         # From query to query intervals start no earlier and end one key later: the first start and the last end do.
         bounds = (None, None) if mask is None or not mask.shape[-1] else (mask[:, 0, 0, 0], mask[:, 0, -1, 1])
-        return operations().attention(q, k, v, sliding_window, True, scaling, *bounds), weights
+        starts, lengths = bounds
+        attend = fast(ops.attention)
+        return attend(q, k, v, window=sliding_window, scale=scaling, starts=starts, lengths=lengths), weights
     if sequences := packed_sequences(mask, B * T):
         rows = [x.flatten(0, 1)[None] for x in (q, k, v)]
-        parts = [[x[:, begin:end] for x in rows] for begin, end in sequences]
-        outs = [operations().attention(*part, sliding_window, True, scaling) for part in parts]
+        outs = []
+        for begin, end in sequences:
+            q, k, v = (x[:, begin:end] for x in rows)
+            outs.append(fast(ops.attention)(q, k, v, window=sliding_window, scale=scaling))
         return torch.cat(outs, dim=1).view(B, T, H, D), weights
     mask = _check_dense(mask, query, key)
     return sdpa_attention_forward(module, query, key, value, mask, dropout=0.0, scaling=scaling)[0], weights

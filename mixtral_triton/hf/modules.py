@@ -20,7 +20,8 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mixtral import modeling_mixtral as theirs
 
-from .attention import CACHE, NAME, PAGED, attention, causal_mask, operations
+from .. import ops
+from .attention import CACHE, NAME, PAGED, attention, causal_mask, fast
 
 PARTS = "_mixtral_triton"  # attribute of each module of these classes: the instance's Parts
 SILU = nn.SiLU, type(ACT2FN["silu"])
@@ -61,13 +62,13 @@ def rebuild(kind: Any) -> Any:
 
 class TritonRMSNorm(Applied, theirs.MixtralRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return operations().rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return fast(ops.rms_norm)(hidden_states, self.weight, self.variance_epsilon)
 
 
 class TritonRouter(Applied, theirs.MixtralTopKRouter):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows = hidden_states.reshape(-1, self.hidden_dim)
-        logits, weights, ids = operations().gate_route(rows, self.weight, self.top_k)
+        logits, weights, ids = fast(ops.gate_route)(rows, self.weight, self.top_k)
         return logits, weights, ids.long()  # int64, as hooks of the gate expect
 
 
@@ -78,7 +79,7 @@ class TritonExperts(Applied, theirs.MixtralExperts):
             return super().forward(hidden_states, top_k_index, top_k_weights)
         check_unhooked(self._modules["act_fn"], "mixtral_triton: act_fn of the experts")  # type: ignore[arg-type]
         routes = top_k_index, top_k_weights.float()
-        return operations().expert_swiglu(hidden_states, self.gate_up_proj, self.down_proj, *routes)
+        return fast(ops.expert_swiglu)(hidden_states, self.gate_up_proj, self.down_proj, *routes)
 
 
 def check_unhooked(act_fn: nn.Module, name: str) -> None:
@@ -137,7 +138,7 @@ class TritonAttention(Applied, theirs.MixtralAttention):
         if parts.rope:
             angles = position_embeddings
             tables = angles.tables if isinstance(angles, Angles) else rope_tables(*angles, tokens[0])
-            q, k = operations().rope(q, k, *tables)
+            q, k = fast(ops.rope)(q, k, *tables)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if not parts.rope:
             q, k = theirs.apply_rotary_pos_emb(q, k, *position_embeddings)

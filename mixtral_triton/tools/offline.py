@@ -26,8 +26,8 @@ from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from ..kernels.arch import ARCHS, amd, family
-from ..kernels.launch import INTERPRETED
-from ..kernels.op import Launch, Op
+from ..kernels.launch import INTERPRETED, Launch
+from ..kernels.op import Op
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
 from .predict import family_note

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from ..kernels.arch import ARCHS, amd, family, multiprocessors
-from ..kernels.op import Cost, Launch
+from ..kernels.launch import Launch
+from ..kernels.op import Cost
 from .gpus import GPU, LINKS, Chip
 from .work import Work, count_work
 

@@ -20,8 +20,8 @@ from torch.distributions import Binomial
 
 from ..kernels.dispatch import expected_distinct_experts
 from ..kernels.experts.kernels import main_rows
+from ..kernels.launch import Launch
 from ..kernels.offload import find_weight
-from ..kernels.op import Launch
 
 # fp32 FLOP for a score of attention beside its products, two an instruction: 366 of the 501 instructions that the loop
 # of a 128 x 128 tile has on sm_90, by 256 threads.

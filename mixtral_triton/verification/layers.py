@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops, reference
+from .. import reference
 from ..cache import KVCache
+from ..kernels.registry import dispatched
 from ..model import Layer
 from ..tools import tolerance
 from ..tools.tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
@@ -50,7 +51,7 @@ class Target:
     ours = True  # a Mixtral: its forward takes chunks of unequal length and another window, and it has `generate`
     catches_faults = True  # whether an error that an operation or a forward raises is a wrong row
     widens = True  # whether a layer can be taken out and compared in fp32
-    operation = staticmethod(ops.dispatched)  # the runtime's function for (operation, arguments)
+    operation = staticmethod(dispatched)  # the runtime's function for (operation, arguments)
     local_config: Callable[[Any], Any] = staticmethod(lambda config: config)  # that of the model's own layers
 
     def __init__(self, model: Any) -> None:

@@ -9,8 +9,7 @@ import pytest
 from rich.console import Console
 
 from mixtral_triton.cli import main
-from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.op import LaunchConfig
+from mixtral_triton.kernels.launch import INTERPRETED, LaunchConfig
 from mixtral_triton.tools.bench.cases import BENCHED, cases
 from mixtral_triton.tools.bench.measure import Outcome, Row, untimed_row
 from mixtral_triton.tools.bench.report import op_table

@@ -13,7 +13,6 @@ import torch
 from mixtral_triton.kernels import arch as arch_module
 from mixtral_triton.kernels.arch import ARCHS, family, multiprocessors, tma
 from mixtral_triton.kernels.launch import target_arch, tma_can_read
-from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.gpus import GPUS
@@ -32,7 +31,7 @@ def first_time() -> Iterator[None]:
 
 def launch_configs(arch: str) -> list[Any]:
     """Of every operation at every size it is tested or timed at; the splits of a decode follow the multiprocessors."""
-    sized = [(op, Shape(sizes, sms=132)) for op in OPS.values() for sizes in (*op.test_shapes, *op.bench_shapes)]
+    sized = [(op, {**sizes, "sms": 132}) for op in OPS.values() for sizes in (*op.test_shapes, *op.bench_shapes)]
     return [op.configs(sizes, dtype, arch) for op, sizes in sized for dtype in op.dtypes]
 
 

@@ -15,7 +15,7 @@ import torch
 
 from mixtral_triton.kernels import norm, router
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.op import Op, Shape
+from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.offline import compile_launches
@@ -61,7 +61,7 @@ def test_experts_in_host_memory(format: str | None, gpu: Any) -> None:
     """Their kernels are compiled for a table of addresses, from which no fact about an expert's memory is taken."""
     gpu.driver.executes, op = False, OPS["expert_swiglu"]
     for T in (1, 40, 70):
-        sizes = Shape(T=T, H=128, I=64, E=4, K=2, gate_up=format, down=format)
+        sizes = {"T": T, "H": 128, "I": 64, "E": 4, "K": 2, "gate_up": format, "down": format}
         args = inputs("expert_swiglu", sizes, GPU_DEVICE, torch.bfloat16)
         begin, kernels = len(gpu.driver.launches), []
         for on_host in ((), (1, 3), (2,)):

@@ -14,8 +14,8 @@ import triton
 from triton.runtime.cache import get_cache_key
 
 from mixtral_triton.kernels.arch import ARCHS
-from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.op import Launch, Op, Shape
+from mixtral_triton.kernels.launch import INTERPRETED, Launch
+from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools import offline, sass
 from mixtral_triton.tools.offline import Compiled, collect, compile_launch, compile_ops
@@ -82,7 +82,7 @@ for arch, D in product(("sm_90", "sm_80", "gfx942"), (48, 72, 80, 192)):
 
 @pytest.mark.parametrize(("name", "sizes", "arch", "dtype"), HEAD_SIZES)
 def test_other_head_sizes(name: str, sizes: Any, arch: str, dtype: torch.dtype) -> None:
-    launches = launches_of(replace(OPS[name], bench_shapes=(Shape(sizes),)), arch, dtype)
+    launches = launches_of(replace(OPS[name], bench_shapes=(dict(sizes),)), arch, dtype)
     assert launches and not [(launch, fault) for launch in launches if (fault := compile_launch(launch, arch).fault)]
 
 
@@ -97,7 +97,7 @@ def test_other_head_sizes(name: str, sizes: Any, arch: str, dtype: torch.dtype) 
     ],
 )
 def test_attention_with_no_more_tiles_than_sms(name: str, sizes: Any, rows: int, arch: str) -> None:
-    op = replace(OPS[name], bench_shapes=(Shape(PROMPT | sizes),))
+    op = replace(OPS[name], bench_shapes=(dict(PROMPT | sizes),))
     (launch,) = launches_of(op, arch, torch.bfloat16)
     assert launch.constexprs["BLOCK_M"] == rows and compile_launch(launch, arch).fault is None
 
@@ -223,7 +223,7 @@ def test_a_kernel_of_two_operations_is_compiled_once() -> None:
 
 def test_a_model_of_other_widths_adds_only_other_tiles() -> None:
     """The gate compiles each kernel of both models, the command one of those that differ in H and I alone."""
-    dense = tuple(sizes for sizes in OPS["expert_swiglu"].bench_shapes if "down" not in Shape(sizes).as_dict())
+    dense = tuple(sizes for sizes in OPS["expert_swiglu"].bench_shapes if "down" not in dict(sizes))
     op = replace(OPS["expert_swiglu"], bench_shapes=dense, dtypes=(torch.bfloat16,))
     every = launches_of(op, "sm_90")
     once = [launch for _, launch in collect([op], "sm_90", widths=False).values()]

@@ -12,9 +12,8 @@ import triton
 from torch import Tensor
 
 from mixtral_triton.kernels.experts.op import expert_swiglu
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.launch import INTERPRETED, Launch
 from mixtral_triton.kernels.linear import linear
-from mixtral_triton.kernels.op import Launch
 from mixtral_triton.kernels.quantized import SCALES, QuantizedWeight
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.tools.offline import compile_launch

@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from mixtral_triton import KVCache, Mixtral, ops
+from mixtral_triton import KVCache, Mixtral
 from mixtral_triton.kernels.launch import override_configs
-from mixtral_triton.kernels.op import Op, Shape
+from mixtral_triton.kernels.op import Op, Sizes
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.registry import OPS, dispatched
 from mixtral_triton.tools.offline import compile_launch
 from mixtral_triton.tools.tolerance import Tolerance
 from tests.compile.test_quantized_offline import FORMATS, OTHER_GROUPS, format_name
@@ -44,7 +44,7 @@ BOUND = 0.97  # of the instructions of one variant with the tiles of 8x7B, for e
 def check_error(op: Op, sizes: Mapping[str, Any], dtype: torch.dtype = BF16) -> float:
     """Check that the error is at most twice that of the torch backend; return its share of this limit."""
     args = inputs_without_padding(op.name, sizes, GPU_DEVICE, dtype)
-    error, limit = Tolerance(op.name, args).measure(ops.dispatched(op.name, args))
+    error, limit = Tolerance(op.name, args).measure(dispatched(op.name, args))
     assert error <= limit, f"{op.name} {dict(sizes)}"
     return float(error) / max(float(limit), 1e-30)
 
@@ -66,7 +66,7 @@ def test_every_operation(name: str, arch: str, dtype: torch.dtype, ptx_emulator:
 LONG = list(itertools.product((64, 128), (0, 100, 200)))  # D, window
 
 
-def with_keys(sizes: Shape) -> Shape:
+def with_keys(sizes: Sizes) -> dict[str, Any]:
     """Return sizes with so many keys that every query of a tile attends to several tiles of them."""
     window = 200 if sizes["window"] else 0
     more = {"C": window or 400, "past": 300} if "C" in sizes else {"S": 300}
@@ -79,11 +79,11 @@ def test_attention_with_a_maskless_loop(arch: str, dtype: torch.dtype, ptx_emula
     """The configs of the test shapes with more keys, and long prompts."""
     with ptx_emulator(arch):
         for name in ("attention", "cached_attention"):
-            for sizes in (Shape(shape) for shape in OPS[name].test_shapes if shape["T"] > 1):
+            for sizes in (dict(shape) for shape in OPS[name].test_shapes if shape["T"] > 1):
                 with override_configs(OPS[name].configs(sizes, dtype, arch)):
                     check_error(OPS[name], with_keys(sizes), dtype)
         for D, window in LONG if dtype == BF16 else LONG[:1]:
-            sizes = Shape(B=1, T=300, S=300, Hq=2, Hkv=1, D=D, window=window)
+            sizes = {"B": 1, "T": 300, "S": 300, "Hq": 2, "Hkv": 1, "D": D, "window": window}
             check_error(OPS["attention"], sizes, dtype)
 
 
@@ -94,8 +94,8 @@ TOKENS = 384  # of experts: on average 256 rows for each of 3, with short and lo
 HEADS = {"Hq": 8, "Hkv": 2}  # of attention
 
 
-def small(sizes: Mapping[str, Any]) -> Shape:
-    full = Shape(sizes).as_dict()
+def small(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    full = dict(sizes)
     most = SMALL | (HEADS if "window" in full else MANY_ROWS if full.get("T", 0) > 64 and "I" in full else {})
     reduced = {key: min(most.get(key, size), size) for key, size in full.items() if isinstance(size, int)}
     reduced |= {key: value for key, value in full.items() if not isinstance(value, int)}
@@ -104,7 +104,7 @@ def small(sizes: Mapping[str, Any]) -> Shape:
         reduced["T"] = min(reduced["T"], tokens)
     keys = 300 if reduced.get("T", 1) > 1 else 600
     bounds = {"B": 2, "S": keys, "C": keys, "window": 200, "past": min(keys, full.get("C", 300)) - 1}
-    return Shape(reduced | {key: min(reduced[key], most) for key, most in bounds.items() if key in reduced})
+    return dict(reduced | {key: min(reduced[key], most) for key, most in bounds.items() if key in reduced})
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -114,9 +114,9 @@ def test_production_tiles(name: str, arch: str, ptx_emulator: Any) -> None:
     op, tested, kernels = OPS[name], set(), set()
     dtype = supported(op, BF16)
     with ptx_emulator(arch) as gpu:
-        for sizes in (Shape(sizes) for sizes in op.bench_shapes if sizes.get("H", 4096) == 4096):  # of 8x7B
+        for sizes in (dict(sizes) for sizes in op.bench_shapes if sizes.get("H", 4096) == 4096):  # of 8x7B
             configs, reduced = op.configs(sizes, dtype, arch), small(sizes)
-            if (key := (str(configs), str(reduced.as_dict()))) in tested:
+            if (key := (str(configs), str(reduced))) in tested:
                 continue
             tested.add(key)
             kernels |= configs.keys()
@@ -135,9 +135,9 @@ def test_every_quantized_format(format: Any, arch: str, ptx_emulator: Any) -> No
     weight = f"{name}:{group}" if group else name
     with ptx_emulator(arch):
         for T in (1, 7, 40):
-            sizes = Shape(T=T, H=256, N=80, weight=weight)
+            sizes = {"T": T, "H": 256, "N": 80, "weight": weight}
             check_error(OPS["linear"], sizes)
-            sizes = Shape(T=T, H=256, I=128, E=4, K=2, gate_up=weight, down=weight)
+            sizes = {"T": T, "H": 256, "I": 128, "E": 4, "K": 2, "gate_up": weight, "down": weight}
             check_error(OPS["expert_swiglu"], sizes)
 
 
@@ -173,7 +173,7 @@ def without(kind: str, opcode: str) -> Callable[[str], Code]:
     return build
 
 
-EXPERTS = Shape(T=70, H=64, I=48, E=2, K=2)
+EXPERTS = {"T": 70, "H": 64, "I": 48, "E": 2, "K": 2}
 
 
 @pytest.mark.parametrize("schedule", [None, *SCHEDULES], ids=lambda schedule: schedule.name if schedule else "all")
@@ -188,10 +188,10 @@ def test_wrong_tma_swizzle_is_detected(schedule: Any, ptx_emulator: Any, monkeyp
 @pytest.mark.parametrize(
     ("name", "sizes", "kind", "opcode"),
     [
-        ("linear", Shape(T=2, H=1536, N=32), "wait", "cp.async.wait_group"),
+        ("linear", {"T": 2, "H": 1536, "N": 32}, "wait", "cp.async.wait_group"),
         ("expert_swiglu", EXPERTS, "wait", "wgmma.wait_group"),
         ("expert_swiglu", EXPERTS, "wait", "mbarrier.try_wait"),
-        ("linear", Shape(T=16, H=3072, N=32), "fence", "fence.proxy.async"),
+        ("linear", {"T": 16, "H": 3072, "N": 32}, "fence", "fence.proxy.async"),
         ("expert_swiglu", EXPERTS, "fence", "wgmma.fence"),
         ("expert_swiglu", EXPERTS, "expect_tx", "mbarrier.arrive"),
         ("rms_norm", {"T": 2, "H": 1000}, "barrier", "bar.sync"),

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from mixtral_triton.kernels.launch import override_configs
-from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import inputs
 
@@ -186,13 +185,13 @@ TRIALS = [
     Case("gate_route", {"T": 16, "H": 600, "E": 16, "K": 2}),
     Case("sort_by_expert", {"T": 1024, "E": 8, "K": 2}),
     Case("linear", {"T": 16, "H": 3072, "N": 32}),
-    Case("linear", Shape(T=64, H=320, N=64, deterministic=True)),
+    Case("linear", {"T": 64, "H": 320, "N": 64, "deterministic": True}),
     Case("expert_swiglu", {"T": 16, "H": 512, "I": 512, "E": 2, "K": 1}),
     experts(192),  # a full tile
     experts(128),  # two parts of a tile
     experts(40),  # one part
     Case("expert_swiglu", {"T": 1040, "H": 64, "I": 64, "E": 8, "K": 2}, ("gather_by_expert", "sort_by_expert")),
-    Case("expert_swiglu", Shape(T=16, H=256, I=256, E=2, K=1, gate_up="int4:128", down="int4:128")),
+    Case("expert_swiglu", {"T": 16, "H": 256, "I": 256, "E": 2, "K": 1, "gate_up": "int4:128", "down": "int4:128"}),
     Case("attention", ATTENTION),
     Case("attention", {**ATTENTION, "window": 600}),
     Case("attention", {**ATTENTION, "T": 1, "Hq": 16}),

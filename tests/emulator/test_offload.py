@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import inputs, offloaded
 
@@ -18,7 +17,7 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 def arguments(T: int, format: str | None) -> dict[str, Any]:
-    sizes = Shape(T=T, H=256, I=128, E=4, K=2, gate_up=format, down=format)
+    sizes = {"T": T, "H": 256, "I": 128, "E": 4, "K": 2, "gate_up": format, "down": format}
     return inputs("expert_swiglu", sizes, "cuda:0", torch.bfloat16)
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, ops
 from mixtral_triton.kernels import interpret, linear
-from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.op import LaunchConfig, Shape, Sizes
+from mixtral_triton.kernels.launch import INTERPRETED, LaunchConfig
+from mixtral_triton.kernels.op import Sizes
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.registry import OPS, dispatched
 from tests.support.calls import outputs, tensors
 from tests.support.models import random_model
 
@@ -32,21 +32,21 @@ CASES: list[tuple[str, Sizes]] = [
     ("rms_norm", {"H": 101}),
     ("add_rms_norm", {"H": 101}),
     ("embed_rms_norm", {"T": 3, "V": 40, "H": 101, "past": 4}),
-    ("linear", Shape(H=64, N=33, weight="int8")),
+    ("linear", {"H": 64, "N": 33, "weight": "int8"}),
     ("linear", {"H": 101, "N": 33}),
     ("route", {"E": 7, "K": 2}),
     ("gate_route", {"H": 101, "E": 7, "K": 2}),
     ("rms_norm_gate_route", {"H": 101, "E": 7, "K": 2}),
-    ("expert_swiglu", Shape(H=64, I=64, E=2, K=2, gate_up="int4:32", down="fp8")),
+    ("expert_swiglu", {"H": 64, "I": 64, "E": 2, "K": 2, "gate_up": "int4:32", "down": "fp8"}),
     ("expert_swiglu", {"H": 41, "I": 29, "E": 4, "K": 2}),
     ("experts_add_rms_norm", {"H": 41, "I": 29, "E": 4, "K": 2}),
     ("rope", {"T": 2, "Hq": 3, "Hkv": 1, "D": 10, "P": 50}),
     ("append", {"T": 3, "Hkv": 1, "D": 13, "C": 8, "past": 5}),
-    ("rope_append_attention", Shape(T=1, Hq=3, Hkv=1, D=10, C=90, past=0, window=0)),
+    ("rope_append_attention", {"T": 1, "Hq": 3, "Hkv": 1, "D": 10, "C": 90, "past": 0, "window": 0}),
     ("attention", {"T": 1, "S": 90, "Hq": 3, "Hkv": 1, "D": 13, "window": 0}),
     ("attention", {"T": 20, "S": 40, "Hq": 2, "Hkv": 1, "D": 13, "window": 11}),
-    ("cached_attention", Shape(T=1, Hq=3, Hkv=1, D=13, C=90, past=0, window=0, fresh=False)),
-    ("cached_attention", Shape(T=5, Hq=2, Hkv=1, D=13, C=8, past=0, window=8, fresh=True)),
+    ("cached_attention", {"T": 1, "Hq": 3, "Hkv": 1, "D": 13, "C": 90, "past": 0, "window": 0, "fresh": False}),
+    ("cached_attention", {"T": 5, "Hq": 2, "Hkv": 1, "D": 13, "C": 8, "past": 0, "window": 8, "fresh": True}),
 ]
 LISTED = {name for name, _ in CASES} | {"sort_by_expert"}  # the results of the latter are integers, and exact
 # Operations of no model need kernels: the torch backend is deterministic only where an operation has the argument.
@@ -63,8 +63,8 @@ def batch_letter(sizes: Sizes) -> str:
 def make_batch(name: str, sizes: Sizes, n: int, dtype: torch.dtype, device: Any) -> tuple[dict[str, Any], set[str]]:
     """Arguments of n rows or sequences, each at another position; and the names of those with one row for each."""
     op, generator, letter = OPS[name], torch.Generator().manual_seed(0), batch_letter(sizes)
-    args = op.inputs(Shape(sizes) | {letter: n}, dtype, device, generator)
-    larger = op.inputs(Shape(sizes) | {letter: n + 1}, dtype, "meta")
+    args = op.inputs(dict(sizes) | {letter: n}, dtype, device, generator)
+    larger = op.inputs(dict(sizes) | {letter: n + 1}, dtype, "meta")
     if name == "attention":
         bounds = {"starts": (0, 30), "lengths": (1, sizes["S"] + 1)}
     else:
@@ -73,7 +73,7 @@ def make_batch(name: str, sizes: Sizes, n: int, dtype: torch.dtype, device: Any)
         args |= {k: torch.randint(*bound, (n,), generator=generator).to(device) for k, bound in bounds.items()}
     if "limit" in args:
         args["limit"] = 1000
-    if op.deterministic_place is not None:
+    if op.deterministic_index is not None:
         args["deterministic"] = True
     return args, {key for key, x in tensors(args).items() if key not in larger or larger[key].shape != x.shape}
 
@@ -92,7 +92,7 @@ def check(name: str, sizes: Sizes, n: int, dtype: torch.dtype, device: Any) -> N
 
     def run(rows: list[int]) -> list[Tensor]:
         selected = {key: value[rows] if key in batched else value for key, value in args.items()}
-        return outputs(name, ops.dispatched(name, selected), selected)
+        return outputs(name, dispatched(name, selected), selected)
 
     batch = run(list(range(n)))
     for rows in row_orders(sizes, n):

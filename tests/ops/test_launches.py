@@ -65,7 +65,7 @@ def test_additional_launch_is_caught(monkeypatch: pytest.MonkeyPatch, covers: An
         y, total = ops.rms_norm(x, weight, eps, residual)
         return y, total, *ops.gate_route(y, gate, top_k, deterministic)
 
-    monkeypatch.setattr(ops.unchecked, "rms_norm_gate_route", staticmethod(separate))
+    monkeypatch.setattr(ops.rms_norm_gate_route, "unchecked", separate)
     for phase in PHASES:
         with pytest.raises(AssertionError, match="'rms_norm_kernel': 1"):
             test_launches_per_layer(*phase, {}, covers)

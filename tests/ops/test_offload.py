@@ -9,6 +9,7 @@ import torch
 
 from mixtral_triton import ops
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.registry import dispatched
 from mixtral_triton.quantize import quantize
 from tests.support.calls import offloaded
 from tests.support.traffic import count_traffic
@@ -40,7 +41,7 @@ def test_same_bits_as_stacked(format: str | None, T: int, deterministic: bool, o
         args = arguments(format, T, dtype) | {"deterministic": deterministic}
         expected = ops.expert_swiglu(**args)
         assert torch.equal(ops.expert_swiglu(**with_offload(args)), expected)
-        flattened = ops.dispatched("expert_swiglu", with_offload(args))
+        flattened = dispatched("expert_swiglu", with_offload(args))
         assert torch.equal(flattened(**with_offload(args, 0)), expected)
         assert torch.equal(ops.expert_swiglu(**with_offload(args, 3, 0)), expected), "experts in any order"
 

@@ -12,17 +12,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mixtral_triton import ops
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.op import Shape
-from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.registry import OPERATIONS, OPS
 from tests.support.calls import as_tuple, copies, inputs, public, tensors
 
 META = torch.device("meta")
 LETTERS = {"B": 2, "T": 3, "V": 11, "H": 8, "I": 12, "N": 5, "E": 6, "K": 2, "Hq": 4, "Hkv": 2, "D": 8, "P": 9}
 LETTERS |= {"C": 5, "S": 7, "past": 4, "window": 5}
 SIZES = {
-    name: Shape(op.test_shapes[0]) | {letter: LETTERS.get(letter, size) for letter, size in op.test_shapes[0].items()}
+    name: dict(op.test_shapes[0]) | {letter: LETTERS.get(letter, size) for letter, size in op.test_shapes[0].items()}
     for name, op in OPS.items()
 }
 SIZES["rope_append_attention"] = SIZES["rope_append_attention"] | {"T": 1}
@@ -58,7 +56,7 @@ def test_registered(name: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", OPS)
 def test_no_tokens(name: str, device: torch.device) -> None:
-    sizes = Shape(SIZES[name]) | {"B" if name == "rope_append_attention" else "T": 0}
+    sizes = dict(SIZES[name]) | {"B" if name == "rope_append_attention" else "T": 0}
     args, empty = make_inputs(name, device, sizes), OPS[name].empty(**make_inputs(name, META, sizes))
     got = as_tuple(public(name)(**args))
     assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in as_tuple(empty)]
@@ -80,7 +78,7 @@ def layout(x: Tensor) -> Any:
     return x.shape, x.dtype, [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
 
-UNMASKED = ("attention", Shape(B=2, T=3, S=7, Hq=4, Hkv=2, D=8, window=0, causal=False))
+UNMASKED = ("attention", {"B": 2, "T": 3, "S": 7, "Hq": 4, "Hkv": 2, "D": 8, "window": 0, "causal": False})
 
 
 @pytest.mark.parametrize("change", (lambda x: x, transposed), ids=("dense", "transposed"))
@@ -255,9 +253,9 @@ def test_backward_raises_value_error(name: str, argument: str, device: torch.dev
         sum(x.sum() for x in out).backward()
 
 
-@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.deterministic_place is not None])
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.deterministic_index is not None])
 def test_deterministic_is_also_an_argument_of_unchecked_calls(name: str) -> None:
     """A model calls operations unchecked; on the torch backend no reference has the argument."""
     args = make_inputs(name) | {"deterministic": True}
-    got, want = (as_tuple(function(**copies(args))) for function in (getattr(ops.unchecked, name), public(name)))
+    got, want = (as_tuple(function(**copies(args))) for function in (OPERATIONS[name].unchecked, public(name)))
     assert all(a.equal(b) for a, b in zip(got, want, strict=True))

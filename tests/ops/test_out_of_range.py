@@ -54,7 +54,7 @@ BOUNDED = [
     (name, sizes, argument)
     for name, op in OPS.items()
     for sizes in (shape | ({"B": 3} if "B" in shape else {}) for shape in representative_sizes(op))
-    if sizes.as_dict().keys().isdisjoint(QUANTIZED)  # as dense ones here, and slower
+    if sizes.keys().isdisjoint(QUANTIZED)  # as dense ones here, and slower
     for argument in ranges(name, inputs(name, sizes, "meta"))
 ]
 EMBED = {"B": 3, "T": 2, "V": 11, "H": 8, "past": 4}

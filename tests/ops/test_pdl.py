@@ -16,8 +16,7 @@ import torch
 
 from mixtral_triton import ops
 from mixtral_triton.kernels import linear, router
-from mixtral_triton.kernels.launch import INTERPRETED, pdl_region
-from mixtral_triton.kernels.op import Launch
+from mixtral_triton.kernels.launch import INTERPRETED, Launch, pdl_region
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.gpus import GPUS
@@ -85,7 +84,7 @@ def test_misplaced_wait_is_caught(fault: Any, tmp_path: Path) -> None:
     (module, name, sizes), message, *changes = fault
     faulty = module_with_fault(module, tmp_path, *changes)
     with record_launches() as launches:
-        getattr(faulty, name)(**inputs(name, sizes, "meta", BF16))
+        getattr(faulty, name).op.run(**inputs(name, sizes, "meta", BF16))
     (launch,) = launches
     assert re.search(message, find_fault(launch, order(compile_launch(launch, "sm_90"))) or "")
 
@@ -144,7 +143,7 @@ def test_public_operations_launch_ordinarily_between_layers(call: Any, gpu: Any)
     with pdl_region():
         for _ in range(2):  # run, and launched from a plan
             call(x, torch.zeros(32, 64).to("cuda:0"))
-        ops.unchecked.linear(x, torch.zeros(32, 64).to("cuda:0"))
+        ops.linear.unchecked(x, torch.zeros(32, 64).to("cuda:0"))
     assert [bool(x.launcher.metadata.launch_pdl) for x in gpu.driver.launches] == [False, False, True]
 
 

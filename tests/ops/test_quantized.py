@@ -14,7 +14,6 @@ import torch
 from mixtral_triton import ops
 from mixtral_triton.kernels import unpack as ptx_unpack
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.quantized import BITS, QuantizedWeight, pack, sample_quantized, unit_columns, unpack
 from tests.emulator.harness import run
 from tests.support.calls import Args, as_tuple, inputs, tensors
@@ -100,8 +99,8 @@ def test_wrong_part_raises_value_error(message: str) -> None:
         QuantizedWeight(**args | {"zeros": None, "shape": (3, 5, 128), "group": 32} | WRONG[message])
 
 
-EXPERTS = Shape(T=5, H=128, I=96, E=4, K=2, gate_up="int4:32", down="int8")
-LINEAR = Shape(T=3, H=128, N=40, weight="int4:64")
+EXPERTS = {"T": 5, "H": 128, "I": 96, "E": 4, "K": 2, "gate_up": "int4:32", "down": "int8"}
+LINEAR = {"T": 3, "H": 128, "N": 40, "weight": "int4:64"}
 SIZES = {"linear": LINEAR, "expert_swiglu": EXPERTS, "experts_add_rms_norm": EXPERTS}
 
 
@@ -119,7 +118,7 @@ def test_operation_of_a_quantized_weight_equals_that_of_its_values(name: str) ->
     dense = {key: x.dequantize() if isinstance(x, QuantizedWeight) else x for key, x in args.items()}
     got, want = (first(getattr(ops, name)(**one)) for one in (args, dense))
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
-    assert torch.equal(got, first(getattr(ops.unchecked, name)(**args)))
+    assert torch.equal(got, first(getattr(ops, name).unchecked(**args)))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="graphs hold the operators: run once, without the interpreter")

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton import ops
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.registry import OPS, dispatched
 from mixtral_triton.tools.tolerance import Tolerance
 from tests.support.calls import as_tuple, inputs_without_padding
 
@@ -23,7 +22,7 @@ def test_error_is_at_most_twice_that_of_plain_torch(name: str, sizes: Any, dtype
     if device.type == "cpu" and not INTERPRETED:
         pytest.skip("the torch backend is the reference itself: needs TRITON_INTERPRET=1 or a GPU")
     args = inputs_without_padding(name, sizes, device, dtype)
-    error, limit = Tolerance(name, args).measure(ops.dispatched(name, args))
+    error, limit = Tolerance(name, args).measure(dispatched(name, args))
     assert error <= limit
 
 

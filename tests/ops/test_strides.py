@@ -15,7 +15,7 @@ from torch import Tensor
 from mixtral_triton import ops
 from mixtral_triton.kernels import reference as kernel_reference
 from mixtral_triton.kernels.launch import INTERPRETED, describe, tma_can_read
-from mixtral_triton.kernels.op import Op, Shape, Sizes
+from mixtral_triton.kernels.op import Op, Sizes
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import as_tuple, inputs, inputs_without_padding, public, tensors
@@ -30,8 +30,8 @@ def representative_sizes(op: Op) -> Iterator[Sizes]:
     """Of each set of kernels and arguments, the sizes with the fewest dimensions of 1, which have no stride."""
     found: dict[Any, list[tuple[int, int, Sizes]]] = {}
     for shape in op.test_shapes:
-        sizes = Shape(shape)
-        if sizes.as_dict().keys().isdisjoint(QUANTIZED):  # groups of a quantized weight need their columns
+        sizes = dict(shape)
+        if sizes.keys().isdisjoint(QUANTIZED):  # groups of a quantized weight need their columns
             sizes |= {letter: min(size, LARGEST.get(letter, size)) for letter, size in shape.items()}
         args = op.inputs(sizes, op.dtypes[0], "meta")
         with record_launches() as launches:

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixtral_triton.kernels import call, reference
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.op import Shape
 from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import copies, inputs, outputs
 from tests.support.models import WIDER_SIZES, cache_of, random_model
@@ -73,7 +72,7 @@ def test_missing_short_cut_is_caught() -> None:
 def test_sequences_of_equal_length(T: int, fresh: int | None, past: int, B: int) -> None:
     name = "rope_append_attention" if fresh is None else "cached_attention"
     op = OPS[name]
-    sizes = Shape(op.test_shapes[0]) | {"B": B, "T": T, "C": 16, "past": past, "window": 16, "fresh": fresh != 0}
+    sizes = dict(op.test_shapes[0]) | {"B": B, "T": T, "C": 16, "past": past, "window": 16, "fresh": fresh != 0}
     args = copies(op.bind_by_name(**inputs(name, sizes, dtype=torch.float32)))
     args["past"], args["new"] = torch.full((B,), past, dtype=torch.int32), torch.full((B,), T, dtype=torch.int32)
     if "cos" in args:

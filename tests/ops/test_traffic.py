@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mixtral_triton.kernels import linear
 from mixtral_triton.kernels.experts import op as experts
-from mixtral_triton.kernels.launch import INTERPRETED, describe, launch
-from mixtral_triton.kernels.op import LaunchConfig, Shape, Sizes
+from mixtral_triton.kernels.launch import INTERPRETED, LaunchConfig, describe, launch
+from mixtral_triton.kernels.op import Sizes
 from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import inputs
 from tests.support.inject_fault import module_with_fault
@@ -182,10 +182,10 @@ def keys_read(traffic: Traffic, keys: int, heads: int) -> float:
     return traffic.moved("k", "v", "k_cache", "v_cache") / (2 * keys * HEADS["Hkv"] * HEADS["D"] * BF16.itemsize)
 
 
-RING = Shape(B=2, T=1, C=512, fresh=False)
+RING = {"B": 2, "T": 1, "C": 512, "fresh": False}
 DECODE = [
     pytest.param("attention", {"B": 1, "T": 1, "S": 700, "window": 0}, 700, id="split"),
-    pytest.param("attention", Shape(B=3, T=1, S=700, window=0, ragged=True), 3 * 700 - 9, id="ragged"),
+    pytest.param("attention", {"B": 3, "T": 1, "S": 700, "window": 0, "ragged": True}, 3 * 700 - 9, id="ragged"),
     pytest.param("attention", {"B": 1, "T": 1, "S": 700, "window": 300}, 300, id="window"),
     pytest.param("attention", {"B": 1, "T": 3, "S": 700, "window": 300}, 302, id="three queries"),
     pytest.param("cached_attention", RING | {"window": 512, "past": 1000}, 512 + 511, id="wrapped ring"),
@@ -223,10 +223,10 @@ def test_flops_of_a_query_beyond_the_window_are_constant(within: Any) -> None:
     within("windowed prefill FLOP, a query beyond the window", (issued[2] - issued[1]) / window / (4 * D * window), 1.3)
 
 
-CHUNK = Shape(T=512, C=512, window=512, past=2000, fresh=True)
+CHUNK = {"T": 512, "C": 512, "window": 512, "past": 2000, "fresh": True}
 PREFILL = [
     pytest.param("attention", {"T": 1024, "S": 1024, "window": 0}, 1.15, id="causal"),
-    pytest.param("attention", Shape(T=512, S=512, window=256, causal=False), 1.15, id="symmetric window"),
+    pytest.param("attention", {"T": 512, "S": 512, "window": 256, "causal": False}, 1.15, id="symmetric window"),
     pytest.param("cached_attention", CHUNK, 1.3, id="a chunk behind a full ring"),
 ]
 
@@ -278,8 +278,8 @@ def test_clamped_row_is_caught(tmp_path: Path, within: Any) -> None:
     """Padding that repeats a row gives right results, and crosses L2 again."""
     args = inputs("linear", {"T": 1, "H": 512, "N": 256}, dtype=BF16)
     with count_traffic() as traffic:
-        got = module_with_fault(linear, tmp_path, *CLAMPED).linear(**args)
-    assert torch.equal(got, linear.linear(**args))
+        got = module_with_fault(linear, tmp_path, *CLAMPED).linear.op.run(**args)
+    assert torch.equal(got, linear.linear.op.run(**args))
     with pytest.raises(AssertionError, match=r"clamped: 2\.000 .* at most 1\.3"):
         within("clamped", from_l2(traffic, "weight", "x", "linear_decode_kernel"), L2_BYTES_MAX[1])
 

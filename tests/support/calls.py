@@ -30,7 +30,7 @@ def inputs_without_padding(name: str, sizes: Sizes, device: Any = "cpu", dtype: 
 
 def public(name: str) -> Callable[..., Any]:
     """The function of an operation: `ops.rms_norm` runs both rms_norm and add_rms_norm."""
-    return getattr(ops, name.removeprefix("add_"))
+    return getattr(ops, OPS[name].public_name)
 
 
 def tensors(args: Args) -> dict[str, Tensor]:

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 
 from mixtral_triton.kernels import linear
-from mixtral_triton.kernels.launch import INTERPRETED, override_configs
-from mixtral_triton.kernels.op import Cost, Launch, LaunchConfig, Shape, Sizes
+from mixtral_triton.kernels.launch import INTERPRETED, Launch, LaunchConfig, override_configs
+from mixtral_triton.kernels.op import Cost, Sizes
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench import decode_step
@@ -34,7 +34,7 @@ from mixtral_triton.tools.predict import (
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernel: once, without TRITON_INTERPRET")
 CPU, H100, BF16 = torch.device("cpu"), GPUS["h100"], torch.bfloat16
-LAYER = Shape(H=4096, I=14336, E=8, K=2)
+LAYER = {"H": 4096, "I": 14336, "E": 8, "K": 2}
 PREDICTABLE = [name for name, gpu in GPUS.items() if gpu.chip is not None]
 
 # BLOCK_M, rows of a weight a program takes, BLOCK_K, warps, stages.
@@ -133,7 +133,7 @@ def test_predictions_follow_published_times() -> None:
 
 
 def test_one_more_launch_takes_longer() -> None:
-    launches, cost = recorded("route", Shape(T=1, E=8, K=2)), OPS["route"].cost(Shape(T=1, E=8, K=2), BF16)
+    launches, cost = recorded("route", {"T": 1, "E": 8, "K": 2}), OPS["route"].cost({"T": 1, "E": 8, "K": 2}, BF16)
     one, two = (predict(launches * times, H100, cost) for times in (1, 2))
     assert one.limit == "launches" and two.seconds >= one.seconds + 1.2e-6 + OPTIMISTIC.kernel
     assert one.cautious == pytest.approx(one.seconds + CAUTIOUS.kernel - OPTIMISTIC.kernel)
@@ -160,7 +160,7 @@ def test_list_schedule() -> None:
 
 
 def test_one_program_more_than_a_wave_takes_another_wave() -> None:
-    full, more = (Shape(T=64 * m, H=4096, N=64 * n, deterministic=True) for m, n in ((12, 11), (7, 19)))
+    full, more = ({"T": 64 * m, "H": 4096, "N": 64 * n, "deterministic": True} for m, n in ((12, 11), (7, 19)))
     assert [launch.grid for sizes in (full, more) for launch in recorded("linear", sizes)] == [(132,), (133,)]
     one, two = (foreseen("linear", sizes).parts[0] for sizes in (full, more))
     assert one[1] == two[1] == "L2"
@@ -198,7 +198,7 @@ def test_linear_is_ours_where_that_is_no_slower(name: str, T: int, monkeypatch: 
     """Beside a library, as it is predicted."""
     gpu = GPUS[name]
     for H, N in ((4096, 6144), (4096, 4096), (4096, 32000), (6144, 8192), (6144, 6144), (6144, 32000)):
-        sizes = Shape(T=T, H=H, N=N)
+        sizes = {"T": T, "H": H, "N": N}
         if not linear.use_skinny_kernel(sizes, BF16, gpu.arch):
             continue
         seconds = []
@@ -212,7 +212,7 @@ def test_linear_is_ours_where_that_is_no_slower(name: str, T: int, monkeypatch: 
 @pytest.mark.parametrize("format", ["int4:128", "int8", "fp8"])
 @pytest.mark.parametrize("T", [17, 64])
 def test_quantized_linear_takes_the_faster_kernel(T: int, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = Shape(T=T, H=4096, N=6144, weight=format)
+    sizes = {"T": T, "H": 4096, "N": 6144, "weight": format}
     selected = microseconds("linear", sizes)
     monkeypatch.setattr(linear, "use_skinny_kernel", lambda *sizes: False)
     assert selected < microseconds("linear", sizes)
@@ -253,10 +253,10 @@ def test_bench_prints_the_prediction_of_the_data_sheet() -> None:
 
 def test_no_prediction_for_a_gpu_without_cost_model_figures() -> None:
     for name in ("a10", "b300"):
-        row = untimed_row(Case(OPS["route"], Shape(T=1, E=8, K=2)), GPUS[name])
+        row = untimed_row(Case(OPS["route"], {"T": 1, "E": 8, "K": 2}), GPUS[name])
         assert row.predicted is None and row.as_dict()["predicted"] is None and "redicted" not in shown(row)
     with pytest.raises(ValueError, match=r"predict: GPU is A10, needs one whose L2 bandwidth"):
-        foreseen("linear", Shape(T=1, H=64, N=64), GPUS["a10"])
+        foreseen("linear", {"T": 1, "H": 64, "N": 64}, GPUS["a10"])
 
 
 class FakeEvent:

@@ -12,8 +12,7 @@ import torch
 
 from mixtral_triton.cli import main
 from mixtral_triton.kernels import launch
-from mixtral_triton.kernels.launch import INTERPRETED, target_arch
-from mixtral_triton.kernels.op import LaunchConfig, Shape
+from mixtral_triton.kernels.launch import INTERPRETED, LaunchConfig, target_arch
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench import measure, tune
 from mixtral_triton.tools.bench.cases import Case, Oracle, cases
@@ -32,7 +31,7 @@ def test_neighbours_are_one_step_away() -> None:
 
 
 def test_depth_of_a_quantized_weight_s_tile_stays() -> None:
-    case = Case(OPS["linear"], Shape(T=1, H=4096, N=6144, weight="int4:128"), torch.bfloat16)
+    case = Case(OPS["linear"], {"T": 1, "H": 4096, "N": 6144, "weight": "int4:128"}, torch.bfloat16)
     recorded, config = tune.kernel_configs(case, "sm_90")["linear_decode_kernel"]
     found = [one.constexprs for one in tune.neighbours(config, tune.fixed_tiles(recorded))]
     assert len({one["BLOCK_K"] for one in found}) == 1 and len({one["BLOCK_N"] for one in found}) == 3

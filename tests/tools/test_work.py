@@ -12,8 +12,8 @@ from mixtral_triton.kernels import linear, reference
 from mixtral_triton.kernels.arch import ARCHS
 from mixtral_triton.kernels.dispatch import expected_distinct_experts
 from mixtral_triton.kernels.experts import tiles as expert_tiles
-from mixtral_triton.kernels.launch import INTERPRETED, override_configs
-from mixtral_triton.kernels.op import Launch, LaunchConfig, Shape
+from mixtral_triton.kernels.launch import INTERPRETED, Launch, LaunchConfig, override_configs
+from mixtral_triton.kernels.op import Sizes
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench.cases import cases
@@ -77,19 +77,19 @@ def test_row_tiles_are_those_of_random_routing(T: int, rows: int) -> None:
 
 
 COUNTED = [
-    ("linear", Shape(T=128, H=256, N=128, deterministic=True), ("x", "weight"), 1.0),
-    ("linear", Shape(T=16, H=512, N=64), ("x", "weight"), 1.0),
-    ("linear", Shape(T=16, H=512, N=64, weight="int4:128"), ("x", "weight", "scales"), 1.0),
-    ("linear", Shape(T=128, H=512, N=64, weight="int8"), ("x", "weight"), 1.0),
-    ("attention", Shape(B=1, T=512, S=512, Hq=2, Hkv=1, D=64, window=0), ("q", "k", "v"), 1.1),
-    ("attention", Shape(B=1, T=512, S=512, Hq=2, Hkv=1, D=64, window=100), ("q", "k", "v"), 1.4),
-    ("attention", Shape(B=2, T=1, S=1024, Hq=16, Hkv=1, D=64, window=0), ("q", "k", "v"), 1.0),
+    ("linear", {"T": 128, "H": 256, "N": 128, "deterministic": True}, ("x", "weight"), 1.0),
+    ("linear", {"T": 16, "H": 512, "N": 64}, ("x", "weight"), 1.0),
+    ("linear", {"T": 16, "H": 512, "N": 64, "weight": "int4:128"}, ("x", "weight", "scales"), 1.0),
+    ("linear", {"T": 128, "H": 512, "N": 64, "weight": "int8"}, ("x", "weight"), 1.0),
+    ("attention", {"B": 1, "T": 512, "S": 512, "Hq": 2, "Hkv": 1, "D": 64, "window": 0}, ("q", "k", "v"), 1.1),
+    ("attention", {"B": 1, "T": 512, "S": 512, "Hq": 2, "Hkv": 1, "D": 64, "window": 100}, ("q", "k", "v"), 1.4),
+    ("attention", {"B": 2, "T": 1, "S": 1024, "Hq": 16, "Hkv": 1, "D": 64, "window": 0}, ("q", "k", "v"), 1.0),
 ]
 
 
 @interpreted
 @pytest.mark.parametrize(("name", "sizes", "tensors", "most"), COUNTED)
-def test_formulas_match_interpreted_kernels(name: str, sizes: Shape, tensors: tuple[str, ...], most: float) -> None:
+def test_formulas_match_interpreted_kernels(name: str, sizes: Sizes, tensors: tuple[str, ...], most: float) -> None:
     """Exactly where tiles are full; of attention keys outside the mask are in the formula and not in the count."""
     args = OPS[name].inputs(sizes, BF16, "cpu", torch.Generator().manual_seed(0))
     with count_traffic() as traffic, record_launches() as launches:
@@ -102,7 +102,7 @@ def test_formulas_match_interpreted_kernels(name: str, sizes: Shape, tensors: tu
 
 def run_experts(ids: torch.Tensor, E: int, **sizes: int) -> tuple[dict[str, Any], Any, Traffic, list[Launch]]:
     """Interpret the expert layer with these routes -> its arguments, result, traffic and launches."""
-    shape = Shape(sizes, T=len(ids), E=E, K=ids.shape[1])
+    shape = {**sizes, "T": len(ids), "E": E, "K": ids.shape[1]}
     args = OPS["expert_swiglu"].inputs(shape, BF16, "cpu", torch.Generator().manual_seed(1)) | {"ids": ids}
     with count_traffic() as traffic, record_launches() as launches:
         out = OPS["expert_swiglu"].run(**args)
@@ -147,7 +147,7 @@ def test_last_tiles_of_every_height(block_m: int) -> None:
 @once
 @pytest.mark.parametrize("format", ["int4:128", None])
 def test_padding_of_few_rows_is_multiplied_and_not_loaded(format: str | None) -> None:
-    one, many = (count_work(recorded("linear", Shape(T=T, H=512, N=64, weight=format))[0]) for T in (1, 4))
+    one, many = (count_work(recorded("linear", {"T": T, "H": 512, "N": 64, "weight": format})[0]) for T in (1, 4))
     assert many.loaded - one.loaded == one.programs * 3 * 512 * 2 and many.flops == one.flops
 
 
@@ -157,7 +157,7 @@ def test_padding_of_few_rows_is_multiplied_and_not_loaded(format: str | None) ->
 )
 def test_attention_uses_the_faster_of_two_tiles(B: int, T: int, rows: int) -> None:
     """Two small programs an SM hide each other's softmax, and read the keys twice as often."""
-    sizes = Shape(B=B, T=T, S=T, Hq=32, Hkv=8, D=128, window=0)
+    sizes = {"B": B, "T": T, "S": T, "Hq": 32, "Hkv": 8, "D": 128, "window": 0}
     (launch,) = recorded("attention", sizes)
     configs = {m: LaunchConfig({"BLOCK_M": m, "BLOCK_N": 128, "BLOCK_D": 128}, m // 16, m // 64) for m in (64, 128)}
     times = {m: microseconds("attention", sizes, attention_prefill_kernel=config) for m, config in configs.items()}
@@ -214,7 +214,7 @@ def test_decode_loads_little_more_than_its_weights_from_l2(
     """Where routing is uniform."""
     monkeypatch.setattr(linear, "use_skinny_kernel", lambda *sizes: True)
     for name in ("linear", "expert_swiglu"):
-        for launch in recorded(name, Shape(T=T, H=H, I=I, N=N, E=8, K=2)):
+        for launch in recorded(name, {"T": T, "H": H, "I": I, "N": N, "E": 8, "K": 2}):
             weights = [one for key, one in launch.args.items() if key in ("weight_ptr", "gate_up_ptr", "down_ptr")]
             share = expected_distinct_experts(T, 2 / 8, 8) / 8 if name == "expert_swiglu" else 1.0
             for weight in weights:  # the experts' combine has none

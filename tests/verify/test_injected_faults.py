@@ -16,11 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mixtral_triton import Mixtral, verification, verify, weights
+from mixtral_triton import Mixtral, ops, verification, verify, weights
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import Layer, State
-from mixtral_triton.ops import unchecked
 from mixtral_triton.verification.layers import CHUNKS, ROUTES, TOKENS, UNCACHED
 from tests.support import faults, hub
 from tests.support.faults import Inject, all_dtypes, change_state, one_at_a_time, replace_by
@@ -101,7 +100,7 @@ FAULTS_IN_ALL_LAYERS: dict[str, tuple[Inject, str]] = {
     "window + 1": (change_state(partial(change_window, 1)), UNCACHED),
     "window - 1": (change_state(partial(change_window, -1)), UNCACHED),
     "position + 1 in decode": (change_state(shift_decode_position), TOKENS),
-    "ring off by one slot": (replace_by(unchecked, "append", shift_ring), CHUNKS),
+    "ring off by one slot": (replace_by(ops.append, "unchecked", shift_ring), CHUNKS),
 }
 
 
@@ -132,7 +131,7 @@ def test_next_norm_of_another_kind(dtype: torch.dtype, monkeypatch: pytest.Monke
 
 @all_dtypes
 def test_head_tied_in_the_model(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Mixtral, "head", lambda model, h: unchecked.linear(h, model.embed_tokens))
+    monkeypatch.setattr(Mixtral, "head", lambda model, h: ops.linear.unchecked(h, model.embed_tokens))
     wrong = [row.op for row in verify(small_model(dtype), IDS).wrong]
     assert wrong[0] == "logits" and set(wrong[1:]) <= {"generate"}
 

@@ -11,13 +11,12 @@ from unittest import mock
 import pytest
 import torch
 
-from mixtral_triton import KVCache, Mixtral, MixtralConfig, generate, reference, verification, verify
+from mixtral_triton import KVCache, Mixtral, MixtralConfig, generate, ops, reference, verification, verify
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.experts import op
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.model import Layer
-from mixtral_triton.ops import unchecked
 from mixtral_triton.tools.tolerance import Fp64Reference, Tolerance, worst
 from mixtral_triton.verification import calls
 from mixtral_triton.verification.calls import LayerCheck, SizedCalls
@@ -97,10 +96,13 @@ def first_row_for_all(argument: int, patch: pytest.MonkeyPatch) -> None:
     """The first sequence's `past` (0) or `new` (1), its positions or lengths, are taken for all."""
 
     def faulty(at: int, function: Any) -> Any:
-        return lambda *args: function(*args[:at], args[at][:1].expand_as(args[at]).contiguous(), *args[at + 1 :])
+        def first_for_all(*args: Any, **kwargs: Any) -> Any:
+            return function(*args[:at], args[at][:1].expand_as(args[at]).contiguous(), *args[at + 1 :], **kwargs)
+
+        return first_for_all
 
     for name, place in {"rope_append_attention": 7, "cached_attention": 5, "append": 4}.items():
-        replace_by(unchecked, name, partial(faulty, place + argument))(patch)
+        replace_by(getattr(ops, name), "unchecked", partial(faulty, place + argument))(patch)
 
 
 def scale_attention(factor: float) -> Inject:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...kernels.checks import dtype_name
-from ...kernels.op import Cost, Op, Shape, Sizes
+from ...kernels.op import Cost, Op, Sizes
 from ...kernels.quantized import BITS
 from ...kernels.registry import OPS
 from ..fit import KNOWN
@@ -53,13 +53,13 @@ class Case:
         return dtype_name(self.dtype)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the sizes and switches, as `--sizes` takes them."""
-        return Shape(self.sizes).as_dict()
+        """Return the sizes and flags, as `--sizes` takes them: True is 1."""
+        return {name: int(value) if isinstance(value, bool) else value for name, value in self.sizes.items()}
 
     def offloaded(self, experts: int | str, gpu: GPU | None = None) -> Case:
         """Return this decode step with so many experts of each layer in host memory; "auto": as many as `gpu` needs."""
         count = decode_step.resolve_offload(self.sizes, self.dtype, experts, gpu)
-        return replace(self, sizes=Shape(self.sizes) | {"offload": count})
+        return replace(self, sizes={**self.sizes, "offload": count})
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """Return the arguments by name. Random values are drawn on the device, where a layer's weights take no time."""
@@ -84,7 +84,7 @@ class Case:
             routed["distinct"] = len(args["ids"].unique())
         elif args is not None and self.op is decode_step.STEP:
             routed = decode_step.routed(args)
-        return self.op.cost(Shape(self.sizes) | routed, self.dtype)
+        return self.op.cost({**self.sizes, **routed}, self.dtype)
 
 
 def cases(
@@ -115,7 +115,7 @@ def cases(
         return [_parse_case(BENCHED[name], text, dtype) for name in names for text in sizes]
     wanted, found = _parse_sizes("--at", at), list[Case]()
     for op in (op for name, op in BENCHED.items() if name in names or not names):
-        shapes = [shape for shape in _table_shapes(op, quick) if wanted.items() <= shape.as_dict().items()]
+        shapes = [shape for shape in _table_shapes(op, quick) if wanted.items() <= shape.items()]
         if quick:  # evenly spread by their bytes, with the first and the last
             shapes.sort(key=lambda shape: op.cost(shape, _dtype(op, dtype)).bytes)
             step = max(1.0, (len(shapes) - 1) / (QUICK - 1))
@@ -131,20 +131,20 @@ def _dtype(op: Op, wanted: torch.dtype | None) -> torch.dtype:
     return next((dtype for dtype in (wanted, torch.bfloat16) if dtype in op.dtypes), op.dtypes[0])  # type: ignore[return-value]
 
 
-def _table_shapes(op: Op, quick: bool) -> list[Shape]:
+def _table_shapes(op: Op, quick: bool) -> list[dict[str, Any]]:
     """Return the distinct sizes of the table, if `quick` of 8x7B alone; at TOKENS where only tokens vary."""
     found = {}
-    for shape in map(Shape, op.bench_shapes):
+    for shape in map(dict, op.bench_shapes):
         swept = "T" in shape and not {"S", "C"} & set(shape)
         for each in [shape | {"T": T} for T in TOKENS] if swept else [shape]:
             if not (quick and shape.get("H") == KNOWN["mixtral-8x22b"].hidden_size):
-                found[str(each.as_dict())] = each
+                found[str(each)] = each
     return list(found.values())
 
 
 def sizes_of(op: Op) -> tuple[list[str], list[str]]:
-    """Return the sizes and switches of an operation, and those that each of its cases has."""
-    shapes = [Shape(sizes).as_dict() for sizes in (*op.test_shapes, *op.bench_shapes)]
+    """Return the sizes and flags of an operation, and those that each of its cases has."""
+    shapes = [*op.test_shapes, *op.bench_shapes]
     known = list(dict.fromkeys(name for sizes in shapes for name in sizes))
     return known, [name for name in known if all(name in sizes for sizes in shapes)]
 
@@ -158,7 +158,7 @@ def _parse_case(op: Op, text: str, dtype: torch.dtype | None) -> Case:
     sizes = {name: size for name, size in DEFAULTS.items() if name in needed} | sizes
     if missing := [name for name in needed if name not in sizes]:
         raise ValueError(f"--sizes lacks {', '.join(missing)}: {op.name} needs {', '.join(needed)}")
-    case = Case(op, Shape(sizes), _dtype(op, dtype))
+    case = Case(op, sizes, _dtype(op, dtype))
     if empty := [name for name in ("B", "T", "H", "I", "E", "V", "N") if case.sizes.get(name) == 0]:
         raise ValueError(f"--sizes has {empty[0]}=0, needs at least 1: there is nothing to time")
     K, E = case.sizes.get("K", 0), case.sizes.get("E")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 from collections.abc import Iterator
 from itertools import groupby
@@ -11,12 +12,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ...kernels.op import Shape
-from ...kernels.registry import OPS
+from ...kernels.registry import OPERATIONS
 from ..gpus import GPU, RATED, data_sheet
 from ..predict import family_note
 from ..terminal import bar, check_plot, console
-from .cases import cases, sizes_of
+from .cases import Case, cases, sizes_of
 from .measure import Row, checked_row, current_gpu, timed_rows
 from .peers import PEERS, import_peer
 from .report import figure_of, gpu_line, op_table
@@ -75,9 +75,9 @@ def describe(name: str) -> str:
     """Return the sizes of the operation `name` and its arguments; ValueError for an unknown name."""
     op = cases([name])[0].op
     known, needed = sizes_of(op)
-    example = ",".join(f"{key}={value}" for key, value in Shape(op.bench_shapes[0]).as_dict().items())
+    example = ",".join(f"{key}={value}" for key, value in Case(op, op.bench_shapes[0]).as_dict().items())
     sizes = f"{name} --sizes {example}\nSizes that may be left out: {', '.join(set(known) - set(needed)) or 'none'}"
-    return f"{sizes}\n{op.help()}" if name in OPS else sizes
+    return f"{sizes}\n{inspect.getdoc(OPERATIONS[name])}" if name in OPERATIONS else sizes
 
 
 def _rates(gpu: GPU) -> dict[str, Any]:

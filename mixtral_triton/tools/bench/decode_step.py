@@ -172,6 +172,7 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
 
 SMALL = {"B": 3, "S": 12, "L": 2, "H": 64, "I": 96, "E": 4, "K": 2, "Hq": 4, "Hkv": 2, "D": 16, "V": 100}
 STEP = Op(
+    name="decode_step",
     run=decode_step,
     reference=plain_step,
     inputs=inputs,

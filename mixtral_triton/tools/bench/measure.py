@@ -16,7 +16,7 @@ import torch
 from ...kernels.launch import target_arch
 from ...kernels.op import Cost
 from ...kernels.record import record_launches
-from ...ops import dispatched
+from ...kernels.registry import dispatched
 from ..gpus import GPU, MIB, data_sheet
 from ..predict import Prediction, Timer, floor, measure_gpu, predict
 from ..terminal import say

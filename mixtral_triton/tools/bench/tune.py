@@ -15,8 +15,7 @@ import torch
 from rich.text import Text
 
 from ...kernels.arch import ARCHS
-from ...kernels.launch import INTERPRETED, Configs, override_configs, target_arch
-from ...kernels.op import Launch, LaunchConfig
+from ...kernels.launch import INTERPRETED, Configs, Launch, LaunchConfig, override_configs, target_arch
 from ...kernels.record import record_launches
 from ...kernels.registry import OPS
 from ..offline import compile_launches

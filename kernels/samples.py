@@ -1,0 +1,81 @@
+"""Sizes, random arguments and compulsory bytes of an operation, from its annotations: for tests, compile and bench."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import torch
+
+from . import checks
+from .checks import Argument
+from .op import Cost, Sizes, read_annotations
+from .quantized import sample_quantized, weight_bytes
+
+
+def shapes(names: str, table: str, **flags: Any) -> tuple[dict[str, Any], ...]:
+    """Return the sizes of each row of a table: `shapes("T H", "1 128, 17 80", deterministic=True)`."""
+    rows = [map(int, row.split()) for row in table.split(",")]
+    return tuple({**dict(zip(names.split(), row, strict=True)), **flags} for row in rows)
+
+
+def shape_grid(**values: Any) -> tuple[dict[str, Any], ...]:
+    """Return sizes for each combination of values, tuples or single ones: `shape_grid(T=(1, 64), H=4096)`."""
+    options = [value if isinstance(value, tuple) else (value,) for value in values.values()]
+    return tuple(dict(zip(values, row, strict=True)) for row in product(*options))
+
+
+def sampler(dtype: torch.dtype, device: Any, generator: torch.Generator | None) -> Callable[..., torch.Tensor]:
+    """Return draw(*shape, scale=1.0): normal values for `Op.inputs`, the same on every device; unset on meta."""
+
+    def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        if torch.device(device).type == "meta":
+            return torch.empty(shape, dtype=dtype, device=device)
+        return (torch.randn(shape, generator=generator) * scale).to(device=device, dtype=dtype)
+
+    return draw
+
+
+def streaming_cost(run: Callable[..., Any], flops: Callable[[Sizes], int]) -> Callable[[Sizes, torch.dtype], Cost]:
+    """Return `Op.cost` for an operation that reads each required argument once and writes each result once."""
+
+    def tensor_bytes(argument: Argument, sizes: Sizes, dtype: torch.dtype) -> int:
+        *rows, columns = checks.shape_of(argument.shape_spec, {"...": (sizes["T"],), **sizes})
+        weights = sizes.get(argument.name) if argument.kind == checks.Matrix else None
+        stored = dtype if argument.dtypes is None or dtype in argument.dtypes else argument.dtypes[0]
+        return weight_bytes(weights, math.prod(rows), columns, stored.itemsize)
+
+    def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+        tensors = [a for part in read_annotations(run) for a in part if a.tensor and not a.optional]
+        return Cost(flops=flops(sizes), bytes=sum(tensor_bytes(a, sizes, dtype) for a in tensors))
+
+    return cost
+
+
+def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]] | None = None) -> Any:
+    """Return `Op.inputs` for `run`: the arguments that `special` returns, and random ones by their annotations.
+
+    Tensors have normal values, divided by the root of the columns where no dimension counts sequences or tokens. A
+    Matrix is quantized where the flag of its name says so. Numbers are sizes, flags, or 1e-5.
+    """
+
+    def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+        def value(argument: Argument) -> Any:
+            if argument.kind is bool:
+                return bool(sizes[argument.name])
+            if not argument.tensor:
+                return sizes.get(argument.shape_spec or argument.name, 1e-5)
+            shape = checks.shape_of(argument.shape_spec, {"...": (sizes.get("T"),), **sizes})
+            if argument.kind == checks.Matrix and (format := sizes.get(argument.name.removesuffix("_proj"))):
+                return sample_quantized(format, *shape, device=device, generator=generator)
+            is_weight = len(shape) > 1 and argument.shape_spec.split()[0] not in ("B", "T", "...")
+            return sampler(dtype, device, generator)(*shape, scale=shape[-1] ** -0.5 if is_weight else 1.0)
+
+        args = {} if special is None else special(sizes, dtype, device, generator)
+        names = {*args, *sizes}
+        required = (a for a in read_annotations(run)[0] if a.name in names or not (a.optional or a.kind is bool))
+        return {a.name: args[a.name] if a.name in args else value(a) for a in required}
+
+    return inputs
