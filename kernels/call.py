@@ -268,7 +268,7 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         if kwargs:
-            args = order(args, kwargs)
+            args = order(args, kwargs) if untraced() else op.bind(*args, **kwargs)
         if untraced() and (forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None):
             _reject_transforms(op, args)
         if op.mutates and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
@@ -276,8 +276,8 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return call_checked(op, args) if needs_no_dispatch(args) else dispatch(args)
 
     def unchecked(*args: Any, **kwargs: Any) -> Any:
-        if kwargs:
-            args = order(args, kwargs)
-        return call_unchecked(op, args) if untraced() else dispatch(args)
+        if untraced():
+            return call_unchecked(op, order(args, kwargs) if kwargs else args)
+        return dispatch(op.bind(*args, **kwargs) if kwargs else args)
 
     return checked, unchecked

@@ -122,8 +122,13 @@ def _norm(x: Rows, weight: NormWeight, eps: float) -> Rows:
     error_name="rms_norm",
 )
 def add_rms_norm(x: Rows, residual: Rows, weight: NormWeight, eps: float) -> tuple[Rows, Rows]:
-    """Add a residual and normalize the sum: torch's operator behind `rms_norm` with a residual, which a schema of one
-    result cannot express. Returns the norm y and x + residual, as `rms_norm` does.
+    """Add a residual and normalize the sum: `rms_norm` with a residual, as an operator of its own, since the schema of
+    torch's operator has a fixed number of results.
+
+    x, residual  [..., H], fp32, bf16 or fp16
+    weight       [H] in x's dtype; eps above 0
+
+    Returns the norm y and the sum. Raises ValueError for another shape, dtype or device.
 
     >>> y, total = ops.add_rms_norm(torch.randn(2, 64), torch.randn(2, 64), torch.randn(64), 1e-5)
     """

@@ -243,8 +243,8 @@ def append(k: Heads, v: Heads, k_cache: Slots, v_cache: Slots, past: Past, new: 
     past, new         [B], int32 or int64: sequence b stands at position past[b], and its first new[b] tokens are
                       written
 
-    Raises ValueError for another shape, dtype or device. A sequence with past or new out of range writes nothing; on a
-    CPU it is a ValueError.
+    Returns None. Raises ValueError for another shape, dtype or device. A sequence with past or new out of range writes
+    nothing; on a CPU it is a ValueError.
 
     >>> k_cache, v_cache = torch.zeros(1, 2, 16, 8), torch.zeros(1, 2, 16, 8)
     >>> k, past, new = torch.ones(1, 3, 2, 8), torch.tensor([15]), torch.tensor([3])

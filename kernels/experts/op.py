@@ -131,9 +131,9 @@ def experts_add_rms_norm(
 ) -> tuple[Tokens, Tokens]:
     """`expert_swiglu`, the residual added, and the next layer's `rms_norm` of the sum, in the combine's launch.
 
-    residual     [T, H] in x's dtype
-    norm_weight  [H] in x's dtype; eps above 0
-    others       as in `expert_swiglu`
+    x, gate_up_proj, down_proj, ids, weights, deterministic  as in `expert_swiglu`
+    residual                                                 [T, H] in x's dtype
+    norm_weight                                              [H] in x's dtype; eps above 0
 
     Returns the norm y and the sum [T, H]. Raises ValueError for another shape, dtype or device.
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..kernels.call import PLAIN_TYPES
+from ..kernels import call
 from ..kernels.checks import FLOATS
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -112,7 +112,7 @@ def _check_weights(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if type(parameter.data).__name__ == "DTensor":
             raise ValueError(f"apply: parameter {name} is sharded (a DTensor); load it whole, or with a device_map")
-        if type(parameter) not in PLAIN_TYPES or parameter.dtype not in FLOATS:
+        if type(parameter) not in call.PLAIN_TYPES or parameter.dtype not in FLOATS:
             got = f"{parameter.dtype} in a {type(parameter).__name__}"
             raise ValueError(f"apply: parameter {name} is {got}, needs a plain fp32, bf16 or fp16 parameter")
 

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 import triton
 
-from mixtral_triton import generate, ops
+from mixtral_triton import generate
 from mixtral_triton.kernels import call
 
 from .driver import Driver
@@ -249,7 +249,7 @@ def gpu(count: int = 1, **properties: Any) -> Iterator[GPU]:
     machine = GPU(count, **properties)
     patches = [(torch.cuda, name, function) for name, function in machine.functions().items()]
     patches += [(torch.cuda.graphs.graph, "default_capture_stream", None), (torch, "Generator", Generator)]
-    patches += [(module, "PLAIN_TYPES", (*module.PLAIN_TYPES, FakeGPUTensor)) for module in (call, ops)]
+    patches.append((call, "PLAIN_TYPES", (*call.PLAIN_TYPES, FakeGPUTensor)))
     patches += [(generate, "_call_runtime", machine.call_runtime), (generate, "_streams", {})]
     patches += [(torch._C, "_host_emptyCache", lambda: None), (triton.runtime.driver, "_active", machine.driver)]
     with ExitStack() as stack:
