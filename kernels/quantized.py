@@ -9,6 +9,7 @@ columns, and its product with x needs no interleave. K is padded to a full unit 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def tile_columns(weights: str, K: int) -> int:
     return unit_columns(format, K, int(group or K)) * BITS[format] // 16
 
 
-def weight_bytes(weights: str | None, rows: int, K: int, itemsize: int) -> int:
+def matrix_bytes(weights: str | None, rows: int, K: int, itemsize: int) -> int:
     """Return the bytes of `rows` rows of K columns with their scales, for a `QuantizedWeight.name` or None (dense)."""
     if weights is None:
         return rows * K * itemsize
@@ -220,3 +221,28 @@ class QuantizedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.format}, {list(self.shape)}, group {self.group}"
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """The layout of a QuantizedWeight: format, columns of a group (K: one scale per row), dtype of scales, zeros."""
+
+    format: str
+    group: int
+    scales: torch.dtype
+    zeros: bool = False
+
+    @classmethod
+    def default_for(cls, format: str, K: int, group: int | None = None) -> QuantSpec:
+        """Return what `quantize` produces: int4 in groups with bf16 scales; int8 and fp8 with an fp32 scale per row."""
+        if format not in BITS:
+            raise ValueError(f"quantize: format is {format!r}, needs one of {', '.join(BITS)}")
+        groups = GROUPS if format == "int4" else (K,)
+        if not (sizes := [size for size in groups if K % size == 0 and group in (None, size)]):
+            needs = f"groups of {' or '.join(map(str, groups))} that divide {K} columns"
+            raise ValueError(f"quantize: group is {group!r}, {format} needs {needs}; int8 and fp8 take whole rows")
+        return cls(format, sizes[0], SCALES[format])
+
+    def empty(self, shape: tuple[int, ...], device: Any) -> QuantizedWeight:
+        """Return a weight of `shape` with unset values."""
+        return QuantizedWeight.empty(self.format, tuple(shape), self.group, self.scales, self.zeros, device)

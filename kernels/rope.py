@@ -155,14 +155,20 @@ def check_caches(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> 
         raise fail(op, "v_cache", f"of strides {v_cache.stride()}", "those of k_cache, the last of them 1")
 
 
-def tables(P: int, D: int, device: Any) -> tuple[Tensor, Tensor]:
-    angles = torch.outer(torch.arange(P), 10000.0 ** -(torch.arange(0, D, 2) / D))
+def rope_tables(theta: float, P: int, D: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of position * theta ** (-2i / D), fp32 [P, D/2] (Su et al. 2021, section 3.2).
+
+    Computed in fp32 on the CPU in transformers' order: at position 30,000 a frequency that is rounded differently, as
+    by a GPU's `pow`, changes the logits.
+    """
+    frequencies = 1.0 / (theta ** (torch.arange(0, D, 2, device="cpu", dtype=torch.float32) / D))
+    angles = torch.outer(torch.arange(P, device="cpu").float(), frequencies)
     return angles.cos().to(device), angles.sin().to(device)
 
 
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
     B, T, P = sizes["B"], sizes["T"], sizes["P"]
-    cos, sin = tables(P, sizes["D"], device)
+    cos, sin = rope_tables(10000.0, P, sizes["D"], device)
     positions = (torch.arange(T) * 7 + torch.arange(B)[:, None] * 5) % P
     return {"cos": cos, "sin": sin, "positions": positions.to(device)}
 

@@ -12,7 +12,7 @@ import torch
 from . import checks
 from .checks import Argument
 from .op import Cost, Sizes, read_annotations
-from .quantized import sample_quantized, weight_bytes
+from .quantized import matrix_bytes, sample_quantized
 
 
 def shapes(names: str, table: str, **flags: Any) -> tuple[dict[str, Any], ...]:
@@ -45,7 +45,7 @@ def streaming_cost(run: Callable[..., Any], flops: Callable[[Sizes], int]) -> Ca
         *rows, columns = checks.shape_of(argument.shape_spec, {"...": (sizes["T"],), **sizes})
         weights = sizes.get(argument.name) if argument.kind == checks.Matrix else None
         stored = dtype if argument.dtypes is None or dtype in argument.dtypes else argument.dtypes[0]
-        return weight_bytes(weights, math.prod(rows), columns, stored.itemsize)
+        return matrix_bytes(weights, math.prod(rows), columns, stored.itemsize)
 
     def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
         tensors = [a for part in read_annotations(run) for a in part if a.tensor and not a.optional]

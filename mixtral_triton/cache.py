@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch
 
 from .config import MixtralConfig
-from .inputs import check_dtype, is_int, usable_device
+from .inputs import check_dtype, default_dtype, is_int, usable_device
 from .kernels.checks import readable
 
 
 def _version(x: torch.Tensor) -> int | None:
     """Return torch's count of writes into `x`; None for a tensor made in inference mode, which has none."""
     return None if x.is_inference() else x._version
+
+
+def cache_shape(config: MixtralConfig, batch: int, max_len: int) -> tuple[int, ...]:
+    """Return the shape of all layers' keys and values: [L, 2, B, Hkv, C, D], C the window where there is one."""
+    slots = config.sliding_window or max_len
+    return config.num_hidden_layers, 2, batch, config.num_key_value_heads, slots, config.head_dim
 
 
 class KVCache:
@@ -42,16 +48,15 @@ class KVCache:
             need = "an integer of at least 1: this model has no sliding window"
             raise ValueError(f"KVCache: max_len is {max_len!r}, needs {need}")
         device = usable_device(device)
-        dtype = getattr(torch, config.dtype or "bfloat16") if dtype is None else dtype
+        dtype = default_dtype(config) if dtype is None else dtype
         check_dtype("KVCache", dtype)
         self.config = config
         self.window = config.sliding_window
         self.slots: int = config.sliding_window or max_len or 1
         limit = config.max_position_embeddings
         self.max_len = limit if self.window else min(self.slots, limit)
-        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, self.slots, config.head_dim)
         # Zeros, so that no slot holds uninitialized bits.
-        storage = torch.zeros(shape, dtype=dtype, device=device)
+        storage = torch.zeros(cache_shape(config, batch, self.slots), dtype=dtype, device=device)
         self.keys, self.values = zip(*(layer.unbind(0) for layer in storage.unbind(0)), strict=True)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._known, self._version, self._replayed = 0, _version(self.lengths), False

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .config import MixtralConfig
 from .kernels.checks import FLOATS, INTS, check_values, readable
-
-if TYPE_CHECKING:
-    from .quantize import QuantSpec
+from .kernels.quantized import QuantSpec
 
 # Values of `weights`, by the names that `fit` prints.
 WEIGHT_FORMATS: dict[str, Any] = {"as stored": None, "fp8": "fp8", "int8": "int8", "int4": "int4"}
@@ -42,6 +41,11 @@ def check_dtype(name: str, dtype: Any) -> None:
     """Raise ValueError for a dtype that no operation computes in."""
     if dtype not in FLOATS:
         raise ValueError(f"{name}: dtype is {dtype}, needs torch.float32, bfloat16 or float16")
+
+
+def default_dtype(config: MixtralConfig) -> torch.dtype:
+    """Return the dtype that config.json names, else bfloat16: what is known before the tensors are read."""
+    return getattr(torch, config.dtype or "bfloat16")
 
 
 def weight_bytes(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, QuantSpec], dtype: torch.dtype) -> int:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import quantize, weights
+from .cache import cache_shape
 from .config import MixtralConfig, checkpoint_folder, parse_json_object
 from .generate import PREFILL_CHUNK
-from .inputs import check_dtype, check_memory, free_memory, in_decimal, usable_device, weight_bytes
+from .inputs import check_dtype, check_memory, default_dtype, free_memory, in_decimal, usable_device, weight_bytes
 from .kernels.offload import ALIGNMENT
 from .parallel import UNSHARDED, Ranks
 from .quantize import PARTS, QuantSpec, hub, select_specs
@@ -90,20 +91,14 @@ def load(
     return model
 
 
-def stored_dtype(config: MixtralConfig) -> torch.dtype:
-    return getattr(torch, config.dtype or "bfloat16")
-
-
 def table_bytes(config: MixtralConfig) -> int:
     """Bytes of the rotary tables, fp32."""
     return 4 * config.max_position_embeddings * config.head_dim
 
 
 def cache_bytes(config: MixtralConfig, batch: int, context: int) -> int:
-    """Bytes of a KVCache: a ring of the window where there is one."""
-    slots = config.sliding_window or context
-    heads = config.num_key_value_heads * config.head_dim
-    return 2 * config.num_hidden_layers * batch * heads * slots * stored_dtype(config).itemsize
+    """Bytes of a KVCache."""
+    return math.prod(cache_shape(config, batch, context)) * default_dtype(config).itemsize
 
 
 def workspace_bytes(config: MixtralConfig, batch: int, context: int) -> int:
@@ -120,7 +115,7 @@ def workspace_bytes(config: MixtralConfig, batch: int, context: int) -> int:
     row += hidden if context > PREFILL_CHUNK else 0  # the chunk before it is still there
     counters = 16 + 12 * slots  # positions; routes, their weights and order
     rows = batch * min(context, PREFILL_CHUNK)
-    return rows * (row * stored_dtype(config).itemsize + counters) + 8 * batch * context
+    return rows * (row * default_dtype(config).itemsize + counters) + 8 * batch * context
 
 
 def running_bytes(config: MixtralConfig, batch: int, context: int) -> dict[str, int]:

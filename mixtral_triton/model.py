@@ -21,6 +21,7 @@ from .generate import generate
 from .inputs import check_dtype, check_ids, check_lengths
 from .kernels.call import untraced
 from .kernels.launch import pdl_region
+from .kernels.rope import rope_tables
 from .load import load
 from .parallel import UNSHARDED, Ranks
 from .quantize import PARTS, OffloadedWeight, QuantizedWeight, QuantSpec
@@ -38,18 +39,6 @@ def _empty_weight(
     if on_host:
         return OffloadedWeight(weight, on_host, device)
     return nn.Parameter(weight, requires_grad=False) if isinstance(weight, Tensor) else weight
-
-
-def rope_tables(config: MixtralConfig, device: Any) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of position * theta ** (-2i / D), fp32 [P, D/2] (Su et al. 2021, section 3.2).
-
-    Computed in fp32 on the CPU in transformers' order: at position 30,000 a frequency that is rounded differently, as
-    by a GPU's `pow`, changes the logits.
-    """
-    D = config.head_dim
-    frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, D, 2, device="cpu", dtype=torch.float32) / D))
-    angles = torch.outer(torch.arange(config.max_position_embeddings, device="cpu").float(), frequencies)
-    return angles.cos().to(device), angles.sin().to(device)
 
 
 class Layer(nn.Module):
@@ -224,7 +213,7 @@ class Mixtral(nn.Module):
         self.layers = nn.ModuleList(Layer(config, parameters) for parameters in layers)  # type: ignore[assignment]
         for short in PARTS["experts"] if any(on_host) else ():
             OffloadedWeight.stage_in_turn([getattr(layer, short) for layer in self.layers])
-        cos, sin = rope_tables(config, device)
+        cos, sin = self._rope_tables(device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         super().train(False)
@@ -326,6 +315,10 @@ class Mixtral(nn.Module):
 
     generate = generate
 
+    def _rope_tables(self, device: Any) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return rope_tables(config.rope_theta, config.max_position_embeddings, config.head_dim, device)
+
     def _check(self, input_ids: Tensor, cache: KVCache | None, lengths: Tensor | None) -> None:
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             raise ValueError("Mixtral is for inference only: its parameters cannot require gradients")
@@ -364,7 +357,7 @@ class Mixtral(nn.Module):
         """Move and convert; the rotary tables stay fp32, since rounded angles would change the logits."""
         super()._apply(fn, recurse)
         if self.cos.dtype in (torch.bfloat16, torch.float16):
-            self.cos, self.sin = rope_tables(self.config, self.cos.device)
+            self.cos, self.sin = self._rope_tables(self.cos.device)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Mixtral:

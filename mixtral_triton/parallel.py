@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial, reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,9 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import MixtralConfig
-
-if TYPE_CHECKING:
-    from .quantize import QuantSpec
+from .kernels.quantized import QuantSpec
 
 Shape = tuple[int, ...]
 TIMEOUT = timedelta(seconds=30)  # of collectives while the model runs

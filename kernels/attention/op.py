@@ -19,7 +19,19 @@ from ..call import operation
 from ..checks import INTS, Constraints, Within, fail
 from ..launch import dense_rows, describe, launch, multiprocessors, select_configs, target_arch
 from ..op import Cost, Sizes
-from ..rope import Heads, New, Past, Queries, Slots, Table, cache_inputs, check_caches, check_head_size, strides, tables
+from ..rope import (
+    Heads,
+    New,
+    Past,
+    Queries,
+    Slots,
+    Table,
+    cache_inputs,
+    check_caches,
+    check_head_size,
+    rope_tables,
+    strides,
+)
 from ..samples import sampler, shape_grid, shapes
 from .kernels import attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel
 from .tiles import PACKED_ROWS, configs
@@ -102,7 +114,7 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
 
 
 def _step_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    cos, sin = tables(8192, sizes["D"], device)
+    cos, sin = rope_tables(10000.0, 8192, sizes["D"], device)
     return {"cos": cos, "sin": sin, **cache_inputs(sizes, dtype, device, generator)}
 
 

@@ -25,7 +25,7 @@ from ..dispatch import expected_distinct_experts, gather_by_expert, sample_ids, 
 from ..launch import Configs, LaunchConfig, dense_rows, describe, launch, power_of_2, select_configs, target_arch
 from ..norm import fused_norm_args
 from ..op import Cost, Sizes
-from ..quantized import QUANT_NAMES, weight_bytes
+from ..quantized import QUANT_NAMES, matrix_bytes
 from ..samples import sampler, shape_grid, shapes
 from ..weight import Weight
 from . import kernels
@@ -51,8 +51,8 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     """
     T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
     experts = sizes.get("distinct", expected_distinct_experts(T, K / E, E))
-    gate_up = weight_bytes(sizes.get("gate_up"), 2 * I, H, dtype.itemsize)
-    weights = experts * (gate_up + weight_bytes(sizes.get("down"), H, I, dtype.itemsize))
+    gate_up = matrix_bytes(sizes.get("gate_up"), 2 * I, H, dtype.itemsize)
+    weights = experts * (gate_up + matrix_bytes(sizes.get("down"), H, I, dtype.itemsize))
     elements = 2 * T * H + 2 * T * K * (H + I)
     return Cost(flops=6 * T * K * H * I, bytes=int(weights) + elements * dtype.itemsize + 8 * T * K)
 

@@ -6,16 +6,15 @@ Rows are quantized independently, so that any piece of rows can be. K columns, i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.offload import OffloadedWeight
-from ..kernels.quantized import BITS, GROUPS, SCALES, ZERO_INT4, QuantizedWeight, pack
+from ..kernels.quantized import BITS, ZERO_INT4, QuantizedWeight, QuantSpec, pack
 
-__all__ = ["OffloadedWeight", "QuantizedWeight", "quantize"]
+__all__ = ["OffloadedWeight", "QuantSpec", "QuantizedWeight", "quantize"]
 
 PARTS = {"experts": ("gate_up_proj", "down_proj"), "linear": ("qkv_proj", "o_proj", "lm_head")}
 ALLOWED = f"None, one of {', '.join(BITS)} (the experts), or a dict of these with the keys {', '.join(PARTS)}"
@@ -25,31 +24,6 @@ PIECE, GPU_PIECE = 1 << 18, 1 << 23
 # Candidates for int4's scale, relative to the one that clips nothing: a smaller one clips some values and rounds the
 # others less. More candidates find little more.
 STEPS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65)
-
-
-@dataclass(frozen=True)
-class QuantSpec:
-    """The layout of a QuantizedWeight: format, columns of a group (K: one scale per row), dtype of scales, zeros."""
-
-    format: str
-    group: int
-    scales: torch.dtype
-    zeros: bool = False
-
-    @classmethod
-    def default_for(cls, format: str, K: int, group: int | None = None) -> QuantSpec:
-        """Return what `quantize` produces: int4 in groups with bf16 scales; int8 and fp8 with an fp32 scale per row."""
-        if format not in BITS:
-            raise ValueError(f"quantize: format is {format!r}, needs one of {', '.join(BITS)}")
-        groups = GROUPS if format == "int4" else (K,)
-        if not (sizes := [size for size in groups if K % size == 0 and group in (None, size)]):
-            needs = f"groups of {' or '.join(map(str, groups))} that divide {K} columns"
-            raise ValueError(f"quantize: group is {group!r}, {format} needs {needs}; int8 and fp8 take whole rows")
-        return cls(format, sizes[0], SCALES[format])
-
-    def empty(self, shape: tuple[int, ...], device: Any) -> QuantizedWeight:
-        """Return a weight of `shape` with unset values."""
-        return QuantizedWeight.empty(self.format, tuple(shape), self.group, self.scales, self.zeros, device)
 
 
 def put(weight: QuantizedWeight, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:

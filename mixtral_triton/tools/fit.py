@@ -22,10 +22,10 @@ from rich.text import Text
 
 from ..cache import KVCache
 from ..config import MixtralConfig, checkpoint_folder
-from ..inputs import WEIGHT_FORMATS, weight_bytes
+from ..inputs import WEIGHT_FORMATS, default_dtype, weight_bytes
 from ..kernels.op import Cost
 from ..kernels.record import record_launches
-from ..load import OVERHEAD, experts_to_offload, offloaded_bytes, running_bytes, stored_dtype, table_bytes, usable_bytes
+from ..load import OVERHEAD, experts_to_offload, offloaded_bytes, running_bytes, table_bytes, usable_bytes
 from ..model import Mixtral
 from ..quantize import PARTS, QuantSpec, hub, select_specs
 from ..quantize.schemes import read_scheme
@@ -74,7 +74,7 @@ def parameters(config: MixtralConfig) -> tuple[int, int]:
 def memory_need(config: MixtralConfig, specs: QuantSpecs, batch: int, context: int) -> dict[str, int]:
     """Bytes of a model on one GPU, by what they hold, and "total"."""
     need = {
-        "weights": weight_bytes(parameter_shapes(config), specs, stored_dtype(config)),
+        "weights": weight_bytes(parameter_shapes(config), specs, default_dtype(config)),
         "tables": table_bytes(config),
         **running_bytes(config, batch, context),
         "overhead": OVERHEAD,
@@ -160,7 +160,7 @@ class Request:
             if not right:
                 raise ValueError(error)
         scheme = None if known else read_scheme(checkpoint_folder(name, tensors=False))
-        specs, stored = format_specs(config), SHORT[stored_dtype(config)]
+        specs, stored = format_specs(config), SHORT[default_dtype(config)]
         if scheme is not None:  # the files alone say which tensors are quantized
             specs, stored = {STORED: hub.plan(hub.read_headers(name), config).specs}, scheme.name
         return cls(name, config, specs, stored, args.batch, context, gib * 2**30)
@@ -177,7 +177,7 @@ class Request:
         need, longest = memory_need(config, specs, self.batch, self.context), config.max_position_embeddings
         longest = max(0, bisect_right(range(longest + 1), limit, key=total) - 1)
         verdict = "fits" if need["total"] <= limit else "tight" if need["total"] <= gpu.bytes else "no"
-        embedding = config.vocab_size * config.hidden_size * stored_dtype(config).itemsize
+        embedding = config.vocab_size * config.hidden_size * default_dtype(config).itemsize
         shared = need["weights"] + need["cache"] - embedding
         room = limit - (need["total"] - shared)
         offload = self.offload(format, gpu, need["total"], limit) if verdict == "no" else None
@@ -187,7 +187,7 @@ class Request:
     def offload(self, format: str, gpu: GPU, total: int, limit: int) -> Offload | None:
         """Plan how `limit` bytes hold a model of `total` bytes by experts in host memory; None where that cannot be."""
         config, specs, E = self.config, self.specs[format], self.config.num_local_experts
-        each = offloaded_bytes(parameter_shapes(config), specs, stored_dtype(config))
+        each = offloaded_bytes(parameter_shapes(config), specs, default_dtype(config))
         experts = experts_to_offload(config, total, limit, each)
         if experts >= E or experts * each > self.host_memory:
             return None
@@ -202,7 +202,7 @@ class Request:
 
     def speed(self, gpu: GPU, specs: QuantSpecs, offload: int) -> tuple[float, float]:
         """Predict tokens/s, cautious and optimistic, by the times of a decode step of one layer and of two."""
-        dtype, E, times = stored_dtype(self.config), self.config.num_local_experts, []
+        dtype, E, times = default_dtype(self.config), self.config.num_local_experts, []
         token = torch.empty(self.batch, 1, dtype=torch.int64, device="meta")
         for L in (1, 2):
             config = replace(self.config, num_hidden_layers=L)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import mixtral_triton
+from mixtral_triton.kernels.registry import OPERATIONS
 
 ROOT = Path(__file__).parents[2]
 FORBIDDEN = {  # folder or file: what it must not import, directly or through others
@@ -100,9 +101,19 @@ def test_reference_imports_torch_alone() -> None:
     assert names == {"__future__", "itertools", "math", "typing", "torch", "torch.nn.functional"}
 
 
-@pytest.mark.parametrize("name", ["model", "cache", "generate", "config", "weights"])
-def test_model_knows_no_kernel(name: str) -> None:
-    assert not [other for other in GRAPH[name] if top(other) == "kernels" and other != "kernels.quantized"]
+@pytest.mark.parametrize("name", [name for name in MODULES if top(name) not in ("kernels", "tools", "verification")])
+def test_operations_are_reached_through_ops_alone(name: str) -> None:
+    """The runtime imports helpers from the file of `kernels` that defines them, and operations from `ops`."""
+    nodes = [node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.ImportFrom)]
+    of_kernels = [
+        node for node in nodes if (node.module or "").startswith("kernels") and node.module != "kernels.reference"
+    ]
+    assert not {alias.name for node in of_kernels for alias in node.names} & OPERATIONS.keys()
+
+
+def test_types_alone_go_both_ways_between_model_load_and_generate() -> None:
+    """`load` makes a model and `generate` is its method: both name its type, under TYPE_CHECKING."""
+    assert {"load", "generate"} <= GRAPH["model"] and not {"model"} & (GRAPH["load"] | GRAPH["generate"])
 
 
 def test_importing_the_model_loads_no_tools() -> None:
@@ -111,10 +122,6 @@ def test_importing_the_model_loads_no_tools() -> None:
     loaded = done.stdout.split()
     assert "mixtral_triton.model" in loaded
     assert not [name for name in loaded if name.startswith(("rich", "mixtral_triton.tools", "mixtral_triton.verif"))]
-
-
-def test_top_level_has_at_most_14_files() -> None:
-    assert len([path for path in (ROOT / "mixtral_triton").iterdir() if path.is_file()]) <= 14
 
 
 @pytest.mark.parametrize("name", sorted(mixtral_triton.__all__))

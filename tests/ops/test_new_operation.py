@@ -1,5 +1,5 @@
-"""A toy operation, added to a copy of the repository as CONTRIBUTING.md describes, passes what iterates over the
-registry, and breaks nothing else."""
+"""A toy operation with a shape letter and a flag of its own and two results, added to a copy of the repository as
+CONTRIBUTING.md describes, passes what iterates over the registry, and breaks nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from mixtral_triton.kernels.launch import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
-TOY = '''"""gated_silu: silu(a) * b. T rows, N columns."""
+TOY = '''"""gated_silu: silu(a) * b, and its negative. T rows, N columns, Z planes."""
 
 from __future__ import annotations
 
@@ -26,39 +26,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, select_configs
-from .op import LaunchConfig, Op, Sizes, random_inputs, streaming_cost
+from .call import operation
+from .launch import LaunchConfig, launch, select_configs
+from .op import Sizes
 
 @triton.jit
-def gated_silu_kernel(a_ptr, b_ptr, y_ptr, N, BLOCK: tl.constexpr):
+def gated_silu_kernel(a_ptr, b_ptr, y_ptr, negative_ptr, N, BLOCK: tl.constexpr, SQUARED: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(a_ptr + offs, mask=offs < N, other=0.0).to(tl.float32)
     b = tl.load(b_ptr + offs, mask=offs < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offs, (a / (1.0 + tl.exp(-a)) * b).to(y_ptr.dtype.element_ty), mask=offs < N)
+    y = a / (1.0 + tl.exp(-a)) * b
+    if SQUARED:
+        y = y * y
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=offs < N)
+    tl.store(negative_ptr + offs, (-y).to(y_ptr.dtype.element_ty), mask=offs < N)
 
-def reference(a: Tensor, b: Tensor) -> Tensor:
-    return F.silu(a) * b
+def reference(a: Tensor, b: Tensor, squared: bool = False) -> tuple[Tensor, Tensor]:
+    y = F.silu(a) * b
+    y = y * y if squared else y
+    return y, -y
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     return {"gated_silu_kernel": LaunchConfig({"BLOCK": 64}, num_warps=1)}
 
-def gated_silu(a: Annotated[Tensor, "T N"], b: Annotated[Tensor, "T N"]) -> Annotated[Tensor, "T N"]:
-    """silu(a) * b."""
-    a, b, y = a.contiguous(), b.contiguous(), torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    config = select_configs(configs, {"T": a.shape[0], "N": a.shape[1]}, a.dtype, a.device)["gated_silu_kernel"]
-    args = {"a_ptr": a, "b_ptr": b, "y_ptr": y, "N": a.numel()}
-    launch(gated_silu_kernel, (triton.cdiv(a.numel(), 64),), args, config)
-    return y
+Planes = Annotated[Tensor, "T N Z"]
 
-OP = Op(
-    run=gated_silu,
+@operation(
     reference=reference,
-    inputs=random_inputs(gated_silu),
     configs=configs,
-    cost=streaming_cost(gated_silu, lambda sizes: 4 * sizes["T"] * sizes["N"]),
-    test_shapes=({"T": 3, "N": 70},),
-    bench_shapes=({"T": 64, "N": 14336},),
+    flops=lambda sizes: 4 * sizes["T"] * sizes["N"] * sizes["Z"],
+    test_shapes=({"T": 3, "N": 70, "Z": 2}, {"T": 3, "N": 7, "Z": 5, "squared": True}),
+    bench_shapes=({"T": 64, "N": 14336, "Z": 1},),
 )
+def gated_silu(a: Planes, b: Planes, squared: bool = False) -> tuple[Planes, Planes]:
+    """silu(a) * b, squared where the flag says so, and its negative."""
+    a, b = a.contiguous(), b.contiguous()
+    y, negative = torch.empty_like(a), torch.empty_like(a)
+    sizes = {"T": a.shape[0], "N": a.shape[1], "Z": a.shape[2], "squared": squared}
+    config = select_configs(configs, sizes, a.dtype, a.device)["gated_silu_kernel"]
+    args = {"a_ptr": a, "b_ptr": b, "y_ptr": y, "negative_ptr": negative, "N": a.numel()}
+    launch(gated_silu_kernel, (triton.cdiv(a.numel(), 64),), args, config, SQUARED=squared)
+    return y, negative
 '''
 GATES = ("ops/test_registry.py", "ops/test_operators.py", "ops/test_strides.py")
 COMPILED = ("ops/test_plan.py", "compile/test_offline.py", "compile/test_jit.py")
@@ -66,11 +74,13 @@ CODE = """
 import torch
 from mixtral_triton import Mixtral, ops, verify
 from mixtral_triton.cli import SMALL, main
-a, b = torch.randn(2, 3, 5)
-assert torch.equal(ops.gated_silu(a, b), torch.nn.functional.silu(a) * b)
+a, b = torch.randn(2, 3, 5, 4)
+y, negative = ops.gated_silu(a, b, squared=True)
+assert torch.equal(y, (torch.nn.functional.silu(a) * b) ** 2) and torch.equal(negative, -y)
+assert torch.equal(ops.gated_silu.unchecked(a, b=b)[0], torch.nn.functional.silu(a) * b)
 assert verify(Mixtral.from_pretrained(SMALL)).rows
 assert main(["compile", "gated_silu", "--arch", "sm_90"]) == 0
-assert main(["bench", "gated_silu", "--gpu", "h100", "--sizes", "T=64,N=128"]) == 0
+assert main(["bench", "gated_silu", "--gpu", "h100", "--sizes", "T=64,N=128,Z=2"]) == 0
 """
 
 
@@ -82,8 +92,8 @@ def copy(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "kernels" / "gated_silu.py").write_text(TOY)
     registry = tmp_path / "kernels" / "registry.py"
-    text = registry.read_text().replace("attention.STEP_OP,\n", "attention.STEP_OP,\n        gated_silu.OP,\n")
-    registry.write_text(text.replace("from . import ", "from . import gated_silu, "))
+    line = "from .gated_silu import gated_silu as gated_silu\n"
+    registry.write_text(registry.read_text().replace("from .linear import", f"{line}from .linear import"))
     return tmp_path
 
 

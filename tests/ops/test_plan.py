@@ -19,7 +19,7 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixtral_triton import ops
-from mixtral_triton.kernels import launch, norm, plan
+from mixtral_triton.kernels import launch, plan
 from mixtral_triton.kernels.launch import INTERPRETED, LaunchConfig
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.quantized import QuantizedWeight
@@ -208,10 +208,10 @@ def test_tensor_that_is_two_arguments_is_not_cached(gpu: Any) -> None:
 
 
 UNREPEATABLE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "copies": lambda x, weight, eps: norm.rms_norm(x, weight + 1, eps),
-    "reads from the second row": lambda x, weight, eps: norm.rms_norm(x[1:], weight, eps),
-    "returns its argument": lambda x, weight, eps: (norm.rms_norm(x, weight, eps), x)[1],
-    "fills with zeros": lambda x, weight, eps: norm.rms_norm(x, torch.zeros_like(weight), eps),
+    "copies": lambda x, weight, eps: NORM.run(x, weight + 1, eps),
+    "reads from the second row": lambda x, weight, eps: NORM.run(x[1:], weight, eps),
+    "returns its argument": lambda x, weight, eps: (NORM.run(x, weight, eps), x)[1],
+    "fills with zeros": lambda x, weight, eps: NORM.run(x, torch.zeros_like(weight), eps),
 }
 
 

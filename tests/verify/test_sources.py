@@ -52,10 +52,9 @@ def read_config(patch: Patch, **changes: Any) -> None:
 
 
 def change_tables(patch: Patch, positions: torch.dtype = torch.float32, theta: float | None = None) -> None:
-    def tables(config: MixtralConfig, device: Any) -> tuple[Tensor, Tensor]:
-        D, base = config.head_dim, theta or config.rope_theta
-        angles = torch.arange(config.max_position_embeddings).to(positions).float()[:, None]
-        angles = angles * (1.0 / base ** (torch.arange(0, D, 2).float() / D))
+    def tables(base: float, P: int, D: int, device: Any) -> tuple[Tensor, Tensor]:
+        angles = torch.arange(P).to(positions).float()[:, None]
+        angles = angles * (1.0 / (theta or base) ** (torch.arange(0, D, 2).float() / D))
         return angles.cos().to(device), angles.sin().to(device)
 
     patch.setattr(model, "rope_tables", tables)

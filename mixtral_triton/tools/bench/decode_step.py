@@ -18,7 +18,7 @@ from ...cache import KVCache
 from ...config import MixtralConfig
 from ...generate import can_capture, capture
 from ...kernels import reference
-from ...kernels.checks import dtype_name
+from ...kernels.checks import FLOATS, dtype_name
 from ...kernels.dispatch import expected_distinct_experts
 from ...kernels.offload import OffloadedWeight
 from ...kernels.op import Cost, Op, Sizes
@@ -184,5 +184,5 @@ STEP = Op(
         # Two depths of one step give the time of a layer.
         for B, S, L in ((1, 1024, 1), *((B, S, 4) for B in (1, 8, 32) for S in (1024, 4096, 32768)))
     ),
-    dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    dtypes=FLOATS,
 )
