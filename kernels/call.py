@@ -231,25 +231,27 @@ def operation(
 
 
 def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]:
-    """Return a function that puts the arguments of a call in the order of `run`, defaults filled in. It remembers the
-    order of each set of names: a decode step repeats the same calls thousands of times."""
-    parameters = tuple(op.signature.parameters.values())
-    defaults = tuple(parameter.default for parameter in parameters)
-    orders: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], tuple[Any, ...]]] = {}
+    """Return a function that puts the arguments of a call in the order of `run`. It remembers the order of each set of
+    names, since a decode step repeats the same calls thousands of times."""
+    defaults = tuple(parameter.default for parameter in op.signature.parameters.values())
+    orders: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], tuple[Any, ...]] | None] = {}
+
+    def new_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
+        """Return what picks the arguments from those given and all defaults; None where they are in order."""
+        op.bind(*args, **kwargs)  # SignatureError where a name is unknown, missing or given twice
+        names = (*op.names[: len(args)], *kwargs)
+        if names == op.names[: len(names)]:
+            return None
+        given = {name: index for index, name in enumerate(names)}
+        return itemgetter(*(given.get(name, len(names) + index) for index, name in enumerate(op.names)))
 
     def order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         names = (len(args), *kwargs)
-        pick = orders.get(names)
-        if pick is None:
-            op.bind(*args, **kwargs)  # SignatureError where a name is unknown, missing or given twice
-            given = {name: len(args) + index for index, name in enumerate(kwargs)}
-            first_default = len(args) + len(kwargs)
-            places = [
-                index if index < len(args) else given.get(name, first_default + index)
-                for index, name in enumerate(op.names)
-            ]
-            pick = orders[names] = itemgetter(*places) if len(places) > 1 else lambda values: (values[places[0]],)
-        return pick((*args, *kwargs.values(), *defaults))
+        if names not in orders:
+            orders[names] = new_order(args, kwargs)
+        pick = orders[names]
+        values = (*args, *kwargs.values())
+        return values if pick is None else pick((*values, *defaults))
 
     return order
 

@@ -39,10 +39,13 @@ _plans: dict[tuple[Any, ...], Plan | None] = {}  # None: not cached
 def call_key(args: Sequence[Any]) -> tuple[Any, ...]:
     """Return everything about the arguments that decides what a call launches: all but addresses and values."""
     key: list[Any] = []
+    hip = torch.version.hip
     for x in args:
-        if isinstance(x, Tensor):
+        if x is None:
+            key.append(None)
+        elif isinstance(x, Tensor):
             key += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % _ALIGNMENT)
-            if torch.version.hip:
+            if hip:
                 key.append(x.untyped_storage().size() <= _BUFFER_MAX)
         elif isinstance(x, QuantizedWeight):
             key += (x.format, x.group, x.shape, *call_key(_parts(x)))
