@@ -28,6 +28,8 @@ from mixtral_triton.kernels.offload import OffloadedWeight, find_weight
 from tests.support.calls import replace_base, tensors_of_launch
 from tests.support.traffic import active_addresses
 
+pytest_plugins = ["tests.support.selection"]
+
 INTERPRET = launch.interpret
 MARGIN = 64  # elements on either side
 FLOAT_CANARIES = (float("nan"), 1.0e4)
@@ -248,12 +250,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items if INTERPRETED or not torch.cuda.is_available() else ():
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU and a compiling process"))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -1,0 +1,87 @@
+"""Which tests run: those of one operation (`--op`), and those that this process can run at all.
+
+Tests that need a GPU, a compiling process or an interpreting one are left out when they are collected; a line at the
+end says how many. conftest.py imports the hooks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.op import Op
+from mixtral_triton.kernels.registry import OPS
+
+LEFT_OUT = pytest.StashKey[Counter[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "run the cases of this operation alone, or of those whose names contain NAME; repeatable"
+    parser.addoption("--op", action="append", default=[], metavar="NAME", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[LEFT_OUT] = Counter()
+    for name in config.getoption("--op"):
+        if not any(name in op for op in OPS):
+            raise pytest.UsageError(f"--op is {name!r}, needs one of {', '.join(OPS)}, or a part of a name")
+
+
+def operations_of(value: Any) -> set[str]:
+    """Return the names of the operations that a test's parameter names, or holds."""
+    if isinstance(value, str):
+        return {value} & OPS.keys()
+    if isinstance(value, Op):
+        return {value.name}
+    if isinstance(value, Sequence):
+        return set[str]().union(*map(operations_of, value))
+    return operations_of(getattr(value, "op", None)) if hasattr(value, "op") else set()
+
+
+def missing(item: pytest.Item) -> str | None:
+    """Return what a test needs and this process lacks."""
+    if "gpu" in item.keywords and (INTERPRETED or not torch.cuda.is_available()):
+        return "a GPU"
+    simulated = "gpu" in getattr(item, "fixturenames", ()) and (INTERPRETED or torch.cuda.is_available())
+    if simulated or any(mark.args[:1] == (True,) for mark in item.iter_markers("skipif")):
+        return "a compiling process" if INTERPRETED else "an interpreting one, or a machine without a GPU"
+    return None
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept, left_out = [], []
+    for item in items:
+        need = missing(item)
+        if need is not None:
+            config.stash[LEFT_OUT][need] += 1
+        names = config.getoption("--op")
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        found = operations_of(tuple(params.values())) if names else set[str]()
+        wanted = not names or any(name in found if name in OPS else any(name in op for op in found) for name in names)
+        (kept if need is None and wanted else left_out).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:  # a process of pytest-xdist: each collects all tests
+        output["left_out"] = dict(session.config.stash[LEFT_OUT])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    node.config.stash[LEFT_OUT] = Counter(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    counts = terminalreporter.config.stash[LEFT_OUT]
+    if counts:
+        needs = ", ".join(f"{count} need {need}" for need, count in sorted(counts.items()))
+        terminalreporter.write_line(f"left out: {needs}")
