@@ -52,9 +52,13 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise FileNotFoundError(f"{path} is not there: a prompt needs the checkpoint's tokenizer.json")
     refuse_lfs_pointer(path)
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a bare Exception on a bad file
         raise ValueError(f"{path} is not a tokenizer that the tokenizers library can read: {error}") from error
+    # Training saves both there, and they would cut or pad the prompt. transformers ignores them, too.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def encode(tokenizer: Any, text: str, bos: int | None) -> tuple[list[int], str]:
