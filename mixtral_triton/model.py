@@ -24,6 +24,8 @@ from .ops import unchecked
 from .parallel import UNSHARDED, Ranks
 from .quantize import PARTS, OffloadedWeight, QuantizedWeight, QuantSpec
 
+# Attributes of an instance with which a caller replaces what its class does; `compile` sets the last.
+_REPLACEABLE = ("forward", "attention", "route", "experts", "hidden", "head", "_call_impl", "_compiled_call_impl")
 Ring = tuple[Tensor, Tensor]  # a layer's cached keys and values, [B, Hkv, C, D] each (KVCache)
 
 
@@ -109,10 +111,13 @@ class Layer(nn.Module):
         return unchecked.experts_add_rms_norm(h, *proj, ids, routing_weights, x, next_norm, eps, deterministic)
 
 
-def _hooked(layers: Sequence[nn.Module]) -> bool:
-    """Return whether a caller's code runs around any of the modules: hooks, or a forward that accelerate replaced."""
-    each = (layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__ for layer in layers)
-    return _has_any_global_hook() or any(each)
+def _change(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Return what a caller put in place of the code of `kind`; None where the module is as made."""
+    if type(module) is not kind:  # a parametrization makes a subclass of its own
+        return f"is a {type(module).__name__}"
+    if module.__dict__.keys().isdisjoint(_REPLACEABLE):
+        return None
+    return next(f"has a {name} of its own" for name in _REPLACEABLE if name in module.__dict__)
 
 
 class State:
@@ -280,15 +285,29 @@ class Mixtral(nn.Module):
         h, x = unchecked.embed_rms_norm(input_ids, self.embed_tokens, self.layers[0].input_layernorm, eps, *bounds)
         following = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
         rings = [None] * len(following) if cache is None else zip(cache.keys, cache.values, strict=True)
-        # No PDL with several ranks (collectives run on other streams), while tracing, or with hooks: they may write
-        # weights.
-        pdl = self.ranks is None and not torch.compiler.is_compiling() and not _hooked(self.layers)
+        # No PDL with several ranks (collectives run on other streams), or while tracing.
+        pdl = self.ranks is None and not torch.compiler.is_compiling() and self.find_change() is None
         with ops.pdl_region() if pdl else nullcontext():
             for layer, next_norm, ring in zip(self.layers, following, rings, strict=True):
                 h, x = layer(h, x, next_norm, ring, state)
         if cache is not None:
             cache.advance(state.new, T if lengths is None else 0)
         return h
+
+    def find_change(self) -> str | None:
+        """Return which code of a caller's runs in the layers; None where each is exactly as this class made it.
+
+        Such code may write weights, so no launch is then dependent, and a replay of a graph would not call it. Hooks of
+        the model itself do neither: they run around `forward`.
+        """
+        if _has_any_global_hook():
+            return "all modules have a hook"
+        for index, layer in enumerate(self.layers):
+            hooked = layer._forward_hooks or layer._forward_pre_hooks
+            if hooked or (change := _change(layer, Layer)):
+                return f"layer {index} {'has a hook' if hooked else change}"
+        change = _change(self, Mixtral)
+        return None if change is None else f"the model {change}"
 
     def head(self, h: Tensor) -> Tensor:
         """[..., H] -> logits fp32 [..., V]."""
