@@ -9,6 +9,8 @@ import torch
 
 from mixtral_triton import ops
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.plan import call_key
+from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.quantize import quantize
 from tests.support.calls import offloaded
 from tests.support.traffic import count_traffic
@@ -99,6 +101,50 @@ def test_wrong_dtype_is_rejected() -> None:
     args = with_offload(arguments(None, 3, torch.float32))
     with pytest.raises(ValueError, match="argument 'down_proj' is float32, needs bfloat16"):
         ops.expert_swiglu(**args | {"x": args["x"].bfloat16()})
+
+
+def test_wrong_dtype_is_rejected_after_a_right_call(ordered: Any) -> None:
+    """What the check remembers of the right call is not that of one whose experts have half the bytes."""
+    right, wrong = (with_offload(arguments(None, 3, dtype)) for dtype in (torch.float32, torch.bfloat16))
+    weights = {name: wrong[name] for name in ("gate_up_proj", "down_proj")}
+    for _ in range(2):
+        ops.expert_swiglu(**right)
+        with pytest.raises(ValueError, match="argument 'down_proj' is bfloat16, needs float32"):
+            ops.expert_swiglu(**right | weights)
+    ops.expert_swiglu(**wrong)
+
+
+W = torch.ones(E, 64, 128)
+INT8, INT4 = quantize(W, "int8"), quantize(W, "int4")
+FP8 = QuantizedWeight("fp8", INT8.data, INT8.scales, None, INT8.shape, INT8.group)
+WITH_ZEROS = QuantizedWeight("int4", INT4.data, INT4.scales, INT4.scales + 8, INT4.shape, INT4.group)
+HALF_SCALES = QuantizedWeight("int8", INT8.data, INT8.scales.half(), None, INT8.shape, INT8.group)
+PAIRS = {
+    "a tensor's shape": (W, W[:4]),
+    "its strides": (W, W.mT.contiguous().mT),
+    "its dtype": (W, W.bfloat16()),
+    "its device": (W, W.to("meta")),
+    "its alignment": (W.flatten()[:64], W.flatten()[1:65]),
+    "a weight's class": (INT8, offloaded(INT8, ON_HOST)),
+    "its format": (INT8, FP8),
+    "its group": (INT4, quantize(W, "int4", 32)),
+    "its columns": (quantize(W[..., :96], "int8"), quantize(W[..., :100], "int8")),
+    "its zeros": (INT4, WITH_ZEROS),
+    "the dtype of its scales": (INT8, HALF_SCALES),
+    "the format of an offloaded weight": (offloaded(INT8, ON_HOST), offloaded(FP8, ON_HOST)),
+    "the dtype of a dense one": (offloaded(W, ON_HOST), offloaded(W.bfloat16(), ON_HOST)),
+    "two 16-bit dtypes": (offloaded(W.half(), ON_HOST), offloaded(W.bfloat16(), ON_HOST)),
+    "its rows": (offloaded(W, ON_HOST), offloaded(W[:, :32], ON_HOST)),
+    "a number's class": (True, 1),
+    "a number": (1, 2),
+    "no argument": (None, W),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_calls_that_differ_in_one_attribute_have_different_keys(pair: str) -> None:
+    one, other = PAIRS[pair]
+    assert call_key((W, one)) == call_key((W, one)) != call_key((W, other))
 
 
 def test_misaligned_rows_are_rejected() -> None:
