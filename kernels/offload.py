@@ -78,7 +78,7 @@ class OffloadedWeight(QuantizedWeight):
     on_host   the experts in host memory, ascending
     scales, zeros  as in QuantizedWeight, on the device; None where the weight is dense (format "dense")
 
-    It cannot be moved, converted, copied or pickled: its addresses would be another's.
+    It cannot be moved, converted, copied, pickled or part of a state_dict: its addresses would be another's.
     """
 
     scales: Any
@@ -208,6 +208,12 @@ class OffloadedWeight(QuantizedWeight):
         if probe.device != self.device or (self.format == "dense" and probe.dtype != self.dtype):
             raise ValueError("Mixtral: offloaded experts cannot be moved or converted: load them with device=, dtype=")
         return self
+
+    def _refuse_state(self, *args: Any) -> None:
+        got = "a state_dict would hold addresses of offloaded experts, not their rows"
+        raise ValueError(f"Mixtral: {got}: needs a model without offload, or the checkpoint that they came from")
+
+    _save_to_state_dict = _load_from_state_dict = _refuse_state  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedWeight:
         table = memo.get(id(self.data))

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_model
 
 from mixtral_triton import KVCache, Mixtral, load, verify
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.tools import fit
 from mixtral_triton.tools.gpus import find_gpu
@@ -134,6 +136,22 @@ def test_offloaded_model_cannot_be_moved_or_copied() -> None:
         with pytest.raises(ValueError, match="offloaded experts cannot be"):
             fault()
     assert torch.equal(model(IDS), Mixtral.from_pretrained(SMALL, "cpu")(IDS))
+
+
+@once
+@pytest.mark.parametrize("weights", [None, "int4"])
+def test_state_of_an_offloaded_model_is_refused(weights: str | None, tmp_path: Path) -> None:
+    """Saving it would lose the experts; loading it would point the tables into another model's memory."""
+    model = Mixtral.from_pretrained(SMALL, "cpu", weights=weights, offload=2)
+    resident = Mixtral.from_pretrained(SMALL, "cpu", weights=weights).state_dict()
+    for fault in (
+        model.state_dict,
+        lambda: save_model(model, str(tmp_path / "model.safetensors")),
+        lambda: model.load_state_dict(resident, strict=False),
+    ):
+        with pytest.raises(ValueError, match="addresses of offloaded experts, not their rows: needs a model without"):
+            fault()
+    assert all(each.is_intact() for each in model.modules() if isinstance(each, OffloadedWeight))
 
 
 @once
