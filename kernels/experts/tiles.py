@@ -34,8 +34,11 @@ def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchCon
     deterministic, by_pointers = switch(sizes, "deterministic"), switch(sizes, "by_pointers")
     slots, dense = sizes["T"] * sizes["K"], not (switch(sizes, "gate_up") or switch(sizes, "down"))
     rows = 0 if deterministic else slots // sizes["E"]
-    # With pointers the larger tiles of later GPUs spill.
-    table = _PREFILL["sm_80" if by_pointers and not amd(arch) else family(arch)]
+    table = _PREFILL[family(arch)]
+    if by_pointers and not amd(arch):
+        # The larger tiles of later GPUs spill. Each is as deep as TMA's for as many rows: the depth is the order of a
+        # sum, and offloaded experts give the bits of resident ones.
+        table = {**_PREFILL["sm_80"], 0: table[0]}
     tile = _SINGLE if dtype == torch.float32 else table[max(key for key in table if key <= rows)]
     block_m, short_m, up_n, down_n, block_k, warps, stages = tile
     # TMA reads x where it was gathered in sorted order.

@@ -20,7 +20,7 @@ ON_HOST = (1, 4)
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="about kernels: with the interpreter")
 
 
-def arguments(format: str | None, T: int, dtype: torch.dtype) -> dict[str, Any]:
+def arguments(format: str | None, T: int, dtype: torch.dtype, H: int = H, I: int = I) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(T)
     weights = [torch.randn(shape, generator=generator).to(dtype) * H**-0.5 for shape in ((E, 2 * I, H), (E, H, I))]
     stacked = [weight if format is None else quantize(weight, format) for weight in weights]
@@ -45,6 +45,15 @@ def test_same_bits_as_stacked(format: str | None, T: int, deterministic: bool, o
         flattened = ops.dispatched("expert_swiglu", with_offload(args))
         assert torch.equal(flattened(**with_offload(args, 0)), expected)
         assert torch.equal(ops.expert_swiglu(**with_offload(args, 3, 0)), expected), "experts in any order"
+
+
+@interpreted
+@pytest.mark.parametrize("format", [None, "int4", "int8", "fp8"])
+@pytest.mark.parametrize("T", [112, 130, 200, 512])
+def test_same_bits_as_stacked_for_many_rows(format: str | None, T: int, ordered: Any, unguarded: None) -> None:
+    """Resident weights are read by TMA's tiles and offloaded ones by pointers', in the same order of each sum."""
+    args = arguments(format, T, torch.bfloat16, H=128, I=128)
+    assert torch.equal(ops.expert_swiglu(**with_offload(args)), ops.expert_swiglu(**args))
 
 
 def test_unselected_experts_are_not_read() -> None:
