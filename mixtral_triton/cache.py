@@ -55,6 +55,7 @@ class KVCache:
         self.keys, self.values = zip(*(layer.unbind(0) for layer in storage.unbind(0)), strict=True)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._known, self._version, self._replayed = 0, _version(self.lengths), False
+        self.appending: torch.Tensor | None = None  # int [B]: the tokens of a forward that has not ended
 
     @property
     def batch(self) -> int:
@@ -69,6 +70,12 @@ class KVCache:
         """
         if torch.compiler.is_compiling():
             return
+        if self.appending is not None:  # the last forward failed; `lengths` is what it was before
+            needed = (self.appending > 1) & (self.lengths > 0)  # of keys that the window has not left
+            if self.window and bool((needed & (self.lengths + self.appending > self.slots)).any()):
+                got = "a forward failed after it had overwritten keys of the ring that its tokens see"
+                raise ValueError(f"KVCache: {got}: needs a new cache, or lengths of 0")
+            self.appending = None
         if readable(self.lengths):
             if int(self.lengths.min()) < 0:
                 raise ValueError(f"KVCache: lengths holds {int(self.lengths.min())}, needs numbers of at least 0")
@@ -88,7 +95,7 @@ class KVCache:
         if torch.compiler.is_compiling():  # a host counter would compile a graph for each count
             self.lengths += new
             return
-        known = self._min_length() + common
+        known, self.appending = self._min_length() + common, None
         self.lengths += new
         if self.lengths.is_cuda and torch.cuda.is_current_stream_capturing():
             self._replayed = True

@@ -126,7 +126,7 @@ class State:
     def __init__(self, model: Mixtral, B: int, T: int, cache: KVCache | None, new: Tensor | None) -> None:
         self.window, self.deterministic = model.config.sliding_window, model.deterministic
         self.cos, self.sin, self.ranks = model.cos, model.sin, model.ranks
-        self.shape = (B, T, model.config.hidden_size)
+        self.shape, self.cache = (B, T, model.config.hidden_size), cache
         # In deterministic mode a single token uses the chunk path, so its bits match those inside a longer chunk.
         self.decodes = cache is not None and T == 1 and not model.deterministic
         if cache is not None:
@@ -153,6 +153,8 @@ class State:
             )
         q, k = unchecked.rope(q, k, self.cos, self.sin, self.positions)
         out = unchecked.cached_attention(q, k, v, *ring, self.past, self.new, self.window, self.deterministic)
+        if self.cache is not None and not torch.compiler.is_compiling():
+            self.cache.appending = self.new
         unchecked.append(k, v, *ring, self.past, self.new)  # last: the chunk's first queries need the old keys
         return out
 
