@@ -92,6 +92,8 @@ class OffloadedWeight(QuantizedWeight):
         self.format, self.group = getattr(like, "format", "dense"), getattr(like, "group", 0)
         stored = like.data
         E, *rest = stored.shape
+        if len({*self.on_host}) < len(self.on_host) or not {*self.on_host} <= {*range(E)}:
+            raise ValueError(f"OffloadedWeight: on_host is {list(on_host)!r:.80}, needs distinct experts of 0..{E - 1}")
         if E and (size := stored[0].nbytes) % ALIGNMENT:
             raise ValueError(f"OffloadedWeight: an expert's rows take {size} bytes, needs a multiple of {ALIGNMENT}")
         self.resident = torch.empty((E - len(self.on_host), *rest), dtype=stored.dtype, device=device)
@@ -160,8 +162,10 @@ class OffloadedWeight(QuantizedWeight):
         if index == ():
             return self
         first, *rest = index if isinstance(index, tuple) else (index,)
-        expert = first.start if isinstance(first, slice) else int(first)
-        rows = self.rows(expert)
+        experts = range(len(self))[first] if type(first) in (int, slice) else ()  # IndexError as a tensor's
+        if not isinstance(experts, int) and len(experts) != 1:
+            raise ValueError(f"OffloadedWeight: index is {index!r:.80}, needs a number or a slice that is one expert")
+        rows = self.rows(experts if isinstance(experts, int) else experts[0])
         if isinstance(first, slice):
             rows, rest = rows[None], [slice(None), *rest]
         data = rows[tuple(rest)]
