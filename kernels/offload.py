@@ -54,7 +54,8 @@ class _Staging(threading.local):
             empty = (torch.empty_like(weight.host, device=weight.device) for _ in range(2))
             self.buffers[stream.cuda_stream] = [_Buffer(rows, torch.cuda.Event()) for rows in empty]
         buffers = self.buffers[stream.cuda_stream]
-        contents = weakref.ref(weight), weight.host._version  # the version counts writes to the host's rows
+        # The version counts writes to the host's rows; a tensor made in inference mode has none.
+        contents = weakref.ref(weight), None if weight.host.is_inference() else weight.host._version
         buffer = next((each for each in buffers if each.contents == contents), buffers[0])
         buffers.sort(key=lambda each: each is buffer)
         if buffer.contents != contents:

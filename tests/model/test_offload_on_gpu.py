@@ -178,3 +178,15 @@ def test_threads_and_streams_share_no_buffer(gpu: Any) -> None:
     thread.start()
     thread.join()
     assert len({rows.data_ptr() for rows in found}) == 3
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_prefill_of_a_model_loaded_in_inference_mode(inference: bool, gpu: Any, ordered: Any) -> None:
+    """Its tensors have no version counter."""
+    with torch.inference_mode():
+        model = random_model(GPU_DEVICE, on_host=(0, 2), max_position_embeddings=128)
+    with torch.inference_mode(inference):
+        got = model(tokens(1, 70, device=GPU_DEVICE)).to("cpu")
+    assert torch.equal(
+        got, random_model(GPU_DEVICE, max_position_embeddings=128)(tokens(1, 70, device=GPU_DEVICE)).to("cpu")
+    )
