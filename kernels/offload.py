@@ -50,10 +50,11 @@ class _Staging(threading.local):
 
     def begin(self, weight: OffloadedWeight, stream: torch.cuda.Stream) -> _Buffer:
         """Return a buffer with the weight's host experts; the copy begins now, unless it has begun already."""
-        if stream.cuda_stream not in self.buffers:
+        buffers = self.buffers.pop(stream.cuda_stream, None)
+        if buffers is None:
             empty = (torch.empty_like(weight.host, device=weight.device) for _ in range(2))
-            self.buffers[stream.cuda_stream] = [_Buffer(rows, torch.cuda.Event()) for rows in empty]
-        buffers = self.buffers[stream.cuda_stream]
+            buffers = [_Buffer(rows, torch.cuda.Event()) for rows in empty]
+        self.buffers = {**dict([*self.buffers.items()][-1:]), stream.cuda_stream: buffers}  # of the last two streams
         # The version counts writes to the host's rows; a tensor made in inference mode has none.
         contents = weakref.ref(weight), None if weight.host.is_inference() else weight.host._version
         buffer = next((each for each in buffers if each.contents == contents), buffers[0])
@@ -243,7 +244,8 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     if device.type == "meta":
         return torch.empty(shape, dtype=dtype, device=device)
     count = torch.Size(shape).numel()
-    pages = mmap.mmap(-1, max(1, count * dtype.itemsize))
+    # Private: a child process that writes into it changes a copy.
+    pages = mmap.mmap(-1, max(1, count * dtype.itemsize), access=mmap.ACCESS_COPY)
     host = torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
     if device.type == "cuda":
         runtime = torch.cuda.cudart()
@@ -260,5 +262,7 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
 def _unpin(unregister: Any, address: int, synchronize: Any, device: torch.device, pages: mmap.mmap) -> None:
     """Return what was pinned, once no kernel reads it. `pages` is an argument to live until then."""
-    synchronize(device)
-    unregister(address)
+    try:
+        synchronize(device)
+    finally:  # it raises during a capture, when a collection may run this; freed memory must not stay pinned
+        unregister(address)
