@@ -93,6 +93,29 @@ def test_host_memory_is_checked_before_allocating(monkeypatch: pytest.MonkeyPatc
 
 
 @once
+@pytest.mark.parametrize(
+    ("line", "files", "left"),
+    [
+        ("0::/", {"memory.max": "max", "memory.current": "9"}, 8192),
+        ("0::/", {"memory.max": "5000", "memory.current": "3000"}, 2000),
+        ("0::/a/b", {"a/memory.max": "5000", "a/memory.current": "6000"}, 0),
+        ("4:memory:/a", {"memory/memory.limit_in_bytes": "5000", "memory/memory.usage_in_bytes": "1"}, 4999),
+        ("3:cpuset:/", {"memory.max": "x"}, 8192),
+    ],
+)
+def test_host_memory_is_what_the_container_has_left(
+    line: str, files: dict[str, str], left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {f"groups/{name}": text for name, text in files.items()}
+    for name, text in {**files, "proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 8 kB", "proc/self/cgroup": line}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(load, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(load, "CGROUPS", tmp_path / "groups")
+    assert load.host_memory() == left
+
+
+@once
 def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="none is offloaded"):
         assert isinstance(Mixtral.from_pretrained(SMALL, "cpu", offload="auto").layers[0].down_proj, torch.nn.Parameter)
