@@ -17,7 +17,8 @@ def _version(x: torch.Tensor) -> int | None:
 class KVCache:
     """Ring caches of every layer, and the length of each sequence.
 
-    keys, values  per layer [B, Hkv, C, D]; position p is in slot p mod C, C = sliding_window, else max_len
+    keys, values  per layer [B, Hkv, C, D]; position p is in slot p mod C, C = sliding_window where a position can leave
+                  it, else max_len
     lengths       int32 [B]: tokens appended so far, which is the next position
     max_len       tokens that a sequence can reach: the slots, or with a window the model's positions
     """
@@ -38,17 +39,17 @@ class KVCache:
             raise ValueError(f"KVCache: config is a {type(config).__name__}, needs a MixtralConfig: model.config")
         if not is_int(batch, 1):
             raise ValueError(f"KVCache: batch is {batch!r}, needs an integer of at least 1")
-        if config.sliding_window is None and not is_int(max_len, 1):
-            need = "an integer of at least 1: this model has no sliding window"
+        required = config.sliding_window is None or (config.window is None and max_len is not None)
+        if required and not is_int(max_len, 1):
+            need = "an integer of at least 1: this model has no sliding window that a position can leave"
             raise ValueError(f"KVCache: max_len is {max_len!r}, needs {need}")
         device = usable_device(device)
         dtype = getattr(torch, config.dtype or "bfloat16") if dtype is None else dtype
         check_dtype("KVCache", dtype)
         self.config = config
-        self.window = config.sliding_window
-        self.slots: int = config.sliding_window or max_len or 1
-        limit = config.max_position_embeddings
-        self.max_len = limit if self.window else min(self.slots, limit)
+        self.window, limit = config.window, config.max_position_embeddings
+        self.slots: int = self.window or min(max_len or limit, limit)
+        self.max_len = limit if self.window else self.slots
         shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, self.slots, config.head_dim)
         # Zeros, so that no slot holds uninitialized bits.
         storage = torch.zeros(shape, dtype=dtype, device=device)

@@ -140,6 +140,12 @@ class MixtralConfig:
         need = f"a divisor of num_attention_heads = {heads}"
         _check("num_key_value_heads", self.num_key_value_heads, need, heads % self.num_key_value_heads == 0)
 
+    @property
+    def window(self) -> int | None:
+        """`sliding_window`, or None where no position can leave it."""
+        window = self.sliding_window
+        return window if window is not None and window < self.max_position_embeddings else None
+
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> MixtralConfig:
         """Read `folder`/config.json, as Hugging Face checkpoints have it.

@@ -103,7 +103,7 @@ def table_bytes(config: MixtralConfig) -> int:
 
 def cache_bytes(config: MixtralConfig, batch: int, context: int) -> int:
     """Bytes of a KVCache: a ring of the window where there is one."""
-    slots = config.sliding_window or context
+    slots = config.window or context
     heads = config.num_key_value_heads * config.head_dim
     return 2 * config.num_hidden_layers * batch * heads * slots * stored_dtype(config).itemsize
 
