@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import quantize, weights
-from .config import MixtralConfig, checkpoint_folder, parse_json_object
+from .config import MixtralConfig, checkpoint_folder, read_json_object
 from .generate import PREFILL_CHUNK
 from .inputs import check_dtype, check_memory, free_memory, in_decimal, usable_device, weight_bytes
 from .kernels.offload import ALIGNMENT
@@ -233,7 +233,7 @@ def select_experts(config: MixtralConfig, count: int, counts: str | os.PathLike[
     if counts is None:
         return [range(E - count, E)] * L if count else ()
     path = Path(counts)
-    used: Any = parse_json_object(path.read_bytes(), str(path)).get("counts")
+    used: Any = read_json_object(path).get("counts")
     layers = used if isinstance(used, list) else []
     right = len(layers) == L and all(isinstance(layer, list) and len(layer) == E for layer in layers)
     if not right or not all(type(number) is int for layer in layers for number in layer):

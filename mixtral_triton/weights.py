@@ -14,14 +14,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import INDEX_FILE, SINGLE_FILE, MixtralConfig, checkpoint_folder, parse_json_object, refuse_lfs_pointer
+from .config import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    MixtralConfig,
+    checkpoint_folder,
+    parse_json_object,
+    read_index,
+    refuse_lfs_pointer,
+)
 from .kernels.quantized import GROUPS, QuantizedWeight
 from .parallel import UNSHARDED, Shard
 
@@ -161,7 +169,7 @@ def read_headers(folder: Folder, scheme: Any = None) -> Headers:
     names: dict[str, list[str]] = {SINGLE_FILE: []}
     if not os.path.lexists(path / SINGLE_FILE):  # preferred over an index, as in transformers
         if os.path.lexists(path / INDEX_FILE):
-            names = _read_index(path / INDEX_FILE)
+            names = read_index(path / INDEX_FILE)
         elif pickled := sorted(file.name for pattern in PICKLED for file in path.glob(pattern)):
             raise ValueError(
                 f"{path}: {some(pickled)}: pickle can run any code and is never read, needs safetensors: {CONVERT}"
@@ -349,20 +357,6 @@ def opened_file(file: Path) -> Iterator[Any]:
     except (SafetensorError, RuntimeError) as error:
         size = file.stat().st_size
         raise ValueError(f"{file}: cut off, damaged or not safetensors ({size} bytes): {error}") from error
-
-
-def _read_index(index: Path) -> dict[str, list[str]]:
-    """Return the names of the tensors in each file of `weight_map` (tensor name -> plain name of a file here)."""
-    weight_map = parse_json_object(index.read_bytes(), str(index)).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index}: weight_map is missing, needs an object of tensor name to file name")
-    names: dict[str, list[str]] = {}
-    for name, file in weight_map.items():
-        # Checks the name, not a link's target: the hub's cache links to ../../blobs. Windows' rules are stricter.
-        if not isinstance(file, str) or PureWindowsPath(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index}: {name!r} is in {file!r}, needs the plain name of a .safetensors file")
-        names.setdefault(file, []).append(name)
-    return names
 
 
 def compare(holder: str, source: str, need: Mapping[str, Shape | None], got: Mapping[str, Shape | None]) -> None:

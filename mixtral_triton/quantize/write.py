@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import weights
-from ..config import MixtralConfig, checkpoint_folder, parse_json_object
+from ..config import MixtralConfig, checkpoint_folder, read_json_object
 from ..inputs import usable_device
 from ..weights import Target
 from . import PARTS, QuantSpec, encode, hub, pieces, select_specs
@@ -167,7 +167,7 @@ def _write_rest(folder: Path, out: Path, files: Mapping[str, str], total: int, s
         if file.is_file() and not any(file.match(pattern) for pattern in NOT_COPIED):
             with _error_names(out / file.name):
                 shutil.copyfile(file, out / file.name)
-    config = parse_json_object((folder / "config.json").read_bytes(), str(folder / "config.json"))
+    config = read_json_object(folder / "config.json")
     quantized = {name.rpartition(".")[0] for name in files if name.endswith(".weight_scale")}
     linears = {name.removesuffix(".weight") for name in files if name.endswith(".weight")}
     dense = sorted(name for name in linears - quantized if name.endswith(LINEARS))

@@ -14,7 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from ..config import parse_json_object, refuse_lfs_pointer
+from ..config import read_json_object, refuse_lfs_pointer
 from .terminal import bar
 
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
@@ -81,7 +81,7 @@ class ChatTemplate:
 
         folder = Path(folder)
         self.file, file = folder / CONFIG_FILE, folder / TEMPLATE_FILE
-        config = parse_json_object(self.file.read_bytes(), str(self.file)) if self.file.is_file() else {}
+        config = read_json_object(self.file) if self.file.is_file() else {}
         template = config.get("chat_template")
         if isinstance(template, list):  # several with names
             named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mixtral_triton.cli import SMALL
+from mixtral_triton import config
+from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.tools.prompt import load_tokenizer
 
@@ -37,3 +41,38 @@ def test_truncation_and_padding_of_the_tokenizer_are_ignored(folder: Path) -> No
     for values in ({"truncation": cut}, {"padding": padding}, {"padding": padding | {"strategy": {"Fixed": 10**9}}}):
         change(folder / "tokenizer.json", **{"truncation": None, "padding": None, **values})
         assert load_tokenizer(folder).encode(text).ids == want and len(want) > 3
+
+
+@pytest.fixture
+def seconds() -> Iterator[None]:
+    """A test that hangs fails after 20 seconds."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+
+
+def one_line(capsys: Any, *args: Any) -> str:
+    """The line with which a command refuses its input."""
+    assert main([str(arg) for arg in args]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return str(line)
+
+
+GENERATE = ("--device", "cpu", "--prompt", "x", "--max-new-tokens", "1")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "counts.json"])
+def test_files_that_never_end_are_refused(name: str, kind: str, folder: Path, capsys: Any, seconds: None) -> None:
+    file = folder / name
+    os.mkfifo(file) if kind == "pipe" else file.symlink_to("/dev/zero")
+    if name != "counts.json":
+        (folder / "model.safetensors").unlink()
+    line = one_line(capsys, "generate", folder, "--offload", 1, "--offload-by", folder / "counts.json", *GENERATE)
+    assert f"{file}: is a pipe, a device or a folder, needs a regular file" in line
+
+
+def test_a_file_that_is_too_large_is_refused(folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "MOST_BYTES", 300)
+    assert "config.json: has more than 300 bytes, needs at most as many" in one_line(capsys, "fit", folder)
