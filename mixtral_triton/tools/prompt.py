@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -44,21 +45,46 @@ def read_prompts(prompts: Sequence[str | Path]) -> list[str]:
     return texts
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    from tokenizers import Tokenizer
+class FileTokenizer:
+    """A tokenizer of a file. What the library raises, Rust's panics included, becomes a ValueError that names the file.
+    `truncation` and `padding`, which training saves there and which would cut or pad prompts, are off, as in
+    transformers."""
 
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self._path = path
+        self._tokenizer = self._call(Tokenizer.from_file, str(path))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def __getattr__(self, name: str) -> Any:
+        return partial(self._call, getattr(self._tokenizer, name))
+
+    def _call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        saved = -1
+        with suppress(OSError):  # without a standard error
+            saved = os.dup(2)  # where Rust prints a panic's backtrace
+            with open(os.devnull, "wb") as null:
+                os.dup2(null.fileno(), 2)
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"{self._path} is not a tokenizer that the tokenizers library can use: {error}") from None
+        finally:
+            if saved != -1:
+                os.dup2(saved, 2)
+                os.close(saved)
+
+
+def load_tokenizer(folder: str | Path) -> Any:
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: a prompt needs the checkpoint's tokenizer.json")
     refuse_lfs_pointer(path)
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception on a bad file
-        raise ValueError(f"{path} is not a tokenizer that the tokenizers library can read: {error}") from error
-    # Training saves both there, and they would cut or pad the prompt. transformers ignores them, too.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    return FileTokenizer(path)
 
 
 def encode(tokenizer: Any, text: str, bos: int | None) -> tuple[list[int], str]:

@@ -76,3 +76,19 @@ def test_files_that_never_end_are_refused(name: str, kind: str, folder: Path, ca
 def test_a_file_that_is_too_large_is_refused(folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "MOST_BYTES", 300)
     assert "config.json: has more than 300 bytes, needs at most as many" in one_line(capsys, "fit", folder)
+
+
+WORDS = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}
+CUT = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 3}
+TOKENIZERS: dict[str, dict[str, Any]] = {
+    "panics in the file": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "bad merges": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["bad"]}},
+    "unknown token": {"model": WORDS, "pre_tokenizer": None, "truncation": CUT},
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_tokenizer_that_fails_is_one_line(case: str, folder: Path, capfd: Any) -> None:
+    """A panic, too, whose backtrace Rust would print."""
+    change(folder / "tokenizer.json", **TOKENIZERS[case])
+    assert f"{folder / 'tokenizer.json'} is not a tokenizer that" in one_line(capfd, "generate", folder, *GENERATE)
