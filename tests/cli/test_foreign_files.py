@@ -15,6 +15,7 @@ import pytest
 from mixtral_triton import config
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.tools import prompt
 from mixtral_triton.tools.prompt import load_tokenizer
 
 pytestmark = [
@@ -92,3 +93,29 @@ def test_a_tokenizer_that_fails_is_one_line(case: str, folder: Path, capfd: Any)
     """A panic, too, whose backtrace Rust would print."""
     change(folder / "tokenizer.json", **TOKENIZERS[case])
     assert f"{folder / 'tokenizer.json'} is not a tokenizer that" in one_line(capfd, "generate", folder, *GENERATE)
+
+
+DOUBLE = "{% set n.s = n.s ~ n.s %}{% endfor %}"
+TEMPLATES = {
+    "no end": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "no end after 1 s"),
+    "one large value": ("{{ 'a' * 9000000000 }}", "MemoryError"),
+    "values that double": (
+        "{% set n = namespace(s='aa') %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+        "",
+    ),
+    "a list as a name": ([{"name": ["default"], "template": "x"}], "--chat needs a template"),
+    "no UTF-8": (b"\xff", "chat_template.jinja: the chat template holds bytes that are no text in UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_chat_template_is_limited(
+    case: str, folder: Path, capsys: Any, seconds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template, message = TEMPLATES[case]
+    monkeypatch.setattr(prompt, "TEMPLATE_SECONDS", 1 if case == "no end" else 10)
+    if isinstance(template, bytes):
+        (folder / "chat_template.jinja").write_bytes(template)
+    else:
+        change(folder / "tokenizer_config.json", chat_template=template)
+    assert message in one_line(capsys, "generate", folder, "--chat", *GENERATE)
