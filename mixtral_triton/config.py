@@ -197,8 +197,8 @@ def _read_theta(values: Mapping[str, Any]) -> float:
         rope = values.get(name) or {}
         _check(name, rope, "an object or null", isinstance(rope, Mapping))
         _check_fixed(f"{name}.", rope, FIXED_ROPE)
-        if unknown := sorted(str(key) for key in rope if key not in ROPE_KEYS and rope[key] is not None):
-            raise ValueError(f"{name} has {', '.join(unknown)}, needs no key but {', '.join(sorted(ROPE_KEYS))}")
+        if unknown := sorted(shown(key) for key in rope if key not in ROPE_KEYS and rope[key] is not None):
+            raise ValueError(f"{name} has {', '.join(unknown[:4])}, needs no key but {', '.join(sorted(ROPE_KEYS))}")
         thetas[f"{name}.rope_theta"] = rope.get("rope_theta")
     thetas = {name: theta for name, theta in thetas.items() if theta is not None}
     for name, theta in thetas.items():
@@ -278,7 +278,7 @@ def read_index(index: Path) -> dict[str, list[str]]:
     for name, file in weight_map.items():
         # Checks the name, not a link's target: the hub's cache links to ../../blobs. Windows' rules are stricter.
         if not isinstance(file, str) or PureWindowsPath(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index}: {name!r} is in {file!r}, needs the plain name of a .safetensors file")
+            raise ValueError(f"{index}: {name!r:.80} is in {file!r:.80}, needs the plain name of a .safetensors file")
         names.setdefault(file, []).append(name)
     return names
 
@@ -305,6 +305,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return parse_json_object(read_file(path), str(path))
 
 
+def shown(value: object, most: int = 80) -> str:
+    """What a file says, for a message: no character that a terminal would act on, and at most so many."""
+    return ascii(str(value))[1:-1][:most]
+
+
 def parse_json_object(data: bytes, source: str) -> dict[str, Any]:
     """Return the JSON object in `data` (UTF-8); ValueError naming `source` for anything else and for repeated keys."""
     try:
@@ -321,5 +326,5 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         (key, count), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {key!r} occurs {count} times")
+        raise ValueError(f"the key {key!r:.80} occurs {count} times")
     return values

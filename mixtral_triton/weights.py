@@ -29,6 +29,7 @@ from .config import (
     parse_json_object,
     read_index,
     refuse_lfs_pointer,
+    shown,
 )
 from .kernels.quantized import GROUPS, QuantizedWeight
 from .parallel import UNSHARDED, Shard
@@ -170,7 +171,7 @@ def read_headers(folder: Folder, scheme: Any = None) -> Headers:
     if not os.path.lexists(path / SINGLE_FILE):  # preferred over an index, as in transformers
         if os.path.lexists(path / INDEX_FILE):
             names = read_index(path / INDEX_FILE)
-        elif pickled := sorted(file.name for pattern in PICKLED for file in path.glob(pattern)):
+        elif pickled := sorted(shown(file.name) for pattern in PICKLED for file in path.glob(pattern)):
             raise ValueError(
                 f"{path}: {some(pickled)}: pickle can run any code and is never read, needs safetensors: {CONVERT}"
             )
@@ -192,7 +193,7 @@ def read_headers(folder: Folder, scheme: Any = None) -> Headers:
 def one_dtype(path: Path, tensors: Mapping[str, Stored]) -> None:
     """Raise ValueError unless all tensors are stored in the same dtype."""
     usual = Counter(stored.dtype for stored in tensors.values()).most_common(1)[0][0]
-    if odd := [f"{name} is {stored.dtype}" for name, stored in tensors.items() if stored.dtype != usual]:
+    if odd := [f"{shown(name)} is {stored.dtype}" for name, stored in tensors.items() if stored.dtype != usual]:
         raise ValueError(f"{path}: tensors of one dtype are needed; most are {usual}, but {some(odd)}")
 
 
@@ -362,9 +363,9 @@ def opened_file(file: Path) -> Iterator[Any]:
 def compare(holder: str, source: str, need: Mapping[str, Shape | None], got: Mapping[str, Shape | None]) -> None:
     """Raise ValueError unless `got` has the names and shapes of `need`."""
     names = {"missing": need.keys() - got.keys(), "unknown": got.keys() - need.keys()}
-    wrong = [f"{len(named)} {what} ({some(sorted(named))})" for what, named in names.items() if named]
+    wrong = [f"{len(named)} {what} ({some(sorted(map(shown, named)))})" for what, named in names.items() if named]
     wrong = wrong or [
-        f"{name} has shape {got[name]}, not {shape}" for name, shape in need.items() if shape != got[name]
+        f"{shown(name)} has shape {got[name]}, not {shape}" for name, shape in need.items() if shape != got[name]
     ]
     if wrong:
         raise ValueError(f"{holder}: not the tensors that {source} asks for: {some(wrong)}")
@@ -372,8 +373,7 @@ def compare(holder: str, source: str, need: Mapping[str, Shape | None], got: Map
 
 def some(names: list[str]) -> str:
     """Return the first names and the count of the others."""
-    text = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-    return text.encode("ascii", "backslashreplace").decode()  # a broken file's names may not be printable
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Stored]:
@@ -386,7 +386,7 @@ def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Sto
         for name in opened.offset_keys():
             part = opened.get_slice(name)
             if (dtype := part.get_dtype()) not in dtypes:
-                raise ValueError(f"{file}: {name!r} is stored as {dtype!r}, needs one of {', '.join(dtypes)}")
+                raise ValueError(f"{file}: {name!r:.80} is stored as {dtype!r:.80}, needs one of {', '.join(dtypes)}")
             found[name] = Stored(file, dtype, tuple(part.get_shape()))
     with file.open("rb") as raw:
         # The library takes the last of two tensors of one name.

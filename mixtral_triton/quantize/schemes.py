@@ -122,6 +122,10 @@ def _compressed_tensors(config: Config) -> Scheme:
     dense = config.get("ignore") or ()
     for pattern in itertools.chain(dense, *(targets for targets, _ in found)):
         _matches_regex("", pattern)  # raises ValueError
+        # The time that a match takes grows with the power of the repeats, and without bound where a group repeats.
+        operators = re.sub(r"\\.|\(\?", "(", pattern) if pattern.startswith("re:") else ""
+        if len(re.findall("[*+?{|]", operators)) > 8 or re.search(r"\)[*+{]|([*+{].*){5}", operators):
+            raise _error("a pattern of ignore or targets", pattern, "at most 4 repeats, none of a group")
     return Scheme(f"compressed-tensors, {' and '.join(formats)}", found, dense, _matches_regex)
 
 

@@ -16,7 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from ..config import read_file, read_json_object, refuse_lfs_pointer
+from ..config import read_file, read_json_object, refuse_lfs_pointer, shown
 from .terminal import bar
 
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 10, 1 << 28  # that a chat template may take
@@ -131,7 +131,7 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": _raise, "strftime_now": datetime.datetime.now().strftime}
         self._compile = partial(environment.from_string, template)
         if reason := _limited(lambda: str(self._compile()))[1]:
-            raise ValueError(f"{self.file}: the chat template is not readable: {reason}")
+            raise ValueError(f"{self.file}: the chat template is not readable: {shown(reason, 200)}")
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
         """Return the text that continues with the assistant's next message; ValueError where the template fails, and
@@ -141,7 +141,7 @@ class ChatTemplate:
         hint = ": it may have no system message; leave --system out" if system else ""
         text, reason = _limited(lambda: self._compile().render(**arguments, **self.tokens))
         if reason:
-            raise ValueError(f"{self.file}: the chat template fails with {reason}{hint}")
+            raise ValueError(f"{self.file}: the chat template fails with {shown(reason, 200)}{hint}")
         if system.strip() not in text:
             raise ValueError(f"{self.file}: the chat template leaves the system message out{hint}")
         return text

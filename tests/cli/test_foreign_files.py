@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from mixtral_triton import config
 from mixtral_triton.cli import SMALL, main
@@ -101,8 +103,9 @@ TEMPLATES = {
     "one large value": ("{{ 'a' * 9000000000 }}", "MemoryError"),
     "values that double": (
         "{% set n = namespace(s='aa') %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-        "",
+        "fails with MemoryError",
     ),
+    "a long text": ("{{ 'a' * 9000000 }}", "fails with a text of 9000000 characters"),
     "a list as a name": ([{"name": ["default"], "template": "x"}], "--chat needs a template"),
     "no UTF-8": (b"\xff", "chat_template.jinja: the chat template holds bytes that are no text in UTF-8"),
 }
@@ -119,3 +122,32 @@ def test_a_chat_template_is_limited(
     else:
         change(folder / "tokenizer_config.json", chat_template=template)
     assert message in one_line(capsys, "generate", folder, "--chat", *GENERATE)
+
+
+ESCAPE = "\x1b]0;title\x07\x9b31m"
+
+
+def test_what_files_say_is_escaped_and_cut(folder: Path, capsys: Any) -> None:
+    """Names of tensors, keys of the rope, texts of templates: none reaches the terminal as it is."""
+    name = f"{ESCAPE}{'n' * 5000}"
+    tensors = load_file(folder / "model.safetensors") | {name: torch.zeros(1, dtype=torch.bfloat16)}
+    save_file(tensors, folder / "model.safetensors")
+    lines = [one_line(capsys, "generate", folder, *GENERATE)]
+    change(folder / "tokenizer_config.json", chat_template="{{ raise_exception('" + name + "') }}")
+    lines.append(one_line(capsys, "generate", folder, "--chat", *GENERATE))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: name}}))
+    (folder / "model.safetensors").unlink()
+    lines.append(one_line(capsys, "generate", folder, *GENERATE))
+    change(folder / "config.json", rope_parameters={"rope_theta": 1e4, name: 1})
+    lines.append(one_line(capsys, "fit", folder))
+    for line in lines:
+        assert line.isprintable() and r"\x1b]0;title\x07\x9b31m" in line and len(line) < 600
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", ".*" * 9 + "x", "(a|b)" * 30, r"(\d{1,9}){1,9}x"])
+def test_patterns_that_backtrack_are_refused(pattern: str, folder: Path, capsys: Any, seconds: None) -> None:
+    kind = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    groups = {"group_0": {"targets": ["Linear"], "weights": kind, "format": "int-quantized"}}
+    quantization = {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": [f"re:{pattern}"]}
+    change(folder / "config.json", quantization_config=quantization)
+    assert "a pattern of ignore or targets is 're:" in one_line(capsys, "generate", folder, *GENERATE)
