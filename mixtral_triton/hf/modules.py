@@ -95,12 +95,13 @@ class Angles(tuple):
     """(cos, sin), each [B,T,D] in the model's dtype as in transformers, and `tables`, which `ops.rope` reads:
     cos and sin fp32 [P,D/2], a row per token, and the rows' numbers [B,T]."""
 
-    tables: tuple[Tensor, Tensor, Tensor]
+    tables: tuple[Tensor, ...] | None = None  # None: a hook made this, whose values count
 
     def to(self, device: Any, non_blocking: bool = False) -> Angles:
         """Move the tables, too: accelerate calls this between GPUs, and would lose them otherwise."""
         moved = Angles(x.to(device, non_blocking=non_blocking) for x in self)
-        moved.tables = tuple(x.to(device, non_blocking=non_blocking) for x in self.tables)  # type: ignore[assignment]
+        if self.tables is not None:
+            moved.tables = tuple(x.to(device, non_blocking=non_blocking) for x in self.tables)
         return moved
 
 
@@ -140,7 +141,7 @@ class TritonAttention(Applied, theirs.MixtralAttention):
         q, k, v = (project(hidden_states).view(*tokens, -1, self.head_dim) for project in projections)
         if parts.rope:
             angles = position_embeddings
-            tables = angles.tables if isinstance(angles, Angles) else rope_tables(*angles, tokens[0])
+            tables = getattr(angles, "tables", None) or rope_tables(*angles, tokens[0])
             q, k = operations().rope(q, k, *tables)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if not parts.rope:

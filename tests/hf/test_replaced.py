@@ -79,3 +79,13 @@ def test_what_fused_operations_never_read_is_refused_at_the_call(message: str, m
     if "is_causal" in message:
         layer.self_attn.is_causal = True
         assert model(IDS).logits.isfinite().all()
+
+
+def test_a_hook_that_replaces_the_angles_is_honoured(make_hf: Any) -> None:
+    """It makes the rotary embedding's result anew, of the class that it got."""
+    found = []
+    for fused in (False, True):
+        model = apply(make_hf()) if fused else make_hf()
+        model.model.rotary_emb.register_forward_hook(lambda module, args, out: type(out)(x * 0.5 for x in out))
+        found.append(model(IDS).logits)
+    assert (found[0] - found[1]).abs().max() <= 1e-4 * found[0].abs().max()
