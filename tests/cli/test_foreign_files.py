@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixtral_triton import config
+from mixtral_triton import Mixtral, config, ops
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.quantize import quantize
+from mixtral_triton.quantize.write import write
 from mixtral_triton.tools import prompt
 from mixtral_triton.tools.prompt import load_tokenizer
 
@@ -151,3 +153,55 @@ def test_patterns_that_backtrack_are_refused(pattern: str, folder: Path, capsys:
     quantization = {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": [f"re:{pattern}"]}
     change(folder / "config.json", quantization_config=quantization)
     assert "a pattern of ignore or targets is 're:" in one_line(capsys, "generate", folder, *GENERATE)
+
+
+def test_links_out_of_the_folder_are_not_copied(folder: Path, tmp_path: Path) -> None:
+    """The hub's cache holds links, to its blobs."""
+    (tmp_path / "secret").write_text("password")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.warns(UserWarning, match="notes.txt is a link out of the folder, and is not copied"):
+        write(folder, tmp_path / "out", "int8", "cpu")
+    assert not (tmp_path / "out" / "notes.txt").exists() and (tmp_path / "out" / "tokenizer.json").is_file()
+    snapshot, blobs = tmp_path / "models" / "snapshots" / "1", tmp_path / "models" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in folder.iterdir():
+        file.rename(blobs / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    with pytest.warns(UserWarning, match="notes.txt is a link"):
+        write(snapshot, tmp_path / "again", "int8", "cpu")
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (blobs / "tokenizer.json").read_bytes()
+
+
+X = torch.ones(2, 64)
+RAW: dict[str, tuple[Callable[[], Any], str]] = {
+    "sparse": (lambda: ops.rms_norm(X.to_sparse(), X[0], 1e-5), "argument 'x' is of layout torch.sparse_coo"),
+    "sparse weight": (lambda: ops.linear(X, X.to_sparse_csr()), "argument 'weight' is of layout torch.sparse_csr"),
+    "eps": (lambda: ops.rms_norm(X, X[0], 2**70), "argument 'eps' is 1180591620717411303424, needs a finite"),
+    "meta": (lambda: quantize(X.to("meta"), "int8"), "argument 'tensor' is on the meta device"),
+    "format": (lambda: Mixtral.from_pretrained(SMALL, "cpu", weights={"experts": ["int4"]}), "weights is .*needs None"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("case", RAW)
+def test_arguments_that_raised_raw_errors(case: str) -> None:
+    function, message = RAW[case]
+    with pytest.raises(ValueError, match=message):
+        function()
+
+
+COMMANDS = {
+    "quantize {folder} {out} --weights int8 --device meta": "device is 'meta', which holds no numbers",
+    "bench linear --gpu h100 --sizes T=999999999999999999999999999999,H=64,N=64": "--sizes is 'T=99999",
+    "bench linear --gpu h100 --sizes T=9999999999,H=9999999999,N=64": "--sizes is 'T=99999",
+    "fit --memory 1e300": "argument --memory: '1e300' needs GiB",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_that_crashed_are_one_line(command: str, folder: Path, tmp_path: Path, capsys: Any) -> None:
+    try:
+        assert COMMANDS[command] in one_line(capsys, *command.format(folder=folder, out=tmp_path / "out").split())
+    except SystemExit as error:  # argparse's
+        assert error.code == 2 and COMMANDS[command] in capsys.readouterr().err
