@@ -208,23 +208,21 @@ def host_memory() -> int | None:
     available = sizes.get("MemAvailable")
     if available is not None and "microsoft" in os.uname().release.lower():
         available = min(available, sizes["MemTotal"] // 2)
-    return available if available is None else min([available, *_left_in_groups()])
+    with suppress(OSError):
+        available = available and min([available, *_left_in_groups()])
+    return available
 
 
 def _left_in_groups() -> Iterator[int]:
     """Yield the bytes that each limited control group of this process, of version 1 or 2, has left."""
-    with suppress(OSError):
-        for line in (PROC / "self" / "cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers not in ("", "memory"):
-                continue
-            names = ("memory.max", "memory.current")
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else names
-            folder = CGROUPS / controllers / path.lstrip("/")
-            for each in (folder, *folder.parents):  # a container may not see the folders of its path
-                with suppress(OSError, ValueError):  # "max" is no limit
-                    limit, used = (int((each / name).read_text()) for name in names)
-                    yield max(0, limit - used)
+    names = {"memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"), "": ("memory.max", "memory.current")}
+    for line in (PROC / "self" / "cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        folder = CGROUPS / controllers / path.lstrip("/")
+        for each in (folder, *folder.parents):  # a container may not see the folders of its path
+            with suppress(OSError, ValueError, KeyError):  # "max" is no limit
+                limit, used = (int((each / name).read_text()) for name in names[controllers])
+                yield max(0, limit - used)
 
 
 def select_experts(config: MixtralConfig, count: int, counts: str | os.PathLike[str] | None) -> Sequence[Sequence[int]]:

@@ -25,7 +25,7 @@ from .parallel import UNSHARDED, Ranks
 from .quantize import PARTS, OffloadedWeight, QuantizedWeight, QuantSpec
 
 # Attributes of an instance with which a caller replaces what its class does; `compile` sets the last.
-_REPLACEABLE = ("forward", "attention", "route", "experts", "hidden", "head", "_call_impl", "_compiled_call_impl")
+_REPLACED = {"forward", "attention", "route", "experts", "hidden", "head", "_call_impl", "_compiled_call_impl"}
 Ring = tuple[Tensor, Tensor]  # a layer's cached keys and values, [B, Hkv, C, D] each (KVCache)
 
 
@@ -109,15 +109,6 @@ class Layer(nn.Module):
             part = unchecked.expert_swiglu(h, *proj, ids, routing_weights, deterministic)
             return unchecked.rms_norm(state.all_reduce(part), next_norm, eps, residual=x)
         return unchecked.experts_add_rms_norm(h, *proj, ids, routing_weights, x, next_norm, eps, deterministic)
-
-
-def _change(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Return what a caller put in place of the code of `kind`; None where the module is as made."""
-    if type(module) is not kind:  # a parametrization makes a subclass of its own
-        return f"is a {type(module).__name__}"
-    if module.__dict__.keys().isdisjoint(_REPLACEABLE):
-        return None
-    return next(f"has a {name} of its own" for name in _REPLACEABLE if name in module.__dict__)
 
 
 class State:
@@ -297,19 +288,19 @@ class Mixtral(nn.Module):
         return h
 
     def find_change(self) -> str | None:
-        """Return which code of a caller's runs in the layers; None where each is exactly as this class made it.
+        """Return where a caller's code runs in the layers; None where each is exactly as this class made it.
 
         Such code may write weights, so no launch is then dependent, and a replay of a graph would not call it. Hooks of
         the model itself do neither: they run around `forward`.
         """
         if _has_any_global_hook():
             return "all modules have a hook"
-        for index, layer in enumerate(self.layers):
-            hooked = layer._forward_hooks or layer._forward_pre_hooks
-            if hooked or (change := _change(layer, Layer)):
-                return f"layer {index} {'has a hook' if hooked else change}"
-        change = _change(self, Mixtral)
-        return None if change is None else f"the model {change}"
+        for index, module in enumerate((self, *self.layers)):
+            hooked = index and (module._forward_hooks or module._forward_pre_hooks)
+            # A parametrization makes a subclass of its own.
+            if hooked or type(module) is not (Layer if index else Mixtral) or _REPLACED & module.__dict__.keys():
+                return f"{f'layer {index - 1}' if index else 'the model'} has a hook, or methods of its own"
+        return None
 
     def head(self, h: Tensor) -> Tensor:
         """[..., H] -> logits fp32 [..., V]."""

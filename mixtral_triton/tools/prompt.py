@@ -55,30 +55,27 @@ class FileTokenizer:
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer
 
-        self._path = path
-        self._tokenizer = self._call(Tokenizer.from_file, str(path))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._path, self._tokenizer = path, Tokenizer
+        self._tokenizer = self.from_file(str(path))
+        self.no_truncation()
+        self.no_padding()
 
     def __getattr__(self, name: str) -> Any:
         return partial(self._call, getattr(self._tokenizer, name))
 
     def _call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        saved = -1
-        with suppress(OSError):  # without a standard error
-            saved = os.dup(2)  # where Rust prints a panic's backtrace
-            with open(os.devnull, "wb") as null:
-                os.dup2(null.fileno(), 2)
-        try:
-            return function(*args, **kwargs)
-        except BaseException as error:
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise ValueError(f"{self._path} is not a tokenizer that the tokenizers library can use: {error}") from None
-        finally:
-            if saved != -1:
-                os.dup2(saved, 2)
-                os.close(saved)
+        with suppress(OSError), open(os.dup(2), "wb") as saved, open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)  # where Rust prints a panic's backtrace
+            try:
+                return function(*args, **kwargs)
+            except BaseException as error:
+                if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                    raise
+                need = "is not a tokenizer that the tokenizers library can use"
+                raise ValueError(f"{self._path} {need}: {error}") from None
+            finally:
+                os.dup2(saved.fileno(), 2)
+        return function(*args, **kwargs)  # without a standard error
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -161,26 +158,21 @@ def _limited(function: Callable[[], str]) -> tuple[str, str]:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + TEMPLATE_BYTES,) * 2)
         try:
-            text = function()
-            sender.send((text, "") if len(text) < TEMPLATE_BYTES >> 5 else ("", f"a text of {len(text)} characters"))
+            sender.send((function(), ""))
         except Exception as error:
             sender.send(("", f"{type(error).__name__}: {error}"))
 
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
     process = fork.Process(target=child, daemon=True)
-    with receiver:
-        process.start()
-        sender.close()
-        try:
-            if receiver.poll(TEMPLATE_SECONDS):
-                return receiver.recv()  # type: ignore[no-any-return]
-            return "", f"no end after {TEMPLATE_SECONDS} s"
-        except EOFError:
-            return "", "the end of its process"
-        finally:
-            process.kill()
-            process.join()
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(TEMPLATE_SECONDS) else ("", f"no end after {TEMPLATE_SECONDS} s")
+    except EOFError:
+        return "", "the end of its process"
+    finally:
+        process.kill()
 
 
 class TimedSteps:
