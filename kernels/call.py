@@ -46,7 +46,11 @@ def call_checked(op: Op, args: tuple[Any, ...]) -> Any:
     if in_pdl_region():
         with launch_context(pdl=False):
             return call_checked(op, args)
-    key = call_key(args)
+    try:
+        key = call_key(args)
+    except RuntimeError:  # a sparse tensor has no strides, and the check says so
+        op.check(*args)
+        raise
     _check(op, args, key)
     out = call_unchecked(op, args, key)
     if isinstance(out, tuple):

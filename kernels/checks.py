@@ -166,6 +166,8 @@ class Binder:
         if argument.dtypes is None and not quantized:
             self.dtype = value.dtype
         self.device = self.device or value.device
+        if not is_weight and value.layout != torch.strided:
+            raise fail(self.op, name, f"of layout {value.layout}", "a strided tensor")
         if value.device != self.device:
             raise fail(self.op, name, f"on {value.device}", f"to be on {self.device}, as the first argument is")
         self._bind_shape(name, value.shape, spec)
@@ -196,7 +198,7 @@ class Binder:
             fits, needs = isinstance(value, bool), "True or False"
         elif argument.kind is float:
             fits, needs = isinstance(value, (int, float)) and 0 < value < math.inf, "a finite number above 0"
-            fits = fits and not isinstance(value, bool)
+            fits = fits and not isinstance(value, bool) and (isinstance(value, float) or value < 1 << 63)
         elif argument.rule is not None:
             low, high = argument.rule.low, evaluate(argument.rule.high, {**values, **self.sizes})
             fits = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and low <= value <= high

@@ -50,11 +50,13 @@ class _Staging(threading.local):
 
     def begin(self, weight: OffloadedWeight, stream: torch.cuda.Stream) -> _Buffer:
         """Return a buffer with the weight's host experts; the copy begins now, unless it has begun already."""
-        if stream.cuda_stream not in self.buffers:
+        buffers = self.buffers.pop(stream.cuda_stream, None)
+        if buffers is None:
             empty = (torch.empty_like(weight.host, device=weight.device) for _ in range(2))
-            self.buffers[stream.cuda_stream] = [_Buffer(rows, torch.cuda.Event()) for rows in empty]
-        buffers = self.buffers[stream.cuda_stream]
-        contents = weakref.ref(weight), weight.host._version  # the version counts writes to the host's rows
+            buffers = [_Buffer(rows, torch.cuda.Event()) for rows in empty]
+        self.buffers = {**dict([*self.buffers.items()][-1:]), stream.cuda_stream: buffers}  # of the last two streams
+        # The version counts writes to the host's rows; a tensor made in inference mode has none.
+        contents = weakref.ref(weight), None if weight.host.is_inference() else weight.host._version
         buffer = next((each for each in buffers if each.contents == contents), buffers[0])
         buffers.sort(key=lambda each: each is buffer)
         if buffer.contents != contents:
@@ -78,7 +80,7 @@ class OffloadedWeight(QuantizedWeight):
     on_host   the experts in host memory, ascending
     scales, zeros  as in QuantizedWeight, on the device; None where the weight is dense (format "dense")
 
-    It cannot be moved, converted, copied or pickled: its addresses would be another's.
+    It cannot be moved, converted, copied, pickled or part of a state_dict: its addresses would be another's.
     """
 
     scales: Any
@@ -92,6 +94,8 @@ class OffloadedWeight(QuantizedWeight):
         self.format, self.group = getattr(like, "format", "dense"), getattr(like, "group", 0)
         stored = like.data
         E, *rest = stored.shape
+        if len({*self.on_host}) < len(self.on_host) or not {*self.on_host} <= {*range(E)}:
+            raise ValueError(f"OffloadedWeight: on_host is {list(on_host)!r:.80}, needs distinct experts of 0..{E - 1}")
         if E and (size := stored[0].nbytes) % ALIGNMENT:
             raise ValueError(f"OffloadedWeight: an expert's rows take {size} bytes, needs a multiple of {ALIGNMENT}")
         self.resident = torch.empty((E - len(self.on_host), *rest), dtype=stored.dtype, device=device)
@@ -160,8 +164,10 @@ class OffloadedWeight(QuantizedWeight):
         if index == ():
             return self
         first, *rest = index if isinstance(index, tuple) else (index,)
-        expert = first.start if isinstance(first, slice) else int(first)
-        rows = self.rows(expert)
+        experts = range(len(self))[first] if type(first) in (int, slice) else ()  # IndexError as a tensor's
+        if not isinstance(experts, int) and len(experts) != 1:
+            raise ValueError(f"OffloadedWeight: index is {index!r:.80}, needs a number or a slice that is one expert")
+        rows = self.rows(experts if isinstance(experts, int) else experts[0])
         if isinstance(first, slice):
             rows, rest = rows[None], [slice(None), *rest]
         data = rows[tuple(rest)]
@@ -209,6 +215,12 @@ class OffloadedWeight(QuantizedWeight):
             raise ValueError("Mixtral: offloaded experts cannot be moved or converted: load them with device=, dtype=")
         return self
 
+    def _refuse_state(self, *args: Any) -> None:
+        got = "a state_dict would hold addresses of offloaded experts, not their rows"
+        raise ValueError(f"Mixtral: {got}: needs a model without offload, or the checkpoint that they came from")
+
+    _save_to_state_dict = _load_from_state_dict = _refuse_state  # type: ignore[assignment]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedWeight:
         table = memo.get(id(self.data))
         if table is None or not table.is_meta:
@@ -232,7 +244,8 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     if device.type == "meta":
         return torch.empty(shape, dtype=dtype, device=device)
     count = torch.Size(shape).numel()
-    pages = mmap.mmap(-1, max(1, count * dtype.itemsize))
+    # Private: a child process that writes into it changes a copy.
+    pages = mmap.mmap(-1, max(1, count * dtype.itemsize), access=mmap.ACCESS_COPY)
     host = torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
     if device.type == "cuda":
         runtime = torch.cuda.cudart()
@@ -249,5 +262,7 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
 def _unpin(unregister: Any, address: int, synchronize: Any, device: torch.device, pages: mmap.mmap) -> None:
     """Return what was pinned, once no kernel reads it. `pages` is an argument to live until then."""
-    synchronize(device)
-    unregister(address)
+    try:
+        synchronize(device)
+    finally:  # it raises during a capture, when a collection may run this; freed memory must not stay pinned
+        unregister(address)

@@ -24,6 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
 from .launch import CompiledLaunch
+from .offload import OffloadedWeight
 from .op import Op
 from .quantized import QuantizedWeight
 
@@ -48,7 +49,9 @@ def call_key(args: Sequence[Any]) -> tuple[Any, ...]:
             if hip:
                 key.append(x.untyped_storage().size() <= _BUFFER_MAX)
         elif isinstance(x, QuantizedWeight):
-            key += (x.format, x.group, x.shape, *call_key(_parts(x)))
+            key += (type(x), x.format, x.group, x.shape, *call_key(_parts(x)))
+            if isinstance(x, OffloadedWeight):  # its parts are addresses
+                key.append(x.dtype)
         else:
             key += (type(x), x)  # True is not 1
     return tuple(key)

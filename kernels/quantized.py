@@ -175,6 +175,21 @@ class QuantizedWeight(nn.Module):
         group, *shape = map(int, numbers)
         return cls(format, data, scales, zeros, tuple(shape), group)
 
+    def get_extra_state(self) -> Tensor:
+        """The layout as bytes, which safetensors takes: formats of 8 bits have the same shapes and dtypes."""
+        return torch.tensor(list(self.layout.encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        layout = bytes(state.tolist()).decode(errors="replace")
+        if layout != self.layout:
+            got, need = f"of format, group and shape {layout!r:.80}", f"{self.layout!r}, this weight's"
+            raise ValueError(f"QuantizedWeight: the state is {got}, needs {need}")
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if (state := state_dict.get(f"{prefix}_extra_state")) is not None:  # torch sets it after the tensors
+            self.set_extra_state(state)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def on_meta(self) -> QuantizedWeight:
         """Return the weight on the meta device: shapes alone."""
         zeros = None if self.zeros is None else self.zeros.to("meta")

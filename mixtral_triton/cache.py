@@ -16,14 +16,15 @@ def _version(x: torch.Tensor) -> int | None:
 
 def cache_shape(config: MixtralConfig, batch: int, max_len: int) -> tuple[int, ...]:
     """Return the shape of all layers' keys and values: [L, 2, B, Hkv, C, D], C the window where there is one."""
-    slots = config.sliding_window or max_len
+    slots = config.window or min(max_len, config.max_position_embeddings)
     return config.num_hidden_layers, 2, batch, config.num_key_value_heads, slots, config.head_dim
 
 
 class KVCache:
     """Ring caches of every layer, and the length of each sequence.
 
-    keys, values  per layer [B, Hkv, C, D]; position p is in slot p mod C, C = sliding_window, else max_len
+    keys, values  per layer [B, Hkv, C, D]; position p is in slot p mod C, C = sliding_window where a position can leave
+                  it, else max_len
     lengths       int32 [B]: tokens appended so far, which is the next position
     max_len       tokens that a sequence can reach: the slots, or with a window the model's positions
     """
@@ -44,22 +45,24 @@ class KVCache:
             raise ValueError(f"KVCache: config is a {type(config).__name__}, needs a MixtralConfig: model.config")
         if not is_int(batch, 1):
             raise ValueError(f"KVCache: batch is {batch!r}, needs an integer of at least 1")
-        if config.sliding_window is None and not is_int(max_len, 1):
-            need = "an integer of at least 1: this model has no sliding window"
+        required = config.sliding_window is None or (config.window is None and max_len is not None)
+        if required and not is_int(max_len, 1):
+            need = "an integer of at least 1: this model has no sliding window that a position can leave"
             raise ValueError(f"KVCache: max_len is {max_len!r}, needs {need}")
         device = usable_device(device)
         dtype = default_dtype(config) if dtype is None else dtype
         check_dtype("KVCache", dtype)
         self.config = config
-        self.window = config.sliding_window
-        self.slots: int = config.sliding_window or max_len or 1
-        limit = config.max_position_embeddings
-        self.max_len = limit if self.window else min(self.slots, limit)
+        self.window, limit = config.window, config.max_position_embeddings
+        shape = cache_shape(config, batch, max_len or limit)
+        self.slots = shape[4]
+        self.max_len = limit if self.window else self.slots
         # Zeros, so that no slot holds uninitialized bits.
-        storage = torch.zeros(cache_shape(config, batch, self.slots), dtype=dtype, device=device)
+        storage = torch.zeros(shape, dtype=dtype, device=device)
         self.keys, self.values = zip(*(layer.unbind(0) for layer in storage.unbind(0)), strict=True)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._known, self._version, self._replayed = 0, _version(self.lengths), False
+        self.appending: torch.Tensor | None = None  # int [B]: the tokens of a forward that has not ended
 
     @property
     def batch(self) -> int:
@@ -74,6 +77,12 @@ class KVCache:
         """
         if torch.compiler.is_compiling():
             return
+        if self.appending is not None:  # the last forward failed; `lengths` is what it was before
+            needed = (self.appending > 1) & (self.lengths > 0)  # of keys that the window has not left
+            if self.window and bool((needed & (self.lengths + self.appending > self.slots)).any()):
+                got = "a forward failed after it had overwritten keys of the ring that its tokens see"
+                raise ValueError(f"KVCache: {got}: needs a new cache, or lengths of 0")
+            self.appending = None
         if readable(self.lengths):
             if int(self.lengths.min()) < 0:
                 raise ValueError(f"KVCache: lengths holds {int(self.lengths.min())}, needs numbers of at least 0")
@@ -93,7 +102,7 @@ class KVCache:
         if torch.compiler.is_compiling():  # a host counter would compile a graph for each count
             self.lengths += new
             return
-        known = self._min_length() + common
+        known, self.appending = self._min_length() + common, None
         self.lengths += new
         if self.lengths.is_cuda and torch.cuda.is_current_stream_capturing():
             self._replayed = True

@@ -72,7 +72,10 @@ def parse_memory(text: str) -> float:
     """`--memory` in GiB: a number of them, or with a unit."""
     found = re.fullmatch(r"(.*?) ?(GiB|GB)?", text, re.IGNORECASE)
     try:
-        return float(found[1]) * (1e9 / 2**30 if (found[2] or "").lower() == "gb" else 1.0)  # type: ignore[index]
+        size = float(found[1]) * (1e9 / 2**30 if (found[2] or "").lower() == "gb" else 1.0)  # type: ignore[index]
+        if size > 2**40:
+            raise ValueError
+        return size
     except (ValueError, TypeError):
         raise argparse.ArgumentTypeError(f"{text!r} needs GiB, like 24, 24GiB or 24GB") from None
 

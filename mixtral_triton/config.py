@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 SINGLE_FILE = "model.safetensors"
@@ -28,6 +28,7 @@ OTHER_LAYOUTS = {
     "*.gguf": "is GGUF, needs safetensors",
 }
 LFS_POINTER = b"version https://git-lfs"
+MOST_BYTES = 1 << 27  # of a file of JSON or of a template
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "num_local_experts", "num_experts_per_tok", "max_position_embeddings"),
@@ -140,6 +141,12 @@ class MixtralConfig:
         need = f"a divisor of num_attention_heads = {heads}"
         _check("num_key_value_heads", self.num_key_value_heads, need, heads % self.num_key_value_heads == 0)
 
+    @property
+    def window(self) -> int | None:
+        """`sliding_window`, or None where no position can leave it."""
+        window = self.sliding_window
+        return window if window is not None and window < self.max_position_embeddings else None
+
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> MixtralConfig:
         """Read `folder`/config.json, as Hugging Face checkpoints have it.
@@ -150,7 +157,7 @@ class MixtralConfig:
         path = checkpoint_folder(folder, tensors=False) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; a checkpoint folder needs its config.json")
-        return cls.from_dict(parse_json_object(path.read_bytes(), str(path)), source=str(path))
+        return cls.from_dict(read_json_object(path), source=str(path))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> MixtralConfig:
@@ -190,8 +197,8 @@ def _read_theta(values: Mapping[str, Any]) -> float:
         rope = values.get(name) or {}
         _check(name, rope, "an object or null", isinstance(rope, Mapping))
         _check_fixed(f"{name}.", rope, FIXED_ROPE)
-        if unknown := sorted(str(key) for key in rope if key not in ROPE_KEYS and rope[key] is not None):
-            raise ValueError(f"{name} has {', '.join(unknown)}, needs no key but {', '.join(sorted(ROPE_KEYS))}")
+        if unknown := sorted(shown(key) for key in rope if key not in ROPE_KEYS and rope[key] is not None):
+            raise ValueError(f"{name} has {', '.join(unknown[:4])}, needs no key but {', '.join(sorted(ROPE_KEYS))}")
         thetas[f"{name}.rope_theta"] = rope.get("rope_theta")
     thetas = {name: theta for name, theta in thetas.items() if theta is not None}
     for name, theta in thetas.items():
@@ -232,40 +239,48 @@ def _snapshot(name: str, tensors: bool) -> Path:
 
     repository, _, revision = name.partition("@")
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    try:
-        files = CONFIG_FILES + (TEXT_FILES if tensors else [])
-        path = Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=files))
-        needed = _weight_files(path) if tensors else []
-        if needed:  # of the same commit, whatever is pushed meanwhile
-            path = Path(huggingface_hub.snapshot_download(repository, revision=path.name, allow_patterns=needed))
-    except Exception as error:  # its network library's errors are neither OSErrors nor ValueErrors
-        found = {kind.__name__ for kind in type(error).__mro__}
-        if "GatedRepoError" in found:
-            what = f"asks for its terms to be accepted at https://huggingface.co/{repository}, and for a token"
-        elif "RepositoryNotFoundError" in found or "HFValidationError" in found:
-            what = "is no folder here, and no public repository of the hub; a private one needs a token"
-        elif "RevisionNotFoundError" in found:
-            what = f"the repository has no revision {revision!r}"
-        elif "LocalEntryNotFoundError" in found or "OfflineModeIsEnabled" in found:
-            reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-            what = f"is no folder here, nor complete in the hub's cache, and {reason}"
-        else:
-            what = f"the hub answers {' '.join(str(error).split()):.200}"
-        hint = " (hf auth login, or HF_TOKEN)" if what.endswith("token") else ""
-        raise FileNotFoundError(f"{name}: {what}{hint}") from error
-    if missing := [file for file in needed[:1] if offline and not (path / file).is_file()]:
+    patterns, needed = CONFIG_FILES + (TEXT_FILES if tensors else []), list[str]()
+    while True:
+        try:
+            path = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
+        except Exception as error:  # its network library's errors are neither OSErrors nor ValueErrors
+            found = {kind.__name__ for kind in type(error).__mro__}
+            if "GatedRepoError" in found:
+                what = f"asks for its terms to be accepted at https://huggingface.co/{repository}, and for a token"
+            elif "RepositoryNotFoundError" in found or "HFValidationError" in found:
+                what = "is no folder here, and no public repository of the hub; a private one needs a token"
+            elif "RevisionNotFoundError" in found:
+                what = f"the repository has no revision {revision!r}"
+            elif "LocalEntryNotFoundError" in found or "OfflineModeIsEnabled" in found:
+                reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+                what = f"is no folder here, nor complete in the hub's cache, and {reason}"
+            else:
+                what = f"the hub answers {' '.join(str(error).split()):.200}"
+            hint = " (hf auth login, or HF_TOKEN)" if what.endswith("token") else ""
+            raise FileNotFoundError(f"{name}: {what}{hint}") from error
+        if needed or not tensors:
+            break
+        MixtralConfig.from_pretrained(path)  # another architecture is refused before its weights come
+        index = Path(path) / INDEX_FILE
+        patterns = needed = sorted(read_index(index)) if index.is_file() else [SINGLE_FILE]
+        revision = index.parent.name  # the same commit, whatever is pushed meanwhile
+    if missing := [file for file in needed[:1] if offline and not (Path(path) / file).is_file()]:
         raise FileNotFoundError(f"{name}: {missing[0]} is not in the hub's cache, and HF_HUB_OFFLINE is set")
-    return path
+    return Path(path)
 
 
-def _weight_files(path: Path) -> list[str]:
-    """Return the names of the files of tensors in a folder that may have none of them yet."""
-    if not (path / INDEX_FILE).is_file():
-        return [SINGLE_FILE]
-    try:
-        return sorted({str(file) for file in json.loads((path / INDEX_FILE).read_bytes())["weight_map"].values()})
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return []  # the loader says what is wrong with the index
+def read_index(index: Path) -> dict[str, list[str]]:
+    """Return the names of the tensors in each file of `weight_map` (tensor name -> plain name of a file here)."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: weight_map is missing, needs an object of tensor name to file name")
+    names: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        # Checks the name, not a link's target: the hub's cache links to ../../blobs. Windows' rules are stricter.
+        if not isinstance(file, str) or PureWindowsPath(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index}: {name!r:.80} is in {file!r:.80}, needs the plain name of a .safetensors file")
+        names.setdefault(file, []).append(name)
+    return names
 
 
 def refuse_lfs_pointer(file: Path) -> None:
@@ -273,6 +288,26 @@ def refuse_lfs_pointer(file: Path) -> None:
     with file.open("rb") as opened:
         if opened.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ValueError(f"{file}: is a pointer of Git LFS, not the file: run `git lfs pull` in its folder")
+
+
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a file that a checkpoint names; ValueError for one that is too large or may never end."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is a pipe, a device or a folder, needs a regular file")
+    with path.open("rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"{path}: has more than {MOST_BYTES} bytes, needs at most as many")
+    return data
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    return parse_json_object(read_file(path), str(path))
+
+
+def shown(value: object, most: int = 80) -> str:
+    """What a file says, for a message: no character that a terminal would act on, and at most so many."""
+    return ascii(str(value))[1:-1][:most]
 
 
 def parse_json_object(data: bytes, source: str) -> dict[str, Any]:
@@ -291,5 +326,5 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         (key, count), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {key!r} occurs {count} times")
+        raise ValueError(f"the key {key!r:.80} occurs {count} times")
     return values

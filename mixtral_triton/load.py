@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import torch
 
 from . import quantize, weights
 from .cache import cache_shape
-from .config import MixtralConfig, checkpoint_folder, parse_json_object
+from .config import MixtralConfig, checkpoint_folder, read_json_object
 from .generate import PREFILL_CHUNK
 from .inputs import check_dtype, check_memory, default_dtype, free_memory, in_decimal, usable_device, weight_bytes
 from .kernels.offload import ALIGNMENT
@@ -30,6 +31,7 @@ OVERHEAD = 5 * 2**28
 TIGHT = 0.02  # of the memory: the error of the estimate
 # Of each logit: in the model's dtype, in fp32, and what a draw by temperature and top_p makes of it, its sort included.
 LOGIT_BYTES = 64
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 AUTO_CONTEXT = 4096  # tokens of one sequence, which offload="auto" leaves memory for
 
 
@@ -191,16 +193,31 @@ def check_offload(
 
 
 def host_memory() -> int | None:
-    """Bytes of host memory that can be pinned; None where the system does not say. WSL pins at most half of it."""
+    """Bytes of host memory that can be pinned, those that control groups (of a container, say) still allow; None where
+    the system does not say. WSL pins at most half of it."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (PROC / "meminfo").read_text().splitlines()
     except OSError:
         return None
     sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
     available = sizes.get("MemAvailable")
-    if available is None or "microsoft" not in os.uname().release.lower():
-        return available
-    return min(available, sizes["MemTotal"] // 2)
+    if available is not None and "microsoft" in os.uname().release.lower():
+        available = min(available, sizes["MemTotal"] // 2)
+    with suppress(OSError):
+        available = available and min([available, *_left_in_groups()])
+    return available
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Yield the bytes that each limited control group of this process, of version 1 or 2, has left."""
+    names = {"memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"), "": ("memory.max", "memory.current")}
+    for line in (PROC / "self" / "cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        folder = CGROUPS / controllers / path.lstrip("/")
+        for each in (folder, *folder.parents):  # a container may not see the folders of its path
+            with suppress(OSError, ValueError, KeyError):  # "max" is no limit
+                limit, used = (int((each / name).read_text()) for name in names[controllers])
+                yield max(0, limit - used)
 
 
 def select_experts(config: MixtralConfig, count: int, counts: str | os.PathLike[str] | None) -> Sequence[Sequence[int]]:
@@ -209,7 +226,7 @@ def select_experts(config: MixtralConfig, count: int, counts: str | os.PathLike[
     if counts is None:
         return [range(E - count, E)] * L if count else ()
     path = Path(counts)
-    used: Any = parse_json_object(path.read_bytes(), str(path)).get("counts")
+    used: Any = read_json_object(path).get("counts")
     layers = used if isinstance(used, list) else []
     right = len(layers) == L and all(isinstance(layer, list) and len(layer) == E for layer in layers)
     if not right or not all(type(number) is int for layer in layers for number in layer):

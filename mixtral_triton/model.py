@@ -26,6 +26,8 @@ from .load import load
 from .parallel import UNSHARDED, Ranks
 from .quantize import PARTS, OffloadedWeight, QuantizedWeight, QuantSpec
 
+# Attributes of an instance with which a caller replaces what its class does; `compile` sets the last.
+_REPLACED = {"forward", "attention", "route", "experts", "hidden", "head", "_call_impl", "_compiled_call_impl"}
 LayerCache = tuple[Tensor, Tensor]  # a layer's cached keys and values, [B, Hkv, C, D] each (KVCache)
 WeightTensor = Tensor | QuantizedWeight  # dense or quantized; experts may lie in host memory (OffloadedWeight)
 
@@ -107,12 +109,6 @@ class Layer(nn.Module):
         )
 
 
-def _hooked(layers: Sequence[nn.Module]) -> bool:
-    """Return whether a caller's code runs around any of the modules: hooks, or a forward that accelerate replaced."""
-    each = (layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__ for layer in layers)
-    return _has_any_global_hook() or any(each)
-
-
 class State:
     """What all layers of one forward share: positions, lengths, rotary tables, the window and the mesh.
 
@@ -125,7 +121,7 @@ class State:
     def __init__(self, model: Mixtral, B: int, T: int, cache: KVCache | None, num_new: Tensor | None) -> None:
         self.window, self.deterministic = model.config.sliding_window, model.deterministic
         self.cos, self.sin, self.ranks = model.cos, model.sin, model.ranks
-        self.shape = (B, T, model.config.hidden_size)
+        self.shape, self.cache = (B, T, model.config.hidden_size), cache
         # In deterministic mode a single token uses the chunk path, so its bits match those inside a longer chunk.
         self.decodes = cache is not None and T == 1 and not model.deterministic
         self.num_new = torch.full((B,), T, dtype=torch.int32, device=model.device) if num_new is None else num_new
@@ -158,6 +154,8 @@ class State:
         out = ops.cached_attention.unchecked(
             q, k, v, k_cache, v_cache, *lengths, window=self.window, deterministic=self.deterministic
         )
+        if self.cache is not None and not torch.compiler.is_compiling():
+            self.cache.appending = self.num_new
         ops.append.unchecked(k, v, k_cache, v_cache, *lengths)  # last: the chunk's first queries need the old keys
         return out
 
@@ -291,15 +289,29 @@ class Mixtral(nn.Module):
         h, x = ops.embed_rms_norm.unchecked(input_ids, self.embed_tokens, norm, eps, *bounds)
         next_norms = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
         kv_caches = [None] * len(next_norms) if cache is None else zip(cache.keys, cache.values, strict=True)
-        # No PDL with several ranks (collectives run on other streams), while tracing, or with hooks: they may write
-        # weights.
-        pdl = self.ranks is None and not torch.compiler.is_compiling() and not _hooked(self.layers)
+        # No PDL with several ranks (collectives run on other streams), or while tracing.
+        pdl = self.ranks is None and not torch.compiler.is_compiling() and self.find_change() is None
         with pdl_region() if pdl else nullcontext():
             for layer, next_norm, kv_cache in zip(self.layers, next_norms, kv_caches, strict=True):
                 h, x = layer(h, x, next_norm, kv_cache, state)
         if cache is not None:
             cache.advance(state.num_new, T if lengths is None else 0)
         return h
+
+    def find_change(self) -> str | None:
+        """Return where a caller's code runs in the layers; None where each is exactly as this class made it.
+
+        Such code may write weights, so no launch is then dependent, and a replay of a graph would not call it. Hooks of
+        the model itself do neither: they run around `forward`.
+        """
+        if _has_any_global_hook():
+            return "all modules have a hook"
+        for index, module in enumerate((self, *self.layers)):
+            hooked = index and (module._forward_hooks or module._forward_pre_hooks)
+            # A parametrization makes a subclass of its own.
+            if hooked or type(module) is not (Layer if index else Mixtral) or _REPLACED & module.__dict__.keys():
+                return f"{f'layer {index - 1}' if index else 'the model'} has a hook, or methods of its own"
+        return None
 
     def head(self, h: Tensor) -> Tensor:
         """[..., H] -> logits fp32 [..., V]."""

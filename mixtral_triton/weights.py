@@ -14,14 +14,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import INDEX_FILE, SINGLE_FILE, MixtralConfig, checkpoint_folder, parse_json_object, refuse_lfs_pointer
+from .config import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    MixtralConfig,
+    checkpoint_folder,
+    parse_json_object,
+    read_index,
+    refuse_lfs_pointer,
+    shown,
+)
 from .kernels.quantized import GROUPS, QuantizedWeight
 from .parallel import UNSHARDED, Shard
 
@@ -161,8 +170,8 @@ def read_headers(folder: Folder, scheme: Any = None) -> Headers:
     names: dict[str, list[str]] = {SINGLE_FILE: []}
     if not os.path.lexists(path / SINGLE_FILE):  # preferred over an index, as in transformers
         if os.path.lexists(path / INDEX_FILE):
-            names = _read_index(path / INDEX_FILE)
-        elif pickled := sorted(file.name for pattern in PICKLED for file in path.glob(pattern)):
+            names = read_index(path / INDEX_FILE)
+        elif pickled := sorted(shown(file.name) for pattern in PICKLED for file in path.glob(pattern)):
             raise ValueError(
                 f"{path}: {some(pickled)}: pickle can run any code and is never read, needs safetensors: {CONVERT}"
             )
@@ -184,7 +193,7 @@ def read_headers(folder: Folder, scheme: Any = None) -> Headers:
 def one_dtype(path: Path, tensors: Mapping[str, Stored]) -> None:
     """Raise ValueError unless all tensors are stored in the same dtype."""
     usual = Counter(stored.dtype for stored in tensors.values()).most_common(1)[0][0]
-    if odd := [f"{name} is {stored.dtype}" for name, stored in tensors.items() if stored.dtype != usual]:
+    if odd := [f"{shown(name)} is {stored.dtype}" for name, stored in tensors.items() if stored.dtype != usual]:
         raise ValueError(f"{path}: tensors of one dtype are needed; most are {usual}, but {some(odd)}")
 
 
@@ -351,26 +360,12 @@ def opened_file(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file}: cut off, damaged or not safetensors ({size} bytes): {error}") from error
 
 
-def _read_index(index: Path) -> dict[str, list[str]]:
-    """Return the names of the tensors in each file of `weight_map` (tensor name -> plain name of a file here)."""
-    weight_map = parse_json_object(index.read_bytes(), str(index)).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index}: weight_map is missing, needs an object of tensor name to file name")
-    names: dict[str, list[str]] = {}
-    for name, file in weight_map.items():
-        # Checks the name, not a link's target: the hub's cache links to ../../blobs. Windows' rules are stricter.
-        if not isinstance(file, str) or PureWindowsPath(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index}: {name!r} is in {file!r}, needs the plain name of a .safetensors file")
-        names.setdefault(file, []).append(name)
-    return names
-
-
 def compare(holder: str, source: str, need: Mapping[str, Shape | None], got: Mapping[str, Shape | None]) -> None:
     """Raise ValueError unless `got` has the names and shapes of `need`."""
     names = {"missing": need.keys() - got.keys(), "unknown": got.keys() - need.keys()}
-    wrong = [f"{len(named)} {what} ({some(sorted(named))})" for what, named in names.items() if named]
+    wrong = [f"{len(named)} {what} ({some(sorted(map(shown, named)))})" for what, named in names.items() if named]
     wrong = wrong or [
-        f"{name} has shape {got[name]}, not {shape}" for name, shape in need.items() if shape != got[name]
+        f"{shown(name)} has shape {got[name]}, not {shape}" for name, shape in need.items() if shape != got[name]
     ]
     if wrong:
         raise ValueError(f"{holder}: not the tensors that {source} asks for: {some(wrong)}")
@@ -378,8 +373,7 @@ def compare(holder: str, source: str, need: Mapping[str, Shape | None], got: Map
 
 def some(names: list[str]) -> str:
     """Return the first names and the count of the others."""
-    text = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-    return text.encode("ascii", "backslashreplace").decode()  # a broken file's names may not be printable
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Stored]:
@@ -392,7 +386,7 @@ def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Sto
         for name in opened.offset_keys():
             part = opened.get_slice(name)
             if (dtype := part.get_dtype()) not in dtypes:
-                raise ValueError(f"{file}: {name!r} is stored as {dtype!r}, needs one of {', '.join(dtypes)}")
+                raise ValueError(f"{file}: {name!r:.80} is stored as {dtype!r:.80}, needs one of {', '.join(dtypes)}")
             found[name] = Stored(file, dtype, tuple(part.get_shape()))
     with file.open("rb") as raw:
         # The library takes the last of two tensors of one name.

@@ -64,8 +64,11 @@ def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchCon
     deterministic, by_pointers = sizes.get("deterministic"), sizes.get("by_pointers")
     slots, dense = sizes["T"] * sizes["K"], not (sizes.get("gate_up") or sizes.get("down"))
     rows = 0 if deterministic else slots // sizes["E"]
-    # With pointers the larger tiles of later GPUs spill.
-    table = _PREFILL["sm_80" if by_pointers and not amd(arch) else family(arch)]
+    table = _PREFILL[family(arch)]
+    if by_pointers and not amd(arch):
+        # The larger tiles of later GPUs spill. Each is as deep as TMA's for as many rows: the depth is the order of a
+        # sum, and offloaded experts give the bits of resident ones.
+        table = {**_PREFILL["sm_80"], 0: table[0]}
     tile = _PREFILL_FP32 if dtype == torch.float32 else table[max(key for key in table if key <= rows)]
     block_m, short_m = tile.BLOCK_M, tile.SHORT_M
     # TMA reads x where it was gathered in sorted order.

@@ -1,9 +1,10 @@
 """Attention of the drop-in: `ops.attention`, and its masks.
 
-A mask is one interval of keys per query, int32 [B, 1, T, 2] = [lo, hi), where that is enough. int32 [B, 1, T, 0]:
-causal, every key valid, the last query at the last key. int64 [1, 1, 1, N + 1], on the host: the bounds of N packed
-sequences among all tokens. Otherwise transformers' dense bool [B, 1, T, S]: padding with holes, custom patterns, and
-what a tracer cannot read. transformers' models use a mask of four dimensions as it is.
+A mask is one interval of keys per query, int32 [B, 1, T, 2] = [lo, hi), where that is enough. int32 [B, 1, T, 3]: text
+with padding behind it, whose queries' hi stays at the text's end, and the hi that their position alone would give.
+int32 [B, 1, T, 0]: causal, every key valid, the last query at the last key. int64 [1, 1, 1, N + 1], on the host: the
+bounds of N packed sequences among all tokens. Otherwise transformers' dense bool [B, 1, T, S]: padding with holes,
+custom patterns, and what a tracer cannot read. transformers' models use a mask of four dimensions as it is.
 
 B batch, T query tokens, Hq query heads, Hkv key/value heads, D head size, S keys
 """
@@ -67,6 +68,9 @@ def attention(
     transformers' eager attention, and the result does not depend on them.
     """
     mask, weights, (B, H, T, D) = attention_mask, None, query.shape
+    if not getattr(module, "is_causal", True):
+        need = "needs True, or apply(model, attention=False)"
+        raise ValueError(f"mixtral_triton: is_causal of self_attn is {module.is_causal!r}, {need}")
     if output_attentions:
         dense = visible(mask, query, key, sliding_window)
         if dense.dtype == torch.bool:
@@ -77,10 +81,16 @@ def attention(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if mask is None or is_interval(mask):
         # From query to query intervals start no earlier and end one key later: the first start and the last end do.
-        bounds = (None, None) if mask is None or not mask.shape[-1] else (mask[:, 0, 0, 0], mask[:, 0, -1, 1])
-        starts, lengths = bounds
+        at = None if mask is None or not mask.shape[-1] else mask[:, 0]
+        starts, lengths = (None, None) if at is None else (at[:, 0, 0], at[:, -1, -1])
         attend = fast(ops.attention)
-        return attend(q, k, v, window=sliding_window, scale=scaling, starts=starts, lengths=lengths), weights
+        if at is None or at.shape[-1] == 2:
+            return attend(q, k, v, window=sliding_window, scale=scaling, starts=starts, lengths=lengths), weights
+        if sliding_window is None:  # padding sees the whole text, and nothing else
+            text = attend(q, k, v, scale=scaling, starts=starts, lengths=lengths)
+            padding = attend(q, k, v, causal=False, scale=scaling, starts=starts, lengths=at[:, -1, 1])
+            return torch.where((at[..., 1] < at[..., 2])[..., None, None], padding, text), weights
+        mask = visible(mask, query, key, sliding_window)
     if sequences := packed_sequences(mask, B * T):
         rows = [x.flatten(0, 1)[None] for x in (q, k, v)]
         outs = []
@@ -104,6 +114,14 @@ def _check_dense(mask: Any, query: Tensor, key: Tensor) -> Tensor:
         dense = f"bool (True: visible) or float (added to the scores) that broadcasts to {list(need)}"
         raise ValueError(f"mixtral_triton: attention_mask is {got}, needs {dense}, or one value a token [{B}, tokens]")
     return mask if mask.dtype == torch.bool else mask.to(query.dtype)
+
+
+def check_dtype(mask: Tensor) -> Tensor:
+    """The user's 4-D mask; ValueError for integers, which would be read as this file's masks."""
+    if mask.dtype == torch.bool or mask.dtype.is_floating_point:
+        return mask
+    needs = "needs bool or float, or one value a token [B, tokens]"
+    raise ValueError(f"mixtral_triton: attention_mask is {mask.dtype} of shape {list(mask.shape)}, {needs}")
 
 
 class MaskConfig:
@@ -142,6 +160,7 @@ def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -
     packed = not call.get("allow_is_causal_skip", True) and attention_mask is None and kv_length == q_length != 1
     plain = not (call.get("use_vmap") or call.get("allow_is_bidirectional_skip"))
     first: Tensor | None = None
+    last: Tensor | None = None
     if packed and plain:
         plain, bounds = sequence_bounds(call["mask_function"], batch_size, q_length, device)
         if bounds is not None:
@@ -156,7 +175,11 @@ def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -
         plain = plain and not is_tracing(attention_mask) and not attention_mask.is_meta
         if plain:
             end = kv_offset + kv_length if isinstance(q_offset, Tensor) else q_offset + q_length
-            plain, first = first_key(attention_mask[:, kv_offset:end])
+            valid = attention_mask[:, kv_offset:end]
+            plain, first = first_key(valid)
+            if first is not None:  # the key after each text; all are the last query's unless padding follows
+                last = valid.shape[1] - valid.flip(1).int().argmax(-1)
+                last = last if bool((last < q_offset + q_length - kv_offset).any()) else None
     if not plain:
         call |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         return sdpa_mask(batch_size, q_length, kv_length, **call)  # type: ignore[return-value]
@@ -166,8 +189,9 @@ def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -
     lo = torch.zeros_like(hi) if first is None else first[:, None]
     if local_size is not None:
         lo = torch.maximum(lo, hi - local_size)
-    interval = torch.stack(torch.broadcast_tensors(lo, hi), dim=-1)
-    return interval.to(torch.int32).expand(batch_size, q_length, 2)[:, None]
+    columns = (lo, hi) if last is None else (lo, torch.minimum(hi, last[:, None]), hi)
+    interval = torch.stack(torch.broadcast_tensors(*columns), dim=-1)
+    return interval.to(torch.int32).expand(batch_size, q_length, len(columns))[:, None]
 
 
 def sequence_bounds(
@@ -185,10 +209,7 @@ def sequence_bounds(
 
 
 def first_key(valid: Tensor) -> tuple[bool, Tensor | None]:
-    """bool [B, N] -> whether each row is one run of True, and where it starts, int64 [B]; None: all are True.
-
-    What follows the run is padding after the text: its keys are in the past of no real query.
-    """
+    """bool [B, N] -> whether each row is one run of True, and where it starts, int64 [B]; None: all are True."""
     if valid.all():
         return True, None
     runs = (valid[:, 1:] & ~valid[:, :-1]).sum(-1) + valid[:, 0]
@@ -197,7 +218,7 @@ def first_key(valid: Tensor) -> tuple[bool, Tensor | None]:
 
 def is_interval(mask: Any) -> bool:
     """Whether `interval_mask` made it as an interval, the empty one included."""
-    return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.shape[-1] in (0, 2)
+    return isinstance(mask, Tensor) and mask.dtype == torch.int32
 
 
 def packed_sequences(mask: Any, tokens: int) -> list[tuple[int, int]] | None:
@@ -216,7 +237,7 @@ def visible(mask: Any, query: Tensor, key: Tensor, window: int | None) -> Tensor
     (B, _, T, _), S = query.shape, key.shape[2]
     j, i = torch.arange(S, device=query.device), torch.arange(T, device=query.device)[:, None]
     if is_interval(mask) and mask.shape[-1]:
-        return (mask[..., :1] <= j) & (j < mask[..., 1:])
+        return (mask[..., :1] <= j) & (j < mask[..., 1:2])
     if mask is None or is_interval(mask):
         i = i + (S - T if mask is not None or T == 1 else 0)
         return ((j <= i) & (j > i - (window or S)))[None, None]

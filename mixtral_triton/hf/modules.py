@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mixtral import modeling_mixtral as theirs
 
 from .. import ops
-from .attention import CACHE, NAME, PAGED, attention, causal_mask, fast
+from .attention import CACHE, NAME, PAGED, attention, causal_mask, check_dtype, fast
 
 PARTS = "_mixtral_triton"  # attribute of each module of these classes: the instance's Parts
 SILU = nn.SiLU, type(ACT2FN["silu"])
@@ -77,13 +77,17 @@ class TritonExperts(Applied, theirs.MixtralExperts):
         """hidden_states [T,H], top_k_index and top_k_weights [T,K] -> [T,H]."""
         if not self._mixtral_triton.experts:
             return super().forward(hidden_states, top_k_index, top_k_weights)
-        check_unhooked(self._modules["act_fn"], "mixtral_triton: act_fn of the experts")  # type: ignore[arg-type]
+        check_unhooked(self.act_fn, "mixtral_triton: act_fn of the experts")
         routes = top_k_index, top_k_weights.float()
         return fast(ops.expert_swiglu)(hidden_states, self.gate_up_proj, self.down_proj, *routes)
 
 
 def check_unhooked(act_fn: nn.Module, name: str) -> None:
-    """ValueError for hooks, which fused experts would never call."""
+    """ValueError for another activation and for hooks, which fused experts would never call."""
+    if type(act_fn) not in SILU or "forward" in vars(act_fn):
+        raise ValueError(
+            f"{name} is {act_fn!r:.80}, needs silu as transformers made it; or apply(model, experts=False)"
+        )
     if act_fn._forward_hooks or act_fn._forward_pre_hooks:
         raise ValueError(f"{name} has hooks, but fused experts never call it: use apply(model, experts=False)")
 
@@ -92,12 +96,13 @@ class Angles(tuple):
     """(cos, sin), each [B,T,D] in the model's dtype as in transformers, and `tables`, which `ops.rope` reads:
     cos and sin fp32 [P,D/2], a row per token, and the rows' numbers [B,T]."""
 
-    tables: tuple[Tensor, Tensor, Tensor]
+    tables: tuple[Tensor, ...] | None = None  # None: a hook made this, whose values count
 
     def to(self, device: Any, non_blocking: bool = False) -> Angles:
         """Move the tables, too: accelerate calls this between GPUs, and would lose them otherwise."""
         moved = Angles(x.to(device, non_blocking=non_blocking) for x in self)
-        moved.tables = tuple(x.to(device, non_blocking=non_blocking) for x in self.tables)  # type: ignore[assignment]
+        if self.tables is not None:
+            moved.tables = tuple(x.to(device, non_blocking=non_blocking) for x in self.tables)
         return moved
 
 
@@ -137,7 +142,7 @@ class TritonAttention(Applied, theirs.MixtralAttention):
         q, k, v = (project(hidden_states).view(*tokens, -1, self.head_dim) for project in projections)
         if parts.rope:
             angles = position_embeddings
-            tables = angles.tables if isinstance(angles, Angles) else rope_tables(*angles, tokens[0])
+            tables = getattr(angles, "tables", None) or rope_tables(*angles, tokens[0])
             q, k = fast(ops.rope)(q, k, *tables)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if not parts.rope:
@@ -186,7 +191,9 @@ class Generating(Selecting):
         """The mask of a step on a static cache, which `generate` makes before the compiled forward."""
         if self._uses("attention"):
             args = (kwargs.get(name) for name in ("attention_mask", "position_ids", CACHE))
-            return causal_mask(config, kwargs["inputs_embeds"], *args)
+            mask = causal_mask(config, kwargs["inputs_embeds"], *args)
+            # Marked as one of `interval_mask`: no user's mask is of this dtype.
+            return mask.view(torch.uint32) if mask is not None and mask.dtype == torch.int32 else mask
         create = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
         return create(config=config, **kwargs)
 
@@ -226,6 +233,8 @@ def with_mask(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     if isinstance(mask, Tensor) and mask.dim() == 2 and cache is None and mask.shape != tokens.shape[:2]:
         got, need = list(mask.shape), list(tokens.shape[:2])
         raise ValueError(f"mixtral_triton: attention_mask is of shape {got}, needs {need}, one value a token")
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        mask = mask.view(torch.int32) if mask.dtype == torch.uint32 else check_dtype(mask)
     use_cache = config.use_cache if get("use_cache") is None else get("use_cache")
     packed = None if use_cache else get("position_ids")  # a cache, even an empty one, holds one sequence per row
     mask = causal_mask(config, tokens, mask, packed, cache, get("is_causal"))

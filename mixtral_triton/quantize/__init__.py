@@ -44,7 +44,7 @@ def select_specs(
     if weights is None:
         return {}
     wanted = {"experts": weights} if isinstance(weights, str) else weights
-    known = isinstance(wanted, Mapping) and all(PARTS.get(part) and wanted[part] in BITS for part in wanted)
+    known = isinstance(wanted, Mapping) and all(PARTS.get(part) and str(wanted[part]) in BITS for part in wanted)
     if not wanted or not known:
         raise ValueError(f"{caller}: weights is {weights!r}, needs {ALLOWED}")
     formats = {name: format for part, format in wanted.items() for name in PARTS[part]}
@@ -68,6 +68,9 @@ def quantize(tensor: Tensor, format: str, group: int | None = None) -> Quantized
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dim() not in (2, 3):
         got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"quantize: argument 'tensor' is {got}, needs floats [N, K] or [E, N, K]")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        got = f"on the {tensor.device.type} device with layout {tensor.layout}"
+        raise ValueError(f"quantize: argument 'tensor' is {got}, needs numbers, strided")
     if 0 in tensor.shape or not torch.isfinite(tensor).all():
         what = "empty" if 0 in tensor.shape else "not finite everywhere"
         raise ValueError(f"quantize: argument 'tensor' is {what}, needs at least one number, and none NaN or infinite")

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ..config import Field, is_size, parse_json_object
+from ..config import Field, is_size, read_json_object
 from .layouts import FLOATS, I32, Layout, Plane
 
 Config = Mapping[str, Any]
@@ -65,12 +65,12 @@ class Scheme:
 def read_scheme(folder: Path) -> Scheme | None:
     """Return the folder's scheme, None for a dense checkpoint; ValueError names the file, the key and the value."""
     path = folder / "config.json"
-    values = parse_json_object(path.read_bytes(), str(path)) if path.is_file() else {}
+    values = read_json_object(path) if path.is_file() else {}
     config = values.get("quantization_config", values.get("compression_config"))
     for file, (method, key) in METHOD_FILES.items():
         if config is None and (folder / file).is_file():
             path = folder / file
-            config = parse_json_object(path.read_bytes(), str(path))
+            config = read_json_object(path)
             config = config if key is None else config.get(key, {})
             config = {"quant_method": method, **config} if isinstance(config, Mapping) else config
     if config is None:
@@ -122,6 +122,10 @@ def _compressed_tensors(config: Config) -> Scheme:
     dense = config.get("ignore") or ()
     for pattern in itertools.chain(dense, *(targets for targets, _ in found)):
         _matches_regex("", pattern)  # raises ValueError
+        # The time that a match takes grows with the power of the repeats, and without bound where a group repeats.
+        operators = re.sub(r"\\.|\(\?", "(", pattern) if pattern.startswith("re:") else ""
+        if len(re.findall("[*+?{|]", operators)) > 8 or re.search(r"\)[*+{]|([*+{].*){5}", operators):
+            raise _error("a pattern of ignore or targets", pattern, "at most 4 repeats, none of a group")
     return Scheme(f"compressed-tensors, {' and '.join(formats)}", found, dense, _matches_regex)
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import weights
-from ..config import MixtralConfig, checkpoint_folder, parse_json_object
+from ..config import MixtralConfig, checkpoint_folder, read_json_object
 from ..inputs import usable_device
 from ..weights import Target
 from . import PARTS, QuantSpec, encode, hub, pieces, select_specs
@@ -53,6 +54,8 @@ def write(
     """
     folder = checkpoint_folder(folder)
     config, headers, place = MixtralConfig.from_pretrained(folder), hub.read_headers(folder), usable_device(device)
+    if place.type == "meta":
+        raise ValueError("quantize: device is 'meta', which holds no numbers, needs cpu or cuda")
     if headers.scheme is not None:
         raise ValueError(f"quantize: {headers.folder} is quantized already ({headers.scheme.name})")
     targets, per_expert = weights.check(headers, config), weights.table(config, "per_expert")
@@ -163,11 +166,17 @@ def _write_rest(folder: Path, out: Path, files: Mapping[str, str], total: int, s
     texts = {}
     if set(files.values()) != {weights.SINGLE_FILE}:
         texts[weights.INDEX_FILE] = {"metadata": {"total_size": total}, "weight_map": files}
+    root = folder.resolve()
+    # The hub's cache holds links to its blobs. Other links that leave the folder may lead to anything.
+    roots = (root, root.parents[1] / "blobs") if root.parent.name == "snapshots" else (root,)
     for file in sorted(folder.iterdir()):
         if file.is_file() and not any(file.match(pattern) for pattern in NOT_COPIED):
+            if not any(file.resolve().is_relative_to(each) for each in roots):
+                warnings.warn(f"quantize: {file} is a link out of the folder, and is not copied", stacklevel=3)
+                continue
             with _error_names(out / file.name):
                 shutil.copyfile(file, out / file.name)
-    config = parse_json_object((folder / "config.json").read_bytes(), str(folder / "config.json"))
+    config = read_json_object(folder / "config.json")
     quantized = {name.rpartition(".")[0] for name in files if name.endswith(".weight_scale")}
     linears = {name.removesuffix(".weight") for name in files if name.endswith(".weight")}
     dense = sorted(name for name in linears - quantized if name.endswith(LINEARS))

@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import datetime
 import json
+import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from ..config import parse_json_object, refuse_lfs_pointer
+from ..config import read_file, read_json_object, refuse_lfs_pointer, shown
 from .terminal import bar
 
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 10, 1 << 28  # that a chat template may take
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 
 
@@ -44,17 +47,43 @@ def read_prompts(prompts: Sequence[str | Path]) -> list[str]:
     return texts
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    from tokenizers import Tokenizer
+class FileTokenizer:
+    """A tokenizer of a file. What the library raises, Rust's panics included, becomes a ValueError that names the file.
+    `truncation` and `padding`, which training saves there and which would cut or pad prompts, are off, as in
+    transformers."""
 
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self._path, self._tokenizer = path, Tokenizer
+        self._tokenizer = self.from_file(str(path))
+        self.no_truncation()
+        self.no_padding()
+
+    def __getattr__(self, name: str) -> Any:
+        return partial(self._call, getattr(self._tokenizer, name))
+
+    def _call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        with suppress(OSError), open(os.dup(2), "wb") as saved, open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)  # where Rust prints a panic's backtrace
+            try:
+                return function(*args, **kwargs)
+            except BaseException as error:
+                if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                    raise
+                need = "is not a tokenizer that the tokenizers library can use"
+                raise ValueError(f"{self._path} {need}: {error}") from None
+            finally:
+                os.dup2(saved.fileno(), 2)
+        return function(*args, **kwargs)  # without a standard error
+
+
+def load_tokenizer(folder: str | Path) -> Any:
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: a prompt needs the checkpoint's tokenizer.json")
     refuse_lfs_pointer(path)
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception on a bad file
-        raise ValueError(f"{path} is not a tokenizer that the tokenizers library can read: {error}") from error
+    return FileTokenizer(path)
 
 
 def encode(tokenizer: Any, text: str, bos: int | None) -> tuple[list[int], str]:
@@ -77,13 +106,16 @@ class ChatTemplate:
 
         folder = Path(folder)
         self.file, file = folder / CONFIG_FILE, folder / TEMPLATE_FILE
-        config = parse_json_object(self.file.read_bytes(), str(self.file)) if self.file.is_file() else {}
+        config = read_json_object(self.file) if self.file.is_file() else {}
         template = config.get("chat_template")
         if isinstance(template, list):  # several with names
-            named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
-            template = named.get("default")
+            named = (each for each in template if isinstance(each, dict) and each.get("name") == "default")
+            template = next(named, {}).get("template")
         if file.is_file():
-            self.file, template = file, file.read_text("utf-8")
+            try:
+                self.file, template = file, read_file(file).decode()
+            except UnicodeError:
+                raise ValueError(f"{file}: the chat template holds bytes that are no text in UTF-8") from None
         if not isinstance(template, str):
             files = f"neither {TEMPLATE_FILE} nor a chat_template in {CONFIG_FILE} is there"
             raise ValueError(f"{folder}: --chat needs a template, and {files}: an instruction-tuned checkpoint has one")
@@ -94,10 +126,9 @@ class ChatTemplate:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(**options, extensions=["jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes HTML
         environment.globals |= {"raise_exception": _raise, "strftime_now": datetime.datetime.now().strftime}
-        try:
-            self.template = environment.from_string(template)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"{self.file}: the chat template is not readable: {error}") from None
+        self._compile = partial(environment.from_string, template)
+        if reason := _limited(lambda: str(self._compile()))[1]:
+            raise ValueError(f"{self.file}: the chat template is not readable: {shown(reason, 200)}")
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
         """Return the text that continues with the assistant's next message; ValueError where the template fails, and
@@ -105,11 +136,9 @@ class ChatTemplate:
         arguments = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True}
         system = messages[0]["content"] if messages[0]["role"] == "system" else ""
         hint = ": it may have no system message; leave --system out" if system else ""
-        try:
-            text = self.template.render(**arguments, **self.tokens)
-        except Exception as error:  # a template is a program
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{self.file}: the chat template fails with {reason}{hint}") from None
+        text, reason = _limited(lambda: self._compile().render(**arguments, **self.tokens))
+        if reason:
+            raise ValueError(f"{self.file}: the chat template fails with {shown(reason, 200)}{hint}")
         if system.strip() not in text:
             raise ValueError(f"{self.file}: the chat template leaves the system message out{hint}")
         return text
@@ -117,6 +146,33 @@ class ChatTemplate:
 
 def _raise(message: str) -> None:
     raise ValueError(message)
+
+
+def _limited(function: Callable[[], str]) -> tuple[str, str]:
+    """Return the text that `function` returns, and why there is none. It runs a template, a program that may never end
+    or take all memory, even while it is compiled: hence a child process of limited time and memory."""
+
+    def child() -> None:
+        import resource
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + TEMPLATE_BYTES,) * 2)
+        try:
+            sender.send((function(), ""))
+        except Exception as error:
+            sender.send(("", f"{type(error).__name__}: {error}"))
+
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=child, daemon=True)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(TEMPLATE_SECONDS) else ("", f"no end after {TEMPLATE_SECONDS} s")
+    except EOFError:
+        return "", "the end of its process"
+    finally:
+        process.kill()
 
 
 class TimedSteps:

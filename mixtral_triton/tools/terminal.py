@@ -85,7 +85,9 @@ class Table:
 
 
 def say(line: str) -> None:
-    """Print a line on stderr, if there is anything to say and anybody reads it."""
+    """Print a line on stderr, if there is anything to say and anybody reads it. Other characters than text come from a
+    file, and a terminal would act on them: they are escaped."""
+    line = "".join(each if each.isprintable() or each in "\r\n\t" else ascii(each)[1:-1] for each in line)
     with suppress(OSError, ValueError):
         print(line, end="\n" if line else "", file=sys.stderr, flush=True)
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import parse_json_object
+from ..config import read_json_object
 from ..inputs import check_ids, check_vocabulary
 from ..kernels.launch import INTERPRETED
 from ..kernels.offload import OffloadedWeight
@@ -216,7 +216,7 @@ def held_out(folder: Any, config: Any) -> Tensor | None:
     file = Path(folder) / HELD_OUT
     if not file.is_file():
         return None
-    ids = parse_json_object(file.read_bytes(), str(file)).get("ids")
+    ids = read_json_object(file).get("ids")
     integers = isinstance(ids, list) and len(ids) > 1 and all(type(token) is int for token in ids)
     if not integers or not 0 <= min(ids) <= max(ids) < config.vocab_size:  # type: ignore[type-var,arg-type]
         raise ValueError(f"{file}: ids needs to be a list of at least two token ids below {config.vocab_size}")

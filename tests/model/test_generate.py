@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import Mixtral, reference
+from mixtral_triton import KVCache, Mixtral, reference
 from mixtral_triton.generate import sample
 from mixtral_triton.kernels.launch import INTERPRETED
-from tests.support.models import random_model, tokens
+from mixtral_triton.load import cache_bytes
+from tests.support.models import cache_of, random_model, tokens
 
 V, P = 23, 30
 NEW = 3 if INTERPRETED else 12
@@ -250,3 +251,17 @@ def test_beyond_the_last_position(lengths: Any, new: int, window: int | None, id
     prompts = [tokens(T, device=device) for T in lengths]
     with pytest.raises(ValueError, match=f"(?s){lengths[-1]}.*{P}"):
         idle(sliding_window=window).generate(prompts, max_new_tokens=new)
+
+
+@loop
+@pytest.mark.parametrize("window", [2**31 - 1, 4_000_000, 64])
+def test_a_window_that_no_position_can_leave_takes_the_slots_of_the_text(window: int) -> None:
+    """64 positions: the ring is as long as the text, and without a length as long as the positions."""
+    model, plain = random_model(sliding_window=window), random_model()
+    assert cache_of(model, 2).slots == 12 and KVCache(model.config, 1, device="cpu").slots == 64
+    assert cache_bytes(model.config, 1, 5) == cache_bytes(plain.config, 1, 5)
+    ids = tokens(1, 3)
+    assert torch.equal(model.generate(ids, 9), plain.generate(ids, 9))
+    cache = cache_of(model, 1)
+    got = torch.cat([model(ids, cache=cache), model(ids, cache=cache)], 1)
+    assert torch.allclose(got, plain(ids.repeat(1, 2)), atol=1e-4)

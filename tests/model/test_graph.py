@@ -4,6 +4,7 @@ runs the same operations and launches on the same memory."""
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from mixtral_triton import Mixtral, generate
 from mixtral_triton.generate import CaptureLost, capture
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.model import Layer
 from tests.support.models import cache_of, random_model, tokens
 
 V = 23
@@ -154,13 +156,57 @@ def test_a_capture_that_cannot_be_put_right_says_what_is_lost(gpu: Any, monkeypa
         texts(build(None, GPU_DEVICE), max_new_tokens=NEW)
 
 
+def double(called: list[Any]) -> Any:
+    """Double the output of layer 0 from a caller's fifth call on."""
+    return lambda out: (called.append(0), (out[0] * (1 + (len(called) > 4)), out[1]))[1]
+
+
+def change_layer(model: Mixtral, change: str, called: list[Any]) -> Any:
+    """Let a caller's code run in layer 0, in one of the manners that torch has for it."""
+    layer, edit = model.layers[0], double(called)
+    if change == "hook":
+        return layer.register_forward_hook(lambda module, args, out: edit(out))
+    if change == "hook of all modules":
+        run = torch.nn.modules.module.register_module_forward_hook
+        return run(lambda module, args, out: edit(out) if module is layer else None)
+    if change == "subclass":
+        layer.__class__ = type("Doubled", (Layer,), {"forward": lambda self, *args: edit(Layer.forward(self, *args))})
+    elif change == "parametrization":
+        doubled = type("Double", (torch.nn.Module,), {"forward": lambda self, w: edit((w, 0))[0]})
+        torch.nn.utils.parametrize.register_parametrization(layer, "o_proj", doubled())
+    else:
+        method = getattr(layer, change)
+        setattr(layer, change, lambda *args: edit(method(*args)))
+    return None
+
+
+CHANGES = ["hook", "hook of all modules", "forward", "experts", "subclass", "parametrization"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_capture_and_no_pdl_where_a_layer_is_changed(change: str, gpu: Any) -> None:
+    found: list[Any] = []
+    for device in ("cpu", GPU_DEVICE):
+        model, called = build(5, device), list[Any]()
+        handle, start = change_layer(model, change, called), len(gpu.driver.launches)
+        try:
+            warning = pytest.warns(RuntimeWarning, match="without a CUDA graph.*(layer 0|all modules)")
+            with warning if found else nullcontext():
+                found.append((texts(model, max_new_tokens=NEW), len(called)))
+        finally:
+            if handle is not None:
+                handle.remove()
+        assert not any(each.launcher.metadata.launch_pdl for each in gpu.driver.launches[start:])
+    assert found[0] == found[1] and gpu.replays == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("fault", [None, looks, raises])
 def test_graph_of_cuda(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its text is that of the plain loop, also after a capture that failed."""
     model, settings = build(5, "cuda"), {"max_new_tokens": 20}
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "can_capture", lambda model: False)
+        patch.setattr(generate, "can_capture", lambda model, warn: False)
         want = texts(model, **settings)
     if fault is not None:
         with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="without a CUDA graph"):

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_model
 
 from mixtral_triton import KVCache, Mixtral, load, verify
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.tools import fit
 from mixtral_triton.tools.gpus import find_gpu
@@ -91,6 +93,29 @@ def test_host_memory_is_checked_before_allocating(monkeypatch: pytest.MonkeyPatc
 
 
 @once
+@pytest.mark.parametrize(
+    ("line", "files", "left"),
+    [
+        ("0::/", {"memory.max": "max", "memory.current": "9"}, 8192),
+        ("0::/", {"memory.max": "5000", "memory.current": "3000"}, 2000),
+        ("0::/a/b", {"a/memory.max": "5000", "a/memory.current": "6000"}, 0),
+        ("4:memory:/a", {"memory/memory.limit_in_bytes": "5000", "memory/memory.usage_in_bytes": "1"}, 4999),
+        ("3:cpuset:/", {"memory.max": "x"}, 8192),
+    ],
+)
+def test_host_memory_is_what_the_container_has_left(
+    line: str, files: dict[str, str], left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {f"groups/{name}": text for name, text in files.items()}
+    for name, text in {**files, "proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 8 kB", "proc/self/cgroup": line}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(load, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(load, "CGROUPS", tmp_path / "groups")
+    assert load.host_memory() == left
+
+
+@once
 def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="none is offloaded"):
         assert isinstance(Mixtral.from_pretrained(SMALL, "cpu", offload="auto").layers[0].down_proj, torch.nn.Parameter)
@@ -134,6 +159,22 @@ def test_offloaded_model_cannot_be_moved_or_copied() -> None:
         with pytest.raises(ValueError, match="offloaded experts cannot be"):
             fault()
     assert torch.equal(model(IDS), Mixtral.from_pretrained(SMALL, "cpu")(IDS))
+
+
+@once
+@pytest.mark.parametrize("weights", [None, "int4"])
+def test_state_of_an_offloaded_model_is_refused(weights: str | None, tmp_path: Path) -> None:
+    """Saving it would lose the experts; loading it would point the tables into another model's memory."""
+    model = Mixtral.from_pretrained(SMALL, "cpu", weights=weights, offload=2)
+    resident = Mixtral.from_pretrained(SMALL, "cpu", weights=weights).state_dict()
+    for fault in (
+        model.state_dict,
+        lambda: save_model(model, str(tmp_path / "model.safetensors")),
+        lambda: model.load_state_dict(resident, strict=False),
+    ):
+        with pytest.raises(ValueError, match="addresses of offloaded experts, not their rows: needs a model without"):
+            fault()
+    assert all(each.is_intact() for each in model.modules() if isinstance(each, OffloadedWeight))
 
 
 @once

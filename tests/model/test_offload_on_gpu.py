@@ -6,7 +6,9 @@ The simulated GPU completes all work at once; `gpu.work` knows which order strea
 from __future__ import annotations
 
 import gc
+import os
 import threading
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -178,3 +180,47 @@ def test_threads_and_streams_share_no_buffer(gpu: Any) -> None:
     thread.start()
     thread.join()
     assert len({rows.data_ptr() for rows in found}) == 3
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_prefill_of_a_model_loaded_in_inference_mode(inference: bool, gpu: Any, ordered: Any) -> None:
+    """Its tensors have no version counter."""
+    with torch.inference_mode():
+        model = random_model(GPU_DEVICE, on_host=(0, 2), max_position_embeddings=128)
+    with torch.inference_mode(inference):
+        got = model(tokens(1, 70, device=GPU_DEVICE)).to("cpu")
+    assert torch.equal(
+        got, random_model(GPU_DEVICE, max_position_embeddings=128)(tokens(1, 70, device=GPU_DEVICE)).to("cpu")
+    )
+
+
+def test_staging_buffers_of_earlier_streams_are_freed(gpu: Any) -> None:
+    gpu.driver.executes = False
+    weight = random_model(GPU_DEVICE, on_host=(1,)).layers[0].down_proj
+    rows = []
+    for stream in [torch.cuda.Stream() for _ in range(6)]:
+        with torch.cuda.stream(stream):
+            rows += [weakref.ref(weight.staged().memories[1]) for _ in range(2)]
+        gpu.work.clear()
+    gc.collect()
+    assert len(weight._staging.buffers) == 2 and len({id(x) for ref in rows if (x := ref()) is not None}) <= 4
+
+
+def test_memory_is_returned_though_a_capture_forbids_to_wait() -> None:
+    returned: list[int] = []
+
+    def forbidden(device: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        offload._unpin(returned.append, 1234, forbidden, GPU_DEVICE, mock.Mock())
+    assert returned == [1234]
+
+
+def test_a_forked_child_has_experts_of_its_own() -> None:
+    weight = random_model(on_host=(1,)).layers[0].down_proj
+    before = weight.host.clone()
+    if (child := os.fork()) == 0:
+        weight.host.zero_()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0 and torch.equal(weight.host, before)

@@ -9,6 +9,8 @@ import torch
 
 from mixtral_triton import ops
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.plan import call_key
+from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.kernels.registry import dispatched
 from mixtral_triton.quantize import quantize
 from tests.support.calls import offloaded
@@ -19,7 +21,7 @@ ON_HOST = (1, 4)
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="about kernels: with the interpreter")
 
 
-def arguments(format: str | None, T: int, dtype: torch.dtype) -> dict[str, Any]:
+def arguments(format: str | None, T: int, dtype: torch.dtype, H: int = H, I: int = I) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(T)
     weights = [torch.randn(shape, generator=generator).to(dtype) * H**-0.5 for shape in ((E, 2 * I, H), (E, H, I))]
     stacked = [weight if format is None else quantize(weight, format) for weight in weights]
@@ -44,6 +46,15 @@ def test_same_bits_as_stacked(format: str | None, T: int, deterministic: bool, o
         flattened = dispatched("expert_swiglu", with_offload(args))
         assert torch.equal(flattened(**with_offload(args, 0)), expected)
         assert torch.equal(ops.expert_swiglu(**with_offload(args, 3, 0)), expected), "experts in any order"
+
+
+@interpreted
+@pytest.mark.parametrize("format", [None, "int4", "int8", "fp8"])
+@pytest.mark.parametrize("T", [112, 130, 200, 512])
+def test_same_bits_as_stacked_for_many_rows(format: str | None, T: int, ordered: Any, unguarded: None) -> None:
+    """Resident weights are read by TMA's tiles and offloaded ones by pointers', in the same order of each sum."""
+    args = arguments(format, T, torch.bfloat16, H=128, I=128)
+    assert torch.equal(ops.expert_swiglu(**with_offload(args)), ops.expert_swiglu(**args))
 
 
 def test_unselected_experts_are_not_read() -> None:
@@ -102,6 +113,71 @@ def test_wrong_dtype_is_rejected() -> None:
         ops.expert_swiglu(**args | {"x": args["x"].bfloat16()})
 
 
+def test_wrong_dtype_is_rejected_after_a_right_call(ordered: Any) -> None:
+    """What the check remembers of the right call is not that of one whose experts have half the bytes."""
+    right, wrong = (with_offload(arguments(None, 3, dtype)) for dtype in (torch.float32, torch.bfloat16))
+    weights = {name: wrong[name] for name in ("gate_up_proj", "down_proj")}
+    for _ in range(2):
+        ops.expert_swiglu(**right)
+        with pytest.raises(ValueError, match="argument 'down_proj' is bfloat16, needs float32"):
+            ops.expert_swiglu(**right | weights)
+    ops.expert_swiglu(**wrong)
+
+
+W = torch.ones(E, 64, 128)
+INT8, INT4 = quantize(W, "int8"), quantize(W, "int4")
+FP8 = QuantizedWeight("fp8", INT8.data, INT8.scales, None, INT8.shape, INT8.group)
+WITH_ZEROS = QuantizedWeight("int4", INT4.data, INT4.scales, INT4.scales + 8, INT4.shape, INT4.group)
+HALF_SCALES = QuantizedWeight("int8", INT8.data, INT8.scales.half(), None, INT8.shape, INT8.group)
+PAIRS = {
+    "a tensor's shape": (W, W[:4]),
+    "its strides": (W, W.mT.contiguous().mT),
+    "its dtype": (W, W.bfloat16()),
+    "its device": (W, W.to("meta")),
+    "its alignment": (W.flatten()[:64], W.flatten()[1:65]),
+    "a weight's class": (INT8, offloaded(INT8, ON_HOST)),
+    "its format": (INT8, FP8),
+    "its group": (INT4, quantize(W, "int4", 32)),
+    "its columns": (quantize(W[..., :96], "int8"), quantize(W[..., :100], "int8")),
+    "its zeros": (INT4, WITH_ZEROS),
+    "the dtype of its scales": (INT8, HALF_SCALES),
+    "the format of an offloaded weight": (offloaded(INT8, ON_HOST), offloaded(FP8, ON_HOST)),
+    "the dtype of a dense one": (offloaded(W, ON_HOST), offloaded(W.bfloat16(), ON_HOST)),
+    "two 16-bit dtypes": (offloaded(W.half(), ON_HOST), offloaded(W.bfloat16(), ON_HOST)),
+    "its rows": (offloaded(W, ON_HOST), offloaded(W[:, :32], ON_HOST)),
+    "a number's class": (True, 1),
+    "a number": (1, 2),
+    "no argument": (None, W),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_calls_that_differ_in_one_attribute_have_different_keys(pair: str) -> None:
+    one, other = PAIRS[pair]
+    assert call_key((W, one)) == call_key((W, one)) != call_key((W, other))
+
+
 def test_misaligned_rows_are_rejected() -> None:
     with pytest.raises(ValueError, match="OffloadedWeight: an expert's rows take 18 bytes, needs a multiple of 16"):
         offloaded(torch.zeros(4, 3, 3, dtype=torch.bfloat16), (1,))
+
+
+@pytest.mark.parametrize("on_host", [(1, 1), (-1,), (E,), (0, 1, E)])
+def test_wrong_experts_are_rejected(on_host: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"on_host is \[.*\], needs distinct experts of 0\.\.4"):
+        offloaded(W, on_host)
+
+
+@pytest.mark.parametrize("stacked", [torch.arange(5.0).repeat_interleave(8).view(E, 2, 4), INT4])
+def test_index_selects_what_a_tensor_s_does_or_is_refused(stacked: Any) -> None:
+    weight = offloaded(stacked, (3,))
+    whole = weight.dequantize()
+    for index in (0, 3, -1, -2, slice(3, 4), slice(-1, None), (slice(4, 5), slice(0, 1)), (3, slice(1, 2))):
+        part = weight[index]
+        assert torch.equal(part.dequantize() if isinstance(part, QuantizedWeight) else part, whole[index]), index
+    for wrong in (slice(0, 2), slice(None), slice(0, 0), slice(None, None, 2), True, None, ..., [1], torch.tensor(1)):
+        with pytest.raises(ValueError, match="needs a number or a slice that is one expert"):
+            weight[wrong]
+    with pytest.raises(IndexError):
+        weight[E]
+    assert len([*weight]) == E

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from mixtral_triton import Mixtral, MixtralConfig, reference
@@ -279,3 +279,18 @@ def test_loading_checks_memory_before_it_allocates(gpu: Any, monkeypatch: pytest
     with pytest.raises(ValueError, match=r"the weights take .* MB, and cuda has .*: weights='int4' takes"):
         Mixtral.from_pretrained(SMALL, device="cuda")
     assert Mixtral.from_pretrained(SMALL, device="cuda", weights="int4").layers[0].down_proj.format == "int4"
+
+
+@pytest.mark.parametrize(("one", "other"), [("int8", "fp8"), ("fp8", "int8"), ("int4", "int8")])
+def test_state_of_another_format_is_refused(one: str, other: str, tmp_path: Path) -> None:
+    """int8 and fp8 have the same shapes and dtypes, and their codes mean other numbers."""
+    x = normal(3, 64)
+    models = {format: torch.nn.ModuleDict({"w": quantize(x, format)}) for format in (one, other)}
+    before = models[other]["w"].dequantize()
+    with pytest.raises(ValueError, match=f"the state is .*'{one} 64 3 64', needs '{other} 64 3 64'"):
+        models[other].load_state_dict(models[one].state_dict())
+    assert torch.equal(models[other]["w"].dequantize(), before)
+    save_model(models[one], str(tmp_path / "model.safetensors"))
+    again = torch.nn.ModuleDict({"w": quantize(x + 1, one)})
+    load_model(again, str(tmp_path / "model.safetensors"))
+    assert torch.equal(again["w"].dequantize(), models[one]["w"].dequantize())

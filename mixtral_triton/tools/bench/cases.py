@@ -166,7 +166,10 @@ def _parse_case(op: Op, text: str, dtype: torch.dtype | None) -> Case:
         raise ValueError(f"--sizes has K={K}, needs at most E={E}: a token's experts differ")
     if "offload" in sizes:
         case.offloaded(sizes["offload"])
-    op.check(**case.inputs(torch.device("meta")))
+    try:
+        op.check(**case.inputs(torch.device("meta")))
+    except (RuntimeError, OverflowError, TypeError):
+        raise ValueError(f"--sizes is {text!r:.80}, needs tensors that can be") from None
     return case
 
 
