@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.progress import DownloadColumn
 
 from . import __version__
-from .config import checkpoint_folder
+from .config import checkpoint_folder, read_generation_config
 from .kernels.arch import ARCHS
 from .tools.gpus import LINKS, RATED
 from .tools.processes import is_first, open_mesh, select_backend
-from .tools.prompt import ChatTemplate, TimedSteps, encode, load_tokenizer, print_stream, read_prompts
+from .tools.prompt import ChatTemplate, TimedSteps, encode, load_tokenizer, print_stream, read_prompts, select_sampling
 from .tools.terminal import bar, exit_status, say
 
 if TYPE_CHECKING:
@@ -139,9 +139,13 @@ def parser() -> argparse.ArgumentParser:
     option("--chat", action="store_true", help=text)
     option("--system", metavar="TEXT", help="the system message of the chat; default: none")
     option("--max-new-tokens", type=int, default=64, metavar="N", help="fewer where the text ends; default: 64")
-    option("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy; default: 0")
-    option("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens; default: all")
-    option("--top-p", type=float, default=1.0, metavar="P", help="of those, the likeliest of this total; default: 1")
+    stored = "default: generation_config.json's, else"
+    option("--temperature", type=float, metavar="X", help=f"0 is greedy; {stored} 0")
+    option("--top-k", type=int, metavar="N", help=f"sample from the N likeliest tokens; {stored} all")
+    option("--top-p", type=float, metavar="P", help=f"of those, the likeliest of this total; {stored} 1")
+    option("--min-p", type=float, metavar="P", help=f"of those, at least P times the likeliest; {stored} 0")
+    text = "end before this text, of which nothing is shown; repeatable"
+    option("--stop", action="append", default=[], metavar="TEXT", help=text)
     option("--seed", type=int, default=0, metavar="N", help="of the sampling; default: 0")
 
     option = command("trace", "which experts each token of a prompt took, by layer", model, memory, prompt)
@@ -276,6 +280,8 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError("--system and more than one --prompt, the turns of a chat, need --chat")
     if not -(1 << 63) <= args.seed < 1 << 64:
         raise ValueError(f"--seed is {args.seed}, needs an integer of 64 bits")
+    if "" in args.stop:
+        raise ValueError("--stop is empty: give at least one character")
     template = ChatTemplate(args.folder) if args.chat else None
     messages = [{"role": "system", "content": args.system}] if args.system else []
     if template is not None:  # before the weights are read
@@ -283,26 +289,23 @@ def _generate(args: argparse.Namespace) -> int:
     with open_mesh(args) as mesh:
         import torch
 
-        from .generate import eos_ids, stream
-
         model, tokenizer = _load(args, mesh), load_tokenizer(args.folder)
-        generator = torch.Generator(model.device).manual_seed(args.seed)
-        sampling = args.temperature, args.top_p, generator, args.top_k
-        options = args.max_new_tokens, eos_ids(None, model.config), sampling
+        sampling, notes = select_sampling(args, read_generation_config(args.folder))
+        sampling["generator"] = torch.Generator(model.device).manual_seed(args.seed)
         for number, text in enumerate(texts):
             messages.append({"role": "user", "content": text})
             ids, warning = encode(tokenizer, text, model.config.bos_token_id)
             if template is not None:  # it begins with the beginning-of-sequence token itself
                 ids = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
             prompt = _tokens(args, ids, warning, model)
-            steps = TimedSteps(stream(model, [prompt], *options), len(ids), model.device)
+            steps = TimedSteps(model.stream(prompt[None], args.max_new_tokens, **sampling), len(ids), model.device)
             if is_first() and number == 0:
-                say(note)
+                say("\n".join(filter(None, (note, *notes))))
             # A continuation follows the prompt on its line, an answer stands alone.
             shown: str | None = text if template is None else f"> {text}\n" if len(texts) > 1 else ""
             after = ids[-1:] if template is None else []
             shown = shown if is_first() and not args.json else None
-            tokens, answer = print_stream(steps, tokenizer, shown, after, args.max_new_tokens)
+            tokens, answer = print_stream(steps, tokenizer, shown, after, args.max_new_tokens, args.stop)
             messages.append({"role": "assistant", "content": answer})
             if is_first() and not args.json:
                 say(str(steps))

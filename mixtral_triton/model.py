@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import ops, weights
 from .cache import KVCache
 from .config import MixtralConfig
-from .generate import generate
+from .generate import generate, stream
 from .inputs import check_dtype, check_ids, check_lengths
 from .load import load
 from .ops import unchecked
@@ -303,6 +303,7 @@ class Mixtral(nn.Module):
         return dict(self.named_parameters()) | quantized
 
     generate = generate
+    stream = stream
 
     def _check(self, input_ids: Tensor, cache: KVCache | None, lengths: Tensor | None) -> None:
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
