@@ -69,11 +69,15 @@ def kernel_configs(case: Case, arch: str, overrides: Configs | None = None) -> d
 
 
 def compile_fault(case: Case, kernel: str, config: LaunchConfig, arch: str) -> str | None:
-    """Return why `kernel` should not run with `config`: it does not compile, spills or needs too much shared memory."""
+    """Return why `kernel` should not run with `config`: its launch cannot be built, it does not compile, spills or needs
+    too much shared memory."""
     if arch not in ARCHS:  # the offline compiler has no limits of this GPU: a launch must show it
         return None
-    (compiled,) = compile_launches([kernel_configs(case, arch, {kernel: config})[kernel][0]], arch)
-    return compiled.fault
+    try:
+        launch, _ = kernel_configs(case, arch, {kernel: config})[kernel]
+    except ValueError as error:  # a descriptor's tile that is no power of 2, say
+        return f"cannot be built: {error}"
+    return compile_launches([launch], arch)[0].fault
 
 
 def tune(
