@@ -16,8 +16,7 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 
-from mixtral_triton import Mixtral, reference
-from mixtral_triton.cli import SMALL
+from mixtral_triton import SMALL, Mixtral, reference
 from mixtral_triton.tools.trace import token_texts, trace
 
 TOKENS, WINDOW, LAYERS = 14, 4, 3  # of the window's figure

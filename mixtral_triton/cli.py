@@ -20,20 +20,20 @@ from rich.console import Console
 from rich.progress import DownloadColumn
 
 from . import __version__
-from .config import checkpoint_folder, read_generation_config
+from .config import SMALL, checkpoint_folder, read_generation_config
 from .kernels.arch import ARCHS
 from .tools.gpus import LINKS, RATED
 from .tools.processes import is_first, open_mesh, select_backend
 from .tools.prompt import ChatTemplate, TimedSteps, encode, load_tokenizer, print_stream, read_prompts, select_sampling
-from .tools.terminal import bar, exit_status, say
+from .tools.terminal import bar, did_you_mean, exit_status, say
 
 if TYPE_CHECKING:
     import torch
 
     from .model import Mixtral
 
+FORMATS = "int4", "int8", "fp8"  # the keys of BITS, which would import torch
 FOLDER = "checkpoint folder, or a name on the hub with or without @revision"
-SMALL = Path(__file__).parent / "small"  # the checkpoint that ships with the package
 # Modules whose `run` is the command; the others are functions below.
 TOOLS = {"bench": "bench.command", "tune": "bench.tune", "fit": "fit", "compile": "offline"}
 
@@ -54,18 +54,29 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {did_you_mean(message)} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Reject an unknown option here, where its command is known."""
+        found, unknown = super().parse_known_args(*args, **kwargs)
+        return (found, unknown) if not unknown else self.error(f"unrecognized arguments: {' '.join(unknown)}")
 
 
 def parse_weights(text: str) -> str | dict[str, str]:
     """`--weights` as `Mixtral.from_pretrained` takes it: a format, or a format for each part of the model."""
-    if "=" not in text:
-        return text
-    pairs = [part.partition("=") for part in text.split(",")]
+    pairs = [part.partition("=") for part in text.split(",")] if "=" in text else [("experts", "", text)]
     formats = {name: format for name, _, format in pairs}
-    if len(formats) < len(pairs) or not all(formats.values()):
-        raise argparse.ArgumentTypeError(f"{text!r} needs a form like int4, or experts=int4,linear=int8")
-    return formats
+    if wrong := [name for name in formats if name not in ("experts", "linear")]:
+        raise argparse.ArgumentTypeError(
+            f"{wrong[0]!r} in {text}, needs one of experts, linear: experts=int4,linear=int8"
+        )
+    if wrong := [format for format in formats.values() if format not in FORMATS] or [text] * (
+        len(formats) < len(pairs)
+    ):
+        raise argparse.ArgumentTypeError(
+            f"{wrong[0]!r}, needs one of {', '.join(FORMATS)}, or experts=int4,linear=int8"
+        )
+    return formats if "=" in text else text
 
 
 def parse_memory(text: str) -> float:
@@ -87,7 +98,7 @@ def parse_offload(text: str) -> int | str:
 def parser() -> argparse.ArgumentParser:
     parser = Parser(prog="mixtral-triton", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name: str, help: str, *groups: Callable[[Any], None]) -> Callable[..., Any]:
         sub = commands.add_parser(name, help=help, description=help, conflict_handler="resolve")
@@ -102,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
         option("--ep", type=int, default=1, metavar="N", help="GPUs that share the experts; with torchrun; default: 1")
 
     def model(option: Any) -> None:
-        option("folder", nargs="?", default=SMALL, help=f"{FOLDER}; default: the small one of the package")
+        option("folder", nargs="?", default=SMALL, help=f"{FOLDER}; default: small, the package's")
         option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
         option("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
         text = "int4, int8 or fp8: quantize the experts' while loading; experts=int4,linear=int8: those of attention "
@@ -117,7 +128,13 @@ def parser() -> argparse.ArgumentParser:
         option("ops", nargs="*", metavar="OP", help="default: all")
 
     def at(option: Any) -> None:
-        option("--at", action="append", default=[], metavar="T=N", help="only the cases of this size; repeatable")
+        option(
+            "--at",
+            action="append",
+            default=[],
+            metavar="T=N",
+            help="only the cases of this size; repeatable: of one letter any",
+        )
 
     def prompt(option: Any) -> None:
         text = "text to run, or - to read standard input; turns of a chat where repeated"
@@ -190,7 +207,9 @@ def parser() -> argparse.ArgumentParser:
     option("--context", type=int, metavar="S", help="tokens a sequence; default: all the model's positions")
 
     option = command("compile", "compile every kernel for a GPU that need not be there", ops)
-    option("--arch", required=True, choices=ARCHS, metavar="ARCH", help=", ".join(ARCHS))
+    option(
+        "--arch", required=True, action="append", choices=ARCHS, metavar="ARCH", help=f"{', '.join(ARCHS)}; repeatable"
+    )
     option("--out", type=Path, help="folder that keeps .ptx, .cubin and .sass (AMD: .amdgcn, .hsaco)")
     return parser
 
@@ -204,6 +223,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             parser().parse_args(argv, args)
+            if args.command is None:
+                parser().print_help()
+                return 0
             if getattr(args, "folder", None) is not None:
                 args.folder = checkpoint_folder(args.folder)
             if args.command in TOOLS:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+SMALL = Path(__file__).parent / "small"  # the checkpoint of the package, also by the name "small"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # `mistralai/Mixtral-8x7B-v0.1`, and perhaps a branch, tag or commit after an @.
@@ -247,7 +248,7 @@ def checkpoint_folder(folder: str | os.PathLike[str], tensors: bool = True) -> P
     """
     if not isinstance(folder, (str, os.PathLike)):
         raise ValueError(f"folder is {folder!r}, needs the path of a checkpoint folder, or a name on the hub")
-    path = Path(folder)
+    path = SMALL if folder == SMALL.name and not os.path.lexists(folder) else Path(folder)
     if path.is_file():
         raise NotADirectoryError(f"{path}: is a file, needs the folder that holds config.json")
     if not path.is_dir():

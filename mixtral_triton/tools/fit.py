@@ -145,7 +145,7 @@ class Request:
         """Read the model's config. ValueError for a wrong option."""
         name = str(args.model)
         known = KNOWN.get(name.lower())
-        if known is None and "/" not in name and not Path(name).exists():
+        if known is None and "/" not in name and name != "small" and not Path(name).exists():
             raise FileNotFoundError(f"{name}: no such folder, needs one, a name on the hub, or {' or '.join(KNOWN)}")
         config = known or MixtralConfig.from_pretrained(name)
         limit, layers = config.max_position_embeddings, config.num_hidden_layers

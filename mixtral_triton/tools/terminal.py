@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,6 +135,14 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None) -> I
                 done.set()
 
 
+def did_you_mean(message: str) -> str:
+    """Return the message with the nearest of the names that it lists behind the wrong one, if one is near."""
+    found = re.search(r"'([^']+)'[^']*\b(?:one of|choose from) (?:sm_80 or later: )?(.+)", message)
+    names = re.split(r", (?:or )?", re.sub(r"[')]", "", found[2])) if found else []
+    near = get_close_matches(found[1].lower(), [name.lower() for name in names], 1) if found else []
+    return message + "".join(f"; did you mean {name}?" for name in names if name.lower() in near)
+
+
 def exit_status(error: BaseException, command: str | None) -> int:
     """Report what ended a command in one line on stderr -> its exit status.
 
@@ -156,7 +166,7 @@ def exit_status(error: BaseException, command: str | None) -> int:
     if message is None:
         say(f"{name}: crashed: {type(error).__name__}: {text} (python -X dev -m mixtral_triton shows where)")
         return CRASHED
-    say(f"{name}: {message.removeprefix(f'{command}: ')}")
+    say(f"{name}: {did_you_mean(message.removeprefix(f'{command}: '))}")
     return 2
 
 

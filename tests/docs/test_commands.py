@@ -23,13 +23,19 @@ from mixtral_triton.kernels.launch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="processes of their own: run once, without the interpreter")
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/results/README.md", SMALL / "README.md"]
+DOCUMENTS = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/*.md"),
+    ROOT / "examples/verify_folder.py",
+    ROOT / "benchmarks/results/README.md",
+    SMALL / "README.md",
+]
 PROGRAMS = r"(?:TRITON_INTERPRET=1\s+)?(?:mixtral-triton|python|pytest|torchrun)\s"
 # A line of a block, or text in backticks, with options in backticks and parentheses behind it.
 LINE = re.compile(rf"^ *({PROGRAMS}[^`\n]+)$", re.MULTILINE)
 INLINE = re.compile(rf"(?<!`)`({PROGRAMS}[^`]+)`((?:\s\(?`--[^`]+`[,)]?)*)")
 # What a user puts there. The checkpoint has one layer of the small one's, and a chat template.
-PLACEHOLDERS = {"[FOLDER]": "", "FOLDER": "checkpoint", "mistralai/Mixtral-8x7B-Instruct-v0.1": "checkpoint"}
+PLACEHOLDERS = {"[FOLDER]": "checkpoint", "FOLDER": "checkpoint", "mistralai/Mixtral-8x7B-Instruct-v0.1": "checkpoint"}
 PLACEHOLDERS |= {"OUT": "out", "DIR": "out", "FILE": "out.png", "TEXT": "'A list'", "MODEL": "mixtral-8x7b"}
 PLACEHOLDERS |= {"GPU": "h100", "OP": "route", "<name>": "route"}
 WITHOUT_COMPILER = """

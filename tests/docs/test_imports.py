@@ -120,4 +120,4 @@ def test_top_level_has_at_most_14_files() -> None:
 @pytest.mark.parametrize("name", sorted(mixtral_triton.__all__))
 def test_no_submodule_hides_a_public_name(name: str) -> None:
     assert not (ROOT / "mixtral_triton" / f"{name}.py").exists()
-    assert callable(getattr(mixtral_triton, name))
+    assert getattr(mixtral_triton, name) is not None

@@ -69,8 +69,7 @@ def kernel_configs(case: Case, arch: str, overrides: Configs | None = None) -> d
 
 
 def compile_fault(case: Case, kernel: str, config: LaunchConfig, arch: str) -> str | None:
-    """Return why `kernel` should not run with `config`: its launch cannot be built, it does not compile, spills or needs
-    too much shared memory."""
+    """Return why `kernel` should not run with `config`: it cannot be built or compiled, spills, or does not fit."""
     if arch not in ARCHS:  # the offline compiler has no limits of this GPU: a launch must show it
         return None
     try:
