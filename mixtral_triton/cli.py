@@ -22,7 +22,7 @@ from rich.progress import DownloadColumn
 from . import __version__
 from .config import SMALL, checkpoint_folder, read_generation_config
 from .kernels.arch import ARCHS
-from .tools.gpus import LINKS, RATED
+from .tools.gpus import LINKS
 from .tools.processes import is_first, open_mesh, select_backend
 from .tools.prompt import ChatTemplate, TimedSteps, encode, load_tokenizer, print_stream, read_prompts, select_sampling
 from .tools.terminal import bar, did_you_mean, exit_status, say
@@ -187,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     text = "decode_step with so many experts of each layer in host memory; auto: as many as the GPU needs; default: 0"
     option("--offload", type=parse_offload, default=0, metavar="N|auto", help=text)
     option("--without", action="append", default=[], metavar="PEER", help="leave a peer out; repeatable")
-    option("--gpu", metavar="NAME", help=f"measure nothing, predict by a data sheet: {', '.join(RATED)}")
+    option("--gpu", metavar="NAME", help="measure nothing, predict by a data sheet: h100, ..., as in fit")
 
     option = command("tune", "launch configurations around the present ones: which compile, fit, are fastest", ops, at)
     text = "time nothing, compile for this one; default: the GPU there is, else sm_90"

@@ -307,7 +307,8 @@ def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
         return 0
     names = [Column(name, number=False) for name in ("gpu", "link")]
     columns = [names[0], Column("MiB"), names[1], *map(Column, map(request.label, request.specs))]
-    table = Table("How many GPUs hold it, by format", columns, f"{OFFLOADED} {FORMAT_NOTE} {SEVERAL}")
+    offloaded = f"{OFFLOADED} " * any(plan.offload for plans in rows.values() for plan in plans)
+    table = Table("How many GPUs hold it, by format", columns, f"{offloaded}{FORMAT_NOTE} {SEVERAL}")
     for gpu, plans in rows.items():
         cells = [str(plan.gpus_needed or "-") for plan in plans]
         for at, offload in enumerate(plan.offload for plan in plans):

@@ -269,8 +269,8 @@ def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     figures = {"regs": "registers", "spills": "spills", "shared": "shared_bytes", "FLOP/i": "loop_flop_per_instruction"}
     texts = [Column(name, number=False) for name in ("kernel", "dtype", "tile")]
     columns = [*texts, *map(Column, ("w/s", *figures, "kernels"))]
-    caption = "w/s: warps and stages; regs: registers of a thread; FLOP/i: of the tensor cores, for each other "
-    caption += "instruction of the main loop; kernels: how many have these figures"
+    caption = {"w/s": "warps and stages", "regs": "registers of a thread", "kernels": "how many have these figures"}
+    caption["FLOP/i"] = "of the tensor cores, for each other instruction of the main loop"
     table, lines = Table(f"Compiled for {arch}", columns, caption, keys=3), Counter[tuple[str, ...]]()
     for row in rows:
         tile = "x".join(str(size) for name, size in row["constexprs"].items() if name.startswith("BLOCK_"))

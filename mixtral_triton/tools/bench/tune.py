@@ -117,11 +117,23 @@ def literal(kernel: str, config: LaunchConfig) -> str:
 def tune_table(title: str, candidates: Sequence[Candidate], best: int) -> Table:
     """Return a line per configuration, the current one first."""
     headings = ("", *candidates[0][0].constexprs, "warps", "stages", "time, us", "note")
-    table = Table(title, [Column(heading, number=heading not in ("", "note")) for heading in headings])
-    for at, (config, outcome) in enumerate(candidates):
+    sizes = [(*config.constexprs.values(), config.num_warps, config.num_stages) for config, _ in candidates]
+    vary = [
+        True,
+        *(len(set(column)) > 1 for column in zip(*sizes, strict=True)),
+        True,
+        True,
+    ]  # others are left out first
+    columns = [
+        Column(each, each not in ("", "note"), 2 * (not more)) for each, more in zip(headings, vary, strict=True)
+    ]
+    columns[-1].rank = columns[-2].rank = -1
+    table = Table(title, columns)
+    for at, (_, outcome) in enumerate(candidates):
         mark = "now" if at == 0 else "best" if at == best else ""
-        settings = map(str, (*config.constexprs.values(), config.num_warps, config.num_stages))
-        table.add(mark, *settings, micro(outcome.seconds), outcome.note or "", style="dim" if outcome.note else "")
+        table.add(
+            mark, *map(str, sizes[at]), micro(outcome.seconds), outcome.note or "", style="dim" if outcome.note else ""
+        )
     return table
 
 
