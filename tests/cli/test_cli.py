@@ -306,7 +306,7 @@ H100, RTX4090 = ("fit", "--gpu", "h100"), ("fit", "--gpu", "rtx4090")
         (("compile", "rop", "--arch", "sm_90"), "did you mean rope\\?"),
         (("compile", "rope", "--arch", "sm_91"), "did you mean sm_90\\?"),
         (("fit", "--gpu", "rtx4900"), "did you mean RTX 4090\\?"),
-        (("bench", "--gpu", "mi300"), "did you mean mi300x\\?"),
+        (("bench", "--gpu", "mi300"), "did you mean MI300X\\?"),
         (("verify", "--weights", "int3"), "'int3', needs one of int4, int8, fp8, or experts=int4,linear=int8; did you"),
         (("verify", "--weights", "experts=int3"), "'int3', needs one of int4, int8, fp8"),
         (("verify", "--weights", "expert=int4"), "'expert' in expert=int4, needs .* did you mean experts\\?"),

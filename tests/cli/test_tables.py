@@ -124,6 +124,9 @@ def test_compile_table(width: int) -> None:
     kernels.append(compiled(kernel="attention_prefill_kernel", fault="spills 8 bytes", spills=12345))
     text = printed(resources_table("sm_90", kernels), width)
     assert holds(text, "attention_prefill", "12,345") and not holds(text, "104")
+    assert "FLOP/i: of the tensor cores" in " ".join(text.split())
+    without = printed(resources_table("sm_90", [compiled(loop_flop_per_instruction=None)]), width)
+    assert "FLOP/i" not in without and "regs: registers of a thread" in without, "a legend explains what is shown"
     assert text.count("128x256x128") % 5 == 0 and all(text.count(str(100 + n)) == 1 for n in range(4))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -108,3 +110,25 @@ def test_window_reach() -> None:
 
     assert changes(0) and changes(L * (W - 1))
     assert not changes(L * (W - 1) + 1)
+
+
+def test_recipe_for_a_kernel_runs_and_finds_a_wrong_one(tmp_path: Path) -> None:
+    """In processes of their own, as it selects the interpreter."""
+    (recipe,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "bench.md").read_text(encoding="utf-8"), re.S)
+    assert "TRITON_INTERPRET" in recipe and len(recipe.splitlines()) < 16
+    wrong = recipe.replace("swiglu(*args.values())", "1.01 * swiglu(*args.values())")
+    for code, word in ((recipe, "right"), (wrong, "WRONG")):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert len(lines) == 3 and all(line.endswith(f" {word}") for line in lines), done.stdout
+
+
+def test_figures_without_matplotlib_are_one_line() -> None:
+    code = "import sys, runpy; sys.modules['matplotlib'] = None; runpy.run_path('docs/figures.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == 'docs/figures.py needs matplotlib: pip install "mixtral-triton[plot]"\n'

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         reason = "--gpu asks for a data sheet" if args.gpu else "there is no GPU"
         source = (checked_row(case, gpu, user_peers, reason) for case in selected)
-        known = "Floors (its rate of L2 is unknown, which predictions need)" if gpu.chip is None else "Predicted times and floors"
+        known = "Floors (predictions need its rate of L2)" if gpu.chip is None else "Predicted times and floors"
         out.print(f"No time was measured: {reason}. {known} are those of the GPU below.")
     out.print(gpu_line(gpu, sheet))
     out.print(family_note(gpu.arch), end="")
