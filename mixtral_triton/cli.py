@@ -64,18 +64,12 @@ class Parser(argparse.ArgumentParser):
 
 def parse_weights(text: str) -> str | dict[str, str]:
     """`--weights` as `Mixtral.from_pretrained` takes it: a format, or a format for each part of the model."""
-    pairs = [part.partition("=") for part in text.split(",")] if "=" in text else [("experts", "", text)]
+    pairs = [part.partition("=") for part in (text if "=" in text else f"experts={text}").split(",")]
     formats = {name: format for name, _, format in pairs}
-    if wrong := [name for name in formats if name not in ("experts", "linear")]:
-        raise argparse.ArgumentTypeError(
-            f"{wrong[0]!r} in {text}, needs one of experts, linear: experts=int4,linear=int8"
-        )
-    if wrong := [format for format in formats.values() if format not in FORMATS] or [text] * (
-        len(formats) < len(pairs)
-    ):
-        raise argparse.ArgumentTypeError(
-            f"{wrong[0]!r}, needs one of {', '.join(FORMATS)}, or experts=int4,linear=int8"
-        )
+    for names, known in ((formats, ("experts", "linear")), (formats.values(), FORMATS)):
+        if wrong := [name for name in names if name not in known] or [text] * (len(formats) < len(pairs)):
+            form = f"one of {', '.join(known)}, in a form like int4, or experts=int4,linear=int8"
+            raise argparse.ArgumentTypeError(f"{wrong[0]!r} needs {form}")
     return formats if "=" in text else text
 
 
@@ -98,7 +92,7 @@ def parse_offload(text: str) -> int | str:
 def parser() -> argparse.ArgumentParser:
     parser = Parser(prog="mixtral-triton", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str, *groups: Callable[[Any], None]) -> Callable[..., Any]:
         sub = commands.add_parser(name, help=help, description=help, conflict_handler="resolve")
@@ -128,13 +122,7 @@ def parser() -> argparse.ArgumentParser:
         option("ops", nargs="*", metavar="OP", help="default: all")
 
     def at(option: Any) -> None:
-        option(
-            "--at",
-            action="append",
-            default=[],
-            metavar="T=N",
-            help="only the cases of this size; repeatable: of one letter any",
-        )
+        option("--at", action="append", default=[], metavar="T=N", help="only the cases of this size; repeatable")
 
     def prompt(option: Any) -> None:
         text = "text to run, or - to read standard input; turns of a chat where repeated"
@@ -207,9 +195,8 @@ def parser() -> argparse.ArgumentParser:
     option("--context", type=int, metavar="S", help="tokens a sequence; default: all the model's positions")
 
     option = command("compile", "compile every kernel for a GPU that need not be there", ops)
-    option(
-        "--arch", required=True, action="append", choices=ARCHS, metavar="ARCH", help=f"{', '.join(ARCHS)}; repeatable"
-    )
+    text = f"{', '.join(ARCHS)}; repeatable"
+    option("--arch", required=True, action="append", choices=ARCHS, metavar="ARCH", help=text)
     option("--out", type=Path, help="folder that keeps .ptx, .cubin and .sass (AMD: .amdgcn, .hsaco)")
     return parser
 
@@ -222,10 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         try:
-            parser().parse_args(argv, args)
-            if args.command is None:
-                parser().print_help()
-                return 0
+            parser().parse_args((sys.argv[1:] if argv is None else argv) or ["--help"], args)
             if getattr(args, "folder", None) is not None:
                 args.folder = checkpoint_folder(args.folder)
             if args.command in TOOLS:

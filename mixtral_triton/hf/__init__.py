@@ -32,8 +32,7 @@ def apply(
     these by the name "mixtral_triton". `output_attentions` computes the weights in torch, for that call alone.
     On a CPU the operations run in plain torch, after a warning, or interpreted (TRITON_INTERPRET=1).
     For inference: `forward` works with gradients enabled; a backward pass, training mode, a block of another class, a
-    quantized or sharded weight, a GPU of a device_map that is missing, hooks on `act_fn` and continuous batching are
-    ValueErrors.
+    quantized or sharded weight, a device_map's missing GPU, hooks on `act_fn` and continuous batching are ValueErrors.
     """
     ours = import_modules("apply", model)
     for name, value in {"attention": attention, "experts": experts, "rms_norm": rms_norm, "rope": rope}.items():
@@ -49,7 +48,7 @@ def apply(
     revert(model)
     if blocks and not INTERPRETED and model.device.type == "cpu":
         text = (
-            "on the CPU the operations run in plain torch; TRITON_INTERPRET=1 interprets the Triton kernels: far slower"
+            "on the CPU plain torch runs the operations; TRITON_INTERPRET=1 interprets the Triton kernels: far slower"
         )
         warnings.warn(f"apply: {text}", stacklevel=2)
     parts = ours.Parts(attention or None, experts or None, rope)

@@ -10,7 +10,7 @@ import sys
 import sysconfig
 import textwrap
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -56,7 +56,7 @@ class Table:
     columns are left out, and named ones where it is too wide, but never the first `keys`."""
 
     def __init__(
-        self, title: str, columns: Sequence[Column], caption: str | Mapping[str, str] = "", keys: int = 1
+        self, title: str, columns: Sequence[Column], caption: str | dict[str, str] = "", keys: int = 1
     ) -> None:
         self.title, self.columns, self.caption, self.keys = title, list(columns), caption, keys
         self.rows: list[tuple[list[Text], str]] = []
@@ -87,7 +87,7 @@ class Table:
             table.add_row(*(cells[n] for n in shown), style=style)
         yield table
         caption, names = self.caption, [self.columns[n].name for n in shown]
-        if not isinstance(caption, str):
+        if isinstance(caption, dict):
             caption = "; ".join(f"{name}: {text}" for name, text in caption.items() if name in names)
         note = f"left out at this width: {', '.join(left_out)}; --json has all" if left_out else ""
         yield Text("".join(f"{line}\n" for line in (caption, note) if line), style="dim")

@@ -15,9 +15,7 @@ from ..gpus import GPU
 from ..terminal import Column, Table
 from .measure import Outcome, Row
 
-PREDICTED = {
-    "predicted, us": "optimistic-cautious, not measured, by the launches, the data sheet and estimates of the GPU"
-}
+PREDICTED = {"predicted, us": "optimistic-cautious, not measured: by the launches, the data sheet and estimates"}
 PREDICTED["limit"] = "what takes most of the optimistic time"
 MANY = 20  # cases that a panel shows side by side, with labels that can be read at 1,000 pixels
 MARKERS = ".os^vDPX*"  # of the floor, ours and each peer

@@ -118,22 +118,13 @@ def tune_table(title: str, candidates: Sequence[Candidate], best: int) -> Table:
     """Return a line per configuration, the current one first."""
     headings = ("", *candidates[0][0].constexprs, "warps", "stages", "time, us", "note")
     sizes = [(*config.constexprs.values(), config.num_warps, config.num_stages) for config, _ in candidates]
-    vary = [
-        True,
-        *(len(set(column)) > 1 for column in zip(*sizes, strict=True)),
-        True,
-        True,
-    ]  # others are left out first
-    columns = [
-        Column(each, each not in ("", "note"), 2 * (not more)) for each, more in zip(headings, vary, strict=True)
-    ]
-    columns[-1].rank = columns[-2].rank = -1
+    ranks = [0, *(len(set(column)) == 1 for column in zip(*sizes, strict=True)), -1, -1]
+    columns = [Column(each, each not in ("", "note"), rank) for each, rank in zip(headings, ranks, strict=True)]
     table = Table(title, columns)
     for at, (_, outcome) in enumerate(candidates):
         mark = "now" if at == 0 else "best" if at == best else ""
-        table.add(
-            mark, *map(str, sizes[at]), micro(outcome.seconds), outcome.note or "", style="dim" if outcome.note else ""
-        )
+        note = outcome.note or ""
+        table.add(mark, *map(str, sizes[at]), micro(outcome.seconds), note, style="dim" if note else "")
     return table
 
 
