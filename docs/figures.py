@@ -2,7 +2,8 @@
 
     python docs/figures.py [FOLDER]
 
-Writes window.svg, heads.svg and route.svg into FOLDER, docs/figures if none is given. Needs the extra `plot`.
+Writes window.svg, heads.svg and route.svg into FOLDER, docs/figures if none is given. Needs matplotlib:
+pip install "mixtral-triton[plot]".
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib import rcParams
-from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 
-from mixtral_triton import Mixtral, reference
-from mixtral_triton.cli import SMALL
+from mixtral_triton import SMALL, Mixtral, reference
 from mixtral_triton.tools.trace import token_texts, trace
+
+try:
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+except ImportError:
+    sys.exit('docs/figures.py needs matplotlib: pip install "mixtral-triton[plot]"')
 
 TOKENS, WINDOW, LAYERS = 14, 4, 3  # of the window's figure
 TEXT = "The return statement leaves the current function call"

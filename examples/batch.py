@@ -8,8 +8,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mixtral_triton import Mixtral, apply
-from mixtral_triton.cli import SMALL
+from mixtral_triton import SMALL, Mixtral, apply
 
 folder = sys.argv[1] if len(sys.argv) > 1 else SMALL
 prompts = ["The return statement", "A list is", "When an exception is raised in the body of the loop,"]

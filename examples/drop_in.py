@@ -7,8 +7,7 @@ import sys
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mixtral_triton import apply, revert
-from mixtral_triton.cli import SMALL
+from mixtral_triton import SMALL, apply, revert
 
 folder = sys.argv[1] if len(sys.argv) > 1 else SMALL
 tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache import KVCache
-    from .config import MixtralConfig
+    from .config import SMALL, MixtralConfig
     from .hf import apply, revert
     from .model import Mixtral
     from .verification import verify
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
-__all__ = ["KVCache", "Mixtral", "MixtralConfig", "apply", "revert", "verify"]
+__all__ = ["SMALL", "KVCache", "Mixtral", "MixtralConfig", "apply", "revert", "verify"]
 
-_HOME = {"KVCache": "cache", "Mixtral": "model", "MixtralConfig": "config"}
+_HOME = {"KVCache": "cache", "Mixtral": "model", "MixtralConfig": "config", "SMALL": "config"}
 _HOME |= {"apply": "hf", "revert": "hf", "verify": "verification"}
 
 

@@ -20,20 +20,20 @@ from rich.console import Console
 from rich.progress import DownloadColumn
 
 from . import __version__
-from .config import checkpoint_folder
+from .config import SMALL, checkpoint_folder, read_generation_config
 from .kernels.arch import ARCHS
-from .tools.gpus import LINKS, RATED
+from .tools.gpus import LINKS
 from .tools.processes import is_first, open_mesh, select_backend
-from .tools.prompt import ChatTemplate, TimedSteps, encode, load_tokenizer, print_stream, read_prompts
-from .tools.terminal import bar, exit_status, say
+from .tools.prompt import ChatTemplate, TimedSteps, encode, load_tokenizer, print_stream, read_prompts, select_sampling
+from .tools.terminal import bar, did_you_mean, exit_status, say
 
 if TYPE_CHECKING:
     import torch
 
     from .model import Mixtral
 
+FORMATS = "int4", "int8", "fp8"  # the keys of BITS, which would import torch
 FOLDER = "checkpoint folder, or a name on the hub with or without @revision"
-SMALL = Path(__file__).parent / "small"  # the checkpoint that ships with the package
 # Modules whose `run` is the command; the others are functions below.
 TOOLS = {"bench": "bench.command", "tune": "bench.tune", "fit": "fit", "compile": "offline"}
 
@@ -54,18 +54,23 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {did_you_mean(message)} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Reject an unknown option here, where its command is known."""
+        found, unknown = super().parse_known_args(*args, **kwargs)
+        return (found, unknown) if not unknown else self.error(f"unrecognized arguments: {' '.join(unknown)}")
 
 
 def parse_weights(text: str) -> str | dict[str, str]:
     """`--weights` as `Mixtral.from_pretrained` takes it: a format, or a format for each part of the model."""
-    if "=" not in text:
-        return text
-    pairs = [part.partition("=") for part in text.split(",")]
+    pairs = [part.partition("=") for part in (text if "=" in text else f"experts={text}").split(",")]
     formats = {name: format for name, _, format in pairs}
-    if len(formats) < len(pairs) or not all(formats.values()):
-        raise argparse.ArgumentTypeError(f"{text!r} needs a form like int4, or experts=int4,linear=int8")
-    return formats
+    for names, known in ((formats, ("experts", "linear")), (formats.values(), FORMATS)):
+        if wrong := [name for name in names if name not in known] or [text] * (len(formats) < len(pairs)):
+            form = f"one of {', '.join(known)}, in a form like int4, or experts=int4,linear=int8"
+            raise argparse.ArgumentTypeError(f"{wrong[0]!r} needs {form}")
+    return formats if "=" in text else text
 
 
 def parse_memory(text: str) -> float:
@@ -105,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
         option("--ep", type=int, default=1, metavar="N", help="GPUs that share the experts; with torchrun; default: 1")
 
     def model(option: Any) -> None:
-        option("folder", nargs="?", default=SMALL, help=f"{FOLDER}; default: the small one of the package")
+        option("folder", nargs="?", default=SMALL, help=f"{FOLDER}; default: small, the package's")
         option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
         option("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
         text = "int4, int8 or fp8: quantize the experts' while loading; experts=int4,linear=int8: those of attention "
@@ -142,9 +147,13 @@ def parser() -> argparse.ArgumentParser:
     option("--chat", action="store_true", help=text)
     option("--system", metavar="TEXT", help="the system message of the chat; default: none")
     option("--max-new-tokens", type=int, default=64, metavar="N", help="fewer where the text ends; default: 64")
-    option("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy; default: 0")
-    option("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens; default: all")
-    option("--top-p", type=float, default=1.0, metavar="P", help="of those, the likeliest of this total; default: 1")
+    stored = "default: generation_config.json's, else"
+    option("--temperature", type=float, metavar="X", help=f"0 is greedy; {stored} 0")
+    option("--top-k", type=int, metavar="N", help=f"sample from the N likeliest tokens; {stored} all")
+    option("--top-p", type=float, metavar="P", help=f"of those, the likeliest of this total; {stored} 1")
+    option("--min-p", type=float, metavar="P", help=f"of those, at least P times the likeliest; {stored} 0")
+    text = "end before this text, of which nothing is shown; repeatable"
+    option("--stop", action="append", default=[], metavar="TEXT", help=text)
     option("--seed", type=int, default=0, metavar="N", help="of the sampling; default: 0")
 
     option = command("trace", "which experts each token of a prompt took, by layer", model, memory, prompt)
@@ -169,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
     text = "decode_step with so many experts of each layer in host memory; auto: as many as the GPU needs; default: 0"
     option("--offload", type=parse_offload, default=0, metavar="N|auto", help=text)
     option("--without", action="append", default=[], metavar="PEER", help="leave a peer out; repeatable")
-    option("--gpu", metavar="NAME", help=f"measure nothing, predict by a data sheet: {', '.join(RATED)}")
+    option("--gpu", metavar="NAME", help="measure nothing, predict by a data sheet: h100, ..., as in fit")
 
     option = command("tune", "launch configurations around the present ones: which compile, fit, are fastest", ops, at)
     text = "time nothing, compile for this one; default: the GPU there is, else sm_90"
@@ -189,7 +198,8 @@ def parser() -> argparse.ArgumentParser:
     option("--context", type=int, metavar="S", help="tokens a sequence; default: all the model's positions")
 
     option = command("compile", "compile every kernel for a GPU that need not be there", ops)
-    option("--arch", required=True, choices=ARCHS, metavar="ARCH", help=", ".join(ARCHS))
+    text = f"{', '.join(ARCHS)}; repeatable"
+    option("--arch", required=True, action="append", choices=ARCHS, metavar="ARCH", help=text)
     option("--out", type=Path, help="folder that keeps .ptx, .cubin and .sass (AMD: .amdgcn, .hsaco)")
     return parser
 
@@ -202,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         try:
-            parser().parse_args(argv, args)
+            parser().parse_args((sys.argv[1:] if argv is None else argv) or ["--help"], args)
             if getattr(args, "folder", None) is not None:
                 args.folder = checkpoint_folder(args.folder)
             if args.command in TOOLS:
@@ -279,6 +289,8 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError("--system and more than one --prompt, the turns of a chat, need --chat")
     if not -(1 << 63) <= args.seed < 1 << 64:
         raise ValueError(f"--seed is {args.seed}, needs an integer of 64 bits")
+    if "" in args.stop:
+        raise ValueError("--stop is empty: give at least one character")
     template = ChatTemplate(args.folder) if args.chat else None
     messages = [{"role": "system", "content": args.system}] if args.system else []
     if template is not None:  # before the weights are read
@@ -286,26 +298,23 @@ def _generate(args: argparse.Namespace) -> int:
     with open_mesh(args) as mesh:
         import torch
 
-        from .generate import eos_ids, stream
-
         model, tokenizer = _load(args, mesh), load_tokenizer(args.folder)
-        generator = torch.Generator(model.device).manual_seed(args.seed)
-        sampling = args.temperature, args.top_p, generator, args.top_k
-        options = args.max_new_tokens, eos_ids(None, model.config), sampling
+        sampling, notes = select_sampling(args, read_generation_config(args.folder))
+        sampling["generator"] = torch.Generator(model.device).manual_seed(args.seed)
         for number, text in enumerate(texts):
             messages.append({"role": "user", "content": text})
             ids, warning = encode(tokenizer, text, model.config.bos_token_id)
             if template is not None:  # it begins with the beginning-of-sequence token itself
                 ids = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
             prompt = _tokens(args, ids, warning, model)
-            steps = TimedSteps(stream(model, [prompt], *options), len(ids), model.device)
+            steps = TimedSteps(model.stream(prompt[None], args.max_new_tokens, **sampling), len(ids), model.device)
             if is_first() and number == 0:
-                say(note)
+                say("\n".join(filter(None, (note, *notes))))
             # A continuation follows the prompt on its line, an answer stands alone.
             shown: str | None = text if template is None else f"> {text}\n" if len(texts) > 1 else ""
             after = ids[-1:] if template is None else []
             shown = shown if is_first() and not args.json else None
-            tokens, answer = print_stream(steps, tokenizer, shown, after, args.max_new_tokens)
+            tokens, answer = print_stream(steps, tokenizer, shown, after, args.max_new_tokens, args.stop)
             messages.append({"role": "assistant", "content": answer})
             if is_first() and not args.json:
                 say(str(steps))

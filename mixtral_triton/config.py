@@ -7,16 +7,19 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
+SMALL = Path(__file__).parent / "small"  # the checkpoint of the package, also by the name "small"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # `mistralai/Mixtral-8x7B-v0.1`, and perhaps a branch, tag or commit after an @.
 NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-CONFIG_FILES = ["config.json", "quantize_config.json", "hf_quant_config.json", "adapter_config.json", "params.json"]
+GENERATION_FILE = "generation_config.json"
+CONFIG_FILES = ["config.json", GENERATION_FILE, "quantize_config.json", "hf_quant_config.json", "adapter_config.json"]
+CONFIG_FILES += ["params.json"]
 TEXT_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", INDEX_FILE]
 # What other layouts than transformers' hold, and what a user of them needs.
 _MISTRAL = "is of Mistral's own layout, needs transformers' layout: the hub has it, as in mistralai/Mixtral-8x7B-v0.1"
@@ -42,8 +45,8 @@ def is_size(value: Any, least: int = 1, most: int = LARGEST_SIZE, multiple_of: i
     return type(value) is int and least <= value <= most and value % multiple_of == 0
 
 
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < 1e308
+def _is_positive(value: Any, *or_equal: float) -> bool:
+    return type(value) in (int, float) and (0 < value < 1e308 or value in or_equal)
 
 
 class Field(NamedTuple):
@@ -73,6 +76,16 @@ FIELDS = dict.fromkeys(SIZES, _SIZE) | {
         (None, -1),
     ),
     "dtype": Field(DTYPES.__contains__, f"one of {', '.join(DTYPES)}, or null", (None,)),
+}
+# The fields of generation_config.json that are read. top_k 0 means all tokens, as in transformers.
+GENERATION_FIELDS = {
+    "eos_token_id": FIELDS["eos_token_id"],
+    "do_sample": Field(lambda value: type(value) is bool, "true, false or null", (None,)),
+    "temperature": Field(lambda value: _is_positive(value, 0), "a finite number of at least 0, or null", (None,)),
+    "top_k": Field(is_size, "an integer of at least 0, or null", (None, 0)),
+    "top_p": Field(lambda value: _is_positive(value) and value <= 1, "a number above 0, at most 1, or null", (None,)),
+    "min_p": Field(lambda value: _is_positive(value, 0) and value <= 1, "a number from 0 to 1, or null", (None,)),
+    "repetition_penalty": Field(_is_positive, "a finite number above 0, or null", (None,)),
 }
 # The only values that a config.json may have for what Mixtral has no code for, and the reason.
 Fixed = dict[str, tuple[tuple[Any, ...], str]]
@@ -126,16 +139,10 @@ class MixtralConfig:
                 need = f"a multiple of num_attention_heads = {heads} where head_dim is missing"
                 _check("hidden_size", self.hidden_size, need, self.hidden_size % heads == 0)
                 value = self.hidden_size // heads
-            if isinstance(value, list):
-                value = tuple(value)
-            elif isinstance(value, str):
-                value = value.removeprefix("torch.")
-            if any(type(value) is type(null) and value == null for null in field.null):
-                value = None
-            else:
-                _check(name, value, field.need, field.check(value))
-                value = float(value) if field is _NUMBER else value
-            object.__setattr__(self, name, value)  # the only assignment that a frozen dataclass allows
+            value = value.removeprefix("torch.") if isinstance(value, str) else value
+            value = _check_field(name, value, field)
+            # The only assignment that a frozen dataclass allows.
+            object.__setattr__(self, name, float(value) if field is _NUMBER else value)
         need = f"at most num_local_experts = {experts}"
         _check("num_experts_per_tok", self.num_experts_per_tok, need, self.num_experts_per_tok <= experts)
         need = f"a divisor of num_attention_heads = {heads}"
@@ -149,7 +156,7 @@ class MixtralConfig:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> MixtralConfig:
-        """Read `folder`/config.json, as Hugging Face checkpoints have it.
+        """Read `folder`/config.json, as Hugging Face checkpoints have it; generation_config.json adds to eos_token_id.
 
         Raises FileNotFoundError for a missing folder or file, ValueError for anything else; the message names the file,
         the field, what it got and what is needed.
@@ -157,7 +164,13 @@ class MixtralConfig:
         path = checkpoint_folder(folder, tensors=False) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; a checkpoint folder needs its config.json")
-        return cls.from_dict(read_json_object(path), source=str(path))
+        config = cls.from_dict(read_json_object(path), source=str(path))
+        found = read_generation_config(path.parent).get("eos_token_id"), config.eos_token_id
+        added, ids = ([] if each is None else each if isinstance(each, tuple) else [each] for each in found)
+        name, need = f"{path.parent / GENERATION_FILE}: eos_token_id", f"ids below vocab_size = {config.vocab_size}"
+        _check(name, found[0], need, max(added, default=0) < config.vocab_size)
+        new = [token for token in dict.fromkeys(added) if token not in ids]
+        return replace(config, eos_token_id=(*ids, *new)) if new else config
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> MixtralConfig:
@@ -182,6 +195,27 @@ class MixtralConfig:
 def _check(name: str, value: object, need: str, right: bool) -> None:
     if not right:
         raise ValueError(f"{name} is {value!r:.80}, needs {need}")  # cut: a broken file may hold anything
+
+
+def _check_field(name: str, value: Any, field: Field) -> Any:
+    """Return the value, a list as a tuple, None for one that means null; ValueError for one that is not allowed."""
+    value = tuple(value) if isinstance(value, list) else value
+    if any(type(value) is type(null) and value == null for null in field.null):
+        return None
+    _check(name, value, field.need, field.check(value))
+    return value
+
+
+def read_generation_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return GENERATION_FIELDS of generation_config.json that are not null, none where there is no such file.
+
+    ValueError that names the file for one that `read_file` refuses, and for a wrong field."""
+    path = Path(folder) / GENERATION_FILE
+    if not os.path.lexists(path):
+        return {}
+    values = read_json_object(path)
+    fields = {name: (f"{path}: {name}", values.get(name), field) for name, field in GENERATION_FIELDS.items()}
+    return {name: value for name, found in fields.items() if (value := _check_field(*found)) is not None}
 
 
 def _check_fixed(prefix: str, values: Mapping[str, Any], table: Fixed) -> None:
@@ -218,7 +252,7 @@ def checkpoint_folder(folder: str | os.PathLike[str], tensors: bool = True) -> P
     """
     if not isinstance(folder, (str, os.PathLike)):
         raise ValueError(f"folder is {folder!r}, needs the path of a checkpoint folder, or a name on the hub")
-    path = Path(folder)
+    path = SMALL if folder == SMALL.name and not os.path.lexists(folder) else Path(folder)
     if path.is_file():
         raise NotADirectoryError(f"{path}: is a file, needs the folder that holds config.json")
     if not path.is_dir():

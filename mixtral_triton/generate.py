@@ -1,4 +1,4 @@
-"""The decode loop: prefill in chunks, then one token a step; greedy, or sampled by temperature, top-k and top-p.
+"""The decode loop: prefill in chunks, then one token a step; greedy, or sampled by temperature, top-k, top-p and min-p.
 
 On a GPU the step is captured in a CUDA graph and replayed: its buffers keep their addresses, positions and routes are
 read on the device, and the host waits for at most one value a token, whether every sequence has ended.
@@ -24,7 +24,7 @@ from .kernels.checks import readable
 if TYPE_CHECKING:
     from .model import Mixtral
 
-Sampling = tuple[float, float, torch.Generator | None, int | None]  # the arguments of `sample` after the logits
+Sampling = tuple[float, float, torch.Generator | None, int | None, float]  # the arguments of `sample` after the logits
 MIN_TEMPERATURE = 1e-30
 PREFILL_CHUNK = 2048  # tokens: bounds the activations of a long prompt
 GRAPH_MIN_TOKENS = 4  # remaining tokens that are worth a capture, which takes the host time of about two steps
@@ -45,34 +45,46 @@ def generate(
     generator: torch.Generator | None = None,
     *,
     top_k: int | None = None,
+    min_p: float = 0.0,
 ) -> Tensor | list[Tensor]:
     """Continue prompts: int64 [B,T] -> [B,T+n], or a list of 1-D prompts -> a list of prompts with what follows them.
 
-    temperature 0 is greedy; else logits are divided by it, and of the top_k most likely tokens (None: of all) the
-    smallest set with probability top_p is sampled from (Fan et al. 2018, Holtzman et al. 2020). eos_token_id None: the
-    config's. A sequence ends with its EOS included; in a [B,T+n] result it is padded with it.
+    temperature 0, the default whatever generation_config.json says, is greedy; else logits are divided by it, and of
+    the top_k most likely tokens (None: of all) the smallest set with probability top_p is sampled from (Fan et al.
+    2018, Holtzman et al. 2020), without those less likely than min_p times the likeliest (Nguyen et al. 2024).
+    eos_token_id None: the config's, which are those of both files. A sequence ends with its EOS included; in a
+    [B,T+n] result it is padded with it.
     """
-    ragged = isinstance(input_ids, (list, tuple))
-    if not ragged and not (isinstance(input_ids, Tensor) and input_ids.dim()):
-        got = "one number" if isinstance(input_ids, Tensor) else f"a {type(input_ids).__name__}"
-        raise ValueError(f"generate: input_ids is {got}, needs a tensor [B, T] or a list of tensors [T]")
-    rows = list(input_ids)
-    eos = eos_ids(eos_token_id, model.config)
-    steps = stream(model, rows, max_new_tokens, eos, (temperature, top_p, generator, top_k))
+    sampling: Any = {"generator": generator, "top_k": top_k, "min_p": min_p}
+    steps = stream(model, input_ids, max_new_tokens, temperature, top_p, eos_token_id, **sampling)
+    rows, eos = list(input_ids), eos_ids(eos_token_id, model.config)
     new = torch.stack(list(steps), dim=1).cpu() if max_new_tokens else torch.empty((len(rows), 0), dtype=torch.int64)
-    if not ragged:
+    if isinstance(input_ids, Tensor):
         padding = new[:, -1:].expand(-1, max_new_tokens - new.shape[1])  # EOS, where the loop stopped early
         return torch.cat((torch.stack(rows), torch.cat((new, padding), dim=1).to(rows[0].device)), dim=1)
     return [torch.cat((row, _cut(tail, eos).to(row.device))) for row, tail in zip(rows, new, strict=True)]
 
 
 def stream(
-    model: Mixtral, prompts: Sequence[Tensor], max_new_tokens: int, eos: frozenset[int], sampling: Sampling
+    model: Mixtral,
+    input_ids: Tensor | Sequence[Tensor],
+    max_new_tokens: int = 32,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    top_k: int | None = None,
+    min_p: float = 0.0,
 ) -> Iterator[Tensor]:
-    """Check the arguments, then return an iterator over the next tokens [B]; it stops once every sequence has ended."""
-    _check_sampling(max_new_tokens, *sampling, model.device)
-    temperature, top_p, generator, top_k = sampling
-    ids, lengths = _pad_prompts(model, prompts)
+    """Check the arguments, those of `generate`, then return an iterator over the next tokens, int64 [B] on the model's
+    device. A sequence that has ended repeats its EOS; the iterator ends once every sequence has."""
+    if not isinstance(input_ids, (list, tuple)) and not (isinstance(input_ids, Tensor) and input_ids.dim()):
+        got = "one number" if isinstance(input_ids, Tensor) else f"a {type(input_ids).__name__}"
+        raise ValueError(f"generate: input_ids is {got}, needs a tensor [B, T] or a list of tensors [T]")
+    eos = eos_ids(eos_token_id, model.config)
+    _check_sampling(max_new_tokens, temperature, top_p, generator, top_k, min_p, model.device)
+    ids, lengths = _pad_prompts(model, list(input_ids))
     limit = model.config.max_position_embeddings
     if ids.shape[1] + max_new_tokens > limit:
         got = f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones"
@@ -81,9 +93,10 @@ def stream(
         # Not torch's own, in which another thread cannot draw during a capture: seeded by it, as a data loader is.
         seed = int(torch.randint(1 << 62, (), device="cpu"))
         generator = torch.Generator(model.device).manual_seed(seed)
-    return _stream(model, ids, lengths, max_new_tokens, eos, (temperature, top_p, generator, top_k))
+    return _stream(model, ids, lengths, max_new_tokens, eos, (temperature, top_p, generator, top_k, min_p))
 
 
+@torch.no_grad()
 def _stream(
     model: Mixtral, ids: Tensor, lengths: Tensor, max_new_tokens: int, eos: frozenset[int], sampling: Sampling
 ) -> Iterator[Tensor]:
@@ -158,7 +171,7 @@ def prefill(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> Ten
 
 
 def sample(
-    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None, top_k: int | None = None
+    logits: Tensor, temperature: float, top_p: float, generator: Any = None, top_k: int | None = None, min_p: float = 0
 ) -> Tensor:
     """Sample token ids [B] from logits fp32 [B,V]; greedy at temperature 0."""
     if temperature == 0.0:
@@ -175,6 +188,8 @@ def sample(
         # A token stays while the sum before it is below top_p; the first always stays.
         sorted_p = sorted_p.masked_fill(sorted_p.cumsum(-1) - sorted_p >= top_p, 0.0)
         p = torch.zeros_like(p).scatter(-1, order, sorted_p)
+    if min_p > 0.0:
+        p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0.0)
     # Exponential race, the token with rate p wins: torch.multinomial's draw without its synchronization.
     clock = torch.empty_like(p).exponential_(generator=generator).clamp_(min=torch.finfo(p.dtype).tiny)
     return (p / clock).argmax(dim=-1)
@@ -200,13 +215,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_sampling(max_new_tokens: Any, temperature: Any, top_p: Any, generator: Any, top_k: Any, device: Any) -> None:
+def _check_sampling(
+    max_new_tokens: Any, temperature: Any, top_p: Any, generator: Any, top_k: Any, min_p: Any, device: Any
+) -> None:
     finite = _is_number(temperature) and 0.0 <= temperature < float("inf")
     for name, value, valid, need in (
         ("max_new_tokens", max_new_tokens, is_int(max_new_tokens, 0), "an integer of at least 0"),
         ("temperature", temperature, finite, "a finite number of at least 0"),
         ("top_p", top_p, _is_number(top_p) and 0.0 < top_p <= 1.0, "a number above 0, at most 1"),
         ("top_k", top_k, top_k is None or is_int(top_k, 1), "an integer of at least 1, or None"),
+        ("min_p", min_p, _is_number(min_p) and 0.0 <= min_p <= 1.0, "a number from 0 to 1"),
     ):
         if not valid:
             raise ValueError(f"generate: {name} is {value!r}, needs {need}")

@@ -29,7 +29,7 @@ def usable_device(device: torch.device | str | None) -> torch.device:
     try:
         usable = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device {device!r} is unknown to torch") from error
+        raise ValueError(f"device {device!r} is unknown to torch: needs cuda, cuda:1, ... or cpu") from error
     if usable.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"device {device!r} is not supported: needs cpu, cuda (CUDA or ROCm) or meta")
     if usable.type == "cuda" and (usable.index or 0) >= torch.cuda.device_count():

@@ -17,8 +17,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import ops, weights
 from .cache import KVCache
 from .config import MixtralConfig
-from .generate import generate
-from .inputs import check_dtype, check_ids, check_lengths
+from .generate import generate, stream
+from .inputs import check_dtype, check_ids, check_lengths, usable_device
 from .kernels.call import untraced
 from .kernels.launch import pdl_region
 from .kernels.rope import rope_tables
@@ -326,6 +326,7 @@ class Mixtral(nn.Module):
         return dict(self.named_parameters()) | quantized
 
     generate = generate
+    stream = stream
 
     def _rope_tables(self, device: Any) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -364,6 +365,12 @@ class Mixtral(nn.Module):
         if mode:
             raise ValueError("Mixtral is for inference only: there is no training mode")
         return super().train(False)
+
+    def to(self, *args: Any, **kwargs: Any) -> Mixtral:
+        """As torch's; a device that does not exist is a ValueError."""
+        if (device := torch._C._nn._parse_to(*args, **kwargs)[0]) is not None:
+            usable_device(str(device))
+        return super().to(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixtral:
         """Move and convert; the rotary tables stay fp32, since rounded angles would change the logits."""

@@ -7,6 +7,7 @@ its config do not use this package, as the config stays.
 from __future__ import annotations
 
 import re
+import warnings
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from ..kernels import call
 from ..kernels.checks import FLOATS
+from ..kernels.launch import INTERPRETED
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,8 +30,9 @@ def apply(
     experts. The last of several calls decides. Parameters, their names, hooks, the config and every other instance
     stay. transformers' `set_attn_implementation` and `set_experts_implementation` select other implementations, and
     these by the name "mixtral_triton". `output_attentions` computes the weights in torch, for that call alone.
+    On a CPU the operations run in plain torch, after a warning, or interpreted (TRITON_INTERPRET=1).
     For inference: `forward` works with gradients enabled; a backward pass, training mode, a block of another class, a
-    quantized or sharded weight, a missing GPU, hooks on `act_fn` and continuous batching are ValueErrors.
+    quantized or sharded weight, a device_map's missing GPU, hooks on `act_fn` and continuous batching are ValueErrors.
     """
     ours = import_modules("apply", model)
     for name, value in {"attention": attention, "experts": experts, "rms_norm": rms_norm, "rope": rope}.items():
@@ -43,6 +46,11 @@ def apply(
     _check_weights(model)
     _check_modules(model, blocks, ours)
     revert(model)
+    if blocks and not INTERPRETED and model.device.type == "cpu":
+        text = (
+            "on the CPU plain torch runs the operations; TRITON_INTERPRET=1 interprets the Triton kernels: far slower"
+        )
+        warnings.warn(f"apply: {text}", stacklevel=2)
     parts = ours.Parts(attention or None, experts or None, rope)
     changing = (*blocks, theirs.MixtralPreTrainedModel) if blocks else ()
     for module in model.modules():

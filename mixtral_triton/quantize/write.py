@@ -178,7 +178,8 @@ def _write_rest(folder: Path, out: Path, files: Mapping[str, str], total: int, s
                 shutil.copyfile(file, out / file.name)
     config = read_json_object(folder / "config.json")
     quantized = {name.rpartition(".")[0] for name in files if name.endswith(".weight_scale")}
-    linears = {name.removesuffix(".weight") for name in files if name.endswith(".weight")}
+    # A tied head is in no file, and is a Linear of its readers nevertheless.
+    linears = {"lm_head", *(name.removesuffix(".weight") for name in files if name.endswith(".weight"))}
     dense = sorted(name for name in linears - quantized if name.endswith(LINEARS))
     texts["config.json"] = config | {"quantization_config": _quantization_config(specs, dense)}
     for name, value in texts.items():
@@ -194,7 +195,7 @@ def _quantization_config(specs: Mapping[str, QuantSpec], ignore: list[str]) -> d
         kind = {"num_bits": bits, "type": type, "symmetric": True}
         group = spec.group if spec.format == "int4" else None
         groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(specs) == 1 else TARGETS[part],
+            "targets": ["Linear"] if len(specs) == 1 else [each for each in TARGETS[part] if each not in ignore],
             "weights": {**kind, "dynamic": False, "group_size": group, "strategy": "group" if group else "channel"},
             "input_activations": {**kind, "dynamic": True, "strategy": "token"} if type == "float" else None,
             "output_activations": None,

@@ -145,7 +145,7 @@ class Request:
         """Read the model's config. ValueError for a wrong option."""
         name = str(args.model)
         known = KNOWN.get(name.lower())
-        if known is None and "/" not in name and not Path(name).exists():
+        if known is None and "/" not in name and name != "small" and not Path(name).exists():
             raise FileNotFoundError(f"{name}: no such folder, needs one, a name on the hub, or {' or '.join(KNOWN)}")
         config = known or MixtralConfig.from_pretrained(name)
         limit, layers = config.max_position_embeddings, config.num_hidden_layers
@@ -307,7 +307,8 @@ def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
         return 0
     names = [Column(name, number=False) for name in ("gpu", "link")]
     columns = [names[0], Column("MiB"), names[1], *map(Column, map(request.label, request.specs))]
-    table = Table("How many GPUs hold it, by format", columns, f"{OFFLOADED} {FORMAT_NOTE} {SEVERAL}")
+    offloaded = f"{OFFLOADED} " * any(plan.offload for plans in rows.values() for plan in plans)
+    table = Table("How many GPUs hold it, by format", columns, f"{offloaded}{FORMAT_NOTE} {SEVERAL}")
     for gpu, plans in rows.items():
         cells = [str(plan.gpus_needed or "-") for plan in plans]
         for at, offload in enumerate(plan.offload for plan in plans):

@@ -269,8 +269,8 @@ def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     figures = {"regs": "registers", "spills": "spills", "shared": "shared_bytes", "FLOP/i": "loop_flop_per_instruction"}
     texts = [Column(name, number=False) for name in ("kernel", "dtype", "tile")]
     columns = [*texts, *map(Column, ("w/s", *figures, "kernels"))]
-    caption = "w/s: warps and stages; regs: registers of a thread; FLOP/i: of the tensor cores, for each other "
-    caption += "instruction of the main loop; kernels: how many have these figures"
+    caption = {"w/s": "warps and stages", "regs": "registers of a thread", "kernels": "how many have these figures"}
+    caption["FLOP/i"] = "of the tensor cores, for each other instruction of the main loop"
     table, lines = Table(f"Compiled for {arch}", columns, caption, keys=3), Counter[tuple[str, ...]]()
     for row in rows:
         tile = "x".join(str(size) for name, size in row["constexprs"].items() if name.startswith("BLOCK_"))
@@ -286,18 +286,22 @@ def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command `compile` -> exit status: 1 where a kernel must not run."""
-    with bar(f"compiling for {args.arch}", None) as progress:
-        rows = [one.as_dict() for one in compile_ops(args.ops or list(OPS), args.arch, args.out, progress.update)]
+    return max(_run(args, arch) for arch in dict.fromkeys(args.arch))
+
+
+def _run(args: argparse.Namespace, arch: str) -> int:
+    with bar(f"compiling for {arch}", None) as progress:
+        rows = [one.as_dict() for one in compile_ops(args.ops or list(OPS), arch, args.out, progress.update)]
     faults = [row for row in rows if row["fault"]]
     if args.json:
         print("\n".join(map(json.dumps, rows)))
         return 1 if faults else 0
     out = console()
-    out.print(family_note(args.arch), end="")
-    out.print(resources_table(args.arch, rows))
+    out.print(family_note(arch), end="")
+    out.print(resources_table(arch, rows))
     for row in faults:
         out.print(f"{row['op']}, {row['kernel']}, {row['dtype']}: {row['fault']}", style="red", markup=False)
-    limit = ARCHS[args.arch].shared_bytes
+    limit = ARCHS[arch].shared_bytes
     verdict = f"{len(faults)} of them must not run" if faults else "none spills in its main loop, all fit"
     style = "bold red" if faults else "bold green"
     out.print(f"{len(rows)} kernels; shared memory of a block: {limit:,} bytes at most. [{style}]{verdict}[/]")

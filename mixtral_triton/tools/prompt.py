@@ -175,8 +175,24 @@ def _limited(function: Callable[[], str]) -> tuple[str, str]:
         process.kill()
 
 
+SAMPLING: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "min_p": 0.0}  # options and defaults
+
+
+def select_sampling(args: Any, stored: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the options of sampling, where not given those `stored` in generation_config.json, else the defaults; and
+    lines that say which are stored and which are ignored."""
+    explicit = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    stored = stored | {"temperature": stored.get("temperature", 1.0) if stored.get("do_sample") else 0.0}
+    found = {name: stored[name] for name in SAMPLING if name in stored and name not in explicit}
+    options, penalty = SAMPLING | found | explicit, stored.get("repetition_penalty", 1)
+    used = ", ".join(f"{name} {value}" for name, value in found.items() if options["temperature"])
+    notes = [f"generation_config.json sets {used}"] * bool(used)
+    notes += [f"repetition_penalty {penalty} of generation_config.json is ignored"] * (penalty != 1)
+    return options, notes
+
+
 class TimedSteps:
-    """The tokens of one sequence of `generate.stream`: how fast they came, and the peak of memory."""
+    """The tokens of one sequence of `Mixtral.stream`: how fast they came, and the peak of memory."""
 
     def __init__(self, steps: Iterator[Any], prompt_tokens: int, device: Any) -> None:
         self.steps, self.prompt_tokens, self.device = steps, prompt_tokens, device
@@ -220,33 +236,44 @@ class TimedSteps:
 
 
 def print_stream(
-    steps: TimedSteps, tokenizer: Any, shown: str | None, after: list[int], total: int
+    steps: TimedSteps, tokenizer: Any, shown: str | None, after: list[int], total: int, stop: Sequence[str] = ()
 ) -> tuple[list[int], str]:
     """Return the tokens and their text, which is printed as it comes, after `shown`; None: it is not.
 
     after: the tokens that the text follows, without which a decoder drops a space before the first token.
+    stop: the text ends before the first of these. What may become one is not printed until it cannot.
     The text's line ends even where an error or Ctrl-C ends the work.
     """
-    tokens = []
-    progress_bar = bar("generating", total) if shown is None else bar("reading the prompt", None)
-    with progress_bar as progress:
-        for token in islice(steps, None if shown is None else 1):
-            tokens.append(token)
-            progress.advance(1)
-    start = len(tokenizer.decode(after, skip_special_tokens=True))
+    tokens: list[int] = []
+    start, printed, answer = len(tokenizer.decode(after, skip_special_tokens=True)), 0, ""
 
     def decode() -> str:
         return tokenizer.decode([*after, *tokens], skip_special_tokens=True)[start:]
 
-    printed = ""
+    def read() -> Iterator[str]:
+        """Yield the text after each token, up to where it ends or may end, and last all of it."""
+        for token in steps:
+            tokens.append(token)
+            text = decode() if stop or shown is not None else ""
+            if ends := [text.index(each) for each in stop if each in text]:
+                yield text[: min(ends)]
+                return
+            held = max((n for each in stop for n in range(len(each)) if text.endswith(each[:n])), default=0)
+            yield text[: len(text) - held]
+        yield decode()
+
+    parts, progress_bar = read(), bar("generating", total) if shown is None else bar("reading the prompt", None)
+    with progress_bar as progress:
+        for text in islice(parts, None if shown is None else 1):
+            answer = text
+            progress.update(len(tokens), total)
     try:
         print(shown or "", end="", flush=True)
-        for new in chain([[]], ([token] for token in steps)):
-            tokens += new
-            text = decode() if shown is not None else ""
-            if not text.endswith("\ufffd"):  # half a character: wait for the rest
-                print(text[len(printed) :], end="", flush=True)
-                printed = text
+        for text in chain([answer], parts):
+            answer = text
+            if shown is not None and not text.endswith("\ufffd"):  # half a character: wait for the rest
+                print(text[printed:], end="", flush=True)
+                printed = max(printed, len(text))
     finally:
         print(end="" if shown is None else "\n", flush=True)
-    return tokens, decode()
+    return tokens, answer

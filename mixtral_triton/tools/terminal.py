@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,13 +13,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import rich.table
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TaskID, TimeRemainingColumn
 from rich.text import Text
 
@@ -40,18 +42,22 @@ def console(stderr: bool = False) -> Console:
 
 
 class Column:
-    """`number`: right-aligned and never wrapped; other cells wrap at spaces. A number's heading wraps, too."""
+    """`number`: right-aligned and never wrapped; other cells wrap at spaces. A number's heading wraps, too. Where the
+    table is too wide, the column of the largest `rank` that is furthest to the right is left out first."""
 
-    def __init__(self, heading: str, number: bool = True) -> None:
+    def __init__(self, heading: str, number: bool = True, rank: int = 0) -> None:
+        self.name, self.rank = heading, rank
         wrapper = textwrap.TextWrapper(HEADING_WIDTH, break_long_words=False, break_on_hyphens=False)
         self.heading, self.number = wrapper.fill(heading) if number else heading, number
 
 
 class Table:
-    """rich's table with a title and a caption. Where it is too wide, columns continue in further tables, each behind
-    the first `keys` columns: no cell is cut. Empty columns are left out."""
+    """rich's table with a title and a caption: a text, or one for each heading that needs it. No cell is cut. Empty
+    columns are left out, and named ones where it is too wide, but never the first `keys`."""
 
-    def __init__(self, title: str, columns: Sequence[Column], caption: str = "", keys: int = 1) -> None:
+    def __init__(
+        self, title: str, columns: Sequence[Column], caption: str | dict[str, str] = "", keys: int = 1
+    ) -> None:
         self.title, self.columns, self.caption, self.keys = title, list(columns), caption, keys
         self.rows: list[tuple[list[Text], str]] = []
 
@@ -68,20 +74,23 @@ class Table:
             if place in keys or any(cells):
                 longest = max([*map(len, column.heading.split("\n")), *map(len, cells)])
                 widths[place] = max(1, min(longest, most, longest if column.number else TEXT_WIDTH))
-        parts = [keys]
-        for place in list(widths)[self.keys :]:
-            if parts[-1] != keys and sum(widths[n] + 2 for n in (*parts[-1], place)) - 1 > options.max_width:
-                parts.append(keys)
-            parts[-1] = [*parts[-1], place]
-        for part in parts:
-            table = rich.table.Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="")
-            for column, width in ((self.columns[n], widths[n]) for n in part):
-                justify: Any = "right" if column.number else "left"
-                table.add_column(Text(column.heading), min_width=width, justify=justify, overflow="fold")
-            for cells, style in self.rows:
-                table.add_row(*(cells[n] for n in part), style=style)
-            yield table if part is parts[-1] else Group(table, "")
-        yield Text(self.caption + "\n" * bool(self.caption), style="dim")
+        shown, left_out = list(widths), list[str]()
+        while len(shown) > self.keys + 1 and sum(widths[n] + 2 for n in shown) - 1 > options.max_width:
+            last = max(shown[self.keys :], key=lambda n: (self.columns[n].rank, n))
+            shown.remove(last)
+            left_out.insert(0, self.columns[last].name)
+        table = rich.table.Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="")
+        for column, width in ((self.columns[n], widths[n]) for n in shown):
+            justify: Any = "right" if column.number else "left"
+            table.add_column(Text(column.heading), min_width=width, justify=justify, overflow="fold")
+        for cells, style in self.rows:
+            table.add_row(*(cells[n] for n in shown), style=style)
+        yield table
+        caption, names = self.caption, [self.columns[n].name for n in shown]
+        if isinstance(caption, dict):
+            caption = "; ".join(f"{name}: {text}" for name, text in caption.items() if name in names)
+        note = f"left out at this width: {', '.join(left_out)}; --json has all" if left_out else ""
+        yield Text("".join(f"{line}\n" for line in (caption, note) if line), style="dim")
 
 
 def say(line: str) -> None:
@@ -121,7 +130,7 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None) -> I
             while not done.wait(INTERVAL):
                 state, left = progress.tasks[task], ""
                 if state.completed and state.remaining is not None and state.elapsed:
-                    left = f", {state.elapsed * state.remaining / state.completed:.0f} s left"
+                    left = f", about {state.elapsed * state.remaining / state.completed:.0f} s left"
                 if (done_so_far := str(count(state)).strip()) != before:  # a line says something new
                     say(f"{label}: {done_so_far}{left}")
                 before = done_so_far
@@ -133,6 +142,14 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None) -> I
                 yield Bar(progress, task)
             finally:
                 done.set()
+
+
+def did_you_mean(message: str) -> str:
+    """Return the message with the nearest of the names that it lists behind the wrong one, if one is near."""
+    found = re.search(r"'([^']+)'[^']*\b(?:one of|choose from) (?:sm_80 or later: )?(.+)", message)
+    names = re.split(r", (?:or )?", re.sub(r"[')]", "", found[2])) if found else []
+    near = get_close_matches(found[1].lower(), [name.lower() for name in names], 1) if found else []
+    return message + "".join(f"; did you mean {name}?" for name in names if name.lower() in near)
 
 
 def exit_status(error: BaseException, command: str | None) -> int:
@@ -158,7 +175,7 @@ def exit_status(error: BaseException, command: str | None) -> int:
     if message is None:
         say(f"{name}: crashed: {type(error).__name__}: {text} (python -X dev -m mixtral_triton shows where)")
         return CRASHED
-    say(f"{name}: {message.removeprefix(f'{command}: ')}")
+    say(f"{name}: {did_you_mean(message.removeprefix(f'{command}: '))}")
     return 2
 
 

@@ -236,7 +236,7 @@ def _without_graph(model: Any, prompts: list[Tensor], new: int) -> Tensor:
     lengths = torch.tensor([len(row) for row in prompts], device=model.device)
     ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
     cache = KVCache(model.config, len(ids), ids.shape[1] + new, model.device, model.dtype)
-    step = Step(model, cache, frozenset(), (0.0, 1.0, None, None))
+    step = Step(model, cache, frozenset(), (0.0, 1.0, None, None, 0.0))
     step.pick(prefill(model, cache, ids, lengths))
     tokens = [step.token.clone()]
     for _ in range(new - 1):

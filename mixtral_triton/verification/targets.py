@@ -51,6 +51,9 @@ class TransformersTarget(Target):
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError("verify: some weights are not in memory (offloaded); load the model without offloading")
         self.model, self.layers = model, self.backbone.layers
+        wrapped = {type(part).__name__ for layer in self.layers for part in (layer.mlp.experts, layer.mlp.gate)}
+        if "ParamWrapper" in wrapped:  # the adapted parameters exist only during its forward
+            raise ValueError("verify: model has PEFT's target_parameters, needs them merged: model.merge_and_unload()")
         self.embed_tokens, self.norm = self.backbone.embed_tokens.weight, self.backbone.norm.weight
         self.lm_head = model.lm_head.weight if hasattr(model, "lm_head") else None
         self.model_head = getattr(model, "lm_head", nn.Identity())

@@ -18,12 +18,14 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import mixtral_triton
 from mixtral_triton import Mixtral, cli
 from mixtral_triton.cli import SMALL, main, parser
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.quantized import BITS
 from mixtral_triton.tools import processes, terminal
 
 ROOT = Path(__file__).parents[2]
@@ -298,8 +300,21 @@ H100, RTX4090 = ("fit", "--gpu", "h100"), ("fit", "--gpu", "rtx4090")
 @pytest.mark.parametrize(
     ("args", "named"),
     [
-        ((), "COMMAND"),
-        (("verify", "--nonsense"), "--nonsense"),
+        (("verify", "--nonsense"), r"--nonsense \(see mixtral-triton verify --help\)"),
+        (("verfy",), "did you mean verify\\?"),
+        (("bench", "rms_nrm"), "did you mean rms_norm\\?"),
+        (("compile", "rop", "--arch", "sm_90"), "did you mean rope\\?"),
+        (("compile", "rope", "--arch", "sm_91"), "did you mean sm_90\\?"),
+        (("fit", "--gpu", "rtx4900"), "did you mean RTX 4090\\?"),
+        (("bench", "--gpu", "mi300"), "did you mean MI300X\\?"),
+        (
+            ("verify", "--weights", "int3"),
+            "'int3' needs one of int4, int8, fp8, in a form like int4, or experts=int4,linear=int8; did you",
+        ),
+        (("verify", "--weights", "experts=int3"), "'int3' needs one of int4, int8, fp8"),
+        (("verify", "--weights", "expert=int4"), "'expert' needs one of experts, linear, .* did you mean experts\\?"),
+        (("verify", "--weights", "experts=int4,experts=int8"), "experts=int4,experts=int8"),
+        (("verify", "--device", "gpu"), "'gpu' is unknown to torch: needs cuda, cuda:1, ... or cpu"),
         (("verify", "no/such/folder"), "no/such/folder"),
         (("generate",), "--prompt"),
         (("generate", "--prompt", ""), "--prompt is empty"),
@@ -341,6 +356,47 @@ def test_bad_input_is_one_line_on_stderr(
         status = left.code
     error = capsys.readouterr().err
     assert status == 2 and re.search(named, error) and len(error.strip().splitlines()) == 1, error
+
+
+def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([])
+    assert left.value.code == 0
+    out, error = capsys.readouterr()
+    assert not error and all(name in out for name in subcommands())
+
+
+def test_formats_are_those_of_quantized_weights_and_far_names_are_not_suggested() -> None:
+    assert tuple(BITS) == cli.FORMATS
+    message = "argument 'OP' is 'nonsense', needs one of rms_norm, linear"
+    assert terminal.did_you_mean(message) == message
+    assert terminal.did_you_mean("--temperature is -1.0, needs 0") == "--temperature is -1.0, needs 0"
+
+
+def test_the_small_checkpoint_has_a_name_in_every_folder(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert mixtral_triton.SMALL == SMALL and Mixtral.from_pretrained("small", "meta").config.num_hidden_layers == 4
+    assert main(["fit", "small", "--memory", "8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "small"
+    (tmp_path / "small").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"needs its config\.json"):
+        Mixtral.from_pretrained("small", "meta")  # a folder of the user's has precedence
+
+
+def test_a_missing_gpu_is_one_line_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    model = Mixtral.from_pretrained(SMALL, "cpu")
+    with pytest.raises(ValueError, match="device 'cuda' does not exist: this machine has 0 GPUs") as error:
+        model.to("cuda")
+    assert "\n" not in str(error.value)
+    assert model.to("cpu").to(torch.float32).dtype == torch.float32
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
+def test_compile_takes_several_architectures(capsys: pytest.CaptureFixture[str], in_process: None) -> None:
+    assert main(["compile", "append", "--arch", "sm_80", "--arch", "sm_90", "--arch", "sm_80", "--json"]) == 0
+    found = [json.loads(line)["arch"] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(set(found)) == ["sm_80", "sm_90"] and found.count("sm_80") == found.count("sm_90")
 
 
 DROPPED = "model.layers.1.self_attn.q_proj.weight"

@@ -39,16 +39,21 @@ def holds(text: str, *cells: str) -> bool:
 
 
 @at_widths
-def test_no_cell_is_lost(width: int) -> None:
-    """Wide tables go on in others, behind their key; empty columns are left out; long text wraps."""
-    columns = [Column("key", number=False), *(Column(f"name of {n}") for n in range(12)), Column("none")]
+def test_columns_beyond_the_width_are_left_out_by_rank_and_named(width: int) -> None:
+    """No row continues elsewhere and no cell is cut; empty columns are left out; long text wraps."""
+    ranks = [0, 1, *[0] * 8, 2, -1]
+    columns = [Column("key", number=False), *(Column(f"name of {n}", rank=ranks[n]) for n in range(12)), Column("none")]
     table = Table("A title", [*columns, Column("text", number=False)], "A caption")
     rows = [[f"k{row}", *(f"{row}{n:09}" for n in range(12)), "", f"words{row} " * 30] for row in range(3)]
     for row in rows:
         table.add(*row)
     text = printed(table, width)
-    assert holds(text, "A title", "A caption", *(cell for row in rows for cell in row)) and "none" not in text
-    assert text.count("k0") > 1
+    assert holds(text, "A title", "A caption", "k0", "k1", "k2") and "none" not in text and text.count("k0") == 1
+    note = " ".join(text.split("left out at this width: ")[1].split())
+    order = [11, 0, *range(2, 10), 1, 10]  # the last one is left out first
+    shown = [n for n in range(12) if "name of " + str(n) not in re.split(", |;", note)]
+    assert shown and shown == sorted(order[: len(shown)]) and note.endswith("; --json has all")
+    assert holds(text, *(row[1 + n] for row in rows for n in shown)) and text.count("0000000") == 3 * len(shown)
 
 
 @pytest.mark.parametrize("width", [12, 20, 40])
@@ -78,9 +83,16 @@ def timed(row: Row) -> Row:
 def test_bench_table(name: str, width: int) -> None:
     rows = [untimed_row(case, GPUS["h100"]) for case in cases([name], quick=True)]
     text = printed(op_table([timed(row) for row in rows]), width)
-    assert all(holds(text, f"{len(row.launches)}", row.bound) for row in rows)
-    assert all(holds(text, peer) and text.count(f"{2 + at:.2f}") >= len(rows) for at, peer in enumerate(PEERS))
-    assert text.count("100 %") == len(rows) and text.count("wrong") >= len(rows) + 1 and text.count("fails") > len(rows)
+    table, note = text.split("left out at this width: ")
+    left_out = " ".join(note.split())
+    names = [
+        name for name in ("launches", "bound", "GFLOP") if f"{name}," not in left_out and f"{name};" not in left_out
+    ]
+    assert not names, "counts are left out before the peers' times"
+    assert f"{PEERS[0]} / ours" not in left_out and table.count("2.00") >= len(rows)
+    for at, peer in enumerate(PEERS):
+        assert f"{peer} / ours" in left_out or table.count(f"{2 + at:.2f}") >= len(rows)
+    assert text.count("100 %") == len(rows) and text.count("wrong: ") == text.count("fails: ") == 1
     assert " ".join(text.split()).count("ragged keys") == 1, "a note on all rows is printed once"
 
 
@@ -93,7 +105,8 @@ def test_tune_table(width: int) -> None:
     fault = "does not compile: CompilationError: " + "a reason of many words " * 4
     candidates = (config, Outcome(1e-3)), (wide, Outcome(note=fault.strip()))
     text = printed(tune_table(f"{kernel}: {case.op.name}", candidates, 0), width)
-    assert holds(text, fault, "123", "16", "7", "1,000", f"{kernel}:", "SPLIT_K")
+    assert holds(text, "123", "16", "7", "1,000", f"{kernel}:") and "SPLIT_K" in text
+    assert all(word in text for word in fault.split())
 
 
 def compiled(**changes: Any) -> dict[str, Any]:
@@ -110,6 +123,9 @@ def test_compile_table(width: int) -> None:
     kernels.append(compiled(kernel="attention_prefill_kernel", fault="spills 8 bytes", spills=12345))
     text = printed(resources_table("sm_90", kernels), width)
     assert holds(text, "attention_prefill", "12,345") and not holds(text, "104")
+    assert "FLOP/i: of the tensor cores" in " ".join(text.split())
+    without = printed(resources_table("sm_90", [compiled(loop_flop_per_instruction=None)]), width)
+    assert "FLOP/i" not in without and "regs: registers of a thread" in without, "a legend explains what is shown"
     assert text.count("128x256x128") % 5 == 0 and all(text.count(str(100 + n)) == 1 for n in range(4))
 
 

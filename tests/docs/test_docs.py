@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +25,6 @@ DOCUMENTS = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 OUTPUT = {  # of the examples
     "drop_in.py": ["The return statement", "the same text before, with and after apply: True"],
     "batch.py": ["A list is", "the same from both: True"],
-    "verify_folder.py": ["NOTHING WAS COMPARED", "RIGHT: all", "nearest to its limit"],
 }
 
 
@@ -79,8 +80,10 @@ def test_example_runs(name: str, capsys: pytest.CaptureFixture[str], monkeypatch
         assert not done.code
     out = capsys.readouterr().out
     assert all(text in out for text in OUTPUT[name]) and "False" not in out
-    # The tests of `bench --peer` run `my_experts.py`.
-    assert {*OUTPUT, "my_experts.py", "__init__.py"} == {path.name for path in (ROOT / "examples").glob("*.py")}
+    # The tests of `bench --peer` run `my_experts.py`, test_commands.py runs `verify_folder.py`.
+    assert {*OUTPUT, "my_experts.py", "verify_folder.py", "__init__.py"} == {
+        path.name for path in (ROOT / "examples").glob("*.py")
+    }
 
 
 def test_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,3 +110,25 @@ def test_window_reach() -> None:
 
     assert changes(0) and changes(L * (W - 1))
     assert not changes(L * (W - 1) + 1)
+
+
+def test_recipe_for_a_kernel_runs_and_finds_a_wrong_one(tmp_path: Path) -> None:
+    """In processes of their own, as it selects the interpreter."""
+    (recipe,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "bench.md").read_text(encoding="utf-8"), re.S)
+    assert "TRITON_INTERPRET" in recipe and len(recipe.splitlines()) < 16
+    wrong = recipe.replace("swiglu(*args.values())", "1.01 * swiglu(*args.values())")
+    for code, word in ((recipe, "right"), (wrong, "WRONG")):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert len(lines) == 3 and all(line.endswith(f" {word}") for line in lines), done.stdout
+
+
+def test_figures_without_matplotlib_are_one_line() -> None:
+    code = "import sys, runpy; sys.modules['matplotlib'] = None; runpy.run_path('docs/figures.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == 'docs/figures.py needs matplotlib: pip install "mixtral-triton[plot]"\n'

@@ -127,4 +127,4 @@ def test_importing_the_model_loads_no_tools() -> None:
 @pytest.mark.parametrize("name", sorted(mixtral_triton.__all__))
 def test_no_submodule_hides_a_public_name(name: str) -> None:
     assert not (ROOT / "mixtral_triton" / f"{name}.py").exists()
-    assert callable(getattr(mixtral_triton, name))
+    assert getattr(mixtral_triton, name) is not None

@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType, ModuleType
@@ -65,6 +66,19 @@ def test_apply_changes_one_instance_and_revert_restores_it(make_hf: Any) -> None
     assert isinstance(model.model.norm, theirs.MixtralRMSNorm)
     assert revert(model) is model and snapshot(model) == before
     assert (snapshot(other), snapshot_library()) == unchanged
+
+
+def test_on_a_cpu_apply_warns_that_torch_does_the_work(make_hf: Any) -> None:
+    model = make_hf()
+    for _ in range(2):  # the default filter shows one of the same place
+        with pytest.warns(UserWarning, match="apply: on the CPU plain torch runs the operations; TRITON_INTERPRET=1"):
+            apply(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply(model, attention=False, experts=False, rms_norm=False, rope=False)
+    assert ", a missing GPU" not in str(apply.__doc__) and "On a CPU the operations run in plain torch" in str(
+        apply.__doc__
+    )
 
 
 def test_the_last_apply_decides(make_hf: Any, calls: set[str]) -> None:

@@ -183,7 +183,7 @@ def test_a_space_before_the_first_token_is_kept(capsys: Any, monkeypatch: pytest
     tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, "<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     monkeypatch.setattr("mixtral_triton.cli.load_tokenizer", lambda folder: tokenizer)
-    monkeypatch.setattr("mixtral_triton.generate.stream", lambda *_: iter(torch.tensor([[2], [1]])))
+    monkeypatch.setattr(Mixtral, "stream", lambda *_, **options: iter(torch.tensor([[2], [1]])))
     assert generate(capsys, "--prompt", "a")[0]["text"] == " b a"
     assert main(["generate", "--device", "cpu", "--prompt", "a"]) == 0
     assert capsys.readouterr().out == "a b a\n"

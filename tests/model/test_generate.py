@@ -129,7 +129,7 @@ def seeded(device: torch.device, seed: int = 0) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-def probabilities(logits: Tensor, temperature: float, top_p: float, top_k: int | None = None) -> Tensor:
+def probabilities(logits: Tensor, temperature: float, top_p: float, top_k: Any = None, min_p: float = 0.0) -> Tensor:
     """Those of the tokens that transformers' filters leave, in their order; 0 of the others. Ties all stay."""
     warpers = pytest.importorskip("transformers.generation.logits_process")
     left, no_ids = logits[None].cpu() / temperature, torch.zeros(1, 1)
@@ -137,20 +137,22 @@ def probabilities(logits: Tensor, temperature: float, top_p: float, top_k: int |
         left = warpers.TopKLogitsWarper(top_k)(no_ids, left)
     if top_p < 1.0:
         left = warpers.TopPLogitsWarper(top_p)(no_ids, left)
+    if min_p > 0.0:
+        left = warpers.MinPLogitsWarper(min_p)(no_ids, left)
     return left.softmax(-1)[0]
 
 
 @loop
 @pytest.mark.parametrize("temperature", (0.3, 1.5, 4.0))
 @pytest.mark.parametrize("top_p", (0.01, 0.5, 0.9, 1.0))
-@pytest.mark.parametrize("top_k", (None, 1, 3, V - 1, V, 10 * V))
-def test_sample(top_k: int | None, top_p: float, temperature: float, device: torch.device) -> None:
+@pytest.mark.parametrize(("top_k", "min_p"), [*((k, 0.0) for k in (None, 1, 3, V - 1, V, 10 * V)), (None, 0.3), (9, 1)])
+def test_sample(top_k: int | None, min_p: float, top_p: float, temperature: float, device: torch.device) -> None:
     """Never a token that the filters exclude, and each other one as often as it should be."""
     logits, draws = torch.randn(V, generator=torch.Generator().manual_seed(1)), 20000
     logits[[2, 5, 11]] = logits.topk(3).values[-1]  # a tie for third place
-    want = probabilities(logits, temperature, top_p, top_k)
+    want = probabilities(logits, temperature, top_p, top_k, min_p)
     batch = logits.to(device).expand(draws, -1)
-    often = torch.bincount(sample(batch, temperature, top_p, seeded(device), top_k).cpu(), minlength=V) / draws
+    often = torch.bincount(sample(batch, temperature, top_p, seeded(device), top_k, min_p).cpu(), minlength=V) / draws
     assert not often[want == 0].any()
     assert (often - want).abs().sum() < 0.05
 
@@ -182,6 +184,22 @@ def test_greedy_at_the_limits(temperature: float, top_p: float, top_k: Any, mode
         assert not torch.equal(model.generate(ids, max_new_tokens=NEW, **settings), greedy)
         with pytest.raises(TypeError):
             model.generate(ids, NEW, 1.0, 1.0, None, None, 1)
+
+
+@loop
+def test_stream_yields_the_tokens_of_generate(make: Make, device: torch.device) -> None:
+    """One at a time, of tensors and of lists; the iterator ends with the last sequence, or where the caller does."""
+    ids = tokens(2, 6, device=device)
+    plain = argmax_loop(make(), ids, NEW)[:, 6:]
+    model = make(eos_token_id=int(plain[0, 3]))
+    steps = list(model.stream(ids, NEW))
+    assert torch.equal(torch.stack(steps, 1), model.generate(ids, NEW)[:, 6:][:, : len(steps)])
+    assert [int(token) for token in model.stream([ids[0]], NEW)] == model.generate([ids[0]], NEW)[0][6:].tolist()
+    one = model.stream(ids, NEW, 0.8, 0.9, [], seeded(device), top_k=5, min_p=0.05)
+    want = model.generate(ids, NEW, 0.8, 0.9, [], seeded(device), top_k=5, min_p=0.05)[:, 6:]
+    assert next(one).tolist() == want[:, 0].tolist() and next(one).tolist() == want[:, 1].tolist()
+    with pytest.raises(ValueError, match="input_ids is a str"):
+        model.stream("hello")
 
 
 @pytest.fixture
@@ -226,6 +244,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "temperature": (-0.1, NAN, INF, "hot", None),
     "top_p": (0.0, -0.5, 1.01, NAN, "a"),
     "top_k": (0, -1, 2.0, True, "5"),
+    "min_p": (-0.1, 1.5, NAN, "a", True),
     "eos_token_id": ("2", 1.5, [1, "2"]),
 }
 OPTIONS: list[dict[str, Any]] = [{name: value} for name, values in WRONG.items() for value in values]

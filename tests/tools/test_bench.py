@@ -237,7 +237,8 @@ def test_a_lost_gpu_ends_the_process_after_the_row_of_its_case(
     ("args", "message"),
     [
         ("nonsense", "nonsense"),
-        ("--gpu voodoo", "mi300x"),
+        ("--gpu voodoo", "MI300X"),
+        ("--gpu l4", "whose bandwidth and matmul rate are unknown, needs one of rtx4080, a10,"),
         ("--without nobody", "FlexAttention"),
         ("route --at many", "T=4096"),
         ("route --at T=3", "T=3"),

@@ -63,8 +63,21 @@ def test_no_label_of_the_plot_overlaps_another(timed: bool, tmp_path: Path) -> N
     figure_of([], H100).savefig(tmp_path / "empty.pdf")
     figure.savefig(tmp_path / "a.png")  # computes the layout
     texts = [label for axes in figure.axes for label in (axes.title, *axes.get_legend().get_texts())]
-    texts += [label for axes in figure.axes for label in axes.get_xticklabels()]
+    for axes in figure.axes:  # of many cases the labels stand at horizontal bars
+        texts += axes.get_yticklabels() if axes.patches else axes.get_xticklabels()
     boxes = [(label.get_text(), label.get_window_extent()) for label in texts]
     boxes += [("axes", axes.get_window_extent()) for axes in figure.axes]
     assert [(a, b) for (a, one), (b, other) in combinations(boxes, 2) if one.overlaps(other)] == []
     assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for _, box in boxes)
+
+
+def test_more_than_20_cases_are_horizontal_bars_by_their_floors() -> None:
+    rows = floors("linear")
+    (axes,) = figure_of(list(map(with_times, rows)), H100).axes
+    assert len(rows) > 20 and len(axes.patches) == len(rows)
+    floors_us = [bar.get_width() for bar in axes.patches]
+    assert floors_us == sorted(1e6 * row.floor_s for row in rows)
+    (times, *_) = axes.lines
+    assert times.get_xdata() == pytest.approx([2 * one for one in floors_us]) and axes.get_xscale() == "log"
+    assert len(axes.get_yticklabels()) == len(rows) and axes.get_xlabel() == "time, us"
+    assert labels(axes) == ["ours", "torch", "examples.my_experts:swiglu", "predicted", "floor"]

@@ -89,6 +89,10 @@ def test_spills_shared_memory_and_compile_errors_have_notes() -> None:
     shallow = replace(config, constexprs={**config.constexprs, "BLOCK_K": 8})
     faulty = replace(config, num_warps=4), replace(config, num_stages=8), shallow
     notes = [str(tune.compile_fault(case, kernel, one, "sm_90")) for one in faulty]
+    neighbour = replace(config, constexprs={**config.constexprs, "BLOCK_M": 2 * config.constexprs["BLOCK_M"]})
+    assert neighbour in tune.neighbours(config, tune.FULL_DIM_TILES_OF_ALL)
+    note = tune.compile_fault(case, kernel, neighbour, "sm_90")
+    assert note == "cannot be built: Shape element 0 must be a power of 2", note
     assert notes[0].startswith("spills ") and "shared memory" in notes[1] and "does not compile" in notes[2], notes
 
 

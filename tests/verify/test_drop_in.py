@@ -129,3 +129,21 @@ def test_fault_in_the_drop_in(case: str, fault: str, make_hf: Any, monkeypatch: 
         model = make_hf(sliding_window=4 if "window" in fault else None).to(dtype)
         first = next(iter(verify(model, IDS).wrong), None)
         assert first is not None and (first.layer, first.case) == (0, f"attention, {case}"), (dtype, first)
+
+
+@pytest.mark.parametrize("parameters", [["mlp.experts.gate_up_proj"], ["mlp.gate.weight"], None], ids=str)
+def test_adapters_on_parameters_are_refused_by_name_until_they_are_merged(parameters: Any, make_hf: Any) -> None:
+    peft = pytest.importorskip("peft")
+    hf = make_hf()
+    settings: Any = {"target_modules": ["q_proj", "o_proj"], "init_lora_weights": False}
+    model = peft.get_peft_model(hf, peft.LoraConfig(r=4, target_parameters=parameters, **settings)).eval()
+    with pytest.raises(ValueError, match=r"give it the model inside, \.base_model\.model"):
+        verify(model)
+    if parameters is not None:
+        with pytest.raises(
+            ValueError, match=r"PEFT's target_parameters, needs them merged: model\.merge_and_unload\(\)"
+        ):
+            verify(model.base_model.model, IDS)
+        model = model.merge_and_unload()
+    report = verify(model if parameters else model.base_model.model, IDS)
+    assert not report.wrong

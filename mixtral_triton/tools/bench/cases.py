@@ -97,7 +97,7 @@ def cases(
     """Return the distinct cases of the operations `names` (empty: all): Mixtral's sizes.
 
     quick  at most QUICK cases per operation, of 8x7B
-    at     only the cases of these sizes ("T=4096")
+    at     only the cases of these sizes ("T=4096"); of several sizes of one letter, any of them
     sizes  these sizes in place of the table's ("T=32,H=1024,I=512,E=8,K=2")
     dtype  None: bf16
 
@@ -113,9 +113,12 @@ def cases(
         if not names or quick or at:
             raise ValueError("--sizes goes with the operations it is for, and without --quick and --at")
         return [_parse_case(BENCHED[name], text, dtype) for name in names for text in sizes]
-    wanted, found = _parse_sizes("--at", at), list[Case]()
+    wanted, found = dict[str, list[Any]](), list[Case]()
+    for name, size in (item for text in at for item in _parse_sizes("--at", [text]).items()):
+        wanted.setdefault(name, []).append(size)
     for op in (op for name, op in BENCHED.items() if name in names or not names):
-        shapes = [shape for shape in _table_shapes(op, quick) if wanted.items() <= shape.items()]
+        shapes = _table_shapes(op, quick)
+        shapes = [sizes for sizes in shapes if all(sizes.get(name) in wanted[name] for name in wanted)]
         if quick:  # evenly spread by their bytes, with the first and the last
             shapes.sort(key=lambda shape: op.cost(shape, _dtype(op, dtype)).bytes)
             step = max(1.0, (len(shapes) - 1) / (QUICK - 1))

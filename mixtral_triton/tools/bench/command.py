@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from ...kernels.registry import OPERATIONS
-from ..gpus import GPU, RATED, data_sheet
+from ..gpus import GPU, RATED, data_sheet, find_gpu
 from ..predict import family_note
 from ..terminal import bar, check_plot, console
 from .cases import Case, cases, sizes_of
@@ -35,15 +35,16 @@ def run(args: argparse.Namespace) -> int:
     if args.offload and args.ops != ["decode_step"]:
         raise ValueError(f"--offload is {args.offload}, and goes with decode_step: bench decode_step --offload N")
     user_peers = [import_peer(text) for text in dict.fromkeys(args.peer)]
-    if args.gpu is not None and args.gpu not in RATED:
-        raise ValueError(f"--gpu is {args.gpu!r}, needs one of {', '.join(RATED)}")
+    gpu, sheet = find_gpu(args.gpu or "h100"), None
+    if not gpu.bandwidth:
+        unknown_rates = f"--gpu is {args.gpu!r}, whose bandwidth and matmul rate are unknown"
+        raise ValueError(f"{unknown_rates}, needs one of {', '.join(RATED)}")
     if unknown := set(args.without) - {peer.name for peer in PEERS}:
         raise ValueError(f"--without is {min(unknown)!r}, needs one of {', '.join(sorted({p.name for p in PEERS}))}")
     if args.plot is not None:
         check_plot(args.plot)
     out = console(stderr=args.json)
     measuring = args.gpu is None and torch.cuda.is_available()
-    gpu, sheet = RATED[args.gpu or "h100"], None
     if measuring:
         device, gpu, timer = current_gpu()
         sheet = data_sheet(gpu.name)
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         reason = "--gpu asks for a data sheet" if args.gpu else "there is no GPU"
         source = (checked_row(case, gpu, user_peers, reason) for case in selected)
-        known = "Floors" if gpu.chip is None else "Predicted times and floors"
+        known = "Floors (predictions need its rate of L2)" if gpu.chip is None else "Predicted times and floors"
         out.print(f"No time was measured: {reason}. {known} are those of the GPU below.")
     out.print(gpu_line(gpu, sheet))
     out.print(family_note(gpu.arch), end="")

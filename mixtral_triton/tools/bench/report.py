@@ -15,8 +15,9 @@ from ..gpus import GPU
 from ..terminal import Column, Table
 from .measure import Outcome, Row
 
-PREDICTED = "Predicted from the launches, the GPU's data sheet and estimates of it, not measured: "
-PREDICTED += "optimistic-cautious; limit: what takes most of the former."
+PREDICTED = {"predicted, us": "optimistic-cautious, not measured: by the launches, the data sheet and estimates"}
+PREDICTED["limit"] = "what takes most of the optimistic time"
+MANY = 20  # cases that a panel shows side by side, with labels that can be read at 1,000 pixels
 MARKERS = ".os^vDPX*"  # of the floor, ours and each peer
 
 
@@ -77,7 +78,8 @@ def op_table(rows: Sequence[Row]) -> Group:
     peers = list(dict.fromkeys(name for row in rows for name in row.peers))
     title, texts = _title_and_shapes(rows)
     headings = ("sizes", *_cells(rows[0], peers, timed))
-    columns = [Column(heading, number=heading not in ("sizes", "limit", "bound")) for heading in headings]
+    last = ("limit", "floor, us", "bound", "MB", "GFLOP", "MB of host memory", "launches")
+    columns = [Column(each, each not in ("sizes", "limit", "bound"), each in last) for each in headings]
     table = Table(title, columns, PREDICTED if any(row.predicted for row in rows) else "")
     notes: dict[tuple[str, str], list[str]] = {}
     for row, shape in zip(rows, texts, strict=True):
@@ -93,19 +95,27 @@ def op_table(rows: Sequence[Row]) -> Group:
 
 
 def _draw_panel(axes: Any, rows: Sequence[Row]) -> None:
-    """Draw floors and ranges of predicted times of one operation's cases and, where timed, ours and the peers."""
-    title, shapes = _title_and_shapes(rows)
+    """Draw floors and ranges of predicted times of one operation's cases and, where timed, ours and the peers; of more
+    than MANY cases as horizontal bars, the longest floor first."""
+    wide = len(rows) > MANY
+    title, shapes = _title_and_shapes(rows := sorted(rows, key=lambda row: row.floor_s) if wide else rows)
     outcomes = [{"floor": Outcome(row.floor_s), "ours": row.ours, **row.peers} for row in rows]
     for marker, name in zip(cycle(MARKERS), dict.fromkeys(name for each in outcomes for name in each), strict=False):
         seconds = [each.get(name, Outcome()).seconds for each in outcomes]
-        if any(seconds):
-            axes.plot([1e6 * (time or math.nan) for time in seconds], marker, ms=4, label=name)
+        points = range(len(rows)), [1e6 * (time or math.nan) for time in seconds]
+        if wide and name == "floor":
+            axes.barh(*points, label=name, color="lightgray")
+        elif any(seconds):
+            axes.plot(*(points[::-1] if wide else points), marker, ms=4, label=name)
     if ranges := [(at, row.predicted) for at, row in enumerate(rows) if row.predicted]:
         ends = ([1e6 * one.seconds for _, one in ranges], [1e6 * one.cautious for _, one in ranges])
-        axes.vlines([at for at, _ in ranges], *ends, "gray", label="predicted")
-    axes.set_xticks(range(len(rows)), shapes, rotation=90, fontsize=6)
-    axes.set_yscale("log")
-    axes.set_ylabel("time, us", fontsize=7)
+        draw = axes.hlines if wide else axes.vlines
+        draw([at for at, _ in ranges], *ends, "black" if wide else "gray", label="predicted")
+    set_ticks = axes.set_yticks if wide else axes.set_xticks
+    set_ticks(range(len(rows)), shapes, rotation=90 * (not wide), fontsize=6 + wide)
+    (axes.set_xscale if wide else axes.set_yscale)("log")
+    (axes.set_xlabel if wide else axes.set_ylabel)("time, us", fontsize=7)
+    axes.margins(y=0.01 if wide else None)
     axes.set_title("\n".join(textwrap.wrap(title, 80)), fontsize=8)
     axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     axes.grid(alpha=0.2)
@@ -116,9 +126,11 @@ def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
     from matplotlib.figure import Figure
 
     panels = [list(group) for _, group in groupby(rows, key=lambda row: row.case.op.name)]
-    width = 5.0 + 0.12 * max(map(len, panels), default=0)
-    figure = Figure(figsize=(width, 4.0 * max(1, len(panels))), layout="constrained")
-    for axes, panel in zip(figure.subplots(max(1, len(panels)), squeeze=False).flat, panels, strict=False):
+    most = max(map(len, panels), default=0)
+    heights = [1.0 + 0.18 * len(panel) if len(panel) > MANY else 4.0 for panel in panels] or [4.0]
+    figure = Figure(figsize=(6.7 if most > MANY else 5.0 + 0.12 * most, sum(heights)), layout="constrained")
+    grid = figure.subplots(len(heights), squeeze=False, height_ratios=heights)
+    for axes, panel in zip(grid.flat, panels, strict=False):
         _draw_panel(axes, panel)
     timed = any(one.seconds for row in rows for one in (row.ours, *row.peers.values()))
     known = "floors" if gpu.chip is None else "floors and predicted times"

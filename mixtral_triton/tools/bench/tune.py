@@ -68,11 +68,14 @@ def kernel_configs(case: Case, arch: str, overrides: Configs | None = None) -> d
 
 
 def compile_fault(case: Case, kernel: str, config: LaunchConfig, arch: str) -> str | None:
-    """Return why `kernel` should not run with `config`: it does not compile, spills or needs too much shared memory."""
+    """Return why `kernel` should not run with `config`: it cannot be built or compiled, spills, or does not fit."""
     if arch not in ARCHS:  # the offline compiler has no limits of this GPU: a launch must show it
         return None
-    (compiled,) = compile_launches([kernel_configs(case, arch, {kernel: config})[kernel][0]], arch)
-    return compiled.fault
+    try:
+        launch, _ = kernel_configs(case, arch, {kernel: config})[kernel]
+    except ValueError as error:  # a descriptor's tile that is no power of 2, say
+        return f"cannot be built: {error}"
+    return compile_launches([launch], arch)[0].fault
 
 
 def tune(
@@ -113,11 +116,14 @@ def literal(kernel: str, config: LaunchConfig) -> str:
 def tune_table(title: str, candidates: Sequence[Candidate], best: int) -> Table:
     """Return a line per configuration, the current one first."""
     headings = ("", *candidates[0][0].constexprs, "warps", "stages", "time, us", "note")
-    table = Table(title, [Column(heading, number=heading not in ("", "note")) for heading in headings])
-    for at, (config, outcome) in enumerate(candidates):
+    sizes = [(*config.constexprs.values(), config.num_warps, config.num_stages) for config, _ in candidates]
+    ranks = [0, *(len(set(column)) == 1 for column in zip(*sizes, strict=True)), -1, -1]
+    columns = [Column(each, each not in ("", "note"), rank) for each, rank in zip(headings, ranks, strict=True)]
+    table = Table(title, columns)
+    for at, (_, outcome) in enumerate(candidates):
         mark = "now" if at == 0 else "best" if at == best else ""
-        settings = map(str, (*config.constexprs.values(), config.num_warps, config.num_stages))
-        table.add(mark, *settings, micro(outcome.seconds), outcome.note or "", style="dim" if outcome.note else "")
+        note = outcome.note or ""
+        table.add(mark, *map(str, sizes[at]), micro(outcome.seconds), note, style="dim" if note else "")
     return table
 
 
