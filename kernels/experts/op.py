@@ -29,7 +29,7 @@ from ..quantized import QUANT_NAMES, matrix_bytes
 from ..samples import sampler, shape_grid, shapes
 from ..weight import Weight
 from . import kernels
-from .tiles import DECODE_TOKENS, configs
+from .tiles import DECODE_TOKENS, configs, norm_configs
 
 Tokens = Annotated[Tensor, "T H"]
 GateUp = Annotated[Matrix, "E 2*I H"]
@@ -113,7 +113,7 @@ def expert_swiglu(
 @operation(
     reference=reference.experts_add_rms_norm,
     inputs=_inputs,
-    configs=lambda sizes, dtype, arch: configs({**sizes, "norm": True}, dtype, arch),
+    configs=norm_configs,
     cost=cost_norm,
     test_shapes=shapes(_LETTERS, "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 130 90 70 4 2"),
     bench_shapes=tuple(sizes for sizes in _DENSE_SHAPES if sizes["T"] in (1, 64, 4096)),

@@ -125,3 +125,8 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     if sizes["T"] > DECODE_TOKENS or sizes.get("deterministic"):
         return kernels | _prefill(sizes, dtype, arch)
     return kernels | _decode(sizes, dtype, arch)
+
+
+def norm_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    """Configure the kernels of `experts_add_rms_norm`."""
+    return configs({**sizes, "norm": True}, dtype, arch)

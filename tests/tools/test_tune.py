@@ -149,23 +149,58 @@ def test_a_config_with_a_wrong_result_is_never_the_best(monkeypatch: pytest.Monk
 
 
 @compiled_only
-def test_command_without_timing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_that_compiles_alone_claims_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "route", "--at", "T=64", "--arch", "sm_120"]) == 0
     out = capsys.readouterr().out
-    assert "Nothing was timed" in out and "sm_120 has no table" in out and '"route_kernel": LaunchConfig(' in out
+    assert "Nothing is timed" in out and "sm_120 has no table" in out and "fastest" not in out and "time, us" not in out
     assert main(["tune", "route", "--at", "T=64", "--dry-run", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["sizes"]["T"] == 64 and found["kernel"] == "route_kernel" and len(found["candidates"]) > 2
-    assert all(one["time_us"] is None for one in found["candidates"])
-    (config,) = eval(f"{{{found['literal']}}}", {"LaunchConfig": LaunchConfig}).values()
-    assert vars(config).items() <= found["candidates"][0].items(), "the literal to paste is the present configuration"
+    assert all(one["time_us"] is None for one in found["candidates"]) and found["change"] == {}
+
+
+@compiled_only
+def test_command_prints_what_to_change_and_where(
+    gpu: Any, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def climb(case: Case, kernel: str, *rest: Any) -> Any:
+        config = tune.kernel_configs(case, "sm_90")[kernel][1]
+        faster = replace(config, constexprs={**config.constexprs, "BLOCK_N": 7}, num_stages=9)
+        return [(config, measure.Outcome(2.0)), (faster, measure.Outcome(1.0))], 1
+
+    monkeypatch.setattr(tune, "tune", climb)
+    assert main(["tune", "linear", "--at", "T=1"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "kernels/linear.py: BLOCK_N=7 (now 16), num_stages=9 (now 4)" in out, out
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "file"),
+    [
+        ("expert_swiglu", {}, "kernels/experts/tiles.py"),
+        ("experts_add_rms_norm", {}, "kernels/experts/tiles.py"),
+        ("expert_swiglu", {"gate_up": "int8"}, "kernels/linear.py"),
+        ("attention", {}, "kernels/attention/tiles.py"),
+    ],
+)
+def test_file_of_the_tables(name: str, sizes: dict[str, Any], file: str) -> None:
+    assert tune.config_file(Case(OPS[name], sizes)) == file
+
+
+@compiled_only
+def test_without_a_gpu_it_says_at_once_what_compile_tells(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert main(["tune", "expert_swiglu", "--at", "T=4096"]) == 2
+    error = capsys.readouterr().err
+    assert "there is no GPU" in error and "compile expert_swiglu --arch sm_90" in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         ("decode_step", "route"),
-        ("linear --at T=2048 --at N=32000", "TRITON_INTERPRET" if INTERPRETED else "nothing to tune"),
+        ("linear --at T=2048 --at N=32000 --arch sm_90", "TRITON_INTERPRET" if INTERPRETED else "nothing to tune"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from rich.text import Text
 
+from ...kernels import linear
 from ...kernels.arch import ARCHS
 from ...kernels.launch import INTERPRETED, Configs, Launch, LaunchConfig, override_configs, target_arch
 from ...kernels.record import record_launches
@@ -107,23 +108,33 @@ def tune(
     return candidates, best
 
 
-def literal(kernel: str, config: LaunchConfig) -> str:
-    """Return the entry for an operation's `configs`."""
-    tiles = ", ".join(f'"{name}": {size}' for name, size in config.constexprs.items())
-    return f'"{kernel}": LaunchConfig({{{tiles}}}, num_warps={config.num_warps}, num_stages={config.num_stages}),'
+def config_file(case: Case) -> str:
+    """Return the file with the tables of the case's configurations; those of quantized weights stand in linear.py."""
+    quantized = any(case.sizes.get(flag) for flag in ("weight", "gate_up", "down"))
+    module = linear.__name__ if quantized else case.op.configs.__module__
+    return module.removeprefix("mixtral_triton.").replace(".", "/") + ".py"
 
 
-def tune_table(title: str, candidates: Sequence[Candidate], best: int) -> Table:
+def changes(current: LaunchConfig, best: LaunchConfig) -> dict[str, tuple[int, int]]:
+    """Return what differs between two configurations by the names that tables use: now, and the fastest."""
+    now, then = (
+        {**each.constexprs, "num_warps": each.num_warps, "num_stages": each.num_stages} for each in (current, best)
+    )
+    return {name: (size, then[name]) for name, size in now.items() if size != then[name]}
+
+
+def tune_table(title: str, candidates: Sequence[Candidate], best: int, timed: bool) -> Table:
     """Return a line per configuration, the current one first."""
-    headings = ("", *candidates[0][0].constexprs, "warps", "stages", "time, us", "note")
+    headings = ("", *candidates[0][0].constexprs, "warps", "stages", *["time, us"] * timed, "note")
     sizes = [(*config.constexprs.values(), config.num_warps, config.num_stages) for config, _ in candidates]
-    ranks = [0, *(len(set(column)) == 1 for column in zip(*sizes, strict=True)), -1, -1]
+    ranks = [0, *(len(set(column)) == 1 for column in zip(*sizes, strict=True)), *[-1] * timed, -1]
     columns = [Column(each, each not in ("", "note"), rank) for each, rank in zip(headings, ranks, strict=True)]
     table = Table(title, columns)
     for at, (_, outcome) in enumerate(candidates):
         mark = "now" if at == 0 else "best" if at == best else ""
         note = outcome.note or ""
-        table.add(mark, *map(str, sizes[at]), micro(outcome.seconds), note, style="dim" if note else "")
+        time = [micro(outcome.seconds)] * timed
+        table.add(mark, *map(str, sizes[at]), *time, note, style="dim" if note else "")
     return table
 
 
@@ -133,14 +144,19 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
     if INTERPRETED:
         raise ValueError("tune compiles its kernels, and TRITON_INTERPRET is set: needs it unset")
+    if not (args.dry_run or args.arch or torch.cuda.is_available()):
+        name = (args.ops or ["OP"])[0]
+        raise ValueError(
+            f"tune times configurations, and there is no GPU: `mixtral-triton compile {name} --arch sm_90` shows "
+            f"registers, spills and instructions, and `tune {name} --arch sm_90` which other configurations compile"
+        )
     selected = cases(args.ops or tuple(OPS), quick=not args.at, at=args.at)  # a few of each, or those of these sizes
     out, timed = console(stderr=args.json), not (args.dry_run or args.arch) and torch.cuda.is_available()
     device = torch.device("cuda") if timed else None
     timer, arch = measure.DeviceTimer(device) if device else None, args.arch or target_arch(device)
     out.print(family_note(arch), end="")
     if not timed:
-        reason = "--dry-run" if args.dry_run else "--arch" if args.arch else "there is no GPU"
-        out.print(f"Nothing was timed ({reason}): neighbours of the present configurations, compiled for {arch}.")
+        out.print(f"Nothing is timed: neighbours of the present configurations, compiled for {arch}.")
     kernels = [(case, kernel) for case in selected for kernel in kernel_configs(case, arch)]
     if not kernels:
         raise ValueError("nothing to tune: at these sizes a library does the work")
@@ -148,14 +164,16 @@ def run(args: argparse.Namespace) -> int:
         for done, (case, kernel) in enumerate(kernels, 1):
             candidates, best = tune(case, kernel, arch, timer, device)
             progress.update(done, len(kernels))
-            code = literal(kernel, candidates[best][0])
+            file, change = config_file(case), changes(candidates[0][0], candidates[best][0])
             if args.json:
-                about = {"op": case.op.name, "sizes": case.as_dict(), "arch": arch, "kernel": kernel, "literal": code}
+                about = {"op": case.op.name, "sizes": case.as_dict(), "arch": arch, "kernel": kernel}
+                about |= {"file": file, "change": change}
                 each = [{**vars(config), **outcome.as_dict()} for config, outcome in candidates]
                 print(json.dumps({**about, "candidates": each}), flush=True)
                 continue
             title = f"{kernel}: {case.op.name}, {sizes_text(case.as_dict())}, {case.dtype_name}, {arch}"
-            out.print(tune_table(title, candidates, best))
-            out.print("The fastest:" if best else "The present configuration stays:")
-            out.print(Text(code), soft_wrap=True)
+            out.print(tune_table(title, candidates, best, timed))
+            if timed:
+                lines = ", ".join(f"{name}={new} (now {old})" for name, (old, new) in change.items())
+                out.print(Text(f"{file}: {lines or 'the present configuration is the fastest'}"), soft_wrap=True)
     return 0
