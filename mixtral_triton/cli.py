@@ -78,7 +78,7 @@ def parse_memory(text: str) -> float:
     found = re.fullmatch(r"(.*?) ?(GiB|GB)?", text, re.IGNORECASE)
     try:
         size = float(found[1]) * (1e9 / 2**30 if (found[2] or "").lower() == "gb" else 1.0)  # type: ignore[index]
-        if size > 2**40:
+        if 2**40 < size < float("inf"):
             raise ValueError
         return size
     except (ValueError, TypeError):

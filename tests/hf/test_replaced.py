@@ -30,8 +30,8 @@ def test_padding_on_the_right_sees_the_text_alone(
     """Equal to transformers on every row, padding included, unless it sees no key at all, where nothing is defined."""
     model = make_hf(attn_implementation="sdpa", sliding_window=window)
     t = torch.arange(T)
-    seen = (mask[:, None] > 0) & (t <= t[:, None]) & (t > t[:, None] - (window or T))
-    defined = seen.any(-1)
+    visible = (mask[:, None] > 0) & (t <= t[:, None]) & (t > t[:, None] - (window or T))
+    defined = visible.any(-1)
     kwargs: dict[str, Any] = {"attention_mask": mask}
     if cache:
         kwargs["past_key_values"] = transformers.StaticCache(config=model.config, max_cache_len=16)
