@@ -192,7 +192,7 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
 
 
 def _check_sample(logits: Tensor) -> Row:
-    """The row of `sample` with all its limits on logits [N,V], against its formula with the same draws."""
+    """The row of `sample` with top-k and top-p on logits [N,V], against its formula with the same draws."""
     draws = [torch.Generator(logits.device).manual_seed(2) for _ in range(2)]
     sampled_ids = sample(logits, TEMPERATURE, TOP_P, draws[0], TOP_K)
     return Row(None, "generate", "sample", _race_error(logits, sampled_ids, draws[1], TOP_P, TOP_K), RACE_LIMIT)
