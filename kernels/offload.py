@@ -10,11 +10,13 @@ layer before computes.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import threading
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -22,9 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .launch import call_runtime
 from .quantized import QuantizedWeight
 
 ALIGNMENT = 16  # bytes: what a kernel assumes of an address in a table
+PORTABLE_MAPPED = 3  # flags of cudaHostRegister: every GPU may read the memory, at an address of its own space
 OFFLOADED = "offloaded "  # how `layout` starts
 _weights: weakref.WeakValueDictionary[int, OffloadedWeight] = weakref.WeakValueDictionary()  # by id
 _copy_streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -236,15 +240,36 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     host = torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
     if device.type == "cuda":
         runtime = torch.cuda.cudart()
-        status = runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)
-        if int(status):
-            raise ValueError(
-                f"offload: {host.nbytes / 1e9:.1f} GB of host memory cannot be pinned (CUDA error {int(status)}): "
-                "needs fewer offloaded experts, more free memory, or a higher lock limit (ulimit -l)"
-            )
-        unpin = runtime.cudaHostUnregister, host.data_ptr(), torch.cuda.synchronize, device, pages
-        weakref.finalize(host, _unpin, *unpin).atexit = False
+        with torch.cuda.device(device):
+            status = runtime.cudaHostRegister(host.data_ptr(), host.nbytes, PORTABLE_MAPPED)
+            if int(status):
+                _clear_last_error()
+                raise ValueError(
+                    f"offload: {host.nbytes / 1e9:.1f} GB of host memory cannot be pinned (CUDA error {int(status)}): "
+                    "needs fewer offloaded experts, more free memory, or a higher lock limit (ulimit -l)"
+                )
+            unpin = runtime.cudaHostUnregister, host.data_ptr(), torch.cuda.synchronize, device, pages
+            weakref.finalize(host, _unpin, *unpin).atexit = False
+            _check_address(host, device)
     return host
+
+
+def _clear_last_error() -> None:
+    """Clear this thread's last CUDA error, which torch would raise at its next launch."""
+    with suppress(AttributeError, OSError):  # a runtime without symbols to call
+        call_runtime("GetLastError")
+
+
+def _check_address(host: Tensor, device: torch.device) -> None:
+    """Raise ValueError where pinned memory has another address on the device than on the host, as on WSL."""
+    address = ctypes.c_void_p(host.data_ptr())  # stays where the runtime has no symbols to call
+    with suppress(AttributeError, OSError):
+        pinned = ctypes.c_void_p(host.data_ptr())
+        if call_runtime("HostGetDevicePointer", ctypes.byref(address), pinned, ctypes.c_uint(0)):
+            _clear_last_error()
+            address = ctypes.c_void_p()
+    if address.value != host.data_ptr():
+        raise ValueError(f"offload: {device} cannot read pinned memory at its host address, as on WSL: needs offload=0")
 
 
 def _unpin(unregister: Any, address: int, synchronize: Any, device: torch.device, pages: mmap.mmap) -> None:

@@ -24,6 +24,9 @@ from .kernels.call import PLAIN_TYPES as PLAIN_TYPES
 from .kernels.call import untraced as untraced
 from .kernels.checks import readable as readable
 from .kernels.experts import op as _experts
+from .kernels.launch import call_runtime as call_runtime
+from .kernels.launch import launch_context as launch_context
+from .kernels.launch import launches_dependently as launches_dependently
 from .kernels.launch import pdl_region as pdl_region
 from .kernels.op import Op
 from .kernels.quantized import QuantizedWeight

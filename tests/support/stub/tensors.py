@@ -94,6 +94,7 @@ class Stage:
         self.clocks: dict[int, Counter[int]] = defaultdict(Counter)  # by stream: the work that precedes its next
         self.forbidden = False
         self.capture: Any = None
+        self.last_error = 0  # of the runtime, which torch raises after its next launch
 
     def run(self, work: Callable[[], Any]) -> None:
         """Run work now, or record it for a replay."""
@@ -163,6 +164,10 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "copy_":
         to, source = call_args[:2]
         stage.log((to.data_ptr(), source.data_ptr(), to.nbytes), torch.cuda.current_stream(device).cuda_stream)
+
+    if stage.last_error and not is_view:
+        stage.last_error = 0
+        raise RuntimeError("CUDA error: out of memory (the last error of an earlier call)")
 
     def call() -> Any:
         return func(*call_args, **call_kwargs)
