@@ -180,7 +180,10 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if stage.capture is not None and not is_view:
             stage.capture.record(lambda: overwrite(out, call()))
     known = {id(x.held): x for x in fakes}
-    return out if to_host else tree_map(lambda x: known[id(x)] if id(x) in known else to_fake_gpu(x, device), out)
+    # A view is an inference tensor if its base is one, whatever the mode.
+    inference = torch.is_inference_mode_enabled() and not (is_view and not fakes[0].is_inference())
+    with torch.inference_mode(inference):
+        return out if to_host else tree_map(lambda x: known[id(x)] if id(x) in known else to_fake_gpu(x, device), out)
 
 
 def is_mask(x: Any) -> bool:
