@@ -151,6 +151,9 @@ def exit_status(error: BaseException, command: str | None) -> int:
     message, text = _compiler_message(error), " ".join(str(error).split())
     if message is None and isinstance(error, (ValueError, OSError)):
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else text
+        folder = sys.modules["triton"].knobs.cache.dir if "triton" in sys.modules else None
+        if folder and isinstance(error, OSError) and str(error.filename).startswith(folder):
+            message += ": Triton keeps compiled kernels there, needs TRITON_CACHE_DIR, a folder that can be written"
     if message is None and (sys.flags.dev_mode or not isinstance(error, Exception)):
         raise error
     if message is None:

@@ -343,6 +343,13 @@ def test_bad_input_is_one_line_on_stderr(
     assert status == 2 and re.search(named, error) and len(error.strip().splitlines()) == 1, error
 
 
+def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run("compile", "rms_norm", "--arch", "sm_90", TRITON_CACHE_DIR=str(tmp_path / "file" / "cache"))
+    lines = [line for line in done.stderr.decode().splitlines() if line.startswith("mixtral-triton")]
+    assert done.returncode == 2 and len(lines) == 1 and "needs TRITON_CACHE_DIR" in lines[0], done.stderr
+
+
 DROPPED = "model.layers.1.self_attn.q_proj.weight"
 
 
