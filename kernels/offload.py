@@ -246,7 +246,7 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
         with torch.cuda.device(device):
             status = runtime.cudaHostRegister(host.data_ptr(), host.nbytes, PORTABLE_MAPPED)
             if int(status):
-                _clear_last_error()
+                _call_runtime("GetLastError")  # else torch raises it at its next launch
                 raise ValueError(
                     f"offload: {host.nbytes / 1e9:.1f} GB of host memory cannot be pinned (CUDA error {int(status)}): "
                     "needs fewer offloaded experts, more free memory, or a higher lock limit (ulimit -l)"
@@ -257,21 +257,19 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     return host
 
 
-def _clear_last_error() -> None:
-    """Clear this thread's last CUDA error, which torch would raise at its next launch."""
-    with suppress(AttributeError, OSError):  # a runtime without symbols to call
-        call_runtime("GetLastError")
+def _call_runtime(function: str, *args: Any) -> int:
+    """Call the CUDA runtime where it has symbols to call -> its status; 0 elsewhere."""
+    with suppress(AttributeError, OSError):
+        return call_runtime(function, *args)
+    return 0
 
 
 def _check_address(host: Tensor, device: torch.device) -> None:
     """Raise ValueError where pinned memory has another address on the device than on the host, as on WSL."""
-    address = ctypes.c_void_p(host.data_ptr())  # stays where the runtime has no symbols to call
-    with suppress(AttributeError, OSError):
-        pinned = ctypes.c_void_p(host.data_ptr())
-        if call_runtime("HostGetDevicePointer", ctypes.byref(address), pinned, ctypes.c_uint(0)):
-            _clear_last_error()
-            address = ctypes.c_void_p()
-    if address.value != host.data_ptr():
+    pinned, address = ctypes.c_void_p(host.data_ptr()), ctypes.c_void_p(host.data_ptr())
+    status = _call_runtime("HostGetDevicePointer", ctypes.byref(address), pinned, ctypes.c_uint(0))
+    if status or address.value != pinned.value:
+        _call_runtime("GetLastError")
         raise ValueError(f"offload: {device} cannot read pinned memory at its host address, as on WSL: needs offload=0")
 
 

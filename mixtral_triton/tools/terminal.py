@@ -110,6 +110,10 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None) -> I
     `total` None: unknown. `count` shows how much is done; None: as a number.
     """
     console, done, count = Console(stderr=True), threading.Event(), count or MofNCompleteColumn()
+    compiled, triton = list[float](), sys.modules.get("triton")  # seconds of each kernel, which no estimate may repeat
+    if triton is not None:
+        record = lambda times, cache_hit, **rest: compiled.extend([times.total / 1e6] * (not cache_hit))  # noqa: E731
+        triton.knobs.compilation.listener = record
     columns, drawn = (BarColumn(), count, TimeRemainingColumn()), is_first() and console.is_terminal
     with Progress("{task.description}", *columns, console=console, transient=True, disable=not drawn) as progress:
         task = progress.add_task(label, total=total)
@@ -119,8 +123,9 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None) -> I
             while not done.wait(INTERVAL):
                 state, left = progress.tasks[task], ""
                 if state.completed and state.remaining is not None and state.elapsed:
-                    left = f", {state.elapsed * state.remaining / state.completed:.0f} s left"
-                if (done_so_far := str(count(state)).strip()) != before:  # a line says something new
+                    left = f", {(state.elapsed - sum(compiled)) * state.remaining / state.completed:.0f} s left"
+                done_so_far = str(count(state)).strip() + f", {len(compiled)} kernels compiled" * bool(compiled)
+                if done_so_far != before:  # a line says something new
                     say(f"{label}: {done_so_far}{left}")
                 before = done_so_far
 
