@@ -10,8 +10,14 @@ from typing import Any
 
 import torch
 
-torch.cuda.is_available = lambda: True
-torch.cuda.device_count = lambda: 1
+
+def is_visible() -> bool:
+    """Return whether the caller's caller sees the GPU. torch does not: its compiler asks any GPU for its state."""
+    return not sys._getframe(2).f_globals.get("__name__", "").startswith("torch.")
+
+
+torch.cuda.is_available = lambda: is_visible()
+torch.cuda.device_count = lambda: int(is_visible())
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:

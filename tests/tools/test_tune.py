@@ -162,7 +162,7 @@ def test_command_without_timing(capsys: pytest.CaptureFixture[str]) -> None:
     ("args", "message"),
     [
         ("decode_step", "route"),
-        ("linear --at T=2048 --at N=32000", "TRITON_INTERPRET" if INTERPRETED else "nothing to tune"),
+        ("linear --dry-run --at T=2048 --at N=32000", "TRITON_INTERPRET" if INTERPRETED else "nothing to tune"),
     ],
 )
 def test_bad_input_is_one_line(
