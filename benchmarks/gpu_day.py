@@ -75,7 +75,7 @@ def parts(dry: bool = False, breaks: str = "") -> dict[str, Part]:
         "compile": (80, {"compile": f"{prefix}-m benchmarks.gpu_checks compile {small}"}),
         "experts in bf16": (40, bench(["expert_swiglu"], f"{layer} {no_compile}")),
         "rates": (15, {"rates": f"{computes}-m benchmarks.gpu_checks rates {small}"}),
-        "tests": (90, _tests(dry, prefix, computes)),
+        "tests": (90, _tests(computes, first=dry)),
         "experts": (45, bench(experts, f"--quick {no_compile}")),
         "attention": (55, bench(cache, f"--quick {no_compile}")),
         # torch.compile may leave a GPU in a state that disturbs timing: ours and eager transformers run before it.
@@ -92,8 +92,7 @@ def parts(dry: bool = False, breaks: str = "") -> dict[str, Part]:
 
 
 def _smallest(name: str) -> str:
-    """Return options for the smallest sizes that the tests run, with plain torch as the only peer. Weights are dense:
-    the PTX that unpacks others does not run on a simulated GPU."""
+    """Return options for the smallest dense sizes that the tests run, with plain torch as the only peer."""
     op = BENCHED[name]
     dense = [shape for shape in op.test_shapes if not QUANTIZED & dict(shape).keys()]
     sizes = dict(min(dense, key=lambda sizes: op.cost(sizes, op.dtypes[0]).flops))
@@ -101,13 +100,11 @@ def _smallest(name: str) -> str:
     return " ".join(["--sizes", ",".join(f"{letter}={size}" for letter, size in sizes.items()), *without])
 
 
-def _tests(dry: bool, prefix: str, computes: str) -> dict[str, str]:
-    """Return a command per operation of the registry's tests, and one per other file with tests for a GPU. On a
-    simulated GPU all are collected, and two operations are tested."""
+def _tests(computes: str, first: bool) -> dict[str, str]:
+    """Return a command per operation of the registry's tests, and one per other file with tests for a GPU; `first`:
+    one test of each function, on a simulated GPU."""
     command, registry = f"{computes}-m pytest -v -m gpu -p no:cacheprovider --maxfail 3", "tests/ops/test_registry.py"
-    if dry:
-        selected = {name: f"{command} {registry} -k='-{name}- and float32'" for name in ("append", "route")}
-        return {"collected": f"{prefix}-m pytest -qq -m gpu -p no:cacheprovider --collect-only tests", **selected}
+    command += " --first" * first
     found = {name: f"{command} {registry} -k=-{name}-" for name in OPS}
     for file in sorted((ROOT / "tests").rglob("test_*.py")):
         if file.stem != "test_registry" and GPU_TESTS.search(file.read_text()):

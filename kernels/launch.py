@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -70,6 +71,7 @@ class LaunchContext:
 
     arch, sms  the architecture and multiprocessors that launch configurations are selected for; None: the device's
     pdl        launches are dependent where the kernel and the architecture allow it (`pdl_region`)
+    no_pdl     no launch is dependent, whatever `pdl_region` says
     records    receives every launch (`record_launches`)
     compiled   receives every launch that ran on a GPU (plan.py)
     overrides  configurations by kernel that replace the selected ones; `selected` receives what was used
@@ -78,6 +80,7 @@ class LaunchContext:
     arch: str | None = None
     sms: int | None = None
     pdl: bool = False
+    no_pdl: bool = False
     records: list[Launch] | None = None
     compiled: list[CompiledLaunch] | None = None
     overrides: Configs | None = None
@@ -126,8 +129,13 @@ def pdl_region() -> Iterator[None]:
     All launches go to one stream and none writes a weight: a kernel may read weights before the launch in front of it
     has ended. The first launch of the block follows an ordinary one, so everything before that one has ended.
     """
-    with launch_context(pdl=True):
+    with launch_context(pdl=not _context.get().no_pdl):
         yield
+
+
+def launches_dependently(device: torch.device | None) -> bool:
+    """Return whether kernels that know PDL use it on the device."""
+    return not INTERPRETED and supports_pdl(target_arch(device))
 
 
 def in_pdl_region() -> bool:
@@ -215,7 +223,7 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
     first = next((arg for arg in args.values() if isinstance(arg, torch.Tensor)), None)
     context, dependent = _context.get(), False
     if "PDL" in kernel.arg_names:
-        constants["PDL"] = not INTERPRETED and supports_pdl(target_arch(None if first is None else first.device))
+        constants["PDL"] = launches_dependently(None if first is None else first.device)
         dependent = constants["PDL"] and context.pdl
     if context.records is not None:
         name, warps, stages = kernel.__name__, config.num_warps, config.num_stages
@@ -251,6 +259,13 @@ def _launch_compiled(
     if launches is not None:
         x, y, z = (*grid, 1, 1)[:3]
         launches.append(CompiledLaunch(compiled, kernel, (x, y, z), args))
+
+
+def call_runtime(function: str, *args: Any) -> int:
+    """Call the CUDA or HIP runtime that torch uses, for what torch does not offer, and return its status."""
+    runtime = ctypes.CDLL(torch._C.__file__)  # symbols of a library's dependencies count
+    status: int = getattr(runtime, ("hip" if torch.version.hip else "cuda") + function)(*args)
+    return status
 
 
 def interpret(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:

@@ -10,11 +10,13 @@ layer before computes.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import threading
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -22,9 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .launch import call_runtime
 from .quantized import QuantizedWeight
 
 ALIGNMENT = 16  # bytes: what a kernel assumes of an address in a table
+PORTABLE_MAPPED = 3  # flags of cudaHostRegister: every GPU may read the memory, at an address of its own space
 OFFLOADED = "offloaded "  # how `layout` starts
 _weights: weakref.WeakValueDictionary[int, OffloadedWeight] = weakref.WeakValueDictionary()  # by id
 _copy_streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -244,20 +248,42 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     if device.type == "meta":
         return torch.empty(shape, dtype=dtype, device=device)
     count = torch.Size(shape).numel()
-    # Private: a child process that writes into it changes a copy.
-    pages = mmap.mmap(-1, max(1, count * dtype.itemsize), access=mmap.ACCESS_COPY)
+    # Private: a child process that writes into it changes a copy. Shared memory has pages of 4 kB, too, which take
+    # several times as long to allocate and to pin.
+    pages = mmap.mmap(-1, max(1, count * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):  # a system without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
     host = torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
     if device.type == "cuda":
         runtime = torch.cuda.cudart()
-        status = runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)
-        if int(status):
-            raise ValueError(
-                f"offload: {host.nbytes / 1e9:.1f} GB of host memory cannot be pinned (CUDA error {int(status)}): "
-                "needs fewer offloaded experts, more free memory, or a higher lock limit (ulimit -l)"
-            )
-        unpin = runtime.cudaHostUnregister, host.data_ptr(), torch.cuda.synchronize, device, pages
-        weakref.finalize(host, _unpin, *unpin).atexit = False
+        with torch.cuda.device(device):
+            status = runtime.cudaHostRegister(host.data_ptr(), host.nbytes, PORTABLE_MAPPED)
+            if int(status):
+                _call_runtime("GetLastError")  # else torch raises it at its next launch
+                raise ValueError(
+                    f"offload: {host.nbytes / 1e9:.1f} GB of host memory cannot be pinned (CUDA error {int(status)}): "
+                    "needs fewer offloaded experts, more free memory, or a higher lock limit (ulimit -l)"
+                )
+            unpin = runtime.cudaHostUnregister, host.data_ptr(), torch.cuda.synchronize, device, pages
+            weakref.finalize(host, _unpin, *unpin).atexit = False
+            _check_address(host, device)
     return host
+
+
+def _call_runtime(function: str, *args: Any) -> int:
+    """Call the CUDA runtime where it has symbols to call -> its status; 0 elsewhere."""
+    with suppress(AttributeError, OSError):
+        return call_runtime(function, *args)
+    return 0
+
+
+def _check_address(host: Tensor, device: torch.device) -> None:
+    """Raise ValueError where pinned memory has another address on the device than on the host, as on WSL."""
+    pinned, address = ctypes.c_void_p(host.data_ptr()), ctypes.c_void_p(host.data_ptr())
+    status = _call_runtime("HostGetDevicePointer", ctypes.byref(address), pinned, ctypes.c_uint(0))
+    if status or address.value != pinned.value:
+        _call_runtime("GetLastError")
+        raise ValueError(f"offload: {device} cannot read pinned memory at its host address, as on WSL: needs offload=0")
 
 
 def _unpin(unregister: Any, address: int, synchronize: Any, device: torch.device, pages: mmap.mmap) -> None:

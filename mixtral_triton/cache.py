@@ -39,7 +39,7 @@ class KVCache:
     ) -> None:
         """`max_len`: tokens that a sequence may reach; unused where a sliding window sizes the ring.
 
-        device None: the GPU if there is one, else the CPU. dtype None: the config's, else bfloat16.
+        device None: as in `Mixtral.from_pretrained`. dtype None: the config's, else bfloat16.
         """
         if not isinstance(config, MixtralConfig):
             raise ValueError(f"KVCache: config is a {type(config).__name__}, needs a MixtralConfig: model.config")

@@ -7,10 +7,11 @@ read on the device, and the host waits for at most one value a token, whether ev
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,8 @@ from .cache import KVCache
 from .inputs import check_ids, check_vocabulary, is_int
 from .kernels.call import untraced
 from .kernels.checks import readable
+from .kernels.launch import call_runtime as _call_runtime
+from .kernels.launch import launch_context, launches_dependently
 
 if TYPE_CHECKING:
     from .model import Mixtral
@@ -105,22 +108,30 @@ def _stream(
     cache = KVCache(model.config, len(ids), ids.shape[1] + max_new_tokens, device=model.device, dtype=model.dtype)
     step = Step(model, cache, eos, sampling)
     step.pick(prefill(model, cache, ids, lengths))
-    run: Callable[[], None] = step
-    for done in range(1, max_new_tokens + 1):
-        if model.ranks is not None:
-            model.ranks.synchronize(model.device)
-        yield step.token.clone()
-        if done == max_new_tokens or (eos and bool(step.ended.all())):
-            return
-        run()
-        # The first step ran eagerly, so every kernel is compiled.
-        if done == 1 and max_new_tokens - done > GRAPH_MIN_TOKENS and can_capture(model, warn=True):
-            try:
-                run = capture(step, sampling[2], model.device)
-            except CaptureLost:
-                raise
-            except RuntimeError as error:
-                warnings.warn(f"generate: decoding without a CUDA graph, slower: {error}", RuntimeWarning, stacklevel=2)
+    replay: Any = None
+    captures = 1 + (model.ranks is None and launches_dependently(model.device))
+    try:
+        for done in range(1, max_new_tokens + 1):
+            if model.ranks is not None:
+                model.ranks.synchronize(model.device)
+            yield step.token.clone()
+            if done == max_new_tokens or (eos and bool(step.ended.all())):
+                return
+            (replay or step)()
+            # A step that ran eagerly has its kernels compiled.
+            to_capture = replay is None and done <= captures and max_new_tokens - done > GRAPH_MIN_TOKENS
+            if to_capture and can_capture(model, warn=done == 1):
+                try:
+                    replay = capture(step, sampling[2], model.device)
+                except CaptureLost:
+                    raise
+                except RuntimeError as error:
+                    step.no_pdl = done < captures
+                    what = "capturing without dependent launches" if step.no_pdl else "decoding without a CUDA graph"
+                    warnings.warn(f"generate: {what}, slower: {error}", RuntimeWarning, stacklevel=2)
+    finally:
+        if replay is not None:  # `destroy_process_group` waits for a graph that holds collectives
+            replay.__self__.reset()
 
 
 class Step:
@@ -128,16 +139,18 @@ class Step:
 
     token  int64 [B]: the newest token; a sequence that has ended repeats its EOS
     ended  bool [B]
+    no_pdl: whether no launch is dependent
     """
 
     def __init__(self, model: Mixtral, cache: KVCache, eos: frozenset[int], sampling: Sampling) -> None:
-        self.model, self.cache, self.sampling = model, cache, sampling
+        self.model, self.cache, self.sampling, self.no_pdl = model, cache, sampling, False
         self.stops = torch.tensor(sorted(eos), dtype=torch.int64, device=model.device)
         self.token = torch.zeros(cache.batch, dtype=torch.int64, device=model.device)
         self.ended = torch.zeros(cache.batch, dtype=torch.bool, device=model.device)
 
     def __call__(self) -> None:
-        self.pick(self.model.hidden(self.token[:, None], self.cache)[:, 0])
+        with launch_context(no_pdl=self.no_pdl):
+            self.pick(self.model.hidden(self.token[:, None], self.cache)[:, 0])
 
     def pick(self, h: Tensor) -> None:
         """Pick the next tokens from the hidden states h [B,H]."""
@@ -264,10 +277,10 @@ def capture(step: Callable[[], object], generator: torch.Generator | None, devic
     `torch.cuda.graph` does. Raises RuntimeError where the step cannot be captured (it reads a value, say), with stream,
     allocators and generators as before, and CaptureLost where they are not.
     """
-    graph = torch.cuda.CUDAGraph()
-    if generator is not None:
-        graph.register_generator_state(generator)
-    with _lock, torch.cuda.device(device):
+    with _lock, torch.cuda.device(device), _no_collection():
+        graph = torch.cuda.CUDAGraph()
+        if generator is not None:  # here, because torch up to 2.12 allocates its seed on the current device
+            graph.register_generator_state(generator)
         if (current := torch.cuda.current_device()) not in _streams:
             _streams[current] = torch.cuda.Stream()
         with torch.cuda.stream(stream := _streams[current]):
@@ -281,6 +294,18 @@ def capture(step: Callable[[], object], generator: torch.Generator | None, devic
                 raise
             _end(graph, stream, device, failed=False)
     return graph.replay
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect no garbage within the block, because a finalizer that synchronizes would invalidate a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _end(graph: Any, stream: torch.cuda.Stream, device: torch.device, failed: bool) -> None:
@@ -310,9 +335,3 @@ def _end(graph: Any, stream: torch.cuda.Stream, device: torch.device, failed: bo
         graph.reset()
     if invalid and not failed:
         raise RuntimeError("the capture was invalidated, perhaps by a synchronization in another thread")
-
-
-def _call_runtime(function: str, *args: Any) -> None:
-    """Call the CUDA or HIP runtime that torch uses, for what torch does not offer. Its errors show in what follows."""
-    runtime = ctypes.CDLL(torch._C.__file__)  # symbols of a library's dependencies count
-    getattr(runtime, ("hip" if torch.version.hip else "cuda") + function)(*args)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .config import MixtralConfig
 from .kernels.checks import FLOATS, INTS, check_values, readable
+from .kernels.launch import INTERPRETED
 from .kernels.quantized import QuantSpec
 
 # Values of `weights`, by the names that `fit` prints.
@@ -24,10 +25,15 @@ def is_int(value: Any, least: int) -> bool:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and bool(value >= least)
 
 
+def default_device() -> str:
+    """Return "cuda" where there is a GPU and the kernels are compiled, else "cpu": the interpreter runs there."""
+    return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
 def usable_device(device: torch.device | str | None) -> torch.device:
-    """Return the device; None means the GPU if there is one, else the CPU. Raise ValueError if it does not exist."""
+    """Return the device; None means `default_device()`. Raise ValueError if it does not exist."""
     try:
-        usable = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+        usable = torch.device(default_device() if device is None else device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device {device!r} is unknown to torch: needs cuda, cuda:1, ... or cpu") from error
     if usable.type not in ("cpu", "cuda", "meta"):

@@ -232,7 +232,7 @@ class Mixtral(nn.Module):
         """Load a Hugging Face checkpoint (config.json and safetensors; weights.py says what is rejected).
 
         folder         a local one, or a name on the hub, `mistralai/Mixtral-8x7B-v0.1`, perhaps with `@revision`
-        device         None: the GPU if there is one, else the CPU; "meta": headers only
+        device         None: the GPU if there is one and nothing is interpreted, else the CPU; "meta": headers only
         dtype          None: as stored
         weights        None: as stored, quantized or not. "int4", "int8" or "fp8": quantize the experts while loading.
                        {"experts": "int4", "linear": "int8"}: attention's projections and the head, too; a tied head

@@ -66,9 +66,10 @@ def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
+    from ..inputs import default_device
     from ..parallel import TIMEOUT
 
-    kind = getattr(args, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = getattr(args, "device", None) or default_device()
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"{rank}--device is {kind!r}, needs cpu or cuda: each of several processes has its own GPU")
     if kind == "cuda":

@@ -121,6 +121,10 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None) -> I
     `total` None: unknown. `count` shows how much is done; None: as a number.
     """
     console, done, count = Console(stderr=True), threading.Event(), count or MofNCompleteColumn()
+    compiled, triton = list[float](), sys.modules.get("triton")  # seconds of each kernel, which no estimate may repeat
+    if triton is not None:
+        record = lambda times, cache_hit, **rest: compiled.extend([times.total / 1e6] * (not cache_hit))  # noqa: E731
+        triton.knobs.compilation.listener = record
     columns, drawn = (BarColumn(), count, TimeRemainingColumn()), is_first() and console.is_terminal
     with Progress("{task.description}", *columns, console=console, transient=True, disable=not drawn) as progress:
         task = progress.add_task(label, total=total)
@@ -130,8 +134,10 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None) -> I
             while not done.wait(INTERVAL):
                 state, left = progress.tasks[task], ""
                 if state.completed and state.remaining is not None and state.elapsed:
-                    left = f", about {state.elapsed * state.remaining / state.completed:.0f} s left"
-                if (done_so_far := str(count(state)).strip()) != before:  # a line says something new
+                    seconds = (state.elapsed - sum(compiled)) * state.remaining / state.completed
+                    left = f", about {seconds:.0f} s left"
+                done_so_far = str(count(state)).strip() + f", {len(compiled)} kernels compiled" * bool(compiled)
+                if done_so_far != before:  # a line says something new
                     say(f"{label}: {done_so_far}{left}")
                 before = done_so_far
 
@@ -170,6 +176,9 @@ def exit_status(error: BaseException, command: str | None) -> int:
     message, text = _compiler_message(error), " ".join(str(error).split())
     if message is None and isinstance(error, (ValueError, OSError)):
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else text
+        folder = sys.modules["triton"].knobs.cache.dir if "triton" in sys.modules else None
+        if folder and isinstance(error, OSError) and str(error.filename).startswith(folder):
+            message += ": Triton keeps compiled kernels there, needs TRITON_CACHE_DIR, a folder that can be written"
     if message is None and (sys.flags.dev_mode or not isinstance(error, Exception)):
         raise error
     if message is None:

@@ -399,6 +399,13 @@ def test_compile_takes_several_architectures(capsys: pytest.CaptureFixture[str],
     assert sorted(set(found)) == ["sm_80", "sm_90"] and found.count("sm_80") == found.count("sm_90")
 
 
+def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run("compile", "rms_norm", "--arch", "sm_90", TRITON_CACHE_DIR=str(tmp_path / "file" / "cache"))
+    lines = [line for line in done.stderr.decode().splitlines() if line.startswith("mixtral-triton")]
+    assert done.returncode == 2 and len(lines) == 1 and "needs TRITON_CACHE_DIR" in lines[0], done.stderr
+
+
 DROPPED = "model.layers.1.self_attn.q_proj.weight"
 
 

@@ -1,15 +1,20 @@
-"""The tables of bench, compile and tune at the widths of terminals: no cell is cut and none is lost."""
+"""Tables at the widths of terminals, of which no cell is cut and none is lost, and the estimate of the time left."""
 
 from __future__ import annotations
 
 import re
+import time
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import triton
 from rich.console import Console
 
 from mixtral_triton.cli import main
 from mixtral_triton.kernels.launch import INTERPRETED, LaunchConfig
+from mixtral_triton.tools import terminal
 from mixtral_triton.tools.bench.cases import BENCHED, cases
 from mixtral_triton.tools.bench.measure import Outcome, Row, untimed_row
 from mixtral_triton.tools.bench.report import op_table
@@ -142,3 +147,19 @@ def test_width_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert console().width == PIPED
     monkeypatch.setenv("COLUMNS", "60")
     assert console().width == 60
+
+
+def test_estimate_of_the_time_left_is_without_compilation(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(terminal, "Progress", partial(terminal.Progress, get_time=lambda: clock[0]))
+    monkeypatch.setattr(terminal, "INTERVAL", 0.01)
+    with terminal.bar("verifying", 10) as progress:
+        for cache_hit in (False, True):
+            times = SimpleNamespace(total=90e6)  # microseconds
+            triton.knobs.compilation.listener(
+                src=None, metadata={}, metadata_group={}, times=times, cache_hit=cache_hit
+            )
+        clock[0] = 100.0
+        progress.update(1, 10)
+        time.sleep(0.5)
+    assert "verifying: 1/10, 1 kernels compiled, 90 s left" in capsys.readouterr().err

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +25,17 @@ DOCUMENTS = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 OUTPUT = {  # of the examples
     "drop_in.py": ["The return statement", "the same text before, with and after apply: True"],
     "batch.py": ["A list is", "the same from both: True"],
+    "verify_folder.py": ["RIGHT: all", "nearest to its limit"],
 }
+MACHINES = {  # how a program runs: what Python gets before its file
+    "no GPU": (),
+    "simulated GPU": ("-m", "tests.support.stub", "--executes"),
+    "interpreted beside a GPU": ("-m", "tests.support.fake_gpu"),
+}
+
+
+def python_blocks(document: str | Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.S)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -43,7 +53,7 @@ def test_named_kernels_exist() -> None:
 
 def test_quoted_code_is_in_the_reference() -> None:
     reference = {line.strip() for line in (ROOT / "kernels" / "reference.py").read_text(encoding="utf-8").splitlines()}
-    quoted = [line for block in re.findall(r"```python\n(.*?)```", MIXTRAL, re.S) for line in block.splitlines()]
+    quoted = [line for block in python_blocks("docs/mixtral.md") for line in block.splitlines()]
     assert len(quoted) > 7 and set(quoted) <= reference
 
 
@@ -58,32 +68,52 @@ def test_readme_is_short_and_its_commands_are_those_of_the_command_line() -> Non
         parser().parse_args(shlex.split(line, comments=True))
 
 
-def test_drop_in_block_of_readme_prints_the_same_text_twice(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def run_program(how: str, program: Path, *args: Any) -> str:
+    """Run a program on a machine of that kind -> what it prints."""
+    switch = {"TRITON_INTERPRET": "1"} if how == "interpreted beside a GPU" else {}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | switch
+    command = [sys.executable, *MACHINES[how], str(program), *map(str, args)]
+    paths = {"cwd": ROOT, "env": environment | {"PYTHONPATH": str(ROOT)}}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, **paths)
+    assert done.returncode == 0 and "False" not in done.stdout, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("how", MACHINES)
+def test_python_blocks_of_readme_print_right(how: str, tmp_path: Path) -> None:
+    """The first interprets where Triton is not imported yet; the second prints the same text twice."""
     pytest.importorskip("transformers")
-    monkeypatch.chdir(ROOT)
-    block = next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "apply(" in code)
-    exec(compile(block, "README.md", "exec"), {})
-    before, after = capsys.readouterr().out.split("<s>")[1:]
+    blocks = python_blocks("README.md")
+    out = []
+    for number, block in enumerate(blocks):
+        (tmp_path / f"{number}.py").write_text(block)
+        out.append(run_program(how, tmp_path / f"{number}.py"))
+        assert out[-1].splitlines()[-1].startswith("RIGHT: all")
+    assert ("Triton on NVIDIA H100" if how == "simulated GPU" else "Triton, interpreted") in out[0]
+    before, after = out[1].split("<s>")[1:]
     assert before == after[: len(before)] and before.startswith("The return statement")
-    assert "RIGHT" in after[len(before) :]
 
 
-@pytest.mark.parametrize("name", OUTPUT)
-def test_example_runs(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers")
-    monkeypatch.setattr(sys, "argv", [name])
-    try:
-        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
-    except SystemExit as done:
-        assert not done.code
-    out = capsys.readouterr().out
-    assert all(text in out for text in OUTPUT[name]) and "False" not in out
-    # The tests of `bench --peer` run `my_experts.py`, test_commands.py runs `verify_folder.py`.
-    assert {*OUTPUT, "my_experts.py", "verify_folder.py", "__init__.py"} == {
-        path.name for path in (ROOT / "examples").glob("*.py")
-    }
+@pytest.mark.parametrize("how", MACHINES)
+def test_example_runs(how: str, tmp_path: Path, make_hf: Any) -> None:
+    make_hf(num_hidden_layers=1).save_pretrained(tmp_path)
+    for name, texts in OUTPUT.items():
+        out = run_program(how, ROOT / "examples" / name, *[tmp_path] * (name == "verify_folder.py"))
+        assert all(text in out for text in texts)
+    # The tests of `bench --peer` run `my_experts.py`.
+    assert {*OUTPUT, "my_experts.py", "__init__.py"} == {path.name for path in (ROOT / "examples").glob("*.py")}
+
+
+@pytest.mark.parametrize("how", MACHINES)
+def test_python_blocks_of_other_documents_run(how: str, tmp_path: Path) -> None:
+    """Those of mixtral.md quote the reference. NCCL has no simulation: a mesh is of one rank, on the CPU."""
+    others = {path.name for path in DOCUMENTS if python_blocks(path.relative_to(ROOT))} - {"README.md", "mixtral.md"}
+    assert others == {"weights.md", "scaling.md"}
+    prelude = "import os, torch\nfolder, ids = 'mixtral_triton/small', torch.tensor([[0, 72]])\n"
+    prelude += "os.environ |= {'MASTER_ADDR': 'localhost', 'MASTER_PORT': '0', 'RANK': '0', 'WORLD_SIZE': '1'}\n"
+    for number, block in enumerate((*python_blocks("docs/weights.md"), *python_blocks("docs/scaling.md"))):
+        (tmp_path / f"{number}.py").write_text(prelude + block.replace('"cuda", (2, 2)', '"cpu", (1, 1)'))
+        run_program(how, tmp_path / f"{number}.py")
 
 
 def test_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

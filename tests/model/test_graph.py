@@ -3,6 +3,7 @@ runs the same operations and launches on the same memory."""
 
 from __future__ import annotations
 
+import gc
 import threading
 from contextlib import nullcontext
 from typing import Any
@@ -14,6 +15,7 @@ from mixtral_triton import Mixtral, generate
 from mixtral_triton.generate import CaptureLost, capture
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import Layer
+from mixtral_triton.parallel import UNSHARDED
 from tests.support.models import cache_of, random_model, tokens
 
 V = 23
@@ -44,7 +46,7 @@ def test_replays_give_the_text_of_the_plain_loop(more: dict[str, Any], gpu: Any)
     got = texts(random_model(GPU_DEVICE, **more), max_new_tokens=NEW)
     assert gpu.replays == NEW - 2
     (graph,) = gpu.captures
-    assert graph.stream.device == GPU_DEVICE and graph.mode == "thread_local" and graph.calls
+    assert graph.stream.device == GPU_DEVICE and graph.mode == "thread_local" and graph.size
     assert gpu.current == 0 and [stream.cuda_stream for stream in gpu.streams] == [0, 0]
     assert got == texts(random_model("cpu", **more), max_new_tokens=NEW)
     assert len({token for text in got for token in text[-NEW:]}) > 4  # else any frozen number would do
@@ -111,12 +113,88 @@ def test_failed_capture_leaves_everything_usable(
     monkeypatch.setattr(generate, "capture", lambda step, *rest: capture(lambda: fault(step), *rest))
     with pytest.warns(RuntimeWarning, match=f"without a CUDA graph.*({said})"):
         assert texts(model, **settings) == want
-    assert gpu.replays == 0 and len(gpu.captures) == 1
+    assert gpu.replays == 0 and len(gpu.captures) == 2  # with dependent launches and without
     assert gpu.current == 0 and [stream.cuda_stream for stream in gpu.streams] == streams
     assert not gpu.pools and not gpu.host_pools
     monkeypatch.undo()
     assert texts(model, **settings) == want
     assert gpu.replays == NEW - 2
+
+
+def test_a_model_that_is_collected_during_a_step_does_not_end_its_capture(gpu: Any) -> None:
+    """Its pinned memory is returned after a synchronization, which CUDA does not permit in a capture."""
+
+    models, kept = [random_model(GPU_DEVICE, on_host=(1,))], list[Any]()
+
+    def step() -> None:
+        cycle: list[Any] = [models.pop()]  # new, so that a collection of the youngest objects finds it
+        cycle.append(cycle)
+        del cycle
+        kept.extend([] for _ in range(3 * gc.get_threshold()[0]))  # more than start a collection
+        assert gpu.pinned
+
+    capture(step, None, GPU_DEVICE)
+    assert gc.isenabled() and gpu.captures[-1].ended
+    gc.collect()
+    assert not gpu.pinned
+
+
+def test_a_capture_that_fails_with_dependent_launches_is_tried_without_them(gpu: Any, monkeypatch: Any) -> None:
+    launch, launched = gpu.driver.launch, list[bool]()
+
+    def refuse(each: Any) -> None:
+        launched.append(each.launcher.metadata.launch_pdl)
+        if launched[-1] and gpu.captures and not gpu.captures[-1].ended:
+            raise RuntimeError("Triton Error [CUDA]: invalid resource handle")
+        launch(each)
+
+    monkeypatch.setattr(gpu.driver, "launch", refuse)
+    with pytest.warns(RuntimeWarning, match="capturing without dependent launches, slower: .*handle") as found:
+        got = texts(build(5, GPU_DEVICE), max_new_tokens=NEW)
+    assert got == texts(build(5, "cpu"), max_new_tokens=NEW)
+    assert len(found) == 1 and len(gpu.captures) == 2 and gpu.replays == NEW - 3 and any(launched)
+
+
+class OneRank:
+    """A mesh of one rank: its collectives are copies, which a graph holds."""
+
+    shard = UNSHARDED
+
+    def local_ids(self, ids: Any, experts: int) -> Any:
+        return ids
+
+    def all_reduce(self, part: Any, in_order: bool) -> Any:
+        return part.clone()
+
+    def all_gather(self, part: Any, size: int) -> Any:
+        return part.clone()
+
+    def broadcast(self, x: Any) -> Any:
+        return x.clone()
+
+    def synchronize(self, device: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("end", ["its end", "close", "collection"])
+def test_the_end_of_a_stream_resets_its_graph(end: str, gpu: Any) -> None:
+    """`destroy_process_group` waits for a graph with collectives, which an exception's traceback may keep alive."""
+    steps = []
+    for device in (torch.device("cuda", 0), GPU_DEVICE):
+        model: Any = build(None, device)
+        model.ranks = OneRank()
+        steps.append(generate.stream(model, prompts(device), NEW, frozenset(), (0.0, 1.0, None, None)))
+    for _ in range(3):
+        assert all(next(each) is not None for each in steps)
+    assert len(gpu.captures) == 2 and all(graph.ended for graph in gpu.captures)
+    if end == "its end":
+        assert [len(list(each)) for each in steps] == [NEW - 3] * 2
+    elif end == "close":
+        for each in steps:
+            each.close()  # type: ignore[attr-defined]
+    steps.clear()
+    each = None
+    assert not any(graph.ended for graph in gpu.captures)
 
 
 def test_captures_take_turns_on_one_stream_a_device(gpu: Any) -> None:

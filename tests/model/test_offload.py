@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from safetensors.torch import save_model
 from mixtral_triton import KVCache, Mixtral, load, verify
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.offload import OffloadedWeight
+from mixtral_triton.kernels.offload import OffloadedWeight, _pinned
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.tools import fit
 from mixtral_triton.tools.gpus import find_gpu
 from mixtral_triton.weights import parameter_shapes
+from tests.support.memory import needs_proc
 
 IDS = torch.arange(3, 20)[None]
 once = pytest.mark.skipif(INTERPRETED, reason="about the model, whatever the backend: run once")
@@ -175,6 +177,15 @@ def test_state_of_an_offloaded_model_is_refused(weights: str | None, tmp_path: P
         with pytest.raises(ValueError, match="addresses of offloaded experts, not their rows: needs a model without"):
             fault()
     assert all(each.is_intact() for each in model.modules() if isinstance(each, OffloadedWeight))
+
+
+@needs_proc
+def test_host_memory_is_private_and_asks_for_huge_pages() -> None:
+    host = _pinned((1 << 22,), torch.uint8, torch.device("cpu"))
+    mapped, at = Path("/proc/self/smaps").read_text(), host.data_ptr()
+    ranges = re.findall(r"^(\w+)-(\w+) (\S+) .*?^VmFlags: (.*?)$", mapped, re.MULTILINE | re.DOTALL)
+    ((mode, flags),) = ((mode, flags) for low, high, mode, flags in ranges if int(low, 16) <= at < int(high, 16))
+    assert mode == "rw-p" and "hg" in flags.split()
 
 
 @once

@@ -236,7 +236,7 @@ def test_command_writes_a_checkpoint_for_other_commands(tmp_path: Path, capsys: 
 @pytest.mark.parametrize("format", ["int4", MIXED], ids=str)
 def test_verify_accepts_the_written_checkpoint(tmp_path: Path, format: Any) -> None:
     write(SMALL, tmp_path / "out", format, "cpu")
-    report = verify(tmp_path / "out", torch.arange(3, 15)[None])
+    report = verify(load(tmp_path / "out"), torch.arange(3, 15)[None], folder=tmp_path / "out")
     assert not report.wrong
     stored = [row for row in report.rows if row.op == "weights" and row.case != "finite"]
     assert [(row.case, row.error) for row in stored] == [("as stored", 0.0)] * 5

@@ -254,7 +254,7 @@ def test_a_lost_gpu_ends_the_process_after_the_row_of_its_case(
         ("sort_by_expert --dtype float16", "sort_by_expert has int32, int64"),
         ("decode_step rope --offload 2", "--offload is 2, and goes with decode_step"),
         (f"decode_step --sizes {STEP_OF_8X7B},offload=9", "offload is 9, needs 0 to 7 experts"),
-        ("decode_step --offload 8", "offload is 8, needs 0 to 7 experts of each layer"),
+        ("decode_step --gpu h100 --offload 8", "offload is 8, needs 0 to 7 experts of each layer"),
         ("--plot roofline.txt", ".png"),
         ("--plot no/such/folder/a.png", "no/such/folder"),
     ],

@@ -118,6 +118,9 @@ def test_parts_cover_every_operation_within_ten_minutes() -> None:
     commands = [shlex.split(command) for _, commands in every.values() for command in commands.values()]
     assert set(BENCHED) == {args[4] for args in commands if "bench" in args}
     tests = [args for args in commands if "pytest" in args]
+    simulated = parts(dry=True)["tests"][1]
+    assert simulated.keys() == every["tests"][1].keys()
+    assert all(" --first" in command and "--executes" in command for command in simulated.values())
     assert {f"-k=-{name}-" for name in OPS} == {args[-1] for args in tests if args[-1].startswith("-k")}
     files = {args[-1] for args in tests if not args[-1].startswith("-k")}
     assert "tests/model/test_model.py" in files and all((ROOT / file).is_file() for file in files)
@@ -142,8 +145,9 @@ def run_dry(out: Path, *options: str) -> tuple[int, dict[str, Any], str]:
 
 
 def test_a_kernel_that_breaks_the_simulated_gpu_ends_only_its_commands(tmp_path: Path) -> None:
-    selected = ["compile", "tests", "attention", "decode"]
-    status, found, _ = run_dry(tmp_path, "append_kernel", "--parts", *selected)
+    share, commands = parts(dry=True, breaks="append_kernel")["tests"]
+    day({"tests": (share, {name: commands[name] for name in ("append", "route")})}, tmp_path, budget_s=20000)
+    status, found, _ = run_dry(tmp_path, "append_kernel", "--parts", "compile", "attention", "decode")
     codes = {(name, command): code for name, part in found["parts"].items() for command, code in part["exit"].items()}
     assert status == 1 and {name for name, code in codes.items() if code} == {
         ("attention", "append"),

@@ -142,7 +142,7 @@ def wrong_weights(model: Mixtral) -> list[tuple[int | None, str]]:
 
 @all_dtypes
 def test_head_tied_by_the_loader(dtype: torch.dtype) -> None:
-    model = Mixtral.from_pretrained(SMALL, dtype=dtype)
+    model = Mixtral.from_pretrained(SMALL, "cpu", dtype)
     model.lm_head = model.embed_tokens
     assert wrong_weights(model)[:2] == [(None, "config"), (None, "weights")]
 
@@ -158,13 +158,13 @@ def test_loader_that_swaps(swap: tuple[str, str], dtype: torch.dtype, monkeypatc
         return {name: targets[re.sub("|".join(swap), lambda found: swapped[found[0]], name)] for name in targets}
 
     monkeypatch.setattr(weights, "table", faulty)
-    assert wrong_weights(Mixtral.from_pretrained(SMALL, dtype=dtype)) == [(layer, "weights") for layer in range(4)]
+    assert wrong_weights(Mixtral.from_pretrained(SMALL, "cpu", dtype)) == [(layer, "weights") for layer in range(4)]
 
 
 @all_dtypes
 @pytest.mark.parametrize("value", [None, float("nan")], ids=["another expert's", "NaN"])
 def test_wrong_down_projection_of_one_expert(value: float | None, dtype: torch.dtype) -> None:
-    model = Mixtral.from_pretrained(SMALL, dtype=dtype)
+    model = Mixtral.from_pretrained(SMALL, "cpu", dtype)
     down_proj = model.layers[2].down_proj
     if value is None:
         down_proj[3] = down_proj[5]
@@ -187,7 +187,7 @@ def test_checkpoint_with_fused_experts_and_tied_head(tmp_path: Path) -> None:
     save_file({name: x.detach().contiguous() for name, x in stored.items()}, tmp_path / "model.safetensors")
     config = asdict(model.config) | {"model_type": "mixtral", "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    report = verify(tmp_path, IDS)
+    report = verify(Mixtral.from_pretrained(tmp_path, "cpu"), IDS, folder=tmp_path)
     assert not report.wrong, str(report)
     assert [row.layer for row in report.rows if row.case == "as stored"] == [None, 0, 1, 2]
 
@@ -215,7 +215,7 @@ PEER_FAULTS: dict[str, tuple[Callable[[Mixtral], None], str]] = {
 @pytest.mark.parametrize("fault", PEER_FAULTS)
 def test_fault_that_transformers_layers_show(fault: str, dtype: torch.dtype) -> None:
     pytest.importorskip("transformers")
-    model, (inject, case) = Mixtral.from_pretrained(SMALL, dtype=dtype), PEER_FAULTS[fault]
+    model, (inject, case) = Mixtral.from_pretrained(SMALL, "cpu", dtype), PEER_FAULTS[fault]
     inject(model)
     wrong = verify(model, IDS, folder=SMALL, peer="transformers", quick=True).wrong
     first = next(row for row in wrong if "transformers" in row.case)
@@ -230,7 +230,7 @@ def test_transformers_has_one_layer_at_a_time(weights: Any, tmp_path: Path, monk
     folder = tmp_path if weights == "awq" else SMALL
     if weights == "awq":
         hub.write(tmp_path, *hub.LAYOUTS["awq 64"])
-    model = Mixtral.from_pretrained(folder, weights=None if weights == "awq" else weights)
+    model = Mixtral.from_pretrained(folder, "cpu", weights=None if weights == "awq" else weights)
     report = verify(model, IDS % 40, folder=folder, peer="transformers", quick=True)
     assert report.ok and len(loaded) == len(model.layers), str(report)
     assert {row.layer for row in report.rows if row.case == "transformers"} == {None, *range(len(loaded))}
@@ -239,7 +239,7 @@ def test_transformers_has_one_layer_at_a_time(weights: Any, tmp_path: Path, monk
 def test_wrong_folder_or_peer_raises_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"another model's: \S+ has shape"):
         verify(small_model(torch.bfloat16, num_hidden_layers=4), IDS, folder=SMALL)
-    model = Mixtral.from_pretrained(SMALL)
+    model = Mixtral.from_pretrained(SMALL, "cpu")
     del model.layers[3]  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="another model's: it has a layer 3"):
         verify(model, IDS, folder=SMALL)

@@ -232,7 +232,7 @@ def test_overflow_of_fp16_is_named() -> None:
 @once
 def test_peer_on_a_cpu_counts_as_compared() -> None:
     pytest.importorskip("transformers")
-    model = Mixtral.from_pretrained(SMALL, dtype=torch.float32)
+    model = Mixtral.from_pretrained(SMALL, "cpu", torch.float32)
     report = verify(model, IDS[:1, :8], folder=SMALL, peer="transformers")
     assert report.compared and report.ok, str(report)
 

@@ -122,7 +122,7 @@ def test_no_false_positives(seed: int, gains: tuple[float, ...], dtypes: list[to
 
 @once
 def test_small_checkpoint_compared_with_itself_exits_1(in_process: None, capsys: Any) -> None:
-    assert main(["verify", "--json"]) == 1
+    assert main(["verify", "--device", "cpu", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert not found["ok"] and not found["compared"] and all(row["ok"] for row in found["rows"])
     assert found["verdict"].startswith("NOTHING WAS COMPARED")

@@ -17,9 +17,9 @@ import torch
 import triton
 
 from mixtral_triton import generate
-from mixtral_triton.kernels import call
+from mixtral_triton.kernels import call, offload
 
-from .driver import Driver
+from .driver import Driver, LaunchError
 from .tensors import Factories, FakeGPUTensor, indexed, stage
 
 H100 = {"name": "NVIDIA H100 80GB HBM3 (stub)", "major": 9, "minor": 0, "multi_processor_count": 132, "warp_size": 32}
@@ -75,7 +75,7 @@ class Generator(torch.Generator):
     def __new__(cls, device: Any = "cpu") -> Any:
         generator = super().__new__(cls, "cpu")
         generator.fake_device = indexed(device) if torch.device(device).type == "cuda" else torch.device("cpu")
-        generator.captured_by = None
+        generator.captured_by, generator.seed_device = None, None
         return generator
 
     def __init__(self, device: Any = "cpu") -> None:
@@ -90,6 +90,11 @@ class Generator(torch.Generator):
             raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
         if capture is not None and self.captured_by is not capture:
             raise RuntimeError("Attempt to increase offset for a CUDA generator not in capture mode.")
+        if capture is not None and self.seed_device != self.device.index:
+            capture.record(self._read_seed)
+
+    def _read_seed(self) -> None:
+        raise LaunchError(f"illegal memory access: the seed of {self.device} is on cuda:{self.seed_device}")
 
 
 class Graph:
@@ -101,9 +106,12 @@ class Graph:
     def __init__(self, keep_graph: bool = False) -> None:
         self.calls: list[Callable[[], Any]] = []
         self.generators: list[Generator] = []
+        self.size = 0  # operations and launches at the end of the capture
         self.valid, self.ended, self.stream, self.memory_pool = True, False, None, (0, 0)
 
     def register_generator_state(self, generator: Generator) -> None:
+        """Allocate the seed on the current device, as torch up to 2.12 does."""
+        generator.seed_device = _active[-1].current
         self.generators.append(generator)
 
     def capture_begin(self, pool: Any = (0, 0), capture_error_mode: str = "global", **kwargs: Any) -> None:
@@ -136,7 +144,7 @@ class Graph:
         _active[-1].host_pools.discard(self.memory_pool)
         for generator in self.generators:
             generator.captured_by = None
-        self.ended = True
+        self.ended, self.size = True, len(self.calls)
 
     def replay(self) -> None:
         if not self.ended:
@@ -147,6 +155,7 @@ class Graph:
 
     def reset(self) -> None:
         self.calls.clear()
+        self.ended = False
 
 
 _active: list[GPU] = []
@@ -164,6 +173,7 @@ class GPU:
         self.host_pools: set[Any] = set()
         self.pinned: dict[int, int] = {}  # bytes of host memory, by address
         self.pinned_most = 1 << 40
+        self.mapped_at = 0  # how far pinned memory's device address is from its host address
         self.replays, self.syncs, self.work = 0, stage.syncs, stage.work
         self.driver = Driver(self)
 
@@ -196,6 +206,7 @@ class GPU:
     def _pin(self, address: int, size: int, flags: int) -> int:
         """Return 0, or cudaErrorMemoryAllocation."""
         if sum(self.pinned.values()) + size > self.pinned_most:
+            stage.last_error = 2
             return 2
         self.pinned[address] = size
         return 0
@@ -204,8 +215,14 @@ class GPU:
         if self.pools:
             raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED: an earlier capture did not end")
 
-    def call_runtime(self, function: str, *args: Any) -> None:
-        """Call the CUDA runtime on the stream of the newest capture."""
+    def call_runtime(self, function: str, *args: Any) -> int:
+        """Call the CUDA runtime, on the stream of the newest capture where it takes one."""
+        if function == "GetLastError":
+            stage.last_error = 0
+        elif function == "HostGetDevicePointer":
+            args[0]._obj.value = args[1].value + self.mapped_at
+        if not self.captures:
+            return 0
         capture = self.captures[-1]
         if function == "StreamIsCapturing":
             args[1]._obj.value = 1 if capture.valid else 2
@@ -214,6 +231,7 @@ class GPU:
         elif function == "StreamBeginCapture":
             capture.calls.clear()
             capture.valid, stage.capture = True, capture
+        return 0
 
     def functions(self) -> dict[str, Any]:
         properties = self.properties
@@ -250,7 +268,8 @@ def gpu(count: int = 1, **properties: Any) -> Iterator[GPU]:
     patches = [(torch.cuda, name, function) for name, function in machine.functions().items()]
     patches += [(torch.cuda.graphs.graph, "default_capture_stream", None), (torch, "Generator", Generator)]
     patches.append((call, "PLAIN_TYPES", (*call.PLAIN_TYPES, FakeGPUTensor)))
-    patches += [(generate, "_call_runtime", machine.call_runtime), (generate, "_streams", {})]
+    patches += [(generate, "_call_runtime", machine.call_runtime), (offload, "call_runtime", machine.call_runtime)]
+    patches += [(generate, "_streams", {}), (stage, "last_error", 0)]
     patches += [(torch._C, "_host_emptyCache", lambda: None), (triton.runtime.driver, "_active", machine.driver)]
     with ExitStack() as stack:
         for module, name, value in patches:

@@ -94,6 +94,7 @@ class Stage:
         self.clocks: dict[int, Counter[int]] = defaultdict(Counter)  # by stream: the work that precedes its next
         self.forbidden = False
         self.capture: Any = None
+        self.last_error = 0  # of the runtime, which torch raises after its next launch
 
     def run(self, work: Callable[[], Any]) -> None:
         """Run work now, or record it for a replay."""
@@ -164,6 +165,10 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         to, source = call_args[:2]
         stage.log((to.data_ptr(), source.data_ptr(), to.nbytes), torch.cuda.current_stream(device).cuda_stream)
 
+    if stage.last_error and not is_view:
+        stage.last_error = 0
+        raise RuntimeError("CUDA error: out of memory (the last error of an earlier call)")
+
     def call() -> Any:
         return func(*call_args, **call_kwargs)
 
@@ -175,7 +180,10 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if stage.capture is not None and not is_view:
             stage.capture.record(lambda: overwrite(out, call()))
     known = {id(x.held): x for x in fakes}
-    return out if to_host else tree_map(lambda x: known[id(x)] if id(x) in known else to_fake_gpu(x, device), out)
+    # A view is an inference tensor if its base is one, whatever the mode.
+    inference = torch.is_inference_mode_enabled() and not (is_view and not fakes[0].is_inference())
+    with torch.inference_mode(inference):
+        return out if to_host else tree_map(lambda x: known[id(x)] if id(x) in known else to_fake_gpu(x, device), out)
 
 
 def is_mask(x: Any) -> bool:
