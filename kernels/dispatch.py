@@ -40,10 +40,10 @@ def sort_by_expert_kernel(
         tl.store(offsets_ptr, base)
     for start in range(0, N, BLOCK_N):
         ids = tl.load(ids_ptr + start + offs, mask=start + offs < N, other=-1)
-        mine = (ids == expert).to(tl.int32)
-        place = base + tl.cumsum(mine, axis=0) - 1
-        tl.store(order_ptr + place, start + offs, mask=mine != 0)
-        base += tl.sum(mine, axis=0)
+        selected = (ids == expert).to(tl.int32)
+        index = base + tl.cumsum(selected, axis=0) - 1
+        tl.store(order_ptr + index, start + offs, mask=selected != 0)
+        base += tl.sum(selected, axis=0)
     tl.store(offsets_ptr + expert + 1, base)
 
 
@@ -77,11 +77,11 @@ def gather_by_expert_kernel(
     ids = _load_experts(ids_ptr, slots, N, E)
     earlier = (ids[:, None] == ids[None, :]) & (slots[:, None] > slots[None, :])
     base = tl.sum(tl.where(ids[:, None] == offs_e[None, :], (lower + before)[None, :], 0), axis=1)
-    place = base + tl.sum(earlier.to(tl.int32), axis=1)
+    index = base + tl.sum(earlier.to(tl.int32), axis=1)
     inside = ids < E
-    tl.store(order_ptr + place, slots, mask=inside)
+    tl.store(order_ptr + index, slots, mask=inside)
     x_rows = x_ptr + (slots // TOP_K).to(tl.int64)[:, None] * stride_xt
-    sorted_rows = sorted_ptr + place.to(tl.int64)[:, None] * H
+    sorted_rows = sorted_ptr + index.to(tl.int64)[:, None] * H
     for h in range(0, H, BLOCK_H):
         offs_h = (h + tl.arange(0, BLOCK_H))[None, :]
         mask = inside[:, None] & (offs_h < H)

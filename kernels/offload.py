@@ -36,7 +36,7 @@ _copy_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 @dataclass(eq=False)
 class _Buffer:
-    """Memory on the device for a weight's host experts: `contents` says whose, and `filled` when they have arrived."""
+    """A device staging buffer: `contents` names the weight that it holds, `filled` marks the copy as complete."""
 
     rows: Tensor
     filled: torch.cuda.Event
@@ -107,7 +107,7 @@ class OffloadedWeight(QuantizedWeight):
         self.register_buffer("data", self._table())
         self._on_host = torch.tensor([each in self.on_host for each in range(E)]).long().to(device)
         self._staging = _Staging()
-        self._following: Callable[[], OffloadedWeight | None] = lambda: None
+        self._next_weight: Callable[[], OffloadedWeight | None] = lambda: None
         for name in ("scales", "zeros"):
             part = getattr(like, name, None)
             self.register_buffer(name, None if part is None else torch.empty_like(part, device=device))
@@ -148,7 +148,7 @@ class OffloadedWeight(QuantizedWeight):
 
     @property
     def layout(self) -> str:
-        """For torch's operators: which weight this is, since a table does not show what it points at."""
+        """The id that the custom operator passes in place of the weight."""
         return f"{OFFLOADED}{id(self)}"
 
     @classmethod
@@ -198,8 +198,8 @@ class OffloadedWeight(QuantizedWeight):
             buffer = self._staging.begin(self, stream)
             stream.wait_event(buffer.filled)
             rows, buffer.contents = buffer.rows, None  # the next chunk copies again
-            if (following := self._following()) is not None:
-                self._staging.begin(following, stream)
+            if (next_weight := self._next_weight()) is not None:
+                self._staging.begin(next_weight, stream)
         table = self.data.add(self._on_host, alpha=rows.data_ptr() - self.host.data_ptr())
         table.memories = self.resident, rows  # type: ignore[attr-defined]  # which live until the launch
         return table
@@ -210,8 +210,8 @@ class OffloadedWeight(QuantizedWeight):
         staging = _Staging()
         for weight in weights:
             weight._staging = staging
-        for weight, following in pairwise(weights):
-            weight._following = weakref.ref(following)
+        for weight, next_weight in pairwise(weights):
+            weight._next_weight = weakref.ref(next_weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OffloadedWeight:
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
@@ -287,7 +287,7 @@ def _check_address(host: Tensor, device: torch.device) -> None:
 
 
 def _unpin(unregister: Any, address: int, synchronize: Any, device: torch.device, pages: mmap.mmap) -> None:
-    """Return what was pinned, once no kernel reads it. `pages` is an argument to live until then."""
+    """Unregister pinned memory after all kernels have ended. `pages` is an argument so that it lives until then."""
     try:
         synchronize(device)
     finally:  # it raises during a capture, when a collection may run this; freed memory must not stay pinned

@@ -34,7 +34,7 @@ MEMORY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_stride
 _ALIGNMENT = 16  # bytes: kernels are specialized on addresses that are multiples of it
 _BUFFER_MAX = (1 << 31) - 1  # bytes that AMD's buffer instructions reach
 
-_plans: dict[tuple[Any, ...], Plan | None] = {}  # None: not cached
+_plans: dict[tuple[Any, ...], LaunchPlan | None] = {}  # None: not cached
 
 
 def call_key(args: Sequence[Any]) -> tuple[Any, ...]:
@@ -84,7 +84,7 @@ _Step = tuple[Any, tuple[int, int, int], Callable[[Sequence[Any]], tuple[Any, ..
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LaunchPlan:
     """The launches of a call. The values from which their arguments are picked are, in this order:
 
     the call's arguments; the tensors of its quantized weights, whose places are `quantized`; fresh memory of the shapes
@@ -178,7 +178,7 @@ def _make_plan(
     allocated: Sequence[Tensor],
     launches: Sequence[CompiledLaunch],
     out: Any,
-) -> Plan | None:
+) -> LaunchPlan | None:
     """Return None where an address is unknown, or a result is not fresh memory as it was allocated."""
     sources = [*inputs, *allocated]
     places = {x.data_ptr(): at for at, x in enumerate(sources) if isinstance(x, Tensor) and x.numel()}
@@ -217,7 +217,7 @@ def _make_plan(
     )
     allocations = tuple((tuple(x.shape), x.dtype) for x in allocated)
     pick_results = itemgetter(*outputs) if outputs else lambda values: None
-    return Plan(device, quantized, allocations, tuple(descriptors), tuple(constants), steps, pick_results)
+    return LaunchPlan(device, quantized, allocations, tuple(descriptors), tuple(constants), steps, pick_results)
 
 
 def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -203,11 +203,11 @@ def _attend(
     that sees no key returns zeros.
     """
     B, T, Hq, D = q.shape
-    blind = None
+    sees_no_key = None
     if visible is not None:
-        unseen, blind = ~visible.any(1)[:, None, :, None], ~visible.any(2)[:, :, None, None]
-        if unseen.any():
-            k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)  # 0 * NaN is NaN
+        is_unused, sees_no_key = ~visible.any(1)[:, None, :, None], ~visible.any(2)[:, :, None, None]
+        if is_unused.any():
+            k, v = k.masked_fill(is_unused, 0.0), v.masked_fill(is_unused, 0.0)  # 0 * NaN is NaN
         visible = visible[:, None]
     if T == 1:  # the heads of a group share their keys
         q = q.view(B, k.shape[1], Hq // k.shape[1], D)
@@ -216,7 +216,7 @@ def _attend(
         q = q.transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, scale=scale, enable_gqa=True)
         out = out.transpose(1, 2)
-    return (out if blind is None else out.masked_fill(blind, 0.0)).contiguous()
+    return (out if sees_no_key is None else out.masked_fill(sees_no_key, 0.0)).contiguous()
 
 
 def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor) -> None:

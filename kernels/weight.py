@@ -93,8 +93,10 @@ _ALIGNMENT = tl.constexpr(ALIGNMENT)
 
 @triton.jit
 def expert_rows(ptr, expert, stride_we, dtype: tl.constexpr, LAYOUT: tl.constexpr, exists=True):
-    """Pointer to the rows of an expert, int64: in a stacked weight, or where a table of addresses says. An expert that
-    does not `exist` gives rows that nobody reads."""
+    """Return the pointer to an expert's rows: an offset into a stacked weight, or an entry of a table of addresses.
+
+    Where the expert does not exist, it is the first one's, which the caller masks.
+    """
     if LAYOUT.table:
         element: tl.constexpr = dtype if LAYOUT.format == "dense" else tl.int16
         return tl.multiple_of(tl.load(ptr + tl.where(exists, expert, 0)).to(tl.pointer_type(element)), _ALIGNMENT)
@@ -127,8 +129,8 @@ def weight_tile(
     rows,  # row indices of the scales and zeros
     k,
     K: tl.constexpr, BLOCK_K: tl.constexpr, dtype: tl.constexpr, LAYOUT: tl.constexpr,
-    desc=None,  # reads in place of the pointers, at coordinates `place` and k
-    place=None,
+    desc=None,  # reads in place of the pointers, at `coords` and k
+    coords=None,
 ):  # fmt: skip
     """Load columns k.. of a weight as a tile [rows, BLOCK_K] of dtype, its scales applied; finite beyond K."""
     FORMAT: tl.constexpr = LAYOUT.format
@@ -136,7 +138,7 @@ def weight_tile(
     PTX: tl.constexpr = LAYOUT.ptx
     FIELDS: tl.constexpr = fields_of(FORMAT)
     if desc is not None:
-        return desc.load(place + (k,)).reshape(w.tile.shape)  # noqa: RUF005  # the JIT knows no starred element
+        return desc.load(coords + (k,)).reshape(w.tile.shape)  # noqa: RUF005  # the JIT knows no starred element
     tile = _stored_tile(w.tile, k, K, FIELDS > 1 or K // BLOCK_K * BLOCK_K == K, FIELDS)
     if FIELDS > 1:
         group = k // GROUP

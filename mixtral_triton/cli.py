@@ -25,7 +25,7 @@ from .kernels.arch import ARCHS
 from .tools.gpus import LINKS
 from .tools.processes import is_first, open_mesh, select_backend
 from .tools.prompt import ChatTemplate, TimedSteps, encode, load_tokenizer, print_stream, read_prompts, select_sampling
-from .tools.terminal import bar, did_you_mean, exit_status, say
+from .tools.terminal import bar, did_you_mean, exit_status, print_message
 
 if TYPE_CHECKING:
     import torch
@@ -242,7 +242,7 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
         options |= {"offload": args.offload, "offload_by": args.offload_by}
         model = Mixtral.from_pretrained(args.folder, device, dtype, args.weights, mesh, **options)
     for warning in caught if is_first() else ():
-        say(f"mixtral-triton {args.command}: {warning.message}")
+        print_message(f"mixtral-triton {args.command}: {warning.message}")
     return model
 
 
@@ -251,7 +251,7 @@ def _tokens(args: argparse.Namespace, ids: Sequence[int], warning: str, model: M
     import torch
 
     if warning and is_first():
-        say(f"mixtral-triton {args.command}: {warning}")
+        print_message(f"mixtral-triton {args.command}: {warning}")
     return torch.tensor(ids, device=model.device)
 
 
@@ -271,8 +271,8 @@ def _verify(args: argparse.Namespace) -> int:
         ids = default_text(prompt, model.config, model.device, args.tokens)
         quick = args.folder == SMALL and model.device.type == "cpu" if args.quick is None else args.quick
         if is_first():
-            say(note)
-            say(estimate(model, ids[:, : args.tokens], args.folder, quick))
+            print_message(note)
+            print_message(estimate(model, ids[:, : args.tokens], args.folder, quick))
         with bar("verifying", None) as progress:
             options = {"folder": args.folder, "peer": args.peer, "quick": quick, "tokens": args.tokens}
             report = verify(model, ids[:, : args.tokens], progress.update, **options)
@@ -309,7 +309,7 @@ def _generate(args: argparse.Namespace) -> int:
             prompt = _tokens(args, ids, warning, model)
             steps = TimedSteps(model.stream(prompt[None], args.max_new_tokens, **sampling), len(ids), model.device)
             if is_first() and number == 0:
-                say("\n".join(filter(None, (note, *notes))))
+                print_message("\n".join(filter(None, (note, *notes))))
             # A continuation follows the prompt on its line, an answer stands alone.
             shown: str | None = text if template is None else f"> {text}\n" if len(texts) > 1 else ""
             after = ids[-1:] if template is None else []
@@ -317,7 +317,7 @@ def _generate(args: argparse.Namespace) -> int:
             tokens, answer = print_stream(steps, tokenizer, shown, after, args.max_new_tokens, args.stop)
             messages.append({"role": "assistant", "content": answer})
             if is_first() and not args.json:
-                say(str(steps))
+                print_message(str(steps))
         if is_first() and args.json:
             prompt_text = text if template is None else template.render(messages[:-1])
             chat = {} if template is None else {"messages": messages}

@@ -20,7 +20,7 @@ from .generate import PREFILL_CHUNK
 from .inputs import check_dtype, check_memory, default_dtype, free_memory, in_decimal, usable_device, weight_bytes
 from .kernels.offload import ALIGNMENT
 from .parallel import UNSHARDED, Ranks
-from .quantize import PARTS, QuantSpec, hub, select_specs
+from .quantize import QUANTIZED_PARTS, QuantSpec, hub, select_specs
 
 if TYPE_CHECKING:
     from .model import Mixtral
@@ -69,9 +69,9 @@ def load(
     if dtype is not None:
         check_dtype("Mixtral.from_pretrained", dtype)
     dtype = dtype or weights.stored_dtype(headers)
-    place = usable_device(ranks.device_type if device is None and ranks is not None else device)
+    target_device = usable_device(ranks.device_type if device is None and ranks is not None else device)
     if ranks is not None:
-        ranks.check_device(place)
+        ranks.check_device(target_device)
     shapes, own_shapes = weights.parameter_shapes(config), weights.parameter_shapes(config, shard)
     specs = shard.specs(specs, shapes, own_shapes)
 
@@ -83,11 +83,11 @@ def load(
 
     needed = bytes_of(specs)
     per_expert = offloaded_bytes(own_shapes, specs, dtype)
-    count = check_offload(offload, config, ranks, place, needed, per_expert)
+    count = check_offload(offload, config, ranks, target_device, needed, per_expert)
     needed -= count * (per_expert - staging_bytes(config, per_expert))
-    check_memory(place, needed, bytes_if if headers.scheme is None and not count else None)
+    check_memory(target_device, needed, bytes_if if headers.scheme is None and not count else None)
     on_host = select_experts(config, count, offload_by)
-    model = cls(config, place, dtype, deterministic, specs, ranks, on_host)
+    model = cls(config, target_device, dtype, deterministic, specs, ranks, on_host)
     model.requantized = requantized
     fill(config, model.named_weights(), progress, shard)
     return model
@@ -138,7 +138,7 @@ def offloaded_bytes(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, Q
     """Bytes of one expert of each layer that offloading moves: its rows, without scales and zeros."""
     total = 0
     for name, shape in shapes.items():
-        if name.rpartition(".")[2] in PARTS["experts"]:
+        if name.rpartition(".")[2] in QUANTIZED_PARTS["experts"]:
             size = specs[name].empty((1, *shape[1:]), "meta").data.nbytes if name in specs else 0
             total += size or shape[1] * shape[2] * dtype.itemsize
     return total

@@ -24,7 +24,7 @@ from .kernels.launch import pdl_region
 from .kernels.rope import rope_tables
 from .load import load
 from .parallel import UNSHARDED, Ranks
-from .quantize import PARTS, OffloadedWeight, QuantizedWeight, QuantSpec
+from .quantize import QUANTIZED_PARTS, OffloadedWeight, QuantizedWeight, QuantSpec
 
 # Attributes of an instance with which a caller replaces what its class does; `compile` sets the last.
 _REPLACED = {"forward", "attention", "route", "experts", "hidden", "head", "_call_impl", "_compiled_call_impl"}
@@ -36,15 +36,15 @@ def _empty_weight(
     shape: tuple[int, ...], device: Any, dtype: torch.dtype, spec: QuantSpec | None, on_host: Sequence[int] = ()
 ) -> Any:
     """Return an unset Parameter, a QuantizedWeight where there is a spec, or an OffloadedWeight of either kind."""
-    place = "meta" if on_host else device
-    weight = torch.empty(shape, device=place, dtype=dtype) if spec is None else spec.empty(shape, place)
+    first_device = "meta" if on_host else device
+    weight = torch.empty(shape, device=first_device, dtype=dtype) if spec is None else spec.empty(shape, first_device)
     if on_host:
         return OffloadedWeight(weight, on_host, device)
     return nn.Parameter(weight, requires_grad=False) if isinstance(weight, Tensor) else weight
 
 
 class Layer(nn.Module):
-    """One block: attention and the sparse experts. The norm after each also adds it to the residual stream."""
+    """A decoder block: attention and sparse experts. Each output is added to the residual stream by the next norm."""
 
     input_layernorm: Tensor  # [H]
     qkv_proj: WeightTensor  # [(Hq + 2 Hkv) D, H]
@@ -202,14 +202,14 @@ class Mixtral(nn.Module):
             spec = specs.get(name)
             if name.startswith("layers."):
                 _, index, short = name.split(".")
-                offloaded = on_host[int(index)] if on_host and short in PARTS["experts"] else ()
+                offloaded = on_host[int(index)] if on_host and short in QUANTIZED_PARTS["experts"] else ()
                 layers[int(index)][short] = _empty_weight(shape, device, dtype, spec, offloaded)
             else:
                 setattr(self, name, _empty_weight(shape, device, dtype, spec))
         if config.tie_word_embeddings:
             self.lm_head = self.embed_tokens
         self.layers = nn.ModuleList(Layer(config, parameters) for parameters in layers)  # type: ignore[assignment]
-        for short in PARTS["experts"] if any(on_host) else ():
+        for short in QUANTIZED_PARTS["experts"] if any(on_host) else ():
             OffloadedWeight.stage_in_turn([getattr(layer, short) for layer in self.layers])
         cos, sin = self._rope_tables(device)
         self.register_buffer("cos", cos, persistent=False)

@@ -123,7 +123,7 @@ UNSHARDED = Shard()
 
 
 def even(size: int, part: int, parts: int) -> slice:
-    """Return one of several parts of 0..size that differ by at most one."""
+    """Return the range of `part` where 0..size is split into `parts` ranges whose lengths differ by at most one."""
     return slice(size * part // parts, size * (part + 1) // parts)
 
 

@@ -31,7 +31,7 @@ class Values:
     k: Tensor
     v: Tensor
     heads: Tensor
-    attended: Tensor
+    attn_output: Tensor
     h: Tensor
     logits: Tensor
     weights: Tensor
@@ -57,15 +57,15 @@ def block(
     normed = rms_norm(x, convert(layer.input_layernorm), config.rms_norm_eps)
     q, k, v = linear(normed, convert(layer.qkv_proj)).view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
     heads = attend(q, k, v).reshape(B, T, Hq * D)
-    attended = linear(heads, convert(layer.o_proj))
-    h = rms_norm(x + attended, convert(layer.post_attention_layernorm), config.rms_norm_eps).view(B * T, H)
+    attn_output = linear(heads, convert(layer.o_proj))
+    h = rms_norm(x + attn_output, convert(layer.post_attention_layernorm), config.rms_norm_eps).view(B * T, H)
     logits = linear(h, convert(layer.gate))
     if ids is None:
         weights, ids = route(logits, config.num_experts_per_tok)
     else:
         weights = logits.gather(1, ids.long()).softmax(-1)
     y = expert_swiglu(h, convert(layer.gate_up_proj), convert(layer.down_proj), ids, weights).view_as(x)
-    return Values(x, normed, q, k, v, heads, attended, h, logits, weights, ids, y, x + attended + y)
+    return Values(x, normed, q, k, v, heads, attn_output, h, logits, weights, ids, y, x + attn_output + y)
 
 
 def uncached_attention(window: int | None, cos: Tensor, sin: Tensor) -> Attend:

@@ -34,7 +34,7 @@ from .config import (
 from .kernels.quantized import GROUPS, QuantizedWeight
 from .parallel import UNSHARDED, Shard
 
-Layout = Literal["per_expert", "fused"]
+KeyLayout = Literal["per_expert", "fused"]
 Shape = tuple[int, ...]
 Runs = tuple[slice, ...]
 Folder = str | os.PathLike[str]
@@ -52,7 +52,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
-class Target:
+class Destination:
     """A stored tensor of `shape` goes into `parameters[parameter][index]`.
 
     kept  per dimension the runs that this rank keeps, concatenated; all of it without a mesh
@@ -105,38 +105,38 @@ def parameter_shapes(config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[st
     return shapes
 
 
-def table(config: MixtralConfig, layout: Layout, shard: Shard = UNSHARDED) -> dict[str, Target]:
+def table(config: MixtralConfig, layout: KeyLayout, shard: Shard = UNSHARDED) -> dict[str, Destination]:
     """Return each tensor of a checkpoint of this layout by its name on disk, and where it goes."""
     hidden, E, I = config.hidden_size, config.num_local_experts, config.intermediate_size
     experts, inner = shard.experts(config), shard.inner(config)
     kept_rows, rows = shard.qkv_rows(config), qkv_rows(shard.config(config))
     halves = {"w1": slice(0, _length(inner)), "w3": slice(_length(inner), 2 * _length(inner))}
-    targets: dict[str, Target] = {}
+    targets: dict[str, Destination] = {}
 
     def put(name: str, parameter: str, shape: Shape, *index: int | slice, **kept: Runs) -> None:
         """`kept`: the runs of the dimension "experts", or of the last two, "rows" and "columns"."""
         names = ("experts", "rows", "columns")[-len(shape) :] if len(shape) > 1 else ("",)
         runs = (kept.get(dimension, (slice(0, size),)) for dimension, size in zip(names, shape, strict=True))
-        targets[name] = Target(parameter, index, shape, tuple(runs))
+        targets[name] = Destination(parameter, index, shape, tuple(runs))
 
     put(EMBEDDING, "embed_tokens", (config.vocab_size, hidden))
     for layer in range(config.num_hidden_layers):
-        stored, ours = f"model.layers.{layer}", f"layers.{layer}"
-        put(f"{stored}.input_layernorm.weight", f"{ours}.input_layernorm", (hidden,))
+        stored, parameters = f"model.layers.{layer}", f"layers.{layer}"
+        put(f"{stored}.input_layernorm.weight", f"{parameters}.input_layernorm", (hidden,))
         for name, run in qkv_rows(config).items():
             projection, shape = f"{stored}.self_attn.{name}_proj.weight", (_length(run), hidden)
-            put(projection, f"{ours}.qkv_proj", shape, rows[name], rows=(kept_rows[name],))
+            put(projection, f"{parameters}.qkv_proj", shape, rows[name], rows=(kept_rows[name],))
         shape = (hidden, _length(qkv_rows(config)["q"]))
-        put(f"{stored}.self_attn.o_proj.weight", f"{ours}.o_proj", shape, columns=(kept_rows["q"],))
-        put(f"{stored}.post_attention_layernorm.weight", f"{ours}.post_attention_layernorm", (hidden,))
-        gate_up, down = f"{ours}.gate_up_proj", f"{ours}.down_proj"
+        put(f"{stored}.self_attn.o_proj.weight", f"{parameters}.o_proj", shape, columns=(kept_rows["q"],))
+        put(f"{stored}.post_attention_layernorm.weight", f"{parameters}.post_attention_layernorm", (hidden,))
+        gate_up, down = f"{parameters}.gate_up_proj", f"{parameters}.down_proj"
         if layout == "fused":
-            put(f"{stored}.mlp.gate.weight", f"{ours}.gate", (E, hidden))
+            put(f"{stored}.mlp.gate.weight", f"{parameters}.gate", (E, hidden))
             kept = {"experts": (experts,), "rows": (inner, slice(I + inner.start, I + inner.stop))}
             put(f"{stored}.mlp.experts.gate_up_proj", gate_up, (E, 2 * I, hidden), **kept)
             put(f"{stored}.mlp.experts.down_proj", down, (E, hidden, I), experts=(experts,), columns=(inner,))
             continue
-        put(f"{stored}.block_sparse_moe.gate.weight", f"{ours}.gate", (E, hidden))
+        put(f"{stored}.block_sparse_moe.gate.weight", f"{parameters}.gate", (E, hidden))
         for expert in range(E):
             name, index = f"{stored}.block_sparse_moe.experts.{expert}", expert - experts.start
             runs = (inner,) if experts.start <= expert < experts.stop else ()
@@ -207,7 +207,7 @@ def total_bytes(headers: Headers) -> int:
     return sum(stored.nbytes for stored in headers.tensors.values())
 
 
-def check(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Target]:
+def check(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Destination]:
     """Return the table of the layout that the names show; ValueError names missing, unknown and misshapen tensors.
 
     It is cheap for any config: run it before allocating.
@@ -220,10 +220,10 @@ def check(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> 
     return found
 
 
-def targets(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Target]:
+def targets(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Destination]:
     """Return the table of the layout that the names on disk show; ValueError for a config far beyond them."""
     tensors = headers.tensors
-    layout: Layout = "fused" if any(".mlp.experts." in name for name in tensors) else "per_expert"
+    layout: KeyLayout = "fused" if any(".mlp.experts." in name for name in tensors) else "per_expert"
     least = config.num_hidden_layers * (config.num_local_experts if layout == "per_expert" else 1)
     if least > len(tensors):  # before a broken config makes the table endless
         raise ValueError(f"{headers.folder}: holds {len(tensors)} tensors, the config asks for {least} or more")
@@ -232,7 +232,7 @@ def targets(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -
 
 def load(
     headers: Headers,
-    found: Mapping[str, Target],
+    found: Mapping[str, Destination],
     config: MixtralConfig,
     parameters: Mapping[str, Any],
     progress: Progress = None,
@@ -254,7 +254,7 @@ def load(
 
 def fill(
     tensors: Mapping[str, Stored],
-    targets: Mapping[str, Target],
+    targets: Mapping[str, Destination],
     parameters: Mapping[str, Any],
     progress: Progress,
     quantizer: Quantizer | None = None,
@@ -276,7 +276,7 @@ def _file(item: tuple[str, Stored]) -> Path:
 
 
 def _fill(
-    part: Any, name: str, stored: Stored, target: Target, destination: Any, progress: Progress, quantizer: Any
+    part: Any, name: str, stored: Stored, target: Destination, destination: Any, progress: Progress, quantizer: Any
 ) -> None:
     """Read one tensor in chunks."""
     kept, columns, K = target.kept, None, stored.shape[-1]

@@ -43,38 +43,38 @@ FLOAT_CANARIES = (float("nan"), 1.0e4)
 INT_CANARIES = (0, 1)  # small: a kernel that used one as an index must not reach foreign memory
 
 
-class Fence:
+class GuardedTensor:
     """A copy of a tensor with the same strides, amid canaries."""
 
-    def __init__(self, tensor: Tensor, turn: int) -> None:
+    def __init__(self, tensor: Tensor, iteration: int) -> None:
         self.tensor = tensor
-        self.places = torch.zeros(1, dtype=torch.long)
+        self.indices = torch.zeros(1, dtype=torch.long)
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-            self.places = (self.places[:, None] + torch.arange(size) * stride).flatten()
-        extent = int(self.places.max()) + 1 if tensor.numel() else 0
-        canary = (FLOAT_CANARIES if tensor.is_floating_point() else INT_CANARIES)[turn]
+            self.indices = (self.indices[:, None] + torch.arange(size) * stride).flatten()
+        extent = int(self.indices.max()) + 1 if tensor.numel() else 0
+        canary = (FLOAT_CANARIES if tensor.is_floating_point() else INT_CANARIES)[iteration]
         self.canary = torch.tensor(canary).to(tensor.dtype)
         self.buffer = self.canary.repeat(extent + 2 * MARGIN)
-        self.buffer[MARGIN + self.places] = tensor.flatten()
+        self.buffer[MARGIN + self.indices] = tensor.flatten()
         self.guarded = self.buffer.as_strided(tensor.shape, tensor.stride(), MARGIN)
 
     def values(self) -> Tensor:
-        return self.buffer[MARGIN + self.places]
+        return self.buffer[MARGIN + self.indices]
 
     def holds(self, low: int, high: int) -> bool:
         start, size = self.guarded.data_ptr(), self.guarded.element_size()
-        return start <= low and high <= start + int(self.places.max()) * size
+        return start <= low and high <= start + int(self.indices.max()) * size
 
     def intact(self) -> bool:
         outside = torch.ones(len(self.buffer), dtype=torch.bool)
-        outside[MARGIN + self.places] = False
+        outside[MARGIN + self.indices] = False
         rest = self.buffer[outside]
         return bits(rest).equal(bits(self.canary.expand_as(rest).contiguous()))
 
     def write_back(self) -> None:
         if self.tensor.numel():
-            base = self.tensor.as_strided((int(self.places.max()) + 1,), (1,), self.tensor.storage_offset())
-            base[self.places] = self.values()
+            base = self.tensor.as_strided((int(self.indices.max()) + 1,), (1,), self.tensor.storage_offset())
+            base[self.indices] = self.values()
 
 
 def bits(x: Tensor) -> Tensor:
@@ -82,25 +82,25 @@ def bits(x: Tensor) -> Tensor:
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]) if x.is_floating_point() else x
 
 
-def fence_experts(name: str, weight: OffloadedWeight, fences: dict[str, Fence], turn: int) -> Tensor:
+def guard_experts(name: str, weight: OffloadedWeight, guards: dict[str, GuardedTensor], iteration: int) -> Tensor:
     """Fence the rows of each expert, and return the table with addresses in the copies. Others stay: they are seen."""
     experts = [weight.rows(expert) for expert in range(len(weight))]
     table = weight.data.clone()
     for number, rows in enumerate(experts):
-        fence = fences[f"{name}[{number}]"] = Fence(rows, turn)
+        guard = guards[f"{name}[{number}]"] = GuardedTensor(rows, iteration)
         inside = (weight.data >= rows.data_ptr()) & (weight.data < rows.data_ptr() + rows.nbytes)
-        table += inside * (fence.guarded.data_ptr() - rows.data_ptr())
+        table += inside * (guard.guarded.data_ptr() - rows.data_ptr())
     return table
 
 
-def run_fenced(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], turn: int) -> dict[str, Fence]:
+def run_guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], iteration: int) -> dict[str, GuardedTensor]:
     """Run a kernel on copies amid canaries, in turn 1 with the programs in reverse order; return the copies."""
     tensors = tensors_of_launch(args)
-    fences = {name: Fence(tensor, turn) for name, tensor in tensors.items()}
+    guards = {name: GuardedTensor(tensor, iteration) for name, tensor in tensors.items()}
     tables = {name: weight for name, x in tensors.items() if (weight := find_weight(x)) is not None}
     for name, weight in tables.items():
-        fences[name].guarded.copy_(fence_experts(name, weight, fences, turn))
-    fenced = {name: replace_base(args[name], fences[name].guarded) for name in tensors}
+        guards[name].guarded.copy_(guard_experts(name, weight, guards, iteration))
+    guarded_args = {name: replace_base(args[name], guards[name].guarded) for name in tensors}
     with interpreting() as builder:
         # Integer arithmetic that overflows its type raises an error.
         builder.options = replace(builder.options, sanitize_overflow=True, debug=True)
@@ -110,31 +110,31 @@ def run_fenced(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], turn: i
             addresses = active_addresses(pointers, mask)
             if addresses.size:
                 low, high = int(addresses.min()), int(addresses.max())
-                if not any(fence.holds(low, high) for fence in fences.values() if fence.tensor.numel()):
+                if not any(guard.holds(low, high) for guard in guards.values() if guard.tensor.numel()):
                     raise AssertionError(f"{kernel.__name__} loads from outside its tensors")
             return load(pointers, mask, *rest, **kwargs)
 
         def set_grid_idx(*index: int) -> None:
             reverse = (n - 1 - i for n, i in zip(builder.grid_dim, index, strict=True))
-            builder.grid_idx = tuple(reverse) if turn else index
+            builder.grid_idx = tuple(reverse) if iteration else index
 
         with mock.patch.multiple(builder, create_masked_load=checked_load, set_grid_idx=set_grid_idx):
-            kernel[grid](**args | fenced)
+            kernel[grid](**args | guarded_args)
     # The copies are elsewhere in each run, and so are their addresses.
-    return {name: fence for name, fence in fences.items() if name not in tables}
+    return {name: guard for name, guard in guards.items() if name not in tables}
 
 
 def guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
     """Stand in for `launch.interpret` with guarded tensors."""
-    runs = [run_fenced(kernel, grid, args, turn) for turn in (0, 1)]
-    for name, fence in (item for fences in runs for item in fences.items()):
-        if not fence.intact():
+    runs = [run_guarded(kernel, grid, args, iteration) for iteration in (0, 1)]
+    for name, guard in (item for guards in runs for item in guards.items()):
+        if not guard.intact():
             raise AssertionError(f"{kernel.__name__} stored outside {name}")
-    for name, fence in runs[0].items():
-        if not bits(fence.values()).equal(bits(runs[1][name].values())):
+    for name, guard in runs[0].items():
+        if not bits(guard.values()).equal(bits(runs[1][name].values())):
             raise AssertionError(f"{kernel.__name__}: {name} depends on program order or on what lies outside a tensor")
         if name in args:  # an expert's rows are only read
-            fence.write_back()
+            guard.write_back()
 
 
 @pytest.fixture
@@ -185,8 +185,8 @@ def inject_fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
                 changed = args[3] if out is None else out  # append has no result: the key cache
                 first = changed[0] if isinstance(changed, tuple) else changed
                 flat = first.view(-1)
-                place = int(flat.abs().argmax())
-                flat[place] = flat[place] * 1.03 if first.is_floating_point() else flat[place] + 1
+                index = int(flat.abs().argmax())
+                flat[index] = flat[index] * 1.03 if first.is_floating_point() else flat[index] + 1
             return out
 
         monkeypatch.setattr(call, "call_checked", faulty)

@@ -63,9 +63,9 @@ def _accumulate(
             v = tl.load(v_ptrs, mask=(offs_j < limit)[:, None] & (offs_d < D)[None, :], other=0.0)
         elif keys.k_desc is not None:
             at = start - first
-            place = (keys.b, keys.hkv, at, 0) if KIND.HEADS_FIRST else (keys.b, at, keys.hkv, 0)
-            k = keys.k_desc.load(place).reshape(BLOCK_N, BLOCK_D).T
-            v = keys.v_desc.load(place).reshape(BLOCK_N, BLOCK_D)
+            coords = (keys.b, keys.hkv, at, 0) if KIND.HEADS_FIRST else (keys.b, at, keys.hkv, 0)
+            k = keys.k_desc.load(coords).reshape(BLOCK_N, BLOCK_D).T
+            v = keys.v_desc.load(coords).reshape(BLOCK_N, BLOCK_D)
         elif D == BLOCK_D:
             k, v = tl.load(k_ptrs), tl.load(v_ptrs)
         else:

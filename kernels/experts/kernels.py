@@ -25,8 +25,8 @@ from ..unpack import fields_of
 from ..weight import WeightPtrs, add_products, expert_rows, times_row_scales, weight_tile
 
 # The weight rows of a tile: WeightPtrs of column 0, the indices of the rows among all experts' (for scales and zeros),
-# and a descriptor that reads at `place`, or None.
-ExpertWeight = namedtuple("ExpertWeight", "ptrs rows desc place")
+# and a descriptor that reads at `coords`, or None.
+ExpertWeight = namedtuple("ExpertWeight", "ptrs rows desc coords")
 # The rows of x of a tile: pointers [rows, BLOCK_K] of column 0, or descriptors of the upper part and of SHORT_M rows.
 RowSource = namedtuple("RowSource", "ptrs desc short_desc")
 
@@ -168,11 +168,11 @@ def _group_tile(
     row_tiles = (ends - begins + BLOCK_M - 1) // BLOCK_M
     programs = tl.cumsum(row_tiles, axis=0) * column_tiles
     expert = tl.sum((programs <= pid).to(tl.int32), axis=0)
-    mine = offs_e == expert
+    is_expert = offs_e == expert
     pid -= tl.sum(tl.where(offs_e == expert - 1, programs, 0), axis=0)
-    pid_m, pid_n = program_tile(pid, tl.sum(tl.where(mine, row_tiles, 0), axis=0), column_tiles, GROUP_M)
-    row = tl.sum(tl.where(mine, begins, 0), axis=0) + pid_m * BLOCK_M
-    return expert, row, tl.sum(tl.where(mine, ends, 0), axis=0), pid_n
+    pid_m, pid_n = program_tile(pid, tl.sum(tl.where(is_expert, row_tiles, 0), axis=0), column_tiles, GROUP_M)
+    row = tl.sum(tl.where(is_expert, begins, 0), axis=0) + pid_m * BLOCK_M
+    return expert, row, tl.sum(tl.where(is_expert, ends, 0), axis=0), pid_n
 
 
 @triton.jit
@@ -186,7 +186,7 @@ def _products(x_ptrs, x_desc, row, w, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
             x_ptrs += BLOCK_K  # stepped, not computed from k: fewer instructions in the loop
         else:
             x = x_desc.load([row, k])
-        w_tile = weight_tile(w.ptrs, w.rows, k, K, BLOCK_K, x.dtype, LAYOUT, w.desc, w.place)
+        w_tile = weight_tile(w.ptrs, w.rows, k, K, BLOCK_K, x.dtype, LAYOUT, w.desc, w.coords)
         acc = tl.dot(x, w_tile.T, acc, "ieee")
     return acc
 
@@ -199,7 +199,7 @@ def _products_of_both_parts(
     acc, below = tl.zeros((MAIN_M, w.rows.shape[0]), tl.float32), tl.zeros((SHORT_M, w.rows.shape[0]), tl.float32)
     for k in range(0, K, BLOCK_K):
         x_main, x_below = x.desc.load([row, k]), x.short_desc.load([row + MAIN_M, k])
-        w_tile = weight_tile(w.ptrs, w.rows, k, K, BLOCK_K, x_main.dtype, LAYOUT, w.desc, w.place)
+        w_tile = weight_tile(w.ptrs, w.rows, k, K, BLOCK_K, x_main.dtype, LAYOUT, w.desc, w.coords)
         acc = tl.dot(x_main, w_tile.T, acc, input_precision="ieee")
         below = tl.dot(x_below, w_tile.T, below, input_precision="ieee")
     return acc, below
@@ -264,9 +264,9 @@ def experts_up_kernel(
         offs_k, w_rows = tl.arange(0, BLOCK_K), pair_rows(pid_n, I, BLOCK_N)
         w_ptrs = expert_rows(gate_up_ptr, expert.to(tl.int64), stride_we, h_ptr.dtype.element_ty, LAYOUT)
         w_ptrs += w_rows[:, None] * stride_wn + offs_k[None, :]
-        place = expert, 0, pid_n * BLOCK_N
+        coords = expert, 0, pid_n * BLOCK_N
         w_rows = expert.to(tl.int64) * 2 * I + w_rows
-        w = ExpertWeight(WeightPtrs(w_ptrs, scales_ptr, zeros_ptr), w_rows, gate_up_desc, place)
+        w = ExpertWeight(WeightPtrs(w_ptrs, scales_ptr, zeros_ptr), w_rows, gate_up_desc, coords)
         if SHORT_M == 0:
             x_ptrs = x_ptr
             if x_desc is None:
@@ -313,8 +313,8 @@ def experts_down_kernel(
         offs_k, w_rows = tl.arange(0, BLOCK_K), tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), H - 1).to(tl.int64)
         w_ptrs = expert_rows(down_ptr, expert.to(tl.int64), stride_we, y_ptr.dtype.element_ty, LAYOUT)
         w_ptrs += w_rows[:, None] * stride_wn + offs_k[None, :]
-        place, w_rows = (expert, pid_n * BLOCK_N), expert.to(tl.int64) * H + w_rows
-        w = ExpertWeight(WeightPtrs(w_ptrs, scales_ptr, zeros_ptr), w_rows, down_desc, place)
+        coords, w_rows = (expert, pid_n * BLOCK_N), expert.to(tl.int64) * H + w_rows
+        w = ExpertWeight(WeightPtrs(w_ptrs, scales_ptr, zeros_ptr), w_rows, down_desc, coords)
         if SHORT_M == 0:
             rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
             h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * I + offs_k[None, :]

@@ -34,39 +34,39 @@ def apply(
     For inference: `forward` works with gradients enabled; a backward pass, training mode, a block of another class, a
     quantized or sharded weight, a device_map's missing GPU, hooks on `act_fn` and continuous batching are ValueErrors.
     """
-    ours = import_modules("apply", model)
+    modules = import_modules("apply", model)
     for name, value in {"attention": attention, "experts": experts, "rms_norm": rms_norm, "rope": rope}.items():
         if not isinstance(value, bool):
             raise ValueError(f"apply: argument '{name}' is {value!r}, needs True or False")
-    theirs = ours.theirs
-    blocks = (theirs.MixtralAttention,) if attention or rope else ()
-    blocks += (theirs.MixtralTopKRouter, theirs.MixtralExperts) if experts else ()
-    blocks += (theirs.MixtralRMSNorm,) if rms_norm else ()
-    blocks += (theirs.MixtralRotaryEmbedding,) if rope else ()
+    modeling = modules.modeling
+    blocks = (modeling.MixtralAttention,) if attention or rope else ()
+    blocks += (modeling.MixtralTopKRouter, modeling.MixtralExperts) if experts else ()
+    blocks += (modeling.MixtralRMSNorm,) if rms_norm else ()
+    blocks += (modeling.MixtralRotaryEmbedding,) if rope else ()
     _check_weights(model)
-    _check_modules(model, blocks, ours)
+    _check_modules(model, blocks, modules)
     revert(model)
     if blocks and not INTERPRETED and model.device.type == "cpu":
         text = (
             "on the CPU plain torch runs the operations; TRITON_INTERPRET=1 interprets the Triton kernels: far slower"
         )
         warnings.warn(f"apply: {text}", stacklevel=2)
-    parts = ours.Parts(attention or None, experts or None, rope)
-    changing = (*blocks, theirs.MixtralPreTrainedModel) if blocks else ()
+    parts = modules.Parts(attention or None, experts or None, rope)
+    changing = (*blocks, modeling.MixtralPreTrainedModel) if blocks else ()
     for module in model.modules():
         if isinstance(module, changing):
-            _set_class(module, ours.applied_class(type(module)))
-            module.__dict__[ours.PARTS] = parts
+            _set_class(module, modules.applied_class(type(module)))
+            module.__dict__[modules.PARTS_ATTRIBUTE] = parts
     return model
 
 
 def revert(model: Model) -> Model:
     """Undo `apply`, bit for bit -> the same instance. A model that is not applied stays as it is."""
-    ours = import_modules("revert", model)
+    modules = import_modules("revert", model)
     for module in model.modules():
-        if isinstance(module, ours.Applied):
-            _set_class(module, module.theirs)
-            del module.__dict__[ours.PARTS]
+        if isinstance(module, modules.Applied):
+            _set_class(module, module.original)
+            del module.__dict__[modules.PARTS_ATTRIBUTE]
     return model
 
 
@@ -77,10 +77,10 @@ def applied(model: nn.Module) -> bool:
 
 def import_modules(function: str, model: Any) -> Any:
     """hf.modules; ValueError that names `function` where `model` is none of transformers' Mixtral models."""
-    ours = _import_modules()
-    base = ours.theirs.MixtralPreTrainedModel
+    modules = _import_modules()
+    base = modules.modeling.MixtralPreTrainedModel
     if isinstance(model, base):
-        return ours
+        return modules
     holder = model if isinstance(model, nn.Module) else getattr(model, "model", None)  # a pipeline has it
     modules = holder.named_modules() if isinstance(holder, nn.Module) else ()
     inner = next((name for name, module in modules if isinstance(module, base)), None)
@@ -109,12 +109,12 @@ def _check_weights(model: Any) -> None:
     quantization = getattr(model, "hf_quantizer", None), getattr(model.config, "quantization_config", None)
     if getattr(model, "is_quantized", False) or quantization != (None, None):
         config = quantization[1] if isinstance(quantization[1], dict) else vars(quantization[1] or object)
-        ours, reads = "mixtral_triton.Mixtral.from_pretrained", ", which reads the quantized weights exactly"
+        loader, reads = "mixtral_triton.Mixtral.from_pretrained", ", which reads the quantized weights exactly"
         method = config.get("quant_method")
         if getattr(method, "value", method) == "bitsandbytes":
-            ours, reads = f'{ours}(folder, weights="int4")', " on the folder in bf16"
+            loader, reads = f'{loader}(folder, weights="int4")', " on the folder in bf16"
         plain = "load it without quantization_config (bf16, fp16 or fp32)"
-        raise ValueError(f"apply: model is quantized; {plain}, or the folder with {ours}{reads}")
+        raise ValueError(f"apply: model is quantized; {plain}, or the folder with {loader}{reads}")
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise ValueError("apply: model has a tensor-parallel plan; load it without tp_plan, or with a device_map")
     for name, parameter in model.named_parameters():
@@ -125,12 +125,10 @@ def _check_weights(model: Any) -> None:
             raise ValueError(f"apply: parameter {name} is {got}, needs a plain fp32, bf16 or fp16 parameter")
 
 
-def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], ours: Any) -> None:
-    """The modules that change must be of transformers' classes, and be called by transformers' code.
-
-    The GPUs that accelerate's hooks send the inputs of a split model to must exist.
-    """
-    backbone, gpus = ours.theirs.MixtralModel, torch.cuda.device_count()
+def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], modules: Any) -> None:
+    """Raise ValueError unless all modules to replace are of transformers' own classes and have its forward, and the GPUs
+    that accelerate's hooks name exist."""
+    backbone, gpus = modules.modeling.MixtralModel, torch.cuda.device_count()
     for name, module in model.named_modules() if blocks else ():
         hook = module.__dict__.get("_hf_hook")
         for each in getattr(hook, "hooks", (hook,)):
@@ -142,19 +140,19 @@ def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], ours: Any) -
         base = next((each for each in (*blocks, backbone) if isinstance(module, each)), None)
         if base is None:
             continue
-        current = module.theirs if isinstance(module, ours.Applied) else type(module)
+        current = module.original if isinstance(module, modules.Applied) else type(module)
         if current is not base and base is not backbone:
             raise ValueError(f"apply: {name} is a {current.__name__}, not transformers' own {base.__name__}")
         forward = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"  # accelerate keeps what it wraps
         if forward in module.__dict__ and not _is_own_forward(module, forward):
             name = name or f"the {current.__name__}"
             raise ValueError(f"apply: {name} has a {forward} of its own, which would stay in use; remove it first")
-        if base is ours.theirs.MixtralAttention and module.head_dim > 256:
+        if base is modules.modeling.MixtralAttention and module.head_dim > 256:
             raise ValueError(f"apply: head_dim is {module.head_dim}, needs at most 256; attention=False, rope=False")
-        if base is ours.theirs.MixtralExperts:
-            if not isinstance(module.act_fn, ours.SILU):
+        if base is modules.modeling.MixtralExperts:
+            if not isinstance(module.act_fn, modules.SILU):
                 raise ValueError(f"apply: {name} has activation {module.act_fn}, needs silu; use experts=False")
-            ours.check_unhooked(module.act_fn, f"apply: {name}.act_fn")
+            modules.check_unhooked(module.act_fn, f"apply: {name}.act_fn")
             if getattr(module, "_is_expert_parallel", False):
                 got = f"{name} is split over ranks (expert parallel)"
                 raise ValueError(f"apply: {got}; load it whole, or experts=False")

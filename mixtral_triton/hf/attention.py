@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
-from transformers.models.mixtral import modeling_mixtral as theirs
+from transformers.models.mixtral import modeling_mixtral as modeling
 from transformers.utils.import_utils import is_tracing
 
 from .. import ops
@@ -75,7 +75,7 @@ def attention(
         dense = visible(mask, query, key, sliding_window)
         if dense.dtype == torch.bool:
             dense = torch.zeros_like(dense, dtype=query.dtype).masked_fill_(~dense, torch.finfo(query.dtype).min)
-        weights = theirs.eager_attention_forward(module, query, key, value, dense, scaling)[1]
+        weights = modeling.eager_attention_forward(module, query, key, value, dense, scaling)[1]
     if mask is None and 1 < T < key.shape[2]:
         key, value = key[:, :, :T], value[:, :, :T]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))

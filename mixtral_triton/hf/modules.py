@@ -18,12 +18,12 @@ from transformers import GenerationMixin
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.mixtral import modeling_mixtral as theirs
+from transformers.models.mixtral import modeling_mixtral as modeling
 
 from .. import ops
 from .attention import CACHE, NAME, PAGED, attention, causal_mask, check_dtype, fast
 
-PARTS = "_mixtral_triton"  # attribute of each module of these classes: the instance's Parts
+PARTS_ATTRIBUTE = "_mixtral_triton"  # attribute of each module of these classes: the instance's Parts
 SILU = nn.SiLU, type(ACT2FN["silu"])
 ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds", "use_cache")  # MixtralModel's
 
@@ -38,21 +38,21 @@ class Parts:
 
 
 class Applied:
-    """A class that replaces `theirs`. Calling it makes an instance of `theirs`, and its pickle names `theirs`, too."""
+    """A class that replaces `original`. Calling it makes an instance of that class, which its pickle names, too."""
 
-    theirs: ClassVar[Any]
+    original: ClassVar[Any]
     _mixtral_triton: Parts
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if not issubclass(cls.__bases__[-1], Applied):
-            cls.theirs = cls.__bases__[-1]
+            cls.original = cls.__bases__[-1]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return cls.theirs(*args, **kwargs) if args or kwargs else super().__new__(cls)
+        return cls.original(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return rebuild, (self.theirs,), *super().__reduce_ex__(protocol)[2:]
+        return rebuild, (self.original,), *super().__reduce_ex__(protocol)[2:]
 
 
 def rebuild(kind: Any) -> Any:
@@ -60,19 +60,19 @@ def rebuild(kind: Any) -> Any:
     return Applied.__new__(applied_class(kind))
 
 
-class TritonRMSNorm(Applied, theirs.MixtralRMSNorm):
+class TritonRMSNorm(Applied, modeling.MixtralRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         return fast(ops.rms_norm)(hidden_states, self.weight, self.variance_epsilon)
 
 
-class TritonRouter(Applied, theirs.MixtralTopKRouter):
+class TritonRouter(Applied, modeling.MixtralTopKRouter):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows = hidden_states.reshape(-1, self.hidden_dim)
         logits, weights, ids = fast(ops.gate_route)(rows, self.weight, self.top_k)
         return logits, weights, ids.long()  # int64, as hooks of the gate expect
 
 
-class TritonExperts(Applied, theirs.MixtralExperts):
+class TritonExperts(Applied, modeling.MixtralExperts):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T,H], top_k_index and top_k_weights [T,K] -> [T,H]."""
         if not self._mixtral_triton.experts:
@@ -114,7 +114,7 @@ def rope_tables(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor, T
     return cos, sin, numbers
 
 
-class TritonRotaryEmbedding(Applied, theirs.MixtralRotaryEmbedding):
+class TritonRotaryEmbedding(Applied, modeling.MixtralRotaryEmbedding):
     """Any kind of rotary embedding -> `Angles`. transformers looks for "RotaryEmbedding" in the class's name."""
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ class TritonRotaryEmbedding(Applied, theirs.MixtralRotaryEmbedding):
         return angles
 
 
-class TritonAttention(Applied, theirs.MixtralAttention):
+class TritonAttention(Applied, modeling.MixtralAttention):
     """transformers' attention with `ops.rope`, with `ops.attention`, or with both."""
 
     def forward(
@@ -146,18 +146,20 @@ class TritonAttention(Applied, theirs.MixtralAttention):
             q, k = fast(ops.rope)(q, k, *tables)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if not parts.rope:
-            q, k = theirs.apply_rotary_pos_emb(q, k, *position_embeddings)
+            q, k = modeling.apply_rotary_pos_emb(q, k, *position_embeddings)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
         attend: Any = attention
         if not parts.attention:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, theirs.eager_attention_forward)
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+                config._attn_implementation, modeling.eager_attention_forward
+            )
         settings = {"scaling": self.scaling, "dropout": 0.0, "sliding_window": config.sliding_window}
         out, weights = attend(self, q, k, v, attention_mask, **settings, **kwargs)
         return self.o_proj(out.reshape(*tokens, -1)), weights
 
 
-class Selecting(Applied):
+class ImplementationsMixin(Applied):
     """A model whose implementations transformers' own methods select. Its config never names this package's."""
 
     base_model: Any
@@ -174,7 +176,7 @@ class Selecting(Applied):
         return {"": NAME} if self._uses("experts") else super().get_experts_implementation()  # type: ignore[misc]
 
     def _uses(self, part: str) -> bool | None:
-        return getattr(getattr(self.base_model, PARTS, None), part, None)
+        return getattr(getattr(self.base_model, PARTS_ATTRIBUTE, None), part, None)
 
     def _select(self, part: str, name: str | dict[str, str], select: Callable[[], None]) -> None:
         selected, is_applied = name.get("") if isinstance(name, dict) else name, self._uses(part) is not None
@@ -183,10 +185,10 @@ class Selecting(Applied):
         if selected != NAME:
             select()
         if selected is not None and is_applied:
-            setattr(getattr(self.base_model, PARTS), part, selected == NAME)
+            setattr(getattr(self.base_model, PARTS_ATTRIBUTE), part, selected == NAME)
 
 
-class Generating(Selecting):
+class GenerateMixin(ImplementationsMixin):
     def create_masks_for_generate(self, config: Any, **kwargs: Any) -> Any:
         """The mask of a step on a static cache, which `generate` makes before the compiled forward."""
         if self._uses("attention"):
@@ -209,10 +211,10 @@ class Generating(Selecting):
         return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
 
-class Backbone(Selecting):
+class Backbone(ImplementationsMixin):
     """MixtralModel: rejects training, and makes the mask."""
 
-    @wraps(theirs.MixtralModel.forward)
+    @wraps(modeling.MixtralModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training:  # type: ignore[attr-defined]
             raise ValueError("mixtral_triton.apply is for inference only: call model.eval(), or revert(model) to train")
@@ -250,8 +252,8 @@ def applied_class(kind: Any) -> Any:
     A model's class keeps its name and module, as transformers looks classes up by them.
     """
     for block in (TritonRMSNorm, TritonRouter, TritonExperts, TritonRotaryEmbedding, TritonAttention):
-        if block.theirs is kind:
+        if block.original is kind:
             return block
-    bases = (Backbone, theirs.MixtralModel), (Generating, GenerationMixin)
-    mixins = [mixin for mixin, base in bases if issubclass(kind, base)] or [Selecting]
+    bases = (Backbone, modeling.MixtralModel), (GenerateMixin, GenerationMixin)
+    mixins = [mixin for mixin, base in bases if issubclass(kind, base)] or [ImplementationsMixin]
     return type(kind.__name__, (*mixins, kind), {name: getattr(kind, name) for name in ("__module__", "__qualname__")})

@@ -16,8 +16,8 @@ from ..kernels.quantized import BITS, ZERO_INT4, QuantizedWeight, QuantSpec, pac
 
 __all__ = ["OffloadedWeight", "QuantSpec", "QuantizedWeight", "quantize"]
 
-PARTS = {"experts": ("gate_up_proj", "down_proj"), "linear": ("qkv_proj", "o_proj", "lm_head")}
-ALLOWED = f"None, one of {', '.join(BITS)} (the experts), or a dict of these with the keys {', '.join(PARTS)}"
+QUANTIZED_PARTS = {"experts": ("gate_up_proj", "down_proj"), "linear": ("qkv_proj", "o_proj", "lm_head")}
+ALLOWED = f"None, one of {', '.join(BITS)} (the experts), or a dict of these with the keys {', '.join(QUANTIZED_PARTS)}"
 LARGEST = {"int4": 7.0, "int8": 127.0, "fp8": 448.0}  # value of each format at scale 1
 # Elements that are quantized at once: in fp32 they fit a CPU's cache, or keep a GPU busy.
 PIECE, GPU_PIECE = 1 << 18, 1 << 23
@@ -44,10 +44,12 @@ def select_specs(
     if weights is None:
         return {}
     wanted = {"experts": weights} if isinstance(weights, str) else weights
-    known = isinstance(wanted, Mapping) and all(PARTS.get(part) and str(wanted[part]) in BITS for part in wanted)
+    known = isinstance(wanted, Mapping) and all(
+        QUANTIZED_PARTS.get(part) and str(wanted[part]) in BITS for part in wanted
+    )
     if not wanted or not known:
         raise ValueError(f"{caller}: weights is {weights!r}, needs {ALLOWED}")
-    formats = {name: format for part, format in wanted.items() for name in PARTS[part]}
+    formats = {name: format for part, format in wanted.items() for name in QUANTIZED_PARTS[part]}
     specs: dict[str, QuantSpec] = {}
     for name, shape in shapes.items():
         if (format := formats.get(name.rpartition(".")[2])) is not None:

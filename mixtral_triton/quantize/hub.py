@@ -22,13 +22,13 @@ from .. import weights
 from ..config import MixtralConfig, checkpoint_folder
 from ..kernels.quantized import QuantizedWeight
 from ..parallel import UNSHARDED, Shard
-from ..weights import Headers, Stored, Target
-from . import PARTS, QuantSpec, fill, put, select_specs
-from .layouts import FLOATS, Layout
+from ..weights import Destination, Headers, Stored
+from . import QUANTIZED_PARTS, QuantSpec, fill, put, select_specs
+from .layouts import FLOATS, HubLayout
 from .schemes import read_scheme
 
 PIECE = 1 << 22  # codes that are unpacked at once
-QUANTIZABLE = {name for names in PARTS.values() for name in names}
+QUANTIZABLE = {name for names in QUANTIZED_PARTS.values() for name in names}
 # Last parts of the names of scales of activations and caches, which stay in 16 bits here.
 UNUSED = {f"{what}_scale" for what in ("input", "output", "activation", "q", "k", "v", "kv")} | {"input_zero_point"}
 
@@ -38,13 +38,13 @@ class Linear:
     """A quantized linear of the checkpoint, with its tensors by the last part of their names."""
 
     name: str
-    target: Target
+    target: Destination
     parts: Mapping[str, Stored]
-    layout: Layout
+    layout: HubLayout
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoadPlan:
     """Where the tensors of a quantized checkpoint go.
 
     specs        the quantization of the model's parameters
@@ -55,7 +55,7 @@ class Plan:
 
     linears: list[Linear]
     specs: dict[str, QuantSpec]
-    dense: dict[str, Target]
+    dense: dict[str, Destination]
     unused: set[str]
     requantized: frozenset[str]
 
@@ -68,7 +68,7 @@ def read_headers(folder: weights.Folder) -> Headers:
 
 def plan(
     headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED, anew: str | Mapping[str, str] | None = None
-) -> Plan:
+) -> LoadPlan:
     """Return the plan of a quantized folder; ValueError unless names, dtypes and shapes are those of its layouts.
 
     anew  None: every parameter is read exactly, or refused. Else the formats of what is quantized anew (`weights`); of
@@ -82,7 +82,7 @@ def plan(
         by_linear[prefix][part] = headers.tensors[name]
     linears: list[Linear] = []
     by_parameter: dict[str, list[Linear]] = defaultdict(list)
-    dense: dict[str, Target] = {}
+    dense: dict[str, Destination] = {}
     need: dict[str, Any] = {}
     for name, target in weights.targets(headers, config, shard).items():
         prefix = name.removesuffix(".weight")
@@ -114,7 +114,7 @@ def plan(
                 if anew is None:
                     raise
                 requantized.add(name)
-    return Plan(linears, specs, dense, unused, frozenset(requantized))
+    return LoadPlan(linears, specs, dense, unused, frozenset(requantized))
 
 
 def _needed(folder: Path, linear: Linear) -> dict[str, tuple[int, ...]]:
@@ -131,7 +131,7 @@ def _needed(folder: Path, linear: Linear) -> dict[str, tuple[int, ...]]:
     return need
 
 
-def _spec(folder: Path, linears: list[Linear], dense: Mapping[str, Target]) -> QuantSpec:
+def _spec(folder: Path, linears: list[Linear], dense: Mapping[str, Destination]) -> QuantSpec:
     """Return the spec of the parameter that the linears fill; ValueError unless they agree."""
     first, name = linears[0], linears[0].target.parameter
     other = next((tensor for tensor, target in dense.items() if target.parameter == name), None)
@@ -150,7 +150,7 @@ def _spec(folder: Path, linears: list[Linear], dense: Mapping[str, Target]) -> Q
 
 def load(
     headers: Headers,
-    plan: Plan,
+    plan: LoadPlan,
     config: MixtralConfig,
     parameters: Mapping[str, Any],
     progress: weights.Progress = None,

@@ -80,7 +80,7 @@ def unpacked(x: Tensor, bits: int, ordered: bool = False) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Layout:
+class HubLayout:
     """How each quantized linear [N,K] is stored.
 
     format       the QuantizedWeight's; "uint8": none, but `values` reads it

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Field, is_size, read_json_object
-from .layouts import FLOATS, I32, Layout, Plane
+from .layouts import FLOATS, I32, HubLayout, Plane
 
 Config = Mapping[str, Any]
 # Files that describe the quantization where config.json does not: the method, and the key that holds its config.
@@ -52,11 +52,11 @@ class Scheme:
     """
 
     name: str
-    groups: Sequence[tuple[Sequence[str], Layout]]
+    groups: Sequence[tuple[Sequence[str], HubLayout]]
     dense: Sequence[str] = ()
     matches: Callable[[str, str], bool] = operator.eq
 
-    def layout(self, name: str) -> Layout:
+    def layout(self, name: str) -> HubLayout:
         """Return the layout of the linear of this name on disk."""
         found = (layout for patterns, layout in self.groups if any(self.matches(name, each) for each in patterns))
         return next(found, self.groups[0][1])
@@ -129,7 +129,7 @@ def _compressed_tensors(config: Config) -> Scheme:
     return Scheme(f"compressed-tensors, {' and '.join(formats)}", found, dense, _matches_regex)
 
 
-def _group_layout(format: str, weights: Config) -> Layout:
+def _group_layout(format: str, weights: Config) -> HubLayout:
     """Return the layout of a group of compressed-tensors with these arguments of its weights."""
     bits, symmetric, strategy = weights["num_bits"], weights.get("symmetric"), weights["strategy"]
     group, block = weights.get("group_size"), weights.get("block_structure")
@@ -140,19 +140,19 @@ def _group_layout(format: str, weights: Config) -> Layout:
         zeros = Plane("weight_zero_point", I32, rows=8) if symmetric is False else None
         reordered = weights.get("actorder") in ("group", "dynamic", True)
         form = "int4" if bits == 4 else "int8", codes, scales, zeros, group if strategy == "group" else None
-        return Layout(*form, zeros is None, reordered=reordered, extras=("weight_shape", "weight_g_idx"))
+        return HubLayout(*form, zeros is None, reordered=reordered, extras=("weight_shape", "weight_g_idx"))
     if strategy == "block" and block is None:
         raise _error("block_structure", block, BLOCK.need)
     block = block if strategy == "block" else None
     return _eight_bits("fp8" if weights.get("type") == "float" else "int8", block=block)
 
 
-def _eight_bits(format: str, scale: str = "weight_scale", block: Sequence[int] | None = None) -> Layout:
+def _eight_bits(format: str, scale: str = "weight_scale", block: Sequence[int] | None = None) -> HubLayout:
     """Return the layout of fp8 (e4m3) or int8 codes [N,K] with a scale per tensor, row or block [rows, columns]."""
     codes = Plane("weight", ("F8_E4M3",) if format == "fp8" else ("I8",))
     if block is None:
-        return Layout(format, codes, Plane(scale, FLOATS, any_shape=True))
-    return Layout(format, codes, Plane(scale, FLOATS, rows=block[0]), group=block[1])
+        return HubLayout(format, codes, Plane(scale, FLOATS, any_shape=True))
+    return HubLayout(format, codes, Plane(scale, FLOATS, rows=block[0]), group=block[1])
 
 
 def _matches_regex(name: str, pattern: str) -> bool:
@@ -186,14 +186,14 @@ def _gptq(config: Config) -> Scheme:
     zeros = Plane("qzeros", I32, rows=32 // bits, transposed=True)
     symmetric, reordered = config.get("sym") is not False, config.get("desc_act") is True and group not in (None, -1)
     form = "int4" if bits == 4 else "uint8", codes, COLUMN_SCALES, zeros, group, symmetric, int(version == "gptq")
-    return Scheme(f"{version}, {bits} bits", [((), Layout(*form, reordered, ("g_idx", "bias"), bits))])
+    return Scheme(f"{version}, {bits} bits", [((), HubLayout(*form, reordered, ("g_idx", "bias"), bits))])
 
 
 def _awq(config: Config) -> Scheme:
     config = {"bits": config.get("w_bit"), "group_size": config.get("q_group_size"), **config}
     _check(config, AWQ)
     codes, zeros = (Plane(name, I32, rows=8, transposed=True, ordered=True) for name in ("qweight", "qzeros"))
-    layout = Layout("int4", codes, COLUMN_SCALES, zeros, config["group_size"], symmetric=False, extras=("bias",))
+    layout = HubLayout("int4", codes, COLUMN_SCALES, zeros, config["group_size"], symmetric=False, extras=("bias",))
     return Scheme("awq", [((), layout)], config.get("modules_to_not_convert") or (), operator.contains)
 
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from .. import weights
 from ..config import MixtralConfig, checkpoint_folder, read_json_object
 from ..inputs import usable_device
-from ..weights import Target
-from . import PARTS, QuantSpec, encode, hub, pieces, select_specs
+from ..weights import Destination
+from . import QUANTIZED_PARTS, QuantSpec, encode, hub, pieces, select_specs
 
 NOT_COPIED = ("*.safetensors", "*.gguf", "config.json", weights.INDEX_FILE, *weights.PICKLED, ".*")
 LINEARS = (".q_proj", ".k_proj", ".v_proj", ".o_proj", ".gate", "lm_head")
@@ -53,15 +53,16 @@ def write(
     OSError names the file that could not be written. Unfinished files are removed after an error.
     """
     folder = checkpoint_folder(folder)
-    config, headers, place = MixtralConfig.from_pretrained(folder), hub.read_headers(folder), usable_device(device)
-    if place.type == "meta":
+    config, headers = MixtralConfig.from_pretrained(folder), hub.read_headers(folder)
+    target_device = usable_device(device)
+    if target_device.type == "meta":
         raise ValueError("quantize: device is 'meta', which holds no numbers, needs cpu or cuda")
     if headers.scheme is not None:
         raise ValueError(f"quantize: {headers.folder} is quantized already ({headers.scheme.name})")
     targets, per_expert = weights.check(headers, config), weights.table(config, "per_expert")
     specs = select_specs(quantization, weights.parameter_shapes(config), "quantize")
     part_specs: dict[str, QuantSpec] = {}
-    for part, names in PARTS.items():
+    for part, names in QUANTIZED_PARTS.items():
         if found := {name: spec for name, spec in specs.items() if name.endswith(names)}:
             part_specs[part] = min(found.values(), key=lambda spec: spec.group)
             if part_specs[part].format == "int4":  # compressed-tensors has one group size for all linears of a part
@@ -80,7 +81,7 @@ def write(
                         fused = {each: at for each, at in per_expert.items() if at.parameter == target.parameter}
                         linears = {name: replace(target, index=())} if name in per_expert else fused
                         for linear, at in linears.items():
-                            parts = _quantize(read, at, specs[target.parameter], place)
+                            parts = _quantize(read, at, specs[target.parameter], target_device)
                             tensors |= {linear.removesuffix("weight") + part: x for part, x in parts.items()}
                     else:
                         tensors[name.replace(".mlp.gate.", ".block_sparse_moe.gate.")] = read(slice(None))
@@ -133,7 +134,7 @@ def _read(part: Any, name: str, progress: weights.Progress, index: Any) -> Tenso
 
 
 def _quantize(
-    read: Callable[[Any], Tensor], linear: Target, spec: QuantSpec, device: torch.device
+    read: Callable[[Any], Tensor], linear: Destination, spec: QuantSpec, device: torch.device
 ) -> dict[str, Tensor]:
     """Return codes, scales and shape of a linear of a stored tensor, quantized some rows at a time.
 

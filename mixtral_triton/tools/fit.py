@@ -27,7 +27,7 @@ from ..kernels.op import Cost
 from ..kernels.record import record_launches
 from ..load import OVERHEAD, experts_to_offload, offloaded_bytes, running_bytes, table_bytes, usable_bytes
 from ..model import Mixtral
-from ..quantize import PARTS, QuantSpec, hub, select_specs
+from ..quantize import QUANTIZED_PARTS, QuantSpec, hub, select_specs
 from ..quantize.schemes import read_scheme
 from ..weights import parameter_shapes
 from .gpus import GPU, GPUS, MIB, data_sheet, find_gpu
@@ -66,7 +66,7 @@ def format_specs(config: MixtralConfig) -> dict[str, QuantSpecs]:
 def parameters(config: MixtralConfig) -> tuple[int, int]:
     """How many there are, and how many a token meets: K of E experts."""
     counts = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
-    experts = sum(count for name, count in counts.items() if name.endswith(PARTS["experts"]))
+    experts = sum(count for name, count in counts.items() if name.endswith(QUANTIZED_PARTS["experts"]))
     total = sum(counts.values())
     return total, total - experts + experts * config.num_experts_per_tok // config.num_local_experts
 
@@ -107,7 +107,7 @@ class Offload:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """One format on one GPU.
 
     weights          its value in WEIGHT_FORMATS
@@ -165,10 +165,10 @@ class Request:
             specs, stored = {STORED: hub.plan(hub.read_headers(name), config).specs}, scheme.name
         return cls(name, config, specs, stored, args.batch, context, gib * 2**30)
 
-    def plans(self, gpu: GPU) -> list[Plan]:
+    def plans(self, gpu: GPU) -> list[MemoryPlan]:
         return [self.plan(format, gpu) for format in self.specs]
 
-    def plan(self, format: str, gpu: GPU) -> Plan:
+    def plan(self, format: str, gpu: GPU) -> MemoryPlan:
         config, specs, limit = self.config, self.specs[format], usable_bytes(gpu.bytes)
 
         def total(S: int) -> int:
@@ -182,7 +182,7 @@ class Request:
         room = limit - (need["total"] - shared)
         offload = self.offload(format, gpu, need["total"], limit) if verdict == "no" else None
         needed = -(-shared // room) if room > 0 else None
-        return Plan(format, WEIGHT_FORMATS[format], need, verdict, longest, needed, offload)
+        return MemoryPlan(format, WEIGHT_FORMATS[format], need, verdict, longest, needed, offload)
 
     def offload(self, format: str, gpu: GPU, total: int, limit: int) -> Offload | None:
         """Plan how `limit` bytes hold a model of `total` bytes by experts in host memory; None where that cannot be."""
@@ -269,7 +269,7 @@ def select_gpu(args: argparse.Namespace) -> GPU | None:
     return replace(gpu, name=properties.name, mib=properties.total_memory // MIB, **link)
 
 
-def _print(request: Request, gpu: GPU, plans: list[Plan]) -> None:
+def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
     out, need = console(), plans[0].bytes
     parts = (f"{name} {decimal(need[name])}" for name in ("tables", "cache", "workspace", "logits"))
     out.print(Text(str(request)))

@@ -210,7 +210,7 @@ def compile_launch(launch: Launch, arch: str, op: str = "", out: Path | None = N
 def _attempt(launch: Launch, arch: str, op: str, out: Path | None) -> Compiled:
     try:
         return compile_launch(launch, arch, op, out)
-    except OSError:  # a full disk, say, is no fault of the kernel
+    except OSError:  # a full disk, for example, is no fault of the kernel
         raise
     except Exception as error:  # the compiler raises whatever its passes do
         line = (str(error).strip().splitlines() or [""])[0]

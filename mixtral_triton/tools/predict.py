@@ -31,7 +31,7 @@ Timer = Callable[[Callable[[], Any]], float]
 
 
 @dataclass(frozen=True)
-class Reached:
+class Efficiency:
     """Estimates of what a busy GPU reaches.
 
     memory, matmul, l2  of a data sheet's bandwidth and tensor-core peak, and of `Chip.l2`
@@ -53,8 +53,8 @@ TILE = 192 * 256
 # link: copies reach 56.3 of 63 GB/s (tinygrad/open-gpu-kernel-modules, issue 29), and NCCL assumes 24 of 31.5
 # (NVIDIA/nccl-tests, issue 307). No figure is of kernels that read.
 # memory: long copies, as published of an H100. matmul: libraries at the clocks of a busy GPU.
-OPTIMISTIC = Reached(memory=0.92, matmul=0.75, l2=1.0, tile=3e-6, kernel=2e-6, link=0.85)
-CAUTIOUS = Reached(memory=0.86, matmul=0.63, l2=0.82, tile=4e-6, kernel=3e-6, link=0.76)
+OPTIMISTIC = Efficiency(memory=0.92, matmul=0.75, l2=1.0, tile=3e-6, kernel=2e-6, link=0.85)
+CAUTIOUS = Efficiency(memory=0.86, matmul=0.63, l2=0.82, tile=4e-6, kernel=3e-6, link=0.76)
 
 
 def floor(cost: Cost, gpu: GPU) -> tuple[float, str]:
@@ -114,7 +114,9 @@ def predict(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
         raise ValueError(f"predict: GPU is {gpu.name}, needs one whose L2 bandwidth is known")
     launches, (least, _) = tuple(launches), floor(cost, gpu)
     gaps = sum(chip.pdl_gap if launch.dependent else chip.launch_gap for launch in launches)
-    parts, cautious = (tuple(_part(one, gpu, chip, reached) for one in launches) for reached in (OPTIMISTIC, CAUTIOUS))
+    parts, cautious = (
+        tuple(_part(one, gpu, chip, efficiency) for one in launches) for efficiency in (OPTIMISTIC, CAUTIOUS)
+    )
     by_limit = defaultdict(float, launches=gaps)
     for seconds, limit in parts:
         by_limit[limit] += seconds
@@ -122,31 +124,31 @@ def predict(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
     return Prediction(seconds, most, max(by_limit, key=by_limit.__getitem__), parts, least)
 
 
-def _part(launch: Launch, gpu: GPU, chip: Chip, reached: Reached) -> tuple[float, str]:
+def _part(launch: Launch, gpu: GPU, chip: Chip, efficiency: Efficiency) -> tuple[float, str]:
     work, sms = count_work(launch), chip.sms or multiprocessors(gpu.arch)
     resident = _resident_programs(work, launch.num_warps or 4, sms, gpu.arch)
-    loading = sms / (chip.l2 * reached.l2)  # seconds a byte, and of products seconds a FLOP
-    multiplying = sms / (chip.vector if work.single else gpu.matmul * reached.matmul)
+    loading = sms / (chip.l2 * efficiency.l2)  # seconds a byte, and of products seconds a FLOP
+    multiplying = sms / (chip.vector if work.fp32 else gpu.matmul * efficiency.matmul)
     vector = work.vector * sms / chip.vector
     # One program computes while another multiplies.
     multiplying = max(multiplying, vector) if resident > 1 else multiplying + vector
-    ends = reached.tile * (1 + 2 * work.stored / TILE) / 3 if resident == 1 and work.flops else 0.0
+    ends = efficiency.tile * (1 + 2 * work.stored / TILE) / 3 if resident == 1 and work.flops else 0.0
     runs = [(count, max(loading * loaded, multiplying * flops) + ends) for count, loaded, flops in work.tiles]
     seconds = {
-        "launches": reached.kernel,
-        "memory": work.memory / (gpu.bandwidth * reached.memory),
+        "launches": efficiency.kernel,
+        "memory": work.memory / (gpu.bandwidth * efficiency.memory),
         "L2" if loading * work.loaded >= multiplying * work.flops else "tensor cores": list_schedule(runs, sms),
     }
     limit = max(seconds, key=seconds.__getitem__)
-    most, link = seconds[limit], work.host / (LINKS[gpu.link] * reached.link)
+    most, link = seconds[limit], work.host / (LINKS[gpu.link] * efficiency.link)
     expected = work.apart * most + max(link, (1 - work.apart) * most)
     return expected, "link" if link > most else limit
 
 
 def list_schedule(runs: Iterable[tuple[float, float]], places: int) -> float:
-    """Return when the last program ends. Each starts, in this order, in the place that is free first.
+    """Return the makespan of a greedy list schedule of programs on `places` processors, in seconds.
 
-    runs: numbers of programs, and the seconds that each of them takes; fractions of a program count to the next run.
+    runs: in order, the number of programs and the seconds that each takes; a fraction of a program adds to the next run.
     """
     free, left = [0.0] * places, 0.0
     runs = [run for run in runs if run[0] > 0]

@@ -80,14 +80,14 @@ def _successors(code: Code) -> list[list[int]]:
     for index, (_, text) in enumerate(code):
         jump = _JUMP.match(text)
         falls_through = any(jump.groups()[:3]) if jump else not _END.match(text)
-        places = (index + 1 if falls_through else None, number.get(int(jump[4], 16)) if jump else None)
-        after.append([place for place in places if place is not None and place < len(code)])
+        successors = (index + 1 if falls_through else None, number.get(int(jump[4], 16)) if jump else None)
+        after.append([successor for successor in successors if successor is not None and successor < len(code)])
     return after
 
 
-def _reachable(graph: list[list[int]], places: list[int], without: int) -> set[int]:
-    """The instructions that `places` lead to, these included, on ways that do not pass `without`."""
-    found, left = {without}, list(places)
+def _reachable(graph: list[list[int]], successors: list[int], without: int) -> set[int]:
+    """Return the instructions reachable from `successors`, these included, without passing `without`."""
+    found, left = {without}, list(successors)
     while left:
         if (index := left.pop()) not in found:
             found.add(index)
@@ -96,13 +96,15 @@ def _reachable(graph: list[list[int]], places: list[int], without: int) -> set[i
 
 
 def _natural_loops(after: list[list[int]]) -> list[set[int]]:
-    """The instructions of each loop: from a jump back to one that it cannot be reached without, up to that one."""
+    """Return the natural loops: for each back edge to an instruction that dominates it, the instructions between."""
     before: list[list[int]] = [[] for _ in after]
-    for index, places in enumerate(after):
-        for place in places:
-            before[place].append(index)
+    for index, successors in enumerate(after):
+        for successor in successors:
+            before[successor].append(index)
     loops, every = [], _reachable(after, [0], -1)
-    for head in sorted({place for index, places in enumerate(after) for place in places if place <= index}):
+    for head in sorted(
+        {successor for index, successors in enumerate(after) for successor in successors if successor <= index}
+    ):
         ends = [index for index in before[head] if index in every - _reachable(after, [0], head)]
         if ends:
             loops.append(_reachable(before, ends, head) | {head})

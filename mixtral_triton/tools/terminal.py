@@ -69,11 +69,11 @@ class Table:
         most = max(1, (options.max_width - 2) // (self.keys + 1) - 2)
         keys = list(range(self.keys))
         widths = {}
-        for place, column in enumerate(self.columns):
-            cells = [cells[place] for cells, _ in self.rows]
-            if place in keys or any(cells):
+        for index, column in enumerate(self.columns):
+            cells = [cells[index] for cells, _ in self.rows]
+            if index in keys or any(cells):
                 longest = max([*map(len, column.heading.split("\n")), *map(len, cells)])
-                widths[place] = max(1, min(longest, most, longest if column.number else TEXT_WIDTH))
+                widths[index] = max(1, min(longest, most, longest if column.number else TEXT_WIDTH))
         shown, left_out = list(widths), list[str]()
         while len(shown) > self.keys + 1 and sum(widths[n] + 2 for n in shown) - 1 > options.max_width:
             last = max(shown[self.keys :], key=lambda n: (self.columns[n].rank, n))
@@ -93,7 +93,7 @@ class Table:
         yield Text("".join(f"{line}\n" for line in (caption, note) if line), style="dim")
 
 
-def say(line: str) -> None:
+def print_message(line: str) -> None:
     """Print a line on stderr, if there is anything to say and anybody reads it. Other characters than text come from a
     file, and a terminal would act on them: they are escaped."""
     line = "".join(each if each.isprintable() or each in "\r\n\t" else ascii(each)[1:-1] for each in line)
@@ -138,7 +138,7 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None) -> I
                     left = f", about {seconds:.0f} s left"
                 done_so_far = str(count(state)).strip() + f", {len(compiled)} kernels compiled" * bool(compiled)
                 if done_so_far != before:  # a line says something new
-                    say(f"{label}: {done_so_far}{left}")
+                    print_message(f"{label}: {done_so_far}{left}")
                 before = done_so_far
 
         with ThreadPoolExecutor(1) as thread:
@@ -171,7 +171,7 @@ def exit_status(error: BaseException, command: str | None) -> int:
     if isinstance(error, BrokenPipeError):
         return CLOSED_PIPE
     if isinstance(error, KeyboardInterrupt):
-        say("\r" * sys.stderr.isatty() + f"{name}: interrupted")  # over the terminal's ^C
+        print_message("\r" * sys.stderr.isatty() + f"{name}: interrupted")  # over the terminal's ^C
         return INTERRUPTED
     message, text = _compiler_message(error), " ".join(str(error).split())
     if message is None and isinstance(error, (ValueError, OSError)):
@@ -182,9 +182,9 @@ def exit_status(error: BaseException, command: str | None) -> int:
     if message is None and (sys.flags.dev_mode or not isinstance(error, Exception)):
         raise error
     if message is None:
-        say(f"{name}: crashed: {type(error).__name__}: {text} (python -X dev -m mixtral_triton shows where)")
+        print_message(f"{name}: crashed: {type(error).__name__}: {text} (python -X dev -m mixtral_triton shows where)")
         return CRASHED
-    say(f"{name}: {did_you_mean(message.removeprefix(f'{command}: '))}")
+    print_message(f"{name}: {did_you_mean(message.removeprefix(f'{command}: '))}")
     return 2
 
 

@@ -72,7 +72,7 @@ def share_of_limit(error: float, limit: float) -> float:
 
 
 def worst(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    """The (error, limit) that is nearest to its limit, or farthest beyond it."""
+    """Return the pair of error and limit with the largest ratio of error to limit."""
     return max(pairs, key=lambda pair: share_of_limit(*pair))
 
 

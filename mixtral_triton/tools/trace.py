@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..inputs import check_vocabulary
 from ..model import Mixtral
-from .terminal import Column, Table, bar, say
+from .terminal import Column, Table, bar, print_message
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace, model: Mixtral, tokenizer: Any, ids: torch.Ten
         raise ValueError(f"--prompt is {len(ids)} tokens, needs at most max_position_embeddings, {limit}")
     check_vocabulary(ids, model.config.vocab_size)  # the tokenizer may be another model's
     tokens = token_texts(tokenizer, args.prompt, ids.tolist())
-    say(note)
+    print_message(note)
     with bar("tracing", L) as progress:
         found = replace(trace(model, ids, tokens, progress.advance), layers=layers)
     if args.counts is not None:

@@ -50,7 +50,7 @@ class Work:
     shared: int = 0
     values: float = 0.0
     stored: float = 0.0
-    single: bool = False
+    fp32: bool = False
     host: float = 0.0
     apart: float = 0.0
 
@@ -181,7 +181,7 @@ def _product(launch: Launch) -> Work:
         apart = (math.comb(E - n, K) / math.comb(E, K)) ** tokens if in_place else 1.0
     shared = stages * c["BLOCK_K"] * (rows * size + columns * t[weight].element_size())
     sums = mean * columns
-    return Work(memory, tuple(tiles), shared=shared, values=sums, stored=sums, single=size == 4, host=host, apart=apart)
+    return Work(memory, tuple(tiles), shared=shared, values=sums, stored=sums, fp32=size == 4, host=host, apart=apart)
 
 
 def _attention(launch: Launch) -> Work:
@@ -215,7 +215,7 @@ def _attention(launch: Launch) -> Work:
     vector = SOFTMAX / (4 * width)
     shared = (rows + 2 * stages * c["BLOCK_N"]) * width * size
     values = rows * (width + c["BLOCK_N"] * (1 + size / 4))
-    return Work(memory, tuple(tiles), vector, shared, values, stored=rows * width, single=size == 4)
+    return Work(memory, tuple(tiles), vector, shared, values, stored=rows * width, fp32=size == 4)
 
 
 def _mm(launch: Launch) -> Work:
@@ -225,7 +225,7 @@ def _mm(launch: Launch) -> Work:
     rows, columns, step = min(LIBRARY[0], max(16, T)), LIBRARY[1], LIBRARY[2]
     programs = math.ceil(T / rows) * math.ceil(N / columns) * math.ceil(depth / step)
     tile = programs, (rows + columns) * step * size, 2 * rows * columns * step
-    return Work(_nbytes(t), (tile,), single=size == 4)
+    return Work(_nbytes(t), (tile,), fp32=size == 4)
 
 
 # Operations of torch that stream; "arange" and "clamp_" compute positions.

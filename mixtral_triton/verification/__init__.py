@@ -29,9 +29,9 @@ from ..kernels.launch import INTERPRETED, multiprocessors, target_arch
 from ..model import Mixtral
 from ..tools.tolerance import Fp64Reference, largest, to_fp64
 from .calls import SizedCalls
-from .layers import LayerProbe, Target, compare_in_fp32, compare_layers
+from .layers import LayerProbe, ModelUnderTest, compare_in_fp32, compare_layers
 from .report import END_RATIO, TORCH, Report, Row, worst_rows
-from .targets import MeshTarget, TransformersTarget, compare_with_transformers
+from .targets import MeshUnderTest, TransformersUnderTest, compare_with_transformers
 from .weights import check_weights, estimate, held_out, perplexity
 
 __all__ = ["Report", "Row", "estimate", "held_out", "perplexity", "verify"]
@@ -80,7 +80,7 @@ def verify(
         raise ValueError(f"verify: peer is {peer!r}, and it is loaded from the model's folder: needs folder")
     folder = None if folder is None else checkpoint_folder(folder)
     ranks = getattr(target, "ranks", None)
-    kind: Any = TransformersTarget if is_theirs else Target if ranks is None else MeshTarget
+    kind: Any = TransformersUnderTest if is_theirs else ModelUnderTest if ranks is None else MeshUnderTest
     with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
         return _verify(kind(target), input_ids, progress, folder, peer, quick, tokens)
 
@@ -119,8 +119,8 @@ def _verify(
     config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
     ids = default_text(input_ids, config, device, tokens)
     fp32 = target.widens and not quick and dtype != torch.float32
-    readings = len(list(target.readings(config, *ids.shape)))
-    total = config.num_hidden_layers * (1 + readings + (folder is not None) + (peer is not None) + fp32)
+    forward_calls = len(list(target.forward_calls(config, *ids.shape)))
+    total = config.num_hidden_layers * (1 + forward_calls + (folder is not None) + (peer is not None) + fp32)
     done = count(1)
 
     def step() -> None:
@@ -146,10 +146,10 @@ def _verify(
     rows.append(Row(None, target.output, "end to end", *expected_logits.measure(out)))
     if peer is not None:
         rows += compare_with_transformers(folder, target.model, ids, expected.layers, expected_logits, step)
-    if target.ours:
+    if target.is_mixtral:
         with target.catch_faults(lambda note: rows.append(Row(None, "generate", "", math.inf, 0.0, note))):
             rows += check_generate(target, ids, *logits)
-    if isinstance(target, MeshTarget):
+    if isinstance(target, MeshUnderTest):
         rows = worst_rows(row for same in target.ranks.all_gather_object(rows) for row in same)
     backend = "Triton, interpreted" if kernels else TORCH
     if device.type == "cuda":
@@ -177,15 +177,15 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     if new < 1 or not math.isfinite(least):  # where torch overflows, the row of the logits says so
         return []
     scale, draws = max(largest(logits), 1e-30), [torch.Generator(model.device).manual_seed(1) for _ in range(2)]
-    following, tokens = _following(target, model.generate(prompts, new, eos_token_id=[]), new)
-    below = largest(following.amax(-1) - following.gather(-1, tokens[..., None])[..., 0])
+    next_logits, tokens = _next_logits(target, model.generate(prompts, new, eos_token_id=[]), new)
+    below = largest(next_logits.amax(-1) - next_logits.gather(-1, tokens[..., None])[..., 0])
     rows = [Row(None, "generate", "greedy", below / scale, least / scale)]
     if can_capture(model):
         same = torch.equal(tokens, _without_graph(model, prompts, new))
         rows.append(Row(None, "generate", "captured step", 0.0 if same else math.inf, 0.0))
     sampled = model.generate(prompts, new, TEMPERATURE, generator=draws[0], eos_token_id=[])
-    following, tokens = _following(target, sampled, new)
-    error = max(_race_error(following[:, at], tokens[:, at], draws[1]) for at in range(new))
+    next_logits, tokens = _next_logits(target, sampled, new)
+    error = max(_race_error(next_logits[:, at], tokens[:, at], draws[1]) for at in range(new))
     # A logit's error e changes a probability by a factor of at most exp(2 e).
     rows.append(Row(None, "generate", "sampled", error, 1 - math.exp(-least / TEMPERATURE) + RACE_LIMIT))
     return [*rows, _check_sample(baseline.flatten(0, 1).float())]
@@ -220,7 +220,7 @@ def _race_error(
     return largest((1 - allowed / certain.clamp(min=1e-30)).clamp(min=0.0))
 
 
-def _following(target: Any, texts: list[Tensor], new: int) -> tuple[Tensor, Tensor]:
+def _next_logits(target: Any, texts: list[Tensor], new: int) -> tuple[Tensor, Tensor]:
     """torch's logits [B,n,V] of the last `new` tokens of texts [T], each from those before it, and the tokens [B,n]."""
     logits, attend = [], reference.uncached_attention(target.config.sliding_window, **target.tables)
     for text in texts:

@@ -28,7 +28,7 @@ Call = tuple[str, str, Args]  # operation, case, arguments
 # (B, T) of the forwards of `generate`: a step of B sequences, and a chunk of a prompt.
 STEPS = [(B, 1) for B in (1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 64)]
 CHUNKS = [(1, T) for T in (2, 16, 17, 32, 33, 64, 65, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, PREFILL_CHUNK)]
-CONTEXT = 4096  # slots of the caches, of more than MANY sequences a quarter
+CACHE_SLOTS = 4096  # slots of the caches, of more than MANY sequences a quarter
 MANY = 8
 
 
@@ -53,7 +53,7 @@ class LayerCheck:
         """The calls on the text in layer `index`. An operation of the registry that no call names is not verified."""
         window, layer, values, T = self.config.sliding_window, self.layer, self.values, self.at.shape[1]
         yield "rms_norm", "input", {"x": values.x, **self.norm, "weight": layer.input_layernorm}
-        yield "add_rms_norm", "with residual", {"x": values.attended, "residual": values.x, **self.norm}
+        yield "add_rms_norm", "with residual", {"x": values.attn_output, "residual": values.x, **self.norm}
         yield from self._row_calls("all tokens", self.at)
         yield "rope", "all tokens", {"q": values.q, "k": values.k, **self.tables, "positions": self.at % T}
         keys = {"k": self.rk, "v": values.v, "window": window}
@@ -105,7 +105,7 @@ class LayerCheck:
     def _row_calls(self, case: str, at: Tensor) -> Iterator[Call]:
         """The calls between attention and the next layer's, on the rows at [B,T] of the text."""
         rows = at.flatten()
-        x, residual = (each.flatten(0, 1)[rows] for each in (self.values.attended, self.values.x))
+        x, residual = (each.flatten(0, 1)[rows] for each in (self.values.attn_output, self.values.x))
         gate = {"gate": self.layer.gate, "top_k": self.values.ids.shape[1]}
         yield "rms_norm_gate_route", case, {"x": x, "residual": residual, **self.norm, **gate}
         # The layer's input in the place of the embedding.
@@ -144,7 +144,9 @@ class LayerCheck:
         for name, x, weight in (("qkv", values.normed, self.layer.qkv_proj), ("o", values.heads, self.layer.o_proj)):
             yield "linear", f"{name}, {case}", {"x": x.flatten(0, 1)[at.flatten()], "weight": weight}
         yield from self._row_calls(case, at)
-        slots = min(CONTEXT // (4 if B > MANY else 1), config.max_position_embeddings, config.sliding_window or CONTEXT)
+        slots = min(
+            CACHE_SLOTS // (4 if B > MANY else 1), config.max_position_embeddings, config.sliding_window or CACHE_SLOTS
+        )
         # Sequences end at other places, the first one where the cache does.
         past = torch.arange(B, device=device) * 37 % slots if T == 1 else torch.full((B,), slots // 3, device=device)
         past = (slots - 1 - past).clamp(max=max(0, config.max_position_embeddings - T)).int()

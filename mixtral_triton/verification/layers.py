@@ -31,24 +31,24 @@ from .calls import Call, LayerCheck
 from .report import FP32, TORCH, Row, worst_rows
 
 UNCACHED, CHUNKS, TOKENS = "whole text", "in chunks", "token by token"
-ROUTES, PARTS = "routes", {"attended": "attention", "y": "experts"}  # rows of what a layer computes inside
+ROUTES, LAYER_PARTS = "routes", {"attn_output": "attention", "y": "experts"}  # rows of what a layer computes inside
 PART_RATIO = 3.0  # of PARTS in the place of RATIO: without the residual stream few values decide
 ERROR_LENGTH = 200  # characters of a raised error in a row
-SINGLE_TOKENS = 3  # tokens that are read one at a time, after the chunks
+SEPARATE_TOKENS = 3  # tokens that are read one at a time, after the chunks
 PADDING = 3  # tokens of right padding behind all chunks but the first
 WINDOW_FRACTION = 4  # a window as long as the text is reduced by this factor, so that the ring wraps around
 
 Step = Callable[[], None]  # called after each layer of each forward
 Calls = Callable[[LayerCheck, int], Iterator[Call]]  # of operations in the layer of this index
 # A call of a forward: its case, the tokens of the text [R,n], False for padding [R,n], the cache, other arguments.
-Reading = tuple[str, Tensor, Tensor, Any, dict[str, Tensor]]
+ForwardCall = tuple[str, Tensor, Tensor, Any, dict[str, Tensor]]
 
 
-class Target:
+class ModelUnderTest:
     """A Mixtral as `verify` uses it: the weights for torch's computation, and the model's own forward."""
 
     output, peer = "logits", TORCH  # what the model's head gives; what the model is compared with
-    ours = True  # a Mixtral: its forward takes chunks of unequal length and another window, and it has `generate`
+    is_mixtral = True  # a Mixtral: its forward takes chunks of unequal length and another window, and it has `generate`
     catches_faults = True  # whether an error that an operation or a forward raises is a wrong row
     widens = True  # whether a layer can be taken out and compared in fp32
     operation = staticmethod(dispatched)  # the runtime's function for (operation, arguments)
@@ -67,24 +67,24 @@ class Target:
     def probe_config(self, tokens: int) -> Any:
         """The config with a window that is shorter than the text."""
         window = self.config.sliding_window
-        if not self.ours or window is None or window < tokens:
+        if not self.is_mixtral or window is None or window < tokens:
             return self.config
         return replace(self.config, sliding_window=max(1, tokens // WINDOW_FRACTION))
 
-    def readings(self, config: Any, B: int, T: int) -> Iterator[Reading]:
-        """The calls that read a text [B,T], without a cache and over one.
+    def forward_calls(self, config: Any, B: int, T: int) -> Iterator[ForwardCall]:
+        """Yield the forward calls that read a text [B,T], first without a cache, then in chunks over one.
 
-        After every other call a sequence has read one token less than the one before it: no two stand at the same
-        place, and of no two chunks are the counts those of the first.
+        Sequence b is b tokens behind sequence 0 after every other call, so the lengths in a batch differ.
         """
         yield UNCACHED, (text := torch.arange(T).expand(B, T)), text >= 0, None, {}
-        cache, single, behind = self.make_cache(config, B, T + PADDING), min(SINGLE_TOKENS, T - 1) or 1, torch.arange(B)
-        bounds = sorted({0, -(-2 * (T - single) // 5), -(-3 * (T - single) // 4), T - single})
-        ends = [(bound - behind * (at % 2) * self.ours).clamp(min=0) for at, bound in enumerate(bounds)]
-        ends += [ends[-1] + at for at in range(1, single + 1)]
+        cache, behind = self.make_cache(config, B, T + PADDING), torch.arange(B)
+        num_separate = min(SEPARATE_TOKENS, T - 1) or 1
+        bounds = sorted({0, -(-2 * (T - num_separate) // 5), -(-3 * (T - num_separate) // 4), T - num_separate})
+        ends = [(bound - behind * (at % 2) * self.is_mixtral).clamp(min=0) for at, bound in enumerate(bounds)]
+        ends += [ends[-1] + at for at in range(1, num_separate + 1)]
         for at, (begin, end) in enumerate(pairwise(ends)):
-            is_chunk, counts = at + single < len(ends) - 1, end - begin
-            padding = PADDING if self.ours and begin[0] and is_chunk else 0
+            is_chunk, counts = at + num_separate < len(ends) - 1, end - begin
+            padding = PADDING if self.is_mixtral and begin[0] and is_chunk else 0
             columns = torch.arange(int(counts.max()) + padding)
             valid = columns < counts[:, None]
             tokens = torch.where(valid, begin[:, None] + columns, 0)
@@ -96,7 +96,7 @@ class Target:
         """The layers' own forwards on ids [B,T]."""
         config = self.local_config(config)
         with self.forward(config, probe, probe_layers=True) as forward:
-            for case, tokens, valid, cache, kwargs in self.readings(config, *ids.shape):
+            for case, tokens, valid, cache, kwargs in self.forward_calls(config, *ids.shape):
                 probe.start(case, tokens, valid)
                 with self.catch_faults(probe.fail):
                     forward(ids[probe.where], cache, **{name: x.to(ids.device) for name, x in kwargs.items()})
@@ -148,19 +148,23 @@ class Target:
 def single_layer_model(model: Any, layer: Any, x: Tensor) -> Any:
     """`model` with only this layer, its weights in fp32, and the rows of x [B,T,H] as the embedding."""
     config = replace(model.config, num_hidden_layers=1, vocab_size=x[..., 0].numel())
-    single, frozen = copy.copy(model), partial(nn.Parameter, requires_grad=False)
-    single._parameters, single._modules, single.config, single.full_config = {}, {}, config, config
+    fp32_model, frozen = copy.copy(model), partial(nn.Parameter, requires_grad=False)
+    fp32_model._parameters, fp32_model._modules, fp32_model.config, fp32_model.full_config = {}, {}, config, config
     # By way of fp64, all experts of a layer would take twice the memory.
     fp32 = {name: frozen(weight.float()) for name, weight in layer.named_parameters(recurse=False)}
     fp32 |= {name: frozen(weight.dequantize()) for name, weight in layer.named_children()}
-    single.layers, single.norm = nn.ModuleList([Layer(config, fp32)]), frozen(model.norm.float())
-    single.embed_tokens = single.lm_head = frozen(x.float().flatten(0, 1))
-    return single
+    fp32_model.layers, fp32_model.norm = nn.ModuleList([Layer(config, fp32)]), frozen(model.norm.float())
+    fp32_model.embed_tokens = fp32_model.lm_head = frozen(x.float().flatten(0, 1))
+    return fp32_model
 
 
 class TextReference:
-    """References of `layers`, torch's residual stream x [B,T,H] after them, and the last layer's output on its input
-    `with_perturbed_input`, exact fp64 [2B,T,H]."""
+    """The reference of a text, layer by layer.
+
+    layers  a LayerReference each
+    x       torch's residual stream [B,T,H] after them
+    exact   fp64 [2B,T,H]: the last layer's output on its input and on the perturbed input
+    """
 
     def __init__(self, x: Tensor) -> None:
         self.x, self.exact = x, x.double().repeat(2, 1, 1)
@@ -171,7 +175,7 @@ class TextReference:
         values, norm = check.values, to_fp64(check.layer.input_layernorm)
         normed = reference.rms_norm(self.exact.to(values.x.device), norm, check.config.rms_norm_eps)
         references = {"normed": Fp64Reference.from_baseline(normed, values.normed)}
-        for name, ratio in {"attended": PART_RATIO, "y": PART_RATIO, "output": tolerance.RATIO}.items():
+        for name, ratio in {"attn_output": PART_RATIO, "y": PART_RATIO, "output": tolerance.RATIO}.items():
             references[name] = Fp64Reference.from_baseline(getattr(exact, name), getattr(values, name), ratio)
         logits, perturbed = exact.logits.view(2, *values.x.shape[:2], -1)
         error = max(largest(x.view_as(logits) - logits) for x in (values.logits, perturbed))
@@ -182,7 +186,7 @@ class TextReference:
 
 
 def compare_layers(
-    target: Target, ids: Tensor, calls: Calls | None = None, step: Step = lambda: None
+    target: ModelUnderTest, ids: Tensor, calls: Calls | None = None, step: Step = lambda: None
 ) -> tuple[list[Row], TextReference, Tensor]:
     """Measure the `calls` of every layer (None: those on the text), and the layers' own forwards with `probe_config`,
     on ids [B,T] -> rows, references with the model's config, and the last layer's output [2B,T,H] in fp64 from the
@@ -211,15 +215,15 @@ def compare_layers(
     return rows + probe.as_rows(), expected, exact
 
 
-def compare_in_fp32(target: Target, expected: TextReference, step: Step) -> list[Row]:
+def compare_in_fp32(target: ModelUnderTest, expected: TextReference, step: Step) -> list[Row]:
     """The rows of each layer alone with its weights widened to fp32, on torch's input of that layer."""
     rows = []
     for index, layer in enumerate(expected.layers):
-        single = Target(single_layer_model(target.model, target.layers[index], layer.x))
+        fp32_model = ModelUnderTest(single_layer_model(target.model, target.layers[index], layer.x))
         B, T, _ = layer.x.shape
-        found = compare_layers(single, torch.arange(B * T, device=layer.x.device).view(B, T))[0]
+        found = compare_layers(fp32_model, torch.arange(B * T, device=layer.x.device).view(B, T))[0]
         rows += [replace(row, layer=index, case=row.case + FP32) for row in found]
-        single.layers[0]._parameters.clear()  # the probe's copies are cycles of references, and would keep it
+        fp32_model.layers[0]._parameters.clear()  # the probe's copies are cycles of references, and would keep it
         step()
     return rows
 
@@ -274,7 +278,7 @@ class LayerProbe:
         values = got.view(*shape, -1) if got.dim() == 2 else got
         fits = values.shape[:2] == shape
         pair = expected.measure(values[self.valid], self.where_valid) if fits else (math.inf, expected.limit)
-        self.add(index, f"{PARTS[name]}, {self.case}" if name in PARTS else self.case, *pair)
+        self.add(index, f"{LAYER_PARTS[name]}, {self.case}" if name in LAYER_PARTS else self.case, *pair)
         return got
 
     def enter(self, index: int, x: Tensor) -> Tensor:
@@ -299,7 +303,7 @@ class LayerProbe:
 
     def attention(self, index: int, forward: Callable[..., Tensor], *args: Any) -> Tensor:
         """`model.Layer.attention`, its output recorded."""
-        return self.record(index, "attended", forward(*args))
+        return self.record(index, "attn_output", forward(*args))
 
     def experts(self, index: int, forward: Callable[..., Any], h: Tensor, x: Tensor, *args: Any) -> Any:
         """`model.Layer.experts`, which is also run without a residual stream, its output recorded."""
@@ -308,5 +312,5 @@ class LayerProbe:
 
     def as_rows(self) -> list[Row]:
         """A row for each layer and case: attention, the routes, the experts, then the whole layer."""
-        order = {PARTS["attended"]: 0, ROUTES: 1, PARTS["y"]: 2}
+        order = {LAYER_PARTS["attn_output"]: 0, ROUTES: 1, LAYER_PARTS["y"]: 2}
         return sorted(worst_rows(self.rows), key=lambda row: order.get(row.case.partition(",")[0], 3))

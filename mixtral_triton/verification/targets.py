@@ -30,7 +30,7 @@ from ..parallel import Shard
 from ..quantize import put
 from ..tools.tolerance import FLOOR, Fp64Reference, LayerReference
 from ..weights import parameter_shapes, qkv_rows
-from .layers import PADDING, LayerCheck, LayerProbe, Reading, Step, Target
+from .layers import PADDING, ForwardCall, LayerCheck, LayerProbe, ModelUnderTest, Step
 from .report import PEER, Row
 from .source import Source
 from .weights import _place
@@ -38,14 +38,14 @@ from .weights import _place
 MIN_TOKENS = 24  # of a text whose rounding errors set a limit for attention and experts alone
 
 
-class TransformersTarget(Target):
+class TransformersUnderTest(ModelUnderTest):
     """A transformers Mixtral, applied or not, which is left as it was. `apply`: its own forward is that of `apply`."""
 
-    peer, ours, widens = "transformers' own modules", False, False
+    peer, is_mixtral, widens = "transformers' own modules", False, False
 
     def __init__(self, model: Any, apply: bool = True) -> None:
-        self.apply, self.theirs = apply, hf.import_modules("verify", model).theirs
-        self.backbone = next(module for module in model.modules() if isinstance(module, self.theirs.MixtralModel))
+        self.apply, self.modeling = apply, hf.import_modules("verify", model).modeling
+        self.backbone = next(module for module in model.modules() if isinstance(module, self.modeling.MixtralModel))
         if model.training:
             raise ValueError("verify: the model is in training mode, needs inference: model.eval()")
         if any(parameter.is_meta for parameter in model.parameters()):
@@ -65,24 +65,28 @@ class TransformersTarget(Target):
 
     def check(self, block: Any, x: Tensor, config: MixtralConfig) -> LayerCheck:
         """What transformers' eager functions compute in a decoder layer on x [B,T,H]."""
-        theirs, attn, moe, (B, T, H) = self.theirs, block.self_attn, block.mlp, x.shape
+        modeling, attn, moe, (B, T, H) = self.modeling, block.self_attn, block.mlp, x.shape
         x = x.to(block.input_layernorm.weight.device)
-        positions, norm = torch.arange(T, device=x.device), theirs.MixtralRMSNorm.forward
-        rotary = partial(theirs.MixtralRotaryEmbedding.forward, self.backbone.rotary_emb, position_ids=positions[None])
+        positions, norm = torch.arange(T, device=x.device), modeling.MixtralRMSNorm.forward
+        rotary = partial(
+            modeling.MixtralRotaryEmbedding.forward, self.backbone.rotary_emb, position_ids=positions[None]
+        )
         normed = norm(block.input_layernorm, x)
         projections = attn.q_proj, attn.k_proj, attn.v_proj
         q, k, v = (project(normed).view(B, T, -1, attn.head_dim) for project in projections)
-        rq, rk = theirs.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *rotary(x))
+        rq, rk = modeling.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *rotary(x))
         hidden = (positions > positions[:, None]) | (positions <= positions[:, None] - (config.sliding_window or T))
         mask = torch.zeros(T, T, dtype=x.dtype, device=x.device).masked_fill_(hidden, torch.finfo(x.dtype).min)
-        heads = theirs.eager_attention_forward(attn, rq, rk, v.transpose(1, 2), mask, attn.scaling)[0].reshape(B, T, -1)
-        attended = attn.o_proj(heads)
-        h = norm(block.post_attention_layernorm, x + attended).view(B * T, H)
-        logits, weights, ids = theirs.MixtralTopKRouter.forward(moe.gate, h)
-        loop_over_experts = inspect.unwrap(theirs.MixtralExperts.forward)  # without the dispatch to implementations
+        heads = modeling.eager_attention_forward(attn, rq, rk, v.transpose(1, 2), mask, attn.scaling)[0].reshape(
+            B, T, -1
+        )
+        attn_output = attn.o_proj(heads)
+        h = norm(block.post_attention_layernorm, x + attn_output).view(B * T, H)
+        logits, weights, ids = modeling.MixtralTopKRouter.forward(moe.gate, h)
+        loop_over_experts = inspect.unwrap(modeling.MixtralExperts.forward)  # without the dispatch to implementations
         y = loop_over_experts(moe.experts, h, ids, weights).view_as(x)
-        output = x + attended + y
-        values = reference.Values(x, normed, q, k, v, heads, attended, h, logits, weights, ids.int(), y, output)
+        output = x + attn_output + y
+        values = reference.Values(x, normed, q, k, v, heads, attn_output, h, logits, weights, ids.int(), y, output)
         layer = SimpleNamespace(
             input_layernorm=block.input_layernorm.weight,
             qkv_proj=torch.cat([project.weight for project in projections]),
@@ -100,12 +104,12 @@ class TransformersTarget(Target):
 
         return DynamicCache(config=self.backbone.config)
 
-    def readings(self, config: MixtralConfig, B: int, T: int) -> Iterator[Reading]:
+    def forward_calls(self, config: MixtralConfig, B: int, T: int) -> Iterator[ForwardCall]:
         """Also a left-padded batch, static caches and packed sequences. Their rows are prefixes of the text, whose
         references hold for them."""
         from transformers import StaticCache
 
-        yield from super().readings(config, B, T)
+        yield from super().forward_calls(config, B, T)
         at, row = torch.arange(T), torch.arange(max(B, 2))[:, None]
         padded, packed = at - row % 3 * T // 4, at % (T // 2 + 1 + row % 3)  # positions [R,T], negative for padding
         static = partial(StaticCache, config=self.backbone.config, max_cache_len=T + PADDING)
@@ -157,7 +161,7 @@ class TransformersTarget(Target):
                 stack.enter_context(layer.register_forward_pre_hook(partial(enter, index)))
                 stack.enter_context(layer.register_forward_hook(partial(leave, index)))
                 enough = probe.layers[index].x[..., 0].numel() >= MIN_TOKENS
-                for name, module in (("attended", layer.self_attn), ("y", layer.mlp)) if enough else ():
+                for name, module in (("attn_output", layer.self_attn), ("y", layer.mlp)) if enough else ():
                     stack.enter_context(module.register_forward_hook(partial(record, index, name)))
             yield forward
 
@@ -179,7 +183,7 @@ def compare_with_transformers(
 
 def _compare_layer(model: Any, layer: LayerReference, ids: Tensor, x: Tensor | None) -> tuple[list[Row], Any, Tensor]:
     """The rows of transformers' model of one layer, its output on x fp32 [B,T,H], and the logits of that."""
-    target = TransformersTarget(model, apply=False)
+    target = TransformersUnderTest(model, apply=False)
     norm, target.backbone.norm = target.backbone.norm, nn.Identity()
     x = target.backbone.embed_tokens(ids) if x is None else x
     probe, routes = LayerProbe([layer]), LayerProbe([layer])
@@ -201,12 +205,12 @@ def _load_layer(source: Source, model: Mixtral, index: int) -> Any:
     config.num_hidden_layers, tensors = 1, {}
     vars(config).pop("quantization_config", None)
     for name, files in (source.layers[None] | source.layers[index]).items():
-        ours = _place(model, name)
+        parameter = _place(model, name)
         tensor = source.read(files, "cpu")
-        if not isinstance(ours, QuantizedWeight):
+        if not isinstance(parameter, QuantizedWeight):
             tensor = tensor.to(model.dtype)  # which may be another one than the files'
         elif len(files) == 1 or name in model.requantized:
-            tensor = ours.dequantize()
+            tensor = parameter.dequantize()
         tensors[name.replace(f"layers.{index}.", "layers.0.")] = tensor.float()
     settings: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
     settings |= {"config": config, "state_dict": tensors, "dtype": torch.float32}
@@ -228,7 +232,7 @@ def _in_fp32(layer: LayerReference) -> LayerReference:
     return replace(layer, weights=weights, logits_limit=layer.logits_limit * scale, **changed)
 
 
-class MeshTarget(Target):
+class MeshUnderTest(ModelUnderTest):
     """A `Mixtral` on a mesh, gathered. Every rank must make the same calls."""
 
     catches_faults, widens = False, False
@@ -295,7 +299,7 @@ class _GatheredWeight(QuantizedWeight):
 class _GatheredLayers:
     """The layers, each gathered when it is read. The last one is kept."""
 
-    def __init__(self, target: MeshTarget) -> None:
+    def __init__(self, target: MeshUnderTest) -> None:
         self.target = target
         self.last: dict[int, Layer] = {}
 

@@ -25,10 +25,10 @@ from ..config import read_json_object
 from ..inputs import check_ids, check_vocabulary
 from ..kernels.launch import INTERPRETED
 from ..kernels.offload import OffloadedWeight
-from ..quantize import PARTS, QuantizedWeight, QuantSpec
+from ..quantize import QUANTIZED_PARTS, QuantizedWeight, QuantSpec
 from ..tools.tolerance import fp64_block, largest, to_fp64
 from ..weights import parameter_shapes
-from .layers import Step, Target
+from .layers import ModelUnderTest, Step
 from .report import QuantizationCost, Row, worst_rows
 from .source import LAYER, Source, config_rows
 
@@ -36,7 +36,7 @@ EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.w[123]\.weight")
 # Half a step of a format relative to the largest value, where the scale clips nothing; 2 % for the scale's rounding.
 ROUNDING = {"int4": 1.02 / 14, "int8": 1.02 / 254, "fp8": 1.02 / 16}
 HELD_OUT = "heldout.json"  # in a checkpoint's folder: {"ids": tokens of a text that it was not trained on}
-CONTEXT = 2048  # the most tokens of a window
+WINDOW_TOKENS = 2048  # the most tokens of a window
 LOGIT_ROWS = 256  # tokens whose logits are in memory at once
 CALLS_S = 0.3  # seconds that Python takes for a layer's calls
 PASSES, LOGITS = 10, 16  # how often a layer's weights are converted to fp64; tensors of a text's logits at once
@@ -61,7 +61,9 @@ def estimate(model: Any, ids: Tensor, folder: Any = None, quick: bool = False) -
     return f"verifying: reads {stored:,.1f} MB once, {torch_takes}{', without the interpreter' * INTERPRETED}"
 
 
-def check_weights(target: Target, folder: Any, ids: Tensor, step: Step) -> tuple[list[Row], QuantizationCost | None]:
+def check_weights(
+    target: ModelUnderTest, folder: Any, ids: Tensor, step: Step
+) -> tuple[list[Row], QuantizationCost | None]:
     """The rows of all weights, and the cost of quantization on ids [B,T] and the folder's held-out text: None where no
     weight is quantized, or as the files have it. Without a folder, weights must be finite, and nothing else is checked.
 
@@ -89,7 +91,7 @@ def check_weights(target: Target, folder: Any, ids: Tensor, step: Step) -> tuple
     return rows, None if cost is None else cost.result()
 
 
-def _weights(target: Target, at: int | None) -> dict[str, Any]:
+def _weights(target: ModelUnderTest, at: int | None) -> dict[str, Any]:
     """The weights of a layer (None: outside the layers) by name. A tied head is left out."""
     if at is None:
         found = {name: getattr(target, name) for name in ("embed_tokens", "norm", "lm_head")}
@@ -101,7 +103,7 @@ def _weights(target: Target, at: int | None) -> dict[str, Any]:
     return dict(layer.named_parameters()) | quantized
 
 
-def _check_layer(target: Target, at: int | None) -> list[Row]:
+def _check_layer(target: ModelUnderTest, at: int | None) -> list[Row]:
     """Rows of one layer, or of None: infinite where a weight is not finite, which a text may not show: of a token or an
     expert that it does not have."""
     weights = _weights(target, at).values()
@@ -117,7 +119,7 @@ def _is_finite(weight: Any) -> bool:
     return all(bool(part.isfinite().all()) for part in values)
 
 
-def _compare_layer(source: Source, target: Target, at: int | None, stored: Any) -> list[Row]:
+def _compare_layer(source: Source, target: ModelUnderTest, at: int | None, stored: Any) -> list[Row]:
     """The rows of one layer, or of None, with the largest difference from the files, and one for weights that were
     quantized while loading, with the error of `_rounding_error`. The files' tensors are put into `stored`, too.
 
@@ -126,20 +128,22 @@ def _compare_layer(source: Source, target: Target, at: int | None, stored: Any) 
     """
     sizes, rows = 0, list[Row]()
     for name, files in source.layers[at].items():
-        place, tied = _place(target, name), name == "lm_head.weight" and target.lm_head is target.embed_tokens
+        weight, tied = _place(target, name), name == "lm_head.weight" and target.lm_head is target.embed_tokens
         copy = None if stored is None or tied else _place(stored, name)
-        sizes += 0 if tied else place.shape.numel()  # a tied head may be stored, too
-        for expert in range(len(place)) if len(place.shape) == 3 else (...,):  # one at a time, to save memory
-            ours, theirs = place[expert], source.read(files, place.device, expert)
-            shape = list(theirs.shape) if expert is ... else files[name].get_slice(name).get_shape()
-            if list(place.shape) != shape:
+        sizes += 0 if tied else weight.shape.numel()  # a tied head may be stored, too
+        for expert in range(len(weight)) if len(weight.shape) == 3 else (...,):  # one at a time, to save memory
+            loaded, from_file = weight[expert], source.read(files, weight.device, expert)
+            shape = list(from_file.shape) if expert is ... else files[name].get_slice(name).get_shape()
+            if list(weight.shape) != shape:
                 raise ValueError(f"verify: {source.folder} is another model's: {name} has shape {shape} there")
             if copy is not None:
-                copy[expert] = theirs
-            if isinstance(ours, QuantizedWeight) and (len(files) == 1 or name in target.model.requantized):
-                rows.append(Row(at, "weights", "quantized", _rounding_error(ours, theirs), ROUNDING[ours.format]))
+                copy[expert] = from_file
+            if isinstance(loaded, QuantizedWeight) and (len(files) == 1 or name in target.model.requantized):
+                rows.append(
+                    Row(at, "weights", "quantized", _rounding_error(loaded, from_file), ROUNDING[loaded.format])
+                )
             else:
-                rows.append(Row(at, "weights", "as stored", _difference(ours, theirs), 0.0))
+                rows.append(Row(at, "weights", "as stored", _difference(loaded, from_file), 0.0))
     filled = sizes == sum(weight.shape.numel() for weight in _weights(target, at).values())
     return worst_rows([Row(at, "weights", "as stored", 0.0 if filled else math.inf, 0.0), *rows])
 
@@ -163,19 +167,19 @@ def _place(model: Any, name: str) -> Any:
         raise ValueError(f"verify: the files hold {name}, and this model has no place for it") from error
 
 
-def _difference(ours: Any, theirs: Any) -> float:
+def _difference(loaded: Any, from_file: Any) -> float:
     """The largest difference; infinite where one of the two is NaN."""
-    ours, theirs = (x.dequantize() if isinstance(x, QuantizedWeight) else x for x in (ours, theirs))
-    theirs = theirs.to(ours.device, ours.dtype)
-    return 0.0 if torch.equal(ours, theirs) else largest(ours.double() - theirs.double())
+    loaded, from_file = (x.dequantize() if isinstance(x, QuantizedWeight) else x for x in (loaded, from_file))
+    from_file = from_file.to(loaded.device, loaded.dtype)
+    return 0.0 if torch.equal(loaded, from_file) else largest(loaded.double() - from_file.double())
 
 
-def _rounding_error(ours: QuantizedWeight, theirs: Tensor) -> float:
+def _rounding_error(loaded: QuantizedWeight, from_file: Tensor) -> float:
     """The root mean square of the difference relative to the largest value, of the worst group of columns that loading
     gives one scale, however a mesh splits them."""
-    group = QuantSpec.default_for(ours.format, theirs.shape[-1]).group
-    groups = theirs.to(ours.device, torch.float32).unflatten(-1, (-1, group))
-    error = (ours.dequantize().view_as(groups) - groups).square().mean(-1).sqrt()
+    group = QuantSpec.default_for(loaded.format, from_file.shape[-1]).group
+    groups = from_file.to(loaded.device, torch.float32).unflatten(-1, (-1, group))
+    error = (loaded.dequantize().view_as(groups) - groups).square().mean(-1).sqrt()
     return largest(error / groups.abs().amax(-1).clamp(min=1e-30))
 
 
@@ -196,7 +200,7 @@ def perplexity(model: Any, ids: Tensor) -> float:
 
 def _windows(ids: Tensor, config: Any) -> Iterable[tuple[Tensor, Tensor]]:
     """The inputs and targets [T] of each window of a text [N]."""
-    length = min(config.max_position_embeddings, CONTEXT)
+    length = min(config.max_position_embeddings, WINDOW_TOKENS)
     return zip(ids[:-1].split(length), ids[1:].split(length), strict=True)
 
 
@@ -228,7 +232,7 @@ def quantized_formats(model: Any) -> dict[str, str]:
     found: dict[str, set[str]] = {}
     for name, weight in model.named_weights().items():
         if isinstance(weight, QuantizedWeight) and weight.format != "dense":
-            part = next(part for part, names in PARTS.items() if name.rpartition(".")[2] in names)
+            part = next(part for part, names in QUANTIZED_PARTS.items() if name.rpartition(".")[2] in names)
             found.setdefault(part, set()).add(weight.format)
     return {part: " and ".join(sorted(kinds)) for part, kinds in found.items()}
 
@@ -236,7 +240,7 @@ def quantized_formats(model: Any) -> dict[str, str]:
 class _LayerByLayer:
     """The computation of a QuantizationCost, which gets the files' weights one layer after another."""
 
-    def __init__(self, target: Target, source: Source, ids: Tensor) -> None:
+    def __init__(self, target: ModelUnderTest, source: Source, ids: Tensor) -> None:
         self.target, self.ids, self.flips, config = target, ids, 0, target.config
         # fp32 holds what a quantized file means.
         self.dtype = target.model.dtype if source.quantization is None else torch.float32

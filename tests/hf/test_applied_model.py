@@ -17,7 +17,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
 
 transformers = pytest.importorskip("transformers")
-from transformers.models.mixtral import modeling_mixtral as theirs  # noqa: E402
+from transformers.models.mixtral import modeling_mixtral as modeling  # noqa: E402
 
 from mixtral_triton.hf.attention import CACHE  # noqa: E402
 
@@ -210,7 +210,7 @@ def test_attention_without_the_mask_of_apply(make_hf: Any) -> None:
     got, weights = attend(h, pair, None, cache, output_attentions=True)
     assert torch.allclose(got, attend(h, pair)[0], atol=1e-5)
     assert weights.shape == (2, 4, 5, 9) and not weights[..., 5:].any()
-    assert theirs.MixtralModel.forward(model.model, IDS).last_hidden_state.isfinite().all()
+    assert modeling.MixtralModel.forward(model.model, IDS).last_hidden_state.isfinite().all()
 
 
 def test_positional_arguments_of_the_backbone(make_hf: Any) -> None:

@@ -20,7 +20,7 @@ from mixtral_triton import apply, hf, revert
 from mixtral_triton.kernels.launch import INTERPRETED
 
 transformers = pytest.importorskip("transformers")
-from transformers.models.mixtral import modeling_mixtral as theirs  # noqa: E402
+from transformers.models.mixtral import modeling_mixtral as modeling  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about modules, not kernels: run once, without the interpreter")
 IDS = torch.randint(1, 48, (2, 14), generator=torch.Generator().manual_seed(0))
@@ -52,7 +52,7 @@ def snapshot_library() -> list[dict[str, Any]]:
 
     kinds = (transformers.AttentionInterface, transformers.AttentionMaskInterface, ExpertsInterface)
     registries = [{k: v for k, v in kind._global_mapping.items() if k != "mixtral_triton"} for kind in kinds]
-    classes = [kind for name, kind in vars(theirs).items() if name.startswith("Mixtral")]
+    classes = [kind for name, kind in vars(modeling).items() if name.startswith("Mixtral")]
     # copy caches __slotnames__
     return registries + [{k: v for k, v in vars(kind).items() if k != "__slotnames__"} for kind in classes]
 
@@ -63,7 +63,7 @@ def test_apply_changes_one_instance_and_revert_restores_it(make_hf: Any) -> None
     before, unchanged = snapshot(model), (snapshot(other), snapshot_library())
     assert apply(model) is model and snapshot(model) != before
     assert (snapshot(other), snapshot_library()) == unchanged
-    assert isinstance(model.model.norm, theirs.MixtralRMSNorm)
+    assert isinstance(model.model.norm, modeling.MixtralRMSNorm)
     assert revert(model) is model and snapshot(model) == before
     assert (snapshot(other), snapshot_library()) == unchanged
 
@@ -203,7 +203,7 @@ def set_weight(weight: Callable[[Tensor], nn.Parameter]) -> Callable[[Any], None
 
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}  # until transformers dequantizes such a model
-FAST_NORM = type("FastNorm", (theirs.MixtralRMSNorm,), {})
+FAST_NORM = type("FastNorm", (modeling.MixtralRMSNorm,), {})
 PARAMS_4BIT = type("Params4bit", (nn.Parameter,), {})  # as in bitsandbytes
 MISTRAL = {"vocab_size": 8, "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1}
 REJECTED: dict[str, tuple[Callable[[Any], Any], str]] = {

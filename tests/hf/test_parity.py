@@ -220,7 +220,7 @@ def device_map(model: Any) -> Results:
     return logits(apply(model) if applied else model, LEFT)
 
 
-def attended(model: Any, mask: Tensor | None = None, **kwargs: Any) -> Results:
+def attn_output(model: Any, mask: Tensor | None = None, **kwargs: Any) -> Results:
     """Attention's weights of the real tokens, and the logits beside them."""
     out = model(IDS, attention_mask=mask, output_attentions=True, **kwargs)
     real = torch.ones_like(IDS).bool() if mask is None or mask.dim() != 2 else mask.bool()
@@ -314,11 +314,11 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "generate: prompt lookup": (NO_WINDOW, generate(ids=IDS[:1], prompt_lookup_num_tokens=3)),
     "generate: twice on one cache": (NO_WINDOW, conversation),
     "generate: prefill in chunks": (NO_WINDOW, generate(prefill_chunk_size=4)),
-    "attention weights: left padding": ({}, partial(attended, mask=LEFT)),
-    "attention weights: one key/value head": ({"num_key_value_heads": 1}, attended),
-    "attention weights: holes": ({}, partial(attended, mask=HOLES)),
-    "attention weights: packed sequences": ({}, lambda m: attended(m, position_ids=RESTARTED, use_cache=False)),
-    "attention weights: user's 4-D, added": ({}, lambda m: attended(m, added(causal(m, HOLES)))),
+    "attention weights: left padding": ({}, partial(attn_output, mask=LEFT)),
+    "attention weights: one key/value head": ({"num_key_value_heads": 1}, attn_output),
+    "attention weights: holes": ({}, partial(attn_output, mask=HOLES)),
+    "attention weights: packed sequences": ({}, lambda m: attn_output(m, position_ids=RESTARTED, use_cache=False)),
+    "attention weights: user's 4-D, added": ({}, lambda m: attn_output(m, added(causal(m, HOLES)))),
     "attention weights: dynamic cache": (NO_WINDOW, partial(attended_steps, make_cache=dynamic)),
     "attention weights: sliding window, cached": ({}, partial(attended_steps, make_cache=dynamic)),
     "attention weights: static cache": (NO_WINDOW, partial(attended_steps, make_cache=static)),

@@ -130,8 +130,8 @@ FAULTS: dict[str, tuple[str, str, Any]] = {
 def test_injected_fault_changes_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     layout, name, replacement = FAULTS[fault]
     if name == "Layout.rows":
-        rows = layouts.Layout.rows
-        monkeypatch.setattr(layouts.Layout, "rows", lambda *args: replacement(*rows(*args)))
+        rows = layouts.HubLayout.rows
+        monkeypatch.setattr(layouts.HubLayout, "rows", lambda *args: replacement(*rows(*args)))
     else:
         monkeypatch.setattr(layouts, name, replacement)
     assert differs(tmp_path, hub.write(tmp_path, *hub.LAYOUTS[layout]))
@@ -183,7 +183,7 @@ def test_verify_finds_changed_scales(tmp_path: Path, layout: str) -> None:
 def test_verify_finds_swapped_w1_and_w3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = weights.table
 
-    def swapped(*args: Any) -> dict[str, weights.Target]:
+    def swapped(*args: Any) -> dict[str, weights.Destination]:
         found = table(*args)
         one, three = f"{W1}.weight", f"{W3}.weight"
         return found | {one: found[three], three: found[one]} if one in found else found  # the other layout

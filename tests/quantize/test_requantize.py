@@ -55,7 +55,7 @@ def different(model: Mixtral, meaning: dict[str, Tensor], formats: dict[str, str
 
 
 EXPERTS = dict.fromkeys(("gate_up_proj", "down_proj"), "int8")
-PARTS = dict.fromkeys(EXPERTS, "int4") | dict.fromkeys(("qkv_proj", "o_proj", "lm_head"), "int8")
+QUANTIZED_PARTS = dict.fromkeys(EXPERTS, "int4") | dict.fromkeys(("qkv_proj", "o_proj", "lm_head"), "int8")
 
 
 @pytest.mark.filterwarnings("ignore:.*quantized anew")
@@ -70,7 +70,7 @@ def test_unsupported_layouts_are_quantized_anew_with_weights(tmp_path: Path, cas
     assert str(caught.value).isprintable()
     model = load(tmp_path, weights="int8")
     assert different(model, meaning, EXPERTS) == []
-    assert different(load(tmp_path, weights=BOTH), meaning, PARTS) == []
+    assert different(load(tmp_path, weights=BOTH), meaning, QUANTIZED_PARTS) == []
     report = verify(model, torch.arange(12)[None] % 40, folder=tmp_path)
     assert {row.op for row in report.wrong} <= {"expert_swiglu", "experts_add_rms_norm", "layer"}
     assert all(row.ok for row in report.rows if row.op == "weights") and 0.9 < report.quantization.min_cosine < 1
@@ -141,10 +141,10 @@ def test_group_out_of_range_raises_value_error(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*quantized anew")
 @pytest.mark.parametrize("fault", ["groups in order", "no zeros"])
 def test_injected_fault_changes_the_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    check, values = layouts.Layout.check, layouts.Layout.values
+    check, values = layouts.HubLayout.check, layouts.HubLayout.values
     if fault == "groups in order":
-        monkeypatch.setattr(layouts.Layout, "check", lambda *args: check(*args).sort().values)
+        monkeypatch.setattr(layouts.HubLayout, "check", lambda *args: check(*args).sort().values)
     else:
-        monkeypatch.setattr(layouts.Layout, "values", lambda self, rows, at: values(self, (*rows[:2], None), at))
+        monkeypatch.setattr(layouts.HubLayout, "values", lambda self, rows, at: values(self, (*rows[:2], None), at))
     meaning = hub.write(tmp_path, *UNSUPPORTED["8 bits act-order"][0])
     assert different(load(tmp_path, weights="int8"), meaning, EXPERTS)

@@ -20,7 +20,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.load import LOGIT_BYTES, OVERHEAD, cache_bytes, table_bytes, workspace_bytes
 from mixtral_triton.quantize import select_specs
-from mixtral_triton.tools.fit import KNOWN, Plan, Request, format_specs, memory_need, parameters
+from mixtral_triton.tools.fit import KNOWN, MemoryPlan, Request, format_specs, memory_need, parameters
 from mixtral_triton.tools.gpus import GPU, GPUS, LINKS, MIB, find_gpu
 from mixtral_triton.tools.work import count_work
 from mixtral_triton.weights import parameter_shapes
@@ -45,7 +45,7 @@ def size(config: MixtralConfig, weights: Any) -> int:
 INT4 = specs(SMALLER, "int4")
 
 
-def plan(config: MixtralConfig, specs: Any, mib: int, batch: int, context: int) -> Plan:
+def plan(config: MixtralConfig, specs: Any, mib: int, batch: int, context: int) -> MemoryPlan:
     request = Request("", config, {"as stored": specs}, "", batch, context)
     return request.plan("as stored", GPU("", "", mib))
 

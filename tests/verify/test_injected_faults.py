@@ -153,7 +153,7 @@ def test_loader_that_swaps(swap: tuple[str, str], dtype: torch.dtype, monkeypatc
     """Model and reference share what was loaded, so only the files show it."""
     table, swapped = weights.table, dict(zip(swap, swap[::-1], strict=True))
 
-    def faulty(*args: Any) -> dict[str, weights.Target]:
+    def faulty(*args: Any) -> dict[str, weights.Destination]:
         targets = table(*args)
         return {name: targets[re.sub("|".join(swap), lambda found: swapped[found[0]], name)] for name in targets}
 

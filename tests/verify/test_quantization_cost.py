@@ -19,7 +19,7 @@ from mixtral_triton.cli import SMALL, main, parse_weights
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize import QuantizedWeight
 from mixtral_triton.verification import held_out, perplexity, weights
-from mixtral_triton.verification.layers import Target
+from mixtral_triton.verification.layers import ModelUnderTest
 from mixtral_triton.verification.weights import check_weights
 from tests.support import hub
 from tests.support.models import check_loaded, random_model
@@ -136,7 +136,7 @@ def test_cost_equals_that_of_whole_models(formats: Any, window: int, tmp_path: P
     (tmp_path / "heldout.json").write_text(json.dumps({"ids": text}))
     model, steps = load(tmp_path, weights=formats), []
     with torch.no_grad():
-        cost = check_weights(Target(model), tmp_path, IDS, lambda: steps.append(1))[1]
+        cost = check_weights(ModelUnderTest(model), tmp_path, IDS, lambda: steps.append(1))[1]
         ours, theirs = load_fp64(tmp_path, formats), load_fp64(tmp_path, None)
         cosines = F.cosine_similarity(*(reference.forward(one, IDS).double() for one in (ours, theirs)), dim=-1)
         flips = int((routes(ours, IDS) != routes(theirs, IDS)).any(-1).sum())
@@ -155,7 +155,7 @@ def test_cost_without_quantization_text_or_folder(tiny: Path) -> None:
     report = verify(model, IDS[:1, :3] % 40)
     assert report.quantization is None and report.as_dict()["quantization"] is None and "Quantized" not in str(report)
     (tiny / "heldout.json").unlink()
-    cost = check_weights(Target(model), tiny, IDS % 40, lambda: None)[1]
+    cost = check_weights(ModelUnderTest(model), tiny, IDS % 40, lambda: None)[1]
     assert cost is not None and cost.perplexity is None and "perplexity" not in str(cost)
 
 

@@ -20,7 +20,7 @@ from mixtral_triton.model import Layer
 from mixtral_triton.tools.tolerance import Fp64Reference, Tolerance, worst
 from mixtral_triton.verification import calls
 from mixtral_triton.verification.calls import LayerCheck, SizedCalls
-from mixtral_triton.verification.layers import Target, compare_layers
+from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
 from mixtral_triton.verification.report import Row
 from tests.support.faults import Inject, in_router, replace_by, small_model
 
@@ -207,7 +207,7 @@ def test_not_finite_is_wrong(value: float) -> None:
     assert not any(Row(0, "", "", *pair).ok for pair in [worst([(value, INF), (0.5, 1.0)]), (0.0, NAN), (value, NAN)])
     assert Row(0, "", "", value, 1.0).share == INF
     model = small_model(torch.float32)
-    _, expected, _ = compare_layers(Target(model), IDS)
+    _, expected, _ = compare_layers(ModelUnderTest(model), IDS)
     weights = expected.layers[0].weights.clone()
     weights[0, 0, 0] = value
     assert not Row(0, "layer", "", *expected.layers[0].route_error(expected.layers[0].ids, ..., weights)).ok

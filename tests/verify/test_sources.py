@@ -20,7 +20,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import State
 from mixtral_triton.quantize import layouts
 from mixtral_triton.verification import layers, source, targets
-from mixtral_triton.verification.layers import Target, compare_layers
+from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
 from mixtral_triton.verification.source import Source, decode
 from mixtral_triton.verification.weights import estimate
 from tests.support import hub
@@ -148,7 +148,7 @@ def test_act_order_is_decoded(off: int) -> None:
 
 def test_one_gathered_layer_at_a_time(dense: Path, monkeypatch: Patch) -> None:
     """On a mesh each layer is gathered when it is read: none is alive when the next one is."""
-    target = Target(random_model(num_hidden_layers=3, max_position_embeddings=4200))
+    target = ModelUnderTest(random_model(num_hidden_layers=3, max_position_embeddings=4200))
     gathered = one_at_a_time(monkeypatch, targets, "Layer")
     ranks = SimpleNamespace(model=target.model, config=target.config, gather=lambda name, weight: weight.detach() + 0)
     target.layers = targets._GatheredLayers(ranks)  # type: ignore[arg-type]
@@ -164,7 +164,7 @@ def test_one_layer_in_fp32_at_a_time(monkeypatch: Patch) -> None:
 
 
 def test_references_keep_no_more_than_they_hold() -> None:
-    target = Target(random_model(num_hidden_layers=2))
+    target = ModelUnderTest(random_model(num_hidden_layers=2))
     with torch.no_grad():
         _, expected, _ = compare_layers(target, IDS)
     for layer in expected.layers:

@@ -19,7 +19,7 @@ from ...kernels.record import record_launches
 from ...kernels.registry import dispatched
 from ..gpus import GPU, MIB, data_sheet
 from ..predict import Prediction, Timer, floor, measure_gpu, predict
-from ..terminal import say
+from ..terminal import print_message
 from . import decode_step
 from .cases import Case, Check, check_of, stricter_oracles
 from .peers import Function, Peer, Unsupported
@@ -256,5 +256,5 @@ def timed_rows(cases: list[Case], peers: list[Peer], device: torch.device, gpu: 
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         except RuntimeError as error:
-            say(f"mixtral-triton bench: {device} is lost to this process: {summary(error)}")
+            print_message(f"mixtral-triton bench: {device} is lost to this process: {summary(error)}")
             return

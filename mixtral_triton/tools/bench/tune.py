@@ -74,7 +74,7 @@ def compile_fault(case: Case, kernel: str, config: LaunchConfig, arch: str) -> s
         return None
     try:
         launch, _ = kernel_configs(case, arch, {kernel: config})[kernel]
-    except ValueError as error:  # a descriptor's tile that is no power of 2, say
+    except ValueError as error:  # for example, a descriptor's tile that is no power of 2
         return f"cannot be built: {error}"
     return compile_launches([launch], arch)[0].fault
 
