@@ -95,7 +95,7 @@ _ALIGNMENT = tl.constexpr(ALIGNMENT)
 def expert_rows(ptr, expert, stride_we, dtype: tl.constexpr, LAYOUT: tl.constexpr, exists=True):
     """Return the pointer to an expert's rows: an offset into a stacked weight, or an entry of a table of addresses.
 
-    Where the expert does not exist, it is the first one's, which the caller masks.
+    Where `exists` is false, the table's first entry is read instead, and the caller masks the rows.
     """
     if LAYOUT.table:
         element: tl.constexpr = dtype if LAYOUT.format == "dense" else tl.int16

@@ -274,8 +274,8 @@ def capture(step: Callable[[], object], generator: torch.Generator | None, devic
     """Capture the launches of `step` on `device` and return the replay. Nothing runs; `step` must have run before.
 
     `generator`: the one that the step draws from, if any. Other threads may use the device, but not synchronize it as
-    `torch.cuda.graph` does. Raises RuntimeError where the step cannot be captured (for example, it reads a value), with stream,
-    allocators and generators as before, and CaptureLost where they are not.
+    `torch.cuda.graph` does. Raises RuntimeError where the step cannot be captured, as one that reads a value: stream,
+    allocators and generators are then as before. Raises CaptureLost where they are not.
     """
     with _lock, torch.cuda.device(device), _no_collection():
         graph = torch.cuda.CUDAGraph()

@@ -193,7 +193,7 @@ def check_offload(
 
 
 def host_memory() -> int | None:
-    """Bytes of host memory that can be pinned, those that control groups (of a container, say) still allow; None where
+    """Bytes of host memory that can be pinned, those that control groups, as of a container, still allow; None where
     the system does not say. WSL pins at most half of it."""
     try:
         lines = (PROC / "meminfo").read_text().splitlines()

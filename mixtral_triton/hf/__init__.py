@@ -126,8 +126,8 @@ def _check_weights(model: Any) -> None:
 
 
 def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], modules: Any) -> None:
-    """Raise ValueError unless all modules to replace are of transformers' own classes and have its forward, and the GPUs
-    that accelerate's hooks name exist."""
+    """Raise ValueError unless all modules to replace are of transformers' own classes and keep its forward, and the
+    GPUs that accelerate's hooks name exist."""
     backbone, gpus = modules.modeling.MixtralModel, torch.cuda.device_count()
     for name, module in model.named_modules() if blocks else ():
         hook = module.__dict__.get("_hf_hook")

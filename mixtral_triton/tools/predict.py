@@ -148,7 +148,7 @@ def _part(launch: Launch, gpu: GPU, chip: Chip, efficiency: Efficiency) -> tuple
 def list_schedule(runs: Iterable[tuple[float, float]], places: int) -> float:
     """Return the makespan of a greedy list schedule of programs on `places` processors, in seconds.
 
-    runs: in order, the number of programs and the seconds that each takes; a fraction of a program adds to the next run.
+    runs: in order, numbers of programs and the seconds that each takes; a fraction of a program adds to the next run.
     """
     free, left = [0.0] * places, 0.0
     runs = [run for run in runs if run[0] > 0]
