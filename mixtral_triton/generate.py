@@ -100,7 +100,7 @@ def _stream(
             return
         run()
         # The first step ran eagerly, so every kernel is compiled.
-        if done == 1 and max_new_tokens - done > GRAPH_MIN_TOKENS and can_capture(model, warn=True):
+        if done == 1 and max_new_tokens - done > GRAPH_MIN_TOKENS and can_capture(model):
             try:
                 run = capture(step, sampling[2], model.device)
             except CaptureLost:
@@ -134,14 +134,14 @@ class Step:
         self.ended |= (self.token[:, None] == self.stops).any(-1)
 
 
-def can_capture(model: Mixtral, warn: bool = False) -> bool:
-    """Whether a replay of the model's step does what the step does: it calls no Python, so no hook either."""
+def can_capture(model: Mixtral) -> bool:
+    """Whether a replay does what the model's step does, with a warning where it would not call a caller's code."""
     if model.device.type != "cuda" or not untraced():
         return False
-    if warn and (change := model.find_change()):
+    if change := model.find_change():
         text = f"generate: decoding without a CUDA graph, slower: {change}, and a replay would not run that code"
         warnings.warn(text, RuntimeWarning, stacklevel=3)
-    return model.find_change() is None
+    return change is None
 
 
 def prefill(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> Tensor:
