@@ -311,7 +311,8 @@ def read_index(index: Path) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         # Checks the name, not a link's target: the hub's cache links to ../../blobs. Windows' rules are stricter.
-        if not isinstance(file, str) or PureWindowsPath(file).name != file or not file.endswith(".safetensors"):
+        plain = isinstance(file, str) and PureWindowsPath(file).name == file and not {*"*?["} & {*file}  # no pattern
+        if not plain or not file.endswith(".safetensors"):
             raise ValueError(f"{index}: {name!r:.80} is in {file!r:.80}, needs the plain name of a .safetensors file")
         names.setdefault(file, []).append(name)
     return names

@@ -120,7 +120,7 @@ def _stream(
             (replay or step)()
             # A step that ran eagerly has its kernels compiled.
             to_capture = replay is None and done <= captures and max_new_tokens - done > GRAPH_MIN_TOKENS
-            if to_capture and can_capture(model, warn=done == 1):
+            if to_capture and can_capture(model):
                 try:
                     replay = capture(step, sampling[2], model.device)
                 except CaptureLost:
@@ -161,14 +161,14 @@ class Step:
         self.ended |= (self.token[:, None] == self.stops).any(-1)
 
 
-def can_capture(model: Mixtral, warn: bool = False) -> bool:
-    """Whether a replay of the model's step does what the step does: it calls no Python, so no hook either."""
+def can_capture(model: Mixtral) -> bool:
+    """Whether a replay does what the model's step does, with a warning where it would not call a caller's code."""
     if model.device.type != "cuda" or not untraced():
         return False
-    if warn and (change := model.find_change()):
+    if change := model.find_change():
         text = f"generate: decoding without a CUDA graph, slower: {change}, and a replay would not run that code"
         warnings.warn(text, RuntimeWarning, stacklevel=3)
-    return model.find_change() is None
+    return change is None
 
 
 def prefill(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> Tensor:

@@ -284,7 +284,7 @@ def test_graph_of_cuda(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its text is that of the plain loop, also after a capture that failed."""
     model, settings = build(5, "cuda"), {"max_new_tokens": 20}
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "can_capture", lambda model, warn: False)
+        patch.setattr(generate, "can_capture", lambda model: False)
         want = texts(model, **settings)
     if fault is not None:
         with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="without a CUDA graph"):
