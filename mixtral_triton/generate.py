@@ -120,7 +120,9 @@ def _stream(
             (replay or step)()
             # A step that ran eagerly has its kernels compiled.
             to_capture = replay is None and done <= captures and max_new_tokens - done > GRAPH_MIN_TOKENS
-            if to_capture and can_capture(model):
+            if to_capture and not can_capture(model):
+                captures = 0
+            elif to_capture:
                 try:
                     replay = capture(step, sampling[2], model.device)
                 except CaptureLost:
