@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -128,3 +129,23 @@ def test_importing_the_model_loads_no_tools() -> None:
 def test_no_submodule_hides_a_public_name(name: str) -> None:
     assert not (ROOT / "mixtral_triton" / f"{name}.py").exists()
     assert getattr(mixtral_triton, name) is not None
+
+
+TOOLS = [path for folder in ("tests/emulator", "tests/support/stub") for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_emulator_and_simulated_gpu_know_the_project_by_an_adapter_alone(path: Path) -> None:
+    names = [node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    knows = any(name.startswith("mixtral_triton") for name in names)
+    assert not knows or path.name == "adapter.py" or path.name.startswith("test_")
+
+
+@pytest.mark.parametrize(("folder", "result"), [("emulator", "10.])"), ("support/stub", "['fill_kernel']")])
+def test_their_readmes_run_any_kernel(folder: str, result: str, tmp_path: Path) -> None:
+    text = (ROOT / "tests" / folder / "README.md").read_text()
+    (tmp_path / "block.py").write_text(text.partition("```python\n")[2].partition("```")[0])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "block.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stdout.strip().endswith(result), done.stdout + done.stderr

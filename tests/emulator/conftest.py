@@ -16,9 +16,8 @@ import torch
 import triton
 from triton.backends.nvidia.compiler import CUDABackend
 
-from mixtral_triton.kernels.launch import INTERPRETED
-
 from ..support.stub.gpu import gpu
+from .adapter import INTERPRETED
 from .launch import Executor
 from .machine import SCHEDULES, Schedule
 

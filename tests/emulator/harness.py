@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixtral_triton.kernels.launch import INTERPRETED
-
+from .adapter import INTERPRETED
 from .machine import SCHEDULES, Code, Machine, Schedule
 from .memory import SHARED_BASE, Fault, Global, Params, Span
 from .parser import parse

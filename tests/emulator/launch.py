@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mixtral_triton.kernels.offload import find_weight
-
 from ..support.stub.driver import SWIZZLE_SPANS, with_memory
+from .adapter import memories_of
 from .copies import Descriptor
 from .machine import SCHEDULES, Code, Schedule, execute
 from .memory import Fault, Global, Params, Span
@@ -46,12 +45,6 @@ def tensor_map(descriptor: TensorDescriptor, meta: Mapping[str, Any] | None) -> 
     sizes, box = tuple(descriptor.shape[::-1]), tuple(meta["block_size"][::-1])
     strides = tuple(stride * size for stride in descriptor.strides[-2::-1])
     return Descriptor(descriptor.base.data_ptr(), size, sizes, strides, box, SWIZZLE_SPANS[meta["swizzle"]] or 0)
-
-
-def memories_of(table: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return where the experts lie whose addresses a table holds: those on the device, and in host memory or a copy."""
-    weight = find_weight(table)
-    return getattr(table, "memories", ()) if weight is None else (weight.resident, weight.host)
 
 
 class PackedArgs:

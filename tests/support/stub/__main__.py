@@ -7,16 +7,10 @@ with `--executes`; without it results are undefined.
 import argparse
 import runpy
 import sys
-from functools import partial
 from unittest import mock
 
-from mixtral_triton.tools.bench import measure as bench
-
+from .adapter import measure, small_benchmarks
 from .gpu import gpu
-
-# Small values for what benchmarks make large or repeat because of a real GPU's clocks.
-SMALL = {"SWEEP_BYTES": 1 << 10, "RUNS_LEAST": 1, "RUNS_MOST": 1}
-SMALL |= {"measure_gpu": partial(bench.measure_gpu, memory=1 << 12, n=16)}
 
 
 def main() -> None:
@@ -30,7 +24,7 @@ def main() -> None:
     sys.argv = target = args.module or args.script
     if not target:
         parser.error("name a module (-m) or a file to run")
-    with gpu(args.gpus, L2_cache_size=1 << 10) as machine, mock.patch.multiple(bench, **SMALL):
+    with gpu(args.gpus, L2_cache_size=1 << 10) as machine, mock.patch.multiple(measure, **small_benchmarks()):
         machine.driver.executes, machine.driver.breaks = args.executes, args.breaks
         if args.module:
             runpy.run_module(target[0], run_name="__main__", alter_sys=True)

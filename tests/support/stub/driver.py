@@ -23,10 +23,7 @@ from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mixtral_triton.kernels import plan
-from mixtral_triton.kernels.interpret import interpreting
-from mixtral_triton.kernels.weight import Layout
-
+from .adapter import Layout, forget_launches, interpreting
 from .tensors import stage
 
 GRID_MOST = (2**31 - 1, 65535, 65535)
@@ -186,7 +183,7 @@ class Driver(GPUDriver):
                 for kernel in cache.values():
                     kernel.module = None  # else its finalizer asks a driver to unload it
             fn.device_caches.clear()
-        plan.clear()
+        forget_launches()
         max_shared_mem.cache_clear()
 
     def check_alive(self) -> None:

@@ -1,4 +1,4 @@
-"""Simulated GPUs: the part of `torch.cuda` that the package uses, with the tensors and the driver of this package.
+"""Simulated GPUs: the part of `torch.cuda` that a program needs, with the tensors and the driver of this package.
 
 python -m tests.support.stub -m mixtral_triton generate --prompt "def"
 """
@@ -16,9 +16,7 @@ from unittest import mock
 import torch
 import triton
 
-from mixtral_triton import generate
-from mixtral_triton.kernels import call, offload
-
+from .adapter import patches as project_patches
 from .driver import Driver, LaunchError
 from .tensors import Factories, FakeGPUTensor, indexed, stage
 
@@ -267,9 +265,7 @@ def gpu(count: int = 1, **properties: Any) -> Iterator[GPU]:
     machine = GPU(count, **properties)
     patches = [(torch.cuda, name, function) for name, function in machine.functions().items()]
     patches += [(torch.cuda.graphs.graph, "default_capture_stream", None), (torch, "Generator", Generator)]
-    patches.append((call, "PLAIN_TYPES", (*call.PLAIN_TYPES, FakeGPUTensor)))
-    patches += [(generate, "_call_runtime", machine.call_runtime), (offload, "call_runtime", machine.call_runtime)]
-    patches += [(generate, "_streams", {}), (stage, "last_error", 0)]
+    patches += [*project_patches(FakeGPUTensor, machine.call_runtime), (stage, "last_error", 0)]
     patches += [(torch._C, "_host_emptyCache", lambda: None), (triton.runtime.driver, "_active", machine.driver)]
     with ExitStack() as stack:
         for module, name, value in patches:

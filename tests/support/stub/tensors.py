@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from mixtral_triton.kernels import call
-from mixtral_triton.kernels.registry import OPS
+from .adapter import OPERATORS, call_operator
 
 # Operations that copy between devices, or take an index or a mask from the host.
 _CROSS_DEVICE = {"copy_", "_to_copy", "index", "index_put_", "_index_put_impl_"}
@@ -59,10 +58,9 @@ class FakeGPUTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "mixtral_triton":
-            op = OPS[func._opname]
+        if func.namespace == OPERATORS:
             with Factories():  # torch has disabled the mode
-                return call.call_checked(op, op.bind(*call.unflatten_args(op.arguments, args), **(kwargs or {})))
+                return call_operator(func._opname, args, kwargs or {})
         return dispatch(func, args, kwargs or {})
 
 

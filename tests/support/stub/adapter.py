@@ -1,0 +1,38 @@
+"""What the simulated GPU knows of this project. The other files of this folder run any Triton program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from mixtral_triton import generate
+from mixtral_triton.kernels import call, offload, plan
+from mixtral_triton.kernels.interpret import interpreting as interpreting
+from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.weight import Layout as Layout
+from mixtral_triton.tools.bench import measure
+
+OPERATORS = "mixtral_triton"  # the namespace of the project's operators, which have no kernel for simulated tensors
+forget_launches = plan.clear  # remembered launches are of one driver
+
+
+def call_operator(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call an operator of the project as a caller of its Python function does."""
+    op = OPS[name]
+    return call.call_checked(op, op.bind(*call.unflatten_args(op.arguments, args), **kwargs))
+
+
+def patches(tensor_class: type, call_runtime: Callable[..., int]) -> list[tuple[Any, str, Any]]:
+    """Return what to patch while GPUs are simulated: module, name, value."""
+    plain = (*call.PLAIN_TYPES, tensor_class)
+    runtime = [
+        (module, name, call_runtime) for module, name in ((generate, "_call_runtime"), (offload, "call_runtime"))
+    ]
+    return [(call, "PLAIN_TYPES", plain), *runtime, (generate, "_streams", {})]
+
+
+def small_benchmarks() -> dict[str, Any]:
+    """Return small values for what benchmarks make large, or repeat because of a real GPU's clocks: of `measure`."""
+    small: dict[str, Any] = {"SWEEP_BYTES": 1 << 10, "RUNS_LEAST": 1, "RUNS_MOST": 1}
+    return small | {"measure_gpu": partial(measure.measure_gpu, memory=1 << 12, n=16)}
