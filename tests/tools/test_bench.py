@@ -55,6 +55,8 @@ def test_cases_cover_both_models_all_token_counts_and_contexts_to_32k() -> None:
     assert max(sum(case.op.name == name for case in quick) for name in BENCHED) == QUICK
     assert {case.sizes["H"] for case in cases(["linear"], quick=True)} == {4096}
     assert [case.sizes["E"] for case in cases(["route"], at=["T=64"])] == [8]
+    assert {case.sizes["T"] for case in cases(["route"], at=["T=64", "T=128"])} == {64, 128}, "of one letter any"
+    assert {case.sizes["N"] for case in cases(["linear"], at=["T=64", "N=32000"])} == {32000}
 
 
 def test_floor_follows_the_actual_routing() -> None:
