@@ -31,14 +31,6 @@ from tests.support.traffic import active_addresses
 pytest_plugins = ["tests.support.selection"]
 
 INTERPRET = launch.interpret
-NOT_SIMULATED = {  # tests for a GPU that the simulated one cannot run, and why
-    "test_backward_raises_value_error": "autograd has no thread for a simulated GPU, and aborts",
-    "test_compile": "torch.compile does not trace a simulated GPU's tensors",
-    "test_lazy_negation": "a simulated GPU's tensors have no negative bit",
-    "test_a_captured_step_is_one_chain": "a simulated graph has no nodes to dump",
-    "test_experts_in_host_memory_give_the_bits_of_resident_ones": "numpy has no fixed order (test_offload_on_gpu)",
-    "test_two_threads_generate_what_each_generates_alone": "a simulated GPU's tensors are one thread's",
-}
 MARGIN = 64  # elements on either side
 FLOAT_CANARIES = (float("nan"), 1.0e4)
 INT_CANARIES = (0, 1)  # small: a kernel that used one as an index must not reach foreign memory
