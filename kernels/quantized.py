@@ -190,6 +190,10 @@ class QuantizedWeight(nn.Module):
             self.set_extra_state(state)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
+    @property
+    def spec(self) -> QuantSpec:
+        return QuantSpec(self.format, self.group, self.scales.dtype, self.zeros is not None)
+
     def on_meta(self) -> QuantizedWeight:
         """Return the weight on the meta device: shapes alone."""
         zeros = None if self.zeros is None else self.zeros.to("meta")

@@ -257,7 +257,11 @@ def _tokens(args: argparse.Namespace, ids: Sequence[int], warning: str, model: M
 
 def _verify(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=True)
+    import torch
+
+    from .tools.offline import compile_ahead
     from .verification import check_peer, default_text, estimate, verify
+    from .verification.calls import CACHE_SLOTS, CHUNKS, STEPS
 
     text = None if args.prompt is None else read_prompts([args.prompt])[0]
     check_peer(args.peer, args.tp * args.ep > 1)
@@ -273,6 +277,10 @@ def _verify(args: argparse.Namespace) -> int:
         if is_first():
             print_message(note)
             print_message(estimate(model, ids[:, : args.tokens], args.folder, quick))
+        with bar("compiling", None) as progress:
+            sizes = [*STEPS, *((B, T) for B, T in CHUNKS if model.config.max_position_embeddings >= T)]
+            dtypes = [model.dtype] if quick else [model.dtype, torch.float32]
+            compile_ahead(model, sizes, CACHE_SLOTS, dtypes, progress.update)
         with bar("verifying", None) as progress:
             options = {"folder": args.folder, "peer": args.peer, "quick": quick, "tokens": args.tokens}
             report = verify(model, ids[:, : args.tokens], progress.update, **options)
@@ -298,6 +306,9 @@ def _generate(args: argparse.Namespace) -> int:
     with open_mesh(args) as mesh:
         import torch
 
+        from .generate import PREFILL_CHUNK
+        from .tools.offline import compile_ahead
+
         model, tokenizer = _load(args, mesh), load_tokenizer(args.folder)
         sampling, notes = select_sampling(args, read_generation_config(args.folder))
         sampling["generator"] = torch.Generator(model.device).manual_seed(args.seed)
@@ -307,6 +318,11 @@ def _generate(args: argparse.Namespace) -> int:
             if template is not None:  # it begins with the beginning-of-sequence token itself
                 ids = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
             prompt = _tokens(args, ids, warning, model)
+            if number == 0:
+                chunks = {(1, 1), (1, min(len(ids), PREFILL_CHUNK)), (1, len(ids) % PREFILL_CHUNK or 1)}
+                with bar("compiling", None) as progress:
+                    slots = len(ids) + args.max_new_tokens
+                    compile_ahead(model, sorted(chunks), slots, [model.dtype], progress.update)
             steps = TimedSteps(model.stream(prompt[None], args.max_new_tokens, **sampling), len(ids), model.device)
             if is_first() and number == 0:
                 print_message("\n".join(filter(None, (note, *notes))))

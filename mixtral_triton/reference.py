@@ -19,7 +19,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v, not rotated -> [
 class Values:
     """A block's intermediate values for B sequences of T tokens, N = B T rows.
 
-    x, normed, attended, output  [B,T,H]: the residual stream, its norm, attention's output, the stream after the block
+    x, normed, attn_output, output  [B,T,H]: the residual stream, its norm, the output of attention, the stream after it
     y                            [B,T,H]: the experts' output
     q, k, v, heads               [B,T,heads,D], not rotated, and [B,T,Hq D]
     h, logits, weights, ids      [N,H] input of the experts; [N,E] logits; [N,K] routing weights and expert ids

@@ -76,7 +76,7 @@ def bits(x: Tensor) -> Tensor:
 
 
 def guard_experts(name: str, weight: OffloadedWeight, guards: dict[str, GuardedTensor], iteration: int) -> Tensor:
-    """Fence the rows of each expert, and return the table with addresses in the copies. Others stay: they are seen."""
+    """Guard the rows of each expert, and return the table with addresses in the copies. Others stay: they are seen."""
     experts = [weight.rows(expert) for expert in range(len(weight))]
     table = weight.data.clone()
     for number, rows in enumerate(experts):

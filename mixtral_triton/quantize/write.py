@@ -34,7 +34,7 @@ NOT_COPIED = ("*.safetensors", "*.gguf", "config.json", weights.INDEX_FILE, *wei
 LINEARS = (".q_proj", ".k_proj", ".v_proj", ".o_proj", ".gate", "lm_head")
 # compressed-tensors' format, bits and type of each format.
 KINDS = {"int4": ("pack", 4, "int"), "int8": ("pack", 8, "int"), "fp8": ("float", 8, "float")}
-# Patterns of the linears of each of PARTS, where their formats differ.
+# Patterns of the linears of each of QUANTIZED_PARTS, where their formats differ.
 TARGETS = {"experts": [r"re:.*\.experts\..*"], "linear": [r"re:.*\.self_attn\..*_proj", "lm_head"]}
 
 

@@ -14,22 +14,27 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from ..cache import KVCache
 from ..kernels.arch import ARCHS, amd, family
-from ..kernels.launch import INTERPRETED, Launch
+from ..kernels.launch import INTERPRETED, Launch, multiprocessors, target_arch
+from ..kernels.offload import OffloadedWeight
 from ..kernels.op import Op
+from ..kernels.quantized import QuantizedWeight
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
+from ..model import Mixtral
 from .predict import family_note
 from .sass import Loop, main_loops
 from .terminal import Column, Table, bar, console
@@ -233,12 +238,42 @@ def _compile_all(kernels: Iterable[Kernel], arch: str, out: Path | None, progres
     return [future.result() for future in futures]
 
 
-def compile_launches(launches: Iterable[Launch], arch: str) -> list[Compiled]:
+def compile_launches(
+    launches: Iterable[Launch], arch: str, progress: Progress = lambda *numbers: None
+) -> list[Compiled]:
     """Compile the kernels of recorded launches into Triton's cache, each once, on all cores."""
     sources = [(launch, _source(launch, arch)) for launch in launches]
-    # What is known of its integers makes another kernel of it, too.
-    distinct = {(_key(launch, source), repr(source.attrs)): ("", launch) for launch, source in sources}
-    return _compile_all(distinct.values(), arch, None, lambda *numbers: None)
+    # What is known of its integers, and a dependent launch, make another kernel of it, too.
+    distinct = {
+        (_key(launch, source), repr(source.attrs), launch.dependent): ("", launch) for launch, source in sources
+    }
+    return _compile_all(distinct.values(), arch, None, progress)
+
+
+def compile_ahead(
+    model: Mixtral, sizes: Iterable[tuple[int, int]], slots: int, dtypes: Iterable[torch.dtype], progress: Progress
+) -> None:
+    """Compile on all cores what forwards of [B,T] tokens over a cache of `slots` launch on the model's GPU.
+
+    Otherwise each kernel is compiled when it is first launched, one after the other. The launches are recorded on a
+    layer without memory. Nothing is compiled for a CPU, a mesh, or an architecture that the compiler does not know.
+    """
+    arch = target_arch(model.device)
+    if INTERPRETED or model.device.type != "cuda" or model.ranks is not None or arch not in ARCHS:
+        return
+    config = replace(model.config, num_hidden_layers=1)
+    quantized = {name: x for name, x in model.named_weights().items() if isinstance(x, QuantizedWeight)}
+    specs = {name: x.spec for name, x in quantized.items() if x.format != "dense"}
+    on_host = [list(x.on_host) for x in [model.layers[0].gate_up_proj] if isinstance(x, OffloadedWeight)]
+    records: list[Launch] = []
+    for dtype in dict.fromkeys(dtypes):
+        layer = Mixtral(config, "meta", dtype, model.deterministic, specs, on_host=on_host)
+        with torch.no_grad(), record_launches(arch, multiprocessors(model.device)) as launches:
+            for B, T in sizes:
+                ids = torch.zeros((B, T), dtype=torch.int64, device="meta")
+                layer(ids, cache=KVCache(config, B, max(T, slots), "meta", dtype))
+        records += [launch for launch in launches if launch.fn is not None]
+    compile_launches(records, arch, progress)
 
 
 def compile_ops(

@@ -32,7 +32,7 @@ from .report import FP32, TORCH, Row, worst_rows
 
 UNCACHED, CHUNKS, TOKENS = "whole text", "in chunks", "token by token"
 ROUTES, LAYER_PARTS = "routes", {"attn_output": "attention", "y": "experts"}  # rows of what a layer computes inside
-PART_RATIO = 3.0  # of PARTS in the place of RATIO: without the residual stream few values decide
+PART_RATIO = 3.0  # of LAYER_PARTS in the place of RATIO: without the residual stream few values decide
 ERROR_LENGTH = 200  # characters of a raised error in a row
 SEPARATE_TOKENS = 3  # tokens that are read one at a time, after the chunks
 PADDING = 3  # tokens of right padding behind all chunks but the first

@@ -72,7 +72,7 @@ def worst_rows(rows: Iterable[Row]) -> list[Row]:
 class QuantizationCost:
     """Both models in fp64: on the dequantized weights, and on the weights of the files.
 
-    formats  of the quantized parts of the model, by their names in PARTS
+    formats  of the quantized parts of the model, by their names in QUANTIZED_PARTS
     cosine   between the logits of a token in both, the mean over all tokens; `min_cosine`: the smallest
     flips    of `routed` routes (a token in a layer), those that differ
     perplexity, stored_perplexity  of the folder's held-out text; None where it has none

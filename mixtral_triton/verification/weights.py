@@ -228,7 +228,7 @@ def held_out(folder: Any, config: Any) -> Tensor | None:
 
 
 def quantized_formats(model: Any) -> dict[str, str]:
-    """The formats of a model's quantized parts, by their names in PARTS."""
+    """The formats of a model's quantized parts, by their names in QUANTIZED_PARTS."""
     found: dict[str, set[str]] = {}
     for name, weight in model.named_weights().items():
         if isinstance(weight, QuantizedWeight) and weight.format != "dense":

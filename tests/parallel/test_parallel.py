@@ -15,8 +15,8 @@ from mixtral_triton import Mixtral, MixtralConfig
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.parallel import Shard
-from mixtral_triton.quantize import PARTS
-from mixtral_triton.verification.layers import Target
+from mixtral_triton.quantize import QUANTIZED_PARTS
+from mixtral_triton.verification.layers import ModelUnderTest
 from mixtral_triton.verification.weights import check_weights
 from tests.support import hub
 from tests.support import ranks as work
@@ -126,7 +126,7 @@ def test_the_parts_are_of_what_one_process_quantizes(
     for found, kept, logits in ranks(work.gathered_weights, folder, IDS, weights=weights, **MESHES[mesh]):
         close(logits, want)
         assert name == "narrow" or expert_bytes(kept) <= most  # each part of a row that is split keeps its scale
-        assert {part.rpartition(".")[2] for part in found} == {*itertools.chain(*PARTS.values())}
+        assert {part.rpartition(".")[2] for part in found} == {*itertools.chain(*QUANTIZED_PARTS.values())}
         for part, (values, scales) in found.items():
             assert torch.equal(values, places[part].dequantize()) and (scales == places[part].scales).all(), part
 
@@ -245,7 +245,7 @@ def test_verify(mesh: str, name: str, weights: Any, ranks: Ranks, checkpoint: Ch
         assert {row.op for row in first.rows if row.layer == layer} >= {*OPS, "layer", "weights"}
     assert first.flips == 0 and {"config", "logits", "generate"} <= {row.op for row in first.rows}
     model = Mixtral.from_pretrained(folder, "cpu", weights=weights)
-    got, want = first.quantization, check_weights(Target(model), folder, IDS, int)[1]
+    got, want = first.quantization, check_weights(ModelUnderTest(model), folder, IDS, int)[1]
     assert (got is None) == (want is None) == (weights is None)
     if want is not None:
         assert (got.formats, got.flips, got.routed) == (want.formats, want.flips, want.routed)

@@ -10,7 +10,7 @@ from mixtral_triton import KVCache, Mixtral, MixtralConfig
 from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.quantize import fill, select_specs
-from mixtral_triton.verification.layers import Target
+from mixtral_triton.verification.layers import ModelUnderTest
 from mixtral_triton.verification.report import Row
 from mixtral_triton.verification.weights import check_weights
 from mixtral_triton.weights import parameter_shapes
@@ -64,5 +64,5 @@ def tokens(*shape: int, seed: int = 0, device: Any = "cpu", vocabulary: int = SI
 
 def check_loaded(folder: Path, model: Mixtral) -> list[Row]:
     """verify's rows of the loaded tensors against the files of the folder."""
-    rows, _ = check_weights(Target(model), folder, torch.zeros((1, 1), dtype=torch.int64), lambda: None)
+    rows, _ = check_weights(ModelUnderTest(model), folder, torch.zeros((1, 1), dtype=torch.int64), lambda: None)
     return [row for row in rows if row.case in ("as stored", "quantized")]

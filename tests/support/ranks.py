@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mixtral_triton import KVCache, Mixtral, parallel, verify, weights
 from mixtral_triton.quantize import QuantizedWeight
 from mixtral_triton.verification.report import Report
-from mixtral_triton.verification.targets import MeshTarget
+from mixtral_triton.verification.targets import MeshUnderTest
 
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "all_gather_object", "isend")
 SHORT_TIMEOUT = mock.patch.object(parallel, "TIMEOUT", timedelta(seconds=2))
@@ -176,7 +176,7 @@ def gathered_weights(mesh: Any, folder: Path, ids: torch.Tensor, **options: Any)
     """Return values and scales of each quantized weight, gathered from all ranks; the bytes here; the logits."""
     model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options)
     assert model.ranks is not None
-    target = MeshTarget(model)
+    target = MeshUnderTest(model)
     quantized = {name: part for name, part in model.named_weights().items() if isinstance(part, QuantizedWeight)}
     gathered = {name: target.gather(name, part) for name, part in quantized.items()}
     values = {name: (weight.dequantize(), weight.scales) for name, weight in gathered.items()}

@@ -125,11 +125,11 @@ def test_fault_of_a_layout_s_reader(fault: str, tmp_path: Path, monkeypatch: Pat
     """Also while verify reads: its decoder shares nothing with the one that loads."""
     layout, change = LAYOUT_FAULTS[fault]
     hub.write(tmp_path, *hub.LAYOUTS[layout])
-    rows = layouts.Layout.rows
+    rows = layouts.HubLayout.rows
     if isinstance(change, list):
         monkeypatch.setattr(layouts, "AWQ_ORDER", change)
     else:
-        monkeypatch.setattr(layouts.Layout, "rows", lambda *args: change(*rows(*args)))
+        monkeypatch.setattr(layouts.HubLayout, "rows", lambda *args: change(*rows(*args)))
     assert {(row.layer, row.op) for row in verify(load(tmp_path), IDS, folder=tmp_path).wrong} == {(0, "weights")}
 
 
