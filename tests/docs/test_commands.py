@@ -115,7 +115,12 @@ def options_of(words: list[str]) -> list[str]:
     return next((options.split() for name, options in SHORTER.items() if name in words), [])
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+QUICK = ("mixtral-triton fit", "mixtral-triton compile")
+
+
+@pytest.mark.parametrize(
+    "line", [pytest.param(x, marks=[] if x.startswith(QUICK) else pytest.mark.slow) for x in COMMANDS]
+)
 def test_command_runs(line: str, checkpoint: Path, tmp_path: Path) -> None:
     for name in ("benchmarks", "docs", "examples", "kernels", "mixtral_triton", "tests", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)

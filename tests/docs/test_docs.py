@@ -79,6 +79,7 @@ def run_program(how: str, program: Path, *args: Any) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", MACHINES)
 def test_python_blocks_of_readme_print_right(how: str, tmp_path: Path) -> None:
     """The first interprets where Triton is not imported yet; the second prints the same text twice."""
@@ -94,6 +95,7 @@ def test_python_blocks_of_readme_print_right(how: str, tmp_path: Path) -> None:
     assert before == after[: len(before)] and before.startswith("The return statement")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", MACHINES)
 def test_example_runs(how: str, tmp_path: Path, make_hf: Any) -> None:
     make_hf(num_hidden_layers=1).save_pretrained(tmp_path)
@@ -104,6 +106,7 @@ def test_example_runs(how: str, tmp_path: Path, make_hf: Any) -> None:
     assert {*OUTPUT, "my_experts.py", "__init__.py"} == {path.name for path in (ROOT / "examples").glob("*.py")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", MACHINES)
 def test_python_blocks_of_other_documents_run(how: str, tmp_path: Path) -> None:
     """Those of mixtral.md quote the reference. NCCL has no simulation: a mesh is of one rank, on the CPU."""
