@@ -250,6 +250,13 @@ def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tupl
         return itemgetter(*(given.get(name, len(names) + index) for index, name in enumerate(op.names)))
 
     def order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        if not untraced():  # a compiler follows neither inspect.Signature nor itemgetter
+            known = op.names[len(args) :]
+            if any(name not in known for name in kwargs):
+                return op.bind(*args, **kwargs)
+            rest = [kwargs.get(name, defaults[op.names.index(name)]) for name in known]
+            missing = any(value is inspect.Parameter.empty for value in rest)
+            return op.bind(*args, **kwargs) if missing else (*args, *rest)
         names = (len(args), *kwargs)
         if names not in orders:
             orders[names] = new_order(args, kwargs)
@@ -274,7 +281,7 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         if kwargs:
-            args = order(args, kwargs) if untraced() else op.bind(*args, **kwargs)
+            args = order(args, kwargs)
         if untraced() and (forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None):
             _reject_transforms(op, args)
         if op.mutates and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
@@ -284,6 +291,6 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def unchecked(*args: Any, **kwargs: Any) -> Any:
         if untraced():
             return call_unchecked(op, order(args, kwargs) if kwargs else args)
-        return dispatch(op.bind(*args, **kwargs) if kwargs else args)
+        return dispatch(order(args, kwargs) if kwargs else args)
 
     return checked, unchecked

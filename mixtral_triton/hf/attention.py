@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,6 @@ from transformers.utils.import_utils import is_tracing
 from .. import ops
 from ..kernels.call import untraced
 
-F = TypeVar("F", covariant=True)
-
-
-class HasUnchecked(Protocol[F]):
-    @property
-    def unchecked(self) -> F: ...
-
-
 PAGED = (
     "continuous batching (generate_batch) keeps keys and values in pages, which fused attention does not read; "
     "apply(model, attention=False), or revert(model)"
@@ -44,10 +36,9 @@ NAME = "mixtral_triton"  # among transformers' masks
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
-def fast(operation: HasUnchecked[F]) -> F:
-    """Return the operation without checks, except under a tracer, gradients or autocast: dtypes are the weights'."""
-    checked = not untraced() or torch.is_grad_enabled() or torch.is_autocast_enabled()
-    return cast(F, operation) if checked else operation.unchecked
+def needs_checks() -> bool:
+    """Return whether arguments may be other than a right model's: under a tracer, gradients or autocast."""
+    return not untraced() or torch.is_grad_enabled() or torch.is_autocast_enabled()
 
 
 def attention(
@@ -83,7 +74,7 @@ def attention(
         # From query to query intervals start no earlier and end one key later: the first start and the last end do.
         at = None if mask is None or not mask.shape[-1] else mask[:, 0]
         starts, lengths = (None, None) if at is None else (at[:, 0, 0], at[:, -1, -1])
-        attend = fast(ops.attention)
+        attend = ops.attention if needs_checks() else ops.attention.unchecked
         if at is None or at.shape[-1] == 2:
             return attend(q, k, v, window=sliding_window, scale=scaling, starts=starts, lengths=lengths), weights
         if sliding_window is None:  # padding sees the whole text, and nothing else
@@ -96,7 +87,8 @@ def attention(
         outs = []
         for begin, end in sequences:
             q, k, v = (x[:, begin:end] for x in rows)
-            outs.append(fast(ops.attention)(q, k, v, window=sliding_window, scale=scaling))
+            attend = ops.attention if needs_checks() else ops.attention.unchecked
+            outs.append(attend(q, k, v, window=sliding_window, scale=scaling))
         return torch.cat(outs, dim=1).view(B, T, H, D), weights
     mask = _check_dense(mask, query, key)
     return sdpa_attention_forward(module, query, key, value, mask, dropout=0.0, scaling=scaling)[0], weights

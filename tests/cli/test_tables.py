@@ -109,7 +109,7 @@ def test_tune_table(width: int) -> None:
     wide = LaunchConfig({**config.constexprs, "BLOCK_N": 123}, 16, 7)
     fault = "does not compile: CompilationError: " + "a reason of many words " * 4
     candidates = (config, Outcome(1e-3)), (wide, Outcome(note=fault.strip()))
-    text = printed(tune_table(f"{kernel}: {case.op.name}", candidates, 0), width)
+    text = printed(tune_table(f"{kernel}: {case.op.name}", candidates, 0, True), width)
     assert holds(text, "123", "16", "7", "1,000", f"{kernel}:") and "SPLIT_K" in text
     assert all(word in text for word in fault.split())
 
@@ -162,4 +162,4 @@ def test_estimate_of_the_time_left_is_without_compilation(capsys: Any, monkeypat
         clock[0] = 100.0
         progress.update(1, 10)
         time.sleep(0.5)
-    assert "verifying: 1/10, 1 kernels compiled, 90 s left" in capsys.readouterr().err
+    assert "verifying: 1/10, 1 kernels compiled, about 90 s left" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def test_progress_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, caps
         bar.update(40, 200)
         time.sleep(0.5)
     first, *_, last = lines(capsys.readouterr().err)
-    assert first == "working: 0/?" and re.fullmatch(r"working: 40/200, \d+ s left", last)
+    assert first == "working: 0/?" and re.fullmatch(r"working: 40/200, about \d+ s left", last)
     with terminal.bar("working", 3_000_000, DownloadColumn()) as bar:
         bar.advance(1_000_000)
         time.sleep(0.3)

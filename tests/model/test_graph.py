@@ -183,7 +183,7 @@ def test_the_end_of_a_stream_resets_its_graph(end: str, gpu: Any) -> None:
     for device in (torch.device("cuda", 0), GPU_DEVICE):
         model: Any = build(None, device)
         model.ranks = OneRank()
-        steps.append(generate.stream(model, prompts(device), NEW, frozenset(), (0.0, 1.0, None, None)))
+        steps.append(model.stream(prompts(device), NEW, eos_token_id=[]))
     for _ in range(3):
         assert all(next(each) is not None for each in steps)
     assert len(gpu.captures) == 2 and all(graph.ended for graph in gpu.captures)

@@ -188,8 +188,8 @@ def test_help_after_an_operation_lists_arguments_and_sizes(capsys: pytest.Captur
     with pytest.raises(SystemExit) as left:
         main(["bench", "rms_norm", "attention", "--help"])
     text = capsys.readouterr().out
-    assert left.value.code == 0 and "--sizes T=1,H=4096" in text and "    weight: Tensor [H]" in text
-    assert "attention --sizes B=" in text and "    causal: bool" in text
+    assert left.value.code == 0 and "--sizes T=1,H=4096" in text and "weight    [H]" in text
+    assert "attention --sizes B=" in text and "causal           False: iff" in text
 
 
 @pytest.mark.parametrize("name", OPS)

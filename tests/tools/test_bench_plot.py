@@ -40,7 +40,7 @@ def labels(axes: Any) -> list[str]:
 def test_plot_of_floors_predicted_times_and_times() -> None:
     rows = dense("expert_swiglu", "rms_norm")
     figure = figure_of(rows, H100)
-    norm, experts = figure.axes
+    experts, norm = figure.axes
     assert "these are floors and predicted times" in " ".join(figure.get_suptitle().split())
     assert labels(experts) == labels(norm) == ["floor", "predicted"]
     assert experts.get_title() == "expert_swiglu, bfloat16, H4096 I14336 E8 K2"

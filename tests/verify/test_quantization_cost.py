@@ -42,11 +42,11 @@ def perplexity_by_loop(model: Mixtral, ids: torch.Tensor, context: int) -> float
 
 @pytest.mark.parametrize(("context", "tokens"), [(8, 31), (7, 31), (1, 31), (30, 31), (64, 31), (5, 2)])
 def test_perplexity_equals_a_loop_over_tokens(context: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In windows of CONTEXT tokens, and of the model's positions where they are fewer."""
+    """In windows of WINDOW_TOKENS tokens, and of the model's positions where they are fewer."""
     model, ids = random_model(max_position_embeddings=context), TEXT[:tokens]
     expected = perplexity_by_loop(model, ids, context)
     assert math.isclose(perplexity(model, ids), expected, rel_tol=1e-5)
-    monkeypatch.setattr(weights, "CONTEXT", context)
+    monkeypatch.setattr(weights, "WINDOW_TOKENS", context)
     assert math.isclose(perplexity(random_model(), ids), expected, rel_tol=1e-5)
 
 
@@ -129,7 +129,7 @@ def routes(model: Any, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("formats", "window"), [(BOTH, 2048), ("int4", 25)], ids=str)
 def test_cost_equals_that_of_whole_models(formats: Any, window: int, tmp_path: Path, monkeypatch: Any) -> None:
     """With a text of one window, and of several, the last one shorter."""
-    monkeypatch.setattr(weights, "CONTEXT", window)
+    monkeypatch.setattr(weights, "WINDOW_TOKENS", window)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(SMALL / name, tmp_path / name)
     text = json.loads((SMALL / "heldout.json").read_text())["ids"][:60]
