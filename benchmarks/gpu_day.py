@@ -31,7 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
 from mixtral_triton.cli import Parser
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools.bench.cases import BENCHED, QUANTIZED
+from mixtral_triton.tools.bench.cases import BENCHED, QUANTIZED, Case
 from mixtral_triton.tools.bench.peers import PEERS
 from mixtral_triton.tools.bench.report import number, sizes_text
 from mixtral_triton.tools.terminal import toolchain_fault
@@ -94,8 +94,8 @@ def parts(dry: bool = False, breaks: str = "") -> dict[str, Part]:
 def _smallest(name: str) -> str:
     """Return options for the smallest dense sizes that the tests run, with plain torch as the only peer."""
     op = BENCHED[name]
-    dense = [shape for shape in op.test_shapes if not QUANTIZED & dict(shape).keys()]
-    sizes = dict(min(dense, key=lambda sizes: op.cost(sizes, op.dtypes[0]).flops))
+    dense = [shape for shape in op.test_shapes if not QUANTIZED & shape.keys()]
+    sizes = Case(op, min(dense, key=lambda sizes: op.cost(sizes, op.dtypes[0]).flops)).as_dict()
     without = [f"--without '{name}'" for name in {peer.name for peer in PEERS} - {"torch"}]
     return " ".join(["--sizes", ",".join(f"{letter}={size}" for letter, size in sizes.items()), *without])
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,8 @@ def test_a_full_disk_under_stdout_is_one_line(args: tuple[str, ...], environment
 
 def test_ctrl_c_ends_the_line() -> None:
     process = command(*GENERATE[:4], "The return", "--max-new-tokens", "900", TRITON_INTERPRET="0")
+    # A run that was started with SIGINT ignored, as by `&` or nohup, would pass that on.
+    process["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(**process, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         assert running.stdout is not None and running.stderr is not None
         running.stdout.read(12)  # the prompt, and a bit of what follows

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,9 @@ def test_interrupt_leaves_no_process(tmp_path: Path) -> None:
     environment: dict[str, Any] = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "mixtral_triton", "compile", "--arch", "sm_90", "expert_swiglu"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, env=environment, text=True, stdout=pipe, stderr=pipe, start_new_session=True
-    ) as process:
+    # A run that was started with SIGINT ignored, as by `&` or nohup, would pass that on.
+    options = {"start_new_session": True, "preexec_fn": partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, env=environment, text=True, stdout=pipe, stderr=pipe, **options) as process:
         while not list(tmp_path.glob("*/*.ttgir")):  # a worker is at it
             assert process.poll() is None
             time.sleep(0.2)
