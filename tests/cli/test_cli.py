@@ -160,6 +160,7 @@ def test_a_closed_pipe_is_exit_141_without_a_message(args: tuple[str, ...]) -> N
     assert ("plain torch" in error or not error) and "rror" not in error and "Exception" not in error
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
 @pytest.mark.parametrize("environment", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
 @pytest.mark.parametrize("args", [GENERATE, (*GENERATE, "--json"), TRACE], ids=["generate", "generate --json", "trace"])
@@ -241,6 +242,7 @@ def test_a_wrong_argument_of_verify_is_the_only_line(args: tuple[str, ...]) -> N
     assert done.stderr.startswith("mixtral-triton verify: ")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 @pytest.mark.parametrize("name", ["generate", "trace"])
 def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show(name: str, encoding: str) -> None:
@@ -274,6 +276,7 @@ def test_a_prompt_that_is_not_utf_8_is_one_line(name: str) -> None:
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"--prompt" in done.stderr
 
 
+@pytest.mark.slow
 def test_verify_the_shipped_checkpoint() -> None:
     """A short text: CI runs the README's command with the default one."""
     done = run_text("verify", "--device", "cpu", "--tokens", "12")

@@ -14,6 +14,7 @@ from tests.support.models import random_model
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("weights", [None, "int4"])
 def test_a_text_compiles_nothing_that_was_not_compiled_ahead(
     weights: str | None, gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any

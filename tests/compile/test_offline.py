@@ -42,6 +42,7 @@ def least_shared(arch: str) -> int:
     return min(known.shared_bytes for known in ARCHS.values() if known.family == arch)
 
 
+@pytest.mark.exhaustive
 # fp16 has bf16's tiles, and is compiled for sm_90 only.
 @pytest.mark.parametrize(
     ("name", "arch", "dtype"), [case for case in CASES if case[1] == "sm_90" or case[2] != torch.float16], ids=str
@@ -80,12 +81,14 @@ for arch, D in product(("sm_90", "sm_80", "gfx942"), (48, 72, 80, 192)):
     HEAD_SIZES.append(("rope_append_attention", STEP | {"D": D}, arch, BF16))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "sizes", "arch", "dtype"), HEAD_SIZES)
 def test_other_head_sizes(name: str, sizes: Any, arch: str, dtype: torch.dtype) -> None:
     launches = launches_of(replace(OPS[name], bench_shapes=(dict(sizes),)), arch, dtype)
     assert launches and not [(launch, fault) for launch in launches if (fault := compile_launch(launch, arch).fault)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 @pytest.mark.parametrize(
     ("name", "sizes", "rows"),
@@ -172,6 +175,7 @@ def test_the_gate_uses_each_gpu_s_shared_memory() -> None:
     assert faults["sm_80"] is None and "of 101376 bytes of shared memory" in str(faults["sm_89"])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", [arch for arch, known in ARCHS.items() if arch != known.family])
 def test_gpus_that_run_on_another_family_s_tiles(arch: str) -> None:
     """The kernels with the largest tiles: the rest are those of the family, compiled above."""

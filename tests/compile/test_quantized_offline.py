@@ -64,6 +64,7 @@ FP32 = [(FORMATS[1], "sm_80"), (FORMATS[2], "sm_90"), (FORMATS[3], "gfx942")]
 CASES += [(format, arch, T, torch.float32) for format, arch in FP32 for T in (1, 64, 128)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("format", "arch", "T", "dtype"), CASES)
 def test_no_spill_and_fits(format: Format, arch: str, T: int, dtype: torch.dtype) -> None:
     found = launches(format, T, arch, dtype)
@@ -71,6 +72,7 @@ def test_no_spill_and_fits(format: Format, arch: str, T: int, dtype: torch.dtype
     assert len(kernels) == 3 and not [(kernel.fault, kernel) for kernel in kernels if kernel.fault]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("format", [("dense", 0, False), *FORMATS], ids=format_name)
 @pytest.mark.parametrize(("arch", "T"), [("sm_90", 1), ("sm_80", 1), ("sm_90", 64), ("sm_90", 4096), ("gfx942", 1)])
 def test_table_of_addresses(format: Format, arch: str, T: int) -> None:
@@ -100,6 +102,7 @@ def instructions_a_byte(launch: Launch, arch: str) -> float:
     return 32 * (launch.num_warps or 0) * (loop.tensor + loop.other) / (2 * rows * launch.constexprs["BLOCK_K"])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @by_format
 def test_decode_spends_few_instructions_a_byte(format: Format, arch: str, covers: Any) -> None:
@@ -122,6 +125,7 @@ def test_half_the_rows_a_program_exceed_the_instruction_limit() -> None:
 FLOP_PER_INSTRUCTION = {"sm_80": {}, "sm_90": {"int4": 2200, "int8": 2500, "fp8": 2500}}  # others: 1400
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @by_format
 def test_prefill_does_little_beside_its_dots(format: Format, arch: str, covers: Any) -> None:

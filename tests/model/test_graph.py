@@ -38,6 +38,7 @@ def texts(model: Mixtral, **settings: Any) -> list[list[int]]:
 QUANTIZED = {"weights": {"experts": "int4", "linear": "int8"}, "hidden_size": 32, "intermediate_size": 32}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "more", [{"sliding_window": None}, {"sliding_window": 5}, QUANTIZED], ids=["", "window", "int4"]
 )
@@ -96,6 +97,7 @@ def synchronizes(step: Any) -> None:
 FAILURES = [(looks, "not permitted"), (raises, "registers"), (synchronizes, "in another thread")]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("callers_stream", [False, True])
 @pytest.mark.parametrize(("fault", "said"), FAILURES)
 def test_failed_capture_leaves_everything_usable(
@@ -261,6 +263,7 @@ def change_layer(model: Mixtral, change: str, called: list[Any]) -> Any:
 CHANGES = ["hook", "hook of all modules", "forward", "experts", "subclass", "parametrization"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("change", CHANGES)
 def test_no_capture_and_no_pdl_where_a_layer_is_changed(change: str, gpu: Any) -> None:
     found: list[Any] = []

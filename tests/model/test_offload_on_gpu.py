@@ -115,6 +115,7 @@ def test_injected_fault_one_buffer(gpu: Any, monkeypatch: pytest.MonkeyPatch) ->
         check_order(gpu, model)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("sizes", [{}, {"deterministic": True}, INT4], ids=["dense", "deterministic", "int4"])
 def test_same_tokens_in_graph_replays(sizes: dict[str, Any], gpu: Any, ordered: Any) -> None:
     """Prompts beyond decode's tokens, then a captured step: routes change in the replays, and so do the rows read."""
@@ -165,6 +166,7 @@ def test_host_memory_is_pinned_at_its_size_and_returned(gpu: Any) -> None:
     assert not gpu.pinned
 
 
+@pytest.mark.slow
 def test_capture_of_a_large_batch_has_memory_of_its_own(gpu: Any, ordered: Any) -> None:
     """More sequences than decode takes: a replay copies the experts again, into the graph's memory."""
     texts, prompts = [], list(tokens(65, 1, device=GPU_DEVICE))

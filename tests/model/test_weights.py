@@ -310,6 +310,7 @@ size = sum(parameter.nbytes for parameter in parameters.values())
 """
 
 
+@pytest.mark.exhaustive
 @needs_proc
 @pytest.mark.parametrize(
     ("layout", "wanted", "sizes"),

@@ -89,6 +89,7 @@ def alike(found: list[dict[str, Any]], model: Mixtral, limit: float = 1e-5) -> N
         assert torch.equal(rank["greedy"], model.generate(IDS[:, :4], max_new_tokens=8))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "per_expert"), [("window", True), ("no window, tied", False)])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_mesh_equals_one_rank(mesh: str, name: str, per_expert: bool, ranks: Ranks, checkpoint: Checkpoint) -> None:
@@ -137,6 +138,7 @@ LAYOUTS = {"ct fp8 channel": "", "ct fp8 block": "experts", "autofp8": "", "ct i
 LAYOUTS |= {"gptq 64 0": "", "gptq 128 1": "experts", "awq 32": "", "ct pack int8": ""}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_checkpoints_of_the_hub(layout: str, ranks: Ranks, tmp_path: Path) -> None:
     hub.write(tmp_path, *hub.LAYOUTS[layout], only=LAYOUTS[layout])
@@ -224,6 +226,7 @@ def test_a_rank_that_does_not_come(ranks: Ranks, checkpoint: Checkpoint) -> None
         assert said.startswith(f"rank {rank} of 4: another rank does not answer: ")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("mesh", "name", "weights"),
     [
@@ -252,6 +255,7 @@ def test_verify(mesh: str, name: str, weights: Any, ranks: Ranks, checkpoint: Ch
         assert (got.cosine, got.min_cosine) == pytest.approx((want.cosine, want.min_cosine), abs=1e-12)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("fault", "mesh", "detected"),
     [
@@ -267,6 +271,7 @@ def test_verify_detects_a_fault(fault: Any, mesh: str, detected: Any, ranks: Ran
         assert {(row.op, row.layer) for row in report.wrong} >= detected and not report.ok
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("mesh", "deterministic"), [("tp 2", False), ("ep 2 x tp 2", True)])
 def test_decode_step_is_a_graph(mesh: str, deterministic: bool, ranks: Ranks, checkpoint: Checkpoint) -> None:
     """What the ranks send is in it, and goes when it is replayed."""

@@ -49,6 +49,7 @@ def sharded(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("format", [*FORMATS, {"experts": "int4", "linear": "fp8"}, MIXED], ids=str)
 @pytest.mark.parametrize("source", ["one file", "shards", "fused"])
 def test_written_checkpoint_loads_exactly(tmp_path: Path, format: Any, source: str, monkeypatch: Any) -> None:

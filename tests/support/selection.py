@@ -37,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEFT_OUT] = Counter()
+    config.pluginmanager.register(Exhaustive())
     for name in config.getoption("--op"):
         if not any(name in op for op in OPS):
             raise pytest.UsageError(f"--op is {name!r}, needs one of {', '.join(OPS)}, or a part of a name")
@@ -61,6 +62,21 @@ def missing(item: pytest.Item) -> str | None:
     if simulated or any(mark.args[:1] == (True,) for mark in item.iter_markers("skipif")):
         return "a compiling process" if INTERPRETED else "an interpreting one, or a machine without a GPU"
     return None
+
+
+class Exhaustive:
+    """Marks all cases but the first of a test that is marked exhaustive as slow, before -m selects."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        functions = set[str]()
+        for item in items:
+            function = item.nodeid.partition("[")[0]
+            if item.get_closest_marker("exhaustive") is None or missing(item) is not None:
+                continue
+            if function in functions:
+                item.add_marker(pytest.mark.slow)
+            functions.add(function)
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m

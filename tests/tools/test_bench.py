@@ -82,6 +82,7 @@ def test_peers_are_for_known_operations_and_installed_modules() -> None:
     assert names >= {"torch", "torch.compile", "SDPA", "FlexAttention"}
 
 
+@pytest.mark.exhaustive
 @compiled_only
 @pytest.mark.parametrize("name", BENCHED)
 def test_every_peer_is_right_or_says_why_not(name: str) -> None:

@@ -144,6 +144,7 @@ def run_dry(out: Path, *options: str) -> tuple[int, dict[str, Any], str]:
     return run.returncode, *read(out)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_breaks_the_simulated_gpu_ends_only_its_commands(tmp_path: Path) -> None:
     share, commands = parts(dry=True, breaks="append_kernel")["tests"]
     day({"tests": (share, {name: commands[name] for name in ("append", "route")})}, tmp_path, budget_s=20000)
@@ -160,6 +161,7 @@ def test_a_kernel_that_breaks_the_simulated_gpu_ends_only_its_commands(tmp_path:
     assert ends == {("append", "failed"), ("route", "passed")}
 
 
+@pytest.mark.slow
 def test_rates_host_time_and_offloaded_experts_run_on_the_simulated_gpu(tmp_path: Path) -> None:
     selected = ["experts in bf16", "rates", "decode offloaded", "host"]
     status, found, page = run_dry(tmp_path, "--parts", *selected)

@@ -231,6 +231,7 @@ def test_two_programs_of_32_tokens_fit_an_sm() -> None:
 A_BYTE = 2.5
 
 
+@pytest.mark.exhaustive
 @once
 @pytest.mark.parametrize("T", [1, 9, 16, 32, 64])
 def test_masks_cost_few_instructions(T: int, monkeypatch: pytest.MonkeyPatch, covers: Any) -> None:
