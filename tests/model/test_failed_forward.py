@@ -8,6 +8,7 @@ import torch
 from tests.support.models import cache_of, random_model, tokens
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("window", "past", "new"), [(6, 5, 4), (6, 8, 2), (6, 8, 1), (6, 2, 4), (6, 0, 9), (None, 5, 4)]
 )

@@ -49,6 +49,7 @@ def argmax_loop(model: Mixtral, ids: Tensor, n: int) -> Tensor:
     return ids
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("T", "new"), [*((T, NEW) for T in (1, 4, 5, 12)), (P - 2, 2)])
 @pytest.mark.parametrize("window", (5, None, 1))
 def test_greedy(T: int, new: int, window: int | None, make: Make, device: torch.device) -> None:

@@ -90,6 +90,7 @@ def close(got: Tensor, want: Tensor, rtol: float) -> None:
         assert (got - want.to(got.device)).abs().max() <= rtol * want.abs().max()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_transformers(name: str, make: Make, load: Callable[..., Mixtral], device: torch.device) -> None:
     hf, model, ids = make(name)[1], load(name), tokens(1 if INTERPRETED else 2, 20, device=device)
@@ -125,6 +126,7 @@ def in_chunks(model: Mixtral, ids: Tensor, cache: KVCache, sizes: tuple[int, ...
     return torch.cat(logits, 1)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
 @pytest.mark.parametrize("name", ("window", "no window", "three layers")[: 2 if INTERPRETED else 3])
 def test_cache_in_chunks(name: str, sizes: tuple[int, ...], load: Callable[..., Mixtral], device: torch.device) -> None:
@@ -161,6 +163,7 @@ RAGGED = [(name, PLAN, pad, 19) for name in ("window", "no window") for pad in (
 RAGGED += [(name, plan, pad, SHORT) for name in ("short", "short, no window") for plan, pad in ENDS]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "plan", "pad", "T"), RAGGED)
 def test_ragged_chunks(name: str, plan: list[list[int]], pad: int, T: int, load: Any, device: Any) -> None:
     """Each sequence at its own position, some without a token in some chunks."""
@@ -168,6 +171,7 @@ def test_ragged_chunks(name: str, plan: list[list[int]], pad: int, T: int, load:
     ragged(model, tokens(B, T, device=device), plan, pad, cache_of(model, B))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ("window", "no window"))
 def test_cache_again_and_in_inference_mode(name: str, load: Callable[..., Mixtral], device: torch.device) -> None:
     model, ids = load(name), tokens(2, 14, device=device)

@@ -100,6 +100,7 @@ def check(name: str, sizes: Sizes, n: int, dtype: torch.dtype, device: Any) -> N
             assert torch.equal(want[rows], got), f"{name}: {rows} of {n}"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("n", [2, 8, 65, 1001])
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=str)

@@ -36,6 +36,7 @@ def with_offload(args: dict[str, Any], *on_host: int) -> dict[str, Any]:
     return args | {name: offloaded(args[name], on_host) for name in names}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("format", [None, "int4", "int8", "fp8"])
 @pytest.mark.parametrize(("T", "deterministic"), [(1, False), (4, False), (70, False), (3, True)])
 def test_same_bits_as_stacked(format: str | None, T: int, deterministic: bool, ordered: Any) -> None:
@@ -48,6 +49,7 @@ def test_same_bits_as_stacked(format: str | None, T: int, deterministic: bool, o
         assert torch.equal(ops.expert_swiglu(**with_offload(args, 3, 0)), expected), "experts in any order"
 
 
+@pytest.mark.exhaustive
 @interpreted
 @pytest.mark.parametrize("format", [None, "int4", "int8", "fp8"])
 @pytest.mark.parametrize("T", [112, 130, 200, 512])

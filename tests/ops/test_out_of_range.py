@@ -64,6 +64,7 @@ def call(name: str, args: dict[str, Any]) -> list[Tensor]:
     return outputs(name, getattr(ops, name), args)
 
 
+@pytest.mark.exhaustive
 @kernels
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
 @pytest.mark.parametrize(("name", "sizes", "argument"), BOUNDED, ids=str)

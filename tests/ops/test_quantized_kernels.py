@@ -75,6 +75,7 @@ def check(name: str, args: Args, **changes: Any) -> None:
 PATHS = [*((T, False, dtype) for T in (5, 70) for dtype in FLOATS), (5, True, torch.bfloat16)]
 
 
+@pytest.mark.exhaustive
 # For rows, experts and splits; `test_linear` has all formats.
 @pytest.mark.parametrize(("T", "deterministic", "dtype"), PATHS)
 @pytest.mark.parametrize("case", [CASES[number] for number in (0, 2, 4, 8)], ids=str)
@@ -111,6 +112,7 @@ def test_linear_of_views() -> None:
         check("linear", {"x": randn(3, 256), "weight": part})
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[4], CASES[8]], ids=str)
 @pytest.mark.parametrize("T", [1, 4, 64])
 def test_decode_reads_the_packed_experts_once(case: Case, T: int, covers: Any) -> None:

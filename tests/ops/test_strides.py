@@ -95,6 +95,7 @@ def check(name: str, sizes: Sizes, device: Any, change: Callable[[str, Tensor], 
     assert all(torch.equal(args[key], value) for key, value in before.items())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("dtype", "layout"),
     [(torch.int32, sliced), (torch.int32, expanded), (torch.int64, sliced), (torch.int64, transposed)],
@@ -106,6 +107,7 @@ def test_layout_of_one_integer_argument(
     check(name, sizes, device, lambda key, x: layout(x.to(dtype)) if key == argument else x)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("layout", (sliced, transposed, expanded))
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=str)
 def test_layout_of_all_arguments(name: str, sizes: Sizes, layout: Layout, device: torch.device) -> None:

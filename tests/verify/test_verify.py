@@ -39,6 +39,7 @@ def check_complete(report: Report, layers: int) -> None:
         assert {row.op for row in report.rows if row.layer == layer} - {"weights"} == {*OPERATIONS, "layer"}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [8] if INTERPRETED else [8, 100, None])
 def test_right_model(dtype: torch.dtype, window: int | None) -> None:
@@ -49,6 +50,7 @@ def test_right_model(dtype: torch.dtype, window: int | None) -> None:
     assert report.flips == 0 or dtype != torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES[:1] if INTERPRETED else DTYPES)
 @pytest.mark.parametrize("window", [6] if INTERPRETED else [6, None])
 def test_right_transformers_model(dtype: torch.dtype, window: int | None, make_hf: Any) -> None:
@@ -62,10 +64,12 @@ def test_right_transformers_model(dtype: torch.dtype, window: int | None, make_h
     assert (report.flips == 0 and report.rows[-1].op == "logits") or dtype != torch.float32
 
 
+@pytest.mark.slow
 def test_one_token(device: torch.device) -> None:
     assert not verify(small_model().to(device), IDS[:1, :1].to(device)).wrong
 
 
+@pytest.mark.exhaustive
 @interpreted
 @pytest.mark.parametrize("layout", ["awq 64", "ct int4 32 True", "gptq -1 1", "fp8 blocks"])
 def test_quantized_checkpoint(layout: str, tmp_path: Path) -> None:
@@ -75,6 +79,7 @@ def test_quantized_checkpoint(layout: str, tmp_path: Path) -> None:
     assert report.ok, str(report)
 
 
+@pytest.mark.slow
 def test_quantized_while_loading(tmp_path: Path) -> None:
     """The rows compare with the dequantized weights, and the report has the cost of quantizing."""
     write(tmp_path, awq(), None, only="none of them")
@@ -111,6 +116,7 @@ SHARP = [(208, 8.0), (224, 16.0), (240, 4.0), (240, 8.0), (240, 16.0)]  # softma
 RANDOM = [(seed, (), (DTYPES[seed % 3],) if INTERPRETED else DTYPES) for seed in range(2 if INTERPRETED else 20)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("seed", "gains", "dtypes"), RANDOM + [(seed, (gain,), DTYPES[:2]) for seed, gain in SHARP if not INTERPRETED]
 )
@@ -196,6 +202,7 @@ def test_attention_without_window_in_an_applied_model(make_hf: Any, monkeypatch:
     assert {row.op for row in report.wrong} == {"layer", "logits"}
 
 
+@pytest.mark.slow
 def test_nan_in_an_expert_that_the_text_does_not_take(make_hf: Any) -> None:
     model = small_model()
     with torch.no_grad():
