@@ -103,7 +103,7 @@ EOS = ("int", "list", "tuple", "config", "config's list", "over the config's")
 @loop
 @pytest.mark.parametrize("step", (0, 1, NEW - 1))
 @pytest.mark.parametrize("source", EOS)
-def test_eos(source: str, step: int, make: Make, device: torch.device) -> None:
+def test_generation_stops_after_eos(source: str, step: int, make: Make, device: torch.device) -> None:
     """A token that greedy decoding comes to at `step` is made the EOS; the prompt holds it too, which ends nothing."""
     plain, ids = make(), tokens(2, 6, device=device)
     eos = int(argmax_loop(plain, ids, NEW)[0, 6 + step])

@@ -188,7 +188,7 @@ def test_cache_again_and_in_inference_mode(name: str, load: Callable[..., Mixtra
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_16_bits(dtype: torch.dtype, load: Callable[..., Mixtral], device: torch.device) -> None:
+def test_16_bit_model_is_near_fp32(dtype: torch.dtype, load: Callable[..., Mixtral], device: torch.device) -> None:
     model, ids = load("window", dtype=dtype), tokens(1, 12, device=device)
     logits, want = model(ids), load("window")(ids)
     assert model.dtype == dtype and logits.dtype == torch.float32
@@ -243,7 +243,7 @@ def check_rows(logits: Tensor, bad: list[bool]) -> None:
 
 
 @pytest.mark.parametrize("case", CALLS)
-def test_bad_calls(case: str, model: Mixtral, device: torch.device) -> None:
+def test_wrong_arguments_raise_value_error(case: str, model: Mixtral, device: torch.device) -> None:
     function, message = CALLS[case]
     if device.type == "cuda" and case in OF_VALUES:
         return check_rows(function(model, tokens(2, 9, device=device)), [True, True])

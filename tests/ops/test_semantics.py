@@ -323,6 +323,8 @@ PRECISION = [
 
 @pytest.mark.parametrize("dtype", FLOATS[1:])
 @pytest.mark.parametrize(("function", "expected", "args"), PRECISION, ids=("decode", "prefill", "few", "many"))
-def test_16_bits(function: Any, expected: Any, args: list[Tensor], dtype: torch.dtype, device: torch.device) -> None:
+def test_16_bits_are_within_a_rounding_of_the_formula(
+    function: Any, expected: Any, args: list[Tensor], dtype: torch.dtype, device: torch.device
+) -> None:
     args = [x.to(dtype) if place < 3 else x for place, x in enumerate(args)]
     check_close(function(*(x.to(device) for x in args)), expected(*args), 1.25 * torch.finfo(dtype).eps)

@@ -238,7 +238,7 @@ def test_a_rank_that_does_not_come(ranks: Ranks, checkpoint: Checkpoint) -> None
     ],
     ids=str,
 )
-def test_verify(mesh: str, name: str, weights: Any, ranks: Ranks, checkpoint: Checkpoint) -> None:
+def test_verify_of_a_mesh_is_right(mesh: str, name: str, weights: Any, ranks: Ranks, checkpoint: Checkpoint) -> None:
     """Every rank has the same report of all operations and layers, the loaded tensors, and the cost of quantization."""
     folder = checkpoint(name)
     first, *rest = ranks(work.verified, folder, IDS, weights=weights, **MESHES[mesh])
