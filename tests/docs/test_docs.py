@@ -109,8 +109,8 @@ def test_example_runs(how: str, tmp_path: Path, make_hf: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", MACHINES)
 def test_python_blocks_of_other_documents_run(how: str, tmp_path: Path) -> None:
-    """Those of mixtral.md quote the reference, that of bench.md has a test of its own. NCCL has no simulation: a mesh is
-    of one rank, on the CPU."""
+    """Those of mixtral.md quote the reference, that of bench.md has a test of its own. NCCL has no simulation: a mesh
+    is of one rank, on the CPU."""
     with_code = {path.name for path in DOCUMENTS if python_blocks(path.relative_to(ROOT))} - {
         "README.md",
         "mixtral.md",
