@@ -255,11 +255,19 @@ def _tokens(args: argparse.Namespace, ids: Sequence[int], warning: str, model: M
     return torch.tensor(ids, device=model.device)
 
 
+def _compile(model: Mixtral, sizes: Sequence[tuple[int, int]], slots: int, dtypes: Sequence[torch.dtype]) -> None:
+    """Compile what forwards of [B,T] tokens launch on a GPU, and show the progress."""
+    if model.device.type == "cuda":  # a CPU needs no compiler
+        from .tools.offline import compile_ahead
+
+        with bar("compiling", None) as progress:
+            compile_ahead(model, sizes, slots, dtypes, progress.update)
+
+
 def _verify(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=True)
     import torch
 
-    from .tools.offline import compile_ahead
     from .verification import check_peer, default_text, estimate, verify
     from .verification.calls import CACHE_SLOTS, CHUNKS, STEPS
 
@@ -277,10 +285,8 @@ def _verify(args: argparse.Namespace) -> int:
         if is_first():
             print_message(note)
             print_message(estimate(model, ids[:, : args.tokens], args.folder, quick))
-        with bar("compiling", None) as progress:
-            sizes = [*STEPS, *((B, T) for B, T in CHUNKS if model.config.max_position_embeddings >= T)]
-            dtypes = [model.dtype] if quick else [model.dtype, torch.float32]
-            compile_ahead(model, sizes, CACHE_SLOTS, dtypes, progress.update)
+        sizes = [*STEPS, *((B, T) for B, T in CHUNKS if model.config.max_position_embeddings >= T)]
+        _compile(model, sizes, CACHE_SLOTS, [model.dtype] if quick else [model.dtype, torch.float32])
         with bar("verifying", None) as progress:
             options = {"folder": args.folder, "peer": args.peer, "quick": quick, "tokens": args.tokens}
             report = verify(model, ids[:, : args.tokens], progress.update, **options)
@@ -307,7 +313,6 @@ def _generate(args: argparse.Namespace) -> int:
         import torch
 
         from .generate import PREFILL_CHUNK
-        from .tools.offline import compile_ahead
 
         model, tokenizer = _load(args, mesh), load_tokenizer(args.folder)
         sampling, notes = select_sampling(args, read_generation_config(args.folder))
@@ -320,9 +325,7 @@ def _generate(args: argparse.Namespace) -> int:
             prompt = _tokens(args, ids, warning, model)
             if number == 0:
                 chunks = {(1, 1), (1, min(len(ids), PREFILL_CHUNK)), (1, len(ids) % PREFILL_CHUNK or 1)}
-                with bar("compiling", None) as progress:
-                    slots = len(ids) + args.max_new_tokens
-                    compile_ahead(model, sorted(chunks), slots, [model.dtype], progress.update)
+                _compile(model, sorted(chunks), len(ids) + args.max_new_tokens, [model.dtype])
             steps = TimedSteps(model.stream(prompt[None], args.max_new_tokens, **sampling), len(ids), model.device)
             if is_first() and number == 0:
                 print_message("\n".join(filter(None, (note, *notes))))

@@ -70,11 +70,11 @@ def attention(
     if mask is None and 1 < T < key.shape[2]:
         key, value = key[:, :, :T], value[:, :, :T]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    attend = ops.attention if needs_checks() else ops.attention.unchecked
     if mask is None or is_interval(mask):
         # From query to query intervals start no earlier and end one key later: the first start and the last end do.
         at = None if mask is None or not mask.shape[-1] else mask[:, 0]
         starts, lengths = (None, None) if at is None else (at[:, 0, 0], at[:, -1, -1])
-        attend = ops.attention if needs_checks() else ops.attention.unchecked
         if at is None or at.shape[-1] == 2:
             return attend(q, k, v, window=sliding_window, scale=scaling, starts=starts, lengths=lengths), weights
         if sliding_window is None:  # padding sees the whole text, and nothing else
@@ -87,7 +87,6 @@ def attention(
         outs = []
         for begin, end in sequences:
             q, k, v = (x[:, begin:end] for x in rows)
-            attend = ops.attention if needs_checks() else ops.attention.unchecked
             outs.append(attend(q, k, v, window=sliding_window, scale=scaling))
         return torch.cat(outs, dim=1).view(B, T, H, D), weights
     mask = _check_dense(mask, query, key)
