@@ -117,9 +117,10 @@ def parser() -> argparse.ArgumentParser:
         option("--weights", type=parse_weights, metavar="FORMAT", help=f"{text}and the head, too; default: as stored")
 
     def memory(option: Any) -> None:
-        text = "experts of each layer in pinned host memory, read in place; auto: as many as have to; default: 0"
+        text = "experts of each layer in pinned host memory, read in place; auto: the fewest of all layers; default: 0"
         option("--offload", type=parse_offload, default=0, metavar="N|auto", help=text)
         option("--offload-by", type=Path, metavar="FILE", help="of `trace --counts`: offload those used least")
+        option("--context", type=int, metavar="S", help="tokens that --offload auto leaves memory for; default: 4096")
 
     def ops(option: Any) -> None:
         option("ops", nargs="*", metavar="OP", help="default: all")
@@ -239,7 +240,7 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     total = None if mesh is not None else total_bytes(read_headers(args.folder))
     with warnings.catch_warnings(record=True) as caught, bar("loading", total, DownloadColumn()) as progress:
         options: dict[str, Any] = {"deterministic": getattr(args, "deterministic", False), "progress": progress.advance}
-        options |= {"offload": args.offload, "offload_by": args.offload_by}
+        options |= {"offload": args.offload, "offload_by": args.offload_by, "context": args.context}
         model = Mixtral.from_pretrained(args.folder, device, dtype, args.weights, mesh, **options)
     for warning in caught if is_first() else ():
         print_message(f"mixtral-triton {args.command}: {warning.message}")
@@ -312,8 +313,6 @@ def _generate(args: argparse.Namespace) -> int:
     with open_mesh(args) as mesh:
         import torch
 
-        from .generate import PREFILL_CHUNK
-
         model, tokenizer = _load(args, mesh), load_tokenizer(args.folder)
         sampling, notes = select_sampling(args, read_generation_config(args.folder))
         sampling["generator"] = torch.Generator(model.device).manual_seed(args.seed)
@@ -324,7 +323,8 @@ def _generate(args: argparse.Namespace) -> int:
                 ids = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
             prompt = _tokens(args, ids, warning, model)
             if number == 0:
-                chunks = {(1, 1), (1, min(len(ids), PREFILL_CHUNK)), (1, len(ids) % PREFILL_CHUNK or 1)}
+                size = model.prefill_chunk
+                chunks = {(1, 1), (1, min(len(ids), size)), (1, len(ids) % size or 1)}
                 _compile(model, sorted(chunks), len(ids) + args.max_new_tokens, [model.dtype])
             steps = TimedSteps(model.stream(prompt[None], args.max_new_tokens, **sampling), len(ids), model.device)
             if is_first() and number == 0:

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,10 +23,11 @@ from rich.text import Text
 
 from ..cache import KVCache
 from ..config import MixtralConfig, checkpoint_folder
+from ..generate import PREFILL_CHUNK
 from ..inputs import WEIGHT_FORMATS, default_dtype, weight_bytes
 from ..kernels.op import Cost
 from ..kernels.record import record_launches
-from ..load import OVERHEAD, experts_to_offload, offloaded_bytes, running_bytes, table_bytes, usable_bytes
+from ..load import AUTO_CONTEXT, OVERHEAD, Placement, fewest, movable_bytes, running_bytes, table_bytes, usable_bytes
 from ..model import Mixtral
 from ..quantize import QUANTIZED_PARTS, QuantSpec, hub, select_specs
 from ..quantize.schemes import read_scheme
@@ -39,13 +41,14 @@ SAME: dict[str, Any] = {"rope_theta": 1e6, "dtype": "bfloat16"}
 LARGER: dict[str, Any] = {"vocab_size": 32768, "hidden_size": 6144, "intermediate_size": 16384, **SAME}
 LARGER |= {"num_hidden_layers": 56, "num_attention_heads": 48, "max_position_embeddings": 65536}
 KNOWN = {"mixtral-8x7b": MixtralConfig(**SAME), "mixtral-8x22b": MixtralConfig(**LARGER)}
+FIRST = "int4, linear int8"  # the format to try first: quicker than int4, at about the same cost
 LAYERS_MAX = 10_000  # a config with more is broken, and its parameters take too long to list
 QuantSpecs = Mapping[str, QuantSpec]  # of the parameters that are quantized, by name
 STORED = "as stored"
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FORMAT_NOTE = "fp8, int8, int4: of the experts' weights; linear: of attention and the head, too."
 OFFLOADED = (
-    "(7: 1.2-1.3): or one GPU, with 7 experts of each layer in host memory; tokens/s predicted, ?: no rates known."
+    "(19: 36-40): or one GPU, with 19 experts of all layers in host memory; tokens/s predicted, ?: no rates known."
 )
 SEVERAL = "Several GPUs: weights and cache in even parts, the rest on each, by estimate; see docs/scaling.md."
 COLOURS = {"no": "red", "tight": "yellow", "fits": "green"}
@@ -63,6 +66,14 @@ def format_specs(config: MixtralConfig) -> dict[str, QuantSpecs]:
     return specs
 
 
+def weights_option(format: str) -> str:
+    """Return the option of the command line that loads this one of WEIGHT_FORMATS."""
+    weights = WEIGHT_FORMATS[format] or ""
+    if isinstance(weights, dict):
+        weights = ",".join(map("=".join, weights.items()))
+    return f" --weights {weights}" if weights else ""
+
+
 def parameters(config: MixtralConfig) -> tuple[int, int]:
     """How many there are, and how many a token meets: K of E experts."""
     counts = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
@@ -71,12 +82,14 @@ def parameters(config: MixtralConfig) -> tuple[int, int]:
     return total, total - experts + experts * config.num_experts_per_tok // config.num_local_experts
 
 
-def memory_need(config: MixtralConfig, specs: QuantSpecs, batch: int, context: int) -> dict[str, int]:
-    """Bytes of a model on one GPU, by what they hold, and "total"."""
+def memory_need(
+    config: MixtralConfig, specs: QuantSpecs, batch: int, context: int, chunk: int = PREFILL_CHUNK
+) -> dict[str, int]:
+    """Bytes of a model on one GPU, by what they hold, and "total". Prompts are read in chunks of `chunk` tokens."""
     need = {
         "weights": weight_bytes(parameter_shapes(config), specs, default_dtype(config)),
         "tables": table_bytes(config),
-        **running_bytes(config, batch, context),
+        **running_bytes(config, batch, context, chunk),
         "overhead": OVERHEAD,
     }
     return need | {"total": sum(need.values())}
@@ -84,14 +97,22 @@ def memory_need(config: MixtralConfig, specs: QuantSpecs, batch: int, context: i
 
 @dataclass(frozen=True)
 class Offload:
-    """The fewest experts of each layer in host memory with which one GPU holds a format without being tight.
+    """The fewest experts of the whole model in host memory with which one GPU holds a format without being tight.
 
+    experts, of        how many of how many; `embedding`, `chunk`, `host_bytes`, `staging_bytes`: see Placement
+    device_bytes       what then is on the GPU, in all
+    text               which of these lie in host memory
     tokens_per_second  cautious and optimistic: a prediction; () for a GPU whose rates are unknown
     """
 
     experts: int
     of: int
+    embedding: bool
+    chunk: int
     host_bytes: int
+    staging_bytes: int
+    device_bytes: int
+    text: str
     link: str
     tokens_per_second: tuple[float, ...]
     command: str
@@ -103,7 +124,7 @@ class Offload:
     def __str__(self) -> str:
         no_speed = "no prediction, the GPU's rates are unknown"
         speed = f"{self.speed} tokens/s predicted" if self.speed else no_speed
-        return f"{self.experts} of {self.of} offloaded: {speed} ({decimal(self.host_bytes)} across {self.link})"
+        return f"{self.text}: {speed} ({decimal(self.host_bytes)}, {self.link})"
 
 
 @dataclass(frozen=True)
@@ -180,40 +201,60 @@ class Request:
         embedding = config.vocab_size * config.hidden_size * default_dtype(config).itemsize
         shared = need["weights"] + need["cache"] - embedding
         room = limit - (need["total"] - shared)
-        offload = self.offload(format, gpu, need["total"], limit) if verdict == "no" else None
+        offload = self.offload(format, gpu, limit) if verdict == "no" else None
         needed = -(-shared // room) if room > 0 else None
         return MemoryPlan(format, WEIGHT_FORMATS[format], need, verdict, longest, needed, offload)
 
-    def offload(self, format: str, gpu: GPU, total: int, limit: int) -> Offload | None:
-        """Plan how `limit` bytes hold a model of `total` bytes by experts in host memory; None where that cannot be."""
-        config, specs, E = self.config, self.specs[format], self.config.num_local_experts
-        each = offloaded_bytes(parameter_shapes(config), specs, default_dtype(config))
-        experts = experts_to_offload(config, total, limit, each)
-        if experts >= E or experts * each > self.host_memory:
-            return None
-        weights = WEIGHT_FORMATS[format] or ""
-        if isinstance(weights, dict):
-            weights = ",".join(map("=".join, weights.items()))
-        option = f" --weights {weights}" if weights else ""
-        folder = "FOLDER" if self.name.lower() in KNOWN else self.name
-        command = f"mixtral-triton generate {folder}{option} --offload {experts}"
-        speed = self.speed(gpu, specs, experts) if gpu.chip else ()
-        return Offload(experts, E, experts * each, gpu.link, speed, command)
+    def offload(self, format: str, gpu: GPU, limit: int) -> Offload | None:
+        """Plan how `limit` bytes hold the model by what lies in host memory; None where that cannot be."""
+        config, specs, dtype = self.config, self.specs[format], default_dtype(self.config)
 
-    def speed(self, gpu: GPU, specs: QuantSpecs, offload: int) -> tuple[float, float]:
-        """Predict tokens/s, cautious and optimistic, by the times of a decode step of one layer and of two."""
-        dtype, E, times = default_dtype(self.config), self.config.num_local_experts, []
+        def needed(chunk: int) -> int:
+            return memory_need(config, specs, self.batch, self.context, chunk)["total"]
+
+        found = fewest(config, movable_bytes(config, parameter_shapes(config), specs, dtype), needed, limit)
+        if found is None or found.host_bytes > self.host_memory:
+            return None
+        folder = "FOLDER" if self.name.lower() in KNOWN else self.name
+        context = f" --context {self.context}" * (self.context != AUTO_CONTEXT)
+        return Offload(
+            experts=found.count,
+            of=config.num_hidden_layers * config.num_local_experts,
+            embedding=found.embedding,
+            chunk=found.chunk,
+            host_bytes=found.host_bytes,
+            staging_bytes=found.staging_bytes,
+            device_bytes=needed(found.chunk) - found.freed_bytes,
+            text=found.describe(config),
+            link=gpu.link,
+            tokens_per_second=self.speed(gpu, specs, found) if gpu.chip else (),
+            command=f"mixtral-triton generate {folder}{weights_option(format)} --offload auto{context}",
+        )
+
+    def speed(self, gpu: GPU, specs: QuantSpecs, found: Placement) -> tuple[float, float]:
+        """Predict tokens/s, cautious and optimistic, by the times of a decode step of one layer, and of one more with
+        each number of experts in host memory."""
+        dtype, E = default_dtype(self.config), self.config.num_local_experts
         token = torch.empty(self.batch, 1, dtype=torch.int64, device="meta")
-        for L in (1, 2):
-            config = replace(self.config, num_hidden_layers=L)
-            model = Mixtral(config, "meta", dtype, specs=specs, on_host=[range(E - offload, E)] * L)
+        layers = Counter(map(len, found.experts))
+
+        def seconds(*offloaded: int) -> tuple[float, float]:
+            config = replace(self.config, num_hidden_layers=len(offloaded))
+            on_host = [range(E - count, E) for count in offloaded], found.embedding
+            model = Mixtral(config, "meta", dtype, False, specs, None, *on_host)
             cache = KVCache(config, self.batch, self.context, "meta", dtype)
             with record_launches(gpu.arch) as launches, torch.no_grad():
                 model.head(model.hidden(token, cache)[:, -1])
-            found = predict(launches, gpu, Cost(0, 0))
-            times.append((found.cautious, found.seconds))
-        more = self.config.num_hidden_layers - 1
-        cautious, optimistic = (self.batch / (one + more * (two - one)) for one, two in zip(*times, strict=True))
+            predicted = predict(launches, gpu, Cost(0, 0))
+            return predicted.cautious, predicted.seconds
+
+        first = min(layers)
+        one = seconds(first)
+        layers[first] -= 1
+        more = [(number, seconds(first, count)) for count, number in layers.items()]
+        cautious, optimistic = (
+            self.batch / (one[i] + sum(number * (two[i] - one[i]) for number, two in more)) for i in (0, 1)
+        )
         return cautious, optimistic
 
     def label(self, format: str) -> str:
@@ -241,7 +282,7 @@ def run(args: argparse.Namespace) -> int:
         more = [(plan.offload.host_bytes, plan.format, plan.offload) for plan in unlimited if plan.offload]
         if more:
             size, name, least = min(more)
-            needed = f"{name} with {least.experts} of {least.of} experts offloaded needs {decimal(size)}"
+            needed = f"{name} with {least.text} needs {decimal(size)}"
             raise ValueError(f"--host-memory is {decimal(int(request.host_memory))}, and {needed}")
     if args.json:
         found = {"gpu": {"name": gpu.name, "bytes": gpu.bytes}, "formats": plans}

@@ -29,7 +29,6 @@ from triton.runtime.jit import create_function_from_signature
 from ..cache import KVCache
 from ..kernels.arch import ARCHS, amd, family
 from ..kernels.launch import INTERPRETED, Launch, multiprocessors, target_arch
-from ..kernels.offload import OffloadedWeight
 from ..kernels.op import Op
 from ..kernels.quantized import QuantizedWeight
 from ..kernels.record import record_launches
@@ -261,13 +260,15 @@ def compile_ahead(
     arch = target_arch(model.device)
     if INTERPRETED or model.device.type != "cuda" or model.ranks is not None or arch not in ARCHS:
         return
-    config = replace(model.config, num_hidden_layers=1)
+    # A layer with experts in host memory, and one without.
+    on_host = (getattr(layer.down_proj, "on_host", ()) for layer in model.layers)
+    kinds = {bool(experts): experts for experts in on_host}
+    config = replace(model.config, num_hidden_layers=len(kinds))
     quantized = {name: x for name, x in model.named_weights().items() if isinstance(x, QuantizedWeight)}
     specs = {name: x.spec for name, x in quantized.items() if x.format != "dense"}
-    on_host = [list(x.on_host) for x in [model.layers[0].gate_up_proj] if isinstance(x, OffloadedWeight)]
     records: list[Launch] = []
     for dtype in dict.fromkeys(dtypes):
-        layer = Mixtral(config, "meta", dtype, model.deterministic, specs, on_host=on_host)
+        layer = Mixtral(config, "meta", dtype, model.deterministic, specs, on_host=[*kinds.values()])
         with torch.no_grad(), record_launches(arch, multiprocessors(model.device)) as launches:
             for B, T in sizes:
                 ids = torch.zeros((B, T), dtype=torch.int64, device="meta")

@@ -122,16 +122,58 @@ def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="none is offloaded"):
         assert isinstance(Mixtral.from_pretrained(SMALL, "cpu", offload="auto").layers[0].down_proj, torch.nn.Parameter)
     model = Mixtral.from_pretrained(SMALL, "cpu")
-    needed, per_expert = 10_000_000, 1_000_000  # of which two of four layers are staged: each frees half
+    needed, sizes = 10_000_000, ([250_000] * 4, 400_000)  # two buffers hold the experts of the layer with the most
     context = sum(load.running_bytes(model.config, 1, 1024).values())
-    for room, count in ((10_000_000, 0), (9_999_999, 1), (8_600_000, 3), (1, 7)):
+    monkeypatch.setattr(load, "CHUNKS", (2048,))
+    cases = [(10_000_000, [], False), (9_999_999, [0] * 4, True), (9_600_000, [0] * 4, True)]
+    # 400,000 and 3 of 250,000, without buffers of 2 x 250,000; then 5 of them without 2 x 500,000.
+    cases += [(9_599_999, [0, 1, 1, 1], True), (9_350_000, [0, 1, 1, 1], True), (9_349_999, [1] * 4, True)]
+    cases += [(9_100_000, [1] * 4, True), (9_099_999, [1, 2, 2, 2], True), (1, [7] * 4, True)]
+    for room, counts, embedding in cases:
         monkeypatch.setattr(load, "room_for_model", lambda device, room=room: room + context)
-        args = ("auto", model.config, None, torch.device("cpu"), needed, per_expert)
-        if count == 0:
-            with pytest.warns(UserWarning):
-                assert load.check_offload(*args) == 0
+        args = ("auto", model.config, None, torch.device("cpu"), needed, sizes)
+        with pytest.warns(UserWarning, match="none is offloaded" if not counts else f"{sum(counts)} of 32 experts and"):
+            found = load.check_offload(*args)
+        assert ([*map(len, found.experts)], found.embedding, found.chunk) == (counts, embedding, 2048), room
+        host = sum(counts) * 250_000 + 400_000 * embedding
+        assert (found.host_bytes, found.staging_bytes) == (host, 500_000 * max(counts, default=0))
+
+
+@once
+def test_a_smaller_chunk_is_taken_where_it_saves_an_expert() -> None:
+    """The largest of those with the fewest experts. A token of a chunk takes 100 bytes, an expert 10,000."""
+    config, sizes = replace(Mixtral.from_pretrained(SMALL, "meta").config, num_hidden_layers=8), ([10_000] * 8, 1000)
+    for excess, count, chunk, saved in (
+        (0, 0, 2048, 0),
+        (1_000, 0, 2048, 0),  # the embedding is enough
+        (1_001, 0, 1024, 3),  # 102,400 fewer; otherwise three experts, two of which the buffers take
+        (103_400, 0, 1024, 15),
+        (103_401, 0, 512, 15),
+        (154_600, 0, 512, 22),
+        (154_601, 3, 512, 19),
+        (164_601, 4, 512, 19),
+        (10_000_000, 0, 0, 0),
+    ):
+        found = load.fewest(config, sizes, lambda chunk, more=excess: 100 * chunk + more, 204_800)
+        if chunk == 0:
+            assert found is None
         else:
-            assert load.check_offload(*args) == count
+            assert found is not None
+            assert (found.count, found.chunk, found.saved) == (count, chunk, saved), excess
+
+
+@once
+def test_least_used_over_all_layers() -> None:
+    """Each layer keeps its most used expert; ties are spread over the layers; buffers fit the layer with the most."""
+    config = replace(Mixtral.from_pretrained(SMALL, "meta").config, num_hidden_layers=3, num_local_experts=4)
+    routes = [[0, 0, 0, 20], [5, 4, 6, 5], [0, 3, 17, 0]]
+    for count, experts in ((0, [[], [], []]), (2, [[0], [], [0]]), (4, [[0, 1], [], [0, 3]])):
+        assert load.select_experts(config, count, routes) == experts
+    assert load.select_experts(config, 9, routes) == [[0, 1, 2], [0, 1, 3], [0, 1, 3]]
+    found = load.fewest(config, ([1000] * 3, 0), lambda chunk: 1000, 1000 - 1, routes)
+    # The buffers hold the three of a layer twice: seven experts are the fewest that free more than these.
+    assert found is not None and found.experts == [[0, 1, 2], [1], [0, 1, 3]] and found.freed_bytes == 7000 - 6000
+    assert found.share(routes) == (0 + 0 + 0 + 4 + 0 + 3 + 0) / 60
 
 
 @once
@@ -144,9 +186,12 @@ def test_auto_takes_what_fit_says(gib: int, format: str, gpu: Any, monkeypatch: 
     gpu_of_fit = replace(find_gpu("h100"), mib=gib << 10)
     offload = fit.Request("", config, {format: specs}, "", 1, 4096).plan(format, gpu_of_fit).offload
     need = fit.memory_need(config, specs, 1, 4096)
-    per_expert = load.offloaded_bytes(shapes, specs, torch.bfloat16)
-    args = ("auto", config, None, torch.device("cuda"), need["weights"] + need["tables"], per_expert)
-    assert load.check_offload(*args) == offload.experts
+    sizes = load.movable_bytes(config, shapes, specs, torch.bfloat16)
+    args = ("auto", config, None, torch.device("cuda"), need["weights"] + need["tables"], sizes)
+    with pytest.warns(UserWarning, match=re.escape(f"offload='auto': {offload.text} (")):
+        found = load.check_offload(*args)
+    names = ("count", "embedding", "chunk", "host_bytes", "staging_bytes")
+    assert [getattr(found, name) for name in names] == [getattr(offload, n) for n in ("experts", *names[1:])]
 
 
 @once

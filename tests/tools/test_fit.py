@@ -223,7 +223,7 @@ def test_without_a_gpu_all_gpus_are_listed(capsys: pytest.CaptureFixture[str], m
     assert status == 0 and list(needs) == [gpu.name for gpu in GPUS.values()]
     assert needs["H100 80GB"] == {"as stored": 2, "fp8": 1, "int8": 1, "int4": 1, "int4, linear int8": 1}
     gpus = {gpu["name"]: gpu["offload"] for gpu in json.loads(text)["gpus"]}
-    assert {format: one["experts"] for format, one in gpus["H100 80GB"].items()} == {"as stored": 2}
+    assert {format: one["experts"] for format, one in gpus["H100 80GB"].items()} == {"as stored": 35}
     assert all(one["tokens_per_second"] for name in gpus if name[:5] == "RTX 4" for one in gpus[name].values())
     assert gpus["H200"] == {} and gpus["A40"]["as stored"]["tokens_per_second"] == []
 
@@ -285,13 +285,14 @@ def test_memory_check_passes_what_fits_and_ignores_a_cpu(monkeypatch: pytest.Mon
         check_memory(CUDA, need + 1)
 
 
-# Predicted, not measured: the least tokens/s of one sequence of 4,096 tokens, cautiously.
+# Experts in host memory, tokens of a chunk, and predicted, not measured, the least tokens/s of one sequence of 4,096
+# tokens, cautiously.
 OFFLOADED = {
-    ("rtx4080", "int4, linear int8"): (4, 7),
-    ("rtx4090", "int4, linear int8"): (1, 25),
-    ("rtx3090", "int4, linear int8"): (1, 20),
-    ("rtx5090", "fp8"): (4, 7),
-    ("h100", "as stored"): (2, 8),
+    ("rtx4080", "int4, linear int8"): (121, 512, 8),
+    ("rtx4090", "int4, linear int8"): (19, 512, 32),
+    ("rtx3090", "int4, linear int8"): (19, 512, 28),
+    ("rtx5090", "fp8"): (102, 512, 7),
+    ("h100", "as stored"): (37, 2048, 10),
 }
 
 
@@ -299,27 +300,36 @@ OFFLOADED = {
 def test_experts_in_host_memory(gpu: str, format: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(fit(capsys, "--gpu", gpu, "--context", "4096", "--json")[1])
     one = next(one for one in found["formats"] if one["format"] == format)
-    experts, least = OFFLOADED[gpu, format]
+    experts, chunk, least = OFFLOADED[gpu, format]
     offload, width = one["offload"], {"as stored": 2, "fp8": 1}.get(format, 0.5)
-    assert (offload["experts"], offload["of"]) == (experts, 8)
-    assert offload["host_bytes"] == experts * 32 * 3 * 4096 * 14336 * width
+    assert (offload["experts"], offload["of"], offload["chunk"]) == (experts, 256, chunk) and offload["embedding"]
+    each, embedding = 3 * 4096 * 14336 * width, 32000 * 4096 * 2
+    of_layer = -(-experts // 32)
+    assert (offload["host_bytes"], offload["staging_bytes"]) == (experts * each + embedding, 2 * of_layer * each)
     assert least <= offload["tokens_per_second"][0] < offload["tokens_per_second"][1]
     # No quicker than the link at its full rate: 2 of 8 experts a token and layer, chosen uniformly.
-    assert offload["tokens_per_second"][1] < LINKS[offload["link"]] / (offload["host_bytes"] / 4)
-    # The fewest: one less does not fit.
-    limit, each = 0.98 * find_gpu(gpu).bytes, offload["host_bytes"] / experts
-    assert one["bytes"]["total"] - experts * each < limit < one["bytes"]["total"] - (experts - 1) * each
+    assert offload["tokens_per_second"][1] < LINKS[offload["link"]] / (experts * each / 4)
+    # The fewest: one less does not fit, with any chunk.
+    limit, total = 0.98 * find_gpu(gpu).bytes, one["bytes"]["total"] - one["bytes"]["workspace"]
+    workspace = [workspace_bytes(SMALLER, 1, 4096, tokens) for tokens in (chunk, 512)]
+    device_bytes = total + workspace[0] - offload["host_bytes"] + offload["staging_bytes"]
+    assert device_bytes == offload["device_bytes"] <= limit
+    assert total + workspace[1] - embedding - (experts - 1) * each + 2 * -(-(experts - 1) // 32) * each > limit
 
 
 def test_offloading_is_the_command_to_run(capsys: pytest.CaptureFixture[str]) -> None:
     status, text = fit(capsys, "mixtral-8x7b", "--gpu", "rtx4090", "--context", "4096")
-    command = "mixtral-triton generate FOLDER --weights experts=int4,linear=int8 --offload 1\n"
+    command = "mixtral-triton generate FOLDER --weights experts=int4,linear=int8 --offload auto\n"
     assert status == 1 and text.endswith(f"NO FORMAT FITS\nWith experts in host memory: {command}")
-    assert re.search(r"^int4, linear int8, 1 of 8 offloaded: \d+-\d+ tokens/s predicted", text, re.M)
+    placed = "19 of 256 experts and the embedding in host memory, prompts in chunks of 512 tokens (3 experts fewer)"
+    text = " ".join(text.split())
+    assert re.search(rf"int4, linear int8, {re.escape(placed)}: \d+-\d+ tokens/s predicted", text)
     arguments = parser().parse_args(command.split()[1:])
-    assert (arguments.weights, arguments.offload) == (FORMATS["int4, linear int8"], 1)
-    text = fit(capsys, "--memory", "24", "--context", "4096")[1]
-    assert text.endswith(command) and "1 of 8 offloaded: no prediction" in text
+    assert (arguments.weights, arguments.offload) == (FORMATS["int4, linear int8"], "auto")
+    text = fit(capsys, "--memory", "24", "--context", "8192")[1]
+    assert text.endswith(f"{command[:-1]} --context 8192\n") and "(3 experts fewer): no prediction" in " ".join(
+        text.split()
+    )
 
 
 @pytest.mark.parametrize("T", [1, 3, 100])
@@ -347,6 +357,6 @@ def test_host_memory_and_link_limit_what_is_offloaded(capsys: pytest.CaptureFixt
         found = json.loads(fit(capsys, "--gpu", "rtx4090", "--context", "4096", "--json", *args)[1])["formats"]
         return {one["format"]: one["offload"] for one in found if one["offload"]}
 
-    assert list(offloads("--host-memory", "4")) == ["int4, linear int8"]
+    assert list(offloads("--host-memory", "3")) == ["int4, linear int8"]
     slow, fast = (offloads("--link", link)["int4"]["tokens_per_second"][0] for link in ("pcie3x8", "pcie5x16"))
     assert 4 * slow < fast

@@ -169,7 +169,7 @@ class GPU:
         self.captures: list[Graph] = []
         self.pools: set[Any] = set()  # of the device's memory, and of the host's, that a capture allocates from
         self.host_pools: set[Any] = set()
-        self.pinned: dict[int, int] = {}  # bytes of host memory, by address
+        self.pinned = stage.pinned
         self.pinned_most = 1 << 40
         self.mapped_at = 0  # how far pinned memory's device address is from its host address
         self.replays, self.syncs, self.work = 0, stage.syncs, stage.work
@@ -276,7 +276,7 @@ def gpu(count: int = 1, **properties: Any) -> Iterator[GPU]:
         _active.append(machine)
         stack.callback(_active.pop)
         stack.callback(machine.driver.forget)
-        for record in (stage.syncs, stage.work, stage.clocks):
+        for record in (stage.syncs, stage.work, stage.clocks, stage.pinned):
             record.clear()
         stack.enter_context(Factories())
         yield machine
