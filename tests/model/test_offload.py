@@ -21,8 +21,11 @@ from mixtral_triton.kernels.offload import OffloadedWeight, _pinned
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.tools import fit
 from mixtral_triton.tools.gpus import find_gpu
+from mixtral_triton.tools.trace import RouteRecorder
 from mixtral_triton.weights import parameter_shapes
 from tests.support.memory import needs_proc
+from tests.support.models import random_model, tokens
+from tests.support.traffic import count_traffic
 
 IDS = torch.arange(3, 20)[None]
 once = pytest.mark.skipif(INTERPRETED, reason="about the model, whatever the backend: run once")
@@ -36,6 +39,40 @@ def test_same_logits_and_text(weights: str | None, ordered: Any) -> None:
     assert torch.equal(model(ids), resident(ids))
     tokens = 2 if INTERPRETED else 8
     assert torch.equal(model.generate(ids, tokens), resident.generate(ids, tokens))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="about kernels: with the interpreter")
+@pytest.mark.parametrize("T", [1, 4, 16, 64])
+@pytest.mark.parametrize("weights", [None, pytest.param("int4", marks=pytest.mark.slow)])
+def test_selected_experts_and_the_tokens_rows_cross_the_link_once(weights: str | None, T: int, covers: Any) -> None:
+    """Layers with none, one and two experts in host memory, and the embedding there."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "weights": weights}
+    model = random_model(on_host=((), (3,), (1, 2)), embedding=True, **sizes)
+    with torch.no_grad(), count_traffic() as traffic, RouteRecorder() as routes:
+        model(tokens(1, T))
+    selected, need = [set(layer.unique().tolist()) for layer in routes.ids], T * 32 * 4
+    for layer, experts in zip(model.layers[1:], selected[1:], strict=True):
+        each = layer.gate_up_proj.host[0].nbytes + layer.down_proj.host[0].nbytes
+        need += len(experts & {*layer.down_proj.on_host}) * each
+    assert traffic.moved("gate_up host", "down host", "table") == need
+    assert not isinstance(model.layers[0].down_proj, OffloadedWeight)
+    covers("traffic", f"link, model, {weights or 'fp32'}, T {T}: 1.00 of the selected experts' and rows' bytes")
+
+
+@once
+def test_a_layer_without_any_is_an_ordinary_one() -> None:
+    """Its experts are stacked weights, which TMA reads."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64}
+    model, read = random_model("meta", torch.bfloat16, on_host=((), (3,)), **sizes), []
+    with record_launches("sm_90") as launches, torch.no_grad():
+        model.hidden(torch.zeros(1, 64, dtype=torch.int64, device="meta"))
+        model.hidden(torch.zeros(1, 65, dtype=torch.int64, device="meta"))
+    for each in launches:
+        for name in ("gate_up", "down"):
+            if (weight := each.args.get(f"{name}_ptr")) is not None:
+                read.append((weight.dtype, each.args.get(f"{name}_desc") is not None))
+    stacked, table = (torch.bfloat16, False), (torch.int64, False)
+    assert read == [stacked] * 2 + [table] * 2 + [(torch.bfloat16, True)] * 2 + [table] * 2
 
 
 @once
@@ -83,6 +120,41 @@ def test_least_used_experts(tmp_path: Path, in_process: None, capsys: Any) -> No
 def test_bad_count(offload: Any) -> None:
     with pytest.raises(ValueError, match="needs 0 to 7 experts of each layer, or 'auto'"):
         Mixtral.from_pretrained(SMALL, "cpu", offload=offload)
+
+
+@once
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [[1] * 8] * 3,
+        [[1] * 8] * 5,
+        [[1] * 4] * 4,
+        [[1] * 8] * 3 + [[2] * 8],  # a text has as many routes in each layer
+        [[0] * 8] * 4,
+        [[-1, 3] * 4] * 4,
+        [[0.5] * 8] * 4,
+        [[True] * 8] * 4,
+        7,
+    ],
+)
+@pytest.mark.parametrize("offload", ["auto", 2])
+def test_counts_of_another_model_are_rejected_before_allocating(
+    counts: Any, offload: Any, tmp_path: Path, capsys: Any, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Mixtral, "__init__", lambda *args, **kwargs: pytest.fail("allocated"))
+    file = tmp_path / "counts.json"
+    file.write_text(json.dumps({"counts": counts}))
+    options = ["--device", "cpu", "--prompt", "x", "--offload", str(offload), "--offload-by", str(file)]
+    assert main(["generate", *options]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{file}: counts needs 4 lists of 8 integers, of one sum: it is another model's, or `trace` did" in line
+
+
+@once
+@pytest.mark.parametrize("context", [0, -1, 1025, 1.5, True, "many"])
+def test_wrong_context_is_rejected(context: Any) -> None:
+    with pytest.raises(ValueError, match=r"context is .*, needs 1 to 1024, the model's positions"):
+        Mixtral.from_pretrained(SMALL, "cpu", offload="auto", context=context)
 
 
 @once

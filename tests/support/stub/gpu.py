@@ -169,7 +169,7 @@ class GPU:
         self.captures: list[Graph] = []
         self.pools: set[Any] = set()  # of the device's memory, and of the host's, that a capture allocates from
         self.host_pools: set[Any] = set()
-        self.pinned = stage.pinned
+        self.pinned: dict[int, int] = {}  # bytes of host memory, by address
         self.pinned_most = 1 << 40
         self.mapped_at = 0  # how far pinned memory's device address is from its host address
         self.replays, self.syncs, self.work = 0, stage.syncs, stage.work
@@ -265,7 +265,11 @@ def gpu(count: int = 1, **properties: Any) -> Iterator[GPU]:
     machine = GPU(count, **properties)
     patches = [(torch.cuda, name, function) for name, function in machine.functions().items()]
     patches += [(torch.cuda.graphs.graph, "default_capture_stream", None), (torch, "Generator", Generator)]
-    patches += [*project_patches(FakeGPUTensor, machine.call_runtime), (stage, "last_error", 0)]
+    patches += [
+        *project_patches(FakeGPUTensor, machine.call_runtime),
+        (stage, "last_error", 0),
+        (stage, "pinned", machine.pinned),
+    ]
     patches += [(torch._C, "_host_emptyCache", lambda: None), (triton.runtime.driver, "_active", machine.driver)]
     with ExitStack() as stack:
         for module, name, value in patches:
@@ -276,7 +280,7 @@ def gpu(count: int = 1, **properties: Any) -> Iterator[GPU]:
         _active.append(machine)
         stack.callback(_active.pop)
         stack.callback(machine.driver.forget)
-        for record in (stage.syncs, stage.work, stage.clocks, stage.pinned):
+        for record in (stage.syncs, stage.work, stage.clocks):
             record.clear()
         stack.enter_context(Factories())
         yield machine
