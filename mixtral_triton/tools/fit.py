@@ -66,14 +66,6 @@ def format_specs(config: MixtralConfig) -> dict[str, QuantSpecs]:
     return specs
 
 
-def weights_option(format: str) -> str:
-    """Return the option of the command line that loads this one of WEIGHT_FORMATS."""
-    weights = WEIGHT_FORMATS[format] or ""
-    if isinstance(weights, dict):
-        weights = ",".join(map("=".join, weights.items()))
-    return f" --weights {weights}" if weights else ""
-
-
 def parameters(config: MixtralConfig) -> tuple[int, int]:
     """How many there are, and how many a token meets: K of E experts."""
     counts = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
@@ -215,7 +207,6 @@ class Request:
         found = fewest(config, movable_bytes(config, parameter_shapes(config), specs, dtype), needed, limit)
         if found is None or found.host_bytes > self.host_memory:
             return None
-        folder = "FOLDER" if self.name.lower() in KNOWN else self.name
         context = f" --context {self.context}" * (self.context != AUTO_CONTEXT)
         return Offload(
             experts=found.count,
@@ -228,7 +219,7 @@ class Request:
             text=found.describe(config),
             link=gpu.link,
             tokens_per_second=self.speed(gpu, specs, found) if gpu.chip else (),
-            command=f"mixtral-triton generate {folder}{weights_option(format)} --offload auto{context}",
+            command=f"{self.command(format)} --offload auto{context}",
         )
 
     def speed(self, gpu: GPU, specs: QuantSpecs, found: Placement) -> tuple[float, float]:
@@ -256,6 +247,13 @@ class Request:
             self.batch / (one[i] + sum(number * (two[i] - one[i]) for number, two in more)) for i in (0, 1)
         )
         return cautious, optimistic
+
+    def command(self, format: str) -> str:
+        """Return the command that loads the model in this format."""
+        weights = WEIGHT_FORMATS[format] or ""
+        weights = weights if isinstance(weights, str) else ",".join(map("=".join, weights.items()))
+        folder = "FOLDER" if self.name.lower() in KNOWN else self.name
+        return f"mixtral-triton generate {folder}{f' --weights {weights}' * bool(weights)}"
 
     def label(self, format: str) -> str:
         return self.stored if format == STORED else format
@@ -327,10 +325,13 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
     offloads = {plan.format: plan.offload for plan in plans if plan.offload}
     for format, offload in offloads.items():
         out.print(Text(f"{request.label(format)}, {offload}"))
-    fitting = [request.label(plan.format) for plan in plans if plan.verdict != "no"]
-    verdict = "FITS: " + "; ".join(fitting) if fitting else "NO FORMAT FITS"
+    fitting = sorted((plan.format for plan in plans if plan.verdict != "no"), key=lambda format: format != FIRST)
+    verdict = "FITS: " + "; ".join(map(request.label, fitting)) if fitting else "NO FORMAT FITS"
     out.print(Text(verdict, style="bold green" if fitting else "bold red"))
-    if offloads and not fitting:
+    if FIRST in fitting:
+        line = f"Try first: {request.command(FIRST)} (`mixtral-triton verify` with --weights prints what it costs)"
+        out.print(Text(line), soft_wrap=True)
+    elif offloads and not fitting:
         best = max(offloads.values(), key=lambda one: (one.tokens_per_second, -one.host_bytes))
         out.print(Text(f"With experts in host memory: {best.command}"), soft_wrap=True)
 

@@ -178,10 +178,11 @@ def test_an_h100_holds_eight_bits_and_a_4090_nothing(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     status, text = fit(capsys, "--gpu", "h100")
-    assert status == 0 and "FITS: fp8; int8; int4; int4, linear int8" in text
+    assert status == 0 and "FITS: int4, linear int8; fp8; int8; int4\n" in text
     assert row(text, "bf16")[:2] == ["93.4", "GB"] and row(text, "bf16")[-3:] == ["-", "2", "no"]
     for label, size in (("fp8", "48.3"), ("int8", "48.3"), ("int4", "26.5"), ("int4, linear int8", "25.0")):
         assert row(text, label)[0] == size and row(text, label)[-3:] == ["32,768", "1", "fits"]
+    assert "Try first: mixtral-triton generate FOLDER --weights experts=int4,linear=int8 (" in text
     status, text = fit(capsys, "mixtral-8x7b", "--gpu", "rtx4090")
     assert status == 1 and {row(text, label)[-1] for label in ("bf16", "fp8", "int8", "int4")} == {"no"}
     assert row(text, "int4, linear int8")[-2:] == ["2", "no"] and "\nNO FORMAT FITS\n" in text
@@ -261,7 +262,7 @@ def bytes_of(weights: Any) -> int:
     ("weights", "free", "choice", "message"),
     [
         (None, 80 * GB, True, "the weights take 93.4 GB, and cuda:0 has 80.0 GB free: weights='fp8' takes 48.4 GB; "),
-        ("fp8", 40 * GB, True, "free: weights='int4' takes 26.5 GB; weights={'experts': 'int4', 'linear': 'int8'} t"),
+        ("fp8", 40 * GB, True, "free: weights={'experts': 'int4', 'linear': 'int8'} takes 25.0 GB; weights='int4' t"),
         ("int4", 24 * GB, True, "free: no format fits, the least is 25.0 GB with weights={'experts': 'int4', 'linear'"),
         ("int4", 24 * GB, False, "free: no format fits, the least is 26.5 GB with weights=None; needs more memory"),
     ],
