@@ -37,6 +37,7 @@ PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 AUTO_CONTEXT = 4096  # tokens of one sequence, which offload="auto" leaves memory for by default
 CHUNKS = PREFILL_CHUNK, PREFILL_CHUNK // 2, PREFILL_CHUNK // 4  # tokens: those that offload="auto" chooses from
 Routes = Sequence[Sequence[int]]  # of each layer, how often a text took each expert
+Movable = tuple[Sequence[int], int]  # bytes of an expert of each layer, and of the embedding
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def usable_bytes(memory: int) -> int:
 
 def movable_bytes(
     config: MixtralConfig, shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, QuantSpec], dtype: torch.dtype
-) -> tuple[list[int], int]:
+) -> Movable:
     """Bytes that offloading moves: of one expert of each layer, its rows without scales and zeros; of the embedding, 0
     where the head is tied to it."""
     each = [0] * config.num_hidden_layers
@@ -233,15 +234,10 @@ def select_experts(config: MixtralConfig, count: int, routes: Routes | None = No
 
 
 def fewest(
-    config: MixtralConfig,
-    sizes: tuple[Sequence[int], int],
-    needed: Callable[[int], int],
-    room: int,
-    routes: Routes | None = None,
+    config: MixtralConfig, sizes: Movable, needed: Callable[[int], int], room: int, routes: Routes | None = None
 ) -> Placement | None:
     """Return the fewest experts of the whole model in host memory, and the embedding, with which `room` bytes suffice.
 
-    sizes   see `movable_bytes`
     needed  bytes where all of it is on the device, by the tokens of a chunk: a smaller one may save experts
 
     None where no number of experts is enough.
@@ -282,14 +278,12 @@ def check_offload(
     ranks: Ranks | None,
     device: torch.device,
     needed: int,
-    sizes: tuple[Sequence[int], int],
+    sizes: Movable,
     offload_by: str | os.PathLike[str] | None = None,
     context: int | None = None,
 ) -> Placement:
-    """Return what lies in host memory. ValueError where that is impossible, before any allocation.
-
-    needed  bytes on the device without offload; sizes: see `movable_bytes`
-    """
+    """Return what lies in host memory, where `needed` bytes would be on the device without offload. ValueError where
+    that is impossible, before any allocation."""
     caller, most = f"Mixtral.from_pretrained: offload is {offload!r}", config.num_local_experts - 1
     if offload != "auto" and (type(offload) is not int or not 0 <= offload <= most):
         raise ValueError(f"{caller}, needs 0 to {most} experts of each layer, or 'auto'")

@@ -47,9 +47,7 @@ QuantSpecs = Mapping[str, QuantSpec]  # of the parameters that are quantized, by
 STORED = "as stored"
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FORMAT_NOTE = "fp8, int8, int4: of the experts' weights; linear: of attention and the head, too."
-OFFLOADED = (
-    "(19: 36-40): or one GPU, with 19 experts of all layers in host memory; tokens/s predicted, ?: no rates known."
-)
+OFFLOADED = "(19: 36-40): or one GPU, with 19 of all experts in host memory; tokens/s predicted, ?: no rates known."
 SEVERAL = "Several GPUs: weights and cache in even parts, the rest on each, by estimate; see docs/scaling.md."
 COLOURS = {"no": "red", "tight": "yellow", "fits": "green"}
 
@@ -208,19 +206,12 @@ class Request:
         if found is None or found.host_bytes > self.host_memory:
             return None
         context = f" --context {self.context}" * (self.context != AUTO_CONTEXT)
-        return Offload(
-            experts=found.count,
-            of=config.num_hidden_layers * config.num_local_experts,
-            embedding=found.embedding,
-            chunk=found.chunk,
-            host_bytes=found.host_bytes,
-            staging_bytes=found.staging_bytes,
-            device_bytes=needed(found.chunk) - found.freed_bytes,
-            text=found.describe(config),
-            link=gpu.link,
-            tokens_per_second=self.speed(gpu, specs, found) if gpu.chip else (),
-            command=f"{self.command(format)} --offload auto{context}",
-        )
+        total = config.num_hidden_layers * config.num_local_experts
+        placed = (found.embedding, found.chunk, found.host_bytes, found.staging_bytes)
+        device_bytes, text = needed(found.chunk) - found.freed_bytes, found.describe(config)
+        speed = self.speed(gpu, specs, found) if gpu.chip else ()
+        command = f"{self.command(format)} --offload auto{context}"
+        return Offload(found.count, total, *placed, device_bytes, text, gpu.link, speed, command)
 
     def speed(self, gpu: GPU, specs: QuantSpecs, found: Placement) -> tuple[float, float]:
         """Predict tokens/s, cautious and optimistic, by the times of a decode step of one layer, and of one more with
@@ -240,12 +231,10 @@ class Request:
             return predicted.cautious, predicted.seconds
 
         first = min(layers)
-        one = seconds(first)
         layers[first] -= 1
-        more = [(number, seconds(first, count)) for count, number in layers.items()]
-        cautious, optimistic = (
-            self.batch / (one[i] + sum(number * (two[i] - one[i]) for number, two in more)) for i in (0, 1)
-        )
+        one, more = seconds(first), [(number, seconds(first, count)) for count, number in layers.items()]
+        totals = (one[i] + sum(number * (two[i] - one[i]) for number, two in more) for i in (0, 1))
+        cautious, optimistic = (self.batch / total for total in totals)
         return cautious, optimistic
 
     def command(self, format: str) -> str:

@@ -306,13 +306,19 @@ def test_host_memory_is_private_and_asks_for_huge_pages() -> None:
 
 
 @once
-def test_command_line(in_process: None, capsys: Any) -> None:
+def test_command_line(in_process: None, capsys: Any, tmp_path: Path) -> None:
     texts = []
     for offload in ("0", "2"):
         options = ["--device", "cpu", "--prompt", "The return", "--max-new-tokens", "8", "--offload", offload]
         assert main(["generate", *options, "--json"]) == 0
         texts.append(json.loads(capsys.readouterr().out)["text"])
     assert texts[0] == texts[1]
+    shares = [[8 + layer, 3, 9, 9, 9, 9, 9, 8 - layer] for layer in range(4)]
+    (counts := tmp_path / "counts.json").write_text(json.dumps({"counts": shares}))
+    assert main(["generate", *options[:-1], "1", "--offload-by", str(counts), "--json"]) == 0
+    found, used = capsys.readouterr(), 100 * (3 * 4) / (64 * 4)
+    placed = f"offload=1: 1 experts of each layer (0.8 MB): expert 1 of layers 0, 1, 2, 3; they had {used:.1f}% of the"
+    assert json.loads(found.out)["text"] == texts[0] and f"{placed} routes in {counts}" in found.err
     for options, message in ((["--offload", "9"], "needs 0 to 7"), (["--offload", "x"], "number of experts, or auto")):
         try:
             status: Any = main(["generate", "--device", "cpu", "--prompt", "x", *options])

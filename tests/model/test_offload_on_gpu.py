@@ -6,10 +6,12 @@ The simulated GPU completes all work at once; `gpu.work` knows which order strea
 from __future__ import annotations
 
 import gc
+import json
 import math
 import os
 import threading
 import weakref
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -150,20 +152,26 @@ def test_same_tokens_in_graph_replays(sizes: dict[str, Any], gpu: Any, ordered: 
     assert texts[0] == texts[1] == texts[2]
 
 
-def test_generate_places_what_the_memory_lacks(gpu: Any, in_process: None, capsys: Any) -> None:
-    """Memory that three experts of all layers are too much for: they and the embedding are in host memory."""
+def test_generate_places_what_the_memory_lacks(gpu: Any, in_process: None, capsys: Any, tmp_path: Path) -> None:
+    """Memory that three experts of all layers are too much for: they, the last ones or those used least, and the
+    embedding are in host memory."""
     config, each = Mixtral.from_pretrained(SMALL, "meta").config, 3 * 128 * 256 * 2
     weights = memory_need(config, {}, 1, 64)
     embedding, texts = config.vocab_size * config.hidden_size * 2, []
     # Three experts free one, since the buffers hold one of a layer twice.
-    for room in (weights["total"], weights["total"] - embedding - each):
+    counts = tmp_path / "counts.json"
+    counts.write_text(json.dumps({"counts": [[9, 9, 1, 9, 9, 9, 9, 9], [2, 9, 9, 9, 9, 8, 9, 9], [8] * 8, [8] * 8]}))
+    by, lacks = ["--offload-by", str(counts)], weights["total"] - embedding - each
+    for room, more in ((weights["total"], []), (lacks, []), (lacks, by)):
         gpu.properties.total_memory = math.ceil(room / (1 - TIGHT)) + 1
-        options = ["--prompt", "The return", "--max-new-tokens", "4", "--context", "64", "--offload", "auto"]
+        options = ["--prompt", "The return", "--max-new-tokens", "4", "--context", "64", "--offload", "auto", *more]
         assert main(["generate", *options]) == 0
         texts.append(capsys.readouterr())
-    assert texts[0].out == texts[1].out and "all experts fit the device, so none is offloaded" in texts[0].err
-    placed = "3 of 32 experts and the embedding in host memory (1.1 MB): expert 7 of layers 1, 2, 3"
-    assert f"offload='auto': {placed}\n" in texts[1].err
+    assert len({text.out for text in texts}) == 1 and "all experts fit the device, so none is offloaded" in texts[0].err
+    placed = "3 of 32 experts and the embedding in host memory (1.1 MB): expert"
+    assert f"offload='auto': {placed} 7 of layers 1, 2, 3\n" in texts[1].err
+    used = f"they had {100 * (1 + 2 + 8) / 256:.1f}% of the routes in {counts}\n"
+    assert f"offload='auto': {placed} 2 of layer 0; expert 0 of layers 1, 2; {used}" in texts[2].err
 
 
 def test_the_embedding_in_host_memory_is_an_ordinary_tensor(gpu: Any) -> None:

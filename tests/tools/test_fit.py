@@ -18,7 +18,7 @@ from mixtral_triton.inputs import WEIGHT_FORMATS as FORMATS
 from mixtral_triton.inputs import check_memory
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.load import LOGIT_BYTES, OVERHEAD, cache_bytes, table_bytes, workspace_bytes
+from mixtral_triton.load import LOGIT_BYTES, OVERHEAD, cache_bytes, select_experts, table_bytes, workspace_bytes
 from mixtral_triton.quantize import select_specs
 from mixtral_triton.tools.fit import KNOWN, MemoryPlan, Request, format_specs, memory_need, parameters
 from mixtral_triton.tools.gpus import GPU, GPUS, LINKS, MIB, find_gpu
@@ -93,10 +93,10 @@ def test_cache_bytes_are_those_of_a_kv_cache() -> None:
     assert table_bytes(SMALLER) == tables.cos.nbytes + tables.sin.nbytes
 
 
-def most_alive(config: MixtralConfig, batch: int, context: int, weights: Any = None) -> int:
+def most_alive(config: MixtralConfig, batch: int, context: int, weights: Any = None, chunk: int = 2048) -> int:
     """What `generate` takes at most while it reads prompts, beside weights and cache: by the code itself."""
     model = Mixtral(config, "meta", specs=specs(config, weights))
-    cache = KVCache(config, batch, context, "meta", torch.bfloat16)
+    model.prefill_chunk, cache = chunk, KVCache(config, batch, context, "meta", torch.bfloat16)
     with torch.no_grad(), LiveBytes() as live:
         ids = torch.zeros(batch, context, dtype=torch.int64, device="meta")
         prefill(model, cache, ids, torch.zeros(batch, dtype=torch.int64, device="meta"))
@@ -104,13 +104,16 @@ def most_alive(config: MixtralConfig, batch: int, context: int, weights: Any = N
 
 
 @pytest.mark.parametrize("weights", [None, "int4", "fp8", FORMATS["int4, linear int8"]], ids=str)
-@pytest.mark.parametrize(("batch", "context"), [(1, 5000), (3, 700), (64, 2048), (1, 65)])
-def test_the_workspace_is_what_a_prefill_takes(batch: int, context: int, weights: Any) -> None:
+@pytest.mark.parametrize(
+    ("batch", "context", "chunk"),
+    [(1, 5000, 2048), (3, 700, 2048), (64, 2048, 2048), (1, 65, 2048), (3, 1100, 512)],
+)
+def test_the_workspace_is_what_a_prefill_takes(batch: int, context: int, chunk: int, weights: Any) -> None:
     """Quantized weights need no more: no kernel writes a dequantized weight anywhere."""
     narrow, wide = {"intermediate_size": 256, "num_experts_per_tok": 1}, {"head_dim": 256, "intermediate_size": 512}
     for sizes in ({}, narrow, wide) if weights is None else ({},):
         config = replace(SMALLER, num_hidden_layers=3, **sizes)
-        found, said = most_alive(config, batch, context, weights), workspace_bytes(config, batch, context)
+        found, said = most_alive(config, batch, context, weights, chunk), workspace_bytes(config, batch, context, chunk)
         assert found <= said and (weights is not None or said <= 1.02 * found + 4096), sizes
 
 
@@ -316,6 +319,43 @@ def test_experts_in_host_memory(gpu: str, format: str, capsys: pytest.CaptureFix
     device_bytes = total + workspace[0] - offload["host_bytes"] + offload["staging_bytes"]
     assert device_bytes == offload["device_bytes"] <= limit
     assert total + workspace[1] - embedding - (experts - 1) * each + 2 * -(-(experts - 1) // 32) * each > limit
+
+
+def test_the_rtx_4090_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    """8x7B in int4 with linear int8, one sequence of 4,096 tokens: all sums, in bytes."""
+    expert = 3 * 14336 * 4096 // 2  # gate, up and down in 4 bits: 88,080,384
+    scales = 3 * 14336 * 4096 // 128 * 2  # bf16, of 128 columns: 2,752,512
+    attention = (4096 + 1024 + 1024 + 4096) * (4096 + 4)  # q, k, v and o in 8 bits, fp32 scales of rows: 41,984,000
+    layer = 8 * (expert + scales) + attention + 8 * 4096 * 2 + 2 * 4096 * 2  # the gate, two norms: 768,729,088
+    embedding, head = 32000 * 4096 * 2, 32000 * (4096 + 4)  # 262,144,000 and 131,200,000
+    weights = 32 * layer + embedding + head + 4096 * 2
+    cache = 32 * 2 * 8 * 128 * 4096 * 2  # layers, keys and values, heads, columns, tokens, bf16: 536,870,912
+    rest = 2 * 32768 * 64 * 4 + 64 * 32000 + 5 * 2**28  # rotary tables, logits, the driver: 1,361,002,496
+    # A token of a chunk: seven vectors of H, two slots of two of H and one of I, the gate's logits; the chunk before.
+    token = (7 * 4096 + 2 * (2 * 4096 + 14336) + 8 + 4096) * 2 + 16 + 2 * 12  # 155,704
+    limit = 24564 * 2**20 * 98 // 100  # 25,242,076,446
+    sums = {"weights": weights, "cache": cache, "workspace": 2048 * token + 8 * 4096, "total": 27_209_470_976}
+    formats = json.loads(fit(capsys, "--gpu", "rtx4090", "--context", "4096", "--json")[1])["formats"]
+    (one,) = (one for one in formats if one["format"] == "int4, linear int8")
+    assert sums == {name: one["bytes"][name] for name in sums} and weights == 24_992_683_008
+    fewest = {}
+    for chunk in (2048, 1024, 512):
+        on_gpu = weights - embedding + cache + rest + chunk * token + 8 * 4096
+        for count in range(1, 33):  # the two buffers hold one expert of a layer
+            if on_gpu - count * expert + 2 * expert <= limit:
+                fewest[chunk] = count, on_gpu - count * expert + 2 * expert, count * expert + embedding
+                break
+    assert {chunk: count for chunk, (count, _, _) in fewest.items()} == {2048: 22, 1024: 20, 512: 19}
+    offload = one["offload"]
+    assert (offload["chunk"], offload["staging_bytes"], offload["embedding"]) == (512, 2 * expert, True)
+    assert fewest[512] == tuple(offload[name] for name in ("experts", "device_bytes", "host_bytes"))
+    # Of a token: 2 of 8 experts a layer by uniform routing, of which 19 of 256 lie there, and a row of the embedding.
+    placed = select_experts(SMALLER, 19), True
+    model = Mixtral(SMALLER, "meta", BF16, False, format_specs(SMALLER)["int4, linear int8"], None, *placed)
+    with record_launches("sm_89") as launches, torch.no_grad():
+        model.hidden(torch.zeros(1, 1, dtype=torch.int64, device="meta"), KVCache(SMALLER, 1, 64, "meta"))
+    crossing = sum(count_work(each).host for each in launches)
+    assert crossing == pytest.approx(32 * 2 * 19 / 256 * expert + 4096 * 2)  # 418,389,888
 
 
 def test_offloading_is_the_command_to_run(capsys: pytest.CaptureFixture[str]) -> None:
