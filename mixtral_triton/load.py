@@ -48,7 +48,7 @@ class Placement:
     embedding       whether the embedding does
     chunk           tokens that `generate` reads of a prompt at once
     host_bytes      in host memory
-    staging_bytes   of prefill's two buffers for each projection, as large as the layer with the most experts needs
+    staging_bytes   of prefill's buffers, one for each projection, as large as the layer with the most experts needs
     saved           experts that this chunk saves
     """
 
@@ -75,7 +75,7 @@ class Placement:
     ) -> Placement:
         """`each`: bytes of an expert of each layer; `embedding`: bytes, 0 where it stays on the device."""
         sizes = [len(of_layer) * size for of_layer, size in zip(experts, each, strict=True)]
-        return cls(experts, embedding > 0, chunk, sum(sizes) + embedding, 2 * max(sizes))
+        return cls(experts, embedding > 0, chunk, sum(sizes) + embedding, max(sizes))
 
     def share(self, routes: Routes) -> float:
         """Return which part of a text's routes the experts had."""
@@ -86,7 +86,7 @@ class Placement:
         """Return how many lie in host memory, and how many more would with the usual chunk."""
         total = config.num_hidden_layers * config.num_local_experts
         parts = [f"{self.count} of {total} experts"] + ["the embedding"] * self.embedding
-        saved = f" ({self.saved} experts fewer)" * bool(self.saved)
+        saved = f" ({_count(self.saved)} fewer)" * bool(self.saved)
         chunk = f", prompts in chunks of {self.chunk} tokens{saved}" * (self.chunk < PREFILL_CHUNK)
         return f"{' and '.join(parts)} in host memory{chunk}"
 
@@ -96,10 +96,14 @@ class Placement:
         for layer, experts in enumerate(self.experts):
             if experts:
                 layers.setdefault(tuple(experts), []).append(layer)
-        return "; ".join(f"{_numbers('expert', each)} of {_numbers('layer', of)}" for each, of in layers.items())
+        return "; ".join(f"{_list('expert', each)} of {_list('layer', of)}" for each, of in layers.items())
 
 
-def _numbers(name: str, numbers: Sequence[int]) -> str:
+def _count(experts: int) -> str:
+    return f"{experts} expert{'s' * (experts != 1)}"
+
+
+def _list(name: str, numbers: Sequence[int]) -> str:
     return f"{name}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
@@ -306,7 +310,7 @@ def check_offload(
         layers = routes or [range(most, -1, -1)] * config.num_hidden_layers  # as if the last were used least
         ranked = [sorted(range(most + 1), key=layer.__getitem__) for layer in layers]
         placement = Placement.of([sorted(experts[: int(offload)]) for experts in ranked], sizes[0])
-    text = placement.describe(config) if offload == "auto" else f"{offload} experts of each layer"
+    text = placement.describe(config) if offload == "auto" else f"{_count(int(offload))} of each layer"
     host, size = host_memory(), in_decimal(placement.host_bytes)
     if host is not None and device.type != "meta" and placement.host_bytes > host:
         fit = host // sum(sizes[0])

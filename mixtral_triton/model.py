@@ -215,9 +215,8 @@ class Mixtral(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head = self.embed_tokens
         self.layers = nn.ModuleList(Layer(config, parameters) for parameters in layers)  # type: ignore[assignment]
-        for short in QUANTIZED_PARTS["experts"]:
-            of_layers = (getattr(layer, short) for layer in self.layers)
-            OffloadedWeight.stage_in_turn([weight for weight in of_layers if isinstance(weight, OffloadedWeight)])
+        projections = ((layer.gate_up_proj, layer.down_proj) for layer in self.layers)  # in the order of their use
+        OffloadedWeight.stage_in_turn([pair for pair in projections if isinstance(pair[1], OffloadedWeight)])  # type: ignore[misc]
         cos, sin = self._rope_tables(device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)

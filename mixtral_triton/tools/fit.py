@@ -47,7 +47,7 @@ QuantSpecs = Mapping[str, QuantSpec]  # of the parameters that are quantized, by
 STORED = "as stored"
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FORMAT_NOTE = "fp8, int8, int4: of the experts' weights; linear: of attention and the head, too."
-OFFLOADED = "(19: 36-40): or one GPU, with 19 of all experts in host memory; tokens/s predicted, ?: no rates known."
+OFFLOADED = "(62: 15-17): or one GPU, with 62 of all experts in host memory; tokens/s predicted, ?: no rates known."
 SEVERAL = "Several GPUs: weights and cache in even parts, the rest on each, by estimate; see docs/scaling.md."
 COLOURS = {"no": "red", "tight": "yellow", "fits": "green"}
 

@@ -89,30 +89,35 @@ def copies(gpu: Any, model: Mixtral) -> list[Any]:
 
 @pytest.mark.parametrize("on_host", [(1, 3), UNEVEN], ids=["even", "uneven"])
 def test_prefill_copies_each_expert_once_a_chunk_in_order(on_host: Any, gpu: Any) -> None:
-    """On a stream that is not the kernels', into two buffers for each projection, without a synchronization; these are
-    as large as the layer with the most experts needs."""
+    """On a stream that is not the kernels', into a buffer for each projection, without a synchronization; it is as
+    large as the layer with the most experts needs."""
     model = prefill(gpu, 2, on_host)
     check_order(gpu, model)
     found = copies(gpu, model)
     assert sorted(work.what[1] for work in found) == sorted(2 * [*hosts(model)])
-    assert len({work.what[0] for work in found}) == 4
+    assert len({work.what[0] for work in found}) == 2
     buffers = [layer for layer in model.layers if isinstance(layer.down_proj, OffloadedWeight)]
     staged = {each._staging.nbytes for layer in buffers for each in (layer.gate_up_proj, layer.down_proj)}
     experts = [on_host] * LAYERS if on_host == (1, 3) else on_host
     sizes = movable_bytes(model.config, parameter_shapes(model.config), {}, model.dtype)[0]
-    assert 2 * sum(staged) == Placement.of(experts, sizes).staging_bytes
+    assert sum(staged) == Placement.of(experts, sizes).staging_bytes
     kernels = {launch.stream for launch in gpu.driver.launches}
     assert len(kernels) == 1 and not kernels & {work.stream for work in found}
 
 
-def test_next_layer_is_copied_while_a_layer_computes(gpu: Any) -> None:
+def test_one_projection_is_copied_while_the_other_computes(gpu: Any) -> None:
     model = prefill(gpu)
-    up = [work for work in gpu.work if getattr(work.what, "kernel", "") == "experts_up_kernel"]
-    gate_up = {layer.gate_up_proj.host.data_ptr(): index for index, layer in enumerate(model.layers)}
+    kernels = [getattr(work.what, "kernel", "") for work in gpu.work]
+    up, down = (
+        [work for work, kernel in zip(gpu.work, kernels, strict=True) if kernel == f"experts_{name}_kernel"]
+        for name in ("up", "down")
+    )
+    gate_up = {layer.gate_up_proj.host.data_ptr() for layer in model.layers}
     for work in copies(gpu, model):
-        if layer := gate_up.get(work.what[1], 0):
-            assert not up[layer - 1].precedes(work), "the copy waits for the kernel that could hide it"
-            assert layer < 2 or up[layer - 2].precedes(work)
+        layer, is_up = hosts(model)[work.what[1]], work.what[1] in gate_up
+        hides = (down[layer - 1] if layer else None) if is_up else up[layer]
+        assert hides is None or not hides.precedes(work), "the copy waits for the kernel that could hide it"
+        assert layer == 0 or (up if is_up else down)[layer - 1].precedes(work)
 
 
 @pytest.mark.parametrize("fault", ["wait_event", "wait_stream"])
@@ -125,16 +130,15 @@ def test_injected_fault_no_wait(fault: str, gpu: Any, monkeypatch: pytest.Monkey
 
 def test_injected_fault_one_buffer(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next layer's rows arrive where this layer's kernel reads."""
-    begin = offload._Staging.begin
+    stage_in_turn = OffloadedWeight.stage_in_turn
 
-    def in_one(staging: Any, weight: Any, stream: Any) -> Any:
-        buffer = begin(staging, weight, stream)
-        del staging.buffers[stream.cuda_stream][:-1]
-        return buffer
+    def by_projection(layers: Any) -> None:
+        for weights in zip(*layers, strict=True):
+            stage_in_turn([[weight] for weight in weights])
 
-    monkeypatch.setattr(offload._Staging, "begin", in_one)
+    monkeypatch.setattr(OffloadedWeight, "stage_in_turn", by_projection)
     model = prefill(gpu)
-    with pytest.raises((AssertionError, KeyError)):
+    with pytest.raises(AssertionError, match="read before it has arrived"):
         check_order(gpu, model)
 
 
@@ -158,10 +162,10 @@ def test_generate_places_what_the_memory_lacks(gpu: Any, in_process: None, capsy
     config, each = Mixtral.from_pretrained(SMALL, "meta").config, 3 * 128 * 256 * 2
     weights = memory_need(config, {}, 1, 64)
     embedding, texts = config.vocab_size * config.hidden_size * 2, []
-    # Three experts free one, since the buffers hold one of a layer twice.
+    # Three experts free two, since the buffers hold one of a layer.
     counts = tmp_path / "counts.json"
     counts.write_text(json.dumps({"counts": [[9, 9, 1, 9, 9, 9, 9, 9], [2, 9, 9, 9, 9, 8, 9, 9], [8] * 8, [8] * 8]}))
-    by, lacks = ["--offload-by", str(counts)], weights["total"] - embedding - each
+    by, lacks = ["--offload-by", str(counts)], weights["total"] - embedding - 2 * each
     for room, more in ((weights["total"], []), (lacks, []), (lacks, by)):
         gpu.properties.total_memory = math.ceil(room / (1 - TIGHT)) + 1
         options = ["--prompt", "The return", "--max-new-tokens", "4", "--context", "64", "--offload", "auto", *more]
