@@ -56,6 +56,7 @@ def run_text(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(**command(*args), capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["generate", "trace"])
 def test_interpret_runs_the_kernels_on_the_cpu(name: str) -> None:
     """A GPU at hand is not used."""
@@ -150,6 +151,7 @@ def test_the_help_prints_every_default(name: str) -> None:
             assert text.endswith(f"default: {action.default:g}")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("args", [GENERATE, TRACE, ("generate", "--help")], ids=lambda args: args[0])
 def test_a_closed_pipe_is_exit_141_without_a_message(args: tuple[str, ...]) -> None:
     with subprocess.Popen(**command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -254,6 +256,7 @@ def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show(name: str, encoding:
     assert (b"<s>[5]The[4] ca[" if name == "trace" else b"The caf") in done.stdout
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "args", [("compile", "append", "--arch", "sm_90"), ("tune", "route", "--at", "T=64", "--dry-run")]
 )
@@ -268,6 +271,7 @@ def test_json_is_the_same_in_every_encoding() -> None:
     assert first == second
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["generate", "trace", "verify"])
 def test_a_prompt_that_is_not_utf_8_is_one_line(name: str) -> None:
     process = command(name, "--device", "cpu", "--prompt", "x", TRITON_INTERPRET="0")

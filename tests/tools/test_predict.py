@@ -294,8 +294,8 @@ def test_device_timers_time_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> N
     assert 0.01 <= step_timer(call, budget=0.05) < 0.02
 
 
-# A layer's attention of 8x7B with 4,096 tokens on an H100, worked out independently: tensor cores at 630 to 750 TFLOP/s,
-# and beside them a softmax whose exp2 an SM computes 16 a clock.
+# A layer's attention of 8x7B with 4,096 tokens on an H100, worked out independently: tensor cores at 630 to 750
+# TFLOP/s, and beside them a softmax whose exp2 an SM computes 16 a clock.
 @pytest.mark.parametrize("name", ["attention", "cached_attention"])
 def test_range_of_prefill_attention_is_near_an_independent_estimate(name: str) -> None:
     """A prompt that fills an empty cache counts once, not as if the cache had been full before."""
