@@ -206,13 +206,13 @@ def _products_of_both_parts(
     x, row, w, MAIN_M: tl.constexpr, SHORT_M: tl.constexpr, BLOCK_K: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr
 ):
     """`_products` of a full tile with two parts: each tile of the weight multiplies both."""
-    acc, below = tl.zeros((MAIN_M, w.rows.shape[0]), tl.float32), tl.zeros((SHORT_M, w.rows.shape[0]), tl.float32)
+    acc, short = tl.zeros((MAIN_M, w.rows.shape[0]), tl.float32), tl.zeros((SHORT_M, w.rows.shape[0]), tl.float32)
     for k in range(0, K, BLOCK_K):
-        x_main, x_below = x.desc.load([row, k]), x.short_desc.load([row + MAIN_M, k])
+        x_main, x_short = x.desc.load([row, k]), x.short_desc.load([row + MAIN_M, k])
         w_tile = weight_tile(w.ptrs, w.rows, k, K, BLOCK_K, x_main.dtype, LAYOUT, w.desc, w.coords)
         acc = tl.dot(x_main, w_tile.T, acc, input_precision="ieee")
-        below = tl.dot(x_below, w_tile.T, below, input_precision="ieee")
-    return acc, below
+        short = tl.dot(x_short, w_tile.T, short, input_precision="ieee")
+    return acc, short
 
 
 @triton.jit
@@ -228,17 +228,17 @@ def _multiply_parts(
 ):  # fmt: skip
     """Multiply and store the row tile at `row`, as tall as the rows before `end` need."""
     MAIN_M: tl.constexpr = main_rows(BLOCK_M, SHORT_M)
-    left = tl.minimum(end - row, BLOCK_M)
-    if left <= SHORT_M:
+    remaining = tl.minimum(end - row, BLOCK_M)
+    if remaining <= SHORT_M:
         short = _products(x.ptrs, x.short_desc, row, w, SHORT_M, BLOCK_K, K, LAYOUT)
         store(short, *out, row, end, pid_n, COLUMNS)
-    elif left <= MAIN_M:
+    elif remaining <= MAIN_M:
         upper = _products(x.ptrs, x.desc, row, w, MAIN_M, BLOCK_K, K, LAYOUT)
         store(upper, *out, row, end, pid_n, COLUMNS)
     elif MAIN_M < BLOCK_M:
-        main, below = _products_of_both_parts(x, row, w, MAIN_M, SHORT_M, BLOCK_K, K, LAYOUT)
+        main, short = _products_of_both_parts(x, row, w, MAIN_M, SHORT_M, BLOCK_K, K, LAYOUT)
         store(main, *out, row, end, pid_n, COLUMNS)
-        store(below, *out, row + MAIN_M, end, pid_n, COLUMNS)
+        store(short, *out, row + MAIN_M, end, pid_n, COLUMNS)
 
 
 @triton.jit

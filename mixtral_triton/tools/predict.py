@@ -167,12 +167,12 @@ def list_schedule(runs: Iterable[tuple[float, float]], places: int) -> float:
 
     runs: in order, numbers of programs and the seconds that each takes; a fraction of a program adds to the next run.
     """
-    free, left = [0.0] * places, 0.0
+    free, remaining = [0.0] * places, 0.0
     runs = [run for run in runs if run[0] > 0]
-    for at, (count, seconds) in enumerate(runs):
-        left += count
-        programs = math.ceil(left - 1e-6) if at == len(runs) - 1 else int(left)
-        left -= programs
+    for index, (count, seconds) in enumerate(runs):
+        remaining += count
+        programs = math.ceil(remaining - 1e-6) if index == len(runs) - 1 else int(remaining)
+        remaining -= programs
         if free[0] == max(free):  # whole waves of equal programs
             waves = programs // places
             free, programs = [free[0] + waves * seconds] * places, programs - waves * places
