@@ -6,12 +6,11 @@ import argparse
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +19,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import mixtral_triton
 from mixtral_triton import Mixtral, cli
@@ -35,7 +33,6 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="selects the backend itself:
 GENERATE = ("generate", "--device", "cpu", "--prompt", "The café", "--max-new-tokens", "3")
 TRACE = ("trace", *GENERATE[1:5])
 FULL = Path("/dev/full")
-MODEL, CONFIG = "model.safetensors", "config.json"
 
 
 def command(*args: str, code: str = "", **environment: str) -> dict[str, Any]:
@@ -414,35 +411,3 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     done = run("compile", "rms_norm", "--arch", "sm_90", TRITON_CACHE_DIR=str(tmp_path / "file" / "cache"))
     lines = [line for line in done.stderr.decode().splitlines() if line.startswith("mixtral-triton")]
     assert done.returncode == 2 and len(lines) == 1 and "needs TRITON_CACHE_DIR" in lines[0], done.stderr
-
-
-DROPPED = "model.layers.1.self_attn.q_proj.weight"
-
-
-def drop_tensor(folder: Path) -> None:
-    values = load_file(folder / MODEL)
-    del values[DROPPED]
-    save_file(values, folder / MODEL)
-
-
-# One for each kind of error: tests/model has what else can be wrong with a checkpoint.
-CORRUPT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (drop_tensor, DROPPED),
-    "truncated": (lambda folder: (folder / MODEL).write_bytes((folder / MODEL).read_bytes()[: 10**6]), MODEL),
-    "pickle": (lambda folder: (folder / MODEL).rename(folder / "pytorch_model.bin"), "pytorch_model.bin"),
-    "not json": (lambda folder: (folder / CONFIG).write_text("{"), CONFIG),
-}
-
-
-@pytest.mark.parametrize(("corrupt", "named"), CORRUPT.values(), ids=CORRUPT)
-def test_a_corrupt_checkpoint_is_one_line(
-    corrupt: Callable[[Path], object], named: str, tmp_path: Path, capsys: Any, in_process: None
-) -> None:
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    for name in (CONFIG, MODEL, "tokenizer.json"):
-        shutil.copy(SMALL / name, folder / name)
-    corrupt(folder)
-    assert main(["verify", str(folder), "--device", "cpu"]) == 2
-    error = capsys.readouterr().err
-    assert named in error and len(error.strip().splitlines()) == 1, error
