@@ -67,6 +67,12 @@ def one_line(capsys: Any, *args: Any) -> str:
 GENERATE = ("--device", "cpu", "--prompt", "x", "--max-new-tokens", "1")
 
 
+def test_a_prompt_without_an_end_is_refused(capsys: Any, monkeypatch: Any, seconds: None) -> None:
+    monkeypatch.setattr(prompt, "PROMPT_CHARACTERS", 1000)
+    line = one_line(capsys, "generate", SMALL, "--prompt-file", "/dev/zero", "--device", "cpu")
+    assert "--prompt-file /dev/zero is longer than 1,000 characters" in line
+
+
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 @pytest.mark.parametrize("name", ["model.safetensors.index.json", "counts.json"])
 def test_files_that_never_end_are_refused(name: str, kind: str, folder: Path, capsys: Any, seconds: None) -> None:
