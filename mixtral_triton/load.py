@@ -302,7 +302,7 @@ def check_offload(
     if offload == "auto" and room is not None:
 
         def with_context(chunk: int) -> int:
-            return needed + sum(running_bytes(config, 1, context, chunk).values())
+            return needed + sum(running_bytes(config, 1, context, chunk=chunk).values())
 
         found = fewest(config, sizes, with_context, room, routes)
         placement = found or Placement.of(select_experts(config, most * config.num_hidden_layers), *sizes)

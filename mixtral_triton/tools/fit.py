@@ -47,7 +47,7 @@ QuantSpecs = Mapping[str, QuantSpec]  # of the parameters that are quantized, by
 STORED = "as stored"
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FORMAT_NOTE = "fp8, int8, int4: of the experts' weights; linear: of attention and the head, too."
-OFFLOADED = "(62: 15-17): or one GPU, with 62 of all experts in host memory; tokens/s predicted, ?: no rates known."
+OFFLOADED = "(62: 15-16): or one GPU, with 62 of all experts in host memory; tokens/s predicted, ?: no rates known."
 SEVERAL = "Several GPUs: weights and cache in even parts, the rest on each, by estimate; see docs/scaling.md."
 COLOURS = {"no": "red", "tight": "yellow", "fits": "green"}
 
@@ -79,7 +79,7 @@ def memory_need(
     need = {
         "weights": weight_bytes(parameter_shapes(config), specs, default_dtype(config)),
         "tables": table_bytes(config),
-        **running_bytes(config, batch, context, chunk),
+        **running_bytes(config, batch, context, chunk=chunk),
         "overhead": OVERHEAD,
     }
     return need | {"total": sum(need.values())}
@@ -200,7 +200,7 @@ class Request:
         config, specs, dtype = self.config, self.specs[format], default_dtype(self.config)
 
         def needed(chunk: int) -> int:
-            return memory_need(config, specs, self.batch, self.context, chunk)["total"]
+            return memory_need(config, specs, self.batch, self.context, chunk=chunk)["total"]
 
         found = fewest(config, movable_bytes(config, parameter_shapes(config), specs, dtype), needed, limit)
         if found is None or found.host_bytes > self.host_memory:

@@ -148,7 +148,7 @@ def resolve_offload(sizes: Sizes, dtype: torch.dtype, offload: int | str, gpu: G
     if offload == "auto" and gpu is not None:
 
         def needed(chunk: int) -> int:
-            return memory_need(settings, {}, sizes["B"], sizes["S"], chunk)["total"]
+            return memory_need(settings, {}, sizes["B"], sizes["S"], chunk=chunk)["total"]
 
         found = fewest(settings, movable, needed, usable_bytes(gpu.bytes))
         if found is not None:
