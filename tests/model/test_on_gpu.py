@@ -100,8 +100,8 @@ def test_a_capture_that_fails_on_the_caller_s_stream_leaves_torch_usable() -> No
 
 @pytest.mark.parametrize("weights", [None, "int4", "int8", "fp8"])
 def test_experts_in_host_memory_give_the_bits_of_resident_ones(weights: str | None) -> None:
-    """Chunks, whose experts are copied beside the kernels, again and again; and a captured decode step. Where the memory
-    lacks, the embedding is there, too."""
+    """Chunks, whose experts are copied beside the kernels, again and again; and a captured decode step. With "auto" the
+    embedding is there, too."""
     ids, found = torch.arange(3, 203, device="cuda")[None], []
     for offload in (0, 3, "auto"):
         with mock.patch.object(load, "room_for_model", return_value=1):
