@@ -195,6 +195,7 @@ def test_generate_reads_prompts_in_the_chunks_that_auto_takes(gpu: Any, monkeypa
     monkeypatch.setattr(Mixtral, "hidden", spy)
     model.generate(tokens(1, 600, device=GPU_DEVICE), 1)
     assert chunks == [512, 88] and model.prefill_chunk == 512
+    assert gpu.pinned == {model.embed_tokens.data_ptr(): embedding}
 
 
 def test_the_embedding_in_host_memory_is_an_ordinary_tensor(gpu: Any) -> None:
