@@ -248,21 +248,19 @@ def fewest(
     L, most, found = config.num_hidden_layers, config.num_local_experts - 1, list[Placement]()
     if needed(PREFILL_CHUNK) <= room:
         return Placement()
+
+    def freed(count: int) -> int:
+        return Placement.of(select_experts(config, count, routes), *sizes).freed_bytes
+
     for chunk in CHUNKS:
         excess = needed(chunk) - room
-
-        def place(count: int, chunk: int = chunk) -> Placement:
-            return Placement.of(select_experts(config, count, routes), *sizes, chunk)
-
-        def freed(count: int) -> int:
-            return place(count).freed_bytes
-
         if routes is None:  # one more in each layer needs larger buffers, any other one does not
             full = bisect_left(range(most + 1), excess, key=lambda of_each: freed(of_each * L))
             count = bisect_left(range(full * L + 1), excess, max(0, (full - 1) * L + 1), key=freed)
         else:
             count = next((n for n in range(L * most + 1) if freed(n) >= excess), L * most + 1)
-        found += [place(count)] * (count <= L * most)
+        if count <= L * most:
+            found.append(Placement.of(select_experts(config, count, routes), *sizes, chunk))
     best = min(found, key=lambda one: (one.count, -one.chunk), default=None)
     return best and replace(best, saved=found[0].count - best.count)
 
