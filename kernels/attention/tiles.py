@@ -45,9 +45,14 @@ _PREFILL["sm_100"] = _PREFILL["sm_90"]
 TWO_PER_SM = PrefillTile(64, 128, 4, 1)  # an SM holds two of these: one computes its softmax while the other multiplies
 
 
+def _least_width(sizes: Sizes) -> int:
+    """A product's depth is at least 16: that of a head, or in 8 bits of its half."""
+    return 32 if sizes.get("cache") else 16
+
+
 def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """Tiles by head size; a short window takes short tiles, since a tile sees window + BLOCK_M keys."""
-    D, window = power_of_2(sizes["D"], low=16), sizes.get("window", 0)
+    D, window = power_of_2(sizes["D"], low=_least_width(sizes)), sizes.get("window", 0)
     table = _PREFILL[family(arch)][dtype == torch.float32]
     block_m, block_n, warps, stages = table[min(size for size in table if size >= D)]
     # Head sizes that are no multiple of 16 need masks, which take registers.
@@ -96,7 +101,7 @@ def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, 256)), high=64)
     if sizes.get("deterministic"):
         splits = DETERMINISTIC_SPLITS
-    D, fp32, cdna = power_of_2(sizes["D"], low=16), dtype == torch.float32, amd(arch)
+    D, fp32, cdna = power_of_2(sizes["D"], low=_least_width(sizes)), dtype == torch.float32, amd(arch)
     # Head sizes that are no multiple of 16 need masks, which take registers.
     block_n = 16 if fp32 and (D > 128 or not cdna) else 32 if cdna or D > 128 or sizes["D"] % 16 else 64
     block_n = 16 if cdna and sizes["D"] < D else block_n
