@@ -23,9 +23,9 @@ _MAX, _MIN = tl.constexpr(float(CODE_MAX)), tl.constexpr(SCALE_MIN)
 _MAGIC = tl.constexpr(1.5 * 2.0**23)  # added to a number, it rounds it to an integer, which its low bits then hold
 
 
-def vector_bytes(sizes: Any, itemsize: int) -> int:
-    """Return the bytes of a cached key or value; the flag "cache" of the sizes says whether in 8 bits."""
-    return int(sizes["D"] + 4 if sizes.get("cache") else sizes["D"] * itemsize)
+def vector_bytes(D: int, itemsize: int, quantized: bool) -> int:
+    """Return the bytes of a cached key or value, with its scale where it is quantized."""
+    return D + 4 if quantized else D * itemsize
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -223,8 +223,8 @@ def cache_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) 
 
 def append_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     """Count each element of k and v read once and written once."""
-    vectors, size = 2 * sizes["B"] * sizes["T"] * sizes["Hkv"], dtype.itemsize
-    return Cost(flops=0, bytes=vectors * (sizes["D"] * size + vector_bytes(sizes, size)))
+    vectors, D, size = 2 * sizes["B"] * sizes["T"] * sizes["Hkv"], sizes["D"], dtype.itemsize
+    return Cost(flops=0, bytes=vectors * (D * size + vector_bytes(D, size, "cache" in sizes)))
 
 
 @operation(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops, weights
-from .cache import KVCache
+from .cache import KVCache, Slots
 from .config import MixtralConfig
 from .generate import generate, stream
 from .inputs import check_dtype, check_ids, check_lengths, usable_device
@@ -28,7 +28,7 @@ from .quantize import QUANTIZED_PARTS, OffloadedWeight, QuantizedWeight, QuantSp
 
 # Attributes of an instance with which a caller replaces what its class does; `compile` sets the last.
 _REPLACED = {"forward", "attention", "route", "experts", "hidden", "head", "_call_impl", "_compiled_call_impl"}
-LayerCache = tuple[Tensor, Tensor]  # a layer's cached keys and values, [B, Hkv, C, D] each (KVCache)
+LayerCache = tuple[Slots, Slots]  # a layer's cached keys and values, [B, Hkv, C, D] each
 WeightTensor = Tensor | QuantizedWeight  # dense or quantized; experts may lie in host memory (OffloadedWeight)
 
 
@@ -355,11 +355,14 @@ class Mixtral(nn.Module):
         for what, got, need in (
             ("batch", cache.batch, B),
             ("device", cache.lengths.device, self.device),
-            ("dtype", cache.keys[0].dtype, self.dtype),
+            ("dtype", self.dtype if cache.dtype is torch.int8 else cache.dtype, self.dtype),
+            ("keys that a model filled in", cache.filled_by or self.dtype, self.dtype),
             ("config", cache.config, self.config),
         ):
             if got != need:
                 raise ValueError(f"Mixtral: argument 'cache' has {what} {got}, needs {need}")
+        if not torch.compiler.is_compiling():
+            cache.filled_by = self.dtype
 
     def train(self, mode: bool = True) -> Mixtral:
         if mode:

@@ -41,22 +41,10 @@ def _bound(bounds_ptr, b):
 
 
 @triton.jit
-def _visible(offs_i, offs_j, limit, window, KIND: tl.constexpr):
-    visible = (offs_j < limit)[None, :]
-    if KIND.CAUSAL:
-        visible = visible & (offs_j[None, :] <= offs_i[:, None])
-        if KIND.WINDOWED:
-            visible = visible & (offs_j[None, :] > offs_i[:, None] - window)
-    elif KIND.WINDOWED:
-        visible = visible & (tl.abs(offs_i[:, None] - offs_j[None, :]) <= window // 2)
-    return visible
-
-
-@triton.jit
 def _accumulate_codes(
     state, queries, keys, low, high, limit, KIND: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """`_accumulate` over keys and values in 8 bits (quantized_cache.py). A key's scale multiplies its scores, a value's
+    """`_accumulate`, causal, over keys and values in 8 bits (quantized_cache.py). A key's scale multiplies its scores, a value's
     scale its probabilities, so that neither is rounded beside the codes."""
     (acc_low, acc_high), largest, total = state
     (q_low, q_high), offs_i, window, scale = queries
@@ -85,7 +73,10 @@ def _accumulate_codes(
         scores = tl.dot(q_high, unpacked(k, 1, None, "int8", dtype, PTX), scores, input_precision="ieee")
         scores *= (k_scale * scale)[None, :]
         if MASKED:
-            scores = tl.where(_visible(offs_i, offs_j, limit, window, KIND), scores, float("-inf"))
+            visible = exists[None, :] & (offs_j[None, :] <= offs_i[:, None])
+            if KIND.WINDOWED:
+                visible = visible & (offs_j[None, :] > offs_i[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, axis=1))
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest) if MASKED else new_largest
         p = tl.exp2(scores - shift[:, None])
@@ -115,8 +106,6 @@ def _accumulate(
     KIND: tl.constexpr,  # Kind
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    if keys.k_scales_ptr is not None:
-        return _accumulate_codes(state, queries, keys, low, high, limit, KIND, MASKED, BLOCK_N)
     acc, largest, total = state
     q, offs_i, window, scale = queries
     first = keys.first
@@ -144,7 +133,14 @@ def _accumulate(
             v = tl.load(v_ptrs, mask=(offs_d < D)[None, :], other=0.0)
         scores = tl.dot(q, k, input_precision="ieee")
         if MASKED:
-            scores = tl.where(_visible(offs_i, offs_j, limit, window, KIND), scores, float("-inf"))
+            visible = (offs_j < limit)[None, :]
+            if KIND.CAUSAL:
+                visible = visible & (offs_j[None, :] <= offs_i[:, None])
+                if KIND.WINDOWED:
+                    visible = visible & (offs_j[None, :] > offs_i[:, None] - window)
+            elif KIND.WINDOWED:
+                visible = visible & (tl.abs(offs_i[:, None] - offs_j[None, :]) <= window // 2)
+            scores = tl.where(visible, scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, axis=1) * scale)
         # A row without a visible key so far has no maximum to subtract.
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest) if MASKED else new_largest
@@ -157,29 +153,47 @@ def _accumulate(
 
 
 @triton.jit
+def _take_keys(
+    state, queries, keys, low, high, limit, KIND: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    if keys.k_scales_ptr is None:
+        return _accumulate(state, queries, keys, low, high, limit, KIND, MASKED, BLOCK_N)
+    else:
+        return _accumulate_codes(state, queries, keys, low, high, limit, KIND, MASKED, BLOCK_N)
+
+
+@triton.jit
 def _sweep(state, queries, keys, span, KIND: tl.constexpr, BLOCK_N: tl.constexpr):
     """Left edge with a mask, interior without, right edge with a mask: in shorter tiles, for the mask's registers."""
     low, high, inner_low, inner_high = span
     EDGE_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 64 else BLOCK_N
     left = tl.minimum(low + tl.cdiv(tl.maximum(inner_low - low, 0), EDGE_N) * EDGE_N, high)
     right = left + tl.maximum(tl.minimum(inner_high, high) - left, 0) // BLOCK_N * BLOCK_N
-    state = _accumulate(state, queries, keys, low, left, high, KIND, True, EDGE_N)
-    state = _accumulate(state, queries, keys, left, right, high, KIND, False, BLOCK_N)
-    return _accumulate(state, queries, keys, right, high, high, KIND, True, EDGE_N)
+    state = _take_keys(state, queries, keys, low, left, high, KIND, True, EDGE_N)
+    state = _take_keys(state, queries, keys, left, right, high, KIND, False, BLOCK_N)
+    return _take_keys(state, queries, keys, right, high, high, KIND, True, EDGE_N)
 
 
 @triton.jit
-def _store_result(ptrs, acc, total, mask, dtype: tl.constexpr, WIDTH: tl.constexpr, HALVES: tl.constexpr):
-    """Store acc / total, a tile or the tiles of a head's halves, at `ptrs`, which are those of the first."""
-    total = tl.where(total == 0.0, 1.0, total)[:, None]
+def _normalized(acc, total, dtype: tl.constexpr, HALVES: tl.constexpr):
+    """acc / total: a tile, or the tiles of a head's halves."""
     if HALVES == 1:
-        out = acc / total
-        tl.store(ptrs, out.to(ptrs.dtype.element_ty), mask=mask)
+        return acc / tl.where(total == 0.0, 1.0, total)[:, None]
     else:
         low, high = acc
-        total *= _unit(dtype)
-        tl.store(ptrs, (low / total).to(ptrs.dtype.element_ty), mask=mask)
-        tl.store(ptrs + WIDTH, (high / total).to(ptrs.dtype.element_ty), mask=mask)
+        total = tl.where(total == 0.0, 1.0, total)[:, None] * _unit(dtype)
+        return low / total, high / total
+
+
+@triton.jit
+def _store_heads(ptrs, out, mask, WIDTH: tl.constexpr, HALVES: tl.constexpr):
+    """Store a tile, or the tiles of halves of WIDTH columns, of which `ptrs` are the first's."""
+    if HALVES == 1:
+        tl.store(ptrs, out.to(ptrs.dtype.element_ty), mask=mask)
+    else:
+        low, high = out
+        tl.store(ptrs, low.to(ptrs.dtype.element_ty), mask=mask)
+        tl.store(ptrs + WIDTH, high.to(ptrs.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "S", "C"])
@@ -263,12 +277,14 @@ def attention_prefill_kernel(
     ks = None if k_scales_ptr is None else k_scales_ptr + (b * stride_kb + hkv * stride_kh) // WIDTH
     vs = None if v_scales_ptr is None else v_scales_ptr + (b * stride_vb + hkv * stride_vh) // WIDTH
     fresh = Keys(k, v, stride_kt, stride_vt, k_desc, v_desc, b.to(tl.int32), hkv.to(tl.int32), first, ks, vs)
-    span, KIND = Span(low, high, inner_low, inner_high), Kind(D, False, CAUSAL, WINDOWED, HEADS_FIRST, PTX)
+    span = Span(low, high, inner_low, inner_high)
+    KIND: tl.constexpr = Kind(D, False, CAUSAL, WINDOWED, HEADS_FIRST, PTX)
     acc, largest, total = _sweep(state, queries, fresh, span, KIND, BLOCK_N)
     if CACHED:
         total = tl.where(new < 0, float("nan"), total)
+    out = _normalized(acc, total, q_ptr.dtype.element_ty, HALVES)
     out_row = out_ptr + ((b * T + offs_t.to(tl.int64)) * Hq + hq)[:, None] * D + offs_d[None, :]
-    _store_result(out_row, acc, total, mask, q_ptr.dtype.element_ty, WIDTH, HALVES)
+    _store_heads(out_row, out, mask, WIDTH, HALVES)
 
 
 @triton.jit
@@ -417,12 +433,12 @@ def attention_decode_kernel(
     keys = Keys(k, v, stride_kt, stride_vt, None, None, 0, 0, S if RING else 0, ks, vs)
     queries = QueryTile(q, query + t.to(tl.int32), window, scale)
     KIND: tl.constexpr = Kind(D, RING, True, WINDOWED, False, PTX)
-    acc, largest, total = _accumulate(state, queries, keys, low, high, high, KIND, True, BLOCK_N)
+    acc, largest, total = _take_keys(state, queries, keys, low, high, high, KIND, True, BLOCK_N)
     if RING:
         total = tl.where(new < 0, float("nan"), total)
+    out = _normalized(acc, total, q_ptr.dtype.element_ty, HALVES)
     row = ((b * T + t) * Hq + hq) * SPLITS + split
-    out_row = out_ptr + row[:, None] * D + offs_d[None, :]
-    _store_result(out_row, acc, total, mask, q_ptr.dtype.element_ty, WIDTH, HALVES)
+    _store_heads(out_ptr + row[:, None] * D + offs_d[None, :], out, mask, WIDTH, HALVES)
     if lse_ptr is not None:
         tl.store(lse_ptr + row, largest + tl.log2(total), mask=rows < T * G)
 

@@ -116,7 +116,8 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
         pairs = seeing * min(S, window + 1 if window else S)
     cached = max(0, keys - T) if "past" in sizes and sizes.get("fresh", T > 1) else keys
     size = D * dtype.itemsize
-    moved = 2 * T * Hq * size + 2 * Hkv * ((keys - cached) * size + cached * vector_bytes(sizes, dtype.itemsize))
+    slot = vector_bytes(D, dtype.itemsize, "cache" in sizes)
+    moved = 2 * T * Hq * size + 2 * Hkv * ((keys - cached) * size + cached * slot)
     return Cost(flops=4 * B * Hq * D * pairs, bytes=B * moved)
 
 
