@@ -92,7 +92,7 @@ _Step = tuple[Any, tuple[int, int, int], Callable[[Sequence[Any]], tuple[Any, ..
 class LaunchPlan:
     """The launches of a call. The values from which their arguments are picked are, in this order:
 
-    the call's arguments; the tensors of its quantized weights and caches, whose places are `quantized`; fresh memory of the shapes
+    the call's arguments; the tensors of those that are several, whose places are `quantized`; fresh memory of the shapes
     and dtypes in `allocations`; descriptors, each the fields but the base, and the place of the base; `constants`.
     """
 
@@ -164,7 +164,7 @@ def _run_and_record(function: Callable[..., Any], args: tuple[Any, ...], key: tu
     launches: list[CompiledLaunch] = []
     with launch.launch_context(compiled=launches), _AllocationRecorder() as recorder:
         out = function(*args)
-    quantized = tuple(at for at, x in enumerate(args) if isinstance(x, (QuantizedWeight, QuantizedCache)))
+    quantized = tuple(at for at, x in enumerate(args) if isinstance(x, QuantizedWeight | QuantizedCache))
     inputs = [*args, *(part for at in quantized for part in _parts(args[at]))]
     addresses = [x.data_ptr() for x in inputs if isinstance(x, Tensor) and x.numel()]
     if len(set(addresses)) == len(addresses):  # else an address does not identify an argument

@@ -2,8 +2,8 @@
 
 B batch, Hkv key/value heads, C slots, D head size
 
-A vector of D numbers, one head of one token, is quantized from itself alone, with one fp32 scale: number = code * scale,
-scale = largest / 127, where `largest` is the vector's largest absolute value. Element j of its D / 2 int16 elements
+A vector of D numbers, one head of one token, is quantized from itself alone, with one fp32 scale: its largest absolute
+value / 127; number = code * scale. Element j of its D / 2 int16 elements
 holds code j in the low byte and code j + D / 2 in the high byte, so each byte is a tile of neighbouring columns
 (quantized.py), and an element is a pair that rope rotates. A vector with NaN or inf has the scale NaN.
 """
@@ -91,7 +91,9 @@ class QuantizedCache:
         half = codes.shape[-1]
         pairs = zip(codes.shape[:-1], codes.stride()[:-1], scales.stride(), strict=True)
         if codes.stride(-1) != 1 or any(size > 1 and stride != half * one for size, stride, one in pairs):
-            return f"of strides {codes.stride()} and {scales.stride()}, needs those of the codes to be {half} times larger"
+            return (
+                f"of strides {codes.stride()} and {scales.stride()}, needs those of the codes to be {half} times larger"
+            )
         return None
 
     def dequantize(self) -> Tensor:
@@ -136,7 +138,7 @@ class QuantizedCache:
 
 @triton.jit
 def quantized(low, high):
-    """Quantize vectors, of their halves [rows, D / 2] -> codes of both halves fp32, elements int16, scales fp32 [rows]."""
+    """Halves of vectors [rows, D / 2] -> codes of both halves fp32, elements int16, scales fp32 [rows]."""
     low, high = low.to(tl.float32), high.to(tl.float32)
     finite = (tl.abs(low) < float("inf")) & (tl.abs(high) < float("inf"))  # a maximum ignores NaN
     largest = tl.max(tl.where(finite, tl.maximum(tl.abs(low), tl.abs(high)), float("inf")), axis=1)

@@ -34,6 +34,6 @@ OPS: dict[str, Op] = {name: function.op for name, function in OPERATIONS.items()
 
 
 def dispatched(name: str, args: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return the operation as torch's operator; where a weight or a cache is quantized, the function that flattens it."""
+    """Return the operation as torch's operator; where an argument is quantized, the function that flattens it."""
     quantized = any(isinstance(value, (QuantizedWeight, QuantizedCache)) for value in args.values())
     return OPERATIONS[name] if quantized else getattr(torch.ops.mixtral_triton, name)

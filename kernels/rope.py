@@ -151,7 +151,9 @@ def cache_args(k_cache: Cache, v_cache: Cache) -> dict[str, Any]:
     """Return the kernel arguments of both caches: pointers, scales (None: not in 8 bits), strides, slots."""
     codes = (k_cache, v_cache) if isinstance(k_cache, Tensor) else (k_cache.codes, v_cache.codes)  # type: ignore[union-attr]
     args = {"k_cache_ptr": codes[0], "v_cache_ptr": codes[1], "C": codes[0].shape[2], **strides("c", codes[0], "bhs")}
-    scales = {f"{name}_scales_ptr": getattr(x, "scales", None) for name, x in (("k_cache", k_cache), ("v_cache", v_cache))}
+    scales = {
+        f"{name}_scales_ptr": getattr(x, "scales", None) for name, x in (("k_cache", k_cache), ("v_cache", v_cache))
+    }
     return args | scales
 
 
@@ -274,7 +276,9 @@ def rope(
     )
     + shapes("B T Hkv D C past", "2 15 2 80 16 13, 3 2 1 128 64 40", cache="int8"),
     bench_shapes=tuple(
-        sizes | cache for sizes in shapes("B T Hkv D C past", "1 2048 8 128 4096 0") for cache in ({}, {"cache": "int8"})
+        sizes | cache
+        for sizes in shapes("B T Hkv D C past", "1 2048 8 128 4096 0")
+        for cache in ({}, {"cache": "int8"})
     ),
     mutates=("k_cache", "v_cache"),
     constraints=Constraints(rule=check_caches),

@@ -11,7 +11,6 @@ from .inputs import check_dtype, default_dtype, is_int, usable_device
 from .kernels.checks import readable
 from .kernels.quantized_cache import QuantizedCache, vector_bytes
 
-
 Slots = torch.Tensor | QuantizedCache  # of one layer, keys or values [B, Hkv, C, D]
 
 
@@ -35,8 +34,8 @@ def cache_bytes(config: MixtralConfig, batch: int, max_len: int, dtype: torch.dt
 class KVCache:
     """Ring caches of every layer, and the length of each sequence.
 
-    keys, values  per layer [B, Hkv, C, D], in 8 bits a QuantizedCache; position p is in slot p mod C, C = sliding_window
-                  where a position can leave it, else max_len
+    keys, values  per layer [B, Hkv, C, D], or a QuantizedCache; position p is in slot p mod C, C = sliding_window where
+                  a position can leave it, else max_len
     dtype         of the keys; int8: they are quantized as they are appended
     lengths       int32 [B]: tokens appended so far, which is the next position
     max_len       tokens that a sequence can reach: the slots, or with a window the model's positions

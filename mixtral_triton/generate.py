@@ -90,7 +90,9 @@ def stream(
     eos = eos_ids(eos_token_id, model.config)
     _check_sampling(max_new_tokens, temperature, top_p, generator, top_k, min_p, model.device)
     if cache_dtype not in (None, model.dtype, torch.int8):
-        raise ValueError(f"generate: cache_dtype is {cache_dtype!r}, needs None, {model.dtype}, the model's, or torch.int8")
+        raise ValueError(
+            f"generate: cache_dtype is {cache_dtype!r}, needs None, {model.dtype}, the model's, or torch.int8"
+        )
     ids, lengths = _pad_prompts(model, list(input_ids))
     limit = model.config.max_position_embeddings
     if ids.shape[1] + max_new_tokens > limit:

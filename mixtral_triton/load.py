@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import quantize, weights
-from .cache import cache_shape
+from .cache import cache_bytes
 from .config import MixtralConfig, checkpoint_folder, read_json_object
 from .generate import PREFILL_CHUNK
 from .inputs import check_dtype, check_memory, default_dtype, free_memory, in_decimal, usable_device, weight_bytes
@@ -98,11 +98,6 @@ def table_bytes(config: MixtralConfig) -> int:
     return 4 * config.max_position_embeddings * config.head_dim
 
 
-def cache_bytes(config: MixtralConfig, batch: int, context: int) -> int:
-    """Bytes of a KVCache."""
-    return math.prod(cache_shape(config, batch, context)) * default_dtype(config).itemsize
-
-
 def workspace_bytes(config: MixtralConfig, batch: int, context: int) -> int:
     """The most that `generate` holds at one time while it reads prompts, in chunks of PREFILL_CHUNK tokens.
 
@@ -120,10 +115,12 @@ def workspace_bytes(config: MixtralConfig, batch: int, context: int) -> int:
     return rows * (row * default_dtype(config).itemsize + counters) + 8 * batch * context
 
 
-def running_bytes(config: MixtralConfig, batch: int, context: int) -> dict[str, int]:
+def running_bytes(
+    config: MixtralConfig, batch: int, context: int, cache_dtype: torch.dtype | None = None
+) -> dict[str, int]:
     """Bytes beside the weights by what they hold, while `batch` sequences of `context` tokens are generated."""
     return {
-        "cache": cache_bytes(config, batch, context),
+        "cache": cache_bytes(config, batch, context, cache_dtype or default_dtype(config)),
         "workspace": workspace_bytes(config, batch, context),
         "logits": LOGIT_BYTES * batch * config.vocab_size,
     }

@@ -44,8 +44,7 @@ def _bound(bounds_ptr, b):
 def _accumulate_codes(
     state, queries, keys, low, high, limit, KIND: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """`_accumulate`, causal, over keys and values in 8 bits (quantized_cache.py). A key's scale multiplies its scores, a value's
-    scale its probabilities, so that neither is rounded beside the codes."""
+    """`_accumulate`, causal, in 8 bits (quantized_cache.py): a key's scale multiplies its scores, a value's its p."""
     (acc_low, acc_high), largest, total = state
     (q_low, q_high), offs_i, window, scale = queries
     dtype: tl.constexpr = q_low.dtype
@@ -64,7 +63,10 @@ def _accumulate_codes(
         if MASKED:
             k = tl.load(k_ptrs, mask=exists[None, :] & inside[:, None], other=0)
             v = tl.load(v_ptrs, mask=exists[:, None] & inside[None, :], other=0)
-            k_scale, v_scale = tl.load(k_scale_ptrs, mask=exists, other=0.0), tl.load(v_scale_ptrs, mask=exists, other=0.0)
+            k_scale, v_scale = (
+                tl.load(k_scale_ptrs, mask=exists, other=0.0),
+                tl.load(v_scale_ptrs, mask=exists, other=0.0),
+            )
         else:
             k = tl.load(k_ptrs) if HALF == BLOCK_D else tl.load(k_ptrs, mask=inside[:, None], other=0)
             v = tl.load(v_ptrs) if HALF == BLOCK_D else tl.load(v_ptrs, mask=inside[None, :], other=0)
@@ -153,9 +155,7 @@ def _accumulate(
 
 
 @triton.jit
-def _take_keys(
-    state, queries, keys, low, high, limit, KIND: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def _take_keys(state, queries, keys, low, high, limit, KIND: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
     if keys.k_scales_ptr is None:
         return _accumulate(state, queries, keys, low, high, limit, KIND, MASKED, BLOCK_N)
     else:
@@ -335,7 +335,10 @@ def _append_newest_codes(state, q, scale, fresh, caches, scales, angle, active, 
     low, high = _load_rotated_halves(fresh[0], mask, angle[0], angle[1], D)
     k_low, k_high, elements, k_scale = quantized(low, high)
     tl.store(caches[0] + offs_d, elements, mask=mask)
-    low, high = tl.load(fresh[1] + offs_d, mask=mask, other=0.0), tl.load(fresh[1] + offs_d + D // 2, mask=mask, other=0.0)
+    low, high = (
+        tl.load(fresh[1] + offs_d, mask=mask, other=0.0),
+        tl.load(fresh[1] + offs_d + D // 2, mask=mask, other=0.0),
+    )
     v_low, v_high, elements, v_scale = quantized(low, high)
     tl.store(caches[1] + offs_d, elements, mask=mask)
     one = tl.arange(0, 1)

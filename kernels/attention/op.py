@@ -105,7 +105,7 @@ def _cached_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    """Count q, the result, and each key and value that some query sees, once."""
+    """Count q, the result, and each key and value that some query sees, once; a chunk's codes in 8 bits twice more."""
     B, T, Hq, Hkv, D, window = (sizes[letter] for letter in ("B", "T", "Hq", "Hkv", "D", "window"))
     S = sizes.get("S", sizes.get("past", 0) + T)
     keys = min(S, T + window - 1) if window else S
@@ -117,7 +117,8 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     cached = max(0, keys - T) if "past" in sizes and sizes.get("fresh", T > 1) else keys
     size = D * dtype.itemsize
     slot = vector_bytes(D, dtype.itemsize, "cache" in sizes)
-    moved = 2 * T * Hq * size + 2 * Hkv * ((keys - cached) * size + cached * slot)
+    fresh = size + 2 * slot if "cache" in sizes else size  # one launch quantizes the chunk for all query heads
+    moved = 2 * T * Hq * size + 2 * Hkv * ((keys - cached) * fresh + cached * slot)
     return Cost(flops=4 * B * Hq * D * pairs, bytes=B * moved)
 
 
@@ -259,7 +260,7 @@ def cached_attention(
     if scales:
         B, T, Hkv, D = k.shape
         chunk = [QuantizedCache.empty(B, Hkv, T, D, device=k.device) for _ in range(2)]
-        launch_append(k, v, *chunk, None, bounds["lengths_ptr"])
+        launch_append(k, v, chunk[0], chunk[1], None, bounds["lengths_ptr"])
         k, v, scales = _slots(*chunk)
     sizes = {**sizes, "C": k_cache.shape[2]}
     return _prefill(q, k, v, (k_cache, v_cache), bounds | scales, sizes, None, True)

@@ -42,6 +42,13 @@ _PREFILL = {
     ),
 }
 _PREFILL["sm_100"] = _PREFILL["sm_90"]
+# Of keys in 8 bits, whose codes and numbers take registers side by side. fp32 has one tile for all head sizes.
+_PREFILL_CODES = {
+    "sm_80": {128: PrefillTile(128, 32, 8, 2), 256: PrefillTile(64, 32, 8, 2)},
+    "sm_90": {128: PrefillTile(128, 64, 8, 2), 256: PrefillTile(64, 32, 8, 2)},
+    "gfx942": {128: PrefillTile(128, 16, 8, 1), 256: PrefillTile(64, 16, 8, 1)},
+}
+_PREFILL_CODES["sm_100"] = _PREFILL_CODES["sm_90"]
 TWO_PER_SM = PrefillTile(64, 128, 4, 1)  # an SM holds two of these: one computes its softmax while the other multiplies
 
 
@@ -53,6 +60,8 @@ def _least_width(sizes: Sizes) -> int:
 def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """Tiles by head size; a short window takes short tiles, since a tile sees window + BLOCK_M keys."""
     D, window = power_of_2(sizes["D"], low=_least_width(sizes)), sizes.get("window", 0)
+    if sizes.get("cache"):
+        return _prefill_codes_config(sizes, dtype, arch, D)
     table = _PREFILL[family(arch)][dtype == torch.float32]
     block_m, block_n, warps, stages = table[min(size for size in table if size >= D)]
     # Head sizes that are no multiple of 16 need masks, which take registers.
@@ -74,6 +83,18 @@ def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig
         warps = 8 if (block_m, D) == (64, 128) else warps
     elif odd and block_m == 64:
         warps = 8
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": D}
+    return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
+
+
+def _prefill_codes_config(sizes: Sizes, dtype: torch.dtype, arch: str, D: int) -> LaunchConfig:
+    """Tiles of a chunk beside keys in 8 bits; few queries take 16 rows."""
+    table = _PREFILL_CODES[family(arch)]
+    block_m, block_n, warps, stages = table[128 if D <= 128 else 256]
+    if dtype == torch.float32:
+        block_m, block_n, stages = 16, 16, 1
+    elif sizes["T"] <= 16 and not sizes.get("deterministic"):
+        block_m, block_n, warps = 16, min(block_n, 32), 4
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": D}
     return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
 

@@ -23,6 +23,7 @@ from rich.text import Text
 from ..cache import KVCache
 from ..config import MixtralConfig, checkpoint_folder
 from ..inputs import WEIGHT_FORMATS, default_dtype, weight_bytes
+from ..kernels.checks import dtype_name
 from ..kernels.op import Cost
 from ..kernels.record import record_launches
 from ..load import OVERHEAD, experts_to_offload, offloaded_bytes, running_bytes, table_bytes, usable_bytes
@@ -71,12 +72,14 @@ def parameters(config: MixtralConfig) -> tuple[int, int]:
     return total, total - experts + experts * config.num_experts_per_tok // config.num_local_experts
 
 
-def memory_need(config: MixtralConfig, specs: QuantSpecs, batch: int, context: int) -> dict[str, int]:
+def memory_need(
+    config: MixtralConfig, specs: QuantSpecs, batch: int, context: int, cache_dtype: torch.dtype | None = None
+) -> dict[str, int]:
     """Bytes of a model on one GPU, by what they hold, and "total"."""
     need = {
         "weights": weight_bytes(parameter_shapes(config), specs, default_dtype(config)),
         "tables": table_bytes(config),
-        **running_bytes(config, batch, context),
+        **running_bytes(config, batch, context, cache_dtype),
         "overhead": OVERHEAD,
     }
     return need | {"total": sum(need.values())}
@@ -139,6 +142,7 @@ class Request:
     batch: int
     context: int
     host_memory: float = math.inf  # bytes
+    cache_dtype: torch.dtype | None = None  # None: the model's
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Request:
@@ -163,7 +167,8 @@ class Request:
         specs, stored = format_specs(config), SHORT[default_dtype(config)]
         if scheme is not None:  # the files alone say which tensors are quantized
             specs, stored = {STORED: hub.plan(hub.read_headers(name), config).specs}, scheme.name
-        return cls(name, config, specs, stored, args.batch, context, gib * 2**30)
+        cache_dtype = getattr(torch, args.cache_dtype) if args.cache_dtype else None
+        return cls(name, config, specs, stored, args.batch, context, gib * 2**30, cache_dtype)
 
     def plans(self, gpu: GPU) -> list[MemoryPlan]:
         return [self.plan(format, gpu) for format in self.specs]
@@ -172,9 +177,12 @@ class Request:
         config, specs, limit = self.config, self.specs[format], usable_bytes(gpu.bytes)
 
         def total(S: int) -> int:
-            return memory_need(config, specs, self.batch, S)["total"]
+            return memory_need(config, specs, self.batch, S, self.cache_dtype)["total"]
 
-        need, longest = memory_need(config, specs, self.batch, self.context), config.max_position_embeddings
+        need, longest = (
+            memory_need(config, specs, self.batch, self.context, self.cache_dtype),
+            config.max_position_embeddings,
+        )
         longest = max(0, bisect_right(range(longest + 1), limit, key=total) - 1)
         verdict = "fits" if need["total"] <= limit else "tight" if need["total"] <= gpu.bytes else "no"
         embedding = config.vocab_size * config.hidden_size * default_dtype(config).itemsize
@@ -197,6 +205,7 @@ class Request:
         option = f" --weights {weights}" if weights else ""
         folder = "FOLDER" if self.name.lower() in KNOWN else self.name
         command = f"mixtral-triton generate {folder}{option} --offload {experts}"
+        command += " --cache-dtype int8" if self.cache_dtype else ""
         speed = self.speed(gpu, specs, experts) if gpu.chip else ()
         return Offload(experts, E, experts * each, gpu.link, speed, command)
 
@@ -207,7 +216,7 @@ class Request:
         for L in (1, 2):
             config = replace(self.config, num_hidden_layers=L)
             model = Mixtral(config, "meta", dtype, specs=specs, on_host=[range(E - offload, E)] * L)
-            cache = KVCache(config, self.batch, self.context, "meta", dtype)
+            cache = KVCache(config, self.batch, self.context, "meta", self.cache_dtype or dtype)
             with record_launches(gpu.arch) as launches, torch.no_grad():
                 model.head(model.hidden(token, cache)[:, -1])
             found = predict(launches, gpu, Cost(0, 0))
@@ -222,7 +231,8 @@ class Request:
     def as_dict(self) -> dict[str, Any]:
         total, active = parameters(self.config)
         counts = {"parameters": total, "active_parameters": active}
-        return {"model": self.name, **counts, "batch": self.batch, "context": self.context}
+        found = {"model": self.name, **counts, "batch": self.batch, "context": self.context}
+        return found | ({"cache_dtype": dtype_name(self.cache_dtype)} if self.cache_dtype else {})
 
     def __str__(self) -> str:
         text = "{model}: {parameters:,} parameters, {active_parameters:,} active a token; {batch} x {context:,} tokens."

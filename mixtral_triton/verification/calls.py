@@ -89,7 +89,7 @@ class LayerCheck:
         values, (B, T) = self.values, self.at.shape
         past, half = self._uneven(T // 2, 0), T // 2
         cache = KVCache(self.config, B, T, values.x.device, values.x.dtype)
-        ring = {"k_cache": cache.keys[0], "v_cache": cache.values[0]}
+        ring: Args = {"k_cache": cache.keys[0], "v_cache": cache.values[0]}
         first = {"k": self.rk[:, :half], "v": values.v[:, :half], **ring, "past": past * 0, "new": past}
         yield "append", "first half", first
         kernel_reference.append(**first)
