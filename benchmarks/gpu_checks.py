@@ -24,11 +24,13 @@ import triton.language as tl
 from benchmarks import gpu_day
 from mixtral_triton import cli, ops
 from mixtral_triton.generate import capture
+from mixtral_triton.kernels import launch
 from mixtral_triton.kernels.launch import Launch, LaunchConfig, multiprocessors, override_configs, target_arch
 from mixtral_triton.kernels.pdl import pdl_wait
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools import predict
+from mixtral_triton.tools.bench import decode_step
 from mixtral_triton.tools.bench.cases import Case, cases
 from mixtral_triton.tools.bench.measure import DeviceTimer, untimed_row
 from mixtral_triton.tools.gpus import GPUS, data_sheet
@@ -112,6 +114,17 @@ def compile_ahead(small: bool) -> Figures:
     return {"ok": not faults, "launches": len(launches), "faults": "; ".join(faults)}
 
 
+def prefetch(small: bool) -> Figures:
+    """Time a decode step of two layers with prefetches into L2 and without (pdl.py)."""
+    step = decode_step.STEP
+    sizes = step.test_shapes[0] if small else {**step.bench_shapes[0], "L": 2, "B": 1, "S": 1024}
+    args, timer, figures = decode_step.inputs(sizes, torch.bfloat16, "cuda"), DeviceTimer(torch.device("cuda")), {}
+    for name, on in (("with", True), ("without", False)):
+        with mock.patch.object(launch, "PREFETCH", on):
+            figures[f"decode step {name} prefetches, us"] = 1e6 * timer(decode_step.replayed_step(args))
+    return {"ok": True, **figures}
+
+
 def sanitizer(small: bool) -> Figures:
     """Run compute-sanitizer over the registry's tests, where it is installed."""
     if small or shutil.which("compute-sanitizer") is None:
@@ -122,7 +135,7 @@ def sanitizer(small: bool) -> Figures:
     return {"ok": not any(run([*command, tool, *tests]).returncode for tool in ("memcheck", "initcheck"))}
 
 
-CHECKS = {"compile": compile_ahead, "rates": rates, "sanitizer": sanitizer}
+CHECKS = {"compile": compile_ahead, "rates": rates, "prefetch": prefetch, "sanitizer": sanitizer}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])

@@ -80,6 +80,7 @@ def parts(dry: bool = False, breaks: str = "") -> dict[str, Part]:
         "attention": (55, bench(cache, f"--quick {no_compile}")),
         # torch.compile may leave a GPU in a state that disturbs timing: ours and eager transformers run before it.
         "decode": (70, bench(["decode_step"], f"{two_depths} {eager}")),
+        "prefetch": (10, {"prefetch": f"{computes}-m benchmarks.gpu_checks prefetch {small}"}),
         "decode batches": (40, bench(["decode_step"], f"--quick --at L=4 {eager}")),
         "decode offloaded": (15, bench(["decode_step"], f"{two_depths} {eager}", "--offload 2")),
         "decode compiled": (35, bench(["decode_step"], f"{two_depths} {no_compile}")),

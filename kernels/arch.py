@@ -12,21 +12,23 @@ class Arch:
     """family        the architecture whose launch configurations this one uses: same instructions, within its limits
     shared_bytes  shared memory of a block at most: the compiler does not check it
     sms           multiprocessors (AMD: compute units) of its largest GPU
+    l2_bytes      L2 cache of its smallest GPU, half of which prefetches may fill; 0: no prefetches
     """
 
     family: str
     shared_bytes: int
     sms: int
+    l2_bytes: int = 0
 
 
 ARCHS = {
     "sm_80": Arch("sm_80", 166912, 108),
     "sm_86": Arch("sm_80", 101376, 84),
     "sm_89": Arch("sm_80", 101376, 142),
-    "sm_90": Arch("sm_90", 232448, 132),
-    "sm_100": Arch("sm_100", 232448, 148),
-    "sm_103": Arch("sm_100", 232448, 148),
-    "sm_120": Arch("sm_80", 101376, 188),
+    "sm_90": Arch("sm_90", 232448, 132, 50 << 20),
+    "sm_100": Arch("sm_100", 232448, 148, 126 << 20),
+    "sm_103": Arch("sm_100", 232448, 148, 126 << 20),
+    "sm_120": Arch("sm_80", 101376, 188, 24 << 20),
     "gfx90a": Arch("gfx942", 65536, 110),
     "gfx942": Arch("gfx942", 65536, 304),
     "gfx950": Arch("gfx942", 163840, 256),

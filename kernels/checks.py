@@ -180,11 +180,11 @@ class Binder:
 
     def _bind_shape(self, name: str, shape: torch.Size, spec: str) -> None:
         leading, parts = _parse(spec)
-        got, at = f"of shape {list(shape)}", len(shape) - len(parts)
-        fits = at >= 0 if leading else at == 0
+        got, extra = f"of shape {list(shape)}", len(shape) - len(parts)
+        fits = extra >= 0 if leading else extra == 0
         if fits and leading:
-            fits = self.sizes.setdefault("...", shape[:at]) == shape[:at]
-        for part, size in zip(parts, shape[max(at, 0) :], strict=False):
+            fits = self.sizes.setdefault("...", shape[:extra]) == shape[:extra]
+        for part, size in zip(parts, shape[max(extra, 0) :], strict=False):
             need = self.sizes.setdefault(part, size) if part.isidentifier() else evaluate(part, self.sizes)
             fits = fits and need == size
         if not fits:

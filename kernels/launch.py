@@ -21,6 +21,7 @@ from .interpret import interpreting
 # `triton.jit` reads the switch when it decorates, so one process either interprets or compiles.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 DEFAULT_ARCH = "sm_90"
+PREFETCH = True  # weights into L2, before the wait of a dependent launch (pdl.py)
 GRID_MAX = 65535  # programs along the second and third axis of a grid
 
 
@@ -105,7 +106,7 @@ def launch_context_key() -> tuple[Any, ...] | None:
     context = _context.get()
     if INTERPRETED or context.records is not None or context.overrides is not None:
         return None
-    return context.arch, context.sms, context.pdl
+    return context.arch, context.sms, context.pdl, PREFETCH
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from .call import operation
 from .checks import Matrix
 from .launch import LaunchConfig, dense_rows, is_overridden, launch, power_of_2, select_configs, target_arch
 from .op import Sizes
+from .pdl import prefetch_rows
 from .quantized import QUANT_NAMES, tile_columns
 from .samples import shape_grid, shapes
 from .unpack import fields_of
@@ -101,7 +102,7 @@ def linear_decode_kernel(
     T, N,
     stride_xt, stride_wn,
     H: tl.constexpr, LAYOUT: tl.constexpr, PDL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     # Swapped operands: weight rows, each read by one program, fill the tensor core's M, the few x rows its N.
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -110,6 +111,8 @@ def linear_decode_kernel(
     w = WeightPtrs(weight_ptr + w_rows[:, None] * stride_wn + offs_k[None, :], scales_ptr, zeros_ptr)
     x_ptrs = x_ptr + offs_t.to(tl.int64)[None, :] * stride_xt + offs_k[:, None]
     EVEN: tl.constexpr = H % (BLOCK_K * fields_of(LAYOUT.format)) == 0
+    if PDL and PREFETCH:
+        prefetch_rows(weight_ptr + w_rows * stride_wn, PREFETCH)
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     acc = add_products(acc, w, w_rows, x_ptrs, (offs_t < T)[None, :], 0, H, EVEN, H, LAYOUT, PDL)
     acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=0)
@@ -259,5 +262,7 @@ def linear(
     args = {"x_ptr": rows, "weight_ptr": w.data, "y_ptr": y, "T": T, "N": N, "stride_xt": rows.stride(0), **w.args}
     row_tiles = triton.cdiv(T, config.constexprs["BLOCK_M"]) if wide else min(T, 1)
     grid = (row_tiles * triton.cdiv(N, config.constexprs["BLOCK_N"]),)
-    launch(kernel, grid, args, config, H=H, LAYOUT=w.layout(target_arch(x.device)))
+    arch = target_arch(x.device)
+    more = {} if wide else {"PREFETCH": w.prefetch_bytes(H, config, grid, arch)}
+    launch(kernel, grid, args, config, H=H, LAYOUT=w.layout(arch), **more)
     return y

@@ -38,7 +38,7 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func._opname not in _FREE and not func.is_view:
             name = f"aten::{func._opname}" if func.namespace == "aten" else str(func)
-            tensors = {**{f"in_{at}": arg for at, arg in enumerate(args)}, "out": out}
+            tensors = {**{f"in_{index}": arg for index, arg in enumerate(args)}, "out": out}
             # Meta tensors only: a record keeps no memory alive.
             metas = {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor) and x.is_meta}
             self.records.append(Launch(name, args=metas))

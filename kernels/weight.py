@@ -11,18 +11,21 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .arch import amd
-from .launch import INTERPRETED, dense_rows, describe, tma_can_read
+from . import launch
+from .arch import ARCHS, amd
+from .launch import INTERPRETED, LaunchConfig, dense_rows, describe, tma_can_read
 from .offload import ALIGNMENT, OffloadedWeight
 from .pdl import pdl_wait
-from .quantized import QuantizedWeight
+from .quantized import BITS, QuantizedWeight
 from .unpack import fields_of, scaled, unpacked
 
 # How a weight is stored: its format ("dense" or quantized), columns that share a scale, whether PTX unpacks it, whether
@@ -71,6 +74,25 @@ class Weight:
     def layout(self, arch: str) -> Layout:
         ptx = self.format != "dense" and not (INTERPRETED or amd(arch))
         return Layout(self.format, self.group, ptx, self.memory is not None)
+
+    def prefetch_bytes(self, columns: int, config: LaunchConfig, grid: tuple[int, ...], arch: str) -> int:
+        """Return how many bytes of each row the programs of a decode kernel prefetch: a power of two; 0: none.
+
+        columns  of a row that one program reads, of BLOCK_N rows
+
+        What resident programs prefetch together stays below half of L2. Shared memory bounds their number: it holds
+        num_stages - 1 tiles of the weight and of x at the least. Experts in host memory are not prefetched.
+        """
+        known, tile = ARCHS.get(arch), config.constexprs
+        dense_fp32 = self.name is None and self.data.dtype == torch.float32  # whose decode kernels load nothing early
+        if not launch.PREFETCH or known is None or not known.l2_bytes or self.memory is not None or dense_fp32:
+            return 0
+        depth, rows = tile["BLOCK_K"], tile["BLOCK_N"]
+        buffers = 2 * (config.num_stages - 1) * depth * (rows + tile["BLOCK_T"] * 16 // BITS.get(self.format, 16))
+        resident = min(prod(grid), known.sms * max(1, known.shared_bytes // buffers))
+        row = columns * BITS.get(self.format, 16) // 8
+        most = min(row, known.l2_bytes // 2 // (resident * rows))
+        return 1 << most.bit_length() - 1 if most >= 128 else 0
 
     def staged(self) -> Tensor:
         """`data`, or a table of addresses that all lie on the device."""

@@ -68,7 +68,7 @@ def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig
     odd = sizes["D"] % 16 > 0 and D <= 128 and not amd(arch) and dtype != torch.float32
     if odd and tma(arch):
         block_m, block_n, warps, stages = 64, 64, 8, 2
-    elif _one_wave(sizes, dtype, arch, block_m):
+    elif _two_per_sm(sizes, dtype, arch, block_m):
         block_m, block_n, warps, stages = TWO_PER_SM
     elif 0 < window <= 256 and block_m > 64:
         block_m, block_n, warps = 64, min(block_n, 64 if tma(arch) else 32), 8 if family(arch) == "sm_80" else 4
@@ -99,17 +99,18 @@ def _prefill_codes_config(sizes: Sizes, dtype: torch.dtype, arch: str, D: int) -
     return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
 
 
-def _one_wave(sizes: Sizes, dtype: torch.dtype, arch: str, block_m: int) -> bool:
-    """Return whether TWO_PER_SM suits: each SM gets at most one tile of block_m rows, whose softmax nothing hides.
+def _two_per_sm(sizes: Sizes, dtype: torch.dtype, arch: str, block_m: int) -> bool:
+    """Return whether TWO_PER_SM suits: each SM gets at most one tile of block_m rows, whose softmax nothing hides, or
+    the keys are few.
 
-    With more tiles than SMs, tiles of half the rows would read the keys through L2 too often. With a window over a ring
-    they would spill.
+    Else tiles of half the rows would read the keys through L2 too often. With a window over a ring they would spill.
     """
     spills = "C" in sizes and sizes.get("window", 0) > 0
     if sizes["D"] != 128 or not tma(arch) or dtype == torch.float32 or spills or sizes.get("deterministic"):
         return False
     tiles = sizes["B"] * sizes["Hq"] * triton.cdiv(sizes["T"], block_m)
-    return sizes["T"] > block_m // 2 and tiles <= (sizes.get("sms") or multiprocessors(arch))
+    few = 0 < sizes.get("S", 0) <= 1024 or tiles <= (sizes.get("sms") or multiprocessors(arch))
+    return sizes["T"] > block_m // 2 and few
 
 
 def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from ..linear import depth_tile, program_tile
 from ..norm import normed_rows
-from ..pdl import pdl_wait
+from ..pdl import pdl_wait, pdl_wait_first, prefetch_rows
 from ..unpack import fields_of
 from ..weight import WeightPtrs, add_products, expert_rows, times_row_scales, weight_tile
 
@@ -44,7 +44,9 @@ def pair_rows(pid_n, I, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _matching_slots(ids_ptr, N, E, BLOCK_S: tl.constexpr, BY_SLOT: tl.constexpr):
+def _matching_slots(
+    ids_ptr, N, E, BLOCK_S: tl.constexpr, BY_SLOT: tl.constexpr, CACHE: tl.constexpr = ""
+):  # fmt: skip
     """This program's expert, all slots, which of them match it, their ranks among the matches, and the count.
 
     BY_SLOT (fewer slots than experts): one program a slot; only the first slot of an expert does the work.
@@ -52,8 +54,8 @@ def _matching_slots(ids_ptr, N, E, BLOCK_S: tl.constexpr, BY_SLOT: tl.constexpr)
     expert = tl.program_id(1)
     slots = tl.arange(0, BLOCK_S)
     if BY_SLOT:
-        expert = tl.load(ids_ptr + expert).to(tl.int32)
-    match = tl.load(ids_ptr + slots, mask=slots < N, other=-1) == expert
+        expert = tl.load(ids_ptr + expert, cache_modifier=CACHE).to(tl.int32)
+    match = tl.load(ids_ptr + slots, mask=slots < N, other=-1, cache_modifier=CACHE) == expert
     rank = tl.cumsum(match.to(tl.int32), axis=0) - 1
     count = tl.sum(match.to(tl.int32), axis=0)
     if BY_SLOT:
@@ -83,7 +85,7 @@ def experts_up_decode_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BY_SLOT: tl.constexpr,
 ):  # fmt: skip
     # Swapped operands: weight rows fill the tensor core's M, the few tokens its N.
-    pdl_wait(PDL)  # the route selects the weights
+    pdl_wait_first(PDL)  # the route selects the weights, also those of the next launch
     pid_n = tl.program_id(0)
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
     UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT.format)
@@ -120,14 +122,22 @@ def experts_down_decode_kernel(
     stride_we, stride_wn,
     H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, PDL: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BY_SLOT: tl.constexpr, SPLIT_K: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    pdl_wait(PDL)
+    EARLY: tl.constexpr = PDL and PREFETCH > 0  # ids before the wait: see pdl.py
+    if not EARLY:
+        pdl_wait(PDL)
     pid_n, split = tl.program_id(0), tl.program_id(2)
-    expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
+    expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT, ".cg" if EARLY else "")
     UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT.format)
     SPAN: tl.constexpr = (I + SPLIT_K * UNIT - 1) // (SPLIT_K * UNIT) * UNIT
     EVEN: tl.constexpr = I % (SPLIT_K * UNIT) == 0
     rows = expert_rows(down_ptr, expert, stride_we, h_ptr.dtype.element_ty, LAYOUT, count > 0)
+    if EARLY:
+        if EVEN and count > 0:
+            offs_n = tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), H - 1).to(tl.int64)
+            prefetch_rows(rows + split * (SPAN // UNIT * BLOCK_K) + offs_n * stride_wn, PREFETCH)
+        pdl_wait(PDL)
     for first in range(0, count, BLOCK_T):
         begin, offs_k = split * SPAN, tl.arange(0, BLOCK_K)
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -196,13 +206,13 @@ def _products_of_both_parts(
     x, row, w, MAIN_M: tl.constexpr, SHORT_M: tl.constexpr, BLOCK_K: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr
 ):
     """`_products` of a full tile with two parts: each tile of the weight multiplies both."""
-    acc, below = tl.zeros((MAIN_M, w.rows.shape[0]), tl.float32), tl.zeros((SHORT_M, w.rows.shape[0]), tl.float32)
+    acc, short = tl.zeros((MAIN_M, w.rows.shape[0]), tl.float32), tl.zeros((SHORT_M, w.rows.shape[0]), tl.float32)
     for k in range(0, K, BLOCK_K):
-        x_main, x_below = x.desc.load([row, k]), x.short_desc.load([row + MAIN_M, k])
+        x_main, x_short = x.desc.load([row, k]), x.short_desc.load([row + MAIN_M, k])
         w_tile = weight_tile(w.ptrs, w.rows, k, K, BLOCK_K, x_main.dtype, LAYOUT, w.desc, w.coords)
         acc = tl.dot(x_main, w_tile.T, acc, input_precision="ieee")
-        below = tl.dot(x_below, w_tile.T, below, input_precision="ieee")
-    return acc, below
+        short = tl.dot(x_short, w_tile.T, short, input_precision="ieee")
+    return acc, short
 
 
 @triton.jit
@@ -218,17 +228,17 @@ def _multiply_parts(
 ):  # fmt: skip
     """Multiply and store the row tile at `row`, as tall as the rows before `end` need."""
     MAIN_M: tl.constexpr = main_rows(BLOCK_M, SHORT_M)
-    left = tl.minimum(end - row, BLOCK_M)
-    if left <= SHORT_M:
+    remaining = tl.minimum(end - row, BLOCK_M)
+    if remaining <= SHORT_M:
         short = _products(x.ptrs, x.short_desc, row, w, SHORT_M, BLOCK_K, K, LAYOUT)
         store(short, *out, row, end, pid_n, COLUMNS)
-    elif left <= MAIN_M:
+    elif remaining <= MAIN_M:
         upper = _products(x.ptrs, x.desc, row, w, MAIN_M, BLOCK_K, K, LAYOUT)
         store(upper, *out, row, end, pid_n, COLUMNS)
     elif MAIN_M < BLOCK_M:
-        main, below = _products_of_both_parts(x, row, w, MAIN_M, SHORT_M, BLOCK_K, K, LAYOUT)
+        main, short = _products_of_both_parts(x, row, w, MAIN_M, SHORT_M, BLOCK_K, K, LAYOUT)
         store(main, *out, row, end, pid_n, COLUMNS)
-        store(below, *out, row + MAIN_M, end, pid_n, COLUMNS)
+        store(short, *out, row + MAIN_M, end, pid_n, COLUMNS)
 
 
 @triton.jit

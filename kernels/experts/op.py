@@ -196,7 +196,9 @@ def _decode(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes,
     y = torch.empty((splits, N, H), dtype=torch.float32, device=x.device)
     args = {"h_ptr": h, "down_ptr": down.data, "ids_ptr": ids, "y_ptr": y, "N": N, "E": E, **down.args}
     split_grid = (triton.cdiv(H, split.constexprs["BLOCK_N"]), min(N, E), splits)
-    launch(kernels.experts_down_decode_kernel, split_grid, args, split, **constexprs, LAYOUT=down.layout(arch))
+    constexprs |= {"LAYOUT": down.layout(arch)}
+    constexprs["PREFETCH"] = down.prefetch_bytes(I // splits, split, split_grid, arch)
+    launch(kernels.experts_down_decode_kernel, split_grid, args, split, **constexprs)
     return y
 
 

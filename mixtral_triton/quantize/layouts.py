@@ -62,8 +62,8 @@ class Plane:
             x = unpacked(x.t(), 32 // self.rows, self.ordered).t()
         else:
             x = unpacked(x, 32 // self.columns, self.ordered)
-        first, left = rows.start % self.rows, columns.start % self.columns
-        return x[first : first + rows.stop - rows.start, left : left + columns.stop - columns.start]
+        row, column = rows.start % self.rows, columns.start % self.columns
+        return x[row : row + rows.stop - rows.start, column : column + columns.stop - columns.start]
 
 
 def divided(run: slice, size: int) -> slice:

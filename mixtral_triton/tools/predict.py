@@ -4,7 +4,7 @@ A floor is a call's compulsory work (`Op.cost`) at full rates. A predicted time 
 from a measurement, and is a range: OPTIMISTIC to CAUTIOUS. A launch takes as long as its bytes across device memory or
 its programs, whichever is slower. Each program starts on the SM that is free first, and takes as long as the bytes of
 its tiles from L2 or its products, whichever is slower. A gap follows each launch, a shorter one before a programmatic
-dependent launch.
+dependent launch. Such a launch may prefetch weights while the kernels in front of it leave device memory idle.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Efficiency:
     tile                seconds of the first loads and last stores of a tile of TILE sums, which another program on the
                         SM hides; a third of them are those of any tile
     kernel              seconds that no kernel goes below, however little it does
+    ramp                seconds until a kernel's loads keep device memory busy, and from the last of them to its end
     """
 
     memory: float
@@ -47,14 +48,15 @@ class Efficiency:
     tile: float
     kernel: float
     link: float
+    ramp: float
 
 
 TILE = 192 * 256
 # link: copies reach 56.3 of 63 GB/s (tinygrad/open-gpu-kernel-modules, issue 29), and NCCL assumes 24 of 31.5
 # (NVIDIA/nccl-tests, issue 307). No figure is of kernels that read.
 # memory: long copies, as published of an H100. matmul: libraries at the clocks of a busy GPU.
-OPTIMISTIC = Efficiency(memory=0.92, matmul=0.75, l2=1.0, tile=3e-6, kernel=2e-6, link=0.85)
-CAUTIOUS = Efficiency(memory=0.86, matmul=0.63, l2=0.82, tile=4e-6, kernel=3e-6, link=0.76)
+OPTIMISTIC = Efficiency(memory=0.92, matmul=0.75, l2=1.0, tile=3e-6, kernel=2e-6, link=0.85, ramp=1.2e-6)
+CAUTIOUS = Efficiency(memory=0.86, matmul=0.63, l2=0.82, tile=4e-6, kernel=3e-6, link=0.76, ramp=1.8e-6)
 
 
 def floor(cost: Cost, gpu: GPU) -> tuple[float, str]:
@@ -114,9 +116,7 @@ def predict(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
         raise ValueError(f"predict: GPU is {gpu.name}, needs one whose L2 bandwidth is known")
     launches, (least, _) = tuple(launches), floor(cost, gpu)
     gaps = sum(chip.pdl_gap if launch.dependent else chip.launch_gap for launch in launches)
-    parts, cautious = (
-        tuple(_part(one, gpu, chip, efficiency) for one in launches) for efficiency in (OPTIMISTIC, CAUTIOUS)
-    )
+    parts, cautious = (_parts(launches, gpu, chip, efficiency) for efficiency in (OPTIMISTIC, CAUTIOUS))
     by_limit = defaultdict(float, launches=gaps)
     for seconds, limit in parts:
         by_limit[limit] += seconds
@@ -124,19 +124,36 @@ def predict(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
     return Prediction(seconds, most, max(by_limit, key=by_limit.__getitem__), parts, least)
 
 
-def _part(launch: Launch, gpu: GPU, chip: Chip, efficiency: Efficiency) -> tuple[float, str]:
-    work, sms = count_work(launch), chip.sms or multiprocessors(gpu.arch)
-    resident = _resident_programs(work, launch.num_warps or 4, sms, gpu.arch)
+def _parts(launches: Iterable[Launch], gpu: GPU, chip: Chip, efficiency: Efficiency) -> tuple[tuple[float, str], ...]:
+    """Return seconds and limit of each launch, less what it prefetches while the launches in front leave memory idle.
+
+    Each dependent launch lets the next one start before it waits itself, so such launches that do little add up.
+    """
+    parts, idle, bandwidth = [], 0.0, gpu.bandwidth * efficiency.memory
+    for launch in launches:
+        work, sms = count_work(launch), chip.sms or multiprocessors(gpu.arch)
+        resident = _resident_programs(work, launch.num_warps or 4, sms, gpu.arch)
+        seconds, limit = _part(work, resident, sms, gpu, chip, efficiency)
+        idle = idle + chip.pdl_gap if launch.dependent else 0.0
+        early = min(work.programs, sms * resident) * work.early / bandwidth
+        if early:
+            seconds = max(efficiency.kernel, seconds - min(idle, early + efficiency.ramp))
+        idle = 0.0 if limit in ("memory", "link") else idle + seconds - work.memory / bandwidth
+        parts.append((seconds, limit))
+    return tuple(parts)
+
+
+def _part(work: Work, resident: int, sms: int, gpu: GPU, chip: Chip, efficiency: Efficiency) -> tuple[float, str]:
     loading = sms / (chip.l2 * efficiency.l2)  # seconds a byte, and of products seconds a FLOP
     multiplying = sms / (chip.vector if work.fp32 else gpu.matmul * efficiency.matmul)
-    vector = work.vector * sms / chip.vector
+    vector = work.vector * sms / (chip.vector * efficiency.matmul / OPTIMISTIC.matmul)
     # One program computes while another multiplies.
     multiplying = max(multiplying, vector) if resident > 1 else multiplying + vector
     ends = efficiency.tile * (1 + 2 * work.stored / TILE) / 3 if resident == 1 and work.flops else 0.0
     runs = [(count, max(loading * loaded, multiplying * flops) + ends) for count, loaded, flops in work.tiles]
     seconds = {
         "launches": efficiency.kernel,
-        "memory": work.memory / (gpu.bandwidth * efficiency.memory),
+        "memory": work.memory / (gpu.bandwidth * efficiency.memory) + efficiency.ramp,
         "L2" if loading * work.loaded >= multiplying * work.flops else "tensor cores": list_schedule(runs, sms),
     }
     limit = max(seconds, key=seconds.__getitem__)
@@ -150,12 +167,12 @@ def list_schedule(runs: Iterable[tuple[float, float]], places: int) -> float:
 
     runs: in order, numbers of programs and the seconds that each takes; a fraction of a program adds to the next run.
     """
-    free, left = [0.0] * places, 0.0
+    free, remaining = [0.0] * places, 0.0
     runs = [run for run in runs if run[0] > 0]
-    for at, (count, seconds) in enumerate(runs):
-        left += count
-        programs = math.ceil(left - 1e-6) if at == len(runs) - 1 else int(left)
-        left -= programs
+    for index, (count, seconds) in enumerate(runs):
+        remaining += count
+        programs = math.ceil(remaining - 1e-6) if index == len(runs) - 1 else int(remaining)
+        remaining -= programs
         if free[0] == max(free):  # whole waves of equal programs
             waves = programs // places
             free, programs = [free[0] + waves * seconds] * places, programs - waves * places

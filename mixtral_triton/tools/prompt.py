@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -21,6 +21,9 @@ from .terminal import bar
 
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 10, 1 << 28  # that a chat template may take
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
+
+
+PROMPT_CHARACTERS = 1 << 25  # more than any context holds; a device such as /dev/zero has no end
 
 
 def read_prompts(prompts: Sequence[str | Path]) -> list[str]:
@@ -36,8 +39,10 @@ def read_prompts(prompts: Sequence[str | Path]) -> list[str]:
         try:
             text = str(prompt)
             if name != "--prompt":
-                text = prompt.read_text("utf-8") if isinstance(prompt, Path) else sys.stdin.read()
-                text = text.removesuffix("\n")
+                with prompt.open(encoding="utf-8") if isinstance(prompt, Path) else nullcontext(sys.stdin) as source:
+                    text = source.read(PROMPT_CHARACTERS + 1).removesuffix("\n")
+                if len(text) > PROMPT_CHARACTERS:
+                    raise ValueError(f"{name} is longer than {PROMPT_CHARACTERS:,} characters, the most of a prompt")
             text.encode()  # fails for Python's stand-ins for bytes that are no UTF-8
         except UnicodeError:
             raise ValueError(f"{name} holds bytes that are no text in UTF-8") from None

@@ -75,7 +75,7 @@ def _disassemble(sections: Sequence[bytes], arch: str) -> list[Code]:
 
 def _successors(code: Code) -> list[list[int]]:
     """Which instructions may come after each, by number."""
-    number = {at: index for index, (at, _) in enumerate(code)}
+    number = {address: index for index, (address, _) in enumerate(code)}
     after: list[list[int]] = []
     for index, (_, text) in enumerate(code):
         jump = _JUMP.match(text)
@@ -87,11 +87,11 @@ def _successors(code: Code) -> list[list[int]]:
 
 def _reachable(graph: list[list[int]], successors: list[int], without: int) -> set[int]:
     """Return the instructions reachable from `successors`, these included, without passing `without`."""
-    found, left = {without}, list(successors)
-    while left:
-        if (index := left.pop()) not in found:
+    found, pending = {without}, list(successors)
+    while pending:
+        if (index := pending.pop()) not in found:
             found.add(index)
-            left.extend(graph[index])
+            pending.extend(graph[index])
     return found - {without}
 
 

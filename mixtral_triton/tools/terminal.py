@@ -132,13 +132,13 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None) -> I
         def report() -> None:
             before = ""
             while not done.wait(INTERVAL):
-                state, left = progress.tasks[task], ""
+                state, estimate = progress.tasks[task], ""
                 if state.completed and state.remaining is not None and state.elapsed:
                     seconds = (state.elapsed - sum(compiled)) * state.remaining / state.completed
-                    left = f", about {seconds:.0f} s left"
+                    estimate = f", about {seconds:.0f} s left"
                 done_so_far = str(count(state)).strip() + f", {len(compiled)} kernels compiled" * bool(compiled)
                 if done_so_far != before:  # a line says something new
-                    print_message(f"{label}: {done_so_far}{left}")
+                    print_message(f"{label}: {done_so_far}{estimate}")
                 before = done_so_far
 
         with ThreadPoolExecutor(1) as thread:

@@ -24,9 +24,10 @@ from ..kernels.launch import Launch
 from ..kernels.offload import find_weight
 
 # fp32 FLOP for a score of attention beside its products, two an instruction: 366 of the 501 instructions that the loop
-# of a 128 x 128 tile has on sm_90, by 256 threads.
-SOFTMAX = 12
-CODES = 20  # as many again for a score over keys in 8 bits, whose codes become numbers: as compiled for sm_90
+# of a 128 x 128 tile has on sm_90, by 256 threads; and exp2, of which an SM computes 16 a clock beside 128 instructions
+# (CUDA programming guide, "Arithmetic Instructions").
+SOFTMAX = 12 + 2 * 128 // 16
+CODES = 20  # more for a score over keys in 8 bits, whose codes become numbers: as compiled for sm_90
 LIBRARY = (256, 256, 64)  # a library's tile, that of two SMs which share what they load: an estimate
 Operands = Mapping[str, Tensor]  # by name; a variable of this type is t
 
@@ -43,6 +44,7 @@ class Work:
     host    of the experts in host memory: expected bytes that cross the link to it
     apart   the share of the launch that does not wait for these: the probability that no token chooses one of them;
             1 in prefill, which copies them to the device before the launch
+    early   bytes of a weight that a program prefetches before it waits for the launch in front
     """
 
     memory: float
@@ -54,6 +56,7 @@ class Work:
     fp32: bool = False
     host: float = 0.0
     apart: float = 0.0
+    early: int = 0
 
     @property
     def programs(self) -> float:
@@ -191,7 +194,9 @@ def _product(launch: Launch) -> Work:
         apart = (math.comb(E - n, K) / math.comb(E, K)) ** tokens if in_place else 1.0
     shared = stages * c["BLOCK_K"] * (rows * size + columns * t[weight].element_size())
     sums = mean * columns
-    return Work(memory, tuple(tiles), shared=shared, values=sums, stored=sums, fp32=size == 4, host=host, apart=apart)
+    early = c.get("PREFETCH", 0) * c["BLOCK_N"]
+    ends = {"values": sums, "stored": sums, "host": host, "apart": apart, "early": early}
+    return Work(memory, tuple(tiles), shared=shared, fp32=size == 4, **ends)
 
 
 def _attention(launch: Launch) -> Work:
@@ -208,7 +213,8 @@ def _attention(launch: Launch) -> Work:
         share = keys / max(1, slots)
         spans.append(math.ceil(keys / (launch.grid or (1,))[0]))
     else:
-        past = args["C"] if c["CACHED"] else slots - T
+        # Without a window a cache holds the chunk, too.
+        past = slots - T if not c["CACHED"] else args["C"] if window else max(0, args["C"] - T)
         end, causal = past + T, c["CAUSAL"]
         share = min(1.0, (window + T) / end) if window and causal else 1.0
         before, after = (window, 0) if causal else (window // 2 + 1, window // 2)

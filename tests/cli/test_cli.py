@@ -6,12 +6,11 @@ import argparse
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +19,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import mixtral_triton
 from mixtral_triton import Mixtral, cli
@@ -35,7 +33,6 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="selects the backend itself:
 GENERATE = ("generate", "--device", "cpu", "--prompt", "The café", "--max-new-tokens", "3")
 TRACE = ("trace", *GENERATE[1:5])
 FULL = Path("/dev/full")
-MODEL, CONFIG = "model.safetensors", "config.json"
 
 
 def command(*args: str, code: str = "", **environment: str) -> dict[str, Any]:
@@ -56,6 +53,7 @@ def run_text(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(**command(*args), capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["generate", "trace"])
 def test_interpret_runs_the_kernels_on_the_cpu(name: str) -> None:
     """A GPU at hand is not used."""
@@ -150,6 +148,7 @@ def test_the_help_prints_every_default(name: str) -> None:
             assert text.endswith(f"default: {action.default:g}")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("args", [GENERATE, TRACE, ("generate", "--help")], ids=lambda args: args[0])
 def test_a_closed_pipe_is_exit_141_without_a_message(args: tuple[str, ...]) -> None:
     with subprocess.Popen(**command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -254,6 +253,7 @@ def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show(name: str, encoding:
     assert (b"<s>[5]The[4] ca[" if name == "trace" else b"The caf") in done.stdout
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "args", [("compile", "append", "--arch", "sm_90"), ("tune", "route", "--at", "T=64", "--dry-run")]
 )
@@ -268,6 +268,7 @@ def test_json_is_the_same_in_every_encoding() -> None:
     assert first == second
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["generate", "trace", "verify"])
 def test_a_prompt_that_is_not_utf_8_is_one_line(name: str) -> None:
     process = command(name, "--device", "cpu", "--prompt", "x", TRITON_INTERPRET="0")
@@ -410,35 +411,3 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     done = run("compile", "rms_norm", "--arch", "sm_90", TRITON_CACHE_DIR=str(tmp_path / "file" / "cache"))
     lines = [line for line in done.stderr.decode().splitlines() if line.startswith("mixtral-triton")]
     assert done.returncode == 2 and len(lines) == 1 and "needs TRITON_CACHE_DIR" in lines[0], done.stderr
-
-
-DROPPED = "model.layers.1.self_attn.q_proj.weight"
-
-
-def drop_tensor(folder: Path) -> None:
-    values = load_file(folder / MODEL)
-    del values[DROPPED]
-    save_file(values, folder / MODEL)
-
-
-# One for each kind of error: tests/model has what else can be wrong with a checkpoint.
-CORRUPT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (drop_tensor, DROPPED),
-    "truncated": (lambda folder: (folder / MODEL).write_bytes((folder / MODEL).read_bytes()[: 10**6]), MODEL),
-    "pickle": (lambda folder: (folder / MODEL).rename(folder / "pytorch_model.bin"), "pytorch_model.bin"),
-    "not json": (lambda folder: (folder / CONFIG).write_text("{"), CONFIG),
-}
-
-
-@pytest.mark.parametrize(("corrupt", "named"), CORRUPT.values(), ids=CORRUPT)
-def test_a_corrupt_checkpoint_is_one_line(
-    corrupt: Callable[[Path], object], named: str, tmp_path: Path, capsys: Any, in_process: None
-) -> None:
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    for name in (CONFIG, MODEL, "tokenizer.json"):
-        shutil.copy(SMALL / name, folder / name)
-    corrupt(folder)
-    assert main(["verify", str(folder), "--device", "cpu"]) == 2
-    error = capsys.readouterr().err
-    assert named in error and len(error.strip().splitlines()) == 1, error

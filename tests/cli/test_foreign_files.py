@@ -67,6 +67,12 @@ def one_line(capsys: Any, *args: Any) -> str:
 GENERATE = ("--device", "cpu", "--prompt", "x", "--max-new-tokens", "1")
 
 
+def test_a_prompt_without_an_end_is_refused(capsys: Any, monkeypatch: Any, seconds: None) -> None:
+    monkeypatch.setattr(prompt, "PROMPT_CHARACTERS", 1000)
+    line = one_line(capsys, "generate", SMALL, "--prompt-file", "/dev/zero", "--device", "cpu")
+    assert "--prompt-file /dev/zero is longer than 1,000 characters" in line
+
+
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 @pytest.mark.parametrize("name", ["model.safetensors.index.json", "counts.json"])
 def test_files_that_never_end_are_refused(name: str, kind: str, folder: Path, capsys: Any, seconds: None) -> None:
@@ -204,3 +210,29 @@ def test_options_that_crashed_are_one_line(command: str, folder: Path, tmp_path:
         assert COMMANDS[command] in one_line(capsys, *command.format(folder=folder, out=tmp_path / "out").split())
     except SystemExit as error:  # argparse's
         assert error.code == 2 and COMMANDS[command] in capsys.readouterr().err
+
+
+MODEL, CONFIG, DROPPED = "model.safetensors", "config.json", "model.layers.1.self_attn.q_proj.weight"
+
+
+def drop_tensor(folder: Path) -> None:
+    values = load_file(folder / MODEL)
+    del values[DROPPED]
+    save_file(values, folder / MODEL)
+
+
+# One for each kind of error: tests/model has what else can be wrong with a checkpoint.
+CORRUPT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (drop_tensor, DROPPED),
+    "truncated": (lambda folder: (folder / MODEL).write_bytes((folder / MODEL).read_bytes()[: 10**6]), MODEL),
+    "pickle": (lambda folder: (folder / MODEL).rename(folder / "pytorch_model.bin"), "pytorch_model.bin"),
+    "not json": (lambda folder: (folder / CONFIG).write_text("{"), CONFIG),
+}
+
+
+@pytest.mark.parametrize(("corrupt", "named"), CORRUPT.values(), ids=CORRUPT)
+def test_a_corrupt_checkpoint_is_one_line(
+    corrupt: Callable[[Path], object], named: str, folder: Path, capsys: Any
+) -> None:
+    corrupt(folder)
+    assert named in one_line(capsys, "verify", folder, "--device", "cpu")

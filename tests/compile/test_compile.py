@@ -70,6 +70,7 @@ def test_quick_work_prints_no_progress(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_no_process(tmp_path: Path) -> None:
     environment: dict[str, Any] = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "mixtral_triton", "compile", "--arch", "sm_90", "expert_swiglu"]

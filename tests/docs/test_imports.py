@@ -141,6 +141,7 @@ def test_emulator_and_simulated_gpu_know_the_project_by_an_adapter_alone(path: P
     assert not knows or path.name == "adapter.py" or path.name.startswith("test_")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folder", "result"), [("emulator", "10.])"), ("support/stub", "['fill_kernel']")])
 def test_their_readmes_run_any_kernel(folder: str, result: str, tmp_path: Path) -> None:
     text = (ROOT / "tests" / folder / "README.md").read_text()

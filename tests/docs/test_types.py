@@ -35,6 +35,7 @@ WRONG = """
 """.strip("\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="about types: run once, without the interpreter")
 def test_ten_wrong_calls_are_ten_errors(tmp_path: Path) -> None:
     file = tmp_path / "calls.py"

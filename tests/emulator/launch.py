@@ -122,4 +122,5 @@ class Executor:
                     message = f"{region.name}, byte {at} differs from the first schedule"
                     raise Fault(f"{launched.kernel} ({schedule.name}): {message}")
         self.loaded.update({region.name: region.loaded for region in memory.regions})
-        self.pending += changed_bytes(memory.regions, before)
+        changed = changed_bytes(memory.regions, before)
+        self.pending = self.pending + changed if memory.released_early else changed

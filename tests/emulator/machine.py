@@ -132,6 +132,7 @@ class Frame:
                     raise Unmodelled(f"branch to no label: {inst.text}")
                 join(self.ready, target, taken)
             case "ret" | "exit":
+                self.machine.memory.released_early |= bool((taken & self.before_wait).any())
                 self.done |= taken
             case "bar":
                 if inst.operands != (Imm(0),):

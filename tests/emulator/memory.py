@@ -51,10 +51,12 @@ class Region:
 class Global:
     """The regions of a launch, sorted; overlapping ones are merged.
 
-    `pending`: the bytes that launches write which this one may overlap; None: it overlaps none. See races.py.
+    pending         the bytes that launches write which this one may overlap; None: it overlaps none. See races.py
+    released_early  a lane let the next launch start before its own wait
     """
 
     pending: Sequence[tuple[int, Array]] | None = None
+    released_early = False
 
     def __init__(self, spans: Iterable[Span]) -> None:
         merged: list[Span] = []
@@ -183,7 +185,7 @@ _FORMS = [f"{space}.{vector}{kind}" for space in _SPACES for vector, count in VE
 
 def access(inst: Instruction, frame: Any, registers: Any, address: Any) -> tuple[bool, list[Any], Array, str, int]:
     """Return whether a load or store is global, its registers, addresses, type, and size in bytes."""
-    parts = inst.opcode.split(".")
+    parts = inst.opcode.replace(".cg", "").split(".")
     is_global, kind, items = parts[1] == "global", parts[-1], destinations(registers)
     if len(items) != (int(parts[2][1]) if len(parts) == 4 else 1):
         raise Unmodelled(f"{len(items)} registers: {inst.text}")
@@ -191,7 +193,8 @@ def access(inst: Instruction, frame: Any, registers: Any, address: Any) -> tuple
     return is_global, items, addresses, kind, TYPES[kind].itemsize * len(items)
 
 
-@executes(*(f"ld.{form}" for form in _FORMS))
+# Without caches a load from L2 (.cg) is like another.
+@executes(*(f"ld.{form}".replace("global", space) for form in _FORMS for space in ("global", "global.cg")))
 def load(inst: Instruction, frame: Any, mask: Any) -> None:
     is_global, targets, at, kind, size = access(inst, frame, *inst.operands)
     machine, active = frame.machine, slice(None) if mask is None else mask
@@ -217,6 +220,14 @@ def store(inst: Instruction, frame: Any, mask: Any) -> None:
         machine.memory.store(at[active], chunks[active], size, describe_lane(frame, mask, inst.text))
     else:
         store_shared(frame, machine.shared.offsets(frame, at, size, mask), chunks, size, mask, inst)
+
+
+@executes("prefetch.global.L2")
+def prefetch(inst: Instruction, frame: Any, mask: Any) -> None:
+    """Check that the address is in bounds: a GPU ignores others."""
+    at = per_lane(frame, effective(frame, *inst.operands, "u64"))
+    for _ in frame.machine.memory.locate(at if mask is None else at[mask], 1, describe_lane(frame, mask, inst.text)):
+        pass
 
 
 @executes(*(f"ld.param.{kind}" for kind in _KINDS))

@@ -7,7 +7,8 @@ Warps that store equal values to one place are no fault, because replicated layo
 
 A programmatic dependent launch overlaps the ones before it (PTX ISA, section 9.7.13). The emulator runs launches one
 after the other; before its griddepcontrol.wait, a lane may store nothing and read nothing that a launch writes which
-may still run. These are all launches from the last ordinary one on, because each may start the next before it waits.
+may still run. These are all launches from the last ordinary one on, because each may start the next before it waits;
+those before a launch that starts the next after its wait have ended. A prefetch reads no value.
 """
 
 from collections.abc import Iterable
@@ -228,7 +229,8 @@ def changed_bytes(regions: Iterable[Region], before: Iterable[Array]) -> Writes:
 
 @executes("griddepcontrol.launch_dependents")
 def launch_dependents(inst: Instruction, frame: Any, mask: Any) -> None:
-    """Do nothing, because launches run one after the other."""
+    early = frame.before_wait if mask is None else frame.before_wait & mask
+    frame.machine.memory.released_early |= bool(early.any())
 
 
 @executes("griddepcontrol.wait")
@@ -238,7 +240,7 @@ def wait(inst: Instruction, frame: Any, mask: Any) -> None:
 
 def checked(inst: Instruction, step: Step) -> Step:
     """Add to a step that accesses global memory a check of the lanes that have not waited yet."""
-    if ".global" not in inst.opcode:
+    if ".global" not in inst.opcode or inst.opcode.startswith("prefetch."):
         return step
 
     def checked_step(frame: Any, mask: Any) -> None:

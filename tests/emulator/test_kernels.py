@@ -274,12 +274,23 @@ def without_pdl_waits(ptx: str) -> Code:
     return Code(parse("\n".join(line for line in ptx.splitlines() if "griddepcontrol.wait" not in line)))
 
 
-def test_missing_dependency_waits_of_a_model_are_detected(ptx_emulator: Any) -> None:
+def with_early_release(ptx: str) -> Code:
+    """The next launch may start before the wait, also after the up projection, whose wait its dependent relies on."""
+    lines = [line for line in ptx.splitlines() if "griddepcontrol.launch_dependents" not in line]
+    wait = next((at for at, line in enumerate(lines) if "griddepcontrol.wait" in line), len(lines))
+    return Code(
+        parse("\n".join([*lines[:wait], *["griddepcontrol.launch_dependents;"] * (wait < len(lines)), *lines[wait:]]))
+    )
+
+
+@pytest.mark.parametrize("build", [without_pdl_waits, with_early_release])
+def test_misplaced_waits_of_a_model_are_detected(build: Any, ptx_emulator: Any) -> None:
     with ptx_emulator(schedules=SCHEDULES[:1]) as gpu:
-        model, ids = random_model(GPU_DEVICE), torch.zeros(1, 1, dtype=torch.int64).to(GPU_DEVICE)
+        model = random_model(GPU_DEVICE, dtype=torch.bfloat16, hidden_size=64, intermediate_size=512)
+        ids = torch.zeros(1, 1, dtype=torch.int64).to(GPU_DEVICE)
         cache = cache_of(model, 1)
         model(ids, cache=cache)
-        gpu.driver.execute.build = without_pdl_waits
+        gpu.driver.execute.build = build
         with pytest.raises(Fault, match="before the wait for the launch that writes there"):
             model(ids, cache=cache)
 

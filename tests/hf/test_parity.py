@@ -344,6 +344,7 @@ def compare(got: Results, want: Results) -> str:
     return f"error {max(errors):.0e}" if max(errors) else "tokens identical" if tokens else "identical"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("feature", [name for name in TABLE if not INTERPRETED or name in SHORT])
 def test_parity(feature: str, make_hf: Any, parity: Any) -> None:
     sizes, run = TABLE[feature]

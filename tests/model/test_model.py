@@ -251,6 +251,7 @@ def test_wrong_arguments_raise_value_error(case: str, model: Mixtral, device: to
         function(model, tokens(2, 9, device=device))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", LENGTHS)
 def test_bad_lengths_leave_the_cache_alone(case: str, model: Mixtral, device: torch.device) -> None:
     cache, lengths = cache_of(model, 2), LENGTHS[case]
@@ -269,6 +270,7 @@ def test_bad_lengths_leave_the_cache_alone(case: str, model: Mixtral, device: to
 ROOM = [("short, no window", 12, 12), ("short, no window", 500, SHORT), ("short", 2, SHORT)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "max_len", "most"), ROOM)
 @pytest.mark.parametrize("chunk", (1, 5))
 def test_the_end_of_the_cache(name: str, max_len: int, most: int, chunk: int, load: Any, device: Any) -> None:

@@ -233,6 +233,7 @@ def test_tiles_of_keys_do_not_depend_on_the_queries() -> None:
     assert padded.equal(short)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("format", ["int4", "fp8"])
 def test_quantized_model_is_deterministic(format: str, device: torch.device) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "sliding_window": 3}

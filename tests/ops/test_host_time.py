@@ -29,6 +29,7 @@ CALLS_MAX = 80  # of this package's functions, a decode layer
 SLACK, APPLIED_SLACK = 2, 4
 
 
+@pytest.mark.slow
 def test_ratios_of_the_benchmark() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "host_time.py"), "--rounds", "15"]
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout

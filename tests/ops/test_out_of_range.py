@@ -174,6 +174,7 @@ def test_lengths_out_of_range(bad: int, unread: None) -> None:
 PLACES = [(-1, 1), (-1, 2), (-(2**31), 1), (2**31 - 1, 1), (12, 1), (11, 2), (10**6, 2)]  # past and T, of 12 slots
 
 
+@pytest.mark.exhaustive
 @kernels
 @pytest.mark.parametrize(("past", "T"), PLACES)
 def test_past_out_of_range(past: int, T: int, unread: None) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from mixtral_triton import ops
 from mixtral_triton.kernels import linear, router
+from mixtral_triton.kernels.arch import ARCHS
 from mixtral_triton.kernels.launch import INTERPRETED, Launch, pdl_region
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
@@ -30,22 +32,36 @@ from tests.support.ptx import Order, order
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: run once, without TRITON_INTERPRET")
 
 BF16 = torch.bfloat16
-# Weights that a kernel prefetches before its wait; other kernels need the result of an earlier launch to select them.
-PREFETCHED = {"linear_decode_kernel": {"weight"}, "gate_route_kernel": {"gate"}}
+# Weights that a kernel loads before its wait; other kernels need the result of an earlier launch to select them.
+LOADED_EARLY = {"linear_decode_kernel": {"weight"}, "gate_route_kernel": {"gate"}}
 WEIGHTS = {"weight", "scales", "zeros", "gate", "norm"}
+# The up projection starts the down projection after its own wait, so the ids have been written.
+UP, DOWN = "experts_up_decode_kernel", "experts_down_decode_kernel"
 
 
 def has_wait(launch: Launch) -> bool:
     return launch.fn is not None and "PDL" in launch.fn.arg_names
 
 
+def prefetched(launch: Launch) -> int:
+    """Return the bytes of each row that the launch's programs prefetch."""
+    bytes_of_row: int = launch.constexprs.get("PREFETCH", 0)
+    return bytes_of_row
+
+
 def find_fault(launch: Launch, found: Order) -> str | None:
     """Describe what is wrong with the order of a kernel's loads and stores."""
     if found.waits != 1:
         return f"{found.waits} waits"
-    if found.stores or not found.before <= WEIGHTS:
-        return f"{sorted((found.before - WEIGHTS) | found.stores)} before the wait"
-    late = PREFETCHED.get(launch.kernel, set()) - found.before
+    allowed = WEIGHTS | ({"ids"} if launch.kernel == DOWN else set())
+    if found.stores or not found.before <= allowed:
+        return f"{sorted((found.before - allowed) | found.stores)} before the wait"
+    if launch.kernel == UP and found.releases_first:
+        return "the down projection starts before the wait for the ids"
+    want = {DOWN: {"down"}, "linear_decode_kernel": {"weight"}}[launch.kernel] if prefetched(launch) else set()
+    if found.prefetched != want:
+        return f"{sorted(found.prefetched)} prefetched, not {sorted(want)}"
+    late = LOADED_EARLY.get(launch.kernel, set()) - found.before
     return f"{sorted(late)} after the wait" if late else None
 
 
@@ -55,12 +71,17 @@ def test_kernels_prefetch_only_weights_before_the_wait(arch: str) -> None:
     for op in OPS.values():
         one_dtype = replace(op, dtypes=(BF16,)) if BF16 in op.dtypes else op
         for launch in (launch for _, launch in collect([one_dtype], arch).values() if has_wait(launch)):
-            found = order(compile_launch(launch, arch))
+            compiled = compile_launch(launch, arch)
+            found = order(compiled)
             assert find_fault(launch, found) is None, (op.name, launch)
             assert found.after
+            resident = ARCHS[arch].shared_bytes // max(1, compiled.shared_bytes)
+            programs = min(prod(launch.grid or ()), resident * ARCHS[arch].sms)
+            rows = launch.constexprs.get("BLOCK_N", 0)
+            assert prefetched(launch) * rows * programs <= ARCHS[arch].l2_bytes // 2, launch
             kernels.add(launch.kernel)
-    assert kernels >= {*PREFETCHED, "attention_decode_kernel", "attention_combine_kernel", "experts_combine_kernel"}
-    assert kernels >= {"experts_up_decode_kernel", "experts_down_decode_kernel"}
+    assert kernels >= {*LOADED_EARLY, "attention_decode_kernel", "attention_combine_kernel", "experts_combine_kernel"}
+    assert kernels >= {UP, DOWN}
 
 
 LINEAR, GATE, ROUTE = {"T": 1, "H": 4096, "N": 4096}, {"T": 1, "H": 4096, "E": 8, "K": 2}, {"T": 1, "E": 8, "K": 2}
@@ -99,9 +120,9 @@ def test_no_pdl_on_older_or_other_gpus(arch: str) -> None:
     assert "griddepcontrol" not in stages["amdgcn" if arch.startswith("gfx") else "ptx"].read_text()
 
 
-def record_step(arch: str, ranks: Any = None) -> list[Launch]:
+def record_step(arch: str, ranks: Any = None, **sizes: Any) -> list[Launch]:
     """The launches of one decode step."""
-    model = random_model("meta", num_hidden_layers=2)
+    model = random_model("meta", num_hidden_layers=2, **sizes)
     model.ranks = ranks
     cache = cache_of(model, 2)
     with record_launches(arch) as launches:
@@ -199,3 +220,14 @@ def test_pdl_shortens_the_predicted_gap(name: str, shorter: bool) -> None:
     cost = OPS["route"].cost(ROUTE, BF16)
     times = [predict([replace(launches[0], dependent=pdl)], GPUS[name], cost).seconds for pdl in (False, True)]
     assert (times[1] < times[0]) == shorter
+
+
+def test_prefetches_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[str, Any] = {"dtype": BF16, "hidden_size": 64, "intermediate_size": 512}
+    steps = [record_step("sm_90", **sizes)]
+    monkeypatch.setattr("mixtral_triton.kernels.launch.PREFETCH", False)
+    steps.append(record_step("sm_90", **sizes))
+    on, off = ([prefetched(launch) for launch in step] for step in steps)
+    assert any(on) and not any(off)
+    down = next(launch for launch in steps[1] if launch.kernel == DOWN)
+    assert order(compile_launch(down, "sm_90")).before <= WEIGHTS

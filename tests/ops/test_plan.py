@@ -184,6 +184,7 @@ def test_storage_beyond_amd_buffers_is_in_the_key(monkeypatch: pytest.MonkeyPatc
     assert plan.call_key((x,)) != small
 
 
+@pytest.mark.slow
 def test_plans_hold_no_memory_and_are_bounded(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu.driver.executes = False
     monkeypatch.setattr(plan, "PLANS_MAX", 5)

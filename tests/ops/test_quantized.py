@@ -112,6 +112,7 @@ def first(out: Any) -> torch.Tensor:
     return as_tuple(out)[0]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", SIZES)
 def test_operation_of_a_quantized_weight_equals_that_of_its_values(name: str) -> None:
     args = arguments(name)

@@ -83,6 +83,7 @@ def test_experts(case: Case, T: int, deterministic: bool, dtype: torch.dtype) ->
     check("expert_swiglu", layer(case, T, dtype) | {"deterministic": deterministic})
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("T", [5, 70])
 @pytest.mark.parametrize("dense", ["gate_up_proj", "down_proj"])
 def test_one_dense_and_one_quantized_weight(dense: str, T: int) -> None:
@@ -90,6 +91,7 @@ def test_one_dense_and_one_quantized_weight(dense: str, T: int) -> None:
     check("expert_swiglu", args | {dense: args[dense].dequantize().bfloat16()})
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("T", [5, 70])
 def test_experts_with_the_next_norm(T: int) -> None:
     norm = {"residual": randn(T, 256), "norm_weight": torch.rand(256) + 0.5, "eps": 1e-5}

@@ -118,6 +118,7 @@ def weights_read(traffic: Traffic, sizes: Sizes, selected: int) -> float:
     return traffic.moved("gate_up", "down") / (with_weights - without)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["balanced", "two experts", "random"])
 @pytest.mark.parametrize("T", [1, 4, 64])
 def test_decode_reads_only_selected_experts_once(T: int, kind: str, within: Any) -> None:
@@ -147,6 +148,7 @@ EXPERT_FLOPS = [(128, "balanced", 2.0), (1024, "balanced", 1.15)]
 EXPERT_FLOPS += [(T, kind, None) for T, kind in ((96, "random"), (1024, "random"), (1024, "two experts"))]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("T", "kind", "bound"), EXPERT_FLOPS)
 def test_flops_of_experts_in_prefill(T: int, kind: str, bound: float | None, within: Any) -> None:
     """Without a bound, each group may waste less than one row tile."""
@@ -247,6 +249,7 @@ def from_l2(traffic: Traffic, weight: str, x: str, kernel: str) -> float:
     return 1 + arguments[x].crossed / arguments[weight].loaded
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("T", L2_BYTES_MAX)
 def test_bytes_from_l2_of_few_rows(T: int, within: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "use_skinny_kernel", lambda *sizes: True)

@@ -111,6 +111,7 @@ def test_mesh_equals_one_rank(mesh: str, name: str, per_expert: bool, ranks: Ran
     assert sum(rank["read"] for rank in found[:n]) >= sum(whole.values())  # between them they read all
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("format", ["int4", "int8", "fp8"])
 @pytest.mark.parametrize(
     ("mesh", "name", "per_expert"),
@@ -210,6 +211,7 @@ def test_what_is_bad_for_one_rank_ends_all(reason: str, ranks: Ranks, checkpoint
         assert said.startswith("rank 2 of 4: ") and reason in said and "\n" not in said
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_to_load(ranks: Ranks, checkpoint: Checkpoint) -> None:
     """The process group's own timeout, 30 minutes here as where the caller sets none, does not end the wait."""
     for _ in range(2):

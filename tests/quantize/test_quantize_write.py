@@ -175,6 +175,7 @@ def test_quantized_folder_and_existing_out_raise_value_error(tmp_path: Path) -> 
 WRITTEN = "write(sys.argv[1], sys.argv[2], 'int4', 'cpu'); size = 0"
 
 
+@pytest.mark.slow
 @needs_proc
 def test_peak_memory_is_one_shard(tmp_path: Path) -> None:
     large(tmp_path)

@@ -56,6 +56,7 @@ def test_plot_of_floors_predicted_times_and_times() -> None:
     assert "these are floors" in figure.get_suptitle() and labels(figure.axes[0]) == ["floor"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("timed", [False, True])
 def test_no_label_of_the_plot_overlaps_another(timed: bool, tmp_path: Path) -> None:
     rows = floors("expert_swiglu", "attention", "linear")

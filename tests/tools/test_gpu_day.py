@@ -82,6 +82,7 @@ def is_alive(pid: int) -> bool:
     return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
 
 
+@pytest.mark.slow
 def test_a_part_over_budget_is_killed_with_its_children_and_a_second_run_continues(tmp_path: Path) -> None:
     pid, log = tmp_path / "pid", tmp_path / "log"
     child = f"""

@@ -51,6 +51,7 @@ TILED = {"linear", "expert_swiglu", "experts_add_rms_norm", "attention", "cached
 TILED |= {"sort_by_expert", "rms_norm", "add_rms_norm", "rms_norm_gate_route", "rope_append_attention"}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not INTERPRETED, reason="runs the kernels: needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("name", OPS)
 def test_every_candidate_gives_the_right_result(name: str) -> None:

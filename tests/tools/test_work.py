@@ -152,9 +152,7 @@ def test_padding_of_few_rows_is_multiplied_and_not_loaded(format: str | None) ->
 
 
 @once
-@pytest.mark.parametrize(
-    ("B", "T", "rows"), [(1, 128, 64), (1, 500, 64), (1, 1024, 128), (8, 512, 128), (1, 8192, 128)]
-)
+@pytest.mark.parametrize(("B", "T", "rows"), [(1, 128, 64), (1, 500, 64), (1, 1024, 64), (8, 512, 64), (1, 8192, 128)])
 def test_attention_uses_the_faster_of_two_tiles(B: int, T: int, rows: int) -> None:
     """Two small programs an SM hide each other's softmax, and read the keys twice as often."""
     sizes = {"B": B, "T": T, "S": T, "Hq": 32, "Hkv": 8, "D": 128, "window": 0}

@@ -211,6 +211,7 @@ PEER_FAULTS: dict[str, tuple[Callable[[Mixtral], None], str]] = {
 }
 
 
+@pytest.mark.exhaustive
 @all_dtypes
 @pytest.mark.parametrize("fault", PEER_FAULTS)
 def test_fault_that_transformers_layers_show(fault: str, dtype: torch.dtype) -> None:

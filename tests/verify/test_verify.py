@@ -69,7 +69,7 @@ def test_one_token(device: torch.device) -> None:
     assert not verify(small_model().to(device), IDS[:1, :1].to(device)).wrong
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("layout", ["awq 64", "ct int4 32 True", "gptq -1 1", "fp8 blocks"])
 def test_quantized_checkpoint(layout: str, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ SHARP = [(208, 8.0), (224, 16.0), (240, 4.0), (240, 8.0), (240, 16.0)]  # softma
 RANDOM = [(seed, (), (DTYPES[seed % 3],) if INTERPRETED else DTYPES) for seed in range(2 if INTERPRETED else 20)]
 
 
-@pytest.mark.exhaustive
+@(pytest.mark.slow if INTERPRETED else pytest.mark.exhaustive)
 @pytest.mark.parametrize(
     ("seed", "gains", "dtypes"), RANDOM + [(seed, (gain,), DTYPES[:2]) for seed, gain in SHARP if not INTERPRETED]
 )
