@@ -92,8 +92,8 @@ _Step = tuple[Any, tuple[int, int, int], Callable[[Sequence[Any]], tuple[Any, ..
 class LaunchPlan:
     """The launches of a call. The values from which their arguments are picked are, in this order:
 
-    the call's arguments; the tensors of those that are several, whose places are `quantized`; fresh memory of the shapes
-    and dtypes in `allocations`; descriptors, each the fields but the base, and the place of the base; `constants`.
+    the call's arguments; the tensors of those that are several, whose places are `quantized`; fresh memory of the
+    shapes and dtypes in `allocations`; descriptors, each the fields but the base, and the base's place; `constants`.
     """
 
     device: torch.device

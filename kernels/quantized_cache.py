@@ -44,6 +44,11 @@ def dequantize(elements: Tensor, scales: Tensor) -> Tensor:
     return torch.cat(((bits & 255 ^ 128) - 128, bits >> 8), dim=-1) * scales[..., None]
 
 
+def as_stored(x: Tensor) -> Tensor:
+    """Return x [..., D] as a cache of 8 bits gives it back, in x's dtype."""
+    return dequantize(*quantize(x)).to(x.dtype)
+
+
 class QuantizedCache:
     """Keys or values [B, Hkv, C, D] of a ring cache in 8 bits.
 
@@ -51,7 +56,7 @@ class QuantizedCache:
     scales  fp32 [B, Hkv, C], of the strides of `codes` / (D/2): the same index finds a vector's codes and its scale
     """
 
-    dtype = torch.int8
+    dtype, as_stored = torch.int8, staticmethod(as_stored)
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         self.codes, self.scales = codes, scales
@@ -64,6 +69,11 @@ class QuantizedCache:
             raise ValueError(f"QuantizedCache: head size is {D}, needs an even number: two codes are an element")
         codes = torch.empty(*slots, D // 2, dtype=torch.int16, device=device)
         return cls(codes, torch.empty(slots, dtype=torch.float32, device=device))
+
+    @classmethod
+    def of(cls, x: Tensor) -> QuantizedCache:
+        """Quantize x [..., D]."""
+        return cls(*quantize(x))
 
     @property
     def shape(self) -> torch.Size:
@@ -99,10 +109,6 @@ class QuantizedCache:
     def dequantize(self) -> Tensor:
         """Return the exact keys or values in fp32 [B, Hkv, C, D]."""
         return dequantize(*self.tensors)
-
-    def as_stored(self, x: Tensor) -> Tensor:
-        """Return x [..., D] as this cache would give it back, in x's dtype."""
-        return dequantize(*quantize(x)).to(x.dtype)
 
     def map(self, function: Any) -> QuantizedCache:
         """Return the cache of function(codes), function(scales)."""

@@ -73,9 +73,7 @@ def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]
             if argument.kind == checks.Matrix and (format := sizes.get(argument.name.removesuffix("_proj"))):
                 return sample_quantized(format, *shape, device=device, generator=generator)
             if argument.kind == checks.Cache and sizes.get("cache"):
-                cache = QuantizedCache.empty(*shape, device=device)
-                cache[...] = sampler(dtype, device, generator)(*shape)
-                return cache
+                return QuantizedCache.of(sampler(dtype, device, generator)(*shape))
             is_weight = len(shape) > 1 and argument.shape_spec.split()[0] not in ("B", "T", "...")
             return sampler(dtype, device, generator)(*shape, scale=shape[-1] ** -0.5 if is_weight else 1.0)
 
