@@ -92,7 +92,7 @@ def _prefill_codes_config(sizes: Sizes, dtype: torch.dtype, arch: str, D: int) -
     table = _PREFILL_CODES[family(arch)]
     block_m, block_n, warps, stages = table[128 if D <= 128 else 256]
     if dtype == torch.float32:
-        block_m, block_n, stages = 16, 16, 1
+        block_m, block_n, stages = 16, 16, 1 if amd(arch) else 2
     elif sizes["T"] <= 16 and not sizes.get("deterministic"):
         block_m, block_n, warps = 16, min(block_n, 32), 4
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": D}
@@ -127,9 +127,14 @@ def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     # Head sizes that are no multiple of 16 need masks, which take registers.
     block_n = 16 if fp32 and (D > 128 or not cdna) else 32 if cdna or D > 128 or sizes["D"] % 16 else 64
     block_n = 16 if cdna and sizes["D"] < D else block_n
+    codes = bool(sizes.get("cache")) and not cdna
+    if codes and sizes["D"] == 128 and not fp32:  # as many bytes of 8 bits as of 16 in a tile of half the keys
+        block_n = 128
     tiles = {"SPLITS": splits, "BLOCK_M": power_of_2(rows, low=16), "BLOCK_N": block_n, "BLOCK_D": D}
     more_warps = (fp32 and not cdna) or (cdna and not fp32 and sizes["D"] % 16 > 0)
-    return LaunchConfig(tiles, num_warps=8 if more_warps else 4, num_stages=2 if fp32 or cdna else 3)
+    return LaunchConfig(
+        tiles, num_warps=8 if more_warps else 4, num_stages=1 if codes and fp32 else 2 if fp32 or cdna or codes else 3
+    )
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
