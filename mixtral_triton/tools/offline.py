@@ -250,7 +250,12 @@ def compile_launches(
 
 
 def compile_ahead(
-    model: Mixtral, sizes: Iterable[tuple[int, int]], slots: int, dtypes: Iterable[torch.dtype], progress: Progress
+    model: Mixtral,
+    sizes: Iterable[tuple[int, int]],
+    slots: int,
+    dtypes: Iterable[torch.dtype],
+    progress: Progress,
+    cache_dtype: torch.dtype | None = None,
 ) -> None:
     """Compile on all cores what forwards of [B,T] tokens over a cache of `slots` launch on the model's GPU.
 
@@ -272,7 +277,7 @@ def compile_ahead(
         with torch.no_grad(), record_launches(arch, multiprocessors(model.device)) as launches:
             for B, T in sizes:
                 ids = torch.zeros((B, T), dtype=torch.int64, device="meta")
-                layer(ids, cache=KVCache(config, B, max(T, slots), "meta", dtype))
+                layer(ids, cache=KVCache(config, B, max(T, slots), "meta", cache_dtype or dtype))
         records += [launch for launch in launches if launch.fn is not None]
     compile_launches(records, arch, progress)
 
