@@ -157,10 +157,9 @@ def load(
 
     needed, sizes = bytes_of(specs), movable_bytes(config, own_shapes, specs, dtype)
     placement = check_offload(offload, config, ranks, target_device, needed, sizes, offload_by, context, cache_dtype)
-    in_choice = headers.scheme is None and not placement.host_bytes
-    check_memory(target_device, needed - placement.freed_bytes, bytes_if if in_choice else None)
-    on_host = placement.experts, placement.embedding
-    model = cls(config, target_device, dtype, deterministic, specs, ranks, *on_host)
+    others = bytes_if if headers.scheme is None and not placement.host_bytes else None
+    check_memory(target_device, needed - placement.freed_bytes, others)
+    model = cls(config, target_device, dtype, deterministic, specs, ranks, placement.experts, placement.embedding)
     model.requantized, model.prefill_chunk = requantized, placement.chunk
     fill(config, model.named_weights(), progress, shard)
     return model
@@ -303,11 +302,8 @@ def check_offload(
     routes = None if offload_by is None else read_routes(config, offload_by)
     room, placement = room_for_model(device), Placement()
     if offload == "auto" and room is not None:
-
-        def with_context(chunk: int) -> int:
-            return needed + sum(running_bytes(config, 1, context, chunk, cache_dtype).values())
-
-        found = fewest(config, sizes, with_context, room, routes)
+        running = partial(running_bytes, config, 1, context, cache_dtype=cache_dtype)
+        found = fewest(config, sizes, lambda chunk: needed + sum(running(chunk=chunk).values()), room, routes)
         placement = found or Placement.of(select_experts(config, most * config.num_hidden_layers), *sizes)
     elif offload and offload != "auto":
         layers = routes or [range(most, -1, -1)] * config.num_hidden_layers  # as if the last were used least

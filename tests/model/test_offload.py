@@ -252,6 +252,15 @@ def test_least_used_over_all_layers() -> None:
 
 
 @once
+def test_an_embedding_that_is_the_head_stays_on_the_gpu() -> None:
+    for tied, size in ((False, 23 * 16 * 4), (True, 0)):
+        model = random_model("meta", tie_word_embeddings=tied)
+        each, embedding = load.movable_bytes(model.config, parameter_shapes(model.config), {}, model.dtype)
+        assert (each, embedding) == ([3 * 16 * 12 * 4], size)
+        assert load.Placement.of([[]], each, embedding).embedding is not tied
+
+
+@once
 @pytest.mark.parametrize(("gib", "format"), [(16, "int4"), (24, "int4"), (80, "as stored")])
 def test_auto_takes_what_fit_says(gib: int, format: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU with nothing else in its memory, for one sequence of 4,096 tokens."""

@@ -178,6 +178,26 @@ def test_generate_places_what_the_memory_lacks(gpu: Any, in_process: None, capsy
     assert f"offload='auto': {placed} 2 of layer 0; expert 0 of layers 1, 2; {used}" in texts[2].err
 
 
+def test_generate_reads_prompts_in_the_chunks_that_auto_takes(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.driver.executes = False
+    config, hidden, chunks = Mixtral.from_pretrained(SMALL, "meta").config, Mixtral.hidden, list[int]()
+    embedding = config.vocab_size * config.hidden_size * 2
+    gpu.properties.total_memory = math.ceil((memory_need(config, {}, 1, 1024)["total"] - embedding - 1) / (1 - TIGHT))
+    with pytest.warns(
+        UserWarning, match=r"0 of 32 experts and the embedding in host memory, prompts in chunks of 512 "
+    ):
+        model = Mixtral.from_pretrained(SMALL, GPU_DEVICE, offload="auto", context=1024)
+
+    def spy(self: Any, ids: Any, *args: Any) -> Any:
+        chunks.append(ids.shape[1])
+        return hidden(self, ids, *args)
+
+    monkeypatch.setattr(Mixtral, "hidden", spy)
+    model.generate(tokens(1, 600, device=GPU_DEVICE), 1)
+    assert chunks == [512, 88] and model.prefill_chunk == 512
+    assert gpu.pinned == {model.embed_tokens.data_ptr(): embedding}
+
+
 def test_the_embedding_in_host_memory_is_an_ordinary_tensor(gpu: Any) -> None:
     """It is of the device, at its address in host memory, is part of the state, and its memory is returned with it."""
     model = random_model(GPU_DEVICE, embedding=True)

@@ -148,12 +148,8 @@ def resolve_offload(sizes: Sizes, dtype: torch.dtype, offload: int | str, gpu: G
     settings = replace(config(sizes), dtype=dtype_name(dtype))
     movable = movable_bytes(settings, parameter_shapes(settings), {}, dtype)
     if offload == "auto" and gpu is not None:
-
-        def needed(chunk: int) -> int:
-            return memory_need(settings, {}, sizes["B"], sizes["S"], chunk=chunk)["total"]
-
-        found = fewest(settings, movable, needed, usable_bytes(gpu.bytes))
-        if found is not None:
+        need, limit = partial(memory_need, settings, {}, sizes["B"], sizes["S"]), usable_bytes(gpu.bytes)
+        if found := fewest(settings, movable, lambda chunk: need(chunk=chunk)["total"], limit):
             return found.count / settings.num_hidden_layers
         offload = settings.num_local_experts  # too many, as the check says
     placement = check_offload(offload, settings, None, torch.device("meta"), 0, movable)
