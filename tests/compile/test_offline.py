@@ -79,6 +79,9 @@ for arch, (D, T) in product(("sm_90", "sm_80"), HEADS):  # keys alone, or with a
     HEAD_SIZES.append(("cached_attention", sizes | RING | {"past": 5000}, arch, FP16))  # compiles to bf16's code
 for arch, D in product(("sm_90", "sm_80", "gfx942"), (48, 72, 80, 192)):
     HEAD_SIZES.append(("rope_append_attention", STEP | {"D": D}, arch, BF16))
+    HEAD_SIZES.append(("rope_append_attention", STEP | {"D": D, "cache": "int8"}, arch, BF16))
+    CODES = PROMPT | RING | {"T": 65, "S": 4096, "Hq": 4, "Hkv": 2, "D": D, "cache": "int8"}
+    HEAD_SIZES.append(("cached_attention", CODES, arch, BF16))
 
 
 @pytest.mark.exhaustive
