@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process w
 FAMILIES = tuple(dict.fromkeys(known.family for known in ARCHS.values()))
 OUTSIDE_LOOPS = 308 if triton.__version__.startswith("3.7") else 0  # bytes
 MEASURED = {"registers", "spills", "shared_bytes", "limit_bytes", "loop_spills", "loop_flop_per_instruction"}
+MEASURED |= {"loop_instructions_per_byte"}
 JSON_KEYS = MEASURED | {"fault", "op", "kernel", "arch", "file", "dtype", "num_warps", "num_stages", "constexprs"}
 
 

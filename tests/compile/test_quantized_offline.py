@@ -124,7 +124,9 @@ def cache_instructions_a_byte(arch: str, sizes: Any) -> float:
     (loop,) = kernel.loops
     assert kernel.fault is None and kernel.spills == 0
     keys = 2 * launch.constexprs["BLOCK_N"] * 128
-    return 32 * (launch.num_warps or 0) * (loop.tensor + loop.other) / (keys * size)
+    figure = 32 * (launch.num_warps or 0) * (loop.tensor + loop.other) / (keys * size)
+    assert figure == pytest.approx(kernel.loop_instructions_per_byte)
+    return figure
 
 
 @pytest.mark.parametrize("window", [0, 4096])
@@ -133,9 +135,7 @@ def test_cache_of_8_bits_spends_few_instructions_a_byte(arch: str, window: int, 
     """Twice those of 16 bits: full bandwidth affords 8.6 on an H100, 6.0 on an H200."""
     figure = cache_instructions_a_byte(arch, {"window": window, "cache": "int8"})
     assert figure <= 6.0 * SLACK and figure < 2.7 * cache_instructions_a_byte(arch, {"window": window})
-    covers(
-        "main loops", f"decode over 8 bits, window {window}, {arch}: {figure:.2f} instructions a byte (bound 6)"
-    )
+    covers("main loops", f"decode over 8 bits, window {window}, {arch}: {figure:.2f} instructions a byte (bound 6)")
 
 
 def test_half_the_rows_a_program_exceed_the_instruction_limit() -> None:

@@ -190,12 +190,11 @@ def test_model_over_8_bits_equals_the_reference(window: int | None, device: Any)
 
 @pytest.mark.usefixtures("unguarded", "ordered")
 def test_deterministic_model_over_8_bits(device: Any) -> None:
-    """The bits of a sequence depend neither on other sequences nor on the chunks of the text."""
+    """The bits of a sequence do not depend on other sequences."""
     model = random_model(device, deterministic=True, num_hidden_layers=2, sliding_window=4)
     ids = tokens(3, 9, device=device)
     batch = logits_with_cache(model, ids, [5, 1, 3])
     assert torch.equal(batch[1:2], logits_with_cache(model, ids[1:2], [5, 1, 3]))
-    assert torch.equal(batch, logits_with_cache(model, ids, 1)) or not INTERPRETED
 
 
 def test_generate_over_8_bits(device: Any) -> None:
