@@ -97,7 +97,7 @@ class QuantizedCache:
         if codes.dtype != torch.int16 or scales.dtype != torch.float32:
             return f"of {codes.dtype} codes and {scales.dtype} scales, needs int16 and float32"
         if scales.shape != codes.shape[:-1] or scales.device != codes.device:
-            return f"of codes {list(codes.shape)} and scales {list(scales.shape)}, needs one for each vector there"
+            return f"of codes {list(codes.shape)} and scales {list(scales.shape)}, needs a scale for each vector"
         half = codes.shape[-1]
         pairs = zip(codes.shape[:-1], codes.stride()[:-1], scales.stride(), strict=True)
         if codes.stride(-1) != 1 or any(size > 1 and stride != half * one for size, stride, one in pairs):

@@ -45,8 +45,10 @@ def _accumulate_codes(
     state, queries, keys, low, high, limit, KIND: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """`_accumulate`, causal, in 8 bits (quantized_cache.py): a key's scale multiplies its scores, a value's its p."""
-    (acc_low, acc_high), largest, total = state
-    (q_low, q_high), offs_i, window, scale = queries
+    acc, largest, total = state
+    q, offs_i, window, scale = queries
+    acc_low, acc_high = acc
+    q_low, q_high = q
     dtype: tl.constexpr = q_low.dtype
     BLOCK_D: tl.constexpr = q_low.shape[1]
     HALF: tl.constexpr = KIND.D // 2
@@ -328,7 +330,8 @@ def _load_rotated_halves(ptrs, mask, cos, sin, D: tl.constexpr):
 @triton.jit
 def _append_newest_codes(state, q, scale, fresh, caches, scales, angle, active, D: tl.constexpr):
     """`_append_newest_key` into caches of 8 bits, whose scales are at `scales`: it takes part as its codes."""
-    (acc_low, acc_high), largest, total = state
+    acc, largest, total = state
+    acc_low, acc_high = acc
     q_low, q_high = q
     offs_d = tl.arange(0, q_low.shape[1])[None, :]
     mask = offs_d < tl.where(active, D // 2, 0)

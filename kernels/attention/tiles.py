@@ -127,14 +127,13 @@ def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     # Head sizes that are no multiple of 16 need masks, which take registers.
     block_n = 16 if fp32 and (D > 128 or not cdna) else 32 if cdna or D > 128 or sizes["D"] % 16 else 64
     block_n = 16 if cdna and sizes["D"] < D else block_n
-    codes = bool(sizes.get("cache")) and not cdna
-    if codes and sizes["D"] == 128 and not fp32:  # as many bytes of 8 bits as of 16 in a tile of half the keys
-        block_n = 128
+    stages = 2 if fp32 or cdna else 3
+    if sizes.get("cache"):  # codes and numbers take registers side by side
+        block_n = 16 if cdna else 128 if sizes["D"] == 128 and not fp32 else block_n
+        stages = 1 if (fp32 and not cdna) or (cdna and sizes["D"] < D) else 2
     tiles = {"SPLITS": splits, "BLOCK_M": power_of_2(rows, low=16), "BLOCK_N": block_n, "BLOCK_D": D}
     more_warps = (fp32 and not cdna) or (cdna and not fp32 and sizes["D"] % 16 > 0)
-    return LaunchConfig(
-        tiles, num_warps=8 if more_warps else 4, num_stages=1 if codes and fp32 else 2 if fp32 or cdna or codes else 3
-    )
+    return LaunchConfig(tiles, num_warps=8 if more_warps else 4, num_stages=stages)
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
