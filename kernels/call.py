@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import plan
-from .checks import Argument, Matrix, check_values
+from .checks import PACKED, Argument, Cache, Matrix, check_values
 from .launch import INTERPRETED, LaunchConfig, in_pdl_region, launch_context
 from .offload import OFFLOADED, OffloadedWeight
 from .op import Cost, Op, Sizes
 from .plan import call_key
 from .quantized import QuantizedWeight
+from .quantized_cache import QuantizedCache
 from .samples import random_inputs, streaming_cost
 from .sequential import sequential
 
@@ -98,8 +99,7 @@ def needs_no_dispatch(values: Iterable[Any]) -> bool:
         return False
     gradients = torch.is_grad_enabled()
     for x in values:
-        if isinstance(x, QuantizedWeight):
-            x = x.data
+        x = _first_tensor(x)
         if not isinstance(x, Tensor):
             continue
         if type(x) not in PLAIN_TYPES or x.is_meta or x.is_neg() or (gradients and x.requires_grad):
@@ -107,9 +107,13 @@ def needs_no_dispatch(values: Iterable[Any]) -> bool:
     return True
 
 
-# A quantized weight is several tensors, and torch's operators take tensors: its codes take the place of the weight; its
-# scales, zeros and layout follow all other arguments.
-_WEIGHT_TENSORS = (("scales", Tensor), ("zeros", Tensor), ("layout", str))
+# A quantized weight or cache is several tensors, and torch's operators take tensors: its codes take the place of the
+# argument; the other parts follow all other arguments.
+_PARTS = {Matrix: (("scales", Tensor), ("zeros", Tensor), ("layout", str)), Cache: (("scales", Tensor),)}
+
+
+def _first_tensor(x: Any) -> Any:
+    return x.data if isinstance(x, QuantizedWeight) else x.codes if isinstance(x, QuantizedCache) else x
 
 
 def _register(op: Op) -> Any:
@@ -124,7 +128,7 @@ def _register(op: Op) -> Any:
     def backward(ctx: Any, *grads: Any) -> Any:
         raise ValueError(f"mixtral_triton.ops.{op.name} is for inference only: it has no backward pass")
 
-    name, mutates = f"mixtral_triton::{op.name}", op.mutates
+    name, mutates = f"mixtral_triton::{op.name}", _mutated(op)
     operator = torch.library.custom_op(name, function, mutates_args=mutates, schema=_schema(op))
     operator.register_fake(fake)
     if not mutates:
@@ -132,28 +136,32 @@ def _register(op: Op) -> Any:
     return operator
 
 
+def _mutated(op: Op) -> list[str]:
+    caches = (argument.name for argument in op.arguments if argument.kind == Cache and argument.name in op.mutates)
+    return [*op.mutates, *(f"{name}_scales" for name in caches)]
+
+
 def _schema(op: Op) -> str:
     signature = op.plain_signature(Tensor)
     parameters = [*signature.parameters.values()]
     for argument in op.arguments:
-        for part, kind in _WEIGHT_TENSORS if argument.kind == Matrix else ():
+        for part, kind in _PARTS[argument.kind] if argument.kind in PACKED else ():
             more = inspect.Parameter(f"{argument.name}_{part}", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
             parameters.append(more.replace(annotation=kind | None))
 
     def prototype() -> None: ...
 
     prototype.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return torch.library.infer_schema(prototype, mutates_args=op.mutates)
+    return torch.library.infer_schema(prototype, mutates_args=_mutated(op))
 
 
 def flatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[Any, ...]:
     """Turn all arguments of `run` into those of torch's operator."""
-    tensors = [x.data if isinstance(x, QuantizedWeight) else x for x in args]
     parts: list[Any] = []
     for argument, x in zip(arguments, args, strict=True):
-        if argument.kind == Matrix:
-            parts += (x.scales, x.zeros, x.layout) if isinstance(x, QuantizedWeight) else (None, None, None)
-    return (*tensors, *parts)
+        for name, _ in _PARTS[argument.kind] if argument.kind in PACKED else ():
+            parts.append(None if isinstance(x, Tensor) else getattr(x, name, None))
+    return (*map(_first_tensor, args), *parts)
 
 
 def unflatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[Any, ...]:
@@ -162,10 +170,12 @@ def unflatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[
     parts: Iterator[Any] = iter(args[len(arguments) :])
     for index, argument in enumerate(arguments):
         if argument.kind == Matrix:
-            scales, zeros, layout = (next(parts, None) for _ in _WEIGHT_TENSORS)
+            scales, zeros, layout = (next(parts, None) for _ in _PARTS[Matrix])
             if layout is not None:
                 weight_of: Any = OffloadedWeight.of if layout.startswith(OFFLOADED) else QuantizedWeight.of
                 values[index] = weight_of(values[index], scales, zeros, layout)
+        elif argument.kind == Cache and (scales := next(parts, None)) is not None:
+            values[index] = QuantizedCache(values[index], scales)
     return tuple(values)
 
 
@@ -276,7 +286,7 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     operator, order = _register(op), _order_arguments(op)
 
     def dispatch(args: tuple[Any, ...]) -> Any:
-        quantized = any(isinstance(x, QuantizedWeight) for x in args)
+        quantized = any(isinstance(x, (QuantizedWeight, QuantizedCache)) for x in args)
         return operator(*(flatten_args(op.arguments, op.bind(*args)) if quantized else args))
 
     def checked(*args: Any, **kwargs: Any) -> Any:

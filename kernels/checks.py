@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .quantized import QuantizedWeight
+from .quantized_cache import QuantizedCache
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FP32 = (torch.float32,)
@@ -32,6 +33,8 @@ INT32 = (torch.int32,)
 MAY_BE_EMPTY = {"B", "T", "S", "P"}  # a call without tokens is a call; a model without experts is none
 
 Matrix = Tensor | QuantizedWeight
+Cache = Tensor | QuantizedCache
+PACKED = (Matrix, Cache)  # what may be an object of several tensors
 
 # An argument's name, its values, the least and the most that they may be.
 Range = tuple[str, Tensor, int, int]
@@ -50,7 +53,7 @@ class Argument:
     """One argument of an operation, read from its annotation."""
 
     name: str
-    kind: Any  # Tensor, Matrix, bool, int, float; anything else is not checked
+    kind: Any  # Tensor, Matrix, Cache, bool, int, float; anything else is not checked
     optional: bool
     shape_spec: str  # letters and expressions; empty: not checked
     dtypes: Sequence[torch.dtype] | None  # None: the dtype of the first float tensor
@@ -58,7 +61,7 @@ class Argument:
 
     @property
     def tensor(self) -> bool:
-        return bool(self.shape_spec) and self.kind in (Tensor, Matrix)
+        return bool(self.shape_spec) and self.kind in (Tensor, Matrix, Cache)
 
     @classmethod
     def parse(cls, name: str, hint: Any) -> Argument:
@@ -157,8 +160,9 @@ class Binder:
     def bind_tensor(self, argument: Argument, value: Any) -> None:
         name, spec = argument.name, argument.shape_spec
         is_weight = argument.kind == Matrix and isinstance(value, QuantizedWeight)
-        quantized = is_weight and value.format != "dense"  # dense: offload.py
-        if not isinstance(value, Tensor) and not is_weight:
+        is_cache = argument.kind == Cache and isinstance(value, QuantizedCache)
+        quantized = is_cache or (is_weight and value.format != "dense")  # dense: offload.py
+        if not isinstance(value, Tensor) and not is_weight and not is_cache:
             raise fail(self.op, name, f"a {type(value).__name__}", f"a tensor [{spec}]")
         dtypes = argument.dtypes or (FLOATS if self.dtype is None else (self.dtype,))
         if not quantized and value.dtype not in dtypes:
@@ -166,7 +170,9 @@ class Binder:
         if argument.dtypes is None and not quantized:
             self.dtype = value.dtype
         self.device = self.device or value.device
-        if not is_weight and value.layout != torch.strided:
+        if is_cache and (fault := value.fault()):
+            raise ValueError(f"{self.op}: argument '{name}' is {fault}")
+        if isinstance(value, Tensor) and value.layout != torch.strided:
             raise fail(self.op, name, f"of layout {value.layout}", "a strided tensor")
         if value.device != self.device:
             raise fail(self.op, name, f"on {value.device}", f"to be on {self.device}, as the first argument is")

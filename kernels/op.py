@@ -143,13 +143,13 @@ class Op:
         )
         return results if len(results) > 1 else results[0] if results else None
 
-    def plain_signature(self, matrix: Any = checks.Matrix) -> inspect.Signature:
-        """The signature without what only checks read: Tensor, int, ..., and `matrix` for a Matrix."""
+    def plain_signature(self, packed: Any = None) -> inspect.Signature:
+        """The signature without what only checks read: Tensor, int, ..., and `packed` for a Matrix or a Cache."""
         results: dict[int, Any] = {0: None, 1: torch.Tensor}
         returned = results.get(len(self.results), tuple[(torch.Tensor,) * len(self.results)])  # type: ignore[misc]
         parameters = []
         for argument, parameter in zip(self.arguments, self.signature.parameters.values(), strict=True):
-            kind = matrix if argument.kind == checks.Matrix else argument.kind
+            kind = argument.kind if packed is None or argument.kind not in checks.PACKED else packed
             parameters.append(parameter.replace(annotation=kind | None if argument.optional else kind))
         return inspect.Signature(parameters, return_annotation=returned)
 

@@ -27,6 +27,7 @@ from .launch import CompiledLaunch
 from .offload import OffloadedWeight
 from .op import Op
 from .quantized import QuantizedWeight
+from .quantized_cache import QuantizedCache
 
 PLANS_MAX = 4096
 # torch operations that allocate memory and compute nothing.
@@ -52,13 +53,17 @@ def call_key(args: Sequence[Any]) -> tuple[Any, ...]:
             key += (type(x), x.format, x.group, x.shape, *call_key(_parts(x)))
             if isinstance(x, OffloadedWeight):  # its parts are addresses
                 key.append(x.dtype)
+        elif isinstance(x, QuantizedCache):
+            key += (QuantizedCache, *call_key(x.tensors))
         else:
             key += (type(x), x)  # True is not 1
     return tuple(key)
 
 
-def _parts(weight: QuantizedWeight) -> tuple[Tensor | None, ...]:
-    return tuple(weight._buffers.values())  # data, scales, zeros: an attribute of a module is key more slowly
+def _parts(x: QuantizedWeight | QuantizedCache) -> tuple[Tensor | None, ...]:
+    if isinstance(x, QuantizedCache):
+        return x.tensors
+    return tuple(x._buffers.values())  # data, scales, zeros: an attribute of a module is key more slowly
 
 
 def run(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = None) -> Any:
@@ -87,8 +92,8 @@ _Step = tuple[Any, tuple[int, int, int], Callable[[Sequence[Any]], tuple[Any, ..
 class LaunchPlan:
     """The launches of a call. The values from which their arguments are picked are, in this order:
 
-    the call's arguments; the tensors of its quantized weights, whose places are `quantized`; fresh memory of the shapes
-    and dtypes in `allocations`; descriptors, each the fields but the base, and the place of the base; `constants`.
+    the call's arguments; the tensors of those that are several, whose places are `quantized`; fresh memory of the
+    shapes and dtypes in `allocations`; descriptors, each the fields but the base, and the base's place; `constants`.
     """
 
     device: torch.device
@@ -159,7 +164,7 @@ def _run_and_record(function: Callable[..., Any], args: tuple[Any, ...], key: tu
     launches: list[CompiledLaunch] = []
     with launch.launch_context(compiled=launches), _AllocationRecorder() as recorder:
         out = function(*args)
-    quantized = tuple(at for at, x in enumerate(args) if isinstance(x, QuantizedWeight))
+    quantized = tuple(at for at, x in enumerate(args) if isinstance(x, QuantizedWeight | QuantizedCache))
     inputs = [*args, *(part for at in quantized for part in _parts(args[at]))]
     addresses = [x.data_ptr() for x in inputs if isinstance(x, Tensor) and x.numel()]
     if len(set(addresses)) == len(addresses):  # else an address does not identify an argument

@@ -219,8 +219,11 @@ def _attend(
     return (out if sees_no_key is None else out.masked_fill(sees_no_key, 0.0)).contiguous()
 
 
-def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, new: Tensor) -> None:
-    """Write the first new[b] tokens of k and v [B,T,Hkv,D] into the ring caches [B,Hkv,C,D], slot = position mod C."""
+def append(k: Tensor, v: Tensor, k_cache: Any, v_cache: Any, past: Tensor, new: Tensor) -> None:
+    """Write the first new[b] tokens of k and v [B,T,Hkv,D] into the ring caches [B,Hkv,C,D], slot = position mod C.
+
+    A QuantizedCache quantizes what it is assigned, one vector [D] at a time.
+    """
     C = k_cache.shape[2]
     for b, (begin, n) in enumerate(zip(past.tolist(), new.tolist(), strict=True)):
         t = max(0, n - C)  # later tokens overwrite earlier ones
@@ -232,12 +235,16 @@ def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor,
             t += run
 
 
+def _read(cache: Any, dtype: torch.dtype) -> Tensor:
+    return cache if isinstance(cache, Tensor) else cache.dequantize().to(dtype)
+
+
 def cached_attention(
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Any,
+    v_cache: Any,
     past: Tensor,
     new: Tensor,
     window: int | None = None,
@@ -248,12 +255,14 @@ def cached_attention(
     """
     T, C = q.shape[1], k_cache.shape[2]
     fresh, begin, n = None if k is None or v is None else (k, v), _common_value(past), _common_value(new)
+    if fresh is not None and not isinstance(k_cache, Tensor):  # a chunk takes part as it will be read later
+        fresh = tuple(map(k_cache.as_stored, fresh))
     if fresh is not None and begin == 0 and n == T:
         return attention(q, *fresh, window=window)  # the caches are empty
     cached = past + new if fresh is None else past
     written = [min(C, length) for length in cached.tolist()]  # slots of each sequence
     used = max(written, default=0)
-    keys, values = k_cache[:, :, :used], v_cache[:, :, :used]
+    keys, values = (_read(cache[:, :, :used], q.dtype) for cache in (k_cache, v_cache))
     if fresh is None and T == n == 1 and min(written) == used <= (window or used):
         return _attend(q, keys, values, None, None)  # the newest token sees every slot
     t, slot = torch.arange(T, device=q.device), torch.arange(used, device=q.device)
@@ -274,8 +283,8 @@ def rope_append_attention(
     v: Tensor,
     cos: Tensor,
     sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Any,
+    v_cache: Any,
     past: Tensor,
     new: Tensor,
     window: int | None = None,

@@ -19,6 +19,7 @@ from .norm import embed_rms_norm as embed_rms_norm
 from .norm import rms_norm as rms_norm
 from .op import Op
 from .quantized import QuantizedWeight
+from .quantized_cache import QuantizedCache
 from .rope import append as append
 from .rope import rope as rope
 from .router import gate_route as gate_route
@@ -33,6 +34,6 @@ OPS: dict[str, Op] = {name: function.op for name, function in OPERATIONS.items()
 
 
 def dispatched(name: str, args: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return the operation as torch's operator; where a weight is quantized, the function that flattens it for one."""
-    quantized = any(isinstance(value, QuantizedWeight) for value in args.values())
+    """Return the operation as torch's operator; where an argument is quantized, the function that flattens it."""
+    quantized = any(isinstance(value, (QuantizedWeight, QuantizedCache)) for value in args.values())
     return OPERATIONS[name] if quantized else getattr(torch.ops.mixtral_triton, name)

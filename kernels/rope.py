@@ -16,9 +16,10 @@ from torch import Tensor
 
 from . import reference
 from .call import operation
-from .checks import FP32, INTS, Constraints, Within, fail
+from .checks import FP32, INTS, Cache, Constraints, Within, fail
 from .launch import LaunchConfig, dense_rows, launch, power_of_2, select_configs
 from .op import Cost, Sizes
+from .quantized_cache import QuantizedCache, quantized, vector_bytes
 from .samples import shapes
 
 # The greatest position: far beyond any model's, and a tile of keys past it still fits int32.
@@ -41,27 +42,50 @@ def _copy_heads(x_ptr, y_ptr, stride_xh, stride_yh, heads, D, BLOCK_H: tl.conste
     tl.store(y_ptr + offs_h * stride_yh + offs_d, tl.load(x_ptr + offs_h * stride_xh + offs_d, mask=mask), mask=mask)
 
 
+@triton.jit
+def _quantize_heads(
+    x_ptr, y_ptr, scale_ptr, stride_xh, stride_yh, heads, half, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr
+):
+    offs_h, offs_d = tl.arange(0, BLOCK_H).to(tl.int64), tl.arange(0, BLOCK_HALF)[None, :]
+    exists = offs_h < heads
+    mask, x = exists[:, None] & (offs_d < half), x_ptr + offs_h[:, None] * stride_xh + offs_d
+    low, high = tl.load(x, mask=mask, other=0.0), tl.load(x + half, mask=mask, other=0.0)
+    _, _, elements, scales = quantized(low, high)
+    tl.store(y_ptr + offs_h[:, None] * stride_yh + offs_d, elements, mask=mask)
+    tl.store(scale_ptr + offs_h * (stride_yh // half), scales, mask=exists)
+
+
 @triton.jit(do_not_specialize=["T", "C"])
 def append_kernel(
     k_ptr,  # [B, T, Hkv, D]
     v_ptr,  # [B, T, Hkv, D]
-    past_ptr,  # [B] the position of token 0
+    past_ptr,  # [B] the position of token 0, or None: 0
     new_ptr,  # [B] how many of the T tokens to append
-    k_cache_ptr,  # [B, Hkv, C, D]
-    v_cache_ptr,  # [B, Hkv, C, D]
+    k_cache_ptr,  # [B, Hkv, C, D], or in 8 bits int16 [B, Hkv, C, D / 2]
+    v_cache_ptr,
+    k_cache_scales_ptr,  # [B, Hkv, C] fp32 in 8 bits (quantized_cache.py), or None
+    v_cache_scales_ptr,
     T, C, Hkv, D,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_cb, stride_ch, stride_cs,
     BLOCK_HKV: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    past, new = sequence_position(past_ptr, new_ptr, b, T)
+    past, new = sequence_position(new_ptr if past_ptr is None else past_ptr, new_ptr, b, T)
+    if past_ptr is None:
+        past *= 0
     # None where t is no new token, or a later token of the chunk takes its slot.
     stored = tl.where((t < new) & (t >= new - C), Hkv, 0)
     out = b * stride_cb + (past + t) % C * stride_cs
     k = k_ptr + b * stride_kb + t * stride_kt
     v = v_ptr + b * stride_vb + t * stride_vt
-    _copy_heads(k, k_cache_ptr + out, stride_kh, stride_ch, stored, D, BLOCK_HKV, BLOCK_D)
-    _copy_heads(v, v_cache_ptr + out, stride_vh, stride_ch, stored, D, BLOCK_HKV, BLOCK_D)
+    if k_cache_scales_ptr is None:
+        _copy_heads(k, k_cache_ptr + out, stride_kh, stride_ch, stored, D, BLOCK_HKV, BLOCK_D)
+        _copy_heads(v, v_cache_ptr + out, stride_vh, stride_ch, stored, D, BLOCK_HKV, BLOCK_D)
+    else:
+        HALF: tl.constexpr = tl.cdiv(BLOCK_D, 2)
+        k_scales, v_scales = k_cache_scales_ptr + out // (D // 2), v_cache_scales_ptr + out // (D // 2)
+        _quantize_heads(k, k_cache_ptr + out, k_scales, stride_kh, stride_ch, stored, D // 2, BLOCK_HKV, HALF)
+        _quantize_heads(v, v_cache_ptr + out, v_scales, stride_vh, stride_ch, stored, D // 2, BLOCK_HKV, HALF)
 
 
 @triton.jit
@@ -123,12 +147,22 @@ def strides(name: str, x: Tensor, dims: str = "bth") -> dict[str, int]:
     return {f"stride_{name}{dim}": stride for dim, stride in zip(dims, x.stride(), strict=False)}
 
 
+def cache_args(k_cache: Cache, v_cache: Cache) -> dict[str, Any]:
+    """Return the kernel arguments of both caches: pointers, scales (None: not in 8 bits), strides, slots."""
+    codes = (k_cache, v_cache) if isinstance(k_cache, Tensor) else (k_cache.codes, v_cache.codes)  # type: ignore[union-attr]
+    args = {"k_cache_ptr": codes[0], "v_cache_ptr": codes[1], "C": codes[0].shape[2], **strides("c", codes[0], "bhs")}
+    scales = {
+        f"{name}_scales_ptr": getattr(x, "scales", None) for name, x in (("k_cache", k_cache), ("v_cache", v_cache))
+    }
+    return args | scales
+
+
 # The position of each sequence, and how many of the T tokens are new.
 Past = Annotated[Tensor, "B", INTS, Within(0, POSITIONS_MAX.value)]
 New = Annotated[Tensor, "B", INTS, Within(0, "T")]
 Queries = Annotated[Tensor, "B T Hq D"]
 Heads = Annotated[Tensor, "B T Hkv D"]
-Slots = Annotated[Tensor, "B Hkv C D"]
+Slots = Annotated[Cache, "B Hkv C D"]
 Table = Annotated[Tensor, "P D//2", FP32]
 
 
@@ -151,6 +185,9 @@ def append_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, Lau
 def check_caches(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
     """Both caches need the same strides: kernels compute one offset for both."""
     k_cache, v_cache = args["k_cache"], args["v_cache"]
+    if type(k_cache) is not type(v_cache) and QuantizedCache in (type(k_cache), type(v_cache)):
+        raise fail(op, "v_cache", f"a {type(v_cache).__name__}", f"a {type(k_cache).__name__}, as k_cache is")
+    k_cache, v_cache = (getattr(x, "codes", x) for x in (k_cache, v_cache))
     if k_cache.stride() != v_cache.stride() or k_cache.stride(-1) != 1:
         raise fail(op, "v_cache", f"of strides {v_cache.stride()}", "those of k_cache, the last of them 1")
 
@@ -188,8 +225,8 @@ def cache_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) 
 
 def append_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     """Count each element of k and v read once and written once."""
-    elements = 2 * sizes["B"] * sizes["T"] * sizes["Hkv"] * sizes["D"]
-    return Cost(flops=0, bytes=2 * elements * dtype.itemsize)
+    vectors, D, size = 2 * sizes["B"] * sizes["T"] * sizes["Hkv"], sizes["D"], dtype.itemsize
+    return Cost(flops=0, bytes=vectors * (D * size + vector_bytes(D, size, "cache" in sizes)))
 
 
 @operation(
@@ -236,8 +273,13 @@ def rope(
         {**shape, "T": T}
         for shape in shapes("B Hkv D C past", "2 2 80 16 0, 2 2 80 16 13, 2 2 80 64 40")
         for T in (1, 15, 40)
+    )
+    + shapes("B T Hkv D C past", "2 15 2 80 16 13, 3 2 1 128 64 40", cache="int8"),
+    bench_shapes=tuple(
+        sizes | cache
+        for sizes in shapes("B T Hkv D C past", "1 2048 8 128 4096 0")
+        for cache in ({}, {"cache": "int8"})
     ),
-    bench_shapes=shapes("B T Hkv D C past", "1 2048 8 128 4096 0"),
     mutates=("k_cache", "v_cache"),
     constraints=Constraints(rule=check_caches),
 )
@@ -245,7 +287,7 @@ def append(k: Heads, v: Heads, k_cache: Slots, v_cache: Slots, past: Past, new: 
     """Write a chunk's keys and values into the ring caches (Mistral 7B, section 2): position p into slot p mod C.
 
     k, v              [B, T, Hkv, D], fp32, bf16 or fp16
-    k_cache, v_cache  [B, Hkv, C, D] in k's dtype, of equal strides; written in place
+    k_cache, v_cache  [B, Hkv, C, D] in k's dtype, or QuantizedCaches; of equal strides; written in place
     past, new         [B], int32 or int64: sequence b stands at position past[b], and its first new[b] tokens are
                       written
 
@@ -258,10 +300,15 @@ def append(k: Heads, v: Heads, k_cache: Slots, v_cache: Slots, past: Past, new: 
     >>> k_cache[0, 0, :, 0].nonzero().flatten().tolist()
     [0, 1, 15]
     """
+    launch_append(k, v, k_cache, v_cache, past.contiguous(), new.contiguous())
+
+
+def launch_append(k: Tensor, v: Tensor, k_cache: Cache, v_cache: Cache, past: Tensor | None, new: Tensor) -> None:
+    """`append`; past None: 0."""
     k, v = dense_rows(k), dense_rows(v)
     B, T, Hkv, D = k.shape
-    args: dict[str, Any] = {"k_ptr": k, "v_ptr": v, "past_ptr": past.contiguous(), "new_ptr": new.contiguous()}
-    args |= {"k_cache_ptr": k_cache, "v_cache_ptr": v_cache, "T": T, "C": k_cache.shape[2], "Hkv": Hkv, "D": D}
-    args |= strides("k", k) | strides("v", v) | strides("c", k_cache, "bhs")
+    args: dict[str, Any] = {"k_ptr": k, "v_ptr": v, "past_ptr": past, "new_ptr": new, "T": T, "Hkv": Hkv, "D": D}
+    args |= cache_args(k_cache, v_cache)
+    args |= strides("k", k) | strides("v", v)
     selected = select_configs(append_configs, {"D": D, "Hkv": Hkv}, k.dtype, k.device)
     launch(append_kernel, (T, B), args, selected["append_kernel"])

@@ -13,6 +13,7 @@ from . import checks
 from .checks import Argument
 from .op import Cost, Sizes, read_annotations
 from .quantized import matrix_bytes, sample_quantized
+from .quantized_cache import QuantizedCache
 
 
 def shapes(names: str, table: str, **flags: Any) -> tuple[dict[str, Any], ...]:
@@ -58,7 +59,8 @@ def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]
     """Return `Op.inputs` for `run`: the arguments that `special` returns, and random ones by their annotations.
 
     Tensors have normal values, divided by the root of the columns where no dimension counts sequences or tokens. A
-    Matrix is quantized where the flag of its name says so. Numbers are sizes, flags, or 1e-5.
+    Matrix is quantized where the flag of its name says so, a Cache where "cache" is "int8". Numbers are sizes, flags,
+    or 1e-5.
     """
 
     def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
@@ -70,6 +72,8 @@ def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]
             shape = checks.shape_of(argument.shape_spec, {"...": (sizes.get("T"),), **sizes})
             if argument.kind == checks.Matrix and (format := sizes.get(argument.name.removesuffix("_proj"))):
                 return sample_quantized(format, *shape, device=device, generator=generator)
+            if argument.kind == checks.Cache and sizes.get("cache"):
+                return QuantizedCache.of(sampler(dtype, device, generator)(*shape))
             is_weight = len(shape) > 1 and argument.shape_spec.split()[0] not in ("B", "T", "...")
             return sampler(dtype, device, generator)(*shape, scale=shape[-1] ** -0.5 if is_weight else 1.0)
 

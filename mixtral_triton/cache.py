@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .config import MixtralConfig
 from .inputs import check_dtype, default_dtype, is_int, usable_device
 from .kernels.checks import readable
+from .kernels.quantized_cache import QuantizedCache, vector_bytes
+
+Slots = torch.Tensor | QuantizedCache  # of one layer, keys or values [B, Hkv, C, D]
 
 
 def _version(x: torch.Tensor) -> int | None:
@@ -20,11 +25,18 @@ def cache_shape(config: MixtralConfig, batch: int, max_len: int) -> tuple[int, .
     return config.num_hidden_layers, 2, batch, config.num_key_value_heads, slots, config.head_dim
 
 
+def cache_bytes(config: MixtralConfig, batch: int, max_len: int, dtype: torch.dtype) -> int:
+    """Return the bytes of a KVCache's keys and values."""
+    *vectors, D = cache_shape(config, batch, max_len)
+    return math.prod(vectors) * vector_bytes(D, dtype.itemsize, dtype is torch.int8)
+
+
 class KVCache:
     """Ring caches of every layer, and the length of each sequence.
 
-    keys, values  per layer [B, Hkv, C, D]; position p is in slot p mod C, C = sliding_window where a position can leave
-                  it, else max_len
+    keys, values  per layer [B, Hkv, C, D], or a QuantizedCache; position p is in slot p mod C, C = sliding_window where
+                  a position can leave it, else max_len
+    dtype         of the keys; int8: they are quantized as they are appended
     lengths       int32 [B]: tokens appended so far, which is the next position
     max_len       tokens that a sequence can reach: the slots, or with a window the model's positions
     """
@@ -39,7 +51,8 @@ class KVCache:
     ) -> None:
         """`max_len`: tokens that a sequence may reach; unused where a sliding window sizes the ring.
 
-        device None: as in `Mixtral.from_pretrained`. dtype None: the config's, else bfloat16.
+        device None: as in `Mixtral.from_pretrained`. dtype None: the config's, else bfloat16; torch.int8: 8 bits, with
+        a scale for each token and head, for a model of any dtype.
         """
         if not isinstance(config, MixtralConfig):
             raise ValueError(f"KVCache: config is a {type(config).__name__}, needs a MixtralConfig: model.config")
@@ -51,15 +64,22 @@ class KVCache:
             raise ValueError(f"KVCache: max_len is {max_len!r}, needs {need}")
         device = usable_device(device)
         dtype = default_dtype(config) if dtype is None else dtype
-        check_dtype("KVCache", dtype)
-        self.config = config
+        check_dtype("KVCache", dtype, of_cache=True)
+        self.config, self.dtype = config, dtype
+        self.filled_by: torch.dtype | None = None  # of the model whose keys these are
         self.window, limit = config.window, config.max_position_embeddings
         shape = cache_shape(config, batch, max_len or limit)
         self.slots = shape[4]
         self.max_len = limit if self.window else self.slots
         # Zeros, so that no slot holds uninitialized bits.
-        storage = torch.zeros(shape, dtype=dtype, device=device)
-        self.keys, self.values = zip(*(layer.unbind(0) for layer in storage.unbind(0)), strict=True)
+        self.keys: tuple[Slots, ...]
+        self.values: tuple[Slots, ...]
+        if dtype is torch.int8:
+            codes = QuantizedCache.empty(*shape, device=device).zero_()
+            self.keys, self.values = (tuple(codes[layer, at] for layer in range(shape[0])) for at in (0, 1))
+        else:
+            storage = torch.zeros(shape, dtype=dtype, device=device)
+            self.keys, self.values = zip(*(layer.unbind(0) for layer in storage.unbind(0)), strict=True)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._known, self._version, self._replayed = 0, _version(self.lengths), False
         self.appending: torch.Tensor | None = None  # int [B]: the tokens of a forward that has not ended

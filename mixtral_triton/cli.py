@@ -122,6 +122,10 @@ def parser() -> argparse.ArgumentParser:
         option("--offload-by", type=Path, metavar="FILE", help="of `trace --counts`: offload those used least")
         option("--context", type=int, metavar="S", help="tokens that --offload auto leaves memory for; default: 4096")
 
+    def cache(option: Any) -> None:
+        text = "int8: keys and values in 8 bits, half the memory and traffic; default: the model's dtype"
+        option("--cache-dtype", choices=("int8",), help=text)
+
     def ops(option: Any) -> None:
         option("ops", nargs="*", metavar="OP", help="default: all")
 
@@ -135,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
         option("--interpret", action="store_true", help="the Triton kernels, interpreted on the CPU")
 
     text = "compare tensors with files, and operations and layers with plain torch"
-    option = command("verify", text, model, mesh, memory)
+    option = command("verify", text, model, mesh, memory, cache)
     option("--peer", choices=("transformers",), help="compare with its model of the files, layer by layer, too")
     option("--prompt", help="text to run; default: fixed pseudo-random tokens")
     option("--tokens", type=int, metavar="N", help="of the text and of the longest call; default: 144, on a GPU 2048")
@@ -143,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     text = "leave out layers in fp32; default for the small checkpoint without a GPU"
     option("--quick", action=argparse.BooleanOptionalAction, help=text)
 
-    option = command("generate", "stream the continuation of a prompt", model, mesh, memory, prompt)
+    option = command("generate", "stream the continuation of a prompt", model, mesh, memory, cache, prompt)
     text = "put --prompt into the checkpoint's chat template, and answer each of several in turn"
     option("--chat", action="store_true", help=text)
     option("--system", metavar="TEXT", help="the system message of the chat; default: none")
@@ -168,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
     option("--weights", type=parse_weights, required=True, metavar="FORMAT", help=text)
     option("--device", help="where to compute: cpu, cuda, ...; default: the GPU if there is one")
 
-    option = command("bench", "each operation, and a decode step, beside its peers and its floor", ops, at)
+    option = command("bench", "each operation, and a decode step, beside its peers and its floor", ops, at, cache)
     option("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg, .pdf)")
     option("-h", "--help", nargs=0, action=OpHelp, help="this text; after an OP its arguments and sizes, too")
     option("--quick", action="store_true", help="a few cases an operation, of 8x7B")
@@ -186,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
     option("--arch", choices=ARCHS, metavar="ARCH", help=text)
     option("--dry-run", action="store_true", help="time nothing")
 
-    option = command("fit", "what fits a GPU's memory: weights by format, cache, workspace, the longest text")
+    option = command("fit", "what fits a GPU's memory: weights by format, cache, workspace, the longest text", cache)
     text = "a folder, a name on the hub, or mixtral-8x22b; default: mixtral-8x7b"
     option("model", nargs="?", default="mixtral-8x7b", metavar="MODEL", help=text)
     option("--gpu", metavar="NAME", help="h100, rtx4090, ...; default: the GPU there is, else all that are known")
@@ -241,6 +245,7 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     with warnings.catch_warnings(record=True) as caught, bar("loading", total, DownloadColumn()) as progress:
         options: dict[str, Any] = {"deterministic": getattr(args, "deterministic", False), "progress": progress.advance}
         options |= {"offload": args.offload, "offload_by": args.offload_by, "context": args.context}
+        options["cache_dtype"] = _cache_dtype(args)
         model = Mixtral.from_pretrained(args.folder, device, dtype, args.weights, mesh, **options)
     for warning in caught if is_first() else ():
         print_message(f"mixtral-triton {args.command}: {warning.message}")
@@ -256,13 +261,25 @@ def _tokens(args: argparse.Namespace, ids: Sequence[int], warning: str, model: M
     return torch.tensor(ids, device=model.device)
 
 
-def _compile(model: Mixtral, sizes: Sequence[tuple[int, int]], slots: int, dtypes: Sequence[torch.dtype]) -> None:
+def _cache_dtype(args: argparse.Namespace) -> torch.dtype | None:
+    import torch
+
+    return torch.int8 if getattr(args, "cache_dtype", None) else None
+
+
+def _compile(
+    model: Mixtral,
+    sizes: Sequence[tuple[int, int]],
+    slots: int,
+    dtypes: Sequence[torch.dtype],
+    cache_dtype: torch.dtype | None,
+) -> None:
     """Compile what forwards of [B,T] tokens launch on a GPU, and show the progress."""
     if model.device.type == "cuda":  # a CPU needs no compiler
         from .tools.offline import compile_ahead
 
         with bar("compiling", None) as progress:
-            compile_ahead(model, sizes, slots, dtypes, progress.update)
+            compile_ahead(model, sizes, slots, dtypes, progress.update, cache_dtype)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -287,9 +304,11 @@ def _verify(args: argparse.Namespace) -> int:
             print_message(note)
             print_message(estimate(model, ids[:, : args.tokens], args.folder, quick))
         sizes = [*STEPS, *((B, T) for B, T in CHUNKS if model.config.max_position_embeddings >= T)]
-        _compile(model, sizes, CACHE_SLOTS, [model.dtype] if quick else [model.dtype, torch.float32])
+        dtypes, cache_dtype = [model.dtype] if quick else [model.dtype, torch.float32], _cache_dtype(args)
+        _compile(model, sizes, CACHE_SLOTS, dtypes, cache_dtype)
         with bar("verifying", None) as progress:
-            options = {"folder": args.folder, "peer": args.peer, "quick": quick, "tokens": args.tokens}
+            options: dict[str, Any] = {"folder": args.folder, "peer": args.peer, "quick": quick, "tokens": args.tokens}
+            options["cache_dtype"] = cache_dtype
             report = verify(model, ids[:, : args.tokens], progress.update, **options)
         if is_first() and args.json:
             print(json.dumps({"folder": str(args.folder), **report.as_dict()}))
@@ -316,6 +335,7 @@ def _generate(args: argparse.Namespace) -> int:
         model, tokenizer = _load(args, mesh), load_tokenizer(args.folder)
         sampling, notes = select_sampling(args, read_generation_config(args.folder))
         sampling["generator"] = torch.Generator(model.device).manual_seed(args.seed)
+        sampling["cache_dtype"] = _cache_dtype(args)
         for number, text in enumerate(texts):
             messages.append({"role": "user", "content": text})
             ids, warning = encode(tokenizer, text, model.config.bos_token_id)
@@ -325,7 +345,7 @@ def _generate(args: argparse.Namespace) -> int:
             if number == 0:
                 size = model.prefill_chunk
                 chunks = {(1, 1), (1, min(len(ids), size)), (1, len(ids) % size or 1)}
-                _compile(model, sorted(chunks), len(ids) + args.max_new_tokens, [model.dtype])
+                _compile(model, sorted(chunks), len(ids) + args.max_new_tokens, [model.dtype], sampling["cache_dtype"])
             steps = TimedSteps(model.stream(prompt[None], args.max_new_tokens, **sampling), len(ids), model.device)
             if is_first() and number == 0:
                 print_message("\n".join(filter(None, (note, *notes))))

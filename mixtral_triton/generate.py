@@ -49,6 +49,7 @@ def generate(
     *,
     top_k: int | None = None,
     min_p: float = 0.0,
+    cache_dtype: torch.dtype | None = None,
 ) -> Tensor | list[Tensor]:
     """Continue prompts: int64 [B,T] -> [B,T+n], or a list of 1-D prompts -> a list of prompts with what follows them.
 
@@ -56,9 +57,9 @@ def generate(
     the top_k most likely tokens (None: of all) the smallest set with probability top_p is sampled from (Fan et al.
     2018, Holtzman et al. 2020), without those less likely than min_p times the likeliest (Nguyen et al. 2024).
     eos_token_id None: the config's, which are those of both files. A sequence ends with its EOS included; in a
-    [B,T+n] result it is padded with it.
+    [B,T+n] result it is padded with it. cache_dtype None: the model's; torch.int8: keys and values in 8 bits (KVCache).
     """
-    sampling: Any = {"generator": generator, "top_k": top_k, "min_p": min_p}
+    sampling: Any = {"generator": generator, "top_k": top_k, "min_p": min_p, "cache_dtype": cache_dtype}
     steps = stream(model, input_ids, max_new_tokens, temperature, top_p, eos_token_id, **sampling)
     rows, eos = list(input_ids), eos_ids(eos_token_id, model.config)
     new = torch.stack(list(steps), dim=1).cpu() if max_new_tokens else torch.empty((len(rows), 0), dtype=torch.int64)
@@ -79,6 +80,7 @@ def stream(
     *,
     top_k: int | None = None,
     min_p: float = 0.0,
+    cache_dtype: torch.dtype | None = None,
 ) -> Iterator[Tensor]:
     """Check the arguments, those of `generate`, then return an iterator over the next tokens, int64 [B] on the model's
     device. A sequence that has ended repeats its EOS; the iterator ends once every sequence has."""
@@ -87,6 +89,10 @@ def stream(
         raise ValueError(f"generate: input_ids is {got}, needs a tensor [B, T] or a list of tensors [T]")
     eos = eos_ids(eos_token_id, model.config)
     _check_sampling(max_new_tokens, temperature, top_p, generator, top_k, min_p, model.device)
+    if cache_dtype not in (None, model.dtype, torch.int8):
+        raise ValueError(
+            f"generate: cache_dtype is {cache_dtype!r}, needs None, {model.dtype}, the model's, or torch.int8"
+        )
     ids, lengths = _pad_prompts(model, list(input_ids))
     limit = model.config.max_position_embeddings
     if ids.shape[1] + max_new_tokens > limit:
@@ -96,16 +102,23 @@ def stream(
         # Not torch's own, in which another thread cannot draw during a capture: seeded by it, as a data loader is.
         seed = int(torch.randint(1 << 62, (), device="cpu"))
         generator = torch.Generator(model.device).manual_seed(seed)
-    return _stream(model, ids, lengths, max_new_tokens, eos, (temperature, top_p, generator, top_k, min_p))
+    dtype = model.dtype if cache_dtype is None else cache_dtype
+    return _stream(model, ids, lengths, max_new_tokens, eos, (temperature, top_p, generator, top_k, min_p), dtype)
 
 
 @torch.no_grad()
 def _stream(
-    model: Mixtral, ids: Tensor, lengths: Tensor, max_new_tokens: int, eos: frozenset[int], sampling: Sampling
+    model: Mixtral,
+    ids: Tensor,
+    lengths: Tensor,
+    max_new_tokens: int,
+    eos: frozenset[int],
+    sampling: Sampling,
+    cache_dtype: torch.dtype,
 ) -> Iterator[Tensor]:
     if max_new_tokens == 0:
         return
-    cache = KVCache(model.config, len(ids), ids.shape[1] + max_new_tokens, device=model.device, dtype=model.dtype)
+    cache = KVCache(model.config, len(ids), ids.shape[1] + max_new_tokens, device=model.device, dtype=cache_dtype)
     step = Step(model, cache, eos, sampling)
     step.pick(prefill(model, cache, ids, lengths))
     replay: Any = None

@@ -43,10 +43,11 @@ def usable_device(device: torch.device | str | None) -> torch.device:
     return usable
 
 
-def check_dtype(name: str, dtype: Any) -> None:
-    """Raise ValueError for a dtype that no operation computes in."""
-    if dtype not in FLOATS:
-        raise ValueError(f"{name}: dtype is {dtype}, needs torch.float32, bfloat16 or float16")
+def check_dtype(name: str, dtype: Any, of_cache: bool = False) -> None:
+    """Raise ValueError for a dtype that no operation computes in, or in which no cache holds keys."""
+    if dtype not in FLOATS and not (of_cache and dtype is torch.int8):
+        needs = "torch.float32, bfloat16, float16 or int8" if of_cache else "torch.float32, bfloat16 or float16"
+        raise ValueError(f"{name}: dtype is {dtype}, needs {needs}")
 
 
 def default_dtype(config: MixtralConfig) -> torch.dtype:

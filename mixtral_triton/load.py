@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import quantize, weights
-from .cache import cache_shape
+from .cache import cache_bytes
 from .config import MixtralConfig, checkpoint_folder, read_json_object
 from .generate import PREFILL_CHUNK
 from .inputs import check_dtype, check_memory, default_dtype, free_memory, in_decimal, usable_device, weight_bytes
@@ -117,6 +117,7 @@ def load(
     offload: int | str,
     offload_by: str | os.PathLike[str] | None,
     context: int | None,
+    cache_dtype: torch.dtype | None,
     progress: Callable[[int], None] | None,
     ranks: Ranks | None,
 ) -> Mixtral:
@@ -155,7 +156,7 @@ def load(
         return bytes_of(shard.specs(select_specs(quantized, shapes), shapes, own_shapes))
 
     needed, sizes = bytes_of(specs), movable_bytes(config, own_shapes, specs, dtype)
-    placement = check_offload(offload, config, ranks, target_device, needed, sizes, offload_by, context)
+    placement = check_offload(offload, config, ranks, target_device, needed, sizes, offload_by, context, cache_dtype)
     others = bytes_if if headers.scheme is None and not placement.host_bytes else None
     check_memory(target_device, needed - placement.freed_bytes, others)
     model = cls(config, target_device, dtype, deterministic, specs, ranks, placement.experts, placement.embedding)
@@ -167,11 +168,6 @@ def load(
 def table_bytes(config: MixtralConfig) -> int:
     """Bytes of the rotary tables, fp32."""
     return 4 * config.max_position_embeddings * config.head_dim
-
-
-def cache_bytes(config: MixtralConfig, batch: int, context: int) -> int:
-    """Bytes of a KVCache."""
-    return math.prod(cache_shape(config, batch, context)) * default_dtype(config).itemsize
 
 
 def workspace_bytes(config: MixtralConfig, batch: int, context: int, chunk: int = PREFILL_CHUNK) -> int:
@@ -191,10 +187,16 @@ def workspace_bytes(config: MixtralConfig, batch: int, context: int, chunk: int 
     return rows * (row * default_dtype(config).itemsize + counters) + 8 * batch * context
 
 
-def running_bytes(config: MixtralConfig, batch: int, context: int, chunk: int = PREFILL_CHUNK) -> dict[str, int]:
+def running_bytes(
+    config: MixtralConfig,
+    batch: int,
+    context: int,
+    chunk: int = PREFILL_CHUNK,
+    cache_dtype: torch.dtype | None = None,
+) -> dict[str, int]:
     """Bytes beside the weights by what they hold, while `batch` sequences of `context` tokens are generated."""
     return {
-        "cache": cache_bytes(config, batch, context),
+        "cache": cache_bytes(config, batch, context, cache_dtype or default_dtype(config)),
         "workspace": workspace_bytes(config, batch, context, chunk),
         "logits": LOGIT_BYTES * batch * config.vocab_size,
     }
@@ -282,6 +284,7 @@ def check_offload(
     sizes: Movable,
     offload_by: str | os.PathLike[str] | None = None,
     context: int | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> Placement:
     """Return what lies in host memory, where `needed` bytes would be on the device without offload. ValueError where
     that is impossible, before any allocation."""
@@ -297,7 +300,7 @@ def check_offload(
     routes = None if offload_by is None else read_routes(config, offload_by)
     room, placement = room_for_model(device), Placement()
     if offload == "auto" and room is not None:
-        running = partial(running_bytes, config, 1, context)
+        running = partial(running_bytes, config, 1, context, cache_dtype=cache_dtype)
         found = fewest(config, sizes, lambda chunk: needed + sum(running(chunk=chunk).values()), room, routes)
         placement = found or Placement.of(select_experts(config, most * config.num_hidden_layers), *sizes)
     elif offload and offload != "auto":

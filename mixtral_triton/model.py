@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops, weights
-from .cache import KVCache
+from .cache import KVCache, Slots
 from .config import MixtralConfig
 from .generate import PREFILL_CHUNK, generate, stream
 from .inputs import check_dtype, check_ids, check_lengths, usable_device
@@ -29,7 +29,7 @@ from .quantize import QUANTIZED_PARTS, OffloadedWeight, QuantizedWeight, QuantSp
 
 # Attributes of an instance with which a caller replaces what its class does; `compile` sets the last.
 _REPLACED = {"forward", "attention", "route", "experts", "hidden", "head", "_call_impl", "_compiled_call_impl"}
-LayerCache = tuple[Tensor, Tensor]  # a layer's cached keys and values, [B, Hkv, C, D] each (KVCache)
+LayerCache = tuple[Slots, Slots]  # a layer's cached keys and values, [B, Hkv, C, D] each
 WeightTensor = Tensor | QuantizedWeight  # dense or quantized; experts may lie in host memory (OffloadedWeight)
 
 
@@ -235,6 +235,7 @@ class Mixtral(nn.Module):
         offload_by: str | os.PathLike[str] | None = None,
         progress: Callable[[int], None] | None = None,
         context: int | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> Mixtral:
         """Load a Hugging Face checkpoint (config.json and safetensors; weights.py says what is rejected).
 
@@ -250,13 +251,14 @@ class Mixtral(nn.Module):
         deterministic  see the class
         offload        so many experts of each layer stay in pinned host memory, where kernels read them in place, its
                        last ones; "auto": the fewest of the whole model that have to, with one sequence of `context`
-                       tokens (None: 4,096), and the untied embedding, as a warning tells
+                       tokens (None: 4,096) and its cache of `cache_dtype` (None: dtype), and the untied embedding, as
+                       a warning tells
         offload_by     a file that `trace --counts FILE` writes: those used least, of each layer or of the whole model
         progress       is called with the number of bytes just read
         """
         if not isinstance(deterministic, bool):
             raise ValueError(f"Mixtral.from_pretrained: deterministic is {deterministic!r}, needs True or False")
-        options = (folder, device, dtype, weights, deterministic, offload, offload_by, context, progress)
+        options = (folder, device, dtype, weights, deterministic, offload, offload_by, context, cache_dtype, progress)
         if mesh is None:
             return load(cls, *options, None)
         ranks = Ranks(mesh)
@@ -364,11 +366,14 @@ class Mixtral(nn.Module):
         for what, got, need in (
             ("batch", cache.batch, B),
             ("device", cache.lengths.device, self.device),
-            ("dtype", cache.keys[0].dtype, self.dtype),
+            ("dtype", self.dtype if cache.dtype is torch.int8 else cache.dtype, self.dtype),
+            ("keys that a model filled in", cache.filled_by or self.dtype, self.dtype),
             ("config", cache.config, self.config),
         ):
             if got != need:
                 raise ValueError(f"Mixtral: argument 'cache' has {what} {got}, needs {need}")
+        if not torch.compiler.is_compiling():
+            cache.filled_by = self.dtype
 
     def train(self, mode: bool = True) -> Mixtral:
         if mode:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels.quantized_cache import as_stored
 from .kernels.reference import attention, expert_swiglu, linear, rms_norm, rope, route
 from .kernels.reference import sort_by_expert as sort_by_expert
 
@@ -68,12 +69,13 @@ def block(
     return Values(x, normed, q, k, v, heads, attn_output, h, logits, weights, ids, y, x + attn_output + y)
 
 
-def uncached_attention(window: int | None, cos: Tensor, sin: Tensor) -> Attend:
-    """Return attention without a cache: token t is at position t."""
+def uncached_attention(window: int | None, cos: Tensor, sin: Tensor, quantized: bool = False) -> Attend:
+    """Return attention without a cache: token t is at position t. quantized: as over a cache of 8 bits."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         positions = torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])
-        return attention(*rope(q, k, cos, sin, positions), v, window=window)
+        q, k = rope(q, k, cos, sin, positions)
+        return attention(q, *map(as_stored, (k, v)) if quantized else (k, v), window=window)
 
     return attend
 

@@ -14,18 +14,23 @@ import triton
 import triton.language as tl
 
 from ..pdl import pdl_wait
+from ..quantized_cache import quantized
 from ..rope import POSITIONS_MAX, angles, sequence_position
+from ..unpack import unpacked
 
 # The running softmax of a tile, fp32: sum of p @ v [BLOCK_M, BLOCK_D], greatest score in base 2 and sum of p [BLOCK_M].
+# With keys in 8 bits, q and the sum of p @ v are pairs: tiles [BLOCK_M, BLOCK_D / 2] of a head's halves.
 Softmax = namedtuple("Softmax", "acc largest total")
 # q [BLOCK_M, BLOCK_D] and its positions [BLOCK_M]; scale is the softmax scale * log2(e), positive.
 QueryTile = namedtuple("QueryTile", "q offs_i window scale")
 # Keys and values of one sequence and head, by pointers and strides, or by descriptors of all sequences and heads.
-# `first` is the position of index 0, or the number of slots of a ring.
-Keys = namedtuple("Keys", "k_ptr v_ptr stride_ks stride_vs k_desc v_desc b hkv first")
+# `first` is the position of index 0, or the number of slots of a ring. Scales: those of 8 bits, or None.
+Keys = namedtuple("Keys", "k_ptr v_ptr stride_ks stride_vs k_desc v_desc b hkv first k_scales_ptr v_scales_ptr")
 # Positions low..high that some query of the tile sees, and inner_low..inner_high that all of them see.
 Span = namedtuple("Span", "low high inner_low inner_high")
-Kind = namedtuple("Kind", "D RING CAUSAL WINDOWED HEADS_FIRST")  # what selects code
+Kind = namedtuple("Kind", "D RING CAUSAL WINDOWED HEADS_FIRST PTX")  # what selects code
+# In fp16, p times a value's scale would lose bits of small values: it is multiplied by this, which cannot overflow.
+_FP16_UNIT = tl.constexpr(64.0)
 
 
 @triton.jit
@@ -33,6 +38,65 @@ def _bound(bounds_ptr, b):
     """One of starts or lengths, which may hold any number, clamped so that int32 arithmetic cannot overflow."""
     bound = tl.minimum(tl.maximum(tl.load(bounds_ptr + b), -POSITIONS_MAX), POSITIONS_MAX)
     return bound.to(tl.int32)
+
+
+@triton.jit
+def _accumulate_codes(
+    state, queries, keys, low, high, limit, KIND: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """`_accumulate`, causal, in 8 bits (quantized_cache.py): a key's scale multiplies its scores, a value's its p."""
+    acc, largest, total = state
+    q, offs_i, window, scale = queries
+    acc_low, acc_high = acc
+    q_low, q_high = q
+    dtype: tl.constexpr = q_low.dtype
+    BLOCK_D: tl.constexpr = q_low.shape[1]
+    HALF: tl.constexpr = KIND.D // 2
+    PTX: tl.constexpr = KIND.PTX
+    offs_d = tl.arange(0, BLOCK_D)
+    for start in range(low, high, BLOCK_N):
+        offs_j = start + tl.arange(0, BLOCK_N)
+        index = (offs_j % keys.first if KIND.RING else offs_j - keys.first).to(tl.int64)
+        k_ptrs = keys.k_ptr + index[None, :] * keys.stride_ks + offs_d[:, None]
+        v_ptrs = keys.v_ptr + index[:, None] * keys.stride_vs + offs_d[None, :]
+        exists, inside = offs_j < limit, offs_d < HALF
+        k_scale_ptrs = keys.k_scales_ptr + index * (keys.stride_ks // HALF)
+        v_scale_ptrs = keys.v_scales_ptr + index * (keys.stride_vs // HALF)
+        if MASKED:
+            k = tl.load(k_ptrs, mask=exists[None, :] & inside[:, None], other=0)
+            v = tl.load(v_ptrs, mask=exists[:, None] & inside[None, :], other=0)
+            k_scale, v_scale = (
+                tl.load(k_scale_ptrs, mask=exists, other=0.0),
+                tl.load(v_scale_ptrs, mask=exists, other=0.0),
+            )
+        else:
+            k = tl.load(k_ptrs) if HALF == BLOCK_D else tl.load(k_ptrs, mask=inside[:, None], other=0)
+            v = tl.load(v_ptrs) if HALF == BLOCK_D else tl.load(v_ptrs, mask=inside[None, :], other=0)
+            k_scale, v_scale = tl.load(k_scale_ptrs), tl.load(v_scale_ptrs)
+        scores = tl.dot(q_low, unpacked(k, 0, None, "int8", dtype, PTX), input_precision="ieee")
+        scores = tl.dot(q_high, unpacked(k, 1, None, "int8", dtype, PTX), scores, input_precision="ieee")
+        scores *= (k_scale * scale)[None, :]
+        if MASKED:
+            visible = exists[None, :] & (offs_j[None, :] <= offs_i[:, None])
+            if KIND.WINDOWED:
+                visible = visible & (offs_j[None, :] > offs_i[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest) if MASKED else new_largest
+        p = tl.exp2(scores - shift[:, None])
+        shrink = tl.exp2(largest - shift)
+        total = total * shrink + tl.sum(p, axis=1)
+        p = (p * (v_scale * _unit(dtype))[None, :]).to(dtype)
+        shrink = shrink[:, None]
+        acc_low = tl.dot(p, unpacked(v, 0, None, "int8", dtype, PTX), acc_low * shrink, input_precision="ieee")
+        acc_high = tl.dot(p, unpacked(v, 1, None, "int8", dtype, PTX), acc_high * shrink, input_precision="ieee")
+        largest = new_largest
+    return Softmax((acc_low, acc_high), largest, total)
+
+
+@triton.constexpr_function
+def _unit(dtype):
+    return _FP16_UNIT.value if dtype == tl.float16 else 1.0
 
 
 @triton.jit
@@ -93,26 +157,60 @@ def _accumulate(
 
 
 @triton.jit
+def _take_keys(state, queries, keys, low, high, limit, KIND: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
+    if keys.k_scales_ptr is None:
+        return _accumulate(state, queries, keys, low, high, limit, KIND, MASKED, BLOCK_N)
+    else:
+        return _accumulate_codes(state, queries, keys, low, high, limit, KIND, MASKED, BLOCK_N)
+
+
+@triton.jit
 def _sweep(state, queries, keys, span, KIND: tl.constexpr, BLOCK_N: tl.constexpr):
     """Left edge with a mask, interior without, right edge with a mask: in shorter tiles, for the mask's registers."""
     low, high, inner_low, inner_high = span
     EDGE_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 64 else BLOCK_N
     left = tl.minimum(low + tl.cdiv(tl.maximum(inner_low - low, 0), EDGE_N) * EDGE_N, high)
     right = left + tl.maximum(tl.minimum(inner_high, high) - left, 0) // BLOCK_N * BLOCK_N
-    state = _accumulate(state, queries, keys, low, left, high, KIND, True, EDGE_N)
-    state = _accumulate(state, queries, keys, left, right, high, KIND, False, BLOCK_N)
-    return _accumulate(state, queries, keys, right, high, high, KIND, True, EDGE_N)
+    state = _take_keys(state, queries, keys, low, left, high, KIND, True, EDGE_N)
+    state = _take_keys(state, queries, keys, left, right, high, KIND, False, BLOCK_N)
+    return _take_keys(state, queries, keys, right, high, high, KIND, True, EDGE_N)
+
+
+@triton.jit
+def _normalized(acc, total, dtype: tl.constexpr, HALVES: tl.constexpr):
+    """acc / total: a tile, or the tiles of a head's halves."""
+    if HALVES == 1:
+        return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    else:
+        low, high = acc
+        total = tl.where(total == 0.0, 1.0, total)[:, None] * _unit(dtype)
+        return low / total, high / total
+
+
+@triton.jit
+def _store_heads(ptrs, out, mask, WIDTH: tl.constexpr, HALVES: tl.constexpr):
+    """Store a tile, or the tiles of halves of WIDTH columns, of which `ptrs` are the first's."""
+    if HALVES == 1:
+        tl.store(ptrs, out.to(ptrs.dtype.element_ty), mask=mask)
+    else:
+        low, high = out
+        tl.store(ptrs, low.to(ptrs.dtype.element_ty), mask=mask)
+        tl.store(ptrs + WIDTH, high.to(ptrs.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "S", "C"])
 def attention_prefill_kernel(
     q_ptr,  # [B, T, Hq, D]
-    k_ptr,  # [B, S, Hkv, D] keys beside the queries
+    k_ptr,  # [B, S, Hkv, D] keys beside the queries, or in 8 bits int16 [B, S, Hkv, D / 2]
     v_ptr,
+    k_scales_ptr,  # [B, Hkv, S] fp32 in 8 bits, at a vector's index (quantized_cache.py), or None
+    v_scales_ptr,
     k_desc,  # the same in tiles [1, BLOCK_N, 1, BLOCK_D] for TMA, with HEADS_FIRST as [B, Hkv, S, D]; or None
     v_desc,
     k_cache_ptr,  # [B, Hkv, C, D] keys before them, or None
     v_cache_ptr,
+    k_cache_scales_ptr,
+    v_cache_scales_ptr,
     out_ptr,  # [B, T, Hq, D] out
     starts_ptr,  # [B] first valid key, or None: 0
     lengths_ptr,  # [B] end of the valid keys, or None: S; with the cache: how many of the T tokens are new
@@ -122,7 +220,7 @@ def attention_prefill_kernel(
     stride_ch, stride_cs,
     window, scale,
     D: tl.constexpr, CACHED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, HEADS_FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # Heads of a group run next to each other and share K and V in L2; the tiles with the most keys go first.
     b, hq = (tl.program_id(0) // Hq).to(tl.int64), (tl.program_id(0) % Hq).to(tl.int64)
@@ -155,30 +253,40 @@ def attention_prefill_kernel(
         low, inner_low = tl.maximum(start, low_i - window // 2), tl.maximum(start, last_i - window // 2)
         high = tl.minimum(end, high_i + window // 2 + 1)
         inner_high = tl.minimum(end, low_i + window // 2 + 1)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = (offs_t < T)[:, None] & (offs_d < D)[None, :]
+    HALVES: tl.constexpr = 1 if k_scales_ptr is None else 2
+    WIDTH: tl.constexpr = D // HALVES
+    offs_d = tl.arange(0, BLOCK_D // HALVES)
+    mask = (offs_t < T)[:, None] & (offs_d < WIDTH)[None, :]
     q_row = q_ptr + b * stride_qb + hq * stride_qh
-    q = tl.load(q_row + offs_t.to(tl.int64)[:, None] * stride_qt + offs_d[None, :], mask=mask, other=0.0)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    q_ptrs = q_row + offs_t.to(tl.int64)[:, None] * stride_qt + offs_d[None, :]
+    q = tl.load(q_ptrs, mask=mask, other=0.0)
+    acc = tl.zeros((BLOCK_M, BLOCK_D // HALVES), tl.float32)
+    if HALVES == 2:
+        q, acc = (q, tl.load(q_ptrs + WIDTH, mask=mask, other=0.0)), (acc, acc)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     hkv = hq // G
     state, queries = Softmax(acc, largest, total), QueryTile(q, offs_i, window, scale)
     if CACHED:
         cache = b * stride_cb + hkv * stride_ch
-        keys = Keys(k_cache_ptr + cache, v_cache_ptr + cache, stride_cs, stride_cs, None, None, 0, 0, C)
+        ks = None if k_cache_scales_ptr is None else k_cache_scales_ptr + cache // WIDTH
+        vs = None if v_cache_scales_ptr is None else v_cache_scales_ptr + cache // WIDTH
+        keys = Keys(k_cache_ptr + cache, v_cache_ptr + cache, stride_cs, stride_cs, None, None, 0, 0, C, ks, vs)
         span = Span(tl.maximum(low, first - C), tl.minimum(high, first), inner_low, inner_high)
-        state = _sweep(state, queries, keys, span, Kind(D, True, CAUSAL, WINDOWED, HEADS_FIRST), BLOCK_N)
+        state = _sweep(state, queries, keys, span, Kind(D, True, CAUSAL, WINDOWED, HEADS_FIRST, PTX), BLOCK_N)
         low = tl.maximum(low, first)
     k, v = k_ptr + b * stride_kb + hkv * stride_kh, v_ptr + b * stride_vb + hkv * stride_vh
-    fresh = Keys(k, v, stride_kt, stride_vt, k_desc, v_desc, b.to(tl.int32), hkv.to(tl.int32), first)
+    ks = None if k_scales_ptr is None else k_scales_ptr + (b * stride_kb + hkv * stride_kh) // WIDTH
+    vs = None if v_scales_ptr is None else v_scales_ptr + (b * stride_vb + hkv * stride_vh) // WIDTH
+    fresh = Keys(k, v, stride_kt, stride_vt, k_desc, v_desc, b.to(tl.int32), hkv.to(tl.int32), first, ks, vs)
     span = Span(low, high, inner_low, inner_high)
-    acc, largest, total = _sweep(state, queries, fresh, span, Kind(D, False, CAUSAL, WINDOWED, HEADS_FIRST), BLOCK_N)
+    KIND: tl.constexpr = Kind(D, False, CAUSAL, WINDOWED, HEADS_FIRST, PTX)
+    acc, largest, total = _sweep(state, queries, fresh, span, KIND, BLOCK_N)
     if CACHED:
         total = tl.where(new < 0, float("nan"), total)
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    out = _normalized(acc, total, q_ptr.dtype.element_ty, HALVES)
     out_row = out_ptr + ((b * T + offs_t.to(tl.int64)) * Hq + hq)[:, None] * D + offs_d[None, :]
-    tl.store(out_row, out.to(out_ptr.dtype.element_ty), mask=mask)
+    _store_heads(out_row, out, mask, WIDTH, HALVES)
 
 
 @triton.jit
@@ -210,11 +318,48 @@ def _append_newest_key(state, q, scale, fresh, caches, angle, active, D: tl.cons
     return Softmax(acc + v.to(tl.float32), largest, tl.where(active, 1.0, total))
 
 
+@triton.jit
+def _load_rotated_halves(ptrs, mask, cos, sin, D: tl.constexpr):
+    """`_load_rotated` of the halves of heads."""
+    offs_d = tl.arange(0, cos.shape[1])[None, :]
+    low, high = tl.load(ptrs + offs_d, mask=mask, other=0.0), tl.load(ptrs + offs_d + D // 2, mask=mask, other=0.0)
+    a, b = low.to(tl.float32), high.to(tl.float32)
+    return (a * cos - b * sin).to(low.dtype), (b * cos + a * sin).to(low.dtype)
+
+
+@triton.jit
+def _append_newest_codes(state, q, scale, fresh, caches, scales, angle, active, D: tl.constexpr):
+    """`_append_newest_key` into caches of 8 bits, whose scales are at `scales`: it takes part as its codes."""
+    acc, largest, total = state
+    acc_low, acc_high = acc
+    q_low, q_high = q
+    offs_d = tl.arange(0, q_low.shape[1])[None, :]
+    mask = offs_d < tl.where(active, D // 2, 0)
+    low, high = _load_rotated_halves(fresh[0], mask, angle[0], angle[1], D)
+    k_low, k_high, elements, k_scale = quantized(low, high)
+    tl.store(caches[0] + offs_d, elements, mask=mask)
+    low, high = (
+        tl.load(fresh[1] + offs_d, mask=mask, other=0.0),
+        tl.load(fresh[1] + offs_d + D // 2, mask=mask, other=0.0),
+    )
+    v_low, v_high, elements, v_scale = quantized(low, high)
+    tl.store(caches[1] + offs_d, elements, mask=mask)
+    one = tl.arange(0, 1)
+    tl.store(scales[0] + one, k_scale, mask=one < tl.where(active, 1, 0))
+    tl.store(scales[1] + one, v_scale, mask=one < tl.where(active, 1, 0))
+    score = tl.sum(q_low.to(tl.float32) * k_low + q_high.to(tl.float32) * k_high, axis=1) * (k_scale * scale)
+    v_scale = (v_scale * _unit(q_low.dtype))[:, None]
+    acc = acc_low + v_low * v_scale, acc_high + v_high * v_scale
+    return Softmax(acc, tl.where(active, score, largest), tl.where(active, 1.0, total))
+
+
 @triton.jit(do_not_specialize=["T", "S", "SPLITS"])
 def attention_decode_kernel(
     q_ptr,  # [B, T, Hq, D]
-    k_ptr,  # [B, S, Hkv, D], or with RING the cache by its strides
+    k_ptr,  # [B, S, Hkv, D], or with RING the cache by its strides; in 8 bits int16 [B, S, Hkv, D / 2]
     v_ptr,
+    k_scales_ptr,  # [B, Hkv, S] fp32 in 8 bits, at a vector's index (quantized_cache.py), or None
+    v_scales_ptr,
     out_ptr,  # [B, T, Hq, D] out, or with SPLITS > 1 fp32 partial results [B, T, Hq, SPLITS, D]
     lse_ptr,  # [B, T, Hq, SPLITS] out, fp32: log2 of the sum of each split's exponentials
     starts_ptr,  # [B] first valid key, or None: 0
@@ -231,8 +376,8 @@ def attention_decode_kernel(
     stride_nkh, stride_nvb, stride_nvh,
     window, scale,
     SPLITS,  # programs that share the keys; as a constexpr it would compile a kernel for each value
-    D: tl.constexpr, RING: tl.constexpr, WINDOWED: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, RING: tl.constexpr, WINDOWED: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pdl_wait(PDL)
     # All query heads of a group, of all T tokens, are rows of one tile: its keys and values are read once.
@@ -256,35 +401,50 @@ def attention_decode_kernel(
     high = tl.minimum(high, low + span)
     rows = tl.arange(0, BLOCK_M)
     t, hq = (rows // G).to(tl.int64), hkv * G + rows % G
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = (rows < T * G)[:, None] & (offs_d < D)[None, :]
+    HALVES: tl.constexpr = 1 if k_scales_ptr is None else 2
+    WIDTH: tl.constexpr = D // HALVES
+    offs_d = tl.arange(0, BLOCK_D // HALVES)
+    mask = (rows < T * G)[:, None] & (offs_d < WIDTH)[None, :]
     q_rows = q_ptr + b * stride_qb + (t * stride_qt + hq * stride_qh)[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D // HALVES), tl.float32)
+    if HALVES == 2:
+        acc = (acc, acc)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     head, state = hkv.to(tl.int64), Softmax(acc, largest, total)
     k, v = k_ptr + b * stride_kb + head * stride_kh, v_ptr + b * stride_vb + head * stride_vh
+    ks = None if k_scales_ptr is None else k_scales_ptr + (b * stride_kb + head * stride_kh) // WIDTH
+    vs = None if v_scales_ptr is None else v_scales_ptr + (b * stride_vb + head * stride_vh) // WIDTH
     if new_k_ptr is not None:
         # Padding may lie past the last position: its result is unused, but must not be NaN.
         position = tl.where(new > 0, past, tl.minimum(past, P - 1))
         angle = angles(cos_ptr, sin_ptr, tl.where(new < 0, P, position), P, offs_d % (D // 2), D // 2)
-        q = _load_rotated(q_rows, mask, angle[0], angle[1], D)
+        if HALVES == 1:
+            q = _load_rotated(q_rows, mask, angle[0], angle[1], D)
+        else:
+            q = _load_rotated_halves(q_rows, mask, angle[0], angle[1], D)
         slot = past % S
         fresh = new_k_ptr + b * stride_nkb + head * stride_nkh, new_v_ptr + b * stride_nvb + head * stride_nvh
         active = (new > 0) & (split == SPLITS - 1)
         caches = k + slot * stride_kt, v + slot * stride_vt
-        state = _append_newest_key(state, q, scale, fresh, caches, angle, active, D)
+        if HALVES == 1:
+            state = _append_newest_key(state, q, scale, fresh, caches, angle, active, D)
+        else:
+            slots = ks + slot * (stride_kt // WIDTH), vs + slot * (stride_vt // WIDTH)
+            state = _append_newest_codes(state, q, scale, fresh, caches, slots, angle, active, D)
     else:
         q = tl.load(q_rows + offs_d[None, :], mask=mask, other=0.0)
-    keys = Keys(k, v, stride_kt, stride_vt, None, None, 0, 0, S if RING else 0)
+        if HALVES == 2:
+            q = (q, tl.load(q_rows + offs_d[None, :] + WIDTH, mask=mask, other=0.0))
+    keys = Keys(k, v, stride_kt, stride_vt, None, None, 0, 0, S if RING else 0, ks, vs)
     queries = QueryTile(q, query + t.to(tl.int32), window, scale)
-    KIND: tl.constexpr = Kind(D, RING, True, WINDOWED, False)
-    acc, largest, total = _accumulate(state, queries, keys, low, high, high, KIND, True, BLOCK_N)
+    KIND: tl.constexpr = Kind(D, RING, True, WINDOWED, False, PTX)
+    acc, largest, total = _take_keys(state, queries, keys, low, high, high, KIND, True, BLOCK_N)
     if RING:
         total = tl.where(new < 0, float("nan"), total)
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    out = _normalized(acc, total, q_ptr.dtype.element_ty, HALVES)
     row = ((b * T + t) * Hq + hq) * SPLITS + split
-    tl.store(out_ptr + row[:, None] * D + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    _store_heads(out_ptr + row[:, None] * D + offs_d[None, :], out, mask, WIDTH, HALVES)
     if lse_ptr is not None:
         tl.store(lse_ptr + row, largest + tl.log2(total), mask=rows < T * G)
 

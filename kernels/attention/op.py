@@ -15,10 +15,12 @@ import triton
 from torch import Tensor
 
 from .. import reference
+from ..arch import amd
 from ..call import operation
 from ..checks import INTS, Constraints, Within, fail
-from ..launch import dense_rows, describe, launch, multiprocessors, select_configs, target_arch
+from ..launch import INTERPRETED, dense_rows, describe, launch, multiprocessors, select_configs, target_arch
 from ..op import Cost, Sizes
+from ..quantized_cache import QuantizedCache, vector_bytes
 from ..rope import (
     Heads,
     New,
@@ -26,9 +28,11 @@ from ..rope import (
     Queries,
     Slots,
     Table,
+    cache_args,
     cache_inputs,
     check_caches,
     check_head_size,
+    launch_append,
     rope_tables,
     strides,
 )
@@ -101,7 +105,7 @@ def _cached_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    """Count q, the result, and each key and value that some query sees, once."""
+    """Count q, the result, and each key and value that some query sees, once; a chunk's codes in 8 bits twice more."""
     B, T, Hq, Hkv, D, window = (sizes[letter] for letter in ("B", "T", "Hq", "Hkv", "D", "window"))
     S = sizes.get("S", sizes.get("past", 0) + T)
     keys = min(S, T + window - 1) if window else S
@@ -110,7 +114,12 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
         pairs = sum(min(i, window or S) for i in range(S - seeing + 1, S + 1))
     else:
         pairs = seeing * min(S, window + 1 if window else S)
-    return Cost(flops=4 * B * Hq * D * pairs, bytes=B * D * (2 * T * Hq + 2 * keys * Hkv) * dtype.itemsize)
+    cached = max(0, keys - T) if "past" in sizes and sizes.get("fresh", T > 1) else keys
+    size = D * dtype.itemsize
+    slot = vector_bytes(D, dtype.itemsize, "cache" in sizes)
+    fresh = size + 2 * slot if "cache" in sizes else size  # one launch quantizes the chunk for all query heads
+    moved = 2 * T * Hq * size + 2 * Hkv * ((keys - cached) * fresh + cached * slot)
+    return Cost(flops=4 * B * Hq * D * pairs, bytes=B * moved)
 
 
 def _step_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
@@ -193,6 +202,7 @@ def attention(
 
 _CACHED = "B T Hq Hkv D C window past"
 _RINGS = shapes("C window past", "4096 4096 4095, 32768 0 32767")
+_CACHES: tuple[dict[str, Any], ...] = ({}, {"cache": "int8"})
 
 
 @operation(
@@ -203,9 +213,12 @@ _RINGS = shapes("C window past", "4096 4096 4095, 32768 0 32767")
     test_shapes=(
         *shapes(_CACHED, "2 5 4 2 64 16 16 0, 2 20 4 2 80 16 16 13, 2 40 2 2 96 16 16 100, 2 17 4 2 32 64 0 20"),
         *shapes(_CACHED, "2 1 8 2 128 16 16 3, 2 1 4 2 80 16 16 77, 2 1 4 2 64 600 0 500", fresh=False),
+        *shapes(_CACHED, "2 5 4 2 64 16 16 0, 2 20 4 2 80 16 16 13, 2 40 2 2 96 16 16 100", cache="int8"),
+        *shapes(_CACHED, "2 1 8 2 128 16 16 3, 2 1 4 2 16 600 0 500", fresh=False, cache="int8"),
     ),
     bench_shapes=tuple(
-        {"B": B, "T": T, **_HEADS, **ring, **({} if T > 1 else {"fresh": False})}
+        {"B": B, "T": T, **_HEADS, **ring, **({} if T > 1 else {"fresh": False}), **cache}
+        for cache in _CACHES
         for ring in _RINGS
         for B, T in ((1, 1), (32, 1), (1, 1024))
     ),
@@ -226,7 +239,8 @@ def cached_attention(
 
     q                 [B, T, Hq, D], fp32, bf16 or fp16; query t is at position past[b] + t
     k, v              [B, T, Hkv, D] of the chunk, not in the caches yet. None: the caches hold the chunk, too
-    k_cache, v_cache  [B, Hkv, C, D] in q's dtype, of equal strides; position p is in slot p mod C
+    k_cache, v_cache  [B, Hkv, C, D] in q's dtype, of equal strides; position p is in slot p mod C. Or QuantizedCaches:
+                      k and v then take part quantized, as they will be read from there
     past, new         [B], int32 or int64: tokens before the chunk, and tokens of the chunk that exist. The device reads
                       them, so a CUDA graph replays at any length
     window            as in `attention`
@@ -238,12 +252,18 @@ def cached_attention(
     >>> q, k, cache = torch.randn(1, 3, 4, 32), torch.randn(1, 3, 2, 32), torch.randn(1, 2, 16, 32)
     >>> out = ops.cached_attention(q, k, k, cache, cache, past=torch.tensor([7]), new=torch.tensor([3]))
     """
-    keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    sizes = _sizes(q, keys, window, deterministic)
-    bounds = {"starts_ptr": None, "lengths_ptr": _contiguous(new), "past_ptr": _contiguous(past)}
+    keys, values, scales = _slots(k_cache, v_cache)
+    sizes = _sizes(q, keys, window, deterministic, scales)
+    bounds: KernelArgs = {"starts_ptr": None, "lengths_ptr": _contiguous(new), "past_ptr": _contiguous(past)}
     if k is None or v is None:
-        return _decode(q, keys, values, bounds, sizes, None, True, _NO_NEWEST)
-    return _prefill(q, k, v, (k_cache, v_cache), bounds, {**sizes, "C": k_cache.shape[2]}, None, True)
+        return _decode(q, keys, values, bounds | scales, sizes, None, True, _NO_NEWEST)
+    if scales:
+        B, T, Hkv, D = k.shape
+        chunk = [QuantizedCache.empty(B, Hkv, T, D, device=k.device) for _ in range(2)]
+        launch_append(k, v, chunk[0], chunk[1], None, bounds["lengths_ptr"])
+        k, v, scales = _slots(*chunk)
+    sizes = {**sizes, "C": k_cache.shape[2]}
+    return _prefill(q, k, v, (k_cache, v_cache), bounds | scales, sizes, None, True)
 
 
 @operation(
@@ -256,8 +276,11 @@ def cached_attention(
         _CACHED,
         "3 1 8 2 128 16 16 0, 3 1 8 2 96 16 16 13, 2 1 4 2 80 16 16 77, 2 1 4 4 64 64 0 40, 1 1 4 1 32 600 0 590, "
         "2 1 2 1 64 600 600 900, 2 1 4 2 32 600 0 0, 2 1 4 2 32 64 5 60",
+    )
+    + shapes(
+        _CACHED, "3 1 8 2 128 16 16 13, 2 1 4 2 80 16 16 77, 1 1 4 1 16 600 0 590, 2 1 4 2 32 64 5 60", cache="int8"
     ),
-    bench_shapes=tuple({"B": B, "T": 1, **_HEADS, **ring} for ring in _RINGS for B in (1, 32)),
+    bench_shapes=tuple({"B": B, "T": 1, **_HEADS, **ring, **c} for c in _CACHES for ring in _RINGS for B in (1, 32)),
     constraints=Constraints(rule=_check_step),
 )
 def rope_append_attention(
@@ -279,7 +302,7 @@ def rope_append_attention(
     q                 [B, 1, Hq, D], fp32, bf16 or fp16; D even and at most 256
     k, v              [B, 1, Hkv, D] in q's dtype
     cos, sin          fp32 [P, D/2], as in `rope`
-    k_cache, v_cache  [B, Hkv, C, D] in q's dtype, of equal strides; written in place
+    k_cache, v_cache  [B, Hkv, C, D] in q's dtype, or QuantizedCaches; of equal strides; written in place
     past, new         [B], int32 or int64, new 0 or 1, as in `cached_attention`
     window            as in `attention`
     deterministic     a sequence's bits do not depend on the rest of the batch
@@ -293,16 +316,15 @@ def rope_append_attention(
     """
     # Every program rotates its own queries. The program of the last split also rotates the new key and stores it in the
     # ring, where no other program reads it: the slot's old key has just left the window.
-    keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    sizes = _sizes(q, keys, window, deterministic)
+    keys, values, scales = _slots(k_cache, v_cache)
+    sizes = _sizes(q, keys, window, deterministic, scales)
     k, v = dense_rows(k), dense_rows(v)
     newest = {"new_k_ptr": k, "new_v_ptr": v, "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous(), "P": len(cos)}
     newest |= strides("nk", k[:, 0], "bh") | strides("nv", v[:, 0], "bh")
     bounds = {"starts_ptr": None, "lengths_ptr": _contiguous(new), "past_ptr": _contiguous(past)}
-    return _decode(q, keys, values, bounds, sizes, None, True, newest)
+    return _decode(q, keys, values, bounds | scales, sizes, None, True, newest)
 
 
-Caches = tuple[Tensor, Tensor] | None
 KernelArgs = dict[str, Any]
 _NO_NEWEST: KernelArgs = {
     **dict.fromkeys(("new_k_ptr", "new_v_ptr", "cos_ptr", "sin_ptr")),
@@ -314,13 +336,22 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _sizes(q: Tensor, k: Tensor, window: int | None, deterministic: bool) -> Sizes:
+def _slots(k_cache: Any, v_cache: Any) -> tuple[Tensor, Tensor, KernelArgs]:
+    """Return keys and values [B, C, Hkv, D], or their codes [B, C, Hkv, D/2], and the scales by argument."""
+    if isinstance(k_cache, Tensor):
+        return k_cache.transpose(1, 2), v_cache.transpose(1, 2), {}
+    scales = {"k_scales_ptr": k_cache.scales, "v_scales_ptr": v_cache.scales}
+    return k_cache.codes.transpose(1, 2), v_cache.codes.transpose(1, 2), scales
+
+
+def _sizes(q: Tensor, k: Tensor, window: int | None, deterministic: bool, scales: KernelArgs | None = None) -> Sizes:
     B, T, Hq, D = q.shape
     window = max(0, window or 0)
     if window > 2 * (k.shape[1] + T):
         window = 0  # it reaches every key; the kernel subtracts it in int32
     sizes = {"B": B, "T": T, "S": k.shape[1], "Hq": Hq, "Hkv": k.shape[2], "D": D, "window": window}
-    return {**sizes, "sms": multiprocessors(q.device), "deterministic": deterministic}
+    cache = {"cache": "int8"} if scales else {}
+    return {**sizes, **cache, "sms": multiprocessors(q.device), "deterministic": deterministic}
 
 
 def _common_args(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float | None) -> dict[str, Any]:
@@ -328,11 +359,16 @@ def _common_args(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float | N
     Hq, D = q.shape[2:]
     args: dict[str, Any] = {"T": q.shape[1], "S": k.shape[1], "Hq": Hq, "G": Hq // k.shape[2]}
     args |= {"window": sizes["window"], "scale": (D**-0.5 if scale is None else scale) * math.log2(math.e)}
-    return args | strides("q", q) | strides("k", k) | strides("v", v)
+    return {"k_scales_ptr": None, "v_scales_ptr": None} | args | strides("q", q) | strides("k", k) | strides("v", v)
+
+
+def _use_ptx(arch: str) -> bool:
+    """Return whether codes become numbers by PTX (unpack.py)."""
+    return not (INTERPRETED or amd(arch))
 
 
 def _prefill(
-    q: Tensor, k: Tensor, v: Tensor, cache: Caches, bounds: KernelArgs, sizes: Sizes, scale: float | None, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, cache: Any, bounds: KernelArgs, sizes: Sizes, scale: float | None, causal: bool
 ) -> Tensor:
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     B, T, Hq, D = q.shape
@@ -340,19 +376,20 @@ def _prefill(
     arch = target_arch(q.device)
     config = select_configs(configs, sizes, q.dtype, q.device)["attention_prefill_kernel"]
     n, d = config.constexprs["BLOCK_N"], config.constexprs["BLOCK_D"]
-    k_desc, v_desc = (describe(x, (1, n, 1, d), arch) for x in (k, v))
-    if heads_first := k_desc is None:  # transformers' cache
+    quantized = "cache" in sizes
+    k_desc, v_desc = (None if quantized else describe(x, (1, n, 1, d), arch) for x in (k, v))
+    if heads_first := k_desc is None and not quantized:  # transformers' cache
         k_desc, v_desc = (describe(x.transpose(1, 2), (1, 1, n, d), arch) for x in (k, v))
     if k_desc is None or v_desc is None:  # both or neither: one loop reads both
         k_desc, v_desc, heads_first = None, None, False
-    k_cache, v_cache = cache or (None, None)
-    slots = k if k_cache is None else k_cache
-    args = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "k_desc": k_desc, "v_desc": v_desc, "out_ptr": out, **bounds}
-    args |= {"k_cache_ptr": k_cache, "v_cache_ptr": v_cache, "C": slots.shape[2], **strides("c", slots, "bhs")}
-    args |= _common_args(q, k, v, sizes, scale)
+    args = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "k_desc": k_desc, "v_desc": v_desc, "out_ptr": out}
+    args |= _common_args(q, k, v, sizes, scale) | bounds
+    args |= cache_args(*(cache or (k, v)))
+    if cache is None:
+        args |= {"k_cache_ptr": None, "v_cache_ptr": None}
     grid = (B * Hq, triton.cdiv(T, config.constexprs["BLOCK_M"]))
     flags = {"D": D, "CACHED": cache is not None, "CAUSAL": causal, "WINDOWED": sizes["window"] > 0}
-    flags["HEADS_FIRST"] = heads_first
+    flags |= {"HEADS_FIRST": heads_first, "PTX": quantized and _use_ptx(arch)}
     launch(attention_prefill_kernel, grid, args, config, **flags)
     return out
 
@@ -371,10 +408,12 @@ def _decode(
     if splits > 1:
         part = torch.empty((*q.shape[:3], splits, D), dtype=torch.float32, device=q.device)
         lse = torch.empty((*q.shape[:3], splits), dtype=torch.float32, device=q.device)
-    args = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": part, "lse_ptr": lse, **bounds, **newest}
-    args |= _common_args(q, k, v, sizes, scale)
+    args = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": part, "lse_ptr": lse, **newest}
+    args |= _common_args(q, k, v, sizes, scale) | bounds
     grid = (splits, k.shape[2], B if T else 0)
-    launch(attention_decode_kernel, grid, args, config, D=D, RING=ring, WINDOWED=sizes["window"] > 0)
+    flags = {"D": D, "RING": ring, "WINDOWED": sizes["window"] > 0}
+    flags["PTX"] = "cache" in sizes and _use_ptx(target_arch(q.device))
+    launch(attention_decode_kernel, grid, args, config, **flags)
     if splits > 1:
         args = {"part_ptr": part, "lse_ptr": lse, "out_ptr": out}
         config = selected["attention_combine_kernel"]

@@ -42,12 +42,26 @@ _PREFILL = {
     ),
 }
 _PREFILL["sm_100"] = _PREFILL["sm_90"]
+# Of keys in 8 bits, whose codes and numbers take registers side by side. fp32 has one tile for all head sizes.
+_PREFILL_CODES = {
+    "sm_80": {128: PrefillTile(128, 32, 8, 2), 256: PrefillTile(64, 32, 8, 2)},
+    "sm_90": {128: PrefillTile(128, 64, 8, 2), 256: PrefillTile(64, 32, 8, 2)},
+    "gfx942": {128: PrefillTile(128, 16, 8, 1), 256: PrefillTile(64, 16, 8, 1)},
+}
+_PREFILL_CODES["sm_100"] = _PREFILL_CODES["sm_90"]
 TWO_PER_SM = PrefillTile(64, 128, 4, 1)  # an SM holds two of these: one computes its softmax while the other multiplies
+
+
+def _least_width(sizes: Sizes) -> int:
+    """A product's depth is at least 16: that of a head, or in 8 bits of its half."""
+    return 32 if sizes.get("cache") else 16
 
 
 def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """Tiles by head size; a short window takes short tiles, since a tile sees window + BLOCK_M keys."""
-    D, window = power_of_2(sizes["D"], low=16), sizes.get("window", 0)
+    D, window = power_of_2(sizes["D"], low=_least_width(sizes)), sizes.get("window", 0)
+    if sizes.get("cache"):
+        return _prefill_codes_config(sizes, dtype, arch, D)
     table = _PREFILL[family(arch)][dtype == torch.float32]
     block_m, block_n, warps, stages = table[min(size for size in table if size >= D)]
     # Head sizes that are no multiple of 16 need masks, which take registers.
@@ -69,6 +83,18 @@ def _prefill_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig
         warps = 8 if (block_m, D) == (64, 128) else warps
     elif odd and block_m == 64:
         warps = 8
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": D}
+    return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
+
+
+def _prefill_codes_config(sizes: Sizes, dtype: torch.dtype, arch: str, D: int) -> LaunchConfig:
+    """Tiles of a chunk beside keys in 8 bits; few queries take 16 rows."""
+    table = _PREFILL_CODES[family(arch)]
+    block_m, block_n, warps, stages = table[128 if D <= 128 else 256]
+    if dtype == torch.float32:
+        block_m, block_n, stages = 16, 16, 1 if amd(arch) else 2
+    elif sizes["T"] <= 16 and not sizes.get("deterministic"):
+        block_m, block_n, warps = 16, min(block_n, 32), 4
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": D}
     return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
 
@@ -97,13 +123,17 @@ def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, 256)), high=64)
     if sizes.get("deterministic"):
         splits = DETERMINISTIC_SPLITS
-    D, fp32, cdna = power_of_2(sizes["D"], low=16), dtype == torch.float32, amd(arch)
+    D, fp32, cdna = power_of_2(sizes["D"], low=_least_width(sizes)), dtype == torch.float32, amd(arch)
     # Head sizes that are no multiple of 16 need masks, which take registers.
     block_n = 16 if fp32 and (D > 128 or not cdna) else 32 if cdna or D > 128 or sizes["D"] % 16 else 64
     block_n = 16 if cdna and sizes["D"] < D else block_n
+    stages = 2 if fp32 or cdna else 3
+    if sizes.get("cache"):  # codes and numbers take registers side by side
+        block_n = 16 if cdna else 128 if sizes["D"] == 128 and not fp32 else block_n
+        stages = 1 if (fp32 and not cdna) or (cdna and sizes["D"] < D) else 2
     tiles = {"SPLITS": splits, "BLOCK_M": power_of_2(rows, low=16), "BLOCK_N": block_n, "BLOCK_D": D}
     more_warps = (fp32 and not cdna) or (cdna and not fp32 and sizes["D"] % 16 > 0)
-    return LaunchConfig(tiles, num_warps=8 if more_warps else 4, num_stages=2 if fp32 or cdna else 3)
+    return LaunchConfig(tiles, num_warps=8 if more_warps else 4, num_stages=stages)
 
 
 def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:

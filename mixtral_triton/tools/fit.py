@@ -25,6 +25,7 @@ from ..cache import KVCache
 from ..config import MixtralConfig, checkpoint_folder
 from ..generate import PREFILL_CHUNK
 from ..inputs import WEIGHT_FORMATS, default_dtype, weight_bytes
+from ..kernels.checks import dtype_name
 from ..kernels.op import Cost
 from ..kernels.record import record_launches
 from ..load import AUTO_CONTEXT, OVERHEAD, Placement, fewest, movable_bytes, running_bytes, table_bytes, usable_bytes
@@ -73,13 +74,18 @@ def parameters(config: MixtralConfig) -> tuple[int, int]:
 
 
 def memory_need(
-    config: MixtralConfig, specs: QuantSpecs, batch: int, context: int, chunk: int = PREFILL_CHUNK
+    config: MixtralConfig,
+    specs: QuantSpecs,
+    batch: int,
+    context: int,
+    chunk: int = PREFILL_CHUNK,
+    cache_dtype: torch.dtype | None = None,
 ) -> dict[str, int]:
     """Bytes of a model on one GPU, by what they hold, and "total". Prompts are read in chunks of `chunk` tokens."""
     need = {
         "weights": weight_bytes(parameter_shapes(config), specs, default_dtype(config)),
         "tables": table_bytes(config),
-        **running_bytes(config, batch, context, chunk=chunk),
+        **running_bytes(config, batch, context, chunk, cache_dtype),
         "overhead": OVERHEAD,
     }
     return need | {"total": sum(need.values())}
@@ -150,6 +156,7 @@ class Request:
     batch: int
     context: int
     host_memory: float = math.inf  # bytes
+    cache_dtype: torch.dtype | None = None  # None: the model's
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Request:
@@ -174,7 +181,8 @@ class Request:
         specs, stored = format_specs(config), SHORT[default_dtype(config)]
         if scheme is not None:  # the files alone say which tensors are quantized
             specs, stored = {STORED: hub.plan(hub.read_headers(name), config).specs}, scheme.name
-        return cls(name, config, specs, stored, args.batch, context, gib * 2**30)
+        cache_dtype = getattr(torch, args.cache_dtype) if args.cache_dtype else None
+        return cls(name, config, specs, stored, args.batch, context, gib * 2**30, cache_dtype)
 
     def plans(self, gpu: GPU) -> list[MemoryPlan]:
         return [self.plan(format, gpu) for format in self.specs]
@@ -183,10 +191,10 @@ class Request:
         config, specs, limit = self.config, self.specs[format], usable_bytes(gpu.bytes)
 
         def total(S: int) -> int:
-            return memory_need(config, specs, self.batch, S)["total"]
+            return memory_need(config, specs, self.batch, S, cache_dtype=self.cache_dtype)["total"]
 
-        need, longest = memory_need(config, specs, self.batch, self.context), config.max_position_embeddings
-        longest = max(0, bisect_right(range(longest + 1), limit, key=total) - 1)
+        need = memory_need(config, specs, self.batch, self.context, cache_dtype=self.cache_dtype)
+        longest = max(0, bisect_right(range(config.max_position_embeddings + 1), limit, key=total) - 1)
         verdict = "fits" if need["total"] <= limit else "tight" if need["total"] <= gpu.bytes else "no"
         embedding = config.vocab_size * config.hidden_size * default_dtype(config).itemsize
         shared = need["weights"] + need["cache"] - embedding
@@ -200,7 +208,7 @@ class Request:
         config, specs, dtype = self.config, self.specs[format], default_dtype(self.config)
 
         def needed(chunk: int) -> int:
-            return memory_need(config, specs, self.batch, self.context, chunk=chunk)["total"]
+            return memory_need(config, specs, self.batch, self.context, chunk, self.cache_dtype)["total"]
 
         found = fewest(config, movable_bytes(config, parameter_shapes(config), specs, dtype), needed, limit)
         if found is None or found.host_bytes > self.host_memory:
@@ -224,7 +232,7 @@ class Request:
             config = replace(self.config, num_hidden_layers=len(offloaded))
             on_host = [range(E - count, E) for count in offloaded], found.embedding
             model = Mixtral(config, "meta", dtype, False, specs, None, *on_host)
-            cache = KVCache(config, self.batch, self.context, "meta", dtype)
+            cache = KVCache(config, self.batch, self.context, "meta", self.cache_dtype or dtype)
             with record_launches(gpu.arch) as launches, torch.no_grad():
                 model.head(model.hidden(token, cache)[:, -1])
             predicted = predict(launches, gpu, Cost(0, 0))
@@ -242,7 +250,8 @@ class Request:
         weights = WEIGHT_FORMATS[format] or ""
         weights = weights if isinstance(weights, str) else ",".join(map("=".join, weights.items()))
         folder = "FOLDER" if self.name.lower() in KNOWN else self.name
-        return f"mixtral-triton generate {folder}{f' --weights {weights}' * bool(weights)}"
+        cache = " --cache-dtype int8" * (self.cache_dtype is not None)
+        return f"mixtral-triton generate {folder}{f' --weights {weights}' * bool(weights)}{cache}"
 
     def label(self, format: str) -> str:
         return self.stored if format == STORED else format
@@ -250,7 +259,8 @@ class Request:
     def as_dict(self) -> dict[str, Any]:
         total, active = parameters(self.config)
         counts = {"parameters": total, "active_parameters": active}
-        return {"model": self.name, **counts, "batch": self.batch, "context": self.context}
+        found = {"model": self.name, **counts, "batch": self.batch, "context": self.context}
+        return found | ({"cache_dtype": dtype_name(self.cache_dtype)} if self.cache_dtype else {})
 
     def __str__(self) -> str:
         text = "{model}: {parameters:,} parameters, {active_parameters:,} active a token; {batch} x {context:,} tokens."

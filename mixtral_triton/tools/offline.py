@@ -31,6 +31,7 @@ from ..kernels.arch import ARCHS, amd, family
 from ..kernels.launch import INTERPRETED, Launch, multiprocessors, target_arch
 from ..kernels.op import Op
 from ..kernels.quantized import QuantizedWeight
+from ..kernels.quantized_cache import vector_bytes
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
 from ..model import Mixtral
@@ -93,6 +94,16 @@ class Compiled:
         return max((loop.flop_per_instruction for loop in self.loops if loop.flop_per_instruction), default=None)
 
     @property
+    def loop_instructions_per_byte(self) -> float | None:
+        """Thread instructions of a decode step's attention for a byte of the keys and values that a turn loads."""
+        if self.kernel != "attention_decode_kernel" or not self.loops:
+            return None
+        width, tile = self.constexprs["D"], self.constexprs["BLOCK_N"]
+        vector = vector_bytes(width, {"fp32": 4}.get(self.dtype, 2), self.signature["k_scales_ptr"] != "constexpr")
+        least = min(loop.tensor + loop.other for loop in self.loops)
+        return 32 * self.num_warps * least / (2 * tile * vector)
+
+    @property
     def fault(self) -> str | None:
         """Why this kernel should not run, or None."""
         if self.error:
@@ -106,7 +117,14 @@ class Compiled:
     def as_dict(self) -> dict[str, Any]:
         """Return what `compile --json` prints."""
         names = [f.name for f in fields(self) if f.name not in ("signature", "stages", "error")]
-        return {name: getattr(self, name) for name in (*names, "loop_flop_per_instruction", "loop_spills", "fault")}
+        return {
+            name: getattr(self, name)
+            for name in (
+                *names,
+                *(f"loop_{name}" for name in ("flop_per_instruction", "instructions_per_byte", "spills")),
+                "fault",
+            )
+        }
 
 
 def _target(arch: str) -> GPUTarget:
@@ -250,7 +268,12 @@ def compile_launches(
 
 
 def compile_ahead(
-    model: Mixtral, sizes: Iterable[tuple[int, int]], slots: int, dtypes: Iterable[torch.dtype], progress: Progress
+    model: Mixtral,
+    sizes: Iterable[tuple[int, int]],
+    slots: int,
+    dtypes: Iterable[torch.dtype],
+    progress: Progress,
+    cache_dtype: torch.dtype | None = None,
 ) -> None:
     """Compile on all cores what forwards of [B,T] tokens over a cache of `slots` launch on the model's GPU.
 
@@ -272,7 +295,7 @@ def compile_ahead(
         with torch.no_grad(), record_launches(arch, multiprocessors(model.device)) as launches:
             for B, T in sizes:
                 ids = torch.zeros((B, T), dtype=torch.int64, device="meta")
-                layer(ids, cache=KVCache(config, B, max(T, slots), "meta", dtype))
+                layer(ids, cache=KVCache(config, B, max(T, slots), "meta", cache_dtype or dtype))
         records += [launch for launch in launches if launch.fn is not None]
     compile_launches(records, arch, progress)
 
@@ -304,16 +327,18 @@ def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Tabulate rows of `Compiled.as_dict`: a line for all kernels of the same name, dtype, tile and figures."""
     figures = {"regs": "registers", "spills": "spills", "shared": "shared_bytes", "FLOP/i": "loop_flop_per_instruction"}
     texts = [Column(name, number=False) for name in ("kernel", "dtype", "tile")]
-    columns = [*texts, *map(Column, ("w/s", *figures, "kernels"))]
+    columns = [*texts, *map(Column, ("w/s", *figures, "i/B", "kernels"))]
     caption = {"w/s": "warps and stages", "regs": "registers of a thread", "kernels": "how many have these figures"}
     caption["FLOP/i"] = "of the tensor cores, for each other instruction of the main loop"
+    caption["i/B"] = "thread instructions there for a byte of a cache"
     table, lines = Table(f"Compiled for {arch}", columns, caption, keys=3), Counter[tuple[str, ...]]()
     for row in rows:
         tile = "x".join(str(size) for name, size in row["constexprs"].items() if name.startswith("BLOCK_"))
         numbers = ("" if row[name] is None else f"{row[name]:,.0f}" for name in figures.values())
         launch = f"{row['num_warps']}/{row['num_stages']}"
         style, name = "bold red" if row["fault"] else "", row["kernel"].removesuffix("_kernel")
-        line = (style, name, row["dtype"], tile, launch, *numbers)
+        per_byte = row["loop_instructions_per_byte"]
+        line = (style, name, row["dtype"], tile, launch, *numbers, "" if per_byte is None else f"{per_byte:.1f}")
         lines[line] += 1
     for (style, *cells), count in lines.items():
         table.add(*cells, str(count), style=style)

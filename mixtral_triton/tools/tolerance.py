@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import reference
 from ..kernels.op import Op
 from ..kernels.quantized import QuantizedWeight
+from ..kernels.quantized_cache import CODE_MAX, QuantizedCache
 from ..kernels.registry import OPS
 
 RATIO = 2.0  # the error of an operation may be this many times that of torch in the same dtype
@@ -26,6 +27,12 @@ RATIO = 2.0  # the error of an operation may be this many times that of torch in
 # (16-bit types), or another order of a long sum (fp32).
 FLOOR = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-19}
 TOKEN_FLOOR = {dtype: floor / 2 for dtype, floor in FLOOR.items()}
+
+
+def token_floor(dtype: torch.dtype, quantized: bool) -> float:
+    """TOKEN_FLOOR; over a cache of 8 bits that of bf16: any rounding may change a code by one, as a rounding would."""
+    return TOKEN_FLOOR[torch.bfloat16 if quantized else dtype]
+
 
 Args = dict[str, Any]
 ACTIVATIONS = ("x", "residual", "q", "k", "v")  # of the arguments of operations
@@ -41,9 +48,12 @@ class Tolerance:
         derived = [] if op.derived_outputs is None else op.derived_outputs(args, self.exact)
         self.independent = len(self.exact) - len(derived)
         self.limits: list[float] = []
-        for got, exact in zip(_results(op, op.call_reference, args), self.exact, strict=True):
+        # A rotated value near the middle between two codes may take either.
+        rotates = "cos" in args and isinstance(args.get("k_cache"), QuantizedCache)
+        steps = [FLOOR[torch.bfloat16], *[1 / CODE_MAX] * len(op.mutates)] if rotates else [0.0] * len(self.exact)
+        for got, exact, step in zip(_results(op, op.call_reference, args), self.exact, steps, strict=True):
             error = _error(got, exact) if len(self.limits) < self.independent else 0.0
-            self.limits.append(max(RATIO * error, FLOOR.get(got.dtype, 0.0)))
+            self.limits.append(max(RATIO * error, FLOOR.get(got.dtype, 0.0), step))
 
     def measure(self, function: Callable[..., Any]) -> tuple[float, float]:
         """The error of `function` and its limit, of the result that is nearest to its limit or farthest beyond it."""
@@ -108,11 +118,13 @@ def _fp64_results(op: Op, args: Args) -> list[Tensor]:
 
 
 def _results(op: Op, function: Callable[..., Any], args: Args) -> list[Tensor]:
-    """What a call of `function` returns, then the arguments that the operation mutates, which are copied first."""
+    """What a call of `function` returns, then the arguments that the operation mutates, which are copied first; caches
+    of 8 bits dequantized."""
     args = {name: value.clone() if name in op.mutates else value for name, value in args.items()}
     out = function(**args)
     results = [] if out is None else list(out) if isinstance(out, tuple) else [out]
-    return results + [args[name] for name in op.mutates]
+    caches = (args[name] for name in op.mutates)
+    return results + [x.dequantize() if isinstance(x, QuantizedCache) else x for x in caches]
 
 
 def _error(got: Tensor, exact: Tensor) -> float:
@@ -127,9 +139,13 @@ def _error(got: Tensor, exact: Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def fp64_block(layer: Any, config: Any, tables: Args, x: Tensor, ids: Tensor | None = None) -> reference.Values:
-    """`reference.block` on x [B,T,H] in fp64, one matrix, expert and sequence at a time to save memory."""
-    attend = reference.uncached_attention(config.sliding_window, to_fp64(tables["cos"]), to_fp64(tables["sin"]))
+def fp64_block(
+    layer: Any, config: Any, tables: Args, x: Tensor, ids: Tensor | None = None, quantized: bool = False
+) -> reference.Values:
+    """`reference.block` on x [B,T,H] in fp64, one matrix, expert and sequence at a time to save memory. quantized: with
+    keys and values as a cache of 8 bits gives them back."""
+    cos, sin = to_fp64(tables["cos"]), to_fp64(tables["sin"])
+    attend = reference.uncached_attention(config.sliding_window, cos, sin, quantized)
 
     def attend_each(*qkv: Tensor) -> Tensor:
         return torch.cat([attend(*each) for each in zip(*(x.split(1) for x in qkv), strict=True)])
@@ -162,12 +178,14 @@ class Fp64Reference:
     norm: float = 0.0
 
     @classmethod
-    def from_baseline(cls, exact: Tensor, baseline: Tensor, ratio: float = RATIO) -> Fp64Reference:
+    def from_baseline(
+        cls, exact: Tensor, baseline: Tensor, ratio: float = RATIO, quantized: bool = False
+    ) -> Fp64Reference:
         """exact [2B,T,H]: of an input `with_perturbed_input`; baseline [B,T,H]: of the input, in the weights' dtype."""
         exact, perturbed = exact.chunk(2)
         reference = cls(exact.clone(), 0.0, float(exact.norm(dim=-1).median()))  # a view would keep all of it alive
         distance = max(reference.measure(x)[0] for x in (baseline, perturbed))
-        return replace(reference, limit=max(ratio * distance, TOKEN_FLOOR[baseline.dtype]))
+        return replace(reference, limit=max(ratio * distance, token_floor(baseline.dtype, quantized)))
 
     def measure(self, got: Tensor, where: Any = ...) -> tuple[float, float]:
         """The largest error of a token of `got`, of exact[where], and its limit; infinite for another shape."""

@@ -27,6 +27,7 @@ from ..kernels.offload import find_weight
 # of a 128 x 128 tile has on sm_90, by 256 threads; and exp2, of which an SM computes 16 a clock beside 128 instructions
 # (CUDA programming guide, "Arithmetic Instructions").
 SOFTMAX = 12 + 2 * 128 // 16
+CODES = 20  # more for a score over keys in 8 bits, whose codes become numbers: as compiled for sm_90
 LIBRARY = (256, 256, 64)  # a library's tile, that of two SMs which share what they load: an estimate
 Operands = Mapping[str, Tensor]  # by name; a variable of this type is t
 
@@ -93,10 +94,19 @@ def _nbytes(t: Operands, *names: str) -> int:
     return sum(one.nbytes for name, one in t.items() if name in names or not names)
 
 
+def _vector_bytes(t: Operands, name: str) -> float:
+    """Return the bytes of a key or value of the tensor `name`, those of its scale in 8 bits included."""
+    return t[name].shape[-1] * t[name].element_size() + 4 * (f"{name}_scales" in t)
+
+
+def _vectors(x: Tensor) -> int:
+    return x.numel() // max(1, x.shape[-1])
+
+
 # Bytes across memory of kernels that do not move each tensor once; n programs.
 MEMORY: dict[str, Callable[[Operands, int], float]] = {
     "embed_rms_norm_kernel": lambda t, n: _nbytes(t) - t["table"].nbytes + t["x"].nbytes,  # the rows that become x
-    "append_kernel": lambda t, n: 2 * _nbytes(t, "k", "v"),  # the caches are longer
+    "append_kernel": lambda t, n: _nbytes(t, "k", "v") + _vectors(t["k"]) * 2 * _vector_bytes(t, "k_cache"),
     # q and k in and out; cos and sin of each token.
     "rope_kernel": lambda t, n: 2 * _nbytes(t, "q", "k") + 2 * n * t["cos"][0].nbytes,
 }
@@ -215,12 +225,15 @@ def _attention(launch: Launch) -> Work:
             spans.append(high - (max(0, first - before + 1) if window else 0))
     spans = [max(0, math.ceil(span / c["BLOCK_N"])) * c["BLOCK_N"] for span in spans]
     heads = math.prod(launch.grid or ()) / len(spans)
-    tiles = ((heads, (rows + 2 * span) * width * size, 4 * rows * span * width) for span in reversed(spans))
-    memory = _nbytes(t) - (1 - share) * _nbytes(t, "k", "v", "k_cache", "v_cache")
+    key, codes = width * size if "k_scales" not in t else width + 4, "k_scales" in t
+    tiles = ((heads, rows * width * size + 2 * span * key, 4 * rows * span * width) for span in reversed(spans))
+    keys = [f"{name}{scales}" for name in ("k", "v", "k_cache", "v_cache") for scales in ("", "_scales")]
+    memory = _nbytes(t) - (1 - share) * _nbytes(t, *keys)
     if "cos" in t:  # a row of each table a sequence, and the newest key into the cache
-        memory += 2 * len(t["q"]) * t["cos"][0].nbytes - _nbytes(t, "cos", "sin") + _nbytes(t, "new_k", "new_v")
-    vector = SOFTMAX / (4 * width)
-    shared = (rows + 2 * stages * c["BLOCK_N"]) * width * size
+        memory += 2 * len(t["q"]) * t["cos"][0].nbytes - _nbytes(t, "cos", "sin")
+        memory += 2 * _vectors(t["new_k"]) * _vector_bytes(t, "k")
+    vector = (SOFTMAX + CODES * (codes and launch.kernel == "attention_prefill_kernel")) / (4 * width)
+    shared = rows * width * size + 2 * stages * c["BLOCK_N"] * key
     values = rows * (width + c["BLOCK_N"] * (1 + size / 4))
     return Work(memory, tuple(tiles), vector, shared, values, stored=rows * width, fp32=size == 4)
 

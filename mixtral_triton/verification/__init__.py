@@ -20,19 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reference
-from ..cache import KVCache
 from ..config import checkpoint_folder
 from ..generate import GRAPH_MIN_TOKENS, PREFILL_CHUNK, Step, can_capture, prefill, sample
 from ..inputs import check_ids, check_vocabulary
 from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED, multiprocessors, target_arch
 from ..model import Mixtral
-from ..tools.tolerance import Fp64Reference, largest, to_fp64
+from ..tools.tolerance import Fp64Reference, largest, to_fp64, token_floor
 from .calls import SizedCalls
 from .layers import LayerProbe, ModelUnderTest, compare_in_fp32, compare_layers
 from .report import END_RATIO, TORCH, Report, Row, worst_rows
 from .targets import MeshUnderTest, TransformersUnderTest, compare_with_transformers
-from .weights import check_weights, estimate, held_out, perplexity
+from .weights import check_weights, estimate, held_out, measure_cache_cost, perplexity
 
 __all__ = ["Report", "Row", "estimate", "held_out", "perplexity", "verify"]
 
@@ -54,6 +53,7 @@ def verify(
     peer: str | None = None,
     quick: bool = False,
     tokens: int | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> Report:
     """Compare `target` with torch, or a transformers Mixtral with transformers' own modules -> Report.
 
@@ -64,10 +64,14 @@ def verify(
     one of its layers at a time. What the model quantized is dequantized for it.
     quick: layers of 16-bit weights are not also compared in fp32, which shows what 16 bits hide.
     tokens: of the pseudo-random text, and of the longest call of an operation.
+    cache_dtype torch.int8: keys and values in 8 bits, in the reference, too; the report has their cost apart.
     On a mesh every rank calls `verify` and returns the same report, with the worst row of each comparison.
     """
     check_peer(peer, isinstance(target, Mixtral) and target.ranks is not None)
     is_theirs = isinstance(target, nn.Module) and not isinstance(target, Mixtral)
+    if cache_dtype not in (None, torch.int8) or (cache_dtype and (is_theirs or peer)):
+        needs = "None: transformers has no such cache" if cache_dtype is torch.int8 else "None or torch.int8"
+        raise ValueError(f"verify: cache_dtype is {cache_dtype!r}, needs {needs}")
     if is_theirs and (folder is not None or peer is not None):
         raise ValueError("verify: target is a transformers model, which takes neither folder nor peer: needs None")
     if isinstance(target, (str, os.PathLike)):
@@ -82,7 +86,9 @@ def verify(
     ranks = getattr(target, "ranks", None)
     kind: Any = TransformersUnderTest if is_theirs else ModelUnderTest if ranks is None else MeshUnderTest
     with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
-        return _verify(kind(target), input_ids, progress, folder, peer, quick, tokens)
+        under_test = kind(target)
+        under_test.quantized = cache_dtype is torch.int8
+        return _verify(under_test, input_ids, progress, folder, peer, quick, tokens)
 
 
 def check_peer(peer: str | None, on_mesh: bool) -> None:
@@ -118,7 +124,7 @@ def _verify(
 ) -> Report:
     config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
     ids = default_text(input_ids, config, device, tokens)
-    fp32 = target.widens and not quick and dtype != torch.float32
+    fp32 = target.widens and not quick and dtype != torch.float32 and not target.quantized
     forward_calls = len(list(target.forward_calls(config, *ids.shape)))
     total = config.num_hidden_layers * (1 + forward_calls + (folder is not None) + (peer is not None) + fp32)
     done = count(1)
@@ -131,6 +137,7 @@ def _verify(
     longest = tokens or (PREFILL_CHUNK if device.type == "cuda" else TEXT_TOKENS)
     sized = SizedCalls(longest, (target_arch(device), multiprocessors(device)))
     rows, cost = check_weights(target, folder, ids, step)
+    cache_cost = measure_cache_cost(target, folder, ids) if target.quantized else None
     found, expected, exact = compare_layers(target, ids, sized if kernels else None, step)
     if fp32:
         found += compare_in_fp32(target, expected, step)
@@ -138,11 +145,13 @@ def _verify(
     norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
     rows += target.measure(None, "rms_norm", "final", norm)
     logits = target.head(exact, to_fp64), target.head(expected.x)
-    expected_logits, routes = Fp64Reference.from_baseline(*logits, END_RATIO), LayerProbe(expected.layers)
+    expected_logits = Fp64Reference.from_baseline(*logits, END_RATIO, target.quantized)
+    routes = LayerProbe(expected.layers)
     routes.start("end to end")
     out = torch.empty(0)
     with target.catch_faults(routes.fail), target.forward(target.model.config, routes) as forward:
-        out = target.model_head(forward(ids))
+        whole = (target.make_cache(target.model.config, *ids.shape),) if target.quantized else ()
+        out = target.model_head(forward(ids, *whole))
     rows.append(Row(None, target.output, "end to end", *expected_logits.measure(out)))
     if peer is not None:
         rows += compare_with_transformers(folder, target.model, ids, expected.layers, expected_logits, step)
@@ -154,12 +163,14 @@ def _verify(
     backend = "Triton, interpreted" if kernels else TORCH
     if device.type == "cuda":
         backend = f"Triton on {torch.cuda.get_device_name(device)}"
-    if quick and dtype != torch.float32:
+    if target.quantized and dtype != torch.float32:
+        sized.not_run.append("layers in fp32, which shows what 16 bits hide (without --cache-dtype)")
+    elif quick and dtype != torch.float32:
         sized.not_run.append("layers in fp32, which shows what 16 bits hide (without --quick)")
     elif not target.widens and dtype != torch.float32:
         sized.not_run.append("layers in fp32: only those of a Mixtral on one device can be taken out")
     routed, not_run = config.num_hidden_layers * ids.numel(), tuple(sized.not_run)
-    return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, cost, not_run)
+    return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, cost, not_run, cache_cost)
 
 
 def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) -> list[Row]:
@@ -174,16 +185,18 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     new = min(most, target.config.max_position_embeddings - len(prompts[0]))
     logits, perturbed = exact.chunk(2)
     least = 2 * END_RATIO * max(largest(x.double() - logits) for x in (baseline, perturbed))
+    least = max(least, token_floor(baseline.dtype, True) * largest(logits) if target.quantized else 0.0)
+    options: Any = {"eos_token_id": [], "cache_dtype": torch.int8 if target.quantized else None}
     if new < 1 or not math.isfinite(least):  # where torch overflows, the row of the logits says so
         return []
     scale, draws = max(largest(logits), 1e-30), [torch.Generator(model.device).manual_seed(1) for _ in range(2)]
-    next_logits, tokens = _next_logits(target, model.generate(prompts, new, eos_token_id=[]), new)
+    next_logits, tokens = _next_logits(target, model.generate(prompts, new, **options), new)
     below = largest(next_logits.amax(-1) - next_logits.gather(-1, tokens[..., None])[..., 0])
     rows = [Row(None, "generate", "greedy", below / scale, least / scale)]
     if can_capture(model):
-        same = torch.equal(tokens, _without_graph(model, prompts, new))
+        same = torch.equal(tokens, _without_graph(target, prompts, new))
         rows.append(Row(None, "generate", "captured step", 0.0 if same else math.inf, 0.0))
-    sampled = model.generate(prompts, new, TEMPERATURE, generator=draws[0], eos_token_id=[])
+    sampled = model.generate(prompts, new, TEMPERATURE, generator=draws[0], **options)
     next_logits, tokens = _next_logits(target, sampled, new)
     error = max(_race_error(next_logits[:, at], tokens[:, at], draws[1]) for at in range(new))
     # A logit's error e changes a probability by a factor of at most exp(2 e).
@@ -222,7 +235,8 @@ def _race_error(
 
 def _next_logits(target: Any, texts: list[Tensor], new: int) -> tuple[Tensor, Tensor]:
     """torch's logits [B,n,V] of the last `new` tokens of texts [T], each from those before it, and the tokens [B,n]."""
-    logits, attend = [], reference.uncached_attention(target.config.sliding_window, **target.tables)
+    window, quantized = target.config.sliding_window, target.quantized
+    logits, attend = [], reference.uncached_attention(window, **target.tables, quantized=quantized)
     for text in texts:
         x = F.embedding(text[None, :-1], target.embed_tokens)
         for index in range(len(target.layers)):  # a mesh gathers a layer when it is read: keep none
@@ -231,11 +245,12 @@ def _next_logits(target: Any, texts: list[Tensor], new: int) -> tuple[Tensor, Te
     return torch.stack(logits), torch.stack([text[-new:] for text in texts])
 
 
-def _without_graph(model: Any, prompts: list[Tensor], new: int) -> Tensor:
+def _without_graph(target: Any, prompts: list[Tensor], new: int) -> Tensor:
     """Greedy tokens [B,n] of `generate` without its CUDA graph."""
+    model = target.model
     lengths = torch.tensor([len(row) for row in prompts], device=model.device)
     ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-    cache = KVCache(model.config, len(ids), ids.shape[1] + new, model.device, model.dtype)
+    cache = target.make_cache(model.config, len(ids), ids.shape[1] + new)
     step = Step(model, cache, frozenset(), (0.0, 1.0, None, None, 0.0))
     step.pick(prefill(model, cache, ids, lengths))
     tokens = [step.token.clone()]

@@ -18,6 +18,7 @@ from ..kernels import reference as kernel_reference
 from ..kernels.experts.tiles import DECODE_TOKENS
 from ..kernels.linear import SKINNY_M
 from ..kernels.quantized import QuantizedWeight
+from ..kernels.quantized_cache import QuantizedCache
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
 from ..tools import tolerance
@@ -37,11 +38,15 @@ class LayerCheck:
 
     layer, tables  weights by the names of `model.Layer`; cos and sin fp32
     local_ids      routes [N,K] -> routes as this layer numbers its experts
+    quantized      caches have 8 bits
     """
 
     local_ids: Callable[[Tensor], Tensor] = staticmethod(lambda ids: ids)
 
-    def __init__(self, values: reference.Values, layer: Any, config: Any, tables: dict[str, Tensor]) -> None:
+    def __init__(
+        self, values: reference.Values, layer: Any, config: Any, tables: dict[str, Tensor], quantized: bool = False
+    ) -> None:
+        self.quantized = quantized
         self.values, self.layer, self.config, self.tables = values, layer, config, tables
         B, T, _ = values.x.shape
         self.at = torch.arange(B * T, device=values.x.device).view(B, T)  # the row of each token
@@ -88,8 +93,8 @@ class LayerCheck:
         """Ring caches that hold about half of each sequence: a chunk after it, and one token after it."""
         values, (B, T) = self.values, self.at.shape
         past, half = self._uneven(T // 2, 0), T // 2
-        cache = KVCache(self.config, B, T, values.x.device, values.x.dtype)
-        ring = {"k_cache": cache.keys[0], "v_cache": cache.values[0]}
+        cache = KVCache(self.config, B, T, values.x.device, torch.int8 if self.quantized else values.x.dtype)
+        ring: Args = {"k_cache": cache.keys[0], "v_cache": cache.values[0]}
         first = {"k": self.rk[:, :half], "v": values.v[:, :half], **ring, "past": past * 0, "new": past}
         yield "append", "first half", first
         kernel_reference.append(**first)
@@ -152,13 +157,15 @@ class LayerCheck:
         past = (slots - 1 - past).clamp(max=max(0, config.max_position_embeddings - T)).int()
         caches = draw(B, slots)
         keys = {"k_cache": self.rk, "v_cache": values.v}
-        ring = {name: x.flatten(0, 1)[caches].transpose(1, 2).contiguous() for name, x in keys.items()}
+        ring: Args = {name: x.flatten(0, 1)[caches].transpose(1, 2).contiguous() for name, x in keys.items()}
+        for name, x in ring.items() if self.quantized else ():
+            ring[name] = QuantizedCache.of(x)
         yield from self._ring_calls(case, at, ring, past, torch.full_like(past, T))
 
     def fp64(self, x: Tensor) -> reference.Values:
         """What the layer computes on x fp64 [nB,T,H], in fp64 with torch's routes."""
         ids = self.values.ids.repeat(len(x) // len(self.values.x), 1)
-        return tolerance.fp64_block(self.layer, self.config, self.tables, x, ids)
+        return tolerance.fp64_block(self.layer, self.config, self.tables, x, ids, self.quantized)
 
 
 class SizedCalls:
@@ -195,7 +202,9 @@ def launches(call: Call, arch: str, sms: int | None) -> set[Any]:
     """The launch configurations of a call."""
 
     def on_meta(x: Any) -> Any:
-        return x.on_meta() if isinstance(x, QuantizedWeight) else x.to("meta") if isinstance(x, Tensor) else x
+        if isinstance(x, QuantizedWeight):
+            return x.on_meta()
+        return x.to("meta") if isinstance(x, (Tensor, QuantizedCache)) else x
 
     op, _, args = call
     with record_launches(arch, sms) as records:

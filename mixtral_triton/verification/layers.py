@@ -51,6 +51,7 @@ class ModelUnderTest:
     is_mixtral = True  # a Mixtral: its forward takes chunks of unequal length and another window, and it has `generate`
     catches_faults = True  # whether an error that an operation or a forward raises is a wrong row
     widens = True  # whether a layer can be taken out and compared in fp32
+    quantized = False  # keys and values: every forward reads them from a cache of 8 bits
     operation = staticmethod(dispatched)  # the runtime's function for (operation, arguments)
     local_config: Callable[[Any], Any] = staticmethod(lambda config: config)  # that of the model's own layers
 
@@ -61,8 +62,8 @@ class ModelUnderTest:
 
     def check(self, layer: Any, x: Tensor, config: Any) -> LayerCheck:
         """What torch computes in a layer on x [B,T,H]."""
-        attend = reference.uncached_attention(config.sliding_window, **self.tables)
-        return LayerCheck(reference.block(layer, config, x, attend), layer, config, self.tables)
+        attend = reference.uncached_attention(config.sliding_window, **self.tables, quantized=self.quantized)
+        return LayerCheck(reference.block(layer, config, x, attend), layer, config, self.tables, self.quantized)
 
     def probe_config(self, tokens: int) -> Any:
         """The config with a window that is shorter than the text."""
@@ -76,7 +77,8 @@ class ModelUnderTest:
 
         Sequence b is b tokens behind sequence 0 after every other call, so the lengths in a batch differ.
         """
-        yield UNCACHED, (text := torch.arange(T).expand(B, T)), text >= 0, None, {}
+        whole = self.make_cache(config, B, T) if self.quantized else None
+        yield UNCACHED, (text := torch.arange(T).expand(B, T)), text >= 0, whole, {}
         cache, behind = self.make_cache(config, B, T + PADDING), torch.arange(B)
         num_separate = min(SEPARATE_TOKENS, T - 1) or 1
         bounds = sorted({0, -(-2 * (T - num_separate) // 5), -(-3 * (T - num_separate) // 4), T - num_separate})
@@ -119,7 +121,7 @@ class ModelUnderTest:
         return rows
 
     def make_cache(self, config: Any, batch: int, slots: int) -> Any:
-        return KVCache(config, batch, slots, self.model.device, self.model.dtype)
+        return KVCache(config, batch, slots, self.model.device, torch.int8 if self.quantized else self.model.dtype)
 
     @contextmanager
     def forward(self, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Iterator[Callable[..., Tensor]]:
@@ -176,10 +178,11 @@ class TextReference:
         normed = reference.rms_norm(self.exact.to(values.x.device), norm, check.config.rms_norm_eps)
         references = {"normed": Fp64Reference.from_baseline(normed, values.normed)}
         for name, ratio in {"attn_output": PART_RATIO, "y": PART_RATIO, "output": tolerance.RATIO}.items():
-            references[name] = Fp64Reference.from_baseline(getattr(exact, name), getattr(values, name), ratio)
+            parts = getattr(exact, name), getattr(values, name)
+            references[name] = Fp64Reference.from_baseline(*parts, ratio, check.quantized)
         logits, perturbed = exact.logits.view(2, *values.x.shape[:2], -1)
         error = max(largest(x.view_as(logits) - logits) for x in (values.logits, perturbed))
-        limit = tolerance.RATIO * error + tolerance.TOKEN_FLOOR[values.x.dtype] * largest(logits)
+        limit = tolerance.RATIO * error + tolerance.token_floor(values.x.dtype, check.quantized) * largest(logits)
         ids, weights = (x.view(*logits.shape[:2], -1) for x in (values.ids, values.weights))
         self.layers.append(LayerReference(values.x, values.normed, ids, weights, logits.clone(), limit, references))
         self.x, self.exact = values.output, exact.output

@@ -70,9 +70,9 @@ def worst_rows(rows: Iterable[Row]) -> list[Row]:
 
 @dataclass(frozen=True)
 class QuantizationCost:
-    """Both models in fp64: on the dequantized weights, and on the weights of the files.
+    """Both models in fp64: on the dequantized weights, and on the weights of the files; or over both caches.
 
-    formats  of the quantized parts of the model, by their names in QUANTIZED_PARTS
+    formats  of the quantized parts of the model, by their names in QUANTIZED_PARTS, or of the cache
     cosine   between the logits of a token in both, the mean over all tokens; `min_cosine`: the smallest
     flips    of `routed` routes (a token in a layer), those that differ
     perplexity, stored_perplexity  of the folder's held-out text; None where it has none
@@ -88,14 +88,17 @@ class QuantizationCost:
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{part} {format}" for part, format in self.formats.items())
+        against, short = "the weights as stored", "as stored"
+        if "cache" in self.formats:
+            against, short = "keys and values that are not quantized", "without"
         text = (
-            f"Quantized: {kinds}. Cost against the weights as stored, in fp64: cosine of the logits {self.cosine:.5f}, "
+            f"Quantized: {kinds}. Cost against {against}, in fp64: cosine of the logits {self.cosine:.5f}, "
             f"of the worst token {self.min_cosine:.5f}; routes that differ: {self.flips} of {self.routed}"
         )
         if self.perplexity is None or self.stored_perplexity is None:
             return f"{text}."
         percent = 100 * (self.perplexity / self.stored_perplexity - 1)
-        return f"{text}; perplexity {self.perplexity:.3f}, as stored {self.stored_perplexity:.3f} ({percent:+.2f} %)."
+        return f"{text}; perplexity {self.perplexity:.3f}, {short} {self.stored_perplexity:.3f} ({percent:+.2f} %)."
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ class Report:
     flips         of `routed` routes (a token in a layer), those that differ end to end: near ties of a 16-bit type
     quantization  the cost of quantizing while loading; the rows compare with the dequantized weights
     not_run       what this report says nothing about
-    None of the three is part of the verdict.
+    cache         the cost of 8 bits for keys and values; the rows compare with torch over such a cache
+    None of the four is part of the verdict.
     """
 
     rows: tuple[Row, ...]
@@ -116,6 +120,7 @@ class Report:
     peer: str = TORCH
     quantization: QuantizationCost | None = None
     not_run: tuple[str, ...] = ()
+    cache: QuantizationCost | None = None
 
     @property
     def compared(self) -> bool:
@@ -153,8 +158,7 @@ class Report:
         yield Text(f"{self.backend}, compared with {self.peer}; {self.dtype}; the worst of all layers")
         yield self._table()
         yield Text(f"routes that differ end to end: {self.flips} of {self.routed}")
-        if self.quantization is not None:
-            yield Text(str(self.quantization))
+        yield from (Text(str(cost)) for cost in (self.quantization, self.cache) if cost is not None)
         for row in self.wrong:
             error = row.note or f"error {row.error:.2e}, limit {row.limit:.2e}"
             yield Text(f"{row.where} ({row.case}): {error}", style="red")

@@ -252,7 +252,8 @@ class MeshUnderTest(ModelUnderTest):
         values, queries, keys = check.values, shard.queries(config), shard.keys(config)
         heads = values.heads[..., shard.qkv_rows(config)["q"]]
         qkv = {"q": values.q[:, :, queries], "k": values.k[:, :, keys], "v": values.v[:, :, keys]}
-        local = LayerCheck(replace(values, heads=heads, **qkv), layer.local, shard.config(config), check.tables)
+        values = replace(values, heads=heads, **qkv)
+        local = LayerCheck(values, layer.local, shard.config(config), check.tables, check.quantized)
         local.local_ids = partial(self.ranks.local_ids, experts=len(layer.local.down_proj))
         for name in ("calls", "sized_calls"):
             setattr(check, name, getattr(local, name))

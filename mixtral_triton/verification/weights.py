@@ -88,7 +88,7 @@ def check_weights(
         stored = None  # before the next layer is allocated
         if at is not None:
             step()
-    return rows, None if cost is None else cost.result()
+    return rows, None if cost is None else cost.result(quantized_formats(target.model))
 
 
 def _weights(target: ModelUnderTest, at: int | None) -> dict[str, Any]:
@@ -240,13 +240,14 @@ def quantized_formats(model: Any) -> dict[str, str]:
 class _LayerByLayer:
     """The computation of a QuantizationCost, which gets the files' weights one layer after another."""
 
-    def __init__(self, target: ModelUnderTest, source: Source, ids: Tensor) -> None:
+    def __init__(self, target: ModelUnderTest, source: Source | None, ids: Tensor) -> None:
         self.target, self.ids, self.flips, config = target, ids, 0, target.config
         # fp32 holds what a quantized file means.
-        self.dtype = target.model.dtype if source.quantization is None else torch.float32
-        text = held_out(source.folder, config)
+        self.dtype = target.model.dtype if source is None or source.quantization is None else torch.float32
+        text = None if source is None else held_out(source.folder, config)
         self.windows = [] if text is None else list(_windows(text.to(ids.device), config))
         inputs = [ids, *(window[None] for window, _ in self.windows)]
+        self.stored_head: Any = None
         self.texts = [[F.embedding(each, target.embed_tokens).double() for each in inputs]] * 2
 
     def empty(self, at: int | None) -> Any:
@@ -261,14 +262,18 @@ class _LayerByLayer:
         if at is None:
             self.stored_head = stored.lm_head if isinstance(self.target.lm_head, QuantizedWeight) else None
             return
-        routes = []
-        for side, layer in enumerate((self.target.layers[at], stored.layers[at])):
-            values = [fp64_block(layer, self.target.config, self.target.tables, x) for x in self.texts[side]]
+        self.compare((self.target.layers[at], False), (stored.layers[at], False))
+
+    def compare(self, *sides: tuple[Any, bool]) -> None:
+        """One layer of both, and whether its keys and values have 8 bits."""
+        routes, config, tables = [], self.target.config, self.target.tables
+        for side, (layer, quantized) in enumerate(sides):
+            values = [fp64_block(layer, config, tables, x, quantized=quantized) for x in self.texts[side]]
             self.texts[side] = [each.output for each in values]
             routes.append(values[0].ids.sort(-1).values)
         self.flips += int((routes[0] != routes[1]).any(-1).sum())
 
-    def result(self) -> QuantizationCost:
+    def result(self, formats: dict[str, str]) -> QuantizationCost:
         logits, scores = [], []
         for lm_head, (x, *texts) in zip((None, self.stored_head), self.texts, strict=True):
             head = partial(self.target.head, convert=to_fp64, lm_head=lm_head)
@@ -278,5 +283,12 @@ class _LayerByLayer:
                 scores.append(_perplexity(zip((text[0] for text in texts), targets, strict=True), head))
         cosines = F.cosine_similarity(logits[0], logits[1], dim=-1)
         routed = self.target.config.num_hidden_layers * self.ids.numel()
-        found = quantized_formats(self.target.model), float(cosines.mean()), float(cosines.min())
-        return QuantizationCost(*found, self.flips, routed, *scores)
+        return QuantizationCost(formats, float(cosines.mean()), float(cosines.min()), self.flips, routed, *scores)
+
+
+def measure_cache_cost(target: ModelUnderTest, folder: Any, ids: Tensor) -> QuantizationCost:
+    """The cost of 8 bits for keys and values on ids [B,T], and on the held-out text of the folder, if any."""
+    cost = _LayerByLayer(target, None if folder is None else Source(folder), ids)
+    for layer in target.layers:
+        cost.compare((layer, True), (layer, False))
+    return cost.result({"cache": "int8"})

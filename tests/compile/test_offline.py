@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process w
 FAMILIES = tuple(dict.fromkeys(known.family for known in ARCHS.values()))
 OUTSIDE_LOOPS = 308 if triton.__version__.startswith("3.7") else 0  # bytes
 MEASURED = {"registers", "spills", "shared_bytes", "limit_bytes", "loop_spills", "loop_flop_per_instruction"}
+MEASURED |= {"loop_instructions_per_byte"}
 JSON_KEYS = MEASURED | {"fault", "op", "kernel", "arch", "file", "dtype", "num_warps", "num_stages", "constexprs"}
 
 
@@ -79,6 +80,9 @@ for arch, (D, T) in product(("sm_90", "sm_80"), HEADS):  # keys alone, or with a
     HEAD_SIZES.append(("cached_attention", sizes | RING | {"past": 5000}, arch, FP16))  # compiles to bf16's code
 for arch, D in product(("sm_90", "sm_80", "gfx942"), (48, 72, 80, 192)):
     HEAD_SIZES.append(("rope_append_attention", STEP | {"D": D}, arch, BF16))
+    HEAD_SIZES.append(("rope_append_attention", STEP | {"D": D, "cache": "int8"}, arch, BF16))
+    CODES = PROMPT | RING | {"T": 65, "S": 4096, "Hq": 4, "Hkv": 2, "D": D, "cache": "int8"}
+    HEAD_SIZES.append(("cached_attention", CODES, arch, BF16))
 
 
 @pytest.mark.exhaustive

@@ -47,6 +47,9 @@ CASES: list[tuple[str, Sizes]] = [
     ("attention", {"T": 20, "S": 40, "Hq": 2, "Hkv": 1, "D": 13, "window": 11}),
     ("cached_attention", {"T": 1, "Hq": 3, "Hkv": 1, "D": 13, "C": 90, "past": 0, "window": 0, "fresh": False}),
     ("cached_attention", {"T": 5, "Hq": 2, "Hkv": 1, "D": 13, "C": 8, "past": 0, "window": 8, "fresh": True}),
+    ("append", {"T": 3, "Hkv": 1, "D": 14, "C": 8, "past": 5, "cache": "int8"}),
+    ("rope_append_attention", {"T": 1, "Hq": 3, "Hkv": 1, "D": 10, "C": 90, "past": 0, "window": 0, "cache": "int8"}),
+    ("cached_attention", {"T": 5, "Hq": 2, "Hkv": 1, "D": 14, "C": 8, "past": 0, "window": 8, "cache": "int8"}),
 ]
 LISTED = {name for name, _ in CASES} | {"sort_by_expert"}  # the results of the latter are integers, and exact
 # Operations of no model need kernels: the torch backend is deterministic only where an operation has the argument.

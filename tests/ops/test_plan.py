@@ -23,6 +23,7 @@ from mixtral_triton.kernels import launch, plan
 from mixtral_triton.kernels.launch import INTERPRETED, LaunchConfig
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.quantized import QuantizedWeight
+from mixtral_triton.kernels.quantized_cache import QuantizedCache
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import as_tuple
@@ -36,7 +37,7 @@ GPU_0, GPU_1 = torch.device("cuda", 0), torch.device("cuda", 1)
 
 
 def to_gpu(x: Any, device: torch.device = GPU_0) -> Any:
-    return x.to(device) if isinstance(x, (Tensor, QuantizedWeight)) else x
+    return x.to(device) if isinstance(x, (Tensor, QuantizedWeight, QuantizedCache)) else x
 
 
 def arguments(op: Op[..., Any], sizes: Any, seed: int = 0, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
@@ -47,7 +48,7 @@ def arguments(op: Op[..., Any], sizes: Any, seed: int = 0, dtype: torch.dtype | 
 
 
 def tensors(args: tuple[Any, ...]) -> list[Tensor]:
-    parts = [[*x.buffers()] if isinstance(x, QuantizedWeight) else [x] for x in args]
+    parts = [[*x.buffers()] if isinstance(x, QuantizedWeight) else getattr(x, "tensors", [x]) for x in args]
     return [x for part in parts for x in part if isinstance(x, Tensor)]
 
 

@@ -181,7 +181,8 @@ HEADS = {"Hq": 8, "Hkv": 2, "D": 128}
 def keys_read(traffic: Traffic, keys: int, heads: int) -> float:
     """K and V bytes moved / those of `keys` keys of `heads` key/value heads."""
     assert traffic["attention_decode_kernel"].grid[1] == heads
-    return traffic.moved("k", "v", "k_cache", "v_cache") / (2 * keys * HEADS["Hkv"] * HEADS["D"] * BF16.itemsize)
+    moved = traffic.moved("k", "v", "k_cache", "v_cache", "k_scales", "v_scales")
+    return moved / (2 * keys * HEADS["Hkv"] * HEADS["D"] * BF16.itemsize)
 
 
 RING = {"B": 2, "T": 1, "C": 512, "fresh": False}
@@ -200,6 +201,14 @@ def test_decode_reads_keys_once_for_each_group(name: str, sizes: Any, keys: int,
     """In the wrapped ring sequence 1 has no new token, so its window holds one key less."""
     traffic = count(name, HEADS | sizes)
     within(f"{name} K and V, {request.node.callspec.id}", keys_read(traffic, keys, HEADS["Hkv"]), 1.05)
+
+
+@pytest.mark.parametrize("name", ["cached_attention", "rope_append_attention"])
+def test_8_bits_halve_the_traffic_of_a_cache(name: str, within: Any) -> None:
+    """Of a step: keys and values read, and the new ones written."""
+    sizes = HEADS | RING | {"window": 0, "past": 400, "cache": "int8"}
+    keys = 401 + 403 if name == "cached_attention" else 400 + 403 + 1
+    within(f"{name} cache traffic in 8 bits", keys_read(count(name, sizes), keys, HEADS["Hkv"]), 0.52)
 
 
 def test_keys_read_by_each_query_head_are_caught(within: Any) -> None:

@@ -12,6 +12,7 @@ from mixtral_triton import ops
 from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.op import Sizes
 from mixtral_triton.kernels.quantized import QuantizedWeight
+from mixtral_triton.kernels.quantized_cache import QuantizedCache
 from mixtral_triton.kernels.registry import OPS
 
 Args = dict[str, Any]
@@ -33,12 +34,17 @@ def public(name: str) -> Callable[..., Any]:
     return getattr(ops, OPS[name].public_name)
 
 
-def tensors(args: Args) -> dict[str, Tensor]:
-    return {name: value for name, value in args.items() if isinstance(value, Tensor)}
+def tensors(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a call by name, and its caches of 8 bits."""
+    return {name: value for name, value in args.items() if isinstance(value, (Tensor, QuantizedCache))}
 
 
 def copies(args: Args) -> Args:
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in args.items()}
+    return args | {name: value.clone() for name, value in tensors(args).items()}
+
+
+def dense(x: Any) -> Tensor:
+    return x.dequantize() if isinstance(x, QuantizedCache) else x
 
 
 def as_tuple(out: Any) -> tuple[Tensor, ...]:
@@ -48,7 +54,7 @@ def as_tuple(out: Any) -> tuple[Tensor, ...]:
 def outputs(name: str, function: Callable[..., Any], args: Args) -> list[Tensor]:
     """Call `function` on copies of `args`; return its results and the caches that the operation writes into."""
     args = copies(args)
-    return [*as_tuple(function(**args)), *(args[cache] for cache in OPS[name].mutates)]
+    return [*as_tuple(function(**args)), *(dense(args[cache]) for cache in OPS[name].mutates)]
 
 
 def tensors_of_launch(args: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig
+from mixtral_triton.cache import cache_bytes
 from mixtral_triton.cli import SMALL, main, parser
 from mixtral_triton.generate import prefill, sample
 from mixtral_triton.inputs import WEIGHT_FORMATS as FORMATS
 from mixtral_triton.inputs import check_memory
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.load import LOGIT_BYTES, OVERHEAD, cache_bytes, select_experts, table_bytes, workspace_bytes
+from mixtral_triton.load import LOGIT_BYTES, OVERHEAD, select_experts, table_bytes, workspace_bytes
 from mixtral_triton.quantize import select_specs
 from mixtral_triton.tools.fit import KNOWN, MemoryPlan, Request, format_specs, memory_need, parameters
 from mixtral_triton.tools.gpus import GPU, GPUS, LINKS, MIB, find_gpu
@@ -85,10 +86,11 @@ def test_columns_that_are_no_whole_unit_are_padded() -> None:
 
 
 def test_cache_bytes_are_those_of_a_kv_cache() -> None:
-    assert cache_bytes(SMALLER, 1, 1) == 128 * 1024
+    assert cache_bytes(SMALLER, 1, 1, torch.bfloat16) == 128 * 1024
     for config in (SMALLER, replace(SMALLER, sliding_window=4096)):
-        cache = KVCache(config, 3, 5000, "meta", torch.bfloat16)
-        assert cache_bytes(config, 3, 5000) == sum(x.nbytes for x in (*cache.keys, *cache.values))
+        for dtype in (torch.bfloat16, torch.int8):
+            cache = KVCache(config, 3, 5000, "meta", dtype)
+            assert cache_bytes(config, 3, 5000, dtype) == sum(x.nbytes for x in (*cache.keys, *cache.values))
     tables = Mixtral(replace(SMALLER, num_hidden_layers=1), "meta")
     assert table_bytes(SMALLER) == tables.cos.nbytes + tables.sin.nbytes
 

@@ -26,6 +26,7 @@ QUICK = 6  # cases per operation with --quick
 BENCHED: dict[str, Op] = {**OPS, decode_step.STEP.name: decode_step.STEP}
 CPU_FLOPS, CPU_BYTES = 2e10, 1 << 28  # what a CPU checks in seconds, in fp64 and with the torch backend
 QUANTIZED = {"weight", "gate_up", "down"}  # switches that hold the format of a quantized weight
+FORMATS = QUANTIZED | {"cache"}
 DEFAULTS = {"window": 0, "past": 0}  # of sizes that `--sizes` may leave out: no window, an empty cache
 # Peers round at other points than the reference: they may err this many times as much as our own limit.
 PEER_SLACK = 2.0
@@ -180,14 +181,16 @@ def _parse_sizes(option: str, texts: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for text in texts:
         name, _, size = text.partition("=")
+        if name == "cache" and size != "int8":
+            raise ValueError(f"{option} is {text!r}, needs int8, or no cache=: the cache is then in the model's dtype")
         if name in QUANTIZED and not re.fullmatch(rf"({'|'.join(BITS)})(:\d+)?", size):
             known = ", ".join(BITS)
             raise ValueError(f"{option} is {text!r}, needs one of {known}, and maybe a group: {name}=int4:128")
-        if name not in QUANTIZED and not (name and size.isdecimal()):
+        if name not in FORMATS and not (name and size.isdecimal()):
             raise ValueError(f"{option} is {text!r}, needs a size letter and a number: T=4096")
         if name in found:
             raise ValueError(f"{option} is {','.join(texts)!r}, needs each letter once")
-        found[name] = size if name in QUANTIZED else int(size)
+        found[name] = size if name in FORMATS else int(size)
     return found
 
 

@@ -6,6 +6,7 @@ import argparse
 import inspect
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -34,6 +35,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--peer goes with the one operation that it does: bench expert_swiglu --peer MODULE:FUNCTION")
     if args.offload and args.ops != ["decode_step"]:
         raise ValueError(f"--offload is {args.offload}, and goes with decode_step: bench decode_step --offload N")
+    if args.cache_dtype and args.ops != ["decode_step"]:
+        raise ValueError("--cache-dtype is 'int8', and goes with decode_step: bench decode_step --cache-dtype int8")
+    if args.cache_dtype:
+        selected = [replace(case, sizes={**case.sizes, "cache": args.cache_dtype}) for case in selected]
     user_peers = [import_peer(text) for text in dict.fromkeys(args.peer)]
     gpu, sheet = find_gpu(args.gpu or "h100"), None
     if not gpu.bandwidth:

@@ -63,10 +63,11 @@ def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None)
             first.normal_(std=1.0 if name == "embed_tokens" else weight.shape[-1] ** -0.5, generator=generator)
         for copy in copies:
             copy.copy_(first)
-    cache = KVCache(model.config, sizes["B"], sizes["S"], device, dtype)
+    cache = KVCache(model.config, sizes["B"], sizes["S"], device, torch.int8 if "cache" in sizes else dtype)
     cache.max_len = model.config.max_position_embeddings  # repeated steps wrap around the ring
     for buffer in (*cache.keys, *cache.values):
-        buffer.normal_(generator=generator)
+        for b in range(len(buffer)):  # one sequence at a time: a draw for all of them may not fit beside them
+            buffer[b] = torch.randn(buffer.shape[1:], generator=generator, device=device, dtype=dtype)
     rewind(cache)
     return {"model": model, "cache": cache, "token": torch.arange(sizes["B"], device=device)[:, None] % sizes["V"]}
 
@@ -102,7 +103,8 @@ def plain_step(model: Mixtral, cache: KVCache, token: Tensor) -> Tensor:
     past, new = cache.lengths, torch.ones_like(cache.lengths)
     x = F.embedding(token, model.embed_tokens)
     for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
-        ring = {"k_cache": keys, "v_cache": values, "past": past, "new": new, "window": model.config.sliding_window}
+        ring: Args = {"k_cache": keys, "v_cache": values, "past": past, "new": new}
+        ring["window"] = model.config.sliding_window
         attend = partial(reference.rope_append_attention, cos=model.cos, sin=model.sin, **ring)
         x = block(layer, model.config, x, attend).output
     cache.advance(new, 1)
@@ -182,7 +184,7 @@ STEP = Op(
     inputs=inputs,
     configs=lambda sizes, dtype, arch: {},
     cost=cost,
-    test_shapes=(SMALL, {**SMALL, "offload": 1}),
+    test_shapes=(SMALL, {**SMALL, "offload": 1}, {**SMALL, "cache": "int8"}),
     bench_shapes=tuple(
         {"B": B, "S": S, "L": L, "H": 4096, "I": 14336, "E": 8, "K": 2, "Hq": 32, "Hkv": 8, "D": 128, "V": 32000}
         # Two depths of one step give the time of a layer.

@@ -23,6 +23,7 @@ from torch import Tensor
 from ...kernels import reference
 from ...kernels.op import Op
 from ...kernels.quantized import QuantizedWeight
+from ...kernels.quantized_cache import QuantizedCache
 from ...weights import table
 from .decode_step import STEPS_MOST
 
@@ -59,8 +60,8 @@ def _compile(op: Op, args: Args) -> Function:
 
 
 def _require_dense(args: Args) -> None:
-    if any(isinstance(value, QuantizedWeight) for value in args.values()):
-        raise Unsupported("its weights are dense")
+    if any(isinstance(value, (QuantizedWeight, QuantizedCache)) for value in args.values()):
+        raise Unsupported("its weights and caches are dense")
 
 
 def _library(name: str, op: str, target: str, names: str) -> Peer:
@@ -147,6 +148,7 @@ def _flash(op: Op, args: Args) -> Function:
 
 def _cached_slots(args: Args) -> Tensor:
     """Return how many slots each sequence's one query sees: all written ones, since the window is the ring."""
+    _require_dense(args)
     if args["k"] is not None:
         raise Unsupported("a chunk beside the cache")
     slots = args["k_cache"].shape[2]
@@ -186,7 +188,7 @@ def _hf_step(op: Op, args: Args, kind: str) -> Function:
     from ...hf.attention import CACHE
 
     model, cache = args["model"], args["cache"]
-    _require_dense(model.named_weights())
+    _require_dense({**model.named_weights(), "keys": cache.keys[0]})
     fields = asdict(model.config)
     rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
     settings = MixtralConfig(**fields, rope_parameters=rope)

@@ -1,0 +1,156 @@
+"""QuantizedCache: keys or values in 8 bits, in a layout that the attention kernels stream.
+
+B batch, Hkv key/value heads, C slots, D head size
+
+A vector of D numbers, one head of one token, is quantized from itself alone, with one fp32 scale: its largest absolute
+value / 127; number = code * scale. Element j of its D / 2 int16 elements
+holds code j in the low byte and code j + D / 2 in the high byte, so each byte is a tile of neighbouring columns
+(quantized.py), and an element is a pair that rope rotates. A vector with NaN or inf has the scale NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CODE_MAX = 127
+SCALE_MIN = 2.0**-126  # the least normal number: a vector of zeros has codes 0, and no NaN
+_MAX, _MIN = tl.constexpr(float(CODE_MAX)), tl.constexpr(SCALE_MIN)
+_MAGIC = tl.constexpr(1.5 * 2.0**23)  # added to a number, it rounds it to an integer, which its low bits then hold
+
+
+def vector_bytes(D: int, itemsize: int, quantized: bool) -> int:
+    """Return the bytes of a cached key or value, with its scale where it is quantized."""
+    return D + 4 if quantized else D * itemsize
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., D] -> elements int16 [..., D/2], scales fp32 [...]."""
+    x = x.float()
+    largest = x.abs().amax(-1)
+    scales = (largest / CODE_MAX).clamp(min=SCALE_MIN).masked_fill(~(largest < torch.inf), torch.nan)
+    codes = (x * (1.0 / scales)[..., None]).nan_to_num(0.0).round().to(torch.int16)
+    low, high = codes.chunk(2, dim=-1)
+    return (low & 255) | (high << 8), scales
+
+
+def dequantize(elements: Tensor, scales: Tensor) -> Tensor:
+    """Return fp32 [..., D]: each code times its scale."""
+    bits = elements.to(torch.int32)
+    return torch.cat(((bits & 255 ^ 128) - 128, bits >> 8), dim=-1) * scales[..., None]
+
+
+def as_stored(x: Tensor) -> Tensor:
+    """Return x [..., D] as a cache of 8 bits gives it back, in x's dtype."""
+    return dequantize(*quantize(x)).to(x.dtype)
+
+
+class QuantizedCache:
+    """Keys or values [B, Hkv, C, D] of a ring cache in 8 bits.
+
+    codes   int16 [B, Hkv, C, D/2], the last two dimensions contiguous
+    scales  fp32 [B, Hkv, C], of the strides of `codes` / (D/2): the same index finds a vector's codes and its scale
+    """
+
+    dtype, as_stored = torch.int8, staticmethod(as_stored)
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        self.codes, self.scales = codes, scales
+
+    @classmethod
+    def empty(cls, *shape: int, device: Any = None) -> QuantizedCache:
+        """Return an unset cache; all leading dimensions of [..., D] are free."""
+        *slots, D = shape
+        if D % 2:
+            raise ValueError(f"QuantizedCache: head size is {D}, needs an even number: two codes are an element")
+        codes = torch.empty(*slots, D // 2, dtype=torch.int16, device=device)
+        return cls(codes, torch.empty(slots, dtype=torch.float32, device=device))
+
+    @classmethod
+    def of(cls, x: Tensor) -> QuantizedCache:
+        """Quantize x [..., D]."""
+        return cls(*quantize(x))
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.codes.shape[:-1], 2 * self.codes.shape[-1]))
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.codes, self.scales
+
+    def fault(self) -> str | None:
+        """Return what a kernel could not read, or None."""
+        codes, scales = self.tensors
+        if codes.dtype != torch.int16 or scales.dtype != torch.float32:
+            return f"of {codes.dtype} codes and {scales.dtype} scales, needs int16 and float32"
+        if scales.shape != codes.shape[:-1] or scales.device != codes.device:
+            return f"of codes {list(codes.shape)} and scales {list(scales.shape)}, needs a scale for each vector"
+        half = codes.shape[-1]
+        pairs = zip(codes.shape[:-1], codes.stride()[:-1], scales.stride(), strict=True)
+        if codes.stride(-1) != 1 or any(size > 1 and stride != half * one for size, stride, one in pairs):
+            return (
+                f"of strides {codes.stride()} and {scales.stride()}, needs those of the codes to be {half} times larger"
+            )
+        return None
+
+    def dequantize(self) -> Tensor:
+        """Return the exact keys or values in fp32 [B, Hkv, C, D]."""
+        return dequantize(*self.tensors)
+
+    def map(self, function: Any) -> QuantizedCache:
+        """Return the cache of function(codes), function(scales)."""
+        return QuantizedCache(*map(function, self.tensors))
+
+    def to(self, *args: Any) -> QuantizedCache:
+        """Move; nothing is converted."""
+        return self.map(lambda x: x.to(*args))
+
+    def clone(self, **options: Any) -> QuantizedCache:
+        return self.map(lambda x: x.clone(**options))
+
+    def copy_(self, other: QuantizedCache) -> QuantizedCache:
+        for x, y in zip(self.tensors, other.tensors, strict=True):
+            x.copy_(y)
+        return self
+
+    def zero_(self) -> QuantizedCache:
+        return self.map(Tensor.zero_)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, index: Any) -> QuantizedCache:
+        """Return views; `index` reaches no further than the slots."""
+        return self.map(lambda x: x[index])
+
+    def __setitem__(self, index: Any, values: Tensor) -> None:
+        """Quantize values [..., D] into the slots at `index`."""
+        for x, part in zip(self.tensors, quantize(values), strict=True):
+            x[index] = part
+
+
+@triton.jit
+def quantized(low, high):
+    """Halves of vectors [rows, D / 2] -> codes of both halves fp32, elements int16, scales fp32 [rows]."""
+    low, high = low.to(tl.float32), high.to(tl.float32)
+    finite = (tl.abs(low) < float("inf")) & (tl.abs(high) < float("inf"))  # a maximum ignores NaN
+    largest = tl.max(tl.where(finite, tl.maximum(tl.abs(low), tl.abs(high)), float("inf")), axis=1)
+    scales = tl.maximum(tl.div_rn(largest, tl.zeros_like(largest) + _MAX), _MIN)
+    scales = tl.where(largest < float("inf"), scales, float("nan"))
+    inverse = tl.div_rn(tl.zeros_like(scales) + 1.0, scales)[:, None]
+    low, high = low * inverse + _MAGIC, high * inverse + _MAGIC
+    elements = (low.to(tl.int32, bitcast=True) & 255) | (high.to(tl.int32, bitcast=True) << 8)
+    return low - _MAGIC, high - _MAGIC, elements.to(tl.int16), scales

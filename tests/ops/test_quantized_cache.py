@@ -1,0 +1,273 @@
+"""QuantizedCache: its layout and its checks, in operations, in a model and in graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixtral_triton import KVCache, Mixtral, ops, reference
+from mixtral_triton.cache import cache_bytes
+from mixtral_triton.config import SMALL
+from mixtral_triton.kernels import quantized_cache
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.quantized_cache import QuantizedCache, as_stored, quantize
+from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.verification.layers import ModelUnderTest
+from mixtral_triton.verification.weights import measure_cache_cost
+from tests.support.calls import Args, copies, inputs, outputs
+from tests.support.models import WIDER_SIZES, random_model, tokens
+
+NAN, INF = float("nan"), float("inf")
+CHUNK = {"B": 3, "T": 5, "Hq": 4, "Hkv": 2, "D": 32, "C": 16, "window": 16, "past": 20, "cache": "int8"}
+INPUTS = {
+    "append": {key: size for key, size in CHUNK.items() if key not in ("Hq", "window")},
+    "cached_attention": CHUNK,
+    "rope_append_attention": {**CHUNK, "T": 1},
+}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_codes_and_scales() -> None:
+    """An element holds columns j and j + D / 2, a code is the nearest one, and a scale is the largest / 127."""
+    x = normal(6, 10) * torch.tensor([1e-3, 1.0, 1e4, 1e-30, 1e30, 0.0])[:, None]
+    x = torch.cat((x, torch.full((1, 10), 3.4e38)))
+    cache = QuantizedCache.of(x)
+    codes = cache.codes.view(torch.int8).view(7, 5, 2).transpose(1, 2).reshape(7, 10).double()
+    assert cache.shape == x.shape and torch.equal(cache.dequantize(), codes.float() * cache.scales[:, None])
+    assert codes.abs().amax(1).tolist() == [127.0] * 5 + [0.0, 127.0]
+    assert torch.allclose(cache.scales[:5].double(), x[:5].abs().amax(1).double() / 127, rtol=1e-7)
+    exact = x.double() / cache.scales.double()[:, None]
+    assert (codes - exact).abs().max() <= 0.5 + 1e-5 and cache.scales.isfinite().all()
+    halves = torch.tensor([127.0, 0.5, 1.5, -2.5])  # ties go to even codes
+    assert QuantizedCache.of(halves).dequantize().tolist() == [127.0, 0.0, 2.0, -2.0]
+
+
+def test_a_vector_is_quantized_from_itself_alone() -> None:
+    x = normal(5, 8)
+    for i in range(5):
+        assert all(torch.equal(a[i], b) for a, b in zip(quantize(x), quantize(x[i]), strict=True))
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("argument", ["k", "v"])
+@pytest.mark.parametrize("name", INPUTS)
+def test_nan_of_a_key_reaches_its_own_sequence_alone(name: str, argument: str, bad: float, device: Any) -> None:
+    args = inputs(name, INPUTS[name], device, torch.bfloat16)
+    args["new"] = args["new"] * 0 + INPUTS[name]["T"]
+    args[argument][1, 0, 0, 3] = bad
+    found = outputs(name, getattr(ops, name), args)
+    right = outputs(name, OPS[name].call_reference, args)
+    out = found[0]
+    if name == "append":  # the value that a query reads later
+        out = found[argument == "v"].transpose(1, 2).flatten(2)
+    assert out[1].isnan().any() and not out[[0, 2]].isnan().any()
+    for got, want in zip(found, right, strict=True):
+        assert torch.equal(got.isnan(), want.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_zero_vectors_and_small_values(dtype: torch.dtype, device: Any) -> None:
+    """In fp16 the product of a probability and a small value's scale would lose bits."""
+    sizes = {**CHUNK, "T": 1, "C": 300, "window": 0, "past": 280, "B": 2}
+    args = inputs("rope_append_attention", sizes, "cpu", dtype)
+    args["new"] = args["new"] * 0 + 1
+    args["v"] = args["v"] * 1e-3
+    args["v_cache"] = QuantizedCache.of(args["v_cache"].dequantize() * 1e-3)
+    args["k"][0], args["k_cache"][0] = 0.0, torch.zeros(args["k_cache"].shape[1:])
+    args = {key: x.to(device) if hasattr(x, "to") else x for key, x in args.items()}
+    got, want = (outputs("rope_append_attention", f, args)[0] for f in (ops.rope_append_attention, reference_fp32))
+    assert (got - want).abs().max() <= (2e-3 if dtype == torch.float16 else 1e-5) * want.abs().max()
+
+
+def reference_fp32(**args: Any) -> Tensor:
+    args = {key: x.float() if key in "qkv" else x for key, x in args.items()}
+    out: Tensor = OPS["rope_append_attention"].call_reference(**args)
+    return out
+
+
+def wrong_caches(args: Args) -> dict[str, tuple[Args, str]]:
+    """Changed arguments of a call, and what the error says."""
+    k_cache = args["k_cache"]
+    codes, scales = k_cache.tensors
+    meta = k_cache.to("meta")
+    cases = {
+        "dense values": ({"v_cache": args["v_cache"].dequantize()}, "v_cache' is a Tensor, needs a QuantizedCache"),
+        "bare codes": ({"k_cache": codes}, "k_cache' is int16, needs float32"),
+        "other codes": ({"k_cache": QuantizedCache(codes.int(), scales)}, "int32 codes"),
+        "other scales": ({"k_cache": QuantizedCache(codes, scales.half())}, "float16 scales"),
+        "few scales": ({"k_cache": QuantizedCache(codes, scales[..., 1:])}, "needs a scale for each vector"),
+        "strides": ({"k_cache": QuantizedCache(codes, scales.mT.contiguous().mT)}, "of strides"),
+        "heads": ({"k_cache": k_cache[:, :1]}, "k_cache|v_cache"),
+        "head size": ({"k_cache": QuantizedCache.of(k_cache.dequantize()[..., 2:])}, "k_cache|k' is"),
+        "device": ({"k_cache": meta, "v_cache": meta}, "on meta, needs to be on cpu"),
+    }
+    return {case: (args | change, message) for case, (change, message) in cases.items()}
+
+
+@pytest.mark.parametrize("case", wrong_caches(inputs("append", INPUTS["append"])))
+@pytest.mark.parametrize("name", INPUTS)
+def test_wrong_cache_raises_value_error(name: str, case: str) -> None:
+    args, message = wrong_caches(inputs(name, INPUTS[name]))[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        getattr(ops, name)(**args)
+    assert str(caught.value).startswith(f"{name}: argument '") and "\n" not in str(caught.value)
+    k = inputs(name, INPUTS[name])["k_cache"]
+    with pytest.raises(ValueError, match="argument 'q' is a QuantizedCache, needs a tensor"):
+        ops.attention(k, k, k)
+
+
+def test_odd_head_size_raises_value_error() -> None:
+    with pytest.raises(ValueError, match="head size is 5, needs an even number"):
+        QuantizedCache.empty(2, 3, 5)
+
+
+class Graph(torch.nn.Module):
+    """An operation on caches made within a graph, which writes into their tensors."""
+
+    def __init__(self, name: str, numbers: Args) -> None:
+        super().__init__()
+        self.name, self.numbers = name, numbers
+
+    def forward(self, args: dict[str, Tensor], caches: dict[str, tuple[Tensor, Tensor]]) -> list[Tensor]:
+        quantized = {key: QuantizedCache(codes + 0, scales + 0) for key, (codes, scales) in caches.items()}
+        out = getattr(ops, self.name)(**args, **quantized, **self.numbers)
+        return [*([] if out is None else [out]), *(x for cache in quantized.values() for x in cache.tensors)]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="graphs hold the operators: run once, without the interpreter")
+@pytest.mark.parametrize("mode", ["compile", "export"])
+@pytest.mark.parametrize("name", INPUTS)
+def test_graphs_hold_the_operator_and_its_writes(name: str, mode: str) -> None:
+    args = inputs(name, INPUTS[name])
+    caches = {key: x.tensors for key, x in args.items() if isinstance(x, QuantizedCache)}
+    given = {key: x for key, x in args.items() if isinstance(x, Tensor)}
+    graph = Graph(name, {key: x for key, x in args.items() if key not in given and key not in caches})
+    want = graph(given, caches)
+    if mode == "compile":
+        torch._dynamo.reset()
+        got = torch.compile(graph, fullgraph=True, backend="aot_eager")(given, caches)
+    else:
+        got = torch.export.export(graph, (given, caches)).module()(given, caches)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_memory_of_a_cache() -> None:
+    """1 byte and 4 / 128 an element of 8x7B's heads, in place of 2."""
+    config = random_model("meta", num_hidden_layers=3, head_dim=128, num_key_value_heads=2).config
+    caches = [KVCache(config, batch=2, max_len=40, device="cpu", dtype=dtype) for dtype in (torch.int8, torch.bfloat16)]
+    sizes = [sum(x.nbytes for x in (*cache.keys, *cache.values)) for cache in caches]
+    assert sizes == [cache_bytes(config, 2, 40, cache.dtype) for cache in caches] and sizes[0] <= 0.52 * sizes[1]
+    assert caches[0].dtype == torch.int8 and caches[0].keys[1].shape == caches[1].keys[1].shape
+
+
+def logits_with_cache(model: Mixtral, ids: Tensor, sizes: Any, **options: Any) -> Tensor:
+    cache = KVCache(model.config, batch=len(ids), max_len=ids.shape[1], device=ids.device, dtype=torch.int8)
+    return torch.cat([model(part, cache=cache, **options) for part in ids.split(sizes, 1)], dim=1)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_model_over_8_bits_equals_the_reference(window: int | None, device: Any) -> None:
+    """In chunks and token by token, behind a ring that wraps: every key takes part as it is read later."""
+    model = random_model(device, num_hidden_layers=2, sliding_window=window, **WIDER_SIZES)
+    ids, x = tokens(2, 13, device=device), None
+    attend = reference.uncached_attention(window, model.cos, model.sin, quantized=True)
+    x = model.embed_tokens[ids]
+    for layer in model.layers:
+        x = reference.block(layer, model.config, x, attend).output
+    want = reference.linear(reference.rms_norm(x, model.norm, model.config.rms_norm_eps), model.lm_head)
+    for sizes in ([13], [4, 3, 1, 1, 4], 1):
+        got = logits_with_cache(model, ids, sizes)
+        assert (got - want).norm() <= 1e-3 * want.norm(), sizes
+    plain = logits_with_cache(random_model(device, num_hidden_layers=2, sliding_window=window, **WIDER_SIZES), ids, 13)
+    assert not torch.equal(plain, model(ids))
+
+
+@pytest.mark.usefixtures("unguarded", "ordered")
+def test_deterministic_model_over_8_bits(device: Any) -> None:
+    """The bits of a sequence do not depend on other sequences."""
+    model = random_model(device, deterministic=True, num_hidden_layers=2, sliding_window=4)
+    ids = tokens(3, 9, device=device)
+    batch = logits_with_cache(model, ids, [5, 1, 3])
+    assert torch.equal(batch[1:2], logits_with_cache(model, ids[1:2], [5, 1, 3]))
+
+
+def test_generate_over_8_bits(device: Any) -> None:
+    model = random_model(device, num_hidden_layers=2, **WIDER_SIZES)
+    prompts = [tokens(1, n, device=device)[0] for n in (7, 4)]
+    ragged = model.generate(prompts, 5, cache_dtype=torch.int8)
+    for prompt, text in zip(prompts, ragged, strict=True):
+        alone = model.generate(prompt[None], 5, cache_dtype=torch.int8)[0]
+        assert torch.equal(text, alone) and len(text) == len(prompt) + 5
+    with torch.no_grad():
+        ids, cache = prompts[0][None], KVCache(model.config, 1, 12, device, torch.int8)
+        for _ in range(5):
+            logits = model(ids[:, int(cache.lengths[0]) :], cache=cache)
+            ids = torch.cat((ids, logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(ids[0], ragged[0])
+
+
+@pytest.mark.parametrize("bad", [torch.int16, torch.float64, torch.float8_e4m3fn, torch.float16, "int8"])
+def test_wrong_cache_dtype_raises_value_error(bad: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    monkeypatch.setattr(torch, "zeros", None)  # nothing is allocated
+    with pytest.raises(ValueError, match=r"^generate: cache_dtype is .*, needs None, .* or torch\.int8"):
+        model.generate(tokens(1, 3), 2, cache_dtype=bad)
+    if bad is not torch.float16:
+        with pytest.raises(ValueError, match=r"^KVCache: dtype is .*, needs .* or int8"):
+            KVCache(model.config, batch=1, max_len=4, device="cpu", dtype=bad)
+
+
+def test_cache_of_another_model_raises_value_error() -> None:
+    ids, model = tokens(1, 3), random_model()
+    cache = KVCache(model.config, batch=1, max_len=9, device="cpu", dtype=torch.int8)
+    model(ids, cache=cache)
+    model(ids, cache=cache)
+    half = random_model(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"keys that a model filled in torch\.float32, needs torch\.bfloat16"):
+        half(ids, cache=cache)
+    with pytest.raises(ValueError, match="cache' has device meta, needs cpu"):
+        model(ids, cache=KVCache(model.config, batch=1, max_len=9, device="meta", dtype=torch.int8))
+    with pytest.raises(ValueError, match="cache' has batch 2, needs 1"):
+        model(ids, cache=KVCache(model.config, batch=2, max_len=9, device="cpu", dtype=torch.int8))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="on the torch backend: run once, without the interpreter")
+def test_perplexity_is_within_a_thousandth() -> None:
+    model = Mixtral.from_pretrained(SMALL, "cpu")
+    cost = measure_cache_cost(ModelUnderTest(model), SMALL, tokens(1, 40, vocabulary=model.config.vocab_size))
+    assert cost.perplexity is not None and cost.stored_perplexity is not None
+    assert 0 < abs(cost.perplexity / cost.stored_perplexity - 1) < 1e-3 and cost.min_cosine > 0.99
+    assert "cache int8" in str(cost) and f"without {cost.stored_perplexity:.3f}" in str(cost)
+
+
+FAULTS = {
+    "one scale for all heads": lambda scales: scales.amax(1, keepdim=True).expand_as(scales),
+    "a scale for 128 codes": lambda scales: scales * 127 / 128,
+}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a kernel against a faulty reference: needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_another_quantization_of_the_reference_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel and the reference agree on every code, so a difference between them shows."""
+    args, plain = inputs("append", INPUTS["append"]), quantize
+
+    def faulty(x: Tensor) -> Any:
+        codes, scales = plain(x)
+        return codes, FAULTS[fault](scales[None] if scales.dim() < 2 else scales).view_as(scales)
+
+    got, want = (outputs("append", f, copies(args)) for f in (ops.append, OPS["append"].call_reference))
+    assert all(map(torch.equal, got, want))
+    monkeypatch.setattr(quantized_cache, "quantize", faulty)
+    assert not all(map(torch.equal, got, outputs("append", OPS["append"].call_reference, args)))
+
+
+def test_as_stored_is_what_a_cache_gives_back() -> None:
+    x = normal(2, 3, 8).bfloat16()
+    assert torch.equal(as_stored(x), QuantizedCache.of(x).dequantize().bfloat16())
