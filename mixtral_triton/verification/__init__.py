@@ -134,16 +134,17 @@ def _verify(
     found, expected, exact = compare_layers(target, ids, sized if kernels else None, step)
     if fp32:
         found += compare_in_fp32(target, expected, step)
-    rows += sorted(found, key=lambda row: -1 if row.layer is None else row.layer)
+    rows += sorted((row for row in found if row.layer is not None), key=lambda row: row.layer)
     norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
     rows += target.measure(None, "rms_norm", "final", norm)
+    rows += [row for row in found if row.layer is None]
     logits = target.head(exact, to_fp64), target.head(expected.x)
     expected_logits, routes = Fp64Reference.from_baseline(*logits, END_RATIO), LayerProbe(expected.layers)
     routes.start("end to end")
-    out = torch.empty(0)
-    with target.catch_faults(routes.fail), target.forward(target.model.config, routes) as forward:
-        out = target.model_head(forward(ids))
-    rows.append(Row(None, target.output, "end to end", *expected_logits.measure(out)))
+    out: tuple[Tensor, Any] = torch.empty(0), ...
+    with target.catch_faults(routes.fail):
+        out = target.logits(ids, routes)
+    rows.append(Row(None, target.output, "end to end", *expected_logits.measure(*out)))
     if peer is not None:
         rows += compare_with_transformers(folder, target.model, ids, expected.layers, expected_logits, step)
     if target.is_mixtral:

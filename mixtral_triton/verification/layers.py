@@ -28,7 +28,7 @@ from ..model import Layer
 from ..tools import tolerance
 from ..tools.tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
 from .calls import Call, LayerCheck
-from .report import FP32, TORCH, Row, worst_rows
+from .report import END_RATIO, FP32, TORCH, Row, worst_rows
 
 UNCACHED, CHUNKS, TOKENS = "whole text", "in chunks", "token by token"
 ROUTES, LAYER_PARTS = "routes", {"attn_output": "attention", "y": "experts"}  # rows of what a layer computes inside
@@ -99,7 +99,20 @@ class ModelUnderTest:
             for case, tokens, valid, cache, kwargs in self.forward_calls(config, *ids.shape):
                 probe.start(case, tokens, valid)
                 with self.catch_faults(probe.fail):
-                    forward(ids[probe.where], cache, **{name: x.to(ids.device) for name, x in kwargs.items()})
+                    out = forward(ids[probe.where], cache, **{name: x.to(ids.device) for name, x in kwargs.items()})
+                    probe.record_logits(out)
+
+    def logits(self, ids: Tensor, probe: LayerProbe) -> tuple[Tensor, Any]:
+        """The model's own logits of a text [B,T] that is read in chunks over a cache -> [M,V], and where they are."""
+        config, found, where = self.model.config, list[Tensor](), list[Any]()
+        with self.forward(config, probe) as forward:
+            for case, tokens, valid, cache, kwargs in self.forward_calls(config, *ids.shape):
+                if cache is not None:
+                    probe.start(case, tokens, valid)
+                    out = forward(ids[probe.where], cache, **{name: x.to(ids.device) for name, x in kwargs.items()})
+                    found.append(out[probe.valid])
+                    where.append(probe.where_valid)
+        return torch.cat(found), tuple(map(torch.cat, zip(*where, strict=True)))
 
     @contextmanager
     def catch_faults(self, record: Callable[[str], None]) -> Iterator[None]:
@@ -123,8 +136,8 @@ class ModelUnderTest:
 
     @contextmanager
     def forward(self, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Iterator[Callable[..., Tensor]]:
-        """The model's forward without the head, of (ids, cache, lengths): a copy of the model, with this config and on
-        the same weights, whose routes `probe` replaces, and the layers' inputs, too, if `probe_layers`."""
+        """The model's forward, of (ids, cache, lengths): a copy of the model, with this config and on the same weights,
+        whose routes `probe` replaces, and the layers' inputs, too, if `probe_layers`."""
 
         def route(forward: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
             h, x, weights, ids = forward(*args)
@@ -136,7 +149,7 @@ class ModelUnderTest:
             for name in ("forward", "attention", "experts") if probe_layers else ():
                 setattr(layer, name, partial(getattr(probe, name), index, getattr(layer, name)))
         model._modules, model.config = {**model._modules, "layers": nn.ModuleList(layers)}, config
-        yield model.hidden
+        yield model
 
     def head(self, x: Tensor, convert: Callable[[Any], Any] = lambda weight: weight, lm_head: Any = None) -> Tensor:
         """The final norm and the head in torch on x [...,H]; `convert` is applied to the weights."""
@@ -211,6 +224,9 @@ def compare_layers(
         del layer, check  # on a mesh, a layer that was gathered goes before the next one is
         step()
     probe = LayerProbe(probe_expected.layers, step)
+    if target.is_mixtral:
+        logits = target.head(probe_expected.exact, to_fp64), target.head(probe_expected.x)
+        probe.logits = Fp64Reference.from_baseline(*logits, END_RATIO)
     target.probe(probe_config, ids, probe)
     return rows + probe.as_rows(), expected, exact
 
@@ -222,7 +238,7 @@ def compare_in_fp32(target: ModelUnderTest, expected: TextReference, step: Step)
         fp32_model = ModelUnderTest(single_layer_model(target.model, target.layers[index], layer.x))
         B, T, _ = layer.x.shape
         found = compare_layers(fp32_model, torch.arange(B * T, device=layer.x.device).view(B, T))[0]
-        rows += [replace(row, layer=index, case=row.case + FP32) for row in found]
+        rows += [replace(row, layer=index, case=row.case + FP32) for row in found if row.layer is not None]
         fp32_model.layers[0]._parameters.clear()  # the probe's copies are cycles of references, and would keep it
         step()
     return rows
@@ -234,6 +250,8 @@ class LayerProbe:
     What attention and the experts add to the residual stream is compared before, since a large residual hides it. The
     gate's routes are compared with torch's and replaced, too. `flips` counts those that differ.
     """
+
+    logits: Fp64Reference | None = None  # of the model, where its last layer has the reference's input
 
     def __init__(self, layers: list[LayerReference], step: Step = lambda: None) -> None:
         self.layers, self.step, self.flips = layers, step, 0
@@ -263,7 +281,7 @@ class LayerProbe:
         expected, shape = self.layers[self.layer], self.valid.shape
         got, want = ids.view(*shape, -1), expected.ids[self.where].to(ids.dtype)
         pair = expected.route_error(got[self.valid], self.where_valid, weights.view_as(got)[self.valid])
-        self.add(self.layer, ROUTES, *pair)
+        self.add(self.layer, f"{ROUTES}, {self.case}", *pair)
         self.layer += 1
         if got.shape != want.shape:
             return expected.weights[self.where].to(weights.dtype).flatten(0, 1), want.flatten(0, 1)
@@ -280,6 +298,13 @@ class LayerProbe:
         pair = expected.measure(values[self.valid], self.where_valid) if fits else (math.inf, expected.limit)
         self.add(index, f"{LAYER_PARTS[name]}, {self.case}" if name in LAYER_PARTS else self.case, *pair)
         return got
+
+    def record_logits(self, out: Tensor) -> None:
+        """The error of the model's logits [R,n,V]."""
+        if self.logits is not None:
+            fits = out.shape[:2] == self.valid.shape
+            pair = self.logits.measure(out[self.valid], self.where_valid) if fits else (math.inf, self.logits.limit)
+            self.rows.append(Row(None, "logits", self.case, *pair))
 
     def enter(self, index: int, x: Tensor) -> Tensor:
         """Record the input of a layer, which must equal the reference's, as the probe put it there -> the latter."""

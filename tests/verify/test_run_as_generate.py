@@ -144,6 +144,18 @@ def with_draw(sample: Any) -> Any:
     return lambda *args: (args[3] and torch.rand(1, generator=args[3]), sample(*args))[1]
 
 
+def halved(forward: Any) -> Any:
+    return lambda *args, **kwargs: forward(*args, **kwargs) / 2
+
+
+def without_lengths(forward: Any) -> Any:
+    return lambda model, ids, cache=None, lengths=None: forward(model, ids, cache)
+
+
+def full_cache(reserve: Any) -> Any:
+    return lambda cache, new: reserve(cache, new + cache.max_len)
+
+
 # Written down before any was tried: what is injected -> the operation and the case of the first wrong row.
 FAULTS: dict[str, tuple[Inject, str, str]] = {
     "first sequence's positions": (partial(first_row_for_all, 0), "layer", "attention, in chunks"),
@@ -152,9 +164,12 @@ FAULTS: dict[str, tuple[Inject, str, str]] = {
     "attention 1 % too large": (scale_attention(1.01), "layer", "attention, whole text, fp32"),
     "experts 10 % too large": (scale_experts(1.1), "layer", "experts, whole text"),
     "experts 1 % too large": (scale_experts(1.01), "layer", "experts, whole text, fp32"),
-    "eps x 100": (in_router(rms_norm_eps=1e-3), "layer", "routes, fp32"),
-    "top_k + 1": (replace_by(Layer, "route", one_expert_more), "layer", "routes"),
+    "eps x 100": (in_router(rms_norm_eps=1e-3), "layer", "routes, whole text, fp32"),
+    "top_k + 1": (replace_by(Layer, "route", one_expert_more), "layer", "routes, whole text"),
     "a token less": (replace_by(Layer, "attention", one_token_less), "layer", "attention, whole text"),
+    "forward halves the logits": (replace_by(Mixtral, "forward", halved), "logits", "whole text"),
+    "forward drops the lengths": (replace_by(Mixtral, "forward", without_lengths), "layer", "attention, in chunks"),
+    "a cache that is full too early": (replace_by(KVCache, "reserve", full_cache), "layer", "in chunks"),
     "last token of the longest prompt": (replace_by(generate, "prefill", last_of_the_longest), "generate", "greedy"),
     "greedy takes the second": (replace_by(generate, "sample", second_best), "generate", "greedy"),
     "no temperature": (replace_by(generate, "sample", no_temperature), "generate", "sampled"),
