@@ -255,13 +255,13 @@ def _tokens(args: argparse.Namespace, ids: Sequence[int], warning: str, model: M
     return torch.tensor(ids, device=model.device)
 
 
-def _compile(model: Mixtral, sizes: Sequence[tuple[int, int]], slots: int, dtypes: Sequence[torch.dtype]) -> None:
-    """Compile what forwards of [B,T] tokens launch on a GPU, and show the progress."""
+def _compile(model: Mixtral, sizes: Sequence[tuple[int, int, int]], dtypes: Sequence[torch.dtype]) -> None:
+    """Compile what forwards of [B,T] tokens over a cache of C slots launch on a GPU, and show the progress."""
     if model.device.type == "cuda":  # a CPU needs no compiler
         from .tools.offline import compile_ahead
 
         with bar("compiling", None) as progress:
-            compile_ahead(model, sizes, slots, dtypes, progress.update)
+            compile_ahead(model, sizes, dtypes, progress.update)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -269,7 +269,7 @@ def _verify(args: argparse.Namespace) -> int:
     import torch
 
     from .verification import check_peer, default_text, estimate, verify
-    from .verification.calls import CACHE_SLOTS, CHUNKS, STEPS
+    from .verification.calls import forwards
 
     text = None if args.prompt is None else read_prompts([args.prompt])[0]
     check_peer(args.peer, args.tp * args.ep > 1)
@@ -285,8 +285,7 @@ def _verify(args: argparse.Namespace) -> int:
         if is_first():
             print_message(note)
             print_message(estimate(model, ids[:, : args.tokens], args.folder, quick))
-        sizes = [*STEPS, *((B, T) for B, T in CHUNKS if model.config.max_position_embeddings >= T)]
-        _compile(model, sizes, CACHE_SLOTS, [model.dtype] if quick else [model.dtype, torch.float32])
+        _compile(model, forwards(model.config), [model.dtype] if quick else [model.dtype, torch.float32])
         with bar("verifying", None) as progress:
             options = {"folder": args.folder, "peer": args.peer, "quick": quick, "tokens": args.tokens}
             report = verify(model, ids[:, : args.tokens], progress.update, **options)
@@ -324,8 +323,9 @@ def _generate(args: argparse.Namespace) -> int:
                 ids = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
             prompt = _tokens(args, ids, warning, model)
             if number == 0:
-                chunks = {(1, 1), (1, min(len(ids), PREFILL_CHUNK)), (1, len(ids) % PREFILL_CHUNK or 1)}
-                _compile(model, sorted(chunks), len(ids) + args.max_new_tokens, [model.dtype])
+                chunks = {1, min(len(ids), PREFILL_CHUNK), len(ids) % PREFILL_CHUNK or 1}
+                slots = len(ids) + args.max_new_tokens
+                _compile(model, [(1, T, slots) for T in sorted(chunks)], [model.dtype])
             steps = TimedSteps(model.stream(prompt[None], args.max_new_tokens, **sampling), len(ids), model.device)
             if is_first() and number == 0:
                 print_message("\n".join(filter(None, (note, *notes))))

@@ -179,6 +179,7 @@ class Mixtral(nn.Module):
     cos: Tensor  # [P, D/2] fp32
     sin: Tensor
     layers: Sequence[Layer]
+    prefill_chunk: int | None = None  # tokens of a prompt that `generate` reads at a time; None: PREFILL_CHUNK
     requantized: frozenset[str] = frozenset()  # tensors on disk that were dequantized, and perhaps quantized anew
 
     def __init__(

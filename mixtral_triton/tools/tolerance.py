@@ -9,14 +9,17 @@ import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import reference
+from ..kernels import interpret
+from ..kernels.launch import launch_context, multiprocessors, target_arch
 from ..kernels.op import Op
 from ..kernels.quantized import QuantizedWeight
 from ..kernels.registry import OPS
@@ -113,6 +116,33 @@ def _results(op: Op, function: Callable[..., Any], args: Args) -> list[Tensor]:
     out = function(**args)
     results = [] if out is None else list(out) if isinstance(out, tuple) else [out]
     return results + [args[name] for name in op.mutates]
+
+
+def same_bits(name: str, function: Callable[..., Any], args: Args) -> bool:
+    """Whether rows, or sequences, of a call have the bits that they have alone, and in other batches.
+
+    The GPU has few multiprocessors here, so that a small batch fills them. Interpreted products sum in one order:
+    numpy's depends on a row's place in its tile.
+    """
+    op = OPS[name]
+    first = op.arguments[0].shape_spec.split()[0]
+    batched = {
+        arg.name for arg in op.arguments if arg.shape_spec.split()[:1] == [first] and args.get(arg.name) is not None
+    }
+    device = args[op.names[0]].device
+    product, interpret.product = interpret.product, partial(np.einsum, "mk,kn->mn")
+    try:
+        with launch_context(
+            arch=target_arch(device), sms=2 * args["k"].shape[2] if "k" in args else multiprocessors(device)
+        ):
+            whole = _results(op, function, args)
+            for part in (slice(1), slice(2), slice(-1, None), slice(1, 6)):
+                got = _results(op, function, {key: x[part] if key in batched else x for key, x in args.items()})
+                if not all(torch.equal(x, y[part]) for x, y in zip(got, whole, strict=True)):
+                    return False
+        return True
+    finally:
+        interpret.product = product
 
 
 def _error(got: Tensor, exact: Tensor) -> float:

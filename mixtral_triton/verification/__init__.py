@@ -7,10 +7,12 @@ B sequences, T tokens of a text, n new tokens, V vocabulary
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count
 from typing import Any
@@ -28,7 +30,7 @@ from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED, multiprocessors, target_arch
 from ..model import Mixtral
 from ..tools.tolerance import Fp64Reference, largest, to_fp64
-from .calls import SizedCalls
+from .calls import SizedCalls, with_layers
 from .layers import LayerProbe, ModelUnderTest, compare_in_fp32, compare_layers
 from .report import END_RATIO, TORCH, Report, Row, worst_rows
 from .targets import MeshUnderTest, TransformersUnderTest, compare_with_transformers
@@ -36,9 +38,10 @@ from .weights import check_weights, estimate, held_out, perplexity
 
 __all__ = ["Report", "Row", "estimate", "held_out", "perplexity", "verify"]
 
-TEXT_TOKENS = 144
+TEXT_TOKENS, CALL_TOKENS = 96, 144  # by default, of the text and of the longest call without a GPU
+END = "end of a text"
 NEW_TOKENS = 3  # and on a GPU as many as make `generate` capture its step
-TEMPERATURE, TOP_P, TOP_K = 0.8, 0.9, 50
+TEMPERATURE, TOP_P, TOP_K, MIN_P, ROWS = 0.8, 0.9, 50, 0.2, 256  # ROWS of made logits
 EDGE = 1e-5  # how much fp32 sums of probabilities may differ
 RACE_LIMIT = 1e-3  # how much less than the winner's the race of a sampled token may be, for fp32 arithmetic
 
@@ -128,8 +131,8 @@ def _verify(
             progress(next(done), total)
 
     kernels = INTERPRETED or device.type == "cuda"
-    longest = tokens or (PREFILL_CHUNK if device.type == "cuda" else TEXT_TOKENS)
-    sized = SizedCalls(longest, (target_arch(device), multiprocessors(device)))
+    longest = tokens or (4 * PREFILL_CHUNK if device.type == "cuda" else CALL_TOKENS)
+    sized = SizedCalls(target, longest, (target_arch(device), multiprocessors(device)))
     rows, cost = check_weights(target, folder, ids, step)
     found, expected, exact = compare_layers(target, ids, sized if kernels else None, step)
     if fp32:
@@ -169,15 +172,18 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     exact fp64 [2B,T,V]: logits of ids `with_perturbed_input`; baseline [B,T,V]: torch's, in the weights' dtype. Their
     errors set the limit: how far the logit of a right token may be below the greatest.
     """
-    model, T = target.model, ids.shape[1]
-    prompts = [ids[0, : max(1, T // 2)], ids[-1, : max(1, T // 3)]]
+    model, T = copy.copy(target.model), ids.shape[1]
+    prompts = [ids[0, : max(1, T // 4)], ids[-1, : max(1, T // 6)]]
+    model.prefill_chunk = max(1, len(prompts[0]) // 2 - 1)
     most = NEW_TOKENS + (GRAPH_MIN_TOKENS if can_capture(model) else 0)
     new = min(most, target.config.max_position_embeddings - len(prompts[0]))
     logits, perturbed = exact.chunk(2)
     least = 2 * END_RATIO * max(largest(x.double() - logits) for x in (baseline, perturbed))
     if new < 1 or not math.isfinite(least):  # where torch overflows, the row of the logits says so
         return []
-    scale, draws = max(largest(logits), 1e-30), [torch.Generator(model.device).manual_seed(1) for _ in range(2)]
+    # A mesh samples the first rank's tokens, whatever the others draw.
+    seeds = 1 + (0 if model.ranks is None else model.ranks.shard.rank), 1
+    scale, draws = max(largest(logits), 1e-30), [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
     next_logits, tokens = _next_logits(target, model.generate(prompts, new, eos_token_id=[]), new)
     below = largest(next_logits.amax(-1) - next_logits.gather(-1, tokens[..., None])[..., 0])
     rows = [Row(None, "generate", "greedy", below / scale, least / scale)]
@@ -189,21 +195,56 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     error = max(_race_error(next_logits[:, at], tokens[:, at], draws[1]) for at in range(new))
     # A logit's error e changes a probability by a factor of at most exp(2 e).
     rows.append(Row(None, "generate", "sampled", error, 1 - math.exp(-least / TEMPERATURE) + RACE_LIMIT))
+    rows.append(Row(None, "generate", END, *_end_error(with_layers(model, 1), torch.stack([ids[0], ids[-1]]), new)))
     return [*rows, _check_sample(baseline.flatten(0, 1).float())]
 
 
+def _end_error(model: Any, ids: Tensor, new: int) -> tuple[float, float]:
+    """Whether sequences end with a token that one of them samples first: each with it included, in a list without what
+    follows, in a tensor padded with it. Greedy, with the first layer alone."""
+    prompts = ids[:, : max(1, min(4, model.config.max_position_embeddings - new))]
+    tokens = model.generate(prompts, new, eos_token_id=[])[:, prompts.shape[1] :]
+
+    def end(row: Tensor, eos: int) -> int:
+        return next((at + 1 for at, token in enumerate(row.tolist()) if token == eos), new)
+
+    # One sequence shall end where another goes on.
+    spread = {eos: sorted(end(row, eos) for row in tokens) for eos in tokens.flatten().tolist()}
+    eos = max(spread, key=lambda token: (spread[token][-1] - spread[token][0], -spread[token][0]))
+    ends = [end(row, eos) for row in tokens]
+    model.config = replace(model.config, eos_token_id=eos)
+    texts, padded = model.generate(list(prompts), new), model.generate(prompts, new, eos_token_id=[eos])
+    wants = [torch.cat((prompt, row[:n])) for prompt, row, n in zip(prompts, tokens, ends, strict=True)]
+    right = all(map(torch.equal, texts, wants)) and padded.shape[1] == prompts.shape[1] + new
+    longest = torch.stack([F.pad(want, (0, padded.shape[1] - len(want)), value=eos) for want in wants])
+    right &= torch.equal(padded, longest)
+    return 0.0 if right else math.inf, 0.0
+
+
 def _check_sample(logits: Tensor) -> Row:
-    """The row of `sample` with top-k and top-p on logits [N,V], against its formula with the same draws."""
-    draws = [torch.Generator(logits.device).manual_seed(2) for _ in range(2)]
-    sampled_ids = sample(logits, TEMPERATURE, TOP_P, draws[0], TOP_K)
-    return Row(None, "generate", "sample", _race_error(logits, sampled_ids, draws[1], TOP_P, TOP_K), RACE_LIMIT)
+    """The row of `sample` with top-k, top-p and min-p on logits [N,V], against its formula with the same draws. Others
+    are made so that the k-th token is likely, and has equals."""
+    draws = [torch.Generator(logits.device).manual_seed(2)]
+    errors, shape = list[float](), (ROWS, logits.shape[-1])
+    rank = torch.rand(shape, device=logits.device, generator=draws[0]).argsort(-1)
+    made = -1e-3 * rank.float()
+    for texts, *filters in (
+        (logits, TOP_P, TOP_K, 0.0),
+        (made, 1.0, min(3, TOP_K), 0.0),
+        (made.round(decimals=2), 1.0, TOP_K, 0.0),
+        (logits, 1.0, None, MIN_P),
+    ):
+        draws, (top_p, top_k, min_p) = [torch.Generator(logits.device).manual_seed(2) for _ in range(2)], filters
+        sampled_ids = sample(texts, TEMPERATURE, top_p, draws[0], top_k, *([min_p] if min_p else []))
+        errors.append(_race_error(texts, sampled_ids, draws[1], top_p, top_k, min_p))
+    return Row(None, "generate", "sample", max(errors), RACE_LIMIT)
 
 
 def _race_error(
-    logits: Tensor, sampled_ids: Tensor, generator: Any, top_p: float = 1.0, top_k: int | None = None
+    logits: Tensor, sampled_ids: Tensor, generator: Any, top_p: float = 1.0, top_k: int | None = None, min_p: float = 0
 ) -> float:
     """How far the tokens `sampled_ids` [N] are from winning the exponential race of logits [N,V]: 0 for a winner, 1 for
-    a token that does not take part (Holtzman et al. 2020)."""
+    a token that does not take part (Holtzman et al. 2020; min-p: Nguyen et al. 2024)."""
     clock = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator).double()
     p = (logits.double() / TEMPERATURE).softmax(-1)
     if top_k is not None:
@@ -215,9 +256,10 @@ def _race_error(
     sums = F.pad(ascending.cumsum(-1), (1, 0))
     starts = (torch.searchsorted(ascending, p, right=right) for right in (True, False))
     least, most = (sums[:, -1:] - sums.gather(-1, start) for start in starts)
-    race = p / clock
-    allowed = race.where((least < top_p + EDGE) | (top_p == 1), 0.0).gather(-1, sampled_ids[:, None])[:, 0]
-    certain = race.where((most - p < top_p - EDGE) | (top_p == 1), 0.0).amax(-1)
+    race, share = p / clock, p / p.amax(-1, keepdim=True)
+    allowed = race.where(((least < top_p + EDGE) | (top_p == 1)) & (share >= min_p * (1 - EDGE)), 0.0)
+    certain = race.where(((most - p < top_p - EDGE) | (top_p == 1)) & (share >= min_p * (1 + EDGE)), 0.0).amax(-1)
+    allowed = allowed.gather(-1, sampled_ids[:, None])[:, 0]
     return largest((1 - allowed / certain.clamp(min=1e-30)).clamp(min=0.0))
 
 

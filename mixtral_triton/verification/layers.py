@@ -26,11 +26,20 @@ from ..cache import KVCache
 from ..kernels.registry import dispatched
 from ..model import Layer
 from ..tools import tolerance
-from ..tools.tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
-from .calls import Call, LayerCheck
+from ..tools.tolerance import (
+    Fp64Reference,
+    LayerReference,
+    Tolerance,
+    largest,
+    same_bits,
+    to_fp64,
+    with_perturbed_input,
+)
+from .calls import LAYOUTS, Call, LayerCheck
 from .report import END_RATIO, FP32, TORCH, Row, worst_rows
 
 UNCACHED, CHUNKS, TOKENS = "whole text", "in chunks", "token by token"
+BITS = "bits in any batch"
 ROUTES, LAYER_PARTS = "routes", {"attn_output": "attention", "y": "experts"}  # rows of what a layer computes inside
 PART_RATIO = 3.0  # of LAYER_PARTS in the place of RATIO: without the residual stream few values decide
 ERROR_LENGTH = 200  # characters of a raised error in a row
@@ -129,6 +138,9 @@ class ModelUnderTest:
         expected, rows = Tolerance(op, args), list[Row]()
         with self.catch_faults(lambda note: rows.append(Row(layer, op, case, math.inf, 0.0, note))):
             rows.append(Row(layer, op, case, *expected.measure(self.operation(op, args))))
+            if layer == 0 and args.get("deterministic") and case not in LAYOUTS:
+                same = same_bits(op, self.operation(op, args), args)
+                rows.append(Row(layer, op, BITS, 0.0 if same else math.inf, 0.0))
         return rows
 
     def make_cache(self, config: Any, batch: int, slots: int) -> Any:

@@ -7,7 +7,6 @@ N rows, K columns (the depth of the sum), G groups of columns that share a scale
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
@@ -20,12 +19,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..cache import KVCache
-from ..kernels.registry import OPS
 from ..model import State
 from ..tools.tolerance import largest
+from .calls import CallRecorder, on_meta
 from .report import Row
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -143,48 +141,30 @@ def config_rows(source: Source, target: Any) -> list[Row]:
     used = {name: [getattr(target.config, name)] for name in raw}
     used |= {"rope_theta": [{target.config.rope_theta}], "dtype": [str(target.config.dtype)]}
     used["tie_word_embeddings"].append(model.lm_head is model.embed_tokens)
-    recorded = recorded_constants(model) if model.ranks is None else {}  # a mesh refuses dispatch modes
     rows = []
-    for case, values in ("values", used), ("operations", recorded):
-        wrong = next((name for name in values if any(value != raw[name] for value in values[name])), None)
+    for case, values in ("values", used), ("operations", recorded_constants(model)):
+        wrong = next((name for name in values if not values[name] or any(x != raw[name] for x in values[name])), None)
         rows.append(Row(None, "config", wrong or case, math.inf if wrong else 0.0, 0.0))
     return [*rows, *_rotary_rows(model, raw)]
 
 
-class _Recorder(TorchDispatchMode):
-    """Records the constants and head sizes that operations get, by the config's names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.used: dict[str, list[Any]] = defaultdict(list)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "mixtral_triton":
-            op = OPS[func._opname]
-            values = op.bind_by_name(*args[: len(op.names)])  # torch drops defaults; parts of quantized weights follow
-            for name in CONSTANTS.keys() & values.keys():
-                self.used[CONSTANTS[name]].append(values[name])
-            if "q" in values:
-                self.used["num_attention_heads"].append(values["q"].shape[2])
-                self.used["num_key_value_heads"].append(values["k"].shape[2])
-                self.used["head_dim"].append(values["q"].shape[3])
-        return func(*args, **(kwargs or {}))
-
-
 def recorded_constants(model: Any) -> dict[str, list[Any]]:
-    """What the operations of the model's forward get without a cache, in a chunk and in a decode step, on the meta
-    device, where nothing is computed."""
-    on_meta = {id(x): x.detach().to("meta") for x in (*model.parameters(), *model.buffers())}
-    model, ids = copy.deepcopy(model, on_meta), torch.zeros((1, 2), dtype=torch.int64, device="meta")
-    for module in model.modules():  # a caller's hooks may read values
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    cache = KVCache(model.config, 1, 3, "meta", model.dtype)
-    with _Recorder() as recorder:
+    """What the operations of the model's forward get without a cache, in a chunk and in a decode step, by the config's
+    names: constants and head sizes, recorded on the meta device, where nothing is computed."""
+    model, ids = on_meta(model, len(model.layers)), torch.zeros((1, 2), dtype=torch.int64, device="meta")
+    cache, used = KVCache(model.config, 1, 3, "meta", model.dtype), {name: list[Any]() for name in CONSTANTS.values()}
+    with CallRecorder() as recorder:
         model.hidden(ids)
         model.hidden(ids, cache)
         model.hidden(ids[:, :1], cache)
-    return recorder.used
+    for _, values, _ in recorder.calls:
+        found = {CONSTANTS[name]: values[name] for name in CONSTANTS.keys() & values.keys()}
+        if "q" in values and model.ranks is None:  # a rank has a part of the heads
+            found["num_attention_heads"], found["head_dim"] = values["q"].shape[2:]
+            found["num_key_value_heads"] = values["k"].shape[2]
+        for name, value in found.items():
+            used.setdefault(name, []).append(value)
+    return used
 
 
 def _rotary_rows(model: Any, raw: dict[str, Any]) -> list[Row]:

@@ -258,7 +258,7 @@ class MeshUnderTest(ModelUnderTest):
         qkv = {"q": values.q[:, :, queries], "k": values.k[:, :, keys], "v": values.v[:, :, keys]}
         local = LayerCheck(replace(values, heads=heads, **qkv), layer.local, shard.config(config), check.tables)
         local.local_ids = partial(self.ranks.local_ids, experts=len(layer.local.down_proj))
-        for name in ("calls", "sized_calls"):
+        for name in ("calls", "derive", "prefix", "deterministic_calls"):
             setattr(check, name, getattr(local, name))
         return check
 

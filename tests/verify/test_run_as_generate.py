@@ -197,7 +197,7 @@ def test_fault_in_sample(old: Any, new: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(verification, "TOP_P", old[1])
     monkeypatch.setattr(verification, "TOP_K", old[2])
     sample = verification.sample
-    monkeypatch.setattr(verification, "sample", lambda x, t, p, g, k: sample(x, t, new[1], g, new[2]))
+    monkeypatch.setattr(verification, "sample", lambda x, t, p, g, k, *rest: sample(x, t, new[1], g, new[2], *rest))
     logits = torch.randn(400, 60, generator=torch.Generator().manual_seed(0))
     assert not verification._check_sample(logits).ok
 
