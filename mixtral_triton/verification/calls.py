@@ -220,6 +220,8 @@ class LayerCheck:
                 cached = self.rk if name == "k_cache" else values.v
                 rows = torch.randint(len(values.h), (B, slots), generator=torch.Generator().manual_seed(slots))
                 return cached.flatten(0, 1)[rows.to(device)].transpose(1, 2).to(like.dtype).contiguous()
+            if name not in text and _key(like) not in weights:
+                raise KeyError(name)
             if name not in text:
                 return weights[_key(like)]
             rows = text[name][at.flatten()]
@@ -293,7 +295,7 @@ def forwards(config: Any) -> list[tuple[int, int, int]]:
     """(B, T, C) of the forwards of `generate`, the smallest first: steps of 1 to 64 sequences, contexts up to the
     model's positions, and chunks of prompts."""
     limit = config.max_position_embeddings
-    contexts = [n + 1 for n in (256 << step for step in range(20)) if n < limit]
+    contexts = [n + 1 for n in (128 << step for step in range(20)) if n < limit]
     sizes = [(B, 1) for B in range(1, SEQUENCES + 1)] + [(1, T) for T in range(2, SEQUENCES + 1)]
     sizes += [(1, T + at) for T in range(SEQUENCES, PREFILL_CHUNK + 1, SEQUENCES) for at in (0, 1)]
     sizes += [(B, T) for B in (2, 3, 5, MANY, SEQUENCES) for T in (2, 17, SEQUENCES, 500, 900, PREFILL_CHUNK)]

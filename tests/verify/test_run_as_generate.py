@@ -13,12 +13,13 @@ import torch
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig, generate, ops, reference, verification, verify
 from mixtral_triton.cli import SMALL, main
+from mixtral_triton.kernels import linear
 from mixtral_triton.kernels.experts import op
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
+from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.model import Layer
 from mixtral_triton.tools.tolerance import Fp64Reference, Tolerance, worst
-from mixtral_triton.verification import calls
 from mixtral_triton.verification.calls import LayerCheck, SizedCalls
 from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
 from mixtral_triton.verification.report import Row
@@ -27,10 +28,6 @@ from tests.support.faults import Inject, in_router, replace_by, small_model
 IDS = torch.randint(1, 48, (2, 20), generator=torch.Generator().manual_seed(0))
 NAN, INF = math.nan, math.inf
 once = pytest.mark.skipif(INTERPRETED, reason="about the comparison: run once, without the interpreter")
-
-
-def model_8x7b() -> Mixtral:
-    return Mixtral(MixtralConfig(num_hidden_layers=1, rope_theta=1e6), device="meta")
 
 
 def meta_check(model: Mixtral) -> LayerCheck:
@@ -43,53 +40,93 @@ def meta_check(model: Mixtral) -> LayerCheck:
     return LayerCheck(values, layer, model.config, tables)
 
 
-def left_out(arch: str, limit: int = 4096) -> tuple[set[Any], list[str]]:
-    """What a forward of 8x7B launches and the calls of verify do not, and what the report says it left out."""
-    model = model_8x7b()
-    sized = SizedCalls(limit, (arch, None))
-    planned: set[Any] = set()
-    for call in sized.calls_of_generate(meta_check(model)):
-        planned |= calls.launches(call, *sized.gpu)
-    needed: set[Any] = set()
-    for B, T in [(1, 1), (8, 1), (32, 1), (1, 512), (1, 2048)]:
-        cache = KVCache(model.config, B, 4096, "meta", torch.bfloat16)
+def keys(launches: Any) -> set[Any]:
+    """The launch configurations, and the shapes of dense weights, of Triton's launches."""
+    found = (each for each in launches if each.grid is not None)
+    shape = lambda each: getattr(each.args.get("weight_ptr"), "shape", None)  # noqa: E731
+    return {(each.kernel, each.num_warps, str(sorted(each.constexprs.items())), shape(each)) for each in found}
+
+
+DRAW = torch.Generator().manual_seed(0)
+SIZES = [(B, 1, 4096) for B in range(1, 65)] + [(1, 1, C) for C in (1, 300, 5000, 9000, 20000, 32768)]
+SIZES += [(1, int(T), 4096) for T in torch.randint(2, 2049, (60,), generator=DRAW)]
+SIZES += [(int(B), int(T), 4096) for B, T in torch.randint(2, 65, (20, 2), generator=DRAW)] + [(64, 2048, 4096)]
+
+
+def left_out(
+    arch: str = "sm_90", sizes: Any = SIZES, limit: int = 8192, deterministic: bool = False
+) -> tuple[set[Any], list[str], set[Any]]:
+    """What forwards of 8x7B launch and the calls of verify do not, what the report says of it, and what they launch."""
+    config = MixtralConfig(num_hidden_layers=1, rope_theta=1e6)
+    model = Mixtral(config, device="meta", deterministic=deterministic)
+    sized = SizedCalls(ModelUnderTest(model), limit, (arch, None))
+    run, needed = set[Any](), set[Any]()
+    for name, _, args in sized.calls_of_generate(meta_check(model)):
         with record_launches(arch) as records:
-            model.hidden(torch.zeros(B, T, dtype=torch.int64, device="meta"), cache)
-        needed |= calls.configurations(records)
-    return needed - planned, sized.not_run
+            OPS[name].run(*OPS[name].bind(**args))
+        run |= keys(records)
+    for B, T, C in sizes:
+        cache = KVCache(config, B, C, "meta", torch.bfloat16)
+        with record_launches(arch) as records:
+            model.head(model.hidden(torch.zeros(B, T, dtype=torch.int64, device="meta"), cache)[:, 0])
+        needed |= keys(records)
+    return needed - run, sized.not_run, run
 
 
 @once
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
-def test_every_launch_of_generate_is_run(arch: str) -> None:
-    missing, not_run = left_out(arch)
+def test_every_launch_of_generate_is_run(arch: str, deterministic: bool) -> None:
+    missing, not_run, run = left_out(arch, deterministic=deterministic)
     assert not missing and not not_run
+    constants = {text for kernel, _, text, _ in run if kernel in ("attention_decode_kernel", "gather_by_expert_kernel")}
+    if arch == "sm_90":
+        splits = [] if deterministic else [f"('SPLITS', {n})" for n in (16, 32, 64)]
+        assert all(
+            any(n in text for text in constants) for n in [*splits, *(f"('BLOCK_S', {n})" for n in (16, 32, 64))]
+        )
+
+
+@once
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_every_length_of_a_chunk_is_run(arch: str) -> None:
+    assert not left_out(arch, [(1, T, 4096) for T in range(1, 2049)])[0]
 
 
 @once
 def test_a_launch_that_is_not_reached_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fewer sizes, and with a limit of tokens, which the report names."""
-    _, not_run = left_out("sm_90", limit=256)
-    assert any(line.startswith("experts_add_rms_norm (1 x 512 tokens): experts_") for line in not_run)
+    """With a limit of tokens, which the report names, and with a call whose arguments have no values."""
+    not_run = left_out(limit=256, sizes=[])[1]
+    assert any(line.startswith("experts_add_rms_norm (") and "experts_up_kernel" in line for line in not_run), not_run
     assert all("needs a GPU or --tokens" in line for line in not_run)
-    monkeypatch.setattr(calls, "CHUNKS", [size for size in calls.CHUNKS if size[1] < 512])
-    missing, _ = left_out("sm_90")
-    assert {kernel for kernel, *_ in missing} >= {"experts_up_kernel", "attention_prefill_kernel"}
+    attention = Layer.attention
+
+    def with_another_call(layer: Layer, *args: Any) -> Any:
+        ops.route.unchecked(args[0][0], 2)
+        return attention(layer, *args)
+
+    monkeypatch.setattr(Layer, "attention", with_another_call)
+    assert any("route_kernel; needs values of 'logits'" in line for line in left_out(sizes=[])[1])
 
 
 @once
-def test_a_tile_that_no_size_reaches_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    configs = op.configs
+@pytest.mark.parametrize("rows", [37, 1001])
+def test_a_tile_of_one_size(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 64 rows it is run, whatever they are; a chunk's that no call reaches is seen here."""
+    place, kernel = (linear, "linear_decode_kernel") if rows < 65 else (op, "experts_up_kernel")
+    configs = place.configs
 
     def with_a_tile(sizes: Any, dtype: Any, arch: str) -> Any:
         found = configs(sizes, dtype, arch)
-        if sizes["T"] == 512:
-            found["experts_up_kernel"] = dataclasses.replace(found["experts_up_kernel"], num_stages=2)
+        if sizes["T"] == rows:
+            found[kernel] = dataclasses.replace(found[kernel], num_warps=2)
         return found
 
-    monkeypatch.setattr(op, "configs", with_a_tile)
-    monkeypatch.setattr(calls, "CHUNKS", [size for size in calls.CHUNKS if size[1] != 512])
-    assert {kernel for kernel, *_ in left_out("sm_90")[0]} == {"experts_up_kernel"}
+    monkeypatch.setattr(place, "configs", with_a_tile)
+    monkeypatch.setattr(op, "norm_configs", lambda sizes, *args: op.configs({**sizes, "norm": True}, *args))
+    missing = left_out(sizes=[*SIZES, (1, 1001, 4096)])[0]
+    assert {name for name, *_ in missing} == ({kernel} if rows > 64 else set())
 
 
 def first_row_for_all(argument: int, patch: pytest.MonkeyPatch) -> None:
