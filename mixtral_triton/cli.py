@@ -290,7 +290,7 @@ def _verify(args: argparse.Namespace) -> int:
             options = {"folder": args.folder, "peer": args.peer, "quick": quick, "tokens": args.tokens}
             report = verify(model, ids[:, : args.tokens], progress.update, **options)
         if is_first() and args.json:
-            print(json.dumps({"folder": str(args.folder), **report.as_dict()}))
+            print(json.dumps({"folder": str(args.folder), **report.as_dict()}, allow_nan=False))
         elif is_first():
             Console().print(report)
         return 0 if report.ok else 1

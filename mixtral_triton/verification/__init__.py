@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,16 +30,16 @@ from ..inputs import check_ids, check_vocabulary
 from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED, multiprocessors, target_arch
 from ..model import Mixtral
-from ..tools.tolerance import Fp64Reference, largest, to_fp64
+from ..tools.tolerance import Fp64Reference, largest, ordered_products, to_fp64
 from .calls import SizedCalls, with_layers
 from .layers import LayerProbe, ModelUnderTest, compare_in_fp32, compare_layers
-from .report import END_RATIO, TORCH, Report, Row, worst_rows
+from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run, worst_rows
 from .targets import MeshUnderTest, TransformersUnderTest, compare_with_transformers
 from .weights import check_weights, estimate, held_out, perplexity
 
 __all__ = ["Report", "Row", "estimate", "held_out", "perplexity", "verify"]
 
-TEXT_TOKENS, CALL_TOKENS = 96, 144  # by default, of the text and of the longest call without a GPU
+TEXT_TOKENS, CALL_TOKENS = 72, 144  # by default, of the text and of the longest call without a GPU
 END = "end of a text"
 NEW_TOKENS = 3  # and on a GPU as many as make `generate` capture its step
 TEMPERATURE, TOP_P, TOP_K, MIN_P, ROWS = 0.8, 0.9, 50, 0.2, 256  # ROWS of made logits
@@ -158,11 +159,8 @@ def _verify(
     backend = "Triton, interpreted" if kernels else TORCH
     if device.type == "cuda":
         backend = f"Triton on {torch.cuda.get_device_name(device)}"
-    if quick and dtype != torch.float32:
-        sized.not_run.append("layers in fp32, which shows what 16 bits hide (without --quick)")
-    elif not target.widens and dtype != torch.float32:
-        sized.not_run.append("layers in fp32: only those of a Mixtral on one device can be taken out")
-    routed, not_run = config.num_hidden_layers * ids.numel(), tuple(sized.not_run)
+    on = SimpleNamespace(kernels=kernels, mixtral=target.is_mixtral, half=dtype != torch.float32)
+    routed, not_run = config.num_hidden_layers * ids.numel(), (*sized.not_run, *kinds_not_run(rows, on))
     return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, cost, not_run)
 
 
@@ -174,7 +172,7 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     """
     model, T = copy.copy(target.model), ids.shape[1]
     prompts = [ids[0, : max(1, T // 4)], ids[-1, : max(1, T // 6)]]
-    model.prefill_chunk = max(1, len(prompts[0]) // 2 - 1)
+    model.prefill_chunk = max(1, 2 * len(prompts[0]) // 3)
     most = NEW_TOKENS + (GRAPH_MIN_TOKENS if can_capture(model) else 0)
     new = min(most, target.config.max_position_embeddings - len(prompts[0]))
     logits, perturbed = exact.chunk(2)
@@ -190,13 +188,38 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     if can_capture(model):
         same = torch.equal(tokens, _without_graph(model, prompts, new))
         rows.append(Row(None, "generate", "captured step", 0.0 if same else math.inf, 0.0))
+    rows.append(Row(None, "generate", END, *_end_error(with_layers(model, 1), torch.stack([ids[0], ids[-1]]), new)))
+    new, model.prefill_chunk = min(new, most - 1), None
     sampled = model.generate(prompts, new, TEMPERATURE, generator=draws[0], eos_token_id=[])
     next_logits, tokens = _next_logits(target, sampled, new)
     error = max(_race_error(next_logits[:, at], tokens[:, at], draws[1]) for at in range(new))
     # A logit's error e changes a probability by a factor of at most exp(2 e).
     rows.append(Row(None, "generate", "sampled", error, 1 - math.exp(-least / TEMPERATURE) + RACE_LIMIT))
-    rows.append(Row(None, "generate", END, *_end_error(with_layers(model, 1), torch.stack([ids[0], ids[-1]]), new)))
+    rows += _repeated_rows(model, ids)
     return [*rows, _check_sample(baseline.flatten(0, 1).float())]
+
+
+def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:
+    """Whether the logits of a ragged chunk and a step have the same bits: repeated on a GPU, where remembered launch
+    plans and staging buffers are used from the second time on, and of each sequence alone in deterministic mode."""
+    if not (model.deterministic or model.device.type == "cuda"):
+        return []
+    ids = ids[:, : max(1, model.config.max_position_embeddings - 1)].expand(max(2, len(ids)), -1)
+    lengths = (ids.shape[1] - torch.arange(len(ids), dtype=torch.int32, device=ids.device)).clamp(min=1)
+
+    def run(rows: slice = slice(None)) -> list[Tensor]:
+        new = lengths[rows]
+        cache = KVCache(model.config, len(new), ids.shape[1] + 1, model.device, model.dtype)
+        chunk, step = model(ids[rows], cache, new), model(ids[rows, :1], cache)
+        return [torch.cat((each[:n], last)) for each, last, n in zip(chunk, step, new.tolist(), strict=True)]
+
+    with ordered_products():
+        whole, same = run(), dict[str, bool]()
+        if model.device.type == "cuda":
+            same[REPEATED] = all(torch.equal(*pair) for _ in range(2) for pair in zip(run(), whole, strict=True))
+        if model.deterministic:
+            same[BITS] = all(torch.equal(run(slice(b, b + 1))[0], whole[b]) for b in range(len(ids)))
+    return [Row(None, "generate", case, 0.0 if right else math.inf, 0.0) for case, right in same.items()]
 
 
 def _end_error(model: Any, ids: Tensor, new: int) -> tuple[float, float]:

@@ -36,7 +36,7 @@ Call = tuple[str, str, Args]  # operation, case, arguments
 SEQUENCES = 64  # of `generate` in one batch, at most
 CACHE_SLOTS = 4096  # slots of the caches, of more than MANY sequences a quarter
 MANY = 8
-FEW = 24  # tokens of a sequence in the calls of all layers but the first: layers differ in their weights alone
+FEW = 12  # tokens of a sequence in the calls of all layers but the first: layers differ in their weights alone
 EDGE = 8  # rows of a part of a tile: this many are run, and twice as many
 BATCH, RAGGED, KEYS = 33, 5, 600  # rows, sequences, and keys of each, where bits must not depend on the batch
 WEIGHTS = {"weight", "norm_weight", "gate", "gate_up_proj", "down_proj", "table", "cos", "sin"}
@@ -363,7 +363,7 @@ class SizedCalls:
                 h = model.hidden(torch.empty((B, T), dtype=torch.int64, device="meta"), cache)
                 model.head(h[:, 0])
             calls += [(size, *call[:2], configurations(*call[1:])) for call in recorder.calls]
-        return real, names, sorted(calls, key=lambda call: _rows(call[2]))
+        return real, names, calls
 
     def calls_of_generate(self, check: LayerCheck) -> Iterator[Call]:
         real, names, calls = self.recorded(getattr(check.layer, "local", check.layer))
@@ -372,6 +372,7 @@ class SizedCalls:
             for launch in found:
                 needed[launch].append(_rows(args))
         for launch, rows in needed.items():
+            rows.sort()
             most = max((n for n in rows if n <= min(self.limit, PREFILL_CHUNK)), default=0)
             tiled = any(name in ("BLOCK_T", "BLOCK_M") for name, _ in launch[0][3])
             needed[launch] = [n for n in rows if n in (rows[0], most) or (tiled and n in (EDGE, 2 * EDGE))]
@@ -383,7 +384,8 @@ class SizedCalls:
             case = f"{size[0]} x {size[1]} tokens" + f", {size[2]} slots" * (size[2] > CACHE_SLOTS)
             if op == "linear":
                 case = f"{names[_key(args['weight'])].removesuffix('_proj')}, {case}"
-            needs = f"a GPU or --tokens {N}" if self.limit < N else ""
+            tokens = size[0] * size[1] if op != "linear" else N
+            needs = f"a GPU or --tokens {tokens}" if self.limit < tokens else ""
             try:
                 call = op, case, Args() if needs else check.derive(op, args, real, size)
             except KeyError as error:
@@ -426,9 +428,9 @@ def configurations(args: Args, records: list[Launch]) -> set[Any]:
 
 
 def _rows(args: Args) -> int:
-    """The tokens of all sequences in a call, from the shape of its first argument."""
+    """The rows that share tiles in a call: tokens of one sequence, or of all, by the shape of its first argument."""
     name, first = next(iter(args.items()))
-    return first.shape[:2].numel() if name in ("q", "k", "input_ids") else first.shape[:-1].numel()
+    return first.shape[1] if name in ("q", "k", "input_ids") else first.shape[:-1].numel()
 
 
 def _key(weight: Any) -> int:

@@ -36,14 +36,13 @@ from ..tools.tolerance import (
     with_perturbed_input,
 )
 from .calls import LAYOUTS, Call, LayerCheck
-from .report import END_RATIO, FP32, TORCH, Row, worst_rows
+from .report import BITS, END_RATIO, FP32, TORCH, Row, worst_rows
 
 UNCACHED, CHUNKS, TOKENS = "whole text", "in chunks", "token by token"
-BITS = "bits in any batch"
 ROUTES, LAYER_PARTS = "routes", {"attn_output": "attention", "y": "experts"}  # rows of what a layer computes inside
 PART_RATIO = 3.0  # of LAYER_PARTS in the place of RATIO: without the residual stream few values decide
 ERROR_LENGTH = 200  # characters of a raised error in a row
-SEPARATE_TOKENS = 3  # tokens that are read one at a time, after the chunks
+SEPARATE_TOKENS = 2  # tokens that are read one at a time, after the chunks
 PADDING = 3  # tokens of right padding behind all chunks but the first
 WINDOW_FRACTION = 4  # a window as long as the text is reduced by this factor, so that the ring wraps around
 
@@ -116,7 +115,7 @@ class ModelUnderTest:
         config, found, where = self.model.config, list[Tensor](), list[Any]()
         with self.forward(config, probe) as forward:
             for case, tokens, valid, cache, kwargs in self.forward_calls(config, *ids.shape):
-                if cache is not None:
+                if case == CHUNKS:
                     probe.start(case, tokens, valid)
                     out = forward(ids[probe.where], cache, **{name: x.to(ids.device) for name, x in kwargs.items()})
                     found.append(out[probe.valid])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..tools.tolerance import share_of_limit
 
 FP32 = ", fp32"  # the end of a case whose weights were widened from 16 bits
 TORCH = "plain torch"  # the backend without kernels
+BITS, REPEATED = "bits in any batch", "repeated"
 PEER = "transformers"  # the case of a row that compares with another implementation
 END_RATIO = 4.0  # in the place of RATIO for a whole model, where rounding errors have grown from layer to layer
 
@@ -66,6 +67,56 @@ def worst_rows(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         groups.setdefault((row.layer, row.op, row.case), []).append(row)
     return [max(same, key=lambda row: (row.share, row.note)) for same in groups.values()]
+
+
+# Kinds of rows: what one compares, what runs it, whether it applies to what was verified, and whether a row is of it.
+# What was verified has the attributes kernels, mixtral, mesh, half, gpu and files.
+KINDS: tuple[tuple[str, str, Callable[[Any], bool], Callable[[Any, Row], bool]], ...] = (
+    ("kernels", "TRITON_INTERPRET=1 before the import, or a GPU", lambda on: True, lambda on, row: on.kernels),
+    (
+        *("config.json, tensors and tokenizer of the files", "folder=, the model's checkpoint"),
+        *(lambda on: on.mixtral, lambda on, row: row.op == "config"),
+    ),
+    (
+        *("transformers' model of the files", "--peer transformers, on one device"),
+        *(lambda on: on.mixtral, lambda on, row: PEER in row.case),
+    ),
+    (
+        *("layers in fp32, which shows what 16 bits hide", "a Mixtral on one device, without --quick"),
+        *(lambda on: on.half, lambda on, row: row.case.endswith(FP32)),
+    ),
+    (
+        *("attention and experts alone in each layer", "a text of at least 24 tokens"),
+        *(lambda on: True, lambda on, row: row.op == "layer" and row.case.startswith("experts")),
+    ),
+    ("generate", "a Mixtral, and positions for new tokens", lambda on: True, lambda on, row: row.op == "generate"),
+    (
+        *("a captured step, and repeated ones by launch plans and staging buffers", "a GPU"),
+        *(lambda on: on.mixtral and on.kernels, lambda on, row: row.case == REPEATED),
+    ),
+    (
+        *("the deterministic mode of the whole model", "--deterministic, or deterministic=True"),
+        *(lambda on: on.mixtral, lambda on, row: row.op == "generate" and row.case == BITS),
+    ),
+)
+
+
+def kinds_not_run(rows: Iterable[Row], on: Any) -> list[str]:
+    """A line for each kind of row that `on` could have and `rows` do not."""
+    rows = list(rows)
+    kinds = (
+        (what, needs) for what, needs, fits, is_of in KINDS if fits(on) and not any(is_of(on, row) for row in rows)
+    )
+    return [f"{what}; needs {needs}" for what, needs in kinds]
+
+
+def for_json(value: Any) -> Any:
+    """`value` with null for a number that JSON does not have, and beside it, as "NAME_text", "inf" or "nan"."""
+    if isinstance(value, dict):
+        odd = {key: x for key, x in value.items() if isinstance(x, float) and not math.isfinite(x)}
+        texts = {f"{key}_text": str(x) for key, x in odd.items()}
+        return {**{key: None if key in odd else for_json(x) for key, x in value.items()}, **texts}
+    return [for_json(x) for x in value] if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True)
@@ -146,7 +197,8 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         verdict = {key: getattr(self, key) for key in ("ok", "compared", "verdict")}
-        return {**verdict, **asdict(self), "rows": [{**asdict(row), "ok": row.ok} for row in self.rows]}
+        rows = [{**asdict(row), "ok": row.ok} for row in self.rows]
+        return for_json({**verdict, **asdict(self), "rows": rows})  # type: ignore[no-any-return]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """One line per operation and case, with its worst layer, then every failing row."""
@@ -160,8 +212,6 @@ class Report:
             yield Text(f"{row.where} ({row.case}): {error}", style="red")
         for line in self.not_run:
             yield Text(f"not run: {line}")
-        if self.backend == TORCH:
-            yield Text("No kernel ran: set TRITON_INTERPRET=1 before the import, or use a GPU.", style="yellow")
         yield Text(self.verdict, style="bold green" if self.ok else "bold red" if self.wrong else "bold yellow")
 
     def _table(self) -> Table:
