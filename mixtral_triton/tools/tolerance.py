@@ -32,7 +32,7 @@ FLOOR = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-
 TOKEN_FLOOR = {dtype: floor / 2 for dtype, floor in FLOOR.items()}
 
 Args = dict[str, Any]
-PERTURBED = 5  # runs of torch on activations next to those of a call whose error is beyond the limit
+PERTURBED = 12  # runs of torch on activations next to those of a call whose error is beyond the limit
 ACTIVATIONS = ("x", "residual", "q", "k", "v")  # of the arguments of operations
 
 
@@ -64,24 +64,22 @@ class Tolerance:
 
     @cached_property
     def _raised_limits(self) -> list[float]:
-        """At least the worst error of torch on other activations next to these: its roundings, several in a row, may
-        cancel by chance. Each value is changed by half a rounding, and the error is that against these in fp64."""
-        limits = self.limits
-        for seed in range(PERTURBED):
-            args = {
-                key: x if key not in ACTIVATIONS or x is None else _perturbed(x, seed) for key, x in self.args.items()
+        """At least what half a rounding of each activation changes, and the worst error of torch on other activations
+        next to these: its own may be small by chance, where several roundings follow each other."""
+
+        def near(seed: int) -> Args:
+            return {
+                key: _perturbed(x, seed) if key in ACTIVATIONS and x is not None else x for key, x in self.args.items()
             }
-            rounded = {key: x.to(self.args[key].dtype) if isinstance(x, Tensor) else x for key, x in args.items()}
-            runs = (
-                (_fp64_results(self.op, args), self.exact),
-                (_results(self.op, self.op.call_reference, rounded), _fp64_results(self.op, rounded)),
-            )
-            for got, exact in runs[seed > 0 :]:
-                pairs = zip(got, exact, strict=True)
-                errors = [_error(*pair) if pair[0].dtype.is_floating_point else 0.0 for pair in pairs][
-                    : self.independent
-                ]
-                limits = [max(limit, RATIO * error) for limit, error in zip_longest(limits, errors, fillvalue=0.0)]
+
+        runs = [(_fp64_results(self.op, near(0)), self.exact)]
+        for args in map(near, range(1, PERTURBED + 1)):
+            runs.append((_results(self.op, self.op.call_reference, args), _fp64_results(self.op, args)))
+        limits = self.limits
+        for got, exact in runs:
+            pairs = list(zip(got, exact, strict=True))[: self.independent]
+            errors = [_error(*pair) if pair[0].dtype.is_floating_point else 0.0 for pair in pairs]
+            limits = [max(limit, RATIO * error) for limit, error in zip_longest(limits, errors, fillvalue=0.0)]
         return limits
 
 
@@ -196,9 +194,11 @@ def with_perturbed_input(x: Tensor) -> Tensor:
 
 
 def _perturbed(x: Tensor, seed: int = 0) -> Tensor:
-    """x in fp64, each value larger or smaller by half a rounding; with a seed, by up to one and a half."""
+    """x in fp64, each value larger or smaller by half a rounding; with a seed, by more, and in x's dtype."""
     signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(seed), device="cpu").mul_(2).sub_(1)
-    return x.double() * (1 + TOKEN_FLOOR[x.dtype] * (3 if seed else 1) * signs.to(x.device))
+    if seed:
+        return (x.double() * (1 + (1 + 2 * seed) * TOKEN_FLOOR[x.dtype] * signs.to(x.device))).to(x.dtype)
+    return x.double() * (1 + TOKEN_FLOOR[x.dtype] * signs.to(x.device))
 
 
 @dataclass(frozen=True)
