@@ -135,7 +135,8 @@ def _results(op: Op, function: Callable[..., Any], args: Args) -> list[Tensor]:
 @contextmanager
 def ordered_products() -> Iterator[None]:
     """Sum interpreted products in one order within the block: numpy's depends on a row's place in its tile."""
-    product, interpret.product = interpret.product, partial(np.einsum, "mk,kn->mn")
+    product = interpret.product
+    interpret.product = partial(np.einsum, "mk,kn->mn")  # type: ignore[assignment]
     try:
         yield
     finally:

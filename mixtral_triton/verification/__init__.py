@@ -138,7 +138,7 @@ def _verify(
     found, expected, exact = compare_layers(target, ids, sized if kernels else None, step)
     if fp32:
         found += compare_in_fp32(target, expected, step)
-    rows += sorted((row for row in found if row.layer is not None), key=lambda row: row.layer)
+    rows += sorted((row for row in found if row.layer is not None), key=lambda row: row.layer or 0)
     norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
     rows += target.measure(None, "rms_norm", "final", norm)
     rows += [row for row in found if row.layer is None]
@@ -224,9 +224,15 @@ def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:
 
 def _end_error(model: Any, ids: Tensor, new: int) -> tuple[float, float]:
     """Whether sequences end with a token that one of them samples first: each with it included, in a list without what
-    follows, in a tensor padded with it. Greedy, with the first layer alone."""
+    follows, in a tensor padded with it. With the first layer alone."""
     prompts = ids[:, : max(1, min(4, model.config.max_position_embeddings - new))]
-    tokens = model.generate(prompts, new, eos_token_id=[])[:, prompts.shape[1] :]
+
+    def run(prompts: Any, eos: Any) -> Any:  # hot, so that the sequences differ
+        return model.generate(
+            prompts, new, 2.0, eos_token_id=eos, generator=torch.Generator(model.device).manual_seed(3)
+        )
+
+    tokens = run(prompts, [])[:, prompts.shape[1] :]
 
     def end(row: Tensor, eos: int) -> int:
         return next((at + 1 for at, token in enumerate(row.tolist()) if token == eos), new)
@@ -236,7 +242,7 @@ def _end_error(model: Any, ids: Tensor, new: int) -> tuple[float, float]:
     eos = max(spread, key=lambda token: (spread[token][-1] - spread[token][0], -spread[token][0]))
     ends = [end(row, eos) for row in tokens]
     model.config = replace(model.config, eos_token_id=eos)
-    texts, padded = model.generate(list(prompts), new), model.generate(prompts, new, eos_token_id=[eos])
+    texts, padded = run(list(prompts), None), run(prompts, [eos])
     wants = [torch.cat((prompt, row[:n])) for prompt, row, n in zip(prompts, tokens, ends, strict=True)]
     right = all(map(torch.equal, texts, wants)) and padded.shape[1] == prompts.shape[1] + new
     longest = torch.stack([F.pad(want, (0, padded.shape[1] - len(want)), value=eos) for want in wants])
@@ -251,13 +257,13 @@ def _check_sample(logits: Tensor) -> Row:
     errors, shape = list[float](), (ROWS, logits.shape[-1])
     rank = torch.rand(shape, device=logits.device, generator=draws[0]).argsort(-1)
     made = -1e-3 * rank.float()
-    for texts, *filters in (
+    for texts, top_p, top_k, min_p in (
         (logits, TOP_P, TOP_K, 0.0),
         (made, 1.0, min(3, TOP_K), 0.0),
         (made.round(decimals=2), 1.0, TOP_K, 0.0),
         (logits, 1.0, None, MIN_P),
     ):
-        draws, (top_p, top_k, min_p) = [torch.Generator(logits.device).manual_seed(2) for _ in range(2)], filters
+        draws = [torch.Generator(logits.device).manual_seed(2) for _ in range(2)]
         sampled_ids = sample(texts, TEMPERATURE, top_p, draws[0], top_k, *([min_p] if min_p else []))
         errors.append(_race_error(texts, sampled_ids, draws[1], top_p, top_k, min_p))
     return Row(None, "generate", "sample", max(errors), RACE_LIMIT)

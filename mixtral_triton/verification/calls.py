@@ -45,8 +45,9 @@ WEIGHTS = {"weight", "norm_weight", "gate", "gate_up_proj", "down_proj", "table"
 def _sliced(x: Tensor, last: int = 2) -> Tensor:
     """x as every second element of every dimension; those between are NaN, or far out of range."""
     around = torch.full([2 * n + 1 for n in x.shape], float("nan") if x.is_floating_point() else 10**6, device=x.device)
-    places = [slice(1, 1 + 2 * n, 2) for n in x.shape[:-1]]
-    return around.to(x.dtype)[(*places, slice(1, 1 + last * x.shape[-1], last))].copy_(x)
+    steps = [2] * (x.dim() - 1) + [last]
+    places = tuple(slice(1, 1 + step * n, step) for n, step in zip(x.shape, steps, strict=True))
+    return around.to(x.dtype)[places].copy_(x)
 
 
 def _with_layout(change: Callable[..., Tensor], name: str, x: Any, op: str) -> Any:
@@ -188,12 +189,12 @@ class LayerCheck:
         """Arguments like those `recorded` on meta tensors in a forward of this size, strides included: `weights`, and
         rows drawn from the text. KeyError for an argument that has no values here."""
         (B, T, C), values, config, device = size, self.values, self.config, self.at.device
-        generator = torch.Generator().manual_seed(B * PREFILL_CHUNK + T)
 
-        def draw(*shape: int) -> Tensor:
-            return torch.randint(len(values.h), shape, generator=generator).to(device)
+        def draw(count: int, seed: int) -> Tensor:
+            generator = torch.Generator().manual_seed(seed)
+            return torch.randint(len(values.h), (B, count), generator=generator).to(device)
 
-        at, slots = draw(B, T), cache_shape(config, B, C)[4]
+        at, slots = draw(T, B * PREFILL_CHUNK + T), cache_shape(config, B, C)[4]
         # Sequences end at other places, the first one where the cache does.
         past = torch.arange(B, device=device) * 37 % slots if T == 1 else torch.full((B,), slots // 3, device=device)
         past = (slots - 1 - past).clamp(max=max(0, config.max_position_embeddings - T)).int()
@@ -204,7 +205,11 @@ class LayerCheck:
         }
         by_row |= {"rms_norm_gate_route": values.attn_output, "add_rms_norm": values.attn_output}
         rotated = op in ("cached_attention", "append")
-        text = {"x": by_row.get(op, values.h), "residual": x if op == "rms_norm_gate_route" else total, "v": values.v}
+        text: Args = {
+            "x": by_row.get(op, values.h),
+            "residual": x if op == "rms_norm_gate_route" else total,
+            "v": values.v,
+        }
         text |= {"q": self.rq, "k": self.rk} if rotated else {"q": values.q, "k": values.k}
         text = {name: part.flatten(0, 1) if part.dim() > 2 else part for name, part in text.items()}
         text |= {"ids": self.local_ids(values.ids), "weights": values.weights}
@@ -218,8 +223,7 @@ class LayerCheck:
                 return found[name]
             if name in ("k_cache", "v_cache"):
                 cached = self.rk if name == "k_cache" else values.v
-                rows = torch.randint(len(values.h), (B, slots), generator=torch.Generator().manual_seed(slots))
-                return cached.flatten(0, 1)[rows.to(device)].transpose(1, 2).to(like.dtype).contiguous()
+                return cached.flatten(0, 1)[draw(slots, slots)].transpose(1, 2).contiguous()
             if name not in text and _key(like) not in weights:
                 raise KeyError(name)
             if name not in text:

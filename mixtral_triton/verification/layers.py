@@ -38,7 +38,7 @@ from ..tools.tolerance import (
 from .calls import LAYOUTS, Call, LayerCheck
 from .report import BITS, END_RATIO, FP32, TORCH, Row, worst_rows
 
-UNCACHED, CHUNKS, TOKENS = "whole text", "in chunks", "token by token"
+UNCACHED, CHUNKS, TOKENS, ALONE = "whole text", "in chunks", "token by token", "one sequence"
 ROUTES, LAYER_PARTS = "routes", {"attn_output": "attention", "y": "experts"}  # rows of what a layer computes inside
 PART_RATIO = 3.0  # of LAYER_PARTS in the place of RATIO: without the residual stream few values decide
 ERROR_LENGTH = 200  # characters of a raised error in a row
@@ -99,6 +99,11 @@ class ModelUnderTest:
             if counts.any():
                 lengths = {} if valid.all() else {"lengths": counts.int()}
                 yield CHUNKS if is_chunk else TOKENS, tokens, valid, cache, lengths
+        if self.is_mixtral:  # alone, where a step has one row
+            cache = self.make_cache(config, 1, T + PADDING)
+            for part in (text[:1, : min(2, T - 1)], text[:1, min(2, T - 1) : 3]):
+                if part.numel():
+                    yield ALONE, part, part >= 0, cache, {}
 
     def probe(self, config: Any, ids: Tensor, probe: LayerProbe) -> None:
         """The layers' own forwards on ids [B,T]."""

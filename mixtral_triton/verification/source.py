@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..cache import KVCache
 from ..model import State
+from ..tools.prompt import ChatTemplate, encode, load_tokenizer
 from ..tools.tolerance import largest
 from .calls import CallRecorder, on_meta
 from .report import Row
@@ -29,6 +30,8 @@ from .report import Row
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each 4 bits of a word, lowest first (AutoAWQ's GEMM)
 UNUSED = ("_scale", "_zero_point")  # ends of names of what quantizes activations and caches
+PROMPT = "Of 8 experts, two.\n\tZwölf Boxkämpfer: \u4e24\u4e2a <s>"
+TEXTS = {"prompt": "tokens of a prompt", "chat": "chat template"}
 # Arguments of operations that a config.json declares.
 CONSTANTS = {"eps": "rms_norm_eps", "top_k": "num_experts_per_tok", "window": "sliding_window"}
 
@@ -145,7 +148,48 @@ def config_rows(source: Source, target: Any) -> list[Row]:
     for case, values in ("values", used), ("operations", recorded_constants(model)):
         wrong = next((name for name in values if not values[name] or any(x != raw[name] for x in values[name])), None)
         rows.append(Row(None, "config", wrong or case, math.inf if wrong else 0.0, 0.0))
-    return [*rows, *_rotary_rows(model, raw)]
+    return [*rows, *_rotary_rows(model, raw), *_text_rows(source)]
+
+
+def _text_rows(source: Source) -> list[Row]:
+    """The tokens of a prompt beside those of the tokenizers library, and the text of the chat template beside jinja's,
+    where the folder has them."""
+    folder, bos, rows = source.folder, source.config.get("bos_token_id"), []
+    settings = folder / "tokenizer_config.json"
+    settings = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+
+    def prompt() -> bool:
+        import tokenizers
+
+        own = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        own.no_truncation()
+        own.no_padding()
+        ids = own.encode(PROMPT).ids
+        return encode(load_tokenizer(folder), PROMPT, bos)[0] == (ids if bos in (None, ids[0]) else [bos, *ids])
+
+    def chat() -> bool:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        messages = [{"role": "user", "content": PROMPT}]
+        got, options = ChatTemplate(folder).render(messages), {"trim_blocks": True, "lstrip_blocks": True}
+        own = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"], **options).from_string(template)
+        tokens = {name: getattr(x, "get", lambda key, x=x: x)("content") for name, x in settings.items() if x}
+        tokens = {name: x for name, x in tokens.items() if name in ("bos_token", "eos_token", "unk_token")}
+        return got == own.render(messages=messages, add_generation_prompt=True, **tokens)  # type: ignore[no-any-return]
+
+    template, file = settings.get("chat_template"), folder / "chat_template.jinja"
+    if isinstance(template, list):
+        template = {each["name"]: each["template"] for each in template}.get("default")
+    template = file.read_text(encoding="utf-8") if file.is_file() else template
+    there = {prompt: (folder / "tokenizer.json").is_file(), chat: template is not None}
+    for check in (check for check, found in there.items() if found):
+        right, note = False, ""
+        try:
+            right = check()
+        except (ValueError, OSError) as error:
+            note = str(error)
+        rows.append(Row(None, "config", TEXTS[check.__name__], 0.0 if right else math.inf, 0.0, note))
+    return rows
 
 
 def recorded_constants(model: Any) -> dict[str, list[Any]]:
