@@ -31,7 +31,7 @@ from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED, multiprocessors, target_arch
 from ..model import Mixtral
 from ..tools.tolerance import Fp64Reference, largest, ordered_products, to_fp64
-from .calls import SizedCalls, with_layers
+from .calls import BATCH, SizedCalls, with_layers
 from .layers import LayerProbe, ModelUnderTest, compare_in_fp32, compare_layers
 from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run, worst_rows
 from .targets import MeshUnderTest, TransformersUnderTest, compare_with_transformers
@@ -40,7 +40,7 @@ from .weights import check_weights, estimate, held_out, perplexity
 __all__ = ["Report", "Row", "estimate", "held_out", "perplexity", "verify"]
 
 TEXT_TOKENS, CALL_TOKENS = 72, 144  # by default, of the text and of the longest call without a GPU
-END = "end of a text"
+END, REFUSALS = "end of a text", "refusals"
 NEW_TOKENS = 3  # and on a GPU as many as make `generate` capture its step
 TEMPERATURE, TOP_P, TOP_K, MIN_P, ROWS = 0.8, 0.9, 50, 0.2, 256  # ROWS of made logits
 EDGE = 1e-5  # how much fp32 sums of probabilities may differ
@@ -188,15 +188,42 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     if can_capture(model):
         same = torch.equal(tokens, _without_graph(model, prompts, new))
         rows.append(Row(None, "generate", "captured step", 0.0 if same else math.inf, 0.0))
-    rows.append(Row(None, "generate", END, *_end_error(with_layers(model, 1), torch.stack([ids[0], ids[-1]]), new)))
+    rows.append(
+        Row(None, "generate", END, *_end_error(with_layers(model, 1), torch.stack([ids[0], ids[-1]]), min(2, new)))
+    )
     new, model.prefill_chunk = min(new, most - 1), None
     sampled = model.generate(prompts, new, TEMPERATURE, generator=draws[0], eos_token_id=[])
     next_logits, tokens = _next_logits(target, sampled, new)
     error = max(_race_error(next_logits[:, at], tokens[:, at], draws[1]) for at in range(new))
     # A logit's error e changes a probability by a factor of at most exp(2 e).
     rows.append(Row(None, "generate", "sampled", error, 1 - math.exp(-least / TEMPERATURE) + RACE_LIMIT))
-    rows += _repeated_rows(model, ids)
+    rows += [_refusals(model, ids), *_repeated_rows(model, ids)]
     return [*rows, _check_sample(baseline.flatten(0, 1).float())]
+
+
+def _refusals(model: Any, ids: Tensor) -> Row:
+    """Whether the forward refuses what it must: by a ValueError, or where a GPU's values are not read by NaN."""
+    B, config, device, dtype = len(ids), model.config, model.device, model.dtype
+    full, token = KVCache(config, B, 1, device, dtype), ids[:, :1]
+    full.lengths += full.max_len
+    other = next(each for each in (torch.float32, torch.bfloat16) if each != dtype)
+    wrong: dict[str, tuple[Any, ...]] = {
+        "a full cache": (token, full),
+        "a token outside the vocabulary": (token * 0 + config.vocab_size,),
+        "lengths beyond the chunk": (token, KVCache(config, B, 2, device, dtype), torch.full_like(token[:, 0], 2)),
+        "lengths without a cache": (token, None, torch.ones_like(token[:, 0])),
+        "a cache of another batch": (token, KVCache(config, B + 1, 2, device, dtype)),
+        "a cache of another dtype": (token, KVCache(config, B, 2, device, other)),
+        "another model's cache": (token, KVCache(replace(config, vocab_size=1), B, 2, device, dtype)),
+    }
+    for name, args in wrong.items():
+        try:
+            refused = bool(model(*args).isnan().all())
+        except Exception as error:
+            refused = isinstance(error, ValueError)
+        if not refused:
+            return Row(None, "forward", REFUSALS, math.inf, 0.0, f"{name} is not refused")
+    return Row(None, "forward", REFUSALS, 0.0, 0.0)
 
 
 def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:
@@ -204,12 +231,14 @@ def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:
     plans and staging buffers are used from the second time on, and of each sequence alone in deterministic mode."""
     if not (model.deterministic or model.device.type == "cuda"):
         return []
-    ids = ids[:, : max(1, model.config.max_position_embeddings - 1)].expand(max(2, len(ids)), -1)
-    lengths = (ids.shape[1] - torch.arange(len(ids), dtype=torch.int32, device=ids.device)).clamp(min=1)
+    T = max(1, min(4, model.config.max_position_embeddings - 1))
+    at = torch.arange(BATCH, device=ids.device)
+    ids = ids.flatten()[(at[:, None] * 2 + at[:T]) % ids.numel()]
+    lengths = (T - at % 3).clamp(min=1).int()
 
     def run(rows: slice = slice(None)) -> list[Tensor]:
         new = lengths[rows]
-        cache = KVCache(model.config, len(new), ids.shape[1] + 1, model.device, model.dtype)
+        cache = KVCache(model.config, len(new), T + 1, model.device, model.dtype)
         chunk, step = model(ids[rows], cache, new), model(ids[rows, :1], cache)
         return [torch.cat((each[:n], last)) for each, last, n in zip(chunk, step, new.tolist(), strict=True)]
 
@@ -218,7 +247,8 @@ def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:
         if model.device.type == "cuda":
             same[REPEATED] = all(torch.equal(*pair) for _ in range(2) for pair in zip(run(), whole, strict=True))
         if model.deterministic:
-            same[BITS] = all(torch.equal(run(slice(b, b + 1))[0], whole[b]) for b in range(len(ids)))
+            parts = slice(1), slice(-1, None), slice(2), slice(1, 6)
+            same[BITS] = all(torch.equal(*pair) for part in parts for pair in zip(run(part), whole[part], strict=True))
     return [Row(None, "generate", case, 0.0 if right else math.inf, 0.0) for case, right in same.items()]
 
 
@@ -255,12 +285,13 @@ def _check_sample(logits: Tensor) -> Row:
     are made so that the k-th token is likely, and has equals."""
     draws = [torch.Generator(logits.device).manual_seed(2)]
     errors, shape = list[float](), (ROWS, logits.shape[-1])
+    k = min(TOP_K, max(1, shape[1] // 2))
     rank = torch.rand(shape, device=logits.device, generator=draws[0]).argsort(-1)
     made = -1e-3 * rank.float()
     for texts, top_p, top_k, min_p in (
-        (logits, TOP_P, TOP_K, 0.0),
-        (made, 1.0, min(3, TOP_K), 0.0),
-        (made.round(decimals=2), 1.0, TOP_K, 0.0),
+        (logits, TOP_P, k, 0.0),
+        (made, 1.0, min(3, k), 0.0),
+        (made.round(decimals=2), 1.0, k, 0.0),
         (logits, 1.0, None, MIN_P),
     ):
         draws = [torch.Generator(logits.device).manual_seed(2) for _ in range(2)]

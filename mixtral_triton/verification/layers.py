@@ -87,7 +87,7 @@ class ModelUnderTest:
         yield UNCACHED, (text := torch.arange(T).expand(B, T)), text >= 0, None, {}
         cache, behind = self.make_cache(config, B, T + PADDING), torch.arange(B)
         num_separate = min(SEPARATE_TOKENS, T - 1) or 1
-        bounds = sorted({0, -(-2 * (T - num_separate) // 5), -(-3 * (T - num_separate) // 4), T - num_separate})
+        bounds = sorted({0, -(-2 * (T - num_separate) // 5), T - num_separate})
         ends = [(bound - behind * (at % 2) * self.is_mixtral).clamp(min=0) for at, bound in enumerate(bounds)]
         ends += [ends[-1] + at for at in range(1, num_separate + 1)]
         for at, (begin, end) in enumerate(pairwise(ends)):
@@ -254,7 +254,7 @@ def compare_in_fp32(target: ModelUnderTest, expected: TextReference, step: Step)
         fp32_model = ModelUnderTest(single_layer_model(target.model, target.layers[index], layer.x))
         B, T, _ = layer.x.shape
         found = compare_layers(fp32_model, torch.arange(B * T, device=layer.x.device).view(B, T))[0]
-        rows += [replace(row, layer=index, case=row.case + FP32) for row in found if row.layer is not None]
+        rows += [replace(row, layer=index, case=row.case + FP32) for row in found]
         fp32_model.layers[0]._parameters.clear()  # the probe's copies are cycles of references, and would keep it
         step()
     return rows
