@@ -42,6 +42,7 @@ __all__ = ["Report", "Row", "estimate", "held_out", "perplexity", "verify"]
 TEXT_TOKENS, CALL_TOKENS = 72, 144  # by default, of the text and of the longest call without a GPU
 END, REFUSALS = "end of a text", "refusals"
 NEW_TOKENS = 3  # and on a GPU as many as make `generate` capture its step
+HOT = 1e3  # a temperature at which sequences differ
 TEMPERATURE, TOP_P, TOP_K, MIN_P, ROWS = 0.8, 0.9, 50, 0.2, 256  # ROWS of made logits
 EDGE = 1e-5  # how much fp32 sums of probabilities may differ
 RACE_LIMIT = 1e-3  # how much less than the winner's the race of a sampled token may be, for fp32 arithmetic
@@ -259,7 +260,7 @@ def _end_error(model: Any, ids: Tensor, new: int) -> tuple[float, float]:
 
     def run(prompts: Any, eos: Any) -> Any:  # hot, so that the sequences differ
         return model.generate(
-            prompts, new, 2.0, eos_token_id=eos, generator=torch.Generator(model.device).manual_seed(3)
+            prompts, new, HOT, eos_token_id=eos, generator=torch.Generator(model.device).manual_seed(3)
         )
 
     tokens = run(prompts, [])[:, prompts.shape[1] :]
