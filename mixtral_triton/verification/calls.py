@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -39,33 +39,25 @@ MANY = 8
 FEW = 12  # tokens of a sequence in the calls of all layers but the first: layers differ in their weights alone
 EDGE = 8  # rows of a part of a tile: this many are run, and twice as many
 BATCH, RAGGED, KEYS = 33, 5, 600  # rows, sequences, and keys of each, where bits must not depend on the batch
+LAYOUTS = ("sliced", "transposed", "expanded")
 WEIGHTS = {"weight", "norm_weight", "gate", "gate_up_proj", "down_proj", "table", "cos", "sin"}
 
 
-def _sliced(x: Tensor, last: int = 2) -> Tensor:
-    """x as every second element of every dimension; those between are NaN, or far out of range."""
+def with_layout(layout: str, name: str, x: Any, mutates: Sequence[str]) -> Any:
+    """An argument in one of the LAYOUTS: every second element of each dimension, with NaN or what is out of range
+    between; the first dimension last in memory; the first element repeated. A cache keeps a dense last dimension, and
+    no element of one that is written is there twice."""
+    if not isinstance(x, Tensor) or (layout == "expanded" and name in mutates):
+        return x
+    if layout == "expanded":
+        return x[:1].expand(x.shape)
+    if layout == "transposed":
+        last = 1 if name.endswith("cache") else -1
+        return x.transpose(0, last).contiguous().transpose(0, last)
     around = torch.full([2 * n + 1 for n in x.shape], float("nan") if x.is_floating_point() else 10**6, device=x.device)
-    steps = [2] * (x.dim() - 1) + [last]
+    steps = [2] * (x.dim() - 1) + [1 if name.endswith("cache") else 2]
     places = tuple(slice(1, 1 + step * n, step) for n, step in zip(x.shape, steps, strict=True))
     return around.to(x.dtype)[places].copy_(x)
-
-
-def _with_layout(change: Callable[..., Tensor], name: str, x: Any, op: str) -> Any:
-    """A cache keeps a dense last dimension, and no element of a written one is there twice."""
-    if not isinstance(x, Tensor) or (change is _expanded and name in OPS[op].mutates):
-        return x
-    return change(x, 1) if name.endswith("cache") and change is not _expanded else change(x)
-
-
-def _transposed(x: Tensor, last: int = -1) -> Tensor:
-    return x.transpose(0, last).contiguous().transpose(0, last)
-
-
-def _expanded(x: Tensor) -> Tensor:
-    return x[:1].expand(x.shape)
-
-
-LAYOUTS = {change.__name__[1:]: partial(_with_layout, change) for change in (_sliced, _transposed, _expanded)}
 
 
 class LayerCheck:
@@ -130,8 +122,9 @@ class LayerCheck:
     def strided_calls(self) -> Iterator[Call]:
         """The calls on the text, each with its activations in the LAYOUTS."""
         for op, _, args in self.calls(1):
-            for case, layout in LAYOUTS.items():
-                yield op, case, {name: x if name in WEIGHTS else layout(name, x, op) for name, x in args.items()}
+            for layout in LAYOUTS:
+                change = partial(with_layout, layout, mutates=OPS[op].mutates)
+                yield op, layout, {name: x if name in WEIGHTS else change(name, x) for name, x in args.items()}
 
     def _uneven(self, length: int, least: int) -> Tensor:
         """`length` for the first sequence, one less for each one after it, int32 [B]."""
@@ -197,40 +190,34 @@ class LayerCheck:
         at, slots = draw(T, B * PREFILL_CHUNK + T), cache_shape(config, B, C)[4]
         # Sequences end at other places, the first one where the cache does.
         past = torch.arange(B, device=device) * 37 % slots if T == 1 else torch.full((B,), slots // 3, device=device)
-        past = (slots - 1 - past).clamp(max=max(0, config.max_position_embeddings - T)).int()
-        positions = past[:, None] + torch.arange(T, device=device)
-        x, total = values.x, values.x + values.attn_output
-        by_row = {
-            "linear": values.heads if weights.get(_key(recorded.get("weight"))) is self.layer.o_proj else values.normed
-        }
-        by_row |= {"rms_norm_gate_route": values.attn_output, "add_rms_norm": values.attn_output}
-        rotated = op in ("cached_attention", "append")
-        text: Args = {
-            "x": by_row.get(op, values.h),
-            "residual": x if op == "rms_norm_gate_route" else total,
-            "v": values.v,
-        }
-        text |= {"q": self.rq, "k": self.rk} if rotated else {"q": values.q, "k": values.k}
-        text = {name: part.flatten(0, 1) if part.dim() > 2 else part for name, part in text.items()}
-        text |= {"ids": self.local_ids(values.ids), "weights": values.weights}
-        found: Args = {"table": x.flatten(0, 1), "input_ids": at, "positions": positions[:, :T], "past": past}
-        found["new"] = torch.full_like(past, T)
+        limit = len(self.tables["cos"])  # transformers makes them for the text
+        past = (slots - 1 - past).clamp(max=max(0, limit - T)).int()
+        x, gate = values.x, op == "rms_norm_gate_route"
+        is_o = weights.get(_key(recorded.get("weight"))) is self.layer.o_proj
+        rows = values.heads if is_o else values.normed if op == "linear" else values.attn_output
+        q, k = (self.rq, self.rk) if op in ("cached_attention", "append") else (values.q, values.k)
+        text = {"x": rows, "residual": x if gate else x + values.attn_output, "q": q, "k": k, "v": values.v}
+        text = {name: part.flatten(0, 1) for name, part in text.items()}
+        if op.startswith("expert"):
+            text |= {"x": values.h, "ids": self.local_ids(values.ids), "weights": values.weights}
+        found = {"table": x.flatten(0, 1), "input_ids": at, "past": past, "new": torch.full_like(past, T)}
+        found["positions"] = past[:, None] + torch.arange(T, device=device)
 
         def value(name: str, like: Any) -> Any:
-            if not isinstance(like, (Tensor, QuantizedWeight)):
+            if not (isinstance(like, Tensor) or name in WEIGHTS):
                 return like
             if name in found:
                 return found[name]
             if name in ("k_cache", "v_cache"):
                 cached = self.rk if name == "k_cache" else values.v
                 return cached.flatten(0, 1)[draw(slots, slots)].transpose(1, 2).contiguous()
-            if name not in text and _key(like) not in weights:
+            if (name not in text and _key(like) not in weights) or (name == "cos" and limit < T):
                 raise KeyError(name)
             if name not in text:
                 return weights[_key(like)]
-            rows = text[name][at.flatten()]
-            out = torch.empty_strided(like.shape, like.stride(), dtype=rows.dtype, device=device)
-            return out.copy_(rows[: like.numel() // rows[0].numel()].reshape(like.shape))
+            part = text[name][at.flatten()]
+            out = torch.empty_strided(like.shape, like.stride(), dtype=part.dtype, device=device)
+            return out.copy_(part[: like.numel() // part[0].numel()].reshape(like.shape))
 
         return {name: value(name, like) for name, like in recorded.items()}
 
@@ -340,37 +327,32 @@ class SizedCalls:
         yield from check.deterministic_calls()
         yield from self.calls_of_generate(check)
 
-    def recorded(self, layer: Any) -> tuple[dict[int, Any], dict[int, str], list[Any]]:
+    def recorded(self, layer: Any, tables: Args) -> tuple[dict[int, Any], dict[int, str], list[Any]]:
         """The weights of `layer` by those of its copy on the meta device, their names, and a (size, operation,
         arguments, launches) for each call of `generate`, the smallest first."""
-        target, real = self.target, dict[int, Any]()
+        target, config = self.target, replace(self.target.config, num_hidden_layers=1)
         if target.is_mixtral:
             model, outer = on_meta(target.model, 1), target.model
         else:
-            config = replace(target.config, num_hidden_layers=1)
             model, outer = Mixtral(config, "meta", target.embed_tokens.dtype), target
-        places = [
-            (model, outer, "norm"),
-            (model, outer, "lm_head"),
-            *((model, target.tables, name) for name in ("cos", "sin")),
-        ]
-        places += [(model.layers[0], layer, name) for name in (*model.layers[0]._parameters, *model.layers[0]._modules)]
-        names = {_key(getattr(on, name)): name for on, _, name in places}
-        real = {
-            _key(getattr(on, name)): at[name] if isinstance(at, dict) else getattr(at, name) for on, at, name in places
-        }
+        first = model.layers[0]
+        pairs = {name: (getattr(first, name), getattr(layer, name)) for name in (*first._parameters, *first._modules)}
+        pairs |= {name: (getattr(model, name), getattr(outer, name)) for name in ("norm", "lm_head")}
+        pairs |= {name: (getattr(model, name), table) for name, table in tables.items()}
+        names = {_key(on): name for name, (on, _) in pairs.items()}
+        real = {_key(on): weight for on, weight in pairs.values() if weight is not None}
         calls: list[Any] = []
         for size in forwards(target.config):
             B, T, C = size
             cache = KVCache(model.config, B, C, "meta", self.cache_dtype or model.dtype)
             with torch.no_grad(), CallRecorder(*self.gpu) as recorder:
                 h = model.hidden(torch.empty((B, T), dtype=torch.int64, device="meta"), cache)
-                model.head(h[:, 0])
+                _ = outer.lm_head is None or model.head(h[:, 0])
             calls += [(size, *call[:2], configurations(*call[1:])) for call in recorder.calls]
         return real, names, calls
 
     def calls_of_generate(self, check: LayerCheck) -> Iterator[Call]:
-        real, names, calls = self.recorded(getattr(check.layer, "local", check.layer))
+        real, names, calls = self.recorded(getattr(check.layer, "local", check.layer), check.tables)
         needed: dict[Any, list[int]] = defaultdict(list)
         for _, _, args, found in calls:
             for launch in found:

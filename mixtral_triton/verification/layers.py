@@ -120,7 +120,7 @@ class ModelUnderTest:
         config, found, where = self.model.config, list[Tensor](), list[Any]()
         with self.forward(config, probe) as forward:
             for case, tokens, valid, cache, kwargs in self.forward_calls(config, *ids.shape):
-                if case == CHUNKS:
+                if case == (CHUNKS if ids.shape[1] > 1 else TOKENS):
                     probe.start(case, tokens, valid)
                     out = forward(ids[probe.where], cache, **{name: x.to(ids.device) for name, x in kwargs.items()})
                     found.append(out[probe.valid])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -13,7 +15,7 @@ import torch
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig, generate, ops, reference, verification, verify
 from mixtral_triton.cli import SMALL, main
-from mixtral_triton.kernels import linear
+from mixtral_triton.kernels import linear, offload, plan
 from mixtral_triton.kernels.experts import op
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
@@ -24,6 +26,7 @@ from mixtral_triton.verification.calls import LayerCheck, SizedCalls
 from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
 from mixtral_triton.verification.report import Row
 from tests.support.faults import Inject, in_router, replace_by, small_model
+from tests.support.models import random_model
 
 IDS = torch.randint(1, 48, (2, 20), generator=torch.Generator().manual_seed(0))
 NAN, INF = math.nan, math.inf
@@ -307,3 +310,49 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: Any, in_process: 
     assert main(["verify", "--device", "cpu"]) == 3
     error = capsys.readouterr().err.strip()
     assert "crashed: OutOfMemoryError: no memory" in error.splitlines()[-1] and len(error.splitlines()) == 2
+
+
+def stale_buffer(begin: Any) -> Any:
+    """From the third time on, a weight gets a buffer that may hold another's."""
+    times = Counter[int]()
+
+    def faulty(self: Any, weight: Any, stream: Any) -> Any:
+        times[id(weight)] += 1
+        return self.buffers[stream.cuda_stream][0] if times[id(weight)] > 2 else begin(self, weight, stream)
+
+    return faulty
+
+
+def key_without_shapes(call_key: Any) -> Any:
+    return lambda args: tuple(each for each in call_key(args) if not isinstance(each, tuple))
+
+
+def stale_base(describe: Any) -> Any:
+    first: dict[Any, Any] = {}
+    return lambda fields, base: describe(fields, first.setdefault((base.shape, base.dtype), base))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fault", ["none", "buffer", "key", "descriptor"])
+def test_repeated_calls(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is remembered from the first call is wrong in later ones."""
+    device = torch.device("cuda")
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "vocab_size": 40,
+        "sliding_window": None,
+    }
+    model = random_model(device, torch.bfloat16, on_host=(1, 3), **sizes)
+    faults: dict[str, Inject] = {
+        "buffer": replace_by(offload._Staging, "begin", stale_buffer),
+        "key": replace_by(plan, "call_key", key_without_shapes),
+        "descriptor": replace_by(plan, "_descriptor", stale_base),
+    }
+    if fault != "none":
+        faults[fault](monkeypatch)
+    ids, rows = torch.arange(40, device=device)[None], []
+    with suppress(RuntimeError):  # another call's shape
+        rows = verification._repeated_rows(model, ids)
+    assert [row.ok for row in rows] == [True] if fault == "none" else not any(row.ok for row in rows)
