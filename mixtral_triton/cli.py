@@ -137,7 +137,8 @@ def parser() -> argparse.ArgumentParser:
     option = command("verify", text, model, mesh, memory)
     option("--peer", choices=("transformers",), help="compare with its model of the files, layer by layer, too")
     option("--prompt", help="text to run; default: fixed pseudo-random tokens")
-    option("--tokens", type=int, metavar="N", help="of the text and of the longest call; default: 144, on a GPU 2048")
+    text = "of the text and of the longest call; default: 72, and 144 a call, on a GPU 8192"
+    option("--tokens", type=int, metavar="N", help=text)
     option("--deterministic", action="store_true", help="the mode in which a row's bits do not depend on the batch")
     text = "leave out layers in fp32; default for the small checkpoint without a GPU"
     option("--quick", action=argparse.BooleanOptionalAction, help=text)
