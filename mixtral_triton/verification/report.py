@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,45 +69,24 @@ def worst_rows(rows: Iterable[Row]) -> list[Row]:
     return [max(same, key=lambda row: (row.share, row.note)) for same in groups.values()]
 
 
-# Kinds of rows: what one compares, what runs it, whether it applies to what was verified, and whether a row is of it.
-# What was verified has the attributes kernels, mixtral, mesh, half, gpu and files.
-KINDS: tuple[tuple[str, str, Callable[[Any], bool], Callable[[Any, Row], bool]], ...] = (
-    ("kernels", "TRITON_INTERPRET=1 before the import, or a GPU", lambda on: True, lambda on, row: on.kernels),
-    (
-        *("config.json, tensors and tokenizer of the files", "folder=, the model's checkpoint"),
-        *(lambda on: on.mixtral, lambda on, row: row.op == "config"),
-    ),
-    (
-        *("transformers' model of the files", "--peer transformers, on one device"),
-        *(lambda on: on.mixtral, lambda on, row: PEER in row.case),
-    ),
-    (
-        *("layers in fp32, which shows what 16 bits hide", "a Mixtral on one device, without --quick"),
-        *(lambda on: on.half, lambda on, row: row.case.endswith(FP32)),
-    ),
-    (
-        *("attention and experts alone in each layer", "a text of at least 24 tokens"),
-        *(lambda on: True, lambda on, row: row.op == "layer" and row.case.startswith("experts")),
-    ),
-    ("generate", "a Mixtral, and positions for new tokens", lambda on: True, lambda on, row: row.op == "generate"),
-    (
-        *("a captured step, and repeated ones by launch plans and staging buffers", "a GPU"),
-        *(lambda on: on.mixtral and on.kernels, lambda on, row: row.case == REPEATED),
-    ),
-    (
-        *("the deterministic mode of the whole model", "--deterministic, or deterministic=True"),
-        *(lambda on: on.mixtral, lambda on, row: row.op == "generate" and row.case == BITS),
-    ),
+# Kinds of rows: what they compare, what runs them, the attribute of what was verified that they need, and whether a row
+# is one of them.
+KINDS: tuple[tuple[str, str, str, Callable[[Row, Any], bool]], ...] = (
+    ("kernels", "TRITON_INTERPRET=1 before the import, or a GPU", "", lambda row, on: on.kernels),
+    ("config.json, tensors and tokenizer", "folder=, the checkpoint", "mixtral", lambda row, on: row.op == "config"),
+    ("transformers' model of the files", "--peer transformers", "mixtral", lambda row, on: PEER in row.case),
+    ("layers in fp32", "a Mixtral on one device, no --quick", "half", lambda row, on: row.case.endswith(FP32)),
+    ("experts alone in each layer", "24 tokens of text", "", lambda row, on: row.case.startswith("experts,")),
+    ("generate", "a Mixtral, and positions for new tokens", "", lambda row, on: row.op == "generate"),
+    ("captured and repeated steps, staging", "a GPU", "mixtral", lambda row, on: row.case == REPEATED),
+    ("deterministic mode", "--deterministic", "mixtral", lambda row, on: (row.op, row.case) == ("generate", BITS)),
 )
 
 
-def kinds_not_run(rows: Iterable[Row], on: Any) -> list[str]:
-    """A line for each kind of row that `on` could have and `rows` do not."""
-    rows = list(rows)
-    kinds = (
-        (what, needs) for what, needs, fits, is_of in KINDS if fits(on) and not any(is_of(on, row) for row in rows)
-    )
-    return [f"{what}; needs {needs}" for what, needs in kinds]
+def kinds_not_run(rows: Sequence[Row], on: Any) -> list[str]:
+    """A line for each kind of row that `on` could have and `rows` do not. on: attributes kernels, mixtral and half."""
+    kinds = (kind for kind in KINDS if not kind[2] or getattr(on, kind[2]))
+    return [f"{what}; needs {needs}" for what, needs, _, fits in kinds if not any(fits(row, on) for row in rows)]
 
 
 def for_json(value: Any) -> Any:
