@@ -7,6 +7,7 @@ N rows, K columns (the depth of the sum), G groups of columns that share a scale
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import re
@@ -175,6 +176,7 @@ def _text_rows(source: Source) -> list[Row]:
         own = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"], **options).from_string(template)
         tokens = {name: getattr(x, "get", lambda key, x=x: x)("content") for name, x in settings.items() if x}
         tokens = {name: x for name, x in tokens.items() if name in ("bos_token", "eos_token", "unk_token")}
+        tokens |= {"raise_exception": str, "strftime_now": datetime.datetime.now().strftime}
         return got == own.render(messages=messages, add_generation_prompt=True, **tokens)  # type: ignore[no-any-return]
 
     template, file = settings.get("chat_template"), folder / "chat_template.jinja"

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mixtral_triton import Mixtral, generate, ops, verification, verify, weights
+from mixtral_triton import KVCache, Mixtral, generate, ops, verification, verify, weights
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.offload import OffloadedWeight
@@ -207,6 +207,26 @@ def goes_on(pick: Any) -> Any:
     return lambda step, h: (step.ended.zero_(), pick(step, h))
 
 
+def one_stop_less(init: Any) -> Any:
+    return lambda step, *args: (init(step, *args), setattr(step, "stops", step.stops[:-1]))[0]
+
+
+def all_end(pick: Any) -> Any:
+    return lambda step, h: (pick(step, h), step.ended.fill_(bool(step.ended.any())))[0]
+
+
+def one_behind(stream: Any) -> Any:
+    def faulty(*args: Any) -> Any:
+        tokens = list(stream(*args))
+        yield from [tokens[0], *tokens[:-1]]
+
+    return faulty
+
+
+def not_counted(advance: Any) -> Any:
+    return lambda cache, new, common: advance(cache, 0 * new if common == 1 else new, common)
+
+
 def shifted(table: Any) -> Any:
     return lambda weight: table(weight).roll(1)
 
@@ -223,6 +243,14 @@ FAULTS_AROUND: dict[str, tuple[Inject, str, str]] = {
         replace_by(generate, "eos_ids", lambda ids: lambda given, config: ids([] if given is None else given, config)),
         *("generate", END),
     ),
+    "the last EOS is unknown": (replace_by(generate.Step, "__init__", one_stop_less), "generate", END),
+    "all sequences end together": (replace_by(generate.Step, "pick", all_end), "generate", END),
+    "a token behind": (replace_by(generate, "_stream", one_behind), "generate", "greedy"),
+    "temperature twice": (in_sample(lambda x, t, *args: (x / t, t, *args)), "generate", "sample"),
+    "top_p is wider": (in_sample(lambda x, t, p, *args: (x, t, min(1.0, 1.03 * p), *args)), "generate", "sample"),
+    "a full cache": (replace_by(KVCache, "reserve", lambda reserve: lambda cache, new: None), "forward", "refusals"),
+    "any cache": (replace_by(Mixtral, "_check_cache", lambda check: lambda *args: None), "forward", "refusals"),
+    "a step is not counted": (replace_by(KVCache, "advance", not_counted), "layer", "attention, token by token"),
     "rows of a long prompt": (replace_by(generate, "prefill", longer_than_a_chunk), "generate", "greedy"),
     "top_k + 1": (in_sample(lambda x, t, p, g, k=None, *m: (x, t, p, g, k and k + 1, *m)), "generate", "sample"),
     "no min_p": (in_sample(lambda x, t, p, g, k=None, *m: (x, t, p, g, k)), "generate", "sample"),
