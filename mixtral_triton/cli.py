@@ -142,7 +142,8 @@ def parser() -> argparse.ArgumentParser:
     option = command("verify", text, model, mesh, memory, cache)
     option("--peer", choices=("transformers",), help="compare with its model of the files, layer by layer, too")
     option("--prompt", help="text to run; default: fixed pseudo-random tokens")
-    option("--tokens", type=int, metavar="N", help="of the text and of the longest call; default: 144, on a GPU 2048")
+    text = "of the text and of the longest call; default: 72, and 144 a call, on a GPU 8192"
+    option("--tokens", type=int, metavar="N", help=text)
     option("--deterministic", action="store_true", help="the mode in which a row's bits do not depend on the batch")
     text = "leave out layers in fp32; default for the small checkpoint without a GPU"
     option("--quick", action=argparse.BooleanOptionalAction, help=text)
@@ -269,17 +270,16 @@ def _cache_dtype(args: argparse.Namespace) -> torch.dtype | None:
 
 def _compile(
     model: Mixtral,
-    sizes: Sequence[tuple[int, int]],
-    slots: int,
+    sizes: Sequence[tuple[int, int, int]],
     dtypes: Sequence[torch.dtype],
     cache_dtype: torch.dtype | None,
 ) -> None:
-    """Compile what forwards of [B,T] tokens launch on a GPU, and show the progress."""
+    """Compile what forwards of [B,T] tokens over a cache of C slots launch on a GPU, and show the progress."""
     if model.device.type == "cuda":  # a CPU needs no compiler
         from .tools.offline import compile_ahead
 
         with bar("compiling", None) as progress:
-            compile_ahead(model, sizes, slots, dtypes, progress.update, cache_dtype)
+            compile_ahead(model, sizes, dtypes, progress.update, cache_dtype)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -287,7 +287,7 @@ def _verify(args: argparse.Namespace) -> int:
     import torch
 
     from .verification import check_peer, default_text, estimate, verify
-    from .verification.calls import CACHE_SLOTS, CHUNKS, STEPS
+    from .verification.calls import forwards
 
     text = None if args.prompt is None else read_prompts([args.prompt])[0]
     check_peer(args.peer, args.tp * args.ep > 1)
@@ -303,15 +303,14 @@ def _verify(args: argparse.Namespace) -> int:
         if is_first():
             print_message(note)
             print_message(estimate(model, ids[:, : args.tokens], args.folder, quick))
-        sizes = [*STEPS, *((B, T) for B, T in CHUNKS if model.config.max_position_embeddings >= T)]
         dtypes, cache_dtype = [model.dtype] if quick else [model.dtype, torch.float32], _cache_dtype(args)
-        _compile(model, sizes, CACHE_SLOTS, dtypes, cache_dtype)
+        _compile(model, forwards(model.config), dtypes, cache_dtype)
         with bar("verifying", None) as progress:
             options: dict[str, Any] = {"folder": args.folder, "peer": args.peer, "quick": quick, "tokens": args.tokens}
             options["cache_dtype"] = cache_dtype
             report = verify(model, ids[:, : args.tokens], progress.update, **options)
         if is_first() and args.json:
-            print(json.dumps({"folder": str(args.folder), **report.as_dict()}))
+            print(json.dumps({"folder": str(args.folder), **report.as_dict()}, allow_nan=False))
         elif is_first():
             Console().print(report)
         return 0 if report.ok else 1
@@ -343,9 +342,9 @@ def _generate(args: argparse.Namespace) -> int:
                 ids = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
             prompt = _tokens(args, ids, warning, model)
             if number == 0:
-                size = model.prefill_chunk
-                chunks = {(1, 1), (1, min(len(ids), size)), (1, len(ids) % size or 1)}
-                _compile(model, sorted(chunks), len(ids) + args.max_new_tokens, [model.dtype], sampling["cache_dtype"])
+                chunks = {1, min(len(ids), model.prefill_chunk), len(ids) % model.prefill_chunk or 1}
+                sizes = [(1, T, len(ids) + args.max_new_tokens) for T in sorted(chunks)]
+                _compile(model, sizes, [model.dtype], sampling["cache_dtype"])
             steps = TimedSteps(model.stream(prompt[None], args.max_new_tokens, **sampling), len(ids), model.device)
             if is_first() and number == 0:
                 print_message("\n".join(filter(None, (note, *notes))))

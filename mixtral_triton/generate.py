@@ -188,7 +188,7 @@ def can_capture(model: Mixtral) -> bool:
 
 def prefill(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> Tensor:
     """Run the right-padded prompts ids [B,T] in chunks -> the hidden state of each one's last token, [B,H]."""
-    last, size = torch.empty(0), min(PREFILL_CHUNK, model.prefill_chunk)
+    last, size = torch.empty(0), model.prefill_chunk
     for start in range(0, ids.shape[1], size):
         chunk = ids[:, start : start + size]
         new = (lengths - start).clamp(0, chunk.shape[1]).to(torch.int32)

@@ -269,13 +269,14 @@ def compile_launches(
 
 def compile_ahead(
     model: Mixtral,
-    sizes: Iterable[tuple[int, int]],
-    slots: int,
+    sizes: Iterable[tuple[int, int, int]],
     dtypes: Iterable[torch.dtype],
     progress: Progress,
     cache_dtype: torch.dtype | None = None,
 ) -> None:
-    """Compile on all cores what forwards of [B,T] tokens over a cache of `slots` launch on the model's GPU.
+    """Compile on all cores what forwards of [B,T] tokens over a cache of C slots launch on the model's GPU.
+
+    sizes  (B, T, C) of each forward
 
     Otherwise each kernel is compiled when it is first launched, one after the other. The launches are recorded on a
     layer without memory. Nothing is compiled for a CPU, a mesh, or an architecture that the compiler does not know.
@@ -293,9 +294,9 @@ def compile_ahead(
     for dtype in dict.fromkeys(dtypes):
         layer = Mixtral(config, "meta", dtype, model.deterministic, specs, on_host=[*kinds.values()])
         with torch.no_grad(), record_launches(arch, multiprocessors(model.device)) as launches:
-            for B, T in sizes:
+            for B, T, C in sizes:
                 ids = torch.zeros((B, T), dtype=torch.int64, device="meta")
-                layer(ids, cache=KVCache(config, B, max(T, slots), "meta", cache_dtype or dtype))
+                layer(ids, cache=KVCache(config, B, max(T, C), "meta", cache_dtype or dtype))
         records += [launch for launch in launches if launch.fn is not None]
     compile_launches(records, arch, progress)
 

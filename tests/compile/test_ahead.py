@@ -25,7 +25,7 @@ def test_a_text_compiles_nothing_that_was_not_compiled_ahead(
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 64}
     model = random_model(dtype=torch.bfloat16, weights=weights, device="cuda", on_host=on_host, **sizes)
     finished: list[tuple[int, int]] = []
-    compile_ahead(model, [(1, 1), (1, 5)], 5 + 7, [model.dtype], lambda *done: finished.append(done))
+    compile_ahead(model, [(1, 1, 12), (1, 5, 12)], [model.dtype], lambda *done: finished.append(done))
     assert finished[-1][0] == finished[-1][1] >= 8
 
     def anew(*args: Any, **kwargs: Any) -> None:
