@@ -117,14 +117,8 @@ class Compiled:
     def as_dict(self) -> dict[str, Any]:
         """Return what `compile --json` prints."""
         names = [f.name for f in fields(self) if f.name not in ("signature", "stages", "error")]
-        return {
-            name: getattr(self, name)
-            for name in (
-                *names,
-                *(f"loop_{name}" for name in ("flop_per_instruction", "instructions_per_byte", "spills")),
-                "fault",
-            )
-        }
+        loops = "loop_flop_per_instruction", "loop_instructions_per_byte", "loop_spills"
+        return {name: getattr(self, name) for name in (*names, *loops, "fault")}
 
 
 def _target(arch: str) -> GPUTarget:

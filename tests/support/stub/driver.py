@@ -218,6 +218,7 @@ def interpret(launched: Launched, args: Mapping[str, Any]) -> None:
         args = {**args, "PDL": False}
     # The interpreter knows no PTX: plain arithmetic unpacks the same values (tests/emulator runs the PTX).
     args = {name: arg._replace(ptx=False) if isinstance(arg, Layout) else arg for name, arg in args.items()}
+    args |= {"PTX": False} if "PTX" in args else {}
     # One scope for all patches, undone at the end of the kernel: device functions do not undo theirs.
     scope = interpreter._LangPatchScope()
     with (
