@@ -109,7 +109,8 @@ def _two_per_sm(sizes: Sizes, dtype: torch.dtype, arch: str, block_m: int) -> bo
     if sizes["D"] != 128 or not tma(arch) or dtype == torch.float32 or spills or sizes.get("deterministic"):
         return False
     tiles = sizes["B"] * sizes["Hq"] * triton.cdiv(sizes["T"], block_m)
-    few = 0 < sizes.get("S", 0) <= 1024 or tiles <= (sizes.get("sms") or multiprocessors(arch))
+    keys = sizes.get("S", sizes["T"]) + sizes.get("C", 0)
+    few = keys <= 1024 or tiles <= (sizes.get("sms") or multiprocessors(arch))
     return sizes["T"] > block_m // 2 and few
 
 
