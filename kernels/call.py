@@ -99,9 +99,10 @@ def needs_no_dispatch(values: Iterable[Any]) -> bool:
         return False
     gradients = torch.is_grad_enabled()
     for x in values:
-        x = _first_tensor(x)
         if not isinstance(x, Tensor):
-            continue
+            if not isinstance(x, _SEVERAL_TENSORS):
+                continue
+            x = _first_tensor(x)
         if type(x) not in PLAIN_TYPES or x.is_meta or x.is_neg() or (gradients and x.requires_grad):
             return False
     return True
@@ -109,6 +110,7 @@ def needs_no_dispatch(values: Iterable[Any]) -> bool:
 
 # A quantized weight or cache is several tensors, and torch's operators take tensors: its codes take the place of the
 # argument; the other parts follow all other arguments.
+_SEVERAL_TENSORS = QuantizedWeight, QuantizedCache
 _PARTS = {Matrix: (("scales", Tensor), ("zeros", Tensor), ("layout", str)), Cache: (("scales", Tensor),)}
 
 
@@ -286,7 +288,7 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     operator, order = _register(op), _order_arguments(op)
 
     def dispatch(args: tuple[Any, ...]) -> Any:
-        quantized = any(isinstance(x, (QuantizedWeight, QuantizedCache)) for x in args)
+        quantized = any(isinstance(x, _SEVERAL_TENSORS) for x in args)
         return operator(*(flatten_args(op.arguments, op.bind(*args)) if quantized else args))
 
     def checked(*args: Any, **kwargs: Any) -> Any:

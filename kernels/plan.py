@@ -49,14 +49,14 @@ def call_key(args: Sequence[Any]) -> tuple[Any, ...]:
             key += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % _ALIGNMENT)
             if hip:
                 key.append(x.untyped_storage().size() <= _BUFFER_MAX)
-        elif isinstance(x, QuantizedWeight):
-            key += (type(x), x.format, x.group, x.shape, *call_key(_parts(x)))
-            if isinstance(x, OffloadedWeight):  # its parts are addresses
-                key.append(x.dtype)
+        elif not isinstance(x, (QuantizedWeight, QuantizedCache)):
+            key += (type(x), x)  # True is not 1
         elif isinstance(x, QuantizedCache):
             key += (QuantizedCache, *call_key(x.tensors))
         else:
-            key += (type(x), x)  # True is not 1
+            key += (type(x), x.format, x.group, x.shape, *call_key(_parts(x)))
+            if isinstance(x, OffloadedWeight):  # its parts are addresses
+                key.append(x.dtype)
     return tuple(key)
 
 
