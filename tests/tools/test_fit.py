@@ -89,6 +89,8 @@ def test_cache_bytes_are_those_of_a_kv_cache() -> None:
     for config in (SMALLER, replace(SMALLER, sliding_window=4096)):
         cache = KVCache(config, 3, 5000, "meta", torch.bfloat16)
         assert cache_bytes(config, 3, 5000) == sum(x.nbytes for x in (*cache.keys, *cache.values))
+        codes = KVCache(config, 3, 5000, "meta", torch.int8)
+        assert memory_need(config, {}, 3, 5000, torch.int8)["cache"] == sum(x.nbytes for x in codes.keys + codes.values)
     tables = Mixtral(replace(SMALLER, num_hidden_layers=1), "meta")
     assert table_bytes(SMALLER) == tables.cos.nbytes + tables.sin.nbytes
 
