@@ -18,7 +18,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,39 +39,39 @@ _copy_streams: dict[torch.device, torch.cuda.Stream] = {}
 class _Buffer:
     """A device staging buffer: `contents` names the weight that it holds, `filled` marks the copy as complete."""
 
-    rows: Tensor
+    memory: Tensor
     filled: torch.cuda.Event
     contents: Any = None
 
 
 class _Staging(threading.local):
-    """Two buffers for weights of one shape that are used in turn: kernels read one while the other is filled.
+    """A buffer of `nbytes` for a projection's weights: one is copied once the kernel that reads another has ended.
 
-    Each thread has two for each of its streams, so no other thread can refill one before the kernel is launched.
+    Each thread has one for each of its streams, so no other thread can refill it before the kernel is launched.
     """
 
-    def __init__(self) -> None:
-        self.buffers: dict[int, list[_Buffer]] = {}  # by stream; the one that was used last is the last
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.buffers: dict[int, _Buffer] = {}  # by stream; the one that was used last is the last
 
     def begin(self, weight: OffloadedWeight, stream: torch.cuda.Stream) -> _Buffer:
-        """Return a buffer with the weight's host experts; the copy begins now, unless it has begun already."""
-        buffers = self.buffers.pop(stream.cuda_stream, None)
-        if buffers is None:
-            empty = (torch.empty_like(weight.host, device=weight.device) for _ in range(2))
-            buffers = [_Buffer(rows, torch.cuda.Event()) for rows in empty]
-        self.buffers = {**dict([*self.buffers.items()][-1:]), stream.cuda_stream: buffers}  # of the last two streams
+        """Return the buffer with the weight's host experts; the copy begins now, unless it has begun already."""
+        buffer = self.buffers.pop(stream.cuda_stream, None)
+        if buffer is None:
+            memory = torch.empty(self.nbytes, dtype=torch.uint8, device=weight.device)
+            buffer = _Buffer(memory, torch.cuda.Event())
+        self.buffers = {**dict([*self.buffers.items()][-1:]), stream.cuda_stream: buffer}  # of the last two streams
         # The version counts writes to the host's rows; a tensor made in inference mode has none.
         contents = weakref.ref(weight), None if weight.host.is_inference() else weight.host._version
-        buffer = next((each for each in buffers if each.contents == contents), buffers[0])
-        buffers.sort(key=lambda each: each is buffer)
         if buffer.contents != contents:
             if weight.device not in _copy_streams:
                 _copy_streams[weight.device] = torch.cuda.Stream(weight.device)
             copies = _copy_streams[weight.device]
             copies.wait_stream(stream)  # for the kernels that read the buffer
             with torch.cuda.stream(copies):
-                buffer.rows.copy_(weight.host, non_blocking=True)
-            buffer.rows.record_stream(copies)
+                rows = buffer.memory[: weight.host.nbytes].view(weight.dtype).view(weight.host.shape)
+                rows.copy_(weight.host, non_blocking=True)
+            buffer.memory.record_stream(copies)
             buffer.filled.record(copies)
             buffer.contents = contents
         return buffer
@@ -106,7 +107,7 @@ class OffloadedWeight(QuantizedWeight):
         self.host = _pinned((len(self.on_host), *rest), stored.dtype, self.resident.device)
         self.register_buffer("data", self._table())
         self._on_host = torch.tensor([each in self.on_host for each in range(E)]).long().to(device)
-        self._staging = _Staging()
+        self._staging = _Staging(self.host.nbytes)
         self._next_weight: Callable[[], OffloadedWeight | None] = lambda: None
         for name in ("scales", "zeros"):
             part = getattr(like, name, None)
@@ -188,7 +189,7 @@ class OffloadedWeight(QuantizedWeight):
 
     def staged(self) -> Tensor:
         """A table of addresses on the device, where the host's experts are copied: each byte once, on another stream,
-        which begins with the next layer's, too. The host does not wait. On a CPU, the table itself."""
+        which begins with the next weight's, too. The host does not wait. On a CPU, the table itself."""
         if self.device.type != "cuda":
             return self.data
         stream = torch.cuda.current_stream(self.device)
@@ -197,20 +198,22 @@ class OffloadedWeight(QuantizedWeight):
         else:
             buffer = self._staging.begin(self, stream)
             stream.wait_event(buffer.filled)
-            rows, buffer.contents = buffer.rows, None  # the next chunk copies again
+            rows, buffer.contents = buffer.memory, None  # the next chunk copies again
             if (next_weight := self._next_weight()) is not None:
-                self._staging.begin(next_weight, stream)
+                next_weight._staging.begin(next_weight, stream)
         table = self.data.add(self._on_host, alpha=rows.data_ptr() - self.host.data_ptr())
         table.memories = self.resident, rows  # type: ignore[attr-defined]  # which live until the launch
         return table
 
     @staticmethod
-    def stage_in_turn(weights: Sequence[OffloadedWeight]) -> None:
-        """Share two buffers among a projection's weights of all layers: `staged` of one begins to copy the next."""
-        staging = _Staging()
-        for weight in weights:
-            weight._staging = staging
-        for weight, next_weight in pairwise(weights):
+    def stage_in_turn(layers: Sequence[Sequence[OffloadedWeight]]) -> None:
+        """Share a buffer, as large as the largest needs, among a projection's weights. `staged` of one begins to copy
+        the next, of the other projection, so that a kernel reads one buffer while the other is filled."""
+        for weights in zip(*layers, strict=True):
+            staging = _Staging(max(weight.host.nbytes for weight in weights))
+            for weight in weights:
+                weight._staging = staging
+        for weight, next_weight in pairwise(chain.from_iterable(layers)):
             weight._next_weight = weakref.ref(next_weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OffloadedWeight:
@@ -233,6 +236,21 @@ class OffloadedWeight(QuantizedWeight):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ValueError("Mixtral: offloaded experts cannot be pickled: save the checkpoint that they came from")
+
+
+def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.nn.Parameter:
+    """Return an unset parameter of `device` whose memory is the host's, pinned: kernels read it in place.
+
+    It is an ordinary tensor, which torch reads and writes as well. `on_host` marks it for the cost model.
+    """
+    memory = _pinned(shape, dtype, device)
+    if device.type == "cuda":  # the interface by which torch takes addresses of a device has no bf16
+        layout = {"shape": shape, "typestr": f"<i{dtype.itemsize}", "data": (memory.data_ptr(), False), "version": 2}
+        owner = SimpleNamespace(__cuda_array_interface__=layout, memory=memory)
+        memory = torch.as_tensor(owner, device=device).view(dtype)
+    parameter = torch.nn.Parameter(memory, requires_grad=False)
+    parameter.on_host = True  # type: ignore[attr-defined]
+    return parameter
 
 
 def find_weight(table: Tensor) -> OffloadedWeight | None:

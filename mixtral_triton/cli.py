@@ -117,9 +117,10 @@ def parser() -> argparse.ArgumentParser:
         option("--weights", type=parse_weights, metavar="FORMAT", help=f"{text}and the head, too; default: as stored")
 
     def memory(option: Any) -> None:
-        text = "experts of each layer in pinned host memory, read in place; auto: as many as have to; default: 0"
+        text = "experts of each layer in pinned host memory, read in place; auto: the fewest of all layers; default: 0"
         option("--offload", type=parse_offload, default=0, metavar="N|auto", help=text)
         option("--offload-by", type=Path, metavar="FILE", help="of `trace --counts`: offload those used least")
+        option("--context", type=int, metavar="S", help="tokens that --offload auto leaves memory for; default: 4096")
 
     def cache(option: Any) -> None:
         text = "int8: keys and values in 8 bits, half the memory and traffic; default: the model's dtype"
@@ -141,7 +142,8 @@ def parser() -> argparse.ArgumentParser:
     option = command("verify", text, model, mesh, memory, cache)
     option("--peer", choices=("transformers",), help="compare with its model of the files, layer by layer, too")
     option("--prompt", help="text to run; default: fixed pseudo-random tokens")
-    option("--tokens", type=int, metavar="N", help="of the text and of the longest call; default: 144, on a GPU 2048")
+    text = "of the text and of the longest call; default: 72, and 144 a call, on a GPU 8192"
+    option("--tokens", type=int, metavar="N", help=text)
     option("--deterministic", action="store_true", help="the mode in which a row's bits do not depend on the batch")
     text = "leave out layers in fp32; default for the small checkpoint without a GPU"
     option("--quick", action=argparse.BooleanOptionalAction, help=text)
@@ -243,7 +245,8 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     total = None if mesh is not None else total_bytes(read_headers(args.folder))
     with warnings.catch_warnings(record=True) as caught, bar("loading", total, DownloadColumn()) as progress:
         options: dict[str, Any] = {"deterministic": getattr(args, "deterministic", False), "progress": progress.advance}
-        options |= {"offload": args.offload, "offload_by": args.offload_by}
+        options |= {"offload": args.offload, "offload_by": args.offload_by, "context": args.context}
+        options["cache_dtype"] = _cache_dtype(args)
         model = Mixtral.from_pretrained(args.folder, device, dtype, args.weights, mesh, **options)
     for warning in caught if is_first() else ():
         print_message(f"mixtral-triton {args.command}: {warning.message}")
@@ -262,22 +265,21 @@ def _tokens(args: argparse.Namespace, ids: Sequence[int], warning: str, model: M
 def _cache_dtype(args: argparse.Namespace) -> torch.dtype | None:
     import torch
 
-    return getattr(torch, args.cache_dtype) if args.cache_dtype else None
+    return torch.int8 if getattr(args, "cache_dtype", None) else None
 
 
 def _compile(
     model: Mixtral,
-    sizes: Sequence[tuple[int, int]],
-    slots: int,
+    sizes: Sequence[tuple[int, int, int]],
     dtypes: Sequence[torch.dtype],
     cache_dtype: torch.dtype | None,
 ) -> None:
-    """Compile what forwards of [B,T] tokens launch on a GPU, and show the progress."""
+    """Compile what forwards of [B,T] tokens over a cache of C slots launch on a GPU, and show the progress."""
     if model.device.type == "cuda":  # a CPU needs no compiler
         from .tools.offline import compile_ahead
 
         with bar("compiling", None) as progress:
-            compile_ahead(model, sizes, slots, dtypes, progress.update, cache_dtype)
+            compile_ahead(model, sizes, dtypes, progress.update, cache_dtype)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -285,7 +287,7 @@ def _verify(args: argparse.Namespace) -> int:
     import torch
 
     from .verification import check_peer, default_text, estimate, verify
-    from .verification.calls import CACHE_SLOTS, CHUNKS, STEPS
+    from .verification.calls import forwards
 
     text = None if args.prompt is None else read_prompts([args.prompt])[0]
     check_peer(args.peer, args.tp * args.ep > 1)
@@ -301,15 +303,14 @@ def _verify(args: argparse.Namespace) -> int:
         if is_first():
             print_message(note)
             print_message(estimate(model, ids[:, : args.tokens], args.folder, quick))
-        sizes = [*STEPS, *((B, T) for B, T in CHUNKS if model.config.max_position_embeddings >= T)]
         dtypes, cache_dtype = [model.dtype] if quick else [model.dtype, torch.float32], _cache_dtype(args)
-        _compile(model, sizes, CACHE_SLOTS, dtypes, cache_dtype)
+        _compile(model, forwards(model.config), dtypes, cache_dtype)
         with bar("verifying", None) as progress:
             options: dict[str, Any] = {"folder": args.folder, "peer": args.peer, "quick": quick, "tokens": args.tokens}
             options["cache_dtype"] = cache_dtype
             report = verify(model, ids[:, : args.tokens], progress.update, **options)
         if is_first() and args.json:
-            print(json.dumps({"folder": str(args.folder), **report.as_dict()}))
+            print(json.dumps({"folder": str(args.folder), **report.as_dict()}, allow_nan=False))
         elif is_first():
             Console().print(report)
         return 0 if report.ok else 1
@@ -330,8 +331,6 @@ def _generate(args: argparse.Namespace) -> int:
     with open_mesh(args) as mesh:
         import torch
 
-        from .generate import PREFILL_CHUNK
-
         model, tokenizer = _load(args, mesh), load_tokenizer(args.folder)
         sampling, notes = select_sampling(args, read_generation_config(args.folder))
         sampling["generator"] = torch.Generator(model.device).manual_seed(args.seed)
@@ -343,8 +342,9 @@ def _generate(args: argparse.Namespace) -> int:
                 ids = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
             prompt = _tokens(args, ids, warning, model)
             if number == 0:
-                chunks = {(1, 1), (1, min(len(ids), PREFILL_CHUNK)), (1, len(ids) % PREFILL_CHUNK or 1)}
-                _compile(model, sorted(chunks), len(ids) + args.max_new_tokens, [model.dtype], sampling["cache_dtype"])
+                chunks = {1, min(len(ids), model.prefill_chunk), len(ids) % model.prefill_chunk or 1}
+                sizes = [(1, T, len(ids) + args.max_new_tokens) for T in sorted(chunks)]
+                _compile(model, sizes, [model.dtype], sampling["cache_dtype"])
             steps = TimedSteps(model.stream(prompt[None], args.max_new_tokens, **sampling), len(ids), model.device)
             if is_first() and number == 0:
                 print_message("\n".join(filter(None, (note, *notes))))

@@ -188,9 +188,9 @@ def can_capture(model: Mixtral) -> bool:
 
 def prefill(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> Tensor:
     """Run the right-padded prompts ids [B,T] in chunks -> the hidden state of each one's last token, [B,H]."""
-    last = torch.empty(0)
-    for start in range(0, ids.shape[1], PREFILL_CHUNK):
-        chunk = ids[:, start : start + PREFILL_CHUNK]
+    last, size = torch.empty(0), model.prefill_chunk
+    for start in range(0, ids.shape[1], size):
+        chunk = ids[:, start : start + size]
         new = (lengths - start).clamp(0, chunk.shape[1]).to(torch.int32)
         h = model.hidden(chunk, cache, new)
         end = h[torch.arange(len(h), device=h.device), (new - 1).clamp(min=0).long()]

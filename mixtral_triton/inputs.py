@@ -16,8 +16,8 @@ from .kernels.launch import INTERPRETED
 from .kernels.quantized import QuantSpec
 
 # Values of `weights`, by the names that `fit` prints.
-WEIGHT_FORMATS: dict[str, Any] = {"as stored": None, "fp8": "fp8", "int8": "int8", "int4": "int4"}
-WEIGHT_FORMATS |= {"int4, linear int8": {"experts": "int4", "linear": "int8"}}
+WEIGHT_FORMATS: dict[str, Any] = {"as stored": None, "fp8": "fp8", "int8": "int8"}
+WEIGHT_FORMATS |= {"int4, linear int8": {"experts": "int4", "linear": "int8"}, "int4": "int4"}
 
 
 def is_int(value: Any, least: int) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +34,77 @@ TIGHT = 0.02  # of the memory: the error of the estimate
 # Of each logit: in the model's dtype, in fp32, and what a draw by temperature and top_p makes of it, its sort included.
 LOGIT_BYTES = 64
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-AUTO_CONTEXT = 4096  # tokens of one sequence, which offload="auto" leaves memory for
+AUTO_CONTEXT = 4096  # tokens of one sequence, which offload="auto" leaves memory for by default
+CHUNKS = PREFILL_CHUNK, PREFILL_CHUNK // 2, PREFILL_CHUNK // 4  # tokens: those that offload="auto" chooses from
+Routes = Sequence[Sequence[int]]  # of each layer, how often a text took each expert
+Movable = tuple[Sequence[int], int]  # bytes of an expert of each layer, and of the embedding
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What lies in host memory.
+
+    experts         those of each layer; () where no layer has any
+    embedding       whether the embedding does
+    chunk           tokens that `generate` reads of a prompt at once
+    host_bytes      in host memory
+    staging_bytes   of prefill's buffers, one for each projection, as large as the layer with the most experts needs
+    saved           experts that this chunk saves
+    """
+
+    experts: Sequence[Sequence[int]] = ()
+    embedding: bool = False
+    chunk: int = PREFILL_CHUNK
+    host_bytes: int = 0
+    staging_bytes: int = 0
+    saved: int = 0
+
+    @property
+    def count(self) -> int:
+        """Experts in host memory, of the whole model."""
+        return sum(map(len, self.experts))
+
+    @property
+    def freed_bytes(self) -> int:
+        """Bytes of the device that are free then, buffers counted."""
+        return self.host_bytes - self.staging_bytes
+
+    @classmethod
+    def of(
+        cls, experts: Sequence[Sequence[int]], each: Sequence[int], embedding: int = 0, chunk: int = PREFILL_CHUNK
+    ) -> Placement:
+        """`each`: bytes of an expert of each layer; `embedding`: bytes, 0 where it stays on the device."""
+        sizes = [len(of_layer) * size for of_layer, size in zip(experts, each, strict=True)]
+        return cls(experts, embedding > 0, chunk, sum(sizes) + embedding, max(sizes))
+
+    def share(self, routes: Routes) -> float:
+        """Return which part of a text's routes the experts had."""
+        taken = sum(layer[expert] for layer, experts in zip(routes, self.experts, strict=True) for expert in experts)
+        return taken / sum(map(sum, routes))
+
+    def describe(self, config: MixtralConfig) -> str:
+        """Return how many lie in host memory, and how many more would with the usual chunk."""
+        total = config.num_hidden_layers * config.num_local_experts
+        parts = [f"{self.count} of {total} experts"] + ["the embedding"] * self.embedding
+        saved = f" ({_count(self.saved)} fewer)" * bool(self.saved)
+        chunk = f", prompts in chunks of {self.chunk} tokens{saved}" * (self.chunk < PREFILL_CHUNK)
+        return f"{' and '.join(parts)} in host memory{chunk}"
+
+    def where(self) -> str:
+        """Return which experts lie there, layers with the same ones together."""
+        layers: dict[tuple[int, ...], list[int]] = {}
+        for layer, experts in enumerate(self.experts):
+            if experts:
+                layers.setdefault(tuple(experts), []).append(layer)
+        return "; ".join(f"{_list('expert', each)} of {_list('layer', of)}" for each, of in layers.items())
+
+
+def _count(experts: int) -> str:
+    return f"{experts} expert{'s' * (experts != 1)}"
+
+
+def _list(name: str, numbers: Sequence[int]) -> str:
+    return f"{name}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def load(
@@ -44,6 +116,8 @@ def load(
     deterministic: bool,
     offload: int | str,
     offload_by: str | os.PathLike[str] | None,
+    context: int | None,
+    cache_dtype: torch.dtype | None,
     progress: Callable[[int], None] | None,
     ranks: Ranks | None,
 ) -> Mixtral:
@@ -81,14 +155,12 @@ def load(
     def bytes_if(quantized: Any) -> int:
         return bytes_of(shard.specs(select_specs(quantized, shapes), shapes, own_shapes))
 
-    needed = bytes_of(specs)
-    per_expert = offloaded_bytes(own_shapes, specs, dtype)
-    count = check_offload(offload, config, ranks, target_device, needed, per_expert)
-    needed -= count * (per_expert - staging_bytes(config, per_expert))
-    check_memory(target_device, needed, bytes_if if headers.scheme is None and not count else None)
-    on_host = select_experts(config, count, offload_by)
-    model = cls(config, target_device, dtype, deterministic, specs, ranks, on_host)
-    model.requantized = requantized
+    needed, sizes = bytes_of(specs), movable_bytes(config, own_shapes, specs, dtype)
+    placement = check_offload(offload, config, ranks, target_device, needed, sizes, offload_by, context, cache_dtype)
+    others = bytes_if if headers.scheme is None and not placement.host_bytes else None
+    check_memory(target_device, needed - placement.freed_bytes, others)
+    model = cls(config, target_device, dtype, deterministic, specs, ranks, placement.experts, placement.embedding)
+    model.requantized, model.prefill_chunk = requantized, placement.chunk
     fill(config, model.named_weights(), progress, shard)
     return model
 
@@ -98,8 +170,8 @@ def table_bytes(config: MixtralConfig) -> int:
     return 4 * config.max_position_embeddings * config.head_dim
 
 
-def workspace_bytes(config: MixtralConfig, batch: int, context: int) -> int:
-    """The most that `generate` holds at one time while it reads prompts, in chunks of PREFILL_CHUNK tokens.
+def workspace_bytes(config: MixtralConfig, batch: int, context: int, chunk: int = PREFILL_CHUNK) -> int:
+    """The most that `generate` holds at one time while it reads prompts, in chunks of `chunk` tokens.
 
     A layer's experts hold their input and its norm, attention's result, the sum and its norm, the next sum and its
     norm; for each slot its row in sorted order, the experts' inner values and result: a cached launch plan allocates
@@ -109,19 +181,23 @@ def workspace_bytes(config: MixtralConfig, batch: int, context: int) -> int:
     hidden, inner, slots = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     row = max(7 * hidden + slots * (2 * hidden + inner), 2 * hidden + 3 * heads) + config.num_local_experts
-    row += hidden if context > PREFILL_CHUNK else 0  # the chunk before it is still there
+    row += hidden if context > chunk else 0  # the chunk before it is still there
     counters = 16 + 12 * slots  # positions; routes, their weights and order
-    rows = batch * min(context, PREFILL_CHUNK)
+    rows = batch * min(context, chunk)
     return rows * (row * default_dtype(config).itemsize + counters) + 8 * batch * context
 
 
 def running_bytes(
-    config: MixtralConfig, batch: int, context: int, cache_dtype: torch.dtype | None = None
+    config: MixtralConfig,
+    batch: int,
+    context: int,
+    chunk: int = PREFILL_CHUNK,
+    cache_dtype: torch.dtype | None = None,
 ) -> dict[str, int]:
     """Bytes beside the weights by what they hold, while `batch` sequences of `context` tokens are generated."""
     return {
-        "cache": cache_bytes(config, batch, context, cache_dtype),
-        "workspace": workspace_bytes(config, batch, context),
+        "cache": cache_bytes(config, batch, context, cache_dtype or default_dtype(config)),
+        "workspace": workspace_bytes(config, batch, context, chunk),
         "logits": LOGIT_BYTES * batch * config.vocab_size,
     }
 
@@ -131,25 +207,66 @@ def usable_bytes(memory: int) -> int:
     return memory - math.ceil(memory * TIGHT)
 
 
-def offloaded_bytes(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, QuantSpec], dtype: torch.dtype) -> int:
-    """Bytes of one expert of each layer that offloading moves: its rows, without scales and zeros."""
-    total = 0
+def movable_bytes(
+    config: MixtralConfig, shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, QuantSpec], dtype: torch.dtype
+) -> Movable:
+    """Bytes that offloading moves: of one expert of each layer, its rows without scales and zeros; of the embedding, 0
+    where the head is tied to it."""
+    each = [0] * config.num_hidden_layers
     for name, shape in shapes.items():
         if name.rpartition(".")[2] in QUANTIZED_PARTS["experts"]:
             size = specs[name].empty((1, *shape[1:]), "meta").data.nbytes if name in specs else 0
-            total += size or shape[1] * shape[2] * dtype.itemsize
-    return total
+            each[int(name.split(".")[1])] += size or shape[1] * shape[2] * dtype.itemsize
+    return each, 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * dtype.itemsize
 
 
-def staging_bytes(config: MixtralConfig, per_expert: int) -> int:
-    """Bytes of prefill's two buffers for one offloaded expert of each layer, of `per_expert` bytes in all."""
-    return 2 * per_expert // config.num_hidden_layers
+def select_experts(config: MixtralConfig, count: int, routes: Routes | None = None) -> list[Sequence[int]]:
+    """Return the experts of each layer that make `count` in the whole model.
+
+    The last ones: layers differ by at most one, and those with more are far apart, so that each has time to stage its
+    experts. With `routes` the least used over all layers, where each keeps its most used one; of experts that were used
+    equally often, the least used of its layer comes first.
+    """
+    L, E = config.num_hidden_layers, config.num_local_experts
+    if routes is None:
+        return [range(E - ((layer + 1) * count // L - layer * count // L), E) for layer in range(L)]
+    order: list[tuple[int, int, int, int]] = []
+    for layer, used in enumerate(routes):
+        ranked = sorted(range(E), key=used.__getitem__)[:-1]
+        order += [(used[expert], rank, layer, expert) for rank, expert in enumerate(ranked)]
+    taken = {(layer, expert) for _, _, layer, expert in sorted(order)[:count]}
+    return [[expert for expert in range(E) if (layer, expert) in taken] for layer in range(L)]
 
 
-def experts_to_offload(config: MixtralConfig, needed: int, room: int, per_expert: int) -> int:
-    """Return the fewest experts of each layer with which `room` bytes suffice where `needed` are; may be too many."""
-    gained = per_expert - staging_bytes(config, per_expert)
-    return max(0, -(-(needed - room) // max(1, gained)))
+def fewest(
+    config: MixtralConfig, sizes: Movable, needed: Callable[[int], int], room: int, routes: Routes | None = None
+) -> Placement | None:
+    """Return the fewest experts of the whole model in host memory, and the embedding, with which `room` bytes suffice.
+
+    needed  bytes where all of it is on the device, by the tokens of a chunk: a smaller one may save experts
+
+    None where no number of experts is enough.
+    """
+    L, most, found = config.num_hidden_layers, config.num_local_experts - 1, list[Placement]()
+    if needed(PREFILL_CHUNK) <= room:
+        return Placement()
+    for chunk in CHUNKS:
+        excess = needed(chunk) - room
+
+        def place(count: int, chunk: int = chunk) -> Placement:
+            return Placement.of(select_experts(config, count, routes), *sizes, chunk)
+
+        def freed(count: int) -> int:
+            return place(count).freed_bytes
+
+        if routes is None:  # one more in each layer needs larger buffers, any other one does not
+            full = bisect_left(range(most + 1), excess, key=lambda of_each: freed(of_each * L))
+            count = bisect_left(range(full * L + 1), excess, max(0, (full - 1) * L + 1), key=freed)
+        else:
+            count = next((n for n in range(L * most + 1) if freed(n) >= excess), L * most + 1)
+        found += [place(count)] * (count <= L * most)
+    best = min(found, key=lambda one: (one.count, -one.chunk), default=None)
+    return best and replace(best, saved=found[0].count - best.count)
 
 
 def room_for_model(device: torch.device) -> int | None:
@@ -161,32 +278,52 @@ def room_for_model(device: torch.device) -> int | None:
 
 
 def check_offload(
-    offload: int | str, config: MixtralConfig, ranks: Ranks | None, device: torch.device, needed: int, per_expert: int
-) -> int:
-    """Return how many experts of each layer to offload. ValueError where that is impossible, before any allocation."""
+    offload: int | str,
+    config: MixtralConfig,
+    ranks: Ranks | None,
+    device: torch.device,
+    needed: int,
+    sizes: Movable,
+    offload_by: str | os.PathLike[str] | None = None,
+    context: int | None = None,
+    cache_dtype: torch.dtype | None = None,
+) -> Placement:
+    """Return what lies in host memory, where `needed` bytes would be on the device without offload. ValueError where
+    that is impossible, before any allocation."""
     caller, most = f"Mixtral.from_pretrained: offload is {offload!r}", config.num_local_experts - 1
     if offload != "auto" and (type(offload) is not int or not 0 <= offload <= most):
         raise ValueError(f"{caller}, needs 0 to {most} experts of each layer, or 'auto'")
     if offload and ranks is not None:
         raise ValueError(f"{caller}, and a mesh splits the experts over GPUs: needs 0, or no mesh")
-    if offload == "auto":
-        context, room = min(AUTO_CONTEXT, config.max_position_embeddings), room_for_model(device)
-        needed += sum(running_bytes(config, 1, context).values())
-        count = 0 if room is None else min(most, experts_to_offload(config, needed, room, per_expert))
-        if count == 0:
-            warnings.warn("offload='auto': all experts fit the device, so none is offloaded", stacklevel=4)
-    else:
-        count = int(offload)
-    host = host_memory()
-    if count and host is not None and device.type != "meta" and count * per_expert > host:
-        fit = host // per_expert
-        raise ValueError(
-            f"{caller}: {count} experts of each layer take {in_decimal(count * per_expert)} of host memory, and "
-            f"{in_decimal(host)} are available: {f'offload={fit} would do' if fit else 'not even one fits'}"
-        )
-    if count and per_expert // config.num_hidden_layers % ALIGNMENT:
+    limit = config.max_position_embeddings
+    context = min(AUTO_CONTEXT, limit) if context is None else context
+    if type(context) is not int or not 1 <= context <= limit:
+        raise ValueError(f"Mixtral.from_pretrained: context is {context!r}, needs 1 to {limit}, the model's positions")
+    routes = None if offload_by is None else read_routes(config, offload_by)
+    room, placement = room_for_model(device), Placement()
+    if offload == "auto" and room is not None:
+        running = partial(running_bytes, config, 1, context, cache_dtype=cache_dtype)
+        found = fewest(config, sizes, lambda chunk: needed + sum(running(chunk=chunk).values()), room, routes)
+        placement = found or Placement.of(select_experts(config, most * config.num_hidden_layers), *sizes)
+    elif offload and offload != "auto":
+        layers = routes or [range(most, -1, -1)] * config.num_hidden_layers  # as if the last were used least
+        ranked = [sorted(range(most + 1), key=layer.__getitem__) for layer in layers]
+        placement = Placement.of([sorted(experts[: int(offload)]) for experts in ranked], sizes[0])
+    text = placement.describe(config) if offload == "auto" else f"{_count(int(offload))} of each layer"
+    host, size = host_memory(), in_decimal(placement.host_bytes)
+    if host is not None and device.type != "meta" and placement.host_bytes > host:
+        fit = host // sum(sizes[0])
+        advice = "needs more" if offload == "auto" else f"offload={fit} would do" if fit else "not even one fits"
+        raise ValueError(f"{caller}: {text} take {size} there, and {in_decimal(host)} are available: {advice}")
+    if placement.count and any(size % ALIGNMENT for size in sizes[0]):
         raise ValueError(f"{caller}: the rows of an expert are no multiple of {ALIGNMENT} bytes, needs 0")
-    return count
+    if offload == "auto" and placement == Placement():
+        warnings.warn("offload='auto': all experts fit the device, so none is offloaded", stacklevel=4)
+    elif offload == "auto" or (offload and routes):
+        share = f"; they had {placement.share(routes):.1%} of the routes in {offload_by}" if routes else ""
+        where = f": {placement.where()}" if placement.count else ""
+        warnings.warn(f"offload={offload!r}: {text} ({size}){where}{share}", stacklevel=4)
+    return placement
 
 
 def host_memory() -> int | None:
@@ -217,16 +354,14 @@ def _left_in_groups() -> Iterator[int]:
                 yield max(0, limit - used)
 
 
-def select_experts(config: MixtralConfig, count: int, counts: str | os.PathLike[str] | None) -> Sequence[Sequence[int]]:
-    """Return the experts of each layer that stay in host memory: the last, or the least used by the file `counts`."""
+def read_routes(config: MixtralConfig, path: str | os.PathLike[str]) -> Routes:
+    """Read how often each expert of each layer was taken, from a file that `trace --counts` wrote."""
     L, E = config.num_hidden_layers, config.num_local_experts
-    if counts is None:
-        return [range(E - count, E)] * L if count else ()
-    path = Path(counts)
-    used: Any = read_json_object(path).get("counts")
+    used: Any = read_json_object(Path(path)).get("counts")
     layers = used if isinstance(used, list) else []
     right = len(layers) == L and all(isinstance(layer, list) and len(layer) == E for layer in layers)
-    if not right or not all(type(number) is int for layer in layers for number in layer):
-        needs = f"{L} lists of {E} integers"
+    right = right and all(type(number) is int and number >= 0 for layer in layers for number in layer)
+    if not right or len(totals := {sum(layer) for layer in layers}) > 1 or 0 in totals:
+        needs = f"{L} lists of {E} integers, of one sum"
         raise ValueError(f"{path}: counts needs {needs}: it is another model's, or `trace` did not write it")
-    return [sorted(sorted(range(E), key=layer.__getitem__)[:count]) for layer in layers] if count else ()
+    return layers

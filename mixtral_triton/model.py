@@ -17,10 +17,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import ops, weights
 from .cache import KVCache, Slots
 from .config import MixtralConfig
-from .generate import generate, stream
+from .generate import PREFILL_CHUNK, generate, stream
 from .inputs import check_dtype, check_ids, check_lengths, usable_device
 from .kernels.call import untraced
 from .kernels.launch import pdl_region
+from .kernels.offload import empty_on_host
 from .kernels.rope import rope_tables
 from .load import load
 from .parallel import UNSHARDED, Ranks
@@ -171,6 +172,7 @@ class Mixtral(nn.Module):
                    tokens in every matrix product, sorted experts even for one token, and a fixed split of the keys
     ranks          the model is one rank's part of a mesh: `config` has the rank's heads, `full_config` all of them
     on_host        experts of each layer that lie in pinned host memory and are read in place (OffloadedWeight)
+    embedding_on_host  whether the embedding does, too
     """
 
     embed_tokens: Tensor  # [V, H]
@@ -180,6 +182,7 @@ class Mixtral(nn.Module):
     sin: Tensor
     layers: Sequence[Layer]
     requantized: frozenset[str] = frozenset()  # tensors on disk that were dequantized, and perhaps quantized anew
+    prefill_chunk: int = PREFILL_CHUNK  # tokens that `generate` reads of a prompt at once
 
     def __init__(
         self,
@@ -190,6 +193,7 @@ class Mixtral(nn.Module):
         specs: Mapping[str, QuantSpec] | None = None,
         ranks: Ranks | None = None,
         on_host: Sequence[Sequence[int]] = (),
+        embedding_on_host: bool = False,
     ) -> None:
         super().__init__()
         self.deterministic, self.ranks = deterministic, ranks
@@ -204,13 +208,15 @@ class Mixtral(nn.Module):
                 _, index, short = name.split(".")
                 offloaded = on_host[int(index)] if on_host and short in QUANTIZED_PARTS["experts"] else ()
                 layers[int(index)][short] = _empty_weight(shape, device, dtype, spec, offloaded)
+            elif name == "embed_tokens" and embedding_on_host:
+                self.embed_tokens = empty_on_host(shape, dtype, usable_device(device))
             else:
                 setattr(self, name, _empty_weight(shape, device, dtype, spec))
         if config.tie_word_embeddings:
             self.lm_head = self.embed_tokens
         self.layers = nn.ModuleList(Layer(config, parameters) for parameters in layers)  # type: ignore[assignment]
-        for short in QUANTIZED_PARTS["experts"] if any(on_host) else ():
-            OffloadedWeight.stage_in_turn([getattr(layer, short) for layer in self.layers])
+        projections = ((layer.gate_up_proj, layer.down_proj) for layer in self.layers)  # in the order of their use
+        OffloadedWeight.stage_in_turn([pair for pair in projections if isinstance(pair[1], OffloadedWeight)])  # type: ignore[misc]
         cos, sin = self._rope_tables(device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -228,6 +234,8 @@ class Mixtral(nn.Module):
         offload: int | str = 0,
         offload_by: str | os.PathLike[str] | None = None,
         progress: Callable[[int], None] | None = None,
+        context: int | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> Mixtral:
         """Load a Hugging Face checkpoint (config.json and safetensors; weights.py says what is rejected).
 
@@ -241,18 +249,21 @@ class Mixtral(nn.Module):
         mesh           a torch DeviceMesh with dimensions "tp" or "ep", or both. Every rank calls this, reads its part
                        (parallel.py), and calls the model with the same tokens. A failure on one rank raises on all
         deterministic  see the class
-        offload        so many experts of each layer stay in pinned host memory, where kernels read them in place;
-                       "auto": as many as have to, with one sequence of 4,096 tokens. The last ones, or those used
-                       least by the file `offload_by`, which `trace --counts FILE` writes
+        offload        so many experts of each layer stay in pinned host memory, where kernels read them in place, its
+                       last ones; "auto": the fewest of the whole model that have to, with one sequence of `context`
+                       tokens (None: 4,096) and its cache of `cache_dtype` (None: dtype), and the untied embedding, as
+                       a warning tells
+        offload_by     a file that `trace --counts FILE` writes: those used least, of each layer or of the whole model
         progress       is called with the number of bytes just read
         """
         if not isinstance(deterministic, bool):
             raise ValueError(f"Mixtral.from_pretrained: deterministic is {deterministic!r}, needs True or False")
+        options = (folder, device, dtype, weights, deterministic, offload, offload_by, context, cache_dtype, progress)
         if mesh is None:
-            return load(cls, folder, device, dtype, weights, deterministic, offload, offload_by, progress, None)
+            return load(cls, *options, None)
         ranks = Ranks(mesh)
         with ranks.raise_on_any_rank():
-            return load(cls, folder, device, dtype, weights, deterministic, offload, offload_by, progress, ranks)
+            return load(cls, *options, ranks)
 
     @property
     def device(self) -> torch.device:

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,11 +23,12 @@ from rich.text import Text
 
 from ..cache import KVCache
 from ..config import MixtralConfig, checkpoint_folder
+from ..generate import PREFILL_CHUNK
 from ..inputs import WEIGHT_FORMATS, default_dtype, weight_bytes
 from ..kernels.checks import dtype_name
 from ..kernels.op import Cost
 from ..kernels.record import record_launches
-from ..load import OVERHEAD, experts_to_offload, offloaded_bytes, running_bytes, table_bytes, usable_bytes
+from ..load import AUTO_CONTEXT, OVERHEAD, Placement, fewest, movable_bytes, running_bytes, table_bytes, usable_bytes
 from ..model import Mixtral
 from ..quantize import QUANTIZED_PARTS, QuantSpec, hub, select_specs
 from ..quantize.schemes import read_scheme
@@ -40,14 +42,13 @@ SAME: dict[str, Any] = {"rope_theta": 1e6, "dtype": "bfloat16"}
 LARGER: dict[str, Any] = {"vocab_size": 32768, "hidden_size": 6144, "intermediate_size": 16384, **SAME}
 LARGER |= {"num_hidden_layers": 56, "num_attention_heads": 48, "max_position_embeddings": 65536}
 KNOWN = {"mixtral-8x7b": MixtralConfig(**SAME), "mixtral-8x22b": MixtralConfig(**LARGER)}
+FIRST = "int4, linear int8"  # the format to try first: quicker than int4, at about the same cost
 LAYERS_MAX = 10_000  # a config with more is broken, and its parameters take too long to list
 QuantSpecs = Mapping[str, QuantSpec]  # of the parameters that are quantized, by name
 STORED = "as stored"
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FORMAT_NOTE = "fp8, int8, int4: of the experts' weights; linear: of attention and the head, too."
-OFFLOADED = (
-    "(7: 1.2-1.3): or one GPU, with 7 experts of each layer in host memory; tokens/s predicted, ?: no rates known."
-)
+OFFLOADED = "(62: 15-16): or one GPU, with 62 of all experts in host memory; tokens/s predicted, ?: no rates known."
 SEVERAL = "Several GPUs: weights and cache in even parts, the rest on each, by estimate; see docs/scaling.md."
 COLOURS = {"no": "red", "tight": "yellow", "fits": "green"}
 
@@ -73,13 +74,18 @@ def parameters(config: MixtralConfig) -> tuple[int, int]:
 
 
 def memory_need(
-    config: MixtralConfig, specs: QuantSpecs, batch: int, context: int, cache_dtype: torch.dtype | None = None
+    config: MixtralConfig,
+    specs: QuantSpecs,
+    batch: int,
+    context: int,
+    chunk: int = PREFILL_CHUNK,
+    cache_dtype: torch.dtype | None = None,
 ) -> dict[str, int]:
-    """Bytes of a model on one GPU, by what they hold, and "total"."""
+    """Bytes of a model on one GPU, by what they hold, and "total". Prompts are read in chunks of `chunk` tokens."""
     need = {
         "weights": weight_bytes(parameter_shapes(config), specs, default_dtype(config)),
         "tables": table_bytes(config),
-        **running_bytes(config, batch, context, cache_dtype),
+        **running_bytes(config, batch, context, chunk, cache_dtype),
         "overhead": OVERHEAD,
     }
     return need | {"total": sum(need.values())}
@@ -87,14 +93,22 @@ def memory_need(
 
 @dataclass(frozen=True)
 class Offload:
-    """The fewest experts of each layer in host memory with which one GPU holds a format without being tight.
+    """The fewest experts of the whole model in host memory with which one GPU holds a format without being tight.
 
+    experts, of        how many of how many; `embedding`, `chunk`, `host_bytes`, `staging_bytes`: see Placement
+    device_bytes       what then is on the GPU, in all
+    text               which of these lie in host memory
     tokens_per_second  cautious and optimistic: a prediction; () for a GPU whose rates are unknown
     """
 
     experts: int
     of: int
+    embedding: bool
+    chunk: int
     host_bytes: int
+    staging_bytes: int
+    device_bytes: int
+    text: str
     link: str
     tokens_per_second: tuple[float, ...]
     command: str
@@ -106,7 +120,7 @@ class Offload:
     def __str__(self) -> str:
         no_speed = "no prediction, the GPU's rates are unknown"
         speed = f"{self.speed} tokens/s predicted" if self.speed else no_speed
-        return f"{self.experts} of {self.of} offloaded: {speed} ({decimal(self.host_bytes)} across {self.link})"
+        return f"{self.text}: {speed} ({decimal(self.host_bytes)}, {self.link})"
 
 
 @dataclass(frozen=True)
@@ -177,53 +191,67 @@ class Request:
         config, specs, limit = self.config, self.specs[format], usable_bytes(gpu.bytes)
 
         def total(S: int) -> int:
-            return memory_need(config, specs, self.batch, S, self.cache_dtype)["total"]
+            return memory_need(config, specs, self.batch, S, cache_dtype=self.cache_dtype)["total"]
 
-        need, longest = (
-            memory_need(config, specs, self.batch, self.context, self.cache_dtype),
-            config.max_position_embeddings,
-        )
-        longest = max(0, bisect_right(range(longest + 1), limit, key=total) - 1)
+        need = memory_need(config, specs, self.batch, self.context, cache_dtype=self.cache_dtype)
+        longest = max(0, bisect_right(range(config.max_position_embeddings + 1), limit, key=total) - 1)
         verdict = "fits" if need["total"] <= limit else "tight" if need["total"] <= gpu.bytes else "no"
         embedding = config.vocab_size * config.hidden_size * default_dtype(config).itemsize
         shared = need["weights"] + need["cache"] - embedding
         room = limit - (need["total"] - shared)
-        offload = self.offload(format, gpu, need["total"], limit) if verdict == "no" else None
+        offload = self.offload(format, gpu, limit) if verdict == "no" else None
         needed = -(-shared // room) if room > 0 else None
         return MemoryPlan(format, WEIGHT_FORMATS[format], need, verdict, longest, needed, offload)
 
-    def offload(self, format: str, gpu: GPU, total: int, limit: int) -> Offload | None:
-        """Plan how `limit` bytes hold a model of `total` bytes by experts in host memory; None where that cannot be."""
-        config, specs, E = self.config, self.specs[format], self.config.num_local_experts
-        each = offloaded_bytes(parameter_shapes(config), specs, default_dtype(config))
-        experts = experts_to_offload(config, total, limit, each)
-        if experts >= E or experts * each > self.host_memory:
-            return None
-        weights = WEIGHT_FORMATS[format] or ""
-        if isinstance(weights, dict):
-            weights = ",".join(map("=".join, weights.items()))
-        option = f" --weights {weights}" if weights else ""
-        folder = "FOLDER" if self.name.lower() in KNOWN else self.name
-        command = f"mixtral-triton generate {folder}{option} --offload {experts}"
-        command += " --cache-dtype int8" if self.cache_dtype else ""
-        speed = self.speed(gpu, specs, experts) if gpu.chip else ()
-        return Offload(experts, E, experts * each, gpu.link, speed, command)
+    def offload(self, format: str, gpu: GPU, limit: int) -> Offload | None:
+        """Plan how `limit` bytes hold the model by what lies in host memory; None where that cannot be."""
+        config, specs, dtype = self.config, self.specs[format], default_dtype(self.config)
 
-    def speed(self, gpu: GPU, specs: QuantSpecs, offload: int) -> tuple[float, float]:
-        """Predict tokens/s, cautious and optimistic, by the times of a decode step of one layer and of two."""
-        dtype, E, times = default_dtype(self.config), self.config.num_local_experts, []
+        def needed(chunk: int) -> int:
+            return memory_need(config, specs, self.batch, self.context, chunk, self.cache_dtype)["total"]
+
+        found = fewest(config, movable_bytes(config, parameter_shapes(config), specs, dtype), needed, limit)
+        if found is None or found.host_bytes > self.host_memory:
+            return None
+        context = f" --context {self.context}" * (self.context != AUTO_CONTEXT)
+        total = config.num_hidden_layers * config.num_local_experts
+        placed = (found.embedding, found.chunk, found.host_bytes, found.staging_bytes)
+        device_bytes, text = needed(found.chunk) - found.freed_bytes, found.describe(config)
+        speed = self.speed(gpu, specs, found) if gpu.chip else ()
+        command = f"{self.command(format)} --offload auto{context}"
+        return Offload(found.count, total, *placed, device_bytes, text, gpu.link, speed, command)
+
+    def speed(self, gpu: GPU, specs: QuantSpecs, found: Placement) -> tuple[float, float]:
+        """Predict tokens/s, cautious and optimistic, by the times of a decode step of one layer, and of one more with
+        each number of experts in host memory."""
+        dtype, E = default_dtype(self.config), self.config.num_local_experts
         token = torch.empty(self.batch, 1, dtype=torch.int64, device="meta")
-        for L in (1, 2):
-            config = replace(self.config, num_hidden_layers=L)
-            model = Mixtral(config, "meta", dtype, specs=specs, on_host=[range(E - offload, E)] * L)
+        layers = Counter(map(len, found.experts))
+
+        def seconds(*offloaded: int) -> tuple[float, float]:
+            config = replace(self.config, num_hidden_layers=len(offloaded))
+            on_host = [range(E - count, E) for count in offloaded], found.embedding
+            model = Mixtral(config, "meta", dtype, False, specs, None, *on_host)
             cache = KVCache(config, self.batch, self.context, "meta", self.cache_dtype or dtype)
             with record_launches(gpu.arch) as launches, torch.no_grad():
                 model.head(model.hidden(token, cache)[:, -1])
-            found = predict(launches, gpu, Cost(0, 0))
-            times.append((found.cautious, found.seconds))
-        more = self.config.num_hidden_layers - 1
-        cautious, optimistic = (self.batch / (one + more * (two - one)) for one, two in zip(*times, strict=True))
+            predicted = predict(launches, gpu, Cost(0, 0))
+            return predicted.cautious, predicted.seconds
+
+        first = min(layers)
+        layers[first] -= 1
+        one, more = seconds(first), [(number, seconds(first, count)) for count, number in layers.items()]
+        totals = (one[i] + sum(number * (two[i] - one[i]) for number, two in more) for i in (0, 1))
+        cautious, optimistic = (self.batch / total for total in totals)
         return cautious, optimistic
+
+    def command(self, format: str) -> str:
+        """Return the command that loads the model in this format."""
+        weights = WEIGHT_FORMATS[format] or ""
+        weights = weights if isinstance(weights, str) else ",".join(map("=".join, weights.items()))
+        folder = "FOLDER" if self.name.lower() in KNOWN else self.name
+        cache = " --cache-dtype int8" * (self.cache_dtype is not None)
+        return f"mixtral-triton generate {folder}{f' --weights {weights}' * bool(weights)}{cache}"
 
     def label(self, format: str) -> str:
         return self.stored if format == STORED else format
@@ -251,7 +279,7 @@ def run(args: argparse.Namespace) -> int:
         more = [(plan.offload.host_bytes, plan.format, plan.offload) for plan in unlimited if plan.offload]
         if more:
             size, name, least = min(more)
-            needed = f"{name} with {least.experts} of {least.of} experts offloaded needs {decimal(size)}"
+            needed = f"{name} with {least.text} needs {decimal(size)}"
             raise ValueError(f"--host-memory is {decimal(int(request.host_memory))}, and {needed}")
     if args.json:
         found = {"gpu": {"name": gpu.name, "bytes": gpu.bytes}, "formats": plans}
@@ -296,10 +324,13 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
     offloads = {plan.format: plan.offload for plan in plans if plan.offload}
     for format, offload in offloads.items():
         out.print(Text(f"{request.label(format)}, {offload}"))
-    fitting = [request.label(plan.format) for plan in plans if plan.verdict != "no"]
-    verdict = "FITS: " + "; ".join(fitting) if fitting else "NO FORMAT FITS"
+    fitting = sorted((plan.format for plan in plans if plan.verdict != "no"), key=lambda format: format != FIRST)
+    verdict = "FITS: " + "; ".join(map(request.label, fitting)) if fitting else "NO FORMAT FITS"
     out.print(Text(verdict, style="bold green" if fitting else "bold red"))
-    if offloads and not fitting:
+    if FIRST in fitting:
+        line = f"Try first: {request.command(FIRST)} (`mixtral-triton verify` with --weights prints what it costs)"
+        out.print(Text(line), soft_wrap=True)
+    elif offloads and not fitting:
         best = max(offloads.values(), key=lambda one: (one.tokens_per_second, -one.host_bytes))
         out.print(Text(f"With experts in host memory: {best.command}"), soft_wrap=True)
 

@@ -29,7 +29,6 @@ from triton.runtime.jit import create_function_from_signature
 from ..cache import KVCache
 from ..kernels.arch import ARCHS, amd, family
 from ..kernels.launch import INTERPRETED, Launch, multiprocessors, target_arch
-from ..kernels.offload import OffloadedWeight
 from ..kernels.op import Op
 from ..kernels.quantized import QuantizedWeight
 from ..kernels.quantized_cache import vector_bytes
@@ -264,13 +263,14 @@ def compile_launches(
 
 def compile_ahead(
     model: Mixtral,
-    sizes: Iterable[tuple[int, int]],
-    slots: int,
+    sizes: Iterable[tuple[int, int, int]],
     dtypes: Iterable[torch.dtype],
     progress: Progress,
     cache_dtype: torch.dtype | None = None,
 ) -> None:
-    """Compile on all cores what forwards of [B,T] tokens over a cache of `slots` launch on the model's GPU.
+    """Compile on all cores what forwards of [B,T] tokens over a cache of C slots launch on the model's GPU.
+
+    sizes  (B, T, C) of each forward
 
     Otherwise each kernel is compiled when it is first launched, one after the other. The launches are recorded on a
     layer without memory. Nothing is compiled for a CPU, a mesh, or an architecture that the compiler does not know.
@@ -278,17 +278,19 @@ def compile_ahead(
     arch = target_arch(model.device)
     if INTERPRETED or model.device.type != "cuda" or model.ranks is not None or arch not in ARCHS:
         return
-    config = replace(model.config, num_hidden_layers=1)
+    # A layer with experts in host memory, and one without.
+    on_host = (getattr(layer.down_proj, "on_host", ()) for layer in model.layers)
+    kinds = {bool(experts): experts for experts in on_host}
+    config = replace(model.config, num_hidden_layers=len(kinds))
     quantized = {name: x for name, x in model.named_weights().items() if isinstance(x, QuantizedWeight)}
     specs = {name: x.spec for name, x in quantized.items() if x.format != "dense"}
-    on_host = [list(x.on_host) for x in [model.layers[0].gate_up_proj] if isinstance(x, OffloadedWeight)]
     records: list[Launch] = []
     for dtype in dict.fromkeys(dtypes):
-        layer = Mixtral(config, "meta", dtype, model.deterministic, specs, on_host=on_host)
+        layer = Mixtral(config, "meta", dtype, model.deterministic, specs, on_host=[*kinds.values()])
         with torch.no_grad(), record_launches(arch, multiprocessors(model.device)) as launches:
-            for B, T in sizes:
+            for B, T, C in sizes:
                 ids = torch.zeros((B, T), dtype=torch.int64, device="meta")
-                layer(ids, cache=KVCache(config, B, max(T, slots), "meta", cache_dtype or dtype))
+                layer(ids, cache=KVCache(config, B, max(T, C), "meta", cache_dtype or dtype))
         records += [launch for launch in launches if launch.fn is not None]
     compile_launches(records, arch, progress)
 

@@ -117,7 +117,8 @@ def _stream(launch: Launch) -> Work:
     t, programs = _operands(launch), math.prod(launch.grid or ())
     memory = MEMORY[launch.kernel](t, programs) if launch.kernel in MEMORY else _nbytes(t)
     programs = programs if launch.grid else max(1, math.ceil(memory / 16384))
-    return Work(memory, ((programs, memory / programs, 0.0),))
+    host = t["x"].nbytes if getattr(t.get("table"), "on_host", False) else 0  # the embedding's rows
+    return Work(memory - host, ((programs, memory / programs, 0.0),), host=host)
 
 
 @lru_cache(maxsize=1024)

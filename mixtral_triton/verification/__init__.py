@@ -7,12 +7,15 @@ B sequences, T tokens of a text, n new tokens, V vocabulary
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,24 +23,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reference
+from ..cache import KVCache
 from ..config import checkpoint_folder
 from ..generate import GRAPH_MIN_TOKENS, PREFILL_CHUNK, Step, can_capture, prefill, sample
 from ..inputs import check_ids, check_vocabulary
 from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED, multiprocessors, target_arch
 from ..model import Mixtral
-from ..tools.tolerance import Fp64Reference, largest, to_fp64, token_floor
-from .calls import SizedCalls
+from ..tools.tolerance import Fp64Reference, largest, ordered_products, to_fp64, token_floor
+from .calls import BATCH, SizedCalls, with_layers
 from .layers import LayerProbe, ModelUnderTest, compare_in_fp32, compare_layers
-from .report import END_RATIO, TORCH, Report, Row, worst_rows
+from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run, worst_rows
 from .targets import MeshUnderTest, TransformersUnderTest, compare_with_transformers
 from .weights import check_weights, estimate, held_out, measure_cache_cost, perplexity
 
 __all__ = ["Report", "Row", "estimate", "held_out", "perplexity", "verify"]
 
-TEXT_TOKENS = 144
+TEXT_TOKENS, CALL_TOKENS = 72, 144  # by default, of the text and of the longest call without a GPU
+END, REFUSALS = "end of a text", "refusals"
 NEW_TOKENS = 3  # and on a GPU as many as make `generate` capture its step
-TEMPERATURE, TOP_P, TOP_K = 0.8, 0.9, 50
+HOT = 1e3  # a temperature at which sequences differ
+TEMPERATURE, TOP_P, TOP_K, MIN_P, ROWS = 0.8, 0.9, 50, 0.2, 256  # ROWS of made logits
 EDGE = 1e-5  # how much fp32 sums of probabilities may differ
 RACE_LIMIT = 1e-3  # how much less than the winner's the race of a sampled token may be, for fp32 arithmetic
 
@@ -134,25 +140,26 @@ def _verify(
             progress(next(done), total)
 
     kernels = INTERPRETED or device.type == "cuda"
-    longest = tokens or (PREFILL_CHUNK if device.type == "cuda" else TEXT_TOKENS)
-    sized = SizedCalls(longest, (target_arch(device), multiprocessors(device)))
+    longest = tokens or (4 * PREFILL_CHUNK if device.type == "cuda" else CALL_TOKENS)
+    gpu, cache_dtype = (target_arch(device), multiprocessors(device)), torch.int8 if target.quantized else None
+    sized = SizedCalls(target, longest, gpu, cache_dtype)
     rows, cost = check_weights(target, folder, ids, step)
     cache_cost = measure_cache_cost(target, folder, ids) if target.quantized else None
     found, expected, exact = compare_layers(target, ids, sized if kernels else None, step)
     if fp32:
         found += compare_in_fp32(target, expected, step)
-    rows += sorted(found, key=lambda row: -1 if row.layer is None else row.layer)
+    rows += sorted((row for row in found if row.layer is not None), key=lambda row: row.layer or 0)
     norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
     rows += target.measure(None, "rms_norm", "final", norm)
+    rows += [row for row in found if row.layer is None]
     logits = target.head(exact, to_fp64), target.head(expected.x)
     expected_logits = Fp64Reference.from_baseline(*logits, END_RATIO, target.quantized)
     routes = LayerProbe(expected.layers)
     routes.start("end to end")
-    out = torch.empty(0)
-    with target.catch_faults(routes.fail), target.forward(target.model.config, routes) as forward:
-        whole = (target.make_cache(target.model.config, *ids.shape),) if target.quantized else ()
-        out = target.model_head(forward(ids, *whole))
-    rows.append(Row(None, target.output, "end to end", *expected_logits.measure(out)))
+    out: tuple[Tensor, Any] = torch.empty(0), ...
+    with target.catch_faults(routes.fail):
+        out = target.logits(ids, routes)
+    rows.append(Row(None, target.output, "end to end", *expected_logits.measure(*out)))
     if peer is not None:
         rows += compare_with_transformers(folder, target.model, ids, expected.layers, expected_logits, step)
     if target.is_mixtral:
@@ -163,13 +170,8 @@ def _verify(
     backend = "Triton, interpreted" if kernels else TORCH
     if device.type == "cuda":
         backend = f"Triton on {torch.cuda.get_device_name(device)}"
-    if target.quantized and dtype != torch.float32:
-        sized.not_run.append("layers in fp32, which shows what 16 bits hide (without --cache-dtype)")
-    elif quick and dtype != torch.float32:
-        sized.not_run.append("layers in fp32, which shows what 16 bits hide (without --quick)")
-    elif not target.widens and dtype != torch.float32:
-        sized.not_run.append("layers in fp32: only those of a Mixtral on one device can be taken out")
-    routed, not_run = config.num_hidden_layers * ids.numel(), tuple(sized.not_run)
+    on = SimpleNamespace(kernels=kernels, mixtral=target.is_mixtral, half=dtype != torch.float32)
+    routed, not_run = config.num_hidden_layers * ids.numel(), (*sized.not_run, *kinds_not_run(rows, on))
     return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, cost, not_run, cache_cost)
 
 
@@ -179,8 +181,9 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     exact fp64 [2B,T,V]: logits of ids `with_perturbed_input`; baseline [B,T,V]: torch's, in the weights' dtype. Their
     errors set the limit: how far the logit of a right token may be below the greatest.
     """
-    model, T = target.model, ids.shape[1]
-    prompts = [ids[0, : max(1, T // 2)], ids[-1, : max(1, T // 3)]]
+    model, T = copy.copy(target.model), ids.shape[1]
+    prompts = [ids[0, : max(1, T // 4)], ids[-1, : max(1, T // 6)]]
+    model.prefill_chunk = max(1, 2 * len(prompts[0]) // 3)
     most = NEW_TOKENS + (GRAPH_MIN_TOKENS if can_capture(model) else 0)
     new = min(most, target.config.max_position_embeddings - len(prompts[0]))
     logits, perturbed = exact.chunk(2)
@@ -189,33 +192,133 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     options: Any = {"eos_token_id": [], "cache_dtype": torch.int8 if target.quantized else None}
     if new < 1 or not math.isfinite(least):  # where torch overflows, the row of the logits says so
         return []
-    scale, draws = max(largest(logits), 1e-30), [torch.Generator(model.device).manual_seed(1) for _ in range(2)]
+    # A mesh samples the first rank's tokens, whatever the others draw.
+    seeds = 1 + (0 if model.ranks is None else model.ranks.shard.rank), 1
+    scale, draws = max(largest(logits), 1e-30), [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
     next_logits, tokens = _next_logits(target, model.generate(prompts, new, **options), new)
     below = largest(next_logits.amax(-1) - next_logits.gather(-1, tokens[..., None])[..., 0])
     rows = [Row(None, "generate", "greedy", below / scale, least / scale)]
     if can_capture(model):
         same = torch.equal(tokens, _without_graph(target, prompts, new))
         rows.append(Row(None, "generate", "captured step", 0.0 if same else math.inf, 0.0))
+    rows.append(
+        Row(None, "generate", END, *_end_error(with_layers(model, 1), torch.stack([ids[0], ids[-1]]), min(2, new)))
+    )
+    new, model.prefill_chunk = min(new, most - 1), PREFILL_CHUNK
     sampled = model.generate(prompts, new, TEMPERATURE, generator=draws[0], **options)
     next_logits, tokens = _next_logits(target, sampled, new)
     error = max(_race_error(next_logits[:, at], tokens[:, at], draws[1]) for at in range(new))
     # A logit's error e changes a probability by a factor of at most exp(2 e).
     rows.append(Row(None, "generate", "sampled", error, 1 - math.exp(-least / TEMPERATURE) + RACE_LIMIT))
+    rows += [_refusals(model, ids), *_repeated_rows(model, ids)]
     return [*rows, _check_sample(baseline.flatten(0, 1).float())]
 
 
+def _refusals(model: Any, ids: Tensor) -> Row:
+    """Whether the forward refuses what it must: by a ValueError, or where a GPU's values are not read by NaN."""
+    B, config, device, dtype = len(ids), model.config, model.device, model.dtype
+    full, token = KVCache(config, B, 1, device, dtype), ids[:, :1]
+    full.lengths += full.max_len
+    other = next(each for each in (torch.float32, torch.bfloat16) if each != dtype)
+    wrong: dict[str, tuple[Any, ...]] = {
+        "a full cache": (token, full),
+        "a token outside the vocabulary": (token * 0 + config.vocab_size,),
+        "lengths beyond the chunk": (token, KVCache(config, B, 2, device, dtype), torch.full_like(token[:, 0], 2)),
+        "lengths without a cache": (token, None, torch.ones_like(token[:, 0])),
+        "a cache of another batch": (token, KVCache(config, B + 1, 2, device, dtype)),
+        "a cache of another dtype": (token, KVCache(config, B, 2, device, other)),
+        "another model's cache": (token, KVCache(replace(config, rms_norm_eps=1.0), B, 2, device, dtype)),
+    }
+    for name, args in wrong.items():
+        try:
+            refused = bool(model(*args).isnan().all())
+        except Exception as error:
+            refused = isinstance(error, ValueError)
+        if not refused:
+            return Row(None, "forward", REFUSALS, math.inf, 0.0, f"{name} is not refused")
+    return Row(None, "forward", REFUSALS, 0.0, 0.0)
+
+
+def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:
+    """Whether the logits of a ragged chunk and a step have the same bits: repeated on a GPU, where remembered launch
+    plans and staging buffers are used from the second time on, and of each sequence alone in deterministic mode."""
+    if not (model.deterministic or model.device.type == "cuda"):
+        return []
+    T = max(1, min(4, model.config.max_position_embeddings - 1))
+    at = torch.arange(BATCH, device=ids.device)
+    ids = ids.flatten()[(at[:, None] * 2 + at[:T]) % ids.numel()]
+    lengths = (T - at % 3).clamp(min=1).int()
+
+    def run(rows: slice = slice(None), ids: Tensor = ids) -> list[Tensor]:
+        new = lengths[rows]
+        cache = KVCache(model.config, len(new), T + 1, model.device, model.dtype)
+        chunk, step = model(ids[rows], cache, new), model(ids[rows, :1], cache)
+        return [torch.cat((each[:n], last)) for each, last, n in zip(chunk, step, new.tolist(), strict=True)]
+
+    with ordered_products():
+        whole, same = run(), dict[str, bool]()
+        if model.device.type == "cuda":
+            again = [part for _ in range(2) if run(ids=ids.flip(0)) for part in run()]  # another text lies between
+            same[REPEATED] = all(map(torch.equal, again, whole * 2))
+        if model.deterministic:
+            parts = slice(1), slice(-1, None), slice(2), slice(1, 6)
+            same[BITS] = all(torch.equal(*pair) for part in parts for pair in zip(run(part), whole[part], strict=True))
+    return [Row(None, "generate", case, 0.0 if right else math.inf, 0.0) for case, right in same.items()]
+
+
+def _end_error(model: Any, ids: Tensor, new: int) -> tuple[float, float]:
+    """Whether sequences end with a token that one of them samples first: each with it included, in a list without what
+    follows, in a tensor padded with it. With the first layer alone."""
+    prompts = ids[:, : max(1, min(4, model.config.max_position_embeddings - new))]
+
+    def run(prompts: Any, eos: Any) -> Any:  # hot, so that the sequences differ
+        return model.generate(
+            prompts, new, HOT, eos_token_id=eos, generator=torch.Generator(model.device).manual_seed(3)
+        )
+
+    tokens = run(prompts, [])[:, prompts.shape[1] :]
+
+    def end(row: Tensor, eos: int) -> int:
+        return next((at + 1 for at, token in enumerate(row.tolist()) if token == eos), new)
+
+    # One sequence shall end where another goes on.
+    spread = {eos: sorted(end(row, eos) for row in tokens) for eos in tokens.flatten().tolist()}
+    eos = max(spread, key=lambda token: (spread[token][-1] - spread[token][0], -spread[token][0]))
+    ends = [end(row, eos) for row in tokens]
+    model.config = replace(model.config, eos_token_id=eos)
+    texts, padded = run(list(prompts), None), run(prompts, [eos])
+    wants = [torch.cat((prompt, row[:n])) for prompt, row, n in zip(prompts, tokens, ends, strict=True)]
+    right = all(map(torch.equal, texts, wants)) and padded.shape[1] == prompts.shape[1] + new
+    longest = torch.stack([F.pad(want, (0, padded.shape[1] - len(want)), value=eos) for want in wants])
+    right &= torch.equal(padded, longest)
+    return 0.0 if right else math.inf, 0.0
+
+
 def _check_sample(logits: Tensor) -> Row:
-    """The row of `sample` with top-k and top-p on logits [N,V], against its formula with the same draws."""
-    draws = [torch.Generator(logits.device).manual_seed(2) for _ in range(2)]
-    sampled_ids = sample(logits, TEMPERATURE, TOP_P, draws[0], TOP_K)
-    return Row(None, "generate", "sample", _race_error(logits, sampled_ids, draws[1], TOP_P, TOP_K), RACE_LIMIT)
+    """The row of `sample` with top-k, top-p and min-p on logits [N,V], against its formula with the same draws. Others
+    are made so that the k-th token is likely, and has equals."""
+    draws = [torch.Generator(logits.device).manual_seed(2)]
+    errors, shape = list[float](), (ROWS, logits.shape[-1])
+    k = min(TOP_K, max(1, shape[1] // 2))
+    rank = torch.rand(shape, device=logits.device, generator=draws[0]).argsort(-1)
+    made = -1e-3 * rank.float()
+    for texts, top_p, top_k, min_p in (
+        (logits, TOP_P, k, 0.0),
+        (made, 1.0, min(3, k), 0.0),
+        (made.round(decimals=2), 1.0, k, 0.0),
+        (logits, 1.0, None, MIN_P),
+    ):
+        draws = [torch.Generator(logits.device).manual_seed(2) for _ in range(2)]
+        sampled_ids = sample(texts, TEMPERATURE, top_p, draws[0], top_k, *([min_p] if min_p else []))
+        errors.append(_race_error(texts, sampled_ids, draws[1], top_p, top_k, min_p))
+    return Row(None, "generate", "sample", max(errors), RACE_LIMIT)
 
 
 def _race_error(
-    logits: Tensor, sampled_ids: Tensor, generator: Any, top_p: float = 1.0, top_k: int | None = None
+    logits: Tensor, sampled_ids: Tensor, generator: Any, top_p: float = 1.0, top_k: int | None = None, min_p: float = 0
 ) -> float:
     """How far the tokens `sampled_ids` [N] are from winning the exponential race of logits [N,V]: 0 for a winner, 1 for
-    a token that does not take part (Holtzman et al. 2020)."""
+    a token that does not take part (Holtzman et al. 2020; min-p: Nguyen et al. 2024)."""
     clock = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator).double()
     p = (logits.double() / TEMPERATURE).softmax(-1)
     if top_k is not None:
@@ -227,9 +330,10 @@ def _race_error(
     sums = F.pad(ascending.cumsum(-1), (1, 0))
     starts = (torch.searchsorted(ascending, p, right=right) for right in (True, False))
     least, most = (sums[:, -1:] - sums.gather(-1, start) for start in starts)
-    race = p / clock
-    allowed = race.where((least < top_p + EDGE) | (top_p == 1), 0.0).gather(-1, sampled_ids[:, None])[:, 0]
-    certain = race.where((most - p < top_p - EDGE) | (top_p == 1), 0.0).amax(-1)
+    race, share = p / clock, p / p.amax(-1, keepdim=True)
+    allowed = race.where(((least < top_p + EDGE) | (top_p == 1)) & (share >= min_p * (1 - EDGE)), 0.0)
+    certain = race.where(((most - p < top_p - EDGE) | (top_p == 1)) & (share >= min_p * (1 + EDGE)), 0.0).amax(-1)
+    allowed = allowed.gather(-1, sampled_ids[:, None])[:, 0]
     return largest((1 - allowed / certain.clamp(min=1e-30)).clamp(min=0.0))
 
 

@@ -1,36 +1,64 @@
-"""The calls of operations in one layer, on what torch computes in it, and those of every size that `generate` has.
+"""The calls of operations in one layer, on what torch computes in it, and those that `generate` makes, of every size.
 
 B batch, T tokens, N = B T rows, H hidden, E experts, K experts per token, C slots of a cache
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import reference
-from ..cache import KVCache
+from ..cache import KVCache, cache_shape
 from ..generate import PREFILL_CHUNK
 from ..kernels import reference as kernel_reference
+from ..kernels.call import unflatten_args
 from ..kernels.experts.tiles import DECODE_TOKENS
+from ..kernels.launch import DEFAULT_ARCH, Launch, launch_context
 from ..kernels.linear import SKINNY_M
 from ..kernels.quantized import QuantizedWeight
 from ..kernels.quantized_cache import QuantizedCache
-from ..kernels.record import record_launches
 from ..kernels.registry import OPS
+from ..model import Mixtral
 from ..tools import tolerance
 from ..tools.tolerance import Args
 
 Call = tuple[str, str, Args]  # operation, case, arguments
 
-# (B, T) of the forwards of `generate`: a step of B sequences, and a chunk of a prompt.
-STEPS = [(B, 1) for B in (1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 64)]
-CHUNKS = [(1, T) for T in (2, 16, 17, 32, 33, 64, 65, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, PREFILL_CHUNK)]
+SEQUENCES = 64  # of `generate` in one batch, at most
 CACHE_SLOTS = 4096  # slots of the caches, of more than MANY sequences a quarter
 MANY = 8
+FEW = 12  # tokens of a sequence in the calls of all layers but the first: layers differ in their weights alone
+EDGE = 8  # rows of a part of a tile: this many are run, and twice as many
+BATCH, RAGGED, KEYS = 33, 5, 600  # rows, sequences, and keys of each, where bits must not depend on the batch
+LAYOUTS = ("sliced", "transposed", "expanded")
+WEIGHTS = {"weight", "norm_weight", "gate", "gate_up_proj", "down_proj", "table", "cos", "sin"}
+
+
+def with_layout(layout: str, name: str, x: Any, mutates: Sequence[str]) -> Any:
+    """An argument in one of the LAYOUTS: every second element of each dimension, with NaN or what is out of range
+    between; the first dimension last in memory; the first element repeated. A cache keeps a dense last dimension, and
+    no element of one that is written is there twice."""
+    if not isinstance(x, Tensor) or (layout == "expanded" and name in mutates):
+        return x
+    if layout == "expanded":
+        return x[:1].expand(x.shape)
+    if layout == "transposed":
+        last = 1 if name.endswith("cache") else -1
+        return x.transpose(0, last).contiguous().transpose(0, last)
+    around = torch.full([2 * n + 1 for n in x.shape], float("nan") if x.is_floating_point() else 10**6, device=x.device)
+    steps = [2] * (x.dim() - 1) + [1 if name.endswith("cache") else 2]
+    places = tuple(slice(1, 1 + step * n, step) for n, step in zip(x.shape, steps, strict=True))
+    return around.to(x.dtype)[places].copy_(x)
 
 
 class LayerCheck:
@@ -69,21 +97,44 @@ class LayerCheck:
         yield "attention", "padded, deterministic", {"q": self.rq, **keys, **padded}
         yield from self._cached_calls()
         yield "linear", "o, few tokens", {"x": values.heads[0, :SKINNY_M], "weight": layer.o_proj}
-        yield "linear", "o, deterministic", {"x": values.heads, "weight": layer.o_proj, "deterministic": True}
         (N, K), E = values.ids.shape, len(layer.gate)
         yield "route", "all tokens", {"logits": values.logits, "top_k": K}
         yield "gate_route", "all tokens", {"x": values.h, "gate": layer.gate, "top_k": K}
         yield "sort_by_expert", "all tokens", {"ids": values.ids, "num_experts": E}
-        experts = self._experts(self.at.flatten())
-        yield "expert_swiglu", "as routed", experts
-        if index == 0:  # they are slow
-            yield "expert_swiglu", "deterministic", {**experts, "deterministic": True}
-        sizes = {"decode": min(DECODE_TOKENS, max(16, -(-E // K))), "prefill": max(DECODE_TOKENS + 1, -(-E // K))}
+        sizes = {"decode": min(DECODE_TOKENS, max(16, -(-E // K)))}
+        if index == 0 or values.x.is_cuda:  # they are slow
+            sizes["prefill"] = max(DECODE_TOKENS + 1, -(-E // K))
         for case, size in sizes.items():  # routes that take every expert
             ids = torch.arange(size * K, device=values.x.device).view(size, K) % E
             rows = torch.arange(size, device=values.x.device) % N
             args = {"x": values.h[rows], **self.proj, "ids": self.local_ids(ids.int()), "weights": values.weights[rows]}
             yield "expert_swiglu", f"every expert, {case}", args
+
+    def deterministic_calls(self) -> Iterator[Call]:
+        """Calls of BATCH rows or RAGGED sequences, whose bits must not depend on the batch."""
+        values, rows = self.values, torch.arange(BATCH, device=self.at.device)
+        at = (rows[:, None] * 7 + torch.arange(KEYS, device=rows.device)) % len(values.h)
+        heads, rq, rk, v = (x.flatten(0, 1) for x in (values.heads, self.rq, self.rk, values.v))
+        b, sequences = rows[:RAGGED], at[:RAGGED]
+        keys = {"k": rk[sequences], "v": v[sequences], "starts": b, "lengths": KEYS - 7 * b}
+        for op, args in (
+            ("linear", {"x": heads[at[:, 0]], "weight": self.layer.o_proj}),
+            ("expert_swiglu", self._experts(at[:, 0])),
+            ("attention", {"q": rq[sequences[:, :1]], **keys}),
+        ):
+            yield op, "deterministic", {**args, "deterministic": True}
+
+    def strided_calls(self) -> Iterator[Call]:
+        """The calls on the text, each with its activations in the LAYOUTS."""
+        for op, _, args in self.calls(1):
+            for layout in LAYOUTS:
+                change = partial(with_layout, layout, mutates=OPS[op].mutates)
+                kept = (name for name, x in args.items() if name in WEIGHTS or isinstance(x, QuantizedCache))
+                yield (
+                    op,
+                    layout,
+                    {name: change(name, x) for name, x in args.items()} | {name: args[name] for name in kept},
+                )
 
     def _uneven(self, length: int, least: int) -> Tensor:
         """`length` for the first sequence, one less for each one after it, int32 [B]."""
@@ -137,30 +188,60 @@ class LayerCheck:
         yield "cached_attention", case, {"q": rq, "k": rk, "v": v, **where, **window}
         yield "append", case, {"k": rk, "v": v, **where}
 
-    def sized_calls(self, B: int, T: int) -> Iterator[Call]:
-        """The calls of a forward of B sequences of T tokens of `generate`, on rows drawn from the text."""
-        values, config, device = self.values, self.config, self.at.device
-        generator = torch.Generator().manual_seed(B * PREFILL_CHUNK + T)
+    def derive(self, op: str, recorded: Args, weights: dict[int, Any], size: tuple[int, int, int]) -> Args:
+        """Arguments like those `recorded` on meta tensors in a forward of this size, strides included: `weights`, and
+        rows drawn from the text. KeyError for an argument that has no values here."""
+        (B, T, C), values, config, device = size, self.values, self.config, self.at.device
 
-        def draw(*shape: int) -> Tensor:
-            return torch.randint(len(values.h), shape, generator=generator).to(device)
+        def draw(count: int, seed: int) -> Tensor:
+            generator = torch.Generator().manual_seed(seed)
+            return torch.randint(len(values.h), (B, count), generator=generator).to(device)
 
-        case, at = f"{B} x {T} tokens", draw(B, T)
-        for name, x, weight in (("qkv", values.normed, self.layer.qkv_proj), ("o", values.heads, self.layer.o_proj)):
-            yield "linear", f"{name}, {case}", {"x": x.flatten(0, 1)[at.flatten()], "weight": weight}
-        yield from self._row_calls(case, at)
-        slots = min(
-            CACHE_SLOTS // (4 if B > MANY else 1), config.max_position_embeddings, config.sliding_window or CACHE_SLOTS
-        )
+        at, slots = draw(T, B * PREFILL_CHUNK + T), cache_shape(config, B, C)[4]
         # Sequences end at other places, the first one where the cache does.
         past = torch.arange(B, device=device) * 37 % slots if T == 1 else torch.full((B,), slots // 3, device=device)
-        past = (slots - 1 - past).clamp(max=max(0, config.max_position_embeddings - T)).int()
-        caches = draw(B, slots)
-        keys = {"k_cache": self.rk, "v_cache": values.v}
-        ring: Args = {name: x.flatten(0, 1)[caches].transpose(1, 2).contiguous() for name, x in keys.items()}
-        for name, x in ring.items() if self.quantized else ():
-            ring[name] = QuantizedCache.of(x)
-        yield from self._ring_calls(case, at, ring, past, torch.full_like(past, T))
+        limit = len(self.tables["cos"])  # transformers makes them for the text
+        past = (slots - 1 - past).clamp(max=max(0, limit - T)).int()
+        x, gate = values.x, op == "rms_norm_gate_route"
+        is_o = weights.get(_key(recorded.get("weight"))) is self.layer.o_proj
+        rows = values.heads if is_o else values.normed if op == "linear" else values.attn_output
+        q, k = (self.rq, self.rk) if op in ("cached_attention", "append") else (values.q, values.k)
+        text = {"x": rows, "residual": x if gate else x + values.attn_output, "q": q, "k": k, "v": values.v}
+        text = {name: part.flatten(0, 1) for name, part in text.items()}
+        if op.startswith("expert"):
+            text |= {"x": values.h, "ids": self.local_ids(values.ids), "weights": values.weights}
+        found = {"table": x.flatten(0, 1), "input_ids": at, "past": past, "new": torch.full_like(past, T)}
+        found["positions"] = past[:, None] + torch.arange(T, device=device)
+
+        def value(name: str, like: Any) -> Any:
+            if not (isinstance(like, (Tensor, QuantizedCache)) or name in WEIGHTS):
+                return like
+            if name in found:
+                return found[name]
+            if name in ("k_cache", "v_cache"):
+                cached = self.rk if name == "k_cache" else values.v
+                cached = cached.flatten(0, 1)[draw(slots, slots)].transpose(1, 2).contiguous()
+                return QuantizedCache.of(cached) if self.quantized else cached
+            if (name not in text and _key(like) not in weights) or (name == "cos" and limit < T):
+                raise KeyError(name)
+            if name not in text:
+                return weights[_key(like)]
+            part = text[name][at.flatten()]
+            out = torch.empty_strided(like.shape, like.stride(), dtype=part.dtype, device=device)
+            return out.copy_(part[: like.numel() // part[0].numel()].reshape(like.shape))
+
+        return {name: value(name, like) for name, like in recorded.items()}
+
+    def prefix(self, tokens: int) -> LayerCheck:
+        """The same of the first tokens of each sequence."""
+        B, T = self.at.shape
+        parts = {}
+        for name, x in vars(self.values).items():
+            rows = x if x.shape[:2] == (B, T) and name not in ("h", "logits", "weights", "ids") else x.view(B, T, -1)
+            parts[name] = rows[:, :tokens].contiguous() if rows is x else rows[:, :tokens].flatten(0, 1)
+        check = LayerCheck(reference.Values(**parts), self.layer, self.config, self.tables, self.quantized)
+        check.local_ids = self.local_ids
+        return check
 
     def fp64(self, x: Tensor) -> reference.Values:
         """What the layer computes on x fp64 [nB,T,H], in fp64 with torch's routes."""
@@ -168,34 +249,156 @@ class LayerCheck:
         return tolerance.fp64_block(self.layer, self.config, self.tables, x, ids, self.quantized)
 
 
-class SizedCalls:
-    """The calls on the text in every layer, and in the first one calls that launch what else `generate` launches.
+class CallRecorder(TorchDispatchMode):
+    """Records the calls of operations on meta tensors: the name, the arguments by name, and the launches."""
 
-    All layers have the same sizes, and so the same launches. A call of more than `limit` tokens is not made: `not_run`
-    says so where no other call launches the same. gpu: its architecture and number of multiprocessors.
+    def __init__(self, arch: str = DEFAULT_ARCH, sms: int | None = None) -> None:
+        super().__init__()
+        self.gpu, self.calls = {"arch": arch, "sms": sms}, list[tuple[str, Args, list[Launch]]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "mixtral_triton":
+            return func(*args, **(kwargs or {}))
+        op, records = OPS[func._opname], list[Launch]()
+        values = op.bind(*unflatten_args(op.arguments, args))
+        with launch_context(**self.gpu, records=records):
+            out = op.run(*values)
+        self.calls.append((op.name, dict(zip(op.names, values, strict=True)), records))
+        return out
+
+
+def with_layers(model: Any, layers: int) -> Any:
+    """A Mixtral of a Mixtral's first layers, on the same weights."""
+    model = copy.copy(model)
+    model._modules = {**model._modules, "layers": nn.ModuleList(list(model.layers)[:layers])}
+    model.config = replace(model.config, num_hidden_layers=layers)
+    return model
+
+
+def on_meta(model: Any, layers: int) -> Any:
+    """A copy of a Mixtral's first layers on the meta device, without a caller's hooks and other ranks."""
+    model, ranks = with_layers(model, layers), model.ranks
+    memo: dict[int, Any] = {id(x): x.detach().to("meta") for x in (*model.parameters(), *model.buffers())}
+    if ranks is not None:
+        memo[id(ranks)] = SimpleNamespace(
+            shard=ranks.shard,
+            local_ids=ranks.local_ids,
+            all_reduce=lambda part, in_order: part,
+            all_gather=lambda part, size: part.new_empty((*part.shape[:-1], size)),
+        )
+    model = copy.deepcopy(model, memo)
+    for module in model.modules():  # which may read values
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return model
+
+
+def forwards(config: Any) -> list[tuple[int, int, int]]:
+    """(B, T, C) of the forwards of `generate`, the smallest first: steps of 1 to 64 sequences, contexts up to the
+    model's positions, and chunks of prompts."""
+    limit = config.max_position_embeddings
+    contexts = [n + 1 for n in (128 << step for step in range(20)) if n < limit]
+    sizes = [(B, 1) for B in range(1, SEQUENCES + 1)] + [(1, T) for T in range(2, SEQUENCES + 1)]
+    sizes += [(1, T + at) for T in range(SEQUENCES, PREFILL_CHUNK + 1, SEQUENCES) for at in (0, 1)]
+    sizes += [(B, T) for B in (2, 3, 5, MANY, SEQUENCES) for T in (2, 17, SEQUENCES, 500, 900, PREFILL_CHUNK)]
+    found = {
+        (B, T, min(limit, CACHE_SLOTS // (4 if B > MANY else 1))) for B, T in sizes if min(limit, PREFILL_CHUNK) >= T
+    }
+    found |= {(B, 1, C) for B in (1, MANY, SEQUENCES) for C in (*contexts, limit)}
+    return sorted(found, key=lambda size: (size[0] * size[1], size[2]))
+
+
+class SizedCalls:
+    """The calls on the text in every layer, and in the first one those that launch what else `generate` launches.
+
+    `generate`'s calls are recorded on the meta device for every size in `forwards`. All layers have the same sizes, and
+    so the same launches. Of each launch configuration the smallest and the largest number of rows are run, and those
+    at an EDGE. A call of more than `limit` tokens is not made: `not_run` says so where no other call launches the same.
+
+    target       whose model is recorded; `gpu`: the architecture and number of multiprocessors that it is recorded for
+    cache_dtype  of the cache; None: the model's
     """
 
-    def __init__(self, limit: int, gpu: tuple[str, int | None]) -> None:
-        self.limit, self.gpu, self.launched, self.not_run = limit, gpu, set[Any](), list[str]()
+    def __init__(
+        self, target: Any, limit: int, gpu: tuple[str, int | None], cache_dtype: torch.dtype | None = None
+    ) -> None:
+        self.target, self.limit, self.gpu, self.cache_dtype = target, limit, gpu, cache_dtype
+        self.rows: dict[Any, set[int]] = defaultdict(set)  # that were run, by launch
+        self.not_run: list[str] = []
 
     def __call__(self, check: LayerCheck, index: int) -> Iterator[Call]:
-        for call in check.calls(index):
-            if index == 0:
-                self.launched |= launches(call, *self.gpu)
+        if index:
+            yield from check.prefix(FEW).calls(index)
+            return
+        for call in check.calls(0):
+            for launch in launches(call, *self.gpu):
+                self.rows[launch].add(_rows(call[2]))
             yield call
-        if index == 0:
-            yield from self.calls_of_generate(check)
+        yield from check.prefix(3).strided_calls()
+        yield from check.deterministic_calls()
+        yield from self.calls_of_generate(check)
+
+    def recorded(self, layer: Any, tables: Args) -> tuple[dict[int, Any], dict[int, str], list[Any]]:
+        """The weights of `layer` by those of its copy on the meta device, their names, and a (size, operation,
+        arguments, launches) for each call of `generate`, the smallest first."""
+        target, config = self.target, replace(self.target.config, num_hidden_layers=1)
+        if target.is_mixtral:
+            model, outer = on_meta(target.model, 1), target.model
+        else:
+            model, outer = Mixtral(config, "meta", target.embed_tokens.dtype), target
+        first = model.layers[0]
+        pairs = {name: (getattr(first, name), getattr(layer, name)) for name in (*first._parameters, *first._modules)}
+        pairs |= {name: (getattr(model, name), getattr(outer, name)) for name in ("norm", "lm_head")}
+        pairs |= {name: (getattr(model, name), table) for name, table in tables.items()}
+        names = {_key(on): name for name, (on, _) in pairs.items()}
+        real = {_key(on): weight for on, weight in pairs.values() if weight is not None}
+        calls: list[Any] = []
+        for size in forwards(target.config):
+            B, T, C = size
+            cache = KVCache(model.config, B, C, "meta", self.cache_dtype or model.dtype)
+            with torch.no_grad(), CallRecorder(*self.gpu) as recorder:
+                h = model.hidden(torch.empty((B, T), dtype=torch.int64, device="meta"), cache)
+                _ = outer.lm_head is None or model.head(h[:, 0])
+            calls += [(size, *call[:2], configurations(*call[1:])) for call in recorder.calls]
+        return real, names, calls
 
     def calls_of_generate(self, check: LayerCheck) -> Iterator[Call]:
-        for B, T in STEPS + CHUNKS:
-            for call in check.sized_calls(B, T) if check.config.max_position_embeddings >= T else ():
-                new = launches(call, *self.gpu) - self.launched
-                self.launched |= new
-                if new and self.limit < B * T:
-                    kernels = " and ".join(sorted({kernel for kernel, *_ in new}))
-                    self.not_run.append(f"{call[0]} ({call[1]}): {kernels}; needs a GPU or --tokens {B * T}")
-                elif new:
-                    yield call
+        real, names, calls = self.recorded(getattr(check.layer, "local", check.layer), check.tables)
+        needed: dict[Any, list[int]] = defaultdict(list)
+        for _, _, args, found in calls:
+            for launch in found:
+                needed[launch].append(_rows(args))
+        for launch, rows in needed.items():
+            rows.sort()
+            most = max((n for n in rows if n <= min(self.limit, PREFILL_CHUNK)), default=0)
+            tiled = any(name in ("BLOCK_T", "BLOCK_M") for name, _ in launch[0][3])
+            needed[launch] = [n for n in rows if n in (rows[0], most) or (tiled and n in (EDGE, 2 * EDGE))]
+        for size, op, args, found in calls:
+            N = _rows(args)
+            new = [launch for launch in found if N in needed[launch] and not self._has(launch, N, needed[launch])]
+            if not new:
+                continue
+            case = f"{size[0]} x {size[1]} tokens" + f", {size[2]} slots" * (size[2] > CACHE_SLOTS)
+            if op == "linear":
+                case = f"{names[_key(args['weight'])].removesuffix('_proj')}, {case}"
+            tokens = size[0] * size[1] if op != "linear" else N
+            needs = f"a GPU or --tokens {tokens}" if self.limit < tokens else ""
+            try:
+                call = op, case, Args() if needs else check.derive(op, args, real, size)
+            except KeyError as error:
+                needs = f"values of {error}"
+            for launch in found:
+                self.rows[launch].add(N)
+            if needs:
+                kernels = " and ".join(sorted({kernel for (kernel, *_), *_ in new}))
+                self.not_run.append(f"{op} ({case}): {kernels}; needs {needs}")
+            else:
+                yield call
+
+    def _has(self, launch: Any, N: int, needed: list[int]) -> bool:
+        """Whether these rows were run, or fewer than the fewest, or more than the most."""
+        ran = self.rows[launch]
+        return N in ran or any(n < N == needed[0] or n > N == needed[-1] for n in ran)
 
 
 def launches(call: Call, arch: str, sms: int | None) -> set[Any]:
@@ -207,12 +410,28 @@ def launches(call: Call, arch: str, sms: int | None) -> set[Any]:
         return x.to("meta") if isinstance(x, (Tensor, QuantizedCache)) else x
 
     op, _, args = call
-    with record_launches(arch, sms) as records:
+    records: list[Launch] = []
+    with launch_context(arch=arch, sms=sms, records=records):
         OPS[op].run(*OPS[op].bind(**{name: on_meta(x) for name, x in args.items()}))
-    return configurations(records)
+    return configurations(args, records)
 
 
-def configurations(records: Any) -> set[Any]:
-    """(kernel, warps, stages, constants) of each launch of Triton's."""
-    launched = (each for each in records if each.grid is not None)
-    return {(each.kernel, each.num_warps, each.num_stages, tuple(sorted(each.constexprs.items()))) for each in launched}
+def configurations(args: Args, records: list[Launch]) -> set[Any]:
+    """((kernel, warps, stages, constants), shapes of weights) of each launch of Triton's."""
+    shapes = tuple(tuple(args[name].shape) for name in ("weight", "gate_up_proj") if name in args)
+    return {
+        ((each.kernel, each.num_warps, each.num_stages, tuple(sorted(each.constexprs.items()))), shapes)
+        for each in records
+        if each.grid is not None
+    }
+
+
+def _rows(args: Args) -> int:
+    """The rows that share tiles in a call: tokens of one sequence, or of all, by the shape of its first argument."""
+    name, first = next(iter(args.items()))
+    return first.shape[1] if name in ("q", "k", "input_ids") else first.shape[:-1].numel()
+
+
+def _key(weight: Any) -> int:
+    """A weight's identity in a call; a quantized one is put together anew there, around its codes."""
+    return id(weight.data if isinstance(weight, QuantizedWeight) else weight)

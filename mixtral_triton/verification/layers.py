@@ -26,15 +26,23 @@ from ..cache import KVCache
 from ..kernels.registry import dispatched
 from ..model import Layer
 from ..tools import tolerance
-from ..tools.tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
-from .calls import Call, LayerCheck
-from .report import FP32, TORCH, Row, worst_rows
+from ..tools.tolerance import (
+    Fp64Reference,
+    LayerReference,
+    Tolerance,
+    largest,
+    same_bits,
+    to_fp64,
+    with_perturbed_input,
+)
+from .calls import LAYOUTS, Call, LayerCheck
+from .report import BITS, END_RATIO, FP32, TORCH, Row, worst_rows
 
-UNCACHED, CHUNKS, TOKENS = "whole text", "in chunks", "token by token"
+UNCACHED, CHUNKS, TOKENS, ALONE = "whole text", "in chunks", "token by token", "one sequence"
 ROUTES, LAYER_PARTS = "routes", {"attn_output": "attention", "y": "experts"}  # rows of what a layer computes inside
 PART_RATIO = 3.0  # of LAYER_PARTS in the place of RATIO: without the residual stream few values decide
 ERROR_LENGTH = 200  # characters of a raised error in a row
-SEPARATE_TOKENS = 3  # tokens that are read one at a time, after the chunks
+SEPARATE_TOKENS = 2  # tokens that are read one at a time, after the chunks
 PADDING = 3  # tokens of right padding behind all chunks but the first
 WINDOW_FRACTION = 4  # a window as long as the text is reduced by this factor, so that the ring wraps around
 
@@ -81,7 +89,7 @@ class ModelUnderTest:
         yield UNCACHED, (text := torch.arange(T).expand(B, T)), text >= 0, whole, {}
         cache, behind = self.make_cache(config, B, T + PADDING), torch.arange(B)
         num_separate = min(SEPARATE_TOKENS, T - 1) or 1
-        bounds = sorted({0, -(-2 * (T - num_separate) // 5), -(-3 * (T - num_separate) // 4), T - num_separate})
+        bounds = sorted({0, -(-2 * (T - num_separate) // 5), T - num_separate})
         ends = [(bound - behind * (at % 2) * self.is_mixtral).clamp(min=0) for at, bound in enumerate(bounds)]
         ends += [ends[-1] + at for at in range(1, num_separate + 1)]
         for at, (begin, end) in enumerate(pairwise(ends)):
@@ -93,6 +101,11 @@ class ModelUnderTest:
             if counts.any():
                 lengths = {} if valid.all() else {"lengths": counts.int()}
                 yield CHUNKS if is_chunk else TOKENS, tokens, valid, cache, lengths
+        if self.is_mixtral:  # alone, where a step has one row
+            cache = self.make_cache(config, 1, T + PADDING)
+            for part in (text[:1, : min(2, T - 1)], text[:1, min(2, T - 1) : 3]):
+                if part.numel():
+                    yield ALONE, part, part >= 0, cache, {}
 
     def probe(self, config: Any, ids: Tensor, probe: LayerProbe) -> None:
         """The layers' own forwards on ids [B,T]."""
@@ -101,7 +114,20 @@ class ModelUnderTest:
             for case, tokens, valid, cache, kwargs in self.forward_calls(config, *ids.shape):
                 probe.start(case, tokens, valid)
                 with self.catch_faults(probe.fail):
-                    forward(ids[probe.where], cache, **{name: x.to(ids.device) for name, x in kwargs.items()})
+                    out = forward(ids[probe.where], cache, **{name: x.to(ids.device) for name, x in kwargs.items()})
+                    probe.record_logits(out)
+
+    def logits(self, ids: Tensor, probe: LayerProbe) -> tuple[Tensor, Any]:
+        """The model's own logits of a text [B,T] that is read in chunks over a cache -> [M,V], and where they are."""
+        config, found, where = self.model.config, list[Tensor](), list[Any]()
+        with self.forward(config, probe) as forward:
+            for case, tokens, valid, cache, kwargs in self.forward_calls(config, *ids.shape):
+                if case == (CHUNKS if ids.shape[1] > 1 else TOKENS):
+                    probe.start(case, tokens, valid)
+                    out = forward(ids[probe.where], cache, **{name: x.to(ids.device) for name, x in kwargs.items()})
+                    found.append(out[probe.valid])
+                    where.append(probe.where_valid)
+        return torch.cat(found), tuple(map(torch.cat, zip(*where, strict=True)))
 
     @contextmanager
     def catch_faults(self, record: Callable[[str], None]) -> Iterator[None]:
@@ -118,6 +144,9 @@ class ModelUnderTest:
         expected, rows = Tolerance(op, args), list[Row]()
         with self.catch_faults(lambda note: rows.append(Row(layer, op, case, math.inf, 0.0, note))):
             rows.append(Row(layer, op, case, *expected.measure(self.operation(op, args))))
+            if layer == 0 and args.get("deterministic") and case not in LAYOUTS:
+                same = same_bits(op, self.operation(op, args), args)
+                rows.append(Row(layer, op, BITS, 0.0 if same else math.inf, 0.0))
         return rows
 
     def make_cache(self, config: Any, batch: int, slots: int) -> Any:
@@ -125,8 +154,8 @@ class ModelUnderTest:
 
     @contextmanager
     def forward(self, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Iterator[Callable[..., Tensor]]:
-        """The model's forward without the head, of (ids, cache, lengths): a copy of the model, with this config and on
-        the same weights, whose routes `probe` replaces, and the layers' inputs, too, if `probe_layers`."""
+        """The model's forward, of (ids, cache, lengths): a copy of the model, with this config and on the same weights,
+        whose routes `probe` replaces, and the layers' inputs, too, if `probe_layers`."""
 
         def route(forward: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
             h, x, weights, ids = forward(*args)
@@ -138,7 +167,7 @@ class ModelUnderTest:
             for name in ("forward", "attention", "experts") if probe_layers else ():
                 setattr(layer, name, partial(getattr(probe, name), index, getattr(layer, name)))
         model._modules, model.config = {**model._modules, "layers": nn.ModuleList(layers)}, config
-        yield model.hidden
+        yield model
 
     def head(self, x: Tensor, convert: Callable[[Any], Any] = lambda weight: weight, lm_head: Any = None) -> Tensor:
         """The final norm and the head in torch on x [...,H]; `convert` is applied to the weights."""
@@ -214,6 +243,9 @@ def compare_layers(
         del layer, check  # on a mesh, a layer that was gathered goes before the next one is
         step()
     probe = LayerProbe(probe_expected.layers, step)
+    if target.is_mixtral:
+        logits = target.head(probe_expected.exact, to_fp64), target.head(probe_expected.x)
+        probe.logits = Fp64Reference.from_baseline(*logits, END_RATIO)
     target.probe(probe_config, ids, probe)
     return rows + probe.as_rows(), expected, exact
 
@@ -225,7 +257,8 @@ def compare_in_fp32(target: ModelUnderTest, expected: TextReference, step: Step)
         fp32_model = ModelUnderTest(single_layer_model(target.model, target.layers[index], layer.x))
         B, T, _ = layer.x.shape
         found = compare_layers(fp32_model, torch.arange(B * T, device=layer.x.device).view(B, T))[0]
-        rows += [replace(row, layer=index, case=row.case + FP32) for row in found]
+        for row in found:
+            rows.append(replace(row, layer=None if row.layer is None else index, case=row.case + FP32))
         fp32_model.layers[0]._parameters.clear()  # the probe's copies are cycles of references, and would keep it
         step()
     return rows
@@ -237,6 +270,8 @@ class LayerProbe:
     What attention and the experts add to the residual stream is compared before, since a large residual hides it. The
     gate's routes are compared with torch's and replaced, too. `flips` counts those that differ.
     """
+
+    logits: Fp64Reference | None = None  # of the model, where its last layer has the reference's input
 
     def __init__(self, layers: list[LayerReference], step: Step = lambda: None) -> None:
         self.layers, self.step, self.flips = layers, step, 0
@@ -266,7 +301,7 @@ class LayerProbe:
         expected, shape = self.layers[self.layer], self.valid.shape
         got, want = ids.view(*shape, -1), expected.ids[self.where].to(ids.dtype)
         pair = expected.route_error(got[self.valid], self.where_valid, weights.view_as(got)[self.valid])
-        self.add(self.layer, ROUTES, *pair)
+        self.add(self.layer, f"{ROUTES}, {self.case}", *pair)
         self.layer += 1
         if got.shape != want.shape:
             return expected.weights[self.where].to(weights.dtype).flatten(0, 1), want.flatten(0, 1)
@@ -283,6 +318,13 @@ class LayerProbe:
         pair = expected.measure(values[self.valid], self.where_valid) if fits else (math.inf, expected.limit)
         self.add(index, f"{LAYER_PARTS[name]}, {self.case}" if name in LAYER_PARTS else self.case, *pair)
         return got
+
+    def record_logits(self, out: Tensor) -> None:
+        """The error of the model's logits [R,n,V]."""
+        if self.logits is not None:
+            fits = out.shape[:2] == self.valid.shape
+            pair = self.logits.measure(out[self.valid], self.where_valid) if fits else (math.inf, self.logits.limit)
+            self.rows.append(Row(None, "logits", self.case, *pair))
 
     def enter(self, index: int, x: Tensor) -> Tensor:
         """Record the input of a layer, which must equal the reference's, as the probe put it there -> the latter."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..tools.tolerance import share_of_limit
 
 FP32 = ", fp32"  # the end of a case whose weights were widened from 16 bits
 TORCH = "plain torch"  # the backend without kernels
+BITS, REPEATED = "bits in any batch", "repeated"
 PEER = "transformers"  # the case of a row that compares with another implementation
 END_RATIO = 4.0  # in the place of RATIO for a whole model, where rounding errors have grown from layer to layer
 
@@ -66,6 +67,35 @@ def worst_rows(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         groups.setdefault((row.layer, row.op, row.case), []).append(row)
     return [max(same, key=lambda row: (row.share, row.note)) for same in groups.values()]
+
+
+# Kinds of rows: what they compare, what runs them, the attribute of what was verified that they need, and whether a row
+# is one of them.
+KINDS: tuple[tuple[str, str, str, Callable[[Row, Any], bool]], ...] = (
+    ("kernels", "TRITON_INTERPRET=1 before the import, or a GPU", "", lambda row, on: on.kernels),
+    ("config.json, tensors and tokenizer", "folder=, the checkpoint", "mixtral", lambda row, on: row.op == "config"),
+    ("transformers' model of the files", "--peer transformers", "mixtral", lambda row, on: PEER in row.case),
+    ("layers in fp32", "a Mixtral on one device, no --quick", "half", lambda row, on: row.case.endswith(FP32)),
+    ("experts alone in each layer", "24 tokens of text", "", lambda row, on: row.case.startswith("experts,")),
+    ("generate", "a Mixtral, and positions for new tokens", "", lambda row, on: row.op == "generate"),
+    ("captured and repeated steps, staging", "a GPU", "mixtral", lambda row, on: row.case == REPEATED),
+    ("deterministic mode", "--deterministic", "mixtral", lambda row, on: (row.op, row.case) == ("generate", BITS)),
+)
+
+
+def kinds_not_run(rows: Sequence[Row], on: Any) -> list[str]:
+    """A line for each kind of row that `on` could have and `rows` do not. on: attributes kernels, mixtral and half."""
+    kinds = (kind for kind in KINDS if not kind[2] or getattr(on, kind[2]))
+    return [f"{what}; needs {needs}" for what, needs, _, fits in kinds if not any(fits(row, on) for row in rows)]
+
+
+def for_json(value: Any) -> Any:
+    """`value` with null for a number that JSON does not have, and beside it, as "NAME_text", "inf" or "nan"."""
+    if isinstance(value, dict):
+        odd = {key: x for key, x in value.items() if isinstance(x, float) and not math.isfinite(x)}
+        texts = {f"{key}_text": str(x) for key, x in odd.items()}
+        return {**{key: None if key in odd else for_json(x) for key, x in value.items()}, **texts}
+    return [for_json(x) for x in value] if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True)
@@ -151,7 +181,8 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         verdict = {key: getattr(self, key) for key in ("ok", "compared", "verdict")}
-        return {**verdict, **asdict(self), "rows": [{**asdict(row), "ok": row.ok} for row in self.rows]}
+        rows = [{**asdict(row), "ok": row.ok} for row in self.rows]
+        return for_json({**verdict, **asdict(self), "rows": rows})  # type: ignore[no-any-return]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """One line per operation and case, with its worst layer, then every failing row."""
@@ -164,8 +195,6 @@ class Report:
             yield Text(f"{row.where} ({row.case}): {error}", style="red")
         for line in self.not_run:
             yield Text(f"not run: {line}")
-        if self.backend == TORCH:
-            yield Text("No kernel ran: set TRITON_INTERPRET=1 before the import, or use a GPU.", style="yellow")
         yield Text(self.verdict, style="bold green" if self.ok else "bold red" if self.wrong else "bold yellow")
 
     def _table(self) -> Table:

@@ -7,7 +7,7 @@ N rows, K columns (the depth of the sum), G groups of columns that share a scale
 
 from __future__ import annotations
 
-import copy
+import datetime
 import json
 import math
 import re
@@ -20,17 +20,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..cache import KVCache
-from ..kernels.registry import OPS
 from ..model import State
+from ..tools.prompt import ChatTemplate, encode, load_tokenizer
 from ..tools.tolerance import largest
+from .calls import CallRecorder, on_meta
 from .report import Row
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each 4 bits of a word, lowest first (AutoAWQ's GEMM)
 UNUSED = ("_scale", "_zero_point")  # ends of names of what quantizes activations and caches
+PROMPT = "Of 8 experts, two.\n\tZwölf Boxkämpfer: \u4e24\u4e2a <s>"
+TEXTS = {"prompt": "tokens of a prompt", "chat": "chat template"}
 # Arguments of operations that a config.json declares.
 CONSTANTS = {"eps": "rms_norm_eps", "top_k": "num_experts_per_tok", "window": "sliding_window"}
 
@@ -143,48 +145,72 @@ def config_rows(source: Source, target: Any) -> list[Row]:
     used = {name: [getattr(target.config, name)] for name in raw}
     used |= {"rope_theta": [{target.config.rope_theta}], "dtype": [str(target.config.dtype)]}
     used["tie_word_embeddings"].append(model.lm_head is model.embed_tokens)
-    recorded = recorded_constants(model) if model.ranks is None else {}  # a mesh refuses dispatch modes
     rows = []
-    for case, values in ("values", used), ("operations", recorded):
-        wrong = next((name for name in values if any(value != raw[name] for value in values[name])), None)
+    for case, values in ("values", used), ("operations", recorded_constants(model)):
+        wrong = next((name for name in values if not values[name] or any(x != raw[name] for x in values[name])), None)
         rows.append(Row(None, "config", wrong or case, math.inf if wrong else 0.0, 0.0))
-    return [*rows, *_rotary_rows(model, raw)]
+    return [*rows, *_rotary_rows(model, raw), *_text_rows(source)]
 
 
-class _Recorder(TorchDispatchMode):
-    """Records the constants and head sizes that operations get, by the config's names."""
+def _text_rows(source: Source) -> list[Row]:
+    """The tokens of a prompt beside those of the tokenizers library, and the text of the chat template beside jinja's,
+    where the folder has them."""
+    folder, bos, rows = source.folder, source.config.get("bos_token_id"), []
+    settings = folder / "tokenizer_config.json"
+    settings = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.used: dict[str, list[Any]] = defaultdict(list)
+    def prompt() -> bool:
+        import tokenizers
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "mixtral_triton":
-            op = OPS[func._opname]
-            values = op.bind_by_name(*args[: len(op.names)])  # torch drops defaults; parts of quantized weights follow
-            for name in CONSTANTS.keys() & values.keys():
-                self.used[CONSTANTS[name]].append(values[name])
-            if "q" in values:
-                self.used["num_attention_heads"].append(values["q"].shape[2])
-                self.used["num_key_value_heads"].append(values["k"].shape[2])
-                self.used["head_dim"].append(values["q"].shape[3])
-        return func(*args, **(kwargs or {}))
+        own = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        own.no_truncation()
+        own.no_padding()
+        ids = own.encode(PROMPT).ids
+        return encode(load_tokenizer(folder), PROMPT, bos)[0] == (ids if bos in (None, ids[0]) else [bos, *ids])
+
+    def chat() -> bool:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        messages = [{"role": "user", "content": PROMPT}]
+        got, options = ChatTemplate(folder).render(messages), {"trim_blocks": True, "lstrip_blocks": True}
+        own = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"], **options).from_string(template)
+        tokens = {name: getattr(x, "get", lambda key, x=x: x)("content") for name, x in settings.items() if x}
+        tokens = {name: x for name, x in tokens.items() if name in ("bos_token", "eos_token", "unk_token")}
+        tokens |= {"raise_exception": str, "strftime_now": datetime.datetime.now().strftime}
+        return got == own.render(messages=messages, add_generation_prompt=True, **tokens)  # type: ignore[no-any-return]
+
+    template, file = settings.get("chat_template"), folder / "chat_template.jinja"
+    if isinstance(template, list):
+        template = {each["name"]: each["template"] for each in template}.get("default")
+    template = file.read_text(encoding="utf-8") if file.is_file() else template
+    there = {prompt: (folder / "tokenizer.json").is_file(), chat: template is not None}
+    for check in (check for check, found in there.items() if found):
+        right, note = False, ""
+        try:
+            right = check()
+        except (ValueError, OSError) as error:
+            note = str(error)
+        rows.append(Row(None, "config", TEXTS[check.__name__], 0.0 if right else math.inf, 0.0, note))
+    return rows
 
 
 def recorded_constants(model: Any) -> dict[str, list[Any]]:
-    """What the operations of the model's forward get without a cache, in a chunk and in a decode step, on the meta
-    device, where nothing is computed."""
-    on_meta = {id(x): x.detach().to("meta") for x in (*model.parameters(), *model.buffers())}
-    model, ids = copy.deepcopy(model, on_meta), torch.zeros((1, 2), dtype=torch.int64, device="meta")
-    for module in model.modules():  # a caller's hooks may read values
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    cache = KVCache(model.config, 1, 3, "meta", model.dtype)
-    with _Recorder() as recorder:
+    """What the operations of the model's forward get without a cache, in a chunk and in a decode step, by the config's
+    names: constants and head sizes, recorded on the meta device, where nothing is computed."""
+    model, ids = on_meta(model, len(model.layers)), torch.zeros((1, 2), dtype=torch.int64, device="meta")
+    cache, used = KVCache(model.config, 1, 3, "meta", model.dtype), {name: list[Any]() for name in CONSTANTS.values()}
+    with CallRecorder() as recorder:
         model.hidden(ids)
         model.hidden(ids, cache)
         model.hidden(ids[:, :1], cache)
-    return recorder.used
+    for _, values, _ in recorder.calls:
+        found = {CONSTANTS[name]: values[name] for name in CONSTANTS.keys() & values.keys()}
+        if "q" in values and model.ranks is None:  # a rank has a part of the heads
+            found["num_attention_heads"], found["head_dim"] = values["q"].shape[2:]
+            found["num_key_value_heads"] = values["k"].shape[2]
+        for name, value in found.items():
+            used.setdefault(name, []).append(value)
+    return used
 
 
 def _rotary_rows(model: Any, raw: dict[str, Any]) -> list[Row]:

@@ -99,6 +99,10 @@ class TransformersUnderTest(ModelUnderTest):
         cos, sin = (part[0, :, : attn.head_dim // 2].contiguous() for part in rotary(x.float()))
         return LayerCheck(values, layer, config, {"cos": cos, "sin": sin})
 
+    def logits(self, ids: Tensor, probe: LayerProbe) -> tuple[Tensor, Any]:
+        with self.forward(self.model.config, probe) as forward:
+            return self.model_head(forward(ids)), ...
+
     def make_cache(self, config: MixtralConfig, batch: int, slots: int) -> Any:
         from transformers import DynamicCache
 
@@ -255,7 +259,7 @@ class MeshUnderTest(ModelUnderTest):
         values = replace(values, heads=heads, **qkv)
         local = LayerCheck(values, layer.local, shard.config(config), check.tables, check.quantized)
         local.local_ids = partial(self.ranks.local_ids, experts=len(layer.local.down_proj))
-        for name in ("calls", "sized_calls"):
+        for name in ("calls", "derive", "prefix", "deterministic_calls"):
             setattr(check, name, getattr(local, name))
         return check
 

@@ -8,6 +8,7 @@ N tokens of a text, B batch, T tokens of a window, H hidden, K experts per token
 
 from __future__ import annotations
 
+import ctypes
 import math
 import re
 import timeit
@@ -37,6 +38,7 @@ EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.w[123]\.weight")
 ROUNDING = {"int4": 1.02 / 14, "int8": 1.02 / 254, "fp8": 1.02 / 16}
 HELD_OUT = "heldout.json"  # in a checkpoint's folder: {"ids": tokens of a text that it was not trained on}
 WINDOW_TOKENS = 2048  # the most tokens of a window
+READ_BYTES = 1 << 16
 LOGIT_ROWS = 256  # tokens whose logits are in memory at once
 CALLS_S = 0.3  # seconds that Python takes for a layer's calls
 PASSES, LOGITS = 10, 16  # how often a layer's weights are converted to fp64; tensors of a text's logits at once
@@ -109,8 +111,24 @@ def _check_layer(target: ModelUnderTest, at: int | None) -> list[Row]:
     weights = _weights(target, at).values()
     passed = {"finite": all(map(_is_finite, weights))}
     if tables := [weight for weight in weights if isinstance(weight, OffloadedWeight)]:
-        passed["addresses of experts"] = all(weight.is_intact() for weight in tables)
+        passed["addresses of experts"] = all(map(_is_addressed, tables))
     return [Row(at, "weights", case, 0.0 if right else math.inf, 0.0) for case, right in passed.items()]
+
+
+def _is_addressed(weight: OffloadedWeight) -> bool:
+    """Whether the table has each expert's address, and the memory there, as far as READ_BYTES, its bytes."""
+    stored = {True: iter(weight.host), False: iter(weight.resident)}
+    for expert, address in enumerate(weight.data.tolist()):
+        rows = next(stored[expert in weight.on_host])
+        if address != rows.data_ptr():
+            return False
+        head = rows.flatten()[: READ_BYTES // rows.itemsize]
+        found = torch.empty_like(head, device="cpu")
+        if rows.device.type == "cpu":
+            ctypes.memmove(found.data_ptr(), address, found.nbytes)
+            if not torch.equal(found.view(torch.uint8), head.view(torch.uint8)):
+                return False
+    return True
 
 
 def _is_finite(weight: Any) -> bool:

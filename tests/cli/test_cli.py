@@ -350,7 +350,7 @@ H100, RTX4090 = ("fit", "--gpu", "h100"), ("fit", "--gpu", "rtx4090")
         (("fit", "no/such/folder"), "no/such/folder"),
         ((*RTX4090, "--link", "pcie9x16"), "--link.*pcie9x16.*pcie4x16"),
         ((*RTX4090, "--host-memory", "-1"), "--host-memory is -1, needs GiB, at least 0"),
-        ((*RTX4090, "--host-memory", "2"), "--host-memory is 2.1 GB, and int4.* with 3 of 8.* needs 8.5 GB"),
+        ((*RTX4090, "--host-memory", "2"), "--host-memory is 2.1 GB, and int4.* with 62 of 256 .* needs 5.7 GB"),
     ],
 )
 def test_bad_input_is_one_line_on_stderr(

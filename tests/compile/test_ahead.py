@@ -15,17 +15,17 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process w
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("weights", [None, "int4"])
+@pytest.mark.parametrize(("weights", "on_host"), [(None, ()), ("int4", ()), (None, ((), (1,), ()))])
 def test_a_text_compiles_nothing_that_was_not_compiled_ahead(
-    weights: str | None, gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    weights: str | None, on_host: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     from triton.backends.nvidia.compiler import CUDABackend
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 64}
-    model = random_model(dtype=torch.bfloat16, weights=weights, device="cuda", **sizes)
+    model = random_model(dtype=torch.bfloat16, weights=weights, device="cuda", on_host=on_host, **sizes)
     finished: list[tuple[int, int]] = []
-    compile_ahead(model, [(1, 1), (1, 5)], 5 + 7, [model.dtype], lambda *done: finished.append(done))
+    compile_ahead(model, [(1, 1, 12), (1, 5, 12)], [model.dtype], lambda *done: finished.append(done))
     assert finished[-1][0] == finished[-1][1] >= 8
 
     def anew(*args: Any, **kwargs: Any) -> None:

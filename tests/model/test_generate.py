@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, reference
+from mixtral_triton.cache import cache_bytes
 from mixtral_triton.generate import sample
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.load import cache_bytes
 from tests.support.models import cache_of, random_model, tokens
 
 V, P = 23, 30
@@ -279,7 +279,7 @@ def test_a_window_that_no_position_can_leave_takes_the_slots_of_the_text(window:
     """64 positions: the ring is as long as the text, and without a length as long as the positions."""
     model, plain = random_model(sliding_window=window), random_model()
     assert cache_of(model, 2).slots == 12 and KVCache(model.config, 1, device="cpu").slots == 64
-    assert cache_bytes(model.config, 1, 5) == cache_bytes(plain.config, 1, 5)
+    assert cache_bytes(model.config, 1, 5, model.dtype) == cache_bytes(plain.config, 1, 5, model.dtype)
     ids = tokens(1, 3)
     assert torch.equal(model.generate(ids, 9), plain.generate(ids, 9))
     cache = cache_of(model, 1)

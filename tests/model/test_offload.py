@@ -21,8 +21,11 @@ from mixtral_triton.kernels.offload import OffloadedWeight, _pinned
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.tools import fit
 from mixtral_triton.tools.gpus import find_gpu
+from mixtral_triton.tools.trace import RouteRecorder
 from mixtral_triton.weights import parameter_shapes
 from tests.support.memory import needs_proc
+from tests.support.models import random_model, tokens
+from tests.support.traffic import count_traffic
 
 IDS = torch.arange(3, 20)[None]
 once = pytest.mark.skipif(INTERPRETED, reason="about the model, whatever the backend: run once")
@@ -36,6 +39,42 @@ def test_same_logits_and_text(weights: str | None, ordered: Any) -> None:
     assert torch.equal(model(ids), resident(ids))
     tokens = 2 if INTERPRETED else 8
     assert torch.equal(model.generate(ids, tokens), resident.generate(ids, tokens))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="about kernels: with the interpreter")
+@pytest.mark.parametrize("T", [1, 4, 16, 64])
+@pytest.mark.parametrize("weights", [None, pytest.param("int4", marks=pytest.mark.slow)])
+def test_selected_experts_and_the_tokens_rows_cross_the_link_once(weights: str | None, T: int, covers: Any) -> None:
+    """Layers with none, one and two experts in host memory, and the embedding there."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "weights": weights}
+    model = random_model(on_host=((), (3,), (1, 2)), embedding=True, **sizes)
+    with torch.no_grad(), count_traffic() as traffic, RouteRecorder() as routes:
+        model(tokens(1, T))
+    selected, need = [set(layer.unique().tolist()) for layer in routes.ids], T * 32 * 4
+    for layer, experts in zip(model.layers[1:], selected[1:], strict=True):
+        each = layer.gate_up_proj.host[0].nbytes + layer.down_proj.host[0].nbytes
+        need += len(experts & {*layer.down_proj.on_host}) * each
+    assert traffic.moved("gate_up host", "down host", "table") == need
+    assert not isinstance(model.layers[0].down_proj, OffloadedWeight)
+    covers("traffic", f"link, model, {weights or 'fp32'}, T {T}: 1.00 of the selected experts' and rows' bytes")
+
+
+@once
+def test_a_layer_without_any_is_an_ordinary_one() -> None:
+    """Its experts are stacked weights, which TMA reads."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64}
+    model, read = random_model("meta", torch.bfloat16, on_host=((), (3,)), **sizes), []
+    with record_launches("sm_90") as launches, torch.no_grad():
+        model.hidden(torch.zeros(1, 64, dtype=torch.int64, device="meta"))
+        model.hidden(torch.zeros(1, 65, dtype=torch.int64, device="meta"))
+    for each in launches:
+        for name in ("gate_up", "down"):
+            if (weight := each.args.get(f"{name}_ptr")) is not None:
+                read.append((weight.dtype, each.args.get(f"{name}_desc") is not None))
+    stacked, table = (torch.bfloat16, False), (torch.int64, False)
+    assert read == [stacked] * 2 + [table] * 2 + [(torch.bfloat16, True)] * 2 + [table] * 2
+    with pytest.raises(ValueError, match="a state_dict would hold addresses of offloaded experts"):
+        model.state_dict()
 
 
 @once
@@ -86,6 +125,41 @@ def test_bad_count(offload: Any) -> None:
 
 
 @once
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [[1] * 8] * 3,
+        [[1] * 8] * 5,
+        [[1] * 4] * 4,
+        [[1] * 8] * 3 + [[2] * 8],  # a text has as many routes in each layer
+        [[0] * 8] * 4,
+        [[-1, 3] * 4] * 4,
+        [[0.5] * 8] * 4,
+        [[True] * 8] * 4,
+        7,
+    ],
+)
+@pytest.mark.parametrize("offload", ["auto", 2])
+def test_counts_of_another_model_are_rejected_before_allocating(
+    counts: Any, offload: Any, tmp_path: Path, capsys: Any, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Mixtral, "__init__", lambda *args, **kwargs: pytest.fail("allocated"))
+    file = tmp_path / "counts.json"
+    file.write_text(json.dumps({"counts": counts}))
+    options = ["--device", "cpu", "--prompt", "x", "--offload", str(offload), "--offload-by", str(file)]
+    assert main(["generate", *options]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{file}: counts needs 4 lists of 8 integers, of one sum: it is another model's, or `trace` did" in line
+
+
+@once
+@pytest.mark.parametrize("context", [0, -1, 1025, 1.5, True, "many"])
+def test_wrong_context_is_rejected(context: Any) -> None:
+    with pytest.raises(ValueError, match=r"context is .*, needs 1 to 1024, the model's positions"):
+        Mixtral.from_pretrained(SMALL, "cpu", offload="auto", context=context)
+
+
+@once
 def test_host_memory_is_checked_before_allocating(monkeypatch: pytest.MonkeyPatch) -> None:
     per_expert = 4 * 3 * 128 * 256 * 2
     monkeypatch.setattr(load, "host_memory", lambda: 2 * per_expert)
@@ -122,16 +196,68 @@ def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="none is offloaded"):
         assert isinstance(Mixtral.from_pretrained(SMALL, "cpu", offload="auto").layers[0].down_proj, torch.nn.Parameter)
     model = Mixtral.from_pretrained(SMALL, "cpu")
-    needed, per_expert = 10_000_000, 1_000_000  # of which two of four layers are staged: each frees half
+    needed, sizes = 10_000_000, ([250_000] * 4, 400_000)  # the buffers hold the experts of the layer with the most
     context = sum(load.running_bytes(model.config, 1, 1024).values())
-    for room, count in ((10_000_000, 0), (9_999_999, 1), (8_600_000, 3), (1, 7)):
+    monkeypatch.setattr(load, "CHUNKS", (2048,))
+    cases = [(10_000_000, [], False), (9_999_999, [0] * 4, True), (9_600_000, [0] * 4, True)]
+    # Freed are 400,000 and each 250,000, without the buffers, 250,000 up to four experts and 500,000 up to eight.
+    cases += [(9_599_999, [0, 1, 0, 1], True), (9_350_000, [0, 1, 0, 1], True), (9_349_999, [0, 1, 1, 1], True)]
+    cases += [(9_100_000, [0, 1, 1, 1], True), (8_850_000, [1] * 4, True), (8_849_999, [1, 2, 1, 2], True)]
+    cases += [(1, [7] * 4, True)]
+    for room, counts, embedding in cases:
         monkeypatch.setattr(load, "room_for_model", lambda device, room=room: room + context)
-        args = ("auto", model.config, None, torch.device("cpu"), needed, per_expert)
-        if count == 0:
-            with pytest.warns(UserWarning):
-                assert load.check_offload(*args) == 0
+        args = ("auto", model.config, None, torch.device("cpu"), needed, sizes)
+        with pytest.warns(UserWarning, match="none is offloaded" if not counts else f"{sum(counts)} of 32 experts and"):
+            found = load.check_offload(*args)
+        assert ([*map(len, found.experts)], found.embedding, found.chunk) == (counts, embedding, 2048), room
+        host = sum(counts) * 250_000 + 400_000 * embedding
+        assert (found.host_bytes, found.staging_bytes) == (host, 250_000 * max(counts, default=0))
+
+
+@once
+def test_a_smaller_chunk_is_taken_where_it_saves_an_expert() -> None:
+    """The largest of those with the fewest experts. A token of a chunk takes 100 bytes, an expert 10,000."""
+    config, sizes = replace(Mixtral.from_pretrained(SMALL, "meta").config, num_hidden_layers=8), ([10_000] * 8, 1000)
+    for excess, count, chunk, saved in (
+        (0, 0, 2048, 0),
+        (1_000, 0, 2048, 0),  # the embedding is enough
+        (1_001, 0, 1024, 2),  # 102,400 fewer; otherwise two experts, one of which the buffers take
+        (103_400, 0, 1024, 13),
+        (103_401, 0, 512, 13),
+        (154_600, 0, 512, 19),
+        (154_601, 2, 512, 17),
+        (164_601, 3, 512, 17),
+        (10_000_000, 0, 0, 0),
+    ):
+        found = load.fewest(config, sizes, lambda chunk, more=excess: 100 * chunk + more, 204_800)
+        if chunk == 0:
+            assert found is None
         else:
-            assert load.check_offload(*args) == count
+            assert found is not None
+            assert (found.count, found.chunk, found.saved) == (count, chunk, saved), excess
+
+
+@once
+def test_least_used_over_all_layers() -> None:
+    """Each layer keeps its most used expert; ties are spread over the layers; buffers fit the layer with the most."""
+    config = replace(Mixtral.from_pretrained(SMALL, "meta").config, num_hidden_layers=3, num_local_experts=4)
+    routes = [[0, 0, 0, 20], [5, 4, 6, 5], [0, 3, 17, 0]]
+    for count, experts in ((0, [[], [], []]), (2, [[0], [], [0]]), (4, [[0, 1], [], [0, 3]])):
+        assert load.select_experts(config, count, routes) == experts
+    assert load.select_experts(config, 9, routes) == [[0, 1, 2], [0, 1, 3], [0, 1, 3]]
+    found = load.fewest(config, ([1000] * 3, 0), lambda chunk: 9000, 9000 - 2001, routes)
+    # The buffers hold the three of a layer: six experts are the fewest that free more than 2,000 bytes.
+    assert found is not None and found.experts == [[0, 1, 2], [], [0, 1, 3]] and found.freed_bytes == 6000 - 3000
+    assert found.share(routes) == (0 + 0 + 0 + 0 + 3 + 0) / 60
+
+
+@once
+def test_an_embedding_that_is_the_head_stays_on_the_gpu() -> None:
+    for tied, size in ((False, 23 * 16 * 4), (True, 0)):
+        model = random_model("meta", tie_word_embeddings=tied)
+        each, embedding = load.movable_bytes(model.config, parameter_shapes(model.config), {}, model.dtype)
+        assert (each, embedding) == ([3 * 16 * 12 * 4], size)
+        assert load.Placement.of([[]], each, embedding).embedding is not tied
 
 
 @once
@@ -144,9 +270,12 @@ def test_auto_takes_what_fit_says(gib: int, format: str, gpu: Any, monkeypatch: 
     gpu_of_fit = replace(find_gpu("h100"), mib=gib << 10)
     offload = fit.Request("", config, {format: specs}, "", 1, 4096).plan(format, gpu_of_fit).offload
     need = fit.memory_need(config, specs, 1, 4096)
-    per_expert = load.offloaded_bytes(shapes, specs, torch.bfloat16)
-    args = ("auto", config, None, torch.device("cuda"), need["weights"] + need["tables"], per_expert)
-    assert load.check_offload(*args) == offload.experts
+    sizes = load.movable_bytes(config, shapes, specs, torch.bfloat16)
+    args = ("auto", config, None, torch.device("cuda"), need["weights"] + need["tables"], sizes)
+    with pytest.warns(UserWarning, match=re.escape(f"offload='auto': {offload.text} (")):
+        found = load.check_offload(*args)
+    names = ("count", "embedding", "chunk", "host_bytes", "staging_bytes")
+    assert [getattr(found, name) for name in names] == [getattr(offload, n) for n in ("experts", *names[1:])]
 
 
 @once
@@ -189,13 +318,19 @@ def test_host_memory_is_private_and_asks_for_huge_pages() -> None:
 
 
 @once
-def test_command_line(in_process: None, capsys: Any) -> None:
+def test_command_line(in_process: None, capsys: Any, tmp_path: Path) -> None:
     texts = []
     for offload in ("0", "2"):
         options = ["--device", "cpu", "--prompt", "The return", "--max-new-tokens", "8", "--offload", offload]
         assert main(["generate", *options, "--json"]) == 0
         texts.append(json.loads(capsys.readouterr().out)["text"])
     assert texts[0] == texts[1]
+    shares = [[8 + layer, 3, 9, 9, 9, 9, 9, 8 - layer] for layer in range(4)]
+    (counts := tmp_path / "counts.json").write_text(json.dumps({"counts": shares}))
+    assert main(["generate", *options[:-1], "1", "--offload-by", str(counts), "--json"]) == 0
+    found, used = capsys.readouterr(), 100 * (3 * 4) / (64 * 4)
+    placed = f"offload=1: 1 expert of each layer (0.8 MB): expert 1 of layers 0, 1, 2, 3; they had {used:.1f}% of the"
+    assert json.loads(found.out)["text"] == texts[0] and f"{placed} routes in {counts}" in found.err
     for options, message in ((["--offload", "9"], "needs 0 to 7"), (["--offload", "x"], "number of experts, or auto")):
         try:
             status: Any = main(["generate", "--device", "cpu", "--prompt", "x", *options])

@@ -6,9 +6,12 @@ The simulated GPU completes all work at once; `gpu.work` knows which order strea
 from __future__ import annotations
 
 import gc
+import json
+import math
 import os
 import threading
 import weakref
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -16,8 +19,12 @@ import pytest
 import torch
 
 from mixtral_triton import KVCache, Mixtral
-from mixtral_triton.cli import SMALL
+from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels import offload, plan
+from mixtral_triton.kernels.offload import OffloadedWeight
+from mixtral_triton.load import TIGHT, Placement, movable_bytes
+from mixtral_triton.tools.fit import memory_need
+from mixtral_triton.weights import parameter_shapes
 from tests.support.models import random_model, tokens
 from tests.support.stub.gpu import Stream
 from tests.support.stub.tensors import Factories
@@ -27,9 +34,12 @@ LAYERS, CHUNK = 4, 80  # tokens: more than decode takes
 INT4: dict[str, Any] = {"weights": "int4", "hidden_size": 32, "intermediate_size": 32}
 
 
-def prefill(gpu: Any, chunks: int = 1) -> Mixtral:
+UNEVEN = ((0, 1, 3), (), (2,), (1, 3))
+
+
+def prefill(gpu: Any, chunks: int = 1, on_host: Any = (1, 3)) -> Mixtral:
     gpu.driver.executes = False
-    model = random_model(GPU_DEVICE, num_hidden_layers=LAYERS, on_host=(1, 3), max_position_embeddings=512)
+    model = random_model(GPU_DEVICE, num_hidden_layers=LAYERS, on_host=on_host, max_position_embeddings=512)
     cache = KVCache(model.config, 1, chunks * CHUNK, GPU_DEVICE, model.dtype)
     gpu.work.clear()
     with gpu.no_syncs():
@@ -40,13 +50,14 @@ def prefill(gpu: Any, chunks: int = 1) -> Mixtral:
 
 def hosts(model: Mixtral) -> dict[int, int]:
     """The layer of each buffer in host memory, by its address."""
-    weights = [(layer.gate_up_proj, layer.down_proj) for layer in model.layers]
-    return {weight.host.data_ptr(): index for index, pair in enumerate(weights) for weight in pair}
+    weights = [(index, weight) for index, layer in enumerate(model.layers) for weight in layer.children()]
+    return {weight.host.data_ptr(): index for index, weight in weights if isinstance(weight, OffloadedWeight)}
 
 
 def check_order(gpu: Any, model: Mixtral) -> None:
     """Each kernel reads its own layer's rows, after they have arrived and before their buffer is filled again."""
     layers, written, read = hosts(model), {}, dict[int, list[Any]]()
+    offloaded = sorted({*layers.values()})
     readers = dict.fromkeys(("experts_up_kernel", "experts_down_kernel"), 0)
     for work in gpu.work:
         if isinstance(work.what, tuple):
@@ -57,13 +68,18 @@ def check_order(gpu: Any, model: Mixtral) -> None:
         elif work.what.kernel in readers:
             name = "gate_up_ptr" if work.what.kernel == "experts_up_kernel" else "down_ptr"
             table = work.what.args[name].held.tolist()
-            copy, layer, size = written[table[1]]
-            assert table[3] == table[1] + size // 2, "not where the second expert was copied to"
+            if work.what.args[name].dtype != torch.int64:  # a layer without any
+                continue
+            here = offloaded[readers[work.what.kernel] % len(offloaded)]
+            on_host = model.layers[here].down_proj.on_host
+            copy, layer, size = written[table[on_host[0]]]
+            rows = [table[expert] - table[on_host[0]] for expert in on_host]
+            assert rows == [*range(0, size, size // len(on_host))], "not where the experts were copied to"
             assert copy.precedes(work), "read before it has arrived"
-            assert layer == readers[work.what.kernel] % LAYERS, "another layer's rows"
+            assert layer == here, "another layer's rows"
             readers[work.what.kernel] += 1
-            read.setdefault(table[1], []).append(work)
-    assert len(set(readers.values())) == 1 and readers["experts_up_kernel"] % LAYERS == 0
+            read.setdefault(table[on_host[0]], []).append(work)
+    assert len(set(readers.values())) == 1 and readers["experts_up_kernel"] % len(offloaded) == 0
 
 
 def copies(gpu: Any, model: Mixtral) -> list[Any]:
@@ -71,25 +87,37 @@ def copies(gpu: Any, model: Mixtral) -> list[Any]:
     return [work for work in gpu.work if isinstance(work.what, tuple) and work.what[1] in known]
 
 
-def test_prefill_copies_each_expert_once_a_chunk_in_order(gpu: Any) -> None:
-    """On a stream that is not the kernels', into two buffers for each projection, without a synchronization."""
-    model = prefill(gpu, chunks=2)
+@pytest.mark.parametrize("on_host", [(1, 3), UNEVEN], ids=["even", "uneven"])
+def test_prefill_copies_each_expert_once_a_chunk_in_order(on_host: Any, gpu: Any) -> None:
+    """On a stream that is not the kernels', into a buffer for each projection, without a synchronization; it is as
+    large as the layer with the most experts needs."""
+    model = prefill(gpu, 2, on_host)
     check_order(gpu, model)
     found = copies(gpu, model)
     assert sorted(work.what[1] for work in found) == sorted(2 * [*hosts(model)])
-    assert len({work.what[0] for work in found}) == 4
+    assert len({work.what[0] for work in found}) == 2
+    buffers = [layer for layer in model.layers if isinstance(layer.down_proj, OffloadedWeight)]
+    staged = {each._staging.nbytes for layer in buffers for each in (layer.gate_up_proj, layer.down_proj)}
+    experts = [on_host] * LAYERS if on_host == (1, 3) else on_host
+    sizes = movable_bytes(model.config, parameter_shapes(model.config), {}, model.dtype)[0]
+    assert sum(staged) == Placement.of(experts, sizes).staging_bytes
     kernels = {launch.stream for launch in gpu.driver.launches}
     assert len(kernels) == 1 and not kernels & {work.stream for work in found}
 
 
-def test_next_layer_is_copied_while_a_layer_computes(gpu: Any) -> None:
+def test_one_projection_is_copied_while_the_other_computes(gpu: Any) -> None:
     model = prefill(gpu)
-    up = [work for work in gpu.work if getattr(work.what, "kernel", "") == "experts_up_kernel"]
-    gate_up = {layer.gate_up_proj.host.data_ptr(): index for index, layer in enumerate(model.layers)}
+    kernels = [getattr(work.what, "kernel", "") for work in gpu.work]
+    up, down = (
+        [work for work, kernel in zip(gpu.work, kernels, strict=True) if kernel == f"experts_{name}_kernel"]
+        for name in ("up", "down")
+    )
+    gate_up = {layer.gate_up_proj.host.data_ptr() for layer in model.layers}
     for work in copies(gpu, model):
-        if layer := gate_up.get(work.what[1], 0):
-            assert not up[layer - 1].precedes(work), "the copy waits for the kernel that could hide it"
-            assert layer < 2 or up[layer - 2].precedes(work)
+        layer, is_up = hosts(model)[work.what[1]], work.what[1] in gate_up
+        hides = (down[layer - 1] if layer else None) if is_up else up[layer]
+        assert hides is None or not hides.precedes(work), "the copy waits for the kernel that could hide it"
+        assert layer == 0 or (up if is_up else down)[layer - 1].precedes(work)
 
 
 @pytest.mark.parametrize("fault", ["wait_event", "wait_stream"])
@@ -102,16 +130,15 @@ def test_injected_fault_no_wait(fault: str, gpu: Any, monkeypatch: pytest.Monkey
 
 def test_injected_fault_one_buffer(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next layer's rows arrive where this layer's kernel reads."""
-    begin = offload._Staging.begin
+    stage_in_turn = OffloadedWeight.stage_in_turn
 
-    def in_one(staging: Any, weight: Any, stream: Any) -> Any:
-        buffer = begin(staging, weight, stream)
-        del staging.buffers[stream.cuda_stream][:-1]
-        return buffer
+    def by_projection(layers: Any) -> None:
+        for weights in zip(*layers, strict=True):
+            stage_in_turn([[weight] for weight in weights])
 
-    monkeypatch.setattr(offload._Staging, "begin", in_one)
+    monkeypatch.setattr(OffloadedWeight, "stage_in_turn", by_projection)
     model = prefill(gpu)
-    with pytest.raises((AssertionError, KeyError)):
+    with pytest.raises(AssertionError, match="read before it has arrived"):
         check_order(gpu, model)
 
 
@@ -120,13 +147,71 @@ def test_injected_fault_one_buffer(gpu: Any, monkeypatch: pytest.MonkeyPatch) ->
 def test_same_tokens_in_graph_replays(sizes: dict[str, Any], gpu: Any, ordered: Any) -> None:
     """Prompts beyond decode's tokens, then a captured step: routes change in the replays, and so do the rows read."""
     texts = []
-    for on_host in ((), (0, 2)):
+    for on_host, embedding in (((), False), ((0, 2), False), (((), (0, 2)), True)):
         sizes |= {"num_hidden_layers": 2, "max_position_embeddings": 128, "on_host": on_host}
-        model = random_model(GPU_DEVICE, **sizes)
+        model = random_model(GPU_DEVICE, **sizes, embedding=embedding)
         gpu.replays = 0
         texts.append(model.generate(tokens(1, 70, device=GPU_DEVICE), 8).tolist())
         assert gpu.replays == 6
-    assert texts[0] == texts[1]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_generate_places_what_the_memory_lacks(gpu: Any, in_process: None, capsys: Any, tmp_path: Path) -> None:
+    """Memory that three experts of all layers are too much for: they, the last ones or those used least, and the
+    embedding are in host memory."""
+    config, each = Mixtral.from_pretrained(SMALL, "meta").config, 3 * 128 * 256 * 2
+    weights = memory_need(config, {}, 1, 64)
+    embedding, texts = config.vocab_size * config.hidden_size * 2, []
+    # Three experts free two, since the buffers hold one of a layer.
+    counts = tmp_path / "counts.json"
+    counts.write_text(json.dumps({"counts": [[9, 9, 1, 9, 9, 9, 9, 9], [2, 9, 9, 9, 9, 8, 9, 9], [8] * 8, [8] * 8]}))
+    by, lacks = ["--offload-by", str(counts)], weights["total"] - embedding - 2 * each
+    for room, more in ((weights["total"], []), (lacks, []), (lacks, by)):
+        gpu.properties.total_memory = math.ceil(room / (1 - TIGHT)) + 1
+        options = ["--prompt", "The return", "--max-new-tokens", "4", "--context", "64", "--offload", "auto", *more]
+        assert main(["generate", *options]) == 0
+        texts.append(capsys.readouterr())
+    assert len({text.out for text in texts}) == 1 and "all experts fit the device, so none is offloaded" in texts[0].err
+    placed = "3 of 32 experts and the embedding in host memory (1.1 MB): expert"
+    assert f"offload='auto': {placed} 7 of layers 1, 2, 3\n" in texts[1].err
+    used = f"they had {100 * (1 + 2 + 8) / 256:.1f}% of the routes in {counts}\n"
+    assert f"offload='auto': {placed} 2 of layer 0; expert 0 of layers 1, 2; {used}" in texts[2].err
+
+
+def test_generate_reads_prompts_in_the_chunks_that_auto_takes(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.driver.executes = False
+    config, hidden, chunks = Mixtral.from_pretrained(SMALL, "meta").config, Mixtral.hidden, list[int]()
+    embedding = config.vocab_size * config.hidden_size * 2
+    gpu.properties.total_memory = math.ceil((memory_need(config, {}, 1, 1024)["total"] - embedding - 1) / (1 - TIGHT))
+    with pytest.warns(
+        UserWarning, match=r"0 of 32 experts and the embedding in host memory, prompts in chunks of 512 "
+    ):
+        model = Mixtral.from_pretrained(SMALL, GPU_DEVICE, offload="auto", context=1024)
+
+    def spy(self: Any, ids: Any, *args: Any) -> Any:
+        chunks.append(ids.shape[1])
+        return hidden(self, ids, *args)
+
+    monkeypatch.setattr(Mixtral, "hidden", spy)
+    model.generate(tokens(1, 600, device=GPU_DEVICE), 1)
+    assert chunks == [512, 88] and model.prefill_chunk == 512
+    assert gpu.pinned == {model.embed_tokens.data_ptr(): embedding}
+
+
+def test_the_embedding_in_host_memory_is_an_ordinary_tensor(gpu: Any) -> None:
+    """It is of the device, at its address in host memory, is part of the state, and its memory is returned with it."""
+    model = random_model(GPU_DEVICE, embedding=True)
+    table = model.embed_tokens
+    assert table.device == GPU_DEVICE and gpu.pinned == {table.data_ptr(): table.nbytes}
+    want = random_model().state_dict()
+    assert all(torch.equal(value.cpu(), want[name]) for name, value in model.state_dict().items())
+    model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
+    assert torch.equal(table.cpu(), want["embed_tokens"] + 1) and gpu.pinned == {table.data_ptr(): table.nbytes}
+    with pytest.raises(RuntimeError, match="not registered with any CUDA device"), mock.patch.object(gpu, "pinned", {}):
+        random_model(GPU_DEVICE, embedding=True)
+    del model, table
+    gc.collect()
+    assert not gpu.pinned
 
 
 def test_decode_copies_nothing_and_waits_for_nothing(gpu: Any) -> None:

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
-from mixtral_triton import Mixtral, generate
+from mixtral_triton import Mixtral, generate, load
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels import plan
 from mixtral_triton.tools.bench.decode_step import STEP, decode_step, inputs, replayed_step, rewind
@@ -100,11 +100,14 @@ def test_a_capture_that_fails_on_the_caller_s_stream_leaves_torch_usable() -> No
 
 @pytest.mark.parametrize("weights", [None, "int4", "int8", "fp8"])
 def test_experts_in_host_memory_give_the_bits_of_resident_ones(weights: str | None) -> None:
-    """Chunks, whose experts are copied beside the kernels, again and again; and a captured decode step."""
+    """Chunks, whose experts are copied beside the kernels, again and again; and a captured decode step. With "auto" the
+    embedding is there, too."""
     ids, found = torch.arange(3, 203, device="cuda")[None], []
-    for offload in (0, 3):
-        model = Mixtral.from_pretrained(SMALL, "cuda", weights=weights, offload=offload)
+    for offload in (0, 3, "auto"):
+        with mock.patch.object(load, "room_for_model", return_value=1):
+            model = Mixtral.from_pretrained(SMALL, "cuda", weights=weights, offload=offload)
         logits = model(ids)
         assert all(torch.equal(model(ids), logits) for _ in range(50))
         found.append((logits, model.generate(ids, 64)))
-    assert all(map(torch.equal, *found))
+    assert model.embed_tokens.on_host and all(map(torch.equal, found[0], found[1]))
+    assert all(map(torch.equal, found[0], found[2]))

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from mixtral_triton import ops
+from mixtral_triton.kernels import norm
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.offload import empty_on_host
 from mixtral_triton.kernels.plan import call_key
 from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.kernels.registry import dispatched
@@ -107,6 +109,40 @@ def test_each_selected_byte_crosses_the_link_once(format: str | None, T: int, co
         assert crossed == len(selected & set(ON_HOST)) * of_expert
         assert traffic.moved("gate_up resident", "down resident") == len(selected - set(ON_HOST)) * of_expert
     covers("traffic", f"link, {format or 'bf16'}, T {T}: 1.00 of the selected offloaded experts' bytes (bound 1.00)")
+
+
+@interpreted
+@pytest.mark.parametrize("T", [1, 4, 16, 64])
+def test_each_token_s_row_of_the_embedding_crosses_the_link_once(T: int, covers: Any) -> None:
+    """An id out of range reads no row, and makes its sequence NaN."""
+    V, H = 100, 64
+    table, weight = empty_on_host((V, H), torch.bfloat16, torch.device("cpu")), torch.ones(H, dtype=torch.bfloat16)
+    table.copy_(torch.randn(V, H, generator=torch.Generator().manual_seed(0)))
+    ids = torch.arange(2 * T).view(2, T) * 7 % V
+    for bad in (None, -1, V, 1 << 40):
+        if bad is not None:
+            ids[1, -1] = bad
+        with count_traffic() as traffic:
+            _, x = ops.embed_rms_norm.unchecked(ids, table, weight, 1e-5)
+        sequences = 2 if bad is None else 1
+        assert traffic.moved("table") == sequences * T * H * 2
+        assert torch.equal(x[:sequences], table[ids[:sequences]]) and x[sequences:].isnan().all()
+    covers("traffic", f"link, embedding, T {T}: 1.00 of the bytes of the tokens' rows (bound 1.00)")
+
+
+@interpreted
+def test_a_row_outside_the_embedding_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Injected: the ids are compared with a larger vocabulary's."""
+    table, launch = empty_on_host((9, 64), torch.float32, torch.device("cpu")), norm.launch
+    args = torch.tensor([[3, 900]]), table, torch.ones(64), 1e-5
+    assert ops.embed_rms_norm.unchecked(*args)[1].isnan().all()
+
+    def unlimited(kernel: Any, grid: Any, args: Any, config: Any) -> None:
+        launch(kernel, grid, args | {"V": 999}, config)
+
+    monkeypatch.setattr(norm, "launch", unlimited)
+    with pytest.raises(Exception, match="loads from outside its tensors"):
+        ops.embed_rms_norm.unchecked(*args)
 
 
 def test_wrong_dtype_is_rejected() -> None:

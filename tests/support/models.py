@@ -25,16 +25,19 @@ WIDER_SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_positio
 
 def random_model(
     device: Any = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0, gain: float = 2.0,
-    deterministic: bool = False, weights: Any = None, on_host: Any = (), **sizes: Any,
+    deterministic: bool = False, weights: Any = None, on_host: Any = (), embedding: bool = False, **sizes: Any,
 ) -> Mixtral:  # fmt: skip
     """A model of SIZES, changed by `sizes`; on the meta device its shapes alone.
 
     Its matrices make a vector `gain` times as long: at 2 neither a route nor a greedy token is a close call.
-    `weights` quantizes as `Mixtral.from_pretrained` does; `on_host` are the offloaded experts of each layer.
+    `weights` quantizes as `Mixtral.from_pretrained` does; `on_host` are the offloaded experts, a tuple for each layer
+    or one for all; `embedding`: it lies there, too.
     """
     config = MixtralConfig(**SIZES | sizes)
-    specs, on_host = select_specs(weights, parameter_shapes(config)), [on_host] * config.num_hidden_layers
-    model = Mixtral(config, device, dtype, deterministic, specs, on_host=on_host)
+    specs = select_specs(weights, parameter_shapes(config))
+    if not any(isinstance(of_layer, tuple) for of_layer in on_host):
+        on_host = [on_host] * config.num_hidden_layers
+    model = Mixtral(config, device, dtype, deterministic, specs, None, on_host, embedding)
     generator = torch.Generator().manual_seed(seed)
     # In the order of a model without offload: seeds that tests rely on were tried in it.
     order = Mixtral(config, "meta", specs=specs) if any(on_host) else model

@@ -171,8 +171,8 @@ def test_command_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Pat
 
 
 def test_decode_step_with_experts_in_host_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its floor counts the link. `auto` is what `fit` says: two for an H100, none for an H200."""
-    for offload, gpu, host in (("3", "h200", 0.75), ("auto", "h100", 0.5), ("auto", "h200", 0)):
+    """Its floor counts the link. `auto` is what `fit` says: 32 of 256 for an H100, none for an H200."""
+    for offload, gpu, host in (("3", "h200", 0.75), ("auto", "h100", 2 * 32 / 256), ("auto", "h200", 0)):
         args = ["bench", "decode_step", "--sizes", STEP_OF_8X7B, "--offload", offload, "--gpu", gpu, "--json"]
         assert main(args) == 0
         row = json.loads(capsys.readouterr().out.splitlines()[1])

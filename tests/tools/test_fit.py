@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig
+from mixtral_triton.cache import cache_bytes
 from mixtral_triton.cli import SMALL, main, parser
 from mixtral_triton.generate import prefill, sample
 from mixtral_triton.inputs import WEIGHT_FORMATS as FORMATS
 from mixtral_triton.inputs import check_memory
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.load import LOGIT_BYTES, OVERHEAD, cache_bytes, table_bytes, workspace_bytes
+from mixtral_triton.load import LOGIT_BYTES, OVERHEAD, select_experts, table_bytes, workspace_bytes
 from mixtral_triton.quantize import select_specs
 from mixtral_triton.tools.fit import KNOWN, MemoryPlan, Request, format_specs, memory_need, parameters
 from mixtral_triton.tools.gpus import GPU, GPUS, LINKS, MIB, find_gpu
@@ -85,20 +86,19 @@ def test_columns_that_are_no_whole_unit_are_padded() -> None:
 
 
 def test_cache_bytes_are_those_of_a_kv_cache() -> None:
-    assert cache_bytes(SMALLER, 1, 1) == 128 * 1024
+    assert cache_bytes(SMALLER, 1, 1, torch.bfloat16) == 128 * 1024
     for config in (SMALLER, replace(SMALLER, sliding_window=4096)):
-        cache = KVCache(config, 3, 5000, "meta", torch.bfloat16)
-        assert cache_bytes(config, 3, 5000) == sum(x.nbytes for x in (*cache.keys, *cache.values))
-        codes = KVCache(config, 3, 5000, "meta", torch.int8)
-        assert memory_need(config, {}, 3, 5000, torch.int8)["cache"] == sum(x.nbytes for x in codes.keys + codes.values)
+        for dtype in (torch.bfloat16, torch.int8):
+            cache = KVCache(config, 3, 5000, "meta", dtype)
+            assert cache_bytes(config, 3, 5000, dtype) == sum(x.nbytes for x in (*cache.keys, *cache.values))
     tables = Mixtral(replace(SMALLER, num_hidden_layers=1), "meta")
     assert table_bytes(SMALLER) == tables.cos.nbytes + tables.sin.nbytes
 
 
-def most_alive(config: MixtralConfig, batch: int, context: int, weights: Any = None) -> int:
+def most_alive(config: MixtralConfig, batch: int, context: int, weights: Any = None, chunk: int = 2048) -> int:
     """What `generate` takes at most while it reads prompts, beside weights and cache: by the code itself."""
     model = Mixtral(config, "meta", specs=specs(config, weights))
-    cache = KVCache(config, batch, context, "meta", torch.bfloat16)
+    model.prefill_chunk, cache = chunk, KVCache(config, batch, context, "meta", torch.bfloat16)
     with torch.no_grad(), LiveBytes() as live:
         ids = torch.zeros(batch, context, dtype=torch.int64, device="meta")
         prefill(model, cache, ids, torch.zeros(batch, dtype=torch.int64, device="meta"))
@@ -106,13 +106,16 @@ def most_alive(config: MixtralConfig, batch: int, context: int, weights: Any = N
 
 
 @pytest.mark.parametrize("weights", [None, "int4", "fp8", FORMATS["int4, linear int8"]], ids=str)
-@pytest.mark.parametrize(("batch", "context"), [(1, 5000), (3, 700), (64, 2048), (1, 65)])
-def test_the_workspace_is_what_a_prefill_takes(batch: int, context: int, weights: Any) -> None:
+@pytest.mark.parametrize(
+    ("batch", "context", "chunk"),
+    [(1, 5000, 2048), (3, 700, 2048), (64, 2048, 2048), (1, 65, 2048), (3, 1100, 512)],
+)
+def test_the_workspace_is_what_a_prefill_takes(batch: int, context: int, chunk: int, weights: Any) -> None:
     """Quantized weights need no more: no kernel writes a dequantized weight anywhere."""
     narrow, wide = {"intermediate_size": 256, "num_experts_per_tok": 1}, {"head_dim": 256, "intermediate_size": 512}
     for sizes in ({}, narrow, wide) if weights is None else ({},):
         config = replace(SMALLER, num_hidden_layers=3, **sizes)
-        found, said = most_alive(config, batch, context, weights), workspace_bytes(config, batch, context)
+        found, said = most_alive(config, batch, context, weights, chunk), workspace_bytes(config, batch, context, chunk)
         assert found <= said and (weights is not None or said <= 1.02 * found + 4096), sizes
 
 
@@ -180,10 +183,11 @@ def test_an_h100_holds_eight_bits_and_a_4090_nothing(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     status, text = fit(capsys, "--gpu", "h100")
-    assert status == 0 and "FITS: fp8; int8; int4; int4, linear int8" in text
+    assert status == 0 and "FITS: int4, linear int8; fp8; int8; int4\n" in text
     assert row(text, "bf16")[:2] == ["93.4", "GB"] and row(text, "bf16")[-3:] == ["-", "2", "no"]
     for label, size in (("fp8", "48.3"), ("int8", "48.3"), ("int4", "26.5"), ("int4, linear int8", "25.0")):
         assert row(text, label)[0] == size and row(text, label)[-3:] == ["32,768", "1", "fits"]
+    assert "Try first: mixtral-triton generate FOLDER --weights experts=int4,linear=int8 (" in text
     status, text = fit(capsys, "mixtral-8x7b", "--gpu", "rtx4090")
     assert status == 1 and {row(text, label)[-1] for label in ("bf16", "fp8", "int8", "int4")} == {"no"}
     assert row(text, "int4, linear int8")[-2:] == ["2", "no"] and "\nNO FORMAT FITS\n" in text
@@ -225,7 +229,7 @@ def test_without_a_gpu_all_gpus_are_listed(capsys: pytest.CaptureFixture[str], m
     assert status == 0 and list(needs) == [gpu.name for gpu in GPUS.values()]
     assert needs["H100 80GB"] == {"as stored": 2, "fp8": 1, "int8": 1, "int4": 1, "int4, linear int8": 1}
     gpus = {gpu["name"]: gpu["offload"] for gpu in json.loads(text)["gpus"]}
-    assert {format: one["experts"] for format, one in gpus["H100 80GB"].items()} == {"as stored": 2}
+    assert {format: one["experts"] for format, one in gpus["H100 80GB"].items()} == {"as stored": 32}
     assert all(one["tokens_per_second"] for name in gpus if name[:5] == "RTX 4" for one in gpus[name].values())
     assert gpus["H200"] == {} and gpus["A40"]["as stored"]["tokens_per_second"] == []
 
@@ -263,7 +267,7 @@ def bytes_of(weights: Any) -> int:
     ("weights", "free", "choice", "message"),
     [
         (None, 80 * GB, True, "the weights take 93.4 GB, and cuda:0 has 80.0 GB free: weights='fp8' takes 48.4 GB; "),
-        ("fp8", 40 * GB, True, "free: weights='int4' takes 26.5 GB; weights={'experts': 'int4', 'linear': 'int8'} t"),
+        ("fp8", 40 * GB, True, "free: weights={'experts': 'int4', 'linear': 'int8'} takes 25.0 GB; weights='int4' t"),
         ("int4", 24 * GB, True, "free: no format fits, the least is 25.0 GB with weights={'experts': 'int4', 'linear'"),
         ("int4", 24 * GB, False, "free: no format fits, the least is 26.5 GB with weights=None; needs more memory"),
     ],
@@ -287,13 +291,14 @@ def test_memory_check_passes_what_fits_and_ignores_a_cpu(monkeypatch: pytest.Mon
         check_memory(CUDA, need + 1)
 
 
-# Predicted, not measured: the least tokens/s of one sequence of 4,096 tokens, cautiously.
+# Experts in host memory, tokens of a chunk, and predicted, not measured, the least tokens/s of one sequence of 4,096
+# tokens, cautiously.
 OFFLOADED = {
-    ("rtx4080", "int4, linear int8"): (4, 7),
-    ("rtx4090", "int4, linear int8"): (1, 25),
-    ("rtx3090", "int4, linear int8"): (1, 20),
-    ("rtx5090", "fp8"): (4, 7),
-    ("h100", "as stored"): (2, 8),
+    ("rtx4080", "int4, linear int8"): (117, 512, 8),
+    ("rtx4090", "int4, linear int8"): (18, 512, 32),
+    ("rtx3090", "int4, linear int8"): (18, 512, 28),
+    ("rtx5090", "fp8"): (98, 512, 7),
+    ("h100", "as stored"): (35, 2048, 10),
 }
 
 
@@ -301,27 +306,73 @@ OFFLOADED = {
 def test_experts_in_host_memory(gpu: str, format: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(fit(capsys, "--gpu", gpu, "--context", "4096", "--json")[1])
     one = next(one for one in found["formats"] if one["format"] == format)
-    experts, least = OFFLOADED[gpu, format]
+    experts, chunk, least = OFFLOADED[gpu, format]
     offload, width = one["offload"], {"as stored": 2, "fp8": 1}.get(format, 0.5)
-    assert (offload["experts"], offload["of"]) == (experts, 8)
-    assert offload["host_bytes"] == experts * 32 * 3 * 4096 * 14336 * width
+    assert (offload["experts"], offload["of"], offload["chunk"]) == (experts, 256, chunk) and offload["embedding"]
+    each, embedding = 3 * 4096 * 14336 * width, 32000 * 4096 * 2
+    of_layer = -(-experts // 32)
+    assert (offload["host_bytes"], offload["staging_bytes"]) == (experts * each + embedding, of_layer * each)
     assert least <= offload["tokens_per_second"][0] < offload["tokens_per_second"][1]
     # No quicker than the link at its full rate: 2 of 8 experts a token and layer, chosen uniformly.
-    assert offload["tokens_per_second"][1] < LINKS[offload["link"]] / (offload["host_bytes"] / 4)
-    # The fewest: one less does not fit.
-    limit, each = 0.98 * find_gpu(gpu).bytes, offload["host_bytes"] / experts
-    assert one["bytes"]["total"] - experts * each < limit < one["bytes"]["total"] - (experts - 1) * each
+    assert offload["tokens_per_second"][1] < LINKS[offload["link"]] / (experts * each / 4)
+    # The fewest: one less does not fit, with any chunk.
+    limit, total = 0.98 * find_gpu(gpu).bytes, one["bytes"]["total"] - one["bytes"]["workspace"]
+    workspace = [workspace_bytes(SMALLER, 1, 4096, tokens) for tokens in (chunk, 512)]
+    device_bytes = total + workspace[0] - offload["host_bytes"] + offload["staging_bytes"]
+    assert device_bytes == offload["device_bytes"] <= limit
+    assert total + workspace[1] - embedding - (experts - 1) * each + -(-(experts - 1) // 32) * each > limit
+
+
+def test_the_rtx_4090_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    """8x7B in int4 with linear int8, one sequence of 4,096 tokens: all sums, in bytes."""
+    expert = 3 * 14336 * 4096 // 2  # gate, up and down in 4 bits: 88,080,384
+    scales = 3 * 14336 * 4096 // 128 * 2  # bf16, of 128 columns: 2,752,512
+    attention = (4096 + 1024 + 1024 + 4096) * (4096 + 4)  # q, k, v and o in 8 bits, fp32 scales of rows: 41,984,000
+    layer = 8 * (expert + scales) + attention + 8 * 4096 * 2 + 2 * 4096 * 2  # the gate, two norms: 768,729,088
+    embedding, head = 32000 * 4096 * 2, 32000 * (4096 + 4)  # 262,144,000 and 131,200,000
+    weights = 32 * layer + embedding + head + 4096 * 2
+    cache = 32 * 2 * 8 * 128 * 4096 * 2  # layers, keys and values, heads, columns, tokens, bf16: 536,870,912
+    rest = 2 * 32768 * 64 * 4 + 64 * 32000 + 5 * 2**28  # rotary tables, logits, the driver: 1,361,002,496
+    # A token of a chunk: seven vectors of H, two slots of two of H and one of I, the gate's logits; the chunk before.
+    token = (7 * 4096 + 2 * (2 * 4096 + 14336) + 8 + 4096) * 2 + 16 + 2 * 12  # 155,704
+    limit = 24564 * 2**20 * 98 // 100  # 25,242,076,446
+    sums = {"weights": weights, "cache": cache, "workspace": 2048 * token + 8 * 4096, "total": 27_209_470_976}
+    formats = json.loads(fit(capsys, "--gpu", "rtx4090", "--context", "4096", "--json")[1])["formats"]
+    (one,) = (one for one in formats if one["format"] == "int4, linear int8")
+    assert sums == {name: one["bytes"][name] for name in sums} and weights == 24_992_683_008
+    fewest = {}
+    for chunk in (2048, 1024, 512):
+        on_gpu = weights - embedding + cache + rest + chunk * token + 8 * 4096
+        for count in range(1, 33):  # the buffers hold one expert of a layer
+            if on_gpu - count * expert + expert <= limit:
+                fewest[chunk] = count, on_gpu - count * expert + expert, count * expert + embedding
+                break
+    assert {chunk: count for chunk, (count, _, _) in fewest.items()} == {2048: 21, 1024: 19, 512: 18}
+    offload = one["offload"]
+    assert (offload["chunk"], offload["staging_bytes"], offload["embedding"]) == (512, expert, True)
+    assert fewest[512] == tuple(offload[name] for name in ("experts", "device_bytes", "host_bytes"))
+    # Of a token: 2 of 8 experts a layer by uniform routing, of which 18 of 256 lie there, and a row of the embedding.
+    placed = select_experts(SMALLER, 18), True
+    model = Mixtral(SMALLER, "meta", BF16, False, format_specs(SMALLER)["int4, linear int8"], None, *placed)
+    with record_launches("sm_89") as launches, torch.no_grad():
+        model.hidden(torch.zeros(1, 1, dtype=torch.int64, device="meta"), KVCache(SMALLER, 1, 64, "meta"))
+    crossing = sum(count_work(each).host for each in launches)
+    assert crossing == pytest.approx(32 * 2 * 18 / 256 * expert + 4096 * 2)  # 396,369,920
 
 
 def test_offloading_is_the_command_to_run(capsys: pytest.CaptureFixture[str]) -> None:
     status, text = fit(capsys, "mixtral-8x7b", "--gpu", "rtx4090", "--context", "4096")
-    command = "mixtral-triton generate FOLDER --weights experts=int4,linear=int8 --offload 1\n"
+    command = "mixtral-triton generate FOLDER --weights experts=int4,linear=int8 --offload auto\n"
     assert status == 1 and text.endswith(f"NO FORMAT FITS\nWith experts in host memory: {command}")
-    assert re.search(r"^int4, linear int8, 1 of 8 offloaded: \d+-\d+ tokens/s predicted", text, re.M)
+    placed = "18 of 256 experts and the embedding in host memory, prompts in chunks of 512 tokens (3 experts fewer)"
+    text = " ".join(text.split())
+    assert re.search(rf"int4, linear int8, {re.escape(placed)}: \d+-\d+ tokens/s predicted", text)
     arguments = parser().parse_args(command.split()[1:])
-    assert (arguments.weights, arguments.offload) == (FORMATS["int4, linear int8"], 1)
-    text = fit(capsys, "--memory", "24", "--context", "4096")[1]
-    assert text.endswith(command) and "1 of 8 offloaded: no prediction" in text
+    assert (arguments.weights, arguments.offload) == (FORMATS["int4, linear int8"], "auto")
+    text = fit(capsys, "--memory", "24", "--context", "8192")[1]
+    assert text.endswith(f"{command[:-1]} --context 8192\n") and "(3 experts fewer): no prediction" in " ".join(
+        text.split()
+    )
 
 
 @pytest.mark.parametrize("T", [1, 3, 100])
@@ -349,6 +400,6 @@ def test_host_memory_and_link_limit_what_is_offloaded(capsys: pytest.CaptureFixt
         found = json.loads(fit(capsys, "--gpu", "rtx4090", "--context", "4096", "--json", *args)[1])["formats"]
         return {one["format"]: one["offload"] for one in found if one["offload"]}
 
-    assert list(offloads("--host-memory", "4")) == ["int4, linear int8"]
+    assert list(offloads("--host-memory", "3")) == ["int4, linear int8"]
     slow, fast = (offloads("--link", link)["int4"]["tokens_per_second"][0] for link in ("pcie3x8", "pcie5x16"))
     assert 4 * slow < fast

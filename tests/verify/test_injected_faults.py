@@ -16,10 +16,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mixtral_triton import Mixtral, ops, verification, verify, weights
+from mixtral_triton import KVCache, Mixtral, generate, ops, verification, verify, weights
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.model import Layer, State
+from mixtral_triton.verification import END
 from mixtral_triton.verification.layers import CHUNKS, ROUTES, TOKENS, UNCACHED
 from tests.support import faults, hub
 from tests.support.faults import Inject, all_dtypes, change_state, one_at_a_time, replace_by
@@ -64,10 +66,10 @@ class ReorderedTokens(Layer):
 @pytest.mark.parametrize(
     ("fault", "case"),
     [
-        (SwappedNorms, ROUTES),
+        (SwappedNorms, f"{ROUTES}, {UNCACHED}"),
         (SwappedQueriesAndKeys, f"attention, {UNCACHED}"),
-        (NoResidual, ROUTES),
-        (UnnormalizedRoutes, ROUTES),
+        (NoResidual, f"{ROUTES}, {UNCACHED}"),
+        (UnnormalizedRoutes, f"{ROUTES}, {UNCACHED}"),
     ],
 )
 def test_fault_in_one_layer(fault: Any, case: str, dtype: torch.dtype) -> None:
@@ -80,7 +82,7 @@ def test_fault_in_one_layer(fault: Any, case: str, dtype: torch.dtype) -> None:
 def test_routes_that_are_no_near_tie_are_wrong() -> None:
     model = small_model(torch.bfloat16)
     model.layers[LAYER].__class__ = ReorderedTokens
-    assert (LAYER, "routes") in {(row.layer, row.case) for row in verify(model, IDS).wrong}
+    assert (LAYER, "routes, whole text") in {(row.layer, row.case) for row in verify(model, IDS).wrong}
 
 
 def change_window(change: int, state: State) -> None:
@@ -133,7 +135,7 @@ def test_next_norm_of_another_kind(dtype: torch.dtype, monkeypatch: pytest.Monke
 def test_head_tied_in_the_model(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Mixtral, "head", lambda model, h: ops.linear.unchecked(h, model.embed_tokens))
     wrong = [row.op for row in verify(small_model(dtype), IDS).wrong]
-    assert wrong[0] == "logits" and set(wrong[1:]) <= {"generate"}
+    assert wrong[0] == "logits" and {*wrong} <= {"logits", "generate"}
 
 
 def wrong_weights(model: Mixtral) -> list[tuple[int | None, str]]:
@@ -190,6 +192,107 @@ def test_checkpoint_with_fused_experts_and_tied_head(tmp_path: Path) -> None:
     report = verify(Mixtral.from_pretrained(tmp_path, "cpu"), IDS, folder=tmp_path)
     assert not report.wrong, str(report)
     assert [row.layer for row in report.rows if row.case == "as stored"] == [None, 0, 1, 2]
+
+
+def longer_than_a_chunk(prefill: Any) -> Any:
+    """The hidden states of prompts that are longer than a chunk are those of each other's."""
+    return lambda model, cache, ids, lengths: prefill(model, cache, ids, lengths).flip(int(ids.shape[1] <= 3))
+
+
+def without_eos(cut: Any) -> Any:
+    return lambda tail, eos: (x := cut(tail, eos))[: len(x) - (int(x[-1]) in eos)]
+
+
+def goes_on(pick: Any) -> Any:
+    return lambda step, h: (step.ended.zero_(), pick(step, h))
+
+
+def one_stop_less(init: Any) -> Any:
+    return lambda step, *args: (init(step, *args), setattr(step, "stops", step.stops[:-1]))[0]
+
+
+def all_end(pick: Any) -> Any:
+    return lambda step, h: (pick(step, h), step.ended.fill_(bool(step.ended.any())))[0]
+
+
+def one_behind(stream: Any) -> Any:
+    def faulty(*args: Any) -> Any:
+        tokens = list(stream(*args))
+        yield from [tokens[0], *tokens[:-1]]
+
+    return faulty
+
+
+def not_counted(advance: Any) -> Any:
+    return lambda cache, new, common: advance(cache, 0 * new if common == 1 else new, common)
+
+
+def shifted(table: Any) -> Any:
+    return lambda weight: table(weight).roll(1)
+
+
+def in_sample(change: Callable[..., tuple[Any, ...]]) -> Inject:
+    return replace_by(verification, "sample", lambda sample: lambda *args: sample(*change(*args)))
+
+
+# What users read and launch around the model: the operation and the case of the first wrong row.
+FAULTS_AROUND: dict[str, tuple[Inject, str, str]] = {
+    "EOS is cut off": (replace_by(generate, "_cut", without_eos), "generate", END),
+    "an ended sequence goes on": (replace_by(generate.Step, "pick", goes_on), "generate", END),
+    "EOS of the config is ignored": (
+        replace_by(generate, "eos_ids", lambda ids: lambda given, config: ids([] if given is None else given, config)),
+        *("generate", END),
+    ),
+    "the last EOS is unknown": (replace_by(generate.Step, "__init__", one_stop_less), "generate", END),
+    "all sequences end together": (replace_by(generate.Step, "pick", all_end), "generate", END),
+    "a token behind": (replace_by(generate, "_stream", one_behind), "generate", "greedy"),
+    "temperature twice": (in_sample(lambda x, t, *args: (x / t, t, *args)), "generate", "sample"),
+    "top_p is wider": (in_sample(lambda x, t, p, *args: (x, t, min(1.0, 1.03 * p), *args)), "generate", "sample"),
+    "a full cache": (replace_by(KVCache, "reserve", lambda reserve: lambda cache, new: None), "forward", "refusals"),
+    "any cache": (replace_by(Mixtral, "_check_cache", lambda check: lambda *args: None), "forward", "refusals"),
+    "a step is not counted": (replace_by(KVCache, "advance", not_counted), "layer", "attention, token by token"),
+    "rows of a long prompt": (replace_by(generate, "prefill", longer_than_a_chunk), "generate", "greedy"),
+    "top_k + 1": (in_sample(lambda x, t, p, g, k=None, *m: (x, t, p, g, k and k + 1, *m)), "generate", "sample"),
+    "no min_p": (in_sample(lambda x, t, p, g, k=None, *m: (x, t, p, g, k)), "generate", "sample"),
+    "no BOS": (
+        replace_by(verification.source, "encode", lambda encode: lambda *args: (encode(*args)[0][1:], "")),
+        *("config", "tokens of a prompt"),
+    ),
+    "a shifted table": (replace_by(OffloadedWeight, "_table", shifted), "weights", "addresses of experts"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS_AROUND)
+def test_fault_around_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inject, *place = FAULTS_AROUND[name]
+    inject(monkeypatch)
+    model = Mixtral.from_pretrained(SMALL, "cpu", offload=2 * (name == "a shifted table"))
+    wrong = verify(model, IDS, folder=SMALL, quick=True).wrong
+    assert wrong and [wrong[0].op, wrong[0].case] == place, wrong
+
+
+@pytest.mark.parametrize("fault", ["strides", "batch"])
+def test_fault_that_contiguous_or_single_calls_hide(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row's stride is ignored, or what else is in the batch is not."""
+    model, right = small_model(torch.bfloat16), verification.ModelUnderTest.operation
+    target = verification.ModelUnderTest(model)
+
+    def faulty(op: str, args: Any) -> Any:
+        def run(**args: Any) -> Any:
+            first = next(iter(args))
+            if fault == "strides" and op == "rms_norm" and args["x"].stride() != args["x"].contiguous().stride():
+                args[first] = torch.as_strided(args["x"], args["x"].shape, args["x"].contiguous().stride())
+            out = right(op, args)(**args)
+            return out * 1.01 if fault == "batch" and op == "attention" and len(args[first]) > 4 else out
+
+        return run
+
+    check = target.check(model.layers[0], torch.nn.functional.embedding(IDS, model.embed_tokens), model.config)
+    calls = [*check.prefix(3).strided_calls(), *check.deterministic_calls()]
+    assert all(row.ok for call in calls for row in target.measure(0, *call))
+    monkeypatch.setattr(verification.ModelUnderTest, "operation", staticmethod(faulty))
+    wrong = {(row.op, row.case) for call in calls for row in target.measure(0, *call) if not row.ok}
+    assert wrong >= ({("rms_norm", "sliced")} if fault == "strides" else {("attention", "bits in any batch")}), wrong
 
 
 def change_config(model: Mixtral, **changes: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -13,24 +15,22 @@ import torch
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig, generate, ops, reference, verification, verify
 from mixtral_triton.cli import SMALL, main
+from mixtral_triton.kernels import linear, offload, plan
 from mixtral_triton.kernels.experts import op
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
+from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.model import Layer
 from mixtral_triton.tools.tolerance import Fp64Reference, Tolerance, worst
-from mixtral_triton.verification import calls
 from mixtral_triton.verification.calls import LayerCheck, SizedCalls
 from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
 from mixtral_triton.verification.report import Row
 from tests.support.faults import Inject, in_router, replace_by, small_model
+from tests.support.models import random_model
 
 IDS = torch.randint(1, 48, (2, 20), generator=torch.Generator().manual_seed(0))
 NAN, INF = math.nan, math.inf
 once = pytest.mark.skipif(INTERPRETED, reason="about the comparison: run once, without the interpreter")
-
-
-def model_8x7b() -> Mixtral:
-    return Mixtral(MixtralConfig(num_hidden_layers=1, rope_theta=1e6), device="meta")
 
 
 def meta_check(model: Mixtral) -> LayerCheck:
@@ -43,53 +43,93 @@ def meta_check(model: Mixtral) -> LayerCheck:
     return LayerCheck(values, layer, model.config, tables)
 
 
-def left_out(arch: str, limit: int = 4096) -> tuple[set[Any], list[str]]:
-    """What a forward of 8x7B launches and the calls of verify do not, and what the report says it left out."""
-    model = model_8x7b()
-    sized = SizedCalls(limit, (arch, None))
-    planned: set[Any] = set()
-    for call in sized.calls_of_generate(meta_check(model)):
-        planned |= calls.launches(call, *sized.gpu)
-    needed: set[Any] = set()
-    for B, T in [(1, 1), (8, 1), (32, 1), (1, 512), (1, 2048)]:
-        cache = KVCache(model.config, B, 4096, "meta", torch.bfloat16)
+def keys(launches: Any) -> set[Any]:
+    """The launch configurations, and the shapes of dense weights, of Triton's launches."""
+    found = (each for each in launches if each.grid is not None)
+    shape = lambda each: getattr(each.args.get("weight_ptr"), "shape", None)  # noqa: E731
+    return {(each.kernel, each.num_warps, str(sorted(each.constexprs.items())), shape(each)) for each in found}
+
+
+DRAW = torch.Generator().manual_seed(0)
+SIZES = [(B, 1, 4096) for B in range(1, 65)] + [(1, 1, C) for C in (1, 300, 5000, 9000, 20000, 32768)]
+SIZES += [(1, int(T), 4096) for T in torch.randint(2, 2049, (60,), generator=DRAW)]
+SIZES += [(int(B), int(T), 4096) for B, T in torch.randint(2, 65, (20, 2), generator=DRAW)] + [(64, 2048, 4096)]
+
+
+def left_out(
+    arch: str = "sm_90", sizes: Any = SIZES, limit: int = 8192, deterministic: bool = False
+) -> tuple[set[Any], list[str], set[Any]]:
+    """What forwards of 8x7B launch and the calls of verify do not, what the report says of it, and what they launch."""
+    config = MixtralConfig(num_hidden_layers=1, rope_theta=1e6)
+    model = Mixtral(config, device="meta", deterministic=deterministic)
+    sized = SizedCalls(ModelUnderTest(model), limit, (arch, None))
+    run, needed = set[Any](), set[Any]()
+    for name, _, args in sized.calls_of_generate(meta_check(model)):
         with record_launches(arch) as records:
-            model.hidden(torch.zeros(B, T, dtype=torch.int64, device="meta"), cache)
-        needed |= calls.configurations(records)
-    return needed - planned, sized.not_run
+            OPS[name].run(*OPS[name].bind(**args))
+        run |= keys(records)
+    for B, T, C in sizes:
+        cache = KVCache(config, B, C, "meta", torch.bfloat16)
+        with record_launches(arch) as records:
+            model.head(model.hidden(torch.zeros(B, T, dtype=torch.int64, device="meta"), cache)[:, 0])
+        needed |= keys(records)
+    return needed - run, sized.not_run, run
 
 
 @once
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
-def test_every_launch_of_generate_is_run(arch: str) -> None:
-    missing, not_run = left_out(arch)
+def test_every_launch_of_generate_is_run(arch: str, deterministic: bool) -> None:
+    missing, not_run, run = left_out(arch, deterministic=deterministic)
     assert not missing and not not_run
+    constants = {text for kernel, _, text, _ in run if kernel in ("attention_decode_kernel", "gather_by_expert_kernel")}
+    if arch == "sm_90":
+        splits = [] if deterministic else [f"('SPLITS', {n})" for n in (16, 32, 64)]
+        assert all(
+            any(n in text for text in constants) for n in [*splits, *(f"('BLOCK_S', {n})" for n in (16, 32, 64))]
+        )
+
+
+@once
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_every_length_of_a_chunk_is_run(arch: str) -> None:
+    assert not left_out(arch, [(1, T, 4096) for T in range(1, 2049)])[0]
 
 
 @once
 def test_a_launch_that_is_not_reached_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fewer sizes, and with a limit of tokens, which the report names."""
-    _, not_run = left_out("sm_90", limit=256)
-    assert any(line.startswith("experts_add_rms_norm (1 x 512 tokens): experts_") for line in not_run)
+    """With a limit of tokens, which the report names, and with a call whose arguments have no values."""
+    not_run = left_out(limit=256, sizes=[])[1]
+    assert any(line.startswith("experts_add_rms_norm (") and "experts_up_kernel" in line for line in not_run), not_run
     assert all("needs a GPU or --tokens" in line for line in not_run)
-    monkeypatch.setattr(calls, "CHUNKS", [size for size in calls.CHUNKS if size[1] < 512])
-    missing, _ = left_out("sm_90")
-    assert {kernel for kernel, *_ in missing} >= {"experts_up_kernel", "attention_prefill_kernel"}
+    attention = Layer.attention
+
+    def with_another_call(layer: Layer, *args: Any) -> Any:
+        ops.route.unchecked(args[0][0], 2)
+        return attention(layer, *args)
+
+    monkeypatch.setattr(Layer, "attention", with_another_call)
+    assert any("route_kernel; needs values of 'logits'" in line for line in left_out(sizes=[])[1])
 
 
 @once
-def test_a_tile_that_no_size_reaches_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    configs = op.configs
+@pytest.mark.parametrize("rows", [37, 1001])
+def test_a_tile_of_one_size(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 64 rows it is run, whatever they are; a chunk's that no call reaches is seen here."""
+    place, kernel = (linear, "linear_decode_kernel") if rows < 65 else (op, "experts_up_kernel")
+    configs = place.configs
 
     def with_a_tile(sizes: Any, dtype: Any, arch: str) -> Any:
         found = configs(sizes, dtype, arch)
-        if sizes["T"] == 512:
-            found["experts_up_kernel"] = dataclasses.replace(found["experts_up_kernel"], num_stages=2)
+        if sizes["T"] == rows:
+            found[kernel] = dataclasses.replace(found[kernel], num_warps=2)
         return found
 
-    monkeypatch.setattr(op, "configs", with_a_tile)
-    monkeypatch.setattr(calls, "CHUNKS", [size for size in calls.CHUNKS if size[1] != 512])
-    assert {kernel for kernel, *_ in left_out("sm_90")[0]} == {"experts_up_kernel"}
+    monkeypatch.setattr(place, "configs", with_a_tile)
+    monkeypatch.setattr(op, "norm_configs", lambda sizes, *args: op.configs({**sizes, "norm": True}, *args))
+    missing = left_out(sizes=[*SIZES, (1, 1001, 4096)])[0]
+    assert {name for name, *_ in missing} == ({kernel} if rows > 64 else set())
 
 
 def first_row_for_all(argument: int, patch: pytest.MonkeyPatch) -> None:
@@ -144,6 +184,18 @@ def with_draw(sample: Any) -> Any:
     return lambda *args: (args[3] and torch.rand(1, generator=args[3]), sample(*args))[1]
 
 
+def halved(forward: Any) -> Any:
+    return lambda *args, **kwargs: forward(*args, **kwargs) / 2
+
+
+def without_lengths(forward: Any) -> Any:
+    return lambda model, ids, cache=None, lengths=None: forward(model, ids, cache)
+
+
+def full_cache(reserve: Any) -> Any:
+    return lambda cache, new: reserve(cache, new + cache.max_len)
+
+
 # Written down before any was tried: what is injected -> the operation and the case of the first wrong row.
 FAULTS: dict[str, tuple[Inject, str, str]] = {
     "first sequence's positions": (partial(first_row_for_all, 0), "layer", "attention, in chunks"),
@@ -152,9 +204,12 @@ FAULTS: dict[str, tuple[Inject, str, str]] = {
     "attention 1 % too large": (scale_attention(1.01), "layer", "attention, whole text, fp32"),
     "experts 10 % too large": (scale_experts(1.1), "layer", "experts, whole text"),
     "experts 1 % too large": (scale_experts(1.01), "layer", "experts, whole text, fp32"),
-    "eps x 100": (in_router(rms_norm_eps=1e-3), "layer", "routes, fp32"),
-    "top_k + 1": (replace_by(Layer, "route", one_expert_more), "layer", "routes"),
+    "eps x 100": (in_router(rms_norm_eps=1e-3), "layer", "routes, whole text, fp32"),
+    "top_k + 1": (replace_by(Layer, "route", one_expert_more), "layer", "routes, whole text"),
     "a token less": (replace_by(Layer, "attention", one_token_less), "layer", "attention, whole text"),
+    "forward halves the logits": (replace_by(Mixtral, "forward", halved), "logits", "whole text"),
+    "forward drops the lengths": (replace_by(Mixtral, "forward", without_lengths), "layer", "attention, in chunks"),
+    "a cache that is full too early": (replace_by(KVCache, "reserve", full_cache), "layer", "in chunks"),
     "last token of the longest prompt": (replace_by(generate, "prefill", last_of_the_longest), "generate", "greedy"),
     "greedy takes the second": (replace_by(generate, "sample", second_best), "generate", "greedy"),
     "no temperature": (replace_by(generate, "sample", no_temperature), "generate", "sampled"),
@@ -182,7 +237,7 @@ def test_fault_in_sample(old: Any, new: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(verification, "TOP_P", old[1])
     monkeypatch.setattr(verification, "TOP_K", old[2])
     sample = verification.sample
-    monkeypatch.setattr(verification, "sample", lambda x, t, p, g, k: sample(x, t, new[1], g, new[2]))
+    monkeypatch.setattr(verification, "sample", lambda x, t, p, g, k, *rest: sample(x, t, new[1], g, new[2], *rest))
     logits = torch.randn(400, 60, generator=torch.Generator().manual_seed(0))
     assert not verification._check_sample(logits).ok
 
@@ -255,3 +310,49 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: Any, in_process: 
     assert main(["verify", "--device", "cpu"]) == 3
     error = capsys.readouterr().err.strip()
     assert "crashed: OutOfMemoryError: no memory" in error.splitlines()[-1] and len(error.splitlines()) == 2
+
+
+def stale_buffer(begin: Any) -> Any:
+    """From the third time on, a weight gets a buffer that may hold another's."""
+    times = Counter[int]()
+
+    def faulty(self: Any, weight: Any, stream: Any) -> Any:
+        times[id(weight)] += 1
+        return self.buffers[stream.cuda_stream][0] if times[id(weight)] > 2 else begin(self, weight, stream)
+
+    return faulty
+
+
+def key_without_shapes(call_key: Any) -> Any:
+    return lambda args: tuple(each for each in call_key(args) if not isinstance(each, tuple))
+
+
+def stale_base(describe: Any) -> Any:
+    first: dict[Any, Any] = {}
+    return lambda fields, base: describe(fields, first.setdefault((base.shape, base.dtype), base))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fault", ["none", "buffer", "key", "descriptor"])
+def test_repeated_calls(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is remembered from the first call is wrong in later ones."""
+    device = torch.device("cuda")
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "vocab_size": 40,
+        "sliding_window": None,
+    }
+    model = random_model(device, torch.bfloat16, on_host=(1, 3), **sizes)
+    faults: dict[str, Inject] = {
+        "buffer": replace_by(offload._Staging, "begin", stale_buffer),
+        "key": replace_by(plan, "call_key", key_without_shapes),
+        "descriptor": replace_by(plan, "_descriptor", stale_base),
+    }
+    if fault != "none":
+        faults[fault](monkeypatch)
+    ids, rows = torch.arange(40, device=device)[None], []
+    with suppress(RuntimeError):  # another call's shape
+        rows = verification._repeated_rows(model, ids)
+    assert [row.ok for row in rows] == [True] if fault == "none" else not any(row.ok for row in rows)

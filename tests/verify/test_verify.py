@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +47,12 @@ def test_right_model(dtype: torch.dtype, window: int | None) -> None:
     report = verify(small_model(dtype, sliding_window=window), IDS[:, :10] if INTERPRETED else IDS)
     assert not report.wrong, str(report)
     check_complete(report, 2)
-    assert [row.op for row in report.rows if row.layer is None] == ["weights", "rms_norm", "logits", *["generate"] * 3]
+    assert [row.op for row in report.rows if row.layer is None] == [
+        "weights",
+        "rms_norm",
+        *["logits"] * 4,
+        *["generate"] * 3,
+    ]
     assert report.flips == 0 or dtype != torch.float32
 
 
@@ -150,6 +156,27 @@ def test_applied_model_stays_as_it_is(make_hf: Any) -> None:
     assert verify(model).ok
     assert hf.applied(model) and model.config._attn_implementation == "eager"
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@once
+def test_report_names_every_kind_of_row_that_did_not_run(make_hf: Any) -> None:
+    def not_run(report: Report) -> set[str]:
+        found = report.as_dict()["not_run"]
+        assert all(f"not run: {line}"[:60] in str(report) for line in found)
+        return {line.split()[0] for line in found}
+
+    always = {"kernels;", "config.json,", "transformers'", "captured", "deterministic"}
+    assert not_run(verify(small_model(), IDS[:, :4])) == always
+    assert not_run(verify(small_model(torch.bfloat16), IDS[:, :4], quick=True)) == {*always, "layers"}
+    assert not_run(verify(make_hf(), IDS[:, :10])) == {"kernels;", "experts", "generate;"}
+    assert not_run(verify(make_hf().bfloat16(), IDS[:, :15])) == {"kernels;", "layers", "generate;"}
+
+
+@once
+def test_json_has_null_and_a_text_for_what_is_not_finite() -> None:
+    row = Row(None, "logits", "", math.nan, math.inf)
+    found = json.loads(json.dumps(Report((row,), 0, 1, "Triton", "float32").as_dict(), allow_nan=False))["rows"][0]
+    assert found["error"] is found["limit"] is None and (found["error_text"], found["limit_text"]) == ("nan", "inf")
 
 
 @once

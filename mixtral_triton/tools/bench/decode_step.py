@@ -1,6 +1,7 @@
 """The whole decode step as an operation of the benchmark: one new token for each of B sequences of S positions.
 
-The model has L layers and a head of V rows with random weights, and `offload` experts of each layer in host memory.
+The model has L layers and a head of V rows with random weights. On average, `offload` experts of each layer are in host
+memory, and the embedding with them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ...kernels.dispatch import expected_distinct_experts
 from ...kernels.offload import OffloadedWeight
 from ...kernels.op import Cost, Op, Sizes
 from ...kernels.registry import OPS
-from ...load import check_offload, experts_to_offload, offloaded_bytes, select_experts, usable_bytes
+from ...load import check_offload, fewest, movable_bytes, select_experts, usable_bytes
 from ...model import Mixtral
 from ...reference import block
 from ...weights import parameter_shapes
@@ -51,8 +52,8 @@ def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None)
     select another expert, changes no logits.
     """
     settings = config(sizes)
-    on_host = select_experts(settings, sizes.get("offload", 0), None)
-    model = Mixtral(settings, device, dtype, on_host=on_host)
+    on_host = select_experts(settings, round(sizes.get("offload", 0) * sizes["L"]))
+    model = Mixtral(settings, device, dtype, on_host=on_host, embedding_on_host=any(on_host))
     for name, weight in model.named_weights().items():
         experts = map(weight.rows, range(len(weight))) if isinstance(weight, OffloadedWeight) else weight
         first, *copies = experts if len(weight.shape) == 3 else [weight]
@@ -134,22 +135,25 @@ def routed(args: Args) -> dict[str, float]:
         decode_step(**args)
     rewind(args["cache"])
     selected = [set(ids.unique().tolist()) for ids in routes.ids]
-    on_host = set(getattr(args["model"].layers[0].down_proj, "on_host", ()))
-    counts = {"distinct": map(len, selected), "distinct_on_host": (len(experts & on_host) for experts in selected)}
+    on_host = [set(getattr(layer.down_proj, "on_host", ())) for layer in args["model"].layers]
+    counts = {"distinct": map(len, selected), "distinct_on_host": map(len, map(set.intersection, selected, on_host))}
     return {name: sum(each) / len(selected) for name, each in counts.items()}
 
 
-def resolve_offload(sizes: Sizes, dtype: torch.dtype, offload: int | str, gpu: GPU | None = None) -> int:
-    """Return how many experts of each layer stay in host memory; "auto": as many as `fit` says that `gpu` needs.
+def resolve_offload(sizes: Sizes, dtype: torch.dtype, offload: int | str, gpu: GPU | None = None) -> float:
+    """Return how many experts of each layer stay in host memory; "auto": on average, what `fit` says that `gpu` needs.
 
     ValueError for a number that the model cannot offload.
     """
     settings = replace(config(sizes), dtype=dtype_name(dtype))
-    per_expert = offloaded_bytes(parameter_shapes(settings), {}, dtype)
+    movable = movable_bytes(settings, parameter_shapes(settings), {}, dtype)
     if offload == "auto" and gpu is not None:
-        needed = memory_need(settings, {}, sizes["B"], sizes["S"])["total"]
-        offload = experts_to_offload(settings, needed, usable_bytes(gpu.bytes), per_expert)
-    return check_offload(offload, settings, None, torch.device("meta"), 0, per_expert)
+        need, limit = partial(memory_need, settings, {}, sizes["B"], sizes["S"]), usable_bytes(gpu.bytes)
+        if found := fewest(settings, movable, lambda chunk: need(chunk=chunk)["total"], limit):
+            return found.count / settings.num_hidden_layers
+        offload = settings.num_local_experts  # too many, as the check says
+    placement = check_offload(offload, settings, None, torch.device("meta"), 0, movable)
+    return placement.count / settings.num_hidden_layers
 
 
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:

@@ -265,7 +265,11 @@ def gpu(count: int = 1, **properties: Any) -> Iterator[GPU]:
     machine = GPU(count, **properties)
     patches = [(torch.cuda, name, function) for name, function in machine.functions().items()]
     patches += [(torch.cuda.graphs.graph, "default_capture_stream", None), (torch, "Generator", Generator)]
-    patches += [*project_patches(FakeGPUTensor, machine.call_runtime), (stage, "last_error", 0)]
+    patches += [
+        *project_patches(FakeGPUTensor, machine.call_runtime),
+        (stage, "last_error", 0),
+        (stage, "pinned", machine.pinned),
+    ]
     patches += [(torch._C, "_host_emptyCache", lambda: None), (triton.runtime.driver, "_active", machine.driver)]
     with ExitStack() as stack:
         for module, name, value in patches:

@@ -6,6 +6,9 @@ it reads a value. A capture runs nothing that writes; a replay runs everything o
 
 from __future__ import annotations
 
+import ctypes
+import math
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -92,6 +95,7 @@ class Stage:
         self.clocks: dict[int, Counter[int]] = defaultdict(Counter)  # by stream: the work that precedes its next
         self.forbidden = False
         self.capture: Any = None
+        self.pinned: dict[int, int] = {}  # bytes of host memory, by address
         self.last_error = 0  # of the runtime, which torch raises after its next launch
 
     def run(self, work: Callable[[], Any]) -> None:
@@ -184,6 +188,16 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return out if to_host else tree_map(lambda x: known[id(x)] if id(x) in known else to_fake_gpu(x, device), out)
 
 
+def _of_address(owner: Any, layout: Mapping[str, Any], device: Any) -> Tensor:
+    """Return a tensor on memory that `owner` describes, which on this GPU is the host's: it must be pinned."""
+    address, dtype = layout["data"][0], {"<i2": torch.int16, "<i4": torch.int32}[layout["typestr"]]
+    if address not in stage.pinned:
+        raise RuntimeError("The specified pointer resides on host memory and is not registered with any CUDA device.")
+    memory = (ctypes.c_char * (math.prod(layout["shape"]) * dtype.itemsize)).from_address(address)
+    weakref.finalize(memory, lambda alive: None, owner)
+    return to_fake_gpu(torch.frombuffer(memory, dtype=dtype).view(layout["shape"]), device)
+
+
 def is_mask(x: Any) -> bool:
     return isinstance(x, FakeGPUTensor) and x.dtype in (torch.bool, torch.uint8)
 
@@ -233,6 +247,8 @@ class Factories(TorchFunctionMode):
         if func is torch.device and isinstance(args[0], int):
             return torch.device("cuda", args[0])
         device = kwargs.get("device")
+        if name == "as_tensor" and (layout := getattr(args[0], "__cuda_array_interface__", None)):
+            return _of_address(args[0], layout, device)
         if is_fake_gpu(device) and not any(isinstance(x, FakeGPUTensor) for x in args):
             return to_fake_gpu(func(*args, **kwargs | {"device": "cpu"}), device)
         try:
