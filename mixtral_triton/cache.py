@@ -25,8 +25,9 @@ def cache_shape(config: MixtralConfig, batch: int, max_len: int) -> tuple[int, .
     return config.num_hidden_layers, 2, batch, config.num_key_value_heads, slots, config.head_dim
 
 
-def cache_bytes(config: MixtralConfig, batch: int, max_len: int, dtype: torch.dtype) -> int:
-    """Return the bytes of a KVCache's keys and values."""
+def cache_bytes(config: MixtralConfig, batch: int, max_len: int, dtype: torch.dtype | None = None) -> int:
+    """Return the bytes of a KVCache's keys and values. dtype None: the config's."""
+    dtype = dtype or default_dtype(config)
     *vectors, D = cache_shape(config, batch, max_len)
     return math.prod(vectors) * vector_bytes(D, dtype.itemsize, dtype is torch.int8)
 

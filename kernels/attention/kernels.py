@@ -269,15 +269,23 @@ def attention_prefill_kernel(
     state, queries = Softmax(acc, largest, total), QueryTile(q, offs_i, window, scale)
     if CACHED:
         cache = b * stride_cb + hkv * stride_ch
-        ks = None if k_cache_scales_ptr is None else k_cache_scales_ptr + cache // WIDTH
-        vs = None if v_cache_scales_ptr is None else v_cache_scales_ptr + cache // WIDTH
+        ks = (
+            None
+            if k_cache_scales_ptr is None
+            else k_cache_scales_ptr + b * (stride_cb // WIDTH) + hkv * (stride_ch // WIDTH)
+        )
+        vs = (
+            None
+            if v_cache_scales_ptr is None
+            else v_cache_scales_ptr + b * (stride_cb // WIDTH) + hkv * (stride_ch // WIDTH)
+        )
         keys = Keys(k_cache_ptr + cache, v_cache_ptr + cache, stride_cs, stride_cs, None, None, 0, 0, C, ks, vs)
         span = Span(tl.maximum(low, first - C), tl.minimum(high, first), inner_low, inner_high)
         state = _sweep(state, queries, keys, span, Kind(D, True, CAUSAL, WINDOWED, HEADS_FIRST, PTX), BLOCK_N)
         low = tl.maximum(low, first)
     k, v = k_ptr + b * stride_kb + hkv * stride_kh, v_ptr + b * stride_vb + hkv * stride_vh
-    ks = None if k_scales_ptr is None else k_scales_ptr + (b * stride_kb + hkv * stride_kh) // WIDTH
-    vs = None if v_scales_ptr is None else v_scales_ptr + (b * stride_vb + hkv * stride_vh) // WIDTH
+    ks = None if k_scales_ptr is None else k_scales_ptr + b * (stride_kb // WIDTH) + hkv * (stride_kh // WIDTH)
+    vs = None if v_scales_ptr is None else v_scales_ptr + b * (stride_vb // WIDTH) + hkv * (stride_vh // WIDTH)
     fresh = Keys(k, v, stride_kt, stride_vt, k_desc, v_desc, b.to(tl.int32), hkv.to(tl.int32), first, ks, vs)
     span = Span(low, high, inner_low, inner_high)
     KIND: tl.constexpr = Kind(D, False, CAUSAL, WINDOWED, HEADS_FIRST, PTX)
@@ -413,8 +421,8 @@ def attention_decode_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     head, state = hkv.to(tl.int64), Softmax(acc, largest, total)
     k, v = k_ptr + b * stride_kb + head * stride_kh, v_ptr + b * stride_vb + head * stride_vh
-    ks = None if k_scales_ptr is None else k_scales_ptr + (b * stride_kb + head * stride_kh) // WIDTH
-    vs = None if v_scales_ptr is None else v_scales_ptr + (b * stride_vb + head * stride_vh) // WIDTH
+    ks = None if k_scales_ptr is None else k_scales_ptr + b * (stride_kb // WIDTH) + head * (stride_kh // WIDTH)
+    vs = None if v_scales_ptr is None else v_scales_ptr + b * (stride_vb // WIDTH) + head * (stride_vh // WIDTH)
     if new_k_ptr is not None:
         # Padding may lie past the last position: its result is unused, but must not be NaN.
         position = tl.where(new > 0, past, tl.minimum(past, P - 1))

@@ -69,7 +69,7 @@ def _exp2(a: Array) -> Array:
 
 ARITHMETIC = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 EXTREMES = {"min": _extreme(np.fmin, np.bitwise_or), "max": _extreme(np.fmax, np.bitwise_and)}
-DIVIDE = dict.fromkeys(("div.full", "div.approx"), np.divide)
+DIVIDE = dict.fromkeys(("div.full", "div.approx", "div.rn"), np.divide)
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "neg": np.negative,
     "abs": np.abs,

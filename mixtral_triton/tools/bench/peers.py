@@ -60,9 +60,9 @@ def _compile(op: Op, args: Args) -> Function:
 
 
 def _require_dense(args: Args) -> None:
-    for quantized, dense in ((QuantizedWeight, "weights are"), (QuantizedCache, "cache is")):
-        if any(isinstance(value, quantized) for value in args.values()):
-            raise Unsupported(f"its {dense} dense")
+    for kind, what in ((QuantizedWeight, "weights are"), (QuantizedCache, "cache is")):
+        if any(isinstance(value, kind) for value in args.values()):
+            raise Unsupported(f"its {what} dense")
 
 
 def _library(name: str, op: str, target: str, names: str) -> Peer:
