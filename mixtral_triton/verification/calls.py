@@ -114,7 +114,9 @@ class LayerCheck:
         """Calls of BATCH rows or RAGGED sequences, whose bits must not depend on the batch."""
         values, rows = self.values, torch.arange(BATCH, device=self.at.device)
         at = (rows[:, None] * 7 + torch.arange(KEYS, device=rows.device)) % len(values.h)
-        heads, rq, rk, v = (x.flatten(0, 1) for x in (values.heads, self.rq, self.rk, values.v))
+        # 16 bits would hide another order of a sum over keys.
+        heads = values.heads.flatten(0, 1)
+        rq, rk, v = (x.flatten(0, 1).float() for x in (self.rq, self.rk, values.v))
         b, sequences = rows[:RAGGED], at[:RAGGED]
         keys = {"k": rk[sequences], "v": v[sequences], "starts": b, "lengths": KEYS - 7 * b}
         for op, args in (

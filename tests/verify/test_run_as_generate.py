@@ -16,6 +16,7 @@ import torch
 from mixtral_triton import KVCache, Mixtral, MixtralConfig, generate, ops, reference, verification, verify
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels import linear, offload, plan
+from mixtral_triton.kernels.attention import op as attention_op
 from mixtral_triton.kernels.experts import op
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
@@ -357,3 +358,17 @@ def test_repeated_calls(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with suppress(RuntimeError):  # another call's shape
         rows = verification._repeated_rows(model, ids)
     assert [row.ok for row in rows] == [True] if fault == "none" else not any(row.ok for row in rows)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="about kernels: with the interpreter")
+@pytest.mark.usefixtures("unguarded")
+@pytest.mark.parametrize("fault", [False, True])
+def test_splits_by_batch(fault: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(torch.bfloat16, num_hidden_layers=1)
+    target, configs = ModelUnderTest(model), attention_op.configs
+    if fault:
+        by_batch = lambda sizes, *args: configs({**sizes, "deterministic": False}, *args)  # noqa: E731
+        monkeypatch.setattr(attention_op, "configs", by_batch)
+    check = target.check(model.layers[0], torch.nn.functional.embedding(IDS, model.embed_tokens), model.config)
+    call = next(call for call in check.deterministic_calls() if call[0] == "attention")
+    assert [row.ok for row in target.measure(0, *call)] == [True, not fault]
