@@ -269,16 +269,9 @@ def attention_prefill_kernel(
     state, queries = Softmax(acc, largest, total), QueryTile(q, offs_i, window, scale)
     if CACHED:
         cache = b * stride_cb + hkv * stride_ch
-        ks = (
-            None
-            if k_cache_scales_ptr is None
-            else k_cache_scales_ptr + b * (stride_cb // WIDTH) + hkv * (stride_ch // WIDTH)
-        )
-        vs = (
-            None
-            if v_cache_scales_ptr is None
-            else v_cache_scales_ptr + b * (stride_cb // WIDTH) + hkv * (stride_ch // WIDTH)
-        )
+        vector = b * (stride_cb // WIDTH) + hkv * (stride_ch // WIDTH)
+        ks = None if k_cache_scales_ptr is None else k_cache_scales_ptr + vector
+        vs = None if v_cache_scales_ptr is None else v_cache_scales_ptr + vector
         keys = Keys(k_cache_ptr + cache, v_cache_ptr + cache, stride_cs, stride_cs, None, None, 0, 0, C, ks, vs)
         span = Span(tl.maximum(low, first - C), tl.minimum(high, first), inner_low, inner_high)
         state = _sweep(state, queries, keys, span, Kind(D, True, CAUSAL, WINDOWED, HEADS_FIRST, PTX), BLOCK_N)
