@@ -8,29 +8,13 @@ beside the queries, and at slot j mod C of the cache.
 
 from __future__ import annotations
 
-from collections import namedtuple
-
 import triton
 import triton.language as tl
 
 from ..pdl import pdl_wait
 from ..quantized_cache import quantized
 from ..rope import POSITIONS_MAX, angles, sequence_position
-from ..unpack import unpacked
-
-# The running softmax of a tile, fp32: sum of p @ v [BLOCK_M, BLOCK_D], greatest score in base 2 and sum of p [BLOCK_M].
-# With keys in 8 bits, q and the sum of p @ v are pairs: tiles [BLOCK_M, BLOCK_D / 2] of a head's halves.
-Softmax = namedtuple("Softmax", "acc largest total")
-# q [BLOCK_M, BLOCK_D] and its positions [BLOCK_M]; scale is the softmax scale * log2(e), positive.
-QueryTile = namedtuple("QueryTile", "q offs_i window scale")
-# Keys and values of one sequence and head, by pointers and strides, or by descriptors of all sequences and heads.
-# `first` is the position of index 0, or the number of slots of a ring. Scales: those of 8 bits, or None.
-Keys = namedtuple("Keys", "k_ptr v_ptr stride_ks stride_vs k_desc v_desc b hkv first k_scales_ptr v_scales_ptr")
-# Positions low..high that some query of the tile sees, and inner_low..inner_high that all of them see.
-Span = namedtuple("Span", "low high inner_low inner_high")
-Kind = namedtuple("Kind", "D RING CAUSAL WINDOWED HEADS_FIRST PTX")  # what selects code
-# In fp16, p times a value's scale would lose bits of small values: it is multiplied by this, which cannot overflow.
-_FP16_UNIT = tl.constexpr(64.0)
+from .softmax import Keys, Kind, QueryTile, Softmax, Span, normalized, store_heads, sweep, take_keys, unit_of
 
 
 @triton.jit
@@ -38,164 +22,6 @@ def _bound(bounds_ptr, b):
     """One of starts or lengths, which may hold any number, clamped so that int32 arithmetic cannot overflow."""
     bound = tl.minimum(tl.maximum(tl.load(bounds_ptr + b), -POSITIONS_MAX), POSITIONS_MAX)
     return bound.to(tl.int32)
-
-
-@triton.jit
-def _accumulate_codes(
-    state, queries, keys, low, high, limit, KIND: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """`_accumulate`, causal, in 8 bits (quantized_cache.py): a key's scale multiplies its scores, a value's its p."""
-    acc, largest, total = state
-    q, offs_i, window, scale = queries
-    acc_low, acc_high = acc
-    q_low, q_high = q
-    dtype: tl.constexpr = q_low.dtype
-    BLOCK_D: tl.constexpr = q_low.shape[1]
-    HALF: tl.constexpr = KIND.D // 2
-    PTX: tl.constexpr = KIND.PTX
-    offs_d = tl.arange(0, BLOCK_D)
-    for start in range(low, high, BLOCK_N):
-        offs_j = start + tl.arange(0, BLOCK_N)
-        index = (offs_j % keys.first if KIND.RING else offs_j - keys.first).to(tl.int64)
-        k_ptrs = keys.k_ptr + index[None, :] * keys.stride_ks + offs_d[:, None]
-        v_ptrs = keys.v_ptr + index[:, None] * keys.stride_vs + offs_d[None, :]
-        exists, inside = offs_j < limit, offs_d < HALF
-        k_scale_ptrs = keys.k_scales_ptr + index * (keys.stride_ks // HALF)
-        v_scale_ptrs = keys.v_scales_ptr + index * (keys.stride_vs // HALF)
-        if MASKED:
-            k = tl.load(k_ptrs, mask=exists[None, :] & inside[:, None], other=0)
-            v = tl.load(v_ptrs, mask=exists[:, None] & inside[None, :], other=0)
-            k_scale, v_scale = (
-                tl.load(k_scale_ptrs, mask=exists, other=0.0),
-                tl.load(v_scale_ptrs, mask=exists, other=0.0),
-            )
-        else:
-            k = tl.load(k_ptrs) if HALF == BLOCK_D else tl.load(k_ptrs, mask=inside[:, None], other=0)
-            v = tl.load(v_ptrs) if HALF == BLOCK_D else tl.load(v_ptrs, mask=inside[None, :], other=0)
-            k_scale, v_scale = tl.load(k_scale_ptrs), tl.load(v_scale_ptrs)
-        scores = tl.dot(q_low, unpacked(k, 0, None, "int8", dtype, PTX), input_precision="ieee")
-        scores = tl.dot(q_high, unpacked(k, 1, None, "int8", dtype, PTX), scores, input_precision="ieee")
-        scores *= (k_scale * scale)[None, :]
-        if MASKED:
-            visible = exists[None, :] & (offs_j[None, :] <= offs_i[:, None])
-            if KIND.WINDOWED:
-                visible = visible & (offs_j[None, :] > offs_i[:, None] - window)
-            scores = tl.where(visible, scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest) if MASKED else new_largest
-        p = tl.exp2(scores - shift[:, None])
-        shrink = tl.exp2(largest - shift)
-        total = total * shrink + tl.sum(p, axis=1)
-        p = (p * (v_scale * _unit(dtype))[None, :]).to(dtype)
-        shrink = shrink[:, None]
-        acc_low = tl.dot(p, unpacked(v, 0, None, "int8", dtype, PTX), acc_low * shrink, input_precision="ieee")
-        acc_high = tl.dot(p, unpacked(v, 1, None, "int8", dtype, PTX), acc_high * shrink, input_precision="ieee")
-        largest = new_largest
-    return Softmax((acc_low, acc_high), largest, total)
-
-
-@triton.constexpr_function
-def _unit(dtype):
-    return _FP16_UNIT.value if dtype == tl.float16 else 1.0
-
-
-@triton.jit
-def _accumulate(
-    state,  # Softmax
-    queries,  # QueryTile
-    keys,  # Keys
-    low,  # positions low..high, BLOCK_N at a time
-    high,
-    limit,  # keys at or after this position do not exist
-    KIND: tl.constexpr,  # Kind
-    MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    acc, largest, total = state
-    q, offs_i, window, scale = queries
-    first = keys.first
-    D: tl.constexpr = KIND.D
-    BLOCK_D: tl.constexpr = q.shape[1]
-    offs_d = tl.arange(0, BLOCK_D)
-    for start in range(low, high, BLOCK_N):
-        offs_j = start + tl.arange(0, BLOCK_N)
-        index = (offs_j % first if KIND.RING else offs_j - first).to(tl.int64)
-        k_ptrs = keys.k_ptr + index[None, :] * keys.stride_ks + offs_d[:, None]
-        v_ptrs = keys.v_ptr + index[:, None] * keys.stride_vs + offs_d[None, :]
-        if MASKED:
-            # What lies past the keys may be NaN, and 0 * NaN is NaN: it must not be read.
-            k = tl.load(k_ptrs, mask=(offs_j < limit)[None, :] & (offs_d < D)[:, None], other=0.0)
-            v = tl.load(v_ptrs, mask=(offs_j < limit)[:, None] & (offs_d < D)[None, :], other=0.0)
-        elif keys.k_desc is not None:
-            at = start - first
-            coords = (keys.b, keys.hkv, at, 0) if KIND.HEADS_FIRST else (keys.b, at, keys.hkv, 0)
-            k = keys.k_desc.load(coords).reshape(BLOCK_N, BLOCK_D).T
-            v = keys.v_desc.load(coords).reshape(BLOCK_N, BLOCK_D)
-        elif D == BLOCK_D:
-            k, v = tl.load(k_ptrs), tl.load(v_ptrs)
-        else:
-            k = tl.load(k_ptrs, mask=(offs_d < D)[:, None], other=0.0)
-            v = tl.load(v_ptrs, mask=(offs_d < D)[None, :], other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee")
-        if MASKED:
-            visible = (offs_j < limit)[None, :]
-            if KIND.CAUSAL:
-                visible = visible & (offs_j[None, :] <= offs_i[:, None])
-                if KIND.WINDOWED:
-                    visible = visible & (offs_j[None, :] > offs_i[:, None] - window)
-            elif KIND.WINDOWED:
-                visible = visible & (tl.abs(offs_i[:, None] - offs_j[None, :]) <= window // 2)
-            scores = tl.where(visible, scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1) * scale)
-        # A row without a visible key so far has no maximum to subtract.
-        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest) if MASKED else new_largest
-        p = tl.exp2(scores * scale - shift[:, None])
-        shrink = tl.exp2(largest - shift)
-        total = total * shrink + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        largest = new_largest
-    return Softmax(acc, largest, total)
-
-
-@triton.jit
-def _take_keys(state, queries, keys, low, high, limit, KIND: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
-    if keys.k_scales_ptr is None:
-        return _accumulate(state, queries, keys, low, high, limit, KIND, MASKED, BLOCK_N)
-    else:
-        return _accumulate_codes(state, queries, keys, low, high, limit, KIND, MASKED, BLOCK_N)
-
-
-@triton.jit
-def _sweep(state, queries, keys, span, KIND: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Left edge with a mask, interior without, right edge with a mask: in shorter tiles, for the mask's registers."""
-    low, high, inner_low, inner_high = span
-    EDGE_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 64 else BLOCK_N
-    left = tl.minimum(low + tl.cdiv(tl.maximum(inner_low - low, 0), EDGE_N) * EDGE_N, high)
-    right = left + tl.maximum(tl.minimum(inner_high, high) - left, 0) // BLOCK_N * BLOCK_N
-    state = _take_keys(state, queries, keys, low, left, high, KIND, True, EDGE_N)
-    state = _take_keys(state, queries, keys, left, right, high, KIND, False, BLOCK_N)
-    return _take_keys(state, queries, keys, right, high, high, KIND, True, EDGE_N)
-
-
-@triton.jit
-def _normalized(acc, total, dtype: tl.constexpr, HALVES: tl.constexpr):
-    """acc / total: a tile, or the tiles of a head's halves."""
-    if HALVES == 1:
-        return acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    else:
-        low, high = acc
-        total = tl.where(total == 0.0, 1.0, total)[:, None] * _unit(dtype)
-        return low / total, high / total
-
-
-@triton.jit
-def _store_heads(ptrs, out, mask, WIDTH: tl.constexpr, HALVES: tl.constexpr):
-    """Store a tile, or the tiles of halves of WIDTH columns, of which `ptrs` are the first's."""
-    if HALVES == 1:
-        tl.store(ptrs, out.to(ptrs.dtype.element_ty), mask=mask)
-    else:
-        low, high = out
-        tl.store(ptrs, low.to(ptrs.dtype.element_ty), mask=mask)
-        tl.store(ptrs + WIDTH, high.to(ptrs.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "S", "C"])
@@ -274,7 +100,7 @@ def attention_prefill_kernel(
         vs = None if v_cache_scales_ptr is None else v_cache_scales_ptr + vector
         keys = Keys(k_cache_ptr + cache, v_cache_ptr + cache, stride_cs, stride_cs, None, None, 0, 0, C, ks, vs)
         span = Span(tl.maximum(low, first - C), tl.minimum(high, first), inner_low, inner_high)
-        state = _sweep(state, queries, keys, span, Kind(D, True, CAUSAL, WINDOWED, HEADS_FIRST, PTX), BLOCK_N)
+        state = sweep(state, queries, keys, span, Kind(D, True, CAUSAL, WINDOWED, HEADS_FIRST, PTX), BLOCK_N)
         low = tl.maximum(low, first)
     k, v = k_ptr + b * stride_kb + hkv * stride_kh, v_ptr + b * stride_vb + hkv * stride_vh
     ks = None if k_scales_ptr is None else k_scales_ptr + b * (stride_kb // WIDTH) + hkv * (stride_kh // WIDTH)
@@ -282,12 +108,12 @@ def attention_prefill_kernel(
     fresh = Keys(k, v, stride_kt, stride_vt, k_desc, v_desc, b.to(tl.int32), hkv.to(tl.int32), first, ks, vs)
     span = Span(low, high, inner_low, inner_high)
     KIND: tl.constexpr = Kind(D, False, CAUSAL, WINDOWED, HEADS_FIRST, PTX)
-    acc, largest, total = _sweep(state, queries, fresh, span, KIND, BLOCK_N)
+    acc, largest, total = sweep(state, queries, fresh, span, KIND, BLOCK_N)
     if CACHED:
         total = tl.where(new < 0, float("nan"), total)
-    out = _normalized(acc, total, q_ptr.dtype.element_ty, HALVES)
+    out = normalized(acc, total, q_ptr.dtype.element_ty, HALVES)
     out_row = out_ptr + ((b * T + offs_t.to(tl.int64)) * Hq + hq)[:, None] * D + offs_d[None, :]
-    _store_heads(out_row, out, mask, WIDTH, HALVES)
+    store_heads(out_row, out, mask, WIDTH, HALVES)
 
 
 @triton.jit
@@ -349,7 +175,7 @@ def _append_newest_codes(state, q, scale, fresh, caches, scales, angle, active, 
     tl.store(scales[0] + one, k_scale, mask=one < tl.where(active, 1, 0))
     tl.store(scales[1] + one, v_scale, mask=one < tl.where(active, 1, 0))
     score = tl.sum(q_low.to(tl.float32) * k_low + q_high.to(tl.float32) * k_high, axis=1) * (k_scale * scale)
-    v_scale = (v_scale * _unit(q_low.dtype))[:, None]
+    v_scale = (v_scale * unit_of(q_low.dtype))[:, None]
     acc = acc_low + v_low * v_scale, acc_high + v_high * v_scale
     return Softmax(acc, tl.where(active, score, largest), tl.where(active, 1.0, total))
 
@@ -440,12 +266,12 @@ def attention_decode_kernel(
     keys = Keys(k, v, stride_kt, stride_vt, None, None, 0, 0, S if RING else 0, ks, vs)
     queries = QueryTile(q, query + t.to(tl.int32), window, scale)
     KIND: tl.constexpr = Kind(D, RING, True, WINDOWED, False, PTX)
-    acc, largest, total = _take_keys(state, queries, keys, low, high, high, KIND, True, BLOCK_N)
+    acc, largest, total = take_keys(state, queries, keys, low, high, high, KIND, True, BLOCK_N)
     if RING:
         total = tl.where(new < 0, float("nan"), total)
-    out = _normalized(acc, total, q_ptr.dtype.element_ty, HALVES)
+    out = normalized(acc, total, q_ptr.dtype.element_ty, HALVES)
     row = ((b * T + t) * Hq + hq) * SPLITS + split
-    _store_heads(out_ptr + row[:, None] * D + offs_d[None, :], out, mask, WIDTH, HALVES)
+    store_heads(out_ptr + row[:, None] * D + offs_d[None, :], out, mask, WIDTH, HALVES)
     if lse_ptr is not None:
         tl.store(lse_ptr + row, largest + tl.log2(total), mask=rows < T * G)
 
