@@ -27,11 +27,11 @@ def test_a_fault_is_printed_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(offline, "_attempt", lambda *kernel: offline._describe(*kernel[:3], error="killed"))
     assert main(["compile", "append", "--arch", "sm_89"]) == 1
     out = " ".join(capsys.readouterr().out.split())
-    assert out.count("append, append_kernel, bf16: does not compile: killed") == 1
-    assert "3 of them must not run" in out and "101,376 bytes" in out and "sm_89 has no table" in out
+    assert out.count("append, append_kernel, bf16: does not compile: killed") == 2  # over 16 bits and over 8
+    assert "6 of them must not run" in out and "101,376 bytes" in out and "sm_89 has no table" in out
     assert main(["compile", "append", "--arch", "sm_90", "--json"]) == 1
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(rows) == 3 and all(row["fault"] and row["file"] is None for row in rows)
+    assert len(rows) == 6 and all(row["fault"] and row["file"] is None for row in rows)
 
 
 def test_out_that_is_a_file_is_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
