@@ -171,6 +171,7 @@ def _verify(
     if device.type == "cuda":
         backend = f"Triton on {torch.cuda.get_device_name(device)}"
     on = SimpleNamespace(kernels=kernels, mixtral=target.is_mixtral, half=dtype != torch.float32)
+    on.quantized_cache = target.quantized
     routed, not_run = config.num_hidden_layers * ids.numel(), (*sized.not_run, *kinds_not_run(rows, on))
     return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, cost, not_run, cache_cost)
 

@@ -75,7 +75,14 @@ KINDS: tuple[tuple[str, str, str, Callable[[Row, Any], bool]], ...] = (
     ("kernels", "TRITON_INTERPRET=1 before the import, or a GPU", "", lambda row, on: on.kernels),
     ("config.json, tensors and tokenizer", "folder=, the checkpoint", "mixtral", lambda row, on: row.op == "config"),
     ("transformers' model of the files", "--peer transformers", "mixtral", lambda row, on: PEER in row.case),
-    ("layers in fp32", "a Mixtral on one device, no --quick", "half", lambda row, on: row.case.endswith(FP32)),
+    (
+        "layers in fp32",
+        "a Mixtral on one device, no --quick or --cache-dtype",
+        "half",
+        lambda row, on: row.case.endswith(FP32),
+    ),
+    ("caches of 8 bits", "--cache-dtype int8", "mixtral", lambda row, on: on.quantized_cache),
+    ("caches of the model's dtype", "no --cache-dtype", "mixtral", lambda row, on: not on.quantized_cache),
     ("experts alone in each layer", "24 tokens of text", "", lambda row, on: row.case.startswith("experts,")),
     ("generate", "a Mixtral, and positions for new tokens", "", lambda row, on: row.op == "generate"),
     ("captured and repeated steps, staging", "a GPU", "mixtral", lambda row, on: row.case == REPEATED),
@@ -84,7 +91,8 @@ KINDS: tuple[tuple[str, str, str, Callable[[Row, Any], bool]], ...] = (
 
 
 def kinds_not_run(rows: Sequence[Row], on: Any) -> list[str]:
-    """A line for each kind of row that `on` could have and `rows` do not. on: attributes kernels, mixtral and half."""
+    """A line for each kind of row that `on` could have and `rows` do not. on: attributes kernels,
+    mixtral, half and quantized_cache."""
     kinds = (kind for kind in KINDS if not kind[2] or getattr(on, kind[2]))
     return [f"{what}; needs {needs}" for what, needs, _, fits in kinds if not any(fits(row, on) for row in rows)]
 

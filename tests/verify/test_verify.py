@@ -162,9 +162,12 @@ def test_report_names_every_kind_of_row_that_did_not_run(make_hf: Any) -> None:
         assert all(f"not run: {line}"[:60] in str(report) for line in found)
         return {line.split()[0] for line in found}
 
-    always = {"kernels;", "config.json,", "transformers'", "captured", "deterministic"}
+    always = {"kernels;", "config.json,", "transformers'", "captured", "deterministic", "caches"}
     assert not_run(verify(small_model(), IDS[:, :4])) == always
     assert not_run(verify(small_model(torch.bfloat16), IDS[:, :4], quick=True)) == {*always, "layers"}
+    assert (
+        "caches of the model's dtype; needs no --cache-dtype" in verify(small_model(), cache_dtype=torch.int8).not_run
+    )
     assert not_run(verify(make_hf(), IDS[:, :10])) == {"kernels;", "experts", "generate;"}
     assert not_run(verify(make_hf().bfloat16(), IDS[:, :15])) == {"kernels;", "layers", "generate;"}
 
