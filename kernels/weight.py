@@ -89,7 +89,7 @@ class Weight:
             return 0
         depth, rows = tile["BLOCK_K"], tile["BLOCK_N"]
         buffers = 2 * (config.num_stages - 1) * depth * (rows + tile["BLOCK_T"] * 16 // BITS.get(self.format, 16))
-        resident = min(prod(grid), known.sms * max(1, known.shared_bytes // buffers))
+        resident = max(1, min(prod(grid), known.sms * max(1, known.shared_bytes // buffers)))
         row = columns * BITS.get(self.format, 16) // 8
         most = min(row, known.l2_bytes // 2 // (resident * rows))
         return 1 << most.bit_length() - 1 if most >= 128 else 0
