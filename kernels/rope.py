@@ -82,7 +82,7 @@ def append_kernel(
         _copy_heads(k, k_cache_ptr + out, stride_kh, stride_ch, stored, D, BLOCK_HKV, BLOCK_D)
         _copy_heads(v, v_cache_ptr + out, stride_vh, stride_ch, stored, D, BLOCK_HKV, BLOCK_D)
     else:
-        HALF: tl.constexpr = tl.cdiv(BLOCK_D, 2)
+        HALF: tl.constexpr = BLOCK_D // 2
         k_scales, v_scales = k_cache_scales_ptr + out // (D // 2), v_cache_scales_ptr + out // (D // 2)
         _quantize_heads(k, k_cache_ptr + out, k_scales, stride_kh, stride_ch, stored, D // 2, BLOCK_HKV, HALF)
         _quantize_heads(v, v_cache_ptr + out, v_scales, stride_vh, stride_ch, stored, D // 2, BLOCK_HKV, HALF)
