@@ -45,12 +45,13 @@ def pair_rows(pid_n, I, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _matching_slots(
-    ids_ptr, N, E, BLOCK_S: tl.constexpr, BY_SLOT: tl.constexpr, CACHE: tl.constexpr = ""
+    ids_ptr, N, E, BLOCK_S: tl.constexpr, BY_SLOT: tl.constexpr, EARLY: tl.constexpr = False
 ):  # fmt: skip
     """This program's expert, all slots, which of them match it, their ranks among the matches, and the count.
 
     BY_SLOT (fewer slots than experts): one program a slot; only the first slot of an expert does the work.
     """
+    CACHE: tl.constexpr = ".cg" if EARLY else ""  # see pdl.py
     expert = tl.program_id(1)
     slots = tl.arange(0, BLOCK_S)
     if BY_SLOT:
@@ -128,7 +129,7 @@ def experts_down_decode_kernel(
     if not EARLY:
         pdl_wait(PDL)
     pid_n, split = tl.program_id(0), tl.program_id(2)
-    expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT, ".cg" if EARLY else "")
+    expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT, EARLY)
     UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT.format)
     SPAN: tl.constexpr = (I + SPLIT_K * UNIT - 1) // (SPLIT_K * UNIT) * UNIT
     EVEN: tl.constexpr = I % (SPLIT_K * UNIT) == 0
