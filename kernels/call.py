@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import plan
-from .checks import PACKED, Argument, Cache, Matrix, check_values
+from .checks import PACKED, SEVERAL_TENSORS, Argument, Cache, Matrix, check_values
 from .launch import INTERPRETED, LaunchConfig, in_pdl_region, launch_context
 from .offload import OFFLOADED, OffloadedWeight
 from .op import Cost, Op, Sizes
@@ -100,7 +100,7 @@ def needs_no_dispatch(values: Iterable[Any]) -> bool:
     gradients = torch.is_grad_enabled()
     for x in values:
         if not isinstance(x, Tensor):
-            if not isinstance(x, _SEVERAL_TENSORS):
+            if not isinstance(x, SEVERAL_TENSORS):
                 continue
             x = _first_tensor(x)
         if type(x) not in PLAIN_TYPES or x.is_meta or x.is_neg() or (gradients and x.requires_grad):
@@ -110,7 +110,6 @@ def needs_no_dispatch(values: Iterable[Any]) -> bool:
 
 # A quantized weight or cache is several tensors, and torch's operators take tensors: its codes take the place of the
 # argument; the other parts follow all other arguments.
-_SEVERAL_TENSORS = QuantizedWeight, QuantizedCache
 _PARTS = {Matrix: (("scales", Tensor), ("zeros", Tensor), ("layout", str)), Cache: (("scales", Tensor),)}
 
 
@@ -288,7 +287,7 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     operator, order = _register(op), _order_arguments(op)
 
     def dispatch(args: tuple[Any, ...]) -> Any:
-        quantized = any(isinstance(x, _SEVERAL_TENSORS) for x in args)
+        quantized = any(isinstance(x, SEVERAL_TENSORS) for x in args)
         return operator(*(flatten_args(op.arguments, op.bind(*args)) if quantized else args))
 
     def checked(*args: Any, **kwargs: Any) -> Any:

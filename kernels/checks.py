@@ -34,7 +34,8 @@ MAY_BE_EMPTY = {"B", "T", "S", "P"}  # a call without tokens is a call; a model 
 
 Matrix = Tensor | QuantizedWeight
 Cache = Tensor | QuantizedCache
-PACKED = (Matrix, Cache)  # what may be an object of several tensors
+PACKED = (Matrix, Cache)  # what may be an object of several tensors, which is one of these
+SEVERAL_TENSORS = QuantizedWeight, QuantizedCache
 
 # An argument's name, its values, the least and the most that they may be.
 Range = tuple[str, Tensor, int, int]

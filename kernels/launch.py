@@ -15,7 +15,7 @@ import triton
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .arch import supports_pdl, tma
+from .arch import amd, supports_pdl, tma
 from .interpret import interpreting
 
 # `triton.jit` reads the switch when it decorates, so one process either interprets or compiles.
@@ -137,6 +137,11 @@ def pdl_region() -> Iterator[None]:
 def launches_dependently(device: torch.device | None) -> bool:
     """Return whether kernels that know PDL use it on the device."""
     return not INTERPRETED and supports_pdl(target_arch(device))
+
+
+def unpacks_by_ptx(arch: str) -> bool:
+    """Return whether codes become numbers by PTX (unpack.py)."""
+    return not (INTERPRETED or amd(arch))
 
 
 def in_pdl_region() -> bool:

@@ -10,6 +10,7 @@ import torch
 from .attention.op import attention as attention
 from .attention.op import cached_attention as cached_attention
 from .attention.op import rope_append_attention as rope_append_attention
+from .checks import SEVERAL_TENSORS
 from .dispatch import sort_by_expert as sort_by_expert
 from .experts.op import expert_swiglu as expert_swiglu
 from .experts.op import experts_add_rms_norm as experts_add_rms_norm
@@ -18,8 +19,6 @@ from .norm import add_rms_norm as add_rms_norm
 from .norm import embed_rms_norm as embed_rms_norm
 from .norm import rms_norm as rms_norm
 from .op import Op
-from .quantized import QuantizedWeight
-from .quantized_cache import QuantizedCache
 from .rope import append as append
 from .rope import rope as rope
 from .router import gate_route as gate_route
@@ -35,5 +34,5 @@ OPS: dict[str, Op] = {name: function.op for name, function in OPERATIONS.items()
 
 def dispatched(name: str, args: Mapping[str, Any]) -> Callable[..., Any]:
     """Return the operation as torch's operator; where an argument is quantized, the function that flattens it."""
-    quantized = any(isinstance(value, (QuantizedWeight, QuantizedCache)) for value in args.values())
+    quantized = any(isinstance(value, SEVERAL_TENSORS) for value in args.values())
     return OPERATIONS[name] if quantized else getattr(torch.ops.mixtral_triton, name)

@@ -21,8 +21,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
-from .arch import ARCHS, amd
-from .launch import INTERPRETED, LaunchConfig, dense_rows, describe, tma_can_read
+from .arch import ARCHS
+from .launch import LaunchConfig, dense_rows, describe, tma_can_read, unpacks_by_ptx
 from .offload import ALIGNMENT, OffloadedWeight
 from .pdl import pdl_wait
 from .quantized import BITS, QuantizedWeight
@@ -72,7 +72,7 @@ class Weight:
         return {**strides, "scales_ptr": self.scales, "zeros_ptr": self.zeros}
 
     def layout(self, arch: str) -> Layout:
-        ptx = self.format != "dense" and not (INTERPRETED or amd(arch))
+        ptx = self.format != "dense" and unpacks_by_ptx(arch)
         return Layout(self.format, self.group, ptx, self.memory is not None)
 
     def prefetch_bytes(self, columns: int, config: LaunchConfig, grid: tuple[int, ...], arch: str) -> int:

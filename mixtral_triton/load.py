@@ -196,7 +196,7 @@ def running_bytes(
 ) -> dict[str, int]:
     """Bytes beside the weights by what they hold, while `batch` sequences of `context` tokens are generated."""
     return {
-        "cache": cache_bytes(config, batch, context, cache_dtype or default_dtype(config)),
+        "cache": cache_bytes(config, batch, context, cache_dtype),
         "workspace": workspace_bytes(config, batch, context, chunk),
         "logits": LOGIT_BYTES * batch * config.vocab_size,
     }

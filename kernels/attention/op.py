@@ -15,10 +15,9 @@ import triton
 from torch import Tensor
 
 from .. import reference
-from ..arch import amd
 from ..call import operation
 from ..checks import INTS, Constraints, Within, fail
-from ..launch import INTERPRETED, dense_rows, describe, launch, multiprocessors, select_configs, target_arch
+from ..launch import dense_rows, describe, launch, multiprocessors, select_configs, target_arch, unpacks_by_ptx
 from ..op import Cost, Sizes
 from ..quantized_cache import QuantizedCache, vector_bytes
 from ..rope import (
@@ -362,11 +361,6 @@ def _common_args(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float | N
     return {"k_scales_ptr": None, "v_scales_ptr": None} | args | strides("q", q) | strides("k", k) | strides("v", v)
 
 
-def _use_ptx(arch: str) -> bool:
-    """Return whether codes become numbers by PTX (unpack.py)."""
-    return not (INTERPRETED or amd(arch))
-
-
 def _prefill(
     q: Tensor, k: Tensor, v: Tensor, cache: Any, bounds: KernelArgs, sizes: Sizes, scale: float | None, causal: bool
 ) -> Tensor:
@@ -389,7 +383,7 @@ def _prefill(
         args |= {"k_cache_ptr": None, "v_cache_ptr": None}
     grid = (B * Hq, triton.cdiv(T, config.constexprs["BLOCK_M"]))
     flags = {"D": D, "CACHED": cache is not None, "CAUSAL": causal, "WINDOWED": sizes["window"] > 0}
-    flags |= {"HEADS_FIRST": heads_first, "PTX": quantized and _use_ptx(arch)}
+    flags |= {"HEADS_FIRST": heads_first, "PTX": quantized and unpacks_by_ptx(arch)}
     launch(attention_prefill_kernel, grid, args, config, **flags)
     return out
 
@@ -412,7 +406,7 @@ def _decode(
     args |= _common_args(q, k, v, sizes, scale) | bounds
     grid = (splits, k.shape[2], B if T else 0)
     flags = {"D": D, "RING": ring, "WINDOWED": sizes["window"] > 0}
-    flags["PTX"] = "cache" in sizes and _use_ptx(target_arch(q.device))
+    flags["PTX"] = "cache" in sizes and unpacks_by_ptx(target_arch(q.device))
     launch(attention_decode_kernel, grid, args, config, **flags)
     if splits > 1:
         args = {"part_ptr": part, "lse_ptr": lse, "out_ptr": out}

@@ -116,7 +116,8 @@ def predict(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
         raise ValueError(f"predict: GPU is {gpu.name}, needs one whose L2 bandwidth is known")
     launches, (least, _) = tuple(launches), floor(cost, gpu)
     gaps = sum(chip.pdl_gap if launch.dependent else chip.launch_gap for launch in launches)
-    parts, cautious = (_parts(launches, gpu, chip, efficiency) for efficiency in (OPTIMISTIC, CAUTIOUS))
+    works = tuple(map(count_work, launches))
+    parts, cautious = (_parts(launches, works, gpu, chip, efficiency) for efficiency in (OPTIMISTIC, CAUTIOUS))
     by_limit = defaultdict(float, launches=gaps)
     for seconds, limit in parts:
         by_limit[limit] += seconds
@@ -124,14 +125,16 @@ def predict(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
     return Prediction(seconds, most, max(by_limit, key=by_limit.__getitem__), parts, least)
 
 
-def _parts(launches: Iterable[Launch], gpu: GPU, chip: Chip, efficiency: Efficiency) -> tuple[tuple[float, str], ...]:
+def _parts(
+    launches: Iterable[Launch], works: Iterable[Work], gpu: GPU, chip: Chip, efficiency: Efficiency
+) -> tuple[tuple[float, str], ...]:
     """Return seconds and limit of each launch, less what it prefetches while the launches in front leave memory idle.
 
     Each dependent launch lets the next one start before it waits itself, so such launches that do little add up.
     """
     parts, idle, bandwidth = [], 0.0, gpu.bandwidth * efficiency.memory
-    for launch in launches:
-        work, sms = count_work(launch), chip.sms or multiprocessors(gpu.arch)
+    sms = chip.sms or multiprocessors(gpu.arch)
+    for launch, work in zip(launches, works, strict=True):
         resident = _resident_programs(work, launch.num_warps or 4, sms, gpu.arch)
         seconds, limit = _part(work, resident, sms, gpu, chip, efficiency)
         idle = idle + chip.pdl_gap if launch.dependent else 0.0

@@ -131,12 +131,7 @@ class LayerCheck:
         for op, _, args in self.calls(1):
             for layout in LAYOUTS:
                 change = partial(with_layout, layout, mutates=OPS[op].mutates)
-                kept = (name for name, x in args.items() if name in WEIGHTS or isinstance(x, QuantizedCache))
-                yield (
-                    op,
-                    layout,
-                    {name: change(name, x) for name, x in args.items()} | {name: args[name] for name in kept},
-                )
+                yield op, layout, {name: x if name in WEIGHTS else change(name, x) for name, x in args.items()}
 
     def _uneven(self, length: int, least: int) -> Tensor:
         """`length` for the first sequence, one less for each one after it, int32 [B]."""
