@@ -77,7 +77,10 @@ def test_no_spill_and_fits(format: Format, arch: str, T: int, dtype: torch.dtype
 @pytest.mark.parametrize("format", [("dense", 0, False), *FORMATS], ids=format_name)
 @pytest.mark.parametrize(("arch", "T"), [("sm_90", 1), ("sm_80", 1), ("sm_90", 64), ("sm_90", 4096), ("gfx942", 1)])
 def test_table_of_addresses(format: Format, arch: str, T: int) -> None:
-    """No spill, and in decode no more instructions than of a stacked weight: the compiler knows the alignment."""
+    """No spill, and in decode instructions within 4 % of a stacked weight's: the compiler knows the alignment.
+
+    A decode loop schedules a few instructions of the prefetch, which a table has none of, in either direction.
+    """
     stacked, offloaded = (
         [compile_launch(launch, arch) for launch in launches(format, T, arch, offload=offload)]
         for offload in (False, True)
@@ -85,7 +88,7 @@ def test_table_of_addresses(format: Format, arch: str, T: int) -> None:
     assert len(stacked) == len(offloaded) and not [kernel.fault for kernel in offloaded if kernel.fault]
     for one, other in zip(stacked, offloaded, strict=True) if T <= 64 else ():
         counts = one.loop_flop_per_instruction, other.loop_flop_per_instruction  # None: not counted for this target
-        assert counts == (None, None) or counts[1] > 0.98 * counts[0] > 0
+        assert counts == (None, None) or counts[1] > 0.96 * counts[0] > 0
         assert other.constexprs["LAYOUT"].table or one.kernel.startswith("linear")
 
 
