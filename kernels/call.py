@@ -246,8 +246,8 @@ def operation(
 
 
 def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]:
-    """Return a function that puts the arguments of a call in the order of `run`. It remembers the order of each set of
-    names, since a decode step repeats the same calls thousands of times."""
+    """Return a function that puts the arguments of a call that nothing traces in the order of `run`. It remembers the
+    order of each set of names, since a decode step repeats the same calls thousands of times."""
     defaults = tuple(parameter.default for parameter in op.signature.parameters.values())
     orders: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], tuple[Any, ...]] | None] = {}
 
@@ -261,13 +261,6 @@ def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tupl
         return itemgetter(*(given.get(name, len(names) + index) for index, name in enumerate(op.names)))
 
     def order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        if not untraced():  # a compiler follows neither inspect.Signature nor itemgetter
-            known = op.names[len(args) :]
-            if any(name not in known for name in kwargs):
-                return op.bind(*args, **kwargs)
-            rest = [kwargs.get(name, defaults[op.names.index(name)]) for name in known]
-            missing = any(value is inspect.Parameter.empty for value in rest)
-            return op.bind(*args, **kwargs) if missing else (*args, *rest)
         names = (len(args), *kwargs)
         if names not in orders:
             orders[names] = new_order(args, kwargs)
@@ -276,6 +269,16 @@ def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tupl
         return values if pick is None else pick((*values, *defaults))
 
     return order
+
+
+def _order_traced(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Put the arguments in the order of `run`. A compiler follows neither inspect.Signature nor itemgetter."""
+    names = op.names[len(args) :]
+    if any(name not in names for name in kwargs):
+        return op.bind(*args, **kwargs)
+    rest = [kwargs.get(name, op.signature.parameters[name].default) for name in names]
+    missing = any(value is inspect.Parameter.empty for value in rest)
+    return op.bind(*args, **kwargs) if missing else (*args, *rest)
 
 
 def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -291,9 +294,10 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return operator(*(flatten_args(op.arguments, op.bind(*args)) if quantized else args))
 
     def checked(*args: Any, **kwargs: Any) -> Any:
+        traced = not untraced()
         if kwargs:
-            args = order(args, kwargs)
-        if untraced() and (forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None):
+            args = _order_traced(op, args, kwargs) if traced else order(args, kwargs)
+        if not traced and (forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None):
             _reject_transforms(op, args)
         if op.mutates and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             raise ValueError(f"mixtral_triton.ops.{op.name} is for inference only: it writes into a cache")
@@ -302,6 +306,6 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def unchecked(*args: Any, **kwargs: Any) -> Any:
         if untraced():
             return call_unchecked(op, order(args, kwargs) if kwargs else args)
-        return dispatch(order(args, kwargs) if kwargs else args)
+        return dispatch(_order_traced(op, args, kwargs) if kwargs else args)
 
     return checked, unchecked

@@ -94,12 +94,13 @@ class LaunchPlan:
     """The launches of a call. The values from which their arguments are picked are, in this order:
 
     the call's arguments; the tensors of those that are several, whose places are `quantized`; fresh memory of the
-    shapes and dtypes in `allocations`; descriptors, each the fields but the base, and the base's place; `constants`.
+    shapes, strides and dtypes in `allocations`; descriptors, each the fields but the base, and the base's place;
+    `constants`.
     """
 
     device: torch.device
     quantized: tuple[int, ...]
-    allocations: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    allocations: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
     descriptors: tuple[tuple[dict[str, Any], int], ...]
     constants: tuple[Any, ...]
     steps: tuple[_Step, ...]
@@ -114,8 +115,8 @@ class LaunchPlan:
         values = [*args]
         for at in self.quantized:
             values += _parts(args[at])
-        for shape, dtype in self.allocations:
-            values.append(torch.empty(shape, dtype=dtype, device=device))
+        for shape, stride, dtype in self.allocations:  # with strides torch reads the arguments faster
+            values.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
         for fields, at in self.descriptors:
             values.append(_descriptor(fields, values[at]))
         values += self.constants
@@ -221,7 +222,7 @@ def _make_plan(
         (each.kernel, each.grid, _picker([starts[kind] + at for kind, at in pick]))
         for each, pick in zip(launches, picks, strict=True)
     )
-    allocations = tuple((tuple(x.shape), x.dtype) for x in allocated)
+    allocations = tuple((tuple(x.shape), x.stride(), x.dtype) for x in allocated)
     pick_results = itemgetter(*outputs) if outputs else lambda values: None
     return LaunchPlan(device, quantized, allocations, tuple(descriptors), tuple(constants), steps, pick_results)
 

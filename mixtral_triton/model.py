@@ -79,7 +79,7 @@ class Layer(nn.Module):
         B, T, _ = h.shape
         Hq, Hkv, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
         qkv = ops.linear.unchecked(h, self.qkv_proj, deterministic=state.deterministic)
-        q, k, v = qkv.view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
+        q, k, v = qkv.view(B, T, Hq + 2 * Hkv, D).split_with_sizes((Hq, Hkv, Hkv), dim=2)
         heads = state.attend(q, k, v, kv_cache).reshape(B, T, Hq * D)
         return state.all_reduce(ops.linear.unchecked(heads, self.o_proj, deterministic=state.deterministic))
 
