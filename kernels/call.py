@@ -248,7 +248,8 @@ def operation(
 def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]:
     """Return a function that puts the arguments of a call in the order of `run`. It remembers the order of each set of
     names, since a decode step repeats the same calls thousands of times."""
-    defaults = tuple(parameter.default for parameter in op.signature.parameters.values())
+    # This reads `names` before a compiler does, which could not trace the lock of a cached_property (Python < 3.12).
+    defaults = tuple(op.signature.parameters[name].default for name in op.names)
     orders: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], tuple[Any, ...]] | None] = {}
 
     def new_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
