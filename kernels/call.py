@@ -63,6 +63,9 @@ def call_unchecked(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = 
     """Run the operation on the backend that its first tensor selects. `key`: the call key of `args`, where known."""
     if INTERPRETED or args[0].device.type != "cpu":
         return plan.run(op, args, key)
+    if torch.is_autocast_enabled("cpu"):  # the reference would compute in another dtype
+        with torch.autocast("cpu", enabled=False):
+            return call_unchecked(op, args, key)
     index = op.deterministic_index
     if index is not None and len(args) > index and args[index] is True:
         return sequential(op, args)
