@@ -63,6 +63,9 @@ def call_unchecked(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = 
     """Run the operation on the backend that its first tensor selects. `key`: the call key of `args`, where known."""
     if INTERPRETED or args[0].device.type != "cpu":
         return plan.run(op, args, key)
+    if torch.is_autocast_enabled("cpu"):  # the reference would compute in another dtype
+        with torch.autocast("cpu", enabled=False):
+            return call_unchecked(op, args, key)
     index = op.deterministic_index
     if index is not None and len(args) > index and args[index] is True:
         return sequential(op, args)
@@ -248,7 +251,8 @@ def operation(
 def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]:
     """Return a function that puts the arguments of a call that nothing traces in the order of `run`. It remembers the
     order of each set of names, since a decode step repeats the same calls thousands of times."""
-    defaults = tuple(parameter.default for parameter in op.signature.parameters.values())
+    # This reads `names` before a compiler does, which could not trace the lock of a cached_property (Python < 3.12).
+    defaults = tuple(op.signature.parameters[name].default for name in op.names)
     orders: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], tuple[Any, ...]] | None] = {}
 
     def new_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:

@@ -106,7 +106,7 @@ class OffloadedWeight(QuantizedWeight):
         self.resident = torch.empty((E - len(self.on_host), *rest), dtype=stored.dtype, device=device)
         self.host = _pinned((len(self.on_host), *rest), stored.dtype, self.resident.device)
         self.register_buffer("data", self._table())
-        self._on_host = torch.tensor([each in self.on_host for each in range(E)]).long().to(device)
+        self._on_host = torch.tensor([each in self.on_host for each in range(E)], device=device).long()
         self._staging = _Staging(self.host.nbytes)
         self._next_weight: Callable[[], OffloadedWeight | None] = lambda: None
         for name in ("scales", "zeros"):
@@ -118,7 +118,7 @@ class OffloadedWeight(QuantizedWeight):
         """The address of each expert's rows."""
         on_meta = self.resident.is_meta
         addresses = [0 if on_meta else self.rows(expert).data_ptr() for expert in range(len(self))]
-        return torch.tensor(addresses, dtype=torch.int64).to(self.resident.device)
+        return torch.tensor(addresses, dtype=torch.int64, device=self.resident.device)
 
     def rows(self, expert: int) -> Tensor:
         """The memory of an expert's rows [N, K'], where it lies."""

@@ -79,7 +79,8 @@ def pack(codes: Tensor, format: str, group: int) -> Tensor:
 
 def unpack(data: Tensor, format: str, K: int, group: int) -> Tensor:
     """Invert `pack`: int16 [..., K' * bits / 16] -> uint8 [..., K]."""
-    elements = data.view(torch.uint8).unflatten(-1, (-1, unit_columns(format, K, group) * BITS[format] // 16, 2))
+    unit = unit_columns(format, K, group) * BITS[format] // 16
+    elements = data.contiguous().view(torch.uint8).unflatten(-1, (-1, unit, 2))
     if BITS[format] == 4:  # a byte has two fields, the lower first
         elements = torch.stack((elements & 15, elements >> 4), dim=-1).flatten(-2)
     return elements.transpose(-1, -2).flatten(-3)[..., :K]

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import launch
+from .arch import ARCHS
 from .call import unflatten_args
 from .launch import Launch
 from .plan import MEMORY
@@ -52,6 +53,8 @@ def record_launches(arch: str = launch.DEFAULT_ARCH, sms: int | None = None) -> 
     A Triton launch is one entry, and so is each torch operation that is not a view (`aten::mm`, its grid None; its
     meta tensors are `args` in_0, in_1, ... and out).
     """
+    if not str(arch).startswith(("sm_", "gfx")):
+        raise ValueError(f"record_launches: arch is {arch!r}, needs one of {', '.join(ARCHS)}")
     records: list[Launch] = []
     with launch.launch_context(arch=arch, sms=sms, records=records), _Recorder(records):
         yield records

@@ -65,7 +65,7 @@ class KVCache:
             raise ValueError(f"KVCache: max_len is {max_len!r}, needs {need}")
         device = usable_device(device)
         dtype = default_dtype(config) if dtype is None else dtype
-        check_dtype("KVCache", dtype, of_cache=True)
+        check_dtype("KVCache: dtype", dtype, of_cache=True)
         self.config, self.dtype = config, dtype
         self.filled_by: torch.dtype | None = None  # of the model whose keys these are
         self.window, limit = config.window, config.max_position_embeddings

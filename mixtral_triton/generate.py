@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -246,7 +247,7 @@ def _is_number(value: Any) -> bool:
 def _check_sampling(
     max_new_tokens: Any, temperature: Any, top_p: Any, generator: Any, top_k: Any, min_p: Any, device: Any
 ) -> None:
-    finite = _is_number(temperature) and 0.0 <= temperature < float("inf")
+    finite = _is_number(temperature) and 0.0 <= temperature <= sys.float_info.max
     for name, value, valid, need in (
         ("max_new_tokens", max_new_tokens, is_int(max_new_tokens, 0), "an integer of at least 0"),
         ("temperature", temperature, finite, "a finite number of at least 0"),
@@ -270,7 +271,7 @@ def eos_ids(eos_token_id: int | Sequence[int] | None, config: Any) -> frozenset[
     if value is None:
         return frozenset()
     ids = list(value) if isinstance(value, (list, tuple)) else [value]
-    if not all(is_int(token, 0) for token in ids):
+    if not all(is_int(token, 0) and token < 1 << 63 for token in ids):
         raise ValueError(f"generate: eos_token_id is {eos_token_id!r}, needs a token id or a list of them")
     return frozenset(ids)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import MixtralConfig
-from .kernels.checks import FLOATS, INTS, check_values, readable
+from .kernels.checks import FLOATS, INTS, check_values, fail, readable
 from .kernels.launch import INTERPRETED
 from .kernels.quantized import QuantSpec
 
@@ -43,11 +43,12 @@ def usable_device(device: torch.device | str | None) -> torch.device:
     return usable
 
 
-def check_dtype(name: str, dtype: Any, of_cache: bool = False) -> None:
-    """Raise ValueError for a dtype that no operation computes in, or in which no cache holds keys."""
+def check_dtype(argument: str, dtype: Any, of_cache: bool = False) -> None:
+    """Raise ValueError for a dtype that no operation computes in, or in which no cache holds keys. `argument`: with its
+    function, as in "KVCache: dtype"."""
     if dtype not in FLOATS and not (of_cache and dtype is torch.int8):
         needs = "torch.float32, bfloat16, float16 or int8" if of_cache else "torch.float32, bfloat16 or float16"
-        raise ValueError(f"{name}: dtype is {dtype}, needs {needs}")
+        raise ValueError(f"{argument} is {dtype!r}, needs {needs}")
 
 
 def default_dtype(config: MixtralConfig) -> torch.dtype:
@@ -132,7 +133,8 @@ def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
 
 def check_lengths(lengths: Any, B: int, T: int, device: torch.device) -> None:
     """Raise ValueError unless lengths is int [B] on `device`, on a CPU with values in 0..T."""
-    valid = isinstance(lengths, Tensor) and lengths.dtype in INTS and lengths.shape == (B,)
-    if not valid or lengths.device != device:
-        raise ValueError(f"Mixtral: argument 'lengths' needs to be an int32 or int64 tensor [{B}] on {device}")
+    tensor = isinstance(lengths, Tensor)
+    if not tensor or lengths.dtype not in INTS or lengths.shape != (B,) or lengths.device != device:
+        got = f"{lengths.dtype} {list(lengths.shape)} on {lengths.device}" if tensor else f"a {type(lengths).__name__}"
+        raise fail("Mixtral", "lengths", got, f"an int32 or int64 tensor [{B}] on {device}")
     check_values("Mixtral", "lengths", lengths, 0, T)

@@ -121,6 +121,9 @@ def load(
     progress: Callable[[int], None] | None,
     ranks: Ranks | None,
 ) -> Mixtral:
+    for name, one, of_cache in (("dtype", dtype, False), ("cache_dtype", cache_dtype, True)):
+        if one is not None:
+            check_dtype(f"Mixtral.from_pretrained: {name}", one, of_cache)
     folder = checkpoint_folder(folder)
     config = MixtralConfig.from_pretrained(folder)
     headers, shard = hub.read_headers(folder), UNSHARDED if ranks is None else ranks.shard
@@ -140,8 +143,6 @@ def load(
         if requantized:
             text = f"{headers.scheme.name} is dequantized and quantized anew (weights={quantized!r})"
             warnings.warn(f"{folder}: {text}; `verify` tells what that costs", stacklevel=3)
-    if dtype is not None:
-        check_dtype("Mixtral.from_pretrained", dtype)
     dtype = dtype or weights.stored_dtype(headers)
     target_device = usable_device(ranks.device_type if device is None and ranks is not None else device)
     if ranks is not None:
@@ -354,6 +355,8 @@ def _left_in_groups() -> Iterator[int]:
 
 def read_routes(config: MixtralConfig, path: str | os.PathLike[str]) -> Routes:
     """Read how often each expert of each layer was taken, from a file that `trace --counts` wrote."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"Mixtral.from_pretrained: offload_by is {path!r}, needs a file that `trace --counts` wrote")
     L, E = config.num_hidden_layers, config.num_local_experts
     used: Any = read_json_object(Path(path)).get("counts")
     layers = used if isinstance(used, list) else []

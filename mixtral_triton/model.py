@@ -346,7 +346,7 @@ class Mixtral(nn.Module):
     def _check(self, input_ids: Tensor, cache: KVCache | None, lengths: Tensor | None) -> None:
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             raise ValueError("Mixtral is for inference only: its parameters cannot require gradients")
-        check_dtype("Mixtral", self.dtype)  # the model may have been converted
+        check_dtype("Mixtral: dtype", self.dtype)  # the model may have been converted
         check_ids(input_ids, self.config.vocab_size, self.device)
         B, T = input_ids.shape
         if cache is None and lengths is not None:

@@ -38,7 +38,7 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 
 def needs_checks() -> bool:
     """Return whether arguments may be other than a right model's: under a tracer, gradients or autocast."""
-    return not untraced() or torch.is_grad_enabled() or torch.is_autocast_enabled()
+    return not untraced() or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled()
 
 
 def attention(

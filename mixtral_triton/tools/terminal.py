@@ -205,12 +205,17 @@ def _compiler_message(error: BaseException) -> str | None:
     return toolchain_fault() if isinstance(error, subprocess.CalledProcessError) else None
 
 
+def check_writable(option: str, file: Path) -> None:
+    """Raise ValueError where an option's file cannot be written: before the work whose result would be lost."""
+    folder = file.absolute().parent
+    if not folder.is_dir() or file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        raise ValueError(f"{option} {str(file)!r} needs a file that can be written, in a folder that exists")
+
+
 def check_plot(file: Path) -> None:
     """Raise ValueError where `--plot FILE` cannot be written: before the work whose result would be lost."""
-    folder = file.absolute().parent
     if file.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--plot {str(file)!r} needs a name that ends in .png, .svg or .pdf")
-    if not folder.is_dir() or file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
-        raise ValueError(f"--plot {str(file)!r} needs a file that can be written, in a folder that exists")
+    check_writable("--plot", file)
     if find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'mixtral-triton[plot]'")

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..inputs import check_vocabulary
 from ..model import Mixtral
-from .terminal import Column, Table, bar, print_message
+from .terminal import Column, Table, bar, check_writable, print_message
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -146,6 +146,8 @@ def run(args: argparse.Namespace, model: Mixtral, tokenizer: Any, ids: torch.Ten
         raise ValueError("--prompt is one token: give at least two, since consecutive ones are compared")
     if len(ids) > (limit := model.config.max_position_embeddings):
         raise ValueError(f"--prompt is {len(ids)} tokens, needs at most max_position_embeddings, {limit}")
+    if args.counts is not None:
+        check_writable("--counts", args.counts)
     check_vocabulary(ids, model.config.vocab_size)  # the tokenizer may be another model's
     tokens = token_texts(tokenizer, args.prompt, ids.tolist())
     print_message(note)

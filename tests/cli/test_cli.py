@@ -339,6 +339,7 @@ H100, RTX4090 = ("fit", "--gpu", "h100"), ("fit", "--gpu", "rtx4090")
         ((*TRACE_PROMPT, ""), "--prompt is empty"),
         ((*TRACE_PROMPT, "x", "--layers", "4"), "--layers is 4, needs layers of 0..3"),
         (("trace", "no/such/folder", "--prompt", "x"), "no/such/folder"),
+        ((*TRACE_PROMPT, "x y", "--counts", "no/such/file"), "--counts 'no/such/file' needs a file that can be"),
         (("fit", "--gpu", "abacus"), "abacus.*H100 80GB.*MI300X"),
         (("fit", "--gpu", "v100"), "v100.*sm_80 or later"),
         ((*H100, "--memory", "5"), "--gpu is given, and --memory"),

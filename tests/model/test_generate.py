@@ -242,11 +242,11 @@ IDS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 NAN, INF = float("nan"), float("inf")
 WRONG: dict[str, tuple[Any, ...]] = {
     "max_new_tokens": (-1, 1.5, None, True),
-    "temperature": (-0.1, NAN, INF, "hot", None),
+    "temperature": (-0.1, NAN, INF, 10**400, "hot", None),
     "top_p": (0.0, -0.5, 1.01, NAN, "a"),
     "top_k": (0, -1, 2.0, True, "5"),
     "min_p": (-0.1, 1.5, NAN, "a", True),
-    "eos_token_id": ("2", 1.5, [1, "2"]),
+    "eos_token_id": ("2", 1.5, [1, "2"], 1 << 63),
 }
 OPTIONS: list[dict[str, Any]] = [{name: value} for name, values in WRONG.items() for value in values]
 OPTIONS.append({"generator": 7, "temperature": 1.0})
@@ -259,7 +259,7 @@ def test_bad_prompts(case: str, idle: Make, device: torch.device) -> None:
         idle().generate(change(tokens(2, 4, device=device)), max_new_tokens=2)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: f"{options!s:.50}")
 def test_bad_options(options: dict[str, Any], idle: Make, device: torch.device) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         idle().generate(tokens(2, 4, device=device), **{"max_new_tokens": 2} | options)

@@ -262,7 +262,7 @@ def test_bad_lengths_leave_the_cache_alone(case: str, model: Mixtral, device: to
     if device.type == "cuda" and case in OF_VALUES:
         logits = model(tokens(2, 9, device=device), cache=cache, lengths=lengths)
         return check_rows(logits, [case == "negative", case == "beyond the chunk"])
-    with pytest.raises(ValueError, match="lengths"):
+    with pytest.raises(ValueError, match=r"argument 'lengths' is .*, needs "):
         model(tokens(2, 9, device=device), cache=cache, lengths=lengths)
     assert cache.lengths.tolist() == [4, 4] and torch.equal(cache.keys[0], keys)
 

@@ -35,7 +35,8 @@ once = pytest.mark.skipif(INTERPRETED, reason="about the model, whatever the bac
 def test_same_logits_and_text(weights: str | None, ordered: Any) -> None:
     ids = IDS[:, :5] if INTERPRETED else IDS
     resident = Mixtral.from_pretrained(SMALL, "cpu", weights=weights)
-    model = Mixtral.from_pretrained(SMALL, "cpu", weights=weights, offload=2)
+    with torch.device("meta"):  # a caller's default device
+        model = Mixtral.from_pretrained(SMALL, "cpu", weights=weights, offload=2)
     assert torch.equal(model(ids), resident(ids))
     tokens = 2 if INTERPRETED else 8
     assert torch.equal(model.generate(ids, tokens), resident.generate(ids, tokens))
@@ -115,6 +116,8 @@ def test_least_used_experts(tmp_path: Path, in_process: None, capsys: Any) -> No
     counts.write_text('{"counts": [[1, 2]]}')
     with pytest.raises(ValueError, match="counts needs 4 lists of 8 integers"):
         Mixtral.from_pretrained(SMALL, "cpu", offload=3, offload_by=counts)
+    with pytest.raises(ValueError, match="offload_by is 3, needs a file"):
+        Mixtral.from_pretrained(SMALL, "cpu", offload=3, offload_by=3)  # type: ignore[arg-type]
 
 
 @once

@@ -75,7 +75,8 @@ import torch
 from mixtral_triton import Mixtral, ops, verify
 from mixtral_triton.cli import SMALL, main
 a, b = torch.randn(2, 3, 5, 4)
-y, negative = ops.gated_silu(a, b, squared=True)
+squared = torch.compile(lambda a, b: ops.gated_silu(a, b, squared=True), fullgraph=True, backend="eager")
+y, negative = squared(a, b)  # compiled first, where nothing about the operation is cached yet
 assert torch.equal(y, (torch.nn.functional.silu(a) * b) ** 2) and torch.equal(negative, -y)
 assert torch.equal(ops.gated_silu.unchecked(a, b=b)[0], torch.nn.functional.silu(a) * b)
 assert verify(Mixtral.from_pretrained(SMALL)).rows

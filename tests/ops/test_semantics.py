@@ -311,6 +311,8 @@ def test_linear_keeps_leading_dimensions(rows: tuple[int, ...], deterministic: b
     got = ops.linear(x, weight, deterministic)
     assert got.shape == (*rows, 33)
     assert torch.allclose(got, x @ weight.T, atol=1e-5)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert ops.linear(x, weight, deterministic).dtype == torch.float32
 
 
 PRECISION = [

@@ -182,6 +182,12 @@ def test_decode_step_with_experts_in_host_memory(capsys: pytest.CaptureFixture[s
             assert row["floor_us"] == pytest.approx(1e6 * row["host_bytes"] / LINKS[GPUS[gpu].link])
         assert 0.5 < row["predicted"]["of_floor"] <= 1
     assert main([*args[:-2], "h100"]) == 0 and "MB of host" in capsys.readouterr().out
+    # As `fit` says: 135 and, beside a cache of 8 bits, 86 of 256; all but one of a layer where nothing is enough.
+    for gpu, more, experts in (("h100", (), 135), ("h100", ("--cache-dtype", "int8"), 86), ("rtx4090", (), 7 * 32)):
+        sizes = STEP_OF_8X7B.replace("B=1,S=1024", "B=8,S=32768")
+        args = ["bench", "decode_step", "--sizes", sizes, "--offload", "auto", "--json", "--gpu", gpu, *more]
+        assert main(args) == 0
+        assert 32 * json.loads(capsys.readouterr().out.splitlines()[1])["sizes"]["offload"] == experts
 
 
 def test_offloaded_decode_step_is_checked_and_has_no_peer_of_transformers() -> None:

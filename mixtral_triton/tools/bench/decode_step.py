@@ -148,10 +148,11 @@ def resolve_offload(sizes: Sizes, dtype: torch.dtype, offload: int | str, gpu: G
     settings = replace(config(sizes), dtype=dtype_name(dtype))
     movable = movable_bytes(settings, parameter_shapes(settings), {}, dtype)
     if offload == "auto" and gpu is not None:
-        need, limit = partial(memory_need, settings, {}, sizes["B"], sizes["S"]), usable_bytes(gpu.bytes)
-        if found := fewest(settings, movable, lambda chunk: need(chunk=chunk)["total"], limit):
-            return found.count / settings.num_hidden_layers
-        offload = settings.num_local_experts  # too many, as the check says
+        cache_dtype = torch.int8 if "cache" in sizes else None
+        need = partial(memory_need, settings, {}, sizes["B"], sizes["S"], cache_dtype=cache_dtype)
+        found = fewest(settings, movable, lambda chunk: need(chunk=chunk)["total"], usable_bytes(gpu.bytes))
+        # All but one where no number is enough, as in loading.
+        return found.count / settings.num_hidden_layers if found else settings.num_local_experts - 1
     placement = check_offload(offload, settings, None, torch.device("meta"), 0, movable)
     return placement.count / settings.num_hidden_layers
 
