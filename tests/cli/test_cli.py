@@ -23,13 +23,12 @@ import torch
 import mixtral_triton
 from mixtral_triton import Mixtral, cli
 from mixtral_triton.cli import SMALL, main, parser
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.quantized import BITS
 from mixtral_triton.tools import processes, terminal
 
 ROOT = Path(__file__).parents[2]
 # Each test decides for itself whether to interpret, so once is enough.
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="selects the backend itself: run once, without")
+pytestmark = pytest.mark.compiled
 GENERATE = ("generate", "--device", "cpu", "--prompt", "The café", "--max-new-tokens", "3")
 TRACE = ("trace", *GENERATE[1:5])
 FULL = Path("/dev/full")
@@ -399,7 +398,7 @@ def test_a_missing_gpu_is_one_line_in_python(monkeypatch: pytest.MonkeyPatch) ->
     assert model.to("cpu").to(torch.float32).dtype == torch.float32
 
 
-@pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
+@pytest.mark.compiled
 def test_compile_takes_several_architectures(capsys: pytest.CaptureFixture[str], in_process: None) -> None:
     assert main(["compile", "append", "--arch", "sm_80", "--arch", "sm_90", "--arch", "sm_80", "--json"]) == 0
     found = [json.loads(line)["arch"] for line in capsys.readouterr().out.splitlines()]

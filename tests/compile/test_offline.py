@@ -14,13 +14,13 @@ import triton
 from triton.runtime.cache import get_cache_key
 
 from mixtral_triton.kernels.arch import ARCHS
-from mixtral_triton.kernels.launch import INTERPRETED, Launch
+from mixtral_triton.kernels.launch import Launch
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools import offline, sass
 from mixtral_triton.tools.offline import Compiled, collect, compile_launch, compile_ops
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
+pytestmark = pytest.mark.compiled
 
 FAMILIES = tuple(dict.fromkeys(known.family for known in ARCHS.values()))
 OUTSIDE_LOOPS = 308 if triton.__version__.startswith("3.7") else 0  # bytes

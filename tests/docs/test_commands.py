@@ -19,9 +19,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mixtral_triton.cli import SMALL
-from mixtral_triton.kernels.launch import INTERPRETED
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="processes of their own: run once, without the interpreter")
+pytestmark = pytest.mark.compiled
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     *ROOT.glob("*.md"),

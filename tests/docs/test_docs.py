@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from mixtral_triton.cli import parser
-from mixtral_triton.kernels.launch import INTERPRETED
 from tests.support.models import random_model
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about documents: runs once, without the interpreter")
+pytestmark = pytest.mark.compiled
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MIXTRAL = (ROOT / "docs" / "mixtral.md").read_text(encoding="utf-8")

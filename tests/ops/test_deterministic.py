@@ -24,7 +24,7 @@ from tests.support.models import random_model
 
 FLOATS = (torch.float32, torch.bfloat16)
 pytestmark = pytest.mark.usefixtures("unguarded", "ordered")  # other tests run the same kernels under guard
-SLOW = pytest.mark.skipif(INTERPRETED, reason="takes minutes, interpreted; a smaller batch shows the same there")
+SLOW = pytest.mark.compiled
 
 
 # Odd sizes: rows start at any address, on which the products of plain torch depend.
@@ -147,7 +147,7 @@ def test_tile_that_depends_on_the_batch_is_caught(monkeypatch: pytest.MonkeyPatc
             check("linear", sizes, 8, torch.float32, "cpu")
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="about the product of interpreted kernels")
+@pytest.mark.interpreted
 @pytest.mark.parametrize("name", ("linear", "expert_swiglu", "experts_add_rms_norm"))
 def test_sum_that_depends_on_the_place_is_caught(name: str, ordered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every second row and column is summed from the last: a library's order may depend on the place in the tile."""
@@ -224,7 +224,7 @@ def test_short_chunk_alone_and_padded(new: int, padded: int, model: Mixtral, dev
     assert found[0].equal(found[1])
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="about tiles of keys, which plain torch has not")
+@pytest.mark.interpreted
 def test_tiles_of_keys_do_not_depend_on_the_queries() -> None:
     """The bits depend on where tiles are: a chunk of 3 is padded to 128, behind keys for all kinds of tiles."""
     generator = torch.Generator().manual_seed(0)

@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral_triton.kernels.launch import INTERPRETED
-
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("pytest_benchmark")
 pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="a process of its own: run once, without TRITON_INTERPRET"),
+    pytest.mark.compiled,
     pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says"),
 ]
 
