@@ -241,14 +241,14 @@ def test_tiles_of_keys_do_not_depend_on_the_queries() -> None:
 def test_quantized_model_is_deterministic(format: str, device: torch.device) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "sliding_window": 3}
     model = random_model(device, deterministic=True, weights={"experts": format, "linear": "int8"}, **sizes)
-    ids = torch.randint(20, (9, 5), generator=torch.Generator().manual_seed(1)).to(device)
-    lengths = torch.tensor([5, 3, 1, 4, 5, 2, 5, 1, 3], device=device)
-    check_model(model, ids, lengths, [[4], [8, 0, 3], [*range(8, -1, -1)]])
+    ids = torch.randint(20, (5, 5), generator=torch.Generator().manual_seed(1)).to(device)
+    lengths = torch.tensor([5, 3, 1, 4, 2], device=device)
+    check_model(model, ids, lengths, [[3], [4, 0, 3, 2, 1]])
 
 
 def test_text_does_not_depend_on_other_prompts(model: Mixtral, device: torch.device) -> None:
     model = model.to(device)
-    prompts = [torch.tensor(ids, device=device) for ids in ([3, 5, 7], [1] * 8, [2, 9])]
-    batch = model.generate(prompts, max_new_tokens=4)
+    prompts = [torch.tensor(ids, device=device) for ids in ([3, 5, 7], [1] * 6, [2, 9])]
+    batch = model.generate(prompts, max_new_tokens=3)
     for prompt, text in zip(prompts, batch, strict=True):
-        assert model.generate([prompt], max_new_tokens=4)[0].equal(text)
+        assert model.generate([prompt], max_new_tokens=3)[0].equal(text)
