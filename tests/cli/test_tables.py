@@ -23,6 +23,7 @@ from mixtral_triton.tools.gpus import GPUS
 from mixtral_triton.tools.offline import resources_table
 from mixtral_triton.tools.terminal import PIPED, Column, Table, console
 
+pytestmark = pytest.mark.compiled
 at_widths = pytest.mark.parametrize("width", [80, 100, 120])
 
 
@@ -134,7 +135,6 @@ def test_compile_table(width: int) -> None:
     assert text.count("128x256x128") % 5 == 0 and all(text.count(str(100 + n)) == 1 for n in range(4))
 
 
-@pytest.mark.compiled
 def test_compile_command_at_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["compile", "route", "--arch", "sm_80"]) == 0

@@ -160,6 +160,7 @@ def test_window_reach() -> None:
     assert not changes(L * (W - 1) + 1)
 
 
+@pytest.mark.slow
 def test_recipe_for_a_kernel_runs_and_finds_a_wrong_one(tmp_path: Path) -> None:
     """In processes of their own, as it selects the interpreter."""
     (recipe,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "bench.md").read_text(encoding="utf-8"), re.S)

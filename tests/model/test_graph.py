@@ -177,6 +177,7 @@ class OneRank:
         pass
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("end", ["its end", "close", "collection"])
 def test_the_end_of_a_stream_resets_its_graph(end: str, gpu: Any) -> None:
     """`destroy_process_group` waits for a graph with collectives, which an exception's traceback may keep alive."""

@@ -24,6 +24,7 @@ SIZES = {
 }
 SIZES["rope_append_attention"] = SIZES["rope_append_attention"] | {"T": 1}
 SIZES["attention"] = SIZES["attention"] | {"ragged": True}
+pytestmark = pytest.mark.usefixtures("unguarded")  # other tests run the same kernels under guard
 
 
 def make_inputs(name: str, device: Any = "cpu", sizes: Any = None) -> dict[str, Any]:

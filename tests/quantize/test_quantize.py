@@ -44,6 +44,7 @@ def test_error_is_at_most_half_a_step(format: str, dtype: torch.dtype) -> None:
     assert torch.allclose(weight.dequantize().gather(-1, at), x.float().gather(-1, at), rtol=1e-6)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("K", "group"), [(256, None), (192, None), (96, None), (256, 32), (128, 64)])
 def test_int4_has_the_best_scale_and_the_nearest_codes(K: int, group: int | None) -> None:
     x = normal(2, 5, K)

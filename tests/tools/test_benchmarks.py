@@ -45,6 +45,7 @@ bench.our_call = lambda case, args: lambda **kwargs: correct(case, args)(**kwarg
 """
 
 
+@pytest.mark.slow
 def test_wrong_operation_fails(tmp_path: Path) -> None:
     (tmp_path / "off_for_benchmarks.py").write_text(OFF)
     done = run("-q", "-p", "off_for_benchmarks", "-k", "test_op and rms_norm-T", plugins=tmp_path)
