@@ -96,7 +96,7 @@ def run_guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], iterat
     guarded_args = {name: replace_base(args[name], guards[name].guarded) for name in tensors}
     with interpreting() as builder:
         # Integer arithmetic that overflows its type raises an error.
-        builder.options = replace(builder.options, sanitize_overflow=True, debug=True)
+        builder.options = replace(builder.options, sanitize_overflow=not iteration, debug=True)
         load = builder.create_masked_load
 
         def checked_load(pointers: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:

@@ -23,13 +23,12 @@ import torch
 import mixtral_triton
 from mixtral_triton import Mixtral, cli
 from mixtral_triton.cli import SMALL, main, parser
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.quantized import BITS
 from mixtral_triton.tools import processes, terminal
 
 ROOT = Path(__file__).parents[2]
 # Each test decides for itself whether to interpret, so once is enough.
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="selects the backend itself: run once, without")
+pytestmark = pytest.mark.compiled
 GENERATE = ("generate", "--device", "cpu", "--prompt", "The café", "--max-new-tokens", "3")
 TRACE = ("trace", *GENERATE[1:5])
 FULL = Path("/dev/full")
@@ -53,7 +52,7 @@ def run_text(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(**command(*args), capture_output=True, text=True, timeout=240)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["generate", "trace"])
 def test_interpret_runs_the_kernels_on_the_cpu(name: str) -> None:
     """A GPU at hand is not used."""
@@ -228,6 +227,7 @@ def test_an_unexpected_error_is_a_crash_of_one_line(monkeypatch: pytest.MonkeyPa
     )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "args", [("--peer", "transformers"), ("--prompt", "many words " * 600)], ids=["peer not installed", "too long"]
 )
@@ -253,7 +253,7 @@ def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show(name: str, encoding:
     assert (b"<s>[5]The[4] ca[" if name == "trace" else b"The caf") in done.stdout
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args", [("compile", "append", "--arch", "sm_90"), ("tune", "route", "--at", "T=64", "--dry-run")]
 )
@@ -262,6 +262,7 @@ def test_tables_are_drawn_in_ascii(args: tuple[str, ...]) -> None:
     assert done.returncode == 0 and b"----" in done.stdout and b"?" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_json_is_the_same_in_every_encoding() -> None:
     found = [run(*GENERATE, "--json", **where) for where in ({}, {"PYTHONIOENCODING": "ascii"})]
     first, second = (json.loads(done.stdout)["text"] for done in found)
@@ -400,13 +401,13 @@ def test_a_missing_gpu_is_one_line_in_python(monkeypatch: pytest.MonkeyPatch) ->
     assert model.to("cpu").to(torch.float32).dtype == torch.float32
 
 
-@pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
 def test_compile_takes_several_architectures(capsys: pytest.CaptureFixture[str], in_process: None) -> None:
     assert main(["compile", "append", "--arch", "sm_80", "--arch", "sm_90", "--arch", "sm_80", "--json"]) == 0
     found = [json.loads(line)["arch"] for line in capsys.readouterr().out.splitlines()]
     assert sorted(set(found)) == ["sm_80", "sm_90"] and found.count("sm_80") == found.count("sm_90")
 
 
+@pytest.mark.slow
 def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = run("compile", "rms_norm", "--arch", "sm_90", TRITON_CACHE_DIR=str(tmp_path / "file" / "cache"))

@@ -16,14 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from mixtral_triton import Mixtral, config, ops
 from mixtral_triton.cli import SMALL, main
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize import quantize
 from mixtral_triton.quantize.write import write
 from mixtral_triton.tools import prompt
 from mixtral_triton.tools.prompt import load_tokenizer
 
 pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter"),
+    pytest.mark.compiled,
     pytest.mark.usefixtures("in_process"),
 ]
 

@@ -13,7 +13,7 @@ import triton
 from rich.console import Console
 
 from mixtral_triton.cli import main
-from mixtral_triton.kernels.launch import INTERPRETED, LaunchConfig
+from mixtral_triton.kernels.launch import LaunchConfig
 from mixtral_triton.tools import terminal
 from mixtral_triton.tools.bench.cases import BENCHED, cases
 from mixtral_triton.tools.bench.measure import Outcome, Row, untimed_row
@@ -23,7 +23,7 @@ from mixtral_triton.tools.gpus import GPUS
 from mixtral_triton.tools.offline import resources_table
 from mixtral_triton.tools.terminal import PIPED, Column, Table, console
 
-compiles = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
+pytestmark = pytest.mark.compiled
 at_widths = pytest.mark.parametrize("width", [80, 100, 120])
 
 
@@ -135,7 +135,6 @@ def test_compile_table(width: int) -> None:
     assert text.count("128x256x128") % 5 == 0 and all(text.count(str(100 + n)) == 1 for n in range(4))
 
 
-@compiles
 def test_compile_command_at_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["compile", "route", "--arch", "sm_80"]) == 0

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.tools.offline import compile_ahead
 from tests.support.models import random_model
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
+pytestmark = pytest.mark.compiled
 
 
 @pytest.mark.exhaustive

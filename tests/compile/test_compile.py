@@ -17,10 +17,9 @@ import pytest
 from rich.progress import DownloadColumn
 
 from mixtral_triton.cli import main
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.tools import offline, terminal
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
+pytestmark = pytest.mark.compiled
 
 
 def test_a_fault_is_printed_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

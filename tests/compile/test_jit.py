@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from mixtral_triton.kernels import norm, router
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
@@ -23,7 +22,7 @@ from tests.support.calls import inputs, offloaded
 from tests.support.models import WIDER_SIZES, random_model
 from tests.support.stub.driver import GRID_MOST, LaunchError, check_descriptor
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
+pytestmark = pytest.mark.compiled
 
 GPU_DEVICE = torch.device("cuda", 0)
 HEAD_SIZES = (48, 64, 72, 80, 96, 112, 128, 192, 256)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mixtral_triton.kernels.attention.op import rope_append_attention
 from mixtral_triton.kernels.experts.op import expert_swiglu
-from mixtral_triton.kernels.launch import INTERPRETED, Launch
+from mixtral_triton.kernels.launch import Launch
 from mixtral_triton.kernels.linear import linear
 from mixtral_triton.kernels.quantized import SCALES, QuantizedWeight
 from mixtral_triton.kernels.record import record_launches
@@ -21,7 +21,7 @@ from mixtral_triton.tools.offline import compile_launch
 from tests.compile.test_offline import FAMILIES, launches_of, least_shared
 from tests.support.calls import offloaded
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
+pytestmark = pytest.mark.compiled
 
 H, I, E = 4096, 14336, 8
 BF16 = torch.bfloat16

@@ -14,6 +14,7 @@ import pytest
 import mixtral_triton
 from mixtral_triton.kernels.registry import OPERATIONS
 
+pytestmark = pytest.mark.compiled
 ROOT = Path(__file__).parents[2]
 FORBIDDEN = {  # folder or file: what it must not import, directly or through others
     "kernels": ("model", "ops", "weights", "quantize", "hf", "verification", "tools", "cli"),

@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_triton.kernels.launch import INTERPRETED
-
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter")
+pytestmark = pytest.mark.compiled
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_triton.kernels.launch import INTERPRETED
-
 ROOT = Path(__file__).parents[2]
 RIGHT = """
 import torch
@@ -36,7 +34,7 @@ WRONG = """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="about types: run once, without the interpreter")
+@pytest.mark.compiled
 def test_ten_wrong_calls_are_ten_errors(tmp_path: Path) -> None:
     file = tmp_path / "calls.py"
     file.write_text(RIGHT + WRONG + "\n")

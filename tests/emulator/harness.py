@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from .adapter import INTERPRETED
 from .machine import SCHEDULES, Code, Machine, Schedule
 from .memory import SHARED_BASE, Fault, Global, Params, Span
 from .parser import parse
 from .values import UNSIGNED, Array
 
-compiled_only = pytest.mark.skipif(INTERPRETED, reason="tests the emulator, which no kernel of this process uses")
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.name)
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}

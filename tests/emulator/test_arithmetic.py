@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .harness import as_bits, as_floats, compiled_only, run, samples
+from .harness import as_bits, as_floats, run, samples
 from .parser import Unmodelled
 
-pytestmark = compiled_only
+pytestmark = pytest.mark.compiled
 
 N = 256
 # Bits of precision, the exponent of the smallest normal number, and that of the largest.

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from .copies import Descriptor
-from .harness import check_fault, compiled_only, every_schedule, run, samples, shared_addresses
+from .harness import check_fault, every_schedule, run, samples, shared_addresses
 from .machine import SCHEDULES
 from .memory import SHARED_BASE, Fault
 from .parser import Unmodelled
 
-pytestmark = compiled_only
+pytestmark = pytest.mark.compiled
 
 _, LATE, LOGGED = SCHEDULES
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from mixtral_triton import apply, revert
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
 
 transformers = pytest.importorskip("transformers")
@@ -21,7 +20,7 @@ from transformers.models.mixtral import modeling_mixtral as modeling  # noqa: E4
 
 from mixtral_triton.hf.attention import CACHE  # noqa: E402
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about modules, not kernels: run once, without the interpreter")
+pytestmark = pytest.mark.compiled
 IDS = torch.randint(1, 48, (2, 14), generator=torch.Generator().manual_seed(0))
 LEFT = torch.ones_like(IDS)
 LEFT[1, :6] = 0

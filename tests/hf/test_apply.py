@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from mixtral_triton import apply, hf, revert
-from mixtral_triton.kernels.launch import INTERPRETED
 
 transformers = pytest.importorskip("transformers")
 from transformers.models.mixtral import modeling_mixtral as modeling  # noqa: E402
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about modules, not kernels: run once, without the interpreter")
+pytestmark = pytest.mark.compiled
 IDS = torch.randint(1, 48, (2, 14), generator=torch.Generator().manual_seed(0))
 LEFT = torch.ones_like(IDS)
 LEFT[1, :6] = 0

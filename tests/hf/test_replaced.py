@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from mixtral_triton import apply
-from mixtral_triton.kernels.launch import INTERPRETED
 
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about modules, not kernels: run once, without the interpreter")
+pytestmark = pytest.mark.compiled
 T = 9
 IDS = torch.randint(1, 48, (3, T), generator=torch.Generator().manual_seed(0))
 LENGTHS = torch.tensor([[T], [1], [4]])

@@ -14,11 +14,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mixtral_triton import Mixtral
 from mixtral_triton.cli import SMALL, main
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.tools.prompt import ChatTemplate, encode, load_tokenizer, read_prompts
 
 pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="about text: run once, without the interpreter"),
+    pytest.mark.compiled,
     pytest.mark.usefixtures("in_process"),
 ]
 # What the first and the present template of Mixtral-8x7B-Instruct-v0.1 render: the first has no system message.

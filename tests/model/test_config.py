@@ -8,6 +8,7 @@ import pytest
 
 from mixtral_triton.config import SIZES, MixtralConfig
 
+pytestmark = pytest.mark.compiled
 TINY = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu", "vocab_size": 48}
 TINY |= {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "max_position_embeddings": 64}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2}

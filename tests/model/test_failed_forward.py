@@ -9,19 +9,20 @@ from tests.support.models import cache_of, random_model, tokens
 
 
 @pytest.mark.exhaustive
+@pytest.mark.usefixtures("unguarded")
 @pytest.mark.parametrize(
     ("window", "past", "new"), [(6, 5, 4), (6, 8, 2), (6, 8, 1), (6, 2, 4), (6, 0, 9), (None, 5, 4)]
 )
 @pytest.mark.parametrize("inference", [False, True])
 def test_cache_after_a_failed_forward(window: int | None, past: int, new: int, inference: bool) -> None:
-    """Layers 0 and 1 had written their keys. Where these took the slots of keys that the chunk sees, it is refused."""
-    model = random_model(num_hidden_layers=3, sliding_window=window)
+    """Layer 0 had written its keys. Where these took the slots of keys that the chunk sees, the cache is refused."""
+    model = random_model(num_hidden_layers=2, sliding_window=window)
     before, chunk = tokens(2, 8), tokens(2, new, seed=1)
     with torch.inference_mode(inference):
         caches = cache_of(model, 2, 24), cache_of(model, 2, 24)
         for cache in caches if past else ():
             model(before[:, :past], cache=cache)
-        handle = model.layers[2].register_forward_pre_hook(lambda *args: {}[0])
+        handle = model.layers[1].register_forward_pre_hook(lambda *args: {}[0])
         with pytest.raises(KeyError):
             model(chunk, cache=caches[0])
         handle.remove()

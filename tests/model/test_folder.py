@@ -14,12 +14,11 @@ import torch
 from mixtral_triton import Mixtral, MixtralConfig, apply, verify
 from mixtral_triton.cli import SMALL, main
 from mixtral_triton.config import checkpoint_folder
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize.write import write
 from tests.quantize.test_quantize_write import sharded
 
 pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter"),
+    pytest.mark.compiled,
     pytest.mark.usefixtures("in_process"),
 ]
 NAME, COMMIT = "someone/Mixtral-small", "0123456789" * 4

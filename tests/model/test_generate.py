@@ -20,9 +20,6 @@ NEW = 3 if INTERPRETED else 12
 Make = Callable[..., Mixtral]
 
 
-loop = pytest.mark.skipif(INTERPRETED, reason="about the loop, whichever way operations go: run once, without")
-
-
 @pytest.fixture
 def make(device: torch.device) -> Make:
     """Changes of the configuration -> a model with random weights in fp32."""
@@ -71,7 +68,7 @@ def test_ragged_prompts_are_as_each_alone(window: int | None, make: Make, device
         assert torch.equal(got, argmax_loop(model, prompt[None], NEW)[0])
 
 
-@loop
+@pytest.mark.compiled
 @pytest.mark.parametrize("chunk", (1, 4, 7, 12))
 @pytest.mark.parametrize("window", (5, None))
 def test_prompt_in_several_chunks(window: int | None, chunk: int, make: Make, device: Any, monkeypatch: Any) -> None:
@@ -100,7 +97,7 @@ def check_eos(model: Mixtral, ids: Tensor, stops: set[int], **options: Any) -> N
 EOS = ("int", "list", "tuple", "config", "config's list", "over the config's")
 
 
-@loop
+@pytest.mark.compiled
 @pytest.mark.parametrize("step", (0, 1, NEW - 1))
 @pytest.mark.parametrize("source", EOS)
 def test_generation_stops_after_eos(source: str, step: int, make: Make, device: torch.device) -> None:
@@ -117,7 +114,7 @@ def test_generation_stops_after_eos(source: str, step: int, make: Make, device: 
     check_eos(plain, ids, stops, eos_token_id=sorted(stops))
 
 
-@loop
+@pytest.mark.compiled
 def test_it_stops_when_all_have_ended(model: Mixtral, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, calls, hidden = tokens(1, 4, device=device), [], model.hidden
     eos = int(argmax_loop(model, ids, 1)[0, -1])
@@ -143,7 +140,7 @@ def probabilities(logits: Tensor, temperature: float, top_p: float, top_k: Any =
     return left.softmax(-1)[0]
 
 
-@loop
+@pytest.mark.compiled
 @pytest.mark.parametrize("temperature", (0.3, 1.5, 4.0))
 @pytest.mark.parametrize("top_p", (0.01, 0.5, 0.9, 1.0))
 @pytest.mark.parametrize(("top_k", "min_p"), [*((k, 0.0) for k in (None, 1, 3, V - 1, V, 10 * V)), (None, 0.3), (9, 1)])
@@ -158,7 +155,7 @@ def test_sample(top_k: int | None, min_p: float, top_p: float, temperature: floa
     assert (often - want).abs().sum() < 0.05
 
 
-@loop
+@pytest.mark.compiled
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 0.5), (2.0, 0.3)])
 def test_generate_stays_in_the_nucleus(temperature: float, top_p: float, model: Mixtral, device: torch.device) -> None:
     """The same generator gives the same text, and another one another."""
@@ -174,7 +171,7 @@ def test_generate_stays_in_the_nucleus(temperature: float, top_p: float, model: 
 LIMITS = [(1.0, 1e-9, V), (5.0, 1e-3, V), (1e-4, 1.0, V), (1e-39, 1.0, V), (5e-324, 0.5, V), (50.0, 1.0, 1)]
 
 
-@loop
+@pytest.mark.compiled
 @pytest.mark.parametrize(("temperature", "top_p", "top_k"), LIMITS)
 def test_greedy_at_the_limits(temperature: float, top_p: float, top_k: Any, model: Mixtral, device: Any) -> None:
     """`top_k` is an argument by name alone: the positions of those before it are what they were."""
@@ -187,7 +184,7 @@ def test_greedy_at_the_limits(temperature: float, top_p: float, top_k: Any, mode
             model.generate(ids, NEW, 1.0, 1.0, None, None, 1)
 
 
-@loop
+@pytest.mark.compiled
 def test_stream_yields_the_tokens_of_generate(make: Make, device: torch.device) -> None:
     """One at a time, of tensors and of lists; the iterator ends with the last sequence, or where the caller does."""
     ids = tokens(2, 6, device=device)
@@ -273,7 +270,7 @@ def test_beyond_the_last_position(lengths: Any, new: int, window: int | None, id
         idle(sliding_window=window).generate(prompts, max_new_tokens=new)
 
 
-@loop
+@pytest.mark.compiled
 @pytest.mark.parametrize("window", [2**31 - 1, 4_000_000, 64])
 def test_a_window_that_no_position_can_leave_takes_the_slots_of_the_text(window: int) -> None:
     """64 positions: the ring is as long as the text, and without a length as long as the positions."""

@@ -13,11 +13,10 @@ import torch
 
 from mixtral_triton import Mixtral, MixtralConfig
 from mixtral_triton.cli import SMALL, main
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.tools.prompt import TimedSteps, load_tokenizer, print_stream
 
 pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="about text: run once, without the interpreter"),
+    pytest.mark.compiled,
     pytest.mark.usefixtures("in_process"),
 ]
 PROMPT, NEW = "The return statement", 12

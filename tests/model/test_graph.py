@@ -13,7 +13,6 @@ import torch
 
 from mixtral_triton import Mixtral, generate
 from mixtral_triton.generate import CaptureLost, capture
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import Layer
 from mixtral_triton.parallel import UNSHARDED
 from tests.support.models import cache_of, random_model, tokens
@@ -178,6 +177,7 @@ class OneRank:
         pass
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("end", ["its end", "close", "collection"])
 def test_the_end_of_a_stream_resets_its_graph(end: str, gpu: Any) -> None:
     """`destroy_process_group` waits for a graph with collectives, which an exception's traceback may keep alive."""
@@ -299,7 +299,7 @@ def test_graph_of_cuda(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(texts(model, temperature=0.8, generator=drawn, **settings)) == 3
 
 
-@pytest.mark.skipif(INTERPRETED, reason="what a graph holds are the operators, whatever runs in them")
+@pytest.mark.compiled
 def test_forward_compiles_whole_and_once() -> None:
     """One graph for all steps of one token, wherever the sequences stand."""
     torch._dynamo.reset()

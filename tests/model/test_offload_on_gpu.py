@@ -168,7 +168,7 @@ def test_generate_places_what_the_memory_lacks(gpu: Any, in_process: None, capsy
     by, lacks = ["--offload-by", str(counts)], weights["total"] - embedding - 2 * each
     for room, more in ((weights["total"], []), (lacks, []), (lacks, by)):
         gpu.properties.total_memory = math.ceil(room / (1 - TIGHT)) + 1
-        options = ["--prompt", "The return", "--max-new-tokens", "4", "--context", "64", "--offload", "auto", *more]
+        options = ["--prompt", "The return", "--max-new-tokens", "2", "--context", "64", "--offload", "auto", *more]
         assert main(["generate", *options]) == 0
         texts.append(capsys.readouterr())
     assert len({text.out for text in texts}) == 1 and "all experts fit the device, so none is offloaded" in texts[0].err

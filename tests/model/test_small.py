@@ -13,10 +13,9 @@ from tokenizers import Tokenizer
 
 from mixtral_triton import Mixtral
 from mixtral_triton.cli import SMALL
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.verification import held_out, perplexity
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="concerns the weights: one run is enough")
+pytestmark = pytest.mark.compiled
 TOKENIZER = str(SMALL / "tokenizer.json")
 LOG = json.loads((SMALL / "training.json").read_text())
 

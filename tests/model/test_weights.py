@@ -14,6 +14,7 @@ from mixtral_triton.config import MixtralConfig
 from mixtral_triton.weights import check, parameter_shapes, read_headers, stored_dtype, table, total_bytes
 from tests.support.memory import anonymous_peak, needs_proc
 
+pytestmark = pytest.mark.compiled
 COUNTS = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "num_local_experts": 3}
 CONFIG = MixtralConfig(**COUNTS, vocab_size=48, hidden_size=16, intermediate_size=24, head_dim=6, rope_theta=1e6)
 TIED = replace(CONFIG, tie_word_embeddings=True)

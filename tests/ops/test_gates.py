@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from mixtral_triton.kernels.interpret import bf16_to_f32, f32_to_bf16
-from mixtral_triton.kernels.launch import INTERPRETED, LaunchConfig, launch
+from mixtral_triton.kernels.launch import LaunchConfig, launch
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="gates of interpreted launches: needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.interpreted
 
 ONE = LaunchConfig({}, num_warps=1)
 

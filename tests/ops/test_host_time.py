@@ -17,11 +17,10 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixtral_triton.kernels import plan
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
 from tests.support.models import WIDER_SIZES, cache_of, random_model
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiled kernels: needs a process without TRITON_INTERPRET")
+pytestmark = pytest.mark.compiled
 
 ROOT = Path(__file__).parents[2]
 CALLS_MAX = 80  # of this package's functions, a decode layer

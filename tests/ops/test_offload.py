@@ -20,7 +20,6 @@ from tests.support.traffic import count_traffic
 
 E, K, H, I = 5, 2, 64, 64
 ON_HOST = (1, 4)
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="about kernels: with the interpreter")
 
 
 def arguments(format: str | None, T: int, dtype: torch.dtype, H: int = H, I: int = I) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def test_same_bits_as_stacked(format: str | None, T: int, deterministic: bool, o
 
 
 @pytest.mark.exhaustive
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("format", [None, "int4", "int8", "fp8"])
 @pytest.mark.parametrize("T", [112, 130, 200, 512])
 def test_same_bits_as_stacked_for_many_rows(format: str | None, T: int, ordered: Any, unguarded: None) -> None:
@@ -73,7 +72,7 @@ def test_unselected_experts_are_not_read() -> None:
     assert torch.equal(ops.expert_swiglu(**args), expected)
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("fault", ["one element off", "freed memory", "null"])
 def test_address_outside_an_expert_is_seen(fault: str) -> None:
     args = with_offload(arguments(None, 3, torch.float32))
@@ -95,7 +94,7 @@ def test_address_of_another_expert_is_seen() -> None:
         assert not torch.equal(ops.expert_swiglu(**wrong), ops.expert_swiglu(**args))
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("format", [None, "int4"])
 @pytest.mark.parametrize("T", [1, 4, 16, 64])
 def test_each_selected_byte_crosses_the_link_once(format: str | None, T: int, covers: Any) -> None:
@@ -111,7 +110,7 @@ def test_each_selected_byte_crosses_the_link_once(format: str | None, T: int, co
     covers("traffic", f"link, {format or 'bf16'}, T {T}: 1.00 of the selected offloaded experts' bytes (bound 1.00)")
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("T", [1, 4, 16, 64])
 def test_each_token_s_row_of_the_embedding_crosses_the_link_once(T: int, covers: Any) -> None:
     """An id out of range reads no row, and makes its sequence NaN."""
@@ -130,7 +129,7 @@ def test_each_token_s_row_of_the_embedding_crosses_the_link_once(T: int, covers:
     covers("traffic", f"link, embedding, T {T}: 1.00 of the bytes of the tokens' rows (bound 1.00)")
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_a_row_outside_the_embedding_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Injected: the ids are compared with a larger vocabulary's."""
     table, launch = empty_on_host((9, 64), torch.float32, torch.device("cpu")), norm.launch

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPERATIONS, OPS
 from tests.support.calls import as_tuple, copies, inputs, public, tensors
 
@@ -25,7 +24,7 @@ SIZES = {
 }
 SIZES["rope_append_attention"] = SIZES["rope_append_attention"] | {"T": 1}
 SIZES["attention"] = SIZES["attention"] | {"ragged": True}
-traced = pytest.mark.skipif(INTERPRETED, reason="graphs hold the operators: run once, without the interpreter")
+pytestmark = pytest.mark.usefixtures("unguarded")  # other tests run the same kernels under guard
 
 
 def make_inputs(name: str, device: Any = "cpu", sizes: Any = None) -> dict[str, Any]:
@@ -63,6 +62,7 @@ def test_no_tokens(name: str, device: torch.device) -> None:
     assert not any(x.count_nonzero() for x in got)  # of sort_by_expert too, whose offsets are not empty
 
 
+@pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name: str) -> None:
@@ -112,7 +112,7 @@ def graph_call(name: str, device: Any = "cpu") -> tuple[Call, dict[str, Tensor]]
     return Call(name, {key: value for key, value in args.items() if not isinstance(value, Tensor)}), tensors(args)
 
 
-@traced
+@pytest.mark.compiled
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
 @pytest.mark.parametrize("name", OPS)
 def test_compile(name: str, dynamic: bool, device: torch.device) -> None:
@@ -126,7 +126,7 @@ NUMBERS = [("route", "top_k", 4), ("gate_route", "top_k", 4), ("sort_by_expert",
 NUMBERS += [("attention", "window", 4)]
 
 
-@traced
+@pytest.mark.compiled
 @pytest.mark.parametrize(("name", "argument", "least"), NUMBERS, ids=[case[0] for case in NUMBERS])
 def test_compile_with_a_dynamic_number(name: str, argument: str, least: int) -> None:
     """The compiler passes a symbol where an argument was another number before."""
@@ -136,7 +136,7 @@ def test_compile_with_a_dynamic_number(name: str, argument: str, least: int) -> 
         assert same(as_tuple(call(number)), as_tuple(public(name)(**args | {argument: number})))
 
 
-@traced
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", OPS)
 def test_export(name: str, device: torch.device) -> None:
     call, args = graph_call(name, device)
@@ -236,6 +236,7 @@ def test_unsuitable_tensor_raises_value_error(name: str, argument: str, change: 
     check_rejected(name, args | {argument: change(args[argument])}, named, got)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(("name", "argument"), TENSORS)
 def test_backward_raises_value_error(name: str, argument: str, device: torch.device) -> None:
     """The forward of arguments with gradients equals that without; only the backward is rejected."""

@@ -20,7 +20,6 @@ from mixtral_triton import model as model_module
 from mixtral_triton.generate import sample
 from mixtral_triton.inputs import check_vocabulary
 from mixtral_triton.kernels import checks
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Sizes
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
@@ -29,7 +28,6 @@ from tests.support.calls import dense, inputs, outputs
 from tests.support.models import cache_of, random_model, tokens
 
 V, P, W = 23, 70, 6
-kernels = pytest.mark.skipif(not INTERPRETED, reason="what kernels do: needs TRITON_INTERPRET=1 or a GPU")
 
 
 @pytest.fixture
@@ -65,7 +63,7 @@ def call(name: str, args: dict[str, Any]) -> list[Tensor]:
 
 
 @pytest.mark.exhaustive
-@kernels
+@pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
 @pytest.mark.parametrize(("name", "sizes", "argument"), BOUNDED, ids=str)
 def test_value_out_of_range(name: str, sizes: Sizes, argument: str, dtype: Any, gpu_rules: Any, ordered: Any) -> None:
@@ -97,7 +95,7 @@ def test_value_out_of_range(name: str, sizes: Sizes, argument: str, dtype: Any, 
                 assert got[row].isfinite().all()
 
 
-@kernels
+@pytest.mark.interpreted
 @pytest.mark.parametrize("T", (1, 5))
 def test_expert_out_of_range_contributes_nothing(T: int, gpu_rules: None, ordered: Any) -> None:
     args = inputs("expert_swiglu", {"T": T, "H": 16, "I": 12, "E": 4, "K": 2})
@@ -111,7 +109,7 @@ def test_expert_out_of_range_contributes_nothing(T: int, gpu_rules: None, ordere
         assert torch.equal(got, want)
 
 
-@kernels
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("past", "new", "limit"), [(3, 2, 4), (5, 0, 4), (4, 0, 4), (2, 2, 4), (0, 1, 4)])
 def test_sequence_beyond_the_limit_is_nan(past: int, new: int, limit: int, gpu_rules: None) -> None:
     args = inputs("embed_rms_norm", EMBED)
@@ -147,7 +145,7 @@ def check_nan(got: Tensor, want: Tensor, row: int) -> None:
     assert got[row].isnan().all() and want.isfinite().all() and torch.equal(got[rest], want[rest])
 
 
-@kernels
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("deterministic", "place", "bad"), [(False, 0, -1), (False, 3, V), (True, 1, 2**62)])
 def test_token_out_of_range(deterministic: bool, place: int, bad: int, unread: None) -> None:
     """Without a cache, with one, and for later tokens."""
@@ -160,7 +158,7 @@ def test_token_out_of_range(deterministic: bool, place: int, bad: int, unread: N
         check_nan(*(model(x, cache=c) for x, c in zip(chunk, caches, strict=True)), 1)
 
 
-@kernels
+@pytest.mark.interpreted
 @pytest.mark.parametrize("bad", [-1, 5, 2**31 - 1, -(2**31), 2**32 + 1])
 def test_lengths_out_of_range(bad: int, unread: None) -> None:
     model, ids, lengths = build(None), tokens(3, 4), torch.tensor([4, 4, 4])
@@ -175,7 +173,7 @@ PLACES = [(-1, 1), (-1, 2), (-(2**31), 1), (2**31 - 1, 1), (12, 1), (11, 2), (10
 
 
 @pytest.mark.exhaustive
-@kernels
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("past", "T"), PLACES)
 def test_past_out_of_range(past: int, T: int, unread: None) -> None:
     model, ids, caches = build(None), tokens(3, T), []
@@ -188,7 +186,7 @@ def test_past_out_of_range(past: int, T: int, unread: None) -> None:
         check_nan(got, want, 1)
 
 
-@kernels
+@pytest.mark.interpreted
 @pytest.mark.parametrize("window", (None, W))
 def test_ragged_chunks_beyond_the_last_slot(window: int | None, unread: None) -> None:
     """The host cannot count these: the device finds the sequence that is beyond, and no other is lost."""
@@ -252,7 +250,7 @@ def test_sample_of_nan_is_a_token() -> None:
         assert ((drawn >= 0) & (drawn < V)).all()
 
 
-@kernels
+@pytest.mark.interpreted
 def test_text_of_an_invalid_prompt_leaves_other_texts_alone(unread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """generate checks its prompts, so the test skips the check; sampling from NaN gives tokens of the vocabulary."""
     monkeypatch.setattr(generate_module, "check_vocabulary", lambda *args: None)

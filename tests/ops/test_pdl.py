@@ -18,7 +18,7 @@ import torch
 from mixtral_triton import ops
 from mixtral_triton.kernels import linear, router
 from mixtral_triton.kernels.arch import ARCHS
-from mixtral_triton.kernels.launch import INTERPRETED, Launch, pdl_region
+from mixtral_triton.kernels.launch import Launch, pdl_region
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.gpus import GPUS
@@ -29,7 +29,7 @@ from tests.support.inject_fault import module_with_fault
 from tests.support.models import cache_of, random_model
 from tests.support.ptx import Order, order
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: run once, without TRITON_INTERPRET")
+pytestmark = pytest.mark.compiled
 
 BF16 = torch.bfloat16
 # Weights that a kernel loads before its wait; other kernels need the result of an earlier launch to select them.

@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixtral_triton import ops
 from mixtral_triton.kernels import launch, plan
-from mixtral_triton.kernels.launch import INTERPRETED, LaunchConfig
+from mixtral_triton.kernels.launch import LaunchConfig
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.kernels.quantized_cache import QuantizedCache
@@ -29,7 +29,7 @@ from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import as_tuple
 from tests.support.stub.driver import LaunchError
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiled kernels: needs a process without TRITON_INTERPRET")
+pytestmark = pytest.mark.compiled
 
 NORM, LINEAR, ATTENTION = OPS["rms_norm"], OPS["linear"], OPS["attention"]
 CALL_KEY = plan.call_key

@@ -13,7 +13,6 @@ import torch
 
 from mixtral_triton import ops
 from mixtral_triton.kernels import unpack as ptx_unpack
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.quantized import BITS, QuantizedWeight, pack, sample_quantized, unit_columns, unpack
 from tests.emulator.harness import run
 from tests.support.calls import Args, as_tuple, inputs, tensors
@@ -126,7 +125,7 @@ def test_operation_of_a_quantized_weight_equals_that_of_its_values(name: str) ->
     assert torch.equal(got, first(getattr(ops, name)(**args)))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="graphs hold the operators: run once, without the interpreter")
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", SIZES)
 def test_compiled_operation_of_a_quantized_weight(name: str) -> None:
     args, call = arguments(name), getattr(ops, name)

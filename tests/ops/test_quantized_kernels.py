@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from mixtral_triton.kernels.experts.op import expert_swiglu
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.tolerance import Tolerance
@@ -19,7 +18,7 @@ from tests.ops.test_quantized import random_weight
 from tests.support.calls import Args
 from tests.support.traffic import count_traffic
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="interprets kernels: needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.interpreted
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

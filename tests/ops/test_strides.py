@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixtral_triton import ops
 from mixtral_triton.kernels import reference as kernel_reference
-from mixtral_triton.kernels.launch import INTERPRETED, describe, tma_can_read
+from mixtral_triton.kernels.launch import describe, tma_can_read
 from mixtral_triton.kernels.op import Op, Sizes
 from mixtral_triton.kernels.quantized_cache import QuantizedCache
 from mixtral_triton.kernels.record import record_launches
@@ -172,7 +172,7 @@ def test_tma_can_read() -> None:
     assert describe(one, (1, 1, 4, 64), "sm_90").strides == [960, 960, 64, 1]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="a simulated GPU compiles")
+@pytest.mark.compiled
 @pytest.mark.parametrize(("heads", "heads_first"), [((4, 4), True), ((1, 1), False), ((4, 1), None)])
 def test_attention_of_transformers_layout_reads_by_tma(heads: Any, heads_first: bool | None, gpu: Any) -> None:
     """[B, Hkv, S, D] in memory: described with the heads first, as each stride is a multiple of the next."""

@@ -11,12 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixtral_triton.kernels import call, reference
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import copies, inputs, outputs
 from tests.support.models import WIDER_SIZES, cache_of, random_model
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the torch backend: a process without TRITON_INTERPRET")
+pytestmark = pytest.mark.compiled
 
 OPERATIONS_MAX = 95  # of torch, in a decode layer; transformers' eager layer has 153
 MASKS = {"masked_fill", "masked_fill_", "where", "bitwise_and", "bitwise_not", "logical_and"}

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from mixtral_triton.kernels import linear
 from mixtral_triton.kernels.experts import op as experts
-from mixtral_triton.kernels.launch import INTERPRETED, LaunchConfig, describe, launch
+from mixtral_triton.kernels.launch import LaunchConfig, describe, launch
 from mixtral_triton.kernels.op import Sizes
 from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import inputs
 from tests.support.inject_fault import module_with_fault
 from tests.support.traffic import Traffic, count_traffic
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter: needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.interpreted
 
 BF16 = torch.bfloat16
 WEIGHTS = {"up": "gate_up", "down": "down"}

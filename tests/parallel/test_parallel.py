@@ -3,7 +3,6 @@
 import itertools
 import math
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from mixtral_triton import Mixtral, MixtralConfig
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.parallel import Shard
 from mixtral_triton.quantize import QUANTIZED_PARTS
@@ -23,9 +21,7 @@ from tests.support import ranks as work
 from tests.support.ranks import Ranks
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.skipif(
-    INTERPRETED or sys.platform == "win32", reason="about what ranks keep and send: run once, without the interpreter"
-)
+pytestmark = pytest.mark.compiled
 
 # The vocabulary is no multiple of four, and there are fewer key-value heads than four ranks.
 BASE: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}

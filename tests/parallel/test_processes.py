@@ -12,11 +12,8 @@ import pytest
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from mixtral_triton.cli import SMALL, main
-from mixtral_triton.kernels.launch import INTERPRETED
 
-pytestmark = pytest.mark.skipif(
-    INTERPRETED or sys.platform == "win32", reason="processes of their own: run once, without the interpreter"
-)
+pytestmark = pytest.mark.compiled
 
 PROMPT = ("--device", "cpu", "--dtype", "float32", "--prompt", "The return statement", "--temperature", "0.8", "--json")
 
@@ -37,6 +34,7 @@ def test_torchrun_writes_the_same_text(capsys: pytest.CaptureFixture[str]) -> No
     assert alone["tokens"] == several["tokens"] and alone["text"] == several["text"]
 
 
+@pytest.mark.slow
 def test_torchrun_verifies_each_rank_s_part() -> None:
     """One report, the first rank's. In plain torch, which is quick: all is near, and nothing was compared."""
     run = torchrun("verify", str(SMALL), "--tp", "2", "--prompt", "return", "--json", TRITON_INTERPRET="0")

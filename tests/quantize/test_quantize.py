@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from mixtral_triton import Mixtral, MixtralConfig, reference
 from mixtral_triton.cli import SMALL
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.quantized import unpack
 from mixtral_triton.quantize import QuantizedWeight, quantize, select_specs
 from mixtral_triton.tools.fit import memory_need
@@ -24,7 +23,7 @@ from tests.support import hub
 from tests.support.memory import anonymous_peak, needs_proc
 from tests.support.models import check_loaded
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="uses the torch backend: run once")
+pytestmark = pytest.mark.compiled
 FORMATS = ("int4", "int8", "fp8")
 STEP = {"int8": 1 / 127, "fp8": 32 / 448}  # at the largest value of a row, relative to it
 
@@ -45,6 +44,7 @@ def test_error_is_at_most_half_a_step(format: str, dtype: torch.dtype) -> None:
     assert torch.allclose(weight.dequantize().gather(-1, at), x.float().gather(-1, at), rtol=1e-6)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("K", "group"), [(256, None), (192, None), (96, None), (256, 32), (128, 64)])
 def test_int4_has_the_best_scale_and_the_nearest_codes(K: int, group: int | None) -> None:
     x = normal(2, 5, K)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mixtral_triton import Mixtral, weights
 from mixtral_triton.cli import SMALL, main
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize import QuantizedWeight, layouts
 from mixtral_triton.quantize.hub import read_headers
 from mixtral_triton.weights import total_bytes
@@ -23,7 +22,7 @@ from tests.model.test_weights import expected, save
 from tests.support import hub
 from tests.support.models import check_loaded
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter")
+pytestmark = pytest.mark.compiled
 W1, W2, W3 = (f"model.layers.0.block_sparse_moe.experts.1.{name}" for name in ("w1", "w2", "w3"))
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from mixtral_triton import Mixtral
 from mixtral_triton.cli import SMALL, main
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize import QuantizedWeight, quantize
 from mixtral_triton.quantize import write as writer
 from mixtral_triton.quantize.hub import read_headers
@@ -29,7 +28,7 @@ from tests.quantize.test_quantize import EXPERT, FORMATS, IMPORTS, LOADED, check
 from tests.quantize.test_quantize_hub import load
 from tests.support.memory import anonymous_peak, needs_proc
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter")
+pytestmark = pytest.mark.compiled
 MIXED = {"experts": "int4", "linear": "int8"}
 W1 = "model.layers.1.block_sparse_moe.experts.2.w1"
 

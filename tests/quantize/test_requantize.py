@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import Mixtral, verify
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize import QuantizedWeight, layouts, quantize
 from mixtral_triton.quantize.hub import plan, read_headers
 from mixtral_triton.weights import parameter_shapes
 from tests.model.test_weights import expected
 from tests.support import hub
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about files: run once, without the interpreter")
+pytestmark = pytest.mark.compiled
 BOTH = {"experts": "int4", "linear": "int8"}
 
 

@@ -60,7 +60,8 @@ def missing(item: pytest.Item) -> str | None:
     if "gpu" in item.keywords and (INTERPRETED or not torch.cuda.is_available()):
         return "a GPU"
     simulated = "gpu" in getattr(item, "fixturenames", ()) and (INTERPRETED or torch.cuda.is_available())
-    if simulated or any(mark.args[:1] == (True,) for mark in item.iter_markers("skipif")):
+    other = item.get_closest_marker("compiled" if INTERPRETED else "interpreted") is not None
+    if simulated or other or any(mark.args[:1] == (True,) for mark in item.iter_markers("skipif")):
         return "a compiling process" if INTERPRETED else "an interpreting one, or a machine without a GPU"
     return None
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from mixtral_triton.cli import main
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench import command, decode_step, measure
 from mixtral_triton.tools.bench.cases import BENCHED, QUICK, TOKENS, Case, Oracle, cases, check_of
@@ -26,7 +25,6 @@ CPU, H100 = torch.device("cpu"), GPUS["h100"]
 SLOW = ("torch.compile", "FlexAttention", "HF static cache")  # minutes of compilation on a CPU
 WITHOUT_PEERS = [word for name in {peer.name for peer in PEERS} - {"torch"} for word in ("--without", name)]
 STEP_OF_8X7B = "B=1,S=1024,L=32,H=4096,I=14336,E=8,K=2,Hq=32,Hkv=8,D=128,V=32000"
-compiled_only = pytest.mark.skipif(INTERPRETED, reason="times and compiles: once, without TRITON_INTERPRET")
 
 
 def small(name: str, dtype: torch.dtype | None = None) -> Case:
@@ -83,7 +81,7 @@ def test_peers_are_for_known_operations_and_installed_modules() -> None:
 
 
 @pytest.mark.exhaustive
-@compiled_only
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", BENCHED)
 def test_every_peer_is_right_or_says_why_not(name: str) -> None:
     slow = set(SLOW) - ({"torch.compile"} if name == "rms_norm" else set())
@@ -127,7 +125,7 @@ def test_long_attention_is_checked_in_blocks_of_queries(monkeypatch: pytest.Monk
     assert all("wrong" in str(oracle.fault(partial(off, place))) for place in (3, 30, 60))
 
 
-@compiled_only
+@pytest.mark.compiled
 def test_wrong_decode_step_is_detected() -> None:
     case = small("decode_step", torch.float32)
     args = case.inputs(CPU)
@@ -157,7 +155,7 @@ def test_decode_step_is_captured_after_its_kernels_are_compiled(monkeypatch: pyt
     assert replay(**args) == torch.tensor(3) and calls[3:] == ["replay"]
 
 
-@compiled_only
+@pytest.mark.compiled
 @pytest.mark.skipif(torch.cuda.is_available(), reason="prints what is known without a GPU")
 def test_command_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["bench", "route", "rope", "--quick", "--plot", str(tmp_path / "a.svg")]) == 0
@@ -201,7 +199,7 @@ def test_offloaded_decode_step_is_checked_and_has_no_peer_of_transformers() -> N
     assert "wrong: 3 of 3 rows" in str(check_of(case.op, args)(lambda **args: step(**args) * 1.2))
 
 
-@compiled_only
+@pytest.mark.compiled
 def test_wrong_result_on_a_device_exits_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     use_bench(monkeypatch)
     monkeypatch.setattr(command, "cases", lambda *args: [small("rms_norm")])
@@ -227,7 +225,7 @@ def test_a_case_that_cannot_start_has_a_row_with_the_error(
     assert json.loads(capsys.readouterr().out.splitlines()[1])["note"] == note
 
 
-@compiled_only
+@pytest.mark.compiled
 def test_a_lost_gpu_ends_the_process_after_the_row_of_its_case(
     gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

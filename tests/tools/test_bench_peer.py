@@ -29,7 +29,6 @@ CPU, H100 = torch.device("cpu"), GPUS["h100"]
 SIZES = {"T": 7, "H": 32, "I": 24, "E": 4, "K": 2}
 TEXT = ",".join(f"{letter}={size}" for letter, size in SIZES.items())
 EXAMPLE = "examples.my_experts:swiglu"
-compiled_only = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="prints what a machine without a GPU prints")
 
 MINE = """
@@ -99,7 +98,7 @@ WRONG = {
 }
 
 
-@compiled_only
+@pytest.mark.compiled
 @without_gpu
 def test_wrong_peers_have_notes_and_exit_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["bench", "expert_swiglu", "--sizes", TEXT, "--peer", EXAMPLE, *peer_options(*WRONG), "--json"]
@@ -125,7 +124,7 @@ def test_triton_peers_are_checked_where_their_kernels_are_interpreted(
         assert found["right"] is right and found["time_us"] is None and found["note"].startswith(note)
 
 
-@compiled_only
+@pytest.mark.compiled
 def test_only_right_peers_are_timed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,7 +226,7 @@ def test_a_case_too_large_for_a_cpu_is_not_checked() -> None:
     assert Case(OPS["expert_swiglu"], SIZES).too_large_for_cpu() is None
 
 
-@compiled_only
+@pytest.mark.compiled
 @without_gpu
 def test_documented_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
     documented = (ROOT / "docs" / "bench.md").read_text().replace("\n\n", "\n")

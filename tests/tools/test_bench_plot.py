@@ -15,6 +15,7 @@ from mixtral_triton.tools.bench.report import figure_of
 from mixtral_triton.tools.gpus import GPUS
 
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.compiled
 H100 = GPUS["h100"]
 
 

@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral_triton.kernels.launch import INTERPRETED
-
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("pytest_benchmark")
 pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="a process of its own: run once, without TRITON_INTERPRET"),
+    pytest.mark.compiled,
     pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says"),
 ]
 
@@ -47,6 +45,7 @@ bench.our_call = lambda case, args: lambda **kwargs: correct(case, args)(**kwarg
 """
 
 
+@pytest.mark.slow
 def test_wrong_operation_fails(tmp_path: Path) -> None:
     (tmp_path / "off_for_benchmarks.py").write_text(OFF)
     done = run("-q", "-p", "off_for_benchmarks", "-k", "test_op and rms_norm-T", plugins=tmp_path)

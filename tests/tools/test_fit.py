@@ -17,7 +17,6 @@ from mixtral_triton.cli import SMALL, main, parser
 from mixtral_triton.generate import prefill, sample
 from mixtral_triton.inputs import WEIGHT_FORMATS as FORMATS
 from mixtral_triton.inputs import check_memory
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.load import LOGIT_BYTES, OVERHEAD, select_experts, table_bytes, workspace_bytes
 from mixtral_triton.quantize import select_specs
@@ -28,7 +27,7 @@ from mixtral_triton.weights import parameter_shapes
 from tests.support import hub
 from tests.support.live_bytes import LiveBytes
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about sizes: run once, without the interpreter")
+pytestmark = pytest.mark.compiled
 SMALLER, LARGER = KNOWN["mixtral-8x7b"], KNOWN["mixtral-8x22b"]
 CUDA = torch.device("cuda:0")
 BF16 = torch.bfloat16

@@ -18,7 +18,6 @@ import torch
 
 from benchmarks import gpu_day
 from benchmarks.gpu_day import day, parts
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Cost
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools import terminal
@@ -26,7 +25,7 @@ from mixtral_triton.tools.bench.cases import BENCHED, Case, cases
 from mixtral_triton.tools.bench.measure import Outcome, Row
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernel: once, without TRITON_INTERPRET")
+pytestmark = pytest.mark.compiled
 
 
 def python(*codes: str) -> gpu_day.Part:

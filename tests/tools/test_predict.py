@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from mixtral_triton.kernels import linear
-from mixtral_triton.kernels.launch import INTERPRETED, Launch, LaunchConfig, override_configs
+from mixtral_triton.kernels.launch import Launch, LaunchConfig, override_configs
 from mixtral_triton.kernels.op import Cost, Sizes
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
@@ -32,7 +32,7 @@ from mixtral_triton.tools.predict import (
     predict,
 )
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernel: once, without TRITON_INTERPRET")
+pytestmark = pytest.mark.compiled
 CPU, H100, BF16 = torch.device("cpu"), GPUS["h100"], torch.bfloat16
 LAYER = {"H": 4096, "I": 14336, "E": 8, "K": 2}
 PREDICTABLE = [name for name, gpu in GPUS.items() if gpu.chip is not None]

@@ -11,12 +11,11 @@ from rich.console import Console
 
 from mixtral_triton import cli
 from mixtral_triton.cli import SMALL, main
-from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.tools.trace import Trace
 
 PROMPT = "The for statement\n  is used to iterate: naïve."
 pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="about figures and text: run once, without the interpreter"),
+    pytest.mark.compiled,
     pytest.mark.usefixtures("in_process"),
 ]
 

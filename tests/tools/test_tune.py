@@ -18,7 +18,6 @@ from mixtral_triton.tools.bench import measure, tune
 from mixtral_triton.tools.bench.cases import Case, Oracle, cases
 
 CPU = torch.device("cpu")
-compiled_only = pytest.mark.skipif(INTERPRETED, reason="compiles: needs a process without TRITON_INTERPRET")
 PREFILL = LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 128, "SPLIT_K": 4}, num_warps=8, num_stages=1)
 
 
@@ -52,7 +51,7 @@ TILED |= {"sort_by_expert", "rms_norm", "add_rms_norm", "rms_norm_gate_route", "
 
 
 @pytest.mark.exhaustive
-@pytest.mark.skipif(not INTERPRETED, reason="runs the kernels: needs TRITON_INTERPRET=1")
+@pytest.mark.interpreted
 @pytest.mark.parametrize("name", OPS)
 def test_every_candidate_gives_the_right_result(name: str) -> None:
     """A tile that must cover a full dimension, and is missing in the tuner's table, fails here."""
@@ -82,7 +81,7 @@ def test_an_overridden_config_reaches_the_launch(name: str) -> None:
         assert tune.kernel_configs(case, "sm_90")[kernel][1] == config, "the override has ended"
 
 
-@compiled_only
+@pytest.mark.compiled
 def test_spills_shared_memory_and_compile_errors_have_notes() -> None:
     case = next(case for case in cases(["expert_swiglu"]) if case.sizes["T"] == 4096)
     kernel = "experts_up_kernel"
@@ -110,7 +109,7 @@ def timer_of(case: Case, kernel: str, score: Callable[[LaunchConfig], float]) ->
 ROUTE = Case(OPS["route"], {"T": 64, "E": 8, "K": 2}, torch.float32)
 
 
-@compiled_only
+@pytest.mark.compiled
 def test_tuner_climbs_to_the_fastest_and_keeps_the_current_in_a_tie() -> None:
     case, kernel = Case(OPS["sort_by_expert"], {"T": 2048, "E": 8, "K": 2}, torch.int32), "sort_by_expert_kernel"
     current = tune.kernel_configs(case, "sm_90")[kernel][1]
@@ -127,14 +126,14 @@ def test_tuner_climbs_to_the_fastest_and_keeps_the_current_in_a_tie() -> None:
     assert tune.tune(case, kernel, "sm_90", flat, CPU)[1] == 0
 
 
-@compiled_only
+@pytest.mark.compiled
 def test_a_gpu_unknown_to_the_compiler_is_tuned_without_compiling() -> None:
     timer = timer_of(ROUTE, "route_kernel", lambda config: float(config.num_warps))
     candidates, best = tune.tune(ROUTE, "route_kernel", "sm_130", timer, CPU)
     assert candidates[best][0].num_warps == 1 and all(outcome.note is None for _, outcome in candidates)
 
 
-@compiled_only
+@pytest.mark.compiled
 def test_a_config_with_a_wrong_result_is_never_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     current = tune.kernel_configs(ROUTE, "sm_90")["route_kernel"][1]
 
@@ -149,7 +148,7 @@ def test_a_config_with_a_wrong_result_is_never_the_best(monkeypatch: pytest.Monk
     assert best == 0 and sum("wrong" in str(outcome.note) for _, outcome in candidates) >= 2
 
 
-@compiled_only
+@pytest.mark.compiled
 def test_command_that_compiles_alone_claims_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "route", "--at", "T=64", "--arch", "sm_120"]) == 0
     out = capsys.readouterr().out
@@ -160,7 +159,7 @@ def test_command_that_compiles_alone_claims_nothing(capsys: pytest.CaptureFixtur
     assert all(one["time_us"] is None for one in found["candidates"]) and found["change"] == {}
 
 
-@compiled_only
+@pytest.mark.compiled
 def test_command_prints_what_to_change_and_where(
     gpu: Any, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,7 +187,7 @@ def test_file_of_the_tables(name: str, sizes: dict[str, Any], file: str) -> None
     assert tune.config_file(Case(OPS[name], sizes)) == file
 
 
-@compiled_only
+@pytest.mark.compiled
 def test_without_a_gpu_it_says_at_once_what_compile_tells(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

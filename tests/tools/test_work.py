@@ -12,7 +12,7 @@ from mixtral_triton.kernels import linear, reference
 from mixtral_triton.kernels.arch import ARCHS
 from mixtral_triton.kernels.dispatch import expected_distinct_experts
 from mixtral_triton.kernels.experts import tiles as expert_tiles
-from mixtral_triton.kernels.launch import INTERPRETED, Launch, LaunchConfig, override_configs
+from mixtral_triton.kernels.launch import Launch, LaunchConfig, override_configs
 from mixtral_triton.kernels.op import Sizes
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
@@ -23,11 +23,8 @@ from tests.compile.test_quantized_offline import instructions_a_byte
 from tests.support.traffic import Traffic, count_traffic
 from tests.tools.test_predict import BF16, LARGE, LAYER, Tile, microseconds, recorded, tiles
 
-once = pytest.mark.skipif(INTERPRETED, reason="runs no kernel: once, without TRITON_INTERPRET")
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter: needs TRITON_INTERPRET=1")
 
-
-@once
+@pytest.mark.compiled
 def test_bytes_of_launches_sum_to_the_operation_s_cost() -> None:
     """Beyond them lie the partial sums of splits, and x in sorted order."""
     for case in cases():
@@ -38,7 +35,7 @@ def test_bytes_of_launches_sum_to_the_operation_s_cost() -> None:
         assert 0.9999 <= bytes / case.cost().bytes < 1.07, (case.op.name, case.as_dict())
 
 
-@once
+@pytest.mark.compiled
 def test_every_launch_of_the_registry_has_work() -> None:
     for op in OPS.values():
         for sizes in (*op.test_shapes, *op.bench_shapes):
@@ -54,13 +51,13 @@ def test_every_launch_of_the_registry_has_work() -> None:
                     assert launch.kernel in WORK or ("tl.dot" not in source and "add_products" not in source)
 
 
-@once
+@pytest.mark.compiled
 def test_unknown_kernel_raises_value_error() -> None:
     with pytest.raises(ValueError, match=r"^count_work: kernel is 'new_kernel', needs one .*: .*linear_kernel"):
         count_work(Launch("new_kernel", (1,)))
 
 
-@once
+@pytest.mark.compiled
 @pytest.mark.parametrize(("T", "rows"), [(7, 4), (64, 16), (300, 128)])
 def test_row_tiles_are_those_of_random_routing(T: int, rows: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -87,7 +84,7 @@ COUNTED = [
 ]
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("name", "sizes", "tensors", "most"), COUNTED)
 def test_formulas_match_interpreted_kernels(name: str, sizes: Sizes, tensors: tuple[str, ...], most: float) -> None:
     """Exactly where tiles are full; of attention keys outside the mask are in the formula and not in the count."""
@@ -109,7 +106,7 @@ def run_experts(ids: torch.Tensor, E: int, **sizes: int) -> tuple[dict[str, Any]
     return args, out, traffic, [launch for launch in launches if launch.grid]
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("T", [64, 960])
 def test_expert_formulas_match_interpreted_kernels(T: int) -> None:
     """Even routes, as the formulas expect of random ones."""
@@ -128,7 +125,7 @@ def test_expert_formulas_match_interpreted_kernels(T: int) -> None:
 GROUPS = (0, 1, 64, 65, 128, 129, 192, 193, 257, 330, 384)  # rows of an expert: short, upper part, whole, and more
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("block_m", [128, 192])
 def test_last_tiles_of_every_height(block_m: int) -> None:
     """A group's last tile rounds up to 64 rows, or to 128 where they fit a tile's upper part; results are right."""
@@ -144,14 +141,14 @@ def test_last_tiles_of_every_height(block_m: int) -> None:
     assert traffic.flops == rows * 2 * (64 * 96 + 64 * 64)  # H x 2I, and I in a depth of 64 x H
 
 
-@once
+@pytest.mark.compiled
 @pytest.mark.parametrize("format", ["int4:128", None])
 def test_padding_of_few_rows_is_multiplied_and_not_loaded(format: str | None) -> None:
     one, many = (count_work(recorded("linear", {"T": T, "H": 512, "N": 64, "weight": format})[0]) for T in (1, 4))
     assert many.loaded - one.loaded == one.programs * 3 * 512 * 2 and many.flops == one.flops
 
 
-@once
+@pytest.mark.compiled
 @pytest.mark.parametrize(("B", "T", "rows"), [(1, 128, 64), (1, 500, 64), (1, 1024, 64), (8, 512, 64), (1, 8192, 128)])
 def test_attention_uses_the_faster_of_two_tiles(B: int, T: int, rows: int) -> None:
     """Two small programs an SM hide each other's softmax, and read the keys twice as often."""
@@ -165,7 +162,7 @@ def test_attention_uses_the_faster_of_two_tiles(B: int, T: int, rows: int) -> No
 TALL: Tile = (192, 256, 64, 8, 4)
 
 
-@once
+@pytest.mark.compiled
 @pytest.mark.parametrize("T", [128, 256, 384, 512, 1024, 1536, 4096])
 @pytest.mark.parametrize("width", [(4096, 14336), (6144, 16384)])
 def test_prefill_uses_the_best_of_three_tiles(T: int, width: tuple[int, int]) -> None:
@@ -175,7 +172,7 @@ def test_prefill_uses_the_best_of_three_tiles(T: int, width: tuple[int, int]) ->
     assert microseconds("expert_swiglu", sizes) <= 1.005 * min(times)
 
 
-@once
+@pytest.mark.compiled
 def test_a_whole_last_tile_takes_longer() -> None:
     """A group of 160 rows on average: 128 and 64, or twice 128."""
     sizes = LAYER | {"T": 640}
@@ -183,7 +180,7 @@ def test_a_whole_last_tile_takes_longer() -> None:
     assert whole > 1.05 * short
 
 
-@once
+@pytest.mark.compiled
 def test_x_is_gathered_where_tma_reads_it() -> None:
     """Elsewhere a sort without x: by pointers, of quantized weights, on GPUs without TMA, and in fp32."""
     layer = LAYER | {"T": 512}
@@ -203,7 +200,7 @@ def test_x_is_gathered_where_tma_reads_it() -> None:
 A_WEIGHT_BYTE = {1: 1.3, 4: 1.3, 9: 1.3, 16: 1.3, 17: 1.5, 32: 1.5, 64: 1.5}
 
 
-@once
+@pytest.mark.compiled
 @pytest.mark.parametrize("T", A_WEIGHT_BYTE)
 @pytest.mark.parametrize(("H", "I", "N"), [(4096, 14336, 6144), (6144, 16384, 8192)])
 def test_decode_loads_little_more_than_its_weights_from_l2(
@@ -219,7 +216,7 @@ def test_decode_loads_little_more_than_its_weights_from_l2(
                 assert count_work(launch).loaded / (weight.nbytes * share) <= A_WEIGHT_BYTE[T], (launch.kernel, T)
 
 
-@once
+@pytest.mark.compiled
 def test_two_programs_of_32_tokens_fit_an_sm() -> None:
     for launch in recorded("expert_swiglu", LAYER | {"T": 32})[:2]:
         assert 2 * (count_work(launch).shared + 1024) < ARCHS["sm_90"].shared_bytes + 1024
@@ -230,7 +227,7 @@ A_BYTE = 2.5
 
 
 @pytest.mark.exhaustive
-@once
+@pytest.mark.compiled
 @pytest.mark.parametrize("T", [1, 9, 16, 32, 64])
 def test_masks_cost_few_instructions(T: int, monkeypatch: pytest.MonkeyPatch, covers: Any) -> None:
     monkeypatch.setattr(linear, "use_skinny_kernel", lambda *sizes: True)
