@@ -37,9 +37,10 @@ Call = tuple[str, str, Args]  # operation, case, arguments
 SEQUENCES = 64  # of `generate` in one batch, at most
 CACHE_SLOTS = 4096  # slots of the caches, of more than MANY sequences a quarter
 MANY = 8
-FEW = 12  # tokens of a sequence in the calls of all layers but the first: layers differ in their weights alone
+FEW = 10  # tokens of a sequence in the calls of all layers but the first: layers differ in their weights alone
 EDGE = 8  # rows of a part of a tile: this many are run, and twice as many
-BATCH, RAGGED, KEYS = 33, 5, 600  # rows, sequences, and keys of each, where bits must not depend on the batch
+# Rows, sequences, and keys of each, where bits must not depend on the batch. So many keys would be split for one sequence.
+BATCH, RAGGED, KEYS = 33, 5, 280
 LAYOUTS = ("sliced", "transposed", "expanded")
 WEIGHTS = {"weight", "norm_weight", "gate", "gate_up_proj", "down_proj", "table", "cos", "sin"}
 

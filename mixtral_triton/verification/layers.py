@@ -118,16 +118,14 @@ class ModelUnderTest:
                     probe.record_logits(out)
 
     def logits(self, ids: Tensor, probe: LayerProbe) -> tuple[Tensor, Any]:
-        """The model's own logits of a text [B,T] that is read in chunks over a cache -> [M,V], and where they are."""
-        config, found, where = self.model.config, list[Tensor](), list[Any]()
-        with self.forward(config, probe) as forward:
-            for case, tokens, valid, cache, kwargs in self.forward_calls(config, *ids.shape):
-                if case == (CHUNKS if ids.shape[1] > 1 else TOKENS):
-                    probe.start(case, tokens, valid)
-                    out = forward(ids[probe.where], cache, **{name: x.to(ids.device) for name, x in kwargs.items()})
-                    found.append(out[probe.valid])
-                    where.append(probe.where_valid)
-        return torch.cat(found), tuple(map(torch.cat, zip(*where, strict=True)))
+        """The model's own logits of a text [B,T] over a cache, whose last sequences are a token shorter -> [M,V], and
+        where they are."""
+        (B, T), text = ids.shape, torch.arange(ids.shape[1]).expand(ids.shape)
+        lengths = (T - torch.arange(B).clamp(max=1)).clamp(min=1).int()
+        probe.start("end to end", text, text < lengths[:, None])
+        with self.forward(self.model.config, probe) as forward:
+            out = forward(ids, self.make_cache(self.model.config, B, T), lengths=lengths.to(ids.device))
+        return out[probe.valid], probe.where_valid
 
     @contextmanager
     def catch_faults(self, record: Callable[[str], None]) -> Iterator[None]:
@@ -352,8 +350,10 @@ class LayerProbe:
         return self.record(index, "attn_output", forward(*args))
 
     def experts(self, index: int, forward: Callable[..., Any], h: Tensor, x: Tensor, *args: Any) -> Any:
-        """`model.Layer.experts`, which is also run without a residual stream, its output recorded."""
-        self.record(index, "y", forward(h, torch.zeros_like(x), *args)[1])
+        """`model.Layer.experts`, which is also run without a residual stream, its output recorded. How a text is split
+        changes its number of rows alone: many and few are enough."""
+        if self.case in (UNCACHED, TOKENS):
+            self.record(index, "y", forward(h, torch.zeros_like(x), *args)[1])
         return forward(h, x, *args)
 
     def as_rows(self) -> list[Row]:
