@@ -35,7 +35,7 @@ from ..tools.tolerance import (
     to_fp64,
     with_perturbed_input,
 )
-from .calls import LAYOUTS, Call, LayerCheck
+from .calls import LAYOUTS, Call, LayerCheck, SizedCalls
 from .report import BITS, END_RATIO, FP32, TORCH, Row, worst_rows
 
 UNCACHED, CHUNKS, TOKENS, ALONE = "whole text", "in chunks", "token by token", "one sequence"
@@ -218,16 +218,17 @@ class TextReference:
 def compare_layers(
     target: ModelUnderTest, ids: Tensor, calls: Calls | None = None, step: Step = lambda: None
 ) -> tuple[list[Row], TextReference, Tensor]:
-    """Measure the `calls` of every layer (None: those on the text), and the layers' own forwards with `probe_config`,
+    """Measure the `calls` of every layer (None: each operation once), and the layers' own forwards with `probe_config`,
     on ids [B,T] -> rows, references with the model's config, and the last layer's output [2B,T,H] in fp64 from the
     text `with_perturbed_input` on, with torch's routes."""
+    calls = SizedCalls(target) if calls is None else calls
     x, probe_config, rows = F.embedding(ids, target.embed_tokens), target.probe_config(ids.shape[1]), list[Row]()
     expected, exact = TextReference(x), with_perturbed_input(x)
     probe_expected = expected if probe_config == target.config else TextReference(x)
     for index in range(len(target.layers)):
         layer = target.layers[index]
         check = target.check(layer, expected.x, target.config)
-        for call in check.calls(index) if calls is None else calls(check, index):
+        for call in calls(check, index):
             rows += target.measure(index, *call)
         # One pass over the layer's weights in fp64, for torch's input of the layer and for fp64's.
         inputs, size = with_perturbed_input(check.values.x), 2 * len(x)
@@ -352,7 +353,7 @@ class LayerProbe:
     def experts(self, index: int, forward: Callable[..., Any], h: Tensor, x: Tensor, *args: Any) -> Any:
         """`model.Layer.experts`, which is also run without a residual stream, its output recorded. How a text is split
         changes its number of rows alone: many and few are enough."""
-        if self.case in (UNCACHED, TOKENS):
+        if self.case in (UNCACHED, ALONE):
             self.record(index, "y", forward(h, torch.zeros_like(x), *args)[1])
         return forward(h, x, *args)
 
