@@ -90,8 +90,8 @@ class LayerCheck:
         self.proj = {"gate_up_proj": layer.gate_up_proj, "down_proj": layer.down_proj}
 
     def calls(self, index: int) -> Iterator[Call]:
-        """The calls in layer `index` that no forward of `generate` makes. An operation of the registry that neither
-        they nor such a forward name is not verified."""
+        """The calls in layer `index` that no forward of `generate` makes, or none on a mesh. An operation of the
+        registry that neither they nor such a forward name is not verified."""
         window, layer, values, (B, T) = self.config.sliding_window, self.layer, self.values, self.at.shape
         yield "rms_norm", "input", {"x": values.x, **self.norm, "weight": layer.input_layernorm}
         yield "add_rms_norm", "with residual", {"x": values.attn_output, "residual": values.x, **self.norm}
@@ -105,14 +105,17 @@ class LayerCheck:
         yield "route", "all tokens", {"logits": values.logits, "top_k": K}
         yield "gate_route", "all tokens", {"x": values.h, "gate": layer.gate, "top_k": K}
         yield "sort_by_expert", "all tokens", {"ids": values.ids, "num_experts": E}
+        experts = {"x": values.h, **self.proj, "ids": self.local_ids(values.ids), "weights": values.weights}
+        norm = {"residual": (values.x + values.attn_output).flatten(0, 1), "norm_weight": self.norm["weight"]}
+        yield "experts_add_rms_norm", "all tokens", {**experts, **norm, "eps": self.config.rms_norm_eps}
         sizes = {"decode": min(DECODE_TOKENS, -(-E // K))}
         if index == 0 or values.x.is_cuda:  # they are slow
             sizes["prefill"] = max(DECODE_TOKENS + 1, -(-E // K))
         for case, size in sizes.items():  # routes that take every expert
             ids = torch.arange(size * K, device=values.x.device).view(size, K) % E
             rows = torch.arange(size, device=values.x.device) % N
-            args = {"x": values.h[rows], **self.proj, "ids": self.local_ids(ids.int()), "weights": values.weights[rows]}
-            yield "expert_swiglu", f"every expert, {case}", args
+            some = {"x": values.h[rows], "ids": self.local_ids(ids.int()), "weights": values.weights[rows]}
+            yield "expert_swiglu", f"every expert, {case}", {**experts, **some}
 
     def deterministic_calls(self) -> Iterator[Call]:
         """Calls of BATCH rows or RAGGED sequences, whose bits must not depend on the batch."""
@@ -331,7 +334,8 @@ class SizedCalls:
 
     def calls_on_text(self, check: LayerCheck) -> Iterator[Call]:
         """Calls of a chunk as long as the text and of a step after it: each operation and weight of a layer once."""
-        (B, T), weights, done = check.at.shape, self.weights(check), {("linear", "lm_head, ")}
+        (B, T), weights = check.at.shape, self.weights(check)
+        done = {("linear", "lm_head, "), ("experts_add_rms_norm", "")}  # of no layer, and among its `calls`
         C = min(2 * T, self.target.config.max_position_embeddings)
         for size, case in ((B, T, C), "chunk"), ((B, 1, C), "one token"):
             for op, recorded, _ in self.recorded(size):
