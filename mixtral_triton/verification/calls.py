@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -20,11 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .. import reference
 from ..cache import KVCache, cache_shape
 from ..generate import PREFILL_CHUNK
-from ..kernels import reference as kernel_reference
 from ..kernels.call import unflatten_args
 from ..kernels.experts.tiles import DECODE_TOKENS
 from ..kernels.launch import DEFAULT_ARCH, Launch, launch_context
-from ..kernels.linear import SKINNY_M
 from ..kernels.quantized import QuantizedWeight
 from ..kernels.quantized_cache import QuantizedCache
 from ..kernels.registry import OPS
@@ -37,9 +35,10 @@ Call = tuple[str, str, Args]  # operation, case, arguments
 SEQUENCES = 64  # of `generate` in one batch, at most
 CACHE_SLOTS = 4096  # slots of the caches, of more than MANY sequences a quarter
 MANY = 8
-FEW = 12  # tokens of a sequence in the calls of all layers but the first: layers differ in their weights alone
+FEW = 10  # tokens of a sequence in the calls of all layers but the first: layers differ in their weights alone
 EDGE = 8  # rows of a part of a tile: this many are run, and twice as many
-BATCH, RAGGED, KEYS = 33, 5, 600  # rows, sequences, and keys of each, where bits must not depend on the batch
+# Rows, sequences, and keys of each, where bits must not depend on the batch: so many that one sequence may split them.
+BATCH, RAGGED, KEYS = 33, 5, 280
 LAYOUTS = ("sliced", "transposed", "expanded")
 WEIGHTS = {"weight", "norm_weight", "gate", "gate_up_proj", "down_proj", "table", "cos", "sin"}
 
@@ -59,6 +58,14 @@ def with_layout(layout: str, name: str, x: Any, mutates: Sequence[str]) -> Any:
     steps = [2] * (x.dim() - 1) + [1 if name.endswith("cache") else 2]
     places = tuple(slice(1, 1 + step * n, step) for n, step in zip(x.shape, steps, strict=True))
     return around.to(x.dtype)[places].copy_(x)
+
+
+def with_layouts(calls: Iterable[Call]) -> Iterator[Call]:
+    """Each of the calls with its activations in the LAYOUTS."""
+    for op, _, args in calls:
+        for layout in LAYOUTS:
+            change = partial(with_layout, layout, mutates=OPS[op].mutates)
+            yield op, layout, {name: x if name in WEIGHTS else change(name, x) for name, x in args.items()}
 
 
 class LayerCheck:
@@ -83,32 +90,32 @@ class LayerCheck:
         self.proj = {"gate_up_proj": layer.gate_up_proj, "down_proj": layer.down_proj}
 
     def calls(self, index: int) -> Iterator[Call]:
-        """The calls on the text in layer `index`. An operation of the registry that no call names is not verified."""
-        window, layer, values, T = self.config.sliding_window, self.layer, self.values, self.at.shape[1]
+        """The calls in layer `index` that no forward of `generate` makes, or none on a mesh. An operation of the
+        registry that neither they nor such a forward name is not verified."""
+        window, layer, values, (B, T) = self.config.sliding_window, self.layer, self.values, self.at.shape
         yield "rms_norm", "input", {"x": values.x, **self.norm, "weight": layer.input_layernorm}
         yield "add_rms_norm", "with residual", {"x": values.attn_output, "residual": values.x, **self.norm}
-        yield from self._row_calls("all tokens", self.at)
-        yield "rope", "all tokens", {"q": values.q, "k": values.k, **self.tables, "positions": self.at % T}
         keys = {"k": self.rk, "v": values.v, "window": window}
         yield "attention", "prefill", {"q": self.rq, **keys}
         yield "attention", "decode", {"q": self.rq[:, -1:], **keys}
-        ends = self._uneven(T, 1)
+        ends = (T - torch.arange(B, device=self.at.device)).clamp(min=1).int()
         padded = {"starts": ends // 3, "lengths": ends, "deterministic": True}
         yield "attention", "padded, deterministic", {"q": self.rq, **keys, **padded}
-        yield from self._cached_calls()
-        yield "linear", "o, few tokens", {"x": values.heads[0, :SKINNY_M], "weight": layer.o_proj}
         (N, K), E = values.ids.shape, len(layer.gate)
         yield "route", "all tokens", {"logits": values.logits, "top_k": K}
         yield "gate_route", "all tokens", {"x": values.h, "gate": layer.gate, "top_k": K}
         yield "sort_by_expert", "all tokens", {"ids": values.ids, "num_experts": E}
-        sizes = {"decode": min(DECODE_TOKENS, max(16, -(-E // K)))}
+        experts = {"x": values.h, **self.proj, "ids": self.local_ids(values.ids), "weights": values.weights}
+        norm = {"residual": (values.x + values.attn_output).flatten(0, 1), "norm_weight": self.norm["weight"]}
+        yield "experts_add_rms_norm", "all tokens", {**experts, **norm, "eps": self.config.rms_norm_eps}
+        sizes = {"decode": min(DECODE_TOKENS, -(-E // K))}
         if index == 0 or values.x.is_cuda:  # they are slow
             sizes["prefill"] = max(DECODE_TOKENS + 1, -(-E // K))
         for case, size in sizes.items():  # routes that take every expert
             ids = torch.arange(size * K, device=values.x.device).view(size, K) % E
             rows = torch.arange(size, device=values.x.device) % N
-            args = {"x": values.h[rows], **self.proj, "ids": self.local_ids(ids.int()), "weights": values.weights[rows]}
-            yield "expert_swiglu", f"every expert, {case}", args
+            some = {"x": values.h[rows], "ids": self.local_ids(ids.int()), "weights": values.weights[rows]}
+            yield "expert_swiglu", f"every expert, {case}", {**experts, **some}
 
     def deterministic_calls(self) -> Iterator[Call]:
         """Calls of BATCH rows or RAGGED sequences, whose bits must not depend on the batch."""
@@ -117,77 +124,22 @@ class LayerCheck:
         # 16 bits would hide another order of a sum over keys.
         heads = values.heads.flatten(0, 1)
         rq, rk, v = (x.flatten(0, 1).float() for x in (self.rq, self.rk, values.v))
-        b, sequences = rows[:RAGGED], at[:RAGGED]
+        b, sequences, first = rows[:RAGGED], at[:RAGGED], at[:, 0]
+        experts = {"x": values.h[first], **self.proj, "ids": self.local_ids(values.ids)[first]}
+        experts["weights"] = values.weights[first]
         keys = {"k": rk[sequences], "v": v[sequences], "starts": b, "lengths": KEYS - 7 * b}
         for op, args in (
-            ("linear", {"x": heads[at[:, 0]], "weight": self.layer.o_proj}),
-            ("expert_swiglu", self._experts(at[:, 0])),
+            ("linear", {"x": heads[first], "weight": self.layer.o_proj}),
+            ("expert_swiglu", experts),
             ("attention", {"q": rq[sequences[:, :1]], **keys}),
         ):
             yield op, "deterministic", {**args, "deterministic": True}
 
-    def strided_calls(self) -> Iterator[Call]:
-        """The calls on the text, each with its activations in the LAYOUTS."""
-        for op, _, args in self.calls(1):
-            for layout in LAYOUTS:
-                change = partial(with_layout, layout, mutates=OPS[op].mutates)
-                yield op, layout, {name: x if name in WEIGHTS else change(name, x) for name, x in args.items()}
-
-    def _uneven(self, length: int, least: int) -> Tensor:
-        """`length` for the first sequence, one less for each one after it, int32 [B]."""
-        return (length - torch.arange(len(self.at), device=self.at.device)).clamp(min=least).int()
-
-    def _cached_calls(self) -> Iterator[Call]:
-        """Ring caches that hold about half of each sequence: a chunk after it, and one token after it."""
-        values, (B, T) = self.values, self.at.shape
-        past, half = self._uneven(T // 2, 0), T // 2
-        cache = KVCache(self.config, B, T, values.x.device, torch.int8 if self.quantized else values.x.dtype)
-        ring: Args = {"k_cache": cache.keys[0], "v_cache": cache.values[0]}
-        first = {"k": self.rk[:, :half], "v": values.v[:, :half], **ring, "past": past * 0, "new": past}
-        yield "append", "first half", first
-        kernel_reference.append(**first)
-        rest = self.at[:, : T - half] + past[:, None]
-        yield from self._ring_calls("chunk", rest, ring, past, self._uneven(T - half, 0))
-        last, new = rest[:, :1], torch.ones_like(past)
-        yield from self._ring_calls("one token", last, ring, past, new)
-        rq, rk, v = (x.flatten(0, 1)[last] for x in (self.rq, self.rk, values.v))
-        kernel_reference.append(rk, v, **ring, past=past, new=new)
-        where = {**ring, "past": past, "new": new, "window": self.config.sliding_window}
-        yield "cached_attention", "one token", {"q": rq, "k": None, "v": None, **where}
-
-    def _row_calls(self, case: str, at: Tensor) -> Iterator[Call]:
-        """The calls between attention and the next layer's, on the rows at [B,T] of the text."""
-        rows = at.flatten()
-        x, residual = (each.flatten(0, 1)[rows] for each in (self.values.attn_output, self.values.x))
-        gate = {"gate": self.layer.gate, "top_k": self.values.ids.shape[1]}
-        yield "rms_norm_gate_route", case, {"x": x, "residual": residual, **self.norm, **gate}
-        # The layer's input in the place of the embedding.
-        table = {"table": self.values.x.flatten(0, 1), "weight": self.layer.input_layernorm}
-        yield "embed_rms_norm", case, {"input_ids": at, **self.norm, **table}
-        norm = {"norm_weight": self.norm["weight"], "eps": self.norm["eps"], "residual": x + residual}
-        yield "experts_add_rms_norm", case, {**self._experts(rows), **norm}
-
-    def _experts(self, rows: Tensor) -> Args:
-        values = self.values
-        routes = {"ids": self.local_ids(values.ids)[rows], "weights": values.weights[rows]}
-        return {"x": values.h[rows], **self.proj, **routes}
-
-    def _ring_calls(self, case: str, at: Tensor, ring: Args, past: Tensor, new: Tensor) -> Iterator[Call]:
-        """The calls on the rows at [B,T] of the text behind `past` tokens in a ring cache."""
-        values, T = self.values, at.shape[1]
-        q, k, v, rq, rk = (x.flatten(0, 1)[at] for x in (values.q, values.k, values.v, self.rq, self.rk))
-        where, window = {**ring, "past": past, "new": new}, {"window": self.config.sliding_window}
-        if T == 1:
-            yield "rope_append_attention", case, {"q": q, "k": k, "v": v, **self.tables, **where, **window}
-            return
-        positions = past[:, None] + torch.arange(T, device=at.device)
-        yield "rope", case, {"q": q, "k": k, **self.tables, "positions": positions}
-        yield "cached_attention", case, {"q": rq, "k": rk, "v": v, **where, **window}
-        yield "append", case, {"k": rk, "v": v, **where}
-
     def derive(self, op: str, recorded: Args, weights: dict[int, Any], size: tuple[int, int, int]) -> Args:
         """Arguments like those `recorded` on meta tensors in a forward of this size, strides included: `weights`, and
-        rows drawn from the text. KeyError for an argument that has no values here."""
+        rows drawn from the text. Sequences have unequal lengths. KeyError for an argument that has no values here,
+        ValueError where a wrong forward passes arguments that do not fit each other."""
+        OPS[op].check(**recorded)
         (B, T, C), values, config, device = size, self.values, self.config, self.at.device
 
         def draw(count: int, seed: int) -> Tensor:
@@ -195,10 +147,12 @@ class LayerCheck:
             return torch.randint(len(values.h), (B, count), generator=generator).to(device)
 
         at, slots = draw(T, B * PREFILL_CHUNK + T), cache_shape(config, B, C)[4]
-        # Sequences end at other places, the first one where the cache does.
-        past = torch.arange(B, device=device) * 37 % slots if T == 1 else torch.full((B,), slots // 3, device=device)
+        b = torch.arange(B, device=device)
+        # The first sequence of a step ends where the cache does.
+        past = slots - 1 - (b * 37 % slots if T == 1 else slots // 3 + b % 5)
         limit = len(self.tables["cos"])  # transformers makes them for the text
-        past = (slots - 1 - past).clamp(max=max(0, limit - T)).int()
+        most = limit if config.sliding_window else min(limit, slots)
+        past = past.clamp(min=0, max=max(0, most - T)).int()
         x, gate = values.x, op == "rms_norm_gate_route"
         is_o = weights.get(_key(recorded.get("weight"))) is self.layer.o_proj
         rows = values.heads if is_o else values.normed if op == "linear" else values.attn_output
@@ -207,7 +161,7 @@ class LayerCheck:
         text = {name: part.flatten(0, 1) for name, part in text.items()}
         if op.startswith("expert"):
             text |= {"x": values.h, "ids": self.local_ids(values.ids), "weights": values.weights}
-        found = {"table": x.flatten(0, 1), "input_ids": at, "past": past, "new": torch.full_like(past, T)}
+        found = {"table": x.flatten(0, 1), "input_ids": at, "past": past, "new": (T - b % 3).clamp(min=1).int()}
         found["positions"] = past[:, None] + torch.arange(T, device=device)
 
         def value(name: str, like: Any) -> Any:
@@ -224,8 +178,10 @@ class LayerCheck:
             if name not in text:
                 return weights[_key(like)]
             part = text[name][at.flatten()]
+            if (count := like.numel() // part[0].numel()) > len(part) or like.numel() % part[0].numel():
+                raise ValueError(name)
             out = torch.empty_strided(like.shape, like.stride(), dtype=part.dtype, device=device)
-            return out.copy_(part[: like.numel() // part[0].numel()].reshape(like.shape))
+            return out.copy_(part[:count].reshape(like.shape))
 
         return {name: value(name, like) for name, like in recorded.items()}
 
@@ -306,61 +262,103 @@ def forwards(config: Any) -> list[tuple[int, int, int]]:
 
 
 class SizedCalls:
-    """The calls on the text in every layer, and in the first one those that launch what else `generate` launches.
+    """The calls of an operation in every layer, and in the first one those that launch what else `generate` launches.
 
     `generate`'s calls are recorded on the meta device for every size in `forwards`. All layers have the same sizes, and
     so the same launches. Of each launch configuration the smallest and the largest number of rows are run, and those
     at an EDGE. A call of more than `limit` tokens is not made: `not_run` says so where no other call launches the same.
 
     target       whose model is recorded; `gpu`: the architecture and number of multiprocessors that it is recorded for
+    limit        0: without kernels, each operation is called once in a layer
     cache_dtype  of the cache; None: the model's
     """
 
     def __init__(
-        self, target: Any, limit: int, gpu: tuple[str, int | None], cache_dtype: torch.dtype | None = None
+        self,
+        target: Any,
+        limit: int = 0,
+        gpu: tuple[str, int | None] = (DEFAULT_ARCH, None),
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.target, self.limit, self.gpu, self.cache_dtype = target, limit, gpu, cache_dtype
         self.rows: dict[Any, set[int]] = defaultdict(set)  # that were run, by launch
         self.not_run: list[str] = []
+        if target.is_mixtral:
+            self.model = on_meta(target.model, 1)
+        else:
+            self.model = Mixtral(replace(target.config, num_hidden_layers=1), "meta", target.embed_tokens.dtype)
+        first, outer = self.model.layers[0], ("norm", "embed_tokens", "lm_head", "cos", "sin")
+        on = {name: getattr(first, name) for name in (*first._parameters, *first._modules)}
+        self.on = on | {name: getattr(self.model, name) for name in outer}  # its weights by name
+        self.names = {_key(weight): name for name, weight in self.on.items()}
 
     def __call__(self, check: LayerCheck, index: int) -> Iterator[Call]:
-        if index:
-            yield from check.prefix(FEW).calls(index)
+        few = check.prefix(FEW) if self.limit and index else check
+        yield from few.calls(index)
+        yield from self.calls_on_text(few)
+        if index or not self.limit:
             return
-        for call in check.calls(0):
+        for call in (*check.calls(0), *self.calls_on_text(check)):
             for launch in launches(call, *self.gpu):
                 self.rows[launch].add(_rows(call[2]))
-            yield call
-        yield from check.prefix(3).strided_calls()
+        least = check.prefix(3)
+        yield from with_layouts((*least.calls(1), *self.calls_on_text(least)))
         yield from check.deterministic_calls()
         yield from self.calls_of_generate(check)
 
-    def recorded(self, layer: Any, tables: Args) -> tuple[dict[int, Any], dict[int, str], list[Any]]:
-        """The weights of `layer` by those of its copy on the meta device, their names, and a (size, operation,
-        arguments, launches) for each call of `generate`, the smallest first."""
-        target, config = self.target, replace(self.target.config, num_hidden_layers=1)
-        if target.is_mixtral:
-            model, outer = on_meta(target.model, 1), target.model
-        else:
-            model, outer = Mixtral(config, "meta", target.embed_tokens.dtype), target
-        first = model.layers[0]
-        pairs = {name: (getattr(first, name), getattr(layer, name)) for name in (*first._parameters, *first._modules)}
-        pairs |= {name: (getattr(model, name), getattr(outer, name)) for name in ("norm", "lm_head")}
-        pairs |= {name: (getattr(model, name), table) for name, table in tables.items()}
-        names = {_key(on): name for name, (on, _) in pairs.items()}
-        real = {_key(on): weight for on, weight in pairs.values() if weight is not None}
-        calls: list[Any] = []
-        for size in forwards(target.config):
-            B, T, C = size
-            cache = KVCache(model.config, B, C, "meta", self.cache_dtype or model.dtype)
-            with torch.no_grad(), CallRecorder(*self.gpu) as recorder:
-                h = model.hidden(torch.empty((B, T), dtype=torch.int64, device="meta"), cache)
-                _ = outer.lm_head is None or model.head(h[:, 0])
-            calls += [(size, *call[:2], configurations(*call[1:])) for call in recorder.calls]
-        return real, names, calls
+    def weights(self, check: LayerCheck) -> dict[int, Any]:
+        """The weights of a layer by those of its copy on the meta device."""
+        outer = self.target.model if self.target.is_mixtral else self.target
+        places = SimpleNamespace(**check.tables), getattr(check.layer, "local", check.layer), outer
+        found = {name: next(x for each in places if (x := getattr(each, name, self)) is not self) for name in self.on}
+        return {_key(self.on[name]): weight for name, weight in found.items() if weight is not None}
+
+    def recorded(self, size: tuple[int, int, int]) -> list[tuple[str, Args, list[Launch]]]:
+        """The calls of a forward over a cache: of B sequences, T tokens each, C slots."""
+        B, T, C = size
+        cache = KVCache(self.model.config, B, C, "meta", self.cache_dtype or self.model.dtype)
+        with torch.no_grad(), self.target.catch_faults(self._leave_out), CallRecorder(*self.gpu) as recorder:
+            h = self.model.hidden(torch.empty((B, T), dtype=torch.int64, device="meta"), cache)
+            _ = self.target.lm_head is None or self.model.head(h[:, 0])
+        return recorder.calls
+
+    def _leave_out(self, what: str) -> None:
+        if what not in self.not_run:
+            self.not_run.append(what)
+
+    def _prefix(self, op: str, recorded: Args) -> str:
+        """What is before the case of a linear: the name of its weight."""
+        if op != "linear":
+            return ""
+        return self.names.get(_key(recorded["weight"]), "another").removesuffix("_proj") + ", "
+
+    def calls_on_text(self, check: LayerCheck) -> Iterator[Call]:
+        """Calls of a chunk as long as the text and of a step after it: each operation and weight of a layer once."""
+        (B, T), weights = check.at.shape, self.weights(check)
+        done = {("linear", "lm_head, "), ("experts_add_rms_norm", "")}  # of no layer, and among its `calls`
+        C = min(2 * T, self.target.config.max_position_embeddings)
+        for size, case in ((B, T, C), "chunk"), ((B, 1, C), "one token"):
+            for op, recorded, _ in self.recorded(size):
+                if (key := (op, self._prefix(op, recorded))) in done:
+                    continue
+                done.add(key)
+                try:
+                    args = check.derive(op, recorded, weights, size)
+                except (KeyError, ValueError) as error:
+                    self._leave_out(f"{op}; needs values of {error}")
+                    continue
+                yield op, key[1] + case, args
+                if op == "cached_attention":
+                    new = {"q": args["q"][:, :1], "k": None, "v": None, "new": torch.ones_like(args["new"])}
+                    yield op, "one token", {**args, **new}
 
     def calls_of_generate(self, check: LayerCheck) -> Iterator[Call]:
-        real, names, calls = self.recorded(getattr(check.layer, "local", check.layer), check.tables)
+        weights = self.weights(check)
+        calls = [
+            (size, op, args, configurations(args, records))
+            for size in forwards(self.target.config)
+            for op, args, records in self.recorded(size)
+        ]
         needed: dict[Any, list[int]] = defaultdict(list)
         for _, _, args, found in calls:
             for launch in found:
@@ -375,14 +373,13 @@ class SizedCalls:
             new = [launch for launch in found if N in needed[launch] and not self._has(launch, N, needed[launch])]
             if not new:
                 continue
-            case = f"{size[0]} x {size[1]} tokens" + f", {size[2]} slots" * (size[2] > CACHE_SLOTS)
-            if op == "linear":
-                case = f"{names[_key(args['weight'])].removesuffix('_proj')}, {case}"
+            slots = f", {size[2]} slots" * (size[2] > CACHE_SLOTS)
+            case = f"{self._prefix(op, args)}{size[0]} x {size[1]} tokens{slots}"
             tokens = size[0] * size[1] if op != "linear" else N
             needs = f"a GPU or --tokens {tokens}" if self.limit < tokens else ""
             try:
-                call = op, case, Args() if needs else check.derive(op, args, real, size)
-            except KeyError as error:
+                call = op, case, Args() if needs else check.derive(op, args, weights, size)
+            except (KeyError, ValueError) as error:
                 needs = f"values of {error}"
             for launch in found:
                 self.rows[launch].add(N)

@@ -35,7 +35,7 @@ from ..tools.tolerance import (
     to_fp64,
     with_perturbed_input,
 )
-from .calls import LAYOUTS, Call, LayerCheck
+from .calls import LAYOUTS, Call, LayerCheck, SizedCalls
 from .report import BITS, END_RATIO, FP32, TORCH, Row, worst_rows
 
 UNCACHED, CHUNKS, TOKENS, ALONE = "whole text", "in chunks", "token by token", "one sequence"
@@ -118,16 +118,14 @@ class ModelUnderTest:
                     probe.record_logits(out)
 
     def logits(self, ids: Tensor, probe: LayerProbe) -> tuple[Tensor, Any]:
-        """The model's own logits of a text [B,T] that is read in chunks over a cache -> [M,V], and where they are."""
-        config, found, where = self.model.config, list[Tensor](), list[Any]()
-        with self.forward(config, probe) as forward:
-            for case, tokens, valid, cache, kwargs in self.forward_calls(config, *ids.shape):
-                if case == (CHUNKS if ids.shape[1] > 1 else TOKENS):
-                    probe.start(case, tokens, valid)
-                    out = forward(ids[probe.where], cache, **{name: x.to(ids.device) for name, x in kwargs.items()})
-                    found.append(out[probe.valid])
-                    where.append(probe.where_valid)
-        return torch.cat(found), tuple(map(torch.cat, zip(*where, strict=True)))
+        """The model's own logits of a text [B,T] over a cache, whose last sequences are a token shorter -> [M,V], and
+        where they are."""
+        (B, T), text = ids.shape, torch.arange(ids.shape[1]).expand(ids.shape)
+        lengths = (T - torch.arange(B).clamp(max=1)).clamp(min=1).int()
+        probe.start("end to end", text, text < lengths[:, None])
+        with self.forward(self.model.config, probe) as forward:
+            out = forward(ids, self.make_cache(self.model.config, B, T), lengths=lengths.to(ids.device))
+        return out[probe.valid], probe.where_valid
 
     @contextmanager
     def catch_faults(self, record: Callable[[str], None]) -> Iterator[None]:
@@ -220,16 +218,17 @@ class TextReference:
 def compare_layers(
     target: ModelUnderTest, ids: Tensor, calls: Calls | None = None, step: Step = lambda: None
 ) -> tuple[list[Row], TextReference, Tensor]:
-    """Measure the `calls` of every layer (None: those on the text), and the layers' own forwards with `probe_config`,
+    """Measure the `calls` of every layer (None: each operation once), and the layers' own forwards with `probe_config`,
     on ids [B,T] -> rows, references with the model's config, and the last layer's output [2B,T,H] in fp64 from the
     text `with_perturbed_input` on, with torch's routes."""
+    calls = SizedCalls(target) if calls is None else calls
     x, probe_config, rows = F.embedding(ids, target.embed_tokens), target.probe_config(ids.shape[1]), list[Row]()
     expected, exact = TextReference(x), with_perturbed_input(x)
     probe_expected = expected if probe_config == target.config else TextReference(x)
     for index in range(len(target.layers)):
         layer = target.layers[index]
         check = target.check(layer, expected.x, target.config)
-        for call in check.calls(index) if calls is None else calls(check, index):
+        for call in calls(check, index):
             rows += target.measure(index, *call)
         # One pass over the layer's weights in fp64, for torch's input of the layer and for fp64's.
         inputs, size = with_perturbed_input(check.values.x), 2 * len(x)
@@ -352,8 +351,10 @@ class LayerProbe:
         return self.record(index, "attn_output", forward(*args))
 
     def experts(self, index: int, forward: Callable[..., Any], h: Tensor, x: Tensor, *args: Any) -> Any:
-        """`model.Layer.experts`, which is also run without a residual stream, its output recorded."""
-        self.record(index, "y", forward(h, torch.zeros_like(x), *args)[1])
+        """`model.Layer.experts`, which is also run without a residual stream, its output recorded. How a text is split
+        changes its number of rows alone: many and few are enough."""
+        if self.case in (UNCACHED, ALONE):
+            self.record(index, "y", forward(h, torch.zeros_like(x), *args)[1])
         return forward(h, x, *args)
 
     def as_rows(self) -> list[Row]:

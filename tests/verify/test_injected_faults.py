@@ -22,6 +22,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.model import Layer, State
 from mixtral_triton.verification import END
+from mixtral_triton.verification.calls import with_layouts
 from mixtral_triton.verification.layers import CHUNKS, ROUTES, TOKENS, UNCACHED
 from tests.support import faults, hub
 from tests.support.faults import Inject, all_dtypes, change_state, one_at_a_time, replace_by
@@ -288,7 +289,7 @@ def test_fault_that_contiguous_or_single_calls_hide(fault: str, monkeypatch: pyt
         return run
 
     check = target.check(model.layers[0], torch.nn.functional.embedding(IDS, model.embed_tokens), model.config)
-    calls = [*check.prefix(3).strided_calls(), *check.deterministic_calls()]
+    calls = [*with_layouts(check.prefix(3).calls(1)), *check.deterministic_calls()]
     assert all(row.ok for call in calls for row in target.measure(0, *call))
     monkeypatch.setattr(verification.ModelUnderTest, "operation", staticmethod(faulty))
     wrong = {(row.op, row.case) for call in calls for row in target.measure(0, *call) if not row.ok}
