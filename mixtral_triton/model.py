@@ -359,21 +359,22 @@ class Mixtral(nn.Module):
             if lengths is not None:
                 check_lengths(lengths, B, T, self.device)
             cache.reserve(T if lengths is None else lengths)
+            if not torch.compiler.is_compiling():
+                cache.filled_by = self.dtype
 
     def _check_cache(self, cache: KVCache, B: int) -> None:
         if not isinstance(cache, KVCache):
             raise ValueError(f"Mixtral: argument 'cache' is a {type(cache).__name__}, needs a KVCache")
+        fields = vars(cache.config).items() if cache.config != self.config else ()
         for what, got, need in (
             ("batch", cache.batch, B),
             ("device", cache.lengths.device, self.device),
             ("dtype", self.dtype if cache.dtype is torch.int8 else cache.dtype, self.dtype),
             ("keys that a model filled in", cache.filled_by or self.dtype, self.dtype),
-            ("config", cache.config, self.config),
+            *((f"config.{name}", value, getattr(self.config, name)) for name, value in fields),
         ):
             if got != need:
                 raise ValueError(f"Mixtral: argument 'cache' has {what} {got}, needs {need}")
-        if not torch.compiler.is_compiling():
-            cache.filled_by = self.dtype
 
     def train(self, mode: bool = True) -> Mixtral:
         if mode:

@@ -47,9 +47,7 @@ def apply(
     _check_modules(model, blocks, modules)
     revert(model)
     if blocks and not INTERPRETED and model.device.type == "cpu":
-        text = (
-            "on the CPU plain torch runs the operations; TRITON_INTERPRET=1 interprets the Triton kernels: far slower"
-        )
+        text = "on the CPU plain torch runs the operations; TRITON_INTERPRET=1 interprets the kernels: far slower"
         warnings.warn(f"apply: {text}", stacklevel=2)
     parts = modules.Parts(attention or None, experts or None, rope)
     changing = (*blocks, modeling.MixtralPreTrainedModel) if blocks else ()

@@ -36,9 +36,10 @@ NAME = "mixtral_triton"  # among transformers' masks
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
-def needs_checks() -> bool:
-    """Return whether arguments may be other than a right model's: under a tracer, gradients or autocast."""
-    return not untraced() or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled()
+def checked_if_needed(operation: Any) -> Any:
+    """Return the operation, without its checks unless a tracer, gradients or autocast may change its arguments."""
+    needed = not untraced() or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled()
+    return operation if needed else operation.unchecked
 
 
 def attention(
@@ -70,7 +71,7 @@ def attention(
     if mask is None and 1 < T < key.shape[2]:
         key, value = key[:, :, :T], value[:, :, :T]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    attend = ops.attention if needs_checks() else ops.attention.unchecked
+    attend = checked_if_needed(ops.attention)
     if mask is None or is_interval(mask):
         # From query to query intervals start no earlier and end one key later: the first start and the last end do.
         at = None if mask is None or not mask.shape[-1] else mask[:, 0]

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mixtral import modeling_mixtral as modeling
 
 from .. import ops
-from .attention import CACHE, NAME, PAGED, attention, causal_mask, check_dtype, needs_checks
+from .attention import CACHE, NAME, PAGED, attention, causal_mask, check_dtype, checked_if_needed
 
 PARTS_ATTRIBUTE = "_mixtral_triton"  # attribute of each module of these classes: the instance's Parts
 SILU = nn.SiLU, type(ACT2FN["silu"])
@@ -62,15 +62,13 @@ def rebuild(kind: Any) -> Any:
 
 class TritonRMSNorm(Applied, modeling.MixtralRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        norm = ops.rms_norm if needs_checks() else ops.rms_norm.unchecked
-        return norm(hidden_states, self.weight, self.variance_epsilon)
+        return checked_if_needed(ops.rms_norm)(hidden_states, self.weight, self.variance_epsilon)
 
 
 class TritonRouter(Applied, modeling.MixtralTopKRouter):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows = hidden_states.reshape(-1, self.hidden_dim)
-        gate_route = ops.gate_route if needs_checks() else ops.gate_route.unchecked
-        logits, weights, ids = gate_route(rows, self.weight, self.top_k)
+        logits, weights, ids = checked_if_needed(ops.gate_route)(rows, self.weight, self.top_k)
         return logits, weights, ids.long()  # int64, as hooks of the gate expect
 
 
@@ -81,8 +79,7 @@ class TritonExperts(Applied, modeling.MixtralExperts):
             return super().forward(hidden_states, top_k_index, top_k_weights)
         check_unhooked(self.act_fn, "mixtral_triton: act_fn of the experts")
         routes = top_k_index, top_k_weights.float()
-        expert_swiglu = ops.expert_swiglu if needs_checks() else ops.expert_swiglu.unchecked
-        return expert_swiglu(hidden_states, self.gate_up_proj, self.down_proj, *routes)
+        return checked_if_needed(ops.expert_swiglu)(hidden_states, self.gate_up_proj, self.down_proj, *routes)
 
 
 def check_unhooked(act_fn: nn.Module, name: str) -> None:
@@ -146,8 +143,7 @@ class TritonAttention(Applied, modeling.MixtralAttention):
         if parts.rope:
             angles = position_embeddings
             tables = getattr(angles, "tables", None) or rope_tables(*angles, tokens[0])
-            rope = ops.rope if needs_checks() else ops.rope.unchecked
-            q, k = rope(q, k, *tables)
+            q, k = checked_if_needed(ops.rope)(q, k, *tables)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if not parts.rope:
             q, k = modeling.apply_rotary_pos_emb(q, k, *position_embeddings)

@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,13 +189,10 @@ class Request:
         return [self.plan(format, gpu) for format in self.specs]
 
     def plan(self, format: str, gpu: GPU) -> MemoryPlan:
-        config, specs, limit = self.config, self.specs[format], usable_bytes(gpu.bytes)
-
-        def total(S: int) -> int:
-            return memory_need(config, specs, self.batch, S, cache_dtype=self.cache_dtype)["total"]
-
-        need = memory_need(config, specs, self.batch, self.context, cache_dtype=self.cache_dtype)
-        longest = max(0, bisect_right(range(config.max_position_embeddings + 1), limit, key=total) - 1)
+        config, limit = self.config, usable_bytes(gpu.bytes)
+        need_of = partial(memory_need, config, self.specs[format], self.batch, cache_dtype=self.cache_dtype)
+        need, contexts = need_of(self.context), range(config.max_position_embeddings + 1)
+        longest = max(0, bisect_right(contexts, limit, key=lambda S: need_of(S)["total"]) - 1)
         verdict = "fits" if need["total"] <= limit else "tight" if need["total"] <= gpu.bytes else "no"
         embedding = config.vocab_size * config.hidden_size * default_dtype(config).itemsize
         shared = need["weights"] + need["cache"] - embedding

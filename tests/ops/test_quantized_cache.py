@@ -229,9 +229,11 @@ def test_wrong_cache_dtype_raises_value_error(bad: Any, monkeypatch: pytest.Monk
 def test_cache_of_another_model_raises_value_error() -> None:
     ids, model = tokens(1, 3), random_model()
     cache = KVCache(model.config, batch=1, max_len=9, device="cpu", dtype=torch.int8)
-    model(ids, cache=cache)
-    model(ids, cache=cache)
     half = random_model(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="would reach 10 tokens"):
+        half(tokens(1, 10), cache=cache)  # which leaves the cache to any model
+    model(ids, cache=cache)
+    model(ids, cache=cache)
     with pytest.raises(ValueError, match=r"keys that a model filled in torch\.float32, needs torch\.bfloat16"):
         half(ids, cache=cache)
     with pytest.raises(ValueError, match="cache' has device meta, needs cpu"):
