@@ -83,8 +83,9 @@ def run_program(how: str, program: Path, *args: Any) -> str:
 @pytest.fixture
 def checkpoint(make_hf: Any, tmp_path: Path) -> Path:
     """One small layer of random weights, with the tokenizer of the package's checkpoint."""
-    sizes = {"num_hidden_layers": 1, "vocab_size": MixtralConfig.from_pretrained(SMALL).vocab_size}
-    make_hf(**sizes).save_pretrained(tmp_path / "checkpoint")
+    config = MixtralConfig.from_pretrained(SMALL)
+    sizes = {"vocab_size": config.vocab_size, "bos_token_id": config.bos_token_id}
+    make_hf(num_hidden_layers=1, **sizes).save_pretrained(tmp_path / "checkpoint")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SMALL / name, tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
@@ -98,7 +99,7 @@ def test_python_blocks_of_readme_print_right(how: str, checkpoint: Path, tmp_pat
     for number, block in enumerate(python_blocks("README.md")):
         changed = block.replace('"small"', repr(str(checkpoint))).replace("SMALL  #", f"{str(checkpoint)!r}  #")
         assert changed != block
-        (tmp_path / f"{number}.py").write_text(changed)
+        (tmp_path / f"{number}.py").write_text(re.sub(r"(max_new_tokens\W+)\d+", r"\g<1>4", changed))
         out.append(run_program(how, tmp_path / f"{number}.py"))
         assert out[-1].splitlines()[-1].startswith("RIGHT: all")
     assert ("Triton on NVIDIA H100" if how == "simulated GPU" else "Triton, interpreted") in out[0]
