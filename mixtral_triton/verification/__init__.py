@@ -297,7 +297,7 @@ def _end_error(model: Any, ids: Tensor, new: int) -> tuple[float, float]:
 
 def _check_sample(logits: Tensor) -> Row:
     """The row of `sample` with top-k, top-p and min-p on logits [N,V], against its formula with the same draws. Others
-    are made so that the k-th token is likely, and has equals."""
+    are made so that tokens beside the edges of top-k and top-p are likely, and have equals."""
     draws = [torch.Generator(logits.device).manual_seed(2)]
     errors, shape = list[float](), (ROWS, logits.shape[-1])
     k = min(TOP_K, max(1, shape[1] // 2))
@@ -305,6 +305,7 @@ def _check_sample(logits: Tensor) -> Row:
     made = -1e-3 * rank.float()
     for texts, top_p, top_k, min_p in (
         (logits, TOP_P, k, 0.0),
+        (made, TOP_P, None, 0.0),
         (made, 1.0, min(3, k), 0.0),
         (made.round(decimals=2), 1.0, k, 0.0),
         (logits, 1.0, None, MIN_P),
