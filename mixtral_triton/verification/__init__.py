@@ -43,7 +43,8 @@ TEXT_TOKENS, CALL_TOKENS = 66, 144  # by default, of the text and of the longest
 END, REFUSALS = "end of a text", "refusals"
 NEW_TOKENS = 3  # and on a GPU as many as make `generate` capture its step
 HOT = 1e3  # a temperature at which sequences differ
-TEMPERATURE, TOP_P, TOP_K, MIN_P, ROWS = 0.8, 0.9, 50, 0.2, 256  # ROWS of made logits
+TEMPERATURE, TOP_P, TOP_K, MIN_P = 0.8, 0.9, 50, 0.2
+MADE = 256, 1024  # the shape of made logits, at most
 EDGE = 1e-5  # how much fp32 sums of probabilities may differ
 RACE_LIMIT = 1e-3  # how much less than the winner's the race of a sampled token may be, for fp32 arithmetic
 
@@ -297,14 +298,15 @@ def _end_error(model: Any, ids: Tensor, new: int) -> tuple[float, float]:
 
 def _check_sample(logits: Tensor) -> Row:
     """The row of `sample` with top-k, top-p and min-p on logits [N,V], against its formula with the same draws. Others
-    are made so that the k-th token is likely, and has equals."""
+    are made so that tokens beside the edges of top-k and top-p are likely, and have equals."""
     draws = [torch.Generator(logits.device).manual_seed(2)]
-    errors, shape = list[float](), (ROWS, logits.shape[-1])
+    errors, shape = list[float](), (MADE[0], min(logits.shape[-1], MADE[1]))
     k = min(TOP_K, max(1, shape[1] // 2))
     rank = torch.rand(shape, device=logits.device, generator=draws[0]).argsort(-1)
     made = -1e-3 * rank.float()
     for texts, top_p, top_k, min_p in (
         (logits, TOP_P, k, 0.0),
+        (made, TOP_P, None, 0.0),
         (made, 1.0, min(3, k), 0.0),
         (made.round(decimals=2), 1.0, k, 0.0),
         (logits, 1.0, None, MIN_P),

@@ -25,7 +25,7 @@ from mixtral_triton.verification import END
 from mixtral_triton.verification.calls import with_layouts
 from mixtral_triton.verification.layers import CHUNKS, ROUTES, TOKENS, UNCACHED
 from tests.support import faults, hub
-from tests.support.faults import Inject, all_dtypes, change_state, one_at_a_time, replace_by
+from tests.support.faults import Inject, all_dtypes, bf16_then_others, change_state, one_at_a_time, replace_by
 
 IDS = torch.randint(50, (2, 22), generator=torch.Generator().manual_seed(0))
 LAYER = 1  # of 3, where a fault of one layer is injected
@@ -80,8 +80,9 @@ def test_fault_in_one_layer(fault: Any, case: str, dtype: torch.dtype) -> None:
     assert (first.layer, first.op, first.case) == (LAYER, "layer", case)
 
 
-def test_routes_that_are_no_near_tie_are_wrong() -> None:
-    model = small_model(torch.bfloat16)
+@all_dtypes
+def test_routes_that_are_no_near_tie_are_wrong(dtype: torch.dtype) -> None:
+    model = small_model(dtype)
     model.layers[LAYER].__class__ = ReorderedTokens
     assert (LAYER, "routes, whole text") in {(row.layer, row.case) for row in verify(model, IDS).wrong}
 
@@ -263,19 +264,23 @@ FAULTS_AROUND: dict[str, tuple[Inject, str, str]] = {
 }
 
 
+@bf16_then_others
 @pytest.mark.parametrize("name", FAULTS_AROUND)
-def test_fault_around_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_around_the_model(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     inject, *place = FAULTS_AROUND[name]
     inject(monkeypatch)
-    model = Mixtral.from_pretrained(SMALL, "cpu", offload=2 * (name == "a shifted table"))
+    model = Mixtral.from_pretrained(SMALL, "cpu", dtype, offload=2 * (name == "a shifted table"))
     wrong = verify(model, IDS, folder=SMALL, quick=True).wrong
     assert wrong and [wrong[0].op, wrong[0].case] == place, wrong
 
 
+@bf16_then_others
 @pytest.mark.parametrize("fault", ["strides", "batch"])
-def test_fault_that_contiguous_or_single_calls_hide(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_that_contiguous_or_single_calls_hide(
+    fault: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A row's stride is ignored, or what else is in the batch is not."""
-    model, right = small_model(torch.bfloat16), verification.ModelUnderTest.operation
+    model, right = small_model(dtype), verification.ModelUnderTest.operation
     target = verification.ModelUnderTest(model)
 
     def faulty(op: str, args: Any) -> Any:
