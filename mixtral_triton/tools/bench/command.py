@@ -33,10 +33,9 @@ def run(args: argparse.Namespace) -> int:
     selected = cases(args.ops, args.quick, args.at, args.sizes, dtype)
     if args.peer and len(args.ops) != 1:
         raise ValueError("--peer goes with the one operation that it does: bench expert_swiglu --peer MODULE:FUNCTION")
-    if args.offload and args.ops != ["decode_step"]:
-        raise ValueError(f"--offload is {args.offload}, and goes with decode_step: bench decode_step --offload N")
-    if args.cache_dtype and args.ops != ["decode_step"]:
-        raise ValueError("--cache-dtype is 'int8', and goes with decode_step: bench decode_step --cache-dtype int8")
+    for option, value in (("--offload", args.offload), ("--cache-dtype", args.cache_dtype)):
+        if value and args.ops != ["decode_step"]:
+            raise ValueError(f"{option} is {value!r}, and goes with decode_step: bench decode_step {option} {value}")
     if args.cache_dtype:
         selected = [replace(case, sizes={**case.sizes, "cache": args.cache_dtype}) for case in selected]
     user_peers = [import_peer(text) for text in dict.fromkeys(args.peer)]
