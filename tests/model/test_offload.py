@@ -20,53 +20,22 @@ from mixtral_triton.kernels.offload import OffloadedWeight, _pinned
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.tools import fit
 from mixtral_triton.tools.gpus import find_gpu
-from mixtral_triton.tools.trace import RouteRecorder
 from mixtral_triton.weights import parameter_shapes
 from tests.support.memory import needs_proc
-from tests.support.models import random_model, tokens
-from tests.support.traffic import count_traffic
+from tests.support.models import random_model
 
+pytestmark = pytest.mark.compiled
 IDS = torch.arange(3, 20)[None]
 
 
-def check_same(model: Mixtral, resident: Mixtral, ids: torch.Tensor, new: int) -> None:
-    assert torch.equal(model(ids), resident(ids))
-    assert torch.equal(model.generate(ids, new), resident.generate(ids, new))
-
-
-@pytest.mark.compiled
 @pytest.mark.parametrize("weights", [None, "int4", "int8", "fp8"])
 def test_same_logits_and_text(weights: str | None) -> None:
     with torch.device("meta"):  # a caller's default device
         model = Mixtral.from_pretrained(SMALL, "cpu", weights=weights, offload=2)
-    check_same(model, Mixtral.from_pretrained(SMALL, "cpu", weights=weights), IDS, 8)
+    resident = Mixtral.from_pretrained(SMALL, "cpu", weights=weights)
+    assert torch.equal(model(IDS), resident(IDS)) and torch.equal(model.generate(IDS, 8), resident.generate(IDS, 8))
 
 
-@pytest.mark.interpreted
-def test_kernels_give_the_same_logits_and_text(ordered: Any) -> None:
-    models = (random_model(num_hidden_layers=2, on_host=experts) for experts in (((0, 2), ()), ()))
-    check_same(*models, tokens(1, 5), 2)
-
-
-@pytest.mark.interpreted
-@pytest.mark.parametrize("T", [1, 4, 16, 64])
-@pytest.mark.parametrize("weights", [None, pytest.param("int4", marks=pytest.mark.slow)])
-def test_selected_experts_and_the_tokens_rows_cross_the_link_once(weights: str | None, T: int, covers: Any) -> None:
-    """Layers with none, one and two experts in host memory, and the embedding there."""
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "weights": weights}
-    model = random_model(on_host=((), (3,), (1, 2)), embedding=True, **sizes)
-    with torch.no_grad(), count_traffic() as traffic, RouteRecorder() as routes:
-        model(tokens(1, T))
-    selected, need = [set(layer.unique().tolist()) for layer in routes.ids], T * 32 * 4
-    for layer, experts in zip(model.layers[1:], selected[1:], strict=True):
-        each = layer.gate_up_proj.host[0].nbytes + layer.down_proj.host[0].nbytes
-        need += len(experts & {*layer.down_proj.on_host}) * each
-    assert traffic.moved("gate_up host", "down host", "table") == need
-    assert not isinstance(model.layers[0].down_proj, OffloadedWeight)
-    covers("traffic", f"link, model, {weights or 'fp32'}, T {T}: 1.00 of the selected experts' and rows' bytes")
-
-
-@pytest.mark.compiled
 def test_a_layer_without_any_is_an_ordinary_one() -> None:
     """Its experts are stacked weights, which TMA reads."""
     sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64}
@@ -84,7 +53,6 @@ def test_a_layer_without_any_is_an_ordinary_one() -> None:
         model.state_dict()
 
 
-@pytest.mark.compiled
 def test_verify_sees_a_wrong_address() -> None:
     model = Mixtral.from_pretrained(SMALL, "cpu", offload=2)
     report = verify(model, IDS, folder=SMALL)
@@ -95,7 +63,6 @@ def test_verify_sees_a_wrong_address() -> None:
     assert [(row.layer, row.case) for row in verify(model, IDS).wrong] == [(1, "addresses of experts")]
 
 
-@pytest.mark.compiled
 def test_decode_step_launches_no_more_than_a_resident_model() -> None:
     launched = []
     for offload in (0, 2):
@@ -107,7 +74,6 @@ def test_decode_step_launches_no_more_than_a_resident_model() -> None:
     assert launched[0] == launched[1]
 
 
-@pytest.mark.compiled
 def test_least_used_experts(tmp_path: Path, in_process: None, capsys: Any) -> None:
     counts = tmp_path / "counts.json"
     assert (
@@ -126,14 +92,12 @@ def test_least_used_experts(tmp_path: Path, in_process: None, capsys: Any) -> No
         Mixtral.from_pretrained(SMALL, "cpu", offload=3, offload_by=3)  # type: ignore[arg-type]
 
 
-@pytest.mark.compiled
 @pytest.mark.parametrize("offload", [-1, 8, True, 1.0, "all", None])
 def test_bad_count(offload: Any) -> None:
     with pytest.raises(ValueError, match="needs 0 to 7 experts of each layer, or 'auto'"):
         Mixtral.from_pretrained(SMALL, "cpu", offload=offload)
 
 
-@pytest.mark.compiled
 @pytest.mark.parametrize(
     "counts",
     [
@@ -161,14 +125,12 @@ def test_counts_of_another_model_are_rejected_before_allocating(
     assert f"{file}: counts needs 4 lists of 8 integers, of one sum: it is another model's, or `trace` did" in line
 
 
-@pytest.mark.compiled
 @pytest.mark.parametrize("context", [0, -1, 1025, 1.5, True, "many"])
 def test_wrong_context_is_rejected(context: Any) -> None:
     with pytest.raises(ValueError, match=r"context is .*, needs 1 to 1024, the model's positions"):
         Mixtral.from_pretrained(SMALL, "cpu", offload="auto", context=context)
 
 
-@pytest.mark.compiled
 def test_host_memory_is_checked_before_allocating(monkeypatch: pytest.MonkeyPatch) -> None:
     per_expert = 4 * 3 * 128 * 256 * 2
     monkeypatch.setattr(load, "host_memory", lambda: 2 * per_expert)
@@ -177,7 +139,6 @@ def test_host_memory_is_checked_before_allocating(monkeypatch: pytest.MonkeyPatc
     assert Mixtral.from_pretrained(SMALL, "cpu", offload=2).layers[0].down_proj.on_host == (6, 7)
 
 
-@pytest.mark.compiled
 @pytest.mark.parametrize(
     ("line", "files", "left"),
     [
@@ -200,7 +161,6 @@ def test_host_memory_is_what_the_container_has_left(
     assert load.host_memory() == left
 
 
-@pytest.mark.compiled
 def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="none is offloaded"):
         assert isinstance(Mixtral.from_pretrained(SMALL, "cpu", offload="auto").layers[0].down_proj, torch.nn.Parameter)
@@ -223,7 +183,6 @@ def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (found.host_bytes, found.staging_bytes) == (host, 250_000 * max(counts, default=0))
 
 
-@pytest.mark.compiled
 def test_a_smaller_chunk_is_taken_where_it_saves_an_expert() -> None:
     """The largest of those with the fewest experts. A token of a chunk takes 100 bytes, an expert 10,000."""
     config, sizes = replace(Mixtral.from_pretrained(SMALL, "meta").config, num_hidden_layers=8), ([10_000] * 8, 1000)
@@ -246,7 +205,6 @@ def test_a_smaller_chunk_is_taken_where_it_saves_an_expert() -> None:
             assert (found.count, found.chunk, found.saved) == (count, chunk, saved), excess
 
 
-@pytest.mark.compiled
 def test_least_used_over_all_layers() -> None:
     """Each layer keeps its most used expert; ties are spread over the layers; buffers fit the layer with the most."""
     config = replace(Mixtral.from_pretrained(SMALL, "meta").config, num_hidden_layers=3, num_local_experts=4)
@@ -260,7 +218,6 @@ def test_least_used_over_all_layers() -> None:
     assert found.share(routes) == (0 + 0 + 0 + 0 + 3 + 0) / 60
 
 
-@pytest.mark.compiled
 def test_an_embedding_that_is_the_head_stays_on_the_gpu() -> None:
     for tied, size in ((False, 23 * 16 * 4), (True, 0)):
         model = random_model("meta", tie_word_embeddings=tied)
@@ -269,7 +226,6 @@ def test_an_embedding_that_is_the_head_stays_on_the_gpu() -> None:
         assert load.Placement.of([[]], each, embedding).embedding is not tied
 
 
-@pytest.mark.compiled
 @pytest.mark.parametrize(("gib", "format"), [(16, "int4"), (24, "int4"), (80, "as stored")])
 def test_auto_takes_what_fit_says(gib: int, format: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU with nothing else in its memory, for one sequence of 4,096 tokens."""
@@ -287,7 +243,6 @@ def test_auto_takes_what_fit_says(gib: int, format: str, gpu: Any, monkeypatch: 
     assert [getattr(found, name) for name in names] == [getattr(offload, n) for n in ("experts", *names[1:])]
 
 
-@pytest.mark.compiled
 def test_offloaded_model_cannot_be_moved_or_copied() -> None:
     model = Mixtral.from_pretrained(SMALL, "cpu", offload=2)
     for fault in (
@@ -301,7 +256,6 @@ def test_offloaded_model_cannot_be_moved_or_copied() -> None:
     assert torch.equal(model(IDS), Mixtral.from_pretrained(SMALL, "cpu")(IDS))
 
 
-@pytest.mark.compiled
 @pytest.mark.parametrize("weights", [None, "int4"])
 def test_state_of_an_offloaded_model_is_refused(weights: str | None, tmp_path: Path) -> None:
     """Saving it would lose the experts; loading it would point the tables into another model's memory."""
@@ -326,7 +280,6 @@ def test_host_memory_is_private_and_asks_for_huge_pages() -> None:
     assert mode == "rw-p" and "hg" in flags.split()
 
 
-@pytest.mark.compiled
 def test_command_line(in_process: None, capsys: Any, tmp_path: Path) -> None:
     texts = []
     for offload in ("0", "2"):

@@ -10,12 +10,14 @@ import torch
 from mixtral_triton import ops
 from mixtral_triton.kernels import norm
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.offload import empty_on_host
+from mixtral_triton.kernels.offload import OffloadedWeight, empty_on_host
 from mixtral_triton.kernels.plan import call_key
 from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.kernels.registry import dispatched
 from mixtral_triton.quantize import quantize
+from mixtral_triton.tools.trace import RouteRecorder
 from tests.support.calls import offloaded
+from tests.support.models import random_model, tokens
 from tests.support.traffic import count_traffic
 
 E, K, H, I = 5, 2, 64, 64
@@ -48,6 +50,31 @@ def test_same_bits_as_stacked(format: str | None, T: int, deterministic: bool, o
         flattened = dispatched("expert_swiglu", with_offload(args))
         assert torch.equal(flattened(**with_offload(args, 0)), expected)
         assert torch.equal(ops.expert_swiglu(**with_offload(args, 3, 0)), expected), "experts in any order"
+
+
+@pytest.mark.interpreted
+def test_a_model_gives_the_logits_and_text_of_a_resident_one(ordered: Any) -> None:
+    model, resident = (random_model(num_hidden_layers=2, on_host=experts) for experts in (((0, 2), ()), ()))
+    ids = tokens(1, 5)
+    assert torch.equal(model(ids), resident(ids)) and torch.equal(model.generate(ids, 2), resident.generate(ids, 2))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("T", [1, 4, 16, 64])
+@pytest.mark.parametrize("weights", [None, pytest.param("int4", marks=pytest.mark.slow)])
+def test_selected_experts_and_the_tokens_rows_cross_the_link_once(weights: str | None, T: int, covers: Any) -> None:
+    """Layers with none, one and two experts in host memory, and the embedding there."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "weights": weights}
+    model = random_model(on_host=((), (3,), (1, 2)), embedding=True, **sizes)
+    with torch.no_grad(), count_traffic() as traffic, RouteRecorder() as routes:
+        model(tokens(1, T))
+    selected, need = [set(layer.unique().tolist()) for layer in routes.ids], T * 32 * 4
+    for layer, experts in zip(model.layers[1:], selected[1:], strict=True):
+        each = layer.gate_up_proj.host[0].nbytes + layer.down_proj.host[0].nbytes
+        need += len(experts & {*layer.down_proj.on_host}) * each
+    assert traffic.moved("gate_up host", "down host", "table") == need
+    assert not isinstance(model.layers[0].down_proj, OffloadedWeight)
+    covers("traffic", f"link, model, {weights or 'fp32'}, T {T}: 1.00 of the selected experts' and rows' bytes")
 
 
 @pytest.mark.exhaustive

@@ -12,8 +12,9 @@ import torch
 
 
 def is_visible() -> bool:
-    """Return whether the caller's caller sees the GPU. torch does not: its compiler asks any GPU for its state."""
-    return not sys._getframe(2).f_globals.get("__name__", "").startswith("torch.")
+    """Return whether the caller's caller sees the GPU. Those that ask any GPU for its state do not: torch's compiler,
+    and transformers where it loads quantized weights."""
+    return not sys._getframe(2).f_globals.get("__name__", "").startswith(("torch.", "transformers.quantizers."))
 
 
 torch.cuda.is_available = lambda: is_visible()

@@ -294,7 +294,6 @@ def test_memory_check_passes_what_fits_and_ignores_a_cpu(monkeypatch: pytest.Mon
 # tokens, cautiously.
 OFFLOADED = {
     ("rtx4080", "int4, linear int8"): (117, 512, 8),
-    ("rtx4090", "int4, linear int8"): (18, 512, 32),
     ("rtx3090", "int4, linear int8"): (18, 512, 28),
     ("rtx5090", "fp8"): (98, 512, 7),
     ("h100", "as stored"): (35, 2048, 10),
