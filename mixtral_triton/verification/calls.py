@@ -185,17 +185,6 @@ class LayerCheck:
 
         return {name: value(name, like) for name, like in recorded.items()}
 
-    def prefix(self, tokens: int) -> LayerCheck:
-        """The same of the first tokens of each sequence."""
-        B, T = self.at.shape
-        parts = {}
-        for name, x in vars(self.values).items():
-            rows = x if x.shape[:2] == (B, T) and name not in ("h", "logits", "weights", "ids") else x.view(B, T, -1)
-            parts[name] = rows[:, :tokens].contiguous() if rows is x else rows[:, :tokens].flatten(0, 1)
-        check = LayerCheck(reference.Values(**parts), self.layer, self.config, self.tables, self.quantized)
-        check.local_ids = self.local_ids
-        return check
-
     def fp64(self, x: Tensor) -> reference.Values:
         """What the layer computes on x fp64 [nB,T,H], in fp64 with torch's routes."""
         ids = self.values.ids.repeat(len(x) // len(self.values.x), 1)
@@ -293,15 +282,15 @@ class SizedCalls:
         self.names = {_key(weight): name for name, weight in self.on.items()}
 
     def __call__(self, check: LayerCheck, index: int) -> Iterator[Call]:
-        few = check.prefix(FEW) if self.limit and index else check
+        def prefix(tokens: int) -> LayerCheck:
+            return self.target.check(self.target.layers[index], check.values.x[:, :tokens].contiguous(), check.config)
+
+        few = prefix(FEW) if self.limit and index else check
         yield from few.calls(index)
         yield from self.calls_on_text(few)
         if index or not self.limit:
             return
-        for call in (*check.calls(0), *self.calls_on_text(check)):
-            for launch in launches(call, *self.gpu):
-                self.rows[launch].add(_rows(call[2]))
-        least = check.prefix(3)
+        least = prefix(3)
         yield from with_layouts((*least.calls(1), *self.calls_on_text(least)))
         yield from check.deterministic_calls()
         yield from self.calls_of_generate(check)
@@ -393,21 +382,6 @@ class SizedCalls:
         """Whether these rows were run, or fewer than the fewest, or more than the most."""
         ran = self.rows[launch]
         return N in ran or any(n < N == needed[0] or n > N == needed[-1] for n in ran)
-
-
-def launches(call: Call, arch: str, sms: int | None) -> set[Any]:
-    """The launch configurations of a call."""
-
-    def on_meta(x: Any) -> Any:
-        if isinstance(x, QuantizedWeight):
-            return x.on_meta()
-        return x.to("meta") if isinstance(x, (Tensor, QuantizedCache)) else x
-
-    op, _, args = call
-    records: list[Launch] = []
-    with launch_context(arch=arch, sms=sms, records=records):
-        OPS[op].run(*OPS[op].bind(**{name: on_meta(x) for name, x in args.items()}))
-    return configurations(args, records)
 
 
 def configurations(args: Args, records: list[Launch]) -> set[Any]:

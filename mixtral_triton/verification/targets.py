@@ -259,7 +259,7 @@ class MeshUnderTest(ModelUnderTest):
         values = replace(values, heads=heads, **qkv)
         local = LayerCheck(values, layer.local, shard.config(config), check.tables, check.quantized)
         local.local_ids = partial(self.ranks.local_ids, experts=len(layer.local.down_proj))
-        for name in ("calls", "derive", "prefix", "deterministic_calls"):
+        for name in ("calls", "derive", "deterministic_calls"):
             setattr(check, name, getattr(local, name))
         return check
 
