@@ -334,6 +334,7 @@ H100, RTX4090 = ("fit", "--gpu", "h100"), ("fit", "--gpu", "rtx4090")
         ((*PROMPT, "--top-p", "0"), "top_p"),
         (("verify", "--device", "cuda:99"), "cuda:99"),
         *(((name, "--device", "meta", "--prompt", "x"), "meta") for name in ("verify", "generate", "trace")),
+        ((*PROMPT, "--context", "64"), "--context is 64, and goes with --offload auto"),
         ((*TRACE_PROMPT, ""), "--prompt is empty"),
         ((*TRACE_PROMPT, "x", "--layers", "4"), "--layers is 4, needs layers of 0..3"),
         (("trace", "no/such/folder", "--prompt", "x"), "no/such/folder"),
