@@ -151,7 +151,7 @@ class LayerCheck:
         # The first sequence of a step ends where the cache does.
         past = slots - 1 - (b * 37 % slots if T == 1 else slots // 3 + b % 5)
         limit = len(self.tables["cos"])  # transformers makes them for the text
-        most = limit if config.sliding_window else min(limit, slots)
+        most = limit if config.window else min(limit, slots)
         past = past.clamp(min=0, max=max(0, most - T)).int()
         x, gate = values.x, op == "rms_norm_gate_route"
         is_o = weights.get(_key(recorded.get("weight"))) is self.layer.o_proj
