@@ -151,7 +151,7 @@ class LayerCheck:
         # The first sequence of a step ends where the cache does.
         past = slots - 1 - (b * 37 % slots if T == 1 else slots // 3 + b % 5)
         limit = len(self.tables["cos"])  # transformers makes them for the text
-        most = limit if config.sliding_window else min(limit, slots)
+        most = limit if config.window else min(limit, slots)
         past = past.clamp(min=0, max=max(0, most - T)).int()
         x, gate = values.x, op == "rms_norm_gate_route"
         is_o = weights.get(_key(recorded.get("weight"))) is self.layer.o_proj
@@ -256,6 +256,9 @@ class SizedCalls:
     `generate`'s calls are recorded on the meta device for every size in `forwards`. All layers have the same sizes, and
     so the same launches. Of each launch configuration the smallest and the largest number of rows are run, and those
     at an EDGE. A call of more than `limit` tokens is not made: `not_run` says so where no other call launches the same.
+    No kernel is compiled anew for another number of rows, so within one configuration sizes differ in masks alone. A
+    row that a mask loses is the last one, or the same one of every larger size, or ends a full part of a tile: the
+    largest size and those at an EDGE show it, whatever up to 16 the number of rows is.
 
     target       whose model is recorded; `gpu`: the architecture and number of multiprocessors that it is recorded for
     limit        0: without kernels, each operation is called once in a layer

@@ -23,7 +23,7 @@ from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.model import Layer
 from mixtral_triton.tools.tolerance import Fp64Reference, Tolerance, worst
-from mixtral_triton.verification.calls import LayerCheck, SizedCalls
+from mixtral_triton.verification.calls import LayerCheck, SizedCalls, _rows, configurations
 from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
 from mixtral_triton.verification.report import FP32, Row
 from tests.support.faults import Inject, bf16_then_others, in_router, replace_by, small_model
@@ -131,6 +131,22 @@ def test_a_tile_of_one_size(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "norm_configs", lambda sizes, *args: op.configs({**sizes, "norm": True}, *args))
     missing = left_out(sizes=[*SIZES, (1, 1001, 4096)])[0]
     assert {name for name, *_ in missing} == ({kernel} if rows > 64 else set())
+
+
+@once
+def test_a_lost_row_of_any_size_is_run() -> None:
+    """Of up to 16 rows: the last one, row 7 or row 15, and the last one of a full part of 8."""
+    model = Mixtral(MixtralConfig(num_hidden_layers=1, rope_theta=1e6), device="meta")
+    sized = SizedCalls(ModelUnderTest(model), 8192, ("sm_90", None))
+    assert [*sized.calls_of_generate(meta_check(model))] and not sized.not_run
+    sizes: dict[Any, list[int]] = {}
+    for T in range(1, 17):
+        for _, args, records in (*sized.recorded((1, T, 4096)), *sized.recorded((T, 1, 4096))):
+            for launch in configurations(args, records):
+                sizes.setdefault(launch, []).append(_rows(args))
+    for loses in (lambda T: True, lambda T: T > 7, lambda T: T > 15, lambda T: T % 8 == 0):
+        for launch, rows in sizes.items():
+            assert any(map(loses, sized.rows[launch])) or not any(map(loses, rows)), (launch, rows)
 
 
 def first_row_for_all(argument: int, patch: pytest.MonkeyPatch) -> None:
@@ -322,7 +338,7 @@ def stale_buffer(begin: Any) -> Any:
 
     def faulty(self: Any, weight: Any, stream: Any) -> Any:
         times[id(weight)] += 1
-        return self.buffers[stream.cuda_stream][0] if times[id(weight)] > 2 else begin(self, weight, stream)
+        return self.buffers[stream.cuda_stream] if times[id(weight)] > 2 else begin(self, weight, stream)
 
     return faulty
 
