@@ -68,6 +68,13 @@ def test_right_transformers_model(dtype: torch.dtype, window: int | None, make_h
     assert (report.flips == 0 and report.rows[-1].op == "logits") or dtype != torch.float32
 
 
+@once
+def test_right_deterministic_model() -> None:
+    model = small_model(torch.bfloat16)
+    model.deterministic = True
+    assert not verify(model, IDS).wrong
+
+
 @pytest.mark.slow
 def test_one_token(device: torch.device) -> None:
     assert not verify(small_model().to(device), IDS[:1, :1].to(device)).wrong
