@@ -251,8 +251,8 @@ def operation(
 def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]:
     """Return a function that puts the arguments of a call that nothing traces in the order of `run`. It remembers the
     order of each set of names, since a decode step repeats the same calls thousands of times."""
-    # This reads `names` before a compiler does, which could not trace the lock of a cached_property (Python < 3.12).
-    defaults = tuple(op.signature.parameters[name].default for name in op.names)
+    # This computes `names`, too, before a compiler would: it cannot trace a cached_property's lock (Python < 3.12).
+    defaults = op.defaults
     orders: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], tuple[Any, ...]] | None] = {}
 
     def new_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
@@ -277,10 +277,10 @@ def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tupl
 
 def _order_traced(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """Put the arguments in the order of `run`. A compiler follows neither inspect.Signature nor itemgetter."""
-    names = op.names[len(args) :]
+    names, defaults = op.names[len(args) :], op.defaults[len(args) :]
     if any(name not in names for name in kwargs):
         return op.bind(*args, **kwargs)
-    rest = [kwargs.get(name, op.signature.parameters[name].default) for name in names]
+    rest = [kwargs.get(name, default) for name, default in zip(names, defaults, strict=True)]
     missing = any(value is inspect.Parameter.empty for value in rest)
     return op.bind(*args, **kwargs) if missing else (*args, *rest)
 

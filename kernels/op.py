@@ -87,6 +87,11 @@ class Op:
         return tuple(self.signature.parameters)
 
     @cached_property
+    def defaults(self) -> tuple[Any, ...]:
+        """Of the arguments in `names`; `inspect.Parameter.empty` for a required one."""
+        return tuple(self.signature.parameters[name].default for name in self.names)
+
+    @cached_property
     def deterministic_index(self) -> int | None:
         """The position of the argument `deterministic`, or None."""
         return self.names.index("deterministic") if "deterministic" in self.names else None
