@@ -290,6 +290,7 @@ def test_verify_the_shipped_checkpoint() -> None:
     assert report["ok"] and report["backend"] == "Triton, interpreted" and report["rows"]
 
 
+@pytest.mark.slow
 def test_generate_streams_and_repeats_itself() -> None:
     args = ("generate", "--device", "cpu", "--prompt", "The return statement", "--max-new-tokens", "6")
     done = run_text(*args)

@@ -13,7 +13,7 @@ from tests.support.models import random_model
 pytestmark = pytest.mark.compiled
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize(("weights", "on_host"), [(None, ()), ("int4", ()), (None, ((), (1,), ()))])
 def test_a_text_compiles_nothing_that_was_not_compiled_ahead(
     weights: str | None, on_host: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any

@@ -336,7 +336,7 @@ print("right")
 """
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["applied", "reverted"])
 def test_pickled_model_in_a_new_process(kind: str, picklable: Any, make_hf: Any, tmp_path: Path, parity: Any) -> None:
     """Of an applied one, unpickling imports the modules that it names; a reverted one needs none of this package."""

@@ -216,6 +216,7 @@ def test_captures_take_turns_on_one_stream_a_device(gpu: Any) -> None:
     assert first == second != other
 
 
+@pytest.mark.slow
 def test_sampling_without_a_generator_leaves_torch_s_own_to_other_threads(
     gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,7 +142,7 @@ def test_injected_fault_one_buffer(gpu: Any, monkeypatch: pytest.MonkeyPatch) ->
         check_order(gpu, model)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{}, {"deterministic": True}, INT4], ids=["dense", "deterministic", "int4"])
 def test_same_tokens_in_graph_replays(sizes: dict[str, Any], gpu: Any, ordered: Any) -> None:
     """Prompts beyond decode's tokens, then a captured step: routes change in the replays, and so do the rows read."""

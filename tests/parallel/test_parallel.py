@@ -180,6 +180,7 @@ def test_sizes_that_the_ranks_do_not_divide(sizes: dict[str, int], mesh: dict[st
         Shard(**mesh).check(MixtralConfig(**{"rope_theta": 1e4, "head_dim": 4} | sizes))
 
 
+@pytest.mark.slow
 def test_what_is_refused(ranks: Ranks, checkpoint: Checkpoint) -> None:
     folder = checkpoint()
     for said in ranks(work.refusal, folder, given="tp", tp=2):
@@ -272,7 +273,7 @@ def test_verify_detects_a_fault(fault: Any, mesh: str, detected: Any, ranks: Ran
         assert {(row.op, row.layer) for row in report.wrong} >= detected and not report.ok
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "deterministic"), [("tp 2", False), ("ep 2 x tp 2", True)])
 def test_decode_step_is_a_graph(mesh: str, deterministic: bool, ranks: Ranks, checkpoint: Checkpoint) -> None:
     """What the ranks send is in it, and goes when it is replayed."""

@@ -260,7 +260,7 @@ def test_perplexity_of_the_small_checkpoint(covers: Any) -> None:
         assert more <= bound, (format, group)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["int4", {"experts": "fp8", "linear": "int8"}], ids=str)
 def test_verify_finds_a_changed_tensor(weights: Any) -> None:
     model = load(weights)

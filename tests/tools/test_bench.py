@@ -188,6 +188,7 @@ def test_decode_step_with_experts_in_host_memory(capsys: pytest.CaptureFixture[s
         assert 32 * json.loads(capsys.readouterr().out.splitlines()[1])["sizes"]["offload"] == experts
 
 
+@pytest.mark.slow
 def test_offloaded_decode_step_is_checked_and_has_no_peer_of_transformers() -> None:
     case = Case(decode_step.STEP, decode_step.STEP.test_shapes[1], torch.float32)
     args = case.inputs(CPU)

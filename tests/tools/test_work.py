@@ -107,7 +107,7 @@ def run_experts(ids: torch.Tensor, E: int, **sizes: int) -> tuple[dict[str, Any]
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("T", [64, 960])
+@pytest.mark.parametrize("T", [64, pytest.param(960, marks=pytest.mark.slow)])
 def test_expert_formulas_match_interpreted_kernels(T: int) -> None:
     """Even routes, as the formulas expect of random ones."""
     *_, traffic, launches = run_experts(torch.arange(2 * T, dtype=torch.int32).view(T, 2) % 8, 8, H=256, I=256)
@@ -126,6 +126,7 @@ GROUPS = (0, 1, 64, 65, 128, 129, 192, 193, 257, 330, 384)  # rows of an expert:
 
 
 @pytest.mark.interpreted
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("block_m", [128, 192])
 def test_last_tiles_of_every_height(block_m: int) -> None:
     """A group's last tile rounds up to 64 rows, or to 128 where they fit a tile's upper part; results are right."""

@@ -262,6 +262,7 @@ def test_fault_in_sample(old: Any, new: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert not verification._check_sample(logits).ok
 
 
+@pytest.mark.slow
 def test_sample_on_a_real_vocabulary() -> None:
     """Of 64 tokens, every pair of two entries would take 500 GB. bf16 has ties at the edge of top_p."""
     logits = torch.randn(64, 32000, generator=torch.Generator().manual_seed(0))

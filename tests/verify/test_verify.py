@@ -41,7 +41,7 @@ def check_complete(report: Report, layers: int) -> None:
         assert {row.op for row in report.rows if row.layer == layer} - {"weights"} == {*OPERATIONS, "layer"}
 
 
-@pytest.mark.exhaustive
+@(pytest.mark.slow if INTERPRETED else pytest.mark.exhaustive)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [8] if INTERPRETED else [8, 100, None])
 def test_right_model(dtype: torch.dtype, window: int | None) -> None:
