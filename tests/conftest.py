@@ -29,6 +29,8 @@ from tests.support.calls import replace_base, tensors_of_launch
 from tests.support.traffic import active_addresses
 
 pytest_plugins = ["tests.support.selection"]
+if "PYTEST_XDIST_WORKER" in os.environ:  # a plugin may have imported torch before the variables were set
+    torch.set_num_threads(1)
 
 INTERPRET = launch.interpret
 MARGIN = 64  # elements on either side
