@@ -94,15 +94,19 @@ def test_comparisons_with_nan(kind: str) -> None:
         assert (got[f"%{name}"] == want).all(), name
 
 
-def test_extremes_prefer_numbers_and_order_zeros() -> None:
-    """NaN is the result of two NaN."""
-    inputs, outputs = {"%a": as_bits(A, "f32"), "%b": as_bits(B, "f32")}, {"%l": 32, "%h": 32}
-    got = run("min.f32 %l, %a, %b; max.f32 %h, %a, %b;", inputs, outputs, threads=64)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_extremes_prefer_numbers_and_order_zeros(kind: str) -> None:
+    """NaN is the result of two NaN. `abs` keeps the magnitude."""
+    bits = 32 if kind == "f32" else 16
+    inputs, outputs = {"%a": as_bits(A, kind), "%b": as_bits(B, kind)}, {"%l": bits, "%h": bits}
+    body = f"min.{kind} %l, %a, %b; max.{kind} %h, %a, %b; abs.{kind} %m, %a;"
+    got = run(body, inputs, {**outputs, "%m": bits}, threads=64)
+    assert np.array_equal(as_floats(got["%m"], kind), np.abs(A), equal_nan=True)
     for lane in range(64):
         known = [x for x in (float(A[lane]), float(B[lane])) if not math.isnan(x)]
         known.sort(key=lambda x: (x, math.copysign(1, x)))
         want = [(known or [math.nan])[i] for i in (0, -1)]
-        found = [float(as_floats(got[name], "f32")[lane]) for name in outputs]
+        found = [float(as_floats(got[name], kind)[lane]) for name in outputs]
         assert list(map(repr, found)) == list(map(repr, want))
 
 
