@@ -86,7 +86,7 @@ def test_one_token(device: torch.device) -> None:
 def test_quantized_checkpoint(layout: str, tmp_path: Path) -> None:
     """Layouts that `quantize` never writes: fp16 zeros and scales, groups of 32, fp8 in groups of columns."""
     write(tmp_path, *LAYOUTS[layout])
-    report = verify(tmp_path, IDS[:1, :12] % 40, quick=True)
+    report = verify(tmp_path, IDS[:1, :12] % 40)
     assert report.ok, str(report)
 
 
@@ -265,12 +265,12 @@ def test_nan_in_an_expert_that_the_text_does_not_take(make_hf: Any) -> None:
     with torch.no_grad():
         model.layers[1].gate_up_proj[3, 0, 0] = float("nan")
         model.layers[1].gate[3] = 0.0
-    assert verify(model, torch.zeros((1, 2), dtype=torch.int64), quick=True).wrong
+    assert verify(model, torch.zeros((1, 2), dtype=torch.int64)).wrong
     theirs = make_hf()
     with torch.no_grad():
         theirs.model.layers[-1].mlp.gate.weight[3] = 0.0
         theirs.model.layers[-1].mlp.experts.gate_up_proj[3, 0, 0] = float("nan")
-    assert verify(theirs, IDS[:, :1], quick=True).wrong
+    assert verify(theirs, IDS[:, :1]).wrong
 
 
 @pytest.mark.parametrize(
