@@ -61,11 +61,13 @@ def call_checked(op: Op, args: tuple[Any, ...]) -> Any:
 
 def call_unchecked(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = None) -> Any:
     """Run the operation on the backend that its first tensor selects. `key`: the call key of `args`, where known."""
-    if INTERPRETED or args[0].device.type != "cpu":
-        return plan.run(op, args, key)
-    if torch.is_autocast_enabled("cpu"):  # the reference would compute in another dtype
-        with torch.autocast("cpu", enabled=False):
+    kind = args[0].device.type
+    # Torch would compute in another dtype. The meta device knows no autocast.
+    if torch._C._is_any_autocast_enabled() and kind != "meta" and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
             return call_unchecked(op, args, key)
+    if INTERPRETED or kind != "cpu":
+        return plan.run(op, args, key)
     index = op.deterministic_index
     if index is not None and len(args) > index and args[index] is True:
         return sequential(op, args)

@@ -254,8 +254,7 @@ def linear(
     skinny = use_skinny_kernel(sizes, x.dtype, target_arch(x.device))
     skinny = skinny or (T <= SKINNY_M_MAX and is_overridden("linear_decode_kernel"))
     if not skinny and not deterministic and w.name is None:
-        y = torch.empty((T, N), dtype=x.dtype, device=x.device)  # autocast has no rule for products with `out`
-        return torch.mm(rows, w.data.t(), out=y).view(*x.shape[:-1], N)
+        return torch.mm(rows, w.data.t()).view(*x.shape[:-1], N)
     wide = deterministic or not skinny
     kernel = linear_kernel if wide else linear_decode_kernel
     config = select_configs(configs, sizes, x.dtype, x.device)[kernel.__name__]
