@@ -105,7 +105,7 @@ class LayerCheck:
         yield "route", "all tokens", {"logits": values.logits, "top_k": K}
         yield "gate_route", "all tokens", {"x": values.h, "gate": layer.gate, "top_k": K}
         yield "sort_by_expert", "all tokens", {"ids": values.ids, "num_experts": E}
-        experts = {"x": values.h, **self.proj, "ids": self.local_ids(values.ids), "weights": values.weights}
+        experts = self._experts()
         norm = {"residual": (values.x + values.attn_output).flatten(0, 1), "norm_weight": self.norm["weight"]}
         yield "experts_add_rms_norm", "all tokens", {**experts, **norm, "eps": self.config.rms_norm_eps}
         sizes = {"decode": min(DECODE_TOKENS, -(-E // K))}
@@ -125,15 +125,18 @@ class LayerCheck:
         heads = values.heads.flatten(0, 1)
         rq, rk, v = (x.flatten(0, 1).float() for x in (self.rq, self.rk, values.v))
         b, sequences, first = rows[:RAGGED], at[:RAGGED], at[:, 0]
-        experts = {"x": values.h[first], **self.proj, "ids": self.local_ids(values.ids)[first]}
-        experts["weights"] = values.weights[first]
         keys = {"k": rk[sequences], "v": v[sequences], "starts": b, "lengths": KEYS - 7 * b}
         for op, args in (
             ("linear", {"x": heads[first], "weight": self.layer.o_proj}),
-            ("expert_swiglu", experts),
+            ("expert_swiglu", self._experts(first)),
             ("attention", {"q": rq[sequences[:, :1]], **keys}),
         ):
             yield op, "deterministic", {**args, "deterministic": True}
+
+    def _experts(self, rows: Any = ...) -> Args:
+        """Arguments of the experts on these rows of the text."""
+        values, ids = self.values, self.local_ids(self.values.ids)
+        return {"x": values.h[rows], **self.proj, "ids": ids[rows], "weights": values.weights[rows]}
 
     def derive(self, op: str, recorded: Args, weights: dict[int, Any], size: tuple[int, int, int]) -> Args:
         """Arguments like those `recorded` on meta tensors in a forward of this size, strides included: `weights`, and
