@@ -92,7 +92,7 @@ def checkpoint(make_hf: Any, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [how for how in MACHINES if how != "no GPU"])  # .ci/run runs them there
+@pytest.mark.parametrize("how", MACHINES)
 def test_python_blocks_of_readme_print_right(how: str, checkpoint: Path, tmp_path: Path) -> None:
     """The first interprets where Triton is not imported yet; the second prints the same text twice."""
     out = []
@@ -108,7 +108,7 @@ def test_python_blocks_of_readme_print_right(how: str, checkpoint: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["no GPU", "simulated GPU"])
+@pytest.mark.parametrize("how", MACHINES)
 def test_example_runs(how: str, checkpoint: Path) -> None:
     for name, texts in OUTPUT.items():
         out = run_program(how, ROOT / "examples" / name, checkpoint)
@@ -118,7 +118,7 @@ def test_example_runs(how: str, checkpoint: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["no GPU", "simulated GPU"])
+@pytest.mark.parametrize("how", MACHINES)
 def test_python_blocks_of_other_documents_run(how: str, tmp_path: Path) -> None:
     """Those of mixtral.md quote the reference, that of bench.md has a test of its own. NCCL has no simulation: a mesh
     is of one rank, on the CPU."""
